@@ -1,0 +1,44 @@
+# Everything runs in .venv/, which is made from the lock on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+UV := $(shell command -v uv || echo .uv/bin/uv)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench lock clean
+
+help:  ## Show this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/installed  ## Install everything into .venv/, in exactly the versions of the lock.
+
+.uv/bin/uv:
+	$(PYTHON) -m venv .uv
+	.uv/bin/pip install --quiet uv
+
+.venv/installed: requirements.lock pyproject.toml | $(UV)
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv
+	$(UV) pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup  ## The whole flow on drawn scenes; WEIGHTS=IMAGENET1K_V1 or a file for learned weights.
+	@$(BIN)/captionlib demo $(if $(WEIGHTS),--weights $(WEIGHTS))
+
+check: setup  ## Format, lint, types and the import contract.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check  ## All checks and all tests.
+	$(BIN)/pytest
+
+bench: setup  ## Measure every bar, or one: make bench NAME=extract-throughput.
+	@$(BIN)/python -m benchmarks $(NAME)
+
+lock: | $(UV)  ## Write the lock anew after a change of pyproject.toml.
+	$(UV) pip compile --quiet --universal --python-version 3.10 --generate-hashes --group dev --extra s3 --no-header \
+		--output-file requirements.lock pyproject.toml
+
+clean:  ## Remove what make has made.
+	rm -rf .venv .uv .demo .bench dist
