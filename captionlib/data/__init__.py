@@ -1,0 +1,1 @@
+"""What is read and written: manifests, images, shards, vocabularies, training batches."""

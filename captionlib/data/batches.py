@@ -1,0 +1,213 @@
+"""Training batches of images with their sentences, streamed from `features/` in a seeded order and bounded memory.
+
+Shards are visited in a new order each epoch. A window of them is read at a time, in the background, and its images are
+mixed; so memory holds two windows, however large the dataset. A dataset that fits into one window is read once.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from captionlib.data.shards import ShardedDataset
+from captionlib.errors import DatasetError
+
+__all__ = [
+    "CaptionBatch",
+    "CaptionBatches",
+    "feature_shape",
+    "mean_and_std",
+    "read_captions",
+    "read_features",
+    "sample_features",
+]
+
+
+@dataclass(frozen=True)
+class CaptionBatch:
+    """Some images with all of their sentences.
+
+    Attributes:
+        features: `[images, size] float32`, or `[images, positions, channels]`.
+        sentences: the token ids of each sentence, without START and END.
+        image_of_sentence: `[sentences] int64`, which row of `features` a sentence describes.
+    """
+
+    features: npt.NDArray[np.float32]
+    sentences: list[list[int]]
+    image_of_sentence: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The images of some shards that belong to a split and have sentences."""
+
+    features: npt.NDArray[np.floating]
+    sentences: list[list[list[int]]]
+
+
+class CaptionBatches:
+    """The batches of one split; the same seed and epoch give the same batches, from any batch on.
+
+    Args:
+        dataset: `features/`, complete.
+        splits: which rows; `restval` usually belongs to training too.
+        encode: a sentence to its token ids.
+        images: how many images a batch has; the last of a window may have fewer.
+        window_bytes: how much of the features is mixed at a time.
+    """
+
+    def __init__(
+        self,
+        dataset: ShardedDataset,
+        splits: Sequence[str],
+        encode: Callable[[str], list[int]],
+        images: int,
+        window_bytes: int = 512 << 20,
+    ) -> None:
+        self._dataset = dataset
+        self._splits = frozenset(splits)
+        self._encode = encode
+        self._images = images
+        self._windows = _group_shards(dataset, window_bytes)
+        self._load_once = lru_cache(maxsize=1)(self._load)
+
+    def count(self) -> int:
+        """About how many batches an epoch has."""
+        columns = (self._dataset.read(shard, ["split"])["split"] for shard in range(self._dataset.shards))
+        images = sum(split in self._splits for column in columns for split in column.to_pylist())
+        return -(-images // self._images)
+
+    def epoch(self, seed: int, epoch: int) -> Iterator[CaptionBatch]:
+        """All images once, mixed by `seed` and `epoch`."""
+        order = np.random.default_rng([seed, epoch])
+        shards = order.permutation(self._dataset.shards)
+        starts = np.cumsum([0, *(len(window) for window in self._windows)])
+        groups = [tuple(sorted(shards[begin:end])) for begin, end in pairwise(starts)]
+        for window in self._prefetched(groups):
+            yield from self._batches(window, order.permutation(len(window.sentences)))
+
+    def in_order(self) -> Iterator[CaptionBatch]:
+        """All images once, as they stand in the dataset."""
+        for window in self._prefetched(self._windows):
+            yield from self._batches(window, np.arange(len(window.sentences)))
+
+    def _prefetched(self, groups: Sequence[tuple[int, ...]]) -> Iterator[_Window]:
+        load = self._load_once if len(groups) == 1 else self._load
+        with ThreadPoolExecutor(1, thread_name_prefix="window") as pool:
+            coming = pool.submit(load, groups[0])
+            for following in [*groups[1:], None]:
+                window = coming.result()
+                if following is not None:
+                    coming = pool.submit(load, following)
+                yield window
+
+    def _load(self, shards: tuple[int, ...]) -> _Window:
+        features: list[npt.NDArray[np.floating]] = []
+        sentences: list[list[list[int]]] = []
+        for shard in shards:
+            for rows, captions in read_features(self._dataset, shard, self._splits):
+                encoded = [[ids for caption in row if (ids := self._encode(caption))] for row in captions]
+                kept = [number for number, row in enumerate(encoded) if row]
+                features.append(rows[kept])
+                sentences.extend(encoded[number] for number in kept)
+        shape = feature_shape(self._dataset)
+        return _Window(np.concatenate(features) if features else np.empty((0, *shape), np.float32), sentences)
+
+    def _batches(self, window: _Window, order: npt.NDArray[np.int64]) -> Iterator[CaptionBatch]:
+        for begin in range(0, len(order), self._images):
+            chosen = order[begin : begin + self._images]
+            sentences = [window.sentences[number] for number in chosen]
+            yield CaptionBatch(
+                features=window.features[chosen].astype(np.float32),
+                sentences=[sentence for row in sentences for sentence in row],
+                image_of_sentence=np.repeat(np.arange(len(chosen)), [len(row) for row in sentences]),
+            )
+
+
+def feature_shape(dataset: ShardedDataset) -> list[int]:
+    """`[size]`, or `[positions, channels]`, of one image's features."""
+    shape: list[int] = dataset.config["encoder"]["shape"]
+    return shape
+
+
+def read_features(
+    dataset: ShardedDataset, shard: int, splits: frozenset[str]
+) -> Iterator[tuple[npt.NDArray[np.floating], list[list[str]]]]:
+    """The features `[rows, *shape]` and the captions of a shard's rows of these splits, in pieces."""
+    shape = feature_shape(dataset)
+    for rows in dataset.read_batches(shard, ["split", "captions", "features"]):
+        kept = np.array([split in splits for split in rows["split"].to_pylist()], bool)
+        if kept.any():
+            numbers = rows["features"].flatten().to_numpy(zero_copy_only=False)
+            captions = rows["captions"].to_pylist()
+            yield (
+                numbers.reshape(-1, *shape)[kept],
+                [row for row, keep in zip(captions, kept, strict=True) if keep],
+            )
+
+
+def read_captions(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[str]:
+    """The sentences of these splits; the features stay unread.
+
+    Raises:
+        DatasetError: none of the splits' images has a sentence.
+    """
+    seen: set[str] = set()
+    found = False
+    for shard in range(dataset.shards):
+        for rows in dataset.read_batches(shard, ["split", "captions"]):
+            for split, captions in zip(rows["split"].to_pylist(), rows["captions"].to_pylist(), strict=True):
+                seen.add(split)
+                if split in splits:
+                    found = found or bool(captions)
+                    yield from captions
+    if not found:
+        raise DatasetError(
+            f"{dataset.folder.uri}: expected sentences in split {' or '.join(splits)}, got none; "
+            f"its splits are {', '.join(sorted(seen)) or 'none'}"
+        )
+
+
+def sample_features(dataset: ShardedDataset, splits: Sequence[str], count: int) -> npt.NDArray[np.float32]:
+    """The features of about `count` images of these splits, `[images, *shape]`, as many of each shard."""
+    share = -(-count // max(1, dataset.shards))
+    taken: list[npt.NDArray[np.floating]] = []
+    for shard in range(dataset.shards):
+        left = share
+        for rows, _ in read_features(dataset, shard, frozenset(splits)):
+            taken.append(rows[:left])
+            left -= len(taken[-1])
+            if not left:
+                break
+    return np.concatenate(taken).astype(np.float32)
+
+
+def mean_and_std(
+    dataset: ShardedDataset, splits: Sequence[str]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Mean and standard deviation of each feature over these splits, `[size]` or `[channels]`, in one pass."""
+    size = feature_shape(dataset)[-1]
+    count, total, squares = 0, np.zeros(size), np.zeros(size)
+    for shard in range(dataset.shards):
+        for rows, _ in read_features(dataset, shard, frozenset(splits)):
+            flat = rows.reshape(-1, size).astype(np.float64)
+            count += len(flat)
+            total += flat.sum(0)
+            squares += np.square(flat).sum(0)
+    mean = total / max(count, 1)
+    std = np.sqrt(np.maximum(squares / max(count, 1) - np.square(mean), 0))
+    return mean.astype(np.float32), std.astype(np.float32)
+
+
+def _group_shards(dataset: ShardedDataset, window_bytes: int) -> list[tuple[int, ...]]:
+    """Runs of shards that fill a window each; every shard counts as much as the largest, in memory."""
+    largest = max((marker.rows for marker in dataset.markers().values()), default=1)
+    width = dataset.schema.field("features").type.value_type.bit_width // 8
+    row_bytes = width * int(np.prod(feature_shape(dataset)))
+    together = max(1, window_bytes // max(1, largest * row_bytes))
+    return [tuple(range(first, min(first + together, dataset.shards))) for first in range(0, dataset.shards, together)]

@@ -1,0 +1,192 @@
+"""The embedded data set: scenes of one shape each, drawn by the project itself, with five sentences for each.
+
+A scene is one of 540 combinations of shape, colour, place, size and background. Combinations of the held-out scenes are
+never drawn for training, and drawings of one combination differ in position, size, hue, rotation and noise.
+"""
+
+import itertools
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+__all__ = [
+    "SIDE",
+    "Scene",
+    "all_scenes",
+    "attributes_of",
+    "describe_scene",
+    "draw_scene",
+    "read_scenes",
+    "score_attributes",
+    "write_scenes",
+]
+
+SIDE = 224
+_SUPERSAMPLING = 2
+
+# Of each attribute the values, and the words that say them; the first is the value's own name.
+_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "shape": {"circle": ("circle", "disc"), "square": ("square", "box"), "triangle": ("triangle",)},
+    "colour": {name: (name,) for name in ("red", "green", "blue", "yellow", "purple", "orange")},
+    "place": {
+        "top": ("at the top", "near the top"),
+        "bottom": ("at the bottom", "near the bottom"),
+        "left": ("on the left", "to the left"),
+        "right": ("on the right", "to the right"),
+        "centre": ("in the centre", "in the middle"),
+    },
+    "size": {"small": ("small", "little"), "large": ("large", "big")},
+    "background": {"white": ("white",), "grey": ("grey",), "black": ("black",)},
+}
+
+_TEMPLATES = (
+    "a {size} {colour} {shape} {place} of a {background} background",
+    "there is a {size} {colour} {shape} {place} on {background}",
+    "a {colour} {shape} that is {size} stands {place} before a {background} background",
+    "{place} of the {background} picture is a {size} {colour} {shape}",
+    "the {shape} {place} is {size} and {colour} and all around it is {background}",
+    "one {size} {shape} in {colour} lies {place} on a {background} ground",
+    "we see a {background} background and a {size} {colour} {shape} {place}",
+)
+
+_COLOURS = {
+    "red": (210, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (45, 80, 205),
+    "yellow": (235, 215, 45),
+    "purple": (135, 55, 165),
+    "orange": (240, 135, 30),
+}
+_BACKGROUNDS = {"white": (238, 238, 238), "grey": (128, 128, 128), "black": (18, 18, 18)}
+_PLACES = {"top": (0.5, 0.22), "bottom": (0.5, 0.78), "left": (0.22, 0.5), "right": (0.78, 0.5), "centre": (0.5, 0.5)}
+_RADII = {"small": 0.11, "large": 0.2}
+_CORNER = 1.15  # how far corners reach, so that polygons look as large as circles
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows."""
+
+    shape: str
+    colour: str
+    place: str
+    size: str
+    background: str
+
+
+def write_scenes(folder: Path, train: int = 1000, val: int = 100, test: int = 200, seed: int = 0) -> Path:
+    """Draws a data set: `images/`, and their sentences as `dataset.json` in Karpathy's layout.
+
+    Args:
+        folder: where to.
+        train: pictures to learn from, of about five in six of the combinations.
+        val: pictures to choose the best epoch by, of held-out combinations, as `test`.
+        test: pictures to be captioned.
+        seed: of everything that is drawn.
+
+    Returns:
+        The path of `dataset.json`.
+    """
+    draw = random.Random(seed)
+    scenes = list(all_scenes())
+    draw.shuffle(scenes)
+    held_out, seen = scenes[: len(scenes) // 6], scenes[len(scenes) // 6 :]
+    splits = [("train", seen, train), ("val", held_out[::2], val), ("test", held_out[1::2], test)]
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    entries: list[dict[str, object]] = []
+    for split, combinations, count in splits:
+        for number in range(count):
+            scene = combinations[number % len(combinations)]
+            name = f"{split}-{number:05d}.jpg"
+            draw_scene(scene, draw).save(folder / "images" / name, quality=95)
+            sentences = [{"raw": text, "tokens": text.split()} for text in describe_scene(scene, draw)]
+            entries.append(
+                {
+                    "imgid": len(entries),
+                    "filepath": "images",
+                    "filename": name,
+                    "split": split,
+                    "sentences": sentences,
+                    "attributes": asdict(scene),
+                }
+            )
+    path = folder / "dataset.json"
+    path.write_text(json.dumps({"dataset": "scenes", "images": entries}), encoding="utf-8")
+    return path
+
+
+def read_scenes(folder: Path) -> dict[str, Scene]:
+    """The scenes that `write_scenes` drew into a folder, by image id."""
+    entries = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["images"]
+    return {str(entry["imgid"]): Scene(**entry["attributes"]) for entry in entries}
+
+
+def all_scenes() -> Iterator[Scene]:
+    """Every combination of attributes, in a fixed order."""
+    return itertools.starmap(Scene, itertools.product(*_WORDS.values()))
+
+
+def draw_scene(scene: Scene, draw: random.Random) -> Image.Image:
+    """A picture of a scene, `SIDE` pixels square; no two calls draw the same."""
+    side = SIDE * _SUPERSAMPLING
+    wanted = [side * (part + draw.uniform(-0.025, 0.025)) for part in _PLACES[scene.place]]
+    radius = side * _RADII[scene.size] * draw.uniform(0.92, 1.08)
+    reach = radius if scene.shape == "circle" else _CORNER * radius
+    centre = [min(max(part, reach), side - reach) for part in wanted]  # the whole shape is seen
+    picture = Image.new("RGB", (side, side), _vary(_BACKGROUNDS[scene.background], 3, draw))
+    colour = _vary(_COLOURS[scene.colour], 8, draw)
+    pen = ImageDraw.Draw(picture)
+    if scene.shape == "circle":
+        pen.ellipse([centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius], fill=colour)
+    else:
+        sides = 4 if scene.shape == "square" else 3
+        turn = draw.uniform(-8, 8)
+        pen.regular_polygon((centre[0], centre[1], reach), sides, rotation=turn, fill=colour)
+    small = picture.resize((SIDE, SIDE), Image.Resampling.BOX)
+    noise = np.random.default_rng(draw.getrandbits(32)).normal(0, 2, (SIDE, SIDE, 1))
+    return Image.fromarray(np.clip(np.asarray(small) + noise, 0, 255).astype(np.uint8))
+
+
+def describe_scene(scene: Scene, draw: random.Random, count: int = 5) -> list[str]:
+    """Different sentences about a scene, each of which says all five attributes."""
+    sentences: dict[str, None] = {}
+    while len(sentences) < count:
+        template = draw.choice(_TEMPLATES)
+        words = {name: draw.choice(_WORDS[name][getattr(scene, name)]) for name in _WORDS}
+        sentences[template.format(**words)] = None
+    return list(sentences)
+
+
+def attributes_of(sentence: str) -> dict[str, str | None]:
+    """What a sentence says of a scene, by attribute; None where it says nothing, or two things at once."""
+    text = f" {sentence} "
+    for ending in (" background ", " picture ", " ground "):
+        text = text.replace(ending, " ")
+    found = {}
+    for field in fields(Scene):
+        values = {
+            value for value, phrases in _WORDS[field.name].items() if any(f" {phrase} " in text for phrase in phrases)
+        }
+        found[field.name] = values.pop() if len(values) == 1 else None
+    return found
+
+
+def score_attributes(scenes: Sequence[Scene], sentences: Sequence[str]) -> dict[str, float]:
+    """The share of sentences that are right in each attribute, and in `all` of them."""
+    said = [attributes_of(sentence) for sentence in sentences]
+    right = {
+        field.name: [got[field.name] == getattr(scene, field.name) for got, scene in zip(said, scenes, strict=True)]
+        for field in fields(Scene)
+    }
+    right["all"] = [all(row) for row in zip(*right.values(), strict=True)]
+    return {name: sum(rows) / max(1, len(rows)) for name, rows in right.items()}
+
+
+def _vary(colour: tuple[int, int, int], by: int, draw: random.Random) -> tuple[int, int, int]:
+    red, green, blue = (min(255, max(0, part + draw.randint(-by, by))) for part in colour)
+    return red, green, blue

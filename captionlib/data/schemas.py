@@ -1,0 +1,74 @@
+"""The rows of every dataset that captionlib writes, as explicit, versioned Arrow schemas."""
+
+import pyarrow as pa
+
+__all__ = [
+    "CANDIDATE",
+    "FAILURES",
+    "MANIFEST",
+    "SCHEMA_VERSION",
+    "captions_schema",
+    "embeddings_schema",
+    "feature_size",
+    "features_schema",
+]
+
+SCHEMA_VERSION = 1
+
+MANIFEST = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("captions", pa.list_(pa.string()), nullable=False),
+    ]
+)
+
+FAILURES = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("error", pa.string(), nullable=False),
+        pa.field("message", pa.string(), nullable=False),
+    ]
+)
+
+CANDIDATE = pa.struct([pa.field("caption", pa.string()), pa.field("log_prob", pa.float32())])
+
+
+def features_schema(size: int, dtype: str) -> pa.Schema:
+    """The manifest's columns and `features`, a vector of `size` numbers of `dtype` (float16 or float32)."""
+    vector = pa.list_(_float(dtype), size)
+    return MANIFEST.append(pa.field("features", vector, nullable=False))
+
+
+def captions_schema() -> pa.Schema:
+    """What the captioner says of each image, the best candidate spread into columns of its own."""
+    return pa.schema(
+        [
+            MANIFEST.field("image_id"),
+            MANIFEST.field("uri"),
+            MANIFEST.field("split"),
+            pa.field("caption", pa.string(), nullable=False),
+            pa.field("log_prob", pa.float32(), nullable=False),
+            pa.field("tokens", pa.int32(), nullable=False),
+            pa.field("candidates", pa.list_(CANDIDATE), nullable=False),
+        ]
+    )
+
+
+def embeddings_schema(size: int) -> pa.Schema:
+    """Unit vectors of `size` numbers in the space that images and sentences share."""
+    vector = pa.list_(pa.float16(), size)
+    return pa.schema([MANIFEST.field("image_id"), MANIFEST.field("uri"), pa.field("embedding", vector, nullable=False)])
+
+
+def feature_size(schema: pa.Schema) -> int:
+    """How many numbers the `features` column of `schema` holds a row."""
+    size: int = schema.field("features").type.list_size
+    return size
+
+
+def _float(dtype: str) -> pa.DataType:
+    return {"float16": pa.float16(), "float32": pa.float32()}[dtype]

@@ -1,0 +1,47 @@
+"""Reads `dataset.json`, Karpathy's splits of Flickr8k, Flickr30k and COCO."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from captionlib.data.sources.addresses import find_files, images_root, load_json, resolve
+from captionlib.data.sources.rows import ManifestRow, Skip, SourceOptions, clean_captions
+from captionlib.errors import DatasetError
+
+__all__ = ["read_karpathy"]
+
+
+def read_karpathy(addresses: Sequence[str], options: SourceOptions, skip: Skip) -> Iterator[ManifestRow]:
+    """The images of `dataset.json` in its order; one file at a time is held in memory.
+
+    The id is COCO's (`cocoid`) where there is one, else `imgid`. Splits are kept as they are: train, restval, val and
+    test. Nothing is skipped.
+
+    Raises:
+        DatasetError: a file is not Karpathy's.
+    """
+    for location in find_files(addresses, frozenset({".json"})):
+        document = load_json(location)
+        if not isinstance(document, dict) or not isinstance(document.get("images"), list):
+            raise DatasetError(f"{location.address} is not Karpathy's dataset.json: expected an object with images")
+        root = images_root(options.images, location)
+        for number, image in enumerate(document["images"]):
+            yield _to_row(image, root, options.split, f"{location.address}, images[{number}]")
+
+
+def _to_row(image: Mapping[str, Any], root: str, split: str, place: str) -> ManifestRow:
+    if not isinstance(image, Mapping) or "filename" not in image or not {"cocoid", "imgid"} & image.keys():
+        raise DatasetError(f"{place}: expected an object with filename, imgid and sentences, got {image!r:.80}")
+    path = "/".join(part for part in (image.get("filepath"), image["filename"]) if part)
+    sentences = [_to_text(sentence, place) for sentence in image.get("sentences", ())]
+    image_id = image["cocoid"] if "cocoid" in image else image["imgid"]
+    return ManifestRow(
+        str(image_id), resolve(path, root), image.get("split") or split, clean_captions(sentences, place), place
+    )
+
+
+def _to_text(sentence: Mapping[str, Any], place: str) -> str:
+    if "raw" in sentence:
+        return str(sentence["raw"])
+    if "tokens" in sentence:
+        return " ".join(sentence["tokens"])
+    raise DatasetError(f"{place}: expected sentences with raw or tokens, got {sentence!r:.80}")

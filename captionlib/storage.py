@@ -1,0 +1,154 @@
+"""Folders on any file system that fsspec opens, with files that appear whole or not at all.
+
+Credentials, endpoints and time-outs of a file system come from fsspec's own configuration (environment variables such
+as `FSSPEC_S3_ENDPOINT_URL`, or files in `~/.config/fsspec`), so that no command needs options for them.
+"""
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+__all__ = ["TEMPORARY", "Folder"]
+
+TEMPORARY = "_temporary"
+
+# A PUT to these is seen whole or not at all, so a file needs no temporary name there.
+_ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"})
+
+
+class Folder:
+    """A folder at a path or an address. Pickles as its address alone."""
+
+    def __init__(self, uri: str | os.PathLike[str]) -> None:
+        self.uri = os.fspath(uri).rstrip("/") or "/"
+
+    def __repr__(self) -> str:
+        return f"Folder({self.uri!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Folder) and self.uri == other.uri
+
+    def __hash__(self) -> int:
+        return hash(self.uri)
+
+    def __reduce__(self) -> tuple[type["Folder"], tuple[str]]:
+        return Folder, (self.uri,)
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        fs, root = fsspec.core.url_to_fs(self.uri)
+        return fs, root.rstrip("/")
+
+    @property
+    def fs(self) -> Any:
+        """The fsspec file system that the folder lies on."""
+        return self._opened[0]
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.fs, LocalFileSystem)
+
+    def path(self, name: str) -> str:
+        """The path of a file of the folder, as its file system spells it."""
+        return f"{self._opened[1]}/{name}"
+
+    def address(self, name: str) -> str:
+        """The path or address of a file of the folder, as a person would pass it on."""
+        return f"{self.uri}/{name}"
+
+    def list(self, subfolder: str = "") -> list[str]:
+        """Names in the folder or one subfolder of it, sorted; none where it does not exist. One listing."""
+        path = self.path(subfolder) if subfolder else self._opened[1]
+        self.fs.invalidate_cache()
+        try:
+            paths = self.fs.ls(path, detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(found.rstrip("/").rsplit("/", 1)[-1] for found in paths if found.rstrip("/") != path)
+
+    def exists(self, name: str) -> bool:
+        self.fs.invalidate_cache()
+        return bool(self.fs.exists(self.path(name)))
+
+    def open(self, name: str) -> BinaryIO:
+        """Opens a file for reading."""
+        opened: BinaryIO = self.fs.open(self.path(name), "rb")
+        return opened
+
+    def read(self, name: str) -> bytes:
+        content: bytes = self.fs.cat_file(self.path(name))
+        return content
+
+    def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
+        """The content of many small files, fetched concurrently where the file system can."""
+        if not names:
+            return {}
+        paths = {self.path(name): name for name in names}
+        contents = self.fs.cat(list(paths))
+        by_suffix = {path.lstrip("/"): name for path, name in paths.items()}
+        return {by_suffix[path.lstrip("/")]: content for path, content in contents.items()}
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file that appears whole or not at all."""
+        with self.staged(name) as staged:
+            staged.write_bytes(content)
+
+    @contextmanager
+    def staged(self, name: str) -> Iterator[Path]:
+        """A local path to write a file to, which appears as `name` when the block ends, and never if it raises."""
+        if self.is_local:
+            parent = Path(self.path(TEMPORARY))
+            parent.mkdir(parents=True, exist_ok=True)
+            path = parent / f"{Path(name).name}.{uuid.uuid4().hex}"
+            try:
+                yield path
+                self._publish_local(path, Path(self.path(name)))
+            finally:
+                path.unlink(missing_ok=True)
+        else:
+            with tempfile.TemporaryDirectory(prefix="captionlib-") as scratch:
+                path = Path(scratch) / Path(name).name
+                yield path
+                self._publish_remote(path, name)
+
+    def _publish_local(self, path: Path, target: Path) -> None:
+        with path.open("rb") as written:
+            os.fsync(written.fileno())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+        directory = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # the rename itself survives a machine that dies
+        finally:
+            os.close(directory)
+
+    def _publish_remote(self, path: Path, name: str) -> None:
+        protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
+        if protocols & _ATOMIC_PUT:
+            self.fs.put_file(str(path), self.path(name))
+            return
+        temporary = self.path(f"{TEMPORARY}/{path.name}.{uuid.uuid4().hex}")
+        self.fs.makedirs(temporary.rsplit("/", 1)[0], exist_ok=True)
+        self.fs.makedirs(self.path(name).rsplit("/", 1)[0], exist_ok=True)
+        self.fs.put_file(str(path), temporary)
+        self.fs.mv(temporary, self.path(name))
+
+    def remove(self, name: str) -> None:
+        """Removes a file or a subfolder; nothing where there is none."""
+        path = self.path(name)
+        self.fs.invalidate_cache()
+        if not self.fs.exists(path):
+            return
+        if self.is_local and Path(path).is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            self.fs.rm(path, recursive=True)

@@ -1,0 +1,66 @@
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from captionlib.config import differences, load_config, to_dict
+from captionlib.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = 0.1
+    kind: Literal["a", "b"] = "a"
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner = field(default_factory=Inner)
+    name: str = "x"
+    limit: int | None = None
+
+
+def test_file_then_overrides_fill_nested_values(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("name: from file\ninner:\n  rate: 0.5\n")
+    config = load_config(Outer, file, ["inner.kind=b", "limit=7"])
+    assert config == Outer(Inner(0.5, "b"), "from file", 7)
+    assert to_dict(config) == {"inner": {"rate": 0.5, "kind": "b"}, "name": "from file", "limit": 7}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["nam=1"], "unknown key nam; known: inner, name, limit"),
+        (["inner.rat=1"], r"unknown key inner.rat; known: inner.rate, inner.kind"),
+        (["inner.rate=fast"], "inner.rate: .* got 'fast'"),
+        (["inner.kind=c"], "inner.kind: Input should be 'a' or 'b', got 'c'"),
+        (["name"], "expected key=value"),
+        (["name.first=x", "name.last=y", "name=3"], "name"),
+        (["inner=3"], "inner"),
+        (["limit=[1"], "not a YAML value"),
+    ],
+)
+def test_what_does_not_fit_is_named(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(Outer, None, overrides)
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none.yaml cannot be read: No such file"):
+        load_config(Outer, tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="expected `key: value` lines, got list"):
+        load_config(Outer, tmp_path / "list.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1\n")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_config(Outer, tmp_path / "bad.yaml")
+
+
+def test_differences_name_fields_by_their_path() -> None:
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == [
+        "a.c: there 2, now 3",
+        "d: there None, now 4",
+    ]
+    assert differences({"a": {"b": 1}}, {"a": {"b": 1}}) == []

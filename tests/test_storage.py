@@ -1,0 +1,59 @@
+import pickle
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from captionlib.storage import TEMPORARY, Folder
+
+
+@pytest.fixture(params=["local", "memory", "renaming"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    addresses = {
+        "local": str(tmp_path / "folder"),
+        "memory": f"memory://{uuid4().hex}",
+        "renaming": f"dir::file://{tmp_path}/folder",  # neither local nor known for atomic PUTs: published by a rename
+    }
+    return Folder(addresses[request.param])
+
+
+def test_written_files_are_read_listed_and_removed(folder: Folder) -> None:
+    folder.write("a.json", b"1")
+    folder.write("sub/b.json", b"2")
+    folder.write("sub/c.json", b"3")
+    assert folder.read("a.json") == b"1"
+    assert folder.read_many(["a.json", "sub/c.json"]) == {"a.json": b"1", "sub/c.json": b"3"}
+    assert folder.read_many(["a.json"]) == {"a.json": b"1"}
+    assert folder.read_many([]) == {}
+    assert set(folder.list()) - {TEMPORARY} == {"a.json", "sub"}
+    assert folder.list("sub") == ["b.json", "c.json"]
+    assert folder.list("nowhere") == []
+    folder.remove("sub")
+    folder.remove("never was")
+    assert folder.list("sub") == []
+    assert folder.exists("a.json")
+    assert not folder.exists("sub/b.json")
+
+
+def test_a_file_replaces_another_whole(folder: Folder) -> None:
+    folder.write("a", b"old")
+    folder.write("a", b"new")
+    assert folder.read("a") == b"new"
+
+
+def test_nothing_appears_when_writing_fails(folder: Folder) -> None:
+    with pytest.raises(RuntimeError, match="died"), folder.staged("a") as path:
+        path.write_bytes(b"half")
+        raise RuntimeError("died")
+    assert not folder.exists("a")
+    assert folder.list(TEMPORARY) == []
+
+
+def test_pickles_as_its_address(folder: Folder) -> None:
+    folder.write("a", b"1")
+    assert pickle.loads(pickle.dumps(folder)).read("a") == b"1"
+
+
+def test_missing_file_is_a_file_not_found(folder: Folder) -> None:
+    with pytest.raises(FileNotFoundError):
+        folder.read("none")
