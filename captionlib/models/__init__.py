@@ -1,0 +1,1 @@
+"""The networks: encoders, captioners, decoding, and what a worker computes with them."""

@@ -1,0 +1,180 @@
+"""The folder that a trained model is kept in, of whatever kind: whole or not at all, and nothing that runs when loaded.
+
+| file | content |
+|---|---|
+| `model.safetensors` | the weights |
+| `training.json` | how the training went; nothing depends on it |
+| `config.json` | what the model is and where it comes from; written last, with the SHA-256 of the weights |
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from captionlib.data.shards import fingerprint_of, to_json
+from captionlib.errors import CheckpointError
+from captionlib.storage import Folder
+
+__all__ = ["Checkpoint", "damaged", "describe_checkpoint", "open_folder", "read_checkpoint", "write_checkpoint"]
+
+FORMAT_VERSION = 1
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+TRAINING = "training.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of a checkpoint of any kind.
+
+    Attributes:
+        kind: what the model is, such as `captioner`.
+        identity: all that its answers depend on besides the weights.
+        tensors: the weights, on the CPU.
+        provenance: where it comes from.
+        training: how its training went.
+        fingerprint: the hash of kind, identity and weights: models that answer alike have it in common.
+    """
+
+    kind: str
+    identity: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    provenance: Mapping[str, Any]
+    training: Mapping[str, Any]
+    fingerprint: str
+
+
+def write_checkpoint(
+    folder: str | os.PathLike[str] | Folder,
+    kind: str,
+    tensors: Mapping[str, Tensor],
+    identity: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    training: Mapping[str, Any],
+) -> str:
+    """Writes a checkpoint of any kind, in place of one that is there.
+
+    All files are written beside their places first and then moved there, the configuration last.
+
+    Args:
+        folder: where to.
+        kind: what the model is.
+        tensors: its weights.
+        identity: all else that its answers depend on; plain values.
+        provenance: where it comes from; plain values.
+        training: how its training went; plain values.
+
+    Returns:
+        The fingerprint.
+    """
+    # Clones: tied weights share their memory, and safetensors refuses tensors that do.
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    weights = safetensors.torch.save(copies)
+    digest = hashlib.sha256(weights).hexdigest()
+    config = {
+        "kind": kind,
+        "format_version": FORMAT_VERSION,
+        "fingerprint": _fingerprint(kind, identity, digest),
+        "weights_sha256": digest,
+        "provenance": provenance,
+        **identity,
+    }
+    target = open_folder(folder)
+    with (  # left from the last to the first
+        target.staged(CONFIG) as config_path,
+        target.staged(TRAINING) as training_path,
+        target.staged(WEIGHTS) as weights_path,
+    ):
+        config_path.write_bytes(to_json(config))
+        training_path.write_bytes(to_json(training))
+        weights_path.write_bytes(weights)
+    return str(config["fingerprint"])
+
+
+def read_checkpoint(folder: str | os.PathLike[str] | Folder, kind: str) -> Checkpoint:
+    """Reads a checkpoint of a kind, and checks that it is whole.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it is something else.
+    """
+    source = open_folder(folder)
+    config = _read_json(source, CONFIG)
+    if config is None:
+        raise CheckpointError(f"{source.uri} is no checkpoint: expected a folder that holds {CONFIG} and {WEIGHTS}")
+    if config.get("kind") != kind or "format_version" not in config:
+        got = config.get("kind", "another program's")
+        raise CheckpointError(f"{source.uri}: expected a checkpoint of kind {kind}, got {got}")
+    if config["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{source.uri}: expected format version {FORMAT_VERSION}, got {config['format_version']}; "
+            "load it with the version of captionlib that wrote it, or train again"
+        )
+    try:
+        fingerprint, recorded = config.pop("fingerprint"), config.pop("weights_sha256")
+        provenance = config.pop("provenance")
+        weights = source.read(WEIGHTS)
+    except KeyError as error:
+        raise damaged(source, f"{CONFIG} lacks {error}") from error
+    except FileNotFoundError as error:
+        raise damaged(source, f"{WEIGHTS} is missing") from error
+    identity = {name: value for name, value in config.items() if name not in ("kind", "format_version")}
+    digest = hashlib.sha256(weights).hexdigest()
+    if digest != recorded:
+        raise damaged(source, f"expected {WEIGHTS} of SHA-256 {recorded}, got {digest}")
+    if _fingerprint(kind, identity, digest) != fingerprint:
+        raise damaged(source, f"{CONFIG} is not what its fingerprint was taken of")
+    try:
+        tensors = safetensors.torch.load(weights)
+    except safetensors.SafetensorError as error:
+        raise damaged(source, f"{WEIGHTS} cannot be read: {error}") from error
+    return Checkpoint(kind, identity, tensors, provenance, _read_json(source, TRAINING) or {}, fingerprint)
+
+
+def describe_checkpoint(folder: str | os.PathLike[str] | Folder) -> dict[str, Any]:
+    """What a checkpoint of any kind is, for people: its configuration without the vocabulary, and its best epoch.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    source = open_folder(folder)
+    config = _read_json(source, CONFIG)
+    if config is None or "fingerprint" not in config:
+        raise CheckpointError(f"{source.uri} is no checkpoint of captionlib; expected {CONFIG} and {WEIGHTS}")
+    vocabulary = config.pop("vocabulary", {})
+    training = _read_json(source, TRAINING) or {}
+    history = training.get("history", [])
+    described = {**config, "vocabulary": f"{len(vocabulary.get('words', [])):,} words"}
+    return {**described, "epoch": history[-1]} if history else described
+
+
+def _read_json(folder: Folder, name: str) -> dict[str, Any] | None:
+    try:
+        content = json.loads(folder.read(name))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise damaged(folder, f"{name} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise damaged(folder, f"{name}: expected a mapping, got {type(content).__name__}")
+    return content
+
+
+def _fingerprint(kind: str, identity: Mapping[str, Any], weights_sha256: str) -> str:
+    return fingerprint_of(kind, {**identity, "weights_sha256": weights_sha256})
+
+
+def open_folder(folder: str | os.PathLike[str] | Folder) -> Folder:
+    """The folder at an address, or the folder itself."""
+    return folder if isinstance(folder, Folder) else Folder(folder)
+
+
+def damaged(folder: Folder, reason: str) -> CheckpointError:
+    """The error to raise for a checkpoint that is not what it should be."""
+    return CheckpointError(f"checkpoint {folder.uri} is damaged: {reason}; copy it again, or train again")

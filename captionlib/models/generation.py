@@ -1,0 +1,184 @@
+"""Captions by the shard: from `features/`, or from the images of `manifest/` with encoder and captioner in one pass."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from captionlib.data.loading import LoadingConfig, open_loader
+from captionlib.data.schemas import MANIFEST, captions_schema
+from captionlib.data.stages import Fail, Process
+from captionlib.errors import CheckpointError, ConfigError, ImageError
+from captionlib.models.checkpoints import LoadedCaptioner, load_captioner
+from captionlib.models.decoding import Candidate, Decoder, DecodingConfig
+from captionlib.models.devices import resolve_device
+from captionlib.models.encoder import EncoderConfig, encoder_config
+from captionlib.models.extraction import encode_images, open_encoder
+
+__all__ = ["CaptionGeneration", "GenerationConfig", "caption_images", "caption_rows"]
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How captions are made.
+
+    Attributes:
+        decoding: the search for the most likely sentence.
+        dtype: what the captioner computes in.
+        batch_size: images decoded at a time.
+        loading: how images are fetched and decoded, where captions are made from images.
+        encoder_batch_size: images a batch of the encoder, likewise.
+    """
+
+    decoding: DecodingConfig = field(default_factory=lambda: DecodingConfig(n_best=5))
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_size: int = 100
+    loading: LoadingConfig = field(default_factory=LoadingConfig)
+    encoder_batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "encoder_batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class CaptionGeneration:
+    """The stage from `features/` or `manifest/` to `captions/`.
+
+    Attributes:
+        config: how captions are made.
+        checkpoint: the captioner's folder.
+        fingerprint: of the captioner that the output belongs to; a worker that finds another stops at once.
+        encoder: makes features of images; None where the rows have features.
+        device: where the models run.
+        threads: that they compute with on a CPU; None as PyTorch chooses.
+    """
+
+    config: GenerationConfig
+    checkpoint: str
+    fingerprint: str
+    encoder: EncoderConfig | None = None
+    device: str = "auto"
+    threads: int | None = None
+
+    @property
+    def columns(self) -> Sequence[str]:
+        return ["image_id", "uri", "split", *([] if self.encoder else ["features"])]
+
+    @contextmanager
+    def open(self) -> Iterator[Process]:
+        """Loads the models; see `Stage.open`."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        captioner = load_captioner(self.checkpoint, str(resolve_device(self.device)))
+        if captioner.fingerprint != self.fingerprint:
+            raise CheckpointError(
+                f"{self.checkpoint}: expected captioner {self.fingerprint}, got {captioner.fingerprint}; "
+                "the checkpoint was replaced while the captions were made: start again with --overwrite"
+            )
+        decoder = Decoder(captioner.model, self.config.decoding, getattr(torch, self.config.dtype))
+        if self.encoder is None:
+            yield lambda rows, _fail: self._caption(rows_with_features(rows), captioner, decoder)
+            return
+        encoder = open_encoder(self.encoder, self.device, self.threads, captioner.encoder)
+        with open_loader(self.config.loading, encoder.preprocessing) as load:
+
+            def process(rows: Iterator[pa.RecordBatch], fail: Fail) -> Iterator[tuple[pa.RecordBatch, ...]]:
+                loaded = load(row for batch in rows for row in batch.to_pylist())
+                encoded = encode_images(encoder, loaded, self.config.encoder_batch_size, fail)
+                return self._caption(encoded, captioner, decoder)
+
+            yield process
+
+    def _caption(
+        self,
+        encoded: Iterator[tuple[list[Row], npt.NDArray[np.floating]]],
+        captioner: LoadedCaptioner,
+        decoder: Decoder,
+    ) -> Iterator[tuple[pa.RecordBatch, ...]]:
+        for rows, features in _rebatch(encoded, self.config.batch_size):
+            yield (caption_rows(rows, decoder.decode(features.astype(np.float32)), captioner),)
+
+
+def rows_with_features(rows: Iterator[pa.RecordBatch]) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
+    """Splits batches of `features/` into plain columns and the features, `[rows, size]`."""
+    for batch in rows:
+        features = batch["features"].flatten().to_numpy(zero_copy_only=False).reshape(batch.num_rows, -1)
+        yield batch.select(["image_id", "uri", "split"]).to_pylist(), features
+
+
+def caption_rows(
+    rows: Sequence[Row], candidates: Sequence[Sequence[Candidate]], captioner: LoadedCaptioner
+) -> pa.RecordBatch:
+    """Rows of `captions/`: the best candidate in columns of its own, and all of them."""
+    schema = captions_schema()
+    words = [[captioner.vocabulary.decode(one.words) for one in some] for some in candidates]
+    columns = {
+        **{name: [row[name] for row in rows] for name in ("image_id", "uri", "split")},
+        "caption": [some[0] for some in words],
+        "log_prob": [some[0].log_prob for some in candidates],
+        "tokens": [some[0].tokens for some in candidates],
+        "candidates": [
+            [{"caption": text, "log_prob": one.log_prob} for text, one in zip(texts, some, strict=True)]
+            for texts, some in zip(words, candidates, strict=True)
+        ],
+    }
+    return pa.RecordBatch.from_arrays([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+
+
+def _rebatch(
+    encoded: Iterator[tuple[list[Row], npt.NDArray[np.floating]]], size: int
+) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
+    """Pieces of any length to batches of `size` rows, the last one shorter."""
+    rows: list[Row] = []
+    features: list[npt.NDArray[np.floating]] = []
+    for more_rows, more_features in encoded:
+        rows = rows + more_rows
+        features.append(more_features)
+        while len(rows) >= size:
+            together = np.concatenate(features)
+            yield rows[:size], together[:size]
+            rows, features = rows[size:], [together[size:]]
+    if rows:
+        yield rows, np.concatenate(features)
+
+
+def caption_images(
+    uris: Sequence[str],
+    checkpoint: str,
+    config: GenerationConfig,
+    *,
+    weights: str | None = None,
+    device: str = "auto",
+) -> tuple[list[Row], list[tuple[str, ImageError]]]:
+    """Captions single images, outside of any dataset.
+
+    Args:
+        uris: paths or addresses.
+        checkpoint: the captioner's folder.
+        config: how captions are made.
+        weights: the encoder's weights file, where the captioner learned from features of such a file.
+        device: auto, cpu, cuda or cuda:N.
+
+    Returns:
+        Rows of `captions/` in the order given; and what could not be had, with the reason.
+    """
+    captioner = load_captioner(checkpoint)
+    encoder = encoder_config(captioner.encoder, weights)
+    stage = CaptionGeneration(config, checkpoint, captioner.fingerprint, encoder, device)
+    rows = pa.RecordBatch.from_pylist(
+        [{"image_id": uri, "uri": uri, "split": "", "captions": []} for uri in uris], schema=MANIFEST
+    )
+    failures: list[tuple[str, ImageError]] = []
+    with stage.open() as process:
+        outputs = process(iter([rows]), lambda _id, uri, error: failures.append((uri, error)))
+        captions = [row for (batch,) in outputs for row in batch.to_pylist()]
+    return captions, failures

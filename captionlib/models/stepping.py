@@ -1,0 +1,102 @@
+"""A captioner's weights, laid out for writing sentences: a step is one gather and two matrix products."""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from captionlib.models.captioner import Captioner, advance
+
+__all__ = ["State", "Stepper"]
+
+
+class State(NamedTuple):
+    """What a captioner remembers of some sentences that are being written.
+
+    Attributes:
+        memory: `[parents, hidden_size]` each: the h of each layer and then, of an LSTM, the c of each layer.
+        image: `[parents, gates]`, what the image adds to the next words' gates; None where it adds nothing.
+        parent: `[rows] int64`, the row of memory and image that a sentence goes on from; None where each has its own.
+    """
+
+    memory: tuple[Tensor, ...]
+    image: Tensor | None
+    parent: Tensor | None = None
+
+    def select(self, rows: Tensor) -> "State":
+        """The state of these rows, `[any number] int64`; a row that comes several times is kept once."""
+        if self.parent is not None:
+            rows = self.parent.index_select(0, rows)
+        kept, parent = torch.unique(rows, return_inverse=True)
+        memory = tuple(values.index_select(0, kept) for values in self.memory)
+        return State(memory, None if self.image is None else self.image.index_select(0, kept), parent)
+
+
+class Stepper:
+    """A snapshot of a captioner that reads one word a step. After a change of the weights make a new one.
+
+    Wxh x + b of the first layer is worked out once for every word of the vocabulary, Whh h once for all sentences that
+    go on from the same words.
+
+    Args:
+        model: the captioner; the stepper runs on its device.
+        dtype: what it computes in, float32 or bfloat16.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: Captioner, dtype: torch.dtype = torch.float32) -> None:
+        self.device = model.output.weight.device
+        self.dtype = dtype
+        self._model = copy.deepcopy(model).eval()
+        layers = model.recurrence.all_weights
+        first, _, b_ih, b_hh = layers[0]
+        self._gates_of_word = torch.addmm(b_ih + b_hh, model.word_vectors.weight, first.t()).to(dtype)
+        self._gates_of_image = first.t().clone()
+        self._inputs = [w_ih.t().to(dtype, copy=True) for w_ih, *_ in layers]
+        self._hiddens = [w_hh.t().to(dtype, copy=True) for _, w_hh, *_ in layers]
+        self._biases = [(b_ih + b_hh).to(dtype) for *_, b_ih, b_hh in layers]
+        self._output = model.output.weight.t().to(dtype, copy=True)
+        self._output_bias = model.output.bias.to(dtype, copy=True)
+
+    @torch.inference_mode()
+    def start(self, features: Tensor) -> State:
+        """The state before START, one row an image, from `[images, feature_size]` on any device."""
+        image, memory = self._model.look(features.to(self.device, torch.float32))
+        adds = self._model.config.image_input in ("first", "every")
+        gates = (image @ self._gates_of_image).to(self.dtype) if adds else None
+        return State(memory.to(self.dtype).unbind(), gates)
+
+    @torch.inference_mode()
+    def step(self, state: State, words: Tensor) -> tuple[Tensor, State]:
+        """Reads a word a row.
+
+        Args:
+            state: of the rows so far.
+            words: `[rows] int64`; END to begin.
+
+        Returns:
+            The log-probabilities of the next word, `[rows, vocabulary_size] float32`, and the state after this one.
+        """
+
+        def of_rows(values: Tensor) -> Tensor:
+            return values if state.parent is None else values.index_select(0, state.parent)
+
+        layers = len(self._hiddens)
+        hs, cs = state.memory[:layers], state.memory[layers:]
+        new_hs: list[Tensor] = []
+        new_cs: list[Tensor] = []
+        gates = self._gates_of_word.index_select(0, words)
+        if state.image is not None:
+            gates += of_rows(state.image)
+        for layer, h in enumerate(hs):
+            if layer:
+                gates = torch.addmm(self._biases[layer], new_hs[-1], self._inputs[layer])
+            gates += of_rows(h @ self._hiddens[layer])
+            new_h, new_c = advance(gates, of_rows(cs[layer]) if cs else None)
+            new_hs.append(new_h)
+            new_cs += [] if new_c is None else [new_c]
+        logits = torch.addmm(self._output_bias, new_hs[-1], self._output)
+        image = state.image if self._model.config.image_input == "every" else None
+        image = None if image is None else of_rows(image)
+        return torch.log_softmax(logits, 1, dtype=torch.float32), State((*new_hs, *new_cs), image)

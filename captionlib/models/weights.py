@@ -1,0 +1,106 @@
+"""Weights of encoders: by torchvision's name, from a file, or drawn from a seed."""
+
+import hashlib
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import fsspec
+import safetensors
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from captionlib.errors import ConfigError
+
+__all__ = ["hash_weights", "load_weights", "random_weights", "weights_preset"]
+
+
+def load_weights(model: str, weights: str, network: nn.Module) -> dict[str, Tensor]:
+    """The tensors of `weights` that `network` needs, as float32 where they are floating; there may be fewer.
+
+    Raises:
+        ConfigError: there are no such weights, or the file cannot be read.
+    """
+    needed = network.state_dict()
+    if weights.startswith("random:"):
+        return random_weights(network, weights)
+    if weights.endswith((".safetensors", ".pth", ".pt")):
+        found = _read_file(weights, set(needed))
+    else:
+        found = _download(model, weights)
+    return {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in found.items()
+        if name in needed
+    }
+
+
+def random_weights(network: nn.Module, weights: str) -> dict[str, Tensor]:
+    """Draws convolutions and linear layers from He's normal distribution; other layers stay as they were built.
+
+    Source: He et al. 2015, "Delving Deep into Rectifiers", equation 10: std = sqrt(2 / fan_in).
+    """
+    seed = weights.removeprefix("random:")
+    if not weights.startswith("random:") or not seed.isdigit():
+        raise ConfigError(f"weights {weights!r}: expected random:SEED with a whole number, such as random:0")
+    generator = torch.Generator().manual_seed(int(seed))
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+def weights_preset(model: str, weights: str) -> Any:
+    """The preprocessing of torchvision's named weights; for a file or random ones, of the model's default weights."""
+    entries = torchvision.models.get_model_weights(model)
+    entry = entries[weights] if weights in entries.__members__ else entries.DEFAULT
+    return entry.transforms()
+
+
+def hash_weights(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and contents, the same wherever the weights came from."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _download(model: str, weights: str) -> Mapping[str, Tensor]:
+    entries = torchvision.models.get_model_weights(model)
+    if weights not in entries.__members__:
+        raise ConfigError(
+            f"weights {weights!r}: expected {' or '.join(entries.__members__)} (torchvision's for {model}), "
+            "a .safetensors or .pth file, or random:SEED"
+        )
+    try:
+        found: Mapping[str, Tensor] = entries[weights].get_state_dict(progress=True, check_hash=True)
+    except (URLError, OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"weights {weights} of {model} could not be downloaded from {entries[weights].url} ({error}); "
+            "download that file elsewhere and give its path as weights, or take random:SEED"
+        ) from error
+    return found
+
+
+def _read_file(address: str, names: set[str]) -> Mapping[str, Tensor]:
+    try:
+        path = fsspec.open_local(f"simplecache::{address}") if "://" in address else address
+        if not Path(path).is_file():
+            raise ConfigError(f"weights {address}: no such file")
+        if address.endswith(".safetensors"):
+            with safetensors.safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys() if name in names}  # noqa: SIM118
+        loaded: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+        raise ConfigError(f"weights {address} cannot be read: {error}") from error
+    if not isinstance(loaded, Mapping) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+        raise ConfigError(
+            f"weights {address}: expected a state dictionary, names and tensors, got {type(loaded).__name__}"
+        )
+    return loaded

@@ -1,0 +1,210 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captionlib.data.vocabulary import END, UNKNOWN
+from captionlib.errors import ConfigError, DatasetError
+from captionlib.models.captioner import Captioner, CaptionerConfig, pad_sentences
+from captionlib.models.decoding import Candidate, Decoder, DecodingConfig
+from captionlib.models.stepping import Stepper
+
+FEATURE_SIZE = 3
+CONFIGS = [
+    CaptionerConfig("lstm", layers=2, hidden_size=6, word_size=5),
+    CaptionerConfig("lstm", hidden_size=6, word_size=5, image_input="every"),
+    CaptionerConfig("rnn", hidden_size=6, word_size=5, image_input="first"),
+    CaptionerConfig("rnn", layers=2, hidden_size=6, word_size=5, image_input="state"),
+]
+seeds = st.integers(0, 1000)
+configs = st.sampled_from(CONFIGS)
+
+
+def build(config: CaptionerConfig, seed: int, vocabulary_size: int = 9) -> Captioner:
+    """A model of strong and varied opinions.
+
+    An RNN's states would grow without bound if its weights were as large as an LSTM's; and without positive biases they
+    may die out, so that sentences of the same words in another order are equally likely.
+    """
+    spread = 1.5 if config.cell == "lstm" else 0.8
+    model = Captioner(config, FEATURE_SIZE, vocabulary_size)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-spread, spread, generator=generator)
+        for name, parameter in model.recurrence.named_parameters():
+            if "bias" in name and config.cell == "rnn":
+                parameter.abs_()
+    return model.eval()
+
+
+def features(images: int, seed: int) -> torch.Tensor:
+    return torch.randn(images, FEATURE_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def teacher_forced(model: Captioner, image: torch.Tensor, candidates: list[Candidate]) -> list[float]:
+    """What the model makes of whole sentences: the sum over their tokens; END counts where it was reached."""
+    captions = pad_sentences([candidate.words for candidate in candidates])
+    scores = model(image[None], captions, torch.zeros(len(captions), dtype=torch.int64))
+    return [
+        scores.log_probs[scores.sentences == number][: candidate.tokens].sum().item()
+        for number, candidate in enumerate(candidates)
+    ]
+
+
+@settings(max_examples=12, deadline=None)
+@given(configs, seeds)
+def test_a_beam_of_one_is_greedy(config: CaptionerConfig, seed: int) -> None:
+    model, images = build(config, seed), features(4, seed)
+    decoded = Decoder(model, DecodingConfig(beam_width=1, max_tokens=6)).decode(images)
+    stepper = Stepper(model)
+    for image, candidates in zip(images, decoded, strict=True):
+        state, words = stepper.start(image[None]), [END]
+        while len(words) == 1 or (words[-1] != END and len(words) <= 6):
+            log_probs, state = stepper.step(state, torch.tensor(words[-1:]))
+            words.append(max(set(range(9)) - {UNKNOWN}, key=log_probs[0].tolist().__getitem__))
+        assert [candidate.words for candidate in candidates] == [[word for word in words if word != END]]
+        assert candidates[0].tokens == len(words) - 1
+
+
+@settings(max_examples=8, deadline=None)
+@given(configs, seeds, st.sampled_from([0.0, 0.7, 1.0]))
+def test_a_beam_as_wide_as_the_space_finds_what_trying_everything_finds(
+    config: CaptionerConfig, seed: int, exponent: float
+) -> None:
+    model, images = build(config, seed, vocabulary_size=4), features(2, seed)
+    words = [2, 3]  # all but END and UNKNOWN
+    sentences = [list(sentence) for length in range(4) for sentence in itertools.product(words, repeat=length)]
+    everything = [Candidate(sentence, 0.0, tokens=min(len(sentence) + 1, 3)) for sentence in sentences]
+    decoding = DecodingConfig(beam_width=15, n_best=15, max_tokens=3, length_normalisation=exponent)
+    for image, candidates in zip(images, Decoder(model, decoding).decode(images), strict=True):
+        log_probs = teacher_forced(model, image, everything)
+        scores = [
+            log_prob / sentence.tokens**exponent for log_prob, sentence in zip(log_probs, everything, strict=True)
+        ]
+        order = sorted(range(15), key=lambda number: scores[number], reverse=True)
+        assert [candidate.words for candidate in candidates] == [everything[number].words for number in order]
+        expected = [log_probs[number] for number in order]
+        assert [candidate.log_prob for candidate in candidates] == pytest.approx(expected, rel=1e-5, abs=1e-4)
+
+
+@settings(max_examples=12, deadline=None)
+@given(configs, seeds, st.integers(1, 5), st.integers(1, 8))
+def test_candidates_are_whole_distinct_and_scored_as_the_model_scores_them(
+    config: CaptionerConfig, seed: int, beam_width: int, max_tokens: int
+) -> None:
+    model, images = build(config, seed), features(6, seed)
+    decoding = DecodingConfig(beam_width, n_best=beam_width, max_tokens=max_tokens)
+    for image, candidates in zip(images, Decoder(model, decoding).decode(images), strict=True):
+        assert 1 <= len(candidates) <= beam_width
+        assert len({tuple(candidate.words) for candidate in candidates}) == len(candidates)
+        scores = [candidate.log_prob / candidate.tokens**0.7 for candidate in candidates]
+        assert scores == sorted(scores, reverse=True)
+        expected = teacher_forced(model, image, candidates)
+        assert [candidate.log_prob for candidate in candidates] == pytest.approx(expected, rel=1e-5, abs=1e-4)
+        for candidate in candidates:
+            assert not {END, UNKNOWN} & set(candidate.words)
+            cut_off = len(candidate.words) == max_tokens
+            assert candidate.tokens == len(candidate.words) + (not cut_off) <= max_tokens
+
+
+@settings(max_examples=12, deadline=None)
+@given(configs, seeds, st.integers(1, 4))
+def test_batch_mates_change_nothing(config: CaptionerConfig, seed: int, n_best: int) -> None:
+    images = features(7, seed)
+    decoder = Decoder(build(config, seed), DecodingConfig(beam_width=4, n_best=n_best, max_tokens=7))
+    together = decoder.decode(images)
+    alone = [decoder.decode(image[None])[0] for image in images]
+    assert [[c.words for c in candidates] for candidates in together] == [[c.words for c in image] for image in alone]
+    for candidates, others in zip(together, alone, strict=True):
+        assert [c.log_prob for c in candidates] == pytest.approx([c.log_prob for c in others], rel=1e-5, abs=1e-4)
+
+
+@settings(max_examples=12, deadline=None)
+@given(configs, seeds)
+def test_asking_for_more_candidates_only_adds_to_the_list(config: CaptionerConfig, seed: int) -> None:
+    model, images = build(config, seed), features(5, seed)
+    all_five = Decoder(model, DecodingConfig(n_best=5)).decode(images)
+    for n_best in (1, 3):
+        fewer = Decoder(model, DecodingConfig(n_best=n_best)).decode(images)
+        assert [[c.words for c in image[:n_best]] for image in all_five] == [
+            [c.words for c in image] for image in fewer
+        ]
+
+
+def test_a_sentence_that_never_ends_is_cut_off() -> None:
+    model = build(CONFIGS[0], seed=0)
+    with torch.no_grad():
+        model.output.bias[END] = -100
+    candidates = Decoder(model, DecodingConfig(max_tokens=4)).decode(features(3, 0))
+    assert [len(image[0].words) for image in candidates] == [4, 4, 4]
+    assert [image[0].tokens for image in candidates] == [4, 4, 4]
+
+
+def test_a_sentence_without_words_is_a_sentence() -> None:
+    model = build(CONFIGS[0], seed=0)
+    with torch.no_grad():
+        model.output.bias[END] = 100
+    ((candidate,),) = Decoder(model).decode(features(1, 0))
+    assert (candidate.words, candidate.tokens) == ([], 1)
+    assert candidate.log_prob == pytest.approx(0)
+
+
+def test_length_normalisation_favours_longer_sentences() -> None:
+    model = build(CaptionerConfig("rnn", hidden_size=1, word_size=1), seed=0, vocabulary_size=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.output.bias.copy_(torch.tensor([0.6, 1e-9, 0.4]).log())
+    image = torch.zeros(1, FEATURE_SIZE)
+    for exponent, words in ((0.0, 0), (2.0, 3)):  # ln 0.6 is the most likely, (3 ln 0.4 + ln 0.6) / 4^2 scores best
+        decoding = DecodingConfig(beam_width=8, max_tokens=4, length_normalisation=exponent)
+        ((candidate,),) = Decoder(model, decoding).decode(image)
+        assert len(candidate.words) == words
+        assert candidate.log_prob == pytest.approx(words * math.log(0.4) + math.log(0.6))
+
+
+def test_a_beam_wider_than_the_vocabulary_is_filled_as_far_as_it_goes() -> None:
+    model = build(CONFIGS[2], seed=1, vocabulary_size=3)
+    (candidates,) = Decoder(model, DecodingConfig(beam_width=50, n_best=50, max_tokens=3)).decode(features(1, 1))
+    assert sorted(candidate.words for candidate in candidates) == [[], [2], [2, 2], [2, 2, 2]]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_bfloat16_finds_sentences_of_nearly_the_probability_it_says(config: CaptionerConfig) -> None:
+    model, images = build(config, seed=3), features(10, 3)
+    for image, (candidate,) in zip(images, Decoder(model, dtype=torch.bfloat16).decode(images), strict=True):
+        (expected,) = teacher_forced(model, image, [candidate])
+        assert candidate.log_prob == pytest.approx(expected, abs=0.02 * candidate.tokens)
+
+
+def test_arrays_are_taken_and_no_images_are_no_sentences() -> None:
+    decoder = Decoder(build(CONFIGS[0], seed=0))
+    images = features(2, 0)
+    assert decoder.decode(images.numpy()) == decoder.decode(images)
+    assert decoder.decode(np.zeros((0, FEATURE_SIZE), np.float32)) == []
+
+
+def test_features_that_are_no_numbers_are_refused() -> None:
+    images = features(3, 0)
+    images[1, 0] = torch.inf
+    with pytest.raises(DatasetError, match="got others in row 1 of the batch"):
+        Decoder(build(CONFIGS[0], seed=0)).decode(images)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beam_width": 0}, "beam_width must be at least 1, got 0"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"beam_width": 3, "n_best": 4}, "at most the beam's width 3, got 4"),
+        ({"length_normalisation": -1.0}, "must not be negative, got -1.0"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DecodingConfig(**options)
