@@ -1,0 +1,1 @@
+"""The training jobs, without Beam: data in, checkpoints out."""

@@ -1,0 +1,30 @@
+"""Draws what training reports, for people who would rather look than read."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from captionlib.storage import Folder
+
+__all__ = ["draw_curves"]
+
+
+def draw_curves(output: Folder, history: Sequence[dict[str, Any]]) -> None:
+    """Writes `curves.png`: loss and validation scores over the epochs.
+
+    Args:
+        output: the run's folder.
+        history: one mapping an epoch.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [name for name in history[0] if name not in {"epoch", "seconds", "learning_rate"}]
+    epochs = [row["epoch"] for row in history]
+    figure = Figure(figsize=(4.5 * len(names), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        axes.plot(epochs, [row[name] for row in history], marker="o", markersize=3)
+        axes.set(title=name, xlabel="epoch")
+        axes.grid(alpha=0.3)
+    with output.staged("curves.png") as path:
+        figure.savefig(path, format="png", dpi=120)

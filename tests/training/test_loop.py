@@ -1,0 +1,154 @@
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from captionlib.errors import ConfigError, DatasetError
+from captionlib.storage import Folder
+from captionlib.training.loop import LoopConfig, TrainingStopped, claim_folder, seed_everything, train
+
+CONFIG = LoopConfig(epochs=3, save_seconds=0, patience=None)
+STEPS = 4
+
+
+class Line:
+    """Fits y = 2 x with dropout, so that every step also depends on the generator."""
+
+    score_name = "error"
+
+    def __init__(self, at_step: Callable[[int], None] = lambda _: None) -> None:
+        seed_everything(0)
+        self.model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+        self.saved: list[int] = []
+        self.errors: list[float] = []
+        self._step = 0
+        self._at_step = at_step
+
+    def batches(self, seed: int, epoch: int) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(1000 * seed + epoch)
+        return (torch.randn(5, 3, generator=generator) for _ in range(STEPS))
+
+    def steps(self) -> int:
+        return STEPS
+
+    def loss(self, batch: Tensor) -> tuple[Tensor, float, int]:
+        self._step += 1
+        self._at_step(self._step)
+        loss = (self.model(batch) - 2 * batch).square().mean()
+        return loss, loss.item() * len(batch), len(batch)
+
+    def validate(self) -> dict[str, float]:
+        error = self.errors.pop(0) if self.errors else float(self.model(torch.ones(1, 3)).sub(2).abs().mean())
+        return {"error": error}
+
+    def save(self, output: Folder, training: dict[str, Any]) -> None:
+        self.saved.append(len(training["history"]))
+        output.write("model.safetensors", b"")
+
+
+def run(objective: Line, folder: Path, config: LoopConfig = CONFIG) -> list[dict[str, float]]:
+    return train(objective, config, Folder(folder), {"training": vars(config)}, progress=False)
+
+
+def weights(objective: Line) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in objective.model.parameters()]
+
+
+def stop_at(wanted: int) -> Callable[[int], None]:
+    def stop(step: int) -> None:
+        if step == wanted:
+            raise RuntimeError("the machine dies")
+
+    return stop
+
+
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adam", "adamw"])
+@pytest.mark.parametrize("died_at", [1, 3, STEPS + 1, 2 * STEPS, 3 * STEPS])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, died_at: int, optimizer: Any) -> None:
+    config = replace(CONFIG, optimizer=optimizer, schedule="cosine")
+    undisturbed = Line()
+    history = run(undisturbed, tmp_path / "undisturbed", config)
+    with pytest.raises(RuntimeError, match="dies"):
+        run(Line(stop_at(died_at)), tmp_path / "killed", config)
+    resumed = Line()
+    assert [row["loss"] for row in run(resumed, tmp_path / "killed", config)] == [row["loss"] for row in history]
+    for expected, got in zip(weights(undisturbed), weights(resumed), strict=True):
+        assert torch.equal(expected, got)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_step_and_is_gone_on_from(tmp_path: Path, number: signal.Signals) -> None:
+    handler = signal.getsignal(number)
+    with pytest.raises(TrainingStopped):
+        run(Line(lambda step: os.kill(os.getpid(), number) if step == 2 else None), tmp_path / "stopped")
+    assert signal.getsignal(number) == handler
+    undisturbed, resumed = Line(), Line()
+    run(undisturbed, tmp_path / "undisturbed")
+    run(resumed, tmp_path / "stopped")
+    assert resumed._step == 3 * STEPS - 2
+    for expected, got in zip(weights(undisturbed), weights(resumed), strict=True):
+        assert torch.equal(expected, got)
+
+
+def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
+    history = run(Line(), tmp_path)
+    again = Line()
+    assert run(again, tmp_path) == history
+    assert again._step == 0
+
+
+def test_a_run_can_be_prolonged_but_not_changed(tmp_path: Path) -> None:
+    run(Line(), tmp_path)
+    longer = Line()
+    assert len(run(longer, tmp_path, replace(CONFIG, epochs=5))) == 5
+    assert longer._step == 2 * STEPS
+    with pytest.raises(DatasetError, match=r"training.learning_rate: there 0.001, now 0.1"):
+        run(Line(), tmp_path, replace(CONFIG, learning_rate=0.1))
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_the_run(tmp_path: Path) -> None:
+    objective = Line()
+    objective.errors = [3.0, 1.0, 2.0, 1.5, 0.1]
+    history = run(objective, tmp_path, replace(CONFIG, epochs=5, patience=2))
+    assert [row["error"] for row in history] == [3.0, 1.0, 2.0, 1.5]
+    assert objective.saved == [1, 2]
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 4
+
+
+def test_gradients_are_clipped(tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    class Watched(Line):
+        def loss(self, batch: Tensor) -> tuple[Tensor, float, int]:
+            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            seen.extend(float(gradient.abs().max()) for gradient in gradients)
+            loss, summed, count = super().loss(batch)
+            return 1e6 * loss, summed, count
+
+    run(Watched(), tmp_path / "value", replace(CONFIG, clip_value=5.0))
+    assert max(seen) == 5.0
+    seen.clear()
+    run(Watched(), tmp_path / "norm", replace(CONFIG, clip_value=None, clip_norm=0.5))
+    assert max(seen) <= 0.5
+
+
+def test_someone_elses_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(DatasetError, match=r"files that no training run wrote \(thesis.txt\)"):
+        claim_folder(Folder(tmp_path), overwrite=True)
+    (tmp_path / "thesis.txt").unlink()
+    run(Line(), tmp_path)
+    claim_folder(Folder(tmp_path), overwrite=True)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("values", [{"epochs": 0}, {"learning_rate": 0}])
+def test_settings_that_cannot_be_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        LoopConfig(**values)
