@@ -1,0 +1,1 @@
+"""Scores of captions and of rankings, and pages that show them."""

@@ -1,0 +1,1 @@
+"""Questions to the Parquet and to the index."""
