@@ -1,0 +1,52 @@
+"""`manifest/` to `features/`: what the encoder sees in each image."""
+
+import os
+
+from captionlib.data.datasets import create_dataset, open_dataset
+from captionlib.data.schemas import features_schema
+from captionlib.data.shards import Totals
+from captionlib.data.stages import ShardJob
+from captionlib.models.extraction import ExtractionConfig, FeatureExtraction, open_encoder
+from pipelines.run import RunConfig, run_job
+
+__all__ = ["extract_features"]
+
+
+def extract_features(
+    manifest: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    config: ExtractionConfig,
+    *,
+    device: str = "auto",
+    run: RunConfig = RunConfig(),
+) -> Totals:
+    """Extracts the features of every image of a manifest, or goes on where a former run stopped.
+
+    Args:
+        manifest: a complete manifest dataset.
+        output: the features dataset to write.
+        config: encoder and loading.
+        device: auto, cpu, cuda or cuda:N.
+        run: how the pipeline is run.
+
+    Returns:
+        Rows, failures and their reasons.
+
+    Raises:
+        ConfigError: no such model, node, weights or device.
+        DatasetError: the manifest is not complete, or `output` holds something else.
+        FailureRatioError: more images failed than the run allows.
+    """
+    source = open_dataset(manifest, "manifest").require_complete()
+    threads = run.threads if run.workers > 1 else None
+    encoder = open_encoder(config.encoder, device, threads)
+    dataset = create_dataset(
+        output,
+        "features",
+        features_schema(encoder.size, config.encoder.stored_dtype),
+        config={"input": source.fingerprint, "encoder": encoder.description},
+        shards=source.shards,
+        overwrite=run.overwrite,
+    )
+    stage = FeatureExtraction(config, encoder.description, device, threads)
+    return run_job(ShardJob(source, (dataset,), stage, run.retry_failures), "extract-features", run)

@@ -1,0 +1,73 @@
+"""The one shape of every pipeline here: references to shards are spread over workers, and each shard is done whole."""
+
+from contextlib import ExitStack, suppress
+
+import apache_beam as beam
+from apache_beam.metrics.metric import Metrics
+from apache_beam.pvalue import PBegin, PCollection
+from apache_beam.transforms.combiners import Count
+
+from captionlib.data.shards import Marker
+from captionlib.data.stages import Process, ShardJob
+from captionlib.errors import DatasetError
+
+__all__ = ["ProcessShards"]
+
+
+class ProcessShards(beam.PTransform[PBegin, PCollection[int]]):
+    """Does the pending shards of a job and then marks its outputs complete.
+
+    Elements are shard numbers, never images: what crosses the Reshuffle stays small however large the images are.
+    """
+
+    def __init__(self, job: ShardJob, max_failure_ratio: float) -> None:
+        super().__init__()
+        self._job = job
+        self._max_failure_ratio = max_failure_ratio
+        self._shards = job.pending()
+
+    def expand(self, begin: PBegin) -> PCollection[int]:
+        finished: PCollection[int] = (
+            begin
+            | "Shards" >> beam.Create(self._shards, reshuffle=False)
+            | "Spread" >> beam.Reshuffle()
+            | "Process" >> beam.ParDo(_ProcessShard(self._job))
+            | "Count" >> Count.Globally()
+            | "Finish" >> beam.ParDo(_Finish(self._job, self._max_failure_ratio))
+        )
+        return finished
+
+
+class _ProcessShard(beam.DoFn):
+    def __init__(self, job: ShardJob) -> None:
+        self._job = job
+        self._images = Metrics.counter("ProcessShards", "images")
+        self._failures = Metrics.counter("ProcessShards", "failures")
+
+    def setup(self) -> None:
+        self._opened = ExitStack()
+        self._process: Process = self._opened.enter_context(self._job.stage.open())
+
+    def process(self, shard: int) -> list[Marker]:
+        marker = self._job.run(shard, self._process)
+        self._images.inc(marker.rows + marker.failures)
+        self._failures.inc(marker.failures)
+        return [marker]
+
+    def teardown(self) -> None:
+        self._opened.close()
+
+
+class _Finish(beam.DoFn):
+    """Lets a job end well on its cluster when the command that submitted it is gone."""
+
+    def __init__(self, job: ShardJob, max_failure_ratio: float) -> None:
+        self._job = job
+        self._max_failure_ratio = max_failure_ratio
+
+    def process(self, shards: int) -> list[int]:
+        with suppress(
+            DatasetError
+        ):  # the submitting command finds and tells the same; here it would only be tried again
+            self._job.finish(self._max_failure_ratio)
+        return [shards]

@@ -1,0 +1,111 @@
+"""Runs a job of shards on whatever runner Beam's options name, and waits for it."""
+
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
+from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
+from apache_beam.runners.runner import PipelineRunner, create_runner
+from apache_beam.transforms.environments import SubprocessSDKEnvironment
+
+from captionlib.data.progress import show_progress
+from captionlib.data.shards import Totals
+from captionlib.data.stages import ShardJob
+from captionlib.errors import ConfigError
+from pipelines.process_shards import ProcessShards
+
+__all__ = ["RunConfig", "run_job"]
+
+_IN_PROCESS = {None, "DirectRunner", "FnApiRunner", "BundleBasedDirectRunner", "SwitchingDirectRunner"}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How a pipeline is run.
+
+    Attributes:
+        workers: processes on this machine; one runs in the command's own process.
+        beam_options: Beam's own options, such as `--runner=FlinkRunner`, untouched.
+        max_failure_ratio: of the images; above it the run fails, after all shards are written.
+        retry_failures: do the failed images of done shards again.
+        overwrite: replace the output of another configuration.
+        progress: show a progress bar.
+    """
+
+    workers: int = 1
+    beam_options: tuple[str, ...] = ()
+    max_failure_ratio: float = 0.05
+    retry_failures: bool = False
+    overwrite: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ConfigError(f"workers: expected at least 1, got {self.workers}")
+        if not 0 <= self.max_failure_ratio <= 1:
+            raise ConfigError(f"max_failure_ratio: expected 0 to 1, got {self.max_failure_ratio}")
+
+    @property
+    def threads(self) -> int:
+        """How many threads each of the local workers computes with."""
+        return max(1, available_cores() // self.workers)
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
+    """Does what is pending of a job, shows its progress and marks the outputs complete.
+
+    Raises:
+        ConfigError: Beam does not know an option.
+        FailureRatioError: more images failed than the run allows; everything is written all the same.
+    """
+    runner, options = choose_runner(run)
+    if job.pending():
+        with show_progress(job.source, job.outputs[0], label, run.progress):
+            pipeline = beam.Pipeline(runner, options)
+            _ = pipeline | label >> ProcessShards(job, run.max_failure_ratio)
+            pipeline.run().wait_until_finish()
+    return job.finish(run.max_failure_ratio)
+
+
+def choose_runner(run: RunConfig) -> tuple[PipelineRunner, PipelineOptions]:
+    """The runner that Beam's options name; without one, or with DirectRunner, the in-process runner.
+
+    DirectRunner itself is passed over: it first tries to download a runner of another language.
+
+    Raises:
+        ConfigError: the in-process runner has no such option, or `workers` is given to another runner.
+    """
+    options = PipelineOptions(list(run.beam_options))
+    name = options.view_as(StandardOptions).runner
+    if name not in _IN_PROCESS:
+        if run.workers > 1:
+            raise ConfigError(
+                f"--workers {run.workers} is for this machine; {name} takes an option of its own, such as --parallelism"
+            )
+        return create_runner(name), options
+    _refuse_unknown(run.beam_options)
+    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    if run.workers == 1:
+        return FnApiRunner(), options
+    options.view_as(DirectOptions).direct_num_workers = run.workers
+    command = f"{shlex.quote(sys.executable)} -m pipelines.local_worker"
+    return FnApiRunner(SubprocessSDKEnvironment.from_command_string(command)), options
+
+
+def _refuse_unknown(flags: Sequence[str]) -> None:
+    """A runner elsewhere has options that are not known here, the in-process runner has none."""
+    known = PipelineOptions([]).get_all_options().keys()
+    for flag in flags:
+        name = flag.removeprefix("--").split("=")[0].removeprefix("no_").replace("-", "_")
+        if flag.startswith("--") and name not in known:
+            raise ConfigError(f"{flag} is no option of Beam's in-process runner; see Beam's list of pipeline options")

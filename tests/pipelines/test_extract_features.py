@@ -1,0 +1,167 @@
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from captionlib.data.shards import ShardedDataset
+from captionlib.errors import ConfigError, DatasetError, FailureRatioError, FingerprintError
+from captionlib.models.encoder import EncoderConfig, load_encoder
+from captionlib.models.extraction import ExtractionConfig
+from pipelines.extract_features import extract_features
+from pipelines.run import RunConfig, choose_runner
+
+QUIET = RunConfig(max_failure_ratio=0.5, progress=False)
+
+
+def extract(manifest: ShardedDataset, output: Path, config: ExtractionConfig, run: RunConfig = QUIET) -> ShardedDataset:
+    from captionlib.data.datasets import open_dataset
+
+    extract_features(manifest.folder.uri, output, config, run=run)
+    return open_dataset(output, "features").require_complete()
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("part-*.parquet"))}
+
+
+def test_every_image_is_a_row_or_a_failure(
+    manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig
+) -> None:
+    features = extract(manifest, tmp_path / "features", small_encoder)
+    totals = features.totals()
+    assert (totals.rows, totals.failures) == (8, 2)
+    rows = [row for shard in range(3) for row in features.read(shard).to_pylist()]
+    assert [row["image_id"] for row in rows] == [
+        f"{name}.png" for name in ("red", "green", "blue", "yellow", "purple", "orange", "black", "white")
+    ]
+    assert rows[0]["captions"] == ["a red field", "all of it is red"]
+    failures = [table.to_pylist()[0] for shard in range(3) if (table := features.read_failures(shard)) is not None]
+    assert [(row["image_id"], row["stage"]) for row in failures] == [("broken.png", "decode"), ("missing.png", "fetch")]
+
+
+def test_features_are_what_the_encoder_sees(
+    manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig
+) -> None:
+    features = extract(manifest, tmp_path / "features", small_encoder)
+    encoder = load_encoder(small_encoder.encoder)
+    white = encoder.encode(np.full((1, 224, 224, 3), 255, np.uint8))[0]
+    stored = features.read(2).to_pylist()[0]
+    assert stored["image_id"] == "white.png"
+    np.testing.assert_allclose(stored["features"], white, rtol=2e-3, atol=1e-3)
+    assert features.config["encoder"] == encoder.description
+
+
+def test_a_second_run_changes_nothing(
+    manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig
+) -> None:
+    extract(manifest, tmp_path / "features", small_encoder)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").glob("part-*")}
+    extract(manifest, tmp_path / "features", small_encoder)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "features").glob("part-*")} == times
+
+
+def test_what_is_missing_is_done_again_and_comes_out_the_same(
+    manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig
+) -> None:
+    features = extract(manifest, tmp_path / "features", small_encoder)
+    before = content(tmp_path / "features")
+    features.forget(1)
+    (tmp_path / "features" / "part-00001.parquet").unlink()
+    extract(manifest, tmp_path / "features", small_encoder)
+    assert content(tmp_path / "features") == before
+
+
+def test_bundles_that_run_twice_write_the_same(
+    manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig
+) -> None:
+    extract(manifest, tmp_path / "once", small_encoder)
+    twice = dataclasses.replace(QUIET, beam_options=("--direct_runner_bundle_repeat=1",))
+    extract(manifest, tmp_path / "twice", small_encoder, twice)
+    assert content(tmp_path / "once") == content(tmp_path / "twice")
+
+
+def test_two_processes_write_the_same(
+    manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig
+) -> None:
+    extract(manifest, tmp_path / "one", small_encoder)
+    extract(manifest, tmp_path / "two", small_encoder, dataclasses.replace(QUIET, workers=2))
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def test_repaired_images_are_retried_alone(
+    manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig, images: list[str]
+) -> None:
+    extract(manifest, tmp_path / "features", small_encoder)
+    Path(images[3]).write_bytes(Path(images[0]).read_bytes())
+    retry = dataclasses.replace(QUIET, retry_failures=True)
+    features = extract(manifest, tmp_path / "features", small_encoder, retry)
+    assert features.read(0)["image_id"].to_pylist() == ["red.png", "green.png", "blue.png", "broken.png"]
+    assert features.totals().reasons == {"FileNotFoundError": 1}
+
+
+def test_another_encoder_is_refused(manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig) -> None:
+    extract(manifest, tmp_path / "features", small_encoder)
+    other = dataclasses.replace(small_encoder, encoder=dataclasses.replace(small_encoder.encoder, weights="random:1"))
+    with pytest.raises(FingerprintError, match=r"encoder.weights: there 'random:0', now 'random:1'"):
+        extract(manifest, tmp_path / "features", other)
+
+
+def test_too_many_failures_end_with_an_error_and_all_rows(
+    manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig
+) -> None:
+    strict = dataclasses.replace(QUIET, max_failure_ratio=0.1)
+    with pytest.raises(FailureRatioError, match="2 of 10 images failed"):
+        extract(manifest, tmp_path / "features", small_encoder, strict)
+    assert len(content(tmp_path / "features")) == 3
+    assert extract(manifest, tmp_path / "features", small_encoder).totals().rows == 8
+
+
+def test_an_incomplete_manifest_is_refused(
+    manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig
+) -> None:
+    manifest.forget(1)
+    with pytest.raises(DatasetError, match="is not complete: expected 3 shards, 2 are done"):
+        extract(manifest, tmp_path / "features", small_encoder)
+
+
+def test_everything_may_lie_elsewhere(
+    manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig
+) -> None:
+    output = f"memory://{tmp_path.name}/features"
+    extract_features(manifest.folder.uri, output, small_encoder, run=QUIET)
+    local = extract(manifest, tmp_path / "features", small_encoder)
+    assert ShardedDataset(**{**vars(local), "folder": type(local.folder)(output)}).read(0).equals(local.read(0))
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (RunConfig(beam_options=("--no_such_thing=1",)), "--no_such_thing=1 is no option"),
+        (RunConfig(workers=2, beam_options=("--runner=FlinkRunner",)), "--workers 2 is for this machine"),
+    ],
+)
+def test_options_that_lead_nowhere_are_refused(run: RunConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choose_runner(run)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (EncoderConfig(model="vgg61"), "unknown model 'vgg61'; torchvision has vgg1"),
+        (
+            EncoderConfig("squeezenet1_1", "features.4.ca", "random:0"),
+            "no node 'features.4.ca'; near it: features.4.cat",
+        ),
+        (EncoderConfig("squeezenet1_1", "features.4.cat", "nothing.pth"), "nothing.pth: no such file"),
+        (EncoderConfig("squeezenet1_1", "features.4.cat", "random:x"), "expected random:SEED"),
+        (EncoderConfig("squeezenet1_1", "features.4.cat", "IMAGENET"), "expected IMAGENET1K_V1 or"),
+    ],
+)
+def test_a_wrong_encoder_stops_before_anything_is_written(
+    manifest: ShardedDataset, tmp_path: Path, config: EncoderConfig, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        extract(manifest, tmp_path / "features", ExtractionConfig(config))
+    assert not (tmp_path / "features").exists()

@@ -1,0 +1,149 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from captionlib.data.datasets import open_dataset
+from captionlib.data.shards import ShardedDataset
+from captionlib.errors import CheckpointError, ConfigError, DatasetError, FetchError, FingerprintError
+from captionlib.models.captioner import CaptionerConfig
+from captionlib.models.checkpoints import load_captioner
+from captionlib.models.decoding import DecodingConfig
+from captionlib.models.extraction import ExtractionConfig
+from captionlib.models.generation import GenerationConfig, caption_images
+from captionlib.training.captioning import CaptioningConfig, train_captioner
+from captionlib.training.loop import LoopConfig
+from pipelines.extract_features import extract_features
+from pipelines.generate_captions import generate_captions
+from pipelines.run import RunConfig
+from tests.pipelines.conftest import write_manifest
+
+QUIET = RunConfig(max_failure_ratio=0.5, progress=False)
+GENERATION = GenerationConfig(DecodingConfig(beam_width=3, n_best=2), batch_size=3, encoder_batch_size=3)
+
+
+@pytest.fixture
+def features(manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig) -> Path:
+    extract_features(manifest.folder.uri, tmp_path / "features", small_encoder, run=QUIET)
+    return tmp_path / "features"
+
+
+@pytest.fixture
+def captioner(features: Path, tmp_path: Path) -> Path:
+    config = CaptioningConfig(
+        captioner=CaptionerConfig(hidden_size=16, word_size=16, dropout=0.0),
+        training=LoopConfig(epochs=2),
+        min_count=1,
+        batch_images=4,
+    )
+    train_captioner(features, tmp_path / "captioner", config, device="cpu", progress=False)
+    return tmp_path / "captioner"
+
+
+def caption(source: Path | str, captioner: Path, output: Path, run: RunConfig = QUIET) -> ShardedDataset:
+    generate_captions(source, captioner, output, GENERATION, device="cpu", run=run)
+    return open_dataset(output, "captions").require_complete()
+
+
+def rows(dataset: ShardedDataset) -> list[dict[str, object]]:
+    return [row for shard in range(dataset.shards) for row in dataset.read(shard).to_pylist()]
+
+
+def test_each_row_has_its_best_caption_and_the_n_best(features: Path, captioner: Path, tmp_path: Path) -> None:
+    captions = rows(caption(features, captioner, tmp_path / "captions"))
+    assert [row["image_id"] for row in captions] == [row["image_id"] for row in rows(open_dataset(features))]
+    for row in captions:
+        candidates = row["candidates"]
+        assert isinstance(candidates, list)
+        assert len(candidates) == 2
+        assert (candidates[0]["caption"], candidates[0]["log_prob"]) == (row["caption"], row["log_prob"])
+        assert candidates[0]["caption"] != candidates[1]["caption"]
+
+
+def test_log_probabilities_are_those_of_the_model(features: Path, captioner: Path, tmp_path: Path) -> None:
+    dataset = caption(features, captioner, tmp_path / "captions")
+    loaded = load_captioner(captioner)
+    for row, source in zip(rows(dataset), rows(open_dataset(features)), strict=True):
+        ids = torch.tensor([loaded.vocabulary.encode(str(row["caption"]))], dtype=torch.int64)
+        vector = torch.tensor([source["features"]])
+        with torch.inference_mode():
+            scores = loaded.model(vector, ids, torch.zeros(1, dtype=torch.int64))
+        if row["tokens"] == len(ids[0]) + 1:  # else the limit of tokens cut it off
+            assert row["log_prob"] == pytest.approx(scores.log_probs.sum().item(), abs=1e-3)
+
+
+def test_images_and_features_give_the_same_captions(
+    manifest: ShardedDataset, features: Path, captioner: Path, tmp_path: Path
+) -> None:
+    of_features = caption(features, captioner, tmp_path / "captions")
+    of_images = caption(manifest.folder.uri, captioner, tmp_path / "captions-of-images")
+    assert rows(of_features) == rows(of_images)
+    assert of_images.totals().failures == 2
+
+
+def test_bundles_that_run_twice_write_the_same(features: Path, captioner: Path, tmp_path: Path) -> None:
+    once = caption(features, captioner, tmp_path / "once")
+    twice = dataclasses.replace(QUIET, beam_options=("--direct_runner_bundle_repeat=1",))
+    again = caption(features, captioner, tmp_path / "twice", twice)
+    for shard in range(once.shards):
+        assert Path(once.part_path(shard)).read_bytes() == Path(again.part_path(shard)).read_bytes()
+
+
+def test_other_decoding_into_the_same_folder_is_refused(features: Path, captioner: Path, tmp_path: Path) -> None:
+    caption(features, captioner, tmp_path / "captions")
+    other = dataclasses.replace(GENERATION, decoding=dataclasses.replace(GENERATION.decoding, beam_width=2))
+    with pytest.raises(FingerprintError, match=r"decoding.beam_width: there 3, now 2"):
+        generate_captions(features, captioner, tmp_path / "captions", other, run=QUIET)
+
+
+def test_features_of_another_encoder_are_refused(
+    manifest: ShardedDataset, captioner: Path, tmp_path: Path, small_encoder: ExtractionConfig
+) -> None:
+    encoder = dataclasses.replace(small_encoder.encoder, weights="random:7")
+    other = dataclasses.replace(small_encoder, encoder=encoder)
+    extract_features(manifest.folder.uri, tmp_path / "other", other, run=QUIET)
+    with pytest.raises(CheckpointError, match="weights"):
+        caption(tmp_path / "other", captioner, tmp_path / "captions")
+    assert not (tmp_path / "captions").exists()
+
+
+def test_a_damaged_or_missing_checkpoint_is_refused(features: Path, captioner: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere"):
+        caption(features, tmp_path / "nowhere", tmp_path / "captions")
+    config = json.loads((captioner / "config.json").read_text())
+    (captioner / "config.json").write_text(json.dumps(config)[:-20])
+    with pytest.raises(CheckpointError, match="captioner"):
+        caption(features, captioner, tmp_path / "captions")
+
+
+def test_captions_cannot_be_captioned(features: Path, captioner: Path, tmp_path: Path) -> None:
+    caption(features, captioner, tmp_path / "captions")
+    with pytest.raises(DatasetError, match="expected a dataset of kind features or manifest, got captions"):
+        caption(tmp_path / "captions", captioner, tmp_path / "more")
+
+
+def test_weights_are_not_asked_for_where_nothing_is_encoded(features: Path, captioner: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--weights is for captioning images"):
+        generate_captions(features, captioner, tmp_path / "captions", GENERATION, weights="w.pth", run=QUIET)
+
+
+def test_single_images_are_captioned_like_those_of_a_dataset(
+    features: Path, captioner: Path, tmp_path: Path, images: list[str]
+) -> None:
+    captions = {row["uri"]: row for row in rows(caption(features, captioner, tmp_path / "captions"))}
+    got, failures = caption_images([images[4], images[0], images[9]], str(captioner), GENERATION, device="cpu")
+    assert [row["uri"] for row in got] == [images[4], images[0]]
+    for row in got:
+        assert row["caption"] == captions[row["uri"]]["caption"]
+    assert [(uri, type(error)) for uri, error in failures] == [(images[9], FetchError)]
+
+
+def test_an_image_without_neighbours_is_captioned_the_same(
+    features: Path, captioner: Path, tmp_path: Path, small_encoder: ExtractionConfig, images: list[str]
+) -> None:
+    together = {row["image_id"]: row["caption"] for row in rows(caption(features, captioner, tmp_path / "captions"))}
+    write_manifest(tmp_path / "alone", images[:1])
+    alone = rows(caption(str(tmp_path / "alone"), captioner, tmp_path / "captions-alone"))
+    assert [row["caption"] for row in alone] == [together["red.png"]]
