@@ -1,0 +1,28 @@
+"""Runs every benchmark, or those named: `python -m benchmarks [NAME ...]`. Exits non-zero where a bar is missed."""
+
+import subprocess
+import sys
+
+BENCHMARKS = {
+    "extract-throughput": "benchmarks.extract_throughput",
+    "encoder-bfloat16": "benchmarks.encoder_bfloat16",
+    "extract-memory": "benchmarks.extract_memory",
+    "prepare-memory": "benchmarks.prepare_memory",
+    "decoding-speed": "benchmarks.decoding_speed",
+    "odd-files": "benchmarks.odd_files",
+    "kills": "benchmarks.kills",
+    "repeated-bundles": "benchmarks.repeated_bundles",
+}
+
+
+def main() -> None:
+    """Runs each benchmark in a process of its own, so that none sees another's memory."""
+    names = sys.argv[1:] or list(BENCHMARKS)
+    if unknown := [name for name in names if name not in BENCHMARKS]:
+        sys.exit(f"unknown benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+    short = [name for name in names if subprocess.run([sys.executable, "-m", BENCHMARKS[name]], check=False).returncode]
+    sys.exit(f"short: {', '.join(short)}" if short else 0)
+
+
+if __name__ == "__main__":
+    main()

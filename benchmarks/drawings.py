@@ -1,0 +1,52 @@
+"""Images and manifests that benchmarks run on, made on the spot."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from PIL import Image
+
+from captionlib.data.datasets import create_dataset
+from captionlib.data.images import Preprocessing
+from captionlib.data.loading import LoadingConfig, open_loader
+from captionlib.data.schemas import MANIFEST
+from captionlib.data.shard_writer import write_shard
+from captionlib.data.shards import ShardedDataset
+
+__all__ = ["decode_images", "draw_images", "write_manifest"]
+
+
+def draw_images(folder: Path, count: int, size: int = 224, seed: int = 0) -> list[Path]:
+    """Draws JPEGs of smooth colour fields, about as large on disk as photographs of their size."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(seed)
+    paths = []
+    for number in range(count):
+        coarse = Image.fromarray(draw.integers(0, 256, (14, 14, 3), dtype=np.uint8))
+        path = folder / f"{number:06d}.jpg"
+        coarse.resize((size, size), Image.Resampling.BICUBIC).save(path, quality=90)
+        paths.append(path)
+    return paths
+
+
+def decode_images(paths: list[Path], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """The images as an encoder sees them, `[images, crop_size, crop_size, 3]`."""
+    with open_loader(LoadingConfig(), preprocessing) as load:
+        loaded = [image for _, image in load({"uri": str(path)} for path in paths)]
+    return np.stack([image for image in loaded if not isinstance(image, Exception)])
+
+
+def write_manifest(folder: Path, uris: list[str], shard_size: int) -> ShardedDataset:
+    """A manifest of images without captions; the same image may stand in it many times, under ids of its own."""
+    starts = range(0, len(uris), shard_size)
+    dataset = create_dataset(folder, "manifest", MANIFEST, config={"images": len(uris)}, shards=len(starts))
+    for shard, start in enumerate(starts):
+        rows = [
+            {"image_id": f"{start + offset:08d}", "uri": uri, "split": "train", "captions": ["a field of colours"]}
+            for offset, uri in enumerate(uris[start : start + shard_size])
+        ]
+        with write_shard(dataset, shard, len(rows)) as writer:
+            writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST))
+    dataset.finish()
+    return dataset

@@ -1,0 +1,72 @@
+"""Images/s of `extract-features` against a bare PyTorch loop over the same images, decoded beforehand."""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from benchmarks.bars import report
+from benchmarks.drawings import decode_images, draw_images, write_manifest
+from captionlib.models.encoder import EncoderConfig
+from captionlib.models.extraction import ExtractionConfig, open_encoder
+from pipelines.extract_features import extract_features
+from pipelines.run import RunConfig
+
+IMAGES, BATCH, ROUNDS = 256, 32, 3
+CONFIG = ExtractionConfig(EncoderConfig(weights="random:0", dtype="bfloat16"), batch_size=BATCH)
+
+
+def bare_network() -> nn.Module:
+    """VGG-16 up to fc7 as anyone would write it down."""
+    network: nn.Module = create_feature_extractor(torchvision.models.vgg16(weights=None).eval(), ["classifier.4"])
+    network.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
+    return network
+
+
+@torch.inference_mode()
+def run_bare(network: nn.Module, images: npt.NDArray[np.uint8]) -> float:
+    """Images/s of a loop that normalises and encodes what lies decoded in memory."""
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+    began = time.perf_counter()
+    for start in range(0, len(images), BATCH):
+        pixels = torch.from_numpy(images[start : start + BATCH]).permute(0, 3, 1, 2)
+        network(((pixels / 255 - mean) / std).bfloat16())
+    return len(images) / (time.perf_counter() - began)
+
+
+def run_pipeline(manifest: Path, output: Path) -> float:
+    """Images/s of the whole command, from the first look at the manifest to `_SUCCESS`; the encoder is loaded."""
+    began = time.perf_counter()
+    extract_features(manifest, output, CONFIG, run=RunConfig(progress=False))
+    return IMAGES / (time.perf_counter() - began)
+
+
+def main() -> None:
+    """Runs both in turn and reports the median of the ratios."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        paths = draw_images(folder / "images", IMAGES)
+        write_manifest(folder / "manifest", [str(path) for path in paths], IMAGES)
+        images = decode_images(paths, open_encoder(CONFIG.encoder, "auto", None).preprocessing)
+        network = bare_network()
+        run_bare(network, images[: 2 * BATCH])
+        ratios = []
+        for number in range(ROUNDS):
+            bare = run_bare(network, images)
+            ours = run_pipeline(folder / "manifest", folder / f"features{number}")
+            ratios.append(ours / bare)
+            print(f"# bare loop {bare:.2f} images/s, extract-features {ours:.2f} images/s")
+        sys.exit(not report("extract-throughput", statistics.median(ratios), 0.92))
+
+
+if __name__ == "__main__":
+    main()

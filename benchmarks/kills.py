@@ -1,0 +1,98 @@
+"""Runs killed at random moments and run again: what comes out must be what an undisturbed run writes, byte for byte."""
+
+import multiprocessing
+import random
+import sys
+import tempfile
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from benchmarks.bars import report
+from benchmarks.drawings import draw_images, write_manifest
+from captionlib.data.loading import LoadingConfig
+from captionlib.models.decoding import DecodingConfig
+from captionlib.models.encoder import EncoderConfig
+from captionlib.models.extraction import ExtractionConfig
+from captionlib.models.generation import GenerationConfig
+from captionlib.training.captioning import CaptioningConfig, train_captioner
+from captionlib.training.loop import LoopConfig
+from pipelines.extract_features import extract_features
+from pipelines.generate_captions import generate_captions
+from pipelines.run import RunConfig
+
+RUNS = 30
+EXTRACTION = ExtractionConfig(
+    EncoderConfig("squeezenet1_1", "features.4.cat", "random:0", pooling="mean"), LoadingConfig(), batch_size=5
+)
+GENERATION = GenerationConfig(DecodingConfig(beam_width=3, n_best=2), batch_size=7)
+
+
+def run_flow(folder: Path, output: Path) -> None:
+    """Extraction and captioning of the folder's manifest, into `output`."""
+    run = RunConfig(progress=False)
+    extract_features(folder / "manifest", output / "features", EXTRACTION, device="cpu", run=run)
+    generate_captions(output / "features", folder / "captioner", output / "captions", GENERATION, device="cpu", run=run)
+
+
+def train_small_captioner(folder: Path) -> None:
+    """A captioner of the folder's manifest, which knows one sentence."""
+    extract_features(folder / "manifest", folder / "first", EXTRACTION, device="cpu", run=RunConfig(progress=False))
+    config = CaptioningConfig(training=LoopConfig(epochs=1), validation_splits=("train",), min_count=1, batch_images=8)
+    train_captioner(folder / "first", folder / "captioner", config, device="cpu", progress=False)
+
+
+def survive_kills(folder: Path, runs: int, seed: int = 0) -> int:
+    """How many of `runs` killed and resumed flows wrote the same bytes as one that nobody disturbed."""
+    uris = [str(path) for path in draw_images(folder / "images", 48, size=96)]
+    manifest = write_manifest(folder / "manifest", uris, 6)
+    train_small_captioner(folder)
+    spawn = multiprocessing.get_context("forkserver")  # the imports are paid for once
+    spawn.set_forkserver_preload([__name__])
+    start_flow(spawn, folder, folder / "warm").join()
+    began = time.monotonic()
+    start_flow(spawn, folder, folder / "undisturbed").join()
+    seconds = time.monotonic() - began
+    expected = read_outputs(folder / "undisturbed")
+    assert len(expected) == 2 * manifest.shards, "the undisturbed run is complete"
+
+    draw = random.Random(seed)
+    equal = 0
+    for number in range(runs):
+        output = folder / f"killed{number}"
+        process = start_flow(spawn, folder, output)
+        process.join(draw.uniform(0, seconds))
+        process.kill()
+        process.join()
+        done = len(list(output.glob("*/_shards/*.json")))
+        start_flow(spawn, folder, output).join()
+        same = read_outputs(output) == expected and all((output / name / "_SUCCESS").exists() for name in OUTPUTS)
+        print(f"# killed with {done:2} of {2 * manifest.shards} shards done: {'equal' if same else 'DIFFERENT'}")
+        equal += same
+    return equal
+
+
+OUTPUTS = ("features", "captions")
+
+
+def start_flow(spawn: multiprocessing.context.ForkServerContext, folder: Path, output: Path) -> BaseProcess:
+    """Starts the flow in a process of its own."""
+    process = spawn.Process(target=run_flow, args=(folder, output))
+    process.start()
+    return process
+
+
+def read_outputs(output: Path) -> dict[str, bytes]:
+    """Every Parquet file that a reader would see."""
+    return {f"{name}/{path.name}": path.read_bytes() for name in OUTPUTS for path in (output / name).glob("*.parquet")}
+
+
+def main() -> None:
+    """Runs them and reports the share that came out equal."""
+    with tempfile.TemporaryDirectory() as scratch:
+        equal = survive_kills(Path(scratch), RUNS)
+    sys.exit(not report("kills-equal", equal / RUNS, 1.0))
+
+
+if __name__ == "__main__":
+    main()

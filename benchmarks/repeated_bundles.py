@@ -1,0 +1,34 @@
+"""The pipelines with every bundle run twice by Beam: the output must be the same, byte for byte."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.bars import report
+from benchmarks.drawings import draw_images, write_manifest
+from benchmarks.kills import EXTRACTION, GENERATION, read_outputs, train_small_captioner
+from pipelines.extract_features import extract_features
+from pipelines.generate_captions import generate_captions
+from pipelines.run import RunConfig
+
+
+def main() -> None:
+    """Runs the flow with and without, and reports the share of files that are equal."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_manifest(folder / "manifest", [str(path) for path in draw_images(folder / "images", 24, size=96)], 6)
+        train_small_captioner(folder)
+        outputs = []
+        for name, options in (("once", ()), ("twice", ("--direct_runner_bundle_repeat=1",))):
+            run = RunConfig(beam_options=options, progress=False)
+            output = folder / name
+            extract_features(folder / "manifest", output / "features", EXTRACTION, run=run)
+            generate_captions(output / "features", folder / "captioner", output / "captions", GENERATION, run=run)
+            outputs.append(read_outputs(output))
+        once, twice = outputs
+        equal = sum(once[name] == twice.get(name) for name in once)
+    sys.exit(not report("repeated-bundles-equal", equal / len(once), 1.0))
+
+
+if __name__ == "__main__":
+    main()

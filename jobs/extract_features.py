@@ -1,0 +1,58 @@
+"""`captionlib extract-features`."""
+
+import click
+
+from captionlib.config import load_config
+from captionlib.models.extraction import ExtractionConfig
+from jobs.options import config_options, device_option, pipeline_options
+from jobs.summaries import echo_totals
+from pipelines.extract_features import extract_features
+from pipelines.run import RunConfig
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("manifest")
+@click.option("--output", "-o", required=True, metavar="FOLDER", help="The features dataset to write.")
+@click.option("--weights", metavar="NAME|FILE|random:SEED", help="Short for --set encoder.weights=...")
+@config_options
+@device_option
+@pipeline_options
+def command(
+    manifest: str,
+    output: str,
+    weights: str | None,
+    config: str | None,
+    overrides: tuple[str, ...],
+    device: str,
+    workers: int,
+    overwrite: bool,
+    retry_failures: bool,
+    max_failure_ratio: float,
+    progress: bool,
+    beam_options: tuple[str, ...],
+) -> None:
+    """Turn the images of MANIFEST into feature vectors.
+
+    The encoder is VGG-16 cut at fc7, with ImageNet weights, unless configured otherwise: any model of torchvision at
+    any of its nodes. Images that cannot be read are kept as failures, with the reason; see `captionlib inspect`.
+
+    \b
+    Examples:
+      captionlib extract-features manifest -o features
+      captionlib extract-features manifest -o features --config configs/features-vgg16-conv5.yaml --workers 2
+      captionlib extract-features manifest -o features --set encoder.dtype=bfloat16 --set batch_size=64
+      captionlib extract-features manifest -o features --retry-failures
+      captionlib extract-features s3://b/manifest -o s3://b/features -- --runner=FlinkRunner --flink_master=HOST:8081
+    """
+    if weights is not None:
+        overrides = (*overrides, f"encoder.weights={weights}")
+    totals = extract_features(
+        manifest,
+        output,
+        load_config(ExtractionConfig, config, overrides),
+        device=device,
+        run=RunConfig(workers, beam_options, max_failure_ratio, retry_failures, overwrite, progress),
+    )
+    echo_totals(output, totals)

@@ -1,0 +1,102 @@
+"""`captionlib inspect`."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from captionlib.data.inspection import DatasetReport, inspect_dataset
+from captionlib.data.shards import DESCRIPTION
+from captionlib.errors import DatasetError
+from captionlib.storage import Folder
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("folder")
+@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+@click.option("--verify", is_flag=True, help="Read every file and compare it with its checksum.")
+def command(folder: str, as_json: bool, verify: bool) -> None:
+    """Say what FOLDER is: a dataset or a checkpoint, complete or how far, and what failed why.
+
+    \b
+    Examples:
+      captionlib inspect features
+      captionlib inspect s3://bucket/captions --verify
+      captionlib inspect captioner --json
+    """
+    names = Folder(folder).list()
+    if DESCRIPTION in names:
+        report = inspect_dataset(folder, verify)
+        click.echo(_to_json(dataclasses.asdict(report)) if as_json else _describe(report, verify))
+        sys.exit(1 if report.problems else 0)
+    if "config.json" in names:
+        from captionlib.models.checkpoint_folder import describe_checkpoint  # loads torch, which takes seconds
+
+        checkpoint = describe_checkpoint(folder)
+        click.echo(_to_json(checkpoint) if as_json else "\n".join([f"{folder}: checkpoint", *_lines(checkpoint, "  ")]))
+        return
+    if "_training" in names:
+        raise DatasetError(
+            f"{folder} is a training run that has no checkpoint yet; wait for its first epoch, "
+            "or start it again if it was stopped: it goes on"
+        )
+    raise DatasetError(
+        f"{folder} is nothing of captionlib's: expected a dataset ({DESCRIPTION}) or a checkpoint (config.json), "
+        f"got {', '.join(names[:5]) if names else 'no such folder, or an empty one'}"
+    )
+
+
+def _describe(report: DatasetReport, verified: bool) -> str:
+    lines = [
+        f"{report.folder}: {report.kind}, {_state(report)}",
+        f"  rows         {report.rows:,} in {report.shards_done:,} of {report.shards:,} shards",
+        f"  size         {report.size / 1e6:,.1f} MB, made in {report.seconds:,.0f} worker seconds",
+        f"  fingerprint  {report.fingerprint}",
+        "  columns",
+        *(f"    {name:<12} {kind}" for name, kind in report.columns.items()),
+        "  made with",
+        *_lines(report.config, "    "),
+    ]
+    if report.failed:
+        images = report.rows + report.failed
+        lines.append(f"  failures     {report.failed:,} of {images:,} images ({report.failed / images:.1%})")
+    for reason, failure in report.failures.items():
+        example = f"such as {failure.image_id} ({failure.uri}): {failure.message}"
+        lines.append(f"    {failure.count:>7,} {reason}, {example}")
+    if report.leftovers and not report.complete:
+        lines.append(
+            f"  leftovers    {report.leftovers:,} files of runs that died or go on; the next to end well clears them"
+        )
+    if verified and not report.problems:
+        lines.append("  verified     every file is as its marker says")
+    if report.problems:
+        lines += ["  PROBLEMS", *(f"    {problem}" for problem in report.problems)]
+    return "\n".join(lines)
+
+
+def _state(report: DatasetReport) -> str:
+    if report.complete:
+        return "complete"
+    if report.shards_done < report.shards:
+        return f"not complete: {report.shards_done / report.shards:.1%} of the shards are done"
+    return "not complete: every shard is done, but too many images failed, or the run died before its end"
+
+
+def _to_json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False)
+
+
+def _lines(values: Mapping[str, Any], indent: str = "") -> list[str]:
+    """Nested values as `key: value` lines."""
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            lines += [f"{indent}{name}", *_lines(value, f"{indent}  ")]
+        else:
+            lines.append(f"{indent}{name}: {value}")
+    return lines

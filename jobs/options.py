@@ -1,0 +1,63 @@
+"""Options that several commands share, so that they are spelled and explained alike."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+__all__ = ["config_options", "device_option", "pipeline_options"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def config_options(command: Command) -> Command:
+    """`--config` and `--set`."""
+    options = [
+        click.option(
+            "--config", metavar="FILE", help="YAML with values to use in place of the defaults; see configs/."
+        ),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="One value in place of the default or the file's, such as --set encoder.dtype=bfloat16. Repeatable.",
+        ),
+    ]
+    return _apply(command, options)
+
+
+def device_option(command: Command) -> Command:
+    """`--device`."""
+    option = click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="auto, cpu, cuda or cuda:N; auto takes a GPU where there is one.",
+    )
+    return _apply(command, [option])
+
+
+def pipeline_options(command: Command) -> Command:
+    """How a pipeline is run; the command's last argument takes Beam's own options after `--`."""
+    options = [
+        click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Local processes."),
+        click.option("--overwrite", is_flag=True, help="Replace an output that another configuration wrote."),
+        click.option("--retry-failures", is_flag=True, help="Also try the failed images of finished shards again."),
+        click.option(
+            "--max-failure-ratio",
+            type=click.FloatRange(0, 1),
+            default=0.05,
+            show_default=True,
+            help="Fail when more of the images could not be read; all that could is written all the same.",
+        ),
+        click.option("--progress/--no-progress", default=True, help="Show a progress bar."),
+        click.argument("beam_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- BEAM OPTIONS]"),
+    ]
+    return _apply(command, options)
+
+
+def _apply(command: Command, options: Sequence[Callable[[Command], Command]]) -> Command:
+    for option in reversed(options):
+        command = option(command)
+    return command

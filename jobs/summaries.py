@@ -1,0 +1,17 @@
+"""How commands say what they have done."""
+
+import click
+
+from captionlib.data.shards import Totals
+
+__all__ = ["echo_totals"]
+
+
+def echo_totals(output: str, totals: Totals) -> None:
+    """Prints where the rows are, how many, and what failed why."""
+    click.echo(f"{output}: {totals.rows:,} rows in {totals.shards:,} shards, {totals.bytes / 1e6:,.1f} MB")
+    if totals.failures:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in totals.reasons.items())
+        click.echo(
+            f"{totals.failures:,} of {totals.images:,} images failed ({reasons}); see {output}/_failures", err=True
+        )

@@ -1,0 +1,46 @@
+"""`captionlib train-captioner`."""
+
+import click
+
+from captionlib.config import load_config
+from captionlib.training.captioning import CaptioningConfig, train_captioner
+from captionlib.training.loop import TrainingStopped
+from jobs.options import config_options, device_option
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("features")
+@click.option("--output", "-o", required=True, metavar="FOLDER", help="The run: checkpoint, metrics, curves, state.")
+@config_options
+@device_option
+@click.option("--overwrite", is_flag=True, help="Replace a run of another configuration.")
+@click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
+def command(
+    features: str,
+    output: str,
+    config: str | None,
+    overrides: tuple[str, ...],
+    device: str,
+    overwrite: bool,
+    progress: bool,
+) -> None:
+    """Fit a captioner on FEATURES.
+
+    Learns from the rows of the splits train and restval, and keeps the checkpoint of the epoch with the lowest
+    perplexity on val or dev. Ctrl-C stops it after saving; the same command goes on where it stopped.
+
+    \b
+    Examples:
+      captionlib train-captioner features -o captioner
+      captionlib train-captioner features -o captioner --config configs/captioner-flickr8k.yaml
+      captionlib train-captioner features -o captioner --set training.epochs=30 --set captioner.hidden_size=256
+    """
+    settings = load_config(CaptioningConfig, config, overrides)
+    try:
+        history = train_captioner(features, output, settings, device=device, overwrite=overwrite, progress=progress)
+    except TrainingStopped as stopped:
+        raise click.Abort from stopped
+    best = min(history, key=lambda row: row["perplexity"])
+    click.echo(f"{output}: perplexity {best['perplexity']:.2f} after epoch {best['epoch']:.0f} of {len(history)}")

@@ -1,0 +1,122 @@
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from uuid import uuid4
+
+import fsspec
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+
+from captionlib.errors import ConfigError, QueryError
+from jobs.cli import captionlib
+from tests.search.conftest import write_captions
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> str:
+    write_captions(str(tmp_path / "captions"))
+    return str(tmp_path / "captions")
+
+
+def query(*arguments: object) -> Result:
+    return CliRunner().invoke(captionlib, ["query", *map(str, arguments)], catch_exceptions=False)
+
+
+def test_a_table_is_printed(captions: str) -> None:
+    assert query(captions, "--sql", "SELECT image_id, tokens FROM captions WHERE tokens > 6").stdout.splitlines() == [
+        "image_id  tokens",
+        "────────  ──────",
+        "a1             7",
+        "b1             7",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--contains", "dog"], ["a1", "b1"]),
+        (["--contains", "grass dog"], ["a1"]),
+        (["--top", "2"], ["b2", "a2"]),
+        (["--image-id", "b1"], ["b1"]),
+        (["--sql", "SELECT image_id FROM captions ORDER BY 1"], ["a1", "a2", "b1", "b2"]),
+        (["--sql", "SELECT image_id FROM captions ORDER BY 1", "--limit", "3"], ["a1", "a2", "b1"]),
+        (["--top", "4", "--limit", "0"], []),
+    ],
+)
+def test_each_question_is_answered(captions: str, arguments: list[str], expected: list[str]) -> None:
+    lines = query(captions, *arguments, "--format", "jsonl").stdout.splitlines()
+    assert [json.loads(line)["image_id"] for line in lines] == expected
+
+
+def test_words_are_counted(captions: str) -> None:
+    rows = list(csv.reader(io.StringIO(query(captions, "--count-words", "2", "--format", "csv").stdout)))
+    assert rows == [["word", "count"], ["a", "6"], ["dog", "2"]]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--top", "1", "--contains", "dog"]])
+def test_one_question_is_asked_at_a_time(captions: str, arguments: list[str]) -> None:
+    result = query(captions, *arguments)
+    assert result.exit_code == 2
+    got = "--contains and --top" if arguments else "none"
+    assert f"expected one of --sql, --image-id, --contains, --top and --count-words, got {got}" in result.output
+
+
+def test_no_rows_are_said_beside_the_table(captions: str) -> None:
+    result = query(captions, "--contains", "zebra")
+    assert result.stdout == "image_id  caption  log_prob  uri\n"
+    assert result.stderr == "no rows\n"
+
+
+def test_an_output_file_appears_whole(captions: str, tmp_path: Path) -> None:
+    output = tmp_path / "top.parquet"
+    result = query(captions, "--top", "2", "--format", "parquet", "--output", output)
+    assert result.output == f"{output}: 2 rows\n"
+    assert pq.read_table(output)["image_id"].to_pylist() == ["b2", "a2"]
+    with pytest.raises(QueryError, match="error here"):
+        query(captions, "--sql", "SELECT error('error here') FROM captions", "--output", output)
+    assert pq.read_table(output).num_rows == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions", "top.parquet"]
+
+
+def test_an_output_may_be_an_address(captions: str) -> None:
+    address = f"memory://{uuid4().hex}/top.csv"
+    query(captions, "--top", "1", "--format", "csv", "--output", address)
+    with fsspec.open(address, "rt") as file:
+        assert file.read().splitlines()[1].startswith('"b2",')
+
+
+def test_an_output_that_cannot_be_written_is_said(captions: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be written: No such file or directory"):
+        query(captions, "--top", "1", "--output", tmp_path / "nowhere" / "x.csv")
+
+
+def test_parquet_is_not_sent_to_a_terminal(captions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
+    result = query(captions, "--top", "1", "--format", "parquet")
+    assert result.exit_code == 2
+    assert "Parquet is no text" in result.output
+
+
+def test_whoever_closes_the_pipe_early_gets_what_was_read_and_no_complaint(captions: str) -> None:
+    command = [sys.executable, "-m", "jobs.cli", "query", captions, "--format", "csv"]
+    command += ["--sql", "SELECT i, repeat('x', 1000) AS x FROM range(1000000) t(i)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == '"i","x"\n'
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
+def test_the_command_needs_no_torch(captions: str) -> None:
+    code = (
+        "import sys\nfrom click.testing import CliRunner\nfrom jobs.cli import captionlib\n"
+        f"assert CliRunner().invoke(captionlib, ['query', {captions!r}, '--top', '1']).exit_code == 0\n"
+        "print('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
