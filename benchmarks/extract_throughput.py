@@ -27,8 +27,7 @@ CONFIG = ExtractionConfig(EncoderConfig(weights="random:0", dtype="bfloat16"), b
 def bare_network() -> nn.Module:
     """VGG-16 up to fc7 as anyone would write it down."""
     network: nn.Module = create_feature_extractor(torchvision.models.vgg16(weights=None).eval(), ["classifier.4"])
-    network.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
-    return network
+    return network.bfloat16().to(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
