@@ -16,6 +16,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "prepare": ("jobs.prepare", "Images and captions of any source to manifest/."),
         "extract-features": ("jobs.extract_features", "manifest/ to features/: what the encoder sees in each image."),
         "train-captioner": ("jobs.train_captioner", "features/ to a captioner checkpoint."),
+        "train-ranker": ("jobs.train_ranker", "features/ to a ranker checkpoint: sentences find images and back."),
         "generate-captions": ("jobs.generate_captions", "manifest/ or features/ to captions/, with a checkpoint."),
         "evaluate": ("jobs.evaluate", "captions/ against the sentences of people: BLEU and CIDEr."),
         "query": ("jobs.query", "Ask captions/: SQL and ready questions."),
