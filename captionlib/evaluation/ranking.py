@@ -92,7 +92,7 @@ def score_ranking(
     images: Vectors,
     sentences: Vectors,
     image_of_sentence: npt.NDArray[np.int64],
-    protocol: RankingProtocol = RankingProtocol(),
+    protocol: RankingProtocol = PROTOCOLS["all"],
 ) -> RankingScores:
     """Ranks all sentences by each image and all images by each sentence.
 
