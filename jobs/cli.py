@@ -18,6 +18,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "train-captioner": ("jobs.train_captioner", "features/ to a captioner checkpoint."),
         "train-ranker": ("jobs.train_ranker", "features/ to a ranker checkpoint: sentences find images and back."),
         "generate-captions": ("jobs.generate_captions", "manifest/ or features/ to captions/, with a checkpoint."),
+        "embed": ("jobs.embed", "manifest/ or features/ to embeddings/, with a ranker checkpoint."),
         "evaluate": ("jobs.evaluate", "captions/ against people's: BLEU, CIDEr; a ranker on features/: Recall@k."),
         "query": ("jobs.query", "Ask captions/: SQL and ready questions."),
     },
