@@ -1,16 +1,18 @@
 """Scores of a ranker on the images and sentences of `features/`."""
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
 
 from captionlib.data.batches import read_features
+from captionlib.data.datasets import open_dataset
 from captionlib.data.shards import ShardedDataset
 from captionlib.errors import DatasetError
 from captionlib.evaluation.ranking import PROTOCOLS, RankingProtocol, RankingScores, score_ranking
-from captionlib.models.ranker_checkpoints import LoadedRanker
+from captionlib.models.ranker_checkpoints import LoadedRanker, load_ranker
 
-__all__ = ["score_ranker"]
+__all__ = ["score_ranker", "score_ranker_folder"]
 
 
 def score_ranker(
@@ -52,6 +54,24 @@ def score_ranker(
         )
     vectors = ranker.encode_sentences(sentences)
     return score_ranking(np.concatenate(images), vectors, np.array(owners, np.int64), protocol)
+
+
+def score_ranker_folder(
+    ranker: str | os.PathLike[str],
+    features: str | os.PathLike[str],
+    splits: Sequence[str] = (),
+    protocol: RankingProtocol = PROTOCOLS["all"],
+    device: str = "auto",
+) -> RankingScores:
+    """The same, of a checkpoint and a dataset that are still to be opened.
+
+    Raises:
+        CheckpointError: there is no ranker, or the features are of another encoder.
+        DatasetError: the features are not complete, or these splits have no sentences.
+    """
+    return score_ranker(
+        load_ranker(ranker, device), open_dataset(features, "features").require_complete(), splits, protocol
+    )
 
 
 def _splits_of(dataset: ShardedDataset) -> frozenset[str]:
