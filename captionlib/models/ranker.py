@@ -51,7 +51,7 @@ class RankerConfig:
     hidden_size: int = 512
     word_size: int = 300
     joint_size: int = 512
-    pooling: Literal["last", "mean", "max"] = "last"
+    pooling: Literal["last", "mean", "max"] = "max"
     feature_dropout: float = 0.2
     word_dropout: float = 0.0
     dropout: float = 0.2

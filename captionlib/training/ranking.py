@@ -54,7 +54,7 @@ class RankingConfig:
         default_factory=lambda: LoopConfig(
             epochs=40,
             optimizer="adam",
-            learning_rate=5e-4,
+            learning_rate=2e-3,
             schedule="cosine",
             clip_value=None,
             clip_norm=2.0,

@@ -13,7 +13,7 @@ from captionlib.models.checkpoints import load_captioner
 from captionlib.models.ranker import Ranker, RankerConfig
 from captionlib.models.ranker_checkpoints import LoadedRanker, load_ranker, save_ranker
 
-SMALL = RankerConfig(hidden_size=8, word_size=6, joint_size=5)
+SMALL = RankerConfig(hidden_size=8, word_size=6, joint_size=5, pooling="last")
 ENCODER = {"model": "vgg16", "shape": [7]}
 SHAPES = [
     replace(SMALL, sentence_encoder=encoder, bidirectional=both, pooling=pooling, layers=layers)
