@@ -126,7 +126,8 @@ class RankingObjective:
         """The mean over pairs of an image and a sentence; see `Objective.loss`."""
         images, sentences = self._embed(batch.captions)
         owner = torch.from_numpy(batch.captions.image_of_sentence).to(self._device)
-        scores = images @ sentences.t()
+        with torch.autocast(self._device.type, enabled=False):  # a temperature of 0.04 makes small errors large
+            scores = images.float() @ sentences.float().t()
         if self._config.loss == "contrastive":
             loss = contrastive_loss(scores, owner, self.model.log_temperature)
         else:
