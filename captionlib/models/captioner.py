@@ -39,6 +39,8 @@ class CaptionerConfig:
             START (`first`, the talk's RNN), added to every word (`every`), or as the initial state (`state`).
         tie_word_vectors: use the word vectors as the weights of the softmax; needs `word_size` = `hidden_size`.
         standardise_features: give each feature mean 0 and deviation 1 over the training images.
+        principal_components: how many of the features' principal components the projection sees in their place, each of
+            deviation 1; 0 leaves the features. What tells images apart often varies far less than what they share.
     """
 
     cell: Literal["lstm", "rnn"] = "lstm"
@@ -49,6 +51,7 @@ class CaptionerConfig:
     image_input: Literal["tick", "first", "every", "state"] = "tick"
     tie_word_vectors: bool = False
     standardise_features: bool = True
+    principal_components: int = 0
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden_size", "word_size"):
@@ -106,6 +109,7 @@ class Captioner(nn.Module):
 
     feature_mean: Tensor
     feature_std: Tensor
+    components: Tensor | None
 
     def __init__(self, config: CaptionerConfig, feature_size: int, vocabulary_size: int) -> None:
         super().__init__()
@@ -123,7 +127,9 @@ class Captioner(nn.Module):
         image_size = config.word_size
         if config.image_input == "state":
             image_size = config.layers * config.hidden_size * (2 if config.cell == "lstm" else 1)
-        self.image_projection = nn.Linear(feature_size, image_size)
+        components = config.principal_components
+        self.register_buffer("components", torch.zeros(components, feature_size) if components else None)
+        self.image_projection = nn.Linear(components or feature_size, image_size)
         self.output = nn.Linear(config.hidden_size, vocabulary_size)
         self.dropout = nn.Dropout(config.dropout)
         self._draw_weights()
@@ -144,21 +150,17 @@ class Captioner(nn.Module):
         self.feature_std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
 
     @torch.no_grad()
-    def whiten_projection(self, sample: Tensor) -> None:
-        """Starts the image's projection at the principal components of a sample, each brought to variance 1.
+    def set_components(self, sample: Tensor) -> None:
+        """Takes the principal components of training images' features, `[images, feature_size]`.
 
-        What tells images apart often varies far less than what they share; drawn weights drown it, these do not.
-
-        Args:
-            sample: `[images, feature_size]`, of training images; after `set_standardisation`.
+        Where the images are fewer than the components, those that are left see nothing.
         """
-        standard = (sample - self.feature_mean) / self.feature_std if self.config.standardise_features else sample
-        centre = standard.mean(0)
-        _, singular, directions = torch.linalg.svd(standard - centre, full_matrices=False)
-        weight, bias = self.image_projection.weight, self.image_projection.bias
-        kept = min(len(weight), int((singular > 1e-4 * singular[0]).sum()))
-        weight[:kept] = directions[:kept] * (len(sample) ** 0.5 / singular[:kept, None])
-        bias[:kept] = -weight[:kept] @ centre
+        if self.components is None:
+            raise ConfigError("captioner: set principal_components before their values")
+        self.feature_mean.copy_(sample.mean(0))
+        _, singular, directions = torch.linalg.svd(sample - self.feature_mean, full_matrices=False)
+        kept = min(len(self.components), int((singular > 1e-4 * singular[0]).sum()))
+        self.components[:kept] = directions[:kept] * (len(sample) ** 0.5 / singular[:kept, None])
 
     @torch.no_grad()
     def initialise_bias(self, log_frequencies: Tensor) -> None:
@@ -187,6 +189,12 @@ class Captioner(nn.Module):
         logits = self.output(self.dropout(hidden))  # [tokens, vocabulary_size]
         return TokenScores(-F.cross_entropy(logits.float(), ragged.targets, reduction="none"), ragged.sentences)
 
+    def standardise(self, features: Tensor) -> Tensor:
+        """What the projection sees of features."""
+        if self.components is not None:
+            return (features - self.feature_mean) @ self.components.t()
+        return (features - self.feature_mean) / self.feature_std if self.config.standardise_features else features
+
     def look(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Takes images in, once each.
 
@@ -197,9 +205,7 @@ class Captioner(nn.Module):
             The projected images, `[images, word_size]`, and the state before START, `[states, images, hidden_size]`:
             the h of each layer and then, of an LSTM, the c of each layer.
         """
-        if self.config.standardise_features:
-            features = (features - self.feature_mean) / self.feature_std
-        image = self.image_projection(features)
+        image = self.image_projection(self.standardise(features))
         if self.config.image_input == "state":
             state = image.view(len(image), -1, self.config.hidden_size).transpose(0, 1)
             return image, torch.tanh(state) if self.config.cell == "lstm" else torch.relu(state)

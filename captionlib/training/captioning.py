@@ -31,6 +31,8 @@ from captionlib.training.loop import LoopConfig, claim_folder, seed_everything, 
 
 __all__ = ["CaptioningConfig", "CaptioningObjective", "train_captioner"]
 
+_SAMPLE_IMAGES = 4096  # that principal components are found from
+
 
 @dataclass(frozen=True)
 class CaptioningConfig:
@@ -45,7 +47,6 @@ class CaptioningConfig:
         max_words: longer sentences are cut while training.
         batch_images: images a batch, each with all of its sentences.
         window_megabytes: how much of the features is mixed at a time.
-        whiten_images: how many images' principal components the projection of the image starts from; 0 draws it.
     """
 
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
@@ -56,7 +57,6 @@ class CaptioningConfig:
     max_words: int = 30
     batch_images: int = 20
     window_megabytes: int = 512
-    whiten_images: int = 2048
 
     def __post_init__(self) -> None:
         for name in ("min_count", "max_words", "batch_images", "window_megabytes"):
@@ -177,10 +177,10 @@ def train_captioner(
     held_out = CaptionBatches(dataset, validation, encode, config.batch_images, window_bytes)
     seed_everything(config.training.seed)
     model = Captioner(config.captioner, feature_shape(dataset)[-1], len(vocabulary))
-    if config.captioner.standardise_features:
+    if config.captioner.principal_components:
+        model.set_components(torch.from_numpy(sample_features(dataset, config.train_splits, _SAMPLE_IMAGES)))
+    elif config.captioner.standardise_features:
         model.set_standardisation(*map(torch.from_numpy, mean_and_std(dataset, config.train_splits)))
-    if config.whiten_images:
-        model.whiten_projection(torch.from_numpy(sample_features(dataset, config.train_splits, config.whiten_images)))
     model.initialise_bias(torch.from_numpy(vocabulary.log_frequencies()))
     objective = CaptioningObjective(
         model.to(target),

@@ -145,6 +145,24 @@ def test_standardised_features_do_not_depend_on_their_scale() -> None:
     torch.testing.assert_close(model(scaled, captions, IMAGE_OF_SENTENCE).log_probs, before)
 
 
+def test_principal_components_are_uncorrelated_and_of_deviation_one() -> None:
+    model = build(CaptionerConfig(hidden_size=6, word_size=5, principal_components=3))
+    sample = torch.randn(500, 4, generator=torch.Generator().manual_seed(0)) @ torch.diag(
+        torch.tensor([9.0, 1, 0.1, 0])
+    )
+    sample += torch.tensor([5.0, -2.0, 0.3, 8.0])
+    model.set_components(sample)
+    seen = model.standardise(sample)
+    torch.testing.assert_close(seen.t() @ seen / len(seen), torch.eye(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(seen.mean(0), torch.zeros(3), atol=1e-4, rtol=0)
+
+
+def test_fewer_images_than_components_leave_the_rest_blind() -> None:
+    model = build(CaptionerConfig(hidden_size=6, word_size=5, principal_components=4))
+    model.set_components(FEATURES[:2])
+    assert model.standardise(FEATURES)[:, 1:].abs().max() == 0
+
+
 def test_a_constant_feature_becomes_zero() -> None:
     model = build(CaptionerConfig(hidden_size=6, word_size=5))
     model.set_standardisation(torch.full((4,), 5.0), torch.zeros(4))
