@@ -1,6 +1,7 @@
 """`manifest/` or `features/` to `captions/`: what the captioner says of each image."""
 
 import os
+from dataclasses import replace
 
 from captionlib.config import to_dict
 from captionlib.data.datasets import create_dataset, open_dataset
@@ -46,6 +47,7 @@ def generate_captions(
         DatasetError: the source is not complete, or `output` holds something else.
         FailureRatioError: more images failed than the run allows.
     """
+    config = replace(config, loading=run.share(config.loading))
     rows = open_dataset(source).require_complete()
     captioner = load_captioner(os.fspath(checkpoint))
     threads = run.threads if run.workers > 1 else None
