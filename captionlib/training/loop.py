@@ -5,133 +5,24 @@ saved state, which holds all that the next step depends on: on a CPU the weights
 stopped.
 """
 
-import io
 import json
-import math
 import random
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from itertools import islice
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from captionlib.config import differences
-from captionlib.errors import ConfigError, DatasetError
-from captionlib.storage import TEMPORARY, Folder
+from captionlib.storage import Folder
+from captionlib.training.interrupts import TrainingStopped, stop_requests
+from captionlib.training.objective import Batch, Objective
+from captionlib.training.recipe import LoopConfig, learning_rate, make_optimizer
+from captionlib.training.state import METRICS, RunState, claim_folder, load_state, save_state
 
 __all__ = ["LoopConfig", "Objective", "TrainingStopped", "claim_folder", "seed_everything", "train"]
-
-STATE = "_training/state.pt"
-METRICS = "metrics.jsonl"
-_RUN_FILES = {"_training", METRICS, "curves.png", "config.json", "model.safetensors", "training.json"}
-
-Batch = TypeVar("Batch")
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """How a model is trained.
-
-    Attributes:
-        epochs: passes over the training images at the most.
-        optimizer: `rmsprop` as in the talk, or `adam`, or `adamw`.
-        learning_rate: of the optimizer, before the schedule.
-        rmsprop_decay: of RMSprop's average of squares (NeuralTalk's 0.999).
-        weight_decay: of AdamW.
-        schedule: `constant`, or `cosine` down to a hundredth of the learning rate over all epochs.
-        clip_value: bound on each element of the gradient (the talk's 5); None is none.
-        clip_norm: bound on the gradient's norm; None is none.
-        patience: epochs without a better validation score after which training ends; None is never.
-        save_seconds: how often the state is saved within an epoch.
-        seed: of the order of the images, of dropout, and of the first weights.
-    """
-
-    epochs: int = 20
-    optimizer: Literal["rmsprop", "adam", "adamw"] = "rmsprop"
-    learning_rate: float = 1e-3
-    rmsprop_decay: float = 0.999
-    weight_decay: float = 0.01
-    schedule: Literal["constant", "cosine"] = "constant"
-    clip_value: float | None = 5.0
-    clip_norm: float | None = None
-    patience: int | None = 3
-    save_seconds: float = 300.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ConfigError(f"training.epochs: expected at least 1, got {self.epochs}")
-        if not self.learning_rate > 0:
-            raise ConfigError(f"training.learning_rate: expected more than 0, got {self.learning_rate}")
-
-
-class Objective(Protocol[Batch]):
-    """A model, what it learns from, and how well it does."""
-
-    @property
-    def model(self) -> nn.Module:
-        """What is trained."""
-
-    @property
-    def score_name(self) -> str:
-        """Which of the validation scores decides, such as `perplexity`; lower is better."""
-
-    def batches(self, seed: int, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch; the same for the same seed and epoch."""
-
-    def steps(self) -> int:
-        """About how many batches an epoch has."""
-
-    def loss(self, batch: Batch) -> tuple[Tensor, float, int]:
-        """What to minimise; the summed loss and the count it is summed over, to show."""
-
-    def validate(self) -> dict[str, float]:
-        """The scores on held-out images."""
-
-    def save(self, output: Folder, training: dict[str, Any]) -> None:
-        """Writes the checkpoint that is used later."""
-
-
-class TrainingStopped(Exception):  # noqa: N818 - not an error: someone asked for it
-    """Someone stopped the run; it can go on."""
-
-
-@dataclass
-class _State:
-    """All that the next step depends on, beside model and optimizer."""
-
-    epoch: int = 0
-    step: int = 0
-    seconds: float = 0.0
-    best: float = float("inf")
-    best_epoch: int = -1
-    loss_sum: float = 0.0
-    loss_count: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-
-
-def claim_folder(output: Folder, overwrite: bool) -> None:
-    """Makes sure that a run may write into a folder.
-
-    Raises:
-        DatasetError: it holds what no run has written.
-    """
-    names = [name for name in output.list() if name != TEMPORARY]
-    if names and not set(names) <= _RUN_FILES:
-        strangers = sorted(set(names) - _RUN_FILES)
-        raise DatasetError(
-            f"{output.uri} holds files that no training run wrote ({', '.join(strangers[:3])}); "
-            "give an empty or new folder"
-        )
-    if overwrite:
-        for name in names:
-            output.remove(name)
 
 
 def train(
@@ -159,7 +50,7 @@ def train(
     """
     run = _Run(objective, config, output, resolved)
     run.resume()
-    with _stop_requests() as stopped:
+    with stop_requests() as stopped:
         while not run.is_over():
             run.train_epoch(stopped, progress)
             run.end_epoch(progress)
@@ -170,27 +61,22 @@ class _Run(Generic[Batch]):
     def __init__(
         self, objective: Objective[Batch], config: LoopConfig, output: Folder, resolved: dict[str, Any]
     ) -> None:
-        self.state = _State()
+        self.state = RunState()
         self._objective = objective
         self._config = config
         self._output = output
         self._resolved = resolved
-        self._optimizer = _make_optimizer(objective.model, config)
+        self._optimizer = make_optimizer(objective.model, config)
         seed_everything(config.seed)
 
     def resume(self) -> None:
-        if not self._output.exists(STATE):
+        found = load_state(self._output, self._resolved)
+        if found is None:
             return
-        saved = torch.load(io.BytesIO(self._output.read(STATE)), weights_only=True)
-        if lines := differences(_identity(saved["resolved"]), _identity(self._resolved)):
-            raise DatasetError(
-                f"{self._output.uri} holds a run of another configuration ({'; '.join(lines)}); "
-                "give another folder, or --overwrite to replace it"
-            )
-        self.state = _State(**saved["state"])
-        self._objective.model.load_state_dict(saved["model"])
-        self._optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["rng"])
+        self.state, parts = found
+        self._objective.model.load_state_dict(parts["model"])
+        self._optimizer.load_state_dict(parts["optimizer"])
+        torch.set_rng_state(parts["rng"])
 
     def is_over(self) -> bool:
         state, patience = self.state, self._config.patience
@@ -199,17 +85,12 @@ class _Run(Generic[Batch]):
         )
 
     def save(self) -> None:
-        with self._output.staged(STATE) as path:
-            torch.save(
-                {
-                    "resolved": self._resolved,
-                    "state": vars(self.state),
-                    "model": self._objective.model.state_dict(),
-                    "optimizer": self._optimizer.state_dict(),
-                    "rng": torch.get_rng_state(),
-                },
-                path,
-            )
+        parts = {
+            "model": self._objective.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        save_state(self._output, self._resolved, self.state, parts)
 
     def train_epoch(self, stopped: Callable[[], bool], progress: bool) -> None:
         state, config = self.state, self._config
@@ -254,10 +135,7 @@ class _Run(Generic[Batch]):
         state.loss_count += count
 
     def _learning_rate(self) -> float:
-        if self._config.schedule == "constant":
-            return self._config.learning_rate
-        done = (self.state.epoch + self.state.step / max(1, self._objective.steps())) / self._config.epochs
-        return self._config.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
+        return learning_rate(self._config, self.state.epoch + self.state.step / max(1, self._objective.steps()))
 
     def end_epoch(self, progress: bool) -> None:
         state = self.state
@@ -285,50 +163,7 @@ class _Run(Generic[Batch]):
         self.save()
 
 
-def _identity(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run that goes on must share with the one before: when it ends, and how often it saves, may change."""
-    training = {
-        name: value
-        for name, value in resolved["training"].items()
-        if name not in {"patience", "save_seconds"}
-        and (name != "epochs" or resolved["training"]["schedule"] != "constant")
-    }
-    return {**resolved, "training": training}
-
-
-def _make_optimizer(model: nn.Module, config: LoopConfig) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if config.optimizer == "rmsprop":
-        return torch.optim.RMSprop(parameters, lr=config.learning_rate, alpha=config.rmsprop_decay)
-    if config.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=config.learning_rate)
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-
-
 def seed_everything(seed: int) -> None:
     """Seeds what draws numbers in training."""
     random.seed(seed)
     torch.manual_seed(seed)
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turns Ctrl-C and SIGTERM into a question that the loop asks between two steps."""
-    requests: list[int] = []
-
-    def note(number: int, _frame: object) -> None:
-        if requests:
-            raise KeyboardInterrupt
-        requests.append(number)
-
-    previous = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, note)
-    except ValueError:  # not in the main thread: nobody sends signals here
-        previous = {}
-    try:
-        yield lambda: bool(requests)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
