@@ -12,12 +12,17 @@ class TrainingStopped(Exception):  # noqa: N818 - not an error: someone asked fo
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turns Ctrl-C and SIGTERM into a question that the loop asks between two steps."""
+def stop_requests(insistent: bool = True) -> Iterator[Callable[[], bool]]:
+    """Turns Ctrl-C and SIGTERM into a question that the loop asks between two steps.
+
+    Args:
+        insistent: a second signal stops at once. `torchrun` passes on what its processes have had from the terminal
+            already, and kills them itself when it has waited for long.
+    """
     requests: list[int] = []
 
     def note(number: int, _frame: object) -> None:
-        if requests:
+        if requests and insistent:
             raise KeyboardInterrupt
         requests.append(number)
 

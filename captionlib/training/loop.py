@@ -5,10 +5,10 @@ saved state, which holds all that the next step depends on: on a CPU the weights
 stopped.
 """
 
-import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any, Generic
 
@@ -16,11 +16,23 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from captionlib.data.shards import to_json
 from captionlib.storage import Folder
+from captionlib.training.averaging import WeightAverage
 from captionlib.training.interrupts import TrainingStopped, stop_requests
-from captionlib.training.objective import Batch, Objective
+from captionlib.training.objective import Batch, Objective, is_higher_better
+from captionlib.training.processes import Processes
 from captionlib.training.recipe import LoopConfig, learning_rate, make_optimizer
-from captionlib.training.state import METRICS, RunState, claim_folder, load_state, save_state
+from captionlib.training.reports import report_epoch
+from captionlib.training.state import (
+    RESOLVED,
+    RunState,
+    claim_folder,
+    get_generators,
+    load_state,
+    save_state,
+    set_generators,
+)
 
 __all__ = ["LoopConfig", "Objective", "TrainingStopped", "claim_folder", "seed_everything", "train"]
 
@@ -34,6 +46,8 @@ def train(
 ) -> list[dict[str, float]]:
     """Trains, or goes on with a run that was stopped; the best epoch's checkpoint is in `output` at any time.
 
+    Within `join_processes` the processes train one model together, see processes.py.
+
     Args:
         objective: what is trained.
         config: how.
@@ -42,7 +56,8 @@ def train(
         progress: show a bar.
 
     Returns:
-        One mapping an epoch: epoch, loss, the validation scores, seconds.
+        One mapping an epoch: epoch, loss, the validation scores, the learning rate, the seconds spent in training since
+        the start, and the share of them that training waited for data.
 
     Raises:
         DatasetError: the folder holds a run of another configuration.
@@ -50,7 +65,8 @@ def train(
     """
     run = _Run(objective, config, output, resolved)
     run.resume()
-    with stop_requests() as stopped:
+    progress = progress and run.processes.is_first
+    with stop_requests(insistent=run.processes.count == 1) as stopped:
         while not run.is_over():
             run.train_epoch(stopped, progress)
             run.end_epoch(progress)
@@ -62,21 +78,29 @@ class _Run(Generic[Batch]):
         self, objective: Objective[Batch], config: LoopConfig, output: Folder, resolved: dict[str, Any]
     ) -> None:
         self.state = RunState()
+        self.processes = Processes()
         self._objective = objective
         self._config = config
         self._output = output
         self._resolved = resolved
         self._optimizer = make_optimizer(objective.model, config)
-        seed_everything(config.seed)
+        self._parameters = [parameter for parameter in objective.model.parameters() if parameter.requires_grad]
+        self._device = self._parameters[0].device
+        decay = config.average_decay
+        self._average = None if decay is None else WeightAverage(self._parameters, decay)
+        seed_everything(config.seed + self.processes.rank)
 
     def resume(self) -> None:
-        found = load_state(self._output, self._resolved)
-        if found is None:
-            return
-        self.state, parts = found
-        self._objective.model.load_state_dict(parts["model"])
-        self._optimizer.load_state_dict(parts["optimizer"])
-        torch.set_rng_state(parts["rng"])
+        found = self.processes.from_first(lambda: load_state(self._output, self._resolved))
+        if found is not None:
+            self.state, parts = found
+            self._objective.model.load_state_dict(parts["model"])
+            self._optimizer.load_state_dict(parts["optimizer"])
+            if self._average is not None:
+                self._average.load_state_dict(parts["average"])
+            set_generators(parts["generators"][self.processes.rank], self._device)
+        elif self.processes.is_first:
+            self._output.write(RESOLVED, to_json(self._resolved))
 
     def is_over(self) -> bool:
         state, patience = self.state, self._config.patience
@@ -85,20 +109,22 @@ class _Run(Generic[Batch]):
         )
 
     def save(self) -> None:
-        parts = {
-            "model": self._objective.model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-        }
-        save_state(self._output, self._resolved, self.state, parts)
+        generators = self.processes.gather(get_generators(self._device))
+        if self.processes.is_first:
+            parts = {
+                "model": self._objective.model.state_dict(),
+                "optimizer": self._optimizer.state_dict(),
+                "average": None if self._average is None else self._average.state_dict(),
+                "generators": generators,
+            }
+            save_state(self._output, self._resolved, self.state, parts)
 
     def train_epoch(self, stopped: Callable[[], bool], progress: bool) -> None:
         state, config = self.state, self._config
         self._objective.model.train()
-        batches = self._objective.batches(config.seed, state.epoch)
         began = saved = time.monotonic()
         with tqdm(
-            islice(batches, state.step, None),
+            self._waited_for(islice(self._objective.batches(config.seed, state.epoch), state.step, None)),
             desc=f"epoch {state.epoch + 1}/{config.epochs}",
             initial=state.step,
             total=self._objective.steps(),
@@ -107,60 +133,91 @@ class _Run(Generic[Batch]):
             dynamic_ncols=True,
         ) as bar:
             for batch in bar:
-                self._step(batch)
+                stopping, saving = self._step(batch, stopped, saved + config.save_seconds)
                 bar.set_postfix(loss=f"{state.loss_sum / max(state.loss_count, 1):.3f}", refresh=False)
-                if stopped() or time.monotonic() - saved > config.save_seconds:
+                if stopping or saving:
                     saved = time.monotonic()
                     state.seconds, began = state.seconds + saved - began, saved
                     self.save()
-                    if stopped():
-                        raise TrainingStopped
+                if stopping:
+                    raise TrainingStopped
         state.seconds += time.monotonic() - began
 
-    def _step(self, batch: Batch) -> None:
+    def _waited_for(self, batches: Iterator[Batch | None]) -> Iterator[Batch | None]:
+        """The batches, while the time that they are waited for is added up."""
+        while True:
+            began = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self.state.waited += time.monotonic() - began
+            yield batch
+
+    def _step(self, batch: Batch | None, stopped: Callable[[], bool], save_at: float) -> tuple[bool, bool]:
+        """Learns from a batch. Says whether anyone wants to stop, and whether it is time to save."""
         config, state = self._config, self.state
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate()
-        loss, summed, count = self._objective.loss(batch)
+        loss, summed, count = None, 0.0, 0
+        if batch is not None:
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                loss, summed, count = self._objective.loss(batch)
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        parameters = list(self._objective.model.parameters())
+        if loss is not None:
+            loss.backward()  # type: ignore[no-untyped-call]
+        due = self.processes.is_first and time.monotonic() > save_at
+        total, counted, stopping, saving = self.processes.sum([summed, count, stopped(), due], self._device)
+        self.processes.average_gradients(self._parameters, count / max(counted, 1))
         if config.clip_value is not None:
-            nn.utils.clip_grad_value_(parameters, config.clip_value)
+            nn.utils.clip_grad_value_(self._parameters, config.clip_value)
         if config.clip_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            nn.utils.clip_grad_norm_(self._parameters, config.clip_norm)
         self._optimizer.step()
+        if self._average is not None:
+            self._average.update()
         state.step += 1
-        state.loss_sum += summed
-        state.loss_count += count
+        state.updates += 1
+        state.loss_sum += total
+        state.loss_count += int(counted)
+        return stopping > 0, saving > 0
 
     def _learning_rate(self) -> float:
-        return learning_rate(self._config, self.state.epoch + self.state.step / max(1, self._objective.steps()))
+        state = self.state
+        return learning_rate(self._config, state.epoch + state.step / max(1, self._objective.steps()), state.updates)
 
     def end_epoch(self, progress: bool) -> None:
-        state = self.state
-        self._objective.model.eval()
+        with nullcontext() if self._average is None else self._average.applied():
+            self._judge(progress)
+        self.save()
+
+    def _judge(self, progress: bool) -> None:
+        """Validates the weights of an epoch that has ended, and keeps them where they are the best."""
+        state, objective = self.state, self._objective
+        objective.model.eval()
         with torch.inference_mode():
-            scores = self._objective.validate()
-        score = scores[self._objective.score_name]
+            scores = self.processes.from_first(objective.validate)
         row = {
             "epoch": state.epoch + 1,
             "loss": state.loss_sum / max(state.loss_count, 1),
             **scores,
             "learning_rate": self._learning_rate(),
             "seconds": round(state.seconds, 1),
+            "data_wait": round(state.waited / max(state.seconds, 1e-9), 4),
         }
         state.history.append(row)
         if progress:
             tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        score = scores[objective.score_name] * (-1 if is_higher_better(objective) else 1)
         better = score < state.best
         if better:
             state.best, state.best_epoch = score, state.epoch
         state.epoch, state.step, state.loss_sum, state.loss_count = state.epoch + 1, 0, 0.0, 0
-        if better:
-            self._objective.save(self._output, {"history": state.history, "resolved": self._resolved})
-        self._output.write(METRICS, "".join(json.dumps(line) + "\n" for line in state.history).encode())
-        self.save()
+        if self.processes.is_first:
+            if better:
+                objective.save(self._output, {"history": state.history, "resolved": self._resolved})
+            report_epoch(self._output, state.history)
 
 
 def seed_everything(seed: int) -> None:

@@ -6,25 +6,43 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from captionlib.config import differences
 from captionlib.errors import DatasetError
 from captionlib.storage import TEMPORARY, Folder
+from captionlib.training.reports import METRICS, TENSORBOARD
 
-__all__ = ["METRICS", "RunState", "claim_folder", "load_state", "save_state"]
+__all__ = ["RESOLVED", "RunState", "claim_folder", "get_generators", "load_state", "save_state", "set_generators"]
 
 STATE = "_training/state.pt"
-METRICS = "metrics.jsonl"
-_RUN_FILES = {"_training", METRICS, "curves.png", "config.json", "model.safetensors", "training.json"}
+RESOLVED = "resolved.json"
+_CHECKPOINT_FILES = {"config.json", "model.safetensors", "training.json"}
+_RUN_FILES = {"_training", RESOLVED, METRICS, TENSORBOARD, "curves.png", *_CHECKPOINT_FILES}
 
 
 @dataclass
 class RunState:
-    """All that the next step depends on, beside model, optimizer and generator."""
+    """All that the next step depends on, beside model, optimizer and generator.
+
+    Attributes:
+        epoch: epochs done.
+        step: steps of the present epoch done.
+        updates: steps of all epochs done.
+        seconds: spent in training.
+        waited: seconds of those that training waited for data.
+        best: the best score, its sign turned where higher is better.
+        best_epoch: whose it is.
+        loss_sum: of the present epoch.
+        loss_count: what it is summed over.
+        history: one mapping an epoch.
+    """
 
     epoch: int = 0
     step: int = 0
+    updates: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
     best: float = float("inf")
     best_epoch: int = -1
     loss_sum: float = 0.0
@@ -86,6 +104,19 @@ def _identity(resolved: Mapping[str, Any]) -> dict[str, Any]:
         name: value
         for name, value in resolved["training"].items()
         if name not in {"patience", "save_seconds"}
-        and (name != "epochs" or resolved["training"]["schedule"] != "constant")
+        and (name != "epochs" or resolved["training"]["schedule"] == "cosine")
     }
     return {**resolved, "training": training}
+
+
+def get_generators(device: torch.device) -> dict[str, Tensor]:
+    """The states of the generators that a model on this device draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    return {**states, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def set_generators(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Takes back what `get_generators` gave; a GPU's only where there is one."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
