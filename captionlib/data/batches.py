@@ -59,6 +59,8 @@ class CaptionBatches:
         encode: a sentence to its token ids.
         images: how many images a batch has; the last of a window may have fewer.
         window_bytes: how much of the features is mixed at a time.
+        share: the number of this process and the number of all: each gives `images` of batches that are as many times
+            as large.
     """
 
     def __init__(
@@ -68,11 +70,13 @@ class CaptionBatches:
         encode: Callable[[str], list[int]],
         images: int,
         window_bytes: int = 512 << 20,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self._dataset = dataset
         self._splits = frozenset(splits)
         self._encode = encode
         self._images = images
+        self._share = share
         self._windows = _group_shards(dataset, window_bytes)
         self._load_once = lru_cache(maxsize=1)(self._load)
 
@@ -80,21 +84,27 @@ class CaptionBatches:
         """About how many batches an epoch has."""
         columns = (self._dataset.read(shard, ["split"])["split"] for shard in range(self._dataset.shards))
         images = sum(split in self._splits for column in columns for split in column.to_pylist())
-        return -(-images // self._images)
+        return -(-images // (self._images * self._share[1]))
 
-    def epoch(self, seed: int, epoch: int) -> Iterator[CaptionBatch]:
-        """All images once, mixed by `seed` and `epoch`."""
+    def epoch(self, seed: int, epoch: int) -> Iterator[CaptionBatch | None]:
+        """All images once, mixed by `seed` and `epoch`; None in place of a batch of which nothing is left to share."""
         order = np.random.default_rng([seed, epoch])
         shards = order.permutation(self._dataset.shards)
         starts = np.cumsum([0, *(len(window) for window in self._windows)])
         groups = [tuple(sorted(shards[begin:end])) for begin, end in pairwise(starts)]
         for window in self._prefetched(groups):
-            yield from self._batches(window, order.permutation(len(window.sentences)))
+            images = order.permutation(len(window.sentences))
+            process, processes = self._share
+            for begin in range(0, len(images), self._images * processes):
+                chosen = images[begin : begin + self._images * processes]
+                part = np.array_split(chosen, processes)[process]  # as long as the others' to an image
+                yield _batch(window, part) if len(part) else None
 
     def in_order(self) -> Iterator[CaptionBatch]:
-        """All images once, as they stand in the dataset."""
+        """All images once, as they stand in the dataset, shared with nobody."""
         for window in self._prefetched(self._windows):
-            yield from self._batches(window, np.arange(len(window.sentences)))
+            for begin in range(0, len(window.sentences), self._images):
+                yield _batch(window, np.arange(begin, min(begin + self._images, len(window.sentences))))
 
     def _prefetched(self, groups: Sequence[tuple[int, ...]]) -> Iterator[_Window]:
         load = self._load_once if len(groups) == 1 else self._load
@@ -118,15 +128,14 @@ class CaptionBatches:
         shape = feature_shape(self._dataset)
         return _Window(np.concatenate(features) if features else np.empty((0, *shape), np.float32), sentences)
 
-    def _batches(self, window: _Window, order: npt.NDArray[np.int64]) -> Iterator[CaptionBatch]:
-        for begin in range(0, len(order), self._images):
-            chosen = order[begin : begin + self._images]
-            sentences = [window.sentences[number] for number in chosen]
-            yield CaptionBatch(
-                features=window.features[chosen].astype(np.float32),
-                sentences=[sentence for row in sentences for sentence in row],
-                image_of_sentence=np.repeat(np.arange(len(chosen)), [len(row) for row in sentences]),
-            )
+
+def _batch(window: _Window, chosen: npt.NDArray[np.int64]) -> CaptionBatch:
+    sentences = [window.sentences[number] for number in chosen]
+    return CaptionBatch(
+        features=window.features[chosen].astype(np.float32),
+        sentences=[sentence for row in sentences for sentence in row],
+        image_of_sentence=np.repeat(np.arange(len(chosen)), [len(row) for row in sentences]),
+    )
 
 
 def feature_shape(dataset: ShardedDataset) -> list[int]:

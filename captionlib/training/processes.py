@@ -16,7 +16,7 @@ from torch import Tensor
 
 from captionlib.errors import ConfigError
 
-__all__ = ["Processes", "join_processes"]
+__all__ = ["Processes", "is_first_process", "join_processes"]
 
 Value = TypeVar("Value")
 
@@ -78,6 +78,11 @@ class Processes:
         values: list[Any] = [None] * self.count
         dist.all_gather_object(values, value)
         return values
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that speaks, also before they join and after they part."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
