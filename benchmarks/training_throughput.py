@@ -63,7 +63,7 @@ class PlainLoop:
         """Tokens/s of a pass over the pairs."""
         began = time.perf_counter()
         size = SENTENCES * CONFIG.batch_images
-        for chosen in torch.randperm(len(self._pairs)).split(size):
+        for chosen in torch.split(torch.randperm(len(self._pairs)), size):
             pairs = [self._pairs[number] for number in chosen.tolist()]
             self._step(torch.stack([row for row, _ in pairs]), [ids for _, ids in pairs])
         return self.tokens / (time.perf_counter() - began)
