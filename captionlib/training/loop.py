@@ -83,6 +83,7 @@ class _Run(Generic[Batch]):
         self._config = config
         self._output = output
         self._resolved = resolved
+        self.processes.copy_from_first(objective.model.state_dict().values())
         self._optimizer = make_optimizer(objective.model, config)
         self._parameters = [parameter for parameter in objective.model.parameters() if parameter.requires_grad]
         self._device = self._parameters[0].device

@@ -5,7 +5,7 @@ with the whole batch. The first process is the one that validates, saves and spe
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -54,6 +54,13 @@ class Processes:
         pieces = torch.split(flat, [gradient.numel() for gradient in gradients])
         for parameter, piece in zip(parameters, pieces, strict=True):
             parameter.grad = piece.view_as(parameter)
+
+    @torch.no_grad()
+    def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Gives each process the first one's weights; worked out on another machine, they may differ in a bit."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
 
     def from_first(self, function: Callable[[], Value]) -> Value:
         """What a function returns in the first process, or raises: the others wait for it and do the same."""

@@ -89,7 +89,7 @@ def load_state(output: Folder, resolved: Mapping[str, Any]) -> tuple[RunState, d
     """
     if not output.exists(STATE):
         return None
-    saved = torch.load(io.BytesIO(output.read(STATE)), weights_only=True)
+    saved = torch.load(io.BytesIO(output.read(STATE)), map_location="cpu", weights_only=True)
     if lines := differences(_identity(saved["resolved"]), _identity(resolved)):
         raise DatasetError(
             f"{output.uri} holds a run of another configuration ({'; '.join(lines)}); "

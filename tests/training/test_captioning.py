@@ -83,6 +83,15 @@ def test_another_configuration_is_refused_unless_told_to_overwrite(features: Sha
     assert load_captioner(tmp_path / "captioner").config.hidden_size == 8
 
 
+@pytest.mark.parametrize("shape", [{}, {"cell": "rnn", "image_input": "every"}, {"image_input": "state", "layers": 2}])
+def test_bfloat16_learns_as_well(features: ShardedDataset, tmp_path: Path, shape: dict[str, Any]) -> None:
+    training = replace(CONFIG.training, precision="bfloat16", learning_rate=0.01, epochs=15)
+    config = replace(CONFIG, captioner=replace(CONFIG.captioner, **shape), training=training)
+    rough = train(features, tmp_path / "rough", config)[-1]["perplexity"]
+    exact = train(features, tmp_path / "exact", replace(config, training=replace(training, precision="float32")))
+    assert rough == pytest.approx(exact[-1]["perplexity"], rel=0.05)
+
+
 def test_words_start_from_the_vectors_of_others(
     features: ShardedDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
