@@ -59,8 +59,6 @@ class CaptionBatches:
         encode: a sentence to its token ids.
         images: how many images a batch has; the last of a window may have fewer.
         window_bytes: how much of the features is mixed at a time.
-        share: the number of this process and the number of all: each gives `images` of batches that are as many times
-            as large.
     """
 
     def __init__(
@@ -70,38 +68,48 @@ class CaptionBatches:
         encode: Callable[[str], list[int]],
         images: int,
         window_bytes: int = 512 << 20,
-        share: tuple[int, int] = (0, 1),
     ) -> None:
         self._dataset = dataset
         self._splits = frozenset(splits)
         self._encode = encode
         self._images = images
-        self._share = share
         self._windows = _group_shards(dataset, window_bytes)
         self._load_once = lru_cache(maxsize=1)(self._load)
 
-    def count(self) -> int:
-        """About how many batches an epoch has."""
+    def count(self, processes: int = 1) -> int:
+        """About how many batches an epoch has, when so many processes share them."""
         columns = (self._dataset.read(shard, ["split"])["split"] for shard in range(self._dataset.shards))
         images = sum(split in self._splits for column in columns for split in column.to_pylist())
-        return -(-images // (self._images * self._share[1]))
+        return -(-images // (self._images * processes))
 
-    def epoch(self, seed: int, epoch: int) -> Iterator[CaptionBatch | None]:
-        """All images once, mixed by `seed` and `epoch`; None in place of a batch of which nothing is left to share."""
-        order = np.random.default_rng([seed, epoch])
-        shards = order.permutation(self._dataset.shards)
+    def epoch(self, seed: int, epoch: int) -> Iterator[CaptionBatch]:
+        """All images once, mixed by `seed` and `epoch`."""
+        for window, order in self._mixed(seed, epoch):
+            for begin in range(0, len(order), self._images):
+                yield _batch(window, order[begin : begin + self._images])
+
+    def shares(self, seed: int, epoch: int, process: int, processes: int) -> Iterator[CaptionBatch | None]:
+        """The shares of one process in an epoch of batches that are as many times as large as there are processes.
+
+        Each process has as many as the others, up to an image; None where a batch has fewer images than processes.
+        """
+        for window, order in self._mixed(seed, epoch):
+            for begin in range(0, len(order), self._images * processes):
+                chosen = order[begin : begin + self._images * processes]
+                part = np.array_split(chosen, processes)[process]
+                yield _batch(window, part) if len(part) else None
+
+    def _mixed(self, seed: int, epoch: int) -> Iterator[tuple[_Window, npt.NDArray[np.int64]]]:
+        """The windows of an epoch, each with the order of its images."""
+        draw = np.random.default_rng([seed, epoch])
+        shards = draw.permutation(self._dataset.shards)
         starts = np.cumsum([0, *(len(window) for window in self._windows)])
         groups = [tuple(sorted(shards[begin:end])) for begin, end in pairwise(starts)]
         for window in self._prefetched(groups):
-            images = order.permutation(len(window.sentences))
-            process, processes = self._share
-            for begin in range(0, len(images), self._images * processes):
-                chosen = images[begin : begin + self._images * processes]
-                part = np.array_split(chosen, processes)[process]  # as long as the others' to an image
-                yield _batch(window, part) if len(part) else None
+            yield window, draw.permutation(len(window.sentences))
 
     def in_order(self) -> Iterator[CaptionBatch]:
-        """All images once, as they stand in the dataset, shared with nobody."""
+        """All images once, as they stand in the dataset."""
         for window in self._prefetched(self._windows):
             for begin in range(0, len(window.sentences), self._images):
                 yield _batch(window, np.arange(begin, min(begin + self._images, len(window.sentences))))

@@ -16,6 +16,7 @@ from captionlib.models.checkpoints import save_checkpoint
 from captionlib.storage import Folder
 from captionlib.training.caption_validation import CiderValidation
 from captionlib.training.curves import draw_curves
+from captionlib.training.processes import Processes
 
 __all__ = ["CaptionSaver", "CaptioningObjective"]
 
@@ -27,7 +28,6 @@ class CaptioningObjective:
         model: the captioner, on its device.
         training: what it learns from.
         validation: what its perplexity is taken of.
-        steps: about how many batches an epoch has.
         save: writes the checkpoint.
         label_smoothing: the share of each target that is spread over all classes.
         cider: measures its captions; None leaves that out.
@@ -38,7 +38,6 @@ class CaptioningObjective:
         model: Captioner,
         training: CaptionBatches,
         validation: CaptionBatches,
-        steps: int,
         save: "CaptionSaver",
         label_smoothing: float = 0.0,
         cider: CiderValidation | None = None,
@@ -48,14 +47,15 @@ class CaptioningObjective:
         self.higher_is_better = cider is not None
         self._training = training
         self._validation = validation
-        self._steps = steps
+        self._processes = Processes()
+        self._steps = training.count(self._processes.count)
         self._save = save
         self._smoothing = label_smoothing
         self._cider = cider
         self._device = next(model.parameters()).device
 
     def batches(self, seed: int, epoch: int) -> Iterator[CaptionBatch | None]:
-        return self._training.epoch(seed, epoch)
+        return self._training.shares(seed, epoch, self._processes.rank, self._processes.count)
 
     def steps(self) -> int:
         return self._steps

@@ -122,7 +122,7 @@ def _train(
         provenance["word_vectors"] = said = start_word_vectors(model, vocabulary, config.word_vectors)
         if processes.is_first:
             tqdm.write("word vectors  " + "  ".join(f"{name} {value}" for name, value in said.items()), sys.stderr)
-    objective = _objective(config, dataset, vocabulary, model.to(device), provenance, processes)
+    objective = _objective(config, dataset, vocabulary, model.to(device), provenance)
     resolved = {"features": dataset.fingerprint, "processes": processes.count, **to_dict(config)}
     return train(objective, config.training, output, resolved, progress)
 
@@ -133,17 +133,15 @@ def _objective(
     vocabulary: Vocabulary,
     model: Captioner,
     provenance: dict[str, Any],
-    processes: Processes,
 ) -> CaptioningObjective:
     def encode(sentence: str) -> list[int]:
         return vocabulary.encode(sentence)[: config.max_words]
 
     window_bytes = config.window_megabytes << 20
-    share = (processes.rank, processes.count)
-    batches = CaptionBatches(dataset, config.train_splits, encode, config.batch_images, window_bytes, share)
+    batches = CaptionBatches(dataset, config.train_splits, encode, config.batch_images, window_bytes)
     held_out = CaptionBatches(dataset, config.validation_splits, encode, config.batch_images, window_bytes)
     cider = None
     if config.best_by == "cider":
         cider = CiderValidation(dataset, config.validation_splits, vocabulary, config.decoding)
     save = CaptionSaver(vocabulary, dataset.config["encoder"], provenance)
-    return CaptioningObjective(model, batches, held_out, batches.count(), save, config.label_smoothing, cider)
+    return CaptioningObjective(model, batches, held_out, save, config.label_smoothing, cider)

@@ -72,15 +72,13 @@ def test_order_depends_on_seed_and_epoch_alone(dataset: ShardedDataset, window_b
 def test_shares_make_up_the_batches_of_one_process(dataset: ShardedDataset, window_bytes: int, processes: int) -> None:
     splits = ["train", "restval"]
     whole = CaptionBatches(dataset, splits, encode, 2 * processes, window_bytes)
-    shares = [
-        CaptionBatches(dataset, splits, encode, 2, window_bytes, (number, processes)) for number in range(processes)
-    ]
-    assert {share.count() for share in shares} == {whole.count()}
-    parts = zip(*(share.epoch(3, 1) for share in shares), strict=True)
-    for batch, shared in zip(whole.epoch(3, 1), parts, strict=True):
-        images = [n for part in shared if part is not None for n in part.features[:, 0]]
+    shared = CaptionBatches(dataset, splits, encode, 2, window_bytes)
+    assert shared.count(processes) == whole.count()
+    parts = zip(*(shared.shares(3, 1, number, processes) for number in range(processes)), strict=True)
+    for batch, shares in zip(whole.epoch(3, 1), parts, strict=True):
+        images = [n for part in shares if part is not None for n in part.features[:, 0]]
         assert images == batch.features[:, 0].tolist()
-        assert [ids for part in shared if part is not None for ids in part.sentences] == batch.sentences
+        assert [ids for part in shares if part is not None for ids in part.sentences] == batch.sentences
 
 
 def test_images_of_different_shards_are_mixed(dataset: ShardedDataset) -> None:

@@ -131,7 +131,7 @@ def test_the_smoothed_loss_is_the_cross_entropy_with_smoothed_targets(features: 
     batches = CaptionBatches(features, ["train"], vocabulary.encode, 8)
     (batch, *_) = batches.in_order()
     saver = CaptionSaver(vocabulary, {}, {})
-    plain, smooth = (CaptioningObjective(model, batches, batches, 1, saver, share).loss(batch) for share in (0.0, 0.1))
+    plain, smooth = (CaptioningObjective(model, batches, batches, saver, share).loss(batch) for share in (0.0, 0.1))
     assert plain[1:] == smooth[1:]
     uniform = -model(
         torch.from_numpy(batch.features),
