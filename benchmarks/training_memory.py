@@ -13,12 +13,13 @@ from captionlib.models.captioner import CaptionerConfig
 from captionlib.training.captioning import CaptioningConfig, train_captioner
 from captionlib.training.loop import LoopConfig
 
-FEW, MANY = 4_000, 40_000  # 33 and 330 MB of features
+FEW, MANY = 3_000, 30_000  # 25 and 246 MB of features
 CONFIG = CaptioningConfig(
     captioner=CaptionerConfig(hidden_size=16, word_size=16),  # so that the epoch takes seconds
     training=LoopConfig(epochs=1, optimizer="adam"),
-    batch_images=100,
-    window_megabytes=8,
+    max_words=4,
+    window_megabytes=4,
+    whiten_images=500,
 )
 
 
