@@ -100,7 +100,7 @@ class _Run(Generic[Batch]):
             if self._average is not None:
                 self._average.load_state_dict(parts["average"])
             set_generators(parts["generators"][self.processes.rank], self._device)
-        elif self.processes.is_first:
+        if self.processes.is_first:
             self._output.write(RESOLVED, to_json(self._resolved))
 
     def is_over(self) -> bool:
