@@ -8,17 +8,16 @@ After Karpathy & Fei-Fei 2015 (arXiv 1412.2306) and Vinyals et al. 2015 (arXiv 1
     p(w_{t+1} | w_1 .. w_t, image) = softmax(Why h_t + c)
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pad_sequence
+from torch.nn.utils.rnn import PackedSequence
 
-from captionlib.data.vocabulary import END, PAD
 from captionlib.errors import ConfigError
+from captionlib.models.ragged import drop_padding, pad_sentences
 
 __all__ = ["Captioner", "CaptionerConfig", "TokenScores", "pad_sentences"]
 
@@ -72,28 +71,13 @@ class TokenScores(NamedTuple):
     Attributes:
         log_probs: `[tokens] float32`, ln p(token | image, tokens before it).
         sentences: `[tokens] int64`, the sentence that a token belongs to.
+        mean_log_probs: `[tokens] float32`, the mean of ln p over all classes in the token's place, which label
+            smoothing learns from; None unless it was asked for.
     """
 
     log_probs: Tensor
     sentences: Tensor
-
-
-class _Ragged(NamedTuple):
-    """Sentences of different lengths without their padding: all first tokens, then all second tokens, and so on.
-
-    Attributes:
-        words: `[tokens] int64`, what is read: START, then the words.
-        targets: `[tokens] int64`, what is to be foretold: the words, then END.
-        sentences: `[tokens] int64`, the sentence of each token.
-        order: `[sentences] int64`, from the longest sentence to the shortest: their order within each tick.
-        sizes: how many sentences reach each tick.
-    """
-
-    words: Tensor
-    targets: Tensor
-    sentences: Tensor
-    order: Tensor
-    sizes: list[int]
+    mean_log_probs: Tensor | None = None
 
 
 class Captioner(nn.Module):
@@ -167,7 +151,9 @@ class Captioner(nn.Module):
         """Starts the softmax at the words' frequencies: `[vocabulary_size]`, from `Vocabulary.log_frequencies`."""
         self.output.bias.copy_(log_frequencies)
 
-    def forward(self, features: Tensor, captions: Tensor, image_of_sentence: Tensor) -> TokenScores:
+    def forward(
+        self, features: Tensor, captions: Tensor, image_of_sentence: Tensor, mean_log_probs: bool = False
+    ) -> TokenScores:
         """Scores captions, each token given the image and the true tokens before it.
 
         Each image is projected once, whatever the number of its captions, and padding costs nothing.
@@ -176,8 +162,9 @@ class Captioner(nn.Module):
             features: `[images, feature_size]`, as the encoder gave them.
             captions: `[sentences, ticks] int64`, word ids without START and END, then `PAD`.
             image_of_sentence: `[sentences] int64`, the row of `features` that a caption belongs to.
+            mean_log_probs: give them too.
         """
-        ragged = _drop_padding(captions)
+        ragged = drop_padding(captions)
         image, state = self.look(features)
         rows = image_of_sentence[ragged.order]  # the image of each sentence that begins
         inputs = self.word_vectors(ragged.words)  # [tokens, word_size]
@@ -186,8 +173,12 @@ class Captioner(nn.Module):
         elif self.config.image_input == "every":
             inputs = inputs + image.index_select(0, image_of_sentence[ragged.sentences])
         hidden, _ = self._recur(self.dropout(inputs), ragged.sizes, state.index_select(1, rows))
-        logits = self.output(self.dropout(hidden))  # [tokens, vocabulary_size]
-        return TokenScores(-F.cross_entropy(logits.float(), ragged.targets, reduction="none"), ragged.sentences)
+        logits = self.output(self.dropout(hidden)).float()  # [tokens, vocabulary_size]
+        log_probs = -F.cross_entropy(logits, ragged.targets, reduction="none")
+        if not mean_log_probs:
+            return TokenScores(log_probs, ragged.sentences)
+        of_targets = logits.gather(1, ragged.targets[:, None]).squeeze(1)  # ln p(w) = logit(w) - ln Z, so ln Z is known
+        return TokenScores(log_probs, ragged.sentences, logits.mean(1) - of_targets + log_probs)
 
     def standardise(self, features: Tensor) -> Tensor:
         """What the projection sees of features."""
@@ -275,23 +266,6 @@ def advance(gates: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
     i, f, g, o = gates.chunk(4, dim=1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
-
-
-def pad_sentences(sentences: Sequence[Sequence[int]]) -> Tensor:
-    """Word ids of several sentences as one matrix, `[sentences, longest] int64`, filled with `PAD`."""
-    rows = [torch.tensor(sentence, dtype=torch.int64) for sentence in sentences]
-    return pad_sequence(rows, batch_first=True, padding_value=PAD)
-
-
-def _drop_padding(captions: Tensor) -> _Ragged:
-    lengths, order = (captions != PAD).sum(1).sort(descending=True, stable=True)
-    boundary = captions.new_full((len(captions), 1), END)
-    captions = captions[order]
-    words = torch.cat([boundary, captions], 1).t()  # [ticks + 1, sentences]
-    targets = torch.cat([captions, torch.full_like(boundary, PAD)], 1).scatter(1, lengths[:, None], END).t()
-    real = targets != PAD
-    sentences = order.expand_as(real)[real]
-    return _Ragged(words[real], targets[real], sentences, order, real[: int(lengths[0]) + 1].sum(1).tolist())
 
 
 def _between_layers(config: CaptionerConfig) -> float:

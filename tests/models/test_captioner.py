@@ -196,3 +196,16 @@ def test_tied_word_vectors_are_the_weights_of_the_softmax() -> None:
 def test_a_shape_that_cannot_be_is_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CaptionerConfig(**options)
+
+
+@pytest.mark.parametrize("config", SHAPES[:2])
+def test_mean_log_probs_are_those_of_all_classes(config: CaptionerConfig) -> None:
+    model = build(config)
+    sentence = torch.tensor([[4, 2]])
+    plain = model(FEATURES[:1], sentence, torch.tensor([0]))
+    asked = model(FEATURES[:1], sentence, torch.tensor([0]), mean_log_probs=True)
+    assert plain.mean_log_probs is None
+    assert torch.equal(plain.log_probs, asked.log_probs)
+    with torch.no_grad():  # the last token's classes, each in turn as a word that might have come
+        others = [model(FEATURES[:1], torch.tensor([[4, word]]), torch.tensor([0])).log_probs[1] for word in range(7)]
+    assert asked.mean_log_probs[1].item() == pytest.approx(torch.stack(others).mean().item(), rel=1e-5)
