@@ -5,8 +5,8 @@ the beam of an image narrows until nothing is left to extend. Only hypotheses th
 image they belong to.
 
 In diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424) each image has several beams, its groups. All are
-computed together; then each group in its turn chooses its words, and those that the groups before it have chosen at this
-place cost it something in the choice. Log-probabilities remain the model's own.
+computed together; then each group in its turn chooses its words, and a word that the groups before it chose at this
+place costs it something in the choice. Log-probabilities remain the model's own.
 """
 
 from typing import NamedTuple
