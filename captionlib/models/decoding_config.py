@@ -21,7 +21,7 @@ class DecodingConfig:
         length_normalisation: candidates are ordered by log_prob / tokens ** it; 0 orders by log-probability and
             favours short sentences.
         min_words: no sentence ends with fewer, unless nothing else may be written.
-        no_repeat_ngram: no words of this number come twice in a sentence in the same order; 0 lets all be repeated.
+        no_repeat_ngram: so many words in a row come once in a sentence at the most; 0 lets all be repeated.
         forbidden_words: never written.
         beam_groups: parts of equal width that the beam is cut into: diverse beam search (Vijayakumar et al. 2016, arXiv
             1610.02424).

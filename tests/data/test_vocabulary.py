@@ -66,7 +66,7 @@ def test_log_frequencies_are_finite_where_no_word_is_left_out() -> None:
 
 
 def test_no_frequent_word_is_an_error_that_counts() -> None:
-    with pytest.raises(ConfigError, match="at least 5 times, got 2 captions with 3 words"):
+    with pytest.raises(ConfigError, match="at least 5 times, got 2 sentences with 3 words"):
         Vocabulary.from_captions(["a dog", "a cat"])
 
 

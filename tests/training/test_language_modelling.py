@@ -84,6 +84,7 @@ def test_learns_running_text_by_the_character(tmp_path: Path) -> None:
         level="characters",
         text="running",
         window=42,
+        training=replace(CONFIG.training, epochs=20),
     )
     history = train(tmp_path / "author.txt", tmp_path / "model", config)
     # All is certain, but where in the line a window begins.
