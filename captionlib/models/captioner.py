@@ -103,9 +103,6 @@ class Captioner(nn.Module):
         config: its shape.
         feature_size: numbers in the feature vector of an image; 0 for a language model.
         vocabulary_size: classes of the softmax, `len(vocabulary)`.
-
-    Raises:
-        ConfigError: there are features that nothing takes in, or none for what does.
     """
 
     feature_mean: Tensor
@@ -114,10 +111,8 @@ class Captioner(nn.Module):
     def __init__(self, config: CaptionerConfig, feature_size: int, vocabulary_size: int) -> None:
         super().__init__()
         if (config.image_input == "none") != (feature_size == 0):
-            raise ConfigError(
-                f"captioner: image_input none goes with no features, got {config.image_input} and {feature_size}; "
-                "none is for language models, the others are for captioners"
-            )
+            got = f"{config.image_input} and {feature_size}; it is for language models alone"
+            raise ConfigError(f"captioner: image_input none goes with no features, got {got}")
         self.config = config
         self.feature_size = feature_size
         self.vocabulary_size = vocabulary_size
