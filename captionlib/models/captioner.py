@@ -35,7 +35,8 @@ class CaptionerConfig:
         word_size: numbers in a word vector, and in the projected image.
         dropout: the share of inputs and outputs of each layer that is dropped in training.
         image_input: where the image enters: as an input of its own before START (`tick`, NeuralTalk's LSTM), added to
-            START (`first`, the talk's RNN), added to every word (`every`), or as the initial state (`state`).
+            START (`first`, the talk's RNN), added to every word (`every`), or as the initial state (`state`); `none` is
+            a language model, which knows no image.
         tie_word_vectors: use the word vectors as the weights of the softmax; needs `word_size` = `hidden_size`.
         standardise_features: give each feature mean 0 and deviation 1 over the training images.
         principal_components: how many of the features' principal components the projection sees in their place, each of
@@ -47,7 +48,7 @@ class CaptionerConfig:
     hidden_size: int = 512
     word_size: int = 512
     dropout: float = 0.5
-    image_input: Literal["tick", "first", "every", "state"] = "tick"
+    image_input: Literal["tick", "first", "every", "state", "none"] = "tick"
     tie_word_vectors: bool = False
     standardise_features: bool = True
     principal_components: int = 0
@@ -87,7 +88,7 @@ class Captioner(nn.Module):
 
     Args:
         config: its shape.
-        feature_size: numbers in the feature vector of an image.
+        feature_size: numbers in the feature vector of an image; 0 for a language model.
         vocabulary_size: classes of the softmax, `len(vocabulary)`.
     """
 
@@ -97,6 +98,9 @@ class Captioner(nn.Module):
 
     def __init__(self, config: CaptionerConfig, feature_size: int, vocabulary_size: int) -> None:
         super().__init__()
+        if (config.image_input == "none") != (feature_size == 0):
+            got = f"{config.image_input} and {feature_size}; it is for language models alone"
+            raise ConfigError(f"captioner: image_input none goes with no features, got {got}")
         self.config = config
         self.feature_size = feature_size
         self.vocabulary_size = vocabulary_size
@@ -113,7 +117,8 @@ class Captioner(nn.Module):
             image_size = config.layers * config.hidden_size * (2 if config.cell == "lstm" else 1)
         components = config.principal_components
         self.register_buffer("components", torch.zeros(components, feature_size) if components else None)
-        self.image_projection = nn.Linear(components or feature_size, image_size)
+        if config.image_input != "none":
+            self.image_projection = nn.Linear(components or feature_size, image_size)
         self.output = nn.Linear(config.hidden_size, vocabulary_size)
         self.dropout = nn.Dropout(config.dropout)
         self._draw_weights()
@@ -193,9 +198,11 @@ class Captioner(nn.Module):
             features: `[images, feature_size]`, as the encoder gave them.
 
         Returns:
-            The projected images, `[images, word_size]`, and the state before START, `[states, images, hidden_size]`:
-            the h of each layer and then, of an LSTM, the c of each layer.
+            The projected images, `[images, word_size]`, of a language model `[images, 0]`; and the state before START,
+            `[states, images, hidden_size]`: the h of each layer and then, of an LSTM, the c of each layer.
         """
+        if self.config.image_input == "none":
+            return features, features.new_zeros(self.state_count, len(features), self.config.hidden_size)
         image = self.image_projection(self.standardise(features))
         if self.config.image_input == "state":
             state = image.view(len(image), -1, self.config.hidden_size).transpose(0, 1)

@@ -30,7 +30,7 @@ class GenerationConfig:
     """How captions are made.
 
     Attributes:
-        decoding: the search for the most likely sentence.
+        decoding: how sentences are searched for, or drawn; what is drawn for an image depends on its id and the seed.
         dtype: what the captioner computes in.
         batch_size: images decoded at a time.
         loading: how images are fetched and decoded, where captions are made from images.
@@ -84,7 +84,8 @@ class CaptionGeneration:
                 f"{self.checkpoint}: expected captioner {self.fingerprint}, got {captioner.fingerprint}; "
                 "the checkpoint was replaced while the captions were made: start again with --overwrite"
             )
-        decoder = Decoder(captioner.model, self.config.decoding, getattr(torch, self.config.dtype))
+        dtype = getattr(torch, self.config.dtype)
+        decoder = Decoder(captioner.model, self.config.decoding, dtype, captioner.vocabulary)
         if self.encoder is None:
             yield lambda rows, _fail: self._caption(rows_with_features(rows), captioner, decoder)
             return
@@ -105,7 +106,8 @@ class CaptionGeneration:
         decoder: Decoder,
     ) -> Iterator[tuple[pa.RecordBatch, ...]]:
         for rows, features in _rebatch(encoded, self.config.batch_size):
-            yield (caption_rows(rows, decoder.decode(features.astype(np.float32)), captioner),)
+            candidates = decoder.decode(features.astype(np.float32), keys=[row["image_id"] for row in rows])
+            yield (caption_rows(rows, candidates, captioner),)
 
 
 def rows_with_features(rows: Iterator[pa.RecordBatch]) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
