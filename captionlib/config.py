@@ -41,12 +41,14 @@ def load_config(config_type: type[Config], path: str | Path | None, overrides: S
 def build_config(config_type: type[Config], values: Mapping[str, Any], origin: str = "configuration") -> Config:
     """Fills `config_type` from `values`; nested dataclasses from nested mappings.
 
+    What a nested mapping leaves out is as in the outer dataclass's own default, where that differs from the inner's.
+
     Raises:
         ConfigError: names each field that is wrong, and for an unknown key the known ones.
     """
     _refuse_unknown_keys(config_type, values, prefix="", origin=origin)
     try:
-        return TypeAdapter(config_type).validate_python(dict(values))
+        return TypeAdapter(config_type).validate_python(_with_defaults(config_type, values))
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(str(part) for part in problem['loc']) or 'value'}: {problem['msg']}, got {problem['input']!r}"
@@ -96,6 +98,25 @@ def _set_nested(values: dict[str, Any], keys: Sequence[str], value: Any) -> None
             raise ConfigError(f"--set {'.'.join(keys)}: {key} is a value, not a section")
         values = inner
     values[keys[-1]] = value
+
+
+def _with_defaults(config_type: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    filled = dict(values)
+    for field in dataclasses.fields(config_type):
+        given, factory = values.get(field.name), field.default_factory
+        if isinstance(given, Mapping) and dataclasses.is_dataclass(field.type):
+            defaults = {} if factory is dataclasses.MISSING else to_dict(factory())
+            filled[field.name] = _with_defaults(field.type, _merge(defaults, given))
+    return filled
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above`, and of `below` what it leaves open, at every depth."""
+    merged = {**below, **above}
+    for name, value in above.items():
+        if isinstance(value, Mapping) and isinstance(inner := below.get(name), Mapping):
+            merged[name] = _merge(inner, value)
+    return merged
 
 
 def _refuse_unknown_keys(config_type: Any, values: Mapping[str, Any], prefix: str, origin: str) -> None:

@@ -17,8 +17,10 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "extract-features": ("jobs.extract_features", "manifest/ to features/: what the encoder sees in each image."),
         "train-captioner": ("jobs.train_captioner", "features/ to a captioner checkpoint."),
         "train-language-model": ("jobs.train_language_model", "Sentences alone to a language model checkpoint."),
+        "train-ranker": ("jobs.train_ranker", "features/ to a ranker checkpoint: sentences find images and back."),
         "generate-captions": ("jobs.generate_captions", "manifest/ or features/ to captions/, with a checkpoint."),
-        "evaluate": ("jobs.evaluate", "captions/ against the sentences of people: BLEU and CIDEr."),
+        "embed": ("jobs.embed", "manifest/ or features/ to embeddings/, with a ranker checkpoint."),
+        "evaluate": ("jobs.evaluate", "captions/ against people's: BLEU, CIDEr; a ranker on features/: Recall@k."),
         "query": ("jobs.query", "Ask captions/: SQL and ready questions."),
     },
     "At any time": {

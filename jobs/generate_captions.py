@@ -16,6 +16,8 @@ __all__ = ["command"]
 @click.argument("source")
 @click.option("--checkpoint", "-c", required=True, metavar="FOLDER", help="The captioner, as train-captioner wrote it.")
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The captions dataset to write.")
+@click.option("--ranker", metavar="FOLDER", help="Also embed the images, with a ranker as train-ranker wrote it.")
+@click.option("--embeddings", metavar="FOLDER", help="The embeddings dataset to write with --ranker.")
 @click.option("--weights", metavar="FILE", help="The encoder's weights, where they are a file of your own.")
 @config_options
 @device_option
@@ -24,6 +26,8 @@ def command(
     source: str,
     checkpoint: str,
     output: str,
+    ranker: str | None,
+    embeddings: str | None,
     weights: str | None,
     config: str | None,
     overrides: tuple[str, ...],
@@ -38,12 +42,14 @@ def command(
     """Caption every image of SOURCE: a features dataset, or a manifest.
 
     From a manifest the images are encoded and captioned in one pass, with the encoder that the captioner was trained
-    on. Each row has the best caption with its log-probability, and the n best.
+    on. Each row has the best caption with its log-probability, and the n best. With a ranker of the same encoder the
+    pass also writes embeddings, by which sentences find images; of captions made before, `captionlib embed` does.
 
     \b
     Examples:
       captionlib generate-captions features -c captioner -o captions
       captionlib generate-captions manifest -c captioner -o captions --workers 2
+      captionlib generate-captions manifest -c captioner -o captions --ranker ranker --embeddings embeddings
       captionlib generate-captions features -c captioner -o captions --set decoding.beam_width=7 --set decoding.n_best=3
     """
     totals = generate_captions(
@@ -51,8 +57,12 @@ def command(
         checkpoint,
         output,
         load_config(GenerationConfig, config, overrides),
+        ranker=ranker,
+        embeddings=embeddings,
         weights=weights,
         device=device,
         run=RunConfig(workers, beam_options, max_failure_ratio, retry_failures, overwrite, progress),
     )
     echo_totals(output, totals)
+    if embeddings is not None:
+        click.echo(f"{embeddings}: the embeddings of the same images")

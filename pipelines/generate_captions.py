@@ -1,18 +1,19 @@
-"""`manifest/` or `features/` to `captions/`: what the captioner says of each image."""
+"""`manifest/` or `features/` to `captions/`: what the captioner says of each image; and to `embeddings/` beside it."""
 
 import os
 from dataclasses import replace
 
 from captionlib.config import to_dict
 from captionlib.data.datasets import create_dataset, open_dataset
-from captionlib.data.schemas import captions_schema
-from captionlib.data.shards import ShardedDataset, Totals
+from captionlib.data.schemas import captions_schema, embeddings_schema
+from captionlib.data.shards import Totals
 from captionlib.data.stages import ShardJob
-from captionlib.errors import ConfigError, DatasetError
-from captionlib.models.checkpoints import LoadedCaptioner, load_captioner
-from captionlib.models.encoder import EncoderConfig, encoder_config
-from captionlib.models.extraction import open_encoder
+from captionlib.errors import ConfigError
+from captionlib.models.checkpoints import load_captioner
+from captionlib.models.embedding import RankerFolder, describe_embeddings
+from captionlib.models.feature_source import encoder_for
 from captionlib.models.generation import CaptionGeneration, GenerationConfig
+from captionlib.models.ranker_checkpoints import load_ranker
 from pipelines.run import RunConfig, run_job
 
 __all__ = ["generate_captions"]
@@ -24,6 +25,8 @@ def generate_captions(
     output: str | os.PathLike[str],
     config: GenerationConfig,
     *,
+    ranker: str | os.PathLike[str] | None = None,
+    embeddings: str | os.PathLike[str] | None = None,
     weights: str | None = None,
     device: str = "auto",
     run: RunConfig = RunConfig(),
@@ -35,23 +38,31 @@ def generate_captions(
         checkpoint: the captioner's folder.
         output: the captions dataset to write.
         config: how captions are made.
+        ranker: the folder of a ranker that embeds the images in the same pass.
+        embeddings: the embeddings dataset to write, with a ranker.
         weights: the encoder's weights file, where the captioner learned from features of such a file.
         device: auto, cpu, cuda or cuda:N.
         run: how the pipeline is run.
 
     Returns:
-        Rows, failures and their reasons.
+        Rows, failures and their reasons; those of `embeddings` are the same.
 
     Raises:
-        CheckpointError: no captioner there, or the features are of another encoder than its own.
+        CheckpointError: no captioner or ranker there, or the features are of another encoder than theirs.
+        ConfigError: a ranker without a place for its embeddings, or the other way round.
         DatasetError: the source is not complete, or `output` holds something else.
         FailureRatioError: more images failed than the run allows.
     """
     config = replace(config, loading=run.share(config.loading))
+    if (ranker is None) != (embeddings is None):
+        raise ConfigError("--ranker and --embeddings belong together: the model, and the dataset that it writes")
     rows = open_dataset(source).require_complete()
     captioner = load_captioner(os.fspath(checkpoint))
     threads = run.threads if run.workers > 1 else None
-    encoder = _encoder_for(rows, captioner, weights, device, threads)
+    encoder = encoder_for(rows, captioner, weights, device, threads)
+    embedder = None if ranker is None else load_ranker(os.fspath(ranker))
+    if embedder is not None:
+        embedder.require_encoder(captioner.encoder)
     dataset = create_dataset(
         output,
         "captions",
@@ -66,21 +77,18 @@ def generate_captions(
         shards=rows.shards,
         overwrite=run.overwrite,
     )
-    stage = CaptionGeneration(config, os.fspath(checkpoint), captioner.fingerprint, encoder, device, threads)
-    return run_job(ShardJob(rows, (dataset,), stage, run.retry_failures), "generate-captions", run)
-
-
-def _encoder_for(
-    source: ShardedDataset, captioner: LoadedCaptioner, weights: str | None, device: str, threads: int | None
-) -> EncoderConfig | None:
-    """The encoder that has to run first, checked; None where the source has features, which are checked instead."""
-    if source.kind == "features":
-        if weights is not None:
-            raise ConfigError(f"--weights is for captioning images; {source.folder.uri} already holds features")
-        captioner.require_encoder(source.config["encoder"])
-        return None
-    if source.kind != "manifest":
-        raise DatasetError(f"{source.folder.uri}: expected a dataset of kind features or manifest, got {source.kind}")
-    config = encoder_config(captioner.encoder, weights)
-    captioner.require_encoder(open_encoder(config, device, threads).description)
-    return config
+    outputs, folder = [dataset], None
+    if embedder is not None and ranker is not None and embeddings is not None:
+        folder = RankerFolder(os.fspath(ranker), embedder.fingerprint)
+        outputs.append(
+            create_dataset(
+                embeddings,
+                "embeddings",
+                embeddings_schema(embedder.size),
+                config=describe_embeddings(rows, embedder),
+                shards=rows.shards,
+                overwrite=run.overwrite,
+            )
+        )
+    stage = CaptionGeneration(config, os.fspath(checkpoint), captioner.fingerprint, encoder, device, threads, folder)
+    return run_job(ShardJob(rows, tuple(outputs), stage, run.retry_failures), "generate-captions", run)

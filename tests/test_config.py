@@ -64,3 +64,13 @@ def test_differences_name_fields_by_their_path() -> None:
         "d: there None, now 4",
     ]
     assert differences({"a": {"b": 1}}, {"a": {"b": 1}}) == []
+
+
+@dataclass(frozen=True)
+class Recipe:
+    outer: Outer = field(default_factory=lambda: Outer(inner=Inner(rate=0.7), limit=3))
+
+
+def test_what_a_nested_value_leaves_out_is_the_outer_default() -> None:
+    assert load_config(Recipe, None, ["outer.name=y"]) == Recipe(Outer(Inner(0.7), "y", 3))
+    assert load_config(Recipe, None, ["outer.inner.kind=b"]) == Recipe(Outer(Inner(0.7, "b"), limit=3))

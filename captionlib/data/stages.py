@@ -67,6 +67,9 @@ class ShardJob:
         """
         markers = [output.marker(shard) for output in self.outputs]
         if markers[0] is None or None in markers:
+            for output, done in zip(self.outputs, markers, strict=True):
+                if done is not None:  # written again beside the others: never the old marker with new rows
+                    output.forget(shard)
             self._write(shard, lambda writers: _fill(writers, process, self._input(shard)))
         elif self.retry_failures and markers[0].failures:
             self._retry(shard, process)

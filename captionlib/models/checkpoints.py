@@ -16,7 +16,7 @@ from captionlib.models.checkpoint_folder import damaged, open_folder, read_check
 from captionlib.models.devices import resolve_device
 from captionlib.storage import Folder
 
-__all__ = ["LoadedCaptioner", "load_captioner", "save_checkpoint"]
+__all__ = ["LoadedCaptioner", "load_captioner", "require_same_encoder", "save_checkpoint"]
 
 CAPTIONER = "captioner"
 
@@ -52,12 +52,7 @@ class LoadedCaptioner:
         Raises:
             CheckpointError: it is another one; says in which fields.
         """
-        differences = list(_differences(_plain(self.encoder), _plain(description)))
-        if differences:
-            raise CheckpointError(
-                f"these features are of another encoder than the captioner's ({'; '.join(differences)}); "
-                "extract them with the captioner's encoder, or train a captioner on them"
-            )
+        require_same_encoder(CAPTIONER, self.encoder, description)
 
 
 def save_checkpoint(
@@ -124,6 +119,25 @@ def load_captioner(folder: str | os.PathLike[str] | Folder, device: str = "cpu")
         training=checkpoint.training,
         fingerprint=checkpoint.fingerprint,
     )
+
+
+def require_same_encoder(kind: str, expected: Mapping[str, Any], got: Mapping[str, Any]) -> None:
+    """Checks that features come from the encoder that a model was trained on.
+
+    Args:
+        kind: what the model is, such as `captioner`.
+        expected: the description of its encoder.
+        got: the description of the features' encoder.
+
+    Raises:
+        CheckpointError: it is another one; says in which fields.
+    """
+    differences = list(_differences(_plain(expected), _plain(got)))
+    if differences:
+        raise CheckpointError(
+            f"these features are of another encoder than the {kind}'s ({'; '.join(differences)}); "
+            f"extract them with the {kind}'s encoder, or train a {kind} on them"
+        )
 
 
 def _plain(values: Mapping[str, Any]) -> Any:

@@ -10,15 +10,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from captionlib.data.loading import LoadingConfig, open_loader
+from captionlib.data.loading import LoadingConfig
 from captionlib.data.schemas import MANIFEST, captions_schema
-from captionlib.data.stages import Fail, Process
+from captionlib.data.stages import Process
 from captionlib.errors import CheckpointError, ConfigError, ImageError
 from captionlib.models.checkpoints import LoadedCaptioner, load_captioner
 from captionlib.models.decoding import Candidate, Decoder, DecodingConfig
 from captionlib.models.devices import resolve_device
+from captionlib.models.embedding import RankerFolder, embed_rows
 from captionlib.models.encoder import EncoderConfig, encoder_config
-from captionlib.models.extraction import encode_images, open_encoder
+from captionlib.models.feature_source import open_features
+from captionlib.models.ranker_checkpoints import LoadedRanker
 
 __all__ = ["CaptionGeneration", "GenerationConfig", "caption_images", "caption_rows"]
 
@@ -51,7 +53,7 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class CaptionGeneration:
-    """The stage from `features/` or `manifest/` to `captions/`.
+    """The stage from `features/` or `manifest/` to `captions/`, and to `embeddings/` where there is a ranker.
 
     Attributes:
         config: how captions are made.
@@ -60,6 +62,7 @@ class CaptionGeneration:
         encoder: makes features of images; None where the rows have features.
         device: where the models run.
         threads: that they compute with on a CPU; None as PyTorch chooses.
+        ranker: embeds the images in the same pass, into a second output; None for captions alone.
     """
 
     config: GenerationConfig
@@ -68,6 +71,7 @@ class CaptionGeneration:
     encoder: EncoderConfig | None = None
     device: str = "auto"
     threads: int | None = None
+    ranker: RankerFolder | None = None
 
     @property
     def columns(self) -> Sequence[str]:
@@ -86,35 +90,24 @@ class CaptionGeneration:
             )
         dtype = getattr(torch, self.config.dtype)
         decoder = Decoder(captioner.model, self.config.decoding, dtype, captioner.vocabulary)
-        if self.encoder is None:
-            yield lambda rows, _fail: self._caption(rows_with_features(rows), captioner, decoder)
-            return
-        encoder = open_encoder(self.encoder, self.device, self.threads, captioner.encoder)
-        with open_loader(self.config.loading, encoder.preprocessing) as load:
-
-            def process(rows: Iterator[pa.RecordBatch], fail: Fail) -> Iterator[tuple[pa.RecordBatch, ...]]:
-                loaded = load(row for batch in rows for row in batch.to_pylist())
-                encoded = encode_images(encoder, loaded, self.config.encoder_batch_size, fail)
-                return self._caption(encoded, captioner, decoder)
-
-            yield process
+        ranker = self.ranker.open(self.device) if self.ranker else None
+        config = self.config
+        with open_features(
+            self.encoder, captioner.encoder, config.loading, config.encoder_batch_size, self.device, self.threads
+        ) as features_of:
+            yield lambda rows, fail: self._caption(features_of(rows, fail), captioner, decoder, ranker)
 
     def _caption(
         self,
         encoded: Iterator[tuple[list[Row], npt.NDArray[np.floating]]],
         captioner: LoadedCaptioner,
         decoder: Decoder,
+        ranker: LoadedRanker | None,
     ) -> Iterator[tuple[pa.RecordBatch, ...]]:
         for rows, features in _rebatch(encoded, self.config.batch_size):
             candidates = decoder.decode(features.astype(np.float32), keys=[row["image_id"] for row in rows])
-            yield (caption_rows(rows, candidates, captioner),)
-
-
-def rows_with_features(rows: Iterator[pa.RecordBatch]) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
-    """Splits batches of `features/` into plain columns and the features, `[rows, size]`."""
-    for batch in rows:
-        features = batch["features"].flatten().to_numpy(zero_copy_only=False).reshape(batch.num_rows, -1)
-        yield batch.select(["image_id", "uri", "split"]).to_pylist(), features
+            captions = caption_rows(rows, candidates, captioner)
+            yield (captions,) if ranker is None else (captions, embed_rows(rows, features, ranker))
 
 
 def caption_rows(

@@ -149,7 +149,7 @@ def test_captions_cannot_be_captioned(features: Path, captioner: Path, tmp_path:
 
 
 def test_weights_are_not_asked_for_where_nothing_is_encoded(features: Path, captioner: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--weights is for captioning images"):
+    with pytest.raises(ConfigError, match="--weights is for encoding images"):
         generate_captions(features, captioner, tmp_path / "captions", GENERATION, weights="w.pth", run=QUIET)
 
 

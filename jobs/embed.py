@@ -1,0 +1,58 @@
+"""`captionlib embed`."""
+
+import click
+
+from captionlib.config import load_config
+from captionlib.models.embedding import EmbeddingConfig
+from jobs.options import config_options, device_option, pipeline_options
+from jobs.summaries import echo_totals
+from pipelines.embed_images import embed_images
+from pipelines.run import RunConfig
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("source")
+@click.option("--ranker", "-r", required=True, metavar="FOLDER", help="The ranker, as train-ranker wrote it.")
+@click.option("--output", "-o", required=True, metavar="FOLDER", help="The embeddings dataset to write.")
+@click.option("--weights", metavar="FILE", help="The encoder's weights, where they are a file of your own.")
+@config_options
+@device_option
+@pipeline_options
+def command(
+    source: str,
+    ranker: str,
+    output: str,
+    weights: str | None,
+    config: str | None,
+    overrides: tuple[str, ...],
+    device: str,
+    workers: int,
+    overwrite: bool,
+    retry_failures: bool,
+    max_failure_ratio: float,
+    progress: bool,
+    beam_options: tuple[str, ...],
+) -> None:
+    """Embed every image of SOURCE, a features dataset or a manifest, in the space that images and sentences share.
+
+    From a manifest the images are encoded and embedded in one pass, with the encoder that the ranker was trained on.
+    `captionlib generate-captions --ranker` writes the same dataset beside its captions, and encodes the images once.
+
+    \b
+    Examples:
+      captionlib embed features -r ranker -o embeddings
+      captionlib embed manifest -r ranker -o embeddings --workers 2
+      captionlib embed s3://b/features -r s3://b/ranker -o s3://b/embeddings -- --runner=FlinkRunner
+    """
+    totals = embed_images(
+        source,
+        ranker,
+        output,
+        load_config(EmbeddingConfig, config, overrides),
+        weights=weights,
+        device=device,
+        run=RunConfig(workers, beam_options, max_failure_ratio, retry_failures, overwrite, progress),
+    )
+    echo_totals(output, totals)

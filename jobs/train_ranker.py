@@ -1,0 +1,51 @@
+"""`captionlib train-ranker`."""
+
+import click
+
+from captionlib.config import load_config
+from captionlib.training.loop import TrainingStopped
+from captionlib.training.ranking import RankingConfig, train_ranker
+from jobs.options import config_options, device_option
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("features")
+@click.option("--output", "-o", required=True, metavar="FOLDER", help="The run: checkpoint, metrics, curves, state.")
+@config_options
+@device_option
+@click.option("--overwrite", is_flag=True, help="Replace a run of another configuration.")
+@click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
+def command(
+    features: str,
+    output: str,
+    config: str | None,
+    overrides: tuple[str, ...],
+    device: str,
+    overwrite: bool,
+    progress: bool,
+) -> None:
+    """Fit a ranker on FEATURES: images and sentences as vectors of one space, so that each finds the other.
+
+    Learns from the rows of the splits train and restval, and keeps the checkpoint of the epoch with the highest recall
+    on val or dev. Ctrl-C stops it after saving; the same command goes on where it stopped.
+
+    \b
+    Examples:
+      captionlib train-ranker features -o ranker
+      captionlib train-ranker features -o ranker --config configs/ranker-flickr8k.yaml
+      captionlib train-ranker features -o ranker --set ranker.sentence_encoder=mean --set batch_images=500
+      captionlib train-ranker features -o ranker --set loss=hardest --set warm_up_epochs=10 --set margin=0.2
+    """
+    settings = load_config(RankingConfig, config, overrides)
+    try:
+        history = train_ranker(features, output, settings, device=device, overwrite=overwrite, progress=progress)
+    except TrainingStopped as stopped:
+        raise click.Abort from stopped
+    best = min(history, key=lambda row: row["missed_recall"])
+    click.echo(
+        f"{output}: mean recall {1 - best['missed_recall']:.1%} after epoch {best['epoch']:.0f} of {len(history)}, "
+        f"median rank {best['image_to_sentence_median_rank']:g} image to sentence, "
+        f"{best['sentence_to_image_median_rank']:g} sentence to image"
+    )

@@ -1,0 +1,59 @@
+"""`manifest/` or `features/` to `embeddings/`: each image as a vector that sentences find."""
+
+import os
+
+from captionlib.data.datasets import create_dataset, open_dataset
+from captionlib.data.schemas import embeddings_schema
+from captionlib.data.shards import Totals
+from captionlib.data.stages import ShardJob
+from captionlib.models.embedding import EmbeddingConfig, ImageEmbedding, RankerFolder, describe_embeddings
+from captionlib.models.feature_source import encoder_for
+from captionlib.models.ranker_checkpoints import load_ranker
+from pipelines.run import RunConfig, run_job
+
+__all__ = ["embed_images"]
+
+
+def embed_images(
+    source: str | os.PathLike[str],
+    ranker: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    config: EmbeddingConfig,
+    *,
+    weights: str | None = None,
+    device: str = "auto",
+    run: RunConfig = RunConfig(),
+) -> Totals:
+    """Embeds every image of a dataset, or goes on where a former run stopped.
+
+    Args:
+        source: a complete features dataset; or a manifest, whose images are then encoded in the same pass.
+        ranker: the ranker's folder.
+        output: the embeddings dataset to write; the same as `generate_captions` writes beside its captions.
+        config: how images become features.
+        weights: the encoder's weights file, where the ranker learned from features of such a file.
+        device: auto, cpu, cuda or cuda:N.
+        run: how the pipeline is run.
+
+    Returns:
+        Rows, failures and their reasons.
+
+    Raises:
+        CheckpointError: no ranker there, or the features are of another encoder than its own.
+        DatasetError: the source is not complete, or `output` holds something else.
+        FailureRatioError: more images failed than the run allows.
+    """
+    rows = open_dataset(source).require_complete()
+    model = load_ranker(os.fspath(ranker))
+    threads = run.threads if run.workers > 1 else None
+    encoder = encoder_for(rows, model, weights, device, threads)
+    dataset = create_dataset(
+        output,
+        "embeddings",
+        embeddings_schema(model.size),
+        config=describe_embeddings(rows, model),
+        shards=rows.shards,
+        overwrite=run.overwrite,
+    )
+    stage = ImageEmbedding(config, RankerFolder(os.fspath(ranker), model.fingerprint), encoder, device, threads)
+    return run_job(ShardJob(rows, (dataset,), stage, run.retry_failures), "embed", run)

@@ -1,0 +1,215 @@
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from captionlib.data.datasets import open_dataset
+from captionlib.data.shards import ShardedDataset
+from captionlib.errors import CheckpointError, ConfigError, DatasetError, FetchError, FingerprintError
+from captionlib.models.captioner import CaptionerConfig
+from captionlib.models.decoding import DecodingConfig
+from captionlib.models.embedding import EmbeddingConfig, RankerFolder, embed_single_images
+from captionlib.models.extraction import ExtractionConfig
+from captionlib.models.generation import GenerationConfig
+from captionlib.models.ranker import RankerConfig
+from captionlib.models.ranker_checkpoints import load_ranker
+from captionlib.training.captioning import CaptioningConfig, train_captioner
+from captionlib.training.loop import LoopConfig
+from captionlib.training.ranking import RankingConfig, train_ranker
+from pipelines.embed_images import embed_images
+from pipelines.extract_features import extract_features
+from pipelines.generate_captions import generate_captions
+from pipelines.run import RunConfig
+from tests.pipelines.conftest import write_manifest
+
+QUIET = RunConfig(max_failure_ratio=0.5, progress=False)
+EMBEDDING = EmbeddingConfig(encoder_batch_size=3)
+GENERATION = GenerationConfig(DecodingConfig(beam_width=2, n_best=1), batch_size=3, encoder_batch_size=3)
+
+
+@pytest.fixture
+def features(manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig) -> Path:
+    extract_features(manifest.folder.uri, tmp_path / "features", small_encoder, run=QUIET)
+    return tmp_path / "features"
+
+
+def fit_ranker(features: Path, output: Path, seed: int = 0) -> Path:
+    config = RankingConfig(
+        ranker=RankerConfig(hidden_size=8, word_size=8, joint_size=6),
+        training=LoopConfig(epochs=1, seed=seed),
+        min_count=1,
+        batch_images=4,
+    )
+    train_ranker(features, output, config, device="cpu", progress=False)
+    return output
+
+
+@pytest.fixture
+def ranker(features: Path, tmp_path: Path) -> Path:
+    return fit_ranker(features, tmp_path / "ranker")
+
+
+@pytest.fixture
+def captioner(features: Path, tmp_path: Path) -> Path:
+    config = CaptioningConfig(
+        captioner=CaptionerConfig(hidden_size=8, word_size=8), training=LoopConfig(epochs=1), min_count=1
+    )
+    train_captioner(features, tmp_path / "captioner", config, device="cpu", progress=False)
+    return tmp_path / "captioner"
+
+
+def embed(source: Path | str, ranker: Path, output: Path, run: RunConfig = QUIET) -> ShardedDataset:
+    embed_images(source, ranker, output, EMBEDDING, device="cpu", run=run)
+    return open_dataset(output, "embeddings").require_complete()
+
+
+def vectors(dataset: ShardedDataset) -> dict[str, list[float]]:
+    tables = [dataset.read(shard).to_pylist() for shard in range(dataset.shards)]
+    return {row["image_id"]: row["embedding"] for table in tables for row in table}
+
+
+def test_each_image_has_the_rankers_unit_vector(features: Path, ranker: Path, tmp_path: Path) -> None:
+    dataset = embed(features, ranker, tmp_path / "embeddings")
+    assert str(dataset.schema.field("embedding").type) == "fixed_size_list<item: halffloat>[6]"
+    embedded, loaded = vectors(dataset), load_ranker(ranker)
+    source = open_dataset(features)
+    rows = [row for shard in range(source.shards) for row in source.read(shard).to_pylist()]
+    assert list(embedded) == [row["image_id"] for row in rows]
+    expected = loaded.encode_features(np.array([row["features"] for row in rows], np.float32))
+    np.testing.assert_allclose(np.array(list(embedded.values())), expected, atol=1e-3)
+    np.testing.assert_allclose(np.linalg.norm(list(embedded.values()), axis=1), 1, atol=2e-3)
+
+
+def test_images_and_features_give_the_same_embeddings(
+    manifest: ShardedDataset, features: Path, ranker: Path, tmp_path: Path
+) -> None:
+    of_features = embed(features, ranker, tmp_path / "embeddings")
+    of_images = embed(manifest.folder.uri, ranker, tmp_path / "embeddings-of-images")
+    assert vectors(of_features) == vectors(of_images)
+    assert of_images.totals().failures == 2
+
+
+def test_the_pass_that_captions_writes_the_same_embeddings(
+    manifest: ShardedDataset, features: Path, captioner: Path, ranker: Path, tmp_path: Path
+) -> None:
+    alone = embed(manifest.folder.uri, ranker, tmp_path / "alone")
+    generate_captions(
+        manifest.folder.uri,
+        captioner,
+        tmp_path / "captions",
+        GENERATION,
+        ranker=ranker,
+        embeddings=tmp_path / "beside",
+        device="cpu",
+        run=QUIET,
+    )
+    beside = open_dataset(tmp_path / "beside", "embeddings").require_complete()
+    captions = open_dataset(tmp_path / "captions", "captions").require_complete()
+    assert beside.fingerprint == alone.fingerprint
+    assert vectors(beside) == vectors(alone)
+    assert (beside.totals().rows, beside.totals().failures) == (captions.totals().rows, 2)
+    assert beside.verify() == captions.verify() == []
+
+
+def test_a_lost_shard_of_embeddings_alone_is_made_again(
+    features: Path, captioner: Path, ranker: Path, tmp_path: Path
+) -> None:
+    def run() -> None:
+        generate_captions(
+            features,
+            captioner,
+            tmp_path / "captions",
+            GENERATION,
+            ranker=ranker,
+            embeddings=tmp_path / "embeddings",
+            device="cpu",
+            run=QUIET,
+        )
+
+    run()
+    embeddings = open_dataset(tmp_path / "embeddings")
+    before = vectors(embeddings)
+    embeddings.forget(1)
+    assert not embeddings.is_complete()
+    run()
+    assert vectors(embeddings.require_complete()) == before
+    assert open_dataset(tmp_path / "captions").require_complete().verify() == []
+
+
+def test_bundles_that_run_twice_write_the_same(features: Path, ranker: Path, tmp_path: Path) -> None:
+    once = embed(features, ranker, tmp_path / "once")
+    twice = dataclasses.replace(QUIET, beam_options=("--direct_runner_bundle_repeat=1",))
+    again = embed(features, ranker, tmp_path / "twice", twice)
+    for shard in range(once.shards):
+        assert Path(once.part_path(shard)).read_bytes() == Path(again.part_path(shard)).read_bytes()
+
+
+def test_another_ranker_into_the_same_folder_is_refused(features: Path, ranker: Path, tmp_path: Path) -> None:
+    embed(features, ranker, tmp_path / "embeddings")
+    other = fit_ranker(features, tmp_path / "other", seed=1)
+    with pytest.raises(FingerprintError, match="ranker: there"):
+        embed(features, other, tmp_path / "embeddings")
+    embed(features, other, tmp_path / "embeddings", dataclasses.replace(QUIET, overwrite=True))
+
+
+def test_features_of_another_encoder_are_refused(
+    manifest: ShardedDataset, ranker: Path, captioner: Path, tmp_path: Path, small_encoder: ExtractionConfig
+) -> None:
+    encoder = dataclasses.replace(small_encoder.encoder, weights="random:7")
+    other = dataclasses.replace(small_encoder, encoder=encoder)
+    extract_features(manifest.folder.uri, tmp_path / "other", other, run=QUIET)
+    with pytest.raises(CheckpointError, match="another encoder than the ranker's"):
+        embed(tmp_path / "other", ranker, tmp_path / "embeddings")
+    other_ranker = fit_ranker(tmp_path / "other", tmp_path / "other-ranker")
+    with pytest.raises(CheckpointError, match="another encoder than the ranker's"):
+        generate_captions(
+            tmp_path / "features",
+            captioner,
+            tmp_path / "captions",
+            GENERATION,
+            ranker=other_ranker,
+            embeddings=tmp_path / "embeddings",
+            run=QUIET,
+        )
+    assert not (tmp_path / "embeddings").exists()
+    assert not (tmp_path / "captions").exists()
+
+
+def test_a_ranker_and_a_place_for_its_embeddings_belong_together(
+    features: Path, captioner: Path, ranker: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="--ranker and --embeddings belong together"):
+        generate_captions(features, captioner, tmp_path / "captions", GENERATION, ranker=ranker, run=QUIET)
+
+
+def test_embeddings_cannot_be_embedded(features: Path, ranker: Path, tmp_path: Path) -> None:
+    embed(features, ranker, tmp_path / "embeddings")
+    with pytest.raises(DatasetError, match="expected a dataset of kind features or manifest, got embeddings"):
+        embed(tmp_path / "embeddings", ranker, tmp_path / "more")
+
+
+def test_a_ranker_that_was_replaced_stops_the_worker(ranker: Path) -> None:
+    with pytest.raises(CheckpointError, match="was replaced while the embeddings were made"):
+        RankerFolder(str(ranker), "0" * 64).open("cpu")
+
+
+def test_single_images_are_embedded_like_those_of_a_dataset(
+    features: Path, ranker: Path, tmp_path: Path, images: list[str]
+) -> None:
+    together = vectors(embed(features, ranker, tmp_path / "embeddings"))
+    uris, got, failures = embed_single_images([images[4], images[9], images[0]], str(ranker), EMBEDDING, device="cpu")
+    assert uris == [images[4], images[0]]
+    for uri, vector in zip(uris, got, strict=True):
+        np.testing.assert_allclose(vector, together[Path(uri).name], atol=1e-3)
+    assert [(uri, type(error)) for uri, error in failures] == [(images[9], FetchError)]
+    assert embed_single_images([], str(ranker), EMBEDDING, device="cpu")[1].shape == (0, 6)
+
+
+def test_an_image_without_neighbours_is_embedded_the_same(
+    features: Path, ranker: Path, tmp_path: Path, images: list[str]
+) -> None:
+    together = vectors(embed(features, ranker, tmp_path / "embeddings"))
+    write_manifest(tmp_path / "alone", images[:1])
+    alone = vectors(embed(tmp_path / "alone", ranker, tmp_path / "embeddings-alone"))
+    np.testing.assert_allclose(alone["red.png"], together["red.png"], atol=1e-3)

@@ -1,0 +1,175 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from click.testing import CliRunner
+
+from captionlib.data.batches import CaptionBatch
+from captionlib.data.datasets import create_dataset, open_dataset
+from captionlib.data.schemas import features_schema
+from captionlib.data.shard_writer import write_shard
+from captionlib.data.shards import ShardedDataset
+from captionlib.errors import ConfigError, DatasetError
+from captionlib.evaluation.ranker_scores import score_ranker
+from captionlib.models.ranker import RankerConfig
+from captionlib.models.ranker_checkpoints import load_ranker
+from captionlib.training.loop import LoopConfig
+from captionlib.training.ranking import RankingConfig, RankingObjective, draw_sentences, train_ranker
+from jobs.cli import captionlib
+
+KINDS = [f"{colour} {thing}" for colour in ("red", "green", "blue") for thing in ("ball", "box", "car", "dog")]
+CONFIG = RankingConfig(
+    ranker=RankerConfig(hidden_size=16, word_size=16, joint_size=16, feature_dropout=0.0, dropout=0.1),
+    training=LoopConfig(epochs=12, optimizer="adam", learning_rate=0.02, clip_value=None, seed=3),
+    min_count=1,
+    batch_images=12,
+    warm_up_epochs=3,
+)
+
+
+@pytest.fixture
+def features(tmp_path: Path) -> ShardedDataset:
+    """48 images for training, four of each kind, and 12 held out; features and sentences tell the kind."""
+    draw = np.random.default_rng(0)
+    dataset = create_dataset(
+        tmp_path / "features",
+        "features",
+        features_schema(12, "float16"),
+        config={"encoder": {"model": "none", "shape": [12]}},
+        shards=5,
+    )
+    for shard in range(5):
+        rows = [
+            {
+                "image_id": f"{shard}-{kind}",
+                "uri": "",
+                "split": "train" if shard else "val",
+                "captions": [f"a {name}", f"this is the {name} again", f"{name}"][: 3 if kind % 2 else 2],
+                "features": (np.eye(12)[kind] + draw.normal(0, 0.05, 12)).astype(np.float16),
+            }
+            for kind, name in enumerate(KINDS)
+        ]
+        with write_shard(dataset, shard, len(rows)) as writer:
+            writer.write(pa.RecordBatch.from_pylist(rows, schema=dataset.schema))
+    dataset.finish()
+    return dataset
+
+
+def train(
+    features: ShardedDataset, output: Path, config: RankingConfig = CONFIG, **options: Any
+) -> list[dict[str, float]]:
+    return train_ranker(features.folder.uri, output, config, device="cpu", progress=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("loss", "encoder", "sentences"),
+    [("contrastive", "gru", 1), ("contrastive", "mean", 0), ("margin", "lstm", 2), ("hardest", "mean", 1)],
+)
+def test_learns_which_sentence_is_of_which_image(
+    features: ShardedDataset, tmp_path: Path, loss: Any, encoder: Any, sentences: int
+) -> None:
+    config = replace(
+        CONFIG, loss=loss, batch_sentences=sentences, ranker=replace(CONFIG.ranker, sentence_encoder=encoder)
+    )
+    history = train(features, tmp_path / "ranker", config)
+    assert history[0]["missed_recall"] > min(row["missed_recall"] for row in history)
+    ranker = load_ranker(tmp_path / "ranker")
+    scores = score_ranker(ranker, features, ["val"])
+    assert (scores.images, scores.sentences) == (12, 30)
+    assert scores.mean_recall > 0.95
+    assert 1 - scores.mean_recall == pytest.approx(min(row["missed_recall"] for row in history))
+    assert (
+        ranker.encode_sentences(["a blue car"]) @ ranker.encode_features(np.eye(12, dtype=np.float32)).T
+    ).argmax() == KINDS.index("blue car")
+    assert (tmp_path / "ranker" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(
+    features: ShardedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(
+        CONFIG, loss="hardest", warm_up_epochs=1, training=replace(CONFIG.training, epochs=3, save_seconds=0)
+    )
+    train(features, tmp_path / "undisturbed", config)
+    steps = 0
+    plain = RankingObjective.loss
+
+    def dies(self: RankingObjective, batch: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 7:
+            raise RuntimeError("the machine dies")
+        return plain(self, batch)
+
+    monkeypatch.setattr(RankingObjective, "loss", dies)
+    with pytest.raises(RuntimeError, match="dies"):
+        train(features, tmp_path / "killed", config)
+    train(features, tmp_path / "killed", config)
+    assert steps > 7
+    weights = [load_ranker(tmp_path / name).model.state_dict() for name in ("undisturbed", "killed")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_temperature_is_learned_by_the_softmax_alone(features: ShardedDataset, tmp_path: Path) -> None:
+    short = replace(CONFIG, training=replace(CONFIG.training, epochs=1))
+    for loss, moves in (("contrastive", True), ("margin", False)):
+        train(features, tmp_path / loss, replace(short, loss=loss))
+        learned = load_ranker(tmp_path / loss).model.log_temperature.exp().item()
+        assert (learned != pytest.approx(0.07)) is moves
+
+
+def test_sentences_are_drawn_for_each_image() -> None:
+    batch = CaptionBatch(np.eye(3, dtype=np.float32), [[1], [2], [3], [4], [5]], np.array([0, 0, 0, 1, 2]))
+    seen = set()
+    for seed in range(30):
+        drawn = draw_sentences(batch, 2, np.random.default_rng(seed))
+        assert drawn.image_of_sentence.tolist() == [0, 0, 1, 2]
+        for sentence, owner in zip(drawn.sentences, drawn.image_of_sentence, strict=True):
+            assert batch.image_of_sentence[sentence[0] - 1] == owner
+        seen |= {sentence[0] for sentence in drawn.sentences}
+    assert seen == {1, 2, 3, 4, 5}
+    assert draw_sentences(batch, 0, np.random.default_rng(0)) is batch
+
+
+def test_another_configuration_is_refused(features: ShardedDataset, tmp_path: Path) -> None:
+    config = replace(CONFIG, training=LoopConfig(epochs=1))
+    train(features, tmp_path / "ranker", config)
+    with pytest.raises(DatasetError, match=r"margin: there 0.2, now 0.3"):
+        train(features, tmp_path / "ranker", replace(config, margin=0.3))
+
+
+def test_a_split_without_sentences_is_refused_before_training(features: ShardedDataset, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="expected sentences in split dev, got none"):
+        train(features, tmp_path / "ranker", replace(CONFIG, validation_splits=("dev",)))
+    train(features, tmp_path / "ranker", replace(CONFIG, training=LoopConfig(epochs=1)))
+    with pytest.raises(DatasetError, match="no sentences in split test; its splits are train, val"):
+        score_ranker(load_ranker(tmp_path / "ranker"), features, ["test"])
+
+
+@pytest.mark.parametrize("values", [{"batch_images": 1}, {"margin": 0}, {"warm_up_epochs": -1}])
+def test_settings_that_cannot_be_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        RankingConfig(**values)
+
+
+def test_the_commands_train_and_tell_the_recalls(features: ShardedDataset, tmp_path: Path) -> None:
+    def run(*arguments: str) -> str:
+        return CliRunner().invoke(captionlib, [*arguments, "--device", "cpu"], catch_exceptions=False).output
+
+    ranker, folder = str(tmp_path / "ranker"), str(tmp_path / "features")
+    sets = ["ranker.sentence_encoder=mean", "min_count=1", "batch_images=12", "training.epochs=2"]
+    text = run("train-ranker", folder, "-o", ranker, "--no-progress", *[f"--set={value}" for value in sets])
+    assert text.startswith(f"{ranker}: mean recall ")
+    text = run("evaluate", folder, "--ranker", ranker, "--split", "val", "-o", str(tmp_path / "scores"))
+    expected = score_ranker(load_ranker(ranker), open_dataset(folder), ["val"])
+    assert text.splitlines()[0] == f"{ranker}: 12 images, 30 sentences"
+    assert f"{expected.sentence_to_image.recall_at_5:.1%}" in text.splitlines()[3]
+    written = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    assert written["image_to_sentence"]["mean_rank"] == expected.image_to_sentence.mean_rank
+    with pytest.raises(ConfigError, match="expected --manifest to score captions, or --ranker"):
+        run("evaluate", folder)
