@@ -12,10 +12,9 @@ import click
 import torch
 
 from captionlib.config import load_config
-from captionlib.data.datasets import open_dataset
 from captionlib.data.manifest import PrepareConfig, prepare_manifest
 from captionlib.data.scenes import Scene, attributes_of, read_scenes, score_attributes, write_scenes
-from captionlib.evaluation.captions import read_captions_and_references, score_captions
+from captionlib.evaluation.evaluate import evaluate_captions
 from captionlib.evaluation.gallery import GalleryItem, write_gallery
 from captionlib.models.encoder import EncoderConfig
 from captionlib.models.extraction import ExtractionConfig
@@ -99,31 +98,24 @@ def command(output: str, weights: str, train: int, held_out: int, overwrite: boo
 
 def _evaluate(folder: Path) -> tuple[list[tuple[str, str]], list[GalleryItem]]:
     """Figures of the held-out scenes, and what the gallery shows of each."""
-    captions = open_dataset(folder / "captions").require_complete()
-    said, references = read_captions_and_references(captions, open_dataset(folder / "manifest"), ["test"])
+    found = evaluate_captions(folder / "captions", folder / "manifest", splits=["test"])
     scenes = read_scenes(folder / "scenes")
-    figures = [
-        (f"right in {name}", f"{share:.1%}")
-        for name, share in score_attributes([scenes[image_id] for image_id in said], list(said.values())).items()
-    ]
-    if shutil.which("java"):
-        scores = score_captions(said, references).scores
-        figures += [(name, f"{scores[name]:.3f}") for name in ("BLEU-4", "CIDEr")]
-    else:
-        click.echo("  BLEU and CIDEr are left out: their tokenizer needs Java, and there is none", err=True)
-    rows = (row for shard in range(captions.shards) for row in captions.read(shard).to_pylist())
+    shares = score_attributes([scenes[image_id] for image_id in found.captions], list(found.captions.values()))
+    figures = [(f"right in {name}", f"{share:.1%}") for name, share in shares.items()]
+    figures += [(name, f"{found.scores.scores[name]:.3f}") for name in ("BLEU-4", "CIDEr")]
+    for note in found.notes:
+        click.echo(f"  Note: {note}", err=True)
     items = [
         GalleryItem(
-            image_id=row["image_id"],
-            image=Path(row["uri"]),
-            caption=row["caption"],
-            log_prob=row["log_prob"],
-            candidates=[(candidate["caption"], candidate["log_prob"]) for candidate in row["candidates"]],
-            references=references[row["image_id"]],
-            marks=_marks(scenes[row["image_id"]], row["caption"]),
+            image_id=one.image_id,
+            image=Path(one.uri),
+            caption=one.caption,
+            log_prob=one.log_prob or 0.0,
+            candidates=one.candidates,
+            references=one.references,
+            marks=_marks(scenes[one.image_id], one.caption),
         )
-        for row in rows
-        if row["image_id"] in said
+        for one in found.predictions
     ]
     return figures, items
 

@@ -1,39 +1,102 @@
 """`captionlib evaluate`."""
 
-import click
+import io
 
-from captionlib.data.datasets import open_dataset
+import click
+import pyarrow.parquet as pq
+
 from captionlib.data.shards import to_json
-from captionlib.evaluation.captions import read_captions_and_references, score_captions
-from captionlib.storage import Folder
+from captionlib.evaluation.bootstrap import BootstrapConfig
+from captionlib.evaluation.captions import scores_table
+from captionlib.evaluation.evaluate import TRAIN_SPLITS, Evaluation, evaluate_captions
+from captionlib.evaluation.predictions import to_coco_results
+from captionlib.storage import Folder, write_file
+from jobs.options import device_option
 
 __all__ = ["command"]
 
 
 @click.command()
 @click.argument("captions")
-@click.option("--manifest", "-m", required=True, metavar="FOLDER", help="Where the sentences of people are.")
+@click.option("--manifest", "-m", metavar="FOLDER", help="Where the sentences of people are.")
 @click.option("--split", "splits", multiple=True, metavar="NAME", help="Score this split alone. Repeatable.")
 @click.option("--output", "-o", metavar="FOLDER", help="Also write scores.json into this folder.")
-def command(captions: str, manifest: str, splits: tuple[str, ...], output: str | None) -> None:
-    """Score CAPTIONS against the sentences of people: BLEU-1 to BLEU-4 and CIDEr.
+@click.option("--per-image", metavar="FILE.parquet", help="Also write the scores of every image.")
+@click.option("--results", metavar="FILE.json", help="Also write the captions as COCO's evaluation server takes them.")
+@click.option("--checkpoint", "-c", metavar="FOLDER", help="The captioner: tells the perplexity of the references.")
+@click.option("--features", "-f", metavar="FOLDER", help="Of the images; for the perplexity.")
+@click.option(
+    "--train-split",
+    "train_splits",
+    multiple=True,
+    default=TRAIN_SPLITS,
+    show_default=True,
+    metavar="NAME",
+    help="Whose sentences captions may repeat. Repeatable.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=0),
+    default=BootstrapConfig.samples,
+    show_default=True,
+    help="Resamples of the images that the intervals are told by; 0 leaves them out.",
+)
+@device_option
+def command(
+    captions: str,
+    manifest: str | None,
+    splits: tuple[str, ...],
+    output: str | None,
+    per_image: str | None,
+    results: str | None,
+    checkpoint: str | None,
+    features: str | None,
+    train_splits: tuple[str, ...],
+    samples: int,
+    device: str,
+) -> None:
+    """Score CAPTIONS against the sentences of people: BLEU, METEOR, ROUGE-L, CIDEr, and how varied they are.
 
-    The scores are pycocoevalcap's own; its tokenizer needs Java.
+    CAPTIONS is a captions dataset, COCO's results JSON, or NeuralTalk's result_struct.json, which needs no manifest.
+    Each score stands beside its 95% confidence interval, by resampling the images. The scores are pycocoevalcap's own;
+    its tokenizer and METEOR need Java.
 
     \b
     Examples:
       captionlib evaluate captions --manifest manifest --split val
-      captionlib evaluate captions --manifest manifest --split test --output scores
+      captionlib evaluate captions --manifest manifest --split test --output scores --per-image scores.parquet
+      captionlib evaluate captions --manifest manifest --checkpoint captioner --features features
+      captionlib evaluate captions_val2014_results.json --manifest manifest
+      captionlib evaluate result_struct.json
     """
-    said, references = read_captions_and_references(
-        open_dataset(captions, "captions").require_complete(),
-        open_dataset(manifest, "manifest").require_complete(),
-        splits,
+    found = evaluate_captions(
+        captions,
+        manifest,
+        splits=splits,
+        train_splits=train_splits,
+        checkpoint=checkpoint,
+        features=features,
+        bootstrap=BootstrapConfig(samples=samples),
+        device=device,
     )
-    result = score_captions(said, references)
-    click.echo(f"{captions}: {result.images:,} images")
-    for name, score in result.scores.items():
-        click.echo(f"  {name:<8} {score:.4f}")
+    _print(captions, found)
     if output is not None:
-        content = {"images": result.images, "splits": list(splits), "scores": dict(result.scores)}
-        Folder(output).write("scores.json", to_json(content))
+        Folder(output).write("scores.json", to_json({"splits": list(splits), **found.to_dict()}))
+    if per_image is not None:
+        buffer = io.BytesIO()
+        pq.write_table(scores_table(found.scores, found.captions), buffer, compression="zstd")
+        write_file(per_image, buffer.getvalue())
+    if results is not None:
+        write_file(results, to_json(to_coco_results(found.predictions)))
+
+
+def _print(source: str, found: Evaluation) -> None:
+    click.echo(f"{source}: {found.scores.images:,} images")
+    for name, score in found.scores.scores.items():
+        ends = found.scores.intervals.get(name)
+        interval = f"   {ends[0]:.4f} to {ends[1]:.4f}" if ends else ""
+        click.echo(f"  {name:<18} {score:8.4f}{interval}")
+    for name, count in found.counts.items():
+        click.echo(f"  {name:<18} {count:8,}")
+    for note in found.notes:
+        click.echo(f"Note: {note}", err=True)
