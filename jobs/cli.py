@@ -17,7 +17,8 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "extract-features": ("jobs.extract_features", "manifest/ to features/: what the encoder sees in each image."),
         "train-captioner": ("jobs.train_captioner", "features/ to a captioner checkpoint."),
         "generate-captions": ("jobs.generate_captions", "manifest/ or features/ to captions/, with a checkpoint."),
-        "evaluate": ("jobs.evaluate", "captions/ against the sentences of people: BLEU and CIDEr."),
+        "evaluate": ("jobs.evaluate", "captions/ against the sentences of people: BLEU, METEOR, ROUGE-L, CIDEr."),
+        "report": ("jobs.report", "captions/ to a page of pictures, captions and scores."),
         "query": ("jobs.query", "Ask captions/: SQL and ready questions."),
     },
     "At any time": {

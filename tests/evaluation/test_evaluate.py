@@ -13,7 +13,7 @@ from captionlib.data.shard_writer import write_shard
 from captionlib.data.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError, DatasetError
 from captionlib.evaluation.bootstrap import BootstrapConfig
-from captionlib.evaluation.evaluate import evaluate_captions
+from captionlib.evaluation.evaluate import evaluate_captions, evaluate_predictions
 from captionlib.evaluation.perplexity import measure_perplexity
 from captionlib.evaluation.variety import count_variety, describe_captions
 from captionlib.models.captioner import Captioner, CaptionerConfig
@@ -115,7 +115,7 @@ def test_everything_is_told_of_captions(tmp_path: Path) -> None:
 
 def test_half_of_what_the_perplexity_needs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give both or neither"):
-        evaluate_captions(tmp_path, checkpoint=tmp_path)
+        evaluate_predictions([], checkpoint=tmp_path)
 
 
 def test_without_training_sentences_their_share_is_not_told(tmp_path: Path) -> None:
