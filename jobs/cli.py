@@ -23,6 +23,9 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "At any time": {
         "caption": ("jobs.caption", "Print captions of single images."),
+        "import-features": ("jobs.import_features", "NeuralTalk's dataset.json and vgg_feats.mat to features/."),
+        "export-captions": ("jobs.export_captions", "captions/ to COCO's results JSON or NeuralTalk's."),
+        "activations": ("jobs.activations", "What the convolution layers see in one image, as a page."),
         "inspect": ("jobs.inspect", "What a folder holds, and how far it is."),
         "demo": ("jobs.demo", "The whole flow on drawn scenes, in minutes."),
     },

@@ -70,8 +70,8 @@ function card(item) {
   const meta = [];
   if (item.cider !== null) meta.push(`CIDEr ${item.cider.toFixed(2)}`);
   if (item.logProb !== null) meta.push(`log-probability ${item.logProb.toFixed(2)} (${percent(item.logProb)})`);
-  meta.push(item.id);
-  text.append(element("p", "caption", item.caption || "(nothing)"), element("p", "meta", meta.join(" · ")));
+  text.append(element("p", "caption", item.caption || "(nothing)"));
+  for (const line of [...meta, item.id]) text.append(element("p", "meta", line));
   if (Object.keys(item.marks).length) {
     const all = element("ul", "marks");
     all.append(...Object.entries(item.marks).map(mark));
