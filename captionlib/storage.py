@@ -163,17 +163,20 @@ def write_file(address: str | os.PathLike[str], content: bytes) -> None:
         ConfigError: it cannot be written.
     """
     fs, path = fsspec.core.url_to_fs(os.fspath(address))
-    target = Path(path)
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
     try:
-        if not isinstance(fs, LocalFileSystem):
+        if isinstance(fs, LocalFileSystem):
+            _replace(Path(path), content)
+        else:
             fs.pipe_file(path, content)
-            return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(target)
     except OSError as error:
         raise ConfigError(f"{os.fspath(address)} cannot be written: {error.strerror or error}") from error
+
+
+def _replace(target: Path, content: bytes) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(target)
     finally:
-        if isinstance(fs, LocalFileSystem):
-            partial.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)

@@ -101,7 +101,8 @@ def write_report(
 def _claim(folder: Folder) -> None:
     """Refuses the folder of something else, and clears away the pictures of an older page."""
     names = [name for name in folder.list() if name != TEMPORARY]
-    if strangers := [name for name in names if name not in (PAGE, DATA, THUMBNAILS)]:
+    own = (PAGE, DATA, THUMBNAILS) if DATA in names else (THUMBNAILS,)  # a page without data is someone else's
+    if strangers := [name for name in names if name not in own]:
         raise DatasetError(
             f"{folder.uri} holds files that are no report's ({', '.join(strangers[:3])}); give an empty or a new folder"
         )

@@ -144,10 +144,12 @@ def test_a_report_is_replaced_and_anything_else_is_not(tmp_path: Path, photo: Pa
     write_report(tmp_path / "report", "", [])
     assert read_items(tmp_path / "report") == []
     assert not (tmp_path / "report" / "thumbnails").exists()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.tex").touch()
-    with pytest.raises(DatasetError, match=r"no report's \(thesis\.tex\); give an empty or a new folder"):
-        write_report(tmp_path / "other", "", [])
+    for name in ("thesis.tex", "index.html"):
+        folder = tmp_path / f"with {name}"
+        folder.mkdir()
+        (folder / name).touch()
+        with pytest.raises(DatasetError, match=rf"no report's \({name}\); give an empty or a new folder"):
+            write_report(folder, "", [])
 
 
 def test_curves_are_drawn_of_what_was_told_more_than_once() -> None:
