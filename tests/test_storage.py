@@ -72,5 +72,5 @@ def test_a_single_file_is_written_whole_and_alone(tmp_path: Path, address: str) 
 
 def test_a_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="file/scores.parquet cannot be written: "):
+    with pytest.raises(ConfigError, match=r"file/scores\.parquet cannot be written: "):
         write_file(tmp_path / "file" / "scores.parquet", b"")
