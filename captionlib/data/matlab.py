@@ -91,7 +91,14 @@ def _open_hdf5(path: Path, address: str, name: str) -> Iterator[Matrix]:
             raise _no_matrix(address, name, f"there are {', '.join(file)}" if values is None else "it is none")
         _check(values, address, name)
         # Columns lie one after the other in MATLAB, and HDF5 counts the axes the other way round.
-        yield Matrix(values.shape[1], values.shape[0], lambda numbers: values[numbers])
+        yield Matrix(values.shape[1], values.shape[0], lambda numbers: _read_rows(values, numbers))
+
+
+def _read_rows(values: Any, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
+    """Rows of an HDF5 matrix: at once where they follow each other, as a list of rows is read one by one."""
+    first, last = int(numbers[0]), int(numbers[-1])
+    rows: npt.NDArray[np.floating] = values[first : last + 1] if last - first + 1 == len(numbers) else values[numbers]
+    return rows
 
 
 def _check(values: Any, address: str, name: str) -> None:

@@ -110,11 +110,12 @@ function turn(to) {
   document.querySelector(".pager").hidden = pages === 1;
 }
 function showExtremes() {
-  const [name, by] = has("cider") ? ["cider", "CIDEr"] : ["logProb", "log-probability"];
+  const name = has("cider") ? "cider" : "logProb";
+  const titles = name === "cider" ? ["best by CIDEr", "worst by CIDEr"] : ["most likely", "least likely"];
   const scored = items.filter(item => item[name] !== null).sort((a, b) => b[name] - a[name]);
   if (scored.length < 2 * EXTREMES) return;
-  $("best-title").textContent = `The best ${EXTREMES} by ${by}`;
-  $("worst-title").textContent = `The worst ${EXTREMES} by ${by}`;
+  $("best-title").textContent = `The ${EXTREMES} ${titles[0]}`;
+  $("worst-title").textContent = `The ${EXTREMES} ${titles[1]}`;
   $("best").append(...scored.slice(0, EXTREMES).map(card));
   $("worst").append(...scored.slice(-EXTREMES).reverse().map(card));
   $("extremes").hidden = false;
