@@ -142,15 +142,26 @@ def _load(config: ActivationConfig) -> tuple[nn.Module, str, str]:
     nodes = list(config.nodes) or _spread(find_convolutions(model), config.max_layers)
     if not nodes:
         raise ConfigError(f"{config.model} has no convolutions that can be found; name its nodes")
-    whole = create_feature_extractor(model, [*nodes, *([names[-1]] if names[-1] not in nodes else [])])
+    whole = create_feature_extractor(model, list(dict.fromkeys([*nodes, names[-1]])))
     weights = load_weights(config.model, config.weights, whole)
     lacking = sorted(set(whole.state_dict()) - set(weights))
     network, classifier, note = whole, names[-1], ""
     if config.weights.startswith("random:"):
         classifier, note = "", "The weights are drawn at random: the network has learned no classes."
     elif lacking:
-        network, classifier = create_feature_extractor(model, nodes), ""
+        classifier = ""
         note = f"The weights have no classifier (they lack {lacking[0]} and {len(lacking) - 1} more): no classes."
+    if not classifier:
+        network = create_feature_extractor(model, nodes)
+    while not config.nodes and len(nodes) > 1 and set(network.state_dict()) - set(weights):
+        nodes = nodes[:-1]  # the last convolutions may be the classifier's own
+        network = create_feature_extractor(model, nodes)
+    _fill(network, weights, config)
+    return network.eval(), classifier, note
+
+
+def _fill(network: nn.Module, weights: Mapping[str, Tensor], config: ActivationConfig) -> None:
+    """Gives the network its weights."""
     needed = network.state_dict()
     if missing := sorted(set(needed) - set(weights)):
         raise ConfigError(
@@ -161,7 +172,6 @@ def _load(config: ActivationConfig) -> tuple[nn.Module, str, str]:
         network.load_state_dict({name: weights[name] for name in needed})
     except RuntimeError as error:
         raise ConfigError(f"weights {config.weights} are of another network than {config.model}: {error}") from error
-    return network.eval(), classifier, note
 
 
 def _spread(nodes: Sequence[str], count: int) -> list[str]:
