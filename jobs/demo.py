@@ -3,7 +3,7 @@
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -12,11 +12,12 @@ import click
 import torch
 
 from captionlib.config import load_config
-from captionlib.data.datasets import open_dataset
 from captionlib.data.manifest import PrepareConfig, prepare_manifest
 from captionlib.data.scenes import Scene, attributes_of, read_scenes, score_attributes, write_scenes
-from captionlib.evaluation.captions import read_captions_and_references, score_captions
-from captionlib.evaluation.gallery import GalleryItem, write_gallery
+from captionlib.evaluation.evaluate import evaluate_captions
+from captionlib.evaluation.predictions import Prediction
+from captionlib.evaluation.report import write_report
+from captionlib.models.checkpoints import load_captioner
 from captionlib.models.encoder import EncoderConfig
 from captionlib.models.extraction import ExtractionConfig
 from captionlib.models.generation import GenerationConfig
@@ -65,7 +66,7 @@ def command(output: str, weights: str, train: int, held_out: int, overwrite: boo
     """Run the whole flow on drawn scenes: a shape each, in five sentences each.
 
     Draws the scenes, prepares, extracts features with VGG-16 at fc7, trains, captions the held-out scenes, scores,
-    queries, and writes a gallery, whose path is printed last. Each stage is what the command of its name does.
+    queries, and writes a report, whose path is printed last. Each stage is what the command of its name does.
 
     \b
     Examples:
@@ -90,45 +91,34 @@ def command(output: str, weights: str, train: int, held_out: int, overwrite: boo
         config = load_config(GenerationConfig, None, ["decoding.n_best=3"])
         generate_captions(folder / "features", folder / "captioner", folder / "captions", config, run=run)
     with _stage("6/7 evaluate", "captionlib evaluate, on the held-out scenes"):
-        figures, items = _evaluate(folder)
-        for name, value in figures:
+        figures, predictions = _evaluate(folder)
+        for name, value, _ in figures:
             click.echo(f"  {name:<18} {value}")
     with _stage("7/7 query", 'captionlib query --contains "red ring"'):
         _query(folder)
-    note = f"What the captioner says of {len(items)} scenes whose combination of attributes it has never seen."
-    page = write_gallery(folder / "gallery.html", "Captions of held-out scenes", items, figures, note)
-    click.echo(f"\nThe gallery, to open in a browser:\n{page.resolve()}")
-
-
-def _evaluate(folder: Path) -> tuple[list[tuple[str, str]], list[GalleryItem]]:
-    """Figures of the held-out scenes, and what the gallery shows of each."""
-    captions = open_dataset(folder / "captions").require_complete()
-    said, references = read_captions_and_references(captions, open_dataset(folder / "manifest"), ["test"])
     scenes = read_scenes(folder / "scenes")
-    figures = [
-        (f"right in {name}", f"{share:.1%}")
-        for name, share in score_attributes([scenes[image_id] for image_id in said], list(said.values())).items()
-    ]
-    if shutil.which("java"):
-        scores = score_captions(said, references).scores
-        figures += [(name, f"{scores[name]:.3f}") for name in ("BLEU-4", "CIDEr")]
-    else:
-        click.echo("  BLEU and CIDEr are left out: their tokenizer needs Java, and there is none", err=True)
-    rows = (row for shard in range(captions.shards) for row in captions.read(shard).to_pylist())
-    items = [
-        GalleryItem(
-            image_id=row["image_id"],
-            image=Path(row["uri"]),
-            caption=row["caption"],
-            log_prob=row["log_prob"],
-            candidates=[(candidate["caption"], candidate["log_prob"]) for candidate in row["candidates"]],
-            references=references[row["image_id"]],
-            marks=_marks(scenes[row["image_id"]], row["caption"]),
-        )
-        for row in rows
-        if row["image_id"] in said
-    ]
-    return figures, items
+    page = write_report(
+        folder / "report",
+        "Captions of held-out scenes",
+        predictions,
+        note=f"What the captioner says of {len(predictions)} scenes whose combination of attributes it has never seen.",
+        figures=figures,
+        marks={one.image_id: _marks(scenes[one.image_id], one.caption) for one in predictions},
+        history=load_captioner(folder / "captioner").training["history"],
+    )
+    click.echo(f"\nThe report, to open in a browser:\n{Path(page).resolve()}")
+
+
+def _evaluate(folder: Path) -> tuple[list[tuple[str, str, str]], Sequence[Prediction]]:
+    """Figures of the held-out scenes, and what the report shows of each."""
+    found = evaluate_captions(folder / "captions", folder / "manifest", splits=["test"])
+    scenes = read_scenes(folder / "scenes")
+    shares = score_attributes([scenes[image_id] for image_id in found.captions], list(found.captions.values()))
+    figures = [(f"right in {name}", f"{share:.1%}", "") for name, share in shares.items()]
+    figures += [(name, f"{found.scores.scores[name]:.3f}", "") for name in ("BLEU-4", "CIDEr")]
+    for note in found.notes:
+        click.echo(f"  Note: {note}", err=True)
+    return figures, found.predictions
 
 
 def _marks(scene: Scene, caption: str) -> dict[str, bool]:
