@@ -17,8 +17,9 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "extract-features": ("jobs.extract_features", "manifest/ to features/: what the encoder sees in each image."),
         "train-captioner": ("jobs.train_captioner", "features/ to a captioner checkpoint."),
         "generate-captions": ("jobs.generate_captions", "manifest/ or features/ to captions/, with a checkpoint."),
+        "build-index": ("jobs.build_index", "captions/ and embeddings/ to index/: words and vectors, to be searched."),
         "evaluate": ("jobs.evaluate", "captions/ against the sentences of people: BLEU and CIDEr."),
-        "query": ("jobs.query", "Ask captions/: SQL and ready questions."),
+        "query": ("jobs.query", "Ask captions/ or index/: words, sentences, images, SQL."),
     },
     "At any time": {
         "caption": ("jobs.caption", "Print captions of single images."),
