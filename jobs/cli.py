@@ -20,6 +20,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "build-index": ("jobs.build_index", "captions/ and embeddings/ to index/: words and vectors, to be searched."),
         "evaluate": ("jobs.evaluate", "captions/ against the sentences of people: BLEU and CIDEr."),
         "query": ("jobs.query", "Ask captions/ or index/: words, sentences, images, SQL."),
+        "serve": ("jobs.serve", "index/ in a browser, and as JSON."),
     },
     "At any time": {
         "caption": ("jobs.caption", "Print captions of single images."),
@@ -63,6 +64,8 @@ def captionlib() -> None:
       captionlib train-captioner features --output captioner
       captionlib generate-captions features --checkpoint captioner --output captions
       captionlib query captions --contains dog
+      captionlib build-index captions --output index
+      captionlib serve index
     """
 
 
