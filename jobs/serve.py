@@ -27,8 +27,10 @@ _MOST_CONNECTIONS = 1000
 @click.option("--captioner", "-c", metavar="FOLDER", help="A captioner, to caption uploaded photographs.")
 @click.option("--weights", metavar="FILE", help="The encoder's weights, where they are a file of your own.")
 @click.option("--sentences", metavar="FILE", help="Sentences, one a line, that uploaded photographs are compared with.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0 is open to the network.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="The address to listen on; 0.0.0.0 is the whole network."
+)
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Where to listen.")
 @click.option("--name", "names", multiple=True, metavar="HOST", help="A further name that it answers to. Repeatable.")
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
 @click.option("--thumbnails", metavar="FOLDER", help="Where small pictures are kept; the user's cache, unless given.")

@@ -4,7 +4,7 @@ import math
 from typing import Annotated
 from urllib.parse import urlencode
 
-from fastapi import APIRouter, File, HTTPException, Query, Response, UploadFile
+from fastapi import APIRouter, File, HTTPException, Query, Request, Response, UploadFile
 from fastapi.responses import HTMLResponse, JSONResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.concurrency import run_in_threadpool
@@ -19,6 +19,10 @@ __all__ = ["Pages", "page_routes", "picture_routes"]
 
 _PAGE_ROWS = 24
 _PICTURE_HEADERS = {"Cache-Control": "private, max-age=86400"}
+
+
+_NO_PICTURE = """<svg xmlns="http://www.w3.org/2000/svg" width="256" height="256" viewBox="0 0 256 256">
+<path d="M98 110h60v40H98zM90 158l76-60" fill="none" stroke="#888" stroke-width="3"/></svg>"""
 
 
 class Pages:
@@ -96,16 +100,18 @@ def picture_routes(library: Library, thumbnails: Thumbnails) -> APIRouter:
         response_class=Response,
         responses={
             200: {"content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}},
-            404: {"model": Problem},
+            404: {"model": Problem, "content": {"image/svg+xml": {"schema": {"type": "string"}}}},
             503: {"model": Problem},
         },
     )
-    def picture(size: Size, id: Annotated[str, Query(max_length=4096)]) -> Response:
+    def picture(request: Request, size: Size, id: Annotated[str, Query(max_length=4096)]) -> Response:
         try:
             return Response(thumbnails.get(library.uri(id), size), media_type="image/jpeg", headers=_PICTURE_HEADERS)
         except QueryError as error:
             raise HTTPException(404, str(error)) from error
         except ImageError as error:  # its message may name the place where it lies
+            if request.headers.get("accept", "").startswith("image/"):  # a browser that puts it on a page
+                return Response(_NO_PICTURE, 404, media_type="image/svg+xml")
             raise HTTPException(404, f"the image of {id} cannot be had: {error.reason}") from error
         except BusyError:
             return JSONResponse({"detail": "too many images at once; try again"}, 503, {"Retry-After": "2"})
@@ -114,5 +120,6 @@ def picture_routes(library: Library, thumbnails: Thumbnails) -> APIRouter:
 
 
 def _percent(log_prob: float) -> str:
-    """A probability with two digits that count, however small it is."""
-    return f"{100 * math.exp(min(0.0, log_prob)):.2g}%"
+    """A probability with two digits that count, unless it is hardly one."""
+    percent = 100 * math.exp(min(0.0, log_prob))
+    return f"{percent:.2g}%" if percent >= 0.001 else "< 0.001%"
