@@ -158,6 +158,8 @@ class Index:
     ) -> pa.Table:
         """Images by the words of their captions and by their vectors, fused by reciprocal rank.
 
+        What must be in a caption, or must not, holds for all of them.
+
         Args:
             question: see `text`; it is also the sentence, without its signs, unless a vector is given.
             limit: how many rows.
@@ -168,14 +170,13 @@ class Index:
         Raises:
             QueryError: no word is left to look for, or sentences cannot be asked.
         """
-        if vector is None:
-            vector = self._encode(" ".join(word.strip('+-"') for word in question.split() if not word.startswith("-")))
         depth = -(-max(1, offset + limit) // _FUSED) * _FUSED
         chosen = _filter(where)
-        rankings = [
-            self._find_text(question, depth, chosen, "relevance"),
-            self._find_vector(vector, depth, chosen),
-        ]
+        rankings = [self._find_text(question, depth, chosen, "relevance")]
+        if vector is None and (sentence := self._text.wanted_words(question)):
+            vector = self._encode(sentence)
+        if vector is not None:
+            rankings.append(self._find_allowed(question, vector, depth, chosen))
         return self._table(fuse_rankings(rankings)[offset : offset + limit])
 
     def image(self, image_id: str) -> dict[str, Any]:
@@ -202,6 +203,16 @@ class Index:
             raise QueryError(f"expected a vector of shape [{vectors.layout.size}], got {list(vector.shape)}")
         return vectors.search(vector, limit, None if where.is_open else self._passing_rows(where))
 
+    def _find_allowed(self, question: str, vector: Vectors, limit: int, where: Filter) -> Hits:
+        """The nearest of which the captions have what they must have."""
+        asked = limit
+        while True:
+            hits = self._find_vector(vector, asked, where)
+            kept = self._text.allowed(question, hits)
+            if len(kept) >= limit or len(hits) < asked:
+                return kept[:limit]
+            asked *= 4
+
     def _passing_rows(self, where: Filter) -> npt.NDArray[np.int64]:
         """The rows that pass; of the filters asked last they are kept, for the next page."""
         with self._lock:
@@ -224,6 +235,8 @@ class Index:
 
     def _encode(self, sentence: str) -> Vectors:
         self._require_vectors()
+        if not sentence.strip():
+            raise QueryError("sentence: expected words, got none")
         if self._encoder is None:
             raise QueryError("sentences need the ranker that made the embeddings; open the index with its checkpoint")
         vector: Vectors = self._encoder.encode_sentences([sentence])[0]

@@ -176,6 +176,22 @@ class TextIndex:
             if np.count_nonzero(kept) >= limit or len(hits) < asked or asked == len(self):
                 return Hits(hits.rows[kept], hits.scores[kept])[:limit]
 
+    def allowed(self, question: str, hits: Hits) -> Hits:
+        """Those of other hits that have all that must be there, and nothing that must not; in the same order."""
+        clauses = [clause for clause in self._clauses(question) if clause.occur != Occur.Should]
+        if not clauses or not len(hits):
+            return hits
+        rows = Query.const_score_query(Query.term_set_query(self._schema, "row", hits.rows.tolist()), 1.0)
+        parts = [(clause.occur, self._to_query(clause.words)) for clause in clauses]
+        found = self._search(Query.boolean_query([(Occur.Must, rows), *parts]), len(hits), "relevance")
+        kept = np.isin(hits.rows, found.rows)
+        return Hits(hits.rows[kept], hits.scores[kept])
+
+    def wanted_words(self, question: str) -> str:
+        """A question as a sentence: without its signs, and without what must not be there."""
+        found = _CLAUSE.findall(question)
+        return " ".join(phrase or word for sign, phrase, word in found if sign != "-")
+
     def count(self, question: str, split: str | None = None, min_log_prob: float | None = None) -> int:
         """How many captions match; see `search`."""
         query = self._narrow(self._parse(question), split, min_log_prob)

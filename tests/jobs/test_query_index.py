@@ -75,6 +75,14 @@ def test_an_image_is_a_question(index: str, ranker: str, tmp_path: Path) -> None
         captions(index, "--image", tmp_path / "nothing.png", "--ranker", ranker)
 
 
+def test_inspect_says_what_an_index_is(index: str) -> None:
+    lines = run("inspect", index).output.splitlines()
+    assert lines[0] == f"{index}: index, complete"
+    assert "  vectors      80, Flat in 1 lists, 1 of them a question" in lines
+    assert "    ranker: ranker-of-words" in lines
+    assert json.loads(run("inspect", index, "--json").output)["captions_count"] == 80
+
+
 def test_one_row_is_shown_whole(index: str) -> None:
     assert captions(index, "--image-id", "im5") == ["a dog and a train"]
     with pytest.raises(QueryError, match="no image im500 in the index"):

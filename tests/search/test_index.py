@@ -171,6 +171,18 @@ def test_a_wide_condition_over_many_rows_gives_as_many_words_as_exist(
     assert many.text("pizza", 5, where="FALSE").num_rows == 0
 
 
+def test_what_must_and_must_not_be_there_holds_for_both_together(many: Index) -> None:
+    found = many.hybrid("dog -cat -pizza", 500)
+    assert all("cat" not in caption and "pizza" not in caption for caption in found["caption"].to_pylist())
+    assert found.num_rows == 500
+    both = many.hybrid("dog +cat", 2000)["caption"].to_pylist()
+    assert len(both) == many.count_text("+cat")
+    assert all("cat" in caption for caption in both)
+    assert many.hybrid("-cat", 3).num_rows == 3
+    with pytest.raises(QueryError, match="sentence: expected words, got none"):
+        many.sentence("  ")
+
+
 def test_pages_follow_each_other(many: Index) -> None:
     for ask in (many.text, many.sentence, many.hybrid):
         whole = ids(ask("dog cat", 30))
