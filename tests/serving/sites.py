@@ -11,6 +11,7 @@ from PIL import Image
 
 import captionlib.search
 from captionlib.data.datasets import create_dataset
+from captionlib.data.decoders import DecoderConfig
 from captionlib.data.schemas import captions_schema
 from captionlib.data.shard_writer import write_shard
 from captionlib.models.encoder import EncoderConfig, load_encoder
@@ -57,9 +58,10 @@ def make_site(folder: Path, count: int = 60, config: ServingConfig | None = None
     build.finish()
     ranker = seeing_ranker()
     index = captionlib.search.open(folder / "index", ranker)
-    photos = PhotoReader(ranker, device="cpu") if sees else None
-    hosts = ("localhost", "127.0.0.1", "testserver")
-    return create_app(Library(index, config or ServingConfig(hosts=hosts), ranker, photos), folder / "thumbnails")
+    limits = config or ServingConfig(hosts=("localhost", "127.0.0.1", "testserver"))
+    decoding = DecoderConfig(max_image_pixels=limits.max_image_pixels)
+    photos = PhotoReader(ranker, device="cpu", decoding=decoding) if sees else None
+    return create_app(Library(index, limits, ranker, photos), folder / "thumbnails")
 
 
 def _write_captions(folder: Path, rows: list[Row]) -> None:

@@ -76,7 +76,7 @@ def test_answers_come_while_one_types(site: str, browser: WebDriver) -> None:
     assert "q=%2Bdog+%2Bfrisbee" in browser.current_url
     box.send_keys(" +pizza")
     wait_for(browser, "document.querySelector('.summary').textContent.includes('Nothing found')")
-    browser.find_element(By.CSS_SELECTOR, "input[value=hybrid]").click()
+    browser.find_element(By.CSS_SELECTOR, "input[value=sentence]").click()
     wait_for(browser, "document.querySelectorAll('.cards li').length > 3")
     assert complaints(browser) == []
 
@@ -103,15 +103,13 @@ def test_all_is_reached_by_the_keyboard(site: str, browser: WebDriver) -> None:
 
 
 def test_captions_cannot_run_scripts(site: str, browser: WebDriver) -> None:
-    for page in (f"{site}/?q=script", f"{site}/?q=dog"):
-        browser.get(page)
-        assert EVIL in " ".join(captions(browser))
-        assert browser.title != "stolen"
     browser.get(f"{site}/?q=script")
+    assert EVIL in " ".join(captions(browser))
+    assert browser.title != "stolen"
     browser.find_element(By.CSS_SELECTOR, ".cards a").click()
     wait_for(browser, "location.pathname == '/image'")
     assert EVIL in browser.find_element(By.TAG_NAME, "h1").text
-    assert "stolen" not in browser.title or "script" in browser.title
+    assert browser.title != "stolen"
     assert complaints(browser) == []
 
 
