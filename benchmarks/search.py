@@ -42,8 +42,7 @@ def _measure_text(data: SearchData, index: Index) -> bool:
     questions = [question.split() for question in data.questions(QUESTIONS, 2, 0)]
 
     def ask(words: Sequence[str]) -> Any:
-        question = " ".join(f"+{word}" for word in words)
-        return index.text(question, 20), index.count_text(question)
+        return index.text_and_count(" ".join(f"+{word}" for word in words))
 
     with open_captions(data.captions, SqlLimits(threads=1)) as session:
         sql = "SELECT count(*) FROM captions WHERE caption LIKE ? AND caption LIKE ?"

@@ -111,12 +111,15 @@ class Index:
         """
         return self._table(self._find_text(question, offset + limit, _filter(where), sort)[offset:])
 
-    def count_text(self, question: str, where: Filter | None = None) -> int:
-        """How many captions match; `where` without SQL."""
+    def text_and_count(
+        self, question: str, limit: int = 20, offset: int = 0, where: Filter | None = None
+    ) -> tuple[pa.Table, int]:
+        """Captions by their words, and how many match in all; `where` without SQL. See `text`."""
         chosen = where or Filter()
         if chosen.where is not None:
-            raise QueryError("count_text: expected a filter without SQL; ask for the rows and count them")
-        return self._text.count(question, chosen.split, chosen.min_log_prob)
+            raise QueryError("text_and_count: expected a filter without SQL; ask for the rows and count them")
+        hits, count = self._text.search_and_count(question, offset + limit, chosen.split, chosen.min_log_prob)
+        return self._table(hits[offset:]), count
 
     def sentence(self, sentence: str, limit: int = 20, offset: int = 0, where: Filter | str | None = None) -> pa.Table:
         """Images that a sentence describes, whatever their captions say.

@@ -65,8 +65,9 @@ class RowStore:
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        self._batches = [batch for path in paths for batch in read_rows(path) if batch.num_rows]
-        self._starts = np.array([batch["row"][0].as_py() for batch in self._batches], np.int64)
+        self._numbered = [batch for path in paths for batch in read_rows(path) if batch.num_rows]
+        self._starts = np.array([batch["row"][0].as_py() for batch in self._numbered], np.int64)
+        self._batches = [batch.select(COLUMNS) for batch in self._numbered]
         self._conditions: Conditions | None = None
 
     def __len__(self) -> int:
@@ -83,7 +84,7 @@ class RowStore:
             pieces.append(self._batches[owner].take(pa.array(rows[places] - self._starts[owner])))
             order.append(places)
         back = np.argsort(np.concatenate(order))
-        return pa.Table.from_batches(pieces).select(COLUMNS).take(pa.array(back))
+        return pa.Table.from_batches([pa.concat_batches(pieces).take(pa.array(back))])
 
     def splits(self) -> list[str]:
         """The splits that there are, sorted."""
@@ -96,5 +97,5 @@ class RowStore:
             QueryError: it is no condition over `COLUMNS`.
         """
         if self._conditions is None:
-            self._conditions = Conditions(pa.Table.from_batches(self._batches, ROWS))
+            self._conditions = Conditions(pa.Table.from_batches(self._numbered, ROWS))
         return self._conditions.passing(where, list(parameters))

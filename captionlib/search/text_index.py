@@ -192,11 +192,13 @@ class TextIndex:
         found = _CLAUSE.findall(question)
         return " ".join(phrase or word for sign, phrase, word in found if sign != "-")
 
-    def count(self, question: str, split: str | None = None, min_log_prob: float | None = None) -> int:
-        """How many captions match; see `search`."""
+    def search_and_count(
+        self, question: str, limit: int, split: str | None = None, min_log_prob: float | None = None
+    ) -> tuple[Hits, int]:
+        """The captions that match, and how many do; one pass over both takes less than two. See `search`."""
         query = self._narrow(self._parse(question), split, min_log_prob)
-        counted: Any = self._searcher.search(query, 1)
-        return int(counted.count)
+        found: Any = self._searcher.search(query, min(max(1, limit), max(1, len(self))), count=True)
+        return self._to_hits(found.hits)[:limit], int(found.count)
 
     def find(self, image_id: str) -> int | None:
         """The row of an image; None where there is none."""
@@ -207,7 +209,10 @@ class TextIndex:
         if not limit:
             return Hits(np.empty(0, np.int64), np.empty(0, np.float32))
         by = None if sort == "relevance" else sort
-        found = self._searcher.search(query, min(limit, max(1, len(self))), count=False, order_by_field=by).hits
+        most = min(limit, max(1, len(self)))
+        return self._to_hits(self._searcher.search(query, most, count=False, order_by_field=by).hits)
+
+    def _to_hits(self, found: list[tuple[Any, Any]]) -> Hits:
         rows = self._searcher.fast_field_values("row", [address for _, address in found])
         return Hits(np.array(rows, np.int64), np.array([score for score, _ in found], np.float32))
 

@@ -118,6 +118,8 @@ class VectorIndex:
                 f"{path}: expected {layout.lists} lists of vectors of {layout.size} numbers, "
                 f"got {self._index.nlist} of {self._index.d}; build the index again"
             )
+        # Else 32 threads are started for each question, to read ahead: ten times what an answer from memory takes.
+        faiss.downcast_InvertedLists(self._index.invlists).prefetch_nthread = 0
         self.layout = layout
         self._capacity = capacity
 

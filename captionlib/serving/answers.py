@@ -1,7 +1,7 @@
 """What the application answers, whoever asks: the same for pages and for programs."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 from urllib.parse import urlencode
 
@@ -128,15 +128,13 @@ class Library:
         )
         if not question.strip():
             return answer
-        asks: dict[Mode, Callable[..., pa.Table]] = {
-            "text": self.index.text,
-            "sentence": self.index.sentence,
-            "hybrid": self.index.hybrid,
-        }
         try:
-            table = asks[mode](question, limit + 1, offset, chosen)
             if mode == "text":
-                answer.total = self.index.count_text(question, chosen)
+                table, answer.total = self.index.text_and_count(question, limit + 1, offset, chosen)
+            elif mode == "sentence":
+                table = self.index.sentence(question, limit + 1, offset, chosen)
+            else:
+                table = self.index.hybrid(question, limit + 1, offset, chosen)
         except QueryError as error:
             answer.note = str(error)
             return answer
