@@ -76,7 +76,8 @@ def command(
 
     if not Folder(index).exists(DESCRIPTION):
         raise DatasetError(f"{index} is no index: expected a folder that holds {DESCRIPTION}; see build-index")
-    own = [host if ":" not in host else f"[{host}]"] if host not in ("0.0.0.0", "::") else []
+    in_url = f"[{host}]" if ":" in host else host
+    own = [host, in_url] if host not in ("0.0.0.0", "::") else []
     limits = ServingConfig(
         hosts=tuple(dict.fromkeys([*ServingConfig.hosts, *own, *names])), max_upload_bytes=max_upload * 2**20
     )
@@ -84,9 +85,10 @@ def command(
     served = Served(index, folder, ranker, captioner, weights, sentences, device, limits)
     if host not in _LOOPBACK:
         click.echo(f"Listening on {host}: whoever reaches this machine can see the images of the index.", err=True)
+        click.echo(f"It answers to {', '.join(limits.hosts)}; give --name for other names of this machine.", err=True)
     os.environ[_SERVED] = json.dumps(to_dict(served))
     options: dict[str, Any] = {"host": host, "port": port, "log_level": "warning", "access_log": False}
-    click.echo(f"http://{host}:{port}/ shows {index}; Ctrl-C ends it.")
+    click.echo(f"http://{in_url}:{port}/ shows {index}; Ctrl-C ends it.")
     uvicorn.run(
         create if workers == 1 else "jobs.serve:create",
         factory=True,

@@ -23,7 +23,7 @@ class ServingConfig:
         thumbnail_bytes: of all thumbnails that are kept on disk.
     """
 
-    hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
+    hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1", "[::1]")
     max_upload_bytes: int = 16 * 2**20
     max_question_characters: int = 500
     max_rows: int = 100
