@@ -15,6 +15,8 @@ BENCHMARKS = {
     "odd-files": "benchmarks.odd_files",
     "kills": "benchmarks.kills",
     "repeated-bundles": "benchmarks.repeated_bundles",
+    "search": "benchmarks.search",
+    "serve-clients": "benchmarks.serve_clients",
 }
 
 

@@ -25,7 +25,9 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
             "captions/ against people's: BLEU, METEOR, CIDEr; a ranker on features/: Recall@k.",
         ),
         "report": ("jobs.report", "captions/ to a page of pictures, captions and scores."),
-        "query": ("jobs.query", "Ask captions/: SQL and ready questions."),
+        "build-index": ("jobs.build_index", "captions/ and embeddings/ to index/: words and vectors, to be searched."),
+        "query": ("jobs.query", "Ask captions/ or index/: words, sentences, images, SQL."),
+        "serve": ("jobs.serve", "index/ in a browser, and as JSON."),
     },
     "At any time": {
         "caption": ("jobs.caption", "Print captions of single images."),
@@ -73,6 +75,8 @@ def captionlib() -> None:
       captionlib train-captioner features --output captioner
       captionlib generate-captions features --checkpoint captioner --output captions
       captionlib query captions --contains dog
+      captionlib build-index captions --output index
+      captionlib serve index
     """
 
 
