@@ -3,7 +3,7 @@
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -14,8 +14,7 @@ import torch
 from captionlib.config import load_config
 from captionlib.data.manifest import PrepareConfig, prepare_manifest
 from captionlib.data.scenes import Scene, attributes_of, read_scenes, score_attributes, write_scenes
-from captionlib.evaluation.evaluate import evaluate_captions
-from captionlib.evaluation.predictions import Prediction
+from captionlib.evaluation.evaluate import Evaluation, evaluate_captions
 from captionlib.evaluation.report import write_report
 from captionlib.models.checkpoints import load_captioner
 from captionlib.models.encoder import EncoderConfig
@@ -91,7 +90,7 @@ def command(output: str, weights: str, train: int, held_out: int, overwrite: boo
         config = load_config(GenerationConfig, None, ["decoding.n_best=3"])
         generate_captions(folder / "features", folder / "captioner", folder / "captions", config, run=run)
     with _stage("6/7 evaluate", "captionlib evaluate, on the held-out scenes"):
-        figures, predictions = _evaluate(folder)
+        figures, found = _evaluate(folder)
         for name, value, _ in figures:
             click.echo(f"  {name:<18} {value}")
     with _stage("7/7 query", 'captionlib query --contains "red ring"'):
@@ -100,17 +99,18 @@ def command(output: str, weights: str, train: int, held_out: int, overwrite: boo
     page = write_report(
         folder / "report",
         "Captions of held-out scenes",
-        predictions,
-        note=f"What the captioner says of {len(predictions)} scenes whose combination of attributes it has never seen.",
+        found.predictions,
+        note=f"What the captioner says of {held_out} scenes whose combination of attributes it has never seen.",
         figures=figures,
-        marks={one.image_id: _marks(scenes[one.image_id], one.caption) for one in predictions},
+        cider=found.scores.of_images["CIDEr"],
+        marks={image_id: _marks(scenes[image_id], caption) for image_id, caption in found.captions.items()},
         history=load_captioner(folder / "captioner").training["history"],
     )
     click.echo(f"\nThe report, to open in a browser:\n{Path(page).resolve()}")
 
 
-def _evaluate(folder: Path) -> tuple[list[tuple[str, str, str]], Sequence[Prediction]]:
-    """Figures of the held-out scenes, and what the report shows of each."""
+def _evaluate(folder: Path) -> tuple[list[tuple[str, str, str]], Evaluation]:
+    """Figures of the held-out scenes, and what they are taken from."""
     found = evaluate_captions(folder / "captions", folder / "manifest", splits=["test"])
     scenes = read_scenes(folder / "scenes")
     shares = score_attributes([scenes[image_id] for image_id in found.captions], list(found.captions.values()))
@@ -118,7 +118,7 @@ def _evaluate(folder: Path) -> tuple[list[tuple[str, str, str]], Sequence[Predic
     figures += [(name, f"{found.scores.scores[name]:.3f}", "") for name in ("BLEU-4", "CIDEr")]
     for note in found.notes:
         click.echo(f"  Note: {note}", err=True)
-    return figures, found.predictions
+    return figures, found
 
 
 def _marks(scene: Scene, caption: str) -> dict[str, bool]:
