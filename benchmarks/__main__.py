@@ -9,9 +9,14 @@ BENCHMARKS = {
     "extract-memory": "benchmarks.extract_memory",
     "prepare-memory": "benchmarks.prepare_memory",
     "decoding-speed": "benchmarks.decoding_speed",
+    "training-throughput": "benchmarks.training_throughput",
+    "training-data-wait": "benchmarks.training_data_wait",
+    "training-memory": "benchmarks.training_memory",
     "odd-files": "benchmarks.odd_files",
     "kills": "benchmarks.kills",
     "repeated-bundles": "benchmarks.repeated_bundles",
+    "search": "benchmarks.search",
+    "serve-clients": "benchmarks.serve_clients",
 }
 
 

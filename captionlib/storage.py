@@ -17,7 +17,9 @@ from typing import Any, BinaryIO
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-__all__ = ["TEMPORARY", "Folder"]
+from captionlib.errors import ConfigError
+
+__all__ = ["TEMPORARY", "Folder", "write_file"]
 
 TEMPORARY = "_temporary"
 
@@ -152,3 +154,29 @@ class Folder:
             shutil.rmtree(path, ignore_errors=True)
         else:
             self.fs.rm(path, recursive=True)
+
+
+def write_file(address: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a single file at a path or an address, which appears whole or not at all.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    fs, path = fsspec.core.url_to_fs(os.fspath(address))
+    try:
+        if isinstance(fs, LocalFileSystem):
+            _replace(Path(path), content)
+        else:
+            fs.pipe_file(path, content)
+    except OSError as error:
+        raise ConfigError(f"{os.fspath(address)} cannot be written: {error.strerror or error}") from error
+
+
+def _replace(target: Path, content: bytes) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)

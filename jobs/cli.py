@@ -16,14 +16,25 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "prepare": ("jobs.prepare", "Images and captions of any source to manifest/."),
         "extract-features": ("jobs.extract_features", "manifest/ to features/: what the encoder sees in each image."),
         "train-captioner": ("jobs.train_captioner", "features/ to a captioner checkpoint."),
+        "train-language-model": ("jobs.train_language_model", "Sentences alone to a language model checkpoint."),
         "train-ranker": ("jobs.train_ranker", "features/ to a ranker checkpoint: sentences find images and back."),
         "generate-captions": ("jobs.generate_captions", "manifest/ or features/ to captions/, with a checkpoint."),
         "embed": ("jobs.embed", "manifest/ or features/ to embeddings/, with a ranker checkpoint."),
-        "evaluate": ("jobs.evaluate", "captions/ against people's: BLEU, CIDEr; a ranker on features/: Recall@k."),
-        "query": ("jobs.query", "Ask captions/: SQL and ready questions."),
+        "evaluate": (
+            "jobs.evaluate",
+            "captions/ against people's: BLEU, METEOR, CIDEr; a ranker on features/: Recall@k.",
+        ),
+        "report": ("jobs.report", "captions/ to a page of pictures, captions and scores."),
+        "build-index": ("jobs.build_index", "captions/ and embeddings/ to index/: words and vectors, to be searched."),
+        "query": ("jobs.query", "Ask captions/ or index/: words, sentences, images, SQL."),
+        "serve": ("jobs.serve", "index/ in a browser, and as JSON."),
     },
     "At any time": {
         "caption": ("jobs.caption", "Print captions of single images."),
+        "sample": ("jobs.sample", "Print sentences or text that a language model writes."),
+        "import-features": ("jobs.import_features", "NeuralTalk's dataset.json and vgg_feats.mat to features/."),
+        "export-captions": ("jobs.export_captions", "captions/ to COCO's results JSON or NeuralTalk's."),
+        "activations": ("jobs.activations", "What the convolution layers see in one image, as a page."),
         "inspect": ("jobs.inspect", "What a folder holds, and how far it is."),
         "demo": ("jobs.demo", "The whole flow on drawn scenes, in minutes."),
     },
@@ -64,6 +75,8 @@ def captionlib() -> None:
       captionlib train-captioner features --output captioner
       captionlib generate-captions features --checkpoint captioner --output captions
       captionlib query captions --contains dog
+      captionlib build-index captions --output index
+      captionlib serve index
     """
 
 

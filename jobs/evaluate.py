@@ -1,15 +1,18 @@
 """`captionlib evaluate`."""
 
 import dataclasses
+import io
 
 import click
+import pyarrow.parquet as pq
 
-from captionlib.data.datasets import open_dataset
 from captionlib.data.shards import to_json
-from captionlib.errors import ConfigError
-from captionlib.evaluation.captions import read_captions_and_references, score_captions
+from captionlib.evaluation.bootstrap import BootstrapConfig
+from captionlib.evaluation.captions import scores_table
+from captionlib.evaluation.evaluate import TRAIN_SPLITS, Evaluation, evaluate_captions
+from captionlib.evaluation.predictions import to_coco_results
 from captionlib.evaluation.ranking import PROTOCOLS
-from captionlib.storage import Folder
+from captionlib.storage import Folder, write_file
 from jobs.options import device_option
 from jobs.summaries import echo_ranking
 
@@ -19,7 +22,11 @@ __all__ = ["command"]
 @click.command()
 @click.argument("captions", metavar="CAPTIONS|FEATURES")
 @click.option("--manifest", "-m", metavar="FOLDER", help="Where the sentences of people are.")
-@click.option("--ranker", "-r", metavar="FOLDER", help="Score this ranker on features, as train-ranker wrote it.")
+@click.option("--split", "splits", multiple=True, metavar="NAME", help="Score this split alone. Repeatable.")
+@click.option("--output", "-o", metavar="FOLDER", help="Also write scores.json into this folder.")
+@click.option("--per-image", metavar="FILE.parquet", help="Also write the scores of every image.")
+@click.option("--results", metavar="FILE.json", help="Also write the captions as COCO's evaluation server takes them.")
+@click.option("--ranker", "-r", metavar="FOLDER", help="Score this ranker on FEATURES, as train-ranker wrote it.")
 @click.option(
     "--protocol",
     type=click.Choice(list(PROTOCOLS)),
@@ -27,50 +34,99 @@ __all__ = ["command"]
     show_default=True,
     help="Of a ranker: what is ranked among what; coco-1k is the mean of five folds of 1,000 images.",
 )
-@click.option("--split", "splits", multiple=True, metavar="NAME", help="Score this split alone. Repeatable.")
-@click.option("--output", "-o", metavar="FOLDER", help="Also write scores.json into this folder.")
+@click.option("--checkpoint", "-c", metavar="FOLDER", help="The captioner: tells the perplexity of the references.")
+@click.option("--features", "-f", metavar="FOLDER", help="Of the images; for the perplexity.")
+@click.option(
+    "--train-split",
+    "train_splits",
+    multiple=True,
+    default=TRAIN_SPLITS,
+    show_default=True,
+    metavar="NAME",
+    help="Whose sentences captions may repeat. Repeatable.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=0),
+    default=BootstrapConfig.samples,
+    show_default=True,
+    help="Resamples of the images that the intervals are told by; 0 leaves them out.",
+)
 @device_option
 def command(
     captions: str,
     manifest: str | None,
-    ranker: str | None,
-    protocol: str,
     splits: tuple[str, ...],
     output: str | None,
+    per_image: str | None,
+    results: str | None,
+    ranker: str | None,
+    protocol: str,
+    checkpoint: str | None,
+    features: str | None,
+    train_splits: tuple[str, ...],
+    samples: int,
     device: str,
 ) -> None:
-    """Score CAPTIONS against the sentences of people: BLEU-1 to BLEU-4 and CIDEr; or a ranker on FEATURES.
+    """Score CAPTIONS against the sentences of people: BLEU, METEOR, ROUGE-L, CIDEr; or a ranker on FEATURES.
 
-    The scores of captions are pycocoevalcap's own; its tokenizer needs Java. A ranker's are Recall@1, 5 and 10 and the
-    median and mean rank, for images that look for their sentences and for sentences that look for their image.
+    CAPTIONS is a captions dataset, COCO's results JSON, or NeuralTalk's result_struct.json, which needs no manifest.
+    Each score stands beside its 95% confidence interval, by resampling the images. The scores are pycocoevalcap's own;
+    its tokenizer and METEOR need Java. A ranker's are Recall@1, 5 and 10 and the median and mean rank, for images that
+    look for their sentences and for sentences that look for their image.
 
     \b
     Examples:
       captionlib evaluate captions --manifest manifest --split val
-      captionlib evaluate captions --manifest manifest --split test --output scores
-      captionlib evaluate features --ranker ranker --split test
+      captionlib evaluate captions --manifest manifest --split test --output scores --per-image scores.parquet
+      captionlib evaluate captions --manifest manifest --checkpoint captioner --features features
+      captionlib evaluate captions_val2014_results.json --manifest manifest
+      captionlib evaluate result_struct.json
       captionlib evaluate features --ranker ranker --split test --protocol coco-1k
     """
     if ranker is not None:
-        from captionlib.evaluation.ranker_scores import score_ranker_folder  # loads torch, which takes seconds
-
-        ranking = score_ranker_folder(ranker, captions, splits, PROTOCOLS[protocol], device)
-        echo_ranking(ranker, ranking)
-        if output is not None:
-            content = {"splits": list(splits), "protocol": protocol, **dataclasses.asdict(ranking)}
-            Folder(output).write("scores.json", to_json(content))
+        _evaluate_ranker(ranker, captions, splits, protocol, output, device)
         return
-    if manifest is None:
-        raise ConfigError("evaluate: expected --manifest to score captions, or --ranker to score a ranker on features")
-    said, references = read_captions_and_references(
-        open_dataset(captions, "captions").require_complete(),
-        open_dataset(manifest, "manifest").require_complete(),
-        splits,
+    found = evaluate_captions(
+        captions,
+        manifest,
+        splits=splits,
+        train_splits=train_splits,
+        checkpoint=checkpoint,
+        features=features,
+        bootstrap=BootstrapConfig(samples=samples),
+        device=device,
     )
-    result = score_captions(said, references)
-    click.echo(f"{captions}: {result.images:,} images")
-    for name, score in result.scores.items():
-        click.echo(f"  {name:<8} {score:.4f}")
+    _print(captions, found)
     if output is not None:
-        content = {"images": result.images, "splits": list(splits), "scores": dict(result.scores)}
+        Folder(output).write("scores.json", to_json({"splits": list(splits), **found.to_dict()}))
+    if per_image is not None:
+        buffer = io.BytesIO()
+        pq.write_table(scores_table(found.scores, found.captions), buffer, compression="zstd")
+        write_file(per_image, buffer.getvalue())
+    if results is not None:
+        write_file(results, to_json(to_coco_results(found.predictions)))
+
+
+def _evaluate_ranker(
+    ranker: str, features: str, splits: tuple[str, ...], protocol: str, output: str | None, device: str
+) -> None:
+    from captionlib.evaluation.ranker_scores import score_ranker_folder  # loads torch, which takes seconds
+
+    ranking = score_ranker_folder(ranker, features, splits, PROTOCOLS[protocol], device)
+    echo_ranking(ranker, ranking)
+    if output is not None:
+        content = {"splits": list(splits), "protocol": protocol, **dataclasses.asdict(ranking)}
         Folder(output).write("scores.json", to_json(content))
+
+
+def _print(source: str, found: Evaluation) -> None:
+    click.echo(f"{source}: {found.scores.images:,} images")
+    for name, score in found.scores.scores.items():
+        ends = found.scores.intervals.get(name)
+        interval = f"   {ends[0]:.4f} to {ends[1]:.4f}" if ends else ""
+        click.echo(f"  {name:<18} {score:8.4f}{interval}")
+    for name, count in found.counts.items():
+        click.echo(f"  {name:<18} {count:8,}")
+    for note in found.notes:
+        click.echo(f"Note: {note}", err=True)

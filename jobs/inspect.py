@@ -8,9 +8,12 @@ from typing import Any
 
 import click
 
+from captionlib.config import to_dict
 from captionlib.data.inspection import DatasetReport, inspect_dataset
 from captionlib.data.shards import DESCRIPTION
 from captionlib.errors import DatasetError
+from captionlib.search.index_files import DESCRIPTION as INDEX
+from captionlib.search.index_files import IndexDescription, read_description
 from captionlib.storage import Folder
 
 __all__ = ["command"]
@@ -21,7 +24,7 @@ __all__ = ["command"]
 @click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
 @click.option("--verify", is_flag=True, help="Read every file and compare it with its checksum.")
 def command(folder: str, as_json: bool, verify: bool) -> None:
-    """Say what FOLDER is: a dataset or a checkpoint, complete or how far, and what failed why.
+    """Say what FOLDER is: a dataset, an index or a checkpoint, complete or how far, and what failed why.
 
     \b
     Examples:
@@ -34,6 +37,9 @@ def command(folder: str, as_json: bool, verify: bool) -> None:
         report = inspect_dataset(folder, verify)
         click.echo(_to_json(dataclasses.asdict(report)) if as_json else _describe(report, verify))
         sys.exit(1 if report.problems else 0)
+    if INDEX in names and (index := read_description(Folder(folder))) is not None:
+        click.echo(_to_json(to_dict(index)) if as_json else _describe_index(folder, index))
+        return
     if "config.json" in names:
         from captionlib.models.checkpoint_folder import describe_checkpoint  # loads torch, which takes seconds
 
@@ -46,8 +52,8 @@ def command(folder: str, as_json: bool, verify: bool) -> None:
             "or start it again if it was stopped: it goes on"
         )
     raise DatasetError(
-        f"{folder} is nothing of captionlib's: expected a dataset ({DESCRIPTION}) or a checkpoint (config.json), "
-        f"got {', '.join(names[:5]) if names else 'no such folder, or an empty one'}"
+        f"{folder} is nothing of captionlib's: expected a dataset ({DESCRIPTION}), an index ({INDEX}) or a "
+        f"checkpoint (config.json), got {', '.join(names[:5]) if names else 'no such folder, or an empty one'}"
     )
 
 
@@ -76,6 +82,24 @@ def _describe(report: DatasetReport, verified: bool) -> str:
         lines.append("  verified     every file is as its marker says")
     if report.problems:
         lines += ["  PROBLEMS", *(f"    {problem}" for problem in report.problems)]
+    return "\n".join(lines)
+
+
+def _describe_index(folder: str, index: IndexDescription) -> str:
+    missing = index.captions.shards - len(index.shards)
+    layout = index.layout
+    vectors = f", {layout.code} in {layout.lists:,} lists, {layout.probes:,} of them a question" if layout else ""
+    lines = [
+        f"{folder}: index, {f'not complete: {missing:,} shards are missing' if missing else 'complete'}",
+        f"  captions     {index.captions_count:,} of {index.captions.folder}",
+        f"  vectors      {index.vectors_count:,}{vectors}",
+        f"  built        {index.created}",
+        f"  fingerprint  {index.fingerprint}",
+        "  made with",
+        *_lines(to_dict(index.config), "    "),
+    ]
+    if index.embeddings is not None:
+        lines.append(f"    ranker: {index.embeddings.ranker}")
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ import click
 from captionlib.config import load_config
 from captionlib.training.captioning import CaptioningConfig, train_captioner
 from captionlib.training.loop import TrainingStopped
+from captionlib.training.processes import is_first_process
 from jobs.options import config_options, device_option
 
 __all__ = ["command"]
@@ -29,18 +30,24 @@ def command(
     """Fit a captioner on FEATURES.
 
     Learns from the rows of the splits train and restval, and keeps the checkpoint of the epoch with the lowest
-    perplexity on val or dev. Ctrl-C stops it after saving; the same command goes on where it stopped.
+    perplexity, or the highest CIDEr, on val or dev. Ctrl-C stops it after saving; the same command goes on where it
+    stopped. `torchrun` starts it on several GPUs or machines: one run, with batches as many times as large.
 
     \b
     Examples:
       captionlib train-captioner features -o captioner
       captionlib train-captioner features -o captioner --config configs/captioner-flickr8k.yaml
       captionlib train-captioner features -o captioner --set training.epochs=30 --set captioner.hidden_size=256
+      captionlib train-captioner features -o captioner --set best_by=cider --set training.average_decay=0.999
+      captionlib train-captioner features -o captioner --set word_vectors=w2v.bin --set captioner.word_size=300
+      torchrun --nproc-per-node 4 --no-python captionlib train-captioner features -o captioner
     """
     settings = load_config(CaptioningConfig, config, overrides)
     try:
         history = train_captioner(features, output, settings, device=device, overwrite=overwrite, progress=progress)
     except TrainingStopped as stopped:
         raise click.Abort from stopped
-    best = min(history, key=lambda row: row["perplexity"])
-    click.echo(f"{output}: perplexity {best['perplexity']:.2f} after epoch {best['epoch']:.0f} of {len(history)}")
+    name, choose = ("CIDEr", max) if settings.best_by == "cider" else ("perplexity", min)
+    best = choose(history, key=lambda row: row[name])
+    if is_first_process():
+        click.echo(f"{output}: {name} {best[name]:.3f} after epoch {best['epoch']:.0f} of {len(history)}")

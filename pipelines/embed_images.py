@@ -1,6 +1,7 @@
 """`manifest/` or `features/` to `embeddings/`: each image as a vector that sentences find."""
 
 import os
+from dataclasses import replace
 
 from captionlib.data.datasets import create_dataset, open_dataset
 from captionlib.data.schemas import embeddings_schema
@@ -43,6 +44,7 @@ def embed_images(
         DatasetError: the source is not complete, or `output` holds something else.
         FailureRatioError: more images failed than the run allows.
     """
+    config = replace(config, loading=run.share(config.loading))
     rows = open_dataset(source).require_complete()
     model = load_ranker(os.fspath(ranker))
     threads = run.threads if run.workers > 1 else None

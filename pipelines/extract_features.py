@@ -1,6 +1,7 @@
 """`manifest/` to `features/`: what the encoder sees in each image."""
 
 import os
+from dataclasses import replace
 
 from captionlib.data.datasets import create_dataset, open_dataset
 from captionlib.data.schemas import features_schema
@@ -37,6 +38,7 @@ def extract_features(
         DatasetError: the manifest is not complete, or `output` holds something else.
         FailureRatioError: more images failed than the run allows.
     """
+    config = replace(config, loading=run.share(config.loading))
     source = open_dataset(manifest, "manifest").require_complete()
     threads = run.threads if run.workers > 1 else None
     encoder = open_encoder(config.encoder, device, threads)

@@ -1,6 +1,7 @@
 """`manifest/` or `features/` to `captions/`: what the captioner says of each image; and to `embeddings/` beside it."""
 
 import os
+from dataclasses import replace
 
 from captionlib.config import to_dict
 from captionlib.data.datasets import create_dataset, open_dataset
@@ -52,6 +53,7 @@ def generate_captions(
         DatasetError: the source is not complete, or `output` holds something else.
         FailureRatioError: more images failed than the run allows.
     """
+    config = replace(config, loading=run.share(config.loading))
     if (ranker is None) != (embeddings is None):
         raise ConfigError("--ranker and --embeddings belong together: the model, and the dataset that it writes")
     rows = open_dataset(source).require_complete()

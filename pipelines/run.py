@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
@@ -13,6 +13,7 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.runners.runner import PipelineRunner, create_runner
 from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
+from captionlib.data.loading import LoadingConfig
 from captionlib.data.progress import show_progress
 from captionlib.data.shards import Totals
 from captionlib.data.stages import ShardJob
@@ -54,6 +55,12 @@ class RunConfig:
     def threads(self) -> int:
         """How many threads each of the local workers computes with."""
         return max(1, available_cores() // self.workers)
+
+    def share(self, loading: LoadingConfig) -> LoadingConfig:
+        """Splits the machine's decoder processes among its workers, unless their number is given."""
+        if self.workers == 1 or loading.decode.processes is not None:
+            return loading
+        return replace(loading, decode=replace(loading.decode, processes=self.threads))
 
 
 def available_cores() -> int:

@@ -4,7 +4,8 @@ from uuid import uuid4
 
 import pytest
 
-from captionlib.storage import TEMPORARY, Folder
+from captionlib.errors import ConfigError
+from captionlib.storage import TEMPORARY, Folder, write_file
 
 
 @pytest.fixture(params=["local", "memory", "renaming"])
@@ -57,3 +58,19 @@ def test_pickles_as_its_address(folder: Folder) -> None:
 def test_missing_file_is_a_file_not_found(folder: Folder) -> None:
     with pytest.raises(FileNotFoundError):
         folder.read("none")
+
+
+@pytest.mark.parametrize("address", ["{tmp_path}/new/scores.parquet", "memory://{tmp_path}/scores.parquet"])
+def test_a_single_file_is_written_whole_and_alone(tmp_path: Path, address: str) -> None:
+    address = address.format(tmp_path=tmp_path)
+    for content in (b"first", b"second"):
+        write_file(address, content)
+    folder = Folder(address.rpartition("/")[0])
+    assert folder.list() == ["scores.parquet"]
+    assert folder.read("scores.parquet") == b"second"
+
+
+def test_a_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file/scores\.parquet cannot be written: "):
+        write_file(tmp_path / "file" / "scores.parquet", b"")

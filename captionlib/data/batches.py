@@ -76,25 +76,43 @@ class CaptionBatches:
         self._windows = _group_shards(dataset, window_bytes)
         self._load_once = lru_cache(maxsize=1)(self._load)
 
-    def count(self) -> int:
-        """About how many batches an epoch has."""
+    def count(self, processes: int = 1) -> int:
+        """About how many batches an epoch has, when so many processes share them."""
         columns = (self._dataset.read(shard, ["split"])["split"] for shard in range(self._dataset.shards))
         images = sum(split in self._splits for column in columns for split in column.to_pylist())
-        return -(-images // self._images)
+        return -(-images // (self._images * processes))
 
     def epoch(self, seed: int, epoch: int) -> Iterator[CaptionBatch]:
         """All images once, mixed by `seed` and `epoch`."""
-        order = np.random.default_rng([seed, epoch])
-        shards = order.permutation(self._dataset.shards)
+        for window, order in self._mixed(seed, epoch):
+            for begin in range(0, len(order), self._images):
+                yield _batch(window, order[begin : begin + self._images])
+
+    def shares(self, seed: int, epoch: int, process: int, processes: int) -> Iterator[CaptionBatch | None]:
+        """The shares of one process in an epoch of batches that are as many times as large as there are processes.
+
+        Each process has as many as the others, up to an image; None where a batch has fewer images than processes.
+        """
+        for window, order in self._mixed(seed, epoch):
+            for begin in range(0, len(order), self._images * processes):
+                chosen = order[begin : begin + self._images * processes]
+                part = np.array_split(chosen, processes)[process]
+                yield _batch(window, part) if len(part) else None
+
+    def _mixed(self, seed: int, epoch: int) -> Iterator[tuple[_Window, npt.NDArray[np.int64]]]:
+        """The windows of an epoch, each with the order of its images."""
+        draw = np.random.default_rng([seed, epoch])
+        shards = draw.permutation(self._dataset.shards)
         starts = np.cumsum([0, *(len(window) for window in self._windows)])
         groups = [tuple(sorted(shards[begin:end])) for begin, end in pairwise(starts)]
         for window in self._prefetched(groups):
-            yield from self._batches(window, order.permutation(len(window.sentences)))
+            yield window, draw.permutation(len(window.sentences))
 
     def in_order(self) -> Iterator[CaptionBatch]:
         """All images once, as they stand in the dataset."""
         for window in self._prefetched(self._windows):
-            yield from self._batches(window, np.arange(len(window.sentences)))
+            for begin in range(0, len(window.sentences), self._images):
+                yield _batch(window, np.arange(begin, min(begin + self._images, len(window.sentences))))
 
     def _prefetched(self, groups: Sequence[tuple[int, ...]]) -> Iterator[_Window]:
         load = self._load_once if len(groups) == 1 else self._load
@@ -118,15 +136,14 @@ class CaptionBatches:
         shape = feature_shape(self._dataset)
         return _Window(np.concatenate(features) if features else np.empty((0, *shape), np.float32), sentences)
 
-    def _batches(self, window: _Window, order: npt.NDArray[np.int64]) -> Iterator[CaptionBatch]:
-        for begin in range(0, len(order), self._images):
-            chosen = order[begin : begin + self._images]
-            sentences = [window.sentences[number] for number in chosen]
-            yield CaptionBatch(
-                features=window.features[chosen].astype(np.float32),
-                sentences=[sentence for row in sentences for sentence in row],
-                image_of_sentence=np.repeat(np.arange(len(chosen)), [len(row) for row in sentences]),
-            )
+
+def _batch(window: _Window, chosen: npt.NDArray[np.int64]) -> CaptionBatch:
+    sentences = [window.sentences[number] for number in chosen]
+    return CaptionBatch(
+        features=window.features[chosen].astype(np.float32),
+        sentences=[sentence for row in sentences for sentence in row],
+        image_of_sentence=np.repeat(np.arange(len(chosen)), [len(row) for row in sentences]),
+    )
 
 
 def feature_shape(dataset: ShardedDataset) -> list[int]:

@@ -63,8 +63,8 @@ class _Watch:
     def update(self) -> None:
         new = self._output.markers(self._output.done() - set(self._seen))
         self._seen.update(new)
-        self._bar.update(sum(marker.rows + marker.failures for marker in new.values()))
         self._show()
+        self._bar.update(sum(marker.rows + marker.failures for marker in new.values()))
 
     def _show(self) -> None:
         failures = sum(marker.failures for marker in self._seen.values())

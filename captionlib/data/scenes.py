@@ -1,7 +1,7 @@
 """The embedded data set: scenes of one shape each, drawn by the project itself, with five sentences for each.
 
 A scene is one of 540 combinations of shape, colour, place, size and background. Combinations of the held-out scenes are
-never drawn for training, and drawings of one combination differ in position, size, hue, rotation and noise.
+never drawn for training, and drawings of one combination differ in position, size, hue and noise.
 """
 
 import itertools
@@ -31,8 +31,8 @@ _SUPERSAMPLING = 2
 
 # Of each attribute the values, and the words that say them; the first is the value's own name.
 _WORDS: dict[str, dict[str, tuple[str, ...]]] = {
-    "shape": {"circle": ("circle", "disc"), "square": ("square", "box"), "triangle": ("triangle",)},
-    "colour": {name: (name,) for name in ("red", "green", "blue", "yellow", "purple", "orange")},
+    "shape": {"ring": ("ring", "hoop"), "square": ("square", "box"), "triangle": ("triangle",)},
+    "colour": {name: (name,) for name in ("red", "green", "blue", "yellow", "magenta", "cyan")},
     "place": {
         "top": ("at the top", "near the top"),
         "bottom": ("at the bottom", "near the bottom"),
@@ -55,17 +55,17 @@ _TEMPLATES = (
 )
 
 _COLOURS = {
-    "red": (210, 40, 40),
-    "green": (40, 160, 60),
-    "blue": (45, 80, 205),
-    "yellow": (235, 215, 45),
-    "purple": (135, 55, 165),
-    "orange": (240, 135, 30),
+    "red": (220, 30, 30),
+    "green": (30, 150, 40),
+    "blue": (30, 50, 220),
+    "yellow": (240, 225, 30),
+    "magenta": (215, 40, 205),
+    "cyan": (40, 205, 220),
 }
 _BACKGROUNDS = {"white": (238, 238, 238), "grey": (128, 128, 128), "black": (18, 18, 18)}
-_PLACES = {"top": (0.5, 0.22), "bottom": (0.5, 0.78), "left": (0.22, 0.5), "right": (0.78, 0.5), "centre": (0.5, 0.5)}
-_RADII = {"small": 0.11, "large": 0.2}
-_CORNER = 1.15  # how far corners reach, so that polygons look as large as circles
+_PLACES = {"top": (0.5, 0.27), "bottom": (0.5, 0.73), "left": (0.27, 0.5), "right": (0.73, 0.5), "centre": (0.5, 0.5)}
+_HALF_WIDTHS = {"small": 0.14, "large": 0.24}
+_HOLE = 0.55  # of a ring, beside its radius
 
 
 @dataclass(frozen=True)
@@ -134,19 +134,18 @@ def all_scenes() -> Iterator[Scene]:
 def draw_scene(scene: Scene, draw: random.Random) -> Image.Image:
     """A picture of a scene, `SIDE` pixels square; no two calls draw the same."""
     side = SIDE * _SUPERSAMPLING
-    wanted = [side * (part + draw.uniform(-0.025, 0.025)) for part in _PLACES[scene.place]]
-    radius = side * _RADII[scene.size] * draw.uniform(0.92, 1.08)
-    reach = radius if scene.shape == "circle" else _CORNER * radius
-    centre = [min(max(part, reach), side - reach) for part in wanted]  # the whole shape is seen
-    picture = Image.new("RGB", (side, side), _vary(_BACKGROUNDS[scene.background], 3, draw))
-    colour = _vary(_COLOURS[scene.colour], 8, draw)
+    ground, colour = _vary(_BACKGROUNDS[scene.background], 3, draw), _vary(_COLOURS[scene.colour], 8, draw)
+    x, y = (side * (part + draw.uniform(-0.015, 0.015)) for part in _PLACES[scene.place])
+    half = side * _HALF_WIDTHS[scene.size] * draw.uniform(0.95, 1.05)
+    picture = Image.new("RGB", (side, side), ground)
     pen = ImageDraw.Draw(picture)
-    if scene.shape == "circle":
-        pen.ellipse([centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius], fill=colour)
+    if scene.shape == "ring":
+        pen.circle((x, y), half, fill=colour)
+        pen.circle((x, y), _HOLE * half, fill=ground)
+    elif scene.shape == "square":
+        pen.rectangle((x - half, y - half, x + half, y + half), fill=colour)
     else:
-        sides = 4 if scene.shape == "square" else 3
-        turn = draw.uniform(-8, 8)
-        pen.regular_polygon((centre[0], centre[1], reach), sides, rotation=turn, fill=colour)
+        pen.polygon([(x, y - half), (x - half, y + half), (x + half, y + half)], fill=colour)
     small = picture.resize((SIDE, SIDE), Image.Resampling.BOX)
     noise = np.random.default_rng(draw.getrandbits(32)).normal(0, 2, (SIDE, SIDE, 1))
     return Image.fromarray(np.clip(np.asarray(small) + noise, 0, 255).astype(np.uint8))

@@ -111,7 +111,7 @@ def checksum_of(file: BinaryIO) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def to_json(content: Mapping[str, Any]) -> bytes:
+def to_json(content: Mapping[str, Any] | Sequence[Any]) -> bytes:
     """How captionlib writes its JSON files."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 

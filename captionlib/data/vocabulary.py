@@ -1,4 +1,7 @@
-"""Sentences to word ids and back: the tokeniser and the vocabulary, which lives inside the checkpoint."""
+"""Sentences to word ids and back: the tokeniser and the vocabulary, which lives inside the checkpoint.
+
+At the level of characters each is a word of its own, and nothing is changed or left out.
+"""
 
 import re
 import unicodedata
@@ -6,14 +9,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from captionlib.errors import ConfigError
 
-__all__ = ["END", "PAD", "UNKNOWN", "Vocabulary", "tokenize"]
+__all__ = ["END", "PAD", "UNKNOWN", "Level", "Vocabulary", "tokenize"]
+
+Level = Literal["words", "characters"]
+"""What a sentence is cut into."""
 
 PAD = -1
 """Fills id matrices behind the end of a sentence; no word, so it is neither embedded nor scored."""
@@ -70,20 +76,23 @@ class Vocabulary:
         counts: how often each occurs in the sentences counted.
         unknown_count: how often words occur that are not among them.
         sentences: how many sentences were counted; each has one END.
+        level: whether the words are words, or characters.
     """
 
     words: tuple[str, ...]
     counts: tuple[int, ...]
     unknown_count: int
     sentences: int
+    level: Level = "words"
 
     @classmethod
-    def from_captions(cls, captions: Iterable[str], min_count: int = 5) -> "Vocabulary":
+    def from_captions(cls, captions: Iterable[str], min_count: int = 5, level: Level = "words") -> "Vocabulary":
         """Counts the words of the training captions; sentences of other splits would leak into the model.
 
         Args:
             captions: sentences as they were written; read once, not kept.
             min_count: words that occur less often become UNKNOWN.
+            level: whether to count words, or characters.
 
         Raises:
             ConfigError: there are no captions, or none of their words is frequent enough.
@@ -91,16 +100,16 @@ class Vocabulary:
         counter: Counter[str] = Counter()
         sentences = 0
         for caption in captions:
-            counter.update(tokenize(caption))
+            counter.update(_split(caption, level))
             sentences += 1
         kept = sorted(((word, count) for word, count in counter.items() if count >= min_count), key=_by_frequency)
         if not kept:
             raise ConfigError(
-                f"vocabulary: expected words that occur at least {min_count} times, got {sentences} captions with "
-                f"{len(counter)} words, none so often; give more captions or a lower min_count"
+                f"vocabulary: expected {level} that occur at least {min_count} times, got {sentences} sentences with "
+                f"{len(counter)} {level}, none so often; give more sentences or a lower min_count"
             )
         words, counts = zip(*kept, strict=True)
-        return cls(words, counts, unknown_count=counter.total() - sum(counts), sentences=sentences)
+        return cls(words, counts, counter.total() - sum(counts), sentences, level)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Vocabulary":
@@ -113,7 +122,10 @@ class Vocabulary:
         counts = tuple(int(count) for count in values["counts"])
         if len(words) != len(counts) or len(set(words)) != len(words):
             raise ValueError(f"expected different words with a count each, got {len(words)} and {len(counts)} counts")
-        return cls(words, counts, int(values["unknown_count"]), int(values["sentences"]))
+        level = values.get("level", "words")
+        if level not in get_args(Level):
+            raise ValueError(f"expected level {' or '.join(get_args(Level))}, got {level!r}")
+        return cls(words, counts, int(values["unknown_count"]), int(values["sentences"]), level)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -129,7 +141,11 @@ class Vocabulary:
 
     def encode(self, sentence: str) -> list[int]:
         """The ids of a sentence's words, without START and END."""
-        return self.encode_tokens(tokenize(sentence))
+        return self.encode_tokens(self.split(sentence))
+
+    def split(self, sentence: str) -> list[str]:
+        """The words or characters of a sentence."""
+        return _split(sentence, self.level)
 
     def encode_tokens(self, tokens: Iterable[str]) -> list[int]:
         """The ids of words that are split already."""
@@ -137,19 +153,23 @@ class Vocabulary:
         return [ids.get(token, UNKNOWN) for token in tokens]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The words of a sentence up to its END, if there is one, with a space between them."""
+        """The words of a sentence up to its END, if there is one, with a space between them; characters with none."""
         words = []
         for index in ids:
             if index in (END, PAD):
                 break
             words.append(_UNKNOWN_TEXT if index == UNKNOWN else self.words[index - _FIRST_WORD])
-        return " ".join(words)
+        return (" " if self.level == "words" else "").join(words)
 
     def log_frequencies(self) -> npt.NDArray[np.float32]:
         """The natural logarithm of each class's share of all tokens, `[len(self)] float32`; one not seen counts 1."""
         counts = np.array([self.sentences, self.unknown_count, *self.counts], np.float64).clip(min=1)
         logarithms: npt.NDArray[np.float32] = np.log(counts / counts.sum()).astype(np.float32)
         return logarithms
+
+
+def _split(sentence: str, level: Level) -> list[str]:
+    return tokenize(sentence) if level == "words" else list(sentence)
 
 
 def _by_frequency(entry: tuple[str, int]) -> tuple[int, str]:

@@ -1,21 +1,28 @@
-"""Scores of captions against the sentences of people: BLEU-1..4 and CIDEr, as pycocoevalcap computes them.
+"""Scores of captions against the sentences of people: BLEU, METEOR, ROUGE-L and CIDEr, as pycocoevalcap computes them.
 
-Both sides are tokenised alike, by Stanford's PTB tokenizer, which needs Java.
+Both sides are tokenised alike, by Stanford's PTB tokenizer. It and METEOR need Java. Where there is none METEOR is left
+out, and captionlib's own tokens are scored: near to the same numbers, but not those that papers print.
 """
 
-import io
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from pycocoevalcap.bleu.bleu import Bleu
-from pycocoevalcap.cider.cider import Cider
+import pyarrow as pa
 
-from captionlib.data.shards import ShardedDataset
+from captionlib.data.vocabulary import tokenize
 from captionlib.errors import DatasetError
+from captionlib.evaluation.bootstrap import BootstrapConfig, summarise
+from captionlib.evaluation.java import has_java
+from captionlib.evaluation.metrics import Metric, bleu, cider, meteor, rouge_l
 from captionlib.evaluation.tokenizer import tokenize_ptb
+from captionlib.evaluation.variety import IN_TRAINING, MEAN_LENGTH
 
-__all__ = ["CaptionScores", "read_captions_and_references", "score_captions"]
+__all__ = ["WITHOUT_JAVA", "CaptionScores", "score_captions", "scores_table"]
+
+WITHOUT_JAVA = (
+    "there is no `java` on the PATH: METEOR is left out, and BLEU, ROUGE-L and CIDEr are of captionlib's own tokens: "
+    "not to be compared with published ones; install a Java runtime (version 8 or later) for all of them"
+)
 
 Sentences = dict[str, list[str]]
 
@@ -26,17 +33,28 @@ class CaptionScores:
 
     Attributes:
         images: how many images were scored.
-        scores: of all of them, by name: BLEU-1 to BLEU-4 (0 to 1) and CIDEr (0 to 10, usually told times 100).
-        of_images: the same names, and for each the score of every image by its id. A BLEU of the whole set is no mean
-            of these.
+        scores: of all of them, by name: BLEU-1 to BLEU-4, METEOR and ROUGE-L (0 to 1), CIDEr (0 to 10, usually told
+            times 100), and what else was asked for.
+        of_images: the same names, and for each the score of every image by its id. BLEU, METEOR and the perplexity of
+            the whole set are no means of these.
+        intervals: the same names, and for each the ends of the confidence interval.
+        tokenizer: whose tokens are scored: `ptb`, or `captionlib` where there is no Java.
     """
 
     images: int
     scores: Mapping[str, float]
     of_images: Mapping[str, Mapping[str, float]]
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    tokenizer: str = "ptb"
 
 
-def score_captions(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> CaptionScores:
+def score_captions(
+    captions: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    *,
+    more: Sequence[Metric] = (),
+    bootstrap: BootstrapConfig | None = None,
+) -> CaptionScores:
     """Scores one caption an image.
 
     CIDEr weighs words by how many of the scored images' references have them, so it means little for few images, and
@@ -45,9 +63,11 @@ def score_captions(captions: Mapping[str, str], references: Mapping[str, Sequenc
     Args:
         captions: by image id.
         references: by image id, at least one sentence each; images without a caption are left out.
+        more: further metrics, with a row for each of `captions` in that order.
+        bootstrap: of the confidence intervals.
 
     Raises:
-        ConfigError: there is no Java.
+        ConfigError: Java fails.
         DatasetError: there are no captions, or one has no references.
     """
     if not captions:
@@ -57,52 +77,36 @@ def score_captions(captions: Mapping[str, str], references: Mapping[str, Sequenc
             f"{len(missing)} of {len(captions)} captions have no reference sentences, the first is image {missing[0]}; "
             "give the manifest that the captions were made from, and a split that has sentences"
         )
-    ids = sorted(captions)
+    ids = list(captions)
     said, expected = _tokenize([{i: [captions[i]] for i in ids}, {i: list(references[i]) for i in ids}])
     if not any(word for texts in expected.values() for word in texts):
         raise DatasetError(f"the references of {len(ids)} captions have no words; give the sentences of people")
-    scores: dict[str, float] = {}
-    of_images: dict[str, dict[str, float]] = {}
-    with redirect_stdout(io.StringIO()):
-        bleu, bleu_of_images = Bleu(4).compute_score(expected, said, verbose=0)
-        cider, cider_of_images = Cider().compute_score(expected, said)
-    named = [(f"BLEU-{n}", *both) for n, both in enumerate(zip(bleu, bleu_of_images, strict=True), 1)]
-    for name, score, of_each in [*named, ("CIDEr", cider, cider_of_images)]:
-        scores[name] = float(score)
-        of_images[name] = dict(zip(ids, map(float, of_each), strict=True))
-    return CaptionScores(len(ids), scores, of_images)
+    functions = [bleu, meteor, rouge_l, cider] if has_java() else [bleu, rouge_l, cider]
+    metrics = [*(function(said, expected) for function in functions), *more]
+    summary = summarise(metrics, ids, bootstrap or BootstrapConfig())
+    tokenizer = "ptb" if has_java() else "captionlib"
+    return CaptionScores(len(ids), summary.scores, summary.of_images, summary.intervals, tokenizer)
 
 
-def read_captions_and_references(
-    captions: ShardedDataset, manifest: ShardedDataset, splits: Sequence[str] = ()
-) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """The captions of these splits (of all, if none is given) and the sentences of people, by image id.
-
-    Raises:
-        DatasetError: there is no caption in these splits.
-    """
-    said: dict[str, str] = {}
-    seen: set[str] = set()
-    for shard in range(captions.shards):
-        for row in captions.read(shard, ["image_id", "split", "caption"]).to_pylist():
-            seen.add(row["split"])
-            if not splits or row["split"] in splits:
-                said[row["image_id"]] = row["caption"]
-    if not said:
-        raise DatasetError(
-            f"{captions.folder.uri}: no captions in split {' or '.join(splits) or '(any)'}; "
-            f"its splits are {', '.join(sorted(seen)) or 'none'}"
-        )
-    references = {
-        row["image_id"]: row["captions"]
-        for shard in range(manifest.shards)
-        for row in manifest.read(shard, ["image_id", "captions"]).to_pylist()
-        if row["image_id"] in said
+def scores_table(scores: CaptionScores, captions: Mapping[str, str]) -> pa.Table:
+    """The scores of every image as a row: `image_id`, `caption`, and a column a score such as `bleu_4` and `cider`."""
+    columns: dict[str, pa.Array] = {
+        "image_id": pa.array(list(captions), pa.string()),
+        "caption": pa.array(list(captions.values()), pa.string()),
     }
-    return said, references
+    of_a_caption = {
+        MEAN_LENGTH: ("length", pa.int32()),
+        IN_TRAINING: (IN_TRAINING, pa.bool_()),
+    }
+    for score, of_images in scores.of_images.items():
+        name, kind = of_a_caption.get(score, (score.lower().replace("-", "_"), pa.float64()))
+        values = pa.array([of_images[image_id] for image_id in captions], pa.float64(), from_pandas=True)  # NaN is null
+        columns[name] = values.cast(kind)
+    return pa.table(columns)
 
 
 def _tokenize(sets: Sequence[Sentences]) -> list[Sentences]:
     """All sentences in one run of the tokenizer, whose start takes longest."""
-    tokenized = iter(tokenize_ptb([text for sentences in sets for texts in sentences.values() for text in texts]))
-    return [{i: [next(tokenized) for _ in texts] for i, texts in sentences.items()} for sentences in sets]
+    texts = [text for sentences in sets for some in sentences.values() for text in some]
+    tokenized = iter(tokenize_ptb(texts) if has_java() else [" ".join(tokenize(text)) for text in texts])
+    return [{i: [next(tokenized) for _ in some] for i, some in sentences.items()} for sentences in sets]

@@ -1,13 +1,11 @@
 """The Penn Treebank tokenizer that caption scores are defined with: Stanford's, in Java, out of pycocoevalcap."""
 
-import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from pycocoevalcap.tokenizer import ptbtokenizer
 
-from captionlib.errors import ConfigError
+from captionlib.evaluation.java import run_java
 
 __all__ = ["tokenize_ptb"]
 
@@ -26,20 +24,6 @@ def tokenize_ptb(sentences: Sequence[str]) -> list[str]:
     """
     if not sentences:
         return []
-    if shutil.which("java") is None:
-        raise ConfigError(
-            "the scores need Java for the tokenizer that they are defined with, and there is no `java` on the PATH; "
-            "install a Java runtime (version 8 or later)"
-        )
-    command = ["java", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-cp", str(_JAR)]
-    command += ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
-    text = "".join(f"{' '.join(sentence.splitlines())}\n" for sentence in sentences)
-    done = subprocess.run(command, input=text.encode(), capture_output=True, check=False)
-    lines = done.stdout.decode(errors="replace").removesuffix("\n").split("\n")
-    if done.returncode != 0 or len(lines) != len(sentences):
-        said = (done.stderr + done.stdout[-500:]).decode(errors="replace").strip()[-500:]  # Java may use either
-        raise ConfigError(
-            f"the tokenizer of the scores failed: expected {len(sentences)} lines of `java`, got {len(lines)} and exit "
-            f"code {done.returncode}: {said}; check that `java` runs"
-        )
+    options = ["-cp", str(_JAR), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    lines = run_java("tokenizer of the scores", options, [" ".join(sentence.splitlines()) for sentence in sentences])
     return [" ".join(token for token in line.rstrip().split(" ") if token not in _PUNCTUATION) for line in lines]

@@ -8,17 +8,16 @@ After Karpathy & Fei-Fei 2015 (arXiv 1412.2306) and Vinyals et al. 2015 (arXiv 1
     p(w_{t+1} | w_1 .. w_t, image) = softmax(Why h_t + c)
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pad_sequence
+from torch.nn.utils.rnn import PackedSequence
 
-from captionlib.data.vocabulary import END, PAD
 from captionlib.errors import ConfigError
+from captionlib.models.ragged import drop_padding, pad_sentences
 
 __all__ = ["Captioner", "CaptionerConfig", "TokenScores", "pad_sentences"]
 
@@ -36,9 +35,12 @@ class CaptionerConfig:
         word_size: numbers in a word vector, and in the projected image.
         dropout: the share of inputs and outputs of each layer that is dropped in training.
         image_input: where the image enters: as an input of its own before START (`tick`, NeuralTalk's LSTM), added to
-            START (`first`, the talk's RNN), added to every word (`every`), or as the initial state (`state`).
+            START (`first`, the talk's RNN), added to every word (`every`), or as the initial state (`state`); `none` is
+            a language model, which knows no image.
         tie_word_vectors: use the word vectors as the weights of the softmax; needs `word_size` = `hidden_size`.
         standardise_features: give each feature mean 0 and deviation 1 over the training images.
+        principal_components: how many of the features' principal components the projection sees in their place, each of
+            deviation 1; 0 leaves the features. What tells images apart often varies far less than what they share.
     """
 
     cell: Literal["lstm", "rnn"] = "lstm"
@@ -46,9 +48,10 @@ class CaptionerConfig:
     hidden_size: int = 512
     word_size: int = 512
     dropout: float = 0.5
-    image_input: Literal["tick", "first", "every", "state"] = "tick"
+    image_input: Literal["tick", "first", "every", "state", "none"] = "tick"
     tie_word_vectors: bool = False
     standardise_features: bool = True
+    principal_components: int = 0
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden_size", "word_size"):
@@ -69,28 +72,13 @@ class TokenScores(NamedTuple):
     Attributes:
         log_probs: `[tokens] float32`, ln p(token | image, tokens before it).
         sentences: `[tokens] int64`, the sentence that a token belongs to.
+        mean_log_probs: `[tokens] float32`, the mean of ln p over all classes in the token's place, which label
+            smoothing learns from; None unless it was asked for.
     """
 
     log_probs: Tensor
     sentences: Tensor
-
-
-class _Ragged(NamedTuple):
-    """Sentences of different lengths without their padding: all first tokens, then all second tokens, and so on.
-
-    Attributes:
-        words: `[tokens] int64`, what is read: START, then the words.
-        targets: `[tokens] int64`, what is to be foretold: the words, then END.
-        sentences: `[tokens] int64`, the sentence of each token.
-        order: `[sentences] int64`, from the longest sentence to the shortest: their order within each tick.
-        sizes: how many sentences reach each tick.
-    """
-
-    words: Tensor
-    targets: Tensor
-    sentences: Tensor
-    order: Tensor
-    sizes: list[int]
+    mean_log_probs: Tensor | None = None
 
 
 class Captioner(nn.Module):
@@ -100,15 +88,19 @@ class Captioner(nn.Module):
 
     Args:
         config: its shape.
-        feature_size: numbers in the feature vector of an image.
+        feature_size: numbers in the feature vector of an image; 0 for a language model.
         vocabulary_size: classes of the softmax, `len(vocabulary)`.
     """
 
     feature_mean: Tensor
     feature_std: Tensor
+    components: Tensor | None
 
     def __init__(self, config: CaptionerConfig, feature_size: int, vocabulary_size: int) -> None:
         super().__init__()
+        if (config.image_input == "none") != (feature_size == 0):
+            got = f"{config.image_input} and {feature_size}; it is for language models alone"
+            raise ConfigError(f"captioner: image_input none goes with no features, got {got}")
         self.config = config
         self.feature_size = feature_size
         self.vocabulary_size = vocabulary_size
@@ -123,7 +115,10 @@ class Captioner(nn.Module):
         image_size = config.word_size
         if config.image_input == "state":
             image_size = config.layers * config.hidden_size * (2 if config.cell == "lstm" else 1)
-        self.image_projection = nn.Linear(feature_size, image_size)
+        components = config.principal_components
+        self.register_buffer("components", torch.zeros(components, feature_size) if components else None)
+        if config.image_input != "none":
+            self.image_projection = nn.Linear(components or feature_size, image_size)
         self.output = nn.Linear(config.hidden_size, vocabulary_size)
         self.dropout = nn.Dropout(config.dropout)
         self._draw_weights()
@@ -144,28 +139,26 @@ class Captioner(nn.Module):
         self.feature_std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
 
     @torch.no_grad()
-    def whiten_projection(self, sample: Tensor) -> None:
-        """Starts the image's projection at the principal components of a sample, each brought to variance 1.
+    def set_components(self, sample: Tensor) -> None:
+        """Takes the principal components of training images' features, `[images, feature_size]`.
 
-        What tells images apart often varies far less than what they share; drawn weights drown it, these do not.
-
-        Args:
-            sample: `[images, feature_size]`, of training images; after `set_standardisation`.
+        Where the images are fewer than the components, those that are left see nothing.
         """
-        standard = (sample - self.feature_mean) / self.feature_std if self.config.standardise_features else sample
-        centre = standard.mean(0)
-        _, singular, directions = torch.linalg.svd(standard - centre, full_matrices=False)
-        weight, bias = self.image_projection.weight, self.image_projection.bias
-        kept = min(len(weight), int((singular > 1e-4 * singular[0]).sum()))
-        weight[:kept] = directions[:kept] * (len(sample) ** 0.5 / singular[:kept, None])
-        bias[:kept] = -weight[:kept] @ centre
+        if self.components is None:
+            raise ConfigError("captioner: set principal_components before their values")
+        self.feature_mean.copy_(sample.mean(0))
+        _, singular, directions = torch.linalg.svd(sample - self.feature_mean, full_matrices=False)
+        kept = min(len(self.components), int((singular > 1e-4 * singular[0]).sum()))
+        self.components[:kept] = directions[:kept] * (len(sample) ** 0.5 / singular[:kept, None])
 
     @torch.no_grad()
     def initialise_bias(self, log_frequencies: Tensor) -> None:
         """Starts the softmax at the words' frequencies: `[vocabulary_size]`, from `Vocabulary.log_frequencies`."""
         self.output.bias.copy_(log_frequencies)
 
-    def forward(self, features: Tensor, captions: Tensor, image_of_sentence: Tensor) -> TokenScores:
+    def forward(
+        self, features: Tensor, captions: Tensor, image_of_sentence: Tensor, mean_log_probs: bool = False
+    ) -> TokenScores:
         """Scores captions, each token given the image and the true tokens before it.
 
         Each image is projected once, whatever the number of its captions, and padding costs nothing.
@@ -174,8 +167,9 @@ class Captioner(nn.Module):
             features: `[images, feature_size]`, as the encoder gave them.
             captions: `[sentences, ticks] int64`, word ids without START and END, then `PAD`.
             image_of_sentence: `[sentences] int64`, the row of `features` that a caption belongs to.
+            mean_log_probs: give them too.
         """
-        ragged = _drop_padding(captions)
+        ragged = drop_padding(captions)
         image, state = self.look(features)
         rows = image_of_sentence[ragged.order]  # the image of each sentence that begins
         inputs = self.word_vectors(ragged.words)  # [tokens, word_size]
@@ -184,8 +178,18 @@ class Captioner(nn.Module):
         elif self.config.image_input == "every":
             inputs = inputs + image.index_select(0, image_of_sentence[ragged.sentences])
         hidden, _ = self._recur(self.dropout(inputs), ragged.sizes, state.index_select(1, rows))
-        logits = self.output(self.dropout(hidden))  # [tokens, vocabulary_size]
-        return TokenScores(-F.cross_entropy(logits.float(), ragged.targets, reduction="none"), ragged.sentences)
+        logits = self.output(self.dropout(hidden)).float()  # [tokens, vocabulary_size]
+        log_probs = -F.cross_entropy(logits, ragged.targets, reduction="none")
+        if not mean_log_probs:
+            return TokenScores(log_probs, ragged.sentences)
+        of_targets = logits.gather(1, ragged.targets[:, None]).squeeze(1)  # ln p(w) = logit(w) - ln Z, so ln Z is known
+        return TokenScores(log_probs, ragged.sentences, logits.mean(1) - of_targets + log_probs)
+
+    def standardise(self, features: Tensor) -> Tensor:
+        """What the projection sees of features."""
+        if self.components is not None:
+            return (features - self.feature_mean) @ self.components.t()
+        return (features - self.feature_mean) / self.feature_std if self.config.standardise_features else features
 
     def look(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Takes images in, once each.
@@ -194,12 +198,12 @@ class Captioner(nn.Module):
             features: `[images, feature_size]`, as the encoder gave them.
 
         Returns:
-            The projected images, `[images, word_size]`, and the state before START, `[states, images, hidden_size]`:
-            the h of each layer and then, of an LSTM, the c of each layer.
+            The projected images, `[images, word_size]`, of a language model `[images, 0]`; and the state before START,
+            `[states, images, hidden_size]`: the h of each layer and then, of an LSTM, the c of each layer.
         """
-        if self.config.standardise_features:
-            features = (features - self.feature_mean) / self.feature_std
-        image = self.image_projection(features)
+        if self.config.image_input == "none":
+            return features, features.new_zeros(self.state_count, len(features), self.config.hidden_size)
+        image = self.image_projection(self.standardise(features))
         if self.config.image_input == "state":
             state = image.view(len(image), -1, self.config.hidden_size).transpose(0, 1)
             return image, torch.tanh(state) if self.config.cell == "lstm" else torch.relu(state)
@@ -269,23 +273,6 @@ def advance(gates: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
     i, f, g, o = gates.chunk(4, dim=1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
-
-
-def pad_sentences(sentences: Sequence[Sequence[int]]) -> Tensor:
-    """Word ids of several sentences as one matrix, `[sentences, longest] int64`, filled with `PAD`."""
-    rows = [torch.tensor(sentence, dtype=torch.int64) for sentence in sentences]
-    return pad_sequence(rows, batch_first=True, padding_value=PAD)
-
-
-def _drop_padding(captions: Tensor) -> _Ragged:
-    lengths, order = (captions != PAD).sum(1).sort(descending=True, stable=True)
-    boundary = captions.new_full((len(captions), 1), END)
-    captions = captions[order]
-    words = torch.cat([boundary, captions], 1).t()  # [ticks + 1, sentences]
-    targets = torch.cat([captions, torch.full_like(boundary, PAD)], 1).scatter(1, lengths[:, None], END).t()
-    real = targets != PAD
-    sentences = order.expand_as(real)[real]
-    return _Ragged(words[real], targets[real], sentences, order, real[: int(lengths[0]) + 1].sum(1).tolist())
 
 
 def _between_layers(config: CaptionerConfig) -> float:

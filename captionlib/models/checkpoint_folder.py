@@ -150,7 +150,8 @@ def describe_checkpoint(folder: str | os.PathLike[str] | Folder) -> dict[str, An
     vocabulary = config.pop("vocabulary", {})
     training = _read_json(source, TRAINING) or {}
     history = training.get("history", [])
-    described = {**config, "vocabulary": f"{len(vocabulary.get('words', [])):,} words"}
+    words = f"{len(vocabulary.get('words', [])):,} {vocabulary.get('level', 'words')}"
+    described = {**config, "vocabulary": words}
     return {**described, "epoch": history[-1]} if history else described
 
 

@@ -17,7 +17,7 @@ from captionlib.errors import ConfigError
 from captionlib.models.devices import resolve_device
 from captionlib.models.weights import hash_weights, load_weights, random_weights, weights_preset
 
-__all__ = ["Encoder", "EncoderConfig", "encoder_config", "load_encoder"]
+__all__ = ["Encoder", "EncoderConfig", "build_network", "encoder_config", "load_encoder", "preprocessing_of"]
 
 # The talk's names for VGG's layers, and the nodes that follow their ReLU.
 _VGG_ALIASES = {"fc6": "classifier.1", "fc7": "classifier.4"}
@@ -156,8 +156,13 @@ def encoder_config(description: Mapping[str, Any], weights: str | None = None) -
         weights: where the weights are, if they came from a file: a description knows its content, not its place.
 
     Raises:
-        ConfigError: the weights are a file, and no place was given.
+        ConfigError: the weights are a file, and no place was given; or the features were imported.
     """
+    if description["weights"] == "imported":
+        raise ConfigError(
+            "the features were imported, so the network that made them is not known well enough to make more; "
+            "caption from features that were imported alike"
+        )
     if description["weights"] == "file" and weights is None:
         raise ConfigError(
             f"the encoder ({description['model']} at {description['node']}) had its weights from a file; "
@@ -179,7 +184,7 @@ def load_encoder(config: EncoderConfig, device: str = "auto") -> Encoder:
         ConfigError: no such model, node, weights or device; or the weights lack layers that the node needs.
     """
     target = resolve_device(device)
-    model = _build_model(config.model)
+    model = build_network(config.model)
     network = _cut(model, config)
     needed = network.state_dict()
     weights = load_weights(config.model, config.weights, network)
@@ -194,11 +199,16 @@ def load_encoder(config: EncoderConfig, device: str = "auto") -> Encoder:
         weights = {**random_weights(network, config.missing_weights), **weights}
     _check_shapes(weights, needed, config)
     network.load_state_dict(weights)
-    preprocessing = _preprocessing(config)
+    preprocessing = preprocessing_of(config.model, config.weights, config.resize_size)
     return Encoder(network.eval(), config, preprocessing, target, hash_weights(weights))
 
 
-def _build_model(name: str) -> nn.Module:
+def build_network(name: str) -> nn.Module:
+    """A torchvision model without learned weights, in evaluation mode.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
         close = difflib.get_close_matches(name, names) or names[:5]
@@ -217,10 +227,11 @@ def _cut(model: nn.Module, config: EncoderConfig) -> nn.Module:
     return extractor
 
 
-def _preprocessing(config: EncoderConfig) -> Preprocessing:
-    preset = weights_preset(config.model, config.weights)
+def preprocessing_of(model: str, weights: str, resize_size: int | None = None) -> Preprocessing:
+    """How images become a model's input; `resize_size` takes the place of the weights' own."""
+    preset = weights_preset(model, weights)
     return Preprocessing(
-        resize_size=config.resize_size or preset.resize_size[0],
+        resize_size=resize_size or preset.resize_size[0],
         crop_size=preset.crop_size[0],
         interpolation=preset.interpolation.value,
         mean=tuple(preset.mean),

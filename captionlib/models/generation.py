@@ -32,7 +32,7 @@ class GenerationConfig:
     """How captions are made.
 
     Attributes:
-        decoding: the search for the most likely sentence.
+        decoding: how sentences are searched for, or drawn; what is drawn for an image depends on its id and the seed.
         dtype: what the captioner computes in.
         batch_size: images decoded at a time.
         loading: how images are fetched and decoded, where captions are made from images.
@@ -88,7 +88,8 @@ class CaptionGeneration:
                 f"{self.checkpoint}: expected captioner {self.fingerprint}, got {captioner.fingerprint}; "
                 "the checkpoint was replaced while the captions were made: start again with --overwrite"
             )
-        decoder = Decoder(captioner.model, self.config.decoding, getattr(torch, self.config.dtype))
+        dtype = getattr(torch, self.config.dtype)
+        decoder = Decoder(captioner.model, self.config.decoding, dtype, captioner.vocabulary)
         ranker = self.ranker.open(self.device) if self.ranker else None
         config = self.config
         with open_features(
@@ -104,7 +105,8 @@ class CaptionGeneration:
         ranker: LoadedRanker | None,
     ) -> Iterator[tuple[pa.RecordBatch, ...]]:
         for rows, features in _rebatch(encoded, self.config.batch_size):
-            captions = caption_rows(rows, decoder.decode(features.astype(np.float32)), captioner)
+            candidates = decoder.decode(features.astype(np.float32), keys=[row["image_id"] for row in rows])
+            captions = caption_rows(rows, candidates, captioner)
             yield (captions,) if ranker is None else (captions, embed_rows(rows, features, ranker))
 
 

@@ -1,14 +1,16 @@
 """A captioner's weights, laid out for writing sentences: a step is one gather and two matrix products."""
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from captionlib.data.vocabulary import END
 from captionlib.models.captioner import Captioner, advance
 
-__all__ = ["State", "Stepper"]
+__all__ = ["Start", "State", "Stepper"]
 
 
 class State(NamedTuple):
@@ -31,6 +33,24 @@ class State(NamedTuple):
         kept, parent = torch.unique(rows, return_inverse=True)
         memory = tuple(values.index_select(0, kept) for values in self.memory)
         return State(memory, None if self.image is None else self.image.index_select(0, kept), parent)
+
+
+class Start(NamedTuple):
+    """Sentences that have only been begun, one a row.
+
+    Attributes:
+        log_prob: `[rows] float32`, of the words so far.
+        words: `[rows, 1 + words] int64`, START and the words so far.
+        state: after all words but the last.
+    """
+
+    log_prob: Tensor
+    words: Tensor
+    state: State
+
+    def select(self, rows: Tensor) -> "Start":
+        """These rows, `[any number] int64`."""
+        return Start(self.log_prob[rows], self.words[rows], self.state.select(rows))
 
 
 class Stepper:
@@ -66,6 +86,18 @@ class Stepper:
         adds = self._model.config.image_input in ("first", "every")
         gates = (image @ self._gates_of_image).to(self.dtype) if adds else None
         return State(memory.to(self.dtype).unbind(), gates)
+
+    @torch.inference_mode()
+    def begin(self, features: Tensor, prefix: Sequence[int] = ()) -> Start:
+        """A sentence an image, from `[images, feature_size]` on any device; all begin with the same word ids."""
+        state = self.start(features)
+        log_prob = torch.zeros(len(features), device=self.device)
+        words = torch.full((len(features), 1), END, device=self.device)
+        for word in prefix:
+            log_probs, state = self.step(state, words[:, -1])
+            log_prob = log_prob + log_probs[:, word]
+            words = torch.cat([words, torch.full_like(words[:, :1], word)], 1)
+        return Start(log_prob, words, state)
 
     @torch.inference_mode()
     def step(self, state: State, words: Tensor) -> tuple[Tensor, State]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from captionlib.errors import ConfigError
 
-__all__ = ["hash_weights", "load_weights", "random_weights", "weights_preset"]
+__all__ = ["class_names", "hash_weights", "load_weights", "random_weights", "weights_preset"]
 
 
 def load_weights(model: str, weights: str, network: nn.Module) -> dict[str, Tensor]:
@@ -60,6 +60,12 @@ def weights_preset(model: str, weights: str) -> Any:
     entries = torchvision.models.get_model_weights(model)
     entry = entries[weights] if weights in entries.__members__ else entries.DEFAULT
     return entry.transforms()
+
+
+def class_names(model: str, count: int) -> list[str]:
+    """What a model's classes are called: ImageNet's names where it has as many, else numbers."""
+    names: list[str] = torchvision.models.get_model_weights(model).DEFAULT.meta.get("categories", [])
+    return names if len(names) == count else [f"class {number}" for number in range(count)]
 
 
 def hash_weights(weights: Mapping[str, Tensor]) -> str:

@@ -17,7 +17,7 @@ from captionlib.errors import ConfigError, QueryError
 from captionlib.search.dataset_files import DatasetFiles
 from captionlib.search.statements import check_reads_only
 
-__all__ = ["SqlLimits", "SqlSession", "open_captions", "open_sql", "query_sql"]
+__all__ = ["SqlLimits", "SqlSession", "connect", "lock", "open_captions", "open_sql", "query_sql"]
 
 _BATCH_ROWS = 10_000
 
@@ -100,11 +100,11 @@ def open_sql(
     dataset = open_dataset(folder, kind)
     files, failures = _done_parts(dataset)
     with tempfile.TemporaryDirectory(prefix="captionlib-") as spill:
-        connection = _connect(limits or SqlLimits(), spill)
+        connection = connect(limits or SqlLimits(), spill)
         try:
             disk = DatasetFiles(dataset.folder.fs, {**files, **failures})
             connection.register_filesystem(disk)
-            _lock(connection, disk.addresses)
+            lock(connection, disk.addresses)
             _create_view(connection, dataset.kind, disk.addresses[: len(files)], dataset.schema)
             _create_view(connection, "failures", disk.addresses[len(files) :], FAILURES_SCHEMA)
             yield SqlSession(connection, dataset)
@@ -141,7 +141,7 @@ def _done_parts(dataset: ShardedDataset) -> tuple[dict[str, str], dict[str, str]
     return parts, {f"failures/{name}": dataset.folder.path(f"{FAILURES}/{name}") for name in names}
 
 
-def _connect(limits: SqlLimits, spill: str) -> duckdb.DuckDBPyConnection:
+def connect(limits: SqlLimits, spill: str) -> duckdb.DuckDBPyConnection:
     config: dict[str, Any] = {**_ISOLATED, "memory_limit": limits.memory, "temp_directory": spill}
     if limits.threads is not None:
         config["threads"] = limits.threads
@@ -154,7 +154,7 @@ def _connect(limits: SqlLimits, spill: str) -> duckdb.DuckDBPyConnection:
     return connection
 
 
-def _lock(connection: duckdb.DuckDBPyConnection, addresses: Sequence[str]) -> None:
+def lock(connection: duckdb.DuckDBPyConnection, addresses: Sequence[str]) -> None:
     """From here on only these files can be opened, and no setting can be changed."""
     connection.execute("SET allowed_paths = ?", [list(addresses)])
     connection.execute("SET enable_external_access = false")

@@ -1,33 +1,28 @@
 """Fits a captioner on `features/`: what people said of an image is to become likely."""
 
 import os
-import time
-from collections.abc import Iterator, Mapping
+import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from tqdm import tqdm
 
-from captionlib import __version__
 from captionlib.config import to_dict
-from captionlib.data.batches import (
-    CaptionBatch,
-    CaptionBatches,
-    feature_shape,
-    mean_and_std,
-    read_captions,
-    sample_features,
-)
+from captionlib.data.batches import CaptionBatches, feature_shape, read_captions
 from captionlib.data.datasets import open_dataset
+from captionlib.data.shards import ShardedDataset
 from captionlib.data.vocabulary import Vocabulary
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.models.captioner import Captioner, CaptionerConfig, pad_sentences
-from captionlib.models.checkpoints import save_checkpoint
+from captionlib.models.captioner import Captioner, CaptionerConfig
+from captionlib.models.decoding import DecodingConfig
 from captionlib.models.devices import resolve_device
 from captionlib.storage import Folder
-from captionlib.training.curves import draw_curves
+from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
+from captionlib.training.caption_validation import CiderValidation
+from captionlib.training.initialisation import build_captioner, start_word_vectors
 from captionlib.training.loop import LoopConfig, claim_folder, seed_everything, train
+from captionlib.training.processes import Processes, join_processes
 
 __all__ = ["CaptioningConfig", "CaptioningObjective", "train_captioner"]
 
@@ -43,9 +38,14 @@ class CaptioningConfig:
         validation_splits: the rows that decide which epoch is best.
         min_count: words seen less often become UNKNOWN.
         max_words: longer sentences are cut while training.
-        batch_images: images a batch, each with all of its sentences.
+        batch_images: images a batch, each with all of its sentences; of each process, where there are several.
         window_megabytes: how much of the features is mixed at a time.
-        whiten_images: how many images' principal components the projection of the image starts from; 0 draws it.
+        word_vectors: a file of word2vec (text or binary), GloVe or fastText vectors to start from; words that it lacks
+            are drawn, as all are without one.
+        label_smoothing: the share of each word's target that is spread over all words.
+        best_by: which score of the validation splits decides what is best and when to stop: `perplexity`, or the
+            `cider` of the captions written for them, which needs Java.
+        decoding: how those captions are searched for.
     """
 
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
@@ -56,79 +56,17 @@ class CaptioningConfig:
     max_words: int = 30
     batch_images: int = 20
     window_megabytes: int = 512
-    whiten_images: int = 2048
+    word_vectors: str | None = None
+    label_smoothing: float = 0.0
+    best_by: Literal["perplexity", "cider"] = "perplexity"
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
 
     def __post_init__(self) -> None:
         for name in ("min_count", "max_words", "batch_images", "window_megabytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-
-
-class CaptioningObjective:
-    """The log-probability of sentences given their images."""
-
-    score_name = "perplexity"
-
-    def __init__(
-        self, model: Captioner, training: CaptionBatches, validation: CaptionBatches, steps: int, save: "_Save"
-    ) -> None:
-        self.model: Captioner = model
-        self._training = training
-        self._validation = validation
-        self._steps = steps
-        self._save = save
-        self._device = next(model.parameters()).device
-
-    def batches(self, seed: int, epoch: int) -> Iterator[CaptionBatch]:
-        return self._training.epoch(seed, epoch)
-
-    def steps(self) -> int:
-        return self._steps
-
-    def loss(self, batch: CaptionBatch) -> tuple[Tensor, float, int]:
-        """Mean negative log-probability a token; see `Objective.loss`."""
-        log_probs = self._log_probs(batch)
-        total = -log_probs.sum()
-        return total / len(log_probs), total.item(), len(log_probs)
-
-    def validate(self) -> dict[str, float]:
-        """Perplexity: exp(-sum ln p / sum (length + 1)), over the validation splits."""
-        total, tokens = 0.0, 0
-        for batch in self._validation.in_order():
-            log_probs = self._log_probs(batch)
-            total, tokens = total - log_probs.sum().item(), tokens + len(log_probs)
-        return {"perplexity": float(torch.tensor(total / max(tokens, 1)).exp())}
-
-    def save(self, output: Folder, training: dict[str, Any]) -> None:
-        self._save(output, self.model, training)
-        draw_curves(output, training["history"])
-
-    def _log_probs(self, batch: CaptionBatch) -> Tensor:
-        scores = self.model(
-            torch.from_numpy(batch.features).to(self._device),
-            pad_sentences(batch.sentences).to(self._device),
-            torch.from_numpy(batch.image_of_sentence).to(self._device),
-        )
-        log_probs: Tensor = scores.log_probs
-        return log_probs
-
-
-@dataclass(frozen=True)
-class _Save:
-    """Writes a captioner with all that captioning needs."""
-
-    vocabulary: Vocabulary
-    encoder: Mapping[str, Any]
-    features_fingerprint: str
-
-    def __call__(self, output: Folder, model: Captioner, training: dict[str, Any]) -> None:
-        provenance = {
-            "features": self.features_fingerprint,
-            "captionlib": __version__,
-            "torch": torch.__version__,
-            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-        save_checkpoint(output, model, self.vocabulary, self.encoder, provenance=provenance, training=training)
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"label_smoothing: expected at least 0 and below 1, got {self.label_smoothing}")
 
 
 def train_captioner(
@@ -141,6 +79,8 @@ def train_captioner(
     progress: bool = True,
 ) -> list[dict[str, float]]:
     """Trains a captioner on a features dataset, or goes on with a run that was stopped.
+
+    Processes that `torchrun` has started train one captioner together, each with `batch_images` of every batch.
 
     Args:
         features: the features dataset.
@@ -156,38 +96,50 @@ def train_captioner(
     Raises:
         DatasetError: the features are not complete, or have no sentences in a split that is needed.
     """
-    dataset = open_dataset(features, "features").require_complete()
+    with join_processes(resolve_device(device)) as target:
+        return _train(Folder(features), Folder(output), config, target, overwrite, progress)
+
+
+def _train(
+    features: Folder, output: Folder, config: CaptioningConfig, device: torch.device, overwrite: bool, progress: bool
+) -> list[dict[str, float]]:
+    processes = Processes()
+    dataset = open_dataset(features.uri, "features").require_complete()
     if len(feature_shape(dataset)) != 1:
         raise DatasetError(
             f"{dataset.folder.uri}: expected one vector an image, got a map of {feature_shape(dataset)}; "
             "extract with pooling mean or max"
         )
-    folder = Folder(output)
-    claim_folder(folder, overwrite)
-    target = resolve_device(device)
+    processes.from_first(lambda: claim_folder(output, overwrite))
     vocabulary = Vocabulary.from_captions(read_captions(dataset, config.train_splits), config.min_count)
-    validation = tuple(config.validation_splits)
-    next(read_captions(dataset, validation))  # fails now rather than after the first epoch
+    next(read_captions(dataset, config.validation_splits))  # fails now rather than after the first epoch
+    seed_everything(config.training.seed)
+    model = build_captioner(config.captioner, dataset, config.train_splits, vocabulary)
+    provenance: dict[str, Any] = {"features": dataset.fingerprint}
+    if config.word_vectors is not None:
+        provenance["word_vectors"] = said = start_word_vectors(model, vocabulary, config.word_vectors)
+        if processes.is_first:
+            tqdm.write("word vectors  " + "  ".join(f"{name} {value}" for name, value in said.items()), sys.stderr)
+    objective = _objective(config, dataset, vocabulary, model.to(device), provenance)
+    resolved = {"features": dataset.fingerprint, "processes": processes.count, **to_dict(config)}
+    return train(objective, config.training, output, resolved, progress)
 
+
+def _objective(
+    config: CaptioningConfig,
+    dataset: ShardedDataset,
+    vocabulary: Vocabulary,
+    model: Captioner,
+    provenance: dict[str, Any],
+) -> CaptioningObjective:
     def encode(sentence: str) -> list[int]:
         return vocabulary.encode(sentence)[: config.max_words]
 
     window_bytes = config.window_megabytes << 20
     batches = CaptionBatches(dataset, config.train_splits, encode, config.batch_images, window_bytes)
-    held_out = CaptionBatches(dataset, validation, encode, config.batch_images, window_bytes)
-    seed_everything(config.training.seed)
-    model = Captioner(config.captioner, feature_shape(dataset)[-1], len(vocabulary))
-    if config.captioner.standardise_features:
-        model.set_standardisation(*map(torch.from_numpy, mean_and_std(dataset, config.train_splits)))
-    if config.whiten_images:
-        model.whiten_projection(torch.from_numpy(sample_features(dataset, config.train_splits, config.whiten_images)))
-    model.initialise_bias(torch.from_numpy(vocabulary.log_frequencies()))
-    objective = CaptioningObjective(
-        model.to(target),
-        batches,
-        held_out,
-        batches.count(),
-        _Save(vocabulary, dataset.config["encoder"], dataset.fingerprint),
-    )
-    resolved = {"features": dataset.fingerprint, **to_dict(config)}
-    return train(objective, config.training, folder, resolved, progress)
+    held_out = CaptionBatches(dataset, config.validation_splits, encode, config.batch_images, window_bytes)
+    cider = None
+    if config.best_by == "cider":
+        cider = CiderValidation(dataset, config.validation_splits, vocabulary, config.decoding)
+    save = CaptionSaver(vocabulary, dataset.config["encoder"], provenance)
+    return CaptioningObjective(model, batches, held_out, save, config.label_smoothing, cider)

@@ -5,133 +5,36 @@ saved state, which holds all that the next step depends on: on a CPU the weights
 stopped.
 """
 
-import io
-import json
-import math
 import random
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import islice
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from captionlib.config import differences
-from captionlib.errors import ConfigError, DatasetError
-from captionlib.storage import TEMPORARY, Folder
+from captionlib.data.shards import to_json
+from captionlib.storage import Folder
+from captionlib.training.averaging import WeightAverage
+from captionlib.training.interrupts import TrainingStopped, stop_requests
+from captionlib.training.objective import Batch, Objective, is_higher_better
+from captionlib.training.processes import Processes
+from captionlib.training.recipe import LoopConfig, learning_rate, make_optimizer
+from captionlib.training.reports import report_epoch
+from captionlib.training.state import (
+    RESOLVED,
+    RunState,
+    claim_folder,
+    get_generators,
+    load_state,
+    save_state,
+    set_generators,
+)
 
 __all__ = ["LoopConfig", "Objective", "TrainingStopped", "claim_folder", "seed_everything", "train"]
-
-STATE = "_training/state.pt"
-METRICS = "metrics.jsonl"
-_RUN_FILES = {"_training", METRICS, "curves.png", "config.json", "model.safetensors", "training.json"}
-
-Batch = TypeVar("Batch")
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """How a model is trained.
-
-    Attributes:
-        epochs: passes over the training images at the most.
-        optimizer: `rmsprop` as in the talk, or `adam`, or `adamw`.
-        learning_rate: of the optimizer, before the schedule.
-        rmsprop_decay: of RMSprop's average of squares (NeuralTalk's 0.999).
-        weight_decay: of AdamW.
-        schedule: `constant`, or `cosine` down to a hundredth of the learning rate over all epochs.
-        clip_value: bound on each element of the gradient (the talk's 5); None is none.
-        clip_norm: bound on the gradient's norm; None is none.
-        patience: epochs without a better validation score after which training ends; None is never.
-        save_seconds: how often the state is saved within an epoch.
-        seed: of the order of the images, of dropout, and of the first weights.
-    """
-
-    epochs: int = 20
-    optimizer: Literal["rmsprop", "adam", "adamw"] = "rmsprop"
-    learning_rate: float = 1e-3
-    rmsprop_decay: float = 0.999
-    weight_decay: float = 0.01
-    schedule: Literal["constant", "cosine"] = "constant"
-    clip_value: float | None = 5.0
-    clip_norm: float | None = None
-    patience: int | None = 3
-    save_seconds: float = 300.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ConfigError(f"training.epochs: expected at least 1, got {self.epochs}")
-        if not self.learning_rate > 0:
-            raise ConfigError(f"training.learning_rate: expected more than 0, got {self.learning_rate}")
-
-
-class Objective(Protocol[Batch]):
-    """A model, what it learns from, and how well it does."""
-
-    @property
-    def model(self) -> nn.Module:
-        """What is trained."""
-
-    @property
-    def score_name(self) -> str:
-        """Which of the validation scores decides, such as `perplexity`; lower is better."""
-
-    def batches(self, seed: int, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch; the same for the same seed and epoch."""
-
-    def steps(self) -> int:
-        """About how many batches an epoch has."""
-
-    def loss(self, batch: Batch) -> tuple[Tensor, float, int]:
-        """What to minimise; the summed loss and the count it is summed over, to show."""
-
-    def validate(self) -> dict[str, float]:
-        """The scores on held-out images."""
-
-    def save(self, output: Folder, training: dict[str, Any]) -> None:
-        """Writes the checkpoint that is used later."""
-
-
-class TrainingStopped(Exception):  # noqa: N818 - not an error: someone asked for it
-    """Someone stopped the run; it can go on."""
-
-
-@dataclass
-class _State:
-    """All that the next step depends on, beside model and optimizer."""
-
-    epoch: int = 0
-    step: int = 0
-    seconds: float = 0.0
-    best: float = float("inf")
-    best_epoch: int = -1
-    loss_sum: float = 0.0
-    loss_count: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-
-
-def claim_folder(output: Folder, overwrite: bool) -> None:
-    """Makes sure that a run may write into a folder.
-
-    Raises:
-        DatasetError: it holds what no run has written.
-    """
-    names = [name for name in output.list() if name != TEMPORARY]
-    if names and not set(names) <= _RUN_FILES:
-        strangers = sorted(set(names) - _RUN_FILES)
-        raise DatasetError(
-            f"{output.uri} holds files that no training run wrote ({', '.join(strangers[:3])}); "
-            "give an empty or new folder"
-        )
-    if overwrite:
-        for name in names:
-            output.remove(name)
 
 
 def train(
@@ -143,6 +46,8 @@ def train(
 ) -> list[dict[str, float]]:
     """Trains, or goes on with a run that was stopped; the best epoch's checkpoint is in `output` at any time.
 
+    Within `join_processes` the processes train one model together, see processes.py.
+
     Args:
         objective: what is trained.
         config: how.
@@ -151,7 +56,8 @@ def train(
         progress: show a bar.
 
     Returns:
-        One mapping an epoch: epoch, loss, the validation scores, seconds.
+        One mapping an epoch: epoch, loss, the validation scores, the learning rate, the seconds spent in training since
+        the start, and the share of them that training waited for data.
 
     Raises:
         DatasetError: the folder holds a run of another configuration.
@@ -159,7 +65,8 @@ def train(
     """
     run = _Run(objective, config, output, resolved)
     run.resume()
-    with _stop_requests() as stopped:
+    progress = progress and run.processes.is_first
+    with stop_requests(insistent=run.processes.count == 1) as stopped:
         while not run.is_over():
             run.train_epoch(stopped, progress)
             run.end_epoch(progress)
@@ -170,27 +77,31 @@ class _Run(Generic[Batch]):
     def __init__(
         self, objective: Objective[Batch], config: LoopConfig, output: Folder, resolved: dict[str, Any]
     ) -> None:
-        self.state = _State()
+        self.state = RunState()
+        self.processes = Processes()
         self._objective = objective
         self._config = config
         self._output = output
         self._resolved = resolved
-        self._optimizer = _make_optimizer(objective.model, config)
-        seed_everything(config.seed)
+        self.processes.copy_from_first(objective.model.state_dict().values())
+        self._optimizer = make_optimizer(objective.model, config)
+        self._parameters = [parameter for parameter in objective.model.parameters() if parameter.requires_grad]
+        self._device = self._parameters[0].device
+        decay = config.average_decay
+        self._average = None if decay is None else WeightAverage(self._parameters, decay)
+        seed_everything(config.seed + self.processes.rank)
 
     def resume(self) -> None:
-        if not self._output.exists(STATE):
-            return
-        saved = torch.load(io.BytesIO(self._output.read(STATE)), weights_only=True)
-        if lines := differences(_identity(saved["resolved"]), _identity(self._resolved)):
-            raise DatasetError(
-                f"{self._output.uri} holds a run of another configuration ({'; '.join(lines)}); "
-                "give another folder, or --overwrite to replace it"
-            )
-        self.state = _State(**saved["state"])
-        self._objective.model.load_state_dict(saved["model"])
-        self._optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["rng"])
+        found = self.processes.from_first(lambda: load_state(self._output, self._resolved))
+        if found is not None:
+            self.state, parts = found
+            self._objective.model.load_state_dict(parts["model"])
+            self._optimizer.load_state_dict(parts["optimizer"])
+            if self._average is not None:
+                self._average.load_state_dict(parts["average"])
+            set_generators(parts["generators"][self.processes.rank], self._device)
+        if self.processes.is_first:
+            self._output.write(RESOLVED, to_json(self._resolved))
 
     def is_over(self) -> bool:
         state, patience = self.state, self._config.patience
@@ -199,25 +110,22 @@ class _Run(Generic[Batch]):
         )
 
     def save(self) -> None:
-        with self._output.staged(STATE) as path:
-            torch.save(
-                {
-                    "resolved": self._resolved,
-                    "state": vars(self.state),
-                    "model": self._objective.model.state_dict(),
-                    "optimizer": self._optimizer.state_dict(),
-                    "rng": torch.get_rng_state(),
-                },
-                path,
-            )
+        generators = self.processes.gather(get_generators(self._device))
+        if self.processes.is_first:
+            parts = {
+                "model": self._objective.model.state_dict(),
+                "optimizer": self._optimizer.state_dict(),
+                "average": None if self._average is None else self._average.state_dict(),
+                "generators": generators,
+            }
+            save_state(self._output, self._resolved, self.state, parts)
 
     def train_epoch(self, stopped: Callable[[], bool], progress: bool) -> None:
         state, config = self.state, self._config
         self._objective.model.train()
-        batches = self._objective.batches(config.seed, state.epoch)
         began = saved = time.monotonic()
         with tqdm(
-            islice(batches, state.step, None),
+            self._waited_for(islice(self._objective.batches(config.seed, state.epoch), state.step, None)),
             desc=f"epoch {state.epoch + 1}/{config.epochs}",
             initial=state.step,
             total=self._objective.steps(),
@@ -226,109 +134,94 @@ class _Run(Generic[Batch]):
             dynamic_ncols=True,
         ) as bar:
             for batch in bar:
-                self._step(batch)
+                stopping, saving = self._step(batch, stopped, saved + config.save_seconds)
                 bar.set_postfix(loss=f"{state.loss_sum / max(state.loss_count, 1):.3f}", refresh=False)
-                if stopped() or time.monotonic() - saved > config.save_seconds:
+                if stopping or saving:
                     saved = time.monotonic()
                     state.seconds, began = state.seconds + saved - began, saved
                     self.save()
-                    if stopped():
-                        raise TrainingStopped
+                if stopping:
+                    raise TrainingStopped
         state.seconds += time.monotonic() - began
 
-    def _step(self, batch: Batch) -> None:
+    def _waited_for(self, batches: Iterator[Batch | None]) -> Iterator[Batch | None]:
+        """The batches, while the time that they are waited for is added up."""
+        while True:
+            began = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self.state.waited += time.monotonic() - began
+            yield batch
+
+    def _step(self, batch: Batch | None, stopped: Callable[[], bool], save_at: float) -> tuple[bool, bool]:
+        """Learns from a batch. Says whether anyone wants to stop, and whether it is time to save."""
         config, state = self._config, self.state
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate()
-        loss, summed, count = self._objective.loss(batch)
+        loss, summed, count = None, 0.0, 0
+        if batch is not None:
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                loss, summed, count = self._objective.loss(batch)
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        parameters = list(self._objective.model.parameters())
+        if loss is not None:
+            loss.backward()  # type: ignore[no-untyped-call]
+        due = self.processes.is_first and time.monotonic() > save_at
+        total, counted, stopping, saving = self.processes.sum([summed, count, stopped(), due], self._device)
+        self.processes.average_gradients(self._parameters, count / max(counted, 1))
         if config.clip_value is not None:
-            nn.utils.clip_grad_value_(parameters, config.clip_value)
+            nn.utils.clip_grad_value_(self._parameters, config.clip_value)
         if config.clip_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            nn.utils.clip_grad_norm_(self._parameters, config.clip_norm)
         self._optimizer.step()
+        if self._average is not None:
+            self._average.update()
         state.step += 1
-        state.loss_sum += summed
-        state.loss_count += count
+        state.updates += 1
+        state.loss_sum += total
+        state.loss_count += int(counted)
+        return stopping > 0, saving > 0
 
     def _learning_rate(self) -> float:
-        if self._config.schedule == "constant":
-            return self._config.learning_rate
-        done = (self.state.epoch + self.state.step / max(1, self._objective.steps())) / self._config.epochs
-        return self._config.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
+        state = self.state
+        return learning_rate(self._config, state.epoch + state.step / max(1, self._objective.steps()), state.updates)
 
     def end_epoch(self, progress: bool) -> None:
-        state = self.state
-        self._objective.model.eval()
+        with nullcontext() if self._average is None else self._average.applied():
+            self._judge(progress)
+        self.save()
+
+    def _judge(self, progress: bool) -> None:
+        """Validates the weights of an epoch that has ended, and keeps them where they are the best."""
+        state, objective = self.state, self._objective
+        objective.model.eval()
         with torch.inference_mode():
-            scores = self._objective.validate()
-        score = scores[self._objective.score_name]
+            scores = self.processes.from_first(objective.validate)
         row = {
             "epoch": state.epoch + 1,
             "loss": state.loss_sum / max(state.loss_count, 1),
             **scores,
             "learning_rate": self._learning_rate(),
             "seconds": round(state.seconds, 1),
+            "data_wait": round(state.waited / max(state.seconds, 1e-9), 4),
         }
         state.history.append(row)
         if progress:
             tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        score = scores[objective.score_name] * (-1 if is_higher_better(objective) else 1)
         better = score < state.best
         if better:
             state.best, state.best_epoch = score, state.epoch
         state.epoch, state.step, state.loss_sum, state.loss_count = state.epoch + 1, 0, 0.0, 0
-        if better:
-            self._objective.save(self._output, {"history": state.history, "resolved": self._resolved})
-        self._output.write(METRICS, "".join(json.dumps(line) + "\n" for line in state.history).encode())
-        self.save()
-
-
-def _identity(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run that goes on must share with the one before: when it ends, and how often it saves, may change."""
-    training = {
-        name: value
-        for name, value in resolved["training"].items()
-        if name not in {"patience", "save_seconds"}
-        and (name != "epochs" or resolved["training"]["schedule"] != "constant")
-    }
-    return {**resolved, "training": training}
-
-
-def _make_optimizer(model: nn.Module, config: LoopConfig) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if config.optimizer == "rmsprop":
-        return torch.optim.RMSprop(parameters, lr=config.learning_rate, alpha=config.rmsprop_decay)
-    if config.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=config.learning_rate)
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        if self.processes.is_first:
+            if better:
+                objective.save(self._output, {"history": state.history, "resolved": self._resolved})
+            report_epoch(self._output, state.history)
 
 
 def seed_everything(seed: int) -> None:
     """Seeds what draws numbers in training."""
     random.seed(seed)
     torch.manual_seed(seed)
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turns Ctrl-C and SIGTERM into a question that the loop asks between two steps."""
-    requests: list[int] = []
-
-    def note(number: int, _frame: object) -> None:
-        if requests:
-            raise KeyboardInterrupt
-        requests.append(number)
-
-    previous = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, note)
-    except ValueError:  # not in the main thread: nobody sends signals here
-        previous = {}
-    try:
-        yield lambda: bool(requests)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

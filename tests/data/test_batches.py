@@ -67,6 +67,20 @@ def test_order_depends_on_seed_and_epoch_alone(dataset: ShardedDataset, window_b
     assert first != order(batches, 2, 1)
 
 
+@pytest.mark.parametrize("window_bytes", [45, 1 << 20])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_shares_make_up_the_batches_of_one_process(dataset: ShardedDataset, window_bytes: int, processes: int) -> None:
+    splits = ["train", "restval"]
+    whole = CaptionBatches(dataset, splits, encode, 2 * processes, window_bytes)
+    shared = CaptionBatches(dataset, splits, encode, 2, window_bytes)
+    assert shared.count(processes) == whole.count()
+    parts = zip(*(shared.shares(3, 1, number, processes) for number in range(processes)), strict=True)
+    for batch, shares in zip(whole.epoch(3, 1), parts, strict=True):
+        images = [n for part in shares if part is not None for n in part.features[:, 0]]
+        assert images == batch.features[:, 0].tolist()
+        assert [ids for part in shares if part is not None for ids in part.sentences] == batch.sentences
+
+
 def test_images_of_different_shards_are_mixed(dataset: ShardedDataset) -> None:
     batches = CaptionBatches(dataset, ["train", "restval"], encode, 4)
     shards = [[int(n) // ROWS for n in batch.features[:, 0]] for batch in batches.epoch(0, 0)]

@@ -66,7 +66,7 @@ def test_log_frequencies_are_finite_where_no_word_is_left_out() -> None:
 
 
 def test_no_frequent_word_is_an_error_that_counts() -> None:
-    with pytest.raises(ConfigError, match="at least 5 times, got 2 captions with 3 words"):
+    with pytest.raises(ConfigError, match="at least 5 times, got 2 sentences with 3 words"):
         Vocabulary.from_captions(["a dog", "a cat"])
 
 
@@ -86,3 +86,18 @@ def test_a_dictionary_with_a_word_twice_is_refused() -> None:
     values = {"words": ["a", "a"], "counts": [1, 1], "unknown_count": 0, "sentences": 1}
     with pytest.raises(ValueError, match="different words"):
         Vocabulary.from_dict(values)
+
+
+def test_characters_are_words_of_their_own() -> None:
+    vocabulary = Vocabulary.from_captions(["Aha, a dog.\n"], min_count=1, level="characters")
+    assert set(vocabulary.words) == set("Aha, dog.\n")
+    assert vocabulary.decode(vocabulary.encode("a dog, Aha.\n")) == "a dog, Aha.\n"
+    assert vocabulary.encode("z") == [UNKNOWN]
+    assert Vocabulary.from_dict(json.loads(json.dumps(vocabulary.to_dict()))) == vocabulary
+
+
+def test_a_vocabulary_of_another_level_is_refused() -> None:
+    values = Vocabulary.from_captions(["a dog"], min_count=1).to_dict()
+    assert Vocabulary.from_dict({name: value for name, value in values.items() if name != "level"}).level == "words"
+    with pytest.raises(ValueError, match="expected level words or characters, got 'syllables'"):
+        Vocabulary.from_dict({**values, "level": "syllables"})

@@ -6,6 +6,8 @@ import pyarrow as pa
 import pytest
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor.meteor import Meteor
+from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from captionlib.data.datasets import create_dataset
@@ -13,7 +15,8 @@ from captionlib.data.schemas import MANIFEST, captions_schema
 from captionlib.data.shard_writer import write_shard
 from captionlib.data.shards import ShardedDataset
 from captionlib.errors import DatasetError
-from captionlib.evaluation.captions import read_captions_and_references, score_captions
+from captionlib.evaluation.bootstrap import BootstrapConfig
+from captionlib.evaluation.captions import score_captions, scores_table
 
 CAPTIONS = {
     "10": "a dog runs on the grass",
@@ -54,15 +57,18 @@ def write_manifest(folder: Path, references: dict[str, list[str]]) -> ShardedDat
 def test_the_scores_are_pycocoevalcaps_own() -> None:
     result = score_captions(CAPTIONS, REFERENCES)
     tokenizer = PTBTokenizer()
-    ids = sorted(CAPTIONS)
-    said = tokenizer.tokenize({i: [{"caption": CAPTIONS[i]}] for i in ids})
-    expected = tokenizer.tokenize({i: [{"caption": text} for text in REFERENCES[i]] for i in ids})
+    said = tokenizer.tokenize({i: [{"caption": CAPTIONS[i]}] for i in CAPTIONS})
+    expected = tokenizer.tokenize({i: [{"caption": text} for text in REFERENCES[i]] for i in CAPTIONS})
     bleu, bleu_of_images = Bleu(4).compute_score(expected, said, verbose=0)
+    meteor, meteor_of_images = Meteor().compute_score(expected, said)
+    rouge, rouge_of_images = Rouge().compute_score(expected, said)
     cider, cider_of_images = Cider().compute_score(expected, said)
-    assert result.images == 4
-    assert list(result.scores.values()) == pytest.approx([*bleu, cider], abs=1e-12)
-    assert list(result.of_images["BLEU-2"].values()) == pytest.approx(bleu_of_images[1], abs=1e-12)
-    assert [result.of_images["CIDEr"][i] for i in ids] == pytest.approx(list(cider_of_images), abs=1e-12)
+    assert (result.images, result.tokenizer) == (4, "ptb")
+    assert list(result.scores) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr"]
+    assert list(result.scores.values()) == pytest.approx([*bleu, meteor, rouge, cider], abs=1e-12)
+    of_images = [*bleu_of_images, meteor_of_images, rouge_of_images, cider_of_images]
+    for name, own in zip(result.scores, of_images, strict=True):
+        assert list(result.of_images[name].values()) == pytest.approx(list(own), abs=1e-12), name
 
 
 def test_the_scores_of_one_sentence_by_hand() -> None:
@@ -75,7 +81,8 @@ def test_the_scores_of_one_sentence_by_hand() -> None:
 
 def test_the_order_of_the_images_changes_nothing() -> None:
     backwards = dict(reversed(CAPTIONS.items()))
-    assert score_captions(backwards, REFERENCES) == score_captions(CAPTIONS, REFERENCES)
+    expected = score_captions(CAPTIONS, REFERENCES)
+    assert score_captions(backwards, REFERENCES).scores == pytest.approx(expected.scores, abs=1e-12)
 
 
 def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
@@ -100,17 +107,31 @@ def test_no_captions_are_no_score() -> None:
         score_captions({}, REFERENCES)
 
 
-def test_captions_are_read_with_their_references(tmp_path: Path) -> None:
-    captions = write_captions(tmp_path / "captions", CAPTIONS)
-    manifest = write_manifest(tmp_path / "manifest", REFERENCES)
-    said, references = read_captions_and_references(captions, manifest, ["val", "test"])
-    assert said == CAPTIONS
-    assert references == {i: texts for i, texts in REFERENCES.items() if i in CAPTIONS}
-    assert read_captions_and_references(captions, manifest) == (said, references)
+def test_without_java_what_needs_none_is_told_by_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_java = score_captions(CAPTIONS, REFERENCES)
+    monkeypatch.setenv("PATH", "")
+    result = score_captions(CAPTIONS, REFERENCES)
+    assert result.tokenizer == "captionlib"
+    assert list(result.scores) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"]
+    assert result.scores == pytest.approx({name: with_java.scores[name] for name in result.scores}, abs=1e-9)
 
 
-def test_a_split_without_captions_is_answered_with_the_splits_there_are(tmp_path: Path) -> None:
-    captions = write_captions(tmp_path / "captions", CAPTIONS)
-    manifest = write_manifest(tmp_path / "manifest", REFERENCES)
-    with pytest.raises(DatasetError, match="no captions in split test; its splits are val"):
-        read_captions_and_references(captions, manifest, ["test"])
+def test_every_score_lies_within_its_interval_and_repeats() -> None:
+    captions = {str(n): caption for n, caption in enumerate(CAPTIONS.values())}
+    references = {str(n): REFERENCES[i] for n, i in enumerate(CAPTIONS)}
+    result = score_captions(captions, references, bootstrap=BootstrapConfig(samples=200))
+    assert result.intervals.keys() == result.scores.keys()
+    for name, (low, high) in result.intervals.items():
+        assert 0 <= low <= result.scores[name] <= high
+    assert score_captions(captions, references, bootstrap=BootstrapConfig(samples=200)) == result
+    assert score_captions(captions, references, bootstrap=BootstrapConfig(samples=0)).intervals == {}
+
+
+def test_the_scores_of_images_become_a_table() -> None:
+    result = score_captions(CAPTIONS, REFERENCES, bootstrap=BootstrapConfig(samples=0))
+    table = scores_table(result, CAPTIONS)
+    assert table.column_names == [
+        *("image_id", "caption", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider")
+    ]
+    assert table["image_id"].to_pylist() == list(CAPTIONS)
+    assert table["cider"].to_pylist() == list(result.of_images["CIDEr"].values())

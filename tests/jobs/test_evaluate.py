@@ -1,30 +1,66 @@
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from captionlib.errors import DatasetError
 from captionlib.evaluation.captions import score_captions
+from captionlib.evaluation.predictions import Prediction, to_result_struct
 from jobs.cli import captionlib
 from tests.evaluation.test_captions import CAPTIONS, REFERENCES, write_captions, write_manifest
 
 
-def test_scores_are_printed_and_written(tmp_path: Path) -> None:
+def evaluate(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(captionlib, ["evaluate", *map(str, arguments)], catch_exceptions=False)
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
     write_captions(tmp_path / "captions", CAPTIONS)
     write_manifest(tmp_path / "manifest", REFERENCES)
-    arguments = ["evaluate", str(tmp_path / "captions"), "-m", str(tmp_path / "manifest"), "--split", "val"]
-    result = CliRunner().invoke(captionlib, [*arguments, "-o", str(tmp_path / "scores")], catch_exceptions=False)
-    expected = score_captions(CAPTIONS, REFERENCES)
+    return tmp_path / "manifest"
+
+
+def test_scores_are_printed_and_written(tmp_path: Path, manifest: Path) -> None:
+    files = ["--per-image", tmp_path / "new" / "scores.parquet", "--results", tmp_path / "results.json"]
+    result = evaluate(tmp_path / "captions", "-m", manifest, "--split", "val", "-o", tmp_path / "scores", *files)
+    expected = score_captions(dict(sorted(CAPTIONS.items())), REFERENCES)
     assert result.output.splitlines()[0] == f"{tmp_path}/captions: 4 images"
-    assert f"  BLEU-1   {expected.scores['BLEU-1']:.4f}" in result.output.splitlines()
+    low, high = expected.intervals["BLEU-1"]
+    assert f"  BLEU-1               {expected.scores['BLEU-1']:.4f}   {low:.4f} to {high:.4f}" in result.output
     written = json.loads((tmp_path / "scores" / "scores.json").read_text())
-    assert written == {"images": 4, "splits": ["val"], "scores": expected.scores}
+    assert (written["images"], written["splits"], written["tokenizer"]) == (4, ["val"], "ptb")
+    assert written["scores"] == {**expected.scores, "mean_length": written["scores"]["mean_length"]}
+    assert written["intervals"]["CIDEr"] == list(expected.intervals["CIDEr"])
+    assert written["counts"] == {"distinct_captions": 4, "vocabulary": 11}
+    table = pq.read_table(tmp_path / "new" / "scores.parquet").to_pylist()
+    assert {row["image_id"]: row["cider"] for row in table} == expected.of_images["CIDEr"]
+    assert {row["image_id"]: row["length"] for row in table} == {"10": 6, "9": 5, "b": 4, "empty": 0}
+    # What was written is read, and scored the same.
+    again = evaluate(tmp_path / "results.json", "-m", manifest)
+    assert again.output.splitlines()[1:] == result.output.splitlines()[1:]
 
 
-def test_a_split_without_captions_is_an_error(tmp_path: Path) -> None:
-    write_captions(tmp_path / "captions", CAPTIONS)
-    write_manifest(tmp_path / "manifest", REFERENCES)
-    arguments = ["evaluate", str(tmp_path / "captions"), "-m", str(tmp_path / "manifest"), "--split", "test"]
+def test_neuraltalks_results_need_no_manifest(tmp_path: Path) -> None:
+    said = [Prediction(i, text, references=tuple(REFERENCES[i])) for i, text in CAPTIONS.items()]
+    (tmp_path / "result_struct.json").write_text(json.dumps(to_result_struct(said, {})))
+    result = evaluate(tmp_path / "result_struct.json", "--samples", "0")
+    expected = score_captions(CAPTIONS, REFERENCES).scores["CIDEr"]
+    assert f"  CIDEr                {expected:.4f}\n" in result.output
+
+
+def test_a_machine_without_java_is_told_what_is_missing(
+    tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    result = evaluate(tmp_path / "captions", "-m", manifest)
+    assert "there is no `java` on the PATH: METEOR is left out" in result.stderr
+    assert "mean_length" in result.stdout
+    assert "METEOR" not in result.stdout
+
+
+def test_a_split_without_captions_is_an_error(tmp_path: Path, manifest: Path) -> None:
     with pytest.raises(DatasetError, match="its splits are val"):
-        CliRunner().invoke(captionlib, arguments, catch_exceptions=False)
+        evaluate(tmp_path / "captions", "-m", manifest, "--split", "test")

@@ -145,6 +145,24 @@ def test_standardised_features_do_not_depend_on_their_scale() -> None:
     torch.testing.assert_close(model(scaled, captions, IMAGE_OF_SENTENCE).log_probs, before)
 
 
+def test_principal_components_are_uncorrelated_and_of_deviation_one() -> None:
+    model = build(CaptionerConfig(hidden_size=6, word_size=5, principal_components=3))
+    sample = torch.randn(500, 4, generator=torch.Generator().manual_seed(0)) @ torch.diag(
+        torch.tensor([9.0, 1, 0.1, 0])
+    )
+    sample += torch.tensor([5.0, -2.0, 0.3, 8.0])
+    model.set_components(sample)
+    seen = model.standardise(sample)
+    torch.testing.assert_close(seen.t() @ seen / len(seen), torch.eye(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(seen.mean(0), torch.zeros(3), atol=1e-4, rtol=0)
+
+
+def test_fewer_images_than_components_leave_the_rest_blind() -> None:
+    model = build(CaptionerConfig(hidden_size=6, word_size=5, principal_components=4))
+    model.set_components(FEATURES[:2])
+    assert model.standardise(FEATURES)[:, 1:].abs().max() == 0
+
+
 def test_a_constant_feature_becomes_zero() -> None:
     model = build(CaptionerConfig(hidden_size=6, word_size=5))
     model.set_standardisation(torch.full((4,), 5.0), torch.zeros(4))
@@ -178,3 +196,16 @@ def test_tied_word_vectors_are_the_weights_of_the_softmax() -> None:
 def test_a_shape_that_cannot_be_is_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CaptionerConfig(**options)
+
+
+@pytest.mark.parametrize("config", SHAPES[:2])
+def test_mean_log_probs_are_those_of_all_classes(config: CaptionerConfig) -> None:
+    model = build(config)
+    sentence = torch.tensor([[4, 2]])
+    plain = model(FEATURES[:1], sentence, torch.tensor([0]))
+    asked = model(FEATURES[:1], sentence, torch.tensor([0]), mean_log_probs=True)
+    assert plain.mean_log_probs is None
+    assert torch.equal(plain.log_probs, asked.log_probs)
+    with torch.no_grad():  # the last token's classes, each in turn as a word that might have come
+        others = [model(FEATURES[:1], torch.tensor([[4, word]]), torch.tensor([0])).log_probs[1] for word in range(7)]
+    assert asked.mean_log_probs[1].item() == pytest.approx(torch.stack(others).mean().item(), rel=1e-5)

@@ -1,5 +1,6 @@
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,51 +10,10 @@ from hypothesis import strategies as st
 
 from captionlib.data.vocabulary import END, UNKNOWN
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.models.captioner import Captioner, CaptionerConfig, pad_sentences
+from captionlib.models.captioner import CaptionerConfig
 from captionlib.models.decoding import Candidate, Decoder, DecodingConfig
 from captionlib.models.stepping import Stepper
-
-FEATURE_SIZE = 3
-CONFIGS = [
-    CaptionerConfig("lstm", layers=2, hidden_size=6, word_size=5),
-    CaptionerConfig("lstm", hidden_size=6, word_size=5, image_input="every"),
-    CaptionerConfig("rnn", hidden_size=6, word_size=5, image_input="first"),
-    CaptionerConfig("rnn", layers=2, hidden_size=6, word_size=5, image_input="state"),
-]
-seeds = st.integers(0, 1000)
-configs = st.sampled_from(CONFIGS)
-
-
-def build(config: CaptionerConfig, seed: int, vocabulary_size: int = 9) -> Captioner:
-    """A model of strong and varied opinions.
-
-    An RNN's states would grow without bound if its weights were as large as an LSTM's; and without positive biases they
-    may die out, so that sentences of the same words in another order are equally likely.
-    """
-    spread = 1.5 if config.cell == "lstm" else 0.8
-    model = Captioner(config, FEATURE_SIZE, vocabulary_size)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.uniform_(-spread, spread, generator=generator)
-        for name, parameter in model.recurrence.named_parameters():
-            if "bias" in name and config.cell == "rnn":
-                parameter.abs_()
-    return model.eval()
-
-
-def features(images: int, seed: int) -> torch.Tensor:
-    return torch.randn(images, FEATURE_SIZE, generator=torch.Generator().manual_seed(seed))
-
-
-def teacher_forced(model: Captioner, image: torch.Tensor, candidates: list[Candidate]) -> list[float]:
-    """What the model makes of whole sentences: the sum over their tokens; END counts where it was reached."""
-    captions = pad_sentences([candidate.words for candidate in candidates])
-    scores = model(image[None], captions, torch.zeros(len(captions), dtype=torch.int64))
-    return [
-        scores.log_probs[scores.sentences == number][: candidate.tokens].sum().item()
-        for number, candidate in enumerate(candidates)
-    ]
+from tests.models.tiny_captioners import CONFIGS, FEATURE_SIZE, build, configs, features, seeds, teacher_forced
 
 
 @settings(max_examples=12, deadline=None)
@@ -92,15 +52,29 @@ def test_a_beam_as_wide_as_the_space_finds_what_trying_everything_finds(
         assert [candidate.log_prob for candidate in candidates] == pytest.approx(expected, rel=1e-5, abs=1e-4)
 
 
-@settings(max_examples=12, deadline=None)
-@given(configs, seeds, st.integers(1, 5), st.integers(1, 8))
+STRATEGIES = [
+    {"beam_width": 1},
+    {"beam_width": 4, "n_best": 1},
+    {"beam_width": 5, "n_best": 5, "no_repeat_ngram": 1},
+    {"beam_width": 4, "n_best": 4, "no_repeat_ngram": 2, "min_words": 2},
+    {"beam_width": 6, "n_best": 6, "beam_groups": 3},
+    {"beam_width": 4, "n_best": 2, "beam_groups": 4, "diversity": 2.0, "min_words": 3},
+    {"strategy": "sample"},
+    {"strategy": "sample", "n_best": 5, "temperature": 1.7, "no_repeat_ngram": 2},
+    {"strategy": "sample", "n_best": 3, "top_k": 3, "top_p": 0.8, "min_words": 2},
+]
+strategies = st.sampled_from(STRATEGIES)
+
+
+@settings(max_examples=40, deadline=None)
+@given(configs, seeds, strategies, st.integers(3, 8))
 def test_candidates_are_whole_distinct_and_scored_as_the_model_scores_them(
-    config: CaptionerConfig, seed: int, beam_width: int, max_tokens: int
+    config: CaptionerConfig, seed: int, strategy: dict[str, Any], max_tokens: int
 ) -> None:
     model, images = build(config, seed), features(6, seed)
-    decoding = DecodingConfig(beam_width, n_best=beam_width, max_tokens=max_tokens)
+    decoding = DecodingConfig(**strategy, max_tokens=max_tokens)
     for image, candidates in zip(images, Decoder(model, decoding).decode(images), strict=True):
-        assert 1 <= len(candidates) <= beam_width
+        assert 1 <= len(candidates) <= decoding.n_best
         assert len({tuple(candidate.words) for candidate in candidates}) == len(candidates)
         scores = [candidate.log_prob / candidate.tokens**0.7 for candidate in candidates]
         assert scores == sorted(scores, reverse=True)
@@ -112,16 +86,35 @@ def test_candidates_are_whole_distinct_and_scored_as_the_model_scores_them(
             assert candidate.tokens == len(candidate.words) + (not cut_off) <= max_tokens
 
 
-@settings(max_examples=12, deadline=None)
-@given(configs, seeds, st.integers(1, 4))
-def test_batch_mates_change_nothing(config: CaptionerConfig, seed: int, n_best: int) -> None:
+@settings(max_examples=40, deadline=None)
+@given(configs, seeds, strategies)
+def test_batch_mates_change_nothing(config: CaptionerConfig, seed: int, strategy: dict[str, Any]) -> None:
     images = features(7, seed)
-    decoder = Decoder(build(config, seed), DecodingConfig(beam_width=4, n_best=n_best, max_tokens=7))
+    decoder = Decoder(build(config, seed), DecodingConfig(**strategy, max_tokens=7))
     together = decoder.decode(images)
     alone = [decoder.decode(image[None])[0] for image in images]
     assert [[c.words for c in candidates] for candidates in together] == [[c.words for c in image] for image in alone]
     for candidates, others in zip(together, alone, strict=True):
         assert [c.log_prob for c in candidates] == pytest.approx([c.log_prob for c in others], rel=1e-5, abs=1e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(configs, seeds, strategies, st.lists(st.integers(2, 8), min_size=1, max_size=3))
+def test_every_candidate_begins_with_the_prefix(
+    config: CaptionerConfig, seed: int, strategy: dict[str, Any], prefix: list[int]
+) -> None:
+    model, images = build(config, seed), features(3, seed)
+    decoding = DecodingConfig(**strategy, max_tokens=6)
+    for image, candidates in zip(images, Decoder(model, decoding).decode(images, prefix=prefix), strict=True):
+        assert all(candidate.words[: len(prefix)] == prefix for candidate in candidates)
+        expected = teacher_forced(model, image, candidates)
+        assert [candidate.log_prob for candidate in candidates] == pytest.approx(expected, rel=1e-5, abs=1e-4)
+
+
+def test_a_prefix_that_leaves_no_room_is_refused() -> None:
+    decoder = Decoder(build(CONFIGS[0], seed=0), DecodingConfig(max_tokens=3))
+    with pytest.raises(ConfigError, match="a prefix of fewer words than max_tokens 3, got 3"):
+        decoder.decode(features(1, 0), prefix=[2, 2, 2])
 
 
 @settings(max_examples=12, deadline=None)
@@ -203,8 +196,15 @@ def test_features_that_are_no_numbers_are_refused() -> None:
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"beam_width": 3, "n_best": 4}, "at most the beam's width 3, got 4"),
         ({"length_normalisation": -1.0}, "must not be negative, got -1.0"),
+        ({"min_words": 21}, "min_words must be at most max_tokens 20, got 21"),
+        ({"beam_width": 5, "beam_groups": 2}, "a beam_width that beam_groups divides, got 5 and 2"),
+        ({"temperature": 0.5}, "temperature is for strategy sample, got strategy beam"),
+        ({"strategy": "sample", "beam_groups": 5}, "beam_groups is for strategy beam, got strategy sample"),
+        ({"strategy": "sample", "temperature": 0.0}, "temperature must be above 0, got 0.0; greedy is beam_width 1"),
+        ({"strategy": "sample", "top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"strategy": "sample", "top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
     ],
 )
-def test_a_search_that_cannot_be_is_refused(options: dict[str, float], message: str) -> None:
+def test_decoding_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DecodingConfig(**options)

@@ -91,6 +91,30 @@ def test_bundles_that_run_twice_write_the_same(features: Path, captioner: Path, 
         assert Path(once.part_path(shard)).read_bytes() == Path(again.part_path(shard)).read_bytes()
 
 
+def test_what_is_drawn_for_an_image_does_not_hang_on_its_batch(features: Path, captioner: Path, tmp_path: Path) -> None:
+    drawn = []
+    for batch_size in (2, 5):
+        config = GenerationConfig(DecodingConfig(strategy="sample", n_best=3), batch_size=batch_size)
+        generate_captions(features, captioner, tmp_path / f"{batch_size}", config, device="cpu", run=QUIET)
+        drawn.append([row["candidates"] for row in rows(open_dataset(tmp_path / f"{batch_size}"))])
+    texts = [[[one["caption"] for one in candidates] for candidates in run] for run in drawn]  # type: ignore[attr-defined]
+    assert texts[0] == texts[1]
+    assert len({candidates[0] for candidates in texts[0]}) > 1
+
+
+def test_a_word_that_is_forbidden_is_in_no_caption(features: Path, captioner: Path, tmp_path: Path) -> None:
+    def write(forbidden: tuple[str, ...], output: Path) -> list[list[str]]:
+        decoding = dataclasses.replace(GENERATION.decoding, forbidden_words=forbidden, min_words=3)
+        config = dataclasses.replace(GENERATION, decoding=decoding)
+        generate_captions(features, captioner, output, config, device="cpu", run=QUIET)
+        return [str(row["caption"]).split() for row in rows(open_dataset(output))]
+
+    word = write((), tmp_path / "free")[0][0]
+    bound = write((word.upper(),), tmp_path / "bound")
+    assert not any(word in words for words in bound)
+    assert all(len(words) >= 3 for words in bound)
+
+
 def test_other_decoding_into_the_same_folder_is_refused(features: Path, captioner: Path, tmp_path: Path) -> None:
     caption(features, captioner, tmp_path / "captions")
     other = dataclasses.replace(GENERATION, decoding=dataclasses.replace(GENERATION.decoding, beam_width=2))

@@ -1,59 +1,33 @@
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
+from captionlib.data.batches import CaptionBatches
 from captionlib.data.datasets import create_dataset
 from captionlib.data.schemas import features_schema
-from captionlib.data.shard_writer import write_shard
 from captionlib.data.shards import ShardedDataset
-from captionlib.errors import DatasetError
-from captionlib.models.captioner import CaptionerConfig
+from captionlib.data.vocabulary import Vocabulary
+from captionlib.errors import ConfigError, DatasetError
+from captionlib.models.captioner import Captioner, CaptionerConfig, pad_sentences
 from captionlib.models.checkpoints import load_captioner
 from captionlib.models.decoding import Decoder, DecodingConfig
+from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
+from captionlib.training.caption_validation import CiderValidation
 from captionlib.training.captioning import CaptioningConfig, train_captioner
 from captionlib.training.loop import LoopConfig
+from tests.training.conftest import WORDS
 
-WORDS = ["zero", "one", "two", "three"]
 CONFIG = CaptioningConfig(
     captioner=CaptionerConfig(hidden_size=16, word_size=16, dropout=0.1),
     training=LoopConfig(epochs=30, optimizer="adam", learning_rate=0.03, seed=3),
     min_count=1,
     batch_images=8,
 )
-
-
-@pytest.fixture
-def features(tmp_path: Path) -> ShardedDataset:
-    """64 images of four kinds, told apart by their features; the sentence says the kind."""
-    draw = np.random.default_rng(0)
-    dataset = create_dataset(
-        tmp_path / "features",
-        "features",
-        features_schema(4, "float16"),
-        config={"encoder": {"model": "none", "shape": [4]}},
-        shards=2,
-    )
-    for shard in range(2):
-        kinds = draw.integers(0, 4, 32)
-        rows = [
-            {
-                "image_id": f"{shard}-{number}",
-                "uri": "",
-                "split": "val" if number % 4 == 0 else "train",
-                "captions": [f"this is {WORDS[kind]}", f"it is a {WORDS[kind]} again"],
-                "features": (5 * np.eye(4)[kind] + draw.normal(0, 0.1, 4)).astype(np.float16),
-            }
-            for number, kind in enumerate(kinds)
-        ]
-        with write_shard(dataset, shard, 32) as writer:
-            writer.write(pa.RecordBatch.from_pylist(rows, schema=dataset.schema))
-    dataset.finish()
-    return dataset
 
 
 def train(
@@ -107,6 +81,78 @@ def test_another_configuration_is_refused_unless_told_to_overwrite(features: Sha
         train(features, tmp_path / "captioner", other)
     train(features, tmp_path / "captioner", other, overwrite=True)
     assert load_captioner(tmp_path / "captioner").config.hidden_size == 8
+
+
+@pytest.mark.parametrize("shape", [{}, {"cell": "rnn", "image_input": "every"}, {"image_input": "state", "layers": 2}])
+def test_bfloat16_learns_as_well(features: ShardedDataset, tmp_path: Path, shape: dict[str, Any]) -> None:
+    training = replace(CONFIG.training, precision="bfloat16", learning_rate=0.01, epochs=15)
+    config = replace(CONFIG, captioner=replace(CONFIG.captioner, **shape), training=training)
+    rough = train(features, tmp_path / "rough", config)[-1]["perplexity"]
+    exact = train(features, tmp_path / "exact", replace(config, training=replace(training, precision="float32")))
+    assert rough == pytest.approx(exact[-1]["perplexity"], rel=0.05)
+
+
+def test_words_start_from_the_vectors_of_others(
+    features: ShardedDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vectors = {word: np.random.default_rng(number).normal(size=16).round(3) for number, word in enumerate(WORDS)}
+    lines = [f"{word} {' '.join(map(str, vector))}\n" for word, vector in vectors.items()]
+    (tmp_path / "glove.txt").write_text("".join(lines))
+    still = replace(CONFIG.training, epochs=1, learning_rate=1e-9)
+    config = replace(CONFIG, word_vectors=str(tmp_path / "glove.txt"), training=still)
+    train(features, tmp_path / "captioner", config)
+    captioner = load_captioner(tmp_path / "captioner")
+    for word, vector in vectors.items():
+        (number,) = captioner.vocabulary.encode(word)
+        np.testing.assert_allclose(captioner.model.word_vectors.weight[number].detach(), vector, atol=1e-6)
+    said = captioner.provenance["word_vectors"]
+    missing = {"this", "is", "it", "a", "again"}
+    assert (said["found"], said["missing"], set(said["such as"])) == (len(WORDS), len(missing), missing)
+    assert "found 4  missing 5" in capsys.readouterr().err
+
+
+def test_word_vectors_of_another_size_are_refused(features: ShardedDataset, tmp_path: Path) -> None:
+    (tmp_path / "glove.txt").write_text("one 1 2 3\n")
+    with pytest.raises(ConfigError, match="have 3 numbers, the captioner's word vectors 16"):
+        train(features, tmp_path / "captioner", replace(CONFIG, word_vectors=str(tmp_path / "glove.txt")))
+
+
+def test_label_smoothing_keeps_the_model_from_certainty(features: ShardedDataset, tmp_path: Path) -> None:
+    sharp = train(features, tmp_path / "sharp")[-1]
+    smooth = train(features, tmp_path / "smooth", replace(CONFIG, label_smoothing=0.2))[-1]
+    assert 1.1 * sharp["perplexity"] < smooth["perplexity"]
+    assert smooth["loss"] == pytest.approx(np.log(smooth["perplexity"]), abs=0.2)  # what is shown is not smoothed
+
+
+def test_the_smoothed_loss_is_the_cross_entropy_with_smoothed_targets(features: ShardedDataset) -> None:
+    torch.manual_seed(0)
+    vocabulary = Vocabulary.from_captions([f"this is {word}" for word in WORDS], 1)
+    model = Captioner(CONFIG.captioner, 4, len(vocabulary)).eval()
+    batches = CaptionBatches(features, ["train"], vocabulary.encode, 8)
+    (batch, *_) = batches.in_order()
+    saver = CaptionSaver(vocabulary, {}, {})
+    plain, smooth = (CaptioningObjective(model, batches, batches, saver, share).loss(batch) for share in (0.0, 0.1))
+    assert plain[1:] == smooth[1:]
+    uniform = -model(
+        torch.from_numpy(batch.features),
+        pad_sentences(batch.sentences),
+        torch.from_numpy(batch.image_of_sentence),
+        True,
+    ).mean_log_probs.mean()
+    assert smooth[0].item() == pytest.approx((0.9 * plain[0] + 0.1 * uniform).item(), rel=1e-6)
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="CIDEr's tokenizer needs Java")
+def test_the_epoch_with_the_best_cider_is_kept(features: ShardedDataset, tmp_path: Path) -> None:
+    training = replace(CONFIG.training, epochs=12, patience=None)
+    config = replace(CONFIG, best_by="cider", decoding=DecodingConfig(beam_width=1), training=training)
+    history = train(features, tmp_path / "captioner", config)
+    scores = [row["CIDEr"] for row in history]
+    assert scores[0] < max(scores)
+    kept = load_captioner(tmp_path / "captioner")
+    assert kept.training["history"][-1]["CIDEr"] == max(scores)
+    validation = CiderValidation(features, ["val"], kept.vocabulary, config.decoding)
+    assert validation.score(kept.model) == pytest.approx(max(scores))
 
 
 def test_a_map_of_vectors_is_refused(tmp_path: Path) -> None:

@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from captionlib.data.sources.addresses import find_files, images_root, load_json, resolve
+from captionlib.data.sources.addresses import Location, find_files, images_root, load_json, resolve
 from captionlib.data.sources.rows import ManifestRow, Skip, SourceOptions, clean_captions
 from captionlib.errors import DatasetError
 
-__all__ = ["read_karpathy"]
+__all__ = ["read_karpathy", "read_numbered"]
 
 
 def read_karpathy(addresses: Sequence[str], options: SourceOptions, skip: Skip) -> Iterator[ManifestRow]:
@@ -20,12 +20,23 @@ def read_karpathy(addresses: Sequence[str], options: SourceOptions, skip: Skip) 
         DatasetError: a file is not Karpathy's.
     """
     for location in find_files(addresses, frozenset({".json"})):
-        document = load_json(location)
-        if not isinstance(document, dict) or not isinstance(document.get("images"), list):
-            raise DatasetError(f"{location.address} is not Karpathy's dataset.json: expected an object with images")
-        root = images_root(options.images, location)
-        for number, image in enumerate(document["images"]):
-            yield _to_row(image, root, options.split, f"{location.address}, images[{number}]")
+        for _, row in read_numbered(location, options):
+            yield row
+
+
+def read_numbered(location: Location, options: SourceOptions) -> Iterator[tuple[object, ManifestRow]]:
+    """The images of one `dataset.json` with their `imgid`, the number of their column in `vgg_feats.mat`.
+
+    Raises:
+        DatasetError: the file is not Karpathy's.
+    """
+    document = load_json(location)
+    if not isinstance(document, dict) or not isinstance(document.get("images"), list):
+        raise DatasetError(f"{location.address} is not Karpathy's dataset.json: expected an object with images")
+    root = images_root(options.images, location)
+    for number, image in enumerate(document["images"]):
+        row = _to_row(image, root, options.split, f"{location.address}, images[{number}]")
+        yield image.get("imgid"), row
 
 
 def _to_row(image: Mapping[str, Any], root: str, split: str, place: str) -> ManifestRow:

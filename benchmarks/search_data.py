@@ -1,0 +1,160 @@
+"""A million made-up captions with vectors, and their index, made once and kept in `.bench/`.
+
+Words follow Zipf's law, as in what captioners write. Vectors lie in clusters; sentences lie near the same clusters, but
+apart from the images, as those of two modalities do.
+"""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from captionlib.data.datasets import create_dataset
+from captionlib.data.schemas import captions_schema, embeddings_schema
+from captionlib.data.shard_writer import write_shard
+from captionlib.search.index_config import IndexConfig
+from pipelines.build_index import build_index
+from pipelines.run import RunConfig
+
+__all__ = ["SIZE", "WORDS", "SearchData", "make_data"]
+
+SIZE = 256
+SHARDS = 16
+CLUSTERS = 2000
+WORDS = [f"{first}{second}{third}o" for first in "bdfgklmnprst" for second in "aeiou" for third in "bdfgklmnprstvz"]
+
+Vectors = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SearchData:
+    """Datasets of so many rows and their index."""
+
+    folder: Path
+    rows: int
+
+    @property
+    def index(self) -> Path:
+        return self.folder / "index"
+
+    @property
+    def captions(self) -> Path:
+        return self.folder / "captions"
+
+    @cached_property
+    def centres(self) -> Vectors:
+        return _unit(np.random.default_rng(1).normal(size=(CLUSTERS, SIZE)))
+
+    def image_vectors(self, count: int, seed: int) -> Vectors:
+        generator = np.random.default_rng([2, seed])
+        return self._around(generator, count, 0.0, 0.9)
+
+    def sentence_vectors(self, count: int, seed: int) -> Vectors:
+        return self._around(np.random.default_rng([3, seed]), count, 0.5, 1.0)
+
+    def _around(self, generator: np.random.Generator, count: int, apart: float, noise: float) -> Vectors:
+        gap = _unit(np.random.default_rng(4).normal(size=(1, SIZE)))
+        centres = self.centres[generator.integers(CLUSTERS, size=count)]
+        scattered = generator.normal(size=(count, SIZE), scale=noise / SIZE**0.5)
+        return _unit(centres + apart * gap + scattered)
+
+    def all_vectors(self) -> Vectors:
+        """Every vector of the index, in the order of its rows, `[rows, SIZE] float32`."""
+        return np.concatenate([self.image_vectors(self.rows // SHARDS, shard) for shard in range(SHARDS)])
+
+    def questions(self, count: int, words: int, seed: int) -> list[str]:
+        """Words as they occur in captions."""
+        generator = np.random.default_rng([5, seed])
+        return [" ".join(_caption(generator, words)) for _ in range(count)]
+
+
+def make_data(rows: int) -> tuple[SearchData, dict[str, float]]:
+    """The data, and what building the index took: seconds and megabytes."""
+    data = SearchData(Path(".bench") / f"search-{rows}", rows)
+    measured = data.folder / "built.json"
+    if not measured.exists():
+        shutil.rmtree(data.folder, ignore_errors=True)
+        for step in ("write", "build"):
+            command = [sys.executable, "-m", __spec__.name, step, str(rows)]
+            printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        measured.write_text(printed.splitlines()[-1], encoding="utf-8")
+    built: dict[str, float] = json.loads(measured.read_text(encoding="utf-8"))
+    return data, built
+
+
+def _write(data: SearchData) -> None:
+    rows = data.rows // SHARDS
+    texts = create_dataset(data.captions, "captions", captions_schema(), config={"made": "up"}, shards=SHARDS)
+    schema = embeddings_schema(SIZE)
+    config = {"made": "up", "ranker": "none"}
+    vectors = create_dataset(data.folder / "embeddings", "embeddings", schema, config=config, shards=SHARDS)
+    for shard in range(SHARDS):
+        generator = np.random.default_rng([6, shard])
+        ids = [f"{shard:02d}-{number:06d}" for number in range(rows)]
+        with write_shard(texts, shard, rows) as writer:
+            captions = [" ".join(_caption(generator, int(length))) for length in generator.integers(7, 14, size=rows)]
+            log_probs = -generator.gamma(4, 3, size=rows).astype(np.float32)
+            splits = np.where(generator.random(rows) < 0.05, "val", "train").tolist()
+            values = [
+                {
+                    "image_id": image_id,
+                    "uri": f"https://example.org/{image_id}.jpg",
+                    "split": split,
+                    "caption": caption,
+                    "log_prob": log_prob,
+                    "tokens": caption.count(" ") + 2,
+                    "candidates": [{"caption": caption, "log_prob": log_prob}],
+                }
+                for image_id, split, caption, log_prob in zip(ids, splits, captions, log_probs, strict=True)
+            ]
+            writer.write(pa.RecordBatch.from_pylist(values, captions_schema()))
+        numbers = pa.array(data.image_vectors(rows, shard).astype(np.float16).reshape(-1))
+        columns = [
+            pa.array(ids),
+            pa.array([f"https://example.org/{image_id}.jpg" for image_id in ids]),
+            pa.FixedSizeListArray.from_arrays(numbers, type=schema.field("embedding").type),
+        ]
+        with write_shard(vectors, shard, rows) as writer:
+            writer.write(pa.RecordBatch.from_arrays(columns, schema=schema))
+    texts.finish()
+    vectors.finish()
+
+
+def _caption(generator: np.random.Generator, length: int) -> list[str]:
+    """Words by Zipf's law, none twice in a row."""
+    ranks = (len(WORDS) ** generator.random(length)).astype(int) - 1
+    return [WORDS[rank] for rank in ranks]
+
+
+def _unit(vectors: npt.NDArray[np.floating]) -> Vectors:
+    unit: Vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    return unit
+
+
+def main() -> None:
+    """Writes the datasets or builds the index, in a process of its own; the second prints what it took."""
+    step, rows = sys.argv[1], int(sys.argv[2])
+    data = SearchData(Path(".bench") / f"search-{rows}", rows)
+    if step == "write":
+        _write(data)
+        return
+    began = time.monotonic()
+    build_index(
+        data.captions, data.index, IndexConfig(), embeddings=data.folder / "embeddings", run=RunConfig(progress=False)
+    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    megabytes = peak / (1e6 if sys.platform == "darwin" else 1e3)
+    print(json.dumps({"seconds": time.monotonic() - began, "megabytes": megabytes}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Search pages of 1,000,000 captions for 50 clients at once against one client; `--rows N` takes another size."""
+
+import argparse
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.parse import urlencode
+
+from benchmarks.bars import report
+from benchmarks.search_data import SearchData, make_data
+
+CLIENTS = 50
+SECONDS = 8.0
+ROUNDS = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    data, _ = make_data(options.rows)
+    port = _free_port()
+    command = [sys.executable, "-m", "jobs.cli", "serve", str(data.index), "--port", str(port)]
+    command += ["--workers", str(options.workers), "--thumbnails", str(Path(".bench") / "thumbnails")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as server:
+        try:
+            sys.exit(not asyncio.run(_measure(data, port)))
+        finally:
+            server.terminate()
+
+
+async def _measure(data: SearchData, port: int) -> bool:
+    await _wait(port)
+    paths = [f"/?{urlencode({'q': question})}" for question in data.questions(500, 2, 1)]
+    await _run(port, paths, CLIENTS, 2.0)  # warms up
+    single: list[float] = []
+    many: list[float] = []
+    errors = 0
+    for _ in range(ROUNDS):
+        for clients, rates in ((1, single), (CLIENTS, many)):
+            rate, failed = await _run(port, paths, clients, SECONDS)
+            rates.append(rate)
+            errors += failed
+    print(f"# pages a second: one client {sorted(single)[ROUNDS // 2]:.0f}, {CLIENTS} {sorted(many)[ROUNDS // 2]:.0f}")
+    no_errors = report("serve-errors", errors, 0, at_least=False)
+    return report("serve-clients-to-one", sorted(many)[ROUNDS // 2] / sorted(single)[ROUNDS // 2], 1.5) and no_errors
+
+
+async def _run(port: int, paths: list[str], clients: int, seconds: float) -> tuple[float, int]:
+    """Pages a second, and pages that were none."""
+    began = time.monotonic()
+    done = await asyncio.gather(*(_client(port, paths[client:], began + seconds) for client in range(clients)))
+    return sum(pages for pages, _ in done) / (time.monotonic() - began), sum(errors for _, errors in done)
+
+
+async def _client(port: int, paths: list[str], until: float) -> tuple[int, int]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    pages = errors = 0
+    while time.monotonic() < until:
+        path = paths[(pages + errors) % len(paths)]
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+            body = await reader.readexactly(length)
+        except (asyncio.IncompleteReadError, ConnectionError, IndexError):
+            errors += 1
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            continue
+        if head.startswith(b"HTTP/1.1 200 ") and b'class="summary"' in body:
+            pages += 1
+        else:
+            errors += 1
+    writer.close()
+    return pages, errors
+
+
+async def _wait(port: int) -> None:
+    for _ in range(600):
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            await asyncio.sleep(0.1)
+        else:
+            writer.close()
+            return
+    sys.exit("the server did not start")
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+    return port
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""The share of time that training waits for data, when features are streamed in windows far smaller than they are."""
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks.bars import report
+from benchmarks.caption_features import write_features
+from captionlib.models.captioner import CaptionerConfig
+from captionlib.training.captioning import CaptioningConfig, train_captioner
+from captionlib.training.loop import LoopConfig
+
+IMAGES, WINDOW_MEGABYTES = 3000, 4  # 24 MB of features: six windows an epoch
+CONFIG = CaptioningConfig(
+    captioner=CaptionerConfig(hidden_size=256, word_size=256),
+    training=LoopConfig(epochs=2, optimizer="adam"),
+    window_megabytes=WINDOW_MEGABYTES,
+)
+
+
+def main() -> None:
+    with TemporaryDirectory() as scratch:
+        dataset = write_features(Path(scratch) / "features", IMAGES)
+        history = train_captioner(dataset.folder.uri, Path(scratch) / "run", CONFIG, device="cpu", progress=False)
+    for row in history:
+        print(
+            f"# epoch {row['epoch']}: {row['seconds']:.1f} s of training so far, {row['data_wait']:.2%} of it waiting"
+        )
+    sys.exit(not report("training-data-wait", history[-1]["data_wait"], 0.05, at_least=False))
+
+
+if __name__ == "__main__":
+    main()

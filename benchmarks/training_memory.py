@@ -1,0 +1,54 @@
+"""Peak memory of training on 10 times as many features; `--in FOLDER` trains on what lies there and prints its own."""
+
+import argparse
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks.bars import report
+from benchmarks.caption_features import write_features
+from captionlib.models.captioner import CaptionerConfig
+from captionlib.training.captioning import CaptioningConfig, train_captioner
+from captionlib.training.loop import LoopConfig
+
+FEW, MANY = 3_000, 30_000  # 25 and 246 MB of features
+CONFIG = CaptioningConfig(
+    captioner=CaptionerConfig(hidden_size=16, word_size=16),  # so that the epoch takes seconds
+    training=LoopConfig(epochs=1, optimizer="adam"),
+    max_words=4,
+    window_megabytes=4,
+)
+
+
+def train(folder: Path) -> None:
+    with TemporaryDirectory() as run:
+        train_captioner(folder, run, CONFIG, device="cpu", progress=False)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(peak / (1e6 if sys.platform == "darwin" else 1e3))
+
+
+def measure(images: int) -> float:
+    """Megabytes of a process that trains on so many images."""
+    with TemporaryDirectory() as folder:
+        write_features(Path(folder), images)
+        command = [sys.executable, "-m", __spec__.name, "--in", folder]
+        megabytes = float(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    print(f"# {images:,} images: at most {megabytes:.0f} MB", flush=True)
+    return megabytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--in", dest="folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.folder is not None:
+        train(options.folder)
+        return
+    few, many = measure(FEW), measure(MANY)
+    sys.exit(not report("training-memory-ratio", many / few, 1.2, at_least=False))
+
+
+if __name__ == "__main__":
+    main()

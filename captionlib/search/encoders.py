@@ -1,0 +1,40 @@
+"""What an index needs of a ranker, whichever it is."""
+
+import importlib
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["SentenceEncoder", "load_encoder"]
+
+
+class SentenceEncoder(Protocol):
+    """Puts sentences and images into the space that the vectors of an index lie in."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the checkpoint; the embeddings that it made carry the same."""
+
+    @property
+    def encoder(self) -> Mapping[str, Any]:
+        """The description of the image encoder whose features it takes."""
+
+    def encode_sentences(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Unit vectors of sentences, `[sentences, size]`."""
+
+    def encode_features(self, features: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+        """Unit vectors of images, `[images, size]`, from their features."""
+
+
+def load_encoder(folder: str | os.PathLike[str], device: str = "cpu") -> SentenceEncoder:
+    """Loads a ranker's checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    checkpoints = importlib.import_module("captionlib.models.ranker_checkpoints")  # loads torch, which takes seconds
+    ranker: SentenceEncoder = checkpoints.load_ranker(folder, device)
+    return ranker

@@ -1,0 +1,1 @@
+"""The index as a web application: pages for people, JSON for programs."""

@@ -1,0 +1,125 @@
+"""Pages for people: they work without scripts, and with them answer while one types."""
+
+import math
+from typing import Annotated
+from urllib.parse import urlencode
+
+from fastapi import APIRouter, File, HTTPException, Query, Request, Response, UploadFile
+from fastapi.responses import HTMLResponse, JSONResponse
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.concurrency import run_in_threadpool
+
+from captionlib.errors import ImageError, QueryError
+from captionlib.serving.answers import Library
+from captionlib.serving.api import Problem, ask_photo
+from captionlib.serving.config import ServingConfig
+from captionlib.serving.thumbnails import BusyError, Size, Thumbnails
+
+__all__ = ["Pages", "page_routes", "picture_routes"]
+
+_PAGE_ROWS = 24
+_PICTURE_HEADERS = {"Cache-Control": "private, max-age=86400"}
+
+
+_NO_PICTURE = """<svg xmlns="http://www.w3.org/2000/svg" width="256" height="256" viewBox="0 0 256 256">
+<path d="M98 110h60v40H98zM90 158l76-60" fill="none" stroke="#888" stroke-width="3"/></svg>"""
+
+
+class Pages:
+    """Fills templates; all that is put into them is escaped."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self._environment = Environment(
+            loader=PackageLoader("captionlib.serving"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._environment.filters["percent"] = _percent
+        self._environment.filters["query"] = lambda values: urlencode({k: v for k, v in values.items() if v})
+
+    def render(self, template: str, status: int = 200, **values: object) -> HTMLResponse:
+        """A page; every template knows the library."""
+        html = self._environment.get_template(template).render(library=self._library, **values)
+        return HTMLResponse(html, status)
+
+    def problem(self, status: int, detail: str) -> HTMLResponse:
+        """A page that says why there is no other."""
+        return self.render("problem.html", status, detail=detail, heading=_HEADINGS.get(status, "That did not work"))
+
+
+_HEADINGS = {404: "Nothing here", 413: "Too large", 422: "That cannot be asked", 503: "Too busy"}
+
+
+def page_routes(library: Library, config: ServingConfig, pages: Pages) -> APIRouter:
+    """The pages, and the pictures on them."""
+    routes = APIRouter(include_in_schema=False)
+
+    @routes.get("/")
+    def search(
+        q: Annotated[str, Query(max_length=config.max_question_characters)] = "",
+        mode: str = "text",
+        page: Annotated[int, Query(ge=1)] = 1,
+        split: Annotated[str, Query(max_length=100)] = "",
+        fragment: bool = False,
+    ) -> HTMLResponse:
+        chosen = mode if mode in library.modes else "text"
+        offset = min((page - 1) * _PAGE_ROWS, config.max_offset)
+        answer = library.search(q, chosen, offset, _PAGE_ROWS, split or None, None)
+        template = "results.html" if fragment else "search.html"
+        return pages.render(template, answer=answer, page=page, split=split, rows=_PAGE_ROWS)
+
+    @routes.get("/image")
+    def image(id: Annotated[str, Query(max_length=4096)]) -> HTMLResponse:
+        try:
+            return pages.render("image.html", image=library.image(id))
+        except QueryError as error:
+            return pages.problem(404, str(error))
+
+    @routes.post("/photo")
+    async def photo(photo: Annotated[UploadFile, File()]) -> HTMLResponse:
+        content = await photo.read()
+        try:
+            found = await run_in_threadpool(ask_photo, library, content)
+        except HTTPException as error:
+            return pages.problem(error.status_code, str(error.detail))
+        return pages.render("photo.html", found=found, name=photo.filename or "your photograph")
+
+    return routes
+
+
+def picture_routes(library: Library, thumbnails: Thumbnails) -> APIRouter:
+    """Pictures of the images that the index names, and of no others."""
+    routes = APIRouter()
+
+    @routes.get(
+        "/picture/{size}",
+        summary="A picture of an image of the index",
+        response_class=Response,
+        responses={
+            200: {"content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}},
+            404: {"model": Problem, "content": {"image/svg+xml": {"schema": {"type": "string"}}}},
+            503: {"model": Problem},
+        },
+    )
+    def picture(request: Request, size: Size, id: Annotated[str, Query(max_length=4096)]) -> Response:
+        try:
+            return Response(thumbnails.get(library.uri(id), size), media_type="image/jpeg", headers=_PICTURE_HEADERS)
+        except QueryError as error:
+            raise HTTPException(404, str(error)) from error
+        except ImageError as error:  # its message may name the place where it lies
+            if request.headers.get("accept", "").startswith("image/"):  # a browser that puts it on a page
+                return Response(_NO_PICTURE, 404, media_type="image/svg+xml")
+            raise HTTPException(404, f"the image of {id} cannot be had: {error.reason}") from error
+        except BusyError:
+            return JSONResponse({"detail": "too many images at once; try again"}, 503, {"Retry-After": "2"})
+
+    return routes
+
+
+def _percent(log_prob: float) -> str:
+    """A probability with two digits that count, unless it is hardly one."""
+    percent = 100 * math.exp(min(0.0, log_prob))
+    return f"{percent:.2g}%" if percent >= 0.001 else "< 0.001%"

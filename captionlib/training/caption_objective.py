@@ -1,0 +1,116 @@
+"""What a captioner is trained for: what people said of an image is to become likely."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captionlib import __version__
+from captionlib.data.batches import CaptionBatch, CaptionBatches
+from captionlib.data.vocabulary import Vocabulary
+from captionlib.models.captioner import Captioner, TokenScores, pad_sentences
+from captionlib.models.checkpoints import save_checkpoint
+from captionlib.storage import Folder
+from captionlib.training.caption_validation import CiderValidation
+from captionlib.training.curves import draw_curves
+from captionlib.training.processes import Processes
+
+__all__ = ["CaptionSaver", "CaptioningObjective"]
+
+
+class CaptioningObjective:
+    """The log-probability of sentences given their images; `perplexity` decides, or `CIDEr` where it is measured.
+
+    Args:
+        model: the captioner, on its device.
+        training: what it learns from.
+        validation: what its perplexity is taken of.
+        save: writes the checkpoint.
+        label_smoothing: the share of each target that is spread over all classes.
+        cider: measures its captions; None leaves that out.
+    """
+
+    def __init__(
+        self,
+        model: Captioner,
+        training: CaptionBatches,
+        validation: CaptionBatches,
+        save: "CaptionSaver",
+        label_smoothing: float = 0.0,
+        cider: CiderValidation | None = None,
+    ) -> None:
+        self.model: Captioner = model
+        self.score_name = "perplexity" if cider is None else "CIDEr"
+        self.higher_is_better = cider is not None
+        self._training = training
+        self._validation = validation
+        self._processes = Processes()
+        self._steps = training.count(self._processes.count)
+        self._save = save
+        self._smoothing = label_smoothing
+        self._cider = cider
+        self._device = next(model.parameters()).device
+
+    def batches(self, seed: int, epoch: int) -> Iterator[CaptionBatch | None]:
+        return self._training.shares(seed, epoch, self._processes.rank, self._processes.count)
+
+    def steps(self) -> int:
+        return self._steps
+
+    def loss(self, batch: CaptionBatch) -> tuple[Tensor, float, int]:
+        """Mean negative log-probability a token, smoothed where asked for; the sum to show is not. See `Objective`."""
+        log_probs, _, mean_log_probs = self._score(batch, mean_log_probs=self._smoothing > 0)
+        total = -log_probs.sum()
+        learnt = total
+        if mean_log_probs is not None:
+            learnt = (1 - self._smoothing) * total - self._smoothing * mean_log_probs.sum()
+        return learnt / len(log_probs), total.item(), len(log_probs)
+
+    def validate(self) -> dict[str, float]:
+        """Perplexity: exp(-sum ln p / sum (length + 1)), over the validation splits; CIDEr where it is measured."""
+        total, tokens = 0.0, 0
+        for batch in self._validation.in_order():
+            log_probs = self._score(batch).log_probs
+            total, tokens = total - log_probs.sum().item(), tokens + len(log_probs)
+        scores = {"perplexity": float(torch.tensor(total / max(tokens, 1)).exp())}
+        return scores if self._cider is None else {**scores, "CIDEr": self._cider.score(self.model)}
+
+    def save(self, output: Folder, training: dict[str, Any]) -> None:
+        self._save(output, self.model, training)
+        draw_curves(output, training["history"])
+
+    def _score(self, batch: CaptionBatch, mean_log_probs: bool = False) -> TokenScores:
+        scores: TokenScores = self.model(
+            torch.from_numpy(batch.features).to(self._device),
+            pad_sentences(batch.sentences).to(self._device),
+            torch.from_numpy(batch.image_of_sentence).to(self._device),
+            mean_log_probs,
+        )
+        return scores
+
+
+@dataclass(frozen=True)
+class CaptionSaver:
+    """Writes a captioner with all that captioning needs.
+
+    Attributes:
+        vocabulary: its words.
+        encoder: the description of the encoder whose features it learns from.
+        provenance: where it comes from; versions and a date are added.
+    """
+
+    vocabulary: Vocabulary
+    encoder: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+
+    def __call__(self, output: Folder, model: Captioner, training: dict[str, Any]) -> None:
+        provenance = {
+            **self.provenance,
+            "captionlib": __version__,
+            "torch": torch.__version__,
+            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        save_checkpoint(output, model, self.vocabulary, self.encoder, provenance=provenance, training=training)

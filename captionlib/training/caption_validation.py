@@ -1,0 +1,66 @@
+"""CIDEr of the captions that a captioner writes for held-out images, as it stands in the middle of its training."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from captionlib.data.batches import read_features
+from captionlib.data.shards import ShardedDataset
+from captionlib.data.vocabulary import Vocabulary
+from captionlib.evaluation.cider import CiderScorer
+from captionlib.models.captioner import Captioner
+from captionlib.models.decoding import Decoder, DecodingConfig
+
+__all__ = ["CiderValidation"]
+
+_IMAGES = 100  # decoded together
+
+
+class CiderValidation:
+    """The validation images of a features dataset and what people said of them.
+
+    Args:
+        dataset: `features/`, complete.
+        splits: which rows; those without sentences are left out.
+        vocabulary: of the captioner.
+        decoding: how its captions are searched for.
+
+    Raises:
+        ConfigError: there is no Java, which CIDEr's tokenizer needs.
+        DatasetError: there are fewer than two images with sentences.
+    """
+
+    def __init__(
+        self, dataset: ShardedDataset, splits: Sequence[str], vocabulary: Vocabulary, decoding: DecodingConfig
+    ) -> None:
+        self._dataset = dataset
+        self._splits = frozenset(splits)
+        self._vocabulary = vocabulary
+        self._decoding = decoding
+        self._scorer = CiderScorer(
+            [
+                sentences
+                for shard in range(dataset.shards)
+                for rows in dataset.read_batches(shard, ["split", "captions"])
+                for split, sentences in zip(rows["split"].to_pylist(), rows["captions"].to_pylist(), strict=True)
+                if split in self._splits and sentences
+            ]
+        )
+
+    def score(self, model: Captioner) -> float:
+        """CIDEr of the captions that the model writes now."""
+        decoder = Decoder(model, self._decoding)
+        captions = [
+            self._vocabulary.decode(candidates[0].words)
+            for features in self._images()
+            for candidates in decoder.decode(features)
+        ]
+        return self._scorer.score(captions)
+
+    def _images(self) -> Iterator[npt.NDArray[np.float32]]:
+        for shard in range(self._dataset.shards):
+            for rows, captions in read_features(self._dataset, shard, self._splits):
+                kept = rows[[bool(sentences) for sentences in captions]]
+                for begin in range(0, len(kept), _IMAGES):
+                    yield kept[begin : begin + _IMAGES].astype(np.float32)

@@ -1,0 +1,50 @@
+"""What the loop trains: anything that has batches, a loss and a validation score."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from captionlib.storage import Folder
+
+__all__ = ["Batch", "Objective", "is_higher_better"]
+
+Batch = TypeVar("Batch")
+
+
+class Objective(Protocol[Batch]):
+    """A model, what it learns from, and how well it does.
+
+    Lower scores are better, unless it has `higher_is_better` and says so.
+    """
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
+
+    @property
+    def score_name(self) -> str:
+        """Which of the validation scores decides, such as `perplexity`."""
+
+    def batches(self, seed: int, epoch: int) -> Iterator[Batch | None]:
+        """The batches of an epoch; the same for the same seed and epoch.
+
+        Of several processes each gives its shares of the same batches, None where nothing of a batch falls to it.
+        """
+
+    def steps(self) -> int:
+        """About how many batches an epoch has."""
+
+    def loss(self, batch: Batch) -> tuple[Tensor, float, int]:
+        """What to minimise, a mean; the summed loss and the count it is summed over, to show."""
+
+    def validate(self) -> dict[str, float]:
+        """The scores on held-out images."""
+
+    def save(self, output: Folder, training: dict[str, Any]) -> None:
+        """Writes the checkpoint that is used later."""
+
+
+def is_higher_better(objective: Objective[Any]) -> bool:
+    """Whether the score that decides is to grow, as CIDEr is, or to fall, as perplexity is."""
+    return bool(getattr(objective, "higher_is_better", False))

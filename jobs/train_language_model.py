@@ -1,0 +1,48 @@
+"""`captionlib train-language-model`."""
+
+import click
+
+from captionlib.config import load_config
+from captionlib.training.language_modelling import LanguageModellingConfig, train_language_model
+from captionlib.training.loop import TrainingStopped
+from jobs.options import config_options, device_option
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("source")
+@click.option("--output", "-o", required=True, metavar="FOLDER", help="The run: checkpoint, metrics, curves, state.")
+@config_options
+@device_option
+@click.option("--overwrite", is_flag=True, help="Replace a run of another configuration.")
+@click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
+def command(
+    source: str,
+    output: str,
+    config: str | None,
+    overrides: tuple[str, ...],
+    device: str,
+    overwrite: bool,
+    progress: bool,
+) -> None:
+    """Fit a language model on the sentences of SOURCE: a features dataset, a manifest, or a text file.
+
+    It is the captioner without its image. A text file has a line a sentence, or is one running text
+    (--set text=running); both are learned by the word or by the character (--set level=characters). Keeps the
+    checkpoint of the epoch with the lowest perplexity on the splits val or dev, or on a share of the text file.
+    Ctrl-C stops it after saving; the same command goes on where it stopped.
+
+    \b
+    Examples:
+      captionlib train-language-model features -o language-model
+      captionlib train-language-model sentences.txt -o language-model --set min_count=2
+      captionlib train-language-model author.txt -o author --config configs/language-model-characters.yaml
+    """
+    settings = load_config(LanguageModellingConfig, config, overrides)
+    try:
+        history = train_language_model(source, output, settings, device=device, overwrite=overwrite, progress=progress)
+    except TrainingStopped as stopped:
+        raise click.Abort from stopped
+    best = min(history, key=lambda row: row["perplexity"])
+    click.echo(f"{output}: perplexity {best['perplexity']:.2f} after epoch {best['epoch']:.0f} of {len(history)}")

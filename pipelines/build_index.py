@@ -1,0 +1,103 @@
+"""`captions/` and `embeddings/` to `index/`: partial indexes by the shard, put together by one worker."""
+
+import os
+
+import apache_beam as beam
+from apache_beam.metrics.metric import Metrics
+from apache_beam.pvalue import PBegin, PCollection
+from apache_beam.transforms.combiners import Count
+
+from captionlib.errors import DatasetError
+from captionlib.search.build import IndexBuild
+from captionlib.search.index_config import IndexConfig
+from captionlib.search.index_files import IndexDescription, read_description
+from captionlib.search.planning import plan_build
+from pipelines.run import RunConfig, choose_runner
+
+__all__ = ["BuildIndex", "build_index"]
+
+
+def build_index(
+    captions: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    config: IndexConfig,
+    *,
+    embeddings: str | os.PathLike[str] | None = None,
+    run: RunConfig = RunConfig(),
+) -> tuple[IndexBuild, IndexDescription]:
+    """Builds an index, or adds to one what is new in its datasets.
+
+    Args:
+        captions: a captions dataset.
+        output: the index.
+        config: how it is built.
+        embeddings: the vectors of the same images; None indexes text alone.
+        run: how the pipeline is run.
+
+    Returns:
+        What was to be done, and the index as it is now.
+
+    Raises:
+        DatasetError: see `plan_build`.
+    """
+    build = plan_build(captions, embeddings, output, config, overwrite=run.overwrite)
+    runner, options = choose_runner(run)
+    if not build.is_done():
+        pipeline = beam.Pipeline(runner, options)
+        _ = pipeline | "build-index" >> BuildIndex(build)
+        pipeline.run().wait_until_finish()
+    description = read_description(build.folder)
+    if description is None or description.fingerprint != build.fingerprint:
+        raise DatasetError(
+            f"{build.folder.uri}: another build has replaced this one; build an index from one place at a time"
+        )
+    return build, description
+
+
+class BuildIndex(beam.PTransform[PBegin, PCollection[int]]):
+    """Builds what a plan says. Elements are numbers of shards, never rows."""
+
+    def __init__(self, build: IndexBuild) -> None:
+        super().__init__()
+        self._build = build
+
+    def expand(self, begin: PBegin) -> PCollection[int]:
+        finished: PCollection[int] = (
+            begin
+            | "Plan" >> beam.Create([len(self._build.added)], reshuffle=False)
+            | "Train" >> beam.ParDo(_Train(self._build))
+            | "Spread" >> beam.Reshuffle()
+            | "AddShards" >> beam.ParDo(_AddShard(self._build))
+            | "Count" >> Count.Globally()
+            | "Finish" >> beam.ParDo(_Finish(self._build))
+        )
+        return finished
+
+
+class _Train(beam.DoFn):
+    def __init__(self, build: IndexBuild) -> None:
+        self._build = build
+
+    def process(self, shards: int) -> list[int]:
+        self._build.train()
+        return list(range(shards))
+
+
+class _AddShard(beam.DoFn):
+    def __init__(self, build: IndexBuild) -> None:
+        self._build = build
+        self._rows = Metrics.counter("BuildIndex", "rows")
+
+    def process(self, number: int) -> list[int]:
+        self._build.add_shard(number)
+        self._rows.inc(self._build.added[number].rows)
+        return [number]
+
+
+class _Finish(beam.DoFn):
+    def __init__(self, build: IndexBuild) -> None:
+        self._build = build
+
+    def process(self, shards: int) -> list[int]:
+        self._build.finish()
+        return [shards]

@@ -1,0 +1,32 @@
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from captionlib.data.sources.detect import FAMILIES, detect_sources
+from captionlib.data.sources.rows import ManifestRow, SourceOptions
+
+
+def read(*addresses: Path | str, **options: Any) -> tuple[list[ManifestRow], Counter[str]]:
+    """The rows of a source of whatever family it is told to be, and what was skipped."""
+    skipped: Counter[str] = Counter()
+
+    def skip(reason: str) -> None:
+        skipped[reason] += 1
+
+    spelled = [str(address) for address in addresses]
+    rows = FAMILIES[detect_sources(spelled)].read(spelled, SourceOptions(**options), skip)
+    return list(rows), skipped
+
+
+def write_json(path: Path, content: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def touch(root: Path, names: Sequence[str]) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")

@@ -1,0 +1,102 @@
+"""Tars and Parquet that hold the images themselves: each uri must fetch exactly the bytes that were put in."""
+
+import gzip
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from captionlib.data.fetch import FetchConfig, ImageFetcher
+from captionlib.data.sources.rows import ManifestRow
+from captionlib.errors import DatasetError
+from tests.data.sources.helpers import read
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def fetch(rows: list[ManifestRow]) -> list[bytes]:
+    fetcher = ImageFetcher(FetchConfig())
+    return [bytes(fetcher.fetch(row.uri)) for row in rows]
+
+
+SAMPLES = [
+    ("s/000.jpg", b"first image"),
+    ("s/000.txt", b"a dog\ntwo dogs\n"),
+    ("s/000.json", json.dumps({"caption": "not this one", "key": "K0"}).encode()),
+    ("s/001.mask.png", b"mask"),
+    ("s/001.png", b"second image"),
+    ("s/001.json", json.dumps({"caption": "a cat", "key": "K1"}).encode()),
+    ("s/002.txt", b"no image"),
+]
+
+
+def test_a_tar_is_read_by_ranges_and_its_captions_by_sample(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "00000.tar", SAMPLES)
+    rows, skipped = read(path, split="train")
+    assert [(row.image_id, row.split, row.captions) for row in rows] == [
+        ("s/000", "train", ("a dog", "two dogs")),
+        ("s/001", "train", ("a cat",)),
+    ]
+    assert fetch(rows) == [b"first image", b"second image"]
+    assert skipped == {"another image of a sample": 1, "sample without an image": 1}
+
+
+def test_ids_and_captions_of_a_tar_may_come_from_its_json(tmp_path: Path) -> None:
+    rows, _ = read(write_tar(tmp_path / "a.tar", SAMPLES), id_column="key", caption_columns=("caption",))
+    assert [(row.image_id, row.captions) for row in rows] == [("K0", ("not this one",)), ("K1", ("a cat",))]
+
+
+def test_several_tars_by_braces(tmp_path: Path) -> None:
+    for number in range(3):
+        write_tar(tmp_path / f"{number:05d}.tar", [(f"{number}.jpg", b"image %d" % number)])
+    rows, _ = read(f"{tmp_path}/{{00000..00002}}.tar")
+    assert [row.image_id for row in rows] == ["0", "1", "2"]
+    assert fetch(rows) == [b"image 0", b"image 1", b"image 2"]
+
+
+def test_a_truncated_or_compressed_tar_is_refused(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [(f"{number}.jpg", bytes(3000)) for number in range(9)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:15_000])
+    with pytest.raises(DatasetError, match=r"a\.tar is (truncated or damaged|no tar, or is damaged)"):
+        read(path)
+    path.write_bytes(gzip.compress(whole))
+    with pytest.raises(DatasetError, match=r"is compressed by gzip: its images cannot be reached one by one; unpack"):
+        read(path)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]], group: int = 2) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=group)
+    return path
+
+
+def test_parquet_with_the_bytes_in_its_rows(tmp_path: Path) -> None:
+    rows = [
+        {"image": {"bytes": b"image %d" % number, "path": f"{number}.jpg"}, "caption": [f"dog {number}", "dog"]}
+        for number in range(5)
+    ]
+    found, _ = read(write_rows(tmp_path / "train.parquet", rows), split="train")
+    assert [(row.image_id, row.split, row.captions) for row in found] == [
+        (f"{number}.jpg", "train", (f"dog {number}", "dog")) for number in range(5)
+    ]
+    assert fetch(found) == [row["image"]["bytes"] for row in rows]
+
+
+def test_rows_without_a_path_are_numbered_and_an_id_column_wins(tmp_path: Path) -> None:
+    rows = [{"photo": {"bytes": b"x", "path": None}, "id": 7 + number} for number in range(2)]
+    path = write_rows(tmp_path / "a.parquet", rows)
+    assert [row.image_id for row in read(path)[0]] == ["7", "8"]
+    pq.write_table(pq.read_table(path).select(["photo"]), path)
+    assert [row.image_id for row in read(path)[0]] == ["a.parquet#0", "a.parquet#1"]

@@ -1,0 +1,89 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from captionlib.errors import DatasetError
+from captionlib.evaluation.predictions import (
+    Prediction,
+    join_references,
+    read_predictions,
+    select_splits,
+    to_coco_results,
+    to_result_struct,
+)
+from tests.evaluation.test_captions import CAPTIONS, REFERENCES, write_captions, write_manifest
+
+
+def write(path: Path, content: Any) -> Path:
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def test_captions_are_joined_with_what_people_say(tmp_path: Path) -> None:
+    write_captions(tmp_path / "captions", CAPTIONS, split="")
+    manifest = write_manifest(tmp_path / "manifest", REFERENCES)
+    joined = join_references(read_predictions(tmp_path / "captions"), manifest)
+    assert [one.image_id for one in joined] == list(CAPTIONS)
+    assert {one.image_id: one.references for one in joined} == {i: tuple(REFERENCES[i]) for i in CAPTIONS}
+    assert {one.split for one in joined} == {"val"}
+
+
+def test_a_split_without_captions_is_answered_with_the_splits_there_are() -> None:
+    with pytest.raises(DatasetError, match=r"captions: no captions in split test; its splits are \(none\), val"):
+        select_splits([Prediction("1", "a", split="val"), Prediction("2", "a")], ["test"], "captions")
+
+
+@pytest.mark.parametrize(("ids", "written"), [(["391895", "0"], [391895, 0]), (["1", "007"], ["1", "007"])])
+def test_cocos_results_are_written_and_read(tmp_path: Path, ids: list[str], written: list[int | str]) -> None:
+    said = [Prediction(image_id, f"a café {image_id}") for image_id in ids]
+    results = to_coco_results(said)
+    assert results == [{"image_id": i, "caption": one.caption} for i, one in zip(written, said, strict=True)]
+    assert read_predictions(write(tmp_path / "results.json", results)) == said
+
+
+def test_neuraltalks_results_are_written_and_read(tmp_path: Path) -> None:
+    said = [
+        Prediction("7", "a dog", "photos/7.jpg", "", -3.5, (("a dog", -3.5),), ("A dog runs.",)),
+        Prediction("8", "a cat", "photos/8.jpg"),
+    ]
+    struct = to_result_struct(said, {"beam_size": 5})
+    assert struct["params"] == {"beam_size": 5}
+    assert struct["imgblobs"][0] == {
+        "img_path": "photos/7.jpg",
+        "imgid": 7,
+        "references": [{"text": "A dog runs."}],
+        "candidate": {"text": "a dog", "logprob": -3.5},
+    }
+    assert read_predictions(write(tmp_path / "result_struct.json", struct)) == said
+
+
+def test_neuraltalks_results_of_new_images_have_paths_for_ids(tmp_path: Path) -> None:
+    blob = {"img_path": "a/b.jpg", "candidate": {"text": "a dog", "logprob": -2}}
+    (one,) = read_predictions(write(tmp_path / "result_struct.json", {"imgblobs": [blob]}))
+    assert (one.image_id, one.log_prob, one.references) == ("a/b.jpg", -2.0, ())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"image_id": 1}], r"r.json, \[0\]: expected an object with image_id and caption, got {'image_id': 1}"),
+        ([{"image_id": 1.5, "caption": "a"}], r"r.json, \[0\]: expected"),
+        ([{"image_id": True, "caption": "a"}], r"r.json, \[0\]: expected"),
+        ([{"image_id": 1, "caption": None}], r"r.json, \[0\]: expected"),
+        (["a dog"], r"r.json, \[0\]: expected"),
+        ([{"image_id": 1, "caption": "a"}, {"image_id": "1", "caption": "b"}], "image 1 has two captions"),
+        ({"imgblobs": [{"imgid": 1}]}, r"imgblobs\[0\]: expected an object with candidate.text and imgid"),
+        ({"images": []}, "expected COCO's results, a list .* got an object"),
+        (3, "got int"),
+    ],
+)
+def test_a_file_of_something_else_is_told_where(tmp_path: Path, content: Any, message: str) -> None:
+    with pytest.raises(DatasetError, match=message):
+        read_predictions(write(tmp_path / "r.json", content))
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="does not exist; expected a captions dataset, or a JSON file"):
+        read_predictions(tmp_path / "r.json")

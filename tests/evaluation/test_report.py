@@ -1,0 +1,167 @@
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from captionlib.errors import DatasetError
+from captionlib.evaluation.charts import draw_charts
+from captionlib.evaluation.predictions import Prediction
+from captionlib.evaluation.report import write_report
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, and the text a reader sees."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._code = 0
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._code += tag in ("script", "style")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._code -= tag in ("script", "style")
+
+    def handle_data(self, data: str) -> None:
+        self.text += "" if self._code else data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def read_page(folder: Path) -> Page:
+    return Page((folder / "index.html").read_text(encoding="utf-8"))
+
+
+def read_items(folder: Path) -> list[dict[str, Any]]:
+    script = (folder / "data.js").read_text(encoding="ascii")
+    items: list[dict[str, Any]] = json.loads(script.removeprefix("window.captionlibReport = ").rstrip().rstrip(";"))
+    return items
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    Image.new("RGB", (640, 400), (200, 30, 30)).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def test_everything_about_an_image_is_in_the_data(tmp_path: Path, photo: Path) -> None:
+    one = Prediction("im-1", "a dog", str(photo), "val", -0.6931, (("a dog", -0.6931), ("a cat", -9.21)), ("Dog!",))
+    page = write_report(
+        tmp_path / "new" / "report",
+        "Captions",
+        [one],
+        note="Of the dev split.",
+        figures=[("BLEU-4", "0.51", "0.49 to 0.53")],
+        cider={"im-1": 1.25},
+        marks={"im-1": {"shape": True, "colour": False}},
+    )
+    folder = tmp_path / "new" / "report"
+    assert page == str(folder / "index.html")
+    assert read_items(folder) == [
+        {
+            "id": "im-1",
+            "caption": "a dog",
+            "split": "val",
+            "logProb": -0.6931,
+            "cider": 1.25,
+            "candidates": [["a dog", -0.6931], ["a cat", -9.21]],
+            "references": ["Dog!"],
+            "marks": {"shape": True, "colour": False},
+            "thumbnail": "thumbnails/000/000000.jpg",
+        }
+    ]
+    for text in ["Captions", "Of the dev split.", "BLEU-4", "0.51", "0.49 to 0.53", "1 pictures"]:
+        assert text in read_page(folder).text
+    assert Image.open(folder / "thumbnails/000/000000.jpg").size == (224, 224)
+    assert sorted(path.name for path in folder.iterdir()) == ["data.js", "index.html", "thumbnails"]
+
+
+def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path, photo: Path) -> None:
+    write_report(tmp_path / "report", "Captions", [Prediction("x", "a dog", str(photo))])
+    page = read_page(tmp_path / "report")
+    assert not page.all("link")
+    assert [script["src"] for script in page.all("script") if "src" in script] == ["data.js"]
+    assert "http" not in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+
+
+def test_all_text_is_escaped(tmp_path: Path) -> None:
+    evil = "</p></script><script>alert(1)</script>\"'&\u2028"
+    one = Prediction(evil, evil, evil, evil, -1.0, ((evil, -1.0), (evil, -2.0)), (evil,))
+    history = [{"epoch": 1, evil: 1.0}, {"epoch": 2, evil: 2.0}]
+    write_report(
+        tmp_path / "report",
+        evil,
+        [one],
+        note=evil,
+        figures=[(evil, evil, evil)],
+        marks={evil: {evil: False}},
+        history=history,
+    )
+    page = read_page(tmp_path / "report")
+    assert len(page.all("script")) == 2
+    assert page.text.count(evil) == 7  # title, heading, note, three of the figure, chart
+    data = (tmp_path / "report" / "data.js").read_text(encoding="ascii")
+    assert "<" not in data
+    assert read_items(tmp_path / "report")[0]["caption"] == evil
+    script = (Path(__file__).parents[2] / "captionlib/evaluation/templates/report.js").read_text(encoding="utf-8")
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", script)
+
+
+def test_a_picture_that_cannot_be_had_leaves_its_caption(tmp_path: Path) -> None:
+    (tmp_path / "empty.jpg").touch()
+    uris = [str(tmp_path / "nowhere.jpg"), str(tmp_path / "empty.jpg"), ""]
+    write_report(tmp_path / "report", "", [Prediction(uri, "a cat", uri) for uri in uris])
+    items = read_items(tmp_path / "report")
+    assert [(item["thumbnail"], item["caption"]) for item in items] == [(None, "a cat")] * 3
+
+
+def test_numbers_that_are_none_are_not_in_the_data(tmp_path: Path) -> None:
+    one = Prediction("x", "a", log_prob=float("-inf"))
+    write_report(tmp_path / "report", "", [one], cider={"x": float("nan")})
+    (item,) = read_items(tmp_path / "report")
+    assert (item["logProb"], item["cider"]) == (None, None)
+
+
+def test_thumbnails_lie_in_folders_of_a_thousand(tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("captionlib.evaluation.report._FOLDER_THUMBNAILS", 2)
+    write_report(tmp_path / "report", "", [Prediction(str(n), "a", str(photo)) for n in range(5)])
+    names = [item["thumbnail"] for item in read_items(tmp_path / "report")]
+    assert names[-1] == "thumbnails/002/000004.jpg"
+    assert all((tmp_path / "report" / name).is_file() for name in names)
+
+
+def test_a_report_is_replaced_and_anything_else_is_not(tmp_path: Path, photo: Path) -> None:
+    write_report(tmp_path / "report", "", [Prediction("x", "a", str(photo))])
+    write_report(tmp_path / "report", "", [])
+    assert read_items(tmp_path / "report") == []
+    assert not (tmp_path / "report" / "thumbnails").exists()
+    for name in ("thesis.tex", "index.html"):
+        folder = tmp_path / f"with {name}"
+        folder.mkdir()
+        (folder / name).touch()
+        with pytest.raises(DatasetError, match=rf"no report's \({name}\); give an empty or a new folder"):
+            write_report(folder, "", [])
+
+
+def test_curves_are_drawn_of_what_was_told_more_than_once() -> None:
+    history = [
+        {"epoch": 1, "loss": 4.0, "CIDEr": None, "seconds": 3, "once": 1.0},
+        {"epoch": 2, "loss": 2.0, "CIDEr": 0.25, "seconds": 3},
+        {"epoch": 3, "loss": 3.0, "CIDEr": 0.5, "seconds": 3},
+    ]
+    loss, cider = draw_charts(history)
+    assert (loss.name, loss.last, loss.best, loss.low, loss.high) == ("loss", "3", "2", "2", "4")
+    assert loss.points == [(48, 12), (200, 126), (352, 69)]
+    assert loss.path == "M48.0 12.0 L200.0 126.0 L352.0 69.0"
+    assert (cider.best, cider.first_epoch, cider.last_epoch) == ("0.5", 2, 3)
+    assert draw_charts([]) == []
+    assert draw_charts([{"epoch": 1, "flat": 1.0}, {"epoch": 2, "flat": 1.0}])[0].points == [(48, 126), (352, 126)]

@@ -1,0 +1,119 @@
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from captionlib.errors import CheckpointError, FetchError, QueryError
+from captionlib.models.encoder import EncoderConfig, load_encoder
+from jobs.cli import captionlib
+from tests.search.indexes import WordRanker, make_rows, write_texts, write_vectors
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Built by the command itself."""
+    folder = tmp_path_factory.mktemp("query")
+    shards = {0: make_rows(40), 1: make_rows(40, 40)}
+    write_texts(str(folder / "captions"), shards, 2)
+    write_vectors(str(folder / "embeddings"), shards, 2)
+    result = run("build-index", folder / "captions", "-e", folder / "embeddings", "-o", folder / "index")
+    assert result.output.splitlines() == [
+        f"{folder / 'index'}: 80 captions, 80 vectors (Flat, 1 lists, 1 of them a question), in 2 shards",
+        "2 shards added, 0 taken out, 0 kept",
+    ]
+    return str(folder / "index")
+
+
+@pytest.fixture
+def ranker(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Stands for the checkpoint of a ranker that reads words and sees with a small network."""
+    model = WordRanker()
+    model.encoder = load_encoder(
+        EncoderConfig("squeezenet1_1", "features.4.cat", "random:0", pooling="mean")
+    ).description
+    monkeypatch.setattr("captionlib.search.encoders.load_encoder", lambda folder, device="cpu": model)
+    return "ranker"
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(captionlib, [*map(str, arguments)], catch_exceptions=False)
+
+
+def captions(*arguments: object) -> list[str]:
+    lines = run("query", *arguments, "--format", "jsonl").stdout.splitlines()
+    return [json.loads(line)["caption"] for line in lines]
+
+
+def test_words_are_found(index: str) -> None:
+    assert len(captions(index, "--text", "dogs")) == 20
+    assert set(captions(index, "--text", "+dogs +cats")) == {"a dog and a cat", "a cat and a dog"}
+    assert len(captions(index, "--text", "dog -cat", "--limit", 3)) == 3
+    assert captions(index, "--text", "dog", "--where", "image_id = 'im3'") == ["a dog and a horse"]
+    assert captions(index, "--text", "dog", "--sort", "log_prob", "--limit", 1) == ["a dog and a cat"]
+
+
+def test_sentences_are_found(index: str, ranker: str) -> None:
+    both = {"a dog and a cat", "a cat and a dog"}
+    assert set(captions(index, "--sentence", "a cat and a dog", "-r", ranker, "--limit", 3)) == both
+    assert set(captions(index, "--hybrid", "cat dog", "-r", ranker, "--limit", 3)) == both
+    assert set(captions(index, "--similar", "im0", "--limit", 3)) == both
+
+
+def test_an_image_is_a_question(index: str, ranker: str, tmp_path: Path) -> None:
+    Image.new("RGB", (80, 60), "teal").save(tmp_path / "photo.png")
+    arguments = (index, "--image", tmp_path / "photo.png", "--ranker", ranker)
+    found = captions(*arguments, "--limit", 5, "--where", "log_prob > -30")
+    assert len(found) == 5
+    (tmp_path / "sentences.txt").write_text("a dog\n\n a cat \na train\n", encoding="utf-8")
+    lines = run("query", *arguments, "--sentences", tmp_path / "sentences.txt", "--format", "jsonl").stdout.splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert sorted(row["sentence"] for row in rows) == ["a cat", "a dog", "a train"]
+    assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
+    with pytest.raises(FetchError):
+        captions(index, "--image", tmp_path / "nothing.png", "--ranker", ranker)
+
+
+def test_inspect_says_what_an_index_is(index: str) -> None:
+    lines = run("inspect", index).output.splitlines()
+    assert lines[0] == f"{index}: index, complete"
+    assert "  vectors      80, Flat in 1 lists, 1 of them a question" in lines
+    assert "    ranker: ranker-of-words" in lines
+    assert json.loads(run("inspect", index, "--json").output)["captions_count"] == 80
+
+
+def test_one_row_is_shown_whole(index: str) -> None:
+    assert captions(index, "--image-id", "im5") == ["a dog and a train"]
+    with pytest.raises(QueryError, match="no image im500 in the index"):
+        captions(index, "--image-id", "im500")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected one of --text, --sentence, --hybrid, --image, --similar and --image-id, got none"),
+        (["--text", "a", "--similar", "b"], "got --text and --similar; ask one at a time"),
+        (["--sentence", "a dog"], "--sentence needs --ranker FOLDER"),
+        (["--image", "photo.jpg"], "--image needs --ranker FOLDER, to find images like it, or --captioner FOLDER"),
+        (["--sql", "SELECT 1"], "--sql is for datasets; ask the captions that the index was built from"),
+    ],
+)
+def test_what_cannot_be_asked_is_said(index: str, arguments: list[str], message: str) -> None:
+    result = run("query", index, *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_a_dataset_is_not_an_index(index: str) -> None:
+    result = run("query", Path(index).parent / "captions", "--text", "dog")
+    assert result.exit_code == 2
+    assert "--text is for an index; see `captionlib build-index`" in result.output
+
+
+def test_another_ranker_is_refused(index: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = WordRanker()
+    model.fingerprint = "another"
+    monkeypatch.setattr("captionlib.search.encoders.load_encoder", lambda folder, device="cpu": model)
+    with pytest.raises(CheckpointError, match="expected the ranker ranker-of-words"):
+        captions(index, "--sentence", "a dog", "--ranker", "other")

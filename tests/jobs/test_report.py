@@ -1,0 +1,57 @@
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from captionlib.data.vocabulary import Vocabulary
+from captionlib.evaluation.captions import score_captions
+from captionlib.evaluation.predictions import Prediction, to_result_struct
+from captionlib.models.captioner import Captioner, CaptionerConfig
+from captionlib.models.checkpoints import save_checkpoint
+from jobs.cli import captionlib
+from tests.evaluation.test_captions import CAPTIONS, REFERENCES, write_captions, write_manifest
+from tests.evaluation.test_report import read_items, read_page
+
+
+def report(*arguments: str | Path) -> str:
+    options = ["report", *map(str, arguments), "--no-progress"]
+    return CliRunner().invoke(captionlib, options, catch_exceptions=False).output
+
+
+def test_captions_become_a_page_with_scores_and_curves(tmp_path: Path) -> None:
+    write_captions(tmp_path / "captions", CAPTIONS)
+    write_manifest(tmp_path / "manifest", REFERENCES)
+    vocabulary = Vocabulary.from_captions(["a dog"], 1)
+    model = Captioner(CaptionerConfig(hidden_size=2, word_size=2), 3, len(vocabulary))
+    training = {"history": [{"epoch": 1, "perplexity": 9.0}, {"epoch": 2, "perplexity": 7.5}]}
+    save_checkpoint(tmp_path / "captioner", model, vocabulary, {}, provenance={}, training=training)
+    options = ["-m", tmp_path / "manifest", "-c", tmp_path / "captioner", "--limit", 3]
+    output = report(tmp_path / "captions", "-o", tmp_path / "report", *options)
+    assert output == f"{tmp_path}/report/index.html: 3 images\n"
+    expected = score_captions(dict(sorted(CAPTIONS.items())), REFERENCES)
+    items = read_items(tmp_path / "report")
+    assert {item["id"]: item["cider"] for item in items} == pytest.approx(
+        {i: expected.of_images["CIDEr"][i] for i in list(CAPTIONS)[:3]}, abs=1e-4
+    )
+    text = read_page(tmp_path / "report").text
+    assert f"{expected.scores['METEOR']:.3f}" in text
+    assert "7.5 at the end" in text
+
+
+def test_captions_without_references_have_no_scores(tmp_path: Path) -> None:
+    write_captions(tmp_path / "captions", CAPTIONS)
+    report(tmp_path / "captions", "-o", tmp_path / "report", "--title", "New photos")
+    assert [item["cider"] for item in read_items(tmp_path / "report")] == [None] * 4
+    assert "New photos" in read_page(tmp_path / "report").text
+
+
+def test_neuraltalks_results_are_shown_with_their_pictures(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "7.jpg")
+    said = [Prediction("7", "a dog", "7.jpg", log_prob=-1.0, references=("A dog.",))]
+    (tmp_path / "result_struct.json").write_text(json.dumps(to_result_struct(said, {})))
+    report(tmp_path / "result_struct.json", "-o", tmp_path / "report", "--images", tmp_path)
+    (item,) = read_items(tmp_path / "report")
+    assert (tmp_path / "report" / item["thumbnail"]).is_file()
+    assert item["references"] == ["A dog."]

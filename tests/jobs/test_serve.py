@@ -1,0 +1,55 @@
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from captionlib.errors import DatasetError
+from jobs.cli import captionlib
+from tests.serving.sites import make_site
+
+
+def ask(url: str) -> bytes:
+    for _ in range(300):
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                content: bytes = answer.read()
+                return content
+        except urllib.error.HTTPError:
+            raise
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(f"{url} does not answer")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_index_is_served_on_this_machine_alone(tmp_path: Path, workers: int) -> None:
+    make_site(tmp_path, 10, sees=False)
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    command = [sys.executable, "-m", "jobs.cli", "serve", str(tmp_path / "index"), "--port", str(port)]
+    command += ["--workers", str(workers), "--thumbnails", str(tmp_path / "thumbnails")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert json.loads(ask(f"http://127.0.0.1:{port}/health"))["captions"] == 10
+            assert b"a dog and a cat" in ask(f"http://localhost:{port}/?q=dog")
+            assert ask(f"http://127.0.0.1:{port}/picture/small?id=im0").startswith(b"\xff\xd8\xff")
+            with pytest.raises(urllib.error.HTTPError, match="422"):
+                ask(f"http://127.0.0.1:{port}/api/search?q=dog&limit=1000")
+        finally:
+            process.send_signal(signal.SIGINT)
+            printed, complained = process.communicate(timeout=60)
+    assert printed.startswith(f"http://127.0.0.1:{port}/ shows {tmp_path / 'index'}")
+    assert "Traceback" not in complained
+
+
+def test_what_is_no_index_is_not_served(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="is no index"):
+        CliRunner().invoke(captionlib, ["serve", str(tmp_path)], catch_exceptions=False)

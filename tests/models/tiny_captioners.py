@@ -1,0 +1,49 @@
+"""Captioners of a few numbers that have strong opinions, for tests of decoding."""
+
+import torch
+from hypothesis import strategies as st
+
+from captionlib.models.captioner import Captioner, CaptionerConfig, pad_sentences
+from captionlib.models.decoding import Candidate
+
+FEATURE_SIZE = 3
+CONFIGS = [
+    CaptionerConfig("lstm", layers=2, hidden_size=6, word_size=5),
+    CaptionerConfig("lstm", hidden_size=6, word_size=5, image_input="every"),
+    CaptionerConfig("rnn", hidden_size=6, word_size=5, image_input="first"),
+    CaptionerConfig("rnn", layers=2, hidden_size=6, word_size=5, image_input="state"),
+]
+seeds = st.integers(0, 1000)
+configs = st.sampled_from(CONFIGS)
+
+
+def build(config: CaptionerConfig, seed: int, vocabulary_size: int = 9) -> Captioner:
+    """A model of strong and varied opinions.
+
+    An RNN's states would grow without bound if its weights were as large as an LSTM's; and without positive biases they
+    may die out, so that sentences of the same words in another order are equally likely.
+    """
+    spread = 1.5 if config.cell == "lstm" else 0.8
+    model = Captioner(config, FEATURE_SIZE, vocabulary_size)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-spread, spread, generator=generator)
+        for name, parameter in model.recurrence.named_parameters():
+            if "bias" in name and config.cell == "rnn":
+                parameter.abs_()
+    return model.eval()
+
+
+def features(images: int, seed: int) -> torch.Tensor:
+    return torch.randn(images, FEATURE_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def teacher_forced(model: Captioner, image: torch.Tensor, candidates: list[Candidate]) -> list[float]:
+    """What the model makes of whole sentences: the sum over their tokens; END counts where it was reached."""
+    captions = pad_sentences([candidate.words for candidate in candidates])
+    scores = model(image[None], captions, torch.zeros(len(captions), dtype=torch.int64))
+    return [
+        scores.log_probs[scores.sentences == number][: candidate.tokens].sum().item()
+        for number, candidate in enumerate(candidates)
+    ]

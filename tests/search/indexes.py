@@ -1,0 +1,91 @@
+"""Small datasets to index, of images whose vectors point where their captions say."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from captionlib.data.datasets import create_dataset
+from captionlib.data.schemas import captions_schema, embeddings_schema
+from captionlib.data.shard_writer import write_shard
+from captionlib.data.shards import ShardedDataset
+from captionlib.errors import DecodeError
+
+from .conftest import rows
+
+WORDS = ["dog", "cat", "frisbee", "beach", "horse", "snow", "train", "pizza"]
+SIZE = len(WORDS)
+
+Row = tuple[str, str, float]
+
+
+class WordRanker:
+    """A ranker whose space has an axis a word: the vector of a sentence is the sum of its words'."""
+
+    fingerprint = "ranker-of-words"
+    encoder: Mapping[str, Any] = {}
+
+    def encode_sentences(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
+        counts = np.array([[sentence.lower().split().count(word) for word in WORDS] for sentence in sentences])
+        vectors = counts.astype(np.float32) + 0.01
+        unit: npt.NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return unit
+
+    def encode_features(self, features: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+        vectors = np.abs(features[:, :SIZE]).astype(np.float32) + 0.01
+        unit: npt.NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return unit
+
+
+def make_rows(count: int, start: int = 0) -> list[Row]:
+    """Captions of two words each, as many of each pair."""
+    pairs = [(a, b) for a in WORDS for b in WORDS if a != b]
+    return [
+        (f"im{number}", f"a {pairs[number % len(pairs)][0]} and a {pairs[number % len(pairs)][1]}", -1.0 - number % 50)
+        for number in range(start, start + count)
+    ]
+
+
+def write_texts(
+    address: str, shards: Mapping[int, Sequence[Row]], total: int, failed: Mapping[int, Sequence[str]] | None = None
+) -> ShardedDataset:
+    """Writes shards of captions; the dataset is to have `total` of them."""
+    dataset = create_dataset(address, "captions", captions_schema(), config={"input": "images"}, shards=total)
+    for shard, some in shards.items():
+        failures = (failed or {}).get(shard, [])
+        with write_shard(dataset, shard, len(some) + len(failures)) as writer:
+            if some:
+                writer.write(rows(*some))
+            for name in failures:
+                writer.fail(name, f"images/{name}.jpg", DecodeError("Truncated", "ends early"))
+    return dataset
+
+
+def write_vectors(
+    address: str,
+    shards: Mapping[int, Sequence[Row]],
+    total: int,
+    failed: Mapping[int, Sequence[str]] | None = None,
+    ranker: str = WordRanker.fingerprint,
+) -> ShardedDataset:
+    """Writes the embeddings of the same images, in another order."""
+    schema = embeddings_schema(SIZE)
+    config = {"input": "images", "ranker": ranker}
+    dataset = create_dataset(address, "embeddings", schema, config=config, shards=total)
+    for shard, some in shards.items():
+        failures = (failed or {}).get(shard, [])
+        with write_shard(dataset, shard, len(some) + len(failures)) as writer:
+            if some:
+                backwards = list(reversed(some))
+                vectors = WordRanker().encode_sentences([caption for _, caption, _ in backwards])
+                columns = {
+                    "image_id": [name for name, _, _ in backwards],
+                    "uri": [f"images/{name}.jpg" for name, _, _ in backwards],
+                    "embedding": list(vectors.astype(np.float16)),
+                }
+                writer.write(pa.RecordBatch.from_pydict(columns, schema=schema))
+            for name in failures:
+                writer.fail(name, f"images/{name}.jpg", DecodeError("Truncated", "ends early"))
+    return dataset

@@ -1,0 +1,284 @@
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import captionlib.search
+from captionlib.errors import DatasetError, QueryError
+from captionlib.search.fusion import fuse_rankings
+from captionlib.search.index import Filter, Index
+from captionlib.search.index_config import IndexConfig, VectorLayout
+from captionlib.search.planning import plan_build
+from captionlib.search.vector_index import Hits, VectorIndex, add_vectors, merge_vectors, train_vectors
+
+from .indexes import Row, WordRanker, make_rows, write_texts, write_vectors
+
+SENTENCES: list[Row] = [
+    ("a1", "a dog runs on the grass", -4.5),
+    ("a2", "Two dogs catch a frisbee", -3.25),
+    ("b1", "a woman holds a hot dog", -9.0),
+    ("b2", "a café on a sunny beach", -1.5),
+    ("b3", "the beach is empty, no dog on it", -2.0),
+]
+
+
+def built(tmp_path: Path, rows: list[Row], config: IndexConfig | None = None, shards: int = 2) -> Index:
+    pieces = {shard: rows[shard::shards] for shard in range(shards)}
+    write_texts(str(tmp_path / "captions"), pieces, shards)
+    write_vectors(str(tmp_path / "embeddings"), pieces, shards)
+    build = plan_build(tmp_path / "captions", tmp_path / "embeddings", tmp_path / "index", config or IndexConfig())
+    build.train()
+    for shard in range(shards):
+        build.add_shard(shard)
+    build.finish()
+    return captionlib.search.open(tmp_path / "index", WordRanker())
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    return built(tmp_path_factory.mktemp("few"), SENTENCES)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    return built(tmp_path_factory.mktemp("many"), make_rows(2000), IndexConfig(vectors="sq8"))
+
+
+def ids(table: pa.Table) -> list[str]:
+    names: list[str] = table["image_id"].to_pylist()
+    return names
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("frisbee", {"a2"}),
+        ("dog", {"a1", "a2", "b1", "b3"}),
+        ("DOGS running", {"a1", "a2", "b1", "b3"}),
+        ("+dog +grass", {"a1"}),
+        ("dog -beach -frisbee", {"a1", "b1"}),
+        ("-dog", {"b2"}),
+        ('"hot dog"', {"b1"}),
+        ('"dog hot"', set()),
+        ('"beach is empty"', {"b3"}),
+        ('beach -"sunny beach"', {"b3"}),
+        ("cafe", {"b2"}),
+        ("café", {"b2"}),
+        ("hot-dog", {"b1"}),
+        ('"hot dog', {"b1"}),
+        ("image_id:a1 frisbee", {"a2"}),
+        ("dog AND frisbee", {"a1", "a2", "b1", "b3"}),
+        ("[a TO z] frisbee ^3 OR (", {"a2"}),
+        ("zebra", set()),
+    ],
+)
+def test_words_phrases_and_signs(few: Index, question: str, expected: set[str]) -> None:
+    assert set(ids(few.text(question))) == expected
+    assert few.text_and_count(question, 2)[1] == len(expected)
+
+
+def test_what_has_more_of_the_words_comes_first(few: Index) -> None:
+    table = few.text("dog frisbee")
+    assert ids(table)[0] == "a2"
+    assert table.column_names == ["image_id", "uri", "split", "caption", "log_prob", "tokens", "score"]
+    scores = table["score"].to_pylist()
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_the_most_likely_come_first_where_asked_for(few: Index) -> None:
+    assert ids(few.text("dog", sort="log_prob")) == ["b3", "a2", "a1", "b1"]
+
+
+@pytest.mark.parametrize("question", ["", "  ", "the", '""', "+ -", "?!", "a " * 3])
+def test_a_question_without_words_is_refused(few: Index, question: str) -> None:
+    with pytest.raises(QueryError, match="expected words to look for"):
+        few.text(question)
+
+
+def test_a_question_of_too_many_words_is_refused(few: Index) -> None:
+    with pytest.raises(QueryError, match="expected at most 64 words and phrases, got 65"):
+        few.text(" ".join(f"word{number}" for number in range(65)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(question=st.text(max_size=60))
+def test_no_text_is_syntax(few: Index, question: str) -> None:
+    with suppress(QueryError):
+        assert few.text(question).num_rows <= 5
+
+
+def test_without_a_language_words_are_as_written(tmp_path: Path) -> None:
+    index = built(tmp_path, SENTENCES, IndexConfig("none"))
+    assert set(ids(index.text("dogs"))) == {"a2"}
+    assert set(ids(index.text("the"))) == {"a1", "b3"}
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "split = 'test' AND log_prob > -5",
+        "caption LIKE '%dog%' -- and no more",
+        "image_id IN ('a1', 'b2')",
+        Filter(split="test"),
+        Filter(min_log_prob=-3.25),
+        Filter("tokens > 6", "test", -5.0),
+        Filter(split="train"),
+    ],
+)
+def test_conditions_hold_for_every_question(few: Index, where: str | Filter) -> None:
+    passing = {row for row in (name for name, _, _ in SENTENCES) if _passes(few, row, where)}
+    assert set(ids(few.text("dog beach cafe", 10, where=where))) == passing
+    assert set(ids(few.sentence("dog", 10, where=where))) == passing
+    assert set(ids(few.hybrid("dog beach", 10, where=where))) == passing
+    assert set(ids(few.similar("a1", 10, where=where))) == passing - {"a1"}
+
+
+def _passes(index: Index, image_id: str, where: str | Filter) -> bool:
+    row = index.image(image_id)
+    if isinstance(where, str):
+        dog, likely = "dog" in row["caption"], row["log_prob"] > -5
+        return {"s": likely, "c": dog, "i": image_id in ("a1", "b2")}[where[0]]
+    return (
+        (where.split is None or row["split"] == where.split)
+        and (where.min_log_prob is None or row["log_prob"] >= where.min_log_prob)
+        and (where.where is None or row["tokens"] > 6)
+    )
+
+
+@pytest.mark.parametrize("where", ["log_prob < -49", "image_id = 'im77'", "FALSE", "caption LIKE '%pizza%'", "TRUE"])
+@pytest.mark.parametrize("limit", [1, 7, 2000])
+def test_never_fewer_than_asked_while_more_exist(many: Index, where: str, limit: int) -> None:
+    names = set(many._rows.passing(where).tolist())
+    assert many.sentence("dog", limit, where=where).num_rows == min(limit, len(names))
+    pizza = many.text("pizza", 2000)
+    matching = len(set(ids(pizza)) & set(ids(many.text("a -zebra dog cat frisbee beach", 2000, where=where))))
+    assert many.text("pizza", limit, where=where).num_rows >= min(limit, matching)
+
+
+def test_a_wide_condition_over_many_rows_gives_as_many_words_as_exist(
+    many: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("captionlib.search.text_index._FEW_PASSING", 0)
+    exact = {row["image_id"] for row in many.text("pizza", 2000).to_pylist() if row["log_prob"] < -45}
+    assert len(exact) > 10
+    found = many.text("pizza", 2000, where="log_prob < -45")
+    assert set(ids(found)) == exact
+    assert ids(many.text("pizza", 5, where="log_prob < -45")) == ids(found)[:5]
+    assert many.text("pizza", 5, where="FALSE").num_rows == 0
+
+
+def test_what_must_and_must_not_be_there_holds_for_both_together(many: Index) -> None:
+    found = many.hybrid("dog -cat -pizza", 500)
+    assert all("cat" not in caption and "pizza" not in caption for caption in found["caption"].to_pylist())
+    assert found.num_rows == 500
+    both = many.hybrid("dog +cat", 2000)["caption"].to_pylist()
+    assert len(both) == many.text_and_count("+cat")[1]
+    assert all("cat" in caption for caption in both)
+    assert many.hybrid("-cat", 3).num_rows == 3
+    with pytest.raises(QueryError, match="sentence: expected words, got none"):
+        many.sentence("  ")
+
+
+def test_pages_follow_each_other(many: Index) -> None:
+    for ask in (many.text, many.sentence, many.hybrid):
+        whole = ids(ask("dog cat", 30))
+        assert ids(ask("dog cat", 10, 0)) + ids(ask("dog cat", 20, 10)) == whole
+    assert ids(many.similar("im3", 10, 5)) == ids(many.similar("im3", 15))[5:]
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("colour = 'red'", 'where: .*"colour" not found'),
+        ("1 = 1) UNION SELECT 1 --", "where: .*syntax error"),
+        ("TRUE); DROP TABLE captions; --", "where: .*"),
+        ("image_id = ?", "where: "),
+        ("row IN (SELECT file FROM glob('/etc/*'))", "table function glob is not allowed"),
+        ("", "where: .*Expected a condition over image_id, uri, split, caption, log_prob, tokens"),
+    ],
+)
+def test_what_is_no_condition_is_said(few: Index, where: str, message: str) -> None:
+    with pytest.raises(QueryError, match=f"(?s){message}"):
+        few.text("dog", where=where)
+
+
+def test_an_image_and_what_is_near_it(few: Index, many: Index) -> None:
+    assert few.image("b2")["caption"] == "a café on a sunny beach"
+    name = "im3"
+    caption = many.image(name)["caption"]
+    near = many.similar(name, 20)
+    assert name not in ids(near)
+    words = set(caption.split())
+    assert all(set(other.split()) == words for other in near["caption"].to_pylist())
+    with pytest.raises(QueryError, match="no image a9 in the index"):
+        few.image("a9")
+    with pytest.raises(QueryError, match="no image A1 in the index"):
+        few.similar("A1")
+
+
+def test_what_an_index_cannot_answer_it_says(tmp_path: Path) -> None:
+    built(tmp_path, SENTENCES)
+    without = captionlib.search.open(tmp_path / "index")
+    assert without.has_vectors
+    assert not without.has_sentences
+    with pytest.raises(QueryError, match="sentences need the ranker"):
+        without.sentence("a dog")
+    with pytest.raises(QueryError, match=r"expected a vector of shape \[8\], got \[3\]"):
+        without.vector(np.zeros(3, np.float32))
+    plan = plan_build(tmp_path / "captions", None, tmp_path / "text", IndexConfig())
+    for shard in range(2):
+        plan.add_shard(shard)
+    plan.finish()
+    with pytest.raises(QueryError, match="the index holds text alone"):
+        captionlib.search.open(tmp_path / "text", WordRanker()).sentence("a dog")
+    with pytest.raises(DatasetError, match="is no index"):
+        captionlib.search.open(tmp_path / "captions")
+
+
+def test_rankings_are_fused_by_their_reciprocals() -> None:
+    def hits(*rows: int) -> Hits:
+        return Hits(np.array(rows, np.int64), np.zeros(len(rows), np.float32))
+
+    fused = fuse_rankings([hits(4, 2, 9), hits(2, 7)])
+    assert fused.rows.tolist() == [2, 4, 7, 9]
+    np.testing.assert_allclose(fused.scores, [1 / 62 + 1 / 61, 1 / 61, 1 / 62, 1 / 63], rtol=1e-6)
+    assert len(fuse_rankings([hits(), hits()])) == 0
+
+
+@pytest.mark.parametrize(("kind", "least"), [("flat", 1.0), ("sq8", 0.95), ("pq", 0.5)])
+def test_vectors_are_found_as_by_comparing_with_all(tmp_path: Path, kind: str, least: float) -> None:
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(50, 32))
+    vectors = (centres[generator.integers(50, size=4000)] + generator.normal(size=(4000, 32))).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    layout = VectorLayout.choose(IndexConfig(vectors=kind), 4000, 32)  # type: ignore[arg-type]
+    train_vectors(layout, vectors, 0, tmp_path / "trained")
+    for part in range(2):
+        rows = np.arange(2000 * part, 2000 * part + 2000)
+        add_vectors(tmp_path / "trained", rows, vectors[rows], tmp_path / f"part{part}")
+    parts = [tmp_path / "part0", tmp_path / "part1"]
+    assert merge_vectors(tmp_path / "trained", parts, [], tmp_path / "all") == 4000
+    index = VectorIndex(tmp_path / "all", layout, 4000)
+    recalls = []
+    for question in vectors[:100]:
+        exact = set(np.argsort(-(vectors @ question))[:10].tolist())
+        recalls.append(len(exact & set(index.search(question, 10).rows.tolist())) / 10)
+    assert np.mean(recalls) >= least
+    vector = index.vector(7)
+    assert vector is not None
+    assert float(vector @ vectors[7]) > (0.9 if kind == "pq" else 0.999)
+    assert index.vector(4000) is None
+
+
+def test_many_rows_get_lists_and_few_do_not() -> None:
+    chosen = [VectorLayout.choose(IndexConfig(), rows, 256) for rows in (0, 19_999, 1_000_000, 100_000_000)]
+    assert [(layout.code, layout.lists) for layout in chosen] == [
+        ("Flat", 1),
+        ("Flat", 1),
+        ("SQ8", 1024),
+        ("PQ64", 8192),
+    ]

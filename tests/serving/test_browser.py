@@ -1,0 +1,159 @@
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webdriver import WebDriver
+from selenium.webdriver.support.ui import WebDriverWait
+
+from .sites import EVIL, make_site
+
+CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None or DRIVER is None, reason="needs chromium and chromedriver: apt install chromium-driver"
+)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    app = make_site(tmp_path_factory.mktemp("site"), 80)
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+    listening.close()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    profile = tmp_path_factory.mktemp("profile")
+    arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1200,900"]
+    for argument in [*arguments, f"--user-data-dir={profile}"]:
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))
+    yield driver
+    driver.quit()
+
+
+def captions(browser: WebDriver) -> list[str]:
+    texts = browser.execute_script("return [...document.querySelectorAll('.caption')].map(e => e.textContent)")
+    assert isinstance(texts, list)
+    return texts
+
+
+def wait_for(browser: WebDriver, condition: str) -> None:
+    WebDriverWait(browser, 20).until(lambda driver: driver.execute_script(f"return {condition}"))
+
+
+def complaints(browser: WebDriver) -> list[str]:
+    entries: list[dict[str, str]] = browser.get_log("browser")
+    return [entry["message"] for entry in entries if "id=gone" not in entry["message"]]
+
+
+def test_answers_come_while_one_types(site: str, browser: WebDriver) -> None:
+    browser.get(site)
+    box = browser.find_element(By.ID, "q")
+    assert browser.switch_to.active_element == box, "one may type at once"
+    box.send_keys("+dog +frisbee")
+    wait_for(browser, "document.querySelectorAll('.cards li').length > 0")
+    assert set(captions(browser)) == {"a dog and a frisbee", "a frisbee and a dog"}
+    assert "q=%2Bdog+%2Bfrisbee" in browser.current_url
+    box.send_keys(" +pizza")
+    wait_for(browser, "document.querySelector('.summary').textContent.includes('Nothing found')")
+    browser.find_element(By.CSS_SELECTOR, "input[value=sentence]").click()
+    wait_for(browser, "document.querySelectorAll('.cards li').length > 3")
+    assert complaints(browser) == []
+
+
+def test_all_is_reached_by_the_keyboard(site: str, browser: WebDriver) -> None:
+    browser.get(f"{site}/?q=dog")
+    body = browser.find_element(By.TAG_NAME, "body")
+    body.send_keys(Keys.TAB)
+    assert browser.switch_to.active_element.text == "To the content"
+    body.send_keys("/")
+    assert browser.switch_to.active_element.get_attribute("id") == "q"
+    reached = set()
+    for _ in range(12):
+        browser.switch_to.active_element.send_keys(Keys.TAB)
+        active = browser.switch_to.active_element
+        reached.add(active.get_attribute("name") or active.tag_name)
+        if active.tag_name == "a":
+            break
+    assert {"mode", "split", "summary", "a"} <= reached
+    chosen = browser.switch_to.active_element.find_element(By.CLASS_NAME, "caption").text
+    browser.switch_to.active_element.send_keys(Keys.ENTER)
+    wait_for(browser, "location.pathname == '/image'")
+    assert browser.find_element(By.TAG_NAME, "h1").text == chosen
+
+
+def test_captions_cannot_run_scripts(site: str, browser: WebDriver) -> None:
+    browser.get(f"{site}/?q=script")
+    assert EVIL in " ".join(captions(browser))
+    assert browser.title != "stolen"
+    browser.find_element(By.CSS_SELECTOR, ".cards a").click()
+    wait_for(browser, "location.pathname == '/image'")
+    assert EVIL in browser.find_element(By.TAG_NAME, "h1").text
+    assert browser.title != "stolen"
+    assert complaints(browser) == []
+
+
+def test_pages_are_turned(site: str, browser: WebDriver) -> None:
+    browser.get(f"{site}/?q=dog+cat+pizza+train")
+    first = captions(browser)
+    assert len(first) == 24
+    browser.find_element(By.CSS_SELECTOR, "a[rel=next]").click()
+    wait_for(browser, "location.search.includes('page=2')")
+    assert "page 2" in browser.find_element(By.CLASS_NAME, "summary").text
+    browser.find_element(By.CSS_SELECTOR, "a[rel=prev]").click()
+    wait_for(browser, "location.search.includes('page=1')")
+    assert captions(browser) == first
+
+
+def test_a_photograph_is_a_question(site: str, browser: WebDriver, tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (90, 70), "teal").save(tmp_path / "teal.png")
+    browser.get(site)
+    browser.find_element(By.TAG_NAME, "summary").click()
+    browser.find_element(By.ID, "photo").send_keys(str(tmp_path / "teal.png"))
+    browser.find_element(By.CSS_SELECTOR, ".upload button").click()
+    wait_for(browser, "location.pathname == '/photo'")
+    assert browser.find_element(By.TAG_NAME, "h1").text == "teal.png"
+    assert len(captions(browser)) == 24
+    assert [one.text for one in browser.find_elements(By.TAG_NAME, "h2")] == ["Nearest sentences", "Nearest images"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_scrolls_one_way_alone_and_text_stands_out(site: str, browser: WebDriver, scheme: str) -> None:
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+    )
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
+    for page in ("/?q=dog", "/image?id=im3", "/docs", "/nothing"):
+        browser.get(site + page)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
+        colours = browser.execute_script(
+            "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor].map("
+            "c => c.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0) / 3)"
+        )
+        assert abs(colours[0] - colours[1]) > 150
+        assert (colours[1] < 100) == (scheme == "dark")
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

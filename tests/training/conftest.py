@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from captionlib.data.datasets import create_dataset
+from captionlib.data.schemas import features_schema
+from captionlib.data.shard_writer import write_shard
+from captionlib.data.shards import ShardedDataset
+
+WORDS = ["zero", "one", "two", "three"]
+
+
+@pytest.fixture
+def features(tmp_path: Path) -> ShardedDataset:
+    """64 images of four kinds, told apart by their features; the sentence says the kind."""
+    draw = np.random.default_rng(0)
+    dataset = create_dataset(
+        tmp_path / "features",
+        "features",
+        features_schema(4, "float16"),
+        config={"encoder": {"model": "none", "shape": [4]}},
+        shards=2,
+    )
+    for shard in range(2):
+        kinds = draw.integers(0, 4, 32)
+        rows = [
+            {
+                "image_id": f"{shard}-{number}",
+                "uri": "",
+                "split": "val" if number % 4 == 0 else "train",
+                "captions": [f"this is {WORDS[kind]}", f"it is a {WORDS[kind]} again"],
+                "features": (5 * np.eye(4)[kind] + draw.normal(0, 0.1, 4)).astype(np.float16),
+            }
+            for number, kind in enumerate(kinds)
+        ]
+        with write_shard(dataset, shard, 32) as writer:
+            writer.write(pa.RecordBatch.from_pylist(rows, schema=dataset.schema))
+    dataset.finish()
+    return dataset
