@@ -4,6 +4,7 @@ import click
 
 from captionlib.config import load_config
 from captionlib.training.loop import TrainingStopped
+from captionlib.training.processes import is_first_process
 from captionlib.training.ranking import RankingConfig, train_ranker
 from jobs.options import config_options, device_option
 
@@ -29,7 +30,8 @@ def command(
     """Fit a ranker on FEATURES: images and sentences as vectors of one space, so that each finds the other.
 
     Learns from the rows of the splits train and restval, and keeps the checkpoint of the epoch with the highest recall
-    on val or dev. Ctrl-C stops it after saving; the same command goes on where it stopped.
+    on val or dev. Ctrl-C stops it after saving; the same command goes on where it stopped. `torchrun` starts it on
+    several GPUs or machines: one run, with batches as many times as large.
 
     \b
     Examples:
@@ -37,6 +39,7 @@ def command(
       captionlib train-ranker features -o ranker --config configs/ranker-flickr8k.yaml
       captionlib train-ranker features -o ranker --set ranker.sentence_encoder=mean --set batch_images=500
       captionlib train-ranker features -o ranker --set loss=hardest --set warm_up_epochs=10 --set margin=0.2
+      torchrun --nproc-per-node 4 --no-python captionlib train-ranker features -o ranker
     """
     settings = load_config(RankingConfig, config, overrides)
     try:
@@ -44,6 +47,8 @@ def command(
     except TrainingStopped as stopped:
         raise click.Abort from stopped
     best = min(history, key=lambda row: row["missed_recall"])
+    if not is_first_process():
+        return
     click.echo(
         f"{output}: mean recall {1 - best['missed_recall']:.1%} after epoch {best['epoch']:.0f} of {len(history)}, "
         f"median rank {best['image_to_sentence_median_rank']:g} image to sentence, "

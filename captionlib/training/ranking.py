@@ -24,6 +24,7 @@ from captionlib.models.ranker_checkpoints import save_ranker
 from captionlib.storage import Folder
 from captionlib.training.curves import draw_curves
 from captionlib.training.loop import LoopConfig, claim_folder, seed_everything, train
+from captionlib.training.processes import Processes, join_processes
 from captionlib.training.ranking_losses import contrastive_loss, margin_loss
 
 __all__ = ["RankingBatch", "RankingConfig", "RankingObjective", "train_ranker"]
@@ -44,7 +45,8 @@ class RankingConfig:
         validation_splits: the rows that decide which epoch is best, ranked all among each other.
         min_count: words seen less often become UNKNOWN.
         max_words: longer sentences are cut while training.
-        batch_images: images a batch; the more, the more negatives.
+        batch_images: images a batch; the more, the more negatives. Of each process, where there are several: what the
+            others have is no negative.
         batch_sentences: sentences an image in a batch, drawn anew each epoch; 0 is all of them.
         window_megabytes: how much of the features is mixed at a time.
     """
@@ -102,22 +104,25 @@ class RankingObjective:
         config: RankingConfig,
         training: CaptionBatches,
         validation: CaptionBatches,
-        steps: int,
         save: "_Save",
     ) -> None:
         self.model: Ranker = model
         self._config = config
         self._training = training
         self._validation = validation
-        self._steps = steps
+        self._processes = Processes()
+        self._steps = training.count(self._processes.count)
         self._save = save
         self._device = next(model.parameters()).device
         model.log_temperature.requires_grad_(config.loss == "contrastive")
 
-    def batches(self, seed: int, epoch: int) -> Iterator[RankingBatch]:
+    def batches(self, seed: int, epoch: int) -> Iterator[RankingBatch | None]:
         draw = np.random.default_rng([seed, epoch, 1])
-        for batch in self._training.epoch(seed, epoch):
-            yield RankingBatch(draw_sentences(batch, self._config.batch_sentences, draw), epoch)
+        for batch in self._training.shares(seed, epoch, self._processes.rank, self._processes.count):
+            if batch is None:
+                yield None
+            else:
+                yield RankingBatch(draw_sentences(batch, self._config.batch_sentences, draw), epoch)
 
     def steps(self) -> int:
         return self._steps
@@ -206,6 +211,8 @@ def train_ranker(
 ) -> list[dict[str, float]]:
     """Trains a ranker on a features dataset, or goes on with a run that was stopped.
 
+    Processes that `torchrun` has started train one ranker together, each with `batch_images` of every batch.
+
     Args:
         features: the features dataset.
         output: the run's folder: the best epoch's checkpoint, the metrics, the curves, and the state to go on from.
@@ -220,15 +227,21 @@ def train_ranker(
     Raises:
         DatasetError: the features are not complete, or have no sentences in a split that is needed.
     """
-    dataset = open_dataset(features, "features").require_complete()
+    with join_processes(resolve_device(device)) as target:
+        return _train(Folder(features), Folder(output), config, target, overwrite, progress)
+
+
+def _train(
+    features: Folder, output: Folder, config: RankingConfig, device: torch.device, overwrite: bool, progress: bool
+) -> list[dict[str, float]]:
+    processes = Processes()
+    dataset = open_dataset(features.uri, "features").require_complete()
     if len(feature_shape(dataset)) != 1:
         raise DatasetError(
             f"{dataset.folder.uri}: expected one vector an image, got a map of {feature_shape(dataset)}; "
             "extract with pooling mean or max"
         )
-    folder = Folder(output)
-    claim_folder(folder, overwrite)
-    target = resolve_device(device)
+    processes.from_first(lambda: claim_folder(output, overwrite))
     vocabulary = Vocabulary.from_captions(read_captions(dataset, config.train_splits), config.min_count)
     next(read_captions(dataset, config.validation_splits))  # fails now rather than after the first epoch
 
@@ -243,12 +256,11 @@ def train_ranker(
     if config.ranker.standardise_features:
         model.set_standardisation(*map(torch.from_numpy, mean_and_std(dataset, config.train_splits)))
     objective = RankingObjective(
-        model.to(target),
+        model.to(device),
         config,
         batches,
         held_out,
-        batches.count(),
         _Save(vocabulary, dataset.config["encoder"], dataset.fingerprint),
     )
-    resolved = {"features": dataset.fingerprint, **to_dict(config)}
-    return train(objective, config.training, folder, resolved, progress)
+    resolved = {"features": dataset.fingerprint, "processes": processes.count, **to_dict(config)}
+    return train(objective, config.training, output, resolved, progress)

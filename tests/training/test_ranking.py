@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,19 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert steps > 7
     weights = [load_ranker(tmp_path / name).model.state_dict() for name in ("undisturbed", "killed")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_processes_train_one_ranker_together(features: ShardedDataset, tmp_path: Path) -> None:
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command = [sys.executable, "-m", *torchrun, "jobs.cli", "train-ranker", features.folder.uri]
+    command += ["-o", str(tmp_path / "ranker"), "--device", "cpu", "--no-progress"]
+    for value in ("ranker.sentence_encoder=mean", "min_count=1", "batch_images=10", "training.epochs=8"):
+        command += ["--set", value]
+    said = subprocess.run(
+        [*command, "--set", "training.learning_rate=0.02"], capture_output=True, text=True, timeout=200, check=True
+    ).stdout
+    assert said.count("mean recall") == 1  # one process speaks
+    assert score_ranker(load_ranker(tmp_path / "ranker"), features, ["val"]).mean_recall > 0.9
 
 
 def test_the_temperature_is_learned_by_the_softmax_alone(features: ShardedDataset, tmp_path: Path) -> None:
