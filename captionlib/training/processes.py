@@ -120,5 +120,6 @@ def join_processes(device: torch.device) -> Iterator[torch.device]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield device
+        dist.barrier()  # none leaves while another still talks to it
     finally:
         dist.destroy_process_group()
