@@ -191,8 +191,8 @@ def _ask_index(folder: str, asked: _Asked) -> pa.Table:
 
 def _ask_about_image(folder: str, asked: _Asked, image: str) -> pa.Table:
     from captionlib.data.fetch import ImageFetcher
-    from captionlib.search.encoders import load_encoder  # these load torch, which takes seconds
-    from captionlib.search.photos import PhotoReader, rank_sentences
+    from captionlib.search.encoders import load_encoder, rank_sentences  # these load torch, which takes seconds
+    from captionlib.search.photos import PhotoReader
 
     if asked.captioner is None and asked.ranker is None:
         raise click.UsageError("--image needs --ranker FOLDER, to find images like it, or --captioner FOLDER.")

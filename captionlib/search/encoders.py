@@ -7,8 +7,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-__all__ = ["SentenceEncoder", "load_encoder"]
+from captionlib.errors import QueryError
+
+__all__ = ["SentenceEncoder", "load_encoder", "rank_sentences"]
+
+_SENTENCES = pa.schema([("sentence", pa.string()), ("score", pa.float32())])
 
 
 class SentenceEncoder(Protocol):
@@ -38,3 +43,23 @@ def load_encoder(folder: str | os.PathLike[str], device: str = "cpu") -> Sentenc
     checkpoints = importlib.import_module("captionlib.models.ranker_checkpoints")  # loads torch, which takes seconds
     ranker: SentenceEncoder = checkpoints.load_ranker(folder, device)
     return ranker
+
+
+def rank_sentences(ranker: SentenceEncoder, vector: npt.NDArray[np.float32], sentences: Sequence[str]) -> pa.Table:
+    """Sentences by how near they are to a vector, the nearest first: sentence and score.
+
+    Args:
+        ranker: of the same space.
+        vector: `[size]`, of unit length.
+        sentences: what to compare it with.
+
+    Raises:
+        QueryError: there are none.
+    """
+    if not sentences:
+        raise QueryError("sentences: expected one a line, got none")
+    scores = ranker.encode_sentences(sentences) @ vector
+    order = np.argsort(-scores, kind="stable")
+    return pa.Table.from_pydict(
+        {"sentence": [sentences[place] for place in order], "score": scores[order].astype(np.float32)}, _SENTENCES
+    )

@@ -1,7 +1,7 @@
 """Photographs that are in no index, as questions: decoded by the guarded decoders, embedded and captioned."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -17,9 +17,8 @@ from captionlib.models.decoding import Decoder, DecodingConfig
 from captionlib.models.encoder import Encoder, encoder_config, load_encoder
 from captionlib.search.encoders import SentenceEncoder
 
-__all__ = ["PhotoReader", "rank_sentences"]
+__all__ = ["PhotoReader"]
 
-_SENTENCES = pa.schema([("sentence", pa.string()), ("score", pa.float32())])
 _CANDIDATES = pa.schema([("caption", pa.string()), ("log_prob", pa.float32())])
 
 
@@ -123,23 +122,3 @@ class PhotoReader:
         eye = _Eye(encoder, self._opened.enter_context(DecoderPool(encoder.preprocessing, self._decoding)))
         self._eyes.append((description, eye))
         return eye
-
-
-def rank_sentences(ranker: SentenceEncoder, vector: npt.NDArray[np.float32], sentences: Sequence[str]) -> pa.Table:
-    """Sentences by how near they are to a vector, the nearest first: sentence and score.
-
-    Args:
-        ranker: of the same space.
-        vector: `[size]`, of unit length.
-        sentences: what to compare it with.
-
-    Raises:
-        QueryError: there are none.
-    """
-    if not sentences:
-        raise QueryError("sentences: expected one a line, got none")
-    scores = ranker.encode_sentences(sentences) @ vector
-    order = np.argsort(-scores, kind="stable")
-    return pa.Table.from_pydict(
-        {"sentence": [sentences[place] for place in order], "score": scores[order].astype(np.float32)}, _SENTENCES
-    )

@@ -2,20 +2,22 @@
 
 import threading
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlencode
 
 import pyarrow as pa
 from pydantic import BaseModel, Field
 
 from captionlib.errors import CaptionlibError, ConfigError, QueryError
-from captionlib.search.encoders import SentenceEncoder
+from captionlib.search.encoders import SentenceEncoder, rank_sentences
 from captionlib.search.index import Filter, Index
-from captionlib.search.photos import PhotoReader, rank_sentences
 from captionlib.search.questions import find_image
 from captionlib.search.sql import SqlLimits, open_sql
 from captionlib.serving.config import ServingConfig
 from captionlib.serving.thumbnails import BusyError
+
+if TYPE_CHECKING:  # it loads torch, which takes seconds, and is needed for photographs alone
+    from captionlib.search.photos import PhotoReader
 
 __all__ = ["Answer", "Candidate", "Hit", "ImageAnswer", "Library", "Mode", "PhotoAnswer", "Sentence"]
 
@@ -99,7 +101,7 @@ class Library:
         index: Index,
         config: ServingConfig,
         ranker: SentenceEncoder | None = None,
-        photos: PhotoReader | None = None,
+        photos: "PhotoReader | None" = None,
         sentences: Sequence[str] = (),
     ) -> None:
         self.index = index
