@@ -12,6 +12,7 @@ import select
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -114,9 +115,11 @@ class DecoderPool:
             CaptionlibError: decoders cannot be started, or the pool is closed.
         """
         with self._slots:
-            answer = self._ask(content)
-            if answer is None:  # its decoder died, of it or of something else: a second one will tell
-                answer = self._ask(content)
+            answer = self._ask(content, self._take)
+            if (
+                answer is None
+            ):  # its decoder died, of it or of something else: a new one, not one that died too, will tell
+                answer = self._ask(content, self._start)
         if answer is None:
             raise DecodeError("DecoderDied", "two decoder processes died while they decoded it")
         if isinstance(answer, DecodeError):
@@ -136,9 +139,9 @@ class DecoderPool:
         for decoder in idle:
             self._discard(decoder)
 
-    def _ask(self, content: bytes) -> Pixels | DecodeError | None:
+    def _ask(self, content: bytes, borrow: Callable[[], "_Decoder"]) -> Pixels | DecodeError | None:
         try:
-            decoder = self._take()
+            decoder = borrow()
         except (EOFError, ConnectionError):
             self._check_open()
             return None

@@ -186,5 +186,5 @@ def test_the_commands_train_and_tell_the_recalls(features: ShardedDataset, tmp_p
     assert f"{expected.sentence_to_image.recall_at_5:.1%}" in text.splitlines()[3]
     written = json.loads((tmp_path / "scores" / "scores.json").read_text())
     assert written["image_to_sentence"]["mean_rank"] == expected.image_to_sentence.mean_rank
-    with pytest.raises(ConfigError, match="expected --manifest to score captions, or --ranker"):
+    with pytest.raises(DatasetError, match="expected a dataset of kind captions, got features"):
         run("evaluate", folder)
