@@ -49,30 +49,36 @@ def survive_kills(folder: Path, runs: int, seed: int = 0) -> int:
     train_small_captioner(folder)
     spawn = multiprocessing.get_context("forkserver")  # the imports are paid for once
     spawn.set_forkserver_preload([__name__])
-    start_flow(spawn, folder, folder / "warm").join()
-    began = time.monotonic()
     start_flow(spawn, folder, folder / "undisturbed").join()
-    seconds = time.monotonic() - began
     expected = read_outputs(folder / "undisturbed")
-    assert len(expected) == 2 * manifest.shards, "the undisturbed run is complete"
+    shards = 2 * manifest.shards
+    assert len(expected) == shards, "the undisturbed run is complete"
 
     draw = random.Random(seed)
     equal = 0
     for number in range(runs):
         output = folder / f"killed{number}"
         process = start_flow(spawn, folder, output)
-        process.join(draw.uniform(0, seconds))
+        wanted = draw.randrange(shards)  # by what is done, not by the clock: a moment within the run on any machine
+        while count_done(output) < wanted and process.is_alive():
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.2))
         process.kill()
         process.join()
-        done = len(list(output.glob("*/_shards/*.json")))
+        done = count_done(output)
         start_flow(spawn, folder, output).join()
         same = read_outputs(output) == expected and all((output / name / "_SUCCESS").exists() for name in OUTPUTS)
-        print(f"# killed with {done:2} of {2 * manifest.shards} shards done: {'equal' if same else 'DIFFERENT'}")
+        print(f"# killed with {done:2} of {shards} shards done: {'equal' if same else 'DIFFERENT'}", flush=True)
         equal += same
     return equal
 
 
 OUTPUTS = ("features", "captions")
+
+
+def count_done(output: Path) -> int:
+    """The shards that are published, of all outputs."""
+    return len(list(output.glob("*/_shards/*.json")))
 
 
 def start_flow(spawn: multiprocessing.context.ForkServerContext, folder: Path, output: Path) -> BaseProcess:
