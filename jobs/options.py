@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["config_options", "device_option", "pipeline_options"]
+__all__ = ["config_options", "device_option", "pipeline_options", "training_options"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -36,6 +36,21 @@ def device_option(command: Command) -> Command:
         help="auto, cpu, cuda or cuda:N; auto takes a GPU where there is one.",
     )
     return _apply(command, [option])
+
+
+def training_options(command: Command) -> Command:
+    """Where a run is written, how its values are set, where it computes, and whether it replaces and shows."""
+    command = _apply(
+        command,
+        [
+            click.option("--overwrite", is_flag=True, help="Replace a run of another configuration."),
+            click.option("--progress/--no-progress", default=True, help="Show a progress bar."),
+        ],
+    )
+    output = click.option(
+        "--output", "-o", required=True, metavar="FOLDER", help="The run: checkpoint, metrics, curves, state."
+    )
+    return _apply(config_options(device_option(command)), [output])
 
 
 def pipeline_options(command: Command) -> Command:

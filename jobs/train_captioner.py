@@ -6,18 +6,14 @@ from captionlib.config import load_config
 from captionlib.training.captioning import CaptioningConfig, train_captioner
 from captionlib.training.loop import TrainingStopped
 from captionlib.training.processes import is_first_process
-from jobs.options import config_options, device_option
+from jobs.options import training_options
 
 __all__ = ["command"]
 
 
 @click.command()
 @click.argument("features")
-@click.option("--output", "-o", required=True, metavar="FOLDER", help="The run: checkpoint, metrics, curves, state.")
-@config_options
-@device_option
-@click.option("--overwrite", is_flag=True, help="Replace a run of another configuration.")
-@click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
+@training_options
 def command(
     features: str,
     output: str,

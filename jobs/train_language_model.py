@@ -5,18 +5,14 @@ import click
 from captionlib.config import load_config
 from captionlib.training.language_modelling import LanguageModellingConfig, train_language_model
 from captionlib.training.loop import TrainingStopped
-from jobs.options import config_options, device_option
+from jobs.options import training_options
 
 __all__ = ["command"]
 
 
 @click.command()
 @click.argument("source")
-@click.option("--output", "-o", required=True, metavar="FOLDER", help="The run: checkpoint, metrics, curves, state.")
-@config_options
-@device_option
-@click.option("--overwrite", is_flag=True, help="Replace a run of another configuration.")
-@click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
+@training_options
 def command(
     source: str,
     output: str,

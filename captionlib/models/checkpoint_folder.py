@@ -10,19 +10,30 @@
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
+from captionlib import __version__
 from captionlib.data.shards import fingerprint_of, to_json
 from captionlib.errors import CheckpointError
 from captionlib.storage import Folder
 
-__all__ = ["Checkpoint", "damaged", "describe_checkpoint", "open_folder", "read_checkpoint", "write_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "damaged",
+    "describe_checkpoint",
+    "open_folder",
+    "read_checkpoint",
+    "stamp",
+    "write_checkpoint",
+]
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
@@ -96,6 +107,16 @@ def write_checkpoint(
         training_path.write_bytes(to_json(training))
         weights_path.write_bytes(weights)
     return str(config["fingerprint"])
+
+
+def stamp(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a model comes from, with the versions that made it and the date."""
+    return {
+        **provenance,
+        "captionlib": __version__,
+        "torch": torch.__version__,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 def read_checkpoint(folder: str | os.PathLike[str] | Folder, kind: str) -> Checkpoint:

@@ -1,6 +1,5 @@
 """What an index needs of a ranker, whichever it is."""
 
-import importlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -40,9 +39,9 @@ def load_encoder(folder: str | os.PathLike[str], device: str = "cpu") -> Sentenc
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    checkpoints = importlib.import_module("captionlib.models.ranker_checkpoints")  # loads torch, which takes seconds
-    ranker: SentenceEncoder = checkpoints.load_ranker(folder, device)
-    return ranker
+    from captionlib.models.ranker_checkpoints import load_ranker  # loads torch, which takes seconds
+
+    return load_ranker(folder, device)
 
 
 def rank_sentences(ranker: SentenceEncoder, vector: npt.NDArray[np.float32], sentences: Sequence[str]) -> pa.Table:

@@ -1,6 +1,5 @@
 """What a captioner is trained for: what people said of an image is to become likely."""
 
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captionlib import __version__
 from captionlib.data.batches import CaptionBatch, CaptionBatches
 from captionlib.data.vocabulary import Vocabulary
 from captionlib.models.captioner import Captioner, TokenScores, pad_sentences
+from captionlib.models.checkpoint_folder import stamp
 from captionlib.models.checkpoints import save_checkpoint
 from captionlib.storage import Folder
 from captionlib.training.caption_validation import CiderValidation
@@ -107,10 +106,5 @@ class CaptionSaver:
     provenance: Mapping[str, Any]
 
     def __call__(self, output: Folder, model: Captioner, training: dict[str, Any]) -> None:
-        provenance = {
-            **self.provenance,
-            "captionlib": __version__,
-            "torch": torch.__version__,
-            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
+        provenance = stamp(self.provenance)
         save_checkpoint(output, model, self.vocabulary, self.encoder, provenance=provenance, training=training)

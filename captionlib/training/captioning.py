@@ -9,18 +9,17 @@ import torch
 from tqdm import tqdm
 
 from captionlib.config import to_dict
-from captionlib.data.batches import CaptionBatches, feature_shape, read_captions
-from captionlib.data.datasets import open_dataset
+from captionlib.data.batches import CaptionBatches, read_captions
 from captionlib.data.shards import ShardedDataset
 from captionlib.data.vocabulary import Vocabulary
-from captionlib.errors import ConfigError, DatasetError
+from captionlib.errors import ConfigError
 from captionlib.models.captioner import Captioner, CaptionerConfig
 from captionlib.models.decoding import DecodingConfig
 from captionlib.models.devices import resolve_device
 from captionlib.storage import Folder
 from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
 from captionlib.training.caption_validation import CiderValidation
-from captionlib.training.initialisation import build_captioner, start_word_vectors
+from captionlib.training.initialisation import build_captioner, open_vectors, start_word_vectors
 from captionlib.training.loop import LoopConfig, claim_folder, seed_everything, train
 from captionlib.training.processes import Processes, join_processes
 
@@ -104,12 +103,7 @@ def _train(
     features: Folder, output: Folder, config: CaptioningConfig, device: torch.device, overwrite: bool, progress: bool
 ) -> list[dict[str, float]]:
     processes = Processes()
-    dataset = open_dataset(features.uri, "features").require_complete()
-    if len(feature_shape(dataset)) != 1:
-        raise DatasetError(
-            f"{dataset.folder.uri}: expected one vector an image, got a map of {feature_shape(dataset)}; "
-            "extract with pooling mean or max"
-        )
+    dataset = open_vectors(features)
     processes.from_first(lambda: claim_folder(output, overwrite))
     vocabulary = Vocabulary.from_captions(read_captions(dataset, config.train_splits), config.min_count)
     next(read_captions(dataset, config.validation_splits))  # fails now rather than after the first epoch

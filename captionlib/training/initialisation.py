@@ -6,14 +6,32 @@ from typing import Any
 import torch
 
 from captionlib.data.batches import feature_shape, mean_and_std, sample_features
+from captionlib.data.datasets import open_dataset
 from captionlib.data.shards import ShardedDataset
 from captionlib.data.vocabulary import Vocabulary
 from captionlib.data.word_vectors import read_word_vectors
+from captionlib.errors import DatasetError
 from captionlib.models.captioner import Captioner, CaptionerConfig
+from captionlib.storage import Folder
 
-__all__ = ["build_captioner", "start_word_vectors"]
+__all__ = ["build_captioner", "open_vectors", "start_word_vectors"]
 
 _SAMPLE_IMAGES = 4096  # that principal components are found from
+
+
+def open_vectors(features: Folder) -> ShardedDataset:
+    """A features dataset that is complete and has one vector an image.
+
+    Raises:
+        DatasetError: it is not, or has not.
+    """
+    dataset = open_dataset(features.uri, "features").require_complete()
+    if len(feature_shape(dataset)) != 1:
+        raise DatasetError(
+            f"{dataset.folder.uri}: expected one vector an image, got a map of {feature_shape(dataset)}; "
+            "extract with pooling mean or max"
+        )
+    return dataset
 
 
 def build_captioner(

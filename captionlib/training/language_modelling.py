@@ -1,7 +1,6 @@
 """Fits a language model on sentences alone, or on one running text: what people wrote is to become likely."""
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,13 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from captionlib import __version__
 from captionlib.config import to_dict
 from captionlib.data.corpora import Corpus, TextKind, open_corpus
 from captionlib.data.text_batches import SentenceBatches, TextBatches, WindowBatches
 from captionlib.data.vocabulary import Level, Vocabulary
 from captionlib.errors import ConfigError
 from captionlib.models.captioner import Captioner
+from captionlib.models.checkpoint_folder import stamp
 from captionlib.models.devices import resolve_device
 from captionlib.models.language_model import LanguageModelConfig, build_language_model, save_language_model
 from captionlib.storage import Folder
@@ -174,10 +173,5 @@ def _save(
     corpus: Corpus,
     config: LanguageModellingConfig,
 ) -> None:
-    provenance = {
-        "source": corpus.fingerprint,
-        "captionlib": __version__,
-        "torch": torch.__version__,
-        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    provenance = stamp({"source": corpus.fingerprint})
     save_language_model(output, model, config.model, vocabulary, config.text, provenance=provenance, training=training)

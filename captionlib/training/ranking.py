@@ -1,7 +1,6 @@
 """Fits a ranker on `features/`: images and what people said of them are to find each other."""
 
 import os
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,19 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captionlib import __version__
 from captionlib.config import to_dict
 from captionlib.data.batches import CaptionBatch, CaptionBatches, feature_shape, mean_and_std, read_captions
-from captionlib.data.datasets import open_dataset
 from captionlib.data.vocabulary import Vocabulary
-from captionlib.errors import ConfigError, DatasetError
+from captionlib.errors import ConfigError
 from captionlib.evaluation.ranking import score_ranking
 from captionlib.models.captioner import pad_sentences
+from captionlib.models.checkpoint_folder import stamp
 from captionlib.models.devices import resolve_device
 from captionlib.models.ranker import Ranker, RankerConfig
 from captionlib.models.ranker_checkpoints import save_ranker
 from captionlib.storage import Folder
 from captionlib.training.curves import draw_curves
+from captionlib.training.initialisation import open_vectors
 from captionlib.training.loop import LoopConfig, claim_folder, seed_everything, train
 from captionlib.training.processes import Processes, join_processes
 from captionlib.training.ranking_losses import contrastive_loss, margin_loss
@@ -191,12 +190,7 @@ class _Save:
     features_fingerprint: str
 
     def __call__(self, output: Folder, model: Ranker, training: dict[str, Any]) -> None:
-        provenance = {
-            "features": self.features_fingerprint,
-            "captionlib": __version__,
-            "torch": torch.__version__,
-            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
+        provenance = stamp({"features": self.features_fingerprint})
         save_ranker(output, model, self.vocabulary, self.encoder, provenance=provenance, training=training)
 
 
@@ -235,12 +229,7 @@ def _train(
     features: Folder, output: Folder, config: RankingConfig, device: torch.device, overwrite: bool, progress: bool
 ) -> list[dict[str, float]]:
     processes = Processes()
-    dataset = open_dataset(features.uri, "features").require_complete()
-    if len(feature_shape(dataset)) != 1:
-        raise DatasetError(
-            f"{dataset.folder.uri}: expected one vector an image, got a map of {feature_shape(dataset)}; "
-            "extract with pooling mean or max"
-        )
+    dataset = open_vectors(features)
     processes.from_first(lambda: claim_folder(output, overwrite))
     vocabulary = Vocabulary.from_captions(read_captions(dataset, config.train_splits), config.min_count)
     next(read_captions(dataset, config.validation_splits))  # fails now rather than after the first epoch
