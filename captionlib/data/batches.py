@@ -21,6 +21,7 @@ __all__ = [
     "CaptionBatches",
     "feature_shape",
     "mean_and_std",
+    "pool_map",
     "read_captions",
     "read_features",
     "sample_features",
@@ -59,6 +60,7 @@ class CaptionBatches:
         encode: a sentence to its token ids.
         images: how many images a batch has; the last of a window may have fewer.
         window_bytes: how much of the features is mixed at a time.
+        pooled: whether to give the mean over the positions of spatial maps in their place.
     """
 
     def __init__(
@@ -68,12 +70,14 @@ class CaptionBatches:
         encode: Callable[[str], list[int]],
         images: int,
         window_bytes: int = 512 << 20,
+        pooled: bool = False,
     ) -> None:
         self._dataset = dataset
         self._splits = frozenset(splits)
         self._encode = encode
         self._images = images
-        self._windows = _group_shards(dataset, window_bytes)
+        self._pooled = pooled
+        self._windows = _group_shards(dataset, window_bytes, pooled)
         self._load_once = lru_cache(maxsize=1)(self._load)
 
     def count(self, processes: int = 1) -> int:
@@ -131,9 +135,9 @@ class CaptionBatches:
             for rows, captions in read_features(self._dataset, shard, self._splits):
                 encoded = [[ids for caption in row if (ids := self._encode(caption))] for row in captions]
                 kept = [number for number, row in enumerate(encoded) if row]
-                features.append(rows[kept])
+                features.append(pool_map(rows[kept]) if self._pooled else rows[kept])
                 sentences.extend(encoded[number] for number in kept)
-        shape = feature_shape(self._dataset)
+        shape = feature_shape(self._dataset)[-1:] if self._pooled else feature_shape(self._dataset)
         return _Window(np.concatenate(features) if features else np.empty((0, *shape), np.float32), sentences)
 
 
@@ -150,6 +154,11 @@ def feature_shape(dataset: ShardedDataset) -> list[int]:
     """`[size]`, or `[positions, channels]`, of one image's features."""
     shape: list[int] = dataset.config["encoder"]["shape"]
     return shape
+
+
+def pool_map(features: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+    """The mean over positions, `[images, channels]`, of `[images, positions, channels]`; vectors stay as they are."""
+    return features.mean(1, dtype=np.float32) if features.ndim == 3 else features
 
 
 def read_features(
@@ -207,24 +216,28 @@ def sample_features(dataset: ShardedDataset, splits: Sequence[str], count: int) 
 def mean_and_std(
     dataset: ShardedDataset, splits: Sequence[str]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Mean and standard deviation of each feature over these splits, `[size]` or `[channels]`, in one pass."""
+    """Mean and standard deviation of each number of the image vectors of these splits, in one pass.
+
+    Returns:
+        `[size]` each; of spatial maps `[channels]`, of the means over their positions.
+    """
     size = feature_shape(dataset)[-1]
     count, total, squares = 0, np.zeros(size), np.zeros(size)
     for shard in range(dataset.shards):
         for rows, _ in read_features(dataset, shard, frozenset(splits)):
-            flat = rows.reshape(-1, size).astype(np.float64)
-            count += len(flat)
-            total += flat.sum(0)
-            squares += np.square(flat).sum(0)
+            vectors = pool_map(rows).astype(np.float64)
+            count += len(vectors)
+            total += vectors.sum(0)
+            squares += np.square(vectors).sum(0)
     mean = total / max(count, 1)
     std = np.sqrt(np.maximum(squares / max(count, 1) - np.square(mean), 0))
     return mean.astype(np.float32), std.astype(np.float32)
 
 
-def _group_shards(dataset: ShardedDataset, window_bytes: int) -> list[tuple[int, ...]]:
+def _group_shards(dataset: ShardedDataset, window_bytes: int, pooled: bool) -> list[tuple[int, ...]]:
     """Runs of shards that fill a window each; every shard counts as much as the largest, in memory."""
     largest = max((marker.rows for marker in dataset.markers().values()), default=1)
     width = dataset.schema.field("features").type.value_type.bit_width // 8
-    row_bytes = width * int(np.prod(feature_shape(dataset)))
+    row_bytes = 4 * feature_shape(dataset)[-1] if pooled else width * int(np.prod(feature_shape(dataset)))
     together = max(1, window_bytes // max(1, largest * row_bytes))
     return [tuple(range(first, min(first + together, dataset.shards))) for first in range(0, dataset.shards, together)]

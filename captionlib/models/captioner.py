@@ -6,6 +6,9 @@ After Karpathy & Fei-Fei 2015 (arXiv 1412.2306) and Vinyals et al. 2015 (arXiv 1
     x_0, x_1, ... = START, w_1, ...               word vectors; the image comes before, into or beside them
     h_t = max(0, Wxh x_t + Whh h_{t-1} + b)       or the gates of an LSTM; any number of layers
     p(w_{t+1} | w_1 .. w_t, image) = softmax(Why h_t + c)
+
+Of a spatial map the image vector is the mean over its positions. With attention each word has a look at the positions
+themselves, z_t = look(h_t) (attention.py): it adds Wz z_t to h_t at the output, and Wg z_t to the next tick's gates.
 """
 
 from dataclasses import dataclass
@@ -14,12 +17,13 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from captionlib.errors import ConfigError
-from captionlib.models.ragged import drop_padding, pad_sentences
+from captionlib.models.attention import Attention
+from captionlib.models.ragged import Ragged, drop_padding, pad_sentences
+from captionlib.models.recurrence import recur, recur_attending
 
-__all__ = ["Captioner", "CaptionerConfig", "TokenScores", "pad_sentences"]
+__all__ = ["Captioner", "CaptionerConfig", "Glance", "TokenScores", "pad_sentences"]
 
 _WEIGHT_RANGE = 0.1  # NeuralTalk's U(-0.1, 0.1)
 
@@ -41,6 +45,8 @@ class CaptionerConfig:
         standardise_features: give each feature mean 0 and deviation 1 over the training images.
         principal_components: how many of the features' principal components the projection sees in their place, each of
             deviation 1; 0 leaves the features. What tells images apart often varies far less than what they share.
+        attention_size: numbers in the vector of a region that words look at; 0 is a single glance at the whole image.
+            It needs features that are spatial maps.
     """
 
     cell: Literal["lstm", "rnn"] = "lstm"
@@ -52,6 +58,7 @@ class CaptionerConfig:
     tie_word_vectors: bool = False
     standardise_features: bool = True
     principal_components: int = 0
+    attention_size: int = 0
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden_size", "word_size"):
@@ -59,6 +66,8 @@ class CaptionerConfig:
                 raise ConfigError(f"captioner: {name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"captioner: dropout must be at least 0 and below 1, got {self.dropout}")
+        if self.attention_size and self.image_input == "none":
+            raise ConfigError("captioner: attention_size needs an image to look at, got image_input none")
         if self.tie_word_vectors and self.word_size != self.hidden_size:
             raise ConfigError(
                 "captioner: tie_word_vectors makes word vectors the weights of the softmax, so it needs word_size = "
@@ -81,6 +90,20 @@ class TokenScores(NamedTuple):
     mean_log_probs: Tensor | None = None
 
 
+class Glance(NamedTuple):
+    """What a captioner takes in of images before it writes.
+
+    Attributes:
+        image: `[images, word_size]`, the projected image vectors; of a language model `[images, 0]`.
+        state: `[states, images, hidden_size]` before START: the h of each layer and then, of an LSTM, the c of each.
+        regions: `[images, positions, attention_size]`, what words may look at; None without attention.
+    """
+
+    image: Tensor
+    state: Tensor
+    regions: Tensor | None
+
+
 class Captioner(nn.Module):
     """Features and captions to log-probabilities. `Decoder` in decoding.py writes sentences with it.
 
@@ -88,7 +111,7 @@ class Captioner(nn.Module):
 
     Args:
         config: its shape.
-        feature_size: numbers in the feature vector of an image; 0 for a language model.
+        feature_size: numbers in the feature vector of an image, or channels of its map; 0 for a language model.
         vocabulary_size: classes of the softmax, `len(vocabulary)`.
     """
 
@@ -119,6 +142,10 @@ class Captioner(nn.Module):
         self.register_buffer("components", torch.zeros(components, feature_size) if components else None)
         if config.image_input != "none":
             self.image_projection = nn.Linear(components or feature_size, image_size)
+        self.attention: Attention | None = None
+        if config.attention_size:
+            gates = config.hidden_size * (4 if config.cell == "lstm" else 1)
+            self.attention = Attention(feature_size, config.attention_size, config.hidden_size, gates, config.dropout)
         self.output = nn.Linear(config.hidden_size, vocabulary_size)
         self.dropout = nn.Dropout(config.dropout)
         self._draw_weights()
@@ -134,7 +161,7 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def set_standardisation(self, mean: Tensor, std: Tensor) -> None:
-        """Takes the statistics of the training images' features, `[feature_size]` each; constant features become 0."""
+        """Takes the statistics of the training images' vectors, `[feature_size]` each; constant features become 0."""
         self.feature_mean.copy_(mean)
         self.feature_std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
 
@@ -164,20 +191,13 @@ class Captioner(nn.Module):
         Each image is projected once, whatever the number of its captions, and padding costs nothing.
 
         Args:
-            features: `[images, feature_size]`, as the encoder gave them.
+            features: `[images, feature_size]` or `[images, positions, channels]`, as the encoder gave them.
             captions: `[sentences, ticks] int64`, word ids without START and END, then `PAD`.
             image_of_sentence: `[sentences] int64`, the row of `features` that a caption belongs to.
             mean_log_probs: give them too.
         """
         ragged = drop_padding(captions)
-        image, state = self.look(features)
-        rows = image_of_sentence[ragged.order]  # the image of each sentence that begins
-        inputs = self.word_vectors(ragged.words)  # [tokens, word_size]
-        if self.config.image_input == "first":
-            inputs = torch.cat([inputs[: len(rows)] + image.index_select(0, rows), inputs[len(rows) :]])
-        elif self.config.image_input == "every":
-            inputs = inputs + image.index_select(0, image_of_sentence[ragged.sentences])
-        hidden, _ = self._recur(self.dropout(inputs), ragged.sizes, state.index_select(1, rows))
+        hidden, _ = self._read(features, ragged, image_of_sentence)
         logits = self.output(self.dropout(hidden)).float()  # [tokens, vocabulary_size]
         log_probs = -F.cross_entropy(logits, ragged.targets, reduction="none")
         if not mean_log_probs:
@@ -185,94 +205,77 @@ class Captioner(nn.Module):
         of_targets = logits.gather(1, ragged.targets[:, None]).squeeze(1)  # ln p(w) = logit(w) - ln Z, so ln Z is known
         return TokenScores(log_probs, ragged.sentences, logits.mean(1) - of_targets + log_probs)
 
+    def looks(self, features: Tensor, captions: Tensor, image_of_sentence: Tensor) -> list[Tensor]:
+        """Where the model looks for each token of captions; the arguments are those of `forward`.
+
+        Returns:
+            For each caption `[tokens, positions] float32`, END last; each row adds up to 1.
+
+        Raises:
+            ConfigError: the model has no attention.
+        """
+        ragged = drop_padding(captions)
+        _, looks = self._read(features, ragged, image_of_sentence)
+        if looks is None:
+            raise ConfigError("captioner: expected one with attention, got one that takes the image in at a glance")
+        return [looks[ragged.sentences == sentence] for sentence in range(len(captions))]
+
+    def _read(self, features: Tensor, ragged: Ragged, image_of_sentence: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the output sees of each token, `[tokens, hidden_size]`, and where it looks, `[tokens, positions]`."""
+        glance = self.look(features)
+        rows = image_of_sentence[ragged.order]  # the image of each sentence that begins
+        inputs = self.word_vectors(ragged.words)  # [tokens, word_size]
+        if self.config.image_input == "first":
+            inputs = torch.cat([inputs[: len(rows)] + glance.image.index_select(0, rows), inputs[len(rows) :]])
+        elif self.config.image_input == "every":
+            inputs = inputs + glance.image.index_select(0, image_of_sentence[ragged.sentences])
+        inputs, state = self.dropout(inputs), glance.state.index_select(1, rows)
+        if self.attention is None or glance.regions is None:
+            return recur(self.recurrence, self.dropout, inputs, ragged.sizes, state)[0], None
+        return recur_attending(
+            self.recurrence, self.dropout, self.attention, inputs, ragged.sizes, state, glance.regions, rows
+        )
+
     def standardise(self, features: Tensor) -> Tensor:
-        """What the projection sees of features."""
+        """What the projection sees of image vectors, `[images, feature_size]`."""
         if self.components is not None:
             return (features - self.feature_mean) @ self.components.t()
         return (features - self.feature_mean) / self.feature_std if self.config.standardise_features else features
 
-    def look(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def look(self, features: Tensor) -> Glance:
         """Takes images in, once each.
 
         Args:
-            features: `[images, feature_size]`, as the encoder gave them.
+            features: `[images, feature_size]` or `[images, positions, channels]`, as the encoder gave them.
 
-        Returns:
-            The projected images, `[images, word_size]`, of a language model `[images, 0]`; and the state before START,
-            `[states, images, hidden_size]`: the h of each layer and then, of an LSTM, the c of each layer.
+        Raises:
+            ConfigError: the model has attention, and the features are no maps.
         """
+        regions = None
+        if self.attention is not None:
+            if features.dim() != 3:
+                raise ConfigError(
+                    f"captioner: attention looks at maps [positions, channels], got vectors of {features.shape[-1]} "
+                    "numbers; extract features with pooling none, at a node that is a map"
+                )
+            regions = self.attention.embed(features)
+        if features.dim() == 3:
+            features = features.mean(1)
         if self.config.image_input == "none":
-            return features, features.new_zeros(self.state_count, len(features), self.config.hidden_size)
+            return Glance(features, features.new_zeros(self.state_count, len(features), self.config.hidden_size), None)
         image = self.image_projection(self.standardise(features))
         if self.config.image_input == "state":
             state = image.view(len(image), -1, self.config.hidden_size).transpose(0, 1)
-            return image, torch.tanh(state) if self.config.cell == "lstm" else torch.relu(state)
+            return Glance(image, torch.tanh(state) if self.config.cell == "lstm" else torch.relu(state), regions)
         state = image.new_zeros(self.state_count, len(image), self.config.hidden_size)
         if self.config.image_input == "tick":
-            _, state = self._recur(self.dropout(image), [len(image)], state)
-        return image, state
+            _, state = recur(self.recurrence, self.dropout, self.dropout(image), [len(image)], state)
+        return Glance(image, state, regions)
 
     @property
     def state_count(self) -> int:
         """Vectors of `hidden_size` that make up the state: one a layer, two in an LSTM."""
         return self.config.layers * (2 if self.config.cell == "lstm" else 1)
-
-    def _recur(self, inputs: Tensor, sizes: list[int], state: Tensor) -> tuple[Tensor, Tensor]:
-        """Runs the recurrence over ragged sentences.
-
-        Args:
-            inputs: `[tokens, word_size]`, tick by tick.
-            sizes: how many sentences reach each tick; never more than reached the one before.
-            state: `[states, sentences, hidden_size]` to begin with.
-
-        Returns:
-            The last layer's h, `[tokens, hidden_size]`, and the state of the sentences that reach the last tick.
-        """
-        if inputs.is_cuda:
-            return self._recur_fused(inputs, sizes, state)
-        layers = self.config.layers
-        after = list(state.unbind())
-        for layer, (w_ih, w_hh, b_ih, b_hh) in enumerate(self.recurrence.all_weights):
-            if layer:
-                inputs = self.dropout(inputs)
-            h, c = after[layer], after[layer + layers] if self.config.cell == "lstm" else None
-            ticks = []
-            for x in torch.split(F.linear(inputs, w_ih, b_ih + b_hh), sizes):
-                h, c = advance(torch.addmm(x, h[: len(x)], w_hh.t()), None if c is None else c[: len(x)])
-                ticks.append(h)
-            inputs = torch.cat(ticks)
-            after[layer] = h
-            if c is not None:
-                after[layer + layers] = c
-        return inputs, torch.stack(after)
-
-    def _recur_fused(self, inputs: Tensor, sizes: list[int], state: Tensor) -> tuple[Tensor, Tensor]:
-        """The same by cuDNN; on a CPU PyTorch's own loop over packed sequences takes half again as long as `_recur`."""
-        packed = PackedSequence(inputs, torch.tensor(sizes))
-        if self.config.cell == "lstm":
-            h, c = state.contiguous().chunk(2)
-            outputs, (h, c) = self.recurrence(packed, (h, c))
-            state = torch.cat([h, c])
-        else:
-            outputs, state = self.recurrence(packed, state.contiguous())
-        return outputs.data, state[:, : sizes[-1]]
-
-
-def advance(gates: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """One tick of a layer: the state after it, from Wxh x + Whh h + b.
-
-    Args:
-        gates: `[rows, hidden_size]` of an RNN; `[rows, 4 * hidden_size]` of an LSTM: input, forget, cell, output gate.
-        c: `[rows, hidden_size]` of an LSTM, None of an RNN.
-
-    Returns:
-        h and c, `[rows, hidden_size]` each.
-    """
-    if c is None:
-        return torch.relu(gates), None
-    i, f, g, o = gates.chunk(4, dim=1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
 
 
 def _between_layers(config: CaptionerConfig) -> float:

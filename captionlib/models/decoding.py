@@ -56,7 +56,8 @@ class Decoder:
         UNKNOWN is never written; its probability is not given to others, so log-probabilities remain the model's own.
 
         Args:
-            features: `[images, feature_size]`, as the encoder gave them; 100 images are a good batch.
+            features: `[images, feature_size]` or `[images, positions, channels]`, as the encoder gave them; 100 images
+                are a good batch.
             keys: what tells each image from others, such as its id: with the seed it decides what is drawn for the
                 image, whatever else is in the batch. None takes the features for it. A search asks for none.
             prefix: word ids that every sentence begins with; its log-probability counts them.
@@ -69,7 +70,7 @@ class Decoder:
             ConfigError: the prefix is as long as sentences may be.
         """
         features = torch.as_tensor(features)
-        finite = features.isfinite().all(1)
+        finite = features.isfinite().flatten(1).all(1)
         if not finite.all():
             rows = ", ".join(map(str, (~finite).nonzero()[:5, 0].tolist()))
             raise DatasetError(

@@ -1,6 +1,6 @@
 """Where a model's features come from: the rows of `features/`, or the images of `manifest/` and its own encoder."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ __all__ = ["FeaturesOf", "TrainedOnFeatures", "encoder_for", "open_features"]
 Row = dict[str, Any]
 
 FeaturesOf = Callable[[Iterator[pa.RecordBatch], Fail], Iterator[tuple[list[Row], npt.NDArray[np.floating]]]]
-"""Takes the rows of a shard; gives pieces of them with image_id, uri and split, and the features, `[rows, size]`."""
+"""Takes the rows of a shard; gives pieces of them with image_id, uri and split, and the features, `[rows, *shape]`."""
 
 
 class TrainedOnFeatures(Protocol):
@@ -83,7 +83,7 @@ def open_features(
         threads: that it computes with on a CPU; None as PyTorch chooses.
     """
     if encoder is None:
-        yield lambda rows, _fail: rows_with_features(rows)
+        yield lambda rows, _fail: rows_with_features(rows, description["shape"])
         return
     loaded_encoder = open_encoder(encoder, device, threads, description)
     with open_loader(loading, loaded_encoder.preprocessing) as load:
@@ -95,9 +95,11 @@ def open_features(
         yield encode
 
 
-def rows_with_features(rows: Iterator[pa.RecordBatch]) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
-    """Splits batches of `features/` into plain columns and the features, `[rows, size]`."""
+def rows_with_features(
+    rows: Iterator[pa.RecordBatch], shape: Sequence[int]
+) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
+    """Splits batches of `features/` into plain columns and the features, `[rows, *shape]`."""
     for batch in rows:
-        features = batch["features"].flatten().to_numpy(zero_copy_only=False).reshape(batch.num_rows, -1)
+        features = batch["features"].flatten().to_numpy(zero_copy_only=False).reshape(batch.num_rows, *shape)
         names = [name for name in ("image_id", "uri", "split") if name in batch.schema.names]
         yield batch.select(names).to_pylist(), features

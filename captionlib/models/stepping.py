@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from captionlib.data.vocabulary import END
-from captionlib.models.captioner import Captioner, advance
+from captionlib.models.captioner import Captioner
+from captionlib.models.recurrence import advance
 
 __all__ = ["Start", "State", "Stepper"]
 
@@ -17,13 +18,17 @@ class State(NamedTuple):
     """What a captioner remembers of some sentences that are being written.
 
     Attributes:
-        memory: `[parents, hidden_size]` each: the h of each layer and then, of an LSTM, the c of each layer.
+        memory: `[parents, any]` each: the h of each layer, of an LSTM the c of each, with attention what was seen.
         image: `[parents, gates]`, what the image adds to the next words' gates; None where it adds nothing.
-        parent: `[rows] int64`, the row of memory and image that a sentence goes on from; None where each has its own.
+        looks: `[parents] int64`, the row of `regions` that a sentence looks at; None without attention.
+        regions: `[images, positions, size]`, what there is to be looked at; kept once however many sentences look.
+        parent: `[rows] int64`, the row of all but `regions` that a sentence goes on from; None where each has its own.
     """
 
     memory: tuple[Tensor, ...]
     image: Tensor | None
+    looks: Tensor | None
+    regions: Tensor | None
     parent: Tensor | None = None
 
     def select(self, rows: Tensor) -> "State":
@@ -31,8 +36,12 @@ class State(NamedTuple):
         if self.parent is not None:
             rows = self.parent.index_select(0, rows)
         kept, parent = torch.unique(rows, return_inverse=True)
+
+        def select(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.index_select(0, kept)
+
         memory = tuple(values.index_select(0, kept) for values in self.memory)
-        return State(memory, None if self.image is None else self.image.index_select(0, kept), parent)
+        return State(memory, select(self.image), select(self.looks), self.regions, parent)
 
 
 class Start(NamedTuple):
@@ -76,20 +85,27 @@ class Stepper:
         self._inputs = [w_ih.t().to(dtype, copy=True) for w_ih, *_ in layers]
         self._hiddens = [w_hh.t().to(dtype, copy=True) for _, w_hh, *_ in layers]
         self._biases = [(b_ih + b_hh).to(dtype) for *_, b_ih, b_hh in layers]
+        self._attention = None if model.attention is None else copy.deepcopy(model.attention).eval().to(dtype)
         self._output = model.output.weight.t().to(dtype, copy=True)
         self._output_bias = model.output.bias.to(dtype, copy=True)
 
     @torch.inference_mode()
     def start(self, features: Tensor) -> State:
-        """The state before START, one row an image, from `[images, feature_size]` on any device."""
-        image, memory = self._model.look(features.to(self.device, torch.float32))
+        """The state before START, one row an image, from `[images, *feature_shape]` on any device."""
+        image, state, regions = self._model.look(features.to(self.device, torch.float32))
         adds = self._model.config.image_input in ("first", "every")
         gates = (image @ self._gates_of_image).to(self.dtype) if adds else None
-        return State(memory.to(self.dtype).unbind(), gates)
+        memory = state.to(self.dtype).unbind()
+        if self._attention is None or regions is None:
+            return State(memory, gates, None, None)
+        regions, looks = regions.to(self.dtype), torch.arange(len(regions), device=self.device)
+        top = memory[self._model.config.layers - 1]
+        seen, _ = self._attention(top, regions, self._attention.find_slots(looks, len(regions)))
+        return State((*memory, seen), gates, looks, regions)
 
     @torch.inference_mode()
     def begin(self, features: Tensor, prefix: Sequence[int] = ()) -> Start:
-        """A sentence an image, from `[images, feature_size]` on any device; all begin with the same word ids."""
+        """A sentence an image, from `[images, *feature_shape]` on any device; all begin with the same word ids."""
         state = self.start(features)
         log_prob = torch.zeros(len(features), device=self.device)
         words = torch.full((len(features), 1), END, device=self.device)
@@ -114,13 +130,15 @@ class Stepper:
         def of_rows(values: Tensor) -> Tensor:
             return values if state.parent is None else values.index_select(0, state.parent)
 
-        layers = len(self._hiddens)
-        hs, cs = state.memory[:layers], state.memory[layers:]
+        layers, states = len(self._hiddens), self._model.state_count
+        hs, cs = state.memory[:layers], state.memory[layers:states]
         new_hs: list[Tensor] = []
         new_cs: list[Tensor] = []
         gates = self._gates_of_word.index_select(0, words)
         if state.image is not None:
             gates += of_rows(state.image)
+        if self._attention is not None:
+            gates += of_rows(self._attention.to_gates(state.memory[states]))
         for layer, h in enumerate(hs):
             if layer:
                 gates = torch.addmm(self._biases[layer], new_hs[-1], self._inputs[layer])
@@ -128,7 +146,12 @@ class Stepper:
             new_h, new_c = advance(gates, of_rows(cs[layer]) if cs else None)
             new_hs.append(new_h)
             new_cs += [] if new_c is None else [new_c]
-        logits = torch.addmm(self._output_bias, new_hs[-1], self._output)
         image = state.image if self._model.config.image_input == "every" else None
         image = None if image is None else of_rows(image)
-        return torch.log_softmax(logits, 1, dtype=torch.float32), State((*new_hs, *new_cs), image)
+        top, memory, looks = new_hs[-1], (*new_hs, *new_cs), None
+        if self._attention is not None and state.looks is not None and state.regions is not None:
+            looks = of_rows(state.looks)
+            seen, _ = self._attention(top, state.regions, self._attention.find_slots(looks, len(state.regions)))
+            top, memory = top + self._attention.to_output(seen), (*memory, seen)
+        log_probs = torch.log_softmax(torch.addmm(self._output_bias, top, self._output), 1, dtype=torch.float32)
+        return log_probs, State(memory, image, looks, state.regions)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from captionlib.config import to_dict
 from captionlib.data.batches import CaptionBatches, read_captions
+from captionlib.data.datasets import open_dataset
 from captionlib.data.shards import ShardedDataset
 from captionlib.data.vocabulary import Vocabulary
 from captionlib.errors import ConfigError
@@ -19,7 +20,7 @@ from captionlib.models.devices import resolve_device
 from captionlib.storage import Folder
 from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
 from captionlib.training.caption_validation import CiderValidation
-from captionlib.training.initialisation import build_captioner, open_vectors, start_word_vectors
+from captionlib.training.initialisation import build_captioner, start_word_vectors
 from captionlib.training.loop import LoopConfig, claim_folder, seed_everything, train
 from captionlib.training.processes import Processes, join_processes
 
@@ -103,7 +104,7 @@ def _train(
     features: Folder, output: Folder, config: CaptioningConfig, device: torch.device, overwrite: bool, progress: bool
 ) -> list[dict[str, float]]:
     processes = Processes()
-    dataset = open_vectors(features)
+    dataset = open_dataset(features.uri, "features").require_complete()
     processes.from_first(lambda: claim_folder(output, overwrite))
     vocabulary = Vocabulary.from_captions(read_captions(dataset, config.train_splits), config.min_count)
     next(read_captions(dataset, config.validation_splits))  # fails now rather than after the first epoch
@@ -129,9 +130,9 @@ def _objective(
     def encode(sentence: str) -> list[int]:
         return vocabulary.encode(sentence)[: config.max_words]
 
-    window_bytes = config.window_megabytes << 20
-    batches = CaptionBatches(dataset, config.train_splits, encode, config.batch_images, window_bytes)
-    held_out = CaptionBatches(dataset, config.validation_splits, encode, config.batch_images, window_bytes)
+    window_bytes, pooled = config.window_megabytes << 20, model.attention is None
+    batches = CaptionBatches(dataset, config.train_splits, encode, config.batch_images, window_bytes, pooled)
+    held_out = CaptionBatches(dataset, config.validation_splits, encode, config.batch_images, window_bytes, pooled)
     cider = None
     if config.best_by == "cider":
         cider = CiderValidation(dataset, config.validation_splits, vocabulary, config.decoding)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from captionlib.data.batches import feature_shape, mean_and_std, sample_features
+from captionlib.data.batches import feature_shape, mean_and_std, pool_map, sample_features
 from captionlib.data.datasets import open_dataset
 from captionlib.data.shards import ShardedDataset
 from captionlib.data.vocabulary import Vocabulary
@@ -16,7 +16,8 @@ from captionlib.storage import Folder
 
 __all__ = ["build_captioner", "open_vectors", "start_word_vectors"]
 
-_SAMPLE_IMAGES = 4096  # that principal components are found from
+_COMPONENT_IMAGES = 4096  # that principal components are found from
+_MAP_IMAGES = 256  # whose positions tell how the numbers of a map are spread
 
 
 def open_vectors(features: Folder) -> ShardedDataset:
@@ -44,10 +45,23 @@ def build_captioner(
         dataset: `features/`, complete.
         splits: the rows to learn from.
         vocabulary: its words.
+
+    Raises:
+        DatasetError: it has attention, and the features are no maps.
     """
-    model = Captioner(config, feature_shape(dataset)[-1], len(vocabulary))
+    shape = feature_shape(dataset)
+    if config.attention_size and len(shape) == 1:
+        raise DatasetError(
+            f"{dataset.folder.uri}: attention looks at maps [positions, channels], got one vector an image; "
+            "extract with pooling none at a node that is a map, such as features.29 of vgg16, or set "
+            "captioner.attention_size to 0"
+        )
+    model = Captioner(config, shape[-1], len(vocabulary))
+    if model.attention is not None:
+        positions = torch.from_numpy(sample_features(dataset, splits, _MAP_IMAGES)).flatten(0, 1)
+        model.attention.set_standardisation(positions.mean(0), positions.std(0))
     if config.principal_components:
-        model.set_components(torch.from_numpy(sample_features(dataset, splits, _SAMPLE_IMAGES)))
+        model.set_components(torch.from_numpy(pool_map(sample_features(dataset, splits, _COMPONENT_IMAGES))))
     elif config.standardise_features:
         model.set_standardisation(*map(torch.from_numpy, mean_and_std(dataset, splits)))
     model.initialise_bias(torch.from_numpy(vocabulary.log_frequencies()))

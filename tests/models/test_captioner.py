@@ -7,6 +7,7 @@ from torch import Tensor
 from captionlib.data.vocabulary import PAD
 from captionlib.errors import ConfigError
 from captionlib.models.captioner import Captioner, CaptionerConfig, TokenScores, pad_sentences
+from captionlib.models.recurrence import recur, recur_fused
 
 SHAPES = [
     CaptionerConfig(cell=cell, layers=layers, hidden_size=6, word_size=5, image_input=image_input)
@@ -112,8 +113,8 @@ def test_cudnn_call_and_the_loop_are_the_same_function(config: CaptionerConfig) 
     model = build(config)
     inputs = torch.randn(6, config.word_size)
     state = torch.randn(model.state_count, 3, config.hidden_size)
-    looped, after = model._recur(inputs, [3, 2, 1], state)
-    fused, fused_after = model._recur_fused(inputs, [3, 2, 1], state)
+    looped, after = recur(model.recurrence, model.dropout, inputs, [3, 2, 1], state)
+    fused, fused_after = recur_fused(model.recurrence, inputs, [3, 2, 1], state)
     torch.testing.assert_close(looped, fused)
     torch.testing.assert_close(after, fused_after)
 
@@ -166,8 +167,8 @@ def test_fewer_images_than_components_leave_the_rest_blind() -> None:
 def test_a_constant_feature_becomes_zero() -> None:
     model = build(CaptionerConfig(hidden_size=6, word_size=5))
     model.set_standardisation(torch.full((4,), 5.0), torch.zeros(4))
-    projected, _ = model.look(torch.full((1, 4), 5.0))
-    assert torch.equal(projected[0], model.image_projection.bias)
+    projected = model.look(torch.full((1, 4), 5.0))
+    assert torch.equal(projected.image[0], model.image_projection.bias)
 
 
 def test_a_model_without_weights_foretells_the_word_frequencies() -> None:

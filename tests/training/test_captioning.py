@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from captionlib.data.batches import CaptionBatches
 from captionlib.data.datasets import create_dataset
 from captionlib.data.schemas import features_schema
+from captionlib.data.shard_writer import write_shard
 from captionlib.data.shards import ShardedDataset
 from captionlib.data.vocabulary import Vocabulary
 from captionlib.errors import ConfigError, DatasetError
@@ -155,10 +157,38 @@ def test_the_epoch_with_the_best_cider_is_kept(features: ShardedDataset, tmp_pat
     assert validation.score(kept.model) == pytest.approx(max(scores))
 
 
-def test_a_map_of_vectors_is_refused(tmp_path: Path) -> None:
-    dataset = create_dataset(
-        tmp_path / "maps", "features", features_schema(8, "float16"), config={"encoder": {"shape": [4, 2]}}, shards=0
-    )
+def test_attention_needs_maps(features: ShardedDataset, tmp_path: Path) -> None:
+    config = replace(CONFIG, captioner=replace(CONFIG.captioner, attention_size=8))
+    with pytest.raises(DatasetError, match="got one vector an image; extract with pooling none"):
+        train(features, tmp_path / "captioner", config)
+
+
+def test_attention_sees_what_stands_together(tmp_path: Path) -> None:
+    maps = write_maps(tmp_path / "maps")
+    looking = replace(CONFIG, captioner=replace(CONFIG.captioner, attention_size=16))
+    glance = train(maps, tmp_path / "glance")[-1]["perplexity"]
+    attention = train(maps, tmp_path / "attention", looking)[-1]["perplexity"]
+    # Of "it is one" and "it is two", which it is is a coin's toss to the one: four tokens with END, so 2^(1 / 4).
+    assert glance > 2**0.25 - 0.02
+    assert attention < 1.05
+
+
+def write_maps(folder: Path) -> ShardedDataset:
+    """Images of two things that stand in one place or in two; the mean over places is the same."""
+    draw = np.random.default_rng(0)
+    config = {"encoder": {"model": "none", "shape": [4, 2]}}
+    dataset = create_dataset(folder, "features", features_schema(8, "float16"), config=config, shards=1)
+    rows = []
+    for number in range(96):
+        together = number % 2
+        first, second = draw.permutation(4)[:2]
+        places = np.zeros((4, 2), np.float16)
+        places[first, 0] = places[first if together else second, 1] = 5
+        split, captions = "val" if number % 6 < 2 else "train", ["it is one" if together else "it is two"]
+        rows.append(
+            {"image_id": str(number), "uri": "", "split": split, "captions": captions, "features": places.ravel()}
+        )
+    with write_shard(dataset, 0, len(rows)) as writer:
+        writer.write(pa.RecordBatch.from_pylist(rows, schema=dataset.schema))
     dataset.finish()
-    with pytest.raises(DatasetError, match="expected one vector an image, got a map of"):
-        train(dataset, tmp_path / "captioner")
+    return dataset
