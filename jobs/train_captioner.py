@@ -1,5 +1,7 @@
 """`captionlib train-captioner`."""
 
+import json
+
 import click
 
 from captionlib.config import load_config
@@ -13,9 +15,13 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("features")
+@click.option(
+    "--start-from", metavar="FOLDER", help="The captioner whose weights to start from: --set start_from=FOLDER."
+)
 @training_options
 def command(
     features: str,
+    start_from: str | None,
     output: str,
     config: str | None,
     overrides: tuple[str, ...],
@@ -36,8 +42,11 @@ def command(
       captionlib train-captioner features -o captioner --set training.epochs=30 --set captioner.hidden_size=256
       captionlib train-captioner features -o captioner --set best_by=cider --set training.average_decay=0.999
       captionlib train-captioner features -o captioner --set word_vectors=w2v.bin --set captioner.word_size=300
+      captionlib train-captioner features -o tuned --start-from captioner --set training.learning_rate=0.0001
       torchrun --nproc-per-node 4 --no-python captionlib train-captioner features -o captioner
     """
+    if start_from is not None:
+        overrides = (*overrides, f"start_from={json.dumps(start_from)}")
     settings = load_config(CaptioningConfig, config, overrides)
     try:
         history = train_captioner(features, output, settings, device=device, overwrite=overwrite, progress=progress)

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -20,7 +20,7 @@ from captionlib.models.devices import resolve_device
 from captionlib.storage import Folder
 from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
 from captionlib.training.caption_validation import CiderValidation
-from captionlib.training.initialisation import build_captioner, start_word_vectors
+from captionlib.training.initialisation import build_captioner, open_start, start_word_vectors
 from captionlib.training.loop import LoopConfig, claim_folder, seed_everything, train
 from captionlib.training.processes import Processes, join_processes
 
@@ -32,7 +32,7 @@ class CaptioningConfig:
     """A captioner, its data, and how it is trained.
 
     Attributes:
-        captioner: the network.
+        captioner: the network; with `start_from` it is the checkpoint's.
         training: the loop.
         train_splits: the rows to learn from; COCO's `restval` belongs to training.
         validation_splits: the rows that decide which epoch is best.
@@ -42,6 +42,8 @@ class CaptioningConfig:
         window_megabytes: how much of the features is mixed at a time.
         word_vectors: a file of word2vec (text or binary), GloVe or fastText vectors to start from; words that it lacks
             are drawn, as all are without one.
+        start_from: the checkpoint folder of a captioner that training starts from: its weights, its shape, its words
+            and how it standardises features, which have to be of its encoder. `min_count` counts for nothing then.
         label_smoothing: the share of each word's target that is spread over all words.
         best_by: which score of the validation splits decides what is best and when to stop: `perplexity`, or the
             `cider` of the captions written for them, which needs Java.
@@ -57,6 +59,7 @@ class CaptioningConfig:
     batch_images: int = 20
     window_megabytes: int = 512
     word_vectors: str | None = None
+    start_from: str | None = None
     label_smoothing: float = 0.0
     best_by: Literal["perplexity", "cider"] = "perplexity"
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
@@ -67,6 +70,10 @@ class CaptioningConfig:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"label_smoothing: expected at least 0 and below 1, got {self.label_smoothing}")
+        if self.start_from is not None and self.word_vectors is not None:
+            raise ConfigError(
+                "start_from brings word vectors of its own, so word_vectors has no place; set one of both"
+            )
 
 
 def train_captioner(
@@ -95,6 +102,8 @@ def train_captioner(
 
     Raises:
         DatasetError: the features are not complete, or have no sentences in a split that is needed.
+        CheckpointError: there is nothing to start from where `start_from` says, or it is of another encoder.
+        ConfigError: `captioner` is not the shape of what is started from.
     """
     with join_processes(resolve_device(device)) as target:
         return _train(Folder(features), Folder(output), config, target, overwrite, progress)
@@ -105,19 +114,27 @@ def _train(
 ) -> list[dict[str, float]]:
     processes = Processes()
     dataset = open_dataset(features.uri, "features").require_complete()
+    if config.start_from is not None and Folder(config.start_from).path("") == output.path(""):
+        raise ConfigError(f"start_from: {output.uri} is the run's own folder; give another folder to the run")
     processes.from_first(lambda: claim_folder(output, overwrite))
-    vocabulary = Vocabulary.from_captions(read_captions(dataset, config.train_splits), config.min_count)
     next(read_captions(dataset, config.validation_splits))  # fails now rather than after the first epoch
     seed_everything(config.training.seed)
-    model = build_captioner(config.captioner, dataset, config.train_splits, vocabulary)
+    resolved: dict[str, Any] = {"features": dataset.fingerprint, "processes": processes.count}
     provenance: dict[str, Any] = {"features": dataset.fingerprint}
+    if config.start_from is None:
+        vocabulary = Vocabulary.from_captions(read_captions(dataset, config.train_splits), config.min_count)
+        model = build_captioner(config.captioner, dataset, config.train_splits, vocabulary)
+    else:
+        start = open_start(config.start_from, config.captioner, dataset)
+        model, vocabulary, config = start.model, start.vocabulary, replace(config, captioner=start.config)
+        resolved["start_fingerprint"] = start.fingerprint
+        provenance["start_from"] = {"checkpoint": config.start_from, "fingerprint": start.fingerprint}
     if config.word_vectors is not None:
         provenance["word_vectors"] = said = start_word_vectors(model, vocabulary, config.word_vectors)
         if processes.is_first:
             tqdm.write("word vectors  " + "  ".join(f"{name} {value}" for name, value in said.items()), sys.stderr)
     objective = _objective(config, dataset, vocabulary, model.to(device), provenance)
-    resolved = {"features": dataset.fingerprint, "processes": processes.count, **to_dict(config)}
-    return train(objective, config.training, output, resolved, progress)
+    return train(objective, config.training, output, {**resolved, **to_dict(config)}, progress)
 
 
 def _objective(

@@ -5,16 +5,18 @@ from typing import Any
 
 import torch
 
+from captionlib.config import differences, to_dict
 from captionlib.data.batches import feature_shape, mean_and_std, pool_map, sample_features
 from captionlib.data.datasets import open_dataset
 from captionlib.data.shards import ShardedDataset
 from captionlib.data.vocabulary import Vocabulary
 from captionlib.data.word_vectors import read_word_vectors
-from captionlib.errors import DatasetError
+from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.captioner import Captioner, CaptionerConfig
+from captionlib.models.checkpoints import LoadedCaptioner, load_captioner
 from captionlib.storage import Folder
 
-__all__ = ["build_captioner", "open_vectors", "start_word_vectors"]
+__all__ = ["build_captioner", "open_start", "open_vectors", "start_word_vectors"]
 
 _COMPONENT_IMAGES = 4096  # that principal components are found from
 _MAP_IMAGES = 256  # whose positions tell how the numbers of a map are spread
@@ -66,6 +68,30 @@ def build_captioner(
         model.set_standardisation(*map(torch.from_numpy, mean_and_std(dataset, splits)))
     model.initialise_bias(torch.from_numpy(vocabulary.log_frequencies()))
     return model
+
+
+def open_start(folder: str, config: CaptionerConfig, dataset: ShardedDataset) -> LoadedCaptioner:
+    """The captioner whose weights another training starts from; its shape and its words are kept.
+
+    Args:
+        folder: its checkpoint.
+        config: the shape that is configured: what is not as by default has to be as in the checkpoint.
+        dataset: `features/`, of its encoder.
+
+    Raises:
+        CheckpointError: there is none, or the features are of another encoder.
+        ConfigError: another shape is configured.
+    """
+    start = load_captioner(folder)
+    start.require_encoder(dataset.config["encoder"])
+    configured, default = to_dict(config), to_dict(CaptionerConfig())
+    given = {name: value for name, value in configured.items() if value != default[name]}
+    if lines := differences({name: to_dict(start.config)[name] for name in given}, given):
+        raise ConfigError(
+            f"captioner: expected the shape of {folder}, from which training starts, got another "
+            f"({'; '.join(lines)}); leave these values out, or train without start_from"
+        )
+    return start
 
 
 @torch.no_grad()

@@ -1,3 +1,4 @@
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,9 @@ from captionlib.data.schemas import features_schema
 from captionlib.data.shard_writer import write_shard
 from captionlib.data.shards import ShardedDataset
 from captionlib.data.vocabulary import Vocabulary
-from captionlib.errors import ConfigError, DatasetError
+from captionlib.errors import CheckpointError, ConfigError, DatasetError
 from captionlib.models.captioner import Captioner, CaptionerConfig, pad_sentences
-from captionlib.models.checkpoints import load_captioner
+from captionlib.models.checkpoints import load_captioner, save_checkpoint
 from captionlib.models.decoding import Decoder, DecodingConfig
 from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
 from captionlib.training.caption_validation import CiderValidation
@@ -192,3 +193,53 @@ def write_maps(folder: Path) -> ShardedDataset:
         writer.write(pa.RecordBatch.from_pylist(rows, schema=dataset.schema))
     dataset.finish()
     return dataset
+
+
+def test_training_starts_from_the_weights_and_the_words_of_another(features: ShardedDataset, tmp_path: Path) -> None:
+    first = train(features, tmp_path / "first", replace(CONFIG, training=replace(CONFIG.training, epochs=4)))
+    still = replace(CONFIG.training, epochs=1, learning_rate=1e-9)
+    config = replace(
+        CONFIG, captioner=CaptionerConfig(), training=still, min_count=99, start_from=str(tmp_path / "first")
+    )
+    second = train(features, tmp_path / "second", config)
+    best = min(row["perplexity"] for row in first)
+    assert second[0]["perplexity"] == pytest.approx(best, rel=1e-5)
+    before, after = load_captioner(tmp_path / "first"), load_captioner(tmp_path / "second")
+    assert (after.vocabulary, after.config) == (before.vocabulary, before.config)
+    assert torch.equal(after.model.feature_std, before.model.feature_std)
+    assert after.provenance["start_from"]["fingerprint"] == before.fingerprint
+    resolved = json.loads((tmp_path / "second" / "resolved.json").read_text())
+    assert resolved["start_fingerprint"] == before.fingerprint
+    assert resolved["captioner"]["hidden_size"] == 16
+
+
+def test_a_run_that_started_from_another_checkpoint_is_not_gone_on_with(
+    features: ShardedDataset, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, training=LoopConfig(epochs=1))
+    for seed in (1, 2):
+        train(features, tmp_path / "first", replace(config, training=LoopConfig(epochs=1, seed=seed)), overwrite=True)
+        second = replace(config, start_from=str(tmp_path / "first"))
+        if seed == 1:
+            train(features, tmp_path / "second", second)
+    with pytest.raises(DatasetError, match="start_fingerprint: there"):
+        train(features, tmp_path / "second", second)
+
+
+def test_what_training_cannot_start_from_is_refused(features: ShardedDataset, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    config = replace(CONFIG, training=LoopConfig(epochs=1), start_from=str(first))
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        train(features, tmp_path / "second", config)
+    train(features, first, replace(config, start_from=None))
+    other = replace(config, captioner=replace(CONFIG.captioner, cell="rnn", hidden_size=8))
+    with pytest.raises(ConfigError, match=r"cell: there 'lstm', now 'rnn'; hidden_size: there 16, now 8\); leave"):
+        train(features, tmp_path / "second", other)
+    with pytest.raises(ConfigError, match="is the run's own folder"):
+        train(features, first, config, overwrite=True)
+    saved = load_captioner(first)
+    save_checkpoint(first, saved.model, saved.vocabulary, {"model": "vgg16", "shape": [4]}, provenance={}, training={})
+    with pytest.raises(CheckpointError, match="model: expected 'vgg16', got 'none'"):
+        train(features, tmp_path / "second", config)
+    with pytest.raises(ConfigError, match="word_vectors has no place"):
+        replace(config, word_vectors="glove.txt")
