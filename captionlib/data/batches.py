@@ -24,6 +24,7 @@ __all__ = [
     "pool_map",
     "read_captions",
     "read_features",
+    "read_references",
     "sample_features",
 ]
 
@@ -197,6 +198,15 @@ def read_captions(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[st
             f"{dataset.folder.uri}: expected sentences in split {' or '.join(splits)}, got none; "
             f"its splits are {', '.join(sorted(seen)) or 'none'}"
         )
+
+
+def read_references(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[list[str]]:
+    """The sentences of each image of these splits that has any; the features stay unread."""
+    for shard in range(dataset.shards):
+        for rows in dataset.read_batches(shard, ["split", "captions"]):
+            for split, captions in zip(rows["split"].to_pylist(), rows["captions"].to_pylist(), strict=True):
+                if split in splits and captions:
+                    yield captions
 
 
 def sample_features(dataset: ShardedDataset, splits: Sequence[str], count: int) -> npt.NDArray[np.float32]:

@@ -91,7 +91,10 @@ class Decoder:
 
     def _best(self, candidates: list[Candidate]) -> list[Candidate]:
         exponent = self.config.length_normalisation
-        ordered = sorted(candidates, key=lambda one: one.log_prob / one.tokens**exponent, reverse=True)
+        different: dict[tuple[int, ...], Candidate] = {}
+        for candidate in candidates:
+            different.setdefault((candidate.tokens, *candidate.words), candidate)
+        ordered = sorted(different.values(), key=lambda one: one.log_prob / one.tokens**exponent, reverse=True)
         return ordered[: self.config.n_best]
 
 

@@ -22,7 +22,7 @@ __all__ = ["draw_sentences"]
 def draw_sentences(
     stepper: Stepper, config: DecodingConfig, constraints: Constraints, start: Start, keys: Sequence[bytes]
 ) -> list[list[Candidate]]:
-    """`n_best` sentences for each image, in any order; equal ones are told once.
+    """`n_best` sentences for each image, in the order of their numbers; equal ones as often as they are drawn.
 
     Args:
         stepper: the captioner.
@@ -36,7 +36,7 @@ def draw_sentences(
     log_prob, words, state = start.select(sentence // each)
     begun = words.shape[1] - 1
     uniforms = _draw_uniforms(keys, each, config.max_tokens - begun, config.seed).to(device)
-    drawn: list[dict[tuple[int, ...], Candidate]] = [{} for _ in keys]
+    drawn: dict[int, Candidate] = {}
     for tick in range(config.max_tokens - begun):
         if not len(sentence):
             break
@@ -49,11 +49,10 @@ def draw_sentences(
         if ended.any():
             rows = zip(sentence[ended].tolist(), log_prob[ended].tolist(), words[ended, 1:].tolist(), strict=True)
             for number, total, ids in rows:
-                cut = ids[:-1] if ids[-1] == END else ids
-                drawn[number // each].setdefault(tuple(ids), Candidate(cut, total, tokens=len(ids)))
+                drawn[number] = Candidate(ids[:-1] if ids[-1] == END else ids, total, tokens=len(ids))
             left = (~ended).nonzero()[:, 0]
             sentence, log_prob, words, state = sentence[left], log_prob[left], words[left], state.select(left)
-    return [list(candidates.values()) for candidates in drawn]
+    return [[drawn[number] for number in range(image * each, (image + 1) * each)] for image in range(len(keys))]
 
 
 def _draw_uniforms(keys: Sequence[bytes], each: int, count: int, seed: int) -> Tensor:

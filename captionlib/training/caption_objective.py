@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from captionlib.data.batches import CaptionBatch, CaptionBatches
 from captionlib.data.vocabulary import Vocabulary
@@ -15,6 +14,7 @@ from captionlib.models.checkpoints import save_checkpoint
 from captionlib.storage import Folder
 from captionlib.training.caption_validation import CiderValidation
 from captionlib.training.curves import draw_curves
+from captionlib.training.objective import BatchLoss
 from captionlib.training.processes import Processes
 
 __all__ = ["CaptionSaver", "CaptioningObjective"]
@@ -59,20 +59,20 @@ class CaptioningObjective:
     def steps(self) -> int:
         return self._steps
 
-    def loss(self, batch: CaptionBatch) -> tuple[Tensor, float, int]:
+    def loss(self, batch: CaptionBatch) -> BatchLoss:
         """Mean negative log-probability a token, smoothed where asked for; the sum to show is not. See `Objective`."""
-        log_probs, _, mean_log_probs = self._score(batch, mean_log_probs=self._smoothing > 0)
+        log_probs, _, mean_log_probs = self.score(batch, mean_log_probs=self._smoothing > 0)
         total = -log_probs.sum()
         learnt = total
         if mean_log_probs is not None:
             learnt = (1 - self._smoothing) * total - self._smoothing * mean_log_probs.sum()
-        return learnt / len(log_probs), total.item(), len(log_probs)
+        return BatchLoss(learnt / len(log_probs), total.item(), len(log_probs))
 
     def validate(self) -> dict[str, float]:
         """Perplexity: exp(-sum ln p / sum (length + 1)), over the validation splits; CIDEr where it is measured."""
         total, tokens = 0.0, 0
         for batch in self._validation.in_order():
-            log_probs = self._score(batch).log_probs
+            log_probs = self.score(batch).log_probs
             total, tokens = total - log_probs.sum().item(), tokens + len(log_probs)
         scores = {"perplexity": float(torch.tensor(total / max(tokens, 1)).exp())}
         return scores if self._cider is None else {**scores, "CIDEr": self._cider.score(self.model)}
@@ -81,7 +81,8 @@ class CaptioningObjective:
         self._save(output, self.model, training)
         draw_curves(output, training["history"])
 
-    def _score(self, batch: CaptionBatch, mean_log_probs: bool = False) -> TokenScores:
+    def score(self, batch: CaptionBatch, mean_log_probs: bool = False) -> TokenScores:
+        """How likely the model finds the sentences of a batch, see `Captioner.forward`."""
         scores: TokenScores = self.model(
             torch.from_numpy(batch.features).to(self._device),
             pad_sentences(batch.sentences).to(self._device),

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from captionlib.data.batches import read_features
+from captionlib.data.batches import read_features, read_references
 from captionlib.data.shards import ShardedDataset
 from captionlib.data.vocabulary import Vocabulary
 from captionlib.evaluation.cider import CiderScorer
@@ -38,15 +38,7 @@ class CiderValidation:
         self._splits = frozenset(splits)
         self._vocabulary = vocabulary
         self._decoding = decoding
-        self._scorer = CiderScorer(
-            [
-                sentences
-                for shard in range(dataset.shards)
-                for rows in dataset.read_batches(shard, ["split", "captions"])
-                for split, sentences in zip(rows["split"].to_pylist(), rows["captions"].to_pylist(), strict=True)
-                if split in self._splits and sentences
-            ]
-        )
+        self._scorer = CiderScorer(list(read_references(dataset, splits)))
 
     def score(self, model: Captioner) -> float:
         """CIDEr of the captions that the model writes now."""

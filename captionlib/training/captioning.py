@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from captionlib.config import to_dict
-from captionlib.data.batches import CaptionBatches, read_captions
+from captionlib.data.batches import CaptionBatches, read_captions, read_references
 from captionlib.data.datasets import open_dataset
 from captionlib.data.shards import ShardedDataset
 from captionlib.data.vocabulary import Vocabulary
@@ -22,7 +22,9 @@ from captionlib.training.caption_objective import CaptioningObjective, CaptionSa
 from captionlib.training.caption_validation import CiderValidation
 from captionlib.training.initialisation import build_captioner, open_start, start_word_vectors
 from captionlib.training.loop import LoopConfig, claim_folder, seed_everything, train
+from captionlib.training.objective import Objective
 from captionlib.training.processes import Processes, join_processes
+from captionlib.training.self_critical import SelfCriticalConfig, SelfCriticalObjective
 
 __all__ = ["CaptioningConfig", "CaptioningObjective", "train_captioner"]
 
@@ -34,6 +36,9 @@ class CaptioningConfig:
     Attributes:
         captioner: the network; with `start_from` it is the checkpoint's.
         training: the loop.
+        objective: what is learned: to say what people said (`cross_entropy`), or to write what has a high CIDEr-D
+            (`self_critical`), which is a second stage and needs `start_from`.
+        self_critical: how the second is learned.
         train_splits: the rows to learn from; COCO's `restval` belongs to training.
         validation_splits: the rows that decide which epoch is best.
         min_count: words seen less often become UNKNOWN.
@@ -47,11 +52,13 @@ class CaptioningConfig:
         label_smoothing: the share of each word's target that is spread over all words.
         best_by: which score of the validation splits decides what is best and when to stop: `perplexity`, or the
             `cider` of the captions written for them, which needs Java.
-        decoding: how those captions are searched for.
+        decoding: how those captions are searched for; its `max_tokens` also bounds what self-critical training draws.
     """
 
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
     training: LoopConfig = field(default_factory=LoopConfig)
+    objective: Literal["cross_entropy", "self_critical"] = "cross_entropy"
+    self_critical: SelfCriticalConfig = field(default_factory=SelfCriticalConfig)
     train_splits: tuple[str, ...] = ("train", "restval")
     validation_splits: tuple[str, ...] = ("val", "dev")
     min_count: int = 5
@@ -74,6 +81,17 @@ class CaptioningConfig:
             raise ConfigError(
                 "start_from brings word vectors of its own, so word_vectors has no place; set one of both"
             )
+        if self.objective == "self_critical":
+            self._check_self_critical()
+
+    def _check_self_critical(self) -> None:
+        if self.start_from is None:
+            raise ConfigError(
+                "objective: self_critical is a second stage; expected start_from with the checkpoint of a captioner "
+                "that has learned by cross_entropy, got none"
+            )
+        if self.label_smoothing:
+            raise ConfigError("label_smoothing is for objective cross_entropy, got self_critical; set it to 0")
 
 
 def train_captioner(
@@ -120,7 +138,7 @@ def _train(
     next(read_captions(dataset, config.validation_splits))  # fails now rather than after the first epoch
     seed_everything(config.training.seed)
     resolved: dict[str, Any] = {"features": dataset.fingerprint, "processes": processes.count}
-    provenance: dict[str, Any] = {"features": dataset.fingerprint}
+    provenance: dict[str, Any] = {"features": dataset.fingerprint, "objective": config.objective}
     if config.start_from is None:
         vocabulary = Vocabulary.from_captions(read_captions(dataset, config.train_splits), config.min_count)
         model = build_captioner(config.captioner, dataset, config.train_splits, vocabulary)
@@ -143,7 +161,7 @@ def _objective(
     vocabulary: Vocabulary,
     model: Captioner,
     provenance: dict[str, Any],
-) -> CaptioningObjective:
+) -> Objective[Any]:
     def encode(sentence: str) -> list[int]:
         return vocabulary.encode(sentence)[: config.max_words]
 
@@ -154,4 +172,8 @@ def _objective(
     if config.best_by == "cider":
         cider = CiderValidation(dataset, config.validation_splits, vocabulary, config.decoding)
     save = CaptionSaver(vocabulary, dataset.config["encoder"], provenance)
-    return CaptioningObjective(model, batches, held_out, save, config.label_smoothing, cider)
+    captioning = CaptioningObjective(model, batches, held_out, save, config.label_smoothing, cider)
+    if config.objective == "cross_entropy":
+        return captioning
+    references = (list(map(encode, sentences)) for sentences in read_references(dataset, config.train_splits))
+    return SelfCriticalObjective(captioning, config.self_critical, references, config.decoding.max_tokens)

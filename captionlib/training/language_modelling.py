@@ -24,6 +24,7 @@ from captionlib.models.language_model import LanguageModelConfig, build_language
 from captionlib.storage import Folder
 from captionlib.training.curves import draw_curves
 from captionlib.training.loop import LoopConfig, claim_folder, seed_everything, train
+from captionlib.training.objective import BatchLoss
 
 __all__ = ["LanguageModellingConfig", "LanguageModellingObjective", "train_language_model"]
 
@@ -90,11 +91,11 @@ class LanguageModellingObjective:
     def steps(self) -> int:
         return self._training.count()
 
-    def loss(self, batch: npt.NDArray[np.int64]) -> tuple[Tensor, float, int]:
+    def loss(self, batch: npt.NDArray[np.int64]) -> BatchLoss:
         """Mean negative log-probability a token; see `Objective.loss`."""
         log_probs = self._log_probs(batch, self._training.sentences_end)
         total = -log_probs.sum()
-        return total / len(log_probs), total.item(), len(log_probs)
+        return BatchLoss(total / len(log_probs), total.item(), len(log_probs))
 
     def validate(self) -> dict[str, float]:
         """Perplexity of the held-out text: exp(-sum ln p / tokens); a sentence's END is a token, as in captioning."""

@@ -56,8 +56,8 @@ def train(
         progress: show a bar.
 
     Returns:
-        One mapping an epoch: epoch, loss, the validation scores, the learning rate, the seconds spent in training since
-        the start, and the share of them that training waited for data.
+        One mapping an epoch: epoch, loss, the mean reward where there is one, the validation scores, the learning rate,
+        the seconds spent in training since the start, and the share of them that training waited for data.
 
     Raises:
         DatasetError: the folder holds a run of another configuration.
@@ -135,7 +135,7 @@ class _Run(Generic[Batch]):
         ) as bar:
             for batch in bar:
                 stopping, saving = self._step(batch, stopped, saved + config.save_seconds)
-                bar.set_postfix(loss=f"{state.loss_sum / max(state.loss_count, 1):.3f}", refresh=False)
+                bar.set_postfix({name: f"{value:.3f}" for name, value in state.means().items()}, refresh=False)
                 if stopping or saving:
                     saved = time.monotonic()
                     state.seconds, began = state.seconds + saved - began, saved
@@ -161,16 +161,17 @@ class _Run(Generic[Batch]):
         config, state = self._config, self.state
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate()
-        loss, summed, count = None, 0.0, 0
+        loss = None
         if batch is not None:
             with torch.autocast(self._device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                loss, summed, count = self._objective.loss(batch)
+                loss = self._objective.loss(batch)
         self._optimizer.zero_grad(set_to_none=True)
         if loss is not None:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.mean.backward()  # type: ignore[no-untyped-call]
+        shown = (0.0, 0, 0.0, 0) if loss is None else (loss.total, loss.size, loss.reward, loss.drawn)
         due = self.processes.is_first and time.monotonic() > save_at
-        total, counted, stopping, saving = self.processes.sum([summed, count, stopped(), due], self._device)
-        self.processes.average_gradients(self._parameters, count / max(counted, 1))
+        *sums, stopping, saving = self.processes.sum([*shown, stopped(), due], self._device)
+        self.processes.average_gradients(self._parameters, shown[1] / max(sums[1], 1))
         if config.clip_value is not None:
             nn.utils.clip_grad_value_(self._parameters, config.clip_value)
         if config.clip_norm is not None:
@@ -180,8 +181,7 @@ class _Run(Generic[Batch]):
             self._average.update()
         state.step += 1
         state.updates += 1
-        state.loss_sum += total
-        state.loss_count += int(counted)
+        state.add(*sums)
         return stopping > 0, saving > 0
 
     def _learning_rate(self) -> float:
@@ -201,7 +201,7 @@ class _Run(Generic[Batch]):
             scores = self.processes.from_first(objective.validate)
         row = {
             "epoch": state.epoch + 1,
-            "loss": state.loss_sum / max(state.loss_count, 1),
+            **state.means(),
             **scores,
             "learning_rate": self._learning_rate(),
             "seconds": round(state.seconds, 1),
@@ -214,7 +214,7 @@ class _Run(Generic[Batch]):
         better = score < state.best
         if better:
             state.best, state.best_epoch = score, state.epoch
-        state.epoch, state.step, state.loss_sum, state.loss_count = state.epoch + 1, 0, 0.0, 0
+        state.begin_epoch()
         if self.processes.is_first:
             if better:
                 objective.save(self._output, {"history": state.history, "resolved": self._resolved})

@@ -1,15 +1,33 @@
 """What the loop trains: anything that has batches, a loss and a validation score."""
 
 from collections.abc import Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from captionlib.storage import Folder
 
-__all__ = ["Batch", "Objective", "is_higher_better"]
+__all__ = ["Batch", "BatchLoss", "Objective", "is_higher_better"]
 
 Batch = TypeVar("Batch")
+
+
+class BatchLoss(NamedTuple):
+    """How far a model is from what a batch asks for.
+
+    Attributes:
+        mean: `[] float32`, what to minimise.
+        total: the summed loss, to show.
+        size: what it is summed over; of several processes' gradients each counts as much.
+        reward: summed over the sentences that were drawn, to show.
+        drawn: how many they are; an objective without rewards draws none.
+    """
+
+    mean: Tensor
+    total: float
+    size: int
+    reward: float = 0.0
+    drawn: int = 0
 
 
 class Objective(Protocol[Batch]):
@@ -35,8 +53,8 @@ class Objective(Protocol[Batch]):
     def steps(self) -> int:
         """About how many batches an epoch has."""
 
-    def loss(self, batch: Batch) -> tuple[Tensor, float, int]:
-        """What to minimise, a mean; the summed loss and the count it is summed over, to show."""
+    def loss(self, batch: Batch) -> BatchLoss:
+        """What to minimise, and what to show of it."""
 
     def validate(self) -> dict[str, float]:
         """The scores on held-out images."""

@@ -23,6 +23,7 @@ from captionlib.storage import Folder
 from captionlib.training.curves import draw_curves
 from captionlib.training.initialisation import open_vectors
 from captionlib.training.loop import LoopConfig, claim_folder, seed_everything, train
+from captionlib.training.objective import BatchLoss
 from captionlib.training.processes import Processes, join_processes
 from captionlib.training.ranking_losses import contrastive_loss, margin_loss
 
@@ -126,7 +127,7 @@ class RankingObjective:
     def steps(self) -> int:
         return self._steps
 
-    def loss(self, batch: RankingBatch) -> tuple[Tensor, float, int]:
+    def loss(self, batch: RankingBatch) -> BatchLoss:
         """The mean over pairs of an image and a sentence; see `Objective.loss`."""
         images, sentences = self._embed(batch.captions)
         owner = torch.from_numpy(batch.captions.image_of_sentence).to(self._device)
@@ -137,7 +138,7 @@ class RankingObjective:
         else:
             hardest = self._config.loss == "hardest" and batch.epoch >= self._config.warm_up_epochs
             loss = margin_loss(scores, owner, self._config.margin, hardest)
-        return loss, loss.item() * len(owner), len(owner)
+        return BatchLoss(loss, loss.item() * len(owner), len(owner))
 
     def validate(self) -> dict[str, float]:
         """One minus the mean of the six recalls, and the median ranks, over the validation splits."""

@@ -35,6 +35,8 @@ class RunState:
         best_epoch: whose it is.
         loss_sum: of the present epoch.
         loss_count: what it is summed over.
+        reward_sum: of the present epoch's drawn sentences.
+        reward_count: how many they are.
         history: one mapping an epoch.
     """
 
@@ -47,7 +49,26 @@ class RunState:
     best_epoch: int = -1
     loss_sum: float = 0.0
     loss_count: int = 0
+    reward_sum: float = 0.0
+    reward_count: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+
+    def add(self, loss: float, count: float, reward: float, drawn: float) -> None:
+        """Adds what a step has to show, of all processes; see `BatchLoss`."""
+        self.loss_sum += loss
+        self.loss_count += int(count)
+        self.reward_sum += reward
+        self.reward_count += int(drawn)
+
+    def means(self) -> dict[str, float]:
+        """The mean loss of the present epoch so far, and the mean reward where there is one."""
+        means = {"loss": self.loss_sum / max(self.loss_count, 1)}
+        return {**means, "reward": self.reward_sum / self.reward_count} if self.reward_count else means
+
+    def begin_epoch(self) -> None:
+        """Goes over to the next epoch."""
+        self.epoch, self.step = self.epoch + 1, 0
+        self.loss_sum, self.loss_count, self.reward_sum, self.reward_count = 0.0, 0, 0.0, 0
 
 
 def claim_folder(output: Folder, overwrite: bool) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from captionlib.errors import DatasetError
 from captionlib.storage import Folder
 from captionlib.training.loop import LoopConfig, TrainingStopped, claim_folder, seed_everything, train
+from captionlib.training.objective import BatchLoss
 
 CONFIG = LoopConfig(epochs=3, save_seconds=0, patience=None)
 STEPS = 4
@@ -41,11 +42,11 @@ class Line:
     def steps(self) -> int:
         return STEPS
 
-    def loss(self, batch: Tensor) -> tuple[Tensor, float, int]:
+    def loss(self, batch: Tensor) -> BatchLoss:
         self._step += 1
         self._at_step(self._step)
         loss = (self.model(batch) - 2 * batch).square().mean()
-        return loss, loss.item() * len(batch), len(batch)
+        return BatchLoss(loss, loss.item() * len(batch), len(batch))
 
     def validate(self) -> dict[str, float]:
         error = self.errors.pop(0) if self.errors else float(self.model(torch.ones(1, 3)).sub(2).abs().mean())
@@ -167,7 +168,7 @@ def test_bfloat16_is_what_the_loss_is_computed_in_and_not_what_weights_are_kept_
     seen: set[torch.dtype] = set()
 
     class Watched(Line):
-        def loss(self, batch: Tensor) -> tuple[Tensor, float, int]:
+        def loss(self, batch: Tensor) -> BatchLoss:
             seen.add(self.model(batch).dtype)
             return super().loss(batch)
 
@@ -206,11 +207,11 @@ def test_gradients_are_clipped(tmp_path: Path) -> None:
     seen: list[float] = []
 
     class Watched(Line):
-        def loss(self, batch: Tensor) -> tuple[Tensor, float, int]:
+        def loss(self, batch: Tensor) -> BatchLoss:
             gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
             seen.extend(float(gradient.abs().max()) for gradient in gradients)
-            loss, summed, count = super().loss(batch)
-            return 1e6 * loss, summed, count
+            loss = super().loss(batch)
+            return loss._replace(mean=1e6 * loss.mean)
 
     run(Watched(), tmp_path / "value", replace(CONFIG, clip_value=5.0))
     assert max(seen) == 5.0

@@ -1,0 +1,156 @@
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from captionlib.config import load_config
+from captionlib.data.batches import CaptionBatch, CaptionBatches
+from captionlib.data.shards import ShardedDataset
+from captionlib.data.vocabulary import Vocabulary
+from captionlib.errors import ConfigError
+from captionlib.models.captioner import Captioner, CaptionerConfig, TokenScores
+from captionlib.models.checkpoints import load_captioner
+from captionlib.models.decoding import Candidate, DecodingConfig
+from captionlib.training import self_critical
+from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
+from captionlib.training.captioning import CaptioningConfig, train_captioner
+from captionlib.training.loop import LoopConfig
+from captionlib.training.objective import BatchLoss
+from captionlib.training.self_critical import (
+    SelfCriticalBatch,
+    SelfCriticalConfig,
+    SelfCriticalObjective,
+    policy_loss,
+)
+from tests.models.tiny_captioners import CONFIGS, build
+
+FIRST = CaptioningConfig(
+    captioner=CaptionerConfig(hidden_size=16, word_size=16, dropout=0.1),
+    training=LoopConfig(epochs=3, optimizer="adam", learning_rate=0.03),
+    min_count=1,
+    batch_images=8,
+    decoding=DecodingConfig(max_tokens=8),
+)
+SECOND = replace(
+    FIRST, objective="self_critical", start_from="first", training=replace(FIRST.training, epochs=10, patience=None)
+)
+
+
+def train(features: ShardedDataset, output: Path, config: CaptioningConfig) -> list[dict[str, float]]:
+    return train_captioner(features.folder.uri, output, config, device="cpu", progress=False)
+
+
+@pytest.fixture
+def first(features: ShardedDataset, tmp_path: Path) -> str:
+    """A captioner that has learned by cross-entropy, though not for long."""
+    train(features, tmp_path / "first", FIRST)
+    return str(tmp_path / "first")
+
+
+@pytest.mark.parametrize("baseline", ["others", "greedy"])
+def test_the_reward_rises(features: ShardedDataset, tmp_path: Path, first: str, baseline: str) -> None:
+    settings = SelfCriticalConfig(baseline=baseline)  # type: ignore[arg-type]
+    history = train(features, tmp_path / "second", replace(SECOND, start_from=first, self_critical=settings))
+    rewards = [row["reward"] for row in history]
+    assert rewards[-1] > 1.3 * rewards[0]
+    second = load_captioner(tmp_path / "second")
+    assert second.provenance["objective"] == "self_critical"
+    assert load_captioner(first).provenance["objective"] == "cross_entropy"
+    assert second.training["resolved"]["self_critical"]["baseline"] == baseline
+    assert (tmp_path / "second" / "metrics.jsonl").read_text().count('"reward": ') == len(history)
+
+
+@pytest.mark.parametrize("died_at", [2, 8])
+def test_a_killed_run_goes_on_bit_for_bit(
+    features: ShardedDataset, tmp_path: Path, first: str, died_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = replace(SECOND.training, epochs=2, save_seconds=0, average_decay=0.9)
+    config = replace(SECOND, start_from=first, training=training, self_critical=SelfCriticalConfig(dropout=0.3))
+    history = train(features, tmp_path / "undisturbed", config)
+    whole, steps = SelfCriticalObjective.loss, 0
+
+    def dies(objective: SelfCriticalObjective, batch: SelfCriticalBatch) -> BatchLoss:
+        nonlocal steps
+        steps += 1
+        if steps == died_at:
+            raise RuntimeError("the machine dies")
+        return whole(objective, batch)
+
+    monkeypatch.setattr(SelfCriticalObjective, "loss", dies)
+    with pytest.raises(RuntimeError, match="dies"):
+        train(features, tmp_path / "killed", config)
+    for expected, got in zip(history, train(features, tmp_path / "killed", config), strict=True):
+        assert all(expected[name] == got[name] for name in ("loss", "reward", "perplexity"))
+    undisturbed, resumed = (load_captioner(tmp_path / name).model.state_dict() for name in ("undisturbed", "killed"))
+    assert all(torch.equal(values, resumed[name]) for name, values in undisturbed.items())
+
+
+def objective_of(
+    model: Captioner, features: ShardedDataset, settings: SelfCriticalConfig, references: Sequence[list[list[int]]]
+) -> SelfCriticalObjective:
+    vocabulary = Vocabulary.from_captions(["a b c d e f g"], 1)
+    batches = CaptionBatches(features, ["train"], vocabulary.encode, 8)
+    captioning = CaptioningObjective(model, batches, batches, CaptionSaver(vocabulary, {}, {}))
+    return SelfCriticalObjective(captioning, settings, references, 6)
+
+
+@pytest.mark.parametrize("baseline", ["others", "greedy"])
+def test_the_loss_of_two_sentences_by_hand(
+    features: ShardedDataset, monkeypatch: pytest.MonkeyPatch, baseline: str
+) -> None:
+    model = Captioner(CaptionerConfig("rnn", hidden_size=1, word_size=1), feature_size=3, vocabulary_size=5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.output.bias.copy_(torch.tensor([1 / 8, 1 / 32, 1 / 2, 1 / 4, 3 / 32]).log())
+    drawn = [Candidate([2, 3], 0.0, tokens=3), Candidate([2], 0.0, tokens=1)]  # the second was cut off
+    monkeypatch.setattr(self_critical, "draw_sentences", lambda *_: [drawn])
+    settings = SelfCriticalConfig(2, baseline, score_end=False)  # type: ignore[arg-type]
+    objective = objective_of(model, features, settings, [[[2, 3]], [[4]]])
+    batch = CaptionBatch(np.zeros((1, 3), np.float32), [[2, 3]], np.array([0]))
+    loss = objective.loss(SelfCriticalBatch(batch, seed=0, epoch=0))
+    high, low = 5.0, 10 / 4 * math.sqrt(0.5) * math.exp(-1 / 72)  # as in the test of the reward by hand
+    assert (loss.size, loss.drawn, loss.reward) == (4, 2, pytest.approx(high + low))
+    # The greedy caption says the likeliest word until it is cut off after six: one of them is right.
+    greedy = 10 / 4 / (6 * math.sqrt(2)) * math.exp(-(4**2) / 72)
+    baselines = (low, high) if baseline == "others" else (greedy, greedy)
+    expected = (high - baselines[0]) * math.log(2 * 4 * 8) + (low - baselines[1]) * math.log(2)
+    assert loss.mean.item() == pytest.approx(expected / 4, rel=1e-5)
+    assert loss.total == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_end_that_was_not_drawn_teaches_nothing() -> None:
+    scores = TokenScores(torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0]), torch.tensor([1, 0, 1, 0, 1]))
+    total, tokens = policy_loss(scores, torch.tensor([1.0, -1.0]), torch.tensor([False, True]))
+    assert (total.item(), tokens) == (2 + 8 - 1 - 4, 4)
+
+
+def test_what_is_drawn_goes_with_the_epoch_and_the_image_and_not_with_its_batch(features: ShardedDataset) -> None:
+    model = build(CONFIGS[0], seed=1)
+    objective = objective_of(model, features, SelfCriticalConfig(3), [[[2, 3, 4]], [[4, 5]]])
+    images = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    sentences = [[2, 3, 4], [4, 5], [2], [3], [6, 7], [8]]
+
+    def loss(first: int, last: int, epoch: int = 0) -> BatchLoss:
+        batch = CaptionBatch(images[first:last], sentences[first:last], np.arange(last - first))
+        return objective.loss(SelfCriticalBatch(batch, 0, epoch))
+
+    whole, parts = loss(0, 6), (loss(0, 2), loss(2, 6))
+    assert whole.reward > 0
+    assert whole.size == sum(part.size for part in parts)
+    assert whole.reward == pytest.approx(sum(part.reward for part in parts))
+    assert whole.total == pytest.approx(sum(part.total for part in parts), rel=1e-4)
+    assert loss(0, 6, epoch=1).size != whole.size
+
+
+def test_what_self_critical_training_lacks_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="second stage; expected start_from"):
+        CaptioningConfig(objective="self_critical")
+    with pytest.raises(ConfigError, match="label_smoothing is for objective cross_entropy"):
+        replace(SECOND, label_smoothing=0.1)
+    with pytest.raises(ConfigError, match="at least 2 for baseline others, got 1"):
+        load_config(CaptioningConfig, None, ["self_critical.samples=1"])
