@@ -224,9 +224,16 @@ def sample_features(dataset: ShardedDataset, splits: Sequence[str], count: int) 
 
 
 def mean_and_std(
-    dataset: ShardedDataset, splits: Sequence[str]
+    dataset: ShardedDataset,
+    splits: Sequence[str],
+    change: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]] = lambda vectors: vectors,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Mean and standard deviation of each number of the image vectors of these splits, in one pass.
+
+    Args:
+        dataset: `features/`, complete.
+        splits: which rows.
+        change: what is done to the vectors before, `[images, size]`.
 
     Returns:
         `[size]` each; of spatial maps `[channels]`, of the means over their positions.
@@ -235,7 +242,7 @@ def mean_and_std(
     count, total, squares = 0, np.zeros(size), np.zeros(size)
     for shard in range(dataset.shards):
         for rows, _ in read_features(dataset, shard, frozenset(splits)):
-            vectors = pool_map(rows).astype(np.float64)
+            vectors = change(pool_map(rows).astype(np.float32)).astype(np.float64)
             count += len(vectors)
             total += vectors.sum(0)
             squares += np.square(vectors).sum(0)

@@ -42,6 +42,8 @@ class CaptionerConfig:
             START (`first`, the talk's RNN), added to every word (`every`), or as the initial state (`state`); `none` is
             a language model, which knows no image.
         tie_word_vectors: use the word vectors as the weights of the softmax; needs `word_size` = `hidden_size`.
+        feature_power: each feature is raised to this power, its sign kept, before all else; 0.5 evens out the few that
+            answer strongly (Perronnin et al. 2010), 1 leaves them as they are.
         standardise_features: give each feature mean 0 and deviation 1 over the training images.
         principal_components: how many of the features' principal components the projection sees in their place, each of
             deviation 1; 0 leaves the features. What tells images apart often varies far less than what they share.
@@ -56,6 +58,7 @@ class CaptionerConfig:
     dropout: float = 0.5
     image_input: Literal["tick", "first", "every", "state", "none"] = "tick"
     tie_word_vectors: bool = False
+    feature_power: float = 1.0
     standardise_features: bool = True
     principal_components: int = 0
     attention_size: int = 0
@@ -66,6 +69,8 @@ class CaptionerConfig:
                 raise ConfigError(f"captioner: {name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"captioner: dropout must be at least 0 and below 1, got {self.dropout}")
+        if not 0 < self.feature_power <= 1:
+            raise ConfigError(f"captioner: feature_power must be above 0 and at most 1, got {self.feature_power}")
         if self.attention_size and self.image_input == "none":
             raise ConfigError("captioner: attention_size needs an image to look at, got image_input none")
         if self.tie_word_vectors and self.word_size != self.hidden_size:
@@ -159,9 +164,17 @@ class Captioner(nn.Module):
             else:
                 nn.init.uniform_(parameter, -_WEIGHT_RANGE, _WEIGHT_RANGE)
 
+    def raise_to_power(self, features: Tensor) -> Tensor:
+        """Features of any shape to the `feature_power`, from which all statistics are taken."""
+        power = self.config.feature_power
+        return features if power == 1 else features.sign() * features.abs() ** power
+
     @torch.no_grad()
     def set_standardisation(self, mean: Tensor, std: Tensor) -> None:
-        """Takes the statistics of the training images' vectors, `[feature_size]` each; constant features become 0."""
+        """Takes the statistics of the training images' vectors, `[feature_size]` each; constant features become 0.
+
+        They are those of `raise_to_power`, as are the samples of `set_components`.
+        """
         self.feature_mean.copy_(mean)
         self.feature_std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
 
@@ -238,6 +251,7 @@ class Captioner(nn.Module):
 
     def standardise(self, features: Tensor) -> Tensor:
         """What the projection sees of image vectors, `[images, feature_size]`."""
+        features = self.raise_to_power(features)
         if self.components is not None:
             return (features - self.feature_mean) @ self.components.t()
         return (features - self.feature_mean) / self.feature_std if self.config.standardise_features else features
@@ -258,7 +272,7 @@ class Captioner(nn.Module):
                     f"captioner: attention looks at maps [positions, channels], got vectors of {features.shape[-1]} "
                     "numbers; extract features with pooling none, at a node that is a map"
                 )
-            regions = self.attention.embed(features)
+            regions = self.attention.embed(self.raise_to_power(features))
         if features.dim() == 3:
             features = features.mean(1)
         if self.config.image_input == "none":

@@ -60,12 +60,17 @@ def build_captioner(
         )
     model = Captioner(config, shape[-1], len(vocabulary))
     if model.attention is not None:
-        positions = torch.from_numpy(sample_features(dataset, splits, _MAP_IMAGES)).flatten(0, 1)
+        maps = torch.from_numpy(sample_features(dataset, splits, _MAP_IMAGES))
+        positions = model.raise_to_power(maps).flatten(0, 1)
         model.attention.set_standardisation(positions.mean(0), positions.std(0))
     if config.principal_components:
-        model.set_components(torch.from_numpy(pool_map(sample_features(dataset, splits, _COMPONENT_IMAGES))))
+        sample = pool_map(sample_features(dataset, splits, _COMPONENT_IMAGES))
+        model.set_components(model.raise_to_power(torch.from_numpy(sample)))
     elif config.standardise_features:
-        model.set_standardisation(*map(torch.from_numpy, mean_and_std(dataset, splits)))
+        statistics = mean_and_std(
+            dataset, splits, lambda vectors: model.raise_to_power(torch.from_numpy(vectors)).numpy()
+        )
+        model.set_standardisation(*map(torch.from_numpy, statistics))
     model.initialise_bias(torch.from_numpy(vocabulary.log_frequencies()))
     return model
 

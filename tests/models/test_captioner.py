@@ -146,6 +146,13 @@ def test_standardised_features_do_not_depend_on_their_scale() -> None:
     torch.testing.assert_close(model(scaled, captions, IMAGE_OF_SENTENCE).log_probs, before)
 
 
+def test_a_power_evens_out_strong_features_and_keeps_their_sign() -> None:
+    model = build(CaptionerConfig(hidden_size=6, word_size=5, feature_power=0.5))
+    assert model.standardise(torch.tensor([[4.0, -9.0, 0.0, 1.0]])).tolist() == [[2, -3, 0, 1]]
+    model.set_standardisation(torch.full((4,), 1.0), torch.full((4,), 2.0))
+    assert model.standardise(torch.tensor([[9.0, 1.0, 0.0, 4.0]])).tolist() == [[1, 0, -0.5, 0.5]]
+
+
 def test_principal_components_are_uncorrelated_and_of_deviation_one() -> None:
     model = build(CaptionerConfig(hidden_size=6, word_size=5, principal_components=3))
     sample = torch.randn(500, 4, generator=torch.Generator().manual_seed(0)) @ torch.diag(
@@ -190,6 +197,7 @@ def test_tied_word_vectors_are_the_weights_of_the_softmax() -> None:
     ("options", "message"),
     [
         ({"layers": 0}, "layers must be at least 1, got 0"),
+        ({"feature_power": 0.0}, "feature_power must be above 0 and at most 1, got 0.0"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
         ({"word_size": 300, "tie_word_vectors": True}, "word_size = hidden_size, got 300 and 512"),
     ],

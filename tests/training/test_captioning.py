@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from captionlib.data.batches import CaptionBatches
+from captionlib.data.batches import CaptionBatches, read_captions, read_features
 from captionlib.data.datasets import create_dataset
 from captionlib.data.schemas import features_schema
 from captionlib.data.shard_writer import write_shard
@@ -22,6 +22,7 @@ from captionlib.models.decoding import Decoder, DecodingConfig
 from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
 from captionlib.training.caption_validation import CiderValidation
 from captionlib.training.captioning import CaptioningConfig, train_captioner
+from captionlib.training.initialisation import build_captioner
 from captionlib.training.loop import LoopConfig
 from tests.training.conftest import WORDS
 
@@ -156,6 +157,20 @@ def test_the_epoch_with_the_best_cider_is_kept(features: ShardedDataset, tmp_pat
     assert kept.training["history"][-1]["CIDEr"] == max(scores)
     validation = CiderValidation(features, ["val"], kept.vocabulary, config.decoding)
     assert validation.score(kept.model) == pytest.approx(max(scores))
+
+
+def test_statistics_are_those_of_what_the_power_leaves(features: ShardedDataset) -> None:
+    vocabulary = Vocabulary.from_captions(read_captions(features, ["train"]), 1)
+    model = build_captioner(replace(CONFIG.captioner, feature_power=0.5), features, ["train"], vocabulary)
+    seen = torch.cat([model.standardise(torch.from_numpy(rows).float()) for rows in train_rows(features)])
+    torch.testing.assert_close(seen.mean(0), torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(seen.std(0), torch.ones(4), atol=0.02, rtol=0)
+
+
+def train_rows(features: ShardedDataset) -> list[np.ndarray]:
+    return [
+        rows for shard in range(features.shards) for rows, _ in read_features(features, shard, frozenset(["train"]))
+    ]
 
 
 def test_attention_needs_maps(features: ShardedDataset, tmp_path: Path) -> None:
