@@ -76,7 +76,7 @@ def test_the_seed_decides() -> None:
 
 
 def test_what_is_drawn_goes_with_the_key_and_not_with_the_place() -> None:
-    images = features(1, 1).expand(6, -1)
+    images = features(1, 1).expand(6, -1, -1)
     decoder = Decoder(build(CONFIGS[0], seed=1), replace(SAMPLE, temperature=2.0))
     drawn = [image[0].words for image in decoder.decode(images, keys=["a", "b", "c", "d", "e", "f"])]
     again = [image[0].words for image in decoder.decode(images, keys=["f", "b", "d", "c", "a", "e"])]

@@ -12,6 +12,7 @@ CONFIGS = [
     CaptionerConfig("lstm", hidden_size=6, word_size=5, image_input="every"),
     CaptionerConfig("rnn", hidden_size=6, word_size=5, image_input="first"),
     CaptionerConfig("rnn", layers=2, hidden_size=6, word_size=5, image_input="state"),
+    CaptionerConfig("lstm", hidden_size=6, word_size=5, attention_size=4),
 ]
 seeds = st.integers(0, 1000)
 configs = st.sampled_from(CONFIGS)
@@ -36,7 +37,9 @@ def build(config: CaptionerConfig, seed: int, vocabulary_size: int = 9) -> Capti
 
 
 def features(images: int, seed: int) -> torch.Tensor:
-    return torch.randn(images, FEATURE_SIZE, generator=torch.Generator().manual_seed(seed))
+    """Maps of three positions, whose means are of deviation 1; captioners without attention see the means alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return 3**0.5 * torch.randn(images, 3, FEATURE_SIZE, generator=generator)
 
 
 def teacher_forced(model: Captioner, image: torch.Tensor, candidates: list[Candidate]) -> list[float]:
