@@ -42,8 +42,9 @@ def command(
     """Caption every image of SOURCE: a features dataset, or a manifest.
 
     From a manifest the images are encoded and captioned in one pass, with the encoder that the captioner was trained
-    on. Each row has the best caption with its log-probability, and the n best. With a ranker of the same encoder the
-    pass also writes embeddings, by which sentences find images; of captions made before, `captionlib embed` does.
+    on. Each row has the best caption with its log-probability, and the n best; on request, also where a captioner with
+    attention looked for each of its words. With a ranker of the same encoder the pass also writes embeddings, by which
+    sentences find images; of captions made before, `captionlib embed` does.
 
     \b
     Examples:
@@ -51,6 +52,7 @@ def command(
       captionlib generate-captions manifest -c captioner -o captions --workers 2
       captionlib generate-captions manifest -c captioner -o captions --ranker ranker --embeddings embeddings
       captionlib generate-captions features -c captioner -o captions --set decoding.beam_width=7 --set decoding.n_best=3
+      captionlib generate-captions maps -c captioner -o captions --set attention_maps=true
     """
     totals = generate_captions(
         source,

@@ -9,6 +9,7 @@ import click
 from captionlib.data.sources.addresses import locate, resolve
 from captionlib.evaluation.evaluate import Evaluation, evaluate_predictions, load_predictions
 from captionlib.evaluation.report import write_report
+from captionlib.evaluation.sight import read_sight
 
 __all__ = ["command"]
 
@@ -38,6 +39,7 @@ def command(
 
     CAPTIONS is a captions dataset, COCO's results JSON, or NeuralTalk's result_struct.json. The page needs no server
     and nothing from elsewhere: open it from disk, or put the folder on any web server. It sorts and filters by itself.
+    Where the captions were made with attention_maps, each word shows where the captioner looked.
 
     \b
     Examples:
@@ -60,6 +62,7 @@ def command(
         figures=[] if scored is None else _figures(scored),
         cider=None if scored is None else scored.scores.of_images["CIDEr"],
         history=[] if checkpoint is None else _read_history(checkpoint),
+        sight=read_sight(captions, [one.image_id for one in predictions]),
         progress=progress,
     )
     for note in [] if scored is None else scored.notes:

@@ -2,14 +2,16 @@
 
 import os
 from dataclasses import replace
+from typing import Any
 
 from captionlib.config import to_dict
 from captionlib.data.datasets import create_dataset, open_dataset
 from captionlib.data.schemas import captions_schema, embeddings_schema
-from captionlib.data.shards import Totals
+from captionlib.data.shards import ShardedDataset, Totals
 from captionlib.data.stages import ShardJob
 from captionlib.errors import ConfigError
-from captionlib.models.checkpoints import load_captioner
+from captionlib.models.attention_maps import require_attention
+from captionlib.models.checkpoints import LoadedCaptioner, load_captioner
 from captionlib.models.embedding import RankerFolder, describe_embeddings
 from captionlib.models.feature_source import encoder_for
 from captionlib.models.generation import CaptionGeneration, GenerationConfig
@@ -48,7 +50,8 @@ def generate_captions(
         Rows, failures and their reasons; those of `embeddings` are the same.
 
     Raises:
-        CheckpointError: no captioner or ranker there, or the features are of another encoder than theirs.
+        CheckpointError: no captioner or ranker there, or the features are of another encoder than theirs; or maps are
+            asked of a captioner without attention.
         ConfigError: a ranker without a place for its embeddings, or the other way round.
         DatasetError: the source is not complete, or `output` holds something else.
         FailureRatioError: more images failed than the run allows.
@@ -58,6 +61,7 @@ def generate_captions(
         raise ConfigError("--ranker and --embeddings belong together: the model, and the dataset that it writes")
     rows = open_dataset(source).require_complete()
     captioner = load_captioner(os.fspath(checkpoint))
+    positions = require_attention(captioner, os.fspath(checkpoint)) if config.attention_maps else None
     threads = run.threads if run.workers > 1 else None
     encoder = encoder_for(rows, captioner, weights, device, threads)
     embedder = None if ranker is None else load_ranker(os.fspath(ranker))
@@ -66,14 +70,8 @@ def generate_captions(
     dataset = create_dataset(
         output,
         "captions",
-        captions_schema(),
-        config={
-            "input": rows.fingerprint,
-            "captioner": captioner.fingerprint,
-            "encoder": captioner.encoder,
-            "decoding": to_dict(config.decoding),
-            "dtype": config.dtype,
-        },
+        captions_schema(positions),
+        config=_describe_captions(rows, captioner, config),
         shards=rows.shards,
         overwrite=run.overwrite,
     )
@@ -92,3 +90,15 @@ def generate_captions(
         )
     stage = CaptionGeneration(config, os.fspath(checkpoint), captioner.fingerprint, encoder, device, threads, folder)
     return run_job(ShardJob(rows, tuple(outputs), stage, run.retry_failures), "generate-captions", run)
+
+
+def _describe_captions(source: ShardedDataset, captioner: LoadedCaptioner, config: GenerationConfig) -> dict[str, Any]:
+    """All that the rows depend on, for their fingerprint."""
+    return {
+        "input": source.fingerprint,
+        "captioner": captioner.fingerprint,
+        "encoder": captioner.encoder,
+        "decoding": to_dict(config.decoding),
+        "dtype": config.dtype,
+        "attention_maps": config.attention_maps,
+    }

@@ -43,9 +43,14 @@ def features_schema(size: int, dtype: str) -> pa.Schema:
     return MANIFEST.append(pa.field("features", vector, nullable=False))
 
 
-def captions_schema() -> pa.Schema:
-    """What the captioner says of each image, the best candidate spread into columns of its own."""
-    return pa.schema(
+def captions_schema(positions: int | None = None) -> pa.Schema:
+    """What the captioner says of each image, the best candidate spread into columns of its own.
+
+    Args:
+        positions: of the map that it looked at: a column `attention` has a vector a token of the best candidate, END
+            last, each adding up to 1. None is without.
+    """
+    schema = pa.schema(
         [
             MANIFEST.field("image_id"),
             MANIFEST.field("uri"),
@@ -56,6 +61,9 @@ def captions_schema() -> pa.Schema:
             pa.field("candidates", pa.list_(CANDIDATE), nullable=False),
         ]
     )
+    if positions is None:
+        return schema
+    return schema.append(pa.field("attention", pa.list_(pa.list_(pa.float16(), positions)), nullable=False))
 
 
 def embeddings_schema(size: int) -> pa.Schema:

@@ -17,7 +17,9 @@ from captionlib.errors import DatasetError
 
 __all__ = [
     "Prediction",
+    "is_dataset",
     "join_references",
+    "prediction_of",
     "read_predictions",
     "select_splits",
     "to_coco_results",
@@ -55,7 +57,7 @@ def read_predictions(source: str | os.PathLike[str]) -> list[Prediction]:
         DatasetError: it is none of these, or has two captions of an image.
     """
     address = os.fspath(source)
-    if text_suffix_of(address) != ".json":
+    if is_dataset(address):
         return _read_dataset(open_dataset(address, "captions").require_complete())
     location = locate(address)
     if not location.fs.exists(location.path):
@@ -78,17 +80,27 @@ def read_predictions(source: str | os.PathLike[str]) -> list[Prediction]:
     return found
 
 
+def is_dataset(source: str | os.PathLike[str]) -> bool:
+    """Whether captions stand in a dataset there, rather than in a JSON file."""
+    return text_suffix_of(os.fspath(source)) != ".json"
+
+
+def prediction_of(row: Mapping[str, Any]) -> Prediction:
+    """What a row of `captions/` says, from plain values."""
+    return Prediction(
+        image_id=row["image_id"],
+        caption=row["caption"],
+        uri=row["uri"],
+        split=row["split"],
+        log_prob=row["log_prob"],
+        candidates=tuple((candidate["caption"], candidate["log_prob"]) for candidate in row["candidates"]),
+    )
+
+
 def _read_dataset(dataset: ShardedDataset) -> list[Prediction]:
     columns = ["image_id", "uri", "split", "caption", "log_prob", "candidates"]
     return [
-        Prediction(
-            image_id=row["image_id"],
-            caption=row["caption"],
-            uri=row["uri"],
-            split=row["split"],
-            log_prob=row["log_prob"],
-            candidates=tuple((candidate["caption"], candidate["log_prob"]) for candidate in row["candidates"]),
-        )
+        prediction_of(row)
         for shard in range(dataset.shards)
         for rows in dataset.read_batches(shard, columns)
         for row in rows.to_pylist()

@@ -2,15 +2,18 @@
 
 folder/
   index.html       the page
-  data.js          what was said of each picture; the page shows some at a time, so there may be thousands
+  data.js          what was said of each picture, and where the captioner looked for each word, if that was kept; the
+                   page shows some at a time, so there may be thousands
   thumbnails/      the pictures, as the encoder sees them
 """
 
+import base64
 import io
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ from captionlib.errors import DatasetError, ImageError
 from captionlib.evaluation.charts import draw_charts
 from captionlib.evaluation.pages import render_page
 from captionlib.evaluation.predictions import Prediction
+from captionlib.evaluation.sight import Sight
 from captionlib.storage import TEMPORARY, Folder
 
 __all__ = ["write_report"]
@@ -32,7 +36,7 @@ PAGE = "index.html"
 DATA = "data.js"
 THUMBNAILS = "thumbnails"
 
-# The square in the middle, as the encoder sees it.
+# The square in the middle, as most encoders see it.
 _THUMBNAIL = Preprocessing(
     resize_size=224, crop_size=224, interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
 )
@@ -49,6 +53,7 @@ def write_report(
     cider: Mapping[str, float] | None = None,
     marks: Mapping[str, Mapping[str, bool]] | None = None,
     history: Sequence[Mapping[str, Any]] = (),
+    sight: Sight | None = None,
     progress: bool = False,
 ) -> str:
     """Writes the page, its data and its thumbnails; a page that was there is replaced.
@@ -62,6 +67,7 @@ def write_report(
         cider: of images, by their ids.
         marks: judgements such as `colour` by the images' ids, and whether the caption is right in it.
         history: what training told epoch by epoch.
+        sight: what of the pictures the captioner saw, and where it looked.
         progress: show a bar.
 
     Returns:
@@ -71,27 +77,30 @@ def write_report(
         DatasetError: the folder holds something else.
     """
     target = Folder(folder)
+    sight = sight or Sight()
     _claim(target)
     items = []
-    thumbnails = tqdm(_write_thumbnails(target, predictions), "thumbnails", len(predictions), disable=not progress)
+    pictures = _write_thumbnails(target, predictions, _crop_of(sight.preprocessing))
+    thumbnails = tqdm(pictures, "thumbnails", len(predictions), disable=not progress)
     for one, thumbnail in zip(predictions, thumbnails, strict=True):
-        score = (cider or {}).get(one.image_id)
         items.append(
             {
-                "id": one.image_id,
-                "caption": one.caption,
-                "split": one.split,
-                "logProb": _finite(one.log_prob),
-                "cider": _finite(score),
-                "candidates": [[text, _finite(log_prob)] for text, log_prob in one.candidates],
-                "references": list(one.references),
+                **_to_item(one),
+                "cider": _finite((cider or {}).get(one.image_id)),
                 "marks": dict((marks or {}).get(one.image_id, {})),
+                "looks": [base64.b64encode(look.tobytes()).decode() for look in sight.maps.get(one.image_id, ())],
                 "thumbnail": thumbnail,
             }
         )
     target.write(DATA, _to_script(items))
     page = render_page(
-        "report.html", title=title, note=note, figures=figures, charts=draw_charts(history), count=len(items)
+        "report.html",
+        title=title,
+        note=note,
+        figures=figures,
+        charts=draw_charts(history),
+        count=len(items),
+        looks=any(item["looks"] for item in items),
     )
     target.write(PAGE, page)
     target.remove(TEMPORARY)
@@ -109,10 +118,20 @@ def _claim(folder: Folder) -> None:
     folder.remove(THUMBNAILS)
 
 
-def _write_thumbnails(folder: Folder, predictions: Sequence[Prediction]) -> Iterator[str | None]:
+def _crop_of(preprocessing: Preprocessing | None) -> Preprocessing:
+    """What an encoder sees of a picture, in the size of a thumbnail."""
+    if preprocessing is None:
+        return _THUMBNAIL
+    side = _THUMBNAIL.crop_size
+    return replace(
+        preprocessing, crop_size=side, resize_size=round(side * preprocessing.resize_size / preprocessing.crop_size)
+    )
+
+
+def _write_thumbnails(folder: Folder, predictions: Sequence[Prediction], crop: Preprocessing) -> Iterator[str | None]:
     """The thumbnail of each picture, relative to the page; None where the picture cannot be had."""
     made: set[str] = set()
-    with open_loader(LoadingConfig(), _THUMBNAIL) as load:
+    with open_loader(LoadingConfig(), crop) as load:
         for number, (_, image) in enumerate(load({"uri": one.uri} for one in predictions)):
             if isinstance(image, ImageError):
                 yield None
@@ -130,6 +149,17 @@ def _to_jpeg(pixels: npt.NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=80)
     return buffer.getvalue()
+
+
+def _to_item(one: Prediction) -> dict[str, Any]:
+    return {
+        "id": one.image_id,
+        "caption": one.caption,
+        "split": one.split,
+        "logProb": _finite(one.log_prob),
+        "candidates": [[text, _finite(log_prob)] for text, log_prob in one.candidates],
+        "references": list(one.references),
+    }
 
 
 def _to_script(items: Sequence[Mapping[str, Any]]) -> bytes:

@@ -14,6 +14,7 @@ from captionlib.data.loading import LoadingConfig
 from captionlib.data.schemas import MANIFEST, captions_schema
 from captionlib.data.stages import Process
 from captionlib.errors import CheckpointError, ConfigError, ImageError
+from captionlib.models.attention_maps import map_attention, require_attention
 from captionlib.models.checkpoints import LoadedCaptioner, load_captioner
 from captionlib.models.decoding import Candidate, Decoder, DecodingConfig
 from captionlib.models.devices import resolve_device
@@ -37,6 +38,7 @@ class GenerationConfig:
         batch_size: images decoded at a time.
         loading: how images are fetched and decoded, where captions are made from images.
         encoder_batch_size: images a batch of the encoder, likewise.
+        attention_maps: keep where the captioner looked for each token of the best caption; it needs one with attention.
     """
 
     decoding: DecodingConfig = field(default_factory=lambda: DecodingConfig(n_best=5))
@@ -44,6 +46,7 @@ class GenerationConfig:
     batch_size: int = 100
     loading: LoadingConfig = field(default_factory=LoadingConfig)
     encoder_batch_size: int = 32
+    attention_maps: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "encoder_batch_size"):
@@ -88,6 +91,8 @@ class CaptionGeneration:
                 f"{self.checkpoint}: expected captioner {self.fingerprint}, got {captioner.fingerprint}; "
                 "the checkpoint was replaced while the captions were made: start again with --overwrite"
             )
+        if self.config.attention_maps:
+            require_attention(captioner, self.checkpoint)
         dtype = getattr(torch, self.config.dtype)
         decoder = Decoder(captioner.model, self.config.decoding, dtype, captioner.vocabulary)
         ranker = self.ranker.open(self.device) if self.ranker else None
@@ -105,16 +110,23 @@ class CaptionGeneration:
         ranker: LoadedRanker | None,
     ) -> Iterator[tuple[pa.RecordBatch, ...]]:
         for rows, features in _rebatch(encoded, self.config.batch_size):
-            candidates = decoder.decode(features.astype(np.float32), keys=[row["image_id"] for row in rows])
-            captions = caption_rows(rows, candidates, captioner)
+            seen = features.astype(np.float32)
+            candidates = decoder.decode(seen, keys=[row["image_id"] for row in rows])
+            attention = None
+            if self.config.attention_maps:
+                attention = map_attention(captioner.model, seen, [some[0] for some in candidates])
+            captions = caption_rows(rows, candidates, captioner, attention)
             yield (captions,) if ranker is None else (captions, embed_rows(rows, features, ranker))
 
 
 def caption_rows(
-    rows: Sequence[Row], candidates: Sequence[Sequence[Candidate]], captioner: LoadedCaptioner
+    rows: Sequence[Row],
+    candidates: Sequence[Sequence[Candidate]],
+    captioner: LoadedCaptioner,
+    attention: pa.Array | None = None,
 ) -> pa.RecordBatch:
-    """Rows of `captions/`: the best candidate in columns of its own, and all of them."""
-    schema = captions_schema()
+    """Rows of `captions/`: the best candidate in columns of its own, and all of them; with attention, its maps."""
+    schema = captions_schema(None if attention is None else attention.type.value_type.list_size)
     words = [[captioner.vocabulary.decode(one.words) for one in some] for some in candidates]
     columns = {
         **{name: [row[name] for row in rows] for name in ("image_id", "uri", "split")},
@@ -126,7 +138,8 @@ def caption_rows(
             for texts, some in zip(words, candidates, strict=True)
         ],
     }
-    return pa.RecordBatch.from_arrays([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+    plain = [pa.array(columns[name], schema.field(name).type) for name in columns]
+    return pa.RecordBatch.from_arrays([*plain, *([] if attention is None else [attention])], schema=schema)
 
 
 def _rebatch(

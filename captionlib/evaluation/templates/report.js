@@ -1,4 +1,3 @@
-"use strict";
 const PAGE = 60, EXTREMES = 8;
 const items = window.captionlibReport ?? [];
 const $ = id => document.getElementById(id);
@@ -66,11 +65,13 @@ function mark([name, right]) {
   return entry;
 }
 function card(item) {
-  const made = element("li"), text = element("div", "text");
+  const made = element("li"), frame = element("div", "frame"), text = element("div", "text");
+  frame.append(picture(item));
   const meta = [];
   if (item.cider !== null) meta.push(`CIDEr ${item.cider.toFixed(2)}`);
   if (item.logProb !== null) meta.push(`log-probability ${item.logProb.toFixed(2)} (${percent(item.logProb)})`);
-  text.append(element("p", "caption", item.caption || "(nothing)"));
+  const words = item.caption && item.looks.length > 0;
+  text.append(words ? lookAt(item, frame) : element("p", "caption", item.caption || "(nothing)"));
   for (const line of [...meta, item.id]) text.append(element("p", "meta", line));
   if (Object.keys(item.marks).length) {
     const all = element("ul", "marks");
@@ -82,7 +83,7 @@ function card(item) {
     text.append(list("ol", `the ${texts.length} most likely`, texts));
   }
   if (item.references.length) text.append(list("ul", "what people say", item.references));
-  made.append(picture(item), text);
+  made.append(frame, text);
   return made;
 }
 
