@@ -95,4 +95,5 @@ def _to_maps(looks: npt.NDArray[np.floating]) -> Maps:
             "their height and width are not known, so make the captions without attention_maps to show them"
         )
     scaled = 255 * looks.astype(np.float32) / looks.max(1, keepdims=True)
-    return scaled.round().astype(np.uint8).reshape(tokens, side, side)
+    maps: Maps = scaled.round().astype(np.uint8).reshape(tokens, side, side)
+    return maps

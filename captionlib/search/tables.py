@@ -93,7 +93,7 @@ def _table_lines(rows: pa.RecordBatchReader, width: int | None) -> Iterator[tupl
         if widths is None:
             natural = [max(map(_width_of, [name, *column])) for name, column in zip(names, cells, strict=True)]
             if batch.num_rows == 1 and width is not None and sum(natural) + len(_GAP) * (len(natural) - 1) > width:
-                yield 1, _record(names, batch)
+                yield 1, _record(names, batch, width)
                 return
             widths = _fit(natural, width)
             yield 0, _line(names, widths, numeric) + _line(["─" * size for size in widths], widths, numeric)
@@ -114,19 +114,22 @@ def _merged(rows: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
         yield waiting
 
 
-def _record(names: Sequence[str], row: pa.RecordBatch) -> str:
-    """One row that is wider than the terminal: a line a column, and a line an element of a list."""
+def _record(names: Sequence[str], row: pa.RecordBatch, width: int) -> str:
+    """One row that is wider than the terminal: a line a column, and a line an element of a list; lists in it are cut."""
     margin = max(map(_width_of, names))
     lines = []
     for name, column in zip(names, row.columns, strict=True):
         (value,) = _plain_column(column)
-        elements = [_element(item) for item in value] if isinstance(value, list) and value else [_cell(value)]
+        elements = [_element(item, width - margin - len(_GAP)) for item in value] if isinstance(value, list) else []
+        elements = elements or [_cell(value)]
         titles = [name, *[""] * (len(elements) - 1)]
         lines += [f"{_pad(title, margin)}{_GAP}{text}\n" for title, text in zip(titles, elements, strict=True)]
     return "".join(lines)
 
 
-def _element(value: Any) -> str:
+def _element(value: Any, width: int) -> str:
+    if isinstance(value, list):
+        return _shorten(_cell(value), max(width, _NARROWEST))
     return _GAP.join(_cell(part) for part in value.values()) if isinstance(value, dict) else _cell(value)
 
 
