@@ -4,10 +4,10 @@ BIN := .venv/bin
 UV := $(shell command -v uv || echo .uv/bin/uv)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench lock clean
+.PHONY: help setup demo test check bench bench-flickr8k lock clean
 
 help:  ## Show this list.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/installed  ## Install everything into .venv/, in exactly the versions of the lock.
 
@@ -35,6 +35,9 @@ test: check  ## All checks and all tests.
 
 bench: setup  ## Measure every bar, or one: make bench NAME=extract-throughput.
 	@$(BIN)/python -m benchmarks $(NAME)
+
+bench-flickr8k: setup  ## Flickr8k from photographs to the table: DATA=folder WEIGHTS=file.
+	@$(BIN)/python -m benchmarks.flickr8k $(or $(DATA),$(error DATA: the folder of Flickr8k)) $(or $(WEIGHTS),IMAGENET1K_V1)
 
 lock: | $(UV)  ## Write the lock anew after a change of pyproject.toml.
 	$(UV) pip compile --quiet --universal --python-version 3.10 --generate-hashes --group dev --extra s3 --no-header \

@@ -9,6 +9,7 @@ BENCHMARKS = {
     "extract-memory": "benchmarks.extract_memory",
     "prepare-memory": "benchmarks.prepare_memory",
     "decoding-speed": "benchmarks.decoding_speed",
+    "neuraltalk-decoder": "benchmarks.neuraltalk_decoder",
     "training-throughput": "benchmarks.training_throughput",
     "training-data-wait": "benchmarks.training_data_wait",
     "training-memory": "benchmarks.training_memory",

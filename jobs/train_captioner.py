@@ -38,7 +38,7 @@ def command(
     \b
     Examples:
       captionlib train-captioner features -o captioner
-      captionlib train-captioner features -o captioner --config configs/captioner-flickr8k.yaml
+      captionlib train-captioner features -o captioner --config configs/captioner-flickr8k-attention.yaml
       captionlib train-captioner features -o captioner --set training.epochs=30 --set captioner.hidden_size=256
       captionlib train-captioner features -o captioner --set best_by=cider --set training.average_decay=0.999
       captionlib train-captioner features -o captioner --set word_vectors=w2v.bin --set captioner.word_size=300
