@@ -30,8 +30,8 @@ check: setup  ## Format, lint, types and the import contract.
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check  ## All checks and all tests.
-	$(BIN)/pytest
+test: check  ## All checks and all tests, in a process for each CPU.
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 bench: setup  ## Measure every bar, or one: make bench NAME=extract-throughput.
 	@$(BIN)/python -m benchmarks $(NAME)

@@ -1,10 +1,13 @@
 """SQL over a dataset, by DuckDB: strangers may ask, and can neither change the dataset nor reach outside it."""
 
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import duckdb
@@ -107,7 +110,8 @@ def open_sql(
             lock(connection, disk.addresses)
             _create_view(connection, dataset.kind, disk.addresses[: len(files)], dataset.schema)
             _create_view(connection, "failures", disk.addresses[len(files) :], FAILURES_SCHEMA)
-            yield SqlSession(connection, dataset)
+            with _stopped_by_ctrl_c(connection):
+                yield SqlSession(connection, dataset)
         finally:
             connection.close()
 
@@ -171,6 +175,25 @@ def _create_view(connection: duckdb.DuckDBPyConnection, name: str, addresses: Se
 def _read(reader: pa.RecordBatchReader, view: str) -> Iterator[pa.RecordBatch]:
     with _query_errors(view):
         yield from reader
+
+
+@contextmanager
+def _stopped_by_ctrl_c(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    """Lets Ctrl-C stop a query at once: left to itself DuckDB waits until its threads are through with it."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        connection.interrupt()
+        before(number, frame)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 import contextlib
+import fcntl
 import os
 import signal
+import struct
 import subprocess
 import sys
-import threading
+import termios
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -144,40 +146,48 @@ def test_a_decoder_that_hangs_is_replaced_where_the_image_does_not_fit_into_the_
         assert pool.decode(GOOD).shape == (40, 40, 3)
 
 
-def kill_while_decoding(pool: DecoderPool, kills: int) -> threading.Thread:
-    """Kills the pool's decoder, and those that follow it, each when it is busy."""
-
-    def kill() -> None:
-        killed: set[int] = set()
-        while len(killed) < kills:
-            for pid in pool.pids:
-                if pid not in killed and is_busy(pid):
-                    killed.add(pid)
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.01)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    return thread
-
-
-def is_busy(pid: int) -> bool:
-    """Whether a decoder has used more processor time than it needs to start."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return int(fields[11]) + int(fields[12]) > 1.2 * os.sysconf("SC_CLK_TCK")
+def has_been_asked(pid: int) -> bool:
+    """Whether something lies in the pipe to a decoder."""
+    with Path(f"/proc/{pid}/fd/0").open("rb", buffering=0) as pipe:
+        (size,) = struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))
+    return bool(size)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("kills", [1, 2])
-def test_an_image_gets_a_second_decoder_when_the_first_is_killed(kills: int) -> None:
-    slow = slow_jpeg(3000)
-    with open_pool() as pool:
-        killer = kill_while_decoding(pool, kills)
-        if kills == 1:
-            assert pool.decode(slow).shape == (40, 40, 3)
-        else:
-            assert reason(pool, slow) == "DecoderDied"
-        killer.join()
+def test_an_image_gets_a_second_decoder_when_the_first_is_killed() -> None:
+    with open_pool() as pool, ThreadPoolExecutor(1) as thread:
+        pool.decode(GOOD)
+        (killed,) = pool.pids
+        os.kill(killed, signal.SIGSTOP)  # so that it cannot be done before it is killed
+        decoded = thread.submit(pool.decode, GOOD)
+        while not has_been_asked(killed):
+            time.sleep(0.001)
+        os.kill(killed, signal.SIGKILL)
+        np.testing.assert_array_equal(decoded.result(), decode_image(GOOD, PREPROCESSING))
+        assert killed not in pool.pids
+
+
+def processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_image_that_two_decoders_die_of_is_given_up() -> None:
+    endless = slow_jpeg(50_000)
+    with open_pool() as pool, ThreadPoolExecutor(1) as thread:
+        pool.decode(GOOD)
+        busy = 2 * processor_seconds(pool.pids[0])  # has started, and does something else since
+        given_up = thread.submit(reason, pool, endless)
+        killed: set[int] = set()
+        while not given_up.done():
+            for pid in set(pool.pids) - killed:
+                if processor_seconds(pid) > busy:
+                    killed.add(pid)
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+        assert given_up.result() == "DecoderDied"
+        assert len(killed) == 2
         assert pool.decode(GOOD).shape == (40, 40, 3)
 
 

@@ -53,10 +53,8 @@ def test_meteor_of_the_set_and_of_each_image_is_its_own_programs() -> None:
 
 
 def test_what_separates_meteors_sentences_is_no_part_of_one() -> None:
-    assert (
-        count_alignments([("a dog ||| runs", ["a ||| dog"])]).tolist()
-        == count_alignments([("a dog runs", ["a dog"])]).tolist()
-    )
+    with_it, without = count_alignments([("a dog ||| runs", ["a ||| dog"]), ("a dog runs", ["a dog"])]).tolist()
+    assert with_it == without
 
 
 def test_meteor_without_java_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from captionlib.errors import DatasetError
-from captionlib.evaluation.captions import score_captions
 from captionlib.evaluation.predictions import Prediction, to_result_struct
 from jobs.cli import captionlib
-from tests.evaluation.test_captions import CAPTIONS, REFERENCES, write_captions, write_manifest
+from tests.evaluation.test_captions import CAPTIONS, REFERENCES, scores, write_captions, write_manifest
 
 
 def evaluate(*arguments: str | Path) -> Result:
@@ -26,7 +25,7 @@ def manifest(tmp_path: Path) -> Path:
 def test_scores_are_printed_and_written(tmp_path: Path, manifest: Path) -> None:
     files = ["--per-image", tmp_path / "new" / "scores.parquet", "--results", tmp_path / "results.json"]
     result = evaluate(tmp_path / "captions", "-m", manifest, "--split", "val", "-o", tmp_path / "scores", *files)
-    expected = score_captions(dict(sorted(CAPTIONS.items())), REFERENCES)
+    expected = scores()
     assert result.output.splitlines()[0] == f"{tmp_path}/captions: 4 images"
     low, high = expected.intervals["BLEU-1"]
     assert f"  BLEU-1               {expected.scores['BLEU-1']:.4f}   {low:.4f} to {high:.4f}" in result.output
@@ -47,7 +46,7 @@ def test_neuraltalks_results_need_no_manifest(tmp_path: Path) -> None:
     said = [Prediction(i, text, references=tuple(REFERENCES[i])) for i, text in CAPTIONS.items()]
     (tmp_path / "result_struct.json").write_text(json.dumps(to_result_struct(said, {})))
     result = evaluate(tmp_path / "result_struct.json", "--samples", "0")
-    expected = score_captions(CAPTIONS, REFERENCES).scores["CIDEr"]
+    expected = scores().scores["CIDEr"]
     assert f"  CIDEr                {expected:.4f}\n" in result.output
 
 

@@ -6,12 +6,11 @@ from click.testing import CliRunner
 from PIL import Image
 
 from captionlib.data.vocabulary import Vocabulary
-from captionlib.evaluation.captions import score_captions
 from captionlib.evaluation.predictions import Prediction, to_result_struct
 from captionlib.models.captioner import Captioner, CaptionerConfig
 from captionlib.models.checkpoints import save_checkpoint
 from jobs.cli import captionlib
-from tests.evaluation.test_captions import CAPTIONS, REFERENCES, write_captions, write_manifest
+from tests.evaluation.test_captions import CAPTIONS, REFERENCES, scores, write_captions, write_manifest
 from tests.evaluation.test_report import read_items, read_page
 
 
@@ -30,7 +29,7 @@ def test_captions_become_a_page_with_scores_and_curves(tmp_path: Path) -> None:
     options = ["-m", tmp_path / "manifest", "-c", tmp_path / "captioner", "--limit", 3]
     output = report(tmp_path / "captions", "-o", tmp_path / "report", *options)
     assert output == f"{tmp_path}/report/index.html: 3 images\n"
-    expected = score_captions(dict(sorted(CAPTIONS.items())), REFERENCES)
+    expected = scores()
     items = read_items(tmp_path / "report")
     assert {item["id"]: item["cider"] for item in items} == pytest.approx(
         {i: expected.of_images["CIDEr"][i] for i in list(CAPTIONS)[:3]}, abs=1e-4

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +11,8 @@ from captionlib.data.shard_writer import write_shard
 from captionlib.data.shards import ShardedDataset
 from captionlib.models.encoder import EncoderConfig
 from captionlib.models.extraction import ExtractionConfig
+from pipelines.extract_features import extract_features
+from pipelines.run import RunConfig
 
 COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "black", "white"]
 
@@ -33,10 +36,8 @@ def write_manifest(folder: Path, uris: list[str], shard_size: int = 4) -> Sharde
     return dataset
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> list[str]:
+def draw_images(folder: Path) -> list[str]:
     """Eight images of one colour each, and two that are none."""
-    folder = tmp_path / "images"
     folder.mkdir()
     for colour in COLOURS:
         Image.new("RGB", (80, 60), colour).save(folder / f"{colour}.png")
@@ -44,12 +45,34 @@ def images(tmp_path: Path) -> list[str]:
     return [str(folder / f"{name}.png") for name in [*COLOURS[:3], "broken", *COLOURS[3:], "missing"]]
 
 
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The images of `draw_images`; to be left as they are."""
+    return draw_images(tmp_path_factory.mktemp("drawn") / "images")
+
+
 @pytest.fixture
 def manifest(tmp_path: Path, images: list[str]) -> ShardedDataset:
     return write_manifest(tmp_path / "manifest", images)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small_encoder() -> ExtractionConfig:
     encoder = EncoderConfig("squeezenet1_1", "features.4.cat", "random:0", pooling="mean")
     return ExtractionConfig(encoder, batch_size=3)
+
+
+@pytest.fixture(scope="session")
+def extracted(tmp_path_factory: pytest.TempPathFactory, images: list[str], small_encoder: ExtractionConfig) -> Path:
+    """The features of the images; to be left as they are."""
+    folder = tmp_path_factory.mktemp("extracted")
+    manifest = write_manifest(folder / "manifest", images)
+    run = RunConfig(max_failure_ratio=0.5, progress=False)
+    extract_features(manifest.folder.uri, folder / "features", small_encoder, run=run)
+    return folder / "features"
+
+
+@pytest.fixture
+def features(tmp_path: Path, extracted: Path) -> Path:
+    """The features of the images, as their extraction left them."""
+    return shutil.copytree(extracted, tmp_path / "features")

@@ -28,12 +28,6 @@ EMBEDDING = EmbeddingConfig(encoder_batch_size=3)
 GENERATION = GenerationConfig(DecodingConfig(beam_width=2, n_best=1), batch_size=3, encoder_batch_size=3)
 
 
-@pytest.fixture
-def features(manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig) -> Path:
-    extract_features(manifest.folder.uri, tmp_path / "features", small_encoder, run=QUIET)
-    return tmp_path / "features"
-
-
 def fit_ranker(features: Path, output: Path, seed: int = 0) -> Path:
     config = RankingConfig(
         ranker=RankerConfig(hidden_size=8, word_size=8, joint_size=6),
@@ -45,18 +39,19 @@ def fit_ranker(features: Path, output: Path, seed: int = 0) -> Path:
     return output
 
 
-@pytest.fixture
-def ranker(features: Path, tmp_path: Path) -> Path:
-    return fit_ranker(features, tmp_path / "ranker")
+@pytest.fixture(scope="module")
+def ranker(extracted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fit_ranker(extracted, tmp_path_factory.mktemp("trained") / "ranker")
 
 
-@pytest.fixture
-def captioner(features: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def captioner(extracted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = CaptioningConfig(
         captioner=CaptionerConfig(hidden_size=8, word_size=8), training=LoopConfig(epochs=1), min_count=1
     )
-    train_captioner(features, tmp_path / "captioner", config, device="cpu", progress=False)
-    return tmp_path / "captioner"
+    folder = tmp_path_factory.mktemp("trained") / "captioner"
+    train_captioner(extracted, folder, config, device="cpu", progress=False)
+    return folder
 
 
 def embed(source: Path | str, ranker: Path, output: Path, run: RunConfig = QUIET) -> ShardedDataset:

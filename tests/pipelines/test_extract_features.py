@@ -4,19 +4,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from captionlib.data.datasets import open_dataset
 from captionlib.data.shards import ShardedDataset
 from captionlib.errors import ConfigError, DatasetError, FailureRatioError, FingerprintError
 from captionlib.models.encoder import EncoderConfig, load_encoder
 from captionlib.models.extraction import ExtractionConfig
 from pipelines.extract_features import extract_features
 from pipelines.run import RunConfig, choose_runner
+from tests.pipelines.conftest import draw_images, write_manifest
 
 QUIET = RunConfig(max_failure_ratio=0.5, progress=False)
 
 
 def extract(manifest: ShardedDataset, output: Path, config: ExtractionConfig, run: RunConfig = QUIET) -> ShardedDataset:
-    from captionlib.data.datasets import open_dataset
-
     extract_features(manifest.folder.uri, output, config, run=run)
     return open_dataset(output, "features").require_complete()
 
@@ -53,45 +53,41 @@ def test_features_are_what_the_encoder_sees(
 
 
 def test_a_second_run_changes_nothing(
-    manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig
+    manifest: ShardedDataset, features: Path, small_encoder: ExtractionConfig
 ) -> None:
-    extract(manifest, tmp_path / "features", small_encoder)
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").glob("part-*")}
-    extract(manifest, tmp_path / "features", small_encoder)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "features").glob("part-*")} == times
+    times = {path: path.stat().st_mtime_ns for path in features.glob("part-*")}
+    extract(manifest, features, small_encoder)
+    assert {path: path.stat().st_mtime_ns for path in features.glob("part-*")} == times
 
 
 def test_what_is_missing_is_done_again_and_comes_out_the_same(
-    manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig
+    manifest: ShardedDataset, features: Path, small_encoder: ExtractionConfig
 ) -> None:
-    features = extract(manifest, tmp_path / "features", small_encoder)
-    before = content(tmp_path / "features")
-    features.forget(1)
-    (tmp_path / "features" / "part-00001.parquet").unlink()
-    extract(manifest, tmp_path / "features", small_encoder)
-    assert content(tmp_path / "features") == before
+    before = content(features)
+    open_dataset(features).forget(1)
+    (features / "part-00001.parquet").unlink()
+    extract(manifest, features, small_encoder)
+    assert content(features) == before
 
 
 def test_bundles_that_run_twice_write_the_same(
-    manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig
+    manifest: ShardedDataset, features: Path, tmp_path: Path, small_encoder: ExtractionConfig
 ) -> None:
-    extract(manifest, tmp_path / "once", small_encoder)
     twice = dataclasses.replace(QUIET, beam_options=("--direct_runner_bundle_repeat=1",))
     extract(manifest, tmp_path / "twice", small_encoder, twice)
-    assert content(tmp_path / "once") == content(tmp_path / "twice")
+    assert content(features) == content(tmp_path / "twice")
 
 
 def test_two_processes_write_the_same(
-    manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig
+    manifest: ShardedDataset, features: Path, tmp_path: Path, small_encoder: ExtractionConfig
 ) -> None:
-    extract(manifest, tmp_path / "one", small_encoder)
     extract(manifest, tmp_path / "two", small_encoder, dataclasses.replace(QUIET, workers=2))
-    assert content(tmp_path / "one") == content(tmp_path / "two")
+    assert content(features) == content(tmp_path / "two")
 
 
-def test_repaired_images_are_retried_alone(
-    manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig, images: list[str]
-) -> None:
+def test_repaired_images_are_retried_alone(tmp_path: Path, small_encoder: ExtractionConfig) -> None:
+    images = draw_images(tmp_path / "images")
+    manifest = write_manifest(tmp_path / "manifest", images)
     extract(manifest, tmp_path / "features", small_encoder)
     Path(images[3]).write_bytes(Path(images[0]).read_bytes())
     retry = dataclasses.replace(QUIET, retry_failures=True)
@@ -100,11 +96,10 @@ def test_repaired_images_are_retried_alone(
     assert features.totals().reasons == {"FileNotFoundError": 1}
 
 
-def test_another_encoder_is_refused(manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig) -> None:
-    extract(manifest, tmp_path / "features", small_encoder)
+def test_another_encoder_is_refused(manifest: ShardedDataset, features: Path, small_encoder: ExtractionConfig) -> None:
     other = dataclasses.replace(small_encoder, encoder=dataclasses.replace(small_encoder.encoder, weights="random:1"))
     with pytest.raises(FingerprintError, match=r"encoder.weights: there 'random:0', now 'random:1'"):
-        extract(manifest, tmp_path / "features", other)
+        extract(manifest, features, other)
 
 
 def test_too_many_failures_end_with_an_error_and_all_rows(
@@ -126,11 +121,11 @@ def test_an_incomplete_manifest_is_refused(
 
 
 def test_everything_may_lie_elsewhere(
-    manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig
+    manifest: ShardedDataset, features: Path, tmp_path: Path, small_encoder: ExtractionConfig
 ) -> None:
     output = f"memory://{tmp_path.name}/features"
     extract_features(manifest.folder.uri, output, small_encoder, run=QUIET)
-    local = extract(manifest, tmp_path / "features", small_encoder)
+    local = open_dataset(features)
     assert ShardedDataset(**{**vars(local), "folder": type(local.folder)(output)}).read(0).equals(local.read(0))
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,22 +25,23 @@ QUIET = RunConfig(max_failure_ratio=0.5, progress=False)
 GENERATION = GenerationConfig(DecodingConfig(beam_width=3, n_best=2), batch_size=3, encoder_batch_size=3)
 
 
-@pytest.fixture
-def features(manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig) -> Path:
-    extract_features(manifest.folder.uri, tmp_path / "features", small_encoder, run=QUIET)
-    return tmp_path / "features"
-
-
-@pytest.fixture
-def captioner(features: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def trained(extracted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A captioner; to be left as it is."""
     config = CaptioningConfig(
         captioner=CaptionerConfig(hidden_size=16, word_size=16, dropout=0.0),
         training=LoopConfig(epochs=2),
         min_count=1,
         batch_images=4,
     )
-    train_captioner(features, tmp_path / "captioner", config, device="cpu", progress=False)
-    return tmp_path / "captioner"
+    folder = tmp_path_factory.mktemp("trained") / "captioner"
+    train_captioner(extracted, folder, config, device="cpu", progress=False)
+    return folder
+
+
+@pytest.fixture
+def captioner(tmp_path: Path, trained: Path) -> Path:
+    return shutil.copytree(trained, tmp_path / "captioner")
 
 
 def caption(source: Path | str, captioner: Path, output: Path, run: RunConfig = QUIET) -> ShardedDataset:
