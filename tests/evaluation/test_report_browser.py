@@ -64,8 +64,9 @@ def shown(browser: WebDriver) -> str | None:
 def heat(browser: WebDriver) -> np.ndarray:
     """How strongly the map covers the picture, `[height, width]`, 0 to 255."""
     numbers = browser.execute_script(
-        "const heat = document.querySelector('.heat');"
-        "return [...heat.getContext('2d').getImageData(0, 0, heat.width, heat.height).data].filter((_, i) => i % 4 === 3)"
+        "const {width, height} = document.querySelector('.heat');"
+        "const pixels = document.querySelector('.heat').getContext('2d').getImageData(0, 0, width, height);"
+        "return [...pixels.data].filter((_, place) => place % 4 === 3)"
     )
     return np.array(numbers).reshape(round(len(numbers) ** 0.5), -1)
 
