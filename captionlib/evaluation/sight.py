@@ -82,7 +82,8 @@ def _split(attention: pa.ListArray) -> list[npt.NDArray[np.floating]]:
     """The looks of each image, `[tokens, positions]`."""
     positions = attention.type.value_type.list_size
     numbers = attention.flatten().flatten().to_numpy(zero_copy_only=False).reshape(-1, positions)
-    return np.split(numbers, np.cumsum(pc.list_value_length(attention).to_numpy())[:-1])
+    lengths = pc.list_value_length(attention).to_numpy()
+    return [numbers[end - length : end] for length, end in zip(lengths, np.cumsum(lengths), strict=True)]
 
 
 def _to_maps(looks: npt.NDArray[np.floating]) -> Maps:

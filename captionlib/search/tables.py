@@ -115,7 +115,7 @@ def _merged(rows: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
 
 
 def _record(names: Sequence[str], row: pa.RecordBatch, width: int) -> str:
-    """One row that is wider than the terminal: a line a column, and a line an element of a list; lists in it are cut."""
+    """One row wider than the terminal: a line a column, and a line an element of a list; inner lists are cut."""
     margin = max(map(_width_of, names))
     lines = []
     for name, column in zip(names, row.columns, strict=True):

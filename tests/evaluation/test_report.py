@@ -1,16 +1,20 @@
+import base64
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from captionlib.data.images import Preprocessing, decode_image
 from captionlib.errors import DatasetError
 from captionlib.evaluation.charts import draw_charts
 from captionlib.evaluation.predictions import Prediction
 from captionlib.evaluation.report import write_report
+from captionlib.evaluation.sight import Sight
 
 
 class Page(HTMLParser):
@@ -76,6 +80,7 @@ def test_everything_about_an_image_is_in_the_data(tmp_path: Path, photo: Path) -
             "candidates": [["a dog", -0.6931], ["a cat", -9.21]],
             "references": ["Dog!"],
             "marks": {"shape": True, "colour": False},
+            "looks": [],
             "thumbnail": "thumbnails/000/000000.jpg",
         }
     ]
@@ -112,8 +117,36 @@ def test_all_text_is_escaped(tmp_path: Path) -> None:
     data = (tmp_path / "report" / "data.js").read_text(encoding="ascii")
     assert "<" not in data
     assert read_items(tmp_path / "report")[0]["caption"] == evil
-    script = (Path(__file__).parents[2] / "captionlib/evaluation/templates/report.js").read_text(encoding="utf-8")
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", script)
+    for script in (Path(__file__).parents[2] / "captionlib/evaluation/templates").glob("*.js"):
+        text = script.read_text(encoding="utf-8")
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text)
+
+
+def test_maps_of_looks_are_in_the_data_a_text_a_word(tmp_path: Path, photo: Path) -> None:
+    maps = np.array([[[0, 255], [7, 64]], [[255, 1], [2, 3]]], np.uint8)
+    said = [Prediction("x", "dog", str(photo)), Prediction("y", "cat", str(photo))]
+    write_report(tmp_path / "report", "", said, sight=Sight(maps={"x": maps}))
+    looking, blind = read_items(tmp_path / "report")
+    assert [list(base64.b64decode(text)) for text in looking["looks"]] == [[0, 255, 7, 64], [255, 1, 2, 3]]
+    assert blind["looks"] == []
+    assert "Point at a word" in read_page(tmp_path / "report").text
+    write_report(tmp_path / "report", "", said)
+    assert "Point at a word" not in read_page(tmp_path / "report").text
+
+
+@pytest.mark.parametrize(("resize_size", "crop_size"), [(224, 224), (256, 224), (342, 299)])
+def test_thumbnails_are_what_the_encoder_sees(tmp_path: Path, resize_size: int, crop_size: int) -> None:
+    ramp = np.linspace(0, 255, 400, dtype=np.uint8)
+    across, down = np.broadcast_to(ramp, (300, 400)), np.broadcast_to(ramp[:300, None], (300, 400))
+    Image.fromarray(np.stack([across, down, down], 2)).save(tmp_path / "ramp.png")
+    encoder = Preprocessing(resize_size, crop_size, "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    write_report(tmp_path / "report", "", [Prediction("x", "", str(tmp_path / "ramp.png"))], sight=Sight(encoder))
+    (item,) = read_items(tmp_path / "report")
+    seen = Image.fromarray(decode_image((tmp_path / "ramp.png").read_bytes(), encoder)).resize((224, 224))
+    thumbnail = Image.open(tmp_path / "report" / item["thumbnail"])
+    assert thumbnail.size == (224, 224)
+    difference = np.abs(np.asarray(seen, np.int16) - np.asarray(thumbnail, np.int16))
+    assert difference.max() <= 4  # JPEG's; another crop is some 12 away at the sides
 
 
 def test_a_picture_that_cannot_be_had_leaves_its_caption(tmp_path: Path) -> None:

@@ -1,0 +1,104 @@
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from captionlib.data.datasets import open_dataset
+from captionlib.data.schemas import captions_schema
+from captionlib.data.shards import ShardedDataset
+from captionlib.errors import CheckpointError, FingerprintError
+from captionlib.models.checkpoints import load_captioner
+from captionlib.models.decoding import DecodingConfig
+from captionlib.models.encoder import EncoderConfig
+from captionlib.models.extraction import ExtractionConfig
+from captionlib.models.generation import GenerationConfig, caption_images
+from pipelines.extract_features import extract_features
+from pipelines.generate_captions import generate_captions
+from pipelines.run import RunConfig
+from tests.models.attending import save_captioner
+from tests.pipelines.test_generate_captions import rows
+
+QUIET = RunConfig(max_failure_ratio=0.5, progress=False)
+MAPS = GenerationConfig(DecodingConfig(beam_width=3, max_tokens=6), batch_size=3, attention_maps=True)
+ENCODER = EncoderConfig("squeezenet1_1", "features.7.cat", "random:0")
+
+
+@pytest.fixture
+def features(manifest: ShardedDataset, tmp_path: Path) -> Path:
+    extract_features(manifest.folder.uri, tmp_path / "features", ExtractionConfig(ENCODER, batch_size=3), run=QUIET)
+    return tmp_path / "features"
+
+
+@pytest.fixture
+def captioner(features: Path, tmp_path: Path) -> Path:
+    return save_captioner(tmp_path / "captioner", open_dataset(features).config["encoder"])
+
+
+def caption(
+    source: Path | str, captioner: Path, output: Path, config: GenerationConfig = MAPS, run: RunConfig = QUIET
+) -> ShardedDataset:
+    generate_captions(source, captioner, output, config, device="cpu", run=run)
+    return open_dataset(output, "captions").require_complete()
+
+
+def test_each_token_has_the_map_of_where_the_model_looked(features: Path, captioner: Path, tmp_path: Path) -> None:
+    dataset = caption(features, captioner, tmp_path / "captions")
+    loaded = load_captioner(captioner)
+    positions, channels = loaded.encoder["shape"]
+    assert dataset.read(0).schema.equals(captions_schema(positions))
+    ends = set()
+    for row, source in zip(rows(dataset), rows(open_dataset(features)), strict=True):
+        words = loaded.vocabulary.encode(str(row["caption"]))
+        image = torch.tensor(source["features"], dtype=torch.float32).view(1, positions, channels)
+        with torch.inference_mode():
+            (expected,) = loaded.model.looks(image, torch.tensor([words]), torch.tensor([0]))
+        kept = np.array(row["attention"])
+        ends.add(len(kept) - len(words))
+        assert len(kept) == row["tokens"]
+        np.testing.assert_allclose(kept, expected[: len(kept)], rtol=2e-3, atol=1e-6)
+        np.testing.assert_allclose(kept.sum(1), 1, atol=2e-3)
+        assert kept.max() > 2 * kept.min(), "the model has preferences"
+    assert ends == {0, 1}, "captions that were cut off have no map of an END"
+
+
+def test_images_and_features_give_the_same_maps_and_captions_as_without(
+    manifest: ShardedDataset, features: Path, captioner: Path, tmp_path: Path
+) -> None:
+    of_features = rows(caption(features, captioner, tmp_path / "of-features"))
+    assert of_features == rows(caption(manifest.folder.uri, captioner, tmp_path / "of-images"))
+    without = caption(features, captioner, tmp_path / "without", dataclasses.replace(MAPS, attention_maps=False))
+    assert without.schema.equals(captions_schema())
+    for row in of_features:
+        del row["attention"]
+    assert rows(without) == of_features
+
+
+def test_captions_with_and_without_maps_do_not_mix(features: Path, captioner: Path, tmp_path: Path) -> None:
+    caption(features, captioner, tmp_path / "captions", dataclasses.replace(MAPS, attention_maps=False))
+    with pytest.raises(FingerprintError, match="attention_maps: there False, now True"):
+        caption(features, captioner, tmp_path / "captions")
+
+
+def test_a_captioner_without_attention_is_refused_before_anything_is_done(features: Path, tmp_path: Path) -> None:
+    glancing = save_captioner(tmp_path / "glancing", open_dataset(features).config["encoder"], attention_size=0)
+    with pytest.raises(CheckpointError, match="glancing: attention_maps expects a captioner with attention, got one"):
+        caption(features, glancing, tmp_path / "captions")
+    assert not (tmp_path / "captions").exists()
+    with pytest.raises(CheckpointError, match="attention_maps expects"):
+        caption_images([str(tmp_path / "no-image-is-read.png")], str(glancing), MAPS, device="cpu")
+
+
+def test_images_tried_again_have_their_maps(
+    manifest: ShardedDataset, captioner: Path, tmp_path: Path, images: list[str]
+) -> None:
+    caption(manifest.folder.uri, captioner, tmp_path / "captions")
+    Image.new("RGB", (80, 60), "red").save(images[9])
+    again = dataclasses.replace(QUIET, retry_failures=True)
+    by_id = {
+        row["image_id"]: row for row in rows(caption(manifest.folder.uri, captioner, tmp_path / "captions", run=again))
+    }
+    assert by_id["missing.png"]["attention"] == by_id["red.png"]["attention"]
+    assert by_id["missing.png"]["caption"] == by_id["red.png"]["caption"]
