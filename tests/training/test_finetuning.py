@@ -34,7 +34,7 @@ ENCODER = EncoderConfig(
 )
 CONFIG = FinetuningConfig(
     encoder=EncoderTuning(learning_rate=1e-4, from_node="features.3"),
-    training=LoopConfig(epochs=2, optimizer="adam", learning_rate=0.01, save_seconds=0, seed=3),
+    training=LoopConfig(epochs=2, optimizer="adam", learning_rate=0.03, save_seconds=0, seed=3),
     batch_images=3,
     flip=True,
     loading=LoadingConfig(threads=2, decode=DecoderConfig(processes=1)),
