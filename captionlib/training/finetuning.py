@@ -18,7 +18,7 @@ from captionlib.config import to_dict
 from captionlib.data.datasets import open_dataset
 from captionlib.data.image_batches import ImageBatches, read_rows
 from captionlib.data.loading import Load, LoadingConfig, open_loader
-from captionlib.data.shards import FAILURES
+from captionlib.data.shards import FAILURES, ShardedDataset
 from captionlib.data.skipped import SkippedImages
 from captionlib.data.vocabulary import Vocabulary
 from captionlib.errors import ConfigError
@@ -141,10 +141,12 @@ def finetune_captioner(
             "start_from: expected the captioner to tune with its encoder, got none; train one on features first, as "
             "the gradients of one that has learnt nothing spoil the encoder"
         )
+    dataset = open_dataset(manifest, "manifest").require_complete()
+    refuse_own_folder(config.start_from, Folder(output))
     start = load_captioner(config.start_from)
     with join_processes(resolve_device(device)) as target:
         encoder = _open_encoder(start, weights, config.encoder.from_node, target)
-        return _finetune(Folder(manifest), Folder(output), config, start, encoder, overwrite, progress)
+        return _finetune(dataset, Folder(output), config, start, encoder, overwrite, progress)
 
 
 def _open_encoder(start: LoadedCaptioner, weights: str | None, from_node: str | None, device: torch.device) -> Encoder:
@@ -166,7 +168,7 @@ def _open_encoder(start: LoadedCaptioner, weights: str | None, from_node: str | 
 
 
 def _finetune(
-    manifest: Folder,
+    dataset: ShardedDataset,
     output: Folder,
     config: FinetuningConfig,
     start: LoadedCaptioner,
@@ -175,8 +177,6 @@ def _finetune(
     progress: bool,
 ) -> list[dict[str, float]]:
     processes = Processes()
-    dataset = open_dataset(manifest.uri, "manifest").require_complete()
-    refuse_own_folder(config.start_from, output)
     processes.from_first(lambda: claim_folder(output, overwrite))
     training, validation = (read_rows(dataset, splits) for splits in (config.train_splits, config.validation_splits))
     resolved = {"manifest": dataset.fingerprint, "processes": processes.count, "start_fingerprint": start.fingerprint}

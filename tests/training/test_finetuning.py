@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from captionlib.config import load_config
 from captionlib.data.decoders import DecoderConfig
 from captionlib.data.loading import LoadingConfig
 from captionlib.data.shards import ShardedDataset
@@ -228,6 +229,11 @@ def test_what_cannot_be_tuned_is_refused(manifest: ShardedDataset, start: Loaded
 def test_settings_that_cannot_be_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(values))}: expected"):
         dataclasses.replace(CONFIG, **values)
+
+
+def test_the_configuration_to_start_from_fits() -> None:
+    config = load_config(FinetuningConfig, Path(__file__).parents[2] / "configs" / "captioner-finetune.yaml")
+    assert (config.encoder.learning_rate, config.flip, config.training.optimizer) == (1e-5, True, "adam")
 
 
 def test_layers_before_a_node_are_told_by_its_name_or_its_modules() -> None:
