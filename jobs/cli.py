@@ -15,7 +15,10 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "The flow, stage by stage": {
         "prepare": ("jobs.prepare", "Images and captions of any source to manifest/."),
         "extract-features": ("jobs.extract_features", "manifest/ to features/: what the encoder sees in each image."),
-        "train-captioner": ("jobs.train_captioner", "features/ to a captioner checkpoint."),
+        "train-captioner": (
+            "jobs.train_captioner",
+            "features/, or manifest/ and a captioner, to a captioner checkpoint.",
+        ),
         "train-language-model": ("jobs.train_language_model", "Sentences alone to a language model checkpoint."),
         "train-ranker": ("jobs.train_ranker", "features/ to a ranker checkpoint: sentences find images and back."),
         "generate-captions": ("jobs.generate_captions", "manifest/ or features/ to captions/, with a checkpoint."),

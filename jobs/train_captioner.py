@@ -1,11 +1,15 @@
 """`captionlib train-captioner`."""
 
 import json
+from typing import Any
 
 import click
 
 from captionlib.config import load_config
+from captionlib.data.datasets import open_dataset
+from captionlib.errors import ConfigError
 from captionlib.training.captioning import CaptioningConfig, train_captioner
+from captionlib.training.finetuning import FinetuningConfig, finetune_captioner
 from captionlib.training.loop import TrainingStopped
 from captionlib.training.processes import is_first_process
 from jobs.options import training_options
@@ -14,14 +18,16 @@ __all__ = ["command"]
 
 
 @click.command()
-@click.argument("features")
+@click.argument("source")
 @click.option(
     "--start-from", metavar="FOLDER", help="The captioner whose weights to start from: --set start_from=FOLDER."
 )
+@click.option("--weights", metavar="FILE", help="The encoder's weights to tune, where they are a file of your own.")
 @training_options
 def command(
-    features: str,
+    source: str,
     start_from: str | None,
+    weights: str | None,
     output: str,
     config: str | None,
     overrides: tuple[str, ...],
@@ -29,11 +35,14 @@ def command(
     overwrite: bool,
     progress: bool,
 ) -> None:
-    """Fit a captioner on FEATURES.
+    """Fit a captioner on SOURCE: features; or a manifest, to tune a captioner and its encoder on the images.
 
     Learns from the rows of the splits train and restval, and keeps the checkpoint of the epoch with the lowest
     perplexity, or the highest CIDEr, on val or dev. Ctrl-C stops it after saving; the same command goes on where it
     stopped. `torchrun` starts it on several GPUs or machines: one run, with batches as many times as large.
+
+    From a manifest the encoder is tuned too, with a learning rate of its own; its weights are kept with the captioner,
+    which captions images with them. Images that cannot be read are left out, and listed in the run's folder.
 
     \b
     Examples:
@@ -43,13 +52,23 @@ def command(
       captionlib train-captioner features -o captioner --set best_by=cider --set training.average_decay=0.999
       captionlib train-captioner features -o captioner --set word_vectors=w2v.bin --set captioner.word_size=300
       captionlib train-captioner features -o tuned --start-from captioner --set training.learning_rate=0.0001
+      captionlib train-captioner manifest -o tuned --start-from captioner --config configs/captioner-finetune.yaml
+      captionlib train-captioner manifest -o tuned --start-from captioner --set encoder.from_node=features.17
       torchrun --nproc-per-node 4 --no-python captionlib train-captioner features -o captioner
     """
     if start_from is not None:
         overrides = (*overrides, f"start_from={json.dumps(start_from)}")
-    settings = load_config(CaptioningConfig, config, overrides)
+    how: dict[str, Any] = {"device": device, "overwrite": overwrite, "progress": progress}
+    settings: CaptioningConfig | FinetuningConfig
     try:
-        history = train_captioner(features, output, settings, device=device, overwrite=overwrite, progress=progress)
+        if open_dataset(source).kind == "manifest":
+            settings = load_config(FinetuningConfig, config, overrides)
+            history = finetune_captioner(source, output, settings, weights=weights, **how)
+        elif weights is not None:
+            raise ConfigError(f"--weights is for tuning an encoder on images; {source} holds features of one")
+        else:
+            settings = load_config(CaptioningConfig, config, overrides)
+            history = train_captioner(source, output, settings, **how)
     except TrainingStopped as stopped:
         raise click.Abort from stopped
     name, choose = ("CIDEr", max) if settings.best_by == "cider" else ("perplexity", min)

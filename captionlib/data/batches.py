@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -34,12 +34,13 @@ class CaptionBatch:
     """Some images with all of their sentences.
 
     Attributes:
-        features: `[images, size] float32`, or `[images, positions, channels]`.
+        features: `[images, size] float32`, or `[images, positions, channels]`; or the images themselves, where the
+            encoder is part of what is trained: `[images, crop_size, crop_size, 3] uint8`.
         sentences: the token ids of each sentence, without START and END.
         image_of_sentence: `[sentences] int64`, which row of `features` a sentence describes.
     """
 
-    features: npt.NDArray[np.float32]
+    features: npt.NDArray[np.float32] | npt.NDArray[np.uint8]
     sentences: list[list[int]]
     image_of_sentence: npt.NDArray[np.int64]
 
@@ -93,16 +94,23 @@ class CaptionBatches:
             for begin in range(0, len(order), self._images):
                 yield _batch(window, order[begin : begin + self._images])
 
-    def shares(self, seed: int, epoch: int, process: int, processes: int) -> Iterator[CaptionBatch | None]:
+    def shares(
+        self, seed: int, epoch: int, process: int, processes: int, first: int = 0
+    ) -> Iterator[CaptionBatch | None]:
         """The shares of one process in an epoch of batches that are as many times as large as there are processes.
 
         Each process has as many as the others, up to an image; None where a batch has fewer images than processes.
+        They begin with the batch `first`.
         """
-        for window, order in self._mixed(seed, epoch):
-            for begin in range(0, len(order), self._images * processes):
-                chosen = order[begin : begin + self._images * processes]
-                part = np.array_split(chosen, processes)[process]
-                yield _batch(window, part) if len(part) else None
+        size = self._images * processes
+        pieces = (
+            (window, order[begin : begin + size])
+            for window, order in self._mixed(seed, epoch)
+            for begin in range(0, len(order), size)
+        )
+        for window, chosen in islice(pieces, first, None):
+            part = np.array_split(chosen, processes)[process]
+            yield _batch(window, part) if len(part) else None
 
     def _mixed(self, seed: int, epoch: int) -> Iterator[tuple[_Window, npt.NDArray[np.int64]]]:
         """The windows of an epoch, each with the order of its images."""

@@ -15,7 +15,8 @@ from captionlib.data.fetch import ImageFetcher
 from captionlib.data.images import Preprocessing, decode_image
 from captionlib.errors import ConfigError
 from captionlib.models.devices import resolve_device
-from captionlib.models.encoder import build_network, preprocessing_of
+from captionlib.models.encoder import preprocessing_of
+from captionlib.models.encoder_network import build_network
 from captionlib.models.weights import class_names, load_weights
 
 __all__ = ["ActivationConfig", "Activations", "LayerMaps", "activate", "find_convolutions"]

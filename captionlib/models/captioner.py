@@ -167,7 +167,12 @@ class Captioner(nn.Module):
     def raise_to_power(self, features: Tensor) -> Tensor:
         """Features of any shape to the `feature_power`, from which all statistics are taken."""
         power = self.config.feature_power
-        return features if power == 1 else features.sign() * features.abs() ** power
+        if power == 1:
+            return features
+        sizes = torch.where(
+            features == 0, 1, features.abs()
+        )  # at 0 the slope is infinite, and what is tuned by it lost
+        return features.sign() * sizes**power
 
     @torch.no_grad()
     def set_standardisation(self, mean: Tensor, std: Tensor) -> None:

@@ -4,6 +4,7 @@
 |---|---|
 | `model.safetensors` | the weights |
 | `training.json` | how the training went; nothing depends on it |
+| `encoder.safetensors` | the weights of an encoder that was tuned with the model; absent where none was |
 | `config.json` | what the model is and where it comes from; written last, with the SHA-256 of the weights |
 """
 
@@ -12,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +28,11 @@ from captionlib.errors import CheckpointError
 from captionlib.storage import Folder
 
 __all__ = [
+    "CHECKPOINT_FILES",
     "Checkpoint",
     "damaged",
     "describe_checkpoint",
+    "find_encoder",
     "open_folder",
     "read_checkpoint",
     "stamp",
@@ -39,6 +43,8 @@ FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 TRAINING = "training.json"
+ENCODER = "encoder.safetensors"
+CHECKPOINT_FILES = frozenset({WEIGHTS, CONFIG, TRAINING, ENCODER})
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ def write_checkpoint(
     identity: Mapping[str, Any],
     provenance: Mapping[str, Any],
     training: Mapping[str, Any],
+    encoder_file: bytes | None = None,
 ) -> str:
     """Writes a checkpoint of any kind, in place of one that is there.
 
@@ -81,6 +88,7 @@ def write_checkpoint(
         identity: all else that its answers depend on; plain values.
         provenance: where it comes from; plain values.
         training: how its training went; plain values.
+        encoder_file: the weights file of an encoder that was tuned with the model, whose description the identity has.
 
     Returns:
         The fingerprint.
@@ -97,16 +105,26 @@ def write_checkpoint(
         "provenance": provenance,
         **identity,
     }
+    files = {CONFIG: to_json(config), TRAINING: to_json(training), ENCODER: encoder_file, WEIGHTS: weights}
     target = open_folder(folder)
-    with (  # left from the last to the first
-        target.staged(CONFIG) as config_path,
-        target.staged(TRAINING) as training_path,
-        target.staged(WEIGHTS) as weights_path,
-    ):
-        config_path.write_bytes(to_json(config))
-        training_path.write_bytes(to_json(training))
-        weights_path.write_bytes(weights)
+    with ExitStack() as stack:  # left from the last to the first
+        for name, content in files.items():
+            if content is not None:
+                stack.enter_context(target.staged(name)).write_bytes(content)
+    if encoder_file is None:
+        target.remove(ENCODER)  # of a checkpoint that was there
     return str(config["fingerprint"])
+
+
+def find_encoder(folder: str | os.PathLike[str] | Folder, description: Mapping[str, Any]) -> str | None:
+    """The address of the weights of an encoder that was tuned with the model; None where none was.
+
+    Args:
+        folder: the checkpoint.
+        description: of the model's encoder.
+    """
+    source = open_folder(folder)
+    return source.address(ENCODER) if description.get("weights") == "file" and source.exists(ENCODER) else None
 
 
 def stamp(provenance: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from captionlib.config import build_config, to_dict
 from captionlib.data.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.captioner import Captioner, CaptionerConfig
-from captionlib.models.checkpoint_folder import damaged, open_folder, read_checkpoint, write_checkpoint
+from captionlib.models.checkpoint_folder import damaged, find_encoder, open_folder, read_checkpoint, write_checkpoint
 from captionlib.models.devices import resolve_device
 from captionlib.storage import Folder
 
@@ -33,6 +33,7 @@ class LoadedCaptioner:
         provenance: where it comes from.
         training: how its training went.
         fingerprint: of the checkpoint; see `Checkpoint`.
+        encoder_weights: the weights file of that encoder, where it was tuned with the captioner; None where it was not.
     """
 
     model: Captioner
@@ -42,6 +43,7 @@ class LoadedCaptioner:
     provenance: Mapping[str, Any]
     training: Mapping[str, Any]
     fingerprint: str
+    encoder_weights: str | None = None
 
     def require_encoder(self, description: Mapping[str, Any]) -> None:
         """Checks that features come from the encoder that this captioner was trained on.
@@ -63,6 +65,7 @@ def save_checkpoint(
     *,
     provenance: Mapping[str, Any],
     training: Mapping[str, Any],
+    encoder_file: bytes | None = None,
 ) -> str:
     """Saves a captioner, in place of one that is there.
 
@@ -73,6 +76,7 @@ def save_checkpoint(
         encoder: the description of the encoder, as the features dataset that it was trained on carries it.
         provenance: where it comes from: fingerprints of data, versions, a date; plain values.
         training: how its training went: configuration, perplexities; plain values.
+        encoder_file: the weights file of that encoder, where it was tuned with the captioner.
 
     Returns:
         The fingerprint.
@@ -87,7 +91,7 @@ def save_checkpoint(
         "encoder": encoder,
         "vocabulary": vocabulary.to_dict(),
     }
-    return write_checkpoint(folder, CAPTIONER, model.state_dict(), identity, provenance, training)
+    return write_checkpoint(folder, CAPTIONER, model.state_dict(), identity, provenance, training, encoder_file)
 
 
 def load_captioner(folder: str | os.PathLike[str] | Folder, device: str = "cpu") -> LoadedCaptioner:
@@ -118,6 +122,7 @@ def load_captioner(folder: str | os.PathLike[str] | Folder, device: str = "cpu")
         provenance=checkpoint.provenance,
         training=checkpoint.training,
         fingerprint=checkpoint.fingerprint,
+        encoder_weights=find_encoder(folder, encoder),
     )
 
 

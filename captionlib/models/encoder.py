@@ -1,26 +1,28 @@
 """The encoder: any torchvision network, cut at any of its nodes, from pixels to feature vectors."""
 
-import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torchvision
-from torch import Tensor, nn
-from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+from torch import Tensor
 
 from captionlib.data.images import Preprocessing
 from captionlib.errors import ConfigError
 from captionlib.models.devices import resolve_device
-from captionlib.models.weights import hash_weights, load_weights, random_weights, weights_preset
+from captionlib.models.encoder_network import EncoderNetwork, cut_network
+from captionlib.models.weights import hash_weights, load_weights, random_weights, read_preprocessing, weights_preset
 
-__all__ = ["Encoder", "EncoderConfig", "build_network", "encoder_config", "load_encoder", "preprocessing_of"]
-
-# The talk's names for VGG's layers, and the nodes that follow their ReLU.
-_VGG_ALIASES = {"fc6": "classifier.1", "fc7": "classifier.4"}
+__all__ = [
+    "Encoder",
+    "EncoderConfig",
+    "describe_tuned",
+    "encoder_config",
+    "load_encoder",
+    "preprocessing_of",
+]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Encoder:
     """A network that is ready to encode; made by `load_encoder`.
 
     Attributes:
+        network: what it computes.
         description: all that its features depend on, the content of its weights included; goes into fingerprints.
         preprocessing: how an image becomes its input.
         shape: of the features of one image: `[size]`, or `[positions, channels]` of a map that is kept whole.
@@ -60,21 +63,15 @@ class Encoder:
 
     def __init__(
         self,
-        network: nn.Module,
+        network: EncoderNetwork,
         config: EncoderConfig,
         preprocessing: Preprocessing,
         device: torch.device,
         weights_hash: str,
     ) -> None:
+        self.network = network.to(device)
         self.preprocessing = preprocessing
         self.device = device
-        self._pooling = config.pooling
-        self._stored_dtype = np.dtype(config.stored_dtype)
-        self._dtype = getattr(torch, config.dtype)
-        self._network = network.to(device=device, dtype=self._dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1)
-        std = torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1)
-        self._scale, self._shift = 1 / (255 * std), mean / std
         crop = preprocessing.crop_size
         self.shape: list[int] = list(self._encode(np.zeros((1, crop, crop, 3), np.uint8)).shape[1:])
         self.description: dict[str, Any] = {
@@ -122,30 +119,19 @@ class Encoder:
         pixels = torch.from_numpy(images)
         if self.device.type == "cuda":
             pixels = pixels.pin_memory().to(self.device, non_blocking=True)
-        pixels = pixels.permute(0, 3, 1, 2)  # a view: channels_last is how decoded images lie in memory
-        output: Tensor = self._network((pixels * self._scale - self._shift).to(self._dtype))["features"]
-        with np.errstate(over="ignore"):  # found below
-            features = self._pool(output.float()).cpu().numpy().astype(self._stored_dtype)
-        if not np.isfinite(features).all():
-            raise ConfigError(
-                f"the encoder's features do not fit into {self._stored_dtype}, or are not numbers; "
-                "set encoder.stored_dtype to float32, or check the weights"
-            )
+        features: npt.NDArray[np.floating] = self.network.encode(pixels).cpu().numpy()
         return features
 
-    def _pool(self, output: Tensor) -> Tensor:
-        """`[batch, channels, height, width]` to `[batch, channels]` or `[batch, positions, channels]`."""
-        if output.dim() != 4:
-            return output.flatten(1)
-        if self._pooling == "mean":
-            return output.mean((2, 3))
-        if self._pooling == "max":
-            return output.amax((2, 3))
-        return (
-            output.flatten(2).transpose(1, 2).contiguous()
-            if output.shape[2] * output.shape[3] > 1
-            else output.flatten(1)
-        )
+
+def describe_tuned(description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the description of an encoder becomes when its weights have been tuned.
+
+    Args:
+        description: as it was.
+        weights: all that its network has, as a file of them will.
+    """
+    changed = {"weights": "file", "missing_weights": "error", "weights_sha256": hash_weights(weights)}
+    return {**description, **changed}
 
 
 def encoder_config(description: Mapping[str, Any], weights: str | None = None) -> EncoderConfig:
@@ -177,15 +163,19 @@ def encoder_config(description: Mapping[str, Any], weights: str | None = None) -
     )
 
 
-def load_encoder(config: EncoderConfig, device: str = "auto") -> Encoder:
+def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = False) -> Encoder:
     """Builds the network, cuts it and loads what it needs of the weights.
+
+    Args:
+        config: which network.
+        device: auto, cpu, cuda or cuda:N.
+        trainable: its weights are to be tuned, see `EncoderNetwork`.
 
     Raises:
         ConfigError: no such model, node, weights or device; or the weights lack layers that the node needs.
     """
     target = resolve_device(device)
-    model = build_network(config.model)
-    network = _cut(model, config)
+    network = cut_network(config.model, config.node)
     needed = network.state_dict()
     weights = load_weights(config.model, config.weights, network)
     missing = sorted(set(needed) - set(weights))
@@ -197,38 +187,21 @@ def load_encoder(config: EncoderConfig, device: str = "auto") -> Encoder:
         )
     if missing:
         weights = {**random_weights(network, config.missing_weights), **weights}
+    else:
+        config = replace(config, missing_weights="error")  # none were drawn, so nothing depends on how
     _check_shapes(weights, needed, config)
     network.load_state_dict(weights)
     preprocessing = preprocessing_of(config.model, config.weights, config.resize_size)
-    return Encoder(network.eval(), config, preprocessing, target, hash_weights(weights))
-
-
-def build_network(name: str) -> nn.Module:
-    """A torchvision model without learned weights, in evaluation mode.
-
-    Raises:
-        ConfigError: there is no such model.
-    """
-    names = torchvision.models.list_models(module=torchvision.models)
-    if name not in names:
-        close = difflib.get_close_matches(name, names) or names[:5]
-        raise ConfigError(f"unknown model {name!r}; torchvision has {', '.join(close)} and {len(names)} in all")
-    model: nn.Module = torchvision.models.get_model(name, weights=None)
-    return model.eval()
-
-
-def _cut(model: nn.Module, config: EncoderConfig) -> nn.Module:
-    node = _VGG_ALIASES.get(config.node, config.node) if config.model.startswith("vgg") else config.node
-    _, nodes = get_graph_node_names(model)
-    if node not in nodes:
-        close = difflib.get_close_matches(node, nodes, n=5) or nodes[-5:]
-        raise ConfigError(f"{config.model} has no node {config.node!r}; near it: {', '.join(close)}")
-    extractor: nn.Module = create_feature_extractor(model, {node: "features"})
-    return extractor
+    dtype, stored_dtype = getattr(torch, config.dtype), getattr(torch, config.stored_dtype)
+    module = EncoderNetwork(network, preprocessing, config.pooling, dtype, stored_dtype, trainable)
+    return Encoder(module, config, preprocessing, target, hash_weights(weights))
 
 
 def preprocessing_of(model: str, weights: str, resize_size: int | None = None) -> Preprocessing:
     """How images become a model's input; `resize_size` takes the place of the weights' own."""
+    saved = read_preprocessing(weights)
+    if saved is not None:
+        return replace(saved, resize_size=resize_size or saved.resize_size)
     preset = weights_preset(model, weights)
     return Preprocessing(
         resize_size=resize_size or preset.resize_size[0],

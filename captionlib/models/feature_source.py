@@ -30,6 +30,10 @@ class TrainedOnFeatures(Protocol):
     def encoder(self) -> Mapping[str, Any]:
         """The description of that encoder."""
 
+    @property
+    def encoder_weights(self) -> str | None:
+        """Its weights file, where the model brings it."""
+
     def require_encoder(self, description: Mapping[str, Any]) -> None:
         """Raises CheckpointError where `description` is of another one."""
 
@@ -42,7 +46,7 @@ def encoder_for(
     Args:
         source: a features dataset or a manifest.
         model: what takes the features.
-        weights: the encoder's weights file, where the model learned from features of such a file.
+        weights: the encoder's weights file, where the model learned from features of such a file and does not bring it.
         device: where the encoder is to run.
         threads: that it computes with on a CPU; None as PyTorch chooses.
 
@@ -58,7 +62,7 @@ def encoder_for(
         return None
     if source.kind != "manifest":
         raise DatasetError(f"{source.folder.uri}: expected a dataset of kind features or manifest, got {source.kind}")
-    config = encoder_config(model.encoder, weights)
+    config = encoder_config(model.encoder, weights or model.encoder_weights)
     model.require_encoder(open_encoder(config, device, threads).description)
     return config
 

@@ -173,14 +173,15 @@ def caption_images(
         uris: paths or addresses.
         checkpoint: the captioner's folder.
         config: how captions are made.
-        weights: the encoder's weights file, where the captioner learned from features of such a file.
+        weights: the encoder's weights file, where the captioner learned from features of such a file and does not bring
+            it.
         device: auto, cpu, cuda or cuda:N.
 
     Returns:
         Rows of `captions/` in the order given; and what could not be had, with the reason.
     """
     captioner = load_captioner(checkpoint)
-    encoder = encoder_config(captioner.encoder, weights)
+    encoder = encoder_config(captioner.encoder, weights or captioner.encoder_weights)
     stage = CaptionGeneration(config, checkpoint, captioner.fingerprint, encoder, device)
     rows = pa.RecordBatch.from_pylist(
         [{"image_id": uri, "uri": uri, "split": "", "captions": []} for uri in uris], schema=MANIFEST

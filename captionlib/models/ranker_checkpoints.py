@@ -53,6 +53,10 @@ class LoadedRanker:
         """Numbers in a vector of the joint space."""
         return self.config.joint_size
 
+    @property
+    def encoder_weights(self) -> None:
+        """A ranker brings no weights of its encoder."""
+
     def require_encoder(self, description: Mapping[str, Any]) -> None:
         """Checks that features come from the encoder that this ranker was trained on.
 

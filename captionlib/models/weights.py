@@ -1,21 +1,36 @@
 """Weights of encoders: by torchvision's name, from a file, or drawn from a seed."""
 
 import hashlib
+import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
 import fsspec
 import safetensors
+import safetensors.torch
 import torch
 import torchvision
 from torch import Tensor, nn
 
+from captionlib.data.images import Preprocessing
 from captionlib.errors import ConfigError
 
-__all__ = ["class_names", "hash_weights", "load_weights", "random_weights", "weights_preset"]
+__all__ = [
+    "class_names",
+    "hash_weights",
+    "load_weights",
+    "pack_weights",
+    "random_weights",
+    "read_preprocessing",
+    "weights_preset",
+]
+
+_PREPROCESSING = "captionlib.preprocessing"  # in the header of a safetensors file
 
 
 def load_weights(model: str, weights: str, network: nn.Module) -> dict[str, Tensor]:
@@ -94,19 +109,55 @@ def _download(model: str, weights: str) -> Mapping[str, Tensor]:
     return found
 
 
+def pack_weights(weights: Mapping[str, Tensor], preprocessing: Preprocessing) -> bytes:
+    """The content of a safetensors file that also says how images are prepared for these weights."""
+    return safetensors.torch.save(dict(weights), {_PREPROCESSING: json.dumps(asdict(preprocessing))})
+
+
+def read_preprocessing(weights: str) -> Preprocessing | None:
+    """How images are prepared for weights, where they are a file that says so.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if not weights.endswith(".safetensors"):
+        return None
+    with _opened(weights) as path, safetensors.safe_open(path, framework="pt") as file:
+        said = (file.metadata() or {}).get(_PREPROCESSING)
+        if said is None:
+            return None
+        values = json.loads(said)
+        return Preprocessing(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+
 def _read_file(address: str, names: set[str]) -> Mapping[str, Tensor]:
-    try:
-        path = fsspec.open_local(f"simplecache::{address}") if "://" in address else address
-        if not Path(path).is_file():
-            raise ConfigError(f"weights {address}: no such file")
+    with _opened(address) as path:
         if address.endswith(".safetensors"):
             with safetensors.safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys() if name in names}  # noqa: SIM118
         loaded: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
-        raise ConfigError(f"weights {address} cannot be read: {error}") from error
     if not isinstance(loaded, Mapping) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
         raise ConfigError(
             f"weights {address}: expected a state dictionary, names and tensors, got {type(loaded).__name__}"
         )
     return loaded
+
+
+@contextmanager
+def _opened(address: str) -> Iterator[str]:
+    """A local path of a weights file; what goes wrong in reading it becomes a ConfigError."""
+    try:
+        path: str = fsspec.open_local(f"simplecache::{address}") if "://" in address else address
+        if not Path(path).is_file():
+            raise ConfigError(f"weights {address}: no such file")
+        yield path
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        pickle.UnpicklingError,
+        safetensors.SafetensorError,
+    ) as error:
+        raise ConfigError(f"weights {address} cannot be read: {error}") from error

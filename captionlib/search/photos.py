@@ -35,7 +35,8 @@ class PhotoReader:
     Args:
         ranker: puts them into the space of an index; None only captions.
         captioner: a checkpoint's folder; None only embeds.
-        weights: the encoder's weights file, where the models learned from features of such a file.
+        weights: the encoder's weights file, where the models learned from features of such a file, unless the captioner
+            brings it.
         device: where the models run.
         decoding: limits of decoding one image.
 
@@ -55,12 +56,14 @@ class PhotoReader:
         self._ranker = ranker
         self._captioner: LoadedCaptioner | None = load_captioner(captioner, device) if captioner else None
         self._decoding = decoding or DecoderConfig()
-        self._weights, self._device = weights, device
+        self._device = device
         self._lock = threading.Lock()  # the models compute on all cores for one photograph
         self._opened = ExitStack()
         self._eyes: list[tuple[Mapping[str, Any], _Eye]] = []
-        self._embedding_eye = self._eye(ranker.encoder) if ranker else None
-        self._caption_eye = self._eye(self._captioner.encoder) if self._captioner else None
+        self._caption_eye = None
+        if self._captioner is not None:
+            self._caption_eye = self._eye(self._captioner.encoder, self._captioner.encoder_weights or weights)
+        self._embedding_eye = self._eye(ranker.encoder, weights) if ranker else None  # may be the same one
 
     def __enter__(self) -> "PhotoReader":
         return self
@@ -112,11 +115,11 @@ class PhotoReader:
         with self._lock:
             return eye.encoder.encode(pixels[None])
 
-    def _eye(self, description: Mapping[str, Any]) -> _Eye:
+    def _eye(self, description: Mapping[str, Any], weights: str | None) -> _Eye:
         for known, eye in self._eyes:
             if not differences(known, description):
                 return eye
-        encoder = load_encoder(encoder_config(description, self._weights), self._device)
+        encoder = load_encoder(encoder_config(description, weights), self._device)
         if lines := differences(description, encoder.description):
             raise CheckpointError(f"the encoder here is not the one that the model learned from ({'; '.join(lines)})")
         eye = _Eye(encoder, self._opened.enter_context(DecoderPool(encoder.preprocessing, self._decoding)))

@@ -1,49 +1,67 @@
 """What a captioner is trained for: what people said of an image is to become likely."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from torch import nn
 
-from captionlib.data.batches import CaptionBatch, CaptionBatches
+from captionlib.data.batches import CaptionBatch
 from captionlib.data.vocabulary import Vocabulary
 from captionlib.models.captioner import Captioner, TokenScores, pad_sentences
 from captionlib.models.checkpoint_folder import stamp
 from captionlib.models.checkpoints import save_checkpoint
 from captionlib.storage import Folder
-from captionlib.training.caption_validation import CiderValidation
 from captionlib.training.curves import draw_curves
 from captionlib.training.objective import BatchLoss
 from captionlib.training.processes import Processes
 
-__all__ = ["CaptionSaver", "CaptioningObjective"]
+__all__ = ["Batches", "CaptionSaver", "CaptioningObjective"]
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
-class CaptioningObjective:
+class Batches(Protocol):
+    """Batches of one split: `CaptionBatches` of features, or `ImageBatches`."""
+
+    def count(self, processes: int) -> int:
+        """About how many batches an epoch has, when so many processes share them."""
+
+    def shares(self, seed: int, epoch: int, process: int, processes: int, first: int) -> Iterator[CaptionBatch | None]:
+        """The shares of one process, from the batch `first` on."""
+
+    def in_order(self) -> Iterator[CaptionBatch]:
+        """All images once."""
+
+
+class CaptioningObjective(Generic[Model]):
     """The log-probability of sentences given their images; `perplexity` decides, or `CIDEr` where it is measured.
 
     Args:
-        model: the captioner, on its device.
+        model: a `Captioner`, or what scores sentences as it does, on its device.
         training: what it learns from.
         validation: what its perplexity is taken of.
-        save: writes the checkpoint.
+        save: writes the checkpoint, from the folder, the model and how its training went.
         label_smoothing: the share of each target that is spread over all classes.
         cider: measures its captions; None leaves that out.
+        own_learning_rates: of parts of the model, see `Objective`.
     """
 
     def __init__(
         self,
-        model: Captioner,
-        training: CaptionBatches,
-        validation: CaptionBatches,
-        save: "CaptionSaver",
+        model: Model,
+        training: Batches,
+        validation: Batches,
+        save: Callable[[Folder, Model, dict[str, Any]], None],
         label_smoothing: float = 0.0,
-        cider: CiderValidation | None = None,
+        cider: Callable[[Model], float] | None = None,
+        own_learning_rates: Mapping[str, float] | None = None,
     ) -> None:
-        self.model: Captioner = model
+        self.model: Model = model
         self.score_name = "perplexity" if cider is None else "CIDEr"
         self.higher_is_better = cider is not None
+        self.own_learning_rates = own_learning_rates or {}
         self._training = training
         self._validation = validation
         self._processes = Processes()
@@ -53,8 +71,8 @@ class CaptioningObjective:
         self._cider = cider
         self._device = next(model.parameters()).device
 
-    def batches(self, seed: int, epoch: int) -> Iterator[CaptionBatch | None]:
-        return self._training.shares(seed, epoch, self._processes.rank, self._processes.count)
+    def batches(self, seed: int, epoch: int, first: int) -> Iterator[CaptionBatch | None]:
+        return self._training.shares(seed, epoch, self._processes.rank, self._processes.count, first)
 
     def steps(self) -> int:
         return self._steps
@@ -75,7 +93,7 @@ class CaptioningObjective:
             log_probs = self.score(batch).log_probs
             total, tokens = total - log_probs.sum().item(), tokens + len(log_probs)
         scores = {"perplexity": float(torch.tensor(total / max(tokens, 1)).exp())}
-        return scores if self._cider is None else {**scores, "CIDEr": self._cider.score(self.model)}
+        return scores if self._cider is None else {**scores, "CIDEr": self._cider(self.model)}
 
     def save(self, output: Folder, training: dict[str, Any]) -> None:
         self._save(output, self.model, training)

@@ -4,15 +4,19 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import torch
 
 from captionlib.data.batches import read_features, read_references
+from captionlib.data.image_batches import ImageBatches
 from captionlib.data.shards import ShardedDataset
 from captionlib.data.vocabulary import Vocabulary
 from captionlib.evaluation.cider import CiderScorer
 from captionlib.models.captioner import Captioner
 from captionlib.models.decoding import Decoder, DecodingConfig
+from captionlib.models.image_captioner import ImageCaptioner
 
-__all__ = ["CiderValidation"]
+__all__ = ["CiderValidation", "ImageCiderValidation"]
 
 _IMAGES = 100  # decoded together
 
@@ -56,3 +60,35 @@ class CiderValidation:
                 kept = rows[[bool(sentences) for sentences in captions]]
                 for begin in range(0, len(kept), _IMAGES):
                     yield kept[begin : begin + _IMAGES].astype(np.float32)
+
+
+class ImageCiderValidation:
+    """The same where the captioner sees the images themselves. One that cannot be had counts as an empty caption.
+
+    Args:
+        rows: of the manifest, see `read_rows`.
+        batches: their images.
+        vocabulary: of the captioner.
+        decoding: how its captions are searched for.
+
+    Raises:
+        ConfigError: there is no Java, which CIDEr's tokenizer needs.
+        DatasetError: there are fewer than two images.
+    """
+
+    def __init__(self, rows: pa.Table, batches: ImageBatches, vocabulary: Vocabulary, decoding: DecodingConfig) -> None:
+        self._ids: list[str] = rows["image_id"].to_pylist()
+        self._batches = batches
+        self._vocabulary = vocabulary
+        self._decoding = decoding
+        self._scorer = CiderScorer(rows["captions"].to_pylist())
+
+    def score(self, model: ImageCaptioner) -> float:
+        """CIDEr of the captions that the model writes now."""
+        decoder = Decoder(model.captioner, self._decoding)
+        captions: dict[str, str] = {}
+        for rows, pixels in self._batches.images_in_order():
+            features = model.encoder.encode(torch.from_numpy(pixels).to(model.encoder.scale.device)).float()
+            for row, candidates in zip(rows, decoder.decode(features), strict=True):
+                captions[row["image_id"]] = self._vocabulary.decode(candidates[0].words)
+        return self._scorer.score([captions.get(image_id, "") for image_id in self._ids])

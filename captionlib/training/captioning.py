@@ -20,7 +20,7 @@ from captionlib.models.devices import resolve_device
 from captionlib.storage import Folder
 from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
 from captionlib.training.caption_validation import CiderValidation
-from captionlib.training.initialisation import build_captioner, open_start, start_word_vectors
+from captionlib.training.initialisation import build_captioner, open_start, refuse_own_folder, start_word_vectors
 from captionlib.training.loop import LoopConfig, claim_folder, seed_everything, train
 from captionlib.training.objective import Objective
 from captionlib.training.processes import Processes, join_processes
@@ -132,8 +132,7 @@ def _train(
 ) -> list[dict[str, float]]:
     processes = Processes()
     dataset = open_dataset(features.uri, "features").require_complete()
-    if config.start_from is not None and Folder(config.start_from).path("") == output.path(""):
-        raise ConfigError(f"start_from: {output.uri} is the run's own folder; give another folder to the run")
+    refuse_own_folder(config.start_from, output)
     processes.from_first(lambda: claim_folder(output, overwrite))
     next(read_captions(dataset, config.validation_splits))  # fails now rather than after the first epoch
     seed_everything(config.training.seed)
@@ -170,7 +169,7 @@ def _objective(
     held_out = CaptionBatches(dataset, config.validation_splits, encode, config.batch_images, window_bytes, pooled)
     cider = None
     if config.best_by == "cider":
-        cider = CiderValidation(dataset, config.validation_splits, vocabulary, config.decoding)
+        cider = CiderValidation(dataset, config.validation_splits, vocabulary, config.decoding).score
     save = CaptionSaver(vocabulary, dataset.config["encoder"], provenance)
     captioning = CaptioningObjective(model, batches, held_out, save, config.label_smoothing, cider)
     if config.objective == "cross_entropy":

@@ -16,7 +16,7 @@ from captionlib.models.captioner import Captioner, CaptionerConfig
 from captionlib.models.checkpoints import LoadedCaptioner, load_captioner
 from captionlib.storage import Folder
 
-__all__ = ["build_captioner", "open_start", "open_vectors", "start_word_vectors"]
+__all__ = ["build_captioner", "open_start", "open_vectors", "refuse_own_folder", "start_word_vectors"]
 
 _COMPONENT_IMAGES = 4096  # that principal components are found from
 _MAP_IMAGES = 256  # whose positions tell how the numbers of a map are spread
@@ -73,6 +73,16 @@ def build_captioner(
         model.set_standardisation(*map(torch.from_numpy, statistics))
     model.initialise_bias(torch.from_numpy(vocabulary.log_frequencies()))
     return model
+
+
+def refuse_own_folder(start_from: str | None, output: Folder) -> None:
+    """Makes sure that a run does not start from the checkpoint that it replaces.
+
+    Raises:
+        ConfigError: it would.
+    """
+    if start_from is not None and Folder(start_from).path("") == output.path(""):
+        raise ConfigError(f"start_from: {output.uri} is the run's own folder; give another folder to the run")
 
 
 def open_start(folder: str, config: CaptionerConfig, dataset: ShardedDataset) -> LoadedCaptioner:

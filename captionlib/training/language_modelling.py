@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -85,8 +85,8 @@ class LanguageModellingObjective:
         self._save = save
         self._device = model.output.weight.device
 
-    def batches(self, seed: int, epoch: int) -> Iterator[npt.NDArray[np.int64]]:
-        return self._training.epoch(seed, epoch)
+    def batches(self, seed: int, epoch: int, first: int) -> Iterator[npt.NDArray[np.int64]]:
+        return islice(self._training.epoch(seed, epoch), first, None)
 
     def steps(self) -> int:
         return self._training.count()

@@ -9,7 +9,6 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from itertools import islice
 from typing import Any, Generic
 
 import torch
@@ -20,7 +19,7 @@ from captionlib.data.shards import to_json
 from captionlib.storage import Folder
 from captionlib.training.averaging import WeightAverage
 from captionlib.training.interrupts import TrainingStopped, stop_requests
-from captionlib.training.objective import Batch, Objective, is_higher_better
+from captionlib.training.objective import Batch, Objective, is_higher_better, own_learning_rates
 from captionlib.training.processes import Processes
 from captionlib.training.recipe import LoopConfig, learning_rate, make_optimizer
 from captionlib.training.reports import report_epoch
@@ -84,7 +83,8 @@ class _Run(Generic[Batch]):
         self._output = output
         self._resolved = resolved
         self.processes.copy_from_first(objective.model.state_dict().values())
-        self._optimizer = make_optimizer(objective.model, config)
+        self._optimizer = make_optimizer(objective.model, config, own_learning_rates(objective))
+        self._rates = [group["lr"] for group in self._optimizer.param_groups]
         self._parameters = [parameter for parameter in objective.model.parameters() if parameter.requires_grad]
         self._device = self._parameters[0].device
         decay = config.average_decay
@@ -125,7 +125,7 @@ class _Run(Generic[Batch]):
         self._objective.model.train()
         began = saved = time.monotonic()
         with tqdm(
-            self._waited_for(islice(self._objective.batches(config.seed, state.epoch), state.step, None)),
+            self._waited_for(self._objective.batches(config.seed, state.epoch, state.step)),
             desc=f"epoch {state.epoch + 1}/{config.epochs}",
             initial=state.step,
             total=self._objective.steps(),
@@ -159,8 +159,8 @@ class _Run(Generic[Batch]):
     def _step(self, batch: Batch | None, stopped: Callable[[], bool], save_at: float) -> tuple[bool, bool]:
         """Learns from a batch. Says whether anyone wants to stop, and whether it is time to save."""
         config, state = self._config, self.state
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = self._scheduled(rate)
         loss = None
         if batch is not None:
             with torch.autocast(self._device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
@@ -184,9 +184,10 @@ class _Run(Generic[Batch]):
         state.add(*sums)
         return stopping > 0, saving > 0
 
-    def _learning_rate(self) -> float:
+    def _scheduled(self, rate: float) -> float:
         state = self.state
-        return learning_rate(self._config, state.epoch + state.step / max(1, self._objective.steps()), state.updates)
+        progress = state.epoch + state.step / max(1, self._objective.steps())
+        return learning_rate(rate, self._config, progress, state.updates)
 
     def end_epoch(self, progress: bool) -> None:
         with nullcontext() if self._average is None else self._average.applied():
@@ -203,7 +204,7 @@ class _Run(Generic[Batch]):
             "epoch": state.epoch + 1,
             **state.means(),
             **scores,
-            "learning_rate": self._learning_rate(),
+            "learning_rate": self._scheduled(self._config.learning_rate),
             "seconds": round(state.seconds, 1),
             "data_wait": round(state.waited / max(state.seconds, 1e-9), 4),
         }

@@ -1,13 +1,13 @@
 """What the loop trains: anything that has batches, a loss and a validation score."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from captionlib.storage import Folder
 
-__all__ = ["Batch", "BatchLoss", "Objective", "is_higher_better"]
+__all__ = ["Batch", "BatchLoss", "Objective", "is_higher_better", "own_learning_rates"]
 
 Batch = TypeVar("Batch")
 
@@ -33,7 +33,8 @@ class BatchLoss(NamedTuple):
 class Objective(Protocol[Batch]):
     """A model, what it learns from, and how well it does.
 
-    Lower scores are better, unless it has `higher_is_better` and says so.
+    Lower scores are better, unless it has `higher_is_better` and says so. Parts of the model may have learning rates of
+    their own, where it has `own_learning_rates`: from the names of the model's attributes.
     """
 
     @property
@@ -44,8 +45,8 @@ class Objective(Protocol[Batch]):
     def score_name(self) -> str:
         """Which of the validation scores decides, such as `perplexity`."""
 
-    def batches(self, seed: int, epoch: int) -> Iterator[Batch | None]:
-        """The batches of an epoch; the same for the same seed and epoch.
+    def batches(self, seed: int, epoch: int, first: int) -> Iterator[Batch | None]:
+        """The batches of an epoch from the batch `first` on; the same for the same seed and epoch.
 
         Of several processes each gives its shares of the same batches, None where nothing of a batch falls to it.
         """
@@ -66,3 +67,9 @@ class Objective(Protocol[Batch]):
 def is_higher_better(objective: Objective[Any]) -> bool:
     """Whether the score that decides is to grow, as CIDEr is, or to fall, as perplexity is."""
     return bool(getattr(objective, "higher_is_better", False))
+
+
+def own_learning_rates(objective: Objective[Any]) -> Mapping[str, float]:
+    """The learning rates of parts of the model, before the schedule, by the names of its attributes."""
+    rates: Mapping[str, float] = getattr(objective, "own_learning_rates", {})
+    return rates

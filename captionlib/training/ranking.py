@@ -116,9 +116,9 @@ class RankingObjective:
         self._device = next(model.parameters()).device
         model.log_temperature.requires_grad_(config.loss == "contrastive")
 
-    def batches(self, seed: int, epoch: int) -> Iterator[RankingBatch | None]:
+    def batches(self, seed: int, epoch: int, first: int) -> Iterator[RankingBatch | None]:
         draw = np.random.default_rng([seed, epoch, 1])
-        for batch in self._training.shares(seed, epoch, self._processes.rank, self._processes.count):
+        for batch in self._training.shares(seed, epoch, self._processes.rank, self._processes.count, first):
             if batch is None:
                 yield None
             else:

@@ -1,6 +1,7 @@
 """How a model is trained: the settings of a run, its optimizer and its learning rate."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,25 +68,39 @@ class LoopConfig:
             raise ConfigError(f"training.average_decay: expected at least 0 and below 1, got {self.average_decay}")
 
 
-def make_optimizer(model: nn.Module, config: LoopConfig) -> torch.optim.Optimizer:
-    """The optimizer of the parameters that are trained."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def make_optimizer(
+    model: nn.Module, config: LoopConfig, own_rates: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer of the parameters that are trained, a group for each learning rate.
+
+    Args:
+        model: what is trained.
+        config: how.
+        own_rates: learning rates of parts of it, by the names of its attributes; all else has that of `config`.
+    """
+    rates = own_rates or {}
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = name.split(".")[0]
+            parts.setdefault(part if part in rates else "", []).append(parameter)
+    groups = [{"params": parameters, "lr": rates.get(part, config.learning_rate)} for part, parameters in parts.items()]
     if config.optimizer == "rmsprop":
-        return torch.optim.RMSprop(parameters, lr=config.learning_rate, alpha=config.rmsprop_decay)
+        return torch.optim.RMSprop(groups, alpha=config.rmsprop_decay)
     if config.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=config.learning_rate)
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        return torch.optim.Adam(groups)
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
 
 
-def learning_rate(config: LoopConfig, progress: float, steps: int) -> float:
+def learning_rate(rate: float, config: LoopConfig, progress: float, steps: int) -> float:
     """The learning rate of a step.
 
     Args:
+        rate: before the schedule.
         config: how the model is trained.
         progress: epochs done, and the part of the present one.
         steps: steps done, of all epochs.
     """
-    rate = config.learning_rate
     if config.schedule == "step":
         rate *= config.step_factor ** int(progress / config.step_epochs)
     elif config.schedule == "cosine":

@@ -92,7 +92,7 @@ class SelfCriticalObjective:
 
     def __init__(
         self,
-        captioning: CaptioningObjective,
+        captioning: CaptioningObjective[Captioner],
         config: SelfCriticalConfig,
         references: Iterable[Sequence[list[int]]],
         max_tokens: int,
@@ -111,8 +111,8 @@ class SelfCriticalObjective:
         self._constraints = Constraints(self._drawing, torch.tensor([UNKNOWN], device=self._device))
         _set_dropout(self.model, config.dropout)
 
-    def batches(self, seed: int, epoch: int) -> Iterator[SelfCriticalBatch | None]:
-        for batch in self._captioning.batches(seed, epoch):
+    def batches(self, seed: int, epoch: int, first: int) -> Iterator[SelfCriticalBatch | None]:
+        for batch in self._captioning.batches(seed, epoch, first):
             yield None if batch is None else SelfCriticalBatch(batch, seed, epoch)
 
     def steps(self) -> int:

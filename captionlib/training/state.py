@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from captionlib.config import differences
+from captionlib.data.shards import FAILURES
 from captionlib.errors import DatasetError
+from captionlib.models.checkpoint_folder import CHECKPOINT_FILES
 from captionlib.storage import TEMPORARY, Folder
 from captionlib.training.reports import METRICS, TENSORBOARD
 
@@ -17,8 +19,7 @@ __all__ = ["RESOLVED", "RunState", "claim_folder", "get_generators", "load_state
 
 STATE = "_training/state.pt"
 RESOLVED = "resolved.json"
-_CHECKPOINT_FILES = {"config.json", "model.safetensors", "training.json"}
-_RUN_FILES = {"_training", RESOLVED, METRICS, TENSORBOARD, "curves.png", *_CHECKPOINT_FILES}
+_RUN_FILES = {"_training", FAILURES, RESOLVED, METRICS, TENSORBOARD, "curves.png", *CHECKPOINT_FILES}
 
 
 @dataclass
@@ -120,14 +121,17 @@ def load_state(output: Folder, resolved: Mapping[str, Any]) -> tuple[RunState, d
 
 
 def _identity(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run that goes on must share with the one before: when it ends, and how often it saves, may change."""
+    """What a run that goes on must share with the one before: all but when it ends, how often it saves, how images are
+    loaded, and how many of them may be missing.
+    """
     training = {
         name: value
         for name, value in resolved["training"].items()
         if name not in {"patience", "save_seconds"}
         and (name != "epochs" or resolved["training"]["schedule"] == "cosine")
     }
-    return {**resolved, "training": training}
+    kept = {name: value for name, value in resolved.items() if name not in {"loading", "max_failure_ratio"}}
+    return {**kept, "training": training}
 
 
 def get_generators(device: torch.device) -> dict[str, Tensor]:

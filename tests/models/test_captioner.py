@@ -153,6 +153,14 @@ def test_a_power_evens_out_strong_features_and_keeps_their_sign() -> None:
     assert model.standardise(torch.tensor([[9.0, 1.0, 0.0, 4.0]])).tolist() == [[1, 0, -0.5, 0.5]]
 
 
+def test_features_of_zero_pass_finite_gradients_on_whatever_the_power() -> None:
+    model = build(CaptionerConfig(hidden_size=6, word_size=5, feature_power=0.5))
+    features = torch.tensor([[0.0, 4.0, -4.0]], requires_grad=True)
+    model.raise_to_power(features).sum().backward()
+    assert features.grad is not None
+    assert features.grad.tolist() == [[0.0, 0.25, 0.25]]  # 0.5 |x|^-0.5
+
+
 def test_principal_components_are_uncorrelated_and_of_deviation_one() -> None:
     model = build(CaptionerConfig(hidden_size=6, word_size=5, principal_components=3))
     sample = torch.randn(500, 4, generator=torch.Generator().manual_seed(0)) @ torch.diag(

@@ -15,6 +15,7 @@ from captionlib.models.decoding import DecodingConfig
 from captionlib.models.extraction import ExtractionConfig
 from captionlib.models.generation import GenerationConfig, caption_images
 from captionlib.training.captioning import CaptioningConfig, train_captioner
+from captionlib.training.finetuning import EncoderTuning, FinetuningConfig, finetune_captioner
 from captionlib.training.loop import LoopConfig
 from pipelines.extract_features import extract_features
 from pipelines.generate_captions import generate_captions
@@ -164,6 +165,24 @@ def test_single_images_are_captioned_like_those_of_a_dataset(
     for row in got:
         assert row["caption"] == captions[row["uri"]]["caption"]
     assert [(uri, type(error)) for uri, error in failures] == [(images[9], FetchError)]
+
+
+def test_a_captioner_that_was_tuned_on_images_brings_its_encoder(
+    manifest: ShardedDataset, features: Path, captioner: Path, tmp_path: Path, small_encoder: ExtractionConfig
+) -> None:
+    training = LoopConfig(epochs=1, optimizer="adam", learning_rate=0.01)
+    tuning = FinetuningConfig(str(captioner), EncoderTuning(1e-3), training, max_failure_ratio=0.5)
+    finetune_captioner(manifest.folder.uri, tmp_path / "tuned", tuning, device="cpu", progress=False)
+    of_images = rows(caption(manifest.folder.uri, tmp_path / "tuned", tmp_path / "captions-of-images"))
+    alone, _ = caption_images([str(of_images[0]["uri"])], str(tmp_path / "tuned"), GENERATION, device="cpu")
+    assert alone[0]["candidates"] == of_images[0]["candidates"]
+
+    encoder = dataclasses.replace(small_encoder.encoder, weights=str(tmp_path / "tuned" / "encoder.safetensors"))
+    extraction = dataclasses.replace(small_encoder, encoder=encoder)
+    extract_features(manifest.folder.uri, tmp_path / "features-tuned", extraction, run=QUIET)
+    assert rows(caption(tmp_path / "features-tuned", tmp_path / "tuned", tmp_path / "captions")) == of_images
+    with pytest.raises(CheckpointError, match="weights_sha256"):
+        caption(features, tmp_path / "tuned", tmp_path / "captions-untuned")
 
 
 def test_an_image_without_neighbours_is_captioned_the_same(

@@ -4,6 +4,7 @@ import signal
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ class Line:
         self._step = 0
         self._at_step = at_step
 
-    def batches(self, seed: int, epoch: int) -> Iterator[Tensor]:
+    def batches(self, seed: int, epoch: int, first: int) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(1000 * seed + epoch)
-        return (torch.randn(5, 3, generator=generator) for _ in range(STEPS))
+        return islice((torch.randn(5, 3, generator=generator) for _ in range(STEPS)), first, None)
 
     def steps(self) -> int:
         return STEPS

@@ -13,7 +13,7 @@ RATE = 0.5
 def rates(steps_an_epoch: int = 2, epochs: int = 4, **values: Any) -> list[float]:
     config = LoopConfig(learning_rate=RATE, epochs=epochs, **values)
     steps = range(steps_an_epoch * epochs)
-    return [learning_rate(config, step / steps_an_epoch, step) for step in steps]
+    return [learning_rate(RATE, config, step / steps_an_epoch, step) for step in steps]
 
 
 def test_a_constant_rate_stays() -> None:
@@ -30,7 +30,7 @@ def test_a_cosine_falls_from_the_rate_to_a_hundredth_of_it() -> None:
     assert falling[0] == RATE
     assert falling[4] == pytest.approx(RATE * (0.01 + 0.99 / 2))
     config = LoopConfig(learning_rate=RATE, epochs=4, schedule="cosine")
-    assert learning_rate(config, 4.0, 8) == learning_rate(config, 4.5, 9) == pytest.approx(RATE / 100)
+    assert learning_rate(RATE, config, 4.0, 8) == learning_rate(RATE, config, 4.5, 9) == pytest.approx(RATE / 100)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "step", "cosine"])
@@ -49,6 +49,15 @@ def test_frozen_weights_are_left_to_no_optimizer(optimizer: Any) -> None:
     assert len(group["params"]) == 1
     assert group["params"][0] is model.weight
     assert group["lr"] == RATE
+
+
+def test_a_part_of_the_model_has_its_own_rate() -> None:
+    model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "captioner": nn.Linear(2, 2)})
+    made = make_optimizer(model, LoopConfig(optimizer="adam", learning_rate=RATE), {"encoder": 0.01})
+    found = {group["lr"]: group["params"] for group in made.param_groups}
+    assert found.keys() == {0.01, RATE}
+    for rate, part in ((0.01, "encoder"), (RATE, "captioner")):
+        assert [id(parameter) for parameter in found[rate]] == [id(p) for p in model[part].parameters()]
 
 
 def test_rmsprop_steps_as_the_talk_says() -> None:

@@ -1,0 +1,254 @@
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+
+from captionlib.config import load_config
+from captionlib.data.decoders import DecoderConfig
+from captionlib.data.loading import LoadingConfig
+from captionlib.data.shards import ShardedDataset
+from captionlib.data.vocabulary import Vocabulary
+from captionlib.errors import CheckpointError, ConfigError, DatasetError, FailureRatioError
+from captionlib.models.captioner import Captioner, CaptionerConfig, pad_sentences
+from captionlib.models.checkpoints import LoadedCaptioner, load_captioner, save_checkpoint
+from captionlib.models.decoding import DecodingConfig
+from captionlib.models.encoder import EncoderConfig, encoder_config, load_encoder
+from captionlib.models.encoder_network import parameters_before
+from captionlib.models.image_captioner import ImageCaptioner
+from captionlib.training.caption_objective import CaptioningObjective
+from captionlib.training.finetuning import EncoderTuning, FinetuningConfig, finetune_captioner
+from captionlib.training.loop import LoopConfig
+from tests.pipelines.conftest import COLOURS, images, manifest
+
+__all__ = ["images", "manifest"]
+
+ENCODER = EncoderConfig(
+    "squeezenet1_1", "features.3.squeeze_activation", "random:0", pooling="mean", stored_dtype="float32"
+)
+CONFIG = FinetuningConfig(
+    encoder=EncoderTuning(learning_rate=1e-4, from_node="features.3"),
+    training=LoopConfig(epochs=2, optimizer="adam", learning_rate=0.03, save_seconds=0, seed=3),
+    batch_images=3,
+    flip=True,
+    loading=LoadingConfig(threads=2, decode=DecoderConfig(processes=1)),
+    max_failure_ratio=0.3,
+)
+
+
+def save_captioner(folder: Path, encoder: EncoderConfig = ENCODER) -> LoadedCaptioner:
+    """One that has learnt nothing yet."""
+    description = load_encoder(encoder, "cpu").description
+    vocabulary = Vocabulary.from_captions([f"a {colour} field all of it is" for colour in COLOURS], 1)
+    torch.manual_seed(0)
+    shape = CaptionerConfig(hidden_size=16, word_size=16, dropout=0.1, standardise_features=False)
+    model = Captioner(shape, description["shape"][-1], len(vocabulary))
+    save_checkpoint(folder, model, vocabulary, description, provenance={}, training={})
+    return load_captioner(folder)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> LoadedCaptioner:
+    return save_captioner(tmp_path / "start")
+
+
+def tune(
+    manifest: ShardedDataset, output: Path, config: FinetuningConfig = CONFIG, **options: Any
+) -> list[dict[str, float]]:
+    config = replace(config, start_from=config.start_from or str(output.parent / "start"))
+    return finetune_captioner(manifest.folder.uri, output, config, device="cpu", progress=False, **options)
+
+
+def encoder_of(captioner: LoadedCaptioner) -> dict[str, Tensor]:
+    config = encoder_config(captioner.encoder, captioner.encoder_weights)
+    return load_encoder(config, "cpu").network.weights()
+
+
+def test_both_learn_and_of_the_encoder_only_what_is_tuned(
+    manifest: ShardedDataset, start: LoadedCaptioner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    history = tune(manifest, tmp_path / "tuned", replace(CONFIG, training=replace(CONFIG.training, epochs=4)))
+    assert history[-1]["loss"] < 0.9 * history[0]["loss"]
+    tuned = load_captioner(tmp_path / "tuned")
+    before, after = encoder_of(start), encoder_of(tuned)
+    changed = {name for name, values in before.items() if not torch.equal(values, after[name])}
+    assert changed == {name for name in before if name.startswith("features.3.")}
+    assert (tuned.config, tuned.vocabulary) == (start.config, start.vocabulary)
+    assert not torch.equal(tuned.model.output.weight, start.model.output.weight)
+    assert tuned.provenance["start_from"]["fingerprint"] == start.fingerprint
+    failures = pq.read_table(tmp_path / "tuned" / "_failures" / "part-00000.parquet").to_pylist()
+    assert {row["image_id"]: row["stage"] for row in failures} == {"broken.png": "decode", "missing.png": "fetch"}
+    assert "2 of 10 images could not be had" in capsys.readouterr().err
+
+
+def test_the_checkpoint_describes_and_brings_the_tuned_encoder(
+    manifest: ShardedDataset, start: LoadedCaptioner, tmp_path: Path
+) -> None:
+    tune(manifest, tmp_path / "tuned", replace(CONFIG, training=replace(CONFIG.training, epochs=1)))
+    tuned = load_captioner(tmp_path / "tuned")
+    assert tuned.encoder_weights == str(tmp_path / "tuned" / "encoder.safetensors")
+    assert {name for name, value in tuned.encoder.items() if value != start.encoder[name]} == {
+        "weights",
+        "weights_sha256",
+    }
+    whole = replace(ENCODER, weights=tuned.encoder_weights, missing_weights="random:5")  # drawn for nothing
+    tuned.require_encoder(load_encoder(whole, "cpu").description)
+    with pytest.raises(CheckpointError, match="weights_sha256"):
+        tuned.require_encoder(start.encoder)
+    config = replace(CONFIG, start_from=str(tmp_path / "tuned"))
+    tune(manifest, tmp_path / "further", config)  # of itself with the encoder that it brings
+    further = load_captioner(tmp_path / "further")
+    assert further.encoder["weights_sha256"] not in {tuned.encoder["weights_sha256"], start.encoder["weights_sha256"]}
+
+
+def test_each_part_has_its_own_learning_rate(manifest: ShardedDataset, start: LoadedCaptioner, tmp_path: Path) -> None:
+    training = replace(CONFIG.training, epochs=1, learning_rate=1e-2, clip_value=None)
+    config = replace(CONFIG, training=training, encoder=EncoderTuning(1e-5), batch_images=8)
+    history = tune(manifest, tmp_path / "tuned", config)
+    assert history[0]["learning_rate"] == 1e-2
+    tuned = load_captioner(tmp_path / "tuned")
+    before, after = encoder_of(start), encoder_of(tuned)
+    # Adam's first step is as long as the learning rate, whatever the gradient.
+    steps = [float((after[name] - values).abs().max()) for name, values in before.items()]
+    assert max(steps) == pytest.approx(1e-5, rel=0.05)
+    assert min(steps) > 0  # all of it is tuned
+    step = (tuned.model.output.weight - start.model.output.weight).abs().max().item()
+    assert step == pytest.approx(1e-2, rel=0.05)
+
+
+def test_batch_normalisation_and_dropout_stay_as_features_are_made() -> None:
+    encoder = load_encoder(EncoderConfig("mobilenet_v2", "features.1.conv.2", "random:0", pooling="mean"), "cpu", True)
+    model = ImageCaptioner(encoder.network, Captioner(CaptionerConfig(hidden_size=4, word_size=4), 16, 7)).train()
+    before = {name: values.clone() for name, values in encoder.network.weights().items()}
+    pixels = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8)
+    seen = model.encoder(pixels)
+    model(pixels, pad_sentences([[4, 5], [5]]), torch.tensor([0, 1])).log_probs.sum().backward()
+    assert all(torch.equal(values, encoder.network.weights()[name]) for name, values in before.items())
+    assert all(parameter.grad is not None for parameter in encoder.network.parameters())
+    torch.testing.assert_close(encoder.encode(pixels.numpy()), seen.detach().half().numpy())
+    assert model.captioner.training
+    assert not any(module.training for module in model.encoder.modules())
+
+
+def test_bfloat16_is_what_the_encoder_computes_in_and_not_what_small_steps_are_rounded_to(
+    manifest: ShardedDataset, tmp_path: Path
+) -> None:
+    start = save_captioner(tmp_path / "start", replace(ENCODER, dtype="bfloat16"))
+    tune(manifest, tmp_path / "tuned", replace(CONFIG, encoder=EncoderTuning(1e-6), batch_images=8))
+    tuned = load_captioner(tmp_path / "tuned")
+    assert tuned.encoder["dtype"] == "bfloat16"
+    network = load_encoder(encoder_config(start.encoder), "cpu", trainable=True).network
+    pixels = torch.randint(0, 256, (1, 224, 224, 3), dtype=torch.uint8)
+    exact = load_encoder(ENCODER, "cpu").network(pixels)
+    assert 0 < (network(pixels) - exact).abs().max() < 0.05 * exact.abs().max()
+    saved = safe_weights(tmp_path / "tuned" / "encoder.safetensors")
+    for name, values in network.weights().items():
+        assert saved[name].dtype == torch.float32
+        assert 0 < (saved[name] - values).abs().max() < 1e-5
+
+
+def safe_weights(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def dying_at(wanted: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lets the machine die at a step; gives the sizes of the batches that were learnt from until then."""
+    loss: Callable[..., Any] = CaptioningObjective.loss
+    sizes: list[int] = []
+
+    def dying(self: CaptioningObjective[ImageCaptioner], batch: Any) -> Any:
+        if len(sizes) == wanted:
+            raise RuntimeError("the machine dies")
+        sizes.append(len(batch.features))
+        return loss(self, batch)
+
+    monkeypatch.setattr(CaptioningObjective, "loss", dying)
+    return sizes
+
+
+@pytest.mark.parametrize("died_at", [1])
+def test_a_killed_run_goes_on_bit_for_bit_and_loads_only_what_is_left(
+    manifest: ShardedDataset, start: LoadedCaptioner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, died_at: int
+) -> None:
+    undisturbed = tune(manifest, tmp_path / "undisturbed")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="dies"):
+        dying_at(died_at, patch)
+        tune(manifest, tmp_path / "killed")
+    with monkeypatch.context() as patch:
+        sizes = dying_at(99, patch)
+        config = replace(CONFIG, loading=replace(CONFIG.loading, threads=1), max_failure_ratio=0.4)  # may change
+        resumed = tune(manifest, tmp_path / "killed", config)
+    assert sum(sizes) < 2 * 6  # six of ten images are train's and can be had
+    for row, expected in zip(resumed, undisturbed, strict=True):
+        assert all(row[name] == expected[name] for name in ("epoch", "loss", "perplexity"))
+    one, two = (load_captioner(tmp_path / name) for name in ("undisturbed", "killed"))
+    assert one.encoder == two.encoder
+    assert all(torch.equal(values, two.model.state_dict()[name]) for name, values in one.model.state_dict().items())
+    with pytest.raises(DatasetError, match=r"encoder.learning_rate: there 0.0001, now 0.5"):
+        tune(manifest, tmp_path / "killed", replace(CONFIG, encoder=EncoderTuning(0.5, "features.3")))
+
+
+def test_too_many_missing_images_end_the_run(manifest: ShardedDataset, start: LoadedCaptioner, tmp_path: Path) -> None:
+    with pytest.raises(FailureRatioError, match=r"2 of 10 images could not be had \(.*: 1, .*: 1\); 10.0% are allowed"):
+        tune(manifest, tmp_path / "tuned", replace(CONFIG, max_failure_ratio=0.1))
+    assert (tmp_path / "tuned" / "_failures" / "part-00000.parquet").exists()
+    assert not (tmp_path / "tuned" / "config.json").exists()
+
+
+def test_what_cannot_be_tuned_is_refused(manifest: ShardedDataset, start: LoadedCaptioner, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="start_from: expected the captioner to tune with its encoder, got none"):
+        finetune_captioner(manifest.folder.uri, tmp_path / "tuned", CONFIG, device="cpu")
+    for node, message in (
+        ("features.9", "expected a node with weights up to features.3.squeeze_activation, .* got features.9"),
+        ("features.99", "squeezenet1_1 has no node 'features.99'; near it"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            tune(manifest, tmp_path / "tuned", replace(CONFIG, encoder=EncoderTuning(from_node=node)))
+    with pytest.raises(ConfigError, match="is the run's own folder"):
+        tune(manifest, tmp_path / "start")
+    with pytest.raises(DatasetError, match="expected sentences in split dev, got none"):
+        tune(manifest, tmp_path / "tuned", replace(CONFIG, validation_splits=("dev",)))
+    torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "other.pth")
+    with pytest.raises(ConfigError, match="lack 3 of the 4 tensors"):
+        tune(manifest, tmp_path / "tuned", weights=str(tmp_path / "other.pth"))
+    assert not (tmp_path / "tuned").exists()
+
+
+@pytest.mark.parametrize(
+    "values", [{"batch_images": 0}, {"label_smoothing": 1.0}, {"max_failure_ratio": 1.5}, {"max_words": 0}]
+)
+def test_settings_that_cannot_be_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(values))}: expected"):
+        dataclasses.replace(CONFIG, **values)
+
+
+def test_the_configuration_to_start_from_fits() -> None:
+    config = load_config(FinetuningConfig, Path(__file__).parents[2] / "configs" / "captioner-finetune.yaml")
+    assert (config.encoder.learning_rate, config.flip, config.training.optimizer) == (1e-5, True, "adam")
+
+
+def test_layers_before_a_node_are_told_by_its_name_or_its_modules() -> None:
+    assert parameters_before("squeezenet1_1", "features.0") == set()
+    assert parameters_before("squeezenet1_1", "features.3.squeeze") == {"features.0.weight", "features.0.bias"}
+    before = parameters_before("resnet18", "layer2")
+    assert {name.split(".")[0] for name in before} == {"conv1", "bn1", "layer1"}
+    assert "layer1.1.bn2.running_var" in before
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="CIDEr's tokenizer needs Java")
+def test_the_epoch_with_the_best_cider_is_kept(
+    manifest: ShardedDataset, start: LoadedCaptioner, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, best_by="cider", decoding=DecodingConfig(beam_width=1), validation_splits=("val", "train"))
+    history = tune(manifest, tmp_path / "tuned", config)
+    kept = json.loads((tmp_path / "tuned" / "training.json").read_text())["history"]
+    assert kept[-1]["CIDEr"] == max(row["CIDEr"] for row in history)
