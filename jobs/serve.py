@@ -2,13 +2,14 @@
 
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import click
 
 from captionlib.config import build_config, to_dict
-from captionlib.errors import DatasetError
+from captionlib.errors import ConfigError, DatasetError
 from captionlib.search.index_files import DESCRIPTION
 from captionlib.serving.config import ServingConfig
 from captionlib.storage import Folder
@@ -71,6 +72,7 @@ def command(
       captionlib serve index --host 0.0.0.0 --name photos.example.org
     """
     import uvicorn
+    from uvicorn.supervisors import Multiprocess
 
     from captionlib.serving.opening import Served
 
@@ -87,17 +89,38 @@ def command(
         click.echo(f"Listening on {host}: whoever reaches this machine can see the images of the index.", err=True)
         click.echo(f"It answers to {', '.join(limits.hosts)}; give --name for other names of this machine.", err=True)
     os.environ[_SERVED] = json.dumps(to_dict(served))
-    options: dict[str, Any] = {"host": host, "port": port, "log_level": "warning", "access_log": False}
-    click.echo(f"http://{in_url}:{port}/ shows {index}; Ctrl-C ends it.")
-    uvicorn.run(
-        create if workers == 1 else "jobs.serve:create",
-        factory=True,
-        workers=workers,
-        server_header=False,
-        limit_concurrency=_MOST_CONNECTIONS,
-        timeout_keep_alive=15,
-        **options,
-    )
+    with _listen(host, port) as listening:
+        app = create()  # also where other processes serve: what is wrong is said once, and a copy is made once
+        config = uvicorn.Config(
+            app if workers == 1 else "jobs.serve:create",
+            factory=workers > 1,
+            workers=workers,
+            server_header=False,
+            limit_concurrency=_MOST_CONNECTIONS,
+            timeout_keep_alive=15,
+            log_level="warning",
+            access_log=False,
+        )
+        click.echo(f"http://{in_url}:{port}/ shows {index}; Ctrl-C ends it.")
+        if workers == 1:
+            uvicorn.Server(config).run([listening])
+        else:
+            del app
+            Multiprocess(config, [listening]).run()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket for all processes, bound before any of them loads an index."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # With the protocol named, asyncio turns Nagle's algorithm off: else an answer takes 40 ms longer.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise ConfigError(f"{host}:{port} cannot be listened on: {error.strerror}; give another --port") from error
+    return listening
 
 
 def create() -> Any:

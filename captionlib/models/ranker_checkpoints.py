@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from captionlib.config import build_config, to_dict
+from captionlib.data.batches import pool_map
 from captionlib.data.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.captioner import pad_sentences
@@ -85,15 +86,18 @@ class LoadedRanker:
         """Unit vectors of images, `[images, size]`.
 
         Args:
-            features: `[images, feature_size]`, as the encoder gave them.
+            features: `[images, feature_size]` or `[images, positions, feature_size]`, as the encoder gave them.
 
         Raises:
             CheckpointError: they are of another shape.
         """
-        if features.ndim != 2 or features.shape[1] != self.model.feature_size:
+        size = self.model.feature_size
+        if features.ndim not in (2, 3) or features.shape[-1] != size:
             raise CheckpointError(
-                f"expected features of shape [images, {self.model.feature_size}], got {list(features.shape)}"
+                f"expected features of shape [images, {size}], or [images, positions, {size}], "
+                f"got {list(features.shape)}"
             )
+        features = pool_map(features)
         vectors = np.empty((len(features), self.size), np.float32)
         for begin in range(0, len(features), _BATCH):
             some = torch.from_numpy(features[begin : begin + _BATCH].astype(np.float32))

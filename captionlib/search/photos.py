@@ -69,6 +69,10 @@ class PhotoReader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the decoders."""
         self._opened.close()
 
     @property

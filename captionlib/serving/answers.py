@@ -86,7 +86,9 @@ class PhotoAnswer(BaseModel):
 
 
 class Library:
-    """An index, the models that go with it, and the dataset of its captions. Safe to use from many threads.
+    """An index, the models that go with it, and the dataset of its captions.
+
+    A context manager that closes what looks at photographs; safe to use from many threads.
 
     Args:
         index: to be asked.
@@ -111,6 +113,13 @@ class Library:
         self._sentences = list(sentences)
         self._slots = threading.BoundedSemaphore(config.max_photos)
         self.splits = index.splits()
+
+    def __enter__(self) -> "Library":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._photos is not None:
+            self._photos.close()
 
     @property
     def modes(self) -> list[Mode]:

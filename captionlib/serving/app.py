@@ -37,7 +37,7 @@ def create_app(library: Library, thumbnails: Path) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        with pictures:
+        with pictures, library:
             yield
 
     app = FastAPI(

@@ -7,7 +7,6 @@ import torch
 
 from captionlib.config import differences, to_dict
 from captionlib.data.batches import feature_shape, mean_and_std, pool_map, sample_features
-from captionlib.data.datasets import open_dataset
 from captionlib.data.shards import ShardedDataset
 from captionlib.data.vocabulary import Vocabulary
 from captionlib.data.word_vectors import read_word_vectors
@@ -16,25 +15,10 @@ from captionlib.models.captioner import Captioner, CaptionerConfig
 from captionlib.models.checkpoints import LoadedCaptioner, load_captioner
 from captionlib.storage import Folder
 
-__all__ = ["build_captioner", "open_start", "open_vectors", "refuse_own_folder", "start_word_vectors"]
+__all__ = ["build_captioner", "open_start", "refuse_own_folder", "start_word_vectors"]
 
 _COMPONENT_IMAGES = 4096  # that principal components are found from
 _MAP_IMAGES = 256  # whose positions tell how the numbers of a map are spread
-
-
-def open_vectors(features: Folder) -> ShardedDataset:
-    """A features dataset that is complete and has one vector an image.
-
-    Raises:
-        DatasetError: it is not, or has not.
-    """
-    dataset = open_dataset(features.uri, "features").require_complete()
-    if len(feature_shape(dataset)) != 1:
-        raise DatasetError(
-            f"{dataset.folder.uri}: expected one vector an image, got a map of {feature_shape(dataset)}; "
-            "extract with pooling mean or max"
-        )
-    return dataset
 
 
 def build_captioner(

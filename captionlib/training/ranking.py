@@ -1,4 +1,7 @@
-"""Fits a ranker on `features/`: images and what people said of them are to find each other."""
+"""Fits a ranker on `features/`: images and what people said of them are to find each other.
+
+Of a spatial map a ranker sees the mean over its positions.
+"""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from captionlib.config import to_dict
 from captionlib.data.batches import CaptionBatch, CaptionBatches, feature_shape, mean_and_std, read_captions
+from captionlib.data.datasets import open_dataset
 from captionlib.data.vocabulary import Vocabulary
 from captionlib.errors import ConfigError
 from captionlib.evaluation.ranking import score_ranking
@@ -21,7 +25,6 @@ from captionlib.models.ranker import Ranker, RankerConfig
 from captionlib.models.ranker_checkpoints import save_ranker
 from captionlib.storage import Folder
 from captionlib.training.curves import draw_curves
-from captionlib.training.initialisation import open_vectors
 from captionlib.training.loop import LoopConfig, claim_folder, seed_everything, train
 from captionlib.training.objective import BatchLoss
 from captionlib.training.processes import Processes, join_processes
@@ -230,7 +233,7 @@ def _train(
     features: Folder, output: Folder, config: RankingConfig, device: torch.device, overwrite: bool, progress: bool
 ) -> list[dict[str, float]]:
     processes = Processes()
-    dataset = open_vectors(features)
+    dataset = open_dataset(features.uri, "features").require_complete()
     processes.from_first(lambda: claim_folder(output, overwrite))
     vocabulary = Vocabulary.from_captions(read_captions(dataset, config.train_splits), config.min_count)
     next(read_captions(dataset, config.validation_splits))  # fails now rather than after the first epoch
@@ -239,8 +242,8 @@ def _train(
         return vocabulary.encode(sentence)[: config.max_words]
 
     window_bytes = config.window_megabytes << 20
-    batches = CaptionBatches(dataset, config.train_splits, encode, config.batch_images, window_bytes)
-    held_out = CaptionBatches(dataset, config.validation_splits, vocabulary.encode, 100, window_bytes)
+    batches = CaptionBatches(dataset, config.train_splits, encode, config.batch_images, window_bytes, pooled=True)
+    held_out = CaptionBatches(dataset, config.validation_splits, vocabulary.encode, 100, window_bytes, pooled=True)
     seed_everything(config.training.seed)
     model = Ranker(config.ranker, feature_shape(dataset)[-1], len(vocabulary))
     if config.ranker.standardise_features:

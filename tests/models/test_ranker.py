@@ -118,7 +118,7 @@ def test_sentences_come_back_in_the_order_given(ranker: LoadedRanker) -> None:
 
 
 def test_features_of_another_shape_or_encoder_are_refused(ranker: LoadedRanker) -> None:
-    with pytest.raises(CheckpointError, match=r"expected features of shape \[images, 7\], got \[2, 6\]"):
+    with pytest.raises(CheckpointError, match=r"of shape \[images, 7\], or \[images, positions, 7\], got \[2, 6\]"):
         ranker.encode_features(np.zeros((2, 6), np.float32))
     ranker.require_encoder({"model": "vgg16", "shape": (7,)})
     with pytest.raises(CheckpointError, match=r"another encoder than the ranker's \(model: expected 'vgg16', got"):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pytest
 import torch
@@ -18,11 +19,14 @@ from captionlib.data.shard_writer import write_shard
 from captionlib.data.shards import ShardedDataset
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.evaluation.ranker_scores import score_ranker
+from captionlib.models.embedding import EmbeddingConfig
 from captionlib.models.ranker import RankerConfig
 from captionlib.models.ranker_checkpoints import load_ranker
 from captionlib.training.loop import LoopConfig
 from captionlib.training.ranking import RankingConfig, RankingObjective, draw_sentences, train_ranker
 from jobs.cli import captionlib
+from pipelines.embed_images import embed_images
+from pipelines.run import RunConfig
 
 KINDS = [f"{colour} {thing}" for colour in ("red", "green", "blue") for thing in ("ball", "box", "car", "dog")]
 CONFIG = RankingConfig(
@@ -89,6 +93,42 @@ def test_learns_which_sentence_is_of_which_image(
         ranker.encode_sentences(["a blue car"]) @ ranker.encode_features(np.eye(12, dtype=np.float32)).T
     ).argmax() == KINDS.index("blue car")
     assert (tmp_path / "ranker" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_map_counts_as_the_mean_of_its_positions(features: ShardedDataset, tmp_path: Path) -> None:
+    config = replace(CONFIG, training=replace(CONFIG.training, epochs=2))
+    maps = to_maps(features, tmp_path / "maps")
+    histories = train(maps, tmp_path / "of-maps", config), train(features, tmp_path / "of-means", config)
+    assert [row["loss"] for row in histories[0]] == [row["loss"] for row in histories[1]]
+    ranker, other = load_ranker(tmp_path / "of-maps"), load_ranker(tmp_path / "of-means")
+    assert score_ranker(ranker, maps, ["val"]) == score_ranker(other, features, ["val"])
+    embed_images(
+        maps.folder.uri, tmp_path / "of-maps", tmp_path / "embeddings", EmbeddingConfig(), run=RunConfig(progress=False)
+    )
+    vectors = np.array(open_dataset(tmp_path / "embeddings").read(0)["embedding"].to_pylist())
+    assert np.allclose(vectors, other.encode_features(numbers_of(features, 0)), atol=1e-3)
+
+
+def to_maps(features: ShardedDataset, folder: Path) -> ShardedDataset:
+    """Maps of two positions: twice the vector, and nothing."""
+    config = {"encoder": {"model": "none", "shape": [2, 12]}}
+    schema = features_schema(24, "float16")
+    maps = create_dataset(folder, "features", schema, config=config, shards=features.shards)
+    for shard in range(features.shards):
+        vectors = numbers_of(features, shard)
+        numbers = np.concatenate([2 * vectors, 0 * vectors], 1).reshape(-1)
+        column = pa.FixedSizeListArray.from_arrays(pa.array(numbers), type=schema.field("features").type)
+        rows = features.read(shard)
+        with write_shard(maps, shard, rows.num_rows) as writer:
+            writer.write(rows.set_column(4, schema.field("features"), column).combine_chunks().to_batches()[0])
+    maps.finish()
+    return maps
+
+
+def numbers_of(features: ShardedDataset, shard: int) -> npt.NDArray[np.float16]:
+    column = features.read(shard)["features"].combine_chunks()
+    numbers: npt.NDArray[np.float16] = column.flatten().to_numpy().reshape(len(column), -1)
+    return numbers
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(
