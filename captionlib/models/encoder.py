@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,9 +15,18 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from captionlib.data.images import Preprocessing
 from captionlib.errors import ConfigError
 from captionlib.models.devices import resolve_device
-from captionlib.models.weights import hash_weights, load_weights, random_weights, weights_preset
+from captionlib.models.weights import hash_weights, is_weights_file, load_weights, random_weights, weights_preset
+from captionlib.storage import absolute_address
 
-__all__ = ["Encoder", "EncoderConfig", "build_network", "encoder_config", "load_encoder", "preprocessing_of"]
+__all__ = [
+    "Encoder",
+    "EncoderConfig",
+    "build_network",
+    "encoder_config",
+    "load_encoder",
+    "preprocessing_of",
+    "travelling_config",
+]
 
 # The talk's names for VGG's layers, and the nodes that follow their ReLU.
 _VGG_ALIASES = {"fc6": "classifier.1", "fc7": "classifier.4"}
@@ -148,6 +157,11 @@ class Encoder:
         )
 
 
+def travelling_config(config: EncoderConfig) -> EncoderConfig:
+    """The same for processes elsewhere, which find the weights' file by its absolute address."""
+    return replace(config, weights=absolute_address(config.weights)) if is_weights_file(config.weights) else config
+
+
 def encoder_config(description: Mapping[str, Any], weights: str | None = None) -> EncoderConfig:
     """The configuration that an encoder's description came from.
 
@@ -250,4 +264,4 @@ def _check_shapes(weights: Mapping[str, Tensor], needed: Mapping[str, Tensor], c
 
 def _weights_label(weights: str) -> str:
     """The weights' name; a file counts by its content, wherever it lies."""
-    return "file" if weights.endswith((".safetensors", ".pth", ".pt")) else weights
+    return "file" if is_weights_file(weights) else weights
