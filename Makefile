@@ -4,10 +4,10 @@ BIN := .venv/bin
 UV := $(shell command -v uv || echo .uv/bin/uv)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench lock clean
+.PHONY: help setup demo test check cluster-up cluster-down test-cluster bench lock clean
 
 help:  ## Show this list.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/installed  ## Install everything into .venv/, in exactly the versions of the lock.
 
@@ -33,6 +33,15 @@ check: setup  ## Format, lint, types and the import contract.
 test: check  ## All checks and all tests.
 	$(BIN)/pytest
 
+cluster-up: setup  ## Start a cluster of processes here: make cluster-up ENGINE=flink, spark or prism.
+	@$(BIN)/python -m clusters up $(or $(ENGINE),flink)
+
+cluster-down: setup  ## Stop the clusters that cluster-up started.
+	@$(BIN)/python -m clusters down
+
+test-cluster: setup  ## The flow on real Flink, Spark and Prism, and what becomes of it when things are killed.
+	$(BIN)/pytest clusters/tests -v -o timeout=3600
+
 bench: setup  ## Measure every bar, or one: make bench NAME=extract-throughput.
 	@$(BIN)/python -m benchmarks $(NAME)
 
@@ -41,4 +50,4 @@ lock: | $(UV)  ## Write the lock anew after a change of pyproject.toml.
 		--output-file requirements.lock pyproject.toml
 
 clean:  ## Remove what make has made.
-	rm -rf .venv .uv .demo .bench dist
+	rm -rf .venv .uv .demo .bench .cluster dist

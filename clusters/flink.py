@@ -75,7 +75,7 @@ class FlinkCluster:
         self._write_configuration(restart_attempts)
         self._start_job_manager()
         for number in range(1, TASK_MANAGERS + 1):
-            self.start_task_manager(number, wait=False)
+            self.start_task_manager(f"task-manager-{number}")
         self._start_job_server()
         self.wait_for_task_managers(TASK_MANAGERS)
 
@@ -83,13 +83,14 @@ class FlinkCluster:
         """Stops everything, workers included; returns what ran."""
         return self.processes.stop()
 
-    def start_task_manager(self, number: int, wait: bool = True) -> str:
-        """Starts another TaskManager, which joins the cluster by itself; returns its name."""
-        name = f"task-manager-{number}"
+    def start_task_manager(self, name: str) -> None:
+        """Starts a TaskManager, which joins the cluster by itself."""
         self._start_flink(name, "org.apache.flink.runtime.taskexecutor.TaskManagerRunner", 512)
-        if wait:
-            self.processes.wait_ready(name, lambda: len(self.task_managers()) >= TASK_MANAGERS)
-        return name
+
+    def running_task_managers(self) -> list[str]:
+        """The names of their processes."""
+        names = (f"task-manager-{number}" for number in range(1, TASK_MANAGERS + 1))
+        return [name for name in names if self.processes.is_running(name)]
 
     def wait_for_task_managers(self, count: int) -> None:
         wait_for(lambda: len(self.task_managers()) == count, 90, f"{count} TaskManagers to register")
@@ -103,9 +104,14 @@ class FlinkCluster:
         jobs: list[dict[str, Any]] = self.ask("jobs/overview")["jobs"]
         return sorted(jobs, key=lambda job: job["start-time"])
 
-    def records_by_task_manager(self, job: str) -> dict[str, int]:
-        """How many elements each TaskManager took in the stage that does the shards of a job."""
-        (stage,) = [one for one in self.ask(f"jobs/{job}")["vertices"] if "Process" in one["name"]]
+    def faults(self, job: str) -> list[str]:
+        """Why Flink had to run parts of a job again, the last first."""
+        history = self.ask(f"jobs/{job}/exceptions")["exceptionHistory"]["entries"]
+        return [entry["exceptionName"] for entry in history]
+
+    def shards_by_task_manager(self, job: str, step: str) -> dict[str, int]:
+        """How many shards each TaskManager took in a step of a job."""
+        (stage,) = [one for one in self.ask(f"jobs/{job}")["vertices"] if step in one["name"]]
         managers = self.ask(f"jobs/{job}/vertices/{stage['id']}/taskmanagers")["taskmanagers"]
         return {manager["taskmanager-id"]: manager["metrics"]["read-records"] for manager in managers}
 

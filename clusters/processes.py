@@ -72,6 +72,7 @@ class Processes:
     def is_running(self, name: str) -> bool:
         if name not in self.names():
             return False
+        self._reap()
         pid, began = self._read(name)
         return _began(int(pid)) == began != ""
 
