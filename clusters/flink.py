@@ -50,7 +50,6 @@ class FlinkCluster:
             "job_endpoint": f"127.0.0.1:{self._ports['job']}",
             "environment_type": "PROCESS",
             "environment_config": {"command": str(self.folder / "boot")},
-            "environment_cache_millis": 60000,  # a worker outlives the stage that it was started for
             "experiments": "disable_logging_submission_environment",  # which asks for pip
             "parallelism": TASK_MANAGERS,
         }
