@@ -4,7 +4,7 @@ BIN := .venv/bin
 UV := $(shell command -v uv || echo .uv/bin/uv)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-flickr8k lock clean
+.PHONY: help setup demo test check cluster-up cluster-down test-cluster bench bench-flickr8k lock clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,15 @@ check: setup  ## Format, lint, types and the import contract.
 test: check  ## All checks and all tests, in a process for each CPU.
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
+cluster-up: setup  ## Start a cluster of processes here: make cluster-up ENGINE=flink, spark or prism.
+	@$(BIN)/python -m clusters up $(or $(ENGINE),flink)
+
+cluster-down: setup  ## Stop the clusters that cluster-up started.
+	@$(BIN)/python -m clusters down
+
+test-cluster: setup  ## The flow on real Flink, Spark and Prism, and what becomes of it when things are killed.
+	$(BIN)/pytest clusters/tests -v -o timeout=3600
+
 bench: setup  ## Measure every bar, or one: make bench NAME=extract-throughput.
 	@$(BIN)/python -m benchmarks $(NAME)
 
@@ -44,4 +53,4 @@ lock: | $(UV)  ## Write the lock anew after a change of pyproject.toml.
 		--output-file requirements.lock pyproject.toml
 
 clean:  ## Remove what make has made.
-	rm -rf .venv .uv .demo .bench dist
+	rm -rf .venv .uv .demo .bench .cluster dist

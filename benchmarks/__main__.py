@@ -18,6 +18,7 @@ BENCHMARKS = {
     "repeated-bundles": "benchmarks.repeated_bundles",
     "search": "benchmarks.search",
     "serve-clients": "benchmarks.serve_clients",
+    "flink-throughput": "benchmarks.flink_throughput",
 }
 
 

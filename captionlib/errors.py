@@ -8,6 +8,7 @@ CaptionlibError
 │   └── FailureRatioError  more images failed than the run allows
 ├── CheckpointError        a folder is not a checkpoint, or is one of another encoder
 ├── QueryError             a query that cannot be answered
+├── RunnerError            a cluster gave a pipeline up, or cannot be reached
 └── ImageError             one image cannot be had: it becomes a failure row, never the end of a run
     ├── FetchError         its bytes cannot be read
     └── DecodeError        its bytes are no image, or one that is not allowed
@@ -29,6 +30,7 @@ __all__ = [
     "FingerprintError",
     "ImageError",
     "QueryError",
+    "RunnerError",
 ]
 
 
@@ -62,6 +64,10 @@ class CheckpointError(CaptionlibError):
 
 class QueryError(CaptionlibError):
     """A query that cannot be answered."""
+
+
+class RunnerError(CaptionlibError):
+    """A cluster gave a pipeline up, or cannot be reached; the shards that are done are kept."""
 
 
 class ImageError(CaptionlibError):

@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from captionlib.errors import ConfigError
 
-__all__ = ["TEMPORARY", "Folder", "write_file"]
+__all__ = ["TEMPORARY", "Folder", "absolute_address", "write_file"]
 
 TEMPORARY = "_temporary"
 
@@ -28,7 +28,7 @@ _ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memor
 
 
 class Folder:
-    """A folder at a path or an address. Pickles as its address alone."""
+    """A folder at a path or an address. Pickles as its absolute address alone, so that a worker anywhere finds it."""
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
         self.uri = os.fspath(uri).rstrip("/") or "/"
@@ -43,7 +43,7 @@ class Folder:
         return hash(self.uri)
 
     def __reduce__(self) -> tuple[type["Folder"], tuple[str]]:
-        return Folder, (self.uri,)
+        return Folder, (absolute_address(self.uri),)
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
@@ -154,6 +154,12 @@ class Folder:
             shutil.rmtree(path, ignore_errors=True)
         else:
             self.fs.rm(path, recursive=True)
+
+
+def absolute_address(address: str | os.PathLike[str]) -> str:
+    """What names the same file or folder from wherever a process was started: a local path is made absolute."""
+    fs, path = fsspec.core.url_to_fs(os.fspath(address))
+    return str(path) if isinstance(fs, LocalFileSystem) else os.fspath(address)
 
 
 def write_file(address: str | os.PathLike[str], content: bytes) -> None:

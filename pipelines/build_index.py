@@ -12,7 +12,7 @@ from captionlib.search.build import IndexBuild
 from captionlib.search.index_config import IndexConfig
 from captionlib.search.index_files import IndexDescription, read_description
 from captionlib.search.planning import plan_build
-from pipelines.run import RunConfig, choose_runner
+from pipelines.run import RunConfig, choose_runner, run_pipeline
 
 __all__ = ["BuildIndex", "build_index"]
 
@@ -41,11 +41,9 @@ def build_index(
         DatasetError: see `plan_build`.
     """
     build = plan_build(captions, embeddings, output, config, overwrite=run.overwrite)
-    runner, options = choose_runner(run)
+    choose_runner(run)
     if not build.is_done():
-        pipeline = beam.Pipeline(runner, options)
-        _ = pipeline | "build-index" >> BuildIndex(build)
-        pipeline.run().wait_until_finish()
+        run_pipeline(BuildIndex(build), "build-index", run)
     description = read_description(build.folder)
     if description is None or description.fingerprint != build.fingerprint:
         raise DatasetError(

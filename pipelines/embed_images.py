@@ -10,6 +10,7 @@ from captionlib.data.stages import ShardJob
 from captionlib.models.embedding import EmbeddingConfig, ImageEmbedding, RankerFolder, describe_embeddings
 from captionlib.models.feature_source import encoder_for
 from captionlib.models.ranker_checkpoints import load_ranker
+from captionlib.storage import absolute_address
 from pipelines.run import RunConfig, run_job
 
 __all__ = ["embed_images"]
@@ -57,5 +58,5 @@ def embed_images(
         shards=rows.shards,
         overwrite=run.overwrite,
     )
-    stage = ImageEmbedding(config, RankerFolder(os.fspath(ranker), model.fingerprint), encoder, device, threads)
+    stage = ImageEmbedding(config, RankerFolder(absolute_address(ranker), model.fingerprint), encoder, device, threads)
     return run_job(ShardJob(rows, (dataset,), stage, run.retry_failures), "embed", run)

@@ -7,6 +7,7 @@ from captionlib.data.datasets import create_dataset, open_dataset
 from captionlib.data.schemas import features_schema
 from captionlib.data.shards import Totals
 from captionlib.data.stages import ShardJob
+from captionlib.models.encoder import travelling_config
 from captionlib.models.extraction import ExtractionConfig, FeatureExtraction, open_encoder
 from pipelines.run import RunConfig, run_job
 
@@ -38,7 +39,7 @@ def extract_features(
         DatasetError: the manifest is not complete, or `output` holds something else.
         FailureRatioError: more images failed than the run allows.
     """
-    config = replace(config, loading=run.share(config.loading))
+    config = replace(config, encoder=travelling_config(config.encoder), loading=run.share(config.loading))
     source = open_dataset(manifest, "manifest").require_complete()
     threads = run.threads if run.workers > 1 else None
     encoder = open_encoder(config.encoder, device, threads)

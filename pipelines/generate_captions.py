@@ -16,6 +16,7 @@ from captionlib.models.embedding import RankerFolder, describe_embeddings
 from captionlib.models.feature_source import encoder_for
 from captionlib.models.generation import CaptionGeneration, GenerationConfig
 from captionlib.models.ranker_checkpoints import load_ranker
+from captionlib.storage import absolute_address
 from pipelines.run import RunConfig, run_job
 
 __all__ = ["generate_captions"]
@@ -77,7 +78,7 @@ def generate_captions(
     )
     outputs, folder = [dataset], None
     if embedder is not None and ranker is not None and embeddings is not None:
-        folder = RankerFolder(os.fspath(ranker), embedder.fingerprint)
+        folder = RankerFolder(absolute_address(ranker), embedder.fingerprint)
         outputs.append(
             create_dataset(
                 embeddings,
@@ -88,7 +89,9 @@ def generate_captions(
                 overwrite=run.overwrite,
             )
         )
-    stage = CaptionGeneration(config, os.fspath(checkpoint), captioner.fingerprint, encoder, device, threads, folder)
+    stage = CaptionGeneration(
+        config, absolute_address(checkpoint), captioner.fingerprint, encoder, device, threads, folder
+    )
     return run_job(ShardJob(rows, tuple(outputs), stage, run.retry_failures), "generate-captions", run)
 
 

@@ -6,9 +6,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import apache_beam as beam
+import grpc
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
+from apache_beam.pvalue import PBegin
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.runners.runner import PipelineRunner, create_runner
 from apache_beam.transforms.environments import SubprocessSDKEnvironment
@@ -17,10 +20,11 @@ from captionlib.data.loading import LoadingConfig
 from captionlib.data.progress import show_progress
 from captionlib.data.shards import Totals
 from captionlib.data.stages import ShardJob
-from captionlib.errors import ConfigError
+from captionlib.errors import ConfigError, RunnerError
+from pipelines.beam_options import expand_files
 from pipelines.process_shards import ProcessShards
 
-__all__ = ["RunConfig", "run_job"]
+__all__ = ["RunConfig", "run_job", "run_pipeline"]
 
 _IN_PROCESS = {None, "DirectRunner", "FnApiRunner", "BundleBasedDirectRunner", "SwitchingDirectRunner"}
 
@@ -31,7 +35,7 @@ class RunConfig:
 
     Attributes:
         workers: processes on this machine; one runs in the command's own process.
-        beam_options: Beam's own options, such as `--runner=FlinkRunner`, untouched.
+        beam_options: Beam's own options, such as `--runner=FlinkRunner`, untouched; `@FILE` stands for those in a YAML.
         max_failure_ratio: of the images; above it the run fails, after all shards are written.
         retry_failures: do the failed images of done shards again.
         overwrite: replace the output of another configuration.
@@ -75,13 +79,38 @@ def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
         ConfigError: Beam does not know an option.
         FailureRatioError: more images failed than the run allows; everything is written all the same.
     """
-    runner, options = choose_runner(run)
+    choose_runner(run)
     if job.pending():
         with show_progress(job.source, job.outputs[0], label, run.progress):
-            pipeline = beam.Pipeline(runner, options)
-            _ = pipeline | label >> ProcessShards(job, run.max_failure_ratio)
-            pipeline.run().wait_until_finish()
+            run_pipeline(ProcessShards(job, run.max_failure_ratio), label, run)
     return job.finish(run.max_failure_ratio)
+
+
+def run_pipeline(transform: beam.PTransform[PBegin, Any], label: str, run: RunConfig) -> None:
+    """Runs a transform to its end; a person's Ctrl-C ends it wherever it runs.
+
+    Raises:
+        ConfigError: see `choose_runner`.
+        RunnerError: a runner elsewhere gave it up or cannot be reached.
+    """
+    runner, options = choose_runner(run)
+    pipeline = beam.Pipeline(runner, options)
+    _ = pipeline | label >> transform
+    if isinstance(runner, FnApiRunner):
+        pipeline.run().wait_until_finish()
+        return
+    try:
+        result = pipeline.run()
+        try:
+            result.wait_until_finish()
+        except KeyboardInterrupt:
+            result.cancel()
+            raise
+    except (RuntimeError, grpc.RpcError, grpc.FutureTimeoutError) as error:
+        raise RunnerError(
+            f"{type(runner).__name__} did not finish {label}: {str(error) or type(error).__name__}; the engine's own "
+            "logs say more. Run the same command again: shards that are done are kept"
+        ) from error
 
 
 def choose_runner(run: RunConfig) -> tuple[PipelineRunner, PipelineOptions]:
@@ -90,9 +119,11 @@ def choose_runner(run: RunConfig) -> tuple[PipelineRunner, PipelineOptions]:
     DirectRunner itself is passed over: it first tries to download a runner of another language.
 
     Raises:
-        ConfigError: the in-process runner has no such option, or `workers` is given to another runner.
+        ConfigError: the in-process runner has no such option, a file of options cannot be read, or `workers` is given
+            to another runner.
     """
-    options = PipelineOptions(list(run.beam_options))
+    flags = expand_files(run.beam_options)
+    options = PipelineOptions(flags)
     name = options.view_as(StandardOptions).runner
     if name not in _IN_PROCESS:
         if run.workers > 1:
@@ -100,7 +131,7 @@ def choose_runner(run: RunConfig) -> tuple[PipelineRunner, PipelineOptions]:
                 f"--workers {run.workers} is for this machine; {name} takes an option of its own, such as --parallelism"
             )
         return create_runner(name), options
-    _refuse_unknown(run.beam_options)
+    _refuse_unknown(flags)
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     if run.workers == 1:
         return FnApiRunner(), options

@@ -5,7 +5,7 @@ from uuid import uuid4
 import pytest
 
 from captionlib.errors import ConfigError
-from captionlib.storage import TEMPORARY, Folder, write_file
+from captionlib.storage import TEMPORARY, Folder, absolute_address, write_file
 
 
 @pytest.fixture(params=["local", "memory", "renaming"])
@@ -53,6 +53,22 @@ def test_nothing_appears_when_writing_fails(folder: Folder) -> None:
 def test_pickles_as_its_address(folder: Folder) -> None:
     folder.write("a", b"1")
     assert pickle.loads(pickle.dumps(folder)).read("a") == b"1"
+
+
+def test_a_relative_folder_is_found_by_a_process_that_was_started_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Folder("data").write("a", b"1")
+    pickled = pickle.dumps(Folder("data"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert pickle.loads(pickled).read("a") == b"1"
+
+
+@pytest.mark.parametrize("address", ["memory://bucket/data", "https://host/a.safetensors"])
+def test_addresses_elsewhere_are_absolute_already(address: str) -> None:
+    assert absolute_address(address) == address
 
 
 def test_missing_file_is_a_file_not_found(folder: Folder) -> None:

@@ -13,7 +13,15 @@ from captionlib.data.images import Preprocessing
 from captionlib.errors import ConfigError
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoder_network import EncoderNetwork, cut_network
-from captionlib.models.weights import hash_weights, load_weights, random_weights, read_preprocessing, weights_preset
+from captionlib.models.weights import (
+    hash_weights,
+    is_weights_file,
+    load_weights,
+    random_weights,
+    read_preprocessing,
+    weights_preset,
+)
+from captionlib.storage import absolute_address
 
 __all__ = [
     "Encoder",
@@ -22,6 +30,7 @@ __all__ = [
     "encoder_config",
     "load_encoder",
     "preprocessing_of",
+    "travelling_config",
 ]
 
 
@@ -134,6 +143,11 @@ def describe_tuned(description: Mapping[str, Any], weights: Mapping[str, Tensor]
     return {**description, **changed}
 
 
+def travelling_config(config: EncoderConfig) -> EncoderConfig:
+    """The same for processes elsewhere, which find the weights' file by its absolute address."""
+    return replace(config, weights=absolute_address(config.weights)) if is_weights_file(config.weights) else config
+
+
 def encoder_config(description: Mapping[str, Any], weights: str | None = None) -> EncoderConfig:
     """The configuration that an encoder's description came from.
 
@@ -223,4 +237,4 @@ def _check_shapes(weights: Mapping[str, Tensor], needed: Mapping[str, Tensor], c
 
 def _weights_label(weights: str) -> str:
     """The weights' name; a file counts by its content, wherever it lies."""
-    return "file" if weights.endswith((".safetensors", ".pth", ".pt")) else weights
+    return "file" if is_weights_file(weights) else weights

@@ -12,7 +12,7 @@ from captionlib.data.loading import LoadingConfig, open_loader
 from captionlib.data.shards import ShardedDataset
 from captionlib.data.stages import Fail
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.models.encoder import EncoderConfig, encoder_config
+from captionlib.models.encoder import EncoderConfig, encoder_config, travelling_config
 from captionlib.models.extraction import encode_images, open_encoder
 
 __all__ = ["FeaturesOf", "TrainedOnFeatures", "encoder_for", "open_features"]
@@ -62,7 +62,7 @@ def encoder_for(
         return None
     if source.kind != "manifest":
         raise DatasetError(f"{source.folder.uri}: expected a dataset of kind features or manifest, got {source.kind}")
-    config = encoder_config(model.encoder, weights or model.encoder_weights)
+    config = travelling_config(encoder_config(model.encoder, weights or model.encoder_weights))
     model.require_encoder(open_encoder(config, device, threads).description)
     return config
 

@@ -23,6 +23,7 @@ from captionlib.errors import ConfigError
 __all__ = [
     "class_names",
     "hash_weights",
+    "is_weights_file",
     "load_weights",
     "pack_weights",
     "random_weights",
@@ -42,15 +43,17 @@ def load_weights(model: str, weights: str, network: nn.Module) -> dict[str, Tens
     needed = network.state_dict()
     if weights.startswith("random:"):
         return random_weights(network, weights)
-    if weights.endswith((".safetensors", ".pth", ".pt")):
-        found = _read_file(weights, set(needed))
-    else:
-        found = _download(model, weights)
+    found = _read_file(weights, set(needed)) if is_weights_file(weights) else _download(model, weights)
     return {
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in found.items()
         if name in needed
     }
+
+
+def is_weights_file(weights: str) -> bool:
+    """Whether weights are a file, rather than a name or a seed."""
+    return weights.endswith((".safetensors", ".pth", ".pt"))
 
 
 def random_weights(network: nn.Module, weights: str) -> dict[str, Tensor]:

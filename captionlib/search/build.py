@@ -1,6 +1,5 @@
 """Builds an index in steps that can run anywhere and again at any time: train once, add shards in parallel, finish."""
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from captionlib.search.index_files import (
 from captionlib.search.index_rows import COLUMNS, number_rows, read_rows, write_rows
 from captionlib.search.text_index import write_text
 from captionlib.search.vector_index import add_vectors, merge_vectors, train_vectors
-from captionlib.storage import TEMPORARY, Folder
+from captionlib.storage import TEMPORARY, Folder, absolute_address
 
 __all__ = ["IndexBuild", "describe_source"]
 
@@ -175,6 +174,5 @@ class IndexBuild:
 
 def describe_source(dataset: ShardedDataset) -> Source:
     """A dataset as an index remembers it."""
-    uri = os.path.abspath(dataset.folder.uri) if dataset.folder.is_local else dataset.folder.uri  # noqa: PTH100
     ranker = str(dataset.config.get("ranker", "")) if dataset.kind == "embeddings" else ""
-    return Source(uri, dataset.fingerprint, dataset.shards, ranker)
+    return Source(absolute_address(dataset.folder.uri), dataset.fingerprint, dataset.shards, ranker)

@@ -10,7 +10,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from captionlib.errors import CaptionlibError, ConfigError, DatasetError
 from captionlib.models.devices import resolve_device
-from captionlib.models.encoder import EncoderConfig, encoder_config, load_encoder
+from captionlib.models.encoder import EncoderConfig, encoder_config, load_encoder, travelling_config
 from captionlib.models.extraction import open_encoder
 from captionlib.models.weights import hash_weights, random_weights
 
@@ -171,6 +171,13 @@ def test_a_description_gives_its_configuration_back(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give its path with --weights"):
         encoder_config(description)
     assert encoder_config(description, path).weights == path
+
+
+def test_a_weights_file_travels_by_its_absolute_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(SMALL, weights="w.safetensors")
+    assert travelling_config(config).weights == str(tmp_path / "w.safetensors")
+    assert travelling_config(SMALL) == SMALL
 
 
 def test_a_worker_with_other_weights_stops() -> None:

@@ -1,9 +1,10 @@
+import apache_beam as beam
 import pytest
 
 from captionlib.data.decoders import DecoderConfig
 from captionlib.data.loading import LoadingConfig
-from captionlib.errors import ConfigError
-from pipelines.run import RunConfig, choose_runner
+from captionlib.errors import ConfigError, RunnerError
+from pipelines.run import RunConfig, choose_runner, run_pipeline
 
 
 def test_workers_share_the_cores_among_their_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +32,31 @@ def test_options_that_do_not_fit_are_refused(options: tuple[str, ...], message: 
 def test_wrong_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=r"expected .*, got"):
         RunConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_cluster_that_cannot_be_reached_is_told() -> None:
+    nowhere = ("--runner=PortableRunner", "--job_endpoint=127.0.0.1:9", "--job_server_timeout=1")
+    run = RunConfig(beam_options=(*nowhere, "--environment_type=EXTERNAL", "--environment_config=127.0.0.1:9"))
+    with pytest.raises(RunnerError, match=r"PortableRunner did not finish numbers: .*Run the same command again"):
+        run_pipeline(beam.Create([1]), "numbers", run)
+
+
+class _Interrupted:
+    """A job on a cluster whose submitter presses Ctrl-C."""
+
+    cancelled = False
+
+    def wait_until_finish(self) -> None:
+        raise KeyboardInterrupt
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+def test_ctrl_c_cancels_the_job_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = _Interrupted()
+    monkeypatch.setattr(beam.Pipeline, "run", lambda self: job)
+    run = RunConfig(beam_options=("--runner=PortableRunner", "--job_endpoint=127.0.0.1:9"))
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(beam.Create([1]), "numbers", run)
+    assert job.cancelled

@@ -1,0 +1,72 @@
+"""Images/s of `extract-features` on Flink with two TaskManagers against two local workers, on the same work.
+
+Counted while the work lasts: from the beginning of the first shard to the end of the last, as the markers tell. What a
+job costs before, to be submitted and to start its workers, is told beside it; it is the same for a large job.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.bars import report
+from benchmarks.drawings import draw_images, write_manifest
+from captionlib.data.datasets import open_dataset
+from captionlib.data.decoders import DecoderConfig
+from captionlib.data.loading import LoadingConfig
+from captionlib.data.shards import MARKERS, ShardedDataset, part_name
+from captionlib.models.encoder import EncoderConfig
+from captionlib.models.extraction import ExtractionConfig
+from clusters.flink import FlinkCluster
+from pipelines.beam_options import to_flags
+from pipelines.extract_features import extract_features
+from pipelines.run import RunConfig
+
+IMAGES, SHARD_SIZE, ROUNDS = 768, 16, 3
+CONFIG = ExtractionConfig(
+    EncoderConfig("resnet18", "flatten", "random:0"), LoadingConfig(decode=DecoderConfig(processes=1)), batch_size=16
+)
+
+
+def run(manifest: ShardedDataset, output: Path, workers: int = 1, beam_options: Sequence[str] = ()) -> float:
+    """Images/s while the work lasts."""
+    began = time.monotonic()
+    settings = RunConfig(workers, tuple(beam_options), progress=False)
+    extract_features(manifest.folder.uri, output, CONFIG, device="cpu", run=settings)
+    whole = time.monotonic() - began
+    seconds = working_seconds(output)
+    print(f"# {output.name}: {IMAGES / seconds:.2f} images/s for {seconds:.0f} s, the whole command {whole:.0f} s")
+    return IMAGES / seconds
+
+
+def working_seconds(output: Path) -> float:
+    """From the beginning of the first shard to the end of the last."""
+    markers = open_dataset(output).markers()
+    ends = {shard: (output / MARKERS / f"{part_name(shard)}.json").stat().st_mtime for shard in markers}
+    return max(ends.values()) - min(ends[shard] - marker.seconds for shard, marker in markers.items())
+
+
+def main() -> None:
+    """Runs both in turn and reports the median of the ratios."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        images = [str(path) for path in draw_images(folder / "images", IMAGES)]
+        manifest = write_manifest(folder / "manifest", images, SHARD_SIZE)
+        cluster = FlinkCluster(folder / "cluster")
+        try:
+            cluster.start()
+            flags = list(to_flags(cluster.beam_options, "flink"))
+            ratios = [
+                run(manifest, folder / f"flink{number}", beam_options=flags)
+                / run(manifest, folder / f"local{number}", workers=2)
+                for number in range(ROUNDS)
+            ]
+        finally:
+            cluster.stop()
+        sys.exit(not report("flink-throughput", statistics.median(ratios), 0.8))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""A standalone Spark cluster: one master, two workers of one core each, and Beam's job server, which is the driver."""
+
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from clusters.java import answers, free_port, java_command, java_openings, write_logging
+from clusters.packages import SPARK, SPARK_RUNNER
+from clusters.processes import Processes, wait_for
+from clusters.workers import install_project, write_boot_script
+
+__all__ = ["SparkCluster"]
+
+WORKERS = 2
+
+
+class SparkCluster:
+    """The cluster of a folder, whether it runs or not.
+
+    Args:
+        folder: for its pids, logs and temporary files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes = Processes(folder)
+
+    @property
+    def beam_options(self) -> dict[str, Any]:
+        """What Beam is told to submit to it."""
+        return {
+            "runner": "PortableRunner",
+            "job_endpoint": f"127.0.0.1:{self._ports['job']}",
+            "environment_type": "PROCESS",
+            "environment_config": {"command": str(self.folder / "boot")},
+            "environment_cache_millis": 60000,  # a worker outlives the stage that it was started for
+            "experiments": "disable_logging_submission_environment",  # which asks for pip
+        }
+
+    @property
+    def address(self) -> str:
+        """Where a browser sees it."""
+        return f"http://127.0.0.1:{self._ports['master-web']}"
+
+    def start(self) -> None:
+        """Starts everything and waits until jobs can be submitted."""
+        install_project()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.processes.require_none()
+        preferred = {"master": 7077, "master-web": 8080, "job": 8199, "artifact": 8198, "expansion": 8197}
+        ports = {name: free_port(port) for name, port in preferred.items()}
+        (self.folder / "ports.json").write_text(json.dumps(ports), encoding="utf-8")
+        write_boot_script(self.folder)
+        write_logging(self.folder)
+        self._start_master()
+        for number in range(1, WORKERS + 1):
+            self._start_worker(number)
+        self._start_job_server()
+        wait_for(lambda: len(self.workers()) == WORKERS, 90, f"{WORKERS} workers to register")
+
+    def stop(self) -> list[str]:
+        """Stops everything, executors included; returns what ran."""
+        return self.processes.stop()
+
+    def workers(self) -> list[str]:
+        """The ids of those that are registered and alive."""
+        with urllib.request.urlopen(f"{self.address}/json/", timeout=10) as answer:
+            workers = json.load(answer)["workers"]
+        return [worker["id"] for worker in workers if worker["state"] == "ALIVE"]
+
+    @property
+    def _ports(self) -> dict[str, int]:
+        ports: dict[str, int] = json.loads((self.folder / "ports.json").read_text(encoding="utf-8"))
+        return ports
+
+    @property
+    def _master(self) -> str:
+        return f"spark://127.0.0.1:{self._ports['master']}"
+
+    def _start_master(self) -> None:
+        ports = self._ports
+        web = ["--webui-port", str(ports["master-web"])]
+        arguments = ["--host", "127.0.0.1", "--port", str(ports["master"]), *web]
+        self._start("master", "org.apache.spark.deploy.master.Master", arguments, 256)
+        self.processes.wait_ready("master", lambda: answers(ports["master"]) and answers(ports["master-web"]))
+
+    def _start_worker(self, number: int) -> None:
+        name = f"worker-{number}"
+        arguments = ["--host", "127.0.0.1", "-c", "1", "-m", "1g", "-d", str(self.folder / name)]
+        self._start(name, "org.apache.spark.deploy.worker.Worker", [*arguments, "--webui-port", "0", self._master], 256)
+
+    def _start_job_server(self) -> None:
+        ports = self._ports
+        arguments = [
+            f"--spark-master-url={self._master}",
+            "--job-host=127.0.0.1",
+            f"--job-port={ports['job']}",
+            f"--artifact-port={ports['artifact']}",
+            f"--expansion-port={ports['expansion']}",
+            f"--artifacts-dir={self.folder / 'artifacts'}",
+        ]
+        spark = {
+            "spark.driver.host": "127.0.0.1",
+            "spark.driver.bindAddress": "127.0.0.1",
+            "spark.executor.memory": "768m",
+            "spark.executor.cores": "1",
+            "spark.ui.enabled": "false",
+            "spark.executor.extraJavaOptions": " ".join(java_openings()),
+        }
+        options = [f"-D{name}={value}" for name, value in spark.items()]
+        self._start("job-server", "org.apache.beam.runners.spark.SparkJobServerDriver", arguments, 512, options)
+        self.processes.wait_ready("job-server", lambda: answers(ports["job"]))
+
+    def _start(
+        self, name: str, main: str, arguments: list[str], megabytes: int, options: list[str] | None = None
+    ) -> None:
+        jars = [SPARK.fetch()] if name != "job-server" else [SPARK_RUNNER.fetch(), SPARK.fetch()]
+        logging = self.folder / "log4j2.properties"
+        command = java_command(main, jars, logging, arguments, megabytes, options or [])
+        # A worker starts executors by Spark's own launcher, which wants to know where Spark lies.
+        environment = {"SPARK_HOME": str(self.folder), "SPARK_SCALA_VERSION": "2.12", "SPARK_LOCAL_IP": "127.0.0.1"}
+        self.processes.start(name, command, environment)

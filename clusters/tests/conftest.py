@@ -1,0 +1,39 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from clusters.flink import FlinkCluster
+from clusters.flow import Flow
+
+IMAGES, SHARD_SIZE = 160, 8
+SHARDS = IMAGES // SHARD_SIZE
+
+
+@pytest.fixture(scope="session")
+def flow(tmp_path_factory: pytest.TempPathFactory) -> Flow:
+    """The flow, run on this machine without disturbance."""
+    import shutil
+
+    flow = Flow(Path("/tmp/h/cw/flow"))
+    for path in flow.folder.iterdir():
+        if path.name not in {"captioner", "dataset.json", "images", "local", "manifest", "ranker"}:
+            shutil.rmtree(path)
+    return flow
+
+
+@pytest.fixture(scope="session")
+def flink_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("flink")
+    yield folder
+    FlinkCluster(folder).stop()
+
+
+@pytest.fixture
+def flink(flink_folder: Path) -> FlinkCluster:
+    """A cluster with both of its TaskManagers, whatever the test before has done to it."""
+    cluster = FlinkCluster(flink_folder)
+    if not cluster.processes.is_running("job-manager"):
+        cluster.start()
+    cluster.wait_for_task_managers(2)
+    return cluster

@@ -1,0 +1,19 @@
+from pathlib import Path
+
+import pytest
+
+from clusters.engines import cluster_of
+from clusters.flow import STAGES, Flow
+from pipelines.beam_options import to_flags
+
+
+@pytest.mark.parametrize("engine", ["spark", "prism"])
+def test_the_flow_writes_what_it_writes_on_this_machine(engine: str, flow: Flow, tmp_path: Path) -> None:
+    cluster = cluster_of(engine, tmp_path)
+    try:
+        cluster.start()
+        for stage in STAGES:
+            flow.run(stage, engine, list(to_flags(cluster.beam_options, engine)))
+            assert flow.compare(stage, engine) == []
+    finally:
+        cluster.stop()

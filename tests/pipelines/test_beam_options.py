@@ -1,0 +1,59 @@
+from pathlib import Path
+
+import pytest
+
+from captionlib.errors import ConfigError
+from pipelines.beam_options import expand_files
+from pipelines.run import RunConfig, choose_runner
+
+RUNNERS = Path(__file__).parents[2] / "configs" / "runners"
+
+
+def test_a_file_stands_for_the_options_in_it(tmp_path: Path) -> None:
+    file = tmp_path / "flink.yaml"
+    file.write_text(
+        "runner: PortableRunner\n"
+        "environment_config: {command: /opt/boot}\n"
+        "experiments: [one, two]\n"
+        "save_main_session: true\n"
+        "parallelism: 2\n",
+        encoding="utf-8",
+    )
+    assert expand_files(["--a=1", f"@{file}", "--parallelism=4"]) == [
+        "--a=1",
+        "--runner=PortableRunner",
+        '--environment_config={"command": "/opt/boot"}',
+        "--experiments=one",
+        "--experiments=two",
+        "--save_main_session",
+        "--parallelism=2",
+        "--parallelism=4",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("runner: false\n", "runner is False; expected a value or true; leave the line out"),
+        ("runner:\n", "runner is None"),
+        ("- --runner=x\n", "expected `option: value` lines, got list"),
+        ("a: [\n", "are not YAML"),
+    ],
+)
+def test_what_is_no_file_of_options_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        expand_files([f"@{file}"])
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml cannot be read"):
+        choose_runner(RunConfig(beam_options=(f"@{tmp_path}/none.yaml",)))
+
+
+@pytest.mark.parametrize("file", sorted(RUNNERS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_options_name_a_runner_that_beam_has(file: Path) -> None:
+    runner, options = choose_runner(RunConfig(beam_options=(f"@{file}",)))
+    assert type(runner).__name__ in {"PortableRunner", "FlinkRunner", "SparkRunner", "DataflowRunner"}
+    assert options.get_all_options()["runner"]
