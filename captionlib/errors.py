@@ -6,6 +6,7 @@ CaptionlibError
 │   ├── FingerprintError   the folder holds the output of another configuration
 │   ├── DuplicateIdError   two images of one dataset have the same id
 │   └── FailureRatioError  more images failed than the run allows
+├── StorageError         files cannot be read or written for longer than anyone waits
 ├── CheckpointError        a folder is not a checkpoint, or is one of another encoder
 ├── QueryError             a query that cannot be answered
 └── ImageError             one image cannot be had: it becomes a failure row, never the end of a run
@@ -29,6 +30,7 @@ __all__ = [
     "FingerprintError",
     "ImageError",
     "QueryError",
+    "StorageError",
 ]
 
 
@@ -54,6 +56,10 @@ class DuplicateIdError(DatasetError):
 
 class FailureRatioError(DatasetError):
     """More images failed than the run allows."""
+
+
+class StorageError(CaptionlibError):
+    """Files cannot be read or written, for longer than anyone waits."""
 
 
 class CheckpointError(CaptionlibError):

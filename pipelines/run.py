@@ -76,10 +76,11 @@ def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
         FailureRatioError: more images failed than the run allows; everything is written all the same.
     """
     runner, options = choose_runner(run)
-    if job.pending():
+    if pending := job.pending():
+        job.reopen()
         with show_progress(job.source, job.outputs[0], label, run.progress):
             pipeline = beam.Pipeline(runner, options)
-            _ = pipeline | label >> ProcessShards(job, run.max_failure_ratio)
+            _ = pipeline | label >> ProcessShards(job, pending, run.max_failure_ratio)
             pipeline.run().wait_until_finish()
     return job.finish(run.max_failure_ratio)
 
