@@ -6,6 +6,7 @@ CaptionlibError
 │   ├── FingerprintError   the folder holds the output of another configuration
 │   ├── DuplicateIdError   two images of one dataset have the same id
 │   └── FailureRatioError  more images failed than the run allows
+├── StorageError         files cannot be read or written for longer than anyone waits
 ├── CheckpointError        a folder is not a checkpoint, or is one of another encoder
 ├── QueryError             a query that cannot be answered
 ├── RunnerError            a cluster gave a pipeline up, or cannot be reached
@@ -31,6 +32,7 @@ __all__ = [
     "ImageError",
     "QueryError",
     "RunnerError",
+    "StorageError",
 ]
 
 
@@ -56,6 +58,10 @@ class DuplicateIdError(DatasetError):
 
 class FailureRatioError(DatasetError):
     """More images failed than the run allows."""
+
+
+class StorageError(CaptionlibError):
+    """Files cannot be read or written, for longer than anyone waits."""
 
 
 class CheckpointError(CaptionlibError):

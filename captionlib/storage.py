@@ -1,23 +1,28 @@
 """Folders on any file system that fsspec opens, with files that appear whole or not at all.
 
 Credentials, endpoints and time-outs of a file system come from fsspec's own configuration (environment variables such
-as `FSSPEC_S3_ENDPOINT_URL`, or files in `~/.config/fsspec`), so that no command needs options for them.
+as `FSSPEC_S3_ENDPOINT_URL`, or files in `~/.config/fsspec`), so that no command needs options for them. What a file
+system cannot do at the moment is tried again for two minutes; see `captionlib.retrying`.
 """
 
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from captionlib.errors import ConfigError
+from captionlib.ranged_file import RangedFile
+from captionlib.remote_errors import is_temporary
+from captionlib.retrying import retried
 
 __all__ = ["TEMPORARY", "Folder", "absolute_address", "write_file"]
 
@@ -25,6 +30,8 @@ TEMPORARY = "_temporary"
 
 # A PUT to these is seen whole or not at all, so a file needs no temporary name there.
 _ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"})
+
+_FILES_AT_ONCE = 1000  # of many small ones: how many are held in memory
 
 
 class Folder:
@@ -70,34 +77,65 @@ class Folder:
     def list(self, subfolder: str = "") -> list[str]:
         """Names in the folder or one subfolder of it, sorted; none where it does not exist. One listing."""
         path = self.path(subfolder) if subfolder else self._opened[1]
-        self.fs.invalidate_cache()
-        try:
-            paths = self.fs.ls(path, detail=False)
-        except FileNotFoundError:
-            return []
+
+        def find() -> list[str]:
+            self.fs.invalidate_cache()
+            try:
+                found: list[str] = self.fs.ls(path, detail=False)
+            except FileNotFoundError:
+                return []
+            self.fs.invalidate_cache()  # else it keeps about a kilobyte of details a file
+            return found
+
+        paths = retried(path, find)
         return sorted(found.rstrip("/").rsplit("/", 1)[-1] for found in paths if found.rstrip("/") != path)
 
     def exists(self, name: str) -> bool:
-        self.fs.invalidate_cache()
-        return bool(self.fs.exists(self.path(name)))
+        path = self.path(name)
+
+        def find() -> bool:
+            self.fs.invalidate_cache()
+            return bool(self.fs.exists(path))
+
+        return retried(path, find)
 
     def open(self, name: str) -> BinaryIO:
-        """Opens a file for reading."""
-        opened: BinaryIO = self.fs.open(self.path(name), "rb")
-        return opened
+        """Opens a file for reading; of a remote one, what is read is fetched and nothing else."""
+        path = self.path(name)
+        return Path(path).open("rb") if self.is_local else cast(BinaryIO, RangedFile(self.fs, path))
 
     def read(self, name: str) -> bytes:
-        content: bytes = self.fs.cat_file(self.path(name))
+        path = self.path(name)
+        content: bytes = retried(path, lambda: self.fs.cat_file(path))
         return content
 
-    def read_many(self, names: Sequence[str]) -> dict[str, bytes]:
-        """The content of many small files, fetched concurrently where the file system can."""
-        if not names:
-            return {}
-        paths = {self.path(name): name for name in names}
-        contents = self.fs.cat(list(paths))
-        by_suffix = {path.lstrip("/"): name for path, name in paths.items()}
-        return {by_suffix[path.lstrip("/")]: content for path, content in contents.items()}
+    def read_many(self, names: Iterable[str]) -> Iterator[bytes]:
+        """Many small files, fetched concurrently where the file system can; nothing of those that are not there."""
+        paths = map(self.path, names)
+        while some := tuple(islice(paths, _FILES_AT_ONCE)):
+            waiting: Sequence[str] = some
+            while waiting:
+                found, waiting = retried(waiting[0], partial(self._read_some, waiting))
+                yield from found
+
+    def _read_some(self, paths: Sequence[str]) -> tuple[Sequence[bytes], Sequence[str]]:
+        """What could be read, and what is to be tried again; raises where nothing could be."""
+        contents = self.fs.cat_ranges([*paths], None, None, on_error="return")
+        found = [content for content in contents if isinstance(content, bytes)]
+        errors = {
+            path: content
+            for path, content in zip(paths, contents, strict=True)
+            if not isinstance(content, bytes | FileNotFoundError)
+        }
+        final = [error for error in errors.values() if not is_temporary(error)]
+        if errors and (final or not found):
+            raise [*final, *errors.values()][0]
+        return found, tuple(errors)
+
+    def fetch(self, name: str, target: Path) -> None:
+        """Copies a file to a local path."""
+        path = self.path(name)
+        retried(path, lambda: self.fs.get_file(path, str(target)))
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file that appears whole or not at all."""
@@ -136,24 +174,41 @@ class Folder:
     def _publish_remote(self, path: Path, name: str) -> None:
         protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
         if protocols & _ATOMIC_PUT:
-            self.fs.put_file(str(path), self.path(name))
+            retried(self.path(name), lambda: self.fs.put_file(str(path), self.path(name)))
             return
         temporary = self.path(f"{TEMPORARY}/{path.name}.{uuid.uuid4().hex}")
-        self.fs.makedirs(temporary.rsplit("/", 1)[0], exist_ok=True)
-        self.fs.makedirs(self.path(name).rsplit("/", 1)[0], exist_ok=True)
-        self.fs.put_file(str(path), temporary)
-        self.fs.mv(temporary, self.path(name))
+
+        def publish() -> None:
+            self.fs.makedirs(temporary.rsplit("/", 1)[0], exist_ok=True)
+            self.fs.makedirs(self.path(name).rsplit("/", 1)[0], exist_ok=True)
+            self.fs.put_file(str(path), temporary)
+            self.fs.mv(temporary, self.path(name))
+
+        retried(self.path(name), publish)
 
     def remove(self, name: str) -> None:
         """Removes a file or a subfolder; nothing where there is none."""
         path = self.path(name)
-        self.fs.invalidate_cache()
-        if not self.fs.exists(path):
-            return
         if self.is_local and Path(path).is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        else:
-            self.fs.rm(path, recursive=True)
+            return
+
+        def remove() -> None:
+            self.fs.invalidate_cache()
+            with suppress(FileNotFoundError):
+                self.fs.rm(path, recursive=True)
+
+        retried(path, remove)
+
+    def remove_file(self, name: str) -> None:
+        """Removes a file by a single request; nothing where there is none."""
+        path = self.path(name)
+
+        def remove() -> None:
+            with suppress(FileNotFoundError):
+                self.fs.rm_file(path)
+
+        retried(path, remove)
 
 
 def absolute_address(address: str | os.PathLike[str]) -> str:
@@ -173,7 +228,7 @@ def write_file(address: str | os.PathLike[str], content: bytes) -> None:
         if isinstance(fs, LocalFileSystem):
             _replace(Path(path), content)
         else:
-            fs.pipe_file(path, content)
+            retried(path, lambda: fs.pipe_file(path, content))
     except OSError as error:
         raise ConfigError(f"{os.fspath(address)} cannot be written: {error.strerror or error}") from error
 

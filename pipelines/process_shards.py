@@ -1,5 +1,6 @@
 """The one shape of every pipeline here: references to shards are spread over workers, and each shard is done whole."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 
 import apache_beam as beam
@@ -15,16 +16,16 @@ __all__ = ["ProcessShards"]
 
 
 class ProcessShards(beam.PTransform[PBegin, PCollection[int]]):
-    """Does the pending shards of a job and then marks its outputs complete.
+    """Does some shards of a job, usually those that are pending, and then marks its outputs complete.
 
     Elements are shard numbers, never images: what crosses the Reshuffle stays small however large the images are.
     """
 
-    def __init__(self, job: ShardJob, max_failure_ratio: float) -> None:
+    def __init__(self, job: ShardJob, shards: Sequence[int], max_failure_ratio: float) -> None:
         super().__init__()
         self._job = job
+        self._shards = shards
         self._max_failure_ratio = max_failure_ratio
-        self._shards = job.pending()
 
     def expand(self, begin: PBegin) -> PCollection[int]:
         finished: PCollection[int] = (

@@ -79,10 +79,11 @@ def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
         ConfigError: Beam does not know an option.
         FailureRatioError: more images failed than the run allows; everything is written all the same.
     """
-    choose_runner(run)
-    if job.pending():
+    choose_runner(run)  # options that are wrong are refused before anything is touched
+    if pending := job.pending():
+        job.reopen()
         with show_progress(job.source, job.outputs[0], label, run.progress):
-            run_pipeline(ProcessShards(job, run.max_failure_ratio), label, run)
+            run_pipeline(ProcessShards(job, pending, run.max_failure_ratio), label, run)
     return job.finish(run.max_failure_ratio)
 
 

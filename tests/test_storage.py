@@ -23,17 +23,20 @@ def test_written_files_are_read_listed_and_removed(folder: Folder) -> None:
     folder.write("sub/b.json", b"2")
     folder.write("sub/c.json", b"3")
     assert folder.read("a.json") == b"1"
-    assert folder.read_many(["a.json", "sub/c.json"]) == {"a.json": b"1", "sub/c.json": b"3"}
-    assert folder.read_many(["a.json"]) == {"a.json": b"1"}
-    assert folder.read_many([]) == {}
+    assert list(folder.read_many(["a.json", "never was", "sub/c.json"])) == [b"1", b"3"]
+    assert list(folder.read_many(["never was"])) == []
+    assert list(folder.read_many([])) == []
     assert set(folder.list()) - {TEMPORARY} == {"a.json", "sub"}
     assert folder.list("sub") == ["b.json", "c.json"]
     assert folder.list("nowhere") == []
     folder.remove("sub")
     folder.remove("never was")
+    folder.remove_file("never was")
     assert folder.list("sub") == []
     assert folder.exists("a.json")
     assert not folder.exists("sub/b.json")
+    folder.remove_file("a.json")
+    assert not folder.exists("a.json")
 
 
 def test_a_file_replaces_another_whole(folder: Folder) -> None:

@@ -33,9 +33,10 @@ from tenacity import (
 )
 
 from captionlib import __version__
-from captionlib.data.fetch_errors import http_status, is_temporary, to_fetch_error
+from captionlib.data.fetch_errors import to_fetch_error
 from captionlib.data.row_groups import RowGroups
 from captionlib.errors import ConfigError, FetchError
+from captionlib.remote_errors import http_status, is_temporary
 
 __all__ = ["FetchConfig", "ImageFetcher"]
 

@@ -4,12 +4,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from tqdm import tqdm
 
-from captionlib.data.shards import Marker, ShardedDataset
+from captionlib.data.shards import Marker, ShardedDataset, sum_markers
+from captionlib.errors import StorageError
 
 __all__ = ["show_progress"]
 
@@ -27,9 +28,9 @@ def show_progress(source: ShardedDataset, output: ShardedDataset, label: str, en
     if not enabled:
         yield
         return
-    total = source.totals().rows
+    totals = source.recorded_totals() or source.totals()
     seldom = 0.1 if sys.stderr.isatty() else 30.0  # a log wants a line now and then, not an animation
-    with tqdm(total=total, desc=label, unit="image", mininterval=seldom, dynamic_ncols=True) as bar:
+    with tqdm(total=totals.rows, desc=label, unit="image", mininterval=seldom, dynamic_ncols=True) as bar:
         watch = _Watch(output, bar)
         stop = threading.Event()
         thread = threading.Thread(target=watch.run, args=(stop,), name="progress", daemon=True)
@@ -48,12 +49,14 @@ class _Watch:
     def __init__(self, output: ShardedDataset, bar: "tqdm[Any]") -> None:
         self._output = output
         self._bar = bar
-        self._seen: dict[int, Marker] = output.markers()
-        done = sum(marker.rows + marker.failures for marker in self._seen.values())
-        bar.initial = bar.n = done
-        self._show()
+        self._failures = 0
+        self._before = output.done()
+        self._seen: set[int] = set()
 
     def run(self, stop: threading.Event) -> None:
+        """Reads first what was there before: of many shards that takes a while, and nothing waits for it."""
+        with suppress(StorageError):
+            self._bar.initial = self._bar.n = self._add(self._before)
         pause = 1.0
         while not stop.wait(pause):
             began = time.monotonic()
@@ -61,11 +64,18 @@ class _Watch:
             pause = max(1.0, 20 * (time.monotonic() - began))  # a slow listing takes 5% of the time at most
 
     def update(self) -> None:
-        new = self._output.markers(self._output.done() - set(self._seen))
-        self._seen.update(new)
-        self._show()
-        self._bar.update(sum(marker.rows + marker.failures for marker in new.values()))
+        with suppress(StorageError):  # the work itself tells, if it cannot be done either
+            self._bar.update(self._add(self._output.done() - self._seen))
 
-    def _show(self) -> None:
-        failures = sum(marker.failures for marker in self._seen.values())
-        self._bar.set_postfix_str(f"{len(self._seen)}/{self._output.shards} shards, {failures} failed", refresh=False)
+    def _add(self, shards: set[int]) -> int:
+        """Counts shards that were not counted before, and returns their images."""
+        totals = sum_markers(self._noted(self._output.read_markers(shards)))
+        self._failures += totals.failures
+        shown = f"{len(self._seen)}/{self._output.shards} shards, {self._failures} failed"
+        self._bar.set_postfix_str(shown, refresh=False)
+        return totals.images
+
+    def _noted(self, markers: Iterator[Marker]) -> Iterator[Marker]:
+        for marker in markers:
+            self._seen.add(marker.shard)
+            yield marker

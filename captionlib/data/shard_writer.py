@@ -21,9 +21,16 @@ ROW_GROUP_BYTES = 32 << 20
 
 
 class ShardWriter:
-    """Takes the rows and the failures of one shard."""
+    """Takes the rows and the failures of one shard.
+
+    Attributes:
+        marker: what was written, once it is.
+        rows: how many so far.
+        failures: rows of `_failures/`.
+    """
 
     def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
+        self.marker: Marker | None = None
         self.rows = 0
         self.failures: list[dict[str, str]] = []
         self._writer = writer
@@ -92,12 +99,13 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int) -> Iterator[
         reasons=dict(Counter(row["error"] for row in writer.failures).most_common()),
     )
     dataset.folder.write(f"{MARKERS}/{name}.json", to_json(asdict(marker)))
+    writer.marker = marker
 
 
 def _publish_failures(dataset: ShardedDataset, shard: int, failures: list[dict[str, str]]) -> None:
     name = f"{FAILURES}/{part_name(shard)}.parquet"
     if not failures:
-        dataset.folder.remove(name)
+        dataset.folder.remove_file(name)  # of a run that died before it wrote the marker, or is replaced
         return
     with dataset.folder.staged(name) as path:
         pq.write_table(pa.Table.from_pylist(failures, FAILURES_SCHEMA), path, compression="zstd")

@@ -106,7 +106,7 @@ def fingerprint_of(kind: str, config: Mapping[str, Any]) -> str:
 def checksum_of(file: BinaryIO) -> str:
     """The SHA-256 of a file's content, as markers carry it."""
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
+    while block := file.read(16 << 20):
         digest.update(block)
     return f"sha256:{digest.hexdigest()}"
 
@@ -157,16 +157,33 @@ class ShardedDataset:
 
     def markers(self, shards: Iterable[int] | None = None) -> dict[int, Marker]:
         """The markers of these shards, or of all that are done."""
-        wanted = sorted(self.done() if shards is None else shards)
-        contents = self.folder.read_many([f"{MARKERS}/{part_name(shard)}.json" for shard in wanted])
-        markers = (Marker(**json.loads(content)) for content in contents.values())
-        return {marker.shard: marker for marker in markers if marker.fingerprint == self.fingerprint}
+        return {marker.shard: marker for marker in self.read_markers(self.done() if shards is None else shards)}
+
+    def read_markers(self, shards: Iterable[int]) -> Iterator[Marker]:
+        """The markers of these shards in any order, fetched concurrently; memory holds some of them."""
+        for content in self.folder.read_many(f"{MARKERS}/{part_name(shard)}.json" for shard in sorted(shards)):
+            marker = Marker(**json.loads(content))
+            if marker.fingerprint == self.fingerprint:
+                yield marker
 
     def totals(self) -> Totals:
-        return sum_markers(self.markers().values())
+        """Of all the shards that are done, by reading all of their markers."""
+        return sum_markers(self.read_markers(self.done()))
+
+    def recorded_totals(self) -> Totals | None:
+        """What `_SUCCESS` tells; None where it is not there."""
+        try:
+            content = json.loads(self.folder.read(SUCCESS))
+        except FileNotFoundError:
+            return None
+        return Totals(**content) if content.pop("fingerprint") == self.fingerprint else None
 
     def is_complete(self) -> bool:
         return self.folder.exists(SUCCESS)
+
+    def reopen(self) -> None:
+        """Says that shards are going to be written: until `finish` the dataset is not complete."""
+        self.folder.remove_file(SUCCESS)
 
     def require_complete(self) -> "ShardedDataset":
         """Itself.
@@ -195,9 +212,11 @@ class ShardedDataset:
     ) -> Iterator[pa.RecordBatch]:
         """A shard in pieces of `batch_size` rows; memory holds one row group."""
         with self.folder.open(f"{part_name(shard)}.parquet") as file:
-            yield from pq.ParquetFile(file).iter_batches(
-                batch_size=batch_size, columns=list(columns) if columns is not None else None
-            )
+            parquet = pq.ParquetFile(file, pre_buffer=True)  # the columns of a row group come by a request or two
+            for group in range(parquet.num_row_groups):
+                yield from parquet.iter_batches(
+                    batch_size, row_groups=[group], columns=list(columns) if columns is not None else None
+                )
 
     def read_failures(self, shard: int) -> pa.Table | None:
         """The failures of a shard, None where there are none."""
@@ -209,29 +228,30 @@ class ShardedDataset:
 
     def forget(self, shard: int) -> None:
         """Takes a shard's marker away: until it is written again, neither shard nor dataset is done."""
-        self.folder.remove(SUCCESS)
-        self.folder.remove(f"{MARKERS}/{part_name(shard)}.json")
+        self.reopen()
+        self.folder.remove_file(f"{MARKERS}/{part_name(shard)}.json")
 
     def finish(self, max_failure_ratio: float = 1.0) -> Totals:
-        """Checks that every shard is done and writes `_SUCCESS`.
+        """Checks that every shard is done and writes `_SUCCESS`, unless it is there.
 
         Raises:
             DatasetError: a shard is missing.
             FailureRatioError: more than `max_failure_ratio` of the images failed.
         """
-        markers = self.markers()
-        missing = sorted(set(range(self.shards)) - set(markers))
-        if missing:
+        recorded = None if self.pending() else self.recorded_totals()
+        totals = recorded or self.totals()
+        if totals.shards < self.shards:
+            missing = sorted(set(range(self.shards)) - set(self.markers()))
             raise DatasetError(
                 f"{self.folder.uri}: expected {self.shards} shards, {len(missing)} are not done "
                 f"(the first is {part_name(missing[0])}); run the command again, it goes on where it stopped"
             )
-        totals = sum_markers(markers.values())
         if totals.failures > max_failure_ratio * totals.images:
-            self.folder.remove(SUCCESS)
+            self.reopen()
             raise FailureRatioError(_describe_failures(self, totals, max_failure_ratio))
-        self.folder.write(SUCCESS, to_json({**asdict(totals), "fingerprint": self.fingerprint}))
-        self.folder.remove(TEMPORARY)
+        if recorded is None:
+            self.folder.write(SUCCESS, to_json({**asdict(totals), "fingerprint": self.fingerprint}))
+            self.folder.remove(TEMPORARY)
         return totals
 
     def verify(self) -> list[str]:

@@ -70,12 +70,15 @@ class ShardJob:
             for output, done in zip(self.outputs, markers, strict=True):
                 if done is not None:  # written again beside the others: never the old marker with new rows
                     output.forget(shard)
-            self._write(shard, lambda writers: _fill(writers, process, self._input(shard)))
-        elif self.retry_failures and markers[0].failures:
-            self._retry(shard, process)
-        marker = self.outputs[0].marker(shard)
-        assert marker is not None, "a shard that was just written has a marker"
-        return marker
+            return self._write(shard, lambda writers: _fill(writers, process, self._input(shard)))
+        if self.retry_failures and markers[0].failures:
+            return self._retry(shard, process) or markers[0]
+        return markers[0]
+
+    def reopen(self) -> None:
+        """Says that there is something to do; see `ShardedDataset.reopen`."""
+        for output in self.outputs:
+            output.reopen()
 
     def finish(self, max_failure_ratio: float) -> Totals:
         """Marks the outputs complete, the first last; see `ShardedDataset.finish`."""
@@ -86,15 +89,19 @@ class ShardJob:
         for rows in self.source.read_batches(shard, self.stage.columns):
             yield rows if only is None else rows.filter(pc.is_in(rows["image_id"], value_set=only))
 
-    def _write(self, shard: int, fill: Callable[[Sequence[ShardWriter]], None]) -> None:
+    def _write(self, shard: int, fill: Callable[[Sequence[ShardWriter]], None]) -> Marker:
         source_marker = self.source.marker(shard)
         if source_marker is None:
             raise DatasetError(f"{self.source.folder.uri}: {part_name(shard)} has no marker; write that dataset again")
         with ExitStack() as stack:  # closes in reverse: the first output is published last
-            fill([stack.enter_context(write_shard(output, shard, source_marker.rows)) for output in self.outputs])
+            writers = [stack.enter_context(write_shard(output, shard, source_marker.rows)) for output in self.outputs]
+            fill(writers)
+        marker = writers[0].marker
+        assert marker is not None, "a shard that was just written has a marker"
+        return marker
 
-    def _retry(self, shard: int, process: Process) -> None:
-        """Processes the failed images of a done shard and puts those that work now among the others.
+    def _retry(self, shard: int, process: Process) -> Marker | None:
+        """Processes the failed images of a done shard and puts those that work now among the others, if there are any.
 
         Holds one shard in memory. The shard loses its marker before its files change, so that a run that dies in
         between leaves a shard that is done again from its start.
@@ -106,7 +113,7 @@ class ShardJob:
             process(self._input(shard, failures["image_id"]), lambda *failure: still_failing.append(failure))
         )
         if not any(rows[0].num_rows for rows in recovered):
-            return
+            return None
         order = pa.chunked_array([rows["image_id"] for rows in self.source.read_batches(shard, ["image_id"])])
         tables = []
         for number, output in enumerate(self.outputs):
@@ -123,7 +130,7 @@ class ShardJob:
                 for failure in still_failing:
                     writer.fail(*failure)
 
-        self._write(shard, fill)
+        return self._write(shard, fill)
 
 
 def _fill(writers: Sequence[ShardWriter], process: Process, rows: Iterator[pa.RecordBatch]) -> None:

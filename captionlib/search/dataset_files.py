@@ -1,12 +1,13 @@
 """The files of one dataset as a file system that DuckDB can read, and that holds nothing else."""
 
-import os
-import threading
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
 from fsspec.spec import AbstractFileSystem
+
+from captionlib.ranged_file import RangedFile
+from captionlib.retrying import retried
 
 __all__ = ["DatasetFiles"]
 
@@ -32,13 +33,14 @@ class DatasetFiles(AbstractFileSystem):  # type: ignore[misc]
         """The names as DuckDB is to spell them."""
         return list(self._paths)
 
-    def open(self, path: str, mode: str = "rb", **_options: Any) -> "_DatasetFile":
+    def open(self, path: str, mode: str = "rb", **_options: Any) -> RangedFile:
         if mode not in ("r", "rb"):
             raise PermissionError(f"{path}: the dataset is read only")
-        return _DatasetFile(self._fs, self._real(path))
+        return RangedFile(self._fs, self._real(path))  # of a local one too: threads of DuckDB share it
 
     def info(self, path: str, **_options: Any) -> dict[str, Any]:
-        return {"name": path, "type": "file", "size": self._fs.size(self._real(path))}
+        real = self._real(path)
+        return {"name": path, "type": "file", "size": retried(real, lambda: self._fs.size(real))}
 
     def exists(self, path: str, **_options: Any) -> bool:
         return self._address(path) in self._paths
@@ -47,8 +49,9 @@ class DatasetFiles(AbstractFileSystem):  # type: ignore[misc]
         return [path] if self.exists(path) else []
 
     def modified(self, path: str) -> datetime:
+        real = self._real(path)
         try:
-            changed: datetime = self._fs.modified(self._real(path))
+            changed: datetime = retried(real, lambda: self._fs.modified(real))
         except NotImplementedError:
             return datetime.fromtimestamp(0, timezone.utc)
         return changed
@@ -61,31 +64,3 @@ class DatasetFiles(AbstractFileSystem):  # type: ignore[misc]
             return self._paths[self._address(path)]
         except KeyError:
             raise FileNotFoundError(f"{path} is no file of the dataset") from None
-
-
-class _DatasetFile:
-    """A file with a position of its own in every thread: DuckDB's threads share a file and seek before each read."""
-
-    def __init__(self, fs: Any, path: str) -> None:
-        self._fs = fs
-        self._path = path
-        self._size: int = fs.size(path)
-        self._thread = threading.local()
-
-    def read(self, size: int = -1) -> bytes:
-        start = self.tell()
-        end = self._size if size < 0 else min(start + size, self._size)
-        content: bytes = self._fs.cat_file(self._path, start=start, end=end) if end > start else b""
-        self._thread.position = start + len(content)
-        return content
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self._size}[whence]
-        self._thread.position = start + offset
-        return start + offset
-
-    def tell(self) -> int:
-        return getattr(self._thread, "position", 0)
-
-    def close(self) -> None:
-        """Nothing is held open."""

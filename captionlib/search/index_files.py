@@ -198,12 +198,12 @@ def fetch_tree(folder: Folder, name: str, path: Path) -> Path:
     if folder.is_local:
         return Path(folder.path(name))
     path.parent.mkdir(parents=True, exist_ok=True)
-    if folder.fs.isdir(folder.path(name)):
+    if files := folder.list(name):
         path.mkdir()
-        for file in folder.list(name):
-            folder.fs.get_file(folder.path(f"{name}/{file}"), str(path / file))
+        for file in files:
+            folder.fetch(f"{name}/{file}", path / file)
     else:
-        folder.fs.get_file(folder.path(name), str(path))
+        folder.fetch(name, path)
     return path
 
 

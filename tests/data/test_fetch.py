@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from captionlib.data.fetch import FetchConfig, ImageFetcher
-from captionlib.data.fetch_errors import is_temporary, to_fetch_error
+from captionlib.data.fetch_errors import to_fetch_error
 from captionlib.errors import ConfigError, FetchError
+from captionlib.remote_errors import is_temporary
 
 CONTENT = bytes(range(256)) * 40
 QUICK = FetchConfig(max_image_bytes=20_000, attempts=3, backoff_seconds=0.01, timeout_seconds=20.0)

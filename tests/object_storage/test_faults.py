@@ -1,0 +1,202 @@
+"""Datasets and images on a store that fails: every image ends as a row or a failure, once, and nothing half is seen."""
+
+import json
+import random
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from tenacity import stop_after_delay
+
+from captionlib import retrying
+from captionlib.data.datasets import create_dataset, open_dataset
+from captionlib.data.fetch import FetchConfig, ImageFetcher
+from captionlib.data.schemas import MANIFEST
+from captionlib.data.shard_writer import write_shard
+from captionlib.data.shards import ShardedDataset
+from captionlib.data.stages import Fail, Process, ShardJob
+from captionlib.errors import FetchError, StorageError
+from captionlib.models.encoder import EncoderConfig
+from captionlib.models.extraction import ExtractionConfig
+from captionlib.search.sql import query_sql
+from captionlib.storage import Folder
+from pipelines.extract_features import extract_features
+from pipelines.run import RunConfig
+from tests.object_storage.conftest import COLOURS
+from tests.object_storage.faults import Fault, FaultyProxy
+
+SHARDS = 3
+NAMES = [*COLOURS, "none"]
+QUICK = FetchConfig(attempts=8, backoff_seconds=0.01, timeout_seconds=1.0)
+
+
+class Sometimes:
+    """A fault now and then, but never often enough at the same place to be more than bad luck."""
+
+    def __init__(self, faults: Sequence[Fault], ratio: float = 0.3, seed: int = 0) -> None:
+        self._random = random.Random(seed)
+        self._faults = faults
+        self._ratio = ratio
+        self._suffered: Counter[tuple[str, str]] = Counter()
+        self._lock = threading.Lock()
+
+    def __call__(self, method: str, path: str) -> Fault | None:
+        with self._lock:
+            if self._random.random() > self._ratio or self._suffered[method, path] == 3:
+                return None
+            self._suffered[method, path] += 1
+            return self._random.choice(self._faults)
+
+
+@dataclass(frozen=True)
+class FetchImages:
+    """A stage that needs no model: the image's size in place of its split."""
+
+    columns: Sequence[str] = tuple(MANIFEST.names)
+
+    @contextmanager
+    def open(self) -> Iterator[Process]:
+        with ImageFetcher(QUICK) as fetcher, ThreadPoolExecutor(4) as threads:
+
+            def process(batches: Iterator[pa.RecordBatch], fail: Fail) -> Iterator[tuple[pa.RecordBatch, ...]]:
+                for batch in batches:
+                    done = []
+                    rows = batch.to_pylist()
+                    for row, content in zip(rows, threads.map(fetch, [row["uri"] for row in rows]), strict=True):
+                        if isinstance(content, FetchError):
+                            fail(row["image_id"], row["uri"], content)
+                        else:
+                            done.append({**row, "split": str(len(content))})
+                    yield (pa.RecordBatch.from_pylist(done, schema=MANIFEST),)
+
+            def fetch(uri: str) -> bytes | FetchError:
+                try:
+                    return fetcher.fetch(uri)
+                except FetchError as error:
+                    return error
+
+            yield process
+
+
+def write_manifest(folder: str) -> ShardedDataset:
+    dataset = create_dataset(folder, "manifest", MANIFEST, config={}, shards=SHARDS)
+    for shard in range(SHARDS):
+        rows = [
+            {"image_id": f"{shard}-{name}", "uri": f"s3://bucket/images/{name}.png", "split": "", "captions": ["a"]}
+            for name in NAMES
+        ]
+        with write_shard(dataset, shard, len(rows)) as writer:
+            writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST))
+    dataset.finish()
+    return dataset
+
+
+def run_job(source: ShardedDataset, output: str) -> ShardedDataset:
+    target = create_dataset(output, "manifest", MANIFEST, config={"input": source.fingerprint}, shards=SHARDS)
+    job = ShardJob(source, (target,), FetchImages())
+    with job.stage.open() as process:
+        for shard in job.pending():
+            job.run(shard, process)
+    job.finish(0.5)
+    return target
+
+
+def content_of(dataset: ShardedDataset) -> list[object]:
+    rows: list[object] = []
+    for shard in range(dataset.shards):
+        failures = dataset.read_failures(shard)
+        rows += dataset.read(shard).to_pylist()
+        rows += [] if failures is None else failures.select(["image_id", "uri", "stage", "error"]).to_pylist()
+    return rows
+
+
+@pytest.fixture
+def bucket(request: pytest.FixtureRequest, proxy: FaultyProxy) -> str:
+    return f"s3://bucket/{abs(hash(request.node.name))}"
+
+
+@pytest.mark.parametrize("fault", Fault)
+def test_what_fails_now_and_then_changes_nothing(bucket: str, proxy: FaultyProxy, fault: Fault, tmp_path: Path) -> None:
+    expected = content_of(run_job(write_manifest(str(tmp_path / "manifest")), str(tmp_path / "output")))
+    proxy.choose = Sometimes([fault], ratio=0.1 if fault is Fault.HANG else 0.3)
+    output = run_job(write_manifest(f"{bucket}/manifest"), f"{bucket}/output")
+    assert content_of(output) == expected
+    assert output.verify() == []
+    assert output.totals().reasons == {"FileNotFoundError": SHARDS}
+    assert open_dataset(f"{bucket}/output").is_complete()
+    assert query_sql(f"{bucket}/output", "SELECT count(DISTINCT image_id) AS n FROM manifest").to_pylist() == [
+        {"n": SHARDS * len(COLOURS)}
+    ]
+    assert sum(request.fault is fault for request in proxy.requests) > 5
+
+
+def test_no_marker_is_written_before_its_data(bucket: str, proxy: FaultyProxy) -> None:
+    source = write_manifest(f"{bucket}/manifest")
+    proxy.choose = Sometimes([Fault.ERROR, Fault.CUT], ratio=0.4)
+    proxy.requests.clear()
+    run_job(source, f"{bucket}/output")
+    written = [path.removeprefix(f"/{bucket.removeprefix('s3://')}/output/") for path in proxy.succeeded("PUT")]
+    for shard in range(SHARDS):
+        data, failures, marker = (
+            [place for place, name in enumerate(written) if name == f"{folder}part-{shard:05d}.{kind}"]
+            for folder, kind in (("", "parquet"), ("_failures/", "parquet"), ("_shards/", "json"))
+        )
+        assert max(data) < min(failures)
+        assert max(failures) < min(marker)
+    assert written[-1] == "_SUCCESS"
+
+
+def test_an_outage_ends_the_run_and_leaves_nothing_half_done(
+    bucket: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_manifest(f"{bucket}/manifest")
+    monkeypatch.setattr(retrying._retrying, "stop", stop_after_delay(0.2))
+    proxy.choose = lambda method, path: (
+        Fault.THROTTLE if method == "PUT" and path.endswith("output/_shards/part-00002.json") else None
+    )
+    with pytest.raises(StorageError, match=r"part-00002\.json: the storage did not do its part .* injected"):
+        run_job(source, f"{bucket}/output")
+    output = open_dataset(f"{bucket}/output")
+    assert output.pending() == [2]
+    assert not output.is_complete()
+    proxy.choose = lambda _method, _path: None
+    proxy.requests.clear()
+    assert run_job(source, f"{bucket}/output").verify() == []
+    assert not any(path.endswith(("part-00000.parquet", "part-00001.parquet")) for path in proxy.succeeded("PUT"))
+
+
+def test_an_image_that_never_comes_is_a_failure_and_the_others_are_rows(bucket: str, proxy: FaultyProxy) -> None:
+    source = write_manifest(f"{bucket}/manifest")
+    faults = {"red": Fault.THROTTLE, "green": Fault.CUT, "blue": Fault.ERROR}
+    proxy.choose = lambda _method, path: faults.get(Path(path).stem) if "/images/" in path else None
+    output = run_job(source, f"{bucket}/output")
+    reasons = output.totals().reasons
+    assert reasons == {"HTTP 503": SHARDS, "HTTP 500": SHARDS, "FileNotFoundError": SHARDS, "ConnectionError": SHARDS}
+    assert output.totals().rows == SHARDS * (len(COLOURS) - len(faults))
+
+
+def test_many_small_files_come_whatever_befalls_each(bucket: str, proxy: FaultyProxy) -> None:
+    folder = Folder(bucket)
+    for number in range(40):
+        folder.write(f"{number}.json", json.dumps(number).encode())
+    proxy.choose = Sometimes([Fault.ERROR, Fault.THROTTLE, Fault.CUT])
+    wanted = [f"{number}.json" for number in range(41)]
+    assert sorted(map(int, folder.read_many(wanted))) == list(range(40))
+
+
+def test_a_pipeline_on_a_bad_day_writes_the_same_features(bucket: str, proxy: FaultyProxy, tmp_path: Path) -> None:
+    encoder = EncoderConfig("squeezenet1_1", "features.4.cat", "random:0", pooling="mean")
+    config = ExtractionConfig(encoder, batch_size=4)
+    run = RunConfig(progress=False, max_failure_ratio=0.5)
+    source = write_manifest(f"{bucket}/manifest")
+    extract_features(f"{bucket}/manifest", tmp_path / "features", config, run=run)
+    proxy.choose = Sometimes([Fault.ERROR, Fault.THROTTLE, Fault.CUT, Fault.SLOW])
+    extract_features(f"{bucket}/manifest", f"{bucket}/features", config, run=run)
+    assert source.shards == SHARDS
+    assert content_of(open_dataset(f"{bucket}/features")) == content_of(open_dataset(tmp_path / "features"))

@@ -1,0 +1,102 @@
+"""The whole flow with every folder in a bucket of a real S3 server."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pytest
+from click.testing import CliRunner
+
+from captionlib.data.datasets import open_dataset
+from captionlib.storage import Folder, write_file
+from jobs.cli import captionlib
+from tests.object_storage.conftest import COLOURS, options
+
+BUCKET = "s3://bucket/flow"
+ENCODER = [
+    "--set=encoder.model=squeezenet1_1",
+    "--set=encoder.node=features.4.cat",
+    "--set=encoder.pooling=mean",
+    "--weights=random:0",
+]
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(captionlib, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def rows(folder: str) -> list[object]:
+    dataset = open_dataset(folder).require_complete()
+    table = pa.concat_tables([dataset.read(shard) for shard in range(dataset.shards)])
+    ordered: list[object] = table.sort_by("image_id").to_pylist()
+    return ordered
+
+
+@pytest.fixture(scope="module")
+def flow(store: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Runs every stage; returns what `query` printed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(fsspec.config.conf, "s3", options(store))
+        patch.setenv("CAPTIONLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        lines = [
+            f"{name},{BUCKET.rsplit('/', 1)[0]}/images/{name}.png,{split},a {name} field"
+            for name, split in [*((one, "train") for one in [*COLOURS, "broken"]), ("missing", "val")]
+        ]
+        lines += ["brown,s3://bucket/images/red.png,val,a brown field"]
+        write_file(f"{BUCKET}/captions.csv", "\n".join(["image_id,uri,split,caption", *lines]).encode())
+        quiet = ["--no-progress", "--max-failure-ratio=0.5"]
+        small = ["--no-progress", "--set=training.epochs=1", "--set=min_count=1"]
+        run("prepare", f"{BUCKET}/captions.csv", "-o", f"{BUCKET}/manifest", "--shard-size=4")
+        run("extract-features", f"{BUCKET}/manifest", "-o", f"{BUCKET}/features", *ENCODER, *quiet)
+        run("train-captioner", f"{BUCKET}/features", "-o", f"{BUCKET}/captioner", *small)
+        run("train-ranker", f"{BUCKET}/features", "-o", f"{BUCKET}/ranker", *small)
+        run("generate-captions", f"{BUCKET}/features", f"-c{BUCKET}/captioner", f"-o{BUCKET}/captions", *quiet)
+        run("embed", f"{BUCKET}/features", "-r", f"{BUCKET}/ranker", "-o", f"{BUCKET}/embeddings", *quiet)
+        run("build-index", f"{BUCKET}/captions", f"--embeddings={BUCKET}/embeddings", "-o", f"{BUCKET}/index")
+        found = run("query", f"{BUCKET}/index", "--image", "s3://bucket/images/red.png", "--ranker", f"{BUCKET}/ranker")
+        again = run("build-index", f"{BUCKET}/captions", f"--embeddings={BUCKET}/embeddings", "-o", f"{BUCKET}/index")
+        assert "nothing" in again or "0 shards added" in again
+        return found
+
+
+def test_an_image_is_found_by_itself(flow: str) -> None:
+    first_rows = flow.splitlines()[2:4]
+    assert sorted(row.split()[0] for row in first_rows) == ["brown", "red"]
+
+
+def test_what_a_bucket_holds_is_what_a_disk_holds(flow: str, store: str, tmp_path: Path) -> None:
+    quiet = ["--no-progress", "--max-failure-ratio=0.5"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(fsspec.config.conf, "s3", options(store))
+        run("prepare", f"{BUCKET}/captions.csv", "-o", f"{tmp_path}/manifest", "--shard-size=4")
+        run("extract-features", f"{tmp_path}/manifest", "-o", f"{tmp_path}/features", *ENCODER, *quiet)
+        run("generate-captions", f"{tmp_path}/features", f"-c{BUCKET}/captioner", f"-o{tmp_path}/captions", *quiet)
+        for name in ("manifest", "features", "captions"):
+            assert rows(f"{tmp_path}/{name}") == rows(f"{BUCKET}/{name}")
+            assert open_dataset(f"{BUCKET}/{name}").verify() == []
+        failures = open_dataset(f"{BUCKET}/features").totals().reasons
+        assert failures == {"Truncated": 1, "FileNotFoundError": 1}
+        assert Folder(BUCKET).list("_temporary") == []
+
+
+def test_the_environment_says_where_the_store_is(flow: str, store: str) -> None:
+    environment = {"FSSPEC_S3_ENDPOINT_URL": store, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+    command = [sys.executable, "-m", "jobs.cli", "inspect", f"{BUCKET}/manifest"]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+    assert f"{BUCKET}/manifest: manifest, complete" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [("captions", "captions, complete"), ("index", "index, complete"), ("captioner", "checkpoint")],
+)
+def test_every_folder_says_what_it_is(
+    flow: str, store: str, monkeypatch: pytest.MonkeyPatch, folder: str, said: str
+) -> None:
+    monkeypatch.setitem(fsspec.config.conf, "s3", options(store))
+    assert f"{BUCKET}/{folder}: {said}" in run("inspect", f"{BUCKET}/{folder}")
