@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from captionlib.config import load_config
 from captionlib.data.batches import CaptionBatch, CaptionBatches
@@ -26,6 +27,7 @@ from captionlib.training.self_critical import (
     SelfCriticalObjective,
     policy_loss,
 )
+from jobs.train_captioner import command
 from tests.models.tiny_captioners import CONFIGS, build
 
 FIRST = CaptioningConfig(
@@ -62,6 +64,20 @@ def test_the_reward_rises(features: ShardedDataset, tmp_path: Path, first: str, 
     assert load_captioner(first).provenance["objective"] == "cross_entropy"
     assert second.training["resolved"]["self_critical"]["baseline"] == baseline
     assert (tmp_path / "second" / "metrics.jsonl").read_text().count('"reward": ') == len(history)
+
+
+def test_the_command_starts_the_second_stage_from_the_first(
+    features: ShardedDataset, tmp_path: Path, first: str
+) -> None:
+    words = [features.folder.uri, "-o", str(tmp_path / "second"), "--device", "cpu", "--no-progress"]
+    words += ["--config", str(Path(__file__).parents[2] / "configs" / "captioner-flickr8k-self-critical.yaml")]
+    words += ["--set", "training.epochs=1", "--set", "best_by=perplexity"]
+    alone = CliRunner().invoke(command, words)
+    assert isinstance(alone.exception, ConfigError)
+    result = CliRunner().invoke(command, [*words, "--start-from", first])
+    assert result.exit_code == 0
+    assert "after epoch 1 of 1" in result.output
+    assert load_captioner(tmp_path / "second").provenance["start_from"]["checkpoint"] == first
 
 
 @pytest.mark.parametrize("died_at", [2, 8])
@@ -129,11 +145,18 @@ def test_an_end_that_was_not_drawn_teaches_nothing() -> None:
     assert (total.item(), tokens) == (2 + 8 - 1 - 4, 4)
 
 
-def test_what_is_drawn_goes_with_the_epoch_and_the_image_and_not_with_its_batch(features: ShardedDataset) -> None:
-    model = build(CONFIGS[0], seed=1)
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [(CONFIGS[0], [3]), (replace(CONFIGS[1], attention_size=4), [7, 3])],
+    ids=["glance", "attention"],
+)
+def test_what_is_drawn_goes_with_the_epoch_and_the_image_and_not_with_its_batch(
+    features: ShardedDataset, config: CaptionerConfig, shape: list[int]
+) -> None:
+    model = build(config, seed=1)
     objective = objective_of(model, features, SelfCriticalConfig(3), [[[2, 3, 4]], [[4, 5]]])
-    images = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
-    sentences = [[2, 3, 4], [4, 5], [2], [3], [6, 7], [8]]
+    images = np.random.default_rng(0).normal(size=(6, *shape)).astype(np.float32)
+    sentences = [[2, 3, 4], [4, 5], [2], [3], [5, 6], [6]]
 
     def loss(first: int, last: int, epoch: int = 0) -> BatchLoss:
         batch = CaptionBatch(images[first:last], sentences[first:last], np.arange(last - first))
