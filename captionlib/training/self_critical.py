@@ -145,8 +145,8 @@ class SelfCriticalObjective:
         keys = [f"{batch.seed} {batch.epoch} ".encode() + image.tobytes() for image in batch.captions.features]
         kind = self._device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        stepper = Stepper(self.model, dtype)
         with torch.autocast(kind, enabled=False):
-            stepper = Stepper(self.model, dtype)
             start: Start = stepper.begin(features)
             drawn = draw_sentences(stepper, self._drawing, self._constraints, start, keys)
             if self._config.baseline == "others":

@@ -2,6 +2,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from captionlib.training.self_critical import (
 from jobs.train_captioner import command
 from tests.models.tiny_captioners import CONFIGS, build
 
+Baseline = Literal["others", "greedy"]
 FIRST = CaptioningConfig(
     captioner=CaptionerConfig(hidden_size=16, word_size=16, dropout=0.1),
     training=LoopConfig(epochs=3, optimizer="adam", learning_rate=0.03),
@@ -54,8 +56,8 @@ def first(features: ShardedDataset, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("baseline", ["others", "greedy"])
-def test_the_reward_rises(features: ShardedDataset, tmp_path: Path, first: str, baseline: str) -> None:
-    settings = SelfCriticalConfig(baseline=baseline)  # type: ignore[arg-type]
+def test_the_reward_rises(features: ShardedDataset, tmp_path: Path, first: str, baseline: Baseline) -> None:
+    settings = SelfCriticalConfig(baseline=baseline)
     history = train(features, tmp_path / "second", replace(SECOND, start_from=first, self_critical=settings))
     rewards = [row["reward"] for row in history]
     assert rewards[-1] > 1.3 * rewards[0]
@@ -80,11 +82,16 @@ def test_the_command_starts_the_second_stage_from_the_first(
     assert load_captioner(tmp_path / "second").provenance["start_from"]["checkpoint"] == first
 
 
-@pytest.mark.parametrize("died_at", [2, 8])
+@pytest.mark.parametrize(("died_at", "precision"), [(2, "float32"), (8, "bfloat16")])
 def test_a_killed_run_goes_on_bit_for_bit(
-    features: ShardedDataset, tmp_path: Path, first: str, died_at: int, monkeypatch: pytest.MonkeyPatch
+    features: ShardedDataset,
+    tmp_path: Path,
+    first: str,
+    died_at: int,
+    precision: Literal["float32", "bfloat16"],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    training = replace(SECOND.training, epochs=2, save_seconds=0, average_decay=0.9)
+    training = replace(SECOND.training, epochs=2, save_seconds=0, average_decay=0.9, precision=precision)
     config = replace(SECOND, start_from=first, training=training, self_critical=SelfCriticalConfig(dropout=0.3))
     history = train(features, tmp_path / "undisturbed", config)
     whole, steps = SelfCriticalObjective.loss, 0
@@ -116,7 +123,7 @@ def objective_of(
 
 @pytest.mark.parametrize("baseline", ["others", "greedy"])
 def test_the_loss_of_two_sentences_by_hand(
-    features: ShardedDataset, monkeypatch: pytest.MonkeyPatch, baseline: str
+    features: ShardedDataset, monkeypatch: pytest.MonkeyPatch, baseline: Baseline
 ) -> None:
     model = Captioner(CaptionerConfig("rnn", hidden_size=1, word_size=1), feature_size=3, vocabulary_size=5)
     with torch.no_grad():
@@ -125,7 +132,7 @@ def test_the_loss_of_two_sentences_by_hand(
         model.output.bias.copy_(torch.tensor([1 / 8, 1 / 32, 1 / 2, 1 / 4, 3 / 32]).log())
     drawn = [Candidate([2, 3], 0.0, tokens=3), Candidate([2], 0.0, tokens=1)]  # the second was cut off
     monkeypatch.setattr(self_critical, "draw_sentences", lambda *_: [drawn])
-    settings = SelfCriticalConfig(2, baseline, score_end=False)  # type: ignore[arg-type]
+    settings = SelfCriticalConfig(2, baseline, score_end=False)
     objective = objective_of(model, features, settings, [[[2, 3]], [[4]]])
     batch = CaptionBatch(np.zeros((1, 3), np.float32), [[2, 3]], np.array([0]))
     loss = objective.loss(SelfCriticalBatch(batch, seed=0, epoch=0))
