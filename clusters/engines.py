@@ -1,6 +1,6 @@
 """The engines that a cluster can be of."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +32,7 @@ class Cluster(Protocol):
         """Stops everything, workers included; returns what ran."""
 
 
-ENGINES = {"flink": FlinkCluster, "spark": SparkCluster, "prism": PrismCluster}
+ENGINES: dict[str, Callable[[Path], Cluster]] = {"flink": FlinkCluster, "spark": SparkCluster, "prism": PrismCluster}
 
 
 def cluster_of(engine: str, folder: Path) -> Cluster:

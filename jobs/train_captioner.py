@@ -52,6 +52,7 @@ def command(
       captionlib train-captioner features -o captioner --set best_by=cider --set training.average_decay=0.999
       captionlib train-captioner features -o captioner --set word_vectors=w2v.bin --set captioner.word_size=300
       captionlib train-captioner features -o tuned --start-from captioner --set training.learning_rate=0.0001
+      captionlib train-captioner features -o better --start-from captioner --set objective=self_critical
       captionlib train-captioner manifest -o tuned --start-from captioner --config configs/captioner-finetune.yaml
       captionlib train-captioner manifest -o tuned --start-from captioner --set encoder.from_node=features.17
       torchrun --nproc-per-node 4 --no-python captionlib train-captioner features -o captioner

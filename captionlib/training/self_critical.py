@@ -143,8 +143,10 @@ class SelfCriticalObjective:
         """The sentences that are drawn for each image, and the greedy one where it is asked for."""
         features = torch.from_numpy(batch.captions.features)
         keys = [f"{batch.seed} {batch.epoch} ".encode() + image.tobytes() for image in batch.captions.features]
-        with torch.autocast(self._device.type, enabled=False):
-            stepper = Stepper(self.model)
+        kind = self._device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        stepper = Stepper(self.model, dtype)
+        with torch.autocast(kind, enabled=False):
             start: Start = stepper.begin(features)
             drawn = draw_sentences(stepper, self._drawing, self._constraints, start, keys)
             if self._config.baseline == "others":

@@ -2,10 +2,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from captionlib.config import load_config
 from captionlib.data.batches import CaptionBatch, CaptionBatches
@@ -26,8 +28,10 @@ from captionlib.training.self_critical import (
     SelfCriticalObjective,
     policy_loss,
 )
+from jobs.train_captioner import command
 from tests.models.tiny_captioners import CONFIGS, build
 
+Baseline = Literal["others", "greedy"]
 FIRST = CaptioningConfig(
     captioner=CaptionerConfig(hidden_size=16, word_size=16, dropout=0.1),
     training=LoopConfig(epochs=3, optimizer="adam", learning_rate=0.03),
@@ -52,8 +56,8 @@ def first(features: ShardedDataset, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("baseline", ["others", "greedy"])
-def test_the_reward_rises(features: ShardedDataset, tmp_path: Path, first: str, baseline: str) -> None:
-    settings = SelfCriticalConfig(baseline=baseline)  # type: ignore[arg-type]
+def test_the_reward_rises(features: ShardedDataset, tmp_path: Path, first: str, baseline: Baseline) -> None:
+    settings = SelfCriticalConfig(baseline=baseline)
     history = train(features, tmp_path / "second", replace(SECOND, start_from=first, self_critical=settings))
     rewards = [row["reward"] for row in history]
     assert rewards[-1] > 1.3 * rewards[0]
@@ -64,11 +68,30 @@ def test_the_reward_rises(features: ShardedDataset, tmp_path: Path, first: str, 
     assert (tmp_path / "second" / "metrics.jsonl").read_text().count('"reward": ') == len(history)
 
 
-@pytest.mark.parametrize("died_at", [2, 8])
-def test_a_killed_run_goes_on_bit_for_bit(
-    features: ShardedDataset, tmp_path: Path, first: str, died_at: int, monkeypatch: pytest.MonkeyPatch
+def test_the_command_starts_the_second_stage_from_the_first(
+    features: ShardedDataset, tmp_path: Path, first: str
 ) -> None:
-    training = replace(SECOND.training, epochs=2, save_seconds=0, average_decay=0.9)
+    words = [features.folder.uri, "-o", str(tmp_path / "second"), "--device", "cpu", "--no-progress"]
+    words += ["--config", str(Path(__file__).parents[2] / "configs" / "captioner-flickr8k-self-critical.yaml")]
+    words += ["--set", "training.epochs=1", "--set", "best_by=perplexity"]
+    alone = CliRunner().invoke(command, words)
+    assert isinstance(alone.exception, ConfigError)
+    result = CliRunner().invoke(command, [*words, "--start-from", first])
+    assert result.exit_code == 0
+    assert "after epoch 1 of 1" in result.output
+    assert load_captioner(tmp_path / "second").provenance["start_from"]["checkpoint"] == first
+
+
+@pytest.mark.parametrize(("died_at", "precision"), [(2, "float32"), (8, "bfloat16")])
+def test_a_killed_run_goes_on_bit_for_bit(
+    features: ShardedDataset,
+    tmp_path: Path,
+    first: str,
+    died_at: int,
+    precision: Literal["float32", "bfloat16"],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    training = replace(SECOND.training, epochs=2, save_seconds=0, average_decay=0.9, precision=precision)
     config = replace(SECOND, start_from=first, training=training, self_critical=SelfCriticalConfig(dropout=0.3))
     history = train(features, tmp_path / "undisturbed", config)
     whole, steps = SelfCriticalObjective.loss, 0
@@ -100,7 +123,7 @@ def objective_of(
 
 @pytest.mark.parametrize("baseline", ["others", "greedy"])
 def test_the_loss_of_two_sentences_by_hand(
-    features: ShardedDataset, monkeypatch: pytest.MonkeyPatch, baseline: str
+    features: ShardedDataset, monkeypatch: pytest.MonkeyPatch, baseline: Baseline
 ) -> None:
     model = Captioner(CaptionerConfig("rnn", hidden_size=1, word_size=1), feature_size=3, vocabulary_size=5)
     with torch.no_grad():
@@ -109,7 +132,7 @@ def test_the_loss_of_two_sentences_by_hand(
         model.output.bias.copy_(torch.tensor([1 / 8, 1 / 32, 1 / 2, 1 / 4, 3 / 32]).log())
     drawn = [Candidate([2, 3], 0.0, tokens=3), Candidate([2], 0.0, tokens=1)]  # the second was cut off
     monkeypatch.setattr(self_critical, "draw_sentences", lambda *_: [drawn])
-    settings = SelfCriticalConfig(2, baseline, score_end=False)  # type: ignore[arg-type]
+    settings = SelfCriticalConfig(2, baseline, score_end=False)
     objective = objective_of(model, features, settings, [[[2, 3]], [[4]]])
     batch = CaptionBatch(np.zeros((1, 3), np.float32), [[2, 3]], np.array([0]))
     loss = objective.loss(SelfCriticalBatch(batch, seed=0, epoch=0))
@@ -129,11 +152,18 @@ def test_an_end_that_was_not_drawn_teaches_nothing() -> None:
     assert (total.item(), tokens) == (2 + 8 - 1 - 4, 4)
 
 
-def test_what_is_drawn_goes_with_the_epoch_and_the_image_and_not_with_its_batch(features: ShardedDataset) -> None:
-    model = build(CONFIGS[0], seed=1)
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [(CONFIGS[0], [3]), (replace(CONFIGS[1], attention_size=4), [7, 3])],
+    ids=["glance", "attention"],
+)
+def test_what_is_drawn_goes_with_the_epoch_and_the_image_and_not_with_its_batch(
+    features: ShardedDataset, config: CaptionerConfig, shape: list[int]
+) -> None:
+    model = build(config, seed=1)
     objective = objective_of(model, features, SelfCriticalConfig(3), [[[2, 3, 4]], [[4, 5]]])
-    images = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
-    sentences = [[2, 3, 4], [4, 5], [2], [3], [6, 7], [8]]
+    images = np.random.default_rng(0).normal(size=(6, *shape)).astype(np.float32)
+    sentences = [[2, 3, 4], [4, 5], [2], [3], [5, 6], [6]]
 
     def loss(first: int, last: int, epoch: int = 0) -> BatchLoss:
         batch = CaptionBatch(images[first:last], sentences[first:last], np.arange(last - first))
