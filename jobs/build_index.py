@@ -3,7 +3,7 @@
 import click
 
 from captionlib.config import load_config
-from captionlib.search.index_config import LANGUAGES, IndexConfig
+from captionlib.search.index_config import LANGUAGES, IndexConfig, VectorLayout
 from jobs.options import config_options
 from pipelines.build_index import build_index
 from pipelines.run import RunConfig
@@ -57,10 +57,15 @@ def command(
         run=RunConfig(workers, beam_options, overwrite=overwrite),
     )
     layout = index.layout
-    kind = f" ({layout.code}, {layout.lists:,} lists, {layout.probes:,} of them a question)" if layout else ""
-    vectors = f"{index.vectors_count:,} vectors{kind}" if layout else "no vectors"
+    vectors = f"{index.vectors_count:,} vectors ({_kind(layout)})" if layout else "no vectors"
     click.echo(f"{output}: {index.captions_count:,} captions, {vectors}, in {len(index.shards):,} shards")
     click.echo(f"{len(build.added):,} shards added, {len(build.removed):,} taken out, {len(build.kept):,} kept")
     if not index.is_complete:
         missing = index.captions.shards - len(index.shards)
         click.echo(f"{missing:,} shards are not written yet; run the same command again when they are", err=True)
+
+
+def _kind(layout: VectorLayout) -> str:
+    if layout.lists == 1:
+        return f"{layout.code}, all compared"
+    return f"{layout.code}, {layout.lists:,} lists, {layout.probes:,} of them a question"

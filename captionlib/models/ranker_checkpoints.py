@@ -11,7 +11,7 @@ import torch
 
 from captionlib.config import build_config, to_dict
 from captionlib.data.batches import pool_map
-from captionlib.data.vocabulary import Vocabulary
+from captionlib.data.vocabulary import UNKNOWN, Vocabulary
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.captioner import pad_sentences
 from captionlib.models.checkpoint_folder import damaged, open_folder, read_checkpoint, write_checkpoint
@@ -68,6 +68,10 @@ class LoadedRanker:
             CheckpointError: it is another one; says in which fields.
         """
         require_same_encoder(RANKER, self.encoder, description)
+
+    def knows(self, sentence: str) -> bool:
+        """Whether any of the words is in the vocabulary."""
+        return any(word != UNKNOWN for word in self.vocabulary.encode(sentence))
 
     @torch.inference_mode()
     def encode_sentences(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:

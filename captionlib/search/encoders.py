@@ -26,6 +26,9 @@ class SentenceEncoder(Protocol):
     def encoder(self) -> Mapping[str, Any]:
         """The description of the image encoder whose features it takes."""
 
+    def knows(self, sentence: str) -> bool:
+        """Whether it has learned any of the words; the vector of a sentence of others says nothing."""
+
     def encode_sentences(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
         """Unit vectors of sentences, `[sentences, size]`."""
 

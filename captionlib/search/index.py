@@ -125,7 +125,7 @@ class Index:
         """Images that a sentence describes, whatever their captions say.
 
         Raises:
-            QueryError: the index has no vectors, or was opened without their ranker.
+            QueryError: the index has no vectors, was opened without their ranker, or the ranker knows none of the words.
         """
         return self.vector(self._encode(sentence), limit, offset, where)
 
@@ -161,7 +161,8 @@ class Index:
     ) -> pa.Table:
         """Images by the words of their captions and by their vectors, fused by reciprocal rank.
 
-        What must be in a caption, or must not, holds for all of them.
+        What must be in a caption, or must not, holds for all of them. Words that the ranker never learned are looked for
+        in captions alone.
 
         Args:
             question: see `text`; it is also the sentence, without its signs, unless a vector is given.
@@ -176,7 +177,7 @@ class Index:
         depth = -(-max(1, offset + limit) // _FUSED) * _FUSED
         chosen = _filter(where)
         rankings = [self._find_text(question, depth, chosen, "relevance")]
-        if vector is None and (sentence := self._text.wanted_words(question)):
+        if vector is None and self._knows(sentence := self._text.wanted_words(question)):
             vector = self._encode(sentence)
         if vector is not None:
             rankings.append(self._find_allowed(question, vector, depth, chosen))
@@ -190,6 +191,11 @@ class Index:
         """
         row: dict[str, Any] = self._rows.take(np.array([self._row(image_id)])).to_pylist()[0]
         return row
+
+    def sample(self, limit: int = 20) -> pa.Table:
+        """Some images, from all over the index; each scores 0."""
+        rows = self._rows.spread(limit)
+        return self._table(Hits(rows, np.zeros(len(rows), np.float32)))
 
     def splits(self) -> list[str]:
         """The splits that its images are of, sorted."""
@@ -236,12 +242,18 @@ class Index:
             raise QueryError(f"no image {image_id} in the index; ids are matched exactly")
         return row
 
+    def _knows(self, sentence: str) -> bool:
+        """Whether a sentence has words to look for; without a ranker it is for `_encode` to complain."""
+        return bool(sentence) and (self._encoder is None or self._encoder.knows(sentence))
+
     def _encode(self, sentence: str) -> Vectors:
         self._require_vectors()
         if not sentence.strip():
             raise QueryError("sentence: expected words, got none")
         if self._encoder is None:
             raise QueryError("sentences need the ranker that made the embeddings; open the index with its checkpoint")
+        if not self._encoder.knows(sentence):
+            raise QueryError(f"sentence: expected words that the ranker has learned, got none of them in {sentence!r}")
         vector: Vectors = self._encoder.encode_sentences([sentence])[0]
         return vector
 

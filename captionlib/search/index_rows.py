@@ -86,6 +86,16 @@ class RowStore:
         back = np.argsort(np.concatenate(order))
         return pa.Table.from_batches([pa.concat_batches(pieces).take(pa.array(back))])
 
+    def spread(self, count: int) -> npt.NDArray[np.int64]:
+        """The numbers of so many rows, or of all if there are fewer, at even distances."""
+        if not self._batches:
+            return np.empty(0, np.int64)
+        places = np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64))
+        firsts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])[:-1]
+        owners = np.searchsorted(firsts, places, side="right") - 1
+        numbers: npt.NDArray[np.int64] = self._starts[owners] + places - firsts[owners]
+        return numbers
+
     def splits(self) -> list[str]:
         """The splits that there are, sorted."""
         return sorted({split for batch in self._batches for split in pc.unique(batch["split"]).to_pylist()})

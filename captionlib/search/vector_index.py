@@ -56,6 +56,8 @@ def train_vectors(layout: VectorLayout, sample: Vectors, seed: int, path: Path) 
     index.cp.niter = _TRAINING_ROUNDS
     index.cp.min_points_per_centroid = 1  # few rows in many lists are somebody's choice, not worth a warning
     index.cp.spherical = True
+    if isinstance(index, faiss.IndexIVFPQ):
+        index.pq.cp.min_points_per_centroid = 1
     index.train(np.ascontiguousarray(sample, np.float32))
     faiss.write_index(index, str(path))
 

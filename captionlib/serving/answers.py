@@ -147,11 +147,15 @@ class Library:
             else:
                 table = self.index.hybrid(question, limit + 1, offset, chosen)
         except QueryError as error:
-            answer.note = str(error)
+            answer.note = str(error).split(": ", 1)[-1]
             return answer
         answer.rows = hits_of(table.slice(0, limit))
         answer.more = table.num_rows > limit and offset + limit <= self.config.max_offset
         return answer
+
+    def sample(self, limit: int) -> list[Hit]:
+        """Some images, for whoever does not know yet what to ask."""
+        return hits_of(self.index.sample(limit))
 
     def image(self, image_id: str) -> ImageAnswer:
         """One image.

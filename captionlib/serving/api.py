@@ -55,17 +55,19 @@ def api_routes(library: Library, config: ServingConfig) -> APIRouter:
             str, Query(max_length=config.max_question_characters, description='Words, "phrases", +must, -not.')
         ],
         mode: Annotated[Mode, Query(description="Words of captions, what a sentence describes, or both.")] = "text",
-        offset: Annotated[int, Query(ge=0, le=config.max_offset)] = 0,
-        limit: Annotated[int, Query(ge=1, le=config.max_rows)] = 20,
+        offset: Annotated[int, Query(ge=0, le=config.max_offset, description="Images to pass over.")] = 0,
+        limit: Annotated[int, Query(ge=1, le=config.max_rows, description="Images of one answer.")] = 20,
         split: Annotated[str | None, Query(max_length=100, description="That the images must be of.")] = None,
-        min_log_prob: Annotated[float | None, Query(le=0, allow_inf_nan=False)] = None,
+        min_log_prob: Annotated[
+            float | None, Query(le=0, allow_inf_nan=False, description="That captions must have at least.")
+        ] = None,
     ) -> Answer:
         if mode not in library.modes:
             raise HTTPException(400, f"{mode} cannot be asked here; there is {', '.join(library.modes)}")
         return library.search(q, mode, offset, limit, split, min_log_prob)
 
     @routes.get("/api/image", summary="One image of the index", responses=_problems(404))
-    def image(id: Annotated[str, Query(max_length=4096)]) -> ImageAnswer:
+    def image(id: Annotated[str, Query(max_length=4096, description="Of the image.")]) -> ImageAnswer:
         try:
             return library.image(id)
         except QueryError as error:

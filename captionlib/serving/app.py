@@ -1,6 +1,6 @@
 """The application: routes, limits and errors put together."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -50,11 +50,13 @@ def create_app(library: Library, thumbnails: Path) -> FastAPI:
     )
     app.include_router(api_routes(library, config))
     app.include_router(picture_routes(library, pictures))
-    app.include_router(page_routes(library, config, pages))
+    app.include_router(page_routes(library, config, pages, pictures))
     app.mount("/static", StaticFiles(directory=str(files("captionlib.serving") / "static")), name="static")
     _add_docs(app, pages)
     _add_errors(app, pages)
-    app.add_middleware(LimitBody, max_bytes=config.max_upload_bytes + _FORM_BYTES)
+    app.add_middleware(
+        LimitBody, max_bytes=config.max_upload_bytes + _FORM_BYTES, refuse=_too_large(pages, config.max_upload_bytes)
+    )
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(config.hosts), www_redirect=False)
     app.add_middleware(SafeHeaders)
     return app
@@ -82,6 +84,14 @@ def _add_errors(app: FastAPI, pages: Pages) -> None:
         if _is_person(request):
             return pages.problem(422, "; ".join(f"{problem['loc'][-1]}: {problem['msg']}" for problem in problems))
         return JSONResponse({"detail": problems}, 422)
+
+
+def _too_large(pages: Pages, max_bytes: int) -> Callable[[Request], Response]:
+    def refuse(request: Request) -> Response:
+        detail = f"expected a photograph of at most {max_bytes / 2**20:.3g} MB"
+        return pages.problem(413, detail) if _is_person(request) else JSONResponse({"detail": detail}, 413)
+
+    return refuse
 
 
 def _is_person(request: Request) -> bool:

@@ -1,8 +1,9 @@
 """What stands before the pages: no body that is too large, and headers that keep a browser from harm."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 __all__ = ["LimitBody", "SafeHeaders"]
@@ -10,7 +11,7 @@ __all__ = ["LimitBody", "SafeHeaders"]
 # Nothing from elsewhere, nothing inline, no frames: what a caption holds can do nothing, even if it were not escaped.
 _HEADERS: Mapping[str, str] = {
     "content-security-policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
         "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     ),
     "x-content-type-options": "nosniff",
@@ -21,11 +22,18 @@ _HEADERS: Mapping[str, str] = {
 
 
 class LimitBody:
-    """Answers 413 to a request whose body is larger than allowed, whatever it says of its length."""
+    """Refuses a request whose body is larger than allowed, whatever it says of its length.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    Args:
+        app: what is asked otherwise.
+        max_bytes: of a body.
+        refuse: makes the answer, with the status 413.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, refuse: Callable[[Request], Response]) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -33,7 +41,7 @@ class LimitBody:
             return
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._max_bytes:
-            await _refuse(send, self._max_bytes)
+            await self._answer(scope, receive, send)
             return
         received, answered = 0, False
 
@@ -54,18 +62,16 @@ class LimitBody:
             await self._app(scope, counted, watched)
         except _TooLargeError:
             if not answered:
-                await _refuse(send, self._max_bytes)
+                await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = self._refuse(Request(scope))
+        response.headers["connection"] = "close"  # what is left of the body is not read
+        await response(scope, receive, send)
 
 
 class _TooLargeError(BaseException):
     """Passes through what catches all errors of an application."""
-
-
-async def _refuse(send: Send, max_bytes: int) -> None:
-    body = json.dumps({"detail": f"expected at most {max_bytes} bytes"}).encode()
-    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": 413, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
 
 
 class SafeHeaders:

@@ -1,11 +1,12 @@
 """Pages for people: they work without scripts, and with them answer while one types."""
 
+import base64
 import math
 from typing import Annotated
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, File, HTTPException, Query, Request, Response, UploadFile
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.concurrency import run_in_threadpool
 
@@ -53,9 +54,10 @@ class Pages:
 _HEADINGS = {404: "Nothing here", 413: "Too large", 422: "That cannot be asked", 503: "Too busy"}
 
 
-def page_routes(library: Library, config: ServingConfig, pages: Pages) -> APIRouter:
+def page_routes(library: Library, config: ServingConfig, pages: Pages, thumbnails: Thumbnails) -> APIRouter:
     """The pages, and the pictures on them."""
     routes = APIRouter(include_in_schema=False)
+    last = config.max_offset // _PAGE_ROWS + 1
 
     @routes.get("/")
     def search(
@@ -66,10 +68,16 @@ def page_routes(library: Library, config: ServingConfig, pages: Pages) -> APIRou
         fragment: bool = False,
     ) -> HTMLResponse:
         chosen = mode if mode in library.modes else "text"
-        offset = min((page - 1) * _PAGE_ROWS, config.max_offset)
-        answer = library.search(q, chosen, offset, _PAGE_ROWS, split or None, None)
-        template = "results.html" if fragment else "search.html"
-        return pages.render(template, answer=answer, page=page, split=split, rows=_PAGE_ROWS)
+        page = min(page, last)
+        answer = library.search(q, chosen, (page - 1) * _PAGE_ROWS, _PAGE_ROWS, split or None, None)
+        return pages.render(
+            "results.html" if fragment else "search.html",
+            answer=answer,
+            page=page,
+            pages=min(last, math.ceil((answer.total or 0) / _PAGE_ROWS)),
+            split=split,
+            examples=[] if q.strip() else library.sample(_PAGE_ROWS),
+        )
 
     @routes.get("/image")
     def image(id: Annotated[str, Query(max_length=4096)]) -> HTMLResponse:
@@ -78,14 +86,20 @@ def page_routes(library: Library, config: ServingConfig, pages: Pages) -> APIRou
         except QueryError as error:
             return pages.problem(404, str(error))
 
+    @routes.get("/photo")
+    def no_photo() -> Response:
+        return RedirectResponse("/")  # who comes back to the page of a photograph, which is not kept
+
     @routes.post("/photo")
     async def photo(photo: Annotated[UploadFile, File()]) -> HTMLResponse:
         content = await photo.read()
         try:
             found = await run_in_threadpool(ask_photo, library, content)
+            picture = await run_in_threadpool(thumbnails.shrink, content, "large")
         except HTTPException as error:
             return pages.problem(error.status_code, str(error.detail))
-        return pages.render("photo.html", found=found, name=photo.filename or "your photograph")
+        shown = f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
+        return pages.render("photo.html", found=found, picture=shown, name=photo.filename or "your photograph")
 
     return routes
 
@@ -104,7 +118,9 @@ def picture_routes(library: Library, thumbnails: Thumbnails) -> APIRouter:
             503: {"model": Problem},
         },
     )
-    def picture(request: Request, size: Size, id: Annotated[str, Query(max_length=4096)]) -> Response:
+    def picture(
+        request: Request, size: Size, id: Annotated[str, Query(max_length=4096, description="Of the image.")]
+    ) -> Response:
         try:
             return Response(thumbnails.get(library.uri(id), size), media_type="image/jpeg", headers=_PICTURE_HEADERS)
         except QueryError as error:
@@ -120,6 +136,8 @@ def picture_routes(library: Library, thumbnails: Thumbnails) -> APIRouter:
 
 
 def _percent(log_prob: float) -> str:
-    """A probability with two digits that count, unless it is hardly one."""
+    """A probability with two digits that count, unless it is hardly one: those of long captions are small."""
     percent = 100 * math.exp(min(0.0, log_prob))
-    return f"{percent:.2g}%" if percent >= 0.001 else "< 0.001%"
+    if percent < 1e-6:
+        return "< 0.000001%"
+    return f"{percent:.{max(0, 1 - math.floor(math.log10(percent)))}f}%"

@@ -87,18 +87,26 @@ class Thumbnails:
         os.utime(path)  # the ones looked at last are kept
         return content
 
+    def shrink(self, content: bytes, size: Size) -> bytes:
+        """A picture of an image file; it is not kept.
+
+        Raises:
+            DecodeError: it is no image, or one that is not allowed.
+        """
+        pixels = self._decoders[size].decode(content)
+        return _to_jpeg(_trim(pixels) if size == "large" else pixels)
+
     def _make(self, uri: str, size: Size, path: Path) -> bytes:
         self._recall_failure(path.name)
         if not self._slots.acquire(timeout=5.0):
             raise BusyError
         try:
-            pixels = self._decoders[size].decode(self._fetcher.fetch(uri))
+            content = self.shrink(self._fetcher.fetch(uri), size)
         except (FetchError, DecodeError) as error:
             self._remember_failure(path.name, error)
             raise
         finally:
             self._slots.release()
-        content = _to_jpeg(_trim(pixels) if size == "large" else pixels)
         path.parent.mkdir(exist_ok=True)
         partial = path.with_name(f"{uuid.uuid4().hex}.partial")
         partial.write_bytes(content)

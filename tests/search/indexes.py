@@ -27,6 +27,9 @@ class WordRanker:
     fingerprint = "ranker-of-words"
     encoder: Mapping[str, Any] = {}
 
+    def knows(self, sentence: str) -> bool:
+        return not set(WORDS).isdisjoint(sentence.lower().split())
+
     def encode_sentences(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
         counts = np.array([[sentence.lower().split().count(word) for word in WORDS] for sentence in sentences])
         vectors = counts.astype(np.float32) + 0.01

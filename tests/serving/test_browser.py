@@ -69,6 +69,27 @@ def test_answers_come_while_one_types(site: str, browser: WebDriver) -> None:
     assert complaints(browser) == []
 
 
+def test_one_comes_back_to_what_one_asked(site: str, browser: WebDriver) -> None:
+    browser.get(site)
+    box = browser.find_element(By.ID, "q")
+    box.send_keys("+dog", Keys.ENTER)
+    wait_for(browser, "location.search.includes('q=%2Bdog')")
+    box.send_keys(" +frisbee")
+    wait_for(browser, "location.search.includes('frisbee')")
+    wait_for(browser, "document.querySelectorAll('.cards li').length == 2")
+    asked = browser.current_url
+    browser.find_element(By.CSS_SELECTOR, ".cards a").click()
+    wait_for(browser, "location.pathname == '/image'")
+    assert browser.find_element(By.CSS_SELECTOR, ".back a").get_attribute("href") == asked
+    browser.back()
+    wait_for(browser, "document.querySelectorAll('.cards li').length == 2")
+    assert browser.current_url == asked
+    browser.back()
+    wait_for(browser, "document.querySelectorAll('.cards li').length > 2")
+    assert browser.find_element(By.ID, "q").get_attribute("value") == "+dog"
+    assert complaints(browser) == []
+
+
 def test_all_is_reached_by_the_keyboard(site: str, browser: WebDriver) -> None:
     browser.get(f"{site}/?q=dog")
     body = browser.find_element(By.TAG_NAME, "body")
@@ -124,6 +145,8 @@ def test_a_photograph_is_a_question(site: str, browser: WebDriver, tmp_path: Pat
     wait_for(browser, "location.pathname == '/photo'")
     assert browser.find_element(By.TAG_NAME, "h1").text == "teal.png"
     assert len(captions(browser)) == 24
+    assert browser.execute_script("return document.querySelector('.image img').naturalWidth") == 640 * 90 // 70
+    assert complaints(browser) == []
     assert [one.text for one in browser.find_elements(By.TAG_NAME, "h2")] == ["Nearest sentences", "Nearest images"]
 
 
@@ -135,7 +158,7 @@ def test_a_phone_scrolls_one_way_alone_and_text_stands_out(site: str, browser: W
     browser.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     )
-    for page in ("/?q=dog", "/image?id=im3", "/docs", "/nothing"):
+    for page in ("/", "/?q=dog", "/image?id=im3", "/docs", "/nothing"):
         browser.get(site + page)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
         colours = browser.execute_script(

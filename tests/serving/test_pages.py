@@ -1,4 +1,6 @@
+import base64
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -65,8 +67,23 @@ def test_a_question_without_words_has_a_note_in_place_of_rows(client: TestClient
     answer = client.get("/api/search", params={"q": "the"}).json()
     assert answer["rows"] == []
     assert "expected words to look for" in answer["note"]
-    assert "expected words to look for" in client.get("/?q=the").text
-    assert client.get("/").status_code == 200
+    assert "Expected words to look for" in client.get("/?q=the").text
+    unknown = client.get("/api/search", params={"q": "zebra", "mode": "sentence"}).json()
+    assert (unknown["rows"], "words that the ranker has learned" in unknown["note"]) == ([], True)
+
+
+def test_who_asks_nothing_yet_is_shown_how_and_some_images(client: TestClient) -> None:
+    html = client.get("/").text
+    assert "<code>+dog</code> must be there" in html
+    assert html.count('<span class="caption"') == 24
+
+
+def test_pages_end(client: TestClient) -> None:
+    assert "page 2 of" in client.get("/?q=dog+cat+pizza+train&page=2").text
+    for beyond in (100, 10**12):
+        html = client.get(f"/?q=dog&page={beyond}").text
+        assert "No further images for “dog”" in html
+        assert 'href="/?q=dog&amp;mode=text">← First page' in html
 
 
 def test_everything_is_escaped(client: TestClient) -> None:
@@ -133,6 +150,11 @@ def test_a_photograph_finds_images_and_sentences(client: TestClient) -> None:
     assert len(found["images"]) == 24
     assert found["sentences"]
     assert found["captions"] == []
+    page = client.post("/photo", files={"photo": ("x.png", photo(), "image/png")}).text
+    (shown,) = re.findall('src="data:image/jpeg;base64,([^"]*)"', page)
+    with Image.open(io.BytesIO(base64.b64decode(shown))) as image:
+        assert image.width / image.height == pytest.approx(4 / 3, abs=0.01)
+    assert client.get("/photo", follow_redirects=False).headers["location"] == "/"
 
 
 @pytest.mark.parametrize(
@@ -154,7 +176,9 @@ def test_what_is_no_photograph_is_refused(client: TestClient, content: bytes, re
 
 def test_a_body_that_is_too_large_is_refused(client: TestClient) -> None:
     large = client.post("/api/photo", files={"photo": ("x.png", b"x" * 300_000, "image/png")})
-    assert (large.status_code, large.json()["detail"]) == (413, "expected at most 265536 bytes")
+    assert (large.status_code, large.json()["detail"]) == (413, "expected a photograph of at most 0.191 MB")
+    page = client.post("/photo", files={"photo": ("x.png", b"x" * 300_000, "image/png")}, headers=PERSON)
+    assert (page.status_code, "<h1>Too large</h1>" in page.text) == (413, True)
     pieces = (b"x" * 10_000 for _ in range(30))
     headers = {"content-type": "multipart/form-data; boundary=b", "transfer-encoding": "chunked"}
     assert client.post("/api/photo", content=pieces, headers=headers).status_code == 413

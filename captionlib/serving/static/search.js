@@ -5,11 +5,16 @@ const form = document.getElementById("search");
 const results = document.getElementById("results");
 let waiting = 0;
 let running = null;
+let settled = false; // whether one may want to come back to the answer that is shown
 
 async function ask() {
   const asked = new URLSearchParams(new FormData(form));
   for (const name of [...asked.keys()]) if (!asked.get(name)) asked.delete(name);
-  history.replaceState(null, "", asked.size ? `/?${asked}` : "/");
+  const address = asked.size ? `/?${asked}` : "/";
+  if (settled && address !== location.pathname + location.search) history.pushState(null, "", address);
+  else history.replaceState(null, "", address);
+  settled = false;
+  remember();
   document.title = asked.get("q") ? `${asked.get("q")} · captionlib` : "captionlib";
   if (running) running.abort();
   const mine = running = new AbortController();
@@ -26,7 +31,13 @@ async function ask() {
   }
 }
 
+function remember() {
+  sessionStorage.setItem("search", location.search);
+}
+
 if (form) {
+  remember();
+  window.addEventListener("popstate", () => location.reload());
   form.addEventListener("input", (event) => {
     clearTimeout(waiting);
     waiting = setTimeout(ask, event.target.type === "search" ? 150 : 0);
@@ -35,7 +46,17 @@ if (form) {
     event.preventDefault();
     clearTimeout(waiting);
     ask();
+    settled = true;
   });
+}
+
+for (const back of document.querySelectorAll(".back a")) back.search = sessionStorage.getItem("search") || "";
+
+const upload = document.querySelector(".upload form");
+if (upload) {
+  const button = upload.querySelector("button");
+  upload.addEventListener("submit", () => { button.textContent = "Looking…"; });
+  window.addEventListener("pageshow", () => { button.textContent = "Look"; });
 }
 
 document.addEventListener("keydown", (event) => {
