@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 __all__ = ["ClusterError", "Processes", "run_command", "wait_for"]
@@ -22,7 +23,7 @@ class ClusterError(Exception):
 
 
 class Processes:
-    """Named processes, each the leader of a process group that its own children belong to.
+    """Named processes, each the leader of a session that its children belong to, in whatever process group.
 
     Args:
         folder: where their pids and logs are kept; it outlives the command that starts them.
@@ -77,11 +78,11 @@ class Processes:
         return _began(int(pid)) == began != ""
 
     def members(self, name: str) -> dict[int, str]:
-        """The processes of a group, by pid, with their command lines; its children may outlive its leader."""
+        """A process and its children, by pid, with their command lines; children may outlive it."""
         pid, began = self._read(name)
         if _began(int(pid)) not in {began, ""}:
             return {}  # the number belongs to a stranger by now
-        return {member: command for member, group, command in _processes() if group == int(pid)}
+        return {member: command for member, session, command in _processes() if session == int(pid)}
 
     def kill(self, name: str) -> None:
         """Kills one process at once, as a machine's failure would, but not its children; it may be started again."""
@@ -99,8 +100,9 @@ class Processes:
         for kind, seconds in ((signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, _STOP_SECONDS)):
             deadline = time.monotonic() + seconds
             for name in running:
-                if self.members(name):
-                    os.killpg(self.pid(name), kind)
+                for pid in self.members(name):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, kind)
             while time.monotonic() < deadline and any(self.members(name) for name in running):
                 self._reap()
                 time.sleep(0.1)
@@ -182,7 +184,8 @@ def _began(pid: int) -> str:
 
 
 def _processes() -> list[tuple[int, int, str]]:
-    """Pid, process group and command line of all processes that run."""
-    told = subprocess.run(["ps", "-e", "-o", "pid=,pgid=,stat=,args="], capture_output=True, text=True, check=True)
+    """Pid, session and command line of all processes that run."""
+    command = ["ps", "-e", "-ww", "-o", "pid=,sess=,stat=,args="]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
     rows = (line.split(maxsplit=3) for line in told.stdout.splitlines())
     return [(int(row[0]), int(row[1]), row[3]) for row in rows if len(row) == 4 and not row[2].startswith("Z")]

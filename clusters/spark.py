@@ -53,6 +53,9 @@ class SparkCluster:
         (self.folder / "ports.json").write_text(json.dumps(ports), encoding="utf-8")
         write_boot_script(self.folder)
         write_logging(self.folder)
+        home = self.folder / "jars"
+        home.unlink(missing_ok=True)
+        home.symlink_to(SPARK.fetch())
         self._start_master()
         for number in range(1, WORKERS + 1):
             self._start_worker(number)
@@ -115,9 +118,11 @@ class SparkCluster:
     def _start(
         self, name: str, main: str, arguments: list[str], megabytes: int, options: list[str] | None = None
     ) -> None:
-        jars = [SPARK.fetch()] if name != "job-server" else [SPARK_RUNNER.fetch(), SPARK.fetch()]
+        jars = [SPARK.fetch()]
+        if name == "job-server":  # Beam's jars have precedence, but for the logging that Spark brings along
+            jars = [*SPARK.fetch().glob("slf4j-api-*.jar"), SPARK_RUNNER.fetch(), SPARK.fetch()]
         logging = self.folder / "log4j2.properties"
         command = java_command(main, jars, logging, arguments, megabytes, options or [])
-        # A worker starts executors by Spark's own launcher, which wants to know where Spark lies.
+        # A worker starts executors by Spark's own launcher, which looks for Spark's jars in its home.
         environment = {"SPARK_HOME": str(self.folder), "SPARK_SCALA_VERSION": "2.12", "SPARK_LOCAL_IP": "127.0.0.1"}
         self.processes.start(name, command, environment)
