@@ -1,8 +1,9 @@
 """The encoder: any torchvision network, cut at any of its nodes, from pixels to feature vectors."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -14,10 +15,21 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from captionlib.data.images import Preprocessing
 from captionlib.errors import ConfigError
-from captionlib.models.devices import resolve_device
+from captionlib.models.devices import copy_to_host, in_parts, resolve_device
 from captionlib.models.weights import hash_weights, load_weights, random_weights, weights_preset
 
-__all__ = ["Encoder", "EncoderConfig", "build_network", "encoder_config", "load_encoder", "preprocessing_of"]
+__all__ = [
+    "Encoder",
+    "EncoderConfig",
+    "Encoding",
+    "build_network",
+    "encoder_config",
+    "load_encoder",
+    "preprocessing_of",
+]
+
+Encoding = Callable[[], npt.NDArray[np.floating]]
+"""Waits for the features of a batch that is being encoded, and gives them."""
 
 # The talk's names for VGG's layers, and the nodes that follow their ReLU.
 _VGG_ALIASES = {"fc6": "classifier.1", "fc7": "classifier.4"}
@@ -76,7 +88,7 @@ class Encoder:
         std = torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1)
         self._scale, self._shift = 1 / (255 * std), mean / std
         crop = preprocessing.crop_size
-        self.shape: list[int] = list(self._encode(np.zeros((1, crop, crop, 3), np.uint8)).shape[1:])
+        self.shape: list[int] = list(self.encode(np.zeros((1, crop, crop, 3), np.uint8)).shape[1:])
         self.description: dict[str, Any] = {
             "model": config.model,
             "node": config.node,
@@ -100,32 +112,43 @@ class Encoder:
         return int(np.prod(self.shape))
 
     def encode(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.floating]:
-        """Features of a batch; a batch that does not fit into the device's memory is halved and tried again.
+        """Features of a batch, see `begin`."""
+        return self.begin(images)()
+
+    def begin(self, images: npt.NDArray[np.uint8]) -> Encoding:
+        """Starts to encode a batch; one that does not fit into the device's memory is halved.
+
+        A GPU computes on its own: who begins the next batch before asking for the features of this one keeps it busy.
+        Copies and batches queue up in one stream; none waits for the host.
 
         Args:
             images: `[batch, crop, crop, 3] uint8`, RGB.
 
         Returns:
-            `[batch, size]` or `[batch, positions, channels]`, of the stored dtype.
+            What waits for the features and gives them: `[batch, size]` or `[batch, positions, channels]`, of the stored
+            dtype.
         """
         try:
-            return self._encode(images)
+            return self._begin(images)
         except torch.OutOfMemoryError:
-            if len(images) == 1:
-                raise
+            pass
         torch.cuda.empty_cache()
-        half = len(images) // 2
-        return np.concatenate([self.encode(images[:half]), self.encode(images[half:])])
+        features = np.concatenate(in_parts(lambda part: self._begin(images[part])(), len(images)))
+        return lambda: features
 
     @torch.inference_mode()
-    def _encode(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.floating]:
+    def _begin(self, images: npt.NDArray[np.uint8]) -> Encoding:
         pixels = torch.from_numpy(images)
         if self.device.type == "cuda":
             pixels = pixels.pin_memory().to(self.device, non_blocking=True)
         pixels = pixels.permute(0, 3, 1, 2)  # a view: channels_last is how decoded images lie in memory
         output: Tensor = self._network((pixels * self._scale - self._shift).to(self._dtype))["features"]
+        return partial(self._finish, *copy_to_host(self._pool(output.float())))
+
+    def _finish(self, copied: Tensor, wait: Callable[[], None]) -> npt.NDArray[np.floating]:
+        wait()
         with np.errstate(over="ignore"):  # found below
-            features = self._pool(output.float()).cpu().numpy().astype(self._stored_dtype)
+            features = copied.numpy().astype(self._stored_dtype)
         if not np.isfinite(features).all():
             raise ConfigError(
                 f"the encoder's features do not fit into {self._stored_dtype}, or are not numbers; "

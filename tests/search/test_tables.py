@@ -69,7 +69,11 @@ def test_a_single_row_that_is_too_wide_is_shown_as_lines() -> None:
 def test_lists_in_a_list_are_cut_to_the_terminal() -> None:
     schema = pa.schema([("id", pa.string()), ("maps", pa.list_(pa.list_(pa.float16(), 9)))])
     text = written([{"id": "a long id " * 5, "maps": [[0.5] * 9, [0.25] * 9]}], schema, "table", 30)
-    assert text.splitlines() == [f"id    {'a long id ' * 5}", "maps  [0.5, 0.5, 0.5, 0.5, 0.…", "      [0.25, 0.25, 0.25, 0.25…"]
+    assert text.splitlines() == [
+        f"id    {'a long id ' * 5}",
+        "maps  [0.5, 0.5, 0.5, 0.5, 0.…",
+        "      [0.25, 0.25, 0.25, 0.25…",
+    ]
 
 
 def test_no_rows_are_a_header_alone() -> None:
