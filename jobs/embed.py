@@ -33,6 +33,7 @@ def command(
     retry_failures: bool,
     max_failure_ratio: float,
     progress: bool,
+    accelerator: str | None,
     beam_options: tuple[str, ...],
 ) -> None:
     """Embed every image of SOURCE, a features dataset or a manifest, in the space that images and sentences share.
@@ -53,6 +54,6 @@ def command(
         load_config(EmbeddingConfig, config, overrides),
         weights=weights,
         device=device,
-        run=RunConfig(workers, beam_options, max_failure_ratio, retry_failures, overwrite, progress),
+        run=RunConfig(workers, beam_options, max_failure_ratio, retry_failures, overwrite, progress, accelerator),
     )
     echo_totals(output, totals)

@@ -31,6 +31,7 @@ def command(
     retry_failures: bool,
     max_failure_ratio: float,
     progress: bool,
+    accelerator: str | None,
     beam_options: tuple[str, ...],
 ) -> None:
     """Turn the images of MANIFEST into feature vectors.
@@ -53,6 +54,6 @@ def command(
         output,
         load_config(ExtractionConfig, config, overrides),
         device=device,
-        run=RunConfig(workers, beam_options, max_failure_ratio, retry_failures, overwrite, progress),
+        run=RunConfig(workers, beam_options, max_failure_ratio, retry_failures, overwrite, progress, accelerator),
     )
     echo_totals(output, totals)

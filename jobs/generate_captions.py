@@ -37,6 +37,7 @@ def command(
     retry_failures: bool,
     max_failure_ratio: float,
     progress: bool,
+    accelerator: str | None,
     beam_options: tuple[str, ...],
 ) -> None:
     """Caption every image of SOURCE: a features dataset, or a manifest.
@@ -63,7 +64,7 @@ def command(
         embeddings=embeddings,
         weights=weights,
         device=device,
-        run=RunConfig(workers, beam_options, max_failure_ratio, retry_failures, overwrite, progress),
+        run=RunConfig(workers, beam_options, max_failure_ratio, retry_failures, overwrite, progress, accelerator),
     )
     echo_totals(output, totals)
     if embeddings is not None:

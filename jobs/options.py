@@ -67,6 +67,12 @@ def pipeline_options(command: Command) -> Command:
             help="Fail when more of the images could not be read; all that could is written all the same.",
         ),
         click.option("--progress/--no-progress", default=True, help="Show a progress bar."),
+        click.option(
+            "--accelerator",
+            metavar="SPEC",
+            help="A GPU for each of Dataflow's workers, such as 'type:nvidia-l4;count:1;install-nvidia-driver': one "
+            "process and two shards at a time on each, and a worker that finds no GPU fails.",
+        ),
         click.argument("beam_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- BEAM OPTIONS]"),
     ]
     return _apply(command, options)

@@ -49,7 +49,8 @@ def embed_images(
     rows = open_dataset(source).require_complete()
     model = load_ranker(os.fspath(ranker))
     threads = run.threads if run.workers > 1 else None
-    encoder = encoder_for(rows, model, weights, device, threads)
+    here, there = run.devices(device)
+    encoder = encoder_for(rows, model, weights, here, threads)
     dataset = create_dataset(
         output,
         "embeddings",
@@ -58,5 +59,5 @@ def embed_images(
         shards=rows.shards,
         overwrite=run.overwrite,
     )
-    stage = ImageEmbedding(config, RankerFolder(absolute_address(ranker), model.fingerprint), encoder, device, threads)
+    stage = ImageEmbedding(config, RankerFolder(absolute_address(ranker), model.fingerprint), encoder, there, threads)
     return run_job(ShardJob(rows, (dataset,), stage, run.retry_failures), "embed", run)

@@ -42,7 +42,8 @@ def extract_features(
     config = replace(config, encoder=travelling_config(config.encoder), loading=run.share(config.loading))
     source = open_dataset(manifest, "manifest").require_complete()
     threads = run.threads if run.workers > 1 else None
-    encoder = open_encoder(config.encoder, device, threads)
+    here, there = run.devices(device)
+    encoder = open_encoder(config.encoder, here, threads)
     dataset = create_dataset(
         output,
         "features",
@@ -51,5 +52,5 @@ def extract_features(
         shards=source.shards,
         overwrite=run.overwrite,
     )
-    stage = FeatureExtraction(config, encoder.description, device, threads)
+    stage = FeatureExtraction(config, encoder.description, there, threads)
     return run_job(ShardJob(source, (dataset,), stage, run.retry_failures), "extract-features", run)

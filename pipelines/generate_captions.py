@@ -64,7 +64,8 @@ def generate_captions(
     captioner = load_captioner(os.fspath(checkpoint))
     positions = require_attention(captioner, os.fspath(checkpoint)) if config.attention_maps else None
     threads = run.threads if run.workers > 1 else None
-    encoder = encoder_for(rows, captioner, weights, device, threads)
+    here, there = run.devices(device)
+    encoder = encoder_for(rows, captioner, weights, here, threads)
     embedder = None if ranker is None else load_ranker(os.fspath(ranker))
     if embedder is not None:
         embedder.require_encoder(captioner.encoder)
@@ -90,7 +91,7 @@ def generate_captions(
             )
         )
     stage = CaptionGeneration(
-        config, absolute_address(checkpoint), captioner.fingerprint, encoder, device, threads, folder
+        config, absolute_address(checkpoint), captioner.fingerprint, encoder, there, threads, folder
     )
     return run_job(ShardJob(rows, tuple(outputs), stage, run.retry_failures), "generate-captions", run)
 

@@ -14,6 +14,9 @@ from captionlib.errors import DatasetError
 
 __all__ = ["ProcessShards"]
 
+# While one shard is being published another computes; more would only share the accelerator's memory.
+_SHARDS_PER_ACCELERATOR = "2"
+
 
 class ProcessShards(beam.PTransform[PBegin, PCollection[int]]):
     """Does some shards of a job, usually those that are pending, and then marks its outputs complete.
@@ -21,18 +24,26 @@ class ProcessShards(beam.PTransform[PBegin, PCollection[int]]):
     Elements are shard numbers, never images: what crosses the Reshuffle stays small however large the images are.
     """
 
-    def __init__(self, job: ShardJob, shards: Sequence[int], max_failure_ratio: float) -> None:
+    def __init__(
+        self, job: ShardJob, shards: Sequence[int], max_failure_ratio: float, accelerator: str | None = None
+    ) -> None:
         super().__init__()
         self._job = job
         self._shards = shards
         self._max_failure_ratio = max_failure_ratio
+        self._accelerator = accelerator
 
     def expand(self, begin: PBegin) -> PCollection[int]:
+        process: beam.PTransform[PCollection[int], PCollection[Marker]] = beam.ParDo(_ProcessShard(self._job))
+        if self._accelerator is not None:
+            process = process.with_resource_hints(
+                accelerator=self._accelerator, max_active_bundles_per_worker=_SHARDS_PER_ACCELERATOR
+            )
         finished: PCollection[int] = (
             begin
             | "Shards" >> beam.Create(self._shards, reshuffle=False)
             | "Spread" >> beam.Reshuffle()
-            | "Process" >> beam.ParDo(_ProcessShard(self._job))
+            | "Process" >> process
             | "Count" >> Count.Globally()
             | "Finish" >> beam.ParDo(_Finish(self._job, self._max_failure_ratio))
         )

@@ -10,7 +10,14 @@ from typing import Any
 
 import apache_beam as beam
 import grpc
-from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
+from apache_beam.options.pipeline_options import (
+    DebugOptions,
+    DirectOptions,
+    GoogleCloudOptions,
+    PipelineOptions,
+    StandardOptions,
+    TestOptions,
+)
 from apache_beam.pvalue import PBegin
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.runners.runner import PipelineRunner, create_runner
@@ -40,6 +47,7 @@ class RunConfig:
         retry_failures: do the failed images of done shards again.
         overwrite: replace the output of another configuration.
         progress: show a progress bar.
+        accelerator: of each worker, as Beam's hint of that name spells it; the models run there and nowhere else.
     """
 
     workers: int = 1
@@ -48,17 +56,28 @@ class RunConfig:
     retry_failures: bool = False
     overwrite: bool = False
     progress: bool = True
+    accelerator: str | None = None
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ConfigError(f"workers: expected at least 1, got {self.workers}")
         if not 0 <= self.max_failure_ratio <= 1:
             raise ConfigError(f"max_failure_ratio: expected 0 to 1, got {self.max_failure_ratio}")
+        if self.accelerator is not None and not self.accelerator.startswith("type:"):
+            raise ConfigError(
+                f"accelerator: expected such as type:nvidia-l4;count:1;install-nvidia-driver, got {self.accelerator!r}"
+            )
 
     @property
     def threads(self) -> int:
         """How many threads each of the local workers computes with."""
         return max(1, available_cores() // self.workers)
+
+    def devices(self, device: str) -> tuple[str, str]:
+        """Where models run here, where they are only looked at, and on the workers, where a GPU is had or refused."""
+        if self.accelerator is None:
+            return device, device
+        return "auto", "cuda" if device == "auto" else device
 
     def share(self, loading: LoadingConfig) -> LoadingConfig:
         """Splits the machine's decoder processes among its workers, unless their number is given."""
@@ -78,12 +97,17 @@ def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
     Raises:
         ConfigError: Beam does not know an option.
         FailureRatioError: more images failed than the run allows; everything is written all the same.
+
+    Returns:
+        What is done; with Beam's `--dry_run` that is what was done before.
     """
-    choose_runner(run)  # options that are wrong are refused before anything is touched
+    _, options = choose_runner(run)  # what is wrong with them is said before anything is touched
     if pending := job.pending():
         job.reopen()
         with show_progress(job.source, job.outputs[0], label, run.progress):
-            run_pipeline(ProcessShards(job, pending, run.max_failure_ratio), label, run)
+            run_pipeline(ProcessShards(job, pending, run.max_failure_ratio, run.accelerator), label, run)
+        if options.view_as(TestOptions).dry_run:
+            return job.outputs[0].totals()
     return job.finish(run.max_failure_ratio)
 
 
@@ -131,7 +155,11 @@ def choose_runner(run: RunConfig) -> tuple[PipelineRunner, PipelineOptions]:
             raise ConfigError(
                 f"--workers {run.workers} is for this machine; {name} takes an option of its own, such as --parallelism"
             )
+        if run.accelerator is not None:
+            _ask_for_accelerators(options)
         return create_runner(name), options
+    if run.accelerator is not None:
+        raise ConfigError("--accelerator is for workers elsewhere; take --device cuda for a GPU of this machine")
     _refuse_unknown(flags)
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     if run.workers == 1:
@@ -139,6 +167,14 @@ def choose_runner(run: RunConfig) -> tuple[PipelineRunner, PipelineOptions]:
     options.view_as(DirectOptions).direct_num_workers = run.workers
     command = f"{shlex.quote(sys.executable)} -m pipelines.local_worker"
     return FnApiRunner(SubprocessSDKEnvironment.from_command_string(command)), options
+
+
+def _ask_for_accelerators(options: PipelineOptions) -> None:
+    """One process a worker, since several would each load the models into the same accelerator."""
+    services = options.view_as(GoogleCloudOptions).dataflow_service_options or []
+    if any(option.startswith("worker_accelerator") for option in services):
+        raise ConfigError("--accelerator and Dataflow's option worker_accelerator exclude each other; leave one out")
+    options.view_as(DebugOptions).add_experiment("no_use_multiple_sdk_containers")
 
 
 def _refuse_unknown(flags: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from captionlib.models.beam_search import search_beam
 from captionlib.models.captioner import Captioner
 from captionlib.models.constraints import Constraints, forbidden_ids
 from captionlib.models.decoding_config import Candidate, DecodingConfig
+from captionlib.models.devices import in_parts
 from captionlib.models.sampling import draw_sentences
 from captionlib.models.stepping import Stepper
 
@@ -51,7 +52,7 @@ class Decoder:
         keys: Sequence[str] | None = None,
         prefix: Sequence[int] = (),
     ) -> list[list[Candidate]]:
-        """Sentences for each image, the best first.
+        """Sentences for each image, the best first; a batch that does not fit into the device's memory is halved.
 
         UNKNOWN is never written; its probability is not given to others, so log-probabilities remain the model's own.
 
@@ -81,13 +82,17 @@ class Decoder:
                 f"decoding: expected a prefix of fewer words than max_tokens {self.config.max_tokens}, got "
                 f"{len(prefix)}; allow longer sentences or give fewer words"
             )
+        drawn_by = [b""] * len(features)
+        if self.config.strategy == "sample":
+            drawn_by = _keys_of(features) if keys is None else [key.encode() for key in keys]
+        parts = in_parts(lambda part: self._write(features[part], drawn_by[part], prefix), len(features))
+        return [self._best(candidates) for part in parts for candidates in part]
+
+    def _write(self, features: Tensor, drawn_by: Sequence[bytes], prefix: Sequence[int]) -> list[list[Candidate]]:
         start = self._stepper.begin(features, prefix)
         if self.config.strategy == "beam":
-            found = search_beam(self._stepper, self.config, self._constraints, start)
-        else:
-            drawn_by = _keys_of(features) if keys is None else [key.encode() for key in keys]
-            found = draw_sentences(self._stepper, self.config, self._constraints, start, drawn_by)
-        return [self._best(candidates) for candidates in found]
+            return search_beam(self._stepper, self.config, self._constraints, start)
+        return draw_sentences(self._stepper, self.config, self._constraints, start, drawn_by)
 
     def _best(self, candidates: list[Candidate]) -> list[Candidate]:
         exponent = self.config.length_normalisation

@@ -1,10 +1,16 @@
-"""Where a model runs."""
+"""Where a model runs, and what to do where its memory is short."""
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from captionlib.errors import ConfigError
 
-__all__ = ["resolve_device"]
+__all__ = ["copy_to_host", "in_parts", "resolve_device"]
+
+Part = TypeVar("Part")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -28,3 +34,38 @@ def resolve_device(name: str) -> torch.device:
                 f"device {name!r} was asked for, but PyTorch sees {count} GPUs; take auto or cpu, or check the driver"
             )
     return device
+
+
+def copy_to_host(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    """Starts to copy a tensor into the host's memory, and says how to wait for it; from a GPU that takes its time."""
+    if tensor.device.type != "cuda":
+        return tensor, lambda: None
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)  # else the copy would wait for the GPU
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+    return host, copied.synchronize
+
+
+def in_parts(compute: Callable[[slice], Part], count: int) -> list[Part]:
+    """What is computed of some items: of all at once, or of halves of what does not fit into the device's memory.
+
+    Args:
+        compute: takes which of the items.
+        count: how many there are.
+
+    Raises:
+        torch.OutOfMemoryError: a single item does not fit.
+    """
+    return _in_parts(compute, 0, count)
+
+
+def _in_parts(compute: Callable[[slice], Part], begin: int, end: int) -> list[Part]:
+    try:
+        return [compute(slice(begin, end))]
+    except torch.OutOfMemoryError:
+        if end - begin == 1:
+            raise
+    torch.cuda.empty_cache()  # here, where the error no longer holds what was computed
+    middle = (begin + end) // 2
+    return [*_in_parts(compute, begin, middle), *_in_parts(compute, middle, end)]

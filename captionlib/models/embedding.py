@@ -19,6 +19,7 @@ from captionlib.models.devices import resolve_device
 from captionlib.models.encoder import EncoderConfig, encoder_config
 from captionlib.models.feature_source import open_features
 from captionlib.models.ranker_checkpoints import LoadedRanker, load_ranker
+from captionlib.models.sharing import one_a_process
 
 __all__ = [
     "EmbeddingConfig",
@@ -62,18 +63,23 @@ class RankerFolder:
     fingerprint: str
 
     def open(self, device: str) -> LoadedRanker:
-        """Loads it.
+        """The process's one ranker of this kind, however many threads and bundles ask for it.
 
         Raises:
             CheckpointError: it is another one by now.
         """
-        ranker = load_ranker(self.checkpoint, str(resolve_device(device)))
-        if ranker.fingerprint != self.fingerprint:
-            raise CheckpointError(
-                f"{self.checkpoint}: expected ranker {self.fingerprint}, got {ranker.fingerprint}; "
-                "the checkpoint was replaced while the embeddings were made: start again with --overwrite"
-            )
-        return ranker
+        return _shared_ranker(self, str(resolve_device(device)))
+
+
+@one_a_process
+def _shared_ranker(folder: RankerFolder, device: str) -> LoadedRanker:
+    ranker = load_ranker(folder.checkpoint, device)
+    if ranker.fingerprint != folder.fingerprint:
+        raise CheckpointError(
+            f"{folder.checkpoint}: expected ranker {folder.fingerprint}, got {ranker.fingerprint}; "
+            "the checkpoint was replaced while the embeddings were made: start again with --overwrite"
+        )
+    return ranker
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The encoder: any torchvision network, cut at any of its nodes, from pixels to feature vectors."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from captionlib.data.images import Preprocessing
 from captionlib.errors import ConfigError
-from captionlib.models.devices import resolve_device
-from captionlib.models.encoder_network import EncoderNetwork, cut_network
+from captionlib.models.devices import copy_to_host, in_parts, resolve_device
+from captionlib.models.encoder_network import EncoderNetwork, cut_network, require_finite
 from captionlib.models.weights import (
     hash_weights,
     is_weights_file,
@@ -26,12 +27,16 @@ from captionlib.storage import absolute_address
 __all__ = [
     "Encoder",
     "EncoderConfig",
+    "Encoding",
     "describe_tuned",
     "encoder_config",
     "load_encoder",
     "preprocessing_of",
     "travelling_config",
 ]
+
+Encoding = Callable[[], npt.NDArray[np.floating]]
+"""Waits for the features of a batch that is being encoded, and gives them."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class Encoder:
         self.preprocessing = preprocessing
         self.device = device
         crop = preprocessing.crop_size
-        self.shape: list[int] = list(self._encode(np.zeros((1, crop, crop, 3), np.uint8)).shape[1:])
+        self.shape: list[int] = list(self.encode(np.zeros((1, crop, crop, 3), np.uint8)).shape[1:])
         self.description: dict[str, Any] = {
             "model": config.model,
             "node": config.node,
@@ -106,30 +111,43 @@ class Encoder:
         return int(np.prod(self.shape))
 
     def encode(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.floating]:
-        """Features of a batch; a batch that does not fit into the device's memory is halved and tried again.
+        """Features of a batch, see `begin`."""
+        return self.begin(images)()
+
+    def begin(self, images: npt.NDArray[np.uint8]) -> Encoding:
+        """Starts to encode a batch; one that does not fit into the device's memory is halved.
+
+        A GPU computes on its own: who begins the next batch before asking for the features of this one keeps it busy.
+        Copies and batches queue up in one stream; none waits for the host.
 
         Args:
             images: `[batch, crop, crop, 3] uint8`, RGB.
 
         Returns:
-            `[batch, size]` or `[batch, positions, channels]`, of the stored dtype.
+            What waits for the features and gives them: `[batch, size]` or `[batch, positions, channels]`, of the stored
+            dtype.
         """
         try:
-            return self._encode(images)
+            return self._begin(images)
         except torch.OutOfMemoryError:
-            if len(images) == 1:
-                raise
+            pass
         torch.cuda.empty_cache()
-        half = len(images) // 2
-        return np.concatenate([self.encode(images[:half]), self.encode(images[half:])])
+        features = np.concatenate(in_parts(lambda part: self._begin(images[part])(), len(images)))
+        return lambda: features
 
     @torch.inference_mode()
-    def _encode(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.floating]:
+    def _begin(self, images: npt.NDArray[np.uint8]) -> Encoding:
         pixels = torch.from_numpy(images)
         if self.device.type == "cuda":
             pixels = pixels.pin_memory().to(self.device, non_blocking=True)
-        features: npt.NDArray[np.floating] = self.network.encode(pixels).cpu().numpy()
-        return features
+        return partial(_finish, *copy_to_host(self.network.encode(pixels)))
+
+
+def _finish(copied: Tensor, wait: Callable[[], None]) -> npt.NDArray[np.floating]:
+    wait()
+    require_finite(copied)
+    features: npt.NDArray[np.floating] = copied.numpy()
+    return features
 
 
 def describe_tuned(description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from captionlib.data.images import Preprocessing
 from captionlib.errors import ConfigError
 
-__all__ = ["EncoderNetwork", "build_network", "cut_network", "parameters_before"]
+__all__ = ["EncoderNetwork", "build_network", "cut_network", "parameters_before", "require_finite"]
 
 # The talk's names for VGG's layers, and the nodes that follow their ReLU.
 _VGG_ALIASES = {"fc6": "classifier.1", "fc7": "classifier.4"}
@@ -73,20 +73,12 @@ class EncoderNetwork(nn.Module):
         return self._pool(output.float())
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Features as they are stored: of the stored dtype.
+        """Features as they are stored: of the stored dtype. Whether they fit is for `require_finite` to say.
 
         Args:
             pixels: see `forward`.
-
-        Raises:
-            ConfigError: they do not fit into it.
         """
         features: Tensor = self(pixels).to(self._stored_dtype)
-        if not features.isfinite().all():
-            raise ConfigError(
-                f"the encoder's features do not fit into {str(self._stored_dtype).removeprefix('torch.')}, or are not "
-                "numbers; set encoder.stored_dtype to float32, or check the weights"
-            )
         return features
 
     def weights(self) -> dict[str, Tensor]:
@@ -105,6 +97,19 @@ class EncoderNetwork(nn.Module):
             output.flatten(2).transpose(1, 2).contiguous()
             if output.shape[2] * output.shape[3] > 1
             else output.flatten(1)
+        )
+
+
+def require_finite(features: Tensor) -> None:
+    """Checks features once they are on the host; on a GPU the question would wait for it.
+
+    Raises:
+        ConfigError: they do not fit into their dtype, or are no numbers.
+    """
+    if not features.isfinite().all():
+        raise ConfigError(
+            f"the encoder's features do not fit into {str(features.dtype).removeprefix('torch.')}, or are not "
+            "numbers; set encoder.stored_dtype to float32, or check the weights"
         )
 
 

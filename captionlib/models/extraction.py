@@ -1,10 +1,9 @@
 """Images of a manifest to feature vectors: decoding overlapped with the encoder on full batches."""
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,12 @@ from captionlib.data.loading import LoadingConfig, open_loader
 from captionlib.data.schemas import MANIFEST, features_schema
 from captionlib.data.stages import Fail, Process
 from captionlib.errors import ConfigError, DatasetError, ImageError
-from captionlib.models.encoder import Encoder, EncoderConfig, load_encoder
+from captionlib.models.encoder import Encoder, EncoderConfig, Encoding, load_encoder
+from captionlib.models.sharing import one_a_process
 
 __all__ = ["ExtractionConfig", "FeatureExtraction", "encode_images", "open_encoder"]
 
 Row = dict[str, Any]
-
-_loading = Lock()
 
 
 @dataclass(frozen=True)
@@ -89,6 +87,19 @@ def encode_images(
     Yields:
         The rows of a batch and their features, `[batch, *encoder.shape]`.
     """
+    waiting: deque[tuple[list[Row], Encoding]] = deque()
+    for rows, images in _batches(loaded, batch_size, fail):
+        waiting.append((rows, encoder.begin(images)))  # the next one, while a GPU computes the one before
+        if len(waiting) > 1:
+            begun, encoding = waiting.popleft()
+            yield begun, encoding()
+    for begun, encoding in waiting:
+        yield begun, encoding()
+
+
+def _batches(
+    loaded: Iterator[tuple[Row, npt.NDArray[np.uint8] | ImageError]], batch_size: int, fail: Fail
+) -> Iterator[tuple[list[Row], npt.NDArray[np.uint8]]]:
     rows: list[Row] = []
     images: list[npt.NDArray[np.uint8]] = []
     for row, image in loaded:
@@ -98,10 +109,10 @@ def encode_images(
         rows.append(row)
         images.append(image)
         if len(rows) == batch_size:
-            yield rows, encoder.encode(np.stack(images))
+            yield rows, np.stack(images)
             rows, images = [], []
     if rows:
-        yield rows, encoder.encode(np.stack(images))
+        yield rows, np.stack(images)
 
 
 def open_encoder(
@@ -114,15 +125,14 @@ def open_encoder(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    with _loading:  # several threads of a worker ask at once; the model is loaded once
-        encoder = _shared_encoder(config, device)
+    encoder = _shared_encoder(config, device)
     if description is not None and encoder.description != description:
         lines = differences(description, encoder.description)
         raise DatasetError(f"the encoder here is not the one this dataset is made with ({'; '.join(lines)})")
     return encoder
 
 
-@lru_cache(maxsize=1)
+@one_a_process
 def _shared_encoder(config: EncoderConfig, device: str) -> Encoder:
     return load_encoder(config, device)
 

@@ -22,6 +22,7 @@ from captionlib.models.embedding import RankerFolder, embed_rows
 from captionlib.models.encoder import EncoderConfig, encoder_config
 from captionlib.models.feature_source import open_features
 from captionlib.models.ranker_checkpoints import LoadedRanker
+from captionlib.models.sharing import one_a_process
 
 __all__ = ["CaptionGeneration", "GenerationConfig", "caption_images", "caption_rows"]
 
@@ -85,16 +86,15 @@ class CaptionGeneration:
         """Loads the models; see `Stage.open`."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        captioner = load_captioner(self.checkpoint, str(resolve_device(self.device)))
-        if captioner.fingerprint != self.fingerprint:
-            raise CheckpointError(
-                f"{self.checkpoint}: expected captioner {self.fingerprint}, got {captioner.fingerprint}; "
-                "the checkpoint was replaced while the captions were made: start again with --overwrite"
-            )
+        captioner, decoder = _shared_captioner(
+            self.checkpoint,
+            self.fingerprint,
+            self.config.decoding,
+            getattr(torch, self.config.dtype),
+            str(resolve_device(self.device)),
+        )
         if self.config.attention_maps:
             require_attention(captioner, self.checkpoint)
-        dtype = getattr(torch, self.config.dtype)
-        decoder = Decoder(captioner.model, self.config.decoding, dtype, captioner.vocabulary)
         ranker = self.ranker.open(self.device) if self.ranker else None
         config = self.config
         with open_features(
@@ -117,6 +117,19 @@ class CaptionGeneration:
                 attention = map_attention(captioner.model, seen, [some[0] for some in candidates])
             captions = caption_rows(rows, candidates, captioner, attention)
             yield (captions,) if ranker is None else (captions, embed_rows(rows, features, ranker))
+
+
+@one_a_process
+def _shared_captioner(
+    checkpoint: str, fingerprint: str, decoding: DecodingConfig, dtype: torch.dtype, device: str
+) -> tuple[LoadedCaptioner, Decoder]:
+    captioner = load_captioner(checkpoint, device)
+    if captioner.fingerprint != fingerprint:
+        raise CheckpointError(
+            f"{checkpoint}: expected captioner {fingerprint}, got {captioner.fingerprint}; "
+            "the checkpoint was replaced while the captions were made: start again with --overwrite"
+        )
+    return captioner, Decoder(captioner.model, decoding, dtype, captioner.vocabulary)
 
 
 def caption_rows(

@@ -6,6 +6,7 @@ Of a spatial map a ranker sees the mean over its positions.
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -120,8 +121,11 @@ class RankingObjective:
         model.log_temperature.requires_grad_(config.loss == "contrastive")
 
     def batches(self, seed: int, epoch: int, first: int) -> Iterator[RankingBatch | None]:
+        return islice(self._drawn(seed, epoch), first, None)  # each draw depends on those before it
+
+    def _drawn(self, seed: int, epoch: int) -> Iterator[RankingBatch | None]:
         draw = np.random.default_rng([seed, epoch, 1])
-        for batch in self._training.shares(seed, epoch, self._processes.rank, self._processes.count, first):
+        for batch in self._training.shares(seed, epoch, self._processes.rank, self._processes.count):
             if batch is None:
                 yield None
             else:

@@ -10,7 +10,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from captionlib.errors import CaptionlibError, ConfigError, DatasetError
 from captionlib.models.devices import resolve_device
-from captionlib.models.encoder import EncoderConfig, encoder_config, load_encoder, travelling_config
+from captionlib.models.encoder import EncoderConfig, Encoding, encoder_config, load_encoder, travelling_config
 from captionlib.models.extraction import open_encoder
 from captionlib.models.weights import hash_weights, random_weights
 
@@ -138,19 +138,19 @@ def test_a_batch_that_does_not_fit_is_halved(pixels: np.ndarray, monkeypatch: py
     encoder = load_encoder(dataclasses.replace(SMALL, pooling="mean"))
     batch = np.concatenate([pixels, pixels, pixels[:1]])
     expected = encoder.encode(batch)
-    encode, sizes = encoder._encode, []
+    begin, sizes = encoder._begin, []
 
-    def small_memory(images: np.ndarray) -> np.ndarray:
+    def small_memory(images: np.ndarray) -> Encoding:
         sizes.append(len(images))
         if len(images) > 2:
             raise torch.OutOfMemoryError("too much")
-        return encode(images)
+        return begin(images)
 
-    monkeypatch.setattr(encoder, "_encode", small_memory)
+    monkeypatch.setattr(encoder, "_begin", small_memory)
     np.testing.assert_allclose(encoder.encode(batch), expected, rtol=1e-5)
-    assert sizes == [5, 2, 3, 1, 2]
+    assert sizes == [5, 5, 2, 3, 1, 2]  # twice as a whole: what was kept for other batches has been given back
 
-    monkeypatch.setattr(encoder, "_encode", lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("too much")))
+    monkeypatch.setattr(encoder, "_begin", lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("too much")))
     with pytest.raises(torch.OutOfMemoryError):
         encoder.encode(batch)
 

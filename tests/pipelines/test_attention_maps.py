@@ -19,6 +19,7 @@ from pipelines.extract_features import extract_features
 from pipelines.generate_captions import generate_captions
 from pipelines.run import RunConfig
 from tests.models.attending import save_captioner
+from tests.pipelines.conftest import draw_images, write_manifest
 from tests.pipelines.test_generate_captions import rows
 
 QUIET = RunConfig(max_failure_ratio=0.5, progress=False)
@@ -54,7 +55,7 @@ def test_each_token_has_the_map_of_where_the_model_looked(features: Path, captio
         words = loaded.vocabulary.encode(str(row["caption"]))
         image = torch.tensor(source["features"], dtype=torch.float32).view(1, positions, channels)
         with torch.inference_mode():
-            (expected,) = loaded.model.looks(image, torch.tensor([words]), torch.tensor([0]))
+            (expected,) = loaded.model.looks(image, torch.tensor([words], dtype=torch.int64), torch.tensor([0]))
         kept = np.array(row["attention"])
         ends.add(len(kept) - len(words))
         assert len(kept) == row["tokens"]
@@ -91,9 +92,9 @@ def test_a_captioner_without_attention_is_refused_before_anything_is_done(featur
         caption_images([str(tmp_path / "no-image-is-read.png")], str(glancing), MAPS, device="cpu")
 
 
-def test_images_tried_again_have_their_maps(
-    manifest: ShardedDataset, captioner: Path, tmp_path: Path, images: list[str]
-) -> None:
+def test_images_tried_again_have_their_maps(captioner: Path, tmp_path: Path) -> None:
+    images = draw_images(tmp_path / "images")
+    manifest = write_manifest(tmp_path / "own-manifest", images)
     caption(manifest.folder.uri, captioner, tmp_path / "captions")
     Image.new("RGB", (80, 60), "red").save(images[9])
     again = dataclasses.replace(QUIET, retry_failures=True)

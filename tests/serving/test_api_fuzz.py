@@ -1,7 +1,11 @@
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 import schemathesis
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
@@ -12,9 +16,17 @@ MODES = [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGAT
 
 
 @pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The description of an application that is open all the while; schemathesis would open and end it at each call."""
     app = make_site(tmp_path_factory.mktemp("fuzz"), 20)
-    return schemathesis.openapi.from_asgi("/openapi.json", app)
+    with TestClient(app):
+        app.router.lifespan_context = _leave_open
+        yield schemathesis.openapi.from_asgi("/openapi.json", app)
+
+
+@asynccontextmanager
+async def _leave_open(_app: FastAPI) -> AsyncIterator[None]:
+    yield
 
 
 def test_all_of_the_api_is_fuzzed(api: Any) -> None:

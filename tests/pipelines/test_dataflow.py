@@ -1,0 +1,182 @@
+"""The jobs as a cluster gets them, built without one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import apache_beam as beam
+import pytest
+from apache_beam.options.pipeline_options import DebugOptions, PipelineOptions
+from apache_beam.portability import common_urns
+from apache_beam.portability.api import beam_runner_api_pb2
+from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
+
+from captionlib.data.datasets import create_dataset, open_dataset
+from captionlib.data.schemas import captions_schema, embeddings_schema
+from captionlib.data.shards import ShardedDataset
+from captionlib.data.stages import ShardJob, Stage
+from captionlib.errors import ConfigError
+from captionlib.models.embedding import EmbeddingConfig, ImageEmbedding, RankerFolder
+from captionlib.models.encoder import EncoderConfig
+from captionlib.models.extraction import ExtractionConfig, FeatureExtraction
+from captionlib.models.generation import CaptionGeneration, GenerationConfig
+from captionlib.search.build import IndexBuild
+from captionlib.search.index_config import IndexConfig
+from captionlib.storage import Folder
+from pipelines.build_index import BuildIndex
+from pipelines.extract_features import extract_features
+from pipelines.process_shards import ProcessShards
+from pipelines.run import RunConfig, choose_runner
+
+Job = beam_runner_api_pb2.Pipeline
+
+L4 = "type:nvidia-l4;count:1;install-nvidia-driver"
+RANKER = RankerFolder("s3://bucket/ranker", "fingerprint")
+STAGES: dict[str, Stage] = {
+    "extract-features": FeatureExtraction(ExtractionConfig(), {"model": "vgg16"}, "cuda"),
+    "generate-captions": CaptionGeneration(
+        GenerationConfig(), "s3://bucket/captioner", "fingerprint", EncoderConfig(), "cuda", None, RANKER
+    ),
+    "embed": ImageEmbedding(EmbeddingConfig(), RANKER, EncoderConfig(), "cuda"),
+}
+DATAFLOW = (
+    "--runner=DataflowRunner",
+    "--project=some-project",
+    "--region=europe-west4",
+    "--temp_location=gs://some-bucket/temporary",
+    "--sdk_container_image=host/worker:1",
+    "--dry_run=True",
+)
+
+# Unpickles what a job carries, in a process that has seen nothing of this one.
+_UNPICKLE = """
+import sys
+from pathlib import Path
+from apache_beam.internal import pickler
+from apache_beam.portability import common_urns, python_urns
+from apache_beam.portability.api import beam_runner_api_pb2
+job = beam_runner_api_pb2.Pipeline.FromString(Path(sys.argv[1]).read_bytes())
+for transform in job.components.transforms.values():
+    if transform.spec.urn == common_urns.primitives.PAR_DO.urn:
+        payload = beam_runner_api_pb2.ParDoPayload.FromString(transform.spec.payload)
+        if payload.do_fn.urn == python_urns.PICKLED_DOFN_INFO:
+            fn = pickler.loads(payload.do_fn.payload)[0]
+            print(transform.unique_name, f"{type(fn).__module__}.{type(fn).__name__}")
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path, manifest: ShardedDataset, request: pytest.FixtureRequest) -> Job:
+    captions = create_dataset(tmp_path / "captions", "captions", captions_schema(), config={}, shards=3)
+    if request.param == "build-index":
+        vectors = create_dataset(tmp_path / "vectors", "embeddings", embeddings_schema(8), config={}, shards=3)
+        transform = BuildIndex(IndexBuild(Folder(tmp_path / "index"), captions, vectors, IndexConfig()))
+        return build(transform, request.param)
+    stage = STAGES[request.param]
+    return build(ProcessShards(ShardJob(manifest, (captions,), stage), range(3), 0.1, L4), request.param)
+
+
+def build(transform: beam.PTransform[object, object], label: str) -> Job:
+    pipeline = beam.Pipeline(FnApiRunner(), PipelineOptions([]))
+    _ = pipeline | label >> transform
+    return pipeline.to_runner_api()
+
+
+def hints_of(job: Job) -> dict[str, dict[str, bytes]]:
+    """The resource hints of each transform, by its label."""
+    return {
+        transform.unique_name: dict(job.components.environments[transform.environment_id].resource_hints)
+        for transform in job.components.transforms.values()
+        if transform.environment_id
+    }
+
+
+@pytest.mark.parametrize("job", STAGES, indirect=True)
+def test_a_gpu_is_asked_for_where_models_run_and_nowhere_else(job: Job, request: pytest.FixtureRequest) -> None:
+    label = request.node.callspec.params["job"]
+    hints = hints_of(job)
+    assert hints.pop(f"{label}/Process") == {
+        "beam:resources:accelerator:v1": L4.encode(),
+        "beam:resources:max_active_bundles_per_worker:v1": b"2",
+    }
+    assert f"{label}/Finish" in hints
+    assert not any(hints.values())
+
+
+@pytest.mark.parametrize("job", [*STAGES, "build-index"], indirect=True)
+def test_what_travels_is_small_and_is_unpickled_anywhere(
+    job: Job, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    assert job.ByteSize() < 100_000
+    (tmp_path / "job").write_bytes(job.SerializeToString())
+    command = [sys.executable, "-c", _UNPICKLE, str(tmp_path / "job")]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split("\n")
+    label = request.node.callspec.params["job"]
+    ours = {line for line in printed if " pipelines." in line}
+    expected = (
+        {f"{label}/{step} pipelines.build_index._{step}" for step in ("Train", "Finish")}
+        | {f"{label}/AddShards pipelines.build_index._AddShard"}
+        if label == "build-index"
+        else {
+            f"{label}/Process pipelines.process_shards._ProcessShard",
+            f"{label}/Finish pipelines.process_shards._Finish",
+        }
+    )
+    assert ours == expected
+
+
+def test_one_process_a_worker_loads_the_models() -> None:
+    _, options = choose_runner(RunConfig(beam_options=DATAFLOW, accelerator=L4))
+    assert "no_use_multiple_sdk_containers" in options.view_as(DebugOptions).experiments
+    _, options = choose_runner(RunConfig(beam_options=DATAFLOW))
+    assert not options.view_as(DebugOptions).experiments
+
+
+def test_models_are_only_looked_at_here_and_must_find_a_gpu_there() -> None:
+    assert RunConfig(accelerator=L4).devices("auto") == ("auto", "cuda")
+    assert RunConfig(accelerator=L4).devices("cuda:1") == ("auto", "cuda:1")
+    assert RunConfig().devices("auto") == ("auto", "auto")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "--accelerator is for workers elsewhere; take --device cuda"),
+        ((*DATAFLOW, f"--dataflow_service_options=worker_accelerator={L4}"), "exclude each other"),
+    ],
+)
+def test_accelerators_that_nobody_would_get_are_refused(options: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choose_runner(RunConfig(beam_options=options, accelerator=L4))
+
+
+def test_dataflow_takes_the_job(
+    manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Beam's own runner for it, up to where it would ask Google; needs `captionlib[dataflow]`."""
+    pytest.importorskip("google.auth", reason="captionlib[dataflow] is not installed")
+    from apache_beam.io.gcp.gcsio import GcsIO
+    from apache_beam.runners.dataflow.internal import apiclient
+
+    jobs: list[Job] = []
+    make = apiclient.Job.__init__
+
+    def note(self: object, options: PipelineOptions, proto: Job) -> None:
+        jobs.append(proto)
+        make(self, options, proto)
+
+    monkeypatch.setattr(apiclient.Job, "__init__", note)
+    monkeypatch.setattr(GcsIO, "is_soft_delete_enabled", lambda *_: False)
+    monkeypatch.setattr("apache_beam.internal.gcp.auth.get_service_credentials", lambda _options: None)
+    run = RunConfig(beam_options=DATAFLOW, progress=False, accelerator=L4)
+    totals = extract_features(manifest.folder.uri, tmp_path / "features", small_encoder, run=run)
+    assert totals.shards == 0
+    assert open_dataset(tmp_path / "features").pending() == list(range(manifest.shards))
+    [job] = jobs
+    containers = {
+        beam_runner_api_pb2.DockerPayload.FromString(environment.payload).container_image
+        for environment in job.components.environments.values()
+        if environment.urn == common_urns.environments.DOCKER.urn
+    }
+    assert containers == {"host/worker:1"}
+    assert hints_of(job)["extract-features/Process"]["beam:resources:accelerator:v1"] == L4.encode()
