@@ -13,12 +13,8 @@ SHARDS = IMAGES // SHARD_SIZE
 @pytest.fixture(scope="session")
 def flow(tmp_path_factory: pytest.TempPathFactory) -> Flow:
     """The flow, run on this machine without disturbance."""
-    import shutil
-
-    flow = Flow(Path("/tmp/h/cw/flow"))
-    for path in flow.folder.iterdir():
-        if path.name not in {"captioner", "dataset.json", "images", "local", "manifest", "ranker"}:
-            shutil.rmtree(path)
+    flow = Flow(tmp_path_factory.mktemp("flow"))
+    flow.prepare(IMAGES, SHARD_SIZE)
     return flow
 
 
