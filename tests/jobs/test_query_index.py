@@ -20,7 +20,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> str:
     write_vectors(str(folder / "embeddings"), shards, 2)
     result = run("build-index", folder / "captions", "-e", folder / "embeddings", "-o", folder / "index")
     assert result.output.splitlines() == [
-        f"{folder / 'index'}: 80 captions, 80 vectors (Flat, 1 lists, 1 of them a question), in 2 shards",
+        f"{folder / 'index'}: 80 captions, 80 vectors (Flat, all compared), in 2 shards",
         "2 shards added, 0 taken out, 0 kept",
     ]
     return str(folder / "index")

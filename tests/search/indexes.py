@@ -28,7 +28,7 @@ class WordRanker:
     encoder: Mapping[str, Any] = {}
 
     def knows(self, sentence: str) -> bool:
-        return not set(WORDS).isdisjoint(sentence.lower().split())
+        return any(word in sentence.lower() for word in WORDS)
 
     def encode_sentences(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
         counts = np.array([[sentence.lower().split().count(word) for word in WORDS] for sentence in sentences])
