@@ -10,6 +10,7 @@ from captionlib.data.datasets import open_dataset
 from captionlib.data.schemas import captions_schema
 from captionlib.data.shards import ShardedDataset
 from captionlib.errors import CheckpointError, FingerprintError
+from captionlib.models.captioner import pad_sentences
 from captionlib.models.checkpoints import load_captioner
 from captionlib.models.decoding import DecodingConfig
 from captionlib.models.encoder import EncoderConfig
@@ -54,7 +55,7 @@ def test_each_token_has_the_map_of_where_the_model_looked(features: Path, captio
         words = loaded.vocabulary.encode(str(row["caption"]))
         image = torch.tensor(source["features"], dtype=torch.float32).view(1, positions, channels)
         with torch.inference_mode():
-            (expected,) = loaded.model.looks(image, torch.tensor([words]), torch.tensor([0]))
+            (expected,) = loaded.model.looks(image, pad_sentences([words]), torch.tensor([0]))
         kept = np.array(row["attention"])
         ends.add(len(kept) - len(words))
         assert len(kept) == row["tokens"]
