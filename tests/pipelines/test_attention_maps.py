@@ -6,15 +6,23 @@ import pytest
 import torch
 from PIL import Image
 
+import captionlib.search
 from captionlib.data.datasets import open_dataset
+from captionlib.data.inspection import inspect_dataset
 from captionlib.data.schemas import captions_schema
 from captionlib.data.shards import ShardedDataset
 from captionlib.errors import CheckpointError, FingerprintError
+from captionlib.evaluation.predictions import read_predictions
+from captionlib.models.captioner import pad_sentences
 from captionlib.models.checkpoints import load_captioner
 from captionlib.models.decoding import DecodingConfig
 from captionlib.models.encoder import EncoderConfig
 from captionlib.models.extraction import ExtractionConfig
 from captionlib.models.generation import GenerationConfig, caption_images
+from captionlib.search.index_config import IndexConfig
+from captionlib.search.questions import find_image
+from captionlib.search.sql import open_sql
+from pipelines.build_index import build_index
 from pipelines.extract_features import extract_features
 from pipelines.generate_captions import generate_captions
 from pipelines.run import RunConfig
@@ -55,7 +63,7 @@ def test_each_token_has_the_map_of_where_the_model_looked(features: Path, captio
         words = loaded.vocabulary.encode(str(row["caption"]))
         image = torch.tensor(source["features"], dtype=torch.float32).view(1, positions, channels)
         with torch.inference_mode():
-            (expected,) = loaded.model.looks(image, torch.tensor([words], dtype=torch.int64), torch.tensor([0]))
+            (expected,) = loaded.model.looks(image, pad_sentences([words]), torch.tensor([0]))
         kept = np.array(row["attention"])
         ends.add(len(kept) - len(words))
         assert len(kept) == row["tokens"]
@@ -103,3 +111,15 @@ def test_images_tried_again_have_their_maps(captioner: Path, tmp_path: Path) -> 
     }
     assert by_id["missing.png"]["attention"] == by_id["red.png"]["attention"]
     assert by_id["missing.png"]["caption"] == by_id["red.png"]["caption"]
+
+
+def test_readers_that_know_nothing_of_maps_read_on(features: Path, captioner: Path, tmp_path: Path) -> None:
+    written = rows(caption(features, captioner, tmp_path / "captions"))
+    assert [one.caption for one in read_predictions(tmp_path / "captions")] == [row["caption"] for row in written]
+    with open_sql(tmp_path / "captions") as session:
+        assert find_image(session, "red.png")["attention"].to_pylist() == [
+            row["attention"] for row in written if row["image_id"] == "red.png"
+        ]
+    build_index(tmp_path / "captions", tmp_path / "index", IndexConfig(), run=QUIET)
+    assert len(captionlib.search.open(tmp_path / "index")) == len(written)
+    assert "fixed_size_list<item: halffloat>[729]" in inspect_dataset(tmp_path / "captions").columns["attention"]
