@@ -47,7 +47,9 @@ class SelfCriticalConfig:
         baseline: what the reward of a sentence is compared with: the mean of the `others` drawn for its image (Luo
             2020, arXiv 2003.09971), or that of the `greedy` caption (Rennie et al. 2017).
         temperature: of drawing, as in `decoding`.
-        dropout: of the captioner while it learns, in place of its own; sentences are drawn without any.
+        dropout: of the captioner while it learns, in place of its own. Sentences are drawn without any, so that with it
+            a network learns from sentences that another has drawn, which may fail to hold: on Flickr8k, with attention
+            and 0.4, the reward fell again and perplexity went from 17 to 649 in 160 steps, to 31 without.
         score_end: whether END is a word of the n-grams that are rewarded. Without it a sentence that breaks off, as in
             "a man on a", scores as well as one that is whole.
     """
