@@ -125,7 +125,7 @@ class Index:
         """Images that a sentence describes, whatever their captions say.
 
         Raises:
-            QueryError: the index has no vectors, was opened without their ranker, or the ranker knows none of the words.
+            QueryError: the index has no vectors, was opened without their ranker, or it knows none of the words.
         """
         return self.vector(self._encode(sentence), limit, offset, where)
 
@@ -161,8 +161,8 @@ class Index:
     ) -> pa.Table:
         """Images by the words of their captions and by their vectors, fused by reciprocal rank.
 
-        What must be in a caption, or must not, holds for all of them. Words that the ranker never learned are looked for
-        in captions alone.
+        What must be in a caption, or must not, holds for all of them. Words that the ranker never learned are looked
+        for in captions alone.
 
         Args:
             question: see `text`; it is also the sentence, without its signs, unless a vector is given.
