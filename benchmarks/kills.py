@@ -2,6 +2,8 @@
 
 import multiprocessing
 import random
+import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -43,7 +45,7 @@ def train_small_captioner(folder: Path) -> None:
 
 
 def survive_kills(folder: Path, runs: int, seed: int = 0) -> int:
-    """How many of `runs` killed and resumed flows wrote the same bytes as one that nobody disturbed."""
+    """How many of `runs` flows killed in mid-run and resumed wrote the same bytes as one that nobody disturbed."""
     uris = [str(path) for path in draw_images(folder / "images", 48, size=96)]
     manifest = write_manifest(folder / "manifest", uris, 6)
     train_small_captioner(folder)
@@ -53,32 +55,54 @@ def survive_kills(folder: Path, runs: int, seed: int = 0) -> int:
     expected = read_outputs(folder / "undisturbed")
     shards = 2 * manifest.shards
     assert len(expected) == shards, "the undisturbed run is complete"
+    times = sorted(marker.stat().st_mtime for marker in find_markers(folder / "undisturbed"))
+    seconds = (times[-1] - times[0]) / (shards - 1)
 
     draw = random.Random(seed)
     equal = 0
     for number in range(runs):
         output = folder / f"killed{number}"
-        process = start_flow(spawn, folder, output)
-        wanted = draw.randrange(shards)  # by what is done, not by the clock: a moment within the run on any machine
-        while count_done(output) < wanted and process.is_alive():
-            time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.2))
-        process.kill()
-        process.join()
-        done = count_done(output)
+        kill_flow(start_flow(spawn, folder, output), output, draw.uniform(0, shards), seconds)
+        while is_complete(output):  # it was faster than its killer, and does not count
+            shutil.rmtree(output)
+            kill_flow(start_flow(spawn, folder, output), output, draw.uniform(0, shards), seconds)
+        done = len(find_markers(output))
         start_flow(spawn, folder, output).join()
-        same = read_outputs(output) == expected and all((output / name / "_SUCCESS").exists() for name in OUTPUTS)
+        same = read_outputs(output) == expected and is_complete(output)
         print(f"# killed with {done:2} of {shards} shards done: {'equal' if same else 'DIFFERENT'}", flush=True)
         equal += same
     return equal
 
 
+def kill_flow(process: BaseProcess, output: Path, moment: float, seconds: float) -> None:
+    """Kills a flow at a moment that is counted in shards, so that it lies within the run on any machine.
+
+    Args:
+        process: that runs the flow.
+        output: of the flow.
+        moment: 2.5 is in the middle of the third shard, if that takes as long as others do.
+        seconds: that a shard takes.
+    """
+    while len(find_markers(output)) < int(moment) and process.is_alive():
+        time.sleep(0.002)
+    time.sleep(moment % 1 * seconds)
+    process.kill()
+    process.join()
+    if process.exitcode not in (0, -signal.SIGKILL):
+        raise RuntimeError(f"the flow failed by itself, with exit code {process.exitcode}")
+
+
 OUTPUTS = ("features", "captions")
 
 
-def count_done(output: Path) -> int:
-    """The shards that are published, of all outputs."""
-    return len(list(output.glob("*/_shards/*.json")))
+def is_complete(output: Path) -> bool:
+    """Whether the flow has come to its end."""
+    return all((output / name / "_SUCCESS").exists() for name in OUTPUTS)
+
+
+def find_markers(output: Path) -> list[Path]:
+    """Of the shards that are published, of all outputs."""
+    return list(output.glob("*/_shards/*.json"))
 
 
 def start_flow(spawn: multiprocessing.context.ForkServerContext, folder: Path, output: Path) -> BaseProcess:
