@@ -149,7 +149,12 @@ def test_another_ranker_into_the_same_folder_is_refused(features: Path, ranker: 
 
 
 def test_features_of_another_encoder_are_refused(
-    manifest: ShardedDataset, ranker: Path, captioner: Path, tmp_path: Path, small_encoder: ExtractionConfig
+    manifest: ShardedDataset,
+    extracted: Path,
+    ranker: Path,
+    captioner: Path,
+    tmp_path: Path,
+    small_encoder: ExtractionConfig,
 ) -> None:
     encoder = dataclasses.replace(small_encoder.encoder, weights="random:7")
     other = dataclasses.replace(small_encoder, encoder=encoder)
@@ -159,7 +164,7 @@ def test_features_of_another_encoder_are_refused(
     other_ranker = fit_ranker(tmp_path / "other", tmp_path / "other-ranker")
     with pytest.raises(CheckpointError, match="another encoder than the ranker's"):
         generate_captions(
-            tmp_path / "features",
+            extracted,
             captioner,
             tmp_path / "captions",
             GENERATION,
