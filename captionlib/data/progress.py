@@ -50,13 +50,12 @@ class _Watch:
         self._output = output
         self._bar = bar
         self._failures = 0
-        self._before = output.done()
         self._seen: set[int] = set()
 
     def run(self, stop: threading.Event) -> None:
         """Reads first what was there before: of many shards that takes a while, and nothing waits for it."""
         with suppress(StorageError):
-            self._bar.initial = self._bar.n = self._add(self._before)
+            self._bar.initial = self._bar.n = self._add(self._output.done())
         pause = 1.0
         while not stop.wait(pause):
             began = time.monotonic()

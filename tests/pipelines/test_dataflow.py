@@ -48,32 +48,35 @@ DATAFLOW = (
     "--dry_run=True",
 )
 
-# Unpickles what a job carries, in a process that has seen nothing of this one.
+# Unpickles what jobs carry, in a process that has seen nothing of this one.
 _UNPICKLE = """
 import sys
 from pathlib import Path
 from apache_beam.internal import pickler
 from apache_beam.portability import common_urns, python_urns
 from apache_beam.portability.api import beam_runner_api_pb2
-job = beam_runner_api_pb2.Pipeline.FromString(Path(sys.argv[1]).read_bytes())
-for transform in job.components.transforms.values():
-    if transform.spec.urn == common_urns.primitives.PAR_DO.urn:
-        payload = beam_runner_api_pb2.ParDoPayload.FromString(transform.spec.payload)
-        if payload.do_fn.urn == python_urns.PICKLED_DOFN_INFO:
-            fn = pickler.loads(payload.do_fn.payload)[0]
-            print(transform.unique_name, f"{type(fn).__module__}.{type(fn).__name__}")
+for path in sys.argv[1:]:
+    job = beam_runner_api_pb2.Pipeline.FromString(Path(path).read_bytes())
+    for transform in job.components.transforms.values():
+        if transform.spec.urn == common_urns.primitives.PAR_DO.urn:
+            payload = beam_runner_api_pb2.ParDoPayload.FromString(transform.spec.payload)
+            if payload.do_fn.urn == python_urns.PICKLED_DOFN_INFO:
+                fn = pickler.loads(payload.do_fn.payload)[0]
+                print(transform.unique_name, f"{type(fn).__module__}.{type(fn).__name__}")
 """
 
 
 @pytest.fixture
-def job(tmp_path: Path, manifest: ShardedDataset, request: pytest.FixtureRequest) -> Job:
+def jobs(tmp_path: Path, manifest: ShardedDataset) -> dict[str, Job]:
+    """Those of all pipelines, by their labels."""
     captions = create_dataset(tmp_path / "captions", "captions", captions_schema(), config={}, shards=3)
-    if request.param == "build-index":
-        vectors = create_dataset(tmp_path / "vectors", "embeddings", embeddings_schema(8), config={}, shards=3)
-        transform = BuildIndex(IndexBuild(Folder(tmp_path / "index"), captions, vectors, IndexConfig()))
-        return build(transform, request.param)
-    stage = STAGES[request.param]
-    return build(ProcessShards(ShardJob(manifest, (captions,), stage), range(3), 0.1, L4), request.param)
+    vectors = create_dataset(tmp_path / "vectors", "embeddings", embeddings_schema(8), config={}, shards=3)
+    transforms: dict[str, beam.PTransform[object, object]] = {
+        label: ProcessShards(ShardJob(manifest, (captions,), stage), range(3), 0.1, L4)
+        for label, stage in STAGES.items()
+    }
+    transforms["build-index"] = BuildIndex(IndexBuild(Folder(tmp_path / "index"), captions, vectors, IndexConfig()))
+    return {label: build(transform, label) for label, transform in transforms.items()}
 
 
 def build(transform: beam.PTransform[object, object], label: str) -> Job:
@@ -91,10 +94,9 @@ def hints_of(job: Job) -> dict[str, dict[str, bytes]]:
     }
 
 
-@pytest.mark.parametrize("job", STAGES, indirect=True)
-def test_a_gpu_is_asked_for_where_models_run_and_nowhere_else(job: Job, request: pytest.FixtureRequest) -> None:
-    label = request.node.callspec.params["job"]
-    hints = hints_of(job)
+@pytest.mark.parametrize("label", STAGES)
+def test_a_gpu_is_asked_for_where_models_run_and_nowhere_else(jobs: dict[str, Job], label: str) -> None:
+    hints = hints_of(jobs[label])
     assert hints.pop(f"{label}/Process") == {
         "beam:resources:accelerator:v1": L4.encode(),
         "beam:resources:max_active_bundles_per_worker:v1": b"2",
@@ -103,26 +105,19 @@ def test_a_gpu_is_asked_for_where_models_run_and_nowhere_else(job: Job, request:
     assert not any(hints.values())
 
 
-@pytest.mark.parametrize("job", [*STAGES, "build-index"], indirect=True)
-def test_what_travels_is_small_and_is_unpickled_anywhere(
-    job: Job, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    assert job.ByteSize() < 100_000
-    (tmp_path / "job").write_bytes(job.SerializeToString())
-    command = [sys.executable, "-c", _UNPICKLE, str(tmp_path / "job")]
+def test_what_travels_is_small_and_is_unpickled_anywhere(jobs: dict[str, Job], tmp_path: Path) -> None:
+    for label, job in jobs.items():
+        assert job.ByteSize() < 100_000
+        (tmp_path / label).write_bytes(job.SerializeToString())
+    command = [sys.executable, "-c", _UNPICKLE, *(str(tmp_path / label) for label in jobs)]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split("\n")
-    label = request.node.callspec.params["job"]
-    ours = {line for line in printed if " pipelines." in line}
-    expected = (
-        {f"{label}/{step} pipelines.build_index._{step}" for step in ("Train", "Finish")}
-        | {f"{label}/AddShards pipelines.build_index._AddShard"}
-        if label == "build-index"
-        else {
-            f"{label}/Process pipelines.process_shards._ProcessShard",
-            f"{label}/Finish pipelines.process_shards._Finish",
-        }
-    )
-    assert ours == expected
+    assert {line for line in printed if " pipelines." in line} == {
+        "build-index/Train pipelines.build_index._Train",
+        "build-index/AddShards pipelines.build_index._AddShard",
+        "build-index/Finish pipelines.build_index._Finish",
+        *(f"{label}/Process pipelines.process_shards._ProcessShard" for label in STAGES),
+        *(f"{label}/Finish pipelines.process_shards._Finish" for label in STAGES),
+    }
 
 
 def test_one_process_a_worker_loads_the_models() -> None:
