@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ["Chart", "draw_charts"]
 
-_NO_CURVES = frozenset({"epoch", "step", "seconds", "learning_rate"})
+_NO_CURVES = frozenset({"epoch", "step", "seconds", "learning_rate", "data_wait"})
 
 
 @dataclass(frozen=True)

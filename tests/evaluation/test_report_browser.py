@@ -150,3 +150,16 @@ def test_a_finger_shows_and_hides_on_a_phone(browser: WebDriver, page: Path) -> 
     finally:
         browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_rows_of_the_best_and_the_worst_scroll_by_themselves(browser: WebDriver, tmp_path: Path) -> None:
+    said = [Prediction(str(number), "a dog runs") for number in range(20)]
+    marks = {one.image_id: {"shape": True, "colour": False} for one in said}
+    cider = {one.image_id: float(number) for number, one in enumerate(said)}
+    browser.get(Path(write_report(tmp_path / "report", "Captions", said, marks=marks, cider=cider)).as_uri())
+    row = browser.find_element(By.ID, "best")
+    assert browser.execute_script("return arguments[0].scrollWidth > arguments[0].clientWidth", row)
+    width, room = browser.execute_script(
+        "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    )
+    assert width <= room
