@@ -127,20 +127,15 @@ class Encoder:
             What waits for the features and gives them: `[batch, size]` or `[batch, positions, channels]`, of the stored
             dtype.
         """
-        try:
-            return self._begin(images)
-        except torch.OutOfMemoryError:
-            pass
-        torch.cuda.empty_cache()
-        features = np.concatenate(in_parts(lambda part: self._begin(images[part])(), len(images)))
-        return lambda: features
+        parts = in_parts(lambda part: self._begin(images[part]), len(images))
+        return parts[0] if len(parts) == 1 else lambda: np.concatenate([finish() for finish in parts])
 
     @torch.inference_mode()
     def _begin(self, images: npt.NDArray[np.uint8]) -> Encoding:
         pixels = torch.from_numpy(images)
         if self.device.type == "cuda":
             pixels = pixels.pin_memory().to(self.device, non_blocking=True)
-        return partial(_finish, *copy_to_host(self.network.encode(pixels)))
+        return partial(_finish, *copy_to_host(self.network.begin(pixels)))
 
 
 def _finish(copied: Tensor, wait: Callable[[], None]) -> npt.NDArray[np.floating]:

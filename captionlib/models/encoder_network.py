@@ -73,11 +73,20 @@ class EncoderNetwork(nn.Module):
         return self._pool(output.float())
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Features as they are stored: of the stored dtype. Whether they fit is for `require_finite` to say.
+        """Features as they are stored: of the stored dtype.
 
         Args:
             pixels: see `forward`.
+
+        Raises:
+            ConfigError: they do not fit into it.
         """
+        features = self.begin(pixels)
+        require_finite(features)
+        return features
+
+    def begin(self, pixels: Tensor) -> Tensor:
+        """The same, unchecked: on a GPU it is begun alone, and the one who waits for it owes `require_finite`."""
         features: Tensor = self(pixels).to(self._stored_dtype)
         return features
 
@@ -101,7 +110,7 @@ class EncoderNetwork(nn.Module):
 
 
 def require_finite(features: Tensor) -> None:
-    """Checks features once they are on the host; on a GPU the question would wait for it.
+    """Checks features; on a GPU the question waits until they are there.
 
     Raises:
         ConfigError: they do not fit into their dtype, or are no numbers.

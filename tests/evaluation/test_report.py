@@ -146,7 +146,8 @@ def test_thumbnails_are_what_the_encoder_sees(tmp_path: Path, resize_size: int, 
     thumbnail = Image.open(tmp_path / "report" / item["thumbnail"])
     assert thumbnail.size == (224, 224)
     difference = np.abs(np.asarray(seen, np.int16) - np.asarray(thumbnail, np.int16))
-    assert difference.mean() < 1.5  # JPEG's and rounding; another crop is some 12 away at the sides
+    assert difference.max() <= 6  # JPEG's and rounding; another crop is some 12 away at the sides
+    assert difference.mean() < 1.5
 
 
 def test_a_picture_that_cannot_be_had_leaves_its_caption(tmp_path: Path) -> None:

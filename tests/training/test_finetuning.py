@@ -137,6 +137,17 @@ def test_batch_normalisation_and_dropout_stay_as_features_are_made() -> None:
     assert not any(module.training for module in model.encoder.modules())
 
 
+def test_features_that_tuning_drives_beyond_the_stored_dtype_end_the_validation() -> None:
+    encoder = load_encoder(EncoderConfig("mobilenet_v2", "features.1.conv.2", "random:0", pooling="mean"), "cpu", True)
+    model = ImageCaptioner(encoder.network, Captioner(CaptionerConfig(hidden_size=4, word_size=4), 16, 7)).eval()
+    with torch.no_grad():
+        for parameter in encoder.network.parameters():
+            parameter.mul_(1e4)
+    pixels = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8)
+    with pytest.raises(ConfigError, match="do not fit into float16"):
+        model(pixels, pad_sentences([[4, 5], [5]]), torch.tensor([0, 1]))
+
+
 def test_bfloat16_is_what_the_encoder_computes_in_and_not_what_small_steps_are_rounded_to(
     manifest: ShardedDataset, tmp_path: Path
 ) -> None:
