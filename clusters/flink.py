@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
-from clusters.java import answers, free_port, java_command, write_logging
+from clusters.java import java_command, write_logging
 from clusters.packages import FLINK, FLINK_RUNNER
+from clusters.ports import answers, choose_ports, read_ports
 from clusters.processes import Processes, wait_for
 from clusters.workers import install_project, write_boot_script
 
@@ -68,7 +69,7 @@ class FlinkCluster:
         install_project()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.processes.require_none()
-        self._write_ports()
+        choose_ports(self.folder, {"rest": 8081, "rpc": 6123, "job": 8099, "artifact": 8098, "expansion": 8097})
         write_boot_script(self.folder)
         write_logging(self.folder)
         self._write_configuration(restart_attempts)
@@ -121,13 +122,7 @@ class FlinkCluster:
 
     @property
     def _ports(self) -> dict[str, int]:
-        ports: dict[str, int] = json.loads((self.folder / "ports.json").read_text(encoding="utf-8"))
-        return ports
-
-    def _write_ports(self) -> None:
-        preferred = {"rest": 8081, "rpc": 6123, "job": 8099, "artifact": 8098, "expansion": 8097}
-        ports = {name: free_port(port) for name, port in preferred.items()}
-        (self.folder / "ports.json").write_text(json.dumps(ports), encoding="utf-8")
+        return read_ports(self.folder)
 
     def _write_configuration(self, restart_attempts: int) -> None:
         local = "127.0.0.1"

@@ -1,13 +1,12 @@
 """Command lines of Java programs, small enough for a whole cluster on one machine."""
 
 import shutil
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 
 from clusters.processes import ClusterError
 
-__all__ = ["answers", "class_path", "free_port", "java_command", "write_logging"]
+__all__ = ["class_path", "java_command", "write_logging"]
 
 # Engines look into Java's own classes, which Java 17 allows only where it is told so.
 _OPENED = (
@@ -85,24 +84,3 @@ def write_logging(folder: Path) -> Path:
     path = folder / "log4j2.properties"
     path.write_text(_LOG4J, encoding="utf-8")
     return path
-
-
-def free_port(preferred: int) -> int:
-    """The preferred port of the loopback interface, or another one where it is taken."""
-    for port in (preferred, 0):
-        with socket.socket() as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            found: int = listener.getsockname()[1]
-            return found
-    raise ClusterError("no port of 127.0.0.1 is free")
-
-
-def answers(port: int) -> bool:
-    """Whether something listens at a port of the loopback interface."""
-    with socket.socket() as caller:
-        caller.settimeout(1)
-        return caller.connect_ex(("127.0.0.1", port)) == 0

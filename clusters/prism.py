@@ -1,11 +1,10 @@
 """Prism, Beam's own engine of one process; its workers are started by the command that submits."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from clusters.java import answers, free_port
 from clusters.packages import fetch_prism
+from clusters.ports import answers, choose_ports, read_ports
 from clusters.processes import Processes
 
 __all__ = ["PrismCluster"]
@@ -40,8 +39,7 @@ class PrismCluster:
         """Starts it and waits until jobs can be submitted."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.processes.require_none()
-        ports = {"job": free_port(8073), "web": free_port(8074)}
-        (self.folder / "ports.json").write_text(json.dumps(ports), encoding="utf-8")
+        ports = choose_ports(self.folder, {"job": 8073, "web": 8074})
         command = [str(fetch_prism()), f"--job_port={ports['job']}", f"--web_port={ports['web']}"]
         self.processes.start("prism", command)
         self.processes.wait_ready("prism", lambda: answers(ports["job"]))
@@ -52,5 +50,4 @@ class PrismCluster:
 
     @property
     def _ports(self) -> dict[str, int]:
-        ports: dict[str, int] = json.loads((self.folder / "ports.json").read_text(encoding="utf-8"))
-        return ports
+        return read_ports(self.folder)

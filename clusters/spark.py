@@ -5,8 +5,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from clusters.java import answers, free_port, java_command, java_openings, write_logging
+from clusters.java import java_command, java_openings, write_logging
 from clusters.packages import SPARK, SPARK_RUNNER
+from clusters.ports import answers, choose_ports, read_ports
 from clusters.processes import Processes, wait_for
 from clusters.workers import install_project, write_boot_script
 
@@ -49,8 +50,7 @@ class SparkCluster:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.processes.require_none()
         preferred = {"master": 7077, "master-web": 8080, "job": 8199, "artifact": 8198, "expansion": 8197}
-        ports = {name: free_port(port) for name, port in preferred.items()}
-        (self.folder / "ports.json").write_text(json.dumps(ports), encoding="utf-8")
+        choose_ports(self.folder, preferred)
         write_boot_script(self.folder)
         write_logging(self.folder)
         home = self.folder / "jars"
@@ -74,8 +74,7 @@ class SparkCluster:
 
     @property
     def _ports(self) -> dict[str, int]:
-        ports: dict[str, int] = json.loads((self.folder / "ports.json").read_text(encoding="utf-8"))
-        return ports
+        return read_ports(self.folder)
 
     @property
     def _master(self) -> str:
