@@ -122,7 +122,7 @@ class _Search:
         self._end(ending, chosen)
         alive = taken & ~ending
         if self._config.beam_groups == 1:  # what a group gives up would weigh upon the groups after it
-            alive &= self._can_improve(alive, log_prob)
+            alive &= self._can_improve(log_prob)
         group, rank = alive.nonzero(as_tuple=True)
         rows = row[group, rank]
         words = torch.cat([beam.words[rows], word[group, rank][:, None]], 1)
@@ -170,13 +170,13 @@ class _Search:
         scores = (chosen.log_prob / self._tokens**self._config.length_normalisation).where(ending, -torch.inf)
         self._best_scores = torch.cat([self._best_scores, scores], 1).topk(self._config.n_best, dim=1).values
 
-    def _can_improve(self, alive: Tensor, log_prob: Tensor) -> Tensor:
-        """Whether a group's likeliest hypothesis could still come among its n best, `[groups, 1] bool`.
+    def _can_improve(self, log_prob: Tensor) -> Tensor:
+        """Which hypotheses could still come among their group's n best, `[groups, width] bool`.
 
-        The log-probability of a sentence only falls as it grows, so its score is at most this one at full length.
+        The log-probability of a sentence only falls as it grows, so its score is at most this one at full length. What
+        cannot improve takes no place from what can: all that is less likely at this length cannot either.
         """
-        likeliest = log_prob.where(alive, -torch.inf).amax(1, keepdim=True)
-        bound = likeliest / self._config.max_tokens**self._config.length_normalisation
+        bound = log_prob / self._config.max_tokens**self._config.length_normalisation
         can_improve: Tensor = bound > self._best_scores[:, -1:]
         return can_improve
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from captionlib.data.vocabulary import END
 from captionlib.models.captioner import Captioner
+from captionlib.models.products import Product
 from captionlib.models.recurrence import advance
 
 __all__ = ["Start", "State", "Stepper"]
@@ -82,12 +83,10 @@ class Stepper:
         first, _, b_ih, b_hh = layers[0]
         self._gates_of_word = torch.addmm(b_ih + b_hh, model.word_vectors.weight, first.t()).to(dtype)
         self._gates_of_image = first.t().clone()
-        self._inputs = [w_ih.t().to(dtype, copy=True) for w_ih, *_ in layers]
-        self._hiddens = [w_hh.t().to(dtype, copy=True) for _, w_hh, *_ in layers]
-        self._biases = [(b_ih + b_hh).to(dtype) for *_, b_ih, b_hh in layers]
+        self._inputs = [Product(w_ih, b_ih + b_hh, dtype) for w_ih, _, b_ih, b_hh in layers[1:]]
+        self._hiddens = [Product(w_hh, None, dtype) for _, w_hh, *_ in layers]
         self._attention = None if model.attention is None else copy.deepcopy(model.attention).eval().to(dtype)
-        self._output = model.output.weight.t().to(dtype, copy=True)
-        self._output_bias = model.output.bias.to(dtype, copy=True)
+        self._output = Product(model.output.weight, model.output.bias, dtype)
 
     @torch.inference_mode()
     def start(self, features: Tensor) -> State:
@@ -141,8 +140,8 @@ class Stepper:
             gates += of_rows(self._attention.to_gates(state.memory[states]))
         for layer, h in enumerate(hs):
             if layer:
-                gates = torch.addmm(self._biases[layer], new_hs[-1], self._inputs[layer])
-            gates += of_rows(h @ self._hiddens[layer])
+                gates = self._inputs[layer - 1](new_hs[-1])
+            gates += of_rows(self._hiddens[layer](h))
             new_h, new_c = advance(gates, of_rows(cs[layer]) if cs else None)
             new_hs.append(new_h)
             new_cs += [] if new_c is None else [new_c]
@@ -153,5 +152,5 @@ class Stepper:
             looks = of_rows(state.looks)
             seen, _ = self._attention(top, state.regions, self._attention.find_slots(looks, len(state.regions)))
             top, memory = top + self._attention.to_output(seen), (*memory, seen)
-        log_probs = torch.log_softmax(torch.addmm(self._output_bias, top, self._output), 1, dtype=torch.float32)
+        log_probs = torch.log_softmax(self._output(top), 1, dtype=torch.float32)
         return log_probs, State(memory, image, looks, state.regions)
