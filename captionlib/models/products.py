@@ -27,7 +27,7 @@ class Product:
         self._bias = None if bias is None else bias.detach().to(dtype, copy=True)
         self._packed: Tensor | None = None
         self._packed_bias: Tensor | None = None
-        if dtype == torch.float32 and weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        if dtype == torch.float32 and weight.device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             self._packed = weight.to_mkldnn()
             self._packed_bias = None if self._bias is None else self._bias.to_mkldnn()
 
