@@ -60,7 +60,7 @@ def command(
             continue
         click.echo(row["uri"])
         for candidate in row["candidates"]:
-            click.echo(f"  {math.exp(candidate['log_prob']):7.2%}  {candidate['caption']}")
+            click.echo(f"  {math.exp(candidate['log_prob']):8.2g}  {candidate['caption']}")
     for uri, error in failures:
         click.echo(f"{uri}: {error}", err=True)
     if report is not None and rows:

@@ -151,7 +151,8 @@ def _answer(folder: str, asked: _Asked, limits: SqlLimits) -> Iterator[pa.Record
         asked.refuse(["sql", "contains", "top", "words"], "datasets; ask the captions that the index was built from")
         yield _ask_index(folder, asked).to_reader()
         return
-    asked.refuse(["text", "sentence", "hybrid", "image", "similar", "where"], "an index; see `captionlib build-index`")
+    of_indexes = ["text", "sentence", "hybrid", "image", "similar", "where"]
+    asked.refuse(of_indexes, f"an index, and {folder} holds none; see `captionlib build-index`")
     question = _dataset_question(asked)
     with open_sql(folder, limits=limits) as session:
         rows = question(session)

@@ -26,9 +26,15 @@ def open_dataset(uri: str | os.PathLike[str], kind: str | None = None) -> Sharde
     folder = Folder(uri)
     description = _read_description(folder)
     if description is None:
-        raise DatasetError(f"{folder.uri} is no dataset of captionlib: expected a folder that holds {DESCRIPTION}")
+        raise DatasetError(
+            f"{folder.uri} is no dataset of captionlib: expected a folder that holds {DESCRIPTION}, got "
+            f"{'other files' if folder.list() else 'no such folder, or an empty one'}; give the output of the stage before"
+        )
     if kind is not None and description["kind"] != kind:
-        raise DatasetError(f"{folder.uri}: expected a dataset of kind {kind}, got {description['kind']}")
+        raise DatasetError(
+            f"{folder.uri}: expected a dataset of kind {kind}, got {description['kind']}; "
+            "`captionlib --help` tells what each stage reads"
+        )
     if description["schema_version"] != SCHEMA_VERSION:
         raise DatasetError(
             f"{folder.uri}: expected schema version {SCHEMA_VERSION}, got {description['schema_version']}; "

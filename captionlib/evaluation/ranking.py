@@ -167,7 +167,10 @@ def _folds(
     kept_images = kept_images[: protocol.images]
     size = protocol.fold_images or len(kept_images)
     if len(kept_images) < size:
-        raise ConfigError(f"protocol: expected at least {size} images with sentences, got {len(kept_images)}")
+        raise ConfigError(
+            f"protocol: expected at least {size:,} images with sentences, got {len(kept_images):,}; rank a larger split, or "
+            "take the protocol `all`"
+        )
     for begin in range(0, len(kept_images) - size + 1, size):
         fold = kept_images[begin : begin + size]
         chosen = np.isin(image_of_sentence, fold)

@@ -61,7 +61,7 @@ def test_folds_are_ranked_alone_and_averaged() -> None:
     scores = score_ranking(images, sentences, np.arange(9), RankingProtocol(fold_images=4))
     assert (scores.images, scores.folds) == (8, 2)  # the ninth fills no fold
     assert scores.image_to_sentence.recall_at_1 == 0.5
-    with pytest.raises(ConfigError, match="expected at least 1000 images with sentences, got 9"):
+    with pytest.raises(ConfigError, match="expected at least 1,000 images with sentences, got 9"):
         score_ranking(images, sentences, np.arange(9), PROTOCOLS["coco-1k"])
 
 

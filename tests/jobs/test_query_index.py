@@ -106,9 +106,10 @@ def test_what_cannot_be_asked_is_said(index: str, arguments: list[str], message:
 
 
 def test_a_dataset_is_not_an_index(index: str) -> None:
-    result = run("query", Path(index).parent / "captions", "--text", "dog")
+    captions = Path(index).parent / "captions"
+    result = run("query", captions, "--text", "dog")
     assert result.exit_code == 2
-    assert "--text is for an index; see `captionlib build-index`" in result.output
+    assert f"--text is for an index, and {captions} holds none; see `captionlib build-index`" in result.output
 
 
 def test_another_ranker_is_refused(index: str, monkeypatch: pytest.MonkeyPatch) -> None:
