@@ -26,9 +26,10 @@ def open_dataset(uri: str | os.PathLike[str], kind: str | None = None) -> Sharde
     folder = Folder(uri)
     description = _read_description(folder)
     if description is None:
+        got = "other files" if folder.list() else "no such folder, or an empty one"
         raise DatasetError(
-            f"{folder.uri} is no dataset of captionlib: expected a folder that holds {DESCRIPTION}, got "
-            f"{'other files' if folder.list() else 'no such folder, or an empty one'}; give the output of the stage before"
+            f"{folder.uri} is no dataset of captionlib: expected a folder that holds {DESCRIPTION}, got {got}; "
+            "give the output of the stage before"
         )
     if kind is not None and description["kind"] != kind:
         raise DatasetError(

@@ -44,7 +44,7 @@ class IndexConfig:
         language: whose endings are cut off and whose stop words are left out; `none` does neither.
         vectors: `flat` compares with every vector and is exact; `sq8` keeps a byte a number in inverted lists, `pq` a
             byte for four numbers; `auto` chooses by the number of rows.
-        lists: inverted lists; None is about the square root of the rows.
+        lists: inverted lists; None is about twice the square root of the rows.
         probes: lists that a question looks into; None is what reaches a recall@10 of 0.95, see benchmarks/README.md.
         sample: vectors a list that its centroid is learned from.
         seed: of that sample.
@@ -54,7 +54,7 @@ class IndexConfig:
     vectors: Literal["auto", "flat", "sq8", "pq"] = "auto"
     lists: int | None = None
     probes: int | None = None
-    sample: int = 100
+    sample: int = 50
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -95,8 +95,8 @@ class VectorLayout:
         codes = {"sq8": "SQ8", "pq": f"PQ{max(1, size // _NUMBERS_PER_CODE)}"}
         if kind == "pq" and size % _NUMBERS_PER_CODE:
             raise ConfigError(f"vectors: pq needs vectors of a multiple of {_NUMBERS_PER_CODE} numbers, got {size}")
-        lists = min(config.lists or 2 ** round(math.log2(rows) / 2), rows)
-        probes = min(config.probes or max(8, round(3 * lists**0.5)), lists)
+        lists = min(config.lists or 2 ** (1 + round(math.log2(rows) / 2)), rows)
+        probes = min(config.probes or max(8, round(1.5 * lists**0.5)), lists)
         return cls(size, codes[kind], lists, probes, rows)
 
     def outgrown(self, config: IndexConfig, rows: int) -> bool:

@@ -279,6 +279,6 @@ def test_many_rows_get_lists_and_few_do_not() -> None:
     assert [(layout.code, layout.lists) for layout in chosen] == [
         ("Flat", 1),
         ("Flat", 1),
-        ("SQ8", 1024),
-        ("PQ64", 8192),
+        ("SQ8", 2048),
+        ("PQ64", 16384),
     ]
