@@ -168,8 +168,8 @@ def _folds(
     size = protocol.fold_images or len(kept_images)
     if len(kept_images) < size:
         raise ConfigError(
-            f"protocol: expected at least {size:,} images with sentences, got {len(kept_images):,}; rank a larger split, "
-            "or take the protocol `all`"
+            f"protocol: expected at least {size:,} images with sentences, got {len(kept_images):,}; rank a larger "
+            "split, or take the protocol `all`"
         )
     for begin in range(0, len(kept_images) - size + 1, size):
         fold = kept_images[begin : begin + size]
