@@ -80,7 +80,7 @@ class RowStore:
             return ROWS.empty_table().select(COLUMNS)
         owners = np.searchsorted(self._starts, rows, side="right") - 1
         if len(rows) <= _FEW_ROWS:
-            places = zip(owners.tolist(), (rows - self._starts[owners]).tolist(), strict=True)
+            picks = zip(owners.tolist(), (rows - self._starts[owners]).tolist(), strict=True)
             return pa.Table.from_batches(
                 [self._batches[owner].slice(place, 1) for owner, place in places]
             ).combine_chunks()
