@@ -82,7 +82,7 @@ class RowStore:
         if len(rows) <= _FEW_ROWS:
             picks = zip(owners.tolist(), (rows - self._starts[owners]).tolist(), strict=True)
             return pa.Table.from_batches(
-                [self._batches[owner].slice(place, 1) for owner, place in places]
+                [self._batches[owner].slice(place, 1) for owner, place in picks]
             ).combine_chunks()
         pieces, order = [], []
         for owner in np.unique(owners):
