@@ -12,6 +12,8 @@ from itertools import islice, pairwise
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from captionlib.data.shards import ShardedDataset
 from captionlib.errors import DatasetError
@@ -31,7 +33,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class CaptionBatch:
-    """Some images with all of their sentences.
+    """Some images with their sentences, or with some of them.
 
     Attributes:
         features: `[images, size] float32`, or `[images, positions, channels]`; or the images themselves, where the
@@ -52,6 +54,12 @@ class _Window:
     features: npt.NDArray[np.floating]
     sentences: list[list[list[int]]]
 
+    def pairs(self) -> npt.NDArray[np.int64]:
+        """Every sentence, `[sentences, 2] int64`: its image, and its number among those of the image."""
+        counts = np.array([len(row) for row in self.sentences], np.int64)
+        first = np.repeat(counts.cumsum() - counts, counts)
+        return np.stack([np.repeat(np.arange(len(counts)), counts), np.arange(len(first)) - first], 1)
+
 
 class CaptionBatches:
     """The batches of one split; the same seed and epoch give the same batches, from any batch on.
@@ -60,9 +68,10 @@ class CaptionBatches:
         dataset: `features/`, complete.
         splits: which rows; `restval` usually belongs to training too.
         encode: a sentence to its token ids.
-        images: how many images a batch has; the last of a window may have fewer.
+        images: how many images a batch has, each with all of its sentences; the last of a window may have fewer.
         window_bytes: how much of the features is mixed at a time.
         pooled: whether to give the mean over the positions of spatial maps in their place.
+        sentences: how many sentences a batch has where each is mixed by itself; None mixes images.
     """
 
     def __init__(
@@ -73,26 +82,34 @@ class CaptionBatches:
         images: int,
         window_bytes: int = 512 << 20,
         pooled: bool = False,
+        sentences: int | None = None,
     ) -> None:
         self._dataset = dataset
         self._splits = frozenset(splits)
         self._encode = encode
         self._images = images
+        self._sentences = sentences
         self._pooled = pooled
         self._windows = _group_shards(dataset, window_bytes, pooled)
         self._load_once = lru_cache(maxsize=1)(self._load)
 
     def count(self, processes: int = 1) -> int:
         """About how many batches an epoch has, when so many processes share them."""
-        columns = (self._dataset.read(shard, ["split"])["split"] for shard in range(self._dataset.shards))
-        images = sum(split in self._splits for column in columns for split in column.to_pylist())
-        return -(-images // (self._images * processes))
+        things = 0
+        for shard in range(self._dataset.shards):
+            rows = self._dataset.read(shard, ["split"] if self._sentences is None else ["split", "captions"])
+            here = pc.is_in(rows["split"], pa.array(sorted(self._splits), pa.string()))
+            things += (
+                pc.sum(here if self._sentences is None else pc.list_value_length(rows["captions"].filter(here))).as_py()
+                or 0
+            )
+        return -(-things // ((self._sentences or self._images) * processes))
 
     def epoch(self, seed: int, epoch: int) -> Iterator[CaptionBatch]:
-        """All images once, mixed by `seed` and `epoch`."""
-        for window, order in self._mixed(seed, epoch):
-            for begin in range(0, len(order), self._images):
-                yield _batch(window, order[begin : begin + self._images])
+        """All images once, or all sentences, mixed by `seed` and `epoch`."""
+        for batch in self.shares(seed, epoch, 0, 1):
+            if batch is not None:
+                yield batch
 
     def shares(
         self, seed: int, epoch: int, process: int, processes: int, first: int = 0
@@ -102,7 +119,7 @@ class CaptionBatches:
         Each process has as many as the others, up to an image; None where a batch has fewer images than processes.
         They begin with the batch `first`.
         """
-        size = self._images * processes
+        size = (self._sentences or self._images) * processes
         pieces = (
             (window, order[begin : begin + size])
             for window, order in self._mixed(seed, epoch)
@@ -110,16 +127,19 @@ class CaptionBatches:
         )
         for window, chosen in islice(pieces, first, None):
             part = np.array_split(chosen, processes)[process]
-            yield _batch(window, part) if len(part) else None
+            if not len(part):
+                yield None
+            else:
+                yield _batch(window, part) if self._sentences is None else _batch_of_pairs(window, part)
 
     def _mixed(self, seed: int, epoch: int) -> Iterator[tuple[_Window, npt.NDArray[np.int64]]]:
-        """The windows of an epoch, each with the order of its images."""
+        """The windows of an epoch, each with its images in a new order, or with its pairs."""
         draw = np.random.default_rng([seed, epoch])
         shards = draw.permutation(self._dataset.shards)
         starts = np.cumsum([0, *(len(window) for window in self._windows)])
         groups = [tuple(sorted(shards[begin:end])) for begin, end in pairwise(starts)]
         for window in self._prefetched(groups):
-            yield window, draw.permutation(len(window.sentences))
+            yield window, draw.permutation(len(window.sentences) if self._sentences is None else window.pairs())
 
     def in_order(self) -> Iterator[CaptionBatch]:
         """All images once, as they stand in the dataset."""
@@ -156,6 +176,15 @@ def _batch(window: _Window, chosen: npt.NDArray[np.int64]) -> CaptionBatch:
         features=window.features[chosen].astype(np.float32),
         sentences=[sentence for row in sentences for sentence in row],
         image_of_sentence=np.repeat(np.arange(len(chosen)), [len(row) for row in sentences]),
+    )
+
+
+def _batch_of_pairs(window: _Window, pairs: npt.NDArray[np.int64]) -> CaptionBatch:
+    images, image_of_sentence = np.unique(pairs[:, 0], return_inverse=True)
+    return CaptionBatch(
+        features=window.features[images].astype(np.float32),
+        sentences=[window.sentences[image][number] for image, number in pairs.tolist()],
+        image_of_sentence=image_of_sentence,
     )
 
 

@@ -9,11 +9,11 @@ import torch
 from tqdm import tqdm
 
 from captionlib.config import to_dict
-from captionlib.data.batches import CaptionBatches, read_captions, read_references
+from captionlib.data.batches import CaptionBatches, feature_shape, read_captions, read_references
 from captionlib.data.datasets import open_dataset
 from captionlib.data.shards import ShardedDataset
 from captionlib.data.vocabulary import Vocabulary
-from captionlib.errors import ConfigError
+from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.captioner import Captioner, CaptionerConfig
 from captionlib.models.decoding import DecodingConfig
 from captionlib.models.devices import resolve_device
@@ -44,6 +44,10 @@ class CaptioningConfig:
         min_count: words seen less often become UNKNOWN.
         max_words: longer sentences are cut while training.
         batch_images: images a batch, each with all of its sentences; of each process, where there are several.
+        batch_sentences: mix sentences, not images, and give each batch so many, of more different images; of each
+            process, where there are several. None mixes images.
+        crop: show a part of each image's map while training, drawn anew each time: at least this share of both its
+            sides; 0 shows the whole. It needs features that are spatial maps.
         window_megabytes: how much of the features is mixed at a time.
         word_vectors: a file of word2vec (text or binary), GloVe or fastText vectors to start from; words that it lacks
             are drawn, as all are without one.
@@ -64,6 +68,8 @@ class CaptioningConfig:
     min_count: int = 5
     max_words: int = 30
     batch_images: int = 20
+    batch_sentences: int | None = None
+    crop: float = 0.0
     window_megabytes: int = 512
     word_vectors: str | None = None
     start_from: str | None = None
@@ -75,8 +81,11 @@ class CaptioningConfig:
         for name in ("min_count", "max_words", "batch_images", "window_megabytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not 0 <= self.label_smoothing < 1:
-            raise ConfigError(f"label_smoothing: expected at least 0 and below 1, got {self.label_smoothing}")
+        for name in ("label_smoothing", "crop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 0 and below 1, got {getattr(self, name)}")
+        if self.batch_sentences is not None and self.batch_sentences < 1:
+            raise ConfigError(f"batch_sentences: expected at least 1, got {self.batch_sentences}")
         if self.start_from is not None and self.word_vectors is not None:
             raise ConfigError(
                 "start_from brings word vectors of its own, so word_vectors has no place; set one of both"
@@ -90,8 +99,9 @@ class CaptioningConfig:
                 "objective: self_critical is a second stage; expected start_from with the checkpoint of a captioner "
                 "that has learned by cross_entropy, got none"
             )
-        if self.label_smoothing:
-            raise ConfigError("label_smoothing is for objective cross_entropy, got self_critical; set it to 0")
+        for name in ("label_smoothing", "crop", "batch_sentences"):
+            if getattr(self, name):
+                raise ConfigError(f"{name} is for objective cross_entropy, got self_critical; leave it out")
 
 
 def train_captioner(
@@ -164,14 +174,27 @@ def _objective(
     def encode(sentence: str) -> list[int]:
         return vocabulary.encode(sentence)[: config.max_words]
 
+    if config.crop and len(feature_shape(dataset)) == 1:
+        raise DatasetError(
+            f"{dataset.folder.uri}: crop takes a part of maps [positions, channels], got one vector an image; extract "
+            "with pooling none at a node that is a map, such as features.29 of vgg16, or set crop to 0"
+        )
     window_bytes, pooled = config.window_megabytes << 20, model.attention is None
-    batches = CaptionBatches(dataset, config.train_splits, encode, config.batch_images, window_bytes, pooled)
+    batches = CaptionBatches(
+        dataset,
+        config.train_splits,
+        encode,
+        config.batch_images,
+        window_bytes,
+        pooled and not config.crop,
+        config.batch_sentences,
+    )
     held_out = CaptionBatches(dataset, config.validation_splits, encode, config.batch_images, window_bytes, pooled)
     cider = None
     if config.best_by == "cider":
         cider = CiderValidation(dataset, config.validation_splits, vocabulary, config.decoding).score
     save = CaptionSaver(vocabulary, dataset.config["encoder"], provenance)
-    captioning = CaptioningObjective(model, batches, held_out, save, config.label_smoothing, cider)
+    captioning = CaptioningObjective(model, batches, held_out, save, config.label_smoothing, cider, crop=config.crop)
     if config.objective == "cross_entropy":
         return captioning
     references = (list(map(encode, sentences)) for sentences in read_references(dataset, config.train_splits))

@@ -81,6 +81,37 @@ def test_shares_make_up_the_batches_of_one_process(dataset: ShardedDataset, wind
         assert [ids for part in shares if part is not None for ids in part.sentences] == batch.sentences
 
 
+@pytest.mark.parametrize("window_bytes", [45, 1 << 20])
+def test_an_epoch_of_sentences_has_each_once_with_its_image(dataset: ShardedDataset, window_bytes: int) -> None:
+    batches = CaptionBatches(dataset, ["train", "restval"], encode, 4, window_bytes, sentences=3)
+    seen = []
+    for batch in batches.epoch(0, 0):
+        assert len(batch.sentences) <= 3
+        assert len(set(batch.features[:, 0])) == len(batch.features)
+        assert [ids for (ids,) in batch.sentences] == batch.features[batch.image_of_sentence, 0].tolist()
+        seen += [ids for (ids,) in batch.sentences]
+    assert sorted(seen) == sorted(n for n in IN_TRAIN for _ in range(n % 3))
+    assert batches.count() == -(-len(seen) // 3)
+    together = [
+        n for batch in batches.epoch(0, 0) if len(batch.features) < len(batch.sentences) for n in batch.features
+    ]
+    assert len(together) < len(seen) / 2  # the two sentences of an image seldom meet
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_shares_of_sentences_make_up_the_batches_of_one_process(dataset: ShardedDataset, processes: int) -> None:
+    splits = ["train", "restval"]
+    whole = CaptionBatches(dataset, splits, encode, 1, sentences=2 * processes)
+    shared = CaptionBatches(dataset, splits, encode, 1, sentences=2)
+    parts = zip(*(shared.shares(3, 1, number, processes) for number in range(processes)), strict=True)
+    for batch, shares in zip(whole.epoch(3, 1), parts, strict=True):
+        assert [ids for part in shares if part is not None for ids in part.sentences] == batch.sentences
+    later = list(shared.shares(3, 1, 0, processes, first=2))
+    assert [part.sentences for part in later if part] == [
+        part.sentences for part in list(shared.shares(3, 1, 0, processes))[2:] if part
+    ]
+
+
 def test_images_of_different_shards_are_mixed(dataset: ShardedDataset) -> None:
     batches = CaptionBatches(dataset, ["train", "restval"], encode, 4)
     shards = [[int(n) // ROWS for n in batch.features[:, 0]] for batch in batches.epoch(0, 0)]

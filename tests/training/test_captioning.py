@@ -189,6 +189,30 @@ def test_attention_sees_what_stands_together(tmp_path: Path) -> None:
     assert attention < 1.05
 
 
+def test_crops_need_maps(features: ShardedDataset, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"crop takes a part of maps .*, got one vector an image; extract"):
+        train(features, tmp_path / "captioner", replace(CONFIG, crop=0.5))
+
+
+@pytest.mark.parametrize("attention_size", [0, 16])
+def test_crops_change_what_is_learned_from_and_the_seed_draws_them(tmp_path: Path, attention_size: int) -> None:
+    maps = write_maps(tmp_path / "maps")
+    config = replace(CONFIG, captioner=replace(CONFIG.captioner, attention_size=attention_size))
+    whole, cropped, again = (
+        [epoch["loss"] for epoch in train(maps, tmp_path / name, replace(config, crop=crop))]
+        for name, crop in (("whole", 0.0), ("cropped", 0.3), ("again", 0.3))
+    )
+    assert cropped == again
+    assert cropped != whole
+
+
+def test_sentences_are_mixed_where_asked_for(features: ShardedDataset, tmp_path: Path) -> None:
+    history = train(features, tmp_path / "captioner", replace(CONFIG, batch_sentences=16))
+    assert history[-1]["perplexity"] < 1.6
+    with pytest.raises(ConfigError, match="batch_sentences: expected at least 1, got 0"):
+        replace(CONFIG, batch_sentences=0)
+
+
 def write_maps(folder: Path) -> ShardedDataset:
     """Images of two things that stand in one place or in two; the mean over places is the same."""
     draw = np.random.default_rng(0)
