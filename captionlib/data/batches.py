@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from captionlib.data.cropping import crop_maps
 from captionlib.data.shards import ShardedDataset
 from captionlib.errors import DatasetError
 
@@ -72,6 +73,7 @@ class CaptionBatches:
         window_bytes: how much of the features is mixed at a time.
         pooled: whether to give the mean over the positions of spatial maps in their place.
         sentences: how many sentences a batch has where each is mixed by itself; None mixes images.
+        crop: show a window of each square map while mixing, with at least this share of both its sides; 0 the whole.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class CaptionBatches:
         window_bytes: int = 512 << 20,
         pooled: bool = False,
         sentences: int | None = None,
+        crop: float = 0.0,
     ) -> None:
         self._dataset = dataset
         self._splits = frozenset(splits)
@@ -90,7 +93,9 @@ class CaptionBatches:
         self._images = images
         self._sentences = sentences
         self._pooled = pooled
-        self._windows = _group_shards(dataset, window_bytes, pooled)
+        self._crop = crop
+        self._keeps_maps = bool(crop) or not pooled
+        self._windows = _group_shards(dataset, window_bytes, not self._keeps_maps)
         self._load_once = lru_cache(maxsize=1)(self._load)
 
     def count(self, processes: int = 1) -> int:
@@ -121,16 +126,17 @@ class CaptionBatches:
         """
         size = (self._sentences or self._images) * processes
         pieces = (
-            (window, order[begin : begin + size])
-            for window, order in self._mixed(seed, epoch)
+            (number, window, order[begin : begin + size])
+            for number, (window, order) in enumerate(self._mixed(seed, epoch))
             for begin in range(0, len(order), size)
         )
-        for window, chosen in islice(pieces, first, None):
-            part = np.array_split(chosen, processes)[process]
-            if not len(part):
-                yield None
-            else:
-                yield _batch(window, part) if self._sentences is None else _batch_of_pairs(window, part)
+        for number, window, chosen in islice(pieces, first, None):
+            part = np.array_split(np.arange(len(chosen)), processes)[process]
+            corners = None
+            if self._crop:
+                draw = np.random.default_rng([seed, epoch, number, *chosen[0].flat])
+                corners = draw.random((len(chosen), 4))[part]
+            yield self._batch(window, chosen[part], corners) if len(part) else None
 
     def _mixed(self, seed: int, epoch: int) -> Iterator[tuple[_Window, npt.NDArray[np.int64]]]:
         """The windows of an epoch, each with its images in a new order, or with its pairs."""
@@ -145,7 +151,7 @@ class CaptionBatches:
         """All images once, as they stand in the dataset."""
         for window in self._prefetched(self._windows):
             for begin in range(0, len(window.sentences), self._images):
-                yield _batch(window, np.arange(begin, min(begin + self._images, len(window.sentences))))
+                yield self._batch(window, np.arange(begin, min(begin + self._images, len(window.sentences))))
 
     def _prefetched(self, groups: Sequence[tuple[int, ...]]) -> Iterator[_Window]:
         load = self._load_once if len(groups) == 1 else self._load
@@ -164,28 +170,30 @@ class CaptionBatches:
             for rows, captions in read_features(self._dataset, shard, self._splits):
                 encoded = [[ids for caption in row if (ids := self._encode(caption))] for row in captions]
                 kept = [number for number, row in enumerate(encoded) if row]
-                features.append(pool_map(rows[kept]) if self._pooled else rows[kept])
+                features.append(rows[kept] if self._keeps_maps else pool_map(rows[kept]))
                 sentences.extend(encoded[number] for number in kept)
-        shape = feature_shape(self._dataset)[-1:] if self._pooled else feature_shape(self._dataset)
+        shape = feature_shape(self._dataset) if self._keeps_maps else feature_shape(self._dataset)[-1:]
         return _Window(np.concatenate(features) if features else np.empty((0, *shape), np.float32), sentences)
 
-
-def _batch(window: _Window, chosen: npt.NDArray[np.int64]) -> CaptionBatch:
-    sentences = [window.sentences[number] for number in chosen]
-    return CaptionBatch(
-        features=window.features[chosen].astype(np.float32),
-        sentences=[sentence for row in sentences for sentence in row],
-        image_of_sentence=np.repeat(np.arange(len(chosen)), [len(row) for row in sentences]),
-    )
-
-
-def _batch_of_pairs(window: _Window, pairs: npt.NDArray[np.int64]) -> CaptionBatch:
-    images, image_of_sentence = np.unique(pairs[:, 0], return_inverse=True)
-    return CaptionBatch(
-        features=window.features[images].astype(np.float32),
-        sentences=[window.sentences[image][number] for image, number in pairs.tolist()],
-        image_of_sentence=image_of_sentence,
-    )
+    def _batch(
+        self, window: _Window, chosen: npt.NDArray[np.int64], corners: npt.NDArray[np.float64] | None = None
+    ) -> CaptionBatch:
+        """A batch of images, `[images]`, or of pairs, `[sentences, 2]`, with what draws the crop of each."""
+        if chosen.ndim == 1:
+            images, first = chosen, np.arange(len(chosen))
+            sentences = [sentence for image in chosen for sentence in window.sentences[image]]
+            image_of_sentence = np.repeat(first, [len(window.sentences[image]) for image in chosen])
+        else:
+            images, first, image_of_sentence = np.unique(chosen[:, 0], return_index=True, return_inverse=True)
+            sentences = [window.sentences[image][number] for image, number in chosen.tolist()]
+        shown = (
+            window.features[images]
+            if corners is None
+            else crop_maps(window.features, images, self._crop, corners[first])
+        )
+        return CaptionBatch(
+            (pool_map(shown) if self._pooled else shown).astype(np.float32), sentences, image_of_sentence
+        )
 
 
 def feature_shape(dataset: ShardedDataset) -> list[int]:

@@ -13,7 +13,6 @@ from captionlib.models.captioner import Captioner, TokenScores, pad_sentences
 from captionlib.models.checkpoint_folder import stamp
 from captionlib.models.checkpoints import save_checkpoint
 from captionlib.storage import Folder
-from captionlib.training.cropping import crop_maps
 from captionlib.training.curves import draw_curves
 from captionlib.training.objective import BatchLoss
 from captionlib.training.processes import Processes
@@ -47,7 +46,6 @@ class CaptioningObjective(Generic[Model]):
         label_smoothing: the share of each target that is spread over all classes.
         cider: measures its captions; None leaves that out.
         own_learning_rates: of parts of the model, see `Objective`.
-        crop: the least share of the sides of a map that a batch shows, see `crop_maps`; 0 shows the whole.
     """
 
     def __init__(
@@ -59,7 +57,6 @@ class CaptioningObjective(Generic[Model]):
         label_smoothing: float = 0.0,
         cider: Callable[[Model], float] | None = None,
         own_learning_rates: Mapping[str, float] | None = None,
-        crop: float = 0.0,
     ) -> None:
         self.model: Model = model
         self.score_name = "perplexity" if cider is None else "CIDEr"
@@ -72,7 +69,6 @@ class CaptioningObjective(Generic[Model]):
         self._save = save
         self._smoothing = label_smoothing
         self._cider = cider
-        self._crop = crop
         self._device = next(model.parameters()).device
 
     def batches(self, seed: int, epoch: int, first: int) -> Iterator[CaptionBatch | None]:
@@ -83,7 +79,7 @@ class CaptioningObjective(Generic[Model]):
 
     def loss(self, batch: CaptionBatch) -> BatchLoss:
         """Mean negative log-probability a token, smoothed where asked for; the sum to show is not. See `Objective`."""
-        log_probs, _, mean_log_probs = self.score(batch, self._crop, mean_log_probs=self._smoothing > 0)
+        log_probs, _, mean_log_probs = self.score(batch, mean_log_probs=self._smoothing > 0)
         total = -log_probs.sum()
         learnt = total
         if mean_log_probs is not None:
@@ -103,11 +99,10 @@ class CaptioningObjective(Generic[Model]):
         self._save(output, self.model, training)
         draw_curves(output, training["history"])
 
-    def score(self, batch: CaptionBatch, crop: float = 0.0, mean_log_probs: bool = False) -> TokenScores:
+    def score(self, batch: CaptionBatch, mean_log_probs: bool = False) -> TokenScores:
         """How likely the model finds the sentences of a batch, see `Captioner.forward`."""
-        features = torch.from_numpy(batch.features).to(self._device)
         scores: TokenScores = self.model(
-            crop_maps(features, crop) if crop else features,
+            torch.from_numpy(batch.features).to(self._device),
             pad_sentences(batch.sentences).to(self._device),
             torch.from_numpy(batch.image_of_sentence).to(self._device),
             mean_log_probs,

@@ -99,7 +99,7 @@ class CaptioningConfig:
                 "objective: self_critical is a second stage; expected start_from with the checkpoint of a captioner "
                 "that has learned by cross_entropy, got none"
             )
-        for name in ("label_smoothing", "crop", "batch_sentences"):
+        for name in ("label_smoothing", "batch_sentences"):
             if getattr(self, name):
                 raise ConfigError(f"{name} is for objective cross_entropy, got self_critical; leave it out")
 
@@ -186,15 +186,16 @@ def _objective(
         encode,
         config.batch_images,
         window_bytes,
-        pooled and not config.crop,
+        pooled,
         config.batch_sentences,
+        config.crop,
     )
     held_out = CaptionBatches(dataset, config.validation_splits, encode, config.batch_images, window_bytes, pooled)
     cider = None
     if config.best_by == "cider":
         cider = CiderValidation(dataset, config.validation_splits, vocabulary, config.decoding).score
     save = CaptionSaver(vocabulary, dataset.config["encoder"], provenance)
-    captioning = CaptioningObjective(model, batches, held_out, save, config.label_smoothing, cider, crop=config.crop)
+    captioning = CaptioningObjective(model, batches, held_out, save, config.label_smoothing, cider)
     if config.objective == "cross_entropy":
         return captioning
     references = (list(map(encode, sentences)) for sentences in read_references(dataset, config.train_splits))
