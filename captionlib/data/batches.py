@@ -5,7 +5,7 @@ mixed; so memory holds two windows, however large the dataset. A dataset that fi
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice, pairwise
@@ -130,13 +130,26 @@ class CaptionBatches:
             for number, (window, order) in enumerate(self._mixed(seed, epoch))
             for begin in range(0, len(order), size)
         )
-        for number, window, chosen in islice(pieces, first, None):
-            part = np.array_split(np.arange(len(chosen)), processes)[process]
-            corners = None
-            if self._crop:
-                draw = np.random.default_rng([seed, epoch, number, *chosen[0].flat])
-                corners = draw.random((len(chosen), 4))[part]
-            yield self._batch(window, chosen[part], corners) if len(part) else None
+        with ThreadPoolExecutor(1, thread_name_prefix="batch") as pool:  # one is made while the one before is learned from
+            coming: Future[CaptionBatch | None] | None = None
+            for number, window, chosen in islice(pieces, first, None):
+                seed_of_crops = [seed, epoch, number, *chosen[0].flat]
+                following = pool.submit(self._share, window, chosen, process, processes, seed_of_crops)
+                if coming is not None:
+                    yield coming.result()
+                coming = following
+            if coming is not None:
+                yield coming.result()
+
+    def _share(
+        self, window: _Window, chosen: npt.NDArray[np.int64], process: int, processes: int, seed_of_crops: list[int]
+    ) -> CaptionBatch | None:
+        """The part of a batch that is a process's, None where that is nothing."""
+        part = np.array_split(np.arange(len(chosen)), processes)[process]
+        if not len(part):
+            return None
+        corners = np.random.default_rng(seed_of_crops).random((len(chosen), 4))[part] if self._crop else None
+        return self._batch(window, chosen[part], corners)
 
     def _mixed(self, seed: int, epoch: int) -> Iterator[tuple[_Window, npt.NDArray[np.int64]]]:
         """The windows of an epoch, each with its images in a new order, or with its pairs."""
