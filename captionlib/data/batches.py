@@ -100,14 +100,13 @@ class CaptionBatches:
 
     def count(self, processes: int = 1) -> int:
         """About how many batches an epoch has, when so many processes share them."""
+        columns = ["split"] if self._sentences is None else ["split", "captions"]
         things = 0
         for shard in range(self._dataset.shards):
-            rows = self._dataset.read(shard, ["split"] if self._sentences is None else ["split", "captions"])
-            here = pc.is_in(rows["split"], pa.array(sorted(self._splits), pa.string()))
-            things += (
-                pc.sum(here if self._sentences is None else pc.list_value_length(rows["captions"].filter(here))).as_py()
-                or 0
-            )
+            rows = self._dataset.read(shard, columns)
+            rows = rows.filter(pc.is_in(rows["split"], pa.array(sorted(self._splits), pa.string())))
+            counts = None if self._sentences is None else pc.list_value_length(rows["captions"])
+            things += len(rows) if counts is None else pc.sum(counts).as_py() or 0
         return -(-things // ((self._sentences or self._images) * processes))
 
     def epoch(self, seed: int, epoch: int) -> Iterator[CaptionBatch]:
@@ -130,7 +129,9 @@ class CaptionBatches:
             for number, (window, order) in enumerate(self._mixed(seed, epoch))
             for begin in range(0, len(order), size)
         )
-        with ThreadPoolExecutor(1, thread_name_prefix="batch") as pool:  # one is made while the one before is learned from
+        with ThreadPoolExecutor(
+            1, thread_name_prefix="batch"
+        ) as pool:  # one is made while the one before is learned from
             coming: Future[CaptionBatch | None] | None = None
             for number, window, chosen in islice(pieces, first, None):
                 seed_of_crops = [seed, epoch, number, *chosen[0].flat]
@@ -199,14 +200,12 @@ class CaptionBatches:
         else:
             images, first, image_of_sentence = np.unique(chosen[:, 0], return_index=True, return_inverse=True)
             sentences = [window.sentences[image][number] for image, number in chosen.tolist()]
-        shown = (
-            window.features[images]
-            if corners is None
-            else crop_maps(window.features, images, self._crop, corners[first])
-        )
-        return CaptionBatch(
-            (pool_map(shown) if self._pooled else shown).astype(np.float32), sentences, image_of_sentence
-        )
+        if corners is None:
+            shown = window.features[images]
+        else:
+            shown = crop_maps(window.features, images, self._crop, corners[first])
+        features = (pool_map(shown) if self._pooled else shown).astype(np.float32)
+        return CaptionBatch(features, sentences, image_of_sentence)
 
 
 def feature_shape(dataset: ShardedDataset) -> list[int]:
