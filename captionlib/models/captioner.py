@@ -49,6 +49,8 @@ class CaptionerConfig:
             deviation 1; 0 leaves the features. What tells images apart often varies far less than what they share.
         attention_size: numbers in the vector of a region that words look at; 0 is a single glance at the whole image.
             It needs features that are spatial maps.
+        start_weights: what training starts from: `neuraltalk`, all from U(-0.1, 0.1); or `pytorch`, its layers' own: word
+            vectors from N(0, 1), the others from U(-r, r) with r = 1 / sqrt(inputs), which suits small data sets better.
     """
 
     cell: Literal["lstm", "rnn"] = "lstm"
@@ -62,6 +64,7 @@ class CaptionerConfig:
     standardise_features: bool = True
     principal_components: int = 0
     attention_size: int = 0
+    start_weights: Literal["neuraltalk", "pytorch"] = "neuraltalk"
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden_size", "word_size"):
@@ -153,7 +156,8 @@ class Captioner(nn.Module):
             self.attention = Attention(feature_size, config.attention_size, config.hidden_size, gates, config.dropout)
         self.output = nn.Linear(config.hidden_size, vocabulary_size)
         self.dropout = nn.Dropout(config.dropout)
-        self._draw_weights()
+        if config.start_weights == "neuraltalk":
+            self._draw_weights()
         if config.tie_word_vectors:
             self.output.weight = self.word_vectors.weight
 

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -226,3 +227,15 @@ def test_mean_log_probs_are_those_of_all_classes(config: CaptionerConfig) -> Non
     with torch.no_grad():  # the last token's classes, each in turn as a word that might have come
         others = [model(FEATURES[:1], torch.tensor([[4, word]]), torch.tensor([0])).log_probs[1] for word in range(7)]
     assert asked.mean_log_probs[1].item() == pytest.approx(torch.stack(others).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("attention_size", [0, 64])
+def test_what_weights_training_starts_from(attention_size: int) -> None:
+    torch.manual_seed(0)
+    shape = CaptionerConfig(hidden_size=64, word_size=64, attention_size=attention_size)
+    for name, parameter in Captioner(shape, 64, 500).named_parameters():
+        assert (parameter == 0).all() if "bias" in name else 0.09 < parameter.abs().max() <= 0.1
+    theirs = Captioner(replace(shape, start_weights="pytorch"), 64, 500)
+    assert theirs.word_vectors.weight.std().item() == pytest.approx(1, abs=0.05)
+    for parameter in theirs.recurrence.weight_hh_l0, theirs.output.weight, theirs.image_projection.weight:
+        assert 0.12 < parameter.abs().max() <= 0.125
