@@ -49,8 +49,8 @@ class CaptionerConfig:
             deviation 1; 0 leaves the features. What tells images apart often varies far less than what they share.
         attention_size: numbers in the vector of a region that words look at; 0 is a single glance at the whole image.
             It needs features that are spatial maps.
-        start_weights: what training starts from: `neuraltalk`, all from U(-0.1, 0.1); or `pytorch`, its layers' own: word
-            vectors from N(0, 1), the others from U(-r, r) with r = 1 / sqrt(inputs), which suits small data sets better.
+        start_weights: what training starts from: `neuraltalk`, all from U(-0.1, 0.1); or `pytorch`, as its layers have
+            it: word vectors from N(0, 1), the others from U(-r, r) with r = 1 / sqrt(inputs).
     """
 
     cell: Literal["lstm", "rnn"] = "lstm"
