@@ -129,9 +129,8 @@ class CaptionBatches:
             for number, (window, order) in enumerate(self._mixed(seed, epoch))
             for begin in range(0, len(order), size)
         )
-        with ThreadPoolExecutor(
-            1, thread_name_prefix="batch"
-        ) as pool:  # one is made while the one before is learned from
+        with ThreadPoolExecutor(1, thread_name_prefix="batch") as pool:
+            # A batch is made while the one before is learned from.
             coming: Future[CaptionBatch | None] | None = None
             for number, window, chosen in islice(pieces, first, None):
                 seed_of_crops = [seed, epoch, number, *chosen[0].flat]
