@@ -3,6 +3,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ def loading_threads() -> list[str]:
 def children() -> set[str]:
     """The decoder processes of this one that run."""
     found = set()
-    for task in Path("/proc/self/task").iterdir():
-        for pid in (task / "children").read_text().split():
-            if "decode_worker" in Path(f"/proc/{pid}/cmdline").read_text():
-                found.add(pid)
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ended while it was looked at
+            ours = f"PPid:\t{os.getpid()}\n" in (process / "status").read_text()
+            if ours and "decode_worker" in (process / "cmdline").read_text():
+                found.add(process.name)
     return found
 
 
