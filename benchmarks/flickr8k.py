@@ -26,6 +26,11 @@ CAPTIONERS = {
     "self-critical": {"CIDEr": 0.62},
 }
 STARTS = {"self-critical": "attention"}  # the captioner that its training goes on from
+FEATURES = {
+    "glance": "features-flickr8k",
+    "attention": "features-flickr8k-pool4",
+    "self-critical": "features-flickr8k-pool4",
+}
 RANKS = {
     "image_to_sentence": {"recall_at_1": 0.22, "recall_at_5": 0.49, "recall_at_10": 0.62, "median_rank": 6},
     "sentence_to_image": {"recall_at_1": 0.16, "recall_at_5": 0.40, "recall_at_10": 0.54, "median_rank": 9},
@@ -43,12 +48,13 @@ def main() -> None:
         sys.exit(f"{tokens} does not exist; DATA is the folder of images/, Flickr8k.token.txt and the split files")
     output: Path = options.output
     output.mkdir(parents=True, exist_ok=True)
-    manifest, features = output / "manifest", output / "features"
+    manifest = output / "manifest"
     _run("prepare", tokens, "--images", options.data / "images", "-o", manifest)
-    features_config = CONFIGS / "features-flickr8k.yaml"
-    _run("extract-features", manifest, "-o", features, "--config", features_config, "--weights", options.weights)
-    scores = {name: _score_captioner(name, output, manifest, features) for name in CAPTIONERS}
-    ranks = _score_ranker(output, features)
+    for name in sorted(set(FEATURES.values())):
+        config = CONFIGS / f"{name}.yaml"
+        _run("extract-features", manifest, "-o", output / name, "--config", config, "--weights", options.weights)
+    scores = {name: _score_captioner(name, output, manifest, options.weights) for name in CAPTIONERS}
+    ranks = _score_ranker(output, output / FEATURES["glance"])
     met = [
         report(f"flickr8k-{name}-{metric}", scores[name][metric], bar)
         for name, bars in CAPTIONERS.items()
@@ -61,12 +67,17 @@ def main() -> None:
     sys.exit(not all(met))
 
 
-def _score_captioner(name: str, output: Path, manifest: Path, features: Path) -> Mapping[str, float]:
+def _score_captioner(name: str, output: Path, manifest: Path, weights: str) -> Mapping[str, float]:
     """Trains the captioner, captions with it and scores dev."""
+    features = output / FEATURES[name]
     captioner, captions, scores = (output / f"{kind}-{name}" for kind in ("captioner", "captions", "scores"))
-    start: list[str | Path] = ["--start-from", output / f"captioner-{STARTS[name]}"] if name in STARTS else []
+    more: list[str | Path] = []
+    if name in STARTS:
+        more = ["--start-from", output / f"captioner-{STARTS[name]}"]
+    elif name == "attention" and Path(weights).exists():
+        more = ["--weights", weights]  # of its tail
     config = CONFIGS / f"captioner-flickr8k-{name}.yaml"
-    _run("train-captioner", features, "-o", captioner, "--config", config, *start)
+    _run("train-captioner", features, "-o", captioner, "--config", config, *more)
     decoding = CONFIGS / "captions-flickr8k.yaml"
     _run("generate-captions", features, "-c", captioner, "-o", captions, "--config", decoding)
     _run("evaluate", captions, "-m", manifest, "--split", "dev", "-c", captioner, "-f", features, "-o", scores)

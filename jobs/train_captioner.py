@@ -7,7 +7,6 @@ import click
 
 from captionlib.config import load_config
 from captionlib.data.datasets import open_dataset
-from captionlib.errors import ConfigError
 from captionlib.training.captioning import CaptioningConfig, train_captioner
 from captionlib.training.finetuning import FinetuningConfig, finetune_captioner
 from captionlib.training.loop import TrainingStopped
@@ -42,7 +41,8 @@ def command(
     stopped. `torchrun` starts it on several GPUs or machines: one run, with batches as many times as large.
 
     From a manifest the encoder is tuned too, with a learning rate of its own; its weights are kept with the captioner,
-    which captions images with them. Images that cannot be read are left out, and listed in the run's folder.
+    which captions images with them. Images that cannot be read are left out, and listed in the run's folder. Where its
+    last layers are enough, captioner.tail tunes them on the stored maps of the layer before, for much less time.
 
     \b
     Examples:
@@ -55,6 +55,7 @@ def command(
       captionlib train-captioner features -o better --start-from captioner --set objective=self_critical
       captionlib train-captioner manifest -o tuned --start-from captioner --config configs/captioner-finetune.yaml
       captionlib train-captioner manifest -o tuned --start-from captioner --set encoder.from_node=features.17
+      captionlib train-captioner maps -o captioner --set captioner.tail=features.29   # maps of features.23
       torchrun --nproc-per-node 4 --no-python captionlib train-captioner features -o captioner
     """
     if start_from is not None:
@@ -65,11 +66,9 @@ def command(
         if open_dataset(source).kind == "manifest":
             settings = load_config(FinetuningConfig, config, overrides)
             history = finetune_captioner(source, output, settings, weights=weights, **how)
-        elif weights is not None:
-            raise ConfigError(f"--weights is for tuning an encoder on images; {source} holds features of one")
         else:
             settings = load_config(CaptioningConfig, config, overrides)
-            history = train_captioner(source, output, settings, **how)
+            history = train_captioner(source, output, settings, weights=weights, **how)
     except TrainingStopped as stopped:
         raise click.Abort from stopped
     name, choose = ("CIDEr", max) if settings.best_by == "cider" else ("perplexity", min)

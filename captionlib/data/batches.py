@@ -15,8 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captionlib.data.cropping import crop_maps
 from captionlib.data.shards import ShardedDataset
+from captionlib.data.views import Views
 from captionlib.errors import DatasetError
 
 __all__ = [
@@ -73,7 +73,7 @@ class CaptionBatches:
         window_bytes: how much of the features is mixed at a time.
         pooled: whether to give the mean over the positions of spatial maps in their place.
         sentences: how many sentences a batch has where each is mixed by itself; None mixes images.
-        crop: show a window of each square map while mixing, with at least this share of both its sides; 0 the whole.
+        views: how square maps are shown while mixing; None shows them as they are.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class CaptionBatches:
         window_bytes: int = 512 << 20,
         pooled: bool = False,
         sentences: int | None = None,
-        crop: float = 0.0,
+        views: Views | None = None,
     ) -> None:
         self._dataset = dataset
         self._splits = frozenset(splits)
@@ -93,8 +93,8 @@ class CaptionBatches:
         self._images = images
         self._sentences = sentences
         self._pooled = pooled
-        self._crop = crop
-        self._keeps_maps = bool(crop) or not pooled
+        self._views = views or Views()
+        self._keeps_maps = bool(self._views) or not pooled
         self._windows = _group_shards(dataset, window_bytes, not self._keeps_maps)
         self._load_once = lru_cache(maxsize=1)(self._load)
 
@@ -133,8 +133,8 @@ class CaptionBatches:
             # A batch is made while the one before is learned from.
             coming: Future[CaptionBatch | None] | None = None
             for number, window, chosen in islice(pieces, first, None):
-                seed_of_crops = [seed, epoch, number, *chosen[0].flat]
-                following = pool.submit(self._share, window, chosen, process, processes, seed_of_crops)
+                seed_of_views = [seed, epoch, number, *chosen[0].flat]
+                following = pool.submit(self._share, window, chosen, process, processes, seed_of_views)
                 if coming is not None:
                     yield coming.result()
                 coming = following
@@ -142,14 +142,15 @@ class CaptionBatches:
                 yield coming.result()
 
     def _share(
-        self, window: _Window, chosen: npt.NDArray[np.int64], process: int, processes: int, seed_of_crops: list[int]
+        self, window: _Window, chosen: npt.NDArray[np.int64], process: int, processes: int, seed_of_views: list[int]
     ) -> CaptionBatch | None:
         """The part of a batch that is a process's, None where that is nothing."""
         part = np.array_split(np.arange(len(chosen)), processes)[process]
         if not len(part):
             return None
-        corners = np.random.default_rng(seed_of_crops).random((len(chosen), 4))[part] if self._crop else None
-        return self._batch(window, chosen[part], corners)
+        draw = np.random.default_rng(seed_of_views)
+        size, draws = draw.random(), draw.random((len(chosen), 3))
+        return self._batch(window, chosen[part], (size, draws[part]))
 
     def _mixed(self, seed: int, epoch: int) -> Iterator[tuple[_Window, npt.NDArray[np.int64]]]:
         """The windows of an epoch, each with its images in a new order, or with its pairs."""
@@ -189,9 +190,12 @@ class CaptionBatches:
         return _Window(np.concatenate(features) if features else np.empty((0, *shape), np.float32), sentences)
 
     def _batch(
-        self, window: _Window, chosen: npt.NDArray[np.int64], corners: npt.NDArray[np.float64] | None = None
+        self,
+        window: _Window,
+        chosen: npt.NDArray[np.int64],
+        drawn: tuple[float, npt.NDArray[np.float64]] | None = None,
     ) -> CaptionBatch:
-        """A batch of images, `[images]`, or of pairs, `[sentences, 2]`, with what draws the crop of each."""
+        """A batch of images, `[images]`, or of pairs, `[sentences, 2]`, with what was drawn for their views."""
         if chosen.ndim == 1:
             images, first = chosen, np.arange(len(chosen))
             sentences = [sentence for image in chosen for sentence in window.sentences[image]]
@@ -199,10 +203,11 @@ class CaptionBatches:
         else:
             images, first, image_of_sentence = np.unique(chosen[:, 0], return_index=True, return_inverse=True)
             sentences = [window.sentences[image][number] for image, number in chosen.tolist()]
-        if corners is None:
+        if drawn is None or not self._views:
             shown = window.features[images]
         else:
-            shown = crop_maps(window.features, images, self._crop, corners[first])
+            size, draws = drawn
+            shown = self._views.show(window.features, images, size, draws[first])
         features = (pool_map(shown) if self._pooled else shown).astype(np.float32)
         return CaptionBatch(features, sentences, image_of_sentence)
 
@@ -282,26 +287,25 @@ def sample_features(dataset: ShardedDataset, splits: Sequence[str], count: int) 
 def mean_and_std(
     dataset: ShardedDataset,
     splits: Sequence[str],
-    change: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]] = lambda vectors: vectors,
+    vectors: Callable[[npt.NDArray[np.floating]], npt.NDArray[np.floating]] = pool_map,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Mean and standard deviation of each number of the image vectors of these splits, in one pass.
 
     Args:
         dataset: `features/`, complete.
         splits: which rows.
-        change: what is done to the vectors before, `[images, size]`.
+        vectors: from features, `[images, *shape]`, to vectors, `[images, size]`.
 
     Returns:
-        `[size]` each; of spatial maps `[channels]`, of the means over their positions.
+        `[size]` each.
     """
-    size = feature_shape(dataset)[-1]
-    count, total, squares = 0, np.zeros(size), np.zeros(size)
+    count, total, squares = 0, np.zeros(1), np.zeros(1)
     for shard in range(dataset.shards):
         for rows, _ in read_features(dataset, shard, frozenset(splits)):
-            vectors = change(pool_map(rows).astype(np.float32)).astype(np.float64)
-            count += len(vectors)
-            total += vectors.sum(0)
-            squares += np.square(vectors).sum(0)
+            numbers = vectors(rows).astype(np.float64)
+            count += len(numbers)
+            total = total + numbers.sum(0)
+            squares = squares + np.square(numbers).sum(0)
     mean = total / max(count, 1)
     std = np.sqrt(np.maximum(squares / max(count, 1) - np.square(mean), 0))
     return mean.astype(np.float32), std.astype(np.float32)

@@ -27,7 +27,8 @@ def require_attention(captioner: LoadedCaptioner, checkpoint: str) -> int:
             f"{checkpoint}: attention_maps expects a captioner with attention, got one that takes the image in at a "
             "glance; leave attention_maps out, or train one with captioner.attention_size on features that are maps"
         )
-    return int(captioner.encoder["shape"][0])
+    tail = captioner.model.tail
+    return int(captioner.encoder["shape"][0]) if tail is None else tail.shape[0]
 
 
 @torch.inference_mode()
@@ -46,7 +47,7 @@ def map_attention(model: Captioner, features: npt.NDArray[np.float32], captions:
     words = pad_sentences([one.words for one in captions]).to(device)
     looks = model.looks(torch.from_numpy(features).to(device), words, torch.arange(len(captions), device=device))
     numbers = torch.cat([look[: one.tokens] for look, one in zip(looks, captions, strict=True)])
-    kind = captions_schema(features.shape[1]).field("attention").type
+    kind = captions_schema(numbers.shape[1]).field("attention").type
     vectors = pa.FixedSizeListArray.from_arrays(
         pa.array(numbers.to(torch.float16).cpu().numpy().reshape(-1)), type=kind.value_type
     )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from captionlib.errors import ConfigError
 from captionlib.models.attention import Attention
+from captionlib.models.encoder_tail import EncoderTail
 from captionlib.models.ragged import Ragged, drop_padding, pad_sentences
 from captionlib.models.recurrence import recur, recur_attending
 
@@ -49,6 +50,8 @@ class CaptionerConfig:
             deviation 1; 0 leaves the features. What tells images apart often varies far less than what they share.
         attention_size: numbers in the vector of a region that words look at; 0 is a single glance at the whole image.
             It needs features that are spatial maps.
+        tail: a later node of the encoder's network, such as `features.29` where features are the maps of `features.23`:
+            what lies between becomes a part of the captioner, and is tuned with it. None takes features as they are.
         start_weights: what training starts from: `neuraltalk`, all from U(-0.1, 0.1); or `pytorch`, as its layers have
             it: word vectors from N(0, 1), the others from U(-r, r) with r = 1 / sqrt(inputs).
     """
@@ -64,6 +67,7 @@ class CaptionerConfig:
     standardise_features: bool = True
     principal_components: int = 0
     attention_size: int = 0
+    tail: str | None = None
     start_weights: Literal["neuraltalk", "pytorch"] = "neuraltalk"
 
     def __post_init__(self) -> None:
@@ -121,13 +125,16 @@ class Captioner(nn.Module):
         config: its shape.
         feature_size: numbers in the feature vector of an image, or channels of its map; 0 for a language model.
         vocabulary_size: classes of the softmax, `len(vocabulary)`.
+        tail: what features go through first, where `config` names a node; `feature_size` is then of what it gives.
     """
 
     feature_mean: Tensor
     feature_std: Tensor
     components: Tensor | None
 
-    def __init__(self, config: CaptionerConfig, feature_size: int, vocabulary_size: int) -> None:
+    def __init__(
+        self, config: CaptionerConfig, feature_size: int, vocabulary_size: int, tail: EncoderTail | None = None
+    ) -> None:
         super().__init__()
         if (config.image_input == "none") != (feature_size == 0):
             got = f"{config.image_input} and {feature_size}; it is for language models alone"
@@ -158,6 +165,7 @@ class Captioner(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         if config.start_weights == "neuraltalk":
             self._draw_weights()
+        self.tail = tail  # its weights are drawn nowhere
         if config.tie_word_vectors:
             self.output.weight = self.word_vectors.weight
 
@@ -275,6 +283,8 @@ class Captioner(nn.Module):
             ConfigError: the model has attention, and the features are no maps.
         """
         regions = None
+        if self.tail is not None:
+            features = self.tail(features)
         if self.attention is not None:
             if features.dim() != 3:
                 raise ConfigError(

@@ -14,6 +14,7 @@ from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.captioner import Captioner, CaptionerConfig
 from captionlib.models.checkpoint_folder import damaged, find_encoder, open_folder, read_checkpoint, write_checkpoint
 from captionlib.models.devices import resolve_device
+from captionlib.models.encoder_tail import EncoderTail
 from captionlib.storage import Folder
 
 __all__ = ["LoadedCaptioner", "load_captioner", "require_same_encoder", "save_checkpoint"]
@@ -108,10 +109,11 @@ def load_captioner(folder: str | os.PathLike[str] | Folder, device: str = "cpu")
         feature_size = int(architecture.pop("feature_size"))
         config = build_config(CaptionerConfig, architecture, origin="architecture")
         vocabulary = Vocabulary.from_dict(checkpoint.identity["vocabulary"])
-        with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced; the caller's generator stays
-            model = Captioner(config, feature_size, len(vocabulary))
-        model.load_state_dict(checkpoint.tensors)
         encoder = dict(checkpoint.identity["encoder"])
+        with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced; the caller's generator stays
+            tail = None if config.tail is None else EncoderTail(encoder, config.tail)
+            model = Captioner(config, feature_size, len(vocabulary), tail)
+        model.load_state_dict(checkpoint.tensors)
     except (ConfigError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise damaged(open_folder(folder), f"{type(error).__name__}: {error}") from error
     return LoadedCaptioner(

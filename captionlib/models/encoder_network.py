@@ -1,18 +1,27 @@
 """What an encoder computes, as a module: pixels to features, with gradients where someone wants to tune it."""
 
 import difflib
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Literal
 
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from captionlib.data.images import Preprocessing
 from captionlib.errors import ConfigError
 
-__all__ = ["EncoderNetwork", "build_network", "cut_network", "parameters_before", "require_finite"]
+__all__ = [
+    "EncoderNetwork",
+    "build_network",
+    "cut_between",
+    "cut_network",
+    "parameters_before",
+    "require_finite",
+]
 
 # The talk's names for VGG's layers, and the nodes that follow their ReLU.
 _VGG_ALIASES = {"fc6": "classifier.1", "fc7": "classifier.4"}
@@ -142,12 +151,46 @@ def cut_network(name: str, node: str) -> nn.Module:
     Raises:
         ConfigError: there is no such model or node.
     """
+    return _cut(name, {node: "features"})
+
+
+def cut_between(name: str, start: str, node: str) -> nn.Module:
+    """A torchvision model from the output of one of its nodes, its input here, to another one's, given as `features`.
+
+    Raises:
+        ConfigError: there is no such model or node; or what lies between needs more than the output of `start`.
+    """
+    extractor = _cut(name, {start: "start", node: "features"})
+    graph = extractor.graph
+    output = next(part for part in graph.nodes if part.op == "output")
+    end = output.args[0]["features"]
+    begin = output.args[0].get("start", end)  # both are one node, and the second name is the one that is left
+    image = next(part for part in graph.nodes if part.op == "placeholder")
+    with graph.inserting_before(image):
+        given = graph.placeholder("maps")
+    begin.replace_all_uses_with(given)
+    output.args = ({"features": end},)
+    graph.eliminate_dead_code()
+    if image.users or begin is end:
+        raise ConfigError(
+            f"{name}: expected a node that comes after {start} and is computed from it alone, got {node}; give a later "
+            "one, or features of another node"
+        )
+    graph.erase_node(image)
+    return GraphModule(extractor, graph)  # with the layers that are left alone
+
+
+def _cut(name: str, outputs: Mapping[str, str]) -> GraphModule:
+    """A torchvision model up to some of its nodes, whose outputs it gives by the names that they have here."""
     model = build_network(name)
-    wanted = _VGG_ALIASES.get(node, node) if name.startswith("vgg") else node
     _, nodes = get_graph_node_names(model)
-    if wanted not in nodes:
-        raise _no_such_node(name, node, nodes)
-    extractor: nn.Module = create_feature_extractor(model, {wanted: "features"})
+    wanted = {}
+    for node, given in outputs.items():
+        known = _VGG_ALIASES.get(node, node) if name.startswith("vgg") else node
+        if known not in nodes:
+            raise _no_such_node(name, node, nodes)
+        wanted[known] = given
+    extractor: GraphModule = create_feature_extractor(model, wanted)
     return extractor
 
 

@@ -12,6 +12,7 @@ from captionlib.config import to_dict
 from captionlib.data.batches import CaptionBatches, feature_shape, read_captions, read_references
 from captionlib.data.datasets import open_dataset
 from captionlib.data.shards import ShardedDataset
+from captionlib.data.views import Views
 from captionlib.data.vocabulary import Vocabulary
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.captioner import Captioner, CaptionerConfig
@@ -46,8 +47,12 @@ class CaptioningConfig:
         batch_images: images a batch, each with all of its sentences; of each process, where there are several.
         batch_sentences: mix sentences, not images, and give each batch so many, of more different images; of each
             process, where there are several. None mixes images.
-        crop: show a part of each image's map while training, drawn anew each time: at least this share of both its
-            sides; 0 shows the whole. It needs features that are spatial maps.
+        crop: show a part of each image's map while training, drawn anew each time: at least this share of its sides; 0
+            shows the whole. It needs features that are spatial maps.
+        mirror: mirror every other map while training, drawn anew each time. It needs maps too, and does nothing for a
+            captioner without tail or attention.
+        tail_learning_rate: of the captioner's tail, before the schedule; `training.learning_rate` is that of the rest.
+            0 leaves it as it is.
         window_megabytes: how much of the features is mixed at a time.
         word_vectors: a file of word2vec (text or binary), GloVe or fastText vectors to start from; words that it lacks
             are drawn, as all are without one.
@@ -70,6 +75,8 @@ class CaptioningConfig:
     batch_images: int = 20
     batch_sentences: int | None = None
     crop: float = 0.0
+    mirror: bool = False
+    tail_learning_rate: float = 5e-5
     window_megabytes: int = 512
     word_vectors: str | None = None
     start_from: str | None = None
@@ -84,6 +91,8 @@ class CaptioningConfig:
         for name in ("label_smoothing", "crop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 0 and below 1, got {getattr(self, name)}")
+        if self.tail_learning_rate < 0:
+            raise ConfigError(f"tail_learning_rate: expected at least 0, got {self.tail_learning_rate}")
         if self.batch_sentences is not None and self.batch_sentences < 1:
             raise ConfigError(f"batch_sentences: expected at least 1, got {self.batch_sentences}")
         if self.start_from is not None and self.word_vectors is not None:
@@ -109,6 +118,7 @@ def train_captioner(
     output: str | os.PathLike[str],
     config: CaptioningConfig,
     *,
+    weights: str | None = None,
     device: str = "auto",
     overwrite: bool = False,
     progress: bool = True,
@@ -121,6 +131,8 @@ def train_captioner(
         features: the features dataset.
         output: the run's folder: the best epoch's checkpoint, the metrics, the curves, and the state to go on from.
         config: the captioner and how it is trained.
+        weights: the encoder's weights file, where the captioner begins with a tail and the encoder had its weights from
+            a file.
         device: where.
         overwrite: replace a run of another configuration.
         progress: show a bar.
@@ -130,15 +142,27 @@ def train_captioner(
 
     Raises:
         DatasetError: the features are not complete, or have no sentences in a split that is needed.
-        CheckpointError: there is nothing to start from where `start_from` says, or it is of another encoder.
-        ConfigError: `captioner` is not the shape of what is started from.
+        CheckpointError: there is nothing to start from where `start_from` says, or it or the weights are of another
+            encoder.
+        ConfigError: `captioner` is not the shape of what is started from; or weights are missing, or given in vain.
     """
+    if weights is not None and (config.captioner.tail is None or config.start_from is not None):
+        raise ConfigError(
+            "--weights is for a captioner that begins with a tail of the encoder (captioner.tail), or for tuning an "
+            "encoder on the images of a manifest; leave it out"
+        )
     with join_processes(resolve_device(device)) as target:
-        return _train(Folder(features), Folder(output), config, target, overwrite, progress)
+        return _train(Folder(features), Folder(output), config, weights, target, overwrite, progress)
 
 
 def _train(
-    features: Folder, output: Folder, config: CaptioningConfig, device: torch.device, overwrite: bool, progress: bool
+    features: Folder,
+    output: Folder,
+    config: CaptioningConfig,
+    weights: str | None,
+    device: torch.device,
+    overwrite: bool,
+    progress: bool,
 ) -> list[dict[str, float]]:
     processes = Processes()
     dataset = open_dataset(features.uri, "features").require_complete()
@@ -150,7 +174,7 @@ def _train(
     provenance: dict[str, Any] = {"features": dataset.fingerprint, "objective": config.objective}
     if config.start_from is None:
         vocabulary = Vocabulary.from_captions(read_captions(dataset, config.train_splits), config.min_count)
-        model = build_captioner(config.captioner, dataset, config.train_splits, vocabulary)
+        model = build_captioner(config.captioner, dataset, config.train_splits, vocabulary, weights)
     else:
         start = open_start(config.start_from, config.captioner, dataset)
         model, vocabulary, config = start.model, start.vocabulary, replace(config, captioner=start.config)
@@ -174,12 +198,13 @@ def _objective(
     def encode(sentence: str) -> list[int]:
         return vocabulary.encode(sentence)[: config.max_words]
 
-    if config.crop and len(feature_shape(dataset)) == 1:
-        raise DatasetError(
-            f"{dataset.folder.uri}: crop takes a part of maps [positions, channels], got one vector an image; extract "
-            "with pooling none at a node that is a map, such as features.29 of vgg16, or set crop to 0"
-        )
-    window_bytes, pooled = config.window_megabytes << 20, model.attention is None
+    for name in ("crop", "mirror"):
+        if getattr(config, name) and len(feature_shape(dataset)) == 1:
+            raise DatasetError(
+                f"{dataset.folder.uri}: {name} changes maps [positions, channels], got one vector an image; extract "
+                f"with pooling none at a node that is a map, such as features.29 of vgg16, or leave {name} out"
+            )
+    window_bytes, pooled = config.window_megabytes << 20, model.attention is None and model.tail is None
     batches = CaptionBatches(
         dataset,
         config.train_splits,
@@ -188,14 +213,18 @@ def _objective(
         window_bytes,
         pooled,
         config.batch_sentences,
-        config.crop,
+        Views(config.crop, config.mirror),
     )
     held_out = CaptionBatches(dataset, config.validation_splits, encode, config.batch_images, window_bytes, pooled)
     cider = None
     if config.best_by == "cider":
         cider = CiderValidation(dataset, config.validation_splits, vocabulary, config.decoding).score
     save = CaptionSaver(vocabulary, dataset.config["encoder"], provenance)
-    captioning = CaptioningObjective(model, batches, held_out, save, config.label_smoothing, cider)
+    rates = {}
+    if model.tail is not None:
+        rates["tail"] = config.tail_learning_rate
+        model.tail.requires_grad_(config.tail_learning_rate > 0)
+    captioning = CaptioningObjective(model, batches, held_out, save, config.label_smoothing, cider, rates)
     if config.objective == "cross_entropy":
         return captioning
     references = (list(map(encode, sentences)) for sentences in read_references(dataset, config.train_splits))

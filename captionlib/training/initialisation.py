@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from captionlib.config import differences, to_dict
@@ -13,16 +15,22 @@ from captionlib.data.word_vectors import read_word_vectors
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.captioner import Captioner, CaptionerConfig
 from captionlib.models.checkpoints import LoadedCaptioner, load_captioner
+from captionlib.models.encoder_tail import EncoderTail, load_tail_weights
 from captionlib.storage import Folder
 
 __all__ = ["build_captioner", "open_start", "refuse_own_folder", "start_word_vectors"]
 
 _COMPONENT_IMAGES = 4096  # that principal components are found from
 _MAP_IMAGES = 256  # whose positions tell how the numbers of a map are spread
+_TOGETHER = 100  # images that go through a tail at a time
 
 
 def build_captioner(
-    config: CaptionerConfig, dataset: ShardedDataset, splits: Sequence[str], vocabulary: Vocabulary
+    config: CaptionerConfig,
+    dataset: ShardedDataset,
+    splits: Sequence[str],
+    vocabulary: Vocabulary,
+    weights: str | None = None,
 ) -> Captioner:
     """A captioner that knows how the features and the words of these splits are distributed.
 
@@ -31,9 +39,12 @@ def build_captioner(
         dataset: `features/`, complete.
         splits: the rows to learn from.
         vocabulary: its words.
+        weights: the encoder's weights file, where it has a tail and the encoder had its weights from a file.
 
     Raises:
         DatasetError: it has attention, and the features are no maps.
+        CheckpointError: the weights are not the encoder's.
+        ConfigError: the tail has no place behind the encoder, or no weights.
     """
     shape = feature_shape(dataset)
     if config.attention_size and len(shape) == 1:
@@ -42,21 +53,38 @@ def build_captioner(
             "extract with pooling none at a node that is a map, such as features.29 of vgg16, or set "
             "captioner.attention_size to 0"
         )
-    model = Captioner(config, shape[-1], len(vocabulary))
-    if model.attention is not None:
-        maps = torch.from_numpy(sample_features(dataset, splits, _MAP_IMAGES))
-        positions = model.raise_to_power(maps).flatten(0, 1)
-        model.attention.set_standardisation(positions.mean(0), positions.std(0))
-    if config.principal_components:
-        sample = pool_map(sample_features(dataset, splits, _COMPONENT_IMAGES))
-        model.set_components(model.raise_to_power(torch.from_numpy(sample)))
-    elif config.standardise_features:
-        statistics = mean_and_std(
-            dataset, splits, lambda vectors: model.raise_to_power(torch.from_numpy(vectors)).numpy()
-        )
-        model.set_standardisation(*map(torch.from_numpy, statistics))
+    tail = None
+    if config.tail is not None:
+        encoder = dataset.config["encoder"]
+        tail = EncoderTail(encoder, config.tail)
+        load_tail_weights(tail, encoder, config.tail, weights)
+    model = Captioner(config, (shape if tail is None else tail.shape)[-1], len(vocabulary), tail)
+    _take_statistics(model, dataset, splits)
     model.initialise_bias(torch.from_numpy(vocabulary.log_frequencies()))
     return model
+
+
+@torch.no_grad()
+def _take_statistics(model: Captioner, dataset: ShardedDataset, splits: Sequence[str]) -> None:
+    """Tells a captioner how the features of these splits are distributed, as its tail gives them where it has one."""
+
+    def seen(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+        features = torch.from_numpy(rows.astype(np.float32))
+        if model.tail is not None:
+            features = torch.cat([model.tail(part) for part in torch.split(features, _TOGETHER)])
+        return features.numpy()
+
+    def vectors(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+        return model.raise_to_power(torch.from_numpy(pool_map(seen(rows)))).numpy()
+
+    if model.attention is not None:
+        maps = torch.from_numpy(seen(sample_features(dataset, splits, _MAP_IMAGES)))
+        positions = model.raise_to_power(maps).flatten(0, 1)
+        model.attention.set_standardisation(positions.mean(0), positions.std(0))
+    if model.config.principal_components:
+        model.set_components(torch.from_numpy(vectors(sample_features(dataset, splits, _COMPONENT_IMAGES))))
+    elif model.config.standardise_features:
+        model.set_standardisation(*map(torch.from_numpy, mean_and_std(dataset, splits, vectors)))
 
 
 def refuse_own_folder(start_from: str | None, output: Folder) -> None:

@@ -190,7 +190,7 @@ def test_attention_sees_what_stands_together(tmp_path: Path) -> None:
 
 
 def test_crops_need_maps(features: ShardedDataset, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"crop takes a part of maps .*, got one vector an image; extract"):
+    with pytest.raises(DatasetError, match=r"crop changes maps .*, got one vector an image; extract"):
         train(features, tmp_path / "captioner", replace(CONFIG, crop=0.5))
 
 
