@@ -148,6 +148,8 @@ class CaptionBatches:
         part = np.array_split(np.arange(len(chosen)), processes)[process]
         if not len(part):
             return None
+        if not self._views:
+            return self._batch(window, chosen[part])
         draw = np.random.default_rng(seed_of_views)
         size, draws = draw.random(), draw.random((len(chosen), 3))
         return self._batch(window, chosen[part], (size, draws[part]))
@@ -203,7 +205,7 @@ class CaptionBatches:
         else:
             images, first, image_of_sentence = np.unique(chosen[:, 0], return_index=True, return_inverse=True)
             sentences = [window.sentences[image][number] for image, number in chosen.tolist()]
-        if drawn is None or not self._views:
+        if drawn is None:
             shown = window.features[images]
         else:
             size, draws = drawn

@@ -88,7 +88,8 @@ def load_tail_weights(tail: EncoderTail, encoder: Mapping[str, Any], node: str, 
     needed = tail.network.state_dict()
     if missing := sorted(set(needed) - set(found)):
         raise ConfigError(f"weights {source} lack what captioner.tail {node} needs: {', '.join(missing)}")
-    before = cut_network(encoder["model"], encoder["node"]).state_dict()
+    with torch.device("meta"):  # names alone are wanted
+        before = cut_network(encoder["model"], encoder["node"]).state_dict()
     if hash_weights({name: found[name] for name in before if name in found}) != encoder["weights_sha256"]:
         raise CheckpointError(
             f"weights {source} are not those of the encoder whose features these are; give the file that "
