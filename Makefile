@@ -45,8 +45,8 @@ test-cluster: setup  ## The flow on real Flink, Spark and Prism, and what become
 bench: setup  ## Measure every bar, or one: make bench NAME=extract-throughput.
 	@$(BIN)/python -m benchmarks $(NAME)
 
-bench-flickr8k: setup  ## Flickr8k from photographs to the table: DATA=folder WEIGHTS=file.
-	@$(BIN)/python -m benchmarks.flickr8k $(or $(DATA),$(error DATA: the folder of Flickr8k)) $(or $(WEIGHTS),IMAGENET1K_V1)
+bench-flickr8k: setup  ## Flickr8k from photographs to the table: DATA=folder WEIGHTS=file, NAME=ranking for a part.
+	@$(BIN)/python -m benchmarks.flickr8k $(or $(DATA),$(error DATA: the folder of Flickr8k)) $(or $(WEIGHTS),IMAGENET1K_V1) $(NAME)
 
 lock: | $(UV)  ## Write the lock anew after a change of pyproject.toml.
 	$(UV) pip compile --quiet --universal --python-version 3.10 --generate-hashes --group dev --extra s3 --no-header \

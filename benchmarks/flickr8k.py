@@ -1,6 +1,7 @@
 """Flickr8k from the photographs to the table: the shipped recipes, run as anyone would run them, scored on dev.
 
     make bench-flickr8k DATA=flickr8k WEIGHTS=vgg16.safetensors
+    make bench-flickr8k DATA=flickr8k WEIGHTS=vgg16.safetensors NAME="glance ranking"
 
 DATA holds `images/`, `Flickr8k.token.txt` and the official split files; WEIGHTS is a file of VGG-16's weights, or a
 name of torchvision's. Everything is kept in OUTPUT (`.bench/flickr8k`): what is done is skipped, and what was stopped
@@ -13,9 +14,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from benchmarks.bars import report
 
@@ -30,6 +29,7 @@ FEATURES = {
     "glance": "features-flickr8k",
     "attention": "features-flickr8k-pool4",
     "self-critical": "features-flickr8k-pool4",
+    "ranking": "features-flickr8k",
 }
 RANKS = {
     "image_to_sentence": {"recall_at_1": 0.22, "recall_at_5": 0.49, "recall_at_10": 0.62, "median_rank": 6},
@@ -41,57 +41,64 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, metavar="DATA")
     parser.add_argument("weights", metavar="WEIGHTS")
+    parser.add_argument("names", metavar="NAME", nargs="*", help=f"of {', '.join(FEATURES)}; all where none is named")
     parser.add_argument("--output", type=Path, default=Path(".bench/flickr8k"))
     options = parser.parse_args()
+    names: list[str] = options.names or list(FEATURES)
+    if unknown := [name for name in names if name not in FEATURES]:
+        sys.exit(f"unknown part {', '.join(unknown)}; there are {', '.join(FEATURES)}")
     tokens = options.data / "Flickr8k.token.txt"
     if not tokens.exists():
         sys.exit(f"{tokens} does not exist; DATA is the folder of images/, Flickr8k.token.txt and the split files")
     output: Path = options.output
     output.mkdir(parents=True, exist_ok=True)
-    manifest = output / "manifest"
+    manifest: Path = output / "manifest"
     _run("prepare", tokens, "--images", options.data / "images", "-o", manifest)
-    for name in sorted(set(FEATURES.values())):
+    for name in sorted({FEATURES[name] for name in names}):
         config = CONFIGS / f"{name}.yaml"
         _run("extract-features", manifest, "-o", output / name, "--config", config, "--weights", options.weights)
-    scores = {name: _score_captioner(name, output, manifest, options.weights) for name in CAPTIONERS}
-    ranks = _score_ranker(output, output / FEATURES["glance"])
-    met = [
-        report(f"flickr8k-{name}-{metric}", scores[name][metric], bar)
-        for name, bars in CAPTIONERS.items()
-        for metric, bar in bars.items()
-    ]
-    for direction, bars in RANKS.items():
-        for metric, bar in bars.items():
-            name = f"flickr8k-{direction}-{metric}".replace("_", "-")
-            met.append(report(name, ranks[direction][metric], bar, at_least=metric != "median_rank"))
+    met: list[bool] = []
+    for name in names:
+        met += _score_ranker(output) if name == "ranking" else _score_captioner(name, output, options.weights)
     sys.exit(not all(met))
 
 
-def _score_captioner(name: str, output: Path, manifest: Path, weights: str) -> Mapping[str, float]:
-    """Trains the captioner, captions with it and scores dev."""
-    features = output / FEATURES[name]
-    captioner, captions, scores = (output / f"{kind}-{name}" for kind in ("captioner", "captions", "scores"))
+def _train_captioner(name: str, output: Path, weights: str) -> Path:
+    """Trains the captioner, after the one that it goes on from."""
+    captioner = output / f"captioner-{name}"
     more: list[str | Path] = []
     if name in STARTS:
-        more = ["--start-from", output / f"captioner-{STARTS[name]}"]
+        more = ["--start-from", _train_captioner(STARTS[name], output, weights)]
     elif name == "attention" and Path(weights).exists():
         more = ["--weights", weights]  # of its tail
     config = CONFIGS / f"captioner-flickr8k-{name}.yaml"
-    _run("train-captioner", features, "-o", captioner, "--config", config, *more)
+    _run("train-captioner", output / FEATURES[name], "-o", captioner, "--config", config, *more)
+    return captioner
+
+
+def _score_captioner(name: str, output: Path, weights: str) -> list[bool]:
+    """Trains the captioner, captions with it and scores dev."""
+    captioner = _train_captioner(name, output, weights)
+    features, captions, scores = output / FEATURES[name], output / f"captions-{name}", output / f"scores-{name}"
     decoding = CONFIGS / "captions-flickr8k.yaml"
     _run("generate-captions", features, "-c", captioner, "-o", captions, "--config", decoding)
+    manifest = output / "manifest"
     _run("evaluate", captions, "-m", manifest, "--split", "dev", "-c", captioner, "-f", features, "-o", scores)
-    found: Mapping[str, float] = json.loads((scores / "scores.json").read_text())["scores"]
-    return found
+    found = json.loads((scores / "scores.json").read_text())["scores"]
+    return [report(f"flickr8k-{name}-{metric}", found[metric], bar) for metric, bar in CAPTIONERS[name].items()]
 
 
-def _score_ranker(output: Path, features: Path) -> Mapping[str, Any]:
+def _score_ranker(output: Path) -> list[bool]:
     """Trains the ranker and ranks dev, 1,000 images among each other."""
-    ranker, scores = output / "ranker", output / "scores-ranker"
+    features, ranker, scores = output / FEATURES["ranking"], output / "ranker", output / "scores-ranking"
     _run("train-ranker", features, "-o", ranker, "--config", CONFIGS / "ranker-flickr8k.yaml")
     _run("evaluate", features, "-r", ranker, "--split", "dev", "--protocol", "flickr8k-1k", "-o", scores)
-    found: Mapping[str, Any] = json.loads((scores / "scores.json").read_text())
-    return found
+    found = json.loads((scores / "scores.json").read_text())
+    return [
+        report(f"flickr8k-{way}-{metric}".replace("_", "-"), found[way][metric], bar, at_least=metric != "median_rank")
+        for way, bars in RANKS.items()
+        for metric, bar in bars.items()
+    ]
 
 
 def _run(*words: str | Path) -> None:
