@@ -47,7 +47,7 @@ def command(
     \b
     Examples:
       captionlib train-captioner features -o captioner
-      captionlib train-captioner features -o captioner --config configs/captioner-flickr8k-attention.yaml
+      captionlib train-captioner features -o captioner --config configs/captioner-talk.yaml
       captionlib train-captioner features -o captioner --set training.epochs=30 --set captioner.hidden_size=256
       captionlib train-captioner features -o captioner --set best_by=cider --set training.average_decay=0.999
       captionlib train-captioner features -o captioner --set word_vectors=w2v.bin --set captioner.word_size=300
@@ -71,7 +71,7 @@ def command(
             history = train_captioner(source, output, settings, weights=weights, **how)
     except TrainingStopped as stopped:
         raise click.Abort from stopped
-    name, choose = ("CIDEr", max) if settings.best_by == "cider" else ("perplexity", min)
-    best = choose(history, key=lambda row: row[name])
+    name = next(name for name in ("CIDEr", "perplexity", "word_perplexity") if name in history[0])
+    best = (max if name == "CIDEr" else min)(history, key=lambda row: row[name])
     if is_first_process():
         click.echo(f"{output}: {name} {best[name]:.3f} after epoch {best['epoch']:.0f} of {len(history)}")

@@ -235,6 +235,12 @@ class Captioner(nn.Module):
         of_targets = logits.gather(1, ragged.targets[:, None]).squeeze(1)  # ln p(w) = logit(w) - ln Z, so ln Z is known
         return TokenScores(log_probs, ragged.sentences, logits.mean(1) - of_targets + log_probs)
 
+    def foretell(self, features: Tensor) -> Tensor:
+        """The log-probability of each class as the first word of a sentence, `[images, vocabulary_size] float32`."""
+        nothing = torch.empty(len(features), 0, dtype=torch.int64, device=features.device)
+        hidden, _ = self._read(features, drop_padding(nothing), torch.arange(len(features), device=features.device))
+        return F.log_softmax(self.output(self.dropout(hidden)).float(), 1)
+
     def looks(self, features: Tensor, captions: Tensor, image_of_sentence: Tensor) -> list[Tensor]:
         """Where the model looks for each token of captions; the arguments are those of `forward`.
 

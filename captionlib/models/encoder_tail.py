@@ -16,7 +16,7 @@ from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.encoder_network import cut_between, cut_network
 from captionlib.models.weights import hash_weights, load_weights
 
-__all__ = ["EncoderTail", "load_tail_weights"]
+__all__ = ["EncoderTail"]
 
 
 class EncoderTail(nn.Module):
@@ -43,6 +43,7 @@ class EncoderTail(nn.Module):
             )
         self.network = cut_between(encoder["model"], encoder["node"], node)
         self.network.to(memory_format=torch.channels_last)
+        self._encoder, self._node = encoder, node
         self._autocast = encoder["dtype"] == "bfloat16"
         with torch.no_grad():
             self.shape: list[int] = list(self(torch.zeros(1, *encoder["shape"])).shape[1:])
@@ -64,35 +65,32 @@ class EncoderTail(nn.Module):
             output: Tensor = self.network(grid)["features"]
         return output.float().flatten(2).transpose(1, 2) if output.dim() == 4 else output.float().flatten(1)
 
+    def load_weights(self, weights: str | None) -> None:
+        """Starts with the weights that the encoder goes on with.
 
-def load_tail_weights(tail: EncoderTail, encoder: Mapping[str, Any], node: str, weights: str | None) -> None:
-    """Starts a tail with the weights that its encoder goes on with.
+        Args:
+            weights: the encoder's weights file, where it had them from one.
 
-    Args:
-        tail: of the encoder.
-        encoder: its description.
-        node: that the tail ends at.
-        weights: the encoder's weights file, where it had them from one.
-
-    Raises:
-        CheckpointError: these weights are not the encoder's.
-        ConfigError: they are missing, or lack layers of the tail.
-    """
-    source = weights or encoder["weights"]
-    if source == "file":
-        raise ConfigError(
-            "captioner.tail starts with the encoder's own weights, which came from a file; give its path with --weights"
-        )
-    network = cut_network(encoder["model"], node)
-    found = load_weights(encoder["model"], source, network)
-    needed = tail.network.state_dict()
-    if missing := sorted(set(needed) - set(found)):
-        raise ConfigError(f"weights {source} lack what captioner.tail {node} needs: {', '.join(missing)}")
-    with torch.device("meta"):  # names alone are wanted
-        before = cut_network(encoder["model"], encoder["node"]).state_dict()
-    if hash_weights({name: found[name] for name in before if name in found}) != encoder["weights_sha256"]:
-        raise CheckpointError(
-            f"weights {source} are not those of the encoder whose features these are; give the file that "
-            "extract-features had"
-        )
-    tail.network.load_state_dict({name: found[name] for name in needed})
+        Raises:
+            CheckpointError: these weights are not the encoder's.
+            ConfigError: they are missing, or lack layers of the tail.
+        """
+        encoder = self._encoder
+        source = weights or encoder["weights"]
+        if source == "file":
+            raise ConfigError(
+                "captioner.tail starts with the encoder's own weights, which came from a file; give its path with "
+                "--weights"
+            )
+        found = load_weights(encoder["model"], source, cut_network(encoder["model"], self._node))
+        needed = self.network.state_dict()
+        if missing := sorted(set(needed) - set(found)):
+            raise ConfigError(f"weights {source} lack what captioner.tail {self._node} needs: {', '.join(missing)}")
+        with torch.device("meta"):  # names alone are wanted
+            before = cut_network(encoder["model"], encoder["node"]).state_dict()
+        if hash_weights({name: found[name] for name in before if name in found}) != encoder["weights_sha256"]:
+            raise CheckpointError(
+                f"weights {source} are not those of the encoder whose features these are; give the file that "
+                "extract-features had"
+            )
+        self.network.load_state_dict({name: found[name] for name in needed})

@@ -21,6 +21,7 @@ from captionlib.models.devices import resolve_device
 from captionlib.storage import Folder
 from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
 from captionlib.training.caption_validation import CiderValidation
+from captionlib.training.foretelling import WordsObjective
 from captionlib.training.initialisation import build_captioner, open_start, refuse_own_folder, start_word_vectors
 from captionlib.training.loop import LoopConfig, claim_folder, seed_everything, train
 from captionlib.training.objective import Objective
@@ -37,9 +38,10 @@ class CaptioningConfig:
     Attributes:
         captioner: the network; with `start_from` it is the checkpoint's.
         training: the loop.
-        objective: what is learned: to say what people said (`cross_entropy`), or to write what has a high CIDEr-D
-            (`self_critical`), which is a second stage and needs `start_from`.
-        self_critical: how the second is learned.
+        objective: what is learned: to say what people said (`cross_entropy`); before it, where images are few, which
+            words they said, in whatever order (`words`); after it, to write what has a high CIDEr-D (`self_critical`).
+            A later stage goes on from an earlier one's captioner with `start_from`; only the last one needs it.
+        self_critical: how the last of these is learned.
         train_splits: the rows to learn from; COCO's `restval` belongs to training.
         validation_splits: the rows that decide which epoch is best.
         min_count: words seen less often become UNKNOWN.
@@ -66,7 +68,7 @@ class CaptioningConfig:
 
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
     training: LoopConfig = field(default_factory=LoopConfig)
-    objective: Literal["cross_entropy", "self_critical"] = "cross_entropy"
+    objective: Literal["words", "cross_entropy", "self_critical"] = "cross_entropy"
     self_critical: SelfCriticalConfig = field(default_factory=SelfCriticalConfig)
     train_splits: tuple[str, ...] = ("train", "restval")
     validation_splits: tuple[str, ...] = ("val", "dev")
@@ -99,18 +101,25 @@ class CaptioningConfig:
             raise ConfigError(
                 "start_from brings word vectors of its own, so word_vectors has no place; set one of both"
             )
-        if self.objective == "self_critical":
-            self._check_self_critical()
-
-    def _check_self_critical(self) -> None:
-        if self.start_from is None:
+        if self.objective == "self_critical" and self.start_from is None:
             raise ConfigError(
                 "objective: self_critical is a second stage; expected start_from with the checkpoint of a captioner "
                 "that has learned by cross_entropy, got none"
             )
-        for name in ("label_smoothing", "batch_sentences"):
-            if getattr(self, name):
-                raise ConfigError(f"{name} is for objective cross_entropy, got self_critical; leave it out")
+        self._check_values_of_objective()
+
+    def _check_values_of_objective(self) -> None:
+        """Refuses what the objective has no use for."""
+        useless: dict[str, dict[str, Any]] = {
+            "words": {"label_smoothing": 0.0, "best_by": "perplexity"},
+            "cross_entropy": {},
+            "self_critical": {"label_smoothing": 0.0, "batch_sentences": None},
+        }
+        for name, default in useless[self.objective].items():
+            if (got := getattr(self, name)) != default:
+                raise ConfigError(
+                    f"{name}: expected {default} with objective {self.objective}, got {got}; leave it out"
+                )
 
 
 def train_captioner(
@@ -227,5 +236,7 @@ def _objective(
     captioning = CaptioningObjective(model, batches, held_out, save, config.label_smoothing, cider, rates)
     if config.objective == "cross_entropy":
         return captioning
+    if config.objective == "words":
+        return WordsObjective(captioning, held_out)
     references = (list(map(encode, sentences)) for sentences in read_references(dataset, config.train_splits))
     return SelfCriticalObjective(captioning, config.self_critical, references, config.decoding.max_tokens)

@@ -15,7 +15,7 @@ from captionlib.data.word_vectors import read_word_vectors
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.captioner import Captioner, CaptionerConfig
 from captionlib.models.checkpoints import LoadedCaptioner, load_captioner
-from captionlib.models.encoder_tail import EncoderTail, load_tail_weights
+from captionlib.models.encoder_tail import EncoderTail
 from captionlib.storage import Folder
 
 __all__ = ["build_captioner", "open_start", "refuse_own_folder", "start_word_vectors"]
@@ -55,9 +55,8 @@ def build_captioner(
         )
     tail = None
     if config.tail is not None:
-        encoder = dataset.config["encoder"]
-        tail = EncoderTail(encoder, config.tail)
-        load_tail_weights(tail, encoder, config.tail, weights)
+        tail = EncoderTail(dataset.config["encoder"], config.tail)
+        tail.load_weights(weights)
     model = Captioner(config, (shape if tail is None else tail.shape)[-1], len(vocabulary), tail)
     _take_statistics(model, dataset, splits)
     model.initialise_bias(torch.from_numpy(vocabulary.log_frequencies()))

@@ -11,7 +11,7 @@ from torch import Tensor
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.encoder import EncoderConfig, load_encoder
 from captionlib.models.encoder_network import cut_between
-from captionlib.models.encoder_tail import EncoderTail, load_tail_weights
+from captionlib.models.encoder_tail import EncoderTail
 
 BEFORE = EncoderConfig("squeezenet1_1", "features.2", "random:0", stored_dtype="float32", resize_size=224)
 NODE = "features.4.cat"
@@ -21,7 +21,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), np.uint8)
 
 def load(encoder: dict[str, Any], node: str = NODE, weights: str | None = None) -> EncoderTail:
     tail = EncoderTail(encoder, node)
-    load_tail_weights(tail, encoder, node, weights)
+    tail.load_weights(weights)
     return tail
 
 

@@ -181,7 +181,7 @@ def test_what_is_drawn_goes_with_the_epoch_and_the_image_and_not_with_its_batch(
 def test_what_self_critical_training_lacks_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="second stage; expected start_from"):
         CaptioningConfig(objective="self_critical")
-    with pytest.raises(ConfigError, match="label_smoothing is for objective cross_entropy"):
+    with pytest.raises(ConfigError, match=r"label_smoothing: expected 0\.0 with objective self_critical"):
         replace(SECOND, label_smoothing=0.1)
     with pytest.raises(ConfigError, match="at least 2 for baseline others, got 1"):
         load_config(CaptioningConfig, None, ["self_critical.samples=1"])

@@ -16,7 +16,7 @@ from captionlib.models.captioner import CaptionerConfig
 from captionlib.models.checkpoints import load_captioner
 from captionlib.models.decoding import DecodingConfig
 from captionlib.models.encoder import EncoderConfig
-from captionlib.models.encoder_tail import EncoderTail, load_tail_weights
+from captionlib.models.encoder_tail import EncoderTail
 from captionlib.models.extraction import ExtractionConfig
 from captionlib.models.generation import GenerationConfig
 from captionlib.training.captioning import CaptioningConfig, train_captioner
@@ -57,9 +57,8 @@ def train(features: Path, output: Path, config: CaptioningConfig = CONFIG) -> di
 
 
 def tail_before(features: Path) -> dict[str, Tensor]:
-    encoder = open_dataset(features).config["encoder"]
-    tail = EncoderTail(encoder, NODE)
-    load_tail_weights(tail, encoder, NODE, None)
+    tail = EncoderTail(open_dataset(features).config["encoder"], NODE)
+    tail.load_weights(None)
     return {f"tail.{name}": tensor for name, tensor in tail.state_dict().items()}
 
 
