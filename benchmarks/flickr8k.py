@@ -24,13 +24,10 @@ CAPTIONERS = {
     "attention": {"BLEU-1": 0.65, "BLEU-2": 0.47, "BLEU-3": 0.33, "BLEU-4": 0.22, "CIDEr": 0.55},
     "self-critical": {"CIDEr": 0.62},
 }
-STARTS = {"self-critical": "attention"}  # the captioner that its training goes on from
-FEATURES = {
-    "glance": "features-flickr8k",
-    "attention": "features-flickr8k-pool4",
-    "self-critical": "features-flickr8k-pool4",
-    "ranking": "features-flickr8k",
-}
+STARTS = {"attention": "words", "self-critical": "attention"}  # the captioner that a training goes on from
+PARTS = [*CAPTIONERS, "ranking"]
+WHOLE, BEFORE_TAIL = "features-flickr8k", "features-flickr8k-pool4"
+FEATURES = {"glance": WHOLE, "ranking": WHOLE, **dict.fromkeys(["words", "attention", "self-critical"], BEFORE_TAIL)}
 RANKS = {
     "image_to_sentence": {"recall_at_1": 0.22, "recall_at_5": 0.49, "recall_at_10": 0.62, "median_rank": 6},
     "sentence_to_image": {"recall_at_1": 0.16, "recall_at_5": 0.40, "recall_at_10": 0.54, "median_rank": 9},
@@ -41,12 +38,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, metavar="DATA")
     parser.add_argument("weights", metavar="WEIGHTS")
-    parser.add_argument("names", metavar="NAME", nargs="*", help=f"of {', '.join(FEATURES)}; all where none is named")
+    parser.add_argument("names", metavar="NAME", nargs="*", help=f"of {', '.join(PARTS)}; all where none is named")
     parser.add_argument("--output", type=Path, default=Path(".bench/flickr8k"))
     options = parser.parse_args()
-    names: list[str] = options.names or list(FEATURES)
-    if unknown := [name for name in names if name not in FEATURES]:
-        sys.exit(f"unknown part {', '.join(unknown)}; there are {', '.join(FEATURES)}")
+    names: list[str] = options.names or PARTS
+    if unknown := [name for name in names if name not in PARTS]:
+        sys.exit(f"unknown part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     tokens = options.data / "Flickr8k.token.txt"
     if not tokens.exists():
         sys.exit(f"{tokens} does not exist; DATA is the folder of images/, Flickr8k.token.txt and the split files")
@@ -69,8 +66,8 @@ def _train_captioner(name: str, output: Path, weights: str) -> Path:
     more: list[str | Path] = []
     if name in STARTS:
         more = ["--start-from", _train_captioner(STARTS[name], output, weights)]
-    elif name == "attention" and Path(weights).exists():
-        more = ["--weights", weights]  # of its tail
+    elif FEATURES[name] == BEFORE_TAIL and Path(weights).exists():
+        more = ["--weights", weights]  # which the tail begins with
     config = CONFIGS / f"captioner-flickr8k-{name}.yaml"
     _run("train-captioner", output / FEATURES[name], "-o", captioner, "--config", config, *more)
     return captioner
