@@ -56,6 +56,7 @@ def command(
       captionlib train-captioner manifest -o tuned --start-from captioner --config configs/captioner-finetune.yaml
       captionlib train-captioner manifest -o tuned --start-from captioner --set encoder.from_node=features.17
       captionlib train-captioner maps -o captioner --set captioner.tail=features.29   # maps of features.23
+      captionlib train-captioner features -o words --set objective=words   # then --start-from words
       torchrun --nproc-per-node 4 --no-python captionlib train-captioner features -o captioner
     """
     if start_from is not None:

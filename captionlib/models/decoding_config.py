@@ -70,7 +70,7 @@ class DecodingConfig:
         if self.n_best > self.beam_width:
             raise ConfigError(
                 f"decoding: n_best must be at most the beam's width {self.beam_width}, got {self.n_best}; "
-                "widen the beam or ask for fewer"
+                f"widen the beam, or set decoding.n_best to {self.beam_width} or less"
             )
         if self.beam_width % self.beam_groups:
             raise ConfigError(
