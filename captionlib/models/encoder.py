@@ -1,6 +1,7 @@
 """The encoder: any torchvision network, cut at any of its nodes, from pixels to feature vectors."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -202,7 +203,9 @@ def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = 
         ConfigError: no such model, node, weights or device; or the weights lack layers that the node needs.
     """
     target = resolve_device(device)
-    network = cut_network(config.model, config.node)
+    drawn = config.weights.startswith("random:") or config.missing_weights != "error"
+    with nullcontext() if drawn else torch.device("meta"):  # what is replaced need not be drawn
+        network = cut_network(config.model, config.node)
     needed = network.state_dict()
     weights = load_weights(config.model, config.weights, network)
     missing = sorted(set(needed) - set(weights))
@@ -217,7 +220,7 @@ def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = 
     else:
         config = replace(config, missing_weights="error")  # none were drawn, so nothing depends on how
     _check_shapes(weights, needed, config)
-    network.load_state_dict(weights)
+    network.to_empty(device="cpu").load_state_dict(weights)
     preprocessing = preprocessing_of(config.model, config.weights, config.resize_size)
     dtype, stored_dtype = getattr(torch, config.dtype), getattr(torch, config.stored_dtype)
     module = EncoderNetwork(network, preprocessing, config.pooling, dtype, stored_dtype, trainable)

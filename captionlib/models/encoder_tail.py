@@ -22,6 +22,8 @@ __all__ = ["EncoderTail"]
 class EncoderTail(nn.Module):
     """Maps of one node of an encoder to maps of a later one. It keeps to evaluation mode, also while it is tuned.
 
+    Its weights are those of `load_weights` or of a checkpoint; before that they are whatever lay in memory.
+
     Args:
         encoder: the description of the encoder whose features it takes.
         node: the node whose output it gives.
@@ -41,8 +43,9 @@ class EncoderTail(nn.Module):
                 f"of {encoder['model']} at {encoder['node']}; extract with pooling none at a node such as features.23 "
                 "of vgg16, or leave captioner.tail out"
             )
-        self.network = cut_between(encoder["model"], encoder["node"], node)
-        self.network.to(memory_format=torch.channels_last)
+        with torch.device("meta"):  # its weights come from elsewhere and need not be drawn
+            network = cut_between(encoder["model"], encoder["node"], node)
+        self.network = network.to_empty(device="cpu").to(memory_format=torch.channels_last)
         self._encoder, self._node = encoder, node
         self._autocast = encoder["dtype"] == "bfloat16"
         with torch.no_grad():
