@@ -1,7 +1,6 @@
 """The encoder: any torchvision network, cut at any of its nodes, from pixels to feature vectors."""
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from captionlib.errors import ConfigError
 from captionlib.models.devices import copy_to_host, in_parts, resolve_device
 from captionlib.models.encoder_network import EncoderNetwork, cut_network, require_finite
 from captionlib.models.weights import (
+    building_for,
     hash_weights,
     is_weights_file,
     load_weights,
@@ -203,8 +203,7 @@ def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = 
         ConfigError: no such model, node, weights or device; or the weights lack layers that the node needs.
     """
     target = resolve_device(device)
-    drawn = config.weights.startswith("random:") or config.missing_weights != "error"
-    with nullcontext() if drawn else torch.device("meta"):  # what is replaced need not be drawn
+    with building_for(config.weights, config.missing_weights):
         network = cut_network(config.model, config.node)
     needed = network.state_dict()
     weights = load_weights(config.model, config.weights, network)

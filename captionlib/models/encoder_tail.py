@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.encoder_network import cut_between, cut_network
-from captionlib.models.weights import hash_weights, load_weights
+from captionlib.models.weights import building_for, hash_weights, load_weights
 
 __all__ = ["EncoderTail"]
 
@@ -85,7 +85,9 @@ class EncoderTail(nn.Module):
                 "captioner.tail starts with the encoder's own weights, which came from a file; give its path with "
                 "--weights"
             )
-        found = load_weights(encoder["model"], source, cut_network(encoder["model"], self._node))
+        with building_for(source):
+            network = cut_network(encoder["model"], self._node)
+        found = load_weights(encoder["model"], source, network)
         needed = self.network.state_dict()
         if missing := sorted(set(needed) - set(found)):
             raise ConfigError(f"weights {source} lack what captioner.tail {self._node} needs: {', '.join(missing)}")

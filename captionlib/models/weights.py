@@ -4,7 +4,7 @@ import hashlib
 import json
 import pickle
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from captionlib.data.images import Preprocessing
 from captionlib.errors import ConfigError
 
 __all__ = [
+    "building_for",
     "class_names",
     "hash_weights",
     "is_weights_file",
@@ -49,6 +50,12 @@ def load_weights(model: str, weights: str, network: nn.Module) -> dict[str, Tens
         for name, tensor in found.items()
         if name in needed
     }
+
+
+def building_for(*weights: str) -> AbstractContextManager[Any]:
+    """Where to build a network for weights: in memory where some are drawn, else on `meta`, for others replace them."""
+    drawn = any(one.startswith("random:") for one in weights)
+    return nullcontext() if drawn else torch.device("meta")
 
 
 def is_weights_file(weights: str) -> bool:

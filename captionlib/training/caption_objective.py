@@ -14,7 +14,7 @@ from captionlib.models.checkpoint_folder import stamp
 from captionlib.models.checkpoints import save_checkpoint
 from captionlib.storage import Folder
 from captionlib.training.curves import draw_curves
-from captionlib.training.objective import BatchLoss
+from captionlib.training.objective import BatchLoss, perplexity
 from captionlib.training.processes import Processes
 
 __all__ = ["Batches", "CaptionSaver", "CaptioningObjective"]
@@ -88,11 +88,7 @@ class CaptioningObjective(Generic[Model]):
 
     def validate(self) -> dict[str, float]:
         """Perplexity: exp(-sum ln p / sum (length + 1)), over the validation splits; CIDEr where it is measured."""
-        total, tokens = 0.0, 0
-        for batch in self._validation.in_order():
-            log_probs = self.score(batch).log_probs
-            total, tokens = total - log_probs.sum().item(), tokens + len(log_probs)
-        scores = {"perplexity": float(torch.tensor(total / max(tokens, 1)).exp())}
+        scores = {"perplexity": perplexity(self.score(batch).log_probs for batch in self._validation.in_order())}
         return scores if self._cider is None else {**scores, "CIDEr": self._cider(self.model)}
 
     def save(self, output: Folder, training: dict[str, Any]) -> None:

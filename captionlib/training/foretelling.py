@@ -17,7 +17,7 @@ from captionlib.data.vocabulary import UNKNOWN
 from captionlib.models.captioner import Captioner
 from captionlib.storage import Folder
 from captionlib.training.caption_objective import Batches, CaptioningObjective
-from captionlib.training.objective import BatchLoss
+from captionlib.training.objective import BatchLoss, perplexity
 
 __all__ = ["WordsObjective"]
 
@@ -54,11 +54,7 @@ class WordsObjective:
 
     def validate(self) -> dict[str, float]:
         """exp(-mean ln p) over the words of the validation splits, in whatever order they stand."""
-        total, words = 0.0, 0
-        for batch in self._validation.in_order():
-            log_probs = self._score(batch)
-            total, words = total - log_probs.sum().item(), words + len(log_probs)
-        return {"word_perplexity": float(np.exp(total / max(words, 1)))}
+        return {"word_perplexity": perplexity(map(self._score, self._validation.in_order()))}
 
     def save(self, output: Folder, training: dict[str, Any]) -> None:
         self._captioning.save(output, training)

@@ -24,7 +24,7 @@ from captionlib.models.language_model import LanguageModelConfig, build_language
 from captionlib.storage import Folder
 from captionlib.training.curves import draw_curves
 from captionlib.training.loop import LoopConfig, claim_folder, seed_everything, train
-from captionlib.training.objective import BatchLoss
+from captionlib.training.objective import BatchLoss, perplexity
 
 __all__ = ["LanguageModellingConfig", "LanguageModellingObjective", "train_language_model"]
 
@@ -99,11 +99,8 @@ class LanguageModellingObjective:
 
     def validate(self) -> dict[str, float]:
         """Perplexity of the held-out text: exp(-sum ln p / tokens); a sentence's END is a token, as in captioning."""
-        total, tokens = 0.0, 0
-        for batch in self._validation.in_order():
-            log_probs = self._log_probs(batch, self._validation.sentences_end)
-            total, tokens = total - log_probs.sum().item(), tokens + len(log_probs)
-        return {"perplexity": float(torch.tensor(total / max(tokens, 1)).exp())}
+        ends = self._validation.sentences_end
+        return {"perplexity": perplexity(self._log_probs(batch, ends) for batch in self._validation.in_order())}
 
     def save(self, output: Folder, training: dict[str, Any]) -> None:
         self._save(output, self.model, training)

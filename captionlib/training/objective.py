@@ -1,13 +1,14 @@
 """What the loop trains: anything that has batches, a loss and a validation score."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from captionlib.storage import Folder
 
-__all__ = ["Batch", "BatchLoss", "Objective", "is_higher_better", "own_learning_rates"]
+__all__ = ["Batch", "BatchLoss", "Objective", "is_higher_better", "own_learning_rates", "perplexity"]
 
 Batch = TypeVar("Batch")
 
@@ -73,3 +74,11 @@ def own_learning_rates(objective: Objective[Any]) -> Mapping[str, float]:
     """The learning rates of parts of the model, before the schedule, by the names of its attributes."""
     rates: Mapping[str, float] = getattr(objective, "own_learning_rates", {})
     return rates
+
+
+def perplexity(log_probs: Iterable[Tensor]) -> float:
+    """exp(-mean ln p) over the tokens of all batches, `[tokens] float32` each."""
+    total, tokens = 0.0, 0
+    for of_batch in log_probs:
+        total, tokens = total - of_batch.sum().item(), tokens + len(of_batch)
+    return float(torch.tensor(total / max(tokens, 1)).exp())
