@@ -100,7 +100,7 @@ class _Search:
         self._beam = _Beam(torch.arange(groups, device=device), start.log_prob, start.words, start.state)
         self._ended: list[_Ended] = []
         self._places = torch.full((groups, 1), self._width, device=device)
-        self._best_scores = torch.full((groups, config.n_best), -torch.inf, device=device)  # of the ended
+        self._best_scores = torch.full((groups, config.pool), -torch.inf, device=device)  # of the ended
         self._ranks = torch.arange(self._width, device=device)
 
     @property
@@ -168,10 +168,10 @@ class _Search:
         self._ended.append(_Ended(group, chosen.log_prob[group, rank], words))
         self._places = self._places - ending.sum(1, keepdim=True)
         scores = (chosen.log_prob / self._tokens**self._config.length_normalisation).where(ending, -torch.inf)
-        self._best_scores = torch.cat([self._best_scores, scores], 1).topk(self._config.n_best, dim=1).values
+        self._best_scores = torch.cat([self._best_scores, scores], 1).topk(self._config.pool, dim=1).values
 
     def _can_improve(self, log_prob: Tensor) -> Tensor:
-        """Which hypotheses could still come among their group's n best, `[groups, width] bool`.
+        """Which hypotheses could still come among those of their group that are asked for, `[groups, width] bool`.
 
         The log-probability of a sentence only falls as it grows, so its score is at most this one at full length. What
         cannot improve takes no place from what can: all that is less likely at this length cannot either.

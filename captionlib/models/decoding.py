@@ -11,6 +11,7 @@ from captionlib.data.vocabulary import Vocabulary
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.beam_search import search_beam
 from captionlib.models.captioner import Captioner
+from captionlib.models.consensus import order_by_consensus
 from captionlib.models.constraints import Constraints, forbidden_ids
 from captionlib.models.decoding_config import Candidate, DecodingConfig
 from captionlib.models.devices import in_parts
@@ -100,7 +101,10 @@ class Decoder:
         for candidate in candidates:
             different.setdefault((candidate.tokens, *candidate.words), candidate)
         ordered = sorted(different.values(), key=lambda one: one.log_prob / one.tokens**exponent, reverse=True)
-        return ordered[: self.config.n_best]
+        found = ordered[: self.config.pool]
+        if self.config.consensus:
+            found = order_by_consensus(found, self.config.consensus)
+        return found[: self.config.n_best]
 
 
 def _keys_of(features: Tensor) -> list[bytes]:
