@@ -15,19 +15,41 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.bars import report
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+WHOLE, BEFORE_TAIL = "features-flickr8k", "features-flickr8k-pool4"
+
+
+class Stage(NamedTuple):
+    """A training of a captioner.
+
+    Attributes:
+        recipe: of `configs/`, after `captioner-flickr8k-`.
+        after: the stage that it goes on from; None is the first, which gets the weights that its tail begins with.
+        changes: of the recipe, as `--set` has them.
+    """
+
+    recipe: str
+    after: str | None
+    changes: tuple[str, ...] = ()
+
+
+STAGES = {
+    "glance-words": Stage("words", None, ("captioner.attention_size=0",)),
+    "glance": Stage("glance", "glance-words"),
+    "attention-words": Stage("words", None),
+    "attention": Stage("attention", "attention-words"),
+    "self-critical": Stage("self-critical", "attention"),
+}
 CAPTIONERS = {
     "glance": {"BLEU-1": 0.63, "BLEU-2": 0.45, "BLEU-3": 0.31, "BLEU-4": 0.21, "CIDEr": 0.50},
     "attention": {"BLEU-1": 0.65, "BLEU-2": 0.47, "BLEU-3": 0.33, "BLEU-4": 0.22, "CIDEr": 0.55},
     "self-critical": {"CIDEr": 0.62},
 }
-STARTS = {"attention": "words", "self-critical": "attention"}  # the captioner that a training goes on from
 PARTS = [*CAPTIONERS, "ranking"]
-WHOLE, BEFORE_TAIL = "features-flickr8k", "features-flickr8k-pool4"
-FEATURES = {"glance": WHOLE, "ranking": WHOLE, **dict.fromkeys(["words", "attention", "self-critical"], BEFORE_TAIL)}
 RANKS = {
     "image_to_sentence": {"recall_at_1": 0.22, "recall_at_5": 0.49, "recall_at_10": 0.62, "median_rank": 6},
     "sentence_to_image": {"recall_at_1": 0.16, "recall_at_5": 0.40, "recall_at_10": 0.54, "median_rank": 9},
@@ -53,7 +75,7 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     manifest = output / "manifest"
     _run("prepare", tokens, "--images", options.data / "images", "-o", manifest)
-    for name in sorted({FEATURES[name] for name in names}):
+    for name in sorted({WHOLE if name == "ranking" else BEFORE_TAIL for name in names}):
         config = CONFIGS / f"{name}.yaml"
         _run("extract-features", manifest, "-o", output / name, "--config", config, "--weights", options.weights)
     rows: list[Row] = []
@@ -65,21 +87,21 @@ def main() -> None:
 
 def _train_captioner(name: str, output: Path, weights: str) -> Path:
     """Trains the captioner, after the one that it goes on from."""
-    captioner = output / f"captioner-{name}"
-    more: list[str | Path] = []
-    if name in STARTS:
-        more = ["--start-from", _train_captioner(STARTS[name], output, weights)]
-    elif FEATURES[name] == BEFORE_TAIL and Path(weights).exists():
-        more = ["--weights", weights]  # which the tail begins with
-    config = CONFIGS / f"captioner-flickr8k-{name}.yaml"
-    _run("train-captioner", output / FEATURES[name], "-o", captioner, "--config", config, *more)
+    stage, captioner = STAGES[name], output / f"captioner-{name}"
+    more: list[str | Path] = [word for change in stage.changes for word in ("--set", change)]
+    if stage.after is not None:
+        more += ["--start-from", _train_captioner(stage.after, output, weights)]
+    elif Path(weights).exists():
+        more += ["--weights", weights]
+    config = CONFIGS / f"captioner-flickr8k-{stage.recipe}.yaml"
+    _run("train-captioner", output / BEFORE_TAIL, "-o", captioner, "--config", config, *more)
     return captioner
 
 
 def _score_captioner(name: str, output: Path, weights: str) -> list[Row]:
     """Trains the captioner, captions with it and scores dev."""
     captioner = _train_captioner(name, output, weights)
-    features, captions, scores = output / FEATURES[name], output / f"captions-{name}", output / f"scores-{name}"
+    features, captions, scores = output / BEFORE_TAIL, output / f"captions-{name}", output / f"scores-{name}"
     decoding = CONFIGS / "captions-flickr8k.yaml"
     _run("generate-captions", features, "-c", captioner, "-o", captions, "--config", decoding)
     manifest = output / "manifest"
@@ -90,7 +112,7 @@ def _score_captioner(name: str, output: Path, weights: str) -> list[Row]:
 
 def _score_ranker(output: Path) -> list[Row]:
     """Trains the ranker and ranks dev, 1,000 images among each other."""
-    features, ranker, scores = output / FEATURES["ranking"], output / "ranker", output / "scores-ranking"
+    features, ranker, scores = output / WHOLE, output / "ranker", output / "scores-ranking"
     _run("train-ranker", features, "-o", ranker, "--config", CONFIGS / "ranker-flickr8k.yaml")
     _run("evaluate", features, "-r", ranker, "--split", "dev", "--protocol", "flickr8k-1k", "-o", scores)
     found = json.loads((scores / "scores.json").read_text())

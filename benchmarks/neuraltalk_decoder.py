@@ -1,4 +1,4 @@
-"""Captions/s of beam search from features, against a decoder in numpy as NeuralTalk's: one image at a time.
+"""Captions/s of beam search from features, against a decoder in numpy as NeuralTalk's: one image at a time, in float64.
 
 Both write with the same captioner, and must score alike: by default one that is made up but writes as a trained one
 does, scored against sentences drawn from it; or, with `--captioner` and `--features`, a trained LSTM on its dev images.
@@ -27,30 +27,30 @@ from captionlib.models.decoding import Decoder, DecodingConfig
 WIDTH, STEPS = 5, 20
 IMAGES, SINGLES, ROUNDS = 1000, 20, 7
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[np.float64]
 Hypothesis = tuple[float, list[int], Array, Array]  # log-probability, words, h, c
 
 
 class NumpyDecoder:
     """Beam search after NeuralTalk's: each hypothesis of each image is a tick of its own; ended ones stay in the beam.
 
+    As there numbers are numpy's own, float64.
+
     Args:
         model: an LSTM captioner of one layer that takes the image in before START.
     """
 
     def __init__(self, model: Captioner) -> None:
-        w_ih, w_hh, b_ih, b_hh = (weights.detach().numpy() for weights in model.recurrence.all_weights[0])
+        w_ih, w_hh, b_ih, b_hh = (weights.detach().double().numpy() for weights in model.recurrence.all_weights[0])
         self._gates = np.concatenate([(b_ih + b_hh)[None], w_ih.T, w_hh.T])  # of [1, x, h]
         self._hidden = w_hh.shape[1]
-        self._words = model.word_vectors.weight.detach().numpy()
-        self._output, self._output_bias = (
-            model.output.weight.detach().numpy().T.copy(),
-            model.output.bias.detach().numpy(),
-        )
+        self._words = model.word_vectors.weight.detach().double().numpy()
+        self._output = model.output.weight.detach().double().numpy().T.copy()
+        self._output_bias = model.output.bias.detach().double().numpy()
 
     def decode(self, image: Array) -> list[int]:
         """The likeliest sentence for a projected image, `[word_size]`."""
-        zero = np.zeros(self._hidden, np.float32)
+        zero = np.zeros(self._hidden)
         h, c = self._tick(image, zero, zero)
         beams: list[Hypothesis] = [(0.0, [], h, c)]
         for _ in range(STEPS):
@@ -72,7 +72,7 @@ class NumpyDecoder:
         return [(log_prob + float(log_probs[word]), [*words, int(word)], h, c) for word in best]
 
     def _tick(self, x: Array, h: Array, c: Array) -> tuple[Array, Array]:
-        gates = np.concatenate([np.ones(1, np.float32), x, h]) @ self._gates
+        gates = np.concatenate([np.ones(1), x, h]) @ self._gates
         size = self._hidden
         i, f, o = (1 / (1 + np.exp(-gates[n * size : (n + 1) * size])) for n in (0, 1, 3))
         c = f * c + i * np.tanh(gates[2 * size : 3 * size])
@@ -93,7 +93,7 @@ def main() -> None:
         Decoder(model, DecodingConfig(beam_width=WIDTH, max_tokens=STEPS, length_normalisation=0)),
     )
     with torch.inference_mode():
-        images = model.image_projection(model.standardise(features)).numpy()
+        images = model.image_projection(model.standardise(features)).double().numpy()
     ratios = []
     for number in range(ROUNDS):
         chosen = range(number * SINGLES, (number + 1) * SINGLES)
