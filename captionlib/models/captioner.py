@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captionlib.data.vocabulary import END
 from captionlib.errors import ConfigError
 from captionlib.models.attention import Attention
 from captionlib.models.encoder_tail import EncoderTail
@@ -241,6 +242,33 @@ class Captioner(nn.Module):
         hidden, _ = self._read(features, drop_padding(nothing), torch.arange(len(features), device=features.device))
         return F.log_softmax(self.output(self.dropout(hidden)).float(), 1)
 
+    def read_word(
+        self, words: Tensor, state: Tensor, glance: Glance, image_of_sentence: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Reads one word of each sentence, so that what it foretells can be learned from; `Stepper` is faster.
+
+        Args:
+            words: `[sentences] int64`; END to begin.
+            state: `[states, sentences, hidden_size]`; to begin with the glance's, of each sentence's image.
+            glance: of the images, from `look`.
+            image_of_sentence: `[sentences] int64`, the row of the glance that a sentence belongs to.
+
+        Returns:
+            The log-probabilities of the next word, `[sentences, vocabulary_size] float32`, and the state after it.
+        """
+        inputs, sizes = self.word_vectors(words), [len(words)]
+        adds = self.config.image_input == "every" or (self.config.image_input == "first" and bool((words == END).all()))
+        if adds:
+            inputs = inputs + glance.image.index_select(0, image_of_sentence)
+        inputs = self.dropout(inputs)
+        if self.attention is None or glance.regions is None:
+            hidden, state = recur(self.recurrence, self.dropout, inputs, sizes, state)
+        else:
+            hidden, state, _ = recur_attending(
+                self.recurrence, self.dropout, self.attention, inputs, sizes, state, glance.regions, image_of_sentence
+            )
+        return F.log_softmax(self.output(self.dropout(hidden)).float(), 1), state
+
     def looks(self, features: Tensor, captions: Tensor, image_of_sentence: Tensor) -> list[Tensor]:
         """Where the model looks for each token of captions; the arguments are those of `forward`.
 
@@ -268,9 +296,10 @@ class Captioner(nn.Module):
         inputs, state = self.dropout(inputs), glance.state.index_select(1, rows)
         if self.attention is None or glance.regions is None:
             return recur(self.recurrence, self.dropout, inputs, ragged.sizes, state)[0], None
-        return recur_attending(
+        seen, _, looks = recur_attending(
             self.recurrence, self.dropout, self.attention, inputs, ragged.sizes, state, glance.regions, rows
         )
+        return seen, looks
 
     def standardise(self, features: Tensor) -> Tensor:
         """What the projection sees of image vectors, `[images, feature_size]`."""

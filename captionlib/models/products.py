@@ -2,14 +2,14 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["Product"]
 
 _MANY_ROWS = 32  # below it the copies of oneDNN's layout cost what they save
 
 
-class Product:
+class Product(nn.Module):
     """x W^T + b with a snapshot of W and b.
 
     On a CPU oneDNN multiplies many rows of float32 by weights in a layout of its own; where PyTorch's BLAS does not use
@@ -22,6 +22,7 @@ class Product:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
         weight = weight.detach().to(dtype)
         self._transposed = weight.t().clone(memory_format=torch.contiguous_format)
         self._bias = None if bias is None else bias.detach().to(dtype, copy=True)
@@ -31,7 +32,7 @@ class Product:
             self._packed = weight.to_mkldnn()
             self._packed_bias = None if self._bias is None else self._bias.to_mkldnn()
 
-    def __call__(self, rows: Tensor) -> Tensor:
+    def forward(self, rows: Tensor) -> Tensor:
         """`[rows, inputs]` to `[rows, outputs]`."""
         if self._packed is None or len(rows) < _MANY_ROWS:
             return rows @ self._transposed if self._bias is None else torch.addmm(self._bias, rows, self._transposed)

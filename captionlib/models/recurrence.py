@@ -65,7 +65,7 @@ def recur_attending(
     state: Tensor,
     regions: Tensor,
     image: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same, looking at the image after each tick: what it sees goes to the output and into the next tick.
 
     Args:
@@ -79,7 +79,8 @@ def recur_attending(
         image: `[sentences] int64`, the row of `regions` that a sentence is about.
 
     Returns:
-        What the output sees, `[tokens, hidden_size]`, and where each token's look went, `[tokens, positions]`.
+        What the output sees, `[tokens, hidden_size]`; the state of the sentences that reach the last tick; and where
+        each token's look went, `[tokens, positions]`.
     """
     hs, cs = _split_state(recurrence, state)
     slots = attention.find_slots(image, len(regions))
@@ -100,7 +101,8 @@ def recur_attending(
         hiddens.append(h)
         contexts.append(context)
         looks.append(look)
-    return torch.cat(hiddens) + attention.to_output(torch.cat(contexts)), torch.cat(looks)
+    state = torch.stack([*hs, *(c for c in cs if c is not None)])
+    return torch.cat(hiddens) + attention.to_output(torch.cat(contexts)), state, torch.cat(looks)
 
 
 def advance(gates: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:

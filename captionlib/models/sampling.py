@@ -16,7 +16,7 @@ from captionlib.models.constraints import Constraints
 from captionlib.models.decoding_config import Candidate, DecodingConfig
 from captionlib.models.stepping import Start, Stepper
 
-__all__ = ["draw_sentences"]
+__all__ = ["draw_sentences", "draw_uniforms", "draw_words"]
 
 
 def draw_sentences(
@@ -35,14 +35,14 @@ def draw_sentences(
     sentence = torch.arange(len(keys) * each, device=device)  # of each row that is still written
     log_prob, words, state = start.select(sentence // each)
     begun = words.shape[1] - 1
-    uniforms = _draw_uniforms(keys, each, config.max_tokens - begun, config.seed).to(device)
+    uniforms = draw_uniforms(keys, each, config.max_tokens - begun, config.seed).to(device)
     drawn: dict[int, Candidate] = {}
     for tick in range(config.max_tokens - begun):
         if not len(sentence):
             break
         log_probs, state = stepper.step(state, words[:, -1])
         constraints.apply(log_probs, words[:, 1:])
-        word = _draw(log_probs, uniforms[sentence, tick], config)
+        word = draw_words(log_probs, uniforms[sentence, tick], config)
         log_prob = log_prob + log_probs.gather(1, word[:, None])[:, 0]
         words = torch.cat([words, word[:, None]], 1)
         ended = (word == END) | (tick == config.max_tokens - begun - 1)
@@ -55,7 +55,7 @@ def draw_sentences(
     return [[drawn[number] for number in range(image * each, (image + 1) * each)] for image in range(len(keys))]
 
 
-def _draw_uniforms(keys: Sequence[bytes], each: int, count: int, seed: int) -> Tensor:
+def draw_uniforms(keys: Sequence[bytes], each: int, count: int, seed: int) -> Tensor:
     """Numbers from 0 to below 1, `[len(keys) * each, count] float32`, a row a sentence."""
     numbers = np.empty((len(keys) * each, count), np.float32)
     for image, key in enumerate(keys):
@@ -65,7 +65,7 @@ def _draw_uniforms(keys: Sequence[bytes], each: int, count: int, seed: int) -> T
     return torch.from_numpy(numbers)
 
 
-def _draw(log_probs: Tensor, uniforms: Tensor, config: DecodingConfig) -> Tensor:
+def draw_words(log_probs: Tensor, uniforms: Tensor, config: DecodingConfig) -> Tensor:
     """Draws a word a row: the first whose probability and those before it add up to more than the row's number.
 
     Args:

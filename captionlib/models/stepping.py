@@ -86,6 +86,10 @@ class Stepper:
         self._inputs = [Product(w_ih, b_ih + b_hh, dtype) for w_ih, _, b_ih, b_hh in layers[1:]]
         self._hiddens = [Product(w_hh, None, dtype) for _, w_hh, *_ in layers]
         self._attention = None if model.attention is None else copy.deepcopy(model.attention).eval().to(dtype)
+        if self._attention is not None:
+            for name in ("query", "to_gates", "to_output"):
+                linear = getattr(self._attention, name)
+                setattr(self._attention, name, Product(linear.weight, linear.bias, dtype))
         self._output = Product(model.output.weight, model.output.bias, dtype)
 
     @torch.inference_mode()

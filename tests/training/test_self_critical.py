@@ -12,11 +12,11 @@ from click.testing import CliRunner
 from captionlib.config import load_config
 from captionlib.data.batches import CaptionBatch, CaptionBatches
 from captionlib.data.shards import ShardedDataset
-from captionlib.data.vocabulary import Vocabulary
+from captionlib.data.vocabulary import END, Vocabulary
 from captionlib.errors import ConfigError
-from captionlib.models.captioner import Captioner, CaptionerConfig, TokenScores
+from captionlib.models.captioner import Captioner, CaptionerConfig, pad_sentences
 from captionlib.models.checkpoints import load_captioner
-from captionlib.models.decoding import Candidate, DecodingConfig
+from captionlib.models.decoding import DecodingConfig
 from captionlib.training import self_critical
 from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
 from captionlib.training.captioning import CaptioningConfig, train_captioner
@@ -26,7 +26,6 @@ from captionlib.training.self_critical import (
     SelfCriticalBatch,
     SelfCriticalConfig,
     SelfCriticalObjective,
-    policy_loss,
 )
 from jobs.train_captioner import command
 from tests.models.tiny_captioners import CONFIGS, build
@@ -114,12 +113,16 @@ def test_a_killed_run_goes_on_bit_for_bit(
 
 
 def objective_of(
-    model: Captioner, features: ShardedDataset, settings: SelfCriticalConfig, references: Sequence[list[list[int]]]
+    model: Captioner,
+    features: ShardedDataset,
+    settings: SelfCriticalConfig,
+    references: Sequence[list[list[int]]],
+    max_tokens: int = 6,
 ) -> SelfCriticalObjective:
     vocabulary = Vocabulary.from_captions(["a b c d e f g"], 1)
     batches = CaptionBatches(features, ["train"], vocabulary.encode, 8)
     captioning = CaptioningObjective(model, batches, batches, CaptionSaver(vocabulary, {}, {}))
-    return SelfCriticalObjective(captioning, settings, references, 6)
+    return SelfCriticalObjective(captioning, settings, references, max_tokens)
 
 
 @pytest.mark.parametrize("baseline", ["others", "greedy"])
@@ -131,26 +134,36 @@ def test_the_loss_of_two_sentences_by_hand(
         for parameter in model.parameters():
             parameter.zero_()
         model.output.bias.copy_(torch.tensor([1 / 8, 1 / 32, 1 / 2, 1 / 4, 3 / 32]).log())
-    drawn = [Candidate([2, 3], 0.0, tokens=3), Candidate([2], 0.0, tokens=1)]  # the second was cut off
-    monkeypatch.setattr(self_critical, "draw_sentences", lambda *_: [drawn])
+    places = iter([torch.tensor([2, 2]), torch.tensor([3, END])])  # the first is cut off before its END
+    monkeypatch.setattr(self_critical, "draw_words", lambda *_: next(places))
     settings = SelfCriticalConfig(2, baseline, score_end=False)
-    objective = objective_of(model, features, settings, [[[2, 3]], [[4]]])
+    objective = objective_of(model, features, settings, [[[2, 3]], [[4]]], max_tokens=2)
     batch = CaptionBatch(np.zeros((1, 3), np.float32), [[2, 3]], np.array([0]))
     loss = objective.loss(SelfCriticalBatch(batch, seed=0, epoch=0))
     high, low = 5.0, 10 / 4 * math.sqrt(0.5) * math.exp(-1 / 72)  # as in the test of the reward by hand
     assert (loss.size, loss.drawn, loss.reward) == (4, 2, pytest.approx(high + low))
-    # The greedy caption says the likeliest word until it is cut off after six: one of them is right.
-    greedy = 10 / 4 / (6 * math.sqrt(2)) * math.exp(-(4**2) / 72)
+    greedy = 10 / 4 / (2 * math.sqrt(2))  # the likeliest word twice: one of them is right
     baselines = (low, high) if baseline == "others" else (greedy, greedy)
-    expected = (high - baselines[0]) * math.log(2 * 4 * 8) + (low - baselines[1]) * math.log(2)
+    expected = (high - baselines[0]) * math.log(2 * 4) + (low - baselines[1]) * math.log(2 * 8)
     assert loss.mean.item() == pytest.approx(expected / 4, rel=1e-5)
     assert loss.total == pytest.approx(expected, rel=1e-5)
 
 
-def test_an_end_that_was_not_drawn_teaches_nothing() -> None:
-    scores = TokenScores(torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0]), torch.tensor([1, 0, 1, 0, 1]))
-    total, tokens = policy_loss(scores, torch.tensor([1.0, -1.0]), torch.tensor([False, True]))
-    assert (total.item(), tokens) == (2 + 8 - 1 - 4, 4)
+@pytest.mark.parametrize("config", [*CONFIGS, replace(CONFIGS[1], attention_size=4)], ids=str)
+def test_what_is_learned_is_what_forward_says_of_the_sentences_drawn(
+    features: ShardedDataset, config: CaptionerConfig
+) -> None:
+    model = build(config, seed=1)
+    objective = objective_of(model, features, SelfCriticalConfig(2), [[[2, 3, 4]], [[4, 5]]], max_tokens=8)
+    shape = (3, 7, 3) if config.attention_size else (3, 3)
+    images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    batch = SelfCriticalBatch(CaptionBatch(images, [[2], [3], [4]], np.arange(3)), 0, 0)
+    drawn = objective._draw(batch)
+    written = pad_sentences([[token for token in tokens if token != END] for tokens in drawn.written])
+    expected = model(torch.from_numpy(images), written, torch.arange(3).repeat_interleave(2))
+    for sentence, tokens in enumerate(drawn.written):
+        of_tokens = expected.log_probs[expected.sentences == sentence][: len(tokens)]  # no END where it was cut off
+        torch.testing.assert_close(drawn.log_probs[drawn.sentences == sentence], of_tokens)
 
 
 @pytest.mark.parametrize(
