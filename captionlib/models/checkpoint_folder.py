@@ -12,8 +12,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from captionlib import __version__
 from captionlib.data.shards import fingerprint_of, to_json
-from captionlib.errors import CheckpointError
+from captionlib.errors import CheckpointError, ConfigError
 from captionlib.storage import Folder
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "find_encoder",
     "open_folder",
     "read_checkpoint",
+    "rebuilding",
     "stamp",
     "write_checkpoint",
 ]
@@ -174,6 +175,20 @@ def read_checkpoint(folder: str | os.PathLike[str] | Folder, kind: str) -> Check
     except safetensors.SafetensorError as error:
         raise damaged(source, f"{WEIGHTS} cannot be read: {error}") from error
     return Checkpoint(kind, identity, tensors, provenance, _read_json(source, TRAINING) or {}, fingerprint)
+
+
+@contextmanager
+def rebuilding(folder: str | os.PathLike[str] | Folder) -> Iterator[None]:
+    """Builds the model of a checkpoint: weights drawn here are replaced, so the caller's generator stays as it is.
+
+    Raises:
+        CheckpointError: whatever goes wrong, the checkpoint is not what it says.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    except (ConfigError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise damaged(open_folder(folder), f"{type(error).__name__}: {error}") from error
 
 
 def describe_checkpoint(folder: str | os.PathLike[str] | Folder) -> dict[str, Any]:

@@ -6,13 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from captionlib.config import build_config, to_dict
 from captionlib.data.vocabulary import Vocabulary
-from captionlib.errors import CheckpointError, ConfigError
+from captionlib.errors import CheckpointError
 from captionlib.models.captioner import Captioner, CaptionerConfig
-from captionlib.models.checkpoint_folder import damaged, find_encoder, open_folder, read_checkpoint, write_checkpoint
+from captionlib.models.checkpoint_folder import find_encoder, read_checkpoint, rebuilding, write_checkpoint
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoder_tail import EncoderTail
 from captionlib.storage import Folder
@@ -104,18 +102,15 @@ def load_captioner(folder: str | os.PathLike[str] | Folder, device: str = "cpu")
     """
     target = resolve_device(device)
     checkpoint = read_checkpoint(folder, CAPTIONER)
-    try:
+    with rebuilding(folder):
         architecture = dict(checkpoint.identity["architecture"])
         feature_size = int(architecture.pop("feature_size"))
         config = build_config(CaptionerConfig, architecture, origin="architecture")
         vocabulary = Vocabulary.from_dict(checkpoint.identity["vocabulary"])
         encoder = dict(checkpoint.identity["encoder"])
-        with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced; the caller's generator stays
-            tail = None if config.tail is None else EncoderTail(encoder, config.tail)
-            model = Captioner(config, feature_size, len(vocabulary), tail)
+        tail = None if config.tail is None else EncoderTail(encoder, config.tail)
+        model = Captioner(config, feature_size, len(vocabulary), tail)
         model.load_state_dict(checkpoint.tensors)
-    except (ConfigError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise damaged(open_folder(folder), f"{type(error).__name__}: {error}") from error
     return LoadedCaptioner(
         model=model.to(target).eval(),
         vocabulary=vocabulary,

@@ -12,7 +12,7 @@ from captionlib.data.corpora import TextKind
 from captionlib.data.vocabulary import UNKNOWN, Vocabulary
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.captioner import Captioner, CaptionerConfig
-from captionlib.models.checkpoint_folder import damaged, open_folder, read_checkpoint, write_checkpoint
+from captionlib.models.checkpoint_folder import read_checkpoint, rebuilding, write_checkpoint
 from captionlib.models.decoding import Decoder, DecodingConfig
 from captionlib.models.devices import resolve_device
 from captionlib.storage import Folder
@@ -148,17 +148,14 @@ def load_language_model(folder: str | os.PathLike[str] | Folder, device: str = "
     """
     target = resolve_device(device)
     checkpoint = read_checkpoint(folder, LANGUAGE_MODEL)
-    try:
+    with rebuilding(folder):
         config = build_config(LanguageModelConfig, checkpoint.identity["architecture"], origin="architecture")
         vocabulary = Vocabulary.from_dict(checkpoint.identity["vocabulary"])
         text = checkpoint.identity["text"]
         if text not in get_args(TextKind):
             raise ValueError(f"expected text {' or '.join(get_args(TextKind))}, got {text!r}")
-        with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced; the caller's generator stays
-            model = build_language_model(config, len(vocabulary))
+        model = build_language_model(config, len(vocabulary))
         model.load_state_dict(checkpoint.tensors)
-    except (ConfigError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise damaged(open_folder(folder), f"{type(error).__name__}: {error}") from error
     return LoadedLanguageModel(
         model=model.to(target).eval(),
         vocabulary=vocabulary,

@@ -12,9 +12,9 @@ import torch
 from captionlib.config import build_config, to_dict
 from captionlib.data.batches import pool_map
 from captionlib.data.vocabulary import UNKNOWN, Vocabulary
-from captionlib.errors import CheckpointError, ConfigError
+from captionlib.errors import CheckpointError
 from captionlib.models.captioner import pad_sentences
-from captionlib.models.checkpoint_folder import damaged, open_folder, read_checkpoint, write_checkpoint
+from captionlib.models.checkpoint_folder import read_checkpoint, rebuilding, write_checkpoint
 from captionlib.models.checkpoints import require_same_encoder
 from captionlib.models.devices import resolve_device
 from captionlib.models.ranker import Ranker, RankerConfig
@@ -154,17 +154,14 @@ def load_ranker(folder: str | os.PathLike[str] | Folder, device: str = "cpu") ->
     """
     target = resolve_device(device)
     checkpoint = read_checkpoint(folder, RANKER)
-    try:
+    with rebuilding(folder):
         architecture = dict(checkpoint.identity["architecture"])
         feature_size = int(architecture.pop("feature_size"))
         config = build_config(RankerConfig, architecture, origin="architecture")
         vocabulary = Vocabulary.from_dict(checkpoint.identity["vocabulary"])
-        with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced; the caller's generator stays
-            model = Ranker(config, feature_size, len(vocabulary))
+        model = Ranker(config, feature_size, len(vocabulary))
         model.load_state_dict(checkpoint.tensors)
         encoder = dict(checkpoint.identity["encoder"])
-    except (ConfigError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise damaged(open_folder(folder), f"{type(error).__name__}: {error}") from error
     return LoadedRanker(
         model=model.to(target).eval(),
         vocabulary=vocabulary,

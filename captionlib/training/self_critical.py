@@ -161,7 +161,7 @@ class SelfCriticalObjective:
             foretold, state = self.model.read_word(word, state, glance, alive // samples)
             with torch.no_grad():
                 allowed = foretold.clone()
-                self._constraints.apply(allowed, alive[:, None])
+                self._constraints.apply(allowed, word[:, None])
                 word = draw_words(allowed, uniform[alive], self._drawing)
             log_probs.append(foretold.gather(1, word[:, None])[:, 0])
             sentences.append(alive)

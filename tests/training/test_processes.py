@@ -88,6 +88,19 @@ def test_two_processes_have_the_curve_of_one_with_the_doubled_batch(features: Sh
         torch.testing.assert_close(values, two[name], rtol=1e-2, atol=1e-4)
 
 
+def test_two_processes_learn_from_what_one_with_the_doubled_batch_draws(
+    features: ShardedDataset, tmp_path: Path
+) -> None:
+    finish(start(features, tmp_path / "first", 1, ["batch_images=20"]))
+    second = ["objective=self_critical", f"start_from={tmp_path / 'first'}", "training.epochs=2"]
+    finish(start(features, tmp_path / "one", 1, [*second, "batch_images=20"]))
+    finish(start(features, tmp_path / "two", 2, second))
+    for alone, together in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
+        assert alone["reward"] > 0
+        for name in ("loss", "reward", "perplexity"):
+            assert alone[name] == pytest.approx(together[name], rel=1e-3)
+
+
 def test_two_stopped_processes_go_on_bit_for_bit(
     features: ShardedDataset, tmp_path: Path, running: list["subprocess.Popen[str]"]
 ) -> None:
