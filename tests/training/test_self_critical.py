@@ -72,7 +72,7 @@ def test_the_command_starts_the_second_stage_from_the_first(
 ) -> None:
     words = [features.folder.uri, "-o", str(tmp_path / "second"), "--device", "cpu", "--no-progress"]
     words += ["--config", str(Path(__file__).parents[2] / "configs" / "captioner-flickr8k-self-critical.yaml")]
-    words += ["--set", "crop=0"]
+    words += ["--set", "crop=0", "--set", "mirror=false"]
     words += ["--set", "training.epochs=1", "--set", "best_by=perplexity"]
     alone = CliRunner().invoke(command, words)
     assert isinstance(alone.exception, ConfigError)
