@@ -238,9 +238,9 @@ class Captioner(nn.Module):
 
     def foretell(self, features: Tensor) -> Tensor:
         """The log-probability of each class as the first word of a sentence, `[images, vocabulary_size] float32`."""
-        nothing = torch.empty(len(features), 0, dtype=torch.int64, device=features.device)
-        hidden, _ = self._read(features, drop_padding(nothing), torch.arange(len(features), device=features.device))
-        return F.log_softmax(self.output(self.dropout(hidden)).float(), 1)
+        glance = self.look(features)
+        images = torch.arange(len(features), device=features.device)
+        return self.read_word(torch.full_like(images, END), glance.state, glance, images)[0]
 
     def read_word(
         self, words: Tensor, state: Tensor, glance: Glance, image_of_sentence: Tensor

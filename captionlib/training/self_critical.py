@@ -147,7 +147,7 @@ class SelfCriticalObjective:
     def save(self, output: Folder, training: dict[str, Any]) -> None:
         self._captioning.save(output, training)
 
-    def _draw(self, batch: SelfCriticalBatch) -> "_Drawn":
+    def _draw(self, batch: SelfCriticalBatch) -> _Drawn:
         """Draws sentences for each image, by the same network that learns from them, with what dropout leaves of it."""
         images, samples = batch.captions.features, self._config.samples
         keys = [f"{batch.seed} {batch.epoch} ".encode() + image.tobytes() for image in images]
@@ -192,13 +192,14 @@ class SelfCriticalObjective:
         references: list[list[list[int]]] = [[] for _ in batch.features]
         for sentence, image in zip(batch.sentences, batch.image_of_sentence, strict=True):
             references[image].append(self._scored([*sentence, END]))
-        scores = []
+        of_images = []
         for image, theirs in enumerate(references):
             ours = [*drawn[image * samples : (image + 1) * samples], *greedy[image : image + 1]]
-            scores.append(self._reward.score([self._scored(one) for one in ours], theirs))
-        rewards = np.array(scores)[:, :samples]
+            of_images.append(self._reward.score([self._scored(one) for one in ours], theirs))
+        scores = np.array(of_images)
+        rewards = scores[:, :samples]
         if greedy:
-            return rewards, rewards - np.array(scores)[:, samples:]
+            return rewards, rewards - scores[:, samples:]
         others = (rewards.sum(1, keepdims=True) - rewards) / (samples - 1)
         return rewards, rewards - others
 
