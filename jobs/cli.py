@@ -21,6 +21,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "train-language-model": ("jobs.train_language_model", "Sentences alone to a language model checkpoint."),
         "train-ranker": ("jobs.train_ranker", "features/ to a ranker checkpoint: sentences find images and back."),
+        "remember": ("jobs.remember", "What was said of images like one, for a captioner to go by."),
         "generate-captions": ("jobs.generate_captions", "manifest/ or features/ to captions/, with a checkpoint."),
         "embed": ("jobs.embed", "manifest/ or features/ to embeddings/, with a ranker checkpoint."),
         "evaluate": (

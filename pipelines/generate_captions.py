@@ -14,7 +14,7 @@ from captionlib.models.attention_maps import require_attention
 from captionlib.models.checkpoints import LoadedCaptioner, load_captioner
 from captionlib.models.embedding import RankerFolder, describe_embeddings
 from captionlib.models.feature_source import encoder_for
-from captionlib.models.generation import CaptionGeneration, GenerationConfig
+from captionlib.models.generation import CaptionGeneration, GenerationConfig, find_memory
 from captionlib.models.ranker_checkpoints import load_ranker
 from captionlib.storage import absolute_address
 from pipelines.run import RunConfig, run_job
@@ -52,7 +52,7 @@ def generate_captions(
 
     Raises:
         CheckpointError: no captioner or ranker there, or the features are of another encoder than theirs; or maps are
-            asked of a captioner without attention.
+            asked of a captioner without attention, or neighbours of one without memory.
         ConfigError: a ranker without a place for its embeddings, or the other way round.
         DatasetError: the source is not complete, or `output` holds something else.
         FailureRatioError: more images failed than the run allows.
@@ -63,6 +63,7 @@ def generate_captions(
     rows = open_dataset(source).require_complete()
     captioner = load_captioner(os.fspath(checkpoint))
     positions = require_attention(captioner, os.fspath(checkpoint)) if config.attention_maps else None
+    memory = find_memory(os.fspath(checkpoint), captioner, config.decoding)
     threads = run.threads if run.workers > 1 else None
     here, there = run.devices(device)
     encoder = encoder_for(rows, captioner, weights, here, threads)
@@ -73,7 +74,7 @@ def generate_captions(
         output,
         "captions",
         captions_schema(positions),
-        config=_describe_captions(rows, captioner, config),
+        config=_describe_captions(rows, captioner, config, memory),
         shards=rows.shards,
         overwrite=run.overwrite,
     )
@@ -91,12 +92,14 @@ def generate_captions(
             )
         )
     stage = CaptionGeneration(
-        config, absolute_address(checkpoint), captioner.fingerprint, encoder, there, threads, folder
+        config, absolute_address(checkpoint), captioner.fingerprint, encoder, there, threads, folder, memory
     )
     return run_job(ShardJob(rows, tuple(outputs), stage, run.retry_failures), "generate-captions", run)
 
 
-def _describe_captions(source: ShardedDataset, captioner: LoadedCaptioner, config: GenerationConfig) -> dict[str, Any]:
+def _describe_captions(
+    source: ShardedDataset, captioner: LoadedCaptioner, config: GenerationConfig, memory: str | None
+) -> dict[str, Any]:
     """All that the rows depend on, for their fingerprint."""
     return {
         "input": source.fingerprint,
@@ -105,4 +108,5 @@ def _describe_captions(source: ShardedDataset, captioner: LoadedCaptioner, confi
         "decoding": to_dict(config.decoding),
         "dtype": config.dtype,
         "attention_maps": config.attention_maps,
+        "memory": memory,
     }

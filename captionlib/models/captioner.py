@@ -107,11 +107,13 @@ class Glance(NamedTuple):
     """What a captioner takes in of images before it writes.
 
     Attributes:
+        vector: `[images, vector_size]`, what the projection sees of them; of a language model `[images, 0]`.
         image: `[images, word_size]`, the projected image vectors; of a language model `[images, 0]`.
         state: `[states, images, hidden_size]` before START: the h of each layer and then, of an LSTM, the c of each.
         regions: `[images, positions, attention_size]`, what words may look at; None without attention.
     """
 
+    vector: Tensor
     image: Tensor
     state: Tensor
     regions: Tensor | None
@@ -157,7 +159,7 @@ class Captioner(nn.Module):
         components = config.principal_components
         self.register_buffer("components", torch.zeros(components, feature_size) if components else None)
         if config.image_input != "none":
-            self.image_projection = nn.Linear(components or feature_size, image_size)
+            self.image_projection = nn.Linear(self.vector_size, image_size)
         self.attention: Attention | None = None
         if config.attention_size:
             gates = config.hidden_size * (4 if config.cell == "lstm" else 1)
@@ -330,15 +332,23 @@ class Captioner(nn.Module):
         if features.dim() == 3:
             features = features.mean(1)
         if self.config.image_input == "none":
-            return Glance(features, features.new_zeros(self.state_count, len(features), self.config.hidden_size), None)
-        image = self.image_projection(self.standardise(features))
+            state = features.new_zeros(self.state_count, len(features), self.config.hidden_size)
+            return Glance(features, features, state, None)
+        vector = self.standardise(features)
+        image = self.image_projection(vector)
         if self.config.image_input == "state":
             state = image.view(len(image), -1, self.config.hidden_size).transpose(0, 1)
-            return Glance(image, torch.tanh(state) if self.config.cell == "lstm" else torch.relu(state), regions)
+            begun = torch.tanh(state) if self.config.cell == "lstm" else torch.relu(state)
+            return Glance(vector, image, begun, regions)
         state = image.new_zeros(self.state_count, len(image), self.config.hidden_size)
         if self.config.image_input == "tick":
             _, state = recur(self.recurrence, self.dropout, self.dropout(image), [len(image)], state)
-        return Glance(image, state, regions)
+        return Glance(vector, image, state, regions)
+
+    @property
+    def vector_size(self) -> int:
+        """Numbers in the vector that an image is projected from: of its features, or of their principal components."""
+        return self.feature_size if self.components is None else len(self.components)
 
     @property
     def state_count(self) -> int:

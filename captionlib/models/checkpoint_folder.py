@@ -5,6 +5,7 @@
 | `model.safetensors` | the weights |
 | `training.json` | how the training went; nothing depends on it |
 | `encoder.safetensors` | the weights of an encoder that was tuned with the model; absent where none was |
+| `memory.parquet` | what a captioner remembers of the images it learned from; absent until it is asked to |
 | `config.json` | what the model is and where it comes from; written last, with the SHA-256 of the weights |
 """
 
@@ -29,6 +30,7 @@ from captionlib.storage import Folder
 
 __all__ = [
     "CHECKPOINT_FILES",
+    "MEMORY",
     "Checkpoint",
     "damaged",
     "describe_checkpoint",
@@ -45,7 +47,8 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 TRAINING = "training.json"
 ENCODER = "encoder.safetensors"
-CHECKPOINT_FILES = frozenset({WEIGHTS, CONFIG, TRAINING, ENCODER})
+MEMORY = "memory.parquet"
+CHECKPOINT_FILES = frozenset({WEIGHTS, CONFIG, TRAINING, ENCODER, MEMORY})
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,8 @@ def write_checkpoint(
         for name, content in files.items():
             if content is not None:
                 stack.enter_context(target.staged(name)).write_bytes(content)
-    if encoder_file is None:
-        target.remove(ENCODER)  # of a checkpoint that was there
+    for name in (MEMORY, *([ENCODER] if encoder_file is None else [])):
+        target.remove(name)  # of a checkpoint that was there
     return str(config["fingerprint"])
 
 

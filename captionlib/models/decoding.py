@@ -11,10 +11,12 @@ from captionlib.data.vocabulary import Vocabulary
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.beam_search import search_beam
 from captionlib.models.captioner import Captioner
-from captionlib.models.consensus import order_by_consensus
+from captionlib.models.cider_d import CiderD
+from captionlib.models.consensus import Neighbours, order_by_consensus
 from captionlib.models.constraints import Constraints, forbidden_ids
 from captionlib.models.decoding_config import Candidate, DecodingConfig
 from captionlib.models.devices import in_parts
+from captionlib.models.memory import Memory
 from captionlib.models.sampling import draw_sentences
 from captionlib.models.stepping import Stepper
 
@@ -29,9 +31,11 @@ class Decoder:
         config: how sentences are searched for, or drawn.
         dtype: what the captioner computes in, float32 or bfloat16; probabilities are summed in float32.
         vocabulary: the captioner's words; only `forbidden_words` need it.
+        memory: what the captioner remembers; only `neighbours` need it.
 
     Raises:
-        ConfigError: words are forbidden that are no single words, or without a vocabulary.
+        ConfigError: words are forbidden that are no single words, or without a vocabulary; or there are to be
+            neighbours, and no memory.
     """
 
     def __init__(
@@ -40,8 +44,16 @@ class Decoder:
         config: DecodingConfig | None = None,
         dtype: torch.dtype = torch.float32,
         vocabulary: Vocabulary | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self.config = config or DecodingConfig()
+        if self.config.neighbours and memory is None:
+            raise ConfigError(
+                f"decoding: neighbours {self.config.neighbours} are for a captioner that remembers what it learned "
+                "from, got none here; set decoding.neighbours to 0"
+            )
+        self._memory = memory if self.config.neighbours else None
+        self._cider = CiderD() if self._memory is None else self._memory.cider
         self._stepper = Stepper(model, dtype)
         forbidden = torch.tensor(forbidden_ids(self.config.forbidden_words, vocabulary), device=self._stepper.device)
         self._constraints = Constraints(self.config, forbidden)
@@ -61,7 +73,8 @@ class Decoder:
             features: `[images, feature_size]` or `[images, positions, channels]`, as the encoder gave them; 100 images
                 are a good batch.
             keys: what tells each image from others, such as its id: with the seed it decides what is drawn for the
-                image, whatever else is in the batch. None takes the features for it. A search asks for none.
+                image, whatever else is in the batch, and no image is a neighbour of its own. None draws by the
+                features.
             prefix: word ids that every sentence begins with; its log-probability counts them.
 
         Returns:
@@ -83,19 +96,26 @@ class Decoder:
                 f"decoding: expected a prefix of fewer words than max_tokens {self.config.max_tokens}, got "
                 f"{len(prefix)}; allow longer sentences or give fewer words"
             )
-        drawn_by = [b""] * len(features)
-        if self.config.strategy == "sample":
-            drawn_by = _keys_of(features) if keys is None else [key.encode() for key in keys]
-        parts = in_parts(lambda part: self._write(features[part], drawn_by[part], prefix), len(features))
-        return [self._best(candidates) for part in parts for candidates in part]
 
-    def _write(self, features: Tensor, drawn_by: Sequence[bytes], prefix: Sequence[int]) -> list[list[Candidate]]:
-        start = self._stepper.begin(features, prefix)
+        def write(part: slice) -> list[list[Candidate]]:
+            return self._write(features[part], None if keys is None else keys[part], prefix)
+
+        return [some for part in in_parts(write, len(features)) for some in part]
+
+    def _write(self, features: Tensor, keys: Sequence[str] | None, prefix: Sequence[int]) -> list[list[Candidate]]:
+        glance = self._stepper.look(features)
+        start = self._stepper.begin(glance, prefix)
         if self.config.strategy == "beam":
-            return search_beam(self._stepper, self.config, self._constraints, start)
-        return draw_sentences(self._stepper, self.config, self._constraints, start, drawn_by)
+            found = search_beam(self._stepper, self.config, self._constraints, start)
+        else:
+            drawn_by = _keys_of(features) if keys is None else [key.encode() for key in keys]
+            found = draw_sentences(self._stepper, self.config, self._constraints, start, drawn_by)
+        neighbours: list[Neighbours] | list[None] = [None] * len(found)
+        if self._memory is not None:
+            neighbours = self._memory.near(glance.vector.cpu().numpy(), self.config.neighbours, keys)
+        return [self._best(candidates, of_image) for candidates, of_image in zip(found, neighbours, strict=True)]
 
-    def _best(self, candidates: list[Candidate]) -> list[Candidate]:
+    def _best(self, candidates: list[Candidate], neighbours: Neighbours | None) -> list[Candidate]:
         exponent = self.config.length_normalisation
         different: dict[tuple[int, ...], Candidate] = {}
         for candidate in candidates:
@@ -103,7 +123,7 @@ class Decoder:
         ordered = sorted(different.values(), key=lambda one: one.log_prob / one.tokens**exponent, reverse=True)
         found = ordered[: self.config.pool]
         if self.config.consensus:
-            found = order_by_consensus(found, self.config.consensus)
+            found = order_by_consensus(found, self.config.consensus, self._cider, neighbours)
         return found[: self.config.n_best]
 
 

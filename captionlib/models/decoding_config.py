@@ -21,8 +21,11 @@ class DecodingConfig:
         length_normalisation: candidates are found and ordered by log_prob / tokens ** it; 0 orders by log-probability
             and favours short sentences.
         consensus: above 0, what comes first is the candidate of the beam that the others agree with most, each counting
-            as p ** (1 / consensus) (minimum Bayes risk, see consensus.py); 2 to 3 did well, with a beam of 20 or 30. 0
-            takes the likeliest.
+            as p ** (1 / consensus) (minimum Bayes risk, see consensus.py); 3 did well with a beam of 30. 0 takes the
+            likeliest.
+        neighbours: with `consensus`, how many of the training images that are most like the image have a say as well,
+            by what people said of them; the captioner must remember them (`captionlib remember`). 60 did well, and with
+            them a `consensus` of 6 to 10 and as wide a beam as there is time for.
         min_words: no sentence ends with fewer, unless nothing else may be written.
         no_repeat_ngram: so many words in a row come once in a sentence at the most; 0 lets all be repeated.
         forbidden_words: never written.
@@ -43,6 +46,7 @@ class DecodingConfig:
     max_tokens: int = 20
     length_normalisation: float = 0.7
     consensus: float = 0.0
+    neighbours: int = 0
     min_words: int = 0
     no_repeat_ngram: int = 0
     forbidden_words: tuple[str, ...] = ()
@@ -57,9 +61,22 @@ class DecodingConfig:
         for name in ("beam_width", "n_best", "max_tokens", "beam_groups"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"decoding: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("length_normalisation", "consensus", "min_words", "no_repeat_ngram", "diversity", "seed"):
+        for name in (
+            "length_normalisation",
+            "consensus",
+            "neighbours",
+            "min_words",
+            "no_repeat_ngram",
+            "diversity",
+            "seed",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"decoding: {name} must not be negative, got {getattr(self, name)}")
+        if self.neighbours and not self.consensus:
+            raise ConfigError(
+                f"decoding: neighbours {self.neighbours} have a say where there is a consensus, got consensus 0; "
+                "set it too, such as to 6"
+            )
         if self.min_words > self.max_tokens:
             raise ConfigError(
                 f"decoding: min_words must be at most max_tokens {self.max_tokens}, got {self.min_words}; "

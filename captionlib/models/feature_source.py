@@ -20,7 +20,7 @@ __all__ = ["FeaturesOf", "TrainedOnFeatures", "encoder_for", "open_features"]
 Row = dict[str, Any]
 
 FeaturesOf = Callable[[Iterator[pa.RecordBatch], Fail], Iterator[tuple[list[Row], npt.NDArray[np.floating]]]]
-"""Takes the rows of a shard; gives pieces of them with image_id, uri and split, and the features, `[rows, *shape]`."""
+"""Takes rows; gives pieces of them, with all that they had but the features, and the features, `[rows, *shape]`."""
 
 
 class TrainedOnFeatures(Protocol):
@@ -105,5 +105,4 @@ def rows_with_features(
     """Splits batches of `features/` into plain columns and the features, `[rows, *shape]`."""
     for batch in rows:
         features = batch["features"].flatten().to_numpy(zero_copy_only=False).reshape(batch.num_rows, *shape)
-        names = [name for name in ("image_id", "uri", "split") if name in batch.schema.names]
-        yield batch.select(names).to_pylist(), features
+        yield batch.drop_columns(["features"]).to_pylist(), features

@@ -21,10 +21,11 @@ from captionlib.models.devices import resolve_device
 from captionlib.models.embedding import RankerFolder, embed_rows
 from captionlib.models.encoder import EncoderConfig, encoder_config
 from captionlib.models.feature_source import open_features
+from captionlib.models.memory import memory_fingerprint, read_memory
 from captionlib.models.ranker_checkpoints import LoadedRanker
 from captionlib.models.sharing import one_a_process
 
-__all__ = ["CaptionGeneration", "GenerationConfig", "caption_images", "caption_rows"]
+__all__ = ["CaptionGeneration", "GenerationConfig", "caption_images", "caption_rows", "find_memory"]
 
 Row = dict[str, Any]
 
@@ -67,6 +68,7 @@ class CaptionGeneration:
         device: where the models run.
         threads: that they compute with on a CPU; None as PyTorch chooses.
         ranker: embeds the images in the same pass, into a second output; None for captions alone.
+        memory: the fingerprint of what the captioner remembers, likewise; None where it has no say.
     """
 
     config: GenerationConfig
@@ -76,6 +78,7 @@ class CaptionGeneration:
     device: str = "auto"
     threads: int | None = None
     ranker: RankerFolder | None = None
+    memory: str | None = None
 
     @property
     def columns(self) -> Sequence[str]:
@@ -89,6 +92,7 @@ class CaptionGeneration:
         captioner, decoder = _shared_captioner(
             self.checkpoint,
             self.fingerprint,
+            self.memory,
             self.config.decoding,
             getattr(torch, self.config.dtype),
             str(resolve_device(self.device)),
@@ -121,15 +125,29 @@ class CaptionGeneration:
 
 @one_a_process
 def _shared_captioner(
-    checkpoint: str, fingerprint: str, decoding: DecodingConfig, dtype: torch.dtype, device: str
+    checkpoint: str, fingerprint: str, memory: str | None, decoding: DecodingConfig, dtype: torch.dtype, device: str
 ) -> tuple[LoadedCaptioner, Decoder]:
     captioner = load_captioner(checkpoint, device)
-    if captioner.fingerprint != fingerprint:
-        raise CheckpointError(
-            f"{checkpoint}: expected captioner {fingerprint}, got {captioner.fingerprint}; "
-            "the checkpoint was replaced while the captions were made: start again with --overwrite"
-        )
-    return captioner, Decoder(captioner.model, decoding, dtype, captioner.vocabulary)
+    found = [("captioner", fingerprint, captioner.fingerprint)]
+    if memory is not None:
+        found.append(("memory", memory, memory_fingerprint(checkpoint, captioner)))
+    for what, expected, got in found:
+        if got != expected:
+            raise CheckpointError(
+                f"{checkpoint}: expected {what} {expected}, got {got}; "
+                "it was replaced while the captions were made: start again with --overwrite"
+            )
+    remembered = None if memory is None else read_memory(checkpoint, captioner)
+    return captioner, Decoder(captioner.model, decoding, dtype, captioner.vocabulary, remembered)
+
+
+def find_memory(checkpoint: str, captioner: LoadedCaptioner, decoding: DecodingConfig) -> str | None:
+    """The fingerprint of what the captioner remembers, where neighbours have a say.
+
+    Raises:
+        CheckpointError: it remembers nothing.
+    """
+    return memory_fingerprint(checkpoint, captioner) if decoding.neighbours else None
 
 
 def caption_rows(
@@ -195,7 +213,8 @@ def caption_images(
     """
     captioner = load_captioner(checkpoint)
     encoder = encoder_config(captioner.encoder, weights or captioner.encoder_weights)
-    stage = CaptionGeneration(config, checkpoint, captioner.fingerprint, encoder, device)
+    memory = find_memory(checkpoint, captioner, config.decoding)
+    stage = CaptionGeneration(config, checkpoint, captioner.fingerprint, encoder, device, memory=memory)
     rows = pa.RecordBatch.from_pylist(
         [{"image_id": uri, "uri": uri, "split": "", "captions": []} for uri in uris], schema=MANIFEST
     )

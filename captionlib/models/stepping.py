@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from captionlib.data.vocabulary import END
-from captionlib.models.captioner import Captioner
+from captionlib.models.captioner import Captioner, Glance
 from captionlib.models.products import Product
 from captionlib.models.recurrence import advance
 
@@ -93,9 +93,14 @@ class Stepper:
         self._output = Product(model.output.weight, model.output.bias, dtype)
 
     @torch.inference_mode()
-    def start(self, features: Tensor) -> State:
-        """The state before START, one row an image, from `[images, *feature_shape]` on any device."""
-        image, state, regions = self._model.look(features.to(self.device, torch.float32))
+    def look(self, features: Tensor) -> Glance:
+        """Takes images in, from `[images, *feature_shape]` on any device."""
+        return self._model.look(features.to(self.device, torch.float32))
+
+    @torch.inference_mode()
+    def start(self, glance: Glance) -> State:
+        """The state before START, one row an image."""
+        _, image, state, regions = glance
         adds = self._model.config.image_input in ("first", "every")
         gates = (image @ self._gates_of_image).to(self.dtype) if adds else None
         memory = state.to(self.dtype).unbind()
@@ -107,11 +112,11 @@ class Stepper:
         return State((*memory, seen), gates, looks, regions)
 
     @torch.inference_mode()
-    def begin(self, features: Tensor, prefix: Sequence[int] = ()) -> Start:
-        """A sentence an image, from `[images, *feature_shape]` on any device; all begin with the same word ids."""
-        state = self.start(features)
-        log_prob = torch.zeros(len(features), device=self.device)
-        words = torch.full((len(features), 1), END, device=self.device)
+    def begin(self, glance: Glance, prefix: Sequence[int] = ()) -> Start:
+        """A sentence an image; all begin with the same word ids."""
+        state, images = self.start(glance), len(glance.image)
+        log_prob = torch.zeros(images, device=self.device)
+        words = torch.full((images, 1), END, device=self.device)
         for word in prefix:
             log_probs, state = self.step(state, words[:, -1])
             log_prob = log_prob + log_probs[:, word]

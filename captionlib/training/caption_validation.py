@@ -11,6 +11,7 @@ from captionlib.data.batches import read_features, read_references
 from captionlib.data.image_batches import ImageBatches
 from captionlib.data.shards import ShardedDataset
 from captionlib.data.vocabulary import Vocabulary
+from captionlib.errors import ConfigError
 from captionlib.evaluation.cider import CiderScorer
 from captionlib.models.captioner import Captioner
 from captionlib.models.decoding import Decoder, DecodingConfig
@@ -31,7 +32,8 @@ class CiderValidation:
         decoding: how its captions are searched for.
 
     Raises:
-        ConfigError: there is no Java, which CIDEr's tokenizer needs.
+        ConfigError: there is no Java, which CIDEr's tokenizer needs; or there are to be neighbours, which a captioner
+            that is still learning does not remember.
         DatasetError: there are fewer than two images with sentences.
     """
 
@@ -41,7 +43,7 @@ class CiderValidation:
         self._dataset = dataset
         self._splits = frozenset(splits)
         self._vocabulary = vocabulary
-        self._decoding = decoding
+        self._decoding = _without_neighbours(decoding)
         self._scorer = CiderScorer(list(read_references(dataset, splits)))
 
     def score(self, model: Captioner) -> float:
@@ -72,7 +74,8 @@ class ImageCiderValidation:
         decoding: how its captions are searched for.
 
     Raises:
-        ConfigError: there is no Java, which CIDEr's tokenizer needs.
+        ConfigError: there is no Java, which CIDEr's tokenizer needs; or there are to be neighbours, which a captioner
+            that is still learning does not remember.
         DatasetError: there are fewer than two images.
     """
 
@@ -80,7 +83,7 @@ class ImageCiderValidation:
         self._ids: list[str] = rows["image_id"].to_pylist()
         self._batches = batches
         self._vocabulary = vocabulary
-        self._decoding = decoding
+        self._decoding = _without_neighbours(decoding)
         self._scorer = CiderScorer(rows["captions"].to_pylist())
 
     def score(self, model: ImageCaptioner) -> float:
@@ -92,3 +95,12 @@ class ImageCiderValidation:
             for row, candidates in zip(rows, decoder.decode(features), strict=True):
                 captions[row["image_id"]] = self._vocabulary.decode(candidates[0].words)
         return self._scorer.score([captions.get(image_id, "") for image_id in self._ids])
+
+
+def _without_neighbours(decoding: DecodingConfig) -> DecodingConfig:
+    if decoding.neighbours:
+        raise ConfigError(
+            f"decoding.neighbours: expected 0 while a captioner learns, got {decoding.neighbours}; it remembers "
+            "what it learned from afterwards (captionlib remember)"
+        )
+    return decoding

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from captionlib.data.batches import CaptionBatch
 from captionlib.data.vocabulary import END, UNKNOWN
 from captionlib.errors import ConfigError
-from captionlib.evaluation.cider_reward import CiderReward
 from captionlib.models.beam_search import search_beam
 from captionlib.models.captioner import Captioner
+from captionlib.models.cider_d import CiderD
 from captionlib.models.constraints import Constraints
 from captionlib.models.decoding import DecodingConfig
 from captionlib.models.sampling import draw_uniforms, draw_words
@@ -116,7 +116,7 @@ class SelfCriticalObjective:
         self.higher_is_better = captioning.higher_is_better
         self._captioning = captioning
         self._config = config
-        self._reward = CiderReward([self._scored([*one, END]) for one in sentences if one] for sentences in references)
+        self._reward = CiderD([self._scored([*one, END]) for one in sentences if one] for sentences in references)
         self._drawing = DecodingConfig(
             "sample", n_best=config.samples, temperature=config.temperature, max_tokens=max_tokens
         )
@@ -182,7 +182,7 @@ class SelfCriticalObjective:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         stepper = Stepper(self.model, dtype)
         with torch.autocast(kind, enabled=False):
-            start: Start = stepper.begin(torch.from_numpy(batch.features))
+            start: Start = stepper.begin(stepper.look(torch.from_numpy(batch.features)))
             found = search_beam(stepper, self._greedy, self._constraints, start)
         return [[*one.words, END][: one.tokens] for (one,) in found]
 

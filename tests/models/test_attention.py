@@ -82,7 +82,7 @@ def test_steps_say_what_the_whole_sentence_says(config: CaptionerConfig, dtype: 
     words = torch.tensor([[2, 5, 3, 1], [4, 4, 2, 6], [3, 2, 6, 2]])
     scores = model(MAPS, words, torch.arange(3))
     stepper = Stepper(model, dtype)
-    state = stepper.start(MAPS)
+    state = stepper.start(stepper.look(MAPS))
     for tick, word in enumerate([torch.full((3,), END), *words.t()]):
         log_probs, state = stepper.step(state, word)
         target = words[:, tick] if tick < 4 else torch.full((3,), END)

@@ -1,12 +1,14 @@
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from captionlib.errors import ConfigError
 from captionlib.models.captioner import CaptionerConfig
-from captionlib.models.consensus import order_by_consensus
+from captionlib.models.cider_d import CiderD
+from captionlib.models.consensus import Neighbours, order_by_consensus
 from captionlib.models.decoding import Candidate, Decoder, DecodingConfig
 from tests.models.tiny_captioners import build, configs, features, seeds
 
@@ -15,32 +17,44 @@ def candidate(words: list[int], log_prob: float) -> Candidate:
     return Candidate(words, log_prob, len(words) + 1)
 
 
+ALIKE = CiderD()  # all n-grams of the same weight
+
+
 def test_what_others_resemble_comes_before_what_is_likelier() -> None:
     odd = candidate([10, 9, 8, 7], math.log(0.3))
     alike = [candidate([2, 3, 4, 5], math.log(0.25)), candidate([2, 3, 4, 6], math.log(0.2))]
-    assert order_by_consensus([odd, *alike], temperature=1) == [*alike, odd]
+    assert order_by_consensus([odd, *alike], 1, ALIKE) == [*alike, odd]
 
 
-def test_agreement_is_smoothed_bleu_weighed_by_probability() -> None:
-    # a, b: 2 of 3 words, (1 + 1) / (2 + 1) pairs, (0 + 1) / (1 + 1) triples, nothing of 4: 1; as long as each other.
-    of_a_with_b = (2 / 3 * 2 / 3 * 1 / 2) ** (1 / 4)
-    # c repeats one word of both: clipped to 1 of 2, (0 + 1) / (1 + 1) pairs; a word too short.
-    of_c_with_a = (1 / 2 * 1 / 2) ** (1 / 4) * math.exp(1 - 3 / 2)
-    a, b, c = candidate([2, 3, 4], 0.0), candidate([2, 3, 5], 0.0), candidate([2, 2], 0.0)
-    # As likely as each other a and b tie: 1 + of_a_with_b + what they are worth with c alone for a reference.
-    assert order_by_consensus([b, a, c], temperature=1) == [b, a, c]
-    # c comes first once it is so much likelier that its 1 with itself outweighs what a has of b and itself.
-    of_a_with_c = (1 / 3 * 1 / 3 * 1 / 2) ** (1 / 4)
-    even = math.log((1 + of_a_with_b - 2 * of_c_with_a) / (1 - of_a_with_c))
-    for more, first in ((-0.01, [2, 3, 4]), (0.01, [2, 2])):
-        likely = candidate([2, 2], 2 * (even + more))
-        assert order_by_consensus([a, b, likely], temperature=2)[0].words == first
+def test_agreement_is_cider_weighed_by_probability() -> None:
+    a, b = candidate([2, 3], 0.0), candidate([2, 4], 0.0)
+    # They share one word of two; c shares nothing, and agrees with itself in words and pairs: 1 of each.
+    of_a_with_b, of_itself = 1 / 4 * 1 / 2, 2 / 4
+    # a comes first until c is so much likelier that it outweighs what a has of b and itself.
+    even = math.log((of_itself + of_a_with_b) / of_itself)
+    for more, first in ((-0.01, [2, 3]), (0.01, [5, 6])):
+        likely = candidate([5, 6], 2 * (even + more))
+        assert order_by_consensus([a, b, likely], 2, ALIKE)[0].words == first
+
+
+def test_neighbours_decide_among_what_is_as_likely_and_as_agreed_with() -> None:
+    a, b = candidate([2, 3], 0.0), candidate([2, 4], 0.0)
+    assert order_by_consensus([a, b], 1, ALIKE) == [a, b]
+    said = Neighbours([[2, 3], [7, 4]], np.array([0.4, 0.6]))
+    # a: 0.4 of both words and the pair; b: 0.4 of one word of two and 0.6 of another: 0.2 to 0.4 / 8 + 0.6 / 8 = 0.125.
+    assert order_by_consensus([b, a], 1, ALIKE, said) == [a, b]
+    assert order_by_consensus([a, b], 1, ALIKE, Neighbours([[7, 4]], np.array([1.0]))) == [b, a]
+
+
+def test_neighbours_that_share_no_word_leave_the_order() -> None:
+    some = [candidate([2, 3], -1.0), candidate([2, 4], -2.0)]
+    assert order_by_consensus(some, 1, ALIKE, Neighbours([[8], []], np.array([0.5, 0.5]))) == some
 
 
 @pytest.mark.parametrize("sentences", [[[]], [[], [2]], [[2], [3]], [[], [2, 3, 4, 5, 6]]])
 def test_sentences_of_hardly_a_word_are_ordered_too(sentences: list[list[int]]) -> None:
     given_ = [candidate(sentence, -1.0) for sentence in sentences]
-    assert sorted(one.words for one in order_by_consensus(given_, temperature=2)) == sorted(sentences)
+    assert sorted(one.words for one in order_by_consensus(given_, 2, ALIKE)) == sorted(sentences)
 
 
 @settings(max_examples=15, deadline=None)
@@ -58,7 +72,7 @@ def test_the_beam_is_reordered_and_nothing_else(config: CaptionerConfig, seed: i
     reordered = decode(6, consensus=2.0)
     for some, others in zip(likeliest, reordered, strict=True):
         assert sorted(tuple(one.words) for one in some) == sorted(tuple(one.words) for one in others)
-        assert [one.words for one in others] == [one.words for one in order_by_consensus(some, 2.0)]
+        assert [one.words for one in others] == [one.words for one in order_by_consensus(some, 2.0, ALIKE)]
     assert [[one.words for one in some[:1]] for some in reordered] == [
         [one.words for one in some] for some in decode(1, consensus=2.0)
     ]
@@ -73,3 +87,5 @@ def test_consensus_needs_several_candidates() -> None:
         DecodingConfig("sample", n_best=5, consensus=2.0)
     with pytest.raises(ConfigError, match="consensus must not be negative, got -1"):
         DecodingConfig(consensus=-1.0)
+    with pytest.raises(ConfigError, match="neighbours 5 have a say where there is a consensus, got consensus 0"):
+        DecodingConfig(neighbours=5)

@@ -23,7 +23,7 @@ def test_a_beam_of_one_is_greedy(config: CaptionerConfig, seed: int) -> None:
     decoded = Decoder(model, DecodingConfig(beam_width=1, max_tokens=6)).decode(images)
     stepper = Stepper(model)
     for image, candidates in zip(images, decoded, strict=True):
-        state, words = stepper.start(image[None]), [END]
+        state, words = stepper.start(stepper.look(image[None])), [END]
         while len(words) == 1 or (words[-1] != END and len(words) <= 6):
             log_probs, state = stepper.step(state, torch.tensor(words[-1:]))
             words.append(max(set(range(9)) - {UNKNOWN}, key=log_probs[0].tolist().__getitem__))

@@ -20,7 +20,7 @@ def search_one_image(
     stepper = Stepper(model)
 
     def next_words(words: tuple[int, ...]) -> list[float]:
-        state = stepper.start(image[None])
+        state = stepper.start(stepper.look(image[None]))
         for word in (END, *words):
             log_probs, state = stepper.step(state, torch.tensor([word]))
         scores: list[float] = log_probs[0].tolist()

@@ -35,7 +35,7 @@ def test_steps_say_what_the_whole_sentence_says(
     words = torch.tensor([[2, 5, 3, 1], [4, 4, 2, 6], [3, 2, 6, 2]])
     scores = model(FEATURES, words, torch.arange(3))
     stepper = Stepper(model, dtype)
-    state = stepper.start(FEATURES)
+    state = stepper.start(stepper.look(FEATURES))
     for tick, word in enumerate([torch.full((3,), END), *words.t()]):
         log_probs, state = stepper.step(state, word)
         target = words[:, tick] if tick < 4 else torch.full((3,), END)
@@ -48,7 +48,7 @@ def test_steps_say_what_the_whole_sentence_says(
 @pytest.mark.parametrize("image_input", ["tick", "every"])
 def test_rows_can_be_chosen_and_repeated(cell: Literal["lstm", "rnn"], image_input: Literal["tick", "every"]) -> None:
     stepper = Stepper(build(CaptionerConfig(cell, 2, hidden_size=6, word_size=5, image_input=image_input)))
-    _, state = stepper.step(stepper.start(FEATURES), torch.tensor([END, END, END]))
+    _, state = stepper.step(stepper.start(stepper.look(FEATURES)), torch.tensor([END, END, END]))
     everyone, after = stepper.step(state, torch.tensor([2, 3, 4]))
     rows = torch.tensor([2, 0, 2])
     chosen, chosen_after = stepper.step(state.select(rows), torch.tensor([4, 2, 4]))
@@ -62,10 +62,10 @@ def test_rows_can_be_chosen_and_repeated(cell: Literal["lstm", "rnn"], image_inp
 def test_a_stepper_keeps_the_weights_it_was_made_of() -> None:
     model = build(CaptionerConfig(hidden_size=6, word_size=5)).train()
     stepper = Stepper(model)
-    before, _ = stepper.step(stepper.start(FEATURES), torch.tensor([END, END, END]))
+    before, _ = stepper.step(stepper.start(stepper.look(FEATURES)), torch.tensor([END, END, END]))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)
-    after, _ = stepper.step(stepper.start(FEATURES), torch.tensor([END, END, END]))
+    after, _ = stepper.step(stepper.start(stepper.look(FEATURES)), torch.tensor([END, END, END]))
     assert torch.equal(before, after)
     assert model.training
