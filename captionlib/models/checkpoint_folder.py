@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.parquet as pq
 import safetensors
 import safetensors.torch
 import torch
@@ -195,7 +196,7 @@ def rebuilding(folder: str | os.PathLike[str] | Folder) -> Iterator[None]:
 
 
 def describe_checkpoint(folder: str | os.PathLike[str] | Folder) -> dict[str, Any]:
-    """What a checkpoint of any kind is, for people: its configuration without the vocabulary, and its best epoch.
+    """A checkpoint of any kind, for people: its configuration without the vocabulary, its best epoch, its memory.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -209,6 +210,9 @@ def describe_checkpoint(folder: str | os.PathLike[str] | Folder) -> dict[str, An
     history = training.get("history", [])
     words = f"{len(vocabulary.get('words', [])):,} {vocabulary.get('level', 'words')}"
     described = {**config, "vocabulary": words}
+    if source.exists(MEMORY):
+        with source.open(MEMORY) as file:
+            described["remembers"] = f"{pq.read_metadata(file).num_rows:,} images"
     return {**described, "epoch": history[-1]} if history else described
 
 

@@ -3,7 +3,7 @@
     agreement(a) = sum_b p(b) ** (1 / temperature) CIDEr-D(a, b)
 
 The likeliest sentence is often one that few others resemble. The one that would score best if any of the others were
-what a person says scores better with what people say.
+what a person says scores better with what people say. Without anything else all n-grams weigh alike.
 
 Where the captioner remembers what it learned from (memory.py), what people said of the training images that are most
 like this one counts as well, as Devlin et al. 2015 (arXiv 1505.04467) have it: the agreement with the candidates is

@@ -62,46 +62,46 @@ def remember_images(
 
     Raises:
         CheckpointError: no captioner there, or the features are of another encoder than its own.
-        DatasetError: the source is not complete, or has no sentences in these splits.
+        DatasetError: the source is not complete, has no sentences in these splits, or none of their images can be read.
     """
     rows = open_dataset(source).require_complete()
     captioner = load_captioner(checkpoint, str(resolve_device(device)))
     encoder = encoder_for(rows, captioner, weights, device, None)
+    total = sum(batch.num_rows for batch in _read(rows, config.splits))
+    if not total:
+        raise DatasetError(
+            f"{rows.folder.uri}: expected images with sentences in split {' or '.join(config.splits)}, got none; "
+            "name those that the captioner learned from, such as --set splits=[train]"
+        )
+    columns = ["image_id", "uri"] if encoder else ["image_id", "features"]
     failed: list[str] = []
-    images = 0
 
     def remembered() -> Iterator[Remembered]:
-        nonlocal images
         with (
             open_features(
                 encoder, captioner.encoder, config.loading, config.encoder_batch_size, device, None
             ) as features_of,
-            tqdm(desc="remember", unit="image", disable=not progress, dynamic_ncols=True) as bar,
+            tqdm(total=total, desc="remember", unit="image", disable=not progress, dynamic_ncols=True) as bar,
         ):
-            wanted = _read(rows, config.splits, with_features=encoder is None)
+            wanted = _read(rows, config.splits, columns)
             for some, features in features_of(wanted, lambda image_id, _uri, _error: failed.append(image_id)):
-                images += len(some)
                 bar.update(len(some))
                 yield Remembered(
                     [row["image_id"] for row in some],
                     _vectors(captioner, torch.from_numpy(features.astype(np.float32))).numpy(),
                     [_encode(captioner, row["captions"]) for row in some],
                 )
-            if not images:
-                raise DatasetError(
-                    f"{rows.folder.uri}: expected images with sentences in split {' or '.join(config.splits)}, got "
-                    "none; name those that the captioner learned from, such as --set splits=[train]"
-                )
+            if len(failed) == total:
+                raise DatasetError(f"{rows.folder.uri}: none of {total:,} images could be read, such as {failed[0]}")
 
     write_memory(checkpoint, memory_schema(captioner, rows.fingerprint, config.splits), remembered())
-    return images, len(failed)
+    return total - len(failed), len(failed)
 
 
-def _read(rows: ShardedDataset, splits: Sequence[str], with_features: bool) -> Iterator[pa.RecordBatch]:
-    """The rows of these splits that have sentences."""
-    columns = ["image_id", "uri", "split", "captions", *(["features"] if with_features else [])]
+def _read(rows: ShardedDataset, splits: Sequence[str], columns: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:
+    """The rows of these splits that have sentences, with these columns besides."""
     for shard in range(rows.shards):
-        for batch in rows.read_batches(shard, columns):
+        for batch in rows.read_batches(shard, ["split", "captions", *columns]):
             has_any = pc.greater(pc.list_value_length(batch["captions"]), 0)
             kept = batch.filter(pc.and_(pc.is_in(batch["split"], pa.array(splits, pa.string())), has_any))
             if kept.num_rows:
