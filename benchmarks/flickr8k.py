@@ -39,7 +39,7 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "glance-words": Stage("words", None, ("captioner.attention_size=0", "training.epochs=10")),
+    "glance-words": Stage("words", None, ("captioner.attention_size=0",)),
     "glance": Stage("glance", "glance-words"),
     "attention-words": Stage("words", None),
     "attention": Stage("attention", "attention-words"),
