@@ -17,7 +17,7 @@ import torch
 from captionlib.data.vocabulary import Vocabulary
 from captionlib.errors import FetchError
 from captionlib.models import embedding, generation
-from captionlib.models.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioner import Captioner, CaptionerConfig, Glance
 from captionlib.models.checkpoints import save_checkpoint
 from captionlib.models.decoding import Decoder, DecodingConfig
 from captionlib.models.devices import copy_to_host, in_parts
@@ -27,7 +27,6 @@ from captionlib.models.generation import CaptionGeneration, GenerationConfig
 from captionlib.models.ranker import Ranker, RankerConfig
 from captionlib.models.ranker_checkpoints import save_ranker
 from captionlib.models.sharing import one_a_process
-from captionlib.models.stepping import Start
 from tests.models.tiny_captioners import CONFIGS, build, features
 
 VOCABULARY = Vocabulary.from_captions(["a dog runs", "a cat sleeps"], min_count=1)
@@ -143,15 +142,15 @@ def test_captions_that_do_not_fit_are_written_in_halves_and_are_the_same(
     decoder = Decoder(build(CONFIGS[0], seed=1), decoding)
     images = features(7, seed=1)
     expected = decoder.decode(images, keys)
-    begin, sizes = decoder._stepper.begin, []
+    look, sizes = decoder._stepper.look, []
 
-    def small_memory(images: torch.Tensor, prefix: Any) -> Start:
+    def small_memory(images: torch.Tensor) -> Glance:
         sizes.append(len(images))
         if len(images) > 2:
             raise torch.OutOfMemoryError("too much")
-        return begin(images, prefix)
+        return look(images)
 
-    monkeypatch.setattr(decoder._stepper, "begin", small_memory)
+    monkeypatch.setattr(decoder._stepper, "look", small_memory)
     found = decoder.decode(images, keys)
     assert sizes == [7, 3, 1, 2, 4, 2, 2]
     assert [[one.words for one in image] for image in found] == [[one.words for one in image] for image in expected]
