@@ -9,8 +9,11 @@ from captionlib.data.datasets import create_dataset
 from captionlib.data.schemas import MANIFEST
 from captionlib.data.shard_writer import write_shard
 from captionlib.data.shards import ShardedDataset
+from captionlib.models.captioner import CaptionerConfig
 from captionlib.models.encoder import EncoderConfig
 from captionlib.models.extraction import ExtractionConfig
+from captionlib.training.captioning import CaptioningConfig, train_captioner
+from captionlib.training.loop import LoopConfig
 from pipelines.extract_features import extract_features
 from pipelines.run import RunConfig
 
@@ -76,3 +79,22 @@ def extracted(tmp_path_factory: pytest.TempPathFactory, images: list[str], small
 def features(tmp_path: Path, extracted: Path) -> Path:
     """The features of the images, as their extraction left them."""
     return shutil.copytree(extracted, tmp_path / "features")
+
+
+@pytest.fixture(scope="session")
+def trained(extracted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A captioner; to be left as it is."""
+    config = CaptioningConfig(
+        captioner=CaptionerConfig(hidden_size=16, word_size=16, dropout=0.0),
+        training=LoopConfig(epochs=2),
+        min_count=1,
+        batch_images=4,
+    )
+    folder = tmp_path_factory.mktemp("trained") / "captioner"
+    train_captioner(extracted, folder, config, device="cpu", progress=False)
+    return folder
+
+
+@pytest.fixture
+def captioner(tmp_path: Path, trained: Path) -> Path:
+    return shutil.copytree(trained, tmp_path / "captioner")

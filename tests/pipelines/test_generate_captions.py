@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -9,12 +8,10 @@ import torch
 from captionlib.data.datasets import open_dataset
 from captionlib.data.shards import ShardedDataset
 from captionlib.errors import CheckpointError, ConfigError, DatasetError, FetchError, FingerprintError
-from captionlib.models.captioner import CaptionerConfig
 from captionlib.models.checkpoints import load_captioner
 from captionlib.models.decoding import DecodingConfig
 from captionlib.models.extraction import ExtractionConfig
 from captionlib.models.generation import GenerationConfig, caption_images
-from captionlib.training.captioning import CaptioningConfig, train_captioner
 from captionlib.training.finetuning import EncoderTuning, FinetuningConfig, finetune_captioner
 from captionlib.training.loop import LoopConfig
 from pipelines.extract_features import extract_features
@@ -24,25 +21,6 @@ from tests.pipelines.conftest import write_manifest
 
 QUIET = RunConfig(max_failure_ratio=0.5, progress=False)
 GENERATION = GenerationConfig(DecodingConfig(beam_width=3, n_best=2), batch_size=3, encoder_batch_size=3)
-
-
-@pytest.fixture(scope="module")
-def trained(extracted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A captioner; to be left as it is."""
-    config = CaptioningConfig(
-        captioner=CaptionerConfig(hidden_size=16, word_size=16, dropout=0.0),
-        training=LoopConfig(epochs=2),
-        min_count=1,
-        batch_images=4,
-    )
-    folder = tmp_path_factory.mktemp("trained") / "captioner"
-    train_captioner(extracted, folder, config, device="cpu", progress=False)
-    return folder
-
-
-@pytest.fixture
-def captioner(tmp_path: Path, trained: Path) -> Path:
-    return shutil.copytree(trained, tmp_path / "captioner")
 
 
 def caption(source: Path | str, captioner: Path, output: Path, run: RunConfig = QUIET) -> ShardedDataset:

@@ -1,6 +1,5 @@
 """Captions that what was said of like images has a say in: `remember`, then captions with `decoding.neighbours`."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,25 +24,6 @@ from pipelines.run import RunConfig
 
 QUIET = RunConfig(max_failure_ratio=0.5, progress=False)
 GENERATION = GenerationConfig(DecodingConfig(beam_width=6, n_best=6, consensus=5.0, neighbours=3), encoder_batch_size=3)
-
-
-@pytest.fixture(scope="module")
-def trained(extracted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A captioner; to be left as it is."""
-    config = CaptioningConfig(
-        captioner=CaptionerConfig(hidden_size=16, word_size=16, dropout=0.0),
-        training=LoopConfig(epochs=1),
-        min_count=1,
-        batch_images=4,
-    )
-    folder = tmp_path_factory.mktemp("trained") / "captioner"
-    train_captioner(extracted, folder, config, device="cpu", progress=False)
-    return folder
-
-
-@pytest.fixture
-def captioner(tmp_path: Path, trained: Path) -> Path:
-    return shutil.copytree(trained, tmp_path / "captioner")
 
 
 def remember(source: Path | str, captioner: Path, *splits: str) -> tuple[int, int]:
@@ -115,7 +95,7 @@ def test_a_damaged_memory_is_told_so(features: Path, captioner: Path, tmp_path: 
         caption(features, captioner, tmp_path / "captions")
 
 
-def test_training_again_forgets(features: Path, captioner: Path, trained: Path) -> None:
+def test_training_again_forgets(features: Path, captioner: Path) -> None:
     remember(features, captioner)
     loaded = load_captioner(captioner)
     memory_fingerprint(captioner, loaded)
