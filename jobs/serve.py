@@ -15,7 +15,7 @@ from captionlib.serving.config import ServingConfig
 from captionlib.storage import Folder
 from jobs.options import device_option
 
-__all__ = ["command"]
+__all__ = ["command", "listen"]
 
 _SERVED = "CAPTIONLIB_SERVED"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -89,7 +89,7 @@ def command(
         click.echo(f"Listening on {host}: whoever reaches this machine can see the images of the index.", err=True)
         click.echo(f"It answers to {', '.join(limits.hosts)}; give --name for other names of this machine.", err=True)
     os.environ[_SERVED] = json.dumps(to_dict(served))
-    with _listen(host, port) as listening:
+    with listen(host, port) as listening:
         app = create()  # also where other processes serve: what is wrong is said once, and a copy is made once
         config = uvicorn.Config(
             app if workers == 1 else "jobs.serve:create",
@@ -109,7 +109,7 @@ def command(
             Multiprocess(config, [listening]).run()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A socket for all processes, bound before any of them loads an index."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With the protocol named, asyncio turns Nagle's algorithm off: else an answer takes 40 ms longer.

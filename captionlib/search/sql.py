@@ -72,8 +72,8 @@ class SqlSession:
         Raises:
             QueryError: it is no SELECT, it asks for what is not there, or it fails; the last also while reading.
         """
-        check_reads_only(self._connection, sql)
         with _query_errors(self.view):
+            check_reads_only(self._connection, sql)
             # Without parameters they must be None: only then do all versions of DuckDB stream.
             reader = self._connection.sql(sql, params=list(parameters) or None).to_arrow_reader(_BATCH_ROWS)
         return pa.RecordBatchReader.from_batches(reader.schema, _read(reader, self.view))
