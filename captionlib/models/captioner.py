@@ -258,17 +258,11 @@ class Captioner(nn.Module):
         Returns:
             The log-probabilities of the next word, `[sentences, vocabulary_size] float32`, and the state after it.
         """
-        inputs, sizes = self.word_vectors(words), [len(words)]
+        inputs = self.word_vectors(words)
         adds = self.config.image_input == "every" or (self.config.image_input == "first" and bool((words == END).all()))
         if adds:
             inputs = inputs + glance.image.index_select(0, image_of_sentence)
-        inputs = self.dropout(inputs)
-        if self.attention is None or glance.regions is None:
-            hidden, state = recur(self.recurrence, self.dropout, inputs, sizes, state)
-        else:
-            hidden, state, _ = recur_attending(
-                self.recurrence, self.dropout, self.attention, inputs, sizes, state, glance.regions, image_of_sentence
-            )
+        hidden, state, _ = self._recur(inputs, [len(words)], state, glance, image_of_sentence)
         return F.log_softmax(self.output(self.dropout(hidden)).float(), 1), state
 
     def looks(self, features: Tensor, captions: Tensor, image_of_sentence: Tensor) -> list[Tensor]:
@@ -295,13 +289,27 @@ class Captioner(nn.Module):
             inputs = torch.cat([inputs[: len(rows)] + glance.image.index_select(0, rows), inputs[len(rows) :]])
         elif self.config.image_input == "every":
             inputs = inputs + glance.image.index_select(0, image_of_sentence[ragged.sentences])
-        inputs, state = self.dropout(inputs), glance.state.index_select(1, rows)
+        hidden, _, looks = self._recur(inputs, ragged.sizes, glance.state.index_select(1, rows), glance, rows)
+        return hidden, looks
+
+    def _recur(
+        self, inputs: Tensor, sizes: list[int], state: Tensor, glance: Glance, rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the output sees of each token, the state after the last tick, and where each token looks.
+
+        Args:
+            inputs: `[tokens, word_size]`, tick by tick.
+            sizes: the sentences that have each tick.
+            state: before the first.
+            glance: of the images.
+            rows: of the glance, for each sentence that begins.
+        """
+        inputs = self.dropout(inputs)
         if self.attention is None or glance.regions is None:
-            return recur(self.recurrence, self.dropout, inputs, ragged.sizes, state)[0], None
-        seen, _, looks = recur_attending(
-            self.recurrence, self.dropout, self.attention, inputs, ragged.sizes, state, glance.regions, rows
+            return *recur(self.recurrence, self.dropout, inputs, sizes, state), None
+        return recur_attending(
+            self.recurrence, self.dropout, self.attention, inputs, sizes, state, glance.regions, rows
         )
-        return seen, looks
 
     def standardise(self, features: Tensor) -> Tensor:
         """What the projection sees of image vectors, `[images, feature_size]`."""

@@ -129,15 +129,15 @@ def _shared_captioner(
 ) -> tuple[LoadedCaptioner, Decoder]:
     captioner = load_captioner(checkpoint, device)
     found = [("captioner", fingerprint, captioner.fingerprint)]
-    if memory is not None:
-        found.append(("memory", memory, memory_fingerprint(checkpoint, captioner)))
+    remembered = None if memory is None else read_memory(checkpoint, captioner)
+    if memory is not None and remembered is not None:
+        found.append(("memory", memory, remembered.fingerprint))
     for what, expected, got in found:
         if got != expected:
             raise CheckpointError(
                 f"{checkpoint}: expected {what} {expected}, got {got}; "
                 "it was replaced while the captions were made: start again with --overwrite"
             )
-    remembered = None if memory is None else read_memory(checkpoint, captioner)
     return captioner, Decoder(captioner.model, decoding, dtype, captioner.vocabulary, remembered)
 
 

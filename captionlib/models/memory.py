@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -52,9 +52,11 @@ class Memory:
         image_ids: of the training images.
         vectors: `[images, size]`, as the captioner has them.
         sentences: a list an image, of lists of word ids.
+        fingerprint: what tells it from other memories.
     """
 
-    def __init__(self, image_ids: Sequence[str], vectors: Vectors, sentences: pa.Array) -> None:
+    def __init__(self, image_ids: Sequence[str], vectors: Vectors, sentences: pa.Array, fingerprint: str) -> None:
+        self.fingerprint = fingerprint
         self.cider = CiderD(one.as_py() for one in sentences)
         self._places = {image_id: place for place, image_id in enumerate(image_ids)}
         self._sentences = sentences
@@ -138,27 +140,27 @@ def memory_fingerprint(folder: str | os.PathLike[str] | Folder, captioner: Loade
     """What tells the memory of a captioner from others; reads none of it.
 
     Raises:
-        CheckpointError: there is none, or it is another captioner's.
+        CheckpointError: there is none, it is another captioner's, or it is damaged.
     """
-    with _open(folder, captioner) as (_, origin):
-        return fingerprint_of("memory", origin)
+    with _open(folder, captioner) as (_, fingerprint):
+        return fingerprint
 
 
 def read_memory(folder: str | os.PathLike[str] | Folder, captioner: LoadedCaptioner) -> Memory:
     """Reads the memory that lies beside a captioner.
 
     Raises:
-        CheckpointError: there is none, or it is another captioner's.
+        CheckpointError: there is none, it is another captioner's, or it is damaged.
     """
-    with _open(folder, captioner) as (file, _):
-        table = file.read().combine_chunks()
+    with _open(folder, captioner) as (file, fingerprint):
+        table = file.read()
     vectors = table["vector"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
-    return Memory(table["image_id"].to_pylist(), vectors, table["sentences"].combine_chunks())
+    return Memory(table["image_id"].to_pylist(), vectors, table["sentences"].combine_chunks(), fingerprint)
 
 
 @contextmanager
-def _open(folder: str | os.PathLike[str] | Folder, captioner: LoadedCaptioner) -> Iterator[tuple[pq.ParquetFile, Any]]:
-    """The file, and whose it is."""
+def _open(folder: str | os.PathLike[str] | Folder, captioner: LoadedCaptioner) -> Iterator[tuple[pq.ParquetFile, str]]:
+    """The file, to be read in here, and its fingerprint."""
     source = open_folder(folder)
     remember = f"`captionlib remember FEATURES -c {source.uri}` writes it"
     try:
@@ -167,15 +169,16 @@ def _open(folder: str | os.PathLike[str] | Folder, captioner: LoadedCaptioner) -
         raise CheckpointError(
             f"{source.uri}: decoding.neighbours needs {MEMORY}, got none there; {remember}"
         ) from error
-    with content:
-        try:
+    try:
+        with content:
             file = pq.ParquetFile(content)
             origin = json.loads(file.schema_arrow.metadata[b"captionlib"])
-        except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{source.address(MEMORY)} is damaged ({error}); {remember} again") from error
-        if origin["captioner"] != captioner.fingerprint:
-            raise CheckpointError(
-                f"{source.address(MEMORY)}: expected the memory of captioner {captioner.fingerprint}, got that of "
-                f"{origin['captioner']}; {remember} again"
-            )
-        yield file, origin
+            if origin["captioner"] != captioner.fingerprint:
+                raise CheckpointError(
+                    f"{source.address(MEMORY)}: expected the memory of captioner {captioner.fingerprint}, got that of "
+                    f"{origin['captioner']}; {remember} again"
+                )
+            yield file, fingerprint_of("memory", origin)
+    except (pa.ArrowException, KeyError, OSError, TypeError, ValueError) as error:
+        why = " ".join(str(error).split())  # Arrow says it in several lines
+        raise CheckpointError(f"{source.address(MEMORY)} is damaged ({why}); {remember} again") from error

@@ -41,7 +41,8 @@ def test_neighbours_decide_among_what_is_as_likely_and_as_agreed_with() -> None:
     a, b = candidate([2, 3], 0.0), candidate([2, 4], 0.0)
     assert order_by_consensus([a, b], 1, ALIKE) == [a, b]
     said = Neighbours([[2, 3], [7, 4]], np.array([0.4, 0.6]))
-    # a: 0.4 of both words and the pair; b: 0.4 of one word of two and 0.6 of another: 0.2 to 0.4 / 8 + 0.6 / 8 = 0.125.
+    # a agrees with the first in words and pairs, two of the four lengths: 0.4 * 2 / 4 = 0.2.
+    # b agrees with each in half its words and no pair: (0.4 + 0.6) * 1 / 2 / 4 = 0.125.
     assert order_by_consensus([b, a], 1, ALIKE, said) == [a, b]
     assert order_by_consensus([a, b], 1, ALIKE, Neighbours([[7, 4]], np.array([1.0]))) == [b, a]
 

@@ -14,7 +14,7 @@ WORDS = pa.list_(pa.list_(pa.int32()))
 
 def memory(vectors: list[list[float]], sentences: list[list[list[int]]]) -> Memory:
     ids = [f"image {number}" for number in range(len(vectors))]
-    return Memory(ids, np.array(vectors, np.float32), pa.array(sentences, WORDS))
+    return Memory(ids, np.array(vectors, np.float32), pa.array(sentences, WORDS), "its own")
 
 
 FOUR = memory([[1, 0], [0, 1], [-1, 0], [0, -1]], [[[2]], [[3], [4]], [[5]], [[6]]])  # already of mean 0
@@ -59,7 +59,7 @@ def test_batch_mates_change_no_choice_and_neighbours_do(config: CaptionerConfig)
     with torch.inference_mode():
         vectors = model.look(features(20, seed=4)).vector.numpy()
     sentences = [[[2 + number % 7, 2 + number % 5, 2 + number % 3]] for number in range(20)]
-    remembered = Memory([str(number) for number in range(20)], vectors, pa.array(sentences, WORDS))
+    remembered = Memory([str(number) for number in range(20)], vectors, pa.array(sentences, WORDS), "its own")
     decoding = DecodingConfig(beam_width=8, n_best=8, consensus=5.0, neighbours=4, max_tokens=6)
     decoder = Decoder(model, decoding, memory=remembered)
     together = decoder.decode(images)

@@ -1,5 +1,6 @@
 """Captions that what was said of like images has a say in: `remember`, then captions with `decoding.neighbours`."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,10 +88,13 @@ def test_a_captioner_without_a_memory_is_told_how_to_get_one(features: Path, cap
     assert not (tmp_path / "captions").exists()
 
 
-def test_a_damaged_memory_is_told_so(features: Path, captioner: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [lambda whole: whole[:100], lambda whole: whole[:4] + bytes(200) + whole[204:]])
+def test_a_damaged_memory_is_told_so(
+    damage: Callable[[bytes], bytes], features: Path, captioner: Path, tmp_path: Path
+) -> None:
     remember(features, captioner)
     file = captioner / "memory.parquet"
-    file.write_bytes(file.read_bytes()[:100])
+    file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(CheckpointError, match=r"memory.parquet is damaged .*; `captionlib remember FEATURES -c"):
         caption(features, captioner, tmp_path / "captions")
 
