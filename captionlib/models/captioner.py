@@ -327,9 +327,25 @@ class Captioner(nn.Module):
         Raises:
             ConfigError: the model has attention, and the features are no maps.
         """
+        return self._take_in(features if self.tail is None else self.tail(features))
+
+    def look_at_average(self) -> Glance:
+        """Takes in one image that has the mean of the training images' features, everywhere alike.
+
+        Raises:
+            ConfigError: the model does not know it.
+        """
+        if not (self.config.standardise_features or self.config.principal_components):
+            raise ConfigError(
+                "captioner: expected one that knows the mean of its training images' features, got "
+                "standardise_features false"
+            )
+        mean = self.feature_mean
+        return self._take_in((mean.sign() * mean.abs() ** (1 / self.config.feature_power))[None, None])
+
+    def _take_in(self, features: Tensor) -> Glance:
+        """What `look` takes in of features as the tail gave them."""
         regions = None
-        if self.tail is not None:
-            features = self.tail(features)
         if self.attention is not None:
             if features.dim() != 3:
                 raise ConfigError(

@@ -8,6 +8,9 @@ what a person says scores better with what people say. Without anything else all
 Where the captioner remembers what it learned from (memory.py), what people said of the training images that are most
 like this one counts as well, as Devlin et al. 2015 (arXiv 1505.04467) have it: the agreement with the candidates is
 multiplied by that with the neighbours' sentences.
+
+What suits any image is likely and agreed with, and tells little. So a candidate can also be multiplied by
+(p(a | image) / p(a | average image)) ** specificity, after Li et al. 2016 (arXiv 1510.03055).
 """
 
 from collections.abc import Sequence
@@ -35,7 +38,11 @@ class Neighbours(NamedTuple):
 
 
 def order_by_consensus(
-    candidates: Sequence[Candidate], temperature: float, cider: CiderD, neighbours: Neighbours | None = None
+    candidates: Sequence[Candidate],
+    temperature: float,
+    cider: CiderD,
+    neighbours: Neighbours | None = None,
+    factors: npt.NDArray[np.float64] | None = None,
 ) -> list[Candidate]:
     """The candidates of an image, first what most agrees with the others; among equals in the order given.
 
@@ -44,6 +51,7 @@ def order_by_consensus(
         temperature: above 0; the lower, the more the likeliest decide alone.
         cider: compares sentences.
         neighbours: what they are to agree with as well.
+        factors: `[candidates]`, what the agreement of each is multiplied by besides.
     """
     log_probs = np.array([one.log_prob for one in candidates])
     weights = np.exp((log_probs - log_probs.max()) / temperature)
@@ -51,4 +59,6 @@ def order_by_consensus(
     agreement = cider.compare(sentences, sentences) @ (weights / weights.sum())
     if neighbours is not None:
         agreement *= cider.compare(sentences, neighbours.sentences) @ neighbours.weights
+    if factors is not None:
+        agreement *= factors
     return [candidates[place] for place in np.argsort(-agreement.round(12), kind="stable")]  # equals are to be equal

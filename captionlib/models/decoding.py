@@ -10,7 +10,7 @@ from torch import Tensor
 from captionlib.data.vocabulary import Vocabulary
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.beam_search import search_beam
-from captionlib.models.captioner import Captioner
+from captionlib.models.captioner import Captioner, Glance
 from captionlib.models.cider_d import CiderD
 from captionlib.models.consensus import Neighbours, order_by_consensus
 from captionlib.models.constraints import Constraints, forbidden_ids
@@ -18,6 +18,7 @@ from captionlib.models.decoding_config import Candidate, DecodingConfig
 from captionlib.models.devices import in_parts
 from captionlib.models.memory import Memory
 from captionlib.models.sampling import draw_sentences
+from captionlib.models.scoring import score_sentences
 from captionlib.models.stepping import Stepper
 
 __all__ = ["Candidate", "Decoder", "DecodingConfig"]
@@ -35,7 +36,7 @@ class Decoder:
 
     Raises:
         ConfigError: words are forbidden that are no single words, or without a vocabulary; or there are to be
-            neighbours, and no memory.
+            neighbours, and no memory; or specificity counts, and the captioner knows no average image.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Decoder:
         self._memory = memory if self.config.neighbours else None
         self._cider = CiderD() if self._memory is None else self._memory.cider
         self._stepper = Stepper(model, dtype)
+        self._average = self._stepper.look_at_average() if self.config.specificity else None
         forbidden = torch.tensor(forbidden_ids(self.config.forbidden_words, vocabulary), device=self._stepper.device)
         self._constraints = Constraints(self.config, forbidden)
 
@@ -110,21 +112,39 @@ class Decoder:
         else:
             drawn_by = _keys_of(features) if keys is None else [key.encode() for key in keys]
             found = draw_sentences(self._stepper, self.config, self._constraints, start, drawn_by)
-        neighbours: list[Neighbours] | list[None] = [None] * len(found)
-        if self._memory is not None:
-            neighbours = self._memory.near(glance.vector.cpu().numpy(), self.config.neighbours, keys)
-        return [self._best(candidates, of_image) for candidates, of_image in zip(found, neighbours, strict=True)]
+        pools = [self._likeliest(candidates) for candidates in found]
+        if self.config.consensus:
+            pools = self._order_by_consensus(pools, glance, keys)
+        return [pool[: self.config.n_best] for pool in pools]
 
-    def _best(self, candidates: list[Candidate], neighbours: Neighbours | None) -> list[Candidate]:
+    def _likeliest(self, candidates: list[Candidate]) -> list[Candidate]:
         exponent = self.config.length_normalisation
         different: dict[tuple[int, ...], Candidate] = {}
         for candidate in candidates:
             different.setdefault((candidate.tokens, *candidate.words), candidate)
         ordered = sorted(different.values(), key=lambda one: one.log_prob / one.tokens**exponent, reverse=True)
-        found = ordered[: self.config.pool]
-        if self.config.consensus:
-            found = order_by_consensus(found, self.config.consensus, self._cider, neighbours)
-        return found[: self.config.n_best]
+        return ordered[: self.config.pool]
+
+    def _order_by_consensus(
+        self, pools: list[list[Candidate]], glance: Glance, keys: Sequence[str] | None
+    ) -> list[list[Candidate]]:
+        neighbours: list[Neighbours] | list[None] = [None] * len(pools)
+        if self._memory is not None:
+            neighbours = self._memory.near(glance.vector.cpu().numpy(), self.config.neighbours, keys)
+        factors = [None] * len(pools) if self._average is None else self._specificity_of(pools, self._average)
+        return [
+            order_by_consensus(pool, self.config.consensus, self._cider, of_image, factor)
+            for pool, of_image, factor in zip(pools, neighbours, factors, strict=True)
+        ]
+
+    def _specificity_of(self, pools: list[list[Candidate]], average: Glance) -> list[npt.NDArray[np.float64]]:
+        together = [candidate for pool in pools for candidate in pool]
+        here = np.array([candidate.log_prob for candidate in together])
+        average_log_probs = score_sentences(self._stepper, average, together).cpu().numpy()
+        gains = self.config.specificity * (here - average_log_probs)
+        ends = np.cumsum([len(pool) for pool in pools])
+        of_pools = [gains[end - len(pool) : end] for pool, end in zip(pools, ends, strict=True)]
+        return [np.exp(some - some.max()) for some in of_pools]
 
 
 def _keys_of(features: Tensor) -> list[bytes]:

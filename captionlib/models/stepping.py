@@ -98,6 +98,11 @@ class Stepper:
         return self._model.look(features.to(self.device, torch.float32))
 
     @torch.inference_mode()
+    def look_at_average(self) -> Glance:
+        """Takes in the average of the images that the captioner learned from; see `Captioner.look_at_average`."""
+        return self._model.look_at_average()
+
+    @torch.inference_mode()
     def start(self, glance: Glance) -> State:
         """The state before START, one row an image."""
         _, image, state, regions = glance

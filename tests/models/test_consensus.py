@@ -88,5 +88,5 @@ def test_consensus_needs_several_candidates() -> None:
         DecodingConfig("sample", n_best=5, consensus=2.0)
     with pytest.raises(ConfigError, match="consensus must not be negative, got -1"):
         DecodingConfig(consensus=-1.0)
-    with pytest.raises(ConfigError, match="neighbours 5 have a say where there is a consensus, got consensus 0"):
+    with pytest.raises(ConfigError, match="neighbours 5 has a say where there is a consensus, got consensus 0"):
         DecodingConfig(neighbours=5)

@@ -1,0 +1,41 @@
+"""How likely a captioner finds given sentences of one image: words that several begin with are read once."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from captionlib.data.vocabulary import END
+from captionlib.models.captioner import Glance
+from captionlib.models.decoding_config import Candidate
+from captionlib.models.stepping import Stepper
+
+__all__ = ["score_sentences"]
+
+
+@torch.inference_mode()
+def score_sentences(stepper: Stepper, glance: Glance, sentences: Sequence[Candidate]) -> Tensor:
+    """The log-probability of each sentence given the image: the sum over its tokens, `[sentences] float32`.
+
+    Args:
+        stepper: the captioner.
+        glance: of the image, the only one.
+        sentences: of this or of other images; their own log-probabilities count for nothing.
+    """
+    lengths = torch.tensor([one.tokens for one in sentences], device=stepper.device)
+    longest = max((one.tokens for one in sentences), default=0)
+    padded = [[*one.words, END, *[END] * longest][:longest] for one in sentences]
+    tokens = torch.tensor(padded, device=stepper.device)
+    total = torch.zeros(len(sentences), device=stepper.device)
+    state, words = stepper.start(glance), torch.tensor([END], device=stepper.device)
+    alive = torch.arange(len(sentences), device=stepper.device)  # the sentences that have a token here
+    beginning = torch.zeros_like(alive)  # of each, its row of the state
+    for tick in range(longest):
+        log_probs, state = stepper.step(state, words)
+        token = tokens[alive, tick]
+        total[alive] += log_probs[beginning, token]
+        goes_on = lengths[alive] > tick + 1
+        alive, classes = alive[goes_on], log_probs.shape[1]
+        longer, beginning = torch.unique(beginning[goes_on] * classes + token[goes_on], return_inverse=True)
+        state, words = state.select(longer // classes), longer % classes
+    return total
