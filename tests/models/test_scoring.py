@@ -87,7 +87,7 @@ def test_the_average_is_of_the_features_as_they_are(components: int) -> None:
 
 def test_a_captioner_that_knows_no_average_is_told() -> None:
     model = build(CaptionerConfig(hidden_size=6, word_size=5, standardise_features=False), seed=0)
-    with pytest.raises(ConfigError, match="expected one that knows the mean .* got standardise_features false"):
+    with pytest.raises(ConfigError, match=r"expected one that knows the mean .* got standardise_features false"):
         Decoder(model, DecodingConfig(consensus=3.0, specificity=0.1))
 
 
