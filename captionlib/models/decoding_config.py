@@ -23,11 +23,12 @@ class DecodingConfig:
         consensus: above 0, what comes first is the candidate of the beam that the others agree with most, each counting
             as p ** (1 / consensus) (minimum Bayes risk, see consensus.py); 3 did well with a beam of 30. 0 takes the
             likeliest.
+        candidates: with `consensus`, how many of the beam's best it is among; None is all.
         neighbours: with `consensus`, how many of the training images that are most like the image have a say as well,
             by what people said of them; the captioner must remember them (`captionlib remember`). 60 did well, and with
-            them a `consensus` of 6 to 10 and as wide a beam as there is time for.
+            them a `consensus` of 4 to 8 and as wide a beam as there is time for.
         specificity: with `consensus`, how much it counts that a candidate is likelier here than for the average image
-            that the captioner learned from (see consensus.py); 0.03 did well.
+            that the captioner learned from (see consensus.py); 0.02 did well.
         min_words: no sentence ends with fewer, unless nothing else may be written.
         no_repeat_ngram: so many words in a row come once in a sentence at the most; 0 lets all be repeated.
         forbidden_words: never written.
@@ -48,6 +49,7 @@ class DecodingConfig:
     max_tokens: int = 20
     length_normalisation: float = 0.7
     consensus: float = 0.0
+    candidates: int | None = None
     neighbours: int = 0
     specificity: float = 0.0
     min_words: int = 0
@@ -76,7 +78,7 @@ class DecodingConfig:
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"decoding: {name} must not be negative, got {getattr(self, name)}")
-        for name in ("neighbours", "specificity"):
+        for name in ("candidates", "neighbours", "specificity"):
             if getattr(self, name) and not self.consensus:
                 raise ConfigError(
                     f"decoding: {name} {getattr(self, name)} has a say where there is a consensus, got consensus 0; "
@@ -95,7 +97,7 @@ class DecodingConfig:
     @property
     def pool(self) -> int:
         """How many candidates are found for an image, among which the first are chosen."""
-        return self.beam_width if self.consensus else self.n_best
+        return (self.candidates or self.beam_width) if self.consensus else self.n_best
 
     def _check_beam(self) -> None:
         if self.n_best > self.beam_width:
@@ -111,6 +113,11 @@ class DecodingConfig:
         if self.consensus and self.beam_width == 1:
             raise ConfigError(
                 "decoding: consensus is among the candidates of a beam, got beam_width 1; widen it, such as to 20"
+            )
+        if self.candidates is not None and not self.n_best <= self.candidates <= self.beam_width:
+            raise ConfigError(
+                f"decoding: expected candidates from n_best {self.n_best} to beam_width {self.beam_width}, got "
+                f"{self.candidates}; leave it out to take the whole beam"
             )
         for name, default in (("temperature", 1.0), ("top_k", None), ("top_p", 1.0)):
             if getattr(self, name) != default:

@@ -81,6 +81,19 @@ def test_the_beam_is_reordered_and_nothing_else(config: CaptionerConfig, seed: i
     assert [some[0].words for some in decode(1, consensus=1e-4)] == [some[0].words for some in likeliest]
 
 
+@settings(max_examples=15, deadline=None)
+@given(configs, seeds)
+def test_consensus_is_among_the_best_of_the_beam(config: CaptionerConfig, seed: int) -> None:
+    model, images = build(config, seed), features(4, seed)
+
+    def decode(candidates: int | None, n_best: int, consensus: float) -> list[list[Candidate]]:
+        decoding = DecodingConfig(beam_width=8, candidates=candidates, n_best=n_best, consensus=consensus, max_tokens=6)
+        return Decoder(model, decoding).decode(images)
+
+    for some, best in zip(decode(4, 4, 2.0), decode(None, 4, 0), strict=True):
+        assert [one.words for one in some] == [one.words for one in order_by_consensus(best, 2.0, ALIKE)]
+
+
 def test_consensus_needs_several_candidates() -> None:
     with pytest.raises(ConfigError, match="among the candidates of a beam, got beam_width 1"):
         DecodingConfig(beam_width=1, consensus=2.0)
@@ -88,5 +101,11 @@ def test_consensus_needs_several_candidates() -> None:
         DecodingConfig("sample", n_best=5, consensus=2.0)
     with pytest.raises(ConfigError, match="consensus must not be negative, got -1"):
         DecodingConfig(consensus=-1.0)
+    with pytest.raises(ConfigError, match="candidates 3 has a say where there is a consensus, got consensus 0"):
+        DecodingConfig(candidates=3)
+    with pytest.raises(ConfigError, match="expected candidates from n_best 2 to beam_width 5, got 1"):
+        DecodingConfig(n_best=2, consensus=3.0, candidates=1)
+    with pytest.raises(ConfigError, match="expected candidates from n_best 1 to beam_width 5, got 6"):
+        DecodingConfig(consensus=3.0, candidates=6)
     with pytest.raises(ConfigError, match="neighbours 5 has a say where there is a consensus, got consensus 0"):
         DecodingConfig(neighbours=5)
