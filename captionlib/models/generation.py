@@ -129,8 +129,9 @@ def _shared_captioner(
 ) -> tuple[LoadedCaptioner, Decoder]:
     captioner = load_captioner(checkpoint, device)
     found = [("captioner", fingerprint, captioner.fingerprint)]
-    remembered = None if memory is None else read_memory(checkpoint, captioner)
-    if memory is not None and remembered is not None:
+    remembered = None
+    if memory is not None:
+        remembered = read_memory(checkpoint, captioner)
         found.append(("memory", memory, remembered.fingerprint))
     for what, expected, got in found:
         if got != expected:

@@ -8,6 +8,7 @@ from torch import Tensor
 from captionlib.data.vocabulary import END
 from captionlib.models.captioner import Glance
 from captionlib.models.decoding_config import Candidate
+from captionlib.models.ragged import pad_sentences
 from captionlib.models.stepping import Stepper
 
 __all__ = ["score_sentences"]
@@ -22,15 +23,15 @@ def score_sentences(stepper: Stepper, glance: Glance, sentences: Sequence[Candid
         glance: of the image, the only one.
         sentences: of this or of other images; their own log-probabilities count for nothing.
     """
+    if not sentences:
+        return torch.zeros(0, device=stepper.device)
     lengths = torch.tensor([one.tokens for one in sentences], device=stepper.device)
-    longest = max((one.tokens for one in sentences), default=0)
-    padded = [[*one.words, END, *[END] * longest][:longest] for one in sentences]
-    tokens = torch.tensor(padded, device=stepper.device)
+    tokens = pad_sentences([[*one.words, END][: one.tokens] for one in sentences]).to(stepper.device)
     total = torch.zeros(len(sentences), device=stepper.device)
     state, words = stepper.start(glance), torch.tensor([END], device=stepper.device)
     alive = torch.arange(len(sentences), device=stepper.device)  # the sentences that have a token here
     beginning = torch.zeros_like(alive)  # of each, its row of the state
-    for tick in range(longest):
+    for tick in range(tokens.shape[1]):
         log_probs, state = stepper.step(state, words)
         token = tokens[alive, tick]
         total[alive] += log_probs[beginning, token]

@@ -1,3 +1,4 @@
+import asyncio
 import json
 import signal
 import socket
@@ -65,8 +66,21 @@ def test_what_is_wrong_is_said_once(tmp_path: Path, workers: int) -> None:
 
 
 def test_answers_do_not_wait_for_acknowledgements() -> None:
-    with listen("127.0.0.1", free_port()) as listening:
-        assert listening.proto == socket.IPPROTO_TCP  # asyncio turns Nagle's algorithm off for these alone
+    async def delays() -> bool:
+        accepted: asyncio.Future[socket.socket] = asyncio.get_running_loop().create_future()
+
+        def accept(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted.set_result(writer.get_extra_info("socket"))
+
+        port = free_port()
+        with listen("127.0.0.1", port) as listening:
+            async with await asyncio.start_server(accept, sock=listening):
+                _, client = await asyncio.open_connection("127.0.0.1", port)
+                nodelay = (await accepted).getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                client.close()
+        return not nodelay
+
+    assert not asyncio.run(delays())
 
 
 def test_a_port_that_is_taken_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from captionlib.models.consensus import order_by_consensus
 from captionlib.models.decoding import Candidate, Decoder, DecodingConfig
 from captionlib.models.scoring import score_sentences
 from captionlib.models.stepping import Stepper
-from tests.models.tiny_captioners import FEATURE_SIZE, build, configs, features, seeds, teacher_forced
+from tests.models.tiny_captioners import CONFIGS, FEATURE_SIZE, build, configs, features, seeds, teacher_forced
 
 tokens = st.lists(st.integers(2, 8), max_size=5)
 
@@ -29,14 +29,9 @@ def test_sentences_score_as_if_each_were_read_alone(
     assert scores.tolist() == pytest.approx(teacher_forced(model, image[0], some), rel=1e-4, abs=1e-4)
 
 
-def test_no_sentences_have_no_scores(tiny: Captioner) -> None:
-    stepper = Stepper(tiny)
+def test_no_sentences_have_no_scores() -> None:
+    stepper = Stepper(build(CONFIGS[0], seed=3))
     assert score_sentences(stepper, stepper.look_at_average(), []).tolist() == []
-
-
-@pytest.fixture
-def tiny() -> Captioner:
-    return know_average(build(CaptionerConfig("lstm", hidden_size=6, word_size=5, attention_size=4), seed=3))
 
 
 def know_average(model: Captioner) -> Captioner:
