@@ -6,10 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from captionlib.data.datasets import create_dataset
-from captionlib.data.schemas import features_schema
-from captionlib.data.shard_writer import write_shard
-from captionlib.data.shards import ShardedDataset
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset
+from captionlib.data.shards.schemas import features_schema
+from captionlib.data.shards.writer import write_shard
 
 __all__ = ["FEATURE_SIZE", "write_features"]
 

@@ -7,9 +7,9 @@ import time
 import torch
 
 from benchmarks.bars import report
-from captionlib.data.vocabulary import END
-from captionlib.models.captioner import Captioner, CaptionerConfig
-from captionlib.models.decoding import Decoder, DecodingConfig
+from captionlib.data.text.vocabulary import END
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.decoding.decoder import Decoder, DecodingConfig
 
 WORDS, FEATURE_SIZE = 2500, 4096
 BATCH, SINGLES, ROUNDS = 100, 25, 7

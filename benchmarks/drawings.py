@@ -7,12 +7,11 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
-from captionlib.data.datasets import create_dataset
-from captionlib.data.images import Preprocessing
-from captionlib.data.loading import LoadingConfig, open_loader
-from captionlib.data.schemas import MANIFEST
-from captionlib.data.shard_writer import write_shard
-from captionlib.data.shards import ShardedDataset
+from captionlib.data.images.decoding import Preprocessing
+from captionlib.data.images.loading import LoadingConfig, open_loader
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset
+from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.writer import write_shard
 
 __all__ = ["decode_images", "draw_images", "write_manifest"]
 

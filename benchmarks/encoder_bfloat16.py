@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.bars import report
 from benchmarks.drawings import decode_images, draw_images
-from captionlib.models.encoder import Encoder, EncoderConfig, load_encoder
+from captionlib.models.encoders.encoder import Encoder, EncoderConfig, load_encoder
 
 IMAGES, BATCH, ROUNDS = 64, 32, 3
 FLOAT32 = EncoderConfig(weights="random:0", stored_dtype="float32")

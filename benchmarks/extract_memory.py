@@ -9,8 +9,8 @@ from pathlib import Path
 
 from benchmarks.bars import report
 from benchmarks.drawings import draw_images, write_manifest
-from captionlib.models.encoder import EncoderConfig
-from captionlib.models.extraction import ExtractionConfig
+from captionlib.models.encoders.encoder import EncoderConfig
+from captionlib.models.inference.extraction import ExtractionConfig
 from pipelines.extract_features import extract_features
 from pipelines.run import RunConfig
 

@@ -15,8 +15,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from benchmarks.bars import report
 from benchmarks.drawings import decode_images, draw_images, write_manifest
-from captionlib.models.encoder import EncoderConfig
-from captionlib.models.extraction import ExtractionConfig, open_encoder
+from captionlib.models.encoders.encoder import EncoderConfig
+from captionlib.models.inference.extraction import ExtractionConfig, open_encoder
 from pipelines.extract_features import extract_features
 from pipelines.run import RunConfig
 

@@ -1,7 +1,7 @@
 """Flickr8k from the photographs to the table: the shipped recipes, run as anyone would run them, scored on dev.
 
     make bench-flickr8k DATA=flickr8k WEIGHTS=vgg16.safetensors
-    make bench-flickr8k DATA=flickr8k WEIGHTS=vgg16.safetensors NAME="glance ranking"
+    make bench-flickr8k DATA=flickr8k WEIGHTS=vgg16.safetensors NAME="image_state ranking"
 
 DATA holds `images/`, `Flickr8k.token.txt` and the official split files; WEIGHTS is a file of VGG-16's weights, or a
 name of torchvision's. Everything is kept in OUTPUT (`.bench/flickr8k`): what is done is skipped, and what was stopped
@@ -29,7 +29,7 @@ class Stage(NamedTuple):
 
     Attributes:
         recipe: of `configs/`, after `captioner-flickr8k-`.
-        after: the stage that it goes on from; None is the first, which gets the weights that its tail begins with.
+        after: the stage that it goes on from; None is the first, which gets the weights that its encoder_top begins with.
         changes: of the recipe, as `--set` has them.
     """
 
@@ -39,14 +39,14 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "glance-words": Stage("words", None, ("captioner.attention_size=0",)),
-    "glance": Stage("glance", "glance-words"),
+    "image_state-words": Stage("words", None, ("captioner.attention_size=0",)),
+    "image_state": Stage("image_state", "image_state-words"),
     "attention-words": Stage("words", None),
     "attention": Stage("attention", "attention-words"),
     "self-critical": Stage("self-critical", "attention"),
 }
 CAPTIONERS = {
-    "glance": {"BLEU-1": 0.63, "BLEU-2": 0.45, "BLEU-3": 0.31, "BLEU-4": 0.21, "CIDEr": 0.50},
+    "image_state": {"BLEU-1": 0.63, "BLEU-2": 0.45, "BLEU-3": 0.31, "BLEU-4": 0.21, "CIDEr": 0.50},
     "attention": {"BLEU-1": 0.65, "BLEU-2": 0.47, "BLEU-3": 0.33, "BLEU-4": 0.22, "CIDEr": 0.55},
     "self-critical": {"CIDEr": 0.62},
 }
@@ -95,7 +95,7 @@ def _train_captioner(name: str, output: Path, weights: str) -> Path:
     stage, captioner = STAGES[name], output / f"captioner-{name}"
     more: list[str | Path] = [word for change in stage.changes for word in ("--set", change)]
     if stage.after is not None:
-        more += ["--start-from", _train_captioner(stage.after, output, weights)]
+        more += ["--init-from", _train_captioner(stage.after, output, weights)]
     elif Path(weights).exists():
         more += ["--weights", weights]
     config = CONFIGS / f"captioner-flickr8k-{stage.recipe}.yaml"
@@ -107,8 +107,8 @@ def _score_captioner(name: str, output: Path, weights: str) -> list[Row]:
     """Trains the captioner, captions dev with it and scores that."""
     captioner = _train_captioner(name, output, weights)
     features, captions, scores = output / DEV, output / f"captions-{name}", output / f"scores-{name}"
-    decoding = CONFIGS / "captions-flickr8k.yaml"
-    _run("remember", output / BEFORE_TAIL, "-c", captioner, "--set", "splits=[train]")
+    decoding = CONFIGS / "generate-captions/flickr8k.yaml"
+    _run("build-datastore", output / BEFORE_TAIL, "-c", captioner, "--set", "splits=[train]")
     _run("generate-captions", features, "-c", captioner, "-o", captions, "--config", decoding)
     manifest = output / "manifest"  # of all: evaluate also tells how many captions stand in the training set
     _run("evaluate", captions, "-m", manifest, "--split", "dev", "-c", captioner, "-f", features, "-o", scores)
@@ -119,7 +119,7 @@ def _score_captioner(name: str, output: Path, weights: str) -> list[Row]:
 def _score_ranker(output: Path) -> list[Row]:
     """Trains the ranker and ranks dev, 1,000 images among each other."""
     features, ranker, scores = output / WHOLE, output / "ranker", output / "scores-ranking"
-    _run("train-ranker", features, "-o", ranker, "--config", CONFIGS / "ranker-flickr8k.yaml")
+    _run("train-ranker", features, "-o", ranker, "--config", CONFIGS / "train-ranker/flickr8k.yaml")
     _run("evaluate", features, "-r", ranker, "--split", "dev", "--protocol", "flickr8k-1k", "-o", scores)
     found = json.loads((scores / "scores.json").read_text())
     return [

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from benchmarks.bars import report
 from benchmarks.drawings import draw_images, write_manifest
-from captionlib.data.datasets import open_dataset
-from captionlib.data.decoders import DecoderConfig
-from captionlib.data.loading import LoadingConfig
-from captionlib.data.shards import MARKERS, ShardedDataset, part_name
-from captionlib.models.encoder import EncoderConfig
-from captionlib.models.extraction import ExtractionConfig
+from captionlib.data.images.decoder_pool import DecoderConfig
+from captionlib.data.images.loading import LoadingConfig
+from captionlib.data.shards.dataset import ShardedDataset, open_dataset
+from captionlib.data.shards.markers import MARKERS, part_name
+from captionlib.models.encoders.encoder import EncoderConfig
+from captionlib.models.inference.extraction import ExtractionConfig
 from clusters.flink import FlinkCluster
 from pipelines.beam_options import to_flags
 from pipelines.extract_features import extract_features

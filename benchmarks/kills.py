@@ -12,13 +12,13 @@ from pathlib import Path
 
 from benchmarks.bars import report
 from benchmarks.drawings import draw_images, write_manifest
-from captionlib.data.loading import LoadingConfig
-from captionlib.models.decoding import DecodingConfig
-from captionlib.models.encoder import EncoderConfig
-from captionlib.models.extraction import ExtractionConfig
-from captionlib.models.generation import GenerationConfig
-from captionlib.training.captioning import CaptioningConfig, train_captioner
-from captionlib.training.loop import LoopConfig
+from captionlib.data.images.loading import LoadingConfig
+from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.encoders.encoder import EncoderConfig
+from captionlib.models.inference.captioning import GenerationConfig
+from captionlib.models.inference.extraction import ExtractionConfig
+from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
+from captionlib.training.loop import TrainingConfig
 from pipelines.extract_features import extract_features
 from pipelines.generate_captions import generate_captions
 from pipelines.run import RunConfig
@@ -40,7 +40,9 @@ def run_flow(folder: Path, output: Path) -> None:
 def train_small_captioner(folder: Path) -> None:
     """A captioner of the folder's manifest, which knows one sentence."""
     extract_features(folder / "manifest", folder / "first", EXTRACTION, device="cpu", run=RunConfig(progress=False))
-    config = CaptioningConfig(training=LoopConfig(epochs=1), validation_splits=("train",), min_count=1, batch_images=8)
+    config = CaptionerTrainingConfig(
+        training=TrainingConfig(epochs=1), validation_splits=("train",), min_count=1, batch_images=8
+    )
     train_captioner(folder / "first", folder / "captioner", config, device="cpu", progress=False)
 
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from captionlib.data.datasets import create_dataset
-from captionlib.data.schemas import MANIFEST, features_schema
-from captionlib.data.shard_writer import write_shard
-from captionlib.data.shards import ShardedDataset
-from captionlib.data.stages import Fail, Process, ShardJob
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset
+from captionlib.data.shards.schemas import MANIFEST, features_schema
+from captionlib.data.shards.stages import Fail, Process, ShardJob
+from captionlib.data.shards.writer import write_shard
 
 __all__ = ["SCHEMA", "MadeUpFeatures", "add_features", "job_over", "make_rows", "write_rows"]
 

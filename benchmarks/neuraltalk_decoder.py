@@ -16,13 +16,13 @@ import torch
 
 from benchmarks.bars import report
 from benchmarks.decoding_speed import BATCH, FEATURE_SIZE, build_captioner
-from captionlib.data.batches import pool_map, read_features
-from captionlib.data.datasets import open_dataset
-from captionlib.data.vocabulary import END, UNKNOWN
+from captionlib.data.batches.captions import pool_map, read_features
+from captionlib.data.shards.dataset import open_dataset
+from captionlib.data.text.vocabulary import END, UNKNOWN
 from captionlib.evaluation.metrics import bleu
-from captionlib.models.captioner import Captioner
-from captionlib.models.checkpoints import load_captioner
-from captionlib.models.decoding import Decoder, DecodingConfig
+from captionlib.models.captioners.captioner import Captioner
+from captionlib.models.checkpoints.captioners import load_captioner
+from captionlib.models.decoding.decoder import Decoder, DecodingConfig
 
 WIDTH, STEPS = 5, 20
 IMAGES, ROUNDS = 1000, 7
@@ -50,7 +50,7 @@ class NumpyDecoder:
         self._output_bias = model.output.bias.detach().double().numpy()
 
     def decode(self, image: Array) -> list[int]:
-        """The likeliest sentence for a projected image, `[word_size]`."""
+        """The likeliest sentence for a projected image, `[embedding_size]`."""
         zero = np.zeros(self._hidden)
         h, c = self._tick(image, zero, zero)
         beams: list[Hypothesis] = [(0.0, [], h, c)]
@@ -91,10 +91,10 @@ def main() -> None:
         model, features, references = _made_up()
     slow, fast = (
         NumpyDecoder(model),
-        Decoder(model, DecodingConfig(beam_width=WIDTH, max_tokens=STEPS, length_normalisation=0)),
+        Decoder(model, DecodingConfig(beam_width=WIDTH, max_tokens=STEPS, length_penalty=0)),
     )
     with torch.inference_mode():
-        images = model.image_projection(model.standardise(features)).double().numpy()
+        images = model.image_projection(model.standardize(features)).double().numpy()
     ratios = []
     for number in range(ROUNDS):
         chosen = range(number * SINGLES, (number + 1) * SINGLES)

@@ -17,9 +17,9 @@ from PIL import Image
 
 from benchmarks.bars import report
 from benchmarks.drawings import draw_images
-from captionlib.data.decoders import DecoderConfig
-from captionlib.data.images import Preprocessing
-from captionlib.data.loading import LoadingConfig, open_loader
+from captionlib.data.images.decoder_pool import DecoderConfig
+from captionlib.data.images.decoding import Preprocessing
+from captionlib.data.images.loading import LoadingConfig, open_loader
 from captionlib.errors import ImageError
 
 GOOD, FLIPPED = 200, 300

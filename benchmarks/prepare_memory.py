@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from benchmarks.bars import report
-from captionlib.data.manifest import prepare_manifest
+from captionlib.data.ingestion.prepare import prepare_manifest
 
 FEW, MANY = 200_000, 2_000_000
 

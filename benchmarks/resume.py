@@ -19,9 +19,9 @@ import fsspec
 
 from benchmarks.bars import report
 from benchmarks.many_shards import job_over, write_rows
-from captionlib.data.datasets import open_dataset
-from captionlib.data.shards import MARKERS, part_name, to_json
-from captionlib.data.stages import ShardJob
+from captionlib.data.shards.dataset import open_dataset
+from captionlib.data.shards.markers import MARKERS, part_name, to_json
+from captionlib.data.shards.stages import ShardJob
 from pipelines.run import RunConfig, run_job
 
 SHARDS, EVERY, ROWS = 10_000, 100, 10

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from captionlib.data.datasets import create_dataset
-from captionlib.data.schemas import captions_schema, embeddings_schema
-from captionlib.data.shard_writer import write_shard
+from captionlib.data.shards.dataset import create_dataset
+from captionlib.data.shards.schemas import captions_schema, embeddings_schema
+from captionlib.data.shards.writer import write_shard
 from captionlib.search.index_config import IndexConfig
 from pipelines.build_index import build_index
 from pipelines.run import RunConfig

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.bars import report
 from benchmarks.many_shards import SCHEMA, add_features, job_over, write_rows
-from captionlib.data.shards import ShardedDataset
+from captionlib.data.shards.dataset import ShardedDataset
 from pipelines.run import RunConfig, run_job
 
 SHARDS, ROWS, ROUNDS = 200, 1000, 5

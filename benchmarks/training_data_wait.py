@@ -6,14 +6,14 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.bars import report
 from benchmarks.caption_features import write_features
-from captionlib.models.captioner import CaptionerConfig
-from captionlib.training.captioning import CaptioningConfig, train_captioner
-from captionlib.training.loop import LoopConfig
+from captionlib.models.captioners.captioner import CaptionerConfig
+from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
+from captionlib.training.loop import TrainingConfig
 
 IMAGES, WINDOW_MEGABYTES = 3000, 4  # 24 MB of features: six windows an epoch
-CONFIG = CaptioningConfig(
-    captioner=CaptionerConfig(hidden_size=256, word_size=256),
-    training=LoopConfig(epochs=2, optimizer="adam"),
+CONFIG = CaptionerTrainingConfig(
+    captioner=CaptionerConfig(hidden_size=256, embedding_size=256),
+    training=TrainingConfig(epochs=2, optimizer="adam"),
     window_megabytes=WINDOW_MEGABYTES,
 )
 

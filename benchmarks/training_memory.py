@@ -9,14 +9,14 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.bars import report
 from benchmarks.caption_features import write_features
-from captionlib.models.captioner import CaptionerConfig
-from captionlib.training.captioning import CaptioningConfig, train_captioner
-from captionlib.training.loop import LoopConfig
+from captionlib.models.captioners.captioner import CaptionerConfig
+from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
+from captionlib.training.loop import TrainingConfig
 
 FEW, MANY = 3_000, 30_000  # 25 and 246 MB of features
-CONFIG = CaptioningConfig(
-    captioner=CaptionerConfig(hidden_size=16, word_size=16),  # so that the epoch takes seconds
-    training=LoopConfig(epochs=1, optimizer="adam"),
+CONFIG = CaptionerTrainingConfig(
+    captioner=CaptionerConfig(hidden_size=16, embedding_size=16),  # so that the epoch takes seconds
+    training=TrainingConfig(epochs=1, optimizer="adam"),
     max_words=4,
     window_megabytes=4,
 )

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from benchmarks.bars import report
 from benchmarks.caption_features import FEATURE_SIZE, SENTENCES, write_features
-from captionlib.data.batches import read_captions, read_features
-from captionlib.data.shards import ShardedDataset
-from captionlib.data.vocabulary import END, PAD, Vocabulary
-from captionlib.training.captioning import CaptioningConfig, train_captioner
-from captionlib.training.loop import LoopConfig
+from captionlib.data.batches.captions import read_captions, read_features
+from captionlib.data.shards.dataset import ShardedDataset
+from captionlib.data.text.vocabulary import END, PAD, Vocabulary
+from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
+from captionlib.training.loop import TrainingConfig
 
 IMAGES, HELD_OUT, ROUNDS = 320, 20, 5
-CONFIG = CaptioningConfig(training=LoopConfig(epochs=1, optimizer="adam"), min_count=1)
+CONFIG = CaptionerTrainingConfig(training=TrainingConfig(epochs=1, optimizer="adam"), min_count=1)
 
 
 class PlainCaptioner(nn.Module):
@@ -28,9 +28,9 @@ class PlainCaptioner(nn.Module):
     def __init__(self, classes: int) -> None:
         super().__init__()
         config = CONFIG.captioner
-        self.project = nn.Linear(FEATURE_SIZE, config.word_size)
-        self.embed = nn.Embedding(classes, config.word_size)
-        self.lstm = nn.LSTM(config.word_size, config.hidden_size, batch_first=True)
+        self.project = nn.Linear(FEATURE_SIZE, config.embedding_size)
+        self.embed = nn.Embedding(classes, config.embedding_size)
+        self.lstm = nn.LSTM(config.embedding_size, config.hidden_size, batch_first=True)
         self.output = nn.Linear(config.hidden_size, classes)
         self.dropout = nn.Dropout(config.dropout)
 

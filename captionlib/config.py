@@ -1,37 +1,73 @@
-"""Fills frozen dataclasses from YAML files and `key=value` overrides, and refuses what does not fit."""
+"""Configurations: frozen, validated dataclasses filled from YAML recipes and `key=value` overrides.
+
+A configuration is a class decorated with `configclass`. Bounds stand in the field types (`epochs: PositiveInt = 20`);
+checks that involve several fields stand in `__post_init__`. Both raise ConfigError, wherever the values come from.
+"""
 
 import dataclasses
+import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pydantic
+import pydantic.dataclasses
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from typing_extensions import dataclass_transform
 
 from captionlib.errors import ConfigError
 
-__all__ = ["build_config", "differences", "load_config", "parse_override", "to_dict"]
+__all__ = ["build_config", "configclass", "differences", "load_config", "parse_override", "to_dict"]
 
 Config = TypeVar("Config")
+
+_EXTENDS = "extends"
+_MAX_EXTENDS = 8
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, pydantic.Field))
+def configclass(cls: type[Config]) -> type[Config]:
+    """Makes a class a frozen dataclass whose values are validated against its field types.
+
+    Example:
+        >>> from pydantic import PositiveInt
+        >>> @configclass
+        ... class LoaderConfig:
+        ...     threads: PositiveInt = 16
+        >>> LoaderConfig(threads=0)
+        Traceback (most recent call last):
+        captionlib.errors.ConfigError: LoaderConfig: threads: Input should be greater than 0, got 0
+    """
+    validated: Any = pydantic.dataclasses.dataclass(cls, frozen=True)
+    initialize = validated.__init__
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - the class's own
+        try:
+            initialize(self, *args, **kwargs)
+        except ValidationError as error:
+            raise ConfigError(f"{cls.__name__}: {_describe_problems(error)}") from error
+
+    validated.__init__ = __init__
+    result: type[Config] = validated
+    return result
 
 
 def load_config(config_type: type[Config], path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Fills `config_type` from its defaults, then a YAML file, then overrides such as `training.epochs=5`.
 
+    A YAML file may start from another one: `extends: base.yaml` names it, relative to the file itself. Its values are
+    merged section by section, and those of the extending file take precedence.
+
+    Args:
+        config_type: a class decorated with `configclass`.
+        path: the YAML file; None uses the defaults.
+        overrides: `key=value` pairs; keys of nested sections are joined by dots.
+
     Raises:
-        ConfigError: the file cannot be read, a key is unknown, or a value is of the wrong kind.
+        ConfigError: the file cannot be read, a key is unknown, or a value does not fit.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"configuration {path} cannot be read: {error.strerror}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"configuration {path} is not YAML: {error}") from error
-        if loaded is not None and not isinstance(loaded, dict):
-            raise ConfigError(f"configuration {path}: expected `key: value` lines, got {type(loaded).__name__}")
-        values = loaded or {}
+    values = {} if path is None else _read_yaml(Path(path))
     for override in overrides:
         keys, value = parse_override(override)
         _set_nested(values, keys, value)
@@ -39,26 +75,27 @@ def load_config(config_type: type[Config], path: str | Path | None, overrides: S
 
 
 def build_config(config_type: type[Config], values: Mapping[str, Any], origin: str = "configuration") -> Config:
-    """Fills `config_type` from `values`; nested dataclasses from nested mappings.
+    """Fills `config_type` from `values`; nested sections from nested mappings.
 
-    What a nested mapping leaves out is as in the outer dataclass's own default, where that differs from the inner's.
+    Values that a nested mapping omits come from the outer class's default for that section, where it has its own.
+
+    Args:
+        config_type: a class decorated with `configclass`, or a plain dataclass.
+        values: the values by key.
+        origin: where they come from, for error messages.
 
     Raises:
-        ConfigError: names each field that is wrong, and for an unknown key the known ones.
+        ConfigError: names each field that is wrong; for an unknown key, the nearest known one and all others.
     """
     _refuse_unknown_keys(config_type, values, prefix="", origin=origin)
     try:
         return TypeAdapter(config_type).validate_python(_with_defaults(config_type, values))
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in problem['loc']) or 'value'}: {problem['msg']}, got {problem['input']!r}"
-            for problem in error.errors()
-        )
-        raise ConfigError(f"{origin}: {problems}") from error
+        raise ConfigError(f"{origin}: {_describe_problems(error)}") from error
 
 
 def parse_override(override: str) -> tuple[list[str], Any]:
-    """Splits `training.epochs=5` into its keys and its value, read as YAML."""
+    """Splits `training.epochs=5` into its keys and its value, parsed as YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {override!r}: expected key=value, such as training.epochs=5")
@@ -69,16 +106,46 @@ def parse_override(override: str) -> tuple[list[str], Any]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as plain values, for YAML and JSON."""
+    """Returns the configuration as plain values, for YAML and JSON."""
     plain: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
     return plain
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The fields in which two nested configurations differ, a phrase each; none where they are equal."""
+    """Returns one phrase for each field in which two nested configurations differ."""
     there, here = _flatten(before), _flatten(now)
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     return [f"{name}: there {there.get(name)!r}, now {here.get(name)!r}" for name in names]
+
+
+def _describe_problems(error: ValidationError) -> str:
+    return "; ".join(
+        f"{'.'.join(str(part) for part in problem['loc']) or 'value'}: {problem['msg']}, got {problem['input']!r}"
+        for problem in error.errors()
+    )
+
+
+def _read_yaml(path: Path, depth: int = 0) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"configuration {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration {path} is not YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"configuration {path}: expected `key: value` lines, got {type(values).__name__}")
+    base = values.pop(_EXTENDS, None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"configuration {path}: {_EXTENDS}: expected the path of a YAML file, got {base!r}")
+    if depth == _MAX_EXTENDS:
+        raise ConfigError(
+            f"configuration {path}: expected at most {_MAX_EXTENDS} files that extend each other, got more"
+        )
+    return _merge(_read_yaml(path.parent / base, depth + 1), values)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -111,7 +178,7 @@ def _with_defaults(config_type: Any, values: Mapping[str, Any]) -> dict[str, Any
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above`, and of `below` what it leaves open, at every depth."""
+    """Returns `below` updated with `above`, section by section."""
     merged = {**below, **above}
     for name, value in above.items():
         if isinstance(value, Mapping) and isinstance(inner := below.get(name), Mapping):
@@ -124,6 +191,8 @@ def _refuse_unknown_keys(config_type: Any, values: Mapping[str, Any], prefix: st
     for key, value in values.items():
         if key not in known:
             names = ", ".join(prefix + name for name in known)
-            raise ConfigError(f"{origin}: unknown key {prefix}{key}; known: {names}")
+            nearest = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" (did you mean {prefix}{nearest[0]}?)" if nearest else ""
+            raise ConfigError(f"{origin}: unknown key {prefix}{key}{hint}; known keys: {names}")
         if dataclasses.is_dataclass(known[key]) and isinstance(value, Mapping):
             _refuse_unknown_keys(known[key], value, f"{prefix}{key}.", origin)

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import captionlib.search
-from captionlib.data.datasets import open_dataset
-from captionlib.data.shards import DESCRIPTION, FAILURES, MARKERS, SUCCESS, ShardedDataset, part_name
+from captionlib.data.shards.dataset import ShardedDataset, open_dataset
+from captionlib.data.shards.markers import DESCRIPTION, FAILURES, MARKERS, SUCCESS, part_name
 from captionlib.errors import DatasetError
 from captionlib.search.index_files import IndexDescription, read_description
-from captionlib.storage import TEMPORARY, Folder
+from captionlib.storage.folders import TEMPORARY, Folder
 
 __all__ = ["compare_datasets", "compare_indexes"]
 

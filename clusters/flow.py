@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from captionlib.data.scenes import write_scenes
-from captionlib.data.shards import MARKERS
+from captionlib.data.shards.markers import MARKERS
+from captionlib.data.synthetic_scenes import write_scenes
 from clusters.comparison import compare_datasets, compare_indexes
 from clusters.processes import ClusterError
 
@@ -42,8 +42,8 @@ class Flow:
             path.write_bytes(path.read_bytes()[:200])
         prepare = ["prepare", "dataset.json", "-o", "manifest", "--shard-size", str(shard_size)]
         train = ["--set", "training.epochs=2", "--set", "batch_images=32", "--device", "cpu", "--no-progress"]
-        small = ["--set", "captioner.hidden_size=64", "--set", "captioner.word_size=64"]
-        joint = ["--set", "ranker.joint_size=64", "--set", "ranker.hidden_size=64"]
+        small = ["--set", "captioner.hidden_size=64", "--set", "captioner.embedding_size=64"]
+        joint = ["--set", "ranker.joint_embedding_size=64", "--set", "ranker.hidden_size=64"]
         self._run(prepare)
         self.run("extract-features", "local", workers=2)
         self._run(["train-captioner", "local/features", "-o", "captioner", *small, *train])

@@ -4,7 +4,7 @@ import click
 
 from captionlib.config import load_config
 from captionlib.evaluation.activation_page import write_activation_page
-from captionlib.models.activations import ActivationConfig, activate
+from captionlib.models.encoders.activations import ActivationConfig, activate
 from jobs.options import config_options, device_option
 
 __all__ = ["command"]

@@ -21,7 +21,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "train-language-model": ("jobs.train_language_model", "Sentences alone to a language model checkpoint."),
         "train-ranker": ("jobs.train_ranker", "features/ to a ranker checkpoint: sentences find images and back."),
-        "remember": ("jobs.remember", "What was said of images like one, for a captioner to go by."),
+        "build-datastore": ("jobs.build_datastore", "Store training images and their captions, for k-NN reranking."),
         "generate-captions": ("jobs.generate_captions", "manifest/ or features/ to captions/, with a checkpoint."),
         "embed": ("jobs.embed", "manifest/ or features/ to embeddings/, with a ranker checkpoint."),
         "evaluate": (

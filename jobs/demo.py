@@ -12,17 +12,17 @@ import click
 import torch
 
 from captionlib.config import load_config
-from captionlib.data.manifest import PrepareConfig, prepare_manifest
-from captionlib.data.scenes import Scene, attributes_of, read_scenes, score_attributes, write_scenes
+from captionlib.data.ingestion.prepare import PrepareConfig, prepare_manifest
+from captionlib.data.synthetic_scenes import Scene, attributes_of, read_scenes, score_attributes, write_scenes
 from captionlib.evaluation.evaluate import Evaluation, evaluate_captions
 from captionlib.evaluation.report import write_report
-from captionlib.models.checkpoints import load_captioner
-from captionlib.models.encoder import EncoderConfig
-from captionlib.models.extraction import ExtractionConfig
-from captionlib.models.generation import GenerationConfig
+from captionlib.models.checkpoints.captioners import load_captioner
+from captionlib.models.encoders.encoder import EncoderConfig
+from captionlib.models.inference.captioning import GenerationConfig
+from captionlib.models.inference.extraction import ExtractionConfig
 from captionlib.search.questions import find_captions
 from captionlib.search.sql import open_sql
-from captionlib.training.captioning import CaptioningConfig, train_captioner
+from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
 from pipelines.extract_features import extract_features
 from pipelines.generate_captions import generate_captions
 from pipelines.run import RunConfig
@@ -35,7 +35,7 @@ TRAINING = [
     "captioner.image_input=state",
     "captioner.principal_components=256",
     "captioner.hidden_size=256",
-    "captioner.word_size=256",
+    "captioner.embedding_size=256",
     "captioner.dropout=0.3",
     "training.optimizer=adam",
     "training.learning_rate=0.002",
@@ -84,7 +84,7 @@ def command(output: str, weights: str, train: int, held_out: int, overwrite: boo
         encoder = EncoderConfig(weights=weights, missing_weights="random:0", dtype=_fast_dtype(), resize_size=224)
         extract_features(folder / "manifest", folder / "features", ExtractionConfig(encoder), run=run)
     with _stage("4/7 train-captioner", "captionlib train-captioner: an LSTM"):
-        settings = load_config(CaptioningConfig, None, TRAINING)
+        settings = load_config(CaptionerTrainingConfig, None, TRAINING)
         train_captioner(folder / "features", folder / "captioner", settings, progress=progress)
     with _stage("5/7 generate-captions", "captionlib generate-captions: beam search"):
         config = load_config(GenerationConfig, None, ["decoding.n_best=3"])

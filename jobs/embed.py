@@ -3,7 +3,7 @@
 import click
 
 from captionlib.config import load_config
-from captionlib.models.embedding import EmbeddingConfig
+from captionlib.models.inference.embedding import EmbeddingConfig
 from jobs.options import config_options, device_option, pipeline_options
 from jobs.summaries import echo_totals
 from pipelines.embed_images import embed_images

@@ -6,13 +6,13 @@ import io
 import click
 import pyarrow.parquet as pq
 
-from captionlib.data.shards import to_json
+from captionlib.data.shards.markers import to_json
 from captionlib.evaluation.bootstrap import BootstrapConfig
-from captionlib.evaluation.captions import scores_table
+from captionlib.evaluation.caption_scores import scores_table
 from captionlib.evaluation.evaluate import TRAIN_SPLITS, Evaluation, evaluate_captions
 from captionlib.evaluation.predictions import to_coco_results
-from captionlib.evaluation.ranking import PROTOCOLS
-from captionlib.storage import Folder, write_file
+from captionlib.evaluation.retrieval import PROTOCOLS
+from captionlib.storage.folders import Folder, write_file
 from jobs.options import device_option
 from jobs.summaries import echo_ranking
 

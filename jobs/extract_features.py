@@ -3,7 +3,7 @@
 import click
 
 from captionlib.config import load_config
-from captionlib.models.extraction import ExtractionConfig
+from captionlib.models.inference.extraction import ExtractionConfig
 from jobs.options import config_options, device_option, pipeline_options
 from jobs.summaries import echo_totals
 from pipelines.extract_features import extract_features
@@ -42,7 +42,7 @@ def command(
     \b
     Examples:
       captionlib extract-features manifest -o features
-      captionlib extract-features manifest -o features --config configs/features-vgg16-conv5.yaml --workers 2
+      captionlib extract-features manifest -o features --config vgg16-conv5 --workers 2
       captionlib extract-features manifest -o features --set encoder.dtype=bfloat16 --set batch_size=64
       captionlib extract-features manifest -o features --retry-failures
       captionlib extract-features s3://b/manifest -o s3://b/features -- --runner=FlinkRunner --flink_master=HOST:8081

@@ -3,7 +3,7 @@
 import click
 
 from captionlib.config import load_config
-from captionlib.models.generation import GenerationConfig
+from captionlib.models.inference.captioning import GenerationConfig
 from jobs.options import config_options, device_option, pipeline_options
 from jobs.summaries import echo_totals
 from pipelines.generate_captions import generate_captions

@@ -3,7 +3,7 @@
 import click
 
 from captionlib.config import load_config
-from captionlib.data.neuraltalk import ImportConfig, import_features
+from captionlib.data.ingestion.neuraltalk import ImportConfig, import_features
 from jobs.options import config_options
 from jobs.summaries import echo_totals
 

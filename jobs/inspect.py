@@ -9,12 +9,12 @@ from typing import Any
 import click
 
 from captionlib.config import to_dict
-from captionlib.data.inspection import DatasetReport, inspect_dataset
-from captionlib.data.shards import DESCRIPTION
+from captionlib.data.shards.inspection import DatasetReport, inspect_dataset
+from captionlib.data.shards.markers import DESCRIPTION
 from captionlib.errors import DatasetError
 from captionlib.search.index_files import DESCRIPTION as INDEX
 from captionlib.search.index_files import IndexDescription, read_description
-from captionlib.storage import Folder
+from captionlib.storage.folders import Folder
 
 __all__ = ["command"]
 
@@ -41,7 +41,7 @@ def command(folder: str, as_json: bool, verify: bool) -> None:
         click.echo(_to_json(to_dict(index)) if as_json else _describe_index(folder, index))
         return
     if "config.json" in names:
-        from captionlib.models.checkpoint_folder import describe_checkpoint  # loads torch, which takes seconds
+        from captionlib.models.checkpoints.folder import describe_checkpoint  # loads torch, which takes seconds
 
         checkpoint = describe_checkpoint(folder)
         click.echo(_to_json(checkpoint) if as_json else "\n".join([f"{folder}: checkpoint", *_lines(checkpoint, "  ")]))

@@ -5,26 +5,43 @@ from typing import Any, TypeVar
 
 import click
 
+from captionlib.recipes import find_recipe
+
 __all__ = ["config_options", "device_option", "pipeline_options", "training_options"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+# Commands that use the recipes of another one.
+_RECIPES_OF = {"caption": "generate-captions"}
+
+
 def config_options(command: Command) -> Command:
-    """`--config` and `--set`."""
+    """Adds `--config` and `--set`."""
     options = [
         click.option(
-            "--config", metavar="FILE", help="YAML with values to use in place of the defaults; see configs/."
+            "--config",
+            metavar="RECIPE|FILE",
+            callback=_find_recipe,
+            help="A recipe by name, or a YAML file, with values that replace the defaults; `captionlib recipes` lists "
+            "the recipes.",
         ),
         click.option(
             "--set",
             "overrides",
             multiple=True,
             metavar="KEY=VALUE",
-            help="One value in place of the default or the file's, such as --set encoder.dtype=bfloat16. Repeatable.",
+            help="Replace one value, such as --set encoder.dtype=bfloat16. Repeatable.",
         ),
     ]
     return _apply(command, options)
+
+
+def _find_recipe(context: click.Context, _parameter: click.Parameter, name: str | None) -> str | None:
+    if name is None:
+        return None
+    command = context.info_name or ""
+    return str(find_recipe(name, _RECIPES_OF.get(command, command)))
 
 
 def device_option(command: Command) -> Command:

@@ -2,7 +2,7 @@
 
 import click
 
-from captionlib.data.manifest import PrepareConfig, PrepareSummary, prepare_manifest
+from captionlib.data.ingestion.prepare import PrepareConfig, PrepareSummary, prepare_manifest
 from captionlib.data.sources.detect import FAMILIES
 from captionlib.data.sources.rows import SourceOptions
 

@@ -15,7 +15,7 @@ from captionlib.search.index_files import DESCRIPTION
 from captionlib.search.questions import count_words, find_captions, find_image, most_likely
 from captionlib.search.sql import SqlLimits, SqlSession, open_sql
 from captionlib.search.tables import Format
-from captionlib.storage import Folder
+from captionlib.storage.folders import Folder
 from jobs.rows import first_rows, print_rows, save_rows
 
 __all__ = ["command"]
@@ -191,9 +191,9 @@ def _ask_index(folder: str, asked: _Asked) -> pa.Table:
 
 
 def _ask_about_image(folder: str, asked: _Asked, image: str) -> pa.Table:
-    from captionlib.data.fetch import ImageFetcher
+    from captionlib.data.images.fetching import ImageFetcher
     from captionlib.search.encoders import load_encoder, rank_sentences  # these load torch, which takes seconds
-    from captionlib.search.photos import PhotoReader
+    from captionlib.search.photos import ImageQueryModels
 
     if asked.captioner is None and asked.ranker is None:
         raise click.UsageError("--image needs --ranker FOLDER, to find images like it, or --captioner FOLDER.")
@@ -203,7 +203,7 @@ def _ask_about_image(folder: str, asked: _Asked, image: str) -> pa.Table:
     sentences = None if asked.sentences is None else _read_sentences(asked.sentences)
     ranker = load_encoder(asked.ranker) if asked.ranker and asked.captioner is None else None
     index = None if ranker is None or sentences is not None else captionlib.search.open(folder, ranker)
-    with ImageFetcher() as fetcher, PhotoReader(ranker, asked.captioner, asked.weights) as photos:
+    with ImageFetcher() as fetcher, ImageQueryModels(ranker, asked.captioner, asked.weights) as photos:
         content = fetcher.fetch(image)
         if asked.captioner is not None:
             return photos.caption(content).slice(0, limit)

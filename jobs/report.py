@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-from captionlib.data.sources.addresses import locate, resolve
+from captionlib.data.sources.locations import locate, resolve
 from captionlib.evaluation.evaluate import Evaluation, evaluate_predictions, load_predictions
+from captionlib.evaluation.image_views import read_sight
 from captionlib.evaluation.report import write_report
-from captionlib.evaluation.sight import read_sight
 
 __all__ = ["command"]
 
@@ -88,7 +88,7 @@ def _figures(scored: Evaluation) -> list[tuple[str, str, str]]:
 
 
 def _read_history(checkpoint: str) -> Sequence[Mapping[str, Any]]:
-    from captionlib.models.checkpoints import load_captioner  # loads torch, which takes seconds
+    from captionlib.models.checkpoints.captioners import load_captioner  # loads torch, which takes seconds
 
     history: Sequence[Mapping[str, Any]] = load_captioner(checkpoint).training.get("history", [])
     return history

@@ -6,8 +6,8 @@ from dataclasses import asdict
 import click
 
 from captionlib.config import load_config
-from captionlib.models.decoding import DecodingConfig
-from captionlib.models.language_model import load_language_model, sample_texts
+from captionlib.models.captioners.language_model import load_language_model, sample_texts
+from captionlib.models.decoding.decoder import DecodingConfig
 from jobs.options import config_options, device_option
 
 __all__ = ["command"]

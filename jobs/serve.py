@@ -12,7 +12,7 @@ from captionlib.config import build_config, to_dict
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.search.index_files import DESCRIPTION
 from captionlib.serving.config import ServingConfig
-from captionlib.storage import Folder
+from captionlib.storage.folders import Folder
 from jobs.options import device_option
 
 __all__ = ["command", "listen"]

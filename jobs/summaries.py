@@ -2,8 +2,8 @@
 
 import click
 
-from captionlib.data.shards import Totals
-from captionlib.evaluation.ranking import RankingScores
+from captionlib.data.shards.markers import Totals
+from captionlib.evaluation.retrieval import RankingScores
 
 __all__ = ["echo_ranking", "echo_totals"]
 

@@ -6,11 +6,11 @@ from typing import Any
 import click
 
 from captionlib.config import load_config
-from captionlib.data.datasets import open_dataset
-from captionlib.training.captioning import CaptioningConfig, train_captioner
+from captionlib.data.shards.dataset import open_dataset
+from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
+from captionlib.training.distributed import is_first_process
 from captionlib.training.finetuning import FinetuningConfig, finetune_captioner
 from captionlib.training.loop import TrainingStopped
-from captionlib.training.processes import is_first_process
 from jobs.options import training_options
 
 __all__ = ["command"]
@@ -19,13 +19,13 @@ __all__ = ["command"]
 @click.command()
 @click.argument("source")
 @click.option(
-    "--start-from", metavar="FOLDER", help="The captioner whose weights to start from: --set start_from=FOLDER."
+    "--init-from", metavar="FOLDER", help="The captioner whose weights to start from: --set init_from=FOLDER."
 )
 @click.option("--weights", metavar="FILE", help="The encoder's weights to tune, where they are a file of your own.")
 @training_options
 def command(
     source: str,
-    start_from: str | None,
+    init_from: str | None,
     weights: str | None,
     output: str,
     config: str | None,
@@ -42,33 +42,33 @@ def command(
 
     From a manifest the encoder is tuned too, with a learning rate of its own; its weights are kept with the captioner,
     which captions images with them. Images that cannot be read are left out, and listed in the run's folder. Where its
-    last layers are enough, captioner.tail tunes them on the stored maps of the layer before, for much less time.
+    last layers are enough, captioner.encoder_top tunes them on the stored maps of the layer before, for much less time.
 
     \b
     Examples:
       captionlib train-captioner features -o captioner
-      captionlib train-captioner features -o captioner --config configs/captioner-talk.yaml
+      captionlib train-captioner features -o captioner --config talk-lstm
       captionlib train-captioner features -o captioner --set training.epochs=30 --set captioner.hidden_size=256
-      captionlib train-captioner features -o captioner --set best_by=cider --set training.average_decay=0.999
-      captionlib train-captioner features -o captioner --set word_vectors=w2v.bin --set captioner.word_size=300
-      captionlib train-captioner features -o tuned --start-from captioner --set training.learning_rate=0.0001
-      captionlib train-captioner features -o better --start-from captioner --set objective=self_critical
-      captionlib train-captioner manifest -o tuned --start-from captioner --config configs/captioner-finetune.yaml
-      captionlib train-captioner manifest -o tuned --start-from captioner --set encoder.from_node=features.17
-      captionlib train-captioner maps -o captioner --set captioner.tail=features.29   # maps of features.23
-      captionlib train-captioner features -o words --set objective=words   # then --start-from words
+      captionlib train-captioner features -o captioner --set best_by=cider --set training.ema_decay=0.999
+      captionlib train-captioner features -o captioner --set word_vectors=w2v.bin --set captioner.embedding_size=300
+      captionlib train-captioner features -o tuned --init-from captioner --set training.learning_rate=0.0001
+      captionlib train-captioner features -o better --init-from captioner --set objective=self_critical
+      captionlib train-captioner manifest -o tuned --init-from captioner --config finetune-encoder
+      captionlib train-captioner manifest -o tuned --init-from captioner --set encoder.from_node=features.17
+      captionlib train-captioner maps -o captioner --set captioner.encoder_top=features.29   # maps of features.23
+      captionlib train-captioner features -o words --set objective=words   # then --init-from words
       torchrun --nproc-per-node 4 --no-python captionlib train-captioner features -o captioner
     """
-    if start_from is not None:
-        overrides = (*overrides, f"start_from={json.dumps(start_from)}")
+    if init_from is not None:
+        overrides = (*overrides, f"init_from={json.dumps(init_from)}")
     how: dict[str, Any] = {"device": device, "overwrite": overwrite, "progress": progress}
-    settings: CaptioningConfig | FinetuningConfig
+    settings: CaptionerTrainingConfig | FinetuningConfig
     try:
         if open_dataset(source).kind == "manifest":
             settings = load_config(FinetuningConfig, config, overrides)
             history = finetune_captioner(source, output, settings, weights=weights, **how)
         else:
-            settings = load_config(CaptioningConfig, config, overrides)
+            settings = load_config(CaptionerTrainingConfig, config, overrides)
             history = train_captioner(source, output, settings, weights=weights, **how)
     except TrainingStopped as stopped:
         raise click.Abort from stopped

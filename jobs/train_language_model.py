@@ -3,7 +3,7 @@
 import click
 
 from captionlib.config import load_config
-from captionlib.training.language_modelling import LanguageModellingConfig, train_language_model
+from captionlib.training.language_modeling import LanguageModelTrainingConfig, train_language_model
 from captionlib.training.loop import TrainingStopped
 from jobs.options import training_options
 
@@ -33,9 +33,9 @@ def command(
     Examples:
       captionlib train-language-model features -o language-model
       captionlib train-language-model sentences.txt -o language-model --set min_count=2
-      captionlib train-language-model author.txt -o author --config configs/language-model-characters.yaml
+      captionlib train-language-model author.txt -o author --config characters
     """
-    settings = load_config(LanguageModellingConfig, config, overrides)
+    settings = load_config(LanguageModelTrainingConfig, config, overrides)
     try:
         history = train_language_model(source, output, settings, device=device, overwrite=overwrite, progress=progress)
     except TrainingStopped as stopped:

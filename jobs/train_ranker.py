@@ -3,9 +3,9 @@
 import click
 
 from captionlib.config import load_config
+from captionlib.training.distributed import is_first_process
 from captionlib.training.loop import TrainingStopped
-from captionlib.training.processes import is_first_process
-from captionlib.training.ranking import RankingConfig, train_ranker
+from captionlib.training.ranking import RankerTrainingConfig, train_ranker
 from jobs.options import training_options
 
 __all__ = ["command"]
@@ -32,12 +32,12 @@ def command(
     \b
     Examples:
       captionlib train-ranker features -o ranker
-      captionlib train-ranker features -o ranker --config configs/ranker-flickr8k.yaml
+      captionlib train-ranker features -o ranker --config flickr8k
       captionlib train-ranker features -o ranker --set ranker.sentence_encoder=mean --set batch_images=500
       captionlib train-ranker features -o ranker --set loss=hardest --set warm_up_epochs=10 --set margin=0.2
       torchrun --nproc-per-node 4 --no-python captionlib train-ranker features -o ranker
     """
-    settings = load_config(RankingConfig, config, overrides)
+    settings = load_config(RankerTrainingConfig, config, overrides)
     try:
         history = train_ranker(features, output, settings, device=device, overwrite=overwrite, progress=progress)
     except TrainingStopped as stopped:

@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from captionlib.errors import ConfigError
+from captionlib.recipes import find_recipe
 
 __all__ = ["expand_files", "to_flags"]
 
@@ -39,7 +39,7 @@ def to_flags(options: Mapping[str, Any], origin: str) -> Iterator[str]:
 
 def _read(path: str) -> list[str]:
     try:
-        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        options = yaml.safe_load(find_recipe(path, "runners").read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"options of Beam in {path} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:

@@ -3,14 +3,14 @@
 import os
 from dataclasses import replace
 
-from captionlib.data.datasets import create_dataset, open_dataset
-from captionlib.data.schemas import embeddings_schema
-from captionlib.data.shards import Totals
-from captionlib.data.stages import ShardJob
-from captionlib.models.embedding import EmbeddingConfig, ImageEmbedding, RankerFolder, describe_embeddings
-from captionlib.models.feature_source import encoder_for
-from captionlib.models.ranker_checkpoints import load_ranker
-from captionlib.storage import absolute_address
+from captionlib.data.shards.dataset import create_dataset, open_dataset
+from captionlib.data.shards.markers import Totals
+from captionlib.data.shards.schemas import embeddings_schema
+from captionlib.data.shards.stages import ShardJob
+from captionlib.models.checkpoints.rankers import load_ranker
+from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding, RankerFolder, describe_embeddings
+from captionlib.models.inference.feature_source import encoder_for
+from captionlib.storage.folders import absolute_address
 from pipelines.run import RunConfig, run_job
 
 __all__ = ["embed_images"]

@@ -3,12 +3,12 @@
 import os
 from dataclasses import replace
 
-from captionlib.data.datasets import create_dataset, open_dataset
-from captionlib.data.schemas import features_schema
-from captionlib.data.shards import Totals
-from captionlib.data.stages import ShardJob
-from captionlib.models.encoder import travelling_config
-from captionlib.models.extraction import ExtractionConfig, FeatureExtraction, open_encoder
+from captionlib.data.shards.dataset import create_dataset, open_dataset
+from captionlib.data.shards.markers import Totals
+from captionlib.data.shards.schemas import features_schema
+from captionlib.data.shards.stages import ShardJob
+from captionlib.models.encoders.encoder import travelling_config
+from captionlib.models.inference.extraction import ExtractionConfig, FeatureExtraction, open_encoder
 from pipelines.run import RunConfig, run_job
 
 __all__ = ["extract_features"]

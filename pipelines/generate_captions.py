@@ -5,18 +5,18 @@ from dataclasses import replace
 from typing import Any
 
 from captionlib.config import to_dict
-from captionlib.data.datasets import create_dataset, open_dataset
-from captionlib.data.schemas import captions_schema, embeddings_schema
-from captionlib.data.shards import ShardedDataset, Totals
-from captionlib.data.stages import ShardJob
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
+from captionlib.data.shards.markers import Totals
+from captionlib.data.shards.schemas import captions_schema, embeddings_schema
+from captionlib.data.shards.stages import ShardJob
 from captionlib.errors import ConfigError
-from captionlib.models.attention_maps import require_attention
-from captionlib.models.checkpoints import LoadedCaptioner, load_captioner
-from captionlib.models.embedding import RankerFolder, describe_embeddings
-from captionlib.models.feature_source import encoder_for
-from captionlib.models.generation import CaptionGeneration, GenerationConfig, find_memory
-from captionlib.models.ranker_checkpoints import load_ranker
-from captionlib.storage import absolute_address
+from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner
+from captionlib.models.checkpoints.rankers import load_ranker
+from captionlib.models.inference.attention_maps import require_attention
+from captionlib.models.inference.captioning import CaptionGeneration, GenerationConfig, find_datastore
+from captionlib.models.inference.embedding import RankerFolder, describe_embeddings
+from captionlib.models.inference.feature_source import encoder_for
+from captionlib.storage.folders import absolute_address
 from pipelines.run import RunConfig, run_job
 
 __all__ = ["generate_captions"]
@@ -52,7 +52,7 @@ def generate_captions(
 
     Raises:
         CheckpointError: no captioner or ranker there, or the features are of another encoder than theirs; or maps are
-            asked of a captioner without attention, or neighbours of one without memory.
+            asked of a captioner without attention, or neighbors of one without memory.
         ConfigError: a ranker without a place for its embeddings, or the other way round.
         DatasetError: the source is not complete, or `output` holds something else.
         FailureRatioError: more images failed than the run allows.
@@ -63,7 +63,7 @@ def generate_captions(
     rows = open_dataset(source).require_complete()
     captioner = load_captioner(os.fspath(checkpoint))
     positions = require_attention(captioner, os.fspath(checkpoint)) if config.attention_maps else None
-    memory = find_memory(os.fspath(checkpoint), captioner, config.decoding)
+    memory = find_datastore(os.fspath(checkpoint), captioner, config.decoding)
     threads = run.threads if run.workers > 1 else None
     here, there = run.devices(device)
     encoder = encoder_for(rows, captioner, weights, here, threads)

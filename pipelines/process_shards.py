@@ -8,8 +8,8 @@ from apache_beam.metrics.metric import Metrics
 from apache_beam.pvalue import PBegin, PCollection
 from apache_beam.transforms.combiners import Count
 
-from captionlib.data.shards import Marker
-from captionlib.data.stages import Process, ShardJob
+from captionlib.data.shards.markers import Marker
+from captionlib.data.shards.stages import Process, ShardJob
 from captionlib.errors import DatasetError
 
 __all__ = ["ProcessShards"]

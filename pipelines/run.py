@@ -23,10 +23,10 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.runners.runner import PipelineRunner, create_runner
 from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
-from captionlib.data.loading import LoadingConfig
-from captionlib.data.progress import show_progress
-from captionlib.data.shards import Totals
-from captionlib.data.stages import ShardJob
+from captionlib.data.images.loading import LoadingConfig
+from captionlib.data.shards.markers import Totals
+from captionlib.data.shards.progress import show_progress
+from captionlib.data.shards.stages import ShardJob
 from captionlib.errors import ConfigError, RunnerError
 from pipelines.beam_options import expand_files
 from pipelines.process_shards import ProcessShards

@@ -1,20 +1,22 @@
-from dataclasses import dataclass, field
+import pickle
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
+from pydantic import PositiveInt
 
-from captionlib.config import differences, load_config, to_dict
+from captionlib.config import configclass, differences, load_config, to_dict
 from captionlib.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@configclass
 class Inner:
     rate: float = 0.1
     kind: Literal["a", "b"] = "a"
 
 
-@dataclass(frozen=True)
+@configclass
 class Outer:
     inner: Inner = field(default_factory=Inner)
     name: str = "x"
@@ -32,8 +34,8 @@ def test_file_then_overrides_fill_nested_values(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["nam=1"], "unknown key nam; known: inner, name, limit"),
-        (["inner.rat=1"], r"unknown key inner.rat; known: inner.rate, inner.kind"),
+        (["nam=1"], r"unknown key nam \(did you mean name\?\); known keys: inner, name, limit"),
+        (["inner.rat=1"], r"unknown key inner.rat \(did you mean inner.rate\?\); known keys: inner.rate, inner.kind"),
         (["inner.rate=fast"], "inner.rate: .* got 'fast'"),
         (["inner.kind=c"], "inner.kind: Input should be 'a' or 'b', got 'c'"),
         (["name"], "expected key=value"),
@@ -66,7 +68,7 @@ def test_differences_name_fields_by_their_path() -> None:
     assert differences({"a": {"b": 1}}, {"a": {"b": 1}}) == []
 
 
-@dataclass(frozen=True)
+@configclass
 class Recipe:
     outer: Outer = field(default_factory=lambda: Outer(inner=Inner(rate=0.7), limit=3))
 
@@ -74,3 +76,52 @@ class Recipe:
 def test_what_a_nested_value_leaves_out_is_the_outer_default() -> None:
     assert load_config(Recipe, None, ["outer.name=y"]) == Recipe(Outer(Inner(0.7), "y", 3))
     assert load_config(Recipe, None, ["outer.inner.kind=b"]) == Recipe(Outer(Inner(0.7, "b"), limit=3))
+
+
+@configclass
+class Bounded:
+    threads: PositiveInt = 16
+
+    def __post_init__(self) -> None:
+        if self.threads == 13:
+            raise ConfigError("threads: expected another number than 13")
+
+
+@configclass
+class Nested:
+    bounded: Bounded = field(default_factory=Bounded)
+
+
+def test_bounds_hold_for_values_of_files_and_of_code() -> None:
+    assert Bounded(4).threads == 4
+    with pytest.raises(ConfigError, match="Bounded: threads: Input should be greater than 0, got 0"):
+        Bounded(threads=0)
+    with pytest.raises(ConfigError, match=r"options: bounded.threads: Input should be greater than 0, got 0"):
+        load_config(Nested, None, ["bounded.threads=0"])
+    with pytest.raises(ConfigError, match="another number than 13"):
+        load_config(Nested, None, ["bounded.threads=13"])
+    with pytest.raises(ConfigError, match="another number than 13"):
+        replace(Bounded(), threads=13)
+
+
+def test_configurations_travel_to_workers() -> None:
+    assert pickle.loads(pickle.dumps(Nested(Bounded(3)))) == Nested(Bounded(3))
+
+
+def test_a_file_extends_another_section_by_section(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("name: base\ninner: {rate: 0.5, kind: b}\n")
+    (tmp_path / "more.yaml").write_text("extends: base.yaml\ninner: {rate: 0.7}\n")
+    assert load_config(Outer, tmp_path / "more.yaml") == Outer(Inner(0.7, "b"), "base")
+
+
+def test_files_that_extend_each_other_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    with pytest.raises(ConfigError, match="at most 8 files that extend each other"):
+        load_config(Outer, tmp_path / "a.yaml")
+    (tmp_path / "c.yaml").write_text("extends: 3\n")
+    with pytest.raises(ConfigError, match="extends: expected the path of a YAML file, got 3"):
+        load_config(Outer, tmp_path / "c.yaml")
+    (tmp_path / "d.yaml").write_text("extends: none.yaml\n")
+    with pytest.raises(ConfigError, match=r"none.yaml cannot be read"):
+        load_config(Outer, tmp_path / "d.yaml")

@@ -10,8 +10,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from captionlib.evaluation.pages import render_page
-from captionlib.models.activations import Activations, LayerMaps
-from captionlib.storage import write_file
+from captionlib.models.encoders.activations import Activations, LayerMaps
+from captionlib.storage.folders import write_file
 
 __all__ = ["write_activation_page"]
 

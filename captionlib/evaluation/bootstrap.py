@@ -9,7 +9,7 @@ import numpy.typing as npt
 from captionlib.errors import ConfigError
 from captionlib.evaluation.metrics import Metric
 
-__all__ = ["BootstrapConfig", "Summary", "summarise"]
+__all__ = ["BootstrapConfig", "Summary", "summarize"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Summary:
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
-def summarise(metrics: Sequence[Metric], image_ids: Sequence[str], config: BootstrapConfig) -> Summary:
+def summarize(metrics: Sequence[Metric], image_ids: Sequence[str], config: BootstrapConfig) -> Summary:
     """The scores of metrics; those that have no value for the whole set are left out.
 
     Args:

@@ -5,13 +5,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from captionlib.data.datasets import open_dataset
+from captionlib.data.shards.dataset import open_dataset
 from captionlib.errors import ConfigError
 from captionlib.evaluation.bootstrap import BootstrapConfig
-from captionlib.evaluation.captions import WITHOUT_JAVA, CaptionScores, score_captions
+from captionlib.evaluation.caption_scores import WITHOUT_JAVA, CaptionScores, score_captions
+from captionlib.evaluation.diversity import IN_TRAINING, count_variety, describe_captions, read_sentences
 from captionlib.evaluation.perplexity import measure_perplexity
 from captionlib.evaluation.predictions import Prediction, join_references, read_predictions, select_splits
-from captionlib.evaluation.variety import IN_TRAINING, count_variety, describe_captions, read_sentences
 
 __all__ = ["TRAIN_SPLITS", "Evaluation", "evaluate_captions", "evaluate_predictions", "load_predictions"]
 

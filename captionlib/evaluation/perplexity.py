@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import torch
 
-from captionlib.data.batches import feature_shape
-from captionlib.data.datasets import open_dataset
+from captionlib.data.batches.captions import feature_shape
+from captionlib.data.shards.dataset import open_dataset
 from captionlib.errors import DatasetError
 from captionlib.evaluation.metrics import Metric, ratio
-from captionlib.models.captioner import pad_sentences
-from captionlib.models.checkpoints import LoadedCaptioner, load_captioner
+from captionlib.models.captioners.captioner import pad_sentences
+from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner
 
 __all__ = ["measure_perplexity"]
 

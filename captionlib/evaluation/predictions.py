@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from captionlib.data.datasets import open_dataset
-from captionlib.data.shards import ShardedDataset
-from captionlib.data.sources.addresses import load_json, locate, text_suffix_of
+from captionlib.data.shards.dataset import ShardedDataset, open_dataset
+from captionlib.data.sources.locations import load_json, locate, text_suffix_of
 from captionlib.errors import DatasetError
 
 __all__ = [

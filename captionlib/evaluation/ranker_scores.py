@@ -5,12 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from captionlib.data.batches import read_features
-from captionlib.data.datasets import open_dataset
-from captionlib.data.shards import ShardedDataset
+from captionlib.data.batches.captions import read_features
+from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.errors import DatasetError
-from captionlib.evaluation.ranking import PROTOCOLS, RankingProtocol, RankingScores, score_ranking
-from captionlib.models.ranker_checkpoints import LoadedRanker, load_ranker
+from captionlib.evaluation.retrieval import PROTOCOLS, RankingProtocol, RankingScores, score_ranking
+from captionlib.models.checkpoints.rankers import LoadedRanker, load_ranker
 
 __all__ = ["score_ranker", "score_ranker_folder"]
 

@@ -21,14 +21,14 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
-from captionlib.data.images import Preprocessing
-from captionlib.data.loading import LoadingConfig, open_loader
+from captionlib.data.images.decoding import Preprocessing
+from captionlib.data.images.loading import LoadingConfig, open_loader
 from captionlib.errors import DatasetError, ImageError
 from captionlib.evaluation.charts import draw_charts
+from captionlib.evaluation.image_views import Sight
 from captionlib.evaluation.pages import render_page
 from captionlib.evaluation.predictions import Prediction
-from captionlib.evaluation.sight import Sight
-from captionlib.storage import TEMPORARY, Folder
+from captionlib.storage.folders import TEMPORARY, Folder
 
 __all__ = ["write_report"]
 

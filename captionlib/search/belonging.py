@@ -7,7 +7,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captionlib.data.shards import ShardedDataset, part_name
+from captionlib.data.shards.dataset import ShardedDataset
+from captionlib.data.shards.markers import part_name
 from captionlib.errors import DatasetError
 
 __all__ = ["check_datasets", "check_shard", "read_vectors", "sample_vectors"]

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from captionlib.config import to_dict
-from captionlib.data.shards import ShardedDataset, fingerprint_of, part_name
+from captionlib.data.shards.dataset import ShardedDataset
+from captionlib.data.shards.markers import fingerprint_of, part_name
 from captionlib.search.belonging import check_shard, read_vectors, sample_vectors
 from captionlib.search.index_config import IndexConfig, VectorLayout
 from captionlib.search.index_files import (
@@ -21,7 +22,7 @@ from captionlib.search.index_files import (
 from captionlib.search.index_rows import COLUMNS, number_rows, read_rows, write_rows
 from captionlib.search.text_index import write_text
 from captionlib.search.vector_index import add_vectors, merge_vectors, train_vectors
-from captionlib.storage import TEMPORARY, Folder, absolute_address
+from captionlib.storage.folders import TEMPORARY, Folder, absolute_address
 
 __all__ = ["IndexBuild", "describe_source"]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from fsspec.spec import AbstractFileSystem
 
-from captionlib.ranged_file import RangedFile
-from captionlib.retrying import retried
+from captionlib.storage.ranged_file import RangedFile
+from captionlib.storage.retries import retried
 
 __all__ = ["DatasetFiles"]
 

@@ -42,7 +42,7 @@ def load_encoder(folder: str | os.PathLike[str], device: str = "cpu") -> Sentenc
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    from captionlib.models.ranker_checkpoints import load_ranker  # loads torch, which takes seconds
+    from captionlib.models.checkpoints.rankers import load_ranker  # loads torch, which takes seconds
 
     return load_ranker(folder, device)
 

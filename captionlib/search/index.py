@@ -18,7 +18,7 @@ from captionlib.search.index_files import DESCRIPTION, IndexDescription, local_c
 from captionlib.search.index_rows import RowStore
 from captionlib.search.text_index import Sort, TextIndex
 from captionlib.search.vector_index import Hits, VectorIndex, Vectors
-from captionlib.storage import Folder
+from captionlib.storage.folders import Folder
 
 __all__ = ["Filter", "Index", "open_index"]
 

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from captionlib.config import build_config, to_dict
-from captionlib.data.shards import to_json
+from captionlib.data.shards.markers import to_json
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.search.index_config import IndexConfig, VectorLayout
-from captionlib.storage import TEMPORARY, Folder
+from captionlib.storage.folders import TEMPORARY, Folder
 
 __all__ = [
     "DESCRIPTION",

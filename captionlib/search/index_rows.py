@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captionlib.data.schemas import captions_schema
+from captionlib.data.shards.schemas import captions_schema
 from captionlib.errors import DatasetError
 from captionlib.search.conditions import Conditions
 

@@ -10,14 +10,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from captionlib.config import differences
-from captionlib.data.decoders import DecoderConfig, DecoderPool
+from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
 from captionlib.errors import CheckpointError, QueryError
-from captionlib.models.checkpoints import LoadedCaptioner, load_captioner
-from captionlib.models.decoding import Decoder, DecodingConfig
-from captionlib.models.encoder import Encoder, encoder_config, load_encoder
+from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner
+from captionlib.models.decoding.decoder import Decoder, DecodingConfig
+from captionlib.models.encoders.encoder import Encoder, encoder_config, load_encoder
 from captionlib.search.encoders import SentenceEncoder
 
-__all__ = ["PhotoReader"]
+__all__ = ["ImageQueryModels"]
 
 _CANDIDATES = pa.schema([("caption", pa.string()), ("log_prob", pa.float32())])
 
@@ -29,7 +29,7 @@ class _Eye(NamedTuple):
     decoders: DecoderPool
 
 
-class PhotoReader:
+class ImageQueryModels:
     """Turns photographs into vectors and captions. A context manager; safe to use from many threads.
 
     Args:
@@ -65,7 +65,7 @@ class PhotoReader:
             self._caption_eye = self._eye(self._captioner.encoder, self._captioner.encoder_weights or weights)
         self._embedding_eye = self._eye(ranker.encoder, weights) if ranker else None  # may be the same one
 
-    def __enter__(self) -> "PhotoReader":
+    def __enter__(self) -> "ImageQueryModels":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -4,14 +4,14 @@ import os
 from dataclasses import replace
 
 from captionlib.config import differences, to_dict
-from captionlib.data.datasets import open_dataset
-from captionlib.data.shards import Marker, ShardedDataset, fingerprint_of, part_name
+from captionlib.data.shards.dataset import ShardedDataset, open_dataset
+from captionlib.data.shards.markers import Marker, fingerprint_of, part_name
 from captionlib.errors import DatasetError, FingerprintError
 from captionlib.search.belonging import check_datasets, check_shard
 from captionlib.search.build import IndexBuild, describe_source
 from captionlib.search.index_config import IndexConfig, VectorLayout
 from captionlib.search.index_files import DESCRIPTION, IndexDescription, IndexedShard, read_description
-from captionlib.storage import TEMPORARY, Folder
+from captionlib.storage.folders import TEMPORARY, Folder
 
 __all__ = ["plan_build"]
 

@@ -13,9 +13,9 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from captionlib.data.datasets import open_dataset
-from captionlib.data.schemas import FAILURES as FAILURES_SCHEMA
-from captionlib.data.shards import FAILURES, ShardedDataset, part_name
+from captionlib.data.shards.dataset import ShardedDataset, open_dataset
+from captionlib.data.shards.markers import FAILURES, part_name
+from captionlib.data.shards.schemas import FAILURES as FAILURES_SCHEMA
 from captionlib.errors import ConfigError, QueryError
 from captionlib.search.dataset_files import DatasetFiles
 from captionlib.search.statements import check_reads_only

@@ -17,7 +17,7 @@ from captionlib.serving.config import ServingConfig
 from captionlib.serving.thumbnails import BusyError
 
 if TYPE_CHECKING:  # it loads torch, which takes seconds, and is needed for photographs alone
-    from captionlib.search.photos import PhotoReader
+    from captionlib.search.photos import ImageQueryModels
 
 __all__ = ["Answer", "Candidate", "Hit", "ImageAnswer", "Library", "Mode", "PhotoAnswer", "Sentence"]
 
@@ -103,7 +103,7 @@ class Library:
         index: Index,
         config: ServingConfig,
         ranker: SentenceEncoder | None = None,
-        photos: "PhotoReader | None" = None,
+        photos: "ImageQueryModels | None" = None,
         sentences: Sequence[str] = (),
     ) -> None:
         self.index = index

@@ -6,7 +6,7 @@ from pathlib import Path
 from fastapi import FastAPI
 
 import captionlib.search
-from captionlib.data.decoders import DecoderConfig
+from captionlib.data.images.decoder_pool import DecoderConfig
 from captionlib.errors import ConfigError
 from captionlib.search.encoders import load_encoder
 from captionlib.serving.answers import Library
@@ -53,11 +53,11 @@ def open_app(served: Served) -> FastAPI:
     index = captionlib.search.open(served.index, ranker)
     photos = None
     if ranker is not None or served.captioner is not None:
-        from captionlib.search.photos import PhotoReader  # loads torch, which takes seconds
+        from captionlib.search.photos import ImageQueryModels  # loads torch, which takes seconds
 
         limits = served.limits
         decoding = DecoderConfig(timeout_seconds=limits.image_timeout_seconds, max_image_pixels=limits.max_image_pixels)
-        photos = PhotoReader(ranker, served.captioner, served.weights, served.device, decoding)
+        photos = ImageQueryModels(ranker, served.captioner, served.weights, served.device, decoding)
     library = Library(index, served.limits, ranker, photos, _read_sentences(served.sentences))
     return create_app(library, Path(served.thumbnails))
 

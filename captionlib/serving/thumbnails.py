@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from captionlib.data.decoders import DecoderConfig, DecoderPool
-from captionlib.data.fetch import FetchConfig, ImageFetcher
-from captionlib.data.images import Preprocessing
+from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
+from captionlib.data.images.decoding import Preprocessing
+from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.errors import DecodeError, FetchError, ImageError
 from captionlib.serving.config import ServingConfig
 

@@ -7,15 +7,15 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import nn
 
-from captionlib.data.batches import CaptionBatch
-from captionlib.data.vocabulary import Vocabulary
-from captionlib.models.captioner import Captioner, TokenScores, pad_sentences
-from captionlib.models.checkpoint_folder import stamp
-from captionlib.models.checkpoints import save_checkpoint
-from captionlib.storage import Folder
+from captionlib.data.batches.captions import CaptionBatch
+from captionlib.data.text.vocabulary import Vocabulary
+from captionlib.models.captioners.captioner import Captioner, TokenScores, pad_sentences
+from captionlib.models.checkpoints.captioners import save_captioner
+from captionlib.models.checkpoints.folder import stamp
+from captionlib.storage.folders import Folder
 from captionlib.training.curves import draw_curves
+from captionlib.training.distributed import Processes
 from captionlib.training.objective import BatchLoss, perplexity
-from captionlib.training.processes import Processes
 
 __all__ = ["Batches", "CaptionSaver", "CaptioningObjective"]
 
@@ -122,4 +122,4 @@ class CaptionSaver:
 
     def __call__(self, output: Folder, model: Captioner, training: dict[str, Any]) -> None:
         provenance = stamp(self.provenance)
-        save_checkpoint(output, model, self.vocabulary, self.encoder, provenance=provenance, training=training)
+        save_captioner(output, model, self.vocabulary, self.encoder, provenance=provenance, training=training)

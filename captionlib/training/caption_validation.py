@@ -7,15 +7,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from captionlib.data.batches import read_features, read_references
-from captionlib.data.image_batches import ImageBatches
-from captionlib.data.shards import ShardedDataset
-from captionlib.data.vocabulary import Vocabulary
+from captionlib.data.batches.captions import read_features, read_references
+from captionlib.data.batches.images import ImageBatches
+from captionlib.data.shards.dataset import ShardedDataset
+from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError
 from captionlib.evaluation.cider import CiderScorer
-from captionlib.models.captioner import Captioner
-from captionlib.models.decoding import Decoder, DecodingConfig
-from captionlib.models.image_captioner import ImageCaptioner
+from captionlib.models.captioners.captioner import Captioner
+from captionlib.models.captioners.end_to_end import ImageCaptioner
+from captionlib.models.decoding.decoder import Decoder, DecodingConfig
 
 __all__ = ["CiderValidation", "ImageCiderValidation"]
 
@@ -32,7 +32,7 @@ class CiderValidation:
         decoding: how its captions are searched for.
 
     Raises:
-        ConfigError: there is no Java, which CIDEr's tokenizer needs; or there are to be neighbours, which a captioner
+        ConfigError: there is no Java, which CIDEr's tokenizer needs; or there are to be neighbors, which a captioner
             that is still learning does not remember.
         DatasetError: there are fewer than two images with sentences.
     """
@@ -74,7 +74,7 @@ class ImageCiderValidation:
         decoding: how its captions are searched for.
 
     Raises:
-        ConfigError: there is no Java, which CIDEr's tokenizer needs; or there are to be neighbours, which a captioner
+        ConfigError: there is no Java, which CIDEr's tokenizer needs; or there are to be neighbors, which a captioner
             that is still learning does not remember.
         DatasetError: there are fewer than two images.
     """
@@ -98,9 +98,9 @@ class ImageCiderValidation:
 
 
 def _without_neighbours(decoding: DecodingConfig) -> DecodingConfig:
-    if decoding.neighbours:
+    if decoding.neighbors:
         raise ConfigError(
-            f"decoding.neighbours: expected 0 while a captioner learns, got {decoding.neighbours}; it remembers "
-            "what it learned from afterwards (captionlib remember)"
+            f"decoding.neighbors: expected 0 while a captioner learns, got {decoding.neighbors}; it remembers "
+            "what it learned from afterwards (captionlib build-datastore)"
         )
     return decoding

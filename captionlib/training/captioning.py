@@ -9,38 +9,37 @@ import torch
 from tqdm import tqdm
 
 from captionlib.config import to_dict
-from captionlib.data.batches import CaptionBatches, feature_shape, read_captions, read_references
-from captionlib.data.datasets import open_dataset
-from captionlib.data.shards import ShardedDataset
-from captionlib.data.views import Views
-from captionlib.data.vocabulary import Vocabulary
+from captionlib.data.batches.augmentation import FeatureMapAugmentation
+from captionlib.data.batches.captions import CaptionBatches, feature_shape, read_captions, read_references
+from captionlib.data.shards.dataset import ShardedDataset, open_dataset
+from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.models.captioner import Captioner, CaptionerConfig
-from captionlib.models.decoding import DecodingConfig
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.decoding.decoder import DecodingConfig
 from captionlib.models.devices import resolve_device
-from captionlib.storage import Folder
+from captionlib.storage.folders import Folder
+from captionlib.training.bag_of_words import BagOfWordsObjective
 from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
 from captionlib.training.caption_validation import CiderValidation
-from captionlib.training.foretelling import WordsObjective
-from captionlib.training.initialisation import build_captioner, open_start, refuse_own_folder, start_word_vectors
-from captionlib.training.loop import LoopConfig, claim_folder, seed_everything, train
+from captionlib.training.distributed import Processes, join_processes
+from captionlib.training.initialization import build_captioner, open_start, refuse_own_folder, start_word_vectors
+from captionlib.training.loop import TrainingConfig, claim_folder, seed_everything, train
 from captionlib.training.objective import Objective
-from captionlib.training.processes import Processes, join_processes
 from captionlib.training.self_critical import SelfCriticalConfig, SelfCriticalObjective
 
-__all__ = ["CaptioningConfig", "CaptioningObjective", "train_captioner"]
+__all__ = ["CaptionerTrainingConfig", "CaptioningObjective", "train_captioner"]
 
 
 @dataclass(frozen=True)
-class CaptioningConfig:
+class CaptionerTrainingConfig:
     """A captioner, its data, and how it is trained.
 
     Attributes:
-        captioner: the network; with `start_from` it is the checkpoint's.
+        captioner: the network; with `init_from` it is the checkpoint's.
         training: the loop.
         objective: what is learned: to say what people said (`cross_entropy`); before it, where images are few, which
             words they said, in whatever order (`words`); after it, to write what has a high CIDEr-D (`self_critical`).
-            A later stage goes on from an earlier one's captioner with `start_from`; only the last one needs it.
+            A later stage goes on from an earlier one's captioner with `init_from`; only the last one needs it.
         self_critical: how the last of these is learned.
         train_splits: the rows to learn from; COCO's `restval` belongs to training.
         validation_splits: the rows that decide which epoch is best.
@@ -52,13 +51,13 @@ class CaptioningConfig:
         crop: show a part of each image's map while training, drawn anew each time: at least this share of its sides; 0
             shows the whole. It needs features that are spatial maps.
         mirror: mirror every other map while training, drawn anew each time. It needs maps too, and does nothing for a
-            captioner without tail or attention.
-        tail_learning_rate: of the captioner's tail, before the schedule; `training.learning_rate` is that of the rest.
+            captioner without encoder_top or attention.
+        encoder_top_learning_rate: of the captioner's encoder_top, before the schedule; `training.learning_rate` is that of the rest.
             0 leaves it as it is.
         window_megabytes: how much of the features is mixed at a time.
         word_vectors: a file of word2vec (text or binary), GloVe or fastText vectors to start from; words that it lacks
             are drawn, as all are without one.
-        start_from: the checkpoint folder of a captioner that training starts from: its weights, its shape, its words
+        init_from: the checkpoint folder of a captioner that training starts from: its weights, its shape, its words
             and how it standardises features, which have to be of its encoder. `min_count` counts for nothing then.
         label_smoothing: the share of each word's target that is spread over all words.
         best_by: which score of the validation splits decides what is best and when to stop: `perplexity`, or the
@@ -67,7 +66,7 @@ class CaptioningConfig:
     """
 
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
-    training: LoopConfig = field(default_factory=LoopConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
     objective: Literal["words", "cross_entropy", "self_critical"] = "cross_entropy"
     self_critical: SelfCriticalConfig = field(default_factory=SelfCriticalConfig)
     train_splits: tuple[str, ...] = ("train", "restval")
@@ -78,10 +77,10 @@ class CaptioningConfig:
     batch_sentences: int | None = None
     crop: float = 0.0
     mirror: bool = False
-    tail_learning_rate: float = 5e-5
+    encoder_top_learning_rate: float = 5e-5
     window_megabytes: int = 512
     word_vectors: str | None = None
-    start_from: str | None = None
+    init_from: str | None = None
     label_smoothing: float = 0.0
     best_by: Literal["perplexity", "cider"] = "perplexity"
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
@@ -93,17 +92,15 @@ class CaptioningConfig:
         for name in ("label_smoothing", "crop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 0 and below 1, got {getattr(self, name)}")
-        if self.tail_learning_rate < 0:
-            raise ConfigError(f"tail_learning_rate: expected at least 0, got {self.tail_learning_rate}")
+        if self.encoder_top_learning_rate < 0:
+            raise ConfigError(f"encoder_top_learning_rate: expected at least 0, got {self.encoder_top_learning_rate}")
         if self.batch_sentences is not None and self.batch_sentences < 1:
             raise ConfigError(f"batch_sentences: expected at least 1, got {self.batch_sentences}")
-        if self.start_from is not None and self.word_vectors is not None:
+        if self.init_from is not None and self.word_vectors is not None:
+            raise ConfigError("init_from brings word vectors of its own, so word_vectors has no place; set one of both")
+        if self.objective == "self_critical" and self.init_from is None:
             raise ConfigError(
-                "start_from brings word vectors of its own, so word_vectors has no place; set one of both"
-            )
-        if self.objective == "self_critical" and self.start_from is None:
-            raise ConfigError(
-                "objective: self_critical is a second stage; expected start_from with the checkpoint of a captioner "
+                "objective: self_critical is a second stage; expected init_from with the checkpoint of a captioner "
                 "that has learned by cross_entropy, got none"
             )
         self._check_values_of_objective()
@@ -125,7 +122,7 @@ class CaptioningConfig:
 def train_captioner(
     features: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    config: CaptioningConfig,
+    config: CaptionerTrainingConfig,
     *,
     weights: str | None = None,
     device: str = "auto",
@@ -140,7 +137,7 @@ def train_captioner(
         features: the features dataset.
         output: the run's folder: the best epoch's checkpoint, the metrics, the curves, and the state to go on from.
         config: the captioner and how it is trained.
-        weights: the encoder's weights file, where the captioner begins with a tail and the encoder had its weights from
+        weights: the encoder's weights file, where the captioner begins with a encoder_top and the encoder had its weights from
             a file.
         device: where.
         overwrite: replace a run of another configuration.
@@ -151,13 +148,13 @@ def train_captioner(
 
     Raises:
         DatasetError: the features are not complete, or have no sentences in a split that is needed.
-        CheckpointError: there is nothing to start from where `start_from` says, or it or the weights are of another
+        CheckpointError: there is nothing to start from where `init_from` says, or it or the weights are of another
             encoder.
         ConfigError: `captioner` is not the shape of what is started from; or weights are missing, or given in vain.
     """
-    if weights is not None and (config.captioner.tail is None or config.start_from is not None):
+    if weights is not None and (config.captioner.encoder_top is None or config.init_from is not None):
         raise ConfigError(
-            "--weights is for a captioner that begins with a tail of the encoder (captioner.tail), or for tuning an "
+            "--weights is for a captioner that begins with a encoder_top of the encoder (captioner.encoder_top), or for tuning an "
             "encoder on the images of a manifest; leave it out"
         )
     with join_processes(resolve_device(device)) as target:
@@ -167,7 +164,7 @@ def train_captioner(
 def _train(
     features: Folder,
     output: Folder,
-    config: CaptioningConfig,
+    config: CaptionerTrainingConfig,
     weights: str | None,
     device: torch.device,
     overwrite: bool,
@@ -175,20 +172,20 @@ def _train(
 ) -> list[dict[str, float]]:
     processes = Processes()
     dataset = open_dataset(features.uri, "features").require_complete()
-    refuse_own_folder(config.start_from, output)
+    refuse_own_folder(config.init_from, output)
     processes.from_first(lambda: claim_folder(output, overwrite))
     next(read_captions(dataset, config.validation_splits))  # fails now rather than after the first epoch
     seed_everything(config.training.seed)
     resolved: dict[str, Any] = {"features": dataset.fingerprint, "processes": processes.count}
     provenance: dict[str, Any] = {"features": dataset.fingerprint, "objective": config.objective}
-    if config.start_from is None:
+    if config.init_from is None:
         vocabulary = Vocabulary.from_captions(read_captions(dataset, config.train_splits), config.min_count)
         model = build_captioner(config.captioner, dataset, config.train_splits, vocabulary, weights)
     else:
-        start = open_start(config.start_from, config.captioner, dataset)
+        start = open_start(config.init_from, config.captioner, dataset)
         model, vocabulary, config = start.model, start.vocabulary, replace(config, captioner=start.config)
         resolved["start_fingerprint"] = start.fingerprint
-        provenance["start_from"] = {"checkpoint": config.start_from, "fingerprint": start.fingerprint}
+        provenance["init_from"] = {"checkpoint": config.init_from, "fingerprint": start.fingerprint}
     if config.word_vectors is not None:
         provenance["word_vectors"] = said = start_word_vectors(model, vocabulary, config.word_vectors)
         if processes.is_first:
@@ -198,7 +195,7 @@ def _train(
 
 
 def _objective(
-    config: CaptioningConfig,
+    config: CaptionerTrainingConfig,
     dataset: ShardedDataset,
     vocabulary: Vocabulary,
     model: Captioner,
@@ -213,7 +210,7 @@ def _objective(
                 f"{dataset.folder.uri}: {name} changes maps [positions, channels], got one vector an image; extract "
                 f"with pooling none at a node that is a map, such as features.29 of vgg16, or leave {name} out"
             )
-    window_bytes, pooled = config.window_megabytes << 20, model.attention is None and model.tail is None
+    window_bytes, pooled = config.window_megabytes << 20, model.attention is None and model.encoder_top is None
     batches = CaptionBatches(
         dataset,
         config.train_splits,
@@ -222,7 +219,7 @@ def _objective(
         window_bytes,
         pooled,
         config.batch_sentences,
-        Views(config.crop, config.mirror),
+        FeatureMapAugmentation(config.crop, config.mirror),
     )
     held_out = CaptionBatches(dataset, config.validation_splits, encode, config.batch_images, window_bytes, pooled)
     cider = None
@@ -230,13 +227,13 @@ def _objective(
         cider = CiderValidation(dataset, config.validation_splits, vocabulary, config.decoding).score
     save = CaptionSaver(vocabulary, dataset.config["encoder"], provenance)
     rates = {}
-    if model.tail is not None:
-        rates["tail"] = config.tail_learning_rate
-        model.tail.requires_grad_(config.tail_learning_rate > 0)
+    if model.encoder_top is not None:
+        rates["encoder_top"] = config.encoder_top_learning_rate
+        model.encoder_top.requires_grad_(config.encoder_top_learning_rate > 0)
     captioning = CaptioningObjective(model, batches, held_out, save, config.label_smoothing, cider, rates)
     if config.objective == "cross_entropy":
         return captioning
     if config.objective == "words":
-        return WordsObjective(captioning, held_out)
+        return BagOfWordsObjective(captioning, held_out)
     references = (list(map(encode, sentences)) for sentences in read_references(dataset, config.train_splits))
     return SelfCriticalObjective(captioning, config.self_critical, references, config.decoding.max_tokens)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from captionlib.storage import Folder
+from captionlib.storage.folders import Folder
 
 __all__ = ["draw_curves"]
 

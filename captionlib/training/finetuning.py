@@ -15,27 +15,27 @@ import torch
 from tqdm import tqdm
 
 from captionlib.config import to_dict
-from captionlib.data.datasets import open_dataset
-from captionlib.data.image_batches import ImageBatches, read_rows
-from captionlib.data.loading import Load, LoadingConfig, open_loader
-from captionlib.data.shards import FAILURES, ShardedDataset
-from captionlib.data.skipped import SkippedImages
-from captionlib.data.vocabulary import Vocabulary
+from captionlib.data.batches.images import ImageBatches, read_rows
+from captionlib.data.batches.skipped import SkippedImages
+from captionlib.data.images.loading import Load, LoadingConfig, open_loader
+from captionlib.data.shards.dataset import ShardedDataset, open_dataset
+from captionlib.data.shards.markers import FAILURES
+from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError
-from captionlib.models.checkpoint_folder import stamp
-from captionlib.models.checkpoints import LoadedCaptioner, load_captioner, save_checkpoint
-from captionlib.models.decoding import DecodingConfig
+from captionlib.models.captioners.end_to_end import ImageCaptioner
+from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner, save_captioner
+from captionlib.models.checkpoints.folder import stamp
+from captionlib.models.decoding.decoder import DecodingConfig
 from captionlib.models.devices import resolve_device
-from captionlib.models.encoder import Encoder, describe_tuned, encoder_config, load_encoder
-from captionlib.models.encoder_network import parameters_before
-from captionlib.models.image_captioner import ImageCaptioner
-from captionlib.models.weights import pack_weights
-from captionlib.storage import Folder
+from captionlib.models.encoders.encoder import Encoder, describe_tuned, encoder_config, load_encoder
+from captionlib.models.encoders.network import parameters_before
+from captionlib.models.encoders.weights import pack_weights
+from captionlib.storage.folders import Folder
 from captionlib.training.caption_objective import CaptioningObjective
 from captionlib.training.caption_validation import ImageCiderValidation
-from captionlib.training.initialisation import refuse_own_folder
-from captionlib.training.loop import LoopConfig, claim_folder, seed_everything, train
-from captionlib.training.processes import Processes, join_processes
+from captionlib.training.distributed import Processes, join_processes
+from captionlib.training.initialization import refuse_own_folder
+from captionlib.training.loop import TrainingConfig, claim_folder, seed_everything, train
 
 __all__ = ["EncoderTuning", "FinetuningConfig", "finetune_captioner"]
 
@@ -63,7 +63,7 @@ class FinetuningConfig:
     """A captioner that is tuned together with its encoder, its images, and how it is trained.
 
     Attributes:
-        start_from: the checkpoint folder of the captioner; its words, its shape and its encoder are kept.
+        init_from: the checkpoint folder of the captioner; its words, its shape and its encoder are kept.
         encoder: how the encoder is tuned.
         training: the loop, and the captioner's learning rate.
         train_splits: the rows to learn from; COCO's `restval` belongs to training.
@@ -79,9 +79,11 @@ class FinetuningConfig:
         max_failure_ratio: of the images; the run ends when more could not be had.
     """
 
-    start_from: str | None = None
+    init_from: str | None = None
     encoder: EncoderTuning = field(default_factory=EncoderTuning)
-    training: LoopConfig = field(default_factory=lambda: LoopConfig(epochs=10, optimizer="adam", learning_rate=1e-4))
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(epochs=10, optimizer="adam", learning_rate=1e-4)
+    )
     train_splits: tuple[str, ...] = ("train", "restval")
     validation_splits: tuple[str, ...] = ("val", "dev")
     max_words: int = 30
@@ -131,19 +133,19 @@ def finetune_captioner(
         One mapping an epoch, see `train`.
 
     Raises:
-        CheckpointError: there is nothing to start from where `start_from` says, or the weights are of another encoder.
-        ConfigError: there is no `start_from`, or nothing of the encoder to tune.
+        CheckpointError: there is nothing to start from where `init_from` says, or the weights are of another encoder.
+        ConfigError: there is no `init_from`, or nothing of the encoder to tune.
         DatasetError: the manifest is not complete, or has no sentences in a split that is needed.
         FailureRatioError: more images could not be had than the configuration allows.
     """
-    if config.start_from is None:
+    if config.init_from is None:
         raise ConfigError(
-            "start_from: expected the captioner to tune with its encoder, got none; train one on features first, as "
+            "init_from: expected the captioner to tune with its encoder, got none; train one on features first, as "
             "the gradients of one that has learnt nothing spoil the encoder"
         )
     dataset = open_dataset(manifest, "manifest").require_complete()
-    refuse_own_folder(config.start_from, Folder(output))
-    start = load_captioner(config.start_from)
+    refuse_own_folder(config.init_from, Folder(output))
+    start = load_captioner(config.init_from)
     with join_processes(resolve_device(device)) as target:
         encoder = _open_encoder(start, weights, config.encoder.from_node, target)
         return _finetune(dataset, Folder(output), config, start, encoder, overwrite, progress)
@@ -180,8 +182,8 @@ def _finetune(
     processes.from_first(lambda: claim_folder(output, overwrite))
     training, validation = (read_rows(dataset, splits) for splits in (config.train_splits, config.validation_splits))
     resolved = {"manifest": dataset.fingerprint, "processes": processes.count, "start_fingerprint": start.fingerprint}
-    started = {"checkpoint": config.start_from, "fingerprint": start.fingerprint}
-    save = TunedSaver(start.vocabulary, encoder, {"manifest": dataset.fingerprint, "start_from": started})
+    started = {"checkpoint": config.init_from, "fingerprint": start.fingerprint}
+    save = TunedSaver(start.vocabulary, encoder, {"manifest": dataset.fingerprint, "init_from": started})
     images = len(training) + len(validation)
     skipped = SkippedImages(output, processes.rank, images, config.max_failure_ratio)
     seed_everything(config.training.seed)
@@ -235,7 +237,7 @@ class TunedSaver:
 
     def __call__(self, output: Folder, model: ImageCaptioner, training: dict[str, Any]) -> None:
         weights = model.encoder.weights()
-        save_checkpoint(
+        save_captioner(
             output,
             model.captioner,
             self.vocabulary,

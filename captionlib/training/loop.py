@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from captionlib.data.shards import to_json
-from captionlib.storage import Folder
+from captionlib.data.shards.markers import to_json
+from captionlib.storage.folders import Folder
 from captionlib.training.averaging import WeightAverage
+from captionlib.training.distributed import Processes
 from captionlib.training.interrupts import TrainingStopped, stop_requests
+from captionlib.training.metrics_log import report_epoch
 from captionlib.training.objective import Batch, Objective, is_higher_better, own_learning_rates
-from captionlib.training.processes import Processes
-from captionlib.training.recipe import LoopConfig, learning_rate, make_optimizer
-from captionlib.training.reports import report_epoch
+from captionlib.training.optimization import TrainingConfig, learning_rate, make_optimizer
 from captionlib.training.state import (
     RESOLVED,
     RunState,
@@ -33,12 +33,12 @@ from captionlib.training.state import (
     set_generators,
 )
 
-__all__ = ["LoopConfig", "Objective", "TrainingStopped", "claim_folder", "seed_everything", "train"]
+__all__ = ["Objective", "TrainingConfig", "TrainingStopped", "claim_folder", "seed_everything", "train"]
 
 
 def train(
     objective: Objective[Batch],
-    config: LoopConfig,
+    config: TrainingConfig,
     output: Folder,
     resolved: dict[str, Any],
     progress: bool = True,
@@ -74,7 +74,7 @@ def train(
 
 class _Run(Generic[Batch]):
     def __init__(
-        self, objective: Objective[Batch], config: LoopConfig, output: Folder, resolved: dict[str, Any]
+        self, objective: Objective[Batch], config: TrainingConfig, output: Folder, resolved: dict[str, Any]
     ) -> None:
         self.state = RunState()
         self.processes = Processes()
@@ -87,7 +87,7 @@ class _Run(Generic[Batch]):
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
         self._parameters = [parameter for parameter in objective.model.parameters() if parameter.requires_grad]
         self._device = self._parameters[0].device
-        decay = config.average_decay
+        decay = config.ema_decay
         self._average = None if decay is None else WeightAverage(self._parameters, decay)
         seed_everything(config.seed + self.processes.rank)
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from captionlib.storage import Folder
+from captionlib.storage.folders import Folder
 
 __all__ = ["Batch", "BatchLoss", "Objective", "is_higher_better", "own_learning_rates", "perplexity"]
 

@@ -14,28 +14,28 @@ import torch
 from torch import Tensor
 
 from captionlib.config import to_dict
-from captionlib.data.batches import CaptionBatch, CaptionBatches, feature_shape, mean_and_std, read_captions
-from captionlib.data.datasets import open_dataset
-from captionlib.data.vocabulary import Vocabulary
+from captionlib.data.batches.captions import CaptionBatch, CaptionBatches, feature_shape, mean_and_std, read_captions
+from captionlib.data.shards.dataset import open_dataset
+from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError
-from captionlib.evaluation.ranking import score_ranking
-from captionlib.models.captioner import pad_sentences
-from captionlib.models.checkpoint_folder import stamp
+from captionlib.evaluation.retrieval import score_ranking
+from captionlib.models.captioners.captioner import pad_sentences
+from captionlib.models.checkpoints.folder import stamp
+from captionlib.models.checkpoints.rankers import save_ranker
 from captionlib.models.devices import resolve_device
-from captionlib.models.ranker import Ranker, RankerConfig
-from captionlib.models.ranker_checkpoints import save_ranker
-from captionlib.storage import Folder
+from captionlib.models.rankers.ranker import Ranker, RankerConfig
+from captionlib.storage.folders import Folder
 from captionlib.training.curves import draw_curves
-from captionlib.training.loop import LoopConfig, claim_folder, seed_everything, train
+from captionlib.training.distributed import Processes, join_processes
+from captionlib.training.loop import TrainingConfig, claim_folder, seed_everything, train
 from captionlib.training.objective import BatchLoss
-from captionlib.training.processes import Processes, join_processes
 from captionlib.training.ranking_losses import contrastive_loss, margin_loss
 
-__all__ = ["RankingBatch", "RankingConfig", "RankingObjective", "train_ranker"]
+__all__ = ["RankerTrainingConfig", "RankingBatch", "RankingObjective", "train_ranker"]
 
 
 @dataclass(frozen=True)
-class RankingConfig:
+class RankerTrainingConfig:
     """A ranker, its data, and how it is trained.
 
     Attributes:
@@ -56,8 +56,8 @@ class RankingConfig:
     """
 
     ranker: RankerConfig = field(default_factory=RankerConfig)
-    training: LoopConfig = field(
-        default_factory=lambda: LoopConfig(
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(
             epochs=40,
             optimizer="adam",
             learning_rate=2e-3,
@@ -105,7 +105,7 @@ class RankingObjective:
     def __init__(
         self,
         model: Ranker,
-        config: RankingConfig,
+        config: RankerTrainingConfig,
         training: CaptionBatches,
         validation: CaptionBatches,
         save: "_Save",
@@ -129,7 +129,7 @@ class RankingObjective:
             if batch is None:
                 yield None
             else:
-                yield RankingBatch(draw_sentences(batch, self._config.batch_sentences, draw), epoch)
+                yield RankingBatch(sample_sentences(batch, self._config.batch_sentences, draw), epoch)
 
     def steps(self) -> int:
         return self._steps
@@ -177,7 +177,7 @@ class RankingObjective:
         )
 
 
-def draw_sentences(batch: CaptionBatch, count: int, draw: np.random.Generator) -> CaptionBatch:
+def sample_sentences(batch: CaptionBatch, count: int, draw: np.random.Generator) -> CaptionBatch:
     """The batch with at the most `count` sentences an image, drawn at random; with all if `count` is 0."""
     if not count:
         return batch
@@ -205,7 +205,7 @@ class _Save:
 def train_ranker(
     features: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    config: RankingConfig,
+    config: RankerTrainingConfig,
     *,
     device: str = "auto",
     overwrite: bool = False,
@@ -234,7 +234,12 @@ def train_ranker(
 
 
 def _train(
-    features: Folder, output: Folder, config: RankingConfig, device: torch.device, overwrite: bool, progress: bool
+    features: Folder,
+    output: Folder,
+    config: RankerTrainingConfig,
+    device: torch.device,
+    overwrite: bool,
+    progress: bool,
 ) -> list[dict[str, float]]:
     processes = Processes()
     dataset = open_dataset(features.uri, "features").require_complete()
@@ -250,8 +255,8 @@ def _train(
     held_out = CaptionBatches(dataset, config.validation_splits, vocabulary.encode, 100, window_bytes, pooled=True)
     seed_everything(config.training.seed)
     model = Ranker(config.ranker, feature_shape(dataset)[-1], len(vocabulary))
-    if config.ranker.standardise_features:
-        model.set_standardisation(*map(torch.from_numpy, mean_and_std(dataset, config.train_splits)))
+    if config.ranker.standardize_features:
+        model.set_standardization(*map(torch.from_numpy, mean_and_std(dataset, config.train_splits)))
     objective = RankingObjective(
         model.to(device),
         config,

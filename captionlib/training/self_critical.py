@@ -18,17 +18,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from captionlib.data.batches import CaptionBatch
-from captionlib.data.vocabulary import END, UNKNOWN
+from captionlib.data.batches.captions import CaptionBatch
+from captionlib.data.text.vocabulary import END, UNKNOWN
 from captionlib.errors import ConfigError
-from captionlib.models.beam_search import search_beam
-from captionlib.models.captioner import Captioner
-from captionlib.models.cider_d import CiderD
-from captionlib.models.constraints import Constraints
-from captionlib.models.decoding import DecodingConfig
-from captionlib.models.sampling import draw_uniforms, draw_words
-from captionlib.models.stepping import Start, Stepper
-from captionlib.storage import Folder
+from captionlib.models.captioners.captioner import Captioner
+from captionlib.models.decoding.beam_search import search_beam
+from captionlib.models.decoding.cider_d import CiderD
+from captionlib.models.decoding.constraints import Constraints
+from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.decoding.incremental import IncrementalCaptioner, Start
+from captionlib.models.decoding.sampling import sample_tokens, uniform_numbers
+from captionlib.storage.folders import Folder
 from captionlib.training.caption_objective import CaptioningObjective
 from captionlib.training.objective import BatchLoss
 
@@ -151,18 +151,18 @@ class SelfCriticalObjective:
         """Draws sentences for each image, by the same network that learns from them, with what dropout leaves of it."""
         images, samples = batch.captions.features, self._config.samples
         keys = [f"{batch.seed} {batch.epoch} ".encode() + image.tobytes() for image in images]
-        uniforms = draw_uniforms(keys, samples, self._drawing.max_tokens, seed=0).to(self._device)
-        glance = self.model.look(torch.from_numpy(images).to(self._device))
+        uniforms = uniform_numbers(keys, samples, self._drawing.max_tokens, seed=0).to(self._device)
+        image_state = self.model.encode_images(torch.from_numpy(images).to(self._device))
         alive = torch.arange(len(images) * samples, device=self._device)  # the sentences that are still written
-        state, word = glance.state.index_select(1, alive // samples), torch.full_like(alive, END)
+        state, word = image_state.state.index_select(1, alive // samples), torch.full_like(alive, END)
         written: list[list[int]] = [[] for _ in alive]
         log_probs, sentences = [], []
         for uniform in uniforms.unbind(1):
-            foretold, state = self.model.read_word(word, state, glance, alive // samples)
+            foretold, state = self.model.read_word(word, state, image_state, alive // samples)
             with torch.no_grad():
                 allowed = foretold.clone()
                 self._constraints.apply(allowed, word[:, None])
-                word = draw_words(allowed, uniform[alive], self._drawing)
+                word = sample_tokens(allowed, uniform[alive], self._drawing)
             log_probs.append(foretold.gather(1, word[:, None])[:, 0])
             sentences.append(alive)
             for sentence, drawn in zip(alive.tolist(), word.tolist(), strict=True):
@@ -180,10 +180,10 @@ class SelfCriticalObjective:
             return []
         kind = self._device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        stepper = Stepper(self.model, dtype)
+        incremental = IncrementalCaptioner(self.model, dtype)
         with torch.autocast(kind, enabled=False):
-            start: Start = stepper.begin(stepper.look(torch.from_numpy(batch.features)))
-            found = search_beam(stepper, self._greedy, self._constraints, start)
+            start: Start = incremental.begin(incremental.encode_images(torch.from_numpy(batch.features)))
+            found = search_beam(incremental, self._greedy, self._constraints, start)
         return [[*one.words, END][: one.tokens] for (one,) in found]
 
     def _judge(self, batch: CaptionBatch, drawn: list[list[int]], greedy: list[list[int]]) -> tuple[Rewards, Rewards]:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from captionlib.config import differences
-from captionlib.data.shards import FAILURES
+from captionlib.data.shards.markers import FAILURES
 from captionlib.errors import DatasetError
-from captionlib.models.checkpoint_folder import CHECKPOINT_FILES
-from captionlib.storage import TEMPORARY, Folder
-from captionlib.training.reports import METRICS, TENSORBOARD
+from captionlib.models.checkpoints.folder import CHECKPOINT_FILES
+from captionlib.storage.folders import TEMPORARY, Folder
+from captionlib.training.metrics_log import METRICS, TENSORBOARD
 
 __all__ = ["RESOLVED", "RunState", "claim_folder", "get_generators", "load_state", "save_state", "set_generators"]
 

@@ -4,9 +4,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from captionlib.data.datasets import create_dataset
-from captionlib.data.schemas import MANIFEST
-from captionlib.data.shard_writer import write_shard
+from captionlib.data.shards.dataset import create_dataset
+from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.writer import write_shard
 from captionlib.errors import FetchError
 from clusters.comparison import compare_datasets
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from captionlib.evaluation.activation_page import write_activation_page
-from captionlib.models.activations import Activations, LayerMaps
+from captionlib.models.encoders.activations import Activations, LayerMaps
 from jobs.cli import captionlib
 from tests.evaluation.test_report import Page
 

@@ -7,27 +7,27 @@ import pyarrow as pa
 import pytest
 import torch
 
-from captionlib.data.datasets import create_dataset
-from captionlib.data.schemas import features_schema
-from captionlib.data.shard_writer import write_shard
-from captionlib.data.vocabulary import Vocabulary
+from captionlib.data.shards.dataset import create_dataset
+from captionlib.data.shards.schemas import features_schema
+from captionlib.data.shards.writer import write_shard
+from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError, DatasetError
 from captionlib.evaluation.bootstrap import BootstrapConfig
+from captionlib.evaluation.diversity import count_variety, describe_captions
 from captionlib.evaluation.evaluate import evaluate_captions, evaluate_predictions
 from captionlib.evaluation.perplexity import measure_perplexity
-from captionlib.evaluation.variety import count_variety, describe_captions
-from captionlib.models.captioner import Captioner, CaptionerConfig
-from captionlib.models.checkpoints import save_checkpoint
-from tests.evaluation.test_captions import CAPTIONS, REFERENCES, write, write_captions, write_manifest
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.checkpoints.captioners import save_captioner
+from tests.evaluation.test_caption_scores import CAPTIONS, REFERENCES, write, write_captions, write_manifest
 
 VOCABULARY = Vocabulary.from_captions(["a dog runs", "the grass"], min_count=1)
 ENCODER = {"model": "none", "shape": [3]}
 
 
-def save_captioner(folder: Path, encoder: dict[str, Any] = ENCODER) -> Path:
+def write_captioner(folder: Path, encoder: dict[str, Any] = ENCODER) -> Path:
     torch.manual_seed(0)
-    model = Captioner(CaptionerConfig(hidden_size=4, word_size=4), 3, len(VOCABULARY)).eval()
-    save_checkpoint(folder, model, VOCABULARY, encoder, provenance={}, training={})
+    model = Captioner(CaptionerConfig(hidden_size=4, embedding_size=4), 3, len(VOCABULARY)).eval()
+    save_captioner(folder, model, VOCABULARY, encoder, provenance={}, training={})
     return folder
 
 
@@ -45,13 +45,13 @@ def write_features(folder: Path, ids: list[str]) -> Path:
 
 
 def test_the_perplexity_of_images_and_of_all_of_them(tmp_path: Path) -> None:
-    checkpoint = save_captioner(tmp_path / "captioner")
+    checkpoint = write_captioner(tmp_path / "captioner")
     features = write_features(tmp_path / "features", ["x", "not asked for", "y"])
     references = {"y": ["A dog!", "the dog runs wild"], "x": ["grass", ""]}
     metric = measure_perplexity(checkpoint, features, references)
-    model = Captioner(CaptionerConfig(hidden_size=4, word_size=4), 3, len(VOCABULARY)).eval()
+    model = Captioner(CaptionerConfig(hidden_size=4, embedding_size=4), 3, len(VOCABULARY)).eval()
     torch.manual_seed(0)
-    model = Captioner(CaptionerConfig(hidden_size=4, word_size=4), 3, len(VOCABULARY)).eval()
+    model = Captioner(CaptionerConfig(hidden_size=4, embedding_size=4), 3, len(VOCABULARY)).eval()
 
     def loss(vector: list[float], sentence: str) -> float:
         words = torch.tensor([VOCABULARY.encode(sentence)])
@@ -67,12 +67,12 @@ def test_the_perplexity_of_images_and_of_all_of_them(tmp_path: Path) -> None:
 def test_an_image_without_features_is_named(tmp_path: Path) -> None:
     features = write_features(tmp_path / "features", ["x"])
     with pytest.raises(DatasetError, match="1 of 2 images have no features, the first is y"):
-        measure_perplexity(save_captioner(tmp_path / "captioner"), features, {"x": ["a"], "y": ["a"]})
+        measure_perplexity(write_captioner(tmp_path / "captioner"), features, {"x": ["a"], "y": ["a"]})
 
 
 def test_a_captioner_of_other_features_is_refused(tmp_path: Path) -> None:
     features = write_features(tmp_path / "features", ["x"])
-    checkpoint = save_captioner(tmp_path / "captioner", {"model": "other", "shape": [3]})
+    checkpoint = write_captioner(tmp_path / "captioner", {"model": "other", "shape": [3]})
     with pytest.raises(CheckpointError, match="another encoder"):
         measure_perplexity(checkpoint, features, {"x": ["a"]})
 
@@ -97,7 +97,7 @@ def test_everything_is_told_of_captions(tmp_path: Path) -> None:
         tmp_path / "captions",
         tmp_path / "manifest",
         splits=["val"],
-        checkpoint=save_captioner(tmp_path / "captioner"),
+        checkpoint=write_captioner(tmp_path / "captioner"),
         features=features,
         bootstrap=BootstrapConfig(samples=20),
     )

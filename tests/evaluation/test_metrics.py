@@ -8,7 +8,7 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.meteor.meteor import Meteor
 
 from captionlib.errors import ConfigError
-from captionlib.evaluation.bootstrap import BootstrapConfig, summarise
+from captionlib.evaluation.bootstrap import BootstrapConfig, summarize
 from captionlib.evaluation.meteor import count_alignments
 from captionlib.evaluation.metrics import bleu, cider, meteor, ratio
 
@@ -76,7 +76,7 @@ def test_a_resample_of_bleu_is_the_bleu_of_the_resampled_images() -> None:
 
 def test_intervals_of_a_mean_are_those_of_the_normal_distribution() -> None:
     values = np.random.default_rng(0).normal(5, 2, size=400)
-    summary = summarise(
+    summary = summarize(
         [ratio("mean", values, np.ones(400))], [str(n) for n in range(400)], BootstrapConfig(samples=4000)
     )
     low, high = summary.intervals["mean"]
@@ -89,13 +89,13 @@ def test_all_metrics_are_resampled_alike() -> None:
     captions, references = split(draw(30))
     metric = cider(captions, references)
     config = BootstrapConfig(samples=50)
-    alone = summarise([metric], list(captions), config)
-    beside = summarise([bleu(captions, references), metric], list(captions), config)
+    alone = summarize([metric], list(captions), config)
+    beside = summarize([bleu(captions, references), metric], list(captions), config)
     assert alone.intervals["CIDEr"] == pytest.approx(beside.intervals["CIDEr"], abs=1e-12)
 
 
 def test_a_score_that_has_no_value_is_left_out() -> None:
-    summary = summarise([ratio("perplexity", [0.0], [0.0])], ["x"], BootstrapConfig(samples=10))
+    summary = summarize([ratio("perplexity", [0.0], [0.0])], ["x"], BootstrapConfig(samples=10))
     assert summary.scores == {}
 
 

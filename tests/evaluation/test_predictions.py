@@ -13,7 +13,7 @@ from captionlib.evaluation.predictions import (
     to_coco_results,
     to_result_struct,
 )
-from tests.evaluation.test_captions import CAPTIONS, REFERENCES, write_captions, write_manifest
+from tests.evaluation.test_caption_scores import CAPTIONS, REFERENCES, write_captions, write_manifest
 
 
 def write(path: Path, content: Any) -> Path:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from captionlib.data.images import Preprocessing, decode_image
+from captionlib.data.images.decoding import Preprocessing, decode_image
 from captionlib.errors import DatasetError
 from captionlib.evaluation.charts import draw_charts
+from captionlib.evaluation.image_views import Sight
 from captionlib.evaluation.predictions import Prediction
 from captionlib.evaluation.report import write_report
-from captionlib.evaluation.sight import Sight
 
 
 class Page(HTMLParser):

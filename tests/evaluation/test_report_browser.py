@@ -9,9 +9,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 
+from captionlib.evaluation.image_views import Sight
 from captionlib.evaluation.predictions import Prediction
 from captionlib.evaluation.report import write_report
-from captionlib.evaluation.sight import Sight
 from tests.browser import needs_browser, open_browser
 
 pytestmark = needs_browser

@@ -5,10 +5,10 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from captionlib.models.encoder import EncoderConfig, load_encoder
+from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
 from jobs.cli import captionlib
 from tests.evaluation.test_report import read_items
-from tests.models.attending import save_captioner
+from tests.models.attending import write_captioner
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +16,8 @@ def captioners(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One that looks, and one that takes images in at a glance."""
     folder = tmp_path_factory.mktemp("captioners")
     encoder = load_encoder(EncoderConfig("squeezenet1_1", "features.7.cat", "random:0"), "cpu").description
-    save_captioner(folder / "looking", encoder)
-    save_captioner(folder / "glancing", encoder, attention_size=0)
+    write_captioner(folder / "looking", encoder)
+    write_captioner(folder / "glancing", encoder, attention_size=0)
     return folder
 
 

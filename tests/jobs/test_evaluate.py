@@ -8,7 +8,7 @@ from click.testing import CliRunner, Result
 from captionlib.errors import DatasetError
 from captionlib.evaluation.predictions import Prediction, to_result_struct
 from jobs.cli import captionlib
-from tests.evaluation.test_captions import CAPTIONS, REFERENCES, scores, write_captions, write_manifest
+from tests.evaluation.test_caption_scores import CAPTIONS, REFERENCES, scores, write_captions, write_manifest
 
 
 def evaluate(*arguments: str | Path) -> Result:

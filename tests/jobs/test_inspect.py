@@ -8,9 +8,9 @@ import torch
 from click.testing import CliRunner, Result
 
 from captionlib.errors import CheckpointError, DatasetError
-from captionlib.models.checkpoint_folder import write_checkpoint
+from captionlib.models.checkpoints.folder import write_checkpoint
 from jobs.cli import captionlib
-from tests.data.test_inspection import write
+from tests.data.shards.test_inspection import write
 
 
 def inspect(*arguments: object) -> Result:

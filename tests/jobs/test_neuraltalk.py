@@ -4,8 +4,8 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from jobs.cli import captionlib
-from tests.data.test_neuraltalk import IMGIDS, write_json, write_mat
-from tests.evaluation.test_captions import CAPTIONS, REFERENCES, write_captions, write_manifest
+from tests.data.ingestion.test_neuraltalk import IMGIDS, write_json, write_mat
+from tests.evaluation.test_caption_scores import CAPTIONS, REFERENCES, write_captions, write_manifest
 
 
 def run(*arguments: str | Path) -> str:

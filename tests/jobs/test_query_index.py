@@ -6,7 +6,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from captionlib.errors import CheckpointError, FetchError, QueryError
-from captionlib.models.encoder import EncoderConfig, load_encoder
+from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
 from jobs.cli import captionlib
 from tests.search.indexes import WordRanker, make_rows, write_texts, write_vectors
 

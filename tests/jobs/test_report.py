@@ -5,12 +5,12 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from captionlib.data.vocabulary import Vocabulary
+from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.evaluation.predictions import Prediction, to_result_struct
-from captionlib.models.captioner import Captioner, CaptionerConfig
-from captionlib.models.checkpoints import save_checkpoint
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.checkpoints.captioners import save_captioner
 from jobs.cli import captionlib
-from tests.evaluation.test_captions import CAPTIONS, REFERENCES, scores, write_captions, write_manifest
+from tests.evaluation.test_caption_scores import CAPTIONS, REFERENCES, scores, write_captions, write_manifest
 from tests.evaluation.test_report import read_items, read_page
 
 
@@ -23,9 +23,9 @@ def test_captions_become_a_page_with_scores_and_curves(tmp_path: Path) -> None:
     write_captions(tmp_path / "captions", CAPTIONS)
     write_manifest(tmp_path / "manifest", REFERENCES)
     vocabulary = Vocabulary.from_captions(["a dog"], 1)
-    model = Captioner(CaptionerConfig(hidden_size=2, word_size=2), 3, len(vocabulary))
+    model = Captioner(CaptionerConfig(hidden_size=2, embedding_size=2), 3, len(vocabulary))
     training = {"history": [{"epoch": 1, "perplexity": 9.0}, {"epoch": 2, "perplexity": 7.5}]}
-    save_checkpoint(tmp_path / "captioner", model, vocabulary, {}, provenance={}, training=training)
+    save_captioner(tmp_path / "captioner", model, vocabulary, {}, provenance={}, training=training)
     options = ["-m", tmp_path / "manifest", "-c", tmp_path / "captioner", "--limit", 3]
     output = report(tmp_path / "captions", "-o", tmp_path / "report", *options)
     assert output == f"{tmp_path}/report/index.html: 3 images\n"

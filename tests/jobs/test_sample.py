@@ -6,7 +6,7 @@ from click.testing import CliRunner
 
 from jobs.cli import captionlib
 
-TINY = ["model.hidden_size=8", "model.word_size=8", "training.epochs=1", "min_count=1"]
+TINY = ["model.hidden_size=8", "model.embedding_size=8", "training.epochs=1", "min_count=1"]
 
 
 def run(*arguments: str) -> str:

@@ -6,20 +6,20 @@ from typing import Any
 
 import torch
 
-from captionlib.data.vocabulary import END, Vocabulary
-from captionlib.models.captioner import Captioner, CaptionerConfig
-from captionlib.models.checkpoints import save_checkpoint
+from captionlib.data.text.vocabulary import END, Vocabulary
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.checkpoints.captioners import save_captioner
 
 
-def save_captioner(folder: Path, encoder: Mapping[str, Any], attention_size: int = 4) -> Path:
+def write_captioner(folder: Path, encoder: Mapping[str, Any], attention_size: int = 4) -> Path:
     """Its opinions are drawn: strong enough for images to get captions and maps of their own."""
     vocabulary = Vocabulary.from_captions(["a dog runs on the grass"], 1)
-    config = CaptionerConfig(hidden_size=6, word_size=5, attention_size=attention_size)
+    config = CaptionerConfig(hidden_size=6, embedding_size=5, attention_size=attention_size)
     model = Captioner(config, encoder["shape"][-1], len(vocabulary))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.uniform_(-1, 1, generator=generator)
         model.output.bias[END] += 2  # some captions end soon, others are cut off
-    save_checkpoint(folder, model, vocabulary, encoder, provenance={}, training={})
+    save_captioner(folder, model, vocabulary, encoder, provenance={}, training={})
     return folder

@@ -3,16 +3,16 @@
 import torch
 from hypothesis import strategies as st
 
-from captionlib.models.captioner import Captioner, CaptionerConfig, pad_sentences
-from captionlib.models.decoding import Candidate
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, pad_sentences
+from captionlib.models.decoding.decoder import Candidate
 
 FEATURE_SIZE = 3
 CONFIGS = [
-    CaptionerConfig("lstm", layers=2, hidden_size=6, word_size=5),
-    CaptionerConfig("lstm", hidden_size=6, word_size=5, image_input="every"),
-    CaptionerConfig("rnn", hidden_size=6, word_size=5, image_input="first"),
-    CaptionerConfig("rnn", layers=2, hidden_size=6, word_size=5, image_input="state"),
-    CaptionerConfig("lstm", hidden_size=6, word_size=5, attention_size=4),
+    CaptionerConfig("lstm", layers=2, hidden_size=6, embedding_size=5),
+    CaptionerConfig("lstm", hidden_size=6, embedding_size=5, image_input="every"),
+    CaptionerConfig("rnn", hidden_size=6, embedding_size=5, image_input="first"),
+    CaptionerConfig("rnn", layers=2, hidden_size=6, embedding_size=5, image_input="state"),
+    CaptionerConfig("lstm", hidden_size=6, embedding_size=5, attention_size=4),
 ]
 seeds = st.integers(0, 1000)
 configs = st.sampled_from(CONFIGS)

@@ -15,17 +15,16 @@ import pytest
 from tenacity import stop_after_delay
 
 from captionlib import retrying
-from captionlib.data.datasets import create_dataset, open_dataset
-from captionlib.data.fetch import FetchConfig, ImageFetcher
-from captionlib.data.schemas import MANIFEST
-from captionlib.data.shard_writer import write_shard
-from captionlib.data.shards import ShardedDataset
-from captionlib.data.stages import Fail, Process, ShardJob
+from captionlib.data.images.fetching import FetchConfig, ImageFetcher
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
+from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.stages import Fail, Process, ShardJob
+from captionlib.data.shards.writer import write_shard
 from captionlib.errors import FetchError, StorageError
-from captionlib.models.encoder import EncoderConfig
-from captionlib.models.extraction import ExtractionConfig
+from captionlib.models.encoders.encoder import EncoderConfig
+from captionlib.models.inference.extraction import ExtractionConfig
 from captionlib.search.sql import query_sql
-from captionlib.storage import Folder
+from captionlib.storage.folders import Folder
 from pipelines.extract_features import extract_features
 from pipelines.run import RunConfig
 from tests.object_storage.conftest import COLOURS

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
-from captionlib.data.datasets import open_dataset
-from captionlib.storage import Folder, write_file
+from captionlib.data.shards.dataset import open_dataset
+from captionlib.storage.folders import Folder, write_file
 from jobs.cli import captionlib
 from tests.object_storage.conftest import COLOURS, options
 

@@ -5,15 +5,14 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from captionlib.data.datasets import create_dataset
-from captionlib.data.schemas import MANIFEST
-from captionlib.data.shard_writer import write_shard
-from captionlib.data.shards import ShardedDataset
-from captionlib.models.captioner import CaptionerConfig
-from captionlib.models.encoder import EncoderConfig
-from captionlib.models.extraction import ExtractionConfig
-from captionlib.training.captioning import CaptioningConfig, train_captioner
-from captionlib.training.loop import LoopConfig
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset
+from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.writer import write_shard
+from captionlib.models.captioners.captioner import CaptionerConfig
+from captionlib.models.encoders.encoder import EncoderConfig
+from captionlib.models.inference.extraction import ExtractionConfig
+from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
+from captionlib.training.loop import TrainingConfig
 from pipelines.extract_features import extract_features
 from pipelines.run import RunConfig
 
@@ -84,9 +83,9 @@ def features(tmp_path: Path, extracted: Path) -> Path:
 @pytest.fixture(scope="session")
 def trained(extracted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A captioner; to be left as it is."""
-    config = CaptioningConfig(
-        captioner=CaptionerConfig(hidden_size=16, word_size=16, dropout=0.0),
-        training=LoopConfig(epochs=2),
+    config = CaptionerTrainingConfig(
+        captioner=CaptionerConfig(hidden_size=16, embedding_size=16, dropout=0.0),
+        training=TrainingConfig(epochs=2),
         min_count=1,
         batch_images=4,
     )

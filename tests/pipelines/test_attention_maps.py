@@ -7,18 +7,17 @@ import torch
 from PIL import Image
 
 import captionlib.search
-from captionlib.data.datasets import open_dataset
-from captionlib.data.inspection import inspect_dataset
-from captionlib.data.schemas import captions_schema
-from captionlib.data.shards import ShardedDataset
+from captionlib.data.shards.dataset import ShardedDataset, open_dataset
+from captionlib.data.shards.inspection import inspect_dataset
+from captionlib.data.shards.schemas import captions_schema
 from captionlib.errors import CheckpointError, FingerprintError
 from captionlib.evaluation.predictions import read_predictions
-from captionlib.models.captioner import pad_sentences
-from captionlib.models.checkpoints import load_captioner
-from captionlib.models.decoding import DecodingConfig
-from captionlib.models.encoder import EncoderConfig
-from captionlib.models.extraction import ExtractionConfig
-from captionlib.models.generation import GenerationConfig, caption_images
+from captionlib.models.captioners.captioner import pad_sentences
+from captionlib.models.checkpoints.captioners import load_captioner
+from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.encoders.encoder import EncoderConfig
+from captionlib.models.inference.captioning import GenerationConfig, caption_images
+from captionlib.models.inference.extraction import ExtractionConfig
 from captionlib.search.index_config import IndexConfig
 from captionlib.search.questions import find_image
 from captionlib.search.sql import open_sql
@@ -26,7 +25,7 @@ from pipelines.build_index import build_index
 from pipelines.extract_features import extract_features
 from pipelines.generate_captions import generate_captions
 from pipelines.run import RunConfig
-from tests.models.attending import save_captioner
+from tests.models.attending import write_captioner
 from tests.pipelines.conftest import draw_images, write_manifest
 from tests.pipelines.test_generate_captions import rows
 
@@ -43,7 +42,7 @@ def features(manifest: ShardedDataset, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def captioner(features: Path, tmp_path: Path) -> Path:
-    return save_captioner(tmp_path / "captioner", open_dataset(features).config["encoder"])
+    return write_captioner(tmp_path / "captioner", open_dataset(features).config["encoder"])
 
 
 def caption(
@@ -63,7 +62,7 @@ def test_each_token_has_the_map_of_where_the_model_looked(features: Path, captio
         words = loaded.vocabulary.encode(str(row["caption"]))
         image = torch.tensor(source["features"], dtype=torch.float32).view(1, positions, channels)
         with torch.inference_mode():
-            (expected,) = loaded.model.looks(image, pad_sentences([words]), torch.tensor([0]))
+            (expected,) = loaded.model.attention_weights(image, pad_sentences([words]), torch.tensor([0]))
         kept = np.array(row["attention"])
         ends.add(len(kept) - len(words))
         assert len(kept) == row["tokens"]
@@ -92,7 +91,7 @@ def test_captions_with_and_without_maps_do_not_mix(features: Path, captioner: Pa
 
 
 def test_a_captioner_without_attention_is_refused_before_anything_is_done(features: Path, tmp_path: Path) -> None:
-    glancing = save_captioner(tmp_path / "glancing", open_dataset(features).config["encoder"], attention_size=0)
+    glancing = write_captioner(tmp_path / "glancing", open_dataset(features).config["encoder"], attention_size=0)
     with pytest.raises(CheckpointError, match="glancing: attention_maps expects a captioner with attention, got one"):
         caption(features, glancing, tmp_path / "captions")
     assert not (tmp_path / "captions").exists()

@@ -47,8 +47,8 @@ def test_what_is_no_file_of_options_is_refused(text: str, message: str, tmp_path
         expand_files([f"@{file}"])
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none\.yaml cannot be read"):
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: neither a file nor a recipe of runners"):
         choose_runner(RunConfig(beam_options=(f"@{tmp_path}/none.yaml",)))
 
 

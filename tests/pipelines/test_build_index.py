@@ -9,7 +9,7 @@ from captionlib.errors import CheckpointError, ConfigError, DatasetError, Finger
 from captionlib.search.index_config import IndexConfig
 from captionlib.search.index_files import read_description
 from captionlib.search.planning import plan_build
-from captionlib.storage import Folder
+from captionlib.storage.folders import Folder
 from pipelines.build_index import build_index
 from pipelines.run import RunConfig
 from tests.search.indexes import SIZE, Row, WordRanker, make_rows, write_texts, write_vectors

@@ -11,18 +11,17 @@ from apache_beam.portability import common_urns
 from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
-from captionlib.data.datasets import create_dataset, open_dataset
-from captionlib.data.schemas import captions_schema, embeddings_schema
-from captionlib.data.shards import ShardedDataset
-from captionlib.data.stages import ShardJob, Stage
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
+from captionlib.data.shards.schemas import captions_schema, embeddings_schema
+from captionlib.data.shards.stages import ShardJob, Stage
 from captionlib.errors import ConfigError
-from captionlib.models.embedding import EmbeddingConfig, ImageEmbedding, RankerFolder
-from captionlib.models.encoder import EncoderConfig
-from captionlib.models.extraction import ExtractionConfig, FeatureExtraction
-from captionlib.models.generation import CaptionGeneration, GenerationConfig
+from captionlib.models.encoders.encoder import EncoderConfig
+from captionlib.models.inference.captioning import CaptionGeneration, GenerationConfig
+from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding, RankerFolder
+from captionlib.models.inference.extraction import ExtractionConfig, FeatureExtraction
 from captionlib.search.build import IndexBuild
 from captionlib.search.index_config import IndexConfig
-from captionlib.storage import Folder
+from captionlib.storage.folders import Folder
 from pipelines.build_index import BuildIndex
 from pipelines.extract_features import extract_features
 from pipelines.process_shards import ProcessShards

@@ -4,19 +4,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from captionlib.data.datasets import open_dataset
-from captionlib.data.shards import ShardedDataset
+from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.errors import CheckpointError, ConfigError, DatasetError, FetchError, FingerprintError
-from captionlib.models.captioner import CaptionerConfig
-from captionlib.models.decoding import DecodingConfig
-from captionlib.models.embedding import EmbeddingConfig, RankerFolder, embed_single_images
-from captionlib.models.extraction import ExtractionConfig
-from captionlib.models.generation import GenerationConfig
-from captionlib.models.ranker import RankerConfig
-from captionlib.models.ranker_checkpoints import load_ranker
-from captionlib.training.captioning import CaptioningConfig, train_captioner
-from captionlib.training.loop import LoopConfig
-from captionlib.training.ranking import RankingConfig, train_ranker
+from captionlib.models.captioners.captioner import CaptionerConfig
+from captionlib.models.checkpoints.rankers import load_ranker
+from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.inference.captioning import GenerationConfig
+from captionlib.models.inference.embedding import EmbeddingConfig, RankerFolder, embed_single_images
+from captionlib.models.inference.extraction import ExtractionConfig
+from captionlib.models.rankers.ranker import RankerConfig
+from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
+from captionlib.training.loop import TrainingConfig
+from captionlib.training.ranking import RankerTrainingConfig, train_ranker
 from pipelines.embed_images import embed_images
 from pipelines.extract_features import extract_features
 from pipelines.generate_captions import generate_captions
@@ -29,9 +28,9 @@ GENERATION = GenerationConfig(DecodingConfig(beam_width=2, n_best=1), batch_size
 
 
 def fit_ranker(features: Path, output: Path, seed: int = 0) -> Path:
-    config = RankingConfig(
-        ranker=RankerConfig(hidden_size=8, word_size=8, joint_size=6),
-        training=LoopConfig(epochs=1, seed=seed),
+    config = RankerTrainingConfig(
+        ranker=RankerConfig(hidden_size=8, embedding_size=8, joint_embedding_size=6),
+        training=TrainingConfig(epochs=1, seed=seed),
         min_count=1,
         batch_images=4,
     )
@@ -46,8 +45,8 @@ def ranker(extracted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def captioner(extracted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = CaptioningConfig(
-        captioner=CaptionerConfig(hidden_size=8, word_size=8), training=LoopConfig(epochs=1), min_count=1
+    config = CaptionerTrainingConfig(
+        captioner=CaptionerConfig(hidden_size=8, embedding_size=8), training=TrainingConfig(epochs=1), min_count=1
     )
     folder = tmp_path_factory.mktemp("trained") / "captioner"
     train_captioner(extracted, folder, config, device="cpu", progress=False)

@@ -4,11 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from captionlib.data.datasets import open_dataset
-from captionlib.data.shards import ShardedDataset
+from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.errors import ConfigError, DatasetError, FailureRatioError, FingerprintError
-from captionlib.models.encoder import EncoderConfig, load_encoder
-from captionlib.models.extraction import ExtractionConfig
+from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
+from captionlib.models.inference.extraction import ExtractionConfig
 from pipelines.extract_features import extract_features
 from pipelines.run import RunConfig, choose_runner
 from tests.pipelines.conftest import draw_images, write_manifest

@@ -5,15 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from captionlib.data.datasets import open_dataset
-from captionlib.data.shards import ShardedDataset
+from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.errors import CheckpointError, ConfigError, DatasetError, FetchError, FingerprintError
-from captionlib.models.checkpoints import load_captioner
-from captionlib.models.decoding import DecodingConfig
-from captionlib.models.extraction import ExtractionConfig
-from captionlib.models.generation import GenerationConfig, caption_images
+from captionlib.models.checkpoints.captioners import load_captioner
+from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.inference.captioning import GenerationConfig, caption_images
+from captionlib.models.inference.extraction import ExtractionConfig
 from captionlib.training.finetuning import EncoderTuning, FinetuningConfig, finetune_captioner
-from captionlib.training.loop import LoopConfig
+from captionlib.training.loop import TrainingConfig
 from pipelines.extract_features import extract_features
 from pipelines.generate_captions import generate_captions
 from pipelines.run import RunConfig
@@ -148,7 +147,7 @@ def test_single_images_are_captioned_like_those_of_a_dataset(
 def test_a_captioner_that_was_tuned_on_images_brings_its_encoder(
     manifest: ShardedDataset, features: Path, captioner: Path, tmp_path: Path, small_encoder: ExtractionConfig
 ) -> None:
-    training = LoopConfig(epochs=1, optimizer="adam", learning_rate=0.01)
+    training = TrainingConfig(epochs=1, optimizer="adam", learning_rate=0.01)
     tuning = FinetuningConfig(str(captioner), EncoderTuning(1e-3), training, max_failure_ratio=0.5)
     finetune_captioner(manifest.folder.uri, tmp_path / "tuned", tuning, device="cpu", progress=False)
     of_images = rows(caption(manifest.folder.uri, tmp_path / "tuned", tmp_path / "captions-of-images"))

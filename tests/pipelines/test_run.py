@@ -1,8 +1,8 @@
 import apache_beam as beam
 import pytest
 
-from captionlib.data.decoders import DecoderConfig
-from captionlib.data.loading import LoadingConfig
+from captionlib.data.images.decoder_pool import DecoderConfig
+from captionlib.data.images.loading import LoadingConfig
 from captionlib.errors import ConfigError, RunnerError
 from pipelines.run import RunConfig, choose_runner, run_pipeline
 

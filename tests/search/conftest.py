@@ -4,10 +4,9 @@ from uuid import uuid4
 import pyarrow as pa
 import pytest
 
-from captionlib.data.datasets import create_dataset
-from captionlib.data.schemas import captions_schema
-from captionlib.data.shard_writer import write_shard
-from captionlib.data.shards import ShardedDataset
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset
+from captionlib.data.shards.schemas import captions_schema
+from captionlib.data.shards.writer import write_shard
 from captionlib.errors import DecodeError
 
 CAPTIONS = [

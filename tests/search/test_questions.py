@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from captionlib.data.datasets import create_dataset
-from captionlib.data.schemas import MANIFEST
+from captionlib.data.shards.dataset import create_dataset
+from captionlib.data.shards.schemas import MANIFEST
 from captionlib.errors import QueryError
 from captionlib.search.questions import count_words, find_captions, find_image, most_likely
 from captionlib.search.sql import open_sql

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from captionlib.data.datasets import create_dataset
-from captionlib.data.schemas import MANIFEST, captions_schema, features_schema
-from captionlib.data.shard_writer import write_shard
+from captionlib.data.shards.dataset import create_dataset
+from captionlib.data.shards.schemas import MANIFEST, captions_schema, features_schema
+from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError, DatasetError, QueryError
 from captionlib.search.sql import SqlLimits, open_captions, open_sql, query_sql
 

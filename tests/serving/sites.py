@@ -10,13 +10,13 @@ from fastapi import FastAPI
 from PIL import Image
 
 import captionlib.search
-from captionlib.data.datasets import create_dataset
-from captionlib.data.decoders import DecoderConfig
-from captionlib.data.schemas import captions_schema
-from captionlib.data.shard_writer import write_shard
-from captionlib.models.encoder import EncoderConfig, load_encoder
+from captionlib.data.images.decoder_pool import DecoderConfig
+from captionlib.data.shards.dataset import create_dataset
+from captionlib.data.shards.schemas import captions_schema
+from captionlib.data.shards.writer import write_shard
+from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
 from captionlib.search.index_config import IndexConfig
-from captionlib.search.photos import PhotoReader
+from captionlib.search.photos import ImageQueryModels
 from captionlib.search.planning import plan_build
 from captionlib.serving.answers import Library
 from captionlib.serving.app import create_app
@@ -60,7 +60,7 @@ def make_site(folder: Path, count: int = 60, config: ServingConfig | None = None
     index = captionlib.search.open(folder / "index", ranker)
     limits = config or ServingConfig(hosts=("localhost", "127.0.0.1", "testserver"))
     decoding = DecoderConfig(max_image_pixels=limits.max_image_pixels)
-    photos = PhotoReader(ranker, device="cpu", decoding=decoding) if sees else None
+    photos = ImageQueryModels(ranker, device="cpu", decoding=decoding) if sees else None
     return create_app(Library(index, limits, ranker, photos), folder / "thumbnails")
 
 

@@ -9,33 +9,32 @@ import pyarrow as pa
 import pytest
 import torch
 
-from captionlib.data.batches import CaptionBatches, read_captions, read_features
-from captionlib.data.datasets import create_dataset
-from captionlib.data.schemas import features_schema
-from captionlib.data.shard_writer import write_shard
-from captionlib.data.shards import ShardedDataset
-from captionlib.data.vocabulary import Vocabulary
+from captionlib.data.batches.captions import CaptionBatches, read_captions, read_features
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset
+from captionlib.data.shards.schemas import features_schema
+from captionlib.data.shards.writer import write_shard
+from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError, DatasetError
-from captionlib.models.captioner import Captioner, CaptionerConfig, pad_sentences
-from captionlib.models.checkpoints import load_captioner, save_checkpoint
-from captionlib.models.decoding import Decoder, DecodingConfig
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, pad_sentences
+from captionlib.models.checkpoints.captioners import load_captioner, save_captioner
+from captionlib.models.decoding.decoder import Decoder, DecodingConfig
 from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
 from captionlib.training.caption_validation import CiderValidation
-from captionlib.training.captioning import CaptioningConfig, train_captioner
-from captionlib.training.initialisation import build_captioner
-from captionlib.training.loop import LoopConfig
+from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
+from captionlib.training.initialization import build_captioner
+from captionlib.training.loop import TrainingConfig
 from tests.training.conftest import WORDS
 
-CONFIG = CaptioningConfig(
-    captioner=CaptionerConfig(hidden_size=16, word_size=16, dropout=0.1),
-    training=LoopConfig(epochs=30, optimizer="adam", learning_rate=0.03, seed=3),
+CONFIG = CaptionerTrainingConfig(
+    captioner=CaptionerConfig(hidden_size=16, embedding_size=16, dropout=0.1),
+    training=TrainingConfig(epochs=30, optimizer="adam", learning_rate=0.03, seed=3),
     min_count=1,
     batch_images=8,
 )
 
 
 def train(
-    features: ShardedDataset, output: Path, config: CaptioningConfig = CONFIG, **options: Any
+    features: ShardedDataset, output: Path, config: CaptionerTrainingConfig = CONFIG, **options: Any
 ) -> list[dict[str, float]]:
     return train_captioner(features.folder.uri, output, config, device="cpu", progress=False, **options)
 
@@ -56,14 +55,14 @@ def test_learns_to_say_what_it_sees(features: ShardedDataset, tmp_path: Path) ->
 
 
 def test_the_vocabulary_is_counted_on_train_only(features: ShardedDataset, tmp_path: Path) -> None:
-    config = replace(CONFIG, train_splits=("val",), validation_splits=("train",), training=LoopConfig(epochs=1))
+    config = replace(CONFIG, train_splits=("val",), validation_splits=("train",), training=TrainingConfig(epochs=1))
     train(features, tmp_path / "captioner", config)
     vocabulary = load_captioner(tmp_path / "captioner").vocabulary
     assert vocabulary.sentences == 2 * 16
 
 
 def test_the_same_seed_gives_the_same_weights(features: ShardedDataset, tmp_path: Path) -> None:
-    config = replace(CONFIG, training=LoopConfig(epochs=2))
+    config = replace(CONFIG, training=TrainingConfig(epochs=2))
     states = []
     for name in ("one", "two"):
         train(features, tmp_path / name, config)
@@ -78,7 +77,7 @@ def test_a_split_without_sentences_is_refused_before_training(features: ShardedD
 
 
 def test_another_configuration_is_refused_unless_told_to_overwrite(features: ShardedDataset, tmp_path: Path) -> None:
-    config = replace(CONFIG, training=LoopConfig(epochs=1))
+    config = replace(CONFIG, training=TrainingConfig(epochs=1))
     train(features, tmp_path / "captioner", config)
     other = replace(config, captioner=replace(config.captioner, hidden_size=8))
     with pytest.raises(DatasetError, match=r"captioner\.hidden_size: there 16, now 8"):
@@ -162,7 +161,7 @@ def test_the_epoch_with_the_best_cider_is_kept(features: ShardedDataset, tmp_pat
 def test_statistics_are_those_of_what_the_power_leaves(features: ShardedDataset) -> None:
     vocabulary = Vocabulary.from_captions(read_captions(features, ["train"]), 1)
     model = build_captioner(replace(CONFIG.captioner, feature_power=0.5), features, ["train"], vocabulary)
-    seen = torch.cat([model.standardise(torch.from_numpy(rows).float()) for rows in train_rows(features)])
+    seen = torch.cat([model.standardize(torch.from_numpy(rows).float()) for rows in train_rows(features)])
     torch.testing.assert_close(seen.mean(0), torch.zeros(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(seen.std(0), torch.ones(4), atol=0.02, rtol=0)
 
@@ -182,10 +181,10 @@ def test_attention_needs_maps(features: ShardedDataset, tmp_path: Path) -> None:
 def test_attention_sees_what_stands_together(tmp_path: Path) -> None:
     maps = write_maps(tmp_path / "maps")
     looking = replace(CONFIG, captioner=replace(CONFIG.captioner, attention_size=16))
-    glance = train(maps, tmp_path / "glance")[-1]["perplexity"]
+    image_state = train(maps, tmp_path / "image_state")[-1]["perplexity"]
     attention = train(maps, tmp_path / "attention", looking)[-1]["perplexity"]
     # Of "it is one" and "it is two", which it is is a coin's toss to the one: four tokens with END, so 2^(1 / 4).
-    assert glance > 2**0.25 - 0.02
+    assert image_state > 2**0.25 - 0.02
     assert attention < 1.05
 
 
@@ -238,7 +237,7 @@ def test_training_starts_from_the_weights_and_the_words_of_another(features: Sha
     first = train(features, tmp_path / "first", replace(CONFIG, training=replace(CONFIG.training, epochs=4)))
     still = replace(CONFIG.training, epochs=1, learning_rate=1e-9)
     config = replace(
-        CONFIG, captioner=CaptionerConfig(), training=still, min_count=99, start_from=str(tmp_path / "first")
+        CONFIG, captioner=CaptionerConfig(), training=still, min_count=99, init_from=str(tmp_path / "first")
     )
     second = train(features, tmp_path / "second", config)
     best = min(row["perplexity"] for row in first)
@@ -246,7 +245,7 @@ def test_training_starts_from_the_weights_and_the_words_of_another(features: Sha
     before, after = load_captioner(tmp_path / "first"), load_captioner(tmp_path / "second")
     assert (after.vocabulary, after.config) == (before.vocabulary, before.config)
     assert torch.equal(after.model.feature_std, before.model.feature_std)
-    assert after.provenance["start_from"]["fingerprint"] == before.fingerprint
+    assert after.provenance["init_from"]["fingerprint"] == before.fingerprint
     resolved = json.loads((tmp_path / "second" / "resolved.json").read_text())
     assert resolved["start_fingerprint"] == before.fingerprint
     assert resolved["captioner"]["hidden_size"] == 16
@@ -255,10 +254,12 @@ def test_training_starts_from_the_weights_and_the_words_of_another(features: Sha
 def test_a_run_that_started_from_another_checkpoint_is_not_gone_on_with(
     features: ShardedDataset, tmp_path: Path
 ) -> None:
-    config = replace(CONFIG, training=LoopConfig(epochs=1))
+    config = replace(CONFIG, training=TrainingConfig(epochs=1))
     for seed in (1, 2):
-        train(features, tmp_path / "first", replace(config, training=LoopConfig(epochs=1, seed=seed)), overwrite=True)
-        second = replace(config, start_from=str(tmp_path / "first"))
+        train(
+            features, tmp_path / "first", replace(config, training=TrainingConfig(epochs=1, seed=seed)), overwrite=True
+        )
+        second = replace(config, init_from=str(tmp_path / "first"))
         if seed == 1:
             train(features, tmp_path / "second", second)
     with pytest.raises(DatasetError, match="start_fingerprint: there"):
@@ -267,17 +268,17 @@ def test_a_run_that_started_from_another_checkpoint_is_not_gone_on_with(
 
 def test_what_training_cannot_start_from_is_refused(features: ShardedDataset, tmp_path: Path) -> None:
     first = tmp_path / "first"
-    config = replace(CONFIG, training=LoopConfig(epochs=1), start_from=str(first))
+    config = replace(CONFIG, training=TrainingConfig(epochs=1), init_from=str(first))
     with pytest.raises(CheckpointError, match="is no checkpoint"):
         train(features, tmp_path / "second", config)
-    train(features, first, replace(config, start_from=None))
+    train(features, first, replace(config, init_from=None))
     other = replace(config, captioner=replace(CONFIG.captioner, cell="rnn", hidden_size=8))
     with pytest.raises(ConfigError, match=r"cell: there 'lstm', now 'rnn'; hidden_size: there 16, now 8\); leave"):
         train(features, tmp_path / "second", other)
     with pytest.raises(ConfigError, match="is the run's own folder"):
         train(features, first, config, overwrite=True)
     saved = load_captioner(first)
-    save_checkpoint(first, saved.model, saved.vocabulary, {"model": "vgg16", "shape": [4]}, provenance={}, training={})
+    save_captioner(first, saved.model, saved.vocabulary, {"model": "vgg16", "shape": [4]}, provenance={}, training={})
     with pytest.raises(CheckpointError, match="model: expected 'vgg16', got 'none'"):
         train(features, tmp_path / "second", config)
     with pytest.raises(ConfigError, match="word_vectors has no place"):

@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 from captionlib.config import load_config
-from captionlib.data.decoders import DecoderConfig
-from captionlib.data.loading import LoadingConfig
-from captionlib.data.shards import ShardedDataset
-from captionlib.data.vocabulary import Vocabulary
+from captionlib.data.images.decoder_pool import DecoderConfig
+from captionlib.data.images.loading import LoadingConfig
+from captionlib.data.shards.dataset import ShardedDataset
+from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError, DatasetError, FailureRatioError
-from captionlib.models.captioner import Captioner, CaptionerConfig, pad_sentences
-from captionlib.models.checkpoints import LoadedCaptioner, load_captioner, save_checkpoint
-from captionlib.models.decoding import DecodingConfig
-from captionlib.models.encoder import EncoderConfig, encoder_config, load_encoder
-from captionlib.models.encoder_network import parameters_before
-from captionlib.models.image_captioner import ImageCaptioner
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, pad_sentences
+from captionlib.models.captioners.end_to_end import ImageCaptioner
+from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner, save_captioner
+from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.encoders.encoder import EncoderConfig, encoder_config, load_encoder
+from captionlib.models.encoders.network import parameters_before
 from captionlib.training.caption_objective import CaptioningObjective
 from captionlib.training.finetuning import EncoderTuning, FinetuningConfig, finetune_captioner
-from captionlib.training.loop import LoopConfig
+from captionlib.training.loop import TrainingConfig
 from tests.pipelines.conftest import COLOURS, images, manifest
 
 __all__ = ["images", "manifest"]
@@ -35,7 +35,7 @@ ENCODER = EncoderConfig(
 )
 CONFIG = FinetuningConfig(
     encoder=EncoderTuning(learning_rate=1e-4, from_node="features.3"),
-    training=LoopConfig(epochs=2, optimizer="adam", learning_rate=0.03, save_seconds=0, seed=3),
+    training=TrainingConfig(epochs=2, optimizer="adam", learning_rate=0.03, save_seconds=0, seed=3),
     batch_images=3,
     flip=True,
     loading=LoadingConfig(threads=2, decode=DecoderConfig(processes=1)),
@@ -43,26 +43,26 @@ CONFIG = FinetuningConfig(
 )
 
 
-def save_captioner(folder: Path, encoder: EncoderConfig = ENCODER) -> LoadedCaptioner:
+def write_captioner(folder: Path, encoder: EncoderConfig = ENCODER) -> LoadedCaptioner:
     """One that has learnt nothing yet."""
     description = load_encoder(encoder, "cpu").description
     vocabulary = Vocabulary.from_captions([f"a {colour} field all of it is" for colour in COLOURS], 1)
     torch.manual_seed(0)
-    shape = CaptionerConfig(hidden_size=16, word_size=16, dropout=0.1, standardise_features=False)
+    shape = CaptionerConfig(hidden_size=16, embedding_size=16, dropout=0.1, standardize_features=False)
     model = Captioner(shape, description["shape"][-1], len(vocabulary))
-    save_checkpoint(folder, model, vocabulary, description, provenance={}, training={})
+    save_captioner(folder, model, vocabulary, description, provenance={}, training={})
     return load_captioner(folder)
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> LoadedCaptioner:
-    return save_captioner(tmp_path / "start")
+    return write_captioner(tmp_path / "start")
 
 
 def tune(
     manifest: ShardedDataset, output: Path, config: FinetuningConfig = CONFIG, **options: Any
 ) -> list[dict[str, float]]:
-    config = replace(config, start_from=config.start_from or str(output.parent / "start"))
+    config = replace(config, init_from=config.init_from or str(output.parent / "start"))
     return finetune_captioner(manifest.folder.uri, output, config, device="cpu", progress=False, **options)
 
 
@@ -82,7 +82,7 @@ def test_both_learn_and_of_the_encoder_only_what_is_tuned(
     assert changed == {name for name in before if name.startswith("features.3.")}
     assert (tuned.config, tuned.vocabulary) == (start.config, start.vocabulary)
     assert not torch.equal(tuned.model.output.weight, start.model.output.weight)
-    assert tuned.provenance["start_from"]["fingerprint"] == start.fingerprint
+    assert tuned.provenance["init_from"]["fingerprint"] == start.fingerprint
     failures = pq.read_table(tmp_path / "tuned" / "_failures" / "part-00000.parquet").to_pylist()
     assert {row["image_id"]: row["stage"] for row in failures} == {"broken.png": "decode", "missing.png": "fetch"}
     assert "2 of 10 images could not be had" in capsys.readouterr().err
@@ -102,7 +102,7 @@ def test_the_checkpoint_describes_and_brings_the_tuned_encoder(
     tuned.require_encoder(load_encoder(whole, "cpu").description)
     with pytest.raises(CheckpointError, match="weights_sha256"):
         tuned.require_encoder(start.encoder)
-    config = replace(CONFIG, start_from=str(tmp_path / "tuned"))
+    config = replace(CONFIG, init_from=str(tmp_path / "tuned"))
     tune(manifest, tmp_path / "further", config)  # of itself with the encoder that it brings
     further = load_captioner(tmp_path / "further")
     assert further.encoder["weights_sha256"] not in {tuned.encoder["weights_sha256"], start.encoder["weights_sha256"]}
@@ -125,7 +125,7 @@ def test_each_part_has_its_own_learning_rate(manifest: ShardedDataset, start: Lo
 
 def test_batch_normalisation_and_dropout_stay_as_features_are_made() -> None:
     encoder = load_encoder(EncoderConfig("mobilenet_v2", "features.1.conv.2", "random:0", pooling="mean"), "cpu", True)
-    model = ImageCaptioner(encoder.network, Captioner(CaptionerConfig(hidden_size=4, word_size=4), 16, 7)).train()
+    model = ImageCaptioner(encoder.network, Captioner(CaptionerConfig(hidden_size=4, embedding_size=4), 16, 7)).train()
     before = {name: values.clone() for name, values in encoder.network.weights().items()}
     pixels = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8)
     seen = model.encoder(pixels)
@@ -139,7 +139,7 @@ def test_batch_normalisation_and_dropout_stay_as_features_are_made() -> None:
 
 def test_features_that_tuning_drives_beyond_the_stored_dtype_end_the_validation() -> None:
     encoder = load_encoder(EncoderConfig("mobilenet_v2", "features.1.conv.2", "random:0", pooling="mean"), "cpu", True)
-    model = ImageCaptioner(encoder.network, Captioner(CaptionerConfig(hidden_size=4, word_size=4), 16, 7)).eval()
+    model = ImageCaptioner(encoder.network, Captioner(CaptionerConfig(hidden_size=4, embedding_size=4), 16, 7)).eval()
     with torch.no_grad():
         for parameter in encoder.network.parameters():
             parameter.mul_(1e4)
@@ -151,7 +151,7 @@ def test_features_that_tuning_drives_beyond_the_stored_dtype_end_the_validation(
 def test_bfloat16_is_what_the_encoder_computes_in_and_not_what_small_steps_are_rounded_to(
     manifest: ShardedDataset, tmp_path: Path
 ) -> None:
-    start = save_captioner(tmp_path / "start", replace(ENCODER, dtype="bfloat16"))
+    start = write_captioner(tmp_path / "start", replace(ENCODER, dtype="bfloat16"))
     tune(manifest, tmp_path / "tuned", replace(CONFIG, encoder=EncoderTuning(1e-6), batch_images=8))
     tuned = load_captioner(tmp_path / "tuned")
     assert tuned.encoder["dtype"] == "bfloat16"
@@ -216,7 +216,7 @@ def test_too_many_missing_images_end_the_run(manifest: ShardedDataset, start: Lo
 
 
 def test_what_cannot_be_tuned_is_refused(manifest: ShardedDataset, start: LoadedCaptioner, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="start_from: expected the captioner to tune with its encoder, got none"):
+    with pytest.raises(ConfigError, match="init_from: expected the captioner to tune with its encoder, got none"):
         finetune_captioner(manifest.folder.uri, tmp_path / "tuned", CONFIG, device="cpu")
     for node, message in (
         ("features.9", "expected a node with weights up to features.3.squeeze_activation, .* got features.9"),
@@ -243,7 +243,9 @@ def test_settings_that_cannot_be_are_refused(values: dict[str, Any]) -> None:
 
 
 def test_the_configuration_to_start_from_fits() -> None:
-    config = load_config(FinetuningConfig, Path(__file__).parents[2] / "configs" / "captioner-finetune.yaml")
+    config = load_config(
+        FinetuningConfig, Path(__file__).parents[2] / "configs" / "train-captioner/finetune-encoder.yaml"
+    )
     assert (config.encoder.learning_rate, config.flip, config.training.optimizer) == (1e-5, True, "adam")
 
 

@@ -14,11 +14,11 @@ from tensorboardX.proto import event_pb2
 from torch import Tensor, nn
 
 from captionlib.errors import DatasetError
-from captionlib.storage import Folder
-from captionlib.training.loop import LoopConfig, TrainingStopped, claim_folder, seed_everything, train
+from captionlib.storage.folders import Folder
+from captionlib.training.loop import TrainingConfig, TrainingStopped, claim_folder, seed_everything, train
 from captionlib.training.objective import BatchLoss
 
-CONFIG = LoopConfig(epochs=3, save_seconds=0, patience=None)
+CONFIG = TrainingConfig(epochs=3, save_seconds=0, patience=None)
 STEPS = 4
 
 
@@ -58,7 +58,7 @@ class Line:
         output.write("model.safetensors", b"")
 
 
-def run(objective: Line, folder: Path, config: LoopConfig = CONFIG) -> list[dict[str, float]]:
+def run(objective: Line, folder: Path, config: TrainingConfig = CONFIG) -> list[dict[str, float]]:
     return train(objective, config, Folder(folder), {"training": vars(config)}, progress=False)
 
 
@@ -76,9 +76,9 @@ def stop_at(wanted: int) -> Callable[[int], None]:
 
 RECIPES: list[dict[str, Any]] = [
     {"optimizer": "rmsprop", "schedule": "cosine"},
-    {"optimizer": "adam", "schedule": "cosine", "average_decay": 0.9},
+    {"optimizer": "adam", "schedule": "cosine", "ema_decay": 0.9},
     {"optimizer": "adamw", "schedule": "step", "step_epochs": 1, "warmup_steps": STEPS + 2, "clip_norm": 0.1},
-    {"optimizer": "adam", "precision": "bfloat16", "average_decay": 0.5, "warmup_steps": 2},
+    {"optimizer": "adam", "precision": "bfloat16", "ema_decay": 0.5, "warmup_steps": 2},
 ]
 
 
@@ -156,7 +156,7 @@ def test_the_averaged_weights_are_validated_and_saved_and_the_others_trained(tmp
     seen: dict[str, list[Tensor]] = {}
     plain, averaged = Line(), Watched()
     run(plain, tmp_path / "plain", replace(CONFIG, epochs=1))
-    run(averaged, tmp_path / "averaged", replace(CONFIG, epochs=1, average_decay=0.9))
+    run(averaged, tmp_path / "averaged", replace(CONFIG, epochs=1, ema_decay=0.9))
     for trained, same, validated, saved in zip(
         weights(plain), weights(averaged), seen["validated"], seen["saved"], strict=True
     ):

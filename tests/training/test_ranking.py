@@ -12,26 +12,25 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from captionlib.data.batches import CaptionBatch
-from captionlib.data.datasets import create_dataset, open_dataset
-from captionlib.data.schemas import features_schema
-from captionlib.data.shard_writer import write_shard
-from captionlib.data.shards import ShardedDataset
+from captionlib.data.batches.captions import CaptionBatch
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
+from captionlib.data.shards.schemas import features_schema
+from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.evaluation.ranker_scores import score_ranker
-from captionlib.models.embedding import EmbeddingConfig
-from captionlib.models.ranker import RankerConfig
-from captionlib.models.ranker_checkpoints import load_ranker
-from captionlib.training.loop import LoopConfig
-from captionlib.training.ranking import RankingConfig, RankingObjective, draw_sentences, train_ranker
+from captionlib.models.checkpoints.rankers import load_ranker
+from captionlib.models.inference.embedding import EmbeddingConfig
+from captionlib.models.rankers.ranker import RankerConfig
+from captionlib.training.loop import TrainingConfig
+from captionlib.training.ranking import RankerTrainingConfig, RankingObjective, sample_sentences, train_ranker
 from jobs.cli import captionlib
 from pipelines.embed_images import embed_images
 from pipelines.run import RunConfig
 
 KINDS = [f"{colour} {thing}" for colour in ("red", "green", "blue") for thing in ("ball", "box", "car", "dog")]
-CONFIG = RankingConfig(
-    ranker=RankerConfig(hidden_size=16, word_size=16, joint_size=16, feature_dropout=0.0, dropout=0.1),
-    training=LoopConfig(epochs=12, optimizer="adam", learning_rate=0.02, clip_value=None, seed=3),
+CONFIG = RankerTrainingConfig(
+    ranker=RankerConfig(hidden_size=16, embedding_size=16, joint_embedding_size=16, feature_dropout=0.0, dropout=0.1),
+    training=TrainingConfig(epochs=12, optimizer="adam", learning_rate=0.02, clip_value=None, seed=3),
     min_count=1,
     batch_images=12,
     warm_up_epochs=3,
@@ -67,7 +66,7 @@ def features(tmp_path: Path) -> ShardedDataset:
 
 
 def train(
-    features: ShardedDataset, output: Path, config: RankingConfig = CONFIG, **options: Any
+    features: ShardedDataset, output: Path, config: RankerTrainingConfig = CONFIG, **options: Any
 ) -> list[dict[str, float]]:
     return train_ranker(features.folder.uri, output, config, device="cpu", progress=False, **options)
 
@@ -183,17 +182,17 @@ def test_sentences_are_drawn_for_each_image() -> None:
     batch = CaptionBatch(np.eye(3, dtype=np.float32), [[1], [2], [3], [4], [5]], np.array([0, 0, 0, 1, 2]))
     seen = set()
     for seed in range(30):
-        drawn = draw_sentences(batch, 2, np.random.default_rng(seed))
+        drawn = sample_sentences(batch, 2, np.random.default_rng(seed))
         assert drawn.image_of_sentence.tolist() == [0, 0, 1, 2]
         for sentence, owner in zip(drawn.sentences, drawn.image_of_sentence, strict=True):
             assert batch.image_of_sentence[sentence[0] - 1] == owner
         seen |= {sentence[0] for sentence in drawn.sentences}
     assert seen == {1, 2, 3, 4, 5}
-    assert draw_sentences(batch, 0, np.random.default_rng(0)) is batch
+    assert sample_sentences(batch, 0, np.random.default_rng(0)) is batch
 
 
 def test_another_configuration_is_refused(features: ShardedDataset, tmp_path: Path) -> None:
-    config = replace(CONFIG, training=LoopConfig(epochs=1))
+    config = replace(CONFIG, training=TrainingConfig(epochs=1))
     train(features, tmp_path / "ranker", config)
     with pytest.raises(DatasetError, match=r"margin: there 0.2, now 0.3"):
         train(features, tmp_path / "ranker", replace(config, margin=0.3))
@@ -202,7 +201,7 @@ def test_another_configuration_is_refused(features: ShardedDataset, tmp_path: Pa
 def test_a_split_without_sentences_is_refused_before_training(features: ShardedDataset, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="expected sentences in split dev, got none"):
         train(features, tmp_path / "ranker", replace(CONFIG, validation_splits=("dev",)))
-    train(features, tmp_path / "ranker", replace(CONFIG, training=LoopConfig(epochs=1)))
+    train(features, tmp_path / "ranker", replace(CONFIG, training=TrainingConfig(epochs=1)))
     with pytest.raises(DatasetError, match="no sentences in split test; its splits are train, val"):
         score_ranker(load_ranker(tmp_path / "ranker"), features, ["test"])
 
@@ -210,7 +209,7 @@ def test_a_split_without_sentences_is_refused_before_training(features: ShardedD
 @pytest.mark.parametrize("values", [{"batch_images": 1}, {"margin": 0}, {"warm_up_epochs": -1}])
 def test_settings_that_cannot_be_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="expected"):
-        RankingConfig(**values)
+        RankerTrainingConfig(**values)
 
 
 def test_the_commands_train_and_tell_the_recalls(features: ShardedDataset, tmp_path: Path) -> None:

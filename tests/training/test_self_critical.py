@@ -10,17 +10,17 @@ import torch
 from click.testing import CliRunner
 
 from captionlib.config import load_config
-from captionlib.data.batches import CaptionBatch, CaptionBatches
-from captionlib.data.shards import ShardedDataset
-from captionlib.data.vocabulary import END, Vocabulary
+from captionlib.data.batches.captions import CaptionBatch, CaptionBatches
+from captionlib.data.shards.dataset import ShardedDataset
+from captionlib.data.text.vocabulary import END, Vocabulary
 from captionlib.errors import ConfigError
-from captionlib.models.captioner import Captioner, CaptionerConfig, pad_sentences
-from captionlib.models.checkpoints import load_captioner
-from captionlib.models.decoding import DecodingConfig
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, pad_sentences
+from captionlib.models.checkpoints.captioners import load_captioner
+from captionlib.models.decoding.decoder import DecodingConfig
 from captionlib.training import self_critical
 from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
-from captionlib.training.captioning import CaptioningConfig, train_captioner
-from captionlib.training.loop import LoopConfig
+from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
+from captionlib.training.loop import TrainingConfig
 from captionlib.training.objective import BatchLoss
 from captionlib.training.self_critical import (
     SelfCriticalBatch,
@@ -31,19 +31,19 @@ from jobs.train_captioner import command
 from tests.models.tiny_captioners import CONFIGS, build
 
 Baseline = Literal["others", "greedy"]
-FIRST = CaptioningConfig(
-    captioner=CaptionerConfig(hidden_size=16, word_size=16, dropout=0.1),
-    training=LoopConfig(epochs=3, optimizer="adam", learning_rate=0.03),
+FIRST = CaptionerTrainingConfig(
+    captioner=CaptionerConfig(hidden_size=16, embedding_size=16, dropout=0.1),
+    training=TrainingConfig(epochs=3, optimizer="adam", learning_rate=0.03),
     min_count=1,
     batch_images=8,
     decoding=DecodingConfig(max_tokens=8),
 )
 SECOND = replace(
-    FIRST, objective="self_critical", start_from="first", training=replace(FIRST.training, epochs=10, patience=None)
+    FIRST, objective="self_critical", init_from="first", training=replace(FIRST.training, epochs=10, patience=None)
 )
 
 
-def train(features: ShardedDataset, output: Path, config: CaptioningConfig) -> list[dict[str, float]]:
+def train(features: ShardedDataset, output: Path, config: CaptionerTrainingConfig) -> list[dict[str, float]]:
     return train_captioner(features.folder.uri, output, config, device="cpu", progress=False)
 
 
@@ -57,7 +57,7 @@ def first(features: ShardedDataset, tmp_path: Path) -> str:
 @pytest.mark.parametrize("baseline", ["others", "greedy"])
 def test_the_reward_rises(features: ShardedDataset, tmp_path: Path, first: str, baseline: Baseline) -> None:
     settings = SelfCriticalConfig(baseline=baseline)
-    history = train(features, tmp_path / "second", replace(SECOND, start_from=first, self_critical=settings))
+    history = train(features, tmp_path / "second", replace(SECOND, init_from=first, self_critical=settings))
     rewards = [row["reward"] for row in history]
     assert rewards[-1] > 1.3 * rewards[0]
     second = load_captioner(tmp_path / "second")
@@ -71,15 +71,15 @@ def test_the_command_starts_the_second_stage_from_the_first(
     features: ShardedDataset, tmp_path: Path, first: str
 ) -> None:
     words = [features.folder.uri, "-o", str(tmp_path / "second"), "--device", "cpu", "--no-progress"]
-    words += ["--config", str(Path(__file__).parents[2] / "configs" / "captioner-flickr8k-self-critical.yaml")]
+    words += ["--config", str(Path(__file__).parents[2] / "configs" / "train-captioner/flickr8k-self-critical.yaml")]
     words += ["--set", "crop=0", "--set", "mirror=false"]
     words += ["--set", "training.epochs=1", "--set", "best_by=perplexity"]
     alone = CliRunner().invoke(command, words)
     assert isinstance(alone.exception, ConfigError)
-    result = CliRunner().invoke(command, [*words, "--start-from", first])
+    result = CliRunner().invoke(command, [*words, "--init-from", first])
     assert result.exit_code == 0
     assert "after epoch 1 of 1" in result.output
-    assert load_captioner(tmp_path / "second").provenance["start_from"]["checkpoint"] == first
+    assert load_captioner(tmp_path / "second").provenance["init_from"]["checkpoint"] == first
 
 
 @pytest.mark.parametrize(("died_at", "precision"), [(2, "float32"), (8, "bfloat16")])
@@ -91,8 +91,8 @@ def test_a_killed_run_goes_on_bit_for_bit(
     precision: Literal["float32", "bfloat16"],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    training = replace(SECOND.training, epochs=2, save_seconds=0, average_decay=0.9, precision=precision)
-    config = replace(SECOND, start_from=first, training=training, self_critical=SelfCriticalConfig(dropout=0.3))
+    training = replace(SECOND.training, epochs=2, save_seconds=0, ema_decay=0.9, precision=precision)
+    config = replace(SECOND, init_from=first, training=training, self_critical=SelfCriticalConfig(dropout=0.3))
     history = train(features, tmp_path / "undisturbed", config)
     whole, steps = SelfCriticalObjective.loss, 0
 
@@ -129,13 +129,13 @@ def objective_of(
 def test_the_loss_of_two_sentences_by_hand(
     features: ShardedDataset, monkeypatch: pytest.MonkeyPatch, baseline: Baseline
 ) -> None:
-    model = Captioner(CaptionerConfig("rnn", hidden_size=1, word_size=1), feature_size=3, vocabulary_size=5)
+    model = Captioner(CaptionerConfig("rnn", hidden_size=1, embedding_size=1), feature_size=3, vocabulary_size=5)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
         model.output.bias.copy_(torch.tensor([1 / 8, 1 / 32, 1 / 2, 1 / 4, 3 / 32]).log())
     places = iter([torch.tensor([2, 2]), torch.tensor([3, END])])  # the first is cut off before its END
-    monkeypatch.setattr(self_critical, "draw_words", lambda *_: next(places))
+    monkeypatch.setattr(self_critical, "sample_tokens", lambda *_: next(places))
     settings = SelfCriticalConfig(2, baseline, score_end=False)
     objective = objective_of(model, features, settings, [[[2, 3]], [[4]]], max_tokens=2)
     batch = CaptionBatch(np.zeros((1, 3), np.float32), [[2, 3]], np.array([0]))
@@ -169,7 +169,7 @@ def test_what_is_learned_is_what_forward_says_of_the_sentences_drawn(
 @pytest.mark.parametrize(
     ("config", "shape"),
     [(CONFIGS[0], [3]), (replace(CONFIGS[1], attention_size=4), [7, 3])],
-    ids=["glance", "attention"],
+    ids=["image_state", "attention"],
 )
 def test_what_is_drawn_goes_with_the_epoch_and_the_image_and_not_with_its_batch(
     features: ShardedDataset, config: CaptionerConfig, shape: list[int]
@@ -192,9 +192,9 @@ def test_what_is_drawn_goes_with_the_epoch_and_the_image_and_not_with_its_batch(
 
 
 def test_what_self_critical_training_lacks_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="second stage; expected start_from"):
-        CaptioningConfig(objective="self_critical")
+    with pytest.raises(ConfigError, match="second stage; expected init_from"):
+        CaptionerTrainingConfig(objective="self_critical")
     with pytest.raises(ConfigError, match=r"label_smoothing: expected 0\.0 with objective self_critical"):
         replace(SECOND, label_smoothing=0.1)
     with pytest.raises(ConfigError, match="at least 2 for baseline others, got 1"):
-        load_config(CaptioningConfig, None, ["self_critical.samples=1"])
+        load_config(CaptionerTrainingConfig, None, ["self_critical.samples=1"])

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from captionlib.data.sources.addresses import Location, find_files, load_json, locate, resolve
+from captionlib.data.sources.locations import Location, find_files, load_json, locate, resolve
 from captionlib.data.sources.rows import ManifestRow, Skip, SourceOptions, clean_captions
 from captionlib.errors import DatasetError
 

@@ -9,7 +9,12 @@ from typing import Any
 
 import fsspec
 
-from captionlib.data.sources.addresses import (
+from captionlib.data.sources.coco import read_coco
+from captionlib.data.sources.flickr import LINE, read_flickr
+from captionlib.data.sources.folder import read_folder
+from captionlib.data.sources.hf_parquet import image_columns, read_hf_parquet
+from captionlib.data.sources.karpathy import read_karpathy
+from captionlib.data.sources.locations import (
     IMAGE_EXTENSIONS,
     Location,
     expand_braces,
@@ -21,11 +26,6 @@ from captionlib.data.sources.addresses import (
     suffix_of,
     text_suffix_of,
 )
-from captionlib.data.sources.coco import read_coco
-from captionlib.data.sources.flickr import LINE, read_flickr
-from captionlib.data.sources.folder import read_folder
-from captionlib.data.sources.hf_parquet import image_columns, read_hf_parquet
-from captionlib.data.sources.karpathy import read_karpathy
 from captionlib.data.sources.rows import Read
 from captionlib.data.sources.tables import TABLE_EXTENSIONS, open_parquet, read_tables
 from captionlib.data.sources.webdataset import read_webdataset

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
-from captionlib.data.sources.addresses import (
+from captionlib.data.sources.locations import (
     IMAGE_EXTENSIONS,
     Location,
     find_files,

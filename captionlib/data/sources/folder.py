@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from captionlib.data.sources.addresses import (
+from captionlib.data.sources.locations import (
     IMAGE_EXTENSIONS,
     Location,
     expand_braces,

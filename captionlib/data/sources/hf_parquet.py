@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from captionlib.data.sources.addresses import Location, find_files
 from captionlib.data.sources.columns import (
     ID_NAMES,
     SPLIT_NAMES,
@@ -15,6 +14,7 @@ from captionlib.data.sources.columns import (
     to_captions,
     to_text,
 )
+from captionlib.data.sources.locations import Location, find_files
 from captionlib.data.sources.rows import ManifestRow, Skip, SourceOptions
 from captionlib.data.sources.tables import open_parquet, read_parquet_columns
 from captionlib.errors import ConfigError

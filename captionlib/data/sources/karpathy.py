@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from captionlib.data.sources.addresses import Location, find_files, images_root, load_json, resolve
+from captionlib.data.sources.locations import Location, find_files, images_root, load_json, resolve
 from captionlib.data.sources.rows import ManifestRow, Skip, SourceOptions, clean_captions
 from captionlib.errors import DatasetError
 

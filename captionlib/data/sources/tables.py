@@ -10,7 +10,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from captionlib.data.sources.addresses import (
+from captionlib.data.sources.columns import Columns, choose_columns, to_captions, to_text
+from captionlib.data.sources.locations import (
     Location,
     find_files,
     images_root,
@@ -18,7 +19,6 @@ from captionlib.data.sources.addresses import (
     resolve,
     text_suffix_of,
 )
-from captionlib.data.sources.columns import Columns, choose_columns, to_captions, to_text
 from captionlib.data.sources.rows import ManifestRow, Skip, SourceOptions
 from captionlib.errors import DatasetError
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from captionlib.data.sources.addresses import IMAGE_EXTENSIONS, Location, find_files
 from captionlib.data.sources.columns import CAPTION_NAMES, ID_NAMES, choose_captions, choose_column, to_text
+from captionlib.data.sources.locations import IMAGE_EXTENSIONS, Location, find_files
 from captionlib.data.sources.rows import ManifestRow, Skip, SourceOptions, clean_captions
 from captionlib.errors import DatasetError
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from captionlib.data.fetch import FetchConfig, ImageFetcher
+from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.data.sources.rows import ManifestRow
 from captionlib.errors import DatasetError
 from tests.data.sources.helpers import read

@@ -1,0 +1,1 @@
+"""Batches for training: features, images or text, in a seeded order and bounded memory."""

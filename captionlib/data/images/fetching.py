@@ -1,0 +1,247 @@
+"""The bytes of an image, by its address: bounded in size and time, with retries where they can help.
+
+An address is a path, or anything that fsspec opens (`https://...`, `s3://bucket/key`), or one of two forms of it:
+
+    FILE#bytes=START-END        a range of bytes, END excluded: a member of an uncompressed tar
+    FILE#row=N&column=NAME      bytes in a row of a Parquet file, counted from 0 over the whole file
+
+Credentials and endpoints are fsspec's own configuration; see `captionlib.storage.folders`.
+"""
+
+import asyncio
+import os
+import re
+import stat
+import threading
+import time
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import aiohttp
+import fsspec
+from fsspec.asyn import AsyncFileSystem
+from fsspec.implementations.http import HTTPFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from tenacity import (
+    Retrying,
+    retry_if_exception,
+    sleep_using_event,
+    stop_after_attempt,
+    wait_exponential,
+    wait_random,
+)
+
+from captionlib import __version__
+from captionlib.data.images.fetch_errors import to_fetch_error
+from captionlib.data.images.parquet_cells import RowGroups
+from captionlib.errors import ConfigError, FetchError
+from captionlib.storage.remote_errors import http_status, is_temporary
+
+__all__ = ["FetchConfig", "ImageFetcher"]
+
+_PIECE_BYTES = 2**20
+_LONGEST_BACKOFF_SECONDS = 30.0
+_USER_AGENT = f"captionlib/{__version__}"  # some hosts refuse clients that do not say what they are
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*(://|::)", re.IGNORECASE)
+_RANGE = re.compile(r"(?P<file>.+)#bytes=(?P<start>\d+)-(?P<end>\d+)", re.DOTALL)
+_ROW = re.compile(r"(?P<file>.+)#row=(?P<row>\d+)&column=(?P<column>.+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class FetchConfig:
+    """What fetching an image may take.
+
+    Attributes:
+        max_image_bytes: larger files are refused; never more than this is read of one.
+        timeout_seconds: for one attempt, from connecting to the last byte.
+        attempts: how often a fetch is tried that times out, is cut off or is put off by the server.
+        backoff_seconds: before the second attempt; doubled before each further one, plus a random part.
+        max_row_group_bytes: images in Parquet files come by the row group; how much of them is kept.
+    """
+
+    max_image_bytes: int = 64 * 2**20
+    timeout_seconds: float = 30.0
+    attempts: int = 4
+    backoff_seconds: float = 0.5
+    max_row_group_bytes: int = 2**30
+
+    def __post_init__(self) -> None:
+        for name in ("max_image_bytes", "attempts", "max_row_group_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.timeout_seconds <= 0:
+            raise ConfigError(f"timeout_seconds: expected more than 0, got {self.timeout_seconds}")
+        if self.backoff_seconds < 0:
+            raise ConfigError(f"backoff_seconds: expected at least 0, got {self.backoff_seconds}")
+
+
+class _Span(NamedTuple):
+    """Which bytes of a file: `end` is excluded; None: all, which `most` bounds."""
+
+    start: int
+    end: int | None
+    most: int
+
+
+class ImageFetcher:
+    """Fetches images, from many threads at once. A context manager; what is being fetched at its end is given up."""
+
+    def __init__(self, config: FetchConfig | None = None) -> None:
+        self.config = config or FetchConfig()
+        self._row_groups = RowGroups(self.config.max_row_group_bytes, self.config.timeout_seconds)
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._requests: set[Future[bytes]] = set()
+        self._retrying = Retrying(
+            retry=retry_if_exception(lambda error: is_temporary(error) and not self._closed.is_set()),
+            stop=stop_after_attempt(self.config.attempts),
+            wait=wait_exponential(self.config.backoff_seconds, max=_LONGEST_BACKOFF_SECONDS)
+            + wait_random(0, self.config.backoff_seconds),
+            sleep=sleep_using_event(self._closed),
+            reraise=True,
+        )
+
+    def __enter__(self) -> "ImageFetcher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives up what other threads are fetching or waiting to fetch again."""
+        self._closed.set()
+        with self._lock:
+            for request in self._requests:
+                request.cancel()
+
+    def fetch(self, uri: str) -> bytes:
+        """The bytes at an address.
+
+        Raises:
+            FetchError: they cannot be had; its reason is such as FileNotFoundError, `HTTP 404`, TooLarge or Timeout.
+        """
+        try:
+            content: bytes = self._retrying(self._attempt, uri)
+        except FetchError:
+            raise
+        except CancelledError:
+            raise FetchError("Cancelled", "the run ended before the image was there") from None
+        except Exception as error:  # file systems raise whatever their clients do, and this is one image of millions
+            raise to_fetch_error(error) from error
+        return content
+
+    def _attempt(self, uri: str) -> bytes:
+        if self._closed.is_set():
+            raise CancelledError
+        most = self.config.max_image_bytes
+        if match := _ROW.fullmatch(uri):
+            return self._row_groups.read_cell(match["file"], int(match["row"]), match["column"], most)
+        if match := _RANGE.fullmatch(uri):
+            span = _Span(int(match["start"]), int(match["end"]), most)
+            return _complete(self._read(match["file"], _checked(span)), span)
+        content = self._read(uri, _Span(0, None, most))
+        if len(content) > most:
+            raise FetchError("TooLarge", f"expected at most {most} bytes, got more")
+        return content
+
+    def _read(self, uri: str, span: _Span) -> bytes:
+        """The bytes of a span, or one more than its `most` where the file has more."""
+        if not _ADDRESS.match(uri):
+            return _read_local(uri, span)
+        fs, path = fsspec.core.url_to_fs(uri)
+        if isinstance(fs, LocalFileSystem):
+            return _read_local(path, span)
+        if isinstance(fs, HTTPFileSystem):
+            return self._run(fs, self._get(fs, path, span))
+        if issubclass(type(fs), AsyncFileSystem) and fs.async_impl:
+            return self._run(fs, _cat(fs, path, span))
+        return _read_opened(fs, path, span, time.monotonic() + self.config.timeout_seconds)
+
+    def _run(self, fs: Any, reading: Any) -> bytes:
+        """Runs a coroutine on the file system's own thread, for as long as an attempt may take."""
+        limited = asyncio.wait_for(reading, self.config.timeout_seconds)
+        with self._lock:
+            request: Future[bytes] = asyncio.run_coroutine_threadsafe(limited, fs.loop)
+            self._requests.add(request)
+        if self._closed.is_set():
+            request.cancel()
+        try:
+            return request.result()
+        finally:
+            with self._lock:
+                self._requests.discard(request)
+
+    async def _get(self, fs: Any, url: str, span: _Span) -> bytes:
+        """A GET that stops reading where the span ends, whatever the server makes of the range asked for."""
+        session = await fs.set_session()
+        headers = {"User-Agent": _USER_AGENT, **session.headers, **fs.kwargs.get("headers", {})}
+        headers["Accept-Encoding"] = "identity"  # sizes are those of the file
+        if span.end is not None:
+            headers["Range"] = f"bytes={span.start}-{span.end - 1}"
+        options = {**fs.kwargs, "headers": headers, "timeout": aiohttp.ClientTimeout(self.config.timeout_seconds)}
+        async with session.get(fs.encode_url(url), **options) as response:
+            response.raise_for_status()
+            skip = 0 if response.status == 206 else span.start
+            wanted = span.most + 1 if span.end is None else span.end - span.start
+            if span.end is None and (response.content_length or 0) > span.most:
+                raise FetchError("TooLarge", f"expected at most {span.most} bytes, got {response.content_length}")
+            content = bytearray()
+            async for piece in response.content.iter_any():
+                content += piece[skip:]
+                skip = max(0, skip - len(piece))
+                if len(content) >= wanted:
+                    break
+            return bytes(content[:wanted])
+
+
+async def _cat(fs: Any, path: str, span: _Span) -> bytes:
+    """A ranged read of an object store."""
+    try:
+        content: bytes = await fs._cat_file(path, start=span.start, end=span.end or span.most + 1)
+    except Exception as error:
+        if span.end is None and http_status(error) == 416:  # every range is beyond an empty object
+            return b""
+        raise
+    return content
+
+
+def _read_opened(fs: Any, path: str, span: _Span, deadline: float) -> bytes:
+    """Reads piece by piece: a file system without coroutines cannot be interrupted in the middle of one."""
+    wanted = span.most + 1 if span.end is None else span.end - span.start
+    content = bytearray()
+    with fs.open(path, "rb") as file:
+        file.seek(span.start)
+        while len(content) < wanted and (piece := file.read(min(_PIECE_BYTES, wanted - len(content)))):
+            content += piece
+            if time.monotonic() > deadline:
+                raise TimeoutError
+    return bytes(content)
+
+
+def _read_local(path: str, span: _Span) -> bytes:
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else opening a named pipe waits for somebody to write to it
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise FetchError("NotAFile", f"expected a file, got something else at {path}")
+        end = min(status.st_size, span.most + 1) if span.end is None else span.end
+        return os.pread(file, end - span.start, span.start)
+    finally:
+        os.close(file)
+
+
+def _checked(span: _Span) -> _Span:
+    size = (span.end or 0) - span.start
+    if size < 1:
+        raise FetchError("BadRange", f"expected bytes=START-END with END above START, got {span.start}-{span.end}")
+    if size > span.most:
+        raise FetchError("TooLarge", f"expected at most {span.most} bytes, got a range of {size}")
+    return span
+
+
+def _complete(content: bytes, span: _Span) -> bytes:
+    if span.end is not None and len(content) < span.end - span.start:
+        raise FetchError("ShortRead", f"expected bytes {span.start} to {span.end}, but the file ends before")
+    return content

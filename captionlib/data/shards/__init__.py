@@ -1,0 +1,1 @@
+"""Datasets as folders of Parquet shards: schemas, reading, writing, resuming and inspection."""

@@ -1,0 +1,99 @@
+"""Markers: the JSON files that record which shards of a dataset are done."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from captionlib.data.shards.schemas import SCHEMA_VERSION
+
+__all__ = [
+    "DESCRIPTION",
+    "FAILURES",
+    "MARKERS",
+    "SUCCESS",
+    "Marker",
+    "Totals",
+    "checksum_of",
+    "fingerprint_of",
+    "part_name",
+    "sum_markers",
+    "to_json",
+]
+
+DESCRIPTION = "_dataset.json"
+SUCCESS = "_SUCCESS"
+MARKERS = "_shards"
+FAILURES = "_failures"
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What is known of a shard that is done."""
+
+    shard: int
+    rows: int
+    failures: int
+    bytes: int
+    checksum: str
+    seconds: float
+    fingerprint: str
+    reasons: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What is known of all the shards that are done."""
+
+    shards: int
+    rows: int
+    failures: int
+    bytes: int
+    seconds: float
+    reasons: Mapping[str, int]
+
+    @property
+    def images(self) -> int:
+        return self.rows + self.failures
+
+
+def part_name(shard: int) -> str:
+    """The name that a shard's data, failures and marker share, without extension."""
+    return f"part-{shard:05d}"
+
+
+def sum_markers(markers: Iterable[Marker]) -> Totals:
+    """Adds markers up."""
+    shards = rows = failures = size = 0
+    seconds = 0.0
+    reasons: Counter[str] = Counter()
+    for marker in markers:
+        shards += 1
+        rows += marker.rows
+        failures += marker.failures
+        size += marker.bytes
+        seconds += marker.seconds
+        reasons.update(marker.reasons)
+    return Totals(shards, rows, failures, size, round(seconds, 3), dict(reasons.most_common()))
+
+
+def fingerprint_of(kind: str, config: Mapping[str, Any]) -> str:
+    """A hash of all that a dataset's rows depend on; equal configurations have equal fingerprints on every machine."""
+    identity = {"kind": kind, "schema_version": SCHEMA_VERSION, "config": config}
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def checksum_of(file: BinaryIO) -> str:
+    """The SHA-256 of a file's content, as markers carry it."""
+    digest = hashlib.sha256()
+    while block := file.read(16 << 20):
+        digest.update(block)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def to_json(content: Mapping[str, Any] | Sequence[Any]) -> bytes:
+    """How captionlib writes its JSON files."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

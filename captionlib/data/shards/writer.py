@@ -1,0 +1,119 @@
+"""Writes one shard of a dataset: rows streamed to Parquet, failures kept, everything published in order at the end."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from captionlib.data.shards.dataset import ShardedDataset
+from captionlib.data.shards.markers import FAILURES, MARKERS, Marker, checksum_of, part_name, to_json
+from captionlib.data.shards.schemas import FAILURES as FAILURES_SCHEMA
+from captionlib.errors import DatasetError, ImageError
+
+__all__ = ["ShardWriter", "write_shard"]
+
+ROW_GROUP_ROWS = 8192
+ROW_GROUP_BYTES = 32 << 20
+
+
+class ShardWriter:
+    """Takes the rows and the failures of one shard.
+
+    Attributes:
+        marker: what was written, once it is.
+        rows: how many so far.
+        failures: rows of `_failures/`.
+    """
+
+    def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
+        self.marker: Marker | None = None
+        self.rows = 0
+        self.failures: list[dict[str, str]] = []
+        self._writer = writer
+        self._schema = schema
+        self._waiting: list[pa.RecordBatch] = []
+        self._waiting_rows = 0
+        self._waiting_bytes = 0
+
+    def write(self, rows: pa.RecordBatch) -> None:
+        """Adds rows; a row group goes to the file as soon as it is full."""
+        self._waiting.append(rows)
+        self._waiting_rows += rows.num_rows
+        self._waiting_bytes += rows.nbytes
+        self.rows += rows.num_rows
+        if self._waiting_rows >= ROW_GROUP_ROWS or self._waiting_bytes >= ROW_GROUP_BYTES:
+            self.flush()
+
+    def fail(self, image_id: str, uri: str, error: ImageError) -> None:
+        """Adds an image that could not be had."""
+        self.failures.append(
+            {"image_id": image_id, "uri": uri, "stage": error.stage, "error": error.reason, "message": str(error)}
+        )
+
+    def flush(self) -> None:
+        if self._waiting_rows:
+            self._writer.write_table(pa.Table.from_batches(self._waiting, self._schema))
+        self._waiting, self._waiting_rows, self._waiting_bytes = [], 0, 0
+
+
+@contextmanager
+def write_shard(dataset: ShardedDataset, shard: int, expected: int) -> Iterator[ShardWriter]:
+    """Writes a shard that appears whole when the block ends, and not at all if it raises.
+
+    Args:
+        dataset: where the shard belongs.
+        shard: its number.
+        expected: rows and failures together, which is the number of rows of the input shard.
+
+    Raises:
+        DatasetError: rows and failures do not add up to `expected`.
+    """
+    began = time.monotonic()
+    name = part_name(shard)
+    with dataset.folder.staged(f"{name}.parquet") as path:
+        with pq.ParquetWriter(path, dataset.schema, **_parquet_options(dataset.schema, expected)) as parquet:
+            writer = ShardWriter(parquet, dataset.schema)
+            yield writer
+            writer.flush()
+        if writer.rows + len(writer.failures) != expected:
+            raise DatasetError(
+                f"{dataset.folder.uri}, {name}: expected {expected} rows and failures together, "
+                f"got {writer.rows} rows and {len(writer.failures)} failures; nothing of the shard was published"
+            )
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            checksum = checksum_of(file)
+    _publish_failures(dataset, shard, writer.failures)
+    marker = Marker(
+        shard=shard,
+        rows=writer.rows,
+        failures=len(writer.failures),
+        bytes=size,
+        checksum=checksum,
+        seconds=round(time.monotonic() - began, 3),
+        fingerprint=dataset.fingerprint,
+        reasons=dict(Counter(row["error"] for row in writer.failures).most_common()),
+    )
+    dataset.folder.write(f"{MARKERS}/{name}.json", to_json(asdict(marker)))
+    writer.marker = marker
+
+
+def _publish_failures(dataset: ShardedDataset, shard: int, failures: list[dict[str, str]]) -> None:
+    name = f"{FAILURES}/{part_name(shard)}.parquet"
+    if not failures:
+        dataset.folder.remove_file(name)  # of a run that died before it wrote the marker, or is replaced
+        return
+    with dataset.folder.staged(name) as path:
+        pq.write_table(pa.Table.from_pylist(failures, FAILURES_SCHEMA), path, compression="zstd")
+
+
+def _parquet_options(schema: pa.Schema, rows: int) -> dict[str, Any]:
+    """An id is found by its bloom filter without reading row groups; dictionaries gain nothing for numbers."""
+    text = [field.name for field in schema if pa.types.is_string(field.type)]
+    bloom = {"image_id": {"ndv": max(1, min(rows, ROW_GROUP_ROWS)), "fpp": 0.01}}
+    return {"compression": "zstd", "use_dictionary": text, "bloom_filter_options": bloom}

@@ -1,0 +1,1 @@
+"""Text: tokenization, vocabularies, pretrained word vectors and corpora."""

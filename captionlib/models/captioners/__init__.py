@@ -1,0 +1,1 @@
+"""Captioners and language models: the networks."""

@@ -1,0 +1,1 @@
+"""Checkpoints: trained models saved to and loaded from folders."""

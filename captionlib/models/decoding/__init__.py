@@ -1,0 +1,1 @@
+"""Decoding: beam search, sampling, constraints and reranking."""

@@ -1,0 +1,1 @@
+"""Image encoders: networks, their weights and preprocessing."""

@@ -1,0 +1,1 @@
+"""Rankers: images and sentences embedded in one space."""

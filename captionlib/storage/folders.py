@@ -1,0 +1,243 @@
+"""Folders on any file system that fsspec opens, with files that appear whole or not at all.
+
+Credentials, endpoints and time-outs of a file system come from fsspec's own configuration (environment variables such
+as `FSSPEC_S3_ENDPOINT_URL`, or files in `~/.config/fsspec`), so that no command needs options for them. What a file
+system cannot do at the moment is tried again for two minutes; see `captionlib.storage.retries`.
+"""
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from captionlib.errors import ConfigError
+from captionlib.storage.ranged_file import RangedFile
+from captionlib.storage.remote_errors import is_temporary
+from captionlib.storage.retries import retried
+
+__all__ = ["TEMPORARY", "Folder", "absolute_address", "write_file"]
+
+TEMPORARY = "_temporary"
+
+# A PUT to these is seen whole or not at all, so a file needs no temporary name there.
+_ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"})
+
+_FILES_AT_ONCE = 1000  # of many small ones: how many are held in memory
+
+
+class Folder:
+    """A folder at a path or an address. Pickles as its absolute address alone, so that a worker anywhere finds it."""
+
+    def __init__(self, uri: str | os.PathLike[str]) -> None:
+        self.uri = os.fspath(uri).rstrip("/") or "/"
+
+    def __repr__(self) -> str:
+        return f"Folder({self.uri!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Folder) and self.uri == other.uri
+
+    def __hash__(self) -> int:
+        return hash(self.uri)
+
+    def __reduce__(self) -> tuple[type["Folder"], tuple[str]]:
+        return Folder, (absolute_address(self.uri),)
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        fs, root = fsspec.core.url_to_fs(self.uri)
+        return fs, root.rstrip("/")
+
+    @property
+    def fs(self) -> Any:
+        """The fsspec file system that the folder lies on."""
+        return self._opened[0]
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.fs, LocalFileSystem)
+
+    def path(self, name: str) -> str:
+        """The path of a file of the folder, as its file system spells it."""
+        return f"{self._opened[1]}/{name}"
+
+    def address(self, name: str) -> str:
+        """The path or address of a file of the folder, as a person would pass it on."""
+        return f"{self.uri}/{name}"
+
+    def list(self, subfolder: str = "") -> list[str]:
+        """Names in the folder or one subfolder of it, sorted; none where it does not exist. One listing."""
+        path = self.path(subfolder) if subfolder else self._opened[1]
+
+        def find() -> list[str]:
+            self.fs.invalidate_cache()
+            try:
+                found: list[str] = self.fs.ls(path, detail=False)
+            except FileNotFoundError:
+                return []
+            self.fs.invalidate_cache()  # else it keeps about a kilobyte of details a file
+            return found
+
+        paths = retried(path, find)
+        return sorted(found.rstrip("/").rsplit("/", 1)[-1] for found in paths if found.rstrip("/") != path)
+
+    def exists(self, name: str) -> bool:
+        path = self.path(name)
+
+        def find() -> bool:
+            self.fs.invalidate_cache()
+            return bool(self.fs.exists(path))
+
+        return retried(path, find)
+
+    def open(self, name: str) -> BinaryIO:
+        """Opens a file for reading; of a remote one, what is read is fetched and nothing else."""
+        path = self.path(name)
+        return Path(path).open("rb") if self.is_local else cast(BinaryIO, RangedFile(self.fs, path))
+
+    def read(self, name: str) -> bytes:
+        path = self.path(name)
+        content: bytes = retried(path, lambda: self.fs.cat_file(path))
+        return content
+
+    def read_many(self, names: Iterable[str]) -> Iterator[bytes]:
+        """Many small files, fetched concurrently where the file system can; nothing of those that are not there."""
+        paths = map(self.path, names)
+        while some := tuple(islice(paths, _FILES_AT_ONCE)):
+            waiting: Sequence[str] = some
+            while waiting:
+                found, waiting = retried(waiting[0], partial(self._read_some, waiting))
+                yield from found
+
+    def _read_some(self, paths: Sequence[str]) -> tuple[Sequence[bytes], Sequence[str]]:
+        """What could be read, and what is to be tried again; raises where nothing could be."""
+        contents = self.fs.cat_ranges([*paths], None, None, on_error="return")
+        found = [content for content in contents if isinstance(content, bytes)]
+        errors = {
+            path: content
+            for path, content in zip(paths, contents, strict=True)
+            if not isinstance(content, bytes | FileNotFoundError)
+        }
+        final = [error for error in errors.values() if not is_temporary(error)]
+        if errors and (final or not found):
+            raise [*final, *errors.values()][0]
+        return found, tuple(errors)
+
+    def fetch(self, name: str, target: Path) -> None:
+        """Copies a file to a local path."""
+        path = self.path(name)
+        retried(path, lambda: self.fs.get_file(path, str(target)))
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file that appears whole or not at all."""
+        with self.staged(name) as staged:
+            staged.write_bytes(content)
+
+    @contextmanager
+    def staged(self, name: str) -> Iterator[Path]:
+        """A local path to write a file to, which appears as `name` when the block ends, and never if it raises."""
+        if self.is_local:
+            parent = Path(self.path(TEMPORARY))
+            parent.mkdir(parents=True, exist_ok=True)
+            path = parent / f"{Path(name).name}.{uuid.uuid4().hex}"
+            try:
+                yield path
+                self._publish_local(path, Path(self.path(name)))
+            finally:
+                path.unlink(missing_ok=True)
+        else:
+            with tempfile.TemporaryDirectory(prefix="captionlib-") as scratch:
+                path = Path(scratch) / Path(name).name
+                yield path
+                self._publish_remote(path, name)
+
+    def _publish_local(self, path: Path, target: Path) -> None:
+        with path.open("rb") as written:
+            os.fsync(written.fileno())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+        directory = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # the rename itself survives a machine that dies
+        finally:
+            os.close(directory)
+
+    def _publish_remote(self, path: Path, name: str) -> None:
+        protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
+        if protocols & _ATOMIC_PUT:
+            retried(self.path(name), lambda: self.fs.put_file(str(path), self.path(name)))
+            return
+        temporary = self.path(f"{TEMPORARY}/{path.name}.{uuid.uuid4().hex}")
+
+        def publish() -> None:
+            self.fs.makedirs(temporary.rsplit("/", 1)[0], exist_ok=True)
+            self.fs.makedirs(self.path(name).rsplit("/", 1)[0], exist_ok=True)
+            self.fs.put_file(str(path), temporary)
+            self.fs.mv(temporary, self.path(name))
+
+        retried(self.path(name), publish)
+
+    def remove(self, name: str) -> None:
+        """Removes a file or a subfolder; nothing where there is none."""
+        path = self.path(name)
+        if self.is_local and Path(path).is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+            return
+
+        def remove() -> None:
+            self.fs.invalidate_cache()
+            with suppress(FileNotFoundError):
+                self.fs.rm(path, recursive=True)
+
+        retried(path, remove)
+
+    def remove_file(self, name: str) -> None:
+        """Removes a file by a single request; nothing where there is none."""
+        path = self.path(name)
+
+        def remove() -> None:
+            with suppress(FileNotFoundError):
+                self.fs.rm_file(path)
+
+        retried(path, remove)
+
+
+def absolute_address(address: str | os.PathLike[str]) -> str:
+    """What names the same file or folder from wherever a process was started: a local path is made absolute."""
+    fs, path = fsspec.core.url_to_fs(os.fspath(address))
+    return str(path) if isinstance(fs, LocalFileSystem) else os.fspath(address)
+
+
+def write_file(address: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a single file at a path or an address, which appears whole or not at all.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    fs, path = fsspec.core.url_to_fs(os.fspath(address))
+    try:
+        if isinstance(fs, LocalFileSystem):
+            _replace(Path(path), content)
+        else:
+            retried(path, lambda: fs.pipe_file(path, content))
+    except OSError as error:
+        raise ConfigError(f"{os.fspath(address)} cannot be written: {error.strerror or error}") from error
+
+
+def _replace(target: Path, content: bytes) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)

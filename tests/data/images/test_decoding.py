@@ -1,0 +1,357 @@
+import io
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+from torchvision.models import EfficientNet_B0_Weights, VGG16_Weights
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms._presets import ImageClassification
+
+from captionlib.data.images.decoding import Preprocessing, decode_image
+from captionlib.errors import ConfigError, DecodeError
+from tests.data.images.sample_images import (
+    PREPROCESSING,
+    exactly,
+    files,
+    huge_png,
+    photo,
+    png,
+    png_chunk,
+    png_of,
+    saved,
+)
+
+SIDE = 16
+WHOLE = exactly(SIDE)
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def decode(content: bytes, preprocessing: Preprocessing = WHOLE) -> Pixels:
+    return decode_image(content, preprocessing)
+
+
+def square(mode: str, seed: int = 0) -> Image.Image:
+    return photo(SIDE, SIDE, seed).convert(mode)
+
+
+def colours(image: Image.Image) -> Pixels:
+    return np.asarray(image.convert("RGB"))
+
+
+def reason(content: bytes, preprocessing: Preprocessing = WHOLE, **limits: int) -> str:
+    with pytest.raises(DecodeError) as caught:
+        decode_image(content, preprocessing, **limits)
+    assert str(caught.value)
+    return caught.value.reason
+
+
+def of_torchvision(image: Image.Image, preset: ImageClassification) -> Pixels:
+    preset.mean, preset.std = [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
+    levels: torch.Tensor = preset(image) * 255
+    return levels.round().byte().permute(1, 2, 0).numpy()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    width=st.integers(1, 300),
+    height=st.integers(1, 300),
+    resize_size=st.integers(1, 80),
+    crop_size=st.integers(1, 80),
+    interpolation=st.sampled_from(["nearest", "nearest-exact", "bilinear", "bicubic", "lanczos"]),
+)
+def test_equals_torchvisions_preset(
+    width: int, height: int, resize_size: int, crop_size: int, interpolation: str
+) -> None:
+    image = photo(width, height)
+    ours = Preprocessing(resize_size, crop_size, interpolation, (0.0,) * 3, (1.0,) * 3)
+    theirs = ImageClassification(
+        crop_size=crop_size, resize_size=resize_size, interpolation=InterpolationMode(interpolation)
+    )
+    decoded = decode(saved(image, "PNG"), ours)
+    assert decoded.shape == (crop_size, crop_size, 3)
+    assert decoded.dtype == np.uint8
+    np.testing.assert_array_equal(decoded, of_torchvision(image, theirs))
+
+
+@pytest.mark.parametrize("weights", [VGG16_Weights.IMAGENET1K_V1, EfficientNet_B0_Weights.IMAGENET1K_V1])
+@pytest.mark.parametrize("size", [(500, 375), (375, 501), (1024, 768), (224, 224), (31, 977)])
+def test_equals_the_transforms_of_weights_on_jpegs(weights: VGG16_Weights, size: tuple[int, int]) -> None:
+    preset = weights.transforms()
+    ours = Preprocessing(
+        preset.resize_size[0], preset.crop_size[0], preset.interpolation.value, tuple(preset.mean), tuple(preset.std)
+    )
+    content = saved(photo(*size), "JPEG", quality=85)
+    expected = of_torchvision(Image.open(io.BytesIO(content)), preset)
+    np.testing.assert_array_equal(decode(content, ours), expected)
+
+
+@pytest.mark.parametrize("name", files())
+def test_the_first_frame_of_every_format_is_decoded(name: str) -> None:
+    difference = decode(files()[name], PREPROCESSING).astype(int) - decode(saved(photo(), "PNG"), PREPROCESSING)
+    assert np.abs(difference).mean() < 12  # palettes and quantisation; another frame or channel order is 60 away
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP"])
+@pytest.mark.parametrize("mode", ["1", "L"])
+def test_greyscale_has_three_equal_channels(mode: str, kind: str) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 100} if kind == "JPEG" else {}
+    decoded = decode(saved(square(mode), kind, **options)).astype(int)
+    assert np.abs(decoded - colours(square(mode))).max() <= (12 if kind == "JPEG" else 0)
+    assert np.ptp(decoded, axis=2).max() == 0
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "TIFF", "BMP"])
+def test_palettes_become_their_colours(kind: str) -> None:
+    image = square("RGB").quantize(8)
+    np.testing.assert_array_equal(decode(saved(image, kind)), colours(image))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_a_transparent_palette_entry_is_white(kind: str) -> None:
+    image = square("RGB").quantize(8)
+    entry = int(np.asarray(image)[0, 0])
+    expected = colours(image).copy()
+    expected[np.asarray(image) == entry] = 255
+    np.testing.assert_array_equal(decode(saved(image, kind, transparency=entry)), expected)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_alpha_is_painted_on_white(kind: str) -> None:
+    image = square("RGBA")
+    alpha = np.linspace(0, 255, SIDE * SIDE).astype(np.uint8).reshape(SIDE, SIDE)
+    image.putalpha(Image.fromarray(alpha))
+    share = alpha[..., None] / 255
+    expected = colours(square("RGB")) * share + 255 * (1 - share)
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    assert np.abs(decode(saved(image, kind, **options)) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_grey_with_alpha_is_painted_on_white(kind: str) -> None:
+    image = Image.merge("LA", [Image.new("L", (SIDE, SIDE), 100), Image.new("L", (SIDE, SIDE), 51)])
+    assert np.unique(decode(saved(image, kind))).tolist() == [224]  # 100 x 0.2 + 255 x 0.8
+
+
+def test_a_transparent_colour_is_white() -> None:
+    image = Image.new("RGB", (SIDE, SIDE), (10, 20, 30))
+    image.putpixel((3, 5), (40, 50, 60))
+    decoded = decode(saved(image, "PNG", transparency=(10, 20, 30)))
+    assert decoded[5, 3].tolist() == [40, 50, 60]
+    assert decoded[0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_cmyk_is_not_inverted(kind: str) -> None:
+    """Adobe's JPEGs, which Pillow writes too, hold CMYK upside down."""
+    cyan = Image.new("CMYK", (SIDE, SIDE), (255, 0, 0, 0))
+    options = {"quality": 100} if kind == "JPEG" else {}
+    assert np.abs(decode(saved(cyan, kind, **options)).astype(int) - [0, 255, 255]).max() <= 3
+    black = Image.new("CMYK", (SIDE, SIDE), (0, 0, 0, 255))
+    assert decode(saved(black, kind, **options)).max() <= 3
+
+
+def ramp(bits: int) -> npt.NDArray[np.uint16]:
+    """`[16, 16]`, from black to nearly white; 17 steps of 8 bits a row."""
+    return (np.arange(256, dtype=np.uint16) << (bits - 8)).reshape(SIDE, SIDE)
+
+
+def expected_ramp() -> Pixels:
+    return np.repeat(np.arange(256, dtype=np.uint8).reshape(SIDE, SIDE, 1), 3, axis=2)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bits_of_grey_are_scaled(kind: str) -> None:
+    np.testing.assert_array_equal(decode(saved(Image.fromarray(ramp(16)), kind)), expected_ramp())
+    full = Image.fromarray(ramp(16) * np.uint16(1) + np.arange(256, dtype=np.uint16).reshape(SIDE, SIDE))
+    np.testing.assert_array_equal(decode(saved(full, kind)), expected_ramp())
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("white_is_zero", [False, True])
+def test_16_bit_tiffs_of_either_byte_order_and_meaning_are_scaled(order: str, white_is_zero: bool) -> None:
+    content = tiff(ramp(16).astype(f"{order}u2").tobytes(), bits=16, order=order, photometric=int(not white_is_zero))
+    expected = 255 - expected_ramp() if white_is_zero else expected_ramp()
+    if white_is_zero and order == ">":
+        pytest.skip("Pillow does not read it")
+    np.testing.assert_array_equal(decode(content), expected)
+
+
+def test_12_bits_of_grey_are_scaled() -> None:
+    pairs = ramp(12).reshape(-1, 2).astype(int)
+    packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], axis=1)
+    content = tiff(packed.astype(np.uint8).tobytes(), bits=12, order="<", photometric=1)
+    np.testing.assert_array_equal(decode(content), expected_ramp())
+
+
+def tiff(samples: bytes, bits: int, order: str, photometric: int) -> bytes:
+    """A greyscale TIFF in one strip."""
+    entries = [(256, SIDE), (257, SIDE), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, SIDE)]
+    entries.append((279, len(samples)))
+    directory = struct.pack(f"{order}H", len(entries)) + b"".join(
+        struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0) for tag, value in entries
+    )
+    start = b"II*\0" if order == "<" else b"MM\0*"
+    return start + struct.pack(f"{order}I", 8 + len(samples)) + samples + directory + bytes(4)
+
+
+def test_16_bits_of_colour_are_scaled() -> None:
+    values = np.repeat(ramp(16)[..., None], 3, axis=2)
+    values[..., 2] = 0
+    expected = expected_ramp()
+    expected[..., 2] = 0
+    np.testing.assert_array_equal(decode(png_of(values, 2)), expected)
+
+
+def test_16_bits_with_alpha_are_painted_on_white() -> None:
+    grey_and_alpha = np.full((SIDE, SIDE, 2), [100 << 8, 51 << 8], np.uint16)
+    assert np.unique(decode(png_of(grey_and_alpha, 4))).tolist() == [224]
+
+
+def test_the_transparent_value_of_16_bits_is_white() -> None:
+    content = png_of(ramp(16)[..., None], 0, png_chunk(b"tRNS", struct.pack(">H", 0x0300)))
+    expected = expected_ramp()
+    expected[0, 3] = 255
+    np.testing.assert_array_equal(decode(content), expected)
+
+
+@pytest.mark.parametrize("white", [1.0, 255.0, 65535.0])
+def test_floats_are_scaled_to_the_range_they_need(white: float) -> None:
+    values = np.linspace(0, white, 256, dtype=np.float32).reshape(SIDE, SIDE)
+    decoded = decode(saved(Image.fromarray(values), "TIFF")).astype(int)
+    assert np.abs(decoded - expected_ramp()).max() <= 1
+    values[0, 0], values[0, 1] = np.nan, np.inf
+    assert decode(saved(Image.fromarray(values), "TIFF"))[0, :2].max() == 0
+
+
+def test_32_bit_integers_are_scaled_to_the_range_they_need() -> None:
+    assert decode(saved(Image.fromarray(ramp(16).astype(np.int32)), "TIFF")).max() == 254
+    assert decode(saved(Image.fromarray(ramp(8).astype(np.int32)), "TIFF")).max() == 255
+
+
+TURNED = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", TURNED)
+def test_images_are_turned_as_their_exif_says(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {}
+    content = saved(photo(), kind, exif=exif, **options)
+    stored = np.asarray(Image.open(io.BytesIO(saved(photo(), kind, **options))).convert("RGB"))
+    upright = Image.fromarray(np.ascontiguousarray(TURNED[orientation](stored)))
+    np.testing.assert_array_equal(decode(content, PREPROCESSING), decode(saved(upright, "PNG"), PREPROCESSING))
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0garbage", b"Exif\0\0"])
+def test_exif_that_cannot_be_read_is_no_reason_to_fail(exif: bytes) -> None:
+    np.testing.assert_array_equal(
+        decode(saved(photo(), "JPEG", exif=exif), PREPROCESSING), decode(saved(photo(), "JPEG"), PREPROCESSING)
+    )
+
+
+def test_colour_profiles_are_not_applied() -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    content = saved(square("RGB"), "PNG", icc_profile=profile)
+    np.testing.assert_array_equal(decode(content), colours(square("RGB")))
+
+
+def test_too_many_pixels_are_refused() -> None:
+    content = saved(photo(90, 60), "PNG")
+    assert decode_image(content, WHOLE, max_image_pixels=5400).shape == (SIDE, SIDE, 3)
+    assert reason(content, max_image_pixels=5399) == "TooManyPixels"
+    assert reason(huge_png()) == "TooManyPixels"
+
+
+def test_images_that_grow_too_large_when_resized_are_refused() -> None:
+    content = saved(photo(1, 20_000), "PNG")
+    assert reason(content, max_image_pixels=1_000_000) == "TooManyPixels"
+
+
+@pytest.mark.parametrize("name", files())
+def test_truncated_files_fail(name: str) -> None:
+    content = files()[name]
+    seen = set()
+    last = 0
+    for length in range(1, len(content), max(1, len(content) // 60)):
+        try:
+            decode(content[:length], PREPROCESSING)
+            last = last or length
+        except DecodeError as error:
+            assert not last, "a longer piece of the file was an image"
+            seen.add(error.reason)
+    assert "Truncated" in seen
+    assert seen <= {"Truncated", "Corrupt", "NotAnImage"}  # a first byte is no image yet; a format may check its sums
+    assert last == 0 or last > len(content) * 0.4  # the second frame is not needed
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "Empty"),
+        (b"Dear reader,\n", "NotAnImage"),
+        (b"<!DOCTYPE html><html></html>", "NotAnImage"),
+        (bytes(1000), "NotAnImage"),
+        (b"\x89PNG\r\n\x1a\n" + b"x" * 100, "Truncated"),
+        (b"BM" + bytes(100), "Corrupt"),
+        (b"%PDF-1.4", "UnsupportedFormat"),
+        (b"\0\0\0\x20ftypheic", "UnsupportedFormat"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "UnsupportedFormat"),
+        (saved(photo(), "AVIF"), "UnsupportedFormat"),
+        (saved(photo(), "ICO"), "UnsupportedFormat"),
+        (saved(photo(), "PPM"), "NotAnImage"),
+    ],
+)
+def test_what_is_no_image_fails_with_a_reason(content: bytes, expected: str) -> None:
+    assert reason(content) == expected
+
+
+def test_a_checksum_that_is_wrong_is_noticed() -> None:
+    content = bytearray(png(SIDE, SIDE, 8, 0, [bytes(SIDE + 1)] * SIDE))
+    content[content.index(b"IHDR") + 4 + 13] ^= 1
+    assert reason(bytes(content)) == "Corrupt"
+
+
+@settings(max_examples=200, deadline=None)
+@given(start=st.sampled_from([b"", *(content[:64] for content in files().values())]), rest=st.binary(max_size=300))
+def test_any_bytes_are_an_image_or_fail_with_a_reason(start: bytes, rest: bytes) -> None:
+    try:
+        outcome: object = decode(start + rest).shape
+    except DecodeError as error:
+        outcome = error.reason
+    assert outcome in {(SIDE, SIDE, 3), "Empty", "NotAnImage", "UnsupportedFormat", "Truncated", "Corrupt"}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "interpolation", "message"),
+    [((0, 1), "bilinear", "resize_size"), ((1, 0), "bilinear", "crop_size"), ((1, 1), "cubic", "expected one of")],
+)
+def test_preprocessing_that_cannot_work_is_refused(sizes: tuple[int, int], interpolation: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Preprocessing(*sizes, interpolation, (0.0,), (1.0,))
+
+
+def test_decoder_processes_import_no_heavy_modules() -> None:
+    script = (
+        "import sys, captionlib.data.images.decoder_process; "
+        "print({'torch', 'pyarrow', 'pydantic', 'fsspec', 'aiohttp'} & set(sys.modules))"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "set()"

@@ -1,0 +1,482 @@
+import errno
+import os
+import socket
+import tarfile
+import threading
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from uuid import uuid4
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from captionlib.data.images.fetch_errors import to_fetch_error
+from captionlib.data.images.fetching import FetchConfig, ImageFetcher
+from captionlib.errors import ConfigError, FetchError
+from captionlib.storage.remote_errors import is_temporary
+
+CONTENT = bytes(range(256)) * 40
+QUICK = FetchConfig(max_image_bytes=20_000, attempts=3, backoff_seconds=0.01, timeout_seconds=20.0)
+
+
+class Server(ThreadingHTTPServer):
+    """A host that misbehaves as the first part of a path says; counts requests and the endless bytes it got rid of."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.requests: Counter[str] = Counter()
+        self.headers: dict[str, str] = {}
+        self.sent = 0
+        self.ended = threading.Event()
+
+    def handle_error(self, *_: object) -> None:
+        """Says nothing: clients that hang up are what is tested."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.server.requests[self.path] += 1
+        self.server.headers = dict(self.headers)
+        behaviour = self.path.split("/")[1]
+        if behaviour.isdigit():
+            self.answer(int(behaviour), b"no")
+        elif behaviour == "busy":
+            self.answer(503 if self.server.requests[self.path] < 3 else 200, CONTENT)
+        else:
+            getattr(self, f"do_{behaviour}")()
+
+    def answer(self, status: int, body: bytes, length: int | None = None, **headers: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_good(self) -> None:
+        self.answer(200, CONTENT)
+
+    def do_ranges(self) -> None:
+        first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+        part = CONTENT[int(first) : int(last) + 1]
+        if part:
+            self.answer(206, part, Content_Range=f"bytes {first}-{int(first) + len(part) - 1}/{len(CONTENT)}")
+        else:
+            self.answer(416, b"")
+
+    def do_moved(self) -> None:
+        self.answer(302, b"", Location="/good/image.jpg")
+
+    def do_cut(self) -> None:
+        """The connection breaks in the middle of the body, the first time."""
+        if self.server.requests[self.path] > 1:
+            self.answer(200, CONTENT)
+        else:
+            self.answer(200, CONTENT[:1000], length=len(CONTENT))
+            self.connection.shutdown(socket.SHUT_RDWR)
+        self.close_connection = True
+
+    def do_announced(self) -> None:
+        """Says at once that it is too large."""
+        self.answer(200, b"", length=10**12)
+        self.endless()
+
+    def do_endless(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.endless()
+
+    def endless(self) -> None:
+        self.close_connection = True
+        try:
+            while self.server.sent < 10**9:
+                self.wfile.write(bytes(2**16))
+                self.server.sent += 2**16
+        except OSError:
+            pass
+        self.server.ended.set()
+
+    def do_trickle(self) -> None:
+        """A byte now and then, for ever."""
+        self.send_response(200)
+        self.end_headers()
+        self.close_connection = True
+        try:
+            while not self.server.ended.wait(0.02):
+                self.wfile.write(b"x")
+        except OSError:
+            pass
+
+    def do_bucket(self) -> None:
+        """Some of S3."""
+        key = self.path.split("?")[0].split("/")[2]
+        if key == "none":
+            self.answer(404, error("NoSuchKey"), Content_Type="application/xml")
+        elif key == "secret":
+            self.answer(403, error("AccessDenied"), Content_Type="application/xml")
+        elif key == "empty":
+            self.answer(416, error("InvalidRange"), Content_Type="application/xml")
+        elif key == "throttled" and self.server.requests[self.path] < 2:
+            self.answer(503, error("ServiceUnavailable"), Content_Type="application/xml")
+        else:
+            self.do_ranges()
+
+
+def error(code: str) -> bytes:
+    return f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.ended.set()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def fetcher() -> Iterator[ImageFetcher]:
+    with ImageFetcher(QUICK) as fetcher:
+        yield fetcher
+
+
+def reason(fetcher: ImageFetcher, uri: str) -> str:
+    with pytest.raises(FetchError) as caught:
+        fetcher.fetch(uri)
+    assert str(caught.value)
+    return caught.value.reason
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.jpg", "two words.jpg", "#1.jpg", "100%20.jpg", "50%.jpg", "naïve 日本.jpg", "a&b=c?d.jpg", "[x]*.jpg", "a::b"],
+)
+def test_local_files_of_any_name_are_read(fetcher: ImageFetcher, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(CONTENT)
+    assert fetcher.fetch(str(tmp_path / name)) == CONTENT
+    if "::" not in name:  # which, in an address, joins two file systems
+        assert fetcher.fetch(f"file://{tmp_path / name}") == CONTENT
+
+
+def test_relative_paths_are_read(fetcher: ImageFetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "c#d.jpg").write_bytes(CONTENT)
+    monkeypatch.chdir(tmp_path)
+    assert fetcher.fetch("c#d.jpg") == CONTENT
+    assert fetcher.fetch("./c#d.jpg") == CONTENT
+
+
+def test_what_is_not_there_fails(fetcher: ImageFetcher, tmp_path: Path) -> None:
+    assert reason(fetcher, str(tmp_path / "none.jpg")) == "FileNotFoundError"
+    assert reason(fetcher, f"file://{tmp_path}/none.jpg") == "FileNotFoundError"
+    assert reason(fetcher, f"memory://{uuid4()}") == "FileNotFoundError"
+    assert reason(fetcher, str(tmp_path)) == "NotAFile"
+    assert reason(fetcher, "nonsense://x/y.jpg") == "ValueError"
+    assert reason(fetcher, "a\0b") == "ValueError"
+    assert reason(fetcher, "") == "FileNotFoundError"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read_fails(fetcher: ImageFetcher, tmp_path: Path) -> None:
+    (tmp_path / "secret.jpg").touch(mode=0)
+    assert reason(fetcher, str(tmp_path / "secret.jpg")) == "PermissionError"
+
+
+def test_named_pipes_and_devices_are_no_files(fetcher: ImageFetcher, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert reason(fetcher, str(tmp_path / "pipe.jpg")) == "NotAFile"
+    assert reason(fetcher, "/dev/zero") == "NotAFile"
+
+
+def test_the_size_is_limited_everywhere(fetcher: ImageFetcher, tmp_path: Path, server: Server) -> None:
+    name = uuid4().hex
+    for address in (str(tmp_path / "a"), f"memory://{name}"):
+        fsspec.filesystem("memory").pipe(f"/{name}", bytes(20_000))
+        (tmp_path / "a").write_bytes(bytes(20_000))
+        assert len(fetcher.fetch(address)) == 20_000
+        fsspec.filesystem("memory").pipe(f"/{name}", bytes(20_001))
+        (tmp_path / "a").write_bytes(bytes(20_001))
+        assert reason(fetcher, address) == "TooLarge"
+    assert reason(fetcher, f"{server.url}/announced/a.jpg") == "TooLarge"
+
+
+def test_an_endless_answer_is_not_read(fetcher: ImageFetcher, server: Server) -> None:
+    assert reason(fetcher, f"{server.url}/endless/a.jpg") == "TooLarge"
+    assert server.ended.wait(60)
+    assert server.sent < 50_000_000  # what the sockets hold; not the whole GB
+    assert server.requests["/endless/a.jpg"] == 1
+
+
+def test_archives_and_memory_are_read(fetcher: ImageFetcher, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("inside.jpg", CONTENT)
+    assert fetcher.fetch(f"zip://inside.jpg::{tmp_path}/a.zip") == CONTENT
+    fsspec.filesystem("memory").pipe("/x y#z.jpg", CONTENT)
+    assert fetcher.fetch("memory://x y#z.jpg") == CONTENT
+
+
+def test_web_addresses_are_read(fetcher: ImageFetcher, server: Server) -> None:
+    assert fetcher.fetch(f"{server.url}/good/a b%20c.jpg?x=1#part") == CONTENT
+    assert list(server.requests) == ["/good/a%20b%20c.jpg?x=1"]
+    assert server.headers["User-Agent"].startswith("captionlib/")
+    assert fetcher.fetch(f"{server.url}/moved/a.jpg") == CONTENT
+
+
+def test_options_of_a_file_system_are_fsspecs_own(
+    fetcher: ImageFetcher, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(fsspec.config.conf, "http", {"client_kwargs": {"headers": {"User-Agent": "me", "X-Key": "1"}}})
+    assert fetcher.fetch(f"{server.url}/good/a.jpg") == CONTENT
+    assert server.headers["User-Agent"] == "me"
+    assert server.headers["X-Key"] == "1"
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 501])
+def test_what_will_not_change_is_asked_for_once(fetcher: ImageFetcher, server: Server, status: int) -> None:
+    assert reason(fetcher, f"{server.url}/{status}/a.jpg") == f"HTTP {status}"
+    assert server.requests.total() == 1
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_what_may_change_is_asked_for_again_and_then_given_up(
+    fetcher: ImageFetcher, server: Server, status: int
+) -> None:
+    assert reason(fetcher, f"{server.url}/{status}/a.jpg") == f"HTTP {status}"
+    assert server.requests.total() == 3
+
+
+def test_a_server_that_recovers_costs_no_image(fetcher: ImageFetcher, server: Server) -> None:
+    assert fetcher.fetch(f"{server.url}/busy/a.jpg") == CONTENT
+    assert server.requests.total() == 3
+
+
+def test_a_connection_that_is_cut_is_made_again(fetcher: ImageFetcher, server: Server) -> None:
+    assert fetcher.fetch(f"{server.url}/cut/a.jpg") == CONTENT
+    assert server.requests.total() == 2
+
+
+def test_no_server_is_a_connection_error(fetcher: ImageFetcher) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    assert reason(fetcher, f"http://127.0.0.1:{port}/a.jpg") == "ConnectionError"
+
+
+@pytest.mark.timeout(60)
+def test_a_server_that_trickles_is_given_up(server: Server) -> None:
+    config = FetchConfig(timeout_seconds=0.3, attempts=2, backoff_seconds=0.01)
+    with ImageFetcher(config) as fetcher:
+        assert reason(fetcher, f"{server.url}/trickle/a.jpg") == "Timeout"
+    assert server.requests.total() == 2
+
+
+@pytest.mark.timeout(60)
+def test_closing_gives_up_what_is_being_fetched(server: Server) -> None:
+    fetcher = ImageFetcher(FetchConfig(timeout_seconds=1000.0, backoff_seconds=1000.0))
+    with ThreadPoolExecutor(2) as threads:
+        fetching = [threads.submit(reason, fetcher, f"{server.url}/{name}/a.jpg") for name in ("trickle", "503")]
+        while server.requests.total() < 2:
+            pass
+        fetcher.close()
+        assert fetching[0].result() == "Cancelled"
+        assert fetching[1].result() in {"Cancelled", "HTTP 503"}
+    assert reason(fetcher, f"{server.url}/good/a.jpg") == "Cancelled"
+
+
+@pytest.mark.parametrize("behaviour", ["ranges", "good"])
+def test_ranges_are_read_of_servers_with_and_without_them(
+    fetcher: ImageFetcher, server: Server, behaviour: str
+) -> None:
+    assert fetcher.fetch(f"{server.url}/{behaviour}/a.tar#bytes=1000-1010") == CONTENT[1000:1010]
+    assert fetcher.fetch(f"{server.url}/{behaviour}/a.tar#bytes=0-10240") == CONTENT
+    assert reason(fetcher, f"{server.url}/{behaviour}/a.tar#bytes=10000-10300") == "ShortRead"
+
+
+def test_members_of_a_tar_are_read(fetcher: ImageFetcher, tmp_path: Path) -> None:
+    path = tmp_path / "some images #1.tar"
+    images = {f"{number}.jpg": bytes([number]) * (700 + number) for number in range(3)}
+    with tarfile.open(path, "w") as archive:
+        for name, content in images.items():
+            (tmp_path / name).write_bytes(content)
+            archive.add(tmp_path / name, name)
+    with tarfile.open(path) as archive:
+        spans = {member.name: (member.offset_data, member.offset_data + member.size) for member in archive}
+    fsspec.filesystem("memory").pipe("/images.tar", path.read_bytes())
+    for name, (start, end) in spans.items():
+        for address in (path, f"file://{path}", "memory://images.tar"):
+            assert fetcher.fetch(f"{address}#bytes={start}-{end}") == images[name]
+
+
+def test_ranges_that_cannot_be_read_fail(fetcher: ImageFetcher, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(CONTENT)
+    assert reason(fetcher, f"{path}#bytes=10-10") == "BadRange"
+    assert reason(fetcher, f"{path}#bytes=10-9") == "BadRange"
+    assert reason(fetcher, f"{path}#bytes=10239-10241") == "ShortRead"
+    assert reason(fetcher, f"{path}#bytes=0-20001") == "TooLarge"
+    assert reason(fetcher, f"{path}#bytes=0-") == "FileNotFoundError"
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Path:
+    """Ten rows in row groups of four."""
+    content = [None if row == 7 else bytes([row]) * (10 + row) for row in range(10)]
+    rows = pa.table(
+        {
+            "name": [f"{row}.jpg" for row in range(10)],
+            "plain": pa.array(content, pa.large_binary()),
+            "image": pa.array(
+                [{"bytes": one, "path": "p"} for one in content],
+                pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+            ),
+        }
+    )
+    path = tmp_path / "a #1.parquet"
+    pq.write_table(rows, path, row_group_size=4)
+    return path
+
+
+@pytest.mark.parametrize("column", ["plain", "image.bytes"])
+def test_cells_of_parquet_files_are_read(fetcher: ImageFetcher, parquet: Path, column: str) -> None:
+    fsspec.filesystem("memory").pipe("/a.parquet", parquet.read_bytes())
+    for row in (9, 0, 3, 4, 8, 5):
+        for address in (parquet, "memory://a.parquet"):
+            assert fetcher.fetch(f"{address}#row={row}&column={column}") == bytes([row]) * (10 + row)
+
+
+def test_cells_that_cannot_be_read_fail(fetcher: ImageFetcher, parquet: Path, tmp_path: Path) -> None:
+    assert reason(fetcher, f"{parquet}#row=10&column=plain") == "NoSuchRow"
+    assert reason(fetcher, f"{parquet}#row=7&column=plain") == "NoBytes"
+    assert reason(fetcher, f"{parquet}#row=7&column=image.bytes") == "NoBytes"
+    assert reason(fetcher, f"{parquet}#row=0&column=name") == "NoBytes"
+    assert reason(fetcher, f"{parquet}#row=0&column=other") == "NoSuchColumn"
+    assert reason(fetcher, f"{tmp_path}/none.parquet#row=0&column=plain") == "FileNotFoundError"
+    (tmp_path / "damaged.parquet").write_bytes(parquet.read_bytes()[:-100])
+    assert reason(fetcher, f"{tmp_path}/damaged.parquet#row=0&column=plain") == "ArrowInvalid"
+
+
+def test_cells_and_row_groups_that_are_too_large_fail(parquet: Path) -> None:
+    with ImageFetcher(FetchConfig(max_image_bytes=12)) as fetcher:
+        assert fetcher.fetch(f"{parquet}#row=2&column=plain") == bytes([2]) * 12
+        assert reason(fetcher, f"{parquet}#row=3&column=plain") == "TooLarge"
+    with ImageFetcher(FetchConfig(max_row_group_bytes=60)) as fetcher:
+        assert reason(fetcher, f"{parquet}#row=0&column=plain") == "TooLarge"
+
+
+def test_consecutive_rows_read_a_row_group_once(
+    fetcher: ImageFetcher, parquet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/counted.parquet", parquet.read_bytes())
+    open_file = type(memory)._open
+    monkeypatch.setattr(
+        type(memory),
+        "_open",
+        lambda self, path, *rest, **more: opened.append(path) or open_file(self, path, *rest, **more),
+    )
+    rows = [row for row in range(10) if row != 7]
+    with ThreadPoolExecutor(8) as threads:
+        contents = list(
+            threads.map(lambda row: fetcher.fetch(f"memory://counted.parquet#row={row}&column=plain"), rows)
+        )
+    assert contents == [bytes([row]) * (10 + row) for row in rows]
+    assert len(opened) == 4  # the footer and three row groups
+
+
+@pytest.fixture
+def s3(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    pytest.importorskip("s3fs")
+    options = {"anon": True, "endpoint_url": server.url, "client_kwargs": {"region_name": "us-east-1"}}
+    monkeypatch.setitem(fsspec.config.conf, "s3", options)
+    return server
+
+
+def test_objects_of_a_store_are_read(s3: Server) -> None:
+    with ImageFetcher(QUICK) as fetcher:
+        assert fetcher.fetch("s3://bucket/a b.jpg") == CONTENT
+        assert fetcher.fetch("s3://bucket/a.tar#bytes=5-9") == CONTENT[5:9]
+        assert fetcher.fetch("s3://bucket/empty") == b""
+        assert reason(fetcher, "s3://bucket/none") == "FileNotFoundError"
+        assert reason(fetcher, "s3://bucket/secret") == "PermissionError"
+    with ImageFetcher(FetchConfig(max_image_bytes=100)) as fetcher:
+        assert reason(fetcher, "s3://bucket/a.jpg") == "TooLarge"
+
+
+def test_a_store_that_throttles_costs_no_image(s3: Server) -> None:
+    with ImageFetcher(QUICK) as fetcher:
+        assert fetcher.fetch("s3://bucket/throttled") == CONTENT
+
+
+def caused(by: Exception, error: Exception) -> Exception:
+    error.__cause__ = by
+    return error
+
+
+class ClientError(Exception):
+    """As botocore's, with the answer it is about."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"status {status}")
+        self.response = {"ResponseMetadata": {"HTTPStatusCode": status}}
+
+
+class ReadTimeoutError(Exception):
+    """As botocore's, which is no TimeoutError."""
+
+
+class HttpError(Exception):
+    """As gcsfs's."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"code {code}")
+        self.code = code
+
+
+@pytest.mark.parametrize(
+    ("error", "temporary", "expected"),
+    [
+        (OSError(errno.EBUSY, "slow down"), True, "OSError"),
+        (OSError(errno.EIO, "input/output error"), True, "OSError"),
+        (OSError(errno.ENAMETOOLONG, "name"), False, "OSError"),
+        (caused(ClientError(503), OSError(errno.EBUSY, "slow down")), True, "HTTP 503"),
+        (caused(ClientError(404), FileNotFoundError("key")), False, "FileNotFoundError"),
+        (caused(ClientError(400), OSError(errno.EIO, "expired")), False, "HTTP 400"),
+        (ReadTimeoutError("read"), True, "Timeout"),
+        (HttpError(429), True, "HTTP 429"),
+        (HttpError(404), False, "HTTP 404"),
+        (ConnectionResetError("peer"), True, "ConnectionError"),
+        (TimeoutError(), True, "Timeout"),
+        (ImportError("install s3fs"), False, "ImportError"),
+    ],
+    ids=repr,
+)
+def test_errors_are_told_apart(error: Exception, temporary: bool, expected: str) -> None:
+    assert is_temporary(error) == temporary
+    assert to_fetch_error(error).reason == expected
+    assert str(to_fetch_error(error))
+
+
+@pytest.mark.parametrize(
+    "wrong", ["max_image_bytes", "attempts", "max_row_group_bytes", "timeout_seconds", "backoff_seconds"]
+)
+def test_limits_that_cannot_work_are_refused(wrong: str) -> None:
+    with pytest.raises(ConfigError, match=wrong):
+        FetchConfig(**{wrong: -1})

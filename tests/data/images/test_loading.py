@@ -1,0 +1,182 @@
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from captionlib.config import build_config
+from captionlib.data.images.decoder_pool import DecoderConfig
+from captionlib.data.images.decoding import decode_image
+from captionlib.data.images.fetching import FetchConfig
+from captionlib.data.images.loading import LoadingConfig, load_images, open_loader
+from captionlib.errors import CaptionlibError, ConfigError, DecodeError, FetchError, ImageError
+from tests.data.images.sample_images import PREPROCESSING, photo, saved, slow_jpeg
+
+CONFIG = LoadingConfig(threads=4, prefetch=6, decode=DecoderConfig(processes=2))
+
+
+def loading_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("load-images")]
+
+
+def children() -> set[str]:
+    """The decoder processes of this one that run."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ended while it was looked at
+            ours = f"PPid:\t{os.getpid()}\n" in (process / "status").read_text()
+            if ours and "decode_worker" in (process / "cmdline").read_text():
+                found.add(process.name)
+    return found
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[dict[str, Any]]:
+    """Images, with every fifth missing and every seventh damaged."""
+    rows = []
+    for number in range(40):
+        path = tmp_path / f"{number}.jpg"
+        content = saved(photo(seed=number), "JPEG")
+        if number % 5:
+            path.write_bytes(content if number % 7 else content[:500])
+        rows.append({"image_id": str(number), "uri": str(path)})
+    return rows
+
+
+def test_every_row_comes_back_in_order_with_its_image_or_the_reason(rows: list[dict[str, Any]]) -> None:
+    with open_loader(CONFIG, PREPROCESSING) as load:
+        loaded = list(load(rows))
+    assert [row for row, _ in loaded] == rows
+    for number, (row, image) in enumerate(loaded):
+        if number % 5 == 0:
+            assert isinstance(image, FetchError)
+            assert image.reason == "FileNotFoundError"
+        elif number % 7 == 0:
+            assert isinstance(image, DecodeError)
+            assert image.reason == "Truncated"
+        else:
+            expected = decode_image(Path(row["uri"]).read_bytes(), PREPROCESSING)
+            np.testing.assert_array_equal(image, expected)
+
+
+def test_a_loader_serves_many_calls_and_leaves_nothing(rows: list[dict[str, Any]]) -> None:
+    with open_loader(CONFIG, PREPROCESSING) as load:
+        assert list(load([])) == []
+        first = [image for _, image in load(rows[1:5])]
+        again = [image for _, image in load(iter(rows[1:5]))]
+        assert children()
+    np.testing.assert_array_equal(np.stack(first), np.stack(again))
+    assert loading_threads() == []
+    assert children() == set()
+
+
+def test_never_more_than_prefetch_images_are_on_their_way(rows: list[dict[str, Any]]) -> None:
+    asked, taken = 0, 0
+
+    def counted() -> Iterator[dict[str, Any]]:
+        nonlocal asked
+        for row in rows:
+            asked += 1
+            assert asked - taken <= CONFIG.prefetch + 1  # the row that takes the place of the image given next
+            yield row
+
+    with open_loader(CONFIG, PREPROCESSING) as load:
+        for _ in load(counted()):
+            taken += 1
+    assert taken == len(rows)
+
+
+def test_loads_ahead_while_the_consumer_works() -> None:
+    """The consumer holds on to the first image until the other five were loaded."""
+    loaded: list[str] = []
+    all_loaded = threading.Event()
+
+    def load(uri: str) -> np.ndarray:
+        loaded.append(uri)
+        if len(loaded) == 6:
+            all_loaded.set()
+        return np.zeros((1, 1, 3), np.uint8)
+
+    with ThreadPoolExecutor(2) as threads:
+        images = load_images(({"uri": str(number)} for number in range(100)), load, threads, prefetch=6)
+        next(images)
+        assert all_loaded.wait(60)
+        images.close()
+    assert len(loaded) <= 7
+
+
+@pytest.mark.parametrize("leave", ["break", "raise"])
+@pytest.mark.timeout(60)
+def test_stopping_early_leaves_nothing(rows: list[dict[str, Any]], tmp_path: Path, leave: str) -> None:
+    """What is being decoded then would take minutes."""
+    slow = tmp_path / "slow.jpg"
+    slow.write_bytes(slow_jpeg(200_000))
+    endless = [rows[1], *({"uri": str(slow)} for _ in range(50))]
+    config = LoadingConfig(threads=3, prefetch=20, decode=DecoderConfig(processes=3, timeout_seconds=1000.0))
+    if leave == "break":
+        with open_loader(config, PREPROCESSING) as load:
+            for _, image in load(endless):
+                assert isinstance(image, np.ndarray)
+                break
+    else:
+        with pytest.raises(RuntimeError, match="model"), open_loader(config, PREPROCESSING) as load:
+            next(load(endless))
+            raise RuntimeError("the model broke")
+    assert loading_threads() == []
+    assert children() == set()
+
+
+def test_an_error_in_the_rows_reaches_the_consumer(rows: list[dict[str, Any]]) -> None:
+    def broken() -> Iterator[dict[str, Any]]:
+        yield from rows[:10]
+        raise RuntimeError("no more rows")
+
+    with pytest.raises(RuntimeError, match="no more rows"), open_loader(CONFIG, PREPROCESSING) as load:
+        list(load(broken()))
+    assert loading_threads() == []
+
+
+def test_what_is_no_images_fault_stops_the_run(rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with open_loader(CONFIG, PREPROCESSING) as load, pytest.raises(CaptionlibError, match="did not start") as caught:
+        list(load(rows))
+    assert not isinstance(caught.value, ImageError)
+
+
+def test_killed_decoders_cost_no_image(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(saved(photo(600, 600), "PNG"))
+    images = []
+    killed = 0
+    with open_loader(CONFIG, PREPROCESSING) as load:
+        for _, image in load({"uri": str(path)} for _ in range(60)):
+            images.append(image)
+            if len(images) in {20, 40}:
+                for pid in children():
+                    os.kill(int(pid), signal.SIGKILL)
+                    killed += 1
+    assert killed >= 2
+    expected = decode_image(path.read_bytes(), PREPROCESSING)
+    assert all(np.array_equal(image, expected) for image in images)
+
+
+def test_is_configured_by_a_section_of_yaml() -> None:
+    values = {
+        "threads": 3,
+        "fetch": {"max_image_bytes": 1000, "attempts": 1},
+        "decode": {"processes": 1, "max_image_pixels": 10},
+    }
+    assert build_config(LoadingConfig, values) == LoadingConfig(
+        3, fetch=FetchConfig(1000, attempts=1), decode=DecoderConfig(1, max_image_pixels=10)
+    )
+    with pytest.raises(ConfigError, match=r"known: fetch\.max_image_bytes"):
+        build_config(LoadingConfig, {"fetch": {"bytes": 1}})
+    for name in ("threads", "prefetch"):
+        with pytest.raises(ConfigError, match=name):
+            LoadingConfig(**{name: 0})

@@ -1,0 +1,125 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import scipy.io
+
+from captionlib.data.ingestion.neuraltalk import ImportConfig, import_features
+from captionlib.data.shards.dataset import open_dataset
+from captionlib.errors import ConfigError, DatasetError, DuplicateIdError, FingerprintError
+from captionlib.models.encoders.encoder import encoder_config
+
+FEATURES = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)  # 4 images of 5 numbers each
+IMGIDS = [2, 0, 3]
+
+
+def write_json(folder: Path, imgids: list[Any], **more: Any) -> Path:
+    images = [
+        {
+            "imgid": imgid,
+            "filename": f"{number}.jpg",
+            "split": "train" if number else "val",
+            "sentids": [number],
+            "sentences": [{"tokens": ["a", "dog"], "raw": f"A dog, {number}.", "imgid": imgid, "sentid": number}],
+            **more,
+        }
+        for number, imgid in enumerate(imgids)
+    ]
+    (folder / "dataset.json").write_text(json.dumps({"images": images, "dataset": "flickr8k"}))
+    return folder / "dataset.json"
+
+
+def write_mat(folder: Path, version: str, features: Any = FEATURES, name: str = "feats") -> Path:
+    path = folder / "vgg_feats.mat"
+    if version == "7.3":
+        with h5py.File(path, "w", userblock_size=512) as file:  # as MATLAB does
+            file[name] = features.T
+    else:
+        scipy.io.savemat(path, {name: features, "other": np.eye(2)}, format=version)
+    return path
+
+
+@pytest.mark.parametrize("version", ["4", "5", "7.3"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_images_get_the_column_of_their_imgid(tmp_path: Path, version: str, dtype: Any) -> None:
+    files = write_json(tmp_path, IMGIDS), write_mat(tmp_path, version)
+    totals = import_features(*files, tmp_path / "features", ImportConfig(stored_dtype=dtype, shard_size=2))
+    assert (totals.rows, totals.shards) == (3, 2)
+    dataset = open_dataset(tmp_path / "features", "features").require_complete()
+    rows = [row for shard in range(2) for row in dataset.read(shard).to_pylist()]
+    assert [row["image_id"] for row in rows] == ["2", "0", "3"]
+    assert [row["split"] for row in rows] == ["val", "train", "train"]
+    assert rows[1]["uri"] == str(tmp_path / "1.jpg")
+    assert rows[1]["captions"] == ["A dog, 1."]
+    expected = FEATURES[:, IMGIDS].T.astype(dtype)
+    np.testing.assert_array_equal(np.array([row["features"] for row in rows], dtype), expected)
+    assert dataset.config["encoder"]["shape"] == [5]
+
+
+def test_cocos_ids_are_kept_and_columns_are_still_imgids(tmp_path: Path) -> None:
+    files = write_json(tmp_path, [3], cocoid=391895, filepath="val2014"), write_mat(tmp_path, "5")
+    import_features(*files, tmp_path / "features", ImportConfig(images="/photos"))
+    (row,) = open_dataset(tmp_path / "features").read(0).to_pylist()
+    assert (row["image_id"], row["uri"]) == ("391895", "/photos/val2014/0.jpg")
+    np.testing.assert_allclose(row["features"], FEATURES[:, 3], rtol=1e-3)
+
+
+def test_a_second_import_writes_nothing_and_another_is_refused(tmp_path: Path) -> None:
+    files = write_json(tmp_path, IMGIDS), write_mat(tmp_path, "5")
+    import_features(*files, tmp_path / "features")
+    written = (tmp_path / "features" / "part-00000.parquet").stat().st_mtime_ns
+    import_features(*files, tmp_path / "features")
+    assert (tmp_path / "features" / "part-00000.parquet").stat().st_mtime_ns == written
+    write_mat(tmp_path, "5", FEATURES + 1)
+    with pytest.raises(FingerprintError, match="features_sha256"):
+        import_features(*files, tmp_path / "features")
+    import_features(*files, tmp_path / "features", overwrite=True)
+
+
+def test_the_network_of_imported_features_is_not_made_up(tmp_path: Path) -> None:
+    import_features(write_json(tmp_path, IMGIDS), write_mat(tmp_path, "5"), tmp_path / "features")
+    with pytest.raises(ConfigError, match="the features were imported"):
+        encoder_config(open_dataset(tmp_path / "features").config["encoder"])
+
+
+@pytest.mark.parametrize("version", ["5", "7.3"])
+@pytest.mark.parametrize(
+    ("features", "name", "message"),
+    [
+        (FEATURES[:, :3], "feats", r"got 3 columns of 5 numbers and an image of imgid 3 \(.*images\[2\]\)"),
+        (FEATURES, "x", "a matrix of numbers named feats, got none: there are x"),
+        (np.zeros((2, 2, 2)), "feats", r"got none: its shape is \[2, 2, 2\]"),
+        (np.where(np.arange(4) == 0, np.nan, FEATURES), "feats", "column 0 has numbers that do not fit"),
+        (FEATURES * 1e6, "feats", "column 0 has numbers that do not fit into float16"),
+    ],
+)
+def test_files_that_do_not_fit_are_told(tmp_path: Path, version: str, features: Any, name: str, message: str) -> None:
+    files = write_json(tmp_path, sorted(IMGIDS)), write_mat(tmp_path, version, features, name)
+    with pytest.raises(DatasetError, match=message):
+        import_features(*files, tmp_path / "features")
+
+
+@pytest.mark.parametrize("content", [b"", b"no MATLAB file at all, but long enough to have a header" * 20])
+def test_a_file_that_is_no_matlab_is_told(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "vgg_feats.mat").write_bytes(content)
+    with pytest.raises(DatasetError, match="cannot be read as a MATLAB file"):
+        import_features(write_json(tmp_path, [0]), tmp_path / "vgg_feats.mat", tmp_path / "features")
+
+
+@pytest.mark.parametrize(
+    ("imgids", "error", "message"),
+    [
+        ([0, 0], DuplicateIdError, "image id 0 is there twice"),
+        (["zero"], DatasetError, "expected an imgid, the number of a column, got 'zero'"),
+        ([-1], DatasetError, "got -1"),
+        ([], DatasetError, "no images"),
+    ],
+)
+def test_images_without_a_column_of_their_own_are_refused(
+    tmp_path: Path, imgids: list[Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        import_features(write_json(tmp_path, imgids), write_mat(tmp_path, "5"), tmp_path / "features")

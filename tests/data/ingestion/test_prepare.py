@@ -1,0 +1,124 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captionlib.data.ingestion.prepare import PrepareConfig, prepare_manifest
+from captionlib.data.shards.dataset import open_dataset
+from captionlib.data.sources.rows import SourceOptions
+from captionlib.errors import ConfigError, DatasetError, DuplicateIdError, FingerprintError
+from tests.data.sources.helpers import touch
+
+UNCHECKED = PrepareConfig(shard_size=2, check_images=False)
+
+
+def write_csv(path: Path, ids: list[str]) -> Path:
+    path.write_text("id,url\n" + "".join(f"{name},{name}.jpg\n" for name in ids))
+    return path
+
+
+def read_all(folder: Path) -> list[str]:
+    dataset = open_dataset(folder, "manifest").require_complete()
+    return [row["image_id"] for shard in range(dataset.shards) for row in dataset.read(shard).to_pylist()]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
+
+
+def test_rows_are_cut_into_shards_in_their_order(tmp_path: Path) -> None:
+    source = write_csv(tmp_path / "a.csv", list("edcba"))
+    summary = prepare_manifest(source, tmp_path / "manifest", UNCHECKED)
+    assert (summary.images, summary.shards, summary.splits) == (5, 3, {"": 5})
+    assert read_all(tmp_path / "manifest") == list("edcba")
+
+
+def test_the_same_source_gives_the_same_bytes_and_a_second_run_finds_them(tmp_path: Path) -> None:
+    source = write_csv(tmp_path / "a.csv", list("abc"))
+    prepare_manifest(source, tmp_path / "one", UNCHECKED)
+    prepare_manifest(source, tmp_path / "two", UNCHECKED)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    assert prepare_manifest(source, tmp_path / "one", UNCHECKED).already_prepared
+
+
+def test_another_source_needs_overwrite(tmp_path: Path) -> None:
+    prepare_manifest(write_csv(tmp_path / "a.csv", ["a"]), tmp_path / "manifest", UNCHECKED)
+    other = write_csv(tmp_path / "b.csv", ["b"])
+    with pytest.raises(FingerprintError, match="overwrite"):
+        prepare_manifest(other, tmp_path / "manifest", UNCHECKED)
+    assert read_all(tmp_path / "manifest") == ["a"]
+    prepare_manifest(other, tmp_path / "manifest", UNCHECKED, overwrite=True)
+    assert read_all(tmp_path / "manifest") == ["b"]
+
+
+def test_a_duplicate_id_names_both_rows_and_publishes_nothing(tmp_path: Path) -> None:
+    first, second = write_csv(tmp_path / "a.csv", ["x", "same"]), write_csv(tmp_path / "b.csv", ["y", "same"])
+    with pytest.raises(DuplicateIdError, match=r"'same' is there 2 times: .*a\.csv, line 3, and .*b\.csv, line 3"):
+        prepare_manifest([first, second], tmp_path / "manifest", UNCHECKED)
+    assert not (tmp_path / "manifest").exists()
+
+
+def test_duplicates_are_found_whatever_pass_they_fall_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("captionlib.data.ingestion.staging._IDS_PER_PASS", 3)
+    names = [str(number) for number in range(20)]
+    prepare_manifest(write_csv(tmp_path / "good.csv", names), tmp_path / "good", UNCHECKED)
+    with pytest.raises(DuplicateIdError, match="'13'"):
+        prepare_manifest(write_csv(tmp_path / "bad.csv", [*names, "13"]), tmp_path / "bad", UNCHECKED)
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.lists(st.from_regex(r"[a-z]{1,3}", fullmatch=True), unique=True, min_size=1, max_size=12), st.integers(1, 5))
+def test_every_row_stands_in_the_manifest_once(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str], size: int
+) -> None:
+    folder = tmp_path_factory.mktemp("manifest")
+    config = PrepareConfig(shard_size=size, check_images=False)
+    summary = prepare_manifest(write_csv(folder / "a.csv", names), folder / "out", config)
+    assert summary.shards == -(-len(names) // size)
+    assert read_all(folder / "out") == names
+
+
+def test_limit_and_splits(tmp_path: Path) -> None:
+    source = tmp_path / "a.csv"
+    source.write_text("id,url,split\n" + "".join(f"{n},{n}.jpg,{'even' if n % 2 == 0 else 'odd'}\n" for n in range(9)))
+    config = PrepareConfig(splits=("odd",), limit=3, check_images=False)
+    summary = prepare_manifest(source, tmp_path / "manifest", config)
+    assert read_all(tmp_path / "manifest") == ["1", "3", "5"]
+    assert summary.skipped == {"in another split": 3}
+
+
+def test_a_list_of_which_no_image_is_there_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    source = write_csv(tmp_path / "a.csv", ["a", "b"])
+    with pytest.raises(DatasetError, match=r"none of the first 2 images is there; the first is expected at .*a\.jpg"):
+        prepare_manifest(source, tmp_path / "manifest")
+    assert not (tmp_path / "manifest").exists()
+    touch(tmp_path / "photos", ["b.jpg"])
+    config = PrepareConfig(options=SourceOptions(images=str(tmp_path / "photos")))
+    assert prepare_manifest(source, tmp_path / "manifest", config).images == 2
+
+
+def test_an_empty_source_says_what_was_looked_for(tmp_path: Path) -> None:
+    touch(tmp_path, ["photos/readme.txt"])
+    with pytest.raises(DatasetError, match=r"no images\. Read as folder, .*skipped: no image: extension \.txt \(1\)"):
+        prepare_manifest(tmp_path / "photos", tmp_path / "manifest")
+
+
+def test_a_folder_of_somebody_elses_is_left_alone(tmp_path: Path) -> None:
+    touch(tmp_path, ["thesis/chapter1.tex"])
+    with pytest.raises(DatasetError, match="holds files that captionlib did not write"):
+        prepare_manifest(write_csv(tmp_path / "a.csv", ["a"]), tmp_path / "thesis", UNCHECKED, overwrite=True)
+    assert (tmp_path / "thesis/chapter1.tex").exists()
+
+
+@pytest.mark.parametrize("line", ["  ,a.jpg", "1,"])
+def test_a_row_without_an_id_or_a_uri_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "a.csv").write_text(f"id,url\n0,0.jpg\n{line}\n")
+    with pytest.raises(DatasetError, match=r"a\.csv, line 3: expected (an image id|a uri), got an empty one"):
+        prepare_manifest(tmp_path / "a.csv", tmp_path / "manifest", UNCHECKED)
+
+
+@pytest.mark.parametrize("wrong", [{"source": "zip"}, {"shard_size": 0}, {"limit": 0}])
+def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"expected .*, got"):
+        PrepareConfig(**wrong)  # type: ignore[arg-type]

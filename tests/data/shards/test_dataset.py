@@ -1,0 +1,187 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
+from captionlib.data.shards.markers import fingerprint_of
+from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.writer import write_shard
+from captionlib.errors import DatasetError, DecodeError, FailureRatioError, FingerprintError
+
+
+def rows(*ids: str) -> pa.RecordBatch:
+    values = [{"image_id": one, "uri": f"{one}.jpg", "split": "train", "captions": ["a dog"]} for one in ids]
+    return pa.RecordBatch.from_pylist(values, schema=MANIFEST)
+
+
+def create(folder: object, config: dict[str, Any] | None = None, **options: Any) -> ShardedDataset:
+    return create_dataset(str(folder), "manifest", MANIFEST, config=config or {"a": {"b": 1}}, shards=2, **options)
+
+
+def fill(dataset: ShardedDataset) -> None:
+    with write_shard(dataset, 0, 2) as writer:
+        writer.write(rows("x", "y"))
+    with write_shard(dataset, 1, 3) as writer:
+        writer.write(rows("z"))
+        writer.fail("bad1", "bad1.jpg", DecodeError("Truncated", "ends early"))
+        writer.fail("bad2", "bad2.jpg", DecodeError("Truncated", "ends early"))
+
+
+@pytest.fixture(params=["local", "memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "data") if request.param == "local" else f"memory://shards-{tmp_path.name}"
+
+
+def test_a_dataset_is_read_as_it_was_written(place: str) -> None:
+    dataset = create(place)
+    assert dataset.pending() == [0, 1]
+    fill(dataset)
+    assert dataset.pending() == []
+    totals = dataset.finish()
+    opened = open_dataset(place, "manifest").require_complete()
+    assert opened == dataset
+    assert opened.read(0)["image_id"].to_pylist() == ["x", "y"]
+    assert [batch.num_rows for batch in opened.read_batches(0, ["uri"], batch_size=1)] == [1, 1]
+    assert (totals.rows, totals.failures, totals.images, totals.reasons) == (3, 2, 5, {"Truncated": 2})
+    failures = opened.read_failures(1)
+    assert failures is not None
+    assert failures["image_id"].to_pylist() == ["bad1", "bad2"]
+    assert failures["stage"].to_pylist() == ["decode", "decode"]
+    assert opened.read_failures(0) is None
+    assert opened.verify() == []
+
+
+def test_the_marker_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = create(tmp_path / "data")
+    written: list[str] = []
+    publish = type(dataset.folder)._publish_local
+
+    def note(self: object, path: Path, target: Path) -> None:
+        written.append(str(target.relative_to(tmp_path / "data")))
+        publish(dataset.folder, path, target)
+
+    monkeypatch.setattr(type(dataset.folder), "_publish_local", note)
+    fill(dataset)
+    assert written == [
+        "part-00000.parquet",
+        "_shards/part-00000.json",
+        "part-00001.parquet",
+        "_failures/part-00001.parquet",
+        "_shards/part-00001.json",
+    ]
+
+
+def test_a_shard_that_raises_leaves_nothing(place: str) -> None:
+    dataset = create(place)
+    with pytest.raises(RuntimeError, match="died"), write_shard(dataset, 0, 2) as writer:
+        writer.write(rows("x"))
+        raise RuntimeError("died")
+    assert dataset.pending() == [0, 1]
+    assert not dataset.folder.exists("part-00000.parquet")
+
+
+def test_rows_and_failures_must_add_up(place: str) -> None:
+    dataset = create(place)
+    expected = "expected 3 rows and failures together, got 1 rows and 0 failures"
+    with pytest.raises(DatasetError, match=expected), write_shard(dataset, 0, 3) as writer:
+        writer.write(rows("x"))
+    assert dataset.pending() == [0, 1]
+
+
+def test_a_shard_done_again_without_failures_loses_the_old_ones(place: str) -> None:
+    dataset = create(place)
+    fill(dataset)
+    with write_shard(dataset, 1, 1) as writer:
+        writer.write(rows("z"))
+    assert dataset.read_failures(1) is None
+
+
+def test_another_configuration_is_refused_and_named(place: str) -> None:
+    fill(create(place))
+    with pytest.raises(FingerprintError, match=r"a\.b: there 1, now 2"):
+        create(place, {"a": {"b": 2}})
+    assert open_dataset(place).read(0).num_rows == 2
+    replaced = create(place, {"a": {"b": 2}}, overwrite=True)
+    assert replaced.pending() == [0, 1]
+    assert not replaced.folder.exists("part-00000.parquet")
+
+
+def test_a_folder_of_someone_else_is_never_touched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(DatasetError, match=r"files that captionlib did not write \(thesis.txt\)"):
+            create(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_half_a_dataset_is_not_a_whole_one(place: str) -> None:
+    dataset = create(place)
+    with write_shard(dataset, 0, 1) as writer:
+        writer.write(rows("x"))
+    with pytest.raises(DatasetError, match="expected 2 shards, 1 are not done"):
+        dataset.finish()
+    with pytest.raises(DatasetError, match="is not complete: expected 2 shards, 1 are done"):
+        open_dataset(place).require_complete()
+
+
+def test_too_many_failures_fail_the_run_but_keep_the_rows(place: str) -> None:
+    dataset = create(place)
+    fill(dataset)
+    with pytest.raises(FailureRatioError, match=r"2 of 5 images failed \(40.0%, allowed 10.0%; Truncated: 2\)"):
+        dataset.finish(0.1)
+    assert not dataset.is_complete()
+    assert dataset.finish(0.4).rows == 3
+
+
+def test_markers_of_another_run_do_not_count(tmp_path: Path) -> None:
+    dataset = create(tmp_path / "data")
+    fill(dataset)
+    marker = tmp_path / "data" / "_shards" / "part-00000.json"
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "fingerprint": "another"}))
+    assert dataset.marker(0) is None
+    with pytest.raises(DatasetError, match="1 are not done"):
+        dataset.finish()
+
+
+def test_verify_names_what_was_changed(tmp_path: Path) -> None:
+    dataset = create(tmp_path / "data")
+    fill(dataset)
+    pq.write_table(pa.Table.from_batches([rows("other")]), tmp_path / "data" / "part-00000.parquet")
+    (tmp_path / "data" / "part-00001.parquet").unlink()
+    problems = dataset.verify()
+    assert [problem.split(":")[0] for problem in problems] == ["part-00000.parquet", "part-00001.parquet"]
+    assert problems[1].endswith("missing")
+
+
+def test_top_level_parquet_is_only_complete_rows(tmp_path: Path) -> None:
+    dataset = create(tmp_path / "data")
+    fill(dataset)
+    dataset.finish()
+    visible = [path.name for path in (tmp_path / "data").iterdir() if not path.name.startswith("_")]
+    assert sorted(visible) == ["part-00000.parquet", "part-00001.parquet"]
+    assert pq.ParquetDataset(tmp_path / "data").read().num_rows == 3
+
+
+def test_no_dataset_and_another_kind_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"is no dataset of captionlib: expected a folder that holds _dataset.json"):
+        open_dataset(tmp_path)
+    create(tmp_path / "data")
+    with pytest.raises(DatasetError, match="expected a dataset of kind captions, got manifest"):
+        open_dataset(tmp_path / "data", "captions")
+
+
+def test_fingerprints_depend_on_content_not_on_order() -> None:
+    assert fingerprint_of("features", {"a": 1, "b": [2]}) == fingerprint_of("features", {"b": [2], "a": 1})
+    assert fingerprint_of("features", {"a": 1}) != fingerprint_of("features", {"a": 2})
+    assert fingerprint_of("features", {"a": 1}) != fingerprint_of("captions", {"a": 1})
+
+
+def test_ids_are_found_by_a_bloom_filter(tmp_path: Path) -> None:
+    dataset = create(tmp_path / "data")
+    fill(dataset)
+    metadata = pq.ParquetFile(tmp_path / "data" / "part-00000.parquet").metadata
+    assert metadata.row_group(0).column(0).bloom_filter_offset

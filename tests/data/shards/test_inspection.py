@@ -1,0 +1,95 @@
+from pathlib import Path
+from uuid import uuid4
+
+import pyarrow as pa
+import pytest
+
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset
+from captionlib.data.shards.inspection import FailureReport, inspect_dataset
+from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.writer import write_shard
+from captionlib.errors import DatasetError, DecodeError, FetchError
+
+
+def write(folder: object, shards: int = 3, done: int = 2) -> ShardedDataset:
+    """Shards of one row and, but for the first, as many failures as their number."""
+    dataset = create_dataset(str(folder), "manifest", MANIFEST, config={"source": {"kind": "folder"}}, shards=shards)
+    for shard in range(done):
+        with write_shard(dataset, shard, 1 + shard) as writer:
+            row = {"image_id": f"i{shard}", "uri": "x", "split": "train", "captions": []}
+            writer.write(pa.RecordBatch.from_pylist([row], schema=MANIFEST))
+            for number in range(shard):
+                error = DecodeError("Truncated", "ends early") if number == 0 else FetchError("HTTP 404", "not found")
+                writer.fail(f"bad{shard}{number}", f"bad{shard}{number}.jpg", error)
+    return dataset
+
+
+@pytest.mark.parametrize("place", ["local", "memory"])
+def test_a_dataset_tells_how_far_it_is(tmp_path: Path, place: str) -> None:
+    address = str(tmp_path / "data") if place == "local" else f"memory://{uuid4().hex}"
+    dataset = write(address)
+    report = inspect_dataset(address)
+    assert (report.kind, report.complete, report.shards_done, report.shards, report.rows) == (
+        "manifest",
+        False,
+        2,
+        3,
+        2,
+    )
+    assert report.columns == {
+        "image_id": "string",
+        "uri": "string",
+        "split": "string",
+        "captions": "list<item: string>",
+    }
+    assert report.config == {"source": {"kind": "folder"}}
+    assert report.fingerprint == dataset.fingerprint
+    assert report.size == sum(dataset.folder.fs.size(dataset.part_path(shard)) for shard in (0, 1))
+    assert report.problems == []
+
+
+def test_failures_are_told_by_reason_with_an_example_each(tmp_path: Path) -> None:
+    dataset = write(tmp_path, done=3)
+    dataset.finish()
+    report = inspect_dataset(tmp_path)
+    assert report.complete
+    assert report.failed == 3
+    assert report.failures == {
+        "Truncated": FailureReport(2, "bad10", "bad10.jpg", "ends early"),
+        "HTTP 404": FailureReport(1, "bad21", "bad21.jpg", "not found"),
+    }
+    assert list(report.failures) == ["Truncated", "HTTP 404"]
+
+
+def test_failures_are_counted_even_where_their_file_is_gone(tmp_path: Path) -> None:
+    write(tmp_path, done=2)
+    (tmp_path / "_failures" / "part-00001.parquet").unlink()
+    assert inspect_dataset(tmp_path).failures == {"Truncated": FailureReport(1, "", "", "")}
+
+
+def test_verifying_names_what_was_changed(tmp_path: Path) -> None:
+    write(tmp_path)
+    with (tmp_path / "part-00001.parquet").open("r+b") as file:
+        file.seek(8)
+        file.write(b"x")
+    assert inspect_dataset(tmp_path).problems == []
+    (problem,) = inspect_dataset(tmp_path, verify=True).problems
+    assert problem.startswith("part-00001.parquet: expected sha256:")
+
+
+def test_a_mark_of_success_without_all_markers_is_a_problem(tmp_path: Path) -> None:
+    write(tmp_path, done=3).finish()
+    (tmp_path / "_shards" / "part-00002.json").unlink()
+    (problem,) = inspect_dataset(tmp_path).problems
+    assert problem == "_SUCCESS: says that all 3 shards are done, but only 2 have a marker of this dataset"
+
+
+def test_files_of_runs_that_died_are_counted(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "_temporary" / "part-00002.parquet.abc").write_bytes(b"half")
+    assert inspect_dataset(tmp_path).leftovers == 1
+
+
+def test_no_dataset_is_said(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="is no dataset of captionlib"):
+        inspect_dataset(tmp_path)

@@ -1,0 +1,56 @@
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset
+from captionlib.data.shards.progress import show_progress
+from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.writer import write_shard
+from captionlib.errors import FetchError
+
+
+def write(dataset: ShardedDataset, shard: int, failures: int) -> None:
+    with write_shard(dataset, shard, 3) as writer:
+        rows = [{"image_id": f"{shard}{n}", "uri": "", "split": "", "captions": []} for n in range(3 - failures)]
+        writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST))
+        for n in range(failures):
+            writer.fail(f"bad{shard}{n}", "", FetchError("Gone", "not there"))
+
+
+@pytest.fixture
+def datasets(tmp_path: Path) -> tuple[ShardedDataset, ShardedDataset]:
+    source, output = (
+        create_dataset(tmp_path / name, "manifest", MANIFEST, config={}, shards=2) for name in ("source", "output")
+    )
+    for shard in range(2):
+        write(source, shard, 0)
+    return source, output
+
+
+def test_images_shards_and_failures_are_counted_from_markers(
+    datasets: tuple[ShardedDataset, ShardedDataset], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = datasets
+    write(output, 0, 0)
+    with show_progress(source, output, "label"):
+        write(output, 1, 2)
+    printed = capsys.readouterr().err
+    assert printed.startswith("\rlabel:")
+    assert "6/6" in printed
+    assert "2/2 shards, 2 failed" in printed
+
+
+def test_off_shows_nothing(datasets: tuple[ShardedDataset, ShardedDataset], capsys: pytest.CaptureFixture[str]) -> None:
+    with show_progress(*datasets, "label", enabled=False):
+        write(datasets[1], 0, 0)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_bar_ends_with_a_run_that_fails(
+    datasets: tuple[ShardedDataset, ShardedDataset], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(RuntimeError, match="died"), show_progress(*datasets, "label"):
+        write(datasets[1], 0, 0)
+        raise RuntimeError("died")
+    assert "3/6" in capsys.readouterr().err

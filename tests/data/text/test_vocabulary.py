@@ -1,0 +1,103 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from captionlib.data.text.vocabulary import END, PAD, UNKNOWN, Vocabulary, tokenize
+from captionlib.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("sentence", "words"),
+    [
+        ("A dog runs , jumps (and barks) !", ["a", "dog", "runs", "jumps", "and", "barks"]),
+        ("The dog's tail isn't wagging.", ["the", "dog", "'s", "tail", "is", "n't", "wagging"]),
+        ("They can't; we're 5th.", ["they", "ca", "n't", "we", "'re", "5th"]),
+        (
+            "A t-shirt -- black/white, $1,000 or 3.5 m.",
+            ["a", "t-shirt", "black", "white", "$", "1,000", "or", "3.5", "m"],
+        ),
+        ("'Rock 'n' roll' \"at\" five o'clock", ["rock", "n", "roll", "at", "five", "o'clock"]),
+        ("Café\u0301 naïve don\u2019t \u201cx\u201d …", ["café\u0301", "naïve", "do", "n't", "x"]),
+        ("नमस्ते दुनिया। 狗", ["नमस्ते", "दुनिया", "狗"]),
+        (" \t\n\u200b _ 🐕 ... ", []),
+    ],
+)
+def test_sentences_are_split_as_the_treebank_does(sentence: str, words: list[str]) -> None:
+    assert tokenize(sentence) == words
+
+
+@given(st.text() | st.text(alphabet="nt's-.,1é \u2019"))
+def test_splitting_twice_changes_nothing(sentence: str) -> None:
+    words = tokenize(sentence)
+    assert tokenize(" ".join(words)) == words
+    assert all(words)
+    assert not any(character.isspace() for word in words for character in word)
+
+
+def test_rare_words_are_left_out_and_frequent_ones_come_first() -> None:
+    vocabulary = Vocabulary.from_captions(["A red dog.", "a cat", "a blue cat", "a dog"], min_count=2)
+    assert vocabulary.words == ("a", "cat", "dog")  # cat and dog are equally frequent: alphabet
+    assert vocabulary.counts == (4, 2, 2)
+    assert vocabulary.unknown_count == 2  # red, blue
+    assert vocabulary.sentences == 4
+    assert len(vocabulary) == 5
+
+
+def test_ids_of_a_sentence_and_back() -> None:
+    vocabulary = Vocabulary.from_captions(["a dog and a cat"], min_count=1)
+    assert vocabulary.words == ("a", "and", "cat", "dog")
+    assert vocabulary.encode("A zebra, and a DOG!") == [2, UNKNOWN, 3, 2, 5]
+    assert vocabulary.decode([2, UNKNOWN, 5, END, 4]) == "a <unk> dog"
+    assert vocabulary.decode([2, 5, PAD, PAD]) == "a dog"
+
+
+def test_log_frequencies_are_those_of_all_tokens() -> None:
+    vocabulary = Vocabulary.from_captions(["a dog", "a cat", "a cow"], min_count=3)
+    # 9 tokens: END three times, two words left out once each and one other, "a" three times
+    assert vocabulary.log_frequencies() == pytest.approx([math.log(3 / 9)] * 3)
+
+
+def test_log_frequencies_are_finite_where_no_word_is_left_out() -> None:
+    assert np.isfinite(Vocabulary.from_captions(["a dog"], min_count=1).log_frequencies()).all()
+
+
+def test_no_frequent_word_is_an_error_that_counts() -> None:
+    with pytest.raises(ConfigError, match="at least 5 times, got 2 sentences with 3 words"):
+        Vocabulary.from_captions(["a dog", "a cat"])
+
+
+sentences = st.lists(st.lists(st.sampled_from(["dog", "cat", "n't", "'s", "t-shirt", "1,000", "über"]), max_size=9))
+
+
+@given(sentences.filter(any))
+def test_known_sentences_survive_the_round_trip(sentences: list[list[str]]) -> None:
+    captions = [" ".join(words) for words in sentences]
+    vocabulary = Vocabulary.from_captions(captions, min_count=1)
+    assert [vocabulary.decode(vocabulary.encode(caption)) for caption in captions] == captions
+    assert Vocabulary.from_dict(json.loads(json.dumps(vocabulary.to_dict()))) == vocabulary
+    assert sum(vocabulary.counts) == sum(map(len, sentences))
+
+
+def test_a_dictionary_with_a_word_twice_is_refused() -> None:
+    values = {"words": ["a", "a"], "counts": [1, 1], "unknown_count": 0, "sentences": 1}
+    with pytest.raises(ValueError, match="different words"):
+        Vocabulary.from_dict(values)
+
+
+def test_characters_are_words_of_their_own() -> None:
+    vocabulary = Vocabulary.from_captions(["Aha, a dog.\n"], min_count=1, level="characters")
+    assert set(vocabulary.words) == set("Aha, dog.\n")
+    assert vocabulary.decode(vocabulary.encode("a dog, Aha.\n")) == "a dog, Aha.\n"
+    assert vocabulary.encode("z") == [UNKNOWN]
+    assert Vocabulary.from_dict(json.loads(json.dumps(vocabulary.to_dict()))) == vocabulary
+
+
+def test_a_vocabulary_of_another_level_is_refused() -> None:
+    values = Vocabulary.from_captions(["a dog"], min_count=1).to_dict()
+    assert Vocabulary.from_dict({name: value for name, value in values.items() if name != "level"}).level == "words"
+    with pytest.raises(ValueError, match="expected level words or characters, got 'syllables'"):
+        Vocabulary.from_dict({**values, "level": "syllables"})

@@ -1,0 +1,132 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from captionlib.data.text.vocabulary import END, PAD
+from captionlib.errors import ConfigError
+from captionlib.models.captioners.attention import Attention
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, pad_sentences
+from captionlib.models.decoding.incremental import IncrementalCaptioner
+
+SHAPES = [
+    CaptionerConfig(cell, layers, hidden_size=6, embedding_size=5, image_input=image_input, attention_size=3)
+    for cell, layers, image_input in (
+        ("lstm", 1, "tick"),
+        ("lstm", 2, "state"),
+        ("rnn", 1, "first"),
+        ("rnn", 2, "every"),
+    )
+]
+SENTENCES = [[4, 2, 3], [], [2], [3, 3, 3, 3, 2], [4]]
+IMAGE_OF_SENTENCE = torch.tensor([1, 0, 0, 2, 1])
+MAPS = torch.randn(3, 7, 4, generator=torch.Generator().manual_seed(0))
+
+
+def build(config: CaptionerConfig) -> Captioner:
+    """A model whose weights are large enough for its few numbers to matter."""
+    torch.manual_seed(0)
+    model = Captioner(config, feature_size=4, vocabulary_size=7).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-1, 1)
+    return model
+
+
+def test_a_look_by_hand() -> None:
+    attention = Attention(channels=1, size=1, hidden_size=1, gates=1, dropout=0.5).eval()
+    attention.set_standardization(torch.tensor([1.0]), torch.tensor([2.0]))
+    with torch.no_grad():
+        attention.region.weight.fill_(3)
+        attention.region.bias.fill_(1)
+        attention.query.weight.fill_(2)
+        attention.query.bias.fill_(-1)
+    # annotations: max(0, 3 (a - 1) / 2 + 1) of a = 1, 3, -5: 1, 4, 0; query 2 * 0.75 - 1 = 0.5: scores 0.5, 2, 0
+    annotations = attention.embed(torch.tensor([[[1.0], [3.0], [-5.0]]]))
+    assert annotations.flatten().tolist() == [1, 4, 0]
+    seen, look = attention(torch.tensor([[0.75]]), annotations, attention.find_slots(torch.tensor([0]), 1))
+    total = math.exp(0.5) + math.exp(2) + 1
+    expected = [math.exp(0.5) / total, math.exp(2) / total, 1 / total]
+    assert look[0].tolist() == pytest.approx(expected, rel=1e-6)
+    assert seen.item() == pytest.approx(expected[0] + 4 * expected[1], rel=1e-6)
+
+
+def test_rows_look_at_their_own_images_in_any_order() -> None:
+    attention = Attention(channels=4, size=5, hidden_size=3, gates=1, dropout=0.0)
+    annotations, hidden = attention.embed(MAPS), torch.randn(6, 3)
+    image = torch.tensor([2, 0, 2, 0, 2, 0])
+    seen, look = attention(hidden, annotations, attention.find_slots(image, 3))
+    for row in range(6):
+        alone = attention.find_slots(torch.tensor([0]), 1)
+        expected = attention(hidden[row : row + 1], annotations[image[row]][None], alone)
+        torch.testing.assert_close(seen[row : row + 1], expected[0])
+        torch.testing.assert_close(look[row : row + 1], expected[1])
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=str)
+def test_padding_and_batch_mates_change_nothing(config: CaptionerConfig) -> None:
+    model = build(config)
+    together = model(MAPS, pad_sentences(SENTENCES), IMAGE_OF_SENTENCE)
+    for number, sentence in enumerate(SENTENCES):
+        image = IMAGE_OF_SENTENCE[number]
+        padded = torch.tensor([[*sentence, PAD, PAD]])
+        alone = model(MAPS[image : image + 1], padded, torch.tensor([0])).log_probs
+        torch.testing.assert_close(together.log_probs[together.sentences == number], alone)
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_steps_say_what_the_whole_sentence_says(config: CaptionerConfig, dtype: torch.dtype, tolerance: float) -> None:
+    model = build(config)
+    words = torch.tensor([[2, 5, 3, 1], [4, 4, 2, 6], [3, 2, 6, 2]])
+    scores = model(MAPS, words, torch.arange(3))
+    incremental = IncrementalCaptioner(model, dtype)
+    state = incremental.start(incremental.encode_images(MAPS))
+    for tick, word in enumerate([torch.full((3,), END), *words.t()]):
+        log_probs, state = incremental.step(state, word)
+        target = words[:, tick] if tick < 4 else torch.full((3,), END)
+        expected = scores.log_probs.view(5, 3)[tick]
+        torch.testing.assert_close(log_probs[torch.arange(3), target], expected, rtol=tolerance, atol=tolerance)
+        if tick == 1:  # in another order and twice, and only what is left of it goes on
+            state = state.select(torch.tensor([2, 0, 0, 1])).select(torch.tensor([1, 3, 0]))
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=str)
+def test_every_parameter_learns_and_places_matter(config: CaptionerConfig) -> None:
+    model = build(config).train()
+    model(MAPS, pad_sentences(SENTENCES), IMAGE_OF_SENTENCE).log_probs.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    model.eval()
+    sentence, moved = torch.tensor([[2, 3, 4]]), MAPS[:1].clone()
+    moved[0, :, 0] = moved[0, :, 0].roll(1)  # the mean over positions stays
+    before, after = (model(maps, sentence, torch.tensor([0])).log_probs.sum().item() for maps in (MAPS[:1], moved))
+    assert abs(before - after) > 1e-4
+
+
+def test_looks_are_told_word_by_word() -> None:
+    model = build(SHAPES[0])
+    looks = model.attention_weights(MAPS, pad_sentences(SENTENCES), IMAGE_OF_SENTENCE)
+    assert [look.shape for look in looks] == [(len(sentence) + 1, 7) for sentence in SENTENCES]
+    for look in looks:
+        torch.testing.assert_close(look.sum(1), torch.ones(len(look)))
+    (alone,) = model.attention_weights(MAPS[2:], torch.tensor([SENTENCES[3]]), torch.tensor([0]))
+    torch.testing.assert_close(looks[3], alone)
+
+
+def test_a_map_without_attention_is_its_mean() -> None:
+    model = build(replace(SHAPES[0], attention_size=0))
+    captions = pad_sentences(SENTENCES)
+    of_maps = model(MAPS, captions, IMAGE_OF_SENTENCE).log_probs
+    torch.testing.assert_close(of_maps, model(MAPS.mean(1), captions, IMAGE_OF_SENTENCE).log_probs)
+
+
+def test_attention_without_a_map_is_refused() -> None:
+    with pytest.raises(ConfigError, match="attention looks at maps"):
+        build(SHAPES[0]).encode_images(torch.zeros(2, 4))
+    with pytest.raises(ConfigError, match="needs an image to look at"):
+        CaptionerConfig(image_input="none", attention_size=4)
+    with pytest.raises(ConfigError, match="expected one with attention"):
+        build(replace(SHAPES[0], attention_size=0)).attention_weights(MAPS, torch.tensor([[2]]), torch.tensor([0]))

@@ -1,0 +1,241 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from captionlib.data.text.vocabulary import PAD
+from captionlib.errors import ConfigError
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, TokenScores, pad_sentences
+from captionlib.models.captioners.recurrence import recur, recur_fused
+
+SHAPES = [
+    CaptionerConfig(cell=cell, layers=layers, hidden_size=6, embedding_size=5, image_input=image_input)
+    for cell in ("lstm", "rnn")
+    for layers in (1, 2)
+    for image_input in ("tick", "first", "every", "state")
+]
+SENTENCES = [[4, 2, 3], [], [2], [3, 3, 3, 3, 2], [4]]
+FEATURES = torch.linspace(-2, 2, 12).view(3, 4)
+IMAGE_OF_SENTENCE = torch.tensor([1, 0, 0, 2, 1])
+
+
+def build(config: CaptionerConfig, feature_size: int = 4, vocabulary_size: int = 7) -> Captioner:
+    """A model whose weights are large enough for its few numbers to matter."""
+    torch.manual_seed(0)
+    model = Captioner(config, feature_size, vocabulary_size).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-1, 1)
+    return model
+
+
+def set_weights(model: Captioner, **weights: list[float] | list[list[float]]) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for name, values in weights.items():
+            model.get_parameter(name.replace("__", ".")).copy_(torch.tensor(values))
+
+
+def sentence_log_probs(scores: TokenScores, sentences: int) -> Tensor:
+    return torch.zeros(sentences).index_add(0, scores.sentences, scores.log_probs)
+
+
+def test_two_ticks_of_the_rnn_by_hand() -> None:
+    config = CaptionerConfig(cell="rnn", hidden_size=2, embedding_size=2, image_input="first")
+    model = build(config, feature_size=1, vocabulary_size=3)
+    set_weights(
+        model,
+        word_vectors__weight=[[1, 0], [0, 0], [0, 1]],  # START, UNKNOWN, a word
+        image_projection__weight=[[1], [0]],
+        recurrence__weight_ih_l0=[[1, 0], [0, 2]],
+        recurrence__weight_hh_l0=[[0, 1], [1, 0]],
+        recurrence__bias_ih_l0=[0, -1],
+        output__weight=[[0, 1], [0, 0], [1, 0]],
+    )
+    model.set_standardization(torch.tensor([1.0]), torch.tensor([2.0]))
+    # v = (3 - 1) / 2 = 1, so the image is (1, 0)
+    # h = max(0, Wxh (START + image) + b)        = max(0, (2, 0) + (0, -1))           = (2, 0), logits (0, 0, 2)
+    # h = max(0, Wxh word + Whh (2, 0) + b)      = max(0, (0, 2) + (0, 2) + (0, -1))  = (0, 3), logits (3, 0, 0)
+    scores = model(torch.tensor([[3.0]]), torch.tensor([[2]]), torch.tensor([0]))
+    expected = [2 - math.log(2 + math.exp(2)), 3 - math.log(2 + math.exp(3))]
+    assert scores.log_probs.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_two_ticks_of_the_lstm_by_hand() -> None:
+    config = CaptionerConfig(cell="lstm", hidden_size=1, embedding_size=1, image_input="tick")
+    model = build(config, feature_size=1, vocabulary_size=2)
+    set_weights(
+        model,
+        word_vectors__weight=[[0.5], [0]],
+        image_projection__weight=[[2]],
+        recurrence__weight_ih_l0=[[1], [0], [2], [3]],  # input, forget, cell and output gate
+        recurrence__weight_hh_l0=[[0], [4], [1], [0]],
+        recurrence__bias_hh_l0=[0, 1, 0, -1],
+        output__weight=[[1], [0]],
+    )
+    # the first tick reads the image, 2 * 0.25 = 0.5, the second START, which is 0.5 as well
+    c = _sigmoid(0.5) * math.tanh(1.0)
+    h = _sigmoid(0.5) * math.tanh(c)
+    c = _sigmoid(4 * h + 1) * c + _sigmoid(0.5) * math.tanh(1.0 + h)
+    h = _sigmoid(0.5) * math.tanh(c)
+    scores = model(torch.tensor([[0.25]]), torch.full((1, 0), PAD), torch.tensor([0]))
+    assert scores.log_probs.tolist() == pytest.approx([h - math.log(math.exp(h) + 1)], rel=1e-6)
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=str)
+def test_padding_and_batch_mates_change_nothing(config: CaptionerConfig) -> None:
+    model = build(config)
+    together = model(FEATURES, pad_sentences(SENTENCES), IMAGE_OF_SENTENCE)
+    assert together.log_probs.shape == (sum(map(len, SENTENCES)) + len(SENTENCES),)
+    for number, sentence in enumerate(SENTENCES):
+        image = IMAGE_OF_SENTENCE[number]
+        padded = torch.tensor([[*sentence, PAD, PAD]])
+        alone = model(FEATURES[image : image + 1], padded, torch.tensor([0])).log_probs
+        torch.testing.assert_close(together.log_probs[together.sentences == number], alone)
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=str)
+def test_the_image_matters(config: CaptionerConfig) -> None:
+    model = build(config)
+    captions = pad_sentences([[2, 3], [2, 3]])
+    totals = sentence_log_probs(model(FEATURES[:2], captions, torch.tensor([0, 1])), 2)
+    assert abs(totals[0] - totals[1]) > 1e-3
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=str)
+def test_cudnn_call_and_the_loop_are_the_same_function(config: CaptionerConfig) -> None:
+    model = build(config)
+    inputs = torch.randn(6, config.embedding_size)
+    state = torch.randn(model.state_count, 3, config.hidden_size)
+    looped, after = recur(model.recurrence, model.dropout, inputs, [3, 2, 1], state)
+    fused, fused_after = recur_fused(model.recurrence, inputs, [3, 2, 1], state)
+    torch.testing.assert_close(looped, fused)
+    torch.testing.assert_close(after, fused_after)
+
+
+@pytest.mark.parametrize("config", SHAPES[:2] + SHAPES[8:10], ids=str)
+def test_every_parameter_learns(config: CaptionerConfig) -> None:
+    model = build(config).train()
+    model(FEATURES, pad_sentences(SENTENCES), IMAGE_OF_SENTENCE).log_probs.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_dropout_works_in_training_alone() -> None:
+    model = build(CaptionerConfig(hidden_size=16, embedding_size=16, dropout=0.5))
+    inputs = FEATURES, pad_sentences(SENTENCES), IMAGE_OF_SENTENCE
+    assert torch.equal(model(*inputs).log_probs, model(*inputs).log_probs)
+    model.train()
+    assert not torch.equal(model(*inputs).log_probs, model(*inputs).log_probs)
+
+
+def test_standardised_features_do_not_depend_on_their_scale() -> None:
+    model = build(CaptionerConfig(hidden_size=6, embedding_size=5))
+    captions = pad_sentences(SENTENCES)
+    model.set_standardization(FEATURES.mean(0), FEATURES.std(0))
+    before = model(FEATURES, captions, IMAGE_OF_SENTENCE).log_probs
+    scaled = FEATURES * torch.tensor([2.0, 3.0, 100.0, 0.01]) + 7
+    model.set_standardization(scaled.mean(0), scaled.std(0))
+    torch.testing.assert_close(model(scaled, captions, IMAGE_OF_SENTENCE).log_probs, before)
+
+
+def test_a_power_evens_out_strong_features_and_keeps_their_sign() -> None:
+    model = build(CaptionerConfig(hidden_size=6, embedding_size=5, feature_power=0.5))
+    assert model.standardize(torch.tensor([[4.0, -9.0, 0.0, 1.0]])).tolist() == [[2, -3, 0, 1]]
+    model.set_standardization(torch.full((4,), 1.0), torch.full((4,), 2.0))
+    assert model.standardize(torch.tensor([[9.0, 1.0, 0.0, 4.0]])).tolist() == [[1, 0, -0.5, 0.5]]
+
+
+def test_features_of_zero_pass_finite_gradients_on_whatever_the_power() -> None:
+    model = build(CaptionerConfig(hidden_size=6, embedding_size=5, feature_power=0.5))
+    features = torch.tensor([[0.0, 4.0, -4.0]], requires_grad=True)
+    model.raise_to_power(features).sum().backward()
+    assert features.grad is not None
+    assert features.grad.tolist() == [[0.0, 0.25, 0.25]]  # 0.5 |x|^-0.5
+
+
+def test_principal_components_are_uncorrelated_and_of_deviation_one() -> None:
+    model = build(CaptionerConfig(hidden_size=6, embedding_size=5, principal_components=3))
+    sample = torch.randn(500, 4, generator=torch.Generator().manual_seed(0)) @ torch.diag(
+        torch.tensor([9.0, 1, 0.1, 0])
+    )
+    sample += torch.tensor([5.0, -2.0, 0.3, 8.0])
+    model.set_components(sample)
+    seen = model.standardize(sample)
+    torch.testing.assert_close(seen.t() @ seen / len(seen), torch.eye(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(seen.mean(0), torch.zeros(3), atol=1e-4, rtol=0)
+
+
+def test_fewer_images_than_components_leave_the_rest_blind() -> None:
+    model = build(CaptionerConfig(hidden_size=6, embedding_size=5, principal_components=4))
+    model.set_components(FEATURES[:2])
+    assert model.standardize(FEATURES)[:, 1:].abs().max() == 0
+
+
+def test_a_constant_feature_becomes_zero() -> None:
+    model = build(CaptionerConfig(hidden_size=6, embedding_size=5))
+    model.set_standardization(torch.full((4,), 5.0), torch.zeros(4))
+    projected = model.encode_images(torch.full((1, 4), 5.0))
+    assert torch.equal(projected.image[0], model.image_projection.bias)
+
+
+def test_a_model_without_weights_foretells_the_word_frequencies() -> None:
+    model = build(CaptionerConfig(hidden_size=2, embedding_size=2), vocabulary_size=3)
+    set_weights(model)
+    model.initialize_bias(torch.tensor([0.5, 0.2, 0.3]).log())
+    scores = model(torch.zeros(1, 4), torch.tensor([[2, 1]]), torch.tensor([0]))
+    assert scores.log_probs.exp().tolist() == pytest.approx([0.3, 0.2, 0.5])
+
+
+def test_tied_word_vectors_are_the_weights_of_the_softmax() -> None:
+    model = build(CaptionerConfig(hidden_size=5, embedding_size=5, tie_embeddings=True))
+    free = build(CaptionerConfig(hidden_size=5, embedding_size=5))
+    assert model.output.weight is model.word_vectors.weight
+    assert sum(p.numel() for p in free.parameters()) - sum(p.numel() for p in model.parameters()) == 7 * 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": 0}, "layers must be at least 1, got 0"),
+        ({"feature_power": 0.0}, "feature_power must be above 0 and at most 1, got 0.0"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+        ({"embedding_size": 300, "tie_embeddings": True}, "embedding_size = hidden_size, got 300 and 512"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CaptionerConfig(**options)
+
+
+@pytest.mark.parametrize("config", SHAPES[:2])
+def test_mean_log_probs_are_those_of_all_classes(config: CaptionerConfig) -> None:
+    model = build(config)
+    sentence = torch.tensor([[4, 2]])
+    plain = model(FEATURES[:1], sentence, torch.tensor([0]))
+    asked = model(FEATURES[:1], sentence, torch.tensor([0]), mean_log_probs=True)
+    assert plain.mean_log_probs is None
+    assert torch.equal(plain.log_probs, asked.log_probs)
+    with torch.no_grad():  # the last token's classes, each in turn as a word that might have come
+        others = [model(FEATURES[:1], torch.tensor([[4, word]]), torch.tensor([0])).log_probs[1] for word in range(7)]
+    assert asked.mean_log_probs[1].item() == pytest.approx(torch.stack(others).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("attention_size", [0, 64])
+def test_what_weights_training_starts_from(attention_size: int) -> None:
+    torch.manual_seed(0)
+    shape = CaptionerConfig(hidden_size=64, embedding_size=64, attention_size=attention_size)
+    for name, parameter in Captioner(shape, 64, 500).named_parameters():
+        assert (parameter == 0).all() if "bias" in name else 0.09 < parameter.abs().max() <= 0.1
+    theirs = Captioner(replace(shape, weight_init="pytorch"), 64, 500)
+    assert theirs.word_vectors.weight.std().item() == pytest.approx(1, abs=0.05)
+    for parameter in theirs.recurrence.weight_hh_l0, theirs.output.weight, theirs.image_projection.weight:
+        assert 0.12 < parameter.abs().max() <= 0.125

@@ -1,0 +1,136 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from captionlib.data.text.corpora import TextKind
+from captionlib.data.text.vocabulary import Vocabulary
+from captionlib.errors import CheckpointError, ConfigError
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, pad_sentences
+from captionlib.models.captioners.language_model import (
+    LanguageModelConfig,
+    LoadedLanguageModel,
+    build_language_model,
+    load_language_model,
+    sample_texts,
+    save_language_model,
+)
+from captionlib.models.checkpoints.captioners import load_captioner
+from captionlib.models.decoding.decoder import DecodingConfig
+
+WORDS = Vocabulary.from_captions(["a dog runs far", "a cat runs away"], min_count=1)
+CHARACTERS = Vocabulary.from_captions(["a dog runs far, far away\n"], min_count=1, level="characters")
+CONFIG = LanguageModelConfig(layers=2, hidden_size=6, embedding_size=5)
+SENTENCES = [[2, 3, 4], [5], [], [6, 2]]
+SAMPLE = DecodingConfig(strategy="sample", max_tokens=8)
+
+
+def build(config: LanguageModelConfig = CONFIG, vocabulary: Vocabulary = WORDS, spread: float = 1.5) -> Captioner:
+    generator = torch.Generator().manual_seed(0)
+    model = build_language_model(config, len(vocabulary)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-spread, spread, generator=generator)
+    return model
+
+
+def load(folder: Path, vocabulary: Vocabulary = WORDS, text: TextKind = "lines") -> LoadedLanguageModel:
+    model = build(vocabulary=vocabulary)
+    save_language_model(folder, model, CONFIG, vocabulary, text, provenance={"source": "x"}, training={"loss": 1})
+    return load_language_model(folder)
+
+
+def score(model: Captioner, sentences: list[list[int]]) -> torch.Tensor:
+    nothing, rows = torch.zeros(1, 0), torch.zeros(len(sentences), dtype=torch.int64)
+    scores = model(nothing, pad_sentences(sentences), rows)
+    return torch.zeros(len(sentences)).index_add(0, scores.sentences, scores.log_probs)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "rnn"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_it_is_a_captioner_whose_image_adds_nothing(cell: Any, tied: bool) -> None:
+    config = LanguageModelConfig(cell, layers=2, hidden_size=5, embedding_size=5, tie_embeddings=tied)
+    model = build(config, spread=0.8)
+    captioner = Captioner(replace(config.captioner(), image_input="first"), 3, len(WORDS)).eval()
+    unexpected = captioner.load_state_dict(
+        model.state_dict()
+        | {
+            "feature_mean": torch.zeros(3),
+            "feature_std": torch.ones(3),
+            "image_projection.weight": torch.zeros(5, 3),
+            "image_projection.bias": torch.zeros(5),
+        }
+    )
+    assert not unexpected.unexpected_keys
+    scores = captioner(torch.randn(1, 3), pad_sentences(SENTENCES), torch.zeros(4, dtype=torch.int64))
+    expected = torch.zeros(4).index_add(0, scores.sentences, scores.log_probs)
+    torch.testing.assert_close(score(model, SENTENCES), expected)
+    assert expected.std() > 0.1
+
+
+def test_features_and_a_model_without_an_image_do_not_go_together() -> None:
+    with pytest.raises(ConfigError, match="image_input none goes with no features, got none and 3"):
+        Captioner(CONFIG.captioner(), 3, 9)
+    with pytest.raises(ConfigError, match="image_input none goes with no features, got tick and 0"):
+        Captioner(CaptionerConfig(), 0, 9)
+    with pytest.raises(ConfigError, match="embedding_size = hidden_size, got 5 and 6"):
+        replace(CONFIG, tie_embeddings=True)
+
+
+@pytest.mark.parametrize("vocabulary", [WORDS, CHARACTERS], ids=["words", "characters"])
+def test_a_language_model_survives_the_round_trip(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    loaded = load(tmp_path / "model", vocabulary, "running")
+    assert torch.equal(score(loaded.model, SENTENCES), score(build(vocabulary=vocabulary), SENTENCES))
+    assert (loaded.vocabulary, loaded.text, loaded.config) == (vocabulary, "running", CONFIG)
+    assert (loaded.provenance, loaded.training) == ({"source": "x"}, {"loss": 1})
+    assert not loaded.model.training
+    assert loaded.fingerprint == json.loads((tmp_path / "model" / "config.json").read_text())["fingerprint"]
+
+
+def test_a_language_model_is_no_captioner(tmp_path: Path) -> None:
+    load(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="expected a checkpoint of kind captioner, got language_model"):
+        load_captioner(tmp_path / "model")
+
+
+def test_a_vocabulary_of_another_size_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="expected a vocabulary of 8 classes, got one of"):
+        save_language_model(tmp_path, build(), CONFIG, CHARACTERS, "lines", provenance={}, training={})
+
+
+def test_log_prob_is_that_of_the_whole_sentence(tmp_path: Path) -> None:
+    loaded = load(tmp_path / "model")
+    samples = sample_texts(loaded, SAMPLE, 30, prefix="A dog")
+    ended = [sample for sample in samples if sample.tokens > len(sample.text.split())]
+    assert ended
+    expected = score(loaded.model, [loaded.vocabulary.encode(sample.text) for sample in ended])
+    assert [sample.log_prob for sample in ended] == pytest.approx(expected.tolist(), rel=1e-4)
+    assert all(sample.text.startswith("a dog") for sample in samples)
+    assert max(sample.tokens for sample in samples) == 2 + 8
+
+
+def test_the_seed_decides_and_more_samples_begin_with_the_same(tmp_path: Path) -> None:
+    loaded = load(tmp_path / "model")
+    some = sample_texts(loaded, SAMPLE, 5)
+    many = sample_texts(loaded, SAMPLE, 120)  # more than are written at a time
+    assert [sample.text for sample in many[:5]] == [sample.text for sample in some]
+    assert len(many) == 120
+    assert len({sample.text for sample in many}) > 60
+    assert [sample.text for sample in sample_texts(loaded, replace(SAMPLE, seed=1), 5)] != [s.text for s in some]
+
+
+def test_running_text_is_as_long_as_it_is_asked_for(tmp_path: Path) -> None:
+    loaded = load(tmp_path / "model", CHARACTERS, "running")
+    samples = sample_texts(loaded, replace(SAMPLE, max_tokens=40), 10, prefix="far, ")
+    assert all(len(sample.text) == 45 == sample.tokens for sample in samples)
+    assert all(sample.text.startswith("far, ") for sample in samples)
+
+
+def test_a_prefix_that_was_never_seen_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="words that the model has learned, got 'zebra'"):
+        sample_texts(load(tmp_path / "words"), SAMPLE, 1, prefix="a zebra runs")
+    with pytest.raises(ConfigError, match="characters that the model has learned, got 'A', '!'"):
+        sample_texts(load(tmp_path / "characters", CHARACTERS), SAMPLE, 1, prefix="A far!")

@@ -1,0 +1,190 @@
+import hashlib
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from captionlib.data.shards.markers import fingerprint_of
+from captionlib.data.text.vocabulary import Vocabulary
+from captionlib.errors import CheckpointError, ConfigError
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.checkpoints.captioners import load_captioner, save_captioner
+from captionlib.models.checkpoints.folder import read_checkpoint, write_checkpoint
+from captionlib.storage.folders import Folder
+
+VOCABULARY = Vocabulary.from_captions(["a red dog", "a blue cat"], min_count=1)
+ENCODER = {"model": "vgg16", "node": "fc7", "preprocessing": {"crop_size": 224, "mean": (0.5, 0.25, 0.125)}}
+CONFIG = CaptionerConfig(hidden_size=4, embedding_size=4, layers=2)
+FEATURES = torch.linspace(-1, 1, 6).view(2, 3)
+CAPTIONS = torch.tensor([[2, 3], [4, 5]])
+
+
+def build(config: CaptionerConfig = CONFIG, seed: int = 0) -> Captioner:
+    torch.manual_seed(seed)
+    model = Captioner(config, feature_size=3, vocabulary_size=len(VOCABULARY)).eval()
+    model.set_standardization(FEATURES.mean(0), FEATURES.std(0))
+    return model
+
+
+def save(folder: Any, model: Captioner, **changes: Any) -> str:
+    options: dict[str, Any] = {"provenance": {"dataset": "abc"}, "training": {"perplexity": 17.3}}
+    options |= {"vocabulary": VOCABULARY, "encoder": ENCODER} | changes
+    return save_captioner(folder, model, **options)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save(tmp_path / "model", build())
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("cell", ["lstm", "rnn"])
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+@pytest.mark.parametrize("address", ["{tmp_path}/model", "memory://{tmp_path}/model"])
+def test_a_captioner_survives_the_round_trip(cell: Any, tie_embeddings: bool, address: str, tmp_path: Path) -> None:
+    model = build(CaptionerConfig(cell, hidden_size=4, embedding_size=4, tie_embeddings=tie_embeddings))
+    address = address.format(tmp_path=tmp_path)
+    fingerprint = save(address, model)
+    loaded = load_captioner(address)
+    rows = torch.tensor([0, 1])
+    expected = model(FEATURES, CAPTIONS, rows).log_probs
+    assert torch.equal(loaded.model(FEATURES, CAPTIONS, rows).log_probs, expected)
+    assert (loaded.model.output.weight is loaded.model.word_vectors.weight) == tie_embeddings
+    assert not loaded.model.training
+    assert (loaded.vocabulary, loaded.config, loaded.fingerprint) == (VOCABULARY, model.config, fingerprint)
+    assert (loaded.provenance, loaded.training) == ({"dataset": "abc"}, {"perplexity": 17.3})
+    assert loaded.encoder["preprocessing"]["mean"] == [0.5, 0.25, 0.125]
+
+
+def test_loading_does_not_touch_the_random_numbers_of_the_caller(folder: Path) -> None:
+    before = torch.get_rng_state()
+    load_captioner(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_fingerprint_is_of_what_the_model_answers_and_of_nothing_else(tmp_path: Path) -> None:
+    original = save(tmp_path / "1", build())
+    assert save(tmp_path / "2", build(), training={"perplexity": 1}, provenance={}) == original
+    others = [
+        save(tmp_path / "3", build(seed=1)),
+        save(tmp_path / "4", build(), encoder={**ENCODER, "node": "fc6"}),
+        save(tmp_path / "5", build(), vocabulary=Vocabulary.from_captions(["a red dog", "a blue cow"], min_count=1)),
+    ]
+    assert len({original, *others}) == 4
+
+
+def test_a_checkpoint_takes_the_place_of_the_one_before(folder: Path) -> None:
+    fingerprint = save(folder, build(seed=1))
+    assert load_captioner(folder).fingerprint == fingerprint
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(folder: Path) -> None:
+    before = load_captioner(folder).fingerprint
+    with pytest.raises(TypeError):
+        save(folder, build(seed=1), training={"perplexity": object()})
+    assert load_captioner(folder).fingerprint == before
+
+
+def test_features_of_its_own_encoder_are_taken(folder: Path) -> None:
+    load_captioner(folder).require_encoder(ENCODER)
+
+
+def test_features_of_another_encoder_are_refused_by_field(folder: Path) -> None:
+    other = {"model": "vgg16", "node": "fc6", "preprocessing": {"crop_size": 224, "mean": (0.5, 0.25, 0.5)}}
+    with pytest.raises(CheckpointError) as caught:
+        load_captioner(folder).require_encoder(other)
+    assert "node: expected 'fc7', got 'fc6'" in str(caught.value)
+    assert "preprocessing.mean: expected [0.5, 0.25, 0.125], got [0.5, 0.25, 0.5]" in str(caught.value)
+    assert "crop_size" not in str(caught.value)
+
+
+def test_a_vocabulary_of_another_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="vocabulary of 7 classes, got one of 4"):
+        save(tmp_path, build(), vocabulary=Vocabulary.from_captions(["a dog"], min_count=1))
+
+
+def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="cuda:99"):
+        load_captioner(folder, device="cuda:99")
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def damage_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1])
+
+
+def mix_with_another(folder: Path) -> None:
+    save(folder.parent / "other", build(seed=1))
+    (folder.parent / "other" / "model.safetensors").replace(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda folder: (folder / "config.json").unlink(),
+            "is no checkpoint: expected a folder that holds config.json",
+        ),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json: expected a mapping, got list"),
+        (lambda folder: (folder / "config.json").write_text('{"a": 1}'), "kind captioner, got another program's"),
+        (damage_weights, "expected model.safetensors of SHA-256"),
+        (mix_with_another, "expected model.safetensors of SHA-256"),
+        (lambda folder: edit_config(folder, encoder={"model": "vgg19"}), "not what its fingerprint was taken of"),
+        (lambda folder: edit_config(folder, kind="ranker"), "kind captioner, got ranker"),
+        (lambda folder: edit_config(folder, format_version=99), "expected format version 1, got 99"),
+    ],
+)
+def test_what_is_no_whole_checkpoint_is_refused(spoil: Any, message: str, folder: Path) -> None:
+    spoil(folder)
+    with pytest.raises(CheckpointError, match=message):
+        load_captioner(folder)
+
+
+def test_no_folder_and_a_file_are_no_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for name in ("nowhere", "file"):
+        with pytest.raises(CheckpointError, match="is no checkpoint"):
+            load_captioner(tmp_path / name)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+    save(tmp_path, build())
+    whole = read_checkpoint(tmp_path, "captioner")
+    tensors = {**whole.tensors, "output.bias": torch.zeros(3)}
+    write_checkpoint(tmp_path, "captioner", tensors, whole.identity, {}, {})
+    with pytest.raises(CheckpointError, match=r"is damaged: RuntimeError: (?s:.*)output.bias"):
+        load_captioner(tmp_path)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return Path.touch, (Path("exploded"),)
+
+
+def test_a_pickle_in_place_of_the_weights_does_not_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole = read_checkpoint(folder, "captioner")
+    pickled = pickle.dumps(Bomb())
+    (folder / "model.safetensors").write_bytes(pickled)
+    digest = hashlib.sha256(pickled).hexdigest()
+    fingerprint = fingerprint_of("captioner", {**whole.identity, "weights_sha256": digest})
+    edit_config(folder, weights_sha256=digest, fingerprint=fingerprint)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_captioner(folder)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_folders_are_taken_as_they_are(tmp_path: Path) -> None:
+    fingerprint = save(Folder(tmp_path), build())
+    assert load_captioner(Folder(tmp_path)).fingerprint == fingerprint

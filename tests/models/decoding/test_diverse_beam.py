@@ -1,0 +1,82 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captionlib.data.text.vocabulary import END, UNKNOWN
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.decoding.decoder import Decoder, DecodingConfig
+from captionlib.models.decoding.incremental import IncrementalCaptioner
+from tests.models.tiny_captioners import CONFIGS, build, configs, features, seeds
+
+MAX_TOKENS = 5
+Hypothesis = tuple[float, tuple[int, ...]]
+
+
+def search_one_image(
+    model: Captioner, image: torch.Tensor, groups: int, width: int, diversity: float
+) -> set[Hypothesis]:
+    """Diverse beam search after the paper's algorithm 1, a hypothesis at a time."""
+    incremental = IncrementalCaptioner(model)
+
+    def next_words(words: tuple[int, ...]) -> list[float]:
+        state = incremental.start(incremental.encode_images(image[None]))
+        for word in (END, *words):
+            log_probs, state = incremental.step(state, torch.tensor([word]))
+        scores: list[float] = log_probs[0].tolist()
+        return scores
+
+    beams: list[list[Hypothesis]] = [[(0.0, ())] for _ in range(groups)]
+    places = [width] * groups
+    ended: set[Hypothesis] = set()
+    for tick in range(1, MAX_TOKENS + 1):
+        chosen_before: list[int] = []
+        for group in range(groups):
+            options = [
+                (total + log_prob - diversity * chosen_before.count(word), total + log_prob, (*words, word))
+                for total, words in beams[group]
+                for word, log_prob in enumerate(next_words(words))
+                if word != UNKNOWN
+            ]
+            best = sorted(options, reverse=True)[: places[group]]
+            chosen_before += [words[-1] for _, _, words in best]
+            over = [(total, words) for _, total, words in best if words[-1] == END or tick == MAX_TOKENS]
+            ended.update(over)
+            places[group] -= len(over)
+            beams[group] = [(total, words) for _, total, words in best if words[-1] != END and tick < MAX_TOKENS]
+    return ended
+
+
+@settings(max_examples=15, deadline=None)
+@given(configs, seeds, st.sampled_from([(2, 1), (3, 2), (2, 3)]), st.sampled_from([0.0, 0.5, 3.0]))
+def test_it_finds_what_the_papers_algorithm_finds(
+    config: CaptionerConfig, seed: int, shape: tuple[int, int], diversity: float
+) -> None:
+    groups, width = shape
+    model, images = build(config, seed), features(3, seed)
+    beam_width = groups * width
+    decoding = DecodingConfig(
+        beam_width=beam_width, n_best=beam_width, max_tokens=MAX_TOKENS, beam_groups=groups, diversity=diversity
+    )
+    for image, candidates in zip(images, Decoder(model, decoding).decode(images), strict=True):
+        expected = {
+            tuple(word for word in words if word != END): total
+            for total, words in search_one_image(model, image, groups, width, diversity)
+        }
+        found = {tuple(candidate.words): candidate.log_prob for candidate in candidates}
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+@settings(max_examples=10, deadline=None)
+@given(configs, seeds)
+def test_groups_that_cost_each_other_nothing_are_the_same_beam(config: CaptionerConfig, seed: int) -> None:
+    model, images = build(config, seed), features(4, seed)
+    narrow = Decoder(model, DecodingConfig(beam_width=2, n_best=2)).decode(images)
+    groups = Decoder(model, DecodingConfig(beam_width=6, n_best=6, beam_groups=3, diversity=0.0)).decode(images)
+    assert [[c.words for c in image] for image in groups] == [[c.words for c in image] for image in narrow]
+
+
+def test_groups_that_cost_each_other_much_begin_differently() -> None:
+    decoding = DecodingConfig(beam_width=4, n_best=4, beam_groups=4, diversity=1000.0)
+    for image in Decoder(build(CONFIGS[0], seed=2), decoding).decode(features(5, 2)):
+        assert len({candidate.words[0] if candidate.words else END for candidate in image}) == 4

@@ -1,0 +1,73 @@
+from typing import Literal
+
+import pytest
+import torch
+
+from captionlib.data.text.vocabulary import END
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.decoding.incremental import IncrementalCaptioner
+
+FEATURES = torch.linspace(-2, 2, 12).view(3, 4)
+
+
+def build(config: CaptionerConfig) -> Captioner:
+    torch.manual_seed(0)
+    model = Captioner(config, feature_size=4, vocabulary_size=7).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-1, 1)
+    return model
+
+
+@pytest.mark.parametrize("cell", ["lstm", "rnn"])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("image_input", ["tick", "first", "every", "state"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_steps_say_what_the_whole_sentence_says(
+    cell: Literal["lstm", "rnn"],
+    layers: int,
+    image_input: Literal["tick", "first", "every", "state"],
+    dtype: torch.dtype,
+    tolerance: float,
+) -> None:
+    model = build(CaptionerConfig(cell, layers, hidden_size=6, embedding_size=5, image_input=image_input))
+    model.set_standardization(FEATURES.mean(0), FEATURES.std(0))
+    words = torch.tensor([[2, 5, 3, 1], [4, 4, 2, 6], [3, 2, 6, 2]])
+    scores = model(FEATURES, words, torch.arange(3))
+    incremental = IncrementalCaptioner(model, dtype)
+    state = incremental.start(incremental.encode_images(FEATURES))
+    for tick, word in enumerate([torch.full((3,), END), *words.t()]):
+        log_probs, state = incremental.step(state, word)
+        target = words[:, tick] if tick < 4 else torch.full((3,), END)
+        expected = scores.log_probs.view(5, 3)[tick]
+        torch.testing.assert_close(log_probs[torch.arange(3), target], expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(3))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "rnn"])
+@pytest.mark.parametrize("image_input", ["tick", "every"])
+def test_rows_can_be_chosen_and_repeated(cell: Literal["lstm", "rnn"], image_input: Literal["tick", "every"]) -> None:
+    incremental = IncrementalCaptioner(
+        build(CaptionerConfig(cell, 2, hidden_size=6, embedding_size=5, image_input=image_input))
+    )
+    _, state = incremental.step(incremental.start(incremental.encode_images(FEATURES)), torch.tensor([END, END, END]))
+    everyone, after = incremental.step(state, torch.tensor([2, 3, 4]))
+    rows = torch.tensor([2, 0, 2])
+    chosen, chosen_after = incremental.step(state.select(rows), torch.tensor([4, 2, 4]))
+    torch.testing.assert_close(chosen, everyone[rows])
+    again, _ = incremental.step(state.select(rows).select(torch.tensor([1, 0])), torch.tensor([2, 4]))
+    torch.testing.assert_close(again, everyone[[0, 2]])
+    words = torch.tensor([5, 6, 5])
+    torch.testing.assert_close(incremental.step(chosen_after, words)[0], incremental.step(after.select(rows), words)[0])
+
+
+def test_a_stepper_keeps_the_weights_it_was_made_of() -> None:
+    model = build(CaptionerConfig(hidden_size=6, embedding_size=5)).train()
+    incremental = IncrementalCaptioner(model)
+    before, _ = incremental.step(incremental.start(incremental.encode_images(FEATURES)), torch.tensor([END, END, END]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    after, _ = incremental.step(incremental.start(incremental.encode_images(FEATURES)), torch.tensor([END, END, END]))
+    assert torch.equal(before, after)
+    assert model.training

@@ -1,0 +1,95 @@
+import pickle
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from captionlib.errors import ConfigError
+from captionlib.storage.folders import TEMPORARY, Folder, absolute_address, write_file
+
+
+@pytest.fixture(params=["local", "memory", "renaming"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    addresses = {
+        "local": str(tmp_path / "folder"),
+        "memory": f"memory://{uuid4().hex}",
+        "renaming": f"dir::file://{tmp_path}/folder",  # neither local nor known for atomic PUTs: published by a rename
+    }
+    return Folder(addresses[request.param])
+
+
+def test_written_files_are_read_listed_and_removed(folder: Folder) -> None:
+    folder.write("a.json", b"1")
+    folder.write("sub/b.json", b"2")
+    folder.write("sub/c.json", b"3")
+    assert folder.read("a.json") == b"1"
+    assert list(folder.read_many(["a.json", "never was", "sub/c.json"])) == [b"1", b"3"]
+    assert list(folder.read_many(["never was"])) == []
+    assert list(folder.read_many([])) == []
+    assert set(folder.list()) - {TEMPORARY} == {"a.json", "sub"}
+    assert folder.list("sub") == ["b.json", "c.json"]
+    assert folder.list("nowhere") == []
+    folder.remove("sub")
+    folder.remove("never was")
+    folder.remove_file("never was")
+    assert folder.list("sub") == []
+    assert folder.exists("a.json")
+    assert not folder.exists("sub/b.json")
+    folder.remove_file("a.json")
+    assert not folder.exists("a.json")
+
+
+def test_a_file_replaces_another_whole(folder: Folder) -> None:
+    folder.write("a", b"old")
+    folder.write("a", b"new")
+    assert folder.read("a") == b"new"
+
+
+def test_nothing_appears_when_writing_fails(folder: Folder) -> None:
+    with pytest.raises(RuntimeError, match="died"), folder.staged("a") as path:
+        path.write_bytes(b"half")
+        raise RuntimeError("died")
+    assert not folder.exists("a")
+    assert folder.list(TEMPORARY) == []
+
+
+def test_pickles_as_its_address(folder: Folder) -> None:
+    folder.write("a", b"1")
+    assert pickle.loads(pickle.dumps(folder)).read("a") == b"1"
+
+
+def test_a_relative_folder_is_found_by_a_process_that_was_started_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Folder("data").write("a", b"1")
+    pickled = pickle.dumps(Folder("data"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert pickle.loads(pickled).read("a") == b"1"
+
+
+@pytest.mark.parametrize("address", ["memory://bucket/data", "https://host/a.safetensors"])
+def test_addresses_elsewhere_are_absolute_already(address: str) -> None:
+    assert absolute_address(address) == address
+
+
+def test_missing_file_is_a_file_not_found(folder: Folder) -> None:
+    with pytest.raises(FileNotFoundError):
+        folder.read("none")
+
+
+@pytest.mark.parametrize("address", ["{tmp_path}/new/scores.parquet", "memory://{tmp_path}/scores.parquet"])
+def test_a_single_file_is_written_whole_and_alone(tmp_path: Path, address: str) -> None:
+    address = address.format(tmp_path=tmp_path)
+    for content in (b"first", b"second"):
+        write_file(address, content)
+    folder = Folder(address.rpartition("/")[0])
+    assert folder.list() == ["scores.parquet"]
+    assert folder.read("scores.parquet") == b"second"
+
+
+def test_a_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file/scores\.parquet cannot be written: "):
+        write_file(tmp_path / "file" / "scores.parquet", b"")

@@ -1,0 +1,147 @@
+"""A captioner that begins with a part of the encoder, from stored maps and from images."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from captionlib.data.shards.dataset import ShardedDataset, open_dataset
+from captionlib.errors import ConfigError
+from captionlib.models.captioners.captioner import CaptionerConfig
+from captionlib.models.checkpoints.captioners import load_captioner
+from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.encoders.encoder import EncoderConfig
+from captionlib.models.encoders.top_layers import EncoderTop
+from captionlib.models.inference.captioning import GenerationConfig
+from captionlib.models.inference.extraction import ExtractionConfig
+from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
+from captionlib.training.loop import TrainingConfig, TrainingStopped
+from captionlib.training.self_critical import SelfCriticalConfig
+from pipelines.extract_features import extract_features
+from pipelines.generate_captions import generate_captions
+from pipelines.run import RunConfig
+from tests.pipelines.conftest import images, write_manifest
+
+__all__ = ["images"]
+
+NODE = "features.3.squeeze_activation"
+RUN = RunConfig(max_failure_ratio=0.5, progress=False)
+CONFIG = CaptionerTrainingConfig(
+    captioner=CaptionerConfig(hidden_size=16, embedding_size=16, dropout=0.1, encoder_top=NODE),
+    training=TrainingConfig(epochs=3, optimizer="adam", learning_rate=0.03, seed=3),
+    encoder_top_learning_rate=1e-3,
+    crop=0.3,
+    mirror=True,
+    min_count=1,
+    batch_images=3,
+)
+
+
+@pytest.fixture(scope="module")
+def maps(tmp_path_factory: pytest.TempPathFactory, images: list[str]) -> Path:
+    folder = tmp_path_factory.mktemp("maps")
+    write_manifest(folder / "manifest", images)
+    encoder = EncoderConfig("squeezenet1_1", "features.2", "random:0")
+    extract_features(folder / "manifest", folder / "features", ExtractionConfig(encoder, batch_size=3), run=RUN)
+    return folder / "features"
+
+
+def train(features: Path, output: Path, config: CaptionerTrainingConfig = CONFIG) -> dict[str, Tensor]:
+    train_captioner(features, output, config, device="cpu", progress=False)
+    return load_captioner(output).model.state_dict()
+
+
+def tail_before(features: Path) -> dict[str, Tensor]:
+    encoder_top = EncoderTop(open_dataset(features).config["encoder"], NODE)
+    encoder_top.load_weights(None)
+    return {f"encoder_top.{name}": tensor for name, tensor in encoder_top.state_dict().items()}
+
+
+def test_the_tail_is_tuned_with_the_captioner_where_it_has_a_learning_rate(maps: Path, tmp_path: Path) -> None:
+    before = tail_before(maps)
+    assert before
+    tuned = train(maps, tmp_path / "tuned")
+    assert not any(torch.equal(tuned[name], tensor) for name, tensor in before.items() if "weight" in name)
+    kept = train(maps, tmp_path / "kept", replace(CONFIG, encoder_top_learning_rate=0))
+    assert all(torch.equal(kept[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("attention_size", [0, 8])
+def test_captions_are_the_same_from_images_and_from_stored_maps(
+    maps: Path, tmp_path: Path, attention_size: int
+) -> None:
+    shape = replace(CONFIG.captioner, attention_size=attention_size, image_input="state")
+    train(maps, tmp_path / "captioner", replace(CONFIG, captioner=shape))
+    config = GenerationConfig(DecodingConfig(min_words=3))
+    said = []
+    for number, source in enumerate((maps, maps.parent / "manifest")):
+        output = tmp_path / f"captions-{number}"
+        generate_captions(source, tmp_path / "captioner", output, config, device="cpu", run=RUN)
+        said.append(rows(open_dataset(output)))
+    assert len({log_prob for *_, log_prob in said[0]}) == len(said[0])  # each image has its own
+    assert [row[:2] for row in said[0]] == [row[:2] for row in said[1]]
+    assert [row[2] for row in said[0]] == pytest.approx([row[2] for row in said[1]], abs=1e-3)
+
+
+def test_attention_maps_are_of_what_the_tail_gives(maps: Path, tmp_path: Path) -> None:
+    smaller = "features.5"  # 27 x 27 of 55 x 55
+    config = replace(CONFIG, captioner=replace(CONFIG.captioner, attention_size=8, encoder_top=smaller))
+    train(maps, tmp_path / "captioner", config)
+    output = tmp_path / "captions"
+    generate_captions(
+        maps, tmp_path / "captioner", output, GenerationConfig(attention_maps=True), device="cpu", run=RUN
+    )
+    looks = open_dataset(output).read(0).to_pylist()[0]["attention"]
+    assert all(len(look) == 27 * 27 and sum(look) == pytest.approx(1, abs=0.01) for look in looks)
+
+
+def rows(dataset: ShardedDataset) -> list[tuple[str, str, float]]:
+    return [
+        (row["image_id"], row["caption"], row["log_prob"])
+        for shard in range(dataset.shards)
+        for row in dataset.read(shard).to_pylist()
+    ]
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(maps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(maps, tmp_path / "whole")
+    asked = iter([False, False, False, True])
+
+    @contextmanager
+    def stop_requests(insistent: bool) -> Iterator[Callable[[], bool]]:
+        yield lambda: next(asked)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("captionlib.training.loop.stop_requests", stop_requests)
+        with pytest.raises(TrainingStopped):
+            train(maps, tmp_path / "stopped")
+    again = train(maps, tmp_path / "stopped")
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+def test_self_critical_training_goes_on_from_it(maps: Path, tmp_path: Path) -> None:
+    first = train(maps, tmp_path / "first")
+    config = replace(
+        CONFIG,
+        captioner=CaptionerConfig(),
+        objective="self_critical",
+        self_critical=SelfCriticalConfig(samples=2),
+        training=replace(CONFIG.training, epochs=1, learning_rate=1e-3),
+        init_from=str(tmp_path / "first"),
+    )
+    second = train(maps, tmp_path / "second", config)
+    changed = {name for name, tensor in first.items() if not torch.equal(second[name], tensor)}
+    assert "output.weight" in changed
+    assert f"encoder_top.network.{NODE.rsplit('_', 1)[0]}.weight" in changed
+
+
+def test_weights_are_taken_for_a_tail_alone(maps: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, captioner=replace(CONFIG.captioner, encoder_top=None))
+    with pytest.raises(ConfigError, match="--weights is for a captioner that begins with a encoder_top"):
+        train_captioner(maps, tmp_path / "captioner", config, weights="file.safetensors", device="cpu", progress=False)
+    with pytest.raises(ConfigError, match="encoder_top_learning_rate: expected at least 0, got -1"):
+        replace(CONFIG, encoder_top_learning_rate=-1)

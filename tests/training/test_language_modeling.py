@@ -1,0 +1,178 @@
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from captionlib.data.shards.dataset import create_dataset
+from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.writer import write_shard
+from captionlib.errors import ConfigError, DatasetError
+from captionlib.models.captioners.language_model import LanguageModelConfig, load_language_model, sample_texts
+from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.training.language_modeling import (
+    LanguageModelObjective,
+    LanguageModelTrainingConfig,
+    train_language_model,
+)
+from captionlib.training.loop import TrainingConfig
+
+CONFIG = LanguageModelTrainingConfig(
+    model=LanguageModelConfig(hidden_size=16, embedding_size=16, dropout=0.0),
+    training=TrainingConfig(epochs=12, optimizer="adam", learning_rate=0.03, patience=None),
+    min_count=1,
+    batch_sentences=20,
+)
+SENTENCES = [f"{subject} {verb} far" for subject in ("dogs", "cats") for verb in ("run", "jump")] * 50
+
+
+@pytest.fixture
+def sentences(tmp_path: Path) -> Path:
+    (tmp_path / "sentences.txt").write_text("\n".join(SENTENCES))
+    return tmp_path / "sentences.txt"
+
+
+def train(
+    source: Path, output: Path, config: LanguageModelTrainingConfig = CONFIG, **options: Any
+) -> list[dict[str, float]]:
+    return train_language_model(source, output, config, device="cpu", progress=False, **options)
+
+
+def test_learns_the_sentences_of_a_text_file(sentences: Path, tmp_path: Path) -> None:
+    history = train(sentences, tmp_path / "model")
+    # Two words of two that are equally likely, two tokens that are certain: exp(2 ln 2 / 4) is the best.
+    assert math.sqrt(2) - 0.01 < history[-1]["perplexity"] < 1.5
+    loaded = load_language_model(tmp_path / "model")
+    samples = sample_texts(loaded, DecodingConfig(strategy="sample"), 40)
+    assert {sample.text for sample in samples} >= set(SENTENCES)
+    assert sum(sample.text in SENTENCES for sample in samples) >= 36
+    assert (tmp_path / "model" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "model" / "metrics.jsonl").read_text().count("\n") == len(history)
+
+
+def test_learns_the_captions_of_a_dataset(tmp_path: Path) -> None:
+    dataset = create_dataset(tmp_path / "manifest", "manifest", MANIFEST, config={}, shards=1)
+    rows = [
+        {
+            "image_id": f"{n}",
+            "uri": "",
+            "split": "val" if n % 5 == 0 else "train",
+            "captions": SENTENCES[2 * n : 2 * n + 2],
+        }
+        for n in range(100)
+    ]
+    with write_shard(dataset, 0, 100) as writer:
+        writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST))
+    dataset.finish()
+    history = train(tmp_path / "manifest", tmp_path / "model")
+    assert history[-1]["perplexity"] < 1.5
+    loaded = load_language_model(tmp_path / "model")
+    assert loaded.vocabulary.sentences == 160
+    assert loaded.provenance["source"] == dataset.fingerprint
+
+
+def test_learns_running_text_by_the_character(tmp_path: Path) -> None:
+    (tmp_path / "author.txt").write_text("to be, or not to be.\n" * 200)
+    config = replace(
+        CONFIG,
+        model=LanguageModelConfig(layers=2, hidden_size=24, embedding_size=12, dropout=0.0),
+        level="characters",
+        text="running",
+        window=42,
+        training=replace(CONFIG.training, epochs=20),
+    )
+    history = train(tmp_path / "author.txt", tmp_path / "model", config)
+    # All is certain, but where in the line a window begins.
+    assert history[-1]["perplexity"] < 1.25
+    loaded = load_language_model(tmp_path / "model")
+    (sample,) = sample_texts(loaded, DecodingConfig(strategy="sample", top_k=1, max_tokens=60), 1, prefix="to be, ")
+    assert "\nto be, or not to be.\n" in sample.text
+    assert len(sample.text) == 67
+
+
+def test_the_end_of_a_window_is_no_end(tmp_path: Path) -> None:
+    (tmp_path / "author.txt").write_text("ab" * 500)
+    config = replace(CONFIG, level="characters", text="running", window=10, training=TrainingConfig(epochs=1))
+    train(tmp_path / "author.txt", tmp_path / "model", config)
+    loaded = load_language_model(tmp_path / "model")
+    model = loaded.model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    batch = torch.full((3, 10), 2).numpy()
+    for ends, count in ((True, 33), (False, 30)):
+        objective = LanguageModelObjective(model, *2 * [_Endless(ends)], save=lambda *_: None)
+        loss, summed, tokens, *_ = objective.loss(batch)
+        assert tokens == count
+        assert loss.item() == pytest.approx(math.log(len(loaded.vocabulary)))
+        assert summed == pytest.approx(count * math.log(len(loaded.vocabulary)), rel=1e-5)
+
+
+class _Endless:
+    def __init__(self, sentences_end: bool) -> None:
+        self.sentences_end = sentences_end
+
+    count: Any = None
+    epoch: Any = None
+    in_order: Any = None
+
+
+@pytest.mark.parametrize("text", ["lines", "running"])
+def test_a_killed_run_goes_on_bit_for_bit(
+    text: Any, sentences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(
+        CONFIG,
+        model=replace(CONFIG.model, dropout=0.5),
+        training=TrainingConfig(epochs=2, save_seconds=0),
+        text=text,
+        level="characters",
+        window=20,
+    )
+    train(sentences, tmp_path / "undisturbed", config)
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModelObjective, "loss", _die_at(13, LanguageModelObjective.loss))
+        with pytest.raises(RuntimeError, match="dies"):
+            train(sentences, tmp_path / "killed", config)
+    train(sentences, tmp_path / "killed", config)
+    expected, got = (load_language_model(tmp_path / name).model.state_dict() for name in ("undisturbed", "killed"))
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def _die_at(wanted: int, loss: Callable[..., Any]) -> Callable[..., Any]:
+    calls = iter(range(1, wanted + 1))
+
+    def dying(self: LanguageModelObjective, batch: Any) -> Any:
+        if next(calls) == wanted:
+            raise RuntimeError("the machine dies")
+        return loss(self, batch)
+
+    return dying
+
+
+def test_another_text_is_another_run(sentences: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, training=TrainingConfig(epochs=1))
+    train(sentences, tmp_path / "model", config)
+    sentences.write_text("\n".join(SENTENCES[::-1]))
+    with pytest.raises(DatasetError, match="source: there"):
+        train(sentences, tmp_path / "model", config)
+    train(sentences, tmp_path / "model", config, overwrite=True)
+    provenance = json.loads((tmp_path / "model" / "config.json").read_text())["provenance"]
+    assert provenance["source"] != ""
+
+
+def test_a_text_that_is_too_short_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "author.txt").write_text("too short\n" * 30)
+    with pytest.raises(DatasetError, match="at least two windows of 128 tokens"):
+        train(tmp_path / "author.txt", tmp_path / "model", replace(CONFIG, text="running", level="characters"))
+    assert not (tmp_path / "model" / "config.json").exists()
+
+
+def test_a_share_held_out_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ConfigError, match="held_out: expected a share above 0 and below 1, got 1"):
+        replace(CONFIG, held_out=1.0)
