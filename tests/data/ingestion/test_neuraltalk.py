@@ -61,7 +61,7 @@ def test_images_get_the_column_of_their_imgid(tmp_path: Path, version: str, dtyp
 
 def test_cocos_ids_are_kept_and_columns_are_still_imgids(tmp_path: Path) -> None:
     files = write_json(tmp_path, [3], cocoid=391895, filepath="val2014"), write_mat(tmp_path, "5")
-    import_features(*files, tmp_path / "features", ImportConfig(images="/photos"))
+    import_features(*files, tmp_path / "features", ImportConfig(image_root="/photos"))
     (row,) = open_dataset(tmp_path / "features").read(0).to_pylist()
     assert (row["image_id"], row["uri"]) == ("391895", "/photos/val2014/0.jpg")
     np.testing.assert_allclose(row["features"], FEATURES[:, 3], rtol=1e-3)
