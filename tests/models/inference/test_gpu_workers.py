@@ -150,7 +150,7 @@ def test_captions_that_do_not_fit_are_written_in_halves_and_are_the_same(
             raise torch.OutOfMemoryError("too much")
         return look(images)
 
-    monkeypatch.setattr(decoder._stepper, "look", small_memory)
+    monkeypatch.setattr(decoder._stepper, "encode_images", small_memory)
     found = decoder.decode(images, keys)
     assert sizes == [7, 3, 1, 2, 4, 2, 2]
     assert [[one.words for one in image] for image in found] == [[one.words for one in image] for image in expected]
