@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.schemas import MANIFEST, embeddings_schema
@@ -130,8 +131,7 @@ def describe_embeddings(source: ShardedDataset, ranker: LoadedRanker) -> dict[st
 def embed_rows(rows: Sequence[Row], features: npt.NDArray[np.floating], ranker: LoadedRanker) -> pa.RecordBatch:
     """Rows of `embeddings/`."""
     schema = embeddings_schema(ranker.size)
-    numbers = pa.array(ranker.encode_features(features).astype(np.float16).reshape(-1))
-    vectors = pa.FixedSizeListArray.from_arrays(numbers, type=schema.field("embedding").type)
+    vectors = numpy_to_vectors(ranker.encode_features(features).astype(np.float16))
     columns = [pa.array([row[name] for row in rows], schema.field(name).type) for name in ("image_id", "uri")]
     return pa.RecordBatch.from_arrays([*columns, vectors], schema=schema)
 

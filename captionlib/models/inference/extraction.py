@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 
 from captionlib.config import differences
+from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.images.loading import LoadingConfig, open_loader
 from captionlib.data.shards.schemas import MANIFEST, features_schema
 from captionlib.data.shards.stages import Fail, Process
@@ -139,6 +140,4 @@ def _shared_encoder(config: EncoderConfig, device: str) -> Encoder:
 
 def _to_rows(rows: Sequence[Row], features: npt.NDArray[np.floating], schema: pa.Schema) -> pa.RecordBatch:
     columns = [pa.array([row[name] for row in rows], MANIFEST.field(name).type) for name in MANIFEST.names]
-    numbers = pa.array(features.reshape(-1))
-    vectors = pa.FixedSizeListArray.from_arrays(numbers, type=schema.field("features").type)
-    return pa.RecordBatch.from_arrays([*columns, vectors], schema=schema)
+    return pa.RecordBatch.from_arrays([*columns, numpy_to_vectors(features)], schema=schema)

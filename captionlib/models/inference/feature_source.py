@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.images.loading import LoadingConfig, open_loader
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.stages import Fail
@@ -104,5 +105,5 @@ def rows_with_features(
 ) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
     """Splits batches of `features/` into plain columns and the features, `[rows, *shape]`."""
     for batch in rows:
-        features = batch["features"].flatten().to_numpy(zero_copy_only=False).reshape(batch.num_rows, *shape)
+        features = vectors_to_numpy(batch["features"], shape)
         yield batch.drop_columns(["features"]).to_pylist(), features
