@@ -11,7 +11,7 @@ from PIL import Image
 
 from captionlib.data.images.encoding import encode_jpeg
 from captionlib.evaluation.pages import render_page
-from captionlib.models.encoders.activations import Activations, LayerMaps
+from captionlib.models.encoders.activations import Activations, LayerActivations
 from captionlib.storage.folders import write_file
 
 __all__ = ["write_activation_page"]
@@ -46,7 +46,7 @@ def write_activation_page(path: str | os.PathLike[str], title: str, activations:
     write_file(path, page)
 
 
-def _to_section(layer: LayerMaps) -> dict[str, Any]:
+def _to_section(layer: LayerActivations) -> dict[str, Any]:
     """A layer as the template shows it: one picture of all maps, the channels with the highest peaks first."""
     channels, height, width = layer.maps.shape
     peaks = layer.maps.reshape(channels, -1).max(1)

@@ -33,7 +33,7 @@ class ImportConfig:
 
     Attributes:
         variable: the matrix in the MATLAB file.
-        images: what the images' paths are relative to, in place of the folder of `dataset.json`.
+        image_root: what the images' paths are relative to, in place of the folder of `dataset.json`.
         stored_dtype: what the numbers are rounded to.
         shard_size: rows a shard.
         model: the network that made the features; told where they are inspected, and nothing else.
@@ -41,7 +41,7 @@ class ImportConfig:
     """
 
     variable: str = "feats"
-    images: str | None = None
+    image_root: str | None = None
     stored_dtype: Literal["float16", "float32"] = "float16"
     shard_size: int = 1000
     model: str = "vgg16"
@@ -81,7 +81,7 @@ def import_features(
     location = locate(json_address)
     if not location.fs.exists(location.path):
         raise DatasetError(f"{json_address} does not exist; expected Karpathy's dataset.json")
-    numbered = list(read_numbered(location, SourceOptions(images=config.images)))
+    numbered = list(read_numbered(location, SourceOptions(image_root=config.image_root)))
     with open_matrix(mat_address, config.variable) as matrix:
         columns = _find_columns(numbered, matrix, mat_address)
         rows = [row for _, row in numbered]
@@ -92,7 +92,7 @@ def import_features(
             features_schema(matrix.rows, config.stored_dtype),
             config={
                 "input": checksum_of_file(json_address),
-                "images": config.images,
+                "image_root": config.image_root,
                 "shard_size": config.shard_size,
                 "encoder": _describe_encoder(config, matrix.rows, content),
             },
@@ -124,14 +124,14 @@ def _find_columns(
     seen: set[str] = set()
     for imgid, row in numbered:
         if isinstance(imgid, bool) or not isinstance(imgid, int) or imgid < 0:
-            raise DatasetError(f"{row.place}: expected an imgid, the number of a column, got {imgid!r}")
+            raise DatasetError(f"{row.origin}: expected an imgid, the number of a column, got {imgid!r}")
         if imgid >= matrix.columns:
             raise DatasetError(
                 f"{address}: expected a column for each image, got {matrix.columns} columns of {matrix.rows} numbers "
-                f"and an image of imgid {imgid} ({row.place}); do both files belong to the same data set?"
+                f"and an image of imgid {imgid} ({row.origin}); do both files belong to the same data set?"
             )
         if row.image_id in seen:
-            raise DuplicateIdError(f"{row.place}: image id {row.image_id} is there twice; expected one row an image")
+            raise DuplicateIdError(f"{row.origin}: image id {row.image_id} is there twice; expected one row an image")
         seen.add(row.image_id)
     if not numbered:
         raise DatasetError("dataset.json has no images")
@@ -152,9 +152,9 @@ def _describe_encoder(config: ImportConfig, size: int, content: str) -> dict[str
 
 def _read_vectors(matrix: Matrix, columns: npt.NDArray[np.int64], dtype: str, address: str) -> npt.NDArray[np.floating]:
     """Columns as rows `[columns, size]`; files are read in ascending order, each column once."""
-    ascending, place = np.unique(columns, return_inverse=True)
+    ascending, inverse = np.unique(columns, return_inverse=True)
     with np.errstate(over="ignore"):  # found below
-        vectors = np.asarray(matrix.read(ascending)).astype(dtype)[place]
+        vectors = np.asarray(matrix.read(ascending)).astype(dtype)[inverse]
     if len(bad := columns[~np.isfinite(vectors).all(1)]):
         raise DatasetError(
             f"{address}: column {bad[0]} has numbers that do not fit into {dtype}, or are none; "

@@ -20,7 +20,7 @@ from captionlib.errors import ConfigError, DatasetError, ImageError
 from captionlib.models.encoders.encoder import Encoder, EncoderConfig, Encoding, load_encoder
 from captionlib.models.inference.shared_models import cached_per_process
 
-__all__ = ["ExtractionConfig", "FeatureExtraction", "encode_images", "open_encoder"]
+__all__ = ["ExtractionConfig", "FeatureExtraction", "encode_images", "load_shared_encoder"]
 
 Row = dict[str, Any]
 
@@ -68,7 +68,7 @@ class FeatureExtraction:
     @contextmanager
     def open(self) -> Iterator[Process]:
         """Loads the encoder and starts the decoders; see `Stage.open`."""
-        encoder = open_encoder(self.config.encoder, self.device, self.threads, self.description)
+        encoder = load_shared_encoder(self.config.encoder, self.device, self.threads, self.description)
         schema = features_schema(encoder.size, self.config.encoder.stored_dtype)
         with open_loader(self.config.loading, encoder.preprocessing) as load:
 
@@ -116,7 +116,7 @@ def _batches(
         yield rows, np.stack(images)
 
 
-def open_encoder(
+def load_shared_encoder(
     config: EncoderConfig, device: str, threads: int | None, description: Mapping[str, Any] | None = None
 ) -> Encoder:
     """The process's one encoder of this configuration, however many threads and bundles ask for it.
