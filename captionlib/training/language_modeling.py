@@ -146,7 +146,7 @@ def train_language_model(
     target = resolve_device(device)
     vocabulary = Vocabulary.from_captions(corpus.training(), config.min_count, config.level)
     training = _make_batches(corpus.training(), vocabulary, config)
-    validation = _make_batches(corpus.held_out(), vocabulary, config)
+    validation = _make_batches(corpus.validation(), vocabulary, config)
     seed_everything(config.training.seed)
     model = build_language_model(config.model, len(vocabulary))
     model.initialize_bias(torch.from_numpy(vocabulary.log_frequencies()))

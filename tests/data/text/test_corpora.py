@@ -16,16 +16,16 @@ LINES = [f"sentence {number}" for number in range(100)]
 def test_a_line_is_a_sentence_and_some_are_held_out(tmp_path: Path) -> None:
     path = tmp_path / "sentences.txt"
     path.write_text("\r\n".join(["", *LINES, "  "]), encoding="utf-8", newline="")
-    corpus = open_corpus(path, held_out=0.1)
-    assert list(corpus.held_out()) == LINES[9::10]
-    assert sorted([*corpus.training(), *corpus.held_out()]) == sorted(LINES)
+    corpus = open_corpus(path, validation_fraction=0.1)
+    assert list(corpus.validation()) == LINES[9::10]
+    assert sorted([*corpus.training(), *corpus.validation()]) == sorted(LINES)
 
 
 def test_running_text_is_one_text_whose_end_is_held_out(tmp_path: Path) -> None:
     path = tmp_path / "author.txt"
     path.write_text("To be,\r\nor not\r\n\r\nto be." * 10, encoding="utf-8", newline="")
-    corpus = open_corpus(path, "running", held_out=0.25)
-    (training,), (held_out,) = corpus.training(), corpus.held_out()
+    corpus = open_corpus(path, "running", validation_fraction=0.25)
+    (training,), (held_out,) = corpus.training(), corpus.validation()
     assert training + held_out == "To be,\nor not\n\nto be." * 10 + "\n"
     assert len(held_out) == (len(training) + len(held_out)) // 4
 
@@ -52,7 +52,7 @@ def test_a_dataset_gives_the_captions_of_its_splits(tmp_path: Path) -> None:
     dataset.finish()
     corpus = open_corpus(tmp_path / "manifest")
     assert list(corpus.training()) == ["train 0", "again 0", "restval 3", "again 3"]
-    assert list(corpus.held_out()) == ["val 1", "again 1"]
+    assert list(corpus.validation()) == ["val 1", "again 1"]
     assert corpus.fingerprint == dataset.fingerprint
     with pytest.raises(DatasetError, match="expected sentences in split dev, got none"):
         open_corpus(tmp_path / "manifest", validation_splits=["dev"])
