@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from captionlib.data.images.encoding import encode_jpeg
 from captionlib.evaluation.pages import render_page
 from captionlib.models.encoders.activations import Activations, LayerActivations
 from captionlib.storage.folders import write_file
@@ -30,13 +31,13 @@ def write_activation_page(path: str | os.PathLike[str], title: str, activations:
         network: a phrase that names the network and its weights.
 
     Raises:
-        ConfigError: the file cannot be written.
+        StorageError: the file cannot be written.
     """
     page = render_page(
         "activations.html",
         title=title,
         network=network,
-        image=_to_data_uri(Image.fromarray(activations.image), "JPEG", quality=90),
+        image=_to_data_uri(encode_jpeg(activations.image, quality=90), "jpeg"),
         classes=activations.classes,
         note=activations.note,
         layers=[_describe_layer(layer) for layer in activations.layers],
@@ -57,7 +58,7 @@ def _describe_layer(layer: LayerActivations) -> dict[str, Any]:
         "channels": channels,
         "size": f"{width} x {height}",
         "aspect_ratio": f"{maps.shape[2]} / {maps.shape[1]}",
-        "sprite": _to_data_uri(_arrange_sprite(_scale(maps), rows), "PNG", optimize=True),
+        "sprite": _to_data_uri(_encode_sprite(_scale(maps), rows), "png"),
         "inactive": int((peaks <= 0).sum()),
         "columns": _COLUMNS,
         "rows": rows,
@@ -87,15 +88,15 @@ def _shrink(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def _scale(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Scales each map to 0..255, from zero or its negative minimum to its peak; a constant map stays 0."""
+    """Scales each map to 0..255, from the lower of 0 and its minimum to its peak."""
     low = np.minimum(maps.min((1, 2), keepdims=True), 0)
     span = maps.max((1, 2), keepdims=True) - low
     scaled = np.divide(maps - low, span, out=np.zeros_like(maps), where=span > 0)
     return np.asarray((255 * scaled).round(), np.uint8)
 
 
-def _arrange_sprite(maps: npt.NDArray[np.uint8], rows: int) -> Image.Image:
-    """Arranges all maps in the rows of one image, with a color palette."""
+def _encode_sprite(maps: npt.NDArray[np.uint8], rows: int) -> bytes:
+    """Arranges all maps in the rows of one PNG image, with a color palette."""
     from matplotlib import colormaps
 
     channels, height, width = maps.shape
@@ -105,10 +106,10 @@ def _arrange_sprite(maps: npt.NDArray[np.uint8], rows: int) -> Image.Image:
     sprite = Image.fromarray(np.ascontiguousarray(grid), "P")
     palette = (255 * colormaps["inferno"](np.arange(256))[:, :3]).round().astype(np.uint8)
     sprite.putpalette(palette.tobytes())
-    return sprite
-
-
-def _to_data_uri(image: Image.Image, file_format: str, **options: Any) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return f"data:image/{file_format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    sprite.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _to_data_uri(content: bytes, file_format: str) -> str:
+    return f"data:image/{file_format};base64,{base64.b64encode(content).decode()}"

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import torch
-from tqdm import tqdm
 
 from captionlib.config import to_dict
 from captionlib.data.batches.images import ImageBatches, read_rows
@@ -195,7 +194,7 @@ def _finetune(
         finally:
             skipped.write()
             if len(skipped):
-                tqdm.write(f"{skipped.describe()}: see {output.address(FAILURES)}", sys.stderr)
+                print(f"{skipped.describe()}: see {output.address(FAILURES)}", file=sys.stderr)
 
 
 def _objective(

@@ -153,7 +153,7 @@ class Encoder:
 
         Returns:
             A function that waits for the features and returns them: `[batch, size]` or `[batch, positions, channels]`
-            of the stored dtype. It raises ConfigError if they overflow that dtype.
+            of the stored dtype. It raises DatasetError if they overflow that dtype.
         """
         parts = halve_on_out_of_memory(lambda part: self._start_batch(images[part]), len(images))
         return parts[0] if len(parts) == 1 else lambda: np.concatenate([wait() for wait in parts])

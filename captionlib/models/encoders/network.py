@@ -13,7 +13,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from typing_extensions import Self
 
 from captionlib.data.images.decoding import Preprocessing
-from captionlib.errors import ConfigError
+from captionlib.errors import ConfigError, DatasetError
 
 __all__ = [
     "EncoderNetwork",
@@ -40,7 +40,7 @@ class EvalModeNetwork(nn.Module):
 
     def __init__(self, network: nn.Module, autocast: bool) -> None:
         super().__init__()
-        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = network.to(memory_format=torch.channels_last)
         self._autocast = autocast
         self.train()
 
@@ -111,7 +111,7 @@ class EncoderNetwork(EvalModeNetwork):
             pixels: see `forward`.
 
         Raises:
-            ConfigError: the features overflow the stored dtype.
+            DatasetError: the features overflow the stored dtype.
         """
         features = self.encode_unchecked(pixels)
         require_finite(features)
@@ -138,7 +138,7 @@ class EncoderNetwork(EvalModeNetwork):
 
 
 def flatten_positions(output: Tensor) -> Tensor:
-    """Turns a map `[batch, channels, height, width]` into `[batch, positions, channels]`, other outputs into vectors."""
+    """Turns a map `[batch, channels, height, width]` into `[batch, positions, channels]`, others into vectors."""
     return output.flatten(2).transpose(1, 2) if output.dim() == 4 else output.flatten(1)
 
 
@@ -146,10 +146,10 @@ def require_finite(features: Tensor) -> None:
     """Checks that features contain neither infinity nor NaN. On a GPU this waits for the computation.
 
     Raises:
-        ConfigError: they do.
+        DatasetError: they do.
     """
     if not features.isfinite().all():
-        raise ConfigError(
+        raise DatasetError(
             f"the encoder's features overflow {str(features.dtype).removeprefix('torch.')} or are NaN; set "
             "encoder.stored_dtype to float32, or check the weights"
         )

@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from tqdm import tqdm
 
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
@@ -17,6 +16,7 @@ from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_capti
 from captionlib.models.decoding.datastore import DatastoreEntries, datastore_schema, write_datastore
 from captionlib.models.devices import halve_on_out_of_memory, resolve_device
 from captionlib.models.inference.feature_source import open_feature_source, resolve_encoder
+from captionlib.progress import progress_bar
 
 __all__ = ["DatastoreConfig", "build_datastore"]
 
@@ -80,7 +80,7 @@ def build_datastore(
             open_feature_source(
                 encoder, captioner.encoder, config.loading, config.encoder_batch_size, device, None
             ) as load_features,
-            tqdm(total=total, desc="build-datastore", unit="image", disable=not progress, dynamic_ncols=True) as bar,
+            progress_bar("build-datastore", total, "images", progress) as bar,
         ):
             wanted = _read(rows, config.splits, columns)
             for some, features in load_features(wanted, lambda image_id, _uri, _error: failed.append(image_id)):

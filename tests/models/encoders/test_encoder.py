@@ -158,7 +158,7 @@ def test_a_batch_that_exceeds_the_memory_is_halved(pixels: np.ndarray, monkeypat
 def test_features_that_overflow_the_stored_dtype_are_an_error(pixels: np.ndarray, tmp_path: Path) -> None:
     state = {name: 40 * tensor for name, tensor in small_state().items()}
     safetensors.torch.save_file(state, tmp_path / "w.safetensors")
-    with pytest.raises(ConfigError, match="overflow float16"):
+    with pytest.raises(DatasetError, match="overflow float16"):
         load_encoder(EncoderConfig("squeezenet1_1", "features.4.cat", str(tmp_path / "w.safetensors"))).encode(pixels)
 
 
