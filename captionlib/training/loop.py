@@ -18,7 +18,7 @@ from tqdm import tqdm
 from captionlib.data.shards.markers import to_json
 from captionlib.storage.folders import Folder
 from captionlib.training.averaging import WeightAverage
-from captionlib.training.distributed import Processes
+from captionlib.training.distributed import ProcessGroup
 from captionlib.training.interrupts import TrainingStopped, stop_requests
 from captionlib.training.metrics_log import report_epoch
 from captionlib.training.objective import Batch, Objective, is_higher_better, own_learning_rates
@@ -77,7 +77,7 @@ class _Run(Generic[Batch]):
         self, objective: Objective[Batch], config: TrainingConfig, output: Folder, resolved: dict[str, Any]
     ) -> None:
         self.state = RunState()
-        self.processes = Processes()
+        self.processes = ProcessGroup()
         self._objective = objective
         self._config = config
         self._output = output
@@ -134,7 +134,7 @@ class _Run(Generic[Batch]):
             dynamic_ncols=True,
         ) as bar:
             for batch in bar:
-                stopping, saving = self._step(batch, stopped, saved + config.save_seconds)
+                stopping, saving = self._step(batch, stopped, saved + config.checkpoint_interval_seconds)
                 bar.set_postfix({name: f"{value:.3f}" for name, value in state.means().items()}, refresh=False)
                 if stopping or saving:
                     saved = time.monotonic()
