@@ -14,7 +14,6 @@ import pyarrow as pa
 import pytest
 from tenacity import stop_after_delay
 
-from captionlib import retrying
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.schemas import MANIFEST
@@ -24,6 +23,7 @@ from captionlib.errors import FetchError, StorageError
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.extraction import ExtractionConfig
 from captionlib.search.sql import query_sql
+from captionlib.storage import retries
 from captionlib.storage.folders import Folder
 from pipelines.extract_features import extract_features
 from pipelines.run import RunConfig
@@ -155,7 +155,7 @@ def test_an_outage_ends_the_run_and_leaves_nothing_half_done(
     bucket: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_manifest(f"{bucket}/manifest")
-    monkeypatch.setattr(retrying._retrying, "stop", stop_after_delay(0.2))
+    monkeypatch.setattr(retries._retrying, "stop", stop_after_delay(0.2))
     proxy.choose = lambda method, path: (
         Fault.THROTTLE if method == "PUT" and path.endswith("output/_shards/part-00002.json") else None
     )

@@ -58,7 +58,7 @@ def test_the_vocabulary_is_counted_on_train_only(features: ShardedDataset, tmp_p
     config = replace(CONFIG, train_splits=("val",), validation_splits=("train",), training=TrainingConfig(epochs=1))
     train(features, tmp_path / "captioner", config)
     vocabulary = load_captioner(tmp_path / "captioner").vocabulary
-    assert vocabulary.sentences == 2 * 16
+    assert vocabulary.sentence_count == 2 * 16
 
 
 def test_the_same_seed_gives_the_same_weights(features: ShardedDataset, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_learns_the_captions_of_a_dataset(tmp_path: Path) -> None:
     history = train(tmp_path / "manifest", tmp_path / "model")
     assert history[-1]["perplexity"] < 1.5
     loaded = load_language_model(tmp_path / "model")
-    assert loaded.vocabulary.sentences == 160
+    assert loaded.vocabulary.sentence_count == 160
     assert loaded.provenance["source"] == dataset.fingerprint
 
 

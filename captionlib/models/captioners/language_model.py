@@ -199,7 +199,7 @@ def sample_texts(
 def _encode_prefix(vocabulary: Vocabulary, prefix: str) -> list[int]:
     ids = vocabulary.encode(prefix)
     if UNKNOWN in ids:
-        unknown = [part for part in vocabulary.split(prefix) if vocabulary.encode_tokens([part]) == [UNKNOWN]]
+        unknown = [part for part in vocabulary.tokenize(prefix) if vocabulary.encode_tokens([part]) == [UNKNOWN]]
         raise ConfigError(
             f"prefix: expected {vocabulary.level} that the model has learned, got {', '.join(map(repr, unknown))}; "
             "begin with others"
