@@ -17,8 +17,9 @@ from captionlib.data.shards.stages import ShardJob, Stage
 from captionlib.errors import ConfigError
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.captioning import CaptionGeneration, GenerationConfig
-from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding, PinnedRanker
+from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding
 from captionlib.models.inference.extraction import ExtractionConfig, FeatureExtraction
+from captionlib.models.inference.shared_models import PinnedCheckpoint
 from captionlib.search.build import IndexBuild
 from captionlib.search.index_config import IndexConfig
 from captionlib.storage.folders import Folder
@@ -30,11 +31,16 @@ from pipelines.run import RunConfig, choose_runner
 Job = beam_runner_api_pb2.Pipeline
 
 L4 = "type:nvidia-l4;count:1;install-nvidia-driver"
-RANKER = PinnedRanker("s3://bucket/ranker", "fingerprint")
+RANKER = PinnedCheckpoint("s3://bucket/ranker", "fingerprint")
 STAGES: dict[str, Stage] = {
     "extract-features": FeatureExtraction(ExtractionConfig(), {"model": "vgg16"}, "cuda"),
     "generate-captions": CaptionGeneration(
-        GenerationConfig(), "s3://bucket/captioner", "fingerprint", EncoderConfig(), "cuda", None, RANKER
+        GenerationConfig(),
+        PinnedCheckpoint("s3://bucket/captioner", "fingerprint"),
+        EncoderConfig(),
+        "cuda",
+        None,
+        RANKER,
     ),
     "embed": ImageEmbedding(EmbeddingConfig(), RANKER, EncoderConfig(), "cuda"),
 }
@@ -165,7 +171,7 @@ def test_dataflow_takes_the_job(
     run = RunConfig(beam_options=DATAFLOW, progress=False, accelerator=L4)
     totals = extract_features(manifest.folder.uri, tmp_path / "features", small_encoder, run=run)
     assert totals.shards == 0
-    assert open_dataset(tmp_path / "features").pending() == list(range(manifest.shards))
+    assert open_dataset(tmp_path / "features").pending_shards() == list(range(manifest.shards))
     [job] = jobs
     containers = {
         beam_runner_api_pb2.DockerPayload.FromString(environment.payload).container_image

@@ -34,8 +34,8 @@ CONFIG = CaptionerTrainingConfig(
     captioner=CaptionerConfig(hidden_size=16, embedding_size=16, dropout=0.1, encoder_top=NODE),
     training=TrainingConfig(epochs=3, optimizer="adam", learning_rate=0.03, seed=3),
     encoder_top_learning_rate=1e-3,
-    crop=0.3,
-    mirror=True,
+    random_crop=0.3,
+    horizontal_flip=True,
     min_count=1,
     batch_images=3,
 )

@@ -24,7 +24,7 @@ from captionlib.models.encoders.weights import (
     resolve_preprocessing,
     sample_weights,
 )
-from captionlib.storage.folders import absolute_address
+from captionlib.storage.folders import resolve_address
 
 __all__ = ["Encoder", "EncoderConfig", "PendingFeatures", "describe_finetuned_encoder", "load_encoder"]
 
@@ -71,7 +71,7 @@ class EncoderConfig:
         """
         if description["weights"] == "imported":
             raise ConfigError(
-                "these features were imported, so the network that computed them is unknown and cannot encode more "
+                "the features were imported, so the network that computed them is unknown and cannot encode more "
                 "images; use features that were imported the same way"
             )
         if description["weights"] == "file" and weights is None:
@@ -88,7 +88,7 @@ class EncoderConfig:
 
     def with_absolute_weights(self) -> "EncoderConfig":
         """Returns a copy that names a weights file by its absolute address, for workers with other folders."""
-        return replace(self, weights=absolute_address(self.weights)) if is_weights_file(self.weights) else self
+        return replace(self, weights=resolve_address(self.weights)) if is_weights_file(self.weights) else self
 
 
 class Encoder:

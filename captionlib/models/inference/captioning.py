@@ -14,7 +14,7 @@ from pydantic import PositiveInt
 from captionlib.config import configclass
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.schemas import captions_schema
-from captionlib.data.shards.stages import Process
+from captionlib.data.shards.stages import ProcessRows
 from captionlib.errors import ImageError
 from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner
 from captionlib.models.checkpoints.rankers import LoadedRanker
@@ -91,7 +91,7 @@ class CaptionGeneration:
         return ["image_id", "uri", "split", *([] if self.encoder else ["features"])]
 
     @contextmanager
-    def open(self) -> Iterator[Process]:
+    def open(self) -> Iterator[ProcessRows]:
         """Loads the models; see `Stage.open`."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)

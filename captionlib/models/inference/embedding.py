@@ -1,5 +1,6 @@
 """Image embeddings: unit vectors in the joint embedding space of a ranker."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,9 +15,9 @@ from pydantic import PositiveInt
 from captionlib.config import configclass
 from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.images.loading import LoadingConfig
-from captionlib.data.shards.dataset import ShardedDataset
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.schemas import embeddings_schema
-from captionlib.data.shards.stages import Fail, Process
+from captionlib.data.shards.stages import ProcessRows, ReportFailure
 from captionlib.errors import ImageError
 from captionlib.models.checkpoints.rankers import LoadedRanker, load_ranker
 from captionlib.models.devices import resolve_device
@@ -29,7 +30,7 @@ __all__ = [
     "EmbeddingConfig",
     "ImageEmbedding",
     "build_embedding_rows",
-    "describe_embeddings",
+    "create_embeddings_dataset",
     "embed_single_images",
 ]
 
@@ -74,7 +75,7 @@ class ImageEmbedding:
         return ["image_id", "uri", *([] if self.encoder else ["features"])]
 
     @contextmanager
-    def open(self) -> Iterator[Process]:
+    def open(self) -> Iterator[ProcessRows]:
         """Loads the models; see `Stage.open`."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
@@ -84,16 +85,25 @@ class ImageEmbedding:
             self.encoder, ranker.encoder, config.loading, config.encoder_batch_size, self.device, self.threads
         ) as load_features:
 
-            def process(batches: Iterator[pa.RecordBatch], fail: Fail) -> Iterator[tuple[pa.RecordBatch, ...]]:
+            def process(batches: Iterator[pa.RecordBatch], fail: ReportFailure) -> Iterator[tuple[pa.RecordBatch, ...]]:
                 for rows, features in load_features(batches, fail):
                     yield (build_embedding_rows(rows, features, ranker),)
 
             yield process
 
 
-def describe_embeddings(source: ShardedDataset, ranker: LoadedRanker) -> dict[str, Any]:
-    """Returns everything that the rows of `embeddings/` depend on, for their fingerprint."""
-    return {"input": source.fingerprint, "ranker": ranker.fingerprint, "encoder": ranker.encoder}
+def create_embeddings_dataset(
+    folder: str | os.PathLike[str], source: ShardedDataset, ranker: LoadedRanker, overwrite: bool
+) -> ShardedDataset:
+    """Creates the dataset that a ranker's embeddings of `source` are written to; see `create_dataset`."""
+    return create_dataset(
+        folder,
+        "embeddings",
+        embeddings_schema(ranker.size),
+        config={"input": source.fingerprint, "ranker": ranker.fingerprint, "encoder": ranker.encoder},
+        shards=source.shards,
+        overwrite=overwrite,
+    )
 
 
 def build_embedding_rows(

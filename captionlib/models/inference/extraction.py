@@ -12,11 +12,11 @@ import pyarrow as pa
 import torch
 from pydantic import PositiveInt
 
-from captionlib.config import configclass, differences
+from captionlib.config import configclass, describe_differences
 from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.images.loading import LoadingConfig, open_loader
-from captionlib.data.shards.schemas import MANIFEST, features_schema
-from captionlib.data.shards.stages import Fail, Process
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA, features_schema
+from captionlib.data.shards.stages import ProcessRows, ReportFailure
 from captionlib.errors import DatasetError, ImageError
 from captionlib.models.encoders.encoder import Encoder, EncoderConfig, PendingFeatures, load_encoder
 from captionlib.models.inference.shared_models import cached_per_process
@@ -60,27 +60,29 @@ class FeatureExtraction:
 
     @property
     def columns(self) -> Sequence[str]:
-        names: Sequence[str] = MANIFEST.names
+        names: Sequence[str] = MANIFEST_SCHEMA.names
         return names
 
     @contextmanager
-    def open(self) -> Iterator[Process]:
+    def open(self) -> Iterator[ProcessRows]:
         """Loads the encoder and starts the image decoders; see `Stage.open`."""
         encoder = load_shared_encoder(self.config.encoder, self.device, self.threads, self.description)
         schema = features_schema(encoder.size, self.config.encoder.stored_dtype)
         with open_loader(self.config.loading, encoder.preprocessing) as load:
 
-            def process(batches: Iterator[pa.RecordBatch], fail: Fail) -> Iterator[tuple[pa.RecordBatch, ...]]:
+            def process(batches: Iterator[pa.RecordBatch], fail: ReportFailure) -> Iterator[tuple[pa.RecordBatch, ...]]:
                 images = load(row for batch in batches for row in batch.to_pylist())
                 for rows, features in encode_images(encoder, images, self.config.batch_size, fail):
-                    columns = [pa.array([row[name] for row in rows], MANIFEST.field(name).type) for name in self.columns]
+                    columns = [
+                        pa.array([row[name] for row in rows], MANIFEST_SCHEMA.field(name).type) for name in self.columns
+                    ]
                     yield (pa.RecordBatch.from_arrays([*columns, numpy_to_vectors(features)], schema=schema),)
 
             yield process
 
 
 def encode_images(
-    encoder: Encoder, images: Iterator[LoadedImage], batch_size: int, fail: Fail
+    encoder: Encoder, images: Iterator[LoadedImage], batch_size: int, fail: ReportFailure
 ) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
     """Encodes images in full batches and reports those that could not be loaded to `fail`.
 
@@ -98,7 +100,7 @@ def encode_images(
 
 
 def _batch_images(
-    images: Iterator[LoadedImage], batch_size: int, fail: Fail
+    images: Iterator[LoadedImage], batch_size: int, fail: ReportFailure
 ) -> Iterator[tuple[list[Row], npt.NDArray[np.uint8]]]:
     rows: list[Row] = []
     batch: list[npt.NDArray[np.uint8]] = []
@@ -133,7 +135,7 @@ def load_shared_encoder(
         torch.set_num_threads(threads)
     encoder = _load_encoder_once(config, device)
     if description is not None and encoder.description != description:
-        lines = differences(description, encoder.description)
+        lines = describe_differences(description, encoder.description)
         raise DatasetError(f"the encoder of this worker is not the encoder of the dataset: {'; '.join(lines)}")
     return encoder
 

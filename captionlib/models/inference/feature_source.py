@@ -11,8 +11,8 @@ import pyarrow as pa
 from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.images.loading import LoadingConfig, open_loader
 from captionlib.data.shards.dataset import ShardedDataset
-from captionlib.data.shards.schemas import MANIFEST
-from captionlib.data.shards.stages import Fail
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
+from captionlib.data.shards.stages import ReportFailure
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.extraction import encode_images, load_shared_encoder
@@ -21,7 +21,9 @@ __all__ = ["FeatureLoader", "FeatureModel", "build_manifest_rows", "open_feature
 
 Row = dict[str, Any]
 
-FeatureLoader = Callable[[Iterator[pa.RecordBatch], Fail], Iterator[tuple[list[Row], npt.NDArray[np.floating]]]]
+FeatureLoader = Callable[
+    [Iterator[pa.RecordBatch], ReportFailure], Iterator[tuple[list[Row], npt.NDArray[np.floating]]]
+]
 """Takes rows of a dataset; yields batches of rows without features, and their features, `[rows, *shape]`."""
 
 
@@ -99,7 +101,7 @@ def open_feature_source(
     with open_loader(loading, shared_encoder.preprocessing) as load:
 
         def encode(
-            batches: Iterator[pa.RecordBatch], fail: Fail
+            batches: Iterator[pa.RecordBatch], fail: ReportFailure
         ) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
             images = load(row for batch in batches for row in batch.to_pylist())
             return encode_images(shared_encoder, images, batch_size, fail)
@@ -110,7 +112,7 @@ def open_feature_source(
 def build_manifest_rows(uris: Sequence[str]) -> pa.RecordBatch:
     """Returns rows of `manifest/` for images outside of any dataset; each uri is its own image id."""
     rows = [{"image_id": uri, "uri": uri, "split": "", "captions": []} for uri in uris]
-    return pa.RecordBatch.from_pylist(rows, schema=MANIFEST)
+    return pa.RecordBatch.from_pylist(rows, schema=MANIFEST_SCHEMA)
 
 
 def _split_features(

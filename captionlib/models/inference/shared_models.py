@@ -7,9 +7,11 @@ from functools import lru_cache, wraps
 from threading import Lock
 from typing import Generic, ParamSpec, Protocol, TypeVar
 
+from torch import nn
+
 from captionlib.errors import CheckpointError
 from captionlib.models.devices import resolve_device
-from captionlib.storage.folders import absolute_address
+from captionlib.storage.folders import resolve_address
 
 __all__ = ["CheckpointCache", "PinnedCheckpoint", "cached_per_process"]
 
@@ -17,12 +19,15 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-class _Fingerprinted(Protocol):
+class _LoadedModel(Protocol):
+    @property
+    def model(self) -> nn.Module: ...
+
     @property
     def fingerprint(self) -> str: ...
 
 
-Model = TypeVar("Model", bound=_Fingerprinted)
+Model = TypeVar("Model", bound=_LoadedModel)
 
 
 @dataclass(frozen=True)
@@ -54,35 +59,35 @@ class CheckpointCache(Generic[Model]):
     """Holds the model that was used last, for all threads of a process.
 
     Args:
-        load: loads the model of a checkpoint folder onto a device.
+        load: loads the model of a checkpoint folder onto the CPU.
     """
 
-    def __init__(self, load: Callable[[str, str], Model]) -> None:
+    def __init__(self, load: Callable[[str], Model]) -> None:
         self._load = load
         self._lock = Lock()
-        self._entry: tuple[tuple[PinnedCheckpoint, str], Model] | None = None
+        self._entry: tuple[PinnedCheckpoint, Model] | None = None
 
-    def pin(self, folder: str | os.PathLike[str], device: str) -> tuple[Model, PinnedCheckpoint]:
-        """Loads the current version of a checkpoint; stages that run in this process share its model."""
-        target = str(resolve_device(device))
-        model = self._load(os.fspath(folder), target)
-        checkpoint = PinnedCheckpoint(absolute_address(folder), model.fingerprint)
+    def pin(self, folder: str | os.PathLike[str]) -> tuple[Model, PinnedCheckpoint]:
+        """Loads the current version of a checkpoint and holds its model for stages that run in this process."""
+        model = self._load(os.fspath(folder))
+        checkpoint = PinnedCheckpoint(resolve_address(folder), model.fingerprint)
         with self._lock:
-            self._entry = (checkpoint, target), model
+            self._entry = checkpoint, model
         return model, checkpoint
 
     def get(self, checkpoint: PinnedCheckpoint, device: str) -> Model:
-        """Returns the model of a pinned checkpoint; loads it unless the process holds it.
+        """Returns the model of a pinned checkpoint on a device; loads it unless the process holds it.
 
         Raises:
             CheckpointError: the checkpoint was replaced.
         """
-        key = checkpoint, str(resolve_device(device))
+        target = resolve_device(device)
         with self._lock:  # other threads wait while one loads
-            if self._entry is None or self._entry[0] != key:
-                model = self._load(checkpoint.folder, key[1])
+            if self._entry is None or self._entry[0] != checkpoint:
+                model = self._load(checkpoint.folder)
                 checkpoint.require_unchanged("model", checkpoint.fingerprint, model.fingerprint)
-                self._entry = key, model
+                self._entry = checkpoint, model
+            self._entry[1].model.to(target)
             return self._entry[1]
 
 
