@@ -18,7 +18,7 @@ from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.markers import Totals, checksum_of
 from captionlib.data.shards.schemas import MANIFEST, features_schema
 from captionlib.data.shards.writer import write_shard
-from captionlib.data.sources.karpathy import read_numbered
+from captionlib.data.sources.karpathy import read_numbered_rows
 from captionlib.data.sources.locations import locate
 from captionlib.data.sources.rows import ManifestRow, SourceOptions
 from captionlib.errors import ConfigError, DatasetError, DuplicateIdError
@@ -80,7 +80,7 @@ def import_features(
     location = locate(json_address)
     if not location.fs.exists(location.path):
         raise DatasetError(f"{json_address} does not exist; expected Karpathy's dataset.json")
-    numbered = list(read_numbered(location, SourceOptions(image_root=config.image_root)))
+    numbered = list(read_numbered_rows(location, SourceOptions(image_root=config.image_root)))
     with open_matrix(mat_address, config.variable) as matrix:
         columns = _find_columns(numbered, matrix, mat_address)
         rows = [row for _, row in numbered]
