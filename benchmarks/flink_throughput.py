@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.bars import report
-from benchmarks.drawings import draw_images, write_manifest
+from benchmarks.synthetic_images import write_images, write_manifest
 from captionlib.data.images.decoder_pool import DecoderConfig
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
@@ -52,7 +52,7 @@ def main() -> None:
     """Runs both in turn and reports the median of the ratios."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        images = [str(path) for path in draw_images(folder / "images", IMAGES)]
+        images = [str(path) for path in write_images(folder / "images", IMAGES)]
         manifest = write_manifest(folder / "manifest", images, SHARD_SIZE)
         cluster = FlinkCluster(folder / "cluster")
         try:

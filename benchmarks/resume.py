@@ -18,7 +18,7 @@ from urllib.request import urlopen
 import fsspec
 
 from benchmarks.bars import report
-from benchmarks.many_shards import job_over, write_rows
+from benchmarks.synthetic_shards import job_over, write_rows
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.shards.markers import MARKERS, part_name, to_json
 from captionlib.data.shards.stages import ShardJob

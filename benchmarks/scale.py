@@ -11,7 +11,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from benchmarks.bars import report
-from benchmarks.many_shards import job_over, write_rows
+from benchmarks.synthetic_shards import job_over, write_rows
 from pipelines.process_shards import ProcessShards
 from pipelines.run import RunConfig, run_job
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.bars import report
-from benchmarks.caption_features import write_features
+from benchmarks.synthetic_features import write_features
 from captionlib.models.captioners.captioner import CaptionerConfig
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
 from captionlib.training.loop import TrainingConfig

@@ -3,8 +3,8 @@
 import click
 
 from captionlib.config import load_config
+from captionlib.errors import TrainingInterrupted
 from captionlib.training.language_modeling import LanguageModelTrainingConfig, train_language_model
-from captionlib.training.loop import TrainingStopped
 from jobs.options import training_options
 
 __all__ = ["command"]
@@ -38,7 +38,7 @@ def command(
     settings = load_config(LanguageModelTrainingConfig, config, overrides)
     try:
         history = train_language_model(source, output, settings, device=device, overwrite=overwrite, progress=progress)
-    except TrainingStopped as stopped:
-        raise click.Abort from stopped
+    except TrainingInterrupted as interrupted:
+        raise click.Abort from interrupted
     best = min(history, key=lambda row: row["perplexity"])
     click.echo(f"{output}: perplexity {best['perplexity']:.2f} after epoch {best['epoch']:.0f} of {len(history)}")

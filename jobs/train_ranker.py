@@ -3,8 +3,8 @@
 import click
 
 from captionlib.config import load_config
+from captionlib.errors import TrainingInterrupted
 from captionlib.training.distributed import is_first_process
-from captionlib.training.loop import TrainingStopped
 from captionlib.training.ranking import RankerTrainingConfig, train_ranker
 from jobs.options import training_options
 
@@ -40,8 +40,8 @@ def command(
     settings = load_config(RankerTrainingConfig, config, overrides)
     try:
         history = train_ranker(features, output, settings, device=device, overwrite=overwrite, progress=progress)
-    except TrainingStopped as stopped:
-        raise click.Abort from stopped
+    except TrainingInterrupted as interrupted:
+        raise click.Abort from interrupted
     best = min(history, key=lambda row: row["missed_recall"])
     if not is_first_process():
         return

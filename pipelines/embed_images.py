@@ -8,8 +8,8 @@ from captionlib.data.shards.markers import Totals
 from captionlib.data.shards.schemas import embeddings_schema
 from captionlib.data.shards.stages import ShardJob
 from captionlib.models.checkpoints.rankers import load_ranker
-from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding, RankerFolder, describe_embeddings
-from captionlib.models.inference.feature_source import encoder_for
+from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding, PinnedRanker, describe_embeddings
+from captionlib.models.inference.feature_source import resolve_encoder
 from captionlib.storage.folders import absolute_address
 from pipelines.run import RunConfig, run_job
 
@@ -50,7 +50,7 @@ def embed_images(
     model = load_ranker(os.fspath(ranker))
     threads = run.threads if run.workers > 1 else None
     here, there = run.devices(device)
-    encoder = encoder_for(rows, model, weights, here, threads)
+    encoder = resolve_encoder(rows, model, weights, here, threads)
     dataset = create_dataset(
         output,
         "embeddings",
@@ -59,5 +59,5 @@ def embed_images(
         shards=rows.shards,
         overwrite=run.overwrite,
     )
-    stage = ImageEmbedding(config, RankerFolder(absolute_address(ranker), model.fingerprint), encoder, there, threads)
+    stage = ImageEmbedding(config, PinnedRanker(absolute_address(ranker), model.fingerprint), encoder, there, threads)
     return run_job(ShardJob(rows, (dataset,), stage, run.retry_failures), "embed", run)

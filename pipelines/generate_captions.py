@@ -13,9 +13,9 @@ from captionlib.errors import ConfigError
 from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner
 from captionlib.models.checkpoints.rankers import load_ranker
 from captionlib.models.inference.attention_maps import require_attention
-from captionlib.models.inference.captioning import CaptionGeneration, GenerationConfig, find_datastore
-from captionlib.models.inference.embedding import RankerFolder, describe_embeddings
-from captionlib.models.inference.feature_source import encoder_for
+from captionlib.models.inference.captioning import CaptionGeneration, GenerationConfig, find_datastore_fingerprint
+from captionlib.models.inference.embedding import PinnedRanker, describe_embeddings
+from captionlib.models.inference.feature_source import resolve_encoder
 from captionlib.storage.folders import absolute_address
 from pipelines.run import RunConfig, run_job
 
@@ -63,10 +63,10 @@ def generate_captions(
     rows = open_dataset(source).require_complete()
     captioner = load_captioner(os.fspath(checkpoint))
     positions = require_attention(captioner, os.fspath(checkpoint)) if config.attention_maps else None
-    memory = find_datastore(os.fspath(checkpoint), captioner, config.decoding)
+    memory = find_datastore_fingerprint(os.fspath(checkpoint), captioner, config.decoding)
     threads = run.threads if run.workers > 1 else None
     here, there = run.devices(device)
-    encoder = encoder_for(rows, captioner, weights, here, threads)
+    encoder = resolve_encoder(rows, captioner, weights, here, threads)
     embedder = None if ranker is None else load_ranker(os.fspath(ranker))
     if embedder is not None:
         embedder.require_encoder(captioner.encoder)
@@ -80,7 +80,7 @@ def generate_captions(
     )
     outputs, folder = [dataset], None
     if embedder is not None and ranker is not None and embeddings is not None:
-        folder = RankerFolder(absolute_address(ranker), embedder.fingerprint)
+        folder = PinnedRanker(absolute_address(ranker), embedder.fingerprint)
         outputs.append(
             create_dataset(
                 embeddings,

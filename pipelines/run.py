@@ -1,7 +1,6 @@
 """Runs a job of shards on whatever runner Beam's options name, and waits for it."""
 
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.runners.runner import PipelineRunner, create_runner
 from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
+from captionlib.cpus import available_cpus
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.markers import Totals
 from captionlib.data.shards.progress import show_progress
@@ -71,7 +71,7 @@ class RunConfig:
     @property
     def threads(self) -> int:
         """How many threads each of the local workers computes with."""
-        return max(1, available_cores() // self.workers)
+        return max(1, available_cpus() // self.workers)
 
     def devices(self, device: str) -> tuple[str, str]:
         """Where models run here, where they are only looked at, and on the workers, where a GPU is had or refused."""
@@ -84,11 +84,6 @@ class RunConfig:
         if self.workers == 1 or loading.decode.processes is not None:
             return loading
         return replace(loading, decode=replace(loading.decode, processes=self.threads))
-
-
-def available_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:

@@ -7,6 +7,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.markers import part_name
 from captionlib.errors import DatasetError
@@ -76,8 +77,7 @@ def sample_vectors(
 
 def _vector_batches(embeddings: ShardedDataset, shard: int) -> Iterator[npt.NDArray[np.float32]]:
     for batch in embeddings.read_batches(shard, ["embedding"], _BATCH_ROWS):
-        flat = batch["embedding"].flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-        vectors = flat.reshape(batch.num_rows, -1)
+        vectors = vectors_to_numpy(batch["embedding"]).astype(np.float32)
         yield vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 

@@ -14,7 +14,7 @@ from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
 from captionlib.errors import CheckpointError, QueryError
 from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner
 from captionlib.models.decoding.decoder import Decoder, DecodingConfig
-from captionlib.models.encoders.encoder import Encoder, encoder_config, load_encoder
+from captionlib.models.encoders.encoder import Encoder, EncoderConfig, load_encoder
 from captionlib.search.encoders import SentenceEncoder
 
 __all__ = ["ImageQueryModels"]
@@ -123,7 +123,7 @@ class ImageQueryModels:
         for known, eye in self._eyes:
             if not differences(known, description):
                 return eye
-        encoder = load_encoder(encoder_config(description, weights), self._device)
+        encoder = load_encoder(EncoderConfig.from_description(description, weights), self._device)
         if lines := differences(description, encoder.description):
             raise CheckpointError(f"the encoder here is not the one that the model learned from ({'; '.join(lines)})")
         eye = _Eye(encoder, self._opened.enter_context(DecoderPool(encoder.preprocessing, self._decoding)))

@@ -19,12 +19,12 @@ from typing import Any, BinaryIO, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from captionlib.errors import ConfigError
+from captionlib.errors import StorageError
 from captionlib.storage.ranged_file import RangedFile
 from captionlib.storage.remote_errors import is_temporary
 from captionlib.storage.retries import retried
 
-__all__ = ["TEMPORARY", "Folder", "absolute_address", "write_file"]
+__all__ = ["TEMPORARY", "Folder", "absolute_address", "stage_file", "write_file"]
 
 TEMPORARY = "_temporary"
 
@@ -218,26 +218,37 @@ def absolute_address(address: str | os.PathLike[str]) -> str:
 
 
 def write_file(address: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a single file at a path or an address, which appears whole or not at all.
+    """Writes a file at a path or an address. It appears whole or not at all.
 
     Raises:
-        ConfigError: it cannot be written.
+        StorageError: it cannot be written.
+    """
+    with stage_file(address) as path:
+        path.write_bytes(content)
+
+
+@contextmanager
+def stage_file(address: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a local path to write to. The file appears at `address` when the block ends, and not at all if it raises.
+
+    Raises:
+        StorageError: it cannot be written.
     """
     fs, path = fsspec.core.url_to_fs(os.fspath(address))
     try:
         if isinstance(fs, LocalFileSystem):
-            _replace(Path(path), content)
+            target = Path(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+            try:
+                yield partial
+                partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)
         else:
-            retried(path, lambda: fs.pipe_file(path, content))
+            with tempfile.TemporaryDirectory(prefix="captionlib-") as scratch:
+                partial = Path(scratch) / "file"
+                yield partial
+                retried(path, lambda: fs.put_file(str(partial), path))
     except OSError as error:
-        raise ConfigError(f"{os.fspath(address)} cannot be written: {error.strerror or error}") from error
-
-
-def _replace(target: Path, content: bytes) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+        raise StorageError(f"{os.fspath(address)} cannot be written: {error.strerror or error}") from error

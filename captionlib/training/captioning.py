@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from tqdm import tqdm
 
 from captionlib.config import to_dict
 from captionlib.data.batches.augmentation import FeatureMapAugmentation
@@ -189,7 +188,7 @@ def _train(
     if config.word_vectors is not None:
         provenance["word_vectors"] = said = start_word_vectors(model, vocabulary, config.word_vectors)
         if processes.is_first:
-            tqdm.write("word vectors  " + "  ".join(f"{name} {value}" for name, value in said.items()), sys.stderr)
+            print("word vectors  " + "  ".join(f"{name} {value}" for name, value in said.items()), file=sys.stderr)
     objective = _objective(config, dataset, vocabulary, model.to(device), provenance)
     return train(objective, config.training, output, {**resolved, **to_dict(config)}, progress)
 

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import torch
-from tqdm import tqdm
 
 from captionlib.config import to_dict
 from captionlib.data.batches.images import ImageBatches, read_rows
@@ -27,9 +26,9 @@ from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_capti
 from captionlib.models.checkpoints.folder import stamp
 from captionlib.models.decoding.decoder import DecodingConfig
 from captionlib.models.devices import resolve_device
-from captionlib.models.encoders.encoder import Encoder, describe_tuned, encoder_config, load_encoder
-from captionlib.models.encoders.network import parameters_before
-from captionlib.models.encoders.weights import pack_weights
+from captionlib.models.encoders.encoder import Encoder, EncoderConfig, describe_finetuned_encoder, load_encoder
+from captionlib.models.encoders.network import list_parameters_before
+from captionlib.models.encoders.weights import serialize_weights
 from captionlib.storage.folders import Folder
 from captionlib.training.caption_objective import CaptioningObjective
 from captionlib.training.caption_validation import ImageCiderValidation
@@ -153,10 +152,10 @@ def finetune_captioner(
 
 def _open_encoder(start: LoadedCaptioner, weights: str | None, from_node: str | None, device: torch.device) -> Encoder:
     """The captioner's encoder, with gradients from a node on."""
-    config = encoder_config(start.encoder, weights or start.encoder_weights)
+    config = EncoderConfig.from_description(start.encoder, weights or start.encoder_weights)
     encoder = load_encoder(config, str(device), trainable=True)
     start.require_encoder(encoder.description)
-    frozen = set() if from_node is None else parameters_before(config.model, from_node)
+    frozen = set() if from_node is None else list_parameters_before(config.model, from_node)
     tuned = []
     for name, parameter in encoder.network.network.named_parameters():
         parameter.requires_grad_(name not in frozen)
@@ -195,7 +194,7 @@ def _finetune(
         finally:
             skipped.write()
             if len(skipped):
-                tqdm.write(f"{skipped.describe()}: see {output.address(FAILURES)}", sys.stderr)
+                print(f"{skipped.describe()}: see {output.address(FAILURES)}", file=sys.stderr)
 
 
 def _objective(
@@ -236,13 +235,13 @@ class TunedSaver:
     provenance: Mapping[str, Any]
 
     def __call__(self, output: Folder, model: ImageCaptioner, training: dict[str, Any]) -> None:
-        weights = model.encoder.weights()
+        weights = model.encoder.export_weights()
         save_captioner(
             output,
             model.captioner,
             self.vocabulary,
-            describe_tuned(self.encoder.description, weights),
+            describe_finetuned_encoder(self.encoder.description, weights),
             provenance=stamp(self.provenance),
             training=training,
-            encoder_file=pack_weights(weights, self.encoder.preprocessing),
+            encoder_file=serialize_weights(weights, self.encoder.preprocessing),
         )

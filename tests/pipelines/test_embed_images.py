@@ -10,7 +10,7 @@ from captionlib.models.captioners.captioner import CaptionerConfig
 from captionlib.models.checkpoints.rankers import load_ranker
 from captionlib.models.decoding.decoder import DecodingConfig
 from captionlib.models.inference.captioning import GenerationConfig
-from captionlib.models.inference.embedding import EmbeddingConfig, RankerFolder, embed_single_images
+from captionlib.models.inference.embedding import EmbeddingConfig, PinnedRanker, embed_single_images
 from captionlib.models.inference.extraction import ExtractionConfig
 from captionlib.models.rankers.ranker import RankerConfig
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
@@ -190,7 +190,7 @@ def test_embeddings_cannot_be_embedded(features: Path, ranker: Path, tmp_path: P
 
 def test_a_ranker_that_was_replaced_stops_the_worker(ranker: Path) -> None:
     with pytest.raises(CheckpointError, match="was replaced while the embeddings were made"):
-        RankerFolder(str(ranker), "0" * 64).open("cpu")
+        PinnedRanker(str(ranker), "0" * 64).open("cpu")
 
 
 def test_single_images_are_embedded_like_those_of_a_dataset(

@@ -4,7 +4,7 @@ from uuid import uuid4
 
 import pytest
 
-from captionlib.errors import ConfigError
+from captionlib.errors import StorageError
 from captionlib.storage.folders import TEMPORARY, Folder, absolute_address, write_file
 
 
@@ -91,5 +91,5 @@ def test_a_single_file_is_written_whole_and_alone(tmp_path: Path, address: str) 
 
 def test_a_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"file/scores\.parquet cannot be written: "):
+    with pytest.raises(StorageError, match=r"file/scores\.parquet cannot be written: "):
         write_file(tmp_path / "file" / "scores.parquet", b"")

@@ -21,8 +21,8 @@ from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, p
 from captionlib.models.captioners.end_to_end import ImageCaptioner
 from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner, save_captioner
 from captionlib.models.decoding.decoder import DecodingConfig
-from captionlib.models.encoders.encoder import EncoderConfig, encoder_config, load_encoder
-from captionlib.models.encoders.network import parameters_before
+from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
+from captionlib.models.encoders.network import list_parameters_before
 from captionlib.training.caption_objective import CaptioningObjective
 from captionlib.training.finetuning import EncoderTuning, FinetuningConfig, finetune_captioner
 from captionlib.training.loop import TrainingConfig
@@ -67,8 +67,8 @@ def tune(
 
 
 def encoder_of(captioner: LoadedCaptioner) -> dict[str, Tensor]:
-    config = encoder_config(captioner.encoder, captioner.encoder_weights)
-    return load_encoder(config, "cpu").network.weights()
+    config = EncoderConfig.from_description(captioner.encoder, captioner.encoder_weights)
+    return load_encoder(config, "cpu").network.export_weights()
 
 
 def test_both_learn_and_of_the_encoder_only_what_is_tuned(
@@ -126,11 +126,11 @@ def test_each_part_has_its_own_learning_rate(manifest: ShardedDataset, start: Lo
 def test_batch_normalisation_and_dropout_stay_as_features_are_made() -> None:
     encoder = load_encoder(EncoderConfig("mobilenet_v2", "features.1.conv.2", "random:0", pooling="mean"), "cpu", True)
     model = ImageCaptioner(encoder.network, Captioner(CaptionerConfig(hidden_size=4, embedding_size=4), 16, 7)).train()
-    before = {name: values.clone() for name, values in encoder.network.weights().items()}
+    before = {name: values.clone() for name, values in encoder.network.export_weights().items()}
     pixels = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8)
     seen = model.encoder(pixels)
     model(pixels, pad_sentences([[4, 5], [5]]), torch.tensor([0, 1])).log_probs.sum().backward()
-    assert all(torch.equal(values, encoder.network.weights()[name]) for name, values in before.items())
+    assert all(torch.equal(values, encoder.network.export_weights()[name]) for name, values in before.items())
     assert all(parameter.grad is not None for parameter in encoder.network.parameters())
     torch.testing.assert_close(encoder.encode(pixels.numpy()), seen.detach().half().numpy())
     assert model.captioner.training
@@ -155,12 +155,12 @@ def test_bfloat16_is_what_the_encoder_computes_in_and_not_what_small_steps_are_r
     tune(manifest, tmp_path / "tuned", replace(CONFIG, encoder=EncoderTuning(1e-6), batch_images=8))
     tuned = load_captioner(tmp_path / "tuned")
     assert tuned.encoder["dtype"] == "bfloat16"
-    network = load_encoder(encoder_config(start.encoder), "cpu", trainable=True).network
+    network = load_encoder(EncoderConfig.from_description(start.encoder), "cpu", trainable=True).network
     pixels = torch.randint(0, 256, (1, 224, 224, 3), dtype=torch.uint8)
     exact = load_encoder(ENCODER, "cpu").network(pixels)
     assert 0 < (network(pixels) - exact).abs().max() < 0.05 * exact.abs().max()
     saved = safe_weights(tmp_path / "tuned" / "encoder.safetensors")
-    for name, values in network.weights().items():
+    for name, values in network.export_weights().items():
         assert saved[name].dtype == torch.float32
         assert 0 < (saved[name] - values).abs().max() < 1e-5
 
@@ -250,9 +250,9 @@ def test_the_configuration_to_start_from_fits() -> None:
 
 
 def test_layers_before_a_node_are_told_by_its_name_or_its_modules() -> None:
-    assert parameters_before("squeezenet1_1", "features.0") == set()
-    assert parameters_before("squeezenet1_1", "features.3.squeeze") == {"features.0.weight", "features.0.bias"}
-    before = parameters_before("resnet18", "layer2")
+    assert list_parameters_before("squeezenet1_1", "features.0") == set()
+    assert list_parameters_before("squeezenet1_1", "features.3.squeeze") == {"features.0.weight", "features.0.bias"}
+    before = list_parameters_before("resnet18", "layer2")
     assert {name.split(".")[0] for name in before} == {"conv1", "bn1", "layer1"}
     assert "layer1.1.bn2.running_var" in before
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from captionlib.data.arrays import numpy_to_vectors, vectors_to_numpy
 from captionlib.data.batches.captions import CaptionBatch
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.schemas import features_schema
@@ -115,8 +116,7 @@ def to_maps(features: ShardedDataset, folder: Path) -> ShardedDataset:
     maps = create_dataset(folder, "features", schema, config=config, shards=features.shards)
     for shard in range(features.shards):
         vectors = numbers_of(features, shard)
-        numbers = np.concatenate([2 * vectors, 0 * vectors], 1).reshape(-1)
-        column = pa.FixedSizeListArray.from_arrays(pa.array(numbers), type=schema.field("features").type)
+        column = numpy_to_vectors(np.concatenate([2 * vectors, 0 * vectors], 1))
         rows = features.read(shard)
         with write_shard(maps, shard, rows.num_rows) as writer:
             writer.write(rows.set_column(4, schema.field("features"), column).combine_chunks().to_batches()[0])
@@ -124,10 +124,8 @@ def to_maps(features: ShardedDataset, folder: Path) -> ShardedDataset:
     return maps
 
 
-def numbers_of(features: ShardedDataset, shard: int) -> npt.NDArray[np.float16]:
-    column = features.read(shard)["features"].combine_chunks()
-    numbers: npt.NDArray[np.float16] = column.flatten().to_numpy().reshape(len(column), -1)
-    return numbers
+def numbers_of(features: ShardedDataset, shard: int) -> npt.NDArray[np.floating]:
+    return vectors_to_numpy(features.read(shard)["features"])
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(

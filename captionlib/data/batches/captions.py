@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.batches.augmentation import FeatureMapAugmentation
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.errors import DatasetError
@@ -233,10 +234,10 @@ def read_features(
     for rows in dataset.read_batches(shard, ["split", "captions", "features"]):
         kept = np.array([split in splits for split in rows["split"].to_pylist()], bool)
         if kept.any():
-            numbers = rows["features"].flatten().to_numpy(zero_copy_only=False)
+            features = vectors_to_numpy(rows["features"], shape)
             captions = rows["captions"].to_pylist()
             yield (
-                numbers.reshape(-1, *shape)[kept],
+                features[kept],
                 [row for row, keep in zip(captions, kept, strict=True) if keep],
             )
 

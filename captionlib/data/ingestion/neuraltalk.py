@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from tqdm import tqdm
 
+from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.ingestion.matlab import Matrix, open_matrix
 from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.markers import Totals, checksum_of
@@ -22,6 +22,7 @@ from captionlib.data.sources.karpathy import read_numbered_rows
 from captionlib.data.sources.locations import locate
 from captionlib.data.sources.rows import ManifestRow, SourceOptions
 from captionlib.errors import ConfigError, DatasetError, DuplicateIdError
+from captionlib.progress import progress_bar
 
 __all__ = ["ImportConfig", "import_features"]
 
@@ -98,11 +99,14 @@ def import_features(
             shards=-(-len(rows) // config.shard_size),
             overwrite=overwrite,
         )
-        for shard in tqdm(dataset.pending(), "import-features", unit=" shards", disable=not progress):
-            chosen = slice(shard * config.shard_size, (shard + 1) * config.shard_size)
-            vectors = _read_vectors(matrix, columns[chosen], config.stored_dtype, mat_address)
-            with write_shard(dataset, shard, len(rows[chosen])) as writer:
-                writer.write(_to_batch(rows[chosen], vectors, dataset.schema))
+        with progress_bar("import-features", len(rows), "images", progress) as bar:
+            bar.skip(sum(marker.rows for marker in dataset.markers().values()))
+            for shard in dataset.pending():
+                chosen = slice(shard * config.shard_size, (shard + 1) * config.shard_size)
+                vectors = _read_vectors(matrix, columns[chosen], config.stored_dtype, mat_address)
+                with write_shard(dataset, shard, len(rows[chosen])) as writer:
+                    writer.write(_to_batch(rows[chosen], vectors, dataset.schema))
+                bar.update(len(rows[chosen]))
     return dataset.finish()
 
 
@@ -162,6 +166,4 @@ def _read_vectors(matrix: Matrix, columns: npt.NDArray[np.int64], dtype: str, ad
 def _to_batch(rows: Sequence[ManifestRow], vectors: npt.NDArray[np.floating], schema: pa.Schema) -> pa.RecordBatch:
     plain = {name: [getattr(row, name) for row in rows] for name in MANIFEST.names}
     columns = [pa.array(plain[field.name], field.type) for field in MANIFEST]
-    numbers = pa.array(np.ascontiguousarray(vectors).reshape(-1))
-    features = pa.FixedSizeListArray.from_arrays(numbers, type=schema.field("features").type)
-    return pa.RecordBatch.from_arrays([*columns, features], schema=schema)
+    return pa.RecordBatch.from_arrays([*columns, numpy_to_vectors(vectors)], schema=schema)

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from captionlib.data.ingestion.staging import Staged, read_slices, refuse_duplicates, stage_rows
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.markers import DESCRIPTION
@@ -20,6 +18,7 @@ from captionlib.data.sources.formats import SOURCE_FORMATS, detect_common_format
 from captionlib.data.sources.locations import locate
 from captionlib.data.sources.rows import ManifestRow, ReportSkip, SourceOptions
 from captionlib.errors import ConfigError, DatasetError
+from captionlib.progress import progress_bar
 from captionlib.storage.folders import TEMPORARY, Folder
 
 __all__ = ["PrepareConfig", "PrepareSummary", "prepare_manifest"]
@@ -114,8 +113,8 @@ def prepare_manifest(
     skipped: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="captionlib-prepare-") as scratch:
         rows = _select(_read(addresses, family, config, _count_into(skipped)), config, _count_into(skipped))
-        with tqdm(rows, desc="prepare", unit=" images", disable=not progress, mininterval=1) as counted:
-            staged = stage_rows(counted, Path(scratch) / "rows.parquet")
+        with progress_bar("prepare", None, "images", progress) as bar:
+            staged = stage_rows(bar.track(rows), Path(scratch) / "rows.parquet")
         if not staged.rows:
             raise DatasetError(_describe_nothing(addresses, family, config, skipped))
         refuse_duplicates(staged)

@@ -42,6 +42,10 @@ class Marker:
     fingerprint: str
     reasons: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def images(self) -> int:
+        return self.rows + self.failures
+
 
 @dataclass(frozen=True)
 class Totals:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from captionlib.data.arrays import numpy_to_vectors, vectors_to_numpy
 from captionlib.data.shards.markers import fingerprint_of
 from captionlib.errors import CheckpointError
 from captionlib.models.checkpoints.captioners import LoadedCaptioner
@@ -139,7 +140,7 @@ def write_datastore(
         for image_ids, vectors, sentences in images:
             columns = [
                 pa.array(image_ids, pa.string()),
-                pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=schema.field("vector").type),
+                numpy_to_vectors(vectors),
                 pa.array(sentences, schema.field("sentences").type),
             ]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
@@ -163,7 +164,7 @@ def read_datastore(folder: str | os.PathLike[str] | Folder, captioner: LoadedCap
     """
     with _open(folder, captioner) as (file, fingerprint):
         table = file.read()
-    vectors = table["vector"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+    vectors = vectors_to_numpy(table["vector"])
     return Datastore(table["image_id"].to_pylist(), vectors, table["sentences"].combine_chunks(), fingerprint)
 
 

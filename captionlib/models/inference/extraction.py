@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 
 from captionlib.config import differences
+from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.images.loading import LoadingConfig, open_loader
 from captionlib.data.shards.schemas import MANIFEST, features_schema
 from captionlib.data.shards.stages import Fail, Process
@@ -19,7 +20,7 @@ from captionlib.errors import ConfigError, DatasetError, ImageError
 from captionlib.models.encoders.encoder import Encoder, EncoderConfig, Encoding, load_encoder
 from captionlib.models.inference.shared_models import cached_per_process
 
-__all__ = ["ExtractionConfig", "FeatureExtraction", "encode_images", "open_encoder"]
+__all__ = ["ExtractionConfig", "FeatureExtraction", "encode_images", "load_shared_encoder"]
 
 Row = dict[str, Any]
 
@@ -67,7 +68,7 @@ class FeatureExtraction:
     @contextmanager
     def open(self) -> Iterator[Process]:
         """Loads the encoder and starts the decoders; see `Stage.open`."""
-        encoder = open_encoder(self.config.encoder, self.device, self.threads, self.description)
+        encoder = load_shared_encoder(self.config.encoder, self.device, self.threads, self.description)
         schema = features_schema(encoder.size, self.config.encoder.stored_dtype)
         with open_loader(self.config.loading, encoder.preprocessing) as load:
 
@@ -115,7 +116,7 @@ def _batches(
         yield rows, np.stack(images)
 
 
-def open_encoder(
+def load_shared_encoder(
     config: EncoderConfig, device: str, threads: int | None, description: Mapping[str, Any] | None = None
 ) -> Encoder:
     """The process's one encoder of this configuration, however many threads and bundles ask for it.
@@ -139,6 +140,4 @@ def _shared_encoder(config: EncoderConfig, device: str) -> Encoder:
 
 def _to_rows(rows: Sequence[Row], features: npt.NDArray[np.floating], schema: pa.Schema) -> pa.RecordBatch:
     columns = [pa.array([row[name] for row in rows], MANIFEST.field(name).type) for name in MANIFEST.names]
-    numbers = pa.array(features.reshape(-1))
-    vectors = pa.FixedSizeListArray.from_arrays(numbers, type=schema.field("features").type)
-    return pa.RecordBatch.from_arrays([*columns, vectors], schema=schema)
+    return pa.RecordBatch.from_arrays([*columns, numpy_to_vectors(features)], schema=schema)

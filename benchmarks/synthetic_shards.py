@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.schemas import MANIFEST, features_schema
 from captionlib.data.shards.stages import Fail, Process, ShardJob
@@ -45,8 +46,7 @@ def write_rows(folder: str | os.PathLike[str], shards: int, rows: int) -> Sharde
 
 def add_features(rows: pa.RecordBatch) -> pa.RecordBatch:
     """What an encoder would add, without one."""
-    numbers = np.zeros(rows.num_rows * SIZE, np.float16)
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(numbers), type=SCHEMA.field("features").type)
+    vectors = numpy_to_vectors(np.zeros((rows.num_rows, SIZE), np.float16))
     return pa.RecordBatch.from_arrays([*rows.columns, vectors], schema=SCHEMA)
 
 

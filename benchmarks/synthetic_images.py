@@ -13,10 +13,10 @@ from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.schemas import MANIFEST
 from captionlib.data.shards.writer import write_shard
 
-__all__ = ["decode_images", "draw_images", "write_manifest"]
+__all__ = ["decode_images", "write_images", "write_manifest"]
 
 
-def draw_images(folder: Path, count: int, size: int = 224, seed: int = 0) -> list[Path]:
+def write_images(folder: Path, count: int, size: int = 224, seed: int = 0) -> list[Path]:
     """Draws JPEGs of smooth colour fields, about as large on disk as photographs of their size."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(seed)
