@@ -19,8 +19,9 @@ def read_coco(addresses: Sequence[str], options: SourceOptions, report_skip: Rep
     """Yields the images of COCO files in file order. Memory holds one file at a time.
 
     The id is COCO's image id. The split is `options.default_split`, or else the one in the file name: `train` for
-    captions_train2014.json. The images are in a subfolder of the image root with the same name, here `train2014/`, if it
-    exists, or else in the root itself. Without `options.image_root`, the file's folder and its parent are searched.
+    `captions_train2014.json`. The images are in the subfolder of the image root that the file name mentions, here
+    `train2014/`, or else in the root itself. The default root is the file's folder, or its parent if only that has the
+    subfolder.
 
     Raises:
         DatasetError: a file is not COCO's, or its annotations have no captions.

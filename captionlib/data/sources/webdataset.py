@@ -32,8 +32,8 @@ class _Sample:
 def read_webdataset(addresses: Sequence[str], options: SourceOptions, report_skip: ReportSkip) -> Iterator[ManifestRow]:
     """Yields the samples that contain an image, in their order. The uri is the image's byte range in the tar.
 
-    Only tar headers and captions are read. Captions are the lines of the sample's `.txt`, or else come from its `.json`.
-    The id is the sample's key, or the JSON value that `options.id_column` names.
+    Only tar headers and captions are read. Captions are the lines of the sample's `.txt`, or else the captions in its
+    `.json`. The id is the sample's key, or the JSON value that `options.id_column` names.
 
     Raises:
         DatasetError: a tar is compressed or damaged, or a sample is damaged.
