@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
-import fsspec
 import pyarrow as pa
 
 from captionlib.errors import ConfigError
+from captionlib.file_systems import open_file_system
 from captionlib.search.tables import Format, write_rows
 
 __all__ = ["first_rows", "print_rows", "save_rows"]
@@ -51,7 +51,8 @@ def save_rows(rows: pa.RecordBatchReader, form: Format, output: str) -> int:
         ConfigError: it cannot be written.
     """
     if "://" in output:
-        with fsspec.open(output, "wb") as file:
+        fs, target = open_file_system(output)
+        with fs.open(target, "wb") as file:
             return write_rows(rows, file, form)
     path = Path(output)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
