@@ -172,7 +172,9 @@ def _opened(address: str) -> Iterator[str]:
         pickle.UnpicklingError,
         safetensors.SafetensorError,
     ) as error:
-        raise ConfigError(f"weights {address} cannot be read: {error}") from error
+        # Messages of unpicklers quote the file, whose address may come from a checkpoint.
+        reason = getattr(error, "strerror", None) or f"damaged, or of another format ({type(error).__name__})"
+        raise ConfigError(f"weights {address} cannot be read: {reason}") from error
 
 
 def _local_copy(address: str) -> str:
