@@ -16,9 +16,9 @@ import torch
 from captionlib.config import to_dict
 from captionlib.data.batches.images import ImageBatches, read_rows
 from captionlib.data.batches.skipped import SkippedImages
-from captionlib.data.images.loading import Load, LoadingConfig, open_loader
+from captionlib.data.images.loading import LoadImages, LoadingConfig, open_loader
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import FAILURES
+from captionlib.data.shards.markers import FAILURES_FOLDER
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError
 from captionlib.models.captioners.end_to_end import ImageCaptioner
@@ -194,7 +194,7 @@ def _finetune(
         finally:
             skipped.write()
             if len(skipped):
-                print(f"{skipped.describe()}: see {output.address(FAILURES)}", file=sys.stderr)
+                print(f"{skipped.describe()}: see {output.address(FAILURES_FOLDER)}", file=sys.stderr)
 
 
 def _objective(
@@ -202,7 +202,7 @@ def _objective(
     model: ImageCaptioner,
     training: pa.Table,
     validation: pa.Table,
-    load: Load,
+    load: LoadImages,
     skipped: SkippedImages,
     save: "TunedSaver",
 ) -> CaptioningObjective[ImageCaptioner]:

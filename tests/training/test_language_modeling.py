@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from captionlib.data.shards.dataset import create_dataset
-from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.captioners.language_model import LanguageModelConfig, load_language_model, sample_texts
@@ -56,7 +56,7 @@ def test_learns_the_sentences_of_a_text_file(sentences: Path, tmp_path: Path) ->
 
 
 def test_learns_the_captions_of_a_dataset(tmp_path: Path) -> None:
-    dataset = create_dataset(tmp_path / "manifest", "manifest", MANIFEST, config={}, shards=1)
+    dataset = create_dataset(tmp_path / "manifest", "manifest", MANIFEST_SCHEMA, config={}, shards=1)
     rows = [
         {
             "image_id": f"{n}",
@@ -67,7 +67,7 @@ def test_learns_the_captions_of_a_dataset(tmp_path: Path) -> None:
         for n in range(100)
     ]
     with write_shard(dataset, 0, 100) as writer:
-        writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST))
+        writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST_SCHEMA))
     dataset.finish()
     history = train(tmp_path / "manifest", tmp_path / "model")
     assert history[-1]["perplexity"] < 1.5

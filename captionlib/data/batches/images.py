@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from captionlib.data.batches.captions import CaptionBatch, read_captions
 from captionlib.data.batches.skipped import SkippedImages
-from captionlib.data.images.loading import Load
+from captionlib.data.images.loading import LoadImages
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.errors import ImageError
 
@@ -42,7 +42,7 @@ class ImageBatches:
         rows: pa.Table,
         encode: Callable[[str], list[int]],
         images: int,
-        load: Load,
+        load: LoadImages,
         skipped: SkippedImages,
         flip: bool = False,
     ) -> None:

@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from captionlib.errors import FetchError
-from captionlib.storage.remote_errors import http_status, is_connection, is_timeout
+from captionlib.storage.remote_errors import get_http_status, is_connection_error, is_timeout_error
 
 __all__ = ["to_fetch_error"]
 
@@ -20,11 +20,11 @@ def to_fetch_error(error: BaseException) -> FetchError:
         return FetchError("FileNotFoundError", "expected a file, got none at this address; check the address")
     if isinstance(error, PermissionError):
         return FetchError("PermissionError", "expected a file that may be read; check its permissions or credentials")
-    if (status := http_status(error)) is not None:
+    if (status := get_http_status(error)) is not None:
         return FetchError(f"HTTP {status}", f"expected the image, got HTTP status {status}{_phrase(status)}")
-    if is_timeout(error):
+    if is_timeout_error(error):
         return FetchError("Timeout", "the bytes did not arrive in time; raise loading.fetch.timeout_seconds")
-    if is_connection(error):
+    if is_connection_error(error):
         return FetchError("ConnectionError", f"the connection failed or was cut{_explain(error)}")
     return FetchError(type(error).__name__, f"the file cannot be read: {type(error).__name__}{_explain(error)}")
 

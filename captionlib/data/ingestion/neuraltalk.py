@@ -15,8 +15,8 @@ import pyarrow as pa
 from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.ingestion.matlab import Matrix, open_matrix
 from captionlib.data.shards.dataset import create_dataset
-from captionlib.data.shards.markers import Totals, checksum_of
-from captionlib.data.shards.schemas import MANIFEST, features_schema
+from captionlib.data.shards.markers import Totals, compute_checksum
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA, features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.karpathy import read_numbered
 from captionlib.data.sources.locations import locate
@@ -100,8 +100,8 @@ def import_features(
             overwrite=overwrite,
         )
         with progress_bar("import-features", len(rows), "images", progress) as bar:
-            bar.skip(sum(marker.rows for marker in dataset.markers().values()))
-            for shard in dataset.pending():
+            bar.skip(sum(marker.rows for marker in dataset.read_markers().values()))
+            for shard in dataset.pending_shards():
                 chosen = slice(shard * config.shard_size, (shard + 1) * config.shard_size)
                 vectors = _read_vectors(matrix, columns[chosen], config.stored_dtype, mat_address)
                 with write_shard(dataset, shard, len(rows[chosen])) as writer:
@@ -114,7 +114,7 @@ def checksum_of_file(address: str) -> str:
     """The SHA-256 of a file's content."""
     location = locate(address)
     with location.fs.open(location.path, "rb") as file:
-        return checksum_of(file)
+        return compute_checksum(file)
 
 
 def _find_columns(
@@ -164,6 +164,6 @@ def _read_vectors(matrix: Matrix, columns: npt.NDArray[np.int64], dtype: str, ad
 
 
 def _to_batch(rows: Sequence[ManifestRow], vectors: npt.NDArray[np.floating], schema: pa.Schema) -> pa.RecordBatch:
-    plain = {name: [getattr(row, name) for row in rows] for name in MANIFEST.names}
-    columns = [pa.array(plain[field.name], field.type) for field in MANIFEST]
+    plain = {name: [getattr(row, name) for row in rows] for name in MANIFEST_SCHEMA.names}
+    columns = [pa.array(plain[field.name], field.type) for field in MANIFEST_SCHEMA]
     return pa.RecordBatch.from_arrays([*columns, numpy_to_vectors(vectors)], schema=schema)

@@ -11,14 +11,14 @@ from pathlib import Path
 from captionlib.data.images.addresses import image_exists
 from captionlib.data.ingestion.staging import Staged, read_slices, refuse_duplicates, stage_rows
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
-from captionlib.data.shards.markers import DESCRIPTION
-from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.markers import DESCRIPTION_FILE
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.formats import SOURCE_FORMATS, detect_common_format
 from captionlib.data.sources.rows import ManifestRow, ReportSkip, SourceOptions
 from captionlib.errors import ConfigError, DatasetError, FetchError
 from captionlib.progress import progress_bar
-from captionlib.storage.folders import TEMPORARY, Folder
+from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 
 __all__ = ["PrepareConfig", "PrepareSummary", "prepare_manifest"]
 
@@ -119,7 +119,7 @@ def prepare_manifest(
         dataset = create_dataset(
             output,
             "manifest",
-            MANIFEST,
+            MANIFEST_SCHEMA,
             config={"rows": staged.rows, "content": f"sha256:{staged.content}", "shard_size": config.shard_size},
             shards=-(-staged.rows // config.shard_size),
             overwrite=overwrite,
@@ -141,10 +141,10 @@ def prepare_manifest(
 def _check_output(output: str | os.PathLike[str], overwrite: bool) -> None:
     """Refuses the folder of something else before a long source is read, rather than after."""
     folder = Folder(output)
-    if folder.exists(DESCRIPTION):
+    if folder.exists(DESCRIPTION_FILE):
         if not overwrite:
             open_dataset(output, "manifest")
-    elif any(name != TEMPORARY for name in folder.list()):
+    elif any(name != TEMPORARY_FOLDER for name in folder.list()):
         raise DatasetError(f"{folder.uri} holds files that captionlib did not write; give an empty or a new folder")
 
 
@@ -206,7 +206,7 @@ def _describe_nothing(addresses: Sequence[str], family: str, config: PrepareConf
 
 
 def _publish(dataset: ShardedDataset, staged: Staged, shard_size: int) -> None:
-    pending = set(dataset.pending())
+    pending = set(dataset.pending_shards())
     for shard, rows in enumerate(read_slices(staged, shard_size)):
         if shard in pending:
             with write_shard(dataset, shard, rows.num_rows) as writer:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from captionlib.data.batches.captions import read_captions
 from captionlib.data.shards.dataset import open_dataset
-from captionlib.data.shards.markers import DESCRIPTION
+from captionlib.data.shards.markers import DESCRIPTION_FILE
 from captionlib.data.sources.locations import Location, locate, read_lines
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.storage.folders import Folder
@@ -54,7 +54,7 @@ def open_corpus(
         DatasetError: the dataset is not complete or of another kind, or a file cannot be read or has too little text.
         ConfigError: captions of a dataset are to be read as one running text.
     """
-    if Folder(source).exists(DESCRIPTION):
+    if Folder(source).exists(DESCRIPTION_FILE):
         if text == "running":
             raise ConfigError(f"text running is for text files, got the dataset {os.fspath(source)}; use text lines")
         return _open_dataset(source, train_splits, validation_splits)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captionlib.data.arrays import numpy_to_vectors, vectors_to_numpy
-from captionlib.data.shards.markers import fingerprint_of
+from captionlib.data.shards.markers import compute_fingerprint
 from captionlib.errors import CheckpointError
 from captionlib.models.checkpoints.captioners import LoadedCaptioner
 from captionlib.models.checkpoints.folder import MEMORY, open_folder
@@ -134,7 +134,7 @@ def write_datastore(
         images: some at a time.
     """
     with (
-        open_folder(folder).staged(MEMORY) as path,
+        open_folder(folder).stage(MEMORY) as path,
         pq.ParquetWriter(path, schema, compression="zstd") as writer,
     ):
         for image_ids, vectors, sentences in images:
@@ -186,7 +186,7 @@ def _open(folder: str | os.PathLike[str] | Folder, captioner: LoadedCaptioner) -
                     f"{source.address(MEMORY)}: expected the memory of captioner {captioner.fingerprint}, got that of "
                     f"{origin['captioner']}; {remember} again"
                 )
-            yield file, fingerprint_of("memory", origin)
+            yield file, compute_fingerprint("memory", origin)
     except (pa.ArrowException, KeyError, OSError, TypeError, ValueError) as error:
         why = " ".join(str(error).split())  # Arrow says it in several lines
         raise CheckpointError(f"{source.address(MEMORY)} is damaged ({why}); {remember} again") from error

@@ -11,8 +11,8 @@ import pyarrow as pa
 import torch
 
 from captionlib.data.images.loading import LoadingConfig
-from captionlib.data.shards.schemas import MANIFEST, captions_schema
-from captionlib.data.shards.stages import Process
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema
+from captionlib.data.shards.stages import ProcessRows
 from captionlib.errors import CheckpointError, ConfigError, ImageError
 from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner
 from captionlib.models.checkpoints.rankers import LoadedRanker
@@ -91,7 +91,7 @@ class CaptionGeneration:
         return ["image_id", "uri", "split", *([] if self.encoder else ["features"])]
 
     @contextmanager
-    def open(self) -> Iterator[Process]:
+    def open(self) -> Iterator[ProcessRows]:
         """Loads the models; see `Stage.open`."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
@@ -223,7 +223,7 @@ def caption_images(
     memory = find_datastore_fingerprint(checkpoint, captioner, config.decoding)
     stage = CaptionGeneration(config, checkpoint, captioner.fingerprint, encoder, device, memory=memory)
     rows = pa.RecordBatch.from_pylist(
-        [{"image_id": uri, "uri": uri, "split": "", "captions": []} for uri in uris], schema=MANIFEST
+        [{"image_id": uri, "uri": uri, "split": "", "captions": []} for uri in uris], schema=MANIFEST_SCHEMA
     )
     failures: list[tuple[str, ImageError]] = []
     with stage.open() as process:

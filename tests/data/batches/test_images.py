@@ -12,7 +12,7 @@ from captionlib.data.batches.captions import CaptionBatch
 from captionlib.data.batches.images import ImageBatches, read_rows
 from captionlib.data.batches.skipped import SkippedImages
 from captionlib.data.shards.dataset import create_dataset
-from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import DatasetError, FailureRatioError, FetchError
 from captionlib.storage.folders import Folder
@@ -39,7 +39,9 @@ class Loader:
 
 def table(images: int = IMAGES) -> pa.Table:
     rows = [{"image_id": str(n), "uri": f"/{n}.png", "captions": ["a b", "c"][: 1 + n % 2]} for n in range(images)]
-    return pa.Table.from_pylist(rows, pa.schema([MANIFEST.field(name) for name in ("image_id", "uri", "captions")]))
+    return pa.Table.from_pylist(
+        rows, pa.schema([MANIFEST_SCHEMA.field(name) for name in ("image_id", "uri", "captions")])
+    )
 
 
 def skipping(folder: Path, allowed: float = 1.0) -> SkippedImages:
@@ -135,14 +137,14 @@ def test_more_skipped_images_than_allowed_end_the_run(tmp_path: Path) -> None:
 
 
 def test_rows_are_those_of_the_splits_that_have_sentences(tmp_path: Path) -> None:
-    dataset = create_dataset(tmp_path / "manifest", "manifest", MANIFEST, config={}, shards=2)
+    dataset = create_dataset(tmp_path / "manifest", "manifest", MANIFEST_SCHEMA, config={}, shards=2)
     for shard in range(2):
         rows = [
             {"image_id": f"{shard}{n}", "uri": "", "split": split, "captions": captions}
             for n, (split, captions) in enumerate([("train", ["a"]), ("val", ["b"]), ("restval", []), ("train", [])])
         ]
         with write_shard(dataset, shard, len(rows)) as writer:
-            writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST))
+            writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST_SCHEMA))
     dataset.finish()
     assert read_rows(dataset, ["train", "restval"])["image_id"].to_pylist() == ["00", "10"]
     with pytest.raises(DatasetError, match="expected sentences in split restval, got none"):

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captionlib.data import public_hosts
+from captionlib.data.images import public_hosts
 from captionlib.data.images.addresses import IMAGE_PROTOCOLS, ImageAddress, image_exists, parse_image_address
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.data.images.public_hosts import is_private

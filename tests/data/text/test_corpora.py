@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from captionlib.data.shards.dataset import create_dataset
-from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.text.corpora import open_corpus
 from captionlib.errors import ConfigError, DatasetError
@@ -40,13 +40,13 @@ def test_packed_files_are_read_and_another_text_has_another_fingerprint(tmp_path
 
 
 def test_a_dataset_gives_the_captions_of_its_splits(tmp_path: Path) -> None:
-    dataset = create_dataset(tmp_path / "manifest", "manifest", MANIFEST, config={}, shards=1)
+    dataset = create_dataset(tmp_path / "manifest", "manifest", MANIFEST_SCHEMA, config={}, shards=1)
     rows = [
         {"image_id": f"{number}", "uri": "", "split": split, "captions": [f"{split} {number}", f"again {number}"]}
         for number, split in enumerate(["train", "val", "test", "restval"])
     ]
     with write_shard(dataset, 0, 4) as writer:
-        writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST))
+        writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST_SCHEMA))
     with pytest.raises(DatasetError, match="complete"):
         open_corpus(tmp_path / "manifest")
     dataset.finish()
