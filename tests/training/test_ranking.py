@@ -18,7 +18,7 @@ from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.evaluation.ranker_scores import score_ranker
-from captionlib.models.checkpoints.rankers import load_ranker
+from captionlib.models.checkpoints.checkpoint import load_ranker
 from captionlib.models.inference.embedding import EmbeddingConfig
 from captionlib.models.rankers.ranker import RankerConfig
 from captionlib.training.loop import TrainingConfig

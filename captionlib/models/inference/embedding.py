@@ -15,7 +15,7 @@ from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.schemas import MANIFEST, embeddings_schema
 from captionlib.data.shards.stages import Fail, Process
 from captionlib.errors import CheckpointError, ConfigError, ImageError
-from captionlib.models.checkpoints.rankers import LoadedRanker, load_ranker
+from captionlib.models.checkpoints.checkpoint import LoadedRanker, load_ranker
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import EncoderConfig, encoder_config
 from captionlib.models.inference.feature_source import open_features
