@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from captionlib.errors import ConfigError
+from captionlib.errors import ConfigError, SubprocessError
 
 __all__ = ["has_java", "run_java"]
 
@@ -25,7 +25,8 @@ def run_java(name: str, arguments: Sequence[str], lines: Sequence[str], folder: 
         folder: that it runs in.
 
     Raises:
-        ConfigError: there is no Java, or the program fails.
+        ConfigError: Java is not installed.
+        SubprocessError: the program fails.
     """
     if not has_java():
         raise ConfigError(
@@ -37,7 +38,7 @@ def run_java(name: str, arguments: Sequence[str], lines: Sequence[str], folder: 
     answers = done.stdout.decode(errors="replace").removesuffix("\n").split("\n")
     if done.returncode != 0 or len(answers) != len(lines):
         said = (done.stderr + done.stdout[-500:]).decode(errors="replace").strip()[-500:]  # Java may use either
-        raise ConfigError(
+        raise SubprocessError(
             f"the {name} failed: expected {len(lines)} lines of `java`, got {len(answers)} and exit "
             f"code {done.returncode}: {said}; check that `java` runs"
         )

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from pycocoevalcap.meteor import meteor
 
-from captionlib.errors import ConfigError
+from captionlib.errors import SubprocessError
 from captionlib.evaluation.java import run_java
 
 __all__ = ["count_alignments"]
@@ -33,7 +33,8 @@ def count_alignments(sentences: Sequence[tuple[str, Sequence[str]]]) -> npt.NDAr
         `[captions, 23]`.
 
     Raises:
-        ConfigError: there is no Java, or it fails.
+        ConfigError: Java is not installed.
+        SubprocessError: it fails.
     """
     lines = [
         f" {_SEPARATOR} ".join(["SCORE", *(_plain(reference) for reference in references), _plain(caption)])
@@ -44,7 +45,9 @@ def count_alignments(sentences: Sequence[tuple[str, Sequence[str]]]) -> npt.NDAr
     try:
         counts = np.array([line.split() for line in answers], np.float64).reshape(len(lines), _STATISTICS)
     except ValueError as error:
-        raise ConfigError(f"METEOR answered {answers[0]!r:.200}, expected {_STATISTICS} numbers a caption") from error
+        raise SubprocessError(
+            f"METEOR answered {answers[0]!r:.200}, expected {_STATISTICS} numbers a caption"
+        ) from error
     lengths, chunks, matched = counts[:, 0:2], counts[:, 20], counts[:, 21:23]
     counts[(lengths == matched).all(1) & (chunks == 1), 20] = 0
     return counts

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import torch
 
+from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.batches.captions import feature_shape
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.errors import DatasetError
@@ -51,7 +52,7 @@ def measure_perplexity(
             ids = rows["image_id"].to_pylist()
             kept = [number for number, image_id in enumerate(ids) if image_id in references]
             if kept:
-                numbers = rows["features"].flatten().to_numpy(zero_copy_only=False).reshape(-1, *shape)
+                numbers = vectors_to_numpy(rows["features"], shape)
                 images = torch.from_numpy(numbers[kept].astype(np.float32))
                 found.update(_score(captioner, images, {ids[n]: references[ids[n]] for n in kept}))
     _require_all(found, references, dataset.folder.uri)

@@ -8,7 +8,6 @@ folder/
 """
 
 import base64
-import io
 import json
 import math
 import os
@@ -16,19 +15,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from PIL import Image
-from tqdm import tqdm
-
 from captionlib.data.images.decoding import Preprocessing
+from captionlib.data.images.encoding import encode_jpeg
 from captionlib.data.images.loading import LoadingConfig, open_loader
 from captionlib.errors import DatasetError, ImageError
 from captionlib.evaluation.charts import draw_charts
 from captionlib.evaluation.image_views import Sight
 from captionlib.evaluation.pages import render_page
 from captionlib.evaluation.predictions import Prediction
-from captionlib.storage.folders import TEMPORARY, Folder
+from captionlib.progress import progress_bar
+from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 
 __all__ = ["write_report"]
 
@@ -81,17 +77,18 @@ def write_report(
     _claim(target)
     items = []
     pictures = _write_thumbnails(target, predictions, _crop_of(sight.preprocessing))
-    thumbnails = tqdm(pictures, "thumbnails", len(predictions), disable=not progress)
-    for one, thumbnail in zip(predictions, thumbnails, strict=True):
-        items.append(
-            {
-                **_to_item(one),
-                "cider": _finite((cider or {}).get(one.image_id)),
-                "marks": dict((marks or {}).get(one.image_id, {})),
-                "looks": [base64.b64encode(look.tobytes()).decode() for look in sight.maps.get(one.image_id, ())],
-                "thumbnail": thumbnail,
-            }
-        )
+    with progress_bar("report", len(predictions), "images", progress) as bar:
+        for one, thumbnail in zip(predictions, pictures, strict=True):
+            items.append(
+                {
+                    **_to_item(one),
+                    "cider": _finite((cider or {}).get(one.image_id)),
+                    "marks": dict((marks or {}).get(one.image_id, {})),
+                    "looks": [base64.b64encode(look.tobytes()).decode() for look in sight.maps.get(one.image_id, ())],
+                    "thumbnail": thumbnail,
+                }
+            )
+            bar.update(1)
     target.write(DATA, _to_script(items))
     page = render_page(
         "report.html",
@@ -103,13 +100,13 @@ def write_report(
         looks=any(item["looks"] for item in items),
     )
     target.write(PAGE, page)
-    target.remove(TEMPORARY)
+    target.remove(TEMPORARY_FOLDER)
     return target.address(PAGE)
 
 
 def _claim(folder: Folder) -> None:
     """Refuses the folder of something else, and clears away the pictures of an older page."""
-    names = [name for name in folder.list() if name != TEMPORARY]
+    names = [name for name in folder.list() if name != TEMPORARY_FOLDER]
     own = (PAGE, DATA, THUMBNAILS) if DATA in names else (THUMBNAILS,)  # a page without data is someone else's
     if strangers := [name for name in names if name not in own]:
         raise DatasetError(
@@ -141,14 +138,8 @@ def _write_thumbnails(folder: Folder, predictions: Sequence[Prediction], crop: P
                 folder.fs.makedirs(folder.path(subfolder), exist_ok=True)
                 made.add(subfolder)
             name = f"{subfolder}/{number:06d}.jpg"
-            folder.fs.pipe_file(folder.path(name), _to_jpeg(image))
+            folder.fs.pipe_file(folder.path(name), encode_jpeg(image))
             yield name
-
-
-def _to_jpeg(pixels: npt.NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=80)
-    return buffer.getvalue()
 
 
 def _to_item(one: Prediction) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 import pytest
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from captionlib.errors import ConfigError
+from captionlib.errors import ConfigError, SubprocessError
 from captionlib.evaluation.tokenizer import tokenize_ptb
 
 SENTENCES = [
@@ -44,5 +44,5 @@ def test_a_machine_without_java_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_java_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JDK_JAVA_OPTIONS", "-Xmx1k")
-    with pytest.raises(ConfigError, match=r"expected 1 lines of `java`, got \d and exit code 1: (.|\n)*heap"):
+    with pytest.raises(SubprocessError, match=r"expected 1 lines of `java`, got \d and exit code 1: (.|\n)*heap"):
         tokenize_ptb(["a dog"])

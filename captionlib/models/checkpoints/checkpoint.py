@@ -12,7 +12,7 @@ from torch import nn
 
 from captionlib.config import build_config, to_dict
 from captionlib.data.batches.captions import pool_map
-from captionlib.data.text.corpora import TextKind
+from captionlib.data.text.corpora import TextLayout
 from captionlib.data.text.vocabulary import UNKNOWN, Vocabulary
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
@@ -100,10 +100,10 @@ class LoadedLanguageModel(LoadedModel[Captioner, LanguageModelConfig]):
     """A trained language model.
 
     Attributes:
-        text: `lines` if it was trained on sentences, which end; `running` if on continuous text.
+        layout: `sentences`, which end, or `continuous` text, which does not.
     """
 
-    text: TextKind
+    layout: TextLayout
 
 
 class LoadedRanker(LoadedModel[Ranker, RankerConfig]):
@@ -244,7 +244,7 @@ def save_language_model(
     model: Captioner,
     config: LanguageModelConfig,
     vocabulary: Vocabulary,
-    text: TextKind,
+    layout: TextLayout,
     *,
     provenance: Mapping[str, Any],
     training: Mapping[str, Any],
@@ -256,7 +256,7 @@ def save_language_model(
         model: the network, on any device.
         config: its architecture.
         vocabulary: its words or characters.
-        text: `lines` if it was trained on sentences, which end; `running` if on continuous text.
+        layout: `sentences`, which end, or `continuous` text, which does not.
         provenance: fingerprints of the data, versions, date; JSON values.
         training: the training configuration and history; JSON values.
 
@@ -266,7 +266,7 @@ def save_language_model(
     Raises:
         CheckpointError: the vocabulary does not fit the model.
     """
-    identity = {"architecture": to_dict(config), "text": text}
+    identity = {"architecture": to_dict(config), "layout": layout}
     return _save(folder, _LANGUAGE_MODEL, model, vocabulary, identity, provenance, training)
 
 
@@ -281,9 +281,9 @@ def load_language_model(folder: FolderLike, device: str = "cpu") -> LoadedLangua
 
     def build(architecture: dict[str, Any], identity: Mapping[str, Any], vocabulary: Vocabulary) -> Captioner:
         extra["config"] = build_config(LanguageModelConfig, architecture, origin="architecture")
-        extra["text"] = identity["text"]
-        if identity["text"] not in get_args(TextKind):
-            raise ValueError(f"expected text {' or '.join(get_args(TextKind))}, got {identity['text']!r}")
+        extra["layout"] = identity["layout"]
+        if identity["layout"] not in get_args(TextLayout):
+            raise ValueError(f"expected layout {' or '.join(get_args(TextLayout))}, got {identity['layout']!r}")
         return build_language_model(extra["config"], len(vocabulary))
 
     return LoadedLanguageModel(**_load(folder, _LANGUAGE_MODEL, device, build), **extra)

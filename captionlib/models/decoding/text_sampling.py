@@ -47,7 +47,7 @@ def sample_texts(
     """
     ids = _encode_prefix(language_model.vocabulary, prefix)
     longest = len(ids) + config.max_tokens
-    shortest = longest if language_model.text == "running" else config.min_words
+    shortest = longest if language_model.layout == "continuous" else config.min_words
     bounded = replace(config, max_tokens=longest, min_words=shortest, n_best=1)
     decoder = Decoder(language_model.model, bounded, vocabulary=language_model.vocabulary)
     samples: list[TextSample] = []
@@ -62,7 +62,7 @@ def sample_texts(
 def _encode_prefix(vocabulary: Vocabulary, prefix: str) -> list[int]:
     ids = vocabulary.encode(prefix)
     if UNKNOWN in ids:
-        unknown = [part for part in vocabulary.split(prefix) if vocabulary.encode_tokens([part]) == [UNKNOWN]]
+        unknown = [part for part in vocabulary.tokenize(prefix) if vocabulary.encode_tokens([part]) == [UNKNOWN]]
         raise ConfigError(
             f"prefix: expected {vocabulary.level} of the model's vocabulary, got {', '.join(map(repr, unknown))}; "
             "use others"
