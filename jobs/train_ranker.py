@@ -34,7 +34,7 @@ def command(
       captionlib train-ranker features -o ranker
       captionlib train-ranker features -o ranker --config flickr8k
       captionlib train-ranker features -o ranker --set ranker.sentence_encoder=mean --set batch_images=500
-      captionlib train-ranker features -o ranker --set loss=hardest --set warm_up_epochs=10 --set margin=0.2
+      captionlib train-ranker features -o ranker --set loss=hard_negative --set warmup_epochs=10 --set margin=0.2
       torchrun --nproc-per-node 4 --no-python captionlib train-ranker features -o ranker
     """
     settings = load_config(RankerTrainingConfig, config, overrides)

@@ -38,10 +38,12 @@ def extract_features(
         DatasetError: the manifest is not complete, or `output` holds something else.
         FailureRatioError: more images failed than the run allows.
     """
-    config = replace(config, encoder=config.encoder.with_absolute_weights(), loading=run.share(config.loading))
+    config = replace(
+        config, encoder=config.encoder.with_absolute_weights(), loading=run.divide_decoders(config.loading)
+    )
     source = open_dataset(manifest, "manifest").require_complete()
-    threads = run.threads if run.workers > 1 else None
-    here, there = run.devices(device)
+    threads = run.threads_per_worker if run.workers > 1 else None
+    here, there = run.resolve_devices(device)
     encoder = load_shared_encoder(config.encoder, here, threads)
     dataset = create_dataset(
         output,

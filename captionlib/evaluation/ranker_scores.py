@@ -9,7 +9,7 @@ from captionlib.data.batches.captions import read_features
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.errors import DatasetError
 from captionlib.evaluation.retrieval import PROTOCOLS, RankingProtocol, RankingScores, score_ranking
-from captionlib.models.checkpoints.rankers import LoadedRanker, load_ranker
+from captionlib.models.checkpoints.checkpoint import LoadedRanker, load_ranker
 
 __all__ = ["score_ranker", "score_ranker_folder"]
 

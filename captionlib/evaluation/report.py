@@ -24,7 +24,7 @@ from captionlib.evaluation.image_views import Sight
 from captionlib.evaluation.pages import render_page
 from captionlib.evaluation.predictions import Prediction
 from captionlib.progress import progress_bar
-from captionlib.storage.folders import TEMPORARY, Folder
+from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 
 __all__ = ["write_report"]
 
@@ -100,13 +100,13 @@ def write_report(
         looks=any(item["looks"] for item in items),
     )
     target.write(PAGE, page)
-    target.remove(TEMPORARY)
+    target.remove(TEMPORARY_FOLDER)
     return target.address(PAGE)
 
 
 def _claim(folder: Folder) -> None:
     """Refuses the folder of something else, and clears away the pictures of an older page."""
-    names = [name for name in folder.list() if name != TEMPORARY]
+    names = [name for name in folder.list() if name != TEMPORARY_FOLDER]
     own = (PAGE, DATA, THUMBNAILS) if DATA in names else (THUMBNAILS,)  # a page without data is someone else's
     if strangers := [name for name in names if name not in own]:
         raise DatasetError(

@@ -26,7 +26,7 @@ def check_datasets(captions: ShardedDataset, embeddings: ShardedDataset) -> None
     """
     if captions.shards != embeddings.shards:
         raise _stranger(captions, embeddings, f"expected {captions.shards} shards, got {embeddings.shards}")
-    there, here = captions.markers(), embeddings.markers()
+    there, here = captions.read_markers(), embeddings.read_markers()
     for shard in sorted(there.keys() & here.keys()):
         expected = there[shard].rows + there[shard].failures
         got = here[shard].rows + here[shard].failures
@@ -66,7 +66,7 @@ def sample_vectors(
 ) -> npt.NDArray[np.float32]:
     """About so many vectors, spread over the shards, `[rows, size]`; memory holds these alone."""
     chosen = [shards[place] for place in np.unique(np.linspace(0, len(shards) - 1, _SAMPLED_SHARDS).astype(int))]
-    rows = sum(marker.rows for marker in embeddings.markers(chosen).values())
+    rows = sum(marker.rows for marker in embeddings.read_markers(chosen).values())
     share = min(1.0, 1.05 * wanted / max(1, rows))
     generator = np.random.default_rng(seed)
     pieces = [

@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from captionlib.config import differences
+from captionlib.config import describe_differences
 from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
 from captionlib.errors import CheckpointError, QueryError
-from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner
-from captionlib.models.decoding.decoder import Decoder, DecodingConfig
+from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.decoder import Decoder
 from captionlib.models.encoders.encoder import Encoder, EncoderConfig, load_encoder
 from captionlib.search.encoders import SentenceEncoder
 
@@ -111,7 +112,7 @@ class ImageQueryModels:
         with self._lock:
             decoder = Decoder(self._captioner.model, DecodingConfig(beam_width=max(5, n_best), n_best=n_best))
             (candidates,) = decoder.decode(features.astype(np.float32))
-        rows = [{"caption": vocabulary.decode(one.words), "log_prob": one.log_prob} for one in candidates]
+        rows = [{"caption": vocabulary.decode(one.token_ids), "log_prob": one.log_prob} for one in candidates]
         return pa.Table.from_pylist(rows, _CANDIDATES)
 
     def _see(self, eye: _Eye, content: bytes) -> npt.NDArray[np.floating]:
@@ -121,10 +122,10 @@ class ImageQueryModels:
 
     def _eye(self, description: Mapping[str, Any], weights: str | None) -> _Eye:
         for known, eye in self._eyes:
-            if not differences(known, description):
+            if not describe_differences(known, description):
                 return eye
         encoder = load_encoder(EncoderConfig.from_description(description, weights), self._device)
-        if lines := differences(description, encoder.description):
+        if lines := describe_differences(description, encoder.description):
             raise CheckpointError(f"the encoder here is not the one that the model learned from ({'; '.join(lines)})")
         eye = _Eye(encoder, self._opened.enter_context(DecoderPool(encoder.preprocessing, self._decoding)))
         self._eyes.append((description, eye))

@@ -165,7 +165,7 @@ def test_dataflow_takes_the_job(
     run = RunConfig(beam_options=DATAFLOW, progress=False, accelerator=L4)
     totals = extract_features(manifest.folder.uri, tmp_path / "features", small_encoder, run=run)
     assert totals.shards == 0
-    assert open_dataset(tmp_path / "features").pending() == list(range(manifest.shards))
+    assert open_dataset(tmp_path / "features").pending_shards() == list(range(manifest.shards))
     [job] = jobs
     containers = {
         beam_runner_api_pb2.DockerPayload.FromString(environment.payload).container_image

@@ -316,7 +316,7 @@ def mean_and_std(
 
 def _group_shards(dataset: ShardedDataset, window_bytes: int, pooled: bool) -> list[tuple[int, ...]]:
     """Runs of shards that fill a window each; every shard counts as much as the largest, in memory."""
-    largest = max((marker.rows for marker in dataset.markers().values()), default=1)
+    largest = max((marker.rows for marker in dataset.read_markers().values()), default=1)
     width = dataset.schema.field("features").type.value_type.bit_width // 8
     row_bytes = 4 * feature_shape(dataset)[-1] if pooled else width * int(np.prod(feature_shape(dataset)))
     together = max(1, window_bytes // max(1, largest * row_bytes))

@@ -57,9 +57,8 @@ def open_matrix(address: str, name: str) -> Iterator[Matrix]:
                 shutil.copyfileobj(source, target)
         with path.open("rb") as file:
             start = file.read(_HDF5_OFFSET + len(_HDF5_SIGNATURE))
-        open_file = (
-            _open_hdf5 if _HDF5_SIGNATURE in (start[: len(_HDF5_SIGNATURE)], start[_HDF5_OFFSET:]) else _open_scipy
-        )
+        is_hdf5 = start.startswith(_HDF5_SIGNATURE) or start[_HDF5_OFFSET:] == _HDF5_SIGNATURE
+        open_file = _open_hdf5 if is_hdf5 else _open_scipy
         with open_file(path, address, name) as matrix:
             yield matrix
 

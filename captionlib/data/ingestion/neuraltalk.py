@@ -16,8 +16,8 @@ from captionlib.config import configclass
 from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.ingestion.matlab import Matrix, open_matrix
 from captionlib.data.shards.dataset import create_dataset
-from captionlib.data.shards.markers import Totals, checksum_of
-from captionlib.data.shards.schemas import MANIFEST, features_schema
+from captionlib.data.shards.markers import Totals, compute_checksum
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA, features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.karpathy import read_numbered_rows
 from captionlib.data.sources.locations import locate
@@ -96,8 +96,8 @@ def import_features(
             overwrite=overwrite,
         )
         with progress_bar("import-features", len(rows), "images", progress) as bar:
-            bar.skip(sum(marker.rows for marker in dataset.markers().values()))
-            for shard in dataset.pending():
+            bar.skip(sum(marker.rows for marker in dataset.read_markers().values()))
+            for shard in dataset.pending_shards():
                 selected = slice(shard * config.shard_size, (shard + 1) * config.shard_size)
                 vectors = _read_vectors(matrix, columns[selected], config.stored_dtype, mat_address)
                 with write_shard(dataset, shard, len(rows[selected])) as writer:
@@ -109,7 +109,7 @@ def import_features(
 def _compute_checksum(address: str) -> str:
     location = locate(address)
     with location.fs.open(location.path, "rb") as file:
-        return checksum_of(file)
+        return compute_checksum(file)
 
 
 def _find_columns(
@@ -159,5 +159,5 @@ def _read_vectors(matrix: Matrix, columns: npt.NDArray[np.int64], dtype: str, ad
 
 
 def _to_batch(rows: Sequence[ManifestRow], vectors: npt.NDArray[np.floating], schema: pa.Schema) -> pa.RecordBatch:
-    columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in MANIFEST]
+    columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in MANIFEST_SCHEMA]
     return pa.RecordBatch.from_arrays([*columns, numpy_to_vectors(vectors)], schema=schema)

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,22 +11,21 @@ from pathlib import Path
 from pydantic import PositiveInt
 
 from captionlib.config import configclass
+from captionlib.data.images.addresses import image_exists
 from captionlib.data.ingestion.staging import StagedRows, check_unique_ids, read_shards, stage_rows
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
-from captionlib.data.shards.markers import DESCRIPTION
-from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.markers import DESCRIPTION_FILE
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.formats import SOURCE_FORMATS, detect_common_format
-from captionlib.data.sources.locations import locate
 from captionlib.data.sources.rows import ManifestRow, ReportSkip, SourceOptions
-from captionlib.errors import ConfigError, DatasetError
+from captionlib.errors import ConfigError, DatasetError, FetchError
 from captionlib.progress import progress_bar
-from captionlib.storage.folders import TEMPORARY, Folder
+from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 
 __all__ = ["PrepareConfig", "PrepareSummary", "prepare_manifest"]
 
 _IMAGES_TO_CHECK = 20
-_FRAGMENT = re.compile(r"#(?:bytes|row)=.*")
 
 
 @configclass
@@ -125,7 +123,7 @@ def prepare_manifest(
         dataset = create_dataset(
             output,
             "manifest",
-            MANIFEST,
+            MANIFEST_SCHEMA,
             config={"rows": staged.rows, "content": f"sha256:{staged.digest}", "shard_size": config.shard_size},
             shards=-(-staged.rows // config.shard_size),
             overwrite=overwrite,
@@ -147,10 +145,10 @@ def prepare_manifest(
 def _check_output(output: str | os.PathLike[str], overwrite: bool) -> None:
     """Refuses a folder with other data before reading the source, which can take long."""
     folder = Folder(output)
-    if folder.exists(DESCRIPTION):
+    if folder.exists(DESCRIPTION_FILE):
         if not overwrite:
             open_dataset(output, "manifest")
-    elif any(name != TEMPORARY for name in folder.list()):
+    elif any(name != TEMPORARY_FOLDER for name in folder.list()):
         raise DatasetError(f"{folder.uri} holds files that captionlib did not write; choose an empty or a new folder")
 
 
@@ -166,18 +164,19 @@ def _read(
 
 
 def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
-    """Reports a wrong image folder now rather than as a failure of every image later."""
+    """Reports a wrong image folder now rather than as a failure of every image later. Refused uris are not opened."""
+    refused: FetchError | None = None
     for row in rows:
-        uri = _FRAGMENT.sub("", row.uri)
-        if uri.startswith(("http://", "https://")):
-            return
-        location = locate(uri)
-        if location.fs.exists(location.path):
-            return
+        try:
+            if image_exists(row.uri):
+                return
+        except FetchError as error:
+            refused = refused or error
     if rows:
+        reason = "" if refused is None else f"; {refused.reason}: {refused}"
         raise DatasetError(
-            f"none of the first {len(rows)} images exists; the first is expected at {rows[0].uri}; set the folder that "
-            "image paths start from with --images, or use --no-check-images if only the workers can read the images"
+            f"none of the first {len(rows)} images exists; the first is expected at {rows[0].uri}{reason}; set the folder "
+            "that image paths start from with --images, or use --no-check-images if only the workers can read the images"
         )
 
 
@@ -206,7 +205,7 @@ def _describe_empty_source(
 
 
 def _write_shards(dataset: ShardedDataset, staged: StagedRows, shard_size: int) -> None:
-    pending = set(dataset.pending())
+    pending = set(dataset.pending_shards())
     for shard, rows in enumerate(read_shards(staged, shard_size)):
         if shard in pending:
             with write_shard(dataset, shard, rows.num_rows) as writer:

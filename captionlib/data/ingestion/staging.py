@@ -11,7 +11,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.sources.rows import ManifestRow
 from captionlib.errors import DatasetError, DuplicateIdError
 
@@ -19,7 +19,7 @@ __all__ = ["StagedRows", "check_unique_ids", "read_shards", "stage_rows"]
 
 _BATCH_ROWS = 4096
 _MAX_SPLITS = 1000
-_SCHEMA = MANIFEST.append(pa.field("origin", pa.string(), nullable=False))
+_SCHEMA = MANIFEST_SCHEMA.append(pa.field("origin", pa.string(), nullable=False))
 
 # Each pass compares about this many ids, so that memory does not grow with the number of rows.
 _IDS_PER_PASS = 250_000
@@ -130,7 +130,7 @@ def read_shards(staged: StagedRows, size: int) -> Iterator[pa.RecordBatch]:
     pending: list[pa.RecordBatch] = []
     count = 0
     with pq.ParquetFile(staged.path) as file:
-        for batch in file.iter_batches(batch_size=min(size, _BATCH_ROWS), columns=MANIFEST.names):
+        for batch in file.iter_batches(batch_size=min(size, _BATCH_ROWS), columns=MANIFEST_SCHEMA.names):
             pending.append(batch)
             count += batch.num_rows
             while count >= size:
@@ -144,4 +144,4 @@ def read_shards(staged: StagedRows, size: int) -> Iterator[pa.RecordBatch]:
 
 def _combine(table: pa.Table) -> pa.RecordBatch:
     [batch] = table.combine_chunks().to_batches()
-    return pa.RecordBatch.from_arrays(batch.columns, schema=MANIFEST)
+    return pa.RecordBatch.from_arrays(batch.columns, schema=MANIFEST_SCHEMA)

@@ -25,7 +25,7 @@ def show_progress(source: ShardedDataset, output: ShardedDataset, label: str, en
     if not enabled:
         yield
         return
-    totals = source.recorded_totals() or source.totals()
+    totals = source.read_totals() or source.compute_totals()
     with progress_bar(label, totals.rows, "images") as bar:
         watcher = _MarkerWatcher(output, bar)
         stop = threading.Event()
@@ -63,7 +63,7 @@ class _MarkerWatcher:
     def _count(self, add: Callable[[int, str], None]) -> None:
         with suppress(StorageError):  # the pipeline reports it if it cannot reach the storage either
             images = 0
-            for marker in self._output.read_markers(self._output.done() - self._seen):
+            for marker in self._output.iter_markers(self._output.done_shards() - self._seen):
                 self._seen.add(marker.shard)
                 self._failures += marker.failures
                 images += marker.images

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from captionlib.errors import ConfigError, DatasetError
+from captionlib.errors import DatasetError
+from captionlib.storage.file_systems import open_file_system, open_unpacked
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -80,13 +80,11 @@ def locate(address: str | os.PathLike[str]) -> Location:
     """Resolves a path or a URL to a location. The file need not exist.
 
     Raises:
-        ConfigError: fsspec does not know the protocol, or a package that it needs is not installed.
+        ConfigError: the address chains file systems, or its protocol is unknown, refused or lacks a package; see
+            `captionlib.storage.file_systems`.
     """
     address = os.fspath(address)
-    try:
-        fs, path = fsspec.core.url_to_fs(address)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"{address} cannot be opened: {error}") from error
+    fs, path = open_file_system(address)
     if isinstance(fs, LocalFileSystem):
         path = os.path.normpath(path)
         return Location(fs, path.rstrip("/"), path.rstrip("/"))
@@ -208,7 +206,7 @@ def read_lines(location: Location) -> Iterator[str]:
     """
     number = 0
     try:
-        with fsspec.open(location.address, "rt", encoding="utf-8-sig", newline="", compression="infer") as file:
+        with open_unpacked(location.fs, location.path, "rt", encoding="utf-8-sig", newline="") as file:
             for line in file:
                 number += 1
                 yield line

@@ -23,7 +23,7 @@ from captionlib.models.encoders.weights import (
     read_preprocessing,
     sample_weights,
 )
-from captionlib.storage.folders import absolute_address
+from captionlib.storage.folders import resolve_address
 
 __all__ = [
     "Encoder",
@@ -94,7 +94,7 @@ class EncoderConfig:
 
     def with_absolute_weights(self) -> "EncoderConfig":
         """Returns a copy that names a weights file by its absolute address, for processes in other folders."""
-        return replace(self, weights=absolute_address(self.weights)) if is_weights_file(self.weights) else self
+        return replace(self, weights=resolve_address(self.weights)) if is_weights_file(self.weights) else self
 
 
 class Encoder:

@@ -13,10 +13,10 @@ import torch
 from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.dataset import ShardedDataset
-from captionlib.data.shards.schemas import MANIFEST, embeddings_schema
-from captionlib.data.shards.stages import Fail, Process
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA, embeddings_schema
+from captionlib.data.shards.stages import ProcessRows, ReportFailure
 from captionlib.errors import CheckpointError, ConfigError, ImageError
-from captionlib.models.checkpoints.rankers import LoadedRanker, load_ranker
+from captionlib.models.checkpoints.checkpoint import LoadedRanker, load_ranker
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.feature_source import open_feature_source
@@ -106,7 +106,7 @@ class ImageEmbedding:
         return ["image_id", "uri", *([] if self.encoder else ["features"])]
 
     @contextmanager
-    def open(self) -> Iterator[Process]:
+    def open(self) -> Iterator[ProcessRows]:
         """Loads the models; see `Stage.open`."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
@@ -116,7 +116,7 @@ class ImageEmbedding:
             self.encoder, ranker.encoder, config.loading, config.encoder_batch_size, self.device, self.threads
         ) as load_features:
 
-            def process(rows: Iterator[pa.RecordBatch], fail: Fail) -> Iterator[tuple[pa.RecordBatch, ...]]:
+            def process(rows: Iterator[pa.RecordBatch], fail: ReportFailure) -> Iterator[tuple[pa.RecordBatch, ...]]:
                 for some, features in load_features(rows, fail):
                     yield (build_embedding_rows(some, features, ranker),)
 
@@ -161,7 +161,7 @@ def embed_single_images(
     """
     ranker = load_ranker(checkpoint, str(resolve_device(device)))
     rows = pa.RecordBatch.from_pylist(
-        [{"image_id": uri, "uri": uri, "split": "", "captions": []} for uri in uris], schema=MANIFEST
+        [{"image_id": uri, "uri": uri, "split": "", "captions": []} for uri in uris], schema=MANIFEST_SCHEMA
     )
     kept: list[str] = []
     vectors = [np.empty((0, ranker.size), np.float32)]

@@ -11,7 +11,7 @@ import pyarrow as pa
 from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.images.loading import LoadingConfig, open_loader
 from captionlib.data.shards.dataset import ShardedDataset
-from captionlib.data.shards.stages import Fail
+from captionlib.data.shards.stages import ReportFailure
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.extraction import encode_images, load_shared_encoder
@@ -20,7 +20,9 @@ __all__ = ["FeatureLoader", "FeatureModel", "open_feature_source", "resolve_enco
 
 Row = dict[str, Any]
 
-FeatureLoader = Callable[[Iterator[pa.RecordBatch], Fail], Iterator[tuple[list[Row], npt.NDArray[np.floating]]]]
+FeatureLoader = Callable[
+    [Iterator[pa.RecordBatch], ReportFailure], Iterator[tuple[list[Row], npt.NDArray[np.floating]]]
+]
 """Takes rows; gives pieces of them, with all that they had but the features, and the features, `[rows, *shape]`."""
 
 
@@ -93,7 +95,9 @@ def open_feature_source(
     loaded_encoder = load_shared_encoder(encoder, device, threads, description)
     with open_loader(loading, loaded_encoder.preprocessing) as load:
 
-        def encode(rows: Iterator[pa.RecordBatch], fail: Fail) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
+        def encode(
+            rows: Iterator[pa.RecordBatch], fail: ReportFailure
+        ) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
             loaded = load(row for batch in rows for row in batch.to_pylist())
             return encode_images(loaded_encoder, loaded, batch_size, fail)
 

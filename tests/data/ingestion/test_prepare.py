@@ -1,3 +1,5 @@
+import socket
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -96,11 +98,31 @@ def test_list_of_missing_images_is_an_error_and_writes_nothing(tmp_path: Path) -
     assert prepare_manifest(source, tmp_path / "manifest", config).images == 2
 
 
+def test_refused_uris_are_not_opened_and_become_rows(tmp_path: Path) -> None:
+    connections: list[object] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        evil = f"reference://x::http://127.0.0.1:{server.getsockname()[1]}/refs.json"
+        (tmp_path / "evil.csv").write_text(f"image_id,uri\na,{evil}\n")
+        with pytest.raises(DatasetError, match=r"none of the first 1 images exists; .*BadAddress: "):
+            prepare_manifest(tmp_path / "evil.csv", tmp_path / "none")
+        touch(tmp_path, ["b.jpg"])
+        (tmp_path / "both.csv").write_text(f"image_id,uri\na,{evil}\nb,b.jpg\n")
+        assert prepare_manifest(tmp_path / "both.csv", tmp_path / "both").images == 2
+        server.settimeout(0.05)
+        with suppress(TimeoutError):
+            connections.append(server.accept())
+    assert connections == []
+
+
+def test_source_that_chains_file_systems_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="chains file systems"):
+        prepare_manifest("simplecache::http://127.0.0.1:9/a.csv", tmp_path / "manifest")
+
+
 def test_empty_source_is_an_error_naming_skipped_items(tmp_path: Path) -> None:
     touch(tmp_path, ["images/readme.txt"])
-    with pytest.raises(
-        DatasetError, match=r"no images; read as folder, .*skipped: not an image: extension \.txt \(1\)"
-    ):
+    message = r"no images; read as folder, .*skipped: not an image: extension \.txt \(1\)"
+    with pytest.raises(DatasetError, match=message):
         prepare_manifest(tmp_path / "images", tmp_path / "manifest")
 
 
