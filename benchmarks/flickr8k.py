@@ -78,7 +78,7 @@ def main() -> None:
     _run("prepare", tokens, "--images", options.data / "images", "-o", manifest)
     needed = {WHOLE: (manifest, WHOLE)} if "ranking" in names else {}
     if names != ["ranking"]:
-        _run("prepare", tokens, "--images", options.data / "images", "-o", dev, "--only-split", "dev")
+        _run("prepare", tokens, "--images", options.data / "images", "-o", dev, "--split", "dev")
         needed |= {BEFORE_TAIL: (manifest, BEFORE_TAIL), DEV: (dev, BEFORE_TAIL)}
     for name, (images, recipe) in needed.items():
         config = CONFIGS / f"{recipe}.yaml"

@@ -72,4 +72,6 @@ def command(
 def _write_page(folder: str, rows: Sequence[Mapping[str, Any]], checkpoint: str) -> str:
     predictions = [Prediction.from_row(row) for row in rows]
     sight = build_encoder_view(rows, load_captioner(checkpoint).encoder)
-    return write_report(folder, "Captions", predictions, note=f"{len(rows):,} images, by {checkpoint}.", encoder_view=sight)
+    return write_report(
+        folder, "Captions", predictions, note=f"{len(rows):,} images, by {checkpoint}.", encoder_view=sight
+    )

@@ -13,7 +13,7 @@ import torch
 
 from captionlib.config import load_config
 from captionlib.data.ingestion.prepare import PrepareConfig, prepare_manifest
-from captionlib.data.synthetic_scenes import Scene, attributes_of, read_scenes, score_attributes, write_scenes
+from captionlib.data.synthetic_scenes import Scene, parse_attributes, read_scenes, score_attributes, write_scenes
 from captionlib.evaluation.evaluate import Evaluation, evaluate_captions
 from captionlib.evaluation.report import write_report
 from captionlib.models.checkpoints.captioners import load_captioner
@@ -122,7 +122,7 @@ def _evaluate(folder: Path) -> tuple[list[tuple[str, str, str]], Evaluation]:
 
 
 def _marks(scene: Scene, caption: str) -> dict[str, bool]:
-    return {name: value == getattr(scene, name) for name, value in attributes_of(caption).items()}
+    return {name: value == getattr(scene, name) for name, value in parse_attributes(caption).items()}
 
 
 def _query(folder: Path) -> None:

@@ -40,7 +40,7 @@ def command(
       captionlib import-features dataset.json feats.mat -o features --images photos --set variable=feats
     """
     if images is not None:
-        overrides = (*overrides, f"images={images}")
+        overrides = (*overrides, f"image_root={images}")
     settings = load_config(ImportConfig, config, overrides)
     totals = import_features(dataset_json, features_mat, output, settings, overwrite=overwrite, progress=progress)
     echo_totals(output, totals)

@@ -3,7 +3,7 @@
 import click
 
 from captionlib.data.ingestion.prepare import PrepareConfig, PrepareSummary, prepare_manifest
-from captionlib.data.sources.detect import FAMILIES
+from captionlib.data.sources.formats import SOURCE_FORMATS
 from captionlib.data.sources.rows import SourceOptions
 
 __all__ = ["command"]
@@ -13,14 +13,15 @@ __all__ = ["command"]
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The manifest to write.")
 @click.option(
-    "--source",
-    type=click.Choice(["auto", *FAMILIES]),
+    "--format",
+    "source_format",
+    type=click.Choice(["auto", *SOURCE_FORMATS]),
     default="auto",
     show_default=True,
     help="What SOURCE is; auto tells it by its name and content.",
 )
 @click.option("--images", metavar="FOLDER", help="What image paths in SOURCE are relative to. [default: its folder]")
-@click.option("--split", default="", metavar="NAME", help="The split of images whose source names none.")
+@click.option("--default-split", default="", metavar="NAME", help="The split of images whose source names none.")
 @click.option(
     "--split-file",
     "split_files",
@@ -40,7 +41,7 @@ __all__ = ["command"]
     help="Tables: a caption or a list of them. Repeatable. [default: captions, caption, text ...]",
 )
 @click.option("--split-column", metavar="NAME", help="Tables: the split. [default: split]")
-@click.option("--only-split", "splits", multiple=True, metavar="NAME", help="Keep this split alone. Repeatable.")
+@click.option("--split", "splits", multiple=True, metavar="NAME", help="Keep this split alone. Repeatable.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Keep the first N images.")
 @click.option("--shard-size", type=click.IntRange(min=1), default=1000, show_default=True, help="Images a shard.")
 @click.option(
@@ -53,9 +54,9 @@ __all__ = ["command"]
 def command(
     sources: tuple[str, ...],
     output: str,
-    source: str,
+    source_format: str,
     images: str | None,
-    split: str,
+    default_split: str,
     split_files: tuple[str, ...],
     id_column: str | None,
     uri_column: str | None,
@@ -76,7 +77,7 @@ def command(
     \b
     A folder or a glob of images; the id is the path below it:
       captionlib prepare photos/ -o manifest
-      captionlib prepare 'photos/**/*.jpg' -o manifest --split test
+      captionlib prepare 'photos/**/*.jpg' -o manifest --default-split test
     \b
     COCO's captions; train2014/ and val2014/ are found in --images:
       captionlib prepare captions_train2014.json captions_val2014.json --images coco/ -o manifest
@@ -97,9 +98,9 @@ def command(
       captionlib prepare 'data/train-*.parquet' --split train -o manifest
     """
     options = SourceOptions(
-        images, split, _parse_split_files(split_files), id_column, uri_column, caption_columns, split_column
+        images, default_split, _parse_split_files(split_files), id_column, uri_column, caption_columns, split_column
     )
-    config = PrepareConfig(source, options, splits, limit, shard_size, check_images)
+    config = PrepareConfig(source_format, options, splits, limit, shard_size, check_images)
     echo_summary(output, prepare_manifest(sources, output, config, overwrite=overwrite, progress=progress))
 
 
@@ -120,7 +121,7 @@ def echo_summary(output: str, summary: PrepareSummary) -> None:
     if summary.already_prepared:
         click.echo(f"{output}: already prepared, nothing to do")
     else:
-        click.echo(f"{output}: prepared from {summary.source}")
+        click.echo(f"{output}: prepared from {summary.source_format}")
     rows = [
         ("images", summary.images),
         ("captions", summary.captions),

@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from captionlib.data.sources.locations import locate, resolve
-from captionlib.evaluation.evaluate import Evaluation, evaluate_predictions
+from captionlib.data.sources.locations import locate, resolve_uri
 from captionlib.evaluation.encoder_views import read_encoder_view
+from captionlib.evaluation.evaluate import Evaluation, evaluate_predictions
 from captionlib.evaluation.predictions import load_predictions
 from captionlib.evaluation.report import write_report
 
@@ -53,7 +53,7 @@ def command(
     scored = evaluate_predictions(with_references) if with_references else None
     if images is not None:
         root = locate(images).address
-        predictions = [replace(one, uri=resolve(one.uri, root)) for one in predictions]
+        predictions = [replace(one, uri=resolve_uri(one.uri, root)) for one in predictions]
     predictions = predictions[:limit]
     page = write_report(
         output,

@@ -12,7 +12,7 @@ from jobs.options import config_options, device_option
 
 __all__ = ["command"]
 
-_LENGTHS = {("lines", "words"): 30, ("lines", "characters"): 200, ("running", "words"): 100}
+_LENGTHS = {("sentences", "words"): 30, ("sentences", "characters"): 200, ("continuous", "words"): 100}
 _LONGEST = 500  # of running characters
 
 
@@ -52,13 +52,13 @@ def command(
     """
     language_model = load_language_model(checkpoint, device)
     chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    length = length or _LENGTHS.get((language_model.text, language_model.vocabulary.level), _LONGEST)
+    length = length or _LENGTHS.get((language_model.layout, language_model.vocabulary.level), _LONGEST)
     given = [f"{name}={value}" for name, value in chosen.items() if value is not None]
     settings = load_config(DecodingConfig, config, [*overrides, *given, "strategy=sample", f"max_tokens={length}"])
     for number, sample in enumerate(sample_texts(language_model, settings, count, prefix)):
         if as_json:
             click.echo(json.dumps(asdict(sample), ensure_ascii=False))
         else:
-            if number and language_model.text == "running":
+            if number and language_model.layout == "continuous":
                 click.echo("----")
             click.echo(sample.text)

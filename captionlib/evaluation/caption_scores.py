@@ -67,8 +67,8 @@ def score_captions(
         bootstrap: how confidence intervals are computed.
 
     Raises:
-        ConfigError: Java fails.
         DatasetError: there are no captions, or one of them has no references.
+        SubprocessError: Java fails.
     """
     if not captions:
         raise DatasetError("expected at least one caption to score, got none")
@@ -119,7 +119,7 @@ class CiderScorer:
         references: the references of each image, at least one.
 
     Raises:
-        ConfigError: Java is missing.
+        ConfigError: Java is not installed.
         DatasetError: there are fewer than two images, for which CIDEr is undefined.
     """
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.images.decoding import Preprocessing
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.errors import DatasetError
@@ -80,8 +81,7 @@ def _parse_preprocessing(encoder: Mapping[str, Any]) -> Preprocessing | None:
 
 def _split_by_image(attention: pa.ListArray) -> list[npt.NDArray[np.floating]]:
     """Returns the attention weights of each image, `[tokens, positions]`."""
-    positions = attention.type.value_type.list_size
-    weights = attention.flatten().flatten().to_numpy(zero_copy_only=False).reshape(-1, positions)
+    weights = vectors_to_numpy(attention.flatten())
     lengths = pc.list_value_length(attention).to_numpy()
     return [weights[end - length : end] for length, end in zip(lengths, np.cumsum(lengths), strict=True)]
 

@@ -82,8 +82,9 @@ def evaluate_captions(
         device: the device of the captioner.
 
     Raises:
-        ConfigError: only one of `checkpoint` and `features` is given, or Java fails.
+        ConfigError: only one of `checkpoint` and `features` is given.
         DatasetError: there are no captions in these splits, or they have no references.
+        SubprocessError: Java fails.
     """
     training_references: Iterable[str] = ()
     if manifest is not None:

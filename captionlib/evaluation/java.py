@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pycocoevalcap.meteor import meteor
 from pycocoevalcap.tokenizer import ptbtokenizer
 
-from captionlib.errors import ConfigError
+from captionlib.errors import ConfigError, SubprocessError
 
 __all__ = ["count_alignments", "has_java", "tokenize_ptb"]
 
@@ -34,7 +34,8 @@ def tokenize_ptb(sentences: Sequence[str]) -> list[str]:
     """Tokenizes sentences as pycocoevalcap does: lower case, no punctuation, a space between tokens.
 
     Raises:
-        ConfigError: Java is missing or fails.
+        ConfigError: Java is not installed.
+        SubprocessError: the program fails.
     """
     if not sentences:
         return []
@@ -58,7 +59,8 @@ def count_alignments(pairs: Sequence[tuple[str, Sequence[str]]]) -> npt.NDArray[
         `[captions, 23] float64`.
 
     Raises:
-        ConfigError: Java is missing or fails.
+        ConfigError: Java is not installed.
+        SubprocessError: the program fails.
     """
     lines = [
         f" {_METEOR_SEPARATOR} ".join(["SCORE", *map(_remove_separators, references), _remove_separators(caption)])
@@ -69,7 +71,7 @@ def count_alignments(pairs: Sequence[tuple[str, Sequence[str]]]) -> npt.NDArray[
     try:
         counts = np.array([line.split() for line in output], np.float64).reshape(len(lines), _METEOR_STATISTICS)
     except ValueError as error:
-        raise ConfigError(
+        raise SubprocessError(
             f"METEOR: expected {_METEOR_STATISTICS} numbers per caption, got {output[0]!r:.200}; check that `java` runs"
         ) from error
     lengths, chunks, matched = counts[:, 0:2], counts[:, 20], counts[:, 21:23]
@@ -94,7 +96,7 @@ def _run_java(program: str, arguments: Sequence[str], lines: Sequence[str], fold
     if process.returncode != 0 or len(output) != len(lines):
         # Java reports its own errors on either stream.
         message = (process.stderr + process.stdout[-500:]).decode(errors="replace").strip()[-500:]
-        raise ConfigError(
+        raise SubprocessError(
             f"the {program} failed: expected {len(lines)} lines of output, got {len(output)} and exit code "
             f"{process.returncode}: {message}; check that `java` runs"
         )

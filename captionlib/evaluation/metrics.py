@@ -88,7 +88,8 @@ def compute_meteor(captions: Tokenized, references: Tokenized) -> Metric:
     """Computes METEOR 1.5 (Denkowski & Lavie 2014) from the counts of its Java program; see `compute_bleu`.
 
     Raises:
-        ConfigError: Java is missing or fails.
+        ConfigError: Java is not installed.
+        SubprocessError: METEOR's program fails.
     """
     rows = count_alignments([(caption, references[image_id]) for image_id, (caption,) in captions.items()])
     return Metric(("METEOR",), rows, _meteor)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.batches.captions import feature_shape
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.errors import DatasetError
@@ -51,7 +52,7 @@ def measure_perplexity(
             ids = rows["image_id"].to_pylist()
             selected = [row for row, image_id in enumerate(ids) if image_id in references]
             if selected:
-                values = rows["features"].flatten().to_numpy(zero_copy_only=False).reshape(-1, *shape)
+                values = vectors_to_numpy(rows["features"], shape)
                 batch = torch.from_numpy(values[selected].astype(np.float32))
                 sums.update(_sum_losses(captioner, batch, {ids[row]: references[ids[row]] for row in selected}))
     if missing := [image_id for image_id in references if image_id not in sums]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.sources.locations import load_json, locate, text_suffix_of
+from captionlib.data.sources.locations import get_text_extension, load_json, locate
 from captionlib.errors import DatasetError
 
 __all__ = [
@@ -112,7 +112,7 @@ def read_predictions(source: str | os.PathLike[str]) -> list[Prediction]:
 
 def is_dataset(source: str | os.PathLike[str]) -> bool:
     """Returns whether a source of captions is a dataset rather than a JSON file."""
-    return text_suffix_of(os.fspath(source)) != ".json"
+    return get_text_extension(os.fspath(source)) != ".json"
 
 
 def _read_dataset(dataset: ShardedDataset) -> list[Prediction]:

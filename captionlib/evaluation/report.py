@@ -7,7 +7,6 @@ folder/
 """
 
 import base64
-import io
 import json
 import math
 import os
@@ -15,19 +14,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from PIL import Image
-from tqdm import tqdm
-
 from captionlib.data.images.decoding import Preprocessing
+from captionlib.data.images.encoding import encode_jpeg
 from captionlib.data.images.loading import LoadingConfig, open_loader
 from captionlib.errors import DatasetError, ImageError
 from captionlib.evaluation.charts import build_charts
 from captionlib.evaluation.encoder_views import EncoderView
 from captionlib.evaluation.pages import render_page
 from captionlib.evaluation.predictions import Prediction
-from captionlib.storage.folders import TEMPORARY, Folder
+from captionlib.progress import progress_bar
+from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 
 __all__ = ["write_report"]
 
@@ -79,21 +75,20 @@ def write_report(
     view = encoder_view or EncoderView()
     _clear(target)
     items = []
-    thumbnails = _write_thumbnails(target, predictions, _crop_for_thumbnails(view.preprocessing))
-    thumbnails = tqdm(thumbnails, "thumbnails", len(predictions), disable=not progress)
-    for prediction, thumbnail in zip(predictions, thumbnails, strict=True):
-        image_id = prediction.image_id
-        items.append(
-            {
-                **_to_item(prediction),
-                "cider": _round((cider or {}).get(image_id)),
-                "attributes": dict((attributes or {}).get(image_id, {})),
-                "attention": [
-                    base64.b64encode(grid.tobytes()).decode() for grid in view.attention_maps.get(image_id, ())
-                ],
-                "thumbnail": thumbnail,
-            }
-        )
+    with progress_bar("report", len(predictions), "images", progress) as bar:
+        thumbnails = bar.track(_write_thumbnails(target, predictions, _crop_for_thumbnails(view.preprocessing)))
+        for prediction, thumbnail in zip(predictions, thumbnails, strict=True):
+            image_id = prediction.image_id
+            maps = view.attention_maps.get(image_id, ())
+            items.append(
+                {
+                    **_to_item(prediction),
+                    "cider": _round((cider or {}).get(image_id)),
+                    "attributes": dict((attributes or {}).get(image_id, {})),
+                    "attention": [base64.b64encode(attention_map.tobytes()).decode() for attention_map in maps],
+                    "thumbnail": thumbnail,
+                }
+            )
     target.write(DATA, _to_script(items))
     page = render_page(
         "report.html",
@@ -105,13 +100,13 @@ def write_report(
         has_attention=any(item["attention"] for item in items),
     )
     target.write(PAGE, page)
-    target.remove(TEMPORARY)
+    target.remove(TEMPORARY_FOLDER)
     return target.address(PAGE)
 
 
 def _clear(folder: Folder) -> None:
     """Removes the thumbnails of an earlier report, and refuses a folder that holds other files."""
-    names = [name for name in folder.list() if name != TEMPORARY]
+    names = [name for name in folder.list() if name != TEMPORARY_FOLDER]
     own = (PAGE, DATA, THUMBNAILS) if DATA in names else (THUMBNAILS,)  # an index.html without data.js is not ours
     if others := [name for name in names if name not in own]:
         raise DatasetError(
@@ -143,14 +138,8 @@ def _write_thumbnails(folder: Folder, predictions: Sequence[Prediction], crop: P
                 folder.fs.makedirs(folder.path(subfolder), exist_ok=True)
                 created.add(subfolder)
             name = f"{subfolder}/{number:06d}.jpg"
-            folder.fs.pipe_file(folder.path(name), _encode_jpeg(image))
+            folder.fs.pipe_file(folder.path(name), encode_jpeg(image))
             yield name
-
-
-def _encode_jpeg(pixels: npt.NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=80)
-    return buffer.getvalue()
 
 
 def _to_item(prediction: Prediction) -> dict[str, Any]:

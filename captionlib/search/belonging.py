@@ -7,6 +7,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.markers import part_name
 from captionlib.errors import DatasetError
@@ -25,7 +26,7 @@ def check_datasets(captions: ShardedDataset, embeddings: ShardedDataset) -> None
     """
     if captions.shards != embeddings.shards:
         raise _stranger(captions, embeddings, f"expected {captions.shards} shards, got {embeddings.shards}")
-    there, here = captions.markers(), embeddings.markers()
+    there, here = captions.read_markers(), embeddings.read_markers()
     for shard in sorted(there.keys() & here.keys()):
         expected = there[shard].rows + there[shard].failures
         got = here[shard].rows + here[shard].failures
@@ -65,7 +66,7 @@ def sample_vectors(
 ) -> npt.NDArray[np.float32]:
     """About so many vectors, spread over the shards, `[rows, size]`; memory holds these alone."""
     chosen = [shards[place] for place in np.unique(np.linspace(0, len(shards) - 1, _SAMPLED_SHARDS).astype(int))]
-    rows = sum(marker.rows for marker in embeddings.markers(chosen).values())
+    rows = sum(marker.rows for marker in embeddings.read_markers(chosen).values())
     share = min(1.0, 1.05 * wanted / max(1, rows))
     generator = np.random.default_rng(seed)
     pieces = [
@@ -76,8 +77,7 @@ def sample_vectors(
 
 def _vector_batches(embeddings: ShardedDataset, shard: int) -> Iterator[npt.NDArray[np.float32]]:
     for batch in embeddings.read_batches(shard, ["embedding"], _BATCH_ROWS):
-        flat = batch["embedding"].flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-        vectors = flat.reshape(batch.num_rows, -1)
+        vectors = vectors_to_numpy(batch["embedding"]).astype(np.float32)
         yield vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from captionlib.config import to_dict
 from captionlib.data.shards.dataset import ShardedDataset
-from captionlib.data.shards.markers import fingerprint_of, part_name
+from captionlib.data.shards.markers import compute_fingerprint, part_name
 from captionlib.search.belonging import check_shard, read_vectors, sample_vectors
 from captionlib.search.index_config import IndexConfig, VectorLayout
 from captionlib.search.index_files import (
@@ -22,7 +22,7 @@ from captionlib.search.index_files import (
 from captionlib.search.index_rows import COLUMNS, number_rows, read_rows, write_rows
 from captionlib.search.text_index import write_text
 from captionlib.search.vector_index import add_vectors, merge_vectors, train_vectors
-from captionlib.storage.folders import TEMPORARY, Folder, absolute_address
+from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, resolve_address
 
 __all__ = ["IndexBuild", "describe_source"]
 
@@ -66,7 +66,7 @@ class IndexBuild:
             "layout": to_dict(self.layout) if self.layout else None,
             "shards": [[one.shard, one.offset, one.captions, one.embeddings] for one in self._shards],
         }
-        return fingerprint_of("index", identity)
+        return compute_fingerprint("index", identity)
 
     def is_done(self) -> bool:
         """Whether the index is there already."""
@@ -81,7 +81,7 @@ class IndexBuild:
         wanted = max(self.layout.lists * self.config.sample, _LEAST_SAMPLE)
         shards = [one.shard for one in self.added]
         sample = sample_vectors(self.embeddings, shards, wanted, self.config.seed)
-        with self.folder.staged(self._trained) as path:
+        with self.folder.stage(self._trained) as path:
             train_vectors(self.layout, sample, self.config.seed, path)
 
     def add_shard(self, number: int) -> None:
@@ -93,14 +93,14 @@ class IndexBuild:
         shard = self.added[number]
         if not self.folder.exists(shard.file):
             batches = self.captions.read_batches(shard.shard, COLUMNS, _BATCH_ROWS)
-            with self.folder.staged(shard.file) as path:
+            with self.folder.stage(shard.file) as path:
                 write_rows(path, number_rows(batches, shard.offset))
         if self.embeddings is None or self.folder.exists(self._partial(shard)):
             return
         places = check_shard(self.captions, self.embeddings, shard.shard)
         captioned = places >= 0
         vectors = read_vectors(self.embeddings, shard.shard)[captioned]
-        with scratch(self.folder) as local, self.folder.staged(self._partial(shard)) as path:
+        with scratch(self.folder) as local, self.folder.stage(self._partial(shard)) as path:
             trained = fetch_tree(self.folder, self._trained, local / "trained")
             add_vectors(trained, places[captioned] + shard.offset, vectors, path)
 
@@ -164,10 +164,10 @@ class IndexBuild:
         return f"{kind}-{self.fingerprint[:12]}{extension}"
 
     def _partial(self, shard: IndexedShard) -> str:
-        return f"{TEMPORARY}/{self.fingerprint[:12]}/{part_name(shard.shard)}.faiss"
+        return f"{TEMPORARY_FOLDER}/{self.fingerprint[:12]}/{part_name(shard.shard)}.faiss"
 
     def _clean(self, used: set[str]) -> None:
-        self.folder.remove(TEMPORARY)
+        self.folder.remove(TEMPORARY_FOLDER)
         for name in [*self.folder.list(), *(f"rows/{name}" for name in self.folder.list("rows"))]:
             if name.startswith(("text-", "vectors-", "trained-", "rows/")) and name not in used:
                 self.folder.remove(name)
@@ -176,4 +176,4 @@ class IndexBuild:
 def describe_source(dataset: ShardedDataset) -> Source:
     """A dataset as an index remembers it."""
     ranker = str(dataset.config.get("ranker", "")) if dataset.kind == "embeddings" else ""
-    return Source(absolute_address(dataset.folder.uri), dataset.fingerprint, dataset.shards, ranker)
+    return Source(resolve_address(dataset.folder.uri), dataset.fingerprint, dataset.shards, ranker)

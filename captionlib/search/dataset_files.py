@@ -7,7 +7,7 @@ from typing import Any
 from fsspec.spec import AbstractFileSystem
 
 from captionlib.storage.ranged_file import RangedFile
-from captionlib.storage.retries import retried
+from captionlib.storage.retries import call_with_retries
 
 __all__ = ["DatasetFiles"]
 
@@ -40,7 +40,7 @@ class DatasetFiles(AbstractFileSystem):  # type: ignore[misc]
 
     def info(self, path: str, **_options: Any) -> dict[str, Any]:
         real = self._real(path)
-        return {"name": path, "type": "file", "size": retried(real, lambda: self._fs.size(real))}
+        return {"name": path, "type": "file", "size": call_with_retries(real, lambda: self._fs.size(real))}
 
     def exists(self, path: str, **_options: Any) -> bool:
         return self._address(path) in self._paths
@@ -51,7 +51,7 @@ class DatasetFiles(AbstractFileSystem):  # type: ignore[misc]
     def modified(self, path: str) -> datetime:
         real = self._real(path)
         try:
-            changed: datetime = retried(real, lambda: self._fs.modified(real))
+            changed: datetime = call_with_retries(real, lambda: self._fs.modified(real))
         except NotImplementedError:
             return datetime.fromtimestamp(0, timezone.utc)
         return changed

@@ -25,7 +25,7 @@ from captionlib.config import build_config, to_dict
 from captionlib.data.shards.markers import to_json
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.search.index_config import IndexConfig, VectorLayout
-from captionlib.storage.folders import TEMPORARY, Folder
+from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 
 __all__ = [
     "DESCRIPTION",
@@ -166,7 +166,7 @@ def scratch(folder: Folder) -> Iterator[Path]:
     """A new local folder that is gone after the block; beside a local index, so that files can be moved into it."""
     parent = None
     if folder.is_local:
-        parent = Path(folder.path(TEMPORARY))
+        parent = Path(folder.path(TEMPORARY_FOLDER))
         parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="captionlib-", dir=parent) as path:
         yield Path(path)
@@ -183,7 +183,7 @@ def publish_tree(folder: Folder, path: Path, name: str) -> None:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     for file in files:
         target_name = name if path.is_file() else f"{name}/{file.relative_to(path).as_posix()}"
-        with folder.staged(target_name) as staged:
+        with folder.stage(target_name) as staged:
             shutil.copyfile(file, staged)
 
 
@@ -201,9 +201,9 @@ def fetch_tree(folder: Folder, name: str, path: Path) -> Path:
     if files := folder.list(name):
         path.mkdir()
         for file in files:
-            folder.fetch(f"{name}/{file}", path / file)
+            folder.download(f"{name}/{file}", path / file)
     else:
-        folder.fetch(name, path)
+        folder.download(name, path)
     return path
 
 

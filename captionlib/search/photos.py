@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from captionlib.config import differences
+from captionlib.config import describe_differences
 from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
 from captionlib.errors import CheckpointError, QueryError
 from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner
 from captionlib.models.decoding.decoder import Decoder, DecodingConfig
-from captionlib.models.encoders.encoder import Encoder, encoder_config, load_encoder
+from captionlib.models.encoders.encoder import Encoder, EncoderConfig, load_encoder
 from captionlib.search.encoders import SentenceEncoder
 
 __all__ = ["ImageQueryModels"]
@@ -121,10 +121,10 @@ class ImageQueryModels:
 
     def _eye(self, description: Mapping[str, Any], weights: str | None) -> _Eye:
         for known, eye in self._eyes:
-            if not differences(known, description):
+            if not describe_differences(known, description):
                 return eye
-        encoder = load_encoder(encoder_config(description, weights), self._device)
-        if lines := differences(description, encoder.description):
+        encoder = load_encoder(EncoderConfig.from_description(description, weights), self._device)
+        if lines := describe_differences(description, encoder.description):
             raise CheckpointError(f"the encoder here is not the one that the model learned from ({'; '.join(lines)})")
         eye = _Eye(encoder, self._opened.enter_context(DecoderPool(encoder.preprocessing, self._decoding)))
         self._eyes.append((description, eye))

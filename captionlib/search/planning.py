@@ -3,15 +3,15 @@
 import os
 from dataclasses import replace
 
-from captionlib.config import differences, to_dict
+from captionlib.config import describe_differences, to_dict
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import Marker, fingerprint_of, part_name
+from captionlib.data.shards.markers import Marker, compute_fingerprint, part_name
 from captionlib.errors import DatasetError, FingerprintError
 from captionlib.search.belonging import check_datasets, check_shard
 from captionlib.search.build import IndexBuild, describe_source
 from captionlib.search.index_config import IndexConfig, VectorLayout
 from captionlib.search.index_files import DESCRIPTION, IndexDescription, IndexedShard, read_description
-from captionlib.storage.folders import TEMPORARY, Folder
+from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 
 __all__ = ["plan_build"]
 
@@ -73,12 +73,12 @@ def _existing(folder: Folder) -> IndexDescription | None:
 
 def _is_own(name: str) -> bool:
     """Whether it may be left of a build that died."""
-    return name in (TEMPORARY, DESCRIPTION, "rows") or name.startswith(("text-", "vectors-", "trained-"))
+    return name in (TEMPORARY_FOLDER, DESCRIPTION, "rows") or name.startswith(("text-", "vectors-", "trained-"))
 
 
 def _done(texts: ShardedDataset, vectors: ShardedDataset | None) -> Checksums:
-    markers = texts.markers()
-    others = vectors.markers() if vectors is not None else {}
+    markers = texts.read_markers()
+    others = vectors.read_markers() if vectors is not None else {}
     done: Checksums = {
         shard: (markers[shard], others.get(shard)) for shard in markers if vectors is None or shard in others
     }
@@ -97,7 +97,7 @@ def _differences(
         {"captions": texts_source.fingerprint, "embeddings": vectors_source.fingerprint if vectors_source else None}
         for texts_source, vectors_source in sources
     )
-    return differences({**there, **to_dict(base.config)}, {**here, **to_dict(config)})
+    return describe_differences({**there, **to_dict(base.config)}, {**here, **to_dict(config)})
 
 
 def _compare(build: IndexBuild, base: IndexDescription | None, done: Checksums) -> IndexBuild:
@@ -134,7 +134,7 @@ def _is_same(there: IndexedShard, captions: Marker, embeddings: Marker | None) -
 
 
 def _indexed(shard: int, offset: int, captions: Marker, embeddings: Marker | None) -> IndexedShard:
-    name = fingerprint_of("rows", {"captions": captions.checksum, "offset": offset})[:12]
+    name = compute_fingerprint("rows", {"captions": captions.checksum, "offset": offset})[:12]
     return IndexedShard(
         shard=shard,
         offset=offset,

@@ -14,8 +14,8 @@ import duckdb
 import pyarrow as pa
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import FAILURES, part_name
-from captionlib.data.shards.schemas import FAILURES as FAILURES_SCHEMA
+from captionlib.data.shards.markers import FAILURES_FOLDER, part_name
+from captionlib.data.shards.schemas import FAILURES_SCHEMA
 from captionlib.errors import ConfigError, QueryError
 from captionlib.search.dataset_files import DatasetFiles
 from captionlib.search.statements import check_reads_only
@@ -138,11 +138,11 @@ def query_sql(
 
 def _done_parts(dataset: ShardedDataset) -> tuple[dict[str, str], dict[str, str]]:
     """Names and paths of the data and of the failures of all shards that are done."""
-    done = range(dataset.shards) if dataset.is_complete() else sorted(dataset.markers())
-    with_failures = set(dataset.folder.list(FAILURES))
+    done = range(dataset.shards) if dataset.is_complete() else sorted(dataset.read_markers())
+    with_failures = set(dataset.folder.list(FAILURES_FOLDER))
     parts = {f"{dataset.kind}/{part_name(shard)}.parquet": dataset.part_path(shard) for shard in done}
     names = [name for shard in done if (name := f"{part_name(shard)}.parquet") in with_failures]
-    return parts, {f"failures/{name}": dataset.folder.path(f"{FAILURES}/{name}") for name in names}
+    return parts, {f"failures/{name}": dataset.folder.path(f"{FAILURES_FOLDER}/{name}") for name in names}
 
 
 def connect(limits: SqlLimits, spill: str) -> duckdb.DuckDBPyConnection:

@@ -1,11 +1,9 @@
 """Small pictures of the images that an index names: fetched and decoded when they are first looked at, then kept."""
 
 import hashlib
-import io
 import os
 import threading
 import time
-import uuid
 from collections import OrderedDict
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,15 +11,16 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
 from captionlib.data.images.decoding import Preprocessing
+from captionlib.data.images.encoding import encode_jpeg
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
-from captionlib.errors import DecodeError, FetchError, ImageError
+from captionlib.errors import BusyError, DecodeError, FetchError, ImageError
 from captionlib.serving.config import ServingConfig
+from captionlib.storage.folders import write_file
 
-__all__ = ["BusyError", "Size", "Thumbnails"]
+__all__ = ["Size", "Thumbnails"]
 
 Size = Literal["small", "large"]
 
@@ -30,10 +29,6 @@ _SIZES: dict[Size, tuple[int, int]] = {"small": (256, 256), "large": (640, 1280)
 _REMEMBER_FAILURES_SECONDS = 60.0
 _MOST_FAILURES = 10_000
 _PRUNE_EVERY = 200
-
-
-class BusyError(Exception):
-    """More images are asked for than are fetched at a time."""
 
 
 class Thumbnails:
@@ -94,12 +89,12 @@ class Thumbnails:
             DecodeError: it is no image, or one that is not allowed.
         """
         pixels = self._decoders[size].decode(content)
-        return _to_jpeg(_trim(pixels) if size == "large" else pixels)
+        return encode_jpeg(_trim(pixels) if size == "large" else pixels)
 
     def _make(self, uri: str, size: Size, path: Path) -> bytes:
         self._recall_failure(path.name)
         if not self._slots.acquire(timeout=5.0):
-            raise BusyError
+            raise BusyError("too many images at once; try again")
         try:
             content = self.shrink(self._fetcher.fetch(uri), size)
         except (FetchError, DecodeError) as error:
@@ -107,10 +102,7 @@ class Thumbnails:
             raise
         finally:
             self._slots.release()
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f"{uuid.uuid4().hex}.partial")
-        partial.write_bytes(content)
-        partial.replace(path)
+        write_file(path, content)
         self._count()
         return content
 
@@ -160,9 +152,3 @@ def _trim(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     if not len(rows):
         return pixels
     return pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-
-
-def _to_jpeg(pixels: npt.NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=82, optimize=True)
-    return buffer.getvalue()

@@ -14,7 +14,7 @@ from captionlib.models.checkpoints.captioners import save_captioner
 from captionlib.models.checkpoints.folder import stamp
 from captionlib.storage.folders import Folder
 from captionlib.training.curves import draw_curves
-from captionlib.training.distributed import Processes
+from captionlib.training.distributed import ProcessGroup
 from captionlib.training.objective import BatchLoss, perplexity
 
 __all__ = ["Batches", "CaptionSaver", "CaptioningObjective"]
@@ -64,7 +64,7 @@ class CaptioningObjective(Generic[Model]):
         self.own_learning_rates = own_learning_rates or {}
         self._training = training
         self._validation = validation
-        self._processes = Processes()
+        self._processes = ProcessGroup()
         self._steps = training.count(self._processes.count)
         self._save = save
         self._smoothing = label_smoothing

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from captionlib.config import differences, to_dict
+from captionlib.config import describe_differences, to_dict
 from captionlib.data.batches.captions import feature_shape, mean_and_std, pool_map, sample_features
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.text.vocabulary import Vocabulary
@@ -112,7 +112,7 @@ def open_start(folder: str, config: CaptionerConfig, dataset: ShardedDataset) ->
     start.require_encoder(dataset.config["encoder"])
     configured, default = to_dict(config), to_dict(CaptionerConfig())
     given = {name: value for name, value in configured.items() if value != default[name]}
-    if lines := differences({name: to_dict(start.config)[name] for name in given}, given):
+    if lines := describe_differences({name: to_dict(start.config)[name] for name in given}, given):
         raise ConfigError(
             f"captioner: expected the shape of {folder}, from which training starts, got another "
             f"({'; '.join(lines)}); leave these values out, or train without init_from"

@@ -48,18 +48,18 @@ class SelfCriticalConfig:
         temperature: of drawing, as in `decoding`.
         dropout: of the captioner while it draws and learns, in place of its own. What is dropped when a sentence is
             drawn is dropped when it is learned from.
-        score_end: whether END is a word of the n-grams that are rewarded. Without it a sentence that breaks off, as in
+        include_end_token: whether END is a word of the n-grams that are rewarded. Without it a sentence that breaks off, as in
             "a man on a", scores as well as one that is whole.
     """
 
     samples: int = 5
-    baseline: Literal["others", "greedy"] = "others"
+    baseline: Literal["leave_one_out", "greedy"] = "leave_one_out"
     temperature: float = 1.0
     dropout: float = 0.0
-    score_end: bool = True
+    include_end_token: bool = True
 
     def __post_init__(self) -> None:
-        least = 2 if self.baseline == "others" else 1
+        least = 2 if self.baseline == "leave_one_out" else 1
         if self.samples < least:
             raise ConfigError(
                 f"self_critical.samples: expected at least {least} for baseline {self.baseline}, got {self.samples}"
@@ -176,7 +176,7 @@ class SelfCriticalObjective:
     @torch.inference_mode()
     def _search(self, batch: CaptionBatch) -> list[list[int]]:
         """The tokens of the greedy sentence of each image; none where it is not asked for."""
-        if self._config.baseline == "others":
+        if self._config.baseline == "leave_one_out":
             return []
         kind = self._device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
@@ -205,7 +205,7 @@ class SelfCriticalObjective:
 
     def _scored(self, tokens: list[int]) -> list[int]:
         """What of a sentence is rewarded."""
-        return tokens if self._config.score_end else [token for token in tokens if token != END]
+        return tokens if self._config.include_end_token else [token for token in tokens if token != END]
 
 
 def _set_dropout(model: nn.Module, share: float) -> None:

@@ -13,19 +13,19 @@ from PIL import Image
 from captionlib.data.ingestion.prepare import PrepareConfig, prepare_manifest
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.synthetic_scenes import (
-    SIDE,
+    IMAGE_SIZE,
     Scene,
-    all_scenes,
-    attributes_of,
     describe_scene,
-    draw_scene,
+    iterate_scenes,
+    parse_attributes,
     read_scenes,
+    render_scene,
     score_attributes,
     write_scenes,
 )
 from captionlib.data.text.vocabulary import tokenize
 
-SCENES = list(all_scenes())
+SCENES = list(iterate_scenes())
 scenes = st.sampled_from(SCENES)
 seeds = st.integers(0, 2**32 - 1)
 
@@ -39,54 +39,57 @@ def test_every_sentence_reads_back_to_its_scene(scene: Scene, seed: int) -> None
     sentences = describe_scene(scene, random.Random(seed))
     assert len(sentences) == len(set(sentences)) == 5
     for sentence in sentences:
-        assert attributes_of(sentence) == asdict(scene)
-        assert attributes_of(" ".join(tokenize(sentence))) == asdict(scene), "also as a captioner writes it"
+        assert parse_attributes(sentence) == asdict(scene)
+        assert parse_attributes(" ".join(tokenize(sentence))) == asdict(scene), "also as a captioner writes it"
 
 
 @pytest.mark.parametrize(
     ("sentence", "expected"),
     [
         ("", {}),
-        ("a red dog", {"colour": "red"}),
-        ("a red and blue ring on the left", {"shape": "ring", "place": "left"}),
+        ("a red dog", {"color": "red"}),
+        ("a red and blue ring on the left", {"shape": "ring", "position": "left"}),
         ("a small big square", {"shape": "square"}),
         ("redder rings", {}),
         ("a white background", {"background": "white"}),
     ],
 )
 def test_what_a_sentence_does_not_say_or_says_twice_is_none(sentence: str, expected: dict[str, str]) -> None:
-    assert attributes_of(sentence) == {**dict.fromkeys(asdict(SCENES[0])), **expected}
+    assert parse_attributes(sentence) == {**dict.fromkeys(asdict(SCENES[0])), **expected}
 
 
 def test_the_vocabulary_is_compact() -> None:
-    draw = random.Random(0)
-    words = Counter(word for scene in SCENES for text in describe_scene(scene, draw) for word in tokenize(text))
+    rng = random.Random(0)
+    words = Counter(word for scene in SCENES for text in describe_scene(scene, rng) for word in tokenize(text))
     assert len(words) <= 60
     assert min(words.values()) >= 5
 
 
 @given(scenes, seeds)
 def test_a_picture_shows_its_scene(scene: Scene, seed: int) -> None:
-    picture = draw_scene(scene, random.Random(seed))
-    assert (picture.size, picture.mode) == ((SIDE, SIDE), "RGB")
+    picture = render_scene(scene, random.Random(seed))
+    assert (picture.size, picture.mode) == ((IMAGE_SIZE, IMAGE_SIZE), "RGB")
     pixels = np.asarray(picture).astype(int)
     ground = np.median(pixels.reshape(-1, 3), axis=0)
     shape = np.abs(pixels - ground).max(axis=2) > 40
     rows, columns = np.nonzero(shape)
-    grounds = {"white": ground.min() > 200, "grey": 100 < ground.mean() < 150, "black": ground.max() < 50}
+    grounds = {"white": ground.min() > 200, "gray": 100 < ground.mean() < 150, "black": ground.max() < 50}
     assert grounds[scene.background]
-    assert (np.sqrt(np.ptp(rows) * np.ptp(columns)) > 0.38 * SIDE) == (scene.size == "large")
-    place = ((columns.min() + columns.max()) / 2 / SIDE - 0.5, (rows.min() + rows.max()) / 2 / SIDE - 0.5)
-    places = {"top": (0, -0.25), "bottom": (0, 0.25), "left": (-0.25, 0), "right": (0.25, 0), "centre": (0, 0)}
-    assert min(places, key=lambda name: np.hypot(*np.subtract(places[name], place))) == scene.place
+    assert (np.sqrt(np.ptp(rows) * np.ptp(columns)) > 0.38 * IMAGE_SIZE) == (scene.size == "large")
+    position = (
+        (columns.min() + columns.max()) / 2 / IMAGE_SIZE - 0.5,
+        (rows.min() + rows.max()) / 2 / IMAGE_SIZE - 0.5,
+    )
+    positions = {"top": (0, -0.25), "bottom": (0, 0.25), "left": (-0.25, 0), "right": (0.25, 0), "center": (0, 0)}
+    assert min(positions, key=lambda name: np.hypot(*np.subtract(positions[name], position))) == scene.position
     assert abs(np.ptp(rows) - np.ptp(columns)) <= 3, "nothing is cut off"
     middle = shape[int(rows.mean()), int(columns.mean())]
     assert middle == (scene.shape != "ring")
 
 
 def test_no_two_drawings_are_the_same() -> None:
-    draw = random.Random(0)
-    assert len({draw_scene(SCENES[0], draw).tobytes() for _ in range(10)}) == 10
+    rng = random.Random(0)
+    assert len({render_scene(SCENES[0], rng).tobytes() for _ in range(10)}) == 10
 
 
 def written(folder: Path, seed: int = 0) -> dict[str, bytes]:
@@ -118,9 +121,9 @@ def test_prepare_reads_the_data_set(tmp_path: Path) -> None:
     drawn = read_scenes(tmp_path / "scenes")
     assert sorted(row["image_id"] for row in rows) == sorted(drawn)
     for row in rows:
-        assert Image.open(row["uri"]).size == (SIDE, SIDE)
+        assert Image.open(row["uri"]).size == (IMAGE_SIZE, IMAGE_SIZE)
         assert len(row["captions"]) == 5
-        assert all(attributes_of(text) == asdict(drawn[row["image_id"]]) for text in row["captions"])
+        assert all(parse_attributes(text) == asdict(drawn[row["image_id"]]) for text in row["captions"])
 
 
 def test_attributes_are_scored_one_by_one_and_together() -> None:
@@ -131,5 +134,5 @@ def test_attributes_are_scored_one_by_one_and_together() -> None:
         "a red square",
     ]
     assert score_attributes([right] * 3, said) == pytest.approx(
-        {"shape": 2 / 3, "colour": 1, "place": 2 / 3, "size": 1 / 3, "background": 2 / 3, "all": 1 / 3}
+        {"shape": 2 / 3, "color": 1, "position": 2 / 3, "size": 1 / 3, "background": 2 / 3, "all": 1 / 3}
     )

@@ -13,7 +13,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
-from captionlib.data.shards.schemas import MANIFEST, captions_schema
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import DatasetError
 from captionlib.evaluation.bootstrap import BootstrapConfig
@@ -52,7 +52,7 @@ def write_captions(folder: Path, captions: dict[str, str], split: str = "val") -
 
 def write_manifest(folder: Path, references: dict[str, list[str]]) -> ShardedDataset:
     rows = [{"image_id": i, "uri": i, "split": "val", "captions": texts} for i, texts in references.items()]
-    return write(folder, "manifest", MANIFEST, rows)
+    return write(folder, "manifest", MANIFEST_SCHEMA, rows)
 
 
 @lru_cache(maxsize=1)

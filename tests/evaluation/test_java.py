@@ -1,7 +1,7 @@
 import pytest
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from captionlib.errors import ConfigError
+from captionlib.errors import ConfigError, SubprocessError
 from captionlib.evaluation.java import count_alignments, tokenize_ptb
 
 SENTENCES = [
@@ -44,7 +44,7 @@ def test_missing_java_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_failing_java_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JDK_JAVA_OPTIONS", "-Xmx1k")
-    with pytest.raises(ConfigError, match=r"expected 1 lines of output, got \d and exit code 1: (.|\n)*heap"):
+    with pytest.raises(SubprocessError, match=r"expected 1 lines of output, got \d and exit code 1: (.|\n)*heap"):
         tokenize_ptb(["a dog"])
 
 

@@ -14,12 +14,12 @@ def prepare(*arguments: object) -> Result:
 
 def test_a_folder_is_prepared_and_summed_up(tmp_path: Path) -> None:
     touch(tmp_path / "photos", ["a.jpg", "b/c.png", "notes.txt"])
-    result = prepare(tmp_path / "photos", "-o", tmp_path / "manifest", "--split", "test")
+    result = prepare(tmp_path / "photos", "-o", tmp_path / "manifest", "--default-split", "test")
     assert result.exit_code == 0
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
     assert lines[0] == f"{tmp_path}/manifest: prepared from folder"
     assert lines[1:] == ["images 2", "captions 0", "shards 1", "split test 2", "skipped: no image: extension .txt 1"]
-    again = prepare(tmp_path / "photos", "-o", tmp_path / "manifest", "--split", "test")
+    again = prepare(tmp_path / "photos", "-o", tmp_path / "manifest", "--default-split", "test")
     assert again.stdout.splitlines()[0].endswith("already prepared, nothing to do")
 
 

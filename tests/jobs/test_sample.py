@@ -37,7 +37,7 @@ def test_sentences_are_trained_and_written(tmp_path: Path) -> None:
 
 
 def test_running_text_is_written_to_its_length(tmp_path: Path) -> None:
-    checkpoint = train(tmp_path, "text=running", "level=characters", "window=20")
+    checkpoint = train(tmp_path, "layout=continuous", "level=characters", "sequence_length=20")
     output = run("sample", checkpoint, "--count", "2", "--length", "50", "--top-k", "3", "--top-p", "0.9")
     first, second = output.split("----\n")
     assert len(first) == len(second) == 51

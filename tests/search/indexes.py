@@ -61,7 +61,7 @@ def write_texts(
             if some:
                 writer.write(rows(*some))
             for name in failures:
-                writer.fail(name, f"images/{name}.jpg", DecodeError("Truncated", "ends early"))
+                writer.write_failure(name, f"images/{name}.jpg", DecodeError("Truncated", "ends early"))
     return dataset
 
 
@@ -89,5 +89,5 @@ def write_vectors(
                 }
                 writer.write(pa.RecordBatch.from_pydict(columns, schema=schema))
             for name in failures:
-                writer.fail(name, f"images/{name}.jpg", DecodeError("Truncated", "ends early"))
+                writer.write_failure(name, f"images/{name}.jpg", DecodeError("Truncated", "ends early"))
     return dataset

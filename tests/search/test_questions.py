@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from captionlib.data.shards.dataset import create_dataset
-from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.errors import QueryError
 from captionlib.search.questions import count_words, find_captions, find_image, most_likely
 from captionlib.search.sql import open_sql
@@ -70,7 +70,7 @@ def test_words_are_counted_case_apart(captions: str) -> None:
 
 
 def test_questions_about_captions_need_captions(tmp_path: Path) -> None:
-    create_dataset(tmp_path / "manifest", "manifest", MANIFEST, config={}, shards=1)
+    create_dataset(tmp_path / "manifest", "manifest", MANIFEST_SCHEMA, config={}, shards=1)
     with open_sql(tmp_path / "manifest") as session:
         for question in (lambda: find_captions(session, "dog"), lambda: most_likely(session, 1)):
             with pytest.raises(QueryError, match="expected a dataset of kind captions for this question, got manifest"):

@@ -11,7 +11,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from captionlib.data.shards.dataset import create_dataset
-from captionlib.data.shards.schemas import MANIFEST, captions_schema, features_schema
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema, features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError, DatasetError, QueryError
 from captionlib.search.sql import SqlLimits, open_captions, open_sql, query_sql
@@ -46,7 +46,7 @@ def test_a_dataset_without_any_shard_has_empty_views(tmp_path: Path) -> None:
 
 
 def test_features_and_manifests_are_asked_alike(tmp_path: Path) -> None:
-    for kind, schema in (("manifest", MANIFEST), ("features", features_schema(3, "float16"))):
+    for kind, schema in (("manifest", MANIFEST_SCHEMA), ("features", features_schema(3, "float16"))):
         dataset = create_dataset(tmp_path / kind, kind, schema, config={}, shards=1)
         values = {"image_id": ["x"], "uri": ["x.jpg"], "split": ["val"], "captions": [["a dog", "a cat"]]}
         if kind == "features":
@@ -58,7 +58,7 @@ def test_features_and_manifests_are_asked_alike(tmp_path: Path) -> None:
 
 
 def test_another_kind_is_refused_where_captions_are_asked_for(tmp_path: Path) -> None:
-    create_dataset(tmp_path / "manifest", "manifest", MANIFEST, config={}, shards=1)
+    create_dataset(tmp_path / "manifest", "manifest", MANIFEST_SCHEMA, config={}, shards=1)
     with pytest.raises(DatasetError, match="expected a dataset of kind captions, got manifest"):
         open_captions(tmp_path / "manifest").__enter__()
 

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from captionlib.errors import DecodeError, FetchError
+from captionlib.errors import BusyError, DecodeError, FetchError
 from captionlib.serving.config import ServingConfig
-from captionlib.serving.thumbnails import BusyError, Thumbnails
+from captionlib.serving.thumbnails import Thumbnails
 
 
 def draw(path: Path, size: tuple[int, int] = (300, 200)) -> str:

@@ -4,8 +4,8 @@ from uuid import uuid4
 
 import pytest
 
-from captionlib.errors import ConfigError
-from captionlib.storage.folders import TEMPORARY, Folder, absolute_address, write_file
+from captionlib.errors import StorageError
+from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, resolve_address, write_file
 
 
 @pytest.fixture(params=["local", "memory", "renaming"])
@@ -26,7 +26,7 @@ def test_written_files_are_read_listed_and_removed(folder: Folder) -> None:
     assert list(folder.read_many(["a.json", "never was", "sub/c.json"])) == [b"1", b"3"]
     assert list(folder.read_many(["never was"])) == []
     assert list(folder.read_many([])) == []
-    assert set(folder.list()) - {TEMPORARY} == {"a.json", "sub"}
+    assert set(folder.list()) - {TEMPORARY_FOLDER} == {"a.json", "sub"}
     assert folder.list("sub") == ["b.json", "c.json"]
     assert folder.list("nowhere") == []
     folder.remove("sub")
@@ -46,11 +46,11 @@ def test_a_file_replaces_another_whole(folder: Folder) -> None:
 
 
 def test_nothing_appears_when_writing_fails(folder: Folder) -> None:
-    with pytest.raises(RuntimeError, match="died"), folder.staged("a") as path:
+    with pytest.raises(RuntimeError, match="died"), folder.stage("a") as path:
         path.write_bytes(b"half")
         raise RuntimeError("died")
     assert not folder.exists("a")
-    assert folder.list(TEMPORARY) == []
+    assert folder.list(TEMPORARY_FOLDER) == []
 
 
 def test_pickles_as_its_address(folder: Folder) -> None:
@@ -71,7 +71,7 @@ def test_a_relative_folder_is_found_by_a_process_that_was_started_elsewhere(
 
 @pytest.mark.parametrize("address", ["memory://bucket/data", "https://host/a.safetensors"])
 def test_addresses_elsewhere_are_absolute_already(address: str) -> None:
-    assert absolute_address(address) == address
+    assert resolve_address(address) == address
 
 
 def test_missing_file_is_a_file_not_found(folder: Folder) -> None:
@@ -91,5 +91,5 @@ def test_a_single_file_is_written_whole_and_alone(tmp_path: Path, address: str) 
 
 def test_a_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"file/scores\.parquet cannot be written: "):
+    with pytest.raises(StorageError, match=r"file/scores\.parquet cannot be written: "):
         write_file(tmp_path / "file" / "scores.parquet", b"")

@@ -58,7 +58,7 @@ def test_the_vocabulary_is_counted_on_train_only(features: ShardedDataset, tmp_p
     config = replace(CONFIG, train_splits=("val",), validation_splits=("train",), training=TrainingConfig(epochs=1))
     train(features, tmp_path / "captioner", config)
     vocabulary = load_captioner(tmp_path / "captioner").vocabulary
-    assert vocabulary.sentences == 2 * 16
+    assert vocabulary.sentence_count == 2 * 16
 
 
 def test_the_same_seed_gives_the_same_weights(features: ShardedDataset, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_attention_sees_what_stands_together(tmp_path: Path) -> None:
 
 def test_crops_need_maps(features: ShardedDataset, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"crop changes maps .*, got one vector an image; extract"):
-        train(features, tmp_path / "captioner", replace(CONFIG, crop=0.5))
+        train(features, tmp_path / "captioner", replace(CONFIG, random_crop=0.5))
 
 
 @pytest.mark.parametrize("attention_size", [0, 16])
@@ -198,7 +198,7 @@ def test_crops_change_what_is_learned_from_and_the_seed_draws_them(tmp_path: Pat
     maps = write_maps(tmp_path / "maps")
     config = replace(CONFIG, captioner=replace(CONFIG.captioner, attention_size=attention_size))
     whole, cropped, again = (
-        [epoch["loss"] for epoch in train(maps, tmp_path / name, replace(config, crop=crop))]
+        [epoch["loss"] for epoch in train(maps, tmp_path / name, replace(config, random_crop=crop))]
         for name, crop in (("whole", 0.0), ("cropped", 0.3), ("again", 0.3))
     )
     assert cropped == again
@@ -247,7 +247,7 @@ def test_training_starts_from_the_weights_and_the_words_of_another(features: Sha
     assert torch.equal(after.model.feature_std, before.model.feature_std)
     assert after.provenance["init_from"]["fingerprint"] == before.fingerprint
     resolved = json.loads((tmp_path / "second" / "resolved.json").read_text())
-    assert resolved["start_fingerprint"] == before.fingerprint
+    assert resolved["init_from_fingerprint"] == before.fingerprint
     assert resolved["captioner"]["hidden_size"] == 16
 
 
@@ -262,7 +262,7 @@ def test_a_run_that_started_from_another_checkpoint_is_not_gone_on_with(
         second = replace(config, init_from=str(tmp_path / "first"))
         if seed == 1:
             train(features, tmp_path / "second", second)
-    with pytest.raises(DatasetError, match="start_fingerprint: there"):
+    with pytest.raises(DatasetError, match="init_from_fingerprint: there"):
         train(features, tmp_path / "second", second)
 
 

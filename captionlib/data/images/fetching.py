@@ -34,9 +34,9 @@ from tenacity import (
 
 from captionlib import __version__
 from captionlib.data.images.fetch_errors import to_fetch_error
-from captionlib.data.images.parquet_cells import RowGroups
+from captionlib.data.images.parquet_cells import ParquetCellReader
 from captionlib.errors import ConfigError, FetchError
-from captionlib.storage.remote_errors import http_status, is_temporary
+from captionlib.storage.remote_errors import get_http_status, is_temporary_error
 
 __all__ = ["FetchConfig", "ImageFetcher"]
 
@@ -90,12 +90,12 @@ class ImageFetcher:
 
     def __init__(self, config: FetchConfig | None = None) -> None:
         self.config = config or FetchConfig()
-        self._row_groups = RowGroups(self.config.max_row_group_bytes, self.config.timeout_seconds)
+        self._row_groups = ParquetCellReader(self.config.max_row_group_bytes, self.config.timeout_seconds)
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._requests: set[Future[bytes]] = set()
         self._retrying = Retrying(
-            retry=retry_if_exception(lambda error: is_temporary(error) and not self._closed.is_set()),
+            retry=retry_if_exception(lambda error: is_temporary_error(error) and not self._closed.is_set()),
             stop=stop_after_attempt(self.config.attempts),
             wait=wait_exponential(self.config.backoff_seconds, max=_LONGEST_BACKOFF_SECONDS)
             + wait_random(0, self.config.backoff_seconds),
@@ -201,7 +201,7 @@ async def _cat(fs: Any, path: str, span: _Span) -> bytes:
     try:
         content: bytes = await fs._cat_file(path, start=span.start, end=span.end or span.most + 1)
     except Exception as error:
-        if span.end is None and http_status(error) == 416:  # every range is beyond an empty object
+        if span.end is None and get_http_status(error) == 416:  # every range is beyond an empty object
             return b""
         raise
     return content

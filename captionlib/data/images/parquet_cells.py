@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from captionlib.errors import FetchError
 
-__all__ = ["RowGroups"]
+__all__ = ["ParquetCellReader"]
 
 Value = TypeVar("Value")
 
@@ -22,7 +22,7 @@ _KEPT_AT_LEAST = 2  # rows on both sides of a boundary between row groups are as
 _KEPT_FOOTERS = 64
 
 
-class RowGroups:
+class ParquetCellReader:
     """Reads cells of Parquet files at any address. Safe to use from many threads.
 
     Args:

@@ -9,18 +9,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from captionlib.data.ingestion.staging import Staged, read_slices, refuse_duplicates, stage_rows
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
-from captionlib.data.shards.markers import DESCRIPTION
-from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.markers import DESCRIPTION_FILE
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
-from captionlib.data.sources.detect import FAMILIES, detect_sources
+from captionlib.data.sources.formats import SOURCE_FORMATS, detect_common_format
 from captionlib.data.sources.locations import locate
-from captionlib.data.sources.rows import ManifestRow, Skip, SourceOptions
+from captionlib.data.sources.rows import ManifestRow, ReportSkip, SourceOptions
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.storage.folders import TEMPORARY, Folder
+from captionlib.progress import progress_bar
+from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 
 __all__ = ["PrepareConfig", "PrepareSummary", "prepare_manifest"]
 
@@ -33,7 +32,7 @@ class PrepareConfig:
     """What becomes of a source.
 
     Attributes:
-        source: its family, a key of `FAMILIES`; auto tells it by name and content.
+        source_format: its family, a key of `SOURCE_FORMATS`; auto tells it by name and content.
         options: how it is read.
         splits: the splits to keep; empty keeps all.
         limit: keep the first so many images.
@@ -41,7 +40,7 @@ class PrepareConfig:
         check_images: refuse a list of images of which none of the first is where it says.
     """
 
-    source: str = "auto"
+    source_format: str = "auto"
     options: SourceOptions = field(default_factory=SourceOptions)
     splits: tuple[str, ...] = ()
     limit: int | None = None
@@ -49,8 +48,8 @@ class PrepareConfig:
     check_images: bool = True
 
     def __post_init__(self) -> None:
-        if self.source != "auto" and self.source not in FAMILIES:
-            raise ConfigError(f"source: expected auto, {', '.join(FAMILIES)}, got {self.source!r}")
+        if self.source_format != "auto" and self.source_format not in SOURCE_FORMATS:
+            raise ConfigError(f"source_format: expected auto, {', '.join(SOURCE_FORMATS)}, got {self.source_format!r}")
         if self.shard_size < 1:
             raise ConfigError(f"shard_size: expected at least 1, got {self.shard_size}")
         if self.limit is not None and self.limit < 1:
@@ -62,7 +61,7 @@ class PrepareSummary:
     """What was prepared.
 
     Attributes:
-        source: the family.
+        source_format: the family.
         images: rows of the manifest.
         shards: parts of the manifest.
         captions: of all images.
@@ -71,7 +70,7 @@ class PrepareSummary:
         already_prepared: the manifest was there before, whole and the same; nothing was written.
     """
 
-    source: str
+    source_format: str
     images: int
     shards: int
     captions: int
@@ -110,19 +109,19 @@ def prepare_manifest(
     several = [sources] if isinstance(sources, str | os.PathLike) else sources
     addresses = [os.fspath(source) for source in several]
     _check_output(output, overwrite)
-    family = detect_sources(addresses) if config.source == "auto" else config.source
+    family = detect_common_format(addresses) if config.source_format == "auto" else config.source_format
     skipped: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="captionlib-prepare-") as scratch:
         rows = _select(_read(addresses, family, config, _count_into(skipped)), config, _count_into(skipped))
-        with tqdm(rows, desc="prepare", unit=" images", disable=not progress, mininterval=1) as counted:
-            staged = stage_rows(counted, Path(scratch) / "rows.parquet")
+        with progress_bar("prepare", None, "images", progress) as bar:
+            staged = stage_rows(bar.track(rows), Path(scratch) / "rows.parquet")
         if not staged.rows:
             raise DatasetError(_describe_nothing(addresses, family, config, skipped))
         refuse_duplicates(staged)
         dataset = create_dataset(
             output,
             "manifest",
-            MANIFEST,
+            MANIFEST_SCHEMA,
             config={"rows": staged.rows, "content": f"sha256:{staged.content}", "shard_size": config.shard_size},
             shards=-(-staged.rows // config.shard_size),
             overwrite=overwrite,
@@ -131,7 +130,7 @@ def prepare_manifest(
         if not already_prepared:
             _publish(dataset, staged, config.shard_size)
     return PrepareSummary(
-        source=family,
+        source_format=family,
         images=staged.rows,
         shards=dataset.shards,
         captions=staged.captions,
@@ -144,23 +143,25 @@ def prepare_manifest(
 def _check_output(output: str | os.PathLike[str], overwrite: bool) -> None:
     """Refuses the folder of something else before a long source is read, rather than after."""
     folder = Folder(output)
-    if folder.exists(DESCRIPTION):
+    if folder.exists(DESCRIPTION_FILE):
         if not overwrite:
             open_dataset(output, "manifest")
-    elif any(name != TEMPORARY for name in folder.list()):
+    elif any(name != TEMPORARY_FOLDER for name in folder.list()):
         raise DatasetError(f"{folder.uri} holds files that captionlib did not write; give an empty or a new folder")
 
 
-def _count_into(skipped: Counter[str]) -> Skip:
-    def skip(reason: str) -> None:
+def _count_into(skipped: Counter[str]) -> ReportSkip:
+    def report_skip(reason: str) -> None:
         skipped[reason] += 1
 
-    return skip
+    return report_skip
 
 
-def _read(addresses: Sequence[str], family: str, config: PrepareConfig, skip: Skip) -> Iterator[ManifestRow]:
-    rows = FAMILIES[family].read(addresses, config.options, skip)
-    if FAMILIES[family].lists_images and config.check_images:
+def _read(
+    addresses: Sequence[str], family: str, config: PrepareConfig, report_skip: ReportSkip
+) -> Iterator[ManifestRow]:
+    rows = SOURCE_FORMATS[family].read(addresses, config.options, report_skip)
+    if SOURCE_FORMATS[family].references_images and config.check_images:
         first = list(itertools.islice(rows, _IMAGES_TO_CHECK))
         _refuse_missing_images(first)
         rows = itertools.chain(first, rows)
@@ -183,11 +184,11 @@ def _refuse_missing_images(rows: Sequence[ManifestRow]) -> None:
         )
 
 
-def _select(rows: Iterator[ManifestRow], config: PrepareConfig, skip: Skip) -> Iterator[ManifestRow]:
+def _select(rows: Iterator[ManifestRow], config: PrepareConfig, report_skip: ReportSkip) -> Iterator[ManifestRow]:
     kept = 0
     for row in rows:
         if config.splits and row.split not in config.splits:
-            skip("in another split")
+            report_skip("in another split")
             continue
         yield row
         kept += 1
@@ -199,13 +200,13 @@ def _describe_nothing(addresses: Sequence[str], family: str, config: PrepareConf
     wanted = f", of split {' or '.join(config.splits)}" if config.splits else ""
     reasons = ", ".join(f"{reason} ({count})" for reason, count in skipped.items()) or "nothing"
     return (
-        f"{', '.join(addresses[:3])}: no images. Read as {family}, looked for {FAMILIES[family].looks_for}{wanted}; "
-        f"skipped: {reasons}. Check the path, or say what it is by --source"
+        f"{', '.join(addresses[:3])}: no images. Read as {family}, looked for {SOURCE_FORMATS[family].row_description}{wanted}; "
+        f"skipped: {reasons}. Check the path, or say what it is by --format"
     )
 
 
 def _publish(dataset: ShardedDataset, staged: Staged, shard_size: int) -> None:
-    pending = set(dataset.pending())
+    pending = set(dataset.pending_shards())
     for shard, rows in enumerate(read_slices(staged, shard_size)):
         if shard in pending:
             with write_shard(dataset, shard, rows.num_rows) as writer:

@@ -11,7 +11,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.sources.rows import ManifestRow
 from captionlib.errors import DatasetError, DuplicateIdError
 
@@ -19,7 +19,7 @@ __all__ = ["Staged", "read_slices", "refuse_duplicates", "stage_rows"]
 
 _BATCH_ROWS = 4096
 _MAX_SPLITS = 1000
-_SCHEMA = MANIFEST.append(pa.field("place", pa.string(), nullable=False))
+_SCHEMA = MANIFEST_SCHEMA.append(pa.field("origin", pa.string(), nullable=False))
 
 # Ids are compared in passes of about this many, so that memory does not grow with the rows.
 _IDS_PER_PASS = 250_000
@@ -30,7 +30,7 @@ class Staged:
     """Rows in a file.
 
     Attributes:
-        path: a Parquet file of the manifest's columns and `place`.
+        path: a Parquet file of the manifest's columns and `origin`.
         rows: how many.
         captions: how many in all rows.
         splits: rows by split.
@@ -48,7 +48,7 @@ def stage_rows(rows: Iterable[ManifestRow], path: Path) -> Staged:
     """Writes rows to a file.
 
     Raises:
-        DatasetError: a row has no id or no uri, text that is no Unicode, or there are too many splits; names its place.
+        DatasetError: a row has no id or no uri, text that is no Unicode, or there are too many splits; names its origin.
     """
     digest = hashlib.sha256()
     splits: Counter[str] = Counter()
@@ -60,7 +60,7 @@ def stage_rows(rows: Iterable[ManifestRow], path: Path) -> Staged:
             splits[row.split] += 1
             if len(splits) > _MAX_SPLITS:
                 raise DatasetError(
-                    f"{row.place}: more than {_MAX_SPLITS} different splits, the last is {row.split!r}; "
+                    f"{row.origin}: more than {_MAX_SPLITS} different splits, the last is {row.split!r}; "
                     "is it the right column?"
                 )
             captions += len(row.captions)
@@ -77,12 +77,12 @@ def _encode(row: ManifestRow) -> bytes:
     """A row as bytes that are the same on every machine."""
     if not row.image_id.strip() or not row.uri.strip():
         what = "an image id" if not row.image_id.strip() else "a uri"
-        raise DatasetError(f"{row.place}: expected {what}, got an empty one; fill it, or take the row out")
+        raise DatasetError(f"{row.origin}: expected {what}, got an empty one; fill it, or take the row out")
     try:
         return json.dumps([row.image_id, row.uri, row.split, row.captions], ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError as error:
         raise DatasetError(
-            f"{row.place}: holds text that is no Unicode ({error.reason}): {error.object!a:.80}"
+            f"{row.origin}: holds text that is no Unicode ({error.reason}): {error.object!a:.80}"
         ) from error
 
 
@@ -92,7 +92,7 @@ def _to_batch(rows: list[ManifestRow]) -> pa.RecordBatch:
         [row.uri for row in rows],
         [row.split for row in rows],
         [row.captions for row in rows],
-        [row.place for row in rows],
+        [row.origin for row in rows],
     )
     return pa.RecordBatch.from_arrays(
         [pa.array(values, field.type) for values, field in zip(columns, _SCHEMA, strict=True)], schema=_SCHEMA
@@ -117,7 +117,7 @@ def refuse_duplicates(staged: Staged) -> None:
             twice = connection.execute(_FIND_DUPLICATE, [str(staged.path), passes, number]).fetchone()
             if twice is not None:
                 both = connection.execute(_FIND_ROWS, [str(staged.path), twice[0]]).fetchall()
-                raise DuplicateIdError(_describe_duplicate(*twice, *(_at(uri, place) for uri, place in both)))
+                raise DuplicateIdError(_describe_duplicate(*twice, *(_at(uri, origin) for uri, origin in both)))
 
 
 _FIND_DUPLICATE = """
@@ -125,7 +125,7 @@ _FIND_DUPLICATE = """
     GROUP BY image_id HAVING count(*) > 1 ORDER BY image_id LIMIT 1
 """
 _FIND_ROWS = """
-    SELECT uri, place FROM read_parquet(?, file_row_number = true) WHERE image_id = ? ORDER BY file_row_number LIMIT 2
+    SELECT uri, origin FROM read_parquet(?, file_row_number = true) WHERE image_id = ? ORDER BY file_row_number LIMIT 2
 """
 
 
@@ -136,8 +136,8 @@ def _describe_duplicate(image_id: str, count: int, first: str, second: str) -> s
     )
 
 
-def _at(uri: str, place: str) -> str:
-    return f"{uri} at {place}" if place else uri
+def _at(uri: str, origin: str) -> str:
+    return f"{uri} at {origin}" if origin else uri
 
 
 def read_slices(staged: Staged, size: int) -> Iterator[pa.RecordBatch]:
@@ -145,7 +145,7 @@ def read_slices(staged: Staged, size: int) -> Iterator[pa.RecordBatch]:
     waiting: list[pa.RecordBatch] = []
     count = 0
     with pq.ParquetFile(staged.path) as file:
-        for batch in file.iter_batches(batch_size=min(size, _BATCH_ROWS), columns=MANIFEST.names):
+        for batch in file.iter_batches(batch_size=min(size, _BATCH_ROWS), columns=MANIFEST_SCHEMA.names):
             waiting.append(batch)
             count += batch.num_rows
             while count >= size:
@@ -159,4 +159,4 @@ def read_slices(staged: Staged, size: int) -> Iterator[pa.RecordBatch]:
 
 def _one_batch(table: pa.Table) -> pa.RecordBatch:
     [batch] = table.combine_chunks().to_batches()
-    return pa.RecordBatch.from_arrays(batch.columns, schema=MANIFEST)
+    return pa.RecordBatch.from_arrays(batch.columns, schema=MANIFEST_SCHEMA)

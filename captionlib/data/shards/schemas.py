@@ -3,9 +3,9 @@
 import pyarrow as pa
 
 __all__ = [
-    "CANDIDATE",
-    "FAILURES",
-    "MANIFEST",
+    "CANDIDATE_TYPE",
+    "FAILURES_SCHEMA",
+    "MANIFEST_SCHEMA",
     "SCHEMA_VERSION",
     "captions_schema",
     "embeddings_schema",
@@ -15,7 +15,7 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 
-MANIFEST = pa.schema(
+MANIFEST_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("uri", pa.string(), nullable=False),
@@ -24,7 +24,7 @@ MANIFEST = pa.schema(
     ]
 )
 
-FAILURES = pa.schema(
+FAILURES_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("uri", pa.string(), nullable=False),
@@ -34,13 +34,13 @@ FAILURES = pa.schema(
     ]
 )
 
-CANDIDATE = pa.struct([pa.field("caption", pa.string()), pa.field("log_prob", pa.float32())])
+CANDIDATE_TYPE = pa.struct([pa.field("caption", pa.string()), pa.field("log_prob", pa.float32())])
 
 
 def features_schema(size: int, dtype: str) -> pa.Schema:
     """The manifest's columns and `features`, a vector of `size` numbers of `dtype` (float16 or float32)."""
     vector = pa.list_(_float(dtype), size)
-    return MANIFEST.append(pa.field("features", vector, nullable=False))
+    return MANIFEST_SCHEMA.append(pa.field("features", vector, nullable=False))
 
 
 def captions_schema(positions: int | None = None) -> pa.Schema:
@@ -52,13 +52,13 @@ def captions_schema(positions: int | None = None) -> pa.Schema:
     """
     schema = pa.schema(
         [
-            MANIFEST.field("image_id"),
-            MANIFEST.field("uri"),
-            MANIFEST.field("split"),
+            MANIFEST_SCHEMA.field("image_id"),
+            MANIFEST_SCHEMA.field("uri"),
+            MANIFEST_SCHEMA.field("split"),
             pa.field("caption", pa.string(), nullable=False),
             pa.field("log_prob", pa.float32(), nullable=False),
             pa.field("tokens", pa.int32(), nullable=False),
-            pa.field("candidates", pa.list_(CANDIDATE), nullable=False),
+            pa.field("candidates", pa.list_(CANDIDATE_TYPE), nullable=False),
         ]
     )
     if positions is None:
@@ -69,7 +69,9 @@ def captions_schema(positions: int | None = None) -> pa.Schema:
 def embeddings_schema(size: int) -> pa.Schema:
     """Unit vectors of `size` numbers in the space that images and sentences share."""
     vector = pa.list_(pa.float16(), size)
-    return pa.schema([MANIFEST.field("image_id"), MANIFEST.field("uri"), pa.field("embedding", vector, nullable=False)])
+    return pa.schema(
+        [MANIFEST_SCHEMA.field("image_id"), MANIFEST_SCHEMA.field("uri"), pa.field("embedding", vector, nullable=False)]
+    )
 
 
 def feature_size(schema: pa.Schema) -> int:

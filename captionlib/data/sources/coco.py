@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from captionlib.data.sources.locations import Location, find_files, load_json, locate, resolve
-from captionlib.data.sources.rows import ManifestRow, Skip, SourceOptions, clean_captions
+from captionlib.data.sources.locations import Location, find_files, load_json, locate, resolve_uri
+from captionlib.data.sources.rows import ManifestRow, ReportSkip, SourceOptions, clean_captions
 from captionlib.errors import DatasetError
 
 __all__ = ["read_coco"]
@@ -15,7 +15,7 @@ __all__ = ["read_coco"]
 _SPLIT = re.compile(r"(?<![a-z])(train|restval|minival|val|test|dev|unlabeled)(?:-dev)?(?:\d{4})?(?![a-z])")
 
 
-def read_coco(addresses: Sequence[str], options: SourceOptions, skip: Skip) -> Iterator[ManifestRow]:
+def read_coco(addresses: Sequence[str], options: SourceOptions, report_skip: ReportSkip) -> Iterator[ManifestRow]:
     """The images of COCO files in the order of each file; one file at a time is held in memory.
 
     The id is COCO's image id. The split is the one that is asked for, or else the word in the file's name: train of
@@ -28,20 +28,20 @@ def read_coco(addresses: Sequence[str], options: SourceOptions, skip: Skip) -> I
     for location in find_files(addresses, frozenset({".json"})):
         coco = _load(location)
         named = _SPLIT.search(location.name.lower())
-        split = options.split or (named[1] if named else "")
-        root = _find_images(options.images, location, named[0] if named else "")
+        split = options.default_split or (named[1] if named else "")
+        root = _find_images(options.image_root, location, named[0] if named else "")
         seen = set()
         for number, image in enumerate(coco.dataset["images"]):
-            place = f"{location.address}, images[{number}]"
+            origin = f"{location.address}, images[{number}]"
             if not isinstance(image, dict) or "id" not in image or "file_name" not in image:
-                raise DatasetError(f"{place}: expected an object with id and file_name, got {image!r:.80}")
+                raise DatasetError(f"{origin}: expected an object with id and file_name, got {image!r:.80}")
             seen.add(image["id"])
             sentences = [annotation.get("caption") for annotation in coco.imgToAnns.get(image["id"], ())]
-            uri = resolve(image["file_name"], root)
-            yield ManifestRow(str(image["id"]), uri, split, clean_captions(sentences, place), place)
+            uri = resolve_uri(image["file_name"], root)
+            yield ManifestRow(str(image["id"]), uri, split, clean_captions(sentences, origin), origin)
         for image_id in coco.imgToAnns:
             if image_id not in seen:
-                skip("captions of an image that the file does not list")
+                report_skip("captions of an image that the file does not list")
 
 
 def _load(location: Location) -> Any:

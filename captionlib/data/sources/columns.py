@@ -95,7 +95,7 @@ def describe(available: Sequence[str]) -> str:
     return f"the columns {', '.join(available)}" if available else "no columns"
 
 
-def to_text(value: object, place: str, column: str) -> str:
+def to_text(value: object, origin: str, column: str) -> str:
     """An id, a uri or a split as text; empty for none.
 
     Raises:
@@ -108,15 +108,15 @@ def to_text(value: object, place: str, column: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     raise DatasetError(
-        f"{place}, column {column}: expected text or a whole number, got {type(value).__name__} {value!r:.40}"
+        f"{origin}, column {column}: expected text or a whole number, got {type(value).__name__} {value!r:.40}"
     )
 
 
-def to_captions(values: Sequence[object], place: str) -> tuple[str, ...]:
+def to_captions(values: Sequence[object], origin: str) -> tuple[str, ...]:
     """The captions in the cells of a row; a cell may hold one, a list, or a list as JSON."""
     if len(values) == 1 and isinstance(values[0], str) and not values[0].startswith("["):
-        return clean_captions(values[0], place)  # nearly all rows of nearly all tables
-    return tuple(caption for value in values for caption in clean_captions(_unpack(value), place))
+        return clean_captions(values[0], origin)  # nearly all rows of nearly all tables
+    return tuple(caption for value in values for caption in clean_captions(_unpack(value), origin))
 
 
 def _unpack(value: object) -> object:

@@ -8,14 +8,14 @@ from captionlib.data.sources.locations import (
     IMAGE_EXTENSIONS,
     Location,
     find_files,
-    images_root,
+    find_image_root,
+    get_extension,
     locate,
     read_lines,
-    resolve,
+    resolve_uri,
     scan_folder,
-    suffix_of,
 )
-from captionlib.data.sources.rows import ManifestRow, Skip, SourceOptions, clean_captions
+from captionlib.data.sources.rows import ManifestRow, ReportSkip, SourceOptions, clean_captions
 from captionlib.errors import ConfigError, DatasetError
 
 __all__ = ["LINE", "read_flickr"]
@@ -25,7 +25,7 @@ LINE = re.compile(r"(?P<name>[^\t#]+?\.\w+?)(?:\.\d+)?#\w+\t(?P<caption>.*)", re
 _OFFICIAL = re.compile(r"(?i)flickr_?(?:8|30)k\.(?P<split>train|dev|val|test)images\.txt")
 
 
-def read_flickr(addresses: Sequence[str], options: SourceOptions, skip: Skip) -> Iterator[ManifestRow]:
+def read_flickr(addresses: Sequence[str], options: SourceOptions, report_skip: ReportSkip) -> Iterator[ManifestRow]:
     """The images of caption files, in their order; the id is the image's file name.
 
     Splits come from the files that are given, or from the official ones beside the captions
@@ -39,17 +39,17 @@ def read_flickr(addresses: Sequence[str], options: SourceOptions, skip: Skip) ->
     for location in find_files(addresses, frozenset({".txt", ".token"})):
         files = {split: locate(file) for split, file in options.split_files.items()} or _find_official(location)
         splits = _read_splits(files)
-        root = images_root(options.images, location)
+        root = find_image_root(options.image_root, location)
         met = set()
-        for name, captions, place in _read_images(location):
+        for name, captions, origin in _read_images(location):
             key = _without_extension(name)
             if files and key not in splits:
-                skip("in none of the split files")
+                report_skip("in none of the split files")
                 continue
             met.add(key)
-            yield ManifestRow(name, resolve(name, root), splits.get(key, options.split), captions, place)
+            yield ManifestRow(name, resolve_uri(name, root), splits.get(key, options.default_split), captions, origin)
         for _ in splits.keys() - met:
-            skip("in a split file, but without captions")
+            report_skip("in a split file, but without captions")
 
 
 def _read_images(location: Location) -> Iterator[tuple[str, tuple[str, ...], str]]:
@@ -58,8 +58,8 @@ def _read_images(location: Location) -> Iterator[tuple[str, tuple[str, ...], str
         for _, caption, line in lines:
             number = number or line
             captions.append(caption)
-        place = f"{location.address}, line {number}"
-        yield name, clean_captions(captions, place), place
+        origin = f"{location.address}, line {number}"
+        yield name, clean_captions(captions, origin), origin
 
 
 def _parse(location: Location) -> Iterator[tuple[str, str, int]]:
@@ -92,5 +92,5 @@ def _read_splits(files: Mapping[str, Location]) -> dict[str, str]:
 
 
 def _without_extension(name: str) -> str:
-    extension = suffix_of(name)
+    extension = get_extension(name)
     return name[: -len(extension)] if extension in IMAGE_EXTENSIONS else name

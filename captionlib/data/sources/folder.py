@@ -9,13 +9,13 @@ from captionlib.data.sources.locations import (
     IMAGE_EXTENSIONS,
     Location,
     expand_braces,
+    get_extension,
     is_pattern,
     locate,
     scan_folder,
     split_pattern,
-    suffix_of,
 )
-from captionlib.data.sources.rows import ManifestRow, Skip, SourceOptions
+from captionlib.data.sources.rows import ManifestRow, ReportSkip, SourceOptions
 from captionlib.errors import DatasetError
 
 __all__ = ["read_folder"]
@@ -23,7 +23,7 @@ __all__ = ["read_folder"]
 Wanted = Callable[[str], bool]
 
 
-def read_folder(addresses: Sequence[str], options: SourceOptions, skip: Skip) -> Iterator[ManifestRow]:
+def read_folder(addresses: Sequence[str], options: SourceOptions, report_skip: ReportSkip) -> Iterator[ManifestRow]:
     """The images below folders, in the order of their names; the id is the path below the folder.
 
     A file with an image's extension or none is a row, and decoding it decides; others are skipped, as are hidden
@@ -37,16 +37,16 @@ def read_folder(addresses: Sequence[str], options: SourceOptions, skip: Skip) ->
         location = locate(spelled)
         if is_pattern(location):
             root, pattern = split_pattern(location)
-            names = _walk(root, _matcher(pattern), _leads_to(pattern), skip)
+            names = _walk(root, _matcher(pattern), _leads_to(pattern), report_skip)
         elif location.fs.isfile(location.path):
             root, names = location.parent, iter([location.name])
         else:
             root = location
-            names = _walk(root, lambda _: True, lambda _: True, skip)
+            names = _walk(root, lambda _: True, lambda _: True, report_skip)
         for name in names:
-            if _is_image(name, skip):
+            if _is_image(name, report_skip):
                 uri = f"{root.address}/{name}"
-                yield ManifestRow(name, uri, options.split, ())
+                yield ManifestRow(name, uri, options.default_split, ())
 
 
 def _spellings(address: str) -> list[str]:
@@ -54,22 +54,22 @@ def _spellings(address: str) -> list[str]:
     return [address] if location.fs.exists(location.path) else expand_braces(address)
 
 
-def _is_image(name: str, skip: Skip) -> bool:
-    extension = suffix_of(name)
+def _is_image(name: str, report_skip: ReportSkip) -> bool:
+    extension = get_extension(name)
     if extension and extension not in IMAGE_EXTENSIONS:
         # Without a bound on them, numbered extensions would be as many reasons as files.
         known = extension if re.fullmatch(r"\.[a-z][a-z0-9]{0,4}", extension) else "of another kind"
-        skip(f"no image: extension {known}")
+        report_skip(f"no image: extension {known}")
         return False
     try:
         name.encode()
     except UnicodeEncodeError:
-        skip("name is not UTF-8")
+        report_skip("name is not UTF-8")
         return False
     return True
 
 
-def _walk(root: Location, wanted: Wanted, leads: Wanted, skip: Skip) -> Iterator[str]:
+def _walk(root: Location, wanted: Wanted, leads: Wanted, report_skip: ReportSkip) -> Iterator[str]:
     """The files below a folder, relative to it: those of a directory in order, then its subdirectories in order."""
     waiting: list[tuple[str, tuple[object, ...]]] = [("", ())]
     while waiting:
@@ -77,9 +77,9 @@ def _walk(root: Location, wanted: Wanted, leads: Wanted, skip: Skip) -> Iterator
         try:
             itself = _identity(root.join(folder))
             if itself in above:
-                skip("link to a folder above it")
+                report_skip("link to a folder above it")
                 continue
-            files, folders = _list_names(root.join(folder), skip)
+            files, folders = _list_names(root.join(folder), report_skip)
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise DatasetError(f"folder {root.join(folder).address} cannot be read: {reason}") from error
@@ -97,15 +97,15 @@ def _identity(folder: Location) -> object | None:
     return status.st_dev, status.st_ino
 
 
-def _list_names(folder: Location, skip: Skip) -> tuple[list[str], list[str]]:
+def _list_names(folder: Location, report_skip: ReportSkip) -> tuple[list[str], list[str]]:
     """The names of files and of subdirectories in one directory, sorted."""
     files: list[str] = []
     folders: list[str] = []
     for name, kind in scan_folder(folder):
         if name.startswith("."):
-            skip("hidden")
+            report_skip("hidden")
         elif kind is None:
-            skip("no regular file")
+            report_skip("no regular file")
         else:
             (folders if kind == "directory" else files).append(name)
     return sorted(files), sorted(folders)

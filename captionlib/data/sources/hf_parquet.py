@@ -15,14 +15,14 @@ from captionlib.data.sources.columns import (
     to_text,
 )
 from captionlib.data.sources.locations import Location, find_files
-from captionlib.data.sources.rows import ManifestRow, Skip, SourceOptions
+from captionlib.data.sources.rows import ManifestRow, ReportSkip, SourceOptions
 from captionlib.data.sources.tables import open_parquet, read_parquet_columns
 from captionlib.errors import ConfigError
 
 __all__ = ["image_columns", "read_hf_parquet"]
 
 
-def read_hf_parquet(addresses: Sequence[str], options: SourceOptions, skip: Skip) -> Iterator[ManifestRow]:
+def read_hf_parquet(addresses: Sequence[str], options: SourceOptions, report_skip: ReportSkip) -> Iterator[ManifestRow]:
     """The images in the rows of Parquet files; their bytes stay unread, and the uri names file, row and column.
 
     The id is the id column's, or else the image's path, or where that is missing the file's name and the row's number,
@@ -56,17 +56,17 @@ def _read_file(parquet: pq.ParquetFile, location: Location, options: SourceOptio
     path = f"{image}.path" if schema.field(image).type.get_field_index("path") >= 0 else None
     wanted = [name for name in (image_id, split, *captions, path) if name is not None]
     for number, record in enumerate(read_parquet_columns(parquet, wanted, location)):
-        place = f"{location.address}, row {number + 1}"
+        origin = f"{location.address}, row {number + 1}"
         if image_id is not None:
-            identity = to_text(record[image_id], place, image_id)
+            identity = to_text(record[image_id], origin, image_id)
         else:
             identity = (record.get(image) or {}).get("path") or f"{location.name}#{number}"
         yield ManifestRow(
             identity,
             f"{location.address}#row={number}&column={image}.bytes",
-            (to_text(record[split], place, split) if split is not None else "") or options.split,
-            to_captions([record[name] for name in captions], place),
-            place,
+            (to_text(record[split], origin, split) if split is not None else "") or options.default_split,
+            to_captions([record[name] for name in captions], origin),
+            origin,
         )
 
 
@@ -77,6 +77,6 @@ def _choose_image(schema: pa.Schema, asked: str | None, table: str) -> str:
     if asked is not None or not found:
         raise ConfigError(
             f"{table}: no column {asked or ''!r} of struct<bytes, path>; it has {describe(schema.names)}; name the one "
-            "with the images by --uri-column, or read it as a table of uris by --source table"
+            "with the images by --uri-column, or read it as a table of uris by --format table"
         )
     return found[0]

@@ -20,16 +20,16 @@ __all__ = [
     "Location",
     "expand_braces",
     "find_files",
-    "images_root",
+    "find_image_root",
+    "get_extension",
+    "get_text_extension",
     "is_pattern",
     "load_json",
     "locate",
     "read_lines",
-    "resolve",
+    "resolve_uri",
     "scan_folder",
     "split_pattern",
-    "suffix_of",
-    "text_suffix_of",
 ]
 
 # What a person would call a picture; those that cannot be decoded end as failures, with their reason.
@@ -92,29 +92,29 @@ def locate(address: str | os.PathLike[str]) -> Location:
     return Location(fs, path.rstrip("/"), address.rstrip("/"))
 
 
-def resolve(uri: str, root: str) -> str:
+def resolve_uri(uri: str, root: str) -> str:
     """A uri as it is, or, where it is a relative path, below `root`."""
     return uri if uri.startswith("/") or "://" in uri else f"{root}/{uri}"
 
 
-def images_root(images: str | None, source: Location) -> str:
+def find_image_root(images: str | None, source: Location) -> str:
     """What the relative paths in a source are relative to: the folder that was given, or the source's own."""
     return locate(images).address if images is not None else source.parent.address
 
 
-def suffix_of(name: str) -> str:
+def get_extension(name: str) -> str:
     """`.jpg` of `a/B.JPG`, nothing of `a/b` and `.b`."""
     name = name.rsplit("/", 1)[-1]
     dot = name.rfind(".")
     return name[dot:].lower() if dot > 0 else ""
 
 
-def text_suffix_of(name: str) -> str:
+def get_text_extension(name: str) -> str:
     """`.csv` of `a.csv`, of `a.csv.gz` and of `https://example.org/a.csv?version=2`."""
     name = name.partition("?")[0].lower()
     for compressed in (".gz", ".bz2", ".xz"):
         name = name.removesuffix(compressed)
-    return suffix_of(name)
+    return get_extension(name)
 
 
 def is_pattern(location: Location) -> bool:
@@ -191,7 +191,7 @@ def _glob(location: Location) -> list[Location]:
 
 def _list(folder: Location, extensions: frozenset[str]) -> list[Location]:
     files = (name for name, kind in scan_folder(folder) if kind == "file" and not name.startswith((".", "_")))
-    kept = sorted(name for name in files if text_suffix_of(name) in extensions)
+    kept = sorted(name for name in files if get_text_extension(name) in extensions)
     if not kept:
         raise DatasetError(f"{folder.address}: expected files of {', '.join(sorted(extensions))}, got none")
     return [folder.join(name) for name in kept]

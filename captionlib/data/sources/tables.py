@@ -14,12 +14,12 @@ from captionlib.data.sources.columns import Columns, choose_columns, to_captions
 from captionlib.data.sources.locations import (
     Location,
     find_files,
-    images_root,
+    find_image_root,
+    get_text_extension,
     read_lines,
-    resolve,
-    text_suffix_of,
+    resolve_uri,
 )
-from captionlib.data.sources.rows import ManifestRow, Skip, SourceOptions
+from captionlib.data.sources.rows import ManifestRow, ReportSkip, SourceOptions
 from captionlib.errors import DatasetError
 
 __all__ = ["TABLE_EXTENSIONS", "open_parquet", "read_parquet_columns", "read_tables"]
@@ -38,10 +38,10 @@ class _Format:
     read: Callable[[Location, SourceOptions], Iterator[tuple[Columns, Cells]]]
 
 
-def read_tables(addresses: Sequence[str], options: SourceOptions, skip: Skip) -> Iterator[ManifestRow]:
+def read_tables(addresses: Sequence[str], options: SourceOptions, report_skip: ReportSkip) -> Iterator[ManifestRow]:
     """The images of tables, in their order; consecutive rows of one image, a caption each, become one row.
 
-    Without an id column the id is the uri, as the table has it. Relative uris are relative to `options.images`, or else
+    Without an id column the id is the uri, as the table has it. Relative uris are relative to `options.image_root`, or else
     to the table's folder. Nothing is skipped.
 
     Raises:
@@ -49,23 +49,23 @@ def read_tables(addresses: Sequence[str], options: SourceOptions, skip: Skip) ->
         DatasetError: a table or a row cannot be read; names its line.
     """
     for location in find_files(addresses, TABLE_EXTENSIONS):
-        suffix = text_suffix_of(location.name)
+        suffix = get_text_extension(location.name)
         table = _FORMATS.get(suffix, _Format("line", _read_delimited))
         yield from _group(_to_rows(table, location, options))
 
 
 def _to_rows(table: _Format, location: Location, options: SourceOptions) -> Iterator[tuple[ManifestRow, bool]]:
     """The rows, and whether each may be one of several of its image: it may if it has one caption at the most."""
-    root = images_root(options.images, location)
+    root = find_image_root(options.image_root, location)
     for columns, (number, image_id, uri, captions, split) in table.read(location, options):
-        place = f"{location.address}, {table.row} {number}"
-        written = to_text(uri, place, columns.uri)
+        origin = f"{location.address}, {table.row} {number}"
+        written = to_text(uri, origin, columns.uri)
         row = ManifestRow(
-            written if columns.id is None else to_text(image_id, place, columns.id),
-            resolve(written, root) if written else "",
-            to_text(split, place, columns.split or "") or options.split,
-            to_captions(captions, place),
-            place,
+            written if columns.id is None else to_text(image_id, origin, columns.id),
+            resolve_uri(written, root) if written else "",
+            to_text(split, origin, columns.split or "") or options.default_split,
+            to_captions(captions, origin),
+            origin,
         )
         yield row, bool(columns.captions) and not any(isinstance(value, list) for value in captions)
 
@@ -91,7 +91,7 @@ def _same_image(row: ManifestRow, other: ManifestRow) -> bool:
         return False
     if row.split != other.split:
         raise DatasetError(
-            f"image {row.image_id} is in split {row.split!r} at {row.place} and in {other.split!r} at {other.place}; "
+            f"image {row.image_id} is in split {row.split!r} at {row.origin} and in {other.split!r} at {other.origin}; "
             "expected one split an image"
         )
     return True
@@ -100,7 +100,7 @@ def _same_image(row: ManifestRow, other: ManifestRow) -> bool:
 def _with_captions(row: ManifestRow, captions: Sequence[str]) -> ManifestRow:
     if len(captions) == len(row.captions):
         return row
-    return ManifestRow(row.image_id, row.uri, row.split, tuple(captions), row.place)
+    return ManifestRow(row.image_id, row.uri, row.split, tuple(captions), row.origin)
 
 
 def _read_delimited(location: Location, options: SourceOptions) -> Iterator[tuple[Columns, Cells]]:
@@ -147,15 +147,15 @@ def _read_json_lines(location: Location, options: SourceOptions) -> Iterator[tup
         )
 
 
-def _parse_json(line: str, place: str) -> dict[str, Any]:
+def _parse_json(line: str, origin: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise DatasetError(
-            f"{place}, column {error.colno}: not JSON: {error.msg}; expected one object a line"
+            f"{origin}, column {error.colno}: not JSON: {error.msg}; expected one object a line"
         ) from error
     if not isinstance(record, dict):
-        raise DatasetError(f"{place}: expected one JSON object a line, got {line.strip():.80}")
+        raise DatasetError(f"{origin}: expected one JSON object a line, got {line.strip():.80}")
     return record
 
 

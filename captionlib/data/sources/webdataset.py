@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 from captionlib.data.sources.columns import CAPTION_NAMES, ID_NAMES, choose_captions, choose_column, to_text
 from captionlib.data.sources.locations import IMAGE_EXTENSIONS, Location, find_files
-from captionlib.data.sources.rows import ManifestRow, Skip, SourceOptions, clean_captions
+from captionlib.data.sources.rows import ManifestRow, ReportSkip, SourceOptions, clean_captions
 from captionlib.errors import DatasetError
 
 __all__ = ["read_webdataset"]
@@ -25,12 +25,12 @@ class _Sample:
     """The files of one name, as far as they were read."""
 
     key: str
-    place: str
+    origin: str
     images: dict[str, tuple[int, int]] = field(default_factory=dict)
     texts: dict[str, bytes] = field(default_factory=dict)
 
 
-def read_webdataset(addresses: Sequence[str], options: SourceOptions, skip: Skip) -> Iterator[ManifestRow]:
+def read_webdataset(addresses: Sequence[str], options: SourceOptions, report_skip: ReportSkip) -> Iterator[ManifestRow]:
     """The samples of uncompressed tars that have an image, in their order; the uri is the image's range of bytes.
 
     Of the tar only the headers are read, and the captions: each line of the sample's `.txt`, or the captions in its
@@ -41,30 +41,30 @@ def read_webdataset(addresses: Sequence[str], options: SourceOptions, skip: Skip
     """
     for location in find_files(addresses, frozenset({".tar"})):
         with location.fs.open(location.path, "rb") as file:
-            for sample in _read_samples(file, location, skip):
+            for sample in _read_samples(file, location, report_skip):
                 if sample.images:
-                    yield _to_row(sample, location, options, skip)
+                    yield _to_row(sample, location, options, report_skip)
                 else:
-                    skip("sample without an image")
+                    report_skip("sample without an image")
 
 
-def _to_row(sample: _Sample, location: Location, options: SourceOptions, skip: Skip) -> ManifestRow:
+def _to_row(sample: _Sample, location: Location, options: SourceOptions, report_skip: ReportSkip) -> ManifestRow:
     for _ in range(len(sample.images) - 1):
-        skip("another image of a sample")
+        report_skip("another image of a sample")
     # `a.jpg` before `a.mask.png`, else the first in the tar.
     chosen = next((name for name in sample.images if "." not in name), next(iter(sample.images)))
     start, end = sample.images[chosen]
     record = _load_record(sample)
-    captions = clean_captions(_decode(sample, "txt").splitlines(), sample.place)
+    captions = clean_captions(_decode(sample, "txt").splitlines(), sample.origin)
     if not captions or options.caption_columns:
-        names = choose_captions(list(record), options.caption_columns, sample.place)
-        captions = clean_captions([record[name] for name in names], sample.place) or captions
+        names = choose_captions(list(record), options.caption_columns, sample.origin)
+        captions = clean_captions([record[name] for name in names], sample.origin) or captions
     image_id = sample.key
     if options.id_column is not None:
-        column = choose_column(list(record), options.id_column, ID_NAMES, sample.place)
-        image_id = to_text(record[column], sample.place, column) if column is not None else sample.key
+        column = choose_column(list(record), options.id_column, ID_NAMES, sample.origin)
+        image_id = to_text(record[column], sample.origin, column) if column is not None else sample.key
     uri = f"{location.address}#bytes={start}-{end}"
-    return ManifestRow(image_id, uri, options.split, captions, sample.place)
+    return ManifestRow(image_id, uri, options.default_split, captions, sample.origin)
 
 
 def _load_record(sample: _Sample) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def _load_record(sample: _Sample) -> dict[str, Any]:
         record = json.loads(text)
     except json.JSONDecodeError as error:
         raise DatasetError(
-            f"{sample.place}.json, line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
+            f"{sample.origin}.json, line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
         ) from error
     return record if isinstance(record, dict) else {CAPTION_NAMES[0]: record}
 
@@ -84,16 +84,16 @@ def _decode(sample: _Sample, extension: str) -> str:
     try:
         return sample.texts.get(extension, b"").decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DatasetError(f"{sample.place}.{extension}: not UTF-8 ({error.reason})") from error
+        raise DatasetError(f"{sample.origin}.{extension}: not UTF-8 ({error.reason})") from error
 
 
-def _read_samples(file: BinaryIO, location: Location, skip: Skip) -> Iterator[_Sample]:
+def _read_samples(file: BinaryIO, location: Location, report_skip: ReportSkip) -> Iterator[_Sample]:
     sample: _Sample | None = None
     for tar, member in _read_members(file, location):
         found = _MEMBER.fullmatch(member.name)
         if found is None or not member.isreg() or member.issparse():
             if not member.isdir():
-                skip("member of a tar without NAME.EXTENSION, or no regular file")
+                report_skip("member of a tar without NAME.EXTENSION, or no regular file")
             continue
         key, extension = found["key"], found["extension"].lower()
         if sample is None or sample.key != key:
@@ -107,13 +107,13 @@ def _read_samples(file: BinaryIO, location: Location, skip: Skip) -> Iterator[_S
 
 def _add(sample: _Sample, extension: str, member: tarfile.TarInfo, tar: tarfile.TarFile) -> None:
     if extension in sample.images or extension in sample.texts:
-        raise DatasetError(f"{sample.place}: its .{extension} is there twice; expected each name once in a tar")
+        raise DatasetError(f"{sample.origin}: its .{extension} is there twice; expected each name once in a tar")
     if f".{extension.rpartition('.')[2]}" in IMAGE_EXTENSIONS:
         sample.images[extension] = (member.offset_data, member.offset_data + member.size)
     elif extension in {"txt", "json"}:
         if member.size > _MAX_TEXT_BYTES:
             raise DatasetError(
-                f"{sample.place}.{extension}: expected captions of at most {_MAX_TEXT_BYTES} bytes, got {member.size}"
+                f"{sample.origin}.{extension}: expected captions of at most {_MAX_TEXT_BYTES} bytes, got {member.size}"
             )
         content = tar.extractfile(member)
         sample.texts[extension] = content.read() if content is not None else b""

@@ -82,7 +82,7 @@ class Vocabulary:
     words: tuple[str, ...]
     counts: tuple[int, ...]
     unknown_count: int
-    sentences: int
+    sentence_count: int
     level: Level = "words"
 
     @classmethod
@@ -125,7 +125,7 @@ class Vocabulary:
         level = values.get("level", "words")
         if level not in get_args(Level):
             raise ValueError(f"expected level {' or '.join(get_args(Level))}, got {level!r}")
-        return cls(words, counts, int(values["unknown_count"]), int(values["sentences"]), level)
+        return cls(words, counts, int(values["unknown_count"]), int(values["sentence_count"]), level)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -141,9 +141,9 @@ class Vocabulary:
 
     def encode(self, sentence: str) -> list[int]:
         """The ids of a sentence's words, without START and END."""
-        return self.encode_tokens(self.split(sentence))
+        return self.encode_tokens(self.tokenize(sentence))
 
-    def split(self, sentence: str) -> list[str]:
+    def tokenize(self, sentence: str) -> list[str]:
         """The words or characters of a sentence."""
         return _split(sentence, self.level)
 
@@ -163,7 +163,7 @@ class Vocabulary:
 
     def log_frequencies(self) -> npt.NDArray[np.float32]:
         """The natural logarithm of each class's share of all tokens, `[len(self)] float32`; one not seen counts 1."""
-        counts = np.array([self.sentences, self.unknown_count, *self.counts], np.float64).clip(min=1)
+        counts = np.array([self.sentence_count, self.unknown_count, *self.counts], np.float64).clip(min=1)
         logarithms: npt.NDArray[np.float32] = np.log(counts / counts.sum()).astype(np.float32)
         return logarithms
 

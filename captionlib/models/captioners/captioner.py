@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captionlib.data.text.vocabulary import END
-from captionlib.errors import ConfigError
+from captionlib.errors import CheckpointError, ConfigError, DatasetError
 from captionlib.models.captioners.attention import Attention
 from captionlib.models.captioners.packed_sequences import PackedSequences, pack_sequences, pad_sentences
 from captionlib.models.captioners.recurrence import recur, recur_attending
@@ -274,12 +274,12 @@ class Captioner(nn.Module):
             For each caption `[tokens, positions] float32`, END last; each row adds up to 1.
 
         Raises:
-            ConfigError: the model has no attention.
+            CheckpointError: the model has no attention.
         """
         packed = pack_sequences(captions)
         _, looks = self._read(features, packed, image_of_sentence)
         if looks is None:
-            raise ConfigError(
+            raise CheckpointError(
                 "captioner: expected one with attention, got one that takes the image in at a image_state"
             )
         return [looks[packed.sentences == sentence] for sentence in range(len(captions))]
@@ -354,7 +354,7 @@ class Captioner(nn.Module):
         annotations = None
         if self.attention is not None:
             if features.dim() != 3:
-                raise ConfigError(
+                raise DatasetError(
                     f"captioner: attention looks at maps [positions, channels], got vectors of {features.shape[-1]} "
                     "numbers; extract features with pooling none, at a node that is a map"
                 )

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from captionlib.config import build_config, to_dict
-from captionlib.data.text.corpora import TextKind
+from captionlib.data.text.corpora import TextLayout
 from captionlib.data.text.vocabulary import UNKNOWN, Vocabulary
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
@@ -70,7 +70,7 @@ class LoadedLanguageModel:
     Attributes:
         model: the network, in evaluation mode.
         vocabulary: its words or characters.
-        text: whether it learned sentences, which end, or a running text.
+        layout: whether it learned sentences, which end, or a running text.
         config: its shape.
         provenance: where it comes from.
         training: how its training went.
@@ -79,7 +79,7 @@ class LoadedLanguageModel:
 
     model: Captioner
     vocabulary: Vocabulary
-    text: TextKind
+    layout: TextLayout
     config: LanguageModelConfig
     provenance: Mapping[str, Any]
     training: Mapping[str, Any]
@@ -111,7 +111,7 @@ def save_language_model(
     model: Captioner,
     config: LanguageModelConfig,
     vocabulary: Vocabulary,
-    text: TextKind,
+    layout: TextLayout,
     *,
     provenance: Mapping[str, Any],
     training: Mapping[str, Any],
@@ -123,7 +123,7 @@ def save_language_model(
         model: the network, on any device.
         config: its shape.
         vocabulary: its words or characters.
-        text: whether it learned sentences, which end, or a running text.
+        layout: whether it learned sentences, which end, or a running text.
         provenance: where it comes from; plain values.
         training: how its training went; plain values.
 
@@ -135,7 +135,7 @@ def save_language_model(
     """
     if len(vocabulary) != model.vocabulary_size:
         raise CheckpointError(f"expected a vocabulary of {model.vocabulary_size} classes, got one of {len(vocabulary)}")
-    identity = {"architecture": to_dict(config), "text": text, "vocabulary": vocabulary.to_dict()}
+    identity = {"architecture": to_dict(config), "layout": layout, "vocabulary": vocabulary.to_dict()}
     return write_checkpoint(folder, LANGUAGE_MODEL, model.state_dict(), identity, provenance, training)
 
 
@@ -151,15 +151,15 @@ def load_language_model(folder: str | os.PathLike[str] | Folder, device: str = "
     with rebuilding(folder):
         config = build_config(LanguageModelConfig, checkpoint.identity["architecture"], origin="architecture")
         vocabulary = Vocabulary.from_dict(checkpoint.identity["vocabulary"])
-        text = checkpoint.identity["text"]
-        if text not in get_args(TextKind):
-            raise ValueError(f"expected text {' or '.join(get_args(TextKind))}, got {text!r}")
+        layout = checkpoint.identity["layout"]
+        if layout not in get_args(TextLayout):
+            raise ValueError(f"expected layout {' or '.join(get_args(TextLayout))}, got {layout!r}")
         model = build_language_model(config, len(vocabulary))
         model.load_state_dict(checkpoint.tensors)
     return LoadedLanguageModel(
         model=model.to(target).eval(),
         vocabulary=vocabulary,
-        text=text,
+        layout=layout,
         config=config,
         provenance=checkpoint.provenance,
         training=checkpoint.training,
@@ -184,7 +184,7 @@ def sample_texts(
     """
     ids = _encode_prefix(language_model.vocabulary, prefix)
     longest = len(ids) + config.max_tokens
-    shortest = longest if language_model.text == "running" else config.min_words
+    shortest = longest if language_model.layout == "continuous" else config.min_words
     bounded = replace(config, max_tokens=longest, min_words=shortest, n_best=1)
     decoder = Decoder(language_model.model, bounded, vocabulary=language_model.vocabulary)
     samples: list[TextSample] = []
@@ -199,7 +199,7 @@ def sample_texts(
 def _encode_prefix(vocabulary: Vocabulary, prefix: str) -> list[int]:
     ids = vocabulary.encode(prefix)
     if UNKNOWN in ids:
-        unknown = [part for part in vocabulary.split(prefix) if vocabulary.encode_tokens([part]) == [UNKNOWN]]
+        unknown = [part for part in vocabulary.tokenize(prefix) if vocabulary.encode_tokens([part]) == [UNKNOWN]]
         raise ConfigError(
             f"prefix: expected {vocabulary.level} that the model has learned, got {', '.join(map(repr, unknown))}; "
             "begin with others"

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from captionlib import __version__
-from captionlib.data.shards.markers import fingerprint_of, to_json
+from captionlib.data.shards.markers import compute_fingerprint, to_json
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.storage.folders import Folder
 
@@ -115,7 +115,7 @@ def write_checkpoint(
     with ExitStack() as stack:  # left from the last to the first
         for name, content in files.items():
             if content is not None:
-                stack.enter_context(target.staged(name)).write_bytes(content)
+                stack.enter_context(target.stage(name)).write_bytes(content)
     for name in (MEMORY, *([ENCODER] if encoder_file is None else [])):
         target.remove(name)  # of a checkpoint that was there
     return str(config["fingerprint"])
@@ -229,7 +229,7 @@ def _read_json(folder: Folder, name: str) -> dict[str, Any] | None:
 
 
 def _fingerprint(kind: str, identity: Mapping[str, Any], weights_sha256: str) -> str:
-    return fingerprint_of(kind, {**identity, "weights_sha256": weights_sha256})
+    return compute_fingerprint(kind, {**identity, "weights_sha256": weights_sha256})
 
 
 def open_folder(folder: str | os.PathLike[str] | Folder) -> Folder:

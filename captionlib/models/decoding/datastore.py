@@ -15,7 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from captionlib.data.shards.markers import fingerprint_of
+from captionlib.data.arrays import numpy_to_vectors, vectors_to_numpy
+from captionlib.data.shards.markers import compute_fingerprint
 from captionlib.errors import CheckpointError
 from captionlib.models.checkpoints.captioners import LoadedCaptioner
 from captionlib.models.checkpoints.folder import MEMORY, open_folder
@@ -133,13 +134,13 @@ def write_datastore(
         images: some at a time.
     """
     with (
-        open_folder(folder).staged(MEMORY) as path,
+        open_folder(folder).stage(MEMORY) as path,
         pq.ParquetWriter(path, schema, compression="zstd") as writer,
     ):
         for image_ids, vectors, sentences in images:
             columns = [
                 pa.array(image_ids, pa.string()),
-                pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=schema.field("vector").type),
+                numpy_to_vectors(vectors),
                 pa.array(sentences, schema.field("sentences").type),
             ]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
@@ -163,7 +164,7 @@ def read_datastore(folder: str | os.PathLike[str] | Folder, captioner: LoadedCap
     """
     with _open(folder, captioner) as (file, fingerprint):
         table = file.read()
-    vectors = table["vector"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+    vectors = vectors_to_numpy(table["vector"])
     return Datastore(table["image_id"].to_pylist(), vectors, table["sentences"].combine_chunks(), fingerprint)
 
 
@@ -185,7 +186,7 @@ def _open(folder: str | os.PathLike[str] | Folder, captioner: LoadedCaptioner) -
                     f"{source.address(MEMORY)}: expected the memory of captioner {captioner.fingerprint}, got that of "
                     f"{origin['captioner']}; {remember} again"
                 )
-            yield file, fingerprint_of("memory", origin)
+            yield file, compute_fingerprint("memory", origin)
     except (pa.ArrowException, KeyError, OSError, TypeError, ValueError) as error:
         why = " ".join(str(error).split())  # Arrow says it in several lines
         raise CheckpointError(f"{source.address(MEMORY)} is damaged ({why}); {remember} again") from error

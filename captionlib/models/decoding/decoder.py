@@ -19,7 +19,7 @@ from captionlib.models.decoding.incremental import IncrementalCaptioner
 from captionlib.models.decoding.rerank import Neighbors, order_by_consensus
 from captionlib.models.decoding.sampling import sample_captions
 from captionlib.models.decoding.scoring import score_sentences
-from captionlib.models.devices import in_parts
+from captionlib.models.devices import halve_on_out_of_memory
 
 __all__ = ["Candidate", "Decoder", "DecodingConfig"]
 
@@ -102,7 +102,7 @@ class Decoder:
         def write(part: slice) -> list[list[Candidate]]:
             return self._write(features[part], None if keys is None else keys[part], prefix)
 
-        return [some for part in in_parts(write, len(features)) for some in part]
+        return [some for part in halve_on_out_of_memory(write, len(features)) for some in part]
 
     def _write(self, features: Tensor, keys: Sequence[str] | None, prefix: Sequence[int]) -> list[list[Candidate]]:
         image_state = self._stepper.encode_images(features)

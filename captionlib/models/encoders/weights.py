@@ -21,15 +21,15 @@ from captionlib.data.images.decoding import Preprocessing
 from captionlib.errors import ConfigError
 
 __all__ = [
-    "building_for",
-    "class_names",
+    "choose_build_device",
+    "find_class_names",
+    "find_weights_transforms",
     "hash_weights",
     "is_weights_file",
     "load_weights",
-    "pack_weights",
-    "random_weights",
     "read_preprocessing",
-    "weights_preset",
+    "sample_weights",
+    "serialize_weights",
 ]
 
 _PREPROCESSING = "captionlib.preprocessing"  # in the header of a safetensors file
@@ -43,7 +43,7 @@ def load_weights(model: str, weights: str, network: nn.Module) -> dict[str, Tens
     """
     needed = network.state_dict()
     if weights.startswith("random:"):
-        return random_weights(network, weights)
+        return sample_weights(network, weights)
     found = _read_file(weights, set(needed)) if is_weights_file(weights) else _download(model, weights)
     return {
         name: tensor.float() if tensor.is_floating_point() else tensor
@@ -52,7 +52,7 @@ def load_weights(model: str, weights: str, network: nn.Module) -> dict[str, Tens
     }
 
 
-def building_for(*weights: str) -> AbstractContextManager[Any]:
+def choose_build_device(*weights: str) -> AbstractContextManager[Any]:
     """Where to build a network for weights: in memory where some are drawn, else on `meta`, for others replace them."""
     drawn = any(one.startswith("random:") for one in weights)
     return nullcontext() if drawn else torch.device("meta")
@@ -63,7 +63,7 @@ def is_weights_file(weights: str) -> bool:
     return weights.endswith((".safetensors", ".pth", ".pt"))
 
 
-def random_weights(network: nn.Module, weights: str) -> dict[str, Tensor]:
+def sample_weights(network: nn.Module, weights: str) -> dict[str, Tensor]:
     """Draws convolutions and linear layers from He's normal distribution; other layers stay as they were built.
 
     Source: He et al. 2015, "Delving Deep into Rectifiers", equation 10: std = sqrt(2 / fan_in).
@@ -80,14 +80,14 @@ def random_weights(network: nn.Module, weights: str) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
 
-def weights_preset(model: str, weights: str) -> Any:
+def find_weights_transforms(model: str, weights: str) -> Any:
     """The preprocessing of torchvision's named weights; for a file or random ones, of the model's default weights."""
     entries = torchvision.models.get_model_weights(model)
     entry = entries[weights] if weights in entries.__members__ else entries.DEFAULT
     return entry.transforms()
 
 
-def class_names(model: str, count: int) -> list[str]:
+def find_class_names(model: str, count: int) -> list[str]:
     """What a model's classes are called: ImageNet's names where it has as many, else numbers."""
     names: list[str] = torchvision.models.get_model_weights(model).DEFAULT.meta.get("categories", [])
     return names if len(names) == count else [f"class {number}" for number in range(count)]
@@ -119,7 +119,7 @@ def _download(model: str, weights: str) -> Mapping[str, Tensor]:
     return found
 
 
-def pack_weights(weights: Mapping[str, Tensor], preprocessing: Preprocessing) -> bytes:
+def serialize_weights(weights: Mapping[str, Tensor], preprocessing: Preprocessing) -> bytes:
     """The content of a safetensors file that also says how images are prepared for these weights."""
     return safetensors.torch.save(dict(weights), {_PREPROCESSING: json.dumps(asdict(preprocessing))})
 

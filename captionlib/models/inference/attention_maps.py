@@ -7,6 +7,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.errors import CheckpointError
 from captionlib.models.captioners.captioner import Captioner, pad_sentences
@@ -50,8 +51,6 @@ def map_attention(model: Captioner, features: npt.NDArray[np.float32], captions:
     )
     numbers = torch.cat([look[: one.tokens] for look, one in zip(looks, captions, strict=True)])
     kind = captions_schema(numbers.shape[1]).field("attention").type
-    vectors = pa.FixedSizeListArray.from_arrays(
-        pa.array(numbers.to(torch.float16).cpu().numpy().reshape(-1)), type=kind.value_type
-    )
+    vectors = numpy_to_vectors(numbers.to(torch.float16).cpu().numpy())
     ends = np.cumsum([0, *(one.tokens for one in captions)], dtype=np.int32)
     return pa.ListArray.from_arrays(pa.array(ends), vectors, type=kind)

@@ -19,7 +19,7 @@ import pytest
 from captionlib.data.images.fetch_errors import to_fetch_error
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.errors import ConfigError, FetchError
-from captionlib.storage.remote_errors import is_temporary
+from captionlib.storage.remote_errors import is_temporary_error
 
 CONTENT = bytes(range(256)) * 40
 QUICK = FetchConfig(max_image_bytes=20_000, attempts=3, backoff_seconds=0.01, timeout_seconds=20.0)
@@ -469,7 +469,7 @@ class HttpError(Exception):
     ids=repr,
 )
 def test_errors_are_told_apart(error: Exception, temporary: bool, expected: str) -> None:
-    assert is_temporary(error) == temporary
+    assert is_temporary_error(error) == temporary
     assert to_fetch_error(error).reason == expected
     assert str(to_fetch_error(error))
 

@@ -31,7 +31,7 @@ def children() -> set[str]:
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(FileNotFoundError, ProcessLookupError):  # it ended while it was looked at
             ours = f"PPid:\t{os.getpid()}\n" in (process / "status").read_text()
-            if ours and "decode_worker" in (process / "cmdline").read_text():
+            if ours and "decoder_process" in (process / "cmdline").read_text():
                 found.add(process.name)
     return found
 
@@ -175,7 +175,7 @@ def test_is_configured_by_a_section_of_yaml() -> None:
     assert build_config(LoadingConfig, values) == LoadingConfig(
         3, fetch=FetchConfig(1000, attempts=1), decode=DecoderConfig(1, max_image_pixels=10)
     )
-    with pytest.raises(ConfigError, match=r"known: fetch\.max_image_bytes"):
+    with pytest.raises(ConfigError, match=r"known keys: fetch\.max_image_bytes"):
         build_config(LoadingConfig, {"fetch": {"bytes": 1}})
     for name in ("threads", "prefetch"):
         with pytest.raises(ConfigError, match=name):

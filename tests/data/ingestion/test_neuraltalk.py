@@ -10,7 +10,7 @@ import scipy.io
 from captionlib.data.ingestion.neuraltalk import ImportConfig, import_features
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.errors import ConfigError, DatasetError, DuplicateIdError, FingerprintError
-from captionlib.models.encoders.encoder import encoder_config
+from captionlib.models.encoders.encoder import EncoderConfig
 
 FEATURES = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)  # 4 images of 5 numbers each
 IMGIDS = [2, 0, 3]
@@ -61,7 +61,7 @@ def test_images_get_the_column_of_their_imgid(tmp_path: Path, version: str, dtyp
 
 def test_cocos_ids_are_kept_and_columns_are_still_imgids(tmp_path: Path) -> None:
     files = write_json(tmp_path, [3], cocoid=391895, filepath="val2014"), write_mat(tmp_path, "5")
-    import_features(*files, tmp_path / "features", ImportConfig(images="/photos"))
+    import_features(*files, tmp_path / "features", ImportConfig(image_root="/photos"))
     (row,) = open_dataset(tmp_path / "features").read(0).to_pylist()
     assert (row["image_id"], row["uri"]) == ("391895", "/photos/val2014/0.jpg")
     np.testing.assert_allclose(row["features"], FEATURES[:, 3], rtol=1e-3)
@@ -82,7 +82,7 @@ def test_a_second_import_writes_nothing_and_another_is_refused(tmp_path: Path) -
 def test_the_network_of_imported_features_is_not_made_up(tmp_path: Path) -> None:
     import_features(write_json(tmp_path, IMGIDS), write_mat(tmp_path, "5"), tmp_path / "features")
     with pytest.raises(ConfigError, match="the features were imported"):
-        encoder_config(open_dataset(tmp_path / "features").config["encoder"])
+        EncoderConfig.from_description(open_dataset(tmp_path / "features").config["encoder"])
 
 
 @pytest.mark.parametrize("version", ["5", "7.3"])

@@ -94,7 +94,7 @@ def test_a_list_of_which_no_image_is_there_is_refused_before_anything_is_written
         prepare_manifest(source, tmp_path / "manifest")
     assert not (tmp_path / "manifest").exists()
     touch(tmp_path / "photos", ["b.jpg"])
-    config = PrepareConfig(options=SourceOptions(images=str(tmp_path / "photos")))
+    config = PrepareConfig(options=SourceOptions(image_root=str(tmp_path / "photos")))
     assert prepare_manifest(source, tmp_path / "manifest", config).images == 2
 
 
@@ -118,7 +118,7 @@ def test_a_row_without_an_id_or_a_uri_is_named(tmp_path: Path, line: str) -> Non
         prepare_manifest(tmp_path / "a.csv", tmp_path / "manifest", UNCHECKED)
 
 
-@pytest.mark.parametrize("wrong", [{"source": "zip"}, {"shard_size": 0}, {"limit": 0}])
+@pytest.mark.parametrize("wrong", [{"source_format": "zip"}, {"shard_size": 0}, {"limit": 0}])
 def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"expected .*, got"):
         PrepareConfig(**wrong)  # type: ignore[arg-type]

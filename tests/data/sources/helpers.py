@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from captionlib.data.sources.detect import FAMILIES, detect_sources
+from captionlib.data.sources.formats import SOURCE_FORMATS, detect_common_format
 from captionlib.data.sources.rows import ManifestRow, SourceOptions
 
 
@@ -12,11 +12,11 @@ def read(*addresses: Path | str, **options: Any) -> tuple[list[ManifestRow], Cou
     """The rows of a source of whatever family it is told to be, and what was skipped."""
     skipped: Counter[str] = Counter()
 
-    def skip(reason: str) -> None:
+    def report_skip(reason: str) -> None:
         skipped[reason] += 1
 
     spelled = [str(address) for address in addresses]
-    rows = FAMILIES[detect_sources(spelled)].read(spelled, SourceOptions(**options), skip)
+    rows = SOURCE_FORMATS[detect_common_format(spelled)].read(spelled, SourceOptions(**options), report_skip)
     return list(rows), skipped
 
 

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from captionlib.data.sources.detect import detect_source, detect_sources
+from captionlib.data.sources.formats import detect_common_format, detect_format
 from captionlib.errors import ConfigError, DatasetError
 from tests.data.sources.helpers import read, touch, write_json
 
@@ -33,7 +33,7 @@ def test_several_coco_files_their_splits_and_their_image_folders(tmp_path: Path)
     assert [row.uri for row in rows] == [
         f"{tmp_path}/{name}" for name in ("train2014/a.jpg", "val2014/b.jpg", "val2014/c.jpg")
     ]
-    rows, _ = read(val, images=str(tmp_path / "val2014"), split="x")
+    rows, _ = read(val, image_root=str(tmp_path / "val2014"), default_split="x")
     assert (rows[0].uri, rows[0].split) == (f"{tmp_path}/val2014/b.jpg", "x")
 
 
@@ -66,7 +66,7 @@ def test_karpathy_has_all_four_splits_and_prefers_cocos_id(tmp_path: Path) -> No
         for number, split in enumerate(["train", "restval", "val", "test"])
     ]
     path = write_json(tmp_path / "dataset.json", {"dataset": "coco", "images": images})
-    rows, _ = read(path, images=str(tmp_path / "coco"))
+    rows, _ = read(path, image_root=str(tmp_path / "coco"))
     assert [(row.image_id, row.split) for row in rows] == [
         ("1000", "train"),
         ("1001", "restval"),
@@ -94,7 +94,7 @@ def test_flickr_takes_the_official_split_files_beside_it(tmp_path: Path) -> None
     path.write_text(FLICKR)
     (tmp_path / "Flickr_8k.trainImages.txt").write_text("1.jpg\n")
     (tmp_path / "Flickr_8k.devImages.txt").write_text("2.jpg\n9.jpg\n")
-    rows, skipped = read(path, images=str(tmp_path / "Images"))
+    rows, skipped = read(path, image_root=str(tmp_path / "Images"))
     assert [(row.image_id, row.split, row.captions) for row in rows] == [
         ("1.jpg", "train", ("A dog .", "A black dog .")),
         ("2.jpg", "dev", ("Two men .",)),
@@ -130,12 +130,12 @@ def test_sources_of_two_kinds_are_refused(tmp_path: Path) -> None:
     path = write_json(tmp_path / "captions.json", coco((1, "a.jpg", ["one"])))
     touch(tmp_path, ["photos/a.jpg"])
     with pytest.raises(ConfigError, match=r"sources of several kinds: .*coco, .*folder"):
-        detect_sources([str(path), str(tmp_path / "photos")])
+        detect_common_format([str(path), str(tmp_path / "photos")])
 
 
 def test_json_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot tell what kind of JSON it is"):
-        detect_source(write_json(tmp_path / "x.json", {"images": [1]}))
+        detect_format(write_json(tmp_path / "x.json", {"images": [1]}))
 
 
 def test_broken_json_is_named_by_its_line(tmp_path: Path) -> None:

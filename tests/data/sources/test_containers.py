@@ -44,7 +44,7 @@ SAMPLES = [
 
 def test_a_tar_is_read_by_ranges_and_its_captions_by_sample(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "00000.tar", SAMPLES)
-    rows, skipped = read(path, split="train")
+    rows, skipped = read(path, default_split="train")
     assert [(row.image_id, row.split, row.captions) for row in rows] == [
         ("s/000", "train", ("a dog", "two dogs")),
         ("s/001", "train", ("a cat",)),
@@ -87,7 +87,7 @@ def test_parquet_with_the_bytes_in_its_rows(tmp_path: Path) -> None:
         {"image": {"bytes": b"image %d" % number, "path": f"{number}.jpg"}, "caption": [f"dog {number}", "dog"]}
         for number in range(5)
     ]
-    found, _ = read(write_rows(tmp_path / "train.parquet", rows), split="train")
+    found, _ = read(write_rows(tmp_path / "train.parquet", rows), default_split="train")
     assert [(row.image_id, row.split, row.captions) for row in found] == [
         (f"{number}.jpg", "train", (f"dog {number}", "dog")) for number in range(5)
     ]

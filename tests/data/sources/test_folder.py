@@ -3,14 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from captionlib.data.sources.detect import detect_source
+from captionlib.data.sources.formats import detect_format
 from captionlib.errors import DatasetError
 from tests.data.sources.helpers import read, touch
 
 
 def test_a_folder_is_read_in_order_and_ids_are_paths_below_it(tmp_path: Path) -> None:
     touch(tmp_path, ["b.png", "a.JPG", "deep/er/c.webp", "deep/a.gif", "noextension"])
-    rows, skipped = read(tmp_path, split="test")
+    rows, skipped = read(tmp_path, default_split="test")
     assert [row.image_id for row in rows] == ["a.JPG", "b.png", "noextension", "deep/a.gif", "deep/er/c.webp"]
     assert rows[3].uri == f"{tmp_path}/deep/a.gif"
     assert {row.split for row in rows} == {"test"}
@@ -71,7 +71,7 @@ def test_a_name_that_is_no_utf8_is_skipped(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"nowhere does not exist; expected a file, a folder or a glob"):
-        detect_source(tmp_path / "nowhere")
+        detect_format(tmp_path / "nowhere")
 
 
 def test_an_object_store_is_walked_like_a_disk() -> None:

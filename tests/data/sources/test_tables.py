@@ -67,7 +67,7 @@ def test_without_an_id_column_the_id_is_the_uri(tmp_path: Path) -> None:
         ("a.jpg", f"{tmp_path}/a.jpg"),
         ("b.jpg", f"{tmp_path}/b.jpg"),
     ]
-    assert read(path, images="memory://photos/all")[0][1].uri == "memory://photos/all/b.jpg"
+    assert read(path, image_root="memory://photos/all")[0][1].uri == "memory://photos/all/b.jpg"
 
 
 def test_an_image_in_two_splits_is_an_error_that_names_both_rows(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_rare_words_are_left_out_and_frequent_ones_come_first() -> None:
     assert vocabulary.words == ("a", "cat", "dog")  # cat and dog are equally frequent: alphabet
     assert vocabulary.counts == (4, 2, 2)
     assert vocabulary.unknown_count == 2  # red, blue
-    assert vocabulary.sentences == 4
+    assert vocabulary.sentence_count == 4
     assert len(vocabulary) == 5
 
 
@@ -83,7 +83,7 @@ def test_known_sentences_survive_the_round_trip(sentences: list[list[str]]) -> N
 
 
 def test_a_dictionary_with_a_word_twice_is_refused() -> None:
-    values = {"words": ["a", "a"], "counts": [1, 1], "unknown_count": 0, "sentences": 1}
+    values = {"words": ["a", "a"], "counts": [1, 1], "unknown_count": 0, "sentence_count": 1}
     with pytest.raises(ValueError, match="different words"):
         Vocabulary.from_dict(values)
 

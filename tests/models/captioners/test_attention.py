@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from captionlib.data.text.vocabulary import END, PAD
-from captionlib.errors import ConfigError
+from captionlib.errors import CheckpointError, ConfigError, DatasetError
 from captionlib.models.captioners.attention import Attention
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, pad_sentences
 from captionlib.models.decoding.incremental import IncrementalCaptioner
@@ -124,9 +124,9 @@ def test_a_map_without_attention_is_its_mean() -> None:
 
 
 def test_attention_without_a_map_is_refused() -> None:
-    with pytest.raises(ConfigError, match="attention looks at maps"):
+    with pytest.raises(DatasetError, match="attention looks at maps"):
         build(SHAPES[0]).encode_images(torch.zeros(2, 4))
     with pytest.raises(ConfigError, match="needs an image to look at"):
         CaptionerConfig(image_input="none", attention_size=4)
-    with pytest.raises(ConfigError, match="expected one with attention"):
+    with pytest.raises(CheckpointError, match="expected one with attention"):
         build(replace(SHAPES[0], attention_size=0)).attention_weights(MAPS, torch.tensor([[2]]), torch.tensor([0]))

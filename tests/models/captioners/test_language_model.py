@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from captionlib.data.text.corpora import TextKind
+from captionlib.data.text.corpora import TextLayout
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, pad_sentences
@@ -37,9 +37,9 @@ def build(config: LanguageModelConfig = CONFIG, vocabulary: Vocabulary = WORDS, 
     return model
 
 
-def load(folder: Path, vocabulary: Vocabulary = WORDS, text: TextKind = "lines") -> LoadedLanguageModel:
+def load(folder: Path, vocabulary: Vocabulary = WORDS, layout: TextLayout = "sentences") -> LoadedLanguageModel:
     model = build(vocabulary=vocabulary)
-    save_language_model(folder, model, CONFIG, vocabulary, text, provenance={"source": "x"}, training={"loss": 1})
+    save_language_model(folder, model, CONFIG, vocabulary, layout, provenance={"source": "x"}, training={"loss": 1})
     return load_language_model(folder)
 
 
@@ -82,9 +82,9 @@ def test_features_and_a_model_without_an_image_do_not_go_together() -> None:
 
 @pytest.mark.parametrize("vocabulary", [WORDS, CHARACTERS], ids=["words", "characters"])
 def test_a_language_model_survives_the_round_trip(vocabulary: Vocabulary, tmp_path: Path) -> None:
-    loaded = load(tmp_path / "model", vocabulary, "running")
+    loaded = load(tmp_path / "model", vocabulary, "continuous")
     assert torch.equal(score(loaded.model, SENTENCES), score(build(vocabulary=vocabulary), SENTENCES))
-    assert (loaded.vocabulary, loaded.text, loaded.config) == (vocabulary, "running", CONFIG)
+    assert (loaded.vocabulary, loaded.layout, loaded.config) == (vocabulary, "continuous", CONFIG)
     assert (loaded.provenance, loaded.training) == ({"source": "x"}, {"loss": 1})
     assert not loaded.model.training
     assert loaded.fingerprint == json.loads((tmp_path / "model" / "config.json").read_text())["fingerprint"]
@@ -98,7 +98,7 @@ def test_a_language_model_is_no_captioner(tmp_path: Path) -> None:
 
 def test_a_vocabulary_of_another_size_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="expected a vocabulary of 8 classes, got one of"):
-        save_language_model(tmp_path, build(), CONFIG, CHARACTERS, "lines", provenance={}, training={})
+        save_language_model(tmp_path, build(), CONFIG, CHARACTERS, "sentences", provenance={}, training={})
 
 
 def test_log_prob_is_that_of_the_whole_sentence(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_the_seed_decides_and_more_samples_begin_with_the_same(tmp_path: Path) -
 
 
 def test_running_text_is_as_long_as_it_is_asked_for(tmp_path: Path) -> None:
-    loaded = load(tmp_path / "model", CHARACTERS, "running")
+    loaded = load(tmp_path / "model", CHARACTERS, "continuous")
     samples = sample_texts(loaded, replace(SAMPLE, max_tokens=40), 10, prefix="far, ")
     assert all(len(sample.text) == 45 == sample.tokens for sample in samples)
     assert all(sample.text.startswith("far, ") for sample in samples)

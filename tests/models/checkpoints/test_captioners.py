@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from captionlib.data.shards.markers import fingerprint_of
+from captionlib.data.shards.markers import compute_fingerprint
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
@@ -178,7 +178,7 @@ def test_a_pickle_in_place_of_the_weights_does_not_run(
     pickled = pickle.dumps(Bomb())
     (folder / "model.safetensors").write_bytes(pickled)
     digest = hashlib.sha256(pickled).hexdigest()
-    fingerprint = fingerprint_of("captioner", {**whole.identity, "weights_sha256": digest})
+    fingerprint = compute_fingerprint("captioner", {**whole.identity, "weights_sha256": digest})
     edit_config(folder, weights_sha256=digest, fingerprint=fingerprint)
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_captioner(folder)

@@ -19,51 +19,51 @@ from captionlib.data.sources.locations import (
     Location,
     expand_braces,
     find_files,
+    get_extension,
+    get_text_extension,
     is_pattern,
     locate,
     read_lines,
     scan_folder,
-    suffix_of,
-    text_suffix_of,
 )
-from captionlib.data.sources.rows import Read
+from captionlib.data.sources.rows import ReadRows
 from captionlib.data.sources.tables import TABLE_EXTENSIONS, open_parquet, read_tables
 from captionlib.data.sources.webdataset import read_webdataset
 from captionlib.errors import ConfigError, DatasetError
 
-__all__ = ["FAMILIES", "Family", "detect_source", "detect_sources"]
+__all__ = ["SOURCE_FORMATS", "SourceFormat", "detect_common_format", "detect_format"]
 
 
 @dataclass(frozen=True)
-class Family:
+class SourceFormat:
     """A kind of source.
 
     Attributes:
         read: yields its rows.
-        looks_for: what a row is made of, for the message that there is none.
-        lists_images: it names images without having seen them, so that they may be elsewhere than it says.
+        row_description: what a row is made of, for the message that there is none.
+        references_images: it names images without having seen them, so that they may be elsewhere than it says.
     """
 
-    read: Read
-    looks_for: str
-    lists_images: bool
+    read: ReadRows
+    row_description: str
+    references_images: bool
 
 
-FAMILIES: Mapping[str, Family] = {
-    "folder": Family(read_folder, "files with an image's extension or none, not hidden", lists_images=False),
-    "coco": Family(read_coco, "entries of `images`", lists_images=True),
-    "karpathy": Family(read_karpathy, "entries of `images`", lists_images=True),
-    "flickr": Family(read_flickr, "lines of NAME.jpg#K, a tab and a caption, in a split", lists_images=True),
-    "table": Family(read_tables, "rows below the header", lists_images=True),
-    "webdataset": Family(read_webdataset, "NAME.jpg, NAME.png ... in the tars", lists_images=False),
-    "hf-parquet": Family(read_hf_parquet, "rows with a column of struct<bytes, path>", lists_images=False),
+SOURCE_FORMATS: Mapping[str, SourceFormat] = {
+    "folder": SourceFormat(read_folder, "files with an image's extension or none, not hidden", references_images=False),
+    "coco": SourceFormat(read_coco, "entries of `images`", references_images=True),
+    "karpathy": SourceFormat(read_karpathy, "entries of `images`", references_images=True),
+    "flickr": SourceFormat(read_flickr, "lines of NAME.jpg#K, a tab and a caption, in a split", references_images=True),
+    "table": SourceFormat(read_tables, "rows below the header", references_images=True),
+    "webdataset": SourceFormat(read_webdataset, "NAME.jpg, NAME.png ... in the tars", references_images=False),
+    "hf-parquet": SourceFormat(read_hf_parquet, "rows with a column of struct<bytes, path>", references_images=False),
 }
 
 _PEEK_BYTES = 1 << 20
 _TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-def detect_sources(addresses: Sequence[str]) -> str:
+def detect_common_format(addresses: Sequence[str]) -> str:
     """The one family that all addresses are of.
 
     Raises:
@@ -74,15 +74,15 @@ def detect_sources(addresses: Sequence[str]) -> str:
         raise ConfigError("no source: expected at least one path or address")
     found: dict[str, str] = {}
     for address in addresses:
-        found.setdefault(detect_source(address), address)
+        found.setdefault(detect_format(address), address)
     if len(found) > 1:
         kinds = ", ".join(f"{address} is {family}" for family, address in found.items())
-        raise ConfigError(f"sources of several kinds: {kinds}; prepare them one by one, or say which by --source")
+        raise ConfigError(f"sources of several kinds: {kinds}; prepare them one by one, or say which by --format")
     return next(iter(found))
 
 
-def detect_source(address: str | os.PathLike[str]) -> str:
-    """The family of a source: a key of `FAMILIES`.
+def detect_format(address: str | os.PathLike[str]) -> str:
+    """The family of a source: a key of `SOURCE_FORMATS`.
 
     Raises:
         ConfigError: it cannot be told.
@@ -101,7 +101,7 @@ def detect_source(address: str | os.PathLike[str]) -> str:
 
 
 def _detect_pattern(location: Location) -> str:
-    suffix = text_suffix_of(location.name)
+    suffix = get_text_extension(location.name)
     if suffix in TABLE_EXTENSIONS or suffix == ".json" or location.name.endswith(_TARS):
         return _detect_file(next(find_files([location.address], frozenset())))
     return "folder"
@@ -114,10 +114,10 @@ def _detect_folder(folder: Location) -> str:
     for name, kind in scan_folder(folder):
         if name.startswith((".", "_")):
             continue
-        if kind == "directory" or suffix_of(name) in IMAGE_EXTENSIONS:
+        if kind == "directory" or get_extension(name) in IMAGE_EXTENSIONS:
             return "folder"
         tars = tars or name.endswith(_TARS)
-        if suffix_of(name) == ".parquet":
+        if get_extension(name) == ".parquet":
             parquet = folder.join(name)
     if tars:
         return "webdataset"
@@ -125,7 +125,7 @@ def _detect_folder(folder: Location) -> str:
 
 
 def _detect_file(location: Location) -> str:
-    suffix = text_suffix_of(location.name)
+    suffix = get_text_extension(location.name)
     if location.name.lower().endswith(_TARS):
         return "webdataset"
     if suffix == ".parquet":
@@ -138,7 +138,9 @@ def _detect_file(location: Location) -> str:
         return "flickr" if LINE.fullmatch(next(read_lines(location), "")) else "table"
     if suffix in IMAGE_EXTENSIONS:
         return "folder"
-    raise ConfigError(f"{location.address}: cannot tell what kind of source it is; say --source {'|'.join(FAMILIES)}")
+    raise ConfigError(
+        f"{location.address}: cannot tell what kind of source it is; say --format {'|'.join(SOURCE_FORMATS)}"
+    )
 
 
 def _detect_parquet(location: Location) -> str:
@@ -159,7 +161,7 @@ def _detect_json(location: Location) -> str:
         return "coco"
     raise ConfigError(
         f"{location.address}: cannot tell what kind of JSON it is; expected COCO's captions, Karpathy's dataset.json, "
-        "or one object a line; say which by --source coco|karpathy|table"
+        "or one object a line; say which by --format coco|karpathy|table"
     )
 
 
