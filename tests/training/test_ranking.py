@@ -86,7 +86,7 @@ def test_learns_which_sentence_is_of_which_image(
     assert history[0]["missed_recall"] > min(row["missed_recall"] for row in history)
     ranker = load_ranker(tmp_path / "ranker")
     scores = score_ranker(ranker, features, ["val"])
-    assert (scores.images, scores.sentences) == (12, 30)
+    assert (scores.images, scores.references) == (12, 30)
     assert scores.mean_recall > 0.95
     assert 1 - scores.mean_recall == pytest.approx(min(row["missed_recall"] for row in history))
     assert (
