@@ -13,7 +13,7 @@ from captionlib.config import load_config
 from captionlib.evaluation.encoder_views import build_encoder_view
 from captionlib.evaluation.predictions import Prediction
 from captionlib.evaluation.report import write_report
-from captionlib.models.checkpoints.captioners import load_captioner
+from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.models.inference.captioning import GenerationConfig, caption_images
 from jobs.options import config_options, device_option
 

@@ -16,7 +16,7 @@ from captionlib.data.ingestion.prepare import PrepareConfig, prepare_manifest
 from captionlib.data.synthetic_scenes import Scene, parse_attributes, read_scenes, score_attributes, write_scenes
 from captionlib.evaluation.evaluate import Evaluation, evaluate_captions
 from captionlib.evaluation.report import write_report
-from captionlib.models.checkpoints.captioners import load_captioner
+from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.captioning import GenerationConfig
 from captionlib.models.inference.extraction import ExtractionConfig
@@ -32,7 +32,7 @@ __all__ = ["command"]
 # What the demo needs and the defaults are not: few words, few minutes, and features of random weights, in which all
 # pictures look alike but for small parts of their principal components.
 TRAINING = [
-    "captioner.image_input=state",
+    "captioner.image_input=initial_state",
     "captioner.principal_components=256",
     "captioner.hidden_size=256",
     "captioner.embedding_size=256",

@@ -13,7 +13,7 @@ from captionlib.evaluation.caption_scores import build_scores_table
 from captionlib.evaluation.evaluate import TRAIN_SPLITS, Evaluation, evaluate_captions
 from captionlib.evaluation.predictions import to_coco_results
 from captionlib.evaluation.retrieval import PROTOCOLS, RetrievalScores, score_ranker
-from captionlib.models.checkpoints.rankers import load_ranker
+from captionlib.models.checkpoints.checkpoint import load_ranker
 from captionlib.storage.folders import Folder, write_file
 from jobs.options import device_option
 

@@ -89,7 +89,7 @@ def _figures(scored: Evaluation) -> list[tuple[str, str, str]]:
 
 
 def _read_history(checkpoint: str) -> Sequence[Mapping[str, Any]]:
-    from captionlib.models.checkpoints.captioners import load_captioner  # loads torch, which takes seconds
+    from captionlib.models.checkpoints.checkpoint import load_captioner  # loads torch, which takes seconds
 
     history: Sequence[Mapping[str, Any]] = load_captioner(checkpoint).training.get("history", [])
     return history

@@ -11,8 +11,8 @@ from captionlib.data.batches.captions import feature_shape
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.errors import DatasetError
 from captionlib.evaluation.metrics import Metric, compute_ratio
-from captionlib.models.captioners.captioner import pad_sentences
-from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner
+from captionlib.models.captioners.packed_sequences import pad_sentences
+from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner
 
 __all__ = ["measure_perplexity"]
 

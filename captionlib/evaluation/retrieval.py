@@ -13,7 +13,7 @@ import numpy.typing as npt
 from captionlib.data.batches.captions import read_features
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.models.checkpoints.rankers import LoadedRanker
+from captionlib.models.checkpoints.checkpoint import LoadedRanker
 
 __all__ = [
     "PROTOCOLS",

@@ -19,9 +19,9 @@ from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError
 from captionlib.evaluation.retrieval import score_retrieval
-from captionlib.models.captioners.captioner import pad_sentences
-from captionlib.models.checkpoints.folder import stamp
-from captionlib.models.checkpoints.rankers import save_ranker
+from captionlib.models.captioners.packed_sequences import pad_sentences
+from captionlib.models.checkpoints.checkpoint import save_ranker
+from captionlib.models.checkpoints.folder import stamp_provenance
 from captionlib.models.devices import resolve_device
 from captionlib.models.rankers.ranker import Ranker, RankerConfig
 from captionlib.storage.folders import Folder
@@ -198,7 +198,7 @@ class _Save:
     features_fingerprint: str
 
     def __call__(self, output: Folder, model: Ranker, training: dict[str, Any]) -> None:
-        provenance = stamp({"features": self.features_fingerprint})
+        provenance = stamp_provenance({"features": self.features_fingerprint})
         save_ranker(output, model, self.vocabulary, self.encoder, provenance=provenance, training=training)
 
 
@@ -256,7 +256,7 @@ def _train(
     seed_everything(config.training.seed)
     model = Ranker(config.ranker, feature_shape(dataset)[-1], len(vocabulary))
     if config.ranker.standardize_features:
-        model.set_standardization(*map(torch.from_numpy, mean_and_std(dataset, config.train_splits)))
+        model.standardization.set_statistics(*map(torch.from_numpy, mean_and_std(dataset, config.train_splits)))
     objective = RankingObjective(
         model.to(device),
         config,

@@ -17,7 +17,7 @@ from captionlib.evaluation.diversity import count_diversity, measure_captions
 from captionlib.evaluation.evaluate import evaluate_captions, evaluate_predictions
 from captionlib.evaluation.perplexity import measure_perplexity
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
-from captionlib.models.checkpoints.captioners import save_captioner
+from captionlib.models.checkpoints.checkpoint import save_captioner
 from tests.evaluation.test_caption_scores import CAPTIONS, REFERENCES, write, write_captions, write_manifest
 
 VOCABULARY = Vocabulary.from_captions(["a dog runs", "the grass"], min_count=1)

@@ -19,7 +19,7 @@ from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.evaluation.retrieval import score_ranker
-from captionlib.models.checkpoints.rankers import load_ranker
+from captionlib.models.checkpoints.checkpoint import load_ranker
 from captionlib.models.inference.embedding import EmbeddingConfig
 from captionlib.models.rankers.ranker import RankerConfig
 from captionlib.training.loop import TrainingConfig
@@ -223,7 +223,7 @@ def test_the_commands_train_and_tell_the_recalls(features: ShardedDataset, tmp_p
     assert text.startswith(f"{ranker}: mean recall ")
     text = run("evaluate", folder, "--ranker", ranker, "--split", "val", "-o", str(tmp_path / "scores"))
     expected = score_ranker(load_ranker(ranker), open_dataset(folder), ["val"])
-    assert text.splitlines()[0] == f"{ranker}: 12 images, 30 sentences"
+    assert text.splitlines()[0] == f"{ranker}: 12 images, 30 references"
     assert f"{expected.text_to_image.recall_at_5:.1%}" in text.splitlines()[3]
     written = json.loads((tmp_path / "scores" / "scores.json").read_text())
     assert written["image_to_text"]["mean_rank"] == expected.image_to_text.mean_rank
