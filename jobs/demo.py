@@ -101,9 +101,9 @@ def command(output: str, weights: str, train: int, held_out: int, overwrite: boo
         "Captions of held-out scenes",
         found.predictions,
         note=f"What the captioner says of {held_out} scenes whose combination of attributes it has never seen.",
-        figures=figures,
-        cider=found.scores.of_images["CIDEr"],
-        marks={image_id: _marks(scenes[image_id], caption) for image_id, caption in found.captions.items()},
+        scores=figures,
+        cider=found.scores.per_image["CIDEr"],
+        attributes={image_id: _marks(scenes[image_id], caption) for image_id, caption in found.captions.items()},
         history=load_captioner(folder / "captioner").training["history"],
     )
     click.echo(f"\nThe report, to open in a browser:\n{Path(page).resolve()}")
