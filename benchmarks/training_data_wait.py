@@ -14,7 +14,7 @@ IMAGES, WINDOW_MEGABYTES = 3000, 4  # 24 MB of features: six windows an epoch
 CONFIG = CaptionerTrainingConfig(
     captioner=CaptionerConfig(hidden_size=256, embedding_size=256),
     training=TrainingConfig(epochs=2, optimizer="adam"),
-    window_megabytes=WINDOW_MEGABYTES,
+    shuffle_buffer_megabytes=WINDOW_MEGABYTES,
 )
 
 

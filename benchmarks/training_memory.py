@@ -18,7 +18,7 @@ CONFIG = CaptionerTrainingConfig(
     captioner=CaptionerConfig(hidden_size=16, embedding_size=16),  # so that the epoch takes seconds
     training=TrainingConfig(epochs=1, optimizer="adam"),
     max_words=4,
-    window_megabytes=4,
+    shuffle_buffer_megabytes=4,
 )
 
 

@@ -56,7 +56,7 @@ def command(
       captionlib train-captioner manifest -o tuned --init-from captioner --config finetune-encoder
       captionlib train-captioner manifest -o tuned --init-from captioner --set encoder.from_node=features.17
       captionlib train-captioner maps -o captioner --set captioner.encoder_top=features.29   # maps of features.23
-      captionlib train-captioner features -o words --set objective=words   # then --init-from words
+      captionlib train-captioner features -o words --set objective=bag_of_words   # then --init-from words
       torchrun --nproc-per-node 4 --no-python captionlib train-captioner features -o captioner
     """
     if init_from is not None:

@@ -25,7 +25,7 @@ def command(
     """Fit a language model on the sentences of SOURCE: a features dataset, a manifest, or a text file.
 
     It is the captioner without its image. A text file has a line a sentence, or is one running text
-    (--set text=running); both are learned by the word or by the character (--set level=characters). Keeps the
+    (--set layout=continuous); both are learned by the word or by the character (--set level=characters). Keeps the
     checkpoint of the epoch with the lowest perplexity on the splits val or dev, or on a share of the text file.
     Ctrl-C stops it after saving; the same command goes on where it stopped.
 

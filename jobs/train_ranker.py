@@ -34,7 +34,7 @@ def command(
       captionlib train-ranker features -o ranker
       captionlib train-ranker features -o ranker --config flickr8k
       captionlib train-ranker features -o ranker --set ranker.sentence_encoder=mean --set batch_images=500
-      captionlib train-ranker features -o ranker --set loss=hardest --set warm_up_epochs=10 --set margin=0.2
+      captionlib train-ranker features -o ranker --set loss=hard_negative --set warmup_epochs=10 --set margin=0.2
       torchrun --nproc-per-node 4 --no-python captionlib train-ranker features -o ranker
     """
     settings = load_config(RankerTrainingConfig, config, overrides)
@@ -47,6 +47,6 @@ def command(
         return
     click.echo(
         f"{output}: mean recall {1 - best['missed_recall']:.1%} after epoch {best['epoch']:.0f} of {len(history)}, "
-        f"median rank {best['image_to_sentence_median_rank']:g} image to sentence, "
-        f"{best['sentence_to_image_median_rank']:g} sentence to image"
+        f"median rank {best['image_to_text_median_rank']:g} image to text, "
+        f"{best['text_to_image_median_rank']:g} text to image"
     )

@@ -19,7 +19,7 @@ from captionlib.errors import TrainingInterrupted
 from captionlib.progress import progress_bar
 from captionlib.storage.folders import Folder
 from captionlib.training.averaging import WeightAverage
-from captionlib.training.distributed import Processes
+from captionlib.training.distributed import ProcessGroup
 from captionlib.training.interrupts import stop_requests
 from captionlib.training.metrics_log import report_epoch
 from captionlib.training.objective import Batch, Objective, is_higher_better, own_learning_rates
@@ -78,7 +78,7 @@ class _Run(Generic[Batch]):
         self, objective: Objective[Batch], config: TrainingConfig, output: Folder, resolved: dict[str, Any]
     ) -> None:
         self.state = RunState()
-        self.processes = Processes()
+        self.processes = ProcessGroup()
         self._objective = objective
         self._config = config
         self._output = output
@@ -129,7 +129,7 @@ class _Run(Generic[Batch]):
         with progress_bar(label, self._objective.steps(), "batches", progress) as bar:
             bar.skip(state.step)
             for batch in self._waited_for(self._objective.batches(config.seed, state.epoch, state.step)):
-                stopping, saving = self._step(batch, stopped, saved + config.save_seconds)
+                stopping, saving = self._step(batch, stopped, saved + config.checkpoint_interval_seconds)
                 bar.update(1, "  ".join(f"{name} {value:.3f}" for name, value in state.means().items()))
                 if stopping or saving:
                     saved = time.monotonic()

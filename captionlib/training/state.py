@@ -127,7 +127,7 @@ def _identity(resolved: Mapping[str, Any]) -> dict[str, Any]:
     training = {
         name: value
         for name, value in resolved["training"].items()
-        if name not in {"patience", "save_seconds"}
+        if name not in {"patience", "checkpoint_interval_seconds"}
         and (name != "epochs" or resolved["training"]["schedule"] == "cosine")
     }
     kept = {name: value for name, value in resolved.items() if name not in {"loading", "max_failure_ratio"}}

@@ -18,7 +18,7 @@ from captionlib.storage.folders import Folder
 from captionlib.training.loop import TrainingConfig, claim_folder, seed_everything, train
 from captionlib.training.objective import BatchLoss
 
-CONFIG = TrainingConfig(epochs=3, save_seconds=0, patience=None)
+CONFIG = TrainingConfig(epochs=3, checkpoint_interval_seconds=0, patience=None)
 STEPS = 4
 
 

@@ -2,29 +2,27 @@
 
 import itertools
 import os
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from captionlib.data.images.addresses import image_exists
 from captionlib.data.ingestion.staging import Staged, read_slices, refuse_duplicates, stage_rows
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.markers import DESCRIPTION_FILE
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.formats import SOURCE_FORMATS, detect_common_format
-from captionlib.data.sources.locations import locate
 from captionlib.data.sources.rows import ManifestRow, ReportSkip, SourceOptions
-from captionlib.errors import ConfigError, DatasetError
+from captionlib.errors import ConfigError, DatasetError, FetchError
 from captionlib.progress import progress_bar
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 
 __all__ = ["PrepareConfig", "PrepareSummary", "prepare_manifest"]
 
 _IMAGES_TO_CHECK = 20
-_FRAGMENT = re.compile(r"#(?:bytes|row)=.*")
 
 
 @dataclass(frozen=True)
@@ -169,18 +167,20 @@ def _read(
 
 
 def _refuse_missing_images(rows: Sequence[ManifestRow]) -> None:
-    """Finds a wrong folder of images now, not as a failure of every image later."""
+    """Finds a wrong folder of images now, not as a failure of every image later. Refused addresses are not opened."""
+    refused: FetchError | None = None
     for row in rows:
-        uri = _FRAGMENT.sub("", row.uri)
-        if uri.startswith(("http://", "https://")):
-            return
-        location = locate(uri)
-        if location.fs.exists(location.path):
-            return
+        try:
+            if image_exists(row.uri):
+                return
+        except FetchError as error:
+            refused = refused or error
     if rows:
+        reason = "" if refused is None else f"; {refused.reason}: {refused}"
         raise DatasetError(
-            f"none of the first {len(rows)} images is there; the first is expected at {rows[0].uri}; give the folder "
-            "that their paths are relative to by --images, or --no-check-images where this machine cannot see them"
+            f"none of the first {len(rows)} images is there; the first is expected at {rows[0].uri}{reason}; give the "
+            "folder that their paths are relative to by --images, or --no-check-images where this machine cannot see "
+            "them"
         )
 
 

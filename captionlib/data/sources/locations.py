@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from captionlib.errors import ConfigError, DatasetError
+from captionlib.errors import DatasetError
+from captionlib.storage.file_systems import open_file_system, open_unpacked
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -79,13 +79,11 @@ def locate(address: str | os.PathLike[str]) -> Location:
     """Where an address leads.
 
     Raises:
-        ConfigError: fsspec knows no such file system, or a package that it needs is not installed.
+        ConfigError: the address chains file systems, or its file system is unknown, refused or not installed; see
+            `captionlib.storage.file_systems`.
     """
     address = os.fspath(address)
-    try:
-        fs, path = fsspec.core.url_to_fs(address)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"{address} cannot be opened: {error}") from error
+    fs, path = open_file_system(address)
     if isinstance(fs, LocalFileSystem):
         path = os.path.normpath(path)
         return Location(fs, path.rstrip("/"), path.rstrip("/"))
@@ -205,7 +203,7 @@ def read_lines(location: Location) -> Iterator[str]:
     """
     number = 0
     try:
-        with fsspec.open(location.address, "rt", encoding="utf-8-sig", newline="", compression="infer") as file:
+        with open_unpacked(location.fs, location.path, "rt", encoding="utf-8-sig", newline="") as file:
             for line in file:
                 number += 1  # what was read before an error is told
                 yield line

@@ -13,9 +13,9 @@ from captionlib.data.sources.locations import Location, locate, read_lines
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.storage.folders import Folder
 
-__all__ = ["Corpus", "TextKind", "open_corpus"]
+__all__ = ["Corpus", "TextLayout", "open_corpus"]
 
-TextKind = Literal["lines", "running"]
+TextLayout = Literal["sentences", "continuous"]
 """A line a sentence; or one text, in which lines and sentences end as its words or characters say."""
 
 
@@ -36,7 +36,7 @@ class Corpus:
 
 def open_corpus(
     source: str | os.PathLike[str],
-    text: TextKind = "lines",
+    layout: TextLayout = "sentences",
     train_splits: Sequence[str] = ("train", "restval"),
     validation_splits: Sequence[str] = ("val", "dev"),
     validation_fraction: float = 0.05,
@@ -45,7 +45,7 @@ def open_corpus(
 
     Args:
         source: a `features/` or `manifest/` dataset; or a UTF-8 text file, plain or packed (.gz, .bz2, .xz).
-        text: how a text file is read.
+        layout: how a text file is read.
         train_splits: the rows of a dataset to learn from.
         validation_splits: the rows of a dataset to be tested on.
         validation_fraction: the share of a text file to be tested on: every so many lines, or the end of the running text.
@@ -55,12 +55,16 @@ def open_corpus(
         ConfigError: captions of a dataset are to be read as one running text.
     """
     if Folder(source).exists(DESCRIPTION_FILE):
-        if text == "running":
-            raise ConfigError(f"text running is for text files, got the dataset {os.fspath(source)}; use text lines")
+        if layout == "continuous":
+            raise ConfigError(
+                f"layout continuous is for text files, got the dataset {os.fspath(source)}; use layout sentences"
+            )
         return _open_dataset(source, train_splits, validation_splits)
     location = locate(os.fspath(source))
     corpus = (
-        _open_lines(location, validation_fraction) if text == "lines" else _open_running(location, validation_fraction)
+        _open_sentences(location, validation_fraction)
+        if layout == "sentences"
+        else _open_continuous(location, validation_fraction)
     )
     for name, texts in (("to learn from", corpus.training()), ("held out", corpus.validation())):
         if not any(one.strip() for one in texts):
@@ -85,7 +89,7 @@ def _open_dataset(
     )
 
 
-def _open_lines(location: Location, validation_fraction: float) -> Corpus:
+def _open_sentences(location: Location, validation_fraction: float) -> Corpus:
     """Holds out lines evenly through the file, so that both parts are of all that it is about."""
 
     def read(wanted: bool) -> Iterator[str]:
@@ -97,7 +101,7 @@ def _open_lines(location: Location, validation_fraction: float) -> Corpus:
     return Corpus(_hash_text(location), lambda: read(False), lambda: read(True))
 
 
-def _open_running(location: Location, validation_fraction: float) -> Corpus:
+def _open_continuous(location: Location, validation_fraction: float) -> Corpus:
     def read() -> str:
         return "".join(_strip_end(line) + "\n" for line in read_lines(location))
 

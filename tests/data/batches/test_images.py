@@ -48,9 +48,14 @@ def skipping(folder: Path, allowed: float = 1.0) -> SkippedImages:
     return SkippedImages(Folder(folder), 0, IMAGES, allowed)
 
 
-def batches(folder: Path, load: Loader, images: int = 4, flip: bool = False) -> ImageBatches:
+def batches(folder: Path, load: Loader, images: int = 4, horizontal_flip: bool = False) -> ImageBatches:
     return ImageBatches(
-        table(), lambda sentence: [ord(word) for word in sentence.split()], images, load, skipping(folder), flip
+        table(),
+        lambda sentence: [ord(word) for word in sentence.split()],
+        images,
+        load,
+        skipping(folder),
+        horizontal_flip,
     )
 
 
@@ -97,8 +102,8 @@ def test_an_image_that_is_gone_moves_no_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize("first", [0, 2, 6])
 def test_a_run_goes_on_from_any_batch_and_loads_nothing_before_it(tmp_path: Path, first: int) -> None:
     load = Loader()
-    whole = epoch(batches(tmp_path, Loader(), flip=True))
-    assert epoch(batches(tmp_path, load, flip=True), first=first) == whole[first:]
+    whole = epoch(batches(tmp_path, Loader(), horizontal_flip=True))
+    assert epoch(batches(tmp_path, load, horizontal_flip=True), first=first) == whole[first:]
     assert load.asked == [abs(number) for number in flat(whole[first:])]
 
 
@@ -109,8 +114,12 @@ def test_processes_share_the_batches_of_one(tmp_path: Path) -> None:
 
 
 def test_about_every_other_image_is_mirrored_and_others_in_the_next_epoch(tmp_path: Path) -> None:
-    def mirrored(number: int, flip: bool) -> set[int]:
-        return {image for image in flat(epoch(batches(tmp_path, Loader(), flip=flip), number)) if image < 0}
+    def mirrored(number: int, horizontal_flip: bool) -> set[int]:
+        return {
+            image
+            for image in flat(epoch(batches(tmp_path, Loader(), horizontal_flip=horizontal_flip), number))
+            if image < 0
+        }
 
     one, two = mirrored(0, True), mirrored(1, True)
     assert IMAGES / 4 < len(one) < 3 * IMAGES / 4

@@ -81,7 +81,7 @@ def test_a_second_import_writes_nothing_and_another_is_refused(tmp_path: Path) -
 
 def test_the_network_of_imported_features_is_not_made_up(tmp_path: Path) -> None:
     import_features(write_json(tmp_path, IMGIDS), write_mat(tmp_path, "5"), tmp_path / "features")
-    with pytest.raises(ConfigError, match="the features were imported"):
+    with pytest.raises(ConfigError, match="these features were imported"):
         EncoderConfig.from_description(open_dataset(tmp_path / "features").config["encoder"])
 
 

@@ -1,3 +1,5 @@
+import socket
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,27 @@ def test_a_list_of_which_no_image_is_there_is_refused_before_anything_is_written
     touch(tmp_path / "photos", ["b.jpg"])
     config = PrepareConfig(options=SourceOptions(image_root=str(tmp_path / "photos")))
     assert prepare_manifest(source, tmp_path / "manifest", config).images == 2
+
+
+def test_addresses_that_are_refused_are_not_opened_and_become_rows(tmp_path: Path) -> None:
+    requests: list[object] = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        evil = f"reference://x::http://127.0.0.1:{listening.getsockname()[1]}/refs.json"
+        (tmp_path / "evil.csv").write_text(f"image_id,uri\na,{evil}\n")
+        with pytest.raises(DatasetError, match=r"none of the first 1 images is there; .*BadAddress: "):
+            prepare_manifest(tmp_path / "evil.csv", tmp_path / "none")
+        touch(tmp_path, ["b.jpg"])
+        (tmp_path / "both.csv").write_text(f"image_id,uri\na,{evil}\nb,b.jpg\n")
+        assert prepare_manifest(tmp_path / "both.csv", tmp_path / "both").images == 2
+        listening.settimeout(0.05)
+        with suppress(TimeoutError):
+            requests.append(listening.accept())
+    assert requests == []
+
+
+def test_a_source_that_chains_file_systems_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="chains file systems"):
+        prepare_manifest("simplecache::http://127.0.0.1:9/a.csv", tmp_path / "manifest")
 
 
 def test_an_empty_source_says_what_was_looked_for(tmp_path: Path) -> None:

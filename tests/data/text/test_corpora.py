@@ -24,10 +24,10 @@ def test_a_line_is_a_sentence_and_some_are_held_out(tmp_path: Path) -> None:
 def test_running_text_is_one_text_whose_end_is_held_out(tmp_path: Path) -> None:
     path = tmp_path / "author.txt"
     path.write_text("To be,\r\nor not\r\n\r\nto be." * 10, encoding="utf-8", newline="")
-    corpus = open_corpus(path, "running", validation_fraction=0.25)
-    (training,), (held_out,) = corpus.training(), corpus.validation()
-    assert training + held_out == "To be,\nor not\n\nto be." * 10 + "\n"
-    assert len(held_out) == (len(training) + len(held_out)) // 4
+    corpus = open_corpus(path, "continuous", validation_fraction=0.25)
+    (training,), (validation,) = corpus.training(), corpus.validation()
+    assert training + validation == "To be,\nor not\n\nto be." * 10 + "\n"
+    assert len(validation) == (len(training) + len(validation)) // 4
 
 
 def test_packed_files_are_read_and_another_text_has_another_fingerprint(tmp_path: Path) -> None:
@@ -56,18 +56,18 @@ def test_a_dataset_gives_the_captions_of_its_splits(tmp_path: Path) -> None:
     assert corpus.fingerprint == dataset.fingerprint
     with pytest.raises(DatasetError, match="expected sentences in split dev, got none"):
         open_corpus(tmp_path / "manifest", validation_splits=["dev"])
-    with pytest.raises(ConfigError, match="text running is for text files"):
-        open_corpus(tmp_path / "manifest", "running")
+    with pytest.raises(ConfigError, match="layout continuous is for text files"):
+        open_corpus(tmp_path / "manifest", "continuous")
 
 
-@pytest.mark.parametrize("text", ["lines", "running"])
-def test_a_file_without_text_is_refused(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("layout", ["sentences", "continuous"])
+def test_a_file_without_text_is_refused(tmp_path: Path, layout: str) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(DatasetError, match=r"empty\.txt: expected text, got none to learn from"):
-        open_corpus(tmp_path / "empty.txt", text)  # type: ignore[arg-type]
+        open_corpus(tmp_path / "empty.txt", layout)  # type: ignore[arg-type]
     (tmp_path / "short.txt").write_text("one\ntwo\n")
     with pytest.raises(DatasetError, match="got none held out with 5% of it held out"):
-        open_corpus(tmp_path / "short.txt", text)  # type: ignore[arg-type]
+        open_corpus(tmp_path / "short.txt", layout)  # type: ignore[arg-type]
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
