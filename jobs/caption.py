@@ -10,10 +10,10 @@ from typing import Any
 import click
 
 from captionlib.config import load_config
-from captionlib.evaluation.image_views import sight_of
-from captionlib.evaluation.predictions import prediction_of
+from captionlib.evaluation.encoder_views import build_encoder_view
+from captionlib.evaluation.predictions import Prediction
 from captionlib.evaluation.report import write_report
-from captionlib.models.checkpoints.captioners import load_captioner
+from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.models.inference.captioning import GenerationConfig, caption_images
 from jobs.options import config_options, device_option
 
@@ -55,17 +55,19 @@ def command(
     captioner = load_captioner(checkpoint, device)
     if report is not None and captioner.model.attention is not None:
         settings = replace(settings, attention_maps=True)
-    rows, failures = caption_images(
-        images, checkpoint, settings, weights=weights, device=device, captioner=captioner
-    )
+    rows, failures = caption_images(images, checkpoint, settings, weights=weights, device=device, captioner=captioner)
     for row in rows:
         click.echo(json.dumps(row, ensure_ascii=False) if as_json else _format_row(row))
     for uri, error in failures:
         click.echo(f"{uri}: {error}", err=True)
     if report is not None and rows:
-        predictions, sight = [prediction_of(row) for row in rows], sight_of(rows, captioner.encoder)
-        note = f"{len(rows):,} images, captioned by {checkpoint}."
-        page = write_report(report, "Captions", predictions, note=note, sight=sight)
+        page = write_report(
+            report,
+            "Captions",
+            [Prediction.from_row(row) for row in rows],
+            note=f"{len(rows):,} images, captioned by {checkpoint}.",
+            encoder_view=build_encoder_view(rows, captioner.encoder),
+        )
         click.echo(f"{page}: {len(rows):,} images", err=as_json)
     sys.exit(1 if failures else 0)
 

@@ -9,7 +9,7 @@ from captionlib.data.shards.markers import Totals
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.data.shards.stages import ShardJob
 from captionlib.errors import ConfigError
-from captionlib.models.checkpoints.captioners import LoadedCaptioner
+from captionlib.models.checkpoints.checkpoint import LoadedCaptioner
 from captionlib.models.inference.attention_maps import require_attention
 from captionlib.models.inference.captioning import (
     SHARED_CAPTIONERS,

@@ -24,10 +24,10 @@ from captionlib.errors import ConfigError
 from captionlib.models.captioners.captioner import Captioner
 from captionlib.models.decoding.beam_search import search_beam
 from captionlib.models.decoding.cider_d import CiderD
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.constraints import Constraints
-from captionlib.models.decoding.decoder import DecodingConfig
-from captionlib.models.decoding.incremental import IncrementalCaptioner, Start
-from captionlib.models.decoding.sampling import sample_tokens, uniform_numbers
+from captionlib.models.decoding.incremental import Hypotheses, IncrementalCaptioner
+from captionlib.models.decoding.sampling import generate_uniforms, sample_tokens
 from captionlib.storage.folders import Folder
 from captionlib.training.caption_objective import CaptioningObjective
 from captionlib.training.objective import BatchLoss
@@ -151,14 +151,14 @@ class SelfCriticalObjective:
         """Draws sentences for each image, by the same network that learns from them, with what dropout leaves of it."""
         images, samples = batch.captions.features, self._config.samples
         keys = [f"{batch.seed} {batch.epoch} ".encode() + image.tobytes() for image in images]
-        uniforms = uniform_numbers(keys, samples, self._drawing.max_tokens, seed=0).to(self._device)
+        uniforms = generate_uniforms(keys, samples, self._drawing.max_tokens, seed=0).to(self._device)
         image_state = self.model.encode_images(torch.from_numpy(images).to(self._device))
         alive = torch.arange(len(images) * samples, device=self._device)  # the sentences that are still written
         state, word = image_state.state.index_select(1, alive // samples), torch.full_like(alive, END)
         written: list[list[int]] = [[] for _ in alive]
         log_probs, sentences = [], []
         for uniform in uniforms.unbind(1):
-            foretold, state = self.model.read_word(word, state, image_state, alive // samples)
+            foretold, state = self.model.step(word, state, image_state, alive // samples)
             with torch.no_grad():
                 allowed = foretold.clone()
                 self._constraints.apply(allowed, word[:, None])
@@ -182,9 +182,9 @@ class SelfCriticalObjective:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         incremental = IncrementalCaptioner(self.model, dtype)
         with torch.autocast(kind, enabled=False):
-            start: Start = incremental.begin(incremental.encode_images(torch.from_numpy(batch.features)))
+            start: Hypotheses = incremental.begin(incremental.encode_images(torch.from_numpy(batch.features)))
             found = search_beam(incremental, self._greedy, self._constraints, start)
-        return [[*one.words, END][: one.tokens] for (one,) in found]
+        return [[*one.token_ids, END][: one.token_count] for (one,) in found]
 
     def _judge(self, batch: CaptionBatch, drawn: list[list[int]], greedy: list[list[int]]) -> tuple[Rewards, Rewards]:
         """The rewards of the drawn sentences, and by how much they surpass the baseline; `[images, samples]` each."""

@@ -9,15 +9,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from urllib.error import URLError
 
-import fsspec
 import safetensors
 import safetensors.torch
 import torch
 import torchvision
+from fsspec.implementations.cached import SimpleCacheFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
 from captionlib.data.images.decoding import Preprocessing
 from captionlib.errors import ConfigError
+from captionlib.storage.file_systems import open_file_system
 
 __all__ = [
     "choose_build_device",
@@ -190,7 +192,7 @@ def _read_file(address: str, names: set[str]) -> Mapping[str, Tensor]:
 def _open_local(address: str) -> Iterator[str]:
     """Yields a local path of a weights file; turns errors while reading it into ConfigError."""
     try:
-        path: str = fsspec.open_local(f"simplecache::{address}") if "://" in address else address
+        path = _copy_to_local(address)
         if not Path(path).is_file():
             raise ConfigError(f"weights {address}: file not found")
         yield path
@@ -203,4 +205,15 @@ def _open_local(address: str) -> Iterator[str]:
         pickle.UnpicklingError,
         safetensors.SafetensorError,
     ) as error:
-        raise ConfigError(f"weights {address} cannot be read: {error}") from error
+        # The address may come from an untrusted checkpoint, and error messages of unpicklers quote the file.
+        reason = getattr(error, "strerror", None) or f"damaged or in an unknown format ({type(error).__name__})"
+        raise ConfigError(f"weights {address} cannot be read: {reason}") from error
+
+
+def _copy_to_local(address: str) -> str:
+    """Returns the path of a local file, or of a copy that is deleted when the process ends."""
+    fs, path = open_file_system(address)
+    if isinstance(fs, LocalFileSystem):
+        return str(path)
+    with SimpleCacheFileSystem(fs=fs).open(path, "rb") as copy:
+        return str(copy.name)

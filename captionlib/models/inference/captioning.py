@@ -16,10 +16,11 @@ from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.data.shards.stages import ProcessRows
 from captionlib.errors import ImageError
-from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner
-from captionlib.models.checkpoints.rankers import LoadedRanker
+from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, LoadedRanker, load_captioner
+from captionlib.models.decoding.candidate import Candidate
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.datastore import datastore_fingerprint, read_datastore
-from captionlib.models.decoding.decoder import Candidate, Decoder, DecodingConfig
+from captionlib.models.decoding.decoder import Decoder
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.attention_maps import map_attention, require_attention
@@ -142,7 +143,7 @@ def find_datastore_fingerprint(checkpoint: str, captioner: LoadedCaptioner, deco
     Raises:
         CheckpointError: decoding needs a datastore and the captioner has none.
     """
-    return datastore_fingerprint(checkpoint, captioner) if decoding.neighbors else None
+    return datastore_fingerprint(checkpoint, captioner) if decoding.rerank.neighbors else None
 
 
 def build_caption_rows(
@@ -160,12 +161,12 @@ def build_caption_rows(
         attention: attention weights of the captions, see `map_attention`.
     """
     schema = captions_schema(None if attention is None else attention.type.value_type.list_size)
-    texts = [[captioner.vocabulary.decode(candidate.words) for candidate in per_image] for per_image in candidates]
+    texts = [[captioner.vocabulary.decode(candidate.token_ids) for candidate in per_image] for per_image in candidates]
     columns = {
         **{name: [row[name] for row in rows] for name in ("image_id", "uri", "split")},
         "caption": [per_image[0] for per_image in texts],
         "log_prob": [per_image[0].log_prob for per_image in candidates],
-        "tokens": [per_image[0].tokens for per_image in candidates],
+        "tokens": [per_image[0].token_count for per_image in candidates],
         "candidates": [
             [
                 {"caption": text, "log_prob": candidate.log_prob}
@@ -210,7 +211,7 @@ def caption_images(
     if config.attention_maps:
         require_attention(captioner, checkpoint)
     encoder = EncoderConfig.from_description(captioner.encoder, weights or captioner.encoder_weights)
-    datastore = read_datastore(checkpoint, captioner) if config.decoding.neighbors else None
+    datastore = read_datastore(checkpoint, captioner) if config.decoding.rerank.neighbors else None
     dtype = getattr(torch, config.dtype)
     decoder = Decoder(captioner.model, config.decoding, dtype, captioner.vocabulary, datastore)
     failures: list[tuple[str, ImageError]] = []

@@ -17,16 +17,16 @@ import torch
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import FetchError
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, ImageState
-from captionlib.models.checkpoints import captioners, rankers
-from captionlib.models.checkpoints.captioners import save_captioner
-from captionlib.models.checkpoints.rankers import save_ranker
-from captionlib.models.decoding.decoder import Decoder, DecodingConfig
+from captionlib.models.checkpoints.checkpoint import save_captioner, save_ranker
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.decoder import Decoder
 from captionlib.models.devices import copy_to_host_async, halve_on_out_of_memory
 from captionlib.models.inference.captioning import CaptionGeneration, GenerationConfig
 from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding
 from captionlib.models.inference.extraction import encode_images
 from captionlib.models.inference.shared_models import PinnedCheckpoint, cached_per_process
 from captionlib.models.rankers.ranker import Ranker, RankerConfig
+from tests.models.checkpoint_loads import count_checkpoint_loads
 from tests.models.tiny_captioners import CONFIGS, build, features
 
 VOCABULARY = Vocabulary.from_captions(["a dog runs", "a cat sleeps"], min_count=1)
@@ -53,26 +53,19 @@ def open_concurrently(open_stage: Callable[[], Any]) -> None:
         list(threads.map(open_one, range(BUNDLES)))
 
 
-def count_calls(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[Any]:
-    calls: list[Any] = []
-    original = getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *arguments: calls.append(arguments) or original(*arguments))
-    return calls
-
-
 def test_concurrent_bundles_share_one_captioner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoints = [write_captioner(tmp_path / name, seed) for seed, name in enumerate(("first", "second"))]
-    loads = count_calls(monkeypatch, captioners, "read_checkpoint")
-    for checkpoint in checkpoints:
+    pinned = [write_captioner(tmp_path / name, seed) for seed, name in enumerate(("first", "second"))]
+    loads = count_checkpoint_loads(monkeypatch)
+    for checkpoint in pinned:
         open_concurrently(CaptionGeneration(GenerationConfig(), checkpoint, device="cpu").open)
-    assert [Path(folder).name for folder, _kind in loads] == ["first", "second"]
+    assert loads == ["first", "second"]
 
 
 def test_concurrent_bundles_share_one_ranker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Ranker(RankerConfig(hidden_size=4, embedding_size=4, joint_embedding_size=4), 3, len(VOCABULARY))
     fingerprint = save_ranker(tmp_path, model, VOCABULARY, {"shape": [3]}, provenance={}, training={})
     stage = ImageEmbedding(EmbeddingConfig(), PinnedCheckpoint(str(tmp_path), fingerprint))
-    loads = count_calls(monkeypatch, rankers, "read_checkpoint")
+    loads = count_checkpoint_loads(monkeypatch)
     open_concurrently(stage.open)
     assert len(loads) == 1
 
@@ -140,7 +133,7 @@ def test_decoding_in_halves_yields_the_same_captions(
     decoder = Decoder(build(CONFIGS[0], seed=1), decoding)
     images = features(7, seed=1)
     expected = decoder.decode(images, keys)
-    encode, sizes = decoder._stepper.encode_images, []
+    encode, sizes = decoder._incremental.encode_images, []
 
     def run_out_of_memory(images: torch.Tensor) -> ImageState:
         sizes.append(len(images))
@@ -148,11 +141,13 @@ def test_decoding_in_halves_yields_the_same_captions(
             raise torch.OutOfMemoryError("too much")
         return encode(images)
 
-    monkeypatch.setattr(decoder._stepper, "encode_images", run_out_of_memory)
+    monkeypatch.setattr(decoder._incremental, "encode_images", run_out_of_memory)
     halved = decoder.decode(images, keys)
     assert sizes == [7, 3, 1, 2, 4, 2, 2]
     for candidates, expected_candidates in zip(halved, expected, strict=True):
-        assert [candidate.words for candidate in candidates] == [candidate.words for candidate in expected_candidates]
+        assert [candidate.token_ids for candidate in candidates] == [
+            candidate.token_ids for candidate in expected_candidates
+        ]
         log_probs = [candidate.log_prob for candidate in expected_candidates]
         assert [candidate.log_prob for candidate in candidates] == pytest.approx(log_probs, rel=1e-5)
 
