@@ -177,18 +177,16 @@ def render_schemas() -> str:
     lines = ["# Schemas", "", "The columns of every dataset that captionlib writes.", ""]
     for name, schema in datasets.items():
         lines += [f"## {name}", "", "| Column | Type | Description |", "|---|---|---|"]
-        lines += [f"| `{field.name}` | `{_describe_column(field)}` | {_describe(field.name)} |" for field in schema]
+        lines += [
+            f"| `{field.name}` | `{_describe_column(field)}` | {schemas.COLUMN_DESCRIPTIONS[field.name]} |"
+            for field in schema
+        ]
         lines.append("")
     return "\n".join(lines)
 
 
 def _describe_column(field: pa.Field) -> str:
     return str(field.type).replace("|", "\\|")
-
-
-def _describe(column: str) -> str:
-    description = schemas.COLUMN_DESCRIPTIONS[column]
-    return description
 
 
 # Python API
