@@ -175,8 +175,9 @@ def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
     if rows:
         reason = "" if refused is None else f"; {refused.reason}: {refused}"
         raise DatasetError(
-            f"none of the first {len(rows)} images exists; the first is expected at {rows[0].uri}{reason}; set the folder "
-            "that image paths start from with --images, or use --no-check-images if only the workers can read the images"
+            f"none of the first {len(rows)} images exists; the first is expected at {rows[0].uri}{reason}; set the "
+            "folder that image paths start from with --images, or use --no-check-images if only the workers can read "
+            "the images"
         )
 
 
