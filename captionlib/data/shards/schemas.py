@@ -3,8 +3,8 @@
 import pyarrow as pa
 
 __all__ = [
-    "COLUMN_DESCRIPTIONS",
     "CANDIDATE_TYPE",
+    "COLUMN_DESCRIPTIONS",
     "FAILURES_SCHEMA",
     "MANIFEST_SCHEMA",
     "SCHEMA_VERSION",
