@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from captionlib.data.ingestion.prepare import PrepareConfig, prepare_manifest
+from captionlib.data.ingestion.prepare import PrepareConfig, prepare
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.synthetic_scenes import (
     IMAGE_SIZE,
@@ -120,7 +120,7 @@ def test_splits_share_no_scene(tmp_path: Path) -> None:
 
 def test_prepare_reads_the_synthetic_data_set(tmp_path: Path) -> None:
     path = write_scenes(tmp_path / "scenes", train=12, val=2, test=3)
-    prepare_manifest(path, tmp_path / "manifest", PrepareConfig(shard_size=100))
+    prepare(path, tmp_path / "manifest", PrepareConfig(shard_size=100))
     rows = open_dataset(tmp_path / "manifest").require_complete().read(0).to_pylist()
     scenes = read_scenes(tmp_path / "scenes")
     assert sorted(row["image_id"] for row in rows) == sorted(scenes)

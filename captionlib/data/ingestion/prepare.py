@@ -23,7 +23,7 @@ from captionlib.errors import ConfigError, DatasetError, FetchError
 from captionlib.progress import progress_bar
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 
-__all__ = ["PrepareConfig", "PrepareSummary", "prepare_manifest"]
+__all__ = ["PrepareConfig", "PrepareSummary", "prepare"]
 
 _IMAGES_TO_CHECK = 20
 
@@ -78,7 +78,7 @@ class PrepareSummary:
     already_prepared: bool
 
 
-def prepare_manifest(
+def prepare(
     sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     config: PrepareConfig | None = None,
