@@ -22,7 +22,7 @@ from captionlib.errors import ConfigError, FetchError
 from captionlib.storage.file_systems import (
     INTERPRETING_PROTOCOLS,
     is_chained,
-    is_known,
+    is_known_protocol,
     open_file_system,
     split_protocol,
 )
@@ -91,7 +91,7 @@ def check_protocols(protocols: Sequence[str]) -> None:
                 f"protocols: {protocol} interprets what it reads, so it is not safe for addresses of images; expected "
                 f"protocols such as {', '.join(IMAGE_PROTOCOLS)}; remove it"
             )
-        if not is_known(protocol):
+        if not is_known_protocol(protocol):
             raise ConfigError(
                 f"protocols: expected protocols of fsspec, such as {', '.join(IMAGE_PROTOCOLS)}, got {protocol!r}"
             )

@@ -28,7 +28,7 @@ from captionlib.data.sources.rows import ReadRows
 from captionlib.data.sources.tables import TABLE_EXTENSIONS, open_parquet, read_tables
 from captionlib.data.sources.webdataset import read_webdataset
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.storage.file_systems import open_unpacked
+from captionlib.storage.file_systems import open_decompressed
 
 __all__ = ["SOURCE_FORMATS", "SourceFormat", "detect_common_format", "detect_format"]
 
@@ -149,7 +149,7 @@ def _detect_parquet(location: Location) -> str:
 
 def _detect_json(location: Location) -> str:
     """By the keys in the first megabyte: whole files are large, and read once is enough."""
-    with open_unpacked(location.fs, location.path) as file:
+    with open_decompressed(location.fs, location.path) as file:
         start = file.read(_PEEK_BYTES).decode("utf-8-sig", errors="replace")
     first = _parse(start.lstrip().partition("\n")[0])
     if isinstance(first, dict) and "images" not in first:
