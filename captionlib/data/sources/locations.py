@@ -13,7 +13,7 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from captionlib.errors import DatasetError
-from captionlib.storage.file_systems import open_file_system, open_decompressed
+from captionlib.storage.file_systems import open_decompressed, open_file_system
 
 __all__ = [
     "IMAGE_EXTENSIONS",

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.storage.file_systems import open_file_system, open_decompressed
+from captionlib.storage.file_systems import open_decompressed, open_file_system
 
 __all__ = ["WordVectors", "read_word_vectors"]
 
