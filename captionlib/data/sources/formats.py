@@ -27,7 +27,7 @@ from captionlib.data.sources.rows import RowReader
 from captionlib.data.sources.tables import TABLE_EXTENSIONS, open_parquet, read_tables
 from captionlib.data.sources.webdataset import read_webdataset
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.storage.file_systems import open_unpacked
+from captionlib.storage.file_systems import open_decompressed
 
 __all__ = ["SOURCE_FORMATS", "SourceFormat", "detect_common_format", "detect_format"]
 
@@ -148,7 +148,7 @@ def _detect_parquet(location: Location) -> str:
 
 def _detect_json(location: Location) -> str:
     """Recognizes the keys in the first megabyte, since reading all of a large file twice takes long."""
-    with open_unpacked(location.fs, location.path) as file:
+    with open_decompressed(location.fs, location.path) as file:
         start = file.read(_PEEK_BYTES).decode("utf-8-sig", errors="replace")
     with contextlib.suppress(json.JSONDecodeError):
         first = json.loads(start.lstrip().partition("\n")[0])

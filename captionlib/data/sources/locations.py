@@ -13,7 +13,7 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from captionlib.errors import DatasetError
-from captionlib.storage.file_systems import open_file_system, open_unpacked
+from captionlib.storage.file_systems import open_decompressed, open_file_system
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -215,7 +215,7 @@ def read_lines(location: Location) -> Iterator[str]:
     """
     number = 0
     try:
-        with open_unpacked(location.fs, location.path, "rt", encoding="utf-8-sig", newline="") as file:
+        with open_decompressed(location.fs, location.path, "rt", encoding="utf-8-sig", newline="") as file:
             for line in file:
                 number += 1
                 yield line
