@@ -31,7 +31,7 @@ check: setup  ## Format, lint, types and the import contract.
 	$(BIN)/lint-imports
 
 docs: setup  ## Build the documentation site into .site/, with strict links.
-	$(BIN)/mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 test: check docs  ## All checks and all tests, in a process for each CPU.
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
