@@ -133,7 +133,9 @@ def test_half_a_dataset_is_not_a_whole_one(place: str) -> None:
 def test_too_many_failures_fail_the_run_but_keep_the_rows(place: str) -> None:
     dataset = create(place)
     fill(dataset)
-    with pytest.raises(FailureRatioError, match=r"2 of 5 images failed \(40.0%; expected at most 10.0%; Truncated: 2\)"):
+    with pytest.raises(
+        FailureRatioError, match=r"2 of 5 images failed \(40.0%; expected at most 10.0%; Truncated: 2\)"
+    ):
         dataset.finish(0.1)
     assert not dataset.is_complete()
     assert dataset.finish(0.4).rows == 3
