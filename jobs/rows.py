@@ -12,7 +12,7 @@ import fsspec
 import pyarrow as pa
 
 from captionlib.errors import ConfigError
-from captionlib.search.tables import Format, write_rows
+from captionlib.search.output import OutputFormat, write_output
 
 __all__ = ["first_rows", "print_rows", "save_rows"]
 
@@ -30,11 +30,11 @@ def _first(rows: pa.RecordBatchReader, limit: int) -> Iterator[pa.RecordBatch]:
             return
 
 
-def print_rows(rows: pa.RecordBatchReader, form: Format) -> None:
+def print_rows(rows: pa.RecordBatchReader, form: OutputFormat) -> None:
     """Prints rows, a table as wide as the terminal."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     try:
-        count = write_rows(rows, sys.stdout.buffer, form, width)
+        count = write_output(rows, sys.stdout.buffer, form, width)
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever reads has enough (`| head`); Python would complain once more when it closes the stream.
@@ -44,7 +44,7 @@ def print_rows(rows: pa.RecordBatchReader, form: Format) -> None:
         click.echo("no rows", err=True)
 
 
-def save_rows(rows: pa.RecordBatchReader, form: Format, output: str) -> int:
+def save_rows(rows: pa.RecordBatchReader, form: OutputFormat, output: str) -> int:
     """Writes a file that appears whole or not at all.
 
     Raises:
@@ -52,12 +52,12 @@ def save_rows(rows: pa.RecordBatchReader, form: Format, output: str) -> int:
     """
     if "://" in output:
         with fsspec.open(output, "wb") as file:
-            return write_rows(rows, file, form)
+            return write_output(rows, file, form)
     path = Path(output)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with partial.open("wb") as file:
-            count = write_rows(rows, file, form)
+            count = write_output(rows, file, form)
         partial.replace(path)
     except OSError as error:
         raise ConfigError(f"--output {output}: cannot be written: {error.strerror}") from error

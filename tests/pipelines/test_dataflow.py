@@ -20,7 +20,7 @@ from captionlib.models.inference.captioning import CaptionGeneration, Generation
 from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding, RankerFolder
 from captionlib.models.inference.extraction import ExtractionConfig, FeatureExtraction
 from captionlib.search.build import IndexBuild
-from captionlib.search.index_config import IndexConfig
+from captionlib.search.config import IndexConfig
 from captionlib.storage.folders import Folder
 from pipelines.build_index import BuildIndex
 from pipelines.extract_features import extract_features
