@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.bars import report
-from benchmarks.drawings import decode_images, draw_images
+from benchmarks.synthetic_images import decode_images, write_images
 from captionlib.models.encoders.encoder import Encoder, EncoderConfig, load_encoder
 
 IMAGES, BATCH, ROUNDS = 64, 32, 3
@@ -31,7 +31,7 @@ def main() -> None:
     capability = torch.backends.cpu.get_cpu_capability()
     amx, avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
     with tempfile.TemporaryDirectory() as scratch:
-        paths = draw_images(Path(scratch), IMAGES)
+        paths = write_images(Path(scratch), IMAGES)
         encoders = [load_encoder(FLOAT32, "cpu"), load_encoder(replace(FLOAT32, dtype="bfloat16"), "cpu")]
         images = decode_images(paths, encoders[0].preprocessing)
     for encoder in encoders:

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.bars import report
-from benchmarks.drawings import draw_images, write_manifest
+from benchmarks.synthetic_images import write_images, write_manifest
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.extraction import ExtractionConfig
 from pipelines.extract_features import extract_features
@@ -34,7 +34,7 @@ def main() -> None:
         run_once(int(sys.argv[1]), Path(sys.argv[2]))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        draw_images(Path(scratch) / "images", DRAWN)
+        write_images(Path(scratch) / "images", DRAWN)
         few = statistics.median(measure(2_000, scratch) for _ in range(3))
         many = measure(20_000, scratch)
     sys.exit(not report("extract-memory", many / few, 1.1, at_least=False))

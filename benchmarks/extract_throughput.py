@@ -14,9 +14,9 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from benchmarks.bars import report
-from benchmarks.drawings import decode_images, draw_images, write_manifest
+from benchmarks.synthetic_images import decode_images, write_images, write_manifest
 from captionlib.models.encoders.encoder import EncoderConfig
-from captionlib.models.inference.extraction import ExtractionConfig, open_encoder
+from captionlib.models.inference.extraction import ExtractionConfig, load_shared_encoder
 from pipelines.extract_features import extract_features
 from pipelines.run import RunConfig
 
@@ -53,9 +53,9 @@ def main() -> None:
     """Runs both in turn and reports the median of the ratios."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        paths = draw_images(folder / "images", IMAGES)
+        paths = write_images(folder / "images", IMAGES)
         write_manifest(folder / "manifest", [str(path) for path in paths], IMAGES)
-        images = decode_images(paths, open_encoder(CONFIG.encoder, "auto", None).preprocessing)
+        images = decode_images(paths, load_shared_encoder(CONFIG.encoder, "auto", None).preprocessing)
         network = bare_network()
         run_bare(network, images[: 2 * BATCH])
         ratios = []

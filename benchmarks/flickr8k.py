@@ -52,8 +52,8 @@ CAPTIONERS = {
 }
 PARTS = [*CAPTIONERS, "ranking"]
 RANKS = {
-    "image_to_sentence": {"recall_at_1": 0.22, "recall_at_5": 0.49, "recall_at_10": 0.62, "median_rank": 6},
-    "sentence_to_image": {"recall_at_1": 0.16, "recall_at_5": 0.40, "recall_at_10": 0.54, "median_rank": 9},
+    "image_to_text": {"recall_at_1": 0.22, "recall_at_5": 0.49, "recall_at_10": 0.62, "median_rank": 6},
+    "text_to_image": {"recall_at_1": 0.16, "recall_at_5": 0.40, "recall_at_10": 0.54, "median_rank": 9},
 }
 
 Row = tuple[str, float, float, bool]  # of the table: what, its value, its bar, and whether it is to be at least the bar
@@ -78,7 +78,7 @@ def main() -> None:
     _run("prepare", tokens, "--images", options.data / "images", "-o", manifest)
     needed = {WHOLE: (manifest, WHOLE)} if "ranking" in names else {}
     if names != ["ranking"]:
-        _run("prepare", tokens, "--images", options.data / "images", "-o", dev, "--only-split", "dev")
+        _run("prepare", tokens, "--images", options.data / "images", "-o", dev, "--split", "dev")
         needed |= {BEFORE_TAIL: (manifest, BEFORE_TAIL), DEV: (dev, BEFORE_TAIL)}
     for name, (images, recipe) in needed.items():
         config = CONFIGS / f"{recipe}.yaml"

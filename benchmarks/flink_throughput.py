@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.bars import report
-from benchmarks.drawings import draw_images, write_manifest
+from benchmarks.synthetic_images import write_images, write_manifest
 from captionlib.data.images.decoder_pool import DecoderConfig
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import MARKERS, part_name
+from captionlib.data.shards.markers import MARKERS_FOLDER, part_name
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.extraction import ExtractionConfig
 from clusters.flink import FlinkCluster
@@ -43,8 +43,8 @@ def run(manifest: ShardedDataset, output: Path, workers: int = 1, beam_options: 
 
 def working_seconds(output: Path) -> float:
     """From the beginning of the first shard to the end of the last."""
-    markers = open_dataset(output).markers()
-    ends = {shard: (output / MARKERS / f"{part_name(shard)}.json").stat().st_mtime for shard in markers}
+    markers = open_dataset(output).read_markers()
+    ends = {shard: (output / MARKERS_FOLDER / f"{part_name(shard)}.json").stat().st_mtime for shard in markers}
     return max(ends.values()) - min(ends[shard] - marker.seconds for shard, marker in markers.items())
 
 
@@ -52,7 +52,7 @@ def main() -> None:
     """Runs both in turn and reports the median of the ratios."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        images = [str(path) for path in draw_images(folder / "images", IMAGES)]
+        images = [str(path) for path in write_images(folder / "images", IMAGES)]
         manifest = write_manifest(folder / "manifest", images, SHARD_SIZE)
         cluster = FlinkCluster(folder / "cluster")
         try:

@@ -18,9 +18,9 @@ from urllib.request import urlopen
 import fsspec
 
 from benchmarks.bars import report
-from benchmarks.many_shards import job_over, write_rows
+from benchmarks.synthetic_shards import job_over, write_rows
 from captionlib.data.shards.dataset import open_dataset
-from captionlib.data.shards.markers import MARKERS, part_name, to_json
+from captionlib.data.shards.markers import MARKERS_FOLDER, part_name, to_json
 from captionlib.data.shards.stages import ShardJob
 from pipelines.run import RunConfig, run_job
 
@@ -34,12 +34,14 @@ def prepare(folder: str) -> None:
     first = source.folder.read("part-00000.parquet")
     pending = range(0, SHARDS, EVERY)
     for dataset, shards in ((source, pending), (job.outputs[0], sorted(set(range(SHARDS)) - set(pending)))):
-        marker = replace(source.markers([0])[0], fingerprint=dataset.fingerprint)
+        marker = replace(source.read_markers([0])[0], fingerprint=dataset.fingerprint)
         markers = {
-            dataset.folder.path(f"{MARKERS}/{part_name(shard)}.json"): to_json(asdict(replace(marker, shard=shard)))
+            dataset.folder.path(f"{MARKERS_FOLDER}/{part_name(shard)}.json"): to_json(
+                asdict(replace(marker, shard=shard))
+            )
             for shard in shards
         }
-        dataset.folder.fs.makedirs(dataset.folder.path(MARKERS), exist_ok=True)
+        dataset.folder.fs.makedirs(dataset.folder.path(MARKERS_FOLDER), exist_ok=True)
         dataset.folder.fs.pipe(markers)
     for shard in pending:
         source.folder.write(f"{part_name(shard)}.parquet", first)
@@ -54,7 +56,7 @@ def time_one_by_one(folder: str) -> float:
     """Seconds to look for the marker of each shard in its turn."""
     output = open_job(folder).outputs[0]
     began = time.time()
-    done = sum(output.marker(shard) is not None for shard in range(SHARDS))
+    done = sum(output.read_marker(shard) is not None for shard in range(SHARDS))
     seconds = time.time() - began
     assert done == SHARDS - SHARDS // EVERY
     return seconds

@@ -11,7 +11,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from benchmarks.bars import report
-from benchmarks.many_shards import job_over, write_rows
+from benchmarks.synthetic_shards import job_over, write_rows
 from pipelines.process_shards import ProcessShards
 from pipelines.run import RunConfig, run_job
 
@@ -31,7 +31,7 @@ def run_once(shards: int) -> None:
         print(
             f"# run: {seconds:.1f} s with {WORKERS} workers, {1000 * seconds * WORKERS / shards:.1f} ms of one a shard"
         )
-        for what, look in (("list", job.outputs[0].done), ("read", job.outputs[0].totals)):
+        for what, look in (("list", job.outputs[0].done_shards), ("read", job.outputs[0].compute_totals)):
             began = time.perf_counter()
             look()
             print(f"# to {what} the markers: {time.perf_counter() - began:.2f} s")

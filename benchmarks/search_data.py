@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import captions_schema, embeddings_schema
 from captionlib.data.shards.writer import write_shard
@@ -117,11 +118,10 @@ def _write(data: SearchData) -> None:
                 for image_id, split, caption, log_prob in zip(ids, splits, captions, log_probs, strict=True)
             ]
             writer.write(pa.RecordBatch.from_pylist(values, captions_schema()))
-        numbers = pa.array(data.image_vectors(rows, shard).astype(np.float16).reshape(-1))
         columns = [
             pa.array(ids),
             pa.array([f"https://example.org/{image_id}.jpg" for image_id in ids]),
-            pa.FixedSizeListArray.from_arrays(numbers, type=schema.field("embedding").type),
+            numpy_to_vectors(data.image_vectors(rows, shard).astype(np.float16)),
         ]
         with write_shard(vectors, shard, rows) as writer:
             writer.write(pa.RecordBatch.from_arrays(columns, schema=schema))

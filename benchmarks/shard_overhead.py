@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from benchmarks.bars import report
-from benchmarks.many_shards import SCHEMA, add_features, job_over, write_rows
+from benchmarks.synthetic_shards import SCHEMA, add_features, job_over, write_rows
 from captionlib.data.shards.dataset import ShardedDataset
 from pipelines.run import RunConfig, run_job
 

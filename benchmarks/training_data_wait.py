@@ -5,7 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.bars import report
-from benchmarks.caption_features import write_features
+from benchmarks.synthetic_features import write_features
 from captionlib.models.captioners.captioner import CaptionerConfig
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
 from captionlib.training.loop import TrainingConfig
@@ -14,7 +14,7 @@ IMAGES, WINDOW_MEGABYTES = 3000, 4  # 24 MB of features: six windows an epoch
 CONFIG = CaptionerTrainingConfig(
     captioner=CaptionerConfig(hidden_size=256, embedding_size=256),
     training=TrainingConfig(epochs=2, optimizer="adam"),
-    window_megabytes=WINDOW_MEGABYTES,
+    shuffle_buffer_megabytes=WINDOW_MEGABYTES,
 )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.bars import report
-from benchmarks.caption_features import write_features
+from benchmarks.synthetic_features import write_features
 from captionlib.models.captioners.captioner import CaptionerConfig
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
 from captionlib.training.loop import TrainingConfig
@@ -18,7 +18,7 @@ CONFIG = CaptionerTrainingConfig(
     captioner=CaptionerConfig(hidden_size=16, embedding_size=16),  # so that the epoch takes seconds
     training=TrainingConfig(epochs=1, optimizer="adam"),
     max_words=4,
-    window_megabytes=4,
+    shuffle_buffer_megabytes=4,
 )
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.bars import report
-from benchmarks.caption_features import FEATURE_SIZE, SENTENCES, write_features
+from benchmarks.synthetic_features import FEATURE_SIZE, SENTENCES, write_features
 from captionlib.data.batches.captions import read_captions, read_features
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.text.vocabulary import END, PAD, Vocabulary

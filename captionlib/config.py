@@ -18,7 +18,7 @@ from typing_extensions import dataclass_transform
 
 from captionlib.errors import ConfigError
 
-__all__ = ["build_config", "configclass", "differences", "load_config", "parse_override", "to_dict"]
+__all__ = ["build_config", "configclass", "describe_differences", "load_config", "parse_override", "to_dict"]
 
 Config = TypeVar("Config")
 
@@ -111,7 +111,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Returns one phrase for each field in which two nested configurations differ."""
     there, here = _flatten(before), _flatten(now)
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]

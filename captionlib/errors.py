@@ -1,25 +1,29 @@
-"""Every error that captionlib raises on purpose.
+"""The errors that captionlib raises on purpose.
 
 CaptionlibError
-├── ConfigError            an option or a configuration file is wrong: nothing was started
-├── DatasetError           a folder is not the dataset that was expected
+├── ConfigError            an option or a configuration file is wrong; nothing was started
+├── DatasetError           a folder is not the dataset that a stage expects
 │   ├── FingerprintError   the folder holds the output of another configuration
-│   ├── DuplicateIdError   two images of one dataset have the same id
+│   ├── DuplicateIdError   two images of a dataset have the same id
 │   └── FailureRatioError  more images failed than the run allows
-├── StorageError         files cannot be read or written for longer than anyone waits
-├── CheckpointError        a folder is not a checkpoint, or is one of another encoder
-├── QueryError             a query that cannot be answered
-├── RunnerError            a cluster gave a pipeline up, or cannot be reached
-└── ImageError             one image cannot be had: it becomes a failure row, never the end of a run
-    ├── FetchError         its bytes cannot be read
-    └── DecodeError        its bytes are no image, or one that is not allowed
+├── StorageError           files cannot be read or written
+├── CheckpointError        a folder is not a checkpoint, or its encoder does not match
+├── QueryError             a query cannot be executed
+├── BusyError              too many requests at once
+├── RunnerError            a Beam runner failed or cannot be reached
+├── SubprocessError        a helper process, such as Java or an image decoder, failed
+├── TrainingInterrupted    training stopped on request, after saving its state
+└── ImageError             an image cannot be read; it becomes a failure row and the run continues
+    ├── FetchError         its bytes cannot be fetched
+    └── DecodeError        its bytes are not a supported image
 
-A message says what, expected, got, and what to do.
+A message says what happened, what was expected, what was found instead, and what to do.
 """
 
 from typing import ClassVar
 
 __all__ = [
+    "BusyError",
     "CaptionlibError",
     "CheckpointError",
     "ConfigError",
@@ -33,19 +37,21 @@ __all__ = [
     "QueryError",
     "RunnerError",
     "StorageError",
+    "SubprocessError",
+    "TrainingInterrupted",
 ]
 
 
 class CaptionlibError(Exception):
-    """Base of all errors that captionlib raises on purpose."""
+    """Base class of all errors that captionlib raises on purpose."""
 
 
 class ConfigError(CaptionlibError):
-    """An option or a configuration file is wrong."""
+    """An option or a configuration file is wrong; nothing was started."""
 
 
 class DatasetError(CaptionlibError):
-    """A folder is not the dataset that was expected."""
+    """A folder is not the dataset that a stage expects."""
 
 
 class FingerprintError(DatasetError):
@@ -53,7 +59,7 @@ class FingerprintError(DatasetError):
 
 
 class DuplicateIdError(DatasetError):
-    """Two images of one dataset have the same id."""
+    """Two images of a dataset have the same id."""
 
 
 class FailureRatioError(DatasetError):
@@ -61,26 +67,38 @@ class FailureRatioError(DatasetError):
 
 
 class StorageError(CaptionlibError):
-    """Files cannot be read or written, for longer than anyone waits."""
+    """Files cannot be read or written."""
 
 
 class CheckpointError(CaptionlibError):
-    """A folder is not a checkpoint, or not one for these features."""
+    """A folder is not a checkpoint, or the checkpoint belongs to another encoder."""
 
 
 class QueryError(CaptionlibError):
-    """A query that cannot be answered."""
+    """A query cannot be executed."""
+
+
+class BusyError(CaptionlibError):
+    """The server is processing as many requests as it accepts at once."""
 
 
 class RunnerError(CaptionlibError):
-    """A cluster gave a pipeline up, or cannot be reached; the shards that are done are kept."""
+    """A Beam runner failed or cannot be reached; finished shards are kept."""
+
+
+class SubprocessError(CaptionlibError):
+    """A helper process, such as Java or an image decoder, cannot be started or failed."""
+
+
+class TrainingInterrupted(CaptionlibError):  # noqa: N818 - the user requested it
+    """Training stopped on Ctrl-C or SIGTERM, after saving its state; the same command resumes it."""
 
 
 class ImageError(CaptionlibError):
-    """One image cannot be had.
+    """An image cannot be read.
 
     Attributes:
-        reason: a short class of the error to count failures by, such as `HTTPError 404` or `UnidentifiedImageError`.
+        reason: a short class of the error by which failures are counted, such as `HTTP 404` or `Truncated`.
     """
 
     stage: ClassVar[str] = "image"
@@ -94,12 +112,12 @@ class ImageError(CaptionlibError):
 
 
 class FetchError(ImageError):
-    """The bytes of an image cannot be read."""
+    """The bytes of an image cannot be fetched."""
 
     stage = "fetch"
 
 
 class DecodeError(ImageError):
-    """The bytes of an image are no image, or one that is not allowed."""
+    """The bytes of an image are not a supported image."""
 
     stage = "decode"

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import captionlib.search
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import DESCRIPTION, FAILURES, MARKERS, SUCCESS, part_name
+from captionlib.data.shards.markers import DESCRIPTION_FILE, FAILURES_FOLDER, MARKERS_FOLDER, SUCCESS_FILE, part_name
 from captionlib.errors import DatasetError
 from captionlib.search.index_folder import IndexDescription, read_description
-from captionlib.storage.folders import TEMPORARY, Folder
+from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 
 __all__ = ["compare_datasets", "compare_indexes"]
 
@@ -47,7 +47,7 @@ def compare_indexes(expected: Path, got: Path, questions: list[str]) -> list[str
 
 def _compare_rows(before: ShardedDataset, now: ShardedDataset) -> Iterator[str]:
     for shard in range(before.shards):
-        name, wanted, marker = part_name(shard), before.marker(shard), now.marker(shard)
+        name, wanted, marker = part_name(shard), before.read_marker(shard), now.read_marker(shard)
         if wanted is None or marker is None:
             yield f"{name}: no marker"
             continue
@@ -72,7 +72,7 @@ def _find_repeated(dataset: ShardedDataset) -> Iterator[str]:
 def _find_strangers(dataset: ShardedDataset) -> Iterator[str]:
     """Files that are neither a part nor beside one: half-written ones above all."""
     parts = {f"{part_name(shard)}.parquet" for shard in range(dataset.shards)}
-    beside = {DESCRIPTION, SUCCESS, MARKERS, FAILURES, TEMPORARY}
+    beside = {DESCRIPTION_FILE, SUCCESS_FILE, MARKERS_FOLDER, FAILURES_FOLDER, TEMPORARY_FOLDER}
     yield from (f"{name}: a file too many" for name in dataset.folder.list() if name not in parts | beside)
     yield from (f"{name}: missing" for name in parts - set(dataset.folder.list()))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from captionlib.data.shards.markers import MARKERS
+from captionlib.data.shards.markers import MARKERS_FOLDER
 from captionlib.data.synthetic_scenes import write_scenes
 from clusters.comparison import compare_datasets, compare_indexes
 from clusters.processes import ClusterError
@@ -94,7 +94,7 @@ class Flow:
 
     def count_done(self, stage: str, output: str) -> int:
         """The shards that a stage has published; of an index, the rows that it has written."""
-        where = {"extract-features": f"features/{MARKERS}", "generate-captions": f"captions/{MARKERS}"}
+        where = {"extract-features": f"features/{MARKERS_FOLDER}", "generate-captions": f"captions/{MARKERS_FOLDER}"}
         return len(list((self.folder / output / where.get(stage, "index/rows")).glob("part-*")))
 
     def is_complete(self, stage: str, output: str) -> bool:

@@ -4,7 +4,7 @@ import click
 
 from captionlib.config import load_config
 from captionlib.evaluation.activation_page import write_activation_page
-from captionlib.models.encoders.activations import ActivationConfig, activate
+from captionlib.models.encoders.activations import ActivationConfig, compute_activations
 from jobs.options import config_options, device_option
 
 __all__ = ["command"]
@@ -44,7 +44,7 @@ def command(
     if nodes:
         overrides = (*overrides, f"nodes=[{', '.join(nodes)}]")
     settings = load_config(ActivationConfig, config, overrides)
-    found = activate(image, settings, device)
+    found = compute_activations(image, settings, device)
     name = image.rstrip("/").rsplit("/", 1)[-1]
     write_activation_page(output, name, found, f"{settings.model} with weights {settings.weights.rsplit('/', 1)[-1]}")
     if found.note:

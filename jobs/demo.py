@@ -12,11 +12,11 @@ import click
 import torch
 
 from captionlib.config import load_config
-from captionlib.data.ingestion.prepare import PrepareConfig, prepare_manifest
-from captionlib.data.synthetic_scenes import Scene, attributes_of, read_scenes, score_attributes, write_scenes
+from captionlib.data.ingestion.prepare import PrepareConfig, prepare
+from captionlib.data.synthetic_scenes import Scene, parse_attributes, read_scenes, score_attributes, write_scenes
 from captionlib.evaluation.evaluate import Evaluation, evaluate_captions
 from captionlib.evaluation.report import write_report
-from captionlib.models.checkpoints.captioners import load_captioner
+from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.captioning import GenerationConfig
 from captionlib.models.inference.extraction import ExtractionConfig
@@ -32,7 +32,7 @@ __all__ = ["command"]
 # What the demo needs and the defaults are not: few words, few minutes, and features of random weights, in which all
 # pictures look alike but for small parts of their principal components.
 TRAINING = [
-    "captioner.image_input=state",
+    "captioner.image_input=initial_state",
     "captioner.principal_components=256",
     "captioner.hidden_size=256",
     "captioner.embedding_size=256",
@@ -79,7 +79,7 @@ def command(output: str, weights: str, train: int, held_out: int, overwrite: boo
     with _stage("1/7 draw", f"{train} scenes to learn from, {held_out} others to caption"):
         dataset = write_scenes(folder / "scenes", train, held_out // 2, held_out)
     with _stage("2/7 prepare", "captionlib prepare"):
-        prepare_manifest(dataset, folder / "manifest", PrepareConfig(shard_size=100))
+        prepare(dataset, folder / "manifest", PrepareConfig(shard_size=100))
     with _stage("3/7 extract-features", "captionlib extract-features: VGG-16 at fc7"):
         encoder = EncoderConfig(weights=weights, missing_weights="random:0", dtype=_fast_dtype(), resize_size=224)
         extract_features(folder / "manifest", folder / "features", ExtractionConfig(encoder), run=run)
@@ -101,9 +101,9 @@ def command(output: str, weights: str, train: int, held_out: int, overwrite: boo
         "Captions of held-out scenes",
         found.predictions,
         note=f"What the captioner says of {held_out} scenes whose combination of attributes it has never seen.",
-        figures=figures,
-        cider=found.scores.of_images["CIDEr"],
-        marks={image_id: _marks(scenes[image_id], caption) for image_id, caption in found.captions.items()},
+        scores=figures,
+        cider=found.scores.per_image["CIDEr"],
+        attributes={image_id: _marks(scenes[image_id], caption) for image_id, caption in found.captions.items()},
         history=load_captioner(folder / "captioner").training["history"],
     )
     click.echo(f"\nThe report, to open in a browser:\n{Path(page).resolve()}")
@@ -122,7 +122,7 @@ def _evaluate(folder: Path) -> tuple[list[tuple[str, str, str]], Evaluation]:
 
 
 def _marks(scene: Scene, caption: str) -> dict[str, bool]:
-    return {name: value == getattr(scene, name) for name, value in attributes_of(caption).items()}
+    return {name: value == getattr(scene, name) for name, value in parse_attributes(caption).items()}
 
 
 def _query(folder: Path) -> None:

@@ -10,7 +10,7 @@ import click
 
 from captionlib.config import to_dict
 from captionlib.data.shards.inspection import DatasetReport, inspect_dataset
-from captionlib.data.shards.markers import DESCRIPTION
+from captionlib.data.shards.markers import DESCRIPTION_FILE
 from captionlib.errors import DatasetError
 from captionlib.search.index_folder import DESCRIPTION as INDEX
 from captionlib.search.index_folder import IndexDescription, read_description
@@ -33,7 +33,7 @@ def command(folder: str, as_json: bool, verify: bool) -> None:
       captionlib inspect captioner --json
     """
     names = Folder(folder).list()
-    if DESCRIPTION in names:
+    if DESCRIPTION_FILE in names:
         report = inspect_dataset(folder, verify)
         click.echo(_to_json(dataclasses.asdict(report)) if as_json else _describe(report, verify))
         sys.exit(1 if report.problems else 0)
@@ -52,7 +52,7 @@ def command(folder: str, as_json: bool, verify: bool) -> None:
             "or start it again if it was stopped: it goes on"
         )
     raise DatasetError(
-        f"{folder} is nothing of captionlib's: expected a dataset ({DESCRIPTION}), an index ({INDEX}) or a "
+        f"{folder} is nothing of captionlib's: expected a dataset ({DESCRIPTION_FILE}), an index ({INDEX}) or a "
         f"checkpoint (config.json), got {', '.join(names[:5]) if names else 'no such folder, or an empty one'}"
     )
 
@@ -74,9 +74,9 @@ def _describe(report: DatasetReport, verified: bool) -> str:
     for reason, failure in report.failures.items():
         example = f"such as {failure.image_id} ({failure.uri}): {failure.message}"
         lines.append(f"    {failure.count:>7,} {reason}, {example}")
-    if report.leftovers and not report.complete:
+    if report.temporary_files and not report.complete:
         lines.append(
-            f"  leftovers    {report.leftovers:,} files of runs that died or go on; the next to end well clears them"
+            f"  temporary_files    {report.temporary_files:,} files of runs that died or go on; the next to end well clears them"
         )
     if verified and not report.problems:
         lines.append("  verified     every file is as its marker says")

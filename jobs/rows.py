@@ -3,16 +3,13 @@
 import os
 import shutil
 import sys
-import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
 import click
-import fsspec
 import pyarrow as pa
 
-from captionlib.errors import ConfigError
 from captionlib.search.output import OutputFormat, write_output
+from captionlib.storage.folders import stage_file
 
 __all__ = ["first_rows", "print_rows", "save_rows"]
 
@@ -48,19 +45,7 @@ def save_rows(rows: pa.RecordBatchReader, form: OutputFormat, output: str) -> in
     """Writes a file that appears whole or not at all.
 
     Raises:
-        ConfigError: it cannot be written.
+        StorageError: it cannot be written.
     """
-    if "://" in output:
-        with fsspec.open(output, "wb") as file:
-            return write_output(rows, file, form)
-    path = Path(output)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("wb") as file:
-            count = write_output(rows, file, form)
-        partial.replace(path)
-    except OSError as error:
-        raise ConfigError(f"--output {output}: cannot be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return count
+    with stage_file(output) as path, path.open("wb") as file:
+        return write_output(rows, file, form)

@@ -6,13 +6,14 @@ from dataclasses import asdict
 import click
 
 from captionlib.config import load_config
-from captionlib.models.captioners.language_model import load_language_model, sample_texts
-from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.checkpoints.checkpoint import load_language_model
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.text_sampling import sample_texts
 from jobs.options import config_options, device_option
 
 __all__ = ["command"]
 
-_LENGTHS = {("lines", "words"): 30, ("lines", "characters"): 200, ("running", "words"): 100}
+_LENGTHS = {("sentences", "words"): 30, ("sentences", "characters"): 200, ("continuous", "words"): 100}
 _LONGEST = 500  # of running characters
 
 
@@ -47,18 +48,18 @@ def command(
     \b
     Examples:
       captionlib sample language-model --count 10
-      captionlib sample language-model --prefix "a dog" --temperature 0.7 --set no_repeat_ngram=3
+      captionlib sample language-model --prefix "a dog" --temperature 0.7 --set no_repeat_ngram_size=3
       captionlib sample author --length 1000 --top-p 0.9 --seed 1
     """
     language_model = load_language_model(checkpoint, device)
     chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    length = length or _LENGTHS.get((language_model.text, language_model.vocabulary.level), _LONGEST)
+    length = length or _LENGTHS.get((language_model.layout, language_model.vocabulary.level), _LONGEST)
     given = [f"{name}={value}" for name, value in chosen.items() if value is not None]
     settings = load_config(DecodingConfig, config, [*overrides, *given, "strategy=sample", f"max_tokens={length}"])
     for number, sample in enumerate(sample_texts(language_model, settings, count, prefix)):
         if as_json:
             click.echo(json.dumps(asdict(sample), ensure_ascii=False))
         else:
-            if number and language_model.text == "running":
+            if number and language_model.layout == "continuous":
                 click.echo("----")
             click.echo(sample.text)

@@ -7,10 +7,10 @@ import click
 
 from captionlib.config import load_config
 from captionlib.data.shards.dataset import open_dataset
+from captionlib.errors import TrainingInterrupted
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
 from captionlib.training.distributed import is_first_process
 from captionlib.training.finetuning import FinetuningConfig, finetune_captioner
-from captionlib.training.loop import TrainingStopped
 from jobs.options import training_options
 
 __all__ = ["command"]
@@ -56,7 +56,7 @@ def command(
       captionlib train-captioner manifest -o tuned --init-from captioner --config finetune-encoder
       captionlib train-captioner manifest -o tuned --init-from captioner --set encoder.from_node=features.17
       captionlib train-captioner maps -o captioner --set captioner.encoder_top=features.29   # maps of features.23
-      captionlib train-captioner features -o words --set objective=words   # then --init-from words
+      captionlib train-captioner features -o words --set objective=bag_of_words   # then --init-from words
       torchrun --nproc-per-node 4 --no-python captionlib train-captioner features -o captioner
     """
     if init_from is not None:
@@ -70,8 +70,8 @@ def command(
         else:
             settings = load_config(CaptionerTrainingConfig, config, overrides)
             history = train_captioner(source, output, settings, weights=weights, **how)
-    except TrainingStopped as stopped:
-        raise click.Abort from stopped
+    except TrainingInterrupted as interrupted:
+        raise click.Abort from interrupted
     name = next(name for name in ("CIDEr", "perplexity", "word_perplexity") if name in history[0])
     best = (max if name == "CIDEr" else min)(history, key=lambda row: row[name])
     if is_first_process():

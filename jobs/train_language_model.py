@@ -3,8 +3,8 @@
 import click
 
 from captionlib.config import load_config
+from captionlib.errors import TrainingInterrupted
 from captionlib.training.language_modeling import LanguageModelTrainingConfig, train_language_model
-from captionlib.training.loop import TrainingStopped
 from jobs.options import training_options
 
 __all__ = ["command"]
@@ -25,7 +25,7 @@ def command(
     """Fit a language model on the sentences of SOURCE: a features dataset, a manifest, or a text file.
 
     It is the captioner without its image. A text file has a line a sentence, or is one running text
-    (--set text=running); both are learned by the word or by the character (--set level=characters). Keeps the
+    (--set layout=continuous); both are learned by the word or by the character (--set level=characters). Keeps the
     checkpoint of the epoch with the lowest perplexity on the splits val or dev, or on a share of the text file.
     Ctrl-C stops it after saving; the same command goes on where it stopped.
 
@@ -38,7 +38,7 @@ def command(
     settings = load_config(LanguageModelTrainingConfig, config, overrides)
     try:
         history = train_language_model(source, output, settings, device=device, overwrite=overwrite, progress=progress)
-    except TrainingStopped as stopped:
-        raise click.Abort from stopped
+    except TrainingInterrupted as interrupted:
+        raise click.Abort from interrupted
     best = min(history, key=lambda row: row["perplexity"])
     click.echo(f"{output}: perplexity {best['perplexity']:.2f} after epoch {best['epoch']:.0f} of {len(history)}")

@@ -9,10 +9,10 @@ import yaml
 from captionlib.errors import ConfigError
 from captionlib.recipes import find_recipe
 
-__all__ = ["expand_files", "to_flags"]
+__all__ = ["expand_option_files", "to_flags"]
 
 
-def expand_files(flags: Sequence[str]) -> list[str]:
+def expand_option_files(flags: Sequence[str]) -> list[str]:
     """The flags, with those of its file in place of each `@FILE`; of a flag that is given twice Beam takes the last.
 
     Raises:

@@ -7,10 +7,10 @@ from captionlib.data.shards.dataset import create_dataset, open_dataset
 from captionlib.data.shards.markers import Totals
 from captionlib.data.shards.schemas import embeddings_schema
 from captionlib.data.shards.stages import ShardJob
-from captionlib.models.checkpoints.rankers import load_ranker
-from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding, RankerFolder, describe_embeddings
-from captionlib.models.inference.feature_source import encoder_for
-from captionlib.storage.folders import absolute_address
+from captionlib.models.checkpoints.checkpoint import load_ranker
+from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding, PinnedRanker, describe_embeddings
+from captionlib.models.inference.feature_source import resolve_encoder
+from captionlib.storage.folders import resolve_address
 from pipelines.run import RunConfig, run_job
 
 __all__ = ["embed_images"]
@@ -45,12 +45,12 @@ def embed_images(
         DatasetError: the source is not complete, or `output` holds something else.
         FailureRatioError: more images failed than the run allows.
     """
-    config = replace(config, loading=run.share(config.loading))
+    config = replace(config, loading=run.divide_decoders(config.loading))
     rows = open_dataset(source).require_complete()
     model = load_ranker(os.fspath(ranker))
-    threads = run.threads if run.workers > 1 else None
-    here, there = run.devices(device)
-    encoder = encoder_for(rows, model, weights, here, threads)
+    threads = run.threads_per_worker if run.workers > 1 else None
+    here, there = run.resolve_devices(device)
+    encoder = resolve_encoder(rows, model, weights, here, threads)
     dataset = create_dataset(
         output,
         "embeddings",
@@ -59,5 +59,5 @@ def embed_images(
         shards=rows.shards,
         overwrite=run.overwrite,
     )
-    stage = ImageEmbedding(config, RankerFolder(absolute_address(ranker), model.fingerprint), encoder, there, threads)
+    stage = ImageEmbedding(config, PinnedRanker(resolve_address(ranker), model.fingerprint), encoder, there, threads)
     return run_job(ShardJob(rows, (dataset,), stage, run.retry_failures), "embed", run)

@@ -7,8 +7,7 @@ from captionlib.data.shards.dataset import create_dataset, open_dataset
 from captionlib.data.shards.markers import Totals
 from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.stages import ShardJob
-from captionlib.models.encoders.encoder import travelling_config
-from captionlib.models.inference.extraction import ExtractionConfig, FeatureExtraction, open_encoder
+from captionlib.models.inference.extraction import ExtractionConfig, FeatureExtraction, load_shared_encoder
 from pipelines.run import RunConfig, run_job
 
 __all__ = ["extract_features"]
@@ -39,11 +38,13 @@ def extract_features(
         DatasetError: the manifest is not complete, or `output` holds something else.
         FailureRatioError: more images failed than the run allows.
     """
-    config = replace(config, encoder=travelling_config(config.encoder), loading=run.share(config.loading))
+    config = replace(
+        config, encoder=config.encoder.with_absolute_weights(), loading=run.divide_decoders(config.loading)
+    )
     source = open_dataset(manifest, "manifest").require_complete()
-    threads = run.threads if run.workers > 1 else None
-    here, there = run.devices(device)
-    encoder = open_encoder(config.encoder, here, threads)
+    threads = run.threads_per_worker if run.workers > 1 else None
+    here, there = run.resolve_devices(device)
+    encoder = load_shared_encoder(config.encoder, here, threads)
     dataset = create_dataset(
         output,
         "features",

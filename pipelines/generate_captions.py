@@ -10,13 +10,12 @@ from captionlib.data.shards.markers import Totals
 from captionlib.data.shards.schemas import captions_schema, embeddings_schema
 from captionlib.data.shards.stages import ShardJob
 from captionlib.errors import ConfigError
-from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner
-from captionlib.models.checkpoints.rankers import load_ranker
+from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner, load_ranker
 from captionlib.models.inference.attention_maps import require_attention
-from captionlib.models.inference.captioning import CaptionGeneration, GenerationConfig, find_datastore
-from captionlib.models.inference.embedding import RankerFolder, describe_embeddings
-from captionlib.models.inference.feature_source import encoder_for
-from captionlib.storage.folders import absolute_address
+from captionlib.models.inference.captioning import CaptionGeneration, GenerationConfig, find_datastore_fingerprint
+from captionlib.models.inference.embedding import PinnedRanker, describe_embeddings
+from captionlib.models.inference.feature_source import resolve_encoder
+from captionlib.storage.folders import resolve_address
 from pipelines.run import RunConfig, run_job
 
 __all__ = ["generate_captions"]
@@ -57,16 +56,16 @@ def generate_captions(
         DatasetError: the source is not complete, or `output` holds something else.
         FailureRatioError: more images failed than the run allows.
     """
-    config = replace(config, loading=run.share(config.loading))
+    config = replace(config, loading=run.divide_decoders(config.loading))
     if (ranker is None) != (embeddings is None):
         raise ConfigError("--ranker and --embeddings belong together: the model, and the dataset that it writes")
     rows = open_dataset(source).require_complete()
     captioner = load_captioner(os.fspath(checkpoint))
     positions = require_attention(captioner, os.fspath(checkpoint)) if config.attention_maps else None
-    memory = find_datastore(os.fspath(checkpoint), captioner, config.decoding)
-    threads = run.threads if run.workers > 1 else None
-    here, there = run.devices(device)
-    encoder = encoder_for(rows, captioner, weights, here, threads)
+    memory = find_datastore_fingerprint(os.fspath(checkpoint), captioner, config.decoding)
+    threads = run.threads_per_worker if run.workers > 1 else None
+    here, there = run.resolve_devices(device)
+    encoder = resolve_encoder(rows, captioner, weights, here, threads)
     embedder = None if ranker is None else load_ranker(os.fspath(ranker))
     if embedder is not None:
         embedder.require_encoder(captioner.encoder)
@@ -80,7 +79,7 @@ def generate_captions(
     )
     outputs, folder = [dataset], None
     if embedder is not None and ranker is not None and embeddings is not None:
-        folder = RankerFolder(absolute_address(ranker), embedder.fingerprint)
+        folder = PinnedRanker(resolve_address(ranker), embedder.fingerprint)
         outputs.append(
             create_dataset(
                 embeddings,
@@ -92,7 +91,7 @@ def generate_captions(
             )
         )
     stage = CaptionGeneration(
-        config, absolute_address(checkpoint), captioner.fingerprint, encoder, there, threads, folder, memory
+        config, resolve_address(checkpoint), captioner.fingerprint, encoder, there, threads, folder, memory
     )
     return run_job(ShardJob(rows, tuple(outputs), stage, run.retry_failures), "generate-captions", run)
 

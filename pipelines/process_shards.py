@@ -9,7 +9,7 @@ from apache_beam.pvalue import PBegin, PCollection
 from apache_beam.transforms.combiners import Count
 
 from captionlib.data.shards.markers import Marker
-from captionlib.data.shards.stages import Process, ShardJob
+from captionlib.data.shards.stages import ProcessRows, ShardJob
 from captionlib.errors import DatasetError
 
 __all__ = ["ProcessShards"]
@@ -58,7 +58,7 @@ class _ProcessShard(beam.DoFn):
 
     def setup(self) -> None:
         self._opened = ExitStack()
-        self._process: Process = self._opened.enter_context(self._job.stage.open())
+        self._process: ProcessRows = self._opened.enter_context(self._job.stage.open())
 
     def process(self, shard: int) -> list[Marker]:
         marker = self._job.run(shard, self._process)

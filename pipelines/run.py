@@ -1,7 +1,6 @@
 """Runs a job of shards on whatever runner Beam's options name, and waits for it."""
 
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -23,12 +22,13 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.runners.runner import PipelineRunner, create_runner
 from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
+from captionlib.cpus import available_cpus
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.markers import Totals
 from captionlib.data.shards.progress import show_progress
 from captionlib.data.shards.stages import ShardJob
 from captionlib.errors import ConfigError, RunnerError
-from pipelines.beam_options import expand_files
+from pipelines.beam_options import expand_option_files
 from pipelines.process_shards import ProcessShards
 
 __all__ = ["RunConfig", "run_job", "run_pipeline"]
@@ -69,26 +69,21 @@ class RunConfig:
             )
 
     @property
-    def threads(self) -> int:
+    def threads_per_worker(self) -> int:
         """How many threads each of the local workers computes with."""
-        return max(1, available_cores() // self.workers)
+        return max(1, available_cpus() // self.workers)
 
-    def devices(self, device: str) -> tuple[str, str]:
+    def resolve_devices(self, device: str) -> tuple[str, str]:
         """Where models run here, where they are only looked at, and on the workers, where a GPU is had or refused."""
         if self.accelerator is None:
             return device, device
         return "auto", "cuda" if device == "auto" else device
 
-    def share(self, loading: LoadingConfig) -> LoadingConfig:
+    def divide_decoders(self, loading: LoadingConfig) -> LoadingConfig:
         """Splits the machine's decoder processes among its workers, unless their number is given."""
         if self.workers == 1 or loading.decode.processes is not None:
             return loading
-        return replace(loading, decode=replace(loading.decode, processes=self.threads))
-
-
-def available_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return replace(loading, decode=replace(loading.decode, processes=self.threads_per_worker))
 
 
 def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
@@ -102,12 +97,12 @@ def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
         What is done; with Beam's `--dry_run` that is what was done before.
     """
     _, options = choose_runner(run)  # what is wrong with them is said before anything is touched
-    if pending := job.pending():
-        job.reopen()
+    if pending := job.pending_shards():
+        job.mark_incomplete()
         with show_progress(job.source, job.outputs[0], label, run.progress):
             run_pipeline(ProcessShards(job, pending, run.max_failure_ratio, run.accelerator), label, run)
         if options.view_as(TestOptions).dry_run:
-            return job.outputs[0].totals()
+            return job.outputs[0].compute_totals()
     return job.finish(run.max_failure_ratio)
 
 
@@ -147,7 +142,7 @@ def choose_runner(run: RunConfig) -> tuple[PipelineRunner, PipelineOptions]:
         ConfigError: the in-process runner has no such option, a file of options cannot be read, or `workers` is given
             to another runner.
     """
-    flags = expand_files(run.beam_options)
+    flags = expand_option_files(run.beam_options)
     options = PipelineOptions(flags)
     name = options.view_as(StandardOptions).runner
     if name not in _IN_PROCESS:

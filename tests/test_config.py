@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 from pydantic import PositiveInt
 
-from captionlib.config import configclass, differences, load_config, to_dict
+from captionlib.config import configclass, describe_differences, load_config, to_dict
 from captionlib.errors import ConfigError
 
 
@@ -61,11 +61,11 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
 
 
 def test_differences_name_fields_by_their_path() -> None:
-    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == [
+    assert describe_differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == [
         "a.c: there 2, now 3",
         "d: there None, now 4",
     ]
-    assert differences({"a": {"b": 1}}, {"a": {"b": 1}}) == []
+    assert describe_differences({"a": {"b": 1}}, {"a": {"b": 1}}) == []
 
 
 @configclass

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from captionlib.data.images.encoding import encode_jpeg
 from captionlib.evaluation.pages import render_page
-from captionlib.models.encoders.activations import Activations, LayerMaps
+from captionlib.models.encoders.activations import Activations, LayerActivations
 from captionlib.storage.folders import write_file
 
 __all__ = ["write_activation_page"]
@@ -30,13 +31,13 @@ def write_activation_page(path: str | os.PathLike[str], title: str, activations:
         network: what the network is, a phrase.
 
     Raises:
-        ConfigError: the file cannot be written.
+        StorageError: the file cannot be written.
     """
     page = render_page(
         "activations.html",
         title=title,
         network=network,
-        photo=_to_uri(Image.fromarray(activations.image), "JPEG", quality=90),
+        photo=_to_uri(encode_jpeg(activations.image, quality=90), "jpeg"),
         classes=activations.classes,
         note=activations.note,
         layers=[_to_section(layer) for layer in activations.layers],
@@ -45,7 +46,7 @@ def write_activation_page(path: str | os.PathLike[str], title: str, activations:
     write_file(path, page)
 
 
-def _to_section(layer: LayerMaps) -> dict[str, Any]:
+def _to_section(layer: LayerActivations) -> dict[str, Any]:
     """A layer as the template shows it: one picture of all maps, the channels with the highest peaks first."""
     channels, height, width = layer.maps.shape
     peaks = layer.maps.reshape(channels, -1).max(1)
@@ -57,7 +58,7 @@ def _to_section(layer: LayerMaps) -> dict[str, Any]:
         "channels": channels,
         "size": f"{width} x {height}",
         "ratio": f"{small.shape[2]} / {small.shape[1]}",
-        "picture": _to_uri(_arrange(_scale(small), rows), "PNG", optimize=True),
+        "picture": _to_uri(_arrange(_scale(small), rows), "png"),
         "silent": int((peaks <= 0).sum()),
         "across": _ACROSS,
         "down": rows,
@@ -94,8 +95,8 @@ def _scale(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     return np.asarray((255 * scaled).round(), np.uint8)
 
 
-def _arrange(maps: npt.NDArray[np.uint8], rows: int) -> Image.Image:
-    """All maps in one picture, row by row."""
+def _arrange(maps: npt.NDArray[np.uint8], rows: int) -> bytes:
+    """Arranges all maps in one PNG image, row by row."""
     from matplotlib import colormaps
 
     channels, height, width = maps.shape
@@ -105,10 +106,10 @@ def _arrange(maps: npt.NDArray[np.uint8], rows: int) -> Image.Image:
     picture = Image.fromarray(np.ascontiguousarray(grid), "P")
     colours = (255 * colormaps["inferno"](np.arange(256))[:, :3]).round().astype(np.uint8)
     picture.putpalette(colours.tobytes())
-    return picture
-
-
-def _to_uri(picture: Image.Image, form: str, **options: Any) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, form, **options)
-    return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _to_uri(content: bytes, form: str) -> str:
+    return f"data:image/{form};base64,{base64.b64encode(content).decode()}"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from captionlib.errors import ConfigError
 
-__all__ = ["copy_to_host", "in_parts", "resolve_device"]
+__all__ = ["copy_to_host_async", "halve_on_out_of_memory", "resolve_device"]
 
 Part = TypeVar("Part")
 
@@ -36,7 +36,7 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def copy_to_host(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
+def copy_to_host_async(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
     """Starts to copy a tensor into the host's memory, and says how to wait for it; from a GPU that takes its time."""
     if tensor.device.type != "cuda":
         return tensor, lambda: None
@@ -47,7 +47,7 @@ def copy_to_host(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
     return host, copied.synchronize
 
 
-def in_parts(compute: Callable[[slice], Part], count: int) -> list[Part]:
+def halve_on_out_of_memory(compute: Callable[[slice], Part], count: int) -> list[Part]:
     """What is computed of some items: of all at once, or of halves of what does not fit into the device's memory.
 
     Args:
@@ -57,10 +57,10 @@ def in_parts(compute: Callable[[slice], Part], count: int) -> list[Part]:
     Raises:
         torch.OutOfMemoryError: a single item does not fit.
     """
-    return _in_parts(compute, 0, count)
+    return _halve_on_out_of_memory(compute, 0, count)
 
 
-def _in_parts(compute: Callable[[slice], Part], begin: int, end: int) -> list[Part]:
+def _halve_on_out_of_memory(compute: Callable[[slice], Part], begin: int, end: int) -> list[Part]:
     try:
         return [compute(slice(begin, end))]
     except torch.OutOfMemoryError:
@@ -68,4 +68,4 @@ def _in_parts(compute: Callable[[slice], Part], begin: int, end: int) -> list[Pa
             raise
     torch.cuda.empty_cache()  # here, where the error no longer holds what was computed
     middle = (begin + end) // 2
-    return [*_in_parts(compute, begin, middle), *_in_parts(compute, middle, end)]
+    return [*_halve_on_out_of_memory(compute, begin, middle), *_halve_on_out_of_memory(compute, middle, end)]

@@ -8,9 +8,9 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from captionlib.config import differences, to_dict
+from captionlib.config import describe_differences, to_dict
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import Marker, fingerprint_of, part_name
+from captionlib.data.shards.markers import Marker, compute_fingerprint, part_name
 from captionlib.errors import DatasetError, FingerprintError
 from captionlib.search.config import IndexConfig, VectorLayout
 from captionlib.search.index_folder import (
@@ -33,7 +33,7 @@ from captionlib.search.inputs import (
 from captionlib.search.rows import COLUMNS, number_rows, read_rows, write_rows
 from captionlib.search.text_index import write_text_index
 from captionlib.search.vector_index import add_vectors, merge_vectors, train_vectors
-from captionlib.storage.folders import TEMPORARY, Folder, absolute_address
+from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, resolve_address
 
 __all__ = ["IndexBuild", "plan_build"]
 
@@ -81,7 +81,7 @@ class IndexBuild:
             "layout": to_dict(self.layout) if self.layout else None,
             "shards": [[shard.shard, shard.offset, shard.captions, shard.embeddings] for shard in self._shards],
         }
-        return fingerprint_of("index", identity)
+        return compute_fingerprint("index", identity)
 
     def is_done(self) -> bool:
         """Tells whether the folder holds the result of this build."""
@@ -95,7 +95,7 @@ class IndexBuild:
         assert self.embeddings is not None, "only embeddings have a layout"
         count = max(self.layout.nlist * _TRAINING_VECTORS_PER_LIST, _MIN_TRAINING_VECTORS)
         sample = sample_embeddings(self.embeddings, [shard.shard for shard in self.added], count)
-        with self.folder.staged(self._trained) as path:
+        with self.folder.stage(self._trained) as path:
             train_vectors(self.layout, sample, path)
 
     def add_shard(self, number: int) -> None:
@@ -107,14 +107,14 @@ class IndexBuild:
         shard = self.added[number]
         if not self.folder.exists(shard.file):
             batches = self.captions.read_batches(shard.shard, COLUMNS, _BATCH_ROWS)
-            with self.folder.staged(shard.file) as path:
+            with self.folder.stage(shard.file) as path:
                 write_rows(path, number_rows(batches, shard.offset))
         if self.embeddings is None or self.folder.exists(self._partial(shard)):
             return
         positions = match_embeddings_to_captions(self.captions, self.embeddings, shard.shard)
         has_caption = positions >= 0
         vectors = read_embeddings(self.embeddings, shard.shard)[has_caption]
-        with temporary_folder(self.folder) as local, self.folder.staged(self._partial(shard)) as path:
+        with temporary_folder(self.folder) as local, self.folder.stage(self._partial(shard)) as path:
             trained = fetch_path(self.folder, self._trained, local / "trained")
             add_vectors(trained, positions[has_caption] + shard.offset, vectors, path)
 
@@ -178,10 +178,10 @@ class IndexBuild:
         return f"{kind}-{self.fingerprint[:12]}{extension}"
 
     def _partial(self, shard: IndexedShard) -> str:
-        return f"{TEMPORARY}/{self.fingerprint[:12]}/{part_name(shard.shard)}.faiss"
+        return f"{TEMPORARY_FOLDER}/{self.fingerprint[:12]}/{part_name(shard.shard)}.faiss"
 
     def _clean(self, used: set[str]) -> None:
-        self.folder.remove(TEMPORARY)
+        self.folder.remove(TEMPORARY_FOLDER)
         for name in [*self.folder.list(), *(f"rows/{name}" for name in self.folder.list("rows"))]:
             if name.startswith(("text-", "vectors-", "trained-", "rows/")) and name not in used:
                 self.folder.remove(name)
@@ -243,16 +243,16 @@ def _read_base(folder: Folder) -> IndexDescription | None:
 
 def _is_index_file(name: str) -> bool:
     """Tells whether an interrupted build may have left the file."""
-    return name in (TEMPORARY, DESCRIPTION, "rows") or name.startswith(("text-", "vectors-", "trained-"))
+    return name in (TEMPORARY_FOLDER, DESCRIPTION, "rows") or name.startswith(("text-", "vectors-", "trained-"))
 
 
 def _read_markers(captions: ShardedDataset, embeddings: ShardedDataset | None) -> ShardMarkers:
     """Reads the markers of the shards that are done in both datasets."""
-    markers = captions.markers()
+    markers = captions.read_markers()
     if embeddings is None:
         done: ShardMarkers = {shard: (marker, None) for shard, marker in markers.items()}
     else:
-        embedding_markers = embeddings.markers()
+        embedding_markers = embeddings.read_markers()
         done = {shard: (markers[shard], embedding_markers[shard]) for shard in markers if shard in embedding_markers}
     if not done:
         folders = f"both {captions.folder.uri} and {embeddings.folder.uri}" if embeddings else captions.folder.uri
@@ -272,7 +272,7 @@ def _compare_with_base(build: IndexBuild, base: IndexDescription) -> list[str]:
         "embeddings": build.embeddings.fingerprint if build.embeddings else None,
         **to_dict(build.config),
     }
-    return differences(before, now)
+    return describe_differences(before, now)
 
 
 def _plan_shards(build: IndexBuild, base: IndexDescription | None, done: ShardMarkers) -> IndexBuild:
@@ -309,7 +309,7 @@ def _is_current(shard: IndexedShard, captions: Marker, embeddings: Marker | None
 
 
 def _plan_shard(number: int, offset: int, captions: Marker, embeddings: Marker | None) -> IndexedShard:
-    name = fingerprint_of("rows", {"captions": captions.checksum, "offset": offset})[:12]
+    name = compute_fingerprint("rows", {"captions": captions.checksum, "offset": offset})[:12]
     return IndexedShard(
         shard=number,
         offset=offset,
@@ -322,4 +322,4 @@ def _plan_shard(number: int, offset: int, captions: Marker, embeddings: Marker |
 
 def _describe_dataset(dataset: ShardedDataset) -> IndexedDataset:
     ranker = str(dataset.config.get("ranker", "")) if dataset.kind == "embeddings" else ""
-    return IndexedDataset(absolute_address(dataset.folder.uri), dataset.fingerprint, dataset.shards, ranker)
+    return IndexedDataset(resolve_address(dataset.folder.uri), dataset.fingerprint, dataset.shards, ranker)

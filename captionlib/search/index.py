@@ -186,7 +186,7 @@ class Index:
         rankings = [self._find_text(query, depth, where, "relevance")]
         sentence = self._text.to_sentence(query)
         # Without a ranker, `_encode` raises the error.
-        if vector is None and sentence and (self._encoder is None or self._encoder.knows(sentence)):
+        if vector is None and sentence and (self._encoder is None or self._encoder.has_known_word(sentence)):
             vector = self._encode(sentence)
         if vector is not None:
             rankings.append(self._find_vector_with_words(query, vector, depth, where))
@@ -253,7 +253,7 @@ class Index:
             raise QueryError("sentence: expected words, got none")
         if self._encoder is None:
             raise QueryError("sentences need the ranker that computed the embeddings; open the index with it")
-        if not self._encoder.knows(sentence):
+        if not self._encoder.has_known_word(sentence):
             raise QueryError(f"sentence: expected words that the ranker knows, got none of them in {sentence!r}")
         vector: Vectors = self._encoder.encode_sentences([sentence])[0]
         return vector

@@ -25,7 +25,7 @@ from captionlib.config import build_config, to_dict
 from captionlib.data.shards.markers import to_json
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.search.config import IndexConfig, VectorLayout
-from captionlib.storage.folders import TEMPORARY, Folder
+from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 
 __all__ = [
     "DESCRIPTION",
@@ -169,7 +169,7 @@ def temporary_folder(folder: Folder) -> Iterator[Path]:
     """
     parent = None
     if folder.is_local:
-        parent = Path(folder.path(TEMPORARY))
+        parent = Path(folder.path(TEMPORARY_FOLDER))
         parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="captionlib-", dir=parent) as path:
         yield Path(path)
@@ -186,7 +186,7 @@ def publish_path(folder: Folder, path: Path, name: str) -> None:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     for file in files:
         target_name = name if path.is_file() else f"{name}/{file.relative_to(path).as_posix()}"
-        with folder.staged(target_name) as staged:
+        with folder.stage(target_name) as staged:
             shutil.copyfile(file, staged)
 
 
@@ -204,9 +204,9 @@ def fetch_path(folder: Folder, name: str, copy: Path) -> Path:
     if files := folder.list(name):
         copy.mkdir()
         for file in files:
-            folder.fetch(f"{name}/{file}", copy / file)
+            folder.download(f"{name}/{file}", copy / file)
     else:
-        folder.fetch(name, copy)
+        folder.download(name, copy)
     return copy
 
 

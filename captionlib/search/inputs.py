@@ -7,6 +7,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.markers import part_name
 from captionlib.errors import DatasetError
@@ -27,7 +28,7 @@ def check_datasets_match(captions: ShardedDataset, embeddings: ShardedDataset) -
     if captions.shards != embeddings.shards:
         problem = f"the captions have {captions.shards} shards, the embeddings {embeddings.shards}"
         raise _mismatch_error(captions, embeddings, problem)
-    caption_markers, embedding_markers = captions.markers(), embeddings.markers()
+    caption_markers, embedding_markers = captions.read_markers(), embeddings.read_markers()
     for shard in sorted(caption_markers.keys() & embedding_markers.keys()):
         images, embedded = (
             markers[shard].rows + markers[shard].failures for markers in (caption_markers, embedding_markers)
@@ -69,7 +70,7 @@ def read_embeddings(embeddings: ShardedDataset, shard: int) -> npt.NDArray[np.fl
 def sample_embeddings(embeddings: ShardedDataset, shards: Sequence[int], count: int) -> npt.NDArray[np.float32]:
     """Samples about `count` vectors from evenly spaced shards, `[rows, dimension]`; memory holds only the sample."""
     chosen = [shards[position] for position in np.unique(np.linspace(0, len(shards) - 1, _SAMPLED_SHARDS).astype(int))]
-    rows = sum(marker.rows for marker in embeddings.markers(chosen).values())
+    rows = sum(marker.rows for marker in embeddings.read_markers(chosen).values())
     fraction = min(1.0, 1.05 * count / max(1, rows))
     generator = np.random.default_rng(_SEED)
     samples = [
@@ -82,8 +83,7 @@ def sample_embeddings(embeddings: ShardedDataset, shards: Sequence[int], count: 
 
 def _read_vector_batches(embeddings: ShardedDataset, shard: int) -> Iterator[npt.NDArray[np.float32]]:
     for batch in embeddings.read_batches(shard, ["embedding"], _BATCH_ROWS):
-        values = batch["embedding"].flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-        vectors = values.reshape(batch.num_rows, -1)
+        vectors = vectors_to_numpy(batch["embedding"]).astype(np.float32)
         yield vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 

@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from captionlib.config import differences
+from captionlib.config import describe_differences
 from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
 from captionlib.errors import CheckpointError, ConfigError, QueryError
-from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner
-from captionlib.models.checkpoints.rankers import load_ranker
-from captionlib.models.decoding.decoder import Decoder, DecodingConfig
-from captionlib.models.encoders.encoder import Encoder, encoder_config, load_encoder
+from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner, load_ranker
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.decoder import Decoder
+from captionlib.models.encoders.encoder import Encoder, EncoderConfig, load_encoder
 
 __all__ = ["ImageQueryModels", "QueryEncoder", "load_query_encoder", "read_sentences"]
 
@@ -36,7 +36,7 @@ class QueryEncoder(Protocol):
     def encoder(self) -> Mapping[str, Any]:
         """The description of the image encoder that the ranker was trained with."""
 
-    def knows(self, sentence: str) -> bool:
+    def has_known_word(self, sentence: str) -> bool:
         """Tells whether the vocabulary has any word of a sentence; without one, its vector is meaningless."""
 
     def encode_sentences(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
@@ -175,13 +175,11 @@ class ImageQueryModels:
         if self._caption_encoder is None or self._captioner is None:
             raise QueryError("captioning an image needs a captioner")
         features = self._encode(self._caption_encoder, content)
-        vocabulary = self._captioner.vocabulary
+        decode = self._captioner.vocabulary.decode
         with self._lock:
             decoder = Decoder(self._captioner.model, DecodingConfig(beam_width=max(5, n_best), n_best=n_best))
             (candidates,) = decoder.decode(features.astype(np.float32))
-        rows = [
-            {"caption": vocabulary.decode(candidate.words), "log_prob": candidate.log_prob} for candidate in candidates
-        ]
+        rows = [{"caption": decode(candidate.token_ids), "log_prob": candidate.log_prob} for candidate in candidates]
         return pa.Table.from_pylist(rows, _CANDIDATES)
 
     def _encode(self, image_encoder: _ImageEncoder, content: bytes) -> npt.NDArray[np.floating]:
@@ -191,10 +189,10 @@ class ImageQueryModels:
 
     def _load(self, description: Mapping[str, Any], weights: str | None) -> _ImageEncoder:
         for loaded_description, image_encoder in self._loaded:
-            if not differences(loaded_description, description):
+            if not describe_differences(loaded_description, description):
                 return image_encoder
-        encoder = load_encoder(encoder_config(description, weights), self._device)
-        if changes := differences(description, encoder.description):
+        encoder = load_encoder(EncoderConfig.from_description(description, weights), self._device)
+        if changes := describe_differences(description, encoder.description):
             raise CheckpointError(f"the encoder differs from the one the model was trained with ({'; '.join(changes)})")
         decoders = self._resources.enter_context(DecoderPool(encoder.preprocessing, self._decoding))
         image_encoder = _ImageEncoder(encoder, decoders)

@@ -6,10 +6,9 @@ from fastapi import APIRouter, File, HTTPException, Query, Request, UploadFile
 from pydantic import BaseModel
 
 from captionlib import __version__
-from captionlib.errors import ImageError, QueryError
+from captionlib.errors import BusyError, ImageError, QueryError
 from captionlib.serving.config import ServingConfig
 from captionlib.serving.service import Answer, ImageAnswer, Library, Mode, PhotoAnswer
-from captionlib.serving.thumbnails import BusyError
 
 __all__ = ["Health", "Problem", "api_routes"]
 
@@ -92,6 +91,6 @@ def ask_photo(library: Library, content: bytes) -> PhotoAnswer:
     except ImageError as error:
         raise HTTPException(400, f"{error.reason}: {error}") from error
     except BusyError as error:
-        raise HTTPException(503, "too many photographs at once; try again", {"Retry-After": "2"}) from error
+        raise HTTPException(503, str(error), {"Retry-After": "2"}) from error
     except QueryError as error:
         raise HTTPException(404, str(error)) from error

@@ -10,11 +10,11 @@ from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.concurrency import run_in_threadpool
 
-from captionlib.errors import ImageError, QueryError
+from captionlib.errors import BusyError, ImageError, QueryError
 from captionlib.serving.api import Problem, ask_photo
 from captionlib.serving.config import ServingConfig
 from captionlib.serving.service import Library
-from captionlib.serving.thumbnails import BusyError, Size, Thumbnails
+from captionlib.serving.thumbnails import Size, Thumbnails
 
 __all__ = ["Pages", "page_routes", "picture_routes"]
 
@@ -129,8 +129,8 @@ def picture_routes(library: Library, thumbnails: Thumbnails) -> APIRouter:
             if request.headers.get("accept", "").startswith("image/"):  # a browser that puts it on a page
                 return Response(_NO_PICTURE, 404, media_type="image/svg+xml")
             raise HTTPException(404, f"the image of {id} cannot be had: {error.reason}") from error
-        except BusyError:
-            return JSONResponse({"detail": "too many images at once; try again"}, 503, {"Retry-After": "2"})
+        except BusyError as error:
+            return JSONResponse({"detail": str(error)}, 503, {"Retry-After": "2"})
 
     return routes
 

@@ -8,12 +8,11 @@ from urllib.parse import urlencode
 import pyarrow as pa
 from pydantic import BaseModel, Field
 
-from captionlib.errors import CaptionlibError, ConfigError, QueryError
+from captionlib.errors import BusyError, CaptionlibError, ConfigError, QueryError
 from captionlib.search.index import Filter, Index
 from captionlib.search.sql.queries import find_image
 from captionlib.search.sql.session import SqlLimits, open_sql
 from captionlib.serving.config import ServingConfig
-from captionlib.serving.thumbnails import BusyError
 
 if TYPE_CHECKING:  # it loads torch, which takes seconds, and is needed for photographs alone
     from captionlib.search.models import ImageQueryModels, QueryEncoder
@@ -193,7 +192,7 @@ class Library:
         if self._photos is None:
             raise QueryError("photographs are not taken here: no ranker and no captioner was given")
         if not self._slots.acquire(timeout=5.0):
-            raise BusyError
+            raise BusyError("too many photographs at once; try again")
         try:
             captions = self._photos.caption(content).to_pylist() if self._photos.can_caption else []
             vector = self._photos.embed(content) if self._photos.can_embed and self.index.has_vectors else None

@@ -1,11 +1,9 @@
 """Small pictures of the images that an index names: fetched and decoded when they are first looked at, then kept."""
 
 import hashlib
-import io
 import os
 import threading
 import time
-import uuid
 from collections import OrderedDict
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,15 +11,16 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
 from captionlib.data.images.decoding import Preprocessing
+from captionlib.data.images.encoding import encode_jpeg
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
-from captionlib.errors import DecodeError, FetchError, ImageError
+from captionlib.errors import BusyError, DecodeError, FetchError, ImageError
 from captionlib.serving.config import ServingConfig
+from captionlib.storage.folders import write_file
 
-__all__ = ["BusyError", "Size", "Thumbnails"]
+__all__ = ["Size", "Thumbnails"]
 
 Size = Literal["small", "large"]
 
@@ -32,15 +31,11 @@ _MOST_FAILURES = 10_000
 _PRUNE_EVERY = 200
 
 
-class BusyError(Exception):
-    """More images are asked for than are fetched at a time."""
-
-
 class Thumbnails:
     """Gives JPEG bytes by address. A context manager; safe to use from many threads.
 
     Args:
-        folder: where they are kept, by a hash of address and size.
+        folder: where they are kept, by a hash of address, size and allowed hosts.
         config: its limits.
     """
 
@@ -48,8 +43,11 @@ class Thumbnails:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._max_bytes = config.thumbnail_bytes
+        self._scope = "all" if config.allow_private_hosts else "public"  # a kept picture must not outlast a refusal
         self._opened = ExitStack()
-        fetching = FetchConfig(timeout_seconds=config.image_timeout_seconds, attempts=2)
+        fetching = FetchConfig(
+            timeout_seconds=config.image_timeout_seconds, attempts=2, allow_private_hosts=config.allow_private_hosts
+        )
         decoding = DecoderConfig(timeout_seconds=config.image_timeout_seconds, max_image_pixels=config.max_image_pixels)
         self._fetcher = self._opened.enter_context(ImageFetcher(fetching))
         self._decoders = {
@@ -78,7 +76,7 @@ class Thumbnails:
             ImageError: it cannot be had; that is remembered for a while.
             BusyError: too many are asked for at once.
         """
-        name = hashlib.sha256(f"{size} {uri}".encode()).hexdigest()
+        name = hashlib.sha256(f"{self._scope} {size} {uri}".encode()).hexdigest()
         path = self._folder / name[:2] / f"{name}.jpg"
         try:
             content = path.read_bytes()
@@ -94,12 +92,12 @@ class Thumbnails:
             DecodeError: it is no image, or one that is not allowed.
         """
         pixels = self._decoders[size].decode(content)
-        return _to_jpeg(_trim(pixels) if size == "large" else pixels)
+        return encode_jpeg(_trim(pixels) if size == "large" else pixels)
 
     def _make(self, uri: str, size: Size, path: Path) -> bytes:
         self._recall_failure(path.name)
         if not self._slots.acquire(timeout=5.0):
-            raise BusyError
+            raise BusyError("too many images at once; try again")
         try:
             content = self.shrink(self._fetcher.fetch(uri), size)
         except (FetchError, DecodeError) as error:
@@ -107,10 +105,7 @@ class Thumbnails:
             raise
         finally:
             self._slots.release()
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f"{uuid.uuid4().hex}.partial")
-        partial.write_bytes(content)
-        partial.replace(path)
+        write_file(path, content)
         self._count()
         return content
 
@@ -160,9 +155,3 @@ def _trim(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     if not len(rows):
         return pixels
     return pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-
-
-def _to_jpeg(pixels: npt.NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=82, optimize=True)
-    return buffer.getvalue()

@@ -16,17 +16,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from captionlib.errors import ConfigError
+from captionlib.errors import StorageError
+from captionlib.storage.file_systems import open_file_system
 from captionlib.storage.ranged_file import RangedFile
-from captionlib.storage.remote_errors import is_temporary
-from captionlib.storage.retries import retried
+from captionlib.storage.remote_errors import is_temporary_error
+from captionlib.storage.retries import call_with_retries
 
-__all__ = ["TEMPORARY", "Folder", "absolute_address", "write_file"]
+__all__ = ["TEMPORARY_FOLDER", "Folder", "resolve_address", "stage_file", "write_file"]
 
-TEMPORARY = "_temporary"
+TEMPORARY_FOLDER = "_temporary"
 
 # A PUT to these is seen whole or not at all, so a file needs no temporary name there.
 _ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"})
@@ -50,11 +50,11 @@ class Folder:
         return hash(self.uri)
 
     def __reduce__(self) -> tuple[type["Folder"], tuple[str]]:
-        return Folder, (absolute_address(self.uri),)
+        return Folder, (resolve_address(self.uri),)
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
-        fs, root = fsspec.core.url_to_fs(self.uri)
+        fs, root = open_file_system(self.uri)
         return fs, root.rstrip("/")
 
     @property
@@ -87,7 +87,7 @@ class Folder:
             self.fs.invalidate_cache()  # else it keeps about a kilobyte of details a file
             return found
 
-        paths = retried(path, find)
+        paths = call_with_retries(path, find)
         return sorted(found.rstrip("/").rsplit("/", 1)[-1] for found in paths if found.rstrip("/") != path)
 
     def exists(self, name: str) -> bool:
@@ -97,7 +97,7 @@ class Folder:
             self.fs.invalidate_cache()
             return bool(self.fs.exists(path))
 
-        return retried(path, find)
+        return call_with_retries(path, find)
 
     def open(self, name: str) -> BinaryIO:
         """Opens a file for reading; of a remote one, what is read is fetched and nothing else."""
@@ -106,7 +106,7 @@ class Folder:
 
     def read(self, name: str) -> bytes:
         path = self.path(name)
-        content: bytes = retried(path, lambda: self.fs.cat_file(path))
+        content: bytes = call_with_retries(path, lambda: self.fs.cat_file(path))
         return content
 
     def read_many(self, names: Iterable[str]) -> Iterator[bytes]:
@@ -115,7 +115,7 @@ class Folder:
         while some := tuple(islice(paths, _FILES_AT_ONCE)):
             waiting: Sequence[str] = some
             while waiting:
-                found, waiting = retried(waiting[0], partial(self._read_some, waiting))
+                found, waiting = call_with_retries(waiting[0], partial(self._read_some, waiting))
                 yield from found
 
     def _read_some(self, paths: Sequence[str]) -> tuple[Sequence[bytes], Sequence[str]]:
@@ -127,26 +127,26 @@ class Folder:
             for path, content in zip(paths, contents, strict=True)
             if not isinstance(content, bytes | FileNotFoundError)
         }
-        final = [error for error in errors.values() if not is_temporary(error)]
+        final = [error for error in errors.values() if not is_temporary_error(error)]
         if errors and (final or not found):
             raise [*final, *errors.values()][0]
         return found, tuple(errors)
 
-    def fetch(self, name: str, target: Path) -> None:
+    def download(self, name: str, target: Path) -> None:
         """Copies a file to a local path."""
         path = self.path(name)
-        retried(path, lambda: self.fs.get_file(path, str(target)))
+        call_with_retries(path, lambda: self.fs.get_file(path, str(target)))
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file that appears whole or not at all."""
-        with self.staged(name) as staged:
+        with self.stage(name) as staged:
             staged.write_bytes(content)
 
     @contextmanager
-    def staged(self, name: str) -> Iterator[Path]:
+    def stage(self, name: str) -> Iterator[Path]:
         """A local path to write a file to, which appears as `name` when the block ends, and never if it raises."""
         if self.is_local:
-            parent = Path(self.path(TEMPORARY))
+            parent = Path(self.path(TEMPORARY_FOLDER))
             parent.mkdir(parents=True, exist_ok=True)
             path = parent / f"{Path(name).name}.{uuid.uuid4().hex}"
             try:
@@ -174,9 +174,9 @@ class Folder:
     def _publish_remote(self, path: Path, name: str) -> None:
         protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
         if protocols & _ATOMIC_PUT:
-            retried(self.path(name), lambda: self.fs.put_file(str(path), self.path(name)))
+            call_with_retries(self.path(name), lambda: self.fs.put_file(str(path), self.path(name)))
             return
-        temporary = self.path(f"{TEMPORARY}/{path.name}.{uuid.uuid4().hex}")
+        temporary = self.path(f"{TEMPORARY_FOLDER}/{path.name}.{uuid.uuid4().hex}")
 
         def publish() -> None:
             self.fs.makedirs(temporary.rsplit("/", 1)[0], exist_ok=True)
@@ -184,7 +184,7 @@ class Folder:
             self.fs.put_file(str(path), temporary)
             self.fs.mv(temporary, self.path(name))
 
-        retried(self.path(name), publish)
+        call_with_retries(self.path(name), publish)
 
     def remove(self, name: str) -> None:
         """Removes a file or a subfolder; nothing where there is none."""
@@ -198,7 +198,7 @@ class Folder:
             with suppress(FileNotFoundError):
                 self.fs.rm(path, recursive=True)
 
-        retried(path, remove)
+        call_with_retries(path, remove)
 
     def remove_file(self, name: str) -> None:
         """Removes a file by a single request; nothing where there is none."""
@@ -208,36 +208,47 @@ class Folder:
             with suppress(FileNotFoundError):
                 self.fs.rm_file(path)
 
-        retried(path, remove)
+        call_with_retries(path, remove)
 
 
-def absolute_address(address: str | os.PathLike[str]) -> str:
+def resolve_address(address: str | os.PathLike[str]) -> str:
     """What names the same file or folder from wherever a process was started: a local path is made absolute."""
-    fs, path = fsspec.core.url_to_fs(os.fspath(address))
+    fs, path = open_file_system(address)
     return str(path) if isinstance(fs, LocalFileSystem) else os.fspath(address)
 
 
 def write_file(address: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a single file at a path or an address, which appears whole or not at all.
+    """Writes a file at a path or an address. It appears whole or not at all.
 
     Raises:
-        ConfigError: it cannot be written.
+        StorageError: it cannot be written.
     """
-    fs, path = fsspec.core.url_to_fs(os.fspath(address))
+    with stage_file(address) as path:
+        path.write_bytes(content)
+
+
+@contextmanager
+def stage_file(address: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a local path to write to. The file appears at `address` when the block ends, and not at all if it raises.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    fs, path = open_file_system(address)
     try:
         if isinstance(fs, LocalFileSystem):
-            _replace(Path(path), content)
+            target = Path(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+            try:
+                yield partial
+                partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)
         else:
-            retried(path, lambda: fs.pipe_file(path, content))
+            with tempfile.TemporaryDirectory(prefix="captionlib-") as scratch:
+                partial = Path(scratch) / "file"
+                yield partial
+                call_with_retries(path, lambda: fs.put_file(str(partial), path))
     except OSError as error:
-        raise ConfigError(f"{os.fspath(address)} cannot be written: {error.strerror or error}") from error
-
-
-def _replace(target: Path, content: bytes) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+        raise StorageError(f"{os.fspath(address)} cannot be written: {error.strerror or error}") from error

@@ -5,7 +5,7 @@ import os
 import threading
 from typing import Any
 
-from captionlib.storage.retries import retried
+from captionlib.storage.retries import call_with_retries
 
 __all__ = ["RangedFile"]
 
@@ -21,7 +21,7 @@ class RangedFile(io.RawIOBase):
         super().__init__()
         self._fs = fs
         self._path = path
-        self._size = int(retried(path, lambda: fs.size(path)))
+        self._size = int(call_with_retries(path, lambda: fs.size(path)))
         self._thread = threading.local()
 
     def readable(self) -> bool:
@@ -41,7 +41,7 @@ class RangedFile(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         start = self.tell()
         end = self._size if size is None or size < 0 else min(start + size, self._size)
-        content = retried(self._path, lambda: self._range(start, end)) if end > start else b""
+        content = call_with_retries(self._path, lambda: self._range(start, end)) if end > start else b""
         self._thread.position = start + len(content)
         return content
 

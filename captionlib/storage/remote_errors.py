@@ -12,7 +12,7 @@ from typing import Any
 
 from captionlib.errors import FetchError
 
-__all__ = ["http_status", "is_connection", "is_temporary", "is_timeout"]
+__all__ = ["get_http_status", "is_connection_error", "is_temporary_error", "is_timeout_error"]
 
 _TIMEOUTS = (TimeoutError, asyncio.TimeoutError, concurrent.futures.TimeoutError)  # one class from Python 3.11 on
 _FINAL = (FetchError, FileNotFoundError, PermissionError, ssl.SSLCertVerificationError)
@@ -41,17 +41,17 @@ _TEMPORARY_ERRNO = {  # what remains of an object store's answer, and of a netwo
 }
 
 
-def is_temporary(error: BaseException) -> bool:
+def is_temporary_error(error: BaseException) -> bool:
     """Whether the same request may work a little later."""
     if isinstance(error, _FINAL):
         return False
-    status = http_status(error)
+    status = get_http_status(error)
     if status is not None:
         return status in _TEMPORARY_STATUS
-    return is_timeout(error) or is_connection(error) or getattr(error, "errno", None) in _TEMPORARY_ERRNO
+    return is_timeout_error(error) or is_connection_error(error) or getattr(error, "errno", None) in _TEMPORARY_ERRNO
 
 
-def http_status(error: BaseException) -> int | None:
+def get_http_status(error: BaseException) -> int | None:
     """The status that a server answered with, from the error of any client; None if it is about something else."""
     for each in (error, error.__cause__):
         response: Any = getattr(each, "response", None)
@@ -68,11 +68,11 @@ def http_status(error: BaseException) -> int | None:
     return None
 
 
-def is_timeout(error: BaseException) -> bool:
+def is_timeout_error(error: BaseException) -> bool:
     return isinstance(error, _TIMEOUTS) or _is_named(error, _TIMEOUT_NAMES)
 
 
-def is_connection(error: BaseException) -> bool:
+def is_connection_error(error: BaseException) -> bool:
     return isinstance(error, ConnectionError) or _is_named(error, _CONNECTION_NAMES)
 
 

@@ -10,9 +10,9 @@ from typing import TypeVar
 from tenacity import RetryError, Retrying, retry_if_exception, stop_after_delay, wait_exponential, wait_random
 
 from captionlib.errors import StorageError
-from captionlib.storage.remote_errors import is_temporary
+from captionlib.storage.remote_errors import is_temporary_error
 
-__all__ = ["retried"]
+__all__ = ["call_with_retries"]
 
 Result = TypeVar("Result")
 
@@ -21,14 +21,14 @@ _FIRST_WAIT_SECONDS = 0.5
 _LONGEST_WAIT_SECONDS = 15.0
 
 _retrying = Retrying(
-    retry=retry_if_exception(is_temporary),
+    retry=retry_if_exception(is_temporary_error),
     stop=stop_after_delay(_PATIENCE_SECONDS),
     # A random part keeps workers that failed together from coming back together.
     wait=wait_exponential(_FIRST_WAIT_SECONDS, max=_LONGEST_WAIT_SECONDS) + wait_random(0, _FIRST_WAIT_SECONDS),
 )
 
 
-def retried(address: str, action: Callable[[], Result]) -> Result:
+def call_with_retries(address: str, action: Callable[[], Result]) -> Result:
     """What an action gives, which may be run several times.
 
     Args:

@@ -9,12 +9,13 @@ from torch import nn
 
 from captionlib.data.batches.captions import CaptionBatch
 from captionlib.data.text.vocabulary import Vocabulary
-from captionlib.models.captioners.captioner import Captioner, TokenScores, pad_sentences
-from captionlib.models.checkpoints.captioners import save_captioner
-from captionlib.models.checkpoints.folder import stamp
+from captionlib.models.captioners.captioner import Captioner, TokenLogProbs
+from captionlib.models.captioners.packed_sequences import pad_sentences
+from captionlib.models.checkpoints.checkpoint import save_captioner
+from captionlib.models.checkpoints.folder import stamp_provenance
 from captionlib.storage.folders import Folder
 from captionlib.training.curves import draw_curves
-from captionlib.training.distributed import Processes
+from captionlib.training.distributed import ProcessGroup
 from captionlib.training.objective import BatchLoss, perplexity
 
 __all__ = ["Batches", "CaptionSaver", "CaptioningObjective"]
@@ -64,7 +65,7 @@ class CaptioningObjective(Generic[Model]):
         self.own_learning_rates = own_learning_rates or {}
         self._training = training
         self._validation = validation
-        self._processes = Processes()
+        self._processes = ProcessGroup()
         self._steps = training.count(self._processes.count)
         self._save = save
         self._smoothing = label_smoothing
@@ -95,9 +96,9 @@ class CaptioningObjective(Generic[Model]):
         self._save(output, self.model, training)
         draw_curves(output, training["history"])
 
-    def score(self, batch: CaptionBatch, mean_log_probs: bool = False) -> TokenScores:
+    def score(self, batch: CaptionBatch, mean_log_probs: bool = False) -> TokenLogProbs:
         """How likely the model finds the sentences of a batch, see `Captioner.forward`."""
-        scores: TokenScores = self.model(
+        scores: TokenLogProbs = self.model(
             torch.from_numpy(batch.features).to(self._device),
             pad_sentences(batch.sentences).to(self._device),
             torch.from_numpy(batch.image_of_sentence).to(self._device),
@@ -121,5 +122,5 @@ class CaptionSaver:
     provenance: Mapping[str, Any]
 
     def __call__(self, output: Folder, model: Captioner, training: dict[str, Any]) -> None:
-        provenance = stamp(self.provenance)
+        provenance = stamp_provenance(self.provenance)
         save_captioner(output, model, self.vocabulary, self.encoder, provenance=provenance, training=training)

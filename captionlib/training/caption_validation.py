@@ -12,10 +12,11 @@ from captionlib.data.batches.images import ImageBatches
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError
-from captionlib.evaluation.cider import CiderScorer
+from captionlib.evaluation.caption_scores import CiderScorer
 from captionlib.models.captioners.captioner import Captioner
 from captionlib.models.captioners.end_to_end import ImageCaptioner
-from captionlib.models.decoding.decoder import Decoder, DecodingConfig
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.decoder import Decoder
 
 __all__ = ["CiderValidation", "ImageCiderValidation"]
 
@@ -50,7 +51,7 @@ class CiderValidation:
         """CIDEr of the captions that the model writes now."""
         decoder = Decoder(model, self._decoding)
         captions = [
-            self._vocabulary.decode(candidates[0].words)
+            self._vocabulary.decode(candidates[0].token_ids)
             for features in self._images()
             for candidates in decoder.decode(features)
         ]
@@ -93,14 +94,14 @@ class ImageCiderValidation:
         for rows, pixels in self._batches.images_in_order():
             features = model.encoder.encode(torch.from_numpy(pixels).to(model.encoder.scale.device)).float()
             for row, candidates in zip(rows, decoder.decode(features), strict=True):
-                captions[row["image_id"]] = self._vocabulary.decode(candidates[0].words)
+                captions[row["image_id"]] = self._vocabulary.decode(candidates[0].token_ids)
         return self._scorer.score([captions.get(image_id, "") for image_id in self._ids])
 
 
 def _without_neighbours(decoding: DecodingConfig) -> DecodingConfig:
-    if decoding.neighbors:
+    if decoding.rerank.neighbors:
         raise ConfigError(
-            f"decoding.neighbors: expected 0 while a captioner learns, got {decoding.neighbors}; it remembers "
+            f"decoding.rerank.neighbors: expected 0 while a captioner learns, got {decoding.rerank.neighbors}; it remembers "
             "what it learned from afterwards (captionlib build-datastore)"
         )
     return decoding

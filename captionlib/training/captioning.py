@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from tqdm import tqdm
 
 from captionlib.config import to_dict
 from captionlib.data.batches.augmentation import FeatureMapAugmentation
@@ -15,13 +14,13 @@ from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
-from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.devices import resolve_device
 from captionlib.storage.folders import Folder
 from captionlib.training.bag_of_words import BagOfWordsObjective
 from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
 from captionlib.training.caption_validation import CiderValidation
-from captionlib.training.distributed import Processes, join_processes
+from captionlib.training.distributed import ProcessGroup, join_processes
 from captionlib.training.initialization import build_captioner, open_start, refuse_own_folder, start_word_vectors
 from captionlib.training.loop import TrainingConfig, claim_folder, seed_everything, train
 from captionlib.training.objective import Objective
@@ -38,7 +37,7 @@ class CaptionerTrainingConfig:
         captioner: the network; with `init_from` it is the checkpoint's.
         training: the loop.
         objective: what is learned: to say what people said (`cross_entropy`); before it, where images are few, which
-            words they said, in whatever order (`words`); after it, to write what has a high CIDEr-D (`self_critical`).
+            words they said, in whatever order (`bag_of_words`); after it, to write what has a high CIDEr-D (`self_critical`).
             A later stage goes on from an earlier one's captioner with `init_from`; only the last one needs it.
         self_critical: how the last of these is learned.
         train_splits: the rows to learn from; COCO's `restval` belongs to training.
@@ -48,13 +47,13 @@ class CaptionerTrainingConfig:
         batch_images: images a batch, each with all of its sentences; of each process, where there are several.
         batch_sentences: mix sentences, not images, and give each batch so many, of more different images; of each
             process, where there are several. None mixes images.
-        crop: show a part of each image's map while training, drawn anew each time: at least this share of its sides; 0
+        random_crop: show a part of each image's map while training, drawn anew each time: at least this share of its sides; 0
             shows the whole. It needs features that are spatial maps.
-        mirror: mirror every other map while training, drawn anew each time. It needs maps too, and does nothing for a
+        horizontal_flip: mirror every other map while training, drawn anew each time. It needs maps too, and does nothing for a
             captioner without encoder_top or attention.
         encoder_top_learning_rate: of the captioner's encoder_top, before the schedule; `training.learning_rate` is that of the rest.
             0 leaves it as it is.
-        window_megabytes: how much of the features is mixed at a time.
+        shuffle_buffer_megabytes: how much of the features is mixed at a time.
         word_vectors: a file of word2vec (text or binary), GloVe or fastText vectors to start from; words that it lacks
             are drawn, as all are without one.
         init_from: the checkpoint folder of a captioner that training starts from: its weights, its shape, its words
@@ -67,7 +66,7 @@ class CaptionerTrainingConfig:
 
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    objective: Literal["words", "cross_entropy", "self_critical"] = "cross_entropy"
+    objective: Literal["bag_of_words", "cross_entropy", "self_critical"] = "cross_entropy"
     self_critical: SelfCriticalConfig = field(default_factory=SelfCriticalConfig)
     train_splits: tuple[str, ...] = ("train", "restval")
     validation_splits: tuple[str, ...] = ("val", "dev")
@@ -75,10 +74,10 @@ class CaptionerTrainingConfig:
     max_words: int = 30
     batch_images: int = 20
     batch_sentences: int | None = None
-    crop: float = 0.0
-    mirror: bool = False
+    random_crop: float = 0.0
+    horizontal_flip: bool = False
     encoder_top_learning_rate: float = 5e-5
-    window_megabytes: int = 512
+    shuffle_buffer_megabytes: int = 512
     word_vectors: str | None = None
     init_from: str | None = None
     label_smoothing: float = 0.0
@@ -86,10 +85,10 @@ class CaptionerTrainingConfig:
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
 
     def __post_init__(self) -> None:
-        for name in ("min_count", "max_words", "batch_images", "window_megabytes"):
+        for name in ("min_count", "max_words", "batch_images", "shuffle_buffer_megabytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("label_smoothing", "crop"):
+        for name in ("label_smoothing", "random_crop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 0 and below 1, got {getattr(self, name)}")
         if self.encoder_top_learning_rate < 0:
@@ -108,7 +107,7 @@ class CaptionerTrainingConfig:
     def _check_values_of_objective(self) -> None:
         """Refuses what the objective has no use for."""
         useless: dict[str, dict[str, Any]] = {
-            "words": {"label_smoothing": 0.0, "best_by": "perplexity"},
+            "bag_of_words": {"label_smoothing": 0.0, "best_by": "perplexity"},
             "cross_entropy": {},
             "self_critical": {"label_smoothing": 0.0, "batch_sentences": None},
         }
@@ -170,7 +169,7 @@ def _train(
     overwrite: bool,
     progress: bool,
 ) -> list[dict[str, float]]:
-    processes = Processes()
+    processes = ProcessGroup()
     dataset = open_dataset(features.uri, "features").require_complete()
     refuse_own_folder(config.init_from, output)
     processes.from_first(lambda: claim_folder(output, overwrite))
@@ -184,12 +183,12 @@ def _train(
     else:
         start = open_start(config.init_from, config.captioner, dataset)
         model, vocabulary, config = start.model, start.vocabulary, replace(config, captioner=start.config)
-        resolved["start_fingerprint"] = start.fingerprint
+        resolved["init_from_fingerprint"] = start.fingerprint
         provenance["init_from"] = {"checkpoint": config.init_from, "fingerprint": start.fingerprint}
     if config.word_vectors is not None:
         provenance["word_vectors"] = said = start_word_vectors(model, vocabulary, config.word_vectors)
         if processes.is_first:
-            tqdm.write("word vectors  " + "  ".join(f"{name} {value}" for name, value in said.items()), sys.stderr)
+            print("word vectors  " + "  ".join(f"{name} {value}" for name, value in said.items()), file=sys.stderr)
     objective = _objective(config, dataset, vocabulary, model.to(device), provenance)
     return train(objective, config.training, output, {**resolved, **to_dict(config)}, progress)
 
@@ -204,13 +203,13 @@ def _objective(
     def encode(sentence: str) -> list[int]:
         return vocabulary.encode(sentence)[: config.max_words]
 
-    for name in ("crop", "mirror"):
+    for name in ("random_crop", "horizontal_flip"):
         if getattr(config, name) and len(feature_shape(dataset)) == 1:
             raise DatasetError(
                 f"{dataset.folder.uri}: {name} changes maps [positions, channels], got one vector an image; extract "
                 f"with pooling none at a node that is a map, such as features.29 of vgg16, or leave {name} out"
             )
-    window_bytes, pooled = config.window_megabytes << 20, model.attention is None and model.encoder_top is None
+    window_bytes, pooled = config.shuffle_buffer_megabytes << 20, model.attention is None and model.encoder_top is None
     batches = CaptionBatches(
         dataset,
         config.train_splits,
@@ -219,7 +218,7 @@ def _objective(
         window_bytes,
         pooled,
         config.batch_sentences,
-        FeatureMapAugmentation(config.crop, config.mirror),
+        FeatureMapAugmentation(config.random_crop, config.horizontal_flip),
     )
     held_out = CaptionBatches(dataset, config.validation_splits, encode, config.batch_images, window_bytes, pooled)
     cider = None
@@ -233,7 +232,7 @@ def _objective(
     captioning = CaptioningObjective(model, batches, held_out, save, config.label_smoothing, cider, rates)
     if config.objective == "cross_entropy":
         return captioning
-    if config.objective == "words":
+    if config.objective == "bag_of_words":
         return BagOfWordsObjective(captioning, held_out)
     references = (list(map(encode, sentences)) for sentences in read_references(dataset, config.train_splits))
     return SelfCriticalObjective(captioning, config.self_critical, references, config.decoding.max_tokens)

@@ -26,5 +26,5 @@ def draw_curves(output: Folder, history: Sequence[dict[str, Any]]) -> None:
         axes.plot(epochs, [row[name] for row in history], marker="o", markersize=3)
         axes.set(title=name, xlabel="epoch")
         axes.grid(alpha=0.3)
-    with output.staged("curves.png") as path:
+    with output.stage("curves.png") as path:
         figure.savefig(path, format="png", dpi=120)

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from captionlib.errors import ConfigError
 
-__all__ = ["Processes", "is_first_process", "join_processes"]
+__all__ = ["ProcessGroup", "is_first_process", "join_processes"]
 
 Value = TypeVar("Value")
 
 _PATIENCE = timedelta(hours=4)  # the others wait while the first validates
 
 
-class Processes:
+class ProcessGroup:
     """The processes that this one belongs to, and its number among them."""
 
     def __init__(self) -> None:

@@ -12,36 +12,35 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import torch
-from tqdm import tqdm
 
 from captionlib.config import to_dict
 from captionlib.data.batches.images import ImageBatches, read_rows
 from captionlib.data.batches.skipped import SkippedImages
-from captionlib.data.images.loading import Load, LoadingConfig, open_loader
+from captionlib.data.images.loading import LoadImages, LoadingConfig, open_loader
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import FAILURES
+from captionlib.data.shards.markers import FAILURES_FOLDER
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError
 from captionlib.models.captioners.end_to_end import ImageCaptioner
-from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner, save_captioner
-from captionlib.models.checkpoints.folder import stamp
-from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner, save_captioner
+from captionlib.models.checkpoints.folder import stamp_provenance
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.devices import resolve_device
-from captionlib.models.encoders.encoder import Encoder, describe_tuned, encoder_config, load_encoder
-from captionlib.models.encoders.network import parameters_before
-from captionlib.models.encoders.weights import pack_weights
+from captionlib.models.encoders.encoder import Encoder, EncoderConfig, describe_finetuned_encoder, load_encoder
+from captionlib.models.encoders.network import list_parameters_before
+from captionlib.models.encoders.weights import serialize_weights
 from captionlib.storage.folders import Folder
 from captionlib.training.caption_objective import CaptioningObjective
 from captionlib.training.caption_validation import ImageCiderValidation
-from captionlib.training.distributed import Processes, join_processes
+from captionlib.training.distributed import ProcessGroup, join_processes
 from captionlib.training.initialization import refuse_own_folder
 from captionlib.training.loop import TrainingConfig, claim_folder, seed_everything, train
 
-__all__ = ["EncoderTuning", "FinetuningConfig", "finetune_captioner"]
+__all__ = ["EncoderFinetuningConfig", "FinetuningConfig", "finetune_captioner"]
 
 
 @dataclass(frozen=True)
-class EncoderTuning:
+class EncoderFinetuningConfig:
     """How the encoder is tuned.
 
     Attributes:
@@ -70,7 +69,7 @@ class FinetuningConfig:
         validation_splits: the rows that decide which epoch is best.
         max_words: longer sentences are cut while training.
         batch_images: images a batch, each with all of its sentences; of each process, where there are several.
-        flip: mirror every other image, drawn anew in each epoch.
+        horizontal_flip: mirror every other image, drawn anew in each epoch.
         label_smoothing: the share of each word's target that is spread over all words.
         best_by: which score of the validation splits decides what is best and when to stop: `perplexity`, or the
             `cider` of the captions written for them, which needs Java.
@@ -80,7 +79,7 @@ class FinetuningConfig:
     """
 
     init_from: str | None = None
-    encoder: EncoderTuning = field(default_factory=EncoderTuning)
+    encoder: EncoderFinetuningConfig = field(default_factory=EncoderFinetuningConfig)
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(epochs=10, optimizer="adam", learning_rate=1e-4)
     )
@@ -88,7 +87,7 @@ class FinetuningConfig:
     validation_splits: tuple[str, ...] = ("val", "dev")
     max_words: int = 30
     batch_images: int = 16
-    flip: bool = False
+    horizontal_flip: bool = False
     label_smoothing: float = 0.0
     best_by: Literal["perplexity", "cider"] = "perplexity"
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
@@ -153,10 +152,10 @@ def finetune_captioner(
 
 def _open_encoder(start: LoadedCaptioner, weights: str | None, from_node: str | None, device: torch.device) -> Encoder:
     """The captioner's encoder, with gradients from a node on."""
-    config = encoder_config(start.encoder, weights or start.encoder_weights)
+    config = EncoderConfig.from_description(start.encoder, weights or start.encoder_weights)
     encoder = load_encoder(config, str(device), trainable=True)
     start.require_encoder(encoder.description)
-    frozen = set() if from_node is None else parameters_before(config.model, from_node)
+    frozen = set() if from_node is None else list_parameters_before(config.model, from_node)
     tuned = []
     for name, parameter in encoder.network.network.named_parameters():
         parameter.requires_grad_(name not in frozen)
@@ -178,10 +177,14 @@ def _finetune(
     overwrite: bool,
     progress: bool,
 ) -> list[dict[str, float]]:
-    processes = Processes()
+    processes = ProcessGroup()
     processes.from_first(lambda: claim_folder(output, overwrite))
     training, validation = (read_rows(dataset, splits) for splits in (config.train_splits, config.validation_splits))
-    resolved = {"manifest": dataset.fingerprint, "processes": processes.count, "start_fingerprint": start.fingerprint}
+    resolved = {
+        "manifest": dataset.fingerprint,
+        "processes": processes.count,
+        "init_from_fingerprint": start.fingerprint,
+    }
     started = {"checkpoint": config.init_from, "fingerprint": start.fingerprint}
     save = TunedSaver(start.vocabulary, encoder, {"manifest": dataset.fingerprint, "init_from": started})
     images = len(training) + len(validation)
@@ -195,7 +198,7 @@ def _finetune(
         finally:
             skipped.write()
             if len(skipped):
-                tqdm.write(f"{skipped.describe()}: see {output.address(FAILURES)}", sys.stderr)
+                print(f"{skipped.describe()}: see {output.address(FAILURES_FOLDER)}", file=sys.stderr)
 
 
 def _objective(
@@ -203,7 +206,7 @@ def _objective(
     model: ImageCaptioner,
     training: pa.Table,
     validation: pa.Table,
-    load: Load,
+    load: LoadImages,
     skipped: SkippedImages,
     save: "TunedSaver",
 ) -> CaptioningObjective[ImageCaptioner]:
@@ -212,7 +215,7 @@ def _objective(
     def encode(sentence: str) -> list[int]:
         return vocabulary.encode(sentence)[: config.max_words]
 
-    batches = ImageBatches(training, encode, config.batch_images, load, skipped, config.flip)
+    batches = ImageBatches(training, encode, config.batch_images, load, skipped, config.horizontal_flip)
     held_out = ImageBatches(validation, encode, config.batch_images, load, skipped)
     cider = None
     if config.best_by == "cider":
@@ -236,13 +239,13 @@ class TunedSaver:
     provenance: Mapping[str, Any]
 
     def __call__(self, output: Folder, model: ImageCaptioner, training: dict[str, Any]) -> None:
-        weights = model.encoder.weights()
+        weights = model.encoder.export_weights()
         save_captioner(
             output,
             model.captioner,
             self.vocabulary,
-            describe_tuned(self.encoder.description, weights),
-            provenance=stamp(self.provenance),
+            describe_finetuned_encoder(self.encoder.description, weights),
+            provenance=stamp_provenance(self.provenance),
             training=training,
-            encoder_file=pack_weights(weights, self.encoder.preprocessing),
+            encoder_file=serialize_weights(weights, self.encoder.preprocessing),
         )

@@ -4,11 +4,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["TrainingStopped", "stop_requests"]
-
-
-class TrainingStopped(Exception):  # noqa: N818 - not an error: someone asked for it
-    """Someone stopped the run; it can go on."""
+__all__ = ["stop_requests"]
 
 
 @contextmanager

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from captionlib.config import to_dict
-from captionlib.data.batches.text import SentenceBatches, TextBatches, WindowBatches
-from captionlib.data.text.corpora import Corpus, TextKind, open_corpus
+from captionlib.data.batches.text import SentenceBatches, SequenceBatches, TextBatches
+from captionlib.data.text.corpora import Corpus, TextLayout, open_corpus
 from captionlib.data.text.vocabulary import Level, Vocabulary
 from captionlib.errors import ConfigError
 from captionlib.models.captioners.captioner import Captioner
-from captionlib.models.captioners.language_model import LanguageModelConfig, build_language_model, save_language_model
-from captionlib.models.checkpoints.folder import stamp
+from captionlib.models.captioners.language_model import LanguageModelConfig, build_language_model
+from captionlib.models.checkpoints.checkpoint import save_language_model
+from captionlib.models.checkpoints.folder import stamp_provenance
 from captionlib.models.devices import resolve_device
 from captionlib.storage.folders import Folder
 from captionlib.training.curves import draw_curves
@@ -37,34 +38,36 @@ class LanguageModelTrainingConfig:
         model: the network.
         training: the loop.
         level: whether the text is cut into words or characters.
-        text: how a text file is read: `lines`, a line a sentence, or `running`, one text that never ends.
+        layout: how a text file is read: `sentences`, a line a sentence, or `continuous`, one text that never ends.
         train_splits: of a dataset, the rows to learn from.
         validation_splits: of a dataset, the rows that decide which epoch is best.
-        held_out: of a text file, the share that decides.
+        validation_fraction: of a text file, the share that decides.
         min_count: words or characters seen less often become UNKNOWN.
         max_tokens: longer sentences are cut while training.
-        window: tokens of the windows that a running text is cut into.
-        batch_sentences: sentences or windows a batch.
+        sequence_length: tokens of the windows that a running text is cut into.
+        batch_size: sentences or windows a batch.
     """
 
     model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     level: Level = "words"
-    text: TextKind = "lines"
+    layout: TextLayout = "sentences"
     train_splits: tuple[str, ...] = ("train", "restval")
     validation_splits: tuple[str, ...] = ("val", "dev")
-    held_out: float = 0.05
+    validation_fraction: float = 0.05
     min_count: int = 5
     max_tokens: int = 200
-    window: int = 128
-    batch_sentences: int = 100
+    sequence_length: int = 128
+    batch_size: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("min_count", "max_tokens", "window", "batch_sentences"):
+        for name in ("min_count", "max_tokens", "sequence_length", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not 0 < self.held_out < 1:
-            raise ConfigError(f"held_out: expected a share above 0 and below 1, got {self.held_out}")
+        if not 0 < self.validation_fraction < 1:
+            raise ConfigError(
+                f"validation_fraction: expected a share above 0 and below 1, got {self.validation_fraction}"
+            )
 
 
 class LanguageModelObjective:
@@ -140,13 +143,15 @@ def train_language_model(
     Raises:
         DatasetError: the dataset is not complete or lacks sentences, or the text cannot be read or is too short.
     """
-    corpus = open_corpus(source, config.text, config.train_splits, config.validation_splits, config.held_out)
+    corpus = open_corpus(
+        source, config.layout, config.train_splits, config.validation_splits, config.validation_fraction
+    )
     folder = Folder(output)
     claim_folder(folder, overwrite)
     target = resolve_device(device)
     vocabulary = Vocabulary.from_captions(corpus.training(), config.min_count, config.level)
     training = _make_batches(corpus.training(), vocabulary, config)
-    validation = _make_batches(corpus.held_out(), vocabulary, config)
+    validation = _make_batches(corpus.validation(), vocabulary, config)
     seed_everything(config.training.seed)
     model = build_language_model(config.model, len(vocabulary))
     model.initialize_bias(torch.from_numpy(vocabulary.log_frequencies()))
@@ -157,9 +162,9 @@ def train_language_model(
 
 def _make_batches(texts: Iterator[str], vocabulary: Vocabulary, config: LanguageModelTrainingConfig) -> TextBatches:
     encoded = map(vocabulary.encode, texts)
-    if config.text == "running":
-        return WindowBatches(chain.from_iterable(encoded), config.window, config.batch_sentences)
-    return SentenceBatches((ids[: config.max_tokens] for ids in encoded), config.batch_sentences)
+    if config.layout == "continuous":
+        return SequenceBatches(chain.from_iterable(encoded), config.sequence_length, config.batch_size)
+    return SentenceBatches((ids[: config.max_tokens] for ids in encoded), config.batch_size)
 
 
 def _save(
@@ -171,5 +176,7 @@ def _save(
     corpus: Corpus,
     config: LanguageModelTrainingConfig,
 ) -> None:
-    provenance = stamp({"source": corpus.fingerprint})
-    save_language_model(output, model, config.model, vocabulary, config.text, provenance=provenance, training=training)
+    provenance = stamp_provenance({"source": corpus.fingerprint})
+    save_language_model(
+        output, model, config.model, vocabulary, config.layout, provenance=provenance, training=training
+    )

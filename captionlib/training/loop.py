@@ -13,13 +13,14 @@ from typing import Any, Generic
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from captionlib.data.shards.markers import to_json
+from captionlib.errors import TrainingInterrupted
+from captionlib.progress import progress_bar
 from captionlib.storage.folders import Folder
 from captionlib.training.averaging import WeightAverage
-from captionlib.training.distributed import Processes
-from captionlib.training.interrupts import TrainingStopped, stop_requests
+from captionlib.training.distributed import ProcessGroup
+from captionlib.training.interrupts import stop_requests
 from captionlib.training.metrics_log import report_epoch
 from captionlib.training.objective import Batch, Objective, is_higher_better, own_learning_rates
 from captionlib.training.optimization import TrainingConfig, learning_rate, make_optimizer
@@ -33,7 +34,7 @@ from captionlib.training.state import (
     set_generators,
 )
 
-__all__ = ["Objective", "TrainingConfig", "TrainingStopped", "claim_folder", "seed_everything", "train"]
+__all__ = ["Objective", "TrainingConfig", "claim_folder", "seed_everything", "train"]
 
 
 def train(
@@ -60,7 +61,7 @@ def train(
 
     Raises:
         DatasetError: the folder holds a run of another configuration.
-        TrainingStopped: Ctrl-C or SIGTERM; the state is saved.
+        TrainingInterrupted: Ctrl-C or SIGTERM; the state is saved.
     """
     run = _Run(objective, config, output, resolved)
     run.resume()
@@ -77,7 +78,7 @@ class _Run(Generic[Batch]):
         self, objective: Objective[Batch], config: TrainingConfig, output: Folder, resolved: dict[str, Any]
     ) -> None:
         self.state = RunState()
-        self.processes = Processes()
+        self.processes = ProcessGroup()
         self._objective = objective
         self._config = config
         self._output = output
@@ -124,24 +125,18 @@ class _Run(Generic[Batch]):
         state, config = self.state, self._config
         self._objective.model.train()
         began = saved = time.monotonic()
-        with tqdm(
-            self._waited_for(self._objective.batches(config.seed, state.epoch, state.step)),
-            desc=f"epoch {state.epoch + 1}/{config.epochs}",
-            initial=state.step,
-            total=self._objective.steps(),
-            unit="batch",
-            disable=not progress,
-            dynamic_ncols=True,
-        ) as bar:
-            for batch in bar:
-                stopping, saving = self._step(batch, stopped, saved + config.save_seconds)
-                bar.set_postfix({name: f"{value:.3f}" for name, value in state.means().items()}, refresh=False)
+        label = f"epoch {state.epoch + 1}/{config.epochs}"
+        with progress_bar(label, self._objective.steps(), "batches", progress) as bar:
+            bar.skip(state.step)
+            for batch in self._waited_for(self._objective.batches(config.seed, state.epoch, state.step)):
+                stopping, saving = self._step(batch, stopped, saved + config.checkpoint_interval_seconds)
+                bar.update(1, "  ".join(f"{name} {value:.3f}" for name, value in state.means().items()))
                 if stopping or saving:
                     saved = time.monotonic()
                     state.seconds, began = state.seconds + saved - began, saved
                     self.save()
                 if stopping:
-                    raise TrainingStopped
+                    raise TrainingInterrupted("training was stopped; run the same command again to resume")
         state.seconds += time.monotonic() - began
 
     def _waited_for(self, batches: Iterator[Batch | None]) -> Iterator[Batch | None]:
@@ -210,7 +205,7 @@ class _Run(Generic[Batch]):
         }
         state.history.append(row)
         if progress:
-            tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+            print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
         score = scores[objective.score_name] * (-1 if is_higher_better(objective) else 1)
         better = score < state.best
         if better:

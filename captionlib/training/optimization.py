@@ -35,7 +35,7 @@ class TrainingConfig:
         precision: `bfloat16` computes the loss in it where that is safe (autocast; it pays on GPUs); the weights stay
             float32, and so does validation.
         patience: epochs without a better validation score after which training ends; None is never.
-        save_seconds: how often the state is saved within an epoch.
+        checkpoint_interval_seconds: how often the state is saved within an epoch.
         seed: of the order of the images, of dropout, and of the first weights.
     """
 
@@ -53,7 +53,7 @@ class TrainingConfig:
     ema_decay: float | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
     patience: int | None = 3
-    save_seconds: float = 300.0
+    checkpoint_interval_seconds: float = 300.0
     seed: int = 0
 
     def __post_init__(self) -> None:

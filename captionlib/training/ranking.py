@@ -18,18 +18,18 @@ from captionlib.data.batches.captions import CaptionBatch, CaptionBatches, featu
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError
-from captionlib.evaluation.retrieval import score_ranking
-from captionlib.models.captioners.captioner import pad_sentences
-from captionlib.models.checkpoints.folder import stamp
-from captionlib.models.checkpoints.rankers import save_ranker
+from captionlib.evaluation.retrieval import score_retrieval
+from captionlib.models.captioners.packed_sequences import pad_sentences
+from captionlib.models.checkpoints.checkpoint import save_ranker
+from captionlib.models.checkpoints.folder import stamp_provenance
 from captionlib.models.devices import resolve_device
 from captionlib.models.rankers.ranker import Ranker, RankerConfig
 from captionlib.storage.folders import Folder
 from captionlib.training.curves import draw_curves
-from captionlib.training.distributed import Processes, join_processes
+from captionlib.training.distributed import ProcessGroup, join_processes
 from captionlib.training.loop import TrainingConfig, claim_folder, seed_everything, train
 from captionlib.training.objective import BatchLoss
-from captionlib.training.ranking_losses import contrastive_loss, margin_loss
+from captionlib.training.ranking_losses import contrastive_loss, max_margin_loss
 
 __all__ = ["RankerTrainingConfig", "RankingBatch", "RankingObjective", "train_ranker"]
 
@@ -41,10 +41,10 @@ class RankerTrainingConfig:
     Attributes:
         ranker: the network.
         training: the loop.
-        loss: `contrastive`, the softmax with a learned temperature; `margin`, the talk's; or `hardest`: the margin to
+        loss: `contrastive`, the softmax with a learned temperature; `max_margin`, the talk's; or `hard_negative`: the margin to
             the hardest negatives of the batch alone.
         margin: by how much a pair has to win, in cosine; of the margin losses.
-        warm_up_epochs: of `hardest`: epochs with all negatives before; the hardest alone start badly.
+        warmup_epochs: of `hard_negative`: epochs with all negatives before; the hardest alone start badly.
         train_splits: the rows to learn from; COCO's `restval` belongs to training.
         validation_splits: the rows that decide which epoch is best, ranked all among each other.
         min_count: words seen less often become UNKNOWN.
@@ -52,7 +52,7 @@ class RankerTrainingConfig:
         batch_images: images a batch; the more, the more negatives. Of each process, where there are several: what the
             others have is no negative.
         batch_sentences: sentences an image in a batch, drawn anew each epoch; 0 is all of them.
-        window_megabytes: how much of the features is mixed at a time.
+        shuffle_buffer_megabytes: how much of the features is mixed at a time.
     """
 
     ranker: RankerConfig = field(default_factory=RankerConfig)
@@ -67,22 +67,22 @@ class RankerTrainingConfig:
             patience=8,
         )
     )
-    loss: Literal["contrastive", "margin", "hardest"] = "contrastive"
+    loss: Literal["contrastive", "max_margin", "hard_negative"] = "contrastive"
     margin: float = 0.2
-    warm_up_epochs: int = 5
+    warmup_epochs: int = 5
     train_splits: tuple[str, ...] = ("train", "restval")
     validation_splits: tuple[str, ...] = ("val", "dev")
     min_count: int = 4
     max_words: int = 30
     batch_images: int = 256
     batch_sentences: int = 1
-    window_megabytes: int = 512
+    shuffle_buffer_megabytes: int = 512
 
     def __post_init__(self) -> None:
-        for name, least in {"min_count": 1, "max_words": 1, "batch_images": 2, "window_megabytes": 1}.items():
+        for name, least in {"min_count": 1, "max_words": 1, "batch_images": 2, "shuffle_buffer_megabytes": 1}.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        for name in ("batch_sentences", "warm_up_epochs"):
+        for name in ("batch_sentences", "warmup_epochs"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if not self.margin > 0:
@@ -114,7 +114,7 @@ class RankingObjective:
         self._config = config
         self._training = training
         self._validation = validation
-        self._processes = Processes()
+        self._processes = ProcessGroup()
         self._steps = training.count(self._processes.count)
         self._save = save
         self._device = next(model.parameters()).device
@@ -143,8 +143,8 @@ class RankingObjective:
         if self._config.loss == "contrastive":
             loss = contrastive_loss(scores, owner, self.model.log_temperature)
         else:
-            hardest = self._config.loss == "hardest" and batch.epoch >= self._config.warm_up_epochs
-            loss = margin_loss(scores, owner, self._config.margin, hardest)
+            hardest = self._config.loss == "hard_negative" and batch.epoch >= self._config.warmup_epochs
+            loss = max_margin_loss(scores, owner, self._config.margin, hardest)
         return BatchLoss(loss, loss.item() * len(owner), len(owner))
 
     def validate(self) -> dict[str, float]:
@@ -159,11 +159,11 @@ class RankingObjective:
             sentences.append(of_sentences.float().cpu())
             owners.append(torch.from_numpy(batch.image_of_sentence) + count)
             count += len(of_images)
-        scores = score_ranking(torch.cat(images).numpy(), torch.cat(sentences).numpy(), torch.cat(owners).numpy())
+        scores = score_retrieval(torch.cat(images).numpy(), torch.cat(sentences).numpy(), torch.cat(owners).numpy())
         return {
             "missed_recall": 1 - scores.mean_recall,
-            "image_to_sentence_median_rank": scores.image_to_sentence.median_rank,
-            "sentence_to_image_median_rank": scores.sentence_to_image.median_rank,
+            "image_to_text_median_rank": scores.image_to_text.median_rank,
+            "text_to_image_median_rank": scores.text_to_image.median_rank,
         }
 
     def save(self, output: Folder, training: dict[str, Any]) -> None:
@@ -198,7 +198,7 @@ class _Save:
     features_fingerprint: str
 
     def __call__(self, output: Folder, model: Ranker, training: dict[str, Any]) -> None:
-        provenance = stamp({"features": self.features_fingerprint})
+        provenance = stamp_provenance({"features": self.features_fingerprint})
         save_ranker(output, model, self.vocabulary, self.encoder, provenance=provenance, training=training)
 
 
@@ -241,7 +241,7 @@ def _train(
     overwrite: bool,
     progress: bool,
 ) -> list[dict[str, float]]:
-    processes = Processes()
+    processes = ProcessGroup()
     dataset = open_dataset(features.uri, "features").require_complete()
     processes.from_first(lambda: claim_folder(output, overwrite))
     vocabulary = Vocabulary.from_captions(read_captions(dataset, config.train_splits), config.min_count)
@@ -250,13 +250,13 @@ def _train(
     def encode(sentence: str) -> list[int]:
         return vocabulary.encode(sentence)[: config.max_words]
 
-    window_bytes = config.window_megabytes << 20
+    window_bytes = config.shuffle_buffer_megabytes << 20
     batches = CaptionBatches(dataset, config.train_splits, encode, config.batch_images, window_bytes, pooled=True)
     held_out = CaptionBatches(dataset, config.validation_splits, vocabulary.encode, 100, window_bytes, pooled=True)
     seed_everything(config.training.seed)
     model = Ranker(config.ranker, feature_shape(dataset)[-1], len(vocabulary))
     if config.ranker.standardize_features:
-        model.set_standardization(*map(torch.from_numpy, mean_and_std(dataset, config.train_splits)))
+        model.standardization.set_statistics(*map(torch.from_numpy, mean_and_std(dataset, config.train_splits)))
     objective = RankingObjective(
         model.to(device),
         config,

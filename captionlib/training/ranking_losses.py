@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["contrastive_loss", "margin_loss"]
+__all__ = ["contrastive_loss", "max_margin_loss"]
 
 
-def margin_loss(scores: Tensor, image_of_sentence: Tensor, margin: float, hardest: bool = False) -> Tensor:
+def max_margin_loss(scores: Tensor, image_of_sentence: Tensor, margin: float, hard_negatives: bool = False) -> Tensor:
     """The max-margin ranking loss, the mean over all pairs of an image and a sentence of it.
 
     For a pair with score p, each negative of score n costs max(0, margin - p + n): other sentences beside the image,
@@ -22,14 +22,14 @@ def margin_loss(scores: Tensor, image_of_sentence: Tensor, margin: float, hardes
         scores: `[images, sentences]`, cosines.
         image_of_sentence: `[sentences] int64`.
         margin: by how much the pair has to win.
-        hardest: take the hardest negative of each kind rather than all.
+        hard_negatives: take the hardest negative of each kind rather than all.
     """
     other = _is_other(scores, image_of_sentence)
     pairs = _scores_of_pairs(scores, image_of_sentence)
     images = F.relu(margin - pairs + scores) * other  # [images, sentences]
     beside = scores[image_of_sentence]  # [sentences, sentences]: all sentences beside the image of each
     sentences = F.relu(margin - pairs[:, None] + beside) * other[image_of_sentence]
-    if hardest:
+    if hard_negatives:
         return (images.amax(0) + sentences.amax(1)).mean()
     return (images.sum(0) + sentences.sum(1)).mean()
 

@@ -24,10 +24,10 @@ from captionlib.errors import ConfigError
 from captionlib.models.captioners.captioner import Captioner
 from captionlib.models.decoding.beam_search import search_beam
 from captionlib.models.decoding.cider_d import CiderD
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.constraints import Constraints
-from captionlib.models.decoding.decoder import DecodingConfig
-from captionlib.models.decoding.incremental import IncrementalCaptioner, Start
-from captionlib.models.decoding.sampling import sample_tokens, uniform_numbers
+from captionlib.models.decoding.incremental import Hypotheses, IncrementalCaptioner
+from captionlib.models.decoding.sampling import generate_uniforms, sample_tokens
 from captionlib.storage.folders import Folder
 from captionlib.training.caption_objective import CaptioningObjective
 from captionlib.training.objective import BatchLoss
@@ -48,18 +48,18 @@ class SelfCriticalConfig:
         temperature: of drawing, as in `decoding`.
         dropout: of the captioner while it draws and learns, in place of its own. What is dropped when a sentence is
             drawn is dropped when it is learned from.
-        score_end: whether END is a word of the n-grams that are rewarded. Without it a sentence that breaks off, as in
+        include_end_token: whether END is a word of the n-grams that are rewarded. Without it a sentence that breaks off, as in
             "a man on a", scores as well as one that is whole.
     """
 
     samples: int = 5
-    baseline: Literal["others", "greedy"] = "others"
+    baseline: Literal["leave_one_out", "greedy"] = "leave_one_out"
     temperature: float = 1.0
     dropout: float = 0.0
-    score_end: bool = True
+    include_end_token: bool = True
 
     def __post_init__(self) -> None:
-        least = 2 if self.baseline == "others" else 1
+        least = 2 if self.baseline == "leave_one_out" else 1
         if self.samples < least:
             raise ConfigError(
                 f"self_critical.samples: expected at least {least} for baseline {self.baseline}, got {self.samples}"
@@ -151,14 +151,14 @@ class SelfCriticalObjective:
         """Draws sentences for each image, by the same network that learns from them, with what dropout leaves of it."""
         images, samples = batch.captions.features, self._config.samples
         keys = [f"{batch.seed} {batch.epoch} ".encode() + image.tobytes() for image in images]
-        uniforms = uniform_numbers(keys, samples, self._drawing.max_tokens, seed=0).to(self._device)
+        uniforms = generate_uniforms(keys, samples, self._drawing.max_tokens, seed=0).to(self._device)
         image_state = self.model.encode_images(torch.from_numpy(images).to(self._device))
         alive = torch.arange(len(images) * samples, device=self._device)  # the sentences that are still written
         state, word = image_state.state.index_select(1, alive // samples), torch.full_like(alive, END)
         written: list[list[int]] = [[] for _ in alive]
         log_probs, sentences = [], []
         for uniform in uniforms.unbind(1):
-            foretold, state = self.model.read_word(word, state, image_state, alive // samples)
+            foretold, state = self.model.step(word, state, image_state, alive // samples)
             with torch.no_grad():
                 allowed = foretold.clone()
                 self._constraints.apply(allowed, word[:, None])
@@ -176,15 +176,15 @@ class SelfCriticalObjective:
     @torch.inference_mode()
     def _search(self, batch: CaptionBatch) -> list[list[int]]:
         """The tokens of the greedy sentence of each image; none where it is not asked for."""
-        if self._config.baseline == "others":
+        if self._config.baseline == "leave_one_out":
             return []
         kind = self._device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         incremental = IncrementalCaptioner(self.model, dtype)
         with torch.autocast(kind, enabled=False):
-            start: Start = incremental.begin(incremental.encode_images(torch.from_numpy(batch.features)))
+            start: Hypotheses = incremental.begin(incremental.encode_images(torch.from_numpy(batch.features)))
             found = search_beam(incremental, self._greedy, self._constraints, start)
-        return [[*one.words, END][: one.tokens] for (one,) in found]
+        return [[*one.token_ids, END][: one.token_count] for (one,) in found]
 
     def _judge(self, batch: CaptionBatch, drawn: list[list[int]], greedy: list[list[int]]) -> tuple[Rewards, Rewards]:
         """The rewards of the drawn sentences, and by how much they surpass the baseline; `[images, samples]` each."""
@@ -205,7 +205,7 @@ class SelfCriticalObjective:
 
     def _scored(self, tokens: list[int]) -> list[int]:
         """What of a sentence is rewarded."""
-        return tokens if self._config.score_end else [token for token in tokens if token != END]
+        return tokens if self._config.include_end_token else [token for token in tokens if token != END]
 
 
 def _set_dropout(model: nn.Module, share: float) -> None:

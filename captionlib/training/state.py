@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captionlib.config import differences
-from captionlib.data.shards.markers import FAILURES
+from captionlib.config import describe_differences
+from captionlib.data.shards.markers import FAILURES_FOLDER
 from captionlib.errors import DatasetError
 from captionlib.models.checkpoints.folder import CHECKPOINT_FILES
-from captionlib.storage.folders import TEMPORARY, Folder
+from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 from captionlib.training.metrics_log import METRICS, TENSORBOARD
 
 __all__ = ["RESOLVED", "RunState", "claim_folder", "get_generators", "load_state", "save_state", "set_generators"]
 
 STATE = "_training/state.pt"
 RESOLVED = "resolved.json"
-_RUN_FILES = {"_training", FAILURES, RESOLVED, METRICS, TENSORBOARD, "curves.png", *CHECKPOINT_FILES}
+_RUN_FILES = {"_training", FAILURES_FOLDER, RESOLVED, METRICS, TENSORBOARD, "curves.png", *CHECKPOINT_FILES}
 
 
 @dataclass
@@ -78,7 +78,7 @@ def claim_folder(output: Folder, overwrite: bool) -> None:
     Raises:
         DatasetError: it holds what no run has written.
     """
-    names = [name for name in output.list() if name != TEMPORARY]
+    names = [name for name in output.list() if name != TEMPORARY_FOLDER]
     if names and not set(names) <= _RUN_FILES:
         strangers = sorted(set(names) - _RUN_FILES)
         raise DatasetError(
@@ -99,7 +99,7 @@ def save_state(output: Folder, resolved: Mapping[str, Any], state: RunState, par
         state: how far it is.
         parts: tensors and nested mappings of them: model, optimizer, generator.
     """
-    with output.staged(STATE) as path:
+    with output.stage(STATE) as path:
         torch.save({"resolved": resolved, "state": vars(state), **parts}, path)
 
 
@@ -112,7 +112,7 @@ def load_state(output: Folder, resolved: Mapping[str, Any]) -> tuple[RunState, d
     if not output.exists(STATE):
         return None
     saved = torch.load(io.BytesIO(output.read(STATE)), map_location="cpu", weights_only=True)
-    if lines := differences(_identity(saved["resolved"]), _identity(resolved)):
+    if lines := describe_differences(_identity(saved["resolved"]), _identity(resolved)):
         raise DatasetError(
             f"{output.uri} holds a run of another configuration ({'; '.join(lines)}); "
             "give another folder, or --overwrite to replace it"
@@ -127,7 +127,7 @@ def _identity(resolved: Mapping[str, Any]) -> dict[str, Any]:
     training = {
         name: value
         for name, value in resolved["training"].items()
-        if name not in {"patience", "save_seconds"}
+        if name not in {"patience", "checkpoint_interval_seconds"}
         and (name != "epochs" or resolved["training"]["schedule"] == "cosine")
     }
     kept = {name: value for name, value in resolved.items() if name not in {"loading", "max_failure_ratio"}}

@@ -5,19 +5,19 @@ import pyarrow as pa
 import pytest
 
 from captionlib.data.shards.dataset import create_dataset
-from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import FetchError
 from clusters.comparison import compare_datasets
 
 
 def write(folder: Path, shards: Sequence[Sequence[str]], uri: str = "u", failed: str = "gone") -> Path:
-    dataset = create_dataset(folder, "manifest", MANIFEST, config={}, shards=len(shards))
+    dataset = create_dataset(folder, "manifest", MANIFEST_SCHEMA, config={}, shards=len(shards))
     for number, names in enumerate(shards):
         rows = [{"image_id": name, "uri": uri, "split": "", "captions": []} for name in names]
         with write_shard(dataset, number, len(rows) + 1) as writer:
-            writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST))
-            writer.fail(f"{failed}{number}", "u", FetchError("gone", "gone"))
+            writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST_SCHEMA))
+            writer.write_failure(f"{failed}{number}", "u", FetchError("gone", "gone"))
     dataset.finish()
     return folder
 

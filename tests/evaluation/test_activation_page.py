@@ -9,14 +9,14 @@ from click.testing import CliRunner
 from PIL import Image
 
 from captionlib.evaluation.activation_page import write_activation_page
-from captionlib.models.encoders.activations import Activations, LayerMaps
+from captionlib.models.encoders.activations import Activations, LayerActivations
 from jobs.cli import captionlib
 from tests.evaluation.test_report import Page
 
 IMAGE = np.full((8, 8, 3), 128, np.uint8)
 
 
-def show(tmp_path: Path, *layers: LayerMaps, **options: object) -> Page:
+def show(tmp_path: Path, *layers: LayerActivations, **options: object) -> Page:
     found = Activations(IMAGE, layers, **{"classes": [], "note": "", **options})  # type: ignore[arg-type]
     write_activation_page(tmp_path / "new" / "page.html", "photo.jpg", found, "a network")
     return Page((tmp_path / "new" / "page.html").read_text(encoding="utf-8"))
@@ -33,7 +33,7 @@ def test_channels_stand_by_their_peaks_each_scaled_to_its_own(tmp_path: Path) ->
     maps[4, 0, 1], maps[4, 1, 2] = 10, 5
     maps[17, 1, 0] = 2
     maps[0] = -1  # its lowest value is dark, and so is all of it
-    page = show(tmp_path, LayerMaps("features.1", maps))
+    page = show(tmp_path, LayerActivations("features.1", maps))
     labels = [button["aria-label"] for button in page.all("button") if "aria-label" in button]
     assert labels[:3] == ["channel 4, peak 10", "channel 17, peak 2", "channel 1, peak 0"]
     assert labels[-1] == "channel 0, peak -1"
@@ -51,18 +51,18 @@ def test_channels_stand_by_their_peaks_each_scaled_to_its_own(tmp_path: Path) ->
 def test_large_maps_are_averaged_down(tmp_path: Path) -> None:
     maps = np.zeros((1, 226, 224), np.float32)
     maps[0, :3, :3] = 9.0
-    assert read_picture(show(tmp_path, LayerMaps("x", maps))).size == (16 * 74, 75)
+    assert read_picture(show(tmp_path, LayerActivations("x", maps))).size == (16 * 74, 75)
 
 
 def test_most_of_many_channels_wait_to_be_asked_for(tmp_path: Path) -> None:
-    page = show(tmp_path, LayerMaps("x", np.ones((64, 1, 1), np.float32)))
+    page = show(tmp_path, LayerActivations("x", np.ones((64, 1, 1), np.float32)))
     buttons = [button for button in page.all("button") if "aria-label" in button]
     assert sum("hidden" in button for button in buttons) == 16
     assert "show all 64 channels" in page.text
 
 
 def test_classes_stand_beside_or_the_reason_why_not(tmp_path: Path) -> None:
-    layer = LayerMaps("x", np.ones((1, 1, 1), np.float32))
+    layer = LayerActivations("x", np.ones((1, 1, 1), np.float32))
     page = show(tmp_path, layer, classes=[("<tabby>", 0.75), ("fox", 0.125)])
     assert "<tabby>75.0%" in page.text.replace("\n", "")
     assert "no classifier" in show(tmp_path, layer, note="The weights have no classifier").text
@@ -70,7 +70,7 @@ def test_classes_stand_beside_or_the_reason_why_not(tmp_path: Path) -> None:
 
 def test_everything_is_escaped_and_nothing_comes_from_elsewhere(tmp_path: Path) -> None:
     evil = "</p><script>alert(1)</script>\"'&"
-    found = Activations(IMAGE, [LayerMaps(evil, np.ones((1, 1, 1), np.float32))], [(evil, 1.0)], "")
+    found = Activations(IMAGE, [LayerActivations(evil, np.ones((1, 1, 1), np.float32))], [(evil, 1.0)], "")
     write_activation_page(tmp_path / "page.html", evil, found, evil)
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
     page = Page(html)

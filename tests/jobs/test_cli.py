@@ -73,4 +73,4 @@ def test_an_unknown_command_or_option_says_so() -> None:
 def test_an_unknown_configuration_key_lists_the_known_ones(tmp_path: Path) -> None:
     result = run("extract-features", str(tmp_path), "-o", str(tmp_path / "out"), "--set", "encodr.model=vgg16")
     assert result.returncode == 1
-    assert "unknown key encodr; known: encoder, loading, batch_size" in result.stderr
+    assert "unknown key encodr (did you mean encoder?); known keys: encoder, loading, batch_size" in result.stderr

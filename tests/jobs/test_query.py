@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
-from captionlib.errors import ConfigError, QueryError
+from captionlib.errors import QueryError, StorageError
 from jobs.cli import captionlib
 from tests.search.conftest import write_captions
 
@@ -90,8 +90,9 @@ def test_an_output_may_be_an_address(captions: str) -> None:
 
 
 def test_an_output_that_cannot_be_written_is_said(captions: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be written: No such file or directory"):
-        query(captions, "--top", "1", "--output", tmp_path / "nowhere" / "x.csv")
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="cannot be written: File exists"):
+        query(captions, "--top", "1", "--output", tmp_path / "file" / "x.csv")
 
 
 def test_parquet_is_not_sent_to_a_terminal(captions: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,14 +37,16 @@ def test_sentences_are_trained_and_written(tmp_path: Path) -> None:
 
 
 def test_running_text_is_written_to_its_length(tmp_path: Path) -> None:
-    checkpoint = train(tmp_path, "text=running", "level=characters", "window=20")
+    checkpoint = train(tmp_path, "layout=continuous", "level=characters", "sequence_length=20")
     output = run("sample", checkpoint, "--count", "2", "--length", "50", "--top-k", "3", "--top-p", "0.9")
     first, second = output.split("----\n")
     assert len(first) == len(second) == 51
     assert "characters" in run("inspect", checkpoint)
 
 
-@pytest.mark.parametrize("way", ["decoding.strategy=sample", "decoding.beam_groups=5", "decoding.no_repeat_ngram=2"])
+@pytest.mark.parametrize(
+    "way", ["decoding.strategy=sample", "decoding.beam_groups=5", "decoding.no_repeat_ngram_size=2"]
+)
 def test_decoding_is_reached_from_the_command_line(way: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(captionlib, ["caption", "x.jpg", "-c", str(tmp_path), "--set", way])
     assert "is no checkpoint" in str(result.exception)  # the setting itself was taken

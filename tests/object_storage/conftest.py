@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from tenacity import stop_after_delay, wait_none
 
-from captionlib import retrying
+from captionlib.storage import retries
 from tests.object_storage.faults import FaultyProxy, never
 
 COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "black", "white"]
@@ -77,7 +77,7 @@ def proxy(proxy_of_session: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> Ite
     proxy_of_session.requests.clear()
     monkeypatch.setitem(fsspec.config.conf, "s3", options(proxy_of_session.url))
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-    monkeypatch.setattr(retrying._retrying, "wait", wait_none())
-    monkeypatch.setattr(retrying._retrying, "stop", stop_after_delay(20))
+    monkeypatch.setattr(retries._retrying, "wait", wait_none())
+    monkeypatch.setattr(retries._retrying, "stop", stop_after_delay(20))
     yield proxy_of_session
     proxy_of_session.choose = never

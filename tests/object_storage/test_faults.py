@@ -14,16 +14,16 @@ import pyarrow as pa
 import pytest
 from tenacity import stop_after_delay
 
-from captionlib import retrying
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
-from captionlib.data.shards.schemas import MANIFEST
-from captionlib.data.shards.stages import Fail, Process, ShardJob
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
+from captionlib.data.shards.stages import ProcessRows, ReportFailure, ShardJob
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import FetchError, StorageError
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.extraction import ExtractionConfig
 from captionlib.search.sql.session import query_sql
+from captionlib.storage import retries
 from captionlib.storage.folders import Folder
 from pipelines.extract_features import extract_features
 from pipelines.run import RunConfig
@@ -57,13 +57,13 @@ class Sometimes:
 class FetchImages:
     """A stage that needs no model: the image's size in place of its split."""
 
-    columns: Sequence[str] = tuple(MANIFEST.names)
+    columns: Sequence[str] = tuple(MANIFEST_SCHEMA.names)
 
     @contextmanager
-    def open(self) -> Iterator[Process]:
+    def open(self) -> Iterator[ProcessRows]:
         with ImageFetcher(QUICK) as fetcher, ThreadPoolExecutor(4) as threads:
 
-            def process(batches: Iterator[pa.RecordBatch], fail: Fail) -> Iterator[tuple[pa.RecordBatch, ...]]:
+            def process(batches: Iterator[pa.RecordBatch], fail: ReportFailure) -> Iterator[tuple[pa.RecordBatch, ...]]:
                 for batch in batches:
                     done = []
                     rows = batch.to_pylist()
@@ -72,7 +72,7 @@ class FetchImages:
                             fail(row["image_id"], row["uri"], content)
                         else:
                             done.append({**row, "split": str(len(content))})
-                    yield (pa.RecordBatch.from_pylist(done, schema=MANIFEST),)
+                    yield (pa.RecordBatch.from_pylist(done, schema=MANIFEST_SCHEMA),)
 
             def fetch(uri: str) -> bytes | FetchError:
                 try:
@@ -84,23 +84,23 @@ class FetchImages:
 
 
 def write_manifest(folder: str) -> ShardedDataset:
-    dataset = create_dataset(folder, "manifest", MANIFEST, config={}, shards=SHARDS)
+    dataset = create_dataset(folder, "manifest", MANIFEST_SCHEMA, config={}, shards=SHARDS)
     for shard in range(SHARDS):
         rows = [
             {"image_id": f"{shard}-{name}", "uri": f"s3://bucket/images/{name}.png", "split": "", "captions": ["a"]}
             for name in NAMES
         ]
         with write_shard(dataset, shard, len(rows)) as writer:
-            writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST))
+            writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST_SCHEMA))
     dataset.finish()
     return dataset
 
 
 def run_job(source: ShardedDataset, output: str) -> ShardedDataset:
-    target = create_dataset(output, "manifest", MANIFEST, config={"input": source.fingerprint}, shards=SHARDS)
+    target = create_dataset(output, "manifest", MANIFEST_SCHEMA, config={"input": source.fingerprint}, shards=SHARDS)
     job = ShardJob(source, (target,), FetchImages())
     with job.stage.open() as process:
-        for shard in job.pending():
+        for shard in job.pending_shards():
             job.run(shard, process)
     job.finish(0.5)
     return target
@@ -127,7 +127,7 @@ def test_what_fails_now_and_then_changes_nothing(bucket: str, proxy: FaultyProxy
     output = run_job(write_manifest(f"{bucket}/manifest"), f"{bucket}/output")
     assert content_of(output) == expected
     assert output.verify() == []
-    assert output.totals().reasons == {"FileNotFoundError": SHARDS}
+    assert output.compute_totals().reasons == {"FileNotFoundError": SHARDS}
     assert open_dataset(f"{bucket}/output").is_complete()
     assert query_sql(f"{bucket}/output", "SELECT count(DISTINCT image_id) AS n FROM manifest").to_pylist() == [
         {"n": SHARDS * len(COLOURS)}
@@ -155,14 +155,14 @@ def test_an_outage_ends_the_run_and_leaves_nothing_half_done(
     bucket: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_manifest(f"{bucket}/manifest")
-    monkeypatch.setattr(retrying._retrying, "stop", stop_after_delay(0.2))
+    monkeypatch.setattr(retries._retrying, "stop", stop_after_delay(0.2))
     proxy.choose = lambda method, path: (
         Fault.THROTTLE if method == "PUT" and path.endswith("output/_shards/part-00002.json") else None
     )
     with pytest.raises(StorageError, match=r"part-00002\.json: the storage did not do its part .* injected"):
         run_job(source, f"{bucket}/output")
     output = open_dataset(f"{bucket}/output")
-    assert output.pending() == [2]
+    assert output.pending_shards() == [2]
     assert not output.is_complete()
     proxy.choose = lambda _method, _path: None
     proxy.requests.clear()
@@ -175,9 +175,9 @@ def test_an_image_that_never_comes_is_a_failure_and_the_others_are_rows(bucket: 
     faults = {"red": Fault.THROTTLE, "green": Fault.CUT, "blue": Fault.ERROR}
     proxy.choose = lambda _method, path: faults.get(Path(path).stem) if "/images/" in path else None
     output = run_job(source, f"{bucket}/output")
-    reasons = output.totals().reasons
+    reasons = output.compute_totals().reasons
     assert reasons == {"HTTP 503": SHARDS, "HTTP 500": SHARDS, "FileNotFoundError": SHARDS, "ConnectionError": SHARDS}
-    assert output.totals().rows == SHARDS * (len(COLOURS) - len(faults))
+    assert output.compute_totals().rows == SHARDS * (len(COLOURS) - len(faults))
 
 
 def test_many_small_files_come_whatever_befalls_each(bucket: str, proxy: FaultyProxy) -> None:

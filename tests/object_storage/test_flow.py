@@ -79,7 +79,7 @@ def test_what_a_bucket_holds_is_what_a_disk_holds(flow: str, store: str, tmp_pat
         for name in ("manifest", "features", "captions"):
             assert rows(f"{tmp_path}/{name}") == rows(f"{BUCKET}/{name}")
             assert open_dataset(f"{BUCKET}/{name}").verify() == []
-        failures = open_dataset(f"{BUCKET}/features").totals().reasons
+        failures = open_dataset(f"{BUCKET}/features").compute_totals().reasons
         assert failures == {"Truncated": 1, "FileNotFoundError": 1}
         assert Folder(BUCKET).list("_temporary") == []
 

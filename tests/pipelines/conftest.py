@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
-from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
 from captionlib.models.captioners.captioner import CaptionerConfig
 from captionlib.models.encoders.encoder import EncoderConfig
@@ -21,7 +21,7 @@ COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "black", "white
 
 def write_manifest(folder: Path, uris: list[str], shard_size: int = 4) -> ShardedDataset:
     starts = range(0, len(uris), shard_size)
-    dataset = create_dataset(folder, "manifest", MANIFEST, config={"uris": uris}, shards=len(starts))
+    dataset = create_dataset(folder, "manifest", MANIFEST_SCHEMA, config={"uris": uris}, shards=len(starts))
     for shard, start in enumerate(starts):
         rows = [
             {
@@ -33,7 +33,7 @@ def write_manifest(folder: Path, uris: list[str], shard_size: int = 4) -> Sharde
             for number, uri in enumerate(uris[start : start + shard_size])
         ]
         with write_shard(dataset, shard, len(rows)) as writer:
-            writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST))
+            writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST_SCHEMA))
     dataset.finish()
     return dataset
 

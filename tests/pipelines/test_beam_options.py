@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from captionlib.errors import ConfigError
-from pipelines.beam_options import expand_files
+from pipelines.beam_options import expand_option_files
 from pipelines.run import RunConfig, choose_runner
 
 RUNNERS = Path(__file__).parents[2] / "configs" / "runners"
@@ -19,7 +19,7 @@ def test_a_file_stands_for_the_options_in_it(tmp_path: Path) -> None:
         "parallelism: 2\n",
         encoding="utf-8",
     )
-    assert expand_files(["--a=1", f"@{file}", "--parallelism=4"]) == [
+    assert expand_option_files(["--a=1", f"@{file}", "--parallelism=4"]) == [
         "--a=1",
         "--runner=PortableRunner",
         '--environment_config={"command": "/opt/boot"}',
@@ -44,7 +44,7 @@ def test_what_is_no_file_of_options_is_refused(text: str, message: str, tmp_path
     file = tmp_path / "options.yaml"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
-        expand_files([f"@{file}"])
+        expand_option_files([f"@{file}"])
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from captionlib.data.shards.stages import ShardJob, Stage
 from captionlib.errors import ConfigError
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.captioning import CaptionGeneration, GenerationConfig
-from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding, RankerFolder
+from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding, PinnedRanker
 from captionlib.models.inference.extraction import ExtractionConfig, FeatureExtraction
 from captionlib.search.build import IndexBuild
 from captionlib.search.config import IndexConfig
@@ -30,7 +30,7 @@ from pipelines.run import RunConfig, choose_runner
 Job = beam_runner_api_pb2.Pipeline
 
 L4 = "type:nvidia-l4;count:1;install-nvidia-driver"
-RANKER = RankerFolder("s3://bucket/ranker", "fingerprint")
+RANKER = PinnedRanker("s3://bucket/ranker", "fingerprint")
 STAGES: dict[str, Stage] = {
     "extract-features": FeatureExtraction(ExtractionConfig(), {"model": "vgg16"}, "cuda"),
     "generate-captions": CaptionGeneration(
@@ -127,9 +127,9 @@ def test_one_process_a_worker_loads_the_models() -> None:
 
 
 def test_models_are_only_looked_at_here_and_must_find_a_gpu_there() -> None:
-    assert RunConfig(accelerator=L4).devices("auto") == ("auto", "cuda")
-    assert RunConfig(accelerator=L4).devices("cuda:1") == ("auto", "cuda:1")
-    assert RunConfig().devices("auto") == ("auto", "auto")
+    assert RunConfig(accelerator=L4).resolve_devices("auto") == ("auto", "cuda")
+    assert RunConfig(accelerator=L4).resolve_devices("cuda:1") == ("auto", "cuda:1")
+    assert RunConfig().resolve_devices("auto") == ("auto", "auto")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_dataflow_takes_the_job(
     run = RunConfig(beam_options=DATAFLOW, progress=False, accelerator=L4)
     totals = extract_features(manifest.folder.uri, tmp_path / "features", small_encoder, run=run)
     assert totals.shards == 0
-    assert open_dataset(tmp_path / "features").pending() == list(range(manifest.shards))
+    assert open_dataset(tmp_path / "features").pending_shards() == list(range(manifest.shards))
     [job] = jobs
     containers = {
         beam_runner_api_pb2.DockerPayload.FromString(environment.payload).container_image

@@ -7,10 +7,10 @@ import pytest
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.errors import CheckpointError, ConfigError, DatasetError, FetchError, FingerprintError
 from captionlib.models.captioners.captioner import CaptionerConfig
-from captionlib.models.checkpoints.rankers import load_ranker
-from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.checkpoints.checkpoint import load_ranker
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.inference.captioning import GenerationConfig
-from captionlib.models.inference.embedding import EmbeddingConfig, RankerFolder, embed_single_images
+from captionlib.models.inference.embedding import EmbeddingConfig, PinnedRanker, embed_single_images
 from captionlib.models.inference.extraction import ExtractionConfig
 from captionlib.models.rankers.ranker import RankerConfig
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
@@ -81,7 +81,7 @@ def test_images_and_features_give_the_same_embeddings(
     of_features = embed(features, ranker, tmp_path / "embeddings")
     of_images = embed(manifest.folder.uri, ranker, tmp_path / "embeddings-of-images")
     assert vectors(of_features) == vectors(of_images)
-    assert of_images.totals().failures == 2
+    assert of_images.compute_totals().failures == 2
 
 
 def test_the_pass_that_captions_writes_the_same_embeddings(
@@ -102,7 +102,7 @@ def test_the_pass_that_captions_writes_the_same_embeddings(
     captions = open_dataset(tmp_path / "captions", "captions").require_complete()
     assert beside.fingerprint == alone.fingerprint
     assert vectors(beside) == vectors(alone)
-    assert (beside.totals().rows, beside.totals().failures) == (captions.totals().rows, 2)
+    assert (beside.compute_totals().rows, beside.compute_totals().failures) == (captions.compute_totals().rows, 2)
     assert beside.verify() == captions.verify() == []
 
 
@@ -124,7 +124,7 @@ def test_a_lost_shard_of_embeddings_alone_is_made_again(
     run()
     embeddings = open_dataset(tmp_path / "embeddings")
     before = vectors(embeddings)
-    embeddings.forget(1)
+    embeddings.remove_marker(1)
     assert not embeddings.is_complete()
     run()
     assert vectors(embeddings.require_complete()) == before
@@ -190,7 +190,7 @@ def test_embeddings_cannot_be_embedded(features: Path, ranker: Path, tmp_path: P
 
 def test_a_ranker_that_was_replaced_stops_the_worker(ranker: Path) -> None:
     with pytest.raises(CheckpointError, match="was replaced while the embeddings were made"):
-        RankerFolder(str(ranker), "0" * 64).open("cpu")
+        PinnedRanker(str(ranker), "0" * 64).open("cpu")
 
 
 def test_single_images_are_embedded_like_those_of_a_dataset(

@@ -28,7 +28,7 @@ def test_every_image_is_a_row_or_a_failure(
     manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig
 ) -> None:
     features = extract(manifest, tmp_path / "features", small_encoder)
-    totals = features.totals()
+    totals = features.compute_totals()
     assert (totals.rows, totals.failures) == (8, 2)
     rows = [row for shard in range(3) for row in features.read(shard).to_pylist()]
     assert [row["image_id"] for row in rows] == [
@@ -63,7 +63,7 @@ def test_what_is_missing_is_done_again_and_comes_out_the_same(
     manifest: ShardedDataset, features: Path, small_encoder: ExtractionConfig
 ) -> None:
     before = content(features)
-    open_dataset(features).forget(1)
+    open_dataset(features).remove_marker(1)
     (features / "part-00001.parquet").unlink()
     extract(manifest, features, small_encoder)
     assert content(features) == before
@@ -92,7 +92,7 @@ def test_repaired_images_are_retried_alone(tmp_path: Path, small_encoder: Extrac
     retry = dataclasses.replace(QUIET, retry_failures=True)
     features = extract(manifest, tmp_path / "features", small_encoder, retry)
     assert features.read(0)["image_id"].to_pylist() == ["red.png", "green.png", "blue.png", "broken.png"]
-    assert features.totals().reasons == {"FileNotFoundError": 1}
+    assert features.compute_totals().reasons == {"FileNotFoundError": 1}
 
 
 def test_another_encoder_is_refused(manifest: ShardedDataset, features: Path, small_encoder: ExtractionConfig) -> None:
@@ -108,13 +108,13 @@ def test_too_many_failures_end_with_an_error_and_all_rows(
     with pytest.raises(FailureRatioError, match="2 of 10 images failed"):
         extract(manifest, tmp_path / "features", small_encoder, strict)
     assert len(content(tmp_path / "features")) == 3
-    assert extract(manifest, tmp_path / "features", small_encoder).totals().rows == 8
+    assert extract(manifest, tmp_path / "features", small_encoder).compute_totals().rows == 8
 
 
 def test_an_incomplete_manifest_is_refused(
     manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig
 ) -> None:
-    manifest.forget(1)
+    manifest.remove_marker(1)
     with pytest.raises(DatasetError, match="is not complete: expected 3 shards, 2 are done"):
         extract(manifest, tmp_path / "features", small_encoder)
 

@@ -7,11 +7,11 @@ import torch
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.errors import CheckpointError, ConfigError, DatasetError, FetchError, FingerprintError
-from captionlib.models.checkpoints.captioners import load_captioner
-from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.checkpoints.checkpoint import load_captioner
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.inference.captioning import GenerationConfig, caption_images
 from captionlib.models.inference.extraction import ExtractionConfig
-from captionlib.training.finetuning import EncoderTuning, FinetuningConfig, finetune_captioner
+from captionlib.training.finetuning import EncoderFinetuningConfig, FinetuningConfig, finetune_captioner
 from captionlib.training.loop import TrainingConfig
 from pipelines.extract_features import extract_features
 from pipelines.generate_captions import generate_captions
@@ -60,7 +60,7 @@ def test_images_and_features_give_the_same_captions(
     of_features = caption(features, captioner, tmp_path / "captions")
     of_images = caption(manifest.folder.uri, captioner, tmp_path / "captions-of-images")
     assert rows(of_features) == rows(of_images)
-    assert of_images.totals().failures == 2
+    assert of_images.compute_totals().failures == 2
 
 
 def test_bundles_that_run_twice_write_the_same(features: Path, captioner: Path, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_captioner_that_was_tuned_on_images_brings_its_encoder(
     manifest: ShardedDataset, features: Path, captioner: Path, tmp_path: Path, small_encoder: ExtractionConfig
 ) -> None:
     training = TrainingConfig(epochs=1, optimizer="adam", learning_rate=0.01)
-    tuning = FinetuningConfig(str(captioner), EncoderTuning(1e-3), training, max_failure_ratio=0.5)
+    tuning = FinetuningConfig(str(captioner), EncoderFinetuningConfig(1e-3), training, max_failure_ratio=0.5)
     finetune_captioner(manifest.folder.uri, tmp_path / "tuned", tuning, device="cpu", progress=False)
     of_images = rows(caption(manifest.folder.uri, tmp_path / "tuned", tmp_path / "captions-of-images"))
     alone, _ = caption_images([str(of_images[0]["uri"])], str(tmp_path / "tuned"), GENERATION, device="cpu")

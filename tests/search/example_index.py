@@ -26,7 +26,7 @@ class WordRanker:
     fingerprint = "ranker-of-words"
     encoder: Mapping[str, Any] = {}
 
-    def knows(self, sentence: str) -> bool:
+    def has_known_word(self, sentence: str) -> bool:
         return any(word in sentence.lower() for word in WORDS)
 
     def encode_sentences(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
@@ -61,7 +61,7 @@ def write_captions_dataset(
             if captions:
                 writer.write(rows(*captions))
             for name in failures:
-                writer.fail(name, f"images/{name}.jpg", DecodeError("Truncated", "ends early"))
+                writer.write_failure(name, f"images/{name}.jpg", DecodeError("Truncated", "ends early"))
     return dataset
 
 
@@ -89,5 +89,5 @@ def write_embeddings_dataset(
                 }
                 writer.write(pa.RecordBatch.from_pydict(columns, schema=schema))
             for name in failures:
-                writer.fail(name, f"images/{name}.jpg", DecodeError("Truncated", "ends early"))
+                writer.write_failure(name, f"images/{name}.jpg", DecodeError("Truncated", "ends early"))
     return dataset

@@ -69,7 +69,7 @@ def test_a_question_without_words_has_a_note_in_place_of_rows(client: TestClient
     assert "expected words to search for" in answer["note"]
     assert "Expected words to search for" in client.get("/?q=the").text
     unknown = client.get("/api/search", params={"q": "zebra", "mode": "sentence"}).json()
-    assert (unknown["rows"], "words that the ranker has learned" in unknown["note"]) == ([], True)
+    assert (unknown["rows"], "words that the ranker knows" in unknown["note"]) == ([], True)
 
 
 def test_who_asks_nothing_yet_is_shown_how_and_some_images(client: TestClient) -> None:

@@ -14,7 +14,7 @@ from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.text.vocabulary import UNKNOWN, Vocabulary
 from captionlib.errors import ConfigError
 from captionlib.models.captioners.captioner import CaptionerConfig
-from captionlib.models.checkpoints.captioners import load_captioner
+from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.training.bag_of_words import BagOfWordsObjective
 from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
@@ -24,9 +24,9 @@ from tests.models import tiny_captioners
 from tests.models.tiny_captioners import CONFIGS, build
 
 FIRST = CaptionerTrainingConfig(
-    captioner=CaptionerConfig(hidden_size=16, embedding_size=16, dropout=0.1, image_input="state"),
+    captioner=CaptionerConfig(hidden_size=16, embedding_size=16, dropout=0.1, image_input="initial_state"),
     training=TrainingConfig(epochs=5, optimizer="adam", learning_rate=0.03),
-    objective="words",
+    objective="bag_of_words",
     min_count=1,
     batch_images=8,
 )
@@ -83,7 +83,7 @@ def test_words_are_foretold_better_and_better_and_captions_go_on_from_it(
     assert history[0]["word_perplexity"] > 1.2 * best
     assert history[-1]["word_perplexity"] == pytest.approx(best, rel=0.05)
     first = load_captioner(tmp_path / "first")
-    assert first.provenance["objective"] == "words"
+    assert first.provenance["objective"] == "bag_of_words"
     longer = replace(FIRST.training, epochs=12)
     second = replace(FIRST, objective="cross_entropy", init_from=str(tmp_path / "first"), training=longer)
     history = train(features, tmp_path / "second", second)
@@ -93,7 +93,7 @@ def test_words_are_foretold_better_and_better_and_captions_go_on_from_it(
 
 def test_the_command_says_how_well_words_are_foretold(features: ShardedDataset, tmp_path: Path) -> None:
     words = [features.folder.uri, "-o", str(tmp_path / "first"), "--device", "cpu", "--no-progress"]
-    words += ["--set", "objective=words", "--set", "training.epochs=2", "--set", "min_count=1"]
+    words += ["--set", "objective=bag_of_words", "--set", "training.epochs=2", "--set", "min_count=1"]
     result = CliRunner().invoke(command, words)
     assert result.exit_code == 0, result.output
     assert "word_perplexity" in result.output
@@ -103,10 +103,10 @@ def test_the_command_says_how_well_words_are_foretold(features: ShardedDataset, 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("label_smoothing=0.1", "label_smoothing: expected 0.0 with objective words, got 0.1"),
-        ("best_by=cider", "best_by: expected perplexity with objective words, got cider"),
+        ("label_smoothing=0.1", "label_smoothing: expected 0.0 with objective bag_of_words, got 0.1"),
+        ("best_by=cider", "best_by: expected perplexity with objective bag_of_words, got cider"),
     ],
 )
 def test_what_has_no_meaning_here_is_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_config(CaptionerTrainingConfig, None, ["objective=words", override])
+        load_config(CaptionerTrainingConfig, None, ["objective=bag_of_words", override])

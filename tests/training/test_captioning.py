@@ -15,9 +15,11 @@ from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError, DatasetError
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, pad_sentences
-from captionlib.models.checkpoints.captioners import load_captioner, save_captioner
-from captionlib.models.decoding.decoder import Decoder, DecodingConfig
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.packed_sequences import pad_sentences
+from captionlib.models.checkpoints.checkpoint import load_captioner, save_captioner
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.decoder import Decoder
 from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
 from captionlib.training.caption_validation import CiderValidation
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
@@ -48,7 +50,7 @@ def test_learns_to_say_what_it_sees(features: ShardedDataset, tmp_path: Path) ->
     decoder = Decoder(captioner.model, DecodingConfig(beam_width=3))
     for kind, word in enumerate(WORDS):
         best = decoder.decode(5 * torch.eye(4)[kind : kind + 1])[0][0]
-        assert word in captioner.vocabulary.decode(best.words)
+        assert word in captioner.vocabulary.decode(best.token_ids)
     assert captioner.encoder == {"model": "none", "shape": [4]}
     assert (tmp_path / "captioner" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "captioner" / "metrics.jsonl").read_text().count("\n") == len(history)
@@ -58,7 +60,7 @@ def test_the_vocabulary_is_counted_on_train_only(features: ShardedDataset, tmp_p
     config = replace(CONFIG, train_splits=("val",), validation_splits=("train",), training=TrainingConfig(epochs=1))
     train(features, tmp_path / "captioner", config)
     vocabulary = load_captioner(tmp_path / "captioner").vocabulary
-    assert vocabulary.sentences == 2 * 16
+    assert vocabulary.sentence_count == 2 * 16
 
 
 def test_the_same_seed_gives_the_same_weights(features: ShardedDataset, tmp_path: Path) -> None:
@@ -86,7 +88,9 @@ def test_another_configuration_is_refused_unless_told_to_overwrite(features: Sha
     assert load_captioner(tmp_path / "captioner").config.hidden_size == 8
 
 
-@pytest.mark.parametrize("shape", [{}, {"cell": "rnn", "image_input": "every"}, {"image_input": "state", "layers": 2}])
+@pytest.mark.parametrize(
+    "shape", [{}, {"cell": "rnn", "image_input": "every_step"}, {"image_input": "initial_state", "layers": 2}]
+)
 def test_bfloat16_learns_as_well(features: ShardedDataset, tmp_path: Path, shape: dict[str, Any]) -> None:
     training = replace(CONFIG.training, precision="bfloat16", learning_rate=0.01, epochs=15)
     config = replace(CONFIG, captioner=replace(CONFIG.captioner, **shape), training=training)
@@ -161,7 +165,7 @@ def test_the_epoch_with_the_best_cider_is_kept(features: ShardedDataset, tmp_pat
 def test_statistics_are_those_of_what_the_power_leaves(features: ShardedDataset) -> None:
     vocabulary = Vocabulary.from_captions(read_captions(features, ["train"]), 1)
     model = build_captioner(replace(CONFIG.captioner, feature_power=0.5), features, ["train"], vocabulary)
-    seen = torch.cat([model.standardize(torch.from_numpy(rows).float()) for rows in train_rows(features)])
+    seen = torch.cat([model.transform_features(torch.from_numpy(rows).float()) for rows in train_rows(features)])
     torch.testing.assert_close(seen.mean(0), torch.zeros(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(seen.std(0), torch.ones(4), atol=0.02, rtol=0)
 
@@ -190,7 +194,7 @@ def test_attention_sees_what_stands_together(tmp_path: Path) -> None:
 
 def test_crops_need_maps(features: ShardedDataset, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"crop changes maps .*, got one vector an image; extract"):
-        train(features, tmp_path / "captioner", replace(CONFIG, crop=0.5))
+        train(features, tmp_path / "captioner", replace(CONFIG, random_crop=0.5))
 
 
 @pytest.mark.parametrize("attention_size", [0, 16])
@@ -198,7 +202,7 @@ def test_crops_change_what_is_learned_from_and_the_seed_draws_them(tmp_path: Pat
     maps = write_maps(tmp_path / "maps")
     config = replace(CONFIG, captioner=replace(CONFIG.captioner, attention_size=attention_size))
     whole, cropped, again = (
-        [epoch["loss"] for epoch in train(maps, tmp_path / name, replace(config, crop=crop))]
+        [epoch["loss"] for epoch in train(maps, tmp_path / name, replace(config, random_crop=crop))]
         for name, crop in (("whole", 0.0), ("cropped", 0.3), ("again", 0.3))
     )
     assert cropped == again
@@ -244,10 +248,10 @@ def test_training_starts_from_the_weights_and_the_words_of_another(features: Sha
     assert second[0]["perplexity"] == pytest.approx(best, rel=1e-5)
     before, after = load_captioner(tmp_path / "first"), load_captioner(tmp_path / "second")
     assert (after.vocabulary, after.config) == (before.vocabulary, before.config)
-    assert torch.equal(after.model.feature_std, before.model.feature_std)
+    assert torch.equal(after.model.standardization.std, before.model.standardization.std)
     assert after.provenance["init_from"]["fingerprint"] == before.fingerprint
     resolved = json.loads((tmp_path / "second" / "resolved.json").read_text())
-    assert resolved["start_fingerprint"] == before.fingerprint
+    assert resolved["init_from_fingerprint"] == before.fingerprint
     assert resolved["captioner"]["hidden_size"] == 16
 
 
@@ -262,7 +266,7 @@ def test_a_run_that_started_from_another_checkpoint_is_not_gone_on_with(
         second = replace(config, init_from=str(tmp_path / "first"))
         if seed == 1:
             train(features, tmp_path / "second", second)
-    with pytest.raises(DatasetError, match="start_fingerprint: there"):
+    with pytest.raises(DatasetError, match="init_from_fingerprint: there"):
         train(features, tmp_path / "second", second)
 
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from captionlib.data.shards.dataset import ShardedDataset
-from captionlib.models.checkpoints.captioners import load_captioner
+from captionlib.models.checkpoints.checkpoint import load_captioner
 
 CONFIG: dict[str, Any] = {
     "captioner": {"hidden_size": 16, "embedding_size": 16, "dropout": 0.0},
@@ -104,7 +104,11 @@ def test_two_processes_learn_from_what_one_with_the_doubled_batch_draws(
 def test_two_stopped_processes_go_on_bit_for_bit(
     features: ShardedDataset, tmp_path: Path, running: list["subprocess.Popen[str]"]
 ) -> None:
-    dropout = ["captioner.dropout=0.3", "training.save_seconds=0", "training.epochs=12"]  # each draws its own
+    dropout = [
+        "captioner.dropout=0.3",
+        "training.checkpoint_interval_seconds=0",
+        "training.epochs=12",
+    ]  # each draws its own
     finish(start(features, tmp_path / "undisturbed", 2, dropout))
     stopped = start(features, tmp_path / "stopped", 2, dropout)
     running.append(stopped)

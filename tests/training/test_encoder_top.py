@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.errors import ConfigError
+from captionlib.errors import ConfigError, TrainingInterrupted
 from captionlib.models.captioners.captioner import CaptionerConfig
-from captionlib.models.checkpoints.captioners import load_captioner
-from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.checkpoints.checkpoint import load_captioner
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.encoders.top_layers import EncoderTop
 from captionlib.models.inference.captioning import GenerationConfig
 from captionlib.models.inference.extraction import ExtractionConfig
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
-from captionlib.training.loop import TrainingConfig, TrainingStopped
+from captionlib.training.loop import TrainingConfig
 from captionlib.training.self_critical import SelfCriticalConfig
 from pipelines.extract_features import extract_features
 from pipelines.generate_captions import generate_captions
@@ -34,8 +34,8 @@ CONFIG = CaptionerTrainingConfig(
     captioner=CaptionerConfig(hidden_size=16, embedding_size=16, dropout=0.1, encoder_top=NODE),
     training=TrainingConfig(epochs=3, optimizer="adam", learning_rate=0.03, seed=3),
     encoder_top_learning_rate=1e-3,
-    crop=0.3,
-    mirror=True,
+    random_crop=0.3,
+    horizontal_flip=True,
     min_count=1,
     batch_images=3,
 )
@@ -74,7 +74,7 @@ def test_the_tail_is_tuned_with_the_captioner_where_it_has_a_learning_rate(maps:
 def test_captions_are_the_same_from_images_and_from_stored_maps(
     maps: Path, tmp_path: Path, attention_size: int
 ) -> None:
-    shape = replace(CONFIG.captioner, attention_size=attention_size, image_input="state")
+    shape = replace(CONFIG.captioner, attention_size=attention_size, image_input="initial_state")
     train(maps, tmp_path / "captioner", replace(CONFIG, captioner=shape))
     config = GenerationConfig(DecodingConfig(min_words=3))
     said = []
@@ -117,7 +117,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(maps: Path, tmp_path: Path, m
 
     with monkeypatch.context() as patched:
         patched.setattr("captionlib.training.loop.stop_requests", stop_requests)
-        with pytest.raises(TrainingStopped):
+        with pytest.raises(TrainingInterrupted):
             train(maps, tmp_path / "stopped")
     again = train(maps, tmp_path / "stopped")
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())

@@ -17,14 +17,15 @@ from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError, DatasetError, FailureRatioError
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, pad_sentences
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
 from captionlib.models.captioners.end_to_end import ImageCaptioner
-from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner, save_captioner
-from captionlib.models.decoding.decoder import DecodingConfig
-from captionlib.models.encoders.encoder import EncoderConfig, encoder_config, load_encoder
-from captionlib.models.encoders.network import parameters_before
+from captionlib.models.captioners.packed_sequences import pad_sentences
+from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner, save_captioner
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
+from captionlib.models.encoders.network import list_parameters_before
 from captionlib.training.caption_objective import CaptioningObjective
-from captionlib.training.finetuning import EncoderTuning, FinetuningConfig, finetune_captioner
+from captionlib.training.finetuning import EncoderFinetuningConfig, FinetuningConfig, finetune_captioner
 from captionlib.training.loop import TrainingConfig
 from tests.pipelines.conftest import COLOURS, images, manifest
 
@@ -34,10 +35,10 @@ ENCODER = EncoderConfig(
     "squeezenet1_1", "features.3.squeeze_activation", "random:0", pooling="mean", stored_dtype="float32"
 )
 CONFIG = FinetuningConfig(
-    encoder=EncoderTuning(learning_rate=1e-4, from_node="features.3"),
-    training=TrainingConfig(epochs=2, optimizer="adam", learning_rate=0.03, save_seconds=0, seed=3),
+    encoder=EncoderFinetuningConfig(learning_rate=1e-4, from_node="features.3"),
+    training=TrainingConfig(epochs=2, optimizer="adam", learning_rate=0.03, checkpoint_interval_seconds=0, seed=3),
     batch_images=3,
-    flip=True,
+    horizontal_flip=True,
     loading=LoadingConfig(threads=2, decode=DecoderConfig(processes=1)),
     max_failure_ratio=0.3,
 )
@@ -67,8 +68,8 @@ def tune(
 
 
 def encoder_of(captioner: LoadedCaptioner) -> dict[str, Tensor]:
-    config = encoder_config(captioner.encoder, captioner.encoder_weights)
-    return load_encoder(config, "cpu").network.weights()
+    config = EncoderConfig.from_description(captioner.encoder, captioner.encoder_weights)
+    return load_encoder(config, "cpu").network.export_weights()
 
 
 def test_both_learn_and_of_the_encoder_only_what_is_tuned(
@@ -110,7 +111,7 @@ def test_the_checkpoint_describes_and_brings_the_tuned_encoder(
 
 def test_each_part_has_its_own_learning_rate(manifest: ShardedDataset, start: LoadedCaptioner, tmp_path: Path) -> None:
     training = replace(CONFIG.training, epochs=1, learning_rate=1e-2, clip_value=None)
-    config = replace(CONFIG, training=training, encoder=EncoderTuning(1e-5), batch_images=8)
+    config = replace(CONFIG, training=training, encoder=EncoderFinetuningConfig(1e-5), batch_images=8)
     history = tune(manifest, tmp_path / "tuned", config)
     assert history[0]["learning_rate"] == 1e-2
     tuned = load_captioner(tmp_path / "tuned")
@@ -126,11 +127,11 @@ def test_each_part_has_its_own_learning_rate(manifest: ShardedDataset, start: Lo
 def test_batch_normalisation_and_dropout_stay_as_features_are_made() -> None:
     encoder = load_encoder(EncoderConfig("mobilenet_v2", "features.1.conv.2", "random:0", pooling="mean"), "cpu", True)
     model = ImageCaptioner(encoder.network, Captioner(CaptionerConfig(hidden_size=4, embedding_size=4), 16, 7)).train()
-    before = {name: values.clone() for name, values in encoder.network.weights().items()}
+    before = {name: values.clone() for name, values in encoder.network.export_weights().items()}
     pixels = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8)
     seen = model.encoder(pixels)
     model(pixels, pad_sentences([[4, 5], [5]]), torch.tensor([0, 1])).log_probs.sum().backward()
-    assert all(torch.equal(values, encoder.network.weights()[name]) for name, values in before.items())
+    assert all(torch.equal(values, encoder.network.export_weights()[name]) for name, values in before.items())
     assert all(parameter.grad is not None for parameter in encoder.network.parameters())
     torch.testing.assert_close(encoder.encode(pixels.numpy()), seen.detach().half().numpy())
     assert model.captioner.training
@@ -152,15 +153,15 @@ def test_bfloat16_is_what_the_encoder_computes_in_and_not_what_small_steps_are_r
     manifest: ShardedDataset, tmp_path: Path
 ) -> None:
     start = write_captioner(tmp_path / "start", replace(ENCODER, dtype="bfloat16"))
-    tune(manifest, tmp_path / "tuned", replace(CONFIG, encoder=EncoderTuning(1e-6), batch_images=8))
+    tune(manifest, tmp_path / "tuned", replace(CONFIG, encoder=EncoderFinetuningConfig(1e-6), batch_images=8))
     tuned = load_captioner(tmp_path / "tuned")
     assert tuned.encoder["dtype"] == "bfloat16"
-    network = load_encoder(encoder_config(start.encoder), "cpu", trainable=True).network
+    network = load_encoder(EncoderConfig.from_description(start.encoder), "cpu", trainable=True).network
     pixels = torch.randint(0, 256, (1, 224, 224, 3), dtype=torch.uint8)
     exact = load_encoder(ENCODER, "cpu").network(pixels)
     assert 0 < (network(pixels) - exact).abs().max() < 0.05 * exact.abs().max()
     saved = safe_weights(tmp_path / "tuned" / "encoder.safetensors")
-    for name, values in network.weights().items():
+    for name, values in network.export_weights().items():
         assert saved[name].dtype == torch.float32
         assert 0 < (saved[name] - values).abs().max() < 1e-5
 
@@ -205,7 +206,7 @@ def test_a_killed_run_goes_on_bit_for_bit_and_loads_only_what_is_left(
     assert one.encoder == two.encoder
     assert all(torch.equal(values, two.model.state_dict()[name]) for name, values in one.model.state_dict().items())
     with pytest.raises(DatasetError, match=r"encoder.learning_rate: there 0.0001, now 0.5"):
-        tune(manifest, tmp_path / "killed", replace(CONFIG, encoder=EncoderTuning(0.5, "features.3")))
+        tune(manifest, tmp_path / "killed", replace(CONFIG, encoder=EncoderFinetuningConfig(0.5, "features.3")))
 
 
 def test_too_many_missing_images_end_the_run(manifest: ShardedDataset, start: LoadedCaptioner, tmp_path: Path) -> None:
@@ -223,7 +224,7 @@ def test_what_cannot_be_tuned_is_refused(manifest: ShardedDataset, start: Loaded
         ("features.99", "squeezenet1_1 has no node 'features.99'; near it"),
     ):
         with pytest.raises(ConfigError, match=message):
-            tune(manifest, tmp_path / "tuned", replace(CONFIG, encoder=EncoderTuning(from_node=node)))
+            tune(manifest, tmp_path / "tuned", replace(CONFIG, encoder=EncoderFinetuningConfig(from_node=node)))
     with pytest.raises(ConfigError, match="is the run's own folder"):
         tune(manifest, tmp_path / "start")
     with pytest.raises(DatasetError, match="expected sentences in split dev, got none"):
@@ -246,13 +247,13 @@ def test_the_configuration_to_start_from_fits() -> None:
     config = load_config(
         FinetuningConfig, Path(__file__).parents[2] / "configs" / "train-captioner/finetune-encoder.yaml"
     )
-    assert (config.encoder.learning_rate, config.flip, config.training.optimizer) == (1e-5, True, "adam")
+    assert (config.encoder.learning_rate, config.horizontal_flip, config.training.optimizer) == (1e-5, True, "adam")
 
 
 def test_layers_before_a_node_are_told_by_its_name_or_its_modules() -> None:
-    assert parameters_before("squeezenet1_1", "features.0") == set()
-    assert parameters_before("squeezenet1_1", "features.3.squeeze") == {"features.0.weight", "features.0.bias"}
-    before = parameters_before("resnet18", "layer2")
+    assert list_parameters_before("squeezenet1_1", "features.0") == set()
+    assert list_parameters_before("squeezenet1_1", "features.3.squeeze") == {"features.0.weight", "features.0.bias"}
+    before = list_parameters_before("resnet18", "layer2")
     assert {name.split(".")[0] for name in before} == {"conv1", "bn1", "layer1"}
     assert "layer1.1.bn2.running_var" in before
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from captionlib.data.shards.dataset import create_dataset
-from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.models.captioners.language_model import LanguageModelConfig, load_language_model, sample_texts
-from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.captioners.language_model import LanguageModelConfig
+from captionlib.models.checkpoints.checkpoint import load_language_model
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.text_sampling import sample_texts
 from captionlib.training.language_modeling import (
     LanguageModelObjective,
     LanguageModelTrainingConfig,
@@ -26,7 +28,7 @@ CONFIG = LanguageModelTrainingConfig(
     model=LanguageModelConfig(hidden_size=16, embedding_size=16, dropout=0.0),
     training=TrainingConfig(epochs=12, optimizer="adam", learning_rate=0.03, patience=None),
     min_count=1,
-    batch_sentences=20,
+    batch_size=20,
 )
 SENTENCES = [f"{subject} {verb} far" for subject in ("dogs", "cats") for verb in ("run", "jump")] * 50
 
@@ -56,7 +58,7 @@ def test_learns_the_sentences_of_a_text_file(sentences: Path, tmp_path: Path) ->
 
 
 def test_learns_the_captions_of_a_dataset(tmp_path: Path) -> None:
-    dataset = create_dataset(tmp_path / "manifest", "manifest", MANIFEST, config={}, shards=1)
+    dataset = create_dataset(tmp_path / "manifest", "manifest", MANIFEST_SCHEMA, config={}, shards=1)
     rows = [
         {
             "image_id": f"{n}",
@@ -67,12 +69,12 @@ def test_learns_the_captions_of_a_dataset(tmp_path: Path) -> None:
         for n in range(100)
     ]
     with write_shard(dataset, 0, 100) as writer:
-        writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST))
+        writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST_SCHEMA))
     dataset.finish()
     history = train(tmp_path / "manifest", tmp_path / "model")
     assert history[-1]["perplexity"] < 1.5
     loaded = load_language_model(tmp_path / "model")
-    assert loaded.vocabulary.sentences == 160
+    assert loaded.vocabulary.sentence_count == 160
     assert loaded.provenance["source"] == dataset.fingerprint
 
 
@@ -82,8 +84,8 @@ def test_learns_running_text_by_the_character(tmp_path: Path) -> None:
         CONFIG,
         model=LanguageModelConfig(layers=2, hidden_size=24, embedding_size=12, dropout=0.0),
         level="characters",
-        text="running",
-        window=42,
+        layout="continuous",
+        sequence_length=42,
         training=replace(CONFIG.training, epochs=20),
     )
     history = train(tmp_path / "author.txt", tmp_path / "model", config)
@@ -97,7 +99,9 @@ def test_learns_running_text_by_the_character(tmp_path: Path) -> None:
 
 def test_the_end_of_a_window_is_no_end(tmp_path: Path) -> None:
     (tmp_path / "author.txt").write_text("ab" * 500)
-    config = replace(CONFIG, level="characters", text="running", window=10, training=TrainingConfig(epochs=1))
+    config = replace(
+        CONFIG, level="characters", layout="continuous", sequence_length=10, training=TrainingConfig(epochs=1)
+    )
     train(tmp_path / "author.txt", tmp_path / "model", config)
     loaded = load_language_model(tmp_path / "model")
     model = loaded.model
@@ -122,17 +126,17 @@ class _Endless:
     in_order: Any = None
 
 
-@pytest.mark.parametrize("text", ["lines", "running"])
+@pytest.mark.parametrize("layout", ["sentences", "continuous"])
 def test_a_killed_run_goes_on_bit_for_bit(
-    text: Any, sentences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layout: Any, sentences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(
         CONFIG,
         model=replace(CONFIG.model, dropout=0.5),
-        training=TrainingConfig(epochs=2, save_seconds=0),
-        text=text,
+        training=TrainingConfig(epochs=2, checkpoint_interval_seconds=0),
+        layout=layout,
         level="characters",
-        window=20,
+        sequence_length=20,
     )
     train(sentences, tmp_path / "undisturbed", config)
     with monkeypatch.context() as patch:
@@ -169,10 +173,10 @@ def test_another_text_is_another_run(sentences: Path, tmp_path: Path) -> None:
 def test_a_text_that_is_too_short_is_refused_before_training(tmp_path: Path) -> None:
     (tmp_path / "author.txt").write_text("too short\n" * 30)
     with pytest.raises(DatasetError, match="at least two windows of 128 tokens"):
-        train(tmp_path / "author.txt", tmp_path / "model", replace(CONFIG, text="running", level="characters"))
+        train(tmp_path / "author.txt", tmp_path / "model", replace(CONFIG, layout="continuous", level="characters"))
     assert not (tmp_path / "model" / "config.json").exists()
 
 
 def test_a_share_held_out_that_cannot_be_is_refused() -> None:
-    with pytest.raises(ConfigError, match="held_out: expected a share above 0 and below 1, got 1"):
-        replace(CONFIG, held_out=1.0)
+    with pytest.raises(ConfigError, match="validation_fraction: expected a share above 0 and below 1, got 1"):
+        replace(CONFIG, validation_fraction=1.0)

@@ -13,12 +13,12 @@ import torch
 from tensorboardX.proto import event_pb2
 from torch import Tensor, nn
 
-from captionlib.errors import DatasetError
+from captionlib.errors import DatasetError, TrainingInterrupted
 from captionlib.storage.folders import Folder
-from captionlib.training.loop import TrainingConfig, TrainingStopped, claim_folder, seed_everything, train
+from captionlib.training.loop import TrainingConfig, claim_folder, seed_everything, train
 from captionlib.training.objective import BatchLoss
 
-CONFIG = TrainingConfig(epochs=3, save_seconds=0, patience=None)
+CONFIG = TrainingConfig(epochs=3, checkpoint_interval_seconds=0, patience=None)
 STEPS = 4
 
 
@@ -100,7 +100,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, died_at: int, recipe: 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_after_the_step_and_is_gone_on_from(tmp_path: Path, number: signal.Signals) -> None:
     handler = signal.getsignal(number)
-    with pytest.raises(TrainingStopped):
+    with pytest.raises(TrainingInterrupted):
         run(Line(lambda step: os.kill(os.getpid(), number) if step == 2 else None), tmp_path / "stopped")
     assert signal.getsignal(number) == handler
     undisturbed, resumed = Line(), Line()

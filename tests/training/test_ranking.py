@@ -12,13 +12,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from captionlib.data.arrays import numpy_to_vectors, vectors_to_numpy
 from captionlib.data.batches.captions import CaptionBatch
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.evaluation.ranker_scores import score_ranker
-from captionlib.models.checkpoints.rankers import load_ranker
+from captionlib.evaluation.retrieval import score_ranker
+from captionlib.models.checkpoints.checkpoint import load_ranker
 from captionlib.models.inference.embedding import EmbeddingConfig
 from captionlib.models.rankers.ranker import RankerConfig
 from captionlib.training.loop import TrainingConfig
@@ -33,7 +34,7 @@ CONFIG = RankerTrainingConfig(
     training=TrainingConfig(epochs=12, optimizer="adam", learning_rate=0.02, clip_value=None, seed=3),
     min_count=1,
     batch_images=12,
-    warm_up_epochs=3,
+    warmup_epochs=3,
 )
 
 
@@ -73,7 +74,7 @@ def train(
 
 @pytest.mark.parametrize(
     ("loss", "encoder", "sentences"),
-    [("contrastive", "gru", 1), ("contrastive", "mean", 0), ("margin", "lstm", 2), ("hardest", "mean", 1)],
+    [("contrastive", "gru", 1), ("contrastive", "mean", 0), ("max_margin", "lstm", 2), ("hard_negative", "mean", 1)],
 )
 def test_learns_which_sentence_is_of_which_image(
     features: ShardedDataset, tmp_path: Path, loss: Any, encoder: Any, sentences: int
@@ -85,7 +86,7 @@ def test_learns_which_sentence_is_of_which_image(
     assert history[0]["missed_recall"] > min(row["missed_recall"] for row in history)
     ranker = load_ranker(tmp_path / "ranker")
     scores = score_ranker(ranker, features, ["val"])
-    assert (scores.images, scores.sentences) == (12, 30)
+    assert (scores.images, scores.references) == (12, 30)
     assert scores.mean_recall > 0.95
     assert 1 - scores.mean_recall == pytest.approx(min(row["missed_recall"] for row in history))
     assert (
@@ -115,8 +116,7 @@ def to_maps(features: ShardedDataset, folder: Path) -> ShardedDataset:
     maps = create_dataset(folder, "features", schema, config=config, shards=features.shards)
     for shard in range(features.shards):
         vectors = numbers_of(features, shard)
-        numbers = np.concatenate([2 * vectors, 0 * vectors], 1).reshape(-1)
-        column = pa.FixedSizeListArray.from_arrays(pa.array(numbers), type=schema.field("features").type)
+        column = numpy_to_vectors(np.concatenate([2 * vectors, 0 * vectors], 1))
         rows = features.read(shard)
         with write_shard(maps, shard, rows.num_rows) as writer:
             writer.write(rows.set_column(4, schema.field("features"), column).combine_chunks().to_batches()[0])
@@ -124,17 +124,18 @@ def to_maps(features: ShardedDataset, folder: Path) -> ShardedDataset:
     return maps
 
 
-def numbers_of(features: ShardedDataset, shard: int) -> npt.NDArray[np.float16]:
-    column = features.read(shard)["features"].combine_chunks()
-    numbers: npt.NDArray[np.float16] = column.flatten().to_numpy().reshape(len(column), -1)
-    return numbers
+def numbers_of(features: ShardedDataset, shard: int) -> npt.NDArray[np.floating]:
+    return vectors_to_numpy(features.read(shard)["features"])
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(
     features: ShardedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(
-        CONFIG, loss="hardest", warm_up_epochs=1, training=replace(CONFIG.training, epochs=3, save_seconds=0)
+        CONFIG,
+        loss="hard_negative",
+        warmup_epochs=1,
+        training=replace(CONFIG.training, epochs=3, checkpoint_interval_seconds=0),
     )
     train(features, tmp_path / "undisturbed", config)
     steps = 0
@@ -172,7 +173,7 @@ def test_processes_train_one_ranker_together(features: ShardedDataset, tmp_path:
 
 def test_the_temperature_is_learned_by_the_softmax_alone(features: ShardedDataset, tmp_path: Path) -> None:
     short = replace(CONFIG, training=replace(CONFIG.training, epochs=1))
-    for loss, moves in (("contrastive", True), ("margin", False)):
+    for loss, moves in (("contrastive", True), ("max_margin", False)):
         train(features, tmp_path / loss, replace(short, loss=loss))
         learned = load_ranker(tmp_path / loss).model.log_temperature.exp().item()
         assert (learned != pytest.approx(0.07)) is moves
@@ -206,7 +207,7 @@ def test_a_split_without_sentences_is_refused_before_training(features: ShardedD
         score_ranker(load_ranker(tmp_path / "ranker"), features, ["test"])
 
 
-@pytest.mark.parametrize("values", [{"batch_images": 1}, {"margin": 0}, {"warm_up_epochs": -1}])
+@pytest.mark.parametrize("values", [{"batch_images": 1}, {"margin": 0}, {"warmup_epochs": -1}])
 def test_settings_that_cannot_be_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="expected"):
         RankerTrainingConfig(**values)
@@ -222,9 +223,9 @@ def test_the_commands_train_and_tell_the_recalls(features: ShardedDataset, tmp_p
     assert text.startswith(f"{ranker}: mean recall ")
     text = run("evaluate", folder, "--ranker", ranker, "--split", "val", "-o", str(tmp_path / "scores"))
     expected = score_ranker(load_ranker(ranker), open_dataset(folder), ["val"])
-    assert text.splitlines()[0] == f"{ranker}: 12 images, 30 sentences"
-    assert f"{expected.sentence_to_image.recall_at_5:.1%}" in text.splitlines()[3]
+    assert text.splitlines()[0] == f"{ranker}: 12 images, 30 references"
+    assert f"{expected.text_to_image.recall_at_5:.1%}" in text.splitlines()[3]
     written = json.loads((tmp_path / "scores" / "scores.json").read_text())
-    assert written["image_to_sentence"]["mean_rank"] == expected.image_to_sentence.mean_rank
+    assert written["image_to_text"]["mean_rank"] == expected.image_to_text.mean_rank
     with pytest.raises(DatasetError, match="expected a dataset of kind captions, got features"):
         run("evaluate", folder)

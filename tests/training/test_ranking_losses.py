@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from captionlib.training.ranking_losses import contrastive_loss, margin_loss
+from captionlib.training.ranking_losses import contrastive_loss, max_margin_loss
 
 # Two images; sentences 0 and 1 are of image 0, sentence 2 is of image 1.
 SCORES = torch.tensor([[0.9, 0.4, 0.5], [0.8, 0.1, 0.6]])
@@ -17,15 +17,15 @@ def test_margin_adds_up_all_negatives() -> None:
     # Other images: 0.2 - 0.9 + 0.8 = 0.1; 0.2 - 0.4 + 0.1 < 0; 0.2 - 0.6 + 0.5 = 0.1.
     # Other sentences: of (0, 0): 0.2 - 0.9 + 0.5 < 0; of (0, 1): 0.2 - 0.4 + 0.5 = 0.3;
     # of (1, 2): 0.2 - 0.6 + 0.8 = 0.4 and 0.2 - 0.6 + 0.1 < 0.
-    assert margin_loss(SCORES, OWNERS, 0.2).item() == pytest.approx((0.1 + 0.1 + 0.3 + 0.4) / 3)
+    assert max_margin_loss(SCORES, OWNERS, 0.2).item() == pytest.approx((0.1 + 0.1 + 0.3 + 0.4) / 3)
 
 
 def test_hardest_takes_one_negative_of_each_kind() -> None:
     # With a margin of 0.6 both of (1, 2)'s sentences cost: 0.6 - 0.6 + 0.8 = 0.8 and 0.1; the hardest is 0.8.
     images = (0.6 - 0.9 + 0.8) + (0.6 - 0.4 + 0.1) + (0.6 - 0.6 + 0.5)
     sentences = (0.6 - 0.9 + 0.5) + (0.6 - 0.4 + 0.5) + 0.8
-    assert margin_loss(SCORES, OWNERS, 0.6, hardest=True).item() == pytest.approx((images + sentences) / 3)
-    assert margin_loss(SCORES, OWNERS, 0.6).item() == pytest.approx((images + sentences + 0.1) / 3)
+    assert max_margin_loss(SCORES, OWNERS, 0.6, hard_negatives=True).item() == pytest.approx((images + sentences) / 3)
+    assert max_margin_loss(SCORES, OWNERS, 0.6).item() == pytest.approx((images + sentences + 0.1) / 3)
 
 
 def test_contrastive_is_the_softmax_of_each_pair_among_its_negatives() -> None:
@@ -40,8 +40,8 @@ def test_contrastive_is_the_softmax_of_each_pair_among_its_negatives() -> None:
 
 def losses(scores: Tensor, owners: Tensor) -> list[Tensor]:
     return [
-        margin_loss(scores, owners, 0.2),
-        margin_loss(scores, owners, 0.2, hardest=True),
+        max_margin_loss(scores, owners, 0.2),
+        max_margin_loss(scores, owners, 0.2, hard_negatives=True),
         contrastive_loss(scores, owners, torch.tensor(-1.0)),
     ]
 

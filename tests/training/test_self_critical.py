@@ -14,9 +14,10 @@ from captionlib.data.batches.captions import CaptionBatch, CaptionBatches
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.text.vocabulary import END, Vocabulary
 from captionlib.errors import ConfigError
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, pad_sentences
-from captionlib.models.checkpoints.captioners import load_captioner
-from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.packed_sequences import pad_sentences
+from captionlib.models.checkpoints.checkpoint import load_captioner
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.training import self_critical
 from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
@@ -30,7 +31,7 @@ from captionlib.training.self_critical import (
 from jobs.train_captioner import command
 from tests.models.tiny_captioners import CONFIGS, build
 
-Baseline = Literal["others", "greedy"]
+Baseline = Literal["leave_one_out", "greedy"]
 FIRST = CaptionerTrainingConfig(
     captioner=CaptionerConfig(hidden_size=16, embedding_size=16, dropout=0.1),
     training=TrainingConfig(epochs=3, optimizer="adam", learning_rate=0.03),
@@ -54,7 +55,7 @@ def first(features: ShardedDataset, tmp_path: Path) -> str:
     return str(tmp_path / "first")
 
 
-@pytest.mark.parametrize("baseline", ["others", "greedy"])
+@pytest.mark.parametrize("baseline", ["leave_one_out", "greedy"])
 def test_the_reward_rises(features: ShardedDataset, tmp_path: Path, first: str, baseline: Baseline) -> None:
     settings = SelfCriticalConfig(baseline=baseline)
     history = train(features, tmp_path / "second", replace(SECOND, init_from=first, self_critical=settings))
@@ -72,7 +73,7 @@ def test_the_command_starts_the_second_stage_from_the_first(
 ) -> None:
     words = [features.folder.uri, "-o", str(tmp_path / "second"), "--device", "cpu", "--no-progress"]
     words += ["--config", str(Path(__file__).parents[2] / "configs" / "train-captioner/flickr8k-self-critical.yaml")]
-    words += ["--set", "crop=0", "--set", "mirror=false"]
+    words += ["--set", "random_crop=0", "--set", "horizontal_flip=false"]
     words += ["--set", "training.epochs=1", "--set", "best_by=perplexity"]
     alone = CliRunner().invoke(command, words)
     assert isinstance(alone.exception, ConfigError)
@@ -91,7 +92,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     precision: Literal["float32", "bfloat16"],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    training = replace(SECOND.training, epochs=2, save_seconds=0, ema_decay=0.9, precision=precision)
+    training = replace(SECOND.training, epochs=2, checkpoint_interval_seconds=0, ema_decay=0.9, precision=precision)
     config = replace(SECOND, init_from=first, training=training, self_critical=SelfCriticalConfig(dropout=0.3))
     history = train(features, tmp_path / "undisturbed", config)
     whole, steps = SelfCriticalObjective.loss, 0
@@ -125,7 +126,7 @@ def objective_of(
     return SelfCriticalObjective(captioning, settings, references, max_tokens)
 
 
-@pytest.mark.parametrize("baseline", ["others", "greedy"])
+@pytest.mark.parametrize("baseline", ["leave_one_out", "greedy"])
 def test_the_loss_of_two_sentences_by_hand(
     features: ShardedDataset, monkeypatch: pytest.MonkeyPatch, baseline: Baseline
 ) -> None:
@@ -136,14 +137,14 @@ def test_the_loss_of_two_sentences_by_hand(
         model.output.bias.copy_(torch.tensor([1 / 8, 1 / 32, 1 / 2, 1 / 4, 3 / 32]).log())
     places = iter([torch.tensor([2, 2]), torch.tensor([3, END])])  # the first is cut off before its END
     monkeypatch.setattr(self_critical, "sample_tokens", lambda *_: next(places))
-    settings = SelfCriticalConfig(2, baseline, score_end=False)
+    settings = SelfCriticalConfig(2, baseline, include_end_token=False)
     objective = objective_of(model, features, settings, [[[2, 3]], [[4]]], max_tokens=2)
     batch = CaptionBatch(np.zeros((1, 3), np.float32), [[2, 3]], np.array([0]))
     loss = objective.loss(SelfCriticalBatch(batch, seed=0, epoch=0))
     high, low = 5.0, 10 / 4 * math.sqrt(0.5) * math.exp(-1 / 72)  # as in the test of the reward by hand
     assert (loss.size, loss.drawn, loss.reward) == (4, 2, pytest.approx(high + low))
     greedy = 10 / 4 / (2 * math.sqrt(2))  # the likeliest word twice: one of them is right
-    baselines = (low, high) if baseline == "others" else (greedy, greedy)
+    baselines = (low, high) if baseline == "leave_one_out" else (greedy, greedy)
     expected = (high - baselines[0]) * math.log(2 * 4) + (low - baselines[1]) * math.log(2 * 8)
     assert loss.mean.item() == pytest.approx(expected / 4, rel=1e-5)
     assert loss.total == pytest.approx(expected, rel=1e-5)

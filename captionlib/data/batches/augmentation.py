@@ -18,16 +18,16 @@ class FeatureMapAugmentation:
     """How square maps are shown; without any change as they are.
 
     Attributes:
-        crop: a window with at least this share of the map's sides, another place for each map and another size for each
+        random_crop: a window with at least this share of the map's sides, another place for each map and another size for each
             batch; 0 shows the whole.
-        mirror: mirror every other map.
+        horizontal_flip: mirror every other map.
     """
 
-    crop: float = 0.0
-    mirror: bool = False
+    random_crop: float = 0.0
+    horizontal_flip: bool = False
 
     def __bool__(self) -> bool:
-        return self.crop > 0 or self.mirror
+        return self.random_crop > 0 or self.horizontal_flip
 
     def show(self, maps: Maps, rows: npt.NDArray[np.int64], size: float, draws: npt.NDArray[np.float64]) -> Maps:
         """A view of each of some maps.
@@ -48,12 +48,12 @@ class FeatureMapAugmentation:
         if side * side != maps.shape[1]:
             raise DatasetError(
                 f"expected maps of as many rows as columns to crop or mirror, got {maps.shape[1]} positions; leave "
-                "crop and mirror out"
+                "random_crop and horizontal_flip out"
             )
-        length = max(1, round(side * (self.crop + (1 - self.crop) * size))) if self.crop else side
+        length = max(1, round(side * (self.random_crop + (1 - self.random_crop) * size))) if self.random_crop else side
         corners = ((side - length + 1) * draws[:, :2]).astype(np.int64)
         places = corners[..., None] + np.arange(length)  # [rows, 2, length]
-        if self.mirror:
+        if self.horizontal_flip:
             places[:, 1] = np.where(draws[:, 2:] < 0.5, places[:, 1], places[:, 1, ::-1])
         positions = side * places[:, 0, :, None] + places[:, 1, None, :]  # [rows, length, length]
         shown: Maps = maps[rows[:, None], positions.reshape(len(rows), -1)]

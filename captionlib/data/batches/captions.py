@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.batches.augmentation import FeatureMapAugmentation
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.errors import DatasetError
@@ -233,10 +234,10 @@ def read_features(
     for rows in dataset.read_batches(shard, ["split", "captions", "features"]):
         kept = np.array([split in splits for split in rows["split"].to_pylist()], bool)
         if kept.any():
-            numbers = rows["features"].flatten().to_numpy(zero_copy_only=False)
+            features = vectors_to_numpy(rows["features"], shape)
             captions = rows["captions"].to_pylist()
             yield (
-                numbers.reshape(-1, *shape)[kept],
+                features[kept],
                 [row for row, keep in zip(captions, kept, strict=True) if keep],
             )
 
@@ -315,7 +316,7 @@ def mean_and_std(
 
 def _group_shards(dataset: ShardedDataset, window_bytes: int, pooled: bool) -> list[tuple[int, ...]]:
     """Runs of shards that fill a window each; every shard counts as much as the largest, in memory."""
-    largest = max((marker.rows for marker in dataset.markers().values()), default=1)
+    largest = max((marker.rows for marker in dataset.read_markers().values()), default=1)
     width = dataset.schema.field("features").type.value_type.bit_width // 8
     row_bytes = 4 * feature_shape(dataset)[-1] if pooled else width * int(np.prod(feature_shape(dataset)))
     together = max(1, window_bytes // max(1, largest * row_bytes))

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from captionlib.data.batches.captions import CaptionBatch, read_captions
 from captionlib.data.batches.skipped import SkippedImages
-from captionlib.data.images.loading import Load
+from captionlib.data.images.loading import LoadImages
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.errors import ImageError
 
@@ -34,7 +34,7 @@ class ImageBatches:
         images: how many images a batch has.
         load: loads images, see `open_loader`.
         skipped: takes those that cannot be had.
-        flip: mirror every other image while training, drawn anew in each epoch.
+        horizontal_flip: mirror every other image while training, drawn anew in each epoch.
     """
 
     def __init__(
@@ -42,16 +42,16 @@ class ImageBatches:
         rows: pa.Table,
         encode: Callable[[str], list[int]],
         images: int,
-        load: Load,
+        load: LoadImages,
         skipped: SkippedImages,
-        flip: bool = False,
+        horizontal_flip: bool = False,
     ) -> None:
         self._rows = rows
         self._encode = encode
         self._images = images
         self._load = load
         self._skipped = skipped
-        self._flip = flip
+        self._horizontal_flip = horizontal_flip
 
     def count(self, processes: int = 1) -> int:
         """How many batches an epoch has, when so many processes share them."""
@@ -67,7 +67,7 @@ class ImageBatches:
         """
         draw = np.random.default_rng([seed, epoch])
         order = draw.permutation(len(self._rows))
-        mirrored = draw.random(len(self._rows)) < (0.5 if self._flip else 0.0)
+        mirrored = draw.random(len(self._rows)) < (0.5 if self._horizontal_flip else 0.0)
         size = self._images * processes
         begins = range(first * size, len(order), size)
         parts = [np.array_split(order[begin : begin + size], processes)[process] for begin in begins]

@@ -6,8 +6,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from captionlib.data.shards.markers import FAILURES, part_name
-from captionlib.data.shards.schemas import FAILURES as FAILURES_SCHEMA
+from captionlib.data.shards.markers import FAILURES_FOLDER, part_name
+from captionlib.data.shards.schemas import FAILURES_SCHEMA
 from captionlib.errors import FailureRatioError, ImageError
 from captionlib.storage.folders import Folder
 
@@ -30,7 +30,7 @@ class SkippedImages:
 
     def __init__(self, output: Folder, process: int, images: int, max_ratio: float) -> None:
         self._output = output
-        self._name = f"{FAILURES}/{part_name(process)}.parquet"
+        self._name = f"{FAILURES_FOLDER}/{part_name(process)}.parquet"
         self._images = images
         self._max_ratio = max_ratio
         self._rows: dict[str, Row] = {}
@@ -70,5 +70,5 @@ class SkippedImages:
     def write(self) -> None:
         """Keeps them in the run's folder."""
         if self._rows:
-            with self._output.staged(self._name) as path:
+            with self._output.stage(self._name) as path:
                 pq.write_table(pa.Table.from_pylist(list(self._rows.values()), FAILURES_SCHEMA), path)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from captionlib.data.text.vocabulary import PAD
 from captionlib.errors import DatasetError
 
-__all__ = ["SentenceBatches", "TextBatches", "WindowBatches"]
+__all__ = ["SentenceBatches", "SequenceBatches", "TextBatches"]
 
 Ids = npt.NDArray[np.int64]
 
@@ -87,7 +87,7 @@ class SentenceBatches:
             yield batch
 
 
-class WindowBatches:
+class SequenceBatches:
     """Batches of windows of one text, all of the same length; the same seed and epoch give the same batches.
 
     Args:

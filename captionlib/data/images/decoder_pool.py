@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from captionlib.cpus import available_cpus
 from captionlib.data.images.decoder_process import ANSWER, FAILURE, REQUEST, DecoderSettings
 from captionlib.data.images.decoding import MAX_IMAGE_PIXELS, Preprocessing
-from captionlib.errors import CaptionlibError, ConfigError, DecodeError
+from captionlib.errors import ConfigError, DecodeError, SubprocessError
 
 __all__ = ["DecoderConfig", "DecoderPool"]
 
@@ -71,7 +72,7 @@ class DecoderPool:
 
     def __init__(self, preprocessing: Preprocessing, config: DecoderConfig | None = None) -> None:
         self.config = config or DecoderConfig()
-        self.size = self.config.processes or _available_cpus()
+        self.size = self.config.processes or available_cpus()
         crop = preprocessing.crop_size
         self._shape = (crop, crop, 3)
         self._settings = pickle.dumps(
@@ -112,7 +113,7 @@ class DecoderPool:
 
         Raises:
             DecodeError: as `decode_image` does; its reason may also be Timeout or DecoderDied.
-            CaptionlibError: decoders cannot be started, or the pool is closed.
+            SubprocessError: decoders cannot be started, or the pool is closed.
         """
         with self._slots:
             answer = self._ask(content, self._take)
@@ -184,7 +185,7 @@ class DecoderPool:
             status = decoder.process.returncode
             if status < 0 and not isinstance(error, TimeoutError):  # killed: that may happen to anything
                 raise
-            raise CaptionlibError(
+            raise SubprocessError(
                 f"a decoder process did not start: {type(error).__name__}, exit status {status}; expected "
                 f"{sys.executable} to run {_WORKER}; what it printed says why"
             ) from None
@@ -197,7 +198,7 @@ class DecoderPool:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise CaptionlibError("the decoder pool is closed: images are decoded only while it is open")
+            raise SubprocessError("the decoder pool is closed: images are decoded only while it is open")
 
 
 class _Decoder:
@@ -293,7 +294,3 @@ def _widen(descriptor: int) -> None:
     if hasattr(fcntl, "F_SETPIPE_SZ"):
         with suppress(OSError):
             fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-
-
-def _available_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,12 +15,12 @@ from captionlib.data.images.decoding import Preprocessing
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.errors import ConfigError, ImageError
 
-__all__ = ["Load", "LoadingConfig", "load_images", "open_loader"]
+__all__ = ["LoadImages", "LoadingConfig", "load_images", "open_loader"]
 
 Row = dict[str, Any]
 Pixels = npt.NDArray[np.uint8]
 
-Load = Callable[[Iterable[Row]], Iterator[tuple[Row, Pixels | ImageError]]]
+LoadImages = Callable[[Iterable[Row]], Iterator[tuple[Row, Pixels | ImageError]]]
 """Gives each row its image, `[crop_size, crop_size, 3] uint8`, or the reason why there is none."""
 
 
@@ -47,7 +47,7 @@ class LoadingConfig:
 
 
 @contextmanager
-def open_loader(config: LoadingConfig, preprocessing: Preprocessing) -> Iterator[Load]:
+def open_loader(config: LoadingConfig, preprocessing: Preprocessing) -> Iterator[LoadImages]:
     """Threads and decoders for as many calls of `load_images` as one likes.
 
     At the end all of them are gone, whatever they were doing: an image that is being fetched or decoded is given up.

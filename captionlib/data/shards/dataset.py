@@ -21,23 +21,23 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from captionlib.config import differences
+from captionlib.config import describe_differences
 from captionlib.data.shards.markers import (
-    DESCRIPTION,
-    FAILURES,
-    MARKERS,
-    SUCCESS,
+    DESCRIPTION_FILE,
+    FAILURES_FOLDER,
+    MARKERS_FOLDER,
+    SUCCESS_FILE,
     Marker,
     Totals,
-    checksum_of,
-    fingerprint_of,
+    compute_checksum,
+    compute_fingerprint,
     part_name,
     sum_markers,
     to_json,
 )
 from captionlib.data.shards.schemas import SCHEMA_VERSION
 from captionlib.errors import DatasetError, FailureRatioError, FingerprintError
-from captionlib.storage.folders import TEMPORARY, Folder
+from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 
 __all__ = ["ShardedDataset", "create_dataset", "open_dataset"]
 
@@ -62,54 +62,54 @@ class ShardedDataset:
     shards: int
     schema: pa.Schema
 
-    def done(self) -> set[int]:
+    def done_shards(self) -> set[int]:
         """The shards that have a marker, by one listing."""
-        names = (name for name in self.folder.list(MARKERS) if name.endswith(".json"))
+        names = (name for name in self.folder.list(MARKERS_FOLDER) if name.endswith(".json"))
         found = {int(name.removeprefix("part-").removesuffix(".json")) for name in names}
         return {shard for shard in found if shard < self.shards}
 
-    def pending(self) -> list[int]:
+    def pending_shards(self) -> list[int]:
         """The shards that are still to be done."""
-        return sorted(set(range(self.shards)) - self.done())
+        return sorted(set(range(self.shards)) - self.done_shards())
 
-    def marker(self, shard: int) -> Marker | None:
+    def read_marker(self, shard: int) -> Marker | None:
         """The marker of a shard, None where it is not done."""
         try:
-            content = self.folder.read(f"{MARKERS}/{part_name(shard)}.json")
+            content = self.folder.read(f"{MARKERS_FOLDER}/{part_name(shard)}.json")
         except FileNotFoundError:
             return None
         marker = Marker(**json.loads(content))
         return marker if marker.fingerprint == self.fingerprint else None
 
-    def markers(self, shards: Iterable[int] | None = None) -> dict[int, Marker]:
+    def read_markers(self, shards: Iterable[int] | None = None) -> dict[int, Marker]:
         """The markers of these shards, or of all that are done."""
-        return {marker.shard: marker for marker in self.read_markers(self.done() if shards is None else shards)}
+        return {marker.shard: marker for marker in self.iter_markers(self.done_shards() if shards is None else shards)}
 
-    def read_markers(self, shards: Iterable[int]) -> Iterator[Marker]:
+    def iter_markers(self, shards: Iterable[int]) -> Iterator[Marker]:
         """The markers of these shards in any order, fetched concurrently; memory holds some of them."""
-        for content in self.folder.read_many(f"{MARKERS}/{part_name(shard)}.json" for shard in sorted(shards)):
+        for content in self.folder.read_many(f"{MARKERS_FOLDER}/{part_name(shard)}.json" for shard in sorted(shards)):
             marker = Marker(**json.loads(content))
             if marker.fingerprint == self.fingerprint:
                 yield marker
 
-    def totals(self) -> Totals:
+    def compute_totals(self) -> Totals:
         """Of all the shards that are done, by reading all of their markers."""
-        return sum_markers(self.read_markers(self.done()))
+        return sum_markers(self.iter_markers(self.done_shards()))
 
-    def recorded_totals(self) -> Totals | None:
+    def read_totals(self) -> Totals | None:
         """What `_SUCCESS` tells; None where it is not there."""
         try:
-            content = json.loads(self.folder.read(SUCCESS))
+            content = json.loads(self.folder.read(SUCCESS_FILE))
         except FileNotFoundError:
             return None
         return Totals(**content) if content.pop("fingerprint") == self.fingerprint else None
 
     def is_complete(self) -> bool:
-        return self.folder.exists(SUCCESS)
+        return self.folder.exists(SUCCESS_FILE)
 
-    def reopen(self) -> None:
+    def mark_incomplete(self) -> None:
         """Says that shards are going to be written: until `finish` the dataset is not complete."""
-        self.folder.remove_file(SUCCESS)
+        self.folder.remove_file(SUCCESS_FILE)
 
     def require_complete(self) -> "ShardedDataset":
         """Itself.
@@ -119,7 +119,7 @@ class ShardedDataset:
         """
         if not self.is_complete():
             raise DatasetError(
-                f"{self.folder.uri} is not complete: expected {self.shards} shards, {len(self.done())} are done, "
+                f"{self.folder.uri} is not complete: expected {self.shards} shards, {len(self.done_shards())} are done, "
                 "or the last run ended with too many failures; run the command that writes it again"
             )
         return self
@@ -146,16 +146,16 @@ class ShardedDataset:
 
     def read_failures(self, shard: int) -> pa.Table | None:
         """The failures of a shard, None where there are none."""
-        name = f"{FAILURES}/{part_name(shard)}.parquet"
+        name = f"{FAILURES_FOLDER}/{part_name(shard)}.parquet"
         if not self.folder.exists(name):
             return None
         with self.folder.open(name) as file:
             return pq.read_table(file)
 
-    def forget(self, shard: int) -> None:
+    def remove_marker(self, shard: int) -> None:
         """Takes a shard's marker away: until it is written again, neither shard nor dataset is done."""
-        self.reopen()
-        self.folder.remove_file(f"{MARKERS}/{part_name(shard)}.json")
+        self.mark_incomplete()
+        self.folder.remove_file(f"{MARKERS_FOLDER}/{part_name(shard)}.json")
 
     def finish(self, max_failure_ratio: float = 1.0) -> Totals:
         """Checks that every shard is done and writes `_SUCCESS`, unless it is there.
@@ -164,33 +164,33 @@ class ShardedDataset:
             DatasetError: a shard is missing.
             FailureRatioError: more than `max_failure_ratio` of the images failed.
         """
-        recorded = None if self.pending() else self.recorded_totals()
-        totals = recorded or self.totals()
+        recorded = None if self.pending_shards() else self.read_totals()
+        totals = recorded or self.compute_totals()
         if totals.shards < self.shards:
-            missing = sorted(set(range(self.shards)) - set(self.markers()))
+            missing = sorted(set(range(self.shards)) - set(self.read_markers()))
             raise DatasetError(
                 f"{self.folder.uri}: expected {self.shards} shards, {len(missing)} are not done "
                 f"(the first is {part_name(missing[0])}); run the command again, it goes on where it stopped"
             )
         if totals.failures > max_failure_ratio * totals.images:
-            self.reopen()
+            self.mark_incomplete()
             raise FailureRatioError(_describe_failures(self, totals, max_failure_ratio))
         if recorded is None:
-            self.folder.write(SUCCESS, to_json({**asdict(totals), "fingerprint": self.fingerprint}))
-            self.folder.remove(TEMPORARY)
+            self.folder.write(SUCCESS_FILE, to_json({**asdict(totals), "fingerprint": self.fingerprint}))
+            self.folder.remove(TEMPORARY_FOLDER)
         return totals
 
     def verify(self) -> list[str]:
         """What is wrong with the parts that are done, a line each: missing, or other than their marker says."""
         problems = []
         names = set(self.folder.list())
-        for shard, marker in self.markers().items():
+        for shard, marker in self.read_markers().items():
             name = f"{part_name(shard)}.parquet"
             if name not in names:
                 problems.append(f"{name}: missing")
                 continue
             with self.folder.open(name) as file:
-                checksum = checksum_of(file)
+                checksum = compute_checksum(file)
             if checksum != marker.checksum:
                 problems.append(f"{name}: expected {marker.checksum}, got {checksum}")
         return problems
@@ -201,7 +201,7 @@ def _describe_failures(dataset: ShardedDataset, totals: Totals, max_failure_rati
     return (
         f"{dataset.folder.uri}: {totals.failures} of {totals.images} images failed "
         f"({totals.failures / totals.images:.1%}, allowed {max_failure_ratio:.1%}; {reasons}). All rows are kept: "
-        f"see {FAILURES}/, then run again with --retry-failures, or with a higher --max-failure-ratio"
+        f"see {FAILURES_FOLDER}/, then run again with --retry-failures, or with a higher --max-failure-ratio"
     )
 
 
@@ -216,7 +216,7 @@ def open_dataset(uri: str | os.PathLike[str], kind: str | None = None) -> Sharde
     if description is None:
         got = "other files" if folder.list() else "no such folder, or an empty one"
         raise DatasetError(
-            f"{folder.uri} is no dataset of captionlib: expected a folder that holds {DESCRIPTION}, got {got}; "
+            f"{folder.uri} is no dataset of captionlib: expected a folder that holds {DESCRIPTION_FILE}, got {got}; "
             "give the output of the stage before"
         )
     if kind is not None and description["kind"] != kind:
@@ -256,13 +256,13 @@ def create_dataset(
     """
     folder = Folder(uri)
     config = json.loads(json.dumps(config))
-    dataset = ShardedDataset(folder, kind, config, fingerprint_of(kind, config), shards, schema)
+    dataset = ShardedDataset(folder, kind, config, compute_fingerprint(kind, config), shards, schema)
     existing = _read_description(folder)
     if existing is not None and existing["fingerprint"] == dataset.fingerprint and not overwrite:
         return dataset
     if existing is not None and not overwrite:
         raise FingerprintError(_describe_difference(folder, existing, kind, config))
-    if existing is None and (strangers := [name for name in folder.list() if name != TEMPORARY]):
+    if existing is None and (strangers := [name for name in folder.list() if name != TEMPORARY_FOLDER]):
         raise DatasetError(
             f"{folder.uri} holds files that captionlib did not write ({', '.join(strangers[:3])}); "
             "give an empty or a new folder"
@@ -279,35 +279,37 @@ def create_dataset(
         "config": config,
         "arrow_schema": schema.serialize().to_pybytes().hex(),
     }
-    folder.write(DESCRIPTION, to_json(description))
+    folder.write(DESCRIPTION_FILE, to_json(description))
     return dataset
 
 
 def _clear(folder: Folder) -> None:
     """Removes a dataset, the marks of completeness first and the description last."""
-    for name in (SUCCESS, MARKERS, FAILURES, TEMPORARY):
+    for name in (SUCCESS_FILE, MARKERS_FOLDER, FAILURES_FOLDER, TEMPORARY_FOLDER):
         folder.remove(name)
     for name in folder.list():
         if name.startswith("part-") and name.endswith(".parquet"):
             folder.remove(name)
-    folder.remove(DESCRIPTION)
+    folder.remove(DESCRIPTION_FILE)
 
 
 def _read_description(folder: Folder) -> dict[str, Any] | None:
     try:
-        content = folder.read(DESCRIPTION)
+        content = folder.read(DESCRIPTION_FILE)
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         description: dict[str, Any] = json.loads(content)
         _ = [description[key] for key in ("kind", "schema_version", "fingerprint", "shards", "config", "arrow_schema")]
     except (ValueError, KeyError) as error:
-        raise DatasetError(f"{folder.address(DESCRIPTION)} is damaged ({error!r}); write the dataset again") from error
+        raise DatasetError(
+            f"{folder.address(DESCRIPTION_FILE)} is damaged ({error!r}); write the dataset again"
+        ) from error
     return description
 
 
 def _describe_difference(folder: Folder, existing: Mapping[str, Any], kind: str, config: Mapping[str, Any]) -> str:
-    lines = differences({"kind": existing["kind"], **existing["config"]}, {"kind": kind, **config})
+    lines = describe_differences({"kind": existing["kind"], **existing["config"]}, {"kind": kind, **config})
     return (
         f"{folder.uri} holds the output of another configuration ({'; '.join(lines) or 'another schema version'}); "
         "give another folder, or --overwrite to replace it"

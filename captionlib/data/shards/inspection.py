@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import SUCCESS
-from captionlib.storage.folders import TEMPORARY
+from captionlib.data.shards.markers import SUCCESS_FILE
+from captionlib.storage.folders import TEMPORARY_FOLDER
 
 __all__ = ["DatasetReport", "FailureReport", "inspect_dataset"]
 
@@ -47,7 +47,7 @@ class DatasetReport:
         seconds: that making them took, all workers together.
         failed: images that could not be had, in the shards that are done.
         failures: by reason, the most frequent first.
-        leftovers: temporary files of runs that died; the next run that ends well removes them.
+        temporary_files: temporary files of runs that died; the next run that ends well removes them.
         problems: what is wrong with the files; those of their content only where they were verified.
     """
 
@@ -64,7 +64,7 @@ class DatasetReport:
     seconds: float
     failed: int
     failures: Mapping[str, FailureReport]
-    leftovers: int
+    temporary_files: int
     problems: list[str]
 
 
@@ -79,7 +79,7 @@ def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> Datase
         DatasetError: it is no dataset.
     """
     dataset = open_dataset(uri)
-    totals = dataset.totals()
+    totals = dataset.compute_totals()
     return DatasetReport(
         folder=dataset.folder.uri,
         kind=dataset.kind,
@@ -94,7 +94,7 @@ def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> Datase
         seconds=totals.seconds,
         failed=totals.failures,
         failures=_failures(dataset, totals.reasons),
-        leftovers=len(dataset.folder.list(TEMPORARY)),
+        temporary_files=len(dataset.folder.list(TEMPORARY_FOLDER)),
         problems=[*_contradictions(dataset, totals.shards), *(dataset.verify() if verify else [])],
     )
 
@@ -102,13 +102,15 @@ def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> Datase
 def _contradictions(dataset: ShardedDataset, done: int) -> list[str]:
     if not dataset.is_complete() or done == dataset.shards:
         return []
-    return [f"{SUCCESS}: says that all {dataset.shards} shards are done, but only {done} have a marker of this dataset"]
+    return [
+        f"{SUCCESS_FILE}: says that all {dataset.shards} shards are done, but only {done} have a marker of this dataset"
+    ]
 
 
 def _failures(dataset: ShardedDataset, reasons: Mapping[str, int]) -> dict[str, FailureReport]:
     """One example of each reason: failure files are read until there is one."""
     found: dict[str, FailureReport] = {}
-    for shard, marker in sorted(dataset.markers().items()):
+    for shard, marker in sorted(dataset.read_markers().items()):
         if marker.reasons.keys() <= found.keys():
             continue
         table = dataset.read_failures(shard)

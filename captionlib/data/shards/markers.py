@@ -10,23 +10,23 @@ from typing import Any, BinaryIO
 from captionlib.data.shards.schemas import SCHEMA_VERSION
 
 __all__ = [
-    "DESCRIPTION",
-    "FAILURES",
-    "MARKERS",
-    "SUCCESS",
+    "DESCRIPTION_FILE",
+    "FAILURES_FOLDER",
+    "MARKERS_FOLDER",
+    "SUCCESS_FILE",
     "Marker",
     "Totals",
-    "checksum_of",
-    "fingerprint_of",
+    "compute_checksum",
+    "compute_fingerprint",
     "part_name",
     "sum_markers",
     "to_json",
 ]
 
-DESCRIPTION = "_dataset.json"
-SUCCESS = "_SUCCESS"
-MARKERS = "_shards"
-FAILURES = "_failures"
+DESCRIPTION_FILE = "_dataset.json"
+SUCCESS_FILE = "_SUCCESS"
+MARKERS_FOLDER = "_shards"
+FAILURES_FOLDER = "_failures"
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ class Marker:
     seconds: float
     fingerprint: str
     reasons: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def images(self) -> int:
+        return self.rows + self.failures
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,14 @@ def sum_markers(markers: Iterable[Marker]) -> Totals:
     return Totals(shards, rows, failures, size, round(seconds, 3), dict(reasons.most_common()))
 
 
-def fingerprint_of(kind: str, config: Mapping[str, Any]) -> str:
+def compute_fingerprint(kind: str, config: Mapping[str, Any]) -> str:
     """A hash of all that a dataset's rows depend on; equal configurations have equal fingerprints on every machine."""
     identity = {"kind": kind, "schema_version": SCHEMA_VERSION, "config": config}
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def checksum_of(file: BinaryIO) -> str:
+def compute_checksum(file: BinaryIO) -> str:
     """The SHA-256 of a file's content, as markers carry it."""
     digest = hashlib.sha256()
     while block := file.read(16 << 20):

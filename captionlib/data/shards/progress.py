@@ -1,81 +1,70 @@
-"""Shows how far a dataset is, counted from its markers, on whatever machines they are written."""
+"""Shows the progress of a dataset by watching its markers, whichever machines write them."""
 
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
-
-from tqdm import tqdm
 
 from captionlib.data.shards.dataset import ShardedDataset
-from captionlib.data.shards.markers import Marker, sum_markers
 from captionlib.errors import StorageError
+from captionlib.progress import ProgressBar, progress_bar
 
 __all__ = ["show_progress"]
 
 
 @contextmanager
 def show_progress(source: ShardedDataset, output: ShardedDataset, label: str, enabled: bool = True) -> Iterator[None]:
-    """A bar of images, with shards, images/s, failures and the time left, while the block runs.
+    """Shows images, images/s, the time left, shards and failures while the block runs.
 
     Args:
-        source: the dataset whose rows are to become rows or failures of `output`.
+        source: the dataset whose rows become rows or failures of `output`.
         output: the dataset that is being written.
-        label: stands before the bar.
-        enabled: off shows nothing.
+        label: names the work.
+        enabled: False shows nothing.
     """
     if not enabled:
         yield
         return
-    totals = source.recorded_totals() or source.totals()
-    seldom = 0.1 if sys.stderr.isatty() else 30.0  # a log wants a line now and then, not an animation
-    with tqdm(total=totals.rows, desc=label, unit="image", mininterval=seldom, dynamic_ncols=True) as bar:
-        watch = _Watch(output, bar)
+    totals = source.read_totals() or source.compute_totals()
+    with progress_bar(label, totals.rows, "images") as bar:
+        watcher = _MarkerWatcher(output, bar)
         stop = threading.Event()
-        thread = threading.Thread(target=watch.run, args=(stop,), name="progress", daemon=True)
+        thread = threading.Thread(target=watcher.run, args=(stop,), name="progress", daemon=True)
         thread.start()
         try:
             yield
         finally:
             stop.set()
             thread.join()
-            watch.update()
+            watcher.update()
 
 
-class _Watch:
-    """Follows the markers of a dataset; what stood there before it began does not count into images/s."""
+class _MarkerWatcher:
+    """Adds the images of new markers to a progress bar."""
 
-    def __init__(self, output: ShardedDataset, bar: "tqdm[Any]") -> None:
+    def __init__(self, output: ShardedDataset, bar: ProgressBar) -> None:
         self._output = output
         self._bar = bar
         self._failures = 0
         self._seen: set[int] = set()
 
     def run(self, stop: threading.Event) -> None:
-        """Reads first what was there before: of many shards that takes a while, and nothing waits for it."""
-        with suppress(StorageError):
-            self._bar.initial = self._bar.n = self._add(self._output.done())
+        """Updates the bar until `stop` is set. Markers of earlier runs do not count towards the rate."""
+        self._count(self._bar.skip)
         pause = 1.0
         while not stop.wait(pause):
-            began = time.monotonic()
+            started = time.monotonic()
             self.update()
-            pause = max(1.0, 20 * (time.monotonic() - began))  # a slow listing takes 5% of the time at most
+            pause = max(1.0, 20 * (time.monotonic() - started))  # slow listings take at most 5% of the time
 
     def update(self) -> None:
-        with suppress(StorageError):  # the work itself tells, if it cannot be done either
-            self._bar.update(self._add(self._output.done() - self._seen))
+        self._count(self._bar.update)
 
-    def _add(self, shards: set[int]) -> int:
-        """Counts shards that were not counted before, and returns their images."""
-        totals = sum_markers(self._noted(self._output.read_markers(shards)))
-        self._failures += totals.failures
-        shown = f"{len(self._seen)}/{self._output.shards} shards, {self._failures} failed"
-        self._bar.set_postfix_str(shown, refresh=False)
-        return totals.images
-
-    def _noted(self, markers: Iterator[Marker]) -> Iterator[Marker]:
-        for marker in markers:
-            self._seen.add(marker.shard)
-            yield marker
+    def _count(self, add: Callable[[int, str], None]) -> None:
+        with suppress(StorageError):  # the pipeline reports it if it cannot reach the storage either
+            images = 0
+            for marker in self._output.iter_markers(self._output.done_shards() - self._seen):
+                self._seen.add(marker.shard)
+                self._failures += marker.failures
+                images += marker.images
+            add(images, f"{len(self._seen)}/{self._output.shards} shards, {self._failures} failed")

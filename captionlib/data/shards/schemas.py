@@ -3,9 +3,10 @@
 import pyarrow as pa
 
 __all__ = [
-    "CANDIDATE",
-    "FAILURES",
-    "MANIFEST",
+    "CANDIDATE_TYPE",
+    "COLUMN_DESCRIPTIONS",
+    "FAILURES_SCHEMA",
+    "MANIFEST_SCHEMA",
     "SCHEMA_VERSION",
     "captions_schema",
     "embeddings_schema",
@@ -15,7 +16,25 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 
-MANIFEST = pa.schema(
+# The reference documentation of the columns.
+COLUMN_DESCRIPTIONS = {
+    "image_id": "Identifies the image; unique in a dataset.",
+    "uri": "Path or address of the image.",
+    "split": "Split that the image belongs to, such as train, val or test; empty if unknown.",
+    "captions": "Reference captions, written by humans.",
+    "features": "Features that the encoder computed: a vector, or a map whose positions are concatenated.",
+    "caption": "Best caption.",
+    "log_prob": "Natural logarithm of the probability of the caption: the sum over its tokens.",
+    "tokens": "Number of tokens of the caption, including the end token.",
+    "candidates": "All captions found for the image, best first.",
+    "attention": "Attention weights of each token over the positions of the feature map; each row sums to 1.",
+    "embedding": "Embedding of the image: a unit vector in the space that images and sentences share.",
+    "stage": "Stage that failed: fetch or decode.",
+    "error": "Class of the error; failures are counted by it.",
+    "message": "What went wrong.",
+}
+
+MANIFEST_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("uri", pa.string(), nullable=False),
@@ -24,7 +43,7 @@ MANIFEST = pa.schema(
     ]
 )
 
-FAILURES = pa.schema(
+FAILURES_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("uri", pa.string(), nullable=False),
@@ -34,13 +53,13 @@ FAILURES = pa.schema(
     ]
 )
 
-CANDIDATE = pa.struct([pa.field("caption", pa.string()), pa.field("log_prob", pa.float32())])
+CANDIDATE_TYPE = pa.struct([pa.field("caption", pa.string()), pa.field("log_prob", pa.float32())])
 
 
 def features_schema(size: int, dtype: str) -> pa.Schema:
     """The manifest's columns and `features`, a vector of `size` numbers of `dtype` (float16 or float32)."""
     vector = pa.list_(_float(dtype), size)
-    return MANIFEST.append(pa.field("features", vector, nullable=False))
+    return MANIFEST_SCHEMA.append(pa.field("features", vector, nullable=False))
 
 
 def captions_schema(positions: int | None = None) -> pa.Schema:
@@ -52,13 +71,13 @@ def captions_schema(positions: int | None = None) -> pa.Schema:
     """
     schema = pa.schema(
         [
-            MANIFEST.field("image_id"),
-            MANIFEST.field("uri"),
-            MANIFEST.field("split"),
+            MANIFEST_SCHEMA.field("image_id"),
+            MANIFEST_SCHEMA.field("uri"),
+            MANIFEST_SCHEMA.field("split"),
             pa.field("caption", pa.string(), nullable=False),
             pa.field("log_prob", pa.float32(), nullable=False),
             pa.field("tokens", pa.int32(), nullable=False),
-            pa.field("candidates", pa.list_(CANDIDATE), nullable=False),
+            pa.field("candidates", pa.list_(CANDIDATE_TYPE), nullable=False),
         ]
     )
     if positions is None:
@@ -69,7 +88,9 @@ def captions_schema(positions: int | None = None) -> pa.Schema:
 def embeddings_schema(size: int) -> pa.Schema:
     """Unit vectors of `size` numbers in the space that images and sentences share."""
     vector = pa.list_(pa.float16(), size)
-    return pa.schema([MANIFEST.field("image_id"), MANIFEST.field("uri"), pa.field("embedding", vector, nullable=False)])
+    return pa.schema(
+        [MANIFEST_SCHEMA.field("image_id"), MANIFEST_SCHEMA.field("uri"), pa.field("embedding", vector, nullable=False)]
+    )
 
 
 def feature_size(schema: pa.Schema) -> int:

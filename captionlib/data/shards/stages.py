@@ -13,12 +13,12 @@ from captionlib.data.shards.markers import Marker, Totals, part_name
 from captionlib.data.shards.writer import ShardWriter, write_shard
 from captionlib.errors import DatasetError, ImageError
 
-__all__ = ["Fail", "Process", "ShardJob", "Stage"]
+__all__ = ["ProcessRows", "ReportFailure", "ShardJob", "Stage"]
 
-Fail = Callable[[str, str, ImageError], None]
+ReportFailure = Callable[[str, str, ImageError], None]
 """Takes image id, uri and reason of an image that cannot be had."""
 
-Process = Callable[[Iterator[pa.RecordBatch], Fail], Iterator[tuple[pa.RecordBatch, ...]]]
+ProcessRows = Callable[[Iterator[pa.RecordBatch], ReportFailure], Iterator[tuple[pa.RecordBatch, ...]]]
 """Turns the rows of a shard into output rows, in the same order: for each output dataset a piece of its rows."""
 
 
@@ -29,7 +29,7 @@ class Stage(Protocol):
     def columns(self) -> Sequence[str] | None:
         """The input columns it needs, None for all."""
 
-    def open(self) -> AbstractContextManager[Process]:
+    def open(self) -> AbstractContextManager[ProcessRows]:
         """Loads what is heavy, once for many shards, in the process that does the work."""
 
 
@@ -49,14 +49,14 @@ class ShardJob:
     stage: Stage
     retry_failures: bool = False
 
-    def pending(self) -> list[int]:
+    def pending_shards(self) -> list[int]:
         """The shards that there is something to do for."""
-        pending = {shard for output in self.outputs for shard in output.pending()}
+        pending = {shard for output in self.outputs for shard in output.pending_shards()}
         if self.retry_failures:
-            pending |= {shard for shard, marker in self.outputs[0].markers().items() if marker.failures}
+            pending |= {shard for shard, marker in self.outputs[0].read_markers().items() if marker.failures}
         return sorted(pending)
 
-    def run(self, shard: int, process: Process) -> Marker:
+    def run(self, shard: int, process: ProcessRows) -> Marker:
         """Does one shard: all of it, or its failed images if it is done already and they are to be tried again.
 
         Args:
@@ -66,20 +66,20 @@ class ShardJob:
         Returns:
             The marker of the first output.
         """
-        markers = [output.marker(shard) for output in self.outputs]
+        markers = [output.read_marker(shard) for output in self.outputs]
         if markers[0] is None or None in markers:
             for output, done in zip(self.outputs, markers, strict=True):
                 if done is not None:  # written again beside the others: never the old marker with new rows
-                    output.forget(shard)
+                    output.remove_marker(shard)
             return self._write(shard, lambda writers: _fill(writers, process, self._input(shard)))
         if self.retry_failures and markers[0].failures:
             return self._retry(shard, process) or markers[0]
         return markers[0]
 
-    def reopen(self) -> None:
-        """Says that there is something to do; see `ShardedDataset.reopen`."""
+    def mark_incomplete(self) -> None:
+        """Says that there is something to do; see `ShardedDataset.mark_incomplete`."""
         for output in self.outputs:
-            output.reopen()
+            output.mark_incomplete()
 
     def finish(self, max_failure_ratio: float) -> Totals:
         """Marks the outputs complete, the first last; see `ShardedDataset.finish`."""
@@ -91,7 +91,7 @@ class ShardJob:
             yield rows if only is None else rows.filter(pc.is_in(rows["image_id"], value_set=only))
 
     def _write(self, shard: int, fill: Callable[[Sequence[ShardWriter]], None]) -> Marker:
-        source_marker = self.source.marker(shard)
+        source_marker = self.source.read_marker(shard)
         if source_marker is None:
             raise DatasetError(f"{self.source.folder.uri}: {part_name(shard)} has no marker; write that dataset again")
         with ExitStack() as stack:  # closes in reverse: the first output is published last
@@ -101,7 +101,7 @@ class ShardJob:
         assert marker is not None, "a shard that was just written has a marker"
         return marker
 
-    def _retry(self, shard: int, process: Process) -> Marker | None:
+    def _retry(self, shard: int, process: ProcessRows) -> Marker | None:
         """Processes the failed images of a done shard and puts those that work now among the others, if there are any.
 
         Holds one shard in memory. The shard loses its marker before its files change, so that a run that dies in
@@ -122,22 +122,22 @@ class ShardJob:
             positions = pc.index_in(both["image_id"], value_set=order)
             tables.append(both.take(pc.sort_indices(positions)))
         for output in self.outputs:
-            output.forget(shard)
+            output.remove_marker(shard)
 
         def fill(writers: Sequence[ShardWriter]) -> None:
             for writer, table in zip(writers, tables, strict=True):
                 for rows in table.combine_chunks().to_batches():
                     writer.write(rows)
                 for failure in still_failing:
-                    writer.fail(*failure)
+                    writer.write_failure(*failure)
 
         return self._write(shard, fill)
 
 
-def _fill(writers: Sequence[ShardWriter], process: Process, rows: Iterator[pa.RecordBatch]) -> None:
+def _fill(writers: Sequence[ShardWriter], process: ProcessRows, rows: Iterator[pa.RecordBatch]) -> None:
     def fail(image_id: str, uri: str, error: ImageError) -> None:
         for writer in writers:
-            writer.fail(image_id, uri, error)
+            writer.write_failure(image_id, uri, error)
 
     for outputs in process(rows, fail):
         for writer, output in zip(writers, outputs, strict=True):

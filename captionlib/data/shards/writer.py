@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captionlib.data.shards.dataset import ShardedDataset
-from captionlib.data.shards.markers import FAILURES, MARKERS, Marker, checksum_of, part_name, to_json
-from captionlib.data.shards.schemas import FAILURES as FAILURES_SCHEMA
+from captionlib.data.shards.markers import FAILURES_FOLDER, MARKERS_FOLDER, Marker, compute_checksum, part_name, to_json
+from captionlib.data.shards.schemas import FAILURES_SCHEMA
 from captionlib.errors import DatasetError, ImageError
 
 __all__ = ["ShardWriter", "write_shard"]
@@ -49,7 +49,7 @@ class ShardWriter:
         if self._waiting_rows >= ROW_GROUP_ROWS or self._waiting_bytes >= ROW_GROUP_BYTES:
             self.flush()
 
-    def fail(self, image_id: str, uri: str, error: ImageError) -> None:
+    def write_failure(self, image_id: str, uri: str, error: ImageError) -> None:
         """Adds an image that could not be had."""
         self.failures.append(
             {"image_id": image_id, "uri": uri, "stage": error.stage, "error": error.reason, "message": str(error)}
@@ -75,7 +75,7 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int) -> Iterator[
     """
     began = time.monotonic()
     name = part_name(shard)
-    with dataset.folder.staged(f"{name}.parquet") as path:
+    with dataset.folder.stage(f"{name}.parquet") as path:
         with pq.ParquetWriter(path, dataset.schema, **_parquet_options(dataset.schema, expected)) as parquet:
             writer = ShardWriter(parquet, dataset.schema)
             yield writer
@@ -87,7 +87,7 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int) -> Iterator[
             )
         size = path.stat().st_size
         with path.open("rb") as file:
-            checksum = checksum_of(file)
+            checksum = compute_checksum(file)
     _publish_failures(dataset, shard, writer.failures)
     marker = Marker(
         shard=shard,
@@ -99,16 +99,16 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int) -> Iterator[
         fingerprint=dataset.fingerprint,
         reasons=dict(Counter(row["error"] for row in writer.failures).most_common()),
     )
-    dataset.folder.write(f"{MARKERS}/{name}.json", to_json(asdict(marker)))
+    dataset.folder.write(f"{MARKERS_FOLDER}/{name}.json", to_json(asdict(marker)))
     writer.marker = marker
 
 
 def _publish_failures(dataset: ShardedDataset, shard: int, failures: list[dict[str, str]]) -> None:
-    name = f"{FAILURES}/{part_name(shard)}.parquet"
+    name = f"{FAILURES_FOLDER}/{part_name(shard)}.parquet"
     if not failures:
         dataset.folder.remove_file(name)  # of a run that died before it wrote the marker, or is replaced
         return
-    with dataset.folder.staged(name) as path:
+    with dataset.folder.stage(name) as path:
         pq.write_table(pa.Table.from_pylist(failures, FAILURES_SCHEMA), path, compression="zstd")
 
 

@@ -15,11 +15,11 @@ from captionlib.data.images.decoding import Preprocessing, decode_image
 from captionlib.data.images.fetching import ImageFetcher
 from captionlib.errors import ConfigError
 from captionlib.models.devices import resolve_device
-from captionlib.models.encoders.encoder import preprocessing_of
+from captionlib.models.encoders.encoder import resolve_preprocessing
 from captionlib.models.encoders.network import build_network
-from captionlib.models.encoders.weights import class_names, load_weights
+from captionlib.models.encoders.weights import find_class_names, load_weights
 
-__all__ = ["ActivationConfig", "Activations", "LayerMaps", "activate", "find_convolutions"]
+__all__ = ["ActivationConfig", "Activations", "LayerActivations", "compute_activations", "find_convolutions"]
 
 _REPEAT = re.compile(r"_\d+$")  # of a module that is used again
 _AFTER = nn.BatchNorm2d | nn.ReLU | nn.ReLU6 | nn.SiLU | nn.Hardswish | nn.GELU
@@ -54,7 +54,7 @@ class ActivationConfig:
 
 
 @dataclass(frozen=True)
-class LayerMaps:
+class LayerActivations:
     """The channels of a layer.
 
     Attributes:
@@ -78,12 +78,12 @@ class Activations:
     """
 
     image: npt.NDArray[np.uint8]
-    layers: Sequence[LayerMaps]
+    layers: Sequence[LayerActivations]
     classes: Sequence[tuple[str, float]]
     note: str
 
 
-def activate(uri: str | os.PathLike[str], config: ActivationConfig, device: str = "auto") -> Activations:
+def compute_activations(uri: str | os.PathLike[str], config: ActivationConfig, device: str = "auto") -> Activations:
     """Runs an image through a network and keeps what its layers answer.
 
     Args:
@@ -98,7 +98,7 @@ def activate(uri: str | os.PathLike[str], config: ActivationConfig, device: str 
     """
     target = resolve_device(device)
     network, classifier, note = _load(config)
-    preprocessing = preprocessing_of(config.model, config.weights, config.resize_size)
+    preprocessing = resolve_preprocessing(config.model, config.weights, config.resize_size)
     with ImageFetcher() as fetcher:
         image = decode_image(fetcher.fetch(os.fspath(uri)), preprocessing)
     with torch.inference_mode():
@@ -109,7 +109,7 @@ def activate(uri: str | os.PathLike[str], config: ActivationConfig, device: str 
             continue
         if output.dim() != 4:
             raise ConfigError(f"{config.model}: node {node} has no channel maps, its output is {list(output.shape)}")
-        layers.append(LayerMaps(node, output[0].float().cpu().numpy()))
+        layers.append(LayerActivations(node, output[0].float().cpu().numpy()))
     classes = _name_classes(outputs[classifier], config) if classifier else []
     return Activations(image, layers, classes, note)
 
@@ -192,5 +192,5 @@ def _to_input(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> Ten
 def _name_classes(output: Tensor, config: ActivationConfig) -> list[tuple[str, float]]:
     probabilities = output.flatten().float().softmax(0).cpu()
     top = probabilities.topk(min(config.classes, len(probabilities)))
-    names = class_names(config.model, len(probabilities))
+    names = find_class_names(config.model, len(probabilities))
     return [(names[index], value) for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)]

@@ -12,28 +12,26 @@ from torch import Tensor
 
 from captionlib.data.images.decoding import Preprocessing
 from captionlib.errors import ConfigError
-from captionlib.models.devices import copy_to_host, in_parts, resolve_device
-from captionlib.models.encoders.network import EncoderNetwork, cut_network, require_finite
+from captionlib.models.devices import copy_to_host_async, halve_on_out_of_memory, resolve_device
+from captionlib.models.encoders.network import EncoderNetwork, require_finite, truncate_network
 from captionlib.models.encoders.weights import (
-    building_for,
+    choose_build_device,
+    find_weights_transforms,
     hash_weights,
     is_weights_file,
     load_weights,
-    random_weights,
     read_preprocessing,
-    weights_preset,
+    sample_weights,
 )
-from captionlib.storage.folders import absolute_address
+from captionlib.storage.folders import resolve_address
 
 __all__ = [
     "Encoder",
     "EncoderConfig",
     "Encoding",
-    "describe_tuned",
-    "encoder_config",
+    "describe_finetuned_encoder",
     "load_encoder",
-    "preprocessing_of",
-    "travelling_config",
+    "resolve_preprocessing",
 ]
 
 Encoding = Callable[[], npt.NDArray[np.floating]]
@@ -64,6 +62,39 @@ class EncoderConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     resize_size: int | None = None
     stored_dtype: Literal["float16", "float32"] = "float16"
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any], weights: str | None = None) -> "EncoderConfig":
+        """Returns the configuration that produced an encoder's description.
+
+        Args:
+            description: the encoder's description, from a features dataset or a checkpoint.
+            weights: path of the encoder's weights file. Required if the weights came from a file: a description
+                records the content of the file, not its location.
+
+        Raises:
+            ConfigError: the weights came from a file and `weights` is None, or the features were imported.
+        """
+        if description["weights"] == "imported":
+            raise ConfigError(
+                "these features were imported, so the network that computed them is unknown and cannot encode more "
+                "images; caption from features that were imported the same way"
+            )
+        if description["weights"] == "file" and weights is None:
+            raise ConfigError(
+                f"the encoder ({description['model']} at {description['node']}) was loaded from a weights file; "
+                "give its path with --weights"
+            )
+        names = ("model", "node", "missing_weights", "pooling", "dtype", "stored_dtype")
+        return cls(
+            **{name: description[name] for name in names},
+            weights=weights or description["weights"],
+            resize_size=description["preprocessing"]["resize_size"],
+        )
+
+    def with_absolute_weights(self) -> "EncoderConfig":
+        """Returns a copy that names a weights file by its absolute address, for processes in other folders."""
+        return replace(self, weights=resolve_address(self.weights)) if is_weights_file(self.weights) else self
 
 
 class Encoder:
@@ -128,7 +159,7 @@ class Encoder:
             What waits for the features and gives them: `[batch, size]` or `[batch, positions, channels]`, of the stored
             dtype.
         """
-        parts = in_parts(lambda part: self._begin(images[part]), len(images))
+        parts = halve_on_out_of_memory(lambda part: self._begin(images[part]), len(images))
         return parts[0] if len(parts) == 1 else lambda: np.concatenate([finish() for finish in parts])
 
     @torch.inference_mode()
@@ -136,7 +167,7 @@ class Encoder:
         pixels = torch.from_numpy(images)
         if self.device.type == "cuda":
             pixels = pixels.pin_memory().to(self.device, non_blocking=True)
-        return partial(_finish, *copy_to_host(self.network.begin(pixels)))
+        return partial(_finish, *copy_to_host_async(self.network.begin(pixels)))
 
 
 def _finish(copied: Tensor, wait: Callable[[], None]) -> npt.NDArray[np.floating]:
@@ -146,7 +177,7 @@ def _finish(copied: Tensor, wait: Callable[[], None]) -> npt.NDArray[np.floating
     return features
 
 
-def describe_tuned(description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def describe_finetuned_encoder(description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the description of an encoder becomes when its weights have been tuned.
 
     Args:
@@ -155,40 +186,6 @@ def describe_tuned(description: Mapping[str, Any], weights: Mapping[str, Tensor]
     """
     changed = {"weights": "file", "missing_weights": "error", "weights_sha256": hash_weights(weights)}
     return {**description, **changed}
-
-
-def travelling_config(config: EncoderConfig) -> EncoderConfig:
-    """The same for processes elsewhere, which find the weights' file by its absolute address."""
-    return replace(config, weights=absolute_address(config.weights)) if is_weights_file(config.weights) else config
-
-
-def encoder_config(description: Mapping[str, Any], weights: str | None = None) -> EncoderConfig:
-    """The configuration that an encoder's description came from.
-
-    Args:
-        description: what a features dataset or a checkpoint says of its encoder.
-        weights: where the weights are, if they came from a file: a description knows its content, not its place.
-
-    Raises:
-        ConfigError: the weights are a file, and no place was given; or the features were imported.
-    """
-    if description["weights"] == "imported":
-        raise ConfigError(
-            "the features were imported, so the network that made them is not known well enough to make more; "
-            "caption from features that were imported alike"
-        )
-    if description["weights"] == "file" and weights is None:
-        raise ConfigError(
-            f"the encoder ({description['model']} at {description['node']}) had its weights from a file; "
-            "give its path with --weights"
-        )
-    names = ("model", "node", "missing_weights", "pooling", "dtype", "stored_dtype")
-    resize_size = description["preprocessing"]["resize_size"]
-    return EncoderConfig(
-        **{name: description[name] for name in names},
-        weights=weights or description["weights"],
-        resize_size=resize_size,
-    )
 
 
 def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = False) -> Encoder:
@@ -203,8 +200,8 @@ def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = 
         ConfigError: no such model, node, weights or device; or the weights lack layers that the node needs.
     """
     target = resolve_device(device)
-    with building_for(config.weights, config.missing_weights):
-        network = cut_network(config.model, config.node)
+    with choose_build_device(config.weights, config.missing_weights):
+        network = truncate_network(config.model, config.node)
     needed = network.state_dict()
     weights = load_weights(config.model, config.weights, network)
     missing = sorted(set(needed) - set(weights))
@@ -215,23 +212,23 @@ def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = 
             "or missing_weights: random:SEED"
         )
     if missing:
-        weights = {**random_weights(network, config.missing_weights), **weights}
+        weights = {**sample_weights(network, config.missing_weights), **weights}
     else:
         config = replace(config, missing_weights="error")  # none were drawn, so nothing depends on how
     _check_shapes(weights, needed, config)
     network.to_empty(device="cpu").load_state_dict(weights)
-    preprocessing = preprocessing_of(config.model, config.weights, config.resize_size)
+    preprocessing = resolve_preprocessing(config.model, config.weights, config.resize_size)
     dtype, stored_dtype = getattr(torch, config.dtype), getattr(torch, config.stored_dtype)
     module = EncoderNetwork(network, preprocessing, config.pooling, dtype, stored_dtype, trainable)
     return Encoder(module, config, preprocessing, target, hash_weights(weights))
 
 
-def preprocessing_of(model: str, weights: str, resize_size: int | None = None) -> Preprocessing:
+def resolve_preprocessing(model: str, weights: str, resize_size: int | None = None) -> Preprocessing:
     """How images become a model's input; `resize_size` takes the place of the weights' own."""
     saved = read_preprocessing(weights)
     if saved is not None:
         return replace(saved, resize_size=resize_size or saved.resize_size)
-    preset = weights_preset(model, weights)
+    preset = find_weights_transforms(model, weights)
     return Preprocessing(
         resize_size=resize_size or preset.resize_size[0],
         crop_size=preset.crop_size[0],

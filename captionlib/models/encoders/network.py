@@ -17,10 +17,10 @@ from captionlib.errors import ConfigError
 __all__ = [
     "EncoderNetwork",
     "build_network",
-    "cut_between",
-    "cut_network",
-    "parameters_before",
+    "list_parameters_before",
     "require_finite",
+    "slice_network",
+    "truncate_network",
 ]
 
 # The talk's names for VGG's layers, and the nodes that follow their ReLU.
@@ -31,7 +31,7 @@ class EncoderNetwork(nn.Module):
     """A cut network, and what stands before and behind it. It keeps to evaluation mode, also while it is tuned.
 
     Args:
-        network: what `cut_network` gave, with its weights.
+        network: what `truncate_network` gave, with its weights.
         preprocessing: its mean and deviation are applied here.
         pooling: what becomes of a spatial map: kept whole (`none`), or its `mean` or `max` over positions.
         dtype: what it computes in.
@@ -99,7 +99,7 @@ class EncoderNetwork(nn.Module):
         features: Tensor = self(pixels).to(self._stored_dtype)
         return features
 
-    def weights(self) -> dict[str, Tensor]:
+    def export_weights(self) -> dict[str, Tensor]:
         """The network's weights by torchvision's names, on the CPU."""
         return {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
 
@@ -145,7 +145,7 @@ def build_network(name: str) -> nn.Module:
     return model.eval()
 
 
-def cut_network(name: str, node: str) -> nn.Module:
+def truncate_network(name: str, node: str) -> nn.Module:
     """A torchvision model up to one of its nodes, whose output it gives as `features`.
 
     Raises:
@@ -154,7 +154,7 @@ def cut_network(name: str, node: str) -> nn.Module:
     return _cut(name, {node: "features"})
 
 
-def cut_between(name: str, start: str, node: str) -> nn.Module:
+def slice_network(name: str, start: str, node: str) -> nn.Module:
     """A torchvision model from the output of one of its nodes, its input here, to another one's, given as `features`.
 
     Raises:
@@ -194,7 +194,7 @@ def _cut(name: str, outputs: Mapping[str, str]) -> GraphModule:
     return extractor
 
 
-def parameters_before(name: str, node: str) -> set[str]:
+def list_parameters_before(name: str, node: str) -> set[str]:
     """The parameters and buffers of a torchvision model that come before a node, in the order of its graph.
 
     Args:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from captionlib.errors import CheckpointError, ConfigError
-from captionlib.models.encoders.network import cut_between, cut_network
-from captionlib.models.encoders.weights import building_for, hash_weights, load_weights
+from captionlib.models.encoders.network import slice_network, truncate_network
+from captionlib.models.encoders.weights import choose_build_device, hash_weights, load_weights
 
 __all__ = ["EncoderTop"]
 
@@ -44,7 +44,7 @@ class EncoderTop(nn.Module):
                 "of vgg16, or leave captioner.encoder_top out"
             )
         with torch.device("meta"):  # its weights come from elsewhere and need not be drawn
-            network = cut_between(encoder["model"], encoder["node"], node)
+            network = slice_network(encoder["model"], encoder["node"], node)
         self.network = network.to_empty(device="cpu").to(memory_format=torch.channels_last)
         self._encoder, self._node = encoder, node
         self._autocast = encoder["dtype"] == "bfloat16"
@@ -85,8 +85,8 @@ class EncoderTop(nn.Module):
                 "captioner.encoder_top starts with the encoder's own weights, which came from a file; give its path with "
                 "--weights"
             )
-        with building_for(source):
-            network = cut_network(encoder["model"], self._node)
+        with choose_build_device(source):
+            network = truncate_network(encoder["model"], self._node)
         found = load_weights(encoder["model"], source, network)
         needed = self.network.state_dict()
         if missing := sorted(set(needed) - set(found)):
@@ -94,7 +94,7 @@ class EncoderTop(nn.Module):
                 f"weights {source} lack what captioner.encoder_top {self._node} needs: {', '.join(missing)}"
             )
         with torch.device("meta"):  # names alone are wanted
-            before = cut_network(encoder["model"], encoder["node"]).state_dict()
+            before = truncate_network(encoder["model"], encoder["node"]).state_dict()
         if hash_weights({name: found[name] for name in before if name in found}) != encoder["weights_sha256"]:
             raise CheckpointError(
                 f"weights {source} are not those of the encoder whose features these are; give the file that "

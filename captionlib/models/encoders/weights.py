@@ -10,26 +10,28 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
-import fsspec
 import safetensors
 import safetensors.torch
 import torch
 import torchvision
+from fsspec.implementations.cached import SimpleCacheFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
 from captionlib.data.images.decoding import Preprocessing
 from captionlib.errors import ConfigError
+from captionlib.storage.file_systems import open_file_system
 
 __all__ = [
-    "building_for",
-    "class_names",
+    "choose_build_device",
+    "find_class_names",
+    "find_weights_transforms",
     "hash_weights",
     "is_weights_file",
     "load_weights",
-    "pack_weights",
-    "random_weights",
     "read_preprocessing",
-    "weights_preset",
+    "sample_weights",
+    "serialize_weights",
 ]
 
 _PREPROCESSING = "captionlib.preprocessing"  # in the header of a safetensors file
@@ -43,7 +45,7 @@ def load_weights(model: str, weights: str, network: nn.Module) -> dict[str, Tens
     """
     needed = network.state_dict()
     if weights.startswith("random:"):
-        return random_weights(network, weights)
+        return sample_weights(network, weights)
     found = _read_file(weights, set(needed)) if is_weights_file(weights) else _download(model, weights)
     return {
         name: tensor.float() if tensor.is_floating_point() else tensor
@@ -52,7 +54,7 @@ def load_weights(model: str, weights: str, network: nn.Module) -> dict[str, Tens
     }
 
 
-def building_for(*weights: str) -> AbstractContextManager[Any]:
+def choose_build_device(*weights: str) -> AbstractContextManager[Any]:
     """Where to build a network for weights: in memory where some are drawn, else on `meta`, for others replace them."""
     drawn = any(one.startswith("random:") for one in weights)
     return nullcontext() if drawn else torch.device("meta")
@@ -63,7 +65,7 @@ def is_weights_file(weights: str) -> bool:
     return weights.endswith((".safetensors", ".pth", ".pt"))
 
 
-def random_weights(network: nn.Module, weights: str) -> dict[str, Tensor]:
+def sample_weights(network: nn.Module, weights: str) -> dict[str, Tensor]:
     """Draws convolutions and linear layers from He's normal distribution; other layers stay as they were built.
 
     Source: He et al. 2015, "Delving Deep into Rectifiers", equation 10: std = sqrt(2 / fan_in).
@@ -80,14 +82,14 @@ def random_weights(network: nn.Module, weights: str) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
 
-def weights_preset(model: str, weights: str) -> Any:
+def find_weights_transforms(model: str, weights: str) -> Any:
     """The preprocessing of torchvision's named weights; for a file or random ones, of the model's default weights."""
     entries = torchvision.models.get_model_weights(model)
     entry = entries[weights] if weights in entries.__members__ else entries.DEFAULT
     return entry.transforms()
 
 
-def class_names(model: str, count: int) -> list[str]:
+def find_class_names(model: str, count: int) -> list[str]:
     """What a model's classes are called: ImageNet's names where it has as many, else numbers."""
     names: list[str] = torchvision.models.get_model_weights(model).DEFAULT.meta.get("categories", [])
     return names if len(names) == count else [f"class {number}" for number in range(count)]
@@ -119,7 +121,7 @@ def _download(model: str, weights: str) -> Mapping[str, Tensor]:
     return found
 
 
-def pack_weights(weights: Mapping[str, Tensor], preprocessing: Preprocessing) -> bytes:
+def serialize_weights(weights: Mapping[str, Tensor], preprocessing: Preprocessing) -> bytes:
     """The content of a safetensors file that also says how images are prepared for these weights."""
     return safetensors.torch.save(dict(weights), {_PREPROCESSING: json.dumps(asdict(preprocessing))})
 
@@ -157,7 +159,7 @@ def _read_file(address: str, names: set[str]) -> Mapping[str, Tensor]:
 def _opened(address: str) -> Iterator[str]:
     """A local path of a weights file; what goes wrong in reading it becomes a ConfigError."""
     try:
-        path: str = fsspec.open_local(f"simplecache::{address}") if "://" in address else address
+        path = _local_copy(address)
         if not Path(path).is_file():
             raise ConfigError(f"weights {address}: no such file")
         yield path
@@ -170,4 +172,15 @@ def _opened(address: str) -> Iterator[str]:
         pickle.UnpicklingError,
         safetensors.SafetensorError,
     ) as error:
-        raise ConfigError(f"weights {address} cannot be read: {error}") from error
+        # Messages of unpicklers quote the file, whose address may come from a checkpoint.
+        reason = getattr(error, "strerror", None) or f"damaged, or of another format ({type(error).__name__})"
+        raise ConfigError(f"weights {address} cannot be read: {reason}") from error
+
+
+def _local_copy(address: str) -> str:
+    """The path of a local file, or of a copy that lives as long as the process. A cache of one plain file system."""
+    fs, path = open_file_system(address)
+    if isinstance(fs, LocalFileSystem):
+        return str(path)
+    with SimpleCacheFileSystem(fs=fs).open(path, "rb") as copy:
+        return str(copy.name)

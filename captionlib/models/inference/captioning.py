@@ -11,21 +11,28 @@ import pyarrow as pa
 import torch
 
 from captionlib.data.images.loading import LoadingConfig
-from captionlib.data.shards.schemas import MANIFEST, captions_schema
-from captionlib.data.shards.stages import Process
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema
+from captionlib.data.shards.stages import ProcessRows
 from captionlib.errors import CheckpointError, ConfigError, ImageError
-from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner
-from captionlib.models.checkpoints.rankers import LoadedRanker
+from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, LoadedRanker, load_captioner
+from captionlib.models.decoding.candidate import Candidate
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.datastore import datastore_fingerprint, read_datastore
-from captionlib.models.decoding.decoder import Candidate, Decoder, DecodingConfig
+from captionlib.models.decoding.decoder import Decoder
 from captionlib.models.devices import resolve_device
-from captionlib.models.encoders.encoder import EncoderConfig, encoder_config
+from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.attention_maps import map_attention, require_attention
-from captionlib.models.inference.embedding import RankerFolder, embed_rows
-from captionlib.models.inference.feature_source import open_features
+from captionlib.models.inference.embedding import PinnedRanker, build_embedding_rows
+from captionlib.models.inference.feature_source import open_feature_source
 from captionlib.models.inference.shared_models import cached_per_process
 
-__all__ = ["CaptionGeneration", "GenerationConfig", "caption_images", "caption_rows", "find_datastore"]
+__all__ = [
+    "CaptionGeneration",
+    "GenerationConfig",
+    "build_caption_rows",
+    "caption_images",
+    "find_datastore_fingerprint",
+]
 
 Row = dict[str, Any]
 
@@ -77,7 +84,7 @@ class CaptionGeneration:
     encoder: EncoderConfig | None = None
     device: str = "auto"
     threads: int | None = None
-    ranker: RankerFolder | None = None
+    ranker: PinnedRanker | None = None
     memory: str | None = None
 
     @property
@@ -85,7 +92,7 @@ class CaptionGeneration:
         return ["image_id", "uri", "split", *([] if self.encoder else ["features"])]
 
     @contextmanager
-    def open(self) -> Iterator[Process]:
+    def open(self) -> Iterator[ProcessRows]:
         """Loads the models; see `Stage.open`."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
@@ -101,10 +108,10 @@ class CaptionGeneration:
             require_attention(captioner, self.checkpoint)
         ranker = self.ranker.open(self.device) if self.ranker else None
         config = self.config
-        with open_features(
+        with open_feature_source(
             self.encoder, captioner.encoder, config.loading, config.encoder_batch_size, self.device, self.threads
-        ) as features_of:
-            yield lambda rows, fail: self._caption(features_of(rows, fail), captioner, decoder, ranker)
+        ) as load_features:
+            yield lambda rows, fail: self._caption(load_features(rows, fail), captioner, decoder, ranker)
 
     def _caption(
         self,
@@ -119,8 +126,8 @@ class CaptionGeneration:
             attention = None
             if self.config.attention_maps:
                 attention = map_attention(captioner.model, seen, [some[0] for some in candidates])
-            captions = caption_rows(rows, candidates, captioner, attention)
-            yield (captions,) if ranker is None else (captions, embed_rows(rows, features, ranker))
+            captions = build_caption_rows(rows, candidates, captioner, attention)
+            yield (captions,) if ranker is None else (captions, build_embedding_rows(rows, features, ranker))
 
 
 @cached_per_process
@@ -142,16 +149,16 @@ def _shared_captioner(
     return captioner, Decoder(captioner.model, decoding, dtype, captioner.vocabulary, remembered)
 
 
-def find_datastore(checkpoint: str, captioner: LoadedCaptioner, decoding: DecodingConfig) -> str | None:
+def find_datastore_fingerprint(checkpoint: str, captioner: LoadedCaptioner, decoding: DecodingConfig) -> str | None:
     """The fingerprint of what the captioner remembers, where neighbors have a say.
 
     Raises:
         CheckpointError: it remembers nothing.
     """
-    return datastore_fingerprint(checkpoint, captioner) if decoding.neighbors else None
+    return datastore_fingerprint(checkpoint, captioner) if decoding.rerank.neighbors else None
 
 
-def caption_rows(
+def build_caption_rows(
     rows: Sequence[Row],
     candidates: Sequence[Sequence[Candidate]],
     captioner: LoadedCaptioner,
@@ -159,12 +166,12 @@ def caption_rows(
 ) -> pa.RecordBatch:
     """Rows of `captions/`: the best candidate in columns of its own, and all of them; with attention, its maps."""
     schema = captions_schema(None if attention is None else attention.type.value_type.list_size)
-    words = [[captioner.vocabulary.decode(one.words) for one in some] for some in candidates]
+    words = [[captioner.vocabulary.decode(one.token_ids) for one in some] for some in candidates]
     columns = {
         **{name: [row[name] for row in rows] for name in ("image_id", "uri", "split")},
         "caption": [some[0] for some in words],
         "log_prob": [some[0].log_prob for some in candidates],
-        "tokens": [some[0].tokens for some in candidates],
+        "tokens": [some[0].token_count for some in candidates],
         "candidates": [
             [{"caption": text, "log_prob": one.log_prob} for text, one in zip(texts, some, strict=True)]
             for texts, some in zip(words, candidates, strict=True)
@@ -213,11 +220,11 @@ def caption_images(
         Rows of `captions/` in the order given; and what could not be had, with the reason.
     """
     captioner = load_captioner(checkpoint)
-    encoder = encoder_config(captioner.encoder, weights or captioner.encoder_weights)
-    memory = find_datastore(checkpoint, captioner, config.decoding)
+    encoder = EncoderConfig.from_description(captioner.encoder, weights or captioner.encoder_weights)
+    memory = find_datastore_fingerprint(checkpoint, captioner, config.decoding)
     stage = CaptionGeneration(config, checkpoint, captioner.fingerprint, encoder, device, memory=memory)
     rows = pa.RecordBatch.from_pylist(
-        [{"image_id": uri, "uri": uri, "split": "", "captions": []} for uri in uris], schema=MANIFEST
+        [{"image_id": uri, "uri": uri, "split": "", "captions": []} for uri in uris], schema=MANIFEST_SCHEMA
     )
     failures: list[tuple[str, ImageError]] = []
     with stage.open() as process:

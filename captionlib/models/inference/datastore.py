@@ -8,15 +8,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from tqdm import tqdm
 
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.errors import DatasetError
-from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner
+from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner
 from captionlib.models.decoding.datastore import DatastoreEntries, datastore_schema, write_datastore
-from captionlib.models.devices import in_parts, resolve_device
-from captionlib.models.inference.feature_source import encoder_for, open_features
+from captionlib.models.devices import halve_on_out_of_memory, resolve_device
+from captionlib.models.inference.feature_source import open_feature_source, resolve_encoder
+from captionlib.progress import progress_bar
 
 __all__ = ["DatastoreConfig", "build_datastore"]
 
@@ -65,7 +65,7 @@ def build_datastore(
     """
     rows = open_dataset(source).require_complete()
     captioner = load_captioner(checkpoint, str(resolve_device(device)))
-    encoder = encoder_for(rows, captioner, weights, device, None)
+    encoder = resolve_encoder(rows, captioner, weights, device, None)
     total = sum(batch.num_rows for batch in _read(rows, config.splits))
     if not total:
         raise DatasetError(
@@ -77,13 +77,13 @@ def build_datastore(
 
     def remembered() -> Iterator[DatastoreEntries]:
         with (
-            open_features(
+            open_feature_source(
                 encoder, captioner.encoder, config.loading, config.encoder_batch_size, device, None
-            ) as features_of,
-            tqdm(total=total, desc="build-datastore", unit="image", disable=not progress, dynamic_ncols=True) as bar,
+            ) as load_features,
+            progress_bar("build-datastore", total, "images", progress) as bar,
         ):
             wanted = _read(rows, config.splits, columns)
-            for some, features in features_of(wanted, lambda image_id, _uri, _error: failed.append(image_id)):
+            for some, features in load_features(wanted, lambda image_id, _uri, _error: failed.append(image_id)):
                 bar.update(len(some))
                 yield DatastoreEntries(
                     [row["image_id"] for row in some],
@@ -114,7 +114,7 @@ def _vectors(captioner: LoadedCaptioner, features: torch.Tensor) -> torch.Tensor
     def vectors_of(part: slice) -> torch.Tensor:
         return captioner.model.encode_images(features[part].to(device)).vector.cpu()
 
-    return torch.cat(in_parts(vectors_of, len(features)))
+    return torch.cat(halve_on_out_of_memory(vectors_of, len(features)))
 
 
 def _encode(captioner: LoadedCaptioner, captions: Sequence[str]) -> list[list[int]]:

@@ -10,23 +10,24 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.dataset import ShardedDataset
-from captionlib.data.shards.schemas import MANIFEST, embeddings_schema
-from captionlib.data.shards.stages import Fail, Process
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA, embeddings_schema
+from captionlib.data.shards.stages import ProcessRows, ReportFailure
 from captionlib.errors import CheckpointError, ConfigError, ImageError
-from captionlib.models.checkpoints.rankers import LoadedRanker, load_ranker
+from captionlib.models.checkpoints.checkpoint import LoadedRanker, load_ranker
 from captionlib.models.devices import resolve_device
-from captionlib.models.encoders.encoder import EncoderConfig, encoder_config
-from captionlib.models.inference.feature_source import open_features
+from captionlib.models.encoders.encoder import EncoderConfig
+from captionlib.models.inference.feature_source import open_feature_source
 from captionlib.models.inference.shared_models import cached_per_process
 
 __all__ = [
     "EmbeddingConfig",
     "ImageEmbedding",
-    "RankerFolder",
+    "PinnedRanker",
+    "build_embedding_rows",
     "describe_embeddings",
-    "embed_rows",
     "embed_single_images",
 ]
 
@@ -51,7 +52,7 @@ class EmbeddingConfig:
 
 
 @dataclass(frozen=True)
-class RankerFolder:
+class PinnedRanker:
     """A ranker as it travels to workers.
 
     Attributes:
@@ -72,7 +73,7 @@ class RankerFolder:
 
 
 @cached_per_process
-def _shared_ranker(folder: RankerFolder, device: str) -> LoadedRanker:
+def _shared_ranker(folder: PinnedRanker, device: str) -> LoadedRanker:
     ranker = load_ranker(folder.checkpoint, device)
     if ranker.fingerprint != folder.fingerprint:
         raise CheckpointError(
@@ -95,7 +96,7 @@ class ImageEmbedding:
     """
 
     config: EmbeddingConfig
-    ranker: RankerFolder
+    ranker: PinnedRanker
     encoder: EncoderConfig | None = None
     device: str = "auto"
     threads: int | None = None
@@ -105,19 +106,19 @@ class ImageEmbedding:
         return ["image_id", "uri", *([] if self.encoder else ["features"])]
 
     @contextmanager
-    def open(self) -> Iterator[Process]:
+    def open(self) -> Iterator[ProcessRows]:
         """Loads the models; see `Stage.open`."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         ranker = self.ranker.open(self.device)
         config = self.config
-        with open_features(
+        with open_feature_source(
             self.encoder, ranker.encoder, config.loading, config.encoder_batch_size, self.device, self.threads
-        ) as features_of:
+        ) as load_features:
 
-            def process(rows: Iterator[pa.RecordBatch], fail: Fail) -> Iterator[tuple[pa.RecordBatch, ...]]:
-                for some, features in features_of(rows, fail):
-                    yield (embed_rows(some, features, ranker),)
+            def process(rows: Iterator[pa.RecordBatch], fail: ReportFailure) -> Iterator[tuple[pa.RecordBatch, ...]]:
+                for some, features in load_features(rows, fail):
+                    yield (build_embedding_rows(some, features, ranker),)
 
             yield process
 
@@ -127,11 +128,12 @@ def describe_embeddings(source: ShardedDataset, ranker: LoadedRanker) -> dict[st
     return {"input": source.fingerprint, "ranker": ranker.fingerprint, "encoder": ranker.encoder}
 
 
-def embed_rows(rows: Sequence[Row], features: npt.NDArray[np.floating], ranker: LoadedRanker) -> pa.RecordBatch:
+def build_embedding_rows(
+    rows: Sequence[Row], features: npt.NDArray[np.floating], ranker: LoadedRanker
+) -> pa.RecordBatch:
     """Rows of `embeddings/`."""
     schema = embeddings_schema(ranker.size)
-    numbers = pa.array(ranker.encode_features(features).astype(np.float16).reshape(-1))
-    vectors = pa.FixedSizeListArray.from_arrays(numbers, type=schema.field("embedding").type)
+    vectors = numpy_to_vectors(ranker.encode_features(features).astype(np.float16))
     columns = [pa.array([row[name] for row in rows], schema.field(name).type) for name in ("image_id", "uri")]
     return pa.RecordBatch.from_arrays([*columns, vectors], schema=schema)
 
@@ -159,14 +161,16 @@ def embed_single_images(
     """
     ranker = load_ranker(checkpoint, str(resolve_device(device)))
     rows = pa.RecordBatch.from_pylist(
-        [{"image_id": uri, "uri": uri, "split": "", "captions": []} for uri in uris], schema=MANIFEST
+        [{"image_id": uri, "uri": uri, "split": "", "captions": []} for uri in uris], schema=MANIFEST_SCHEMA
     )
     kept: list[str] = []
     vectors = [np.empty((0, ranker.size), np.float32)]
     failures: list[tuple[str, ImageError]] = []
-    encoder = encoder_config(ranker.encoder, weights)
-    with open_features(encoder, ranker.encoder, config.loading, config.encoder_batch_size, device, None) as features_of:
-        for some, features in features_of(iter([rows]), lambda _id, uri, error: failures.append((uri, error))):
+    encoder = EncoderConfig.from_description(ranker.encoder, weights)
+    with open_feature_source(
+        encoder, ranker.encoder, config.loading, config.encoder_batch_size, device, None
+    ) as load_features:
+        for some, features in load_features(iter([rows]), lambda _id, uri, error: failures.append((uri, error))):
             kept.extend(row["uri"] for row in some)
             vectors.append(ranker.encode_features(features))
     return kept, np.concatenate(vectors), failures

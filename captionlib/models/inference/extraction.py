@@ -11,15 +11,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from captionlib.config import differences
+from captionlib.config import describe_differences
+from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.images.loading import LoadingConfig, open_loader
-from captionlib.data.shards.schemas import MANIFEST, features_schema
-from captionlib.data.shards.stages import Fail, Process
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA, features_schema
+from captionlib.data.shards.stages import ProcessRows, ReportFailure
 from captionlib.errors import ConfigError, DatasetError, ImageError
 from captionlib.models.encoders.encoder import Encoder, EncoderConfig, Encoding, load_encoder
 from captionlib.models.inference.shared_models import cached_per_process
 
-__all__ = ["ExtractionConfig", "FeatureExtraction", "encode_images", "open_encoder"]
+__all__ = ["ExtractionConfig", "FeatureExtraction", "encode_images", "load_shared_encoder"]
 
 Row = dict[str, Any]
 
@@ -61,17 +62,17 @@ class FeatureExtraction:
 
     @property
     def columns(self) -> Sequence[str]:
-        names: Sequence[str] = MANIFEST.names
+        names: Sequence[str] = MANIFEST_SCHEMA.names
         return names
 
     @contextmanager
-    def open(self) -> Iterator[Process]:
+    def open(self) -> Iterator[ProcessRows]:
         """Loads the encoder and starts the decoders; see `Stage.open`."""
-        encoder = open_encoder(self.config.encoder, self.device, self.threads, self.description)
+        encoder = load_shared_encoder(self.config.encoder, self.device, self.threads, self.description)
         schema = features_schema(encoder.size, self.config.encoder.stored_dtype)
         with open_loader(self.config.loading, encoder.preprocessing) as load:
 
-            def process(rows: Iterator[pa.RecordBatch], fail: Fail) -> Iterator[tuple[pa.RecordBatch, ...]]:
+            def process(rows: Iterator[pa.RecordBatch], fail: ReportFailure) -> Iterator[tuple[pa.RecordBatch, ...]]:
                 loaded = load(row for batch in rows for row in batch.to_pylist())
                 for kept, features in encode_images(encoder, loaded, self.config.batch_size, fail):
                     yield (_to_rows(kept, features, schema),)
@@ -80,7 +81,10 @@ class FeatureExtraction:
 
 
 def encode_images(
-    encoder: Encoder, loaded: Iterator[tuple[Row, npt.NDArray[np.uint8] | ImageError]], batch_size: int, fail: Fail
+    encoder: Encoder,
+    loaded: Iterator[tuple[Row, npt.NDArray[np.uint8] | ImageError]],
+    batch_size: int,
+    fail: ReportFailure,
 ) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
     """Encodes images in full batches; those that could not be had go to `fail`.
 
@@ -98,7 +102,7 @@ def encode_images(
 
 
 def _batches(
-    loaded: Iterator[tuple[Row, npt.NDArray[np.uint8] | ImageError]], batch_size: int, fail: Fail
+    loaded: Iterator[tuple[Row, npt.NDArray[np.uint8] | ImageError]], batch_size: int, fail: ReportFailure
 ) -> Iterator[tuple[list[Row], npt.NDArray[np.uint8]]]:
     rows: list[Row] = []
     images: list[npt.NDArray[np.uint8]] = []
@@ -115,7 +119,7 @@ def _batches(
         yield rows, np.stack(images)
 
 
-def open_encoder(
+def load_shared_encoder(
     config: EncoderConfig, device: str, threads: int | None, description: Mapping[str, Any] | None = None
 ) -> Encoder:
     """The process's one encoder of this configuration, however many threads and bundles ask for it.
@@ -127,7 +131,7 @@ def open_encoder(
         torch.set_num_threads(threads)
     encoder = _shared_encoder(config, device)
     if description is not None and encoder.description != description:
-        lines = differences(description, encoder.description)
+        lines = describe_differences(description, encoder.description)
         raise DatasetError(f"the encoder here is not the one this dataset is made with ({'; '.join(lines)})")
     return encoder
 
@@ -138,7 +142,7 @@ def _shared_encoder(config: EncoderConfig, device: str) -> Encoder:
 
 
 def _to_rows(rows: Sequence[Row], features: npt.NDArray[np.floating], schema: pa.Schema) -> pa.RecordBatch:
-    columns = [pa.array([row[name] for row in rows], MANIFEST.field(name).type) for name in MANIFEST.names]
-    numbers = pa.array(features.reshape(-1))
-    vectors = pa.FixedSizeListArray.from_arrays(numbers, type=schema.field("features").type)
-    return pa.RecordBatch.from_arrays([*columns, vectors], schema=schema)
+    columns = [
+        pa.array([row[name] for row in rows], MANIFEST_SCHEMA.field(name).type) for name in MANIFEST_SCHEMA.names
+    ]
+    return pa.RecordBatch.from_arrays([*columns, numpy_to_vectors(features)], schema=schema)

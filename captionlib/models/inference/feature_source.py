@@ -8,22 +8,25 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.images.loading import LoadingConfig, open_loader
 from captionlib.data.shards.dataset import ShardedDataset
-from captionlib.data.shards.stages import Fail
+from captionlib.data.shards.stages import ReportFailure
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.models.encoders.encoder import EncoderConfig, encoder_config, travelling_config
-from captionlib.models.inference.extraction import encode_images, open_encoder
+from captionlib.models.encoders.encoder import EncoderConfig
+from captionlib.models.inference.extraction import encode_images, load_shared_encoder
 
-__all__ = ["FeaturesOf", "TrainedOnFeatures", "encoder_for", "open_features"]
+__all__ = ["FeatureLoader", "FeatureModel", "open_feature_source", "resolve_encoder"]
 
 Row = dict[str, Any]
 
-FeaturesOf = Callable[[Iterator[pa.RecordBatch], Fail], Iterator[tuple[list[Row], npt.NDArray[np.floating]]]]
+FeatureLoader = Callable[
+    [Iterator[pa.RecordBatch], ReportFailure], Iterator[tuple[list[Row], npt.NDArray[np.floating]]]
+]
 """Takes rows; gives pieces of them, with all that they had but the features, and the features, `[rows, *shape]`."""
 
 
-class TrainedOnFeatures(Protocol):
+class FeatureModel(Protocol):
     """A model that is at home with the features of one encoder."""
 
     @property
@@ -38,8 +41,8 @@ class TrainedOnFeatures(Protocol):
         """Raises CheckpointError where `description` is of another one."""
 
 
-def encoder_for(
-    source: ShardedDataset, model: TrainedOnFeatures, weights: str | None, device: str, threads: int | None
+def resolve_encoder(
+    source: ShardedDataset, model: FeatureModel, weights: str | None, device: str, threads: int | None
 ) -> EncoderConfig | None:
     """The encoder that has to run first, checked; None where the source has features, which are checked instead.
 
@@ -62,20 +65,20 @@ def encoder_for(
         return None
     if source.kind != "manifest":
         raise DatasetError(f"{source.folder.uri}: expected a dataset of kind features or manifest, got {source.kind}")
-    config = travelling_config(encoder_config(model.encoder, weights or model.encoder_weights))
-    model.require_encoder(open_encoder(config, device, threads).description)
+    config = EncoderConfig.from_description(model.encoder, weights or model.encoder_weights).with_absolute_weights()
+    model.require_encoder(load_shared_encoder(config, device, threads).description)
     return config
 
 
 @contextmanager
-def open_features(
+def open_feature_source(
     encoder: EncoderConfig | None,
     description: Mapping[str, Any],
     loading: LoadingConfig,
     batch_size: int,
     device: str,
     threads: int | None,
-) -> Iterator[FeaturesOf]:
+) -> Iterator[FeatureLoader]:
     """Loads the encoder and starts the decoders of images, where rows do not have features already.
 
     Args:
@@ -87,22 +90,24 @@ def open_features(
         threads: that it computes with on a CPU; None as PyTorch chooses.
     """
     if encoder is None:
-        yield lambda rows, _fail: rows_with_features(rows, description["shape"])
+        yield lambda rows, _fail: split_features(rows, description["shape"])
         return
-    loaded_encoder = open_encoder(encoder, device, threads, description)
+    loaded_encoder = load_shared_encoder(encoder, device, threads, description)
     with open_loader(loading, loaded_encoder.preprocessing) as load:
 
-        def encode(rows: Iterator[pa.RecordBatch], fail: Fail) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
+        def encode(
+            rows: Iterator[pa.RecordBatch], fail: ReportFailure
+        ) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
             loaded = load(row for batch in rows for row in batch.to_pylist())
             return encode_images(loaded_encoder, loaded, batch_size, fail)
 
         yield encode
 
 
-def rows_with_features(
+def split_features(
     rows: Iterator[pa.RecordBatch], shape: Sequence[int]
 ) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
     """Splits batches of `features/` into plain columns and the features, `[rows, *shape]`."""
     for batch in rows:
-        features = batch["features"].flatten().to_numpy(zero_copy_only=False).reshape(batch.num_rows, *shape)
+        features = vectors_to_numpy(batch["features"], shape)
         yield batch.drop_columns(["features"]).to_pylist(), features

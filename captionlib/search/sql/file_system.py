@@ -7,7 +7,7 @@ from typing import Any
 from fsspec.spec import AbstractFileSystem
 
 from captionlib.storage.ranged_file import RangedFile
-from captionlib.storage.retries import retried
+from captionlib.storage.retries import call_with_retries
 
 __all__ = ["DatasetFileSystem"]
 
@@ -40,7 +40,7 @@ class DatasetFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     def info(self, path: str, **_options: Any) -> dict[str, Any]:
         actual = self._resolve(path)
-        return {"name": path, "type": "file", "size": retried(actual, lambda: self._fs.size(actual))}
+        return {"name": path, "type": "file", "size": call_with_retries(actual, lambda: self._fs.size(actual))}
 
     def exists(self, path: str, **_options: Any) -> bool:
         return self._to_address(path) in self._paths
@@ -51,7 +51,7 @@ class DatasetFileSystem(AbstractFileSystem):  # type: ignore[misc]
     def modified(self, path: str) -> datetime:
         actual = self._resolve(path)
         try:
-            modified: datetime = retried(actual, lambda: self._fs.modified(actual))
+            modified: datetime = call_with_retries(actual, lambda: self._fs.modified(actual))
         except NotImplementedError:
             return datetime.fromtimestamp(0, timezone.utc)
         return modified

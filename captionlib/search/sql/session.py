@@ -14,8 +14,8 @@ import duckdb
 import pyarrow as pa
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import FAILURES, part_name
-from captionlib.data.shards.schemas import FAILURES as FAILURES_SCHEMA
+from captionlib.data.shards.markers import FAILURES_FOLDER, part_name
+from captionlib.data.shards.schemas import FAILURES_SCHEMA
 from captionlib.errors import ConfigError, QueryError
 from captionlib.search.sql.file_system import DatasetFileSystem
 from captionlib.search.sql.statements import check_reads_only
@@ -167,11 +167,11 @@ def lock_connection(connection: duckdb.DuckDBPyConnection, addresses: Sequence[s
 
 def _list_files(dataset: ShardedDataset) -> tuple[dict[str, str], dict[str, str]]:
     """Returns names and paths of the data files and of the failure files of all shards that are done."""
-    done = range(dataset.shards) if dataset.is_complete() else sorted(dataset.markers())
-    failure_files = set(dataset.folder.list(FAILURES))
+    done = range(dataset.shards) if dataset.is_complete() else sorted(dataset.read_markers())
+    failure_files = set(dataset.folder.list(FAILURES_FOLDER))
     parts = {f"{dataset.kind}/{part_name(shard)}.parquet": dataset.part_path(shard) for shard in done}
     names = [name for shard in done if (name := f"{part_name(shard)}.parquet") in failure_files]
-    return parts, {f"failures/{name}": dataset.folder.path(f"{FAILURES}/{name}") for name in names}
+    return parts, {f"failures/{name}": dataset.folder.path(f"{FAILURES_FOLDER}/{name}") for name in names}
 
 
 def _create_view(connection: duckdb.DuckDBPyConnection, name: str, addresses: Sequence[str], schema: pa.Schema) -> None:

@@ -29,7 +29,7 @@ def show(
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("size", [0.0, 0.4, 0.999])
 def test_a_crop_is_a_window_at_least_as_large_as_asked_for(side: int, share: float, size: float) -> None:
-    row, column, _ = show(FeatureMapAugmentation(crop=share), side, size)
+    row, column, _ = show(FeatureMapAugmentation(random_crop=share), side, size)
     for along in row, column:
         assert (np.diff(along) == 1).all()
         assert along.shape[1] >= share * side - 1
@@ -40,7 +40,7 @@ def test_a_crop_is_a_window_at_least_as_large_as_asked_for(side: int, share: flo
 
 
 def test_every_other_map_is_mirrored() -> None:
-    row, column, _ = show(FeatureMapAugmentation(mirror=True), 7, 0.5)
+    row, column, _ = show(FeatureMapAugmentation(horizontal_flip=True), 7, 0.5)
     assert (row == np.arange(7)).all()
     mirrored = (column == np.arange(7)[::-1]).all(1)
     assert ((column == np.arange(7)).all(1) | mirrored).all()
@@ -48,17 +48,17 @@ def test_every_other_map_is_mirrored() -> None:
 
 
 def test_a_mirrored_crop_is_a_window_read_from_right_to_left() -> None:
-    row, column, _ = show(FeatureMapAugmentation(crop=0.5, mirror=True), 14, 0.3)
+    row, column, _ = show(FeatureMapAugmentation(random_crop=0.5, horizontal_flip=True), 14, 0.3)
     assert (np.diff(row) == 1).all()
     assert set(np.diff(column).flat) == {1, -1}
 
 
 def test_views_change_nothing_unless_asked_for() -> None:
     assert not FeatureMapAugmentation()
-    assert FeatureMapAugmentation(mirror=True)
-    assert FeatureMapAugmentation(crop=0.1)
+    assert FeatureMapAugmentation(horizontal_flip=True)
+    assert FeatureMapAugmentation(random_crop=0.1)
 
 
 def test_maps_that_are_not_square_are_refused() -> None:
     with pytest.raises(DatasetError, match=r"expected maps of as many rows as columns .*, got 6 positions"):
-        FeatureMapAugmentation(crop=0.5).show(np.zeros((1, 6, 3)), np.array([0]), 0.5, np.zeros((1, 3)))
+        FeatureMapAugmentation(random_crop=0.5).show(np.zeros((1, 6, 3)), np.array([0]), 0.5, np.zeros((1, 3)))

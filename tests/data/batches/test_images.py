@@ -12,7 +12,7 @@ from captionlib.data.batches.captions import CaptionBatch
 from captionlib.data.batches.images import ImageBatches, read_rows
 from captionlib.data.batches.skipped import SkippedImages
 from captionlib.data.shards.dataset import create_dataset
-from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import DatasetError, FailureRatioError, FetchError
 from captionlib.storage.folders import Folder
@@ -39,16 +39,23 @@ class Loader:
 
 def table(images: int = IMAGES) -> pa.Table:
     rows = [{"image_id": str(n), "uri": f"/{n}.png", "captions": ["a b", "c"][: 1 + n % 2]} for n in range(images)]
-    return pa.Table.from_pylist(rows, pa.schema([MANIFEST.field(name) for name in ("image_id", "uri", "captions")]))
+    return pa.Table.from_pylist(
+        rows, pa.schema([MANIFEST_SCHEMA.field(name) for name in ("image_id", "uri", "captions")])
+    )
 
 
 def skipping(folder: Path, allowed: float = 1.0) -> SkippedImages:
     return SkippedImages(Folder(folder), 0, IMAGES, allowed)
 
 
-def batches(folder: Path, load: Loader, images: int = 4, flip: bool = False) -> ImageBatches:
+def batches(folder: Path, load: Loader, images: int = 4, horizontal_flip: bool = False) -> ImageBatches:
     return ImageBatches(
-        table(), lambda sentence: [ord(word) for word in sentence.split()], images, load, skipping(folder), flip
+        table(),
+        lambda sentence: [ord(word) for word in sentence.split()],
+        images,
+        load,
+        skipping(folder),
+        horizontal_flip,
     )
 
 
@@ -95,8 +102,8 @@ def test_an_image_that_is_gone_moves_no_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize("first", [0, 2, 6])
 def test_a_run_goes_on_from_any_batch_and_loads_nothing_before_it(tmp_path: Path, first: int) -> None:
     load = Loader()
-    whole = epoch(batches(tmp_path, Loader(), flip=True))
-    assert epoch(batches(tmp_path, load, flip=True), first=first) == whole[first:]
+    whole = epoch(batches(tmp_path, Loader(), horizontal_flip=True))
+    assert epoch(batches(tmp_path, load, horizontal_flip=True), first=first) == whole[first:]
     assert load.asked == [abs(number) for number in flat(whole[first:])]
 
 
@@ -107,8 +114,12 @@ def test_processes_share_the_batches_of_one(tmp_path: Path) -> None:
 
 
 def test_about_every_other_image_is_mirrored_and_others_in_the_next_epoch(tmp_path: Path) -> None:
-    def mirrored(number: int, flip: bool) -> set[int]:
-        return {image for image in flat(epoch(batches(tmp_path, Loader(), flip=flip), number)) if image < 0}
+    def mirrored(number: int, horizontal_flip: bool) -> set[int]:
+        return {
+            image
+            for image in flat(epoch(batches(tmp_path, Loader(), horizontal_flip=horizontal_flip), number))
+            if image < 0
+        }
 
     one, two = mirrored(0, True), mirrored(1, True)
     assert IMAGES / 4 < len(one) < 3 * IMAGES / 4
@@ -135,14 +146,14 @@ def test_more_skipped_images_than_allowed_end_the_run(tmp_path: Path) -> None:
 
 
 def test_rows_are_those_of_the_splits_that_have_sentences(tmp_path: Path) -> None:
-    dataset = create_dataset(tmp_path / "manifest", "manifest", MANIFEST, config={}, shards=2)
+    dataset = create_dataset(tmp_path / "manifest", "manifest", MANIFEST_SCHEMA, config={}, shards=2)
     for shard in range(2):
         rows = [
             {"image_id": f"{shard}{n}", "uri": "", "split": split, "captions": captions}
             for n, (split, captions) in enumerate([("train", ["a"]), ("val", ["b"]), ("restval", []), ("train", [])])
         ]
         with write_shard(dataset, shard, len(rows)) as writer:
-            writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST))
+            writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST_SCHEMA))
     dataset.finish()
     assert read_rows(dataset, ["train", "restval"])["image_id"].to_pylist() == ["00", "10"]
     with pytest.raises(DatasetError, match="expected sentences in split restval, got none"):

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captionlib.data.batches.text import SentenceBatches, WindowBatches
+from captionlib.data.batches.text import SentenceBatches, SequenceBatches
 from captionlib.data.text.vocabulary import PAD
 from captionlib.errors import DatasetError
 
@@ -24,7 +24,7 @@ def test_every_sentence_comes_once_an_epoch(sentences: list[list[int]], size: in
 
 
 def test_the_seed_and_the_epoch_decide_the_order() -> None:
-    for batches in (SentenceBatches([[number] for number in range(1, 50)], 10), WindowBatches(range(500), 7, 10)):
+    for batches in (SentenceBatches([[number] for number in range(1, 50)], 10), SequenceBatches(range(500), 7, 10)):
         orders = [np.concatenate(list(batches.epoch(*which))).tolist() for which in ((0, 0), (0, 0), (0, 1), (1, 0))]
         assert orders[0] == orders[1]
         assert orders[0] != orders[2]
@@ -33,7 +33,7 @@ def test_the_seed_and_the_epoch_decide_the_order() -> None:
 
 @given(st.integers(10, 100), st.integers(1, 5), st.integers(1, 4), st.integers(0, 9))
 def test_windows_are_pieces_of_the_text_that_do_not_overlap(length: int, window: int, size: int, epoch: int) -> None:
-    batches = WindowBatches(range(length), window, size)
+    batches = SequenceBatches(range(length), window, size)
     epoch_batches = list(batches.epoch(0, epoch))
     rows = sorted(np.concatenate(epoch_batches).tolist())
     assert len(epoch_batches) == batches.count()
@@ -44,7 +44,7 @@ def test_windows_are_pieces_of_the_text_that_do_not_overlap(length: int, window:
 
 
 def test_windows_begin_elsewhere_in_every_epoch() -> None:
-    batches = WindowBatches(range(200), 20, 4)
+    batches = SequenceBatches(range(200), 20, 4)
     firsts = {int(np.concatenate(list(batches.epoch(0, epoch))).min()) for epoch in range(10)}
     assert len(firsts) > 4
     assert firsts <= set(range(20))
@@ -52,4 +52,4 @@ def test_windows_begin_elsewhere_in_every_epoch() -> None:
 
 def test_a_text_shorter_than_two_windows_is_refused() -> None:
     with pytest.raises(DatasetError, match=r"at least two windows of 10 tokens, .* got one of 19"):
-        WindowBatches(range(19), 10, 4)
+        SequenceBatches(range(19), 10, 4)

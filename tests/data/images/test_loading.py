@@ -31,7 +31,7 @@ def children() -> set[str]:
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(FileNotFoundError, ProcessLookupError):  # it ended while it was looked at
             ours = f"PPid:\t{os.getpid()}\n" in (process / "status").read_text()
-            if ours and "decode_worker" in (process / "cmdline").read_text():
+            if ours and "decoder_process" in (process / "cmdline").read_text():
                 found.add(process.name)
     return found
 
@@ -63,6 +63,15 @@ def test_every_row_comes_back_in_order_with_its_image_or_the_reason(rows: list[d
         else:
             expected = decode_image(Path(row["uri"]).read_bytes(), PREPROCESSING)
             np.testing.assert_array_equal(image, expected)
+
+
+def test_an_address_that_is_refused_is_a_failure_of_its_row(rows: list[dict[str, Any]]) -> None:
+    evil = {"image_id": "evil", "uri": "reference://x::http://127.0.0.1:9/refs.json"}
+    with open_loader(CONFIG, PREPROCESSING) as load:
+        (_, image), (_, refused) = load([rows[1], evil])
+    assert isinstance(image, np.ndarray)
+    assert isinstance(refused, FetchError)
+    assert refused.reason == "BadAddress"
 
 
 def test_a_loader_serves_many_calls_and_leaves_nothing(rows: list[dict[str, Any]]) -> None:
@@ -175,7 +184,7 @@ def test_is_configured_by_a_section_of_yaml() -> None:
     assert build_config(LoadingConfig, values) == LoadingConfig(
         3, fetch=FetchConfig(1000, attempts=1), decode=DecoderConfig(1, max_image_pixels=10)
     )
-    with pytest.raises(ConfigError, match=r"known: fetch\.max_image_bytes"):
+    with pytest.raises(ConfigError, match=r"known keys: fetch\.max_image_bytes"):
         build_config(LoadingConfig, {"fetch": {"bytes": 1}})
     for name in ("threads", "prefetch"):
         with pytest.raises(ConfigError, match=name):

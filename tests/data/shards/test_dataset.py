@@ -7,19 +7,21 @@ import pyarrow.parquet as pq
 import pytest
 
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
-from captionlib.data.shards.markers import fingerprint_of
-from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.markers import compute_fingerprint
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import DatasetError, DecodeError, FailureRatioError, FingerprintError
 
 
 def rows(*ids: str) -> pa.RecordBatch:
     values = [{"image_id": one, "uri": f"{one}.jpg", "split": "train", "captions": ["a dog"]} for one in ids]
-    return pa.RecordBatch.from_pylist(values, schema=MANIFEST)
+    return pa.RecordBatch.from_pylist(values, schema=MANIFEST_SCHEMA)
 
 
 def create(folder: object, config: dict[str, Any] | None = None, **options: Any) -> ShardedDataset:
-    return create_dataset(str(folder), "manifest", MANIFEST, config=config or {"a": {"b": 1}}, shards=2, **options)
+    return create_dataset(
+        str(folder), "manifest", MANIFEST_SCHEMA, config=config or {"a": {"b": 1}}, shards=2, **options
+    )
 
 
 def fill(dataset: ShardedDataset) -> None:
@@ -27,8 +29,8 @@ def fill(dataset: ShardedDataset) -> None:
         writer.write(rows("x", "y"))
     with write_shard(dataset, 1, 3) as writer:
         writer.write(rows("z"))
-        writer.fail("bad1", "bad1.jpg", DecodeError("Truncated", "ends early"))
-        writer.fail("bad2", "bad2.jpg", DecodeError("Truncated", "ends early"))
+        writer.write_failure("bad1", "bad1.jpg", DecodeError("Truncated", "ends early"))
+        writer.write_failure("bad2", "bad2.jpg", DecodeError("Truncated", "ends early"))
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -38,9 +40,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def test_a_dataset_is_read_as_it_was_written(place: str) -> None:
     dataset = create(place)
-    assert dataset.pending() == [0, 1]
+    assert dataset.pending_shards() == [0, 1]
     fill(dataset)
-    assert dataset.pending() == []
+    assert dataset.pending_shards() == []
     totals = dataset.finish()
     opened = open_dataset(place, "manifest").require_complete()
     assert opened == dataset
@@ -80,7 +82,7 @@ def test_a_shard_that_raises_leaves_nothing(place: str) -> None:
     with pytest.raises(RuntimeError, match="died"), write_shard(dataset, 0, 2) as writer:
         writer.write(rows("x"))
         raise RuntimeError("died")
-    assert dataset.pending() == [0, 1]
+    assert dataset.pending_shards() == [0, 1]
     assert not dataset.folder.exists("part-00000.parquet")
 
 
@@ -89,7 +91,7 @@ def test_rows_and_failures_must_add_up(place: str) -> None:
     expected = "expected 3 rows and failures together, got 1 rows and 0 failures"
     with pytest.raises(DatasetError, match=expected), write_shard(dataset, 0, 3) as writer:
         writer.write(rows("x"))
-    assert dataset.pending() == [0, 1]
+    assert dataset.pending_shards() == [0, 1]
 
 
 def test_a_shard_done_again_without_failures_loses_the_old_ones(place: str) -> None:
@@ -106,7 +108,7 @@ def test_another_configuration_is_refused_and_named(place: str) -> None:
         create(place, {"a": {"b": 2}})
     assert open_dataset(place).read(0).num_rows == 2
     replaced = create(place, {"a": {"b": 2}}, overwrite=True)
-    assert replaced.pending() == [0, 1]
+    assert replaced.pending_shards() == [0, 1]
     assert not replaced.folder.exists("part-00000.parquet")
 
 
@@ -142,7 +144,7 @@ def test_markers_of_another_run_do_not_count(tmp_path: Path) -> None:
     fill(dataset)
     marker = tmp_path / "data" / "_shards" / "part-00000.json"
     marker.write_text(json.dumps({**json.loads(marker.read_text()), "fingerprint": "another"}))
-    assert dataset.marker(0) is None
+    assert dataset.read_marker(0) is None
     with pytest.raises(DatasetError, match="1 are not done"):
         dataset.finish()
 
@@ -175,9 +177,9 @@ def test_no_dataset_and_another_kind_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_fingerprints_depend_on_content_not_on_order() -> None:
-    assert fingerprint_of("features", {"a": 1, "b": [2]}) == fingerprint_of("features", {"b": [2], "a": 1})
-    assert fingerprint_of("features", {"a": 1}) != fingerprint_of("features", {"a": 2})
-    assert fingerprint_of("features", {"a": 1}) != fingerprint_of("captions", {"a": 1})
+    assert compute_fingerprint("features", {"a": 1, "b": [2]}) == compute_fingerprint("features", {"b": [2], "a": 1})
+    assert compute_fingerprint("features", {"a": 1}) != compute_fingerprint("features", {"a": 2})
+    assert compute_fingerprint("features", {"a": 1}) != compute_fingerprint("captions", {"a": 1})
 
 
 def test_ids_are_found_by_a_bloom_filter(tmp_path: Path) -> None:

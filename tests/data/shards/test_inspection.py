@@ -6,21 +6,23 @@ import pytest
 
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.inspection import FailureReport, inspect_dataset
-from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import DatasetError, DecodeError, FetchError
 
 
 def write(folder: object, shards: int = 3, done: int = 2) -> ShardedDataset:
     """Shards of one row and, but for the first, as many failures as their number."""
-    dataset = create_dataset(str(folder), "manifest", MANIFEST, config={"source": {"kind": "folder"}}, shards=shards)
+    dataset = create_dataset(
+        str(folder), "manifest", MANIFEST_SCHEMA, config={"source": {"kind": "folder"}}, shards=shards
+    )
     for shard in range(done):
         with write_shard(dataset, shard, 1 + shard) as writer:
             row = {"image_id": f"i{shard}", "uri": "x", "split": "train", "captions": []}
-            writer.write(pa.RecordBatch.from_pylist([row], schema=MANIFEST))
+            writer.write(pa.RecordBatch.from_pylist([row], schema=MANIFEST_SCHEMA))
             for number in range(shard):
                 error = DecodeError("Truncated", "ends early") if number == 0 else FetchError("HTTP 404", "not found")
-                writer.fail(f"bad{shard}{number}", f"bad{shard}{number}.jpg", error)
+                writer.write_failure(f"bad{shard}{number}", f"bad{shard}{number}.jpg", error)
     return dataset
 
 
@@ -87,7 +89,7 @@ def test_a_mark_of_success_without_all_markers_is_a_problem(tmp_path: Path) -> N
 def test_files_of_runs_that_died_are_counted(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "_temporary" / "part-00002.parquet.abc").write_bytes(b"half")
-    assert inspect_dataset(tmp_path).leftovers == 1
+    assert inspect_dataset(tmp_path).temporary_files == 1
 
 
 def test_no_dataset_is_said(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.progress import show_progress
-from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import FetchError
 
@@ -13,15 +13,16 @@ from captionlib.errors import FetchError
 def write(dataset: ShardedDataset, shard: int, failures: int) -> None:
     with write_shard(dataset, shard, 3) as writer:
         rows = [{"image_id": f"{shard}{n}", "uri": "", "split": "", "captions": []} for n in range(3 - failures)]
-        writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST))
+        writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST_SCHEMA))
         for n in range(failures):
-            writer.fail(f"bad{shard}{n}", "", FetchError("Gone", "not there"))
+            writer.write_failure(f"bad{shard}{n}", "", FetchError("Gone", "not there"))
 
 
 @pytest.fixture
 def datasets(tmp_path: Path) -> tuple[ShardedDataset, ShardedDataset]:
     source, output = (
-        create_dataset(tmp_path / name, "manifest", MANIFEST, config={}, shards=2) for name in ("source", "output")
+        create_dataset(tmp_path / name, "manifest", MANIFEST_SCHEMA, config={}, shards=2)
+        for name in ("source", "output")
     )
     for shard in range(2):
         write(source, shard, 0)
@@ -36,8 +37,7 @@ def test_images_shards_and_failures_are_counted_from_markers(
     with show_progress(source, output, "label"):
         write(output, 1, 2)
     printed = capsys.readouterr().err
-    assert printed.startswith("\rlabel:")
-    assert "6/6" in printed
+    assert printed.startswith("label: 6/6 images, ")
     assert "2/2 shards, 2 failed" in printed
 
 
@@ -53,4 +53,4 @@ def test_the_bar_ends_with_a_run_that_fails(
     with pytest.raises(RuntimeError, match="died"), show_progress(*datasets, "label"):
         write(datasets[1], 0, 0)
         raise RuntimeError("died")
-    assert "3/6" in capsys.readouterr().err
+    assert "label: 3/6 images, " in capsys.readouterr().err

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
-from captionlib.data.shards.schemas import MANIFEST
-from captionlib.data.shards.stages import Fail, Process, ShardJob
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
+from captionlib.data.shards.stages import ProcessRows, ReportFailure, ShardJob
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import FetchError
 
@@ -22,8 +22,8 @@ class Shout:
     columns: None = None
 
     @contextmanager
-    def open(self) -> Iterator[Process]:
-        def process(rows: Iterator[pa.RecordBatch], fail: Fail) -> Iterator[tuple[pa.RecordBatch, ...]]:
+    def open(self) -> Iterator[ProcessRows]:
+        def process(rows: Iterator[pa.RecordBatch], fail: ReportFailure) -> Iterator[tuple[pa.RecordBatch, ...]]:
             for batch in rows:
                 kept = []
                 for row in batch.to_pylist():
@@ -32,7 +32,7 @@ class Shout:
                         fail(row["image_id"], row["uri"], FetchError("Gone", "not there"))
                     else:
                         kept.append({**row, "uri": row["uri"].upper()})
-                output = pa.RecordBatch.from_pylist(kept, schema=MANIFEST)
+                output = pa.RecordBatch.from_pylist(kept, schema=MANIFEST_SCHEMA)
                 yield output, output
 
         yield process
@@ -40,25 +40,27 @@ class Shout:
 
 @pytest.fixture
 def source(tmp_path: Path) -> ShardedDataset:
-    dataset = create_dataset(tmp_path / "source", "manifest", MANIFEST, config={}, shards=2)
+    dataset = create_dataset(tmp_path / "source", "manifest", MANIFEST_SCHEMA, config={}, shards=2)
     for shard in range(2):
         with write_shard(dataset, shard, 5) as writer:
             rows = [
                 {"image_id": f"{shard}{n}", "uri": f"{shard}{n}.jpg", "split": "", "captions": []} for n in range(5)
             ]
-            writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST))
+            writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST_SCHEMA))
     dataset.finish()
     return dataset
 
 
 def job(source: ShardedDataset, tmp_path: Path, stage: Shout, retry: bool = False) -> ShardJob:
-    outputs = [create_dataset(tmp_path / name, "manifest", MANIFEST, config={}, shards=2) for name in ("one", "two")]
+    outputs = [
+        create_dataset(tmp_path / name, "manifest", MANIFEST_SCHEMA, config={}, shards=2) for name in ("one", "two")
+    ]
     return ShardJob(source, (outputs[0], outputs[1]), stage, retry)
 
 
 def run(job: ShardJob) -> None:
     with job.stage.open() as process:
-        for shard in job.pending():
+        for shard in job.pending_shards():
             job.run(shard, process)
 
 
@@ -95,23 +97,23 @@ def test_done_shards_are_not_done_again(source: ShardedDataset, tmp_path: Path) 
 def test_a_shard_that_lacks_one_output_is_done_again(source: ShardedDataset, tmp_path: Path) -> None:
     first = job(source, tmp_path, Shout())
     run(first)
-    first.outputs[1].forget(1)
-    assert first.pending() == [1]
+    first.outputs[1].remove_marker(1)
+    assert first.pending_shards() == [1]
     run(first)
-    assert first.pending() == []
+    assert first.pending_shards() == []
 
 
 def test_only_failed_images_are_retried_and_go_where_they_belong(source: ShardedDataset, tmp_path: Path) -> None:
     run(job(source, tmp_path, Shout({"01", "03", "14"})))
     again = Shout({"03"})
     retried = job(source, tmp_path, again, retry=True)
-    assert retried.pending() == [0, 1]
+    assert retried.pending_shards() == [0, 1]
     run(retried)
     assert again.seen == ["01", "03", "14"]
     for output in retried.outputs:
         assert ids(output, 0) == ["00", "01", "02", "04"]
         assert ids(output, 1) == ["10", "11", "12", "13", "14"]
-        assert [output.markers()[shard].failures for shard in range(2)] == [1, 0]
+        assert [output.read_markers()[shard].failures for shard in range(2)] == [1, 0]
         assert output.read_failures(1) is None
         assert output.verify() == []
 
@@ -119,14 +121,14 @@ def test_only_failed_images_are_retried_and_go_where_they_belong(source: Sharded
 def test_a_retry_that_recovers_nothing_changes_nothing(source: ShardedDataset, tmp_path: Path) -> None:
     first = job(source, tmp_path, Shout({"01"}))
     run(first)
-    before = first.outputs[0].markers()
+    before = first.outputs[0].read_markers()
     run(job(source, tmp_path, Shout({"01"}), retry=True))
-    assert first.outputs[0].markers() == before
+    assert first.outputs[0].read_markers() == before
 
 
 def test_without_asking_failures_stay(source: ShardedDataset, tmp_path: Path) -> None:
     run(job(source, tmp_path, Shout({"01"})))
-    assert job(source, tmp_path, Shout()).pending() == []
+    assert job(source, tmp_path, Shout()).pending_shards() == []
 
 
 def test_a_retry_that_dies_leaves_a_shard_to_be_done_again(source: ShardedDataset, tmp_path: Path) -> None:

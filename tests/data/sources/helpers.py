@@ -4,19 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from captionlib.data.sources.detect import FAMILIES, detect_sources
+from captionlib.data.sources.formats import SOURCE_FORMATS, detect_common_format
 from captionlib.data.sources.rows import ManifestRow, SourceOptions
 
 
 def read(*addresses: Path | str, **options: Any) -> tuple[list[ManifestRow], Counter[str]]:
-    """The rows of a source of whatever family it is told to be, and what was skipped."""
+    """Returns the rows of a source, read in its detected format, and the number of skipped items by reason."""
     skipped: Counter[str] = Counter()
 
-    def skip(reason: str) -> None:
+    def report_skip(reason: str) -> None:
         skipped[reason] += 1
 
-    spelled = [str(address) for address in addresses]
-    rows = FAMILIES[detect_sources(spelled)].read(spelled, SourceOptions(**options), skip)
+    paths = [str(address) for address in addresses]
+    rows = SOURCE_FORMATS[detect_common_format(paths)].read(paths, SourceOptions(**options), report_skip)
     return list(rows), skipped
 
 

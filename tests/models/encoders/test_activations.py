@@ -9,8 +9,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from captionlib.data.images.decoding import decode_image
 from captionlib.errors import ConfigError, DecodeError, FetchError
-from captionlib.models.encoders.activations import ActivationConfig, activate, find_convolutions
-from captionlib.models.encoders.encoder import preprocessing_of
+from captionlib.models.encoders.activations import ActivationConfig, compute_activations, find_convolutions
+from captionlib.models.encoders.encoder import resolve_preprocessing
 
 MODEL = "squeezenet1_1"
 
@@ -52,8 +52,8 @@ def test_the_layers_are_those_after_each_convolution() -> None:
 
 def test_maps_and_classes_are_the_networks_own(photo: Path, weights: Path, network: torch.nn.Module) -> None:
     config = ActivationConfig(MODEL, str(weights), nodes=("features.1", "features.12.cat"), classes=3)
-    found = activate(photo, config)
-    preprocessing = preprocessing_of(MODEL, "IMAGENET1K_V1")
+    found = compute_activations(photo, config)
+    preprocessing = resolve_preprocessing(MODEL, "IMAGENET1K_V1")
     np.testing.assert_array_equal(found.image, decode_image(photo.read_bytes(), preprocessing))
     preset = torchvision.models.get_model_weights(MODEL).DEFAULT.transforms()
     pixels = preset(Image.open(photo))[None]
@@ -71,20 +71,20 @@ def test_maps_and_classes_are_the_networks_own(photo: Path, weights: Path, netwo
 
 
 def test_weights_without_a_classifier_say_so(photo: Path, trunk: Path) -> None:
-    found = activate(photo, ActivationConfig(MODEL, str(trunk), max_layers=4))
+    found = compute_activations(photo, ActivationConfig(MODEL, str(trunk), max_layers=4))
     assert len(found.layers) == 3  # the fourth convolution is the classifier's own
     assert found.classes == []
     assert "no classifier (they lack classifier.1.bias and 1 more)" in found.note
 
 
 def test_random_weights_name_no_classes(photo: Path) -> None:
-    found = activate(photo, ActivationConfig(MODEL, "random:0", nodes=("features.1",)))
+    found = compute_activations(photo, ActivationConfig(MODEL, "random:0", nodes=("features.1",)))
     assert found.classes == []
     assert "drawn at random" in found.note
 
 
 def test_layers_are_taken_evenly_where_there_are_many(photo: Path) -> None:
-    found = activate(photo, ActivationConfig(MODEL, "random:0", max_layers=3))
+    found = compute_activations(photo, ActivationConfig(MODEL, "random:0", max_layers=3))
     assert [layer.node for layer in found.layers] == ["features.1", "features.7.expand3x3_activation", "classifier.2"]
 
 
@@ -94,20 +94,20 @@ def test_layers_are_taken_evenly_where_there_are_many(photo: Path) -> None:
 )
 def test_nodes_that_cannot_be_shown_are_refused(photo: Path, nodes: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        activate(photo, ActivationConfig(MODEL, "random:0", nodes=nodes))
+        compute_activations(photo, ActivationConfig(MODEL, "random:0", nodes=nodes))
 
 
 def test_weights_that_lack_a_shown_layer_are_refused(photo: Path, tmp_path: Path, network: torch.nn.Module) -> None:
     kept = {name: tensor for name, tensor in network.state_dict().items() if name.startswith("features.0")}
     torch.save(kept, tmp_path / "few.pth")
     with pytest.raises(ConfigError, match=r"few.pth lack \d+ of the \d+ tensors"):
-        activate(photo, ActivationConfig(MODEL, str(tmp_path / "few.pth"), nodes=("features.12.cat",)))
+        compute_activations(photo, ActivationConfig(MODEL, str(tmp_path / "few.pth"), nodes=("features.12.cat",)))
 
 
 def test_an_image_that_cannot_be_had_is_told(tmp_path: Path) -> None:
     config = ActivationConfig(MODEL, "random:0", nodes=("features.1",))
     with pytest.raises(FetchError):
-        activate(tmp_path / "nowhere.jpg", config)
+        compute_activations(tmp_path / "nowhere.jpg", config)
     (tmp_path / "text.jpg").write_text("no image")
     with pytest.raises(DecodeError):
-        activate(tmp_path / "text.jpg", config)
+        compute_activations(tmp_path / "text.jpg", config)

@@ -1,6 +1,7 @@
 import dataclasses
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import safetensors.torch
@@ -10,9 +11,9 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from captionlib.errors import CaptionlibError, ConfigError, DatasetError
 from captionlib.models.devices import resolve_device
-from captionlib.models.encoders.encoder import EncoderConfig, Encoding, encoder_config, load_encoder, travelling_config
-from captionlib.models.encoders.weights import hash_weights, random_weights
-from captionlib.models.inference.extraction import open_encoder
+from captionlib.models.encoders.encoder import EncoderConfig, Encoding, load_encoder
+from captionlib.models.encoders.weights import hash_weights, sample_weights
+from captionlib.models.inference.extraction import load_shared_encoder
 
 SMALL = EncoderConfig("squeezenet1_1", "features.4.cat", "random:0", stored_dtype="float32")
 
@@ -23,7 +24,7 @@ def pixels() -> np.ndarray:
 
 
 def small_state(seed: int = 0) -> dict[str, torch.Tensor]:
-    return random_weights(torchvision.models.squeezenet1_1(weights=None), f"random:{seed}")
+    return sample_weights(torchvision.models.squeezenet1_1(weights=None), f"random:{seed}")
 
 
 def test_encodes_as_torchvision_does(tmp_path: Path, pixels: np.ndarray) -> None:
@@ -115,6 +116,25 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path, name: str) -> Non
         load_encoder(dataclasses.replace(SMALL, weights=str(tmp_path / name)))
 
 
+def test_weights_are_read_from_one_file_system_and_never_from_a_chain(tmp_path: Path) -> None:
+    safetensors.torch.save_file(small_state(5), tmp_path / "w.safetensors")
+    address = f"memory://{tmp_path.name}/w.safetensors"
+    fsspec.filesystem("memory").pipe(address, (tmp_path / "w.safetensors").read_bytes())
+    expected = load_encoder(dataclasses.replace(SMALL, weights="random:5")).description["weights_sha256"]
+    for weights in (address, f"file://{tmp_path}/w.safetensors", str(tmp_path / "w.safetensors")):
+        assert load_encoder(dataclasses.replace(SMALL, weights=weights)).description["weights_sha256"] == expected
+    with pytest.raises(ConfigError, match="chains file systems"):
+        load_encoder(dataclasses.replace(SMALL, weights=f"reference::{address}"))
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+def test_failures_of_weights_quote_nothing_of_the_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"~root:x:0:0")
+    with pytest.raises(ConfigError) as caught:
+        load_encoder(dataclasses.replace(SMALL, weights=str(tmp_path / name)))
+    assert "~" not in str(caught.value).replace(str(tmp_path), "")
+
+
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[object, tuple[str]]:
@@ -164,26 +184,26 @@ def test_features_beyond_the_stored_dtype_are_an_error(pixels: np.ndarray, tmp_p
 
 def test_a_description_gives_its_configuration_back(tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, pooling="max", resize_size=230)
-    assert encoder_config(load_encoder(config).description) == config
+    assert EncoderConfig.from_description(load_encoder(config).description) == config
     path = str(tmp_path / "w.safetensors")
     safetensors.torch.save_file(small_state(), path)
     description = load_encoder(dataclasses.replace(SMALL, weights=path)).description
     with pytest.raises(ConfigError, match="give its path with --weights"):
-        encoder_config(description)
-    assert encoder_config(description, path).weights == path
+        EncoderConfig.from_description(description)
+    assert EncoderConfig.from_description(description, path).weights == path
 
 
 def test_a_weights_file_travels_by_its_absolute_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(SMALL, weights="w.safetensors")
-    assert travelling_config(config).weights == str(tmp_path / "w.safetensors")
-    assert travelling_config(SMALL) == SMALL
+    assert config.with_absolute_weights().weights == str(tmp_path / "w.safetensors")
+    assert SMALL.with_absolute_weights() == SMALL
 
 
 def test_a_worker_with_other_weights_stops() -> None:
     description = {**load_encoder(SMALL).description, "weights_sha256": "other"}
     with pytest.raises(DatasetError, match="weights_sha256: there 'other'"):
-        open_encoder(SMALL, "cpu", None, description)
+        load_shared_encoder(SMALL, "cpu", None, description)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
-from captionlib.models.encoders.network import cut_between
+from captionlib.models.encoders.network import slice_network
 from captionlib.models.encoders.top_layers import EncoderTop
 
 BEFORE = EncoderConfig("squeezenet1_1", "features.2", "random:0", stored_dtype="float32", resize_size=224)
@@ -26,7 +26,7 @@ def load(encoder: dict[str, Any], node: str = NODE, weights: str | None = None) 
 
 
 def save_weights(path: Path, encoder: EncoderConfig = WHOLE, change: float = 0.0, leave_out: str = "none") -> str:
-    weights = load_encoder(encoder, "cpu").network.weights()
+    weights = load_encoder(encoder, "cpu").network.export_weights()
     kept = {name: tensor + change for name, tensor in weights.items() if leave_out not in name}
     safetensors.torch.save_file(kept, path)
     return str(path)
@@ -79,9 +79,9 @@ def test_a_node_that_is_no_map_behind_the_encoder_is_refused(node: str, message:
 
 def test_what_lies_between_may_not_need_more_than_the_node() -> None:
     with pytest.raises(ConfigError, match=r"layer1\.0\.relu_1 .* alone, got layer1\.0\.conv1"):
-        cut_between("resnet18", "layer1.0.relu_1", "layer1.0.conv1")
+        slice_network("resnet18", "layer1.0.relu_1", "layer1.0.conv1")
     with pytest.raises(ConfigError, match="is computed from it alone"):
-        cut_between("resnet18", "layer1.0.conv1", "layer1.0.relu_1")  # goes around it, too
+        slice_network("resnet18", "layer1.0.conv1", "layer1.0.relu_1")  # goes around it, too
 
 
 @pytest.mark.parametrize("change", [{"shape": [64]}, {"weights": "imported"}])

@@ -17,13 +17,13 @@ import torch
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import FetchError
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, ImageState
-from captionlib.models.checkpoints.captioners import save_captioner
-from captionlib.models.checkpoints.rankers import save_ranker
-from captionlib.models.decoding.decoder import Decoder, DecodingConfig
-from captionlib.models.devices import copy_to_host, in_parts
+from captionlib.models.checkpoints.checkpoint import save_captioner, save_ranker
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.decoder import Decoder
+from captionlib.models.devices import copy_to_host_async, halve_on_out_of_memory
 from captionlib.models.inference import captioning, embedding
 from captionlib.models.inference.captioning import CaptionGeneration, GenerationConfig
-from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding, RankerFolder
+from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding, PinnedRanker
 from captionlib.models.inference.extraction import encode_images
 from captionlib.models.inference.shared_models import cached_per_process
 from captionlib.models.rankers.ranker import Ranker, RankerConfig
@@ -73,7 +73,7 @@ def test_a_process_has_one_captioner_however_many_bundles_ask(tmp_path: Path, mo
 def test_a_process_has_one_ranker_however_many_bundles_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Ranker(RankerConfig(hidden_size=4, embedding_size=4, joint_embedding_size=4), 3, len(VOCABULARY))
     fingerprint = save_ranker(tmp_path, model, VOCABULARY, {"shape": [3]}, provenance={}, training={})
-    stage = ImageEmbedding(EmbeddingConfig(), RankerFolder(str(tmp_path), fingerprint))
+    stage = ImageEmbedding(EmbeddingConfig(), PinnedRanker(str(tmp_path), fingerprint))
     loads = count_calls(monkeypatch, embedding, "load_ranker")
     open_at_once(stage.open)
     assert len(loads) == 1
@@ -142,18 +142,20 @@ def test_captions_that_do_not_fit_are_written_in_halves_and_are_the_same(
     decoder = Decoder(build(CONFIGS[0], seed=1), decoding)
     images = features(7, seed=1)
     expected = decoder.decode(images, keys)
-    look, sizes = decoder._stepper.look, []
+    encode, sizes = decoder._incremental.encode_images, []
 
     def small_memory(images: torch.Tensor) -> ImageState:
         sizes.append(len(images))
         if len(images) > 2:
             raise torch.OutOfMemoryError("too much")
-        return look(images)
+        return encode(images)
 
-    monkeypatch.setattr(decoder._stepper, "look", small_memory)
+    monkeypatch.setattr(decoder._incremental, "encode_images", small_memory)
     found = decoder.decode(images, keys)
     assert sizes == [7, 3, 1, 2, 4, 2, 2]
-    assert [[one.words for one in image] for image in found] == [[one.words for one in image] for image in expected]
+    assert [[one.token_ids for one in image] for image in found] == [
+        [one.token_ids for one in image] for image in expected
+    ]
     for image, others in zip(found, expected, strict=True):
         assert [one.log_prob for one in image] == pytest.approx([one.log_prob for one in others], rel=1e-5)
 
@@ -163,12 +165,12 @@ def test_an_item_that_does_not_fit_alone_is_an_error() -> None:
         raise torch.OutOfMemoryError(f"{part}")
 
     with pytest.raises(torch.OutOfMemoryError, match=r"slice\(0, 1"):
-        in_parts(compute, 4)
+        halve_on_out_of_memory(compute, 4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_features_come_from_a_gpu_whole() -> None:
     numbers = torch.arange(1 << 20, device="cuda").float()
-    host, wait = copy_to_host(numbers * 2)
+    host, wait = copy_to_host_async(numbers * 2)
     wait()
     assert torch.equal(host, 2 * torch.arange(1 << 20).float())

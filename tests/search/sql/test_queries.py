@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from captionlib.data.shards.dataset import create_dataset
-from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.errors import QueryError
 from captionlib.search.sql.queries import count_words, find_captions, find_image, find_top_captions
 from captionlib.search.sql.session import open_sql
@@ -21,9 +21,7 @@ def test_find_image_returns_all_columns(captions: str) -> None:
 
 def test_find_image_explains_failures_and_unknown_ids(captions: str) -> None:
     with open_sql(captions) as session:
-        with pytest.raises(
-            QueryError, match="image bad has no row: it failed at stage decode with Truncated: "
-        ):
+        with pytest.raises(QueryError, match="image bad has no row: it failed at stage decode with Truncated: "):
             find_image(session, "bad")
         with pytest.raises(QueryError, match="no image A1"):
             find_image(session, "A1")
@@ -70,7 +68,7 @@ def test_count_words_ignores_case(captions: str) -> None:
 
 
 def test_caption_queries_reject_other_datasets(tmp_path: Path) -> None:
-    create_dataset(tmp_path / "manifest", "manifest", MANIFEST, config={}, shards=1)
+    create_dataset(tmp_path / "manifest", "manifest", MANIFEST_SCHEMA, config={}, shards=1)
     with open_sql(tmp_path / "manifest") as session:
         for find in (lambda: find_captions(session, "dog"), lambda: find_top_captions(session, 1)):
             with pytest.raises(QueryError, match="expected a dataset of kind captions, got manifest"):

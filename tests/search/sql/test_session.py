@@ -11,7 +11,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from captionlib.data.shards.dataset import create_dataset
-from captionlib.data.shards.schemas import MANIFEST, captions_schema, features_schema
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema, features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError, DatasetError, QueryError
 from captionlib.search.sql.session import SqlLimits, open_captions, open_sql, query_sql
@@ -45,7 +45,7 @@ def test_dataset_without_shards_has_empty_views(tmp_path: Path) -> None:
 
 
 def test_features_and_manifests_can_be_queried(tmp_path: Path) -> None:
-    for kind, schema in (("manifest", MANIFEST), ("features", features_schema(3, "float16"))):
+    for kind, schema in (("manifest", MANIFEST_SCHEMA), ("features", features_schema(3, "float16"))):
         dataset = create_dataset(tmp_path / kind, kind, schema, config={}, shards=1)
         values = {"image_id": ["x"], "uri": ["x.jpg"], "split": ["val"], "captions": [["a dog", "a cat"]]}
         if kind == "features":
@@ -57,7 +57,7 @@ def test_features_and_manifests_can_be_queried(tmp_path: Path) -> None:
 
 
 def test_open_captions_rejects_other_kinds(tmp_path: Path) -> None:
-    create_dataset(tmp_path / "manifest", "manifest", MANIFEST, config={}, shards=1)
+    create_dataset(tmp_path / "manifest", "manifest", MANIFEST_SCHEMA, config={}, shards=1)
     with pytest.raises(DatasetError, match="expected a dataset of kind captions, got manifest"):
         open_captions(tmp_path / "manifest").__enter__()
 

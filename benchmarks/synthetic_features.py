@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
@@ -41,7 +42,7 @@ def write_features(folder: Path, images: int, validation: int = 20) -> ShardedDa
                 pa.array([""] * len(numbers)),
                 pa.array(["val" if number < validation else "train" for number in numbers]),
                 pa.array([_sentences(draw, names, shares / shares.sum()) for _ in numbers], pa.list_(pa.string())),
-                pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), FEATURE_SIZE),
+                numpy_to_vectors(features),
             ],
             schema=schema,
         )

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
-from captionlib.data.shards.schemas import MANIFEST, features_schema
-from captionlib.data.shards.stages import Fail, Process, ShardJob
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA, features_schema
+from captionlib.data.shards.stages import ProcessRows, ReportFailure, ShardJob
 from captionlib.data.shards.writer import write_shard
 
 __all__ = ["SCHEMA", "MadeUpFeatures", "add_features", "job_over", "make_rows", "write_rows"]
@@ -28,15 +29,15 @@ def make_rows(shard: int, rows: int) -> pa.RecordBatch:
         pa.array(names),
         pa.array([f"s3://bucket/images/{name}.jpg" for name in names]),
         pa.array(["train"] * rows),
-        pa.array([["a dog on a beach"]] * rows, MANIFEST.field("captions").type),
+        pa.array([["a dog on a beach"]] * rows, MANIFEST_SCHEMA.field("captions").type),
     ]
-    return pa.RecordBatch.from_arrays(columns, schema=MANIFEST)
+    return pa.RecordBatch.from_arrays(columns, schema=MANIFEST_SCHEMA)
 
 
 def write_rows(folder: str | os.PathLike[str], shards: int, rows: int) -> ShardedDataset:
     """A manifest of `shards` times `rows` rows."""
-    dataset = create_dataset(folder, "manifest", MANIFEST, config={"rows": rows}, shards=shards)
-    for shard in dataset.pending():
+    dataset = create_dataset(folder, "manifest", MANIFEST_SCHEMA, config={"rows": rows}, shards=shards)
+    for shard in dataset.pending_shards():
         with write_shard(dataset, shard, rows) as writer:
             writer.write(make_rows(shard, rows))
     dataset.finish()
@@ -45,8 +46,7 @@ def write_rows(folder: str | os.PathLike[str], shards: int, rows: int) -> Sharde
 
 def add_features(rows: pa.RecordBatch) -> pa.RecordBatch:
     """What an encoder would add, without one."""
-    numbers = np.zeros(rows.num_rows * SIZE, np.float16)
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(numbers), type=SCHEMA.field("features").type)
+    vectors = numpy_to_vectors(np.zeros((rows.num_rows, SIZE), np.float16))
     return pa.RecordBatch.from_arrays([*rows.columns, vectors], schema=SCHEMA)
 
 
@@ -59,15 +59,15 @@ class MadeUpFeatures:
         note: where to write when the first row came, in seconds since the epoch; empty for nowhere.
     """
 
-    columns: Sequence[str] = tuple(MANIFEST.names)
+    columns: Sequence[str] = tuple(MANIFEST_SCHEMA.names)
     note: str = ""
 
     @contextmanager
-    def open(self) -> Iterator[Process]:
+    def open(self) -> Iterator[ProcessRows]:
         """Loads nothing."""
         yield self._process
 
-    def _process(self, batches: Iterator[pa.RecordBatch], _fail: Fail) -> Iterator[tuple[pa.RecordBatch, ...]]:
+    def _process(self, batches: Iterator[pa.RecordBatch], _fail: ReportFailure) -> Iterator[tuple[pa.RecordBatch, ...]]:
         for rows in batches:
             if self.note and not os.path.exists(self.note):  # noqa: PTH110
                 with open(self.note, "w", encoding="ascii") as file:  # noqa: PTH123

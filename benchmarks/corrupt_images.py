@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.bars import report
-from benchmarks.drawings import draw_images
+from benchmarks.synthetic_images import write_images
 from captionlib.data.images.decoder_pool import DecoderConfig
 from captionlib.data.images.decoding import Preprocessing
 from captionlib.data.images.loading import LoadingConfig, open_loader
@@ -33,7 +33,7 @@ FAILURE = {"truncated", "empty", "text", "enormous", "other-format"}
 
 def write_files(folder: Path) -> None:
     """Writes `good/`, and in `odd/` the same and all others, named `KIND-NUMBER.EXTENSION`."""
-    good = [path.rename(path.with_name(f"good-{path.name}")) for path in draw_images(folder / "good", GOOD)]
+    good = [path.rename(path.with_name(f"good-{path.name}")) for path in write_images(folder / "good", GOOD)]
     odd = folder / "odd"
     odd.mkdir()
     for path in good:
@@ -131,15 +131,15 @@ def main() -> None:
         write_files(Path(scratch))
         results = []
         for name in ("good", "odd"):
-            command = [sys.executable, "-m", "benchmarks.odd_files", str(Path(scratch) / name)]
+            command = [sys.executable, "-m", "benchmarks.corrupt_images", str(Path(scratch) / name)]
             results.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
             print(f"# {name}: {results[-1]['peak'] / 1024:.0f} MB, {dict(Counter(results[-1]['outcomes'].values()))}")
         names = sorted(path.name for path in (Path(scratch) / "odd").iterdir())
     outcomes = results[1]["outcomes"]
     wrong = [name for name in names if not is_accounted(name, outcomes.get(name))]
     print("".join(f"# {name} became {outcomes.get(name)}\n" for name in wrong), end="")
-    met = report("odd-files-accounted", 1 - len(wrong) / len(names), 1.0)
-    met &= report("odd-files-peak-memory", results[1]["peak"] / results[0]["peak"], 1.5, at_least=False)
+    met = report("corrupt-images-accounted", 1 - len(wrong) / len(names), 1.0)
+    met &= report("corrupt-images-peak-memory", results[1]["peak"] / results[0]["peak"], 1.5, at_least=False)
     sys.exit(not met)
 
 

@@ -10,13 +10,13 @@ from PIL import Image
 from captionlib.data.images.decoding import Preprocessing
 from captionlib.data.images.loading import LoadingConfig, open_loader
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
-from captionlib.data.shards.schemas import MANIFEST
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
 
-__all__ = ["decode_images", "draw_images", "write_manifest"]
+__all__ = ["decode_images", "write_images", "write_manifest"]
 
 
-def draw_images(folder: Path, count: int, size: int = 224, seed: int = 0) -> list[Path]:
+def write_images(folder: Path, count: int, size: int = 224, seed: int = 0) -> list[Path]:
     """Draws JPEGs of smooth colour fields, about as large on disk as photographs of their size."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(seed)
@@ -39,13 +39,13 @@ def decode_images(paths: list[Path], preprocessing: Preprocessing) -> npt.NDArra
 def write_manifest(folder: Path, uris: list[str], shard_size: int) -> ShardedDataset:
     """A manifest of images without captions; the same image may stand in it many times, under ids of its own."""
     starts = range(0, len(uris), shard_size)
-    dataset = create_dataset(folder, "manifest", MANIFEST, config={"images": len(uris)}, shards=len(starts))
+    dataset = create_dataset(folder, "manifest", MANIFEST_SCHEMA, config={"images": len(uris)}, shards=len(starts))
     for shard, start in enumerate(starts):
         rows = [
             {"image_id": f"{start + offset:08d}", "uri": uri, "split": "train", "captions": ["a field of colours"]}
             for offset, uri in enumerate(uris[start : start + shard_size])
         ]
         with write_shard(dataset, shard, len(rows)) as writer:
-            writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST))
+            writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST_SCHEMA))
     dataset.finish()
     return dataset

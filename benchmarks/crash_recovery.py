@@ -11,9 +11,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from benchmarks.bars import report
-from benchmarks.drawings import draw_images, write_manifest
+from benchmarks.synthetic_images import write_images, write_manifest
 from captionlib.data.images.loading import LoadingConfig
-from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.captioning import GenerationConfig
 from captionlib.models.inference.extraction import ExtractionConfig
@@ -46,9 +46,9 @@ def train_small_captioner(folder: Path) -> None:
     train_captioner(folder / "first", folder / "captioner", config, device="cpu", progress=False)
 
 
-def survive_kills(folder: Path, runs: int, seed: int = 0) -> int:
+def count_identical_recoveries(folder: Path, runs: int, seed: int = 0) -> int:
     """How many of `runs` flows killed in mid-run and resumed wrote the same bytes as one that nobody disturbed."""
-    uris = [str(path) for path in draw_images(folder / "images", 48, size=96)]
+    uris = [str(path) for path in write_images(folder / "images", 48, size=96)]
     manifest = write_manifest(folder / "manifest", uris, 6)
     train_small_captioner(folder)
     spawn = multiprocessing.get_context("forkserver")  # the imports are paid for once
@@ -122,8 +122,8 @@ def read_outputs(output: Path) -> dict[str, bytes]:
 def main() -> None:
     """Runs them and reports the share that came out equal."""
     with tempfile.TemporaryDirectory() as scratch:
-        equal = survive_kills(Path(scratch), RUNS)
-    sys.exit(not report("kills-equal", equal / RUNS, 1.0))
+        equal = count_identical_recoveries(Path(scratch), RUNS)
+    sys.exit(not report("crash-recovery-identical", equal / RUNS, 1.0))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,116 @@
+"""Progress bars on standard error."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+__all__ = ["ProgressBar", "progress_bar"]
+
+Item = TypeVar("Item")
+
+_DRAW_SECONDS = 0.1  # between two updates on a terminal
+_LOG_SECONDS = 30.0  # between two lines in a log
+
+
+class ProgressBar:
+    """Counts finished work. Created by `progress_bar`.
+
+    Attributes:
+        count: units finished so far.
+    """
+
+    def __init__(self, total: int | None, unit: str) -> None:
+        self.count = 0
+        self._total = total
+        self._unit = unit
+        self._skipped = 0
+        self._status = ""
+        self._started = self._shown = time.monotonic()
+        self._show: Callable[[], None] | None = None
+        self._seconds = 0.0
+
+    def update(self, count: int, status: str | None = None) -> None:
+        """Adds finished work.
+
+        Args:
+            count: how many units were finished.
+            status: text to show after the counts; None keeps the current text.
+        """
+        self.count += count
+        if status is not None:
+            self._status = status
+        if self._show is not None and time.monotonic() - self._shown > self._seconds:
+            self._shown = time.monotonic()
+            self._show()
+
+    def skip(self, count: int, status: str | None = None) -> None:
+        """Adds work that an earlier run finished. It does not count towards the rate."""
+        self._skipped += count
+        self.update(count, status)
+
+    def track(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yields the items and counts each one when the next is requested."""
+        for item in items:
+            yield item
+            self.update(1)
+
+    def describe(self) -> str:
+        """Returns the counts, the rate, the time left and the status as one line."""
+        rate = (self.count - self._skipped) / max(time.monotonic() - self._started, 1e-9)
+        counts = f"{self.count:,}" if self._total is None else f"{self.count:,}/{self._total:,}"
+        parts = [f"{counts} {self._unit}", f"{rate:,.1f} {self._unit}/s"]
+        if self._total is not None and rate > 0:
+            left = max(0, self._total - self.count) / rate
+            parts.append(f"{timedelta(seconds=round(left))} left")
+        return ", ".join([*parts, self._status] if self._status else parts)
+
+    @contextmanager
+    def shown_every(self, seconds: float, show: Callable[[], None]) -> Iterator[None]:
+        """Calls `show` on updates, at most once per `seconds`, and when the block ends."""
+        self._seconds, self._show = seconds, show
+        try:
+            yield
+        finally:
+            show()
+
+
+class _Description(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        bar: ProgressBar = task.fields["bar"]
+        return Text(bar.describe())
+
+
+@contextmanager
+def progress_bar(label: str, total: int | None, unit: str, enabled: bool = True) -> Iterator[ProgressBar]:
+    """Shows the progress of the block: counts, units per second and the time left.
+
+    A terminal shows a bar. Elsewhere, a line is printed every 30 seconds and when the block ends.
+
+    Args:
+        label: names the work.
+        total: how many units there are; None if unknown.
+        unit: the plural of what is counted, such as `images`.
+        enabled: False shows nothing.
+
+    Yields:
+        The bar to update.
+    """
+    bar = ProgressBar(total, unit)
+    if not enabled:
+        yield bar
+    elif sys.stderr.isatty():
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), _Description())
+        with Progress(*columns, console=Console(stderr=True)) as drawing:
+            task = drawing.add_task(label, total=total, bar=bar)
+            with bar.shown_every(_DRAW_SECONDS, lambda: drawing.update(task, completed=bar.count)):
+                yield bar
+    else:
+        with bar.shown_every(_LOG_SECONDS, lambda: print(f"{label}: {bar.describe()}", file=sys.stderr, flush=True)):
+            yield bar
