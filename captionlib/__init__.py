@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from captionlib.models.inference.embedding import EmbeddingConfig as EmbeddingConfig
     from captionlib.models.inference.extraction import ExtractionConfig as ExtractionConfig
     from captionlib.models.rankers.ranker import RankerConfig as RankerConfig
-    from captionlib.search.index import Index as Index
     from captionlib.search.config import IndexConfig as IndexConfig
+    from captionlib.search.index import Index as Index
     from captionlib.search.sql.session import query_sql as query_sql
     from captionlib.training.captioning import CaptionerTrainingConfig as CaptionerTrainingConfig
     from captionlib.training.captioning import train_captioner as train_captioner

@@ -15,12 +15,12 @@ from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
+from captionlib.search.build import plan_build
 from captionlib.search.config import IndexConfig
 from captionlib.search.models import ImageQueryModels
-from captionlib.search.build import plan_build
-from captionlib.serving.service import Library
 from captionlib.serving.app import create_app
 from captionlib.serving.config import ServingConfig
+from captionlib.serving.service import Library
 from tests.search.example_index import Row, WordRanker, make_rows, write_embeddings_dataset
 
 EVIL = '<script>document.title="stolen"</script>'

@@ -235,8 +235,8 @@ def test_nothing_there_is_a_page_for_people_and_json_for_programs(client: TestCl
 
 def test_without_a_ranker_only_words_are_offered(tmp_path: Path) -> None:
     import captionlib.search
-    from captionlib.serving.service import Library
     from captionlib.serving.app import create_app
+    from captionlib.serving.service import Library
 
     make_site(tmp_path, 10, sees=False)
     library = Library(captionlib.search.open(tmp_path / "index"), ServingConfig(hosts=("testserver",)))
