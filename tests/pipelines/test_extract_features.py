@@ -115,7 +115,7 @@ def test_an_incomplete_manifest_is_refused(
     manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig
 ) -> None:
     manifest.remove_marker(1)
-    with pytest.raises(DatasetError, match="is not complete: expected 3 shards, 2 are done"):
+    with pytest.raises(DatasetError, match="is not complete: expected 3 finished shards, got 2,"):
         extract(manifest, tmp_path / "features", small_encoder)
 
 
