@@ -21,7 +21,7 @@ from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbeddin
 from captionlib.models.inference.extraction import ExtractionConfig, FeatureExtraction
 from captionlib.models.inference.shared_models import PinnedCheckpoint
 from captionlib.search.build import IndexBuild
-from captionlib.search.index_config import IndexConfig
+from captionlib.search.config import IndexConfig
 from captionlib.storage.folders import Folder
 from pipelines.build_index import BuildIndex
 from pipelines.extract_features import extract_features
