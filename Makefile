@@ -4,7 +4,7 @@ BIN := .venv/bin
 UV := $(shell command -v uv || echo .uv/bin/uv)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check cluster-up cluster-down test-cluster bench bench-flickr8k lock clean
+.PHONY: help setup demo test check docs cluster-up cluster-down test-cluster bench bench-flickr8k lock clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,7 +30,10 @@ check: setup  ## Format, lint, types and the import contract.
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check  ## All checks and all tests, in a process for each CPU.
+docs: setup  ## Build the documentation site into .site/, with strict links.
+	$(BIN)/mkdocs build --quiet
+
+test: check docs  ## All checks and all tests, in a process for each CPU.
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 cluster-up: setup  ## Start a cluster of processes here: make cluster-up ENGINE=flink, spark or prism.
@@ -53,4 +56,4 @@ lock: | $(UV)  ## Write the lock anew after a change of pyproject.toml.
 		--output-file requirements.lock pyproject.toml
 
 clean:  ## Remove what make has made.
-	rm -rf .venv .uv .demo .bench .cluster dist
+	rm -rf .venv .uv .demo .bench .cluster .site dist

@@ -12,7 +12,7 @@ import click
 import torch
 
 from captionlib.config import load_config
-from captionlib.data.ingestion.prepare import PrepareConfig, prepare_manifest
+from captionlib.data.ingestion.prepare import PrepareConfig, prepare
 from captionlib.data.synthetic_scenes import parse_attributes, read_scenes, score_attributes, write_scenes
 from captionlib.evaluation.evaluate import Evaluation, evaluate_captions
 from captionlib.evaluation.report import write_report
@@ -92,7 +92,7 @@ def _build_captions(folder: Path, weights: str, run: RunConfig) -> None:
         "List the images with their splits and captions in a manifest.",
         f"captionlib prepare {dataset} -o {manifest} --shard-size {_SHARD_SIZE}",
     ):
-        summary = prepare_manifest(dataset, manifest, PrepareConfig(shard_size=_SHARD_SIZE))
+        summary = prepare(dataset, manifest, PrepareConfig(shard_size=_SHARD_SIZE))
         _print(f"{summary.images:,} images and {summary.captions:,} captions in {summary.shards} shards")
     dtype = _choose_dtype()
     with _stage(

@@ -2,7 +2,7 @@
 
 import click
 
-from captionlib.data.ingestion.prepare import PrepareConfig, PrepareSummary, prepare_manifest
+from captionlib.data.ingestion.prepare import PrepareConfig, PrepareSummary, prepare
 from captionlib.data.sources.formats import SOURCE_FORMATS
 from captionlib.data.sources.rows import SourceOptions
 
@@ -115,7 +115,7 @@ def command(
         split_column=split_column,
     )
     config = PrepareConfig(source_format, options, splits, limit, shard_size, check_images)
-    _echo_summary(output, prepare_manifest(sources, output, config, overwrite=overwrite, progress=progress))
+    _echo_summary(output, prepare(sources, output, config, overwrite=overwrite, progress=progress))
 
 
 def _parse_split_files(pairs: tuple[str, ...]) -> dict[str, str]:

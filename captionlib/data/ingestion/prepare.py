@@ -23,7 +23,7 @@ from captionlib.errors import ConfigError, DatasetError, FetchError
 from captionlib.progress import progress_bar
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 
-__all__ = ["PrepareConfig", "PrepareSummary", "prepare_manifest"]
+__all__ = ["PrepareConfig", "PrepareSummary", "prepare"]
 
 _IMAGES_TO_CHECK = 20
 
@@ -78,7 +78,7 @@ class PrepareSummary:
     already_prepared: bool
 
 
-def prepare_manifest(
+def prepare(
     sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     config: PrepareConfig | None = None,
@@ -175,8 +175,9 @@ def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
     if rows:
         reason = "" if refused is None else f"; {refused.reason}: {refused}"
         raise DatasetError(
-            f"none of the first {len(rows)} images exists; the first is expected at {rows[0].uri}{reason}; set the folder "
-            "that image paths start from with --images, or use --no-check-images if only the workers can read the images"
+            f"none of the first {len(rows)} images exists; the first is expected at {rows[0].uri}{reason}; set the "
+            "folder that image paths start from with --images, or use --no-check-images if only the workers can read "
+            "the images"
         )
 
 

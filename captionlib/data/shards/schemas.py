@@ -4,6 +4,7 @@ import pyarrow as pa
 
 __all__ = [
     "CANDIDATE_TYPE",
+    "COLUMN_DESCRIPTIONS",
     "FAILURES_SCHEMA",
     "MANIFEST_SCHEMA",
     "SCHEMA_VERSION",
@@ -14,6 +15,24 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
+
+# The reference documentation of the columns.
+COLUMN_DESCRIPTIONS = {
+    "image_id": "Identifies the image; unique in a dataset.",
+    "uri": "Path or address of the image.",
+    "split": "Split that the image belongs to, such as train, val or test; empty if unknown.",
+    "captions": "Reference captions, written by humans.",
+    "features": "Features that the encoder computed: a vector, or a map whose positions are concatenated.",
+    "caption": "Best caption.",
+    "log_prob": "Natural logarithm of the probability of the caption: the sum over its tokens.",
+    "tokens": "Number of tokens of the caption, including the end token.",
+    "candidates": "All captions found for the image, best first.",
+    "attention": "Attention weights of each token over the positions of the feature map; each row sums to 1.",
+    "embedding": "Embedding of the image: a unit vector in the space that images and sentences share.",
+    "stage": "Stage that failed: fetch or decode.",
+    "error": "Class of the error; failures are counted by it.",
+    "message": "What went wrong.",
+}
 
 MANIFEST_SCHEMA = pa.schema(
     [
