@@ -64,9 +64,8 @@ def _render_command(command: click.Command, name: str, parent: click.Context) ->
     yield from ["| Option | Description |", "|---|---|"]
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
-        if record is not None:
-            option, description = (text.replace("|", "\\|") for text in record)
-            yield f"| `{option}` | {_escape(description)} |"
+        if record is not None and record[1]:
+            yield f"| `{record[0]}` | {_escape(record[1])} |"
 
 
 def _render_verbatim(paragraph: str) -> Iterator[str]:
@@ -80,7 +79,9 @@ def _render_verbatim(paragraph: str) -> Iterator[str]:
 
 
 def _escape(text: str) -> str:
-    return re.sub(r"([<>*_])", r"\\\1", " ".join(text.split()))
+    """Escapes what Markdown would interpret, outside of code spans."""
+    parts = " ".join(text.split()).split("`")
+    return "`".join(part if number % 2 else re.sub(r"([<>*_|])", r"\\\1", part) for number, part in enumerate(parts))
 
 
 # Configuration
@@ -96,8 +97,8 @@ def render_configuration() -> str:
         "",
     ]
     for commands in COMMANDS.values():
-        for command, (module, _) in commands.items():
-            for config_type in _find_config_types(module):
+        for command in commands:
+            for config_type in _find_config_types(f"jobs.{command.replace('-', '_')}"):
                 lines += [f"## {command}: {config_type.__name__}", ""]
                 if names := list_recipes(command):
                     lines += ["Recipes: " + ", ".join(f"`{name}`" for name in names), ""]
@@ -109,6 +110,8 @@ def render_configuration() -> str:
 def _find_config_types(module: str) -> Iterator[type[Any]]:
     """Yields the configuration classes that a command passes to `load_config`."""
     loaded = importlib.import_module(module)
+    if all(parameter.name != "config" for parameter in loaded.command.params):
+        return
     for node in ast.walk(ast.parse(inspect.getsource(loaded))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "load_config":
             yield getattr(loaded, ast.unparse(node.args[0]))
@@ -124,8 +127,7 @@ def _render_keys(config_type: type[Any], defaults: dict[str, Any], prefix: str =
             yield from _render_keys(hint, default, f"{prefix}{field.name}.")
         else:
             cells = [f"`{prefix}{field.name}`", f"`{_describe_type(hint)}`", f"`{_to_yaml(default)}`"]
-            cells = [cell.replace("|", "\\|") for cell in cells]
-            yield f"| {' | '.join(cells)} | {descriptions.get(field.name, '').replace('|', chr(92) + '|')} |"
+            yield f"| {' | '.join(cells)} | {_escape(descriptions.get(field.name, ''))} |"
 
 
 def _read_attributes(config_type: type[Any]) -> dict[str, str]:
@@ -186,7 +188,7 @@ def render_schemas() -> str:
 
 
 def _describe_column(field: pa.Field) -> str:
-    return str(field.type).replace("|", "\\|")
+    return str(field.type)
 
 
 # Python API

@@ -76,9 +76,9 @@ def command(
 ) -> None:
     """Convert images, with or without reference captions, to a manifest.
 
-    A manifest is a Parquet dataset with one row per image: image_id, uri, split and captions. Images stay where they
-    are. Image ids must be unique. The same SOURCE always gives the same manifest, so a second run writes nothing. SOURCE
-    is a path, a URL such as s3://bucket/images, or a glob, in one of these formats:
+    A manifest is a Parquet dataset with one row per image: image_id, uri, split and captions. It refers to the images
+    and does not copy them. Image ids must be unique. The same SOURCE always gives the same manifest, so a second run
+    writes nothing. SOURCE is a path, a URL such as s3://bucket/images, or a glob, in one of these formats:
 
     \b
     folder: image files. The id is the path relative to the folder.

@@ -70,6 +70,7 @@ _POSITIONS = {
     "right": (0.73, 0.5),
     "center": (0.5, 0.5),
 }
+# Relative to the image size, as are the positions.
 _HALF_WIDTHS = {"small": 0.14, "large": 0.24}
 _RING_HOLE = 0.55  # relative to the radius
 

@@ -4,7 +4,7 @@ import itertools
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,9 +114,9 @@ def prepare(
         skipped[reason] += 1
 
     with tempfile.TemporaryDirectory(prefix="captionlib-prepare-") as scratch:
-        rows = _select(_read(addresses, source_format, config, report_skip), config, report_skip)
+        rows = _select_splits(_read(addresses, source_format, config, report_skip), config.splits, report_skip)
         with progress_bar("prepare", None, "images", progress) as bar:
-            staged = stage_rows(bar.track(rows), Path(scratch) / "rows.parquet")
+            staged = stage_rows(bar.track(itertools.islice(rows, config.limit)), Path(scratch) / "rows.parquet")
         if not staged.rows:
             raise DatasetError(_describe_empty_source(addresses, source_format, config, skipped))
         check_unique_ids(staged)
@@ -181,16 +181,14 @@ def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
         )
 
 
-def _select(rows: Iterator[ManifestRow], config: PrepareConfig, report_skip: ReportSkip) -> Iterator[ManifestRow]:
-    selected = 0
+def _select_splits(
+    rows: Iterator[ManifestRow], splits: Collection[str], report_skip: ReportSkip
+) -> Iterator[ManifestRow]:
     for row in rows:
-        if config.splits and row.split not in config.splits:
+        if not splits or row.split in splits:
+            yield row
+        else:
             report_skip("in another split")
-            continue
-        yield row
-        selected += 1
-        if selected == config.limit:
-            return
 
 
 def _describe_empty_source(

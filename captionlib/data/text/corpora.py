@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from captionlib.data.batches.captions import read_captions
@@ -62,8 +63,8 @@ def open_corpus(
             )
         return _open_dataset(source, train_splits, validation_splits)
     location = locate(os.fspath(source))
-    open_file = _open_sentences if layout == "sentences" else _open_continuous
-    corpus = open_file(location, validation_fraction)
+    read = partial(_read_sentences if layout == "sentences" else _read_continuous, location, validation_fraction)
+    corpus = Corpus(_hash_text(location), partial(read, False), partial(read, True))
     for purpose, texts in (("training", corpus.training()), ("validation", corpus.validation())):
         if not any(text.strip() for text in texts):
             raise DatasetError(
@@ -80,42 +81,22 @@ def _open_dataset(
     if dataset.kind not in ("features", "manifest"):
         raise DatasetError(f"{dataset.folder.uri}: expected a dataset of kind features or manifest, got {dataset.kind}")
     next(read_captions(dataset, validation_splits))  # fails now instead of after the first epoch
-    return Corpus(
-        dataset.fingerprint,
-        lambda: read_captions(dataset, train_splits),
-        lambda: read_captions(dataset, validation_splits),
-    )
+    read = partial(read_captions, dataset)
+    return Corpus(dataset.fingerprint, partial(read, train_splits), partial(read, validation_splits))
 
 
-def _open_sentences(location: Location, validation_fraction: float) -> Corpus:
+def _read_sentences(location: Location, validation_fraction: float, validation: bool) -> Iterator[str]:
     """Takes evenly spaced lines for validation, so that both parts cover the topics of the whole file."""
-
-    def read(validation: bool) -> Iterator[str]:
-        lines = (line for line in map(_strip_line_end, read_lines(location)) if line.strip())
-        for number, line in enumerate(lines, 1):
-            if (int(number * validation_fraction) > int((number - 1) * validation_fraction)) == validation:
-                yield line
-
-    return Corpus(_hash_text(location), lambda: read(False), lambda: read(True))
+    lines = (line.rstrip("\r\n") for line in read_lines(location) if line.strip())
+    for number, line in enumerate(lines, 1):
+        if (int(number * validation_fraction) > int((number - 1) * validation_fraction)) == validation:
+            yield line
 
 
-def _open_continuous(location: Location, validation_fraction: float) -> Corpus:
-    def read() -> str:
-        return "".join(_strip_line_end(line) + "\n" for line in read_lines(location))
-
-    def training() -> Iterator[str]:
-        text = read()
-        yield text[: len(text) - int(len(text) * validation_fraction)]
-
-    def validation() -> Iterator[str]:
-        text = read()
-        yield text[len(text) - int(len(text) * validation_fraction) :]
-
-    return Corpus(_hash_text(location), training, validation)
-
-
-def _strip_line_end(line: str) -> str:
-    return line.rstrip("\r\n")
+def _read_continuous(location: Location, validation_fraction: float, validation: bool) -> Iterator[str]:
+    text = "".join(line.rstrip("\r\n") + "\n" for line in read_lines(location))
+    end = len(text) - int(len(text) * validation_fraction)
+    yield text[end:] if validation else text[:end]
 
 
 def _hash_text(location: Location) -> str:

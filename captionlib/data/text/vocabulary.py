@@ -1,6 +1,6 @@
 """Converts sentences to token ids and back: the tokenizer, and the vocabulary that checkpoints store.
 
-Tokens are words, or characters for character-level models. Only words are normalized.
+Tokens are words, which are normalized, or characters, which are not.
 """
 
 import re
@@ -43,12 +43,14 @@ _TOKEN = re.compile(
 )
 
 
-def tokenize(sentence: str) -> list[str]:
-    """Splits a sentence as the Penn Treebank does, in lower case and without punctuation.
+def tokenize(sentence: str, level: Level = "words") -> list[str]:
+    """Splits a sentence into characters, or into words as the Penn Treebank does.
 
-    Clitics become separate words (`dog's` is `dog`, `'s`; `isn't` is `is`, `n't`). Hyphenated words and numbers stay
-    whole (`t-shirt`, `1,000`). Tokenizing the words joined by spaces returns the same words.
+    Words are in lower case, without punctuation. Clitics become separate words: `isn't` is `is`, `n't`. Hyphenated
+    words and numbers stay whole (`t-shirt`, `1,000`). Tokenizing the words joined by spaces returns the same words.
     """
+    if level == "characters":
+        return list(sentence)
     sentence = sentence.lower()
     if not sentence.isascii():
         sentence = "".join(map(_normalize_character, unicodedata.normalize("NFC", sentence)))
@@ -100,9 +102,10 @@ class Vocabulary:
         counter: Counter[str] = Counter()
         sentences = 0
         for caption in captions:
-            counter.update(_tokenize(caption, level))
+            counter.update(tokenize(caption, level))
             sentences += 1
-        frequent = sorted(((word, count) for word, count in counter.items() if count >= min_count), key=_by_frequency)
+        by_frequency = sorted(counter.items(), key=lambda item: (-item[1], item[0]))
+        frequent = [(word, count) for word, count in by_frequency if count >= min_count]
         if not frequent:
             raise ConfigError(
                 f"vocabulary: expected {level} that occur at least {min_count} times, got none in {sentences} "
@@ -145,7 +148,7 @@ class Vocabulary:
 
     def tokenize(self, sentence: str) -> list[str]:
         """Splits a sentence into words or characters."""
-        return _tokenize(sentence, self.level)
+        return tokenize(sentence, self.level)
 
     def encode_tokens(self, tokens: Iterable[str]) -> list[int]:
         """Returns the ids of tokens."""
@@ -162,22 +165,7 @@ class Vocabulary:
         return (" " if self.level == "words" else "").join(words)
 
     def log_frequencies(self) -> npt.NDArray[np.float32]:
-        """Returns the log-probability of each class in the training text: ln of its share of all tokens.
-
-        Classes that do not occur count as one occurrence.
-
-        Returns:
-            `[len(self)] float32`.
-        """
+        """Returns ln(share of the training tokens) by class, `[len(self)] float32`. Classes count at least once."""
         counts = np.array([self.sentence_count, self.unknown_count, *self.counts], np.float64).clip(min=1)
         logarithms: npt.NDArray[np.float32] = np.log(counts / counts.sum()).astype(np.float32)
         return logarithms
-
-
-def _tokenize(sentence: str, level: Level) -> list[str]:
-    return tokenize(sentence) if level == "words" else list(sentence)
-
-
-def _by_frequency(entry: tuple[str, int]) -> tuple[int, str]:
-    word, count = entry
-    return -count, word

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.storage.file_systems import open_file_system, open_unpacked
+from captionlib.storage.file_systems import open_decompressed, open_file_system
 
 __all__ = ["WordVectors", "read_word_vectors"]
 
@@ -60,7 +60,7 @@ def read_word_vectors(uri: str, words: Sequence[str], size: int) -> WordVectors:
     exact: dict[str, npt.NDArray[np.float32]] = {}
     other_case: dict[str, npt.NDArray[np.float32]] = {}
     try:
-        with open_unpacked(*open_file_system(uri)) as file:
+        with open_decompressed(*open_file_system(uri)) as file:
             for word, vector in _read_entries(file, uri, requested, size):
                 if word in requested:
                     exact.setdefault(word, vector)
