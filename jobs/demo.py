@@ -20,8 +20,8 @@ from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.models.inference.captioning import GenerationConfig
 from captionlib.models.inference.extraction import ExtractionConfig
 from captionlib.recipes import find_recipe
-from captionlib.search.questions import find_captions
-from captionlib.search.sql import open_sql
+from captionlib.search.sql.queries import find_captions
+from captionlib.search.sql.session import open_sql
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
 from pipelines.extract_features import extract_features
 from pipelines.generate_captions import generate_captions
