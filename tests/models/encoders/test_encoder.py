@@ -202,7 +202,7 @@ def test_a_weights_file_travels_by_its_absolute_address(tmp_path: Path, monkeypa
 
 def test_a_worker_with_other_weights_stops() -> None:
     description = {**load_encoder(SMALL).description, "weights_sha256": "other"}
-    with pytest.raises(DatasetError, match="weights_sha256: there 'other'"):
+    with pytest.raises(DatasetError, match="weights_sha256: was 'other'"):
         load_shared_encoder(SMALL, "cpu", None, description)
 
 
