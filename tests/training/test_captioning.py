@@ -120,7 +120,7 @@ def test_words_start_from_the_vectors_of_others(
 
 def test_word_vectors_of_another_size_are_refused(features: ShardedDataset, tmp_path: Path) -> None:
     (tmp_path / "glove.txt").write_text("one 1 2 3\n")
-    with pytest.raises(ConfigError, match="have 3 numbers, the captioner's word vectors 16"):
+    with pytest.raises(ConfigError, match="embedding size 16, got size 3"):
         train(features, tmp_path / "captioner", replace(CONFIG, word_vectors=str(tmp_path / "glove.txt")))
 
 
