@@ -82,7 +82,7 @@ _MODULES = {
     "train_ranker": "captionlib.training.ranking",
 }
 
-__all__ = [*sorted(["__version__", *_MODULES])]
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:
