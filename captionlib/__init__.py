@@ -82,7 +82,7 @@ _MODULES = {
     "train_ranker": "captionlib.training.ranking",
 }
 
-__all__ = [*_MODULES]
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
