@@ -109,7 +109,7 @@ def datastore_schema(captioner: LoadedCaptioner, features: str, splits: Sequence
         features: the fingerprint of the dataset of the images.
         splits: which of them.
     """
-    size = captioner.model.vector_size
+    size = captioner.model.projected_size
     origin = {"captioner": captioner.fingerprint, "features": features, "splits": list(splits)}
     return pa.schema(
         [

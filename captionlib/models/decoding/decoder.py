@@ -136,7 +136,7 @@ class Decoder:
         neighbors: list[Neighbors] | list[None] = [None] * len(pools)
         if self._datastore is not None:
             neighbors = self._datastore.find_neighbors(
-                image_state.vector.cpu().numpy(), self.config.rerank.neighbors, keys
+                image_state.features.cpu().numpy(), self.config.rerank.neighbors, keys
             )
         factors = [None] * len(pools) if self._average is None else self._specificity_of(pools, self._average)
         return [

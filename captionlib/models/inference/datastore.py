@@ -112,7 +112,7 @@ def _vectors(captioner: LoadedCaptioner, features: torch.Tensor) -> torch.Tensor
     device = captioner.model.output.weight.device
 
     def vectors_of(part: slice) -> torch.Tensor:
-        return captioner.model.encode_images(features[part].to(device)).vector.cpu()
+        return captioner.model.encode_images(features[part].to(device)).features.cpu()
 
     return torch.cat(halve_on_out_of_memory(vectors_of, len(features)))
 
