@@ -61,7 +61,7 @@ def test_an_index_is_served_on_this_machine_alone(tmp_path: Path, workers: int) 
 def test_what_is_wrong_is_said_once(tmp_path: Path, workers: int) -> None:
     make_site(tmp_path, 10, sees=False)
     options = ["--port", str(free_port()), "--workers", str(workers), "--ranker", str(tmp_path / "nothing")]
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         CliRunner().invoke(captionlib, ["serve", str(tmp_path / "index"), *options], catch_exceptions=False)
 
 

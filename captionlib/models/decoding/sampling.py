@@ -52,7 +52,9 @@ def sample_captions(
         words = torch.cat([words, word[:, None]], 1)
         finished = (word == END) | (step == steps - 1)
         if finished.any():
-            rows = zip(sentence[finished].tolist(), log_prob[finished].tolist(), words[finished, 1:].tolist(), strict=True)
+            rows = zip(
+                sentence[finished].tolist(), log_prob[finished].tolist(), words[finished, 1:].tolist(), strict=True
+            )
             for index, total, ids in rows:
                 candidates[index] = Candidate(ids[:-1] if ids[-1] == END else ids, total, token_count=len(ids))
             left = (~finished).nonzero()[:, 0]

@@ -17,11 +17,11 @@ from captionlib.errors import CheckpointError, ConfigError, ImageError
 from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, LoadedRanker, load_captioner
 from captionlib.models.decoding.candidate import Candidate
 from captionlib.models.decoding.config import DecodingConfig
-from captionlib.models.decoding.datastore import datastore_fingerprint, read_datastore
+from captionlib.models.decoding.datastore import read_datastore, read_datastore_fingerprint
 from captionlib.models.decoding.decoder import Decoder
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import EncoderConfig
-from captionlib.models.inference.attention_maps import map_attention, require_attention
+from captionlib.models.inference.attention_maps import compute_attention_maps, require_attention
 from captionlib.models.inference.embedding import PinnedRanker, build_embedding_rows
 from captionlib.models.inference.feature_source import open_feature_source
 from captionlib.models.inference.shared_models import cached_per_process
@@ -125,7 +125,7 @@ class CaptionGeneration:
             candidates = decoder.decode(seen, keys=[row["image_id"] for row in rows])
             attention = None
             if self.config.attention_maps:
-                attention = map_attention(captioner.model, seen, [some[0] for some in candidates])
+                attention = compute_attention_maps(captioner.model, seen, [some[0] for some in candidates])
             captions = build_caption_rows(rows, candidates, captioner, attention)
             yield (captions,) if ranker is None else (captions, build_embedding_rows(rows, features, ranker))
 
@@ -155,7 +155,7 @@ def find_datastore_fingerprint(checkpoint: str, captioner: LoadedCaptioner, deco
     Raises:
         CheckpointError: it remembers nothing.
     """
-    return datastore_fingerprint(checkpoint, captioner) if decoding.rerank.neighbors else None
+    return read_datastore_fingerprint(checkpoint, captioner) if decoding.rerank.neighbors else None
 
 
 def build_caption_rows(

@@ -184,8 +184,8 @@ def test_fewer_images_than_components_leave_the_rest_blind() -> None:
 def test_a_constant_feature_becomes_zero() -> None:
     model = build(CaptionerConfig(hidden_size=6, embedding_size=5))
     model.standardization.set_statistics(torch.full((4,), 5.0), torch.zeros(4))
-    projected = model.encode_images(torch.full((1, 4), 5.0))
-    assert torch.equal(projected.image[0], model.image_projection.bias)
+    image_state = model.encode_images(torch.full((1, 4), 5.0))
+    assert torch.equal(image_state.embeddings[0], model.image_projection.bias)
 
 
 def test_a_model_without_weights_foretells_the_word_frequencies() -> None:

@@ -78,5 +78,5 @@ def test_batch_mates_change_no_choice_and_neighbours_do(config: CaptionerConfig)
 
 
 def test_neighbours_need_a_memory() -> None:
-    with pytest.raises(ConfigError, match="neighbors 4 are for a captioner that remembers"):
+    with pytest.raises(ConfigError, match=r"rerank\.neighbors 4 need the captioner's datastore, got none"):
         Decoder(build(CONFIGS[0], seed=0), DecodingConfig(rerank=RerankConfig("mbr", neighbors=4)))

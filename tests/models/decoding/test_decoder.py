@@ -117,7 +117,7 @@ def test_every_candidate_begins_with_the_prefix(
 
 def test_a_prefix_that_leaves_no_room_is_refused() -> None:
     decoder = Decoder(build(CONFIGS[0], seed=0), DecodingConfig(max_tokens=3))
-    with pytest.raises(ConfigError, match="a prefix of fewer words than max_tokens 3, got 3"):
+    with pytest.raises(ConfigError, match="a prefix of fewer tokens than max_tokens 3, got 3"):
         decoder.decode(features(1, 0), prefix=[2, 2, 2])
 
 
