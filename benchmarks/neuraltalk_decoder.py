@@ -19,7 +19,7 @@ from benchmarks.decoding_speed import BATCH, FEATURE_SIZE, build_captioner
 from captionlib.data.batches.captions import pool_map, read_features
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.text.vocabulary import END, UNKNOWN
-from captionlib.evaluation.metrics import bleu
+from captionlib.evaluation.metrics import compute_bleu
 from captionlib.models.captioners.captioner import Captioner
 from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.models.decoding.config import DecodingConfig
@@ -144,7 +144,7 @@ def _bleu(said: Sequence[Sequence[int]], references: Sequence[Sequence[Sequence[
     """BLEU-4 over word ids."""
     numbers = range(len(said))
     captions = {str(number): [" ".join(map(str, said[number]))] for number in numbers}
-    metric = bleu(captions, {str(n): [" ".join(map(str, one)) for one in references[n]] for n in numbers})
+    metric = compute_bleu(captions, {str(n): [" ".join(map(str, one)) for one in references[n]] for n in numbers})
     return float(metric.formula(metric.rows.sum(0))[3])
 
 

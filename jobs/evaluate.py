@@ -6,36 +6,39 @@ import io
 import click
 import pyarrow.parquet as pq
 
+from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.shards.markers import to_json
 from captionlib.evaluation.bootstrap import BootstrapConfig
-from captionlib.evaluation.caption_scores import scores_table
+from captionlib.evaluation.caption_scores import build_scores_table
 from captionlib.evaluation.evaluate import TRAIN_SPLITS, Evaluation, evaluate_captions
 from captionlib.evaluation.predictions import to_coco_results
-from captionlib.evaluation.retrieval import PROTOCOLS
+from captionlib.evaluation.retrieval import PROTOCOLS, RetrievalScores, score_ranker
+from captionlib.models.checkpoints.checkpoint import load_ranker
 from captionlib.storage.folders import Folder, write_file
 from jobs.options import device_option
-from jobs.summaries import echo_ranking
 
 __all__ = ["command"]
 
 
 @click.command()
-@click.argument("captions", metavar="CAPTIONS|FEATURES")
-@click.option("--manifest", "-m", metavar="FOLDER", help="Where the sentences of people are.")
-@click.option("--split", "splits", multiple=True, metavar="NAME", help="Score this split alone. Repeatable.")
+@click.argument("source", metavar="CAPTIONS|FEATURES")
+@click.option("--manifest", "-m", metavar="FOLDER", help="The manifest that holds the references.")
+@click.option("--split", "splits", multiple=True, metavar="NAME", help="Evaluate this split only. Repeatable.")
 @click.option("--output", "-o", metavar="FOLDER", help="Also write scores.json into this folder.")
-@click.option("--per-image", metavar="FILE.parquet", help="Also write the scores of every image.")
-@click.option("--results", metavar="FILE.json", help="Also write the captions as COCO's evaluation server takes them.")
-@click.option("--ranker", "-r", metavar="FOLDER", help="Score this ranker on FEATURES, as train-ranker wrote it.")
+@click.option("--per-image", metavar="FILE.parquet", help="Also write the scores of each image.")
+@click.option("--results", metavar="FILE.json", help="Also write the captions as COCO's results JSON.")
+@click.option("--ranker", "-r", metavar="FOLDER", help="Evaluate this ranker on FEATURES.")
 @click.option(
     "--protocol",
     type=click.Choice(list(PROTOCOLS)),
     default="all",
     show_default=True,
-    help="Of a ranker: what is ranked among what; coco-1k is the mean of five folds of 1,000 images.",
+    help="With --ranker: the images and references to rank; coco-1k averages five folds of 1,000 images.",
 )
-@click.option("--checkpoint", "-c", metavar="FOLDER", help="The captioner: tells the perplexity of the references.")
-@click.option("--features", "-f", metavar="FOLDER", help="Of the images; for the perplexity.")
+@click.option(
+    "--checkpoint", "-c", metavar="FOLDER", help="The captioner, to compute the perplexity of the references."
+)
+@click.option("--features", "-f", metavar="FOLDER", help="The features of the images, for the perplexity.")
 @click.option(
     "--train-split",
     "train_splits",
@@ -43,18 +46,18 @@ __all__ = ["command"]
     default=TRAIN_SPLITS,
     show_default=True,
     metavar="NAME",
-    help="Whose sentences captions may repeat. Repeatable.",
+    help="A split that the captioner learned from, to count novel captions. Repeatable.",
 )
 @click.option(
-    "--samples",
+    "--bootstrap-samples",
     type=click.IntRange(min=0),
     default=BootstrapConfig.samples,
     show_default=True,
-    help="Resamples of the images that the intervals are told by; 0 leaves them out.",
+    help="Resamples for the confidence intervals; 0 computes no intervals.",
 )
 @device_option
 def command(
-    captions: str,
+    source: str,
     manifest: str | None,
     splits: tuple[str, ...],
     output: str | None,
@@ -65,15 +68,15 @@ def command(
     checkpoint: str | None,
     features: str | None,
     train_splits: tuple[str, ...],
-    samples: int,
+    bootstrap_samples: int,
     device: str,
 ) -> None:
-    """Score CAPTIONS against the sentences of people: BLEU, METEOR, ROUGE-L, CIDEr; or a ranker on FEATURES.
+    """Score CAPTIONS against references (BLEU, METEOR, ROUGE-L, CIDEr), or a ranker on FEATURES (Recall@k, ranks).
 
-    CAPTIONS is a captions dataset, COCO's results JSON, or NeuralTalk's result_struct.json, which needs no manifest.
-    Each score stands beside its 95% confidence interval, by resampling the images. The scores are pycocoevalcap's own;
-    its tokenizer and METEOR need Java. A ranker's are Recall@1, 5 and 10 and the median and mean rank, for images that
-    look for their sentences and for sentences that look for their image.
+    CAPTIONS is a captions dataset, COCO's results JSON, or NeuralTalk's result_struct.json, which contains references
+    and needs no manifest. The scores equal pycocoevalcap's, and have 95% confidence intervals from a bootstrap over
+    images. METEOR and the standard tokenizer need Java. With --ranker, the command reports Recall@1, 5 and 10 and the
+    median and mean rank, from image to text and from text to image.
 
     \b
     Examples:
@@ -85,48 +88,56 @@ def command(
       captionlib evaluate features --ranker ranker --split test --protocol coco-1k
     """
     if ranker is not None:
-        _evaluate_ranker(ranker, captions, splits, protocol, output, device)
+        _evaluate_ranker(ranker, source, splits, protocol, output, device)
         return
-    found = evaluate_captions(
-        captions,
+    evaluation = evaluate_captions(
+        source,
         manifest,
         splits=splits,
         train_splits=train_splits,
         checkpoint=checkpoint,
         features=features,
-        bootstrap=BootstrapConfig(samples=samples),
+        bootstrap=BootstrapConfig(samples=bootstrap_samples),
         device=device,
     )
-    _print(captions, found)
+    _print_scores(source, evaluation)
     if output is not None:
-        Folder(output).write("scores.json", to_json({"splits": list(splits), **found.to_dict()}))
+        Folder(output).write("scores.json", to_json({"splits": list(splits), **evaluation.to_dict()}))
     if per_image is not None:
         buffer = io.BytesIO()
-        pq.write_table(scores_table(found.scores, found.captions), buffer, compression="zstd")
+        pq.write_table(build_scores_table(evaluation.scores, evaluation.captions), buffer, compression="zstd")
         write_file(per_image, buffer.getvalue())
     if results is not None:
-        write_file(results, to_json(to_coco_results(found.predictions)))
+        write_file(results, to_json(to_coco_results(evaluation.predictions)))
 
 
 def _evaluate_ranker(
     ranker: str, features: str, splits: tuple[str, ...], protocol: str, output: str | None, device: str
 ) -> None:
-    from captionlib.evaluation.ranker_scores import score_ranker_folder  # loads torch, which takes seconds
-
-    ranking = score_ranker_folder(ranker, features, splits, PROTOCOLS[protocol], device)
-    echo_ranking(ranker, ranking)
+    dataset = open_dataset(features, "features").require_complete()
+    scores = score_ranker(load_ranker(ranker, device), dataset, splits, PROTOCOLS[protocol])
+    _print_retrieval_scores(ranker, scores)
     if output is not None:
-        content = {"splits": list(splits), "protocol": protocol, **dataclasses.asdict(ranking)}
+        content = {"splits": list(splits), "protocol": protocol, **dataclasses.asdict(scores)}
         Folder(output).write("scores.json", to_json(content))
 
 
-def _print(source: str, found: Evaluation) -> None:
-    click.echo(f"{source}: {found.scores.images:,} images")
-    for name, score in found.scores.scores.items():
-        ends = found.scores.intervals.get(name)
+def _print_scores(source: str, evaluation: Evaluation) -> None:
+    click.echo(f"{source}: {evaluation.scores.images:,} images")
+    for name, score in evaluation.scores.scores.items():
+        ends = evaluation.scores.intervals.get(name)
         interval = f"   {ends[0]:.4f} to {ends[1]:.4f}" if ends else ""
         click.echo(f"  {name:<18} {score:8.4f}{interval}")
-    for name, count in found.counts.items():
+    for name, count in evaluation.counts.items():
         click.echo(f"  {name:<18} {count:8,}")
-    for note in found.notes:
+    for note in evaluation.notes:
         click.echo(f"Note: {note}", err=True)
+
+
+def _print_retrieval_scores(ranker: str, scores: RetrievalScores) -> None:
+    folds = f", the mean of {scores.folds} folds" if scores.folds > 1 else ""
+    click.echo(f"{ranker}: {scores.images:,} images, {scores.references:,} references{folds}")
+    click.echo(f"  {'':<13} {'R@1':>6} {'R@5':>6} {'R@10':>6} {'median':>7} {'mean':>7}")
+    for name, direction in (("image to text", scores.image_to_text), ("text to image", scores.text_to_image)):
+        recalls = f"{direction.recall_at_1:>6.1%} {direction.recall_at_5:>6.1%} {direction.recall_at_10:>6.1%}"
+        click.echo(f"  {name} {recalls} {direction.median_rank:>7.1f} {direction.mean_rank:>7.1f}")

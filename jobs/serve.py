@@ -10,7 +10,7 @@ import click
 
 from captionlib.config import build_config, to_dict
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.search.index_files import DESCRIPTION
+from captionlib.search.index_folder import DESCRIPTION
 from captionlib.serving.config import ServingConfig
 from captionlib.storage.folders import Folder
 from jobs.options import device_option
@@ -43,6 +43,11 @@ _MOST_CONNECTIONS = 1000
     metavar="MB",
     help="The largest photograph that is taken.",
 )
+@click.option(
+    "--allow-private-hosts",
+    is_flag=True,
+    help="Fetch images also from web addresses on loopback, link-local and private networks.",
+)
 @device_option
 def command(
     index: str,
@@ -56,13 +61,15 @@ def command(
     workers: int,
     thumbnails: str | None,
     max_upload: int,
+    allow_private_hosts: bool,
     device: str,
 ) -> None:
     """Serve INDEX to a browser: a search box, a page an image, and the same as JSON.
 
     It listens on this machine alone unless told otherwise, knows no passwords, and shows every image of the index to
     whoever reaches it; put a server that does know them before it where that is not for everybody. It shows no image
-    but those that the index names, and takes no SQL. The API is described at /docs, and /health says that it runs.
+    but those that the index names, and takes no SQL. Images at web addresses are fetched from public hosts alone,
+    unless --allow-private-hosts is given. The API is described at /docs, and /health says that it runs.
 
     \b
     Examples:
@@ -74,14 +81,16 @@ def command(
     import uvicorn
     from uvicorn.supervisors import Multiprocess
 
-    from captionlib.serving.opening import Served
+    from captionlib.serving.startup import Served
 
     if not Folder(index).exists(DESCRIPTION):
         raise DatasetError(f"{index} is no index: expected a folder that holds {DESCRIPTION}; see build-index")
     in_url = f"[{host}]" if ":" in host else host
     own = [host, in_url] if host not in ("0.0.0.0", "::") else []
     limits = ServingConfig(
-        hosts=tuple(dict.fromkeys([*ServingConfig.hosts, *own, *names])), max_upload_bytes=max_upload * 2**20
+        hosts=tuple(dict.fromkeys([*ServingConfig.hosts, *own, *names])),
+        max_upload_bytes=max_upload * 2**20,
+        allow_private_hosts=allow_private_hosts,
     )
     folder = thumbnails or str(_cache() / "thumbnails")
     served = Served(index, folder, ranker, captioner, weights, sentences, device, limits)
@@ -125,7 +134,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def create() -> Any:
     """The application, in the process that serves it."""
-    from captionlib.serving.opening import Served, open_app
+    from captionlib.serving.startup import Served, open_app
 
     return open_app(build_config(Served, json.loads(os.environ[_SERVED])))
 

@@ -12,7 +12,7 @@ from captionlib.data.batches.images import ImageBatches
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError
-from captionlib.evaluation.cider import CiderScorer
+from captionlib.evaluation.caption_scores import CiderScorer
 from captionlib.models.captioners.captioner import Captioner
 from captionlib.models.captioners.end_to_end import ImageCaptioner
 from captionlib.models.decoding.config import DecodingConfig

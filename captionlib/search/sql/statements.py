@@ -1,0 +1,62 @@
+"""Distinguishes SQL statements that only read from all others, with DuckDB's parser."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import duckdb
+
+from captionlib.errors import QueryError
+
+__all__ = ["check_reads_only"]
+
+_ALLOWED_TABLE_FUNCTIONS = frozenset({"generate_series", "json_each", "json_tree", "range", "repeat", "unnest"})
+_ALLOWED_NODES = frozenset({"CTE_NODE", "RECURSIVE_CTE_NODE", "SELECT_NODE", "SET_OPERATION_NODE"})
+
+
+def check_reads_only(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
+    """Accepts one SELECT (or DESCRIBE, SHOW, SUMMARIZE, VALUES, FROM) that calls no function with outside access.
+
+    DuckDB's settings already keep statements away from files and settings. This check also rejects what they miss,
+    such as `enable_logging(storage_path=...)`, and whatever later versions of DuckDB add.
+
+    Raises:
+        QueryError: the statement is of another kind, or is not valid SQL.
+    """
+    try:
+        statements = connection.extract_statements(sql)
+        if len(statements) != 1:
+            raise QueryError(f"query: expected one SELECT statement, got {len(statements)} statements")
+        if statements[0].type != duckdb.StatementType.SELECT:
+            kind = str(statements[0].type).rpartition(".")[-1]
+            raise QueryError(f"query: expected a SELECT statement, got {kind}; the dataset is read-only")
+        (row,) = connection.execute("SELECT json_serialize_sql(?)", [sql]).fetchall()
+    except duckdb.Error as error:
+        raise QueryError(f"query: {error}") from error
+    try:
+        nodes = list(_walk_nodes(json.loads(row[0])))
+    except RecursionError as error:
+        raise QueryError("query: it is nested too deeply; write it with fewer levels") from error
+    for node in nodes:
+        _check_node(node)
+
+
+def _check_node(node: dict[str, Any]) -> None:
+    kind = node.get("type")
+    if kind == "TABLE_FUNCTION" and (name := node["function"]["function_name"]) not in _ALLOWED_TABLE_FUNCTIONS:
+        allowed = ", ".join(sorted(_ALLOWED_TABLE_FUNCTIONS))
+        raise QueryError(f"query: table function {name} is not allowed; allowed are {allowed}")
+    if isinstance(kind, str) and kind.endswith("_NODE") and kind not in _ALLOWED_NODES:
+        raise QueryError(f"query: expected only SELECT, got a nested {kind.split('_')[0]}; the dataset is read-only")
+
+
+def _walk_nodes(tree: Any) -> Iterator[dict[str, Any]]:
+    """Yields all mappings of a parsed statement, outer ones first."""
+    stack = [tree]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, dict):
+            yield node
+            stack.extend(node.values())
+        elif isinstance(node, list):
+            stack.extend(node)

@@ -1,0 +1,113 @@
+"""Opens the file system of an address and rejects chains of file systems.
+
+fsspec chains file systems with `::` (`zip://a.jpg::https://host/a.zip`), and some file systems interpret what they
+read: a `reference://` file names further addresses. An address could then decide what is opened, downloaded and
+evaluated. In captionlib, an address names a single file system that returns the stored bytes. No other module passes an
+address to `fsspec.open` or `fsspec.core.url_to_fs`.
+"""
+
+import os
+import re
+from typing import Any
+
+import fsspec
+from fsspec.core import OpenFile, get_compression
+from fsspec.registry import get_filesystem_class, known_implementations, registry
+
+from captionlib.errors import ConfigError
+
+__all__ = [
+    "INTERPRETING_PROTOCOLS",
+    "is_chained",
+    "is_known_protocol",
+    "open_decompressed",
+    "open_file_system",
+    "split_protocol",
+]
+
+INTERPRETING_PROTOCOLS = frozenset(
+    {
+        *("reference", "simplecache", "filecache", "blockcache", "cached", "zip", "tar", "libarchive", "dir"),
+        *("generic", "async_wrapper", "asyncwrapper", "data", "git", "github", "gist", "dvc", "dask"),
+        *("jupyter", "jlab", "pyscript"),
+    }
+)
+"""Protocols of file systems that interpret content, wrap another file system or run a program."""
+
+_PREFIX = re.compile(r"(?P<protocol>[a-z][a-z0-9+._-]*)(?P<separator>://|::)", re.IGNORECASE)
+
+
+def split_protocol(address: str) -> tuple[str, str]:
+    """Returns the protocol of an address in lower case, and the address with that spelling of the protocol.
+
+    The protocol of a path is empty. A path may contain `::` unless a known protocol precedes it.
+    """
+    match = _PREFIX.match(address)
+    if match is None:
+        return "", address
+    protocol = match["protocol"].lower()
+    if match["separator"] == "::" and not is_known_protocol(protocol):
+        return "", address
+    return protocol, protocol + address[len(protocol) :]
+
+
+def is_known_protocol(protocol: str) -> bool:
+    """Returns whether fsspec knows a protocol, even if the package that implements it is not installed."""
+    return protocol in known_implementations or protocol in registry
+
+
+def is_chained(address: str) -> bool:
+    """Returns whether fsspec would chain file systems. `::` in an http(s) URL, a key or a path is not a chain."""
+    protocol, address = split_protocol(address)
+    if not protocol:
+        return False
+    if address.startswith(f"{protocol}::"):
+        return True
+    if protocol in ("http", "https"):
+        return False
+    return any("://" in part or is_known_protocol(part) for part in address.split("::")[1:])
+
+
+def open_file_system(address: str | os.PathLike[str], **options: Any) -> tuple[Any, str]:
+    """Opens the fsspec file system of an address.
+
+    Args:
+        address: a path or an address.
+        options: options of the file system; they override those that the address implies.
+
+    Returns:
+        The file system, and the path as that file system spells it.
+
+    Raises:
+        ConfigError: the address is chained, its protocol is unknown or interprets content, or a package is missing.
+    """
+    given = os.fspath(address)
+    protocol, url = split_protocol(given)
+    if is_chained(given):
+        raise ConfigError(
+            f"{given} chains file systems with `::`; expected a path or the address of one file system; "
+            "download or unpack it first, and use its path"
+        )
+    if protocol in INTERPRETING_PROTOCOLS:
+        raise ConfigError(
+            f"{given} cannot be opened: {protocol} interprets what it reads; expected a path or an address such as "
+            "s3://bucket/folder; download or unpack it first, and use its path"
+        )
+    try:
+        file_system = get_filesystem_class(protocol or "file")
+        implied = file_system._get_kwargs_from_urls(url) if protocol else {}
+        return fsspec.filesystem(protocol or "file", **{**implied, **options}), file_system._strip_protocol(url)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{given} cannot be opened: {error}") from error
+
+
+def open_decompressed(fs: Any, path: str, mode: str = "rb", **text: Any) -> Any:
+    """Returns a context manager that opens a file and decompresses it by its extension, such as `.gz`.
+
+    Args:
+        fs: the fsspec file system.
+        path: the path on it.
+        mode: `rb` or `rt`.
+        text: `encoding`, `errors` and `newline` of a text file.
+    """
+    return OpenFile(fs, path, mode, compression=get_compression(path, "infer"), **text)

@@ -1,0 +1,94 @@
+"""A small site of drawn images, with a ranker of words and a network that sees."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from fastapi import FastAPI
+from PIL import Image
+
+import captionlib.search
+from captionlib.data.images.decoder_pool import DecoderConfig
+from captionlib.data.shards.dataset import create_dataset
+from captionlib.data.shards.schemas import captions_schema
+from captionlib.data.shards.writer import write_shard
+from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
+from captionlib.search.build import plan_build
+from captionlib.search.config import IndexConfig
+from captionlib.search.models import ImageQueryModels
+from captionlib.serving.app import create_app
+from captionlib.serving.config import ServingConfig
+from captionlib.serving.service import Library
+from tests.search.example_index import Row, WordRanker, make_rows, write_embeddings_dataset
+
+EVIL = '<script>document.title="stolen"</script>'
+"""An image id and a caption that a page must not run."""
+
+COLOURS = ["teal", "crimson", "gold", "navy", "olive", "plum"]
+
+
+@lru_cache(maxsize=1)
+def _description() -> Mapping[str, Any]:
+    config = EncoderConfig("squeezenet1_1", "features.4.cat", "random:0", pooling="mean")
+    return load_encoder(config, "cpu").description
+
+
+def seeing_ranker() -> WordRanker:
+    """A ranker that reads words and sees with a small network."""
+    ranker = WordRanker()
+    ranker.encoder = _description()
+    return ranker
+
+
+def site_rows(count: int) -> list[Row]:
+    """Captions, one of which is evil, and one of an image that is gone."""
+    return [*make_rows(count - 2), (EVIL, f"a dog and a {EVIL}", -2.0), ("gone", "a dog that has gone", -3.0)]
+
+
+def make_site(folder: Path, count: int = 60, config: ServingConfig | None = None, sees: bool = True) -> FastAPI:
+    """Writes images, captions and embeddings, indexes them, and opens the application."""
+    rows = site_rows(count)
+    _write_captions(folder, rows)
+    write_embeddings_dataset(str(folder / "embeddings"), {0: rows}, 1)
+    build = plan_build(folder / "captions", folder / "embeddings", folder / "index", IndexConfig())
+    build.train()
+    build.add_shard(0)
+    build.finish()
+    ranker = seeing_ranker()
+    index = captionlib.search.open(folder / "index", ranker)
+    limits = config or ServingConfig(hosts=("localhost", "127.0.0.1", "testserver"))
+    decoding = DecoderConfig(max_image_pixels=limits.max_image_pixels)
+    photos = ImageQueryModels(ranker, device="cpu", decoding=decoding) if sees else None
+    return create_app(Library(index, limits, ranker, photos), folder / "thumbnails")
+
+
+def _write_captions(folder: Path, rows: list[Row]) -> None:
+    values = []
+    for number, (image_id, caption, log_prob) in enumerate(rows):
+        path = folder / "images" / f"{number}.png"
+        if image_id != "gone":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            size = (160, 120) if number % 2 else (90, 140)
+            Image.new("RGB", size, COLOURS[number % len(COLOURS)]).save(path)
+        other = f"perhaps {caption}"
+        values.append(
+            {
+                "image_id": image_id,
+                "uri": str(path),
+                "split": "val" if number % 3 else "train",
+                "caption": caption,
+                "log_prob": log_prob,
+                "tokens": len(caption.split()) + 1,
+                "candidates": [
+                    {"caption": caption, "log_prob": log_prob},
+                    {"caption": other, "log_prob": log_prob - 1},
+                ],
+            }
+        )
+    schema = captions_schema()
+    dataset = create_dataset(folder / "captions", "captions", schema, config={"input": "images"}, shards=1)
+    with write_shard(dataset, 0, len(rows)) as writer:
+        writer.write(pa.RecordBatch.from_pylist(values, schema=schema))
+    dataset.finish()
