@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.bars import report
 from benchmarks.synthetic_images import write_images, write_manifest
 from captionlib.data.images.loading import LoadingConfig
-from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.captioning import GenerationConfig
 from captionlib.models.inference.extraction import ExtractionConfig

@@ -9,7 +9,8 @@ import torch
 from benchmarks.bars import report
 from captionlib.data.text.vocabulary import END
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
-from captionlib.models.decoding.decoder import Decoder, DecodingConfig
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.decoder import Decoder
 
 WORDS, FEATURE_SIZE = 2500, 4096
 BATCH, SINGLES, ROUNDS = 100, 25, 7
@@ -50,7 +51,7 @@ def captions_per_second(decoder: Decoder, features: torch.Tensor, batch: int) ->
 def measure(model: Captioner, features: torch.Tensor, dtype: torch.dtype) -> float:
     """The median ratio of rounds that time both in turn."""
     decoder = Decoder(model, DecodingConfig(beam_width=5), dtype)
-    sentences = [candidates[0].words for candidates in decoder.decode(features)]
+    sentences = [candidates[0].token_ids for candidates in decoder.decode(features)]
     different, words = len(set(map(tuple, sentences))), statistics.mean(map(len, sentences))
     print(f"# {dtype}: {different} different sentences for {len(features)} images, {words:.1f} words on average")
     ratios = []

@@ -52,8 +52,8 @@ CAPTIONERS = {
 }
 PARTS = [*CAPTIONERS, "ranking"]
 RANKS = {
-    "image_to_sentence": {"recall_at_1": 0.22, "recall_at_5": 0.49, "recall_at_10": 0.62, "median_rank": 6},
-    "sentence_to_image": {"recall_at_1": 0.16, "recall_at_5": 0.40, "recall_at_10": 0.54, "median_rank": 9},
+    "image_to_text": {"recall_at_1": 0.22, "recall_at_5": 0.49, "recall_at_10": 0.62, "median_rank": 6},
+    "text_to_image": {"recall_at_1": 0.16, "recall_at_5": 0.40, "recall_at_10": 0.54, "median_rank": 9},
 }
 
 Row = tuple[str, float, float, bool]  # of the table: what, its value, its bar, and whether it is to be at least the bar

@@ -19,10 +19,11 @@ from benchmarks.decoding_speed import BATCH, FEATURE_SIZE, build_captioner
 from captionlib.data.batches.captions import pool_map, read_features
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.text.vocabulary import END, UNKNOWN
-from captionlib.evaluation.metrics import bleu
+from captionlib.evaluation.metrics import compute_bleu
 from captionlib.models.captioners.captioner import Captioner
-from captionlib.models.checkpoints.captioners import load_captioner
-from captionlib.models.decoding.decoder import Decoder, DecodingConfig
+from captionlib.models.checkpoints.checkpoint import load_captioner
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.decoder import Decoder
 
 WIDTH, STEPS = 5, 20
 IMAGES, ROUNDS = 1000, 7
@@ -94,7 +95,7 @@ def main() -> None:
         Decoder(model, DecodingConfig(beam_width=WIDTH, max_tokens=STEPS, length_penalty=0)),
     )
     with torch.inference_mode():
-        images = model.image_projection(model.standardize(features)).double().numpy()
+        images = model.image_projection(model.transform_features(features)).double().numpy()
     ratios = []
     for number in range(ROUNDS):
         chosen = range(number * SINGLES, (number + 1) * SINGLES)
@@ -111,7 +112,7 @@ def main() -> None:
         ratios.append(ours / theirs)
     scored = min(len(features), IMAGES)
     ours_said = [
-        one[0].words for start in range(0, scored, BATCH) for one in fast.decode(features[start : start + BATCH])
+        one[0].token_ids for start in range(0, scored, BATCH) for one in fast.decode(features[start : start + BATCH])
     ]
     difference = abs(
         _bleu(ours_said, references) - _bleu([slow.decode(image) for image in images[:scored]], references)
@@ -125,7 +126,7 @@ def _made_up() -> tuple[Captioner, torch.Tensor, list[list[list[int]]]]:
     model = build_captioner()
     features = torch.randn(200, FEATURE_SIZE, generator=torch.Generator().manual_seed(1))
     drawn = Decoder(model, DecodingConfig("sample", n_best=5)).decode(features)
-    return model, features, [[one.words for one in some] for some in drawn]
+    return model, features, [[one.token_ids for one in some] for some in drawn]
 
 
 def _trained(captioner: str, features: str) -> tuple[Captioner, torch.Tensor, list[list[list[int]]]]:
@@ -143,7 +144,7 @@ def _bleu(said: Sequence[Sequence[int]], references: Sequence[Sequence[Sequence[
     """BLEU-4 over word ids."""
     numbers = range(len(said))
     captions = {str(number): [" ".join(map(str, said[number]))] for number in numbers}
-    metric = bleu(captions, {str(n): [" ".join(map(str, one)) for one in references[n]] for n in numbers})
+    metric = compute_bleu(captions, {str(n): [" ".join(map(str, one)) for one in references[n]] for n in numbers})
     return float(metric.formula(metric.rows.sum(0))[3])
 
 

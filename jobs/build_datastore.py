@@ -28,14 +28,14 @@ def command(
     """Have a captioner remember the images of SOURCE that it learned from, and what people said of them.
 
     SOURCE is a features dataset or a manifest. A vector and the sentences of each image of the splits train and restval
-    are kept beside the checkpoint, in datastore.parquet. Where decoding.neighbors is set, generate-captions and caption
+    are kept beside the checkpoint, in datastore.parquet. Where decoding.rerank.neighbors is set, generate-captions and caption
     choose among the sentences that the captioner finds likely by what was said of the images most alike.
 
     \b
     Examples:
       captionlib build-datastore features -c captioner
       captionlib generate-captions features -c captioner -o captions --set decoding.beam_width=60 \\
-        --set decoding.consensus=6 --set decoding.neighbors=60
+        --set decoding.rerank.method=mbr --set decoding.rerank.temperature=6 --set decoding.rerank.neighbors=60
       captionlib build-datastore features -c captioner --set splits=[train]
     """
     settings = load_config(DatastoreConfig, config, overrides)

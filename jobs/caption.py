@@ -10,10 +10,10 @@ from typing import Any
 import click
 
 from captionlib.config import load_config
-from captionlib.evaluation.image_views import sight_of
-from captionlib.evaluation.predictions import prediction_of
+from captionlib.evaluation.encoder_views import build_encoder_view
+from captionlib.evaluation.predictions import Prediction
 from captionlib.evaluation.report import write_report
-from captionlib.models.checkpoints.captioners import load_captioner
+from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.models.inference.captioning import GenerationConfig, caption_images
 from jobs.options import config_options, device_option
 
@@ -70,6 +70,8 @@ def command(
 
 
 def _write_page(folder: str, rows: Sequence[Mapping[str, Any]], checkpoint: str) -> str:
-    predictions = [prediction_of(row) for row in rows]
-    sight = sight_of(rows, load_captioner(checkpoint).encoder)
-    return write_report(folder, "Captions", predictions, note=f"{len(rows):,} images, by {checkpoint}.", sight=sight)
+    predictions = [Prediction.from_row(row) for row in rows]
+    sight = build_encoder_view(rows, load_captioner(checkpoint).encoder)
+    return write_report(
+        folder, "Captions", predictions, note=f"{len(rows):,} images, by {checkpoint}.", encoder_view=sight
+    )

@@ -16,7 +16,7 @@ from captionlib.data.ingestion.prepare import PrepareConfig, prepare_manifest
 from captionlib.data.synthetic_scenes import Scene, parse_attributes, read_scenes, score_attributes, write_scenes
 from captionlib.evaluation.evaluate import Evaluation, evaluate_captions
 from captionlib.evaluation.report import write_report
-from captionlib.models.checkpoints.captioners import load_captioner
+from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.captioning import GenerationConfig
 from captionlib.models.inference.extraction import ExtractionConfig
@@ -32,7 +32,7 @@ __all__ = ["command"]
 # What the demo needs and the defaults are not: few words, few minutes, and features of random weights, in which all
 # pictures look alike but for small parts of their principal components.
 TRAINING = [
-    "captioner.image_input=state",
+    "captioner.image_input=initial_state",
     "captioner.principal_components=256",
     "captioner.hidden_size=256",
     "captioner.embedding_size=256",
@@ -101,9 +101,9 @@ def command(output: str, weights: str, train: int, held_out: int, overwrite: boo
         "Captions of held-out scenes",
         found.predictions,
         note=f"What the captioner says of {held_out} scenes whose combination of attributes it has never seen.",
-        figures=figures,
-        cider=found.scores.of_images["CIDEr"],
-        marks={image_id: _marks(scenes[image_id], caption) for image_id, caption in found.captions.items()},
+        scores=figures,
+        cider=found.scores.per_image["CIDEr"],
+        attributes={image_id: _marks(scenes[image_id], caption) for image_id, caption in found.captions.items()},
         history=load_captioner(folder / "captioner").training["history"],
     )
     click.echo(f"\nThe report, to open in a browser:\n{Path(page).resolve()}")

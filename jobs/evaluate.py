@@ -6,15 +6,16 @@ import io
 import click
 import pyarrow.parquet as pq
 
+from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.shards.markers import to_json
 from captionlib.evaluation.bootstrap import BootstrapConfig
-from captionlib.evaluation.caption_scores import scores_table
+from captionlib.evaluation.caption_scores import build_scores_table
 from captionlib.evaluation.evaluate import TRAIN_SPLITS, Evaluation, evaluate_captions
 from captionlib.evaluation.predictions import to_coco_results
-from captionlib.evaluation.retrieval import PROTOCOLS
+from captionlib.evaluation.retrieval import PROTOCOLS, RetrievalScores, score_ranker
+from captionlib.models.checkpoints.checkpoint import load_ranker
 from captionlib.storage.folders import Folder, write_file
 from jobs.options import device_option
-from jobs.summaries import echo_ranking
 
 __all__ = ["command"]
 
@@ -102,7 +103,7 @@ def command(
         Folder(output).write("scores.json", to_json({"splits": list(splits), **found.to_dict()}))
     if per_image is not None:
         buffer = io.BytesIO()
-        pq.write_table(scores_table(found.scores, found.captions), buffer, compression="zstd")
+        pq.write_table(build_scores_table(found.scores, found.captions), buffer, compression="zstd")
         write_file(per_image, buffer.getvalue())
     if results is not None:
         write_file(results, to_json(to_coco_results(found.predictions)))
@@ -111,12 +112,11 @@ def command(
 def _evaluate_ranker(
     ranker: str, features: str, splits: tuple[str, ...], protocol: str, output: str | None, device: str
 ) -> None:
-    from captionlib.evaluation.ranker_scores import score_ranker_folder  # loads torch, which takes seconds
-
-    ranking = score_ranker_folder(ranker, features, splits, PROTOCOLS[protocol], device)
-    echo_ranking(ranker, ranking)
+    dataset = open_dataset(features, "features").require_complete()
+    scores = score_ranker(load_ranker(ranker, device), dataset, splits, PROTOCOLS[protocol])
+    _echo_retrieval(ranker, scores)
     if output is not None:
-        content = {"splits": list(splits), "protocol": protocol, **dataclasses.asdict(ranking)}
+        content = {"splits": list(splits), "protocol": protocol, **dataclasses.asdict(scores)}
         Folder(output).write("scores.json", to_json(content))
 
 
@@ -130,3 +130,12 @@ def _print(source: str, found: Evaluation) -> None:
         click.echo(f"  {name:<18} {count:8,}")
     for note in found.notes:
         click.echo(f"Note: {note}", err=True)
+
+
+def _echo_retrieval(ranker: str, scores: RetrievalScores) -> None:
+    folds = f", the mean of {scores.folds} folds" if scores.folds > 1 else ""
+    click.echo(f"{ranker}: {scores.images:,} images, {scores.references:,} references{folds}")
+    click.echo(f"  {'':<13} {'R@1':>6} {'R@5':>6} {'R@10':>6} {'median':>7} {'mean':>7}")
+    for name, direction in (("image to text", scores.image_to_text), ("text to image", scores.text_to_image)):
+        recalls = f"{direction.recall_at_1:>6.1%} {direction.recall_at_5:>6.1%} {direction.recall_at_10:>6.1%}"
+        click.echo(f"  {name} {recalls} {direction.median_rank:>7.1f} {direction.mean_rank:>7.1f}")

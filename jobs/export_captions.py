@@ -5,8 +5,7 @@ from typing import Literal
 import click
 
 from captionlib.data.shards.markers import to_json
-from captionlib.evaluation.evaluate import load_predictions
-from captionlib.evaluation.predictions import to_coco_results, to_result_struct
+from captionlib.evaluation.predictions import load_predictions, to_coco_results, to_result_struct
 from captionlib.storage.folders import write_file
 
 __all__ = ["command"]

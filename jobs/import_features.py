@@ -13,10 +13,12 @@ __all__ = ["command"]
 @click.command()
 @click.argument("dataset_json")
 @click.argument("features_mat")
-@click.option("--output", "-o", required=True, metavar="FOLDER", help="The features dataset to write.")
-@click.option("--images", metavar="FOLDER", help="Where the images are, if not beside DATASET_JSON.")
+@click.option("--output", "-o", required=True, metavar="FOLDER", help="Folder for the features dataset.")
+@click.option(
+    "--images", metavar="FOLDER", help="Folder that image paths start from. [default: the folder of DATASET_JSON]"
+)
 @config_options
-@click.option("--overwrite", is_flag=True, help="Replace an output that other files were imported to.")
+@click.option("--overwrite", is_flag=True, help="Replace features of other files.")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
 def command(
     dataset_json: str,
@@ -28,16 +30,18 @@ def command(
     overwrite: bool,
     progress: bool,
 ) -> None:
-    """Turn NeuralTalk's DATASET_JSON and FEATURES_MAT into a features dataset.
+    """Convert NeuralTalk's features to a features dataset, ready for train-captioner and generate-captions.
 
-    FEATURES_MAT is vgg_feats.mat of any MATLAB version: its variable feats has a column an image, whose number is the
-    image's imgid. What the rest of the flow needs is there: train-captioner and generate-captions take the features.
-    Single photos cannot be captioned with them, as the network that made them is not in the file.
+    DATASET_JSON is Karpathy's dataset.json. FEATURES_MAT is vgg_feats.mat, in any MATLAB version: column N of its
+    variable feats is the feature vector of the image with imgid N.
+
+    A captioner trained on these features can caption them, but no other images, because the files do not contain the
+    network that computed the features.
 
     \b
     Examples:
       captionlib import-features flickr8k/dataset.json flickr8k/vgg_feats.mat -o features
-      captionlib import-features dataset.json feats.mat -o features --images photos --set variable=feats
+      captionlib import-features dataset.json feats.mat -o features --images coco/ --set variable=feats
     """
     if images is not None:
         overrides = (*overrides, f"image_root={images}")

@@ -11,43 +11,48 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
-@click.option("--output", "-o", required=True, metavar="FOLDER", help="The manifest to write.")
+@click.option("--output", "-o", required=True, metavar="FOLDER", help="Folder for the manifest.")
 @click.option(
     "--format",
     "source_format",
     type=click.Choice(["auto", *SOURCE_FORMATS]),
     default="auto",
     show_default=True,
-    help="What SOURCE is; auto tells it by its name and content.",
+    help="Format of SOURCE; auto detects it by file name and content.",
 )
-@click.option("--images", metavar="FOLDER", help="What image paths in SOURCE are relative to. [default: its folder]")
-@click.option("--default-split", default="", metavar="NAME", help="The split of images whose source names none.")
+@click.option(
+    "--images", metavar="FOLDER", help="Folder that relative image paths start from. [default: the folder of SOURCE]"
+)
+@click.option("--default-split", default="", metavar="NAME", help="Split of images for which SOURCE names none.")
 @click.option(
     "--split-file",
     "split_files",
     multiple=True,
     metavar="SPLIT=FILE",
-    help="Flickr: the names of a split's images. Repeatable. [default: the official files beside the captions]",
+    help="Flickr: file with the image names of a split. Repeatable. [default: the official files beside SOURCE]",
 )
-@click.option("--id-column", metavar="NAME", help="Tables: the image id. [default: image_id, id ..., else the uri]")
 @click.option(
-    "--uri-column", metavar="NAME", help="Tables: where the image is. [default: uri, url, path, file_name ...]"
+    "--id-column", metavar="NAME", help="Tables: column of the image id. [default: image_id, id, ..., or else the uri]"
+)
+@click.option(
+    "--uri-column", metavar="NAME", help="Tables: column of the image path or URL. [default: uri, url, path, ...]"
 )
 @click.option(
     "--caption-column",
     "caption_columns",
     multiple=True,
     metavar="NAME",
-    help="Tables: a caption or a list of them. Repeatable. [default: captions, caption, text ...]",
+    help="Tables: column of a caption or a list of captions. Repeatable. [default: captions, caption, text, ...]",
 )
-@click.option("--split-column", metavar="NAME", help="Tables: the split. [default: split]")
-@click.option("--split", "splits", multiple=True, metavar="NAME", help="Keep this split alone. Repeatable.")
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Keep the first N images.")
-@click.option("--shard-size", type=click.IntRange(min=1), default=1000, show_default=True, help="Images a shard.")
+@click.option("--split-column", metavar="NAME", help="Tables: column of the split. [default: split, subset]")
+@click.option("--split", "splits", multiple=True, metavar="NAME", help="Include only this split. Repeatable.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Include only the first N images.")
+@click.option("--shard-size", type=click.IntRange(min=1), default=1000, show_default=True, help="Images per shard.")
 @click.option(
     "--check-images/--no-check-images",
     default=True,
-    help="Stop if none of the first images that a file lists can be found. [default: check]",
+    show_default=True,
+    help="Stop if SOURCE lists images and none of the first ones exists.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a manifest of other images.")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
@@ -69,39 +74,48 @@ def command(
     overwrite: bool,
     progress: bool,
 ) -> None:
-    """Turn any SOURCE of images, with captions or without, into a manifest: a row an image.
+    """Convert images, with or without reference captions, to a manifest.
 
-    A row is image id, uri, split and captions. Ids are unique: a duplicate is an error that names both rows. The same
-    source gives the same manifest, and a second run finds it there. Paths may be addresses such as s3://bucket/photos.
+    A manifest is a Parquet dataset with one row per image: image_id, uri, split and captions. Images stay where they
+    are. Image ids must be unique. The same SOURCE always gives the same manifest, so a second run writes nothing. SOURCE
+    is a path, a URL such as s3://bucket/images, or a glob, in one of these formats:
 
     \b
-    A folder or a glob of images; the id is the path below it:
-      captionlib prepare photos/ -o manifest
-      captionlib prepare 'photos/**/*.jpg' -o manifest --default-split test
+    folder: image files. The id is the path relative to the folder.
+      captionlib prepare images/ -o manifest
+      captionlib prepare 'images/**/*.jpg' -o manifest --default-split test
     \b
-    COCO's captions; train2014/ and val2014/ are found in --images:
+    coco: COCO's captions. Finds train2014/ and val2014/ in the image folder.
       captionlib prepare captions_train2014.json captions_val2014.json --images coco/ -o manifest
     \b
-    Karpathy's splits (train, restval, val, test):
+    karpathy: dataset.json with Karpathy's splits train, restval, val and test.
       captionlib prepare dataset.json --images coco/ -o manifest
     \b
-    Flickr8k and Flickr30k; the official split files beside it are used:
+    flickr: lines of NAME.jpg#K, a tab and a caption. Uses the official split files beside them.
       captionlib prepare Flickr8k.token.txt --images Flicker8k_Dataset/ -o manifest
       captionlib prepare results.token --split-file train=train.txt --split-file val=val.txt -o manifest
     \b
-    Tables: CSV, TSV, JSON Lines and Parquet, also compressed, a row an image or a row a caption:
+    table: CSV, TSV, JSON Lines (also .gz) or Parquet with one row per image or per caption.
       captionlib prepare pairs.csv --uri-column url --caption-column alt -o manifest
       captionlib prepare 's3://bucket/table/*.parquet' -o manifest
     \b
-    WebDataset tars, and Parquet with the images in the rows (the Hugging Face layout); nothing is unpacked:
+    webdataset: uncompressed tars of 000.jpg, 000.txt, 000.json, 001.jpg, ...
       captionlib prepare 'shards/{00000..00099}.tar' -o manifest
-      captionlib prepare 'data/train-*.parquet' --split train -o manifest
+    \b
+    hf-parquet: Parquet with embedded images, in a column of struct<bytes, path>, as on Hugging Face.
+      captionlib prepare 'data/train-*.parquet' --default-split train -o manifest
     """
     options = SourceOptions(
-        images, default_split, _parse_split_files(split_files), id_column, uri_column, caption_columns, split_column
+        image_root=images,
+        default_split=default_split,
+        split_files=_parse_split_files(split_files),
+        id_column=id_column,
+        uri_column=uri_column,
+        caption_columns=caption_columns,
+        split_column=split_column,
     )
     config = PrepareConfig(source_format, options, splits, limit, shard_size, check_images)
-    echo_summary(output, prepare_manifest(sources, output, config, overwrite=overwrite, progress=progress))
+    _echo_summary(output, prepare_manifest(sources, output, config, overwrite=overwrite, progress=progress))
 
 
 def _parse_split_files(pairs: tuple[str, ...]) -> dict[str, str]:
@@ -116,12 +130,11 @@ def _parse_split_files(pairs: tuple[str, ...]) -> dict[str, str]:
     return files
 
 
-def echo_summary(output: str, summary: PrepareSummary) -> None:
-    """Prints what a manifest holds, and what of its source it does not."""
+def _echo_summary(output: str, summary: PrepareSummary) -> None:
     if summary.already_prepared:
         click.echo(f"{output}: already prepared, nothing to do")
     else:
-        click.echo(f"{output}: prepared from {summary.source_format}")
+        click.echo(f"{output}: prepared, source format {summary.source_format}")
     rows = [
         ("images", summary.images),
         ("captions", summary.captions),

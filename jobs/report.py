@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from captionlib.data.sources.locations import locate, resolve_uri
-from captionlib.evaluation.evaluate import Evaluation, evaluate_predictions, load_predictions
-from captionlib.evaluation.image_views import read_sight
+from captionlib.evaluation.encoder_views import read_encoder_view
+from captionlib.evaluation.evaluate import Evaluation, evaluate_predictions
+from captionlib.evaluation.predictions import load_predictions
 from captionlib.evaluation.report import write_report
 
 __all__ = ["command"]
@@ -59,10 +60,10 @@ def command(
         title or f"Captions of {captions}",
         predictions,
         note=_describe(len(predictions), splits, scored),
-        figures=[] if scored is None else _figures(scored),
-        cider=None if scored is None else scored.scores.of_images["CIDEr"],
+        scores=[] if scored is None else _figures(scored),
+        cider=None if scored is None else scored.scores.per_image["CIDEr"],
         history=[] if checkpoint is None else _read_history(checkpoint),
-        sight=read_sight(captions, [one.image_id for one in predictions]),
+        encoder_view=read_encoder_view(captions, [one.image_id for one in predictions]),
         progress=progress,
     )
     for note in [] if scored is None else scored.notes:
@@ -88,7 +89,7 @@ def _figures(scored: Evaluation) -> list[tuple[str, str, str]]:
 
 
 def _read_history(checkpoint: str) -> Sequence[Mapping[str, Any]]:
-    from captionlib.models.checkpoints.captioners import load_captioner  # loads torch, which takes seconds
+    from captionlib.models.checkpoints.checkpoint import load_captioner  # loads torch, which takes seconds
 
     history: Sequence[Mapping[str, Any]] = load_captioner(checkpoint).training.get("history", [])
     return history

@@ -6,8 +6,9 @@ from dataclasses import asdict
 import click
 
 from captionlib.config import load_config
-from captionlib.models.captioners.language_model import load_language_model, sample_texts
-from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.checkpoints.checkpoint import load_language_model
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.text_sampling import sample_texts
 from jobs.options import config_options, device_option
 
 __all__ = ["command"]
@@ -47,7 +48,7 @@ def command(
     \b
     Examples:
       captionlib sample language-model --count 10
-      captionlib sample language-model --prefix "a dog" --temperature 0.7 --set no_repeat_ngram=3
+      captionlib sample language-model --prefix "a dog" --temperature 0.7 --set no_repeat_ngram_size=3
       captionlib sample author --length 1000 --top-p 0.9 --seed 1
     """
     language_model = load_language_model(checkpoint, device)

@@ -43,6 +43,11 @@ _MOST_CONNECTIONS = 1000
     metavar="MB",
     help="The largest photograph that is taken.",
 )
+@click.option(
+    "--allow-private-hosts",
+    is_flag=True,
+    help="Fetch images also from web addresses on loopback, link-local and private networks.",
+)
 @device_option
 def command(
     index: str,
@@ -56,13 +61,15 @@ def command(
     workers: int,
     thumbnails: str | None,
     max_upload: int,
+    allow_private_hosts: bool,
     device: str,
 ) -> None:
     """Serve INDEX to a browser: a search box, a page an image, and the same as JSON.
 
     It listens on this machine alone unless told otherwise, knows no passwords, and shows every image of the index to
     whoever reaches it; put a server that does know them before it where that is not for everybody. It shows no image
-    but those that the index names, and takes no SQL. The API is described at /docs, and /health says that it runs.
+    but those that the index names, and takes no SQL. Images at web addresses are fetched from public hosts alone,
+    unless --allow-private-hosts is given. The API is described at /docs, and /health says that it runs.
 
     \b
     Examples:
@@ -81,7 +88,9 @@ def command(
     in_url = f"[{host}]" if ":" in host else host
     own = [host, in_url] if host not in ("0.0.0.0", "::") else []
     limits = ServingConfig(
-        hosts=tuple(dict.fromkeys([*ServingConfig.hosts, *own, *names])), max_upload_bytes=max_upload * 2**20
+        hosts=tuple(dict.fromkeys([*ServingConfig.hosts, *own, *names])),
+        max_upload_bytes=max_upload * 2**20,
+        allow_private_hosts=allow_private_hosts,
     )
     folder = thumbnails or str(_cache() / "thumbnails")
     served = Served(index, folder, ranker, captioner, weights, sentences, device, limits)

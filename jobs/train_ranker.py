@@ -47,6 +47,6 @@ def command(
         return
     click.echo(
         f"{output}: mean recall {1 - best['missed_recall']:.1%} after epoch {best['epoch']:.0f} of {len(history)}, "
-        f"median rank {best['image_to_sentence_median_rank']:g} image to sentence, "
-        f"{best['sentence_to_image_median_rank']:g} sentence to image"
+        f"median rank {best['image_to_text_median_rank']:g} image to text, "
+        f"{best['text_to_image_median_rank']:g} text to image"
     )

@@ -7,7 +7,7 @@ from captionlib.data.shards.dataset import create_dataset, open_dataset
 from captionlib.data.shards.markers import Totals
 from captionlib.data.shards.schemas import embeddings_schema
 from captionlib.data.shards.stages import ShardJob
-from captionlib.models.checkpoints.rankers import load_ranker
+from captionlib.models.checkpoints.checkpoint import load_ranker
 from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding, PinnedRanker, describe_embeddings
 from captionlib.models.inference.feature_source import resolve_encoder
 from captionlib.storage.folders import resolve_address

@@ -10,8 +10,7 @@ from captionlib.data.shards.markers import Totals
 from captionlib.data.shards.schemas import captions_schema, embeddings_schema
 from captionlib.data.shards.stages import ShardJob
 from captionlib.errors import ConfigError
-from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner
-from captionlib.models.checkpoints.rankers import load_ranker
+from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner, load_ranker
 from captionlib.models.inference.attention_maps import require_attention
 from captionlib.models.inference.captioning import CaptionGeneration, GenerationConfig, find_datastore_fingerprint
 from captionlib.models.inference.embedding import PinnedRanker, describe_embeddings

@@ -1,87 +1,83 @@
-"""Scores of a set, of each image, and confidence intervals by resampling the images."""
+"""Summarizes metrics: the score of the set, of each image, and confidence intervals by bootstrap over images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field, NonNegativeInt
 
-from captionlib.errors import ConfigError
+from captionlib.config import configclass
 from captionlib.evaluation.metrics import Metric
 
 __all__ = ["BootstrapConfig", "Summary", "summarize"]
 
 
-@dataclass(frozen=True)
+@configclass
 class BootstrapConfig:
-    """How confidence intervals are made (Efron & Tibshirani 1993, chapter 13: the percentile interval).
+    """Percentile bootstrap intervals (Efron & Tibshirani 1993, chapter 13).
 
     Attributes:
-        samples: resamples of as many images as there are, drawn with replacement; 0 leaves the intervals out.
-        confidence: how often the interval holds the score of another such set of images.
-        seed: of the resamples; the same images get the same intervals.
+        samples: the number of resamples with replacement, each as large as the set; 0 computes no intervals.
+        confidence: the confidence level, between 0 and 1.
+        seed: the seed of the resamples; the same images get the same intervals.
     """
 
-    samples: int = 1000
-    confidence: float = 0.95
+    samples: NonNegativeInt = 1000
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.samples < 0:
-            raise ConfigError(f"samples: expected at least 0, got {self.samples}")
-        if not 0 < self.confidence < 1:
-            raise ConfigError(f"confidence: expected more than 0 and less than 1, got {self.confidence}")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The scores of a set of images, by name.
+    """Scores of a set of images, by name.
 
     Attributes:
-        scores: of the whole set.
-        of_images: of each image by its id; not a number where it has none.
-        intervals: the lower and the upper end of the confidence interval.
+        scores: the score of the whole set.
+        per_image: the score of each image by its id; NaN where it is undefined.
+        intervals: the lower and upper end of the confidence interval.
     """
 
     scores: Mapping[str, float]
-    of_images: Mapping[str, Mapping[str, float]]
+    per_image: Mapping[str, Mapping[str, float]]
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def summarize(metrics: Sequence[Metric], image_ids: Sequence[str], config: BootstrapConfig) -> Summary:
-    """The scores of metrics; those that have no value for the whole set are left out.
+    """Computes the scores of metrics; a score that is undefined for the whole set is left out.
 
     Args:
-        metrics: with a row for each of `image_ids`.
-        image_ids: whose rows they are.
-        config: of the intervals.
+        metrics: metrics with one row for each of `image_ids`.
+        image_ids: the images of the rows.
+        config: how confidence intervals are computed.
     """
     sums = _resample(np.concatenate([metric.rows for metric in metrics], 1), config)
     widths = [metric.rows.shape[1] for metric in metrics]
     scores: dict[str, float] = {}
-    of_images: dict[str, dict[str, float]] = {}
+    per_image: dict[str, dict[str, float]] = {}
     intervals: dict[str, tuple[float, float]] = {}
-    for metric, drawn in zip(metrics, np.split(sums, np.cumsum(widths)[:-1], axis=1), strict=True):
-        of_set, of_each = metric.formula(metric.rows.sum(0)), metric.formula(metric.rows)
-        of_samples = metric.formula(drawn)
-        for number, name in enumerate(metric.names):
-            if np.isnan(of_set[number]):
+    for metric, resampled in zip(metrics, np.split(sums, np.cumsum(widths)[:-1], axis=1), strict=True):
+        set_scores, image_scores = metric.formula(metric.rows.sum(0)), metric.formula(metric.rows)
+        resampled_scores = metric.formula(resampled)
+        for column, name in enumerate(metric.names):
+            if np.isnan(set_scores[column]):
                 continue
-            scores[name] = float(of_set[number])
-            of_images[name] = dict(zip(image_ids, of_each[:, number].tolist(), strict=True))
+            scores[name] = float(set_scores[column])
+            per_image[name] = dict(zip(image_ids, image_scores[:, column].tolist(), strict=True))
             if config.samples:
                 tail = (1 - config.confidence) / 2
-                low, high = np.nanquantile(of_samples[:, number], [tail, 1 - tail])
+                low, high = np.nanquantile(resampled_scores[:, column], [tail, 1 - tail])
                 intervals[name] = (float(low), float(high))
-    return Summary(scores, of_images, intervals)
+    return Summary(scores, per_image, intervals)
 
 
 def _resample(rows: npt.NDArray[np.float64], config: BootstrapConfig) -> npt.NDArray[np.float64]:
-    """The sums of the rows of each resample, `[samples, statistics]`; memory holds one resample's counts."""
+    """Returns the sum of the rows of each resample, `[samples, statistics]`, with one resample in memory at a time."""
     generator = np.random.default_rng(config.seed)
-    count = len(rows)
+    images = len(rows)
     sums = np.empty((config.samples, rows.shape[1]))
     for sample in range(config.samples):
-        drawn = np.bincount(generator.integers(count, size=count), minlength=count)
-        sums[sample] = drawn @ rows
+        repeats = np.bincount(generator.integers(images, size=images), minlength=images)
+        sums[sample] = repeats @ rows
     return sums

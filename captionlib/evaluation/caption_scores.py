@@ -1,30 +1,30 @@
-"""Scores of captions against the sentences of people: BLEU, METEOR, ROUGE-L and CIDEr, as pycocoevalcap computes them.
+"""Scores captions against references: BLEU, METEOR, ROUGE-L and CIDEr, as pycocoevalcap computes them.
 
-Both sides are tokenised alike, by Stanford's PTB tokenizer. It and METEOR need Java. Where there is none METEOR is left
-out, and captionlib's own tokens are scored: near to the same numbers, but not those that papers print.
+Captions and references are tokenized by Stanford's PTB tokenizer. It and METEOR need Java. Without Java, METEOR is left
+out and captionlib's own tokenizer is used: the scores come close to published ones, but are not comparable with them.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
+from pycocoevalcap.cider.cider import Cider
 
 from captionlib.data.text.vocabulary import tokenize
 from captionlib.errors import DatasetError
 from captionlib.evaluation.bootstrap import BootstrapConfig, summarize
-from captionlib.evaluation.diversity import IN_TRAINING, MEAN_LENGTH
-from captionlib.evaluation.java import has_java
-from captionlib.evaluation.metrics import Metric, bleu, cider, meteor, rouge_l
-from captionlib.evaluation.tokenizer import tokenize_ptb
+from captionlib.evaluation.diversity import MEAN_LENGTH, NOVEL
+from captionlib.evaluation.java import has_java, tokenize_ptb
+from captionlib.evaluation.metrics import Metric, compute_bleu, compute_cider, compute_meteor, compute_rouge_l
 
-__all__ = ["WITHOUT_JAVA", "CaptionScores", "score_captions", "scores_table"]
+__all__ = ["WITHOUT_JAVA", "CaptionScores", "CiderScorer", "build_scores_table", "score_captions"]
 
 WITHOUT_JAVA = (
-    "there is no `java` on the PATH: METEOR is left out, and BLEU, ROUGE-L and CIDEr are of captionlib's own tokens: "
-    "not to be compared with published ones; install a Java runtime (version 8 or later) for all of them"
+    "`java` is not on the PATH: METEOR is left out, and BLEU, ROUGE-L and CIDEr use captionlib's own tokenizer, so "
+    "they are not comparable with published scores; install a Java runtime (version 8 or later) for the standard scores"
 )
 
-Sentences = dict[str, list[str]]
+_TABLE_COLUMNS = {MEAN_LENGTH: ("length", pa.int32()), NOVEL: (NOVEL, pa.bool_())}  # of a single caption
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,18 @@ class CaptionScores:
     """Scores of a set of captions.
 
     Attributes:
-        images: how many images were scored.
-        scores: of all of them, by name: BLEU-1 to BLEU-4, METEOR and ROUGE-L (0 to 1), CIDEr (0 to 10, usually told
-            times 100), and what else was asked for.
-        of_images: the same names, and for each the score of every image by its id. BLEU, METEOR and the perplexity of
-            the whole set are no means of these.
-        intervals: the same names, and for each the ends of the confidence interval.
-        tokenizer: whose tokens are scored: `ptb`, or `captionlib` where there is no Java.
+        images: the number of images that were scored.
+        scores: the scores of the set by name: BLEU-1 to BLEU-4, METEOR and ROUGE-L (0 to 1), CIDEr (0 to 10; papers
+            report it times 100), and the extra metrics.
+        per_image: the score of each image, by the name of the score and the image id. BLEU, METEOR and perplexity of
+            the set are not means of these.
+        intervals: the ends of the confidence interval, by the name of the score.
+        tokenizer: `ptb`, or `captionlib` without Java.
     """
 
     images: int
     scores: Mapping[str, float]
-    of_images: Mapping[str, Mapping[str, float]]
+    per_image: Mapping[str, Mapping[str, float]]
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     tokenizer: str = "ptb"
 
@@ -52,61 +52,88 @@ def score_captions(
     captions: Mapping[str, str],
     references: Mapping[str, Sequence[str]],
     *,
-    more: Sequence[Metric] = (),
+    extra_metrics: Sequence[Metric] = (),
     bootstrap: BootstrapConfig | None = None,
 ) -> CaptionScores:
-    """Scores one caption an image.
+    """Scores one caption per image.
 
-    CIDEr weighs words by how many of the scored images' references have them, so it means little for few images, and
+    CIDEr weighs words by the number of scored images whose references contain them. It means little for few images, and
     is 0 for a single one.
 
     Args:
-        captions: by image id.
-        references: by image id, at least one sentence each; images without a caption are left out.
-        more: further metrics, with a row for each of `captions` in that order.
-        bootstrap: of the confidence intervals.
+        captions: captions by image id.
+        references: references by image id, at least one for each caption; images without a caption are ignored.
+        extra_metrics: metrics to summarize along, with one row for each of `captions`, in that order.
+        bootstrap: how confidence intervals are computed.
 
     Raises:
-        ConfigError: Java fails.
-        DatasetError: there are no captions, or one has no references.
+        DatasetError: there are no captions, or one of them has no references.
+        SubprocessError: Java fails.
     """
     if not captions:
         raise DatasetError("expected at least one caption to score, got none")
     if missing := [image_id for image_id in captions if not references.get(image_id)]:
         raise DatasetError(
-            f"{len(missing)} of {len(captions)} captions have no reference sentences, the first is image {missing[0]}; "
-            "give the manifest that the captions were made from, and a split that has sentences"
+            f"{len(missing)} of {len(captions)} captions have no references, the first is image {missing[0]}; "
+            "pass the manifest that the captions were made from, and a split that has references"
         )
     ids = list(captions)
-    said, expected = _tokenize([{i: [captions[i]] for i in ids}, {i: list(references[i]) for i in ids}])
-    if not any(word for texts in expected.values() for word in texts):
-        raise DatasetError(f"the references of {len(ids)} captions have no words; give the sentences of people")
-    functions = [bleu, meteor, rouge_l, cider] if has_java() else [bleu, rouge_l, cider]
-    metrics = [*(function(said, expected) for function in functions), *more]
+    hypotheses, targets = _tokenize([{i: [captions[i]] for i in ids}, {i: list(references[i]) for i in ids}])
+    if not any(text for texts in targets.values() for text in texts):
+        raise DatasetError(f"the references of all {len(ids)} captions are empty; pass references that contain words")
+    functions = [compute_bleu, compute_meteor, compute_rouge_l, compute_cider]
+    if not has_java():
+        functions.remove(compute_meteor)
+    metrics = [*(function(hypotheses, targets) for function in functions), *extra_metrics]
     summary = summarize(metrics, ids, bootstrap or BootstrapConfig())
     tokenizer = "ptb" if has_java() else "captionlib"
-    return CaptionScores(len(ids), summary.scores, summary.of_images, summary.intervals, tokenizer)
+    return CaptionScores(len(ids), summary.scores, summary.per_image, summary.intervals, tokenizer)
 
 
-def scores_table(scores: CaptionScores, captions: Mapping[str, str]) -> pa.Table:
-    """The scores of every image as a row: `image_id`, `caption`, and a column a score such as `bleu_4` and `cider`."""
+def build_scores_table(scores: CaptionScores, captions: Mapping[str, str]) -> pa.Table:
+    """Returns one row per image: `image_id`, `caption`, and a column for each score, such as `bleu_4` and `cider`."""
     columns: dict[str, pa.Array] = {
         "image_id": pa.array(list(captions), pa.string()),
         "caption": pa.array(list(captions.values()), pa.string()),
     }
-    of_a_caption = {
-        MEAN_LENGTH: ("length", pa.int32()),
-        IN_TRAINING: (IN_TRAINING, pa.bool_()),
-    }
-    for score, of_images in scores.of_images.items():
-        name, kind = of_a_caption.get(score, (score.lower().replace("-", "_"), pa.float64()))
-        values = pa.array([of_images[image_id] for image_id in captions], pa.float64(), from_pandas=True)  # NaN is null
-        columns[name] = values.cast(kind)
+    for score, per_image in scores.per_image.items():
+        name, data_type = _TABLE_COLUMNS.get(score, (score.lower().replace("-", "_"), pa.float64()))
+        values = pa.array([per_image[image_id] for image_id in captions], pa.float64(), from_pandas=True)  # NaN to null
+        columns[name] = values.cast(data_type)
     return pa.table(columns)
 
 
-def _tokenize(sets: Sequence[Sentences]) -> list[Sentences]:
-    """All sentences in one run of the tokenizer, whose start takes longest."""
-    texts = [text for sentences in sets for some in sentences.values() for text in some]
+def _tokenize(sets: Sequence[Mapping[str, Sequence[str]]]) -> list[dict[str, list[str]]]:
+    """Tokenizes all sentences in one run of the tokenizer, which is slow to start."""
+    texts = [text for by_image in sets for sentences in by_image.values() for text in sentences]
     tokenized = iter(tokenize_ptb(texts) if has_java() else [" ".join(tokenize(text)) for text in texts])
-    return [{i: [next(tokenized) for _ in some] for i, some in sentences.items()} for sentences in sets]
+    return [{i: [next(tokenized) for _ in sentences] for i, sentences in by_image.items()} for by_image in sets]
+
+
+class CiderScorer:
+    """Scores new captions of the same images repeatedly, as validation during training does.
+
+    The references are tokenized once. The score equals that of `score_captions`.
+
+    Args:
+        references: the references of each image, at least one.
+
+    Raises:
+        ConfigError: Java is not installed.
+        DatasetError: there are fewer than two images, for which CIDEr is undefined.
+    """
+
+    def __init__(self, references: Sequence[Sequence[str]]) -> None:
+        if len(references) < 2:
+            raise DatasetError(
+                "CIDEr weighs words by the number of images whose references contain them; expected several images, "
+                f"got {len(references)}; validate by perplexity instead"
+            )
+        tokenized = iter(tokenize_ptb([sentence for sentences in references for sentence in sentences]))
+        self._references = {number: [next(tokenized) for _ in sentences] for number, sentences in enumerate(references)}
+
+    def score(self, captions: Sequence[str]) -> float:
+        """Returns CIDEr (0 to 10) of one caption per image, in the order of the images."""
+        hypotheses = {number: [caption] for number, caption in enumerate(tokenize_ptb(captions))}
+        score, _ = Cider().compute_score(self._references, hypotheses)
+        return float(score)

@@ -1,28 +1,28 @@
-"""Curves of a training run as lines that a page draws."""
+"""Lays out the curves of a training run for the SVG charts of a page."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Chart", "draw_charts"]
+__all__ = ["Chart", "build_charts"]
 
-_NO_CURVES = frozenset({"epoch", "step", "seconds", "learning_rate", "data_wait"})
+_NOT_PLOTTED = frozenset({"epoch", "step", "seconds", "learning_rate", "data_wait"})
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A curve over the epochs, in the units of an SVG of `width` by `height`.
+    """A curve over epochs, in the units of an SVG of `width` by `height`.
 
     Attributes:
-        name: what it is of.
-        points: of each epoch.
-        low: the lowest value, as text; it stands at `bottom`.
-        high: the highest, at `top`.
-        last: the value at the end.
-        best: the best value: the lowest of a loss or a perplexity, the highest of a score.
-        first_epoch: at `left`.
-        last_epoch: at `right`.
+        name: the name of the metric.
+        points: the position of each epoch.
+        low: the lowest value, as text; it is at `bottom`.
+        high: the highest value, as text; it is at `top`.
+        last: the last value, as text.
+        best: the best value, as text: the lowest of a loss or a perplexity, the highest of a score.
+        first_epoch: the epoch at `left`.
+        last_epoch: the epoch at `right`.
     """
 
     name: str
@@ -45,35 +45,31 @@ class Chart:
         return "M" + " L".join(f"{x} {y}" for x, y in self.points)
 
 
-def draw_charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """A chart of each value that a training run told epoch by epoch; those told only once are no curve."""
-    names = dict.fromkeys(name for row in history for name in row if name not in _NO_CURVES)
+def build_charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """Returns a chart of each metric that a training run logged for more than one epoch."""
+    names = dict.fromkeys(name for row in history for name in row if name not in _NOT_PLOTTED)
     charts = []
     for name in names:
-        told = [(int(row["epoch"]), row[name]) for row in history if "epoch" in row and _is_finite(row.get(name))]
-        if len(told) > 1:
-            charts.append(_draw(name, told))
+        series = [(int(row["epoch"]), row[name]) for row in history if "epoch" in row and _is_finite(row.get(name))]
+        if len(series) > 1:
+            charts.append(_build_chart(name, series))
     return charts
 
 
-def _draw(name: str, told: Sequence[tuple[int, float]]) -> Chart:
-    values = [value for _, value in told]
+def _build_chart(name: str, series: Sequence[tuple[int, float]]) -> Chart:
+    values = [value for _, value in series]
     low, high = min(values), max(values)
-    first, last = told[0][0], told[-1][0]
+    first, last = series[0][0], series[-1][0]
     points = [
         (
             round(Chart.left + (Chart.right - Chart.left) * (epoch - first) / ((last - first) or 1), 1),
             round(Chart.bottom - (Chart.bottom - Chart.top) * (value - low) / ((high - low) or 1), 1),
         )
-        for epoch, value in told
+        for epoch, value in series
     ]
     best = low if any(word in name for word in ("loss", "perplexity")) else high
-    return Chart(name, points, _short(low), _short(high), _short(values[-1]), _short(best), first, last)
+    return Chart(name, points, f"{low:.4g}", f"{high:.4g}", f"{values[-1]:.4g}", f"{best:.4g}", first, last)
 
 
 def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _short(value: float) -> str:
-    return f"{value:.4g}"

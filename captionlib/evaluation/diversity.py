@@ -1,55 +1,48 @@
-"""What captions are like, whatever they describe: repeated from training or new, how many different ones, how long."""
+"""Measures captions without their own references: length, novelty, distinct captions, vocabulary size."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
-from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.text.vocabulary import tokenize
-from captionlib.evaluation.metrics import Metric, ratio
+from captionlib.evaluation.metrics import Metric, compute_ratio
 
-__all__ = ["IN_TRAINING", "MEAN_LENGTH", "count_variety", "describe_captions", "read_sentences"]
+__all__ = ["MEAN_LENGTH", "NOVEL", "count_diversity", "measure_captions"]
 
-IN_TRAINING = "in_training"
-"""The share of captions that stand, word by word, among the training sentences."""
+NOVEL = "novel"
+"""The share of captions that do not occur, word for word, among the references of the training set."""
 
 MEAN_LENGTH = "mean_length"
-"""Words a caption."""
+"""Words per caption."""
 
 
-def describe_captions(captions: Mapping[str, str], training: Iterable[str] = ()) -> list[Metric]:
-    """The mean length of captions, and the share that the training set has, if its sentences are given.
+def measure_captions(captions: Mapping[str, str], training_references: Iterable[str] = ()) -> list[Metric]:
+    """Measures the mean length of captions and, given the references of the training set, the share of novel captions.
 
-    Sentences are the same if their words are, in the tokens of captionlib's vocabulary.
+    Captions and references are compared token by token, as captionlib's vocabulary splits them.
 
     Args:
-        captions: by image id.
-        training: the sentences of people that the captioner learned from.
+        captions: captions by image id.
+        training_references: the references that the captioner learned from.
     """
-    words = [tuple(tokenize(caption)) for caption in captions.values()]
-    metrics = [ratio(MEAN_LENGTH, [len(some) for some in words], [1] * len(words))]
-    wanted = set(words)
-    any_sentence, found = False, set()
-    for sentence in training:
-        any_sentence = True
-        if (tokens := tuple(tokenize(sentence))) in wanted:
-            found.add(tokens)
-    if any_sentence:
-        metrics.append(ratio(IN_TRAINING, [some in found for some in words], [1] * len(words)))
+    tokenized = [tuple(tokenize(caption)) for caption in captions.values()]
+    ones = [1] * len(tokenized)
+    metrics = [compute_ratio(MEAN_LENGTH, [len(tokens) for tokens in tokenized], ones)]
+    distinct, copied, has_references = set(tokenized), set(), False
+    for reference in training_references:
+        has_references = True
+        if (tokens := tuple(tokenize(reference))) in distinct:
+            copied.add(tokens)
+    if has_references:
+        metrics.append(compute_ratio(NOVEL, [tokens not in copied for tokens in tokenized], ones))
     return metrics
 
 
-def count_variety(captions: Mapping[str, str]) -> dict[str, int]:
-    """How many different captions there are, and how many different words they use.
+def count_diversity(captions: Mapping[str, str]) -> dict[str, int]:
+    """Counts the distinct captions and the distinct words in them (the vocabulary size).
 
-    They are counts of the whole set and have no confidence interval: a resample repeats images, so it always has fewer.
+    These counts have no confidence interval: a resample repeats images, so its counts are always lower.
     """
-    words = [tuple(tokenize(caption)) for caption in captions.values()]
-    return {"distinct_captions": len(set(words)), "vocabulary": len({word for some in words for word in some})}
-
-
-def read_sentences(dataset: ShardedDataset, splits: Sequence[str]) -> Iterable[str]:
-    """The sentences of these splits, none where there are none; memory holds a piece of a shard."""
-    for shard in range(dataset.shards):
-        for rows in dataset.read_batches(shard, ["split", "captions"]):
-            for split, captions in zip(rows["split"].to_pylist(), rows["captions"].to_pylist(), strict=True):
-                if split in splits:
-                    yield from captions
+    tokenized = {tuple(tokenize(caption)) for caption in captions.values()}
+    return {
+        "distinct_captions": len(tokenized),
+        "vocabulary_size": len({token for tokens in tokenized for token in tokens}),
+    }

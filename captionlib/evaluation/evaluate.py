@@ -1,33 +1,37 @@
-"""From captions, wherever they stand, to all that is told of them: scores, intervals, counts, and what is left out."""
+"""Evaluates captions from any source: scores, confidence intervals, diversity, and notes on what is missing."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
+from captionlib.config import to_dict
+from captionlib.data.batches.captions import read_references
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.errors import ConfigError
 from captionlib.evaluation.bootstrap import BootstrapConfig
 from captionlib.evaluation.caption_scores import WITHOUT_JAVA, CaptionScores, score_captions
-from captionlib.evaluation.diversity import IN_TRAINING, count_variety, describe_captions, read_sentences
+from captionlib.evaluation.diversity import NOVEL, count_diversity, measure_captions
 from captionlib.evaluation.perplexity import measure_perplexity
-from captionlib.evaluation.predictions import Prediction, join_references, read_predictions, select_splits
+from captionlib.evaluation.predictions import Prediction, load_predictions
 
-__all__ = ["TRAIN_SPLITS", "Evaluation", "evaluate_captions", "evaluate_predictions", "load_predictions"]
+__all__ = ["TRAIN_SPLITS", "Evaluation", "evaluate_captions", "evaluate_predictions"]
 
 TRAIN_SPLITS = ("train", "restval")
+"""The splits that captioners usually learn from; COCO's `restval` belongs to training (Karpathy & Li 2015)."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found out about captions.
+    """The result of an evaluation.
 
     Attributes:
-        predictions: what was judged.
-        scores: of the captions; see `CaptionScores`.
-        counts: different captions, and different words in them.
-        bootstrap: how the confidence intervals were made.
-        notes: what is missing, and why.
+        predictions: the captions that were evaluated, sorted by image id.
+        scores: the scores of the captions.
+        counts: the number of distinct captions and of distinct words in them.
+        bootstrap: how the confidence intervals were computed.
+        notes: what is missing from the scores, and why.
     """
 
     predictions: Sequence[Prediction]
@@ -38,22 +42,18 @@ class Evaluation:
 
     @property
     def captions(self) -> dict[str, str]:
-        """By image id, in the order of the scores' images."""
-        return {one.image_id: one.caption for one in self.predictions}
+        """Captions by image id."""
+        return {prediction.image_id: prediction.caption for prediction in self.predictions}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `scores.json`."""
+        """Returns plain values for `scores.json`."""
         return {
             "images": self.scores.images,
             "tokenizer": self.scores.tokenizer,
             "scores": dict(self.scores.scores),
             "intervals": {name: list(ends) for name, ends in self.scores.intervals.items()},
             "counts": dict(self.counts),
-            "bootstrap": {
-                "samples": self.bootstrap.samples,
-                "confidence": self.bootstrap.confidence,
-                "seed": self.bootstrap.seed,
-            },
+            "bootstrap": to_dict(self.bootstrap),
             "notes": list(self.notes),
         }
 
@@ -69,81 +69,72 @@ def evaluate_captions(
     bootstrap: BootstrapConfig | None = None,
     device: str = "auto",
 ) -> Evaluation:
-    """Judges captions against the sentences of people.
+    """Evaluates captions against references.
 
     Args:
-        source: a captions dataset, COCO's results JSON or NeuralTalk's `result_struct.json`.
-        manifest: where the sentences of people are; may be left out for files that bring them along.
-        splits: the splits to judge; empty takes all.
-        train_splits: the splits that the captioner learned from.
-        checkpoint: the captioner, to tell the perplexity of the references; with `features`.
-        features: of the images.
-        bootstrap: of the confidence intervals.
-        device: where the captioner runs.
+        source: a captions dataset, COCO's results JSON, or NeuralTalk's `result_struct.json`.
+        manifest: the manifest that holds the references; optional for files that contain them.
+        splits: the splits to evaluate; empty evaluates all.
+        train_splits: the splits that the captioner learned from; other captions than their references are novel.
+        checkpoint: the captioner, to compute the perplexity of the references; requires `features`.
+        features: the features of the images, for the perplexity.
+        bootstrap: how confidence intervals are computed.
+        device: the device of the captioner.
 
     Raises:
-        ConfigError: only one of `checkpoint` and `features` is given, or Java fails.
-        DatasetError: there are no such captions, or they have no references.
+        ConfigError: only one of `checkpoint` and `features` is given.
+        DatasetError: there are no captions in these splits, or they have no references.
+        SubprocessError: Java fails.
     """
-    notes = [] if manifest else ["without a manifest the share of captions that training has is not known"]
-    training: Iterable[str] = ()
+    training_references: Iterable[str] = ()
     if manifest is not None:
-        training = read_sentences(open_dataset(manifest, "manifest").require_complete(), train_splits)
-    found = evaluate_predictions(
+        dataset = open_dataset(manifest, "manifest").require_complete()
+        training_references = chain.from_iterable(read_references(dataset, train_splits))
+    evaluation = evaluate_predictions(
         load_predictions(source, manifest, splits),
-        training=training,
+        training_references=training_references,
         checkpoint=checkpoint,
         features=features,
         bootstrap=bootstrap,
         device=device,
     )
-    if manifest is not None and IN_TRAINING not in found.scores.scores:
-        notes.append(
-            f"the manifest has no sentences in split {' or '.join(train_splits)}: the share of captions that "
-            "training has is not known"
-        )
-    return replace(found, notes=[*found.notes, *notes])
-
-
-def load_predictions(
-    source: str | os.PathLike[str], manifest: str | os.PathLike[str] | None = None, splits: Sequence[str] = ()
-) -> list[Prediction]:
-    """Captions with what is known of their images, in their order; arguments and errors as of `evaluate_captions`."""
-    predictions = read_predictions(source)
-    if manifest is not None:
-        predictions = join_references(predictions, open_dataset(manifest, "manifest").require_complete())
-    return select_splits(predictions, splits, os.fspath(source))
+    if NOVEL in evaluation.scores.scores:
+        return evaluation
+    reason = (
+        f"the manifest has no references in split {' or '.join(train_splits)}" if manifest else "no manifest is given"
+    )
+    return replace(evaluation, notes=[*evaluation.notes, f"the share of novel captions is left out: {reason}"])
 
 
 def evaluate_predictions(
     predictions: Sequence[Prediction],
     *,
-    training: Iterable[str] = (),
+    training_references: Iterable[str] = (),
     checkpoint: str | os.PathLike[str] | None = None,
     features: str | os.PathLike[str] | None = None,
     bootstrap: BootstrapConfig | None = None,
     device: str = "auto",
 ) -> Evaluation:
-    """Judges predictions that have references.
+    """Evaluates predictions that have references.
 
     Args:
-        predictions: what is judged.
-        training: the sentences that the captioner learned from, where they are known.
-        checkpoint: see `evaluate_captions`, and there for the rest and for errors.
-        features: likewise.
-        bootstrap: likewise.
-        device: likewise.
+        predictions: captions with their references.
+        training_references: the references that the captioner learned from; empty leaves out the novel share.
+        checkpoint: see `evaluate_captions`, also for the other arguments and the errors.
+        features: see `evaluate_captions`.
+        bootstrap: see `evaluate_captions`.
+        device: see `evaluate_captions`.
     """
     if (checkpoint is None) != (features is None):
-        raise ConfigError("perplexity: expected a checkpoint and features, got one of them; give both or neither")
+        raise ConfigError("perplexity: expected a checkpoint and features, got only one of them; pass both or neither")
     bootstrap = bootstrap or BootstrapConfig()
-    # In the order of their ids, so that the same captions have the same intervals wherever they were read from.
-    predictions = sorted(predictions, key=lambda one: one.image_id)
-    captions = {one.image_id: one.caption for one in predictions}
-    references = {one.image_id: one.references for one in predictions}
-    more = describe_captions(captions, training)
+    # Sorted, so that the same captions have the same intervals whichever source they are read from.
+    predictions = sorted(predictions, key=lambda prediction: prediction.image_id)
+    captions = {prediction.image_id: prediction.caption for prediction in predictions}
+    references = {prediction.image_id: prediction.references for prediction in predictions}
+    metrics = measure_captions(captions, training_references)
     if checkpoint is not None and features is not None:
-        more.insert(0, measure_perplexity(checkpoint, features, references, device))
-    scores = score_captions(captions, references, more=more, bootstrap=bootstrap)
+        metrics.insert(0, measure_perplexity(checkpoint, features, references, device))
+    scores = score_captions(captions, references, extra_metrics=metrics, bootstrap=bootstrap)
     notes = [] if scores.tokenizer == "ptb" else [WITHOUT_JAVA]
-    return Evaluation(predictions, scores, count_variety(captions), bootstrap, notes)
+    return Evaluation(predictions, scores, count_diversity(captions), bootstrap, notes)

@@ -1,4 +1,4 @@
-"""Templates of the pages that show results: everything is escaped, and nothing is fetched from elsewhere."""
+"""Renders HTML pages from templates. Values are escaped, and the pages load nothing from other servers."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ __all__ = ["render_page"]
 
 
 def render_page(template: str, **values: Any) -> bytes:
-    """A page of `templates/`, as UTF-8."""
+    """Renders a template of `templates/` to UTF-8."""
     environment = Environment(
         loader=PackageLoader("captionlib.evaluation"),
         autoescape=True,

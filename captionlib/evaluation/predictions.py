@@ -1,8 +1,8 @@
-"""Captions to be judged, wherever they stand: in `captions/`, in COCO's results JSON, or in NeuralTalk's.
+"""Reads and writes captions in every supported format: the `captions/` dataset, COCO's results JSON, and NeuralTalk's.
 
-COCO's results, as its evaluation server takes them: `[{"image_id": 391895, "caption": "a man rides a bike"}, ...]`.
+COCO's results, as its evaluation server accepts them: `[{"image_id": 391895, "caption": "a man rides a bike"}, ...]`.
 NeuralTalk's `result_struct.json`: `{"imgblobs": [{"img_path", "imgid", "references": [{"text"}], "candidate": {"text",
-"logprob"}}, ...]}` beside the parameters of its run; it brings its references along.
+"logprob"}}, ...]}` next to the parameters of its run. It contains the references.
 """
 
 import os
@@ -18,7 +18,7 @@ __all__ = [
     "Prediction",
     "is_dataset",
     "join_references",
-    "prediction_of",
+    "load_predictions",
     "read_predictions",
     "select_splits",
     "to_coco_results",
@@ -28,16 +28,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model said of an image.
+    """The caption that a model wrote for an image.
 
     Attributes:
-        image_id: the image.
-        caption: the most likely sentence.
-        uri: where the image is; empty where it is not known.
-        split: that the image belongs to; empty where it is not known.
-        log_prob: of the caption, where it is known.
-        candidates: captions with their log-probabilities, the best first.
-        references: what people say.
+        image_id: the id of the image.
+        caption: the caption.
+        uri: the location of the image; empty if unknown.
+        split: the split of the image; empty if unknown.
+        log_prob: the log-probability of the caption; None if unknown.
+        candidates: captions with their log-probabilities, best first.
+        references: human captions of the image.
     """
 
     image_id: str
@@ -48,154 +48,173 @@ class Prediction:
     candidates: tuple[tuple[str, float], ...] = ()
     references: tuple[str, ...] = ()
 
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "Prediction":
+        """Returns the prediction of a row of `captions/`, given as plain values."""
+        return cls(
+            image_id=row["image_id"],
+            caption=row["caption"],
+            uri=row["uri"],
+            split=row["split"],
+            log_prob=row["log_prob"],
+            candidates=tuple((candidate["caption"], candidate["log_prob"]) for candidate in row["candidates"]),
+        )
 
-def read_predictions(source: str | os.PathLike[str]) -> list[Prediction]:
-    """The captions of a complete captions dataset, or of a JSON file of COCO's or NeuralTalk's, in their order.
+
+def load_predictions(
+    source: str | os.PathLike[str], manifest: str | os.PathLike[str] | None = None, splits: Sequence[str] = ()
+) -> list[Prediction]:
+    """Reads predictions, joins the references of a manifest, and selects splits.
+
+    Args:
+        source: a captions dataset or a JSON file; see `read_predictions`.
+        manifest: the manifest that holds the references; None keeps those of the source.
+        splits: the splits to select; empty selects all.
 
     Raises:
-        DatasetError: it is none of these, or has two captions of an image.
+        DatasetError: a dataset or file cannot be read, or no prediction is in these splits.
+    """
+    predictions = read_predictions(source)
+    if manifest is not None:
+        predictions = join_references(predictions, open_dataset(manifest, "manifest").require_complete())
+    return select_splits(predictions, splits, os.fspath(source))
+
+
+def read_predictions(source: str | os.PathLike[str]) -> list[Prediction]:
+    """Reads the captions of a complete captions dataset, or of a JSON file in COCO's or NeuralTalk's format, in order.
+
+    Raises:
+        DatasetError: the source has none of these formats, or two captions of one image.
     """
     address = os.fspath(source)
     if is_dataset(address):
         return _read_dataset(open_dataset(address, "captions").require_complete())
     location = locate(address)
     if not location.fs.exists(location.path):
-        raise DatasetError(f"{address} does not exist; expected a captions dataset, or a JSON file of results")
+        raise DatasetError(f"{address} does not exist; expected a captions dataset or a JSON file of results")
     document = load_json(location)
     if isinstance(document, list):
-        found = _read_entries(document, "", address, _from_coco)
+        predictions = _parse_entries(document, "", address, _parse_coco_entry)
     elif isinstance(document, dict) and isinstance(document.get("imgblobs"), list):
-        found = _read_entries(document["imgblobs"], "imgblobs", address, _from_neuraltalk)
+        predictions = _parse_entries(document["imgblobs"], "imgblobs", address, _parse_neuraltalk_entry)
     else:
         raise DatasetError(
             f"{address}: expected COCO's results, a list of image_id and caption, or NeuralTalk's result_struct.json, "
             f"an object with imgblobs; got {'an object' if isinstance(document, dict) else type(document).__name__}"
         )
     seen: set[str] = set()
-    for one in found:
-        if one.image_id in seen:
-            raise DatasetError(f"{address}: image {one.image_id} has two captions; expected one an image")
-        seen.add(one.image_id)
-    return found
+    for prediction in predictions:
+        if prediction.image_id in seen:
+            raise DatasetError(f"{address}: image {prediction.image_id} has two captions; expected one per image")
+        seen.add(prediction.image_id)
+    return predictions
 
 
 def is_dataset(source: str | os.PathLike[str]) -> bool:
-    """Whether captions stand in a dataset there, rather than in a JSON file."""
+    """Returns whether a source of captions is a dataset rather than a JSON file."""
     return get_text_extension(os.fspath(source)) != ".json"
-
-
-def prediction_of(row: Mapping[str, Any]) -> Prediction:
-    """What a row of `captions/` says, from plain values."""
-    return Prediction(
-        image_id=row["image_id"],
-        caption=row["caption"],
-        uri=row["uri"],
-        split=row["split"],
-        log_prob=row["log_prob"],
-        candidates=tuple((candidate["caption"], candidate["log_prob"]) for candidate in row["candidates"]),
-    )
 
 
 def _read_dataset(dataset: ShardedDataset) -> list[Prediction]:
     columns = ["image_id", "uri", "split", "caption", "log_prob", "candidates"]
     return [
-        prediction_of(row)
+        Prediction.from_row(row)
         for shard in range(dataset.shards)
         for rows in dataset.read_batches(shard, columns)
         for row in rows.to_pylist()
     ]
 
 
-def _read_entries(
-    entries: Sequence[Any], name: str, address: str, read: Callable[[Mapping[str, Any]], Prediction]
+def _parse_entries(
+    entries: Sequence[Any], key: str, address: str, parse: Callable[[Mapping[str, Any]], Prediction]
 ) -> list[Prediction]:
-    found = []
-    for number, entry in enumerate(entries):
+    predictions = []
+    for index, entry in enumerate(entries):
         try:
-            found.append(read(entry))
+            predictions.append(parse(entry))
         except (KeyError, TypeError, ValueError) as error:
-            expected = "candidate.text and imgid" if name else "image_id and caption"
+            expected = "candidate.text and imgid" if key else "image_id and caption"
             raise DatasetError(
-                f"{address}, {name}[{number}]: expected an object with {expected}, got {entry!r:.80}"
+                f"{address}, {key}[{index}]: expected an object with {expected}, got {entry!r:.80}"
             ) from error
-    return found
+    return predictions
 
 
-def _from_coco(entry: Mapping[str, Any]) -> Prediction:
-    return Prediction(_to_id(entry["image_id"]), _to_text(entry["caption"]))
+def _parse_coco_entry(entry: Mapping[str, Any]) -> Prediction:
+    return Prediction(_parse_id(entry["image_id"]), _parse_text(entry["caption"]))
 
 
-def _from_neuraltalk(entry: Mapping[str, Any]) -> Prediction:
-    text, log_prob = _to_text(entry["candidate"]["text"]), entry["candidate"].get("logprob")
-    path = str(entry.get("img_path", ""))
+def _parse_neuraltalk_entry(entry: Mapping[str, Any]) -> Prediction:
+    text, log_prob = _parse_text(entry["candidate"]["text"]), entry["candidate"].get("logprob")
     return Prediction(
-        image_id=_to_id(entry["imgid"] if "imgid" in entry else entry["img_path"]),
+        image_id=_parse_id(entry["imgid"] if "imgid" in entry else entry["img_path"]),
         caption=text,
-        uri=path,
+        uri=str(entry.get("img_path", "")),
         log_prob=None if log_prob is None else float(log_prob),
         candidates=() if log_prob is None else ((text, float(log_prob)),),
-        references=tuple(_to_text(reference["text"]) for reference in entry.get("references", ())),
+        references=tuple(_parse_text(reference["text"]) for reference in entry.get("references", ())),
     )
 
 
-def _to_id(value: object) -> str:
+def _parse_id(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise TypeError("an image id is a number or a text")
+        raise TypeError("an image id is a number or a string")
     return str(value)
 
 
-def _to_text(value: object) -> str:
+def _parse_text(value: object) -> str:
     if not isinstance(value, str):
-        raise TypeError("a caption is a text")
+        raise TypeError("a caption is a string")
     return value
 
 
 def join_references(predictions: Iterable[Prediction], manifest: ShardedDataset) -> list[Prediction]:
-    """Predictions with the split, the sentences and the place of their image in a manifest, where it has it."""
-    found = {one.image_id: one for one in predictions}
+    """Adds the uri, split and references of a manifest to the predictions whose images it lists."""
+    by_id = {prediction.image_id: prediction for prediction in predictions}
     for shard in range(manifest.shards):
         for rows in manifest.read_batches(shard, ["image_id", "uri", "split", "captions"]):
             for row in rows.to_pylist():
-                if one := found.get(row["image_id"]):
-                    found[one.image_id] = replace(
-                        one, uri=row["uri"], split=row["split"], references=tuple(row["captions"]) or one.references
+                if prediction := by_id.get(row["image_id"]):
+                    references = tuple(row["captions"]) or prediction.references
+                    by_id[row["image_id"]] = replace(
+                        prediction, uri=row["uri"], split=row["split"], references=references
                     )
-    return list(found.values())
+    return list(by_id.values())
 
 
 def select_splits(predictions: Sequence[Prediction], splits: Sequence[str], source: str) -> list[Prediction]:
-    """Those of some splits, or all, if none is given.
+    """Selects the predictions of the given splits; no splits select all.
 
     Raises:
-        DatasetError: there is none.
+        DatasetError: no prediction is in these splits.
     """
-    kept = [one for one in predictions if not splits or one.split in splits]
-    if not kept:
-        there = ", ".join(sorted({one.split or "(none)" for one in predictions})) or "none"
-        raise DatasetError(f"{source}: no captions in split {' or '.join(splits) or '(any)'}; its splits are {there}")
-    return kept
+    selected = [prediction for prediction in predictions if not splits or prediction.split in splits]
+    if not selected:
+        known = ", ".join(sorted({prediction.split or "(none)" for prediction in predictions})) or "none"
+        raise DatasetError(f"{source}: no captions in split {' or '.join(splits) or '(any)'}; its splits are {known}")
+    return selected
 
 
 def to_coco_results(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
-    """COCO's results: ids are numbers, as COCO's are, where all of them can be."""
+    """Returns COCO's results; ids are numbers, as COCO's are, if all of them can be."""
     numeric = all(one.image_id.isdecimal() and str(int(one.image_id)) == one.image_id for one in predictions)
     return [{"image_id": int(one.image_id) if numeric else one.image_id, "caption": one.caption} for one in predictions]
 
 
 def to_result_struct(predictions: Sequence[Prediction], params: Mapping[str, Any]) -> dict[str, Any]:
-    """NeuralTalk's `result_struct.json`, as its page of predictions reads it.
+    """Returns NeuralTalk's `result_struct.json`, as its page of predictions reads it.
 
     Args:
-        predictions: what was said.
-        params: of the run, plain values.
+        predictions: the captions, with references if there are any.
+        params: the parameters of the run, plain values.
     """
     blobs = [
         {
-            "img_path": one.uri,
-            "imgid": int(one.image_id) if one.image_id.isdecimal() else one.image_id,
-            "references": [{"text": text} for text in one.references],
-            "candidate": {"text": one.caption, "logprob": one.log_prob},
+            "img_path": prediction.uri,
+            "imgid": int(prediction.image_id) if prediction.image_id.isdecimal() else prediction.image_id,
+            "references": [{"text": text} for text in prediction.references],
+            "candidate": {"text": prediction.caption, "logprob": prediction.log_prob},
         }
-        for one in predictions
+        for prediction in predictions
     ]
     return {"params": dict(params), "checkpoint_params": {}, "imgblobs": blobs}

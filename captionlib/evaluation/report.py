@@ -1,10 +1,9 @@
-"""A static page of pictures and what was said of them: a folder to open from disk, without a server.
+"""Writes a report: a static page of images, captions and scores, in a folder that opens from disk without a server.
 
 folder/
   index.html       the page
-  data.js          what was said of each picture, and where the captioner looked for each word, if that was kept; the
-                   page shows some at a time, so there may be thousands
-  thumbnails/      the pictures, as the encoder sees them
+  data.js          the captions, scores and attention maps of each image; the page shows 60 at a time
+  thumbnails/      the images, cropped as the encoder received them
 """
 
 import base64
@@ -19,8 +18,8 @@ from captionlib.data.images.decoding import Preprocessing
 from captionlib.data.images.encoding import encode_jpeg
 from captionlib.data.images.loading import LoadingConfig, open_loader
 from captionlib.errors import DatasetError, ImageError
-from captionlib.evaluation.charts import draw_charts
-from captionlib.evaluation.image_views import Sight
+from captionlib.evaluation.charts import build_charts
+from captionlib.evaluation.encoder_views import EncoderView
 from captionlib.evaluation.pages import render_page
 from captionlib.evaluation.predictions import Prediction
 from captionlib.progress import progress_bar
@@ -32,11 +31,11 @@ PAGE = "index.html"
 DATA = "data.js"
 THUMBNAILS = "thumbnails"
 
-# The square in the middle, as most encoders see it.
+# The central square, which is what most encoders receive.
 _THUMBNAIL = Preprocessing(
     resize_size=224, crop_size=224, interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
 )
-_FOLDER_THUMBNAILS = 1000  # in one folder
+_THUMBNAILS_PER_FOLDER = 1000
 
 
 def write_report(
@@ -45,78 +44,79 @@ def write_report(
     predictions: Sequence[Prediction],
     *,
     note: str = "",
-    figures: Sequence[tuple[str, str, str]] = (),
+    scores: Sequence[tuple[str, str, str]] = (),
     cider: Mapping[str, float] | None = None,
-    marks: Mapping[str, Mapping[str, bool]] | None = None,
+    attributes: Mapping[str, Mapping[str, bool]] | None = None,
     history: Sequence[Mapping[str, Any]] = (),
-    sight: Sight | None = None,
+    encoder_view: EncoderView | None = None,
     progress: bool = False,
 ) -> str:
-    """Writes the page, its data and its thumbnails; a page that was there is replaced.
+    """Writes the page, its data and its thumbnails, and replaces those of an earlier report.
 
     Args:
-        folder: where to; it is made.
-        title: of the page.
-        predictions: in the order they are shown in at first.
-        note: a sentence under the title.
-        figures: names, values and details that stand above the pictures.
-        cider: of images, by their ids.
-        marks: judgements such as `colour` by the images' ids, and whether the caption is right in it.
-        history: what training told epoch by epoch.
-        sight: what of the pictures the captioner saw, and where it looked.
-        progress: show a bar.
+        folder: the folder to write; it is created if necessary.
+        title: the title of the page.
+        predictions: the captions, in the order in which the page shows them at first.
+        note: a sentence below the title.
+        scores: names, values and details, such as a confidence interval, shown above the images.
+        cider: CIDEr of each caption, by image id.
+        attributes: for each image id, whether the caption is correct in attributes such as `color`.
+        history: the metrics that training logged for each epoch.
+        encoder_view: the crop and the attention maps of the captioner.
+        progress: show a progress bar.
 
     Returns:
-        The page's path or address.
+        The path or address of the page.
 
     Raises:
-        DatasetError: the folder holds something else.
+        DatasetError: the folder holds files that are not a report's.
     """
     target = Folder(folder)
-    sight = sight or Sight()
-    _claim(target)
+    view = encoder_view or EncoderView()
+    _clear(target)
     items = []
-    pictures = _write_thumbnails(target, predictions, _crop_of(sight.preprocessing))
     with progress_bar("report", len(predictions), "images", progress) as bar:
-        for one, thumbnail in zip(predictions, pictures, strict=True):
+        thumbnails = bar.track(_write_thumbnails(target, predictions, _crop_for_thumbnails(view.preprocessing)))
+        for prediction, thumbnail in zip(predictions, thumbnails, strict=True):
+            image_id = prediction.image_id
+            maps = view.attention_maps.get(image_id, ())
             items.append(
                 {
-                    **_to_item(one),
-                    "cider": _finite((cider or {}).get(one.image_id)),
-                    "marks": dict((marks or {}).get(one.image_id, {})),
-                    "looks": [base64.b64encode(look.tobytes()).decode() for look in sight.maps.get(one.image_id, ())],
+                    **_to_item(prediction),
+                    "cider": _round((cider or {}).get(image_id)),
+                    "attributes": dict((attributes or {}).get(image_id, {})),
+                    "attention": [base64.b64encode(attention_map.tobytes()).decode() for attention_map in maps],
                     "thumbnail": thumbnail,
                 }
             )
-            bar.update(1)
     target.write(DATA, _to_script(items))
     page = render_page(
         "report.html",
         title=title,
         note=note,
-        figures=figures,
-        charts=draw_charts(history),
+        scores=scores,
+        charts=build_charts(history),
         count=len(items),
-        looks=any(item["looks"] for item in items),
+        has_attention=any(item["attention"] for item in items),
     )
     target.write(PAGE, page)
     target.remove(TEMPORARY_FOLDER)
     return target.address(PAGE)
 
 
-def _claim(folder: Folder) -> None:
-    """Refuses the folder of something else, and clears away the pictures of an older page."""
+def _clear(folder: Folder) -> None:
+    """Removes the thumbnails of an earlier report, and refuses a folder that holds other files."""
     names = [name for name in folder.list() if name != TEMPORARY_FOLDER]
-    own = (PAGE, DATA, THUMBNAILS) if DATA in names else (THUMBNAILS,)  # a page without data is someone else's
-    if strangers := [name for name in names if name not in own]:
+    own = (PAGE, DATA, THUMBNAILS) if DATA in names else (THUMBNAILS,)  # an index.html without data.js is not ours
+    if others := [name for name in names if name not in own]:
         raise DatasetError(
-            f"{folder.uri} holds files that are no report's ({', '.join(strangers[:3])}); give an empty or a new folder"
+            f"{folder.uri} holds files that are not a report's ({', '.join(others[:3])}); give an empty or a new folder"
         )
     folder.remove(THUMBNAILS)
 
 
-def _crop_of(preprocessing: Preprocessing | None) -> Preprocessing:
-    """What an encoder sees of a picture, in the size of a thumbnail."""
+def _crop_for_thumbnails(preprocessing: Preprocessing | None) -> Preprocessing:
+    """Scales the crop of an encoder to the size of a thumbnail."""
     if preprocessing is None:
         return _THUMBNAIL
     side = _THUMBNAIL.crop_size
@@ -126,38 +126,39 @@ def _crop_of(preprocessing: Preprocessing | None) -> Preprocessing:
 
 
 def _write_thumbnails(folder: Folder, predictions: Sequence[Prediction], crop: Preprocessing) -> Iterator[str | None]:
-    """The thumbnail of each picture, relative to the page; None where the picture cannot be had."""
-    made: set[str] = set()
+    """Writes a thumbnail of each image; yields its path relative to the page, or None if the image cannot be read."""
+    created: set[str] = set()
     with open_loader(LoadingConfig(), crop) as load:
-        for number, (_, image) in enumerate(load({"uri": one.uri} for one in predictions)):
+        for number, (_, image) in enumerate(load({"uri": prediction.uri} for prediction in predictions)):
             if isinstance(image, ImageError):
                 yield None
                 continue
-            subfolder = f"{THUMBNAILS}/{number // _FOLDER_THUMBNAILS:03d}"
-            if subfolder not in made:
+            subfolder = f"{THUMBNAILS}/{number // _THUMBNAILS_PER_FOLDER:03d}"
+            if subfolder not in created:
                 folder.fs.makedirs(folder.path(subfolder), exist_ok=True)
-                made.add(subfolder)
+                created.add(subfolder)
             name = f"{subfolder}/{number:06d}.jpg"
             folder.fs.pipe_file(folder.path(name), encode_jpeg(image))
             yield name
 
 
-def _to_item(one: Prediction) -> dict[str, Any]:
+def _to_item(prediction: Prediction) -> dict[str, Any]:
     return {
-        "id": one.image_id,
-        "caption": one.caption,
-        "split": one.split,
-        "logProb": _finite(one.log_prob),
-        "candidates": [[text, _finite(log_prob)] for text, log_prob in one.candidates],
-        "references": list(one.references),
+        "id": prediction.image_id,
+        "caption": prediction.caption,
+        "split": prediction.split,
+        "logProb": _round(prediction.log_prob),
+        "candidates": [[caption, _round(log_prob)] for caption, log_prob in prediction.candidates],
+        "references": list(prediction.references),
     }
 
 
 def _to_script(items: Sequence[Mapping[str, Any]]) -> bytes:
-    """The data as a script, which a page may load from disk, as it may not load JSON; ASCII, and free of tags."""
+    """Returns the data as a script, because a page opened from disk cannot load JSON; in ASCII, without tags."""
     lines = ",\n".join(json.dumps(item, allow_nan=False).replace("<", "\\u003c") for item in items)
     return f"window.captionlibReport = [\n{lines}\n];\n".encode()
 
 
-def _finite(value: float | None) -> float | None:
+def _round(value: float | None) -> float | None:
+    """Rounds for the page; JSON has no NaN and no infinity, so they become None."""
     return None if value is None or not math.isfinite(value) else round(value, 4)

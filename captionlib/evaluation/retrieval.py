@@ -1,7 +1,7 @@
-"""Scores of ranking: where among all sentences an image finds its own, and among all images a sentence.
+"""Image-text retrieval: how well a ranker retrieves the references of an image, and the image of a reference.
 
-The figures are those of Hodosh et al. 2013 (Framing image description as a ranking task) and all who followed: the
-share of queries that find what belongs to them among the first k (Recall@k), the median and the mean rank, from 1 on.
+The scores are those of Hodosh et al. 2013 (Framing image description as a ranking task): Recall@k, the share of queries
+with a match among the first k results, and the median and mean rank of the first match, counted from 1.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,50 +10,62 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from captionlib.data.batches.captions import read_features
+from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.errors import ConfigError, DatasetError
+from captionlib.models.checkpoints.checkpoint import LoadedRanker
 
-__all__ = ["PROTOCOLS", "DirectionScores", "RankingProtocol", "RankingScores", "score_ranking"]
+__all__ = [
+    "PROTOCOLS",
+    "DirectionScores",
+    "RetrievalProtocol",
+    "RetrievalScores",
+    "rank_images",
+    "rank_references",
+    "score_ranker",
+    "score_retrieval",
+]
 
 Vectors = npt.NDArray[np.float32]
-Ranks = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int64]
 
-_BLOCK = 512  # queries whose scores with everything are in memory together
+_BLOCK = 512  # queries whose similarities with all items are in memory together
 
 
 @dataclass(frozen=True)
-class RankingProtocol:
-    """Which images and sentences are ranked among each other.
+class RetrievalProtocol:
+    """Which images and references are ranked together.
 
     Attributes:
-        images: at the most so many, the first; None is all.
-        sentences: at the most so many an image, the first; None is all.
-        fold_images: rank among so many images at a time, and average over these folds; None is among all.
+        images: use the first so many images; None uses all.
+        references_per_image: use the first so many references of each image; None uses all.
+        fold_images: split the images into folds of this size and average the scores over the folds; None uses one fold.
     """
 
     images: int | None = None
-    sentences: int | None = None
+    references_per_image: int | None = None
     fold_images: int | None = None
 
 
-PROTOCOLS: Mapping[str, RankingProtocol] = {
-    "all": RankingProtocol(),
-    "flickr8k-1k": RankingProtocol(images=1000, sentences=5),
-    "coco-1k": RankingProtocol(images=5000, sentences=5, fold_images=1000),
-    "coco-5k": RankingProtocol(images=5000, sentences=5),
+PROTOCOLS: Mapping[str, RetrievalProtocol] = {
+    "all": RetrievalProtocol(),
+    "flickr8k-1k": RetrievalProtocol(images=1000, references_per_image=5),
+    "coco-1k": RetrievalProtocol(images=5000, references_per_image=5, fold_images=1000),
+    "coco-5k": RetrievalProtocol(images=5000, references_per_image=5),
 }
-"""What papers report: Flickr8k's (and 30k's) 1,000 images, COCO's 5,000, and the mean of COCO's five folds of 1,000."""
+"""What papers report: 1,000 images of Flickr8k (and Flickr30k), 5,000 of COCO, and the mean of five folds of 1,000."""
 
 
 @dataclass(frozen=True)
 class DirectionScores:
-    """How well one direction ranks.
+    """Scores of one direction of retrieval.
 
     Attributes:
-        recall_at_1: share of queries that have something of their own in the first place, 0 to 1.
-        recall_at_5: among the first five.
-        recall_at_10: among the first ten.
-        median_rank: of the first that is the query's own, rounded down, as is usual; of folds the mean of theirs.
-        mean_rank: likewise.
+        recall_at_1: the share of queries whose first result is a match, 0 to 1.
+        recall_at_5: the share with a match among the first five results.
+        recall_at_10: the share with a match among the first ten results.
+        median_rank: the median rank of the first match, rounded down as is customary; averaged over folds.
+        mean_rank: the mean rank of the first match.
     """
 
     recall_at_1: float
@@ -64,122 +76,165 @@ class DirectionScores:
 
 
 @dataclass(frozen=True)
-class RankingScores:
-    """How well images and sentences find each other.
+class RetrievalScores:
+    """Scores of both directions.
 
     Attributes:
-        images: how many images were ranked.
-        sentences: how many sentences.
-        folds: in how many folds; 1 is all among each other.
-        image_to_sentence: an image asks, all sentences are ranked.
-        sentence_to_image: a sentence asks, all images are ranked.
+        images: the number of images that were ranked.
+        references: the number of references that were ranked.
+        folds: the number of folds.
+        image_to_text: images are the queries, references are ranked.
+        text_to_image: references are the queries, images are ranked.
     """
 
     images: int
-    sentences: int
+    references: int
     folds: int
-    image_to_sentence: DirectionScores
-    sentence_to_image: DirectionScores
+    image_to_text: DirectionScores
+    text_to_image: DirectionScores
 
     @property
     def mean_recall(self) -> float:
-        """The mean of the six recalls, 0 to 1: one number to compare models by."""
-        directions = (self.image_to_sentence, self.sentence_to_image)
+        """The mean of the six recalls, 0 to 1: a single number to compare models by."""
+        directions = (self.image_to_text, self.text_to_image)
         return sum(one.recall_at_1 + one.recall_at_5 + one.recall_at_10 for one in directions) / 6
 
 
-def score_ranking(
-    images: Vectors,
-    sentences: Vectors,
-    image_of_sentence: npt.NDArray[np.int64],
-    protocol: RankingProtocol = PROTOCOLS["all"],
-) -> RankingScores:
-    """Ranks all sentences by each image and all images by each sentence.
+def score_ranker(
+    ranker: LoadedRanker,
+    features: ShardedDataset,
+    splits: Sequence[str] = (),
+    protocol: RetrievalProtocol = PROTOCOLS["all"],
+) -> RetrievalScores:
+    """Scores a ranker on the images and references of a features dataset.
 
-    Ties are broken half for and half against, so that a model that finds everything alike ranks as chance would.
+    Args:
+        ranker: the ranker.
+        features: a complete features dataset of the ranker's encoder.
+        splits: the splits to rank; empty ranks all.
+        protocol: which images and references are ranked together.
+
+    Raises:
+        CheckpointError: the features come from another encoder.
+        ConfigError: there are fewer images than the protocol needs.
+        DatasetError: these splits have no references.
+    """
+    ranker.require_encoder(features.config["encoder"])
+    known = _read_splits(features)
+    images = [np.empty((0, ranker.size), np.float32)]
+    references: list[str] = []
+    image_of_reference: list[int] = []
+    count = 0
+    for shard in range(features.shards):
+        for rows, captions in read_features(features, shard, frozenset(splits) or known):
+            images.append(ranker.encode_features(rows))
+            for image_references in captions:
+                references.extend(image_references)
+                image_of_reference.extend([count] * len(image_references))
+                count += 1
+    if not references:
+        raise DatasetError(
+            f"{features.folder.uri}: no references in split {' or '.join(splits) or '(any)'}; "
+            f"its splits are {', '.join(sorted(known)) or 'none'}"
+        )
+    vectors = ranker.encode_sentences(references)
+    return score_retrieval(np.concatenate(images), vectors, np.array(image_of_reference, np.int64), protocol)
+
+
+def _read_splits(dataset: ShardedDataset) -> frozenset[str]:
+    columns = (dataset.read(shard, ["split"])["split"] for shard in range(dataset.shards))
+    return frozenset(split for column in columns for split in column.unique().to_pylist())
+
+
+def score_retrieval(
+    images: Vectors,
+    references: Vectors,
+    image_of_reference: Indices,
+    protocol: RetrievalProtocol = PROTOCOLS["all"],
+) -> RetrievalScores:
+    """Ranks all references for each image, and all images for each reference.
+
+    A tie counts as half a better result, so a model whose similarities are all equal ranks as chance would.
 
     Args:
         images: `[images, size]`, unit vectors.
-        sentences: `[sentences, size]`, unit vectors.
-        image_of_sentence: `[sentences]`, the row of `images` that a sentence belongs to, ascending. Images may have
-            any number of sentences; those without any are left out.
-        protocol: what is ranked among what.
+        references: `[references, size]`, unit vectors.
+        image_of_reference: `[references]`, the row of `images` that a reference belongs to, ascending. Images may have
+            any number of references; those without references are ignored.
+        protocol: which images and references are ranked together.
 
     Raises:
-        ConfigError: there are fewer images than one fold has.
-        DatasetError: there are no sentences.
+        ConfigError: there are fewer images than a fold needs.
+        DatasetError: there are no references.
     """
-    folds = list(_folds(image_of_sentence, protocol))
-    to_sentence: list[DirectionScores] = []
-    to_image: list[DirectionScores] = []
-    count = 0
-    for kept_images, kept_sentences in folds:
-        own = np.searchsorted(kept_images, image_of_sentence[kept_sentences])
-        of_images, of_sentences = images[kept_images], sentences[kept_sentences]
-        to_sentence.append(_summarise(rank_sentences(of_images, of_sentences, own)))
-        to_image.append(_summarise(rank_images(of_images, of_sentences, own)))
-        count += len(kept_sentences)
-    return RankingScores(
-        images=sum(len(kept) for kept, _ in folds),
-        sentences=count,
+    folds = list(_split_into_folds(image_of_reference, protocol))
+    image_to_text: list[DirectionScores] = []
+    text_to_image: list[DirectionScores] = []
+    for fold_images, fold_references in folds:
+        matches = np.searchsorted(fold_images, image_of_reference[fold_references])
+        vectors = images[fold_images], references[fold_references]
+        image_to_text.append(_summarize(rank_references(*vectors, matches)))
+        text_to_image.append(_summarize(rank_images(*vectors, matches)))
+    return RetrievalScores(
+        images=sum(len(fold_images) for fold_images, _ in folds),
+        references=sum(len(fold_references) for _, fold_references in folds),
         folds=len(folds),
-        image_to_sentence=_average(to_sentence),
-        sentence_to_image=_average(to_image),
+        image_to_text=_average(image_to_text),
+        text_to_image=_average(text_to_image),
     )
 
 
-def rank_sentences(images: Vectors, sentences: Vectors, image_of_sentence: npt.NDArray[np.int64]) -> Ranks:
-    """For each image the rank of the first sentence of its own, `[images]`, from 1."""
+def rank_references(images: Vectors, references: Vectors, image_of_reference: Indices) -> Indices:
+    """Returns for each image the rank of its first own reference, `[images]`, from 1."""
     ranks = []
     for begin in range(0, len(images), _BLOCK):
-        scores = images[begin : begin + _BLOCK] @ sentences.T
-        own = image_of_sentence == np.arange(begin, begin + len(scores))[:, None]
-        best = np.where(own, scores, -np.inf).max(1, keepdims=True)
-        ranks.append(_rank(scores, best, ~own))
+        similarities = images[begin : begin + _BLOCK] @ references.T
+        matches = image_of_reference == np.arange(begin, begin + len(similarities))[:, None]
+        best = np.where(matches, similarities, -np.inf).max(1, keepdims=True)
+        ranks.append(_rank(similarities, best, ~matches))
     return np.concatenate(ranks)
 
 
-def rank_images(images: Vectors, sentences: Vectors, image_of_sentence: npt.NDArray[np.int64]) -> Ranks:
-    """For each sentence the rank of its image, `[sentences]`, from 1."""
+def rank_images(images: Vectors, references: Vectors, image_of_reference: Indices) -> Indices:
+    """Returns for each reference the rank of its image, `[references]`, from 1."""
     ranks = []
-    for begin in range(0, len(sentences), _BLOCK):
-        own = image_of_sentence[begin : begin + _BLOCK, None]
-        scores = sentences[begin : begin + _BLOCK] @ images.T
-        ranks.append(_rank(scores, np.take_along_axis(scores, own, 1), own != np.arange(len(images))))
+    for begin in range(0, len(references), _BLOCK):
+        match = image_of_reference[begin : begin + _BLOCK, None]
+        similarities = references[begin : begin + _BLOCK] @ images.T
+        best = np.take_along_axis(similarities, match, 1)
+        ranks.append(_rank(similarities, best, match != np.arange(len(images))))
     return np.concatenate(ranks)
 
 
-def _rank(scores: Vectors, best: Vectors, rivals: npt.NDArray[np.bool_]) -> Ranks:
-    better = ((scores > best) & rivals).sum(1)
-    ties = ((scores == best) & rivals).sum(1)
-    ranks: Ranks = 1 + better + ties // 2
+def _rank(similarities: Vectors, best: Vectors, others: npt.NDArray[np.bool_]) -> Indices:
+    better = ((similarities > best) & others).sum(1)
+    ties = ((similarities == best) & others).sum(1)
+    ranks: Indices = 1 + better + ties // 2
     return ranks
 
 
-def _folds(
-    image_of_sentence: npt.NDArray[np.int64], protocol: RankingProtocol
-) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """The rows of images and of sentences that are ranked together."""
-    kept_images, first, counts = np.unique(image_of_sentence, return_index=True, return_counts=True)
-    if not len(kept_images):
-        raise DatasetError("expected sentences to rank, got none; give features of a split that has sentences")
-    place = np.arange(len(image_of_sentence)) - np.repeat(first, counts)  # of each sentence among those of its image
-    kept_images = kept_images[: protocol.images]
-    size = protocol.fold_images or len(kept_images)
-    if len(kept_images) < size:
+def _split_into_folds(image_of_reference: Indices, protocol: RetrievalProtocol) -> Iterator[tuple[Indices, Indices]]:
+    """Yields the rows of the images and of the references that are ranked together."""
+    images, first, counts = np.unique(image_of_reference, return_index=True, return_counts=True)
+    if not len(images):
+        raise DatasetError("expected references to rank, got none; pass features of a split that has references")
+    position = np.arange(len(image_of_reference)) - np.repeat(first, counts)  # among the references of the same image
+    images = images[: protocol.images]
+    size = protocol.fold_images or len(images)
+    if len(images) < size:
         raise ConfigError(
-            f"protocol: expected at least {size:,} images with sentences, got {len(kept_images):,}; rank a larger "
-            "split, or take the protocol `all`"
+            f"protocol: expected at least {size:,} images with references, got {len(images):,}; evaluate a larger "
+            "split, or use the protocol `all`"
         )
-    for begin in range(0, len(kept_images) - size + 1, size):
-        fold = kept_images[begin : begin + size]
-        chosen = np.isin(image_of_sentence, fold)
-        if protocol.sentences is not None:
-            chosen &= place < protocol.sentences
-        yield fold, np.flatnonzero(chosen)
+    for begin in range(0, len(images) - size + 1, size):
+        fold = images[begin : begin + size]
+        selected = np.isin(image_of_reference, fold)
+        if protocol.references_per_image is not None:
+            selected &= position < protocol.references_per_image
+        yield fold, np.flatnonzero(selected)
 
 
-def _summarise(ranks: Ranks) -> DirectionScores:
+def _summarize(ranks: Indices) -> DirectionScores:
     return DirectionScores(
         recall_at_1=float((ranks <= 1).mean()),
         recall_at_5=float((ranks <= 5).mean()),

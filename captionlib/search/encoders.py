@@ -26,7 +26,7 @@ class SentenceEncoder(Protocol):
     def encoder(self) -> Mapping[str, Any]:
         """The description of the image encoder whose features it takes."""
 
-    def knows(self, sentence: str) -> bool:
+    def has_known_word(self, sentence: str) -> bool:
         """Whether it has learned any of the words; the vector of a sentence of others says nothing."""
 
     def encode_sentences(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
@@ -42,7 +42,7 @@ def load_encoder(folder: str | os.PathLike[str], device: str = "cpu") -> Sentenc
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    from captionlib.models.checkpoints.rankers import load_ranker  # loads torch, which takes seconds
+    from captionlib.models.checkpoints.checkpoint import load_ranker  # loads torch, which takes seconds
 
     return load_ranker(folder, device)
 

@@ -244,7 +244,7 @@ class Index:
 
     def _knows(self, sentence: str) -> bool:
         """Whether a sentence has words to look for; without a ranker it is for `_encode` to complain."""
-        return bool(sentence) and (self._encoder is None or self._encoder.knows(sentence))
+        return bool(sentence) and (self._encoder is None or self._encoder.has_known_word(sentence))
 
     def _encode(self, sentence: str) -> Vectors:
         self._require_vectors()
@@ -252,7 +252,7 @@ class Index:
             raise QueryError("sentence: expected words, got none")
         if self._encoder is None:
             raise QueryError("sentences need the ranker that made the embeddings; open the index with its checkpoint")
-        if not self._encoder.knows(sentence):
+        if not self._encoder.has_known_word(sentence):
             raise QueryError(f"sentence: expected words that the ranker has learned, got none of them in {sentence!r}")
         vector: Vectors = self._encoder.encode_sentences([sentence])[0]
         return vector

@@ -12,8 +12,9 @@ import pyarrow as pa
 from captionlib.config import describe_differences
 from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
 from captionlib.errors import CheckpointError, QueryError
-from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner
-from captionlib.models.decoding.decoder import Decoder, DecodingConfig
+from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.decoder import Decoder
 from captionlib.models.encoders.encoder import Encoder, EncoderConfig, load_encoder
 from captionlib.search.encoders import SentenceEncoder
 
@@ -111,7 +112,7 @@ class ImageQueryModels:
         with self._lock:
             decoder = Decoder(self._captioner.model, DecodingConfig(beam_width=max(5, n_best), n_best=n_best))
             (candidates,) = decoder.decode(features.astype(np.float32))
-        rows = [{"caption": vocabulary.decode(one.words), "log_prob": one.log_prob} for one in candidates]
+        rows = [{"caption": vocabulary.decode(one.token_ids), "log_prob": one.log_prob} for one in candidates]
         return pa.Table.from_pylist(rows, _CANDIDATES)
 
     def _see(self, eye: _Eye, content: bytes) -> npt.NDArray[np.floating]:

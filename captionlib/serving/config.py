@@ -21,6 +21,8 @@ class ServingConfig:
         max_image_pixels: width x height of images that are decoded.
         image_timeout_seconds: for fetching one image, and for decoding it.
         thumbnail_bytes: of all thumbnails that are kept on disk.
+        allow_private_hosts: fetch images also from hosts that are not public. Whoever made the data set chose their
+            addresses, and visitors see what is there.
     """
 
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1", "[::1]")
@@ -32,6 +34,7 @@ class ServingConfig:
     max_image_pixels: int = 50_000_000
     image_timeout_seconds: float = 10.0
     thumbnail_bytes: int = 2**30
+    allow_private_hosts: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_upload_bytes", "max_question_characters", "max_rows", "max_photos", "max_image_pixels"):

@@ -35,7 +35,7 @@ class Thumbnails:
     """Gives JPEG bytes by address. A context manager; safe to use from many threads.
 
     Args:
-        folder: where they are kept, by a hash of address and size.
+        folder: where they are kept, by a hash of address, size and allowed hosts.
         config: its limits.
     """
 
@@ -43,8 +43,11 @@ class Thumbnails:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._max_bytes = config.thumbnail_bytes
+        self._scope = "all" if config.allow_private_hosts else "public"  # a kept picture must not outlast a refusal
         self._opened = ExitStack()
-        fetching = FetchConfig(timeout_seconds=config.image_timeout_seconds, attempts=2)
+        fetching = FetchConfig(
+            timeout_seconds=config.image_timeout_seconds, attempts=2, allow_private_hosts=config.allow_private_hosts
+        )
         decoding = DecoderConfig(timeout_seconds=config.image_timeout_seconds, max_image_pixels=config.max_image_pixels)
         self._fetcher = self._opened.enter_context(ImageFetcher(fetching))
         self._decoders = {
@@ -73,7 +76,7 @@ class Thumbnails:
             ImageError: it cannot be had; that is remembered for a while.
             BusyError: too many are asked for at once.
         """
-        name = hashlib.sha256(f"{size} {uri}".encode()).hexdigest()
+        name = hashlib.sha256(f"{self._scope} {size} {uri}".encode()).hexdigest()
         path = self._folder / name[:2] / f"{name}.jpg"
         try:
             content = path.read_bytes()

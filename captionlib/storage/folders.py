@@ -16,10 +16,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from captionlib.errors import StorageError
+from captionlib.storage.file_systems import open_file_system
 from captionlib.storage.ranged_file import RangedFile
 from captionlib.storage.remote_errors import is_temporary_error
 from captionlib.storage.retries import call_with_retries
@@ -54,7 +54,7 @@ class Folder:
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
-        fs, root = fsspec.core.url_to_fs(self.uri)
+        fs, root = open_file_system(self.uri)
         return fs, root.rstrip("/")
 
     @property
@@ -213,7 +213,7 @@ class Folder:
 
 def resolve_address(address: str | os.PathLike[str]) -> str:
     """What names the same file or folder from wherever a process was started: a local path is made absolute."""
-    fs, path = fsspec.core.url_to_fs(os.fspath(address))
+    fs, path = open_file_system(address)
     return str(path) if isinstance(fs, LocalFileSystem) else os.fspath(address)
 
 
@@ -234,7 +234,7 @@ def stage_file(address: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         StorageError: it cannot be written.
     """
-    fs, path = fsspec.core.url_to_fs(os.fspath(address))
+    fs, path = open_file_system(address)
     try:
         if isinstance(fs, LocalFileSystem):
             target = Path(path)

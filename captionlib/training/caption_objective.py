@@ -11,10 +11,12 @@ from torch import nn
 from captionlib.data.batches.captions import CaptionBatch
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError
-from captionlib.evaluation.cider import CiderScorer
-from captionlib.models.captioners.captioner import Captioner, TokenScores, pad_sentences
+from captionlib.evaluation.caption_scores import CiderScorer
+from captionlib.models.captioners.captioner import Captioner, TokenLogProbs
+from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.captioners.end_to_end import ImageCaptioner
-from captionlib.models.decoding.decoder import Decoder, DecodingConfig
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.decoder import Decoder
 from captionlib.storage.folders import Folder
 from captionlib.training.distributed import ProcessGroup
 from captionlib.training.objective import BatchLoss, compute_perplexity
@@ -99,9 +101,9 @@ class CaptioningObjective(Generic[Model]):
     def save(self, output: Folder, training: dict[str, Any]) -> None:
         self._save(output, self.model, training)
 
-    def score(self, batch: CaptionBatch, mean_log_probs: bool = False) -> TokenScores:
+    def score(self, batch: CaptionBatch, mean_log_probs: bool = False) -> TokenLogProbs:
         """Computes the log-probabilities of the captions of a batch; see `Captioner.forward`."""
-        scores: TokenScores = self.model(
+        scores: TokenLogProbs = self.model(
             torch.from_numpy(batch.features).to(self._device),
             pad_sentences(batch.sentences).to(self._device),
             torch.from_numpy(batch.image_of_sentence).to(self._device),
@@ -133,9 +135,9 @@ class CiderValidation:
         vocabulary: Vocabulary,
         decoding: DecodingConfig,
     ) -> None:
-        if decoding.neighbors:
+        if decoding.rerank.neighbors:
             raise ConfigError(
-                f"decoding.neighbors: expected 0 during training, got {decoding.neighbors}; a datastore is built after "
+                f"decoding.rerank.neighbors: expected 0 during training, got {decoding.rerank.neighbors}; a datastore is built after "
                 "training (captionlib build-datastore)"
             )
         self._batches = batches
@@ -156,5 +158,5 @@ class CiderValidation:
                 pixels = torch.from_numpy(images).to(next(model.parameters()).device)
                 features = model.encoder.encode(pixels).float()
             for position, candidates in zip(positions, decoder.decode(features), strict=True):
-                captions[position] = self._vocabulary.decode(candidates[0].words)
+                captions[position] = self._vocabulary.decode(candidates[0].token_ids)
         return self._scorer.score(captions)

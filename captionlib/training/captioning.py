@@ -14,7 +14,7 @@ from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
-from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.devices import resolve_device
 from captionlib.storage.folders import Folder
 from captionlib.training.bag_of_words import BagOfWordsObjective

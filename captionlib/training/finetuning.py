@@ -22,9 +22,9 @@ from captionlib.data.shards.markers import FAILURES_FOLDER
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError
 from captionlib.models.captioners.end_to_end import ImageCaptioner
-from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner, save_captioner
-from captionlib.models.checkpoints.folder import stamp
-from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner, save_captioner
+from captionlib.models.checkpoints.folder import stamp_provenance
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import Encoder, EncoderConfig, describe_finetuned_encoder, load_encoder
 from captionlib.models.encoders.network import list_parameters_before
@@ -245,7 +245,7 @@ class TunedSaver:
             model.captioner,
             self.vocabulary,
             describe_finetuned_encoder(self.encoder.description, weights),
-            provenance=stamp(self.provenance),
+            provenance=stamp_provenance(self.provenance),
             training=training,
             encoder_file=serialize_weights(weights, self.encoder.preprocessing),
         )

@@ -14,7 +14,7 @@ from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.data.text.word_vectors import read_word_vectors
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
-from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner
+from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner
 from captionlib.models.encoders.top_layers import EncoderTop
 from captionlib.storage.folders import Folder
 
@@ -74,16 +74,16 @@ def _take_statistics(model: Captioner, dataset: ShardedDataset, splits: Sequence
         return features.numpy()
 
     def vectors(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
-        return model.raise_to_power(torch.from_numpy(pool_map(seen(rows)))).numpy()
+        return model.power_normalize(torch.from_numpy(pool_map(seen(rows)))).numpy()
 
     if model.attention is not None:
         maps = torch.from_numpy(seen(sample_features(dataset, splits, _MAP_IMAGES)))
-        positions = model.raise_to_power(maps).flatten(0, 1)
-        model.attention.set_standardization(positions.mean(0), positions.std(0))
+        positions = model.power_normalize(maps).flatten(0, 1)
+        model.attention.standardization.set_statistics(positions.mean(0), positions.std(0))
     if model.config.principal_components:
-        model.set_components(torch.from_numpy(vectors(sample_features(dataset, splits, _COMPONENT_IMAGES))))
+        model.set_principal_components(torch.from_numpy(vectors(sample_features(dataset, splits, _COMPONENT_IMAGES))))
     elif model.config.standardize_features:
-        model.set_standardization(*map(torch.from_numpy, mean_and_std(dataset, splits, vectors)))
+        model.standardization.set_statistics(*map(torch.from_numpy, mean_and_std(dataset, splits, vectors)))
 
 
 def refuse_own_folder(init_from: str | None, output: Folder) -> None:

@@ -18,8 +18,9 @@ from captionlib.data.text.corpora import Corpus, TextLayout, open_corpus
 from captionlib.data.text.vocabulary import Level, Vocabulary
 from captionlib.errors import ConfigError
 from captionlib.models.captioners.captioner import Captioner
-from captionlib.models.captioners.language_model import LanguageModelConfig, build_language_model, save_language_model
-from captionlib.models.checkpoints.folder import stamp
+from captionlib.models.captioners.language_model import LanguageModelConfig, build_language_model
+from captionlib.models.checkpoints.checkpoint import save_language_model
+from captionlib.models.checkpoints.folder import stamp_provenance
 from captionlib.models.devices import resolve_device
 from captionlib.storage.folders import Folder
 from captionlib.training.curves import draw_curves
@@ -175,7 +176,7 @@ def _save(
     corpus: Corpus,
     config: LanguageModelTrainingConfig,
 ) -> None:
-    provenance = stamp({"source": corpus.fingerprint})
+    provenance = stamp_provenance({"source": corpus.fingerprint})
     save_language_model(
         output, model, config.model, vocabulary, config.layout, provenance=provenance, training=training
     )

@@ -18,10 +18,10 @@ from captionlib.data.batches.captions import CaptionBatch, CaptionBatches, featu
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError
-from captionlib.evaluation.retrieval import score_ranking
-from captionlib.models.captioners.captioner import pad_sentences
-from captionlib.models.checkpoints.folder import stamp
-from captionlib.models.checkpoints.rankers import save_ranker
+from captionlib.evaluation.retrieval import score_retrieval
+from captionlib.models.captioners.packed_sequences import pad_sentences
+from captionlib.models.checkpoints.checkpoint import save_ranker
+from captionlib.models.checkpoints.folder import stamp_provenance
 from captionlib.models.devices import resolve_device
 from captionlib.models.rankers.ranker import Ranker, RankerConfig
 from captionlib.storage.folders import Folder
@@ -159,11 +159,11 @@ class RankingObjective:
             sentences.append(of_sentences.float().cpu())
             owners.append(torch.from_numpy(batch.image_of_sentence) + count)
             count += len(of_images)
-        scores = score_ranking(torch.cat(images).numpy(), torch.cat(sentences).numpy(), torch.cat(owners).numpy())
+        scores = score_retrieval(torch.cat(images).numpy(), torch.cat(sentences).numpy(), torch.cat(owners).numpy())
         return {
             "missed_recall": 1 - scores.mean_recall,
-            "image_to_sentence_median_rank": scores.image_to_sentence.median_rank,
-            "sentence_to_image_median_rank": scores.sentence_to_image.median_rank,
+            "image_to_text_median_rank": scores.image_to_text.median_rank,
+            "text_to_image_median_rank": scores.text_to_image.median_rank,
         }
 
     def save(self, output: Folder, training: dict[str, Any]) -> None:
@@ -198,7 +198,7 @@ class _Save:
     features_fingerprint: str
 
     def __call__(self, output: Folder, model: Ranker, training: dict[str, Any]) -> None:
-        provenance = stamp({"features": self.features_fingerprint})
+        provenance = stamp_provenance({"features": self.features_fingerprint})
         save_ranker(output, model, self.vocabulary, self.encoder, provenance=provenance, training=training)
 
 
@@ -256,7 +256,7 @@ def _train(
     seed_everything(config.training.seed)
     model = Ranker(config.ranker, feature_shape(dataset)[-1], len(vocabulary))
     if config.ranker.standardize_features:
-        model.set_standardization(*map(torch.from_numpy, mean_and_std(dataset, config.train_splits)))
+        model.standardization.set_statistics(*map(torch.from_numpy, mean_and_std(dataset, config.train_splits)))
     objective = RankingObjective(
         model.to(device),
         config,

@@ -28,9 +28,9 @@ from captionlib.models.captioners.captioner import Captioner
 from captionlib.models.decoding.beam_search import search_beam
 from captionlib.models.decoding.cider_d import CiderD
 from captionlib.models.decoding.constraints import Constraints
-from captionlib.models.decoding.decoder import DecodingConfig
-from captionlib.models.decoding.incremental import IncrementalCaptioner, Start
-from captionlib.models.decoding.sampling import sample_tokens, uniform_numbers
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.incremental import Hypotheses, IncrementalCaptioner
+from captionlib.models.decoding.sampling import generate_uniforms, sample_tokens
 from captionlib.storage.folders import Folder
 from captionlib.training.caption_objective import CaptioningObjective
 from captionlib.training.objective import BatchLoss
@@ -142,14 +142,14 @@ class SelfCriticalObjective:
         """Samples captions for each image, keeping the gradients of their log-probabilities."""
         images, samples = batch.captions.features, self._config.samples
         keys = [f"{batch.seed} {batch.epoch} ".encode() + image.tobytes() for image in images]
-        uniforms = uniform_numbers(keys, samples, self._sampling.max_tokens, seed=0).to(self._device)
+        uniforms = generate_uniforms(keys, samples, self._sampling.max_tokens, seed=0).to(self._device)
         image_state = self.model.encode_images(torch.from_numpy(images).to(self._device))
         active = torch.arange(len(images) * samples, device=self._device)  # the captions without END so far
         state, word = image_state.state.index_select(1, active // samples), torch.full_like(active, END)
         captions: list[list[int]] = [[] for _ in active]
         log_probs, sentences = [], []
         for uniform in uniforms.unbind(1):
-            predicted, state = self.model.read_word(word, state, image_state, active // samples)
+            predicted, state = self.model.step(word, state, image_state, active // samples)
             with torch.no_grad():
                 allowed = predicted.clone()
                 self._constraints.apply(allowed, word[:, None])
@@ -171,9 +171,9 @@ class SelfCriticalObjective:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         incremental = IncrementalCaptioner(self.model, dtype)
         with torch.autocast(kind, enabled=False):
-            start: Start = incremental.begin(incremental.encode_images(torch.from_numpy(batch.features)))
+            start: Hypotheses = incremental.begin(incremental.encode_images(torch.from_numpy(batch.features)))
             candidates = search_beam(incremental, self._greedy, self._constraints, start)
-        return [[*best.words, END][: best.tokens] for (best,) in candidates]
+        return [[*best.token_ids, END][: best.token_count] for (best,) in candidates]
 
     def _compute_rewards(self, batch: CaptionBatch, sampled: list[list[int]]) -> tuple[Rewards, Rewards]:
         """Returns the rewards of the samples and their advantages over the baseline, `[images, samples]` each."""

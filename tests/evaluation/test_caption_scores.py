@@ -1,4 +1,5 @@
 import math
+import shutil
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import DatasetError
 from captionlib.evaluation.bootstrap import BootstrapConfig
-from captionlib.evaluation.caption_scores import CaptionScores, score_captions, scores_table
+from captionlib.evaluation.caption_scores import CaptionScores, CiderScorer, build_scores_table, score_captions
 
-CAPTIONS = {  # in the order of their ids, as evaluations go
+CAPTIONS = {  # sorted by id, as evaluations are
     "10": "a dog runs on the grass",
     "9": "two men on a beach",
     "b": "a dog's ball",
@@ -56,61 +57,61 @@ def write_manifest(folder: Path, references: dict[str, list[str]]) -> ShardedDat
 
 @lru_cache(maxsize=1)
 def scores() -> CaptionScores:
-    """Of CAPTIONS; METEOR's program takes seconds to start, so it is started once for all who compare with them."""
+    """Scores CAPTIONS once for all tests, because METEOR takes seconds to start."""
     return score_captions(CAPTIONS, REFERENCES)
 
 
-def test_the_scores_are_pycocoevalcaps_own() -> None:
+def test_scores_equal_those_of_pycocoevalcap() -> None:
     result = scores()
     tokenizer = PTBTokenizer()
-    said = tokenizer.tokenize({i: [{"caption": CAPTIONS[i]}] for i in CAPTIONS})
+    hypotheses = tokenizer.tokenize({i: [{"caption": CAPTIONS[i]}] for i in CAPTIONS})
     expected = tokenizer.tokenize({i: [{"caption": text} for text in REFERENCES[i]] for i in CAPTIONS})
-    bleu, bleu_of_images = Bleu(4).compute_score(expected, said, verbose=0)
-    meteor, meteor_of_images = Meteor().compute_score(expected, said)
-    rouge, rouge_of_images = Rouge().compute_score(expected, said)
-    cider, cider_of_images = Cider().compute_score(expected, said)
+    bleu, bleu_per_image = Bleu(4).compute_score(expected, hypotheses, verbose=0)
+    meteor, meteor_per_image = Meteor().compute_score(expected, hypotheses)
+    rouge, rouge_per_image = Rouge().compute_score(expected, hypotheses)
+    cider, cider_per_image = Cider().compute_score(expected, hypotheses)
     assert (result.images, result.tokenizer) == (4, "ptb")
     assert list(result.scores) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr"]
     assert list(result.scores.values()) == pytest.approx([*bleu, meteor, rouge, cider], abs=1e-12)
-    of_images = [*bleu_of_images, meteor_of_images, rouge_of_images, cider_of_images]
-    for name, own in zip(result.scores, of_images, strict=True):
-        assert list(result.of_images[name].values()) == pytest.approx(list(own), abs=1e-12), name
+    per_image = [*bleu_per_image, meteor_per_image, rouge_per_image, cider_per_image]
+    for name, values in zip(result.scores, per_image, strict=True):
+        assert list(result.per_image[name].values()) == pytest.approx(list(values), abs=1e-12), name
 
 
-def test_the_scores_of_one_sentence_by_hand() -> None:
+def test_scores_of_one_caption_computed_by_hand() -> None:
     result = score_captions({"x": "a dog runs"}, {"x": ["A dog sleeps here."]})
-    shorter = math.exp(1 - 4 / 3)  # 3 words said, 4 expected
-    assert result.scores["BLEU-1"] == pytest.approx(2 / 3 * shorter, abs=1e-6)
-    assert result.scores["BLEU-2"] == pytest.approx(math.sqrt(2 / 3 * 1 / 2) * shorter, abs=1e-6)
+    brevity_penalty = math.exp(1 - 4 / 3)  # 3 words against 4
+    assert result.scores["BLEU-1"] == pytest.approx(2 / 3 * brevity_penalty, abs=1e-6)
+    assert result.scores["BLEU-2"] == pytest.approx(math.sqrt(2 / 3 * 1 / 2) * brevity_penalty, abs=1e-6)
     assert result.scores["CIDEr"] == 0
 
 
-def test_the_order_of_the_images_changes_nothing_and_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+def test_scores_do_not_depend_on_image_order_and_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     expected = scores().scores
     capfd.readouterr()
-    backwards = dict(reversed(CAPTIONS.items()))
-    assert score_captions(backwards, REFERENCES).scores == pytest.approx(expected, abs=1e-12)
+    reversed_captions = dict(reversed(CAPTIONS.items()))
+    assert score_captions(reversed_captions, REFERENCES).scores == pytest.approx(expected, abs=1e-12)
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("references", [{}, {"x": []}])
-def test_a_caption_without_references_is_named(references: dict[str, list[str]]) -> None:
-    with pytest.raises(DatasetError, match="1 of 2 captions have no reference sentences, the first is image x"):
+def test_caption_without_references_is_rejected(references: dict[str, list[str]]) -> None:
+    with pytest.raises(DatasetError, match="1 of 2 captions have no references, the first is image x"):
         score_captions({"x": "a dog", "b": "a ball"}, {**REFERENCES, **references})
 
 
-def test_references_without_any_word_are_refused_if_all_are_so() -> None:
-    with pytest.raises(DatasetError, match="references of 1 captions have no words"):
+def test_references_are_rejected_only_if_all_are_empty() -> None:
+    with pytest.raises(DatasetError, match="references of all 1 captions are empty"):
         score_captions({"x": "a dog"}, {"x": ["...", " "]})
-    assert score_captions({**CAPTIONS, "x": "a dog"}, {**REFERENCES, "x": ["..."]}).of_images["CIDEr"]["x"] == 0
+    assert score_captions({**CAPTIONS, "x": "a dog"}, {**REFERENCES, "x": ["..."]}).per_image["CIDEr"]["x"] == 0
 
 
-def test_no_captions_are_no_score() -> None:
+def test_no_captions_are_rejected() -> None:
     with pytest.raises(DatasetError, match="at least one caption"):
         score_captions({}, REFERENCES)
 
 
-def test_without_java_what_needs_none_is_told_by_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_java_own_tokens_are_scored_and_meteor_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     with_java = scores()
     monkeypatch.setenv("PATH", "")
     result = score_captions(CAPTIONS, REFERENCES)
@@ -119,15 +120,15 @@ def test_without_java_what_needs_none_is_told_by_own_tokens(monkeypatch: pytest.
     assert result.scores == pytest.approx({name: with_java.scores[name] for name in result.scores}, abs=1e-9)
 
 
-def test_every_score_lies_within_its_interval() -> None:
+def test_intervals_contain_the_scores() -> None:
     result = scores()
     assert result.intervals.keys() == result.scores.keys()
     for name, (low, high) in result.intervals.items():
         assert 0 <= low <= result.scores[name] <= high
 
 
-def test_intervals_repeat_and_may_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")  # without METEOR, whose program takes seconds to start
+def test_intervals_are_reproducible_and_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")  # avoids METEOR, which takes seconds to start
 
     def score(samples: int) -> CaptionScores:
         return score_captions(CAPTIONS, REFERENCES, bootstrap=BootstrapConfig(samples=samples))
@@ -138,11 +139,27 @@ def test_intervals_repeat_and_may_be_left_out(monkeypatch: pytest.MonkeyPatch) -
     assert score(0).intervals == {}
 
 
-def test_the_scores_of_images_become_a_table() -> None:
+def test_scores_table_has_a_row_per_image() -> None:
     result = scores()
-    table = scores_table(result, CAPTIONS)
+    table = build_scores_table(result, CAPTIONS)
     assert table.column_names == [
         *("image_id", "caption", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider")
     ]
     assert table["image_id"].to_pylist() == list(CAPTIONS)
-    assert table["cider"].to_pylist() == list(result.of_images["CIDEr"].values())
+    assert table["cider"].to_pylist() == list(result.per_image["CIDEr"].values())
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="the tokenizer needs Java")
+def test_cider_scorer_equals_pycocoevalcap() -> None:
+    references = [["A dog runs.", "The dog is running fast!"], ["Two men, on bikes", "men ride"], ["a red shirt"]]
+    scorer = CiderScorer(references)
+    expected = {number: [{"caption": text} for text in texts] for number, texts in enumerate(references)}
+    for captions in (["a dog runs fast", "two men ride", "a shirt"], ["a red shirt", "a dog", ""]):
+        hypotheses = {number: [{"caption": text}] for number, text in enumerate(captions)}
+        score, _ = Cider().compute_score(*map(PTBTokenizer().tokenize, (expected, hypotheses)))
+        assert scorer.score(captions) == pytest.approx(score, abs=1e-9)
+
+
+def test_cider_scorer_rejects_a_single_image() -> None:
+    with pytest.raises(DatasetError, match="expected several images, got 1"):
+        CiderScorer([["a dog"]])

@@ -13,11 +13,11 @@ from captionlib.data.shards.writer import write_shard
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError, DatasetError
 from captionlib.evaluation.bootstrap import BootstrapConfig
-from captionlib.evaluation.diversity import count_variety, describe_captions
+from captionlib.evaluation.diversity import count_diversity, measure_captions
 from captionlib.evaluation.evaluate import evaluate_captions, evaluate_predictions
 from captionlib.evaluation.perplexity import measure_perplexity
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
-from captionlib.models.checkpoints.captioners import save_captioner
+from captionlib.models.checkpoints.checkpoint import save_captioner
 from tests.evaluation.test_caption_scores import CAPTIONS, REFERENCES, write, write_captions, write_manifest
 
 VOCABULARY = Vocabulary.from_captions(["a dog runs", "the grass"], min_count=1)
@@ -44,9 +44,9 @@ def write_features(folder: Path, ids: list[str]) -> Path:
     return folder
 
 
-def test_the_perplexity_of_images_and_of_all_of_them(tmp_path: Path) -> None:
+def test_perplexity_of_each_image_and_of_the_set(tmp_path: Path) -> None:
     checkpoint = write_captioner(tmp_path / "captioner")
-    features = write_features(tmp_path / "features", ["x", "not asked for", "y"])
+    features = write_features(tmp_path / "features", ["x", "not requested", "y"])
     references = {"y": ["A dog!", "the dog runs wild"], "x": ["grass", ""]}
     metric = measure_perplexity(checkpoint, features, references)
     model = Captioner(CaptionerConfig(hidden_size=4, embedding_size=4), 3, len(VOCABULARY)).eval()
@@ -58,42 +58,42 @@ def test_the_perplexity_of_images_and_of_all_of_them(tmp_path: Path) -> None:
         scores: torch.Tensor = model(torch.tensor([vector]), words, torch.tensor([0])).log_probs
         return -float(scores.detach().double().sum())
 
-    of_y = loss([2.0, 1.0, -1.0], "a dog") + loss([2.0, 1.0, -1.0], "the dog runs wild")
-    of_x = loss([0.0, 1.0, -1.0], "grass")
-    assert metric.rows == pytest.approx(np.array([[of_y, 3 + 5], [of_x, 2]]), rel=1e-5)
-    assert metric.formula(metric.rows.sum(0)) == pytest.approx([math.exp((of_y + of_x) / 10)], rel=1e-5)
+    loss_y = loss([2.0, 1.0, -1.0], "a dog") + loss([2.0, 1.0, -1.0], "the dog runs wild")
+    loss_x = loss([0.0, 1.0, -1.0], "grass")
+    assert metric.rows == pytest.approx(np.array([[loss_y, 3 + 5], [loss_x, 2]]), rel=1e-5)
+    assert metric.formula(metric.rows.sum(0)) == pytest.approx([math.exp((loss_y + loss_x) / 10)], rel=1e-5)
 
 
-def test_an_image_without_features_is_named(tmp_path: Path) -> None:
+def test_perplexity_rejects_an_image_without_features(tmp_path: Path) -> None:
     features = write_features(tmp_path / "features", ["x"])
     with pytest.raises(DatasetError, match="1 of 2 images have no features, the first is y"):
         measure_perplexity(write_captioner(tmp_path / "captioner"), features, {"x": ["a"], "y": ["a"]})
 
 
-def test_a_captioner_of_other_features_is_refused(tmp_path: Path) -> None:
+def test_perplexity_rejects_features_of_another_encoder(tmp_path: Path) -> None:
     features = write_features(tmp_path / "features", ["x"])
     checkpoint = write_captioner(tmp_path / "captioner", {"model": "other", "shape": [3]})
     with pytest.raises(CheckpointError, match="another encoder"):
         measure_perplexity(checkpoint, features, {"x": ["a"]})
 
 
-def test_captions_that_stand_in_the_training_set_are_told_by_their_words() -> None:
+def test_captions_are_novel_if_no_training_reference_has_the_same_words() -> None:
     captions = {"1": "a dog runs", "2": "a dog 's ball", "3": "a dog", "4": "a dog runs"}
-    length, share = describe_captions(captions, ["A dog runs.", "A dog's ball!", "a dog runs fast"])
+    length, novel = measure_captions(captions, ["A dog runs.", "A dog's ball!", "a dog runs fast"])
     assert length.formula(length.rows.sum(0)) == pytest.approx([(3 + 4 + 2 + 3) / 4])
-    assert share.formula(share.rows)[:, 0].tolist() == [1, 1, 0, 1]
-    assert count_variety(captions) == {"distinct_captions": 3, "vocabulary": 5}
-    assert len(describe_captions(captions)) == 1
+    assert novel.formula(novel.rows)[:, 0].tolist() == [0, 0, 1, 0]
+    assert count_diversity(captions) == {"distinct_captions": 3, "vocabulary_size": 5}
+    assert len(measure_captions(captions)) == 1
 
 
-def test_everything_is_told_of_captions(tmp_path: Path) -> None:
+def test_evaluation_has_all_scores(tmp_path: Path) -> None:
     write_captions(tmp_path / "captions", CAPTIONS)
     rows = [{"image_id": i, "uri": i, "split": "val", "captions": texts} for i, texts in REFERENCES.items()]
     rows.append({"image_id": "t", "uri": "t", "split": "train", "captions": ["Two men on a beach!"]})
     manifest = write_manifest(tmp_path / "reference", REFERENCES)
     write(tmp_path / "manifest", "manifest", manifest.schema, rows)
     features = write_features(tmp_path / "features", [*CAPTIONS, "other"])
-    found = evaluate_captions(
+    evaluation = evaluate_captions(
         tmp_path / "captions",
         tmp_path / "manifest",
         splits=["val"],
@@ -101,27 +101,27 @@ def test_everything_is_told_of_captions(tmp_path: Path) -> None:
         features=features,
         bootstrap=BootstrapConfig(samples=20),
     )
-    assert found.captions == CAPTIONS
-    assert [one.image_id for one in found.predictions] == sorted(CAPTIONS)
-    told = found.to_dict()
-    assert list(told["scores"]) == [
+    assert evaluation.captions == CAPTIONS
+    assert [prediction.image_id for prediction in evaluation.predictions] == sorted(CAPTIONS)
+    result = evaluation.to_dict()
+    assert list(result["scores"]) == [
         *("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr"),
-        *("perplexity", "mean_length", "in_training"),
+        *("perplexity", "mean_length", "novel"),
     ]
-    assert told["scores"]["in_training"] == 1 / 4
-    assert told["intervals"].keys() == told["scores"].keys()
-    assert (told["images"], told["notes"]) == (4, [])
+    assert result["scores"]["novel"] == 3 / 4
+    assert result["intervals"].keys() == result["scores"].keys()
+    assert (result["images"], result["notes"]) == (4, [])
 
 
-def test_half_of_what_the_perplexity_needs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="give both or neither"):
+def test_checkpoint_without_features_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="pass both or neither"):
         evaluate_predictions([], checkpoint=tmp_path)
 
 
-def test_without_training_sentences_their_share_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")  # without METEOR, whose program takes seconds to start
+def test_novel_share_is_left_out_without_training_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")  # avoids METEOR, which takes seconds to start
     write_captions(tmp_path / "captions", CAPTIONS)
     write_manifest(tmp_path / "manifest", REFERENCES)
-    found = evaluate_captions(tmp_path / "captions", tmp_path / "manifest", bootstrap=BootstrapConfig(samples=0))
-    assert "in_training" not in found.scores.scores
-    assert "no sentences in split train or restval" in found.notes[-1]
+    evaluation = evaluate_captions(tmp_path / "captions", tmp_path / "manifest", bootstrap=BootstrapConfig(samples=0))
+    assert "novel" not in evaluation.scores.scores
+    assert "no references in split train or restval" in evaluation.notes[-1]

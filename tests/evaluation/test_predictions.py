@@ -21,34 +21,36 @@ def write(path: Path, content: Any) -> Path:
     return path
 
 
-def test_captions_are_joined_with_what_people_say(tmp_path: Path) -> None:
+def test_captions_are_joined_with_references(tmp_path: Path) -> None:
     write_captions(tmp_path / "captions", CAPTIONS, split="")
     manifest = write_manifest(tmp_path / "manifest", REFERENCES)
     joined = join_references(read_predictions(tmp_path / "captions"), manifest)
-    assert [one.image_id for one in joined] == list(CAPTIONS)
-    assert {one.image_id: one.references for one in joined} == {i: tuple(REFERENCES[i]) for i in CAPTIONS}
-    assert {one.split for one in joined} == {"val"}
+    assert [prediction.image_id for prediction in joined] == list(CAPTIONS)
+    assert {prediction.image_id: prediction.references for prediction in joined} == {
+        i: tuple(REFERENCES[i]) for i in CAPTIONS
+    }
+    assert {prediction.split for prediction in joined} == {"val"}
 
 
-def test_a_split_without_captions_is_answered_with_the_splits_there_are() -> None:
+def test_split_without_captions_lists_the_known_splits() -> None:
     with pytest.raises(DatasetError, match=r"captions: no captions in split test; its splits are \(none\), val"):
         select_splits([Prediction("1", "a", split="val"), Prediction("2", "a")], ["test"], "captions")
 
 
 @pytest.mark.parametrize(("ids", "written"), [(["391895", "0"], [391895, 0]), (["1", "007"], ["1", "007"])])
-def test_cocos_results_are_written_and_read(tmp_path: Path, ids: list[str], written: list[int | str]) -> None:
-    said = [Prediction(image_id, f"a café {image_id}") for image_id in ids]
-    results = to_coco_results(said)
-    assert results == [{"image_id": i, "caption": one.caption} for i, one in zip(written, said, strict=True)]
-    assert read_predictions(write(tmp_path / "results.json", results)) == said
+def test_coco_results_round_trip(tmp_path: Path, ids: list[str], written: list[int | str]) -> None:
+    predictions = [Prediction(image_id, f"a café {image_id}") for image_id in ids]
+    results = to_coco_results(predictions)
+    assert results == [{"image_id": i, "caption": one.caption} for i, one in zip(written, predictions, strict=True)]
+    assert read_predictions(write(tmp_path / "results.json", results)) == predictions
 
 
-def test_neuraltalks_results_are_written_and_read(tmp_path: Path) -> None:
-    said = [
+def test_result_struct_round_trip(tmp_path: Path) -> None:
+    predictions = [
         Prediction("7", "a dog", "photos/7.jpg", "", -3.5, (("a dog", -3.5),), ("A dog runs.",)),
         Prediction("8", "a cat", "photos/8.jpg"),
     ]
-    struct = to_result_struct(said, {"beam_size": 5})
+    struct = to_result_struct(predictions, {"beam_size": 5})
     assert struct["params"] == {"beam_size": 5}
     assert struct["imgblobs"][0] == {
         "img_path": "photos/7.jpg",
@@ -56,13 +58,13 @@ def test_neuraltalks_results_are_written_and_read(tmp_path: Path) -> None:
         "references": [{"text": "A dog runs."}],
         "candidate": {"text": "a dog", "logprob": -3.5},
     }
-    assert read_predictions(write(tmp_path / "result_struct.json", struct)) == said
+    assert read_predictions(write(tmp_path / "result_struct.json", struct)) == predictions
 
 
-def test_neuraltalks_results_of_new_images_have_paths_for_ids(tmp_path: Path) -> None:
+def test_result_struct_without_ids_uses_paths(tmp_path: Path) -> None:
     blob = {"img_path": "a/b.jpg", "candidate": {"text": "a dog", "logprob": -2}}
-    (one,) = read_predictions(write(tmp_path / "result_struct.json", {"imgblobs": [blob]}))
-    assert (one.image_id, one.log_prob, one.references) == ("a/b.jpg", -2.0, ())
+    (prediction,) = read_predictions(write(tmp_path / "result_struct.json", {"imgblobs": [blob]}))
+    assert (prediction.image_id, prediction.log_prob, prediction.references) == ("a/b.jpg", -2.0, ())
 
 
 @pytest.mark.parametrize(
@@ -79,11 +81,11 @@ def test_neuraltalks_results_of_new_images_have_paths_for_ids(tmp_path: Path) ->
         (3, "got int"),
     ],
 )
-def test_a_file_of_something_else_is_told_where(tmp_path: Path, content: Any, message: str) -> None:
+def test_invalid_file_is_rejected_with_the_position(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(DatasetError, match=message):
         read_predictions(write(tmp_path / "r.json", content))
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="does not exist; expected a captions dataset, or a JSON file"):
+def test_missing_file_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="does not exist; expected a captions dataset or a JSON file"):
         read_predictions(tmp_path / "r.json")

@@ -11,14 +11,14 @@ from PIL import Image
 
 from captionlib.data.images.decoding import Preprocessing, decode_image
 from captionlib.errors import DatasetError
-from captionlib.evaluation.charts import draw_charts
-from captionlib.evaluation.image_views import Sight
+from captionlib.evaluation.charts import build_charts
+from captionlib.evaluation.encoder_views import EncoderView
 from captionlib.evaluation.predictions import Prediction
 from captionlib.evaluation.report import write_report
 
 
 class Page(HTMLParser):
-    """Elements with their attributes, and the text a reader sees."""
+    """Collects the elements with their attributes, and the visible text."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -57,16 +57,18 @@ def photo(tmp_path: Path) -> Path:
     return tmp_path / "photo.png"
 
 
-def test_everything_about_an_image_is_in_the_data(tmp_path: Path, photo: Path) -> None:
-    one = Prediction("im-1", "a dog", str(photo), "val", -0.6931, (("a dog", -0.6931), ("a cat", -9.21)), ("Dog!",))
+def test_data_holds_everything_about_an_image(tmp_path: Path, photo: Path) -> None:
+    prediction = Prediction(
+        "im-1", "a dog", str(photo), "val", -0.6931, (("a dog", -0.6931), ("a cat", -9.21)), ("Dog!",)
+    )
     page = write_report(
         tmp_path / "new" / "report",
         "Captions",
-        [one],
+        [prediction],
         note="Of the dev split.",
-        figures=[("BLEU-4", "0.51", "0.49 to 0.53")],
+        scores=[("BLEU-4", "0.51", "0.49 to 0.53")],
         cider={"im-1": 1.25},
-        marks={"im-1": {"shape": True, "colour": False}},
+        attributes={"im-1": {"shape": True, "color": False}},
     )
     folder = tmp_path / "new" / "report"
     assert page == str(folder / "index.html")
@@ -79,18 +81,18 @@ def test_everything_about_an_image_is_in_the_data(tmp_path: Path, photo: Path) -
             "cider": 1.25,
             "candidates": [["a dog", -0.6931], ["a cat", -9.21]],
             "references": ["Dog!"],
-            "marks": {"shape": True, "colour": False},
-            "looks": [],
+            "attributes": {"shape": True, "color": False},
+            "attention": [],
             "thumbnail": "thumbnails/000/000000.jpg",
         }
     ]
-    for text in ["Captions", "Of the dev split.", "BLEU-4", "0.51", "0.49 to 0.53", "1 pictures"]:
+    for text in ["Captions", "Of the dev split.", "BLEU-4", "0.51", "0.49 to 0.53", "1 image"]:
         assert text in read_page(folder).text
     assert Image.open(folder / "thumbnails/000/000000.jpg").size == (224, 224)
     assert sorted(path.name for path in folder.iterdir()) == ["data.js", "index.html", "thumbnails"]
 
 
-def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path, photo: Path) -> None:
+def test_page_loads_nothing_from_other_servers(tmp_path: Path, photo: Path) -> None:
     write_report(tmp_path / "report", "Captions", [Prediction("x", "a dog", str(photo))])
     page = read_page(tmp_path / "report")
     assert not page.all("link")
@@ -100,20 +102,20 @@ def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path, photo: Path) -> N
 
 def test_all_text_is_escaped(tmp_path: Path) -> None:
     evil = "</p></script><script>alert(1)</script>\"'&\u2028"
-    one = Prediction(evil, evil, evil, evil, -1.0, ((evil, -1.0), (evil, -2.0)), (evil,))
+    prediction = Prediction(evil, evil, evil, evil, -1.0, ((evil, -1.0), (evil, -2.0)), (evil,))
     history = [{"epoch": 1, evil: 1.0}, {"epoch": 2, evil: 2.0}]
     write_report(
         tmp_path / "report",
         evil,
-        [one],
+        [prediction],
         note=evil,
-        figures=[(evil, evil, evil)],
-        marks={evil: {evil: False}},
+        scores=[(evil, evil, evil)],
+        attributes={evil: {evil: False}},
         history=history,
     )
     page = read_page(tmp_path / "report")
     assert len(page.all("script")) == 2
-    assert page.text.count(evil) == 7  # title, heading, note, three of the figure, chart
+    assert page.text.count(evil) == 7  # title, heading, note, three of the score, chart
     data = (tmp_path / "report" / "data.js").read_text(encoding="ascii")
     assert "<" not in data
     assert read_items(tmp_path / "report")[0]["caption"] == evil
@@ -122,35 +124,37 @@ def test_all_text_is_escaped(tmp_path: Path) -> None:
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text)
 
 
-def test_maps_of_looks_are_in_the_data_a_text_a_word(tmp_path: Path, photo: Path) -> None:
+def test_data_holds_an_attention_map_per_token(tmp_path: Path, photo: Path) -> None:
     maps = np.array([[[0, 255], [7, 64]], [[255, 1], [2, 3]]], np.uint8)
-    said = [Prediction("x", "dog", str(photo)), Prediction("y", "cat", str(photo))]
-    write_report(tmp_path / "report", "", said, sight=Sight(maps={"x": maps}))
-    looking, blind = read_items(tmp_path / "report")
-    assert [list(base64.b64decode(text)) for text in looking["looks"]] == [[0, 255, 7, 64], [255, 1, 2, 3]]
-    assert blind["looks"] == []
-    assert "Point at a word" in read_page(tmp_path / "report").text
-    write_report(tmp_path / "report", "", said)
-    assert "Point at a word" not in read_page(tmp_path / "report").text
+    predictions = [Prediction("x", "dog", str(photo)), Prediction("y", "cat", str(photo))]
+    write_report(tmp_path / "report", "", predictions, encoder_view=EncoderView(attention_maps={"x": maps}))
+    with_maps, without_maps = read_items(tmp_path / "report")
+    assert [list(base64.b64decode(text)) for text in with_maps["attention"]] == [[0, 255, 7, 64], [255, 1, 2, 3]]
+    assert without_maps["attention"] == []
+    assert "Point at or tap a word" in read_page(tmp_path / "report").text
+    write_report(tmp_path / "report", "", predictions)
+    assert "Point at or tap a word" not in read_page(tmp_path / "report").text
 
 
 @pytest.mark.parametrize(("resize_size", "crop_size"), [(224, 224), (256, 224), (342, 299)])
-def test_thumbnails_are_what_the_encoder_sees(tmp_path: Path, resize_size: int, crop_size: int) -> None:
+def test_thumbnails_show_the_crop_of_the_encoder(tmp_path: Path, resize_size: int, crop_size: int) -> None:
     ramp = np.linspace(0, 255, 400, dtype=np.uint8)
-    across, down = np.broadcast_to(ramp, (300, 400)), np.broadcast_to(ramp[:300, None], (300, 400))
-    Image.fromarray(np.stack([across, down, down], 2)).save(tmp_path / "ramp.png")
+    horizontal, vertical = np.broadcast_to(ramp, (300, 400)), np.broadcast_to(ramp[:300, None], (300, 400))
+    Image.fromarray(np.stack([horizontal, vertical, vertical], 2)).save(tmp_path / "ramp.png")
     encoder = Preprocessing(resize_size, crop_size, "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
-    write_report(tmp_path / "report", "", [Prediction("x", "", str(tmp_path / "ramp.png"))], sight=Sight(encoder))
+    write_report(
+        tmp_path / "report", "", [Prediction("x", "", str(tmp_path / "ramp.png"))], encoder_view=EncoderView(encoder)
+    )
     (item,) = read_items(tmp_path / "report")
-    seen = Image.fromarray(decode_image((tmp_path / "ramp.png").read_bytes(), encoder)).resize((224, 224))
+    expected = Image.fromarray(decode_image((tmp_path / "ramp.png").read_bytes(), encoder)).resize((224, 224))
     thumbnail = Image.open(tmp_path / "report" / item["thumbnail"])
     assert thumbnail.size == (224, 224)
-    difference = np.abs(np.asarray(seen, np.int16) - np.asarray(thumbnail, np.int16))
-    assert difference.max() <= 6  # JPEG's and rounding; another crop is some 12 away at the sides
+    difference = np.abs(np.asarray(expected, np.int16) - np.asarray(thumbnail, np.int16))
+    assert difference.max() <= 6  # JPEG and rounding; another crop differs by about 12 at the sides
     assert difference.mean() < 1.5
 
 
-def test_a_picture_that_cannot_be_had_leaves_its_caption(tmp_path: Path) -> None:
+def test_unreadable_image_keeps_its_caption(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").touch()
     uris = [str(tmp_path / "nowhere.jpg"), str(tmp_path / "empty.jpg"), ""]
     write_report(tmp_path / "report", "", [Prediction(uri, "a cat", uri) for uri in uris])
@@ -158,22 +162,22 @@ def test_a_picture_that_cannot_be_had_leaves_its_caption(tmp_path: Path) -> None
     assert [(item["thumbnail"], item["caption"]) for item in items] == [(None, "a cat")] * 3
 
 
-def test_numbers_that_are_none_are_not_in_the_data(tmp_path: Path) -> None:
-    one = Prediction("x", "a", log_prob=float("-inf"))
-    write_report(tmp_path / "report", "", [one], cider={"x": float("nan")})
+def test_non_finite_numbers_become_null(tmp_path: Path) -> None:
+    prediction = Prediction("x", "a", log_prob=float("-inf"))
+    write_report(tmp_path / "report", "", [prediction], cider={"x": float("nan")})
     (item,) = read_items(tmp_path / "report")
     assert (item["logProb"], item["cider"]) == (None, None)
 
 
-def test_thumbnails_lie_in_folders_of_a_thousand(tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("captionlib.evaluation.report._FOLDER_THUMBNAILS", 2)
+def test_thumbnails_are_split_into_subfolders(tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("captionlib.evaluation.report._THUMBNAILS_PER_FOLDER", 2)
     write_report(tmp_path / "report", "", [Prediction(str(n), "a", str(photo)) for n in range(5)])
     names = [item["thumbnail"] for item in read_items(tmp_path / "report")]
     assert names[-1] == "thumbnails/002/000004.jpg"
     assert all((tmp_path / "report" / name).is_file() for name in names)
 
 
-def test_a_report_is_replaced_and_anything_else_is_not(tmp_path: Path, photo: Path) -> None:
+def test_report_is_replaced_and_other_files_are_not(tmp_path: Path, photo: Path) -> None:
     write_report(tmp_path / "report", "", [Prediction("x", "a", str(photo))])
     write_report(tmp_path / "report", "", [])
     assert read_items(tmp_path / "report") == []
@@ -182,20 +186,20 @@ def test_a_report_is_replaced_and_anything_else_is_not(tmp_path: Path, photo: Pa
         folder = tmp_path / f"with {name}"
         folder.mkdir()
         (folder / name).touch()
-        with pytest.raises(DatasetError, match=rf"no report's \({name}\); give an empty or a new folder"):
+        with pytest.raises(DatasetError, match=rf"not a report's \({name}\); give an empty or a new folder"):
             write_report(folder, "", [])
 
 
-def test_curves_are_drawn_of_what_was_told_more_than_once() -> None:
+def test_charts_show_metrics_of_more_than_one_epoch() -> None:
     history = [
         {"epoch": 1, "loss": 4.0, "CIDEr": None, "seconds": 3, "once": 1.0},
         {"epoch": 2, "loss": 2.0, "CIDEr": 0.25, "seconds": 3},
         {"epoch": 3, "loss": 3.0, "CIDEr": 0.5, "seconds": 3},
     ]
-    loss, cider = draw_charts(history)
+    loss, cider = build_charts(history)
     assert (loss.name, loss.last, loss.best, loss.low, loss.high) == ("loss", "3", "2", "2", "4")
     assert loss.points == [(48, 12), (200, 126), (352, 69)]
     assert loss.path == "M48.0 12.0 L200.0 126.0 L352.0 69.0"
     assert (cider.best, cider.first_epoch, cider.last_epoch) == ("0.5", 2, 3)
-    assert draw_charts([]) == []
-    assert draw_charts([{"epoch": 1, "flat": 1.0}, {"epoch": 2, "flat": 1.0}])[0].points == [(48, 126), (352, 126)]
+    assert build_charts([]) == []
+    assert build_charts([{"epoch": 1, "flat": 1.0}, {"epoch": 2, "flat": 1.0}])[0].points == [(48, 126), (352, 126)]

@@ -8,7 +8,7 @@ from PIL import Image
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.evaluation.predictions import Prediction, to_result_struct
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
-from captionlib.models.checkpoints.captioners import save_captioner
+from captionlib.models.checkpoints.checkpoint import save_captioner
 from jobs.cli import captionlib
 from tests.evaluation.test_caption_scores import CAPTIONS, REFERENCES, scores, write_captions, write_manifest
 from tests.evaluation.test_report import read_items, read_page

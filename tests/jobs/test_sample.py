@@ -44,7 +44,9 @@ def test_running_text_is_written_to_its_length(tmp_path: Path) -> None:
     assert "characters" in run("inspect", checkpoint)
 
 
-@pytest.mark.parametrize("way", ["decoding.strategy=sample", "decoding.beam_groups=5", "decoding.no_repeat_ngram=2"])
+@pytest.mark.parametrize(
+    "way", ["decoding.strategy=sample", "decoding.beam_groups=5", "decoding.no_repeat_ngram_size=2"]
+)
 def test_decoding_is_reached_from_the_command_line(way: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(captionlib, ["caption", "x.jpg", "-c", str(tmp_path), "--set", way])
     assert "is no checkpoint" in str(result.exception)  # the setting itself was taken

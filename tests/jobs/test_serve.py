@@ -1,5 +1,6 @@
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -89,6 +90,18 @@ def test_a_port_that_is_taken_is_refused(tmp_path: Path) -> None:
         arguments = ["serve", str(tmp_path / "index"), "--port", str(other.getsockname()[1])]
         with pytest.raises(ConfigError, match="cannot be listened on: Address already in use; give another --port"):
             CliRunner().invoke(captionlib, arguments, catch_exceptions=False)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_private_hosts_are_refused_unless_the_option_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool
+) -> None:
+    make_site(tmp_path, 10, sees=False)
+    monkeypatch.setenv("CAPTIONLIB_SERVED", "")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        arguments = ["serve", str(tmp_path / "index"), "--port", str(other.getsockname()[1])]
+        CliRunner().invoke(captionlib, [*arguments, *(["--allow-private-hosts"] if allowed else [])])
+    assert json.loads(os.environ["CAPTIONLIB_SERVED"])["limits"]["allow_private_hosts"] == allowed
 
 
 def test_what_is_no_index_is_not_served(tmp_path: Path) -> None:

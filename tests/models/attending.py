@@ -8,7 +8,7 @@ import torch
 
 from captionlib.data.text.vocabulary import END, Vocabulary
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
-from captionlib.models.checkpoints.captioners import save_captioner
+from captionlib.models.checkpoints.checkpoint import save_captioner
 
 
 def write_captioner(folder: Path, encoder: Mapping[str, Any], attention_size: int = 4) -> Path:

@@ -3,15 +3,16 @@
 import torch
 from hypothesis import strategies as st
 
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, pad_sentences
-from captionlib.models.decoding.decoder import Candidate
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.packed_sequences import pad_sentences
+from captionlib.models.decoding.candidate import Candidate
 
 FEATURE_SIZE = 3
 CONFIGS = [
     CaptionerConfig("lstm", layers=2, hidden_size=6, embedding_size=5),
-    CaptionerConfig("lstm", hidden_size=6, embedding_size=5, image_input="every"),
-    CaptionerConfig("rnn", hidden_size=6, embedding_size=5, image_input="first"),
-    CaptionerConfig("rnn", layers=2, hidden_size=6, embedding_size=5, image_input="state"),
+    CaptionerConfig("lstm", hidden_size=6, embedding_size=5, image_input="every_step"),
+    CaptionerConfig("rnn", hidden_size=6, embedding_size=5, image_input="first_step"),
+    CaptionerConfig("rnn", layers=2, hidden_size=6, embedding_size=5, image_input="initial_state"),
     CaptionerConfig("lstm", hidden_size=6, embedding_size=5, attention_size=4),
 ]
 seeds = st.integers(0, 1000)
@@ -44,9 +45,9 @@ def features(images: int, seed: int) -> torch.Tensor:
 
 def teacher_forced(model: Captioner, image: torch.Tensor, candidates: list[Candidate]) -> list[float]:
     """What the model makes of whole sentences: the sum over their tokens; END counts where it was reached."""
-    captions = pad_sentences([candidate.words for candidate in candidates])
+    captions = pad_sentences([candidate.token_ids for candidate in candidates])
     scores = model(image[None], captions, torch.zeros(len(captions), dtype=torch.int64))
     return [
-        scores.log_probs[scores.sentences == number][: candidate.tokens].sum().item()
+        scores.log_probs[scores.sentences == number][: candidate.token_count].sum().item()
         for number, candidate in enumerate(candidates)
     ]

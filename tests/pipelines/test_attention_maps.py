@@ -12,9 +12,9 @@ from captionlib.data.shards.inspection import inspect_dataset
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.errors import CheckpointError, FingerprintError
 from captionlib.evaluation.predictions import read_predictions
-from captionlib.models.captioners.captioner import pad_sentences
-from captionlib.models.checkpoints.captioners import load_captioner
-from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.captioners.packed_sequences import pad_sentences
+from captionlib.models.checkpoints.checkpoint import load_captioner
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.captioning import GenerationConfig, caption_images
 from captionlib.models.inference.extraction import ExtractionConfig

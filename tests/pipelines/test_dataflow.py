@@ -127,9 +127,9 @@ def test_one_process_a_worker_loads_the_models() -> None:
 
 
 def test_models_are_only_looked_at_here_and_must_find_a_gpu_there() -> None:
-    assert RunConfig(accelerator=L4).devices("auto") == ("auto", "cuda")
-    assert RunConfig(accelerator=L4).devices("cuda:1") == ("auto", "cuda:1")
-    assert RunConfig().devices("auto") == ("auto", "auto")
+    assert RunConfig(accelerator=L4).resolve_devices("auto") == ("auto", "cuda")
+    assert RunConfig(accelerator=L4).resolve_devices("cuda:1") == ("auto", "cuda:1")
+    assert RunConfig().resolve_devices("auto") == ("auto", "auto")
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.errors import CheckpointError, ConfigError, DatasetError, FetchError, FingerprintError
 from captionlib.models.captioners.captioner import CaptionerConfig
-from captionlib.models.checkpoints.rankers import load_ranker
-from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.checkpoints.checkpoint import load_ranker
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.inference.captioning import GenerationConfig
 from captionlib.models.inference.embedding import EmbeddingConfig, PinnedRanker, embed_single_images
 from captionlib.models.inference.extraction import ExtractionConfig

@@ -7,8 +7,8 @@ import torch
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.errors import CheckpointError, ConfigError, DatasetError, FetchError, FingerprintError
-from captionlib.models.checkpoints.captioners import load_captioner
-from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.checkpoints.checkpoint import load_captioner
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.inference.captioning import GenerationConfig, caption_images
 from captionlib.models.inference.extraction import ExtractionConfig
 from captionlib.training.finetuning import EncoderFinetuningConfig, FinetuningConfig, finetune_captioner

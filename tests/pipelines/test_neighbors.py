@@ -11,9 +11,10 @@ from click.testing import CliRunner
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.errors import CheckpointError, ConfigError, DatasetError, FingerprintError
 from captionlib.models.captioners.captioner import CaptionerConfig
-from captionlib.models.checkpoints.captioners import load_captioner
+from captionlib.models.checkpoints.checkpoint import load_captioner
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.datastore import datastore_fingerprint, read_datastore
-from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.decoding.rerank import RerankConfig
 from captionlib.models.inference.captioning import GenerationConfig, caption_images
 from captionlib.models.inference.datastore import DatastoreConfig, build_datastore
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
@@ -23,7 +24,8 @@ from pipelines.generate_captions import generate_captions
 from pipelines.run import RunConfig
 
 QUIET = RunConfig(max_failure_ratio=0.5, progress=False)
-GENERATION = GenerationConfig(DecodingConfig(beam_width=6, n_best=6, consensus=5.0, neighbors=3), encoder_batch_size=3)
+RERANK = RerankConfig("mbr", temperature=5.0, neighbors=3)
+GENERATION = GenerationConfig(DecodingConfig(beam_width=6, n_best=6, rerank=RERANK), encoder_batch_size=3)
 
 
 def remember(source: Path | str, captioner: Path, *splits: str) -> tuple[int, int]:
@@ -42,7 +44,7 @@ def caption(
 def test_what_was_said_of_like_images_reorders_the_candidates(features: Path, captioner: Path, tmp_path: Path) -> None:
     assert remember(features, captioner) == (5, 0)  # of eight that could be read three are of split val
     with_them = caption(features, captioner, tmp_path / "with")
-    plain = replace(GENERATION, decoding=replace(GENERATION.decoding, neighbors=0))
+    plain = replace(GENERATION, decoding=replace(GENERATION.decoding, rerank=replace(RERANK, neighbors=0)))
     without = caption(features, captioner, tmp_path / "without", plain)
     assert [row["caption"] for row in with_them] != [row["caption"] for row in without]
     for row, other in zip(with_them, without, strict=True):
@@ -63,7 +65,7 @@ def test_only_splits_that_are_named_are_remembered(features: Path, captioner: Pa
     with pytest.raises(DatasetError, match="expected images with sentences in split test, got none"):
         remember(features, captioner, "test")
     kept = read_datastore(captioner, load_captioner(captioner))  # the one before
-    assert len(kept.near(np.zeros((1, 128), np.float32), 9)[0].sentences) == 6
+    assert len(kept.find_neighbors(np.zeros((1, 128), np.float32), 9)[0].references) == 6
 
 
 def test_single_images_are_captioned_with_neighbours_too(images: list[str], features: Path, captioner: Path) -> None:

@@ -26,7 +26,7 @@ class WordRanker:
     fingerprint = "ranker-of-words"
     encoder: Mapping[str, Any] = {}
 
-    def knows(self, sentence: str) -> bool:
+    def has_known_word(self, sentence: str) -> bool:
         return any(word in sentence.lower() for word in WORDS)
 
     def encode_sentences(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:

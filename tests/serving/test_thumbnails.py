@@ -1,5 +1,9 @@
 import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from PIL import Image
@@ -61,6 +65,52 @@ def test_a_large_picture_is_the_whole_image(tmp_path: Path) -> None:
             (tmp_path / "back.jpg").write_bytes(content)
             with Image.open(tmp_path / "back.jpg") as image:
                 assert image.size[0] / image.size[1] == pytest.approx(width / height, abs=0.01)
+
+
+class Counting(SimpleHTTPRequestHandler):
+    """Serves a folder, and counts requests."""
+
+    requests: ClassVar[list[str]] = []
+
+    def log_message(self, *_: object) -> None:
+        self.requests.append(self.path)
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    Counting.requests.clear()
+    draw(tmp_path / "a.png")
+    handler = partial(Counting, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_private_hosts_are_not_shown_unless_they_are_allowed(tmp_path: Path, web: str) -> None:
+    with Thumbnails(tmp_path / "kept", ServingConfig(allow_private_hosts=True)) as thumbnails:
+        assert thumbnails.get(f"{web}/a.png", "small")
+    Counting.requests.clear()
+    with (
+        Thumbnails(tmp_path / "kept", ServingConfig()) as thumbnails,  # the kept picture is not shown either
+        pytest.raises(FetchError) as caught,
+    ):
+        thumbnails.get(f"{web}/a.png", "small")
+    assert caught.value.reason == "ForbiddenHost"
+    assert Counting.requests == []
+
+
+@pytest.mark.parametrize("chain", ["simplecache::{web}/a.png", "reference://x::{web}/a.png", "zip://a::{web}/a.png"])
+def test_chained_addresses_are_not_downloaded(tmp_path: Path, web: str, chain: str) -> None:
+    with (
+        Thumbnails(tmp_path / "kept", ServingConfig(allow_private_hosts=True)) as thumbnails,
+        pytest.raises(FetchError) as caught,
+    ):
+        thumbnails.get(chain.format(web=web), "small")
+    assert caught.value.reason == "BadAddress"
+    assert Counting.requests == []
 
 
 def test_many_threads_get_the_same_picture(tmp_path: Path) -> None:

@@ -2,10 +2,25 @@ import pickle
 from pathlib import Path
 from uuid import uuid4
 
+import fsspec
 import pytest
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
-from captionlib.errors import StorageError
+from captionlib.errors import ConfigError, StorageError
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, resolve_address, write_file
+
+
+class RenamingFileSystem(DirFileSystem):
+    """A file system that is neither local nor known for atomic PUTs: files are published by a rename."""
+
+    protocol = "renaming"
+
+    def __init__(self, **_options: object) -> None:
+        super().__init__("/", LocalFileSystem())
+
+
+fsspec.register_implementation("renaming", RenamingFileSystem)
 
 
 @pytest.fixture(params=["local", "memory", "renaming"])
@@ -13,7 +28,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
     addresses = {
         "local": str(tmp_path / "folder"),
         "memory": f"memory://{uuid4().hex}",
-        "renaming": f"dir::file://{tmp_path}/folder",  # neither local nor known for atomic PUTs: published by a rename
+        "renaming": f"renaming:/{tmp_path}/folder",
     }
     return Folder(addresses[request.param])
 
@@ -93,3 +108,34 @@ def test_a_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"file/scores\.parquet cannot be written: "):
         write_file(tmp_path / "file" / "scores.parquet", b"")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "reference::http://127.0.0.1:9/refs.json",
+        "reference://a::http://127.0.0.1:9/refs.json",
+        "simplecache::s3://bucket/folder",
+        "zip://inside::/tmp/a.zip",
+        "s3://bucket/a::zip://b",
+        "reference://a",
+        "ZIP://a",
+    ],
+)
+def test_chains_and_protocols_that_interpret_content_are_refused(address: str) -> None:
+    for refuse in (lambda: Folder(address).list(), lambda: resolve_address(address), lambda: write_file(address, b"")):
+        with pytest.raises(ConfigError, match="download or unpack it first"):
+            refuse()
+
+
+def test_an_unknown_protocol_is_told() -> None:
+    with pytest.raises(ConfigError, match="nonsense://folder cannot be opened"):
+        Folder("nonsense://folder").list()
+
+
+def test_a_local_path_may_contain_two_colons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Folder(tmp_path / "zip::a").write("b::c", b"1")
+    assert Folder(tmp_path / "zip::a").read("b::c") == b"1"
+    monkeypatch.chdir(tmp_path)
+    Folder("run::1").write("a", b"2")
+    assert (tmp_path / "run::1" / "a").read_bytes() == b"2"

@@ -14,7 +14,7 @@ from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.text.vocabulary import UNKNOWN, Vocabulary
 from captionlib.errors import ConfigError
 from captionlib.models.captioners.captioner import CaptionerConfig
-from captionlib.models.checkpoints.captioners import load_captioner
+from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.training.bag_of_words import BagOfWordsObjective
 from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
@@ -24,7 +24,7 @@ from tests.models import tiny_captioners
 from tests.models.tiny_captioners import CONFIGS, build
 
 FIRST = CaptionerTrainingConfig(
-    captioner=CaptionerConfig(hidden_size=16, embedding_size=16, dropout=0.1, image_input="state"),
+    captioner=CaptionerConfig(hidden_size=16, embedding_size=16, dropout=0.1, image_input="initial_state"),
     training=TrainingConfig(epochs=5, optimizer="adam", learning_rate=0.03),
     objective="bag_of_words",
     min_count=1,

@@ -15,9 +15,11 @@ from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError, DatasetError
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, pad_sentences
-from captionlib.models.checkpoints.captioners import load_captioner, save_captioner
-from captionlib.models.decoding.decoder import Decoder, DecodingConfig
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.packed_sequences import pad_sentences
+from captionlib.models.checkpoints.checkpoint import load_captioner, save_captioner
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.decoder import Decoder
 from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
 from captionlib.training.caption_validation import CiderValidation
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
@@ -48,7 +50,7 @@ def test_learns_to_say_what_it_sees(features: ShardedDataset, tmp_path: Path) ->
     decoder = Decoder(captioner.model, DecodingConfig(beam_width=3))
     for kind, word in enumerate(WORDS):
         best = decoder.decode(5 * torch.eye(4)[kind : kind + 1])[0][0]
-        assert word in captioner.vocabulary.decode(best.words)
+        assert word in captioner.vocabulary.decode(best.token_ids)
     assert captioner.encoder == {"model": "none", "shape": [4]}
     assert (tmp_path / "captioner" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "captioner" / "metrics.jsonl").read_text().count("\n") == len(history)
@@ -86,7 +88,9 @@ def test_another_configuration_is_refused_unless_told_to_overwrite(features: Sha
     assert load_captioner(tmp_path / "captioner").config.hidden_size == 8
 
 
-@pytest.mark.parametrize("shape", [{}, {"cell": "rnn", "image_input": "every"}, {"image_input": "state", "layers": 2}])
+@pytest.mark.parametrize(
+    "shape", [{}, {"cell": "rnn", "image_input": "every_step"}, {"image_input": "initial_state", "layers": 2}]
+)
 def test_bfloat16_learns_as_well(features: ShardedDataset, tmp_path: Path, shape: dict[str, Any]) -> None:
     training = replace(CONFIG.training, precision="bfloat16", learning_rate=0.01, epochs=15)
     config = replace(CONFIG, captioner=replace(CONFIG.captioner, **shape), training=training)
@@ -161,7 +165,7 @@ def test_the_epoch_with_the_best_cider_is_kept(features: ShardedDataset, tmp_pat
 def test_statistics_are_those_of_what_the_power_leaves(features: ShardedDataset) -> None:
     vocabulary = Vocabulary.from_captions(read_captions(features, ["train"]), 1)
     model = build_captioner(replace(CONFIG.captioner, feature_power=0.5), features, ["train"], vocabulary)
-    seen = torch.cat([model.standardize(torch.from_numpy(rows).float()) for rows in train_rows(features)])
+    seen = torch.cat([model.transform_features(torch.from_numpy(rows).float()) for rows in train_rows(features)])
     torch.testing.assert_close(seen.mean(0), torch.zeros(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(seen.std(0), torch.ones(4), atol=0.02, rtol=0)
 
@@ -244,7 +248,7 @@ def test_training_starts_from_the_weights_and_the_words_of_another(features: Sha
     assert second[0]["perplexity"] == pytest.approx(best, rel=1e-5)
     before, after = load_captioner(tmp_path / "first"), load_captioner(tmp_path / "second")
     assert (after.vocabulary, after.config) == (before.vocabulary, before.config)
-    assert torch.equal(after.model.feature_std, before.model.feature_std)
+    assert torch.equal(after.model.standardization.std, before.model.standardization.std)
     assert after.provenance["init_from"]["fingerprint"] == before.fingerprint
     resolved = json.loads((tmp_path / "second" / "resolved.json").read_text())
     assert resolved["init_from_fingerprint"] == before.fingerprint

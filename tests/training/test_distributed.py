@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from captionlib.data.shards.dataset import ShardedDataset
-from captionlib.models.checkpoints.captioners import load_captioner
+from captionlib.models.checkpoints.checkpoint import load_captioner
 
 CONFIG: dict[str, Any] = {
     "captioner": {"hidden_size": 16, "embedding_size": 16, "dropout": 0.0},

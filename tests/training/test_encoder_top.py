@@ -12,8 +12,8 @@ from torch import Tensor
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.errors import ConfigError, TrainingInterrupted
 from captionlib.models.captioners.captioner import CaptionerConfig
-from captionlib.models.checkpoints.captioners import load_captioner
-from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.checkpoints.checkpoint import load_captioner
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.encoders.top_layers import EncoderTop
 from captionlib.models.inference.captioning import GenerationConfig
@@ -74,7 +74,7 @@ def test_the_tail_is_tuned_with_the_captioner_where_it_has_a_learning_rate(maps:
 def test_captions_are_the_same_from_images_and_from_stored_maps(
     maps: Path, tmp_path: Path, attention_size: int
 ) -> None:
-    shape = replace(CONFIG.captioner, attention_size=attention_size, image_input="state")
+    shape = replace(CONFIG.captioner, attention_size=attention_size, image_input="initial_state")
     train(maps, tmp_path / "captioner", replace(CONFIG, captioner=shape))
     config = GenerationConfig(DecodingConfig(min_words=3))
     said = []

@@ -17,10 +17,11 @@ from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError, DatasetError, FailureRatioError
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, pad_sentences
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
 from captionlib.models.captioners.end_to_end import ImageCaptioner
-from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner, save_captioner
-from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.captioners.packed_sequences import pad_sentences
+from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner, save_captioner
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
 from captionlib.models.encoders.network import list_parameters_before
 from captionlib.training.caption_objective import CaptioningObjective

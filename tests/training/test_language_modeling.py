@@ -13,8 +13,10 @@ from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.models.captioners.language_model import LanguageModelConfig, load_language_model, sample_texts
-from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.captioners.language_model import LanguageModelConfig
+from captionlib.models.checkpoints.checkpoint import load_language_model
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.text_sampling import sample_texts
 from captionlib.training.language_modeling import (
     LanguageModelObjective,
     LanguageModelTrainingConfig,

@@ -18,8 +18,8 @@ from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_
 from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.evaluation.ranker_scores import score_ranker
-from captionlib.models.checkpoints.rankers import load_ranker
+from captionlib.evaluation.retrieval import score_ranker
+from captionlib.models.checkpoints.checkpoint import load_ranker
 from captionlib.models.inference.embedding import EmbeddingConfig
 from captionlib.models.rankers.ranker import RankerConfig
 from captionlib.training.loop import TrainingConfig
@@ -86,7 +86,7 @@ def test_learns_which_sentence_is_of_which_image(
     assert history[0]["missed_recall"] > min(row["missed_recall"] for row in history)
     ranker = load_ranker(tmp_path / "ranker")
     scores = score_ranker(ranker, features, ["val"])
-    assert (scores.images, scores.sentences) == (12, 30)
+    assert (scores.images, scores.references) == (12, 30)
     assert scores.mean_recall > 0.95
     assert 1 - scores.mean_recall == pytest.approx(min(row["missed_recall"] for row in history))
     assert (
@@ -223,9 +223,9 @@ def test_the_commands_train_and_tell_the_recalls(features: ShardedDataset, tmp_p
     assert text.startswith(f"{ranker}: mean recall ")
     text = run("evaluate", folder, "--ranker", ranker, "--split", "val", "-o", str(tmp_path / "scores"))
     expected = score_ranker(load_ranker(ranker), open_dataset(folder), ["val"])
-    assert text.splitlines()[0] == f"{ranker}: 12 images, 30 sentences"
-    assert f"{expected.sentence_to_image.recall_at_5:.1%}" in text.splitlines()[3]
+    assert text.splitlines()[0] == f"{ranker}: 12 images, 30 references"
+    assert f"{expected.text_to_image.recall_at_5:.1%}" in text.splitlines()[3]
     written = json.loads((tmp_path / "scores" / "scores.json").read_text())
-    assert written["image_to_sentence"]["mean_rank"] == expected.image_to_sentence.mean_rank
+    assert written["image_to_text"]["mean_rank"] == expected.image_to_text.mean_rank
     with pytest.raises(DatasetError, match="expected a dataset of kind captions, got features"):
         run("evaluate", folder)

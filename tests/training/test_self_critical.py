@@ -14,9 +14,10 @@ from captionlib.data.batches.captions import CaptionBatch, CaptionBatches
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.text.vocabulary import END, Vocabulary
 from captionlib.errors import ConfigError
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, pad_sentences
-from captionlib.models.checkpoints.captioners import load_captioner
-from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.packed_sequences import pad_sentences
+from captionlib.models.checkpoints.checkpoint import load_captioner
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.training import self_critical
 from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner

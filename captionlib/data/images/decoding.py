@@ -119,7 +119,7 @@ def decode_image(
     except DecodeError:
         raise
     except Image.DecompressionBombError as error:
-        raise DecodeError("TooManyPixels", str(error)) from error
+        raise DecodeError("TooManyPixels", "the image has more pixels than Pillow decodes") from error
     except UnidentifiedImageError:
         raise _unidentified(content) from None
     except MemoryError:
@@ -213,12 +213,15 @@ def _unidentified(content: bytes) -> DecodeError:
         return DecodeError(reason, f"the file begins like a {name}, but its header cannot be read")
     if name := _find_signature(content, _OTHER_SIGNATURES):
         return DecodeError("UnsupportedFormat", f"expected {known}, got {name}; convert the image")
-    return DecodeError("NotAnImage", f"expected {known}; the file begins with {content[:12]!r}")
+    return DecodeError("NotAnImage", f"expected {known}, got a file that begins like none of them")
 
 
 def _undecodable(content: bytes, error: Exception) -> DecodeError:
-    truncated = "truncated" in str(error).lower() or _ends_early(content, _find_signature(content, _SIGNATURES))
-    return DecodeError("Truncated" if truncated else "Corrupt", str(error) or type(error).__name__)
+    """The failure of an image that its codec gave up. Codecs quote the file, so their message is not repeated."""
+    name = _find_signature(content, _SIGNATURES)
+    if "truncated" in str(error).lower() or _ends_early(content, name):
+        return DecodeError("Truncated", f"expected a whole {name}, got one that ends early; get the file again")
+    return DecodeError("Corrupt", f"expected a {name}, got one that is damaged ({type(error).__name__})")
 
 
 def _ends_early(content: bytes, name: str | None) -> bool:

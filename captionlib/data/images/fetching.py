@@ -1,28 +1,21 @@
 """The bytes of an image, by its address: bounded in size and time, with retries where they can help.
 
-An address is a path, or anything that fsspec opens (`https://...`, `s3://bucket/key`), or one of two forms of it:
-
-    FILE#bytes=START-END        a range of bytes, END excluded: a member of an uncompressed tar
-    FILE#row=N&column=NAME      bytes in a row of a Parquet file, counted from 0 over the whole file
-
-Credentials and endpoints are fsspec's own configuration; see `captionlib.storage.folders`.
+What an address may be, and which are refused, is documented in `captionlib.data.images.addresses`. Credentials and
+endpoints are fsspec's own configuration; see `captionlib.storage`.
 """
 
 import asyncio
 import os
-import re
-import stat
 import threading
 import time
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import aiohttp
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.http import HTTPFileSystem
-from fsspec.implementations.local import LocalFileSystem
 from tenacity import (
     Retrying,
     retry_if_exception,
@@ -33,8 +26,18 @@ from tenacity import (
 )
 
 from captionlib import __version__
+from captionlib.data.images.addresses import (
+    IMAGE_PROTOCOLS,
+    ImageFile,
+    check_protocols,
+    open_image_file,
+    open_image_file_system,
+    open_regular_file,
+    parse_image_address,
+)
 from captionlib.data.images.fetch_errors import to_fetch_error
 from captionlib.data.images.parquet_cells import ParquetCellReader
+from captionlib.data.images.public_hosts import is_refusal, refuse_proxies
 from captionlib.errors import ConfigError, FetchError
 from captionlib.storage.remote_errors import get_http_status, is_temporary_error
 
@@ -43,10 +46,6 @@ __all__ = ["FetchConfig", "ImageFetcher"]
 _PIECE_BYTES = 2**20
 _LONGEST_BACKOFF_SECONDS = 30.0
 _USER_AGENT = f"captionlib/{__version__}"  # some hosts refuse clients that do not say what they are
-
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*(://|::)", re.IGNORECASE)
-_RANGE = re.compile(r"(?P<file>.+)#bytes=(?P<start>\d+)-(?P<end>\d+)", re.DOTALL)
-_ROW = re.compile(r"(?P<file>.+)#row=(?P<row>\d+)&column=(?P<column>.+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,10 @@ class FetchConfig:
         attempts: how often a fetch is tried that times out, is cut off or is put off by the server.
         backoff_seconds: before the second attempt; doubled before each further one, plus a random part.
         max_row_group_bytes: images in Parquet files come by the row group; how much of them is kept.
+        protocols: that addresses may have; `file` also allows paths. A protocol that interprets what it reads, or that
+            chains file systems, is never allowed.
+        allow_private_hosts: whether http and https may connect to hosts that are not public: loopback, link-local and
+            private networks. Turn it off where strangers choose the addresses and see the images.
     """
 
     max_image_bytes: int = 64 * 2**20
@@ -66,6 +69,8 @@ class FetchConfig:
     attempts: int = 4
     backoff_seconds: float = 0.5
     max_row_group_bytes: int = 2**30
+    protocols: tuple[str, ...] = IMAGE_PROTOCOLS
+    allow_private_hosts: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_image_bytes", "attempts", "max_row_group_bytes"):
@@ -75,6 +80,7 @@ class FetchConfig:
             raise ConfigError(f"timeout_seconds: expected more than 0, got {self.timeout_seconds}")
         if self.backoff_seconds < 0:
             raise ConfigError(f"backoff_seconds: expected at least 0, got {self.backoff_seconds}")
+        check_protocols(self.protocols)
 
 
 class _Span(NamedTuple):
@@ -90,7 +96,11 @@ class ImageFetcher:
 
     def __init__(self, config: FetchConfig | None = None) -> None:
         self.config = config or FetchConfig()
-        self._row_groups = ParquetCellReader(self.config.max_row_group_bytes, self.config.timeout_seconds)
+        self._allow_private_hosts = self.config.allow_private_hosts
+        if not self._allow_private_hosts:
+            for protocol in ("http", "https"):
+                refuse_proxies(fsspec.config.conf.get(protocol, {}))
+        self._row_groups = ParquetCellReader(self._open, self.config.max_row_group_bytes, self.config.timeout_seconds)
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._requests: set[Future[bytes]] = set()
@@ -120,7 +130,8 @@ class ImageFetcher:
         """The bytes at an address.
 
         Raises:
-            FetchError: they cannot be had; its reason is such as FileNotFoundError, `HTTP 404`, TooLarge or Timeout.
+            FetchError: they cannot be read; its reason is such as BadAddress, ForbiddenHost, FileNotFoundError,
+                `HTTP 404`, TooLarge or Timeout. Its message quotes nothing that was read.
         """
         try:
             content: bytes = self._retrying(self._attempt, uri)
@@ -135,23 +146,40 @@ class ImageFetcher:
     def _attempt(self, uri: str) -> bytes:
         if self._closed.is_set():
             raise CancelledError
+        try:
+            return self._read_address(uri)
+        except Exception as error:
+            if is_refusal(error):
+                raise FetchError(
+                    "ForbiddenHost",
+                    "the address, or one that it redirects to, leads to a host that is not public; expected a public "
+                    "host; allow private hosts (loading.fetch.allow_private_hosts, serve --allow-private-hosts) if you "
+                    "trust the source of the addresses",
+                ) from error
+            raise
+
+    def _read_address(self, uri: str) -> bytes:
         most = self.config.max_image_bytes
-        if match := _ROW.fullmatch(uri):
-            return self._row_groups.read_cell(match["file"], int(match["row"]), match["column"], most)
-        if match := _RANGE.fullmatch(uri):
-            span = _Span(int(match["start"]), int(match["end"]), most)
-            return _complete(self._read(match["file"], _checked(span)), span)
-        content = self._read(uri, _Span(0, None, most))
+        address = parse_image_address(uri, self.config.protocols)
+        if address.cell is not None:
+            return self._row_groups.read_cell(address.file, *address.cell, most)
+        if address.span is not None:
+            span = _Span(*address.span, most)
+            return _complete(self._read(address.file, _checked(span)), span)
+        content = self._read(address.file, _Span(0, None, most))
         if len(content) > most:
             raise FetchError("TooLarge", f"expected at most {most} bytes, got more")
         return content
 
-    def _read(self, uri: str, span: _Span) -> bytes:
+    def _open(self, file: ImageFile) -> BinaryIO:
+        return open_image_file(file, self._allow_private_hosts)
+
+    def _read(self, file: ImageFile, span: _Span) -> bytes:
         """The bytes of a span, or one more than its `most` where the file has more."""
-        if not _ADDRESS.match(uri):
-            return _read_local(uri, span)
-        fs, path = fsspec.core.url_to_fs(uri)
-        if isinstance(fs, LocalFileSystem):
+        if file.is_path:
+            return _read_local(file.url, span)
+        fs, path = open_image_file_system(file, self._allow_private_hosts)
+        if file.protocol == "file":
             return _read_local(path, span)
         if isinstance(fs, HTTPFileSystem):
             return self._run(fs, self._get(fs, path, span))
@@ -221,15 +249,9 @@ def _read_opened(fs: Any, path: str, span: _Span, deadline: float) -> bytes:
 
 
 def _read_local(path: str, span: _Span) -> bytes:
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else opening a named pipe waits for somebody to write to it
-    try:
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            raise FetchError("NotAFile", f"expected a file, got something else at {path}")
-        end = min(status.st_size, span.most + 1) if span.end is None else span.end
-        return os.pread(file, end - span.start, span.start)
-    finally:
-        os.close(file)
+    with open_regular_file(path) as file:
+        end = min(os.fstat(file.fileno()).st_size, span.most + 1) if span.end is None else span.end
+        return os.pread(file.fileno(), end - span.start, span.start)
 
 
 def _checked(span: _Span) -> _Span:

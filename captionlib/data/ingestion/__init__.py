@@ -1,1 +1,1 @@
-"""Sources of images and captions converted to datasets."""
+"""Conversion of sources to manifests and features datasets."""

@@ -1,4 +1,4 @@
-"""Matrices out of MATLAB files, a run of columns at a time: up to version 7 by SciPy, version 7.3 by h5py."""
+"""Reads columns of matrices in MATLAB files: up to version 7 through SciPy, version 7.3 through h5py."""
 
 import shutil
 import tempfile
@@ -16,35 +16,35 @@ from captionlib.errors import DatasetError
 
 __all__ = ["Matrix", "open_matrix"]
 
-_HDF5 = b"\x89HDF\r\n\x1a\n"
-_HDF5_AT = 512  # MATLAB puts a header of its own before it
+_HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_HDF5_OFFSET = 512  # MATLAB writes its own header first
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix in a file.
+    """A matrix in an open file.
 
     Attributes:
-        rows: its height.
-        columns: its width.
-        read: columns by their numbers, which ascend, as `[numbers, rows]`.
+        rows: the number of rows.
+        columns: the number of columns.
+        read_columns: takes ascending column numbers and returns those columns as `[numbers, rows]`.
     """
 
     rows: int
     columns: int
-    read: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.floating]]
+    read_columns: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.floating]]
 
 
 @contextmanager
 def open_matrix(address: str, name: str) -> Iterator[Matrix]:
-    """Opens a matrix of a MATLAB file. One of version 7.3 stays on the disk, others are held in memory.
+    """Opens a matrix of a MATLAB file. Matrices of version 7.3 are read in parts, others as a whole.
 
     Args:
-        address: a path, or an address, whose file is fetched first.
-        name: the variable.
+        address: a path, or the URL of a file to download.
+        name: the name of the variable.
 
     Raises:
-        DatasetError: the file cannot be read, or has no such matrix of numbers.
+        DatasetError: the file cannot be read, or has no numeric matrix of that name.
     """
     location = locate(address)
     if not location.fs.exists(location.path):
@@ -56,9 +56,10 @@ def open_matrix(address: str, name: str) -> Iterator[Matrix]:
             with location.fs.open(location.path, "rb") as source, path.open("wb") as target:
                 shutil.copyfileobj(source, target)
         with path.open("rb") as file:
-            start = file.read(_HDF5_AT + len(_HDF5))
-        opened = _open_hdf5 if _HDF5 in (start[: len(_HDF5)], start[_HDF5_AT:]) else _open_scipy
-        with opened(path, address, name) as matrix:
+            start = file.read(_HDF5_OFFSET + len(_HDF5_SIGNATURE))
+        is_hdf5 = start.startswith(_HDF5_SIGNATURE) or start[_HDF5_OFFSET:] == _HDF5_SIGNATURE
+        open_file = _open_hdf5 if is_hdf5 else _open_scipy
+        with open_file(path, address, name) as matrix:
             yield matrix
 
 
@@ -67,13 +68,13 @@ def _open_scipy(path: Path, address: str, name: str) -> Iterator[Matrix]:
     import scipy.io
 
     try:
-        there = [found for found, _, _ in scipy.io.whosmat(path)]
+        names = [variable for variable, _, _ in scipy.io.whosmat(path)]
         values = scipy.io.loadmat(path, variable_names=[name]).get(name)
-    except Exception as error:  # on damaged files it raises whatever its parsing stumbles over
+    except Exception as error:  # SciPy raises many types on damaged files
         raise DatasetError(f"{address} cannot be read as a MATLAB file: {error or repr(error)}") from error
     if values is None or not isinstance(values, np.ndarray):
-        raise _no_matrix(address, name, "it is none" if values is not None else f"there are {', '.join(there)}")
-    _check(values, address, name)
+        raise _matrix_error(address, name, f"the variables {', '.join(names)}" if values is None else "another type")
+    _check_matrix(values, address, name)
     yield Matrix(values.shape[0], values.shape[1], lambda numbers: values[:, numbers].T)
 
 
@@ -88,23 +89,23 @@ def _open_hdf5(path: Path, address: str, name: str) -> Iterator[Matrix]:
     with file:
         values = file.get(name)
         if not isinstance(values, h5py.Dataset):
-            raise _no_matrix(address, name, f"there are {', '.join(file)}" if values is None else "it is none")
-        _check(values, address, name)
-        # Columns lie one after the other in MATLAB, and HDF5 counts the axes the other way round.
+            raise _matrix_error(address, name, f"the variables {', '.join(file)}" if values is None else "another type")
+        _check_matrix(values, address, name)
+        # MATLAB stores columns contiguously, and HDF5 lists the axes in reverse order.
         yield Matrix(values.shape[1], values.shape[0], lambda numbers: _read_rows(values, numbers))
 
 
 def _read_rows(values: Any, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
-    """Rows of an HDF5 matrix: at once where they follow each other, as a list of rows is read one by one."""
+    """Reads rows of an HDF5 matrix: adjacent rows as a slice, since h5py reads a list row by row."""
     first, last = int(numbers[0]), int(numbers[-1])
     rows: npt.NDArray[np.floating] = values[first : last + 1] if last - first + 1 == len(numbers) else values[numbers]
     return rows
 
 
-def _check(values: Any, address: str, name: str) -> None:
+def _check_matrix(values: Any, address: str, name: str) -> None:
     if len(values.shape) != 2 or values.dtype.kind not in "fiu":
-        raise _no_matrix(address, name, f"its shape is {list(values.shape)}, its type {values.dtype}")
+        raise _matrix_error(address, name, f"shape {list(values.shape)} and type {values.dtype}")
 
 
-def _no_matrix(address: str, name: str, got: str) -> DatasetError:
-    return DatasetError(f"{address}: expected a matrix of numbers named {name}, got none: {got}")
+def _matrix_error(address: str, name: str, got: str) -> DatasetError:
+    return DatasetError(f"{address}: expected a numeric matrix named {name}, got {got}")

@@ -1,73 +1,72 @@
-"""Turns any source of images into a manifest: shards of rows in a fixed order, with unique ids."""
+"""Converts a source of images to a manifest: shards of rows in a fixed order, with unique ids."""
 
 import itertools
 import os
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from captionlib.data.ingestion.staging import Staged, read_slices, refuse_duplicates, stage_rows
+from pydantic import PositiveInt
+
+from captionlib.config import configclass
+from captionlib.data.images.addresses import image_exists
+from captionlib.data.ingestion.staging import StagedRows, check_unique_ids, read_shards, stage_rows
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.markers import DESCRIPTION_FILE
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.formats import SOURCE_FORMATS, detect_common_format
-from captionlib.data.sources.locations import locate
 from captionlib.data.sources.rows import ManifestRow, ReportSkip, SourceOptions
-from captionlib.errors import ConfigError, DatasetError
+from captionlib.errors import ConfigError, DatasetError, FetchError
 from captionlib.progress import progress_bar
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 
 __all__ = ["PrepareConfig", "PrepareSummary", "prepare_manifest"]
 
 _IMAGES_TO_CHECK = 20
-_FRAGMENT = re.compile(r"#(?:bytes|row)=.*")
 
 
-@dataclass(frozen=True)
+@configclass
 class PrepareConfig:
-    """What becomes of a source.
+    """How to convert a source to a manifest.
 
     Attributes:
-        source_format: its family, a key of `SOURCE_FORMATS`; auto tells it by name and content.
-        options: how it is read.
-        splits: the splits to keep; empty keeps all.
-        limit: keep the first so many images.
-        shard_size: rows a shard, which is the unit of work of all that follows.
-        check_images: refuse a list of images of which none of the first is where it says.
+        source_format: a key of `SOURCE_FORMATS`; `auto` detects the format.
+        options: how to read the source.
+        splits: the splits to include; empty includes all.
+        limit: include only the first `limit` images.
+        shard_size: rows per shard, the unit of work of all later stages.
+        check_images: refuse a list of images if none of the first ones exists.
     """
 
     source_format: str = "auto"
     options: SourceOptions = field(default_factory=SourceOptions)
     splits: tuple[str, ...] = ()
-    limit: int | None = None
-    shard_size: int = 1000
+    limit: PositiveInt | None = None
+    shard_size: PositiveInt = 1000
     check_images: bool = True
 
     def __post_init__(self) -> None:
         if self.source_format != "auto" and self.source_format not in SOURCE_FORMATS:
-            raise ConfigError(f"source_format: expected auto, {', '.join(SOURCE_FORMATS)}, got {self.source_format!r}")
-        if self.shard_size < 1:
-            raise ConfigError(f"shard_size: expected at least 1, got {self.shard_size}")
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"limit: expected at least 1, got {self.limit}")
+            raise ConfigError(
+                f"source_format: expected auto or one of {', '.join(SOURCE_FORMATS)}, got {self.source_format!r}"
+            )
 
 
 @dataclass(frozen=True)
 class PrepareSummary:
-    """What was prepared.
+    """The content of a manifest, and what its source had besides.
 
     Attributes:
-        source_format: the family.
-        images: rows of the manifest.
-        shards: parts of the manifest.
-        captions: of all images.
+        source_format: the format that the source was read as.
+        images: rows in the manifest.
+        shards: shards in the manifest.
+        captions: captions of all images.
         splits: images by split.
-        skipped: what the source holds and the manifest does not, by reason.
-        already_prepared: the manifest was there before, whole and the same; nothing was written.
+        skipped: items of the source that are not in the manifest, by reason.
+        already_prepared: the output held this manifest before; nothing was written.
     """
 
     source_format: str
@@ -87,50 +86,53 @@ def prepare_manifest(
     overwrite: bool = False,
     progress: bool = False,
 ) -> PrepareSummary:
-    """Writes the manifest of one or more sources of one family.
+    """Writes the manifest of one or more sources of the same format.
 
-    Rows wait in a local temporary file until all of them are known to be good, so that a bad source publishes nothing.
-    Datastore does not grow with the number of rows.
+    All rows are first written to a local temporary file and checked, so that an invalid source writes no output. Memory
+    does not grow with the number of rows.
 
     Args:
-        sources: paths, addresses or globs.
+        sources: paths, URLs or globs.
         output: the folder of the manifest.
-        config: what becomes of the sources.
+        config: how to convert the sources.
         overwrite: replace a manifest of other rows.
         progress: show a progress bar.
 
     Raises:
-        ConfigError: the kind of the source cannot be told, or an option does not fit it.
-        DatasetError: the source is empty or cannot be read, or the output holds something else.
+        ConfigError: the format of the sources cannot be detected, or an option does not fit it.
+        DatasetError: the sources are empty or cannot be read, or the output holds other data.
         DuplicateIdError: two rows have the same id.
-        FingerprintError: the output holds a manifest of other rows, and `overwrite` is off.
+        FingerprintError: the output holds a manifest of other rows, and `overwrite` is False.
     """
     config = config or PrepareConfig()
-    several = [sources] if isinstance(sources, str | os.PathLike) else sources
-    addresses = [os.fspath(source) for source in several]
+    addresses = [os.fspath(source) for source in ([sources] if isinstance(sources, str | os.PathLike) else sources)]
     _check_output(output, overwrite)
-    family = detect_common_format(addresses) if config.source_format == "auto" else config.source_format
+    source_format = detect_common_format(addresses) if config.source_format == "auto" else config.source_format
     skipped: Counter[str] = Counter()
+
+    def report_skip(reason: str) -> None:
+        skipped[reason] += 1
+
     with tempfile.TemporaryDirectory(prefix="captionlib-prepare-") as scratch:
-        rows = _select(_read(addresses, family, config, _count_into(skipped)), config, _count_into(skipped))
+        rows = _select(_read(addresses, source_format, config, report_skip), config, report_skip)
         with progress_bar("prepare", None, "images", progress) as bar:
             staged = stage_rows(bar.track(rows), Path(scratch) / "rows.parquet")
         if not staged.rows:
-            raise DatasetError(_describe_nothing(addresses, family, config, skipped))
-        refuse_duplicates(staged)
+            raise DatasetError(_describe_empty_source(addresses, source_format, config, skipped))
+        check_unique_ids(staged)
         dataset = create_dataset(
             output,
             "manifest",
             MANIFEST_SCHEMA,
-            config={"rows": staged.rows, "content": f"sha256:{staged.content}", "shard_size": config.shard_size},
+            config={"rows": staged.rows, "content": f"sha256:{staged.digest}", "shard_size": config.shard_size},
             shards=-(-staged.rows // config.shard_size),
             overwrite=overwrite,
         )
         already_prepared = dataset.is_complete()
         if not already_prepared:
-            _publish(dataset, staged, config.shard_size)
+            _write_shards(dataset, staged, config.shard_size)
     return PrepareSummary(
-        source_format=family,
+        source_format=source_format,
         images=staged.rows,
         shards=dataset.shards,
         captions=staged.captions,
@@ -141,73 +143,70 @@ def prepare_manifest(
 
 
 def _check_output(output: str | os.PathLike[str], overwrite: bool) -> None:
-    """Refuses the folder of something else before a long source is read, rather than after."""
+    """Refuses a folder with other data before reading the source, which can take long."""
     folder = Folder(output)
     if folder.exists(DESCRIPTION_FILE):
         if not overwrite:
             open_dataset(output, "manifest")
     elif any(name != TEMPORARY_FOLDER for name in folder.list()):
-        raise DatasetError(f"{folder.uri} holds files that captionlib did not write; give an empty or a new folder")
-
-
-def _count_into(skipped: Counter[str]) -> ReportSkip:
-    def report_skip(reason: str) -> None:
-        skipped[reason] += 1
-
-    return report_skip
+        raise DatasetError(f"{folder.uri} holds files that captionlib did not write; choose an empty or a new folder")
 
 
 def _read(
-    addresses: Sequence[str], family: str, config: PrepareConfig, report_skip: ReportSkip
+    addresses: Sequence[str], source_format: str, config: PrepareConfig, report_skip: ReportSkip
 ) -> Iterator[ManifestRow]:
-    rows = SOURCE_FORMATS[family].read(addresses, config.options, report_skip)
-    if SOURCE_FORMATS[family].references_images and config.check_images:
+    rows = SOURCE_FORMATS[source_format].read(addresses, config.options, report_skip)
+    if SOURCE_FORMATS[source_format].references_images and config.check_images:
         first = list(itertools.islice(rows, _IMAGES_TO_CHECK))
-        _refuse_missing_images(first)
+        _check_images_exist(first)
         rows = itertools.chain(first, rows)
     return rows
 
 
-def _refuse_missing_images(rows: Sequence[ManifestRow]) -> None:
-    """Finds a wrong folder of images now, not as a failure of every image later."""
+def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
+    """Reports a wrong image folder now rather than as a failure of every image later. Refused uris are not opened."""
+    refused: FetchError | None = None
     for row in rows:
-        uri = _FRAGMENT.sub("", row.uri)
-        if uri.startswith(("http://", "https://")):
-            return
-        location = locate(uri)
-        if location.fs.exists(location.path):
-            return
+        try:
+            if image_exists(row.uri):
+                return
+        except FetchError as error:
+            refused = refused or error
     if rows:
+        reason = "" if refused is None else f"; {refused.reason}: {refused}"
         raise DatasetError(
-            f"none of the first {len(rows)} images is there; the first is expected at {rows[0].uri}; give the folder "
-            "that their paths are relative to by --images, or --no-check-images where this machine cannot see them"
+            f"none of the first {len(rows)} images exists; the first is expected at {rows[0].uri}{reason}; set the folder "
+            "that image paths start from with --images, or use --no-check-images if only the workers can read the images"
         )
 
 
 def _select(rows: Iterator[ManifestRow], config: PrepareConfig, report_skip: ReportSkip) -> Iterator[ManifestRow]:
-    kept = 0
+    selected = 0
     for row in rows:
         if config.splits and row.split not in config.splits:
             report_skip("in another split")
             continue
         yield row
-        kept += 1
-        if kept == config.limit:
+        selected += 1
+        if selected == config.limit:
             return
 
 
-def _describe_nothing(addresses: Sequence[str], family: str, config: PrepareConfig, skipped: Mapping[str, int]) -> str:
-    wanted = f", of split {' or '.join(config.splits)}" if config.splits else ""
+def _describe_empty_source(
+    addresses: Sequence[str], source_format: str, config: PrepareConfig, skipped: Mapping[str, int]
+) -> str:
+    expected = SOURCE_FORMATS[source_format].row_description
+    splits = f" of split {' or '.join(config.splits)}" if config.splits else ""
     reasons = ", ".join(f"{reason} ({count})" for reason, count in skipped.items()) or "nothing"
     return (
-        f"{', '.join(addresses[:3])}: no images. Read as {family}, looked for {SOURCE_FORMATS[family].row_description}{wanted}; "
-        f"skipped: {reasons}. Check the path, or say what it is by --format"
+        f"{', '.join(addresses[:3])}: no images{splits}; read as {source_format}, which expects {expected}; "
+        f"skipped: {reasons}; check the path, or set --format"
     )
 
 
-def _publish(dataset: ShardedDataset, staged: Staged, shard_size: int) -> None:
+def _write_shards(dataset: ShardedDataset, staged: StagedRows, shard_size: int) -> None:
     pending = set(dataset.pending_shards())
-    for shard, rows in enumerate(read_slices(staged, shard_size)):
+    for shard, rows in enumerate(read_shards(staged, shard_size)):
         if shard in pending:
             with write_shard(dataset, shard, rows.num_rows) as writer:
                 writer.write(rows)

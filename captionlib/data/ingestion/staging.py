@@ -1,4 +1,4 @@
-"""Keeps the rows of a source in a local file until all are known to be good: counted, hashed, and of unique ids."""
+"""Writes the rows of a source to a local file, where they are counted, hashed and checked for duplicate ids."""
 
 import hashlib
 import json
@@ -15,109 +15,105 @@ from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.sources.rows import ManifestRow
 from captionlib.errors import DatasetError, DuplicateIdError
 
-__all__ = ["Staged", "read_slices", "refuse_duplicates", "stage_rows"]
+__all__ = ["StagedRows", "check_unique_ids", "read_shards", "stage_rows"]
 
 _BATCH_ROWS = 4096
 _MAX_SPLITS = 1000
 _SCHEMA = MANIFEST_SCHEMA.append(pa.field("origin", pa.string(), nullable=False))
 
-# Ids are compared in passes of about this many, so that memory does not grow with the rows.
+# Each pass compares about this many ids, so that memory does not grow with the number of rows.
 _IDS_PER_PASS = 250_000
 
 
 @dataclass(frozen=True)
-class Staged:
-    """Rows in a file.
+class StagedRows:
+    """The rows of a source in a local file.
 
     Attributes:
-        path: a Parquet file of the manifest's columns and `origin`.
-        rows: how many.
-        captions: how many in all rows.
-        splits: rows by split.
-        content: a hash of the rows in their order.
+        path: a Parquet file with the columns of the manifest and `origin`.
+        rows: the number of rows.
+        captions: the number of captions of all rows.
+        splits: the number of rows by split.
+        digest: the SHA-256 of the rows in their order.
     """
 
     path: Path
     rows: int
     captions: int
     splits: dict[str, int]
-    content: str
+    digest: str
 
 
-def stage_rows(rows: Iterable[ManifestRow], path: Path) -> Staged:
+def stage_rows(rows: Iterable[ManifestRow], path: Path) -> StagedRows:
     """Writes rows to a file.
 
     Raises:
-        DatasetError: a row has no id or no uri, text that is no Unicode, or there are too many splits; names its origin.
+        DatasetError: a row lacks an id or a uri, text is not valid Unicode, or there are too many splits.
     """
     digest = hashlib.sha256()
     splits: Counter[str] = Counter()
     captions = 0
-    waiting: list[ManifestRow] = []
+    batch: list[ManifestRow] = []
     with pq.ParquetWriter(path, _SCHEMA, compression="zstd", use_dictionary=["split"]) as writer:
         for row in rows:
             digest.update(_encode(row))
             splits[row.split] += 1
             if len(splits) > _MAX_SPLITS:
                 raise DatasetError(
-                    f"{row.origin}: more than {_MAX_SPLITS} different splits, the last is {row.split!r}; "
-                    "is it the right column?"
+                    f"{row.origin}: expected at most {_MAX_SPLITS} different splits, got another one, {row.split!r}; "
+                    "check the split column"
                 )
             captions += len(row.captions)
-            waiting.append(row)
-            if len(waiting) == _BATCH_ROWS:
-                writer.write_batch(_to_batch(waiting))
-                waiting.clear()
-        if waiting:
-            writer.write_batch(_to_batch(waiting))
-    return Staged(path, splits.total(), captions, dict(splits), digest.hexdigest())
+            batch.append(row)
+            if len(batch) == _BATCH_ROWS:
+                writer.write_batch(_to_batch(batch))
+                batch.clear()
+        if batch:
+            writer.write_batch(_to_batch(batch))
+    return StagedRows(path, splits.total(), captions, dict(splits), digest.hexdigest())
 
 
 def _encode(row: ManifestRow) -> bytes:
-    """A row as bytes that are the same on every machine."""
+    """Returns a row as bytes that are the same on every machine."""
     if not row.image_id.strip() or not row.uri.strip():
-        what = "an image id" if not row.image_id.strip() else "a uri"
-        raise DatasetError(f"{row.origin}: expected {what}, got an empty one; fill it, or take the row out")
+        missing = "an image id" if not row.image_id.strip() else "a uri"
+        raise DatasetError(f"{row.origin}: expected {missing}, got an empty one; set it or remove the row")
     try:
         return json.dumps([row.image_id, row.uri, row.split, row.captions], ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError as error:
         raise DatasetError(
-            f"{row.origin}: holds text that is no Unicode ({error.reason}): {error.object!a:.80}"
+            f"{row.origin}: expected valid Unicode, got {error.object!a:.80} ({error.reason})"
         ) from error
 
 
 def _to_batch(rows: list[ManifestRow]) -> pa.RecordBatch:
-    columns = (
-        [row.image_id for row in rows],
-        [row.uri for row in rows],
-        [row.split for row in rows],
-        [row.captions for row in rows],
-        [row.origin for row in rows],
-    )
-    return pa.RecordBatch.from_arrays(
-        [pa.array(values, field.type) for values, field in zip(columns, _SCHEMA, strict=True)], schema=_SCHEMA
-    )
+    columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in _SCHEMA]
+    return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
 
 
-def refuse_duplicates(staged: Staged) -> None:
-    """Checks that ids are unique.
+def check_unique_ids(staged: StagedRows) -> None:
+    """Checks that no two rows have the same id.
 
     Raises:
-        DuplicateIdError: they are not; names two rows.
+        DuplicateIdError: two rows have the same id; names both.
     """
-    folder = staged.path.parent
     settings: dict[str, str | bool | int | float | list[str]] = {
         "memory_limit": "256MB",
         "threads": 2,
-        "temp_directory": str(folder / "duckdb"),
+        "temp_directory": str(staged.path.parent / "duckdb"),
     }
     passes = -(-staged.rows // _IDS_PER_PASS)
     with duckdb.connect(config=settings) as connection:
         for number in range(passes):
-            twice = connection.execute(_FIND_DUPLICATE, [str(staged.path), passes, number]).fetchone()
-            if twice is not None:
-                both = connection.execute(_FIND_ROWS, [str(staged.path), twice[0]]).fetchall()
-                raise DuplicateIdError(_describe_duplicate(*twice, *(_at(uri, origin) for uri, origin in both)))
+            duplicate = connection.execute(_FIND_DUPLICATE, [str(staged.path), passes, number]).fetchone()
+            if duplicate is not None:
+                image_id, count = duplicate
+                rows = connection.execute(_FIND_ROWS, [str(staged.path), image_id]).fetchall()
+                first, second = (f"{uri} at {origin}" if origin else uri for uri, origin in rows)
+                raise DuplicateIdError(
+                    f"expected one row per image id, got {count} with {image_id!r}: {first}, and {second}; remove one, "
+                    "or choose another id column; if each row holds one caption, put the rows of an image together"
+                )
 
 
 _FIND_DUPLICATE = """
@@ -129,34 +125,23 @@ _FIND_ROWS = """
 """
 
 
-def _describe_duplicate(image_id: str, count: int, first: str, second: str) -> str:
-    return (
-        f"image id {image_id!r} is there {count} times: {first}, and {second}; expected one row an image. Take one "
-        "out, or choose another id column; where a row is a caption, the rows of one image must follow each other"
-    )
-
-
-def _at(uri: str, origin: str) -> str:
-    return f"{uri} at {origin}" if origin else uri
-
-
-def read_slices(staged: Staged, size: int) -> Iterator[pa.RecordBatch]:
-    """The rows of the manifest in pieces of `size`, the last one smaller; memory holds about a piece."""
-    waiting: list[pa.RecordBatch] = []
+def read_shards(staged: StagedRows, size: int) -> Iterator[pa.RecordBatch]:
+    """Yields batches of `size` manifest rows, the last one smaller. Memory holds about one batch."""
+    pending: list[pa.RecordBatch] = []
     count = 0
     with pq.ParquetFile(staged.path) as file:
         for batch in file.iter_batches(batch_size=min(size, _BATCH_ROWS), columns=MANIFEST_SCHEMA.names):
-            waiting.append(batch)
+            pending.append(batch)
             count += batch.num_rows
             while count >= size:
-                table = pa.Table.from_batches(waiting)
-                yield _one_batch(table.slice(0, size))
+                table = pa.Table.from_batches(pending)
+                yield _combine(table.slice(0, size))
                 count -= size
-                waiting = table.slice(size).to_batches()
+                pending = table.slice(size).to_batches()
     if count:
-        yield _one_batch(pa.Table.from_batches(waiting))
+        yield _combine(pa.Table.from_batches(pending))
 
 
-def _one_batch(table: pa.Table) -> pa.RecordBatch:
+def _combine(table: pa.Table) -> pa.RecordBatch:
     [batch] = table.combine_chunks().to_batches()
     return pa.RecordBatch.from_arrays(batch.columns, schema=MANIFEST_SCHEMA)

@@ -1,1 +1,1 @@
-"""Where images and their captions come from: one module a family of sources, each a generator of `ManifestRow`."""
+"""Readers for sources of images and reference captions: one module per format, each a generator of `ManifestRow`."""

@@ -1,4 +1,4 @@
-"""Tells what kind of source a path is, by its name and its first bytes."""
+"""The formats of sources, and their detection by name and first bytes."""
 
 import json
 import os
@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
-
 from captionlib.data.sources.coco import read_coco
-from captionlib.data.sources.flickr import LINE, read_flickr
+from captionlib.data.sources.flickr import CAPTION_LINE, read_flickr
 from captionlib.data.sources.folder import read_folder
-from captionlib.data.sources.hf_parquet import image_columns, read_hf_parquet
+from captionlib.data.sources.hf_parquet import find_image_columns, read_hf_parquet
 from captionlib.data.sources.karpathy import read_karpathy
 from captionlib.data.sources.locations import (
     IMAGE_EXTENSIONS,
@@ -21,78 +19,81 @@ from captionlib.data.sources.locations import (
     find_files,
     get_extension,
     get_text_extension,
-    is_pattern,
+    is_glob,
     locate,
     read_lines,
     scan_folder,
 )
-from captionlib.data.sources.rows import ReadRows
+from captionlib.data.sources.rows import RowReader
 from captionlib.data.sources.tables import TABLE_EXTENSIONS, open_parquet, read_tables
 from captionlib.data.sources.webdataset import read_webdataset
 from captionlib.errors import ConfigError, DatasetError
+from captionlib.storage.file_systems import open_unpacked
 
 __all__ = ["SOURCE_FORMATS", "SourceFormat", "detect_common_format", "detect_format"]
 
 
 @dataclass(frozen=True)
 class SourceFormat:
-    """A kind of source.
+    """A format of sources.
 
     Attributes:
-        read: yields its rows.
-        row_description: what a row is made of, for the message that there is none.
-        references_images: it names images without having seen them, so that they may be elsewhere than it says.
+        read: yields the rows.
+        row_description: what becomes a row, for the error message of a source without any.
+        references_images: whether the source lists image paths, which may be wrong, rather than containing the images.
     """
 
-    read: ReadRows
+    read: RowReader
     row_description: str
     references_images: bool
 
 
 SOURCE_FORMATS: Mapping[str, SourceFormat] = {
-    "folder": SourceFormat(read_folder, "files with an image's extension or none, not hidden", references_images=False),
+    "folder": SourceFormat(read_folder, "visible files with an image extension or none", references_images=False),
     "coco": SourceFormat(read_coco, "entries of `images`", references_images=True),
     "karpathy": SourceFormat(read_karpathy, "entries of `images`", references_images=True),
     "flickr": SourceFormat(read_flickr, "lines of NAME.jpg#K, a tab and a caption, in a split", references_images=True),
     "table": SourceFormat(read_tables, "rows below the header", references_images=True),
-    "webdataset": SourceFormat(read_webdataset, "NAME.jpg, NAME.png ... in the tars", references_images=False),
+    "webdataset": SourceFormat(read_webdataset, "NAME.jpg, NAME.png etc. in the tars", references_images=False),
     "hf-parquet": SourceFormat(read_hf_parquet, "rows with a column of struct<bytes, path>", references_images=False),
 }
 
 _PEEK_BYTES = 1 << 20
-_TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_TAR_EXTENSIONS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 def detect_common_format(addresses: Sequence[str]) -> str:
-    """The one family that all addresses are of.
+    """Returns the format that all sources share: a key of `SOURCE_FORMATS`.
 
     Raises:
-        ConfigError: they are of several, or it cannot be told.
-        DatasetError: an address leads nowhere.
+        ConfigError: the formats differ, or one cannot be detected.
+        DatasetError: a source does not exist.
     """
     if not addresses:
-        raise ConfigError("no source: expected at least one path or address")
-    found: dict[str, str] = {}
+        raise ConfigError("no source given: expected at least one path, URL or glob")
+    examples: dict[str, str] = {}
     for address in addresses:
-        found.setdefault(detect_format(address), address)
-    if len(found) > 1:
-        kinds = ", ".join(f"{address} is {family}" for family, address in found.items())
-        raise ConfigError(f"sources of several kinds: {kinds}; prepare them one by one, or say which by --format")
-    return next(iter(found))
+        examples.setdefault(detect_format(address), address)
+    if len(examples) > 1:
+        formats = ", ".join(f"{address} is {source_format}" for source_format, address in examples.items())
+        raise ConfigError(
+            f"expected sources of one format, got several: {formats}; prepare each separately, or set --format"
+        )
+    return next(iter(examples))
 
 
 def detect_format(address: str | os.PathLike[str]) -> str:
-    """The family of a source: a key of `SOURCE_FORMATS`.
+    """Returns the format of a source: a key of `SOURCE_FORMATS`.
 
     Raises:
-        ConfigError: it cannot be told.
-        DatasetError: the address leads nowhere.
+        ConfigError: the format cannot be detected.
+        DatasetError: the source does not exist.
     """
     location = locate(address)
     if not location.fs.exists(location.path):
         location = locate(expand_braces(os.fspath(address))[0])
-    if is_pattern(location):
-        return _detect_pattern(location)
+    if is_glob(location):
+        return _detect_glob(location)
     if location.fs.isdir(location.path):
         return _detect_folder(location)
     if not location.fs.exists(location.path):
@@ -100,59 +101,59 @@ def detect_format(address: str | os.PathLike[str]) -> str:
     return _detect_file(location)
 
 
-def _detect_pattern(location: Location) -> str:
-    suffix = get_text_extension(location.name)
-    if suffix in TABLE_EXTENSIONS or suffix == ".json" or location.name.endswith(_TARS):
+def _detect_glob(location: Location) -> str:
+    extension = get_text_extension(location.name)
+    if extension in TABLE_EXTENSIONS or extension == ".json" or location.name.endswith(_TAR_EXTENSIONS):
         return _detect_file(next(find_files([location.address], frozenset())))
     return "folder"
 
 
 def _detect_folder(folder: Location) -> str:
-    """A folder of nothing but tars (and what img2dataset writes beside them), or of nothing but Parquet."""
+    """Recognizes a folder that holds tars (and what img2dataset writes beside them) or Parquet, but no images."""
     parquet: Location | None = None
-    tars = False
+    has_tars = False
     for name, kind in scan_folder(folder):
         if name.startswith((".", "_")):
             continue
         if kind == "directory" or get_extension(name) in IMAGE_EXTENSIONS:
             return "folder"
-        tars = tars or name.endswith(_TARS)
+        has_tars = has_tars or name.endswith(_TAR_EXTENSIONS)
         if get_extension(name) == ".parquet":
             parquet = folder.join(name)
-    if tars:
+    if has_tars:
         return "webdataset"
     return "folder" if parquet is None else _detect_parquet(parquet)
 
 
 def _detect_file(location: Location) -> str:
-    suffix = get_text_extension(location.name)
-    if location.name.lower().endswith(_TARS):
+    extension = get_text_extension(location.name)
+    if location.name.lower().endswith(_TAR_EXTENSIONS):
         return "webdataset"
-    if suffix == ".parquet":
+    if extension == ".parquet":
         return _detect_parquet(location)
-    if suffix in TABLE_EXTENSIONS:
+    if extension in TABLE_EXTENSIONS:
         return "table"
-    if suffix == ".json":
+    if extension == ".json":
         return _detect_json(location)
-    if suffix in {".txt", ".token"}:
-        return "flickr" if LINE.fullmatch(next(read_lines(location), "")) else "table"
-    if suffix in IMAGE_EXTENSIONS:
+    if extension in {".txt", ".token"}:
+        return "flickr" if CAPTION_LINE.fullmatch(next(read_lines(location), "")) else "table"
+    if extension in IMAGE_EXTENSIONS:
         return "folder"
     raise ConfigError(
-        f"{location.address}: cannot tell what kind of source it is; say --format {'|'.join(SOURCE_FORMATS)}"
+        f"{location.address}: its format cannot be detected; set --format to one of {', '.join(SOURCE_FORMATS)}"
     )
 
 
 def _detect_parquet(location: Location) -> str:
     with location.fs.open(location.path, "rb") as file:
-        return "hf-parquet" if image_columns(open_parquet(file, location).schema_arrow) else "table"
+        return "hf-parquet" if find_image_columns(open_parquet(file, location).schema_arrow) else "table"
 
 
 def _detect_json(location: Location) -> str:
-    """By the keys in the first megabyte: whole files are large, and read once is enough."""
-    with fsspec.open(location.address, "rb", compression="infer") as file:
+    """Recognizes the keys in the first megabyte, since reading all of a large file twice takes long."""
+    with open_unpacked(location.fs, location.path) as file:
         start = file.read(_PEEK_BYTES).decode("utf-8-sig", errors="replace")
-    first = _parse(start.lstrip().partition("\n")[0])
+    first = _parse_line(start.lstrip().partition("\n")[0])
     if isinstance(first, dict) and "images" not in first:
         return "table"
     if re.search(r'"(?:sentences|sentids)"\s*:', start):
@@ -160,12 +161,12 @@ def _detect_json(location: Location) -> str:
     if re.search(r'"(?:annotations|file_name|coco_url)"\s*:', start):
         return "coco"
     raise ConfigError(
-        f"{location.address}: cannot tell what kind of JSON it is; expected COCO's captions, Karpathy's dataset.json, "
-        "or one object a line; say which by --format coco|karpathy|table"
+        f"{location.address}: expected COCO's captions, Karpathy's dataset.json or one JSON object per line, got other "
+        "JSON; set --format to coco, karpathy or table if it is one of these"
     )
 
 
-def _parse(line: str) -> Any:
+def _parse_line(line: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError:

@@ -1,4 +1,4 @@
-"""Reads Parquet with the images' bytes in the rows, the Hugging Face layout `image: struct<bytes, path>`."""
+"""Reads Parquet with embedded images, in the Hugging Face layout `image: struct<bytes, path>`."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 from captionlib.data.sources.columns import (
     ID_NAMES,
     SPLIT_NAMES,
-    choose_captions,
-    choose_column,
-    describe,
+    list_columns,
+    select_caption_columns,
+    select_column,
     to_captions,
     to_text,
 )
@@ -19,14 +19,13 @@ from captionlib.data.sources.rows import ManifestRow, ReportSkip, SourceOptions
 from captionlib.data.sources.tables import open_parquet, read_parquet_columns
 from captionlib.errors import ConfigError
 
-__all__ = ["image_columns", "read_hf_parquet"]
+__all__ = ["find_image_columns", "read_hf_parquet"]
 
 
 def read_hf_parquet(addresses: Sequence[str], options: SourceOptions, report_skip: ReportSkip) -> Iterator[ManifestRow]:
-    """The images in the rows of Parquet files; their bytes stay unread, and the uri names file, row and column.
+    """Yields the images in the rows of Parquet files. Image bytes are not read; uris name the file, row and column.
 
-    The id is the id column's, or else the image's path, or where that is missing the file's name and the row's number,
-    counted from 0. Nothing is skipped.
+    The id is the value of the id column, or else the image's path, or else the file's name and the row number from 0.
 
     Raises:
         ConfigError: a column is missing.
@@ -34,49 +33,50 @@ def read_hf_parquet(addresses: Sequence[str], options: SourceOptions, report_ski
     """
     for location in find_files(addresses, frozenset({".parquet"})):
         with location.fs.open(location.path, "rb") as file:
-            yield from _read_file(open_parquet(file, location), location, options)
+            yield from _read_rows(open_parquet(file, location), location, options)
 
 
-def image_columns(schema: pa.Schema) -> list[str]:
-    """The columns that hold encoded images."""
+def find_image_columns(schema: pa.Schema) -> list[str]:
+    """Returns the columns that hold encoded images."""
     return [field.name for field in schema if pa.types.is_struct(field.type) and _has_bytes(field.type)]
 
 
 def _has_bytes(struct: pa.StructType) -> bool:
-    at = struct.get_field_index("bytes")
-    return at >= 0 and struct.field(at).type in {pa.binary(), pa.large_binary()}
+    index = struct.get_field_index("bytes")
+    return index >= 0 and struct.field(index).type in {pa.binary(), pa.large_binary()}
 
 
-def _read_file(parquet: pq.ParquetFile, location: Location, options: SourceOptions) -> Iterator[ManifestRow]:
+def _read_rows(parquet: pq.ParquetFile, location: Location, options: SourceOptions) -> Iterator[ManifestRow]:
     schema = parquet.schema_arrow
-    image = _choose_image(schema, options.uri_column, location.address)
-    image_id = choose_column(schema.names, options.id_column, ID_NAMES, location.address)
-    split = choose_column(schema.names, options.split_column, SPLIT_NAMES, location.address)
-    captions = choose_captions(schema.names, options.caption_columns, location.address)
+    image = _select_image_column(schema, options.uri_column, location.address)
+    image_id = select_column(schema.names, options.id_column, ID_NAMES, location.address)
+    split = select_column(schema.names, options.split_column, SPLIT_NAMES, location.address)
+    captions = select_caption_columns(schema.names, options.caption_columns, location.address)
     path = f"{image}.path" if schema.field(image).type.get_field_index("path") >= 0 else None
-    wanted = [name for name in (image_id, split, *captions, path) if name is not None]
-    for number, record in enumerate(read_parquet_columns(parquet, wanted, location)):
+    columns = [name for name in (image_id, split, *captions, path) if name is not None]
+    for number, record in enumerate(read_parquet_columns(parquet, columns, location)):
         origin = f"{location.address}, row {number + 1}"
         if image_id is not None:
-            identity = to_text(record[image_id], origin, image_id)
+            row_id = to_text(record[image_id], origin, image_id)
         else:
-            identity = (record.get(image) or {}).get("path") or f"{location.name}#{number}"
+            row_id = (record.get(image) or {}).get("path") or f"{location.name}#{number}"
         yield ManifestRow(
-            identity,
-            f"{location.address}#row={number}&column={image}.bytes",
-            (to_text(record[split], origin, split) if split is not None else "") or options.default_split,
-            to_captions([record[name] for name in captions], origin),
-            origin,
+            image_id=row_id,
+            uri=f"{location.address}#row={number}&column={image}.bytes",
+            split=(to_text(record[split], origin, split) if split is not None else "") or options.default_split,
+            captions=to_captions([record[name] for name in captions], origin),
+            origin=origin,
         )
 
 
-def _choose_image(schema: pa.Schema, asked: str | None, table: str) -> str:
-    found = image_columns(schema)
-    if asked is not None and asked in found:
-        return asked
-    if asked is not None or not found:
+def _select_image_column(schema: pa.Schema, name: str | None, table: str) -> str:
+    columns = find_image_columns(schema)
+    if name is not None and name in columns:
+        return name
+    if name is not None or not columns:
+        expected = "a column" if name is None else f"column {name!r}"
         raise ConfigError(
-            f"{table}: no column {asked or ''!r} of struct<bytes, path>; it has {describe(schema.names)}; name the one "
-            "with the images by --uri-column, or read it as a table of uris by --format table"
+            f"{table}: expected {expected} of type struct<bytes, path>, got {list_columns(schema.names)}; "
+            "name the image column with --uri-column, or use --format table if the rows hold uris"
         )
-    return found[0]
+    return columns[0]

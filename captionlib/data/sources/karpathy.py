@@ -4,28 +4,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from captionlib.data.sources.locations import Location, find_files, find_image_root, load_json, resolve_uri
-from captionlib.data.sources.rows import ManifestRow, ReportSkip, SourceOptions, clean_captions
+from captionlib.data.sources.rows import ManifestRow, ReportSkip, SourceOptions, parse_captions
 from captionlib.errors import DatasetError
 
-__all__ = ["read_karpathy", "read_numbered"]
+__all__ = ["read_karpathy", "read_numbered_rows"]
 
 
 def read_karpathy(addresses: Sequence[str], options: SourceOptions, report_skip: ReportSkip) -> Iterator[ManifestRow]:
-    """The images of `dataset.json` in its order; one file at a time is held in memory.
+    """Yields the images of `dataset.json` files in file order. Memory holds one file at a time.
 
-    The id is COCO's (`cocoid`) where there is one, else `imgid`. Splits are kept as they are: train, restval, val and
-    test. Nothing is skipped.
+    The id is `cocoid`, or `imgid` for images without one. The splits are Karpathy's: train, restval, val and test.
 
     Raises:
         DatasetError: a file is not Karpathy's.
     """
     for location in find_files(addresses, frozenset({".json"})):
-        for _, row in read_numbered(location, options):
+        for _, row in read_numbered_rows(location, options):
             yield row
 
 
-def read_numbered(location: Location, options: SourceOptions) -> Iterator[tuple[object, ManifestRow]]:
-    """The images of one `dataset.json` with their `imgid`, the number of their column in `vgg_feats.mat`.
+def read_numbered_rows(location: Location, options: SourceOptions) -> Iterator[tuple[object, ManifestRow]]:
+    """Yields the images of one `dataset.json`, each with its `imgid`: its column number in `vgg_feats.mat`.
 
     Raises:
         DatasetError: the file is not Karpathy's.
@@ -39,18 +38,21 @@ def read_numbered(location: Location, options: SourceOptions) -> Iterator[tuple[
         yield image.get("imgid"), row
 
 
-def _to_row(image: Mapping[str, Any], root: str, split: str, origin: str) -> ManifestRow:
+def _to_row(image: Mapping[str, Any], root: str, default_split: str, origin: str) -> ManifestRow:
     if not isinstance(image, Mapping) or "filename" not in image or not {"cocoid", "imgid"} & image.keys():
         raise DatasetError(f"{origin}: expected an object with filename, imgid and sentences, got {image!r:.80}")
     path = "/".join(part for part in (image.get("filepath"), image["filename"]) if part)
-    sentences = [_to_text(sentence, origin) for sentence in image.get("sentences", ())]
-    image_id = image["cocoid"] if "cocoid" in image else image["imgid"]
+    captions = [_to_caption(sentence, origin) for sentence in image.get("sentences", ())]
     return ManifestRow(
-        str(image_id), resolve_uri(path, root), image.get("split") or split, clean_captions(sentences, origin), origin
+        image_id=str(image["cocoid"] if "cocoid" in image else image["imgid"]),
+        uri=resolve_uri(path, root),
+        split=image.get("split") or default_split,
+        captions=parse_captions(captions, origin),
+        origin=origin,
     )
 
 
-def _to_text(sentence: Mapping[str, Any], origin: str) -> str:
+def _to_caption(sentence: Mapping[str, Any], origin: str) -> str:
     if "raw" in sentence:
         return str(sentence["raw"])
     if "tokens" in sentence:

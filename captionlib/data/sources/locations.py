@@ -1,4 +1,4 @@
-"""Finds and opens the files that sources are made of: paths, addresses, globs and brace lists."""
+"""Finds and reads the files of a source, given as paths, URLs, globs or brace lists."""
 
 import itertools
 import json
@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from captionlib.errors import ConfigError, DatasetError
+from captionlib.errors import DatasetError
+from captionlib.storage.file_systems import open_file_system, open_unpacked
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -23,16 +23,17 @@ __all__ = [
     "find_image_root",
     "get_extension",
     "get_text_extension",
-    "is_pattern",
+    "is_glob",
     "load_json",
     "locate",
+    "parse_json",
     "read_lines",
     "resolve_uri",
     "scan_folder",
-    "split_pattern",
+    "split_glob",
 ]
 
-# What a person would call a picture; those that cannot be decoded end as failures, with their reason.
+# Includes formats that may not decode: such images become failures with a reason, rather than being ignored.
 IMAGE_EXTENSIONS = frozenset(
     {
         *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
@@ -40,7 +41,7 @@ IMAGE_EXTENSIONS = frozenset(
     }
 )
 
-_MAGIC = re.compile(r"[*?\[]")
+_WILDCARD = re.compile(r"[*?\[]")
 _BRACES = re.compile(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -50,9 +51,9 @@ class Location:
     """A file or a folder.
 
     Attributes:
-        fs: its fsspec file system.
-        path: as that file system spells it.
-        address: as a manifest spells it: an absolute path, or an address.
+        fs: the fsspec file system.
+        path: the path within `fs`.
+        address: the absolute path or URL, as manifests store it.
     """
 
     fs: Any
@@ -76,16 +77,14 @@ class Location:
 
 
 def locate(address: str | os.PathLike[str]) -> Location:
-    """Where an address leads.
+    """Resolves a path or a URL to a location. The file need not exist.
 
     Raises:
-        ConfigError: fsspec knows no such file system, or a package that it needs is not installed.
+        ConfigError: the address chains file systems, or its protocol is unknown, refused or lacks a package; see
+            `captionlib.storage.file_systems`.
     """
     address = os.fspath(address)
-    try:
-        fs, path = fsspec.core.url_to_fs(address)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"{address} cannot be opened: {error}") from error
+    fs, path = open_file_system(address)
     if isinstance(fs, LocalFileSystem):
         path = os.path.normpath(path)
         return Location(fs, path.rstrip("/"), path.rstrip("/"))
@@ -93,73 +92,73 @@ def locate(address: str | os.PathLike[str]) -> Location:
 
 
 def resolve_uri(uri: str, root: str) -> str:
-    """A uri as it is, or, where it is a relative path, below `root`."""
+    """Returns a URL or an absolute path unchanged, and a relative path below `root`."""
     return uri if uri.startswith("/") or "://" in uri else f"{root}/{uri}"
 
 
-def find_image_root(images: str | None, source: Location) -> str:
-    """What the relative paths in a source are relative to: the folder that was given, or the source's own."""
-    return locate(images).address if images is not None else source.parent.address
+def find_image_root(image_root: str | None, source: Location) -> str:
+    """Returns the folder that relative image paths start from: `image_root`, or else the folder of `source`."""
+    return locate(image_root).address if image_root is not None else source.parent.address
 
 
 def get_extension(name: str) -> str:
-    """`.jpg` of `a/B.JPG`, nothing of `a/b` and `.b`."""
+    """Returns the extension in lower case, such as `.jpg` for `a/B.JPG`; empty for `a/b` and `.b`."""
     name = name.rsplit("/", 1)[-1]
     dot = name.rfind(".")
     return name[dot:].lower() if dot > 0 else ""
 
 
 def get_text_extension(name: str) -> str:
-    """`.csv` of `a.csv`, of `a.csv.gz` and of `https://example.org/a.csv?version=2`."""
+    """Returns the extension below any compression, such as `.csv` for `a.csv.gz` and `https://x.org/a.csv?v=2`."""
     name = name.partition("?")[0].lower()
     for compressed in (".gz", ".bz2", ".xz"):
         name = name.removesuffix(compressed)
     return get_extension(name)
 
 
-def is_pattern(location: Location) -> bool:
-    """Whether a path is a glob; a web address with a query and a file whose name has brackets are none."""
+def is_glob(location: Location) -> bool:
+    """Returns whether a path is a glob. Web addresses with a query and existing files with brackets are not."""
     protocols = (location.fs.protocol,) if isinstance(location.fs.protocol, str) else location.fs.protocol
-    return bool(_MAGIC.search(location.path)) and "http" not in protocols and not location.fs.exists(location.path)
+    return bool(_WILDCARD.search(location.path)) and "http" not in protocols and not location.fs.exists(location.path)
 
 
-def split_pattern(location: Location) -> tuple[Location, str]:
-    """The folder that a glob starts from, and the rest: `photos` and `*/a*.jpg` of `photos/*/a*.jpg`."""
+def split_glob(location: Location) -> tuple[Location, str]:
+    """Splits a glob before its first wildcard: `images/*/a*.jpg` becomes `images` and `*/a*.jpg`."""
     parts = location.path.split("/")
-    first = next(number for number, part in enumerate(parts) if _MAGIC.search(part))
+    first = next(number for number, part in enumerate(parts) if _WILDCARD.search(part))
     pattern = "/".join(parts[first:])
     return Location(location.fs, "/".join(parts[:first]), location.address[: -len(pattern) - 1]), pattern
 
 
 def expand_braces(address: str) -> list[str]:
-    """`a{0..2}.tar` and `{train,val}.csv` written out, in order; leading zeros are kept."""
-    found = _BRACES.search(address)
-    if found is None:
+    """Expands `a{00..12}.tar` and `{train,val}.csv` as a shell does; leading zeros are kept."""
+    match = _BRACES.search(address)
+    if match is None:
         return [address]
-    if span := _RANGE.fullmatch(found[1]):
+    if span := _RANGE.fullmatch(match[1]):
         first, last = span.groups()
         width = len(first) if first.startswith("0") else 0
         step = 1 if int(first) <= int(last) else -1
         choices: Iterable[str] = (f"{number:0{width}d}" for number in range(int(first), int(last) + step, step))
     else:
-        choices = found[1].split(",")
-    before, after = address[: found.start()], expand_braces(address[found.end() :])
+        choices = match[1].split(",")
+    before, after = address[: match.start()], expand_braces(address[match.end() :])
     return [f"{before}{choice}{rest}" for choice, rest in itertools.product(choices, after)]
 
 
 def find_files(addresses: Sequence[str], extensions: frozenset[str]) -> Iterator[Location]:
-    """The files that addresses name: themselves, what a glob matches, what a folder holds of these extensions.
+    """Yields the files that addresses name: files, matches of globs, and files in folders with one of `extensions`.
 
     Raises:
-        DatasetError: an address leads nowhere, or to none of these.
+        DatasetError: an address does not exist or yields no file.
     """
     for address in addresses:
-        for spelled in expand_braces(address):
-            location = locate(spelled)
-            if is_pattern(location):
-                yield from _glob(location)
+        for expanded in expand_braces(address):
+            location = locate(expanded)
+            if is_glob(location):
+                yield from _match_glob(location)
             elif location.fs.isdir(location.path):
-                yield from _list(location, extensions)
+                yield from _list_folder(location, extensions)
             elif location.fs.exists(location.path):
                 yield location
             else:
@@ -167,9 +166,9 @@ def find_files(addresses: Sequence[str], extensions: frozenset[str]) -> Iterator
 
 
 def scan_folder(folder: Location) -> Iterator[tuple[str, str | None]]:
-    """The names in a folder, and what each is: `file`, `directory`, or None for what is neither. In no order."""
+    """Yields the names in a folder, each with its kind: `file`, `directory`, or None for other kinds. Order varies."""
     if folder.is_local:
-        # Names alone: fsspec's listing keeps about a kilobyte of details a file.
+        # fsspec's listing holds about a kilobyte of details per file.
         with os.scandir(folder.path or "/") as entries:
             for entry in entries:
                 yield entry.name, "directory" if entry.is_dir() else "file" if entry.is_file() else None
@@ -178,36 +177,38 @@ def scan_folder(folder: Location) -> Iterator[tuple[str, str | None]]:
         path = details["name"].rstrip("/")
         if path != folder.path:
             yield path.rsplit("/", 1)[-1], details["type"]
-    folder.fs.invalidate_cache()  # else the listings of a whole tree stay in memory
+    folder.fs.invalidate_cache()  # otherwise the listings of a whole tree stay in memory
 
 
-def _glob(location: Location) -> list[Location]:
-    root, _ = split_pattern(location)
+def _match_glob(location: Location) -> list[Location]:
+    root, _ = split_glob(location)
     paths = sorted(location.fs.glob(location.path))
     if not paths:
         raise DatasetError(f"{location.address}: no file matches")
     return [root.join(path[len(root.path) + 1 :]) for path in paths]
 
 
-def _list(folder: Location, extensions: frozenset[str]) -> list[Location]:
+def _list_folder(folder: Location, extensions: frozenset[str]) -> list[Location]:
     files = (name for name, kind in scan_folder(folder) if kind == "file" and not name.startswith((".", "_")))
-    kept = sorted(name for name in files if get_text_extension(name) in extensions)
-    if not kept:
-        raise DatasetError(f"{folder.address}: expected files of {', '.join(sorted(extensions))}, got none")
-    return [folder.join(name) for name in kept]
+    matches = sorted(name for name in files if get_text_extension(name) in extensions)
+    if not matches:
+        raise DatasetError(f"{folder.address}: expected files with {' or '.join(sorted(extensions))}, got none")
+    return [folder.join(name) for name in matches]
 
 
 def read_lines(location: Location) -> Iterator[str]:
-    """The lines of a UTF-8 text file, with their ends; a byte order mark is dropped, .gz, .bz2 and .xz are unpacked.
+    """Yields the lines of a UTF-8 text file with their line ends.
+
+    A byte order mark is dropped. Files that end in .gz, .bz2 or .xz are decompressed.
 
     Raises:
-        DatasetError: it cannot be read, is damaged, or is not UTF-8.
+        DatasetError: the file cannot be read, is damaged, or is not UTF-8.
     """
     number = 0
     try:
-        with fsspec.open(location.address, "rt", encoding="utf-8-sig", newline="", compression="infer") as file:
+        with open_unpacked(location.fs, location.path, "rt", encoding="utf-8-sig", newline="") as file:
             for line in file:
-                number += 1  # what was read before an error is told
+                number += 1
                 yield line
     except UnicodeDecodeError as error:
         raise DatasetError(
@@ -220,14 +221,21 @@ def read_lines(location: Location) -> Iterator[str]:
 
 
 def load_json(location: Location) -> Any:
-    """The content of a JSON file.
+    """Returns the content of a JSON file.
 
     Raises:
-        DatasetError: it cannot be read or is no JSON; names the line.
+        DatasetError: the file cannot be read or is not JSON.
+    """
+    return parse_json("".join(read_lines(location)), location.address)
+
+
+def parse_json(text: str, origin: str) -> Any:
+    """Parses JSON.
+
+    Raises:
+        DatasetError: `text` is not JSON; names `origin`, line and column.
     """
     try:
-        return json.loads("".join(read_lines(location)))
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DatasetError(
-            f"{location.address}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
-        ) from error
+        raise DatasetError(f"{origin}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from error

@@ -1,15 +1,16 @@
-"""What every source yields, and what may be asked of it."""
+"""The rows that every source yields, and the options for reading a source."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from captionlib.config import configclass
 from captionlib.errors import DatasetError
 
-__all__ = ["ManifestRow", "ReadRows", "ReportSkip", "SourceOptions", "clean_captions"]
+__all__ = ["ManifestRow", "ReportSkip", "RowReader", "SourceOptions", "parse_captions"]
 
 ReportSkip = Callable[[str], None]
-"""Takes the reason why something that a source holds becomes no row."""
+"""Receives the reason for each item of a source that yields no row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +18,11 @@ class ManifestRow:
     """One image.
 
     Attributes:
-        image_id: unique in the dataset, and the same on every run.
-        uri: an absolute path, or an address.
-        split: such as train; empty where the source has none.
-        captions: what people said of it.
-        origin: where the row stands in its source, for messages.
+        image_id: unique within the dataset, and the same on every run.
+        uri: an absolute path or a URL.
+        split: such as `train`; empty if unknown.
+        captions: the reference captions.
+        origin: file and line (or row, or entry) that the row comes from, for error messages.
     """
 
     image_id: str
@@ -31,18 +32,20 @@ class ManifestRow:
     origin: str = field(default="", compare=False)
 
 
-@dataclass(frozen=True)
+@configclass
 class SourceOptions:
-    """How a source is read.
+    """How to read a source.
 
     Attributes:
-        image_root: what relative image paths are relative to, in place of the source's own folder.
-        default_split: the split of images whose source names none.
-        split_files: for Flickr, split to a file of its image names; empty takes the official files beside the captions.
-        id_column: of a table, or the key of a tar's JSON members.
-        uri_column: of a table; where the images are in the rows, the column that holds them.
-        caption_columns: of a table, or the key of a tar's JSON members.
-        split_column: of a table.
+        image_root: the folder that relative image paths start from. None uses the folder of the source.
+        default_split: the split of images for which the source names none. It also overrides the split that COCO's file
+            names imply.
+        split_files: for Flickr8k and Flickr30k, the file of image names of each split. Empty uses the official split
+            files beside the captions, if there are any.
+        id_column: the table column, or the key in a WebDataset sample's JSON, that holds the image id.
+        uri_column: the table column that holds the image's path or URL or, for Parquet with embedded images, its bytes.
+        caption_columns: the table columns, or the keys in a WebDataset sample's JSON, that hold captions.
+        split_column: the table column that holds the split.
     """
 
     image_root: str | None = None
@@ -54,19 +57,21 @@ class SourceOptions:
     split_column: str | None = None
 
 
-class ReadRows(Protocol):
-    """Reads one family of sources in a fixed order, and holds a bounded part of them."""
+class RowReader(Protocol):
+    """Yields the rows of all `addresses` in a fixed order, in bounded memory."""
 
     def __call__(
         self, addresses: Sequence[str], options: SourceOptions, report_skip: ReportSkip
     ) -> Iterator[ManifestRow]: ...
 
 
-def clean_captions(value: object, origin: str) -> tuple[str, ...]:
-    """The captions in a text, a list of texts, or of objects with a `raw` or `caption`; blank ones are left out.
+def parse_captions(value: object, origin: str) -> tuple[str, ...]:
+    """Returns the captions in a string, an object with a `raw` or `caption` field, or a list of these.
+
+    Surrounding white space and blank captions are dropped.
 
     Raises:
-        DatasetError: it is none of these.
+        DatasetError: `value` is of another type.
     """
     if value is None:
         return ()
@@ -74,9 +79,9 @@ def clean_captions(value: object, origin: str) -> tuple[str, ...]:
         caption = value.strip()
         return (caption,) if caption else ()
     if isinstance(value, Mapping) and ("raw" in value or "caption" in value):
-        return clean_captions(value["raw"] if "raw" in value else value["caption"], origin)
+        return parse_captions(value["raw"] if "raw" in value else value["caption"], origin)
     if isinstance(value, list | tuple):
-        return tuple(caption for one in value for caption in clean_captions(one, origin))
+        return tuple(caption for item in value for caption in parse_captions(item, origin))
     raise DatasetError(
         f"{origin}: expected captions as text or a list of texts, got {type(value).__name__} {value!r:.60}"
     )

@@ -1,16 +1,16 @@
-"""Reads tables of images: CSV, TSV, JSON Lines and Parquet, row by row."""
+"""Reads tables of images (CSV, TSV, JSON Lines and Parquet) row by row."""
 
 import csv
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from captionlib.data.sources.columns import Columns, choose_columns, to_captions, to_text
+from captionlib.data.sources.columns import Columns, select_columns, to_captions, to_text
 from captionlib.data.sources.locations import (
     Location,
     find_files,
@@ -26,91 +26,97 @@ __all__ = ["TABLE_EXTENSIONS", "open_parquet", "read_parquet_columns", "read_tab
 
 TABLE_EXTENSIONS = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"})
 
-Cells = tuple[int, object, object, Sequence[object], object]
-"""The number of a row and its id, uri, captions and split, as the table has them."""
+
+class _Record(NamedTuple):
+    """The values of a table row, not yet converted. `number` is its line or row number from 1."""
+
+    number: int
+    image_id: object
+    uri: object
+    captions: Sequence[object]
+    split: object
 
 
 @dataclass(frozen=True)
-class _Format:
-    """What a row is called in messages, and how the rows of a table are read."""
+class _TableFormat:
+    """How to read the records of a table, and what error messages call one: a line or a row."""
 
-    row: str
-    read: Callable[[Location, SourceOptions], Iterator[tuple[Columns, Cells]]]
+    unit: str
+    read: Callable[[Location, SourceOptions], Iterator[tuple[Columns, _Record]]]
 
 
 def read_tables(addresses: Sequence[str], options: SourceOptions, report_skip: ReportSkip) -> Iterator[ManifestRow]:
-    """The images of tables, in their order; consecutive rows of one image, a caption each, become one row.
+    """Yields the images of tables in their order. Consecutive rows of one image with a caption each become one row.
 
-    Without an id column the id is the uri, as the table has it. Relative uris are relative to `options.image_root`, or else
-    to the table's folder. Nothing is skipped.
+    Without an id column, the id is the uri as the table spells it. Relative uris start from `options.image_root`, or
+    else from the table's folder.
 
     Raises:
         ConfigError: a column is missing.
         DatasetError: a table or a row cannot be read; names its line.
     """
     for location in find_files(addresses, TABLE_EXTENSIONS):
-        suffix = get_text_extension(location.name)
-        table = _FORMATS.get(suffix, _Format("line", _read_delimited))
-        yield from _group(_to_rows(table, location, options))
+        table_format = _FORMATS.get(get_text_extension(location.name), _DELIMITED)
+        yield from _merge_captions(_to_rows(table_format, location, options))
 
 
-def _to_rows(table: _Format, location: Location, options: SourceOptions) -> Iterator[tuple[ManifestRow, bool]]:
-    """The rows, and whether each may be one of several of its image: it may if it has one caption at the most."""
+def _to_rows(
+    table_format: _TableFormat, location: Location, options: SourceOptions
+) -> Iterator[tuple[ManifestRow, bool]]:
+    """Yields the rows, each with whether it may be merged with the next row of its image: if it holds no list."""
     root = find_image_root(options.image_root, location)
-    for columns, (number, image_id, uri, captions, split) in table.read(location, options):
-        origin = f"{location.address}, {table.row} {number}"
-        written = to_text(uri, origin, columns.uri)
+    for columns, record in table_format.read(location, options):
+        origin = f"{location.address}, {table_format.unit} {record.number}"
+        uri = to_text(record.uri, origin, columns.uri)
         row = ManifestRow(
-            written if columns.id is None else to_text(image_id, origin, columns.id),
-            resolve_uri(written, root) if written else "",
-            to_text(split, origin, columns.split or "") or options.default_split,
-            to_captions(captions, origin),
+            uri if columns.id is None else to_text(record.image_id, origin, columns.id),
+            resolve_uri(uri, root) if uri else "",
+            to_text(record.split, origin, columns.split or "") or options.default_split,
+            to_captions(record.captions, origin),
             origin,
         )
-        yield row, bool(columns.captions) and not any(isinstance(value, list) for value in captions)
+        yield row, bool(columns.captions) and not any(isinstance(value, list) for value in record.captions)
 
 
-def _group(rows: Iterable[tuple[ManifestRow, bool]]) -> Iterator[ManifestRow]:
-    """Merges consecutive rows of one image; rows with lists of captions stand alone, so that a duplicate is found."""
+def _merge_captions(rows: Iterable[tuple[ManifestRow, bool]]) -> Iterator[ManifestRow]:
+    """Merges consecutive mergeable rows of one image. Other rows stay separate, so that duplicate ids are noticed."""
     current: ManifestRow | None = None
     captions: list[str] = []
-    open_for_more = False
-    for row, single in rows:
-        if current is not None and open_for_more and single and _same_image(current, row):
+    current_mergeable = False
+    for row, mergeable in rows:
+        if current is not None and current_mergeable and mergeable and _is_same_image(current, row):
             captions.extend(row.captions)
             continue
         if current is not None:
             yield _with_captions(current, captions)
-        current, captions, open_for_more = row, list(row.captions), single
+        current, captions, current_mergeable = row, list(row.captions), mergeable
     if current is not None:
         yield _with_captions(current, captions)
 
 
-def _same_image(row: ManifestRow, other: ManifestRow) -> bool:
+def _is_same_image(row: ManifestRow, other: ManifestRow) -> bool:
     if (row.image_id, row.uri) != (other.image_id, other.uri):
         return False
     if row.split != other.split:
         raise DatasetError(
             f"image {row.image_id} is in split {row.split!r} at {row.origin} and in {other.split!r} at {other.origin}; "
-            "expected one split an image"
+            "expected one split per image"
         )
     return True
 
 
 def _with_captions(row: ManifestRow, captions: Sequence[str]) -> ManifestRow:
-    if len(captions) == len(row.captions):
-        return row
-    return ManifestRow(row.image_id, row.uri, row.split, tuple(captions), row.origin)
+    return row if len(captions) == len(row.captions) else replace(row, captions=tuple(captions))
 
 
-def _read_delimited(location: Location, options: SourceOptions) -> Iterator[tuple[Columns, Cells]]:
+def _read_delimited(location: Location, options: SourceOptions) -> Iterator[tuple[Columns, _Record]]:
     lines = read_lines(location)
     first = next(lines, "")
     delimiter = max("\t,;|", key=first.count) if first else ","
     reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
-        columns = choose_columns(header, options, f"{location.address}, line 1")
+        columns = select_columns(header, options, f"{location.address}, line 1")
         uri, image_id, split = (_index(header, name) for name in (columns.uri, columns.id, columns.split))
         captions = [header.index(name) for name in columns.captions]
         for cells in reader:
@@ -119,10 +125,11 @@ def _read_delimited(location: Location, options: SourceOptions) -> Iterator[tupl
             if len(cells) != len(header):
                 raise DatasetError(
                     f"{location.address}, line {reader.line_num}: expected {len(header)} cells, got {len(cells)}; "
-                    "a cell that holds the delimiter or a line end must be quoted"
+                    "quote cells that contain the delimiter or a line break"
                 )
-            cells.append("")  # what a column that is absent reads
-            yield columns, (reader.line_num, cells[image_id], cells[uri], [cells[at] for at in captions], cells[split])
+            cells.append("")  # the value of an absent column, at index -1
+            values = [cells[index] for index in captions]
+            yield columns, _Record(reader.line_num, cells[image_id], cells[uri], values, cells[split])
     except csv.Error as error:
         raise DatasetError(f"{location.address}, line {reader.line_num}: {error}; check its quotes") from error
 
@@ -131,49 +138,48 @@ def _index(header: Sequence[str], name: str | None) -> int:
     return -1 if name is None else header.index(name)
 
 
-def _read_json_lines(location: Location, options: SourceOptions) -> Iterator[tuple[Columns, Cells]]:
+def _read_json_lines(location: Location, options: SourceOptions) -> Iterator[tuple[Columns, _Record]]:
     columns: Columns | None = None
     for number, line in enumerate(read_lines(location), 1):
         if not line.strip():
             continue
-        record = _parse_json(line, f"{location.address}, line {number}")
+        values = _parse_object(line, f"{location.address}, line {number}")
         if columns is None:
-            columns = choose_columns(list(record), options, f"{location.address}, line {number}")
-        image_id = None if columns.id is None else record.get(columns.id)
-        split = None if columns.split is None else record.get(columns.split)
-        yield (
-            columns,
-            (number, image_id, record.get(columns.uri), [record.get(name) for name in columns.captions], split),
-        )
+            columns = select_columns(list(values), options, f"{location.address}, line {number}")
+        yield columns, _to_record(number, values, columns)
 
 
-def _parse_json(line: str, origin: str) -> dict[str, Any]:
+def _parse_object(line: str, origin: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        value = json.loads(line)
     except json.JSONDecodeError as error:
         raise DatasetError(
-            f"{origin}, column {error.colno}: not JSON: {error.msg}; expected one object a line"
+            f"{origin}, column {error.colno}: not JSON: {error.msg}; expected one object per line"
         ) from error
-    if not isinstance(record, dict):
-        raise DatasetError(f"{origin}: expected one JSON object a line, got {line.strip():.80}")
-    return record
+    if not isinstance(value, dict):
+        raise DatasetError(f"{origin}: expected one JSON object per line, got {line.strip():.80}")
+    return value
 
 
-def _read_parquet(location: Location, options: SourceOptions) -> Iterator[tuple[Columns, Cells]]:
+def _read_parquet(location: Location, options: SourceOptions) -> Iterator[tuple[Columns, _Record]]:
     with location.fs.open(location.path, "rb") as file:
         parquet = open_parquet(file, location)
-        columns = choose_columns(parquet.schema_arrow.names, options, location.address)
-        for number, record in enumerate(read_parquet_columns(parquet, columns.names, location), 1):
-            image_id = None if columns.id is None else record[columns.id]
-            split = None if columns.split is None else record[columns.split]
-            yield columns, (number, image_id, record[columns.uri], [record[name] for name in columns.captions], split)
+        columns = select_columns(parquet.schema_arrow.names, options, location.address)
+        for number, values in enumerate(read_parquet_columns(parquet, columns.names, location), 1):
+            yield columns, _to_record(number, values, columns)
+
+
+def _to_record(number: int, values: dict[str, Any], columns: Columns) -> _Record:
+    image_id = None if columns.id is None else values.get(columns.id)
+    split = None if columns.split is None else values.get(columns.split)
+    return _Record(number, image_id, values.get(columns.uri), [values.get(name) for name in columns.captions], split)
 
 
 def open_parquet(file: BinaryIO, location: Location) -> pq.ParquetFile:
-    """Opens a Parquet file; of a row group it later buffers a part of each column alone.
+    """Opens a Parquet file so that reading buffers a part of each column chunk rather than whole row groups.
 
     Raises:
-        DatasetError: it is none.
+        DatasetError: the file is not Parquet.
     """
     try:
         return pq.ParquetFile(file, buffer_size=1 << 20)
@@ -184,7 +190,7 @@ def open_parquet(file: BinaryIO, location: Location) -> pq.ParquetFile:
 def read_parquet_columns(
     parquet: pq.ParquetFile, columns: Sequence[str], location: Location
 ) -> Iterator[dict[str, Any]]:
-    """The rows of some columns, as Python values; a dotted name is a field of a struct.
+    """Yields the rows as Python values by column. A dotted name selects a field of a struct.
 
     Raises:
         DatasetError: the file is damaged.
@@ -201,9 +207,11 @@ def read_parquet_columns(
         raise DatasetError(f"{location.address} is damaged: {error}") from error
 
 
+_DELIMITED = _TableFormat("line", _read_delimited)
+_JSON_LINES = _TableFormat("line", _read_json_lines)
 _FORMATS = {
-    ".jsonl": _Format("line", _read_json_lines),
-    ".ndjson": _Format("line", _read_json_lines),
-    ".json": _Format("line", _read_json_lines),
-    ".parquet": _Format("row", _read_parquet),
+    ".jsonl": _JSON_LINES,
+    ".ndjson": _JSON_LINES,
+    ".json": _JSON_LINES,
+    ".parquet": _TableFormat("row", _read_parquet),
 }

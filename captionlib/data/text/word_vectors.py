@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import BinaryIO
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 
 from captionlib.errors import ConfigError, DatasetError
+from captionlib.storage.file_systems import open_file_system, open_unpacked
 
 __all__ = ["WordVectors", "read_word_vectors"]
 
@@ -60,7 +60,7 @@ def read_word_vectors(uri: str, words: Sequence[str], size: int) -> WordVectors:
     exact: dict[str, npt.NDArray[np.float32]] = {}
     spelt_otherwise: dict[str, npt.NDArray[np.float32]] = {}
     try:
-        with fsspec.open(uri, "rb", compression="infer") as file:
+        with open_unpacked(*open_file_system(uri)) as file:
             for word, vector in _read(file, uri, wanted, size):
                 if word in wanted:
                     exact.setdefault(word, vector)

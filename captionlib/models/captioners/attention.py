@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from captionlib.models.standardization import Standardization
+
 __all__ = ["Attention", "Slots"]
 
 
@@ -43,28 +45,18 @@ class Attention(nn.Module):
         dropout: the share of the annotations' numbers that is dropped in training.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, channels: int, size: int, hidden_size: int, gates: int, dropout: float) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("std", torch.ones(channels))
+        self.standardization = Standardization(channels)
         self.region = nn.Linear(channels, size)
         self.query = nn.Linear(hidden_size, size)
         self.to_gates = nn.Linear(size, gates, bias=False)
         self.to_output = nn.Linear(size, hidden_size, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    @torch.no_grad()
-    def set_standardization(self, mean: Tensor, std: Tensor) -> None:
-        """Takes the statistics of the positions of the training images' maps, `[channels]` each."""
-        self.mean.copy_(mean)
-        self.std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
-
     def embed(self, maps: Tensor) -> Tensor:
         """The annotations of maps, `[images, positions, channels]` to `[images, positions, size]`."""
-        annotations: Tensor = self.dropout(torch.relu(self.region((maps - self.mean) / self.std)))
+        annotations: Tensor = self.dropout(torch.relu(self.region(self.standardization(maps))))
         return annotations
 
     def find_slots(self, image: Tensor, images: int) -> Slots:

@@ -11,26 +11,28 @@ Of a spatial map the image vector is the mean over its positions. With attention
 themselves, z_t = look(h_t) (attention.py): it adds Wz z_t to h_t at the output, and Wg z_t to the next tick's gates.
 """
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
+from captionlib.config import configclass
 from captionlib.data.text.vocabulary import END
 from captionlib.errors import CheckpointError, ConfigError, DatasetError
 from captionlib.models.captioners.attention import Attention
-from captionlib.models.captioners.packed_sequences import PackedSequences, pack_sequences, pad_sentences
+from captionlib.models.captioners.packed_sequences import PackedSequences, pack_sequences
 from captionlib.models.captioners.recurrence import recur, recur_attending
 from captionlib.models.encoders.top_layers import EncoderTop
+from captionlib.models.standardization import Standardization
 
-__all__ = ["Captioner", "CaptionerConfig", "ImageState", "TokenScores", "pad_sentences"]
+__all__ = ["Captioner", "CaptionerConfig", "ImageState", "TokenLogProbs"]
 
 _WEIGHT_RANGE = 0.1  # NeuralTalk's U(-0.1, 0.1)
 
 
-@dataclass(frozen=True)
+@configclass
 class CaptionerConfig:
     """The shape of a captioner.
 
@@ -58,27 +60,20 @@ class CaptionerConfig:
     """
 
     cell: Literal["lstm", "rnn"] = "lstm"
-    layers: int = 1
-    hidden_size: int = 512
-    embedding_size: int = 512
-    dropout: float = 0.5
-    image_input: Literal["tick", "first", "every", "state", "none"] = "tick"
+    layers: PositiveInt = 1
+    hidden_size: PositiveInt = 512
+    embedding_size: PositiveInt = 512
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    image_input: Literal["initial_input", "first_step", "every_step", "initial_state", "none"] = "initial_input"
     tie_embeddings: bool = False
-    feature_power: float = 1.0
+    feature_power: Annotated[float, Field(gt=0, le=1)] = 1.0
     standardize_features: bool = True
-    principal_components: int = 0
-    attention_size: int = 0
+    principal_components: NonNegativeInt = 0
+    attention_size: NonNegativeInt = 0
     encoder_top: str | None = None
     weight_init: Literal["neuraltalk", "pytorch"] = "neuraltalk"
 
     def __post_init__(self) -> None:
-        for name in ("layers", "hidden_size", "embedding_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"captioner: {name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"captioner: dropout must be at least 0 and below 1, got {self.dropout}")
-        if not 0 < self.feature_power <= 1:
-            raise ConfigError(f"captioner: feature_power must be above 0 and at most 1, got {self.feature_power}")
         if self.attention_size and self.image_input == "none":
             raise ConfigError("captioner: attention_size needs an image to look at, got image_input none")
         if self.tie_embeddings and self.embedding_size != self.hidden_size:
@@ -88,7 +83,7 @@ class CaptionerConfig:
             )
 
 
-class TokenScores(NamedTuple):
+class TokenLogProbs(NamedTuple):
     """How likely the model finds sentences, token by token; a token is a word or the END after the last word.
 
     Attributes:
@@ -131,8 +126,6 @@ class Captioner(nn.Module):
         encoder_top: what features go through first, where `config` names a node; `feature_size` is then of what it gives.
     """
 
-    feature_mean: Tensor
-    feature_std: Tensor
     components: Tensor | None
 
     def __init__(
@@ -145,8 +138,7 @@ class Captioner(nn.Module):
         self.config = config
         self.feature_size = feature_size
         self.vocabulary_size = vocabulary_size
-        self.register_buffer("feature_mean", torch.zeros(feature_size))
-        self.register_buffer("feature_std", torch.ones(feature_size))
+        self.standardization = Standardization(feature_size)
         self.word_vectors = nn.Embedding(vocabulary_size, config.embedding_size)
         self.recurrence: nn.RNNBase = (
             nn.LSTM(config.embedding_size, config.hidden_size, config.layers, dropout=_between_layers(config))
@@ -156,7 +148,7 @@ class Captioner(nn.Module):
             )
         )
         image_size = config.embedding_size
-        if config.image_input == "state":
+        if config.image_input == "initial_state":
             image_size = config.layers * config.hidden_size * (2 if config.cell == "lstm" else 1)
         components = config.principal_components
         self.register_buffer("components", torch.zeros(components, feature_size) if components else None)
@@ -181,7 +173,7 @@ class Captioner(nn.Module):
             else:
                 nn.init.uniform_(parameter, -_WEIGHT_RANGE, _WEIGHT_RANGE)
 
-    def raise_to_power(self, features: Tensor) -> Tensor:
+    def power_normalize(self, features: Tensor) -> Tensor:
         """Features of any shape to the `feature_power`, from which all statistics are taken."""
         power = self.config.feature_power
         if power == 1:
@@ -192,24 +184,15 @@ class Captioner(nn.Module):
         return features.sign() * sizes**power
 
     @torch.no_grad()
-    def set_standardization(self, mean: Tensor, std: Tensor) -> None:
-        """Takes the statistics of the training images' vectors, `[feature_size]` each; constant features become 0.
-
-        They are those of `raise_to_power`, as are the samples of `set_components`.
-        """
-        self.feature_mean.copy_(mean)
-        self.feature_std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
-
-    @torch.no_grad()
-    def set_components(self, sample: Tensor) -> None:
+    def set_principal_components(self, sample: Tensor) -> None:
         """Takes the principal components of training images' features, `[images, feature_size]`.
 
         Where the images are fewer than the components, those that are left see nothing.
         """
         if self.components is None:
             raise ConfigError("captioner: set principal_components before their values")
-        self.feature_mean.copy_(sample.mean(0))
-        _, singular, directions = torch.linalg.svd(sample - self.feature_mean, full_matrices=False)
+        self.standardization.mean.copy_(sample.mean(0))
+        _, singular, directions = torch.linalg.svd(sample - self.standardization.mean, full_matrices=False)
         kept = min(len(self.components), int((singular > 1e-4 * singular[0]).sum()))
         self.components[:kept] = directions[:kept] * (len(sample) ** 0.5 / singular[:kept, None])
 
@@ -220,7 +203,7 @@ class Captioner(nn.Module):
 
     def forward(
         self, features: Tensor, captions: Tensor, image_of_sentence: Tensor, mean_log_probs: bool = False
-    ) -> TokenScores:
+    ) -> TokenLogProbs:
         """Scores captions, each token given the image and the true tokens before it.
 
         Each image is projected once, whatever the number of its captions, and padding costs nothing.
@@ -236,17 +219,17 @@ class Captioner(nn.Module):
         logits = self.output(self.dropout(hidden)).float()  # [tokens, vocabulary_size]
         log_probs = -F.cross_entropy(logits, packed.targets, reduction="none")
         if not mean_log_probs:
-            return TokenScores(log_probs, packed.sentences)
+            return TokenLogProbs(log_probs, packed.sentences)
         of_targets = logits.gather(1, packed.targets[:, None]).squeeze(1)  # ln p(w) = logit(w) - ln Z, so ln Z is known
-        return TokenScores(log_probs, packed.sentences, logits.mean(1) - of_targets + log_probs)
+        return TokenLogProbs(log_probs, packed.sentences, logits.mean(1) - of_targets + log_probs)
 
     def predict_bag_of_words(self, features: Tensor) -> Tensor:
         """The log-probability of each class as the first word of a sentence, `[images, vocabulary_size] float32`."""
         image_state = self.encode_images(features)
         images = torch.arange(len(features), device=features.device)
-        return self.read_word(torch.full_like(images, END), image_state.state, image_state, images)[0]
+        return self.step(torch.full_like(images, END), image_state.state, image_state, images)[0]
 
-    def read_word(
+    def step(
         self, words: Tensor, state: Tensor, image_state: ImageState, image_of_sentence: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Reads one word of each sentence, so that what it foretells can be learned from; `IncrementalCaptioner` is faster.
@@ -261,7 +244,9 @@ class Captioner(nn.Module):
             The log-probabilities of the next word, `[sentences, vocabulary_size] float32`, and the state after it.
         """
         inputs = self.word_vectors(words)
-        adds = self.config.image_input == "every" or (self.config.image_input == "first" and bool((words == END).all()))
+        adds = self.config.image_input == "every_step" or (
+            self.config.image_input == "first_step" and bool((words == END).all())
+        )
         if adds:
             inputs = inputs + image_state.image.index_select(0, image_of_sentence)
         hidden, state, _ = self._recur(inputs, [len(words)], state, image_state, image_of_sentence)
@@ -291,9 +276,9 @@ class Captioner(nn.Module):
         image_state = self.encode_images(features)
         rows = image_of_sentence[packed.order]  # the image of each sentence that begins
         inputs = self.word_vectors(packed.words)  # [tokens, embedding_size]
-        if self.config.image_input == "first":
+        if self.config.image_input == "first_step":
             inputs = torch.cat([inputs[: len(rows)] + image_state.image.index_select(0, rows), inputs[len(rows) :]])
-        elif self.config.image_input == "every":
+        elif self.config.image_input == "every_step":
             inputs = inputs + image_state.image.index_select(0, image_of_sentence[packed.sentences])
         hidden, _, looks = self._recur(inputs, packed.sizes, image_state.state.index_select(1, rows), image_state, rows)
         return hidden, looks
@@ -317,12 +302,12 @@ class Captioner(nn.Module):
             self.recurrence, self.dropout, self.attention, inputs, sizes, state, image_state.annotations, rows
         )
 
-    def standardize(self, features: Tensor) -> Tensor:
+    def transform_features(self, features: Tensor) -> Tensor:
         """What the projection sees of image vectors, `[images, feature_size]`."""
-        features = self.raise_to_power(features)
+        features = self.power_normalize(features)
         if self.components is not None:
-            return (features - self.feature_mean) @ self.components.t()
-        return (features - self.feature_mean) / self.feature_std if self.config.standardize_features else features
+            return (features - self.standardization.mean) @ self.components.t()
+        return self.standardization(features) if self.config.standardize_features else features
 
     def encode_images(self, features: Tensor) -> ImageState:
         """Takes images in, once each.
@@ -346,7 +331,7 @@ class Captioner(nn.Module):
                 "captioner: expected one that knows the mean of its training images' features, got "
                 "standardize_features false"
             )
-        mean = self.feature_mean
+        mean = self.standardization.mean
         return self._encode_features((mean.sign() * mean.abs() ** (1 / self.config.feature_power))[None, None])
 
     def _encode_features(self, features: Tensor) -> ImageState:
@@ -358,20 +343,20 @@ class Captioner(nn.Module):
                     f"captioner: attention looks at maps [positions, channels], got vectors of {features.shape[-1]} "
                     "numbers; extract features with pooling none, at a node that is a map"
                 )
-            annotations = self.attention.embed(self.raise_to_power(features))
+            annotations = self.attention.embed(self.power_normalize(features))
         if features.dim() == 3:
             features = features.mean(1)
         if self.config.image_input == "none":
             state = features.new_zeros(self.state_count, len(features), self.config.hidden_size)
             return ImageState(features, features, state, None)
-        vector = self.standardize(features)
+        vector = self.transform_features(features)
         image = self.image_projection(vector)
-        if self.config.image_input == "state":
+        if self.config.image_input == "initial_state":
             state = image.view(len(image), -1, self.config.hidden_size).transpose(0, 1)
             begun = torch.tanh(state) if self.config.cell == "lstm" else torch.relu(state)
             return ImageState(vector, image, begun, annotations)
         state = image.new_zeros(self.state_count, len(image), self.config.hidden_size)
-        if self.config.image_input == "tick":
+        if self.config.image_input == "initial_input":
             _, state = recur(self.recurrence, self.dropout, self.dropout(image), [len(image)], state)
         return ImageState(vector, image, state, annotations)
 

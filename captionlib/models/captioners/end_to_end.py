@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from captionlib.models.captioners.captioner import Captioner, TokenScores
+from captionlib.models.captioners.captioner import Captioner, TokenLogProbs
 from captionlib.models.encoders.network import EncoderNetwork
 
 __all__ = ["ImageCaptioner"]
@@ -23,7 +23,7 @@ class ImageCaptioner(nn.Module):
 
     def forward(
         self, pixels: Tensor, captions: Tensor, image_of_sentence: Tensor, mean_log_probs: bool = False
-    ) -> TokenScores:
+    ) -> TokenLogProbs:
         """Scores captions; see `Captioner`. Each image is encoded once, whatever the number of its captions.
 
         In training the features are as they are computed, so that gradients reach the encoder; in evaluation as they
@@ -36,5 +36,5 @@ class ImageCaptioner(nn.Module):
             mean_log_probs: give them too.
         """
         features = self.encoder(pixels) if self.training else self.encoder.encode(pixels).float()
-        scores: TokenScores = self.captioner(features, captions, image_of_sentence, mean_log_probs)
+        scores: TokenLogProbs = self.captioner(features, captions, image_of_sentence, mean_log_probs)
         return scores

@@ -13,8 +13,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,30 +26,33 @@ from torch import Tensor
 
 from captionlib import __version__
 from captionlib.data.shards.markers import compute_fingerprint, to_json
-from captionlib.errors import CheckpointError, ConfigError
+from captionlib.errors import CheckpointError
 from captionlib.storage.folders import Folder
 
 __all__ = [
     "CHECKPOINT_FILES",
-    "MEMORY",
+    "DATASTORE",
     "Checkpoint",
+    "FolderLike",
     "damaged",
     "describe_checkpoint",
-    "find_encoder",
+    "find_encoder_weights",
     "open_folder",
     "read_checkpoint",
-    "rebuilding",
-    "stamp",
+    "stamp_provenance",
     "write_checkpoint",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 TRAINING = "training.json"
 ENCODER = "encoder.safetensors"
-MEMORY = "datastore.parquet"
-CHECKPOINT_FILES = frozenset({WEIGHTS, CONFIG, TRAINING, ENCODER, MEMORY})
+DATASTORE = "datastore.parquet"
+CHECKPOINT_FILES = frozenset({WEIGHTS, CONFIG, TRAINING, ENCODER, DATASTORE})
+
+
+FolderLike = str | os.PathLike[str] | Folder
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Checkpoint:
 
 
 def write_checkpoint(
-    folder: str | os.PathLike[str] | Folder,
+    folder: FolderLike,
     kind: str,
     tensors: Mapping[str, Tensor],
     identity: Mapping[str, Any],
@@ -116,12 +119,12 @@ def write_checkpoint(
         for name, content in files.items():
             if content is not None:
                 stack.enter_context(target.stage(name)).write_bytes(content)
-    for name in (MEMORY, *([ENCODER] if encoder_file is None else [])):
+    for name in (DATASTORE, *([ENCODER] if encoder_file is None else [])):
         target.remove(name)  # of a checkpoint that was there
     return str(config["fingerprint"])
 
 
-def find_encoder(folder: str | os.PathLike[str] | Folder, description: Mapping[str, Any]) -> str | None:
+def find_encoder_weights(folder: FolderLike, description: Mapping[str, Any]) -> str | None:
     """The address of the weights of an encoder that was tuned with the model; None where none was.
 
     Args:
@@ -132,7 +135,7 @@ def find_encoder(folder: str | os.PathLike[str] | Folder, description: Mapping[s
     return source.address(ENCODER) if description.get("weights") == "file" and source.exists(ENCODER) else None
 
 
-def stamp(provenance: Mapping[str, Any]) -> dict[str, Any]:
+def stamp_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Where a model comes from, with the versions that made it and the date."""
     return {
         **provenance,
@@ -142,7 +145,7 @@ def stamp(provenance: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_checkpoint(folder: str | os.PathLike[str] | Folder, kind: str) -> Checkpoint:
+def read_checkpoint(folder: FolderLike, kind: str) -> Checkpoint:
     """Reads a checkpoint of a kind, and checks that it is whole.
 
     Raises:
@@ -181,21 +184,7 @@ def read_checkpoint(folder: str | os.PathLike[str] | Folder, kind: str) -> Check
     return Checkpoint(kind, identity, tensors, provenance, _read_json(source, TRAINING) or {}, fingerprint)
 
 
-@contextmanager
-def rebuilding(folder: str | os.PathLike[str] | Folder) -> Iterator[None]:
-    """Builds the model of a checkpoint: weights drawn here are replaced, so the caller's generator stays as it is.
-
-    Raises:
-        CheckpointError: whatever goes wrong, the checkpoint is not what it says.
-    """
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    except (ConfigError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise damaged(open_folder(folder), f"{type(error).__name__}: {error}") from error
-
-
-def describe_checkpoint(folder: str | os.PathLike[str] | Folder) -> dict[str, Any]:
+def describe_checkpoint(folder: FolderLike) -> dict[str, Any]:
     """A checkpoint of any kind, for people: its configuration without the vocabulary, its best epoch, its memory.
 
     Raises:
@@ -210,9 +199,9 @@ def describe_checkpoint(folder: str | os.PathLike[str] | Folder) -> dict[str, An
     history = training.get("history", [])
     words = f"{len(vocabulary.get('words', [])):,} {vocabulary.get('level', 'words')}"
     described = {**config, "vocabulary": words}
-    if source.exists(MEMORY):
-        with source.open(MEMORY) as file:
-            described["remembers"] = f"{pq.read_metadata(file).num_rows:,} images"
+    if source.exists(DATASTORE):
+        with source.open(DATASTORE) as file:
+            described["datastore"] = f"{pq.read_metadata(file).num_rows:,} images"
     return {**described, "epoch": history[-1]} if history else described
 
 
@@ -232,7 +221,7 @@ def _fingerprint(kind: str, identity: Mapping[str, Any], weights_sha256: str) ->
     return compute_fingerprint(kind, {**identity, "weights_sha256": weights_sha256})
 
 
-def open_folder(folder: str | os.PathLike[str] | Folder) -> Folder:
+def open_folder(folder: FolderLike) -> Folder:
     """The folder at an address, or the folder itself."""
     return folder if isinstance(folder, Folder) else Folder(folder)
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from captionlib.data.text.vocabulary import END
-from captionlib.models.decoding.config import Candidate, DecodingConfig
+from captionlib.models.decoding.candidate import Candidate
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.constraints import Constraints
-from captionlib.models.decoding.incremental import IncrementalCaptioner, Start, State
+from captionlib.models.decoding.incremental import DecoderState, Hypotheses, IncrementalCaptioner
 
 __all__ = ["search_beam"]
 
@@ -35,7 +36,7 @@ class _Beam(NamedTuple):
     group: Tensor
     log_prob: Tensor
     words: Tensor
-    state: State
+    state: DecoderState
 
 
 class _Ended(NamedTuple):
@@ -67,7 +68,7 @@ class _Choice(NamedTuple):
 
 
 def search_beam(
-    incremental: IncrementalCaptioner, config: DecodingConfig, constraints: Constraints, start: Start
+    incremental: IncrementalCaptioner, config: DecodingConfig, constraints: Constraints, start: Hypotheses
 ) -> list[list[Candidate]]:
     """The likeliest sentences for each image, in any order and at least as many as are asked for, if there are.
 
@@ -87,11 +88,11 @@ class _Search:
     """The search for the sentences of a batch of images, a word at a time."""
 
     def __init__(
-        self, incremental: IncrementalCaptioner, config: DecodingConfig, constraints: Constraints, start: Start
+        self, incremental: IncrementalCaptioner, config: DecodingConfig, constraints: Constraints, start: Hypotheses
     ) -> None:
         device = incremental.device
         groups = len(start.words) * config.beam_groups
-        self._stepper = incremental
+        self._incremental = incremental
         self._config = config
         self._constraints = constraints
         self._images = len(start.words)
@@ -102,7 +103,7 @@ class _Search:
         self._beam = _Beam(torch.arange(groups, device=device), start.log_prob, start.words, start.state)
         self._ended: list[_Ended] = []
         self._places = torch.full((groups, 1), self._width, device=device)
-        self._best_scores = torch.full((groups, config.pool), -torch.inf, device=device)  # of the ended
+        self._best_scores = torch.full((groups, config.pool_size), -torch.inf, device=device)  # of the ended
         self._ranks = torch.arange(self._width, device=device)
 
     @property
@@ -113,7 +114,7 @@ class _Search:
         """Adds a token to each hypothesis that is alive, and keeps the likeliest."""
         self._tokens += 1
         beam = self._beam
-        log_probs, state = self._stepper.step(beam.state, beam.words[:, -1])
+        log_probs, state = self._incremental.step(beam.state, beam.words[:, -1])
         self._constraints.apply(log_probs, beam.words[:, 1:])
         chosen = self._choose(log_probs) if self._config.beam_groups == 1 else self._choose_in_turn(log_probs)
         log_prob, row, word = chosen
@@ -159,7 +160,7 @@ class _Search:
             for values, found in zip(chosen, (log_prob, row, word), strict=True):
                 values[turn::count] = found
             taken = (best > -torch.inf) & (self._ranks < self._places[turn::count])
-            cost.scatter_add_(1, word, self._config.diversity * taken.float())
+            cost.scatter_add_(1, word, self._config.diversity_penalty * taken.float())
         return chosen
 
     def _end(self, ending: Tensor, chosen: _Choice) -> None:
@@ -170,7 +171,7 @@ class _Search:
         self._ended.append(_Ended(group, chosen.log_prob[group, rank], words))
         self._places = self._places - ending.sum(1, keepdim=True)
         scores = (chosen.log_prob / self._tokens**self._config.length_penalty).where(ending, -torch.inf)
-        self._best_scores = torch.cat([self._best_scores, scores], 1).topk(self._config.pool, dim=1).values
+        self._best_scores = torch.cat([self._best_scores, scores], 1).topk(self._config.pool_size, dim=1).values
 
     def _can_improve(self, log_prob: Tensor) -> Tensor:
         """Which hypotheses could still come among those of their group that are asked for, `[groups, width] bool`.
@@ -189,7 +190,7 @@ class _Search:
             rows = zip(ended.group.tolist(), ended.log_prob.tolist(), ended.words.tolist(), strict=True)
             for group, log_prob, words in rows:
                 cut = words[:-1] if words[-1] == END else words
-                candidate = Candidate(cut, log_prob, tokens=len(words))
+                candidate = Candidate(cut, log_prob, token_count=len(words))
                 found[group // self._config.beam_groups].setdefault(tuple(words), candidate)
         return [list(candidates.values()) for candidates in found]
 

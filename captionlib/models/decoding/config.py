@@ -1,151 +1,99 @@
-"""What may be asked of decoding, and what it gives."""
+"""The configuration of decoding."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import field
+from typing import Annotated, Literal
 
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from captionlib.config import configclass
 from captionlib.errors import ConfigError
+from captionlib.models.decoding.rerank import RerankConfig
 
-__all__ = ["Candidate", "DecodingConfig"]
+__all__ = ["DecodingConfig"]
 
 
-@dataclass(frozen=True)
+@configclass
 class DecodingConfig:
-    """How sentences are searched for, or drawn.
+    """How captions are decoded.
 
     Attributes:
-        strategy: `beam` searches for the likeliest sentences, `sample` draws them as the model finds them likely.
-        beam_width: hypotheses an image; 1 is greedy decoding.
-        n_best: candidates returned for an image: at most `beam_width`; or the sentences drawn, of which equal ones are
-            returned once.
-        max_tokens: words of a sentence, END among them; longer ones are cut off. NeuralTalk's is 20.
-        length_penalty: candidates are found and ordered by log_prob / tokens ** it; 0 orders by log-probability
-            and favours short sentences.
-        consensus: above 0, what comes first is the candidate of the beam that the others agree with most, each counting
-            as p ** (1 / consensus) (minimum Bayes risk, see consensus.py); 3 did well with a beam of 30. 0 takes the
-            likeliest.
-        candidates: with `consensus`, how many of the beam's best it is among; None is all.
-        neighbors: with `consensus`, how many of the training images that are most like the image have a say as well,
-            by what people said of them; the captioner must remember them (`captionlib build-datastore`). 60 did well, and with
-            them a `consensus` of 4 to 8 and as wide a beam as there is time for.
-        specificity: with `consensus`, how much it counts that a candidate is likelier here than for the average image
-            that the captioner learned from (see consensus.py); 0.02 did well.
-        min_words: no sentence ends with fewer, unless nothing else may be written.
-        no_repeat_ngram: so many words in a row come once in a sentence at the most; 0 lets all be repeated.
-        forbidden_words: never written.
-        beam_groups: parts of equal width that the beam is cut into: diverse beam search (Vijayakumar et al. 2016, arXiv
-            1610.02424).
-        diversity: what a word loses in log-probability for each hypothesis of the groups before that writes it at the
-            same place (the paper's lambda; 0.2 to 0.8 did well).
-        temperature: of drawing: p ** (1 / temperature), brought to sum 1; below 1 favours what is likely.
-        top_k: drawing is among so many of the likeliest words; None is all.
-        top_p: drawing is among the likeliest words that together have this probability (Holtzman et al. 2020, arXiv
-            1904.09751), after temperature and `top_k`.
-        seed: of drawing.
+        strategy: `beam` searches for the most probable sentences, `sample` samples from the model.
+        beam_width: hypotheses per image; 1 is greedy decoding.
+        n_best: candidates returned per image, at most `beam_width`; with `sample`, the number of samples, whose
+            duplicates are dropped.
+        max_tokens: sentences are cut off after this many tokens, END included. NeuralTalk uses 20.
+        length_penalty: the beam ranks candidates by log_prob / token_count ** length_penalty; 0 ranks by
+            log-probability and favors short sentences.
+        rerank: how the candidates of the beam are reranked.
+        min_words: shorter sentences do not end, unless no other word is allowed.
+        no_repeat_ngram_size: an n-gram of this size occurs at most once per sentence; 0 allows repetition.
+        forbidden_words: words that are never written.
+        beam_groups: diverse beam search with this many groups of equal width (Vijayakumar et al. 2016, arXiv
+            1610.02424); must divide `beam_width`.
+        diversity_penalty: what a word loses in log-probability per hypothesis of an earlier group that has the same
+            word at the same time step (lambda in the paper; 0.2 to 0.8 work well).
+        temperature: of sampling; below 1 sharpens the distribution, above 1 flattens it.
+        top_k: sample from the k most probable words; None samples from all.
+        top_p: sample from the smallest set of most probable words with at least this total probability (Holtzman et al.
+            2020, arXiv 1904.09751), after `temperature` and `top_k`.
+        seed: of sampling.
     """
 
     strategy: Literal["beam", "sample"] = "beam"
-    beam_width: int = 5
-    n_best: int = 1
-    max_tokens: int = 20
-    length_penalty: float = 0.7
-    consensus: float = 0.0
-    candidates: int | None = None
-    neighbors: int = 0
-    specificity: float = 0.0
-    min_words: int = 0
-    no_repeat_ngram: int = 0
+    beam_width: PositiveInt = 5
+    n_best: PositiveInt = 1
+    max_tokens: PositiveInt = 20
+    length_penalty: NonNegativeFloat = 0.7
+    rerank: RerankConfig = field(default_factory=RerankConfig)
+    min_words: NonNegativeInt = 0
+    no_repeat_ngram_size: NonNegativeInt = 0
     forbidden_words: tuple[str, ...] = ()
-    beam_groups: int = 1
-    diversity: float = 0.5
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    seed: int = 0
+    beam_groups: PositiveInt = 1
+    diversity_penalty: NonNegativeFloat = 0.5
+    temperature: PositiveFloat = 1.0
+    top_k: PositiveInt | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
-        for name in ("beam_width", "n_best", "max_tokens", "beam_groups"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"decoding: {name} must be at least 1, got {getattr(self, name)}")
-        for name in (
-            "length_penalty",
-            "consensus",
-            "neighbors",
-            "specificity",
-            "min_words",
-            "no_repeat_ngram",
-            "diversity",
-            "seed",
-        ):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"decoding: {name} must not be negative, got {getattr(self, name)}")
-        for name in ("candidates", "neighbors", "specificity"):
-            if getattr(self, name) and not self.consensus:
-                raise ConfigError(
-                    f"decoding: {name} {getattr(self, name)} has a say where there is a consensus, got consensus 0; "
-                    "set it too, such as to 6"
-                )
         if self.min_words > self.max_tokens:
             raise ConfigError(
                 f"decoding: min_words must be at most max_tokens {self.max_tokens}, got {self.min_words}; "
-                "allow longer sentences or ask for fewer words"
+                "raise max_tokens or lower min_words"
             )
         if self.strategy == "beam":
             self._check_beam()
-        else:
-            self._check_drawing()
+        elif self.beam_groups > 1:
+            raise ConfigError("decoding: beam_groups is for strategy beam, got strategy sample; set one of the two")
+        elif self.rerank.method != "none":
+            raise ConfigError("decoding: rerank is for strategy beam, got strategy sample; set one of the two")
 
     @property
-    def pool(self) -> int:
-        """How many candidates are found for an image, among which the first are chosen."""
-        return (self.candidates or self.beam_width) if self.consensus else self.n_best
+    def pool_size(self) -> int:
+        """Candidates that are decoded per image, from which reranking selects `n_best`."""
+        return self.n_best if self.rerank.method == "none" else self.rerank.pool_size or self.beam_width
 
     def _check_beam(self) -> None:
         if self.n_best > self.beam_width:
             raise ConfigError(
-                f"decoding: n_best must be at most the beam's width {self.beam_width}, got {self.n_best}; "
+                f"decoding: n_best must be at most beam_width {self.beam_width}, got {self.n_best}; "
                 f"widen the beam, or set decoding.n_best to {self.beam_width} or less"
             )
         if self.beam_width % self.beam_groups:
             raise ConfigError(
                 f"decoding: expected a beam_width that beam_groups divides, got {self.beam_width} and "
-                f"{self.beam_groups}; each group has the same part of the beam"
+                f"{self.beam_groups}; all groups have the same width"
             )
-        if self.consensus and self.beam_width == 1:
+        if self.rerank.method != "none" and self.beam_width == 1:
             raise ConfigError(
-                "decoding: consensus is among the candidates of a beam, got beam_width 1; widen it, such as to 20"
+                "decoding: rerank compares the candidates of a beam, got beam_width 1; widen it, such as to 20"
             )
-        if self.candidates is not None and not self.n_best <= self.candidates <= self.beam_width:
+        pool_size = self.rerank.pool_size
+        if pool_size is not None and not self.n_best <= pool_size <= self.beam_width:
             raise ConfigError(
-                f"decoding: expected candidates from n_best {self.n_best} to beam_width {self.beam_width}, got "
-                f"{self.candidates}; leave it out to take the whole beam"
+                f"decoding: expected rerank.pool_size from n_best {self.n_best} to beam_width {self.beam_width}, got "
+                f"{pool_size}; leave it out to rerank the whole beam"
             )
         for name, default in (("temperature", 1.0), ("top_k", None), ("top_p", 1.0)):
             if getattr(self, name) != default:
                 raise ConfigError(f"decoding: {name} is for strategy sample, got strategy beam; set both, or neither")
-
-    def _check_drawing(self) -> None:
-        if self.beam_groups > 1:
-            raise ConfigError("decoding: beam_groups is for strategy beam, got strategy sample; set one of the two")
-        if self.consensus:
-            raise ConfigError("decoding: consensus is for strategy beam, got strategy sample; set one of the two")
-        if not self.temperature > 0:
-            raise ConfigError(f"decoding: temperature must be above 0, got {self.temperature}; greedy is beam_width 1")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"decoding: top_k must be at least 1, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"decoding: top_p must be above 0 and at most 1, got {self.top_p}")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A sentence for an image.
-
-    Attributes:
-        words: ids, without START and END.
-        log_prob: ln p(sentence | image): the sum over its tokens, whatever the strategy and `length_penalty`.
-        tokens: words and END; without END where the sentence was cut off at `max_tokens`.
-    """
-
-    words: list[int]
-    log_prob: float
-    tokens: int

@@ -25,7 +25,7 @@ class Constraints:
     def __init__(self, config: DecodingConfig, forbidden: Tensor) -> None:
         self._forbidden = forbidden
         self._min_words = config.min_words
-        self._ngram = config.no_repeat_ngram
+        self._ngram = config.no_repeat_ngram_size
 
     def apply(self, log_probs: Tensor, words: Tensor) -> None:
         """Sets to -inf, in place, what may not be written.

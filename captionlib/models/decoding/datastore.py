@@ -5,7 +5,6 @@ are most like a new one is evidence of what is to be said of it (consensus.py).
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -18,11 +17,10 @@ import pyarrow.parquet as pq
 from captionlib.data.arrays import numpy_to_vectors, vectors_to_numpy
 from captionlib.data.shards.markers import compute_fingerprint
 from captionlib.errors import CheckpointError
-from captionlib.models.checkpoints.captioners import LoadedCaptioner
-from captionlib.models.checkpoints.folder import MEMORY, open_folder
+from captionlib.models.checkpoints.checkpoint import LoadedCaptioner
+from captionlib.models.checkpoints.folder import DATASTORE, FolderLike, open_folder
 from captionlib.models.decoding.cider_d import CiderD
 from captionlib.models.decoding.rerank import Neighbors
-from captionlib.storage.folders import Folder
 
 __all__ = [
     "Datastore",
@@ -73,7 +71,7 @@ class Datastore:
         self._std = np.where(std > 0, std, 1)
         self._directions = self._direct(vectors)
 
-    def near(self, vectors: Vectors, count: int, keys: Sequence[str] | None = None) -> list[Neighbors]:
+    def find_neighbors(self, vectors: Vectors, count: int, keys: Sequence[str] | None = None) -> list[Neighbors]:
         """What was said of the images most like each of some others; the most alike count most.
 
         Args:
@@ -123,9 +121,7 @@ def datastore_schema(captioner: LoadedCaptioner, features: str, splits: Sequence
     )
 
 
-def write_datastore(
-    folder: str | os.PathLike[str] | Folder, schema: pa.Schema, images: Iterable[DatastoreEntries]
-) -> None:
+def write_datastore(folder: FolderLike, schema: pa.Schema, images: Iterable[DatastoreEntries]) -> None:
     """Writes the memory of a captioner into its folder, whole or not at all.
 
     Args:
@@ -134,7 +130,7 @@ def write_datastore(
         images: some at a time.
     """
     with (
-        open_folder(folder).stage(MEMORY) as path,
+        open_folder(folder).stage(DATASTORE) as path,
         pq.ParquetWriter(path, schema, compression="zstd") as writer,
     ):
         for image_ids, vectors, sentences in images:
@@ -146,7 +142,7 @@ def write_datastore(
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
 
 
-def datastore_fingerprint(folder: str | os.PathLike[str] | Folder, captioner: LoadedCaptioner) -> str:
+def datastore_fingerprint(folder: FolderLike, captioner: LoadedCaptioner) -> str:
     """What tells the memory of a captioner from others; reads none of it.
 
     Raises:
@@ -156,7 +152,7 @@ def datastore_fingerprint(folder: str | os.PathLike[str] | Folder, captioner: Lo
         return fingerprint
 
 
-def read_datastore(folder: str | os.PathLike[str] | Folder, captioner: LoadedCaptioner) -> Datastore:
+def read_datastore(folder: FolderLike, captioner: LoadedCaptioner) -> Datastore:
     """Reads the memory that lies beside a captioner.
 
     Raises:
@@ -169,24 +165,26 @@ def read_datastore(folder: str | os.PathLike[str] | Folder, captioner: LoadedCap
 
 
 @contextmanager
-def _open(folder: str | os.PathLike[str] | Folder, captioner: LoadedCaptioner) -> Iterator[tuple[pq.ParquetFile, str]]:
+def _open(folder: FolderLike, captioner: LoadedCaptioner) -> Iterator[tuple[pq.ParquetFile, str]]:
     """The file, to be read in here, and its fingerprint."""
     source = open_folder(folder)
     remember = f"`captionlib build-datastore FEATURES -c {source.uri}` writes it"
     try:
-        content = source.open(MEMORY)
+        content = source.open(DATASTORE)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{source.uri}: decoding.neighbors needs {MEMORY}, got none there; {remember}") from error
+        raise CheckpointError(
+            f"{source.uri}: decoding.rerank.neighbors needs {DATASTORE}, got none there; {remember}"
+        ) from error
     try:
         with content:
             file = pq.ParquetFile(content)
             origin = json.loads(file.schema_arrow.metadata[b"captionlib"])
             if origin["captioner"] != captioner.fingerprint:
                 raise CheckpointError(
-                    f"{source.address(MEMORY)}: expected the memory of captioner {captioner.fingerprint}, got that of "
+                    f"{source.address(DATASTORE)}: expected the memory of captioner {captioner.fingerprint}, got that of "
                     f"{origin['captioner']}; {remember} again"
                 )
             yield file, compute_fingerprint("memory", origin)
     except (pa.ArrowException, KeyError, OSError, TypeError, ValueError) as error:
         why = " ".join(str(error).split())  # Arrow says it in several lines
-        raise CheckpointError(f"{source.address(MEMORY)} is damaged ({why}); {remember} again") from error
+        raise CheckpointError(f"{source.address(DATASTORE)} is damaged ({why}); {remember} again") from error

@@ -11,17 +11,18 @@ from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.captioners.captioner import Captioner, ImageState
 from captionlib.models.decoding.beam_search import search_beam
+from captionlib.models.decoding.candidate import Candidate
 from captionlib.models.decoding.cider_d import CiderD
-from captionlib.models.decoding.config import Candidate, DecodingConfig
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.constraints import Constraints, forbidden_ids
 from captionlib.models.decoding.datastore import Datastore
 from captionlib.models.decoding.incremental import IncrementalCaptioner
-from captionlib.models.decoding.rerank import Neighbors, order_by_consensus
+from captionlib.models.decoding.rerank import Neighbors, rerank_candidates
 from captionlib.models.decoding.sampling import sample_captions
 from captionlib.models.decoding.scoring import score_sentences
 from captionlib.models.devices import halve_on_out_of_memory
 
-__all__ = ["Candidate", "Decoder", "DecodingConfig"]
+__all__ = ["Decoder"]
 
 
 class Decoder:
@@ -32,7 +33,7 @@ class Decoder:
         config: how sentences are searched for, or drawn.
         dtype: what the captioner computes in, float32 or bfloat16; probabilities are summed in float32.
         vocabulary: the captioner's words; only `forbidden_words` need it.
-        memory: what the captioner remembers; only `neighbors` need it.
+        datastore: what the captioner remembers; only `neighbors` need it.
 
     Raises:
         ConfigError: words are forbidden that are no single words, or without a vocabulary; or there are to be
@@ -45,19 +46,23 @@ class Decoder:
         config: DecodingConfig | None = None,
         dtype: torch.dtype = torch.float32,
         vocabulary: Vocabulary | None = None,
-        memory: Datastore | None = None,
+        datastore: Datastore | None = None,
     ) -> None:
         self.config = config or DecodingConfig()
-        if self.config.neighbors and memory is None:
+        if self.config.rerank.neighbors and datastore is None:
             raise ConfigError(
-                f"decoding: neighbors {self.config.neighbors} are for a captioner that remembers what it learned "
-                "from, got none here; set decoding.neighbors to 0"
+                f"decoding: neighbors {self.config.rerank.neighbors} are for a captioner that remembers what it learned "
+                "from, got none here; set decoding.rerank.neighbors to 0"
             )
-        self._memory = memory if self.config.neighbors else None
-        self._cider = CiderD() if self._memory is None else self._memory.cider
-        self._stepper = IncrementalCaptioner(model, dtype)
-        self._average = self._stepper.encode_average_image() if self.config.specificity else None
-        forbidden = torch.tensor(forbidden_ids(self.config.forbidden_words, vocabulary), device=self._stepper.device)
+        self._datastore = datastore if self.config.rerank.neighbors else None
+        self._cider = CiderD() if self._datastore is None else self._datastore.cider
+        self._incremental = IncrementalCaptioner(model, dtype)
+        self._average = (
+            self._incremental.encode_average_image() if self.config.rerank.mutual_information_weight else None
+        )
+        forbidden = torch.tensor(
+            forbidden_ids(self.config.forbidden_words, vocabulary), device=self._incremental.device
+        )
         self._constraints = Constraints(self.config, forbidden)
 
     @torch.inference_mode()
@@ -105,15 +110,15 @@ class Decoder:
         return [some for part in halve_on_out_of_memory(write, len(features)) for some in part]
 
     def _write(self, features: Tensor, keys: Sequence[str] | None, prefix: Sequence[int]) -> list[list[Candidate]]:
-        image_state = self._stepper.encode_images(features)
-        start = self._stepper.begin(image_state, prefix)
+        image_state = self._incremental.encode_images(features)
+        start = self._incremental.begin(image_state, prefix)
         if self.config.strategy == "beam":
-            found = search_beam(self._stepper, self.config, self._constraints, start)
+            found = search_beam(self._incremental, self.config, self._constraints, start)
         else:
             drawn_by = _keys_of(features) if keys is None else [key.encode() for key in keys]
-            found = sample_captions(self._stepper, self.config, self._constraints, start, drawn_by)
+            found = sample_captions(self._incremental, self.config, self._constraints, start, drawn_by)
         pools = [self._likeliest(candidates) for candidates in found]
-        if self.config.consensus:
+        if self.config.rerank.method == "mbr":
             pools = self._order_by_consensus(pools, image_state, keys)
         return [pool[: self.config.n_best] for pool in pools]
 
@@ -121,27 +126,29 @@ class Decoder:
         exponent = self.config.length_penalty
         different: dict[tuple[int, ...], Candidate] = {}
         for candidate in candidates:
-            different.setdefault((candidate.tokens, *candidate.words), candidate)
-        ordered = sorted(different.values(), key=lambda one: one.log_prob / one.tokens**exponent, reverse=True)
-        return ordered[: self.config.pool]
+            different.setdefault((candidate.token_count, *candidate.token_ids), candidate)
+        ordered = sorted(different.values(), key=lambda one: one.log_prob / one.token_count**exponent, reverse=True)
+        return ordered[: self.config.pool_size]
 
     def _order_by_consensus(
         self, pools: list[list[Candidate]], image_state: ImageState, keys: Sequence[str] | None
     ) -> list[list[Candidate]]:
         neighbors: list[Neighbors] | list[None] = [None] * len(pools)
-        if self._memory is not None:
-            neighbors = self._memory.near(image_state.vector.cpu().numpy(), self.config.neighbors, keys)
+        if self._datastore is not None:
+            neighbors = self._datastore.find_neighbors(
+                image_state.vector.cpu().numpy(), self.config.rerank.neighbors, keys
+            )
         factors = [None] * len(pools) if self._average is None else self._specificity_of(pools, self._average)
         return [
-            order_by_consensus(pool, self.config.consensus, self._cider, of_image, factor)
+            rerank_candidates(pool, self.config.rerank.temperature, self._cider, of_image, factor)
             for pool, of_image, factor in zip(pools, neighbors, factors, strict=True)
         ]
 
     def _specificity_of(self, pools: list[list[Candidate]], average: ImageState) -> list[npt.NDArray[np.float64]]:
         together = [candidate for pool in pools for candidate in pool]
         here = np.array([candidate.log_prob for candidate in together])
-        average_log_probs = score_sentences(self._stepper, average, together).cpu().numpy()
-        gains = self.config.specificity * (here - average_log_probs)
+        average_log_probs = score_sentences(self._incremental, average, together).cpu().numpy()
+        gains = self.config.rerank.mutual_information_weight * (here - average_log_probs)
         ends = np.cumsum([len(pool) for pool in pools])
         of_pools = [gains[end - len(pool) : end] for pool, end in zip(pools, ends, strict=True)]
         return [np.exp(some - some.max()) for some in of_pools]

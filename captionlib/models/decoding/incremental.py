@@ -12,10 +12,10 @@ from captionlib.models.captioners.captioner import Captioner, ImageState
 from captionlib.models.captioners.recurrence import advance
 from captionlib.models.decoding.packed_linear import PackedLinear
 
-__all__ = ["IncrementalCaptioner", "Start", "State"]
+__all__ = ["DecoderState", "Hypotheses", "IncrementalCaptioner"]
 
 
-class State(NamedTuple):
+class DecoderState(NamedTuple):
     """What a captioner remembers of some sentences that are being written.
 
     Attributes:
@@ -32,7 +32,7 @@ class State(NamedTuple):
     annotations: Tensor | None
     parent: Tensor | None = None
 
-    def select(self, rows: Tensor) -> "State":
+    def select(self, rows: Tensor) -> "DecoderState":
         """The state of these rows, `[any number] int64`; a row that comes several times is kept once."""
         if self.parent is not None:
             rows = self.parent.index_select(0, rows)
@@ -42,10 +42,10 @@ class State(NamedTuple):
             return None if values is None else values.index_select(0, kept)
 
         memory = tuple(values.index_select(0, kept) for values in self.memory)
-        return State(memory, select(self.image), select(self.looks), self.annotations, parent)
+        return DecoderState(memory, select(self.image), select(self.looks), self.annotations, parent)
 
 
-class Start(NamedTuple):
+class Hypotheses(NamedTuple):
     """Sentences that have only been begun, one a row.
 
     Attributes:
@@ -56,11 +56,11 @@ class Start(NamedTuple):
 
     log_prob: Tensor
     words: Tensor
-    state: State
+    state: DecoderState
 
-    def select(self, rows: Tensor) -> "Start":
+    def select(self, rows: Tensor) -> "Hypotheses":
         """These rows, `[any number] int64`."""
-        return Start(self.log_prob[rows], self.words[rows], self.state.select(rows))
+        return Hypotheses(self.log_prob[rows], self.words[rows], self.state.select(rows))
 
 
 class IncrementalCaptioner:
@@ -103,21 +103,21 @@ class IncrementalCaptioner:
         return self._model.encode_average_image()
 
     @torch.inference_mode()
-    def start(self, image_state: ImageState) -> State:
+    def start(self, image_state: ImageState) -> DecoderState:
         """The state before START, one row an image."""
         _, image, state, annotations = image_state
-        adds = self._model.config.image_input in ("first", "every")
+        adds = self._model.config.image_input in ("first_step", "every_step")
         gates = (image @ self._gates_of_image).to(self.dtype) if adds else None
         memory = state.to(self.dtype).unbind()
         if self._attention is None or annotations is None:
-            return State(memory, gates, None, None)
+            return DecoderState(memory, gates, None, None)
         annotations, looks = annotations.to(self.dtype), torch.arange(len(annotations), device=self.device)
         top = memory[self._model.config.layers - 1]
         seen, _ = self._attention(top, annotations, self._attention.find_slots(looks, len(annotations)))
-        return State((*memory, seen), gates, looks, annotations)
+        return DecoderState((*memory, seen), gates, looks, annotations)
 
     @torch.inference_mode()
-    def begin(self, image_state: ImageState, prefix: Sequence[int] = ()) -> Start:
+    def begin(self, image_state: ImageState, prefix: Sequence[int] = ()) -> Hypotheses:
         """A sentence an image; all begin with the same word ids."""
         state, images = self.start(image_state), len(image_state.image)
         log_prob = torch.zeros(images, device=self.device)
@@ -126,10 +126,10 @@ class IncrementalCaptioner:
             log_probs, state = self.step(state, words[:, -1])
             log_prob = log_prob + log_probs[:, word]
             words = torch.cat([words, torch.full_like(words[:, :1], word)], 1)
-        return Start(log_prob, words, state)
+        return Hypotheses(log_prob, words, state)
 
     @torch.inference_mode()
-    def step(self, state: State, words: Tensor) -> tuple[Tensor, State]:
+    def step(self, state: DecoderState, words: Tensor) -> tuple[Tensor, DecoderState]:
         """Reads a word a row.
 
         Args:
@@ -159,7 +159,7 @@ class IncrementalCaptioner:
             new_h, new_c = advance(gates, of_rows(cs[layer]) if cs else None)
             new_hs.append(new_h)
             new_cs += [] if new_c is None else [new_c]
-        image = state.image if self._model.config.image_input == "every" else None
+        image = state.image if self._model.config.image_input == "every_step" else None
         image = None if image is None else of_rows(image)
         top, memory, looks = new_hs[-1], (*new_hs, *new_cs), None
         if self._attention is not None and state.looks is not None and state.annotations is not None:
@@ -167,4 +167,4 @@ class IncrementalCaptioner:
             seen, _ = self._attention(top, state.annotations, self._attention.find_slots(looks, len(state.annotations)))
             top, memory = top + self._attention.to_output(seen), (*memory, seen)
         log_probs = torch.log_softmax(self._output(top), 1, dtype=torch.float32)
-        return log_probs, State(memory, image, looks, state.annotations)
+        return log_probs, DecoderState(memory, image, looks, state.annotations)

@@ -1,64 +1,96 @@
-"""Which of an image's candidates is said best: choice by minimum Bayes risk (Kumar & Byrne 2004).
+"""Reranks the candidates of an image by minimum Bayes risk (Kumar & Byrne 2004) on CIDEr-D.
 
-    agreement(a) = sum_b p(b) ** (1 / temperature) CIDEr-D(a, b)
+    score(a) = sum_b p(b) ** (1 / temperature) CIDEr-D(a, b)
 
-The likeliest sentence is often one that few others resemble. The one that would score best if any of the others were
-what a person says scores better with what people say. Without anything else all n-grams weigh alike.
+The most probable sentence is often unlike all others. The sentence that agrees with the other candidates, weighted by
+their probability, scores better against references.
 
-Where the captioner remembers what it learned from (memory.py), what people said of the training images that are most
-like this one counts as well, as Devlin et al. 2015 (arXiv 1505.04467) have it: the agreement with the candidates is
-multiplied by that with the neighbors' sentences.
+With neighbors, the score is multiplied by the agreement with the references of the training images most similar to the
+image, after Devlin et al. 2015 (arXiv 1505.04467). They come from the captioner's datastore (datastore.py).
 
-What suits any image is likely and agreed with, and tells little. So a candidate can also be multiplied by
-(p(a | image) / p(a | average image)) ** specificity, after Li et al. 2016 (arXiv 1510.03055).
+With a mutual information weight w, the score is multiplied by (p(a | image) / p(a | average image)) ** w, which
+penalizes captions that suit every image, after Li et al. 2016 (arXiv 1510.03055).
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from captionlib.config import configclass
+from captionlib.errors import ConfigError
+from captionlib.models.decoding.candidate import Candidate
 from captionlib.models.decoding.cider_d import CiderD
-from captionlib.models.decoding.config import Candidate
 
-__all__ = ["Neighbors", "order_by_consensus"]
+__all__ = ["Neighbors", "RerankConfig", "rerank_candidates"]
+
+
+@configclass
+class RerankConfig:
+    """How the candidates of the beam are reranked.
+
+    Attributes:
+        method: `mbr` ranks by minimum Bayes risk on CIDEr-D; `none` keeps the order of the beam.
+        temperature: candidates count as p ** (1 / temperature); the lower, the more the most probable ones decide.
+            3 works well with a beam of 30; with neighbors, 4 to 8 and a wider beam.
+        pool_size: candidates that are reranked, the best of the beam; None reranks the whole beam.
+        neighbors: similar training images whose references count as well; 60 work well. They need the captioner's
+            datastore (`captionlib build-datastore`).
+        mutual_information_weight: how much a caption gains that is more probable for this image than for the average
+            training image; 0.02 works well.
+    """
+
+    method: Literal["none", "mbr"] = "none"
+    temperature: PositiveFloat = 3.0
+    pool_size: PositiveInt | None = None
+    neighbors: NonNegativeInt = 0
+    mutual_information_weight: NonNegativeFloat = 0.0
+
+    def __post_init__(self) -> None:
+        if self.method == "none":
+            for name, default in vars(RerankConfig(method="mbr")).items():
+                if name != "method" and getattr(self, name) != default:
+                    raise ConfigError(
+                        f"rerank: {name} {getattr(self, name)} has no effect with method none; set rerank.method to mbr"
+                    )
 
 
 class Neighbors(NamedTuple):
-    """What was said of the training images most like an image.
+    """The references of the training images most similar to an image.
 
     Attributes:
-        sentences: as word ids.
-        weights: `[sentences]`, how much each counts.
+        references: as token ids.
+        weights: `[references]`, sum 1.
     """
 
-    sentences: list[list[int]]
+    references: list[list[int]]
     weights: npt.NDArray[np.float64]
 
 
-def order_by_consensus(
+def rerank_candidates(
     candidates: Sequence[Candidate],
     temperature: float,
     cider: CiderD,
     neighbors: Neighbors | None = None,
     factors: npt.NDArray[np.float64] | None = None,
 ) -> list[Candidate]:
-    """The candidates of an image, first what most agrees with the others; among equals in the order given.
+    """Orders the candidates of one image by minimum Bayes risk; ties keep their order.
 
     Args:
         candidates: all different.
-        temperature: above 0; the lower, the more the likeliest decide alone.
+        temperature: see `RerankConfig`.
         cider: compares sentences.
-        neighbors: what they are to agree with as well.
-        factors: `[candidates]`, what the agreement of each is multiplied by besides.
+        neighbors: references of similar images; None omits them.
+        factors: `[candidates]`, multiplied into the scores; None omits them.
     """
-    log_probs = np.array([one.log_prob for one in candidates])
+    log_probs = np.array([candidate.log_prob for candidate in candidates])
     weights = np.exp((log_probs - log_probs.max()) / temperature)
-    sentences = [one.words for one in candidates]
-    agreement = cider.compare(sentences, sentences) @ (weights / weights.sum())
+    sentences = [candidate.token_ids for candidate in candidates]
+    scores = cider.compare(sentences, sentences) @ (weights / weights.sum())
     if neighbors is not None:
-        agreement *= cider.compare(sentences, neighbors.sentences) @ neighbors.weights
+        scores *= cider.compare(sentences, neighbors.references) @ neighbors.weights
     if factors is not None:
-        agreement *= factors
-    return [candidates[place] for place in np.argsort(-agreement.round(12), kind="stable")]  # equals are to be equal
+        scores *= factors
+    return [candidates[index] for index in np.argsort(-scores.round(12), kind="stable")]  # rounding keeps ties

@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from captionlib.data.text.vocabulary import END
-from captionlib.models.decoding.config import Candidate, DecodingConfig
+from captionlib.models.decoding.candidate import Candidate
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.constraints import Constraints
-from captionlib.models.decoding.incremental import IncrementalCaptioner, Start
+from captionlib.models.decoding.incremental import Hypotheses, IncrementalCaptioner
 
-__all__ = ["sample_captions", "sample_tokens", "uniform_numbers"]
+__all__ = ["generate_uniforms", "sample_captions", "sample_tokens"]
 
 
 def sample_captions(
     incremental: IncrementalCaptioner,
     config: DecodingConfig,
     constraints: Constraints,
-    start: Start,
+    start: Hypotheses,
     keys: Sequence[bytes],
 ) -> list[list[Candidate]]:
     """`n_best` sentences for each image, in the order of their numbers; equal ones as often as they are drawn.
@@ -39,7 +40,7 @@ def sample_captions(
     sentence = torch.arange(len(keys) * each, device=device)  # of each row that is still written
     log_prob, words, state = start.select(sentence // each)
     begun = words.shape[1] - 1
-    uniforms = uniform_numbers(keys, each, config.max_tokens - begun, config.seed).to(device)
+    uniforms = generate_uniforms(keys, each, config.max_tokens - begun, config.seed).to(device)
     drawn: dict[int, Candidate] = {}
     for tick in range(config.max_tokens - begun):
         if not len(sentence):
@@ -53,13 +54,13 @@ def sample_captions(
         if ended.any():
             rows = zip(sentence[ended].tolist(), log_prob[ended].tolist(), words[ended, 1:].tolist(), strict=True)
             for number, total, ids in rows:
-                drawn[number] = Candidate(ids[:-1] if ids[-1] == END else ids, total, tokens=len(ids))
+                drawn[number] = Candidate(ids[:-1] if ids[-1] == END else ids, total, token_count=len(ids))
             left = (~ended).nonzero()[:, 0]
             sentence, log_prob, words, state = sentence[left], log_prob[left], words[left], state.select(left)
     return [[drawn[number] for number in range(image * each, (image + 1) * each)] for image in range(len(keys))]
 
 
-def uniform_numbers(keys: Sequence[bytes], each: int, count: int, seed: int) -> Tensor:
+def generate_uniforms(keys: Sequence[bytes], each: int, count: int, seed: int) -> Tensor:
     """Numbers from 0 to below 1, `[len(keys) * each, count] float32`, a row a sentence."""
     numbers = np.empty((len(keys) * each, count), np.float32)
     for image, key in enumerate(keys):

@@ -8,7 +8,7 @@ from torch import Tensor
 from captionlib.data.text.vocabulary import END
 from captionlib.models.captioners.captioner import ImageState
 from captionlib.models.captioners.packed_sequences import pad_sentences
-from captionlib.models.decoding.config import Candidate
+from captionlib.models.decoding.candidate import Candidate
 from captionlib.models.decoding.incremental import IncrementalCaptioner
 
 __all__ = ["score_sentences"]
@@ -27,8 +27,8 @@ def score_sentences(
     """
     if not sentences:
         return torch.zeros(0, device=incremental.device)
-    lengths = torch.tensor([one.tokens for one in sentences], device=incremental.device)
-    tokens = pad_sentences([[*one.words, END][: one.tokens] for one in sentences]).to(incremental.device)
+    lengths = torch.tensor([one.token_count for one in sentences], device=incremental.device)
+    tokens = pad_sentences([[*one.token_ids, END][: one.token_count] for one in sentences]).to(incremental.device)
     total = torch.zeros(len(sentences), device=incremental.device)
     state, words = incremental.start(image_state), torch.tensor([END], device=incremental.device)
     alive = torch.arange(len(sentences), device=incremental.device)  # the sentences that have a token here

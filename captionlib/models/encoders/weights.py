@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
-import fsspec
 import safetensors
 import safetensors.torch
 import torch
 import torchvision
+from fsspec.implementations.cached import SimpleCacheFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
 from captionlib.data.images.decoding import Preprocessing
 from captionlib.errors import ConfigError
+from captionlib.storage.file_systems import open_file_system
 
 __all__ = [
     "choose_build_device",
@@ -157,7 +159,7 @@ def _read_file(address: str, names: set[str]) -> Mapping[str, Tensor]:
 def _opened(address: str) -> Iterator[str]:
     """A local path of a weights file; what goes wrong in reading it becomes a ConfigError."""
     try:
-        path: str = fsspec.open_local(f"simplecache::{address}") if "://" in address else address
+        path = _local_copy(address)
         if not Path(path).is_file():
             raise ConfigError(f"weights {address}: no such file")
         yield path
@@ -170,4 +172,15 @@ def _opened(address: str) -> Iterator[str]:
         pickle.UnpicklingError,
         safetensors.SafetensorError,
     ) as error:
-        raise ConfigError(f"weights {address} cannot be read: {error}") from error
+        # Messages of unpicklers quote the file, whose address may come from a checkpoint.
+        reason = getattr(error, "strerror", None) or f"damaged, or of another format ({type(error).__name__})"
+        raise ConfigError(f"weights {address} cannot be read: {reason}") from error
+
+
+def _local_copy(address: str) -> str:
+    """The path of a local file, or of a copy that lives as long as the process. A cache of one plain file system."""
+    fs, path = open_file_system(address)
+    if isinstance(fs, LocalFileSystem):
+        return str(path)
+    with SimpleCacheFileSystem(fs=fs).open(path, "rb") as copy:
+        return str(copy.name)

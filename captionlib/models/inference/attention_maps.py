@@ -10,9 +10,10 @@ import torch
 from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.errors import CheckpointError
-from captionlib.models.captioners.captioner import Captioner, pad_sentences
-from captionlib.models.checkpoints.captioners import LoadedCaptioner
-from captionlib.models.decoding.config import Candidate
+from captionlib.models.captioners.captioner import Captioner
+from captionlib.models.captioners.packed_sequences import pad_sentences
+from captionlib.models.checkpoints.checkpoint import LoadedCaptioner
+from captionlib.models.decoding.candidate import Candidate
 
 __all__ = ["map_attention", "require_attention"]
 
@@ -45,12 +46,12 @@ def map_attention(model: Captioner, features: npt.NDArray[np.float32], captions:
         A list an image of a vector a token: `list<fixed_size_list<float16>[positions]>`.
     """
     device = model.output.weight.device
-    words = pad_sentences([one.words for one in captions]).to(device)
+    words = pad_sentences([one.token_ids for one in captions]).to(device)
     looks = model.attention_weights(
         torch.from_numpy(features).to(device), words, torch.arange(len(captions), device=device)
     )
-    numbers = torch.cat([look[: one.tokens] for look, one in zip(looks, captions, strict=True)])
+    numbers = torch.cat([look[: one.token_count] for look, one in zip(looks, captions, strict=True)])
     kind = captions_schema(numbers.shape[1]).field("attention").type
     vectors = numpy_to_vectors(numbers.to(torch.float16).cpu().numpy())
-    ends = np.cumsum([0, *(one.tokens for one in captions)], dtype=np.int32)
+    ends = np.cumsum([0, *(one.token_count for one in captions)], dtype=np.int32)
     return pa.ListArray.from_arrays(pa.array(ends), vectors, type=kind)

@@ -14,10 +14,11 @@ from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema
 from captionlib.data.shards.stages import ProcessRows
 from captionlib.errors import CheckpointError, ConfigError, ImageError
-from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner
-from captionlib.models.checkpoints.rankers import LoadedRanker
+from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, LoadedRanker, load_captioner
+from captionlib.models.decoding.candidate import Candidate
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.datastore import datastore_fingerprint, read_datastore
-from captionlib.models.decoding.decoder import Candidate, Decoder, DecodingConfig
+from captionlib.models.decoding.decoder import Decoder
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.attention_maps import map_attention, require_attention
@@ -154,7 +155,7 @@ def find_datastore_fingerprint(checkpoint: str, captioner: LoadedCaptioner, deco
     Raises:
         CheckpointError: it remembers nothing.
     """
-    return datastore_fingerprint(checkpoint, captioner) if decoding.neighbors else None
+    return datastore_fingerprint(checkpoint, captioner) if decoding.rerank.neighbors else None
 
 
 def build_caption_rows(
@@ -165,12 +166,12 @@ def build_caption_rows(
 ) -> pa.RecordBatch:
     """Rows of `captions/`: the best candidate in columns of its own, and all of them; with attention, its maps."""
     schema = captions_schema(None if attention is None else attention.type.value_type.list_size)
-    words = [[captioner.vocabulary.decode(one.words) for one in some] for some in candidates]
+    words = [[captioner.vocabulary.decode(one.token_ids) for one in some] for some in candidates]
     columns = {
         **{name: [row[name] for row in rows] for name in ("image_id", "uri", "split")},
         "caption": [some[0] for some in words],
         "log_prob": [some[0].log_prob for some in candidates],
-        "tokens": [some[0].tokens for some in candidates],
+        "tokens": [some[0].token_count for some in candidates],
         "candidates": [
             [{"caption": text, "log_prob": one.log_prob} for text, one in zip(texts, some, strict=True)]
             for texts, some in zip(words, candidates, strict=True)

@@ -12,7 +12,7 @@ import torch
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.errors import DatasetError
-from captionlib.models.checkpoints.captioners import LoadedCaptioner, load_captioner
+from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner
 from captionlib.models.decoding.datastore import DatastoreEntries, datastore_schema, write_datastore
 from captionlib.models.devices import halve_on_out_of_memory, resolve_device
 from captionlib.models.inference.feature_source import open_feature_source, resolve_encoder

@@ -16,7 +16,7 @@ from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA, embeddings_schema
 from captionlib.data.shards.stages import ProcessRows, ReportFailure
 from captionlib.errors import CheckpointError, ConfigError, ImageError
-from captionlib.models.checkpoints.rankers import LoadedRanker, load_ranker
+from captionlib.models.checkpoints.checkpoint import LoadedRanker, load_ranker
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.feature_source import open_feature_source

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from captionlib.data.text.vocabulary import END, PAD, UNKNOWN
 from captionlib.errors import ConfigError
+from captionlib.models.standardization import Standardization
 
 __all__ = ["Ranker", "RankerConfig"]
 
@@ -78,16 +79,12 @@ class Ranker(nn.Module):
         vocabulary_size: `len(vocabulary)`.
     """
 
-    feature_mean: Tensor
-    feature_std: Tensor
-
     def __init__(self, config: RankerConfig, feature_size: int, vocabulary_size: int) -> None:
         super().__init__()
         self.config = config
         self.feature_size = feature_size
         self.vocabulary_size = vocabulary_size
-        self.register_buffer("feature_mean", torch.zeros(feature_size))
-        self.register_buffer("feature_std", torch.ones(feature_size))
+        self.standardization = Standardization(feature_size)
         self.image_projection = nn.Linear(feature_size, config.joint_embedding_size)
         self.word_vectors = nn.Embedding(vocabulary_size, config.embedding_size)
         self.recurrence = _make_recurrence(config)
@@ -102,12 +99,6 @@ class Ranker(nn.Module):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
 
-    @torch.no_grad()
-    def set_standardization(self, mean: Tensor, std: Tensor) -> None:
-        """Takes the statistics of the training images' features, `[feature_size]` each; constant features become 0."""
-        self.feature_mean.copy_(mean)
-        self.feature_std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
-
     def embed_images(self, features: Tensor) -> Tensor:
         """Unit vectors of images.
 
@@ -118,7 +109,7 @@ class Ranker(nn.Module):
             `[images, joint_embedding_size]`.
         """
         if self.config.standardize_features:
-            features = (features - self.feature_mean) / self.feature_std
+            features = self.standardization(features)
         if self.config.normalize_features:
             features = F.normalize(features, dim=1) * self.feature_size**0.5
         return F.normalize(self.image_projection(self.feature_dropout(features)), dim=1)

@@ -323,6 +323,26 @@ def test_what_is_no_image_fails_with_a_reason(content: bytes, expected: str) -> 
     assert reason(content) == expected
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"root:x:0:0:root:/root",
+        b"\x89PNG\r\n\x1a\n" + b"\0\0\0\4root" * 9,
+        png(SIDE, SIDE, 8, 0, [bytes(SIDE + 1)] * SIDE).replace(b"IDAT", b"root"),
+        b"BMroot" + b"root" * 20,
+        b"II*\0\x08\0\0\0" + b"root" * 20,
+        b"GIF89a" + b"root" * 20,
+        b"\xff\xd8\xff\xe0" + b"root" * 20,
+        b"RIFFrootWEBP" + b"root" * 20,
+        b"%PDF-root",
+    ],
+)
+def test_a_failure_quotes_nothing_of_the_file(content: bytes) -> None:
+    with pytest.raises(DecodeError) as caught:
+        decode(content)
+    assert "root" not in str(caught.value)
+
+
 def test_a_checksum_that_is_wrong_is_noticed() -> None:
     content = bytearray(png(SIDE, SIDE, 8, 0, [bytes(SIDE + 1)] * SIDE))
     content[content.index(b"IHDR") + 4 + 13] ^= 1

@@ -65,6 +65,15 @@ def test_every_row_comes_back_in_order_with_its_image_or_the_reason(rows: list[d
             np.testing.assert_array_equal(image, expected)
 
 
+def test_an_address_that_is_refused_is_a_failure_of_its_row(rows: list[dict[str, Any]]) -> None:
+    evil = {"image_id": "evil", "uri": "reference://x::http://127.0.0.1:9/refs.json"}
+    with open_loader(CONFIG, PREPROCESSING) as load:
+        (_, image), (_, refused) = load([rows[1], evil])
+    assert isinstance(image, np.ndarray)
+    assert isinstance(refused, FetchError)
+    assert refused.reason == "BadAddress"
+
+
 def test_a_loader_serves_many_calls_and_leaves_nothing(rows: list[dict[str, Any]]) -> None:
     with open_loader(CONFIG, PREPROCESSING) as load:
         assert list(load([])) == []

@@ -16,7 +16,7 @@ FEATURES = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)  # 4 
 IMGIDS = [2, 0, 3]
 
 
-def write_json(folder: Path, imgids: list[Any], **more: Any) -> Path:
+def write_json(folder: Path, imgids: list[Any], **fields: Any) -> Path:
     images = [
         {
             "imgid": imgid,
@@ -24,7 +24,7 @@ def write_json(folder: Path, imgids: list[Any], **more: Any) -> Path:
             "split": "train" if number else "val",
             "sentids": [number],
             "sentences": [{"tokens": ["a", "dog"], "raw": f"A dog, {number}.", "imgid": imgid, "sentid": number}],
-            **more,
+            **fields,
         }
         for number, imgid in enumerate(imgids)
     ]
@@ -44,7 +44,7 @@ def write_mat(folder: Path, version: str, features: Any = FEATURES, name: str = 
 
 @pytest.mark.parametrize("version", ["4", "5", "7.3"])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_images_get_the_column_of_their_imgid(tmp_path: Path, version: str, dtype: Any) -> None:
+def test_import_assigns_the_column_of_each_imgid(tmp_path: Path, version: str, dtype: Any) -> None:
     files = write_json(tmp_path, IMGIDS), write_mat(tmp_path, version)
     totals = import_features(*files, tmp_path / "features", ImportConfig(stored_dtype=dtype, shard_size=2))
     assert (totals.rows, totals.shards) == (3, 2)
@@ -59,29 +59,29 @@ def test_images_get_the_column_of_their_imgid(tmp_path: Path, version: str, dtyp
     assert dataset.config["encoder"]["shape"] == [5]
 
 
-def test_cocos_ids_are_kept_and_columns_are_still_imgids(tmp_path: Path) -> None:
+def test_import_keeps_coco_ids_and_takes_columns_by_imgid(tmp_path: Path) -> None:
     files = write_json(tmp_path, [3], cocoid=391895, filepath="val2014"), write_mat(tmp_path, "5")
-    import_features(*files, tmp_path / "features", ImportConfig(image_root="/photos"))
+    import_features(*files, tmp_path / "features", ImportConfig(image_root="/images"))
     (row,) = open_dataset(tmp_path / "features").read(0).to_pylist()
-    assert (row["image_id"], row["uri"]) == ("391895", "/photos/val2014/0.jpg")
+    assert (row["image_id"], row["uri"]) == ("391895", "/images/val2014/0.jpg")
     np.testing.assert_allclose(row["features"], FEATURES[:, 3], rtol=1e-3)
 
 
-def test_a_second_import_writes_nothing_and_another_is_refused(tmp_path: Path) -> None:
+def test_second_import_writes_nothing_and_other_files_need_overwrite(tmp_path: Path) -> None:
     files = write_json(tmp_path, IMGIDS), write_mat(tmp_path, "5")
     import_features(*files, tmp_path / "features")
-    written = (tmp_path / "features" / "part-00000.parquet").stat().st_mtime_ns
+    modified = (tmp_path / "features" / "part-00000.parquet").stat().st_mtime_ns
     import_features(*files, tmp_path / "features")
-    assert (tmp_path / "features" / "part-00000.parquet").stat().st_mtime_ns == written
+    assert (tmp_path / "features" / "part-00000.parquet").stat().st_mtime_ns == modified
     write_mat(tmp_path, "5", FEATURES + 1)
     with pytest.raises(FingerprintError, match="features_sha256"):
         import_features(*files, tmp_path / "features")
     import_features(*files, tmp_path / "features", overwrite=True)
 
 
-def test_the_network_of_imported_features_is_not_made_up(tmp_path: Path) -> None:
+def test_imported_features_name_no_encoder(tmp_path: Path) -> None:
     import_features(write_json(tmp_path, IMGIDS), write_mat(tmp_path, "5"), tmp_path / "features")
-    with pytest.raises(ConfigError, match="the features were imported"):
+    with pytest.raises(ConfigError, match="features were imported"):
         EncoderConfig.from_description(open_dataset(tmp_path / "features").config["encoder"])
 
 
@@ -89,21 +89,21 @@ def test_the_network_of_imported_features_is_not_made_up(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("features", "name", "message"),
     [
-        (FEATURES[:, :3], "feats", r"got 3 columns of 5 numbers and an image of imgid 3 \(.*images\[2\]\)"),
-        (FEATURES, "x", "a matrix of numbers named feats, got none: there are x"),
-        (np.zeros((2, 2, 2)), "feats", r"got none: its shape is \[2, 2, 2\]"),
-        (np.where(np.arange(4) == 0, np.nan, FEATURES), "feats", "column 0 has numbers that do not fit"),
-        (FEATURES * 1e6, "feats", "column 0 has numbers that do not fit into float16"),
+        (FEATURES[:, :3], "feats", r"got 3 columns of 5 numbers and an image with imgid 3 \(.*images\[2\]\)"),
+        (FEATURES, "x", "a numeric matrix named feats, got the variables x"),
+        (np.zeros((2, 2, 2)), "feats", r"named feats, got shape \[2, 2, 2\]"),
+        (np.where(np.arange(4) == 0, np.nan, FEATURES), "feats", "got others in column 0"),
+        (FEATURES * 1e6, "feats", "within the range of float16, got others in column 0"),
     ],
 )
-def test_files_that_do_not_fit_are_told(tmp_path: Path, version: str, features: Any, name: str, message: str) -> None:
+def test_import_rejects_mismatched_files(tmp_path: Path, version: str, features: Any, name: str, message: str) -> None:
     files = write_json(tmp_path, sorted(IMGIDS)), write_mat(tmp_path, version, features, name)
     with pytest.raises(DatasetError, match=message):
         import_features(*files, tmp_path / "features")
 
 
 @pytest.mark.parametrize("content", [b"", b"no MATLAB file at all, but long enough to have a header" * 20])
-def test_a_file_that_is_no_matlab_is_told(tmp_path: Path, content: bytes) -> None:
+def test_import_rejects_files_that_are_not_matlab(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "vgg_feats.mat").write_bytes(content)
     with pytest.raises(DatasetError, match="cannot be read as a MATLAB file"):
         import_features(write_json(tmp_path, [0]), tmp_path / "vgg_feats.mat", tmp_path / "features")
@@ -112,13 +112,13 @@ def test_a_file_that_is_no_matlab_is_told(tmp_path: Path, content: bytes) -> Non
 @pytest.mark.parametrize(
     ("imgids", "error", "message"),
     [
-        ([0, 0], DuplicateIdError, "image id 0 is there twice"),
-        (["zero"], DatasetError, "expected an imgid, the number of a column, got 'zero'"),
+        ([0, 0], DuplicateIdError, "expected one row per image id, got a second with '0'"),
+        (["zero"], DatasetError, "expected a column number as imgid, got 'zero'"),
         ([-1], DatasetError, "got -1"),
         ([], DatasetError, "no images"),
     ],
 )
-def test_images_without_a_column_of_their_own_are_refused(
+def test_import_rejects_images_without_a_column(
     tmp_path: Path, imgids: list[Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):

@@ -1,3 +1,5 @@
+import socket
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -27,14 +29,14 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
 
 
-def test_rows_are_cut_into_shards_in_their_order(tmp_path: Path) -> None:
+def test_prepare_splits_rows_into_shards_in_order(tmp_path: Path) -> None:
     source = write_csv(tmp_path / "a.csv", list("edcba"))
     summary = prepare_manifest(source, tmp_path / "manifest", UNCHECKED)
     assert (summary.images, summary.shards, summary.splits) == (5, 3, {"": 5})
     assert read_all(tmp_path / "manifest") == list("edcba")
 
 
-def test_the_same_source_gives_the_same_bytes_and_a_second_run_finds_them(tmp_path: Path) -> None:
+def test_prepare_is_deterministic_and_skips_a_second_run(tmp_path: Path) -> None:
     source = write_csv(tmp_path / "a.csv", list("abc"))
     prepare_manifest(source, tmp_path / "one", UNCHECKED)
     prepare_manifest(source, tmp_path / "two", UNCHECKED)
@@ -42,7 +44,7 @@ def test_the_same_source_gives_the_same_bytes_and_a_second_run_finds_them(tmp_pa
     assert prepare_manifest(source, tmp_path / "one", UNCHECKED).already_prepared
 
 
-def test_another_source_needs_overwrite(tmp_path: Path) -> None:
+def test_prepare_of_another_source_needs_overwrite(tmp_path: Path) -> None:
     prepare_manifest(write_csv(tmp_path / "a.csv", ["a"]), tmp_path / "manifest", UNCHECKED)
     other = write_csv(tmp_path / "b.csv", ["b"])
     with pytest.raises(FingerprintError, match="overwrite"):
@@ -52,14 +54,14 @@ def test_another_source_needs_overwrite(tmp_path: Path) -> None:
     assert read_all(tmp_path / "manifest") == ["b"]
 
 
-def test_a_duplicate_id_names_both_rows_and_publishes_nothing(tmp_path: Path) -> None:
+def test_duplicate_id_is_an_error_naming_both_rows_and_writes_nothing(tmp_path: Path) -> None:
     first, second = write_csv(tmp_path / "a.csv", ["x", "same"]), write_csv(tmp_path / "b.csv", ["y", "same"])
-    with pytest.raises(DuplicateIdError, match=r"'same' is there 2 times: .*a\.csv, line 3, and .*b\.csv, line 3"):
+    with pytest.raises(DuplicateIdError, match=r"got 2 with 'same': .*a\.csv, line 3, and .*b\.csv, line 3"):
         prepare_manifest([first, second], tmp_path / "manifest", UNCHECKED)
     assert not (tmp_path / "manifest").exists()
 
 
-def test_duplicates_are_found_whatever_pass_they_fall_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_duplicates_are_found_in_every_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("captionlib.data.ingestion.staging._IDS_PER_PASS", 3)
     names = [str(number) for number in range(20)]
     prepare_manifest(write_csv(tmp_path / "good.csv", names), tmp_path / "good", UNCHECKED)
@@ -69,9 +71,7 @@ def test_duplicates_are_found_whatever_pass_they_fall_in(tmp_path: Path, monkeyp
 
 @settings(deadline=None, max_examples=15)
 @given(st.lists(st.from_regex(r"[a-z]{1,3}", fullmatch=True), unique=True, min_size=1, max_size=12), st.integers(1, 5))
-def test_every_row_stands_in_the_manifest_once(
-    tmp_path_factory: pytest.TempPathFactory, names: list[str], size: int
-) -> None:
+def test_manifest_holds_every_row_once(tmp_path_factory: pytest.TempPathFactory, names: list[str], size: int) -> None:
     folder = tmp_path_factory.mktemp("manifest")
     config = PrepareConfig(shard_size=size, check_images=False)
     summary = prepare_manifest(write_csv(folder / "a.csv", names), folder / "out", config)
@@ -79,7 +79,7 @@ def test_every_row_stands_in_the_manifest_once(
     assert read_all(folder / "out") == names
 
 
-def test_limit_and_splits(tmp_path: Path) -> None:
+def test_limit_and_splits_select_rows(tmp_path: Path) -> None:
     source = tmp_path / "a.csv"
     source.write_text("id,url,split\n" + "".join(f"{n},{n}.jpg,{'even' if n % 2 == 0 else 'odd'}\n" for n in range(9)))
     config = PrepareConfig(splits=("odd",), limit=3, check_images=False)
@@ -88,23 +88,45 @@ def test_limit_and_splits(tmp_path: Path) -> None:
     assert summary.skipped == {"in another split": 3}
 
 
-def test_a_list_of_which_no_image_is_there_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_list_of_missing_images_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
     source = write_csv(tmp_path / "a.csv", ["a", "b"])
-    with pytest.raises(DatasetError, match=r"none of the first 2 images is there; the first is expected at .*a\.jpg"):
+    with pytest.raises(DatasetError, match=r"none of the first 2 images exists; the first is expected at .*a\.jpg"):
         prepare_manifest(source, tmp_path / "manifest")
     assert not (tmp_path / "manifest").exists()
-    touch(tmp_path / "photos", ["b.jpg"])
-    config = PrepareConfig(options=SourceOptions(image_root=str(tmp_path / "photos")))
+    touch(tmp_path / "images", ["b.jpg"])
+    config = PrepareConfig(options=SourceOptions(image_root=str(tmp_path / "images")))
     assert prepare_manifest(source, tmp_path / "manifest", config).images == 2
 
 
-def test_an_empty_source_says_what_was_looked_for(tmp_path: Path) -> None:
-    touch(tmp_path, ["photos/readme.txt"])
-    with pytest.raises(DatasetError, match=r"no images\. Read as folder, .*skipped: no image: extension \.txt \(1\)"):
-        prepare_manifest(tmp_path / "photos", tmp_path / "manifest")
+def test_refused_uris_are_not_opened_and_become_rows(tmp_path: Path) -> None:
+    connections: list[object] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        evil = f"reference://x::http://127.0.0.1:{server.getsockname()[1]}/refs.json"
+        (tmp_path / "evil.csv").write_text(f"image_id,uri\na,{evil}\n")
+        with pytest.raises(DatasetError, match=r"none of the first 1 images exists; .*BadAddress: "):
+            prepare_manifest(tmp_path / "evil.csv", tmp_path / "none")
+        touch(tmp_path, ["b.jpg"])
+        (tmp_path / "both.csv").write_text(f"image_id,uri\na,{evil}\nb,b.jpg\n")
+        assert prepare_manifest(tmp_path / "both.csv", tmp_path / "both").images == 2
+        server.settimeout(0.05)
+        with suppress(TimeoutError):
+            connections.append(server.accept())
+    assert connections == []
 
 
-def test_a_folder_of_somebody_elses_is_left_alone(tmp_path: Path) -> None:
+def test_source_that_chains_file_systems_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="chains file systems"):
+        prepare_manifest("simplecache::http://127.0.0.1:9/a.csv", tmp_path / "manifest")
+
+
+def test_empty_source_is_an_error_naming_skipped_items(tmp_path: Path) -> None:
+    touch(tmp_path, ["images/readme.txt"])
+    message = r"no images; read as folder, .*skipped: not an image: extension \.txt \(1\)"
+    with pytest.raises(DatasetError, match=message):
+        prepare_manifest(tmp_path / "images", tmp_path / "manifest")
+
+
+def test_overwrite_does_not_touch_a_folder_of_other_files(tmp_path: Path) -> None:
     touch(tmp_path, ["thesis/chapter1.tex"])
     with pytest.raises(DatasetError, match="holds files that captionlib did not write"):
         prepare_manifest(write_csv(tmp_path / "a.csv", ["a"]), tmp_path / "thesis", UNCHECKED, overwrite=True)
@@ -112,13 +134,13 @@ def test_a_folder_of_somebody_elses_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["  ,a.jpg", "1,"])
-def test_a_row_without_an_id_or_a_uri_is_named(tmp_path: Path, line: str) -> None:
+def test_row_without_id_or_uri_is_an_error_naming_the_line(tmp_path: Path, line: str) -> None:
     (tmp_path / "a.csv").write_text(f"id,url\n0,0.jpg\n{line}\n")
     with pytest.raises(DatasetError, match=r"a\.csv, line 3: expected (an image id|a uri), got an empty one"):
         prepare_manifest(tmp_path / "a.csv", tmp_path / "manifest", UNCHECKED)
 
 
-@pytest.mark.parametrize("wrong", [{"source_format": "zip"}, {"shard_size": 0}, {"limit": 0}])
-def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match=r"expected .*, got"):
-        PrepareConfig(**wrong)  # type: ignore[arg-type]
+@pytest.mark.parametrize("values", [{"source_format": "zip"}, {"shard_size": 0}, {"limit": 0}])
+def test_config_rejects_invalid_values(values: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(values))}: .*, got"):
+        PrepareConfig(**values)  # type: ignore[arg-type]

@@ -9,14 +9,14 @@ from captionlib.data.sources.rows import ManifestRow, SourceOptions
 
 
 def read(*addresses: Path | str, **options: Any) -> tuple[list[ManifestRow], Counter[str]]:
-    """The rows of a source of whatever family it is told to be, and what was skipped."""
+    """Returns the rows of a source, read in its detected format, and the number of skipped items by reason."""
     skipped: Counter[str] = Counter()
 
     def report_skip(reason: str) -> None:
         skipped[reason] += 1
 
-    spelled = [str(address) for address in addresses]
-    rows = SOURCE_FORMATS[detect_common_format(spelled)].read(spelled, SourceOptions(**options), report_skip)
+    paths = [str(address) for address in addresses]
+    rows = SOURCE_FORMATS[detect_common_format(paths)].read(paths, SourceOptions(**options), report_skip)
     return list(rows), skipped
 
 

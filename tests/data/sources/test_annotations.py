@@ -20,7 +20,7 @@ def coco(*images: tuple[int, str, list[str]]) -> dict[str, Any]:
     }
 
 
-def test_several_coco_files_their_splits_and_their_image_folders(tmp_path: Path) -> None:
+def test_coco_takes_split_and_image_folder_from_the_file_name(tmp_path: Path) -> None:
     touch(tmp_path, ["train2014/a.jpg", "val2014/b.jpg"])
     train = write_json(tmp_path / "annotations/captions_train2014.json", coco((9, "a.jpg", ["one ", "two"])))
     val = write_json(tmp_path / "annotations/captions_val2014.json", coco((3, "b.jpg", []), (4, "c.jpg", ["three"])))
@@ -33,27 +33,28 @@ def test_several_coco_files_their_splits_and_their_image_folders(tmp_path: Path)
     assert [row.uri for row in rows] == [
         f"{tmp_path}/{name}" for name in ("train2014/a.jpg", "val2014/b.jpg", "val2014/c.jpg")
     ]
+    # explicit options override both
     rows, _ = read(val, image_root=str(tmp_path / "val2014"), default_split="x")
     assert (rows[0].uri, rows[0].split) == (f"{tmp_path}/val2014/b.jpg", "x")
 
 
-def test_coco_captions_of_an_unlisted_image_are_counted(tmp_path: Path) -> None:
+def test_coco_counts_captions_of_unlisted_images(tmp_path: Path) -> None:
     document = coco((1, "a.jpg", ["one"]), (2, "b.jpg", ["two"]))
     del document["images"][1]
     rows, skipped = read(write_json(tmp_path / "captions.json", document))
     assert [row.image_id for row in rows] == ["1"]
-    assert skipped == {"captions of an image that the file does not list": 1}
+    assert skipped == {"captions of an unlisted image": 1}
 
 
-def test_coco_instances_are_refused_by_what_they_lack(tmp_path: Path) -> None:
+def test_coco_rejects_instances_without_captions(tmp_path: Path) -> None:
     document = coco((1, "a.jpg", ["one"]))
     del document["annotations"][0]["caption"]
     path = write_json(tmp_path / "instances_val2014.json", document)
-    with pytest.raises(DatasetError, match=r"have no captions, but id, image_id; give COCO's captions_\*\.json"):
+    with pytest.raises(DatasetError, match=r"with a caption, got ones with id, image_id; use COCO's captions_\*\.json"):
         read(path)
 
 
-def test_karpathy_has_all_four_splits_and_prefers_cocos_id(tmp_path: Path) -> None:
+def test_karpathy_keeps_all_four_splits_and_prefers_cocos_id(tmp_path: Path) -> None:
     images = [
         {
             "imgid": number,
@@ -80,7 +81,7 @@ def test_karpathy_has_all_four_splits_and_prefers_cocos_id(tmp_path: Path) -> No
     assert [row.image_id for row in read(write_json(path, {"images": images}))[0]] == ["0", "1", "2", "3"]
 
 
-def test_an_entry_that_lacks_something_is_named(tmp_path: Path) -> None:
+def test_karpathy_names_the_entry_that_lacks_a_field(tmp_path: Path) -> None:
     path = write_json(tmp_path / "dataset.json", {"images": [{"imgid": 1, "sentences": []}]})
     with pytest.raises(DatasetError, match=r"dataset\.json, images\[0\]: expected an object with filename"):
         read(path)
@@ -89,7 +90,7 @@ def test_an_entry_that_lacks_something_is_named(tmp_path: Path) -> None:
 FLICKR = """1.jpg#0\tA dog .\n1.jpg#1\tA black dog .\n2.jpg#0\tTwo men .\n3.jpg.1#0\tNobody .\n"""
 
 
-def test_flickr_takes_the_official_split_files_beside_it(tmp_path: Path) -> None:
+def test_flickr_uses_the_official_split_files_beside_the_captions(tmp_path: Path) -> None:
     path = tmp_path / "Flickr8k.token.txt"
     path.write_text(FLICKR)
     (tmp_path / "Flickr_8k.trainImages.txt").write_text("1.jpg\n")
@@ -100,45 +101,45 @@ def test_flickr_takes_the_official_split_files_beside_it(tmp_path: Path) -> None
         ("2.jpg", "dev", ("Two men .",)),
     ]
     assert rows[0].uri == f"{tmp_path}/Images/1.jpg"
-    assert skipped == {"in none of the split files": 1, "in a split file, but without captions": 1}
+    assert skipped == {"not in any split file": 1, "in a split file, but without captions": 1}
 
 
-def test_flickr_takes_given_split_files_without_extensions(tmp_path: Path) -> None:
+def test_flickr_matches_names_without_extension_in_custom_split_files(tmp_path: Path) -> None:
     path = tmp_path / "results.token"
     path.write_text(FLICKR)
-    (tmp_path / "mine.txt").write_text("1\n2\n3\n")
-    rows, _ = read(path, split_files={"mine": str(tmp_path / "mine.txt")})
-    assert [(row.image_id, row.split) for row in rows] == [("1.jpg", "mine"), ("2.jpg", "mine"), ("3.jpg", "mine")]
+    (tmp_path / "custom.txt").write_text("1\n2\n3\n")
+    rows, _ = read(path, split_files={"custom": str(tmp_path / "custom.txt")})
+    assert [(row.image_id, row.split) for row in rows] == [(f"{number}.jpg", "custom") for number in (1, 2, 3)]
 
 
-def test_an_image_in_two_split_files_is_an_error(tmp_path: Path) -> None:
+def test_flickr_rejects_an_image_in_two_splits(tmp_path: Path) -> None:
     path = tmp_path / "results.token"
     path.write_text(FLICKR)
     (tmp_path / "one.txt").write_text("1.jpg\n")
-    with pytest.raises(ConfigError, match=r"1\.jpg|1"):
+    with pytest.raises(DatasetError, match=r"expected each image in one split, got 1 in a and in b"):
         read(path, split_files={"a": str(tmp_path / "one.txt"), "b": str(tmp_path / "one.txt")})
 
 
-def test_a_line_of_another_form_is_named(tmp_path: Path) -> None:
+def test_flickr_names_the_malformed_line(tmp_path: Path) -> None:
     path = tmp_path / "results.token"
     path.write_text(FLICKR + "no tab here\n")
     with pytest.raises(DatasetError, match=r"line 5: expected NAME\.jpg#NUMBER, a tab and a caption, got 'no tab here"):
         read(path)
 
 
-def test_sources_of_two_kinds_are_refused(tmp_path: Path) -> None:
+def test_detection_rejects_sources_of_two_formats(tmp_path: Path) -> None:
     path = write_json(tmp_path / "captions.json", coco((1, "a.jpg", ["one"])))
-    touch(tmp_path, ["photos/a.jpg"])
-    with pytest.raises(ConfigError, match=r"sources of several kinds: .*coco, .*folder"):
-        detect_common_format([str(path), str(tmp_path / "photos")])
+    touch(tmp_path, ["images/a.jpg"])
+    with pytest.raises(ConfigError, match=r"got several: .*coco, .*folder; prepare each separately"):
+        detect_common_format([str(path), str(tmp_path / "images")])
 
 
-def test_json_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot tell what kind of JSON it is"):
+def test_detection_rejects_unknown_json(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="got other JSON; set --format to coco, karpathy or table"):
         detect_format(write_json(tmp_path / "x.json", {"images": [1]}))
 
 
-def test_broken_json_is_named_by_its_line(tmp_path: Path) -> None:
+def test_invalid_json_is_reported_with_line_and_column(tmp_path: Path) -> None:
     path = tmp_path / "captions.json"
     path.write_text('{"images": [{"file_name": "a.jpg",\n "id": }]}')
     with pytest.raises(DatasetError, match=r"captions\.json, line 2, column \d+: not JSON"):

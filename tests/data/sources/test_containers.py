@@ -1,4 +1,4 @@
-"""Tars and Parquet that hold the images themselves: each uri must fetch exactly the bytes that were put in."""
+"""Tars and Parquet with embedded images: each uri must fetch exactly the bytes that were stored."""
 
 import gzip
 import io
@@ -42,7 +42,7 @@ SAMPLES = [
 ]
 
 
-def test_a_tar_is_read_by_ranges_and_its_captions_by_sample(tmp_path: Path) -> None:
+def test_webdataset_yields_byte_ranges_and_captions_per_sample(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "00000.tar", SAMPLES)
     rows, skipped = read(path, default_split="train")
     assert [(row.image_id, row.split, row.captions) for row in rows] == [
@@ -50,15 +50,15 @@ def test_a_tar_is_read_by_ranges_and_its_captions_by_sample(tmp_path: Path) -> N
         ("s/001", "train", ("a cat",)),
     ]
     assert fetch(rows) == [b"first image", b"second image"]
-    assert skipped == {"another image of a sample": 1, "sample without an image": 1}
+    assert skipped == {"additional image in a sample": 1, "sample without an image": 1}
 
 
-def test_ids_and_captions_of_a_tar_may_come_from_its_json(tmp_path: Path) -> None:
+def test_webdataset_takes_id_and_captions_from_json_on_request(tmp_path: Path) -> None:
     rows, _ = read(write_tar(tmp_path / "a.tar", SAMPLES), id_column="key", caption_columns=("caption",))
     assert [(row.image_id, row.captions) for row in rows] == [("K0", ("not this one",)), ("K1", ("a cat",))]
 
 
-def test_several_tars_by_braces(tmp_path: Path) -> None:
+def test_webdataset_expands_brace_ranges(tmp_path: Path) -> None:
     for number in range(3):
         write_tar(tmp_path / f"{number:05d}.tar", [(f"{number}.jpg", b"image %d" % number)])
     rows, _ = read(f"{tmp_path}/{{00000..00002}}.tar")
@@ -66,14 +66,14 @@ def test_several_tars_by_braces(tmp_path: Path) -> None:
     assert fetch(rows) == [b"image 0", b"image 1", b"image 2"]
 
 
-def test_a_truncated_or_compressed_tar_is_refused(tmp_path: Path) -> None:
+def test_webdataset_rejects_truncated_and_compressed_tars(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [(f"{number}.jpg", bytes(3000)) for number in range(9)])
     whole = path.read_bytes()
     path.write_bytes(whole[:15_000])
-    with pytest.raises(DatasetError, match=r"a\.tar is (truncated or damaged|no tar, or is damaged)"):
+    with pytest.raises(DatasetError, match=r"a\.tar is (truncated or damaged|not a tar, or is damaged)"):
         read(path)
     path.write_bytes(gzip.compress(whole))
-    with pytest.raises(DatasetError, match=r"is compressed by gzip: its images cannot be reached one by one; unpack"):
+    with pytest.raises(DatasetError, match=r"is compressed with gzip, .*; convert it to an uncompressed tar"):
         read(path)
 
 
@@ -82,21 +82,21 @@ def write_rows(path: Path, rows: list[dict[str, Any]], group: int = 2) -> Path:
     return path
 
 
-def test_parquet_with_the_bytes_in_its_rows(tmp_path: Path) -> None:
+def test_hf_parquet_yields_uris_of_the_embedded_images(tmp_path: Path) -> None:
     rows = [
         {"image": {"bytes": b"image %d" % number, "path": f"{number}.jpg"}, "caption": [f"dog {number}", "dog"]}
         for number in range(5)
     ]
-    found, _ = read(write_rows(tmp_path / "train.parquet", rows), default_split="train")
-    assert [(row.image_id, row.split, row.captions) for row in found] == [
+    yielded, _ = read(write_rows(tmp_path / "train.parquet", rows), default_split="train")
+    assert [(row.image_id, row.split, row.captions) for row in yielded] == [
         (f"{number}.jpg", "train", (f"dog {number}", "dog")) for number in range(5)
     ]
-    assert fetch(found) == [row["image"]["bytes"] for row in rows]
+    assert fetch(yielded) == [row["image"]["bytes"] for row in rows]
 
 
-def test_rows_without_a_path_are_numbered_and_an_id_column_wins(tmp_path: Path) -> None:
-    rows = [{"photo": {"bytes": b"x", "path": None}, "id": 7 + number} for number in range(2)]
+def test_hf_parquet_prefers_an_id_column_and_numbers_rows_without_a_path(tmp_path: Path) -> None:
+    rows = [{"picture": {"bytes": b"x", "path": None}, "id": 7 + number} for number in range(2)]
     path = write_rows(tmp_path / "a.parquet", rows)
     assert [row.image_id for row in read(path)[0]] == ["7", "8"]
-    pq.write_table(pq.read_table(path).select(["photo"]), path)
+    pq.write_table(pq.read_table(path).select(["picture"]), path)
     assert [row.image_id for row in read(path)[0]] == ["a.parquet#0", "a.parquet#1"]

@@ -8,7 +8,7 @@ from captionlib.errors import DatasetError
 from tests.data.sources.helpers import read, touch
 
 
-def test_a_folder_is_read_in_order_and_ids_are_paths_below_it(tmp_path: Path) -> None:
+def test_folder_yields_sorted_relative_paths_as_ids(tmp_path: Path) -> None:
     touch(tmp_path, ["b.png", "a.JPG", "deep/er/c.webp", "deep/a.gif", "noextension"])
     rows, skipped = read(tmp_path, default_split="test")
     assert [row.image_id for row in rows] == ["a.JPG", "b.png", "noextension", "deep/a.gif", "deep/er/c.webp"]
@@ -17,26 +17,26 @@ def test_a_folder_is_read_in_order_and_ids_are_paths_below_it(tmp_path: Path) ->
     assert not skipped
 
 
-def test_what_is_no_image_is_skipped_with_its_reason(tmp_path: Path) -> None:
+def test_folder_skips_other_files_with_a_reason(tmp_path: Path) -> None:
     touch(tmp_path, ["a.jpg", "readme.txt", ".hidden.jpg", ".git/b.jpg", "part.00001"])
     os.mkfifo(tmp_path / "pipe.jpg")
     rows, skipped = read(tmp_path)
     assert [row.image_id for row in rows] == ["a.jpg"]
     assert skipped == {
-        "no image: extension .txt": 1,
-        "no image: extension of another kind": 1,
+        "not an image: extension .txt": 1,
+        "not an image: other extension": 1,
         "hidden": 2,
-        "no regular file": 1,
+        "not a regular file": 1,
     }
 
 
-def test_links_are_followed_but_never_round_in_a_circle(tmp_path: Path) -> None:
-    touch(tmp_path, ["photos/a.jpg", "elsewhere/b.jpg"])
-    (tmp_path / "photos/loop").symlink_to(tmp_path / "photos")
-    (tmp_path / "photos/other").symlink_to(tmp_path / "elsewhere")
-    rows, skipped = read(tmp_path / "photos")
+def test_folder_follows_links_except_to_a_parent(tmp_path: Path) -> None:
+    touch(tmp_path, ["images/a.jpg", "elsewhere/b.jpg"])
+    (tmp_path / "images/loop").symlink_to(tmp_path / "images")
+    (tmp_path / "images/other").symlink_to(tmp_path / "elsewhere")
+    rows, skipped = read(tmp_path / "images")
     assert [row.image_id for row in rows] == ["a.jpg", "other/b.jpg"]
-    assert skipped == {"link to a folder above it": 1}
+    assert skipped == {"link to a parent folder": 1}
 
 
 @pytest.mark.parametrize(
@@ -49,19 +49,19 @@ def test_links_are_followed_but_never_round_in_a_circle(tmp_path: Path) -> None:
         ("{a,x/b}.jpg", ["a.jpg", "b.jpg"]),
     ],
 )
-def test_globs_and_braces(tmp_path: Path, pattern: str, expected: list[str]) -> None:
+def test_folder_matches_globs_and_braces(tmp_path: Path, pattern: str, expected: list[str]) -> None:
     touch(tmp_path, ["a.jpg", "a.png", "x/b.jpg", "x/y/c.jpg", "z/d.jpg"])
     rows, _ = read(f"{tmp_path}/{pattern}")
     assert [row.image_id for row in rows] == expected
 
 
-def test_a_name_with_brackets_is_no_glob(tmp_path: Path) -> None:
+def test_existing_file_with_brackets_is_not_a_glob(tmp_path: Path) -> None:
     touch(tmp_path, ["a [1].jpg", "a 1.jpg"])
     rows, _ = read(tmp_path / "a [1].jpg")
     assert [row.image_id for row in rows] == ["a [1].jpg"]
 
 
-def test_a_name_that_is_no_utf8_is_skipped(tmp_path: Path) -> None:
+def test_folder_skips_names_that_are_not_utf8(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")).touch()
     touch(tmp_path, ["a.jpg"])
     rows, skipped = read(tmp_path)
@@ -69,12 +69,12 @@ def test_a_name_that_is_no_utf8_is_skipped(tmp_path: Path) -> None:
     assert skipped == {"name is not UTF-8": 1}
 
 
-def test_a_folder_that_is_not_there_is_said(tmp_path: Path) -> None:
+def test_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"nowhere does not exist; expected a file, a folder or a glob"):
         detect_format(tmp_path / "nowhere")
 
 
-def test_an_object_store_is_walked_like_a_disk() -> None:
+def test_folder_walks_an_object_store_like_a_disk() -> None:
     import fsspec
 
     store = fsspec.filesystem("memory")

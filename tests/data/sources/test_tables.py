@@ -10,14 +10,14 @@ from captionlib.data.sources.rows import ManifestRow
 from captionlib.errors import ConfigError, DatasetError
 from tests.data.sources.helpers import read
 
-Essence = list[tuple[str, str, str, tuple[str, ...]]]
+Values = list[tuple[str, str, str, tuple[str, ...]]]
 
 
-def essence(rows: list[ManifestRow]) -> Essence:
+def to_values(rows: list[ManifestRow]) -> Values:
     return [(row.image_id, row.uri, row.split, row.captions) for row in rows]
 
 
-EXPECTED: Essence = [
+EXPECTED: Values = [
     ("1", "https://example.org/a.jpg", "train", ("a dog", "two, dogs")),
     ("2", "https://example.org/b.jpg", "val", ("a cat",)),
 ]
@@ -43,34 +43,34 @@ def write_table(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", [".csv", ".tsv", ".csv.gz", ".jsonl", ".parquet"])
-def test_every_kind_of_table_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
+def test_every_table_format_yields_the_same_rows(tmp_path: Path, kind: str) -> None:
     rows, skipped = read(write_table(tmp_path, kind))
-    assert essence(rows) == EXPECTED
+    assert to_values(rows) == EXPECTED
     assert not skipped
 
 
-def test_columns_are_named_where_they_are_unusual(tmp_path: Path) -> None:
+def test_options_name_unconventional_columns(tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
     path.write_text("nr,where,alt,more,part\n7,x/a.jpg,one,two,dev\n")
-    with pytest.raises(ConfigError, match=r"no column for the images' uris; .* got the columns nr, where, alt"):
+    with pytest.raises(ConfigError, match=r"no column for the image uris; .* got the columns nr, where, alt"):
         read(path)
     names = {"id_column": "nr", "uri_column": "where", "caption_columns": ("alt", "more"), "split_column": "part"}
-    assert essence(read(path, **names)[0]) == [("7", f"{tmp_path}/x/a.jpg", "dev", ("one", "two"))]
-    with pytest.raises(ConfigError, match=r"no column 'alternative'; it has the columns nr"):
+    assert to_values(read(path, **names)[0]) == [("7", f"{tmp_path}/x/a.jpg", "dev", ("one", "two"))]
+    with pytest.raises(ConfigError, match=r"column 'alternative' not found; the table has the columns nr"):
         read(path, uri_column="where", caption_columns=("alternative",))
 
 
-def test_without_an_id_column_the_id_is_the_uri(tmp_path: Path) -> None:
+def test_uri_is_the_id_without_an_id_column(tmp_path: Path) -> None:
     path = tmp_path / "list.csv"
     path.write_text("path\na.jpg\nb.jpg\n")
     assert [(row.image_id, row.uri) for row in read(path)[0]] == [
         ("a.jpg", f"{tmp_path}/a.jpg"),
         ("b.jpg", f"{tmp_path}/b.jpg"),
     ]
-    assert read(path, image_root="memory://photos/all")[0][1].uri == "memory://photos/all/b.jpg"
+    assert read(path, image_root="memory://images/all")[0][1].uri == "memory://images/all/b.jpg"
 
 
-def test_an_image_in_two_splits_is_an_error_that_names_both_rows(tmp_path: Path) -> None:
+def test_image_in_two_splits_is_an_error_naming_both_rows(tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
     path.write_text("id,url,split,caption\n1,a.jpg,train,one\n1,a.jpg,val,two\n")
     with pytest.raises(DatasetError, match=r"image 1 is in split 'train' at .*line 2 and in 'val' at .*line 3"):
@@ -80,18 +80,22 @@ def test_an_image_in_two_splits_is_an_error_that_names_both_rows(tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "id,url\n1,a.jpg,surplus\n", r"line 2: expected 2 cells, got 3; a cell that holds the delimiter"),
+        (
+            "a.csv",
+            "id,url\n1,a.jpg,surplus\n",
+            r"line 2: expected 2 cells, got 3; quote cells that contain the delimiter",
+        ),
         ("a.csv", 'id,url\n1,"a.jpg\n', r"line \d: .*; check its quotes"),
         ("a.csv", b"id,url\n1,\xff.jpg\n", r"not UTF-8"),
-        ("a.jsonl", '{"url": "a.jpg"}\n{"url": \n', r"line 2, column \d+: not JSON: .*expected one object a line"),
-        ("a.jsonl", '{"url": "a.jpg"}\n[1]\n', r"line 2: expected one JSON object a line, got \[1\]"),
-        ("a.jsonl", '{"url": 1.5}\n', r"line 1, column url: expected text or a whole number, got float 1\.5"),
+        ("a.jsonl", '{"url": "a.jpg"}\n{"url": \n', r"line 2, column \d+: not JSON: .*expected one object per line"),
+        ("a.jsonl", '{"url": "a.jpg"}\n[1]\n', r"line 2: expected one JSON object per line, got \[1\]"),
+        ("a.jsonl", '{"url": 1.5}\n', r"line 1, column url: expected text or an integer, got float 1\.5"),
         ("a.jsonl", '{"url": "a", "caption": 3}\n', r"line 1: expected captions as text or a list of texts, got int 3"),
         ("a.parquet", "PAR1 no more", r"is not Parquet, or is damaged"),
         ("a.csv.gz", b"\x1f\x8b\x08\x00broken", r"cannot be read"),
     ],
 )
-def test_a_damaged_table_is_an_error_that_says_where(
+def test_damaged_table_is_an_error_naming_the_line(
     tmp_path: Path, name: str, content: str | bytes, message: str
 ) -> None:
     path = tmp_path / name

@@ -7,16 +7,17 @@ import torch
 from captionlib.data.text.vocabulary import END, PAD
 from captionlib.errors import CheckpointError, ConfigError, DatasetError
 from captionlib.models.captioners.attention import Attention
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, pad_sentences
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.decoding.incremental import IncrementalCaptioner
 
 SHAPES = [
     CaptionerConfig(cell, layers, hidden_size=6, embedding_size=5, image_input=image_input, attention_size=3)
     for cell, layers, image_input in (
-        ("lstm", 1, "tick"),
-        ("lstm", 2, "state"),
-        ("rnn", 1, "first"),
-        ("rnn", 2, "every"),
+        ("lstm", 1, "initial_input"),
+        ("lstm", 2, "initial_state"),
+        ("rnn", 1, "first_step"),
+        ("rnn", 2, "every_step"),
     )
 ]
 SENTENCES = [[4, 2, 3], [], [2], [3, 3, 3, 3, 2], [4]]
@@ -36,7 +37,7 @@ def build(config: CaptionerConfig) -> Captioner:
 
 def test_a_look_by_hand() -> None:
     attention = Attention(channels=1, size=1, hidden_size=1, gates=1, dropout=0.5).eval()
-    attention.set_standardization(torch.tensor([1.0]), torch.tensor([2.0]))
+    attention.standardization.set_statistics(torch.tensor([1.0]), torch.tensor([2.0]))
     with torch.no_grad():
         attention.region.weight.fill_(3)
         attention.region.bias.fill_(1)

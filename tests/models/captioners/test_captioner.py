@@ -7,14 +7,15 @@ from torch import Tensor
 
 from captionlib.data.text.vocabulary import PAD
 from captionlib.errors import ConfigError
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, TokenScores, pad_sentences
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, TokenLogProbs
+from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.captioners.recurrence import recur, recur_fused
 
 SHAPES = [
     CaptionerConfig(cell=cell, layers=layers, hidden_size=6, embedding_size=5, image_input=image_input)
     for cell in ("lstm", "rnn")
     for layers in (1, 2)
-    for image_input in ("tick", "first", "every", "state")
+    for image_input in ("initial_input", "first_step", "every_step", "initial_state")
 ]
 SENTENCES = [[4, 2, 3], [], [2], [3, 3, 3, 3, 2], [4]]
 FEATURES = torch.linspace(-2, 2, 12).view(3, 4)
@@ -39,12 +40,12 @@ def set_weights(model: Captioner, **weights: list[float] | list[list[float]]) ->
             model.get_parameter(name.replace("__", ".")).copy_(torch.tensor(values))
 
 
-def sentence_log_probs(scores: TokenScores, sentences: int) -> Tensor:
+def sentence_log_probs(scores: TokenLogProbs, sentences: int) -> Tensor:
     return torch.zeros(sentences).index_add(0, scores.sentences, scores.log_probs)
 
 
 def test_two_ticks_of_the_rnn_by_hand() -> None:
-    config = CaptionerConfig(cell="rnn", hidden_size=2, embedding_size=2, image_input="first")
+    config = CaptionerConfig(cell="rnn", hidden_size=2, embedding_size=2, image_input="first_step")
     model = build(config, feature_size=1, vocabulary_size=3)
     set_weights(
         model,
@@ -55,7 +56,7 @@ def test_two_ticks_of_the_rnn_by_hand() -> None:
         recurrence__bias_ih_l0=[0, -1],
         output__weight=[[0, 1], [0, 0], [1, 0]],
     )
-    model.set_standardization(torch.tensor([1.0]), torch.tensor([2.0]))
+    model.standardization.set_statistics(torch.tensor([1.0]), torch.tensor([2.0]))
     # v = (3 - 1) / 2 = 1, so the image is (1, 0)
     # h = max(0, Wxh (START + image) + b)        = max(0, (2, 0) + (0, -1))           = (2, 0), logits (0, 0, 2)
     # h = max(0, Wxh word + Whh (2, 0) + b)      = max(0, (0, 2) + (0, 2) + (0, -1))  = (0, 3), logits (3, 0, 0)
@@ -65,7 +66,7 @@ def test_two_ticks_of_the_rnn_by_hand() -> None:
 
 
 def test_two_ticks_of_the_lstm_by_hand() -> None:
-    config = CaptionerConfig(cell="lstm", hidden_size=1, embedding_size=1, image_input="tick")
+    config = CaptionerConfig(cell="lstm", hidden_size=1, embedding_size=1, image_input="initial_input")
     model = build(config, feature_size=1, vocabulary_size=2)
     set_weights(
         model,
@@ -140,24 +141,24 @@ def test_dropout_works_in_training_alone() -> None:
 def test_standardised_features_do_not_depend_on_their_scale() -> None:
     model = build(CaptionerConfig(hidden_size=6, embedding_size=5))
     captions = pad_sentences(SENTENCES)
-    model.set_standardization(FEATURES.mean(0), FEATURES.std(0))
+    model.standardization.set_statistics(FEATURES.mean(0), FEATURES.std(0))
     before = model(FEATURES, captions, IMAGE_OF_SENTENCE).log_probs
     scaled = FEATURES * torch.tensor([2.0, 3.0, 100.0, 0.01]) + 7
-    model.set_standardization(scaled.mean(0), scaled.std(0))
+    model.standardization.set_statistics(scaled.mean(0), scaled.std(0))
     torch.testing.assert_close(model(scaled, captions, IMAGE_OF_SENTENCE).log_probs, before)
 
 
 def test_a_power_evens_out_strong_features_and_keeps_their_sign() -> None:
     model = build(CaptionerConfig(hidden_size=6, embedding_size=5, feature_power=0.5))
-    assert model.standardize(torch.tensor([[4.0, -9.0, 0.0, 1.0]])).tolist() == [[2, -3, 0, 1]]
-    model.set_standardization(torch.full((4,), 1.0), torch.full((4,), 2.0))
-    assert model.standardize(torch.tensor([[9.0, 1.0, 0.0, 4.0]])).tolist() == [[1, 0, -0.5, 0.5]]
+    assert model.transform_features(torch.tensor([[4.0, -9.0, 0.0, 1.0]])).tolist() == [[2, -3, 0, 1]]
+    model.standardization.set_statistics(torch.full((4,), 1.0), torch.full((4,), 2.0))
+    assert model.transform_features(torch.tensor([[9.0, 1.0, 0.0, 4.0]])).tolist() == [[1, 0, -0.5, 0.5]]
 
 
 def test_features_of_zero_pass_finite_gradients_on_whatever_the_power() -> None:
     model = build(CaptionerConfig(hidden_size=6, embedding_size=5, feature_power=0.5))
     features = torch.tensor([[0.0, 4.0, -4.0]], requires_grad=True)
-    model.raise_to_power(features).sum().backward()
+    model.power_normalize(features).sum().backward()
     assert features.grad is not None
     assert features.grad.tolist() == [[0.0, 0.25, 0.25]]  # 0.5 |x|^-0.5
 
@@ -168,21 +169,21 @@ def test_principal_components_are_uncorrelated_and_of_deviation_one() -> None:
         torch.tensor([9.0, 1, 0.1, 0])
     )
     sample += torch.tensor([5.0, -2.0, 0.3, 8.0])
-    model.set_components(sample)
-    seen = model.standardize(sample)
+    model.set_principal_components(sample)
+    seen = model.transform_features(sample)
     torch.testing.assert_close(seen.t() @ seen / len(seen), torch.eye(3), atol=1e-3, rtol=0)
     torch.testing.assert_close(seen.mean(0), torch.zeros(3), atol=1e-4, rtol=0)
 
 
 def test_fewer_images_than_components_leave_the_rest_blind() -> None:
     model = build(CaptionerConfig(hidden_size=6, embedding_size=5, principal_components=4))
-    model.set_components(FEATURES[:2])
-    assert model.standardize(FEATURES)[:, 1:].abs().max() == 0
+    model.set_principal_components(FEATURES[:2])
+    assert model.transform_features(FEATURES)[:, 1:].abs().max() == 0
 
 
 def test_a_constant_feature_becomes_zero() -> None:
     model = build(CaptionerConfig(hidden_size=6, embedding_size=5))
-    model.set_standardization(torch.full((4,), 5.0), torch.zeros(4))
+    model.standardization.set_statistics(torch.full((4,), 5.0), torch.zeros(4))
     projected = model.encode_images(torch.full((1, 4), 5.0))
     assert torch.equal(projected.image[0], model.image_projection.bias)
 
@@ -205,9 +206,9 @@ def test_tied_word_vectors_are_the_weights_of_the_softmax() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": 0}, "layers must be at least 1, got 0"),
-        ({"feature_power": 0.0}, "feature_power must be above 0 and at most 1, got 0.0"),
-        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+        ({"layers": 0}, "layers: Input should be greater than 0, got 0"),
+        ({"feature_power": 0.0}, "feature_power: Input should be greater than 0, got 0.0"),
+        ({"dropout": 1.0}, "dropout: Input should be less than 1, got 1.0"),
         ({"embedding_size": 300, "tie_embeddings": True}, "embedding_size = hidden_size, got 300 and 512"),
     ],
 )

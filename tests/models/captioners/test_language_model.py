@@ -9,17 +9,17 @@ import torch
 from captionlib.data.text.corpora import TextLayout
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, pad_sentences
-from captionlib.models.captioners.language_model import (
-    LanguageModelConfig,
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.language_model import LanguageModelConfig, build_language_model
+from captionlib.models.captioners.packed_sequences import pad_sentences
+from captionlib.models.checkpoints.checkpoint import (
     LoadedLanguageModel,
-    build_language_model,
+    load_captioner,
     load_language_model,
-    sample_texts,
     save_language_model,
 )
-from captionlib.models.checkpoints.captioners import load_captioner
-from captionlib.models.decoding.decoder import DecodingConfig
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.text_sampling import sample_texts
 
 WORDS = Vocabulary.from_captions(["a dog runs far", "a cat runs away"], min_count=1)
 CHARACTERS = Vocabulary.from_captions(["a dog runs far, far away\n"], min_count=1, level="characters")
@@ -54,12 +54,12 @@ def score(model: Captioner, sentences: list[list[int]]) -> torch.Tensor:
 def test_it_is_a_captioner_whose_image_adds_nothing(cell: Any, tied: bool) -> None:
     config = LanguageModelConfig(cell, layers=2, hidden_size=5, embedding_size=5, tie_embeddings=tied)
     model = build(config, spread=0.8)
-    captioner = Captioner(replace(config.captioner(), image_input="first"), 3, len(WORDS)).eval()
+    captioner = Captioner(replace(config.captioner(), image_input="first_step"), 3, len(WORDS)).eval()
     unexpected = captioner.load_state_dict(
         model.state_dict()
         | {
-            "feature_mean": torch.zeros(3),
-            "feature_std": torch.ones(3),
+            "standardization.mean": torch.zeros(3),
+            "standardization.std": torch.ones(3),
             "image_projection.weight": torch.zeros(5, 3),
             "image_projection.bias": torch.zeros(5),
         }
@@ -74,7 +74,7 @@ def test_it_is_a_captioner_whose_image_adds_nothing(cell: Any, tied: bool) -> No
 def test_features_and_a_model_without_an_image_do_not_go_together() -> None:
     with pytest.raises(ConfigError, match="image_input none goes with no features, got none and 3"):
         Captioner(CONFIG.captioner(), 3, 9)
-    with pytest.raises(ConfigError, match="image_input none goes with no features, got tick and 0"):
+    with pytest.raises(ConfigError, match="image_input none goes with no features, got initial_input and 0"):
         Captioner(CaptionerConfig(), 0, 9)
     with pytest.raises(ConfigError, match="embedding_size = hidden_size, got 5 and 6"):
         replace(CONFIG, tie_embeddings=True)
@@ -97,7 +97,7 @@ def test_a_language_model_is_no_captioner(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_of_another_size_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="expected a vocabulary of 8 classes, got one of"):
+    with pytest.raises(CheckpointError, match="expected a vocabulary of 8 tokens, got one of"):
         save_language_model(tmp_path, build(), CONFIG, CHARACTERS, "sentences", provenance={}, training={})
 
 
@@ -130,7 +130,7 @@ def test_running_text_is_as_long_as_it_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_prefix_that_was_never_seen_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="words that the model has learned, got 'zebra'"):
+    with pytest.raises(ConfigError, match="words of the model's vocabulary, got 'zebra'"):
         sample_texts(load(tmp_path / "words"), SAMPLE, 1, prefix="a zebra runs")
-    with pytest.raises(ConfigError, match="characters that the model has learned, got 'A', '!'"):
+    with pytest.raises(ConfigError, match="characters of the model's vocabulary, got 'A', '!'"):
         sample_texts(load(tmp_path / "characters", CHARACTERS), SAMPLE, 1, prefix="A far!")

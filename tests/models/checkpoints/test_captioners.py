@@ -11,7 +11,7 @@ from captionlib.data.shards.markers import compute_fingerprint
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
-from captionlib.models.checkpoints.captioners import load_captioner, save_captioner
+from captionlib.models.checkpoints.checkpoint import load_captioner, save_captioner
 from captionlib.models.checkpoints.folder import read_checkpoint, write_checkpoint
 from captionlib.storage.folders import Folder
 
@@ -25,7 +25,7 @@ CAPTIONS = torch.tensor([[2, 3], [4, 5]])
 def build(config: CaptionerConfig = CONFIG, seed: int = 0) -> Captioner:
     torch.manual_seed(seed)
     model = Captioner(config, feature_size=3, vocabulary_size=len(VOCABULARY)).eval()
-    model.set_standardization(FEATURES.mean(0), FEATURES.std(0))
+    model.standardization.set_statistics(FEATURES.mean(0), FEATURES.std(0))
     return model
 
 
@@ -102,7 +102,7 @@ def test_features_of_another_encoder_are_refused_by_field(folder: Path) -> None:
 
 
 def test_a_vocabulary_of_another_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="vocabulary of 7 classes, got one of 4"):
+    with pytest.raises(CheckpointError, match="vocabulary of 7 tokens, got one of 4"):
         save(tmp_path, build(), vocabulary=Vocabulary.from_captions(["a dog"], min_count=1))
 
 
@@ -140,7 +140,7 @@ def mix_with_another(folder: Path) -> None:
         (mix_with_another, "expected model.safetensors of SHA-256"),
         (lambda folder: edit_config(folder, encoder={"model": "vgg19"}), "not what its fingerprint was taken of"),
         (lambda folder: edit_config(folder, kind="ranker"), "kind captioner, got ranker"),
-        (lambda folder: edit_config(folder, format_version=99), "expected format version 1, got 99"),
+        (lambda folder: edit_config(folder, format_version=99), "expected format version 2, got 99"),
     ],
 )
 def test_what_is_no_whole_checkpoint_is_refused(spoil: Any, message: str, folder: Path) -> None:

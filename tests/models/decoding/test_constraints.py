@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from captionlib.data.text.vocabulary import END, Vocabulary
 from captionlib.errors import ConfigError
 from captionlib.models.captioners.captioner import CaptionerConfig
-from captionlib.models.decoding.decoder import Candidate, Decoder, DecodingConfig
+from captionlib.models.decoding.candidate import Candidate
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.decoder import Decoder
 from tests.models.tiny_captioners import CONFIGS, build, configs, features, seeds, teacher_forced
 
 VOCABULARY = Vocabulary(("a", "dog", "runs", "it", "'s", "far", "away"), (1,) * 7, unknown_count=1, sentences=1)
@@ -31,8 +33,8 @@ def test_no_ngram_comes_twice(config: CaptionerConfig, seed: int, way: dict[str,
     model, images = build(config, seed), features(4, seed)
     with torch.no_grad():
         model.output.bias[END] -= 3  # long sentences, which repeat themselves
-    bound = Decoder(model, DecodingConfig(**way, no_repeat_ngram=n)).decode(images)
-    assert not any(repeats(candidate.words, n) for image in bound for candidate in image)
+    bound = Decoder(model, DecodingConfig(**way, no_repeat_ngram_size=n)).decode(images)
+    assert not any(repeats(candidate.token_ids, n) for image in bound for candidate in image)
 
 
 @settings(max_examples=20, deadline=None)
@@ -40,7 +42,7 @@ def test_no_ngram_comes_twice(config: CaptionerConfig, seed: int, way: dict[str,
 def test_no_sentence_is_too_short(config: CaptionerConfig, seed: int, way: dict[str, Any], min_words: int) -> None:
     decoding = DecodingConfig(**way, min_words=min_words, max_tokens=6)
     for image in Decoder(build(config, seed), decoding).decode(features(4, seed)):
-        assert all(len(candidate.words) >= min_words for candidate in image)
+        assert all(len(candidate.token_ids) >= min_words for candidate in image)
 
 
 @settings(max_examples=20, deadline=None)
@@ -52,7 +54,7 @@ def test_forbidden_words_are_not_written(config: CaptionerConfig, seed: int, way
         word
         for image in Decoder(model, decoding, vocabulary=VOCABULARY).decode(images)
         for candidate in image
-        for word in candidate.words
+        for word in candidate.token_ids
     }
     assert not written & set(VOCABULARY.encode_tokens(["dog", "runs", "'s"]))
 
@@ -64,28 +66,28 @@ def test_a_beam_as_wide_as_the_space_finds_the_best_that_is_allowed(config: Capt
     words = [2, 4]  # 3 is forbidden
     vocabulary = Vocabulary(("a", "dog", "runs"), (1, 1, 1), unknown_count=1, sentences=1)
     decoding = DecodingConfig(
-        beam_width=31, n_best=31, max_tokens=4, min_words=2, no_repeat_ngram=2, forbidden_words=("dog",)
+        beam_width=31, n_best=31, max_tokens=4, min_words=2, no_repeat_ngram_size=2, forbidden_words=("dog",)
     )
     allowed = [
-        Candidate(list(sentence), 0.0, tokens=min(length + 1, 4))
+        Candidate(list(sentence), 0.0, token_count=min(length + 1, 4))
         for length in (2, 3, 4)
         for sentence in itertools.product(words, repeat=length)
         if not repeats(list(sentence), 2)
     ]
     for image, candidates in zip(images, Decoder(model, decoding, vocabulary=vocabulary).decode(images), strict=True):
         log_probs = teacher_forced(model, image, allowed)
-        scores = [log_prob / one.tokens**0.7 for log_prob, one in zip(log_probs, allowed, strict=True)]
+        scores = [log_prob / one.token_count**0.7 for log_prob, one in zip(log_probs, allowed, strict=True)]
         order = sorted(range(len(allowed)), key=scores.__getitem__, reverse=True)
-        assert [candidate.words for candidate in candidates] == [allowed[number].words for number in order]
+        assert [candidate.token_ids for candidate in candidates] == [allowed[number].token_ids for number in order]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_a_sentence_that_may_neither_go_on_nor_end_ends(way: dict[str, Any]) -> None:
     model = build(CONFIGS[0], seed=0, vocabulary_size=4)
-    decoding = DecodingConfig(**way, min_words=5, no_repeat_ngram=1)
+    decoding = DecodingConfig(**way, min_words=5, no_repeat_ngram_size=1)
     for image in Decoder(model, decoding).decode(features(3, 0)):
-        assert {tuple(candidate.words) for candidate in image} <= {(2, 3), (3, 2)}
-        assert all(candidate.tokens == 3 for candidate in image)
+        assert {tuple(candidate.token_ids) for candidate in image} <= {(2, 3), (3, 2)}
+        assert all(candidate.token_count == 3 for candidate in image)
 
 
 def test_words_that_cannot_be_forbidden_are_refused() -> None:

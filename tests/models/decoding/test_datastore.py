@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -5,8 +7,10 @@ import torch
 
 from captionlib.errors import ConfigError
 from captionlib.models.captioners.captioner import CaptionerConfig
+from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.datastore import Datastore
-from captionlib.models.decoding.decoder import Decoder, DecodingConfig
+from captionlib.models.decoding.decoder import Decoder
+from captionlib.models.decoding.rerank import RerankConfig
 from tests.models.tiny_captioners import CONFIGS, build, features
 
 WORDS = pa.list_(pa.list_(pa.int32()))
@@ -21,35 +25,35 @@ FOUR = memory([[1, 0], [0, 1], [-1, 0], [0, -1]], [[[2]], [[3], [4]], [[5]], [[6
 
 
 def test_the_most_alike_count_most_whatever_the_number_of_their_sentences() -> None:
-    (said,) = FOUR.near(np.array([[1, 0.9]], np.float32), 2)
+    (said,) = FOUR.find_neighbors(np.array([[1, 0.9]], np.float32), 2)
     of_first = 1 / (1 + np.exp(-(1 - 0.9) / np.hypot(1, 0.9) / 0.06))  # of the softmax of two cosines
-    by_sentence = dict(zip(map(tuple, said.sentences), said.weights, strict=True))
+    by_sentence = dict(zip(map(tuple, said.references), said.weights, strict=True))
     assert by_sentence == pytest.approx({(2,): of_first, (3,): (1 - of_first) / 2, (4,): (1 - of_first) / 2})
 
 
 def test_an_image_is_no_neighbour_of_its_own() -> None:
     image = np.array([[1, 0]], np.float32)
-    assert FOUR.near(image, 1)[0].sentences == [[2]]
-    assert FOUR.near(image, 1, ["another"])[0].sentences == [[2]]
-    assert FOUR.near(image, 1, ["image 0"])[0].sentences in ([[3], [4]], [[6]])
+    assert FOUR.find_neighbors(image, 1)[0].references == [[2]]
+    assert FOUR.find_neighbors(image, 1, ["another"])[0].references == [[2]]
+    assert FOUR.find_neighbors(image, 1, ["image 0"])[0].references in ([[3], [4]], [[6]])
 
 
 def test_there_are_no_more_neighbours_than_images() -> None:
-    (said,) = FOUR.near(np.array([[1, 0]], np.float32), 9)
-    assert sorted(said.sentences) == [[2], [3], [4], [5], [6]]
+    (said,) = FOUR.find_neighbors(np.array([[1, 0]], np.float32), 9)
+    assert sorted(said.references) == [[2], [3], [4], [5], [6]]
     assert said.weights.sum() == pytest.approx(1)
 
 
 def test_numbers_are_compared_by_how_they_vary() -> None:
     # The first number is large and hardly varies; only by the second are the images told apart.
     some = memory([[1000, 1], [1001, 1], [1000, -1], [1001, -1]], [[[2]], [[3]], [[4]], [[5]]])
-    (said,) = some.near(np.array([[1000.5, 2]], np.float32), 2)
-    assert sorted(said.sentences) == [[2], [3]]
+    (said,) = some.find_neighbors(np.array([[1000.5, 2]], np.float32), 2)
+    assert sorted(said.references) == [[2], [3]]
 
 
 def test_a_number_that_never_varies_and_an_image_like_none_do_no_harm() -> None:
     some = memory([[1, 5], [-1, 5]], [[[2]], [[3]]])
-    for said in some.near(np.array([[0, 5], [1, 5]], np.float32), 2):
+    for said in some.find_neighbors(np.array([[0, 5], [1, 5]], np.float32), 2):
         assert np.isfinite(said.weights).all()
 
 
@@ -60,17 +64,19 @@ def test_batch_mates_change_no_choice_and_neighbours_do(config: CaptionerConfig)
         vectors = model.encode_images(features(20, seed=4)).vector.numpy()
     sentences = [[[2 + number % 7, 2 + number % 5, 2 + number % 3]] for number in range(20)]
     remembered = Datastore([str(number) for number in range(20)], vectors, pa.array(sentences, WORDS), "its own")
-    decoding = DecodingConfig(beam_width=8, n_best=8, consensus=5.0, neighbors=4, max_tokens=6)
-    decoder = Decoder(model, decoding, memory=remembered)
+    decoding = DecodingConfig(
+        beam_width=8, n_best=8, rerank=RerankConfig("mbr", temperature=5.0, neighbors=4), max_tokens=6
+    )
+    decoder = Decoder(model, decoding, datastore=remembered)
     together = decoder.decode(images)
     alone = [decoder.decode(image[None])[0] for image in images]
-    assert [[one.words for one in some] for some in together] == [[one.words for one in some] for some in alone]
-    without = Decoder(model, DecodingConfig(beam_width=8, n_best=8, consensus=5.0, max_tokens=6)).decode(images)
+    assert [[one.token_ids for one in some] for some in together] == [[one.token_ids for one in some] for some in alone]
+    without = Decoder(model, replace(decoding, rerank=RerankConfig("mbr", temperature=5.0))).decode(images)
     assert together != without
     for some, others in zip(together, without, strict=True):
-        assert sorted(one.words for one in some) == sorted(one.words for one in others)
+        assert sorted(one.token_ids for one in some) == sorted(one.token_ids for one in others)
 
 
 def test_neighbours_need_a_memory() -> None:
     with pytest.raises(ConfigError, match="neighbors 4 are for a captioner that remembers"):
-        Decoder(build(CONFIGS[0], seed=0), DecodingConfig(consensus=5.0, neighbors=4))
+        Decoder(build(CONFIGS[0], seed=0), DecodingConfig(rerank=RerankConfig("mbr", neighbors=4)))

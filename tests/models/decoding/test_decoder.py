@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from captionlib.data.text.vocabulary import END, UNKNOWN
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.captioners.captioner import CaptionerConfig
-from captionlib.models.decoding.decoder import Candidate, Decoder, DecodingConfig
+from captionlib.models.decoding.candidate import Candidate
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.decoder import Decoder
 from captionlib.models.decoding.incremental import IncrementalCaptioner
 from tests.models.tiny_captioners import CONFIGS, FEATURE_SIZE, build, configs, features, seeds, teacher_forced
 
@@ -27,8 +29,8 @@ def test_a_beam_of_one_is_greedy(config: CaptionerConfig, seed: int) -> None:
         while len(words) == 1 or (words[-1] != END and len(words) <= 6):
             log_probs, state = incremental.step(state, torch.tensor(words[-1:]))
             words.append(max(set(range(9)) - {UNKNOWN}, key=log_probs[0].tolist().__getitem__))
-        assert [candidate.words for candidate in candidates] == [[word for word in words if word != END]]
-        assert candidates[0].tokens == len(words) - 1
+        assert [candidate.token_ids for candidate in candidates] == [[word for word in words if word != END]]
+        assert candidates[0].token_count == len(words) - 1
 
 
 @settings(max_examples=8, deadline=None)
@@ -39,15 +41,15 @@ def test_a_beam_as_wide_as_the_space_finds_what_trying_everything_finds(
     model, images = build(config, seed, vocabulary_size=4), features(2, seed)
     words = [2, 3]  # all but END and UNKNOWN
     sentences = [list(sentence) for length in range(4) for sentence in itertools.product(words, repeat=length)]
-    everything = [Candidate(sentence, 0.0, tokens=min(len(sentence) + 1, 3)) for sentence in sentences]
+    everything = [Candidate(sentence, 0.0, token_count=min(len(sentence) + 1, 3)) for sentence in sentences]
     decoding = DecodingConfig(beam_width=15, n_best=15, max_tokens=3, length_penalty=exponent)
     for image, candidates in zip(images, Decoder(model, decoding).decode(images), strict=True):
         log_probs = teacher_forced(model, image, everything)
         scores = [
-            log_prob / sentence.tokens**exponent for log_prob, sentence in zip(log_probs, everything, strict=True)
+            log_prob / sentence.token_count**exponent for log_prob, sentence in zip(log_probs, everything, strict=True)
         ]
         order = sorted(range(15), key=lambda number: scores[number], reverse=True)
-        assert [candidate.words for candidate in candidates] == [everything[number].words for number in order]
+        assert [candidate.token_ids for candidate in candidates] == [everything[number].token_ids for number in order]
         expected = [log_probs[number] for number in order]
         assert [candidate.log_prob for candidate in candidates] == pytest.approx(expected, rel=1e-5, abs=1e-4)
 
@@ -55,12 +57,12 @@ def test_a_beam_as_wide_as_the_space_finds_what_trying_everything_finds(
 STRATEGIES = [
     {"beam_width": 1},
     {"beam_width": 4, "n_best": 1},
-    {"beam_width": 5, "n_best": 5, "no_repeat_ngram": 1},
-    {"beam_width": 4, "n_best": 4, "no_repeat_ngram": 2, "min_words": 2},
+    {"beam_width": 5, "n_best": 5, "no_repeat_ngram_size": 1},
+    {"beam_width": 4, "n_best": 4, "no_repeat_ngram_size": 2, "min_words": 2},
     {"beam_width": 6, "n_best": 6, "beam_groups": 3},
-    {"beam_width": 4, "n_best": 2, "beam_groups": 4, "diversity": 2.0, "min_words": 3},
+    {"beam_width": 4, "n_best": 2, "beam_groups": 4, "diversity_penalty": 2.0, "min_words": 3},
     {"strategy": "sample"},
-    {"strategy": "sample", "n_best": 5, "temperature": 1.7, "no_repeat_ngram": 2},
+    {"strategy": "sample", "n_best": 5, "temperature": 1.7, "no_repeat_ngram_size": 2},
     {"strategy": "sample", "n_best": 3, "top_k": 3, "top_p": 0.8, "min_words": 2},
 ]
 strategies = st.sampled_from(STRATEGIES)
@@ -75,15 +77,15 @@ def test_candidates_are_whole_distinct_and_scored_as_the_model_scores_them(
     decoding = DecodingConfig(**strategy, max_tokens=max_tokens)
     for image, candidates in zip(images, Decoder(model, decoding).decode(images), strict=True):
         assert 1 <= len(candidates) <= decoding.n_best
-        assert len({tuple(candidate.words) for candidate in candidates}) == len(candidates)
-        scores = [candidate.log_prob / candidate.tokens**0.7 for candidate in candidates]
+        assert len({tuple(candidate.token_ids) for candidate in candidates}) == len(candidates)
+        scores = [candidate.log_prob / candidate.token_count**0.7 for candidate in candidates]
         assert scores == sorted(scores, reverse=True)
         expected = teacher_forced(model, image, candidates)
         assert [candidate.log_prob for candidate in candidates] == pytest.approx(expected, rel=1e-5, abs=1e-4)
         for candidate in candidates:
-            assert not {END, UNKNOWN} & set(candidate.words)
-            cut_off = len(candidate.words) == max_tokens
-            assert candidate.tokens == len(candidate.words) + (not cut_off) <= max_tokens
+            assert not {END, UNKNOWN} & set(candidate.token_ids)
+            cut_off = len(candidate.token_ids) == max_tokens
+            assert candidate.token_count == len(candidate.token_ids) + (not cut_off) <= max_tokens
 
 
 @settings(max_examples=40, deadline=None)
@@ -93,7 +95,9 @@ def test_batch_mates_change_nothing(config: CaptionerConfig, seed: int, strategy
     decoder = Decoder(build(config, seed), DecodingConfig(**strategy, max_tokens=7))
     together = decoder.decode(images)
     alone = [decoder.decode(image[None])[0] for image in images]
-    assert [[c.words for c in candidates] for candidates in together] == [[c.words for c in image] for image in alone]
+    assert [[c.token_ids for c in candidates] for candidates in together] == [
+        [c.token_ids for c in image] for image in alone
+    ]
     for candidates, others in zip(together, alone, strict=True):
         assert [c.log_prob for c in candidates] == pytest.approx([c.log_prob for c in others], rel=1e-5, abs=1e-4)
 
@@ -106,7 +110,7 @@ def test_every_candidate_begins_with_the_prefix(
     model, images = build(config, seed), features(3, seed)
     decoding = DecodingConfig(**strategy, max_tokens=6)
     for image, candidates in zip(images, Decoder(model, decoding).decode(images, prefix=prefix), strict=True):
-        assert all(candidate.words[: len(prefix)] == prefix for candidate in candidates)
+        assert all(candidate.token_ids[: len(prefix)] == prefix for candidate in candidates)
         expected = teacher_forced(model, image, candidates)
         assert [candidate.log_prob for candidate in candidates] == pytest.approx(expected, rel=1e-5, abs=1e-4)
 
@@ -124,8 +128,8 @@ def test_asking_for_more_candidates_only_adds_to_the_list(config: CaptionerConfi
     all_five = Decoder(model, DecodingConfig(n_best=5)).decode(images)
     for n_best in (1, 3):
         fewer = Decoder(model, DecodingConfig(n_best=n_best)).decode(images)
-        assert [[c.words for c in image[:n_best]] for image in all_five] == [
-            [c.words for c in image] for image in fewer
+        assert [[c.token_ids for c in image[:n_best]] for image in all_five] == [
+            [c.token_ids for c in image] for image in fewer
         ]
 
 
@@ -134,8 +138,8 @@ def test_a_sentence_that_never_ends_is_cut_off() -> None:
     with torch.no_grad():
         model.output.bias[END] = -100
     candidates = Decoder(model, DecodingConfig(max_tokens=4)).decode(features(3, 0))
-    assert [len(image[0].words) for image in candidates] == [4, 4, 4]
-    assert [image[0].tokens for image in candidates] == [4, 4, 4]
+    assert [len(image[0].token_ids) for image in candidates] == [4, 4, 4]
+    assert [image[0].token_count for image in candidates] == [4, 4, 4]
 
 
 def test_a_sentence_without_words_is_a_sentence() -> None:
@@ -143,7 +147,7 @@ def test_a_sentence_without_words_is_a_sentence() -> None:
     with torch.no_grad():
         model.output.bias[END] = 100
     ((candidate,),) = Decoder(model).decode(features(1, 0))
-    assert (candidate.words, candidate.tokens) == ([], 1)
+    assert (candidate.token_ids, candidate.token_count) == ([], 1)
     assert candidate.log_prob == pytest.approx(0)
 
 
@@ -157,14 +161,14 @@ def test_length_normalisation_favours_longer_sentences() -> None:
     for exponent, words in ((0.0, 0), (2.0, 3)):  # ln 0.6 is the most likely, (3 ln 0.4 + ln 0.6) / 4^2 scores best
         decoding = DecodingConfig(beam_width=8, max_tokens=4, length_penalty=exponent)
         ((candidate,),) = Decoder(model, decoding).decode(image)
-        assert len(candidate.words) == words
+        assert len(candidate.token_ids) == words
         assert candidate.log_prob == pytest.approx(words * math.log(0.4) + math.log(0.6))
 
 
 def test_a_beam_wider_than_the_vocabulary_is_filled_as_far_as_it_goes() -> None:
     model = build(CONFIGS[2], seed=1, vocabulary_size=3)
     (candidates,) = Decoder(model, DecodingConfig(beam_width=50, n_best=50, max_tokens=3)).decode(features(1, 1))
-    assert sorted(candidate.words for candidate in candidates) == [[], [2], [2, 2], [2, 2, 2]]
+    assert sorted(candidate.token_ids for candidate in candidates) == [[], [2], [2, 2], [2, 2, 2]]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -172,7 +176,7 @@ def test_bfloat16_finds_sentences_of_nearly_the_probability_it_says(config: Capt
     model, images = build(config, seed=3), features(10, 3)
     for image, (candidate,) in zip(images, Decoder(model, dtype=torch.bfloat16).decode(images), strict=True):
         (expected,) = teacher_forced(model, image, [candidate])
-        assert candidate.log_prob == pytest.approx(expected, abs=0.02 * candidate.tokens)
+        assert candidate.log_prob == pytest.approx(expected, abs=0.02 * candidate.token_count)
 
 
 def test_arrays_are_taken_and_no_images_are_no_sentences() -> None:
@@ -192,17 +196,17 @@ def test_features_that_are_no_numbers_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"beam_width": 0}, "beam_width must be at least 1, got 0"),
-        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
-        ({"beam_width": 3, "n_best": 4}, "at most the beam's width 3, got 4"),
-        ({"length_penalty": -1.0}, "must not be negative, got -1.0"),
+        ({"beam_width": 0}, "beam_width: Input should be greater than 0, got 0"),
+        ({"max_tokens": 0}, "max_tokens: Input should be greater than 0, got 0"),
+        ({"beam_width": 3, "n_best": 4}, "at most beam_width 3, got 4"),
+        ({"length_penalty": -1.0}, "length_penalty: .* greater than or equal to 0, got -1.0"),
         ({"min_words": 21}, "min_words must be at most max_tokens 20, got 21"),
         ({"beam_width": 5, "beam_groups": 2}, "a beam_width that beam_groups divides, got 5 and 2"),
         ({"temperature": 0.5}, "temperature is for strategy sample, got strategy beam"),
         ({"strategy": "sample", "beam_groups": 5}, "beam_groups is for strategy beam, got strategy sample"),
-        ({"strategy": "sample", "temperature": 0.0}, "temperature must be above 0, got 0.0; greedy is beam_width 1"),
-        ({"strategy": "sample", "top_k": 0}, "top_k must be at least 1, got 0"),
-        ({"strategy": "sample", "top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+        ({"strategy": "sample", "temperature": 0.0}, "temperature: Input should be greater than 0, got 0.0"),
+        ({"strategy": "sample", "top_k": 0}, "top_k: Input should be greater than 0, got 0"),
+        ({"strategy": "sample", "top_p": 0.0}, "top_p: Input should be greater than 0, got 0.0"),
     ],
 )
 def test_decoding_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from captionlib.data.text.vocabulary import END, UNKNOWN
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
-from captionlib.models.decoding.decoder import Decoder, DecodingConfig
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.decoder import Decoder
 from captionlib.models.decoding.incremental import IncrementalCaptioner
 from tests.models.tiny_captioners import CONFIGS, build, configs, features, seeds
 
@@ -56,14 +57,14 @@ def test_it_finds_what_the_papers_algorithm_finds(
     model, images = build(config, seed), features(3, seed)
     beam_width = groups * width
     decoding = DecodingConfig(
-        beam_width=beam_width, n_best=beam_width, max_tokens=MAX_TOKENS, beam_groups=groups, diversity=diversity
+        beam_width=beam_width, n_best=beam_width, max_tokens=MAX_TOKENS, beam_groups=groups, diversity_penalty=diversity
     )
     for image, candidates in zip(images, Decoder(model, decoding).decode(images), strict=True):
         expected = {
             tuple(word for word in words if word != END): total
             for total, words in search_one_image(model, image, groups, width, diversity)
         }
-        found = {tuple(candidate.words): candidate.log_prob for candidate in candidates}
+        found = {tuple(candidate.token_ids): candidate.log_prob for candidate in candidates}
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
@@ -72,11 +73,11 @@ def test_it_finds_what_the_papers_algorithm_finds(
 def test_groups_that_cost_each_other_nothing_are_the_same_beam(config: CaptionerConfig, seed: int) -> None:
     model, images = build(config, seed), features(4, seed)
     narrow = Decoder(model, DecodingConfig(beam_width=2, n_best=2)).decode(images)
-    groups = Decoder(model, DecodingConfig(beam_width=6, n_best=6, beam_groups=3, diversity=0.0)).decode(images)
-    assert [[c.words for c in image] for image in groups] == [[c.words for c in image] for image in narrow]
+    groups = Decoder(model, DecodingConfig(beam_width=6, n_best=6, beam_groups=3, diversity_penalty=0.0)).decode(images)
+    assert [[c.token_ids for c in image] for image in groups] == [[c.token_ids for c in image] for image in narrow]
 
 
 def test_groups_that_cost_each_other_much_begin_differently() -> None:
-    decoding = DecodingConfig(beam_width=4, n_best=4, beam_groups=4, diversity=1000.0)
+    decoding = DecodingConfig(beam_width=4, n_best=4, beam_groups=4, diversity_penalty=1000.0)
     for image in Decoder(build(CONFIGS[0], seed=2), decoding).decode(features(5, 2)):
-        assert len({candidate.words[0] if candidate.words else END for candidate in image}) == 4
+        assert len({candidate.token_ids[0] if candidate.token_ids else END for candidate in image}) == 4

@@ -21,17 +21,17 @@ def build(config: CaptionerConfig) -> Captioner:
 
 @pytest.mark.parametrize("cell", ["lstm", "rnn"])
 @pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("image_input", ["tick", "first", "every", "state"])
+@pytest.mark.parametrize("image_input", ["initial_input", "first_step", "every_step", "initial_state"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 def test_steps_say_what_the_whole_sentence_says(
     cell: Literal["lstm", "rnn"],
     layers: int,
-    image_input: Literal["tick", "first", "every", "state"],
+    image_input: Literal["initial_input", "first_step", "every_step", "initial_state"],
     dtype: torch.dtype,
     tolerance: float,
 ) -> None:
     model = build(CaptionerConfig(cell, layers, hidden_size=6, embedding_size=5, image_input=image_input))
-    model.set_standardization(FEATURES.mean(0), FEATURES.std(0))
+    model.standardization.set_statistics(FEATURES.mean(0), FEATURES.std(0))
     words = torch.tensor([[2, 5, 3, 1], [4, 4, 2, 6], [3, 2, 6, 2]])
     scores = model(FEATURES, words, torch.arange(3))
     incremental = IncrementalCaptioner(model, dtype)
@@ -45,8 +45,10 @@ def test_steps_say_what_the_whole_sentence_says(
 
 
 @pytest.mark.parametrize("cell", ["lstm", "rnn"])
-@pytest.mark.parametrize("image_input", ["tick", "every"])
-def test_rows_can_be_chosen_and_repeated(cell: Literal["lstm", "rnn"], image_input: Literal["tick", "every"]) -> None:
+@pytest.mark.parametrize("image_input", ["initial_input", "every_step"])
+def test_rows_can_be_chosen_and_repeated(
+    cell: Literal["lstm", "rnn"], image_input: Literal["initial_input", "every_step"]
+) -> None:
     incremental = IncrementalCaptioner(
         build(CaptionerConfig(cell, 2, hidden_size=6, embedding_size=5, image_input=image_input))
     )

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
-from captionlib.models.decoding.decoder import Decoder, DecodingConfig
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.decoder import Decoder
 from tests.models.tiny_captioners import CONFIGS, FEATURE_SIZE, build, configs, features, seeds
 
 SAMPLE = DecodingConfig(strategy="sample")
@@ -28,7 +29,7 @@ def shares(model: Captioner, config: DecodingConfig) -> dict[int, float]:
     """How often each first word is drawn, for images that differ in their key alone."""
     keys = [str(number) for number in range(DRAWS)]
     drawn = Decoder(model, replace(config, max_tokens=1, min_words=1)).decode(torch.zeros(DRAWS, FEATURE_SIZE), keys)
-    counts = Counter(candidates[0].words[0] for candidates in drawn)
+    counts = Counter(candidates[0].token_ids[0] for candidates in drawn)
     return {word: count / DRAWS for word, count in sorted(counts.items())}
 
 
@@ -55,7 +56,7 @@ def test_words_are_drawn_as_often_as_they_are_likely(config: DecodingConfig, exp
 def test_log_prob_is_the_models_own_whatever_the_temperature() -> None:
     config = replace(SAMPLE, temperature=0.01, max_tokens=2)
     ((candidate,),) = Decoder(model_that_says(0.1, 0.1, 0.5, 0.3), config).decode(torch.zeros(1, FEATURE_SIZE))
-    assert candidate.words == [2, 2]
+    assert candidate.token_ids == [2, 2]
     assert candidate.log_prob == pytest.approx(2 * math.log(0.5))
 
 
@@ -65,7 +66,7 @@ def test_drawing_among_one_word_is_greedy(config: CaptionerConfig, seed: int) ->
     model, images = build(config, seed), features(4, seed)
     greedy = Decoder(model, DecodingConfig(beam_width=1)).decode(images)
     drawn = Decoder(model, replace(SAMPLE, top_k=1)).decode(images)
-    assert [[c.words for c in image] for image in drawn] == [[c.words for c in image] for image in greedy]
+    assert [[c.token_ids for c in image] for image in drawn] == [[c.token_ids for c in image] for image in greedy]
 
 
 def test_the_seed_decides() -> None:
@@ -78,11 +79,11 @@ def test_the_seed_decides() -> None:
 def test_what_is_drawn_goes_with_the_key_and_not_with_the_place() -> None:
     images = features(1, 1).expand(6, -1, -1)
     decoder = Decoder(build(CONFIGS[0], seed=1), replace(SAMPLE, temperature=2.0))
-    drawn = [image[0].words for image in decoder.decode(images, keys=["a", "b", "c", "d", "e", "f"])]
-    again = [image[0].words for image in decoder.decode(images, keys=["f", "b", "d", "c", "a", "e"])]
+    drawn = [image[0].token_ids for image in decoder.decode(images, keys=["a", "b", "c", "d", "e", "f"])]
+    again = [image[0].token_ids for image in decoder.decode(images, keys=["f", "b", "d", "c", "a", "e"])]
     assert again == [drawn[number] for number in (5, 1, 3, 2, 0, 4)]
     assert len(set(map(tuple, drawn))) > 1
-    without = [image[0].words for image in decoder.decode(images)]
+    without = [image[0].token_ids for image in decoder.decode(images)]
     assert without == [without[0]] * 6  # equal features, equal sentences
 
 
@@ -92,10 +93,10 @@ def test_drawing_more_sentences_keeps_the_first_ones() -> None:
     many = Decoder(model, replace(SAMPLE, n_best=6)).decode(images)
     assert all(len(candidates) > 1 for candidates in many)
     for (single,), candidates in zip(one, many, strict=True):
-        assert single.words in [candidate.words for candidate in candidates]
+        assert single.token_ids in [candidate.token_ids for candidate in candidates]
 
 
 def test_equal_sentences_are_told_once() -> None:
     config = replace(SAMPLE, n_best=50, max_tokens=1)
     (candidates,) = Decoder(model_that_says(0.4, 0.1, 0.5), config).decode(torch.zeros(1, FEATURE_SIZE))
-    assert [candidate.words for candidate in candidates] == [[2], []]
+    assert [candidate.token_ids for candidate in candidates] == [[2], []]

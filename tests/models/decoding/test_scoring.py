@@ -6,10 +6,12 @@ from hypothesis import strategies as st
 
 from captionlib.errors import ConfigError
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.decoding.candidate import Candidate
 from captionlib.models.decoding.cider_d import CiderD
-from captionlib.models.decoding.decoder import Candidate, Decoder, DecodingConfig
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.decoder import Decoder
 from captionlib.models.decoding.incremental import IncrementalCaptioner
-from captionlib.models.decoding.rerank import order_by_consensus
+from captionlib.models.decoding.rerank import RerankConfig, rerank_candidates
 from captionlib.models.decoding.scoring import score_sentences
 from tests.models.tiny_captioners import CONFIGS, FEATURE_SIZE, build, configs, features, seeds, teacher_forced
 
@@ -35,7 +37,7 @@ def test_no_sentences_have_no_scores() -> None:
 
 
 def know_average(model: Captioner) -> Captioner:
-    model.set_standardization(torch.tensor([0.5, -1.0, 2.0]), torch.tensor([1.0, 2.0, 0.0]))
+    model.standardization.set_statistics(torch.tensor([0.5, -1.0, 2.0]), torch.tensor([1.0, 2.0, 0.0]))
     return model
 
 
@@ -44,37 +46,36 @@ def know_average(model: Captioner) -> Captioner:
 def test_what_is_likely_for_any_image_comes_later(config: CaptionerConfig, seed: int) -> None:
     model, images = know_average(build(config, seed)), features(4, seed)
 
-    def decode(specificity: float, n_best: int = 6) -> list[list[Candidate]]:
-        decoding = DecodingConfig(
-            beam_width=6, n_best=n_best, consensus=2.0, specificity=specificity, length_penalty=0, max_tokens=6
-        )
+    def decode(weight: float, n_best: int = 6) -> list[list[Candidate]]:
+        rerank = RerankConfig("mbr", temperature=2.0, mutual_information_weight=weight)
+        decoding = DecodingConfig(beam_width=6, n_best=n_best, rerank=rerank, length_penalty=0, max_tokens=6)
         return Decoder(model, decoding).decode(images)
 
     average = torch.tensor([[0.5, -1.0, 2.0]])
     for plain, specific in zip(decode(0), decode(0.3), strict=True):
         gains = np.array([one.log_prob for one in plain]) - teacher_forced(model, average, plain)
-        expected = order_by_consensus(plain, 2.0, CiderD(), factors=np.exp(0.3 * gains))
-        assert [one.words for one in specific] == [one.words for one in expected]
+        expected = rerank_candidates(plain, 2.0, CiderD(), factors=np.exp(0.3 * gains))
+        assert [one.token_ids for one in specific] == [one.token_ids for one in expected]
     assert [some[:2] for some in decode(0.3)] == decode(0.3, n_best=2)
 
 
 def test_factors_decide_among_what_is_as_agreed_with() -> None:
     a, b = Candidate([2, 3], 0.0, 3), Candidate([2, 4], 0.0, 3)
-    assert order_by_consensus([a, b], 1, CiderD(), factors=np.array([1.0, 1.01])) == [b, a]
-    assert order_by_consensus([a, b], 1, CiderD(), factors=np.array([1.01, 1.0])) == [a, b]
+    assert rerank_candidates([a, b], 1, CiderD(), factors=np.array([1.0, 1.01])) == [b, a]
+    assert rerank_candidates([a, b], 1, CiderD(), factors=np.array([1.01, 1.0])) == [a, b]
 
 
 @pytest.mark.parametrize("components", [0, 2])
 def test_the_average_is_of_the_features_as_they_are(components: int) -> None:
     config = CaptionerConfig(
-        hidden_size=6, embedding_size=5, feature_power=0.5, principal_components=components, image_input="every"
+        hidden_size=6, embedding_size=5, feature_power=0.5, principal_components=components, image_input="every_step"
     )
     model = build(config, seed=1)
     same = torch.tensor([4.0, -9.0, 0.0]).expand(20, FEATURE_SIZE)  # whose average is each of them
     if components:
-        model.set_components(model.raise_to_power(same))
+        model.set_principal_components(model.power_normalize(same))
     else:
-        model.set_standardization(model.raise_to_power(same).mean(0), torch.ones(FEATURE_SIZE))
+        model.standardization.set_statistics(model.power_normalize(same).mean(0), torch.ones(FEATURE_SIZE))
     for found, expected in zip(model.encode_average_image(), model.encode_images(same[:1]), strict=True):
         if expected is not None:
             torch.testing.assert_close(found, expected)
@@ -83,11 +84,4 @@ def test_the_average_is_of_the_features_as_they_are(components: int) -> None:
 def test_a_captioner_that_knows_no_average_is_told() -> None:
     model = build(CaptionerConfig(hidden_size=6, embedding_size=5, standardize_features=False), seed=0)
     with pytest.raises(ConfigError, match=r"expected one that knows the mean .* got standardize_features false"):
-        Decoder(model, DecodingConfig(consensus=3.0, specificity=0.1))
-
-
-def test_specificity_needs_a_consensus() -> None:
-    with pytest.raises(ConfigError, match=r"specificity 0.1 has a say where there is a consensus, got consensus 0"):
-        DecodingConfig(specificity=0.1)
-    with pytest.raises(ConfigError, match="specificity must not be negative, got -1"):
-        DecodingConfig(consensus=3.0, specificity=-1)
+        Decoder(model, DecodingConfig(rerank=RerankConfig("mbr", mutual_information_weight=0.1)))

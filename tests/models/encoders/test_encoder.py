@@ -1,6 +1,7 @@
 import dataclasses
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import safetensors.torch
@@ -113,6 +114,25 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path, name: str) -> Non
     (tmp_path / name).write_bytes(b"not weights at all")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_encoder(dataclasses.replace(SMALL, weights=str(tmp_path / name)))
+
+
+def test_weights_are_read_from_one_file_system_and_never_from_a_chain(tmp_path: Path) -> None:
+    safetensors.torch.save_file(small_state(5), tmp_path / "w.safetensors")
+    address = f"memory://{tmp_path.name}/w.safetensors"
+    fsspec.filesystem("memory").pipe(address, (tmp_path / "w.safetensors").read_bytes())
+    expected = load_encoder(dataclasses.replace(SMALL, weights="random:5")).description["weights_sha256"]
+    for weights in (address, f"file://{tmp_path}/w.safetensors", str(tmp_path / "w.safetensors")):
+        assert load_encoder(dataclasses.replace(SMALL, weights=weights)).description["weights_sha256"] == expected
+    with pytest.raises(ConfigError, match="chains file systems"):
+        load_encoder(dataclasses.replace(SMALL, weights=f"reference::{address}"))
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+def test_failures_of_weights_quote_nothing_of_the_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"~root:x:0:0")
+    with pytest.raises(ConfigError) as caught:
+        load_encoder(dataclasses.replace(SMALL, weights=str(tmp_path / name)))
+    assert "~" not in str(caught.value).replace(str(tmp_path), "")
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:

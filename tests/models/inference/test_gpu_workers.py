@@ -17,9 +17,9 @@ import torch
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import FetchError
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, ImageState
-from captionlib.models.checkpoints.captioners import save_captioner
-from captionlib.models.checkpoints.rankers import save_ranker
-from captionlib.models.decoding.decoder import Decoder, DecodingConfig
+from captionlib.models.checkpoints.checkpoint import save_captioner, save_ranker
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.decoder import Decoder
 from captionlib.models.devices import copy_to_host_async, halve_on_out_of_memory
 from captionlib.models.inference import captioning, embedding
 from captionlib.models.inference.captioning import CaptionGeneration, GenerationConfig
@@ -142,7 +142,7 @@ def test_captions_that_do_not_fit_are_written_in_halves_and_are_the_same(
     decoder = Decoder(build(CONFIGS[0], seed=1), decoding)
     images = features(7, seed=1)
     expected = decoder.decode(images, keys)
-    encode, sizes = decoder._stepper.encode_images, []
+    encode, sizes = decoder._incremental.encode_images, []
 
     def small_memory(images: torch.Tensor) -> ImageState:
         sizes.append(len(images))
@@ -150,10 +150,12 @@ def test_captions_that_do_not_fit_are_written_in_halves_and_are_the_same(
             raise torch.OutOfMemoryError("too much")
         return encode(images)
 
-    monkeypatch.setattr(decoder._stepper, "encode_images", small_memory)
+    monkeypatch.setattr(decoder._incremental, "encode_images", small_memory)
     found = decoder.decode(images, keys)
     assert sizes == [7, 3, 1, 2, 4, 2, 2]
-    assert [[one.words for one in image] for image in found] == [[one.words for one in image] for image in expected]
+    assert [[one.token_ids for one in image] for image in found] == [
+        [one.token_ids for one in image] for image in expected
+    ]
     for image, others in zip(found, expected, strict=True):
         assert [one.log_prob for one in image] == pytest.approx([one.log_prob for one in others], rel=1e-5)
 

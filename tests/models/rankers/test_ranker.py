@@ -8,9 +8,8 @@ import torch
 
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError
-from captionlib.models.captioners.captioner import pad_sentences
-from captionlib.models.checkpoints.captioners import load_captioner
-from captionlib.models.checkpoints.rankers import LoadedRanker, load_ranker, save_ranker
+from captionlib.models.captioners.packed_sequences import pad_sentences
+from captionlib.models.checkpoints.checkpoint import LoadedRanker, load_captioner, load_ranker, save_ranker
 from captionlib.models.rankers.ranker import Ranker, RankerConfig
 
 SMALL = RankerConfig(hidden_size=8, embedding_size=6, joint_embedding_size=5, pooling="last")
@@ -70,7 +69,7 @@ def test_features_are_standardised_and_brought_to_one_length() -> None:
     model = make()
     features = torch.randn(3, 7) * torch.arange(1, 8) + 5
     mean, std = features.mean(0), features.std(0)
-    model.set_standardization(mean, std)
+    model.standardization.set_statistics(mean, std)
     standard = (features - mean) / std
     standard = standard / standard.norm(dim=1, keepdim=True) * 7**0.5
     expected = torch.nn.functional.normalize(model.image_projection(standard), dim=1)
@@ -79,7 +78,7 @@ def test_features_are_standardised_and_brought_to_one_length() -> None:
 
 def test_a_constant_feature_is_no_number_lost() -> None:
     model = make()
-    model.set_standardization(torch.zeros(7), torch.zeros(7))
+    model.standardization.set_statistics(torch.zeros(7), torch.zeros(7))
     assert model.embed_images(torch.ones(2, 7)).isfinite().all()
 
 
@@ -132,5 +131,5 @@ def test_a_ranker_is_no_captioner(ranker: LoadedRanker, tmp_path: Path) -> None:
 
 def test_a_vocabulary_of_another_size_is_refused(tmp_path: Path) -> None:
     vocabulary = Vocabulary.from_captions(["a dog"], min_count=1)
-    with pytest.raises(CheckpointError, match="expected a vocabulary of 9 words, got one of 4"):
+    with pytest.raises(CheckpointError, match="expected a vocabulary of 9 tokens, got one of 4"):
         save_ranker(tmp_path, make(), vocabulary, ENCODER, provenance={}, training={})

@@ -1,0 +1,100 @@
+"""Reads how a captioner saw the images: the crop that its encoder received, and an attention map for each token."""
+
+import math
+import os
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from captionlib.data.arrays import vectors_to_numpy
+from captionlib.data.images.decoding import Preprocessing
+from captionlib.data.shards.dataset import open_dataset
+from captionlib.errors import DatasetError
+from captionlib.evaluation.predictions import is_dataset
+
+__all__ = ["EncoderView", "build_encoder_view", "read_encoder_view"]
+
+AttentionMaps = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class EncoderView:
+    """What a captioner saw of a set of images.
+
+    Attributes:
+        preprocessing: how the encoder crops images; None if unknown.
+        attention_maps: by image id, `[tokens, side, side] uint8`: a map for each token of the caption, the end token
+            included if it was reached, each scaled so that its peak is 255. The maps cover the square crop.
+    """
+
+    preprocessing: Preprocessing | None = None
+    attention_maps: Mapping[str, AttentionMaps] = field(default_factory=dict)
+
+
+def read_encoder_view(source: str | os.PathLike[str], image_ids: Collection[str]) -> EncoderView:
+    """Reads the view of the given images from a captions dataset; a JSON file of results gives an empty view.
+
+    Raises:
+        DatasetError: the attention maps are not square.
+    """
+    if not is_dataset(source):
+        return EncoderView()
+    dataset = open_dataset(source, "captions").require_complete()
+    preprocessing = _parse_preprocessing(dataset.config.get("encoder", {}))
+    if "attention" not in dataset.schema.names:
+        return EncoderView(preprocessing)
+    wanted = pa.array(image_ids, pa.string())
+    maps: dict[str, AttentionMaps] = {}
+    for shard in range(dataset.shards):
+        for rows in dataset.read_batches(shard, ["image_id", "attention"]):
+            if len(maps) == len(wanted):
+                return EncoderView(preprocessing, maps)
+            matches = rows.filter(pc.is_in(rows["image_id"], value_set=wanted))
+            weights = map(_to_maps, _split_by_image(matches["attention"]))
+            maps.update(zip(matches["image_id"].to_pylist(), weights, strict=True))
+    return EncoderView(preprocessing, maps)
+
+
+def build_encoder_view(rows: Iterable[Mapping[str, Any]], encoder: Mapping[str, Any]) -> EncoderView:
+    """Builds the view of rows of `captions/` that are in memory.
+
+    Args:
+        rows: plain values, with or without `attention`.
+        encoder: the description of the captioner's encoder.
+
+    Raises:
+        DatasetError: the attention maps are not square.
+    """
+    maps = {row["image_id"]: _to_maps(np.array(row["attention"], np.float32)) for row in rows if "attention" in row}
+    return EncoderView(_parse_preprocessing(encoder), maps)
+
+
+def _parse_preprocessing(encoder: Mapping[str, Any]) -> Preprocessing | None:
+    """Returns None for imported features, whose images were preprocessed elsewhere."""
+    return Preprocessing(**encoder["preprocessing"]) if "preprocessing" in encoder else None
+
+
+def _split_by_image(attention: pa.ListArray) -> list[npt.NDArray[np.floating]]:
+    """Returns the attention weights of each image, `[tokens, positions]`."""
+    weights = vectors_to_numpy(attention.flatten())
+    lengths = pc.list_value_length(attention).to_numpy()
+    return [weights[end - length : end] for length, end in zip(lengths, np.cumsum(lengths), strict=True)]
+
+
+def _to_maps(weights: npt.NDArray[np.floating]) -> AttentionMaps:
+    """Converts attention weights, `[tokens, positions]`, to maps, `[tokens, side, side]`, scaled to a peak of 255."""
+    tokens, positions = weights.shape
+    side = math.isqrt(positions)
+    if side * side != positions:
+        raise DatasetError(
+            f"attention: expected square maps, got {positions} positions, whose height and width are unknown; "
+            "generate the captions without attention_maps to report them"
+        )
+    scaled = 255 * weights.astype(np.float32) / weights.max(1, keepdims=True)
+    maps: AttentionMaps = scaled.round().astype(np.uint8).reshape(tokens, side, side)
+    return maps

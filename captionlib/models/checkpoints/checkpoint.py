@@ -1,0 +1,374 @@
+"""Trained models and their checkpoints: captioners, rankers and language models are saved and loaded alike."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from captionlib.config import build_config, to_dict
+from captionlib.data.batches.captions import pool_map
+from captionlib.data.text.corpora import TextLayout
+from captionlib.data.text.vocabulary import UNKNOWN, Vocabulary
+from captionlib.errors import CheckpointError, ConfigError
+from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.language_model import LanguageModelConfig, build_language_model
+from captionlib.models.captioners.packed_sequences import pad_sentences
+from captionlib.models.checkpoints.folder import (
+    FolderLike,
+    damaged,
+    find_encoder_weights,
+    open_folder,
+    read_checkpoint,
+    write_checkpoint,
+)
+from captionlib.models.devices import resolve_device
+from captionlib.models.encoders.top_layers import EncoderTop
+from captionlib.models.rankers.ranker import Ranker, RankerConfig
+
+__all__ = [
+    "LoadedCaptioner",
+    "LoadedLanguageModel",
+    "LoadedModel",
+    "LoadedRanker",
+    "load_captioner",
+    "load_language_model",
+    "load_ranker",
+    "require_same_encoder",
+    "save_captioner",
+    "save_language_model",
+    "save_ranker",
+]
+
+_CAPTIONER = "captioner"
+_RANKER = "ranker"
+_LANGUAGE_MODEL = "language_model"
+
+_BATCH_SIZE = 256  # of rankers
+
+Model = TypeVar("Model", bound=nn.Module)
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class LoadedModel(Generic[Model, Config]):
+    """A trained model with everything that describes it.
+
+    Attributes:
+        kind: `captioner`, `ranker` or `language_model`.
+        model: the network, in evaluation mode.
+        vocabulary: its words or characters.
+        config: its architecture.
+        encoder: the description of the encoder whose features it was trained on; empty for a language model.
+        encoder_weights: the weights file of that encoder, if it was fine-tuned with the model and saved with it.
+        provenance: the data and versions that the model was trained with.
+        training: the training configuration and history.
+        fingerprint: of the checkpoint; see `Checkpoint`.
+    """
+
+    kind: str
+    model: Model
+    vocabulary: Vocabulary
+    config: Config
+    encoder: Mapping[str, Any]
+    encoder_weights: str | None
+    provenance: Mapping[str, Any]
+    training: Mapping[str, Any]
+    fingerprint: str
+
+    def require_encoder(self, description: Mapping[str, Any]) -> None:
+        """Checks that features come from the encoder that this model was trained on.
+
+        Args:
+            description: of the features' encoder, as a features dataset records it.
+
+        Raises:
+            CheckpointError: the encoders differ; the message names the fields.
+        """
+        require_same_encoder(self.kind, self.encoder, description)
+
+
+LoadedCaptioner = LoadedModel[Captioner, CaptionerConfig]
+
+
+@dataclass(frozen=True)
+class LoadedLanguageModel(LoadedModel[Captioner, LanguageModelConfig]):
+    """A trained language model.
+
+    Attributes:
+        layout: `sentences`, which end, or `continuous` text, which does not.
+    """
+
+    layout: TextLayout
+
+
+class LoadedRanker(LoadedModel[Ranker, RankerConfig]):
+    """A trained ranker, which embeds plain sentences and features."""
+
+    @property
+    def size(self) -> int:
+        """Dimensions of the joint embedding space."""
+        return self.config.joint_embedding_size
+
+    def has_known_word(self, sentence: str) -> bool:
+        """Returns whether at least one word of the sentence is in the vocabulary."""
+        return any(word != UNKNOWN for word in self.vocabulary.encode(sentence))
+
+    @torch.inference_mode()
+    def encode_sentences(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Embeds sentences as unit vectors, `[sentences, size]`; words outside the vocabulary count as UNKNOWN."""
+        ids = [self.vocabulary.encode(sentence) for sentence in sentences]
+        order = np.argsort([len(row) for row in ids], kind="stable")  # sentences of similar length need little padding
+        embeddings = np.empty((len(ids), self.size), np.float32)
+        for start in range(0, len(ids), _BATCH_SIZE):
+            rows = order[start : start + _BATCH_SIZE]
+            padded = pad_sentences([ids[row] for row in rows]).to(self._device)
+            embeddings[rows] = self.model.embed_sentences(padded).float().cpu().numpy()
+        return embeddings
+
+    @torch.inference_mode()
+    def encode_features(self, features: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+        """Embeds images as unit vectors, `[images, size]`.
+
+        Args:
+            features: `[images, feature_size]` or `[images, positions, feature_size]`, from the encoder.
+
+        Raises:
+            CheckpointError: the features have another shape.
+        """
+        size = self.model.feature_size
+        if features.ndim not in (2, 3) or features.shape[-1] != size:
+            raise CheckpointError(
+                f"expected features of shape [images, {size}], or [images, positions, {size}], "
+                f"got {list(features.shape)}"
+            )
+        features = pool_map(features)
+        embeddings = np.empty((len(features), self.size), np.float32)
+        for start in range(0, len(features), _BATCH_SIZE):
+            batch = slice(start, start + _BATCH_SIZE)
+            images = torch.from_numpy(features[batch].astype(np.float32)).to(self._device)
+            embeddings[batch] = self.model.embed_images(images).float().cpu().numpy()
+        return embeddings
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.image_projection.weight.device
+
+
+def save_captioner(
+    folder: FolderLike,
+    model: Captioner,
+    vocabulary: Vocabulary,
+    encoder: Mapping[str, Any],
+    *,
+    provenance: Mapping[str, Any],
+    training: Mapping[str, Any],
+    encoder_file: bytes | None = None,
+) -> str:
+    """Saves a captioner and replaces the checkpoint in the folder, if there is one.
+
+    Args:
+        folder: the checkpoint's folder.
+        model: the captioner, on any device.
+        vocabulary: its words.
+        encoder: the encoder's description, as the features dataset records it.
+        provenance: fingerprints of the data, versions, date; JSON values.
+        training: the training configuration and history; JSON values.
+        encoder_file: the encoder's weights file, if the encoder was fine-tuned with the captioner.
+
+    Returns:
+        The fingerprint.
+
+    Raises:
+        CheckpointError: the vocabulary does not fit the model.
+    """
+    identity = {"architecture": {**to_dict(model.config), "feature_size": model.feature_size}, "encoder": encoder}
+    return _save(folder, _CAPTIONER, model, vocabulary, identity, provenance, training, encoder_file)
+
+
+def load_captioner(folder: FolderLike, device: str = "cpu") -> LoadedCaptioner:
+    """Loads a captioner.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged or of another kind.
+        ConfigError: the device does not exist.
+    """
+
+    def build(architecture: dict[str, Any], identity: Mapping[str, Any], vocabulary: Vocabulary) -> Captioner:
+        feature_size = int(architecture.pop("feature_size"))
+        config = build_config(CaptionerConfig, architecture, origin="architecture")
+        encoder_top = None if config.encoder_top is None else EncoderTop(identity["encoder"], config.encoder_top)
+        return Captioner(config, feature_size, len(vocabulary), encoder_top)
+
+    values = _load(folder, _CAPTIONER, device, build)
+    return LoadedModel(config=values["model"].config, **values)
+
+
+def save_ranker(
+    folder: FolderLike,
+    model: Ranker,
+    vocabulary: Vocabulary,
+    encoder: Mapping[str, Any],
+    *,
+    provenance: Mapping[str, Any],
+    training: Mapping[str, Any],
+) -> str:
+    """Saves a ranker; arguments, result and errors are those of `save_captioner`."""
+    identity = {"architecture": {**to_dict(model.config), "feature_size": model.feature_size}, "encoder": encoder}
+    return _save(folder, _RANKER, model, vocabulary, identity, provenance, training)
+
+
+def load_ranker(folder: FolderLike, device: str = "cpu") -> LoadedRanker:
+    """Loads a ranker.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged or of another kind.
+        ConfigError: the device does not exist.
+    """
+
+    def build(architecture: dict[str, Any], identity: Mapping[str, Any], vocabulary: Vocabulary) -> Ranker:
+        feature_size = int(architecture.pop("feature_size"))
+        config = build_config(RankerConfig, architecture, origin="architecture")
+        return Ranker(config, feature_size, len(vocabulary))
+
+    values = _load(folder, _RANKER, device, build)
+    return LoadedRanker(config=values["model"].config, **values)
+
+
+def save_language_model(
+    folder: FolderLike,
+    model: Captioner,
+    config: LanguageModelConfig,
+    vocabulary: Vocabulary,
+    layout: TextLayout,
+    *,
+    provenance: Mapping[str, Any],
+    training: Mapping[str, Any],
+) -> str:
+    """Saves a language model and replaces the checkpoint in the folder, if there is one.
+
+    Args:
+        folder: the checkpoint's folder.
+        model: the network, on any device.
+        config: its architecture.
+        vocabulary: its words or characters.
+        layout: `sentences`, which end, or `continuous` text, which does not.
+        provenance: fingerprints of the data, versions, date; JSON values.
+        training: the training configuration and history; JSON values.
+
+    Returns:
+        The fingerprint.
+
+    Raises:
+        CheckpointError: the vocabulary does not fit the model.
+    """
+    identity = {"architecture": to_dict(config), "layout": layout}
+    return _save(folder, _LANGUAGE_MODEL, model, vocabulary, identity, provenance, training)
+
+
+def load_language_model(folder: FolderLike, device: str = "cpu") -> LoadedLanguageModel:
+    """Loads a language model.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged or of another kind.
+        ConfigError: the device does not exist.
+    """
+    extra: dict[str, Any] = {}
+
+    def build(architecture: dict[str, Any], identity: Mapping[str, Any], vocabulary: Vocabulary) -> Captioner:
+        extra["config"] = build_config(LanguageModelConfig, architecture, origin="architecture")
+        extra["layout"] = identity["layout"]
+        if identity["layout"] not in get_args(TextLayout):
+            raise ValueError(f"expected layout {' or '.join(get_args(TextLayout))}, got {identity['layout']!r}")
+        return build_language_model(extra["config"], len(vocabulary))
+
+    return LoadedLanguageModel(**_load(folder, _LANGUAGE_MODEL, device, build), **extra)
+
+
+def require_same_encoder(kind: str, expected: Mapping[str, Any], got: Mapping[str, Any]) -> None:
+    """Checks that features come from the encoder that a model was trained on.
+
+    Args:
+        kind: the kind of model, such as `captioner`.
+        expected: the description of the model's encoder.
+        got: the description of the features' encoder.
+
+    Raises:
+        CheckpointError: the encoders differ; the message names the fields.
+    """
+    differences = list(_find_differences(_to_json(expected), _to_json(got)))
+    if differences:
+        raise CheckpointError(
+            f"these features are of another encoder than the {kind}'s ({'; '.join(differences)}); "
+            f"extract them with the {kind}'s encoder, or train a {kind} on them"
+        )
+
+
+def _save(
+    folder: FolderLike,
+    kind: str,
+    model: Captioner | Ranker,
+    vocabulary: Vocabulary,
+    identity: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    training: Mapping[str, Any],
+    encoder_file: bytes | None = None,
+) -> str:
+    if len(vocabulary) != model.vocabulary_size:
+        raise CheckpointError(f"expected a vocabulary of {model.vocabulary_size} tokens, got one of {len(vocabulary)}")
+    identity = {**identity, "vocabulary": vocabulary.to_dict()}
+    return write_checkpoint(folder, kind, model.state_dict(), identity, provenance, training, encoder_file)
+
+
+def _load(
+    folder: FolderLike,
+    kind: str,
+    device: str,
+    build: Callable[[dict[str, Any], Mapping[str, Any], Vocabulary], nn.Module],
+) -> dict[str, Any]:
+    """Loads a checkpoint of any kind: the attributes of `LoadedModel` but for `config`.
+
+    Args:
+        folder: the checkpoint's folder.
+        kind: the kind that it must have.
+        device: auto, cpu, cuda or cuda:N.
+        build: makes the network from its architecture, the checkpoint's identity and the vocabulary.
+    """
+    target = resolve_device(device)
+    checkpoint = read_checkpoint(folder, kind)
+    try:
+        with torch.random.fork_rng(devices=[]):  # the weights are overwritten: leave the caller's generator as it is
+            vocabulary = Vocabulary.from_dict(checkpoint.identity["vocabulary"])
+            model = build(dict(checkpoint.identity["architecture"]), checkpoint.identity, vocabulary)
+            model.load_state_dict(checkpoint.tensors)
+            encoder = dict(checkpoint.identity.get("encoder", {}))
+    except (ConfigError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise damaged(open_folder(folder), f"{type(error).__name__}: {error}") from error
+    return {
+        "kind": kind,
+        "model": model.to(target).eval(),
+        "vocabulary": vocabulary,
+        "encoder": encoder,
+        "encoder_weights": find_encoder_weights(folder, encoder),
+        "provenance": checkpoint.provenance,
+        "training": checkpoint.training,
+        "fingerprint": checkpoint.fingerprint,
+    }
+
+
+def _to_json(values: Mapping[str, Any]) -> Any:
+    """Converts values to those that JSON returns, so that a tuple equals the list it was saved as."""
+    return json.loads(json.dumps(values))
+
+
+def _find_differences(expected: Any, got: Any, name: str = "") -> Iterator[str]:
+    """Yields one phrase for each field in which two nested mappings differ."""
+    if isinstance(expected, dict) and isinstance(got, dict):
+        for key in {**expected, **got}:
+            yield from _find_differences(expected.get(key), got.get(key), f"{name}.{key}".lstrip("."))
+    elif expected != got:
+        yield f"{name}: expected {expected!r}, got {got!r}"
