@@ -13,8 +13,8 @@ from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError
 from captionlib.evaluation.caption_scores import CiderScorer
 from captionlib.models.captioners.captioner import Captioner, TokenLogProbs
-from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.captioners.end_to_end import ImageCaptioner
+from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
 from captionlib.storage.folders import Folder
@@ -137,8 +137,8 @@ class CiderValidation:
     ) -> None:
         if decoding.rerank.neighbors:
             raise ConfigError(
-                f"decoding.rerank.neighbors: expected 0 during training, got {decoding.rerank.neighbors}; a datastore is built after "
-                "training (captionlib build-datastore)"
+                f"decoding.rerank.neighbors: expected 0 during training, got {decoding.rerank.neighbors}; a "
+                "datastore is built after training (captionlib build-datastore)"
             )
         self._batches = batches
         self._images = len(references)

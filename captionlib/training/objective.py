@@ -19,14 +19,14 @@ class BatchLoss(NamedTuple):
     Attributes:
         mean: `[] float32`, the value to minimize.
         total: the reported loss, summed.
-        count: the number of summands of `total`. It also weights the gradients of a process in a group.
+        size: the number of summands of `total`. It also weights the gradients of a process in a group.
         reward_total: the rewards of sampled captions, summed.
         reward_count: the number of sampled captions; 0 for objectives without rewards.
     """
 
     mean: Tensor
     total: float
-    count: int
+    size: int
     reward_total: float = 0.0
     reward_count: int = 0
 

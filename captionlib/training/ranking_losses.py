@@ -1,7 +1,7 @@
 """Losses that move captions close to their images and away from the other images of the batch.
 
-All of them take `scores`, `[images, captions]`, and `image_of_sentence`, `[captions] int64`, the row of the image that a
-caption describes. Other captions of the same image are not negatives.
+All of them take `scores`, `[images, captions]`, and `image_of_sentence`, `[captions] int64`, the row of the image that
+a caption describes. Other captions of the same image are not negatives.
 """
 
 import torch

@@ -27,8 +27,8 @@ from captionlib.errors import ConfigError
 from captionlib.models.captioners.captioner import Captioner
 from captionlib.models.decoding.beam_search import search_beam
 from captionlib.models.decoding.cider_d import CiderD
-from captionlib.models.decoding.constraints import Constraints
 from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.constraints import Constraints
 from captionlib.models.decoding.incremental import Hypotheses, IncrementalCaptioner
 from captionlib.models.decoding.sampling import generate_uniforms, sample_tokens
 from captionlib.storage.folders import Folder
