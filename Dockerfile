@@ -1,7 +1,7 @@
-# A worker image for Dataflow, and for Flink and Spark with --environment_type=DOCKER or EXTERNAL.
+# Worker image for Dataflow, and for Flink and Spark with --environment_type=DOCKER or EXTERNAL.
 #   docker build --build-arg EXTRAS=gcs -t captionlib-worker:0.1.0 .
-# PyTorch's wheels bring CUDA along: the machine needs NVIDIA's driver and nothing else, and without a GPU the same
-# image computes on the CPU. Beam's base image has the boot program that every runner starts.
+# PyTorch's wheels include CUDA, so the host needs only NVIDIA's driver. Without a GPU, the same image runs on the CPU.
+# Beam's base image contains the boot program that every runner starts.
 ARG PYTHON_VERSION=3.12
 ARG BEAM_VERSION=2.77.0
 
@@ -18,5 +18,5 @@ RUN pip install --no-cache-dir uv \
     && uv pip install --system --no-cache --constraint /wheel/requirements.lock "$(ls /wheel/*.whl)[${EXTRAS}]" \
     && uv pip check --system \
     && rm -rf /wheel
-# A worker computes a shard at a time; more threads than cores of a slot only stand in each other's way.
+# Each worker process computes one shard at a time on one core.
 ENV OMP_NUM_THREADS=1

@@ -1,15 +1,15 @@
-# Everything runs in .venv/, which is made from the lock on first use.
+# All targets run in .venv/, which is created from the lock on first use.
 PYTHON ?= python3
 BIN := .venv/bin
 UV := $(shell command -v uv || echo .uv/bin/uv)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check cluster-up cluster-down test-cluster bench bench-flickr8k lock clean
+.PHONY: help setup demo test check docs screenshots cluster-up cluster-down test-cluster bench bench-flickr8k lock clean
 
-help:  ## Show this list.
+help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: .venv/installed  ## Install everything into .venv/, in exactly the versions of the lock.
+setup: .venv/installed  ## Create .venv/ with exactly the versions of the lock.
 
 .uv/bin/uv:
 	$(PYTHON) -m venv .uv
@@ -21,36 +21,42 @@ setup: .venv/installed  ## Install everything into .venv/, in exactly the versio
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: setup  ## The whole flow on drawn scenes; WEIGHTS=IMAGENET1K_V1 or a file for learned weights.
+demo: setup  ## Run the whole flow on a small rendered data set. WEIGHTS=IMAGENET1K_V1 (or a file) for pretrained weights.
 	@$(BIN)/captionlib demo $(if $(WEIGHTS),--weights $(WEIGHTS))
 
-check: setup  ## Format, lint, types and the import contract.
+check: setup  ## Check format, lint, types and the import contract.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check  ## All checks and all tests, in a process for each CPU.
+docs: setup  ## Build the documentation site into .site/, with strict links.
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+screenshots: demo  ## Take the README's screenshots with headless Chromium.
+	@$(BIN)/python -m docs.screenshots .demo
+
+test: check docs  ## Run all checks and all tests, one process per CPU.
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-cluster-up: setup  ## Start a cluster of processes here: make cluster-up ENGINE=flink, spark or prism.
+cluster-up: setup  ## Start a local cluster: make cluster-up ENGINE=flink, spark or prism.
 	@$(BIN)/python -m clusters up $(or $(ENGINE),flink)
 
 cluster-down: setup  ## Stop the clusters that cluster-up started.
 	@$(BIN)/python -m clusters down
 
-test-cluster: setup  ## The flow on real Flink, Spark and Prism, and what becomes of it when things are killed.
+test-cluster: setup  ## Test the stages on real Flink, Spark and Prism clusters, with injected faults.
 	$(BIN)/pytest clusters/tests -v -o timeout=3600
 
-bench: setup  ## Measure every bar, or one: make bench NAME=extract-throughput.
+bench: setup  ## Run all benchmarks, or one: make bench NAME=extract-throughput.
 	@$(BIN)/python -m benchmarks $(NAME)
 
-bench-flickr8k: setup  ## Flickr8k from photographs to the table: DATA=folder WEIGHTS=file, NAME=ranking for a part.
-	@$(BIN)/python -m benchmarks.flickr8k $(or $(DATA),$(error DATA: the folder of Flickr8k)) $(or $(WEIGHTS),IMAGENET1K_V1) $(NAME)
+bench-flickr8k: setup  ## Reproduce the Flickr8k results: DATA=folder WEIGHTS=file; NAME=ranking for one part.
+	@$(BIN)/python -m benchmarks.flickr8k $(or $(DATA),$(error set DATA to the folder of Flickr8k)) $(or $(WEIGHTS),IMAGENET1K_V1) $(NAME)
 
-lock: | $(UV)  ## Write the lock anew after a change of pyproject.toml.
+lock: | $(UV)  ## Update the lock after a change of pyproject.toml.
 	$(UV) pip compile --quiet --universal --python-version 3.10 --generate-hashes --group dev --extra s3 --no-header \
 		--output-file requirements.lock pyproject.toml
 
-clean:  ## Remove what make has made.
-	rm -rf .venv .uv .demo .bench .cluster dist
+clean:  ## Remove everything that make created.
+	rm -rf .venv .uv .demo .bench .cluster .site dist

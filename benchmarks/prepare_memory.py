@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from benchmarks.bars import report
-from captionlib.data.ingestion.prepare import prepare_manifest
+from captionlib.data.ingestion.prepare import prepare
 
 FEW, MANY = 200_000, 2_000_000
 
@@ -39,9 +39,9 @@ def measure(rows: int) -> dict[str, float]:
     return measured
 
 
-def prepare(folder: Path) -> None:
+def prepare_rows(folder: Path) -> None:
     began = time.monotonic()
-    prepare_manifest(folder / "table.csv", folder / "manifest")
+    prepare(folder / "table.csv", folder / "manifest")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     megabytes = peak / (1e6 if sys.platform == "darwin" else 1e3)
     print(json.dumps({"seconds": time.monotonic() - began, "megabytes": megabytes}))
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--in", dest="folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.folder is not None:
-        prepare(options.folder)
+        prepare_rows(options.folder)
     elif options.rows is not None:
         measure(options.rows)
     else:

@@ -8,7 +8,7 @@ import captionlib.search
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.shards.markers import DESCRIPTION_FILE, FAILURES_FOLDER, MARKERS_FOLDER, SUCCESS_FILE, part_name
 from captionlib.errors import DatasetError
-from captionlib.search.index_files import IndexDescription, read_description
+from captionlib.search.index_folder import IndexDescription, read_description
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 
 __all__ = ["compare_datasets", "compare_indexes"]
@@ -35,7 +35,7 @@ def compare_indexes(expected: Path, got: Path, questions: list[str]) -> list[str
         "config",
         "layout",
         "shards",
-        "capacity",
+        "end_row",
         "captions_count",
         "vectors_count",
         "text",
@@ -88,6 +88,6 @@ def _compare_files(description: IndexDescription, expected: Path, got: Path) -> 
 def _compare_answers(expected: Path, got: Path, questions: list[str]) -> Iterator[str]:
     indexes = captionlib.search.open(expected), captionlib.search.open(got)
     for question in questions:
-        answers = [index.text(question, limit=len(index)) for index in indexes]
+        answers = [index.search_text(question, limit=len(index)) for index in indexes]
         if not answers[0].equals(answers[1]):
             yield f"{question!r}: expected {answers[0].num_rows} rows, got {answers[1].num_rows}, or others"

@@ -12,7 +12,7 @@ import click
 import torch
 
 from captionlib.config import load_config
-from captionlib.data.ingestion.prepare import PrepareConfig, prepare_manifest
+from captionlib.data.ingestion.prepare import PrepareConfig, prepare
 from captionlib.data.synthetic_scenes import Scene, parse_attributes, read_scenes, score_attributes, write_scenes
 from captionlib.evaluation.evaluate import Evaluation, evaluate_captions
 from captionlib.evaluation.report import write_report
@@ -20,8 +20,8 @@ from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.captioning import GenerationConfig
 from captionlib.models.inference.extraction import ExtractionConfig
-from captionlib.search.questions import find_captions
-from captionlib.search.sql import open_sql
+from captionlib.search.sql.queries import find_captions
+from captionlib.search.sql.session import open_sql
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
 from pipelines.extract_features import extract_features
 from pipelines.generate_captions import generate_captions
@@ -79,7 +79,7 @@ def command(output: str, weights: str, train: int, held_out: int, overwrite: boo
     with _stage("1/7 draw", f"{train} scenes to learn from, {held_out} others to caption"):
         dataset = write_scenes(folder / "scenes", train, held_out // 2, held_out)
     with _stage("2/7 prepare", "captionlib prepare"):
-        prepare_manifest(dataset, folder / "manifest", PrepareConfig(shard_size=100))
+        prepare(dataset, folder / "manifest", PrepareConfig(shard_size=100))
     with _stage("3/7 extract-features", "captionlib extract-features: VGG-16 at fc7"):
         encoder = EncoderConfig(weights=weights, missing_weights="random:0", dtype=_fast_dtype(), resize_size=224)
         extract_features(folder / "manifest", folder / "features", ExtractionConfig(encoder), run=run)

@@ -12,8 +12,8 @@ from captionlib.config import to_dict
 from captionlib.data.shards.inspection import DatasetReport, inspect_dataset
 from captionlib.data.shards.markers import DESCRIPTION_FILE
 from captionlib.errors import DatasetError
-from captionlib.search.index_files import DESCRIPTION as INDEX
-from captionlib.search.index_files import IndexDescription, read_description
+from captionlib.search.index_folder import DESCRIPTION as INDEX
+from captionlib.search.index_folder import IndexDescription, read_description
 from captionlib.storage.folders import Folder
 
 __all__ = ["command"]
@@ -88,7 +88,7 @@ def _describe(report: DatasetReport, verified: bool) -> str:
 def _describe_index(folder: str, index: IndexDescription) -> str:
     missing = index.captions.shards - len(index.shards)
     layout = index.layout
-    vectors = f", {layout.code} in {layout.lists:,} lists, {layout.probes:,} of them a question" if layout else ""
+    vectors = f", {layout.encoding} in {layout.nlist:,} lists, {layout.nprobe:,} of them a question" if layout else ""
     lines = [
         f"{folder}: index, {f'not complete: {missing:,} shards are missing' if missing else 'complete'}",
         f"  captions     {index.captions_count:,} of {index.captions.folder}",

@@ -2,7 +2,7 @@
 
 import click
 
-from captionlib.data.ingestion.prepare import PrepareConfig, PrepareSummary, prepare_manifest
+from captionlib.data.ingestion.prepare import PrepareConfig, PrepareSummary, prepare
 from captionlib.data.sources.formats import SOURCE_FORMATS
 from captionlib.data.sources.rows import SourceOptions
 
@@ -76,9 +76,9 @@ def command(
 ) -> None:
     """Convert images, with or without reference captions, to a manifest.
 
-    A manifest is a Parquet dataset with one row per image: image_id, uri, split and captions. Images stay where they
-    are. Image ids must be unique. The same SOURCE always gives the same manifest, so a second run writes nothing. SOURCE
-    is a path, a URL such as s3://bucket/images, or a glob, in one of these formats:
+    A manifest is a Parquet dataset with one row per image: image_id, uri, split and captions. It refers to the images
+    and does not copy them. Image ids must be unique. The same SOURCE always gives the same manifest, so a second run
+    writes nothing. SOURCE is a path, a URL such as s3://bucket/images, or a glob, in one of these formats:
 
     \b
     folder: image files. The id is the path relative to the folder.
@@ -115,7 +115,7 @@ def command(
         split_column=split_column,
     )
     config = PrepareConfig(source_format, options, splits, limit, shard_size, check_images)
-    _echo_summary(output, prepare_manifest(sources, output, config, overwrite=overwrite, progress=progress))
+    _echo_summary(output, prepare(sources, output, config, overwrite=overwrite, progress=progress))
 
 
 def _parse_split_files(pairs: tuple[str, ...]) -> dict[str, str]:

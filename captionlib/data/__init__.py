@@ -1,1 +1,1 @@
-"""What is read and written: manifests, images, shards, vocabularies, training batches."""
+"""Data: sources, images, sharded datasets, text and training batches."""

@@ -1,7 +1,7 @@
-"""The embedded data set: scenes of one shape each, drawn by the project itself, with five sentences for each.
+"""A synthetic data set: images of one shape each, with five captions per image.
 
-A scene is one of 540 combinations of shape, color, position, size and background. Combinations of the held-out scenes are
-never drawn for training, and drawings of one combination differ in position, size, hue and noise.
+A scene is one of 540 combinations of shape, color, position, size and background. Validation and test images show
+combinations that no training image shows. Images of one scene differ in exact position and size, hue and noise.
 """
 
 import itertools
@@ -29,8 +29,8 @@ __all__ = [
 IMAGE_SIZE = 224
 _SUPERSAMPLING = 2
 
-# Of each attribute the values, and the words that say them; the first is the value's own name.
-_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
+# The values of each attribute, and the phrases that express each value.
+_PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
     "shape": {"ring": ("ring", "hoop"), "square": ("square", "box"), "triangle": ("triangle",)},
     "color": {name: (name,) for name in ("red", "green", "blue", "yellow", "magenta", "cyan")},
     "position": {
@@ -47,10 +47,10 @@ _WORDS: dict[str, dict[str, tuple[str, ...]]] = {
 _TEMPLATES = (
     "a {size} {color} {shape} {position} of a {background} background",
     "there is a {size} {color} {shape} {position} on {background}",
-    "a {color} {shape} that is {size} stands {position} before a {background} background",
-    "{position} of the {background} picture is a {size} {color} {shape}",
+    "a {color} {shape} that is {size} sits {position} against a {background} background",
+    "{position} of the {background} image is a {size} {color} {shape}",
     "the {shape} {position} is {size} and {color} and all around it is {background}",
-    "one {size} {shape} in {color} lies {position} on a {background} ground",
+    "one {size} {shape} in {color} lies {position} on a {background} background",
     "we see a {background} background and a {size} {color} {shape} {position}",
 )
 
@@ -70,13 +70,14 @@ _POSITIONS = {
     "right": (0.73, 0.5),
     "center": (0.5, 0.5),
 }
+# Relative to the image size, as are the positions.
 _HALF_WIDTHS = {"small": 0.14, "large": 0.24}
-_HOLE = 0.55  # of a ring, beside its radius
+_RING_HOLE = 0.55  # relative to the radius
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows."""
+    """The content of an image."""
 
     shape: str
     color: str
@@ -86,14 +87,16 @@ class Scene:
 
 
 def write_scenes(folder: Path, train: int = 1000, val: int = 100, test: int = 200, seed: int = 0) -> Path:
-    """Draws a data set: `images/`, and their sentences as `dataset.json` in Karpathy's layout.
+    """Writes a data set: `images/`, and `dataset.json` with the captions in Karpathy's format.
+
+    Five sixths of the scenes are for training, one twelfth for validation and one twelfth for testing.
 
     Args:
-        folder: where to.
-        train: pictures to learn from, of about five in six of the combinations.
-        val: pictures to choose the best epoch by, of held-out combinations, as `test`.
-        test: pictures to be captioned.
-        seed: of everything that is drawn.
+        folder: the folder to write to.
+        train: the number of training images.
+        val: the number of validation images.
+        test: the number of test images.
+        seed: the seed of the scenes, images and captions.
 
     Returns:
         The path of `dataset.json`.
@@ -101,16 +104,16 @@ def write_scenes(folder: Path, train: int = 1000, val: int = 100, test: int = 20
     rng = random.Random(seed)
     scenes = list(iterate_scenes())
     rng.shuffle(scenes)
-    held_out, seen = scenes[: len(scenes) // 6], scenes[len(scenes) // 6 :]
-    splits = [("train", seen, train), ("val", held_out[::2], val), ("test", held_out[1::2], test)]
+    held_out, training = scenes[: len(scenes) // 6], scenes[len(scenes) // 6 :]
+    splits = [("train", training, train), ("val", held_out[::2], val), ("test", held_out[1::2], test)]
     (folder / "images").mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, object]] = []
-    for split, combinations, count in splits:
+    for split, split_scenes, count in splits:
         for number in range(count):
-            scene = combinations[number % len(combinations)]
+            scene = split_scenes[number % len(split_scenes)]
             name = f"{split}-{number:05d}.jpg"
             render_scene(scene, rng).save(folder / "images" / name, quality=95)
-            sentences = [{"raw": text, "tokens": text.split()} for text in describe_scene(scene, rng)]
+            sentences = [{"raw": caption, "tokens": caption.split()} for caption in describe_scene(scene, rng)]
             entries.append(
                 {
                     "imgid": len(entries),
@@ -127,71 +130,72 @@ def write_scenes(folder: Path, train: int = 1000, val: int = 100, test: int = 20
 
 
 def read_scenes(folder: Path) -> dict[str, Scene]:
-    """The scenes that `write_scenes` drew into a folder, by image id."""
+    """Returns the scenes of a folder that `write_scenes` wrote, by image id."""
     entries = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["images"]
     return {str(entry["imgid"]): Scene(**entry["attributes"]) for entry in entries}
 
 
 def iterate_scenes() -> Iterator[Scene]:
-    """Every combination of attributes, in a fixed order."""
-    return itertools.starmap(Scene, itertools.product(*_WORDS.values()))
+    """Yields every combination of attributes, in a fixed order."""
+    return itertools.starmap(Scene, itertools.product(*_PHRASES.values()))
 
 
 def render_scene(scene: Scene, rng: random.Random) -> Image.Image:
-    """A picture of a scene, `IMAGE_SIZE` pixels square; no two calls draw the same."""
+    """Renders an RGB image of `IMAGE_SIZE` x `IMAGE_SIZE` pixels. Each call varies position, size, hue and noise."""
     side = IMAGE_SIZE * _SUPERSAMPLING
-    ground, color = _vary(_BACKGROUNDS[scene.background], 3, rng), _vary(_COLORS[scene.color], 8, rng)
-    x, y = (side * (part + rng.uniform(-0.015, 0.015)) for part in _POSITIONS[scene.position])
+    background, color = _jitter(_BACKGROUNDS[scene.background], 3, rng), _jitter(_COLORS[scene.color], 8, rng)
+    x, y = (side * (coordinate + rng.uniform(-0.015, 0.015)) for coordinate in _POSITIONS[scene.position])
     half = side * _HALF_WIDTHS[scene.size] * rng.uniform(0.95, 1.05)
-    picture = Image.new("RGB", (side, side), ground)
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (side, side), background)
+    draw = ImageDraw.Draw(image)
     if scene.shape == "ring":
-        pen.circle((x, y), half, fill=color)
-        pen.circle((x, y), _HOLE * half, fill=ground)
+        draw.circle((x, y), half, fill=color)
+        draw.circle((x, y), _RING_HOLE * half, fill=background)
     elif scene.shape == "square":
-        pen.rectangle((x - half, y - half, x + half, y + half), fill=color)
+        draw.rectangle((x - half, y - half, x + half, y + half), fill=color)
     else:
-        pen.polygon([(x, y - half), (x - half, y + half), (x + half, y + half)], fill=color)
-    small = picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+        draw.polygon([(x, y - half), (x - half, y + half), (x + half, y + half)], fill=color)
+    small = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
     noise = np.random.default_rng(rng.getrandbits(32)).normal(0, 2, (IMAGE_SIZE, IMAGE_SIZE, 1))
     return Image.fromarray(np.clip(np.asarray(small) + noise, 0, 255).astype(np.uint8))
 
 
 def describe_scene(scene: Scene, rng: random.Random, count: int = 5) -> list[str]:
-    """Different sentences about a scene, each of which says all five attributes."""
-    sentences: dict[str, None] = {}
-    while len(sentences) < count:
+    """Returns `count` different captions, each of which expresses all five attributes."""
+    captions: dict[str, None] = {}  # a set in order of insertion
+    while len(captions) < count:
         template = rng.choice(_TEMPLATES)
-        words = {name: rng.choice(_WORDS[name][getattr(scene, name)]) for name in _WORDS}
-        sentences[template.format(**words)] = None
-    return list(sentences)
+        phrases = {name: rng.choice(_PHRASES[name][getattr(scene, name)]) for name in _PHRASES}
+        captions[template.format(**phrases)] = None
+    return list(captions)
 
 
-def parse_attributes(sentence: str) -> dict[str, str | None]:
-    """What a sentence says of a scene, by attribute; None where it says nothing, or two things at once."""
-    text = f" {sentence} "
-    for ending in (" background ", " picture ", " ground "):
-        text = text.replace(ending, " ")
-    found = {}
+def parse_attributes(caption: str) -> dict[str, str | None]:
+    """Returns the value of each attribute in a caption, or None if the caption expresses none or several."""
+    text = f" {caption} "
+    attributes = {}
     for field in fields(Scene):
         values = {
-            value for value, phrases in _WORDS[field.name].items() if any(f" {phrase} " in text for phrase in phrases)
+            value for value, phrases in _PHRASES[field.name].items() if any(f" {phrase} " in text for phrase in phrases)
         }
-        found[field.name] = values.pop() if len(values) == 1 else None
-    return found
+        attributes[field.name] = values.pop() if len(values) == 1 else None
+    return attributes
 
 
-def score_attributes(scenes: Sequence[Scene], sentences: Sequence[str]) -> dict[str, float]:
-    """The share of sentences that are right in each attribute, and in `all` of them."""
-    said = [parse_attributes(sentence) for sentence in sentences]
-    right = {
-        field.name: [got[field.name] == getattr(scene, field.name) for got, scene in zip(said, scenes, strict=True)]
+def score_attributes(scenes: Sequence[Scene], captions: Sequence[str]) -> dict[str, float]:
+    """Returns the share of captions with the correct value of each attribute, and of `all` of them."""
+    predictions = [parse_attributes(caption) for caption in captions]
+    correct = {
+        field.name: [
+            predicted[field.name] == getattr(scene, field.name)
+            for predicted, scene in zip(predictions, scenes, strict=True)
+        ]
         for field in fields(Scene)
     }
-    right["all"] = [all(row) for row in zip(*right.values(), strict=True)]
-    return {name: sum(rows) / max(1, len(rows)) for name, rows in right.items()}
+    correct["all"] = [all(row) for row in zip(*correct.values(), strict=True)]
+    return {name: sum(flags) / max(1, len(flags)) for name, flags in correct.items()}
 
 
-def _vary(color: tuple[int, int, int], by: int, rng: random.Random) -> tuple[int, int, int]:
-    red, green, blue = (min(255, max(0, part + rng.randint(-by, by))) for part in color)
+def _jitter(color: tuple[int, int, int], amount: int, rng: random.Random) -> tuple[int, int, int]:
+    red, green, blue = (min(255, max(0, channel + rng.randint(-amount, amount))) for channel in color)
     return red, green, blue

@@ -1,1 +1,1 @@
-"""Files and folders on any file system that fsspec opens."""
+"""Files and folders on local and remote file systems."""

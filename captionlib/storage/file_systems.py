@@ -1,9 +1,9 @@
-"""Opens the one file system that an address names, and refuses chains of file systems.
+"""Opens the file system of an address and rejects chains of file systems.
 
-fsspec joins file systems by `::` (`zip://a.jpg::https://host/a.zip`), and some of them interpret what they read: a file
-of `reference://` names further addresses. An address then decides what is opened, downloaded and evaluated. Addresses
-here name a single file system that returns the bytes that are stored. Nothing else in captionlib hands an address to
-`fsspec.open` or `fsspec.core.url_to_fs`.
+fsspec chains file systems with `::` (`zip://a.jpg::https://host/a.zip`), and some file systems interpret what they
+read: a `reference://` file names further addresses. An address could then decide what is opened, downloaded and
+evaluated. In captionlib, an address names a single file system that returns the stored bytes. No other module passes an
+address to `fsspec.open` or `fsspec.core.url_to_fs`.
 """
 
 import os
@@ -16,7 +16,14 @@ from fsspec.registry import get_filesystem_class, known_implementations, registr
 
 from captionlib.errors import ConfigError
 
-__all__ = ["INTERPRETING_PROTOCOLS", "is_chained", "is_known", "open_file_system", "open_unpacked", "split_protocol"]
+__all__ = [
+    "INTERPRETING_PROTOCOLS",
+    "is_chained",
+    "is_known_protocol",
+    "open_decompressed",
+    "open_file_system",
+    "split_protocol",
+]
 
 INTERPRETING_PROTOCOLS = frozenset(
     {
@@ -25,32 +32,32 @@ INTERPRETING_PROTOCOLS = frozenset(
         *("jupyter", "jlab", "pyscript"),
     }
 )
-"""Protocols of file systems that interpret content, wrap another file system, or run a program."""
+"""Protocols of file systems that interpret content, wrap another file system or run a program."""
 
 _PREFIX = re.compile(r"(?P<protocol>[a-z][a-z0-9+._-]*)(?P<separator>://|::)", re.IGNORECASE)
 
 
 def split_protocol(address: str) -> tuple[str, str]:
-    """The protocol of an address in lower case, and the address with its protocol in lower case.
+    """Returns the protocol of an address in lower case, and the address with that spelling of the protocol.
 
-    The protocol of a path is empty. A path may contain `::`, unless a known protocol is in front of it.
+    The protocol of a path is empty. A path may contain `::` unless a known protocol precedes it.
     """
     match = _PREFIX.match(address)
     if match is None:
         return "", address
     protocol = match["protocol"].lower()
-    if match["separator"] == "::" and not is_known(protocol):
+    if match["separator"] == "::" and not is_known_protocol(protocol):
         return "", address
     return protocol, protocol + address[len(protocol) :]
 
 
-def is_known(protocol: str) -> bool:
-    """Whether fsspec knows a protocol, though a package that it needs may not be installed."""
+def is_known_protocol(protocol: str) -> bool:
+    """Returns whether fsspec knows a protocol, even if the package that implements it is not installed."""
     return protocol in known_implementations or protocol in registry
 
 
 def is_chained(address: str) -> bool:
-    """Whether fsspec would chain file systems. `::` in a URL of http(s), in a key or in a path is no chain."""
+    """Returns whether fsspec would chain file systems. `::` in an http(s) URL, a key or a path is not a chain."""
     protocol, address = split_protocol(address)
     if not protocol:
         return False
@@ -58,15 +65,18 @@ def is_chained(address: str) -> bool:
         return True
     if protocol in ("http", "https"):
         return False
-    return any("://" in part or is_known(part) for part in address.split("::")[1:])
+    return any("://" in part or is_known_protocol(part) for part in address.split("::")[1:])
 
 
 def open_file_system(address: str | os.PathLike[str], **options: Any) -> tuple[Any, str]:
-    """The fsspec file system of an address, and the path as that file system spells it.
+    """Opens the fsspec file system of an address.
 
     Args:
         address: a path or an address.
-        options: of the file system; they come before those that the address implies.
+        options: options of the file system; they override those that the address implies.
+
+    Returns:
+        The file system, and the path as that file system spells it.
 
     Raises:
         ConfigError: the address is chained, its protocol is unknown or interprets content, or a package is missing.
@@ -75,13 +85,13 @@ def open_file_system(address: str | os.PathLike[str], **options: Any) -> tuple[A
     protocol, url = split_protocol(given)
     if is_chained(given):
         raise ConfigError(
-            f"{given} chains file systems by `::`; expected a path or the address of one file system; "
-            "download or unpack it first, and give the path"
+            f"{given} chains file systems with `::`; expected a path or the address of one file system; "
+            "download or unpack it first, and use its path"
         )
     if protocol in INTERPRETING_PROTOCOLS:
         raise ConfigError(
             f"{given} cannot be opened: {protocol} interprets what it reads; expected a path or an address such as "
-            "s3://bucket/folder; download or unpack it first, and give the path"
+            "s3://bucket/folder; download or unpack it first, and use its path"
         )
     try:
         file_system = get_filesystem_class(protocol or "file")
@@ -91,12 +101,12 @@ def open_file_system(address: str | os.PathLike[str], **options: Any) -> tuple[A
         raise ConfigError(f"{given} cannot be opened: {error}") from error
 
 
-def open_unpacked(fs: Any, path: str, mode: str = "rb", **text: Any) -> Any:
-    """A context manager that opens a file and decompresses `.gz`, `.bz2`, `.xz` and what else fsspec knows by its end.
+def open_decompressed(fs: Any, path: str, mode: str = "rb", **text: Any) -> Any:
+    """Returns a context manager that opens a file and decompresses it by its extension, such as `.gz`.
 
     Args:
-        fs: an fsspec file system.
-        path: on it.
+        fs: the fsspec file system.
+        path: the path on it.
         mode: `rb` or `rt`.
         text: `encoding`, `errors` and `newline` of a text file.
     """

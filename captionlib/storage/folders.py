@@ -1,8 +1,8 @@
-"""Folders on any file system that fsspec opens, with files that appear whole or not at all.
+"""Folders on any file system that fsspec supports, with files that appear whole or not at all.
 
-Credentials, endpoints and time-outs of a file system come from fsspec's own configuration (environment variables such
-as `FSSPEC_S3_ENDPOINT_URL`, or files in `~/.config/fsspec`), so that no command needs options for them. What a file
-system cannot do at the moment is tried again for two minutes; see `captionlib.storage.retries`.
+Credentials, endpoints and timeouts come from fsspec's own configuration: environment variables such as
+`FSSPEC_S3_ENDPOINT_URL`, or files in `~/.config/fsspec`. Requests that fail with a temporary error are retried for two
+minutes; see `captionlib.storage.retries`.
 """
 
 import os
@@ -28,14 +28,14 @@ __all__ = ["TEMPORARY_FOLDER", "Folder", "resolve_address", "stage_file", "write
 
 TEMPORARY_FOLDER = "_temporary"
 
-# A PUT to these is seen whole or not at all, so a file needs no temporary name there.
+# A PUT on these is atomic, so files need no temporary name.
 _ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"})
 
-_FILES_AT_ONCE = 1000  # of many small ones: how many are held in memory
+_FILES_PER_REQUEST = 1000  # of `read_many`, which holds them in memory
 
 
 class Folder:
-    """A folder at a path or an address. Pickles as its absolute address alone, so that a worker anywhere finds it."""
+    """A folder at a path or an address. Pickles as its absolute address, so that workers find it."""
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
         self.uri = os.fspath(uri).rstrip("/") or "/"
@@ -59,7 +59,7 @@ class Folder:
 
     @property
     def fs(self) -> Any:
-        """The fsspec file system that the folder lies on."""
+        """The fsspec file system of the folder."""
         return self._opened[0]
 
     @property
@@ -67,40 +67,40 @@ class Folder:
         return isinstance(self.fs, LocalFileSystem)
 
     def path(self, name: str) -> str:
-        """The path of a file of the folder, as its file system spells it."""
+        """Returns the path of a file in the folder, as its file system spells it."""
         return f"{self._opened[1]}/{name}"
 
     def address(self, name: str) -> str:
-        """The path or address of a file of the folder, as a person would pass it on."""
+        """Returns the path or address of a file in the folder, as a user would write it."""
         return f"{self.uri}/{name}"
 
     def list(self, subfolder: str = "") -> list[str]:
-        """Names in the folder or one subfolder of it, sorted; none where it does not exist. One listing."""
-        path = self.path(subfolder) if subfolder else self._opened[1]
+        """Lists the names in the folder or in one of its subfolders, sorted; an empty list if it does not exist."""
+        folder = self.path(subfolder) if subfolder else self._opened[1]
 
-        def find() -> list[str]:
+        def list_paths() -> list[str]:
             self.fs.invalidate_cache()
             try:
-                found: list[str] = self.fs.ls(path, detail=False)
+                paths: list[str] = self.fs.ls(folder, detail=False)
             except FileNotFoundError:
                 return []
-            self.fs.invalidate_cache()  # else it keeps about a kilobyte of details a file
-            return found
+            self.fs.invalidate_cache()  # the cached details take about a kilobyte per file
+            return paths
 
-        paths = call_with_retries(path, find)
-        return sorted(found.rstrip("/").rsplit("/", 1)[-1] for found in paths if found.rstrip("/") != path)
+        paths = [path.rstrip("/") for path in call_with_retries(folder, list_paths)]
+        return sorted(path.rsplit("/", 1)[-1] for path in paths if path != folder)
 
     def exists(self, name: str) -> bool:
         path = self.path(name)
 
-        def find() -> bool:
+        def check() -> bool:
             self.fs.invalidate_cache()
             return bool(self.fs.exists(path))
 
-        return call_with_retries(path, find)
+        return call_with_retries(path, check)
 
     def open(self, name: str) -> BinaryIO:
-        """Opens a file for reading; of a remote one, what is read is fetched and nothing else."""
+        """Opens a file for reading. A remote file is fetched range by range, as it is read."""
         path = self.path(name)
         return Path(path).open("rb") if self.is_local else cast(BinaryIO, RangedFile(self.fs, path))
 
@@ -110,27 +110,27 @@ class Folder:
         return content
 
     def read_many(self, names: Iterable[str]) -> Iterator[bytes]:
-        """Many small files, fetched concurrently where the file system can; nothing of those that are not there."""
+        """Reads many small files, concurrently if the file system can. Skips files that do not exist."""
         paths = map(self.path, names)
-        while some := tuple(islice(paths, _FILES_AT_ONCE)):
-            waiting: Sequence[str] = some
-            while waiting:
-                found, waiting = call_with_retries(waiting[0], partial(self._read_some, waiting))
-                yield from found
+        while batch := tuple(islice(paths, _FILES_PER_REQUEST)):
+            remaining: Sequence[str] = batch
+            while remaining:
+                contents, remaining = call_with_retries(remaining[0], partial(self._read_batch, remaining))
+                yield from contents
 
-    def _read_some(self, paths: Sequence[str]) -> tuple[Sequence[bytes], Sequence[str]]:
-        """What could be read, and what is to be tried again; raises where nothing could be."""
-        contents = self.fs.cat_ranges([*paths], None, None, on_error="return")
-        found = [content for content in contents if isinstance(content, bytes)]
+    def _read_batch(self, paths: Sequence[str]) -> tuple[Sequence[bytes], Sequence[str]]:
+        """Returns the contents that could be read and the paths to retry; raises if there is no progress."""
+        results = self.fs.cat_ranges([*paths], None, None, on_error="return")
+        contents = [result for result in results if isinstance(result, bytes)]
         errors = {
-            path: content
-            for path, content in zip(paths, contents, strict=True)
-            if not isinstance(content, bytes | FileNotFoundError)
+            path: result
+            for path, result in zip(paths, results, strict=True)
+            if not isinstance(result, bytes | FileNotFoundError)
         }
-        final = [error for error in errors.values() if not is_temporary_error(error)]
-        if errors and (final or not found):
-            raise [*final, *errors.values()][0]
-        return found, tuple(errors)
+        permanent = [error for error in errors.values() if not is_temporary_error(error)]
+        if errors and (permanent or not contents):
+            raise [*permanent, *errors.values()][0]
+        return contents, tuple(errors)
 
     def download(self, name: str, target: Path) -> None:
         """Copies a file to a local path."""
@@ -138,13 +138,13 @@ class Folder:
         call_with_retries(path, lambda: self.fs.get_file(path, str(target)))
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a file that appears whole or not at all."""
-        with self.stage(name) as staged:
-            staged.write_bytes(content)
+        """Writes a file. It appears whole or not at all."""
+        with self.stage(name) as path:
+            path.write_bytes(content)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Path]:
-        """A local path to write a file to, which appears as `name` when the block ends, and never if it raises."""
+        """Yields a local path to write to. The file appears as `name` when the block ends, not at all if it raises."""
         if self.is_local:
             parent = Path(self.path(TEMPORARY_FOLDER))
             parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ class Folder:
         path.replace(target)
         directory = os.open(target.parent, os.O_RDONLY)
         try:
-            os.fsync(directory)  # the rename itself survives a machine that dies
+            os.fsync(directory)  # makes the rename survive a crash
         finally:
             os.close(directory)
 
@@ -187,7 +187,7 @@ class Folder:
         call_with_retries(self.path(name), publish)
 
     def remove(self, name: str) -> None:
-        """Removes a file or a subfolder; nothing where there is none."""
+        """Removes a file or a subfolder, if it exists."""
         path = self.path(name)
         if self.is_local and Path(path).is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -201,7 +201,7 @@ class Folder:
         call_with_retries(path, remove)
 
     def remove_file(self, name: str) -> None:
-        """Removes a file by a single request; nothing where there is none."""
+        """Removes a file with a single request, if it exists."""
         path = self.path(name)
 
         def remove() -> None:
@@ -212,7 +212,10 @@ class Folder:
 
 
 def resolve_address(address: str | os.PathLike[str]) -> str:
-    """What names the same file or folder from wherever a process was started: a local path is made absolute."""
+    """Makes a local path absolute, so that it is valid in processes with another working directory.
+
+    Addresses with a protocol are returned unchanged.
+    """
     fs, path = open_file_system(address)
     return str(path) if isinstance(fs, LocalFileSystem) else os.fspath(address)
 
@@ -229,7 +232,7 @@ def write_file(address: str | os.PathLike[str], content: bytes) -> None:
 
 @contextmanager
 def stage_file(address: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a local path to write to. The file appears at `address` when the block ends, and not at all if it raises.
+    """Yields a local path to write to. The file appears at `address` when the block ends, not at all if it raises.
 
     Raises:
         StorageError: it cannot be written.

@@ -1,4 +1,4 @@
-"""A remote file to read, without reading ahead."""
+"""A read-only remote file without read-ahead."""
 
 import io
 import os
@@ -11,10 +11,10 @@ __all__ = ["RangedFile"]
 
 
 class RangedFile(io.RawIOBase):
-    """A remote file whose every read is one request for just these bytes, tried again where that can help.
+    """A remote file that fetches exactly the bytes of each read in one request, with retries.
 
-    Readers of Parquet know which bytes they want; what a file system reads ahead of them is wasted. The position is of
-    its own in every thread, for readers whose threads share a file and seek before each read.
+    Parquet readers know which bytes they need, so read-ahead would be wasted. Each thread has its own position, so that
+    threads can share a file and seek before each read.
     """
 
     def __init__(self, fs: Any, path: str) -> None:
@@ -41,7 +41,7 @@ class RangedFile(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         start = self.tell()
         end = self._size if size is None or size < 0 else min(start + size, self._size)
-        content = call_with_retries(self._path, lambda: self._range(start, end)) if end > start else b""
+        content = call_with_retries(self._path, lambda: self._read_range(start, end)) if end > start else b""
         self._thread.position = start + len(content)
         return content
 
@@ -53,7 +53,7 @@ class RangedFile(io.RawIOBase):
         buffer[: len(content)] = content
         return len(content)
 
-    def _range(self, start: int, end: int) -> bytes:
+    def _read_range(self, start: int, end: int) -> bytes:
         content: bytes = self._fs.cat_file(self._path, start=start, end=end)
         if len(content) != end - start:
             raise ConnectionError(f"expected bytes {start} to {end} of {self._path}, got {len(content)} bytes")

@@ -1,6 +1,6 @@
-"""What the errors of file systems mean: whether trying again can help.
+"""Classifies the errors of file systems.
 
-Clients of object stores are optional, so their errors are known by name, wherever in their ancestry it stands.
+The clients of object stores are optional dependencies, so their exceptions are recognized by class name.
 """
 
 import asyncio
@@ -14,21 +14,21 @@ from captionlib.errors import FetchError
 
 __all__ = ["get_http_status", "is_connection_error", "is_temporary_error", "is_timeout_error"]
 
-_TIMEOUTS = (TimeoutError, asyncio.TimeoutError, concurrent.futures.TimeoutError)  # one class from Python 3.11 on
-_FINAL = (FetchError, FileNotFoundError, PermissionError, ssl.SSLCertVerificationError)
+_TIMEOUTS = (TimeoutError, asyncio.TimeoutError, concurrent.futures.TimeoutError)  # the same class since Python 3.11
+_PERMANENT = (FetchError, FileNotFoundError, PermissionError, ssl.SSLCertVerificationError)
 
 _TIMEOUT_NAMES = {"ReadTimeoutError", "ConnectTimeoutError", "Timeout"}  # botocore and requests
 _CONNECTION_NAMES = {
     "ClientConnectionError",  # aiohttp
     "ClientPayloadError",
-    "ConnectionError",  # botocore and requests, and Python's own
+    "ConnectionError",  # botocore, requests and Python
     "HTTPClientError",  # botocore
     "IncompleteReadError",
     "IncompleteRead",  # http.client
-    "gaierror",  # socket: a name that cannot be resolved, now
+    "gaierror",  # socket: name resolution failed
 }
 _TEMPORARY_STATUS = {408, 425, 429, 500, 502, 503, 504}
-_TEMPORARY_ERRNO = {  # what remains of an object store's answer, and of a network file system's trouble
+_TEMPORARY_ERRNO = {  # from object stores whose client keeps only the errno, and from network file systems
     errno.EAGAIN,
     errno.EBUSY,
     errno.EHOSTUNREACH,
@@ -42,8 +42,8 @@ _TEMPORARY_ERRNO = {  # what remains of an object store's answer, and of a netwo
 
 
 def is_temporary_error(error: BaseException) -> bool:
-    """Whether the same request may work a little later."""
-    if isinstance(error, _FINAL):
+    """Returns whether the same request may succeed later."""
+    if isinstance(error, _PERMANENT):
         return False
     status = get_http_status(error)
     if status is not None:
@@ -52,7 +52,7 @@ def is_temporary_error(error: BaseException) -> bool:
 
 
 def get_http_status(error: BaseException) -> int | None:
-    """The status that a server answered with, from the error of any client; None if it is about something else."""
+    """Returns the HTTP error status in the exception of any client; None if it has none."""
     for each in (error, error.__cause__):
         response: Any = getattr(each, "response", None)
         if isinstance(response, Mapping):  # botocore
@@ -69,12 +69,12 @@ def get_http_status(error: BaseException) -> int | None:
 
 
 def is_timeout_error(error: BaseException) -> bool:
-    return isinstance(error, _TIMEOUTS) or _is_named(error, _TIMEOUT_NAMES)
+    return isinstance(error, _TIMEOUTS) or _has_ancestor(error, _TIMEOUT_NAMES)
 
 
 def is_connection_error(error: BaseException) -> bool:
-    return isinstance(error, ConnectionError) or _is_named(error, _CONNECTION_NAMES)
+    return isinstance(error, ConnectionError) or _has_ancestor(error, _CONNECTION_NAMES)
 
 
-def _is_named(error: BaseException, names: set[str]) -> bool:
+def _has_ancestor(error: BaseException, names: set[str]) -> bool:
     return any(ancestor.__name__ in names for ancestor in type(error).__mro__)

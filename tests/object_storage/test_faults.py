@@ -22,7 +22,7 @@ from captionlib.data.shards.writer import write_shard
 from captionlib.errors import FetchError, StorageError
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.extraction import ExtractionConfig
-from captionlib.search.sql import query_sql
+from captionlib.search.sql.session import query_sql
 from captionlib.storage import retries
 from captionlib.storage.folders import Folder
 from pipelines.extract_features import extract_features
@@ -159,7 +159,7 @@ def test_an_outage_ends_the_run_and_leaves_nothing_half_done(
     proxy.choose = lambda method, path: (
         Fault.THROTTLE if method == "PUT" and path.endswith("output/_shards/part-00002.json") else None
     )
-    with pytest.raises(StorageError, match=r"part-00002\.json: the storage did not do its part .* injected"):
+    with pytest.raises(StorageError, match=r"part-00002\.json: the storage failed for .* injected"):
         run_job(source, f"{bucket}/output")
     output = open_dataset(f"{bucket}/output")
     assert output.pending_shards() == [2]

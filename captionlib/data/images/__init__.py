@@ -1,1 +1,1 @@
-"""Images: fetched from their addresses and decoded to pixels, within limits on size, time and memory."""
+"""Fetches images from their addresses and decodes them, within limits on size, time and memory."""

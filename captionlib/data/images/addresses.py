@@ -1,12 +1,12 @@
-"""Addresses of images: what they may be, and the only way in which they are opened.
+"""Image addresses: parses, checks and opens them.
 
-An image address comes from data, so from a stranger. It is a path, or the address of one file system whose protocol is
-allowed, or one of two forms of it:
+Image addresses are data, so they are not trusted. An address is a path or the address of a single file system with an
+allowed protocol. It may select a part of the file:
 
-    FILE#bytes=START-END        a range of bytes, END excluded: a member of an uncompressed tar
-    FILE#row=N&column=NAME      bytes in a row of a Parquet file, counted from 0 over the whole file
+    FILE#bytes=START-END        a range of bytes, END excluded, such as a member of an uncompressed tar
+    FILE#row=N&column=NAME      the bytes in a cell of a Parquet file, with rows counted from 0 over the whole file
 
-Chains of file systems and protocols that interpret content are refused before anything is opened.
+Chains of file systems and protocols that interpret content are rejected before anything is opened.
 """
 
 import os
@@ -22,7 +22,7 @@ from captionlib.errors import ConfigError, FetchError
 from captionlib.storage.file_systems import (
     INTERPRETING_PROTOCOLS,
     is_chained,
-    is_known,
+    is_known_protocol,
     open_file_system,
     split_protocol,
 )
@@ -40,9 +40,9 @@ __all__ = [
 ]
 
 IMAGE_PROTOCOLS = ("file", "http", "https", "s3", "gs", "abfs", "hdfs")
-"""The protocols that image addresses have unless others are configured; `file` also allows paths."""
+"""The protocols that are allowed by default; `file` also allows paths."""
 
-_SPELLINGS = {"local": "file", "s3a": "s3", "gcs": "gs", "abfss": "abfs", "az": "abfs"}
+_CANONICAL_PROTOCOLS = {"local": "file", "s3a": "s3", "gcs": "gs", "abfss": "abfs", "az": "abfs"}
 
 _RANGE = re.compile(r"(?P<file>.+)#bytes=(?P<start>\d{1,18})-(?P<end>\d{1,18})", re.DOTALL)
 _ROW = re.compile(r"(?P<file>.+)#row=(?P<row>\d{1,18})&column=(?P<column>.+)", re.DOTALL)
@@ -54,9 +54,9 @@ class ImageFile:
     """A file at an allowed address.
 
     Attributes:
-        protocol: in its usual spelling: `s3` for `s3a://`, `file` for a path.
-        url: the path as given, or the whole address.
-        is_path: whether it is a path, without a protocol.
+        protocol: the canonical protocol: `s3` for `s3a://`, `file` for a path.
+        url: the path or the whole address.
+        is_path: whether it is a path without a protocol.
     """
 
     protocol: str
@@ -69,9 +69,9 @@ class ImageAddress:
     """An image in a file.
 
     Attributes:
-        file: where its bytes are.
-        span: the range of bytes that it is, END excluded.
-        cell: the row and the column that it is, of a Parquet file.
+        file: the file that contains the image.
+        span: its range of bytes in the file, end excluded; None if it is the whole file or a cell.
+        cell: its row and column in a Parquet file; None if it is not in one.
     """
 
     file: ImageFile
@@ -83,29 +83,29 @@ def check_protocols(protocols: Sequence[str]) -> None:
     """Checks a list of allowed protocols.
 
     Raises:
-        ConfigError: one of them interprets content, or fsspec does not know it.
+        ConfigError: a protocol interprets content, or fsspec does not know it.
     """
     for protocol in protocols:
         if protocol in INTERPRETING_PROTOCOLS:
             raise ConfigError(
-                f"protocols: {protocol} interprets what it reads, so it is not safe for addresses of images; expected "
+                f"protocols: {protocol} interprets what it reads, which is unsafe for image addresses; expected "
                 f"protocols such as {', '.join(IMAGE_PROTOCOLS)}; remove it"
             )
-        if not is_known(protocol):
+        if not is_known_protocol(protocol):
             raise ConfigError(
                 f"protocols: expected protocols of fsspec, such as {', '.join(IMAGE_PROTOCOLS)}, got {protocol!r}"
             )
 
 
 def parse_image_address(uri: str, protocols: Sequence[str] = IMAGE_PROTOCOLS) -> ImageAddress:
-    """Parses and checks an address; opens nothing.
+    """Parses and checks an address without opening anything.
 
     Args:
         uri: the address.
-        protocols: the ones that are allowed.
+        protocols: the allowed protocols.
 
     Raises:
-        FetchError: with reason BadAddress: it is malformed or chained, or its protocol is not allowed.
+        FetchError: the address is malformed or chained, or its protocol is not allowed; the reason is BadAddress.
     """
     if match := _ROW.fullmatch(uri):
         return ImageAddress(_parse_file(match["file"], protocols), cell=(int(match["row"]), match["column"]))
@@ -117,28 +117,28 @@ def parse_image_address(uri: str, protocols: Sequence[str] = IMAGE_PROTOCOLS) ->
 def _parse_file(uri: str, protocols: Sequence[str]) -> ImageFile:
     shown = repr(uri if len(uri) <= _SHOWN_CHARACTERS else f"{uri[:_SHOWN_CHARACTERS]}...")
     if "\0" in uri:
-        raise FetchError("BadAddress", f"expected a path or an address, got {shown}, which has a null character")
+        raise FetchError("BadAddress", f"expected a path or an address, got {shown}, which contains a null character")
     if is_chained(uri):
         raise FetchError(
             "BadAddress",
             f"expected a path or the address of one file system, got a chain of them, {shown}; "
-            "give the address of the image itself",
+            "use the address of the image itself",
         )
     spelled, url = split_protocol(uri)
-    protocol = _usual(spelled or "file")
-    if protocol in INTERPRETING_PROTOCOLS or protocol not in {_usual(allowed) for allowed in protocols}:
+    protocol = _normalize_protocol(spelled or "file")
+    if protocol in INTERPRETING_PROTOCOLS or protocol not in {_normalize_protocol(allowed) for allowed in protocols}:
         raise FetchError(
             "BadAddress",
             f"expected an address of {', '.join(protocols)}, got {protocol}: {shown}; "
-            "where you trust the source of the list, add the protocol to loading.fetch.protocols",
+            "if you trust the source of the addresses, add the protocol to loading.fetch.protocols",
         )
     if protocol in ("http", "https") and not _has_host(url):
         raise FetchError("BadAddress", f"expected {protocol}://HOST/PATH, got {shown}")
     return ImageFile(protocol, url, is_path=not spelled)
 
 
-def _usual(protocol: str) -> str:
-    return _SPELLINGS.get(protocol, protocol)
+def _normalize_protocol(protocol: str) -> str:
+    return _CANONICAL_PROTOCOLS.get(protocol, protocol)
 
 
 def _has_host(url: str) -> bool:
@@ -149,14 +149,17 @@ def _has_host(url: str) -> bool:
 
 
 def open_image_file_system(file: ImageFile, allow_private_hosts: bool = True) -> tuple[Any, str]:
-    """The file system that a file lies on, and its path there; nothing is read.
+    """Opens the file system of a file without reading anything.
 
     Args:
-        file: as `parse_image_address` returned it.
-        allow_private_hosts: connect also to hosts that are not public.
+        file: a file from `parse_image_address`.
+        allow_private_hosts: also allow hosts that are not public.
+
+    Returns:
+        The file system, and the path of the file on it.
 
     Raises:
-        FetchError: the package of the protocol is not installed, or the host is refused.
+        FetchError: the package for the protocol is not installed, or the host is not allowed.
     """
     options: dict[str, Any] = {}
     if not allow_private_hosts and file.protocol in ("http", "https"):
@@ -166,7 +169,7 @@ def open_image_file_system(file: ImageFile, allow_private_hosts: bool = True) ->
     if not allow_private_hosts and file.protocol == "hdfs" and urlsplit(file.url).netloc:
         raise FetchError(
             "ForbiddenHost",
-            "expected an hdfs address without a host, which is that of the configured cluster, got one with a host; "
+            "expected an hdfs address without a host, which refers to the configured cluster, got one with a host; "
             "allow private hosts to connect to it",
         )
     try:
@@ -176,11 +179,11 @@ def open_image_file_system(file: ImageFile, allow_private_hosts: bool = True) ->
 
 
 def open_image_file(file: ImageFile, allow_private_hosts: bool = True) -> BinaryIO:
-    """Opens a file for reading at any position.
+    """Opens a file for random access.
 
     Raises:
-        FetchError: it is a directory, a device or a pipe, or cannot be opened by its protocol.
-        Exception: what the file system raises.
+        FetchError: it is not a regular file, or its file system cannot be opened.
+        Exception: any error of the file system.
     """
     if file.is_path:
         return open_regular_file(file.url)
@@ -189,24 +192,24 @@ def open_image_file(file: ImageFile, allow_private_hosts: bool = True) -> Binary
 
 
 def open_regular_file(path: str) -> BinaryIO:
-    """Opens a local file, and nothing but a file.
+    """Opens a local file for reading.
 
     Raises:
-        FetchError: it is something else.
+        FetchError: it is not a regular file, but for example a directory, a device or a pipe.
         OSError: it cannot be opened.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else opening a named pipe waits for a writer
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would wait for a writer
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise FetchError("NotAFile", f"expected a file, got something else at {path}")
+        raise FetchError("NotAFile", f"expected a regular file, got something else at {path}")
     return os.fdopen(descriptor, "rb")
 
 
 def image_exists(uri: str, protocols: Sequence[str] = IMAGE_PROTOCOLS) -> bool:
-    """Whether the file of an image exists; of a web address it is assumed, without a request.
+    """Returns whether the file of an image exists. Assumes without a request that web addresses do.
 
     Raises:
-        FetchError: the address is refused; see `parse_image_address` and `open_image_file_system`.
+        FetchError: the address is not allowed; see `parse_image_address` and `open_image_file_system`.
     """
     file = parse_image_address(uri, protocols).file
     if file.protocol in ("http", "https"):

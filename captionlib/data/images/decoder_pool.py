@@ -1,7 +1,7 @@
-"""Decoder processes: damaged or hostile images hang, crash or blow up a process that can be spared.
+"""Decodes images in separate processes, which damaged or hostile images may hang or crash.
 
-Each decodes one image at a time within a time-out and a memory limit; one that does not answer is killed, and another
-takes its place. They are programs of their own, not forks: nothing is inherited, however and wherever a pool is made.
+Each process decodes one image at a time within a timeout and a memory limit. A process that does not respond is killed
+and replaced. The processes are started as new programs, not forked, so that they inherit no state.
 """
 
 import fcntl
@@ -14,15 +14,17 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field, PositiveFloat, PositiveInt
 
+from captionlib.config import configclass
 from captionlib.cpus import available_cpus
-from captionlib.data.images.decoder_process import ANSWER, FAILURE, REQUEST, DecoderSettings
+from captionlib.data.images.decoder_process import FAILURE, REQUEST_HEADER, RESPONSE_HEADER, DecoderSettings
 from captionlib.data.images.decoding import MAX_IMAGE_PIXELS, Preprocessing
-from captionlib.errors import ConfigError, DecodeError, SubprocessError
+from captionlib.errors import DecodeError, SubprocessError
 
 __all__ = ["DecoderConfig", "DecoderPool"]
 
@@ -30,44 +32,36 @@ Pixels = npt.NDArray[np.uint8]
 
 _WORKER = "captionlib.data.images.decoder_process"
 
-# Decoding takes at most 21 bytes a pixel (measured; a 32-bit TIFF), beside the libraries and the file.
-_BYTES_PER_PIXEL, _BYTES_BESIDES = 24, 2**30
+_BYTES_PER_PIXEL = 24  # the most measured is 21, for a 32-bit TIFF
+_BASE_MEMORY_BYTES = 2**30  # libraries and the file
 
-_START_SECONDS = 120.0
-_PIPE_BYTES = 2**18  # a preprocessed image in one piece
+_START_TIMEOUT_SECONDS = 120.0
+_PIPE_BYTES = 2**18  # holds a preprocessed image
 
 
-@dataclass(frozen=True)
+@configclass
 class DecoderConfig:
-    """What decoding may take.
+    """Limits on decoding an image.
 
     Attributes:
-        processes: decoders at most, started as they are needed; None: one for each CPU that this process may use.
-        timeout_seconds: for one image; a decoder that takes longer is killed.
-        max_image_pixels: width x height; larger images are refused before they are decoded.
-        max_memory_bytes: address space of a decoder; None: what an image of `max_image_pixels` may need.
+        processes: maximum number of decoder processes, which start on demand; None uses one per available CPU.
+        timeout_seconds: limit for one image; a process that takes longer is killed.
+        max_image_pixels: limit on width x height; larger images are rejected before they are decoded.
+        max_memory_bytes: address space of a process; None allows as much as `max_image_pixels` may need.
     """
 
-    processes: int | None = None
-    timeout_seconds: float = 60.0
-    max_image_pixels: int = MAX_IMAGE_PIXELS
-    max_memory_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in (("processes", 1), ("max_image_pixels", 1), ("max_memory_bytes", 2**28)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name}: expected at least {least}, got {value}")
-        if self.timeout_seconds <= 0:
-            raise ConfigError(f"timeout_seconds: expected more than 0, got {self.timeout_seconds}")
+    processes: PositiveInt | None = None
+    timeout_seconds: PositiveFloat = 60.0
+    max_image_pixels: PositiveInt = MAX_IMAGE_PIXELS
+    max_memory_bytes: Annotated[int, Field(ge=2**28)] | None = None
 
 
 class DecoderPool:
-    """Decoder processes that threads borrow, an image at a time. A context manager; none is left after it.
+    """A pool of decoder processes. Thread-safe. A context manager, which kills the processes when it exits.
 
     Args:
-        preprocessing: what the encoder expects of an image.
-        config: how many decoders, and their limits.
+        preprocessing: how images are resized and cropped.
+        config: the number of processes and their limits.
     """
 
     def __init__(self, preprocessing: Preprocessing, config: DecoderConfig | None = None) -> None:
@@ -80,8 +74,8 @@ class DecoderPool:
                 preprocessing=preprocessing,
                 max_image_pixels=self.config.max_image_pixels,
                 max_memory_bytes=self.config.max_memory_bytes
-                or _BYTES_BESIDES + _BYTES_PER_PIXEL * self.config.max_image_pixels,
-                max_seconds=2 * self.config.timeout_seconds,  # the pool comes first, as long as there is one
+                or _BASE_MEMORY_BYTES + _BYTES_PER_PIXEL * self.config.max_image_pixels,
+                max_seconds=2 * self.config.timeout_seconds,  # takes effect only if the pool has died
             )
         )
         self._slots = threading.Semaphore(self.size)
@@ -98,37 +92,35 @@ class DecoderPool:
 
     @property
     def pids(self) -> list[int]:
-        """The processes that run now."""
+        """The ids of the running processes."""
         with self._lock:
             return [decoder.process.pid for decoder in self._running]
 
     def decode(self, content: bytes) -> Pixels:
-        """Decodes and preprocesses an image in a process of the pool; waits until one is free.
+        """Decodes and preprocesses an image in a process of the pool. Waits until a process is free.
 
         Args:
-            content: of a file; see `captionlib.data.images.decoding.decode_image`.
+            content: the image file; see `captionlib.data.images.decoding.decode_image`.
 
         Returns:
             `[crop_size, crop_size, 3] uint8`, RGB.
 
         Raises:
-            DecodeError: as `decode_image` does; its reason may also be Timeout or DecoderDied.
-            SubprocessError: decoders cannot be started, or the pool is closed.
+            DecodeError: see `decode_image`; the reason may also be Timeout or DecoderDied.
+            SubprocessError: a process cannot be started, or the pool is closed.
         """
         with self._slots:
-            answer = self._ask(content, self._take)
-            if (
-                answer is None
-            ):  # its decoder died, of it or of something else: a new one, not one that died too, will tell
-                answer = self._ask(content, self._start)
-        if answer is None:
-            raise DecodeError("DecoderDied", "two decoder processes died while they decoded it")
-        if isinstance(answer, DecodeError):
-            raise answer
-        return answer
+            result = self._try_decode(content, self._acquire)
+            if result is None:  # the process died, perhaps not because of this image: retry in a new process
+                result = self._try_decode(content, self._start)
+        if result is None:
+            raise DecodeError("DecoderDied", "two decoder processes died while decoding the image")
+        if isinstance(result, DecodeError):
+            raise result
+        return result
 
     def close(self) -> None:
-        """Kills the processes; threads that wait for one get an error."""
+        """Kills the processes. Threads that wait for one raise SubprocessError."""
         with self._lock:
             self._closed = True
             running, idle = list(self._running), self._idle
@@ -140,14 +132,15 @@ class DecoderPool:
         for decoder in idle:
             self._discard(decoder)
 
-    def _ask(self, content: bytes, borrow: Callable[[], "_Decoder"]) -> Pixels | DecodeError | None:
+    def _try_decode(self, content: bytes, acquire: Callable[[], "_Decoder"]) -> Pixels | DecodeError | None:
+        """Returns the pixels or the error of an image; None if the process died."""
         try:
-            decoder = borrow()
+            decoder = acquire()
         except (EOFError, ConnectionError):
             self._check_open()
             return None
         try:
-            answer = decoder.ask(content, self._shape, self.config.timeout_seconds)
+            result = decoder.decode(content, self._shape, self.config.timeout_seconds)
         except TimeoutError:
             self._discard(decoder)
             return DecodeError("Timeout", f"decoding took longer than {self.config.timeout_seconds:g} seconds")
@@ -155,15 +148,15 @@ class DecoderPool:
             self._discard(decoder)
             self._check_open()
             return None
-        except BaseException:  # in the middle of an exchange: what it says next is an answer to this image
+        except BaseException:  # the process may still respond to this request
             self._discard(decoder)
             raise
         with self._lock:
             self._idle.append(decoder)
-        return answer
+        return result
 
-    def _take(self) -> "_Decoder":
-        """An idle decoder, or a new one: there is room for it, as this thread has a slot."""
+    def _acquire(self) -> "_Decoder":
+        """Returns an idle decoder or starts a new one. The caller holds a slot, so the limit is respected."""
         while True:
             with self._lock:
                 decoder = self._idle.pop() if self._idle else None
@@ -179,30 +172,30 @@ class DecoderPool:
             decoder = _Decoder()
             self._running.add(decoder)
         try:
-            decoder.prepare(self._settings)
+            decoder.initialize(self._settings)
         except (EOFError, ConnectionError, TimeoutError) as error:
             self._discard(decoder)
             status = decoder.process.returncode
-            if status < 0 and not isinstance(error, TimeoutError):  # killed: that may happen to anything
+            if status < 0 and not isinstance(error, TimeoutError):  # killed from outside; worth another attempt
                 raise
             raise SubprocessError(
                 f"a decoder process did not start: {type(error).__name__}, exit status {status}; expected "
-                f"{sys.executable} to run {_WORKER}; what it printed says why"
+                f"{sys.executable} to run {_WORKER}; see its output above"
             ) from None
         return decoder
 
     def _discard(self, decoder: "_Decoder") -> None:
         with self._lock:
             self._running.discard(decoder)
-        decoder.end()
+        decoder.kill()
 
     def _check_open(self) -> None:
         if self._closed:
-            raise SubprocessError("the decoder pool is closed: images are decoded only while it is open")
+            raise SubprocessError("the decoder pool is closed; decode images before it is closed")
 
 
 class _Decoder:
-    """A decoder process and the pipes to and from it."""
+    """A decoder process and the pipes that connect to it."""
 
     def __init__(self) -> None:
         paths = [path for path in sys.path if isinstance(path, str)]
@@ -211,86 +204,90 @@ class _Decoder:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # its threads would reserve memory that is limited
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # its threads would use up the address space
         )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self._requests, self._answers = self.process.stdin, self.process.stdout
+        self._requests, self._responses = self.process.stdin, self.process.stdout
         os.set_blocking(self._requests.fileno(), False)
         self._writable, self._readable = select.poll(), select.poll()
         self._writable.register(self._requests, select.POLLOUT)
-        self._readable.register(self._answers, select.POLLIN)
-        self._patience = _Patience(0.0)
+        self._readable.register(self._responses, select.POLLIN)
+        self._timeout = _Timeout(0.0)
 
-    def prepare(self, settings: bytes) -> None:
-        """Sends the settings and waits until the process has started.
-
-        Raises:
-            EOFError, ConnectionError: it ended.
-            TimeoutError: it does not answer.
-        """
-        self._patience = _Patience(_START_SECONDS)
-        _widen(self._requests.fileno())
-        _widen(self._answers.fileno())
-        self._send(settings)
-        self._receive(ANSWER.size)
-
-    def ask(self, content: bytes, shape: tuple[int, ...], seconds: float) -> Pixels | DecodeError:
-        """Has an image decoded.
+    def initialize(self, settings: bytes) -> None:
+        """Sends the settings and waits until the process is ready.
 
         Raises:
             EOFError, ConnectionError: the process ended.
-            TimeoutError: it takes longer than `seconds`.
+            TimeoutError: the process does not respond.
         """
-        self._patience = _Patience(seconds)
-        self._send(content)
-        kind, size = ANSWER.unpack(self._receive(ANSWER.size))
-        answer = self._receive(size)
-        if kind == FAILURE:
-            return DecodeError(*json.loads(answer))
-        return np.frombuffer(answer, np.uint8).reshape(shape)
+        self._timeout = _Timeout(_START_TIMEOUT_SECONDS)
+        _enlarge_pipe(self._requests.fileno())
+        _enlarge_pipe(self._responses.fileno())
+        self._send(settings)
+        self._receive(RESPONSE_HEADER.size)
 
-    def end(self) -> None:
-        """Kills the process, if it still runs, and collects it."""
+    def decode(self, content: bytes, shape: tuple[int, ...], timeout_seconds: float) -> Pixels | DecodeError:
+        """Decodes an image.
+
+        Raises:
+            EOFError, ConnectionError: the process ended.
+            TimeoutError: it takes longer than `timeout_seconds`.
+        """
+        self._timeout = _Timeout(timeout_seconds)
+        self._send(content)
+        kind, size = RESPONSE_HEADER.unpack(self._receive(RESPONSE_HEADER.size))
+        payload = self._receive(size)
+        if kind == FAILURE:
+            return DecodeError(*json.loads(payload))
+        return np.frombuffer(payload, np.uint8).reshape(shape)
+
+    def kill(self) -> None:
+        """Kills the process if it is running, and closes the pipes."""
         self.process.kill()
         self.process.wait()
         self._requests.close()
-        self._answers.close()
+        self._responses.close()
 
     def _send(self, content: bytes) -> None:
-        for part in (REQUEST.pack(len(content)), content):
-            left = memoryview(part)
-            while left:
-                self._patience.wait(self._writable)
-                left = left[os.write(self._requests.fileno(), left) :]
+        for part in (REQUEST_HEADER.pack(len(content)), content):
+            remaining = memoryview(part)
+            while remaining:
+                self._timeout.wait_for(self._writable)
+                remaining = remaining[os.write(self._requests.fileno(), remaining) :]
 
     def _receive(self, size: int) -> bytearray:
         content = bytearray(size)
-        left = memoryview(content)
-        while left:
-            self._patience.wait(self._readable)
-            count = os.readv(self._answers.fileno(), [left])
+        remaining = memoryview(content)
+        while remaining:
+            self._timeout.wait_for(self._readable)
+            count = os.readv(self._responses.fileno(), [remaining])
             if not count:
                 raise EOFError
-            left = left[count:]
+            remaining = remaining[count:]
         return content
 
 
-class _Patience:
-    """Waits, in all, as long as it was given: counted in waits, so a process that is suspended meanwhile loses none."""
+class _Timeout:
+    """A limit on the total waiting time.
+
+    It counts ten slices of waiting instead of comparing clock times, so that time in which this process is suspended
+    costs at most one slice.
+    """
 
     def __init__(self, seconds: float) -> None:
-        self._turn_milliseconds, self._turns = 100 * seconds, 10
+        self._slice_milliseconds, self._slices = 100 * seconds, 10
 
-    def wait(self, pipe: select.poll) -> None:
-        while not pipe.poll(self._turn_milliseconds):
-            self._turns -= 1
-            if not self._turns:
+    def wait_for(self, pipe: select.poll) -> None:
+        while not pipe.poll(self._slice_milliseconds):
+            self._slices -= 1
+            if not self._slices:
                 raise TimeoutError
 
 
-def _widen(descriptor: int) -> None:
-    """Makes a pipe hold a whole image where that is possible, so that neither end waits in the middle of it."""
+def _enlarge_pipe(descriptor: int) -> None:
+    """Makes a pipe hold a whole image where the system supports it, so that neither end blocks halfway."""
     if hasattr(fcntl, "F_SETPIPE_SZ"):
         with suppress(OSError):
             fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)

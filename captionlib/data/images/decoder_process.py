@@ -1,8 +1,8 @@
-"""The decoder process: takes images from its input and answers with pixels, until its input ends.
+"""The program of a decoder process: reads images from standard input and writes pixels to standard output.
 
-Started by `captionlib.data.images.decoder_pool`, which holds the other end of both pipes. A message is its length and
-its bytes;
-an answer has a kind before them. Its input also ends when the process that started it dies, however it dies.
+`captionlib.data.images.decoder_pool` starts it and holds the other ends of the pipes. A request is a header with the
+length of the payload, and the payload. The header of a response also has its kind. The process exits when its input
+ends, which also happens when its parent dies.
 """
 
 import json
@@ -19,15 +19,15 @@ from PIL import Image
 from captionlib.data.images.decoding import Preprocessing, decode_image
 from captionlib.errors import DecodeError
 
-__all__ = ["ANSWER", "FAILURE", "IMAGE", "READY", "REQUEST", "DecoderSettings", "main"]
+__all__ = ["FAILURE", "IMAGE", "READY", "REQUEST_HEADER", "RESPONSE_HEADER", "DecoderSettings", "main"]
 
-REQUEST = struct.Struct("<Q")
-ANSWER = struct.Struct("<BQ")
+REQUEST_HEADER = struct.Struct("<Q")
+RESPONSE_HEADER = struct.Struct("<BQ")
 READY, IMAGE, FAILURE = range(3)
 
 
 class DecoderSettings(NamedTuple):
-    """What a decoder process is told before its first image."""
+    """The first request, before any image."""
 
     preprocessing: Preprocessing
     max_image_pixels: int
@@ -36,55 +36,57 @@ class DecoderSettings(NamedTuple):
 
 
 def main() -> None:
-    """Serves until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; what it means, the parent says
-    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever else is printed must not get among the answers
+    """Responds to requests until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the terminal; the parent handles it
+    requests, responses = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # keeps other output out of the responses
     settings: DecoderSettings = pickle.loads(_receive(requests))
-    _limit(settings)
-    _answer(answers, READY, b"")
-    _silence()
-    while request := requests.read(REQUEST.size):
-        (size,) = REQUEST.unpack(request)
-        _serve(requests.read(size), settings, answers)
+    _limit_resources(settings)
+    _respond(responses, READY, b"")
+    _silence_codecs()
+    while header := requests.read(REQUEST_HEADER.size):
+        (size,) = REQUEST_HEADER.unpack(header)
+        _decode(requests.read(size), settings, responses)
 
 
-def _serve(content: bytes, settings: DecoderSettings, answers: BinaryIO) -> None:
+def _decode(content: bytes, settings: DecoderSettings, responses: BinaryIO) -> None:
     signal.setitimer(signal.ITIMER_REAL, settings.max_seconds)
     try:
         pixels = decode_image(content, settings.preprocessing, settings.max_image_pixels)
     except DecodeError as error:
-        _answer(answers, FAILURE, json.dumps([error.reason, str(error)]).encode())
+        _respond(responses, FAILURE, json.dumps([error.reason, str(error)]).encode())
     else:
-        _answer(answers, IMAGE, pixels.data.cast("B"))
+        _respond(responses, IMAGE, pixels.data.cast("B"))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _limit(settings: DecoderSettings) -> None:
-    """Bounds the memory and ends the process by SIGALRM if one image takes too long and nobody is left to kill it."""
-    Image.MAX_IMAGE_PIXELS = None  # decode_image has a limit of its own
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
-    wanted = settings.max_memory_bytes
-    resource.setrlimit(resource.RLIMIT_AS, (wanted if most == resource.RLIM_INFINITY else min(wanted, most), most))
+def _limit_resources(settings: DecoderSettings) -> None:
+    """Limits memory, and lets SIGALRM end the process if an image takes too long and the pool has died."""
+    Image.MAX_IMAGE_PIXELS = None  # decode_image has its own limit
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
+    limit = settings.max_memory_bytes
+    if hard_limit != resource.RLIM_INFINITY:
+        limit = min(limit, hard_limit)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard_limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
-def _silence() -> None:
-    """Drops what codecs print about damaged images: the answers say it."""
+def _silence_codecs() -> None:
+    """Drops what codecs print about damaged images; the responses have the errors."""
     warnings.simplefilter("ignore")
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    null = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
-        os.dup2(nowhere, descriptor)
+        os.dup2(null, descriptor)
 
 
 def _receive(requests: BinaryIO) -> bytes:
-    (size,) = REQUEST.unpack(requests.read(REQUEST.size))
+    (size,) = REQUEST_HEADER.unpack(requests.read(REQUEST_HEADER.size))
     return requests.read(size)
 
 
-def _answer(answers: BinaryIO, kind: int, payload: bytes | memoryview) -> None:
-    answers.write(ANSWER.pack(kind, len(payload)))
-    answers.write(payload)
-    answers.flush()
+def _respond(responses: BinaryIO, kind: int, payload: bytes | memoryview) -> None:
+    responses.write(RESPONSE_HEADER.pack(kind, len(payload)))
+    responses.write(payload)
+    responses.flush()

@@ -1,21 +1,22 @@
-"""The bytes of an image, by its address: bounded in size and time, with retries where they can help.
+"""Fetches the bytes of images, within limits on size and time and with retries.
 
-What an address may be, and which are refused, is documented in `captionlib.data.images.addresses`. Credentials and
-endpoints are fsspec's own configuration; see `captionlib.storage`.
+`captionlib.data.images.addresses` documents what an address may be. Credentials and endpoints come from fsspec's own
+configuration; see `captionlib.storage.folders`.
 """
 
 import asyncio
+import http
 import os
 import threading
 import time
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 import aiohttp
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.http import HTTPFileSystem
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from tenacity import (
     Retrying,
     retry_if_exception,
@@ -26,6 +27,7 @@ from tenacity import (
 )
 
 from captionlib import __version__
+from captionlib.config import configclass
 from captionlib.data.images.addresses import (
     IMAGE_PROTOCOLS,
     ImageFile,
@@ -35,79 +37,75 @@ from captionlib.data.images.addresses import (
     open_regular_file,
     parse_image_address,
 )
-from captionlib.data.images.fetch_errors import to_fetch_error
 from captionlib.data.images.parquet_cells import ParquetCellReader
-from captionlib.data.images.public_hosts import is_refusal, refuse_proxies
-from captionlib.errors import ConfigError, FetchError
-from captionlib.storage.remote_errors import get_http_status, is_temporary_error
+from captionlib.data.images.public_hosts import is_private_host_error, reject_proxies
+from captionlib.errors import FetchError
+from captionlib.storage.remote_errors import get_http_status, is_connection_error, is_temporary_error, is_timeout_error
 
-__all__ = ["FetchConfig", "ImageFetcher"]
+__all__ = ["FetchConfig", "ImageFetcher", "to_fetch_error"]
 
 _PIECE_BYTES = 2**20
-_LONGEST_BACKOFF_SECONDS = 30.0
-_USER_AGENT = f"captionlib/{__version__}"  # some hosts refuse clients that do not say what they are
+_MAX_BACKOFF_SECONDS = 30.0
+_USER_AGENT = f"captionlib/{__version__}"  # some hosts reject clients without one
 
 
-@dataclass(frozen=True)
+@configclass
 class FetchConfig:
-    """What fetching an image may take.
+    """Limits on fetching an image.
 
     Attributes:
-        max_image_bytes: larger files are refused; never more than this is read of one.
-        timeout_seconds: for one attempt, from connecting to the last byte.
-        attempts: how often a fetch is tried that times out, is cut off or is put off by the server.
-        backoff_seconds: before the second attempt; doubled before each further one, plus a random part.
-        max_row_group_bytes: images in Parquet files come by the row group; how much of them is kept.
-        protocols: that addresses may have; `file` also allows paths. A protocol that interprets what it reads, or that
-            chains file systems, is never allowed.
-        allow_private_hosts: whether http and https may connect to hosts that are not public: loopback, link-local and
-            private networks. Turn it off where strangers choose the addresses and see the images.
+        max_image_bytes: larger files are rejected; at most this much of a file is read.
+        timeout_seconds: limit for one attempt, from connecting to the last byte.
+        attempts: how often a fetch is tried if it fails with a temporary error, such as a timeout.
+        backoff_seconds: wait before the second attempt; it doubles for each further one, plus a random part.
+        max_row_group_bytes: size of the cache for row groups of Parquet files; larger row groups are rejected.
+        protocols: allowed protocols of addresses; `file` also allows paths. Protocols that interpret content or chain
+            file systems are never allowed.
+        allow_private_hosts: allow http and https connections to loopback, link-local and private networks. Turn it off
+            if strangers choose the addresses and see the images.
     """
 
-    max_image_bytes: int = 64 * 2**20
-    timeout_seconds: float = 30.0
-    attempts: int = 4
-    backoff_seconds: float = 0.5
-    max_row_group_bytes: int = 2**30
+    max_image_bytes: PositiveInt = 64 * 2**20
+    timeout_seconds: PositiveFloat = 30.0
+    attempts: PositiveInt = 4
+    backoff_seconds: NonNegativeFloat = 0.5
+    max_row_group_bytes: PositiveInt = 2**30
     protocols: tuple[str, ...] = IMAGE_PROTOCOLS
     allow_private_hosts: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_image_bytes", "attempts", "max_row_group_bytes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.timeout_seconds <= 0:
-            raise ConfigError(f"timeout_seconds: expected more than 0, got {self.timeout_seconds}")
-        if self.backoff_seconds < 0:
-            raise ConfigError(f"backoff_seconds: expected at least 0, got {self.backoff_seconds}")
         check_protocols(self.protocols)
 
 
 class _Span(NamedTuple):
-    """Which bytes of a file: `end` is excluded; None: all, which `most` bounds."""
+    """The bytes of a file to read, from `start` to `end` (exclusive); None reads the whole file, up to `limit`."""
 
     start: int
     end: int | None
-    most: int
+    limit: int
+
+    @property
+    def size(self) -> int:
+        """The number of bytes to read. For a whole file, one byte more than the limit reveals that it is too large."""
+        return self.limit + 1 if self.end is None else self.end - self.start
 
 
 class ImageFetcher:
-    """Fetches images, from many threads at once. A context manager; what is being fetched at its end is given up."""
+    """Fetches images. Thread-safe. A context manager, which cancels unfinished fetches when it exits."""
 
     def __init__(self, config: FetchConfig | None = None) -> None:
         self.config = config or FetchConfig()
-        self._allow_private_hosts = self.config.allow_private_hosts
-        if not self._allow_private_hosts:
+        if not self.config.allow_private_hosts:
             for protocol in ("http", "https"):
-                refuse_proxies(fsspec.config.conf.get(protocol, {}))
-        self._row_groups = ParquetCellReader(self._open, self.config.max_row_group_bytes, self.config.timeout_seconds)
+                reject_proxies(fsspec.config.conf.get(protocol, {}))
+        self._cells = ParquetCellReader(self._open, self.config.max_row_group_bytes)
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._requests: set[Future[bytes]] = set()
         self._retrying = Retrying(
             retry=retry_if_exception(lambda error: is_temporary_error(error) and not self._closed.is_set()),
             stop=stop_after_attempt(self.config.attempts),
-            wait=wait_exponential(self.config.backoff_seconds, max=_LONGEST_BACKOFF_SECONDS)
+            wait=wait_exponential(self.config.backoff_seconds, max=_MAX_BACKOFF_SECONDS)
             + wait_random(0, self.config.backoff_seconds),
             sleep=sleep_using_event(self._closed),
             reraise=True,
@@ -120,26 +118,26 @@ class ImageFetcher:
         self.close()
 
     def close(self) -> None:
-        """Gives up what other threads are fetching or waiting to fetch again."""
+        """Cancels the requests and retries of all threads."""
         self._closed.set()
         with self._lock:
             for request in self._requests:
                 request.cancel()
 
     def fetch(self, uri: str) -> bytes:
-        """The bytes at an address.
+        """Fetches the bytes at an address.
 
         Raises:
-            FetchError: they cannot be read; its reason is such as BadAddress, ForbiddenHost, FileNotFoundError,
-                `HTTP 404`, TooLarge or Timeout. Its message quotes nothing that was read.
+            FetchError: they cannot be fetched. The reason is, for example, BadAddress, ForbiddenHost,
+                FileNotFoundError, `HTTP 404`, TooLarge or Timeout. The message quotes no content.
         """
         try:
             content: bytes = self._retrying(self._attempt, uri)
         except FetchError:
             raise
         except CancelledError:
-            raise FetchError("Cancelled", "the run ended before the image was there") from None
-        except Exception as error:  # file systems raise whatever their clients do, and this is one image of millions
+            raise FetchError("Cancelled", "the run ended before the image was fetched") from None
+        except Exception as error:  # clients raise anything; one image must not end the run
             raise to_fetch_error(error) from error
         return content
 
@@ -149,47 +147,48 @@ class ImageFetcher:
         try:
             return self._read_address(uri)
         except Exception as error:
-            if is_refusal(error):
+            if is_private_host_error(error):
                 raise FetchError(
                     "ForbiddenHost",
-                    "the address, or one that it redirects to, leads to a host that is not public; expected a public "
-                    "host; allow private hosts (loading.fetch.allow_private_hosts, serve --allow-private-hosts) if you "
-                    "trust the source of the addresses",
+                    "the address, or one that it redirects to, leads to a private host; expected a public host; allow "
+                    "private hosts (loading.fetch.allow_private_hosts, serve --allow-private-hosts) if you trust the "
+                    "source of the addresses",
                 ) from error
             raise
 
     def _read_address(self, uri: str) -> bytes:
-        most = self.config.max_image_bytes
+        limit = self.config.max_image_bytes
         address = parse_image_address(uri, self.config.protocols)
         if address.cell is not None:
-            return self._row_groups.read_cell(address.file, *address.cell, most)
-        if address.span is not None:
-            span = _Span(*address.span, most)
-            return _complete(self._read(address.file, _checked(span)), span)
-        content = self._read(address.file, _Span(0, None, most))
-        if len(content) > most:
-            raise FetchError("TooLarge", f"expected at most {most} bytes, got more")
+            return self._cells.read_cell(address.file, *address.cell, limit)
+        start, end = address.span or (0, None)
+        span = _Span(start, end, limit)
+        _check_span(span)
+        content = self._read(address.file, span)
+        if span.end is None and len(content) > limit:
+            raise FetchError("TooLarge", f"expected at most {limit} bytes, got more")
+        if span.end is not None and len(content) < span.size:
+            raise FetchError("ShortRead", f"expected bytes {span.start} to {span.end}, but the file ends earlier")
         return content
 
     def _open(self, file: ImageFile) -> BinaryIO:
-        return open_image_file(file, self._allow_private_hosts)
+        return open_image_file(file, self.config.allow_private_hosts)
 
     def _read(self, file: ImageFile, span: _Span) -> bytes:
-        """The bytes of a span, or one more than its `most` where the file has more."""
         if file.is_path:
             return _read_local(file.url, span)
-        fs, path = open_image_file_system(file, self._allow_private_hosts)
+        fs, path = open_image_file_system(file, self.config.allow_private_hosts)
         if file.protocol == "file":
             return _read_local(path, span)
         if isinstance(fs, HTTPFileSystem):
-            return self._run(fs, self._get(fs, path, span))
+            return self._run(fs, self._read_http(fs, path, span))
         if issubclass(type(fs), AsyncFileSystem) and fs.async_impl:
-            return self._run(fs, _cat(fs, path, span))
-        return _read_opened(fs, path, span, time.monotonic() + self.config.timeout_seconds)
+            return self._run(fs, _read_object(fs, path, span))
+        return _read_pieces(fs, path, span, time.monotonic() + self.config.timeout_seconds)
 
-    def _run(self, fs: Any, reading: Any) -> bytes:
-        """Runs a coroutine on the file system's own thread, for as long as an attempt may take."""
-        limited = asyncio.wait_for(reading, self.config.timeout_seconds)
+    def _run(self, fs: Any, coroutine: Any) -> bytes:
+        """Runs a coroutine in the event loop of its file system, within the timeout."""
+        limited = asyncio.wait_for(coroutine, self.config.timeout_seconds)
         with self._lock:
             request: Future[bytes] = asyncio.run_coroutine_threadsafe(limited, fs.loop)
             self._requests.add(request)
@@ -201,47 +200,44 @@ class ImageFetcher:
             with self._lock:
                 self._requests.discard(request)
 
-    async def _get(self, fs: Any, url: str, span: _Span) -> bytes:
-        """A GET that stops reading where the span ends, whatever the server makes of the range asked for."""
+    async def _read_http(self, fs: Any, url: str, span: _Span) -> bytes:
+        """Reads a span and then hangs up, whether or not the server supports ranges."""
         session = await fs.set_session()
         headers = {"User-Agent": _USER_AGENT, **session.headers, **fs.kwargs.get("headers", {})}
-        headers["Accept-Encoding"] = "identity"  # sizes are those of the file
+        headers["Accept-Encoding"] = "identity"  # so that sizes are those of the file
         if span.end is not None:
             headers["Range"] = f"bytes={span.start}-{span.end - 1}"
         options = {**fs.kwargs, "headers": headers, "timeout": aiohttp.ClientTimeout(self.config.timeout_seconds)}
         async with session.get(fs.encode_url(url), **options) as response:
             response.raise_for_status()
             skip = 0 if response.status == 206 else span.start
-            wanted = span.most + 1 if span.end is None else span.end - span.start
-            if span.end is None and (response.content_length or 0) > span.most:
-                raise FetchError("TooLarge", f"expected at most {span.most} bytes, got {response.content_length}")
+            if span.end is None and (response.content_length or 0) > span.limit:
+                raise FetchError("TooLarge", f"expected at most {span.limit} bytes, got {response.content_length}")
             content = bytearray()
             async for piece in response.content.iter_any():
                 content += piece[skip:]
                 skip = max(0, skip - len(piece))
-                if len(content) >= wanted:
+                if len(content) >= span.size:
                     break
-            return bytes(content[:wanted])
+            return bytes(content[: span.size])
 
 
-async def _cat(fs: Any, path: str, span: _Span) -> bytes:
-    """A ranged read of an object store."""
+async def _read_object(fs: Any, path: str, span: _Span) -> bytes:
     try:
-        content: bytes = await fs._cat_file(path, start=span.start, end=span.end or span.most + 1)
+        content: bytes = await fs._cat_file(path, start=span.start, end=span.start + span.size)
     except Exception as error:
-        if span.end is None and get_http_status(error) == 416:  # every range is beyond an empty object
+        if span.end is None and get_http_status(error) == 416:  # no range of an empty object is valid
             return b""
         raise
     return content
 
 
-def _read_opened(fs: Any, path: str, span: _Span, deadline: float) -> bytes:
-    """Reads piece by piece: a file system without coroutines cannot be interrupted in the middle of one."""
-    wanted = span.most + 1 if span.end is None else span.end - span.start
+def _read_pieces(fs: Any, path: str, span: _Span, deadline: float) -> bytes:
+    """Reads piece by piece, because a read of a synchronous file system cannot be interrupted."""
     content = bytearray()
     with fs.open(path, "rb") as file:
         file.seek(span.start)
-        while len(content) < wanted and (piece := file.read(min(_PIECE_BYTES, wanted - len(content)))):
+        while len(content) < span.size and (piece := file.read(min(_PIECE_BYTES, span.size - len(content)))):
             content += piece
             if time.monotonic() > deadline:
                 raise TimeoutError
@@ -250,20 +246,46 @@ def _read_opened(fs: Any, path: str, span: _Span, deadline: float) -> bytes:
 
 def _read_local(path: str, span: _Span) -> bytes:
     with open_regular_file(path) as file:
-        end = min(os.fstat(file.fileno()).st_size, span.most + 1) if span.end is None else span.end
-        return os.pread(file.fileno(), end - span.start, span.start)
+        size = span.size if span.end is not None else min(os.fstat(file.fileno()).st_size, span.size)
+        return os.pread(file.fileno(), size, span.start)
 
 
-def _checked(span: _Span) -> _Span:
-    size = (span.end or 0) - span.start
-    if size < 1:
+def _check_span(span: _Span) -> None:
+    if span.end is None:
+        return
+    if span.size < 1:
         raise FetchError("BadRange", f"expected bytes=START-END with END above START, got {span.start}-{span.end}")
-    if size > span.most:
-        raise FetchError("TooLarge", f"expected at most {span.most} bytes, got a range of {size}")
-    return span
+    if span.size > span.limit:
+        raise FetchError("TooLarge", f"expected at most {span.limit} bytes, got a range of {span.size}")
 
 
-def _complete(content: bytes, span: _Span) -> bytes:
-    if span.end is not None and len(content) < span.end - span.start:
-        raise FetchError("ShortRead", f"expected bytes {span.start} to {span.end}, but the file ends before")
-    return content
+def to_fetch_error(error: BaseException) -> FetchError:
+    """Converts the error of any file system to a FetchError, whose reason groups equal failures.
+
+    The messages of clients are dropped, because they quote what a server sent, such as the target of a redirect or the
+    body of an error response.
+    """
+    if isinstance(error, FileNotFoundError):
+        return FetchError("FileNotFoundError", "no file at this address; check the address")
+    if isinstance(error, PermissionError):
+        return FetchError("PermissionError", "the file may not be read; check its permissions or the credentials")
+    if (status := get_http_status(error)) is not None:
+        return FetchError(f"HTTP {status}", f"expected the image, got HTTP status {status}{_status_phrase(status)}")
+    if is_timeout_error(error):
+        return FetchError("Timeout", "the bytes did not arrive in time; raise loading.fetch.timeout_seconds")
+    if is_connection_error(error):
+        return FetchError("ConnectionError", f"the connection failed or was cut{_errno_phrase(error)}")
+    return FetchError(type(error).__name__, f"the file cannot be read: {type(error).__name__}{_errno_phrase(error)}")
+
+
+def _status_phrase(status: int) -> str:
+    try:
+        return f" ({http.HTTPStatus(status).phrase})"
+    except ValueError:
+        return ""
+
+
+def _errno_phrase(error: BaseException) -> str:
+    numbers = [getattr(each, "errno", None) for each in (error, getattr(error, "os_error", None))]
+    known = [number for number in numbers if isinstance(number, int) and number > 0]
+    return f": {os.strerror(known[0])}" if known else ""

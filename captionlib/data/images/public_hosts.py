@@ -1,7 +1,7 @@
-"""An HTTP client that connects to public hosts only.
+"""An HTTP client that connects only to public hosts.
 
-The check is made on the address of each connection just before it is opened: after the name is resolved, for IP
-literals, and again for every redirect. A name that resolves to another address the second time is no way around it.
+The client checks the IP address of each connection just before it opens the socket: after name resolution, for IP
+literals, and for every redirect. A host name that resolves to another address the second time cannot evade the check.
 """
 
 import ipaddress
@@ -14,42 +14,42 @@ from aiohttp import AddrInfoType
 
 from captionlib.errors import ConfigError
 
-__all__ = ["PrivateHostError", "create_public_client", "is_private", "is_refusal", "refuse_proxies"]
+__all__ = ["PrivateHostError", "create_public_client", "is_private_address", "is_private_host_error", "reject_proxies"]
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: the last four bytes are an IPv4 address
 
 
 class PrivateHostError(OSError):
-    """A connection to a host that is not public was refused.
+    """A connection to a private host was rejected.
 
-    Its message is always the same: where several addresses of a name fail alike, asyncio raises the first error.
+    The message is constant, so that asyncio raises one error if all addresses of a host name are rejected.
     """
 
     def __init__(self) -> None:
         super().__init__("the host is not public")
 
 
-def is_private(host: str) -> bool:
-    """Whether an IP address is anything but a public host: loopback, link-local, private, multicast, reserved ...
+def is_private_address(host: str) -> bool:
+    """Returns whether an IP address is not public: loopback, link-local, private, multicast, reserved or unspecified.
 
     Args:
-        host: an IP address as a socket takes it. What is not in canonical form counts as private.
+        host: the IP address as a socket accepts it. Non-canonical forms count as private.
     """
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
         return True
     if isinstance(address, ipaddress.IPv6Address):
-        embedded = _embedded(address)
+        embedded = _extract_ipv4(address)
         if embedded is not None:
-            return is_private(str(embedded))
+            return is_private_address(str(embedded))
         if address.is_site_local:
             return True
     return not address.is_global or address.is_multicast or address.is_reserved or address.is_unspecified
 
 
-def _embedded(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """The IPv4 address that a gateway or the operating system connects to instead."""
+def _extract_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """Returns the IPv4 address that a gateway or the operating system connects to instead."""
     if address in _NAT64:
         return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     return address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
@@ -57,34 +57,34 @@ def _embedded(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
 
 def _open_public_socket(address: AddrInfoType) -> socket.socket:
     family, kind, protocol, _, target = address
-    if is_private(str(target[0])):
+    if is_private_address(str(target[0])):
         raise PrivateHostError
     return socket.socket(family, kind, protocol)
 
 
 async def create_public_client(**options: Any) -> aiohttp.ClientSession:
-    """A session for `HTTPFileSystem(get_client=...)`, with the other options that the user configured."""
+    """Creates a session for `HTTPFileSystem(get_client=...)` with the other options of the user's configuration."""
     connector = aiohttp.TCPConnector(socket_factory=_open_public_socket)
     return aiohttp.ClientSession(**{**options, "connector": connector, "trust_env": False})
 
 
-def refuse_proxies(options: Mapping[str, Any]) -> None:
-    """Refuses fsspec options of `http` that send requests through a proxy, which would resolve the names itself.
+def reject_proxies(options: Mapping[str, Any]) -> None:
+    """Rejects fsspec options of `http` that use a proxy, because a proxy resolves host names itself.
 
     Raises:
-        ConfigError: there is a proxy.
+        ConfigError: the options use a proxy.
     """
     client = options.get("client_kwargs") or {}
     if options.get("proxy") or client.get("proxy") or client.get("trust_env"):
         raise ConfigError(
-            "private hosts cannot be refused behind a proxy, which resolves host names itself; expected no proxy and "
-            "no trust_env in fsspec's options of http; remove them, or allow private hosts and let the proxy refuse "
+            "private hosts cannot be rejected behind a proxy, which resolves host names itself; expected no proxy and "
+            "no trust_env in fsspec's options of http; remove them, or allow private hosts and let the proxy reject "
             "them"
         )
 
 
-def is_refusal(error: BaseException | None) -> bool:
-    """Whether an error is, or was caused by, a refused connection."""
+def is_private_host_error(error: BaseException | None) -> bool:
+    """Returns whether an error is, or was caused by, a PrivateHostError."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, PrivateHostError) or isinstance(getattr(error, "os_error", None), PrivateHostError):

@@ -37,8 +37,8 @@ class ImportConfig:
         image_root: the folder that image paths start from. None uses the folder of `dataset.json`.
         stored_dtype: the dtype to store features in.
         shard_size: rows per shard.
-        model: the network that computed the features, as `inspect` reports it.
-        node: the network's node that they are the output of, as `inspect` reports it.
+        model: the network that computed the features. It is recorded for `inspect` only.
+        node: the node of the network whose output the features are. It is recorded for `inspect` only.
     """
 
     variable: str = "feats"

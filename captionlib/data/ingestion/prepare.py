@@ -4,7 +4,7 @@ import itertools
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from captionlib.errors import ConfigError, DatasetError, FetchError
 from captionlib.progress import progress_bar
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 
-__all__ = ["PrepareConfig", "PrepareSummary", "prepare_manifest"]
+__all__ = ["PrepareConfig", "PrepareSummary", "prepare"]
 
 _IMAGES_TO_CHECK = 20
 
@@ -57,10 +57,10 @@ class PrepareConfig:
 
 @dataclass(frozen=True)
 class PrepareSummary:
-    """The content of a manifest, and what its source had besides.
+    """The content of a manifest, and the items of the source that it leaves out.
 
     Attributes:
-        source_format: the format that the source was read as.
+        source_format: the format of the source, given or detected.
         images: rows in the manifest.
         shards: shards in the manifest.
         captions: captions of all images.
@@ -78,7 +78,7 @@ class PrepareSummary:
     already_prepared: bool
 
 
-def prepare_manifest(
+def prepare(
     sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     config: PrepareConfig | None = None,
@@ -114,9 +114,9 @@ def prepare_manifest(
         skipped[reason] += 1
 
     with tempfile.TemporaryDirectory(prefix="captionlib-prepare-") as scratch:
-        rows = _select(_read(addresses, source_format, config, report_skip), config, report_skip)
+        rows = _select_splits(_read(addresses, source_format, config, report_skip), config.splits, report_skip)
         with progress_bar("prepare", None, "images", progress) as bar:
-            staged = stage_rows(bar.track(rows), Path(scratch) / "rows.parquet")
+            staged = stage_rows(bar.track(itertools.islice(rows, config.limit)), Path(scratch) / "rows.parquet")
         if not staged.rows:
             raise DatasetError(_describe_empty_source(addresses, source_format, config, skipped))
         check_unique_ids(staged)
@@ -175,21 +175,20 @@ def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
     if rows:
         reason = "" if refused is None else f"; {refused.reason}: {refused}"
         raise DatasetError(
-            f"none of the first {len(rows)} images exists; the first is expected at {rows[0].uri}{reason}; set the folder "
-            "that image paths start from with --images, or use --no-check-images if only the workers can read the images"
+            f"none of the first {len(rows)} images exists; the first is expected at {rows[0].uri}{reason}; set the "
+            "folder that image paths start from with --images, or use --no-check-images if only the workers can read "
+            "the images"
         )
 
 
-def _select(rows: Iterator[ManifestRow], config: PrepareConfig, report_skip: ReportSkip) -> Iterator[ManifestRow]:
-    selected = 0
+def _select_splits(
+    rows: Iterator[ManifestRow], splits: Collection[str], report_skip: ReportSkip
+) -> Iterator[ManifestRow]:
     for row in rows:
-        if config.splits and row.split not in config.splits:
+        if not splits or row.split in splits:
+            yield row
+        else:
             report_skip("in another split")
-            continue
-        yield row
-        selected += 1
-        if selected == config.limit:
-            return
 
 
 def _describe_empty_source(

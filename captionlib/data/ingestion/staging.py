@@ -97,13 +97,9 @@ def check_unique_ids(staged: StagedRows) -> None:
     Raises:
         DuplicateIdError: two rows have the same id; names both.
     """
-    settings: dict[str, str | bool | int | float | list[str]] = {
-        "memory_limit": "256MB",
-        "threads": 2,
-        "temp_directory": str(staged.path.parent / "duckdb"),
-    }
     passes = -(-staged.rows // _IDS_PER_PASS)
-    with duckdb.connect(config=settings) as connection:
+    temporary = str(staged.path.parent / "duckdb")
+    with duckdb.connect(config={"memory_limit": "256MB", "threads": 2, "temp_directory": temporary}) as connection:
         for number in range(passes):
             duplicate = connection.execute(_FIND_DUPLICATE, [str(staged.path), passes, number]).fetchone()
             if duplicate is not None:

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from captionlib.data.sources.locations import (
     IMAGE_EXTENSIONS,
     Location,
-    expand_braces,
     get_extension,
     is_glob,
-    locate,
+    locate_all,
     scan_folder,
     split_glob,
 )
@@ -34,8 +33,7 @@ def read_folder(addresses: Sequence[str], options: SourceOptions, report_skip: R
     Raises:
         DatasetError: a folder does not exist or cannot be read.
     """
-    for expanded in itertools.chain.from_iterable(map(_expand_missing, addresses)):
-        location = locate(expanded)
+    for location in itertools.chain.from_iterable(map(locate_all, addresses)):
         if is_glob(location):
             root, glob = split_glob(location)
             names = _walk(root, _filter_files(glob), _filter_folders(glob), report_skip)
@@ -47,11 +45,6 @@ def read_folder(addresses: Sequence[str], options: SourceOptions, report_skip: R
         for name in names:
             if _is_image_name(name, report_skip):
                 yield ManifestRow(name, f"{root.address}/{name}", options.default_split, ())
-
-
-def _expand_missing(address: str) -> list[str]:
-    location = locate(address)
-    return [address] if location.fs.exists(location.path) else expand_braces(address)
 
 
 def _is_image_name(name: str, report_skip: ReportSkip) -> bool:

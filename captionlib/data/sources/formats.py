@@ -1,11 +1,11 @@
 """The formats of sources, and their detection by name and first bytes."""
 
+import contextlib
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from captionlib.data.sources.coco import read_coco
 from captionlib.data.sources.flickr import CAPTION_LINE, read_flickr
@@ -15,12 +15,11 @@ from captionlib.data.sources.karpathy import read_karpathy
 from captionlib.data.sources.locations import (
     IMAGE_EXTENSIONS,
     Location,
-    expand_braces,
     find_files,
     get_extension,
     get_text_extension,
     is_glob,
-    locate,
+    locate_all,
     read_lines,
     scan_folder,
 )
@@ -28,7 +27,7 @@ from captionlib.data.sources.rows import RowReader
 from captionlib.data.sources.tables import TABLE_EXTENSIONS, open_parquet, read_tables
 from captionlib.data.sources.webdataset import read_webdataset
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.storage.file_systems import open_unpacked
+from captionlib.storage.file_systems import open_decompressed
 
 __all__ = ["SOURCE_FORMATS", "SourceFormat", "detect_common_format", "detect_format"]
 
@@ -89,9 +88,7 @@ def detect_format(address: str | os.PathLike[str]) -> str:
         ConfigError: the format cannot be detected.
         DatasetError: the source does not exist.
     """
-    location = locate(address)
-    if not location.fs.exists(location.path):
-        location = locate(expand_braces(os.fspath(address))[0])
+    location = locate_all(address)[0]
     if is_glob(location):
         return _detect_glob(location)
     if location.fs.isdir(location.path):
@@ -150,12 +147,13 @@ def _detect_parquet(location: Location) -> str:
 
 
 def _detect_json(location: Location) -> str:
-    """Recognizes the keys in the first megabyte, since reading all of a large file twice takes long."""
-    with open_unpacked(location.fs, location.path) as file:
+    """Recognizes the keys in the first megabyte, because reading a large file twice is slow."""
+    with open_decompressed(location.fs, location.path) as file:
         start = file.read(_PEEK_BYTES).decode("utf-8-sig", errors="replace")
-    first = _parse_line(start.lstrip().partition("\n")[0])
-    if isinstance(first, dict) and "images" not in first:
-        return "table"
+    with contextlib.suppress(json.JSONDecodeError):
+        first = json.loads(start.lstrip().partition("\n")[0])
+        if isinstance(first, dict) and "images" not in first:
+            return "table"
     if re.search(r'"(?:sentences|sentids)"\s*:', start):
         return "karpathy"
     if re.search(r'"(?:annotations|file_name|coco_url)"\s*:', start):
@@ -164,10 +162,3 @@ def _detect_json(location: Location) -> str:
         f"{location.address}: expected COCO's captions, Karpathy's dataset.json or one JSON object per line, got other "
         "JSON; set --format to coco, karpathy or table if it is one of these"
     )
-
-
-def _parse_line(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None

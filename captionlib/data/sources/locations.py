@@ -13,12 +13,11 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from captionlib.errors import DatasetError
-from captionlib.storage.file_systems import open_file_system, open_unpacked
+from captionlib.storage.file_systems import open_decompressed, open_file_system
 
 __all__ = [
     "IMAGE_EXTENSIONS",
     "Location",
-    "expand_braces",
     "find_files",
     "find_image_root",
     "get_extension",
@@ -26,6 +25,7 @@ __all__ = [
     "is_glob",
     "load_json",
     "locate",
+    "locate_all",
     "parse_json",
     "read_lines",
     "resolve_uri",
@@ -91,6 +91,16 @@ def locate(address: str | os.PathLike[str]) -> Location:
     return Location(fs, path.rstrip("/"), address.rstrip("/"))
 
 
+def locate_all(address: str | os.PathLike[str]) -> list[Location]:
+    """Resolves an address after expanding its braces, unless a file of exactly that name exists.
+
+    Raises:
+        ConfigError: see `locate`.
+    """
+    location, expanded = locate(address), _expand_braces(os.fspath(address))
+    return [location] if len(expanded) == 1 or location.fs.exists(location.path) else list(map(locate, expanded))
+
+
 def resolve_uri(uri: str, root: str) -> str:
     """Returns a URL or an absolute path unchanged, and a relative path below `root`."""
     return uri if uri.startswith("/") or "://" in uri else f"{root}/{uri}"
@@ -130,7 +140,7 @@ def split_glob(location: Location) -> tuple[Location, str]:
     return Location(location.fs, "/".join(parts[:first]), location.address[: -len(pattern) - 1]), pattern
 
 
-def expand_braces(address: str) -> list[str]:
+def _expand_braces(address: str) -> list[str]:
     """Expands `a{00..12}.tar` and `{train,val}.csv` as a shell does; leading zeros are kept."""
     match = _BRACES.search(address)
     if match is None:
@@ -142,7 +152,7 @@ def expand_braces(address: str) -> list[str]:
         choices: Iterable[str] = (f"{number:0{width}d}" for number in range(int(first), int(last) + step, step))
     else:
         choices = match[1].split(",")
-    before, after = address[: match.start()], expand_braces(address[match.end() :])
+    before, after = address[: match.start()], _expand_braces(address[match.end() :])
     return [f"{before}{choice}{rest}" for choice, rest in itertools.product(choices, after)]
 
 
@@ -153,8 +163,7 @@ def find_files(addresses: Sequence[str], extensions: frozenset[str]) -> Iterator
         DatasetError: an address does not exist or yields no file.
     """
     for address in addresses:
-        for expanded in expand_braces(address):
-            location = locate(expanded)
+        for location in locate_all(address):
             if is_glob(location):
                 yield from _match_glob(location)
             elif location.fs.isdir(location.path):
@@ -206,7 +215,7 @@ def read_lines(location: Location) -> Iterator[str]:
     """
     number = 0
     try:
-        with open_unpacked(location.fs, location.path, "rt", encoding="utf-8-sig", newline="") as file:
+        with open_decompressed(location.fs, location.path, "rt", encoding="utf-8-sig", newline="") as file:
             for line in file:
                 number += 1
                 yield line

@@ -63,7 +63,7 @@ def read_tables(addresses: Sequence[str], options: SourceOptions, report_skip: R
 def _to_rows(
     table_format: _TableFormat, location: Location, options: SourceOptions
 ) -> Iterator[tuple[ManifestRow, bool]]:
-    """Yields the rows, each with whether it may be merged with the next row of its image: if it holds no list."""
+    """Yields each row and whether it may merge with adjacent rows of its image. Rows with lists of captions may not."""
     root = find_image_root(options.image_root, location)
     for columns, record in table_format.read(location, options):
         origin = f"{location.address}, {table_format.unit} {record.number}"
@@ -79,34 +79,22 @@ def _to_rows(
 
 
 def _merge_captions(rows: Iterable[tuple[ManifestRow, bool]]) -> Iterator[ManifestRow]:
-    """Merges consecutive mergeable rows of one image. Other rows stay separate, so that duplicate ids are noticed."""
-    current: ManifestRow | None = None
-    captions: list[str] = []
-    current_mergeable = False
-    for row, mergeable in rows:
-        if current is not None and current_mergeable and mergeable and _is_same_image(current, row):
-            captions.extend(row.captions)
-            continue
-        if current is not None:
-            yield _with_captions(current, captions)
-        current, captions, current_mergeable = row, list(row.captions), mergeable
-    if current is not None:
-        yield _with_captions(current, captions)
+    """Merges adjacent mergeable rows of one image. Other rows stay separate, so that duplicate ids are detected."""
+    for _, group in itertools.groupby(rows, key=_get_merge_key):
+        first, *others = (row for row, _ in group)
+        for row in others:
+            if row.split != first.split:
+                raise DatasetError(
+                    f"image {first.image_id} is in split {first.split!r} at {first.origin} and in {row.split!r} at "
+                    f"{row.origin}; expected one split per image"
+                )
+        captions = itertools.chain(first.captions, *(row.captions for row in others))
+        yield replace(first, captions=tuple(captions)) if others else first
 
 
-def _is_same_image(row: ManifestRow, other: ManifestRow) -> bool:
-    if (row.image_id, row.uri) != (other.image_id, other.uri):
-        return False
-    if row.split != other.split:
-        raise DatasetError(
-            f"image {row.image_id} is in split {row.split!r} at {row.origin} and in {other.split!r} at {other.origin}; "
-            "expected one split per image"
-        )
-    return True
-
-
-def _with_captions(row: ManifestRow, captions: Sequence[str]) -> ManifestRow:
-    return row if len(captions) == len(row.captions) else replace(row, captions=tuple(captions))
+def _get_merge_key(item: tuple[ManifestRow, bool]) -> object:
+    row, mergeable = item
+    return (row.image_id, row.uri) if mergeable else object()  # an object differs from all other keys
 
 
 def _read_delimited(location: Location, options: SourceOptions) -> Iterator[tuple[Columns, _Record]]:

@@ -26,7 +26,7 @@ class _Sample:
     key: str
     origin: str
     images: dict[str, tuple[int, int]] = field(default_factory=dict)
-    texts: dict[str, bytes] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
 
 
 def read_webdataset(addresses: Sequence[str], options: SourceOptions, report_skip: ReportSkip) -> Iterator[ManifestRow]:
@@ -54,7 +54,7 @@ def _to_row(sample: _Sample, location: Location, options: SourceOptions, report_
     extension = next((name for name in sample.images if "." not in name), next(iter(sample.images)))
     start, end = sample.images[extension]
     record = _load_record(sample)
-    captions = parse_captions(_decode(sample, "txt").splitlines(), sample.origin)
+    captions = parse_captions(sample.texts.get("txt", "").splitlines(), sample.origin)
     if not captions or options.caption_columns:
         names = select_caption_columns(list(record), options.caption_columns, sample.origin)
         captions = parse_captions([record[name] for name in names], sample.origin) or captions
@@ -67,16 +67,9 @@ def _to_row(sample: _Sample, location: Location, options: SourceOptions, report_
 
 
 def _load_record(sample: _Sample) -> dict[str, Any]:
-    text = _decode(sample, "json")
+    text = sample.texts.get("json")
     record = parse_json(text, f"{sample.origin}.json") if text else {}
     return record if isinstance(record, dict) else {CAPTION_NAMES[0]: record}
-
-
-def _decode(sample: _Sample, extension: str) -> str:
-    try:
-        return sample.texts.get(extension, b"").decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{sample.origin}.{extension}: not UTF-8 ({error.reason})") from error
 
 
 def _read_samples(file: BinaryIO, location: Location, report_skip: ReportSkip) -> Iterator[_Sample]:
@@ -108,7 +101,10 @@ def _add_member(sample: _Sample, extension: str, member: tarfile.TarInfo, tar: t
                 f"{sample.origin}.{extension}: expected captions of at most {_MAX_TEXT_BYTES} bytes, got {member.size}"
             )
         content = tar.extractfile(member)
-        sample.texts[extension] = content.read() if content is not None else b""
+        try:
+            sample.texts[extension] = content.read().decode("utf-8-sig") if content is not None else ""
+        except UnicodeDecodeError as error:
+            raise DatasetError(f"{sample.origin}.{extension}: not UTF-8 ({error.reason})") from error
 
 
 def _read_members(file: BinaryIO, location: Location) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:

@@ -1,12 +1,12 @@
-"""Word vectors that others have trained, from the files of word2vec (text and binary), GloVe and fastText.
+"""Reads pretrained word vectors in the formats of word2vec (text and binary), GloVe and fastText.
 
-| file | looks like |
+| format | content |
 |---|---|
-| word2vec text, fastText `.vec` | a line `count size`, then a line a word: the word and `size` numbers |
+| word2vec text, fastText `.vec` | a line `count size`, then one line per word: the word and `size` numbers |
 | GloVe | the same without the first line |
-| word2vec binary | the line `count size`, then each word, a space, and `size` float32, little-endian |
+| word2vec binary | a line `count size`, then per word: the word, a space, and `size` little-endian float32 |
 
-Which of them a file is, its first bytes tell. It is streamed, and only the vectors that are asked for are kept.
+The format is detected from the first bytes. Files are streamed; memory holds the requested vectors only.
 """
 
 import math
@@ -19,22 +19,22 @@ import numpy as np
 import numpy.typing as npt
 
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.storage.file_systems import open_file_system, open_unpacked
+from captionlib.storage.file_systems import open_decompressed, open_file_system
 
 __all__ = ["WordVectors", "read_word_vectors"]
 
-_LONGEST_LINE = 1 << 20  # bytes; binary vectors may have no line break for long
+_MAX_LINE_BYTES = 1 << 20  # binary files may lack line breaks
 
 _Entry = tuple[str, npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class WordVectors:
-    """The vectors of some words.
+    """The vectors of requested words.
 
     Attributes:
-        vectors: by word, `[size] float32`.
-        missing: words that were asked for and have none, in the order asked for.
+        vectors: `[size] float32` by word.
+        missing: the requested words without a vector, in the order of the request.
     """
 
     vectors: Mapping[str, npt.NDArray[np.float32]]
@@ -42,78 +42,78 @@ class WordVectors:
 
 
 def read_word_vectors(uri: str, words: Sequence[str], size: int) -> WordVectors:
-    """Reads the vectors of these words; `.gz`, `.bz2` and `.xz` are unpacked on the way.
+    """Reads the vectors of `words`, from a file that may be compressed (.gz, .bz2, .xz).
 
-    A word that the file has only in another case, as word2vec's news vectors have `A` but not `a`, gets the vector of
-    the first such spelling; files have the frequent ones first.
+    A word that the file only has in another case gets the vector of the first such spelling, which is the most frequent
+    one. The Google News vectors, for example, have `A` but not `a`.
 
     Args:
-        uri: the file's path or address.
-        words: whose vectors, in lower case.
-        size: numbers in a vector.
+        uri: the path or URL of the file.
+        words: the words, in lower case.
+        size: the expected size of the vectors.
 
     Raises:
         ConfigError: the file cannot be read, or has vectors of another size.
-        DatasetError: the file is damaged, or of no such kind, or has none of the words.
+        DatasetError: the file is damaged, has another format, or has none of the words.
     """
-    wanted = frozenset(words)
+    requested = frozenset(words)
     exact: dict[str, npt.NDArray[np.float32]] = {}
-    spelt_otherwise: dict[str, npt.NDArray[np.float32]] = {}
+    other_case: dict[str, npt.NDArray[np.float32]] = {}
     try:
-        with open_unpacked(*open_file_system(uri)) as file:
-            for word, vector in _read(file, uri, wanted, size):
-                if word in wanted:
+        with open_decompressed(*open_file_system(uri)) as file:
+            for word, vector in _read_entries(file, uri, requested, size):
+                if word in requested:
                     exact.setdefault(word, vector)
                 else:
-                    spelt_otherwise.setdefault(word.lower(), vector)
+                    other_case.setdefault(word.lower(), vector)
     except (OSError, EOFError) as error:
         raise ConfigError(f"word vectors {uri} cannot be read: {error}") from error
-    both = {**spelt_otherwise, **exact}
-    found = {word: both[word] for word in words if word in both}
-    if words and not found:
+    available = {**other_case, **exact}
+    vectors = {word: available[word] for word in words if word in available}
+    if words and not vectors:
         raise DatasetError(
-            f"word vectors {uri}: expected some of the {len(wanted)} words of the vocabulary, got none; "
-            "give vectors of the captions' language"
+            f"word vectors {uri}: expected some of the {len(requested)} words of the vocabulary, got none; "
+            "use vectors for the language of the captions"
         )
-    return WordVectors(found, tuple(word for word in words if word not in found))
+    return WordVectors(vectors, tuple(word for word in words if word not in vectors))
 
 
-def _read(file: BinaryIO, uri: str, wanted: frozenset[str], size: int) -> Iterator[_Entry]:
-    """The words of a file that are wanted, in whatever case, with their vectors."""
-    first = file.readline(_LONGEST_LINE)
+def _read_entries(file: BinaryIO, uri: str, requested: frozenset[str], size: int) -> Iterator[_Entry]:
+    """Yields the requested words of a file, in any case, with their vectors."""
+    first = file.readline(_MAX_LINE_BYTES)
     header = first.split()
     if len(header) != 2:
-        given = len(header) - 1
-        if given < 1 or not _are_numbers(header[1:]):
+        actual_size = len(header) - 1
+        if actual_size < 1 or not _are_finite_numbers(header[1:]):
             raise DatasetError(
-                f"word vectors {uri}: expected a first line of two counts, or of a word and its vector, "
-                f"got {first[:80]!r}; give a file of word2vec, GloVe or fastText"
+                f"word vectors {uri}: expected two counts, or a word and its vector, in the first line, "
+                f"got {first[:80]!r}; use a file in the format of word2vec, GloVe or fastText"
             )
-        _require_size(uri, given, size)
-        yield from _read_text(chain([first], file), uri, wanted, size, 1)
+        _check_size(uri, actual_size, size)
+        yield from _read_text(chain([first], file), uri, requested, size, 1)
         return
     try:
-        count, given = map(int, header)
+        count, actual_size = map(int, header)
     except ValueError as error:
         raise DatasetError(f"word vectors {uri}: expected two counts in the first line, got {first[:80]!r}") from error
-    _require_size(uri, given, size)
-    second = file.readline(_LONGEST_LINE)
+    _check_size(uri, actual_size, size)
+    second = file.readline(_MAX_LINE_BYTES)
     fields = second.split()
-    if len(fields) > size and _are_numbers(fields[-size:]):
-        yield from _read_text(chain([second], file), uri, wanted, size, 2)
+    if len(fields) > size and _are_finite_numbers(fields[-size:]):
+        yield from _read_text(chain([second], file), uri, requested, size, 2)
     else:
-        yield from _read_binary(file, second, uri, wanted, size, count)
+        yield from _read_binary(file, second, uri, requested, size, count)
 
 
-def _require_size(uri: str, given: int, size: int) -> None:
-    if given != size:
+def _check_size(uri: str, actual_size: int, size: int) -> None:
+    if actual_size != size:
         raise ConfigError(
-            f"word vectors {uri} have {given} numbers, the captioner's word vectors {size}; "
-            f"set captioner.embedding_size={given}, or give other vectors"
+            f"word vectors {uri}: expected vectors of the captioner's embedding size {size}, got size {actual_size}; "
+            f"set captioner.embedding_size={actual_size}, or use other vectors"
         )
 
 
-def _are_numbers(fields: Sequence[bytes]) -> bool:
+def _are_finite_numbers(fields: Sequence[bytes]) -> bool:
     try:
         return all(math.isfinite(float(field)) for field in fields)
     except ValueError:
@@ -121,42 +121,44 @@ def _are_numbers(fields: Sequence[bytes]) -> bool:
 
 
 def _read_text(
-    lines: Iterable[bytes], uri: str, wanted: frozenset[str], size: int, first_number: int
+    lines: Iterable[bytes], uri: str, requested: frozenset[str], size: int, first_number: int
 ) -> Iterator[_Entry]:
     for number, line in enumerate(lines, start=first_number):
-        if _decode(line.split(b" ", 1)[0]).lower() not in wanted:
+        if _decode(line.split(b" ", 1)[0]).lower() not in requested:
             continue
-        word, *numbers = line.rstrip().rsplit(b" ", size)  # from the right: some of GloVe's words have spaces
-        if len(numbers) != size or not _are_numbers(numbers):
+        word, *numbers = line.rstrip().rsplit(b" ", size)  # from the right, since some GloVe words contain spaces
+        if len(numbers) != size or not _are_finite_numbers(numbers):
             raise DatasetError(
                 f"word vectors {uri}, line {number}: expected a word and {size} numbers, got {line[:80]!r}; "
-                "get the file again"
+                "download the file again"
             )
-        if _decode(word).lower() in wanted:
+        if _decode(word).lower() in requested:
             yield _decode(word), np.array([float(text) for text in numbers], np.float32)
 
 
 def _read_binary(
-    file: BinaryIO, begun: bytes, uri: str, wanted: frozenset[str], size: int, count: int
+    file: BinaryIO, start: bytes, uri: str, requested: frozenset[str], size: int, count: int
 ) -> Iterator[_Entry]:
-    """Entries from `begun` on, which has been read of the file already."""
-    buffer, position = begun, 0
+    """Yields entries from `start` on, which was already read from `file`."""
+    buffer, position = start, 0
     for number in range(count):
         space = buffer.find(b" ", position)
         while space < 0 or len(buffer) < space + 1 + 4 * size:
             chunk = file.read(1 << 20)
             if not chunk:
                 raise DatasetError(
-                    f"word vectors {uri}: expected {count} words, the file ends after {number}; get it again"
+                    f"word vectors {uri}: expected {count} words, got only {number}; download the file again"
                 )
             buffer, position = buffer[position:] + chunk, 0
             space = buffer.find(b" ")
         word = _decode(buffer[position:space].lstrip())
         position = space + 1 + 4 * size
-        if word.lower() in wanted:
+        if word.lower() in requested:
             vector = np.frombuffer(buffer, "<f4", size, space + 1).astype(np.float32)
             if not np.isfinite(vector).all():
-                raise DatasetError(f"word vectors {uri}: expected numbers for {word!r}, got others; get the file again")
+                raise DatasetError(
+                    f"word vectors {uri}: expected finite numbers for {word!r}, got others; download the file again"
+                )
             yield word, vector
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from captionlib.data.images import public_hosts
 from captionlib.data.images.addresses import IMAGE_PROTOCOLS, ImageAddress, image_exists, parse_image_address
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
-from captionlib.data.images.public_hosts import is_private
+from captionlib.data.images.public_hosts import is_private_address
 from captionlib.errors import ConfigError, FetchError
 from captionlib.storage.file_systems import INTERPRETING_PROTOCOLS
 
@@ -78,7 +78,9 @@ def server() -> Iterator[Server]:
 @pytest.fixture
 def public_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server at 127.0.0.2, which counts as public in the test."""
-    monkeypatch.setattr(public_hosts, "is_private", lambda host: host != "127.0.0.2" and is_private(host))
+    monkeypatch.setattr(
+        public_hosts, "is_private_address", lambda host: host != "127.0.0.2" and is_private_address(host)
+    )
     yield from run(Server("127.0.0.2"))
 
 
@@ -338,12 +340,14 @@ def test_a_proxy_cannot_refuse_private_hosts(monkeypatch: pytest.MonkeyPatch, op
     ],
 )
 def test_hosts_are_private_or_public(host: str, private: bool) -> None:
-    assert is_private(host) == private
+    assert is_private_address(host) == private
 
 
 @given(st.ip_addresses(v=4))
 def test_a_host_is_as_private_as_the_address_that_it_embeds(host: ipaddress.IPv4Address) -> None:
-    assert is_private(f"::ffff:{host}") == is_private(str(host)) == is_private(f"64:ff9b::{host}")
+    assert (
+        is_private_address(f"::ffff:{host}") == is_private_address(str(host)) == is_private_address(f"64:ff9b::{host}")
+    )
 
 
 def test_failures_quote_nothing_that_was_read(fetcher: ImageFetcher, tmp_path: Path) -> None:

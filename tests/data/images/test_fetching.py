@@ -16,8 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from captionlib.data.images.addresses import IMAGE_PROTOCOLS
-from captionlib.data.images.fetch_errors import to_fetch_error
-from captionlib.data.images.fetching import FetchConfig, ImageFetcher
+from captionlib.data.images.fetching import FetchConfig, ImageFetcher, to_fetch_error
 from captionlib.errors import ConfigError, FetchError
 from captionlib.storage.remote_errors import is_temporary_error
 

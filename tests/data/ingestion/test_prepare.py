@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captionlib.data.ingestion.prepare import PrepareConfig, prepare_manifest
+from captionlib.data.ingestion.prepare import PrepareConfig, prepare
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.sources.rows import SourceOptions
 from captionlib.errors import ConfigError, DatasetError, DuplicateIdError, FingerprintError
@@ -20,53 +20,53 @@ def write_csv(path: Path, ids: list[str]) -> Path:
     return path
 
 
-def read_all(folder: Path) -> list[str]:
+def read_image_ids(folder: Path) -> list[str]:
     dataset = open_dataset(folder, "manifest").require_complete()
     return [row["image_id"] for shard in range(dataset.shards) for row in dataset.read(shard).to_pylist()]
 
 
-def files(folder: Path) -> dict[str, bytes]:
+def read_parquet_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
 
 
 def test_prepare_splits_rows_into_shards_in_order(tmp_path: Path) -> None:
     source = write_csv(tmp_path / "a.csv", list("edcba"))
-    summary = prepare_manifest(source, tmp_path / "manifest", UNCHECKED)
+    summary = prepare(source, tmp_path / "manifest", UNCHECKED)
     assert (summary.images, summary.shards, summary.splits) == (5, 3, {"": 5})
-    assert read_all(tmp_path / "manifest") == list("edcba")
+    assert read_image_ids(tmp_path / "manifest") == list("edcba")
 
 
 def test_prepare_is_deterministic_and_skips_a_second_run(tmp_path: Path) -> None:
     source = write_csv(tmp_path / "a.csv", list("abc"))
-    prepare_manifest(source, tmp_path / "one", UNCHECKED)
-    prepare_manifest(source, tmp_path / "two", UNCHECKED)
-    assert files(tmp_path / "one") == files(tmp_path / "two")
-    assert prepare_manifest(source, tmp_path / "one", UNCHECKED).already_prepared
+    prepare(source, tmp_path / "one", UNCHECKED)
+    prepare(source, tmp_path / "two", UNCHECKED)
+    assert read_parquet_files(tmp_path / "one") == read_parquet_files(tmp_path / "two")
+    assert prepare(source, tmp_path / "one", UNCHECKED).already_prepared
 
 
 def test_prepare_of_another_source_needs_overwrite(tmp_path: Path) -> None:
-    prepare_manifest(write_csv(tmp_path / "a.csv", ["a"]), tmp_path / "manifest", UNCHECKED)
+    prepare(write_csv(tmp_path / "a.csv", ["a"]), tmp_path / "manifest", UNCHECKED)
     other = write_csv(tmp_path / "b.csv", ["b"])
     with pytest.raises(FingerprintError, match="overwrite"):
-        prepare_manifest(other, tmp_path / "manifest", UNCHECKED)
-    assert read_all(tmp_path / "manifest") == ["a"]
-    prepare_manifest(other, tmp_path / "manifest", UNCHECKED, overwrite=True)
-    assert read_all(tmp_path / "manifest") == ["b"]
+        prepare(other, tmp_path / "manifest", UNCHECKED)
+    assert read_image_ids(tmp_path / "manifest") == ["a"]
+    prepare(other, tmp_path / "manifest", UNCHECKED, overwrite=True)
+    assert read_image_ids(tmp_path / "manifest") == ["b"]
 
 
 def test_duplicate_id_is_an_error_naming_both_rows_and_writes_nothing(tmp_path: Path) -> None:
     first, second = write_csv(tmp_path / "a.csv", ["x", "same"]), write_csv(tmp_path / "b.csv", ["y", "same"])
     with pytest.raises(DuplicateIdError, match=r"got 2 with 'same': .*a\.csv, line 3, and .*b\.csv, line 3"):
-        prepare_manifest([first, second], tmp_path / "manifest", UNCHECKED)
+        prepare([first, second], tmp_path / "manifest", UNCHECKED)
     assert not (tmp_path / "manifest").exists()
 
 
 def test_duplicates_are_found_in_every_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("captionlib.data.ingestion.staging._IDS_PER_PASS", 3)
     names = [str(number) for number in range(20)]
-    prepare_manifest(write_csv(tmp_path / "good.csv", names), tmp_path / "good", UNCHECKED)
+    prepare(write_csv(tmp_path / "good.csv", names), tmp_path / "good", UNCHECKED)
     with pytest.raises(DuplicateIdError, match="'13'"):
-        prepare_manifest(write_csv(tmp_path / "bad.csv", [*names, "13"]), tmp_path / "bad", UNCHECKED)
+        prepare(write_csv(tmp_path / "bad.csv", [*names, "13"]), tmp_path / "bad", UNCHECKED)
 
 
 @settings(deadline=None, max_examples=15)
@@ -74,28 +74,28 @@ def test_duplicates_are_found_in_every_pass(tmp_path: Path, monkeypatch: pytest.
 def test_manifest_holds_every_row_once(tmp_path_factory: pytest.TempPathFactory, names: list[str], size: int) -> None:
     folder = tmp_path_factory.mktemp("manifest")
     config = PrepareConfig(shard_size=size, check_images=False)
-    summary = prepare_manifest(write_csv(folder / "a.csv", names), folder / "out", config)
+    summary = prepare(write_csv(folder / "a.csv", names), folder / "out", config)
     assert summary.shards == -(-len(names) // size)
-    assert read_all(folder / "out") == names
+    assert read_image_ids(folder / "out") == names
 
 
 def test_limit_and_splits_select_rows(tmp_path: Path) -> None:
     source = tmp_path / "a.csv"
     source.write_text("id,url,split\n" + "".join(f"{n},{n}.jpg,{'even' if n % 2 == 0 else 'odd'}\n" for n in range(9)))
     config = PrepareConfig(splits=("odd",), limit=3, check_images=False)
-    summary = prepare_manifest(source, tmp_path / "manifest", config)
-    assert read_all(tmp_path / "manifest") == ["1", "3", "5"]
+    summary = prepare(source, tmp_path / "manifest", config)
+    assert read_image_ids(tmp_path / "manifest") == ["1", "3", "5"]
     assert summary.skipped == {"in another split": 3}
 
 
 def test_list_of_missing_images_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
     source = write_csv(tmp_path / "a.csv", ["a", "b"])
     with pytest.raises(DatasetError, match=r"none of the first 2 images exists; the first is expected at .*a\.jpg"):
-        prepare_manifest(source, tmp_path / "manifest")
+        prepare(source, tmp_path / "manifest")
     assert not (tmp_path / "manifest").exists()
     touch(tmp_path / "images", ["b.jpg"])
     config = PrepareConfig(options=SourceOptions(image_root=str(tmp_path / "images")))
-    assert prepare_manifest(source, tmp_path / "manifest", config).images == 2
+    assert prepare(source, tmp_path / "manifest", config).images == 2
 
 
 def test_refused_uris_are_not_opened_and_become_rows(tmp_path: Path) -> None:
@@ -104,10 +104,10 @@ def test_refused_uris_are_not_opened_and_become_rows(tmp_path: Path) -> None:
         evil = f"reference://x::http://127.0.0.1:{server.getsockname()[1]}/refs.json"
         (tmp_path / "evil.csv").write_text(f"image_id,uri\na,{evil}\n")
         with pytest.raises(DatasetError, match=r"none of the first 1 images exists; .*BadAddress: "):
-            prepare_manifest(tmp_path / "evil.csv", tmp_path / "none")
+            prepare(tmp_path / "evil.csv", tmp_path / "none")
         touch(tmp_path, ["b.jpg"])
         (tmp_path / "both.csv").write_text(f"image_id,uri\na,{evil}\nb,b.jpg\n")
-        assert prepare_manifest(tmp_path / "both.csv", tmp_path / "both").images == 2
+        assert prepare(tmp_path / "both.csv", tmp_path / "both").images == 2
         server.settimeout(0.05)
         with suppress(TimeoutError):
             connections.append(server.accept())
@@ -116,20 +116,20 @@ def test_refused_uris_are_not_opened_and_become_rows(tmp_path: Path) -> None:
 
 def test_source_that_chains_file_systems_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="chains file systems"):
-        prepare_manifest("simplecache::http://127.0.0.1:9/a.csv", tmp_path / "manifest")
+        prepare("simplecache::http://127.0.0.1:9/a.csv", tmp_path / "manifest")
 
 
 def test_empty_source_is_an_error_naming_skipped_items(tmp_path: Path) -> None:
     touch(tmp_path, ["images/readme.txt"])
     message = r"no images; read as folder, .*skipped: not an image: extension \.txt \(1\)"
     with pytest.raises(DatasetError, match=message):
-        prepare_manifest(tmp_path / "images", tmp_path / "manifest")
+        prepare(tmp_path / "images", tmp_path / "manifest")
 
 
 def test_overwrite_does_not_touch_a_folder_of_other_files(tmp_path: Path) -> None:
     touch(tmp_path, ["thesis/chapter1.tex"])
     with pytest.raises(DatasetError, match="holds files that captionlib did not write"):
-        prepare_manifest(write_csv(tmp_path / "a.csv", ["a"]), tmp_path / "thesis", UNCHECKED, overwrite=True)
+        prepare(write_csv(tmp_path / "a.csv", ["a"]), tmp_path / "thesis", UNCHECKED, overwrite=True)
     assert (tmp_path / "thesis/chapter1.tex").exists()
 
 
@@ -137,7 +137,7 @@ def test_overwrite_does_not_touch_a_folder_of_other_files(tmp_path: Path) -> Non
 def test_row_without_id_or_uri_is_an_error_naming_the_line(tmp_path: Path, line: str) -> None:
     (tmp_path / "a.csv").write_text(f"id,url\n0,0.jpg\n{line}\n")
     with pytest.raises(DatasetError, match=r"a\.csv, line 3: expected (an image id|a uri), got an empty one"):
-        prepare_manifest(tmp_path / "a.csv", tmp_path / "manifest", UNCHECKED)
+        prepare(tmp_path / "a.csv", tmp_path / "manifest", UNCHECKED)
 
 
 @pytest.mark.parametrize("values", [{"source_format": "zip"}, {"shard_size": 0}, {"limit": 0}])

@@ -70,6 +70,18 @@ def test_uri_is_the_id_without_an_id_column(tmp_path: Path) -> None:
     assert read(path, image_root="memory://images/all")[0][1].uri == "memory://images/all/b.jpg"
 
 
+def test_rows_with_lists_of_captions_are_not_merged(tmp_path: Path) -> None:
+    path = tmp_path / "list.jsonl"
+    path.write_text('{"id": 1, "url": "a.jpg", "captions": ["one"]}\n' * 2)
+    assert [(row.image_id, row.captions) for row in read(path)[0]] == [("1", ("one",))] * 2
+
+
+def test_existing_file_with_braces_is_not_expanded(tmp_path: Path) -> None:
+    path = tmp_path / "{a,b}.csv"
+    path.write_text("path\na.jpg\n")
+    assert [row.image_id for row in read(path)[0]] == ["a.jpg"]
+
+
 def test_image_in_two_splits_is_an_error_naming_both_rows(tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
     path.write_text("id,url,split,caption\n1,a.jpg,train,one\n1,a.jpg,val,two\n")

@@ -13,7 +13,7 @@ from captionlib.errors import ConfigError, DatasetError
 LINES = [f"sentence {number}" for number in range(100)]
 
 
-def test_a_line_is_a_sentence_and_some_are_held_out(tmp_path: Path) -> None:
+def test_sentences_are_lines_and_validation_takes_evenly_spaced_ones(tmp_path: Path) -> None:
     path = tmp_path / "sentences.txt"
     path.write_text("\r\n".join(["", *LINES, "  "]), encoding="utf-8", newline="")
     corpus = open_corpus(path, validation_fraction=0.1)
@@ -21,7 +21,7 @@ def test_a_line_is_a_sentence_and_some_are_held_out(tmp_path: Path) -> None:
     assert sorted([*corpus.training(), *corpus.validation()]) == sorted(LINES)
 
 
-def test_running_text_is_one_text_whose_end_is_held_out(tmp_path: Path) -> None:
+def test_continuous_text_is_one_text_whose_end_is_for_validation(tmp_path: Path) -> None:
     path = tmp_path / "author.txt"
     path.write_text("To be,\r\nor not\r\n\r\nto be." * 10, encoding="utf-8", newline="")
     corpus = open_corpus(path, "continuous", validation_fraction=0.25)
@@ -30,16 +30,18 @@ def test_running_text_is_one_text_whose_end_is_held_out(tmp_path: Path) -> None:
     assert len(validation) == (len(training) + len(validation)) // 4
 
 
-def test_packed_files_are_read_and_another_text_has_another_fingerprint(tmp_path: Path) -> None:
+def test_fingerprint_identifies_the_text_whatever_its_compression(tmp_path: Path) -> None:
     (tmp_path / "plain.txt").write_text("\n".join(LINES))
-    (tmp_path / "packed.txt.gz").write_bytes(gzip.compress("\n".join(LINES).encode()))
+    (tmp_path / "compressed.txt.gz").write_bytes(gzip.compress("\n".join(LINES).encode()))
     (tmp_path / "other.txt").write_text("\n".join(LINES[1:]))
-    plain, packed, other = (open_corpus(tmp_path / name) for name in ("plain.txt", "packed.txt.gz", "other.txt"))
-    assert list(packed.training()) == list(plain.training())
-    assert packed.fingerprint == plain.fingerprint != other.fingerprint
+    plain, compressed, other = (
+        open_corpus(tmp_path / name) for name in ("plain.txt", "compressed.txt.gz", "other.txt")
+    )
+    assert list(compressed.training()) == list(plain.training())
+    assert compressed.fingerprint == plain.fingerprint != other.fingerprint
 
 
-def test_a_dataset_gives_the_captions_of_its_splits(tmp_path: Path) -> None:
+def test_dataset_yields_the_captions_of_its_splits(tmp_path: Path) -> None:
     dataset = create_dataset(tmp_path / "manifest", "manifest", MANIFEST_SCHEMA, config={}, shards=1)
     rows = [
         {"image_id": f"{number}", "uri": "", "split": split, "captions": [f"{split} {number}", f"again {number}"]}
@@ -56,20 +58,20 @@ def test_a_dataset_gives_the_captions_of_its_splits(tmp_path: Path) -> None:
     assert corpus.fingerprint == dataset.fingerprint
     with pytest.raises(DatasetError, match="expected sentences in split dev, got none"):
         open_corpus(tmp_path / "manifest", validation_splits=["dev"])
-    with pytest.raises(ConfigError, match="layout continuous is for text files"):
+    with pytest.raises(ConfigError, match="layout=continuous expects a text file"):
         open_corpus(tmp_path / "manifest", "continuous")
 
 
 @pytest.mark.parametrize("layout", ["sentences", "continuous"])
-def test_a_file_without_text_is_refused(tmp_path: Path, layout: str) -> None:
+def test_file_without_enough_text_is_an_error(tmp_path: Path, layout: str) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
-    with pytest.raises(DatasetError, match=r"empty\.txt: expected text, got none to learn from"):
+    with pytest.raises(DatasetError, match=r"empty\.txt: expected text for training, got none"):
         open_corpus(tmp_path / "empty.txt", layout)  # type: ignore[arg-type]
     (tmp_path / "short.txt").write_text("one\ntwo\n")
-    with pytest.raises(DatasetError, match="got none held out with 5% of it held out"):
+    with pytest.raises(DatasetError, match=r"expected text for validation, got none at validation_fraction=0\.05"):
         open_corpus(tmp_path / "short.txt", layout)  # type: ignore[arg-type]
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="cannot be read"):
         open_corpus(tmp_path / "nothing.txt")

@@ -26,28 +26,28 @@ from captionlib.errors import ConfigError
         (" \t\n\u200b _ 🐕 ... ", []),
     ],
 )
-def test_sentences_are_split_as_the_treebank_does(sentence: str, words: list[str]) -> None:
+def test_tokenize_splits_like_the_penn_treebank(sentence: str, words: list[str]) -> None:
     assert tokenize(sentence) == words
 
 
 @given(st.text() | st.text(alphabet="nt's-.,1é \u2019"))
-def test_splitting_twice_changes_nothing(sentence: str) -> None:
+def test_tokenize_is_idempotent(sentence: str) -> None:
     words = tokenize(sentence)
     assert tokenize(" ".join(words)) == words
     assert all(words)
     assert not any(character.isspace() for word in words for character in word)
 
 
-def test_rare_words_are_left_out_and_frequent_ones_come_first() -> None:
+def test_from_captions_drops_rare_words_and_sorts_by_frequency() -> None:
     vocabulary = Vocabulary.from_captions(["A red dog.", "a cat", "a blue cat", "a dog"], min_count=2)
-    assert vocabulary.words == ("a", "cat", "dog")  # cat and dog are equally frequent: alphabet
+    assert vocabulary.words == ("a", "cat", "dog")  # cat and dog are equally frequent
     assert vocabulary.counts == (4, 2, 2)
     assert vocabulary.unknown_count == 2  # red, blue
     assert vocabulary.sentence_count == 4
     assert len(vocabulary) == 5
 
 
-def test_ids_of_a_sentence_and_back() -> None:
+def test_encode_and_decode_convert_sentences() -> None:
     vocabulary = Vocabulary.from_captions(["a dog and a cat"], min_count=1)
     assert vocabulary.words == ("a", "and", "cat", "dog")
     assert vocabulary.encode("A zebra, and a DOG!") == [2, UNKNOWN, 3, 2, 5]
@@ -55,18 +55,18 @@ def test_ids_of_a_sentence_and_back() -> None:
     assert vocabulary.decode([2, 5, PAD, PAD]) == "a dog"
 
 
-def test_log_frequencies_are_those_of_all_tokens() -> None:
+def test_log_frequencies_are_shares_of_all_tokens() -> None:
     vocabulary = Vocabulary.from_captions(["a dog", "a cat", "a cow"], min_count=3)
-    # 9 tokens: END three times, two words left out once each and one other, "a" three times
+    # 9 tokens: 3 END, 3 UNKNOWN (dog, cat, cow), 3 "a"
     assert vocabulary.log_frequencies() == pytest.approx([math.log(3 / 9)] * 3)
 
 
-def test_log_frequencies_are_finite_where_no_word_is_left_out() -> None:
+def test_log_frequencies_are_finite_without_unknown_words() -> None:
     assert np.isfinite(Vocabulary.from_captions(["a dog"], min_count=1).log_frequencies()).all()
 
 
-def test_no_frequent_word_is_an_error_that_counts() -> None:
-    with pytest.raises(ConfigError, match="at least 5 times, got 2 sentences with 3 words"):
+def test_from_captions_reports_counts_if_no_word_is_frequent() -> None:
+    with pytest.raises(ConfigError, match="at least 5 times, got none in 2 sentences with 3 different words"):
         Vocabulary.from_captions(["a dog", "a cat"])
 
 
@@ -74,7 +74,7 @@ sentences = st.lists(st.lists(st.sampled_from(["dog", "cat", "n't", "'s", "t-shi
 
 
 @given(sentences.filter(any))
-def test_known_sentences_survive_the_round_trip(sentences: list[list[str]]) -> None:
+def test_known_sentences_round_trip(sentences: list[list[str]]) -> None:
     captions = [" ".join(words) for words in sentences]
     vocabulary = Vocabulary.from_captions(captions, min_count=1)
     assert [vocabulary.decode(vocabulary.encode(caption)) for caption in captions] == captions
@@ -82,13 +82,13 @@ def test_known_sentences_survive_the_round_trip(sentences: list[list[str]]) -> N
     assert sum(vocabulary.counts) == sum(map(len, sentences))
 
 
-def test_a_dictionary_with_a_word_twice_is_refused() -> None:
+def test_from_dict_rejects_duplicate_words() -> None:
     values = {"words": ["a", "a"], "counts": [1, 1], "unknown_count": 0, "sentence_count": 1}
-    with pytest.raises(ValueError, match="different words"):
+    with pytest.raises(ValueError, match="distinct words"):
         Vocabulary.from_dict(values)
 
 
-def test_characters_are_words_of_their_own() -> None:
+def test_character_level_keeps_every_character() -> None:
     vocabulary = Vocabulary.from_captions(["Aha, a dog.\n"], min_count=1, level="characters")
     assert set(vocabulary.words) == set("Aha, dog.\n")
     assert vocabulary.decode(vocabulary.encode("a dog, Aha.\n")) == "a dog, Aha.\n"
@@ -96,7 +96,7 @@ def test_characters_are_words_of_their_own() -> None:
     assert Vocabulary.from_dict(json.loads(json.dumps(vocabulary.to_dict()))) == vocabulary
 
 
-def test_a_vocabulary_of_another_level_is_refused() -> None:
+def test_from_dict_rejects_an_unknown_level() -> None:
     values = Vocabulary.from_captions(["a dog"], min_count=1).to_dict()
     assert Vocabulary.from_dict({name: value for name, value in values.items() if name != "level"}).level == "words"
     with pytest.raises(ValueError, match="expected level words or characters, got 'syllables'"):

@@ -1,0 +1,204 @@
+"""MkDocs hook that generates the reference pages from the code: commands, configuration, schemas and the Python API."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import click
+import griffe
+import pyarrow as pa
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+import captionlib
+from captionlib.config import to_dict
+from captionlib.data.shards import schemas
+from captionlib.recipes import list_recipes
+from jobs.cli import COMMANDS
+from jobs.cli import captionlib as command_line
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the generated pages to the site."""
+    pages = {
+        "reference/commands.md": render_commands(),
+        "reference/configuration.md": render_configuration(),
+        "reference/schemas.md": render_schemas(),
+        "reference/python.md": render_python_api(),
+    }
+    for path, content in pages.items():
+        files.append(File.generated(config, path, content=content))
+    return files
+
+
+# Commands
+
+
+def render_commands() -> str:
+    """Returns the page of all commands and their options."""
+    lines = ["# Commands", "", "Generated from `captionlib COMMAND --help`.", ""]
+    context = click.Context(command_line, info_name="captionlib")
+    for section, commands in COMMANDS.items():
+        lines += [f"## {section}", ""]
+        for name in commands:
+            command = command_line.get_command(context, name)
+            assert command is not None
+            lines += [f"### captionlib {name}", "", *_render_command(command, name, context), ""]
+    return "\n".join(lines)
+
+
+def _render_command(command: click.Command, name: str, parent: click.Context) -> Iterator[str]:
+    context = click.Context(command, info_name=name, parent=parent)
+    usage = " ".join(command.collect_usage_pieces(context))
+    yield from ["```", f"captionlib {name} {usage}", "```", ""]
+    for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
+        if "\b" in paragraph:
+            yield from _render_verbatim(paragraph.replace("\b", ""))
+        else:
+            yield " ".join(paragraph.split())
+        yield ""
+    yield from ["| Option | Description |", "|---|---|"]
+    for parameter in command.get_params(context):
+        record = parameter.get_help_record(context)
+        if record is not None and record[1]:
+            yield f"| `{record[0]}` | {_escape(record[1])} |"
+
+
+def _render_verbatim(paragraph: str) -> Iterator[str]:
+    """Renders a paragraph whose line breaks count: lines of prose as they are, indented lines as a code block."""
+    lines = [line.rstrip() for line in paragraph.strip("\n").split("\n")]
+    prose = [line for line in lines if not line.startswith(" ")]
+    code = [line.strip() for line in lines if line.startswith(" ")]
+    yield from prose
+    if code:
+        yield from ["", "```sh", *code, "```"]
+
+
+def _escape(text: str) -> str:
+    """Escapes what Markdown would interpret, outside of code spans."""
+    parts = " ".join(text.split()).split("`")
+    return "`".join(part if number % 2 else re.sub(r"([<>*_|])", r"\\\1", part) for number, part in enumerate(parts))
+
+
+# Configuration
+
+
+def render_configuration() -> str:
+    """Returns the page of all configuration keys, by command."""
+    lines = [
+        *("# Configuration", ""),
+        "Every key can be set in a YAML file (`--config FILE`) or on the command line (`--set KEY=VALUE`).",
+        "`captionlib recipes` lists the recipes, which are files that ship with captionlib. A file can start from",
+        "another one with `extends: FILE`.",
+        "",
+    ]
+    for commands in COMMANDS.values():
+        for command, (module, _) in commands.items():
+            for config_type in _find_config_types(module):
+                lines += [f"## {command}: {config_type.__name__}", ""]
+                if names := list_recipes(command):
+                    lines += ["Recipes: " + ", ".join(f"`{name}`" for name in names), ""]
+                lines += ["| Key | Type | Default | Description |", "|---|---|---|---|"]
+                lines += [*_render_keys(config_type, to_dict(config_type())), ""]
+    return "\n".join(lines)
+
+
+def _find_config_types(module: str) -> Iterator[type[Any]]:
+    """Yields the configuration classes that a command passes to `load_config`."""
+    loaded = importlib.import_module(module)
+    if all(parameter.name != "config" for parameter in loaded.command.params):
+        return
+    for node in ast.walk(ast.parse(inspect.getsource(loaded))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "load_config":
+            yield getattr(loaded, ast.unparse(node.args[0]))
+
+
+def _render_keys(config_type: type[Any], defaults: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    descriptions = _read_attributes(config_type)
+    hints = get_type_hints(config_type, include_extras=True)
+    for field in dataclasses.fields(config_type):
+        default, hint = defaults[field.name], hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            assert isinstance(hint, type)
+            yield from _render_keys(hint, default, f"{prefix}{field.name}.")
+        else:
+            cells = [f"`{prefix}{field.name}`", f"`{_describe_type(hint)}`", f"`{_to_yaml(default)}`"]
+            yield f"| {' | '.join(cells)} | {_escape(descriptions.get(field.name, ''))} |"
+
+
+def _read_attributes(config_type: type[Any]) -> dict[str, str]:
+    docstring = griffe.Docstring(inspect.getdoc(config_type) or "")
+    sections = docstring.parse("google", warnings=False)
+    attributes = (section.value for section in sections if section.kind is griffe.DocstringSectionKind.attributes)
+    return {item.name: " ".join(item.description.split()) for section in attributes for item in section}
+
+
+def _describe_type(hint: Any) -> str:
+    if get_origin(hint) is Annotated:
+        base, *constraints = get_args(hint)
+        bounds = [f"{name} {value}" for constraint in constraints for name, value in _read_bounds(constraint)]
+        return f"{_describe_type(base)} {', '.join(bounds)}".strip()
+    arguments = get_args(hint)
+    if get_origin(hint) is not None and "Literal" in str(get_origin(hint)):
+        return " | ".join(str(argument) for argument in arguments)
+    if arguments and type(None) in arguments:
+        return " | ".join("null" if argument is type(None) else _describe_type(argument) for argument in arguments)
+    return hint.__name__ if isinstance(hint, type) and not arguments else str(hint).replace("typing.", "")
+
+
+def _read_bounds(constraint: Any) -> Iterator[tuple[str, Any]]:
+    for name, symbol in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤")):
+        for item in (constraint, *getattr(constraint, "metadata", ())):
+            value = getattr(item, name, None)
+            if value is not None:
+                yield symbol, value
+
+
+def _to_yaml(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value) if value != "" else '""'
+
+
+# Schemas
+
+
+def render_schemas() -> str:
+    """Returns the page of the columns of every dataset."""
+    datasets = {
+        "manifest": schemas.MANIFEST_SCHEMA,
+        "features": schemas.features_schema(4096, "float16"),
+        "captions": schemas.captions_schema(positions=196),
+        "embeddings": schemas.embeddings_schema(512),
+        "_failures": schemas.FAILURES_SCHEMA,
+    }
+    lines = ["# Schemas", "", "The columns of every dataset that captionlib writes.", ""]
+    for name, schema in datasets.items():
+        lines += [f"## {name}", "", "| Column | Type | Description |", "|---|---|---|"]
+        lines += [
+            f"| `{field.name}` | `{_describe_column(field)}` | {schemas.COLUMN_DESCRIPTIONS[field.name]} |"
+            for field in schema
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _describe_column(field: pa.Field) -> str:
+    return str(field.type)
+
+
+# Python API
+
+
+def render_python_api() -> str:
+    """Returns the page of the public Python API."""
+    lines = ["# Python API", "", inspect.getdoc(captionlib) or "", ""]
+    for name in captionlib.__all__:
+        target = getattr(captionlib, name)
+        if not name.startswith("_"):
+            lines += [f"::: {target.__module__}.{target.__qualname__}", ""]
+    return "\n".join(lines)
