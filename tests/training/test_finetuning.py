@@ -147,7 +147,7 @@ def test_validation_rejects_features_beyond_the_stored_dtype() -> None:
         for parameter in encoder.network.parameters():
             parameter.mul_(1e4)
     pixels = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8)
-    with pytest.raises(ConfigError, match="do not fit into float16"):
+    with pytest.raises(DatasetError, match="overflow float16"):
         model(pixels, pad_sentences([[4, 5], [5]]), torch.tensor([0, 1]))
 
 
@@ -225,7 +225,7 @@ def test_rejects_what_cannot_be_finetuned(manifest: ShardedDataset, start: Loade
         finetune_captioner(manifest.folder.uri, tmp_path / "tuned", CONFIG, device="cpu")
     for node, message in (
         ("features.9", "expected a node with weights up to features.3.squeeze_activation, .* got features.9"),
-        ("features.99", "squeezenet1_1 has no node 'features.99'; near it"),
+        ("features.99", "squeezenet1_1 has no node 'features.99'; similar nodes"),
     ):
         with pytest.raises(ConfigError, match=message):
             finetune(manifest, tmp_path / "tuned", replace(CONFIG, encoder=EncoderFinetuningConfig(from_node=node)))

@@ -31,7 +31,7 @@ from pipelines.run import RunConfig
 KINDS = [f"{colour} {thing}" for colour in ("red", "green", "blue") for thing in ("ball", "box", "car", "dog")]
 CONFIG = RankerTrainingConfig(
     ranker=RankerConfig(hidden_size=16, embedding_size=16, joint_embedding_size=16, feature_dropout=0.0, dropout=0.1),
-    training=TrainingConfig(epochs=12, optimizer="adam", learning_rate=0.02, clip_value=None, seed=3),
+    training=TrainingConfig(epochs=16, optimizer="adam", learning_rate=0.02, clip_value=None, seed=3),
     min_count=1,
     batch_images=12,
     warmup_epochs=3,
@@ -203,7 +203,7 @@ def test_rejects_split_without_captions_before_training(features: ShardedDataset
     with pytest.raises(DatasetError, match="expected captions in split dev, got none"):
         train(features, tmp_path / "ranker", replace(CONFIG, validation_splits=("dev",)))
     train(features, tmp_path / "ranker", replace(CONFIG, training=TrainingConfig(epochs=1)))
-    with pytest.raises(DatasetError, match="no sentences in split test; its splits are train, val"):
+    with pytest.raises(DatasetError, match="no references in split test; its splits are train, val"):
         score_ranker(load_ranker(tmp_path / "ranker"), features, ["test"])
 
 
