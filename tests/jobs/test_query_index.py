@@ -78,7 +78,7 @@ def test_an_image_is_a_question(index: str, ranker: str, tmp_path: Path) -> None
 def test_inspect_says_what_an_index_is(index: str) -> None:
     lines = run("inspect", index).output.splitlines()
     assert lines[0] == f"{index}: index, complete"
-    assert "  vectors      80, Flat in 1 lists, 1 of them a question" in lines
+    assert "  vectors      80, Flat in 1 lists, 1 probed per query" in lines
     assert "    ranker: ranker-of-words" in lines
     assert json.loads(run("inspect", index, "--json").output)["captions_count"] == 80
 

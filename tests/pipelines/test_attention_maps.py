@@ -86,7 +86,7 @@ def test_images_and_features_give_the_same_maps_and_captions_as_without(
 
 def test_captions_with_and_without_maps_do_not_mix(features: Path, captioner: Path, tmp_path: Path) -> None:
     caption(features, captioner, tmp_path / "captions", dataclasses.replace(MAPS, attention_maps=False))
-    with pytest.raises(FingerprintError, match="attention_maps: there False, now True"):
+    with pytest.raises(FingerprintError, match="attention_maps: was False, now True"):
         caption(features, captioner, tmp_path / "captions")
 
 

@@ -141,8 +141,8 @@ def test_models_are_only_looked_at_here_and_must_find_a_gpu_there() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "--accelerator is for workers elsewhere; take --device cuda"),
-        ((*DATAFLOW, f"--dataflow_service_options=worker_accelerator={L4}"), "exclude each other"),
+        ((), "--accelerator applies to workers of a cluster; use --device cuda"),
+        ((*DATAFLOW, f"--dataflow_service_options=worker_accelerator={L4}"), "conflicts with Dataflow"),
     ],
 )
 def test_accelerators_that_nobody_would_get_are_refused(options: tuple[str, ...], message: str) -> None:

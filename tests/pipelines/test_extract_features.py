@@ -97,7 +97,7 @@ def test_repaired_images_are_retried_alone(tmp_path: Path, small_encoder: Extrac
 
 def test_another_encoder_is_refused(manifest: ShardedDataset, features: Path, small_encoder: ExtractionConfig) -> None:
     other = dataclasses.replace(small_encoder, encoder=dataclasses.replace(small_encoder.encoder, weights="random:1"))
-    with pytest.raises(FingerprintError, match=r"encoder.weights: there 'random:0', now 'random:1'"):
+    with pytest.raises(FingerprintError, match=r"encoder.weights: was 'random:0', now 'random:1'"):
         extract(manifest, features, other)
 
 
@@ -131,8 +131,8 @@ def test_everything_may_lie_elsewhere(
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (RunConfig(beam_options=("--no_such_thing=1",)), "--no_such_thing=1 is no option"),
-        (RunConfig(workers=2, beam_options=("--runner=FlinkRunner",)), "--workers 2 is for this machine"),
+        (RunConfig(beam_options=("--no_such_thing=1",)), "--no_such_thing=1 is not an option"),
+        (RunConfig(workers=2, beam_options=("--runner=FlinkRunner",)), "--workers 2 applies to this machine"),
     ],
 )
 def test_options_that_lead_nowhere_are_refused(run: RunConfig, message: str) -> None:

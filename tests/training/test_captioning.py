@@ -81,7 +81,7 @@ def test_another_configuration_needs_overwrite(features: ShardedDataset, tmp_pat
     config = replace(CONFIG, training=TrainingConfig(epochs=1))
     train(features, tmp_path / "captioner", config)
     other = replace(config, captioner=replace(config.captioner, hidden_size=8))
-    with pytest.raises(DatasetError, match=r"captioner\.hidden_size: there 16, now 8"):
+    with pytest.raises(DatasetError, match=r"captioner\.hidden_size: was 16, now 8"):
         train(features, tmp_path / "captioner", other)
     train(features, tmp_path / "captioner", other, overwrite=True)
     assert load_captioner(tmp_path / "captioner").config.hidden_size == 8
@@ -116,7 +116,7 @@ def test_word_vectors_are_initialized_from_a_file(features: ShardedDataset, tmp_
 
 def test_rejects_word_vectors_of_another_size(features: ShardedDataset, tmp_path: Path) -> None:
     (tmp_path / "glove.txt").write_text("one 1 2 3\n")
-    with pytest.raises(ConfigError, match="have 3 numbers, the captioner's word vectors 16"):
+    with pytest.raises(ConfigError, match="embedding size 16, got size 3"):
         train(features, tmp_path / "captioner", replace(CONFIG, word_vectors=str(tmp_path / "glove.txt")))
 
 
@@ -267,7 +267,7 @@ def test_rejects_unsuitable_init_from(features: ShardedDataset, tmp_path: Path) 
         train(features, tmp_path / "second", config)
     train(features, first, replace(config, init_from=None))
     other = replace(config, captioner=replace(CONFIG.captioner, cell="rnn", hidden_size=8))
-    with pytest.raises(ConfigError, match=r"cell: there 'lstm', now 'rnn'; hidden_size: there 16, now 8\); leave"):
+    with pytest.raises(ConfigError, match=r"cell: was 'lstm', now 'rnn'; hidden_size: was 16, now 8\); leave"):
         train(features, tmp_path / "second", other)
     with pytest.raises(ConfigError, match="is also the output of this run"):
         train(features, first, config, overwrite=True)

@@ -31,7 +31,7 @@ from pipelines.run import RunConfig
 KINDS = [f"{colour} {thing}" for colour in ("red", "green", "blue") for thing in ("ball", "box", "car", "dog")]
 CONFIG = RankerTrainingConfig(
     ranker=RankerConfig(hidden_size=16, embedding_size=16, joint_embedding_size=16, feature_dropout=0.0, dropout=0.1),
-    training=TrainingConfig(epochs=16, optimizer="adam", learning_rate=0.02, clip_value=None, seed=3),
+    training=TrainingConfig(epochs=16, optimizer="adam", learning_rate=0.02, clip_value=None, seed=4),
     min_count=1,
     batch_images=12,
     warmup_epochs=3,
@@ -195,7 +195,7 @@ def test_sample_captions_draws_per_image() -> None:
 def test_rejects_another_configuration(features: ShardedDataset, tmp_path: Path) -> None:
     config = replace(CONFIG, training=TrainingConfig(epochs=1))
     train(features, tmp_path / "ranker", config)
-    with pytest.raises(DatasetError, match=r"margin: there 0.2, now 0.3"):
+    with pytest.raises(DatasetError, match=r"margin: was 0.2, now 0.3"):
         train(features, tmp_path / "ranker", replace(config, margin=0.3))
 
 

@@ -104,7 +104,7 @@ def test_a_shard_done_again_without_failures_loses_the_old_ones(place: str) -> N
 
 def test_another_configuration_is_refused_and_named(place: str) -> None:
     fill(create(place))
-    with pytest.raises(FingerprintError, match=r"a\.b: there 1, now 2"):
+    with pytest.raises(FingerprintError, match=r"a\.b: was 1, now 2"):
         create(place, {"a": {"b": 2}})
     assert open_dataset(place).read(0).num_rows == 2
     replaced = create(place, {"a": {"b": 2}}, overwrite=True)
