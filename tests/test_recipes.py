@@ -11,26 +11,26 @@ from captionlib.training.language_modeling import LanguageModelTrainingConfig
 from captionlib.training.ranking import RankerTrainingConfig
 
 
-def test_recipes_are_found_by_short_and_by_full_name() -> None:
+def test_find_recipe_accepts_short_and_full_names() -> None:
     by_short_name = find_recipe("talk-lstm", "train-captioner")
     assert by_short_name == find_recipe("train-captioner/talk-lstm", "train-ranker")
     assert by_short_name.name == "talk-lstm.yaml"
 
 
-def test_a_file_comes_before_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_recipe_prefers_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("talk-lstm").write_text("")
     assert find_recipe("talk-lstm", "train-captioner") == Path("talk-lstm")
 
 
-def test_an_unknown_recipe_names_the_nearest_and_all_of_the_command() -> None:
+def test_unknown_recipe_error_suggests_alternatives() -> None:
     with pytest.raises(ConfigError, match=r"talk-lstn is neither .* \(did you mean talk-lstm\?\); recipes: .*flickr8k"):
         find_recipe("talk-lstn", "train-captioner")
     with pytest.raises(ConfigError, match="recipes: none"):
         find_recipe("x", "inspect")
 
 
-def test_every_recipe_is_listed_once() -> None:
+def test_list_recipes_lists_each_recipe_once() -> None:
     names = list_recipes()
     assert "runners/flink" in names
     assert len(set(names.values())) == len(names)

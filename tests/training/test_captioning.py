@@ -263,7 +263,7 @@ def test_run_with_another_initial_checkpoint_is_not_resumed(features: ShardedDat
 def test_rejects_unsuitable_init_from(features: ShardedDataset, tmp_path: Path) -> None:
     first = tmp_path / "first"
     config = replace(CONFIG, training=TrainingConfig(epochs=1), init_from=str(first))
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         train(features, tmp_path / "second", config)
     train(features, first, replace(config, init_from=None))
     other = replace(config, captioner=replace(CONFIG.captioner, cell="rnn", hidden_size=8))

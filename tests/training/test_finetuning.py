@@ -27,7 +27,7 @@ from captionlib.models.encoders.network import list_parameters_before
 from captionlib.training.caption_objective import CaptioningObjective
 from captionlib.training.finetuning import EncoderFinetuningConfig, FinetuningConfig, finetune_captioner
 from captionlib.training.loop import TrainingConfig
-from tests.pipelines.conftest import COLOURS, images, manifest
+from tests.pipelines.conftest import COLORS, images, manifest
 
 __all__ = ["images", "manifest"]
 
@@ -47,7 +47,7 @@ CONFIG = FinetuningConfig(
 def write_captioner(folder: Path, encoder: EncoderConfig = ENCODER) -> LoadedCaptioner:
     """Writes an untrained captioner."""
     description = load_encoder(encoder, "cpu").description
-    vocabulary = Vocabulary.from_captions([f"a {colour} field all of it is" for colour in COLOURS], 1)
+    vocabulary = Vocabulary.from_captions([f"a {colour} field all of it is" for colour in COLORS], 1)
     torch.manual_seed(0)
     shape = CaptionerConfig(hidden_size=16, embedding_size=16, dropout=0.1, standardize_features=False)
     model = Captioner(shape, description["shape"][-1], len(vocabulary))
