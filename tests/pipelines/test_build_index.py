@@ -186,9 +186,9 @@ def test_embeddings_of_other_images_in_a_later_shard_are_rejected(tmp_path: Path
 def test_index_of_another_configuration_is_replaced_only_with_overwrite(place: str) -> None:
     captions, embeddings = write_both(place)
     build_index(captions, f"{place}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS)
-    with pytest.raises(FingerprintError, match="language: there 'english', now 'german'"):
+    with pytest.raises(FingerprintError, match="language: was 'english', now 'german'"):
         build_index(captions, f"{place}/index", IndexConfig("german"), embeddings=embeddings, run=NO_PROGRESS)
-    with pytest.raises(FingerprintError, match=r"embeddings: there '[0-9a-f]+', now None"):
+    with pytest.raises(FingerprintError, match=r"embeddings: was '[0-9a-f]+', now None"):
         build_index(captions, f"{place}/index", IndexConfig(), run=NO_PROGRESS)
     build, description = build_index(
         captions,

@@ -98,7 +98,7 @@ def test_forbidden_words_appear_in_no_caption(features: Path, captioner: Path, t
 def test_different_decoding_into_the_same_folder_is_rejected(features: Path, captioner: Path, tmp_path: Path) -> None:
     caption(features, captioner, tmp_path / "captions")
     other = dataclasses.replace(GENERATION, decoding=dataclasses.replace(GENERATION.decoding, beam_width=2))
-    with pytest.raises(FingerprintError, match=r"decoding.beam_width: there 3, now 2"):
+    with pytest.raises(FingerprintError, match=r"decoding.beam_width: was 3, now 2"):
         generate_captions(features, captioner, tmp_path / "captions", other, run=QUIET)
 
 

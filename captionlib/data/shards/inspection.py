@@ -103,7 +103,8 @@ def _find_contradictions(dataset: ShardedDataset, done: int) -> list[str]:
     if not dataset.is_complete() or done == dataset.shards:
         return []
     return [
-        f"{SUCCESS_FILE}: says that all {dataset.shards} shards are finished, but only {done} have a marker of this dataset"
+        f"{SUCCESS_FILE}: says that all {dataset.shards} shards are finished, but only {done} have a marker of this "
+        "dataset"
     ]
 
 

@@ -202,7 +202,7 @@ def test_with_absolute_weights_resolves_only_weights_files(tmp_path: Path, monke
 
 def test_a_worker_with_different_weights_is_rejected() -> None:
     description = {**load_encoder(SMALL).description, "weights_sha256": "other"}
-    with pytest.raises(DatasetError, match="weights_sha256: there 'other'"):
+    with pytest.raises(DatasetError, match="weights_sha256: was 'other'"):
         load_shared_encoder(SMALL, "cpu", None, description)
 
 
