@@ -62,7 +62,7 @@ def test_index_is_served_on_loopback(tmp_path: Path, workers: int) -> None:
 def test_startup_errors_are_raised_in_the_parent(tmp_path: Path, workers: int) -> None:
     make_site(tmp_path, 10, with_models=False)
     options = ["--port", str(free_port()), "--workers", str(workers), "--ranker", str(tmp_path / "nothing")]
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         CliRunner().invoke(captionlib, ["serve", str(tmp_path / "index"), *options], catch_exceptions=False)
 
 

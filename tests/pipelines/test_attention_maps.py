@@ -26,7 +26,7 @@ from pipelines.extract_features import extract_features
 from pipelines.generate_captions import generate_captions
 from pipelines.run import RunConfig
 from tests.models.attending import write_captioner
-from tests.pipelines.conftest import draw_images, write_manifest
+from tests.pipelines.conftest import write_images, write_manifest
 from tests.pipelines.test_generate_captions import rows
 
 QUIET = RunConfig(max_failure_ratio=0.5, progress=False)
@@ -91,16 +91,18 @@ def test_captions_with_and_without_maps_do_not_mix(features: Path, captioner: Pa
 
 
 def test_a_captioner_without_attention_is_refused_before_anything_is_done(features: Path, tmp_path: Path) -> None:
-    glancing = write_captioner(tmp_path / "glancing", open_dataset(features).config["encoder"], attention_size=0)
-    with pytest.raises(CheckpointError, match="glancing: attention_maps expects a captioner with attention, got one"):
-        caption(features, glancing, tmp_path / "captions")
+    plain = write_captioner(tmp_path / "without-attention", open_dataset(features).config["encoder"], attention_size=0)
+    with pytest.raises(
+        CheckpointError, match="without-attention: attention_maps needs a captioner with attention, got one without"
+    ):
+        caption(features, plain, tmp_path / "captions")
     assert not (tmp_path / "captions").exists()
-    with pytest.raises(CheckpointError, match="attention_maps expects"):
-        caption_images([str(tmp_path / "no-image-is-read.png")], str(glancing), MAPS, device="cpu")
+    with pytest.raises(CheckpointError, match="attention_maps needs"):
+        caption_images([str(tmp_path / "no-image-is-read.png")], str(plain), MAPS, device="cpu")
 
 
 def test_images_tried_again_have_their_maps(captioner: Path, tmp_path: Path) -> None:
-    images = draw_images(tmp_path / "images")
+    images = write_images(tmp_path / "images")
     manifest = write_manifest(tmp_path / "own-manifest", images)
     caption(manifest.folder.uri, captioner, tmp_path / "captions")
     Image.new("RGB", (80, 60), "red").save(images[9])
