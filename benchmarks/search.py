@@ -18,7 +18,7 @@ import captionlib.search
 from benchmarks.bars import report
 from benchmarks.search_data import SearchData, make_data
 from captionlib.search.index import Index
-from captionlib.search.sql import SqlLimits, open_captions
+from captionlib.search.sql.session import SqlLimits, open_captions
 
 QUESTIONS = 200
 NEAREST = 10
@@ -42,7 +42,7 @@ def _measure_text(data: SearchData, index: Index) -> bool:
     questions = [question.split() for question in data.questions(QUESTIONS, 2, 0)]
 
     def ask(words: Sequence[str]) -> Any:
-        return index.text_and_count(" ".join(f"+{word}" for word in words))
+        return index.search_text_and_count(" ".join(f"+{word}" for word in words))
 
     with open_captions(data.captions, SqlLimits(threads=1)) as session:
         sql = "SELECT count(*) FROM captions WHERE caption LIKE ? AND caption LIKE ?"
@@ -65,7 +65,7 @@ def _measure_vectors(data: SearchData, index: Index) -> list[bool]:
     ):
         exact = [_brute(vectors, question) for question in questions]
         met.append(report(f"search-recall-{name}", _recall(index, questions, exact, None), bar))
-    ours = _times(lambda question: index.vector(question, NEAREST), questions)
+    ours = _times(lambda question: index.search_vector(question, NEAREST), questions)
     theirs = _times(lambda question: _brute(vectors, question), questions[:15])
     print(f"# nearest vectors: {_milliseconds(ours)}, numpy {_milliseconds(theirs)}", flush=True)
     met.append(report("search-vector-to-brute-force", median(ours) / median(theirs), 1 / 20, at_least=False))
@@ -76,7 +76,7 @@ def _measure_vectors(data: SearchData, index: Index) -> list[bool]:
         some = vectors[passing]
         exact = [passing[_brute(some, question)] for question in questions]
         met.append(report(f"search-recall-filter-{share}%", _recall(index, questions, exact, where), 0.95))
-        filtered = _times(partial(index.vector, limit=NEAREST, where=where), questions)
+        filtered = _times(partial(index.search_vector, limit=NEAREST, where=where), questions)
         print(f"# with the filter: {_milliseconds(filtered)}", flush=True)
     return met
 
@@ -88,7 +88,7 @@ def _recall(
     shard = len(index) // 16
     found = 0
     for question, rows in zip(questions, exact, strict=True):
-        ids = index.vector(question, NEAREST, where=where)["image_id"].to_pylist()
+        ids = index.search_vector(question, NEAREST, where=where)["image_id"].to_pylist()
         found += len({f"{row // shard:02d}-{row % shard:06d}" for row in rows.tolist()} & set(ids))
     return found / (len(questions) * NEAREST)
 

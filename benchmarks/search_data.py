@@ -22,7 +22,7 @@ from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import captions_schema, embeddings_schema
 from captionlib.data.shards.writer import write_shard
-from captionlib.search.index_config import IndexConfig
+from captionlib.search.config import IndexConfig
 from pipelines.build_index import build_index
 from pipelines.run import RunConfig
 

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from captionlib.models.inference.embedding import EmbeddingConfig as EmbeddingConfig
     from captionlib.models.inference.extraction import ExtractionConfig as ExtractionConfig
     from captionlib.models.rankers.ranker import RankerConfig as RankerConfig
+    from captionlib.search.config import IndexConfig as IndexConfig
     from captionlib.search.index import Index as Index
-    from captionlib.search.index_config import IndexConfig as IndexConfig
-    from captionlib.search.sql import query_sql as query_sql
+    from captionlib.search.sql.session import query_sql as query_sql
     from captionlib.training.captioning import CaptionerTrainingConfig as CaptionerTrainingConfig
     from captionlib.training.captioning import train_captioner as train_captioner
     from captionlib.training.optimization import TrainingConfig as TrainingConfig
@@ -57,7 +57,7 @@ _MODULES = {
     "ExtractionConfig": "captionlib.models.inference.extraction",
     "GenerationConfig": "captionlib.models.inference.captioning",
     "Index": "captionlib.search.index",
-    "IndexConfig": "captionlib.search.index_config",
+    "IndexConfig": "captionlib.search.config",
     "LoadingConfig": "captionlib.data.images.loading",
     "PrepareConfig": "captionlib.data.ingestion.prepare",
     "RankerConfig": "captionlib.models.rankers.ranker",
@@ -77,7 +77,7 @@ _MODULES = {
     "open_dataset": "captionlib.data.shards.dataset",
     "open_index": "captionlib.search.index",
     "prepare": "captionlib.data.ingestion.prepare",
-    "query_sql": "captionlib.search.sql",
+    "query_sql": "captionlib.search.sql.session",
     "train_captioner": "captionlib.training.captioning",
     "train_ranker": "captionlib.training.ranking",
 }

@@ -1,7 +1,7 @@
-"""Configurations: frozen, validated dataclasses filled from YAML recipes and `key=value` overrides.
+"""Configurations: frozen, validated dataclasses that are filled from YAML recipes and `key=value` overrides.
 
-A configuration is a class decorated with `configclass`. Bounds stand in the field types (`epochs: PositiveInt = 20`);
-checks that involve several fields stand in `__post_init__`. Both raise ConfigError, wherever the values come from.
+A configuration is a class decorated with `configclass`. Field types contain bounds (`epochs: PositiveInt = 20`), and
+`__post_init__` checks conditions on several fields. Both raise ConfigError.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ def configclass(cls: type[Config]) -> type[Config]:
     validated: Any = pydantic.dataclasses.dataclass(cls, frozen=True)
     initialize = validated.__init__
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - the class's own
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - replaces the method
         try:
             initialize(self, *args, **kwargs)
         except ValidationError as error:
@@ -54,18 +54,18 @@ def configclass(cls: type[Config]) -> type[Config]:
 
 
 def load_config(config_type: type[Config], path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Fills `config_type` from its defaults, then a YAML file, then overrides such as `training.epochs=5`.
+    """Creates a configuration from its defaults, then a YAML file, then overrides such as `training.epochs=5`.
 
-    A YAML file may start from another one: `extends: base.yaml` names it, relative to the file itself. Its values are
-    merged section by section, and those of the extending file take precedence.
+    A YAML file may extend another one with `extends: base.yaml`, a path relative to the file itself. Sections are
+    merged, and the values of the extending file take precedence.
 
     Args:
         config_type: a class decorated with `configclass`.
         path: the YAML file; None uses the defaults.
-        overrides: `key=value` pairs; keys of nested sections are joined by dots.
+        overrides: `key=value` pairs; dots join the keys of nested sections.
 
     Raises:
-        ConfigError: the file cannot be read, a key is unknown, or a value does not fit.
+        ConfigError: the file cannot be read, a key is unknown or a value is invalid.
     """
     values = {} if path is None else _read_yaml(Path(path))
     for override in overrides:
@@ -75,19 +75,19 @@ def load_config(config_type: type[Config], path: str | Path | None, overrides: S
 
 
 def build_config(config_type: type[Config], values: Mapping[str, Any], origin: str = "configuration") -> Config:
-    """Fills `config_type` from `values`; nested sections from nested mappings.
+    """Creates a configuration from values; nested mappings fill nested sections.
 
-    Values that a nested mapping omits come from the outer class's default for that section, where it has its own.
+    Values that a nested mapping omits come from the outer class's default of that section, if it has one.
 
     Args:
         config_type: a class decorated with `configclass`, or a plain dataclass.
         values: the values by key.
-        origin: where they come from, for error messages.
+        origin: where the values come from, for error messages.
 
     Raises:
-        ConfigError: names each field that is wrong; for an unknown key, the nearest known one and all others.
+        ConfigError: a key is unknown or a value is invalid. The message names all invalid fields, or the known keys.
     """
-    _refuse_unknown_keys(config_type, values, prefix="", origin=origin)
+    _check_keys(config_type, values, prefix="", origin=origin)
     try:
         return TypeAdapter(config_type).validate_python(_with_defaults(config_type, values))
     except ValidationError as error:
@@ -95,7 +95,7 @@ def build_config(config_type: type[Config], values: Mapping[str, Any], origin: s
 
 
 def parse_override(override: str) -> tuple[list[str], Any]:
-    """Splits `training.epochs=5` into its keys and its value, parsed as YAML."""
+    """Splits an override such as `training.epochs=5` into its keys and its value, which is parsed as YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {override!r}: expected key=value, such as training.epochs=5")
@@ -106,16 +106,16 @@ def parse_override(override: str) -> tuple[list[str], Any]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Returns the configuration as plain values, for YAML and JSON."""
+    """Converts a configuration to plain values for YAML and JSON."""
     plain: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
     return plain
 
 
 def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns one phrase for each field in which two nested configurations differ."""
-    there, here = _flatten(before), _flatten(now)
-    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    return [f"{name}: there {there.get(name)!r}, now {here.get(name)!r}" for name in names]
+    """Describes each field in which two nested configurations differ."""
+    old, new = _flatten(before), _flatten(now)
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return [f"{name}: was {old.get(name)!r}, now {new.get(name)!r}" for name in names]
 
 
 def _describe_problems(error: ValidationError) -> str:
@@ -142,9 +142,7 @@ def _read_yaml(path: Path, depth: int = 0) -> dict[str, Any]:
     if not isinstance(base, str):
         raise ConfigError(f"configuration {path}: {_EXTENDS}: expected the path of a YAML file, got {base!r}")
     if depth == _MAX_EXTENDS:
-        raise ConfigError(
-            f"configuration {path}: expected at most {_MAX_EXTENDS} files that extend each other, got more"
-        )
+        raise ConfigError(f"configuration {path}: expected at most {_MAX_EXTENDS} levels of {_EXTENDS}, got more")
     return _merge(_read_yaml(path.parent / base, depth + 1), values)
 
 
@@ -170,23 +168,23 @@ def _set_nested(values: dict[str, Any], keys: Sequence[str], value: Any) -> None
 def _with_defaults(config_type: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     filled = dict(values)
     for field in dataclasses.fields(config_type):
-        given, factory = values.get(field.name), field.default_factory
-        if isinstance(given, Mapping) and dataclasses.is_dataclass(field.type):
+        section, factory = values.get(field.name), field.default_factory
+        if isinstance(section, Mapping) and dataclasses.is_dataclass(field.type):
             defaults = {} if factory is dataclasses.MISSING else to_dict(factory())
-            filled[field.name] = _with_defaults(field.type, _merge(defaults, given))
+            filled[field.name] = _with_defaults(field.type, _merge(defaults, section))
     return filled
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `below` updated with `above`, section by section."""
-    merged = {**below, **above}
-    for name, value in above.items():
-        if isinstance(value, Mapping) and isinstance(inner := below.get(name), Mapping):
-            merged[name] = _merge(inner, value)
+def _merge(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Updates `base` with `values`, section by section."""
+    merged = {**base, **values}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and isinstance(section := base.get(name), Mapping):
+            merged[name] = _merge(section, value)
     return merged
 
 
-def _refuse_unknown_keys(config_type: Any, values: Mapping[str, Any], prefix: str, origin: str) -> None:
+def _check_keys(config_type: Any, values: Mapping[str, Any], prefix: str, origin: str) -> None:
     known = {field.name: field.type for field in dataclasses.fields(config_type)}
     for key, value in values.items():
         if key not in known:
@@ -195,4 +193,4 @@ def _refuse_unknown_keys(config_type: Any, values: Mapping[str, Any], prefix: st
             hint = f" (did you mean {prefix}{nearest[0]}?)" if nearest else ""
             raise ConfigError(f"{origin}: unknown key {prefix}{key}{hint}; known keys: {names}")
         if dataclasses.is_dataclass(known[key]) and isinstance(value, Mapping):
-            _refuse_unknown_keys(known[key], value, f"{prefix}{key}.", origin)
+            _check_keys(known[key], value, f"{prefix}{key}.", origin)

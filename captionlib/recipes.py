@@ -1,4 +1,4 @@
-"""Recipes: the YAML files in `configs/`, shipped with the package and found by name."""
+"""Recipes: YAML files in `configs/` that are installed with the package and selected by name."""
 
 import difflib
 from pathlib import Path
@@ -19,7 +19,7 @@ def list_recipes(command: str | None = None) -> dict[str, Path]:
     """Returns the recipes by name, such as `train-captioner/talk-lstm`.
 
     Args:
-        command: the recipes of one command, by their short names such as `talk-lstm`; None lists all.
+        command: returns only the recipes of this command, by short names such as `talk-lstm`; None returns all.
     """
     folder = recipes_folder() / command if command else recipes_folder()
     files = sorted(folder.rglob("*.yaml"))
@@ -31,19 +31,19 @@ def find_recipe(name: str, command: str) -> Path:
 
     Args:
         name: a path, a short name such as `talk-lstm`, or a full name such as `train-captioner/talk-lstm`.
-        command: the command that short names belong to.
+        command: the command whose recipes have short names.
 
     Raises:
-        ConfigError: neither a file nor a recipe has this name.
+        ConfigError: no file or recipe has this name.
     """
     if Path(name).is_file():
         return Path(name)
     short, full = list_recipes(command), list_recipes()
-    if found := short.get(name) or full.get(name):
-        return found
+    if recipe := short.get(name) or full.get(name):
+        return recipe
     nearest = difflib.get_close_matches(name, [*short, *full], n=1)
     hint = f" (did you mean {nearest[0]}?)" if nearest else ""
     known = ", ".join(short) or "none"
     raise ConfigError(
-        f"{name}: neither a file nor a recipe of {command}{hint}; recipes: {known}; `captionlib recipes` lists all"
+        f"{name} is neither a file nor a recipe of {command}{hint}; recipes: {known}; `captionlib recipes` lists all"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 import yaml
 
-from clusters.engines import ENGINES, cluster_of
+from clusters.engines import ENGINES
 from clusters.packages import CACHE
 from clusters.processes import ClusterError
 
@@ -15,32 +15,28 @@ RUN = CACHE / "run"
 
 @click.group()
 def clusters() -> None:
-    """Clusters of real processes on this machine's loopback interface, from packages, without Docker."""
+    """Run clusters of local processes on the loopback interface, without Docker."""
 
 
 @clusters.command()
 @click.argument("engine", type=click.Choice(list(ENGINES)))
 def up(engine: str) -> None:
-    """Fetch what is missing, start a cluster of ENGINE, and say how to submit to it."""
-    cluster = cluster_of(engine, RUN / engine)
+    """Install ENGINE if necessary, start a cluster, and print how to submit to it."""
+    cluster = ENGINES[engine](RUN / engine)
     cluster.start()
     options = RUN / f"{engine}.yaml"
     options.write_text(yaml.safe_dump(cluster.beam_options, sort_keys=False), encoding="utf-8")
-    shown = options.relative_to(Path.cwd()) if options.is_relative_to(Path.cwd()) else options
-    click.echo(f"{engine} is up: {', '.join(cluster.processes.names())}{_seen_at(cluster.address)}")
-    click.echo(f"captionlib extract-features manifest -o features -- @{shown}")
+    path = options.relative_to(Path.cwd()) if options.is_relative_to(Path.cwd()) else options
+    click.echo(f"{engine} is up: {', '.join(cluster.processes.list_names())}; web interface at {cluster.web_address}")
+    click.echo(f"captionlib extract-features manifest -o features -- @{path}")
 
 
 @clusters.command()
 def down() -> None:
-    """Stop every cluster that `up` started, workers included."""
+    """Stop every cluster that `up` started, including its workers."""
     for engine in ENGINES:
-        for name in cluster_of(engine, RUN / engine).stop():
+        for name in ENGINES[engine](RUN / engine).stop():
             click.echo(f"{engine}: stopped {name}")
-
-
-def _seen_at(address: str | None) -> str:
-    return f"; {address} in a browser" if address else ""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tells in what two outputs differ: every row, failure and total, and every file that a reader would see."""
+"""Compares two outputs of a stage: rows, failures, totals and files."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -8,72 +8,78 @@ import captionlib.search
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.shards.markers import DESCRIPTION_FILE, FAILURES_FOLDER, MARKERS_FOLDER, SUCCESS_FILE, part_name
 from captionlib.errors import DatasetError
-from captionlib.search.index_files import IndexDescription, read_description
+from captionlib.search.index_folder import IndexDescription, read_description
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 
 __all__ = ["compare_datasets", "compare_indexes"]
 
 
 def compare_datasets(expected: Path, got: Path) -> list[str]:
-    """In what a dataset differs from the one that it should equal, a phrase each; none where it is equal."""
+    """Returns a description of each difference between two datasets."""
     try:
         before, now = open_dataset(expected).require_complete(), open_dataset(got).require_complete()
     except DatasetError as error:
         return [str(error)]
     if before.fingerprint != now.fingerprint:
         return [f"fingerprint: expected {before.fingerprint}, got {now.fingerprint}"]
-    return [*_compare_rows(before, now), *_find_repeated(now), *_find_strangers(now)]
+    return [*_compare_rows(before, now), *_find_duplicate_ids(now), *_find_unexpected_files(now)]
 
 
-def compare_indexes(expected: Path, got: Path, questions: list[str]) -> list[str]:
-    """Likewise for indexes: what they say they are, every file that is the same for the same rows, and answers."""
+def compare_indexes(expected: Path, got: Path, queries: list[str]) -> list[str]:
+    """Returns a description of each difference between two indexes: descriptions, deterministic files and results."""
     before, now = (read_description(Folder(path)) for path in (expected, got))
     if before is None or now is None:
-        return [f"{path}: no index" for path, one in ((expected, before), (got, now)) if one is None]
+        return [
+            f"{path}: not an index" for path, description in ((expected, before), (got, now)) if description is None
+        ]
     names = (
         "fingerprint",
         "config",
         "layout",
         "shards",
-        "capacity",
+        "end_row",
         "captions_count",
         "vectors_count",
         "text",
         "vectors",
     )
-    found = [f"{name} differs" for name in names if getattr(before, name) != getattr(now, name)]
-    return found or [*_compare_files(before, expected, got), *_compare_answers(expected, got, questions)]
+    different = [f"{name} differs" for name in names if getattr(before, name) != getattr(now, name)]
+    return different or [*_compare_files(before, expected, got), *_compare_results(expected, got, queries)]
 
 
 def _compare_rows(before: ShardedDataset, now: ShardedDataset) -> Iterator[str]:
     for shard in range(before.shards):
-        name, wanted, marker = part_name(shard), before.read_marker(shard), now.read_marker(shard)
-        if wanted is None or marker is None:
+        name, expected_marker, marker = part_name(shard), before.read_marker(shard), now.read_marker(shard)
+        if expected_marker is None or marker is None:
             yield f"{name}: no marker"
             continue
         if not before.read(shard).equals(now.read(shard)):
-            yield f"{name}: other rows"
+            yield f"{name}: rows differ"
         failures = before.read_failures(shard), now.read_failures(shard)
         if (failures[0] is None) != (failures[1] is None) or (failures[0] and not failures[0].equals(failures[1])):
-            yield f"{name}: other failures"
-        if (wanted.rows, wanted.failures, wanted.checksum) != (marker.rows, marker.failures, marker.checksum):
-            yield f"{name}: its marker tells something else"
+            yield f"{name}: failures differ"
+        if (expected_marker.rows, expected_marker.failures, expected_marker.checksum) != (
+            marker.rows,
+            marker.failures,
+            marker.checksum,
+        ):
+            yield f"{name}: markers differ"
 
 
-def _find_repeated(dataset: ShardedDataset) -> Iterator[str]:
+def _find_duplicate_ids(dataset: ShardedDataset) -> Iterator[str]:
     counts = Counter(
         image_id
         for shard in range(dataset.shards)
         for image_id in dataset.read(shard, ["image_id"])["image_id"].to_pylist()
     )
-    yield from (f"image {image_id} is there {count} times" for image_id, count in counts.items() if count > 1)
+    yield from (f"image {image_id} occurs {count} times" for image_id, count in counts.items() if count > 1)
 
 
-def _find_strangers(dataset: ShardedDataset) -> Iterator[str]:
-    """Files that are neither a part nor beside one: half-written ones above all."""
+def _find_unexpected_files(dataset: ShardedDataset) -> Iterator[str]:
+    """Yields files that do not belong to the dataset, such as partial writes, and missing parts."""
     parts = {f"{part_name(shard)}.parquet" for shard in range(dataset.shards)}
-    beside = {DESCRIPTION_FILE, SUCCESS_FILE, MARKERS_FOLDER, FAILURES_FOLDER, TEMPORARY_FOLDER}
-    yield from (f"{name}: a file too many" for name in dataset.folder.list() if name not in parts | beside)
+    metadata = {DESCRIPTION_FILE, SUCCESS_FILE, MARKERS_FOLDER, FAILURES_FOLDER, TEMPORARY_FOLDER}
+    yield from (f"{name}: unexpected file" for name in dataset.folder.list() if name not in parts | metadata)
     yield from (f"{name}: missing" for name in parts - set(dataset.folder.list()))
 
 
@@ -82,12 +88,12 @@ def _compare_files(description: IndexDescription, expected: Path, got: Path) -> 
         if not (got / name).exists():
             yield f"{name}: missing"
         elif (got / name).is_file() and (got / name).read_bytes() != (expected / name).read_bytes():
-            yield f"{name}: other content"
+            yield f"{name}: content differs"
 
 
-def _compare_answers(expected: Path, got: Path, questions: list[str]) -> Iterator[str]:
+def _compare_results(expected: Path, got: Path, queries: list[str]) -> Iterator[str]:
     indexes = captionlib.search.open(expected), captionlib.search.open(got)
-    for question in questions:
-        answers = [index.text(question, limit=len(index)) for index in indexes]
-        if not answers[0].equals(answers[1]):
-            yield f"{question!r}: expected {answers[0].num_rows} rows, got {answers[1].num_rows}, or others"
+    for query in queries:
+        before, now = (index.search_text(query, limit=len(index)) for index in indexes)
+        if not before.equals(now):
+            yield f"{query!r}: results differ; expected {before.num_rows} rows, got {now.num_rows}"

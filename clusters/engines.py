@@ -1,4 +1,4 @@
-"""The engines that a cluster can be of."""
+"""The engines that clusters can run."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,32 +9,28 @@ from clusters.prism import PrismCluster
 from clusters.processes import Processes
 from clusters.spark import SparkCluster
 
-__all__ = ["ENGINES", "Cluster", "cluster_of"]
+__all__ = ["ENGINES", "Cluster"]
 
 
 class Cluster(Protocol):
-    """A cluster that belongs to a folder, whether it runs or not."""
+    """A cluster whose state is in a folder, whether it runs or not."""
 
     processes: Processes
 
     @property
     def beam_options(self) -> Mapping[str, Any]:
-        """What Beam is told to submit to it."""
+        """Beam options that submit jobs to the cluster."""
 
     @property
-    def address(self) -> str | None:
-        """Where a browser sees it; None where it shows nothing."""
+    def web_address(self) -> str:
+        """Address of the web interface."""
 
     def start(self) -> None:
-        """Starts everything and waits until jobs can be submitted."""
+        """Starts all processes and waits until jobs can be submitted."""
 
     def stop(self) -> list[str]:
-        """Stops everything, workers included; returns what ran."""
+        """Stops all processes, including workers, and returns the names of those that ran."""
 
 
 ENGINES: dict[str, Callable[[Path], Cluster]] = {"flink": FlinkCluster, "spark": SparkCluster, "prism": PrismCluster}
-
-
-def cluster_of(engine: str, folder: Path) -> Cluster:
-    """The cluster of an engine in a folder."""
-    return ENGINES[engine](folder)
+"""Creates the cluster of an engine in a folder."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from clusters.java import java_command, write_logging
+from clusters.java import java_command, write_log4j_config
 from clusters.packages import FLINK, FLINK_RUNNER
-from clusters.ports import answers, choose_ports, read_ports
+from clusters.ports import choose_ports, is_listening, read_ports
 from clusters.processes import Processes, wait_for
 from clusters.workers import install_project, write_boot_script
 
@@ -17,7 +17,7 @@ __all__ = ["FlinkCluster"]
 
 TASK_MANAGERS = 2
 
-# A TaskManager that is started without Flink's shell scripts wants every part of its memory by name.
+# Flink's shell scripts compute these sizes; a TaskManager that is started without them needs each of them.
 _TASK_MANAGER_MEMORY = {
     "framework.heap.size": "128m",
     "framework.off-heap.size": "128m",
@@ -33,10 +33,10 @@ _TASK_MANAGER_MEMORY = {
 
 
 class FlinkCluster:
-    """The cluster of a folder, whether it runs or not.
+    """A cluster whose state is in a folder, whether it runs or not.
 
     Args:
-        folder: for its configuration, pids, logs and temporary files.
+        folder: folder for configuration, pid files, logs and temporary files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,33 +45,33 @@ class FlinkCluster:
 
     @property
     def beam_options(self) -> dict[str, Any]:
-        """What Beam is told to submit to it."""
+        """Beam options that submit jobs to the cluster."""
         return {
             "runner": "PortableRunner",
             "job_endpoint": f"127.0.0.1:{self._ports['job']}",
             "environment_type": "PROCESS",
             "environment_config": {"command": str(self.folder / "boot")},
-            "experiments": "disable_logging_submission_environment",  # which asks for pip
+            "experiments": "disable_logging_submission_environment",  # it would run pip
             "parallelism": TASK_MANAGERS,
         }
 
     @property
-    def address(self) -> str:
-        """Where a browser sees it."""
+    def web_address(self) -> str:
+        """Address of the web interface."""
         return f"http://127.0.0.1:{self._ports['rest']}"
 
     def start(self, restart_attempts: int = 10) -> None:
-        """Starts everything and waits until jobs can be submitted.
+        """Starts all processes and waits until jobs can be submitted.
 
         Args:
-            restart_attempts: how often Flink runs a job's stage again after a fault before it gives the job up.
+            restart_attempts: number of times that Flink restarts a failed job; 0 fails it at once.
         """
         install_project()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.processes.require_none()
         choose_ports(self.folder, {"rest": 8081, "rpc": 6123, "job": 8099, "artifact": 8098, "expansion": 8097})
         write_boot_script(self.folder)
-        write_logging(self.folder)
+        write_log4j_config(self.folder)
         self._write_configuration(restart_attempts)
         self._start_job_manager()
         for number in range(1, TASK_MANAGERS + 1):
@@ -80,45 +80,46 @@ class FlinkCluster:
         self.wait_for_task_managers(TASK_MANAGERS)
 
     def stop(self) -> list[str]:
-        """Stops everything, workers included; returns what ran."""
+        """Stops all processes, including workers, and returns the names of those that ran."""
         return self.processes.stop()
 
     def start_task_manager(self, name: str) -> None:
-        """Starts a TaskManager, which joins the cluster by itself."""
+        """Starts a TaskManager, which registers itself with the JobManager."""
         self._start_flink(name, "org.apache.flink.runtime.taskexecutor.TaskManagerRunner", 512)
 
-    def running_task_managers(self) -> list[str]:
-        """The names of their processes."""
+    def list_running_task_managers(self) -> list[str]:
+        """Returns the process names of the running TaskManagers."""
         names = (f"task-manager-{number}" for number in range(1, TASK_MANAGERS + 1))
         return [name for name in names if self.processes.is_running(name)]
 
     def wait_for_task_managers(self, count: int) -> None:
-        wait_for(lambda: len(self.task_managers()) == count, 90, f"{count} TaskManagers to register")
+        """Waits until `count` TaskManagers are registered."""
+        wait_for(lambda: len(self.list_task_managers()) == count, 90, f"{count} TaskManagers to register")
 
-    def task_managers(self) -> list[str]:
-        """The ids of those that are registered."""
-        return [manager["id"] for manager in self.ask("taskmanagers")["taskmanagers"]]
+    def list_task_managers(self) -> list[str]:
+        """Returns the ids of the registered TaskManagers."""
+        return [manager["id"] for manager in self._get("taskmanagers")["taskmanagers"]]
 
-    def jobs(self) -> list[dict[str, Any]]:
-        """What Flink says of its jobs, the oldest first."""
-        jobs: list[dict[str, Any]] = self.ask("jobs/overview")["jobs"]
+    def list_jobs(self) -> list[dict[str, Any]]:
+        """Returns the overview of all jobs, oldest first."""
+        jobs: list[dict[str, Any]] = self._get("jobs/overview")["jobs"]
         return sorted(jobs, key=lambda job: job["start-time"])
 
-    def faults(self, job: str) -> list[str]:
-        """Why Flink had to run parts of a job again, the last first."""
-        history = self.ask(f"jobs/{job}/exceptions")["exceptionHistory"]["entries"]
+    def list_exceptions(self, job: str) -> list[str]:
+        """Returns the exceptions after which Flink restarted parts of a job, latest first."""
+        history = self._get(f"jobs/{job}/exceptions")["exceptionHistory"]["entries"]
         return [entry["exceptionName"] for entry in history]
 
-    def shards_by_task_manager(self, job: str, step: str) -> dict[str, int]:
-        """How many shards each TaskManager took in a step of a job."""
-        (stage,) = [one for one in self.ask(f"jobs/{job}")["vertices"] if step in one["name"]]
-        managers = self.ask(f"jobs/{job}/vertices/{stage['id']}/taskmanagers")["taskmanagers"]
+    def count_shards_by_task_manager(self, job: str, step: str) -> dict[str, int]:
+        """Returns the number of shards that each TaskManager read in a step of a job."""
+        (stage,) = [vertex for vertex in self._get(f"jobs/{job}")["vertices"] if step in vertex["name"]]
+        managers = self._get(f"jobs/{job}/vertices/{stage['id']}/taskmanagers")["taskmanagers"]
         return {manager["taskmanager-id"]: manager["metrics"]["read-records"] for manager in managers}
 
-    def ask(self, path: str) -> Any:
-        """An answer of Flink's REST interface."""
-        with urllib.request.urlopen(f"{self.address}/{path}", timeout=10) as answer:
-            return json.load(answer)
+    def _get(self, path: str) -> Any:
+        """Returns a response of Flink's REST API."""
+        with urllib.request.urlopen(f"{self.web_address}/{path}", timeout=10) as response:
+            return json.load(response)
 
     @property
     def _ports(self) -> dict[str, int]:
@@ -152,12 +153,12 @@ class FlinkCluster:
     def _start_job_manager(self) -> None:
         name, main = "job-manager", "org.apache.flink.runtime.entrypoint.StandaloneSessionClusterEntrypoint"
         self._start_flink(name, main, 384)
-        self.processes.wait_ready(name, lambda: answers(self._ports["rest"]))
+        self.processes.wait_ready(name, lambda: is_listening(self._ports["rest"]))
 
     def _start_flink(self, name: str, main: str, megabytes: int) -> None:
         arguments = ["--configDir", str(self.folder / "conf")]
-        logging = self.folder / "log4j2.properties"
-        self.processes.start(name, java_command(main, [FLINK.fetch()], logging, arguments, megabytes))
+        log4j_config = self.folder / "log4j2.properties"
+        self.processes.start(name, java_command(main, [FLINK.fetch()], log4j_config, arguments, megabytes))
 
     def _start_job_server(self) -> None:
         ports, name = self._ports, "job-server"
@@ -171,6 +172,6 @@ class FlinkCluster:
         ]
         main = "org.apache.beam.runners.flink.FlinkJobServerDriver"
         jars = [FLINK_RUNNER.fetch(), *FLINK.fetch().glob("log4j-*.jar")]
-        logging = self.folder / "log4j2.properties"
-        self.processes.start(name, java_command(main, jars, logging, arguments, 512))
-        self.processes.wait_ready(name, lambda: answers(ports["job"]))
+        log4j_config = self.folder / "log4j2.properties"
+        self.processes.start(name, java_command(main, jars, log4j_config, arguments, 512))
+        self.processes.wait_ready(name, lambda: is_listening(ports["job"]))

@@ -1,4 +1,4 @@
-"""The flow as a person types it, on a drawn data set: the same command lines on this machine and on a cluster."""
+"""The command-line flow on synthetic scenes, with the same commands for this machine and for a cluster."""
 
 import os
 import subprocess
@@ -16,9 +16,9 @@ __all__ = ["STAGES", "Flow"]
 
 STAGES = ("extract-features", "generate-captions", "build-index")
 
-_QUESTIONS = ["red", "+ring -green", '"a white background"']
+_QUERIES = ["red", "+ring -green", '"a white background"']
 
-# A network that is light enough for a test.
+# A small network, so that tests stay fast.
 _ENCODER = (
     *("encoder.model=squeezenet1_1", "encoder.node=features.7.cat", "encoder.pooling=mean"),
     *("encoder.weights=random:0", "batch_size=4"),
@@ -27,16 +27,16 @@ _ENCODER = (
 
 @dataclass(frozen=True)
 class Flow:
-    """A folder with a manifest of drawn scenes, a captioner and a ranker, and the outputs of any number of runs.
+    """A folder with a manifest of synthetic scenes, a captioner, a ranker, and the outputs of any number of runs.
 
     Attributes:
-        folder: where; commands run in it and name everything relative to it, as people do.
+        folder: the folder; commands run in it and use relative paths.
     """
 
     folder: Path
 
     def prepare(self, images: int, shard_size: int) -> None:
-        """Draws the images, of which two are damaged, runs the flow on this machine and trains what it needs."""
+        """Renders the images, damages two, trains the models and runs the flow on this machine."""
         write_scenes(self.folder, train=images - images // 8, val=images // 16, test=images // 16)
         for path in sorted((self.folder / "images").iterdir())[3::7][:2]:
             path.write_bytes(path.read_bytes()[:200])
@@ -52,25 +52,25 @@ class Flow:
         self.run("build-index", "local", workers=2)
 
     def run(self, stage: str, output: str, beam_options: Sequence[str] = (), workers: int = 1) -> str:
-        """Runs a stage to its end.
+        """Runs a stage and waits for it.
 
         Args:
             stage: one of `STAGES`.
-            output: the run's folder.
-            beam_options: what stands after `--`.
+            output: folder of the run.
+            beam_options: options after `--`.
             workers: processes on this machine.
 
         Returns:
-            What it printed.
+            The output of the command.
 
         Raises:
-            ClusterError: it failed.
+            ClusterError: the command failed.
         """
-        return self._run([*self.command(stage, output), "--workers", str(workers), "--", *beam_options])
+        return self._run([*self._build_command(stage, output), "--workers", str(workers), "--", *beam_options])
 
     def start(self, stage: str, output: str, beam_options: Sequence[str]) -> "subprocess.Popen[str]":
-        """Starts a stage and does not wait; what it prints is read through pipes."""
-        command = [*_CAPTIONLIB, *self.command(stage, output), "--", *beam_options]
+        """Starts a stage without waiting for it; its output goes to a pipe."""
+        command = [*_CAPTIONLIB, *self._build_command(stage, output), "--", *beam_options]
         return subprocess.Popen(
             command,
             cwd=self.folder,
@@ -81,8 +81,8 @@ class Flow:
             start_new_session=True,
         )
 
-    def command(self, stage: str, output: str) -> list[str]:
-        """What comes before the options that say where a stage runs."""
+    def _build_command(self, stage: str, output: str) -> list[str]:
+        """Returns the command without the options that determine where it runs."""
         if stage == "build-index":
             return [stage, f"{output}/captions", "-e", f"{output}/embeddings", "-o", f"{output}/index"]
         loading = ["--no-progress", "--device", "cpu", "--set", "loading.decode.processes=1"]
@@ -92,22 +92,25 @@ class Flow:
         outputs = ["-o", f"{output}/captions", "--ranker", "ranker", "--embeddings", f"{output}/embeddings"]
         return [stage, "manifest", "-c", "captioner", *outputs, *loading]
 
-    def count_done(self, stage: str, output: str) -> int:
-        """The shards that a stage has published; of an index, the rows that it has written."""
-        where = {"extract-features": f"features/{MARKERS_FOLDER}", "generate-captions": f"captions/{MARKERS_FOLDER}"}
-        return len(list((self.folder / output / where.get(stage, "index/rows")).glob("part-*")))
+    def count_finished_shards(self, stage: str, output: str) -> int:
+        """Returns the number of shards that a stage has published, or written to the rows of an index."""
+        folders = {"extract-features": f"features/{MARKERS_FOLDER}", "generate-captions": f"captions/{MARKERS_FOLDER}"}
+        return len(list((self.folder / output / folders.get(stage, "index/rows")).glob("part-*")))
 
     def is_complete(self, stage: str, output: str) -> bool:
-        where = {"extract-features": "features/_SUCCESS", "generate-captions": "captions/_SUCCESS"}
-        return (self.folder / output / where.get(stage, "index/index.json")).exists()
+        """Returns whether the output of a stage is complete."""
+        files = {"extract-features": "features/_SUCCESS", "generate-captions": "captions/_SUCCESS"}
+        return (self.folder / output / files.get(stage, "index/index.json")).exists()
 
     def compare(self, stage: str, output: str) -> list[str]:
-        """In what a run's output differs from that of the undisturbed run on this machine."""
+        """Returns the differences between the output of a run and that of the undisturbed run on this machine."""
         local, other = self.folder / "local", self.folder / output
         if stage == "build-index":
-            return compare_indexes(local / "index", other / "index", _QUESTIONS)
+            return compare_indexes(local / "index", other / "index", _QUERIES)
         names = ["features"] if stage == "extract-features" else ["captions", "embeddings"]
-        return [f"{name}: {one}" for name in names for one in compare_datasets(local / name, other / name)]
+        return [
+            f"{name}: {difference}" for name in names for difference in compare_datasets(local / name, other / name)
+        ]
 
     def _run(self, command: list[str]) -> str:
         result = subprocess.run(
@@ -128,5 +131,5 @@ _CAPTIONLIB = [str(Path(sys.executable).parent / "captionlib")]
 
 
 def _environment() -> dict[str, str]:
-    """Every process computes with one thread, as the workers of a cluster with one slot a core do."""
+    """Limits every process to one thread, like the workers of a cluster with one slot per core."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""Command lines of Java programs, small enough for a whole cluster on one machine."""
+"""Command lines of Java programs with small heaps, so that a cluster fits on one machine."""
 
 import shutil
 from collections.abc import Sequence
@@ -6,10 +6,10 @@ from pathlib import Path
 
 from clusters.processes import ClusterError
 
-__all__ = ["class_path", "java_command", "write_logging"]
+__all__ = ["class_path", "java_command", "list_java_openings", "write_log4j_config"]
 
-# Engines look into Java's own classes, which Java 17 allows only where it is told so.
-_OPENED = (
+# The engines use reflection on these packages, which Java 17 blocks by default.
+_OPENED_PACKAGES = (
     *(
         "java.lang",
         "java.lang.invoke",
@@ -36,20 +36,23 @@ appender.console.layout.pattern = %d{HH:mm:ss.SSS} %-5p %c{1} - %m%n
 def java_command(
     main: str,
     jars: Sequence[Path],
-    logging: Path,
+    log4j_config: Path,
     arguments: Sequence[str],
     megabytes: int,
     options: Sequence[str] = (),
 ) -> list[str]:
-    """The command that runs a main class.
+    """Returns the command that runs a main class.
 
     Args:
-        main: the class.
-        jars: folders of jars, and jars.
-        logging: what `write_logging` wrote.
-        arguments: of the program.
-        megabytes: of its heap.
-        options: of Java itself.
+        main: name of the main class.
+        jars: jars and folders of jars; earlier ones have precedence.
+        log4j_config: result of `write_log4j_config`.
+        arguments: arguments of the program.
+        megabytes: size of the heap.
+        options: options of the Java virtual machine.
+
+    Raises:
+        ClusterError: Java is not installed.
     """
     java = shutil.which("java")
     if java is None:
@@ -58,9 +61,9 @@ def java_command(
         java,
         f"-Xmx{megabytes}m",
         "-XX:+UseSerialGC",
-        "-XX:TieredStopAtLevel=1",  # starts sooner; the work is done by Python
-        f"-Dlog4j2.configurationFile={logging}",
-        *java_openings(),
+        "-XX:TieredStopAtLevel=1",  # starts faster; Python does the actual work
+        f"-Dlog4j2.configurationFile={log4j_config}",
+        *list_java_openings(),
         *options,
         "-cp",
         class_path(jars),
@@ -69,18 +72,18 @@ def java_command(
     ]
 
 
-def java_openings() -> list[str]:
-    """What Java 17 is told on its command line."""
-    return [f"--add-opens=java.base/{package}=ALL-UNNAMED" for package in _OPENED]
+def list_java_openings() -> list[str]:
+    """Returns the options that open Java's packages to reflection."""
+    return [f"--add-opens=java.base/{package}=ALL-UNNAMED" for package in _OPENED_PACKAGES]
 
 
 def class_path(jars: Sequence[Path]) -> str:
-    """Folders of jars, and jars, as Java takes them; the first has precedence."""
+    """Returns the class path of jars and folders of jars; earlier ones have precedence."""
     return ":".join(f"{path}/*" if path.is_dir() else str(path) for path in jars)
 
 
-def write_logging(folder: Path) -> Path:
-    """A configuration by which programs print their log."""
+def write_log4j_config(folder: Path) -> Path:
+    """Writes a Log4j configuration that logs to the console, and returns its path."""
     path = folder / "log4j2.properties"
     path.write_text(_LOG4J, encoding="utf-8")
     return path

@@ -1,6 +1,6 @@
-"""Fetches engines, Beam's runners and its boot program from the package registries, by name and exact version, once.
+"""Downloads engines, Beam runners and Beam's boot program from package registries, by name and exact version.
 
-Everything goes into a cache folder, where it appears whole or not at all.
+Each package is downloaded once, into a cache folder, and appears there complete or not at all.
 """
 
 import shutil
@@ -30,12 +30,12 @@ _POM = """<project xmlns="http://maven.apache.org/POM/4.0.0">
 
 @dataclass(frozen=True)
 class EnginePackage:
-    """The jars of an engine, as its source package on PyPI carries them.
+    """The jars of an engine, from its source package on PyPI.
 
     Attributes:
-        name: of the package.
-        version: of the package, which is the engine's.
-        jars: the folder of the package that they lie in.
+        name: name of the package.
+        version: version of the package and of the engine.
+        jars: folder of the jars in the package.
     """
 
     name: str
@@ -43,8 +43,8 @@ class EnginePackage:
     jars: str
 
     def fetch(self) -> Path:
-        """A folder with the jars."""
-        return _cached(f"{self.name}-{self.version}", self._download)
+        """Returns the folder of the jars; downloads them if necessary."""
+        return _fetch_once(f"{self.name}-{self.version}", self._download)
 
     def _download(self, folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
@@ -56,33 +56,33 @@ class EnginePackage:
                     path = Path(member.name)
                     if path.suffix == ".jar" and str(path.parent).endswith(f"/{self.jars}"):
                         content = package.extractfile(member)
-                        assert content is not None, "a jar is a file"
+                        assert content is not None, "a jar is a regular file"
                         with (folder / path.name).open("wb") as file:
                             shutil.copyfileobj(content, file)
 
 
 @dataclass(frozen=True)
 class RunnerPackage:
-    """Beam's runner for an engine, with what it depends on, from Maven.
+    """Beam's runner for an engine, with its dependencies, from Maven.
 
     Attributes:
-        artifact: its name.
-        version: the newest that is to be had with its job service; newer Python SDKs talk to it all the same.
+        artifact: artifact name of the runner.
+        version: the latest version whose job service is published; newer Python SDKs are compatible with it.
     """
 
     artifact: str
     version: str = "2.62.0"
 
     def fetch(self) -> Path:
-        """A folder with the jars."""
-        return _cached(f"{self.artifact}-{self.version}", self._download)
+        """Returns the folder of the jars; downloads them if necessary."""
+        return _fetch_once(f"{self.artifact}-{self.version}", self._download)
 
     def _download(self, folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             pom = Path(scratch) / "pom.xml"
             pom.write_text(_POM.format(artifact=self.artifact, version=self.version), encoding="utf-8")
             goal = ["dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={folder}"]
-            run_command([_program("mvn", "Maven"), "--quiet", "--batch-mode", "--file", str(pom), *goal])
+            run_command([_find_program("mvn", "Maven"), "--quiet", "--batch-mode", "--file", str(pom), *goal])
 
 
 FLINK = EnginePackage("apache-flink-libraries", "1.19.3", "deps/lib")
@@ -92,17 +92,17 @@ SPARK_RUNNER = RunnerPackage("beam-runners-spark-3")
 
 
 def fetch_boot() -> Path:
-    """Beam's program that starts a Python worker, of the same version as the SDK."""
+    """Returns Beam's program that starts Python workers, in the version of the installed SDK."""
     return _fetch_go_program("github.com/apache/beam/sdks/v2/python/container")
 
 
 def fetch_prism() -> Path:
-    """Beam's own engine of one process."""
+    """Returns Beam's single-process engine, in the version of the installed SDK."""
     return _fetch_go_program("github.com/apache/beam/sdks/v2/go/cmd/prism")
 
 
 def find_uv() -> str:
-    """The uv that the Makefile uses."""
+    """Returns the path of the uv that the Makefile uses."""
     return shutil.which("uv") or str(CACHE.parent / ".uv" / "bin" / "uv")
 
 
@@ -110,12 +110,12 @@ def _fetch_go_program(module: str) -> Path:
     name, beam = module.rsplit("/", 1)[-1], version("apache-beam")
 
     def install(folder: Path) -> None:
-        run_command([_program("go", "Go"), "install", f"{module}@v{beam}"], GOBIN=str(folder))
+        run_command([_find_program("go", "Go"), "install", f"{module}@v{beam}"], GOBIN=str(folder))
 
-    return _cached(f"{name}-{beam}", install) / name
+    return _fetch_once(f"{name}-{beam}", install) / name
 
 
-def _cached(name: str, fetch: Callable[[Path], None]) -> Path:
+def _fetch_once(name: str, fetch: Callable[[Path], None]) -> Path:
     target = CACHE / name
     if not target.exists():
         CACHE.mkdir(exist_ok=True)
@@ -128,10 +128,8 @@ def _cached(name: str, fetch: Callable[[Path], None]) -> Path:
     return target
 
 
-def _program(name: str, package: str) -> str:
-    found = shutil.which(name)
-    if found is None:
-        raise ClusterError(
-            f"{name} was not found: expected {package} on PATH; install it, it fetches from its registry"
-        )
-    return found
+def _find_program(name: str, package: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        raise ClusterError(f"{name} was not found: expected {package} on PATH; install {package}")
+    return path

@@ -1,4 +1,4 @@
-"""The ports of a cluster on the loopback interface: chosen when it starts, and kept where others look them up."""
+"""Ports of a cluster on the loopback interface, stored in the cluster's folder."""
 
 import json
 import socket
@@ -7,26 +7,26 @@ from pathlib import Path
 
 from clusters.processes import ClusterError
 
-__all__ = ["answers", "choose_ports", "read_ports"]
+__all__ = ["choose_ports", "is_listening", "read_ports"]
 
 _FILE = "ports.json"
 
 
 def choose_ports(folder: Path, preferred: Mapping[str, int]) -> dict[str, int]:
-    """The preferred port of each name, or another one where it is taken; kept in the cluster's folder."""
+    """Chooses a free port for each name, the preferred one if possible, and stores them in the cluster's folder."""
     ports = {name: _free_port(port) for name, port in preferred.items()}
     (folder / _FILE).write_text(json.dumps(ports), encoding="utf-8")
     return ports
 
 
 def read_ports(folder: Path) -> dict[str, int]:
-    """The ports of the cluster of a folder, by their names."""
+    """Returns the stored ports of a cluster by name."""
     ports: dict[str, int] = json.loads((folder / _FILE).read_text(encoding="utf-8"))
     return ports
 
 
 def _free_port(preferred: int) -> int:
-    """The preferred port of the loopback interface, or another one where it is taken."""
+    """Returns the preferred port if it is free, else another free port."""
     for port in (preferred, 0):
         with socket.socket() as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -34,13 +34,13 @@ def _free_port(preferred: int) -> int:
                 listener.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            found: int = listener.getsockname()[1]
-            return found
+            free: int = listener.getsockname()[1]
+            return free
     raise ClusterError("no port of 127.0.0.1 is free")
 
 
-def answers(port: int) -> bool:
-    """Whether something listens at a port of the loopback interface."""
-    with socket.socket() as caller:
-        caller.settimeout(1)
-        return caller.connect_ex(("127.0.0.1", port)) == 0
+def is_listening(port: int) -> bool:
+    """Returns whether a process listens on a port of the loopback interface."""
+    with socket.socket() as client:
+        client.settimeout(1)
+        return client.connect_ex(("127.0.0.1", port)) == 0

@@ -1,20 +1,20 @@
-"""Prism, Beam's own engine of one process; its workers are started by the command that submits."""
+"""Prism, Beam's single-process engine. The submitting command starts the workers."""
 
 from pathlib import Path
 from typing import Any
 
 from clusters.packages import fetch_prism
-from clusters.ports import answers, choose_ports, read_ports
+from clusters.ports import choose_ports, is_listening, read_ports
 from clusters.processes import Processes
 
 __all__ = ["PrismCluster"]
 
 
 class PrismCluster:
-    """The engine of a folder, whether it runs or not.
+    """A Prism process whose state is in a folder, whether it runs or not.
 
     Args:
-        folder: for its pid and log.
+        folder: folder for the pid file and the log.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -23,7 +23,7 @@ class PrismCluster:
 
     @property
     def beam_options(self) -> dict[str, Any]:
-        """What Beam is told to submit to it; Prism starts no worker processes of its own."""
+        """Beam options that submit jobs to Prism. LOOPBACK workers run in the submitting process."""
         return {
             "runner": "PortableRunner",
             "job_endpoint": f"127.0.0.1:{self._ports['job']}",
@@ -31,21 +31,21 @@ class PrismCluster:
         }
 
     @property
-    def address(self) -> str:
-        """Where a browser sees it."""
+    def web_address(self) -> str:
+        """Address of the web interface."""
         return f"http://127.0.0.1:{self._ports['web']}"
 
     def start(self) -> None:
-        """Starts it and waits until jobs can be submitted."""
+        """Starts the process and waits until jobs can be submitted."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.processes.require_none()
         ports = choose_ports(self.folder, {"job": 8073, "web": 8074})
         command = [str(fetch_prism()), f"--job_port={ports['job']}", f"--web_port={ports['web']}"]
         self.processes.start("prism", command)
-        self.processes.wait_ready("prism", lambda: answers(ports["job"]))
+        self.processes.wait_ready("prism", lambda: is_listening(ports["job"]))
 
     def stop(self) -> list[str]:
-        """Stops it; returns what ran."""
+        """Stops the process and returns its name if it ran."""
         return self.processes.stop()
 
     @property

@@ -1,8 +1,8 @@
-"""The processes of a cluster: started apart from the command that starts them, each with a pid file and a log.
+"""Daemon processes of a cluster, each with a pid file and a log.
 
 folder/
-  pids/NAME        pid, and when the process began, so that a pid that was given away again is never killed
-  logs/NAME.log    what it printed
+  pids/NAME        pid and start time; the start time detects pids that the system has reused
+  logs/NAME.log    stdout and stderr
 """
 
 import os
@@ -19,14 +19,14 @@ _STOP_SECONDS = 10.0
 
 
 class ClusterError(Exception):
-    """A cluster, or something that it is made of, is not what it should be."""
+    """A cluster, or a program that it needs, failed."""
 
 
 class Processes:
-    """Named processes, each the leader of a session that its children belong to, in whatever process group.
+    """Named processes that outlive the command that starts them. Each leads a session that contains its children.
 
     Args:
-        folder: where their pids and logs are kept; it outlives the command that starts them.
+        folder: folder of the pid files and logs.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,13 +36,15 @@ class Processes:
         self._children: list[subprocess.Popen[bytes]] = []
 
     def start(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
-        """Starts a process; what it prints goes to the end of its log.
+        """Starts a process, appends its output to its log, and returns its pid.
 
         Raises:
-            ClusterError: a process of this name runs already.
+            ClusterError: a process of this name is running.
         """
         if self.is_running(name):
-            raise ClusterError(f"{name} runs already, as process {self.pid(name)}; stop it first: make cluster-down")
+            raise ClusterError(
+                f"{name} is already running as process {self.pid(name)}; stop it first: make cluster-down"
+            )
         self._pids.mkdir(parents=True, exist_ok=True)
         self._logs.mkdir(parents=True, exist_ok=True)
         with self.log(name).open("ab") as log:
@@ -56,76 +58,80 @@ class Processes:
                 start_new_session=True,
             )
         self._children.append(child)
-        (self._pids / name).write_text(f"{child.pid} {_began(child.pid)}", encoding="utf-8")
+        (self._pids / name).write_text(f"{child.pid} {_get_start_time(child.pid)}", encoding="utf-8")
         return child.pid
 
     def log(self, name: str) -> Path:
-        """What a process prints."""
+        """Returns the path of a process's log."""
         return self._logs / f"{name}.log"
 
-    def names(self) -> list[str]:
-        """The processes that were started and not stopped, whether they run or not."""
+    def list_names(self) -> list[str]:
+        """Returns the names of all processes that were started and not stopped, even if they have exited."""
         return sorted(path.name for path in self._pids.iterdir()) if self._pids.is_dir() else []
 
     def pid(self, name: str) -> int:
+        """Returns the pid of a process."""
         return int(self._read(name)[0])
 
     def is_running(self, name: str) -> bool:
-        if name not in self.names():
+        """Returns whether a process was started and has not exited."""
+        if name not in self.list_names():
             return False
         self._reap()
-        pid, began = self._read(name)
-        return _began(int(pid)) == began != ""
+        pid, start_time = self._read(name)
+        return _get_start_time(int(pid)) == start_time != ""
 
-    def members(self, name: str) -> dict[int, str]:
-        """A process and its children, by pid, with their command lines; children may outlive it."""
-        pid, began = self._read(name)
-        if _began(int(pid)) not in {began, ""}:
-            return {}  # the number belongs to a stranger by now
-        return {member: command for member, session, command in _processes() if session == int(pid)}
+    def list_session(self, name: str) -> dict[int, str]:
+        """Returns pids and command lines of a process and its children, which may outlive it."""
+        pid, start_time = self._read(name)
+        if _get_start_time(int(pid)) not in {start_time, ""}:
+            return {}  # the system has reused the pid
+        return {member: command for member, session, command in _list_processes() if session == int(pid)}
 
     def kill(self, name: str) -> None:
-        """Kills one process at once, as a machine's failure would, but not its children; it may be started again."""
+        """Kills one process but not its children, as a machine failure would. It can be started again."""
         os.kill(self.pid(name), signal.SIGKILL)
         wait_for(lambda: not self.is_running(name), 10, f"{name} to die")
         (self._pids / name).rename(self._pids / f"{name}-killed-{self.pid(name)}")
 
     def stop(self) -> list[str]:
-        """Ends all processes and their children: asked first, killed after a while.
+        """Terminates all processes and their children, and kills those that do not exit in time.
 
         Returns:
-            The names of those that ran.
+            The names of the processes that ran.
         """
-        running = [name for name in self.names() if self.members(name)]
-        for kind, seconds in ((signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, _STOP_SECONDS)):
-            deadline = time.monotonic() + seconds
+        running = [name for name in self.list_names() if self.list_session(name)]
+        for signal_number in (signal.SIGTERM, signal.SIGKILL):
+            deadline = time.monotonic() + _STOP_SECONDS
             for name in running:
-                for pid in self.members(name):
+                for pid in self.list_session(name):
                     with suppress(ProcessLookupError):
-                        os.kill(pid, kind)
-            while time.monotonic() < deadline and any(self.members(name) for name in running):
+                        os.kill(pid, signal_number)
+            while time.monotonic() < deadline and any(self.list_session(name) for name in running):
                 self._reap()
                 time.sleep(0.1)
-        for name in self.names():
+        for name in self.list_names():
             (self._pids / name).unlink()
         return running
 
     def require_none(self) -> None:
-        """Raises ClusterError where a process of the folder still runs."""
-        if running := [name for name in self.names() if self.members(name)]:
-            raise ClusterError(f"{', '.join(running)} in {self.folder} still run; stop them first: make cluster-down")
+        """Raises ClusterError if a process of the folder is still running."""
+        if running := [name for name in self.list_names() if self.list_session(name)]:
+            raise ClusterError(
+                f"{', '.join(running)} in {self.folder} are still running; stop them first: make cluster-down"
+            )
 
     def require_running(self, name: str) -> None:
-        """Raises ClusterError, with the end of its log, where a process has ended."""
+        """Raises ClusterError, with the end of its log, if a process has exited."""
         if not self.is_running(name):
             tail = self.log(name).read_text(encoding="utf-8", errors="replace")[-2000:]
-            raise ClusterError(f"{name} has ended; expected it to run. The end of {self.log(name)}:\n{tail}")
+            raise ClusterError(f"{name} exited unexpectedly. The end of {self.log(name)}:\n{tail}")
 
     def wait_ready(self, name: str, check: Callable[[], bool], seconds: float = 90.0) -> None:
-        """Waits until `check` holds.
+        """Waits until `check` returns true.
 
         Raises:
-            ClusterError: the process ended, or it took too long.
+            ClusterError: the process exited, or the time is up.
         """
 
         def ready() -> bool:
@@ -135,8 +141,8 @@ class Processes:
         wait_for(ready, seconds, f"{name} to be ready (its log: {self.log(name)})")
 
     def _read(self, name: str) -> tuple[str, str]:
-        pid, _, began = (self._pids / name).read_text(encoding="utf-8").partition(" ")
-        return pid, began
+        pid, _, start_time = (self._pids / name).read_text(encoding="utf-8").partition(" ")
+        return pid, start_time
 
     def _reap(self) -> None:
         for child in self._children:
@@ -144,7 +150,7 @@ class Processes:
 
 
 def wait_for(check: Callable[[], bool], seconds: float, what: str) -> None:
-    """Waits until `check` holds.
+    """Waits until `check` returns true.
 
     Raises:
         ClusterError: it did not within `seconds`.
@@ -157,10 +163,10 @@ def wait_for(check: Callable[[], bool], seconds: float, what: str) -> None:
 
 
 def run_command(command: Sequence[str], folder: Path | None = None, **environment: str) -> None:
-    """Runs a program to its end.
+    """Runs a program and waits for it.
 
     Raises:
-        ClusterError: it failed; with the end of what it printed.
+        ClusterError: it failed; the message contains the end of its output.
     """
     result = subprocess.run(
         command,
@@ -172,20 +178,20 @@ def run_command(command: Sequence[str], folder: Path | None = None, **environmen
     )
     if result.returncode:
         output = result.stdout.decode(errors="replace")[-2000:]
-        raise ClusterError(f"{' '.join(command)}: expected exit status 0, got {result.returncode}; it said:\n{output}")
+        raise ClusterError(f"{' '.join(command)}: expected exit status 0, got {result.returncode}; output:\n{output}")
 
 
-def _began(pid: int) -> str:
-    """When a process began, as `ps` tells it; empty where there is none, or only its exit status is left of it."""
-    told = subprocess.run(
+def _get_start_time(pid: int) -> str:
+    """Returns the start time of a process as `ps` formats it; empty if the process has exited."""
+    fields = subprocess.run(
         ["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False
     ).stdout.split(maxsplit=1)
-    return "" if not told or told[0].startswith("Z") else told[1].strip()
+    return "" if not fields or fields[0].startswith("Z") else fields[1].strip()
 
 
-def _processes() -> list[tuple[int, int, str]]:
-    """Pid, session and command line of all processes that run."""
+def _list_processes() -> list[tuple[int, int, str]]:
+    """Returns pid, session and command line of all running processes."""
     command = ["ps", "-e", "-ww", "-o", "pid=,sess=,stat=,args="]
-    told = subprocess.run(command, capture_output=True, text=True, check=True)
-    rows = (line.split(maxsplit=3) for line in told.stdout.splitlines())
+    listing = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = (line.split(maxsplit=3) for line in listing.stdout.splitlines())
     return [(int(row[0]), int(row[1]), row[3]) for row in rows if len(row) == 4 and not row[2].startswith("Z")]

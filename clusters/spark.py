@@ -5,9 +5,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from clusters.java import java_command, java_openings, write_logging
+from clusters.java import java_command, list_java_openings, write_log4j_config
 from clusters.packages import SPARK, SPARK_RUNNER
-from clusters.ports import answers, choose_ports, read_ports
+from clusters.ports import choose_ports, is_listening, read_ports
 from clusters.processes import Processes, wait_for
 from clusters.workers import install_project, write_boot_script
 
@@ -17,10 +17,10 @@ WORKERS = 2
 
 
 class SparkCluster:
-    """The cluster of a folder, whether it runs or not.
+    """A cluster whose state is in a folder, whether it runs or not.
 
     Args:
-        folder: for its pids, logs and temporary files.
+        folder: folder for pid files, logs and temporary files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,30 +29,30 @@ class SparkCluster:
 
     @property
     def beam_options(self) -> dict[str, Any]:
-        """What Beam is told to submit to it."""
+        """Beam options that submit jobs to the cluster."""
         return {
             "runner": "PortableRunner",
             "job_endpoint": f"127.0.0.1:{self._ports['job']}",
             "environment_type": "PROCESS",
             "environment_config": {"command": str(self.folder / "boot")},
-            "environment_cache_millis": 60000,  # a worker outlives the stage that it was started for
-            "experiments": "disable_logging_submission_environment",  # which asks for pip
+            "environment_cache_millis": 60000,  # keeps a worker for the next stage
+            "experiments": "disable_logging_submission_environment",  # it would run pip
         }
 
     @property
-    def address(self) -> str:
-        """Where a browser sees it."""
+    def web_address(self) -> str:
+        """Address of the web interface."""
         return f"http://127.0.0.1:{self._ports['master-web']}"
 
     def start(self) -> None:
-        """Starts everything and waits until jobs can be submitted."""
+        """Starts all processes and waits until jobs can be submitted."""
         install_project()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.processes.require_none()
         preferred = {"master": 7077, "master-web": 8080, "job": 8199, "artifact": 8198, "expansion": 8197}
         choose_ports(self.folder, preferred)
         write_boot_script(self.folder)
-        write_logging(self.folder)
+        write_log4j_config(self.folder)
         home = self.folder / "jars"
         home.unlink(missing_ok=True)
         home.symlink_to(SPARK.fetch())
@@ -60,16 +60,16 @@ class SparkCluster:
         for number in range(1, WORKERS + 1):
             self._start_worker(number)
         self._start_job_server()
-        wait_for(lambda: len(self.workers()) == WORKERS, 90, f"{WORKERS} workers to register")
+        wait_for(lambda: len(self.list_workers()) == WORKERS, 90, f"{WORKERS} workers to register")
 
     def stop(self) -> list[str]:
-        """Stops everything, executors included; returns what ran."""
+        """Stops all processes, including executors, and returns the names of those that ran."""
         return self.processes.stop()
 
-    def workers(self) -> list[str]:
-        """The ids of those that are registered and alive."""
-        with urllib.request.urlopen(f"{self.address}/json/", timeout=10) as answer:
-            workers = json.load(answer)["workers"]
+    def list_workers(self) -> list[str]:
+        """Returns the ids of the workers that are registered and alive."""
+        with urllib.request.urlopen(f"{self.web_address}/json/", timeout=10) as response:
+            workers = json.load(response)["workers"]
         return [worker["id"] for worker in workers if worker["state"] == "ALIVE"]
 
     @property
@@ -85,7 +85,7 @@ class SparkCluster:
         web = ["--webui-port", str(ports["master-web"])]
         arguments = ["--host", "127.0.0.1", "--port", str(ports["master"]), *web]
         self._start("master", "org.apache.spark.deploy.master.Master", arguments, 256)
-        self.processes.wait_ready("master", lambda: answers(ports["master"]) and answers(ports["master-web"]))
+        self.processes.wait_ready("master", lambda: is_listening(ports["master"]) and is_listening(ports["master-web"]))
 
     def _start_worker(self, number: int) -> None:
         name = f"worker-{number}"
@@ -108,20 +108,20 @@ class SparkCluster:
             "spark.executor.memory": "768m",
             "spark.executor.cores": "1",
             "spark.ui.enabled": "false",
-            "spark.executor.extraJavaOptions": " ".join(java_openings()),
+            "spark.executor.extraJavaOptions": " ".join(list_java_openings()),
         }
         options = [f"-D{name}={value}" for name, value in spark.items()]
         self._start("job-server", "org.apache.beam.runners.spark.SparkJobServerDriver", arguments, 512, options)
-        self.processes.wait_ready("job-server", lambda: answers(ports["job"]))
+        self.processes.wait_ready("job-server", lambda: is_listening(ports["job"]))
 
     def _start(
         self, name: str, main: str, arguments: list[str], megabytes: int, options: list[str] | None = None
     ) -> None:
         jars = [SPARK.fetch()]
-        if name == "job-server":  # Beam's jars have precedence, but for the logging that Spark brings along
+        if name == "job-server":  # Beam's jars come first, except for Spark's version of slf4j
             jars = [*SPARK.fetch().glob("slf4j-api-*.jar"), SPARK_RUNNER.fetch(), SPARK.fetch()]
-        logging = self.folder / "log4j2.properties"
-        command = java_command(main, jars, logging, arguments, megabytes, options or [])
-        # A worker starts executors by Spark's own launcher, which looks for Spark's jars in its home.
+        log4j_config = self.folder / "log4j2.properties"
+        command = java_command(main, jars, log4j_config, arguments, megabytes, options or [])
+        # A worker starts executors with Spark's launcher, which needs Spark's jars in SPARK_HOME.
         environment = {"SPARK_HOME": str(self.folder), "SPARK_SCALA_VERSION": "2.12", "SPARK_LOCAL_IP": "127.0.0.1"}
         self.processes.start(name, command, environment)

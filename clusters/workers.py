@@ -1,4 +1,4 @@
-"""Where an engine's workers find the project: an environment of its own with the project's wheel, and a boot script."""
+"""The Python environment of an engine's workers, with the project's wheel, and the boot script that starts them."""
 
 import shlex
 import sys
@@ -14,7 +14,7 @@ _ROOT = CACHE.parent
 _ENVIRONMENT = CACHE / "worker"
 WORKER_PYTHON = _ENVIRONMENT / "bin" / "python"
 
-# Beam's boot program would make an environment of its own, were it not told to take the one that it is started in.
+# RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT keeps Beam's boot program from creating another virtual environment.
 _BOOT = """#!/bin/sh
 export PATH={bin}:"$PATH" VIRTUAL_ENV={environment} RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT=1
 export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-1}}"
@@ -23,30 +23,20 @@ exec {boot} "$@" >> {logs}/worker-$$.log 2>&1
 
 
 def install_project() -> None:
-    """Builds the project's wheel and installs it, with the versions of the lock, where workers find it."""
+    """Builds the project's wheel and installs it into the workers' environment, with the locked dependencies."""
     with tempfile.TemporaryDirectory() as scratch:
         run_command([sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", scratch], _ROOT)
         (wheel,) = Path(scratch).glob("*.whl")
         if not WORKER_PYTHON.exists():
-            run_command(
-                [
-                    find_uv(),
-                    "venv",
-                    "--quiet",
-                    "--seed",
-                    "--allow-existing",
-                    "--python",
-                    sys.executable,
-                    str(_ENVIRONMENT),
-                ]
-            )
+            venv = [find_uv(), "venv", "--quiet", "--seed", "--allow-existing"]
+            run_command([*venv, "--python", sys.executable, str(_ENVIRONMENT)])
         pip = [find_uv(), "pip", "install", "--quiet", "--python", str(WORKER_PYTHON)]
         lock = str(_ROOT / "requirements.lock")
         run_command([*pip, "--constraint", lock, "--reinstall-package", "captionlib", str(wheel)])
 
 
 def write_boot_script(folder: Path) -> Path:
-    """The command that an engine starts a worker with; what a worker prints goes to `folder/logs`."""
+    """Writes the command that an engine starts workers with. Workers log to `folder/logs`."""
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     text = _BOOT.format(

@@ -97,8 +97,8 @@ def render_configuration() -> str:
         "",
     ]
     for commands in COMMANDS.values():
-        for command, (module, _) in commands.items():
-            for config_type in _find_config_types(module):
+        for command in commands:
+            for config_type in _find_config_types(f"jobs.{command.replace('-', '_')}"):
                 lines += [f"## {command}: {config_type.__name__}", ""]
                 if names := list_recipes(command):
                     lines += ["Recipes: " + ", ".join(f"`{name}`" for name in names), ""]

@@ -1,1 +1,1 @@
-"""What a person or a scheduler starts."""
+"""The command line, one module per command."""

@@ -12,9 +12,7 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("image")
-@click.option(
-    "--output", "-o", default="activations.html", show_default=True, metavar="FILE.html", help="The page to write."
-)
+@click.option("--output", "-o", default="activations.html", show_default=True, metavar="FILE.html", help="HTML page.")
 @click.option("--weights", metavar="NAME|FILE|random:SEED", help="Short for --set weights=...")
 @click.option("--node", "nodes", multiple=True, metavar="NAME", help="Show this node of the network. Repeatable.")
 @config_options
@@ -28,27 +26,30 @@ def command(
     overrides: tuple[str, ...],
     device: str,
 ) -> None:
-    """Show what the convolution layers of a network see in IMAGE, a path or an address, as a page of channel maps.
+    """Show the activations of a network's convolution layers for one image.
 
-    The network is VGG-16 with ImageNet weights, unless configured otherwise: any model of torchvision. Where its
-    weights are a classifier's, the page tells the most likely classes too.
+    Reads IMAGE, a path or an address, and runs a torchvision network on it: VGG-16 with ImageNet weights by default.
+    Writes a self-contained HTML page with the channel maps of each layer. If the weights include a classifier, also
+    prints the most probable classes.
 
     \b
     Examples:
-      captionlib activations photo.jpg
-      captionlib activations photo.jpg -o seen.html --weights vgg16.safetensors --node features.15 --node features.29
-      captionlib activations photo.jpg --set model=resnet50 --set weights=IMAGENET1K_V2 --set max_layers=8
+      captionlib activations image.jpg
+      captionlib activations image.jpg -o maps.html --weights vgg16.safetensors --node features.15 --node features.29
+      captionlib activations image.jpg --set model=resnet50 --set weights=IMAGENET1K_V2 --set max_layers=8
     """
     if weights is not None:
         overrides = (*overrides, f"weights={weights}")
     if nodes:
         overrides = (*overrides, f"nodes=[{', '.join(nodes)}]")
     settings = load_config(ActivationConfig, config, overrides)
-    found = compute_activations(image, settings, device)
+    activations = compute_activations(image, settings, device)
     name = image.rstrip("/").rsplit("/", 1)[-1]
-    write_activation_page(output, name, found, f"{settings.model} with weights {settings.weights.rsplit('/', 1)[-1]}")
-    if found.note:
-        click.echo(f"Note: {found.note}", err=True)
-    for label, probability in found.classes:
+    network = f"{settings.model} with weights {settings.weights.rsplit('/', 1)[-1]}"
+    write_activation_page(output, name, activations, network)
+    if activations.note:
+        click.echo(f"Note: {activations.note}", err=True)
+    for label, probability in activations.classes:
         click.echo(f"  {probability:7.2%}  {label}")
-    click.echo(f"{output}: {sum(len(layer.maps) for layer in found.layers):,} maps of {len(found.layers)} layers")
+    maps = sum(len(layer.maps) for layer in activations.layers)
+    click.echo(f"{output}: {maps:,} maps of {len(activations.layers)} layers")

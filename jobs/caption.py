@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,11 +22,11 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("images", nargs=-1, required=True)
-@click.option("--checkpoint", "-c", required=True, metavar="FOLDER", help="The captioner, as train-captioner wrote it.")
-@click.option("--weights", metavar="FILE", help="The encoder's weights, where they are a file of your own.")
-@click.option("--n-best", type=click.IntRange(min=1), default=1, show_default=True, help="Captions an image.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-@click.option("--report", metavar="FOLDER", help="Also write a page of the images; it is index.html in this folder.")
+@click.option("--checkpoint", "-c", required=True, metavar="FOLDER", help="The captioner that train-captioner wrote.")
+@click.option("--weights", metavar="FILE", help="The encoder's weights file, if it used one.")
+@click.option("--n-best", type=click.IntRange(min=1), default=1, show_default=True, help="Captions per image.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
+@click.option("--report", metavar="FOLDER", help="Also write an HTML report; opens from index.html in this folder.")
 @config_options
 @device_option
 def command(
@@ -40,38 +40,40 @@ def command(
     overrides: tuple[str, ...],
     device: str,
 ) -> None:
-    """Print captions of single IMAGES, paths or addresses, with their probabilities.
+    """Print captions of IMAGES, paths or addresses, with their probabilities.
 
-    The page that --report writes also shows where a captioner with attention looked for each word.
+    Reads the images and a captioner. With --report, also writes an HTML page of images and captions, which shows the
+    attention maps of each word if the captioner has attention.
 
     \b
     Examples:
-      captionlib caption photo.jpg -c captioner
+      captionlib caption image.jpg -c captioner
       captionlib caption *.jpg https://example.org/cat.png -c captioner --n-best 3
-      captionlib caption photo.jpg -c captioner --report page
+      captionlib caption image.jpg -c captioner --report page
     """
     settings = load_config(GenerationConfig, config, [*overrides, f"decoding.n_best={n_best}"])
-    if report is not None and load_captioner(checkpoint).model.attention is not None:
+    captioner = load_captioner(checkpoint, device)
+    if report is not None and captioner.model.attention is not None:
         settings = replace(settings, attention_maps=True)
-    rows, failures = caption_images(images, checkpoint, settings, weights=weights, device=device)
+    rows, failures = caption_images(images, checkpoint, settings, weights=weights, device=device, captioner=captioner)
     for row in rows:
-        if as_json:
-            click.echo(json.dumps(row, ensure_ascii=False))
-            continue
-        click.echo(row["uri"])
-        for candidate in row["candidates"]:
-            click.echo(f"  {math.exp(candidate['log_prob']):8.2g}  {candidate['caption']}")
+        click.echo(json.dumps(row, ensure_ascii=False) if as_json else _format_row(row))
     for uri, error in failures:
         click.echo(f"{uri}: {error}", err=True)
     if report is not None and rows:
-        page = _write_page(report, rows, checkpoint)
+        page = write_report(
+            report,
+            "Captions",
+            [Prediction.from_row(row) for row in rows],
+            note=f"{len(rows):,} images, captioned by {checkpoint}.",
+            encoder_view=build_encoder_view(rows, captioner.encoder),
+        )
         click.echo(f"{page}: {len(rows):,} images", err=as_json)
     sys.exit(1 if failures else 0)
 
 
-def _write_page(folder: str, rows: Sequence[Mapping[str, Any]], checkpoint: str) -> str:
-    predictions = [Prediction.from_row(row) for row in rows]
-    sight = build_encoder_view(rows, load_captioner(checkpoint).encoder)
-    return write_report(
-        folder, "Captions", predictions, note=f"{len(rows):,} images, by {checkpoint}.", encoder_view=sight
+def _format_row(row: Mapping[str, Any]) -> str:
+    candidates = (
+        f"  {math.exp(candidate['log_prob']):8.2g}  {candidate['caption']}" for candidate in row["candidates"]
     )
+    return "\n".join([row["uri"], *candidates])

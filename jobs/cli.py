@@ -1,4 +1,4 @@
-"""The command line: every command is a thin layer over a library call, and is loaded only when it is asked for."""
+"""The command line. Each command is a thin layer over a library call, in a module that is imported only to run it."""
 
 import importlib
 import sys
@@ -10,86 +10,93 @@ from captionlib.errors import CaptionlibError
 
 __all__ = ["captionlib", "main"]
 
-# In the order of the flow, as `--help` teaches it: section, then command, module and summary.
-COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
-    "The flow, stage by stage": {
-        "prepare": ("jobs.prepare", "Images and captions of any source to manifest/."),
-        "extract-features": ("jobs.extract_features", "manifest/ to features/: what the encoder sees in each image."),
-        "train-captioner": (
-            "jobs.train_captioner",
-            "features/, or manifest/ and a captioner, to a captioner checkpoint.",
-        ),
-        "train-language-model": ("jobs.train_language_model", "Sentences alone to a language model checkpoint."),
-        "train-ranker": ("jobs.train_ranker", "features/ to a ranker checkpoint: sentences find images and back."),
-        "build-datastore": ("jobs.build_datastore", "Store training images and their captions, for k-NN reranking."),
-        "generate-captions": ("jobs.generate_captions", "manifest/ or features/ to captions/, with a checkpoint."),
-        "embed": ("jobs.embed", "manifest/ or features/ to embeddings/, with a ranker checkpoint."),
-        "evaluate": (
-            "jobs.evaluate",
-            "captions/ against people's: BLEU, METEOR, CIDEr; a ranker on features/: Recall@k.",
-        ),
-        "report": ("jobs.report", "captions/ to a page of pictures, captions and scores."),
-        "build-index": ("jobs.build_index", "captions/ and embeddings/ to index/: words and vectors, to be searched."),
-        "query": ("jobs.query", "Ask captions/ or index/: words, sentences, images, SQL."),
-        "serve": ("jobs.serve", "index/ in a browser, and as JSON."),
+# What `captionlib --help` lists: groups in the order of the flow, and a summary of each command.
+COMMANDS: dict[str, dict[str, str]] = {
+    "Start here": {
+        "demo": "Run the whole flow on synthetic images, in minutes.",
+        "recipes": "List the built-in configurations, or print one.",
+        "inspect": "Show what a folder contains and how complete it is.",
     },
-    "At any time": {
-        "caption": ("jobs.caption", "Print captions of single images."),
-        "sample": ("jobs.sample", "Print sentences or text that a language model writes."),
-        "import-features": ("jobs.import_features", "NeuralTalk's dataset.json and vgg_feats.mat to features/."),
-        "export-captions": ("jobs.export_captions", "captions/ to COCO's results JSON or NeuralTalk's."),
-        "activations": ("jobs.activations", "What the convolution layers see in one image, as a page."),
-        "inspect": ("jobs.inspect", "What a folder holds, and how far it is."),
-        "demo": ("jobs.demo", "The whole flow on drawn scenes, in minutes."),
+    "Prepare images": {
+        "prepare": "List images and their captions in a manifest.",
+        "extract-features": "Encode images with a pretrained network.",
+        "import-features": "Import the features and captions of NeuralTalk.",
+    },
+    "Train models": {
+        "train-captioner": "Train a captioner, or fine-tune it with its encoder.",
+        "train-ranker": "Train an image-text ranker for search by sentence.",
+        "train-language-model": "Train a language model on captions or any text.",
+        "build-datastore": "Store captions for nearest-neighbor reranking.",
+    },
+    "Generate captions": {
+        "generate-captions": "Caption every image of a manifest or of features.",
+        "caption": "Caption single images and print the result.",
+        "embed": "Embed every image with a ranker.",
+        "sample": "Print text that a language model generates.",
+        "export-captions": "Export captions to COCO's or NeuralTalk's JSON.",
+    },
+    "Evaluate": {
+        "evaluate": "Score captions (BLEU, CIDEr, ...) or a ranker.",
+        "report": "Write a web page of images, captions and scores.",
+        "activations": "Write a web page of a network's activations.",
+    },
+    "Search": {
+        "build-index": "Index captions and embeddings for search.",
+        "query": "Search by words, sentence, image or SQL.",
+        "serve": "Serve an index as a web application and JSON API.",
     },
 }
 
 
-class FlowGroup(click.Group):
-    """Lists commands in the order of the flow, and imports one only to run it."""
+class LazyGroup(click.Group):
+    """Lists the commands of `COMMANDS`, and imports the module of a command only to run it."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [name for commands in COMMANDS.values() for name in commands]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        for commands in COMMANDS.values():
-            if cmd_name in commands:
-                command: click.Command = importlib.import_module(commands[cmd_name][0]).command
-                command.name = cmd_name
-                return command
-        return None
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        command: click.Command = importlib.import_module(f"jobs.{cmd_name.replace('-', '_')}").command
+        command.name = cmd_name
+        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for section, commands in COMMANDS.items():
-            with formatter.section(section):
-                formatter.write_dl([(name, summary) for name, (_, summary) in commands.items()])
+        for group, commands in COMMANDS.items():
+            with formatter.section(group):
+                formatter.write_dl([(f"{name:<20}", summary) for name, summary in commands.items()])
 
 
-@click.group(cls=FlowGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="`captionlib COMMAND --help` explains a command, with examples.",
+)
 @click.version_option(__version__, prog_name="captionlib")
 def captionlib() -> None:
-    """Caption and index images by the million.
+    """Caption millions of images, and search them.
 
-    Every stage reads folders and writes a folder of Parquet shards. A stage that died goes on where it stopped when the
-    same command is run again. Folders may be paths or addresses such as s3://bucket/captions.
+    Each stage reads folders and writes a folder of Parquet shards. A folder is a path, or an address such as
+    s3://bucket/captions. To resume an interrupted stage, run the same command again.
 
     \b
-      captionlib prepare photos/ --output manifest
+    From images with captions to a searchable index:
+      captionlib prepare dataset.json --output manifest
       captionlib extract-features manifest --output features
       captionlib train-captioner features --output captioner
       captionlib generate-captions features --checkpoint captioner --output captions
-      captionlib query captions --contains dog
+      captionlib evaluate captions --manifest manifest --split test
       captionlib build-index captions --output index
       captionlib serve index
     """
 
 
 def main() -> None:
-    """Runs the command line: an error of captionlib becomes a message and exit code 1."""
+    """Runs the command line, and turns errors into a message and an exit code."""
     try:
         captionlib.main(standalone_mode=False)
     except click.exceptions.Abort:
-        click.echo("Stopped. Run the same command again to go on where it stopped.", err=True)
+        click.echo("Stopped. Run the same command again to resume.", err=True)
         sys.exit(130)
     except click.ClickException as error:
         error.show()

@@ -1,4 +1,4 @@
-"""`captionlib demo`: the whole flow on scenes that the project draws itself."""
+"""`captionlib demo`."""
 
 import shutil
 import sys
@@ -13,15 +13,15 @@ import torch
 
 from captionlib.config import load_config
 from captionlib.data.ingestion.prepare import PrepareConfig, prepare
-from captionlib.data.synthetic_scenes import Scene, parse_attributes, read_scenes, score_attributes, write_scenes
+from captionlib.data.synthetic_scenes import parse_attributes, read_scenes, score_attributes, write_scenes
 from captionlib.evaluation.evaluate import Evaluation, evaluate_captions
 from captionlib.evaluation.report import write_report
 from captionlib.models.checkpoints.checkpoint import load_captioner
-from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.captioning import GenerationConfig
 from captionlib.models.inference.extraction import ExtractionConfig
-from captionlib.search.questions import find_captions
-from captionlib.search.sql import open_sql
+from captionlib.recipes import find_recipe
+from captionlib.search.sql.queries import find_captions
+from captionlib.search.sql.session import open_sql
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
 from pipelines.extract_features import extract_features
 from pipelines.generate_captions import generate_captions
@@ -29,119 +29,152 @@ from pipelines.run import RunConfig
 
 __all__ = ["command"]
 
-# What the demo needs and the defaults are not: few words, few minutes, and features of random weights, in which all
-# pictures look alike but for small parts of their principal components.
-TRAINING = [
-    "captioner.image_input=initial_state",
-    "captioner.principal_components=256",
-    "captioner.hidden_size=256",
-    "captioner.embedding_size=256",
-    "captioner.dropout=0.3",
-    "training.optimizer=adam",
-    "training.learning_rate=0.002",
-    "training.schedule=cosine",
-    "training.epochs=8",
-    "batch_images=5",
-    "min_count=1",
-]
+_STAGES = 8
+_SHARD_SIZE = 100
+_QUERY = "red ring"
 
 
 @click.command()
-@click.option(
-    "--output", "-o", default=".demo", show_default=True, metavar="FOLDER", help="Everything is written here."
-)
+@click.option("--output", "-o", default=".demo", show_default=True, metavar="FOLDER", help="The folder to write.")
 @click.option(
     "--weights",
     default="random:0",
     show_default=True,
     metavar="NAME|FILE|random:SEED",
-    help="Of VGG-16. Random ones need no download; IMAGENET1K_V1, or a file, are learned ones.",
+    help="The weights of VGG-16. Random weights need no download; IMAGENET1K_V1 or a file are pretrained.",
 )
-@click.option("--train", default=1000, show_default=True, help="Scenes to learn from.")
-@click.option("--held-out", default=200, show_default=True, help="Scenes to caption.")
-@click.option("--overwrite", is_flag=True, help="Start again, rather than go on where a former run stopped.")
+@click.option("--train-images", default=1000, show_default=True, help="The number of training images.")
+@click.option("--test-images", default=200, show_default=True, help="The number of images to caption.")
+@click.option("--overwrite", is_flag=True, help="Start again instead of resuming an earlier run.")
 @click.option("--progress/--no-progress", default=True, help="Show progress bars.")
-def command(output: str, weights: str, train: int, held_out: int, overwrite: bool, progress: bool) -> None:
-    """Run the whole flow on drawn scenes: a shape each, in five sentences each.
+def command(output: str, weights: str, train_images: int, test_images: int, overwrite: bool, progress: bool) -> None:
+    """Run the whole flow on synthetic images: scenes with one shape each, and five captions per scene.
 
-    Draws the scenes, prepares, extracts features with VGG-16 at fc7, trains, captions the held-out scenes, scores,
-    queries, and writes a report, whose path is printed last. Each stage is what the command of its name does.
+    The demo prints each stage, the command that does the same, and what the stage did. Its last line is the path of a
+    report to open in a browser.
 
     \b
     Examples:
       captionlib demo
-      captionlib demo --weights IMAGENET1K_V1 --output learned
+      captionlib demo --weights IMAGENET1K_V1 --output pretrained
     """
     folder = Path(output)
     if overwrite and (folder / "scenes" / "dataset.json").exists():
         shutil.rmtree(folder)
-    run = RunConfig(progress=progress)
-    with _stage("1/7 draw", f"{train} scenes to learn from, {held_out} others to caption"):
-        dataset = write_scenes(folder / "scenes", train, held_out // 2, held_out)
-    with _stage("2/7 prepare", "captionlib prepare"):
-        prepare(dataset, folder / "manifest", PrepareConfig(shard_size=100))
-    with _stage("3/7 extract-features", "captionlib extract-features: VGG-16 at fc7"):
-        encoder = EncoderConfig(weights=weights, missing_weights="random:0", dtype=_fast_dtype(), resize_size=224)
-        extract_features(folder / "manifest", folder / "features", ExtractionConfig(encoder), run=run)
-    with _stage("4/7 train-captioner", "captionlib train-captioner: an LSTM"):
-        settings = load_config(CaptionerTrainingConfig, None, TRAINING)
-        train_captioner(folder / "features", folder / "captioner", settings, progress=progress)
-    with _stage("5/7 generate-captions", "captionlib generate-captions: beam search"):
-        config = load_config(GenerationConfig, None, ["decoding.n_best=3"])
-        generate_captions(folder / "features", folder / "captioner", folder / "captions", config, run=run)
-    with _stage("6/7 evaluate", "captionlib evaluate, on the held-out scenes"):
-        figures, found = _evaluate(folder)
-        for name, value, _ in figures:
-            click.echo(f"  {name:<18} {value}")
-    with _stage("7/7 query", 'captionlib query --contains "red ring"'):
+    with _stage(1, "Draw scenes. Some combinations of shape, color, size and position occur only in the test split."):
+        write_scenes(folder / "scenes", train_images, test_images // 2, test_images)
+        _print(f"{train_images:,} training, {test_images // 2:,} validation and {test_images:,} test images")
+    _build_captions(folder, weights, RunConfig(progress=progress))
+    evaluate = f"captionlib evaluate {folder}/captions --manifest {folder}/manifest --split test"
+    with _stage(6, "Score the captions against the references of the test images.", evaluate):
+        evaluation = evaluate_captions(folder / "captions", folder / "manifest", splits=["test"])
+        scores = _summarize(folder, evaluation)
+        for name, value, _ in scores:
+            _print(f"{name:<20} {value}")
+        for note in evaluation.notes:
+            click.echo(f"     Note: {note}", err=True)
+    with _stage(7, "Search the captions.", f'captionlib query {folder}/captions --contains "{_QUERY}" --limit 3'):
         _query(folder)
-    scenes = read_scenes(folder / "scenes")
-    page = write_report(
-        folder / "report",
-        "Captions of held-out scenes",
-        found.predictions,
-        note=f"What the captioner says of {held_out} scenes whose combination of attributes it has never seen.",
-        scores=figures,
-        cider=found.scores.per_image["CIDEr"],
-        attributes={image_id: _marks(scenes[image_id], caption) for image_id, caption in found.captions.items()},
-        history=load_captioner(folder / "captioner").training["history"],
+    report = f"captionlib report {folder}/captions -o {folder}/report -m {folder}/manifest --split test"
+    with _stage(8, "Write a report of images, captions and scores.", f"{report} -c {folder}/captioner"):
+        page = _write_report(folder, evaluation, scores, progress)
+    click.echo(f"\nOpen the report in a browser:\n{Path(page).resolve()}")
+
+
+def _build_captions(folder: Path, weights: str, run: RunConfig) -> None:
+    """Runs the stages from images to captions."""
+    manifest, features, captioner, captions = (
+        folder / name for name in ("manifest", "features", "captioner", "captions")
     )
-    click.echo(f"\nThe report, to open in a browser:\n{Path(page).resolve()}")
+    dataset = folder / "scenes" / "dataset.json"
+    with _stage(
+        2,
+        "List the images with their splits and captions in a manifest.",
+        f"captionlib prepare {dataset} -o {manifest} --shard-size {_SHARD_SIZE}",
+    ):
+        summary = prepare(dataset, manifest, PrepareConfig(shard_size=_SHARD_SIZE))
+        _print(f"{summary.images:,} images and {summary.captions:,} captions in {summary.shards} shards")
+    dtype = _choose_dtype()
+    with _stage(
+        3,
+        "Encode each image as the 4,096 activations of VGG-16's layer fc7.",
+        f"captionlib extract-features {manifest} -o {features} --config demo --weights {weights} "
+        f"--set encoder.dtype={dtype}",
+    ):
+        overrides = [f"encoder.weights={weights}", f"encoder.dtype={dtype}"]
+        extraction = load_config(ExtractionConfig, find_recipe("demo", "extract-features"), overrides)
+        totals = extract_features(manifest, features, extraction, run=run)
+        _print(f"{totals.rows:,} feature vectors, {totals.bytes / 1e6:.1f} MB")
+    with _stage(
+        4,
+        "Train an LSTM to write the captions from the features.",
+        f"captionlib train-captioner {features} -o {captioner} --config demo",
+    ):
+        training = load_config(CaptionerTrainingConfig, find_recipe("demo", "train-captioner"))
+        history = train_captioner(features, captioner, training, progress=run.progress)
+        _print(f"validation perplexity {min(row['perplexity'] for row in history):.2f} after {len(history)} epochs")
+    with _stage(
+        5,
+        "Caption all images by beam search.",
+        f"captionlib generate-captions {features} -c {captioner} -o {captions} --set decoding.n_best=3",
+    ):
+        generation = load_config(GenerationConfig, None, ["decoding.n_best=3"])
+        totals = generate_captions(features, captioner, captions, generation, run=run)
+        _print(f"{totals.rows:,} captions, each with its 3 most probable candidates")
 
 
-def _evaluate(folder: Path) -> tuple[list[tuple[str, str, str]], Evaluation]:
-    """Figures of the held-out scenes, and what they are taken from."""
-    found = evaluate_captions(folder / "captions", folder / "manifest", splits=["test"])
+def _summarize(folder: Path, evaluation: Evaluation) -> list[tuple[str, str, str]]:
+    """Returns the share of captions that are correct in each attribute of their scene, and two standard scores."""
     scenes = read_scenes(folder / "scenes")
-    shares = score_attributes([scenes[image_id] for image_id in found.captions], list(found.captions.values()))
-    figures = [(f"right in {name}", f"{share:.1%}", "") for name, share in shares.items()]
-    figures += [(name, f"{found.scores.scores[name]:.3f}", "") for name in ("BLEU-4", "CIDEr")]
-    for note in found.notes:
-        click.echo(f"  Note: {note}", err=True)
-    return figures, found
-
-
-def _marks(scene: Scene, caption: str) -> dict[str, bool]:
-    return {name: value == getattr(scene, name) for name, value in parse_attributes(caption).items()}
+    captions = evaluation.captions
+    shares = score_attributes([scenes[image_id] for image_id in captions], list(captions.values()))
+    scores = [(f"{name} correct", f"{share:.1%}", "") for name, share in shares.items()]
+    return scores + [(name, f"{evaluation.scores.scores[name]:.3f}", "") for name in ("BLEU-4", "CIDEr")]
 
 
 def _query(folder: Path) -> None:
     with open_sql(folder / "captions") as session:
-        for row in find_captions(session, "red ring", limit=3).read_all().to_pylist():
-            click.echo(f"  {row['image_id']}: {row['caption']}")
+        for row in find_captions(session, _QUERY, limit=3).read_all().to_pylist():
+            _print(f"image {row['image_id']}: {row['caption']}")
 
 
-def _fast_dtype() -> Literal["float32", "bfloat16"]:
-    """bfloat16 where the processor or the GPU computes in it, else float32."""
+def _write_report(folder: Path, evaluation: Evaluation, scores: list[tuple[str, str, str]], progress: bool) -> str:
+    scenes = read_scenes(folder / "scenes")
+    attributes = {
+        image_id: {name: value == getattr(scenes[image_id], name) for name, value in parse_attributes(caption).items()}
+        for image_id, caption in evaluation.captions.items()
+    }
+    return write_report(
+        folder / "report",
+        "Captions of synthetic scenes",
+        evaluation.predictions,
+        note=f"{len(attributes):,} test images, whose combinations of attributes do not occur in the training images.",
+        scores=scores,
+        cider=evaluation.scores.per_image["CIDEr"],
+        attributes=attributes,
+        history=load_captioner(folder / "captioner").training["history"],
+        progress=progress,
+    )
+
+
+def _choose_dtype() -> Literal["float32", "bfloat16"]:
+    """Returns bfloat16 if the GPU or the CPU computes in it natively, else float32."""
     if torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
 @contextmanager
-def _stage(name: str, what: str) -> Iterator[None]:
-    click.echo(f"\n{click.style(name, bold=True)}  {what}")
+def _stage(number: int, description: str, equivalent: str = "") -> Iterator[None]:
+    """Prints a stage of the flow, the equivalent command, and how long the stage took."""
+    click.echo(f"\n{click.style(f'{number}/{_STAGES}', bold=True)}  {description}")
+    if equivalent:
+        _print(click.style(f"$ {equivalent}", dim=True))
     began = time.monotonic()
     yield
     sys.stderr.flush()
-    click.echo(f"  took {time.monotonic() - began:.0f} s")
+    _print(f"({time.monotonic() - began:.0f} s)")
+
+
+def _print(line: str) -> None:
+    click.echo(f"     {line}")

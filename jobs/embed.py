@@ -14,9 +14,9 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("source")
-@click.option("--ranker", "-r", required=True, metavar="FOLDER", help="The ranker, as train-ranker wrote it.")
+@click.option("--ranker", "-r", required=True, metavar="FOLDER", help="The ranker that train-ranker wrote.")
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The embeddings dataset to write.")
-@click.option("--weights", metavar="FILE", help="The encoder's weights, where they are a file of your own.")
+@click.option("--weights", metavar="FILE", help="The encoder's weights file, if it used one.")
 @config_options
 @device_option
 @pipeline_options
@@ -36,10 +36,11 @@ def command(
     accelerator: str | None,
     beam_options: tuple[str, ...],
 ) -> None:
-    """Embed every image of SOURCE, a features dataset or a manifest, in the space that images and sentences share.
+    """Embed every image of SOURCE: a features dataset, or a manifest.
 
-    From a manifest the images are encoded and embedded in one pass, with the encoder that the ranker was trained on.
-    `captionlib generate-captions --ranker` writes the same dataset beside its captions, and encodes the images once.
+    Reads feature vectors, or encodes the images of a manifest with the ranker's encoder in the same pass. Writes an
+    embeddings dataset: unit vectors in the joint space of images and sentences. `captionlib generate-captions --ranker`
+    writes the same dataset and encodes the images only once for captions and embeddings.
 
     \b
     Examples:

@@ -21,22 +21,24 @@ __all__ = ["command"]
 
 
 @click.command()
-@click.argument("captions", metavar="CAPTIONS|FEATURES")
-@click.option("--manifest", "-m", metavar="FOLDER", help="Where the sentences of people are.")
-@click.option("--split", "splits", multiple=True, metavar="NAME", help="Score this split alone. Repeatable.")
+@click.argument("source", metavar="CAPTIONS|FEATURES")
+@click.option("--manifest", "-m", metavar="FOLDER", help="The manifest that holds the references.")
+@click.option("--split", "splits", multiple=True, metavar="NAME", help="Evaluate this split only. Repeatable.")
 @click.option("--output", "-o", metavar="FOLDER", help="Also write scores.json into this folder.")
-@click.option("--per-image", metavar="FILE.parquet", help="Also write the scores of every image.")
-@click.option("--results", metavar="FILE.json", help="Also write the captions as COCO's evaluation server takes them.")
-@click.option("--ranker", "-r", metavar="FOLDER", help="Score this ranker on FEATURES, as train-ranker wrote it.")
+@click.option("--per-image", metavar="FILE.parquet", help="Also write the scores of each image.")
+@click.option("--results", metavar="FILE.json", help="Also write the captions as COCO's results JSON.")
+@click.option("--ranker", "-r", metavar="FOLDER", help="Evaluate this ranker on FEATURES.")
 @click.option(
     "--protocol",
     type=click.Choice(list(PROTOCOLS)),
     default="all",
     show_default=True,
-    help="Of a ranker: what is ranked among what; coco-1k is the mean of five folds of 1,000 images.",
+    help="With --ranker: the images and references to rank; coco-1k averages five folds of 1,000 images.",
 )
-@click.option("--checkpoint", "-c", metavar="FOLDER", help="The captioner: tells the perplexity of the references.")
-@click.option("--features", "-f", metavar="FOLDER", help="Of the images; for the perplexity.")
+@click.option(
+    "--checkpoint", "-c", metavar="FOLDER", help="The captioner, to compute the perplexity of the references."
+)
+@click.option("--features", "-f", metavar="FOLDER", help="The features of the images, for the perplexity.")
 @click.option(
     "--train-split",
     "train_splits",
@@ -44,18 +46,18 @@ __all__ = ["command"]
     default=TRAIN_SPLITS,
     show_default=True,
     metavar="NAME",
-    help="Whose sentences captions may repeat. Repeatable.",
+    help="A split that the captioner learned from, to count novel captions. Repeatable.",
 )
 @click.option(
-    "--samples",
+    "--bootstrap-samples",
     type=click.IntRange(min=0),
     default=BootstrapConfig.samples,
     show_default=True,
-    help="Resamples of the images that the intervals are told by; 0 leaves them out.",
+    help="Resamples for the confidence intervals; 0 computes no intervals.",
 )
 @device_option
 def command(
-    captions: str,
+    source: str,
     manifest: str | None,
     splits: tuple[str, ...],
     output: str | None,
@@ -66,15 +68,15 @@ def command(
     checkpoint: str | None,
     features: str | None,
     train_splits: tuple[str, ...],
-    samples: int,
+    bootstrap_samples: int,
     device: str,
 ) -> None:
-    """Score CAPTIONS against the sentences of people: BLEU, METEOR, ROUGE-L, CIDEr; or a ranker on FEATURES.
+    """Score CAPTIONS against references (BLEU, METEOR, ROUGE-L, CIDEr), or a ranker on FEATURES (Recall@k, ranks).
 
-    CAPTIONS is a captions dataset, COCO's results JSON, or NeuralTalk's result_struct.json, which needs no manifest.
-    Each score stands beside its 95% confidence interval, by resampling the images. The scores are pycocoevalcap's own;
-    its tokenizer and METEOR need Java. A ranker's are Recall@1, 5 and 10 and the median and mean rank, for images that
-    look for their sentences and for sentences that look for their image.
+    CAPTIONS is a captions dataset, COCO's results JSON, or NeuralTalk's result_struct.json, which contains references
+    and needs no manifest. The scores equal pycocoevalcap's, and have 95% confidence intervals from a bootstrap over
+    images. METEOR and the standard tokenizer need Java. With --ranker, the command reports Recall@1, 5 and 10 and the
+    median and mean rank, from image to text and from text to image.
 
     \b
     Examples:
@@ -86,27 +88,27 @@ def command(
       captionlib evaluate features --ranker ranker --split test --protocol coco-1k
     """
     if ranker is not None:
-        _evaluate_ranker(ranker, captions, splits, protocol, output, device)
+        _evaluate_ranker(ranker, source, splits, protocol, output, device)
         return
-    found = evaluate_captions(
-        captions,
+    evaluation = evaluate_captions(
+        source,
         manifest,
         splits=splits,
         train_splits=train_splits,
         checkpoint=checkpoint,
         features=features,
-        bootstrap=BootstrapConfig(samples=samples),
+        bootstrap=BootstrapConfig(samples=bootstrap_samples),
         device=device,
     )
-    _print(captions, found)
+    _print_scores(source, evaluation)
     if output is not None:
-        Folder(output).write("scores.json", to_json({"splits": list(splits), **found.to_dict()}))
+        Folder(output).write("scores.json", to_json({"splits": list(splits), **evaluation.to_dict()}))
     if per_image is not None:
         buffer = io.BytesIO()
-        pq.write_table(build_scores_table(found.scores, found.captions), buffer, compression="zstd")
+        pq.write_table(build_scores_table(evaluation.scores, evaluation.captions), buffer, compression="zstd")
         write_file(per_image, buffer.getvalue())
     if results is not None:
-        write_file(results, to_json(to_coco_results(found.predictions)))
+        write_file(results, to_json(to_coco_results(evaluation.predictions)))
 
 
 def _evaluate_ranker(
@@ -114,25 +116,25 @@ def _evaluate_ranker(
 ) -> None:
     dataset = open_dataset(features, "features").require_complete()
     scores = score_ranker(load_ranker(ranker, device), dataset, splits, PROTOCOLS[protocol])
-    _echo_retrieval(ranker, scores)
+    _print_retrieval_scores(ranker, scores)
     if output is not None:
         content = {"splits": list(splits), "protocol": protocol, **dataclasses.asdict(scores)}
         Folder(output).write("scores.json", to_json(content))
 
 
-def _print(source: str, found: Evaluation) -> None:
-    click.echo(f"{source}: {found.scores.images:,} images")
-    for name, score in found.scores.scores.items():
-        ends = found.scores.intervals.get(name)
+def _print_scores(source: str, evaluation: Evaluation) -> None:
+    click.echo(f"{source}: {evaluation.scores.images:,} images")
+    for name, score in evaluation.scores.scores.items():
+        ends = evaluation.scores.intervals.get(name)
         interval = f"   {ends[0]:.4f} to {ends[1]:.4f}" if ends else ""
         click.echo(f"  {name:<18} {score:8.4f}{interval}")
-    for name, count in found.counts.items():
+    for name, count in evaluation.counts.items():
         click.echo(f"  {name:<18} {count:8,}")
-    for note in found.notes:
+    for note in evaluation.notes:
         click.echo(f"Note: {note}", err=True)
 
 
-def _echo_retrieval(ranker: str, scores: RetrievalScores) -> None:
+def _print_retrieval_scores(ranker: str, scores: RetrievalScores) -> None:
     folds = f", the mean of {scores.folds} folds" if scores.folds > 1 else ""
     click.echo(f"{ranker}: {scores.images:,} images, {scores.references:,} references{folds}")
     click.echo(f"  {'':<13} {'R@1':>6} {'R@5':>6} {'R@10':>6} {'median':>7} {'mean':>7}")

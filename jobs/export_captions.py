@@ -16,26 +16,26 @@ __all__ = ["command"]
 @click.option("--output", "-o", required=True, metavar="FILE.json", help="The file to write.")
 @click.option(
     "--format",
-    "form",
+    "output_format",
     type=click.Choice(["auto", "coco", "neuraltalk"]),
     default="auto",
     show_default=True,
-    help="coco is what COCO's evaluation server takes; auto is neuraltalk for result_struct.json.",
+    help="coco is what COCO's evaluation server accepts; auto is neuraltalk for a file named result_struct.json.",
 )
 @click.option(
-    "--manifest", "-m", metavar="FOLDER", help="Where the sentences of people are; NeuralTalk's file has them."
+    "--manifest", "-m", metavar="FOLDER", help="The manifest that holds the references, for NeuralTalk's format."
 )
-@click.option("--split", "splits", multiple=True, metavar="NAME", help="This split alone. Repeatable.")
+@click.option("--split", "splits", multiple=True, metavar="NAME", help="Export this split only. Repeatable.")
 def command(
     captions: str,
     output: str,
-    form: Literal["auto", "coco", "neuraltalk"],
+    output_format: Literal["auto", "coco", "neuraltalk"],
     manifest: str | None,
     splits: tuple[str, ...],
 ) -> None:
-    """Write CAPTIONS as a JSON file that other programs take: COCO's results, or NeuralTalk's result_struct.json.
+    """Write CAPTIONS as a JSON file for other programs: COCO's results, or NeuralTalk's result_struct.json.
 
-    No references are needed, so captions of a test split whose sentences are secret can be sent to COCO's server.
+    No references are needed, so captions of a test split with secret references can be sent to COCO's server.
 
     \b
     Examples:
@@ -43,7 +43,7 @@ def command(
       captionlib export-captions captions -o result_struct.json --manifest manifest
     """
     predictions = load_predictions(captions, manifest, splits)
-    neuraltalk = form == "neuraltalk" or (form == "auto" and output.endswith("result_struct.json"))
+    neuraltalk = output_format == "neuraltalk" or (output_format == "auto" and output.endswith("result_struct.json"))
     content = to_result_struct(predictions, {"captions": captions}) if neuraltalk else to_coco_results(predictions)
     write_file(output, to_json(content))
-    click.echo(f"{output}: {len(predictions):,} captions, as {'NeuralTalk' if neuraltalk else 'COCO'} has them")
+    click.echo(f"{output}: {len(predictions):,} captions in {'NeuralTalk' if neuraltalk else 'COCO'}'s format")

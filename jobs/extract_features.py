@@ -34,17 +34,16 @@ def command(
     accelerator: str | None,
     beam_options: tuple[str, ...],
 ) -> None:
-    """Turn the images of MANIFEST into feature vectors.
+    """Encode the images of MANIFEST as feature vectors.
 
-    The encoder is VGG-16 cut at fc7, with ImageNet weights, unless configured otherwise: any model of torchvision at
-    any of its nodes. Images that cannot be read are kept as failures, with the reason; see `captionlib inspect`.
+    Reads a manifest, as `prepare` writes it, and the images that it lists. Writes a features dataset. The encoder is
+    VGG-16 up to fc7 with ImageNet weights by default; it can be any torchvision model up to any node. Images that
+    cannot be read become failures with a reason; `captionlib inspect` lists them.
 
     \b
     Examples:
       captionlib extract-features manifest -o features
       captionlib extract-features manifest -o features --config vgg16-conv5 --workers 2
-      captionlib extract-features manifest -o features --set encoder.dtype=bfloat16 --set batch_size=64
-      captionlib extract-features manifest -o features --retry-failures
       captionlib extract-features s3://b/manifest -o s3://b/features -- --runner=FlinkRunner --flink_master=HOST:8081
     """
     if weights is not None:

@@ -14,11 +14,11 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("source")
-@click.option("--checkpoint", "-c", required=True, metavar="FOLDER", help="The captioner, as train-captioner wrote it.")
+@click.option("--checkpoint", "-c", required=True, metavar="FOLDER", help="The captioner that train-captioner wrote.")
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The captions dataset to write.")
-@click.option("--ranker", metavar="FOLDER", help="Also embed the images, with a ranker as train-ranker wrote it.")
+@click.option("--ranker", metavar="FOLDER", help="Also embed the images, with a ranker that train-ranker wrote.")
 @click.option("--embeddings", metavar="FOLDER", help="The embeddings dataset to write with --ranker.")
-@click.option("--weights", metavar="FILE", help="The encoder's weights, where they are a file of your own.")
+@click.option("--weights", metavar="FILE", help="The encoder's weights file, if it used one.")
 @config_options
 @device_option
 @pipeline_options
@@ -42,18 +42,16 @@ def command(
 ) -> None:
     """Caption every image of SOURCE: a features dataset, or a manifest.
 
-    From a manifest the images are encoded and captioned in one pass, with the encoder that the captioner was trained
-    on. Each row has the best caption with its log-probability, and the n best; on request, also where a captioner with
-    attention looked for each of its words. With a ranker of the same encoder the pass also writes embeddings, by which
-    sentences find images; of captions made before, `captionlib embed` does.
+    Reads feature vectors, or encodes the images of a manifest with the captioner's encoder in the same pass. Writes a
+    captions dataset: for each image the best caption, its log-probability and the n best candidates, and with
+    attention_maps=true the attention weights of each token. With a ranker of the same encoder, the pass also writes an
+    embeddings dataset for `build-index`; `captionlib embed` writes it in a separate pass.
 
     \b
     Examples:
       captionlib generate-captions features -c captioner -o captions
-      captionlib generate-captions manifest -c captioner -o captions --workers 2
-      captionlib generate-captions manifest -c captioner -o captions --ranker ranker --embeddings embeddings
       captionlib generate-captions features -c captioner -o captions --set decoding.beam_width=7 --set decoding.n_best=3
-      captionlib generate-captions maps -c captioner -o captions --set attention_maps=true
+      captionlib generate-captions manifest -c captioner -o captions --ranker ranker --embeddings embeddings --workers 2
     """
     totals = generate_captions(
         source,
@@ -68,4 +66,4 @@ def command(
     )
     echo_totals(output, totals)
     if embeddings is not None:
-        click.echo(f"{embeddings}: the embeddings of the same images")
+        click.echo(f"{embeddings}: embeddings of the same images")

@@ -12,8 +12,8 @@ from captionlib.config import to_dict
 from captionlib.data.shards.inspection import DatasetReport, inspect_dataset
 from captionlib.data.shards.markers import DESCRIPTION_FILE
 from captionlib.errors import DatasetError
-from captionlib.search.index_files import DESCRIPTION as INDEX
-from captionlib.search.index_files import IndexDescription, read_description
+from captionlib.search.index_folder import DESCRIPTION as INDEX
+from captionlib.search.index_folder import IndexDescription, read_description
 from captionlib.storage.folders import Folder
 
 __all__ = ["command"]
@@ -21,10 +21,10 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("folder")
-@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
-@click.option("--verify", is_flag=True, help="Read every file and compare it with its checksum.")
+@click.option("--json", "as_json", is_flag=True, help="Print all details as JSON.")
+@click.option("--verify", is_flag=True, help="Read every file and compare its checksum.")
 def command(folder: str, as_json: bool, verify: bool) -> None:
-    """Say what FOLDER is: a dataset, an index or a checkpoint, complete or how far, and what failed why.
+    """Summarize FOLDER: a dataset, an index or a checkpoint, its progress and its failures.
 
     \b
     Examples:
@@ -41,19 +41,19 @@ def command(folder: str, as_json: bool, verify: bool) -> None:
         click.echo(_to_json(to_dict(index)) if as_json else _describe_index(folder, index))
         return
     if "config.json" in names:
-        from captionlib.models.checkpoints.folder import describe_checkpoint  # loads torch, which takes seconds
+        from captionlib.models.checkpoints.folder import describe_checkpoint  # imports torch, which is slow
 
         checkpoint = describe_checkpoint(folder)
         click.echo(_to_json(checkpoint) if as_json else "\n".join([f"{folder}: checkpoint", *_lines(checkpoint, "  ")]))
         return
     if "_training" in names:
         raise DatasetError(
-            f"{folder} is a training run that has no checkpoint yet; wait for its first epoch, "
-            "or start it again if it was stopped: it goes on"
+            f"{folder} is a training run without a checkpoint; wait for its first epoch, or run the training command "
+            "again to resume it"
         )
     raise DatasetError(
-        f"{folder} is nothing of captionlib's: expected a dataset ({DESCRIPTION_FILE}), an index ({INDEX}) or a "
-        f"checkpoint (config.json), got {', '.join(names[:5]) if names else 'no such folder, or an empty one'}"
+        f"{folder} is not an output of captionlib: expected a dataset ({DESCRIPTION_FILE}), an index ({INDEX}) or a "
+        f"checkpoint (config.json), got {', '.join(names[:5]) if names else 'a missing or empty folder'}"
     )
 
 
@@ -61,11 +61,11 @@ def _describe(report: DatasetReport, verified: bool) -> str:
     lines = [
         f"{report.folder}: {report.kind}, {_state(report)}",
         f"  rows         {report.rows:,} in {report.shards_done:,} of {report.shards:,} shards",
-        f"  size         {report.size / 1e6:,.1f} MB, made in {report.seconds:,.0f} worker seconds",
+        f"  size         {report.size / 1e6:,.1f} MB, written in {report.seconds:,.0f} worker seconds",
         f"  fingerprint  {report.fingerprint}",
         "  columns",
         *(f"    {name:<12} {kind}" for name, kind in report.columns.items()),
-        "  made with",
+        "  configuration",
         *_lines(report.config, "    "),
     ]
     if report.failed:
@@ -76,10 +76,10 @@ def _describe(report: DatasetReport, verified: bool) -> str:
         lines.append(f"    {failure.count:>7,} {reason}, {example}")
     if report.temporary_files and not report.complete:
         lines.append(
-            f"  temporary_files    {report.temporary_files:,} files of runs that died or go on; the next to end well clears them"
+            f"  temporary    {report.temporary_files:,} files of running or dead runs; a successful run removes them"
         )
     if verified and not report.problems:
-        lines.append("  verified     every file is as its marker says")
+        lines.append("  verified     every file matches its marker")
     if report.problems:
         lines += ["  PROBLEMS", *(f"    {problem}" for problem in report.problems)]
     return "\n".join(lines)
@@ -88,14 +88,14 @@ def _describe(report: DatasetReport, verified: bool) -> str:
 def _describe_index(folder: str, index: IndexDescription) -> str:
     missing = index.captions.shards - len(index.shards)
     layout = index.layout
-    vectors = f", {layout.code} in {layout.lists:,} lists, {layout.probes:,} of them a question" if layout else ""
+    vectors = f", {layout.encoding} in {layout.nlist:,} lists, {layout.nprobe:,} probed per query" if layout else ""
     lines = [
         f"{folder}: index, {f'not complete: {missing:,} shards are missing' if missing else 'complete'}",
         f"  captions     {index.captions_count:,} of {index.captions.folder}",
         f"  vectors      {index.vectors_count:,}{vectors}",
         f"  built        {index.created}",
         f"  fingerprint  {index.fingerprint}",
-        "  made with",
+        "  configuration",
         *_lines(to_dict(index.config), "    "),
     ]
     if index.embeddings is not None:
@@ -107,8 +107,8 @@ def _state(report: DatasetReport) -> str:
     if report.complete:
         return "complete"
     if report.shards_done < report.shards:
-        return f"not complete: {report.shards_done / report.shards:.1%} of the shards are done"
-    return "not complete: every shard is done, but too many images failed, or the run died before its end"
+        return f"not complete: {report.shards_done / report.shards:.1%} of the shards are finished"
+    return "not complete: all shards are finished, but too many images failed or the run died before its end"
 
 
 def _to_json(content: Mapping[str, Any]) -> str:
@@ -116,7 +116,7 @@ def _to_json(content: Mapping[str, Any]) -> str:
 
 
 def _lines(values: Mapping[str, Any], indent: str = "") -> list[str]:
-    """Nested values as `key: value` lines."""
+    """Formats nested values as `key: value` lines."""
     lines = []
     for name, value in values.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Options that several commands share, so that they are spelled and explained alike."""
+"""Options that several commands share."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -11,9 +11,7 @@ __all__ = ["config_options", "device_option", "pipeline_options", "training_opti
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-
-# Commands that use the recipes of another one.
-_RECIPES_OF = {"caption": "generate-captions"}
+_RECIPE_COMMANDS = {"caption": "generate-captions"}  # commands that use the recipes of another command
 
 
 def config_options(command: Command) -> Command:
@@ -23,15 +21,14 @@ def config_options(command: Command) -> Command:
             "--config",
             metavar="RECIPE|FILE",
             callback=_find_recipe,
-            help="A recipe by name, or a YAML file, with values that replace the defaults; `captionlib recipes` lists "
-            "the recipes.",
+            help="Recipe name or YAML file with values that replace the defaults. `captionlib recipes` lists recipes.",
         ),
         click.option(
             "--set",
             "overrides",
             multiple=True,
             metavar="KEY=VALUE",
-            help="Replace one value, such as --set encoder.dtype=bfloat16. Repeatable.",
+            help="Set a single value, such as encoder.dtype=bfloat16. Repeatable.",
         ),
     ]
     return _apply(command, options)
@@ -41,54 +38,60 @@ def _find_recipe(context: click.Context, _parameter: click.Parameter, name: str 
     if name is None:
         return None
     command = context.info_name or ""
-    return str(find_recipe(name, _RECIPES_OF.get(command, command)))
+    return str(find_recipe(name, _RECIPE_COMMANDS.get(command, command)))
 
 
 def device_option(command: Command) -> Command:
-    """`--device`."""
+    """Adds `--device`."""
     option = click.option(
         "--device",
         default="auto",
         show_default=True,
-        help="auto, cpu, cuda or cuda:N; auto takes a GPU where there is one.",
+        help="auto, cpu, cuda or cuda:N; auto uses a GPU if available.",
     )
     return _apply(command, [option])
 
 
 def training_options(command: Command) -> Command:
-    """Where a run is written, how its values are set, where it computes, and whether it replaces and shows."""
+    """Adds the options of all training commands: output, configuration, device, overwriting and progress."""
     command = _apply(
         command,
         [
-            click.option("--overwrite", is_flag=True, help="Replace a run of another configuration."),
+            click.option("--overwrite", is_flag=True, help="Replace a run with another configuration."),
             click.option("--progress/--no-progress", default=True, help="Show a progress bar."),
         ],
     )
     output = click.option(
-        "--output", "-o", required=True, metavar="FOLDER", help="The run: checkpoint, metrics, curves, state."
+        "--output", "-o", required=True, metavar="FOLDER", help="Folder of the run: checkpoint, metrics, curves, state."
     )
     return _apply(config_options(device_option(command)), [output])
 
 
 def pipeline_options(command: Command) -> Command:
-    """How a pipeline is run; the command's last argument takes Beam's own options after `--`."""
+    """Adds the options of all pipelines. The last argument takes Beam's options after `--`."""
     options = [
-        click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Local processes."),
-        click.option("--overwrite", is_flag=True, help="Replace an output that another configuration wrote."),
-        click.option("--retry-failures", is_flag=True, help="Also try the failed images of finished shards again."),
+        click.option(
+            "--workers",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            help="Worker processes on this machine.",
+        ),
+        click.option("--overwrite", is_flag=True, help="Replace the output of another configuration."),
+        click.option("--retry-failures", is_flag=True, help="Process failed images of finished shards again."),
         click.option(
             "--max-failure-ratio",
             type=click.FloatRange(0, 1),
             default=0.05,
             show_default=True,
-            help="Fail when more of the images could not be read; all that could is written all the same.",
+            help="Fail if a larger ratio of images failed. The other images are written nevertheless.",
         ),
         click.option("--progress/--no-progress", default=True, help="Show a progress bar."),
         click.option(
             "--accelerator",
             metavar="SPEC",
-            help="A GPU for each of Dataflow's workers, such as 'type:nvidia-l4;count:1;install-nvidia-driver': one "
-            "process and two shards at a time on each, and a worker that finds no GPU fails.",
+            help="GPU of each Dataflow worker, such as 'type:nvidia-l4;count:1;install-nvidia-driver'. A worker runs "
+            "one process and two shards at a time, and fails if it has no GPU.",
         ),
         click.argument("beam_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- BEAM OPTIONS]"),
     ]

@@ -11,10 +11,10 @@ import pyarrow as pa
 
 import captionlib.search
 from captionlib.errors import ConfigError
-from captionlib.search.index_files import DESCRIPTION
-from captionlib.search.questions import count_words, find_captions, find_image, most_likely
-from captionlib.search.sql import SqlLimits, SqlSession, open_sql
-from captionlib.search.tables import Format
+from captionlib.search.index_folder import DESCRIPTION
+from captionlib.search.output import OutputFormat
+from captionlib.search.sql.queries import count_words, find_captions, find_image, find_top_captions
+from captionlib.search.sql.session import SqlLimits, SqlSession, open_sql
 from captionlib.storage.folders import Folder
 from jobs.rows import first_rows, print_rows, save_rows
 
@@ -102,7 +102,7 @@ _INDEX_QUESTIONS = ("text", "sentence", "hybrid", "image", "similar", "image_id"
 )
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="One a core, unless given.")
 def command(
-    folder: str, form: Format, output: str | None, memory: str, threads: int | None, **options: str | int | None
+    folder: str, form: OutputFormat, output: str | None, memory: str, threads: int | None, **options: str | int | None
 ) -> None:
     """Ask FOLDER a question: an index, captions, or any other dataset.
 
@@ -165,7 +165,7 @@ def _dataset_question(asked: _Asked) -> Callable[[SqlSession], pa.RecordBatchRea
         "sql": lambda session: session.stream(asked.sql or ""),
         "image_id": lambda session: find_image(session, asked.image_id or "").to_reader(),
         "contains": lambda session: find_captions(session, asked.contains or ""),
-        "top": lambda session: most_likely(session, asked.top or 0),
+        "top": lambda session: find_top_captions(session, asked.top or 0),
         "words": lambda session: count_words(session, asked.words or 0),
     }
     return questions[name]
@@ -181,19 +181,21 @@ def _ask_index(folder: str, asked: _Asked) -> pa.Table:
         raise click.UsageError(f"--{name} needs --ranker FOLDER: the ranker that made the embeddings of the index.")
     index = captionlib.search.open(folder, ranker)
     questions: dict[str, Callable[[], pa.Table]] = {
-        "text": lambda: index.text(asked.text or "", limit, where=asked.where, sort=asked.sort),  # type: ignore[arg-type]
-        "sentence": lambda: index.sentence(asked.sentence or "", limit, where=asked.where),
-        "hybrid": lambda: index.hybrid(asked.hybrid or "", limit, where=asked.where),
-        "similar": lambda: index.similar(asked.similar or "", limit, where=asked.where),
-        "image_id": lambda: pa.Table.from_pylist([index.image(asked.image_id or "")]),
+        "text": lambda: index.search_text(asked.text or "", limit, where=asked.where, sort=asked.sort),  # type: ignore[arg-type]
+        "sentence": lambda: index.search_sentence(asked.sentence or "", limit, where=asked.where),
+        "hybrid": lambda: index.search_hybrid(asked.hybrid or "", limit, where=asked.where),
+        "similar": lambda: index.search_similar(asked.similar or "", limit, where=asked.where),
+        "image_id": lambda: pa.Table.from_pylist([index.get_image(asked.image_id or "")]),
     }
     return questions[name]()
 
 
 def _ask_about_image(folder: str, asked: _Asked, image: str) -> pa.Table:
     from captionlib.data.images.fetching import ImageFetcher
-    from captionlib.search.encoders import load_encoder, rank_sentences  # these load torch, which takes seconds
-    from captionlib.search.photos import ImageQueryModels
+    from captionlib.search.models import (
+        ImageQueryModels,
+        load_query_encoder,  # these load torch, which takes seconds
+    )
 
     if asked.captioner is None and asked.ranker is None:
         raise click.UsageError("--image needs --ranker FOLDER, to find images like it, or --captioner FOLDER.")
@@ -201,17 +203,17 @@ def _ask_about_image(folder: str, asked: _Asked, image: str) -> pa.Table:
         raise click.UsageError("expected one of --captioner and --sentences, got both; ask one at a time.")
     limit = _LIMIT if asked.limit is None else asked.limit
     sentences = None if asked.sentences is None else _read_sentences(asked.sentences)
-    ranker = load_encoder(asked.ranker) if asked.ranker and asked.captioner is None else None
+    ranker = load_query_encoder(asked.ranker) if asked.ranker and asked.captioner is None else None
     index = None if ranker is None or sentences is not None else captionlib.search.open(folder, ranker)
     with ImageFetcher() as fetcher, ImageQueryModels(ranker, asked.captioner, asked.weights) as photos:
         content = fetcher.fetch(image)
         if asked.captioner is not None:
             return photos.caption(content).slice(0, limit)
         vector = photos.embed(content)
-    if ranker is not None and sentences is not None:
-        return rank_sentences(ranker, vector, sentences).slice(0, limit)
+        if ranker is not None and sentences is not None:
+            return photos.rank_sentences(vector, sentences).slice(0, limit)
     assert index is not None
-    return index.vector(vector, limit, where=asked.where)
+    return index.search_vector(vector, limit, where=asked.where)
 
 
 def _read_sentences(file: str) -> list[str]:

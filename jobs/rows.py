@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import click
 import pyarrow as pa
 
-from captionlib.search.tables import Format, write_rows
+from captionlib.search.output import OutputFormat, write_output
 from captionlib.storage.folders import stage_file
 
 __all__ = ["first_rows", "print_rows", "save_rows"]
@@ -27,11 +27,11 @@ def _first(rows: pa.RecordBatchReader, limit: int) -> Iterator[pa.RecordBatch]:
             return
 
 
-def print_rows(rows: pa.RecordBatchReader, form: Format) -> None:
+def print_rows(rows: pa.RecordBatchReader, form: OutputFormat) -> None:
     """Prints rows, a table as wide as the terminal."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     try:
-        count = write_rows(rows, sys.stdout.buffer, form, width)
+        count = write_output(rows, sys.stdout.buffer, form, width)
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever reads has enough (`| head`); Python would complain once more when it closes the stream.
@@ -41,11 +41,11 @@ def print_rows(rows: pa.RecordBatchReader, form: Format) -> None:
         click.echo("no rows", err=True)
 
 
-def save_rows(rows: pa.RecordBatchReader, form: Format, output: str) -> int:
+def save_rows(rows: pa.RecordBatchReader, form: OutputFormat, output: str) -> int:
     """Writes a file that appears whole or not at all.
 
     Raises:
         StorageError: it cannot be written.
     """
     with stage_file(output) as path, path.open("wb") as file:
-        return write_rows(rows, file, form)
+        return write_output(rows, file, form)

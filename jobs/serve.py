@@ -10,7 +10,7 @@ import click
 
 from captionlib.config import build_config, to_dict
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.search.index_files import DESCRIPTION
+from captionlib.search.index_folder import DESCRIPTION
 from captionlib.serving.config import ServingConfig
 from captionlib.storage.folders import Folder
 from jobs.options import device_option
@@ -81,7 +81,7 @@ def command(
     import uvicorn
     from uvicorn.supervisors import Multiprocess
 
-    from captionlib.serving.opening import Served
+    from captionlib.serving.startup import Served
 
     if not Folder(index).exists(DESCRIPTION):
         raise DatasetError(f"{index} is no index: expected a folder that holds {DESCRIPTION}; see build-index")
@@ -134,7 +134,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def create() -> Any:
     """The application, in the process that serves it."""
-    from captionlib.serving.opening import Served, open_app
+    from captionlib.serving.startup import Served, open_app
 
     return open_app(build_config(Served, json.loads(os.environ[_SERVED])))
 

@@ -1,8 +1,8 @@
-"""The only Beam code: one file a pipeline, thin over captionlib."""
+"""The Beam pipelines: one module each, thin wrappers around captionlib."""
 
 import logging
 
-# On import Beam warns of Google's client libraries, which nobody needs who does not go to Dataflow.
+# On import, Beam warns about missing Google client libraries, which only Dataflow needs.
 logging.disable(logging.WARNING)
 import apache_beam  # noqa: E402, F401
 

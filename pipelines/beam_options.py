@@ -1,4 +1,4 @@
-"""Beam's own options, as flags and in files: `@FILE` stands for the options of a YAML."""
+"""Beam options as flags and in YAML files: `@FILE` is replaced by the options in a file."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,37 +13,44 @@ __all__ = ["expand_option_files", "to_flags"]
 
 
 def expand_option_files(flags: Sequence[str]) -> list[str]:
-    """The flags, with those of its file in place of each `@FILE`; of a flag that is given twice Beam takes the last.
+    """Replaces each `@FILE` by the flags in the file. Beam uses the last of repeated flags.
+
+    Args:
+        flags: flags such as `--runner=FlinkRunner`, and `@FILE` with the path or recipe name of a YAML file.
 
     Raises:
-        ConfigError: a file cannot be read, or its values are no options.
+        ConfigError: a file cannot be read, or its values are not options.
     """
-    return [one for flag in flags for one in (_read(flag[1:]) if flag.startswith("@") else [flag])]
+    return [each for flag in flags for each in (_read_flags(flag[1:]) if flag.startswith("@") else [flag])]
 
 
 def to_flags(options: Mapping[str, Any], origin: str) -> Iterator[str]:
-    """Options as flags: `true` is a bare flag, a list repeats its flag, a mapping is JSON.
+    """Converts options to flags. `true` becomes a flag without a value, a list repeats its flag, a mapping is JSON.
+
+    Args:
+        options: values by the option's name.
+        origin: where the options come from, for error messages.
 
     Raises:
-        ConfigError: a value is false or empty, for which Beam's flags have no common spelling.
+        ConfigError: a value is false or null, for which Beam has no uniform flag.
     """
-    for name, value in options.items():
-        for one in value if isinstance(value, list) else [value]:
-            if one is True:
+    for name, values in options.items():
+        for value in values if isinstance(values, list) else [values]:
+            if value is True:
                 yield f"--{name}"
-            elif one is None or one is False:
-                raise ConfigError(f"{origin}: {name} is {one}; expected a value or true; leave the line out instead")
+            elif value is None or value is False:
+                raise ConfigError(f"{origin}: {name} is {value}; expected a value or true; remove the line instead")
             else:
-                yield f"--{name}={json.dumps(one) if isinstance(one, Mapping) else one}"
+                yield f"--{name}={json.dumps(value) if isinstance(value, Mapping) else value}"
 
 
-def _read(path: str) -> list[str]:
+def _read_flags(path: str) -> list[str]:
     try:
         options = yaml.safe_load(find_recipe(path, "runners").read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"options of Beam in {path} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"Beam options {path} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"options of Beam in {path} are not YAML: {error}") from error
+        raise ConfigError(f"Beam options {path} are not YAML: {error}") from error
     if not isinstance(options, dict):
         raise ConfigError(f"{path}: expected `option: value` lines, got {type(options).__name__}")
     return list(to_flags(options, path))

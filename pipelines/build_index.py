@@ -1,4 +1,4 @@
-"""`captions/` and `embeddings/` to `index/`: partial indexes by the shard, put together by one worker."""
+"""Builds `index/` from `captions/` and `embeddings/`: workers index shards, and one worker merges them."""
 
 import os
 
@@ -8,10 +8,9 @@ from apache_beam.pvalue import PBegin, PCollection
 from apache_beam.transforms.combiners import Count
 
 from captionlib.errors import DatasetError
-from captionlib.search.build import IndexBuild
-from captionlib.search.index_config import IndexConfig
-from captionlib.search.index_files import IndexDescription, read_description
-from captionlib.search.planning import plan_build
+from captionlib.search.build import IndexBuild, plan_build
+from captionlib.search.config import IndexConfig
+from captionlib.search.index_folder import IndexDescription, read_description
 from pipelines.run import RunConfig, choose_runner, run_pipeline
 
 __all__ = ["BuildIndex", "build_index"]
@@ -25,20 +24,21 @@ def build_index(
     embeddings: str | os.PathLike[str] | None = None,
     run: RunConfig = RunConfig(),
 ) -> tuple[IndexBuild, IndexDescription]:
-    """Builds an index, or adds to one what is new in its datasets.
+    """Builds an index, or extends it by what is new in its datasets.
 
     Args:
         captions: a captions dataset.
-        output: the index.
-        config: how it is built.
-        embeddings: the vectors of the same images; None indexes text alone.
-        run: how the pipeline is run.
+        output: the folder of the index.
+        config: the configuration of the index.
+        embeddings: the embeddings of the same images; None builds a text-only index.
+        run: how to run the pipeline.
 
     Returns:
-        What was to be done, and the index as it is now.
+        The plan of the build, and the description of the index.
 
     Raises:
-        DatasetError: see `plan_build`.
+        DatasetError: see `plan_build`; or another build has replaced the index.
+        FingerprintError: see `plan_build`.
     """
     build = plan_build(captions, embeddings, output, config, overwrite=run.overwrite)
     choose_runner(run)
@@ -46,14 +46,12 @@ def build_index(
         run_pipeline(BuildIndex(build), "build-index", run)
     description = read_description(build.folder)
     if description is None or description.fingerprint != build.fingerprint:
-        raise DatasetError(
-            f"{build.folder.uri}: another build has replaced this one; build an index from one place at a time"
-        )
+        raise DatasetError(f"{build.folder.uri}: another build has replaced this one; run one build at a time")
     return build, description
 
 
 class BuildIndex(beam.PTransform[PBegin, PCollection[int]]):
-    """Builds what a plan says. Elements are numbers of shards, never rows."""
+    """Runs a planned build. Elements are positions in `IndexBuild.added`, never rows."""
 
     def __init__(self, build: IndexBuild) -> None:
         super().__init__()

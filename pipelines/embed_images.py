@@ -1,16 +1,18 @@
-"""`manifest/` or `features/` to `embeddings/`: each image as a vector that sentences find."""
+"""`manifest/` or `features/` to `embeddings/`: embeds images in the joint space of a ranker."""
 
 import os
 from dataclasses import replace
 
-from captionlib.data.shards.dataset import create_dataset, open_dataset
+from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.shards.markers import Totals
-from captionlib.data.shards.schemas import embeddings_schema
 from captionlib.data.shards.stages import ShardJob
-from captionlib.models.checkpoints.checkpoint import load_ranker
-from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding, PinnedRanker, describe_embeddings
+from captionlib.models.inference.embedding import (
+    SHARED_RANKERS,
+    EmbeddingConfig,
+    ImageEmbedding,
+    create_embeddings_dataset,
+)
 from captionlib.models.inference.feature_source import resolve_encoder
-from captionlib.storage.folders import resolve_address
 from pipelines.run import RunConfig, run_job
 
 __all__ = ["embed_images"]
@@ -26,38 +28,31 @@ def embed_images(
     device: str = "auto",
     run: RunConfig = RunConfig(),
 ) -> Totals:
-    """Embeds every image of a dataset, or goes on where a former run stopped.
+    """Embeds every image of a dataset, or resumes an earlier run.
 
     Args:
-        source: a complete features dataset; or a manifest, whose images are then encoded in the same pass.
+        source: a complete features dataset, or a complete manifest, whose images are encoded in the same pass.
         ranker: the ranker's folder.
-        output: the embeddings dataset to write; the same as `generate_captions` writes beside its captions.
-        config: how images become features.
-        weights: the encoder's weights file, where the ranker learned from features of such a file.
+        output: the embeddings dataset to write, the same as `generate_captions` writes with a ranker.
+        config: image loading.
+        weights: path of the encoder's weights file; required if the encoder was loaded from a file.
         device: auto, cpu, cuda or cuda:N.
-        run: how the pipeline is run.
+        run: how to run the pipeline.
 
     Returns:
-        Rows, failures and their reasons.
+        Counts of rows and failures, and the reasons of the failures.
 
     Raises:
-        CheckpointError: no ranker there, or the features are of another encoder than its own.
-        DatasetError: the source is not complete, or `output` holds something else.
-        FailureRatioError: more images failed than the run allows.
+        CheckpointError: the folder contains no ranker, or the features come from another encoder.
+        DatasetError: the source is incomplete, or `output` contains another dataset.
+        FailureRatioError: more images failed than `run` allows.
     """
     config = replace(config, loading=run.divide_decoders(config.loading))
-    rows = open_dataset(source).require_complete()
-    model = load_ranker(os.fspath(ranker))
+    dataset = open_dataset(source).require_complete()
     threads = run.threads_per_worker if run.workers > 1 else None
-    here, there = run.resolve_devices(device)
-    encoder = resolve_encoder(rows, model, weights, here, threads)
-    dataset = create_dataset(
-        output,
-        "embeddings",
-        embeddings_schema(model.size),
-        config=describe_embeddings(rows, model),
-        shards=rows.shards,
-        overwrite=run.overwrite,
-    )
-    stage = ImageEmbedding(config, PinnedRanker(resolve_address(ranker), model.fingerprint), encoder, there, threads)
-    return run_job(ShardJob(rows, (dataset,), stage, run.retry_failures), "embed", run)
+    driver_device, worker_device = run.resolve_devices(device)
+    loaded_ranker, pinned_ranker = SHARED_RANKERS.pin(ranker)
+    encoder = resolve_encoder(dataset, loaded_ranker, weights, driver_device, threads)
+    embeddings = create_embeddings_dataset(output, dataset, loaded_ranker, run.overwrite)
+    stage = ImageEmbedding(config, pinned_ranker, encoder, worker_device, threads)
+    return run_job(ShardJob(dataset, (embeddings,), stage, run.retry_failures), "embed", run)

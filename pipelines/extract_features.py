@@ -1,4 +1,4 @@
-"""`manifest/` to `features/`: what the encoder sees in each image."""
+"""`manifest/` to `features/`: encodes images as feature vectors."""
 
 import os
 from dataclasses import replace
@@ -21,31 +21,31 @@ def extract_features(
     device: str = "auto",
     run: RunConfig = RunConfig(),
 ) -> Totals:
-    """Extracts the features of every image of a manifest, or goes on where a former run stopped.
+    """Extracts the features of every image of a manifest, or resumes an earlier run.
 
     Args:
         manifest: a complete manifest dataset.
         output: the features dataset to write.
-        config: encoder and loading.
+        config: encoder and image loading.
         device: auto, cpu, cuda or cuda:N.
-        run: how the pipeline is run.
+        run: how to run the pipeline.
 
     Returns:
-        Rows, failures and their reasons.
+        Counts of rows and failures, and the reasons of the failures.
 
     Raises:
-        ConfigError: no such model, node, weights or device.
-        DatasetError: the manifest is not complete, or `output` holds something else.
-        FailureRatioError: more images failed than the run allows.
+        ConfigError: the model, the node, the weights or the device does not exist.
+        DatasetError: the manifest is incomplete, or `output` contains another dataset.
+        FailureRatioError: more images failed than `run` allows.
     """
     config = replace(
         config, encoder=config.encoder.with_absolute_weights(), loading=run.divide_decoders(config.loading)
     )
     source = open_dataset(manifest, "manifest").require_complete()
     threads = run.threads_per_worker if run.workers > 1 else None
-    here, there = run.resolve_devices(device)
-    encoder = load_shared_encoder(config.encoder, here, threads)
-    dataset = create_dataset(
+    driver_device, worker_device = run.resolve_devices(device)
+    encoder = load_shared_encoder(config.encoder, driver_device, threads)
+    features = create_dataset(
         output,
         "features",
         features_schema(encoder.size, config.encoder.stored_dtype),
@@ -53,5 +53,5 @@ def extract_features(
         shards=source.shards,
         overwrite=run.overwrite,
     )
-    stage = FeatureExtraction(config, encoder.description, there, threads)
-    return run_job(ShardJob(source, (dataset,), stage, run.retry_failures), "extract-features", run)
+    stage = FeatureExtraction(config, encoder.description, worker_device, threads)
+    return run_job(ShardJob(source, (features,), stage, run.retry_failures), "extract-features", run)

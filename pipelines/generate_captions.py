@@ -1,21 +1,24 @@
-"""`manifest/` or `features/` to `captions/`: what the captioner says of each image; and to `embeddings/` beside it."""
+"""`manifest/` or `features/` to `captions/`, and optionally to `embeddings/` in the same pass."""
 
 import os
 from dataclasses import replace
-from typing import Any
 
 from captionlib.config import to_dict
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.markers import Totals
-from captionlib.data.shards.schemas import captions_schema, embeddings_schema
+from captionlib.data.shards.schemas import captions_schema
 from captionlib.data.shards.stages import ShardJob
 from captionlib.errors import ConfigError
-from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner, load_ranker
+from captionlib.models.checkpoints.checkpoint import LoadedCaptioner
 from captionlib.models.inference.attention_maps import require_attention
-from captionlib.models.inference.captioning import CaptionGeneration, GenerationConfig, find_datastore_fingerprint
-from captionlib.models.inference.embedding import PinnedRanker, describe_embeddings
+from captionlib.models.inference.captioning import (
+    SHARED_CAPTIONERS,
+    CaptionGeneration,
+    GenerationConfig,
+    find_datastore_fingerprint,
+)
+from captionlib.models.inference.embedding import SHARED_RANKERS, create_embeddings_dataset
 from captionlib.models.inference.feature_source import resolve_encoder
-from captionlib.storage.folders import resolve_address
 from pipelines.run import RunConfig, run_job
 
 __all__ = ["generate_captions"]
@@ -33,79 +36,72 @@ def generate_captions(
     device: str = "auto",
     run: RunConfig = RunConfig(),
 ) -> Totals:
-    """Captions every image of a dataset, or goes on where a former run stopped.
+    """Captions every image of a dataset, or resumes an earlier run.
 
     Args:
-        source: a complete features dataset; or a manifest, whose images are then encoded in the same pass.
+        source: a complete features dataset, or a complete manifest, whose images are encoded in the same pass.
         checkpoint: the captioner's folder.
         output: the captions dataset to write.
-        config: how captions are made.
-        ranker: the folder of a ranker that embeds the images in the same pass.
-        embeddings: the embeddings dataset to write, with a ranker.
-        weights: the encoder's weights file, where the captioner learned from features of such a file.
+        config: decoding and image loading.
+        ranker: folder of a ranker that embeds the images in the same pass; requires `embeddings`.
+        embeddings: the embeddings dataset to write; requires `ranker`.
+        weights: path of the encoder's weights file; required if the encoder was loaded from a file that the checkpoint
+            does not contain.
         device: auto, cpu, cuda or cuda:N.
-        run: how the pipeline is run.
+        run: how to run the pipeline.
 
     Returns:
-        Rows, failures and their reasons; those of `embeddings` are the same.
+        Counts of rows and failures of `output`, and the reasons of the failures; those of `embeddings` are equal.
 
     Raises:
-        CheckpointError: no captioner or ranker there, or the features are of another encoder than theirs; or maps are
-            asked of a captioner without attention, or neighbors of one without memory.
-        ConfigError: a ranker without a place for its embeddings, or the other way round.
-        DatasetError: the source is not complete, or `output` holds something else.
-        FailureRatioError: more images failed than the run allows.
+        CheckpointError: a folder contains no captioner or ranker, the features come from another encoder than theirs,
+            or the captioner lacks attention or a datastore that `config` needs.
+        ConfigError: only one of `ranker` and `embeddings` is given.
+        DatasetError: the source is incomplete, or an output folder contains another dataset.
+        FailureRatioError: more images failed than `run` allows.
     """
-    config = replace(config, loading=run.divide_decoders(config.loading))
     if (ranker is None) != (embeddings is None):
-        raise ConfigError("--ranker and --embeddings belong together: the model, and the dataset that it writes")
-    rows = open_dataset(source).require_complete()
-    captioner = load_captioner(os.fspath(checkpoint))
-    positions = require_attention(captioner, os.fspath(checkpoint)) if config.attention_maps else None
-    memory = find_datastore_fingerprint(os.fspath(checkpoint), captioner, config.decoding)
+        raise ConfigError("--ranker and --embeddings require each other: the model, and the dataset that it writes")
+    config = replace(config, loading=run.divide_decoders(config.loading))
+    dataset = open_dataset(source).require_complete()
     threads = run.threads_per_worker if run.workers > 1 else None
-    here, there = run.resolve_devices(device)
-    encoder = resolve_encoder(rows, captioner, weights, here, threads)
-    embedder = None if ranker is None else load_ranker(os.fspath(ranker))
-    if embedder is not None:
-        embedder.require_encoder(captioner.encoder)
-    dataset = create_dataset(
-        output,
+    driver_device, worker_device = run.resolve_devices(device)
+    captioner, pinned_captioner = SHARED_CAPTIONERS.pin(checkpoint)
+    positions = require_attention(captioner, os.fspath(checkpoint)) if config.attention_maps else None
+    datastore = find_datastore_fingerprint(os.fspath(checkpoint), captioner, config.decoding)
+    encoder = resolve_encoder(dataset, captioner, weights, driver_device, threads)
+    loaded_ranker, pinned_ranker = (None, None) if ranker is None else SHARED_RANKERS.pin(ranker)
+    if loaded_ranker is not None:
+        loaded_ranker.require_encoder(captioner.encoder)
+    outputs = [_create_captions_dataset(output, dataset, captioner, positions, config, datastore, run.overwrite)]
+    if loaded_ranker is not None and embeddings is not None:
+        outputs.append(create_embeddings_dataset(embeddings, dataset, loaded_ranker, run.overwrite))
+    stage = CaptionGeneration(config, pinned_captioner, encoder, worker_device, threads, pinned_ranker, datastore)
+    return run_job(ShardJob(dataset, tuple(outputs), stage, run.retry_failures), "generate-captions", run)
+
+
+def _create_captions_dataset(
+    folder: str | os.PathLike[str],
+    source: ShardedDataset,
+    captioner: LoadedCaptioner,
+    positions: int | None,
+    config: GenerationConfig,
+    datastore: str | None,
+    overwrite: bool,
+) -> ShardedDataset:
+    return create_dataset(
+        folder,
         "captions",
         captions_schema(positions),
-        config=_describe_captions(rows, captioner, config, memory),
-        shards=rows.shards,
-        overwrite=run.overwrite,
+        config={
+            "input": source.fingerprint,
+            "captioner": captioner.fingerprint,
+            "encoder": captioner.encoder,
+            "decoding": to_dict(config.decoding),
+            "dtype": config.dtype,
+            "attention_maps": config.attention_maps,
+            "datastore": datastore,
+        },
+        shards=source.shards,
+        overwrite=overwrite,
     )
-    outputs, folder = [dataset], None
-    if embedder is not None and ranker is not None and embeddings is not None:
-        folder = PinnedRanker(resolve_address(ranker), embedder.fingerprint)
-        outputs.append(
-            create_dataset(
-                embeddings,
-                "embeddings",
-                embeddings_schema(embedder.size),
-                config=describe_embeddings(rows, embedder),
-                shards=rows.shards,
-                overwrite=run.overwrite,
-            )
-        )
-    stage = CaptionGeneration(
-        config, resolve_address(checkpoint), captioner.fingerprint, encoder, there, threads, folder, memory
-    )
-    return run_job(ShardJob(rows, tuple(outputs), stage, run.retry_failures), "generate-captions", run)
-
-
-def _describe_captions(
-    source: ShardedDataset, captioner: LoadedCaptioner, config: GenerationConfig, memory: str | None
-) -> dict[str, Any]:
-    """All that the rows depend on, for their fingerprint."""
-    return {
-        "input": source.fingerprint,
-        "captioner": captioner.fingerprint,
-        "encoder": captioner.encoder,
-        "decoding": to_dict(config.decoding),
-        "dtype": config.dtype,
-        "attention_maps": config.attention_maps,
-        "memory": memory,
-    }

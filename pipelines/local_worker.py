@@ -1,4 +1,4 @@
-"""A process of `--workers N`: Beam's own worker, without its diary on the terminal."""
+"""The worker process of `--workers N`: Beam's worker with less logging."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ from apache_beam.runners.worker import sdk_worker_main
 
 
 def main() -> None:
-    """Runs Beam's worker with the options that the runner left in the environment, and a log level of its own."""
+    """Runs Beam's worker with the options in the environment and a higher log level."""
     options = json.loads(os.environ.get("PIPELINE_OPTIONS") or "{}")
     os.environ["PIPELINE_OPTIONS"] = json.dumps({"default_sdk_harness_log_level": "ERROR", **options})
     logging.getLogger(sdk_worker_main.__name__).setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The one shape of every pipeline here: references to shards are spread over workers, and each shard is done whole."""
+"""The transform that the pipelines share: distributes shard numbers to workers, which process whole shards."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -14,14 +14,20 @@ from captionlib.errors import DatasetError
 
 __all__ = ["ProcessShards"]
 
-# While one shard is being published another computes; more would only share the accelerator's memory.
+# One shard computes while another is published; more would only share the GPU's memory.
 _SHARDS_PER_ACCELERATOR = "2"
 
 
 class ProcessShards(beam.PTransform[PBegin, PCollection[int]]):
-    """Does some shards of a job, usually those that are pending, and then marks its outputs complete.
+    """Processes shards of a job and then marks its outputs as complete.
 
-    Elements are shard numbers, never images: what crosses the Reshuffle stays small however large the images are.
+    Elements are shard numbers, not images, so that little data crosses the Reshuffle.
+
+    Args:
+        job: the job.
+        shards: the shards to process.
+        max_failure_ratio: largest ratio of failed images of a complete output.
+        accelerator: Beam's resource hint for a GPU in each worker.
     """
 
     def __init__(
@@ -57,8 +63,8 @@ class _ProcessShard(beam.DoFn):
         self._failures = Metrics.counter("ProcessShards", "failures")
 
     def setup(self) -> None:
-        self._opened = ExitStack()
-        self._process: ProcessRows = self._opened.enter_context(self._job.stage.open())
+        self._exit_stack = ExitStack()
+        self._process: ProcessRows = self._exit_stack.enter_context(self._job.stage.open())
 
     def process(self, shard: int) -> list[Marker]:
         marker = self._job.run(shard, self._process)
@@ -67,19 +73,18 @@ class _ProcessShard(beam.DoFn):
         return [marker]
 
     def teardown(self) -> None:
-        self._opened.close()
+        self._exit_stack.close()
 
 
 class _Finish(beam.DoFn):
-    """Lets a job end well on its cluster when the command that submitted it is gone."""
+    """Completes the outputs even if the submitting command has died."""
 
     def __init__(self, job: ShardJob, max_failure_ratio: float) -> None:
         self._job = job
         self._max_failure_ratio = max_failure_ratio
 
     def process(self, shards: int) -> list[int]:
-        with suppress(
-            DatasetError
-        ):  # the submitting command finds and tells the same; here it would only be tried again
+        # Beam would retry an error here; the submitting command raises the same one.
+        with suppress(DatasetError):
             self._job.finish(self._max_failure_ratio)
         return [shards]

@@ -1,11 +1,11 @@
-"""Runs a job of shards on whatever runner Beam's options name, and waits for it."""
+"""Runs pipelines on the runner that Beam's options select, and waits for them."""
 
 import logging
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Annotated, Any
 
 import apache_beam as beam
 import grpc
@@ -21,7 +21,9 @@ from apache_beam.pvalue import PBegin
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.runners.runner import PipelineRunner, create_runner
 from apache_beam.transforms.environments import SubprocessSDKEnvironment
+from pydantic import Field, PositiveInt
 
+from captionlib.config import configclass
 from captionlib.cpus import available_cpus
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.markers import Totals
@@ -36,67 +38,73 @@ __all__ = ["RunConfig", "run_job", "run_pipeline"]
 _IN_PROCESS = {None, "DirectRunner", "FnApiRunner", "BundleBasedDirectRunner", "SwitchingDirectRunner"}
 
 
-@dataclass(frozen=True)
+@configclass
 class RunConfig:
-    """How a pipeline is run.
+    """How a pipeline runs.
 
     Attributes:
-        workers: processes on this machine; one runs in the command's own process.
-        beam_options: Beam's own options, such as `--runner=FlinkRunner`, untouched; `@FILE` stands for those in a YAML.
-        max_failure_ratio: of the images; above it the run fails, after all shards are written.
-        retry_failures: do the failed images of done shards again.
+        workers: number of worker processes on this machine; a single one runs in the submitting process.
+        beam_options: flags for Beam, such as `--runner=FlinkRunner`; `@FILE` is replaced by the options in a YAML file.
+        max_failure_ratio: largest ratio of failed images; above it the run fails, after all shards are written.
+        retry_failures: process the failed images of finished shards again.
         overwrite: replace the output of another configuration.
         progress: show a progress bar.
-        accelerator: of each worker, as Beam's hint of that name spells it; the models run there and nowhere else.
+        accelerator: Beam's resource hint for a GPU in each worker. Models then run on that GPU only.
     """
 
-    workers: int = 1
+    workers: PositiveInt = 1
     beam_options: tuple[str, ...] = ()
-    max_failure_ratio: float = 0.05
+    max_failure_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05
     retry_failures: bool = False
     overwrite: bool = False
     progress: bool = True
     accelerator: str | None = None
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ConfigError(f"workers: expected at least 1, got {self.workers}")
-        if not 0 <= self.max_failure_ratio <= 1:
-            raise ConfigError(f"max_failure_ratio: expected 0 to 1, got {self.max_failure_ratio}")
         if self.accelerator is not None and not self.accelerator.startswith("type:"):
             raise ConfigError(
-                f"accelerator: expected such as type:nvidia-l4;count:1;install-nvidia-driver, got {self.accelerator!r}"
+                "accelerator: expected a hint such as type:nvidia-l4;count:1;install-nvidia-driver, "
+                f"got {self.accelerator!r}"
             )
 
     @property
     def threads_per_worker(self) -> int:
-        """How many threads each of the local workers computes with."""
+        """The number of computing threads of each local worker."""
         return max(1, available_cpus() // self.workers)
 
     def resolve_devices(self, device: str) -> tuple[str, str]:
-        """Where models run here, where they are only looked at, and on the workers, where a GPU is had or refused."""
+        """Returns the devices of the submitting process, which only reads the models' properties, and of the workers.
+
+        With an accelerator, `auto` means a GPU on the workers, so that a worker without one fails.
+        """
         if self.accelerator is None:
             return device, device
         return "auto", "cuda" if device == "auto" else device
 
     def divide_decoders(self, loading: LoadingConfig) -> LoadingConfig:
-        """Splits the machine's decoder processes among its workers, unless their number is given."""
+        """Divides the decoder processes of this machine among its workers, unless their number is configured."""
         if self.workers == 1 or loading.decode.processes is not None:
             return loading
         return replace(loading, decode=replace(loading.decode, processes=self.threads_per_worker))
 
 
 def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
-    """Does what is pending of a job, shows its progress and marks the outputs complete.
+    """Processes the pending shards of a job, shows progress and marks the outputs as complete.
 
-    Raises:
-        ConfigError: Beam does not know an option.
-        FailureRatioError: more images failed than the run allows; everything is written all the same.
+    Args:
+        job: the job.
+        label: the name of the pipeline.
+        run: how it runs.
 
     Returns:
-        What is done; with Beam's `--dry_run` that is what was done before.
+        The totals of the first output. With Beam's `--dry_run`, those from before the run.
+
+    Raises:
+        ConfigError: see `choose_runner`.
+        RunnerError: see `run_pipeline`.
+        FailureRatioError: more images failed than the run allows; all shards are written nevertheless.
     """
-    _, options = choose_runner(run)  # what is wrong with them is said before anything is touched
+    _, options = choose_runner(run)  # checks the options before anything is changed
     if pending := job.pending_shards():
         job.mark_incomplete()
         with show_progress(job.source, job.outputs[0], label, run.progress):
@@ -107,11 +115,11 @@ def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
 
 
 def run_pipeline(transform: beam.PTransform[PBegin, Any], label: str, run: RunConfig) -> None:
-    """Runs a transform to its end; a person's Ctrl-C ends it wherever it runs.
+    """Runs a transform and waits for it. Ctrl-C cancels the job, also on a cluster.
 
     Raises:
         ConfigError: see `choose_runner`.
-        RunnerError: a runner elsewhere gave it up or cannot be reached.
+        RunnerError: the runner failed or cannot be reached.
     """
     runner, options = choose_runner(run)
     pipeline = beam.Pipeline(runner, options)
@@ -128,19 +136,19 @@ def run_pipeline(transform: beam.PTransform[PBegin, Any], label: str, run: RunCo
             raise
     except (RuntimeError, grpc.RpcError, grpc.FutureTimeoutError) as error:
         raise RunnerError(
-            f"{type(runner).__name__} did not finish {label}: {str(error) or type(error).__name__}; the engine's own "
-            "logs say more. Run the same command again: shards that are done are kept"
+            f"{type(runner).__name__} did not finish {label}: {str(error) or type(error).__name__}; see the runner's "
+            "logs. Run the same command again: finished shards are kept"
         ) from error
 
 
 def choose_runner(run: RunConfig) -> tuple[PipelineRunner, PipelineOptions]:
-    """The runner that Beam's options name; without one, or with DirectRunner, the in-process runner.
+    """Creates the runner that Beam's options select.
 
-    DirectRunner itself is passed over: it first tries to download a runner of another language.
+    The default, and the choice for DirectRunner, is the in-process FnApiRunner, because DirectRunner first tries to
+    download a runner written in another language.
 
     Raises:
-        ConfigError: the in-process runner has no such option, a file of options cannot be read, or `workers` is given
-            to another runner.
+        ConfigError: the options do not fit the runner, or a file of options cannot be read.
     """
     flags = expand_option_files(run.beam_options)
     options = PipelineOptions(flags)
@@ -148,14 +156,14 @@ def choose_runner(run: RunConfig) -> tuple[PipelineRunner, PipelineOptions]:
     if name not in _IN_PROCESS:
         if run.workers > 1:
             raise ConfigError(
-                f"--workers {run.workers} is for this machine; {name} takes an option of its own, such as --parallelism"
+                f"--workers {run.workers} applies to this machine; {name} has its own option, such as --parallelism"
             )
         if run.accelerator is not None:
-            _ask_for_accelerators(options)
+            _limit_to_one_process(options)
         return create_runner(name), options
     if run.accelerator is not None:
-        raise ConfigError("--accelerator is for workers elsewhere; take --device cuda for a GPU of this machine")
-    _refuse_unknown(flags)
+        raise ConfigError("--accelerator applies to workers of a cluster; use --device cuda for a GPU of this machine")
+    _reject_unknown_flags(flags)
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     if run.workers == 1:
         return FnApiRunner(), options
@@ -164,18 +172,20 @@ def choose_runner(run: RunConfig) -> tuple[PipelineRunner, PipelineOptions]:
     return FnApiRunner(SubprocessSDKEnvironment.from_command_string(command)), options
 
 
-def _ask_for_accelerators(options: PipelineOptions) -> None:
-    """One process a worker, since several would each load the models into the same accelerator."""
+def _limit_to_one_process(options: PipelineOptions) -> None:
+    """Runs one process per worker, because several would each load the models onto the same GPU."""
     services = options.view_as(GoogleCloudOptions).dataflow_service_options or []
     if any(option.startswith("worker_accelerator") for option in services):
-        raise ConfigError("--accelerator and Dataflow's option worker_accelerator exclude each other; leave one out")
+        raise ConfigError("--accelerator conflicts with Dataflow's option worker_accelerator; remove one of them")
     options.view_as(DebugOptions).add_experiment("no_use_multiple_sdk_containers")
 
 
-def _refuse_unknown(flags: Sequence[str]) -> None:
-    """A runner elsewhere has options that are not known here, the in-process runner has none."""
+def _reject_unknown_flags(flags: Sequence[str]) -> None:
+    """Rejects flags that Beam does not know. Other runners may have options that are unknown here."""
     known = PipelineOptions([]).get_all_options().keys()
     for flag in flags:
         name = flag.removeprefix("--").split("=")[0].removeprefix("no_").replace("-", "_")
         if flag.startswith("--") and name not in known:
-            raise ConfigError(f"{flag} is no option of Beam's in-process runner; see Beam's list of pipeline options")
+            raise ConfigError(
+                f"{flag} is not an option of Beam's in-process runner; see Beam's list of pipeline options"
+            )

@@ -62,8 +62,8 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
 
 def test_differences_name_fields_by_their_path() -> None:
     assert describe_differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == [
-        "a.c: there 2, now 3",
-        "d: there None, now 4",
+        "a.c: was 2, now 3",
+        "d: was None, now 4",
     ]
     assert describe_differences({"a": {"b": 1}}, {"a": {"b": 1}}) == []
 
@@ -117,7 +117,7 @@ def test_a_file_extends_another_section_by_section(tmp_path: Path) -> None:
 def test_files_that_extend_each_other_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
     (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
-    with pytest.raises(ConfigError, match="at most 8 files that extend each other"):
+    with pytest.raises(ConfigError, match="at most 8 levels of extends"):
         load_config(Outer, tmp_path / "a.yaml")
     (tmp_path / "c.yaml").write_text("extends: 3\n")
     with pytest.raises(ConfigError, match="extends: expected the path of a YAML file, got 3"):

@@ -19,7 +19,7 @@ def test_a_file_comes_before_a_recipe(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_an_unknown_recipe_names_the_nearest_and_all_of_the_command() -> None:
-    with pytest.raises(ConfigError, match=r"talk-lstn: neither .* \(did you mean talk-lstm\?\); recipes: .*flickr8k"):
+    with pytest.raises(ConfigError, match=r"talk-lstn is neither .* \(did you mean talk-lstm\?\); recipes: .*flickr8k"):
         find_recipe("talk-lstn", "train-captioner")
     with pytest.raises(ConfigError, match="recipes: none"):
         find_recipe("x", "inspect")

@@ -1,4 +1,4 @@
-"""A page of channel maps: what each convolution layer sees in one image. One file, to open from disk."""
+"""A self-contained HTML page of one image's channel maps, layer by layer."""
 
 import base64
 import io
@@ -16,19 +16,19 @@ from captionlib.storage.folders import write_file
 
 __all__ = ["write_activation_page"]
 
-_LARGEST = 112  # pixels of a map's sides; larger maps are averaged down
-_ACROSS = 16  # maps in a row of a layer's one picture
-_SHOWN = 48  # channels before the rest is asked for
+_MAX_SIDE = 112  # pixels; larger maps are reduced by averaging
+_COLUMNS = 16  # maps in a row of a layer's sprite
+_VISIBLE_CHANNELS = 48  # per layer; a button shows the others
 
 
 def write_activation_page(path: str | os.PathLike[str], title: str, activations: Activations, network: str) -> None:
     """Writes the page.
 
     Args:
-        path: the HTML file, or its address.
-        title: of the page, such as the image's name.
-        activations: what is shown.
-        network: what the network is, a phrase.
+        path: path or address of the HTML file.
+        title: title of the page, such as the name of the image.
+        activations: the activations to show.
+        network: a phrase that names the network and its weights.
 
     Raises:
         StorageError: the file cannot be written.
@@ -37,79 +37,79 @@ def write_activation_page(path: str | os.PathLike[str], title: str, activations:
         "activations.html",
         title=title,
         network=network,
-        photo=_to_uri(encode_jpeg(activations.image, quality=90), "jpeg"),
+        image=_to_data_uri(encode_jpeg(activations.image, quality=90), "jpeg"),
         classes=activations.classes,
         note=activations.note,
-        layers=[_to_section(layer) for layer in activations.layers],
-        shown=_SHOWN,
+        layers=[_describe_layer(layer) for layer in activations.layers],
+        visible=_VISIBLE_CHANNELS,
     )
     write_file(path, page)
 
 
-def _to_section(layer: LayerActivations) -> dict[str, Any]:
-    """A layer as the template shows it: one picture of all maps, the channels with the highest peaks first."""
+def _describe_layer(layer: LayerActivations) -> dict[str, Any]:
+    """Returns the template's values for a layer: one sprite of all maps, sorted by descending peak."""
     channels, height, width = layer.maps.shape
     peaks = layer.maps.reshape(channels, -1).max(1)
     order = np.argsort(-peaks, kind="stable")
-    small = _shrink(layer.maps[order])
-    rows = -(-channels // _ACROSS)
+    maps = _shrink(layer.maps[order])
+    rows = -(-channels // _COLUMNS)
     return {
         "node": layer.node,
         "channels": channels,
         "size": f"{width} x {height}",
-        "ratio": f"{small.shape[2]} / {small.shape[1]}",
-        "picture": _to_uri(_arrange(_scale(small), rows), "png"),
-        "silent": int((peaks <= 0).sum()),
-        "across": _ACROSS,
-        "down": rows,
+        "aspect_ratio": f"{maps.shape[2]} / {maps.shape[1]}",
+        "sprite": _to_data_uri(_encode_sprite(_scale(maps), rows), "png"),
+        "inactive": int((peaks <= 0).sum()),
+        "columns": _COLUMNS,
+        "rows": rows,
         "maps": [
             {
                 "channel": int(channel),
                 "peak": float(peaks[channel]),
-                # Of a background that is n times its box, percentages run from the first tile to the last.
-                "x": 100 * (place % _ACROSS) / (_ACROSS - 1),
-                "y": 100 * (place // _ACROSS) / max(1, rows - 1),
+                # CSS background positions: 0% is the first tile of a row or column, 100% the last one.
+                "x": 100 * (position % _COLUMNS) / (_COLUMNS - 1),
+                "y": 100 * (position // _COLUMNS) / max(1, rows - 1),
             }
-            for place, channel in enumerate(order)
+            for position, channel in enumerate(order)
         ],
     }
 
 
 def _shrink(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Maps of at most `_LARGEST` pixels a side, each the mean of a block; what does not fill a block is cut off."""
+    """Averages blocks so that no side exceeds `_MAX_SIDE`; drops incomplete blocks at the edges."""
     channels, height, width = maps.shape
-    block = -(-max(height, width) // _LARGEST)
+    block = -(-max(height, width) // _MAX_SIDE)
     if block == 1:
         return maps
     height, width = height // block, width // block
     blocks = maps[:, : height * block, : width * block].reshape(channels, height, block, width, block)
-    small: npt.NDArray[np.float32] = blocks.mean((2, 4))
-    return small
+    means: npt.NDArray[np.float32] = blocks.mean((2, 4))
+    return means
 
 
 def _scale(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Each map from 0, or its lowest value where that is below, to its own peak; a map that is 0 stays dark."""
+    """Scales each map to 0..255, from the lower of 0 and its minimum to its peak."""
     low = np.minimum(maps.min((1, 2), keepdims=True), 0)
     span = maps.max((1, 2), keepdims=True) - low
     scaled = np.divide(maps - low, span, out=np.zeros_like(maps), where=span > 0)
     return np.asarray((255 * scaled).round(), np.uint8)
 
 
-def _arrange(maps: npt.NDArray[np.uint8], rows: int) -> bytes:
-    """Arranges all maps in one PNG image, row by row."""
+def _encode_sprite(maps: npt.NDArray[np.uint8], rows: int) -> bytes:
+    """Arranges all maps in the rows of one PNG image, with a color palette."""
     from matplotlib import colormaps
 
     channels, height, width = maps.shape
-    filled = np.zeros((rows * _ACROSS, height, width), np.uint8)
-    filled[:channels] = maps
-    grid = filled.reshape(rows, _ACROSS, height, width).transpose(0, 2, 1, 3).reshape(rows * height, _ACROSS * width)
-    picture = Image.fromarray(np.ascontiguousarray(grid), "P")
-    colours = (255 * colormaps["inferno"](np.arange(256))[:, :3]).round().astype(np.uint8)
-    picture.putpalette(colours.tobytes())
+    tiles = np.zeros((rows * _COLUMNS, height, width), np.uint8)
+    tiles[:channels] = maps
+    grid = tiles.reshape(rows, _COLUMNS, height, width).transpose(0, 2, 1, 3).reshape(rows * height, _COLUMNS * width)
+    sprite = Image.fromarray(np.ascontiguousarray(grid), "P")
+    palette = (255 * colormaps["inferno"](np.arange(256))[:, :3]).round().astype(np.uint8)
+    sprite.putpalette(palette.tobytes())
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    sprite.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
-def _to_uri(content: bytes, form: str) -> str:
-    return f"data:image/{form};base64,{base64.b64encode(content).decode()}"
+def _to_data_uri(content: bytes, file_format: str) -> str:
+    return f"data:image/{file_format};base64,{base64.b64encode(content).decode()}"

@@ -1,49 +1,64 @@
-"""Builds an index in steps that can run anywhere and again at any time: train once, add shards in parallel, finish."""
+"""Builds an index: plans the build, trains centroids once, adds shards in parallel, and publishes the result.
 
+Every step can run on any machine and can be repeated.
+"""
+
+import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from captionlib.config import to_dict
-from captionlib.data.shards.dataset import ShardedDataset
-from captionlib.data.shards.markers import compute_fingerprint, part_name
-from captionlib.search.belonging import check_shard, read_vectors, sample_vectors
-from captionlib.search.index_config import IndexConfig, VectorLayout
-from captionlib.search.index_files import (
+from captionlib.config import describe_differences, to_dict
+from captionlib.data.shards.dataset import ShardedDataset, open_dataset
+from captionlib.data.shards.markers import Marker, compute_fingerprint, part_name
+from captionlib.errors import DatasetError, FingerprintError
+from captionlib.search.config import IndexConfig, VectorLayout
+from captionlib.search.index_folder import (
+    DESCRIPTION,
     IndexDescription,
+    IndexedDataset,
     IndexedShard,
-    Source,
-    fetch_tree,
-    publish_tree,
+    fetch_path,
+    publish_path,
     read_description,
-    scratch,
+    temporary_folder,
     write_description,
 )
-from captionlib.search.index_rows import COLUMNS, number_rows, read_rows, write_rows
-from captionlib.search.text_index import write_text
+from captionlib.search.inputs import (
+    check_datasets_match,
+    match_embeddings_to_captions,
+    read_embeddings,
+    sample_embeddings,
+)
+from captionlib.search.rows import COLUMNS, number_rows, read_rows, write_rows
+from captionlib.search.text_index import write_text_index
 from captionlib.search.vector_index import add_vectors, merge_vectors, train_vectors
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, resolve_address
 
-__all__ = ["IndexBuild", "describe_source"]
+__all__ = ["IndexBuild", "plan_build"]
 
 _BATCH_ROWS = 65_536
-_LEAST_SAMPLE = 20_000  # a product quantizer learns 256 codes for each byte, however few the lists
+_TRAINING_VECTORS_PER_LIST = 50
+_MIN_TRAINING_VECTORS = 20_000  # a product quantizer learns 256 codes per byte, however few the lists
+
+ShardMarkers = dict[int, tuple[Marker, Marker | None]]
+"""The markers of captions and embeddings, by shard."""
 
 
 @dataclass(frozen=True)
 class IndexBuild:
-    """What is to be built. Pickles, so it travels to workers; each step is done once, however often it is called.
+    """A planned build. Pickles, so workers can run its steps; a step that is done already does nothing.
 
     Attributes:
-        folder: of the index.
-        captions: what is indexed.
-        embeddings: the vectors of the same images; None for text alone.
-        config: how.
-        base: the index that is added to; None builds from nothing.
-        kept: shards of the base that are still what they were.
-        removed: shards of the base that are not.
+        folder: the folder of the index.
+        captions: the captions to index.
+        embeddings: the embeddings of the same images; None builds a text-only index.
+        config: the configuration.
+        base: the version of the index to extend; None builds from scratch.
+        kept: shards of the base that are still valid.
+        removed: shards of the base that were replaced.
         added: shards to index.
-        layout: of the vectors; None without.
+        layout: the layout of the vectors; None for a text-only index.
     """
 
     folder: Folder
@@ -58,37 +73,36 @@ class IndexBuild:
 
     @property
     def fingerprint(self) -> str:
-        """Of all that the answers depend on."""
+        """The hash of everything that search results depend on."""
         identity = {
             "captions": self.captions.fingerprint,
             "embeddings": self.embeddings.fingerprint if self.embeddings else None,
             "config": to_dict(self.config),
             "layout": to_dict(self.layout) if self.layout else None,
-            "shards": [[one.shard, one.offset, one.captions, one.embeddings] for one in self._shards],
+            "shards": [[shard.shard, shard.offset, shard.captions, shard.embeddings] for shard in self._shards],
         }
         return compute_fingerprint("index", identity)
 
     def is_done(self) -> bool:
-        """Whether the index is there already."""
-        there = read_description(self.folder)
-        return there is not None and there.fingerprint == self.fingerprint
+        """Tells whether the folder holds the result of this build."""
+        current = read_description(self.folder)
+        return current is not None and current.fingerprint == self.fingerprint
 
     def train(self) -> None:
-        """Learns the centroids, unless the base has them."""
+        """Trains the centroids, unless the base provides them."""
         if self.layout is None or self.base is not None or self.folder.exists(self._trained):
             return
         assert self.embeddings is not None, "only embeddings have a layout"
-        wanted = max(self.layout.lists * self.config.sample, _LEAST_SAMPLE)
-        shards = [one.shard for one in self.added]
-        sample = sample_vectors(self.embeddings, shards, wanted, self.config.seed)
+        count = max(self.layout.nlist * _TRAINING_VECTORS_PER_LIST, _MIN_TRAINING_VECTORS)
+        sample = sample_embeddings(self.embeddings, [shard.shard for shard in self.added], count)
         with self.folder.stage(self._trained) as path:
-            train_vectors(self.layout, sample, self.config.seed, path)
+            train_vectors(self.layout, sample, path)
 
     def add_shard(self, number: int) -> None:
-        """Writes the rows and the partial index of the `number`-th added shard.
+        """Writes the rows and the partial vector index of the `number`-th added shard.
 
         Raises:
-            DatasetError: its captions and embeddings do not belong together.
+            DatasetError: the captions and embeddings of the shard are of different images.
         """
         shard = self.added[number]
         if not self.folder.exists(shard.file):
@@ -97,42 +111,42 @@ class IndexBuild:
                 write_rows(path, number_rows(batches, shard.offset))
         if self.embeddings is None or self.folder.exists(self._partial(shard)):
             return
-        places = check_shard(self.captions, self.embeddings, shard.shard)
-        captioned = places >= 0
-        vectors = read_vectors(self.embeddings, shard.shard)[captioned]
-        with scratch(self.folder) as local, self.folder.stage(self._partial(shard)) as path:
-            trained = fetch_tree(self.folder, self._trained, local / "trained")
-            add_vectors(trained, places[captioned] + shard.offset, vectors, path)
+        positions = match_embeddings_to_captions(self.captions, self.embeddings, shard.shard)
+        has_caption = positions >= 0
+        vectors = read_embeddings(self.embeddings, shard.shard)[has_caption]
+        with temporary_folder(self.folder) as local, self.folder.stage(self._partial(shard)) as path:
+            trained = fetch_path(self.folder, self._trained, local / "trained")
+            add_vectors(trained, positions[has_caption] + shard.offset, vectors, path)
 
     def finish(self) -> None:
-        """Puts the parts together, makes them the index, and removes what nobody reads any more."""
-        before = read_description(self.folder)
-        if before is not None and before.fingerprint == self.fingerprint:
+        """Merges the shards, publishes the index and removes files that no version uses."""
+        previous = read_description(self.folder)
+        if previous is not None and previous.fingerprint == self.fingerprint:
             return
-        removed = [(one.offset, one.end) for one in self.removed]
-        with scratch(self.folder) as local:
+        removed = [(shard.offset, shard.end) for shard in self.removed]
+        with temporary_folder(self.folder) as local:
             vectors_count = self._merge_vectors(local, removed)
-            captions_count = self._write_text(local, removed)
+            captions_count = self._write_text_index(local, removed)
         description = self._describe(captions_count, vectors_count)
-        old = set(before.files if before else ()) - set(description.files)
-        write_description(self.folder, IndexDescription(**{**vars(description), "previous": tuple(sorted(old))}))
-        self._clean({*description.files, *old})
+        previous_files = set(previous.files if previous else ()) - set(description.files)
+        write_description(self.folder, replace(description, previous=tuple(sorted(previous_files))))
+        self._clean({*description.files, *previous_files})
 
     def _merge_vectors(self, local: Path, removed: list[tuple[int, int]]) -> int:
         if self.layout is None:
             return 0
         base = self.base.vectors if self.base else self._trained
-        parts = (fetch_tree(self.folder, self._partial(one), local / self._partial(one)) for one in self.added)
-        count = merge_vectors(fetch_tree(self.folder, base, local / "base"), parts, removed, local / "vectors")
-        publish_tree(self.folder, local / "vectors", self._named("vectors", ".faiss"))
+        parts = (fetch_path(self.folder, self._partial(shard), local / self._partial(shard)) for shard in self.added)
+        count = merge_vectors(fetch_path(self.folder, base, local / "base"), parts, removed, local / "vectors")
+        publish_path(self.folder, local / "vectors", self._name("vectors", ".faiss"))
         return count
 
-    def _write_text(self, local: Path, removed: list[tuple[int, int]]) -> int:
-        base = fetch_tree(self.folder, self.base.text, local / "text-base") if self.base else None
-        files = (fetch_tree(self.folder, one.file, local / one.file) for one in self.added)
+    def _write_text_index(self, local: Path, removed: list[tuple[int, int]]) -> int:
+        base = fetch_path(self.folder, self.base.text, local / "text-base") if self.base else None
+        files = (fetch_path(self.folder, shard.file, local / shard.file) for shard in self.added)
         rows = (batch for file in files for batch in read_rows(file))
-        count = write_text(local / "text", self.config.language, rows, base, removed)
-        publish_tree(self.folder, local / "text", self._named("text"))
+        count = write_text_index(local / "text", self.config.language, rows, base, removed)
+        publish_path(self.folder, local / "text", self._name("text"))
         return count
 
     def _describe(self, captions_count: int, vectors_count: int) -> IndexDescription:
@@ -140,27 +154,27 @@ class IndexBuild:
             fingerprint=self.fingerprint,
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             config=self.config,
-            captions=describe_source(self.captions),
-            embeddings=describe_source(self.embeddings) if self.embeddings else None,
+            captions=_describe_dataset(self.captions),
+            embeddings=_describe_dataset(self.embeddings) if self.embeddings else None,
             layout=self.layout,
             shards=self._shards,
-            capacity=max([self.base.capacity if self.base else 0, *(one.end for one in self._shards)]),
+            end_row=max([self.base.end_row if self.base else 0, *(shard.end for shard in self._shards)]),
             captions_count=captions_count,
             vectors_count=vectors_count,
-            text=self._named("text"),
-            vectors=self._named("vectors", ".faiss") if self.layout else "",
+            text=self._name("text"),
+            vectors=self._name("vectors", ".faiss") if self.layout else "",
             trained=self._trained if self.layout else "",
         )
 
     @property
     def _shards(self) -> tuple[IndexedShard, ...]:
-        return tuple(sorted((*self.kept, *self.added), key=lambda one: one.offset))
+        return tuple(sorted((*self.kept, *self.added), key=lambda shard: shard.offset))
 
     @property
     def _trained(self) -> str:
-        return self.base.trained if self.base else self._named("trained", ".faiss")
+        return self.base.trained if self.base else self._name("trained", ".faiss")
 
-    def _named(self, kind: str, extension: str = "") -> str:
+    def _name(self, kind: str, extension: str = "") -> str:
         return f"{kind}-{self.fingerprint[:12]}{extension}"
 
     def _partial(self, shard: IndexedShard) -> str:
@@ -173,7 +187,139 @@ class IndexBuild:
                 self.folder.remove(name)
 
 
-def describe_source(dataset: ShardedDataset) -> Source:
-    """A dataset as an index remembers it."""
+def plan_build(
+    captions: str | os.PathLike[str],
+    embeddings: str | os.PathLike[str] | None,
+    output: str | os.PathLike[str],
+    config: IndexConfig,
+    *,
+    overwrite: bool = False,
+) -> IndexBuild:
+    """Compares an index with its datasets and plans what to build.
+
+    The plan covers the shards that are done in both datasets. It extends an existing index by the shards that are new
+    or were replaced, and builds from scratch once the rows have outgrown the layout of the vectors.
+
+    Args:
+        captions: a captions dataset; shards that are still being written are left to the next build.
+        embeddings: the embeddings of the same images; None builds a text-only index.
+        output: the folder of the index.
+        config: the configuration.
+        overwrite: replace an index of other datasets or of another configuration.
+
+    Raises:
+        DatasetError: a dataset is missing, of another kind or has no shard that is done; the datasets are of different
+            images; or the output folder holds other files.
+        FingerprintError: the index is of other datasets or of another configuration, and `overwrite` is off.
+    """
+    captions_dataset = open_dataset(captions, "captions")
+    embeddings_dataset = None if embeddings is None else open_dataset(embeddings, "embeddings")
+    build = IndexBuild(Folder(output), captions_dataset, embeddings_dataset, config)
+    base = _read_base(build.folder)
+    done = _read_markers(captions_dataset, embeddings_dataset)
+    if base is not None and (changes := _compare_with_base(build, base)):
+        if not overwrite:
+            raise FingerprintError(
+                f"{build.folder.uri} is an index of other datasets or another configuration ({'; '.join(changes)}); "
+                "choose another folder, or replace it with --overwrite"
+            )
+        base = None
+    if embeddings_dataset is not None:
+        check_datasets_match(captions_dataset, embeddings_dataset)
+        # Fails before workers start; `add_shard` checks the other shards.
+        match_embeddings_to_captions(captions_dataset, embeddings_dataset, min(done))
+    return _plan_shards(build, base, done)
+
+
+def _read_base(folder: Folder) -> IndexDescription | None:
+    base = read_description(folder)
+    if base is None and (others := [name for name in folder.list() if not _is_index_file(name)]):
+        raise DatasetError(
+            f"{folder.uri} holds files that are not part of an index ({', '.join(others[:3])}); "
+            "choose an empty or a new folder"
+        )
+    return base
+
+
+def _is_index_file(name: str) -> bool:
+    """Tells whether an interrupted build may have left the file."""
+    return name in (TEMPORARY_FOLDER, DESCRIPTION, "rows") or name.startswith(("text-", "vectors-", "trained-"))
+
+
+def _read_markers(captions: ShardedDataset, embeddings: ShardedDataset | None) -> ShardMarkers:
+    """Reads the markers of the shards that are done in both datasets."""
+    markers = captions.read_markers()
+    if embeddings is None:
+        done: ShardMarkers = {shard: (marker, None) for shard, marker in markers.items()}
+    else:
+        embedding_markers = embeddings.read_markers()
+        done = {shard: (markers[shard], embedding_markers[shard]) for shard in markers if shard in embedding_markers}
+    if not done:
+        folders = f"both {captions.folder.uri} and {embeddings.folder.uri}" if embeddings else captions.folder.uri
+        raise DatasetError(f"expected shards that are done in {folders}, got none; run the commands that write them")
+    return done
+
+
+def _compare_with_base(build: IndexBuild, base: IndexDescription) -> list[str]:
+    """Describes changes of datasets and configuration, apart from the datasets' addresses and numbers of shards."""
+    before = {
+        "captions": base.captions.fingerprint,
+        "embeddings": base.embeddings.fingerprint if base.embeddings else None,
+        **to_dict(base.config),
+    }
+    now = {
+        "captions": build.captions.fingerprint,
+        "embeddings": build.embeddings.fingerprint if build.embeddings else None,
+        **to_dict(build.config),
+    }
+    return describe_differences(before, now)
+
+
+def _plan_shards(build: IndexBuild, base: IndexDescription | None, done: ShardMarkers) -> IndexBuild:
+    rows = sum(marker.rows for marker, _ in done.values())
+    if base is not None and base.layout is not None and base.layout.is_outgrown(build.config, rows):
+        base = None
+    indexed = {shard.shard: shard for shard in base.shards} if base is not None else {}
+    kept = {number: shard for number, shard in indexed.items() if number in done and _is_current(shard, *done[number])}
+    offset = base.end_row if base is not None else 0
+    added = []
+    for number in sorted(done.keys() - kept.keys()):
+        added.append(_plan_shard(number, offset, *done[number]))
+        offset = added[-1].end
+    return replace(
+        build,
+        base=base,
+        kept=tuple(kept.values()),
+        removed=tuple(shard for number, shard in indexed.items() if number not in kept),
+        added=tuple(added),
+        layout=_choose_layout(build, base, rows),
+    )
+
+
+def _choose_layout(build: IndexBuild, base: IndexDescription | None, rows: int) -> VectorLayout | None:
+    if build.embeddings is None:
+        return None
+    if base is not None:
+        return base.layout
+    return VectorLayout.choose(build.config, rows, build.embeddings.schema.field("embedding").type.list_size)
+
+
+def _is_current(shard: IndexedShard, captions: Marker, embeddings: Marker | None) -> bool:
+    return (shard.captions, shard.embeddings) == (captions.checksum, embeddings.checksum if embeddings else "")
+
+
+def _plan_shard(number: int, offset: int, captions: Marker, embeddings: Marker | None) -> IndexedShard:
+    name = compute_fingerprint("rows", {"captions": captions.checksum, "offset": offset})[:12]
+    return IndexedShard(
+        shard=number,
+        offset=offset,
+        rows=captions.rows,
+        captions=captions.checksum,
+        embeddings=embeddings.checksum if embeddings else "",
+        file=f"rows/{part_name(number)}-{name}.arrow",
+    )
+
+
+def _describe_dataset(dataset: ShardedDataset) -> IndexedDataset:
     ranker = str(dataset.config.get("ranker", "")) if dataset.kind == "embeddings" else ""
-    return Source(resolve_address(dataset.folder.uri), dataset.fingerprint, dataset.shards, ranker)
+    return IndexedDataset(resolve_address(dataset.folder.uri), dataset.fingerprint, dataset.shards, ranker)

@@ -1,39 +1,42 @@
-"""An index, opened to be asked: words, sentences, images, and words and sentences together."""
+"""Searches an index by text, sentences, vectors, and text and vectors combined."""
 
 import os
 import threading
-from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
+from cachetools import LRUCache
 
 from captionlib.errors import CheckpointError, DatasetError, QueryError
-from captionlib.search.encoders import SentenceEncoder
-from captionlib.search.fusion import fuse_rankings
-from captionlib.search.index_files import DESCRIPTION, IndexDescription, local_copy, read_description
-from captionlib.search.index_rows import RowStore
+from captionlib.search.index_folder import DESCRIPTION, IndexDescription, fetch_locally, read_description
+from captionlib.search.rows import RowStore
 from captionlib.search.text_index import Sort, TextIndex
-from captionlib.search.vector_index import Hits, VectorIndex, Vectors
+from captionlib.search.vector_index import Hits, RowNumbers, VectorIndex, Vectors
 from captionlib.storage.folders import Folder
 
-__all__ = ["Filter", "Index", "open_index"]
+if TYPE_CHECKING:
+    from captionlib.search.models import QueryEncoder
 
-_KEPT_FILTERS = 16
-_FUSED = 200  # of each ranking at least: what is fused must not depend on the page that is shown
+__all__ = ["Filter", "Index", "fuse_rankings", "open_index"]
+
+_CACHED_FILTERS = 16
+_FUSION_DEPTH = 200  # ranks fused per page of this size, so that the fused ranking is the same on every page
+_RANK_CONSTANT = 60
 
 
 @dataclass(frozen=True)
 class Filter:
-    """Which images may be found.
+    """Restricts a search to matching images.
 
     Attributes:
-        where: a condition of SQL over the columns of a row. It can only read, but may take long: not for strangers.
-        split: that they must be of.
-        min_log_prob: that their captions must have at least.
+        where: a SQL condition over the columns of a row. It cannot change anything, but it can be slow: do not accept
+            one from untrusted users.
+        split: the split that the images must be in.
+        min_log_prob: the lowest log-probability of a caption.
     """
 
     where: str | None = None
@@ -41,41 +44,41 @@ class Filter:
     min_log_prob: float | None = None
 
     @property
-    def is_open(self) -> bool:
-        """Whether all may be found."""
+    def is_empty(self) -> bool:
+        """Whether all images match."""
         return self == Filter()
 
     def to_sql(self) -> tuple[str, list[Any]]:
-        """One condition, and its parameters."""
-        parts = {"split = ?": self.split, "log_prob >= ?": self.min_log_prob}
-        given = {sql: value for sql, value in parts.items() if value is not None}
-        own = [f"(\n{self.where}\n)"] if self.where is not None else []
-        return " AND ".join([*own, *given]), list(given.values())
+        """Returns one SQL condition and its parameters."""
+        parameters = {"split = ?": self.split, "log_prob >= ?": self.min_log_prob}
+        set_parameters = {sql: value for sql, value in parameters.items() if value is not None}
+        where = [f"(\n{self.where}\n)"] if self.where is not None else []
+        return " AND ".join([*where, *set_parameters]), list(set_parameters.values())
 
 
 class Index:
-    """Takes questions and gives Arrow tables, the best row first. Made by `open_index`; safe to use from many threads.
+    """An open index. Thread-safe. Made by `open_index`.
 
-    The tables have the columns image_id, uri, split, caption, log_prob, tokens and `score`: BM25 for words, the inner
-    product for vectors, and reciprocal ranks for both together. There are as many rows as were asked for, unless no
-    more exist.
+    Searches return Arrow tables, best row first, with the columns image_id, uri, split, caption, log_prob, tokens and
+    `score`: BM25 for text, the inner product for vectors, and reciprocal rank fusion for both. A table has `limit` rows
+    unless fewer match.
 
-    Every question takes `limit` rows after the first `offset`, and `where`: a `Filter`, or a condition of SQL.
+    Every search takes `limit` and `offset`, and `where`: a `Filter` or a SQL condition.
 
     Attributes:
-        description: what it was built from.
+        description: what the index was built from.
     """
 
-    def __init__(self, description: IndexDescription, path: Path, encoder: SentenceEncoder | None = None) -> None:
+    def __init__(self, description: IndexDescription, path: Path, encoder: "QueryEncoder | None" = None) -> None:
         self.description = description
         self._rows = RowStore(path / shard.file for shard in description.shards)
         self._text = TextIndex(path / description.text, description.config.language)
         self._vectors: VectorIndex | None = None
         if description.layout is not None:
-            self._vectors = VectorIndex(path / description.vectors, description.layout, description.capacity)
+            self._vectors = VectorIndex(path / description.vectors, description.layout, description.end_row)
         self._encoder = encoder
         self._lock = threading.Lock()
-        self._passing: OrderedDict[Filter, npt.NDArray[np.int64]] = OrderedDict()
+        self._matching: LRUCache[Filter, RowNumbers] = LRUCache(_CACHED_FILTERS)
 
     def __len__(self) -> int:
         return self.description.captions_count
@@ -85,215 +88,230 @@ class Index:
         return self._vectors is not None
 
     @property
-    def has_sentences(self) -> bool:
-        """Whether it takes sentences: it has vectors, and was opened with their ranker."""
+    def supports_sentences(self) -> bool:
+        """Whether `search_sentence` works: the index has vectors and was opened with their ranker."""
         return self.has_vectors and self._encoder is not None
 
-    def text(
+    def search_text(
         self,
-        question: str,
+        query: str,
         limit: int = 20,
         offset: int = 0,
         where: Filter | str | None = None,
         sort: Sort = "relevance",
     ) -> pa.Table:
-        """Captions by their words.
+        """Finds captions by their words.
 
         Args:
-            question: words, "phrases", `+must`, `-must not`.
-            limit: how many rows.
-            offset: how many to pass over.
-            where: which images may be found.
-            sort: by BM25, or the most likely first.
+            query: words, "phrases", `+required`, `-excluded`.
+            limit: the maximum number of rows.
+            offset: the number of rows to skip.
+            where: restricts the search to matching images.
+            sort: by BM25 score, or by log-probability.
 
         Raises:
-            QueryError: no word is left to look for, or the condition is none.
+            QueryError: the query has no words besides stop words, or the condition is invalid.
         """
-        return self._table(self._find_text(question, offset + limit, _filter(where), sort)[offset:])
+        return self._to_table(self._find_text(query, offset + limit, _to_filter(where), sort)[offset:])
 
-    def text_and_count(
-        self, question: str, limit: int = 20, offset: int = 0, where: Filter | None = None
+    def search_text_and_count(
+        self, query: str, limit: int = 20, offset: int = 0, where: Filter | None = None
     ) -> tuple[pa.Table, int]:
-        """Captions by their words, and how many match in all; `where` without SQL. See `text`."""
-        chosen = where or Filter()
-        if chosen.where is not None:
-            raise QueryError("text_and_count: expected a filter without SQL; ask for the rows and count them")
-        hits, count = self._text.search_and_count(question, offset + limit, chosen.split, chosen.min_log_prob)
-        return self._table(hits[offset:]), count
+        """Finds captions by their words, and counts all that match. See `search_text`; `where` must not have SQL."""
+        where = where or Filter()
+        if where.where is not None:
+            raise QueryError("search_text_and_count: expected a filter without SQL; use search_text and count its rows")
+        hits, count = self._text.search_and_count(query, offset + limit, where.split, where.min_log_prob)
+        return self._to_table(hits[offset:]), count
 
-    def sentence(self, sentence: str, limit: int = 20, offset: int = 0, where: Filter | str | None = None) -> pa.Table:
-        """Images that a sentence describes, whatever their captions say.
-
-        Raises:
-            QueryError: the index has no vectors, was opened without their ranker, or that knows none of the words.
-        """
-        return self.vector(self._encode(sentence), limit, offset, where)
-
-    def vector(self, vector: Vectors, limit: int = 20, offset: int = 0, where: Filter | str | None = None) -> pa.Table:
-        """Images by a vector of the ranker's space, `[size]`.
+    def search_sentence(
+        self, sentence: str, limit: int = 20, offset: int = 0, where: Filter | str | None = None
+    ) -> pa.Table:
+        """Finds images that match a sentence, whatever their captions.
 
         Raises:
-            QueryError: the index has no vectors, or they are of another size.
+            QueryError: the index has no vectors, was opened without their ranker, or the ranker knows no word of it.
         """
-        return self._table(self._find_vector(vector, offset + limit, _filter(where))[offset:])
+        return self.search_vector(self._encode(sentence), limit, offset, where)
 
-    def similar(self, image_id: str, limit: int = 20, offset: int = 0, where: Filter | str | None = None) -> pa.Table:
-        """The images that lie nearest to one of the index, which is left out itself.
+    def search_vector(
+        self, vector: Vectors, limit: int = 20, offset: int = 0, where: Filter | str | None = None
+    ) -> pa.Table:
+        """Finds images by a vector of the joint embedding space, `[dimension]`.
 
         Raises:
-            QueryError: there is no such image, or it has no vector.
+            QueryError: the index has no vectors, or they have another dimension.
         """
-        row = self._row(image_id)
-        vector = self._require_vectors().vector(row)
+        return self._to_table(self._find_vector(vector, offset + limit, _to_filter(where))[offset:])
+
+    def search_similar(
+        self, image_id: str, limit: int = 20, offset: int = 0, where: Filter | str | None = None
+    ) -> pa.Table:
+        """Finds the images nearest to an image of the index, without that image.
+
+        Raises:
+            QueryError: the index does not hold the image, or no vector for it.
+        """
+        row = self._find_row(image_id)
+        vector = self._require_vectors().get_vector(row)
         if vector is None:
-            raise QueryError(f"image {image_id} has no vector: it failed where the embeddings were made")
-        hits = self._find_vector(vector, offset + limit + 1, _filter(where))
-        others = hits.rows != row
-        return self._table(Hits(hits.rows[others], hits.scores[others])[offset : offset + limit])
+            raise QueryError(f"image {image_id} has no vector: computing its embedding failed")
+        hits = self._find_vector(vector, offset + limit + 1, _to_filter(where))
+        return self._to_table(hits[hits.rows != row][offset : offset + limit])
 
-    def hybrid(
+    def search_hybrid(
         self,
-        question: str,
+        query: str,
         limit: int = 20,
         offset: int = 0,
         where: Filter | str | None = None,
         vector: Vectors | None = None,
     ) -> pa.Table:
-        """Images by the words of their captions and by their vectors, fused by reciprocal rank.
+        """Finds images by the words of their captions and by their vectors, combined by reciprocal rank fusion.
 
-        What must be in a caption, or must not, holds for all of them. Words that the ranker never learned are
-        looked for in captions alone.
+        Required and excluded words hold for all rows. Words that the ranker does not know match captions only.
 
         Args:
-            question: see `text`; it is also the sentence, without its signs, unless a vector is given.
-            limit: how many rows.
-            offset: how many to pass over.
-            where: which images may be found.
-            vector: in place of the sentence's.
+            query: see `search_text`; without its signs it is also the sentence to encode, unless `vector` is given.
+            limit: the maximum number of rows.
+            offset: the number of rows to skip.
+            where: restricts the search to matching images.
+            vector: a vector to use instead of the encoded query, `[dimension]`.
 
         Raises:
-            QueryError: no word is left to look for, or sentences cannot be asked.
+            QueryError: the query has no words besides stop words, or the index does not support sentences.
         """
-        depth = -(-max(1, offset + limit) // _FUSED) * _FUSED
-        chosen = _filter(where)
-        rankings = [self._find_text(question, depth, chosen, "relevance")]
-        if vector is None and self._knows(sentence := self._text.wanted_words(question)):
+        depth = -(-max(1, offset + limit) // _FUSION_DEPTH) * _FUSION_DEPTH
+        where = _to_filter(where)
+        rankings = [self._find_text(query, depth, where, "relevance")]
+        sentence = self._text.to_sentence(query)
+        # Without a ranker, `_encode` raises the error.
+        if vector is None and sentence and (self._encoder is None or self._encoder.has_known_word(sentence)):
             vector = self._encode(sentence)
         if vector is not None:
-            rankings.append(self._find_allowed(question, vector, depth, chosen))
-        return self._table(fuse_rankings(rankings)[offset : offset + limit])
+            rankings.append(self._find_vector_with_words(query, vector, depth, where))
+        return self._to_table(fuse_rankings(rankings)[offset : offset + limit])
 
-    def image(self, image_id: str) -> dict[str, Any]:
-        """The row of one image.
+    def get_image(self, image_id: str) -> dict[str, Any]:
+        """Returns the row of one image.
 
         Raises:
-            QueryError: there is no such image.
+            QueryError: the index does not hold the image.
         """
-        row: dict[str, Any] = self._rows.take(np.array([self._row(image_id)])).to_pylist()[0]
+        row: dict[str, Any] = self._rows.take(np.array([self._find_row(image_id)])).to_pylist()[0]
         return row
 
     def sample(self, limit: int = 20) -> pa.Table:
-        """Some images, from all over the index; each scores 0."""
-        rows = self._rows.spread(limit)
-        return self._table(Hits(rows, np.zeros(len(rows), np.float32)))
+        """Returns evenly spaced rows of the index, with a score of 0."""
+        rows = self._rows.sample(limit)
+        return self._to_table(Hits(rows, np.zeros(len(rows), np.float32)))
 
-    def splits(self) -> list[str]:
-        """The splits that its images are of, sorted."""
-        return self._rows.splits()
+    def list_splits(self) -> list[str]:
+        """Returns the splits of the images, sorted."""
+        return self._rows.list_splits()
 
-    def _find_text(self, question: str, limit: int, where: Filter, sort: Sort) -> Hits:
+    def _find_text(self, query: str, limit: int, where: Filter, sort: Sort) -> Hits:
         if where.where is None:
-            return self._text.search(question, limit, None, where.split, where.min_log_prob, sort)
-        return self._text.search(question, limit, self._passing_rows(where), sort=sort)
+            return self._text.search(query, limit, None, where.split, where.min_log_prob, sort)
+        return self._text.search(query, limit, self._find_matching(where), sort=sort)
 
     def _find_vector(self, vector: Vectors, limit: int, where: Filter) -> Hits:
         vectors = self._require_vectors()
-        if vector.shape != (vectors.layout.size,):
-            raise QueryError(f"expected a vector of shape [{vectors.layout.size}], got {list(vector.shape)}")
-        return vectors.search(vector, limit, None if where.is_open else self._passing_rows(where))
+        if vector.shape != (vectors.layout.dimension,):
+            raise QueryError(f"expected a vector of shape [{vectors.layout.dimension}], got {list(vector.shape)}")
+        return vectors.search(vector, limit, None if where.is_empty else self._find_matching(where))
 
-    def _find_allowed(self, question: str, vector: Vectors, limit: int, where: Filter) -> Hits:
-        """The nearest of which the captions have what they must have."""
-        asked = limit
+    def _find_vector_with_words(self, query: str, vector: Vectors, limit: int, where: Filter) -> Hits:
+        """Returns the nearest vectors whose captions have the required words and no excluded ones."""
+        depth = limit
         while True:
-            hits = self._find_vector(vector, asked, where)
-            kept = self._text.allowed(question, hits)
-            if len(kept) >= limit or len(hits) < asked:
-                return kept[:limit]
-            asked *= 4
+            hits = self._find_vector(vector, depth, where)
+            admitted = self._text.filter_hits(query, hits)
+            if len(admitted) >= limit or len(hits) < depth:
+                return admitted[:limit]
+            depth *= 4
 
-    def _passing_rows(self, where: Filter) -> npt.NDArray[np.int64]:
-        """The rows that pass; of the filters asked last they are kept, for the next page."""
+    def _find_matching(self, where: Filter) -> RowNumbers:
+        """Returns the numbers of the rows that match a filter, cached for the next page of results."""
         with self._lock:
-            known = self._passing.get(where)
-            if known is not None:
-                self._passing.move_to_end(where)
-                return known
-        rows = self._rows.passing(*where.to_sql())
-        with self._lock:
-            self._passing[where] = rows
-            if len(self._passing) > _KEPT_FILTERS:
-                self._passing.popitem(last=False)
+            rows = self._matching.get(where)
+        if rows is None:
+            rows = self._rows.find_matching(*where.to_sql())
+            with self._lock:
+                self._matching[where] = rows
         return rows
 
-    def _row(self, image_id: str) -> int:
-        row = self._text.find(image_id)
+    def _find_row(self, image_id: str) -> int:
+        row = self._text.find_image(image_id)
         if row is None:
-            raise QueryError(f"no image {image_id} in the index; ids are matched exactly")
+            raise QueryError(f"no image {image_id} in the index; image ids must match exactly")
         return row
-
-    def _knows(self, sentence: str) -> bool:
-        """Whether a sentence has words to look for; without a ranker it is for `_encode` to complain."""
-        return bool(sentence) and (self._encoder is None or self._encoder.has_known_word(sentence))
 
     def _encode(self, sentence: str) -> Vectors:
         self._require_vectors()
         if not sentence.strip():
             raise QueryError("sentence: expected words, got none")
         if self._encoder is None:
-            raise QueryError("sentences need the ranker that made the embeddings; open the index with its checkpoint")
+            raise QueryError("sentences need the ranker that computed the embeddings; open the index with it")
         if not self._encoder.has_known_word(sentence):
-            raise QueryError(f"sentence: expected words that the ranker has learned, got none of them in {sentence!r}")
+            raise QueryError(f"sentence: expected words that the ranker knows, got none of them in {sentence!r}")
         vector: Vectors = self._encoder.encode_sentences([sentence])[0]
         return vector
 
     def _require_vectors(self) -> VectorIndex:
         if self._vectors is None:
-            raise QueryError("the index holds text alone; build it with embeddings to ask for sentences and images")
+            raise QueryError("the index has text only; build it with embeddings to search by sentences and images")
         return self._vectors
 
-    def _table(self, hits: Hits) -> pa.Table:
+    def _to_table(self, hits: Hits) -> pa.Table:
         rows = self._rows.take(hits.rows)
         return rows.append_column(pa.field("score", pa.float32(), nullable=False), pa.array(hits.scores, pa.float32()))
 
 
+def fuse_rankings(rankings: Sequence[Hits]) -> Hits:
+    """Combines rankings of rows by reciprocal rank fusion.
+
+    A row's score is the sum of 1 / (60 + rank) over the rankings that contain it; ranks start at 1. Equal scores are
+    ordered by row number. See Cormack, Clarke and Buettcher, Reciprocal Rank Fusion, SIGIR 2009.
+    """
+    rows = np.concatenate([np.empty(0, np.int64), *(hits.rows for hits in rankings)])
+    terms = np.concatenate([np.empty(0), *(1.0 / (_RANK_CONSTANT + 1 + np.arange(len(hits))) for hits in rankings)])
+    unique, positions = np.unique(rows, return_inverse=True)
+    scores = np.bincount(positions, weights=terms, minlength=len(unique))
+    order = np.lexsort((unique, -scores))
+    return Hits(unique[order], scores[order].astype(np.float32))
+
+
 def open_index(
-    folder: str | os.PathLike[str], encoder: SentenceEncoder | None = None, cache: str | os.PathLike[str] | None = None
+    folder: str | os.PathLike[str],
+    encoder: "QueryEncoder | None" = None,
+    cache: str | os.PathLike[str] | None = None,
 ) -> Index:
-    """Opens an index; one that lies elsewhere is copied to this machine once.
+    """Opens an index; a remote one is copied to this machine once.
 
     Args:
-        folder: where it lies, on any file system of fsspec.
-        encoder: the ranker that made its embeddings, to ask for sentences.
-        cache: where copies are kept; None is `$CAPTIONLIB_CACHE`, or `captionlib/indexes` in the user's cache folder.
+        folder: the address of the index, on any file system of fsspec.
+        encoder: the ranker that computed the embeddings, for searching by sentences.
+        cache: the folder for copies; None is `$CAPTIONLIB_CACHE`, or `captionlib/indexes` in the user's cache folder.
 
     Raises:
-        DatasetError: there is no index.
-        CheckpointError: the ranker is another one.
+        DatasetError: the folder is not an index.
+        CheckpointError: the embeddings are of another ranker.
     """
-    address = Folder(folder)
-    description = read_description(address)
+    index_folder = Folder(folder)
+    description = read_description(index_folder)
     if description is None:
-        raise DatasetError(f"{address.uri} is no index: expected a folder that holds {DESCRIPTION}; see build-index")
-    made_by = description.embeddings.ranker if description.embeddings else ""
-    if encoder is not None and made_by and encoder.fingerprint != made_by:
-        raise CheckpointError(
-            f"{address.uri}: expected the ranker {made_by}, which made its vectors, got {encoder.fingerprint}; "
-            "give that one, or embed the images again and build the index anew"
+        raise DatasetError(
+            f"{index_folder.uri} is not an index: expected a folder with {DESCRIPTION}; see `captionlib build-index`"
         )
-    path = local_copy(address, description, None if cache is None else Path(cache))
-    return Index(description, path, encoder)
+    ranker = description.embeddings.ranker if description.embeddings else ""
+    if encoder is not None and ranker and encoder.fingerprint != ranker:
+        raise CheckpointError(
+            f"{index_folder.uri}: expected the ranker {ranker}, which computed the embeddings, got "
+            f"{encoder.fingerprint}; use that ranker, or embed the images again and rebuild the index"
+        )
+    return Index(description, fetch_locally(index_folder, description, None if cache is None else Path(cache)), encoder)
 
 
-def _filter(where: Filter | str | None) -> Filter:
+def _to_filter(where: Filter | str | None) -> Filter:
     return where if isinstance(where, Filter) else Filter(where=where)

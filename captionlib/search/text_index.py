@@ -1,6 +1,6 @@
-"""Captions in Tantivy: words without their endings, asked for by BM25.
+"""The captions of an index in Tantivy, ranked by BM25.
 
-A question is words and "phrases"; `+` before one: it must be there, `-`: it must not. All else is text, never syntax.
+A query is a list of words and "phrases". `+` before one requires it, `-` excludes it. Nothing else is syntax.
 """
 
 import re
@@ -15,20 +15,20 @@ import tantivy
 from tantivy import Filter, Occur, Query
 
 from captionlib.errors import DatasetError, QueryError
-from captionlib.search.vector_index import Hits
+from captionlib.search.vector_index import Hits, RowNumbers
 
-__all__ = ["Sort", "TextIndex", "write_text"]
+__all__ = ["Sort", "TextIndex", "write_text_index"]
 
 Sort = Literal["relevance", "log_prob"]
 
 _ANALYZER = "captions"
 _WRITER_BYTES = 128_000_000
-_LONGEST_WORD = 40
-_MOST_CLAUSES = 64
+_MAX_WORD_LENGTH = 40
+_MAX_CLAUSES = 64
 _CLAUSE = re.compile(r'([+-]?)(?:"([^"]*)"?|([^\s"]+))')
 
-# Up to so many passing rows are looked for as such; of more, enough are among the first that match anyway.
-_FEW_PASSING = 20_000
+# Up to this many matching rows, the query restricts itself to them. Of more, enough are among its first hits.
+_MAX_TERM_SET = 20_000
 
 
 class _Clause(NamedTuple):
@@ -36,36 +36,36 @@ class _Clause(NamedTuple):
     words: list[tuple[int, str]]
 
 
-def write_text(
+def write_text_index(
     path: Path, language: str, rows: Iterable[pa.RecordBatch], base: Path | None, removed: Sequence[tuple[int, int]]
 ) -> int:
-    """Writes the index of captions to a new folder.
+    """Writes a text index to a new folder.
 
     Args:
-        path: of the folder.
+        path: the folder to write.
         language: see `IndexConfig`.
-        rows: with the columns row, image_id, split, caption and log_prob.
-        base: an index of the same language that they are added to; it stays as it is.
-        removed: ranges of rows to leave out of the base, the end excluded.
+        rows: the rows to add, with the columns row, image_id, split, caption and log_prob.
+        base: an index of the same language to extend a copy of.
+        removed: ranges of row numbers to leave out of the base, each with an exclusive end.
 
     Returns:
-        How many captions there are.
+        The number of captions.
     """
     if base is None:
         path.mkdir(parents=True)
-        index = tantivy.Index(_schema(), path=str(path))
+        index = tantivy.Index(_make_schema(), path=str(path))
     else:
         shutil.copytree(base, path, ignore=shutil.ignore_patterns(".tantivy-*.lock"))
         index = tantivy.Index.open(str(path))
-    index.register_tokenizer(_ANALYZER, _analyzer(language))
-    # One thread: the same captions in the same order give the same index.
+    index.register_tokenizer(_ANALYZER, _make_analyzer(language))
+    # With one thread, the same captions in the same order give the same index.
     writer = index.writer(_WRITER_BYTES, 1)
     for start, end in removed:
         writer.delete_documents_by_query(
             Query.range_query(index.schema, "row", tantivy.FieldType.Integer, start, end, include_upper=False)
         )
     for batch in rows:
-        for document in _documents(batch):
+        for document in _make_documents(batch):
             writer.add_document(document)
     writer.commit()
     writer.wait_merging_threads()
@@ -75,7 +75,7 @@ def write_text(
     return int(index.searcher().num_docs)
 
 
-def _schema() -> tantivy.Schema:
+def _make_schema() -> tantivy.Schema:
     builder = tantivy.SchemaBuilder()
     builder.add_text_field("caption", tokenizer_name=_ANALYZER, index_option="position")
     builder.add_text_field("image_id", tokenizer_name="raw", index_option="basic")
@@ -85,25 +85,25 @@ def _schema() -> tantivy.Schema:
     return builder.build()
 
 
-def _analyzer(language: str) -> tantivy.TextAnalyzer:
-    """Words in small letters, without stop words, endings and accents."""
-    filters = [Filter.remove_long(_LONGEST_WORD), Filter.lowercase()]
+def _make_analyzer(language: str) -> tantivy.TextAnalyzer:
+    """Returns an analyzer that lowercases, removes stop words, stems, and folds accents."""
+    filters = [Filter.remove_long(_MAX_WORD_LENGTH), Filter.lowercase()]
     if language != "none":
-        filters += [*_stop_words(language), Filter.stemmer(language)]
+        filters += [*_stop_word_filters(language), Filter.stemmer(language)]
     builder = tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.simple())
-    for one in [*filters, Filter.ascii_fold()]:
-        builder = builder.filter(one)
+    for word_filter in [*filters, Filter.ascii_fold()]:
+        builder = builder.filter(word_filter)
     return builder.build()
 
 
-def _stop_words(language: str) -> list[Filter]:
+def _stop_word_filters(language: str) -> list[Filter]:
     try:
         return [Filter.stopword(language)]
-    except ValueError:  # Tantivy knows its endings, but not its stop words
+    except ValueError:  # Tantivy has a stemmer for the language, but no stop words
         return []
 
 
-def _documents(batch: pa.RecordBatch) -> Iterator[tantivy.Document]:
+def _make_documents(batch: pa.RecordBatch) -> Iterator[tantivy.Document]:
     names = ("row", "image_id", "split", "caption", "log_prob")
     for row, image_id, split, caption, log_prob in zip(*(batch[name].to_pylist() for name in names), strict=True):
         document = tantivy.Document()
@@ -116,14 +116,14 @@ def _documents(batch: pa.RecordBatch) -> Iterator[tantivy.Document]:
 
 
 class TextIndex:
-    """The captions of an index, opened to be asked. Safe to use from many threads.
+    """An open text index. Thread-safe.
 
     Args:
-        path: of the folder.
-        language: that it was written in.
+        path: the folder that `write_text_index` wrote.
+        language: the language that it was written with.
 
     Raises:
-        DatasetError: there is no such index.
+        DatasetError: the folder is not a text index.
     """
 
     def __init__(self, path: Path, language: str) -> None:
@@ -131,92 +131,90 @@ class TextIndex:
             index = tantivy.Index.open(str(path))
             index.config_reader("manual")
         except (ValueError, OSError) as error:
-            raise DatasetError(f"{path} is no Tantivy index ({error}); build the index again") from error
+            raise DatasetError(f"{path} is not a Tantivy index ({error}); build the index again") from error
         self._schema = index.schema
         self._searcher = index.searcher()
-        self._analyzer = _analyzer(language)
+        self._analyzer = _make_analyzer(language)
 
     def __len__(self) -> int:
         return int(self._searcher.num_docs)
 
     def search(
         self,
-        question: str,
+        query: str,
         limit: int,
-        passing: "np.ndarray[Any, np.dtype[np.int64]] | None" = None,
+        matching: RowNumbers | None = None,
         split: str | None = None,
         min_log_prob: float | None = None,
         sort: Sort = "relevance",
     ) -> Hits:
-        """The captions that match, the best first.
+        """Returns the captions that match a query, best first.
 
         Args:
-            question: words, "phrases", `+must`, `-must not`.
-            limit: how many.
-            passing: the rows that may be found, in order; None is all.
-            split: that they must be of.
-            min_log_prob: that they must have at least.
-            sort: by BM25, or the most likely first.
+            query: words, "phrases", `+required`, `-excluded`.
+            limit: the maximum number of hits.
+            matching: the row numbers that a filter admits, ascending; None admits all.
+            split: the split that the images must be in.
+            min_log_prob: the lowest log-probability of a caption.
+            sort: by BM25 score, or by log-probability.
 
         Raises:
-            QueryError: no word is left to look for.
+            QueryError: the query has no words besides stop words, or too many.
         """
-        query = self._narrow(self._parse(question), split, min_log_prob)
-        if passing is None:
-            return self._search(query, limit, sort)
-        if len(passing) <= _FEW_PASSING:
-            only = Query.const_score_query(Query.term_set_query(self._schema, "row", passing.tolist()), 0.0)
-            return self._search(Query.boolean_query([(Occur.Must, query), (Occur.Must, only)]), limit, sort)
-        asked = limit
+        parsed = self._restrict(self._parse(query), split, min_log_prob)
+        if matching is None:
+            return self._search(parsed, limit, sort)
+        if len(matching) <= _MAX_TERM_SET:
+            admitted = Query.const_score_query(Query.term_set_query(self._schema, "row", matching.tolist()), 0.0)
+            return self._search(Query.boolean_query([(Occur.Must, parsed), (Occur.Must, admitted)]), limit, sort)
+        depth = limit
         while True:
-            asked = min(4 * asked, max(1, len(self)))
-            hits = self._search(query, asked, sort)
-            places = np.searchsorted(passing, hits.rows).clip(max=len(passing) - 1)
-            kept = passing[places] == hits.rows
-            if np.count_nonzero(kept) >= limit or len(hits) < asked or asked == len(self):
-                return Hits(hits.rows[kept], hits.scores[kept])[:limit]
+            depth = min(4 * depth, max(1, len(self)))
+            hits = self._search(parsed, depth, sort)
+            positions = np.searchsorted(matching, hits.rows).clip(max=len(matching) - 1)
+            is_admitted = matching[positions] == hits.rows
+            if np.count_nonzero(is_admitted) >= limit or len(hits) < depth or depth == len(self):
+                return hits[is_admitted][:limit]
 
-    def allowed(self, question: str, hits: Hits) -> Hits:
-        """Those of other hits that have all that must be there, and nothing that must not; in the same order."""
-        clauses = [clause for clause in self._clauses(question) if clause.occur != Occur.Should]
+    def search_and_count(
+        self, query: str, limit: int, split: str | None = None, min_log_prob: float | None = None
+    ) -> tuple[Hits, int]:
+        """Returns the captions that match a query, and their total number, in one pass. See `search`."""
+        parsed = self._restrict(self._parse(query), split, min_log_prob)
+        result: Any = self._searcher.search(parsed, min(max(1, limit), max(1, len(self))), count=True)
+        return self._to_hits(result.hits)[:limit], int(result.count)
+
+    def filter_hits(self, query: str, hits: Hits) -> Hits:
+        """Returns the hits of another search whose captions have all required words and no excluded ones."""
+        clauses = [clause for clause in self._parse_clauses(query) if clause.occur != Occur.Should]
         if not clauses or not len(hits):
             return hits
         rows = Query.const_score_query(Query.term_set_query(self._schema, "row", hits.rows.tolist()), 1.0)
         parts = [(clause.occur, self._to_query(clause.words)) for clause in clauses]
-        found = self._search(Query.boolean_query([(Occur.Must, rows), *parts]), len(hits), "relevance")
-        kept = np.isin(hits.rows, found.rows)
-        return Hits(hits.rows[kept], hits.scores[kept])
+        admitted = self._search(Query.boolean_query([(Occur.Must, rows), *parts]), len(hits), "relevance")
+        return hits[np.isin(hits.rows, admitted.rows)]
 
-    def wanted_words(self, question: str) -> str:
-        """A question as a sentence: without its signs, and without what must not be there."""
-        found = _CLAUSE.findall(question)
-        return " ".join(phrase or word for sign, phrase, word in found if sign != "-")
+    def to_sentence(self, query: str) -> str:
+        """Returns a query without its signs and without its excluded words."""
+        return " ".join(phrase or word for sign, phrase, word in _CLAUSE.findall(query) if sign != "-")
 
-    def search_and_count(
-        self, question: str, limit: int, split: str | None = None, min_log_prob: float | None = None
-    ) -> tuple[Hits, int]:
-        """The captions that match, and how many do; one pass over both takes less than two. See `search`."""
-        query = self._narrow(self._parse(question), split, min_log_prob)
-        found: Any = self._searcher.search(query, min(max(1, limit), max(1, len(self))), count=True)
-        return self._to_hits(found.hits)[:limit], int(found.count)
-
-    def find(self, image_id: str) -> int | None:
-        """The row of an image; None where there is none."""
+    def find_image(self, image_id: str) -> int | None:
+        """Returns the row number of an image; None if the index does not hold it."""
         hits = self._search(Query.term_query(self._schema, "image_id", image_id, "basic"), 1, "relevance")
         return int(hits.rows[0]) if len(hits) else None
 
     def _search(self, query: Query, limit: int, sort: Sort) -> Hits:
         if not limit:
-            return Hits(np.empty(0, np.int64), np.empty(0, np.float32))
-        by = None if sort == "relevance" else sort
-        most = min(limit, max(1, len(self)))
-        return self._to_hits(self._searcher.search(query, most, count=False, order_by_field=by).hits)
+            return Hits.empty()
+        order_by = None if sort == "relevance" else sort
+        limit = min(limit, max(1, len(self)))
+        return self._to_hits(self._searcher.search(query, limit, count=False, order_by_field=order_by).hits)
 
-    def _to_hits(self, found: list[tuple[Any, Any]]) -> Hits:
-        rows = self._searcher.fast_field_values("row", [address for _, address in found])
-        return Hits(np.array(rows, np.int64), np.array([score for score, _ in found], np.float32))
+    def _to_hits(self, scored_addresses: list[tuple[Any, Any]]) -> Hits:
+        rows = self._searcher.fast_field_values("row", [address for _, address in scored_addresses])
+        return Hits(np.array(rows, np.int64), np.array([score for score, _ in scored_addresses], np.float32))
 
-    def _narrow(self, query: Query, split: str | None, min_log_prob: float | None) -> Query:
+    def _restrict(self, query: Query, split: str | None, min_log_prob: float | None) -> Query:
         conditions = []
         if split is not None:
             conditions.append(Query.term_query(self._schema, "split", split, "basic"))
@@ -225,25 +223,25 @@ class TextIndex:
             conditions.append(Query.range_query(self._schema, "log_prob", kind, lower_bound=float(min_log_prob)))
         if not conditions:
             return query
-        silent = [(Occur.Must, Query.const_score_query(one, 0.0)) for one in conditions]
-        return Query.boolean_query([(Occur.Must, query), *silent])
+        unscored = [(Occur.Must, Query.const_score_query(condition, 0.0)) for condition in conditions]
+        return Query.boolean_query([(Occur.Must, query), *unscored])
 
-    def _parse(self, question: str) -> Query:
-        clauses = list(self._clauses(question))
+    def _parse(self, query: str) -> Query:
+        clauses = list(self._parse_clauses(query))
         if not clauses:
             raise QueryError(
-                f"text: expected words to look for, got {question!r}; very frequent words such as `the` do not count"
+                f"text: expected words to search for, got {query!r}; very frequent words such as `the` do not count"
             )
-        if len(clauses) > _MOST_CLAUSES:
-            raise QueryError(f"text: expected at most {_MOST_CLAUSES} words and phrases, got {len(clauses)}")
+        if len(clauses) > _MAX_CLAUSES:
+            raise QueryError(f"text: expected at most {_MAX_CLAUSES} words and phrases, got {len(clauses)}")
         parts = [(clause.occur, self._to_query(clause.words)) for clause in clauses]
         if all(clause.occur == Occur.MustNot for clause in clauses):
             parts.append((Occur.Must, Query.all_query()))
         return Query.boolean_query(parts)
 
-    def _clauses(self, question: str) -> Iterator[_Clause]:
+    def _parse_clauses(self, query: str) -> Iterator[_Clause]:
         signs = {"+": Occur.Must, "-": Occur.MustNot, "": Occur.Should}
-        for sign, phrase, word in _CLAUSE.findall(question):
+        for sign, phrase, word in _CLAUSE.findall(query):
             tokens = self._analyzer.pre_tokenize(phrase or word).tokens
             if tokens:
                 yield _Clause(signs[sign], [(token.position, token.text) for token in tokens])
@@ -252,4 +250,4 @@ class TextIndex:
         if len(words) == 1:
             return Query.term_query(self._schema, "caption", words[0][1])
         first = words[0][0]
-        return Query.phrase_query(self._schema, "caption", [(place - first, word) for place, word in words])
+        return Query.phrase_query(self._schema, "caption", [(position - first, word) for position, word in words])

@@ -1,6 +1,6 @@
-"""Unit vectors in Faiss: centroids learned once on a sample, one partial index a shard, merged, asked by inner product.
+"""The vectors of an index in Faiss: centroids trained once, one partial index per shard, then one merged index.
 
-Every index is an inverted file; one of a single list compares with every vector, and is exact.
+Scores are inner products of unit vectors. Every index is an inverted file; one with a single list is exact.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,48 +13,52 @@ import numpy as np
 import numpy.typing as npt
 
 from captionlib.errors import DatasetError
-from captionlib.search.index_config import VectorLayout
+from captionlib.search.config import VectorLayout
 
-__all__ = ["Hits", "VectorIndex", "add_vectors", "merge_vectors", "train_vectors"]
+__all__ = ["Hits", "RowNumbers", "VectorIndex", "Vectors", "add_vectors", "merge_vectors", "train_vectors"]
 
 Vectors = npt.NDArray[np.float32]
-Rows = npt.NDArray[np.int64]
+RowNumbers = npt.NDArray[np.int64]
 
-_TRAINING_ROUNDS = 10
+_KMEANS_ITERATIONS = 10
+_SEED = 1
 
 
 @dataclass(frozen=True)
 class Hits:
-    """What was found, the best first.
+    """The rows that match a query, best first.
 
     Attributes:
-        rows: `[found] int64`, numbers in the index.
-        scores: `[found] float32`, the higher the better.
+        rows: `[hits] int64`, row numbers in the index.
+        scores: `[hits] float32`, descending unless sorted by another field.
     """
 
-    rows: Rows
+    rows: RowNumbers
     scores: npt.NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, some: slice) -> "Hits":
-        return Hits(self.rows[some], self.scores[some])
+    def __getitem__(self, selection: "slice | npt.NDArray[np.bool_]") -> "Hits":
+        return Hits(self.rows[selection], self.scores[selection])
+
+    @classmethod
+    def empty(cls) -> "Hits":
+        return cls(np.empty(0, np.int64), np.empty(0, np.float32))
 
 
-def train_vectors(layout: VectorLayout, sample: Vectors, seed: int, path: Path) -> None:
-    """Learns the centroids and the code, and writes an empty index.
+def train_vectors(layout: VectorLayout, sample: Vectors, path: Path) -> None:
+    """Trains centroids and codes, and writes an empty index with them.
 
     Args:
-        layout: what it is to be like.
-        sample: `[rows, size]` unit vectors.
-        seed: of the clustering.
-        path: of the file.
+        layout: the layout of the index.
+        sample: `[rows, dimension]` unit vectors to train on.
+        path: the file to write.
     """
-    index = faiss.index_factory(layout.size, f"IVF{layout.lists},{layout.code}", faiss.METRIC_INNER_PRODUCT)
-    index.cp.seed = seed + 1
-    index.cp.niter = _TRAINING_ROUNDS
-    index.cp.min_points_per_centroid = 1  # few rows in many lists are somebody's choice, not worth a warning
+    index = faiss.index_factory(layout.dimension, f"IVF{layout.nlist},{layout.encoding}", faiss.METRIC_INNER_PRODUCT)
+    index.cp.seed = _SEED
+    index.cp.niter = _KMEANS_ITERATIONS
+    index.cp.min_points_per_centroid = 1  # few rows in many lists are the user's choice: no warning
     index.cp.spherical = True
     if isinstance(index, faiss.IndexIVFPQ):
         index.pq.cp.min_points_per_centroid = 1
@@ -62,14 +66,14 @@ def train_vectors(layout: VectorLayout, sample: Vectors, seed: int, path: Path) 
     faiss.write_index(index, str(path))
 
 
-def add_vectors(trained: Path, rows: Rows, vectors: Vectors, path: Path) -> None:
+def add_vectors(trained: Path, rows: RowNumbers, vectors: Vectors, path: Path) -> None:
     """Writes the partial index of one shard.
 
     Args:
-        trained: what `train_vectors` wrote.
-        rows: `[rows] int64`, the numbers of the vectors in the whole index.
-        vectors: `[rows, size]`.
-        path: of the file.
+        trained: the file that `train_vectors` wrote.
+        rows: `[vectors] int64`, the row numbers of the vectors in the whole index.
+        vectors: `[vectors, dimension]`.
+        path: the file to write.
     """
     index = faiss.read_index(str(trained))
     if len(rows):
@@ -78,16 +82,16 @@ def add_vectors(trained: Path, rows: Rows, vectors: Vectors, path: Path) -> None
 
 
 def merge_vectors(base: Path, parts: Iterable[Path], removed: Sequence[tuple[int, int]], path: Path) -> int:
-    """Puts partial indexes into one; memory holds the codes of all.
+    """Merges partial indexes into one; memory holds the codes of all vectors.
 
     Args:
-        base: the index that they are added to, an empty one at first.
-        parts: of the shards, each of the same centroids.
-        removed: ranges of rows to take out of the base, the end excluded.
-        path: of the file.
+        base: the index to extend, at first an empty one.
+        parts: partial indexes with the same centroids.
+        removed: ranges of row numbers to remove from the base, each with an exclusive end.
+        path: the file to write.
 
     Returns:
-        How many vectors there are.
+        The number of vectors.
     """
     index = faiss.read_index(str(base))
     for start, end in removed:
@@ -99,81 +103,80 @@ def merge_vectors(base: Path, parts: Iterable[Path], removed: Sequence[tuple[int
 
 
 class VectorIndex:
-    """The vectors of an index, opened to be asked. Safe to use from many threads, a thread a question.
+    """An open vector index. Thread-safe; each query runs on one thread.
 
     Args:
-        path: of the file; the operating system pages in what questions touch.
-        layout: what it is like.
-        capacity: row numbers lie below this.
+        path: the file; the operating system loads the pages that queries touch.
+        layout: the layout of the index.
+        end_row: one past the largest row number.
 
     Raises:
-        DatasetError: the file is not what the layout says.
+        DatasetError: the file is damaged or has another layout.
     """
 
-    def __init__(self, path: Path, layout: VectorLayout, capacity: int) -> None:
+    def __init__(self, path: Path, layout: VectorLayout, end_row: int) -> None:
         try:
             self._index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
         except RuntimeError as error:
-            raise DatasetError(f"{path} is no Faiss index ({error}); build the index again") from error
-        if (self._index.d, self._index.nlist) != (layout.size, layout.lists):
+            raise DatasetError(f"{path} is not a Faiss index ({error}); build the index again") from error
+        if (self._index.d, self._index.nlist) != (layout.dimension, layout.nlist):
             raise DatasetError(
-                f"{path}: expected {layout.lists} lists of vectors of {layout.size} numbers, "
+                f"{path}: expected {layout.nlist} lists of vectors of dimension {layout.dimension}, "
                 f"got {self._index.nlist} of {self._index.d}; build the index again"
             )
-        # Else 32 threads are started for each question, to read ahead: ten times what an answer from memory takes.
+        # By default Faiss starts 32 prefetch threads per query: ten times the cost of a query in memory.
         faiss.downcast_InvertedLists(self._index.invlists).prefetch_nthread = 0
         self.layout = layout
-        self._capacity = capacity
+        self._end_row = end_row
 
     def __len__(self) -> int:
         return int(self._index.ntotal)
 
-    def search(self, vector: Vectors, limit: int, passing: Rows | None = None, probes: int | None = None) -> Hits:
-        """The nearest vectors.
+    def search(self, vector: Vectors, limit: int, matching: RowNumbers | None = None) -> Hits:
+        """Returns the nearest vectors.
 
-        Looks into more lists the fewer rows pass, and into still more until there are `limit` or no more exist.
+        Visits more lists the fewer rows match, and still more until it has `limit` hits or has visited all lists.
 
         Args:
-            vector: `[size]`, of unit length.
-            limit: how many.
-            passing: the rows that may be found; None is all.
-            probes: lists to look into where all rows pass; None is the index's own setting.
+            vector: `[dimension]`, of unit length.
+            limit: the maximum number of hits.
+            matching: the row numbers that a filter admits; None admits all.
         """
-        there = len(self) if passing is None else len(passing)
-        limit = min(limit, there)
+        candidates = len(self) if matching is None else len(matching)
+        limit = min(limit, candidates)
         if not limit:
-            return Hits(np.empty(0, np.int64), np.empty(0, np.float32))
+            return Hits.empty()
         layout = self.layout
-        probes = min(layout.lists, probes or layout.probes)
-        if passing is not None:
-            probes = min(layout.lists, round(probes * self._capacity / there))
-        selector, _bits = self._selector(passing)
-        question = np.ascontiguousarray(vector, np.float32).reshape(1, -1)
+        nprobe = layout.nprobe
+        if matching is not None:
+            nprobe = min(layout.nlist, round(nprobe * self._end_row / candidates))
+        selector, _bitmap = self._make_selector(matching)
+        query = np.ascontiguousarray(vector, np.float32).reshape(1, -1)
         while True:
-            parameters = faiss.SearchParametersIVF(sel=selector, nprobe=probes)
-            scores, rows = self._index.search(question, limit, params=parameters)
-            found = rows[0] >= 0
-            if found.all() or probes == layout.lists:
-                return Hits(rows[0][found], scores[0][found])
-            probes = min(layout.lists, 4 * probes)
+            parameters = faiss.SearchParametersIVF(sel=selector, nprobe=nprobe)
+            scores, rows = self._index.search(query, limit, params=parameters)
+            is_hit = rows[0] >= 0
+            if is_hit.all() or nprobe == layout.nlist:
+                return Hits(rows[0], scores[0])[is_hit]
+            nprobe = min(layout.nlist, 4 * nprobe)
 
-    def vector(self, row: int) -> Vectors | None:
-        """The vector of a row as the index keeps it, `[size]`, of unit length; None where it has none."""
+    def get_vector(self, row: int) -> Vectors | None:
+        """Returns the stored vector of a row, `[dimension]`, scaled to unit length; None if the row has no vector."""
         lists = self._index.invlists
-        for number in range(self.layout.lists):
+        for number in range(self.layout.nlist):
             ids = faiss.rev_swig_ptr(lists.get_ids(number), lists.list_size(number))
-            places = np.flatnonzero(ids == row)
-            if len(places):
-                vector: Vectors = np.empty(self.layout.size, np.float32)
-                self._index.reconstruct_from_offset(number, int(places[0]), faiss.swig_ptr(vector))
+            positions = np.flatnonzero(ids == row)
+            if len(positions):
+                vector: Vectors = np.empty(self.layout.dimension, np.float32)
+                self._index.reconstruct_from_offset(number, int(positions[0]), faiss.swig_ptr(vector))
                 return vector / max(float(np.linalg.norm(vector)), 1e-12)
         return None
 
-    def _selector(self, passing: Rows | None) -> tuple[Any, Any]:
-        """What tells Faiss which rows pass, and the bits, which must live as long."""
-        if passing is None:
+    def _make_selector(self, matching: RowNumbers | None) -> tuple[Any, Any]:
+        """Returns Faiss's filter and the bitmap that it points to, which the caller must keep alive."""
+        if matching is None:
             return None, None
-        mask = np.zeros(self._capacity, np.bool_)
-        mask[passing] = True
-        bits = np.packbits(mask, bitorder="little")
-        return faiss.IDSelectorBitmap(bits), bits
+        mask = np.zeros(self._end_row, np.bool_)
+        mask[matching] = True
+        bitmap = np.packbits(mask, bitorder="little")
+        return faiss.IDSelectorBitmap(bitmap), bitmap

@@ -7,8 +7,8 @@ from pydantic import BaseModel
 
 from captionlib import __version__
 from captionlib.errors import BusyError, ImageError, QueryError
-from captionlib.serving.answers import Answer, ImageAnswer, Library, Mode, PhotoAnswer
 from captionlib.serving.config import ServingConfig
+from captionlib.serving.service import Answer, ImageAnswer, Library, Mode, PhotoAnswer
 
 __all__ = ["Health", "Problem", "api_routes"]
 

@@ -13,10 +13,10 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.staticfiles import StaticFiles
 
 from captionlib import __version__
-from captionlib.serving.answers import Library
 from captionlib.serving.api import api_routes
-from captionlib.serving.limits import LimitBody, SafeHeaders
+from captionlib.serving.middleware import LimitBody, SafeHeaders
 from captionlib.serving.pages import Pages, page_routes, picture_routes
+from captionlib.serving.service import Library
 from captionlib.serving.thumbnails import Thumbnails
 
 __all__ = ["create_app"]

@@ -11,9 +11,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.concurrency import run_in_threadpool
 
 from captionlib.errors import BusyError, ImageError, QueryError
-from captionlib.serving.answers import Library
 from captionlib.serving.api import Problem, ask_photo
 from captionlib.serving.config import ServingConfig
+from captionlib.serving.service import Library
 from captionlib.serving.thumbnails import Size, Thumbnails
 
 __all__ = ["Pages", "page_routes", "picture_routes"]
@@ -48,7 +48,7 @@ class Pages:
 
     def problem(self, status: int, detail: str) -> HTMLResponse:
         """A page that says why there is no other."""
-        return self.render("problem.html", status, detail=detail, heading=_HEADINGS.get(status, "That did not work"))
+        return self.render("error.html", status, detail=detail, heading=_HEADINGS.get(status, "That did not work"))
 
 
 _HEADINGS = {404: "Nothing here", 413: "Too large", 422: "That cannot be asked", 503: "Too busy"}
@@ -99,7 +99,7 @@ def page_routes(library: Library, config: ServingConfig, pages: Pages, thumbnail
         except HTTPException as error:
             return pages.problem(error.status_code, str(error.detail))
         shown = f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
-        return pages.render("photo.html", found=found, picture=shown, name=photo.filename or "your photograph")
+        return pages.render("image_search.html", found=found, picture=shown, name=photo.filename or "your photograph")
 
     return routes
 

@@ -1,4 +1,4 @@
-"""Whatever is killed, the rows are those of a run that nobody disturbed: the engine sees to it, or the same command."""
+"""Killed processes never change the output: the engine recovers, or the same command resumes the run."""
 
 import os
 import signal
@@ -15,106 +15,106 @@ from clusters.processes import ClusterError, wait_for
 from clusters.tests.conftest import SHARDS
 from pipelines.beam_options import to_flags
 
-DONE_BEFORE = 3  # shards that are published when the fault strikes
+MIN_FINISHED = 3  # shards that are published before the fault
 
 
 @contextmanager
-def at_work(flow: Flow, stage: str, output: str, flink: FlinkCluster) -> Iterator["subprocess.Popen[str]"]:
-    """A command whose job has published some of its shards, and not all."""
+def run_partially(flow: Flow, stage: str, output: str, flink: FlinkCluster) -> Iterator["subprocess.Popen[str]"]:
+    """Starts a command and yields it once its job has published some of its shards, but not all."""
     with flow.start(stage, output, list(to_flags(flink.beam_options, "flink"))) as command:
         try:
             wait_for(
-                lambda: flow.count_done(stage, output) >= DONE_BEFORE or command.poll() is not None,
+                lambda: flow.count_finished_shards(stage, output) >= MIN_FINISHED or command.poll() is not None,
                 900,
                 f"the first shards of {stage}",
             )
-            done = flow.count_done(stage, output)
-            assert DONE_BEFORE <= done < SHARDS, f"{done} of {SHARDS} shards done: not in the midst of the work"
+            finished = flow.count_finished_shards(stage, output)
+            assert MIN_FINISHED <= finished < SHARDS, f"{finished} of {SHARDS} shards finished"
             yield command
         finally:
             command.kill()
 
 
-def kill_a_worker(flink: FlinkCluster) -> None:
-    """Kills one of the Python processes that do the work, as a machine without memory would."""
-    groups = [flink.processes.members(name) for name in flink.running_task_managers()]
-    workers = [pid for group in groups for pid, line in group.items() if "sdk_worker_main" in line]
-    assert workers, f"no worker runs among {groups}"
+def kill_worker(flink: FlinkCluster) -> None:
+    """Kills a Python worker process, like an out-of-memory killer."""
+    sessions = [flink.processes.list_session(name) for name in flink.list_running_task_managers()]
+    workers = [pid for session in sessions for pid, command in session.items() if "sdk_worker_main" in command]
+    assert workers, f"no worker is running among {sessions}"
     os.kill(workers[0], signal.SIGKILL)
 
 
 def finish(command: "subprocess.Popen[str]") -> str:
-    """Waits for a command that should end well; returns what it printed."""
-    printed, _ = command.communicate(timeout=900)
-    assert command.returncode == 0, printed
-    return printed
+    """Waits for a command, checks that it succeeded, and returns its output."""
+    output, _ = command.communicate(timeout=900)
+    assert command.returncode == 0, output
+    return output
 
 
-def test_a_worker_process_is_killed(flow: Flow, flink: FlinkCluster) -> None:
+def test_flink_recovers_from_a_killed_worker(flow: Flow, flink: FlinkCluster) -> None:
     stage = "extract-features"
-    with at_work(flow, stage, "worker-killed", flink) as command:
-        kill_a_worker(flink)
+    with run_partially(flow, stage, "worker-killed", flink) as command:
+        kill_worker(flink)
         finish(command)
     assert flow.compare(stage, "worker-killed") == []
-    assert flink.faults(flink.jobs()[-1]["jid"]), "Flink has noticed"
+    assert flink.list_exceptions(flink.list_jobs()[-1]["jid"]), "Flink must have restarted the job"
 
 
-def test_a_task_manager_is_killed_and_another_joins(flow: Flow, flink: FlinkCluster) -> None:
+def test_flink_recovers_from_a_killed_task_manager(flow: Flow, flink: FlinkCluster) -> None:
     stage = "generate-captions"
-    with at_work(flow, stage, "task-manager-killed", flink) as command:
-        victim = flink.running_task_managers()[0]
+    with run_partially(flow, stage, "task-manager-killed", flink) as command:
+        victim = flink.list_running_task_managers()[0]
         flink.processes.kill(victim)
         flink.start_task_manager(victim)
         finish(command)
     assert flow.compare(stage, "task-manager-killed") == []
-    assert flink.faults(flink.jobs()[-1]["jid"]), "Flink has noticed"
+    assert flink.list_exceptions(flink.list_jobs()[-1]["jid"]), "Flink must have restarted the job"
 
 
-def test_the_submitting_command_is_killed(flow: Flow, flink: FlinkCluster) -> None:
+def test_the_job_finishes_after_the_submitting_command_is_killed(flow: Flow, flink: FlinkCluster) -> None:
     stage, output = "extract-features", "command-killed"
-    with at_work(flow, stage, output, flink) as command:
+    with run_partially(flow, stage, output, flink) as command:
         command.kill()
-    wait_for(lambda: flow.is_complete(stage, output), 900, "the cluster to finish the job that nobody waits for")
+    wait_for(lambda: flow.is_complete(stage, output), 900, "the cluster to finish the orphaned job")
     assert flow.compare(stage, output) == []
-    jobs = len(flink.jobs())
+    jobs = len(flink.list_jobs())
     flow.run(stage, output, list(to_flags(flink.beam_options, "flink")))
-    assert len(flink.jobs()) == jobs, "nothing was left to submit"
+    assert len(flink.list_jobs()) == jobs, "a complete output must not submit a job"
 
 
-def test_the_whole_cluster_is_killed_and_started_again(flow: Flow, flink: FlinkCluster) -> None:
+def test_the_same_command_resumes_after_the_whole_cluster_is_killed(flow: Flow, flink: FlinkCluster) -> None:
     stage, output = "generate-captions", "cluster-killed"
-    with at_work(flow, stage, output, flink) as command:
-        for name in flink.processes.names():
+    with run_partially(flow, stage, output, flink) as command:
+        for name in flink.processes.list_names():
             if flink.processes.is_running(name):
                 flink.processes.kill(name)
         command.communicate(timeout=900)
         assert command.returncode not in {0, None}
     flink.stop()
-    done = flow.count_done(stage, output)
-    assert done < SHARDS
+    finished = flow.count_finished_shards(stage, output)
+    assert finished < SHARDS
     flink.start()
     flow.run(stage, output, list(to_flags(flink.beam_options, "flink")))
     assert flow.compare(stage, output) == []
-    shards = flink.shards_by_task_manager(flink.jobs()[-1]["jid"], "Process")
-    assert sum(shards.values()) == SHARDS - done, "what was done was not done again"
+    shards = flink.count_shards_by_task_manager(flink.list_jobs()[-1]["jid"], "Process")
+    assert sum(shards.values()) == SHARDS - finished, "finished shards must not run again"
 
 
-def test_an_index_survives_a_killed_worker(flow: Flow, flink: FlinkCluster) -> None:
+def test_build_index_recovers_from_a_killed_worker(flow: Flow, flink: FlinkCluster) -> None:
     for name in ("captions", "embeddings"):
         (flow.folder / "index-killed").mkdir(exist_ok=True)
         (flow.folder / "index-killed" / name).symlink_to(flow.folder / "local" / name)
-    with at_work(flow, "build-index", "index-killed", flink) as command:
-        kill_a_worker(flink)
+    with run_partially(flow, "build-index", "index-killed", flink) as command:
+        kill_worker(flink)
         finish(command)
     assert flow.compare("build-index", "index-killed") == []
 
 
-def test_an_engine_that_does_not_try_again_is_submitted_to_again(flow: Flow, tmp_path: Path) -> None:
-    stage, output, flink = "extract-features", "given-up", FlinkCluster(tmp_path)
+def test_the_same_command_resumes_a_failed_job(flow: Flow, tmp_path: Path) -> None:
+    stage, output, flink = "extract-features", "failed", FlinkCluster(tmp_path)
     try:
         flink.start(restart_attempts=0)
-        with at_work(flow, stage, output, flink) as command:
-            kill_a_worker(flink)
+        with run_partially(flow, stage, output, flink) as command:
+            kill_worker(flink)
             printed, _ = command.communicate(timeout=900)
         assert command.returncode == 1
         assert "Error: PortableRunner did not finish extract-features" in printed
@@ -126,7 +126,7 @@ def test_an_engine_that_does_not_try_again_is_submitted_to_again(flow: Flow, tmp
     assert flow.compare(stage, output) == []
 
 
-def test_a_cluster_that_is_not_there_is_told(flow: Flow) -> None:
-    nowhere = ["--runner=PortableRunner", "--job_endpoint=127.0.0.1:9", "--job_server_timeout=1"]
+def test_a_missing_cluster_is_an_error(flow: Flow) -> None:
+    options = ["--runner=PortableRunner", "--job_endpoint=127.0.0.1:9", "--job_server_timeout=1"]
     with pytest.raises(ClusterError, match="Error: PortableRunner did not finish extract-features"):
-        flow.run("extract-features", "nowhere", [*nowhere, "--environment_type=LOOPBACK"])
+        flow.run("extract-features", "missing", [*options, "--environment_type=LOOPBACK"])

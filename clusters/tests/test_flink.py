@@ -9,12 +9,12 @@ STEPS = {"extract-features": "Process", "generate-captions": "Process", "build-i
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_writes_what_it_writes_on_this_machine_and_both_task_managers_work(
+def test_output_equals_the_local_output_and_both_task_managers_share_the_work(
     stage: str, flow: Flow, flink: FlinkCluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flow.run(stage, "flink", list(to_flags(flink.beam_options, "flink")))
     assert flow.compare(stage, "flink") == []
-    shards = flink.shards_by_task_manager(flink.jobs()[-1]["jid"], STEPS[stage])
+    shards = flink.count_shards_by_task_manager(flink.list_jobs()[-1]["jid"], STEPS[stage])
     with capsys.disabled():
-        print(f"\n# {stage}: shards by TaskManager {shards}")
+        print(f"\n# {stage}: shards per TaskManager {shards}")
     assert sorted(shards.values()) == [SHARDS // 2, SHARDS // 2]

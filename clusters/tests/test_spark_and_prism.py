@@ -2,14 +2,14 @@ from pathlib import Path
 
 import pytest
 
-from clusters.engines import cluster_of
+from clusters.engines import ENGINES
 from clusters.flow import STAGES, Flow
 from pipelines.beam_options import to_flags
 
 
 @pytest.mark.parametrize("engine", ["spark", "prism"])
-def test_the_flow_writes_what_it_writes_on_this_machine(engine: str, flow: Flow, tmp_path: Path) -> None:
-    cluster = cluster_of(engine, tmp_path)
+def test_output_equals_the_local_output(engine: str, flow: Flow, tmp_path: Path) -> None:
+    cluster = ENGINES[engine](tmp_path)
     try:
         cluster.start()
         for stage in STAGES:

@@ -33,33 +33,31 @@ def test_scores_are_printed_and_written(tmp_path: Path, manifest: Path) -> None:
     assert (written["images"], written["splits"], written["tokenizer"]) == (4, ["val"], "ptb")
     assert written["scores"] == {**expected.scores, "mean_length": written["scores"]["mean_length"]}
     assert written["intervals"]["CIDEr"] == list(expected.intervals["CIDEr"])
-    assert written["counts"] == {"distinct_captions": 4, "vocabulary": 11}
+    assert written["counts"] == {"distinct_captions": 4, "vocabulary_size": 11}
     table = pq.read_table(tmp_path / "new" / "scores.parquet").to_pylist()
-    assert {row["image_id"]: row["cider"] for row in table} == expected.of_images["CIDEr"]
+    assert {row["image_id"]: row["cider"] for row in table} == expected.per_image["CIDEr"]
     assert {row["image_id"]: row["length"] for row in table} == {"10": 6, "9": 5, "b": 4, "empty": 0}
-    # What was written is read, and scored the same.
-    again = evaluate(tmp_path / "results.json", "-m", manifest)
-    assert again.output.splitlines()[1:] == result.output.splitlines()[1:]
+    # The exported results get the same scores.
+    from_results = evaluate(tmp_path / "results.json", "-m", manifest)
+    assert from_results.output.splitlines()[1:] == result.output.splitlines()[1:]
 
 
-def test_neuraltalks_results_need_no_manifest(tmp_path: Path) -> None:
-    said = [Prediction(i, text, references=tuple(REFERENCES[i])) for i, text in CAPTIONS.items()]
-    (tmp_path / "result_struct.json").write_text(json.dumps(to_result_struct(said, {})))
-    result = evaluate(tmp_path / "result_struct.json", "--samples", "0")
+def test_result_struct_needs_no_manifest(tmp_path: Path) -> None:
+    predictions = [Prediction(i, text, references=tuple(REFERENCES[i])) for i, text in CAPTIONS.items()]
+    (tmp_path / "result_struct.json").write_text(json.dumps(to_result_struct(predictions, {})))
+    result = evaluate(tmp_path / "result_struct.json", "--bootstrap-samples", "0")
     expected = scores().scores["CIDEr"]
     assert f"  CIDEr                {expected:.4f}\n" in result.output
 
 
-def test_a_machine_without_java_is_told_what_is_missing(
-    tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_java_is_noted(tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     result = evaluate(tmp_path / "captions", "-m", manifest)
-    assert "there is no `java` on the PATH: METEOR is left out" in result.stderr
+    assert "`java` is not on the PATH: METEOR is left out" in result.stderr
     assert "mean_length" in result.stdout
     assert "METEOR" not in result.stdout
 
 
-def test_a_split_without_captions_is_an_error(tmp_path: Path, manifest: Path) -> None:
+def test_split_without_captions_is_rejected(tmp_path: Path, manifest: Path) -> None:
     with pytest.raises(DatasetError, match="its splits are val"):
         evaluate(tmp_path / "captions", "-m", manifest, "--split", "test")

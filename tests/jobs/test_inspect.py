@@ -20,7 +20,7 @@ def inspect(*arguments: object) -> Result:
 def test_a_dataset_on_its_way(tmp_path: Path) -> None:
     dataset = write(tmp_path, done=2)
     lines = inspect(tmp_path).output.splitlines()
-    assert lines[0] == f"{tmp_path}: manifest, not complete: 66.7% of the shards are done"
+    assert lines[0] == f"{tmp_path}: manifest, not complete: 66.7% of the shards are finished"
     assert "  rows         2 in 2 of 3 shards" in lines
     assert f"  fingerprint  {dataset.fingerprint}" in lines
     assert "    image_id     string" in lines
@@ -34,7 +34,7 @@ def test_a_complete_dataset_and_one_with_too_many_failures(tmp_path: Path) -> No
     assert (
         inspect(tmp_path)
         .output.splitlines()[0]
-        .endswith("not complete: every shard is done, but too many images failed, or the run died before its end")
+        .endswith("not complete: all shards are finished, but too many images failed or the run died before its end")
     )
     dataset.finish()
     assert inspect(tmp_path).output.splitlines()[0] == f"{tmp_path}: manifest, complete"
@@ -42,7 +42,7 @@ def test_a_complete_dataset_and_one_with_too_many_failures(tmp_path: Path) -> No
 
 def test_verified_files_are_as_their_markers_say_or_an_exit_code(tmp_path: Path) -> None:
     write(tmp_path)
-    assert "  verified     every file is as its marker says" in inspect(tmp_path, "--verify").output.splitlines()
+    assert "  verified     every file matches its marker" in inspect(tmp_path, "--verify").output.splitlines()
     (tmp_path / "part-00000.parquet").unlink()
     result = inspect(tmp_path, "--verify")
     assert result.exit_code == 1
@@ -69,7 +69,7 @@ def test_a_checkpoint_is_told_without_its_words(tmp_path: Path) -> None:
 
 
 def test_what_is_not_ours_is_said_clearly(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"is nothing of captionlib's: .* got no such folder, or an empty one"):
+    with pytest.raises(DatasetError, match=r"is not an output of captionlib: .* got a missing or empty folder"):
         inspect(tmp_path / "nowhere")
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(DatasetError, match=r"got thesis\.txt"):
@@ -81,7 +81,7 @@ def test_what_is_not_ours_is_said_clearly(tmp_path: Path) -> None:
 
 def test_a_training_run_without_a_checkpoint_is_said(tmp_path: Path) -> None:
     (tmp_path / "_training").mkdir()
-    with pytest.raises(DatasetError, match="a training run that has no checkpoint yet"):
+    with pytest.raises(DatasetError, match="a training run without a checkpoint"):
         inspect(tmp_path)
 
 

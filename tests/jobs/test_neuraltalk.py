@@ -25,7 +25,7 @@ def test_export_captions_writes_neuraltalk_and_coco_formats(tmp_path: Path) -> N
     write_manifest(tmp_path / "manifest", REFERENCES)
     struct, results = tmp_path / "result_struct.json", tmp_path / "results.json"
     output = run("export-captions", tmp_path / "captions", "-o", struct, "-m", tmp_path / "manifest")
-    assert output == f"{struct}: 4 captions, as NeuralTalk has them\n"
+    assert output == f"{struct}: 4 captions in NeuralTalk's format\n"
     assert {
         str(blob["imgid"]): (blob["candidate"]["text"], [reference["text"] for reference in blob["references"]])
         for blob in json.loads(struct.read_text())["imgblobs"]
@@ -33,4 +33,4 @@ def test_export_captions_writes_neuraltalk_and_coco_formats(tmp_path: Path) -> N
     run("export-captions", tmp_path / "captions", "-o", results, "--split", "val")
     assert {row["image_id"]: row["caption"] for row in json.loads(results.read_text())} == CAPTIONS
     explicit = run("export-captions", tmp_path / "captions", "-o", tmp_path / "x.json", "--format", "neuraltalk")
-    assert explicit.endswith("as NeuralTalk has them\n")
+    assert explicit.endswith("in NeuralTalk's format\n")

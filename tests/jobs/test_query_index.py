@@ -8,7 +8,7 @@ from PIL import Image
 from captionlib.errors import CheckpointError, FetchError, QueryError
 from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
 from jobs.cli import captionlib
-from tests.search.indexes import WordRanker, make_rows, write_texts, write_vectors
+from tests.search.example_index import WordRanker, make_rows, write_captions_dataset, write_embeddings_dataset
 
 
 @pytest.fixture(scope="module")
@@ -16,12 +16,12 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Built by the command itself."""
     folder = tmp_path_factory.mktemp("query")
     shards = {0: make_rows(40), 1: make_rows(40, 40)}
-    write_texts(str(folder / "captions"), shards, 2)
-    write_vectors(str(folder / "embeddings"), shards, 2)
+    write_captions_dataset(str(folder / "captions"), shards, 2)
+    write_embeddings_dataset(str(folder / "embeddings"), shards, 2)
     result = run("build-index", folder / "captions", "-e", folder / "embeddings", "-o", folder / "index")
     assert result.output.splitlines() == [
-        f"{folder / 'index'}: 80 captions, 80 vectors (Flat, all compared), in 2 shards",
-        "2 shards added, 0 taken out, 0 kept",
+        f"{folder / 'index'}: 80 captions, 80 vectors (Flat, exhaustive search), in 2 shards",
+        "2 shards added, 0 removed, 0 unchanged",
     ]
     return str(folder / "index")
 
@@ -33,7 +33,7 @@ def ranker(monkeypatch: pytest.MonkeyPatch) -> str:
     model.encoder = load_encoder(
         EncoderConfig("squeezenet1_1", "features.4.cat", "random:0", pooling="mean")
     ).description
-    monkeypatch.setattr("captionlib.search.encoders.load_encoder", lambda folder, device="cpu": model)
+    monkeypatch.setattr("captionlib.search.models.load_query_encoder", lambda folder, device="cpu": model)
     return "ranker"
 
 
@@ -78,7 +78,7 @@ def test_an_image_is_a_question(index: str, ranker: str, tmp_path: Path) -> None
 def test_inspect_says_what_an_index_is(index: str) -> None:
     lines = run("inspect", index).output.splitlines()
     assert lines[0] == f"{index}: index, complete"
-    assert "  vectors      80, Flat in 1 lists, 1 of them a question" in lines
+    assert "  vectors      80, Flat in 1 lists, 1 probed per query" in lines
     assert "    ranker: ranker-of-words" in lines
     assert json.loads(run("inspect", index, "--json").output)["captions_count"] == 80
 
@@ -115,6 +115,6 @@ def test_a_dataset_is_not_an_index(index: str) -> None:
 def test_another_ranker_is_refused(index: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = WordRanker()
     model.fingerprint = "another"
-    monkeypatch.setattr("captionlib.search.encoders.load_encoder", lambda folder, device="cpu": model)
+    monkeypatch.setattr("captionlib.search.models.load_query_encoder", lambda folder, device="cpu": model)
     with pytest.raises(CheckpointError, match="expected the ranker ranker-of-words"):
         captions(index, "--sentence", "a dog", "--ranker", "other")

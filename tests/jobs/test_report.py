@@ -19,7 +19,7 @@ def report(*arguments: str | Path) -> str:
     return CliRunner().invoke(captionlib, options, catch_exceptions=False).output
 
 
-def test_captions_become_a_page_with_scores_and_curves(tmp_path: Path) -> None:
+def test_report_shows_scores_and_training_curves(tmp_path: Path) -> None:
     write_captions(tmp_path / "captions", CAPTIONS)
     write_manifest(tmp_path / "manifest", REFERENCES)
     vocabulary = Vocabulary.from_captions(["a dog"], 1)
@@ -32,24 +32,24 @@ def test_captions_become_a_page_with_scores_and_curves(tmp_path: Path) -> None:
     expected = scores()
     items = read_items(tmp_path / "report")
     assert {item["id"]: item["cider"] for item in items} == pytest.approx(
-        {i: expected.of_images["CIDEr"][i] for i in list(CAPTIONS)[:3]}, abs=1e-4
+        {i: expected.per_image["CIDEr"][i] for i in list(CAPTIONS)[:3]}, abs=1e-4
     )
     text = read_page(tmp_path / "report").text
     assert f"{expected.scores['METEOR']:.3f}" in text
-    assert "7.5 at the end" in text
+    assert "last 7.5" in text
 
 
 def test_captions_without_references_have_no_scores(tmp_path: Path) -> None:
     write_captions(tmp_path / "captions", CAPTIONS)
-    report(tmp_path / "captions", "-o", tmp_path / "report", "--title", "New photos")
+    report(tmp_path / "captions", "-o", tmp_path / "report", "--title", "New images")
     assert [item["cider"] for item in read_items(tmp_path / "report")] == [None] * 4
-    assert "New photos" in read_page(tmp_path / "report").text
+    assert "New images" in read_page(tmp_path / "report").text
 
 
-def test_neuraltalks_results_are_shown_with_their_pictures(tmp_path: Path) -> None:
+def test_result_struct_is_shown_with_its_images(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "7.jpg")
-    said = [Prediction("7", "a dog", "7.jpg", log_prob=-1.0, references=("A dog.",))]
-    (tmp_path / "result_struct.json").write_text(json.dumps(to_result_struct(said, {})))
+    predictions = [Prediction("7", "a dog", "7.jpg", log_prob=-1.0, references=("A dog.",))]
+    (tmp_path / "result_struct.json").write_text(json.dumps(to_result_struct(predictions, {})))
     report(tmp_path / "result_struct.json", "-o", tmp_path / "report", "--images", tmp_path)
     (item,) = read_items(tmp_path / "report")
     assert (tmp_path / "report" / item["thumbnail"]).is_file()

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from captionlib.errors import CheckpointError, ConfigError, DatasetError
 from jobs.cli import captionlib
 from jobs.serve import listen
-from tests.serving.sites import make_site
+from tests.serving.example_site import make_site
 
 
 def free_port() -> int:

@@ -22,7 +22,7 @@ from captionlib.data.shards.writer import write_shard
 from captionlib.errors import FetchError, StorageError
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.extraction import ExtractionConfig
-from captionlib.search.sql import query_sql
+from captionlib.search.sql.session import query_sql
 from captionlib.storage import retries
 from captionlib.storage.folders import Folder
 from pipelines.extract_features import extract_features

@@ -18,9 +18,9 @@ from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.captioning import GenerationConfig, caption_images
 from captionlib.models.inference.extraction import ExtractionConfig
-from captionlib.search.index_config import IndexConfig
-from captionlib.search.questions import find_image
-from captionlib.search.sql import open_sql
+from captionlib.search.config import IndexConfig
+from captionlib.search.sql.queries import find_image
+from captionlib.search.sql.session import open_sql
 from pipelines.build_index import build_index
 from pipelines.extract_features import extract_features
 from pipelines.generate_captions import generate_captions
@@ -86,7 +86,7 @@ def test_images_and_features_give_the_same_maps_and_captions_as_without(
 
 def test_captions_with_and_without_maps_do_not_mix(features: Path, captioner: Path, tmp_path: Path) -> None:
     caption(features, captioner, tmp_path / "captions", dataclasses.replace(MAPS, attention_maps=False))
-    with pytest.raises(FingerprintError, match="attention_maps: there False, now True"):
+    with pytest.raises(FingerprintError, match="attention_maps: was False, now True"):
         caption(features, captioner, tmp_path / "captions")
 
 

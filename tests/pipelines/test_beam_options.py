@@ -34,7 +34,7 @@ def test_a_file_stands_for_the_options_in_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("runner: false\n", "runner is False; expected a value or true; leave the line out"),
+        ("runner: false\n", "runner is False; expected a value or true; remove the line"),
         ("runner:\n", "runner is None"),
         ("- --runner=x\n", "expected `option: value` lines, got list"),
         ("a: [\n", "are not YAML"),
@@ -48,7 +48,7 @@ def test_what_is_no_file_of_options_is_refused(text: str, message: str, tmp_path
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none\.yaml: neither a file nor a recipe of runners"):
+    with pytest.raises(ConfigError, match=r"none\.yaml is neither a file nor a recipe of runners"):
         choose_runner(RunConfig(beam_options=(f"@{tmp_path}/none.yaml",)))
 
 

@@ -17,10 +17,11 @@ from captionlib.data.shards.stages import ShardJob, Stage
 from captionlib.errors import ConfigError
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.captioning import CaptionGeneration, GenerationConfig
-from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding, PinnedRanker
+from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding
 from captionlib.models.inference.extraction import ExtractionConfig, FeatureExtraction
+from captionlib.models.inference.shared_models import PinnedCheckpoint
 from captionlib.search.build import IndexBuild
-from captionlib.search.index_config import IndexConfig
+from captionlib.search.config import IndexConfig
 from captionlib.storage.folders import Folder
 from pipelines.build_index import BuildIndex
 from pipelines.extract_features import extract_features
@@ -30,11 +31,16 @@ from pipelines.run import RunConfig, choose_runner
 Job = beam_runner_api_pb2.Pipeline
 
 L4 = "type:nvidia-l4;count:1;install-nvidia-driver"
-RANKER = PinnedRanker("s3://bucket/ranker", "fingerprint")
+RANKER = PinnedCheckpoint("s3://bucket/ranker", "fingerprint")
 STAGES: dict[str, Stage] = {
     "extract-features": FeatureExtraction(ExtractionConfig(), {"model": "vgg16"}, "cuda"),
     "generate-captions": CaptionGeneration(
-        GenerationConfig(), "s3://bucket/captioner", "fingerprint", EncoderConfig(), "cuda", None, RANKER
+        GenerationConfig(),
+        PinnedCheckpoint("s3://bucket/captioner", "fingerprint"),
+        EncoderConfig(),
+        "cuda",
+        None,
+        RANKER,
     ),
     "embed": ImageEmbedding(EmbeddingConfig(), RANKER, EncoderConfig(), "cuda"),
 }
@@ -135,8 +141,8 @@ def test_models_are_only_looked_at_here_and_must_find_a_gpu_there() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "--accelerator is for workers elsewhere; take --device cuda"),
-        ((*DATAFLOW, f"--dataflow_service_options=worker_accelerator={L4}"), "exclude each other"),
+        ((), "--accelerator applies to workers of a cluster; use --device cuda"),
+        ((*DATAFLOW, f"--dataflow_service_options=worker_accelerator={L4}"), "conflicts with Dataflow"),
     ],
 )
 def test_accelerators_that_nobody_would_get_are_refused(options: tuple[str, ...], message: str) -> None:

@@ -10,8 +10,9 @@ from captionlib.models.captioners.captioner import CaptionerConfig
 from captionlib.models.checkpoints.checkpoint import load_ranker
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.inference.captioning import GenerationConfig
-from captionlib.models.inference.embedding import EmbeddingConfig, PinnedRanker, embed_single_images
+from captionlib.models.inference.embedding import SHARED_RANKERS, EmbeddingConfig, embed_single_images
 from captionlib.models.inference.extraction import ExtractionConfig
+from captionlib.models.inference.shared_models import PinnedCheckpoint
 from captionlib.models.rankers.ranker import RankerConfig
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
 from captionlib.training.loop import TrainingConfig
@@ -20,6 +21,7 @@ from pipelines.embed_images import embed_images
 from pipelines.extract_features import extract_features
 from pipelines.generate_captions import generate_captions
 from pipelines.run import RunConfig
+from tests.models.checkpoint_loads import count_checkpoint_loads
 from tests.pipelines.conftest import write_manifest
 
 QUIET = RunConfig(max_failure_ratio=0.5, progress=False)
@@ -27,7 +29,7 @@ EMBEDDING = EmbeddingConfig(encoder_batch_size=3)
 GENERATION = GenerationConfig(DecodingConfig(beam_width=2, n_best=1), batch_size=3, encoder_batch_size=3)
 
 
-def fit_ranker(features: Path, output: Path, seed: int = 0) -> Path:
+def train_small_ranker(features: Path, output: Path, seed: int = 0) -> Path:
     config = RankerTrainingConfig(
         ranker=RankerConfig(hidden_size=8, embedding_size=8, joint_embedding_size=6),
         training=TrainingConfig(epochs=1, seed=seed),
@@ -40,7 +42,7 @@ def fit_ranker(features: Path, output: Path, seed: int = 0) -> Path:
 
 @pytest.fixture(scope="module")
 def ranker(extracted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fit_ranker(extracted, tmp_path_factory.mktemp("trained") / "ranker")
+    return train_small_ranker(extracted, tmp_path_factory.mktemp("trained") / "ranker")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def vectors(dataset: ShardedDataset) -> dict[str, list[float]]:
     return {row["image_id"]: row["embedding"] for table in tables for row in table}
 
 
-def test_each_image_has_the_rankers_unit_vector(features: Path, ranker: Path, tmp_path: Path) -> None:
+def test_embeddings_equal_the_rankers_unit_vectors(features: Path, ranker: Path, tmp_path: Path) -> None:
     dataset = embed(features, ranker, tmp_path / "embeddings")
     assert str(dataset.schema.field("embedding").type) == "fixed_size_list<item: halffloat>[6]"
     embedded, loaded = vectors(dataset), load_ranker(ranker)
@@ -78,13 +80,13 @@ def test_each_image_has_the_rankers_unit_vector(features: Path, ranker: Path, tm
 def test_images_and_features_give_the_same_embeddings(
     manifest: ShardedDataset, features: Path, ranker: Path, tmp_path: Path
 ) -> None:
-    of_features = embed(features, ranker, tmp_path / "embeddings")
-    of_images = embed(manifest.folder.uri, ranker, tmp_path / "embeddings-of-images")
-    assert vectors(of_features) == vectors(of_images)
-    assert of_images.compute_totals().failures == 2
+    from_features = embed(features, ranker, tmp_path / "embeddings")
+    from_images = embed(manifest.folder.uri, ranker, tmp_path / "embeddings-from-images")
+    assert vectors(from_features) == vectors(from_images)
+    assert from_images.compute_totals().failures == 2
 
 
-def test_the_pass_that_captions_writes_the_same_embeddings(
+def test_generate_captions_writes_the_same_embeddings(
     manifest: ShardedDataset, features: Path, captioner: Path, ranker: Path, tmp_path: Path
 ) -> None:
     alone = embed(manifest.folder.uri, ranker, tmp_path / "alone")
@@ -94,19 +96,19 @@ def test_the_pass_that_captions_writes_the_same_embeddings(
         tmp_path / "captions",
         GENERATION,
         ranker=ranker,
-        embeddings=tmp_path / "beside",
+        embeddings=tmp_path / "combined",
         device="cpu",
         run=QUIET,
     )
-    beside = open_dataset(tmp_path / "beside", "embeddings").require_complete()
+    combined = open_dataset(tmp_path / "combined", "embeddings").require_complete()
     captions = open_dataset(tmp_path / "captions", "captions").require_complete()
-    assert beside.fingerprint == alone.fingerprint
-    assert vectors(beside) == vectors(alone)
-    assert (beside.compute_totals().rows, beside.compute_totals().failures) == (captions.compute_totals().rows, 2)
-    assert beside.verify() == captions.verify() == []
+    assert combined.fingerprint == alone.fingerprint
+    assert vectors(combined) == vectors(alone)
+    assert (combined.compute_totals().rows, combined.compute_totals().failures) == (captions.compute_totals().rows, 2)
+    assert combined.verify() == captions.verify() == []
 
 
-def test_a_lost_shard_of_embeddings_alone_is_made_again(
+def test_a_lost_shard_of_embeddings_is_computed_again(
     features: Path, captioner: Path, ranker: Path, tmp_path: Path
 ) -> None:
     def run() -> None:
@@ -141,7 +143,7 @@ def test_bundles_that_run_twice_write_the_same(features: Path, ranker: Path, tmp
 
 def test_another_ranker_into_the_same_folder_is_refused(features: Path, ranker: Path, tmp_path: Path) -> None:
     embed(features, ranker, tmp_path / "embeddings")
-    other = fit_ranker(features, tmp_path / "other", seed=1)
+    other = train_small_ranker(features, tmp_path / "other", seed=1)
     with pytest.raises(FingerprintError, match="ranker: there"):
         embed(features, other, tmp_path / "embeddings")
     embed(features, other, tmp_path / "embeddings", dataclasses.replace(QUIET, overwrite=True))
@@ -160,7 +162,7 @@ def test_features_of_another_encoder_are_refused(
     extract_features(manifest.folder.uri, tmp_path / "other", other, run=QUIET)
     with pytest.raises(CheckpointError, match="another encoder than the ranker's"):
         embed(tmp_path / "other", ranker, tmp_path / "embeddings")
-    other_ranker = fit_ranker(tmp_path / "other", tmp_path / "other-ranker")
+    other_ranker = train_small_ranker(tmp_path / "other", tmp_path / "other-ranker")
     with pytest.raises(CheckpointError, match="another encoder than the ranker's"):
         generate_captions(
             extracted,
@@ -175,25 +177,25 @@ def test_features_of_another_encoder_are_refused(
     assert not (tmp_path / "captions").exists()
 
 
-def test_a_ranker_and_a_place_for_its_embeddings_belong_together(
+def test_ranker_and_embeddings_require_each_other(
     features: Path, captioner: Path, ranker: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="--ranker and --embeddings belong together"):
+    with pytest.raises(ConfigError, match="--ranker and --embeddings require each other"):
         generate_captions(features, captioner, tmp_path / "captions", GENERATION, ranker=ranker, run=QUIET)
 
 
-def test_embeddings_cannot_be_embedded(features: Path, ranker: Path, tmp_path: Path) -> None:
+def test_an_embeddings_dataset_is_not_a_source(features: Path, ranker: Path, tmp_path: Path) -> None:
     embed(features, ranker, tmp_path / "embeddings")
     with pytest.raises(DatasetError, match="expected a dataset of kind features or manifest, got embeddings"):
         embed(tmp_path / "embeddings", ranker, tmp_path / "more")
 
 
-def test_a_ranker_that_was_replaced_stops_the_worker(ranker: Path) -> None:
-    with pytest.raises(CheckpointError, match="was replaced while the embeddings were made"):
-        PinnedRanker(str(ranker), "0" * 64).open("cpu")
+def test_a_ranker_that_was_replaced_is_rejected(ranker: Path) -> None:
+    with pytest.raises(CheckpointError, match="model was replaced during the run"):
+        SHARED_RANKERS.get(PinnedCheckpoint(str(ranker), "0" * 64), "cpu")
 
 
-def test_single_images_are_embedded_like_those_of_a_dataset(
+def test_single_images_get_the_same_embeddings_as_in_a_dataset(
     features: Path, ranker: Path, tmp_path: Path, images: list[str]
 ) -> None:
     together = vectors(embed(features, ranker, tmp_path / "embeddings"))
@@ -205,10 +207,29 @@ def test_single_images_are_embedded_like_those_of_a_dataset(
     assert embed_single_images([], str(ranker), EMBEDDING, device="cpu")[1].shape == (0, 6)
 
 
-def test_an_image_without_neighbours_is_embedded_the_same(
+def test_embeddings_do_not_depend_on_the_other_images(
     features: Path, ranker: Path, tmp_path: Path, images: list[str]
 ) -> None:
     together = vectors(embed(features, ranker, tmp_path / "embeddings"))
     write_manifest(tmp_path / "alone", images[:1])
     alone = vectors(embed(tmp_path / "alone", ranker, tmp_path / "embeddings-alone"))
     np.testing.assert_allclose(alone["red.png"], together["red.png"], atol=1e-3)
+
+
+def test_each_checkpoint_is_loaded_once(
+    features: Path, captioner: Path, ranker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = count_checkpoint_loads(monkeypatch)
+    generate_captions(
+        features,
+        captioner,
+        tmp_path / "captions",
+        GENERATION,
+        ranker=ranker,
+        embeddings=tmp_path / "combined",
+        device="cpu",
+        run=QUIET,
+    )
+    assert loads == ["captioner", "ranker"]
+    embed(features, ranker, tmp_path / "embeddings")
+    assert loads == ["captioner", "ranker", "ranker"]

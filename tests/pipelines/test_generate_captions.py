@@ -31,7 +31,7 @@ def rows(dataset: ShardedDataset) -> list[dict[str, object]]:
     return [row for shard in range(dataset.shards) for row in dataset.read(shard).to_pylist()]
 
 
-def test_each_row_has_its_best_caption_and_the_n_best(features: Path, captioner: Path, tmp_path: Path) -> None:
+def test_rows_contain_the_best_caption_and_the_n_best_list(features: Path, captioner: Path, tmp_path: Path) -> None:
     captions = rows(caption(features, captioner, tmp_path / "captions"))
     assert [row["image_id"] for row in captions] == [row["image_id"] for row in rows(open_dataset(features))]
     for row in captions:
@@ -42,7 +42,7 @@ def test_each_row_has_its_best_caption_and_the_n_best(features: Path, captioner:
         assert candidates[0]["caption"] != candidates[1]["caption"]
 
 
-def test_log_probabilities_are_those_of_the_model(features: Path, captioner: Path, tmp_path: Path) -> None:
+def test_log_probabilities_equal_those_of_the_model(features: Path, captioner: Path, tmp_path: Path) -> None:
     dataset = caption(features, captioner, tmp_path / "captions")
     loaded = load_captioner(captioner)
     for row, source in zip(rows(dataset), rows(open_dataset(features)), strict=True):
@@ -50,20 +50,20 @@ def test_log_probabilities_are_those_of_the_model(features: Path, captioner: Pat
         vector = torch.tensor([source["features"]])
         with torch.inference_mode():
             scores = loaded.model(vector, ids, torch.zeros(1, dtype=torch.int64))
-        if row["tokens"] == len(ids[0]) + 1:  # else the limit of tokens cut it off
+        if row["tokens"] == len(ids[0]) + 1:  # else max_tokens truncated it
             assert row["log_prob"] == pytest.approx(scores.log_probs.sum().item(), abs=1e-3)
 
 
 def test_images_and_features_give_the_same_captions(
     manifest: ShardedDataset, features: Path, captioner: Path, tmp_path: Path
 ) -> None:
-    of_features = caption(features, captioner, tmp_path / "captions")
-    of_images = caption(manifest.folder.uri, captioner, tmp_path / "captions-of-images")
-    assert rows(of_features) == rows(of_images)
-    assert of_images.compute_totals().failures == 2
+    from_features = caption(features, captioner, tmp_path / "captions")
+    from_images = caption(manifest.folder.uri, captioner, tmp_path / "captions-from-images")
+    assert rows(from_features) == rows(from_images)
+    assert from_images.compute_totals().failures == 2
 
 
-def test_bundles_that_run_twice_write_the_same(features: Path, captioner: Path, tmp_path: Path) -> None:
+def test_repeated_bundles_write_identical_files(features: Path, captioner: Path, tmp_path: Path) -> None:
     once = caption(features, captioner, tmp_path / "once")
     twice = dataclasses.replace(QUIET, beam_options=("--direct_runner_bundle_repeat=1",))
     again = caption(features, captioner, tmp_path / "twice", twice)
@@ -71,18 +71,18 @@ def test_bundles_that_run_twice_write_the_same(features: Path, captioner: Path, 
         assert Path(once.part_path(shard)).read_bytes() == Path(again.part_path(shard)).read_bytes()
 
 
-def test_what_is_drawn_for_an_image_does_not_hang_on_its_batch(features: Path, captioner: Path, tmp_path: Path) -> None:
-    drawn = []
+def test_samples_do_not_depend_on_the_batch(features: Path, captioner: Path, tmp_path: Path) -> None:
+    sampled = []
     for batch_size in (2, 5):
         config = GenerationConfig(DecodingConfig(strategy="sample", n_best=3), batch_size=batch_size)
         generate_captions(features, captioner, tmp_path / f"{batch_size}", config, device="cpu", run=QUIET)
-        drawn.append([row["candidates"] for row in rows(open_dataset(tmp_path / f"{batch_size}"))])
-    texts = [[[one["caption"] for one in candidates] for candidates in run] for run in drawn]  # type: ignore[attr-defined]
+        sampled.append([row["candidates"] for row in rows(open_dataset(tmp_path / f"{batch_size}"))])
+    texts = [[[candidate["caption"] for candidate in candidates] for candidates in run] for run in sampled]  # type: ignore[attr-defined]
     assert texts[0] == texts[1]
     assert len({candidates[0] for candidates in texts[0]}) > 1
 
 
-def test_a_word_that_is_forbidden_is_in_no_caption(features: Path, captioner: Path, tmp_path: Path) -> None:
+def test_forbidden_words_appear_in_no_caption(features: Path, captioner: Path, tmp_path: Path) -> None:
     def write(forbidden: tuple[str, ...], output: Path) -> list[list[str]]:
         decoding = dataclasses.replace(GENERATION.decoding, forbidden_words=forbidden, min_words=3)
         config = dataclasses.replace(GENERATION, decoding=decoding)
@@ -90,19 +90,19 @@ def test_a_word_that_is_forbidden_is_in_no_caption(features: Path, captioner: Pa
         return [str(row["caption"]).split() for row in rows(open_dataset(output))]
 
     word = write((), tmp_path / "free")[0][0]
-    bound = write((word.upper(),), tmp_path / "bound")
-    assert not any(word in words for words in bound)
-    assert all(len(words) >= 3 for words in bound)
+    constrained = write((word.upper(),), tmp_path / "constrained")
+    assert not any(word in words for words in constrained)
+    assert all(len(words) >= 3 for words in constrained)
 
 
-def test_other_decoding_into_the_same_folder_is_refused(features: Path, captioner: Path, tmp_path: Path) -> None:
+def test_different_decoding_into_the_same_folder_is_rejected(features: Path, captioner: Path, tmp_path: Path) -> None:
     caption(features, captioner, tmp_path / "captions")
     other = dataclasses.replace(GENERATION, decoding=dataclasses.replace(GENERATION.decoding, beam_width=2))
-    with pytest.raises(FingerprintError, match=r"decoding.beam_width: there 3, now 2"):
+    with pytest.raises(FingerprintError, match=r"decoding.beam_width: was 3, now 2"):
         generate_captions(features, captioner, tmp_path / "captions", other, run=QUIET)
 
 
-def test_features_of_another_encoder_are_refused(
+def test_features_of_another_encoder_are_rejected(
     manifest: ShardedDataset, captioner: Path, tmp_path: Path, small_encoder: ExtractionConfig
 ) -> None:
     encoder = dataclasses.replace(small_encoder.encoder, weights="random:7")
@@ -113,27 +113,27 @@ def test_features_of_another_encoder_are_refused(
     assert not (tmp_path / "captions").exists()
 
 
-def test_a_damaged_or_missing_checkpoint_is_refused(features: Path, captioner: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nowhere"):
-        caption(features, tmp_path / "nowhere", tmp_path / "captions")
+def test_damaged_and_missing_checkpoints_are_rejected(features: Path, captioner: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="missing"):
+        caption(features, tmp_path / "missing", tmp_path / "captions")
     config = json.loads((captioner / "config.json").read_text())
     (captioner / "config.json").write_text(json.dumps(config)[:-20])
     with pytest.raises(CheckpointError, match="captioner"):
         caption(features, captioner, tmp_path / "captions")
 
 
-def test_captions_cannot_be_captioned(features: Path, captioner: Path, tmp_path: Path) -> None:
+def test_a_captions_dataset_is_not_a_source(features: Path, captioner: Path, tmp_path: Path) -> None:
     caption(features, captioner, tmp_path / "captions")
     with pytest.raises(DatasetError, match="expected a dataset of kind features or manifest, got captions"):
         caption(tmp_path / "captions", captioner, tmp_path / "more")
 
 
-def test_weights_are_not_asked_for_where_nothing_is_encoded(features: Path, captioner: Path, tmp_path: Path) -> None:
+def test_weights_are_rejected_if_nothing_is_encoded(features: Path, captioner: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--weights is for encoding images"):
         generate_captions(features, captioner, tmp_path / "captions", GENERATION, weights="w.pth", run=QUIET)
 
 
-def test_single_images_are_captioned_like_those_of_a_dataset(
+def test_single_images_get_the_same_captions_as_in_a_dataset(
     features: Path, captioner: Path, tmp_path: Path, images: list[str]
 ) -> None:
     captions = {row["uri"]: row for row in rows(caption(features, captioner, tmp_path / "captions"))}
@@ -144,25 +144,25 @@ def test_single_images_are_captioned_like_those_of_a_dataset(
     assert [(uri, type(error)) for uri, error in failures] == [(images[9], FetchError)]
 
 
-def test_a_captioner_that_was_tuned_on_images_brings_its_encoder(
+def test_a_finetuned_captioner_contains_its_encoder(
     manifest: ShardedDataset, features: Path, captioner: Path, tmp_path: Path, small_encoder: ExtractionConfig
 ) -> None:
     training = TrainingConfig(epochs=1, optimizer="adam", learning_rate=0.01)
     tuning = FinetuningConfig(str(captioner), EncoderFinetuningConfig(1e-3), training, max_failure_ratio=0.5)
-    finetune_captioner(manifest.folder.uri, tmp_path / "tuned", tuning, device="cpu", progress=False)
-    of_images = rows(caption(manifest.folder.uri, tmp_path / "tuned", tmp_path / "captions-of-images"))
-    alone, _ = caption_images([str(of_images[0]["uri"])], str(tmp_path / "tuned"), GENERATION, device="cpu")
-    assert alone[0]["candidates"] == of_images[0]["candidates"]
+    finetune_captioner(manifest.folder.uri, tmp_path / "finetuned", tuning, device="cpu", progress=False)
+    from_images = rows(caption(manifest.folder.uri, tmp_path / "finetuned", tmp_path / "captions-from-images"))
+    alone, _ = caption_images([str(from_images[0]["uri"])], str(tmp_path / "finetuned"), GENERATION, device="cpu")
+    assert alone[0]["candidates"] == from_images[0]["candidates"]
 
-    encoder = dataclasses.replace(small_encoder.encoder, weights=str(tmp_path / "tuned" / "encoder.safetensors"))
+    encoder = dataclasses.replace(small_encoder.encoder, weights=str(tmp_path / "finetuned" / "encoder.safetensors"))
     extraction = dataclasses.replace(small_encoder, encoder=encoder)
-    extract_features(manifest.folder.uri, tmp_path / "features-tuned", extraction, run=QUIET)
-    assert rows(caption(tmp_path / "features-tuned", tmp_path / "tuned", tmp_path / "captions")) == of_images
+    extract_features(manifest.folder.uri, tmp_path / "features-finetuned", extraction, run=QUIET)
+    assert rows(caption(tmp_path / "features-finetuned", tmp_path / "finetuned", tmp_path / "captions")) == from_images
     with pytest.raises(CheckpointError, match="weights_sha256"):
-        caption(features, tmp_path / "tuned", tmp_path / "captions-untuned")
+        caption(features, tmp_path / "finetuned", tmp_path / "captions-original")
 
 
-def test_an_image_without_neighbours_is_captioned_the_same(
+def test_captions_do_not_depend_on_the_other_images(
     features: Path, captioner: Path, tmp_path: Path, small_encoder: ExtractionConfig, images: list[str]
 ) -> None:
     together = {row["image_id"]: row["caption"] for row in rows(caption(features, captioner, tmp_path / "captions"))}

@@ -79,7 +79,7 @@ def test_captions_belong_to_the_memory_they_were_made_with(features: Path, capti
     remember(features, captioner)
     caption(features, captioner, tmp_path / "captions")
     remember(features, captioner, "val")
-    with pytest.raises(FingerprintError, match="memory"):
+    with pytest.raises(FingerprintError, match="datastore"):
         caption(features, captioner, tmp_path / "captions")
 
 

@@ -19,8 +19,8 @@ def test_workers_share_the_cores_among_their_decoders(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--runner=FlinkRunner",), "--workers 2 is for this machine; FlinkRunner takes an option of its own"),
-        (("--no_such_option=1",), "--no_such_option=1 is no option of Beam's in-process runner"),
+        (("--runner=FlinkRunner",), "--workers 2 applies to this machine; FlinkRunner has its own option"),
+        (("--no_such_option=1",), "--no_such_option=1 is not an option of Beam's in-process runner"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options: tuple[str, ...], message: str) -> None:
@@ -28,10 +28,10 @@ def test_options_that_do_not_fit_are_refused(options: tuple[str, ...], message: 
         choose_runner(RunConfig(workers=2, beam_options=options))
 
 
-@pytest.mark.parametrize("wrong", [{"workers": 0}, {"max_failure_ratio": 1.5}])
-def test_wrong_settings_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match=r"expected .*, got"):
-        RunConfig(**wrong)  # type: ignore[arg-type]
+@pytest.mark.parametrize(("name", "value"), [("workers", 0), ("max_failure_ratio", 1.5)])
+def test_invalid_settings_are_rejected(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}: Input should be .*, got {value}"):
+        RunConfig(**{name: value})  # type: ignore[arg-type]
 
 
 def test_a_cluster_that_cannot_be_reached_is_told() -> None:

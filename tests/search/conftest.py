@@ -34,7 +34,7 @@ def rows(*captions: tuple[str, str, float]) -> pa.RecordBatch:
 
 
 def write_captions(address: str) -> ShardedDataset:
-    """Two shards that are done, one of which has a failure, and one that is not."""
+    """Writes two shards that are done, one of them with a failure; a third is not done."""
     dataset = create_dataset(address, "captions", captions_schema(), config={"beam_width": 5}, shards=3)
     with write_shard(dataset, 0, 2) as writer:
         writer.write(rows(*CAPTIONS[:2]))
@@ -47,11 +47,11 @@ def write_captions(address: str) -> ShardedDataset:
     return dataset
 
 
-@pytest.fixture(params=["local", "local with signs", "memory"])
+@pytest.fixture(params=["local", "local with special characters", "memory"])
 def captions(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     addresses = {
         "local": str(tmp_path / "captions"),
-        "local with signs": str(tmp_path / "it's a, {folder} %20" / "captions"),
+        "local with special characters": str(tmp_path / "it's a, {folder} %20" / "captions"),
         "memory": f"memory://{uuid4().hex}/captions",
     }
     write_captions(addresses[request.param])

@@ -9,13 +9,12 @@ from hypothesis import strategies as st
 
 import captionlib.search
 from captionlib.errors import DatasetError, QueryError
-from captionlib.search.fusion import fuse_rankings
-from captionlib.search.index import Filter, Index
-from captionlib.search.index_config import IndexConfig, VectorLayout
-from captionlib.search.planning import plan_build
+from captionlib.search.build import plan_build
+from captionlib.search.config import IndexConfig, VectorLayout
+from captionlib.search.index import Filter, Index, fuse_rankings
 from captionlib.search.vector_index import Hits, VectorIndex, add_vectors, merge_vectors, train_vectors
 
-from .indexes import Row, WordRanker, make_rows, write_texts, write_vectors
+from .example_index import Row, WordRanker, make_rows, write_captions_dataset, write_embeddings_dataset
 
 SENTENCES: list[Row] = [
     ("a1", "a dog runs on the grass", -4.5),
@@ -26,10 +25,10 @@ SENTENCES: list[Row] = [
 ]
 
 
-def built(tmp_path: Path, rows: list[Row], config: IndexConfig | None = None, shards: int = 2) -> Index:
+def build_index(tmp_path: Path, rows: list[Row], config: IndexConfig | None = None, shards: int = 2) -> Index:
     pieces = {shard: rows[shard::shards] for shard in range(shards)}
-    write_texts(str(tmp_path / "captions"), pieces, shards)
-    write_vectors(str(tmp_path / "embeddings"), pieces, shards)
+    write_captions_dataset(str(tmp_path / "captions"), pieces, shards)
+    write_embeddings_dataset(str(tmp_path / "embeddings"), pieces, shards)
     build = plan_build(tmp_path / "captions", tmp_path / "embeddings", tmp_path / "index", config or IndexConfig())
     build.train()
     for shard in range(shards):
@@ -40,12 +39,12 @@ def built(tmp_path: Path, rows: list[Row], config: IndexConfig | None = None, sh
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> Index:
-    return built(tmp_path_factory.mktemp("few"), SENTENCES)
+    return build_index(tmp_path_factory.mktemp("few"), SENTENCES)
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Index:
-    return built(tmp_path_factory.mktemp("many"), make_rows(2000), IndexConfig(vectors="sq8"))
+    return build_index(tmp_path_factory.mktemp("many"), make_rows(2000), IndexConfig(vectors="sq8"))
 
 
 def ids(table: pa.Table) -> list[str]:
@@ -54,7 +53,7 @@ def ids(table: pa.Table) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("question", "expected"),
+    ("query", "expected"),
     [
         ("frisbee", {"a2"}),
         ("dog", {"a1", "a2", "b1", "b3"}),
@@ -76,45 +75,45 @@ def ids(table: pa.Table) -> list[str]:
         ("zebra", set()),
     ],
 )
-def test_words_phrases_and_signs(few: Index, question: str, expected: set[str]) -> None:
-    assert set(ids(few.text(question))) == expected
-    assert few.text_and_count(question, 2)[1] == len(expected)
+def test_text_query_matches_words_phrases_and_signs(few: Index, query: str, expected: set[str]) -> None:
+    assert set(ids(few.search_text(query))) == expected
+    assert few.search_text_and_count(query, 2)[1] == len(expected)
 
 
-def test_what_has_more_of_the_words_comes_first(few: Index) -> None:
-    table = few.text("dog frisbee")
+def test_captions_with_more_of_the_words_rank_higher(few: Index) -> None:
+    table = few.search_text("dog frisbee")
     assert ids(table)[0] == "a2"
     assert table.column_names == ["image_id", "uri", "split", "caption", "log_prob", "tokens", "score"]
     scores = table["score"].to_pylist()
     assert scores == sorted(scores, reverse=True)
 
 
-def test_the_most_likely_come_first_where_asked_for(few: Index) -> None:
-    assert ids(few.text("dog", sort="log_prob")) == ["b3", "a2", "a1", "b1"]
+def test_results_can_be_sorted_by_log_prob(few: Index) -> None:
+    assert ids(few.search_text("dog", sort="log_prob")) == ["b3", "a2", "a1", "b1"]
 
 
-@pytest.mark.parametrize("question", ["", "  ", "the", '""', "+ -", "?!", "a " * 3])
-def test_a_question_without_words_is_refused(few: Index, question: str) -> None:
-    with pytest.raises(QueryError, match="expected words to look for"):
-        few.text(question)
+@pytest.mark.parametrize("query", ["", "  ", "the", '""', "+ -", "?!", "a " * 3])
+def test_text_query_without_words_is_rejected(few: Index, query: str) -> None:
+    with pytest.raises(QueryError, match="expected words to search for"):
+        few.search_text(query)
 
 
-def test_a_question_of_too_many_words_is_refused(few: Index) -> None:
+def test_text_query_with_too_many_words_is_rejected(few: Index) -> None:
     with pytest.raises(QueryError, match="expected at most 64 words and phrases, got 65"):
-        few.text(" ".join(f"word{number}" for number in range(65)))
+        few.search_text(" ".join(f"word{number}" for number in range(65)))
 
 
 @settings(max_examples=200, deadline=None)
-@given(question=st.text(max_size=60))
-def test_no_text_is_syntax(few: Index, question: str) -> None:
+@given(query=st.text(max_size=60))
+def test_no_text_is_a_syntax_error(few: Index, query: str) -> None:
     with suppress(QueryError):
-        assert few.text(question).num_rows <= 5
+        assert few.search_text(query).num_rows <= 5
 
 
-def test_without_a_language_words_are_as_written(tmp_path: Path) -> None:
-    index = built(tmp_path, SENTENCES, IndexConfig("none"))
-    assert set(ids(index.text("dogs"))) == {"a2"}
-    assert set(ids(index.text("the"))) == {"a1", "b3"}
+def test_language_none_matches_words_as_written(tmp_path: Path) -> None:
+    index = build_index(tmp_path, SENTENCES, IndexConfig("none"))
+    assert set(ids(index.search_text("dogs"))) == {"a2"}
+    assert set(ids(index.search_text("the"))) == {"a1", "b3"}
 
 
 @pytest.mark.parametrize(
@@ -129,19 +128,19 @@ def test_without_a_language_words_are_as_written(tmp_path: Path) -> None:
         Filter(split="train"),
     ],
 )
-def test_conditions_hold_for_every_question(few: Index, where: str | Filter) -> None:
-    passing = {row for row in (name for name, _, _ in SENTENCES) if _passes(few, row, where)}
-    assert set(ids(few.text("dog beach cafe", 10, where=where))) == passing
-    assert set(ids(few.sentence("dog", 10, where=where))) == passing
-    assert set(ids(few.hybrid("dog beach", 10, where=where))) == passing
-    assert set(ids(few.similar("a1", 10, where=where))) == passing - {"a1"}
+def test_filters_apply_to_every_kind_of_search(few: Index, where: str | Filter) -> None:
+    matching = {row for row in (name for name, _, _ in SENTENCES) if _matches(few, row, where)}
+    assert set(ids(few.search_text("dog beach cafe", 10, where=where))) == matching
+    assert set(ids(few.search_sentence("dog", 10, where=where))) == matching
+    assert set(ids(few.search_hybrid("dog beach", 10, where=where))) == matching
+    assert set(ids(few.search_similar("a1", 10, where=where))) == matching - {"a1"}
 
 
-def _passes(index: Index, image_id: str, where: str | Filter) -> bool:
-    row = index.image(image_id)
+def _matches(index: Index, image_id: str, where: str | Filter) -> bool:
+    row = index.get_image(image_id)
     if isinstance(where, str):
-        dog, likely = "dog" in row["caption"], row["log_prob"] > -5
-        return {"s": likely, "c": dog, "i": image_id in ("a1", "b2")}[where[0]]
+        dog, probable = "dog" in row["caption"], row["log_prob"] > -5
+        return {"s": probable, "c": dog, "i": image_id in ("a1", "b2")}[where[0]]
     return (
         (where.split is None or row["split"] == where.split)
         and (where.min_log_prob is None or row["log_prob"] >= where.min_log_prob)
@@ -151,43 +150,41 @@ def _passes(index: Index, image_id: str, where: str | Filter) -> bool:
 
 @pytest.mark.parametrize("where", ["log_prob < -49", "image_id = 'im77'", "FALSE", "caption LIKE '%pizza%'", "TRUE"])
 @pytest.mark.parametrize("limit", [1, 7, 2000])
-def test_never_fewer_than_asked_while_more_exist(many: Index, where: str, limit: int) -> None:
-    names = set(many._rows.passing(where).tolist())
-    assert many.sentence("dog", limit, where=where).num_rows == min(limit, len(names))
-    pizza = many.text("pizza", 2000)
-    matching = len(set(ids(pizza)) & set(ids(many.text("a -zebra dog cat frisbee beach", 2000, where=where))))
-    assert many.text("pizza", limit, where=where).num_rows >= min(limit, matching)
+def test_search_returns_limit_rows_while_more_match(many: Index, where: str, limit: int) -> None:
+    names = set(many._rows.find_matching(where).tolist())
+    assert many.search_sentence("dog", limit, where=where).num_rows == min(limit, len(names))
+    pizza = many.search_text("pizza", 2000)
+    matching = len(set(ids(pizza)) & set(ids(many.search_text("a -zebra dog cat frisbee beach", 2000, where=where))))
+    assert many.search_text("pizza", limit, where=where).num_rows >= min(limit, matching)
 
 
-def test_a_wide_condition_over_many_rows_gives_as_many_words_as_exist(
-    many: Index, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("captionlib.search.text_index._FEW_PASSING", 0)
-    exact = {row["image_id"] for row in many.text("pizza", 2000).to_pylist() if row["log_prob"] < -45}
+def test_filter_matching_many_rows_still_returns_all_text_hits(many: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("captionlib.search.text_index._MAX_TERM_SET", 0)
+    exact = {row["image_id"] for row in many.search_text("pizza", 2000).to_pylist() if row["log_prob"] < -45}
     assert len(exact) > 10
-    found = many.text("pizza", 2000, where="log_prob < -45")
-    assert set(ids(found)) == exact
-    assert ids(many.text("pizza", 5, where="log_prob < -45")) == ids(found)[:5]
-    assert many.text("pizza", 5, where="FALSE").num_rows == 0
+    table = many.search_text("pizza", 2000, where="log_prob < -45")
+    assert set(ids(table)) == exact
+    assert ids(many.search_text("pizza", 5, where="log_prob < -45")) == ids(table)[:5]
+    assert many.search_text("pizza", 5, where="FALSE").num_rows == 0
 
 
-def test_what_must_and_must_not_be_there_holds_for_both_together(many: Index) -> None:
-    found = many.hybrid("dog -cat -pizza", 500)
-    assert all("cat" not in caption and "pizza" not in caption for caption in found["caption"].to_pylist())
-    assert found.num_rows == 500
-    both = many.hybrid("dog +cat", 2000)["caption"].to_pylist()
-    assert len(both) == many.text_and_count("+cat")[1]
+def test_hybrid_search_honors_required_and_excluded_words(many: Index) -> None:
+    table = many.search_hybrid("dog -cat -pizza", 500)
+    assert all("cat" not in caption and "pizza" not in caption for caption in table["caption"].to_pylist())
+    assert table.num_rows == 500
+    both = many.search_hybrid("dog +cat", 2000)["caption"].to_pylist()
+    assert len(both) == many.search_text_and_count("+cat")[1]
     assert all("cat" in caption for caption in both)
-    assert many.hybrid("-cat", 3).num_rows == 3
+    assert many.search_hybrid("-cat", 3).num_rows == 3
     with pytest.raises(QueryError, match="sentence: expected words, got none"):
-        many.sentence("  ")
+        many.search_sentence("  ")
 
 
-def test_pages_follow_each_other(many: Index) -> None:
-    for ask in (many.text, many.sentence, many.hybrid):
-        whole = ids(ask("dog cat", 30))
-        assert ids(ask("dog cat", 10, 0)) + ids(ask("dog cat", 20, 10)) == whole
-    assert ids(many.similar("im3", 10, 5)) == ids(many.similar("im3", 15))[5:]
+def test_offset_continues_the_previous_page(many: Index) -> None:
+    for search in (many.search_text, many.search_sentence, many.search_hybrid):
+        whole = ids(search("dog cat", 30))
+        assert ids(search("dog cat", 10, 0)) + ids(search("dog cat", 20, 10)) == whole
+    assert ids(many.search_similar("im3", 10, 5)) == ids(many.search_similar("im3", 15))[5:]
 
 
 @pytest.mark.parametrize(
@@ -201,45 +198,45 @@ def test_pages_follow_each_other(many: Index) -> None:
         ("", "where: .*Expected a condition over image_id, uri, split, caption, log_prob, tokens"),
     ],
 )
-def test_what_is_no_condition_is_said(few: Index, where: str, message: str) -> None:
+def test_invalid_condition_is_rejected(few: Index, where: str, message: str) -> None:
     with pytest.raises(QueryError, match=f"(?s){message}"):
-        few.text("dog", where=where)
+        few.search_text("dog", where=where)
 
 
-def test_an_image_and_what_is_near_it(few: Index, many: Index) -> None:
-    assert few.image("b2")["caption"] == "a café on a sunny beach"
+def test_get_image_and_search_similar(few: Index, many: Index) -> None:
+    assert few.get_image("b2")["caption"] == "a café on a sunny beach"
     name = "im3"
-    caption = many.image(name)["caption"]
-    near = many.similar(name, 20)
+    caption = many.get_image(name)["caption"]
+    near = many.search_similar(name, 20)
     assert name not in ids(near)
     words = set(caption.split())
     assert all(set(other.split()) == words for other in near["caption"].to_pylist())
     with pytest.raises(QueryError, match="no image a9 in the index"):
-        few.image("a9")
+        few.get_image("a9")
     with pytest.raises(QueryError, match="no image A1 in the index"):
-        few.similar("A1")
+        few.search_similar("A1")
 
 
-def test_what_an_index_cannot_answer_it_says(tmp_path: Path) -> None:
-    built(tmp_path, SENTENCES)
+def test_unsupported_searches_are_rejected(tmp_path: Path) -> None:
+    build_index(tmp_path, SENTENCES)
     without = captionlib.search.open(tmp_path / "index")
     assert without.has_vectors
-    assert not without.has_sentences
+    assert not without.supports_sentences
     with pytest.raises(QueryError, match="sentences need the ranker"):
-        without.sentence("a dog")
+        without.search_sentence("a dog")
     with pytest.raises(QueryError, match=r"expected a vector of shape \[8\], got \[3\]"):
-        without.vector(np.zeros(3, np.float32))
+        without.search_vector(np.zeros(3, np.float32))
     plan = plan_build(tmp_path / "captions", None, tmp_path / "text", IndexConfig())
     for shard in range(2):
         plan.add_shard(shard)
     plan.finish()
-    with pytest.raises(QueryError, match="the index holds text alone"):
-        captionlib.search.open(tmp_path / "text", WordRanker()).sentence("a dog")
-    with pytest.raises(DatasetError, match="is no index"):
+    with pytest.raises(QueryError, match="the index has text only"):
+        captionlib.search.open(tmp_path / "text", WordRanker()).search_sentence("a dog")
+    with pytest.raises(DatasetError, match="is not an index"):
         captionlib.search.open(tmp_path / "captions")
 
 
-def test_rankings_are_fused_by_their_reciprocals() -> None:
+def test_fuse_rankings_sums_reciprocal_ranks() -> None:
     def hits(*rows: int) -> Hits:
         return Hits(np.array(rows, np.int64), np.zeros(len(rows), np.float32))
 
@@ -249,14 +246,14 @@ def test_rankings_are_fused_by_their_reciprocals() -> None:
     assert len(fuse_rankings([hits(), hits()])) == 0
 
 
-@pytest.mark.parametrize(("kind", "least"), [("flat", 1.0), ("sq8", 0.95), ("pq", 0.5)])
-def test_vectors_are_found_as_by_comparing_with_all(tmp_path: Path, kind: str, least: float) -> None:
+@pytest.mark.parametrize(("kind", "min_recall"), [("flat", 1.0), ("sq8", 0.95), ("pq", 0.5)])
+def test_vector_search_reaches_the_recall_of_its_encoding(tmp_path: Path, kind: str, min_recall: float) -> None:
     generator = np.random.default_rng(0)
-    centres = generator.normal(size=(50, 32))
-    vectors = (centres[generator.integers(50, size=4000)] + generator.normal(size=(4000, 32))).astype(np.float32)
+    centers = generator.normal(size=(50, 32))
+    vectors = (centers[generator.integers(50, size=4000)] + generator.normal(size=(4000, 32))).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     layout = VectorLayout.choose(IndexConfig(vectors=kind), 4000, 32)  # type: ignore[arg-type]
-    train_vectors(layout, vectors, 0, tmp_path / "trained")
+    train_vectors(layout, vectors, tmp_path / "trained")
     for part in range(2):
         rows = np.arange(2000 * part, 2000 * part + 2000)
         add_vectors(tmp_path / "trained", rows, vectors[rows], tmp_path / f"part{part}")
@@ -264,19 +261,19 @@ def test_vectors_are_found_as_by_comparing_with_all(tmp_path: Path, kind: str, l
     assert merge_vectors(tmp_path / "trained", parts, [], tmp_path / "all") == 4000
     index = VectorIndex(tmp_path / "all", layout, 4000)
     recalls = []
-    for question in vectors[:100]:
-        exact = set(np.argsort(-(vectors @ question))[:10].tolist())
-        recalls.append(len(exact & set(index.search(question, 10).rows.tolist())) / 10)
-    assert np.mean(recalls) >= least
-    vector = index.vector(7)
+    for query in vectors[:100]:
+        exact = set(np.argsort(-(vectors @ query))[:10].tolist())
+        recalls.append(len(exact & set(index.search(query, 10).rows.tolist())) / 10)
+    assert np.mean(recalls) >= min_recall
+    vector = index.get_vector(7)
     assert vector is not None
     assert float(vector @ vectors[7]) > (0.9 if kind == "pq" else 0.999)
-    assert index.vector(4000) is None
+    assert index.get_vector(4000) is None
 
 
-def test_many_rows_get_lists_and_few_do_not() -> None:
+def test_layout_is_chosen_by_the_number_of_rows() -> None:
     chosen = [VectorLayout.choose(IndexConfig(), rows, 256) for rows in (0, 19_999, 1_000_000, 100_000_000)]
-    assert [(layout.code, layout.lists) for layout in chosen] == [
+    assert [(layout.encoding, layout.nlist) for layout in chosen] == [
         ("Flat", 1),
         ("Flat", 1),
         ("SQ8", 2048),

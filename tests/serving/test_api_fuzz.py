@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from .sites import make_site
+from .example_site import make_site
 
 OPERATIONS = ["GET /health", "GET /api/search", "GET /api/image", "POST /api/photo", "GET /picture/{size}"]
 MODES = [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE]

@@ -13,7 +13,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.browser import needs_browser, open_browser
 
-from .sites import EVIL, make_site
+from .example_site import EVIL, make_site
 
 pytestmark = needs_browser
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from captionlib.serving.config import ServingConfig
 
-from .sites import EVIL, make_site
+from .example_site import EVIL, make_site
 
 PERSON = {"accept": "text/html"}
 
@@ -66,10 +66,10 @@ def test_split_and_probability_narrow_an_answer(client: TestClient) -> None:
 def test_a_question_without_words_has_a_note_in_place_of_rows(client: TestClient) -> None:
     answer = client.get("/api/search", params={"q": "the"}).json()
     assert answer["rows"] == []
-    assert "expected words to look for" in answer["note"]
-    assert "Expected words to look for" in client.get("/?q=the").text
+    assert "expected words to search for" in answer["note"]
+    assert "Expected words to search for" in client.get("/?q=the").text
     unknown = client.get("/api/search", params={"q": "zebra", "mode": "sentence"}).json()
-    assert (unknown["rows"], "words that the ranker has learned" in unknown["note"]) == ([], True)
+    assert (unknown["rows"], "words that the ranker knows" in unknown["note"]) == ([], True)
 
 
 def test_who_asks_nothing_yet_is_shown_how_and_some_images(client: TestClient) -> None:
@@ -235,8 +235,8 @@ def test_nothing_there_is_a_page_for_people_and_json_for_programs(client: TestCl
 
 def test_without_a_ranker_only_words_are_offered(tmp_path: Path) -> None:
     import captionlib.search
-    from captionlib.serving.answers import Library
     from captionlib.serving.app import create_app
+    from captionlib.serving.service import Library
 
     make_site(tmp_path, 10, sees=False)
     library = Library(captionlib.search.open(tmp_path / "index"), ServingConfig(hosts=("testserver",)))

@@ -82,7 +82,7 @@ def test_another_configuration_is_refused_unless_told_to_overwrite(features: Sha
     config = replace(CONFIG, training=TrainingConfig(epochs=1))
     train(features, tmp_path / "captioner", config)
     other = replace(config, captioner=replace(config.captioner, hidden_size=8))
-    with pytest.raises(DatasetError, match=r"captioner\.hidden_size: there 16, now 8"):
+    with pytest.raises(DatasetError, match=r"captioner\.hidden_size: was 16, now 8"):
         train(features, tmp_path / "captioner", other)
     train(features, tmp_path / "captioner", other, overwrite=True)
     assert load_captioner(tmp_path / "captioner").config.hidden_size == 8
@@ -120,7 +120,7 @@ def test_words_start_from_the_vectors_of_others(
 
 def test_word_vectors_of_another_size_are_refused(features: ShardedDataset, tmp_path: Path) -> None:
     (tmp_path / "glove.txt").write_text("one 1 2 3\n")
-    with pytest.raises(ConfigError, match="have 3 numbers, the captioner's word vectors 16"):
+    with pytest.raises(ConfigError, match="embedding size 16, got size 3"):
         train(features, tmp_path / "captioner", replace(CONFIG, word_vectors=str(tmp_path / "glove.txt")))
 
 
@@ -277,7 +277,7 @@ def test_what_training_cannot_start_from_is_refused(features: ShardedDataset, tm
         train(features, tmp_path / "second", config)
     train(features, first, replace(config, init_from=None))
     other = replace(config, captioner=replace(CONFIG.captioner, cell="rnn", hidden_size=8))
-    with pytest.raises(ConfigError, match=r"cell: there 'lstm', now 'rnn'; hidden_size: there 16, now 8\); leave"):
+    with pytest.raises(ConfigError, match=r"cell: was 'lstm', now 'rnn'; hidden_size: was 16, now 8\); leave"):
         train(features, tmp_path / "second", other)
     with pytest.raises(ConfigError, match="is the run's own folder"):
         train(features, first, config, overwrite=True)

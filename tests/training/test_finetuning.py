@@ -205,7 +205,7 @@ def test_a_killed_run_goes_on_bit_for_bit_and_loads_only_what_is_left(
     one, two = (load_captioner(tmp_path / name) for name in ("undisturbed", "killed"))
     assert one.encoder == two.encoder
     assert all(torch.equal(values, two.model.state_dict()[name]) for name, values in one.model.state_dict().items())
-    with pytest.raises(DatasetError, match=r"encoder.learning_rate: there 0.0001, now 0.5"):
+    with pytest.raises(DatasetError, match=r"encoder.learning_rate: was 0.0001, now 0.5"):
         tune(manifest, tmp_path / "killed", replace(CONFIG, encoder=EncoderFinetuningConfig(0.5, "features.3")))
 
 

@@ -123,7 +123,7 @@ def test_a_run_can_be_prolonged_but_not_changed(tmp_path: Path) -> None:
     longer = Line()
     assert len(run(longer, tmp_path, replace(CONFIG, epochs=5))) == 5
     assert longer._step == 2 * STEPS
-    with pytest.raises(DatasetError, match=r"training.learning_rate: there 0.001, now 0.1"):
+    with pytest.raises(DatasetError, match=r"training.learning_rate: was 0.001, now 0.1"):
         run(Line(), tmp_path, replace(CONFIG, learning_rate=0.1))
 
 

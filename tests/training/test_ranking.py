@@ -195,7 +195,7 @@ def test_sentences_are_drawn_for_each_image() -> None:
 def test_another_configuration_is_refused(features: ShardedDataset, tmp_path: Path) -> None:
     config = replace(CONFIG, training=TrainingConfig(epochs=1))
     train(features, tmp_path / "ranker", config)
-    with pytest.raises(DatasetError, match=r"margin: there 0.2, now 0.3"):
+    with pytest.raises(DatasetError, match=r"margin: was 0.2, now 0.3"):
         train(features, tmp_path / "ranker", replace(config, margin=0.3))
 
 

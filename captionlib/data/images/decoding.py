@@ -107,8 +107,8 @@ def decode_image(
         `[crop_size, crop_size, 3] uint8`, RGB, read-only.
 
     Raises:
-        DecodeError: the image cannot be decoded; the reason is Empty, NotAnImage, UnsupportedFormat, TooManyPixels, Truncated, Corrupt or
-            OutOfMemory.
+        DecodeError: the image cannot be decoded; the reason is Empty, NotAnImage, UnsupportedFormat, TooManyPixels,
+            Truncated, Corrupt or OutOfMemory.
     """
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:

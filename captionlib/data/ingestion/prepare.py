@@ -57,10 +57,10 @@ class PrepareConfig:
 
 @dataclass(frozen=True)
 class PrepareSummary:
-    """The content of a manifest, and what its source had besides.
+    """The content of a manifest, and the items of the source that it leaves out.
 
     Attributes:
-        source_format: the format that the source was read as.
+        source_format: the format of the source, given or detected.
         images: rows in the manifest.
         shards: shards in the manifest.
         captions: captions of all images.

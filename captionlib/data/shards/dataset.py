@@ -1,14 +1,14 @@
-"""Datasets as folders of shards, each of which is there whole or not at all.
+"""Datasets: folders of Parquet shards, each of which is complete or absent.
 
     folder/
-      part-00000.parquet ...          rows; at the top level there are only complete files
-      _dataset.json                   what it is and what made it (kind, schema version, configuration, fingerprint)
-      _shards/part-00000.json ...     a marker a shard, written last: with it the shard is done
-      _failures/part-00000.parquet    the images of a shard that could not be had; absent where there are none
-      _SUCCESS                        the totals, once every shard is done
+      part-00000.parquet ...          rows; only complete files appear at the top level
+      _dataset.json                   description: kind, schema version, configuration, fingerprint
+      _shards/part-00000.json ...     one marker per finished shard
+      _failures/part-00000.parquet    images of a shard that failed; absent if none did
+      _SUCCESS                        totals, once all shards are finished
 
-A shard's files appear in the order data, failures, marker. Whoever dies in between leaves a shard without a marker,
-which the next run does again.
+A shard is written in the order data, failures, marker. If the writer dies in between, the shard has no marker and the
+next run writes it again.
 """
 
 import json
@@ -44,15 +44,15 @@ __all__ = ["ShardedDataset", "create_dataset", "open_dataset"]
 
 @dataclass(frozen=True)
 class ShardedDataset:
-    """A dataset in a folder. Pickles to an address and a description, so it travels to workers.
+    """A dataset in a folder. Pickles to its address and description, so that it can be sent to workers.
 
     Attributes:
-        folder: where it is.
-        kind: what a row is: manifest, features, captions or embeddings.
-        config: all that the rows depend on.
+        folder: its folder.
+        kind: manifest, features, captions or embeddings.
+        config: everything that the rows depend on.
         fingerprint: the hash of kind, schema version and config.
-        shards: how many parts it has when it is complete.
-        schema: the Arrow schema of its parts.
+        shards: the number of shards of the complete dataset.
+        schema: the Arrow schema of its shards.
     """
 
     folder: Folder
@@ -63,17 +63,17 @@ class ShardedDataset:
     schema: pa.Schema
 
     def done_shards(self) -> set[int]:
-        """The shards that have a marker, by one listing."""
+        """Returns the shards that have a marker. Lists the folder once."""
         names = (name for name in self.folder.list(MARKERS_FOLDER) if name.endswith(".json"))
-        found = {int(name.removeprefix("part-").removesuffix(".json")) for name in names}
-        return {shard for shard in found if shard < self.shards}
+        shards = {int(name.removeprefix("part-").removesuffix(".json")) for name in names}
+        return {shard for shard in shards if shard < self.shards}
 
     def pending_shards(self) -> list[int]:
-        """The shards that are still to be done."""
+        """Returns the shards that have no marker."""
         return sorted(set(range(self.shards)) - self.done_shards())
 
     def read_marker(self, shard: int) -> Marker | None:
-        """The marker of a shard, None where it is not done."""
+        """Reads the marker of a shard; None if the shard is not finished."""
         try:
             content = self.folder.read(f"{MARKERS_FOLDER}/{part_name(shard)}.json")
         except FileNotFoundError:
@@ -82,22 +82,22 @@ class ShardedDataset:
         return marker if marker.fingerprint == self.fingerprint else None
 
     def read_markers(self, shards: Iterable[int] | None = None) -> dict[int, Marker]:
-        """The markers of these shards, or of all that are done."""
+        """Reads the markers of the given shards, by shard. None reads those of all finished shards."""
         return {marker.shard: marker for marker in self.iter_markers(self.done_shards() if shards is None else shards)}
 
     def iter_markers(self, shards: Iterable[int]) -> Iterator[Marker]:
-        """The markers of these shards in any order, fetched concurrently; memory holds some of them."""
+        """Reads the markers of the given shards in any order, concurrently and in bounded memory."""
         for content in self.folder.read_many(f"{MARKERS_FOLDER}/{part_name(shard)}.json" for shard in sorted(shards)):
             marker = Marker(**json.loads(content))
             if marker.fingerprint == self.fingerprint:
                 yield marker
 
     def compute_totals(self) -> Totals:
-        """Of all the shards that are done, by reading all of their markers."""
+        """Sums the markers of all finished shards."""
         return sum_markers(self.iter_markers(self.done_shards()))
 
     def read_totals(self) -> Totals | None:
-        """What `_SUCCESS` tells; None where it is not there."""
+        """Reads the totals in `_SUCCESS`; None if it does not exist."""
         try:
             content = json.loads(self.folder.read(SUCCESS_FILE))
         except FileNotFoundError:
@@ -108,44 +108,47 @@ class ShardedDataset:
         return self.folder.exists(SUCCESS_FILE)
 
     def mark_incomplete(self) -> None:
-        """Says that shards are going to be written: until `finish` the dataset is not complete."""
+        """Marks the dataset as incomplete until `finish` is called. Call it before writing shards."""
         self.folder.remove_file(SUCCESS_FILE)
 
     def require_complete(self) -> "ShardedDataset":
-        """Itself.
+        """Checks that all shards are finished.
+
+        Returns:
+            This dataset.
 
         Raises:
-            DatasetError: some of its shards are not done.
+            DatasetError: the dataset is not complete.
         """
         if not self.is_complete():
             raise DatasetError(
-                f"{self.folder.uri} is not complete: expected {self.shards} shards, {len(self.done_shards())} are done, "
-                "or the last run ended with too many failures; run the command that writes it again"
+                f"{self.folder.uri} is not complete: expected {self.shards} finished shards, got "
+                f"{len(self.done_shards())}, or too many images failed; run the command that writes it again"
             )
         return self
 
     def part_path(self, shard: int) -> str:
-        """The path of a shard's data, as the folder's file system spells it."""
+        """Returns the path of a shard's data file, as the folder's file system spells it."""
         return self.folder.path(f"{part_name(shard)}.parquet")
 
     def read(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """A whole shard."""
+        """Reads a shard into memory."""
         with self.folder.open(f"{part_name(shard)}.parquet") as file:
             return pq.read_table(file, columns=list(columns) if columns is not None else None)
 
     def read_batches(
         self, shard: int, columns: Sequence[str] | None = None, batch_size: int = 256
     ) -> Iterator[pa.RecordBatch]:
-        """A shard in pieces of `batch_size` rows; memory holds one row group."""
+        """Reads a shard in batches of up to `batch_size` rows. Holds one row group in memory."""
         with self.folder.open(f"{part_name(shard)}.parquet") as file:
-            parquet = pq.ParquetFile(file, pre_buffer=True)  # the columns of a row group come by a request or two
+            parquet = pq.ParquetFile(file, pre_buffer=True)  # reads a row group's columns with few requests
             for group in range(parquet.num_row_groups):
                 yield from parquet.iter_batches(
                     batch_size, row_groups=[group], columns=list(columns) if columns is not None else None
                 )
 
     def read_failures(self, shard: int) -> pa.Table | None:
-        """The failures of a shard, None where there are none."""
+        """Reads the failures of a shard; None if there are none."""
         name = f"{FAILURES_FOLDER}/{part_name(shard)}.parquet"
         if not self.folder.exists(name):
             return None
@@ -153,15 +156,15 @@ class ShardedDataset:
             return pq.read_table(file)
 
     def remove_marker(self, shard: int) -> None:
-        """Takes a shard's marker away: until it is written again, neither shard nor dataset is done."""
+        """Removes the marker of a shard, so that the shard is pending and the dataset is incomplete."""
         self.mark_incomplete()
         self.folder.remove_file(f"{MARKERS_FOLDER}/{part_name(shard)}.json")
 
     def finish(self, max_failure_ratio: float = 1.0) -> Totals:
-        """Checks that every shard is done and writes `_SUCCESS`, unless it is there.
+        """Checks that all shards are finished and writes `_SUCCESS`.
 
         Raises:
-            DatasetError: a shard is missing.
+            DatasetError: a shard is not finished.
             FailureRatioError: more than `max_failure_ratio` of the images failed.
         """
         recorded = None if self.pending_shards() else self.read_totals()
@@ -169,8 +172,8 @@ class ShardedDataset:
         if totals.shards < self.shards:
             missing = sorted(set(range(self.shards)) - set(self.read_markers()))
             raise DatasetError(
-                f"{self.folder.uri}: expected {self.shards} shards, {len(missing)} are not done "
-                f"(the first is {part_name(missing[0])}); run the command again, it goes on where it stopped"
+                f"{self.folder.uri}: expected {self.shards} finished shards, {len(missing)} are missing "
+                f"(the first is {part_name(missing[0])}); run the command again, it resumes where it stopped"
             )
         if totals.failures > max_failure_ratio * totals.images:
             self.mark_incomplete()
@@ -181,7 +184,7 @@ class ShardedDataset:
         return totals
 
     def verify(self) -> list[str]:
-        """What is wrong with the parts that are done, a line each: missing, or other than their marker says."""
+        """Compares the data files of finished shards with their markers and returns one line per problem."""
         problems = []
         names = set(self.folder.list())
         for shard, marker in self.read_markers().items():
@@ -200,8 +203,8 @@ def _describe_failures(dataset: ShardedDataset, totals: Totals, max_failure_rati
     reasons = ", ".join(f"{reason}: {count}" for reason, count in totals.reasons.items())
     return (
         f"{dataset.folder.uri}: {totals.failures} of {totals.images} images failed "
-        f"({totals.failures / totals.images:.1%}, allowed {max_failure_ratio:.1%}; {reasons}). All rows are kept: "
-        f"see {FAILURES_FOLDER}/, then run again with --retry-failures, or with a higher --max-failure-ratio"
+        f"({totals.failures / totals.images:.1%}; expected at most {max_failure_ratio:.1%}; {reasons}). The finished "
+        f"shards are kept; see {FAILURES_FOLDER}/, then run again with --retry-failures or a higher --max-failure-ratio"
     )
 
 
@@ -209,20 +212,20 @@ def open_dataset(uri: str | os.PathLike[str], kind: str | None = None) -> Sharde
     """Opens a dataset, complete or not.
 
     Raises:
-        DatasetError: there is none, it is of another kind, or of another schema version.
+        DatasetError: the folder is not a dataset, or the dataset has another kind or schema version.
     """
     folder = Folder(uri)
     description = _read_description(folder)
     if description is None:
-        got = "other files" if folder.list() else "no such folder, or an empty one"
+        got = "other files" if folder.list() else "a missing or empty folder"
         raise DatasetError(
-            f"{folder.uri} is no dataset of captionlib: expected a folder that holds {DESCRIPTION_FILE}, got {got}; "
-            "give the output of the stage before"
+            f"{folder.uri} is not a dataset of captionlib: expected a folder with {DESCRIPTION_FILE}, got {got}; "
+            "use the output of the previous stage"
         )
     if kind is not None and description["kind"] != kind:
         raise DatasetError(
             f"{folder.uri}: expected a dataset of kind {kind}, got {description['kind']}; "
-            "`captionlib --help` tells what each stage reads"
+            "`captionlib --help` shows what each stage reads"
         )
     if description["schema_version"] != SCHEMA_VERSION:
         raise DatasetError(
@@ -248,11 +251,19 @@ def create_dataset(
     shards: int,
     overwrite: bool = False,
 ) -> ShardedDataset:
-    """Starts a dataset, or goes on with one of the same fingerprint.
+    """Creates a dataset, or resumes one with the same fingerprint.
+
+    Args:
+        uri: its folder.
+        kind: manifest, features, captions or embeddings.
+        schema: the Arrow schema of its shards.
+        config: everything that the rows depend on.
+        shards: the number of shards of the complete dataset.
+        overwrite: delete an existing dataset first.
 
     Raises:
         FingerprintError: the folder holds a dataset of another configuration, and `overwrite` is off.
-        DatasetError: the folder holds files that are not captionlib's.
+        DatasetError: the folder holds files that captionlib did not write.
     """
     folder = Folder(uri)
     config = json.loads(json.dumps(config))
@@ -262,10 +273,10 @@ def create_dataset(
         return dataset
     if existing is not None and not overwrite:
         raise FingerprintError(_describe_difference(folder, existing, kind, config))
-    if existing is None and (strangers := [name for name in folder.list() if name != TEMPORARY_FOLDER]):
+    if existing is None and (others := [name for name in folder.list() if name != TEMPORARY_FOLDER]):
         raise DatasetError(
-            f"{folder.uri} holds files that captionlib did not write ({', '.join(strangers[:3])}); "
-            "give an empty or a new folder"
+            f"{folder.uri} holds files that captionlib did not write ({', '.join(others[:3])}); "
+            "use a new or empty folder"
         )
     if existing is not None:
         _clear(folder)
@@ -284,7 +295,7 @@ def create_dataset(
 
 
 def _clear(folder: Folder) -> None:
-    """Removes a dataset, the marks of completeness first and the description last."""
+    """Removes a dataset: first what makes it complete, the description last."""
     for name in (SUCCESS_FILE, MARKERS_FOLDER, FAILURES_FOLDER, TEMPORARY_FOLDER):
         folder.remove(name)
     for name in folder.list():
@@ -312,5 +323,5 @@ def _describe_difference(folder: Folder, existing: Mapping[str, Any], kind: str,
     lines = describe_differences({"kind": existing["kind"], **existing["config"]}, {"kind": kind, **config})
     return (
         f"{folder.uri} holds the output of another configuration ({'; '.join(lines) or 'another schema version'}); "
-        "give another folder, or --overwrite to replace it"
+        "use another folder, or --overwrite to replace it"
     )

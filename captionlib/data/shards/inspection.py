@@ -1,4 +1,4 @@
-"""What a folder of captionlib holds, how far it is, and what failed in it."""
+"""Summarizes a dataset: how much is finished, what failed and what is wrong."""
 
 import os
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ __all__ = ["DatasetReport", "FailureReport", "inspect_dataset"]
 
 @dataclass(frozen=True)
 class FailureReport:
-    """Failures of one reason.
+    """The failures with one reason.
 
     Attributes:
-        count: how many images.
-        image_id: one of them; empty where the file of the failures is gone.
-        uri: where it was looked for.
-        message: what was wrong with it.
+        count: number of images.
+        image_id: id of an example; empty if the file of failures is missing.
+        uri: address of the example.
+        message: error message of the example.
     """
 
     count: int
@@ -31,24 +31,24 @@ class FailureReport:
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What is known of a dataset.
+    """A summary of a dataset.
 
     Attributes:
-        folder: its address.
-        kind: what a row is.
-        fingerprint: of all that its rows depend on.
-        columns: and their types.
-        config: what made it.
-        complete: every shard is done, and the run ended well.
-        shards_done: of `shards`.
-        shards: when it is complete.
-        rows: of the shards that are done.
-        size: of their files, in bytes.
-        seconds: that making them took, all workers together.
-        failed: images that could not be had, in the shards that are done.
-        failures: by reason, the most frequent first.
-        temporary_files: temporary files of runs that died; the next run that ends well removes them.
-        problems: what is wrong with the files; those of their content only where they were verified.
+        folder: address of the dataset.
+        kind: manifest, features, captions or embeddings.
+        fingerprint: hash of everything that the rows depend on.
+        columns: types of the columns by name.
+        config: everything that the rows depend on.
+        complete: whether all shards are finished and the run succeeded.
+        shards_done: number of finished shards.
+        shards: number of shards of the complete dataset.
+        rows: number of rows in the finished shards.
+        size: size of the finished shards, in bytes.
+        seconds: time spent on the finished shards, summed over workers.
+        failed: number of failed images in the finished shards.
+        failures: failures by reason, the most frequent first.
+        temporary_files: number of temporary files, of running or dead runs; the next successful run removes them.
+        problems: inconsistencies; those in file contents only if the files were verified.
     """
 
     folder: str
@@ -69,14 +69,14 @@ class DatasetReport:
 
 
 def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> DatasetReport:
-    """Looks at a dataset, complete or not.
+    """Summarizes a dataset, complete or not.
 
     Args:
-        uri: its folder.
-        verify: also read every file and compare it with the checksum in its marker.
+        uri: the folder of the dataset.
+        verify: also read every data file and compare its checksum with the marker.
 
     Raises:
-        DatasetError: it is no dataset.
+        DatasetError: the folder is not a dataset.
     """
     dataset = open_dataset(uri)
     totals = dataset.compute_totals()
@@ -93,29 +93,30 @@ def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> Datase
         size=totals.bytes,
         seconds=totals.seconds,
         failed=totals.failures,
-        failures=_failures(dataset, totals.reasons),
+        failures=_summarize_failures(dataset, totals.reasons),
         temporary_files=len(dataset.folder.list(TEMPORARY_FOLDER)),
-        problems=[*_contradictions(dataset, totals.shards), *(dataset.verify() if verify else [])],
+        problems=[*_find_contradictions(dataset, totals.shards), *(dataset.verify() if verify else [])],
     )
 
 
-def _contradictions(dataset: ShardedDataset, done: int) -> list[str]:
+def _find_contradictions(dataset: ShardedDataset, done: int) -> list[str]:
     if not dataset.is_complete() or done == dataset.shards:
         return []
     return [
-        f"{SUCCESS_FILE}: says that all {dataset.shards} shards are done, but only {done} have a marker of this dataset"
+        f"{SUCCESS_FILE}: says that all {dataset.shards} shards are finished, but only {done} have a marker of this "
+        "dataset"
     ]
 
 
-def _failures(dataset: ShardedDataset, reasons: Mapping[str, int]) -> dict[str, FailureReport]:
-    """One example of each reason: failure files are read until there is one."""
-    found: dict[str, FailureReport] = {}
+def _summarize_failures(dataset: ShardedDataset, reasons: Mapping[str, int]) -> dict[str, FailureReport]:
+    """Reads failures until each reason has an example."""
+    examples: dict[str, FailureReport] = {}
     for shard, marker in sorted(dataset.read_markers().items()):
-        if marker.reasons.keys() <= found.keys():
+        if marker.reasons.keys() <= examples.keys():
             continue
         table = dataset.read_failures(shard)
         for row in table.to_pylist() if table is not None else []:
             if row["error"] in reasons:
                 example = FailureReport(reasons[row["error"]], row["image_id"], row["uri"], row["message"])
-                found.setdefault(row["error"], example)
-    return {reason: found.get(reason, FailureReport(count, "", "", "")) for reason, count in reasons.items()}
+                examples.setdefault(row["error"], example)
+    return {reason: examples.get(reason, FailureReport(count, "", "", "")) for reason, count in reasons.items()}

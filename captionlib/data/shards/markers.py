@@ -1,4 +1,4 @@
-"""Markers: the JSON files that record which shards of a dataset are done."""
+"""Markers: JSON files that record the finished shards of a dataset."""
 
 import hashlib
 import json
@@ -31,7 +31,18 @@ FAILURES_FOLDER = "_failures"
 
 @dataclass(frozen=True)
 class Marker:
-    """What is known of a shard that is done."""
+    """A finished shard.
+
+    Attributes:
+        shard: number of the shard.
+        rows: number of rows.
+        failures: number of images that failed.
+        bytes: size of the data file.
+        checksum: checksum of the data file; see `compute_checksum`.
+        seconds: how long it took to write the shard.
+        fingerprint: fingerprint of the dataset.
+        reasons: number of failures by reason.
+    """
 
     shard: int
     rows: int
@@ -49,7 +60,7 @@ class Marker:
 
 @dataclass(frozen=True)
 class Totals:
-    """What is known of all the shards that are done."""
+    """The sums over the finished shards of a dataset; see `Marker` for the attributes."""
 
     shards: int
     rows: int
@@ -64,12 +75,12 @@ class Totals:
 
 
 def part_name(shard: int) -> str:
-    """The name that a shard's data, failures and marker share, without extension."""
+    """Returns the file name of a shard's data, failures and marker, without the extension."""
     return f"part-{shard:05d}"
 
 
 def sum_markers(markers: Iterable[Marker]) -> Totals:
-    """Adds markers up."""
+    """Sums the markers of a dataset."""
     shards = rows = failures = size = 0
     seconds = 0.0
     reasons: Counter[str] = Counter()
@@ -84,14 +95,14 @@ def sum_markers(markers: Iterable[Marker]) -> Totals:
 
 
 def compute_fingerprint(kind: str, config: Mapping[str, Any]) -> str:
-    """A hash of all that a dataset's rows depend on; equal configurations have equal fingerprints on every machine."""
+    """Hashes everything that the rows of a dataset depend on. Equal configurations have equal fingerprints."""
     identity = {"kind": kind, "schema_version": SCHEMA_VERSION, "config": config}
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def compute_checksum(file: BinaryIO) -> str:
-    """The SHA-256 of a file's content, as markers carry it."""
+    """Returns the SHA-256 of a file as `sha256:HEX`."""
     digest = hashlib.sha256()
     while block := file.read(16 << 20):
         digest.update(block)
@@ -99,5 +110,5 @@ def compute_checksum(file: BinaryIO) -> str:
 
 
 def to_json(content: Mapping[str, Any] | Sequence[Any]) -> bytes:
-    """How captionlib writes its JSON files."""
+    """Encodes values in the format of captionlib's JSON files."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,4 +1,4 @@
-"""Writes one shard of a dataset: rows streamed to Parquet, failures kept, everything published in order at the end."""
+"""Writes a shard of a dataset: streams rows to Parquet, collects failures and publishes all files at the end."""
 
 import time
 from collections import Counter
@@ -22,12 +22,12 @@ ROW_GROUP_BYTES = 32 << 20
 
 
 class ShardWriter:
-    """Takes the rows and the failures of one shard.
+    """Collects the rows and failures of a shard. Created by `write_shard`.
 
     Attributes:
-        marker: what was written, once it is.
-        rows: how many so far.
-        failures: rows of `_failures/`.
+        marker: the marker of the shard; None until it is published.
+        rows: number of rows so far.
+        failures: rows of `_failures/` so far.
     """
 
     def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
@@ -36,44 +36,47 @@ class ShardWriter:
         self.failures: list[dict[str, str]] = []
         self._writer = writer
         self._schema = schema
-        self._waiting: list[pa.RecordBatch] = []
-        self._waiting_rows = 0
-        self._waiting_bytes = 0
+        self._buffer: list[pa.RecordBatch] = []
+        self._buffered_rows = 0
+        self._buffered_bytes = 0
 
     def write(self, rows: pa.RecordBatch) -> None:
-        """Adds rows; a row group goes to the file as soon as it is full."""
-        self._waiting.append(rows)
-        self._waiting_rows += rows.num_rows
-        self._waiting_bytes += rows.nbytes
+        """Adds rows. A row group is written as soon as it is full."""
+        self._buffer.append(rows)
+        self._buffered_rows += rows.num_rows
+        self._buffered_bytes += rows.nbytes
         self.rows += rows.num_rows
-        if self._waiting_rows >= ROW_GROUP_ROWS or self._waiting_bytes >= ROW_GROUP_BYTES:
+        if self._buffered_rows >= ROW_GROUP_ROWS or self._buffered_bytes >= ROW_GROUP_BYTES:
             self.flush()
 
     def write_failure(self, image_id: str, uri: str, error: ImageError) -> None:
-        """Adds an image that could not be had."""
+        """Adds an image that failed."""
         self.failures.append(
             {"image_id": image_id, "uri": uri, "stage": error.stage, "error": error.reason, "message": str(error)}
         )
 
     def flush(self) -> None:
-        if self._waiting_rows:
-            self._writer.write_table(pa.Table.from_batches(self._waiting, self._schema))
-        self._waiting, self._waiting_rows, self._waiting_bytes = [], 0, 0
+        if self._buffered_rows:
+            self._writer.write_table(pa.Table.from_batches(self._buffer, self._schema))
+        self._buffer, self._buffered_rows, self._buffered_bytes = [], 0, 0
 
 
 @contextmanager
 def write_shard(dataset: ShardedDataset, shard: int, expected: int) -> Iterator[ShardWriter]:
-    """Writes a shard that appears whole when the block ends, and not at all if it raises.
+    """Writes a shard. It is published when the block ends, and not at all if it raises.
 
     Args:
-        dataset: where the shard belongs.
-        shard: its number.
-        expected: rows and failures together, which is the number of rows of the input shard.
+        dataset: the dataset of the shard.
+        shard: the number of the shard.
+        expected: the number of rows and failures together, which is the number of rows of the input shard.
+
+    Yields:
+        The writer that takes rows and failures.
 
     Raises:
         DatasetError: rows and failures do not add up to `expected`.
     """
-    began = time.monotonic()
+    started = time.monotonic()
     name = part_name(shard)
     with dataset.folder.stage(f"{name}.parquet") as path:
         with pq.ParquetWriter(path, dataset.schema, **_parquet_options(dataset.schema, expected)) as parquet:
@@ -83,7 +86,7 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int) -> Iterator[
         if writer.rows + len(writer.failures) != expected:
             raise DatasetError(
                 f"{dataset.folder.uri}, {name}: expected {expected} rows and failures together, "
-                f"got {writer.rows} rows and {len(writer.failures)} failures; nothing of the shard was published"
+                f"got {writer.rows} rows and {len(writer.failures)} failures; the shard was not published"
             )
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -95,7 +98,7 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int) -> Iterator[
         failures=len(writer.failures),
         bytes=size,
         checksum=checksum,
-        seconds=round(time.monotonic() - began, 3),
+        seconds=round(time.monotonic() - started, 3),
         fingerprint=dataset.fingerprint,
         reasons=dict(Counter(row["error"] for row in writer.failures).most_common()),
     )
@@ -106,14 +109,14 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int) -> Iterator[
 def _publish_failures(dataset: ShardedDataset, shard: int, failures: list[dict[str, str]]) -> None:
     name = f"{FAILURES_FOLDER}/{part_name(shard)}.parquet"
     if not failures:
-        dataset.folder.remove_file(name)  # of a run that died before it wrote the marker, or is replaced
+        dataset.folder.remove_file(name)  # left by an earlier attempt
         return
     with dataset.folder.stage(name) as path:
         pq.write_table(pa.Table.from_pylist(failures, FAILURES_SCHEMA), path, compression="zstd")
 
 
 def _parquet_options(schema: pa.Schema, rows: int) -> dict[str, Any]:
-    """An id is found by its bloom filter without reading row groups; dictionaries gain nothing for numbers."""
+    """Adds a bloom filter for ids, and limits dictionaries to text, because they do not help for numbers."""
     text = [field.name for field in schema if pa.types.is_string(field.type)]
     bloom = {"image_id": {"ndv": max(1, min(rows, ROW_GROUP_ROWS)), "fpp": 0.01}}
     return {"compression": "zstd", "use_dictionary": text, "bloom_filter_options": bloom}

@@ -147,7 +147,7 @@ def _detect_parquet(location: Location) -> str:
 
 
 def _detect_json(location: Location) -> str:
-    """Recognizes the keys in the first megabyte, since reading all of a large file twice takes long."""
+    """Recognizes the keys in the first megabyte, because reading a large file twice is slow."""
     with open_decompressed(location.fs, location.path) as file:
         start = file.read(_PEEK_BYTES).decode("utf-8-sig", errors="replace")
     with contextlib.suppress(json.JSONDecodeError):

@@ -41,7 +41,7 @@ class SourceOptions:
         default_split: the split of images for which the source names none. It also overrides the split that COCO's file
             names imply.
         split_files: for Flickr8k and Flickr30k, the file of image names of each split. Empty uses the official split
-            files beside the captions, if there are any.
+            files beside the captions, if they exist.
         id_column: the table column, or the key in a WebDataset sample's JSON, that holds the image id.
         uri_column: the table column that holds the image's path or URL or, for Parquet with embedded images, its bytes.
         caption_columns: the table columns, or the keys in a WebDataset sample's JSON, that hold captions.

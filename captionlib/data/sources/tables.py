@@ -63,7 +63,7 @@ def read_tables(addresses: Sequence[str], options: SourceOptions, report_skip: R
 def _to_rows(
     table_format: _TableFormat, location: Location, options: SourceOptions
 ) -> Iterator[tuple[ManifestRow, bool]]:
-    """Yields the rows, each with whether it may be merged with the next row of its image: if it holds no list."""
+    """Yields each row and whether it may merge with adjacent rows of its image. Rows with lists of captions may not."""
     root = find_image_root(options.image_root, location)
     for columns, record in table_format.read(location, options):
         origin = f"{location.address}, {table_format.unit} {record.number}"
@@ -79,7 +79,7 @@ def _to_rows(
 
 
 def _merge_captions(rows: Iterable[tuple[ManifestRow, bool]]) -> Iterator[ManifestRow]:
-    """Merges consecutive mergeable rows of one image. Other rows stay separate, so that duplicate ids are noticed."""
+    """Merges adjacent mergeable rows of one image. Other rows stay separate, so that duplicate ids are detected."""
     for _, group in itertools.groupby(rows, key=_get_merge_key):
         first, *others = (row for row, _ in group)
         for row in others:

@@ -6,7 +6,7 @@
 | GloVe | the same without the first line |
 | word2vec binary | a line `count size`, then per word: the word, a space, and `size` little-endian float32 |
 
-The first bytes of a file tell its format. Files are streamed; memory holds the requested vectors only.
+The format is detected from the first bytes. Files are streamed; memory holds the requested vectors only.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What the convolution layers of a network answer to one image, and which class it takes it for."""
+"""Channel activations of a network's convolution layers for one image, and its class probabilities."""
 
 import os
 import re
@@ -8,57 +8,53 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
+from captionlib.config import configclass
 from captionlib.data.images.decoding import Preprocessing, decode_image
 from captionlib.data.images.fetching import ImageFetcher
 from captionlib.errors import ConfigError
 from captionlib.models.devices import resolve_device
-from captionlib.models.encoders.encoder import resolve_preprocessing
 from captionlib.models.encoders.network import build_network
-from captionlib.models.encoders.weights import find_class_names, load_weights
+from captionlib.models.encoders.weights import find_class_names, load_weights, resolve_preprocessing
 
 __all__ = ["ActivationConfig", "Activations", "LayerActivations", "compute_activations", "find_convolutions"]
 
-_REPEAT = re.compile(r"_\d+$")  # of a module that is used again
-_AFTER = nn.BatchNorm2d | nn.ReLU | nn.ReLU6 | nn.SiLU | nn.Hardswish | nn.GELU
+_REUSE_SUFFIX = re.compile(r"_\d+$")  # of the node of a module that is used again
+_AFTER_CONVOLUTION = nn.BatchNorm2d | nn.ReLU | nn.ReLU6 | nn.SiLU | nn.Hardswish | nn.GELU
 _RELU = re.compile(r"(?:^|\.)relu\d*$")
 
 
-@dataclass(frozen=True)
+@configclass
 class ActivationConfig:
-    """Which network is looked into, and where.
+    """A network and the layers to show.
 
     Attributes:
         model: a torchvision model name, such as `vgg16` or `resnet50`.
-        weights: a torchvision weights name, a `.safetensors` or `.pth` file, or `random:SEED`.
-        nodes: of its graph, each with a map a channel; none takes every convolution, after what follows it at once
-            (batch normalisation, ReLU).
-        max_layers: where there are more convolutions, so many of them are taken, evenly.
-        classes: the most likely classes to tell.
-        resize_size: the shorter side before the crop in pixels; None as the weights were trained.
+        weights: a torchvision weights name, a `.safetensors`, `.pth` or `.pt` file, or `random:SEED`.
+        nodes: nodes of the model's graph whose outputs are maps; if empty, every convolution, after the batch
+            normalization and the activation function that follow it.
+        max_layers: maximum number of convolutions; if there are more, they are chosen at even intervals.
+        top_classes: number of most probable classes to report.
+        resize_size: shorter side of the image before the crop, in pixels; None is the size used in training.
     """
 
     model: str = "vgg16"
     weights: str = "IMAGENET1K_V1"
     nodes: tuple[str, ...] = ()
-    max_layers: int = 16
-    classes: int = 10
-    resize_size: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_layers", "classes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+    max_layers: PositiveInt = 16
+    top_classes: PositiveInt = 10
+    resize_size: PositiveInt | None = None
 
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """The channels of a layer.
+    """The activations of one layer.
 
     Attributes:
-        node: of the network's graph.
+        node: node of the network's graph.
         maps: `[channels, height, width] float32`.
     """
 
@@ -68,13 +64,13 @@ class LayerActivations:
 
 @dataclass(frozen=True)
 class Activations:
-    """What a network answers to an image.
+    """The activations of a network for one image.
 
     Attributes:
-        image: the pixels that it sees, `[height, width, 3] uint8`.
-        layers: in the order of the network.
-        classes: names and probabilities, the most likely first; none where the weights are no classifier's.
-        note: why there are no classes; empty where there are.
+        image: the network's input before normalization, `[height, width, 3] uint8`.
+        layers: the layers in the order of the network.
+        classes: class names and probabilities, most probable first; empty if the weights have no classifier.
+        note: why `classes` is empty; empty otherwise.
     """
 
     image: npt.NDArray[np.uint8]
@@ -84,113 +80,114 @@ class Activations:
 
 
 def compute_activations(uri: str | os.PathLike[str], config: ActivationConfig, device: str = "auto") -> Activations:
-    """Runs an image through a network and keeps what its layers answer.
+    """Runs a network on an image and returns the outputs of its layers.
 
     Args:
-        uri: the image's path or address.
+        uri: path or address of the image.
         config: the network and its layers.
         device: auto, cpu, cuda or cuda:N.
 
     Raises:
-        ConfigError: no such model, weights, node or device; or a node that has no channel maps.
-        FetchError: the image cannot be read.
-        DecodeError: it is no image.
+        ConfigError: the model, the weights, a node or the device does not exist, or the output of a node is not a map.
+        FetchError: the image cannot be fetched.
+        DecodeError: the image cannot be decoded.
     """
     target = resolve_device(device)
-    network, classifier, note = _load(config)
+    network, classifier, note = _load_network(config)
     preprocessing = resolve_preprocessing(config.model, config.weights, config.resize_size)
     with ImageFetcher() as fetcher:
         image = decode_image(fetcher.fetch(os.fspath(uri)), preprocessing)
     with torch.inference_mode():
-        outputs: Mapping[str, Tensor] = network.to(target)(_to_input(image, preprocessing).to(target))
+        outputs: Mapping[str, Tensor] = network.to(target)(_normalize(image, preprocessing).to(target))
     layers = []
     for node, output in outputs.items():
         if node == classifier and node not in config.nodes:
             continue
         if output.dim() != 4:
-            raise ConfigError(f"{config.model}: node {node} has no channel maps, its output is {list(output.shape)}")
+            raise ConfigError(f"{config.model}: expected nodes with channel maps, got {node} with {list(output.shape)}")
         layers.append(LayerActivations(node, output[0].float().cpu().numpy()))
-    classes = _name_classes(outputs[classifier], config) if classifier else []
+    classes = _rank_classes(outputs[classifier], config) if classifier else []
     return Activations(image, layers, classes, note)
 
 
 def find_convolutions(model: nn.Module) -> list[str]:
-    """The nodes of a network's convolutions, each after the normalisation and the activation that follow it."""
+    """Returns the nodes of a network's convolutions, each after the normalization and activation that follow it."""
     modules = dict(model.named_modules())
-    _, names = get_graph_node_names(model)
-    found = []
-    for number, name in enumerate(names):
-        if not isinstance(modules.get(_REPEAT.sub("", name)), nn.Conv2d):
+    _, nodes = get_graph_node_names(model)
+    ends = []
+    for start, node in enumerate(nodes):
+        if not isinstance(modules.get(_REUSE_SUFFIX.sub("", node)), nn.Conv2d):
             continue
-        end = number
-        while end + 1 < len(names) and _follows(names[end + 1], modules):
+        end = start
+        while end + 1 < len(nodes) and _belongs_to_convolution(nodes[end + 1], modules):
             end += 1
-        found.append(names[end])
-    return found
+        ends.append(nodes[end])
+    return ends
 
 
-def _follows(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    plain = _REPEAT.sub("", name)
-    return isinstance(modules.get(plain), _AFTER) or bool(_RELU.search(plain))
+def _belongs_to_convolution(node: str, modules: Mapping[str, nn.Module]) -> bool:
+    name = _REUSE_SUFFIX.sub("", node)
+    return isinstance(modules.get(name), _AFTER_CONVOLUTION) or bool(_RELU.search(name))
 
 
-def _load(config: ActivationConfig) -> tuple[nn.Module, str, str]:
-    """The network with its weights, the node of its classes if it has them, and why it has none if it does not."""
+def _load_network(config: ActivationConfig) -> tuple[nn.Module, str, str]:
+    """Returns the network with its weights, and either the node of its classes or a note why there are none."""
     model = build_network(config.model)
-    _, names = get_graph_node_names(model)
-    if unknown := [node for node in config.nodes if node not in names]:
-        raise ConfigError(f"{config.model} has no node {unknown[0]!r}; it has {', '.join(names[:8])} ... {names[-1]}")
-    nodes = list(config.nodes) or _spread(find_convolutions(model), config.max_layers)
-    if not nodes:
-        raise ConfigError(f"{config.model} has no convolutions that can be found; name its nodes")
-    whole = create_feature_extractor(model, list(dict.fromkeys([*nodes, names[-1]])))
-    weights = load_weights(config.model, config.weights, whole)
-    lacking = sorted(set(whole.state_dict()) - set(weights))
-    network, classifier, note = whole, names[-1], ""
+    nodes, classifier = _choose_nodes(model, config)
+    network: nn.Module = create_feature_extractor(model, list(dict.fromkeys([*nodes, classifier])))
+    weights = load_weights(config.model, config.weights, network)
+    missing = sorted(set(network.state_dict()) - set(weights))
+    note = ""
     if config.weights.startswith("random:"):
-        classifier, note = "", "The weights are drawn at random: the network has learned no classes."
-    elif lacking:
-        classifier = ""
-        note = f"The weights have no classifier (they lack {lacking[0]} and {len(lacking) - 1} more): no classes."
-    if not classifier:
-        network = create_feature_extractor(model, nodes)
+        note = "The weights are random, so the network cannot classify the image."
+    elif missing:
+        note = f"The weights have no classifier: {missing[0]} and {len(missing) - 1} more tensors are missing."
+    if note:
+        classifier, network = "", create_feature_extractor(model, nodes)
     while not config.nodes and len(nodes) > 1 and set(network.state_dict()) - set(weights):
-        nodes = nodes[:-1]  # the last convolutions may be the classifier's own
+        nodes = nodes[:-1]  # the last convolutions may be part of the classifier
         network = create_feature_extractor(model, nodes)
-    _fill(network, weights, config)
+    _assign_weights(network, weights, config)
     return network.eval(), classifier, note
 
 
-def _fill(network: nn.Module, weights: Mapping[str, Tensor], config: ActivationConfig) -> None:
-    """Gives the network its weights."""
+def _choose_nodes(model: nn.Module, config: ActivationConfig) -> tuple[list[str], str]:
+    """Returns the nodes to show, and the network's last node."""
+    _, names = get_graph_node_names(model)
+    if unknown := [node for node in config.nodes if node not in names]:
+        raise ConfigError(
+            f"{config.model} has no node {unknown[0]!r}; its nodes: {', '.join(names[:8])} ... {names[-1]}"
+        )
+    nodes = list(config.nodes) or find_convolutions(model)
+    if not nodes:
+        raise ConfigError(f"{config.model}: found no convolutions; choose nodes with --node")
+    if not config.nodes and len(nodes) > config.max_layers:
+        nodes = [nodes[index] for index in np.linspace(0, len(nodes) - 1, config.max_layers).round().astype(int)]
+    return nodes, names[-1]
+
+
+def _assign_weights(network: nn.Module, weights: Mapping[str, Tensor], config: ActivationConfig) -> None:
     needed = network.state_dict()
     if missing := sorted(set(needed) - set(weights)):
         raise ConfigError(
             f"weights {config.weights} lack {len(missing)} of the {len(needed)} tensors that these layers of "
-            f"{config.model} need, such as {missing[0]}; give weights of {config.model}, or nodes before them"
+            f"{config.model} need, such as {missing[0]}; give weights of {config.model}, or choose earlier nodes"
         )
     try:
         network.load_state_dict({name: weights[name] for name in needed})
     except RuntimeError as error:
-        raise ConfigError(f"weights {config.weights} are of another network than {config.model}: {error}") from error
+        raise ConfigError(f"weights {config.weights} do not fit {config.model}: {error}") from error
 
 
-def _spread(nodes: Sequence[str], count: int) -> list[str]:
-    """So many of the nodes, evenly, the first and the last among them."""
-    if len(nodes) <= count:
-        return list(nodes)
-    return [nodes[number] for number in np.linspace(0, len(nodes) - 1, count).round().astype(int)]
-
-
-def _to_input(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> Tensor:
-    """`[1, 3, height, width]` as the network was trained on."""
+def _normalize(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> Tensor:
+    """Returns `[1, 3, height, width] float32`, with the mean and deviation of the training images."""
     pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
-    mean, std = (torch.tensor(numbers).view(1, 3, 1, 1) for numbers in (preprocessing.mean, preprocessing.std))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     return (pixels - mean) / std
 
 
-def _name_classes(output: Tensor, config: ActivationConfig) -> list[tuple[str, float]]:
-    probabilities = output.flatten().float().softmax(0).cpu()
-    top = probabilities.topk(min(config.classes, len(probabilities)))
+def _rank_classes(logits: Tensor, config: ActivationConfig) -> list[tuple[str, float]]:
+    probabilities = logits.flatten().float().softmax(0).cpu()
+    top = probabilities.topk(min(config.top_classes, len(probabilities)))
     names = find_class_names(config.model, len(probabilities))
     return [(names[index], value) for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)]

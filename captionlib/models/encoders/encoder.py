@@ -1,57 +1,51 @@
-"""The encoder: any torchvision network, cut at any of its nodes, from pixels to feature vectors."""
+"""Encoders: torchvision networks, truncated at any node, that turn pixels into feature vectors."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
+from captionlib.config import configclass
 from captionlib.data.images.decoding import Preprocessing
 from captionlib.errors import ConfigError
 from captionlib.models.devices import copy_to_host_async, halve_on_out_of_memory, resolve_device
 from captionlib.models.encoders.network import EncoderNetwork, require_finite, truncate_network
 from captionlib.models.encoders.weights import (
     choose_build_device,
-    find_weights_transforms,
     hash_weights,
     is_weights_file,
     load_weights,
-    read_preprocessing,
+    resolve_preprocessing,
     sample_weights,
 )
 from captionlib.storage.folders import resolve_address
 
-__all__ = [
-    "Encoder",
-    "EncoderConfig",
-    "Encoding",
-    "describe_finetuned_encoder",
-    "load_encoder",
-    "resolve_preprocessing",
-]
+__all__ = ["Encoder", "EncoderConfig", "PendingFeatures", "describe_finetuned_encoder", "load_encoder"]
 
-Encoding = Callable[[], npt.NDArray[np.floating]]
-"""Waits for the features of a batch that is being encoded, and gives them."""
+PendingFeatures = Callable[[], npt.NDArray[np.floating]]
+"""Waits for the features of a batch and returns them."""
 
 
-@dataclass(frozen=True)
+@configclass
 class EncoderConfig:
-    """Which network, cut where, with which weights.
+    """A network, the node that it is truncated at, and its weights.
 
     Attributes:
         model: a torchvision model name, such as `vgg16` or `resnet50`.
-        node: where it is cut: a node of its graph, or `fc6`/`fc7` of a VGG (after ReLU).
-        weights: a torchvision weights name (downloaded and checked), a `.safetensors` or `.pth` file, or `random:SEED`.
-        missing_weights: what to do about layers that the weights lack: `error`, or `random:SEED` to draw them.
-        pooling: what becomes of a spatial map: kept whole (`none`), or its `mean` or `max` over positions.
-        dtype: what the network computes in.
-        resize_size: the shorter side before the crop in pixels; None as the weights were trained.
-        stored_dtype: what features are rounded to, wherever they go, so that captions are the same from images and
-            from stored features.
+        node: a node of the model's graph, or `fc6` or `fc7` of a VGG (after ReLU).
+        weights: a torchvision weights name, a `.safetensors`, `.pth` or `.pt` file, or `random:SEED`.
+        missing_weights: what to do if `weights` lack layers: `error`, or `random:SEED` to sample them.
+        pooling: how to reduce a spatial map: keep it whole (`none`), or take its `mean` or `max` over positions.
+        dtype: dtype of the computation.
+        resize_size: shorter side of the image before the crop, in pixels; None is the size used in training.
+        stored_dtype: dtype that features are rounded to before any use, so that captions of images and captions of
+            stored features agree.
     """
 
     model: str = "vgg16"
@@ -60,25 +54,25 @@ class EncoderConfig:
     missing_weights: str = "error"
     pooling: Literal["none", "mean", "max"] = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    resize_size: int | None = None
+    resize_size: PositiveInt | None = None
     stored_dtype: Literal["float16", "float32"] = "float16"
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any], weights: str | None = None) -> "EncoderConfig":
-        """Returns the configuration that produced an encoder's description.
+        """Returns the configuration that an encoder's description came from.
 
         Args:
             description: the encoder's description, from a features dataset or a checkpoint.
-            weights: path of the encoder's weights file. Required if the weights came from a file: a description
-                records the content of the file, not its location.
+            weights: path of the encoder's weights file; required if the weights came from a file, because a
+                description records the content of the file and not its location.
 
         Raises:
             ConfigError: the weights came from a file and `weights` is None, or the features were imported.
         """
         if description["weights"] == "imported":
             raise ConfigError(
-                "these features were imported, so the network that computed them is unknown and cannot encode more "
-                "images; caption from features that were imported the same way"
+                "the features were imported, so the network that computed them is unknown and cannot encode more "
+                "images; use features that were imported the same way"
             )
         if description["weights"] == "file" and weights is None:
             raise ConfigError(
@@ -93,18 +87,19 @@ class EncoderConfig:
         )
 
     def with_absolute_weights(self) -> "EncoderConfig":
-        """Returns a copy that names a weights file by its absolute address, for processes in other folders."""
+        """Returns a copy that names a weights file by its absolute address, for workers with other folders."""
         return replace(self, weights=resolve_address(self.weights)) if is_weights_file(self.weights) else self
 
 
 class Encoder:
-    """A network that is ready to encode; made by `load_encoder`.
+    """An encoder with its weights loaded, see `load_encoder`.
 
     Attributes:
-        network: what it computes.
-        description: all that its features depend on, the content of its weights included; goes into fingerprints.
-        preprocessing: how an image becomes its input.
-        shape: of the features of one image: `[size]`, or `[positions, channels]` of a map that is kept whole.
+        network: the network.
+        preprocessing: how an image is turned into the network's input.
+        device: the device of the network.
+        shape: shape of the features of one image: `[size]`, or `[positions, channels]` for an unpooled map.
+        description: everything that the features depend on, including a hash of the weights; part of fingerprints.
     """
 
     def __init__(
@@ -123,7 +118,8 @@ class Encoder:
         self.description: dict[str, Any] = {
             "model": config.model,
             "node": config.node,
-            "weights": _weights_label(config.weights),
+            # A file counts by its content, wherever it is.
+            "weights": "file" if is_weights_file(config.weights) else config.weights,
             "missing_weights": config.missing_weights,
             "weights_sha256": weights_hash,
             "pooling": config.pooling,
@@ -139,65 +135,55 @@ class Encoder:
 
     @property
     def size(self) -> int:
-        """How many numbers the features of one image are."""
+        """Number of values in the features of one image."""
         return int(np.prod(self.shape))
 
     def encode(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.floating]:
-        """Features of a batch, see `begin`."""
-        return self.begin(images)()
+        """Encodes a batch and waits for its features, see `encode_async`."""
+        return self.encode_async(images)()
 
-    def begin(self, images: npt.NDArray[np.uint8]) -> Encoding:
-        """Starts to encode a batch; one that does not fit into the device's memory is halved.
+    def encode_async(self, images: npt.NDArray[np.uint8]) -> PendingFeatures:
+        """Starts to encode a batch. Halves batches that exceed the memory of the device.
 
-        A GPU computes on its own: who begins the next batch before asking for the features of this one keeps it busy.
-        Copies and batches queue up in one stream; none waits for the host.
+        To keep a GPU busy, start the next batch before waiting for the features of the current one. Copies and
+        computation are queued in one stream.
 
         Args:
             images: `[batch, crop, crop, 3] uint8`, RGB.
 
         Returns:
-            What waits for the features and gives them: `[batch, size]` or `[batch, positions, channels]`, of the stored
-            dtype.
+            A function that waits for the features and returns them: `[batch, size]` or `[batch, positions, channels]`
+            of the stored dtype. It raises DatasetError if they overflow that dtype.
         """
-        parts = halve_on_out_of_memory(lambda part: self._begin(images[part]), len(images))
-        return parts[0] if len(parts) == 1 else lambda: np.concatenate([finish() for finish in parts])
+        parts = halve_on_out_of_memory(lambda part: self._start_batch(images[part]), len(images))
+        return parts[0] if len(parts) == 1 else lambda: np.concatenate([wait() for wait in parts])
 
     @torch.inference_mode()
-    def _begin(self, images: npt.NDArray[np.uint8]) -> Encoding:
+    def _start_batch(self, images: npt.NDArray[np.uint8]) -> PendingFeatures:
         pixels = torch.from_numpy(images)
         if self.device.type == "cuda":
             pixels = pixels.pin_memory().to(self.device, non_blocking=True)
-        return partial(_finish, *copy_to_host_async(self.network.begin(pixels)))
+        return partial(_wait_for_batch, *copy_to_host_async(self.network.encode_unchecked(pixels)))
 
 
-def _finish(copied: Tensor, wait: Callable[[], None]) -> npt.NDArray[np.floating]:
+def _wait_for_batch(features: Tensor, wait: Callable[[], None]) -> npt.NDArray[np.floating]:
     wait()
-    require_finite(copied)
-    features: npt.NDArray[np.floating] = copied.numpy()
-    return features
-
-
-def describe_finetuned_encoder(description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the description of an encoder becomes when its weights have been tuned.
-
-    Args:
-        description: as it was.
-        weights: all that its network has, as a file of them will.
-    """
-    changed = {"weights": "file", "missing_weights": "error", "weights_sha256": hash_weights(weights)}
-    return {**description, **changed}
+    require_finite(features)
+    array: npt.NDArray[np.floating] = features.numpy()
+    return array
 
 
 def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = False) -> Encoder:
-    """Builds the network, cuts it and loads what it needs of the weights.
+    """Builds an encoder and loads its weights.
 
     Args:
-        config: which network.
+        config: network, node and weights.
         device: auto, cpu, cuda or cuda:N.
-        trainable: its weights are to be tuned, see `EncoderNetwork`.
+        trainable: prepare the weights for fine-tuning, see `EncoderNetwork`.
 
     Raises:
-        ConfigError: no such model, node, weights or device; or the weights lack layers that the node needs.
+        ConfigError: the model, the node, the weights or the device do not exist, or the weights lack layers up to the
+            node.
     """
     target = resolve_device(device)
     with choose_build_device(config.weights, config.missing_weights):
@@ -208,13 +194,13 @@ def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = 
     if missing and config.missing_weights == "error":
         raise ConfigError(
             f"weights {config.weights} lack {len(missing)} of the {len(needed)} tensors that {config.model} needs up "
-            f"to {config.node}: {', '.join(missing)}; give a complete file, a node before them, "
-            "or missing_weights: random:SEED"
+            f"to {config.node}: {', '.join(missing)}; give a complete file, choose an earlier node, or set "
+            "missing_weights to random:SEED"
         )
     if missing:
         weights = {**sample_weights(network, config.missing_weights), **weights}
     else:
-        config = replace(config, missing_weights="error")  # none were drawn, so nothing depends on how
+        config = replace(config, missing_weights="error")  # nothing was sampled, so the features do not depend on it
     _check_shapes(weights, needed, config)
     network.to_empty(device="cpu").load_state_dict(weights)
     preprocessing = resolve_preprocessing(config.model, config.weights, config.resize_size)
@@ -223,19 +209,15 @@ def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = 
     return Encoder(module, config, preprocessing, target, hash_weights(weights))
 
 
-def resolve_preprocessing(model: str, weights: str, resize_size: int | None = None) -> Preprocessing:
-    """How images become a model's input; `resize_size` takes the place of the weights' own."""
-    saved = read_preprocessing(weights)
-    if saved is not None:
-        return replace(saved, resize_size=resize_size or saved.resize_size)
-    preset = find_weights_transforms(model, weights)
-    return Preprocessing(
-        resize_size=resize_size or preset.resize_size[0],
-        crop_size=preset.crop_size[0],
-        interpolation=preset.interpolation.value,
-        mean=tuple(preset.mean),
-        std=tuple(preset.std),
-    )
+def describe_finetuned_encoder(description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Returns the description of an encoder after fine-tuning.
+
+    Args:
+        description: the description before fine-tuning.
+        weights: all tensors of the network, as its weights file will hold them.
+    """
+    changes = {"weights": "file", "missing_weights": "error", "weights_sha256": hash_weights(weights)}
+    return {**description, **changes}
 
 
 def _check_shapes(weights: Mapping[str, Tensor], needed: Mapping[str, Tensor], config: EncoderConfig) -> None:
@@ -243,10 +225,5 @@ def _check_shapes(weights: Mapping[str, Tensor], needed: Mapping[str, Tensor], c
         if weights[name].shape != tensor.shape:
             raise ConfigError(
                 f"weights {config.weights}: {name} is {list(weights[name].shape)}, {config.model} expects "
-                f"{list(tensor.shape)}; these weights are of another network"
+                f"{list(tensor.shape)}; these weights belong to another network"
             )
-
-
-def _weights_label(weights: str) -> str:
-    """The weights' name; a file counts by its content, wherever it lies."""
-    return "file" if is_weights_file(weights) else weights

@@ -1,4 +1,4 @@
-"""What an encoder computes, as a module: pixels to features, with gradients where someone wants to tune it."""
+"""Encoder networks as PyTorch modules: torchvision models that are cut at nodes of their graphs."""
 
 import difflib
 from collections.abc import Mapping
@@ -10,33 +10,65 @@ import torchvision
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+from typing_extensions import Self
 
 from captionlib.data.images.decoding import Preprocessing
-from captionlib.errors import ConfigError
+from captionlib.errors import ConfigError, DatasetError
 
 __all__ = [
     "EncoderNetwork",
+    "EvalModeNetwork",
     "build_network",
+    "flatten_positions",
     "list_parameters_before",
     "require_finite",
     "slice_network",
     "truncate_network",
 ]
 
-# The talk's names for VGG's layers, and the nodes that follow their ReLU.
+# The names that the VGG paper's users know, and the nodes of the ReLUs after these layers.
 _VGG_ALIASES = {"fc6": "classifier.1", "fc7": "classifier.4"}
 
 
-class EncoderNetwork(nn.Module):
-    """A cut network, and what stands before and behind it. It keeps to evaluation mode, also while it is tuned.
+class EvalModeNetwork(nn.Module):
+    """A network that stays in evaluation mode, even while it is fine-tuned.
 
     Args:
-        network: what `truncate_network` gave, with its weights.
-        preprocessing: its mean and deviation are applied here.
-        pooling: what becomes of a spatial map: kept whole (`none`), or its `mean` or `max` over positions.
-        dtype: what it computes in.
-        stored_dtype: what features are rounded to, wherever they go.
-        trainable: keep the weights float32 whatever it computes in, so that small steps are not rounded away.
+        network: result of `truncate_network` or `slice_network`.
+        autocast: compute in bfloat16 and keep the weights in their own dtype.
+    """
+
+    def __init__(self, network: nn.Module, autocast: bool) -> None:
+        super().__init__()
+        self.network = network.to(memory_format=torch.channels_last)
+        self._autocast = autocast
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in evaluation mode: batch normalization and dropout behave as they do in feature extraction."""
+        return super().train(False)
+
+    def run_network(self, inputs: Tensor) -> Tensor:
+        """Returns the output of the network's last node as float32.
+
+        Args:
+            inputs: `[batch, channels, height, width]`.
+        """
+        with torch.autocast(inputs.device.type, torch.bfloat16) if self._autocast else nullcontext():
+            output: Tensor = self.network(inputs)["features"]
+        return output.float()
+
+
+class EncoderNetwork(EvalModeNetwork):
+    """A truncated network with normalization before it and pooling after it.
+
+    Args:
+        network: result of `truncate_network`, with its weights loaded.
+        preprocessing: supplies the mean and the standard deviation for normalization.
+        pooling: how to reduce a spatial map: keep it whole (`none`), or take its `mean` or `max` over positions.
+        dtype: dtype of the computation.
+        stored_dtype: dtype that `encode` rounds features to.
+        trainable: keep float32 weights regardless of `dtype`, so that small updates are not rounded away.
     """
 
     scale: Tensor
@@ -51,23 +83,17 @@ class EncoderNetwork(nn.Module):
         stored_dtype: torch.dtype,
         trainable: bool = False,
     ) -> None:
-        super().__init__()
-        self._input_dtype = torch.float32 if trainable else dtype
-        self._autocast = self._input_dtype != dtype
+        input_dtype = torch.float32 if trainable else dtype
+        super().__init__(network.to(dtype=input_dtype), autocast=input_dtype != dtype)
+        self._input_dtype = input_dtype
         self._pooling = pooling
         self._stored_dtype = stored_dtype
-        self.network = network.to(dtype=self._input_dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", mean / std, persistent=False)
-        self.eval()
-
-    def train(self, mode: bool = True) -> "EncoderNetwork":
-        """Changes nothing: batch normalisation and dropout are as the features will be made, whatever `mode`."""
-        return super().train(False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Features as they are computed.
+        """Computes features.
 
         Args:
             pixels: `[batch, crop, crop, 3] uint8`, RGB.
@@ -75,145 +101,145 @@ class EncoderNetwork(nn.Module):
         Returns:
             `[batch, size]` or `[batch, positions, channels]`, float32.
         """
-        images = pixels.permute(0, 3, 1, 2)  # a view: channels_last is how decoded images lie in memory
-        inputs = (images * self.scale - self.shift).to(self._input_dtype)
-        with torch.autocast(pixels.device.type, torch.bfloat16) if self._autocast else nullcontext():
-            output: Tensor = self.network(inputs)["features"]
-        return self._pool(output.float())
+        images = pixels.permute(0, 3, 1, 2)  # a view in channels_last, the memory layout of decoded images
+        return self._pool(self.run_network((images * self.scale - self.shift).to(self._input_dtype)))
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Features as they are stored: of the stored dtype.
+        """Computes features and rounds them to the stored dtype.
 
         Args:
             pixels: see `forward`.
 
         Raises:
-            ConfigError: they do not fit into it.
+            DatasetError: the features overflow the stored dtype.
         """
-        features = self.begin(pixels)
+        features = self.encode_unchecked(pixels)
         require_finite(features)
         return features
 
-    def begin(self, pixels: Tensor) -> Tensor:
-        """The same, unchecked: on a GPU it is begun alone, and the one who waits for it owes `require_finite`."""
+    def encode_unchecked(self, pixels: Tensor) -> Tensor:
+        """Computes features like `encode`, without waiting for a GPU to finish; call `require_finite` afterwards."""
         features: Tensor = self(pixels).to(self._stored_dtype)
         return features
 
     def export_weights(self) -> dict[str, Tensor]:
-        """The network's weights by torchvision's names, on the CPU."""
+        """Returns the network's weights on the CPU, under torchvision's names."""
         return {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
 
     def _pool(self, output: Tensor) -> Tensor:
-        """`[batch, channels, height, width]` to `[batch, channels]` or `[batch, positions, channels]`."""
-        if output.dim() != 4:
-            return output.flatten(1)
-        if self._pooling == "mean":
+        """Reduces `[batch, channels, height, width]` to `[batch, channels]` or `[batch, positions, channels]`."""
+        if output.dim() == 4 and self._pooling == "mean":
             return output.mean((2, 3))
-        if self._pooling == "max":
+        if output.dim() == 4 and self._pooling == "max":
             return output.amax((2, 3))
-        return (
-            output.flatten(2).transpose(1, 2).contiguous()
-            if output.shape[2] * output.shape[3] > 1
-            else output.flatten(1)
-        )
+        if output.shape[2:].numel() == 1:  # a vector, or a map of a single position
+            return output.flatten(1)
+        return flatten_positions(output).contiguous()
+
+
+def flatten_positions(output: Tensor) -> Tensor:
+    """Turns a map `[batch, channels, height, width]` into `[batch, positions, channels]`, others into vectors."""
+    return output.flatten(2).transpose(1, 2) if output.dim() == 4 else output.flatten(1)
 
 
 def require_finite(features: Tensor) -> None:
-    """Checks features; on a GPU the question waits until they are there.
+    """Checks that features contain neither infinity nor NaN. On a GPU this waits for the computation.
 
     Raises:
-        ConfigError: they do not fit into their dtype, or are no numbers.
+        DatasetError: they do.
     """
     if not features.isfinite().all():
-        raise ConfigError(
-            f"the encoder's features do not fit into {str(features.dtype).removeprefix('torch.')}, or are not "
-            "numbers; set encoder.stored_dtype to float32, or check the weights"
+        raise DatasetError(
+            f"the encoder's features overflow {str(features.dtype).removeprefix('torch.')} or are NaN; set "
+            "encoder.stored_dtype to float32, or check the weights"
         )
 
 
 def build_network(name: str) -> nn.Module:
-    """A torchvision model without learned weights, in evaluation mode.
+    """Builds a torchvision model without trained weights, in evaluation mode.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: torchvision has no such model.
     """
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
         close = difflib.get_close_matches(name, names) or names[:5]
-        raise ConfigError(f"unknown model {name!r}; torchvision has {', '.join(close)} and {len(names)} in all")
+        raise ConfigError(f"unknown model {name!r}; torchvision has {len(names)} models, among them {', '.join(close)}")
     model: nn.Module = torchvision.models.get_model(name, weights=None)
     return model.eval()
 
 
 def truncate_network(name: str, node: str) -> nn.Module:
-    """A torchvision model up to one of its nodes, whose output it gives as `features`.
+    """Builds a torchvision model up to and including a node, whose output it returns as `features`.
 
     Raises:
-        ConfigError: there is no such model or node.
+        ConfigError: the model or the node does not exist.
     """
-    return _cut(name, {node: "features"})
+    return _extract_nodes(name, {node: "features"})
 
 
 def slice_network(name: str, start: str, node: str) -> nn.Module:
-    """A torchvision model from the output of one of its nodes, its input here, to another one's, given as `features`.
+    """Builds the layers of a torchvision model between two nodes.
+
+    The network takes the output of `start` as its input and returns the output of `node` as `features`.
 
     Raises:
-        ConfigError: there is no such model or node; or what lies between needs more than the output of `start`.
+        ConfigError: the model or a node does not exist, or `node` does not depend on `start` alone.
     """
-    extractor = _cut(name, {start: "start", node: "features"})
+    extractor = _extract_nodes(name, {start: "start", node: "features"})
     graph = extractor.graph
-    output = next(part for part in graph.nodes if part.op == "output")
+    output = next(operation for operation in graph.nodes if operation.op == "output")
     end = output.args[0]["features"]
-    begin = output.args[0].get("start", end)  # both are one node, and the second name is the one that is left
-    image = next(part for part in graph.nodes if part.op == "placeholder")
+    begin = output.args[0].get("start", end)  # if both are the same node, only the second name remains
+    image = next(operation for operation in graph.nodes if operation.op == "placeholder")
     with graph.inserting_before(image):
-        given = graph.placeholder("maps")
-    begin.replace_all_uses_with(given)
+        maps = graph.placeholder("maps")
+    begin.replace_all_uses_with(maps)
     output.args = ({"features": end},)
     graph.eliminate_dead_code()
     if image.users or begin is end:
         raise ConfigError(
-            f"{name}: expected a node that comes after {start} and is computed from it alone, got {node}; give a later "
-            "one, or features of another node"
+            f"{name}: expected a node that comes after {start} and depends on it alone, got {node}; choose a later "
+            "node, or features of another node"
         )
     graph.erase_node(image)
-    return GraphModule(extractor, graph)  # with the layers that are left alone
-
-
-def _cut(name: str, outputs: Mapping[str, str]) -> GraphModule:
-    """A torchvision model up to some of its nodes, whose outputs it gives by the names that they have here."""
-    model = build_network(name)
-    _, nodes = get_graph_node_names(model)
-    wanted = {}
-    for node, given in outputs.items():
-        known = _VGG_ALIASES.get(node, node) if name.startswith("vgg") else node
-        if known not in nodes:
-            raise _no_such_node(name, node, nodes)
-        wanted[known] = given
-    extractor: GraphModule = create_feature_extractor(model, wanted)
-    return extractor
+    return GraphModule(extractor, graph)  # copies only the remaining layers
 
 
 def list_parameters_before(name: str, node: str) -> set[str]:
-    """The parameters and buffers of a torchvision model that come before a node, in the order of its graph.
+    """Returns the names of the parameters and buffers that precede a node in a torchvision model's graph.
 
     Args:
-        name: of the model.
-        node: of its graph, or a module that holds nodes, such as `layer4`.
+        name: a torchvision model name.
+        node: a node of its graph, or a module that contains nodes, such as `layer4`.
 
     Raises:
-        ConfigError: there is no such model or node.
+        ConfigError: the model or the node does not exist.
     """
-    with torch.device("meta"):  # names alone are wanted
+    with torch.device("meta"):  # only the names matter
         model = build_network(name)
     _, nodes = get_graph_node_names(model)
-    first = next((place for place, found in enumerate(nodes) if f"{found}.".startswith(f"{node}.")), None)
+    first = next((index for index, candidate in enumerate(nodes) if f"{candidate}.".startswith(f"{node}.")), None)
     if first is None:
-        raise _no_such_node(name, node, nodes)
-    before = nodes[1:first]  # the first is the input
+        raise _unknown_node(name, node, nodes)
+    before = nodes[1:first]  # the first node is the input
     return set(create_feature_extractor(model, before).state_dict()) if before else set()
 
 
-def _no_such_node(model: str, node: str, nodes: list[str]) -> ConfigError:
+def _extract_nodes(name: str, outputs: Mapping[str, str]) -> GraphModule:
+    """Builds a torchvision model that returns the outputs of nodes, each under the name that `outputs` gives it."""
+    model = build_network(name)
+    _, nodes = get_graph_node_names(model)
+    return_nodes = {}
+    for node, output_name in outputs.items():
+        graph_node = _VGG_ALIASES.get(node, node) if name.startswith("vgg") else node
+        if graph_node not in nodes:
+            raise _unknown_node(name, node, nodes)
+        return_nodes[graph_node] = output_name
+    extractor: GraphModule = create_feature_extractor(model, return_nodes)
+    return extractor
+
+
+def _unknown_node(model: str, node: str, nodes: list[str]) -> ConfigError:
     close = difflib.get_close_matches(node, nodes, n=5) or nodes[-5:]
-    return ConfigError(f"{model} has no node {node!r}; near it: {', '.join(close)}")
+    return ConfigError(f"{model} has no node {node!r}; similar nodes: {', '.join(close)}")

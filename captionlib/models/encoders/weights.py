@@ -1,13 +1,12 @@
-"""Weights of encoders: by torchvision's name, from a file, or drawn from a seed."""
+"""Encoder weights: torchvision's by name, from a file, or sampled from a seed."""
 
 import hashlib
 import json
 import pickle
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 from urllib.error import URLError
 
 import safetensors
@@ -25,50 +24,67 @@ from captionlib.storage.file_systems import open_file_system
 __all__ = [
     "choose_build_device",
     "find_class_names",
-    "find_weights_transforms",
     "hash_weights",
     "is_weights_file",
     "load_weights",
-    "read_preprocessing",
+    "resolve_preprocessing",
     "sample_weights",
     "serialize_weights",
 ]
 
-_PREPROCESSING = "captionlib.preprocessing"  # in the header of a safetensors file
+_PREPROCESSING = "captionlib.preprocessing"  # key in the header of a safetensors file
 
 
 def load_weights(model: str, weights: str, network: nn.Module) -> dict[str, Tensor]:
-    """The tensors of `weights` that `network` needs, as float32 where they are floating; there may be fewer.
+    """Loads the tensors of `weights` that `network` has; some may be missing.
+
+    Args:
+        model: a torchvision model name.
+        weights: a torchvision weights name, a `.safetensors`, `.pth` or `.pt` file, or `random:SEED`.
+        network: the model, or part of it.
+
+    Returns:
+        Tensors by name; floating-point ones as float32.
 
     Raises:
-        ConfigError: there are no such weights, or the file cannot be read.
+        ConfigError: the weights do not exist, or the file cannot be read.
     """
-    needed = network.state_dict()
     if weights.startswith("random:"):
         return sample_weights(network, weights)
-    found = _read_file(weights, set(needed)) if is_weights_file(weights) else _download(model, weights)
+    needed = network.state_dict()
+    tensors = _read_file(weights, set(needed)) if is_weights_file(weights) else _download(model, weights)
     return {
         name: tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in found.items()
+        for name, tensor in tensors.items()
         if name in needed
     }
 
 
-def choose_build_device(*weights: str) -> AbstractContextManager[Any]:
-    """Where to build a network for weights: in memory where some are drawn, else on `meta`, for others replace them."""
-    drawn = any(one.startswith("random:") for one in weights)
-    return nullcontext() if drawn else torch.device("meta")
+def choose_build_device(*weights: str) -> torch.device:
+    """Returns the device to build a network on before `weights` are loaded.
+
+    Random weights start from PyTorch's initialization, on the CPU. Loaded weights replace every tensor, so `meta`
+    skips the initialization.
+    """
+    return torch.device("cpu" if any(source.startswith("random:") for source in weights) else "meta")
 
 
 def is_weights_file(weights: str) -> bool:
-    """Whether weights are a file, rather than a name or a seed."""
+    """Returns whether weights are a file rather than a name or a seed."""
     return weights.endswith((".safetensors", ".pth", ".pt"))
 
 
 def sample_weights(network: nn.Module, weights: str) -> dict[str, Tensor]:
-    """Draws convolutions and linear layers from He's normal distribution; other layers stay as they were built.
+    """Samples convolutions and linear layers from He's normal distribution; other layers keep their initialization.
 
     Source: He et al. 2015, "Delving Deep into Rectifiers", equation 10: std = sqrt(2 / fan_in).
+
+    Args:
+        network: the network; its own weights change too.
+        weights: `random:SEED`.
+
+    Raises:
+        ConfigError: `weights` is not `random:SEED`.
     """
     seed = weights.removeprefix("random:")
     if not weights.startswith("random:") or not seed.isdigit():
@@ -82,26 +98,64 @@ def sample_weights(network: nn.Module, weights: str) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
 
-def find_weights_transforms(model: str, weights: str) -> Any:
-    """The preprocessing of torchvision's named weights; for a file or random ones, of the model's default weights."""
-    entries = torchvision.models.get_model_weights(model)
-    entry = entries[weights] if weights in entries.__members__ else entries.DEFAULT
-    return entry.transforms()
+def resolve_preprocessing(model: str, weights: str, resize_size: int | None = None) -> Preprocessing:
+    """Returns the preprocessing that a model needs with these weights.
+
+    It comes from the header of the weights file, from torchvision's named weights, or else from the model's default
+    weights.
+
+    Args:
+        model: a torchvision model name.
+        weights: see `load_weights`.
+        resize_size: overrides the shorter side in pixels; None keeps it.
+
+    Raises:
+        ConfigError: the weights file cannot be read.
+    """
+    preprocessing = _read_preprocessing(weights)
+    if preprocessing is None:
+        entries = torchvision.models.get_model_weights(model)
+        preset = (entries[weights] if weights in entries.__members__ else entries.DEFAULT).transforms()
+        preprocessing = Preprocessing(
+            resize_size=preset.resize_size[0],
+            crop_size=preset.crop_size[0],
+            interpolation=preset.interpolation.value,
+            mean=tuple(preset.mean),
+            std=tuple(preset.std),
+        )
+    return replace(preprocessing, resize_size=resize_size or preprocessing.resize_size)
 
 
 def find_class_names(model: str, count: int) -> list[str]:
-    """What a model's classes are called: ImageNet's names where it has as many, else numbers."""
+    """Returns the names of a model's classes: ImageNet's if the model has as many, else numbers."""
     names: list[str] = torchvision.models.get_model_weights(model).DEFAULT.meta.get("categories", [])
     return names if len(names) == count else [f"class {number}" for number in range(count)]
 
 
 def hash_weights(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and contents, the same wherever the weights came from."""
+    """Returns the SHA-256 of names and contents, which does not depend on where the weights came from."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
         digest.update(weights[name].contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def serialize_weights(weights: Mapping[str, Tensor], preprocessing: Preprocessing) -> bytes:
+    """Returns the content of a safetensors file whose header records the preprocessing."""
+    return safetensors.torch.save(dict(weights), {_PREPROCESSING: json.dumps(asdict(preprocessing))})
+
+
+def _read_preprocessing(weights: str) -> Preprocessing | None:
+    """Reads the preprocessing from the header of a weights file; None if it has none."""
+    if not weights.endswith(".safetensors"):
+        return None
+    with _open_local(weights) as path, safetensors.safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(_PREPROCESSING)
+        if text is None:
+            return None
+        values = json.loads(text)
+        return Preprocessing(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
 
 def _download(model: str, weights: str) -> Mapping[str, Tensor]:
@@ -112,56 +166,35 @@ def _download(model: str, weights: str) -> Mapping[str, Tensor]:
             "a .safetensors or .pth file, or random:SEED"
         )
     try:
-        found: Mapping[str, Tensor] = entries[weights].get_state_dict(progress=True, check_hash=True)
+        tensors: Mapping[str, Tensor] = entries[weights].get_state_dict(progress=True, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:
         raise ConfigError(
-            f"weights {weights} of {model} could not be downloaded from {entries[weights].url} ({error}); "
-            "download that file elsewhere and give its path as weights, or take random:SEED"
+            f"weights {weights} of {model} cannot be downloaded from {entries[weights].url} ({error}); download the "
+            "file elsewhere and give its path as weights, or use random:SEED"
         ) from error
-    return found
-
-
-def serialize_weights(weights: Mapping[str, Tensor], preprocessing: Preprocessing) -> bytes:
-    """The content of a safetensors file that also says how images are prepared for these weights."""
-    return safetensors.torch.save(dict(weights), {_PREPROCESSING: json.dumps(asdict(preprocessing))})
-
-
-def read_preprocessing(weights: str) -> Preprocessing | None:
-    """How images are prepared for weights, where they are a file that says so.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
-    if not weights.endswith(".safetensors"):
-        return None
-    with _opened(weights) as path, safetensors.safe_open(path, framework="pt") as file:
-        said = (file.metadata() or {}).get(_PREPROCESSING)
-        if said is None:
-            return None
-        values = json.loads(said)
-        return Preprocessing(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+    return tensors
 
 
 def _read_file(address: str, names: set[str]) -> Mapping[str, Tensor]:
-    with _opened(address) as path:
+    with _open_local(address) as path:
         if address.endswith(".safetensors"):
             with safetensors.safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys() if name in names}  # noqa: SIM118
-        loaded: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(loaded, Mapping) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+        tensors: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ConfigError(
-            f"weights {address}: expected a state dictionary, names and tensors, got {type(loaded).__name__}"
+            f"weights {address}: expected a state dictionary of names and tensors, got {type(tensors).__name__}"
         )
-    return loaded
+    return tensors
 
 
 @contextmanager
-def _opened(address: str) -> Iterator[str]:
-    """A local path of a weights file; what goes wrong in reading it becomes a ConfigError."""
+def _open_local(address: str) -> Iterator[str]:
+    """Yields a local path of a weights file; turns errors while reading it into ConfigError."""
     try:
-        path = _local_copy(address)
+        path = _copy_to_local(address)
         if not Path(path).is_file():
-            raise ConfigError(f"weights {address}: no such file")
+            raise ConfigError(f"weights {address}: file not found")
         yield path
     except (
         OSError,
@@ -172,13 +205,13 @@ def _opened(address: str) -> Iterator[str]:
         pickle.UnpicklingError,
         safetensors.SafetensorError,
     ) as error:
-        # Messages of unpicklers quote the file, whose address may come from a checkpoint.
-        reason = getattr(error, "strerror", None) or f"damaged, or of another format ({type(error).__name__})"
+        # The address may come from an untrusted checkpoint, and error messages of unpicklers quote the file.
+        reason = getattr(error, "strerror", None) or f"damaged or in an unknown format ({type(error).__name__})"
         raise ConfigError(f"weights {address} cannot be read: {reason}") from error
 
 
-def _local_copy(address: str) -> str:
-    """The path of a local file, or of a copy that lives as long as the process. A cache of one plain file system."""
+def _copy_to_local(address: str) -> str:
+    """Returns the path of a local file, or of a copy that is deleted when the process ends."""
     fs, path = open_file_system(address)
     if isinstance(fs, LocalFileSystem):
         return str(path)

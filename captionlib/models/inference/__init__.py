@@ -1,1 +1,1 @@
-"""What a worker computes for one shard: features, captions and embeddings."""
+"""Inference on shards: features, captions and embeddings."""

@@ -1,4 +1,4 @@
-"""Captions by the shard: from `features/`, or from the images of `manifest/` with encoder and captioner in one pass."""
+"""Captions of images, from their features or in one pass with the encoder."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,11 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from pydantic import PositiveInt
 
+from captionlib.config import configclass
 from captionlib.data.images.loading import LoadingConfig
-from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema
+from captionlib.data.shards.schemas import captions_schema
 from captionlib.data.shards.stages import ProcessRows
-from captionlib.errors import CheckpointError, ConfigError, ImageError
+from captionlib.errors import ImageError
 from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, LoadedRanker, load_captioner
 from captionlib.models.decoding.candidate import Candidate
 from captionlib.models.decoding.config import DecodingConfig
@@ -22,11 +24,12 @@ from captionlib.models.decoding.decoder import Decoder
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.attention_maps import map_attention, require_attention
-from captionlib.models.inference.embedding import PinnedRanker, build_embedding_rows
-from captionlib.models.inference.feature_source import open_feature_source
-from captionlib.models.inference.shared_models import cached_per_process
+from captionlib.models.inference.embedding import SHARED_RANKERS, build_embedding_rows
+from captionlib.models.inference.feature_source import build_manifest_rows, open_feature_source
+from captionlib.models.inference.shared_models import CheckpointCache, PinnedCheckpoint, cached_per_process
 
 __all__ = [
+    "SHARED_CAPTIONERS",
     "CaptionGeneration",
     "GenerationConfig",
     "build_caption_rows",
@@ -34,58 +37,55 @@ __all__ = [
     "find_datastore_fingerprint",
 ]
 
+SHARED_CAPTIONERS: CheckpointCache[LoadedCaptioner] = CheckpointCache(load_captioner)
+
 Row = dict[str, Any]
+EncodedRows = Iterator[tuple[list[Row], npt.NDArray[np.floating]]]
 
 
-@dataclass(frozen=True)
+@configclass
 class GenerationConfig:
-    """How captions are made.
+    """Configuration of caption generation.
 
     Attributes:
-        decoding: how sentences are searched for, or drawn; what is drawn for an image depends on its id and the seed.
-        dtype: what the captioner computes in.
-        batch_size: images decoded at a time.
-        loading: how images are fetched and decoded, where captions are made from images.
-        encoder_batch_size: images a batch of the encoder, likewise.
-        attention_maps: keep where the captioner looked for each token of the best caption; it needs one with attention.
+        decoding: beam search or sampling. The samples of an image depend on its id and the seed alone.
+        dtype: dtype of the captioner's computation.
+        batch_size: images per batch of the captioner.
+        loading: how images are fetched and decoded, if captions are generated from images.
+        encoder_batch_size: images per batch of the encoder, if captions are generated from images.
+        attention_maps: store the attention weights of each token of the best caption; needs a captioner with
+            attention.
     """
 
     decoding: DecodingConfig = field(default_factory=lambda: DecodingConfig(n_best=5))
     dtype: Literal["float32", "bfloat16"] = "float32"
-    batch_size: int = 100
+    batch_size: PositiveInt = 100
     loading: LoadingConfig = field(default_factory=LoadingConfig)
-    encoder_batch_size: int = 32
+    encoder_batch_size: PositiveInt = 32
     attention_maps: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "encoder_batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
 class CaptionGeneration:
-    """The stage from `features/` or `manifest/` to `captions/`, and to `embeddings/` where there is a ranker.
+    """The stage from `features/` or `manifest/` to `captions/`, and with a ranker also to `embeddings/`.
 
     Attributes:
-        config: how captions are made.
-        checkpoint: the captioner's folder.
-        fingerprint: of the captioner that the output belongs to; a worker that finds another stops at once.
-        encoder: makes features of images; None where the rows have features.
-        device: where the models run.
-        threads: that they compute with on a CPU; None as PyTorch chooses.
-        ranker: embeds the images in the same pass, into a second output; None for captions alone.
-        memory: the fingerprint of what the captioner remembers, likewise; None where it has no say.
+        config: configuration of the generation.
+        captioner: the captioner that the output belongs to.
+        encoder: encodes the images; None if the rows contain features.
+        device: device of the models.
+        threads: CPU threads of the models; None is PyTorch's default.
+        ranker: embeds the images in the same pass, as second output; None writes captions only.
+        datastore: fingerprint of the captioner's datastore; None if decoding does not use it.
     """
 
     config: GenerationConfig
-    checkpoint: str
-    fingerprint: str
+    captioner: PinnedCheckpoint
     encoder: EncoderConfig | None = None
     device: str = "auto"
     threads: int | None = None
-    ranker: PinnedRanker | None = None
-    memory: str | None = None
+    ranker: PinnedCheckpoint | None = None
+    datastore: str | None = None
 
     @property
     def columns(self) -> Sequence[str]:
@@ -96,64 +96,52 @@ class CaptionGeneration:
         """Loads the models; see `Stage.open`."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        captioner, decoder = _shared_captioner(
-            self.checkpoint,
-            self.fingerprint,
-            self.memory,
-            self.config.decoding,
-            getattr(torch, self.config.dtype),
-            str(resolve_device(self.device)),
-        )
-        if self.config.attention_maps:
-            require_attention(captioner, self.checkpoint)
-        ranker = self.ranker.open(self.device) if self.ranker else None
         config = self.config
+        captioner = SHARED_CAPTIONERS.get(self.captioner, self.device)
+        decoder = _load_decoder_once(self.captioner, self.datastore, config.decoding, config.dtype, self.device)
+        ranker = SHARED_RANKERS.get(self.ranker, self.device) if self.ranker else None
         with open_feature_source(
             self.encoder, captioner.encoder, config.loading, config.encoder_batch_size, self.device, self.threads
         ) as load_features:
-            yield lambda rows, fail: self._caption(load_features(rows, fail), captioner, decoder, ranker)
+            yield lambda batches, fail: _caption_batches(
+                load_features(batches, fail), captioner, decoder, config, ranker
+            )
 
-    def _caption(
-        self,
-        encoded: Iterator[tuple[list[Row], npt.NDArray[np.floating]]],
-        captioner: LoadedCaptioner,
-        decoder: Decoder,
-        ranker: LoadedRanker | None,
-    ) -> Iterator[tuple[pa.RecordBatch, ...]]:
-        for rows, features in _rebatch(encoded, self.config.batch_size):
-            seen = features.astype(np.float32)
-            candidates = decoder.decode(seen, keys=[row["image_id"] for row in rows])
-            attention = None
-            if self.config.attention_maps:
-                attention = map_attention(captioner.model, seen, [some[0] for some in candidates])
-            captions = build_caption_rows(rows, candidates, captioner, attention)
-            yield (captions,) if ranker is None else (captions, build_embedding_rows(rows, features, ranker))
+
+def _caption_batches(
+    encoded: EncodedRows,
+    captioner: LoadedCaptioner,
+    decoder: Decoder,
+    config: GenerationConfig,
+    ranker: LoadedRanker | None = None,
+) -> Iterator[tuple[pa.RecordBatch, ...]]:
+    for rows, features in _rebatch(encoded, config.batch_size):
+        inputs = features.astype(np.float32)
+        candidates = decoder.decode(inputs, keys=[row["image_id"] for row in rows])
+        attention = None
+        if config.attention_maps:
+            attention = map_attention(captioner.model, inputs, [per_image[0] for per_image in candidates])
+        captions = build_caption_rows(rows, candidates, captioner, attention)
+        yield (captions,) if ranker is None else (captions, build_embedding_rows(rows, features, ranker))
 
 
 @cached_per_process
-def _shared_captioner(
-    checkpoint: str, fingerprint: str, memory: str | None, decoding: DecodingConfig, dtype: torch.dtype, device: str
-) -> tuple[LoadedCaptioner, Decoder]:
-    captioner = load_captioner(checkpoint, device)
-    found = [("captioner", fingerprint, captioner.fingerprint)]
-    remembered = None
-    if memory is not None:
-        remembered = read_datastore(checkpoint, captioner)
-        found.append(("memory", memory, remembered.fingerprint))
-    for what, expected, got in found:
-        if got != expected:
-            raise CheckpointError(
-                f"{checkpoint}: expected {what} {expected}, got {got}; "
-                "it was replaced while the captions were made: start again with --overwrite"
-            )
-    return captioner, Decoder(captioner.model, decoding, dtype, captioner.vocabulary, remembered)
+def _load_decoder_once(
+    checkpoint: PinnedCheckpoint, datastore_version: str | None, decoding: DecodingConfig, dtype: str, device: str
+) -> Decoder:
+    captioner = SHARED_CAPTIONERS.get(checkpoint, device)
+    datastore = None
+    if datastore_version is not None:
+        datastore = read_datastore(checkpoint.folder, captioner)
+        checkpoint.require_unchanged("datastore", datastore_version, datastore.fingerprint)
+    return Decoder(captioner.model, decoding, getattr(torch, dtype), captioner.vocabulary, datastore)
 
 
 def find_datastore_fingerprint(checkpoint: str, captioner: LoadedCaptioner, decoding: DecodingConfig) -> str | None:
-    """The fingerprint of what the captioner remembers, where neighbors have a say.
+    """Returns the fingerprint of the captioner's datastore; None if decoding does not use it.
 
     Raises:
-        CheckpointError: it remembers nothing.
+        CheckpointError: decoding needs a datastore and the captioner has none.
     """
     return datastore_fingerprint(checkpoint, captioner) if decoding.rerank.neighbors else None
 
@@ -164,38 +152,31 @@ def build_caption_rows(
     captioner: LoadedCaptioner,
     attention: pa.Array | None = None,
 ) -> pa.RecordBatch:
-    """Rows of `captions/`: the best candidate in columns of its own, and all of them; with attention, its maps."""
+    """Returns rows of `captions/`.
+
+    Args:
+        rows: the images.
+        candidates: the n-best list of each image; the first candidate is its caption.
+        captioner: supplies the vocabulary.
+        attention: attention weights of the captions, see `map_attention`.
+    """
     schema = captions_schema(None if attention is None else attention.type.value_type.list_size)
-    words = [[captioner.vocabulary.decode(one.token_ids) for one in some] for some in candidates]
+    texts = [[captioner.vocabulary.decode(candidate.token_ids) for candidate in per_image] for per_image in candidates]
     columns = {
         **{name: [row[name] for row in rows] for name in ("image_id", "uri", "split")},
-        "caption": [some[0] for some in words],
-        "log_prob": [some[0].log_prob for some in candidates],
-        "tokens": [some[0].token_count for some in candidates],
+        "caption": [per_image[0] for per_image in texts],
+        "log_prob": [per_image[0].log_prob for per_image in candidates],
+        "tokens": [per_image[0].token_count for per_image in candidates],
         "candidates": [
-            [{"caption": text, "log_prob": one.log_prob} for text, one in zip(texts, some, strict=True)]
-            for texts, some in zip(words, candidates, strict=True)
+            [
+                {"caption": text, "log_prob": candidate.log_prob}
+                for text, candidate in zip(image_texts, per_image, strict=True)
+            ]
+            for image_texts, per_image in zip(texts, candidates, strict=True)
         ],
     }
-    plain = [pa.array(columns[name], schema.field(name).type) for name in columns]
-    return pa.RecordBatch.from_arrays([*plain, *([] if attention is None else [attention])], schema=schema)
-
-
-def _rebatch(
-    encoded: Iterator[tuple[list[Row], npt.NDArray[np.floating]]], size: int
-) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
-    """Pieces of any length to batches of `size` rows, the last one shorter."""
-    rows: list[Row] = []
-    features: list[npt.NDArray[np.floating]] = []
-    for more_rows, more_features in encoded:
-        rows = rows + more_rows
-        features.append(more_features)
-        while len(rows) >= size:
-            together = np.concatenate(features)
-            yield rows[:size], together[:size]
-            rows, features = rows[size:], [together[size:]]
-    if rows:
-        yield rows, np.concatenate(features)
+    arrays = [pa.array(values, schema.field(name).type) for name, values in columns.items()]
+    return pa.RecordBatch.from_arrays([*arrays, *([] if attention is None else [attention])], schema=schema)
 
 
 def caption_images(
@@ -205,29 +186,54 @@ def caption_images(
     *,
     weights: str | None = None,
     device: str = "auto",
+    captioner: LoadedCaptioner | None = None,
 ) -> tuple[list[Row], list[tuple[str, ImageError]]]:
-    """Captions single images, outside of any dataset.
+    """Captions images outside of any dataset.
 
     Args:
         uris: paths or addresses.
         checkpoint: the captioner's folder.
-        config: how captions are made.
-        weights: the encoder's weights file, where the captioner learned from features of such a file and does not bring
-            it.
+        config: configuration of the generation.
+        weights: path of the encoder's weights file; required if the encoder was loaded from a file that the checkpoint
+            does not contain.
         device: auto, cpu, cuda or cuda:N.
+        captioner: the captioner of `checkpoint`, if it is loaded already; None loads it.
 
     Returns:
-        Rows of `captions/` in the order given; and what could not be had, with the reason.
+        Rows of `captions/` in the given order, and the uris of images that could not be read, with the reasons.
+
+    Raises:
+        CheckpointError: the folder contains no captioner, or the captioner lacks attention or a datastore that
+            `config` needs.
+        ConfigError: `weights` are required.
     """
-    captioner = load_captioner(checkpoint)
+    captioner = captioner or load_captioner(checkpoint, str(resolve_device(device)))
+    if config.attention_maps:
+        require_attention(captioner, checkpoint)
     encoder = EncoderConfig.from_description(captioner.encoder, weights or captioner.encoder_weights)
-    memory = find_datastore_fingerprint(checkpoint, captioner, config.decoding)
-    stage = CaptionGeneration(config, checkpoint, captioner.fingerprint, encoder, device, memory=memory)
-    rows = pa.RecordBatch.from_pylist(
-        [{"image_id": uri, "uri": uri, "split": "", "captions": []} for uri in uris], schema=MANIFEST_SCHEMA
-    )
+    datastore = read_datastore(checkpoint, captioner) if config.decoding.rerank.neighbors else None
+    dtype = getattr(torch, config.dtype)
+    decoder = Decoder(captioner.model, config.decoding, dtype, captioner.vocabulary, datastore)
     failures: list[tuple[str, ImageError]] = []
-    with stage.open() as process:
-        outputs = process(iter([rows]), lambda _id, uri, error: failures.append((uri, error)))
-        captions = [row for (batch,) in outputs for row in batch.to_pylist()]
-    return captions, failures
+    with open_feature_source(
+        encoder, captioner.encoder, config.loading, config.encoder_batch_size, device, None
+    ) as load_features:
+        batches = iter([build_manifest_rows(uris)])
+        encoded = load_features(batches, lambda _id, uri, error: failures.append((uri, error)))
+        captions = _caption_batches(encoded, captioner, decoder, config)
+        return [row for (batch,) in captions for row in batch.to_pylist()], failures
+
+
+def _rebatch(encoded: EncodedRows, size: int) -> EncodedRows:
+    """Regroups batches of any length into batches of `size` rows; the last one may be shorter."""
+    rows: list[Row] = []
+    features: list[npt.NDArray[np.floating]] = []
+    for more_rows, more_features in encoded:
+        rows = rows + more_rows
+        features.append(more_features)
+        while len(rows) >= size:
+            joined = np.concatenate(features)
+            yield rows[:size], joined[:size]
+            rows, features = rows[size:], [joined[size:]]
+    if rows:
+        yield rows, np.concatenate(features)

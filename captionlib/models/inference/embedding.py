@@ -1,5 +1,6 @@
-"""Embeddings by the shard: images to unit vectors of the space that a ranker has learned."""
+"""Image embeddings: unit vectors in the joint embedding space of a ranker."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,78 +10,46 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from pydantic import PositiveInt
 
+from captionlib.config import configclass
 from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.images.loading import LoadingConfig
-from captionlib.data.shards.dataset import ShardedDataset
-from captionlib.data.shards.schemas import MANIFEST_SCHEMA, embeddings_schema
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset
+from captionlib.data.shards.schemas import embeddings_schema
 from captionlib.data.shards.stages import ProcessRows, ReportFailure
-from captionlib.errors import CheckpointError, ConfigError, ImageError
+from captionlib.errors import ImageError
 from captionlib.models.checkpoints.checkpoint import LoadedRanker, load_ranker
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import EncoderConfig
-from captionlib.models.inference.feature_source import open_feature_source
-from captionlib.models.inference.shared_models import cached_per_process
+from captionlib.models.inference.feature_source import build_manifest_rows, open_feature_source
+from captionlib.models.inference.shared_models import CheckpointCache, PinnedCheckpoint
 
 __all__ = [
+    "SHARED_RANKERS",
     "EmbeddingConfig",
     "ImageEmbedding",
-    "PinnedRanker",
     "build_embedding_rows",
-    "describe_embeddings",
+    "create_embeddings_dataset",
     "embed_single_images",
 ]
+
+SHARED_RANKERS: CheckpointCache[LoadedRanker] = CheckpointCache(load_ranker)
 
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@configclass
 class EmbeddingConfig:
-    """How images are embedded, where they are not features already.
+    """Configuration of image embedding. It only matters if images must be encoded first.
 
     Attributes:
         loading: how images are fetched and decoded.
-        encoder_batch_size: images a batch of the encoder.
+        encoder_batch_size: images per batch of the encoder.
     """
 
     loading: LoadingConfig = field(default_factory=LoadingConfig)
-    encoder_batch_size: int = 32
-
-    def __post_init__(self) -> None:
-        if self.encoder_batch_size < 1:
-            raise ConfigError(f"encoder_batch_size: expected at least 1, got {self.encoder_batch_size}")
-
-
-@dataclass(frozen=True)
-class PinnedRanker:
-    """A ranker as it travels to workers.
-
-    Attributes:
-        checkpoint: its folder.
-        fingerprint: of the ranker that the output belongs to; a worker that finds another stops at once.
-    """
-
-    checkpoint: str
-    fingerprint: str
-
-    def open(self, device: str) -> LoadedRanker:
-        """The process's one ranker of this kind, however many threads and bundles ask for it.
-
-        Raises:
-            CheckpointError: it is another one by now.
-        """
-        return _shared_ranker(self, str(resolve_device(device)))
-
-
-@cached_per_process
-def _shared_ranker(folder: PinnedRanker, device: str) -> LoadedRanker:
-    ranker = load_ranker(folder.checkpoint, device)
-    if ranker.fingerprint != folder.fingerprint:
-        raise CheckpointError(
-            f"{folder.checkpoint}: expected ranker {folder.fingerprint}, got {ranker.fingerprint}; "
-            "the checkpoint was replaced while the embeddings were made: start again with --overwrite"
-        )
-    return ranker
+    encoder_batch_size: PositiveInt = 32
 
 
 @dataclass(frozen=True)
@@ -88,15 +57,15 @@ class ImageEmbedding:
     """The stage from `features/` or `manifest/` to `embeddings/`.
 
     Attributes:
-        config: how images become features.
-        ranker: the model.
-        encoder: makes features of images; None where the rows have features.
-        device: where the models run.
-        threads: that they compute with on a CPU; None as PyTorch chooses.
+        config: configuration of the embedding.
+        ranker: the ranker that the output belongs to.
+        encoder: encodes the images; None if the rows contain features.
+        device: device of the models.
+        threads: CPU threads of the models; None is PyTorch's default.
     """
 
     config: EmbeddingConfig
-    ranker: PinnedRanker
+    ranker: PinnedCheckpoint
     encoder: EncoderConfig | None = None
     device: str = "auto"
     threads: int | None = None
@@ -110,28 +79,37 @@ class ImageEmbedding:
         """Loads the models; see `Stage.open`."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        ranker = self.ranker.open(self.device)
+        ranker = SHARED_RANKERS.get(self.ranker, self.device)
         config = self.config
         with open_feature_source(
             self.encoder, ranker.encoder, config.loading, config.encoder_batch_size, self.device, self.threads
         ) as load_features:
 
-            def process(rows: Iterator[pa.RecordBatch], fail: ReportFailure) -> Iterator[tuple[pa.RecordBatch, ...]]:
-                for some, features in load_features(rows, fail):
-                    yield (build_embedding_rows(some, features, ranker),)
+            def process(batches: Iterator[pa.RecordBatch], fail: ReportFailure) -> Iterator[tuple[pa.RecordBatch, ...]]:
+                for rows, features in load_features(batches, fail):
+                    yield (build_embedding_rows(rows, features, ranker),)
 
             yield process
 
 
-def describe_embeddings(source: ShardedDataset, ranker: LoadedRanker) -> dict[str, Any]:
-    """All that the rows of `embeddings/` depend on, whichever command writes them."""
-    return {"input": source.fingerprint, "ranker": ranker.fingerprint, "encoder": ranker.encoder}
+def create_embeddings_dataset(
+    folder: str | os.PathLike[str], source: ShardedDataset, ranker: LoadedRanker, overwrite: bool
+) -> ShardedDataset:
+    """Creates the dataset that a ranker's embeddings of `source` are written to; see `create_dataset`."""
+    return create_dataset(
+        folder,
+        "embeddings",
+        embeddings_schema(ranker.size),
+        config={"input": source.fingerprint, "ranker": ranker.fingerprint, "encoder": ranker.encoder},
+        shards=source.shards,
+        overwrite=overwrite,
+    )
 
 
 def build_embedding_rows(
     rows: Sequence[Row], features: npt.NDArray[np.floating], ranker: LoadedRanker
 ) -> pa.RecordBatch:
-    """Rows of `embeddings/`."""
+    """Embeds features, `[rows, *shape]`, and returns rows of `embeddings/`."""
     schema = embeddings_schema(ranker.size)
     vectors = numpy_to_vectors(ranker.encode_features(features).astype(np.float16))
     columns = [pa.array([row[name] for row in rows], schema.field(name).type) for name in ("image_id", "uri")]
@@ -146,31 +124,29 @@ def embed_single_images(
     weights: str | None = None,
     device: str = "auto",
 ) -> tuple[list[str], npt.NDArray[np.float32], list[tuple[str, ImageError]]]:
-    """Embeds single images, outside of any dataset.
+    """Embeds images outside of any dataset.
 
     Args:
         uris: paths or addresses.
         checkpoint: the ranker's folder.
-        config: how images become features.
-        weights: the encoder's weights file, where the ranker learned from features of such a file.
+        config: configuration of the embedding.
+        weights: path of the encoder's weights file; required if the encoder was loaded from a file.
         device: auto, cpu, cuda or cuda:N.
 
     Returns:
-        The uris of the images that could be had, in the order given; their unit vectors, `[images, size]`; and what
-        could not be had, with the reason.
+        The uris of the images that could be read, in the given order; their unit vectors, `[images, size]`; and the
+        uris of the others, with the reasons.
     """
     ranker = load_ranker(checkpoint, str(resolve_device(device)))
-    rows = pa.RecordBatch.from_pylist(
-        [{"image_id": uri, "uri": uri, "split": "", "captions": []} for uri in uris], schema=MANIFEST_SCHEMA
-    )
-    kept: list[str] = []
+    embedded: list[str] = []
     vectors = [np.empty((0, ranker.size), np.float32)]
     failures: list[tuple[str, ImageError]] = []
     encoder = EncoderConfig.from_description(ranker.encoder, weights)
     with open_feature_source(
         encoder, ranker.encoder, config.loading, config.encoder_batch_size, device, None
     ) as load_features:
-        for some, features in load_features(iter([rows]), lambda _id, uri, error: failures.append((uri, error))):
-            kept.extend(row["uri"] for row in some)
+        batches = iter([build_manifest_rows(uris)])
+        for rows, features in load_features(batches, lambda _id, uri, error: failures.append((uri, error))):
+            embedded.extend(row["uri"] for row in rows)
             vectors.append(ranker.encode_features(features))
-    return kept, np.concatenate(vectors), failures
+    return embedded, np.concatenate(vectors), failures

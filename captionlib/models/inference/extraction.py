@@ -1,4 +1,4 @@
-"""Images of a manifest to feature vectors: decoding overlapped with the encoder on full batches."""
+"""Feature extraction: encodes the images of a manifest while the next images are fetched and decoded."""
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,38 +10,36 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from pydantic import PositiveInt
 
-from captionlib.config import describe_differences
+from captionlib.config import configclass, describe_differences
 from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.images.loading import LoadingConfig, open_loader
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA, features_schema
 from captionlib.data.shards.stages import ProcessRows, ReportFailure
-from captionlib.errors import ConfigError, DatasetError, ImageError
-from captionlib.models.encoders.encoder import Encoder, EncoderConfig, Encoding, load_encoder
+from captionlib.errors import DatasetError, ImageError
+from captionlib.models.encoders.encoder import Encoder, EncoderConfig, PendingFeatures, load_encoder
 from captionlib.models.inference.shared_models import cached_per_process
 
 __all__ = ["ExtractionConfig", "FeatureExtraction", "encode_images", "load_shared_encoder"]
 
 Row = dict[str, Any]
+LoadedImage = tuple[Row, npt.NDArray[np.uint8] | ImageError]
 
 
-@dataclass(frozen=True)
+@configclass
 class ExtractionConfig:
-    """How images become features.
+    """Configuration of feature extraction.
 
     Attributes:
-        encoder: the network; what the features depend on.
+        encoder: the encoder, which determines the features.
         loading: how images are fetched and decoded.
-        batch_size: images a batch.
+        batch_size: images per batch of the encoder.
     """
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     loading: LoadingConfig = field(default_factory=LoadingConfig)
-    batch_size: int = 32
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size: expected at least 1, got {self.batch_size}")
+    batch_size: PositiveInt = 32
 
 
 @dataclass(frozen=True)
@@ -49,10 +47,10 @@ class FeatureExtraction:
     """The stage from `manifest/` to `features/`.
 
     Attributes:
-        config: how images become features.
-        description: of the encoder that the output belongs to; a worker with other weights stops at once.
-        device: where the encoder runs.
-        threads: that it computes with on a CPU; None as PyTorch chooses.
+        config: configuration of the extraction.
+        description: description of the encoder that the output belongs to; workers with another encoder fail.
+        device: device of the encoder.
+        threads: CPU threads of the encoder; None is PyTorch's default.
     """
 
     config: ExtractionConfig
@@ -67,82 +65,79 @@ class FeatureExtraction:
 
     @contextmanager
     def open(self) -> Iterator[ProcessRows]:
-        """Loads the encoder and starts the decoders; see `Stage.open`."""
+        """Loads the encoder and starts the image decoders; see `Stage.open`."""
         encoder = load_shared_encoder(self.config.encoder, self.device, self.threads, self.description)
         schema = features_schema(encoder.size, self.config.encoder.stored_dtype)
         with open_loader(self.config.loading, encoder.preprocessing) as load:
 
-            def process(rows: Iterator[pa.RecordBatch], fail: ReportFailure) -> Iterator[tuple[pa.RecordBatch, ...]]:
-                loaded = load(row for batch in rows for row in batch.to_pylist())
-                for kept, features in encode_images(encoder, loaded, self.config.batch_size, fail):
-                    yield (_to_rows(kept, features, schema),)
+            def process(batches: Iterator[pa.RecordBatch], fail: ReportFailure) -> Iterator[tuple[pa.RecordBatch, ...]]:
+                images = load(row for batch in batches for row in batch.to_pylist())
+                for rows, features in encode_images(encoder, images, self.config.batch_size, fail):
+                    columns = [
+                        pa.array([row[name] for row in rows], MANIFEST_SCHEMA.field(name).type) for name in self.columns
+                    ]
+                    yield (pa.RecordBatch.from_arrays([*columns, numpy_to_vectors(features)], schema=schema),)
 
             yield process
 
 
 def encode_images(
-    encoder: Encoder,
-    loaded: Iterator[tuple[Row, npt.NDArray[np.uint8] | ImageError]],
-    batch_size: int,
-    fail: ReportFailure,
+    encoder: Encoder, images: Iterator[LoadedImage], batch_size: int, fail: ReportFailure
 ) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
-    """Encodes images in full batches; those that could not be had go to `fail`.
+    """Encodes images in full batches and reports those that could not be loaded to `fail`.
 
     Yields:
         The rows of a batch and their features, `[batch, *encoder.shape]`.
     """
-    waiting: deque[tuple[list[Row], Encoding]] = deque()
-    for rows, images in _batches(loaded, batch_size, fail):
-        waiting.append((rows, encoder.begin(images)))  # the next one, while a GPU computes the one before
-        if len(waiting) > 1:
-            begun, encoding = waiting.popleft()
-            yield begun, encoding()
-    for begun, encoding in waiting:
-        yield begun, encoding()
+    pending: deque[tuple[list[Row], PendingFeatures]] = deque()
+    for rows, pixels in _batch_images(images, batch_size, fail):
+        pending.append((rows, encoder.encode_async(pixels)))  # before waiting for the previous batch
+        if len(pending) > 1:
+            previous_rows, wait = pending.popleft()
+            yield previous_rows, wait()
+    for rows, wait in pending:
+        yield rows, wait()
 
 
-def _batches(
-    loaded: Iterator[tuple[Row, npt.NDArray[np.uint8] | ImageError]], batch_size: int, fail: ReportFailure
+def _batch_images(
+    images: Iterator[LoadedImage], batch_size: int, fail: ReportFailure
 ) -> Iterator[tuple[list[Row], npt.NDArray[np.uint8]]]:
     rows: list[Row] = []
-    images: list[npt.NDArray[np.uint8]] = []
-    for row, image in loaded:
+    batch: list[npt.NDArray[np.uint8]] = []
+    for row, image in images:
         if isinstance(image, ImageError):
             fail(row["image_id"], row["uri"], image)
             continue
         rows.append(row)
-        images.append(image)
+        batch.append(image)
         if len(rows) == batch_size:
-            yield rows, np.stack(images)
-            rows, images = [], []
+            yield rows, np.stack(batch)
+            rows, batch = [], []
     if rows:
-        yield rows, np.stack(images)
+        yield rows, np.stack(batch)
 
 
 def load_shared_encoder(
     config: EncoderConfig, device: str, threads: int | None, description: Mapping[str, Any] | None = None
 ) -> Encoder:
-    """The process's one encoder of this configuration, however many threads and bundles ask for it.
+    """Returns the encoder that all threads of this process share.
+
+    Args:
+        config: configuration of the encoder.
+        device: device of the encoder.
+        threads: CPU threads of the process; None leaves them.
+        description: expected description; None accepts any.
 
     Raises:
-        DatasetError: it is not the one of `description`: the weights differ between machines.
+        DatasetError: the encoder differs from `description`, because its weights differ between machines.
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    encoder = _shared_encoder(config, device)
+    encoder = _load_encoder_once(config, device)
     if description is not None and encoder.description != description:
         lines = describe_differences(description, encoder.description)
-        raise DatasetError(f"the encoder here is not the one this dataset is made with ({'; '.join(lines)})")
+        raise DatasetError(f"the encoder of this worker is not the encoder of the dataset: {'; '.join(lines)}")
     return encoder
 
 
-@cached_per_process
-def _shared_encoder(config: EncoderConfig, device: str) -> Encoder:
-    return load_encoder(config, device)
-
-
-def _to_rows(rows: Sequence[Row], features: npt.NDArray[np.floating], schema: pa.Schema) -> pa.RecordBatch:
-    columns = [
-        pa.array([row[name] for row in rows], MANIFEST_SCHEMA.field(name).type) for name in MANIFEST_SCHEMA.names
-    ]
-    return pa.RecordBatch.from_arrays([*columns, numpy_to_vectors(features)], schema=schema)
+_load_encoder_once = cached_per_process(load_encoder)

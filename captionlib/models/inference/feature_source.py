@@ -1,4 +1,4 @@
-"""Where a model's features come from: the rows of `features/`, or the images of `manifest/` and its own encoder."""
+"""The features that a model takes as input: read from `features/`, or computed from the images of `manifest/`."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,56 +11,61 @@ import pyarrow as pa
 from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.images.loading import LoadingConfig, open_loader
 from captionlib.data.shards.dataset import ShardedDataset
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.stages import ReportFailure
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.extraction import encode_images, load_shared_encoder
 
-__all__ = ["FeatureLoader", "FeatureModel", "open_feature_source", "resolve_encoder"]
+__all__ = ["FeatureLoader", "FeatureModel", "build_manifest_rows", "open_feature_source", "resolve_encoder"]
 
 Row = dict[str, Any]
 
 FeatureLoader = Callable[
     [Iterator[pa.RecordBatch], ReportFailure], Iterator[tuple[list[Row], npt.NDArray[np.floating]]]
 ]
-"""Takes rows; gives pieces of them, with all that they had but the features, and the features, `[rows, *shape]`."""
+"""Takes rows of a dataset; yields batches of rows without features, and their features, `[rows, *shape]`."""
 
 
 class FeatureModel(Protocol):
-    """A model that is at home with the features of one encoder."""
+    """A model that was trained on the features of an encoder."""
 
     @property
     def encoder(self) -> Mapping[str, Any]:
-        """The description of that encoder."""
+        """Description of the encoder."""
 
     @property
     def encoder_weights(self) -> str | None:
-        """Its weights file, where the model brings it."""
+        """Path of the encoder's weights file, if the model's checkpoint contains it."""
 
     def require_encoder(self, description: Mapping[str, Any]) -> None:
-        """Raises CheckpointError where `description` is of another one."""
+        """Raises CheckpointError if `description` is of another encoder."""
 
 
 def resolve_encoder(
     source: ShardedDataset, model: FeatureModel, weights: str | None, device: str, threads: int | None
 ) -> EncoderConfig | None:
-    """The encoder that has to run first, checked; None where the source has features, which are checked instead.
+    """Returns the encoder that must run before a model, and checks that it is the model's encoder.
 
     Args:
         source: a features dataset or a manifest.
-        model: what takes the features.
-        weights: the encoder's weights file, where the model learned from features of such a file and does not bring it.
-        device: where the encoder is to run.
-        threads: that it computes with on a CPU; None as PyTorch chooses.
+        model: the model that takes the features.
+        weights: path of the encoder's weights file; required if the encoder was loaded from a file that the model's
+            checkpoint does not contain.
+        device: device of the encoder.
+        threads: CPU threads of the encoder; None is PyTorch's default.
+
+    Returns:
+        The encoder's configuration; None if `source` contains features already.
 
     Raises:
-        CheckpointError: the features, or the encoder with these weights, are not the model's.
-        ConfigError: weights are missing, or given where nothing is encoded.
-        DatasetError: the source is something else.
+        CheckpointError: the encoder, or the encoder of the features, is not the model's.
+        ConfigError: `weights` are required, or given although nothing is encoded.
+        DatasetError: the source is neither a features dataset nor a manifest.
     """
     if source.kind == "features":
         if weights is not None:
-            raise ConfigError(f"--weights is for encoding images; {source.folder.uri} already holds features")
+            raise ConfigError(f"--weights is for encoding images, but {source.folder.uri} contains features; omit it")
         model.require_encoder(source.config["encoder"])
         return None
     if source.kind != "manifest":
@@ -79,35 +84,39 @@ def open_feature_source(
     device: str,
     threads: int | None,
 ) -> Iterator[FeatureLoader]:
-    """Loads the encoder and starts the decoders of images, where rows do not have features already.
+    """Opens a source of features: an encoder and its image decoders, or the features column of the rows.
 
     Args:
-        encoder: makes features of images; None where the rows have features.
-        description: of the encoder that is expected; a worker with other weights stops at once.
+        encoder: encodes the images; None if the rows contain features.
+        description: description of the expected encoder; workers with another encoder fail.
         loading: how images are fetched and decoded.
-        batch_size: images a batch of the encoder.
-        device: where the encoder runs.
-        threads: that it computes with on a CPU; None as PyTorch chooses.
+        batch_size: images per batch of the encoder.
+        device: device of the encoder.
+        threads: CPU threads of the encoder; None is PyTorch's default.
     """
     if encoder is None:
-        yield lambda rows, _fail: split_features(rows, description["shape"])
+        yield lambda batches, _fail: _split_features(batches, description["shape"])
         return
-    loaded_encoder = load_shared_encoder(encoder, device, threads, description)
-    with open_loader(loading, loaded_encoder.preprocessing) as load:
+    shared_encoder = load_shared_encoder(encoder, device, threads, description)
+    with open_loader(loading, shared_encoder.preprocessing) as load:
 
         def encode(
-            rows: Iterator[pa.RecordBatch], fail: ReportFailure
+            batches: Iterator[pa.RecordBatch], fail: ReportFailure
         ) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
-            loaded = load(row for batch in rows for row in batch.to_pylist())
-            return encode_images(loaded_encoder, loaded, batch_size, fail)
+            images = load(row for batch in batches for row in batch.to_pylist())
+            return encode_images(shared_encoder, images, batch_size, fail)
 
         yield encode
 
 
-def split_features(
-    rows: Iterator[pa.RecordBatch], shape: Sequence[int]
+def build_manifest_rows(uris: Sequence[str]) -> pa.RecordBatch:
+    """Returns rows of `manifest/` for images outside of any dataset; each uri is its own image id."""
+    rows = [{"image_id": uri, "uri": uri, "split": "", "captions": []} for uri in uris]
+    return pa.RecordBatch.from_pylist(rows, schema=MANIFEST_SCHEMA)
+
+
+def _split_features(
+    batches: Iterator[pa.RecordBatch], shape: Sequence[int]
 ) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
-    """Splits batches of `features/` into plain columns and the features, `[rows, *shape]`."""
-    for batch in rows:
-        features = vectors_to_numpy(batch["features"], shape)
-        yield batch.drop_columns(["features"]).to_pylist(), features
+    for batch in batches:
+        yield batch.drop_columns(["features"]).to_pylist(), vectors_to_numpy(batch["features"], shape)

@@ -1,29 +1,109 @@
-"""Models that threads share: loaded once a process, however many shards are worked on in it at a time."""
+"""Models that all threads of a process share, and checkpoints pinned to the version that a run started with."""
 
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, wraps
 from threading import Lock
-from typing import ParamSpec, TypeVar
+from typing import Generic, ParamSpec, Protocol, TypeVar
 
-__all__ = ["cached_per_process"]
+from torch import nn
+
+from captionlib.errors import CheckpointError
+from captionlib.models.devices import resolve_device
+from captionlib.storage.folders import resolve_address
+
+__all__ = ["CheckpointCache", "PinnedCheckpoint", "cached_per_process"]
 
 Arguments = ParamSpec("Arguments")
-Model = TypeVar("Model")
+Result = TypeVar("Result")
 
 
-def cached_per_process(load: Callable[Arguments, Model]) -> Callable[Arguments, Model]:
-    """Wraps a loader: who asks for the same gets the same, and who asks for another replaces it.
+class _LoadedModel(Protocol):
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+Model = TypeVar("Model", bound=_LoadedModel)
+
+
+@dataclass(frozen=True)
+class PinnedCheckpoint:
+    """A checkpoint in the version that a run started with.
+
+    Attributes:
+        folder: address of the checkpoint.
+        fingerprint: fingerprint of its model.
+    """
+
+    folder: str
+    fingerprint: str
+
+    def require_unchanged(self, part: str, expected: str, actual: str) -> None:
+        """Checks the fingerprint of a part of the checkpoint.
+
+        Raises:
+            CheckpointError: the fingerprints differ.
+        """
+        if expected != actual:
+            raise CheckpointError(
+                f"{self.folder}: the {part} was replaced during the run; expected fingerprint {expected}, got "
+                f"{actual}; start again with --overwrite"
+            )
+
+
+class CheckpointCache(Generic[Model]):
+    """Holds the model that was used last, for all threads of a process.
 
     Args:
-        load: takes what tells one model from another, all of it hashable; what it returns is not changed by its users.
+        load: loads the model of a checkpoint folder onto the CPU.
+    """
+
+    def __init__(self, load: Callable[[str], Model]) -> None:
+        self._load = load
+        self._lock = Lock()
+        self._entry: tuple[PinnedCheckpoint, Model] | None = None
+
+    def pin(self, folder: str | os.PathLike[str]) -> tuple[Model, PinnedCheckpoint]:
+        """Loads the current version of a checkpoint and holds its model for stages that run in this process."""
+        model = self._load(os.fspath(folder))
+        checkpoint = PinnedCheckpoint(resolve_address(folder), model.fingerprint)
+        with self._lock:
+            self._entry = checkpoint, model
+        return model, checkpoint
+
+    def get(self, checkpoint: PinnedCheckpoint, device: str) -> Model:
+        """Returns the model of a pinned checkpoint on a device; loads it unless the process holds it.
+
+        Raises:
+            CheckpointError: the checkpoint was replaced.
+        """
+        target = resolve_device(device)
+        with self._lock:  # other threads wait while one loads
+            if self._entry is None or self._entry[0] != checkpoint:
+                model = self._load(checkpoint.folder)
+                checkpoint.require_unchanged("model", checkpoint.fingerprint, model.fingerprint)
+                self._entry = checkpoint, model
+            self._entry[1].model.to(target)
+            return self._entry[1]
+
+
+def cached_per_process(load: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Wraps a loader so that all threads of a process share its latest result.
+
+    Args:
+        load: takes hashable arguments that identify the result; callers must not modify the result.
     """
     lock = Lock()
-    kept = lru_cache(maxsize=1)(load)
+    cached = lru_cache(maxsize=1)(load)
 
     @wraps(load)
-    def shared(*arguments: Arguments.args, **named: Arguments.kwargs) -> Model:
-        with lock:  # those who ask while it is loaded wait for it
-            model: Model = kept(*arguments, **named)  # type: ignore[arg-type]
-            return model
+    def load_shared(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with lock:  # other threads wait while one loads
+            result: Result = cached(*args, **kwargs)  # type: ignore[arg-type]
+            return result
 
-    return shared
+    return load_shared

@@ -20,12 +20,12 @@ def write_csv(path: Path, ids: list[str]) -> Path:
     return path
 
 
-def read_all(folder: Path) -> list[str]:
+def read_image_ids(folder: Path) -> list[str]:
     dataset = open_dataset(folder, "manifest").require_complete()
     return [row["image_id"] for shard in range(dataset.shards) for row in dataset.read(shard).to_pylist()]
 
 
-def files(folder: Path) -> dict[str, bytes]:
+def read_parquet_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
 
 
@@ -33,14 +33,14 @@ def test_prepare_splits_rows_into_shards_in_order(tmp_path: Path) -> None:
     source = write_csv(tmp_path / "a.csv", list("edcba"))
     summary = prepare(source, tmp_path / "manifest", UNCHECKED)
     assert (summary.images, summary.shards, summary.splits) == (5, 3, {"": 5})
-    assert read_all(tmp_path / "manifest") == list("edcba")
+    assert read_image_ids(tmp_path / "manifest") == list("edcba")
 
 
 def test_prepare_is_deterministic_and_skips_a_second_run(tmp_path: Path) -> None:
     source = write_csv(tmp_path / "a.csv", list("abc"))
     prepare(source, tmp_path / "one", UNCHECKED)
     prepare(source, tmp_path / "two", UNCHECKED)
-    assert files(tmp_path / "one") == files(tmp_path / "two")
+    assert read_parquet_files(tmp_path / "one") == read_parquet_files(tmp_path / "two")
     assert prepare(source, tmp_path / "one", UNCHECKED).already_prepared
 
 
@@ -49,9 +49,9 @@ def test_prepare_of_another_source_needs_overwrite(tmp_path: Path) -> None:
     other = write_csv(tmp_path / "b.csv", ["b"])
     with pytest.raises(FingerprintError, match="overwrite"):
         prepare(other, tmp_path / "manifest", UNCHECKED)
-    assert read_all(tmp_path / "manifest") == ["a"]
+    assert read_image_ids(tmp_path / "manifest") == ["a"]
     prepare(other, tmp_path / "manifest", UNCHECKED, overwrite=True)
-    assert read_all(tmp_path / "manifest") == ["b"]
+    assert read_image_ids(tmp_path / "manifest") == ["b"]
 
 
 def test_duplicate_id_is_an_error_naming_both_rows_and_writes_nothing(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_manifest_holds_every_row_once(tmp_path_factory: pytest.TempPathFactory,
     config = PrepareConfig(shard_size=size, check_images=False)
     summary = prepare(write_csv(folder / "a.csv", names), folder / "out", config)
     assert summary.shards == -(-len(names) // size)
-    assert read_all(folder / "out") == names
+    assert read_image_ids(folder / "out") == names
 
 
 def test_limit_and_splits_select_rows(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_limit_and_splits_select_rows(tmp_path: Path) -> None:
     source.write_text("id,url,split\n" + "".join(f"{n},{n}.jpg,{'even' if n % 2 == 0 else 'odd'}\n" for n in range(9)))
     config = PrepareConfig(splits=("odd",), limit=3, check_images=False)
     summary = prepare(source, tmp_path / "manifest", config)
-    assert read_all(tmp_path / "manifest") == ["1", "3", "5"]
+    assert read_image_ids(tmp_path / "manifest") == ["1", "3", "5"]
     assert summary.skipped == {"in another split": 3}
 
 

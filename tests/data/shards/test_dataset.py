@@ -104,7 +104,7 @@ def test_a_shard_done_again_without_failures_loses_the_old_ones(place: str) -> N
 
 def test_another_configuration_is_refused_and_named(place: str) -> None:
     fill(create(place))
-    with pytest.raises(FingerprintError, match=r"a\.b: there 1, now 2"):
+    with pytest.raises(FingerprintError, match=r"a\.b: was 1, now 2"):
         create(place, {"a": {"b": 2}})
     assert open_dataset(place).read(0).num_rows == 2
     replaced = create(place, {"a": {"b": 2}}, overwrite=True)
@@ -124,16 +124,18 @@ def test_half_a_dataset_is_not_a_whole_one(place: str) -> None:
     dataset = create(place)
     with write_shard(dataset, 0, 1) as writer:
         writer.write(rows("x"))
-    with pytest.raises(DatasetError, match="expected 2 shards, 1 are not done"):
+    with pytest.raises(DatasetError, match="expected 2 finished shards, 1 are missing"):
         dataset.finish()
-    with pytest.raises(DatasetError, match="is not complete: expected 2 shards, 1 are done"):
+    with pytest.raises(DatasetError, match="is not complete: expected 2 finished shards, got 1,"):
         open_dataset(place).require_complete()
 
 
 def test_too_many_failures_fail_the_run_but_keep_the_rows(place: str) -> None:
     dataset = create(place)
     fill(dataset)
-    with pytest.raises(FailureRatioError, match=r"2 of 5 images failed \(40.0%, allowed 10.0%; Truncated: 2\)"):
+    with pytest.raises(
+        FailureRatioError, match=r"2 of 5 images failed \(40.0%; expected at most 10.0%; Truncated: 2\)"
+    ):
         dataset.finish(0.1)
     assert not dataset.is_complete()
     assert dataset.finish(0.4).rows == 3
@@ -145,7 +147,7 @@ def test_markers_of_another_run_do_not_count(tmp_path: Path) -> None:
     marker = tmp_path / "data" / "_shards" / "part-00000.json"
     marker.write_text(json.dumps({**json.loads(marker.read_text()), "fingerprint": "another"}))
     assert dataset.read_marker(0) is None
-    with pytest.raises(DatasetError, match="1 are not done"):
+    with pytest.raises(DatasetError, match="1 are missing"):
         dataset.finish()
 
 
@@ -169,7 +171,7 @@ def test_top_level_parquet_is_only_complete_rows(tmp_path: Path) -> None:
 
 
 def test_no_dataset_and_another_kind_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"is no dataset of captionlib: expected a folder that holds _dataset.json"):
+    with pytest.raises(DatasetError, match=r"is not a dataset of captionlib: expected a folder with _dataset.json"):
         open_dataset(tmp_path)
     create(tmp_path / "data")
     with pytest.raises(DatasetError, match="expected a dataset of kind captions, got manifest"):

@@ -83,7 +83,7 @@ def test_a_mark_of_success_without_all_markers_is_a_problem(tmp_path: Path) -> N
     write(tmp_path, done=3).finish()
     (tmp_path / "_shards" / "part-00002.json").unlink()
     (problem,) = inspect_dataset(tmp_path).problems
-    assert problem == "_SUCCESS: says that all 3 shards are done, but only 2 have a marker of this dataset"
+    assert problem == "_SUCCESS: says that all 3 shards are finished, but only 2 have a marker of this dataset"
 
 
 def test_files_of_runs_that_died_are_counted(tmp_path: Path) -> None:
@@ -93,5 +93,5 @@ def test_files_of_runs_that_died_are_counted(tmp_path: Path) -> None:
 
 
 def test_no_dataset_is_said(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="is no dataset of captionlib"):
+    with pytest.raises(DatasetError, match="is not a dataset of captionlib"):
         inspect_dataset(tmp_path)

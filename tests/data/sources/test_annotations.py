@@ -8,7 +8,7 @@ from captionlib.errors import ConfigError, DatasetError
 from tests.data.sources.helpers import read, touch, write_json
 
 
-def coco(*images: tuple[int, str, list[str]]) -> dict[str, Any]:
+def make_coco(*images: tuple[int, str, list[str]]) -> dict[str, Any]:
     return {
         "info": {},
         "images": [{"id": number, "file_name": name, "height": 1, "width": 1} for number, name, _ in images],
@@ -22,8 +22,10 @@ def coco(*images: tuple[int, str, list[str]]) -> dict[str, Any]:
 
 def test_coco_takes_split_and_image_folder_from_the_file_name(tmp_path: Path) -> None:
     touch(tmp_path, ["train2014/a.jpg", "val2014/b.jpg"])
-    train = write_json(tmp_path / "annotations/captions_train2014.json", coco((9, "a.jpg", ["one ", "two"])))
-    val = write_json(tmp_path / "annotations/captions_val2014.json", coco((3, "b.jpg", []), (4, "c.jpg", ["three"])))
+    train = write_json(tmp_path / "annotations/captions_train2014.json", make_coco((9, "a.jpg", ["one ", "two"])))
+    val = write_json(
+        tmp_path / "annotations/captions_val2014.json", make_coco((3, "b.jpg", []), (4, "c.jpg", ["three"]))
+    )
     rows, _ = read(train, val)
     assert [(row.image_id, row.split, row.captions) for row in rows] == [
         ("9", "train", ("one", "two")),
@@ -39,7 +41,7 @@ def test_coco_takes_split_and_image_folder_from_the_file_name(tmp_path: Path) ->
 
 
 def test_coco_counts_captions_of_unlisted_images(tmp_path: Path) -> None:
-    document = coco((1, "a.jpg", ["one"]), (2, "b.jpg", ["two"]))
+    document = make_coco((1, "a.jpg", ["one"]), (2, "b.jpg", ["two"]))
     del document["images"][1]
     rows, skipped = read(write_json(tmp_path / "captions.json", document))
     assert [row.image_id for row in rows] == ["1"]
@@ -47,7 +49,7 @@ def test_coco_counts_captions_of_unlisted_images(tmp_path: Path) -> None:
 
 
 def test_coco_rejects_instances_without_captions(tmp_path: Path) -> None:
-    document = coco((1, "a.jpg", ["one"]))
+    document = make_coco((1, "a.jpg", ["one"]))
     del document["annotations"][0]["caption"]
     path = write_json(tmp_path / "instances_val2014.json", document)
     with pytest.raises(DatasetError, match=r"with a caption, got ones with id, image_id; use COCO's captions_\*\.json"):
@@ -128,7 +130,7 @@ def test_flickr_names_the_malformed_line(tmp_path: Path) -> None:
 
 
 def test_detection_rejects_sources_of_two_formats(tmp_path: Path) -> None:
-    path = write_json(tmp_path / "captions.json", coco((1, "a.jpg", ["one"])))
+    path = write_json(tmp_path / "captions.json", make_coco((1, "a.jpg", ["one"])))
     touch(tmp_path, ["images/a.jpg"])
     with pytest.raises(ConfigError, match=r"got several: .*coco, .*folder; prepare each separately"):
         detect_common_format([str(path), str(tmp_path / "images")])

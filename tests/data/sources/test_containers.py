@@ -26,7 +26,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
     return path
 
 
-def fetch(rows: list[ManifestRow]) -> list[bytes]:
+def fetch_images(rows: list[ManifestRow]) -> list[bytes]:
     fetcher = ImageFetcher(FetchConfig())
     return [bytes(fetcher.fetch(row.uri)) for row in rows]
 
@@ -49,7 +49,7 @@ def test_webdataset_yields_byte_ranges_and_captions_per_sample(tmp_path: Path) -
         ("s/000", "train", ("a dog", "two dogs")),
         ("s/001", "train", ("a cat",)),
     ]
-    assert fetch(rows) == [b"first image", b"second image"]
+    assert fetch_images(rows) == [b"first image", b"second image"]
     assert skipped == {"additional image in a sample": 1, "sample without an image": 1}
 
 
@@ -63,7 +63,7 @@ def test_webdataset_expands_brace_ranges(tmp_path: Path) -> None:
         write_tar(tmp_path / f"{number:05d}.tar", [(f"{number}.jpg", b"image %d" % number)])
     rows, _ = read(f"{tmp_path}/{{00000..00002}}.tar")
     assert [row.image_id for row in rows] == ["0", "1", "2"]
-    assert fetch(rows) == [b"image 0", b"image 1", b"image 2"]
+    assert fetch_images(rows) == [b"image 0", b"image 1", b"image 2"]
 
 
 def test_webdataset_rejects_truncated_and_compressed_tars(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_hf_parquet_yields_uris_of_the_embedded_images(tmp_path: Path) -> None:
     assert [(row.image_id, row.split, row.captions) for row in yielded] == [
         (f"{number}.jpg", "train", (f"dog {number}", "dog")) for number in range(5)
     ]
-    assert fetch(yielded) == [row["image"]["bytes"] for row in rows]
+    assert fetch_images(yielded) == [row["image"]["bytes"] for row in rows]
 
 
 def test_hf_parquet_prefers_an_id_column_and_numbers_rows_without_a_path(tmp_path: Path) -> None:

@@ -19,45 +19,51 @@ VECTORS: Table = {
 }
 
 
-def glove(table: Table) -> bytes:
+def encode_glove(table: Table) -> bytes:
     return "".join(f"{word} {' '.join(map(str, vector))}\n" for word, vector in table.items()).encode()
 
 
-def word2vec_text(table: Table) -> bytes:
-    return f"{len(table)} 3\n".encode() + glove(table)
+def encode_word2vec_text(table: Table) -> bytes:
+    return f"{len(table)} 3\n".encode() + encode_glove(table)
 
 
-def fasttext(table: Table) -> bytes:
+def encode_fasttext(table: Table) -> bytes:
     """Ends each line with a space, as fastText does."""
-    return word2vec_text(table).replace(b"\n", b" \n").replace(b" \n", b"\n", 1)
+    return encode_word2vec_text(table).replace(b"\n", b" \n").replace(b" \n", b"\n", 1)
 
 
-def word2vec_binary(table: Table) -> bytes:
+def encode_word2vec_binary(table: Table) -> bytes:
     """Writes a line break after each vector, as word2vec.c does."""
     records = [f"{word} ".encode() + np.array(vector, "<f4").tobytes() + b"\n" for word, vector in table.items()]
     return f"{len(table)} 3\n".encode() + b"".join(records)
 
 
-def word2vec_binary_without_breaks(table: Table) -> bytes:
+def encode_word2vec_binary_without_breaks(table: Table) -> bytes:
     """Writes no line breaks, as in the Google News vectors."""
     records = [f"{word} ".encode() + np.array(vector, "<f4").tobytes() for word, vector in table.items()]
     return f"{len(table)} 3\n".encode() + b"".join(records)
 
 
-FORMATS = [glove, word2vec_text, fasttext, word2vec_binary, word2vec_binary_without_breaks]
+FORMATS = [
+    encode_glove,
+    encode_word2vec_text,
+    encode_fasttext,
+    encode_word2vec_binary,
+    encode_word2vec_binary_without_breaks,
+]
 
 
 @pytest.fixture(params=FORMATS)
-def write(request: pytest.FixtureRequest) -> Callable[[Table], bytes]:
-    write_format: Callable[[Table], bytes] = request.param
-    return write_format
+def encode(request: pytest.FixtureRequest) -> Callable[[Table], bytes]:
+    function: Callable[[Table], bytes] = request.param
+    return function
 
 
 def test_every_format_yields_the_same_vectors_and_missing_words(
-    tmp_path: Path, write: Callable[[Table], bytes]
+    tmp_path: Path, encode: Callable[[Table], bytes]
 ) -> None:
     path = tmp_path / "vectors"
-    path.write_bytes(write(VECTORS))
+    path.write_bytes(encode(VECTORS))
     result = read_word_vectors(str(path), ["dog", "zebra", "café", "cat"], 3)
     assert set(result.vectors) == {"dog", "café"}
     np.testing.assert_array_equal(result.vectors["dog"], np.array(VECTORS["dog"], np.float32))
@@ -74,34 +80,34 @@ def test_every_format_yields_the_same_vectors_and_missing_words(
 )
 def test_formats_round_trip(tmp_path_factory: pytest.TempPathFactory, table: Table) -> None:
     folder = tmp_path_factory.mktemp("vectors")
-    for number, write_format in enumerate(FORMATS):
+    for number, encode in enumerate(FORMATS):
         path = folder / str(number)
-        path.write_bytes(write_format(table))
+        path.write_bytes(encode(table))
         result = read_word_vectors(str(path), list(table), 3)
         assert result.missing == ()
         for word, vector in table.items():
             np.testing.assert_array_equal(result.vectors[word], np.array(vector, np.float32))
 
 
-def test_another_case_substitutes_for_a_missing_word(tmp_path: Path, write: Callable[[Table], bytes]) -> None:
-    (tmp_path / "vectors").write_bytes(write({"DOG": [0.0, 0.0, 1.0], **VECTORS}))
+def test_another_case_substitutes_for_a_missing_word(tmp_path: Path, encode: Callable[[Table], bytes]) -> None:
+    (tmp_path / "vectors").write_bytes(encode({"DOG": [0.0, 0.0, 1.0], **VECTORS}))
     result = read_word_vectors(str(tmp_path / "vectors"), ["a", "dog"], 3)
     assert result.vectors["a"].tolist() == VECTORS["A"]
     assert result.vectors["dog"].tolist() == VECTORS["dog"]
 
 
 def test_words_with_spaces_do_not_match_their_first_part(tmp_path: Path) -> None:
-    (tmp_path / "vectors").write_bytes(glove({"the": [1, 2, 3], "at name@domain": [4, 5, 6], "at": [7, 8, 9]}))
+    (tmp_path / "vectors").write_bytes(encode_glove({"the": [1, 2, 3], "at name@domain": [4, 5, 6], "at": [7, 8, 9]}))
     assert read_word_vectors(str(tmp_path / "vectors"), ["at"], 3).vectors["at"].tolist() == [7, 8, 9]
 
 
-def test_compressed_file_is_read(tmp_path: Path, write: Callable[[Table], bytes]) -> None:
-    (tmp_path / "vectors.gz").write_bytes(gzip.compress(write(VECTORS)))
+def test_compressed_file_is_read(tmp_path: Path, encode: Callable[[Table], bytes]) -> None:
+    (tmp_path / "vectors.gz").write_bytes(gzip.compress(encode(VECTORS)))
     assert set(read_word_vectors(str(tmp_path / "vectors.gz"), ["dog"], 3).vectors) == {"dog"}
 
 
-def test_other_size_is_an_error_naming_the_size_to_set(tmp_path: Path, write: Callable[[Table], bytes]) -> None:
-    (tmp_path / "vectors").write_bytes(write(VECTORS))
+def test_other_size_is_an_error_naming_the_size_to_set(tmp_path: Path, encode: Callable[[Table], bytes]) -> None:
+    (tmp_path / "vectors").write_bytes(encode(VECTORS))
     with pytest.raises(ConfigError, match=r"embedding size 512, got size 3; set captioner.embedding_size=3"):
         read_word_vectors(str(tmp_path / "vectors"), ["dog"], 512)
 
@@ -126,12 +132,12 @@ def test_damaged_line_is_an_error_naming_its_number(tmp_path: Path, line: str) -
 
 
 def test_truncated_binary_file_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "vectors").write_bytes(word2vec_binary_without_breaks(VECTORS)[:-2])
+    (tmp_path / "vectors").write_bytes(encode_word2vec_binary_without_breaks(VECTORS)[:-2])
     with pytest.raises(DatasetError, match="expected 4 words, got only 3"):
         read_word_vectors(str(tmp_path / "vectors"), ["dog"], 3)
 
 
-def test_vectors_without_any_requested_word_are_an_error(tmp_path: Path, write: Callable[[Table], bytes]) -> None:
-    (tmp_path / "vectors").write_bytes(write(VECTORS))
+def test_vectors_without_any_requested_word_are_an_error(tmp_path: Path, encode: Callable[[Table], bytes]) -> None:
+    (tmp_path / "vectors").write_bytes(encode(VECTORS))
     with pytest.raises(DatasetError, match="expected some of the 2 words of the vocabulary, got none"):
         read_word_vectors(str(tmp_path / "vectors"), ["hond", "kat"], 3)

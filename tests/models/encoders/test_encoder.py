@@ -11,7 +11,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from captionlib.errors import CaptionlibError, ConfigError, DatasetError
 from captionlib.models.devices import resolve_device
-from captionlib.models.encoders.encoder import EncoderConfig, Encoding, load_encoder
+from captionlib.models.encoders.encoder import EncoderConfig, PendingFeatures, load_encoder
 from captionlib.models.encoders.weights import hash_weights, sample_weights
 from captionlib.models.inference.extraction import load_shared_encoder
 
@@ -27,22 +27,22 @@ def small_state(seed: int = 0) -> dict[str, torch.Tensor]:
     return sample_weights(torchvision.models.squeezenet1_1(weights=None), f"random:{seed}")
 
 
-def test_encodes_as_torchvision_does(tmp_path: Path, pixels: np.ndarray) -> None:
+def test_features_equal_those_of_torchvision(tmp_path: Path, pixels: np.ndarray) -> None:
     model = torchvision.models.squeezenet1_1(weights=None).eval()
     model.load_state_dict(small_state())
     safetensors.torch.save_file(small_state(), tmp_path / "w.safetensors")
     encoder = load_encoder(dataclasses.replace(SMALL, weights=str(tmp_path / "w.safetensors")))
     network = create_feature_extractor(model, ["features.4.cat"])
-    normalise = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    normalize = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     with torch.inference_mode():
-        expected = network(normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255))["features.4.cat"]
+        expected = network(normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255))["features.4.cat"]
     assert encoder.shape == [55 * 55, 128]
     np.testing.assert_allclose(
         encoder.encode(pixels), expected.flatten(2).transpose(1, 2).numpy(), rtol=1e-4, atol=1e-4
     )
 
 
-def test_pooling_is_over_positions(pixels: np.ndarray) -> None:
+def test_pooling_reduces_over_positions(pixels: np.ndarray) -> None:
     whole = load_encoder(SMALL).encode(pixels)
     for pooling, expected in (("mean", whole.mean(1)), ("max", whole.max(1))):
         encoder = load_encoder(dataclasses.replace(SMALL, pooling=pooling))
@@ -50,7 +50,7 @@ def test_pooling_is_over_positions(pixels: np.ndarray) -> None:
         np.testing.assert_allclose(encoder.encode(pixels), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_fc7_of_a_vgg_is_after_its_relu_and_4096_wide() -> None:
+def test_fc7_of_a_vgg_has_4096_values_after_relu() -> None:
     encoder = load_encoder(EncoderConfig("vgg11", "fc7", "random:0"))
     features = encoder.encode(np.random.default_rng(0).integers(0, 256, (1, 224, 224, 3), dtype=np.uint8))
     assert features.shape == (1, 4096)
@@ -59,7 +59,7 @@ def test_fc7_of_a_vgg_is_after_its_relu_and_4096_wide() -> None:
     assert 0.2 < (features > 0).mean() < 0.8
 
 
-def test_bfloat16_sees_the_same(pixels: np.ndarray) -> None:
+def test_bfloat16_features_are_close_to_float32(pixels: np.ndarray) -> None:
     exact = load_encoder(dataclasses.replace(SMALL, pooling="mean")).encode(pixels)
     rounded = load_encoder(dataclasses.replace(SMALL, pooling="mean", dtype="bfloat16")).encode(pixels)
     cosine = (exact * rounded).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(rounded, axis=1)
@@ -67,7 +67,7 @@ def test_bfloat16_sees_the_same(pixels: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_weights_count_by_content_not_by_place(tmp_path: Path, suffix: str) -> None:
+def test_description_depends_on_the_content_of_a_weights_file_not_its_path(tmp_path: Path, suffix: str) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         path = tmp_path / f"{name}.{suffix}"
         if suffix == "pth":
@@ -83,24 +83,24 @@ def test_weights_count_by_content_not_by_place(tmp_path: Path, suffix: str) -> N
     assert str(tmp_path) not in str(same)
 
 
-def test_seeds_draw_the_same_weights_every_time() -> None:
+def test_a_seed_always_samples_the_same_weights() -> None:
     assert load_encoder(SMALL).description == load_encoder(SMALL).description
     assert hash_weights(small_state(0)) != hash_weights(small_state(1))
 
 
-def test_missing_layers_are_named_or_drawn(tmp_path: Path) -> None:
+def test_missing_layers_are_reported_or_sampled(tmp_path: Path) -> None:
     state = {name: tensor for name, tensor in small_state().items() if not name.startswith("features.3")}
     path = tmp_path / "trunk.safetensors"
     safetensors.torch.save_file(state, path)
     config = dataclasses.replace(SMALL, weights=str(path))
     with pytest.raises(ConfigError, match=r"lack 6 of the 14 tensors .* features.3.expand1x1.bias"):
         load_encoder(config)
-    drawn = load_encoder(dataclasses.replace(config, missing_weights="random:3"))
-    assert drawn.description["missing_weights"] == "random:3"
+    sampled = load_encoder(dataclasses.replace(config, missing_weights="random:3"))
+    assert sampled.description["missing_weights"] == "random:3"
     assert load_encoder(dataclasses.replace(config, node="features.2")).shape == [55 * 55, 64]
 
 
-def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+def test_weights_of_another_network_are_rejected(tmp_path: Path) -> None:
     state = {**small_state(), "features.0.weight": torch.zeros(64, 3, 5, 5)}
     safetensors.torch.save_file(state, tmp_path / "w.safetensors")
     with pytest.raises(
@@ -110,13 +110,13 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
-def test_files_that_are_no_weights_are_refused(tmp_path: Path, name: str) -> None:
+def test_files_that_are_not_weights_are_rejected(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"not weights at all")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_encoder(dataclasses.replace(SMALL, weights=str(tmp_path / name)))
 
 
-def test_weights_are_read_from_one_file_system_and_never_from_a_chain(tmp_path: Path) -> None:
+def test_weights_are_read_from_any_file_system_but_not_from_a_chain(tmp_path: Path) -> None:
     safetensors.torch.save_file(small_state(5), tmp_path / "w.safetensors")
     address = f"memory://{tmp_path.name}/w.safetensors"
     fsspec.filesystem("memory").pipe(address, (tmp_path / "w.safetensors").read_bytes())
@@ -128,25 +128,25 @@ def test_weights_are_read_from_one_file_system_and_never_from_a_chain(tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
-def test_failures_of_weights_quote_nothing_of_the_file(tmp_path: Path, name: str) -> None:
+def test_errors_do_not_quote_the_content_of_a_weights_file(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"~root:x:0:0")
     with pytest.raises(ConfigError) as caught:
         load_encoder(dataclasses.replace(SMALL, weights=str(tmp_path / name)))
     assert "~" not in str(caught.value).replace(str(tmp_path), "")
 
 
-def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+def test_a_pickle_that_runs_code_is_rejected(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[object, tuple[str]]:
-            return Path.touch, (tmp_path / "sprung",)  # type: ignore[return-value]
+            return Path.touch, (tmp_path / "executed",)  # type: ignore[return-value]
 
     torch.save(Trap(), tmp_path / "w.pth")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_encoder(dataclasses.replace(SMALL, weights=str(tmp_path / "w.pth")))
-    assert not (tmp_path / "sprung").exists()
+    assert not (tmp_path / "executed").exists()
 
 
-def test_preprocessing_is_the_weights_own() -> None:
+def test_preprocessing_comes_from_the_weights() -> None:
     assert load_encoder(SMALL).preprocessing.resize_size == 256
     assert load_encoder(dataclasses.replace(SMALL, resize_size=224)).preprocessing.resize_size == 224
     assert (
@@ -154,35 +154,35 @@ def test_preprocessing_is_the_weights_own() -> None:
     )
 
 
-def test_a_batch_that_does_not_fit_is_halved(pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_exceeds_the_memory_is_halved(pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = load_encoder(dataclasses.replace(SMALL, pooling="mean"))
     batch = np.concatenate([pixels, pixels, pixels[:1]])
     expected = encoder.encode(batch)
-    begin, sizes = encoder._begin, []
+    start_batch, sizes = encoder._start_batch, []
 
-    def small_memory(images: np.ndarray) -> Encoding:
+    def run_out_of_memory(images: np.ndarray) -> PendingFeatures:
         sizes.append(len(images))
         if len(images) > 2:
             raise torch.OutOfMemoryError("too much")
-        return begin(images)
+        return start_batch(images)
 
-    monkeypatch.setattr(encoder, "_begin", small_memory)
+    monkeypatch.setattr(encoder, "_start_batch", run_out_of_memory)
     np.testing.assert_allclose(encoder.encode(batch), expected, rtol=1e-5)
     assert sizes == [5, 2, 3, 1, 2]
 
-    monkeypatch.setattr(encoder, "_begin", lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("too much")))
+    monkeypatch.setattr(encoder, "_start_batch", lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("too much")))
     with pytest.raises(torch.OutOfMemoryError):
         encoder.encode(batch)
 
 
-def test_features_beyond_the_stored_dtype_are_an_error(pixels: np.ndarray, tmp_path: Path) -> None:
+def test_features_that_overflow_the_stored_dtype_are_an_error(pixels: np.ndarray, tmp_path: Path) -> None:
     state = {name: 40 * tensor for name, tensor in small_state().items()}
     safetensors.torch.save_file(state, tmp_path / "w.safetensors")
-    with pytest.raises(ConfigError, match="do not fit into float16"):
+    with pytest.raises(DatasetError, match="overflow float16"):
         load_encoder(EncoderConfig("squeezenet1_1", "features.4.cat", str(tmp_path / "w.safetensors"))).encode(pixels)
 
 
-def test_a_description_gives_its_configuration_back(tmp_path: Path) -> None:
+def test_config_round_trips_through_the_description(tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, pooling="max", resize_size=230)
     assert EncoderConfig.from_description(load_encoder(config).description) == config
     path = str(tmp_path / "w.safetensors")
@@ -193,27 +193,27 @@ def test_a_description_gives_its_configuration_back(tmp_path: Path) -> None:
     assert EncoderConfig.from_description(description, path).weights == path
 
 
-def test_a_weights_file_travels_by_its_absolute_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_absolute_weights_resolves_only_weights_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(SMALL, weights="w.safetensors")
     assert config.with_absolute_weights().weights == str(tmp_path / "w.safetensors")
     assert SMALL.with_absolute_weights() == SMALL
 
 
-def test_a_worker_with_other_weights_stops() -> None:
+def test_a_worker_with_different_weights_is_rejected() -> None:
     description = {**load_encoder(SMALL).description, "weights_sha256": "other"}
-    with pytest.raises(DatasetError, match="weights_sha256: there 'other'"):
+    with pytest.raises(DatasetError, match="weights_sha256: was 'other'"):
         load_shared_encoder(SMALL, "cpu", None, description)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("name", ["cuda", "cuda:3"])
-def test_a_gpu_that_is_not_there_is_an_error(name: str) -> None:
+def test_a_missing_gpu_is_an_error(name: str) -> None:
     with pytest.raises(ConfigError, match="PyTorch sees 0 GPUs"):
         resolve_device(name)
 
 
 @pytest.mark.parametrize("name", ["gpu", "tpu:0", "meta", ""])
-def test_devices_that_do_not_exist_are_refused(name: str) -> None:
+def test_unknown_devices_are_rejected(name: str) -> None:
     with pytest.raises(CaptionlibError, match="expected auto, cpu, cuda or cuda:N"):
         resolve_device(name)

@@ -1,4 +1,4 @@
-"""What workers with a GPU depend on, which holds on any device: one model, a busy GPU, memory that ends."""
+"""Properties that GPU workers rely on and that hold on any device: shared models, a busy device, limited memory."""
 
 import time
 from collections import Counter
@@ -21,65 +21,56 @@ from captionlib.models.checkpoints.checkpoint import save_captioner, save_ranker
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
 from captionlib.models.devices import copy_to_host_async, halve_on_out_of_memory
-from captionlib.models.inference import captioning, embedding
 from captionlib.models.inference.captioning import CaptionGeneration, GenerationConfig
-from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding, PinnedRanker
+from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding
 from captionlib.models.inference.extraction import encode_images
-from captionlib.models.inference.shared_models import cached_per_process
+from captionlib.models.inference.shared_models import PinnedCheckpoint, cached_per_process
 from captionlib.models.rankers.ranker import Ranker, RankerConfig
+from tests.models.checkpoint_loads import count_checkpoint_loads
 from tests.models.tiny_captioners import CONFIGS, build, features
 
 VOCABULARY = Vocabulary.from_captions(["a dog runs", "a cat sleeps"], min_count=1)
 BUNDLES = 6
 
 
-def write_captioner(folder: Path, seed: int) -> str:
+def write_captioner(folder: Path, seed: int) -> PinnedCheckpoint:
     torch.manual_seed(seed)
     model = Captioner(CaptionerConfig(hidden_size=4, embedding_size=4), 3, len(VOCABULARY))
-    return save_captioner(folder, model, VOCABULARY, {"shape": [3]}, provenance={}, training={})
+    fingerprint = save_captioner(folder, model, VOCABULARY, {"shape": [3]}, provenance={}, training={})
+    return PinnedCheckpoint(str(folder), fingerprint)
 
 
-def open_at_once(opens: Callable[[], Any]) -> None:
-    """As many threads as there are bundles, all of them at the same moment."""
-    together = Barrier(BUNDLES)
+def open_concurrently(open_stage: Callable[[], Any]) -> None:
+    """Opens a stage in one thread per bundle, all at the same moment."""
+    barrier = Barrier(BUNDLES)
 
     def open_one(_number: int) -> None:
-        together.wait()
+        barrier.wait()
         with ExitStack() as stack:
-            stack.enter_context(opens())
+            stack.enter_context(open_stage())
 
     with ThreadPoolExecutor(BUNDLES) as threads:
         list(threads.map(open_one, range(BUNDLES)))
 
 
-def count_calls(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[Any]:
-    calls: list[Any] = []
-    original = getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *arguments: calls.append(arguments) or original(*arguments))
-    return calls
+def test_concurrent_bundles_share_one_captioner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = [write_captioner(tmp_path / name, seed) for seed, name in enumerate(("first", "second"))]
+    loads = count_checkpoint_loads(monkeypatch)
+    for checkpoint in pinned:
+        open_concurrently(CaptionGeneration(GenerationConfig(), checkpoint, device="cpu").open)
+    assert loads == ["first", "second"]
 
 
-def test_a_process_has_one_captioner_however_many_bundles_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stages = [
-        CaptionGeneration(GenerationConfig(), str(tmp_path / name), write_captioner(tmp_path / name, seed))
-        for seed, name in enumerate(("first", "second"))
-    ]
-    loads = count_calls(monkeypatch, captioning, "load_captioner")
-    for stage in stages:
-        open_at_once(stage.open)
-    assert [Path(checkpoint).name for checkpoint, _device in loads] == ["first", "second"]
-
-
-def test_a_process_has_one_ranker_however_many_bundles_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_bundles_share_one_ranker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Ranker(RankerConfig(hidden_size=4, embedding_size=4, joint_embedding_size=4), 3, len(VOCABULARY))
     fingerprint = save_ranker(tmp_path, model, VOCABULARY, {"shape": [3]}, provenance={}, training={})
-    stage = ImageEmbedding(EmbeddingConfig(), PinnedRanker(str(tmp_path), fingerprint))
-    loads = count_calls(monkeypatch, embedding, "load_ranker")
-    open_at_once(stage.open)
+    stage = ImageEmbedding(EmbeddingConfig(), PinnedCheckpoint(str(tmp_path), fingerprint))
+    loads = count_checkpoint_loads(monkeypatch)
+    open_concurrently(stage.open)
     assert len(loads) == 1
 
 
-def test_a_model_is_loaded_once_and_one_that_failed_to_load_again() -> None:
+def test_cached_per_process_loads_once_and_retries_after_an_error() -> None:
     loads: Counter[str] = Counter()
 
     @cached_per_process
@@ -99,44 +90,44 @@ def test_a_model_is_loaded_once_and_one_that_failed_to_load_again() -> None:
     assert loads == {"good": 1, "flaky": 2}
 
 
-class QueueingEncoder:
-    """An encoder whose device computes on its own; notes what is asked of it."""
+class RecordingEncoder:
+    """An encoder that records when batches are started and waited for."""
 
     def __init__(self) -> None:
-        self.asked: list[str] = []
+        self.calls: list[str] = []
 
-    def begin(self, images: npt.NDArray[np.uint8]) -> Callable[[], npt.NDArray[np.uint8]]:
+    def encode_async(self, images: npt.NDArray[np.uint8]) -> Callable[[], npt.NDArray[np.uint8]]:
         name = f"{images[0, 0]}-{images[-1, 0]}"
-        self.asked.append(f"begin {name}")
+        self.calls.append(f"start {name}")
 
-        def finish() -> npt.NDArray[np.uint8]:
-            self.asked.append(f"finish {name}")
+        def wait() -> npt.NDArray[np.uint8]:
+            self.calls.append(f"wait {name}")
             return images
 
-        return finish
+        return wait
 
 
-def test_the_next_batch_is_begun_before_the_features_of_this_one_are_waited_for() -> None:
-    encoder = QueueingEncoder()
+def test_the_next_batch_starts_before_waiting_for_the_previous_one() -> None:
+    encoder = RecordingEncoder()
     failed: list[str] = []
     loaded = [
         ({"image_id": str(n), "uri": ""}, FetchError("Gone", "") if n == 3 else np.full(1, n, np.uint8))
         for n in range(6)
     ]
     encoded = encode_images(encoder, iter(loaded), 2, lambda image_id, *_: failed.append(image_id))  # type: ignore[arg-type]
-    pieces = [([row["image_id"] for row in rows], features[:, 0].tolist()) for rows, features in encoded]
-    assert pieces == [(["0", "1"], [0, 1]), (["2", "4"], [2, 4]), (["5"], [5])]
+    batches = [([row["image_id"] for row in rows], features[:, 0].tolist()) for rows, features in encoded]
+    assert batches == [(["0", "1"], [0, 1]), (["2", "4"], [2, 4]), (["5"], [5])]
     assert failed == ["3"]
-    assert encoder.asked == ["begin 0-1", "begin 2-4", "finish 0-1", "begin 5-5", "finish 2-4", "finish 5-5"]
+    assert encoder.calls == ["start 0-1", "start 2-4", "wait 0-1", "start 5-5", "wait 2-4", "wait 5-5"]
 
 
 @pytest.mark.parametrize(
     "decoding",
     [DecodingConfig(beam_width=3, n_best=2), DecodingConfig("sample", n_best=2, top_k=5)],
-    ids=["beam", "draw"],
+    ids=["beam", "sample"],
 )
-@pytest.mark.parametrize("keys", [None, [f"image{number}" for number in range(7)]], ids=["by features", "by id"])
-def test_captions_that_do_not_fit_are_written_in_halves_and_are_the_same(
+@pytest.mark.parametrize("keys", [None, [f"image{number}" for number in range(7)]], ids=["no keys", "keys"])
+def test_decoding_in_halves_yields_the_same_captions(
     decoding: DecodingConfig, keys: list[str] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder = Decoder(build(CONFIGS[0], seed=1), decoding)
@@ -144,23 +135,24 @@ def test_captions_that_do_not_fit_are_written_in_halves_and_are_the_same(
     expected = decoder.decode(images, keys)
     encode, sizes = decoder._incremental.encode_images, []
 
-    def small_memory(images: torch.Tensor) -> ImageState:
+    def run_out_of_memory(images: torch.Tensor) -> ImageState:
         sizes.append(len(images))
         if len(images) > 2:
             raise torch.OutOfMemoryError("too much")
         return encode(images)
 
-    monkeypatch.setattr(decoder._incremental, "encode_images", small_memory)
-    found = decoder.decode(images, keys)
+    monkeypatch.setattr(decoder._incremental, "encode_images", run_out_of_memory)
+    halved = decoder.decode(images, keys)
     assert sizes == [7, 3, 1, 2, 4, 2, 2]
-    assert [[one.token_ids for one in image] for image in found] == [
-        [one.token_ids for one in image] for image in expected
-    ]
-    for image, others in zip(found, expected, strict=True):
-        assert [one.log_prob for one in image] == pytest.approx([one.log_prob for one in others], rel=1e-5)
+    for candidates, expected_candidates in zip(halved, expected, strict=True):
+        assert [candidate.token_ids for candidate in candidates] == [
+            candidate.token_ids for candidate in expected_candidates
+        ]
+        log_probs = [candidate.log_prob for candidate in expected_candidates]
+        assert [candidate.log_prob for candidate in candidates] == pytest.approx(log_probs, rel=1e-5)
 
 
-def test_an_item_that_does_not_fit_alone_is_an_error() -> None:
+def test_a_single_item_that_exceeds_the_memory_is_an_error() -> None:
     def compute(part: slice) -> None:
         raise torch.OutOfMemoryError(f"{part}")
 
@@ -169,7 +161,7 @@ def test_an_item_that_does_not_fit_alone_is_an_error() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_features_come_from_a_gpu_whole() -> None:
+def test_copy_to_host_async_waits_for_the_whole_tensor() -> None:
     numbers = torch.arange(1 << 20, device="cuda").float()
     host, wait = copy_to_host_async(numbers * 2)
     wait()

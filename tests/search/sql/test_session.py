@@ -14,22 +14,21 @@ from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema, features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError, DatasetError, QueryError
-from captionlib.search.sql import SqlLimits, open_captions, open_sql, query_sql
+from captionlib.search.sql.session import SqlLimits, open_captions, open_sql, query_sql
+from tests.search.conftest import rows
 
-from .conftest import rows
 
-
-def test_done_shards_are_a_view_named_by_the_kind(captions: str) -> None:
+def test_view_holds_the_shards_that_are_done(captions: str) -> None:
     table = query_sql(captions, "SELECT image_id, candidates[2].log_prob AS second FROM captions ORDER BY image_id")
     assert table.to_pydict() == {"image_id": ["a1", "a2", "b1", "b2"], "second": [-5.5, -4.25, -10.0, -2.5]}
 
 
-def test_failures_are_a_view(captions: str) -> None:
+def test_failures_view_holds_the_failures(captions: str) -> None:
     table = query_sql(captions, "SELECT image_id, error FROM failures")
     assert table.to_pylist() == [{"image_id": "bad", "error": "Truncated"}]
 
 
-def test_a_complete_dataset_needs_no_look_at_its_markers(local: str) -> None:
+def test_complete_dataset_is_queried_without_its_markers(local: str) -> None:
     dataset = create_dataset(local, "captions", captions_schema(), config={"beam_width": 5}, shards=3)
     with write_shard(dataset, 2, 1) as writer:
         writer.write(rows(("c1", "done now", -1.0)))
@@ -39,13 +38,13 @@ def test_a_complete_dataset_needs_no_look_at_its_markers(local: str) -> None:
     assert query_sql(local, "SELECT count(*) AS n FROM captions")["n"].to_pylist() == [5]
 
 
-def test_a_dataset_without_any_shard_has_empty_views(tmp_path: Path) -> None:
+def test_dataset_without_shards_has_empty_views(tmp_path: Path) -> None:
     create_dataset(tmp_path / "new", "captions", captions_schema(), config={}, shards=2)
     assert query_sql(tmp_path / "new", "SELECT caption, log_prob FROM captions").num_rows == 0
     assert query_sql(tmp_path / "new", "SELECT error FROM failures").num_rows == 0
 
 
-def test_features_and_manifests_are_asked_alike(tmp_path: Path) -> None:
+def test_features_and_manifests_can_be_queried(tmp_path: Path) -> None:
     for kind, schema in (("manifest", MANIFEST_SCHEMA), ("features", features_schema(3, "float16"))):
         dataset = create_dataset(tmp_path / kind, kind, schema, config={}, shards=1)
         values = {"image_id": ["x"], "uri": ["x.jpg"], "split": ["val"], "captions": [["a dog", "a cat"]]}
@@ -57,13 +56,13 @@ def test_features_and_manifests_are_asked_alike(tmp_path: Path) -> None:
     assert query_sql(tmp_path / "features", "SELECT list_sum(features) AS s FROM features")["s"].to_pylist() == [6.0]
 
 
-def test_another_kind_is_refused_where_captions_are_asked_for(tmp_path: Path) -> None:
+def test_open_captions_rejects_other_kinds(tmp_path: Path) -> None:
     create_dataset(tmp_path / "manifest", "manifest", MANIFEST_SCHEMA, config={}, shards=1)
     with pytest.raises(DatasetError, match="expected a dataset of kind captions, got manifest"):
         open_captions(tmp_path / "manifest").__enter__()
 
 
-def test_parameters_are_values_and_never_sql(captions: str) -> None:
+def test_parameters_are_never_parsed_as_sql(captions: str) -> None:
     evil = "x' OR '1'='1"
     sql = "SELECT image_id FROM captions WHERE image_id = ? OR caption = ?"
     assert query_sql(captions, sql, [evil, evil]).num_rows == 0
@@ -84,7 +83,7 @@ def test_parameters_are_values_and_never_sql(captions: str) -> None:
         "SELECT * FROM captions WHERE tokens IN (FROM range(10)) UNION ALL FROM captions",
     ],
 )
-def test_questions_of_every_form_are_answered(local: str, sql: str) -> None:
+def test_every_form_of_select_is_accepted(local: str, sql: str) -> None:
     assert query_sql(local, sql).num_rows > 0
 
 
@@ -95,24 +94,24 @@ def test_questions_of_every_form_are_answered(local: str, sql: str) -> None:
         ("", "expected one SELECT statement, got 0 statements"),
         ("SELECT 1; SELECT 2", "got 2 statements"),
         ("SELECT nothing FROM captions", '"nothing" not found'),
-        ("FROM photos", "The dataset has the views captions and failures"),
+        ("FROM images", "The dataset has the views captions and failures"),
         ("SELECT CAST(caption AS INTEGER) FROM captions", "Could not convert string"),
         ("SELECT " + "abs(" * 3000 + "1" + ")" * 3000, "depth|nested too deeply"),
     ],
 )
-def test_what_cannot_be_answered_is_said(captions: str, sql: str, message: str) -> None:
+def test_invalid_sql_raises_a_query_error(captions: str, sql: str, message: str) -> None:
     with pytest.raises(QueryError, match=message):
         query_sql(captions, sql)
 
 
-def test_an_error_in_the_middle_of_the_rows_is_a_query_error(captions: str) -> None:
+def test_error_while_streaming_raises_a_query_error(captions: str) -> None:
     with open_sql(captions) as session:
         reader = session.stream("SELECT CASE WHEN i = 90000 THEN error('late') ELSE 'x' END FROM range(100000) t(i)")
         with pytest.raises(QueryError, match=r"late|Interrupted"):
             reader.read_all()
 
 
-def test_a_shard_that_vanishes_under_a_question_is_a_query_error(local: str) -> None:
+def test_shard_deleted_during_a_session_raises_a_query_error(local: str) -> None:
     with open_sql(local) as session:
         (Path(local) / "part-00001.parquet").unlink()
         with pytest.raises(QueryError, match="part-00001"):
@@ -121,7 +120,7 @@ def test_a_shard_that_vanishes_under_a_question_is_a_query_error(local: str) -> 
 
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
-    """Ctrl-C as in a terminal: where the tests run in the background, a shell has had it ignored."""
+    """Restores the default handler of Ctrl-C, which a shell disables for background jobs."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -129,23 +128,23 @@ def ctrl_c() -> Iterator[None]:
 
 @pytest.mark.timeout(60)
 @pytest.mark.usefixtures("ctrl_c")
-def test_a_question_can_be_stopped(local: str) -> None:
+def test_ctrl_c_interrupts_a_query(local: str) -> None:
     endless = "SELECT sum(hash(range)) FROM range(1000000000000)"
-    for seconds in (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.3):  # not all find DuckDB in the same place
+    for seconds in (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.3):  # DuckDB is in another phase each time
         with open_sql(local) as session, pytest.raises(KeyboardInterrupt):
             threading.Timer(seconds, _thread.interrupt_main).start()
             session.query(endless)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_limits_are_set_and_checked(captions: str) -> None:
+def test_limits_are_applied_and_validated(captions: str) -> None:
     sql = "SELECT current_setting('threads') AS threads, current_setting('memory_limit') AS memory"
     assert query_sql(captions, sql, limits=SqlLimits("300MB", 1)).to_pylist() == [{"threads": 1, "memory": "286.1 MiB"}]
     with pytest.raises(ConfigError, match=r"limits of the query: .*[Mm]emory"):
         query_sql(captions, sql, limits=SqlLimits("plenty"))
 
 
-def test_a_sort_beyond_the_memory_goes_to_disk_and_leaves_nothing(
+def test_sort_larger_than_memory_spills_to_disk_and_cleans_up(
     local: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -160,7 +159,7 @@ def test_a_sort_beyond_the_memory_goes_to_disk_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["captions"]
 
 
-def test_many_threads_read_the_same_files_at_once(tmp_path: Path) -> None:
+def test_threads_can_read_the_same_files_concurrently(tmp_path: Path) -> None:
     dataset = create_dataset(tmp_path / "captions", "captions", captions_schema(), config={}, shards=4)
     for shard in range(4):
         with write_shard(dataset, shard, 20_000) as writer:
@@ -176,7 +175,7 @@ def test_many_threads_read_the_same_files_at_once(tmp_path: Path) -> None:
             assert total.to_pylist() == [{"s": sum(range(80_000)), "d": 80_000}]
 
 
-def test_an_id_is_found_without_reading_the_other_row_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lookup_by_id_skips_most_row_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     address = f"memory://{uuid4().hex}"
     dataset = create_dataset(address, "captions", captions_schema(), config={}, shards=1)
     ids = np.random.default_rng(0).permutation(40_000)
@@ -193,8 +192,8 @@ def test_an_id_is_found_without_reading_the_other_row_groups(monkeypatch: pytest
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", count)
     size = dataset.folder.fs.size(dataset.part_path(0))
-    found = query_sql(address, "SELECT * FROM captions WHERE image_id = ?", ["12345"])
-    assert found["caption"].to_pylist() == ["caption 12345"]
+    rows_found = query_sql(address, "SELECT * FROM captions WHERE image_id = ?", ["12345"])
+    assert rows_found["caption"].to_pylist() == ["caption 12345"]
     assert 0 < sum(read) < size / 2
     read.clear()
     assert query_sql(address, "SELECT max(hash(c)) FROM captions AS c").num_rows == 1

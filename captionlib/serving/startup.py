@@ -8,10 +8,9 @@ from fastapi import FastAPI
 import captionlib.search
 from captionlib.data.images.decoder_pool import DecoderConfig
 from captionlib.errors import ConfigError
-from captionlib.search.encoders import load_encoder
-from captionlib.serving.answers import Library
 from captionlib.serving.app import create_app
 from captionlib.serving.config import ServingConfig
+from captionlib.serving.service import Library
 
 __all__ = ["Served", "open_app"]
 
@@ -49,11 +48,13 @@ def open_app(served: Served) -> FastAPI:
         ConfigError: the sentences cannot be read, or the encoder not be loaded.
         DatasetError: there is no index.
     """
-    ranker = load_encoder(served.ranker, served.device) if served.ranker else None
+    from captionlib.search.models import load_query_encoder
+
+    ranker = load_query_encoder(served.ranker, served.device) if served.ranker else None
     index = captionlib.search.open(served.index, ranker)
     photos = None
     if ranker is not None or served.captioner is not None:
-        from captionlib.search.photos import ImageQueryModels  # loads torch, which takes seconds
+        from captionlib.search.models import ImageQueryModels  # loads torch, which takes seconds
 
         limits = served.limits
         decoding = DecoderConfig(timeout_seconds=limits.image_timeout_seconds, max_image_pixels=limits.max_image_pixels)

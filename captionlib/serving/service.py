@@ -9,14 +9,13 @@ import pyarrow as pa
 from pydantic import BaseModel, Field
 
 from captionlib.errors import BusyError, CaptionlibError, ConfigError, QueryError
-from captionlib.search.encoders import SentenceEncoder, rank_sentences
 from captionlib.search.index import Filter, Index
-from captionlib.search.questions import find_image
-from captionlib.search.sql import SqlLimits, open_sql
+from captionlib.search.sql.queries import find_image
+from captionlib.search.sql.session import SqlLimits, open_sql
 from captionlib.serving.config import ServingConfig
 
 if TYPE_CHECKING:  # it loads torch, which takes seconds, and is needed for photographs alone
-    from captionlib.search.photos import ImageQueryModels
+    from captionlib.search.models import ImageQueryModels, QueryEncoder
 
 __all__ = ["Answer", "Candidate", "Hit", "ImageAnswer", "Library", "Mode", "PhotoAnswer", "Sentence"]
 
@@ -101,7 +100,7 @@ class Library:
         self,
         index: Index,
         config: ServingConfig,
-        ranker: SentenceEncoder | None = None,
+        ranker: "QueryEncoder | None" = None,
         photos: "ImageQueryModels | None" = None,
         sentences: Sequence[str] = (),
     ) -> None:
@@ -111,7 +110,7 @@ class Library:
         self._photos = photos
         self._sentences = list(sentences)
         self._slots = threading.BoundedSemaphore(config.max_photos)
-        self.splits = index.splits()
+        self.splits = index.list_splits()
 
     def __enter__(self) -> "Library":
         return self
@@ -122,7 +121,7 @@ class Library:
 
     @property
     def modes(self) -> list[Mode]:
-        return ["text", "sentence", "hybrid"] if self.index.has_sentences else ["text"]
+        return ["text", "sentence", "hybrid"] if self.index.supports_sentences else ["text"]
 
     @property
     def takes_photos(self) -> bool:
@@ -140,11 +139,11 @@ class Library:
             return answer
         try:
             if mode == "text":
-                table, answer.total = self.index.text_and_count(question, limit + 1, offset, chosen)
+                table, answer.total = self.index.search_text_and_count(question, limit + 1, offset, chosen)
             elif mode == "sentence":
-                table = self.index.sentence(question, limit + 1, offset, chosen)
+                table = self.index.search_sentence(question, limit + 1, offset, chosen)
             else:
-                table = self.index.hybrid(question, limit + 1, offset, chosen)
+                table = self.index.search_hybrid(question, limit + 1, offset, chosen)
         except QueryError as error:
             answer.note = str(error).split(": ", 1)[-1]
             return answer
@@ -162,7 +161,7 @@ class Library:
         Raises:
             QueryError: there is no such image.
         """
-        row = self.index.image(image_id)
+        row = self.index.get_image(image_id)
         return ImageAnswer(
             image_id=image_id,
             caption=row["caption"],
@@ -180,7 +179,7 @@ class Library:
         Raises:
             QueryError: there is no such image.
         """
-        return str(self.index.image(image_id)["uri"])
+        return str(self.index.get_image(image_id)["uri"])
 
     def photo(self, content: bytes) -> PhotoAnswer:
         """What is found for a photograph.
@@ -197,11 +196,11 @@ class Library:
         try:
             captions = self._photos.caption(content).to_pylist() if self._photos.can_caption else []
             vector = self._photos.embed(content) if self._photos.can_embed and self.index.has_vectors else None
-            near = self.index.vector(vector, _NEAREST) if vector is not None else None
+            near = self.index.search_vector(vector, _NEAREST) if vector is not None else None
             sentences: list[dict[str, Any]] = []
             if near is not None and vector is not None and self._ranker is not None and near.num_rows:
                 known = self._sentences or list(dict.fromkeys(near["caption"].to_pylist()))
-                sentences = rank_sentences(self._ranker, vector, known).slice(0, 10).to_pylist()
+                sentences = self._photos.rank_sentences(vector, known).slice(0, 10).to_pylist()
         finally:
             self._slots.release()
         return PhotoAnswer(
@@ -223,7 +222,7 @@ class Library:
         if not self.index.has_vectors:
             return []
         try:
-            return hits_of(self.index.similar(image_id, _NEAREST))
+            return hits_of(self.index.search_similar(image_id, _NEAREST))
         except QueryError:  # it failed where the embeddings were made
             return []
 

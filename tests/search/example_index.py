@@ -1,4 +1,4 @@
-"""Small datasets to index, of images whose vectors point where their captions say."""
+"""Small captions and embeddings datasets whose vectors count the words of the captions."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ Row = tuple[str, str, float]
 
 
 class WordRanker:
-    """A ranker whose space has an axis a word: the vector of a sentence is the sum of its words'."""
+    """A ranker with one axis per word: the vector of a sentence counts its words."""
 
     fingerprint = "ranker-of-words"
     encoder: Mapping[str, Any] = {}
@@ -42,7 +42,7 @@ class WordRanker:
 
 
 def make_rows(count: int, start: int = 0) -> list[Row]:
-    """Captions of two words each, as many of each pair."""
+    """Returns captions of two words each, with every pair equally often."""
     pairs = [(a, b) for a in WORDS for b in WORDS if a != b]
     return [
         (f"im{number}", f"a {pairs[number % len(pairs)][0]} and a {pairs[number % len(pairs)][1]}", -1.0 - number % 50)
@@ -50,37 +50,37 @@ def make_rows(count: int, start: int = 0) -> list[Row]:
     ]
 
 
-def write_texts(
+def write_captions_dataset(
     address: str, shards: Mapping[int, Sequence[Row]], total: int, failed: Mapping[int, Sequence[str]] | None = None
 ) -> ShardedDataset:
-    """Writes shards of captions; the dataset is to have `total` of them."""
+    """Writes some of the `total` shards of a captions dataset."""
     dataset = create_dataset(address, "captions", captions_schema(), config={"input": "images"}, shards=total)
-    for shard, some in shards.items():
+    for shard, captions in shards.items():
         failures = (failed or {}).get(shard, [])
-        with write_shard(dataset, shard, len(some) + len(failures)) as writer:
-            if some:
-                writer.write(rows(*some))
+        with write_shard(dataset, shard, len(captions) + len(failures)) as writer:
+            if captions:
+                writer.write(rows(*captions))
             for name in failures:
                 writer.write_failure(name, f"images/{name}.jpg", DecodeError("Truncated", "ends early"))
     return dataset
 
 
-def write_vectors(
+def write_embeddings_dataset(
     address: str,
     shards: Mapping[int, Sequence[Row]],
     total: int,
     failed: Mapping[int, Sequence[str]] | None = None,
     ranker: str = WordRanker.fingerprint,
 ) -> ShardedDataset:
-    """Writes the embeddings of the same images, in another order."""
+    """Writes the embeddings of the same images, in reverse order."""
     schema = embeddings_schema(SIZE)
     config = {"input": "images", "ranker": ranker}
     dataset = create_dataset(address, "embeddings", schema, config=config, shards=total)
-    for shard, some in shards.items():
+    for shard, captions in shards.items():
         failures = (failed or {}).get(shard, [])
-        with write_shard(dataset, shard, len(some) + len(failures)) as writer:
-            if some:
-                backwards = list(reversed(some))
+        with write_shard(dataset, shard, len(captions) + len(failures)) as writer:
+            if captions:
+                backwards = list(reversed(captions))
                 vectors = WordRanker().encode_sentences([caption for _, caption, _ in backwards])
                 columns = {
                     "image_id": [name for name, _, _ in backwards],

@@ -15,13 +15,13 @@ from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
-from captionlib.search.index_config import IndexConfig
-from captionlib.search.photos import ImageQueryModels
-from captionlib.search.planning import plan_build
-from captionlib.serving.answers import Library
+from captionlib.search.build import plan_build
+from captionlib.search.config import IndexConfig
+from captionlib.search.models import ImageQueryModels
 from captionlib.serving.app import create_app
 from captionlib.serving.config import ServingConfig
-from tests.search.indexes import Row, WordRanker, make_rows, write_vectors
+from captionlib.serving.service import Library
+from tests.search.example_index import Row, WordRanker, make_rows, write_embeddings_dataset
 
 EVIL = '<script>document.title="stolen"</script>'
 """An image id and a caption that a page must not run."""
@@ -51,7 +51,7 @@ def make_site(folder: Path, count: int = 60, config: ServingConfig | None = None
     """Writes images, captions and embeddings, indexes them, and opens the application."""
     rows = site_rows(count)
     _write_captions(folder, rows)
-    write_vectors(str(folder / "embeddings"), {0: rows}, 1)
+    write_embeddings_dataset(str(folder / "embeddings"), {0: rows}, 1)
     build = plan_build(folder / "captions", folder / "embeddings", folder / "index", IndexConfig())
     build.train()
     build.add_shard(0)

@@ -4,12 +4,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from captionlib.search.index_rows import COLUMNS, ROWS, RowStore, number_rows, write_rows
+from captionlib.search.rows import COLUMNS, ROWS, RowStore, number_rows, write_rows
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> RowStore:
-    """Three files of 90 rows, numbered with gaps, as an index has them after shards were replaced."""
+    """Three files of 90 rows with gaps between their numbers, as after shards were replaced."""
     folder: Path = tmp_path_factory.mktemp("rows")
     paths = []
     for shard, offset in enumerate((0, 100, 300)):
@@ -24,7 +24,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> RowStore:
 
 
 @pytest.mark.parametrize("count", [0, 1, 100, 101, 250])
-def test_rows_come_in_the_order_asked_for(store: RowStore, count: int) -> None:
+def test_take_returns_rows_in_the_requested_order(store: RowStore, count: int) -> None:
     numbers = np.concatenate([np.arange(90), np.arange(100, 190), np.arange(300, 390)])
     rows = np.random.default_rng(count).permutation(numbers)[:count]
     table = store.take(rows)

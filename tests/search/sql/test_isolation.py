@@ -1,4 +1,4 @@
-"""Attempts to get out of a dataset, or to change it, by SQL."""
+"""Attempts to reach outside a dataset, or to change it, with SQL."""
 
 import hashlib
 from pathlib import Path
@@ -7,15 +7,15 @@ import duckdb
 import pytest
 
 from captionlib.errors import QueryError
-from captionlib.search.dataset_files import DatasetFiles
-from captionlib.search.sql import open_sql, query_sql
+from captionlib.search.sql.file_system import DatasetFileSystem
+from captionlib.search.sql.session import open_sql, query_sql
 
 SECRET = "the secret"
 
 
 @pytest.fixture
 def outside(local: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder beside the dataset with a secret, links to which lie in the dataset; also the working directory."""
+    """Makes a folder with a secret the working directory, and links to the secret from inside the dataset."""
     folder = tmp_path / "outside"
     folder.mkdir()
     (folder / "secret.csv").write_text(f"{SECRET}\n")
@@ -95,7 +95,7 @@ CHANGES = [
 ]
 
 
-def content_of(folder: Path) -> dict[str, str]:
+def hash_files(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -104,57 +104,57 @@ def content_of(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("sql", READS + CHANGES)
-def test_nothing_outside_is_reached_and_nothing_changes(local: str, outside: Path, sql: str) -> None:
+def test_sql_reaches_nothing_outside_and_changes_nothing(local: str, outside: Path, sql: str) -> None:
     local_variable = [[SECRET]]
-    before = content_of(outside.parent)
+    before = hash_files(outside.parent)
     with open_sql(local) as session:
-        with pytest.raises(QueryError) as refused:
+        with pytest.raises(QueryError) as rejected:
             session.query(sql.format(outside=outside, local=local))
         assert session.query("SELECT count(*) AS n FROM captions")["n"].to_pylist() == [4]
-    assert SECRET not in str(refused.value)
-    assert content_of(outside.parent) == before
+    assert SECRET not in str(rejected.value)
+    assert hash_files(outside.parent) == before
     assert local_variable
 
 
 @pytest.mark.parametrize("sql", [sql for sql in READS + CHANGES if "enable_logging" not in sql])
-def test_the_locked_connection_alone_keeps_files_apart(local: str, outside: Path, sql: str) -> None:
-    before = content_of(outside.parent)
+def test_locked_connection_alone_prevents_file_access(local: str, outside: Path, sql: str) -> None:
+    before = hash_files(outside.parent)
     with open_sql(local) as session:
         try:
-            seen = str(session._connection.execute(sql.format(outside=outside, local=local)).fetchall())
+            output = str(session._connection.execute(sql.format(outside=outside, local=local)).fetchall())
         except duckdb.Error as error:
-            seen = str(error)
-    assert SECRET not in seen
-    assert content_of(outside.parent) == before
+            output = str(error)
+    assert SECRET not in output
+    assert hash_files(outside.parent) == before
 
 
-def test_settings_show_nothing_of_the_environment(local: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_do_not_reveal_the_environment(local: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAPTIONLIB_SECRET", SECRET)
     with open_sql(local) as session, pytest.raises(QueryError, match="table function duckdb_settings is not allowed"):
         session.query("SELECT * FROM duckdb_settings()")
     assert SECRET not in str(query_sql(local, "SELECT current_setting('home_directory') AS home").to_pydict())
 
 
-def test_the_file_system_only_reads_and_only_what_it_names(tmp_path: Path) -> None:
+def test_file_system_is_read_only_and_holds_only_its_files(tmp_path: Path) -> None:
     import fsspec
 
     (tmp_path / "a").write_bytes(b"0123456789")
     (tmp_path / "b").write_bytes(b"other")
-    files = DatasetFiles(fsspec.filesystem("file"), {"captions/a": str(tmp_path / "a")})
+    files = DatasetFileSystem(fsspec.filesystem("file"), {"captions/a": str(tmp_path / "a")})
     assert files.addresses == ["dataset://captions/a"]
     file = files.open("captions/a")
     assert (file.seek(2), file.read(3), file.tell(), file.read(), file.read()) == (2, b"234", 5, b"56789", b"")
     assert (file.seek(-1, 2), file.read(5)) == (9, b"9")
     assert files.glob("dataset://captions/*") == []
     for mode in ("wb", "ab", "r+b"):
-        with pytest.raises(PermissionError, match="read only"):
+        with pytest.raises(PermissionError, match="read-only"):
             files.open("dataset://captions/a", mode)
     for path in ("dataset://captions/b", str(tmp_path / "b"), "dataset://captions/../b"):
         assert not files.exists(path)
-        with pytest.raises(FileNotFoundError, match="no file of the dataset"):
+        with pytest.raises(FileNotFoundError, match="not a file of the dataset"):
             files.open(path)
 
 
-def test_no_other_connection_is_affected(local: str) -> None:
+def test_other_connections_are_not_affected(local: str) -> None:
     with open_sql(local), duckdb.connect() as other:
         assert other.execute("SELECT current_setting('enable_external_access')").fetchall() == [(True,)]

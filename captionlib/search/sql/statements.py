@@ -1,4 +1,4 @@
-"""Tells statements that only read from all others, by DuckDB's own parser."""
+"""Distinguishes SQL statements that only read from all others, with DuckDB's parser."""
 
 import json
 from collections.abc import Iterator
@@ -15,28 +15,26 @@ _ALLOWED_NODES = frozenset({"CTE_NODE", "RECURSIVE_CTE_NODE", "SELECT_NODE", "SE
 
 
 def check_reads_only(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
-    """Passes one SELECT (also DESCRIBE, SHOW, SUMMARIZE, VALUES, FROM) that calls no function which reaches outside.
+    """Accepts one SELECT (or DESCRIBE, SHOW, SUMMARIZE, VALUES, FROM) that calls no function with outside access.
 
-    DuckDB's configuration already keeps a statement from files and settings. This also refuses what that does not
-    cover, such as `enable_logging(storage_path=...)`, and anything that a later DuckDB may add.
+    DuckDB's settings already keep statements away from files and settings. This check also rejects what they miss,
+    such as `enable_logging(storage_path=...)`, and whatever later versions of DuckDB add.
 
     Raises:
-        QueryError: it is something else, or cannot be parsed.
+        QueryError: the statement is of another kind, or is not valid SQL.
     """
     try:
         statements = connection.extract_statements(sql)
         if len(statements) != 1:
-            raise QueryError(
-                f"query: expected one SELECT statement, got {len(statements)} statements; give one at a time"
-            )
+            raise QueryError(f"query: expected one SELECT statement, got {len(statements)} statements")
         if statements[0].type != duckdb.StatementType.SELECT:
             kind = str(statements[0].type).rpartition(".")[-1]
-            raise QueryError(f"query: expected a SELECT statement, got {kind}; the dataset can only be read")
+            raise QueryError(f"query: expected a SELECT statement, got {kind}; the dataset is read-only")
         (row,) = connection.execute("SELECT json_serialize_sql(?)", [sql]).fetchall()
     except duckdb.Error as error:
         raise QueryError(f"query: {error}") from error
     try:
-        nodes = list(_nodes(json.loads(row[0])))
+        nodes = list(_walk_nodes(json.loads(row[0])))
     except RecursionError as error:
         raise QueryError("query: it is nested too deeply; write it with fewer levels") from error
     for node in nodes:
@@ -46,19 +44,19 @@ def check_reads_only(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
 def _check_node(node: dict[str, Any]) -> None:
     kind = node.get("type")
     if kind == "TABLE_FUNCTION" and (name := node["function"]["function_name"]) not in _ALLOWED_TABLE_FUNCTIONS:
-        known = ", ".join(sorted(_ALLOWED_TABLE_FUNCTIONS))
-        raise QueryError(f"query: the table function {name} is not allowed here; allowed are {known}")
+        allowed = ", ".join(sorted(_ALLOWED_TABLE_FUNCTIONS))
+        raise QueryError(f"query: table function {name} is not allowed; allowed are {allowed}")
     if isinstance(kind, str) and kind.endswith("_NODE") and kind not in _ALLOWED_NODES:
-        raise QueryError(f"query: expected only SELECT, got {kind.split('_')[0]} inside; the dataset can only be read")
+        raise QueryError(f"query: expected only SELECT, got a nested {kind.split('_')[0]}; the dataset is read-only")
 
 
-def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
-    """All mappings of a parsed statement, outer ones first."""
-    waiting = [tree]
-    while waiting:
-        node = waiting.pop()
+def _walk_nodes(tree: Any) -> Iterator[dict[str, Any]]:
+    """Yields all mappings of a parsed statement, outer ones first."""
+    stack = [tree]
+    while stack:
+        node = stack.pop()
         if isinstance(node, dict):
             yield node
-            waiting.extend(node.values())
+            stack.extend(node.values())
         elif isinstance(node, list):
-            waiting.extend(node)
+            stack.extend(node)

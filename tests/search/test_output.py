@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from captionlib.search.tables import Format, write_rows
+from captionlib.search.output import OutputFormat, write_output
 
 SCHEMA = pa.schema([("image_id", pa.string()), ("log_prob", pa.float32()), ("tokens", pa.int32())])
 NESTED = pa.schema(
@@ -19,15 +19,15 @@ ROWS = [
 ]
 
 
-def written(rows: list[dict[str, Any]], schema: pa.Schema, form: Format, width: int | None = None) -> str:
+def write(rows: list[dict[str, Any]], schema: pa.Schema, output_format: OutputFormat, width: int | None = None) -> str:
     sink = io.BytesIO()
     reader = pa.Table.from_pylist(rows, schema).to_reader(max_chunksize=1)
-    assert write_rows(reader, sink, form, width) == len(rows)
+    assert write_output(reader, sink, output_format, width) == len(rows)
     return sink.getvalue().decode()
 
 
-def test_a_table_is_aligned_with_numbers_to_the_right() -> None:
-    assert written(ROWS, SCHEMA, "table").splitlines() == [
+def test_table_aligns_columns_with_numbers_to_the_right() -> None:
+    assert write(ROWS, SCHEMA, "table").splitlines() == [
         "image_id       log_prob  tokens",
         "─────────────  ────────  ──────",
         "a                 -3.21       5",
@@ -35,40 +35,40 @@ def test_a_table_is_aligned_with_numbers_to_the_right() -> None:
     ]
 
 
-def test_a_table_fits_the_terminal() -> None:
-    lines = written([{**ROWS[0], "image_id": "x" * 100}, ROWS[1]], SCHEMA, "table", width=30).splitlines()
+def test_table_fits_the_terminal() -> None:
+    lines = write([{**ROWS[0], "image_id": "x" * 100}, ROWS[1]], SCHEMA, "table", width=30).splitlines()
     assert max(map(len, lines)) == 30
     assert lines[2].startswith("xxxxxxxxxxx…  ")
 
 
-def test_wide_characters_take_two_columns_and_accents_none() -> None:
+def test_table_counts_wide_characters_twice_and_combining_accents_not_at_all() -> None:
     rows = [
         {"image_id": "犬", "tokens": 1},
         {"image_id": "e\u0301e\u0301", "tokens": 2},
         {"image_id": "ab", "tokens": 3},
     ]
-    lines = written(rows, pa.schema([("image_id", pa.string()), ("tokens", pa.int8())]), "table").splitlines()
+    lines = write(rows, pa.schema([("image_id", pa.string()), ("tokens", pa.int8())]), "table").splitlines()
     assert lines[2:] == ["犬             1", "e\u0301e\u0301             2", "ab             3"]
 
 
-def test_what_would_steer_a_terminal_is_spelled_out() -> None:
-    text = written([{"image_id": "\x1b[31mred\nline\u202e"}], pa.schema([("image_id", pa.string())]), "table")
+def test_table_escapes_control_characters() -> None:
+    text = write([{"image_id": "\x1b[31mred\nline\u202e"}], pa.schema([("image_id", pa.string())]), "table")
     assert text.splitlines()[2] == r"\x1b[31mred\nline\u202e"
 
 
-def test_a_single_row_that_is_too_wide_is_shown_as_lines() -> None:
+def test_single_row_that_is_too_wide_is_shown_as_lines() -> None:
     row = {"id": "a", "best": [{"caption": "a dog on the grass", "p": -3.21}, {"caption": "a dog", "p": -4.0}]}
-    assert written([row], NESTED, "table", width=40).splitlines() == [
+    assert write([row], NESTED, "table", width=40).splitlines() == [
         "id    a",
         "best  a dog on the grass  -3.21",
         "      a dog  -4",
     ]
-    assert written([row, row], NESTED, "table", width=40).count("─") > 0
+    assert write([row, row], NESTED, "table", width=40).count("─") > 0
 
 
-def test_lists_in_a_list_are_cut_to_the_terminal() -> None:
+def test_nested_lists_are_truncated_to_the_terminal() -> None:
     schema = pa.schema([("id", pa.string()), ("maps", pa.list_(pa.list_(pa.float16(), 9)))])
-    text = written([{"id": "a long id " * 5, "maps": [[0.5] * 9, [0.25] * 9]}], schema, "table", 30)
+    text = write([{"id": "a long id " * 5, "maps": [[0.5] * 9, [0.25] * 9]}], schema, "table", 30)
     assert text.splitlines() == [
         f"id    {'a long id ' * 5}",
         "maps  [0.5, 0.5, 0.5, 0.5, 0.…",
@@ -76,14 +76,14 @@ def test_lists_in_a_list_are_cut_to_the_terminal() -> None:
     ]
 
 
-def test_no_rows_are_a_header_alone() -> None:
-    assert written([], SCHEMA, "table") == "image_id  log_prob  tokens\n"
-    assert written([], SCHEMA, "csv") == '"image_id","log_prob","tokens"\n'
-    assert written([], SCHEMA, "jsonl") == ""
+def test_no_rows_give_only_a_header() -> None:
+    assert write([], SCHEMA, "table") == "image_id  log_prob  tokens\n"
+    assert write([], SCHEMA, "csv") == '"image_id","log_prob","tokens"\n'
+    assert write([], SCHEMA, "jsonl") == ""
 
 
-def test_csv_is_read_back_by_python() -> None:
-    read = list(csv.DictReader(io.StringIO(written(ROWS, SCHEMA, "csv"))))
+def test_csv_can_be_read_by_python() -> None:
+    read = list(csv.DictReader(io.StringIO(write(ROWS, SCHEMA, "csv"))))
     assert read == [
         {"image_id": "a", "log_prob": "-3.21", "tokens": "5"},
         {"image_id": 'b "quoted", b', "log_prob": "", "tokens": "12"},
@@ -94,10 +94,8 @@ def test_nested_values_are_json_in_csv() -> None:
     row = {"id": "a", "best": [{"caption": 'a "dog"', "p": -3.21}]}
     (read,) = csv.DictReader(
         io.StringIO(
-            written(
-                [
-                    row,
-                ],
+            write(
+                [row],
                 NESTED,
                 "csv",
             )
@@ -106,14 +104,14 @@ def test_nested_values_are_json_in_csv() -> None:
     assert json.loads(read["best"]) == [{"caption": 'a "dog"', "p": -3.21}]
 
 
-def test_json_lines_have_the_digits_of_their_numbers() -> None:
-    lines = written(ROWS, SCHEMA, "jsonl").splitlines()
+def test_json_lines_have_the_shortest_digits_of_float32() -> None:
+    lines = write(ROWS, SCHEMA, "jsonl").splitlines()
     assert lines[0] == '{"image_id": "a", "log_prob": -3.21, "tokens": 5}'
     assert json.loads(lines[1]) == ROWS[1]
 
 
-@pytest.mark.parametrize("form", ["table", "csv", "jsonl"])
-def test_every_type_that_sql_can_give_is_written(form: Format) -> None:
+@pytest.mark.parametrize("output_format", ["table", "csv", "jsonl"])
+def test_every_sql_type_can_be_written(output_format: OutputFormat) -> None:
     import duckdb
 
     sql = """
@@ -124,10 +122,10 @@ def test_every_type_that_sql_can_give_is_written(form: Format) -> None:
     with duckdb.connect() as connection:
         table = connection.sql(sql).to_arrow_table()
     sink = io.BytesIO()
-    assert write_rows(table.to_reader(), sink, form) == 1
+    assert write_output(table.to_reader(), sink, output_format) == 1
     text = sink.getvalue().decode()
     assert "2024-02-01" in text
-    if form == "jsonl":
+    if output_format == "jsonl":
         row = json.loads(text)
         assert (row["d"], row["h"], row["m"], row["s"]) == (1.5, 7, {"k": 1.5}, {"x": [1, None]})
         assert (row["n"], row["nan"], row["yes"]) == (None, None, True)
@@ -136,5 +134,5 @@ def test_every_type_that_sql_can_give_is_written(form: Format) -> None:
 def test_parquet_keeps_types() -> None:
     sink = io.BytesIO()
     table = pa.Table.from_pylist(ROWS, SCHEMA)
-    assert write_rows(table.to_reader(), sink, "parquet") == 2
+    assert write_output(table.to_reader(), sink, "parquet") == 2
     assert pq.read_table(io.BytesIO(sink.getvalue())).equals(table)

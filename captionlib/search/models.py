@@ -1,0 +1,200 @@
+"""The models behind queries: sentences and images become vectors, images become captions."""
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from captionlib.config import describe_differences
+from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
+from captionlib.errors import CheckpointError, ConfigError, QueryError
+from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner, load_ranker
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.decoder import Decoder
+from captionlib.models.encoders.encoder import Encoder, EncoderConfig, load_encoder
+
+__all__ = ["ImageQueryModels", "QueryEncoder", "load_query_encoder", "read_sentences"]
+
+_CANDIDATES = pa.schema([("caption", pa.string()), ("log_prob", pa.float32())])
+_SENTENCES = pa.schema([("sentence", pa.string()), ("score", pa.float32())])
+
+
+class QueryEncoder(Protocol):
+    """A ranker: encodes sentences and images in the joint embedding space of an index's vectors."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the checkpoint, which its embeddings carry too."""
+
+    @property
+    def encoder(self) -> Mapping[str, Any]:
+        """The description of the image encoder that the ranker was trained with."""
+
+    def has_known_word(self, sentence: str) -> bool:
+        """Tells whether the vocabulary has any word of a sentence; without one, its vector is meaningless."""
+
+    def encode_sentences(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Returns the unit vectors of sentences, `[sentences, dimension]`."""
+
+    def encode_features(self, features: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+        """Returns the unit vectors of images, `[images, dimension]`, from their features."""
+
+
+def load_query_encoder(folder: str | os.PathLike[str], device: str = "cpu") -> QueryEncoder:
+    """Loads the checkpoint of a ranker.
+
+    Raises:
+        CheckpointError: the folder is not a ranker checkpoint, or it is damaged.
+    """
+    return load_ranker(folder, device)
+
+
+def read_sentences(path: str) -> list[str]:
+    """Reads candidate sentences from a text file, one per line.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--sentences {path} cannot be read: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+class _ImageEncoder(NamedTuple):
+    """An image encoder, and decoders with its preprocessing."""
+
+    encoder: Encoder
+    decoders: DecoderPool
+
+
+class ImageQueryModels:
+    """Embeds and captions images that are not in the index. A context manager; thread-safe.
+
+    Args:
+        ranker: embeds images in the space of an index; None only captions.
+        captioner: the folder of a captioner checkpoint; None only embeds.
+        weights: the file of the encoder's weights, if the models were trained with such a file and the captioner does
+            not contain them.
+        device: the device to run the models on.
+        decoding: limits for decoding an image.
+
+    Raises:
+        CheckpointError: there is no captioner, or the encoder differs from the one a model was trained with.
+        ConfigError: the encoder cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        ranker: QueryEncoder | None = None,
+        captioner: str | None = None,
+        weights: str | None = None,
+        device: str = "auto",
+        decoding: DecoderConfig | None = None,
+    ) -> None:
+        self._ranker = ranker
+        self._captioner: LoadedCaptioner | None = load_captioner(captioner, device) if captioner else None
+        self._decoding = decoding or DecoderConfig()
+        self._device = device
+        self._lock = threading.Lock()  # the models use all cores for one image
+        self._resources = ExitStack()
+        self._loaded: list[tuple[Mapping[str, Any], _ImageEncoder]] = []
+        self._caption_encoder = None
+        if self._captioner is not None:
+            self._caption_encoder = self._load(self._captioner.encoder, self._captioner.encoder_weights or weights)
+        self._embedding_encoder = self._load(ranker.encoder, weights) if ranker else None  # often the same encoder
+
+    def __enter__(self) -> "ImageQueryModels":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops the decoder processes."""
+        self._resources.close()
+
+    @property
+    def can_embed(self) -> bool:
+        return self._embedding_encoder is not None
+
+    @property
+    def can_caption(self) -> bool:
+        return self._caption_encoder is not None
+
+    def embed(self, content: bytes) -> npt.NDArray[np.float32]:
+        """Returns the unit vector of an image file, `[dimension]`.
+
+        Raises:
+            DecodeError: the file is not an image, or exceeds the limits.
+            QueryError: there is no ranker.
+        """
+        if self._embedding_encoder is None or self._ranker is None:
+            raise QueryError("searching by image needs the ranker that computed the embeddings")
+        features = self._encode(self._embedding_encoder, content)
+        with self._lock:
+            vector: npt.NDArray[np.float32] = self._ranker.encode_features(features)[0]
+        return vector
+
+    def rank_sentences(self, vector: npt.NDArray[np.float32], sentences: Sequence[str]) -> pa.Table:
+        """Ranks candidate sentences by similarity to the vector of an image.
+
+        Returns:
+            The columns sentence and score, best first.
+
+        Raises:
+            QueryError: there are no sentences, or there is no ranker.
+        """
+        if self._ranker is None:
+            raise QueryError("ranking sentences needs the ranker that computed the embeddings")
+        if not sentences:
+            raise QueryError("sentences: expected one per line, got none")
+        with self._lock:
+            scores = self._ranker.encode_sentences(sentences) @ vector
+        order = np.argsort(-scores, kind="stable")
+        columns = {"sentence": [sentences[position] for position in order], "score": scores[order].astype(np.float32)}
+        return pa.Table.from_pydict(columns, _SENTENCES)
+
+    def caption(self, content: bytes, n_best: int = 5) -> pa.Table:
+        """Captions an image file.
+
+        Returns:
+            The columns caption and log_prob, most probable first.
+
+        Raises:
+            DecodeError: the file is not an image, or exceeds the limits.
+            QueryError: there is no captioner.
+        """
+        if self._caption_encoder is None or self._captioner is None:
+            raise QueryError("captioning an image needs a captioner")
+        features = self._encode(self._caption_encoder, content)
+        decode = self._captioner.vocabulary.decode
+        with self._lock:
+            decoder = Decoder(self._captioner.model, DecodingConfig(beam_width=max(5, n_best), n_best=n_best))
+            (candidates,) = decoder.decode(features.astype(np.float32))
+        rows = [{"caption": decode(candidate.token_ids), "log_prob": candidate.log_prob} for candidate in candidates]
+        return pa.Table.from_pylist(rows, _CANDIDATES)
+
+    def _encode(self, image_encoder: _ImageEncoder, content: bytes) -> npt.NDArray[np.floating]:
+        pixels = image_encoder.decoders.decode(content)
+        with self._lock:
+            return image_encoder.encoder.encode(pixels[None])
+
+    def _load(self, description: Mapping[str, Any], weights: str | None) -> _ImageEncoder:
+        for loaded_description, image_encoder in self._loaded:
+            if not describe_differences(loaded_description, description):
+                return image_encoder
+        encoder = load_encoder(EncoderConfig.from_description(description, weights), self._device)
+        if changes := describe_differences(description, encoder.description):
+            raise CheckpointError(f"the encoder differs from the one the model was trained with ({'; '.join(changes)})")
+        decoders = self._resources.enter_context(DecoderPool(encoder.preprocessing, self._decoding))
+        image_encoder = _ImageEncoder(encoder, decoders)
+        self._loaded.append((description, image_encoder))
+        return image_encoder

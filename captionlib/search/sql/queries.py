@@ -1,0 +1,85 @@
+"""Common queries without SQL. Their arguments are always parameters, never part of a statement."""
+
+import re
+
+import pyarrow as pa
+
+from captionlib.errors import QueryError
+from captionlib.search.sql.session import SqlSession
+
+__all__ = ["count_words", "find_captions", "find_image", "find_top_captions"]
+
+# Letters, numbers and accents are part of a word: `man` matches neither `woman` nor `mané`. RE2's \b is ASCII only.
+_WORD_START = r"(?i)(?:^|[^\pL\pN\pM])"
+_WORD_END = r"(?:$|[^\pL\pN\pM])"
+
+
+def find_image(session: SqlSession, image_id: str) -> pa.Table:
+    """Returns the row of one image, from a dataset of any kind.
+
+    The bloom filters of the Parquet files exclude most row groups from reading.
+
+    Raises:
+        QueryError: the dataset does not have the image, or processing it failed; the message has the reason.
+    """
+    view = session.view.replace('"', '""')
+    rows = session.query(f'SELECT * FROM "{view}" WHERE image_id = ?', [image_id])
+    if rows.num_rows:
+        return rows
+    folder = session.dataset.folder.uri
+    failures = session.query("SELECT stage, error, message FROM failures WHERE image_id = ?", [image_id])
+    for failure in failures.to_pylist():
+        reason = f"{failure['error']}: {failure['message']}"
+        raise QueryError(f"{folder}: image {image_id} has no row: it failed at stage {failure['stage']} with {reason}")
+    raise QueryError(f"{folder}: no image {image_id}; image ids must match exactly")
+
+
+def find_captions(session: SqlSession, words: str, limit: int | None = None) -> pa.RecordBatchReader:
+    """Returns the captions that contain all words, in any order, ignoring case; the most probable first.
+
+    Raises:
+        QueryError: there are no words, or the dataset does not hold captions.
+    """
+    patterns = [_WORD_START + re.escape(word) + _WORD_END for word in words.split()]
+    if not patterns:
+        raise QueryError("contains: expected one or more words, got none")
+    where = " AND ".join(["regexp_matches(caption, ?)"] * len(patterns))
+    return _stream_captions(session, f"WHERE {where}", patterns, limit)
+
+
+def find_top_captions(session: SqlSession, limit: int) -> pa.RecordBatchReader:
+    """Returns the most probable captions.
+
+    Raises:
+        QueryError: the dataset does not hold captions.
+    """
+    return _stream_captions(session, "", [], limit)
+
+
+def count_words(session: SqlSession, limit: int) -> pa.RecordBatchReader:
+    """Returns the most frequent words of the captions with their counts.
+
+    Raises:
+        QueryError: the dataset does not hold captions.
+    """
+    _require_captions(session)
+    sql = """
+        SELECT word, count(*) AS count
+        FROM (SELECT unnest(string_split(lower(caption), ' ')) AS word FROM captions)
+        WHERE word <> ''
+        GROUP BY word ORDER BY count DESC, word LIMIT ?
+    """
+    return session.stream(sql, [limit])
+
+
+def _stream_captions(session: SqlSession, where: str, parameters: list[str], limit: int | None) -> pa.RecordBatchReader:
+    _require_captions(session)
+    sql = f"SELECT image_id, caption, log_prob, uri FROM captions {where} ORDER BY log_prob DESC, image_id"
+    return session.stream(sql, parameters) if limit is None else session.stream(f"{sql} LIMIT ?", [*parameters, limit])
+
+
+def _require_captions(session: SqlSession) -> None:
+    if session.view != "captions":
+        raise QueryError(
+            f"{session.dataset.folder.uri}: expected a dataset of kind captions, got {session.view}; query it with SQL"
+        )
