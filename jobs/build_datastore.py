@@ -11,8 +11,10 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("source")
-@click.option("--checkpoint", "-c", required=True, metavar="FOLDER", help="The captioner, as train-captioner wrote it.")
-@click.option("--weights", metavar="FILE", help="The encoder's weights, where they are a file of your own.")
+@click.option("--checkpoint", "-c", required=True, metavar="FOLDER", help="A captioner from train-captioner.")
+@click.option(
+    "--weights", metavar="FILE", help="The encoder's weights file, if the captioner's encoder has custom weights."
+)
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
 @config_options
 @device_option
@@ -25,20 +27,25 @@ def command(
     overrides: tuple[str, ...],
     device: str,
 ) -> None:
-    """Have a captioner remember the images of SOURCE that it learned from, and what people said of them.
+    """Build the datastore of a captioner from the images that it was trained on.
 
-    SOURCE is a features dataset or a manifest. A vector and the sentences of each image of the splits train and restval
-    are kept beside the checkpoint, in datastore.parquet. Where decoding.rerank.neighbors is set, generate-captions and caption
-    choose among the sentences that the captioner finds likely by what was said of the images most alike.
+    SOURCE is a features dataset or a manifest. The datastore holds a feature vector and the references of each image of
+    the splits train and restval. It is written into the checkpoint as datastore.parquet.
+
+    With decoding.rerank.neighbors, generate-captions and caption use it to rerank candidates: a caption that agrees
+    with the references of similar training images comes first.
+
+    Leave out images that you want to caption, or their own references leak into their captions. Training the captioner
+    again deletes the datastore.
 
     \b
     Examples:
       captionlib build-datastore features -c captioner
+      captionlib build-datastore features -c captioner --set splits=[train]
       captionlib generate-captions features -c captioner -o captions --set decoding.beam_width=60 \\
         --set decoding.rerank.method=mbr --set decoding.rerank.temperature=6 --set decoding.rerank.neighbors=60
-      captionlib build-datastore features -c captioner --set splits=[train]
     """
     settings = load_config(DatastoreConfig, config, overrides)
     images, failed = build_datastore(source, checkpoint, settings, weights=weights, device=device, progress=progress)
-    left_out = f"; {failed:,} could not be read" if failed else ""
-    click.echo(f"{checkpoint}: remembers {images:,} images{left_out}")
+    unreadable = f"; {failed:,} could not be read" if failed else ""
+    click.echo(f"{checkpoint}: {images:,} images in the datastore{unreadable}")

@@ -30,6 +30,7 @@ from pipelines.run import RunConfig
 __all__ = ["command"]
 
 _STAGES = 8
+_FOLDERS = ("manifest", "features", "captioner", "captions")
 _SHARD_SIZE = 100
 _QUERY = "red ring"
 
@@ -83,41 +84,26 @@ def command(output: str, weights: str, train_images: int, test_images: int, over
 
 def _build_captions(folder: Path, weights: str, run: RunConfig) -> None:
     """Runs the stages from images to captions."""
-    manifest, features, captioner, captions = (
-        folder / name for name in ("manifest", "features", "captioner", "captions")
-    )
     dataset = folder / "scenes" / "dataset.json"
-    with _stage(
-        2,
-        "List the images with their splits and captions in a manifest.",
-        f"captionlib prepare {dataset} -o {manifest} --shard-size {_SHARD_SIZE}",
-    ):
+    manifest, features, captioner, captions = (folder / name for name in _FOLDERS)
+    equivalent = f"captionlib prepare {dataset} -o {manifest} --shard-size {_SHARD_SIZE}"
+    with _stage(2, "List the images with their splits and captions in a manifest.", equivalent):
         summary = prepare(dataset, manifest, PrepareConfig(shard_size=_SHARD_SIZE))
         _print(f"{summary.images:,} images and {summary.captions:,} captions in {summary.shards} shards")
-    dtype = _choose_dtype()
-    with _stage(
-        3,
-        "Encode each image as the 4,096 activations of VGG-16's layer fc7.",
-        f"captionlib extract-features {manifest} -o {features} --config demo --weights {weights} "
-        f"--set encoder.dtype={dtype}",
-    ):
-        overrides = [f"encoder.weights={weights}", f"encoder.dtype={dtype}"]
-        extraction = load_config(ExtractionConfig, find_recipe("demo", "extract-features"), overrides)
+    dtype = f"encoder.dtype={_choose_dtype()}"
+    equivalent = f"captionlib extract-features {manifest} -o {features} --config demo --weights {weights} --set {dtype}"
+    with _stage(3, "Encode each image as the 4,096 activations of VGG-16's layer fc7.", equivalent):
+        recipe = find_recipe("demo", "extract-features")
+        extraction = load_config(ExtractionConfig, recipe, [f"encoder.weights={weights}", dtype])
         totals = extract_features(manifest, features, extraction, run=run)
         _print(f"{totals.rows:,} feature vectors, {totals.bytes / 1e6:.1f} MB")
-    with _stage(
-        4,
-        "Train an LSTM to write the captions from the features.",
-        f"captionlib train-captioner {features} -o {captioner} --config demo",
-    ):
+    equivalent = f"captionlib train-captioner {features} -o {captioner} --config demo"
+    with _stage(4, "Train an LSTM to write the captions from the features.", equivalent):
         training = load_config(CaptionerTrainingConfig, find_recipe("demo", "train-captioner"))
         history = train_captioner(features, captioner, training, progress=run.progress)
         _print(f"validation perplexity {min(row['perplexity'] for row in history):.2f} after {len(history)} epochs")
-    with _stage(
-        5,
-        "Caption all images by beam search.",
-        f"captionlib generate-captions {features} -c {captioner} -o {captions} --set decoding.n_best=3",
-    ):
+    equivalent = f"captionlib generate-captions {features} -c {captioner} -o {captions} --set decoding.n_best=3"
+    with _stage(5, "Caption all images by beam search.", equivalent):
         generation = load_config(GenerationConfig, None, ["decoding.n_best=3"])
         totals = generate_captions(features, captioner, captions, generation, run=run)
         _print(f"{totals.rows:,} captions, each with its 3 most probable candidates")
@@ -129,7 +115,7 @@ def _summarize(folder: Path, evaluation: Evaluation) -> list[tuple[str, str, str
     captions = evaluation.captions
     shares = score_attributes([scenes[image_id] for image_id in captions], list(captions.values()))
     scores = [(f"{name} correct", f"{share:.1%}", "") for name, share in shares.items()]
-    return scores + [(name, f"{evaluation.scores.scores[name]:.3f}", "") for name in ("BLEU-4", "CIDEr")]
+    return scores + [(name, f"{evaluation.scores.overall[name]:.3f}", "") for name in ("BLEU-4", "CIDEr")]
 
 
 def _query(folder: Path) -> None:

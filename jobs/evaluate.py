@@ -123,8 +123,8 @@ def _evaluate_ranker(
 
 
 def _print_scores(source: str, evaluation: Evaluation) -> None:
-    click.echo(f"{source}: {evaluation.scores.images:,} images")
-    for name, score in evaluation.scores.scores.items():
+    click.echo(f"{source}: {len(evaluation.predictions):,} images")
+    for name, score in evaluation.scores.overall.items():
         ends = evaluation.scores.intervals.get(name)
         interval = f"   {ends[0]:.4f} to {ends[1]:.4f}" if ends else ""
         click.echo(f"  {name:<18} {score:8.4f}{interval}")

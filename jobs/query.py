@@ -1,118 +1,108 @@
 """`captionlib query`."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import click
 import pyarrow as pa
 
 import captionlib.search
-from captionlib.errors import ConfigError
 from captionlib.search.index_folder import DESCRIPTION
 from captionlib.search.output import OutputFormat
 from captionlib.search.sql.queries import count_words, find_captions, find_image, find_top_captions
-from captionlib.search.sql.session import SqlLimits, SqlSession, open_sql
+from captionlib.search.sql.session import SqlLimits, open_sql
 from captionlib.storage.folders import Folder
-from jobs.rows import first_rows, print_rows, save_rows
+from jobs.rows import limit_rows, print_rows, save_rows
+
+if TYPE_CHECKING:
+    from captionlib.search.text_index import Sort
 
 __all__ = ["command"]
 
-_LIMIT = 20  # of an index, where nothing else is said
+_INDEX_QUERIES = ("text", "sentence", "hybrid", "image", "similar", "image_id")
+_DATASET_QUERIES = ("sql", "contains", "top", "count_words", "image_id")
+_INDEX_OPTIONS = ("where", "sort", "ranker", "captioner", "sentences", "weights")
+_SECTIONS = {
+    "Query an index": _INDEX_QUERIES,
+    "Options for an index": _INDEX_OPTIONS,
+    "Query a dataset": _DATASET_QUERIES,
+    "Options for a dataset": ("memory", "threads"),
+    "Output": ("limit", "format", "output", "help"),
+}
+
+
+class _SectionedCommand(click.Command):
+    """Lists its options by what they query."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        parameters = {max(parameter.opts, key=len): parameter for parameter in self.get_params(ctx)}
+        for title, names in _SECTIONS.items():
+            records = [parameters[_flag(name)].get_help_record(ctx) for name in names]
+            with formatter.section(title):
+                formatter.write_dl([record for record in records if record])
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What was given on the command line, of a dataset or of an index."""
-
-    sql: str | None
-    image_id: str | None
-    contains: str | None
-    top: int | None
-    words: int | None
-    text: str | None
-    sentence: str | None
-    hybrid: str | None
-    image: str | None
-    similar: str | None
+class _IndexOptions:
     where: str | None
-    sort: str
-    limit: int | None
+    sort: "Sort | None"
     ranker: str | None
     captioner: str | None
-    weights: str | None
     sentences: str | None
-
-    def one_of(self, names: Sequence[str]) -> str:
-        """The one of these questions that was asked."""
-        options = {
-            "words": "--count-words",
-            **{name: f"--{name.replace('_', '-')}" for name in names if name != "words"},
-        }
-        given = [name for name in names if getattr(self, name) is not None]
-        if len(given) != 1:
-            got = " and ".join(options[name] for name in given) or "none"
-            *most, last = (options[name] for name in names)
-            raise click.UsageError(f"expected one of {', '.join(most)} and {last}, got {got}; ask one at a time.")
-        return given[0]
-
-    def refuse(self, names: Sequence[str], kind: str) -> None:
-        """Complains of options that are for something else."""
-        for name in names:
-            if getattr(self, name) is not None:
-                raise click.UsageError(f"--{name.replace('_', '-')} is for {kind}.")
+    weights: str | None
 
 
-_DATASET_QUESTIONS = ("sql", "image_id", "contains", "top", "words")
-_INDEX_QUESTIONS = ("text", "sentence", "hybrid", "image", "similar", "image_id")
-
-
-@click.command()
+@click.command(cls=_SectionedCommand)
 @click.argument("folder")
-@click.option("--text", metavar="WORDS", help='Index: captions by their words; "phrases", +must and -must not.')
-@click.option("--sentence", metavar="SENTENCE", help="Index: images that a sentence describes; needs --ranker.")
-@click.option("--hybrid", metavar="WORDS", help="Index: by words and as a sentence, fused; needs --ranker.")
-@click.option("--image", metavar="FILE", help="Index: images like a photograph of your own; needs --ranker.")
-@click.option("--similar", metavar="ID", help="Index: images like one of its own.")
-@click.option("--image-id", metavar="ID", help="Everything about one image.")
-@click.option("--sql", metavar="SELECT", help="Dataset: any one SELECT; the rows are a view named by its kind.")
-@click.option("--contains", metavar="WORDS", help="Dataset: captions with all of these words; the most likely first.")
-@click.option("--top", type=click.IntRange(min=1), metavar="N", help="Dataset: the N most likely captions.")
-@click.option("--count-words", "words", type=click.IntRange(min=1), metavar="N", help="Dataset: the N most frequent.")
-@click.option("--where", metavar="CONDITION", help="Index: of SQL, such as \"split = 'val' AND log_prob > -10\".")
-@click.option("--sort", type=click.Choice(["relevance", "log_prob"]), default="relevance", help="Order of --text.")
-@click.option("--ranker", "-r", metavar="FOLDER", help="The ranker that made the embeddings of the index.")
-@click.option("--captioner", "-c", metavar="FOLDER", help="With --image: what this captioner says of it.")
-@click.option("--sentences", metavar="FILE", help="With --image: which of these sentences, one a line, fit it best.")
-@click.option("--weights", metavar="FILE", help="The encoder's weights, where they are a file of your own.")
+@click.option("--text", metavar="WORDS", help='Captions by their words; "phrases", +required, -excluded.')
+@click.option("--sentence", metavar="SENTENCE", help="Images that match a sentence; needs --ranker.")
+@click.option("--hybrid", metavar="WORDS", help="The rankings of --text and --sentence combined; needs --ranker.")
+@click.option("--image", metavar="FILE", help="Images similar to an image file; needs --ranker.")
+@click.option("--similar", metavar="ID", help="Images similar to an image of the index.")
+@click.option("--image-id", metavar="ID", help="The row of one image.")
+@click.option("--where", metavar="CONDITION", help="Filter by SQL, such as \"split = 'val' AND log_prob > -10\".")
+@click.option("--sort", type=click.Choice(["relevance", "log_prob"]), help="Order of --text. [default: relevance]")
+@click.option("--ranker", "-r", metavar="FOLDER", help="The ranker that computed the embeddings.")
+@click.option("--captioner", "-c", metavar="FOLDER", help="With --image: caption the image instead.")
+@click.option("--sentences", metavar="FILE", help="With --image: rank these sentences, one per line, instead.")
+@click.option("--weights", metavar="FILE", help="The encoder's weights file, if it used one.")
+@click.option("--sql", metavar="SELECT", help="A SELECT over the view named by the dataset's kind, or over failures.")
+@click.option("--contains", metavar="WORDS", help="Captions with all these words, most probable first.")
+@click.option("--top", type=click.IntRange(min=1), metavar="N", help="The N most probable captions.")
+@click.option("--count-words", type=click.IntRange(min=1), metavar="N", help="The N most frequent words.")
+@click.option("--memory", default=SqlLimits.memory, show_default=True, help="Memory to use before spilling to disk.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads. [default: one per core]")
+@click.option("--limit", type=click.IntRange(min=0), metavar="N", help="Maximum number of rows. [default: 20, or all]")
 @click.option(
     "--format",
-    "form",
+    "output_format",
     type=click.Choice(["table", "csv", "jsonl", "parquet"]),
     default="table",
     show_default=True,
-    help="A table fits the terminal; the others hold every value whole.",
+    help="A table is fitted to the terminal; the other formats have all values in full.",
 )
-@click.option("--output", "-o", metavar="FILE", help="Where to write, in place of the terminal; may be an address.")
-@click.option("--limit", type=click.IntRange(min=0), metavar="N", help="At most N rows; 20 of an index, unless given.")
-@click.option(
-    "--memory", default=SqlLimits.memory, show_default=True, help="What DuckDB may hold before it uses the disk."
-)
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="One a core, unless given.")
+@click.option("--output", "-o", metavar="FILE", help="A file or an address to write to. [default: the terminal]")
 def command(
-    folder: str, form: OutputFormat, output: str | None, memory: str, threads: int | None, **options: str | int | None
+    folder: str,
+    memory: str,
+    threads: int | None,
+    limit: int | None,
+    output_format: OutputFormat,
+    output: str | None,
+    **queries_and_options: str | int | None,
 ) -> None:
-    """Ask FOLDER a question: an index, captions, or any other dataset.
+    """Search an index, or query captions or any other dataset in FOLDER.
 
-    An index takes words, sentences and images. What it finds can be narrowed by a condition over image_id, uri, split,
-    caption, log_prob and tokens; as many rows are found as were asked for, unless no more exist. An index that lies
-    elsewhere is copied to this machine once.
+    An index takes text, sentences and images. --where filters by image_id, uri, split, caption, log_prob and tokens. A
+    remote index is copied to this machine once.
 
-    A dataset takes SQL: its rows are a view named by what they are (captions, features, manifest, embeddings), and the
-    images that failed are the view `failures`. Shards that are still being written are not seen. The dataset can only
-    be read, and nothing outside it can be reached, so SQL of strangers is safe to run.
+    A dataset takes SQL. The view captions, features, manifest or embeddings holds its rows, depending on its kind; the
+    view failures holds the images that failed. Shards that are still being written are not visible. A query cannot
+    change the dataset or access anything else, so SQL from untrusted users is safe.
 
     \b
     Examples:
@@ -121,9 +111,9 @@ def command(
       captionlib query index --sentence "two men on a beach" --ranker ranker
       captionlib query index --hybrid "a red bus" --ranker ranker --format jsonl
       captionlib query index --similar 391895
-      captionlib query index --image photo.jpg --ranker ranker
-      captionlib query index --image photo.jpg --ranker ranker --sentences sentences.txt
-      captionlib query index --image photo.jpg --captioner captioner
+      captionlib query index --image image.jpg --ranker ranker
+      captionlib query index --image image.jpg --ranker ranker --sentences sentences.txt
+      captionlib query index --image image.jpg --captioner captioner
       captionlib query captions --contains "dog frisbee"
       captionlib query captions --image-id 391895
       captionlib query captions --top 20 --format csv --output top.csv
@@ -134,91 +124,100 @@ def command(
       captionlib query captions --sql "SELECT error, count(*) FROM failures GROUP BY 1"
       captionlib query s3://bucket/captions --sql "FROM captions" --format parquet --output all.parquet
     """
-    asked = _Asked(**options)  # type: ignore[arg-type]  # click has checked them
-    if form == "parquet" and output is None and sys.stdout.isatty():
-        raise click.UsageError("Parquet is no text: give --output FILE, or send it into a pipe.")
-    with _answer(folder, asked, SqlLimits(memory, threads)) as rows:
+    if output_format == "parquet" and output is None and sys.stdout.isatty():
+        raise click.UsageError("Parquet is a binary format: give --output FILE, or write to a pipe.")
+    values = {name: value for name, value in queries_and_options.items() if value is not None}
+    if Folder(folder).exists(DESCRIPTION):
+        advice = "a dataset; query the captions that the index was built from"
+        query = _choose_query(values, _INDEX_QUERIES, set(_DATASET_QUERIES), advice)
+        options: dict[str, Any] = {name: values.get(name) for name in _INDEX_OPTIONS}
+        table = _query_index(folder, query, values[query], 20 if limit is None else limit, _IndexOptions(**options))
+        result: AbstractContextManager[pa.RecordBatchReader] = nullcontext(table.to_reader())
+    else:
+        advice = f"an index, and {folder} is not one; see `captionlib build-index`"
+        query = _choose_query(values, _DATASET_QUERIES, {*_INDEX_QUERIES, *_INDEX_OPTIONS}, advice)
+        result = _query_dataset(folder, query, values[query], limit, SqlLimits(memory, threads))
+    with result as rows:
         if output is None:
-            print_rows(rows, form)
+            print_rows(rows, output_format)
         else:
-            count = save_rows(rows, form, output)
+            count = save_rows(rows, output_format, output)
             click.echo(f"{output}: {count:,} rows")
 
 
+def _choose_query(values: Mapping[str, Any], queries: Sequence[str], others: set[str], advice: str) -> str:
+    """Returns the name of the only query; rejects options that are for another kind of folder."""
+    for name in values:
+        if name in others and name not in queries:
+            raise click.UsageError(f"{_flag(name)} is for {advice}.")
+    chosen = [name for name in queries if name in values]
+    if len(chosen) != 1:
+        *flags, last = map(_flag, queries)
+        got = " and ".join(map(_flag, chosen)) or "none"
+        raise click.UsageError(f"expected one of {', '.join(flags)} and {last}, got {got}.")
+    return chosen[0]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 @contextmanager
-def _answer(folder: str, asked: _Asked, limits: SqlLimits) -> Iterator[pa.RecordBatchReader]:
-    if Folder(folder).exists(DESCRIPTION):
-        asked.refuse(["sql", "contains", "top", "words"], "datasets; ask the captions that the index was built from")
-        yield _ask_index(folder, asked).to_reader()
-        return
-    of_indexes = ["text", "sentence", "hybrid", "image", "similar", "where"]
-    asked.refuse(of_indexes, f"an index, and {folder} holds none; see `captionlib build-index`")
-    question = _dataset_question(asked)
+def _query_dataset(
+    folder: str, query: str, value: Any, limit: int | None, limits: SqlLimits
+) -> Iterator[pa.RecordBatchReader]:
     with open_sql(folder, limits=limits) as session:
-        rows = question(session)
-        yield rows if asked.limit is None else first_rows(rows, asked.limit)
+        queries: dict[str, Callable[[Any], pa.RecordBatchReader]] = {
+            "sql": session.stream,
+            "contains": partial(find_captions, session),
+            "top": partial(find_top_captions, session),
+            "count_words": partial(count_words, session),
+            "image_id": lambda image_id: find_image(session, image_id).to_reader(),
+        }
+        rows = queries[query](value)
+        yield rows if limit is None else limit_rows(rows, limit)
 
 
-def _dataset_question(asked: _Asked) -> Callable[[SqlSession], pa.RecordBatchReader]:
-    name = asked.one_of(_DATASET_QUESTIONS)
-    questions: dict[str, Callable[[SqlSession], pa.RecordBatchReader]] = {
-        "sql": lambda session: session.stream(asked.sql or ""),
-        "image_id": lambda session: find_image(session, asked.image_id or "").to_reader(),
-        "contains": lambda session: find_captions(session, asked.contains or ""),
-        "top": lambda session: find_top_captions(session, asked.top or 0),
-        "words": lambda session: count_words(session, asked.words or 0),
+def _query_index(folder: str, query: str, value: Any, limit: int, options: _IndexOptions) -> pa.Table:
+    if query == "image":
+        return _query_by_image(folder, value, limit, options)
+    needs_ranker = query in ("sentence", "hybrid")
+    if needs_ranker and options.ranker is None:
+        raise click.UsageError(f"{_flag(query)} needs --ranker FOLDER, the ranker that computed the embeddings.")
+    index = captionlib.search.open(folder, options.ranker if needs_ranker else None)
+    if query == "image_id":
+        return pa.Table.from_pylist([index.get_image(value)])
+    if query == "text":
+        return index.search_text(value, limit, where=options.where, sort=options.sort or "relevance")
+    searches: dict[str, Callable[..., pa.Table]] = {
+        "sentence": index.search_sentence,
+        "hybrid": index.search_hybrid,
+        "similar": index.search_similar,
     }
-    return questions[name]
+    return searches[query](value, limit, where=options.where)
 
 
-def _ask_index(folder: str, asked: _Asked) -> pa.Table:
-    name = asked.one_of(_INDEX_QUESTIONS)
-    if asked.image is not None:
-        return _ask_about_image(folder, asked, asked.image)
-    limit = _LIMIT if asked.limit is None else asked.limit
-    ranker = asked.ranker if name in ("sentence", "hybrid") else None
-    if name in ("sentence", "hybrid") and ranker is None:
-        raise click.UsageError(f"--{name} needs --ranker FOLDER: the ranker that made the embeddings of the index.")
-    index = captionlib.search.open(folder, ranker)
-    questions: dict[str, Callable[[], pa.Table]] = {
-        "text": lambda: index.search_text(asked.text or "", limit, where=asked.where, sort=asked.sort),  # type: ignore[arg-type]
-        "sentence": lambda: index.search_sentence(asked.sentence or "", limit, where=asked.where),
-        "hybrid": lambda: index.search_hybrid(asked.hybrid or "", limit, where=asked.where),
-        "similar": lambda: index.search_similar(asked.similar or "", limit, where=asked.where),
-        "image_id": lambda: pa.Table.from_pylist([index.get_image(asked.image_id or "")]),
-    }
-    return questions[name]()
-
-
-def _ask_about_image(folder: str, asked: _Asked, image: str) -> pa.Table:
+def _query_by_image(folder: str, image: str, limit: int, options: _IndexOptions) -> pa.Table:
     from captionlib.data.images.fetching import ImageFetcher
-    from captionlib.search.models import (
+    from captionlib.search.models import (  # imports torch, which takes seconds
         ImageQueryModels,
-        load_query_encoder,  # these load torch, which takes seconds
+        load_query_encoder,
+        read_sentences,
     )
 
-    if asked.captioner is None and asked.ranker is None:
-        raise click.UsageError("--image needs --ranker FOLDER, to find images like it, or --captioner FOLDER.")
-    if asked.captioner is not None and asked.sentences is not None:
-        raise click.UsageError("expected one of --captioner and --sentences, got both; ask one at a time.")
-    limit = _LIMIT if asked.limit is None else asked.limit
-    sentences = None if asked.sentences is None else _read_sentences(asked.sentences)
-    ranker = load_query_encoder(asked.ranker) if asked.ranker and asked.captioner is None else None
+    if options.captioner is None and options.ranker is None:
+        raise click.UsageError("--image needs --ranker FOLDER to find similar images, or --captioner FOLDER.")
+    if options.captioner is not None and options.sentences is not None:
+        raise click.UsageError("expected one of --captioner and --sentences, got both.")
+    sentences = None if options.sentences is None else read_sentences(options.sentences)
+    ranker = load_query_encoder(options.ranker) if options.ranker and options.captioner is None else None
     index = None if ranker is None or sentences is not None else captionlib.search.open(folder, ranker)
-    with ImageFetcher() as fetcher, ImageQueryModels(ranker, asked.captioner, asked.weights) as photos:
+    with ImageFetcher() as fetcher, ImageQueryModels(ranker, options.captioner, options.weights) as models:
         content = fetcher.fetch(image)
-        if asked.captioner is not None:
-            return photos.caption(content).slice(0, limit)
-        vector = photos.embed(content)
-        if ranker is not None and sentences is not None:
-            return photos.rank_sentences(vector, sentences).slice(0, limit)
+        if options.captioner is not None:
+            return models.caption(content).slice(0, limit)
+        vector = models.embed(content)
+        if sentences is not None:
+            return models.rank_sentences(vector, sentences).slice(0, limit)
     assert index is not None
-    return index.search_vector(vector, limit, where=asked.where)
-
-
-def _read_sentences(file: str) -> list[str]:
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--sentences {file}: cannot be read: {error}") from error
-    return [line.strip() for line in lines if line.strip()]
+    return index.search_vector(vector, limit, where=options.where)

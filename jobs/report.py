@@ -77,13 +77,13 @@ def _describe(images: int, splits: Sequence[str], evaluation: Evaluation | None)
     description = f"{images:,} images{' of split ' if splits else ''}{' and '.join(splits)}."
     if evaluation is None:
         return description
-    return f"{description} Scores of {evaluation.scores.images:,} images, with 95% bootstrap confidence intervals."
+    return f"{description} Scores of {len(evaluation.predictions):,} images, with 95% bootstrap confidence intervals."
 
 
 def _format_scores(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     """Returns the scores with their intervals, then the counts."""
     scores = []
-    for name, score in evaluation.scores.scores.items():
+    for name, score in evaluation.scores.overall.items():
         low, high = evaluation.scores.intervals[name]
         scores.append((name.replace("_", " "), f"{score:.3f}", f"{low:.3f} to {high:.3f}"))
     return scores + [(name.replace("_", " "), f"{count:,}", "") for name, count in evaluation.counts.items()]

@@ -1,4 +1,4 @@
-"""How commands show rows: on the terminal, or in a file that appears whole."""
+"""Prints rows on the terminal, or saves them to a file."""
 
 import os
 import shutil
@@ -11,41 +11,41 @@ import pyarrow as pa
 from captionlib.search.output import OutputFormat, write_output
 from captionlib.storage.folders import stage_file
 
-__all__ = ["first_rows", "print_rows", "save_rows"]
+__all__ = ["limit_rows", "print_rows", "save_rows"]
 
 
-def first_rows(rows: pa.RecordBatchReader, limit: int) -> pa.RecordBatchReader:
-    """At most so many of the rows."""
-    return pa.RecordBatchReader.from_batches(rows.schema, _first(rows, limit))
+def limit_rows(rows: pa.RecordBatchReader, limit: int) -> pa.RecordBatchReader:
+    """Returns the first `limit` rows, without reading the others."""
+
+    def slice_batches(remaining: int) -> Iterator[pa.RecordBatch]:
+        for batch in rows:
+            yield batch.slice(0, remaining)
+            remaining -= batch.num_rows
+            if remaining <= 0:
+                return
+
+    return pa.RecordBatchReader.from_batches(rows.schema, slice_batches(limit))
 
 
-def _first(rows: pa.RecordBatchReader, limit: int) -> Iterator[pa.RecordBatch]:
-    for batch in rows:
-        yield batch.slice(0, limit)
-        limit -= batch.num_rows
-        if limit <= 0:
-            return
-
-
-def print_rows(rows: pa.RecordBatchReader, form: OutputFormat) -> None:
-    """Prints rows, a table as wide as the terminal."""
+def print_rows(rows: pa.RecordBatchReader, output_format: OutputFormat) -> None:
+    """Prints rows; a table is fitted to the width of the terminal."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     try:
-        count = write_output(rows, sys.stdout.buffer, form, width)
+        count = write_output(rows, sys.stdout.buffer, output_format, width)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever reads has enough (`| head`); Python would complain once more when it closes the stream.
+        # The reader, such as `head`, has closed the pipe. Python would raise the error again on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
-    if count == 0 and form == "table":
+    if count == 0 and output_format == "table":
         click.echo("no rows", err=True)
 
 
-def save_rows(rows: pa.RecordBatchReader, form: OutputFormat, output: str) -> int:
-    """Writes a file that appears whole or not at all.
+def save_rows(rows: pa.RecordBatchReader, output_format: OutputFormat, output: str) -> int:
+    """Writes rows to a file, which appears only when it is complete; returns the number of rows.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: the file cannot be written.
     """
     with stage_file(output) as path, path.open("wb") as file:
-        return write_output(rows, file, form)
+        return write_output(rows, file, output_format)

@@ -14,19 +14,23 @@ from jobs.options import config_options, device_option
 __all__ = ["command"]
 
 _LENGTHS = {("sentences", "words"): 30, ("sentences", "characters"): 200, ("continuous", "words"): 100}
-_LONGEST = 500  # of running characters
+_DEFAULT_LENGTH = 500  # of continuous text by characters
 
 
 @click.command()
 @click.argument("checkpoint")
-@click.option("--count", type=click.IntRange(min=1), default=1, show_default=True, help="How many texts.")
-@click.option("--prefix", default="", help="What every text begins with.")
-@click.option("--length", type=click.IntRange(min=1), help="Words or characters at the most; of running text, exactly.")
-@click.option("--temperature", type=float, help="Below 1 keeps to what is likely, above 1 dares more.")
-@click.option("--top-k", type=int, help="Draw among so many of the likeliest words or characters.")
-@click.option("--top-p", type=float, help="Draw among the likeliest that together have this probability.")
-@click.option("--seed", type=click.IntRange(min=0), help="Another seed writes other texts.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line: text, log_prob, tokens.")
+@click.option("--count", type=click.IntRange(min=1), default=1, show_default=True, help="Number of texts.")
+@click.option("--prefix", default="", help="Beginning of every text.")
+@click.option(
+    "--length",
+    type=click.IntRange(min=1),
+    help="Maximum words or characters after the prefix; exact for continuous text.",
+)
+@click.option("--temperature", type=float, help="Below 1: more predictable; above 1: more varied.  [default: 1]")
+@click.option("--top-k", type=int, help="Sample from the k most probable words or characters.")
+@click.option("--top-p", type=float, help="Sample from the most probable ones whose probabilities add up to p.")
+@click.option("--seed", type=click.IntRange(min=0), help="The same seed writes the same texts.  [default: 0]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line: text, log_prob, tokens.")
 @config_options
 @device_option
 def command(
@@ -43,7 +47,12 @@ def command(
     overrides: tuple[str, ...],
     device: str,
 ) -> None:
-    """Print sentences or text that the language model in CHECKPOINT writes.
+    """Sample texts from the language model in CHECKPOINT.
+
+    A model of sentences writes one sentence per line. A model of continuous text writes --length words or characters,
+    and separates several texts by ----. With --json, log_prob is the natural logarithm of a text's probability.
+
+    Other options of decoding, such as no_repeat_ngram_size or forbidden_words, are reached by --set.
 
     \b
     Examples:
@@ -52,14 +61,15 @@ def command(
       captionlib sample author --length 1000 --top-p 0.9 --seed 1
     """
     language_model = load_language_model(checkpoint, device)
-    chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    length = length or _LENGTHS.get((language_model.layout, language_model.vocabulary.level), _LONGEST)
-    given = [f"{name}={value}" for name, value in chosen.items() if value is not None]
-    settings = load_config(DecodingConfig, config, [*overrides, *given, "strategy=sample", f"max_tokens={length}"])
-    for number, sample in enumerate(sample_texts(language_model, settings, count, prefix)):
+    is_continuous = language_model.layout == "continuous"
+    length = length or _LENGTHS.get((language_model.layout, language_model.vocabulary.level), _DEFAULT_LENGTH)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    decoding = load_config(DecodingConfig, config, [*overrides, *given, "strategy=sample", f"max_tokens={length}"])
+    for index, sample in enumerate(sample_texts(language_model, decoding, count, prefix)):
         if as_json:
             click.echo(json.dumps(asdict(sample), ensure_ascii=False))
-        else:
-            if number and language_model.layout == "continuous":
-                click.echo("----")
-            click.echo(sample.text)
+            continue
+        if index and is_continuous:
+            click.echo("----")
+        click.echo(sample.text)

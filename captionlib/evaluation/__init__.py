@@ -1,1 +1,1 @@
-"""Scores of captions and of rankings, and pages that show them."""
+"""Scores of captions and rankers, and web pages that show them."""

@@ -1,7 +1,7 @@
 """Summarizes metrics: the score of the set, of each image, and confidence intervals by bootstrap over images."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt
 from captionlib.config import configclass
 from captionlib.evaluation.metrics import Metric
 
-__all__ = ["BootstrapConfig", "Summary", "summarize"]
+__all__ = ["BootstrapConfig", "Scores", "summarize"]
 
 
 @configclass
@@ -30,21 +30,21 @@ class BootstrapConfig:
 
 
 @dataclass(frozen=True)
-class Summary:
+class Scores:
     """Scores of a set of images, by name.
 
     Attributes:
-        scores: the score of the whole set.
+        overall: the score of the whole set. For BLEU, METEOR and perplexity, it is not the mean over images.
         per_image: the score of each image by its id; NaN where it is undefined.
         intervals: the lower and upper end of the confidence interval.
     """
 
-    scores: Mapping[str, float]
+    overall: Mapping[str, float]
     per_image: Mapping[str, Mapping[str, float]]
-    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    intervals: Mapping[str, tuple[float, float]]
 
 
-def summarize(metrics: Sequence[Metric], image_ids: Sequence[str], config: BootstrapConfig) -> Summary:
+def summarize(metrics: Sequence[Metric], image_ids: Sequence[str], config: BootstrapConfig) -> Scores:
     """Computes the scores of metrics; a score that is undefined for the whole set is left out.
 
     Args:
@@ -54,7 +54,7 @@ def summarize(metrics: Sequence[Metric], image_ids: Sequence[str], config: Boots
     """
     sums = _resample(np.concatenate([metric.rows for metric in metrics], 1), config)
     widths = [metric.rows.shape[1] for metric in metrics]
-    scores: dict[str, float] = {}
+    overall: dict[str, float] = {}
     per_image: dict[str, dict[str, float]] = {}
     intervals: dict[str, tuple[float, float]] = {}
     for metric, resampled in zip(metrics, np.split(sums, np.cumsum(widths)[:-1], axis=1), strict=True):
@@ -63,13 +63,13 @@ def summarize(metrics: Sequence[Metric], image_ids: Sequence[str], config: Boots
         for column, name in enumerate(metric.names):
             if np.isnan(set_scores[column]):
                 continue
-            scores[name] = float(set_scores[column])
+            overall[name] = float(set_scores[column])
             per_image[name] = dict(zip(image_ids, image_scores[:, column].tolist(), strict=True))
             if config.samples:
                 tail = (1 - config.confidence) / 2
                 low, high = np.nanquantile(resampled_scores[:, column], [tail, 1 - tail])
                 intervals[name] = (float(low), float(high))
-    return Summary(scores, per_image, intervals)
+    return Scores(overall, per_image, intervals)
 
 
 def _resample(rows: npt.NDArray[np.float64], config: BootstrapConfig) -> npt.NDArray[np.float64]:

@@ -5,19 +5,18 @@ out and captionlib's own tokenizer is used: the scores come close to published o
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import pyarrow as pa
 from pycocoevalcap.cider.cider import Cider
 
 from captionlib.data.text.vocabulary import tokenize
 from captionlib.errors import DatasetError
-from captionlib.evaluation.bootstrap import BootstrapConfig, summarize
+from captionlib.evaluation.bootstrap import BootstrapConfig, Scores, summarize
 from captionlib.evaluation.diversity import MEAN_LENGTH, NOVEL
 from captionlib.evaluation.java import has_java, tokenize_ptb
 from captionlib.evaluation.metrics import Metric, compute_bleu, compute_cider, compute_meteor, compute_rouge_l
 
-__all__ = ["WITHOUT_JAVA", "CaptionScores", "CiderScorer", "build_scores_table", "score_captions"]
+__all__ = ["WITHOUT_JAVA", "CiderScorer", "build_scores_table", "score_captions"]
 
 WITHOUT_JAVA = (
     "`java` is not on the PATH: METEOR is left out, and BLEU, ROUGE-L and CIDEr use captionlib's own tokenizer, so "
@@ -27,34 +26,13 @@ WITHOUT_JAVA = (
 _TABLE_COLUMNS = {MEAN_LENGTH: ("length", pa.int32()), NOVEL: (NOVEL, pa.bool_())}  # of a single caption
 
 
-@dataclass(frozen=True)
-class CaptionScores:
-    """Scores of a set of captions.
-
-    Attributes:
-        images: the number of images that were scored.
-        scores: the scores of the set by name: BLEU-1 to BLEU-4, METEOR and ROUGE-L (0 to 1), CIDEr (0 to 10; papers
-            report it times 100), and the extra metrics.
-        per_image: the score of each image, by the name of the score and the image id. BLEU, METEOR and perplexity of
-            the set are not means of these.
-        intervals: the ends of the confidence interval, by the name of the score.
-        tokenizer: `ptb`, or `captionlib` without Java.
-    """
-
-    images: int
-    scores: Mapping[str, float]
-    per_image: Mapping[str, Mapping[str, float]]
-    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    tokenizer: str = "ptb"
-
-
 def score_captions(
     captions: Mapping[str, str],
     references: Mapping[str, Sequence[str]],
     *,
     extra_metrics: Sequence[Metric] = (),
     bootstrap: BootstrapConfig | None = None,
-) -> CaptionScores:
+) -> Scores:
     """Scores one caption per image.
 
     CIDEr weighs words by the number of scored images whose references contain them. It means little for few images, and
@@ -65,6 +43,9 @@ def score_captions(
         references: references by image id, at least one for each caption; images without a caption are ignored.
         extra_metrics: metrics to summarize along, with one row for each of `captions`, in that order.
         bootstrap: how confidence intervals are computed.
+
+    Returns:
+        BLEU-1 to BLEU-4, METEOR and ROUGE-L (0 to 1), CIDEr (0 to 10; papers report it times 100), and extra metrics.
 
     Raises:
         DatasetError: there are no captions, or one of them has no references.
@@ -85,12 +66,10 @@ def score_captions(
     if not has_java():
         functions.remove(compute_meteor)
     metrics = [*(function(hypotheses, targets) for function in functions), *extra_metrics]
-    summary = summarize(metrics, ids, bootstrap or BootstrapConfig())
-    tokenizer = "ptb" if has_java() else "captionlib"
-    return CaptionScores(len(ids), summary.scores, summary.per_image, summary.intervals, tokenizer)
+    return summarize(metrics, ids, bootstrap or BootstrapConfig())
 
 
-def build_scores_table(scores: CaptionScores, captions: Mapping[str, str]) -> pa.Table:
+def build_scores_table(scores: Scores, captions: Mapping[str, str]) -> pa.Table:
     """Returns one row per image: `image_id`, `caption`, and a column for each score, such as `bleu_4` and `cider`."""
     columns: dict[str, pa.Array] = {
         "image_id": pa.array(list(captions), pa.string()),

@@ -10,9 +10,10 @@ from captionlib.config import to_dict
 from captionlib.data.batches.captions import read_references
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.errors import ConfigError
-from captionlib.evaluation.bootstrap import BootstrapConfig
-from captionlib.evaluation.caption_scores import WITHOUT_JAVA, CaptionScores, score_captions
+from captionlib.evaluation.bootstrap import BootstrapConfig, Scores
+from captionlib.evaluation.caption_scores import WITHOUT_JAVA, score_captions
 from captionlib.evaluation.diversity import NOVEL, count_diversity, measure_captions
+from captionlib.evaluation.java import has_java
 from captionlib.evaluation.perplexity import measure_perplexity
 from captionlib.evaluation.predictions import Prediction, load_predictions
 
@@ -30,13 +31,15 @@ class Evaluation:
         predictions: the captions that were evaluated, sorted by image id.
         scores: the scores of the captions.
         counts: the number of distinct captions and of distinct words in them.
+        tokenizer: `ptb`, or `captionlib` without Java.
         bootstrap: how the confidence intervals were computed.
         notes: what is missing from the scores, and why.
     """
 
     predictions: Sequence[Prediction]
-    scores: CaptionScores
+    scores: Scores
     counts: Mapping[str, int]
+    tokenizer: str
     bootstrap: BootstrapConfig
     notes: Sequence[str]
 
@@ -48,9 +51,9 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for `scores.json`."""
         return {
-            "images": self.scores.images,
-            "tokenizer": self.scores.tokenizer,
-            "scores": dict(self.scores.scores),
+            "images": len(self.predictions),
+            "tokenizer": self.tokenizer,
+            "scores": dict(self.scores.overall),
             "intervals": {name: list(ends) for name, ends in self.scores.intervals.items()},
             "counts": dict(self.counts),
             "bootstrap": to_dict(self.bootstrap),
@@ -98,7 +101,7 @@ def evaluate_captions(
         bootstrap=bootstrap,
         device=device,
     )
-    if NOVEL in evaluation.scores.scores:
+    if NOVEL in evaluation.scores.overall:
         return evaluation
     reason = (
         f"the manifest has no references in split {' or '.join(train_splits)}" if manifest else "no manifest is given"
@@ -136,5 +139,5 @@ def evaluate_predictions(
     if checkpoint is not None and features is not None:
         metrics.insert(0, measure_perplexity(checkpoint, features, references, device))
     scores = score_captions(captions, references, extra_metrics=metrics, bootstrap=bootstrap)
-    notes = [] if scores.tokenizer == "ptb" else [WITHOUT_JAVA]
-    return Evaluation(predictions, scores, count_diversity(captions), bootstrap, notes)
+    tokenizer, notes = ("ptb", []) if has_java() else ("captionlib", [WITHOUT_JAVA])
+    return Evaluation(predictions, scores, count_diversity(captions), tokenizer, bootstrap, notes)

@@ -1,1 +1,1 @@
-"""The index as a web application: pages for people, JSON for programs."""
+"""The web application over an index: HTML pages and a JSON API."""

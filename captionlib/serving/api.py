@@ -1,96 +1,122 @@
-"""JSON for programs."""
+"""The JSON API and the thumbnails."""
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, File, HTTPException, Query, Request, UploadFile
-from pydantic import BaseModel
+from fastapi import APIRouter, Depends, File, HTTPException, Query, Request, Response, UploadFile
 
 from captionlib import __version__
-from captionlib.errors import BusyError, ImageError, QueryError
-from captionlib.serving.config import ServingConfig
-from captionlib.serving.service import Answer, ImageAnswer, Library, Mode, PhotoAnswer
+from captionlib.errors import ImageError
+from captionlib.serving.responses import (
+    ErrorResponse,
+    HealthResponse,
+    ImageResponse,
+    ImageSearchResponse,
+    SearchMode,
+    SearchResponse,
+)
+from captionlib.serving.service import MAX_OFFSET, MAX_QUERY_CHARACTERS, MAX_RESULTS, SearchService
+from captionlib.serving.thumbnails import Thumbnails, ThumbnailSize
 
-__all__ = ["Health", "Problem", "api_routes"]
+__all__ = ["ImageId", "Service", "ThumbnailStore", "router"]
 
+_THUMBNAIL_HEADERS = {"Cache-Control": "private, max-age=86400"}
 
-class Problem(BaseModel):
-    """Why there is no answer."""
-
-    detail: str
-
-
-class Health(BaseModel):
-    """What is served, and that it is."""
-
-    status: str
-    version: str
-    index: str
-    captions: int
-    vectors: int
+_PLACEHOLDER_SVG = """<svg xmlns="http://www.w3.org/2000/svg" width="256" height="256" viewBox="0 0 256 256">
+<path d="M98 110h60v40H98zM90 158l76-60" fill="none" stroke="#888" stroke-width="3"/></svg>"""
 
 
-def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
-    return {code: {"model": Problem} for code in codes}
+def _get_service(request: Request) -> SearchService:
+    service: SearchService = request.app.state.service
+    return service
 
 
-def api_routes(library: Library, config: ServingConfig) -> APIRouter:
-    """The routes below /api, and /health."""
-    routes = APIRouter()
+def _get_thumbnails(request: Request) -> Thumbnails:
+    thumbnails: Thumbnails = request.app.state.thumbnails
+    return thumbnails
 
-    @routes.get("/health", summary="Whether the index can be asked", tags=["state"])
-    def health() -> Health:
-        description = library.index.description
-        return Health(
-            status="ok",
-            version=__version__,
-            index=description.fingerprint,
-            captions=description.captions_count,
-            vectors=description.vectors_count,
-        )
 
-    @routes.get("/api/search", summary="Images by words, by a sentence, or by both", responses=_problems(400))
-    def search(
-        q: Annotated[
-            str, Query(max_length=config.max_question_characters, description='Words, "phrases", +must, -not.')
-        ],
-        mode: Annotated[Mode, Query(description="Words of captions, what a sentence describes, or both.")] = "text",
-        offset: Annotated[int, Query(ge=0, le=config.max_offset, description="Images to pass over.")] = 0,
-        limit: Annotated[int, Query(ge=1, le=config.max_rows, description="Images of one answer.")] = 20,
-        split: Annotated[str | None, Query(max_length=100, description="That the images must be of.")] = None,
-        min_log_prob: Annotated[
-            float | None, Query(le=0, allow_inf_nan=False, description="That captions must have at least.")
-        ] = None,
-    ) -> Answer:
-        if mode not in library.modes:
-            raise HTTPException(400, f"{mode} cannot be asked here; there is {', '.join(library.modes)}")
-        return library.search(q, mode, offset, limit, split, min_log_prob)
+Service = Annotated[SearchService, Depends(_get_service)]
+ThumbnailStore = Annotated[Thumbnails, Depends(_get_thumbnails)]
+ImageId = Annotated[str, Query(alias="id", max_length=4096, description="Id of the image; must match exactly.")]
 
-    @routes.get("/api/image", summary="One image of the index", responses=_problems(404))
-    def image(id: Annotated[str, Query(max_length=4096, description="Of the image.")]) -> ImageAnswer:
-        try:
-            return library.image(id)
-        except QueryError as error:
-            raise HTTPException(404, str(error)) from error
+router = APIRouter()
 
-    @routes.post(
-        "/api/photo", summary="Captions, sentences and images for a photograph", responses=_problems(400, 404, 413, 503)
+
+def _describe_errors(*status_codes: int) -> dict[int | str, dict[str, Any]]:
+    return {status_code: {"model": ErrorResponse} for status_code in status_codes}
+
+
+@router.get("/health", summary="Report the state of the application")
+def get_health(service: Service) -> HealthResponse:
+    description = service.index.description
+    return HealthResponse(
+        version=__version__,
+        index=description.fingerprint,
+        captions=description.captions_count,
+        vectors=description.vectors_count,
     )
-    async def photo(request: Request, photo: Annotated[UploadFile, File(description="An image file.")]) -> PhotoAnswer:
-        from starlette.concurrency import run_in_threadpool
-
-        content = await photo.read()
-        return await run_in_threadpool(ask_photo, library, content)
-
-    return routes
 
 
-def ask_photo(library: Library, content: bytes) -> PhotoAnswer:
-    """What is found for a photograph, or the answer to one that cannot be had."""
+@router.get("/api/search", summary="Search images by text, by a sentence, or by both", responses=_describe_errors(400))
+def search(
+    service: Service,
+    q: Annotated[
+        str,
+        Query(
+            max_length=MAX_QUERY_CHARACTERS,
+            description='Words and "phrases"; + before one requires it, - excludes it. In sentence mode, a sentence.',
+        ),
+    ],
+    mode: Annotated[
+        SearchMode,
+        Query(description="Search the text of captions, match a sentence against the images, or combine both."),
+    ] = "text",
+    offset: Annotated[int, Query(ge=0, le=MAX_OFFSET, description="Number of results to skip.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=MAX_RESULTS, description="Number of results to return.")] = 20,
+    split: Annotated[str | None, Query(max_length=100, description="Only return images of this split.")] = None,
+    min_log_prob: Annotated[
+        float | None,
+        Query(le=0, allow_inf_nan=False, description="Only return captions with at least this log-probability."),
+    ] = None,
+) -> SearchResponse:
+    if mode not in service.modes:
+        raise HTTPException(400, f"mode {mode} is not available; expected {' or '.join(service.modes)}")
+    return service.search(q, mode, offset, limit, split, min_log_prob)
+
+
+@router.get("/api/image", summary="Get an image of the index", responses=_describe_errors(404))
+def get_image(service: Service, image_id: ImageId) -> ImageResponse:
+    return service.get_image(image_id)
+
+
+@router.post(
+    "/api/image-search",
+    summary="Find captions, sentences and images for an uploaded image",
+    responses=_describe_errors(400, 404, 413, 503),
+)
+def search_by_image(
+    service: Service, image: Annotated[UploadFile, File(description="An image file.")]
+) -> ImageSearchResponse:
+    return service.search_by_image(image.file.read())
+
+
+@router.get(
+    "/thumbnail/{size}",
+    summary="Get a thumbnail of an image of the index",
+    response_class=Response,
+    responses={
+        200: {"content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}},
+        404: {"model": ErrorResponse, "content": {"image/svg+xml": {"schema": {"type": "string"}}}},
+        503: {"model": ErrorResponse},
+    },
+)
+def get_thumbnail(
+    request: Request, service: Service, thumbnails: ThumbnailStore, size: ThumbnailSize, image_id: ImageId
+) -> Response:
     try:
-        return library.photo(content)
-    except ImageError as error:
-        raise HTTPException(400, f"{error.reason}: {error}") from error
-    except BusyError as error:
-        raise HTTPException(503, str(error), {"Retry-After": "2"}) from error
-    except QueryError as error:
-        raise HTTPException(404, str(error)) from error
+        content = thumbnails.get(service.get_image_uri(image_id), size)
+    except ImageError as error:  # its message can contain the address of the image
+        if request.headers.get("accept", "").startswith("image/"):  # an <img> element
+            return Response(_PLACEHOLDER_SVG, 404, media_type="image/svg+xml")
+        raise HTTPException(404, f"image {image_id} cannot be read: {error.reason}") from error
+    return Response(content, media_type="image/jpeg", headers=_THUMBNAIL_HEADERS)

@@ -1,98 +1,112 @@
-"""The application: routes, limits and errors put together."""
+"""Assembles the web application: routes, limits and error responses."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.staticfiles import StaticFiles
 
 from captionlib import __version__
-from captionlib.serving.api import api_routes
-from captionlib.serving.middleware import LimitBody, SafeHeaders
-from captionlib.serving.pages import Pages, page_routes, picture_routes
-from captionlib.serving.service import Library
+from captionlib.errors import BusyError, ImageError, QueryError
+from captionlib.serving import api, pages
+from captionlib.serving.middleware import BodySizeLimit, SecurityHeaders
+from captionlib.serving.service import SearchService
 from captionlib.serving.thumbnails import Thumbnails
 
 __all__ = ["create_app"]
 
-_FORM_BYTES = 2**16  # what a form has around the photograph
+_FORM_BYTES = 2**16  # the part of an upload that is not the image
 
 
-def create_app(library: Library, thumbnails: Path) -> FastAPI:
-    """The web application over a library.
+def create_app(service: SearchService, thumbnail_folder: Path) -> FastAPI:
+    """Creates the web application.
 
     Args:
-        library: what is asked.
-        thumbnails: the folder where they are kept.
+        service: the service that searches.
+        thumbnail_folder: the folder for thumbnails.
     """
-    config = library.config
-    pictures = Thumbnails(thumbnails, config)
-    pages = Pages(library)
+    config = service.config
+    thumbnails = Thumbnails(thumbnail_folder, config)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        with pictures, library:
+        with thumbnails, service:
             yield
 
     app = FastAPI(
         title="captionlib",
         version=__version__,
-        summary="Images by their captions, by sentences and by other images.",
-        docs_url=None,  # these load scripts from elsewhere
+        summary="Search images by their captions, by sentences and by other images.",
+        docs_url=None,  # FastAPI's pages load scripts from other hosts
         redoc_url=None,
         lifespan=lifespan,
     )
-    app.include_router(api_routes(library, config))
-    app.include_router(picture_routes(library, pictures))
-    app.include_router(page_routes(library, config, pages, pictures))
+    app.state.service = service
+    app.state.thumbnails = thumbnails
+    app.state.pages = pages.Pages(service)
+    app.include_router(api.router)
+    app.include_router(pages.router)
     app.mount("/static", StaticFiles(directory=str(files("captionlib.serving") / "static")), name="static")
-    _add_docs(app, pages)
-    _add_errors(app, pages)
+    _add_error_handlers(app)
     app.add_middleware(
-        LimitBody, max_bytes=config.max_upload_bytes + _FORM_BYTES, refuse=_too_large(pages, config.max_upload_bytes)
+        BodySizeLimit,
+        max_bytes=config.max_upload_bytes + _FORM_BYTES,
+        make_response=_make_too_large_response(app, config.max_upload_bytes),
     )
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(config.hosts), www_redirect=False)
-    app.add_middleware(SafeHeaders)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(config.allowed_hosts), www_redirect=False)
+    app.add_middleware(SecurityHeaders)
     return app
 
 
-def _add_docs(app: FastAPI, pages: Pages) -> None:
-    @app.get("/docs", include_in_schema=False)
-    def docs() -> HTMLResponse:
-        return pages.render("docs.html", schema=app.openapi())
-
-
-def _add_errors(app: FastAPI, pages: Pages) -> None:
-    """Programs get JSON, and people pages."""
-
+def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(StarletteHTTPException)
-    async def answer(request: Request, error: HTTPException) -> Response:
-        if _is_person(request):
-            return pages.problem(error.status_code, str(error.detail))
-        return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+    async def handle_http_error(request: Request, error: HTTPException) -> Response:
+        return _make_error_response(app, request, error.status_code, str(error.detail), error.headers)
+
+    @app.exception_handler(QueryError)
+    async def handle_query_error(request: Request, error: QueryError) -> Response:
+        return _make_error_response(app, request, 404, str(error))
+
+    @app.exception_handler(ImageError)
+    async def handle_image_error(request: Request, error: ImageError) -> Response:
+        return _make_error_response(app, request, 400, f"{error.reason}: {error}")
+
+    @app.exception_handler(BusyError)
+    async def handle_busy_error(request: Request, error: BusyError) -> Response:
+        return _make_error_response(app, request, 503, str(error), {"Retry-After": "2"})
 
     @app.exception_handler(RequestValidationError)
-    async def refuse(request: Request, error: RequestValidationError) -> Response:
-        # What was sent is not sent back: it may be a file, or no text at all.
+    async def handle_validation_error(request: Request, error: RequestValidationError) -> Response:
+        # Leaves out the rejected values: they may be files, or not be text at all.
         problems = [{name: problem[name] for name in ("type", "loc", "msg")} for problem in error.errors()]
-        if _is_person(request):
-            return pages.problem(422, "; ".join(f"{problem['loc'][-1]}: {problem['msg']}" for problem in problems))
+        if _accepts_html(request):
+            detail = "; ".join(f"{problem['loc'][-1]}: {problem['msg']}" for problem in problems)
+            return _make_error_response(app, request, 422, detail)
         return JSONResponse({"detail": problems}, 422)
 
 
-def _too_large(pages: Pages, max_bytes: int) -> Callable[[Request], Response]:
-    def refuse(request: Request) -> Response:
-        detail = f"expected a photograph of at most {max_bytes / 2**20:.3g} MB"
-        return pages.problem(413, detail) if _is_person(request) else JSONResponse({"detail": detail}, 413)
-
-    return refuse
+def _make_too_large_response(app: FastAPI, max_bytes: int) -> Callable[[Request], Response]:
+    detail = f"expected an image of at most {max_bytes / 2**20:.3g} MB"
+    return lambda request: _make_error_response(app, request, 413, detail)
 
 
-def _is_person(request: Request) -> bool:
+def _make_error_response(
+    app: FastAPI, request: Request, status_code: int, detail: str, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Returns a page to browsers and JSON to other clients."""
+    if _accepts_html(request):
+        response: Response = app.state.pages.render_error(status_code, detail)
+    else:
+        response = JSONResponse({"detail": detail}, status_code)
+    response.headers.update(headers or {})
+    return response
+
+
+def _accepts_html(request: Request) -> bool:
     return "text/html" in request.headers.get("accept", "")

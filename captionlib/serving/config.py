@@ -1,44 +1,33 @@
-"""What the web application allows."""
+"""The limits of the web application."""
 
-from dataclasses import dataclass
+from pydantic import PositiveFloat, PositiveInt
 
-from captionlib.errors import ConfigError
+from captionlib.config import configclass
 
 __all__ = ["ServingConfig"]
 
 
-@dataclass(frozen=True)
+@configclass
 class ServingConfig:
-    """Limits of the web application.
+    """The limits of the web application.
 
     Attributes:
-        hosts: names that it answers to, without ports: a page of somebody else's cannot point a name of its own here.
-        max_upload_bytes: of a photograph.
-        max_question_characters: longer questions are refused.
-        max_rows: of one answer.
-        max_offset: how far one may turn pages.
-        max_photos: that are looked at, or fetched for a thumbnail, at a time; more are told to come back.
-        max_image_pixels: width x height of images that are decoded.
-        image_timeout_seconds: for fetching one image, and for decoding it.
-        thumbnail_bytes: of all thumbnails that are kept on disk.
-        allow_private_hosts: fetch images also from hosts that are not public. Whoever made the data set chose their
-            addresses, and visitors see what is there.
+        allowed_hosts: the host names, without ports, that requests may be for. Prevents DNS rebinding: a foreign page
+            cannot reach the application through a name of its own.
+        max_upload_bytes: the maximum size of an uploaded image.
+        max_concurrent_images: the maximum number of uploaded images, and of thumbnails, being processed at once;
+            further requests are answered with 503.
+        max_image_pixels: the maximum width x height of images to decode.
+        image_timeout_seconds: the timeout for fetching an image, and for decoding it.
+        max_thumbnail_bytes: the maximum size of all thumbnails on disk.
+        allow_private_hosts: fetch images also from hosts that are not public. The author of the dataset chose the
+            addresses of the images, and visitors see what is stored there.
     """
 
-    hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1", "[::1]")
-    max_upload_bytes: int = 16 * 2**20
-    max_question_characters: int = 500
-    max_rows: int = 100
-    max_offset: int = 10_000
-    max_photos: int = 16
-    max_image_pixels: int = 50_000_000
-    image_timeout_seconds: float = 10.0
-    thumbnail_bytes: int = 2**30
+    allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1", "[::1]")
+    max_upload_bytes: PositiveInt = 16 * 2**20
+    max_concurrent_images: PositiveInt = 16
+    max_image_pixels: PositiveInt = 50_000_000
+    image_timeout_seconds: PositiveFloat = 10.0
+    max_thumbnail_bytes: PositiveInt = 2**30
     allow_private_hosts: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("max_upload_bytes", "max_question_characters", "max_rows", "max_photos", "max_image_pixels"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.image_timeout_seconds <= 0:
-            raise ConfigError(f"image_timeout_seconds: expected more than 0, got {self.image_timeout_seconds}")

@@ -1,4 +1,4 @@
-"""What stands before the pages: no body that is too large, and headers that keep a browser from harm."""
+"""ASGI middleware that limits the size of request bodies and adds security headers."""
 
 from collections.abc import Callable, Mapping
 
@@ -6,9 +6,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["LimitBody", "SafeHeaders"]
+__all__ = ["BodySizeLimit", "SecurityHeaders"]
 
-# Nothing from elsewhere, nothing inline, no frames: what a caption holds can do nothing, even if it were not escaped.
+# Nothing from other hosts, nothing inline, no frames: markup in a caption would do nothing even if it were not escaped.
 _HEADERS: Mapping[str, str] = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -21,19 +21,19 @@ _HEADERS: Mapping[str, str] = {
 }
 
 
-class LimitBody:
-    """Refuses a request whose body is larger than allowed, whatever it says of its length.
+class BodySizeLimit:
+    """Rejects requests with a body that is too large, whatever length they declare.
 
     Args:
-        app: what is asked otherwise.
-        max_bytes: of a body.
-        refuse: makes the answer, with the status 413.
+        app: the application.
+        max_bytes: the maximum size of a body.
+        make_response: makes the response to a rejected request.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, refuse: Callable[[Request], Response]) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, make_response: Callable[[Request], Response]) -> None:
         self._app = app
         self._max_bytes = max_bytes
-        self._refuse = refuse
+        self._make_response = make_response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,11 +41,11 @@ class LimitBody:
             return
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._max_bytes:
-            await self._answer(scope, receive, send)
+            await self._reject(scope, receive, send)
             return
-        received, answered = 0, False
+        received, response_started = 0, False
 
-        async def counted() -> Message:
+        async def receive_limited() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
@@ -53,38 +53,38 @@ class LimitBody:
                 raise _TooLargeError
             return message
 
-        async def watched(message: Message) -> None:
-            nonlocal answered
-            answered = True
+        async def send_tracked(message: Message) -> None:
+            nonlocal response_started
+            response_started = True
             await send(message)
 
         try:
-            await self._app(scope, counted, watched)
+            await self._app(scope, receive_limited, send_tracked)
         except _TooLargeError:
-            if not answered:
-                await self._answer(scope, receive, send)
+            if not response_started:
+                await self._reject(scope, receive, send)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = self._refuse(Request(scope))
-        response.headers["connection"] = "close"  # what is left of the body is not read
+    async def _reject(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = self._make_response(Request(scope))
+        response.headers["connection"] = "close"  # the rest of the body is not read
         await response(scope, receive, send)
 
 
 class _TooLargeError(BaseException):
-    """Passes through what catches all errors of an application."""
+    """Not an Exception, so that the application's error handlers do not catch it."""
 
 
-class SafeHeaders:
-    """Adds the headers that keep a browser from harm to every answer."""
+class SecurityHeaders:
+    """Adds security headers to every response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._headers = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def with_headers(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message["headers"], *self._headers]}
             await send(message)
 
-        await self._app(scope, receive, with_headers)
+        await self._app(scope, receive, send_with_headers)

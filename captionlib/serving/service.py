@@ -1,238 +1,193 @@
-"""What the application answers, whoever asks: the same for pages and for programs."""
+"""Searches for the web application, independent of HTTP: the pages and the JSON API call the same methods."""
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 import pyarrow as pa
-from pydantic import BaseModel, Field
 
-from captionlib.errors import BusyError, CaptionlibError, ConfigError, QueryError
+from captionlib.errors import BusyError, CaptionlibError, QueryError
 from captionlib.search.index import Filter, Index
 from captionlib.search.sql.queries import find_image
-from captionlib.search.sql.session import SqlLimits, open_sql
+from captionlib.search.sql.session import SqlLimits, open_captions
 from captionlib.serving.config import ServingConfig
+from captionlib.serving.responses import (
+    CaptionCandidate,
+    ImageResponse,
+    ImageSearchResponse,
+    ScoredSentence,
+    SearchMode,
+    SearchResponse,
+    SearchResult,
+)
 
-if TYPE_CHECKING:  # it loads torch, which takes seconds, and is needed for photographs alone
-    from captionlib.search.models import ImageQueryModels, QueryEncoder
+if TYPE_CHECKING:  # imports torch, which takes seconds and only image search needs
+    from captionlib.search.models import ImageQueryModels
 
-__all__ = ["Answer", "Candidate", "Hit", "ImageAnswer", "Library", "Mode", "PhotoAnswer", "Sentence"]
+__all__ = ["MAX_OFFSET", "MAX_QUERY_CHARACTERS", "MAX_RESULTS", "SearchService"]
 
-Mode = Literal["text", "sentence", "hybrid"]
+MAX_QUERY_CHARACTERS = 500
+MAX_RESULTS = 100
+MAX_OFFSET = 10_000
 
-_NEAREST = 24
-
-
-class Hit(BaseModel):
-    """An image that was found."""
-
-    image_id: str
-    caption: str
-    log_prob: float = Field(description="Natural logarithm of the caption's probability.")
-    split: str
-    score: float = Field(description="The higher the better; comparable within one answer alone.")
-    thumbnail: str = Field(description="Where a small picture of it is.")
-
-
-class Answer(BaseModel):
-    """Images in order, the best first."""
-
-    question: str
-    mode: Mode
-    offset: int
-    limit: int
-    total: int | None = Field(description="How many captions match; null where all images do, more or less.")
-    more: bool = Field(description="Whether there are further ones.")
-    note: str | None = Field(description="Why there is no answer.")
-    rows: list[Hit]
+_SIMILAR_IMAGES = 24
+_SIMILAR_SENTENCES = 10
+_WAIT_SECONDS = 5.0
 
 
-class Candidate(BaseModel):
-    """A caption of an image."""
-
-    caption: str
-    log_prob: float
-
-
-class ImageAnswer(BaseModel):
-    """One image of the index."""
-
-    image_id: str
-    caption: str
-    log_prob: float
-    split: str
-    thumbnail: str
-    picture: str = Field(description="Where a larger picture of it is.")
-    candidates: list[Candidate] = Field(description="All its captions; empty where the dataset is out of reach.")
-    similar: list[Hit] = Field(description="The images nearest to it; empty where the index has no vectors.")
-
-
-class Sentence(BaseModel):
-    """A sentence that fits a photograph."""
-
-    sentence: str
-    score: float
-
-
-class PhotoAnswer(BaseModel):
-    """What is found for a photograph."""
-
-    captions: list[Candidate]
-    sentences: list[Sentence]
-    images: list[Hit]
-
-
-class Library:
-    """An index, the models that go with it, and the dataset of its captions.
-
-    A context manager that closes what looks at photographs; safe to use from many threads.
+class SearchService:
+    """An index, its captions dataset, and the models for searching by image. A context manager; thread-safe.
 
     Args:
-        index: to be asked.
-        config: its limits.
-        ranker: the ranker that it was opened with, for the sentences that fit a photograph.
-        photos: for uploaded photographs; None takes none.
-        sentences: that photographs are compared with; without, the captions of the images nearest to them.
+        index: the index.
+        config: the limits.
+        models: the models for uploaded images, closed on exit; None disables searching by image.
+        sentences: the sentences that uploaded images are compared with; if empty, the captions of similar images.
     """
 
     def __init__(
         self,
         index: Index,
         config: ServingConfig,
-        ranker: "QueryEncoder | None" = None,
-        photos: "ImageQueryModels | None" = None,
+        models: "ImageQueryModels | None" = None,
         sentences: Sequence[str] = (),
     ) -> None:
         self.index = index
         self.config = config
-        self._ranker = ranker
-        self._photos = photos
-        self._sentences = list(sentences)
-        self._slots = threading.BoundedSemaphore(config.max_photos)
         self.splits = index.list_splits()
+        self._models = models
+        self._sentences = list(sentences)
+        self._slots = threading.BoundedSemaphore(config.max_concurrent_images)
 
-    def __enter__(self) -> "Library":
+    def __enter__(self) -> "SearchService":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._photos is not None:
-            self._photos.close()
+        if self._models is not None:
+            self._models.close()
 
     @property
-    def modes(self) -> list[Mode]:
+    def modes(self) -> list[SearchMode]:
         return ["text", "sentence", "hybrid"] if self.index.supports_sentences else ["text"]
 
     @property
-    def takes_photos(self) -> bool:
-        return self._photos is not None
+    def supports_image_search(self) -> bool:
+        return self._models is not None
 
     def search(
-        self, question: str, mode: Mode, offset: int, limit: int, split: str | None, min_log_prob: float | None
-    ) -> Answer:
-        """Images by words, by a sentence, or by both."""
-        chosen = Filter(split=split or None, min_log_prob=min_log_prob)
-        answer = Answer(
-            question=question, mode=mode, offset=offset, limit=limit, total=None, more=False, note=None, rows=[]
+        self,
+        query: str,
+        mode: SearchMode,
+        offset: int,
+        limit: int,
+        split: str | None = None,
+        min_log_prob: float | None = None,
+    ) -> SearchResponse:
+        """Searches the index by text, by a sentence, or by both."""
+        response = SearchResponse(
+            query=query, mode=mode, offset=offset, limit=limit, total=None, has_more=False, message=None, results=[]
         )
-        if not question.strip():
-            return answer
+        if not query.strip():
+            return response
+        where = Filter(split=split or None, min_log_prob=min_log_prob)
         try:
             if mode == "text":
-                table, answer.total = self.index.search_text_and_count(question, limit + 1, offset, chosen)
+                table, response.total = self.index.search_text_and_count(query, limit + 1, offset, where)
             elif mode == "sentence":
-                table = self.index.search_sentence(question, limit + 1, offset, chosen)
+                table = self.index.search_sentence(query, limit + 1, offset, where)
             else:
-                table = self.index.search_hybrid(question, limit + 1, offset, chosen)
+                table = self.index.search_hybrid(query, limit + 1, offset, where)
         except QueryError as error:
-            answer.note = str(error).split(": ", 1)[-1]
-            return answer
-        answer.rows = hits_of(table.slice(0, limit))
-        answer.more = table.num_rows > limit and offset + limit <= self.config.max_offset
-        return answer
+            response.message = str(error).split(": ", 1)[-1]
+            return response
+        response.results = _to_results(table.slice(0, limit))
+        response.has_more = table.num_rows > limit and offset + limit <= MAX_OFFSET
+        return response
 
-    def sample(self, limit: int) -> list[Hit]:
-        """Some images, for whoever does not know yet what to ask."""
-        return hits_of(self.index.sample(limit))
+    def sample(self, limit: int) -> list[SearchResult]:
+        """Returns images from all over the index, as examples."""
+        return _to_results(self.index.sample(limit))
 
-    def image(self, image_id: str) -> ImageAnswer:
-        """One image.
+    def get_image(self, image_id: str) -> ImageResponse:
+        """Returns one image with its caption candidates and similar images.
 
         Raises:
-            QueryError: there is no such image.
+            QueryError: the index does not hold the image.
         """
         row = self.index.get_image(image_id)
-        return ImageAnswer(
+        return ImageResponse(
             image_id=image_id,
             caption=row["caption"],
             log_prob=row["log_prob"],
             split=row["split"],
-            thumbnail=picture_url(image_id, "small"),
-            picture=picture_url(image_id, "large"),
-            candidates=self._candidates(image_id),
-            similar=self._similar(image_id),
+            thumbnail_url=_thumbnail_url(image_id, "small"),
+            preview_url=_thumbnail_url(image_id, "large"),
+            candidates=self._read_candidates(image_id),
+            similar=self._find_similar(image_id),
         )
 
-    def uri(self, image_id: str) -> str:
-        """Where an image of the index lies.
+    def get_image_uri(self, image_id: str) -> str:
+        """Returns the address of an image, which visitors must not see.
 
         Raises:
-            QueryError: there is no such image.
+            QueryError: the index does not hold the image.
         """
         return str(self.index.get_image(image_id)["uri"])
 
-    def photo(self, content: bytes) -> PhotoAnswer:
-        """What is found for a photograph.
+    def search_by_image(self, content: bytes) -> ImageSearchResponse:
+        """Finds captions, sentences and images for an image file.
 
         Raises:
-            ImageError: it is no image, or one that is not allowed.
-            BusyError: too many are looked at.
-            QueryError: photographs are not taken here.
+            DecodeError: the file is not an image, or exceeds the limits.
+            BusyError: too many images are being processed.
+            QueryError: searching by image is disabled.
         """
-        if self._photos is None:
-            raise QueryError("photographs are not taken here: no ranker and no captioner was given")
-        if not self._slots.acquire(timeout=5.0):
-            raise BusyError("too many photographs at once; try again")
+        if self._models is None:
+            raise QueryError("searching by image is not available: the server has no ranker and no captioner")
+        if not self._slots.acquire(timeout=_WAIT_SECONDS):
+            raise BusyError("too many images at once; try again")
         try:
-            captions = self._photos.caption(content).to_pylist() if self._photos.can_caption else []
-            vector = self._photos.embed(content) if self._photos.can_embed and self.index.has_vectors else None
-            near = self.index.search_vector(vector, _NEAREST) if vector is not None else None
+            captions = self._models.caption(content).to_pylist() if self._models.can_caption else []
             sentences: list[dict[str, Any]] = []
-            if near is not None and vector is not None and self._ranker is not None and near.num_rows:
-                known = self._sentences or list(dict.fromkeys(near["caption"].to_pylist()))
-                sentences = self._photos.rank_sentences(vector, known).slice(0, 10).to_pylist()
+            images: list[SearchResult] = []
+            if self._models.can_embed and self.index.has_vectors:
+                vector = self._models.embed(content)
+                images = _to_results(self.index.search_vector(vector, _SIMILAR_IMAGES))
+                candidates = self._sentences or list(dict.fromkeys(image.caption for image in images))
+                if candidates:
+                    ranked = self._models.rank_sentences(vector, candidates)
+                    sentences = ranked.slice(0, _SIMILAR_SENTENCES).to_pylist()
         finally:
             self._slots.release()
-        return PhotoAnswer(
-            captions=[Candidate(**row) for row in captions],
-            sentences=[Sentence(**row) for row in sentences],
-            images=hits_of(near) if near is not None else [],
+        return ImageSearchResponse(
+            captions=[CaptionCandidate(**row) for row in captions],
+            sentences=[ScoredSentence(**row) for row in sentences],
+            images=images,
         )
 
-    def _candidates(self, image_id: str) -> list[Candidate]:
-        """All captions of an image, from the dataset."""
+    def _read_candidates(self, image_id: str) -> list[CaptionCandidate]:
         try:
-            with open_sql(self.index.description.captions.folder, "captions", SqlLimits("500MB", 1)) as session:
+            with open_captions(self.index.description.captions.folder, SqlLimits("500MB", 1)) as session:
                 (row,) = find_image(session, image_id).to_pylist()
-        except (CaptionlibError, OSError, ConfigError):
+        except (CaptionlibError, OSError):  # the captions dataset may be elsewhere by now
             return []
-        return [Candidate(**candidate) for candidate in row["candidates"]]
+        return [CaptionCandidate(**candidate) for candidate in row["candidates"]]
 
-    def _similar(self, image_id: str) -> list[Hit]:
+    def _find_similar(self, image_id: str) -> list[SearchResult]:
         if not self.index.has_vectors:
             return []
         try:
-            return hits_of(self.index.search_similar(image_id, _NEAREST))
-        except QueryError:  # it failed where the embeddings were made
+            return _to_results(self.index.search_similar(image_id, _SIMILAR_IMAGES))
+        except QueryError:  # computing its embedding failed
             return []
 
 
-def hits_of(table: pa.Table) -> list[Hit]:
-    """Rows of an index as they are answered: without the places where the images lie."""
+def _to_results(table: pa.Table) -> list[SearchResult]:
+    """Converts rows of the index, without the addresses of the images."""
     rows = table.select(["image_id", "caption", "log_prob", "split", "score"]).to_pylist()
-    return [Hit(**row, thumbnail=picture_url(row["image_id"], "small")) for row in rows]
+    return [SearchResult(**row, thumbnail_url=_thumbnail_url(row["image_id"], "small")) for row in rows]
 
 
-def picture_url(image_id: str, size: str) -> str:
-    """Where a picture of an image is."""
-    return f"/picture/{size}?{urlencode({'id': image_id})}"
+def _thumbnail_url(image_id: str, size: str) -> str:
+    return f"/thumbnail/{size}?{urlencode({'id': image_id})}"

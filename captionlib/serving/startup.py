@@ -1,33 +1,33 @@
-"""Opens all that the application needs from folders, in the process that serves."""
+"""Loads the web application from folders, in every process that serves it."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 from fastapi import FastAPI
 
 import captionlib.search
+from captionlib.config import configclass
 from captionlib.data.images.decoder_pool import DecoderConfig
-from captionlib.errors import ConfigError
 from captionlib.serving.app import create_app
 from captionlib.serving.config import ServingConfig
-from captionlib.serving.service import Library
+from captionlib.serving.service import SearchService
 
-__all__ = ["Served", "open_app"]
+__all__ = ["AppConfig", "load_app"]
 
 
-@dataclass(frozen=True)
-class Served:
-    """What is served; plain values, so that every process of a server opens the same.
+@configclass
+class AppConfig:
+    """What to serve, as plain values that every server process loads.
 
     Attributes:
-        index: its folder.
-        thumbnails: the folder where they are kept.
-        ranker: the checkpoint that made the embeddings of the index; None asks for words alone.
-        captioner: a checkpoint that captions uploaded photographs.
-        weights: the encoder's weights file, where the models learned from features of such a file.
-        sentences: a file of sentences, one a line, that photographs are compared with.
-        device: where the models run.
-        limits: of the application.
+        index: the folder of the index.
+        thumbnails: the folder for thumbnails.
+        ranker: the checkpoint that computed the embeddings of the index; None supports text queries only.
+        captioner: a checkpoint to caption uploaded images with.
+        weights: the file of the encoder's weights, if the models were trained with such a file.
+        sentences: a file of sentences, one per line, to compare uploaded images with.
+        device: the device to run the models on.
+        serving: the limits of the application.
     """
 
     index: str
@@ -37,37 +37,31 @@ class Served:
     weights: str | None = None
     sentences: str | None = None
     device: str = "auto"
-    limits: ServingConfig = field(default_factory=ServingConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
 
 
-def open_app(served: Served) -> FastAPI:
-    """The application over these folders.
+def load_app(config: AppConfig) -> FastAPI:
+    """Opens the index, loads the models and creates the application.
 
     Raises:
-        CheckpointError: a checkpoint is not there, or not one for this index.
-        ConfigError: the sentences cannot be read, or the encoder not be loaded.
-        DatasetError: there is no index.
+        CheckpointError: a checkpoint is missing, or is not one for this index.
+        ConfigError: the sentences or the encoder cannot be read.
+        DatasetError: the folder is not an index.
     """
-    from captionlib.search.models import load_query_encoder
+    limits = config.serving
+    if config.ranker is None and config.captioner is None:
+        service = SearchService(captionlib.search.open(config.index), limits)
+        return create_app(service, Path(config.thumbnails))
 
-    ranker = load_query_encoder(served.ranker, served.device) if served.ranker else None
-    index = captionlib.search.open(served.index, ranker)
-    photos = None
-    if ranker is not None or served.captioner is not None:
-        from captionlib.search.models import ImageQueryModels  # loads torch, which takes seconds
+    from captionlib.search.models import (  # imports torch, which takes seconds
+        ImageQueryModels,
+        load_query_encoder,
+        read_sentences,
+    )
 
-        limits = served.limits
-        decoding = DecoderConfig(timeout_seconds=limits.image_timeout_seconds, max_image_pixels=limits.max_image_pixels)
-        photos = ImageQueryModels(ranker, served.captioner, served.weights, served.device, decoding)
-    library = Library(index, served.limits, ranker, photos, _read_sentences(served.sentences))
-    return create_app(library, Path(served.thumbnails))
-
-
-def _read_sentences(file: str | None) -> list[str]:
-    if file is None:
-        return []
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"sentences {file}: cannot be read: {error}") from error
-    return [line.strip() for line in lines if line.strip()]
+    ranker = load_query_encoder(config.ranker, config.device) if config.ranker else None
+    index = captionlib.search.open(config.index, ranker)
+    sentences = read_sentences(config.sentences) if config.sentences else []
+    decoding = DecoderConfig(timeout_seconds=limits.image_timeout_seconds, max_image_pixels=limits.max_image_pixels)
+    models = ImageQueryModels(ranker, config.captioner, config.weights, config.device, decoding)
+    return create_app(SearchService(index, limits, models, sentences), Path(config.thumbnails))

@@ -16,8 +16,8 @@ from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import DatasetError
-from captionlib.evaluation.bootstrap import BootstrapConfig
-from captionlib.evaluation.caption_scores import CaptionScores, CiderScorer, build_scores_table, score_captions
+from captionlib.evaluation.bootstrap import BootstrapConfig, Scores
+from captionlib.evaluation.caption_scores import CiderScorer, build_scores_table, score_captions
 
 CAPTIONS = {  # sorted by id, as evaluations are
     "10": "a dog runs on the grass",
@@ -56,7 +56,7 @@ def write_manifest(folder: Path, references: dict[str, list[str]]) -> ShardedDat
 
 
 @lru_cache(maxsize=1)
-def scores() -> CaptionScores:
+def scores() -> Scores:
     """Scores CAPTIONS once for all tests, because METEOR takes seconds to start."""
     return score_captions(CAPTIONS, REFERENCES)
 
@@ -70,27 +70,27 @@ def test_scores_equal_those_of_pycocoevalcap() -> None:
     meteor, meteor_per_image = Meteor().compute_score(expected, hypotheses)
     rouge, rouge_per_image = Rouge().compute_score(expected, hypotheses)
     cider, cider_per_image = Cider().compute_score(expected, hypotheses)
-    assert (result.images, result.tokenizer) == (4, "ptb")
-    assert list(result.scores) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr"]
-    assert list(result.scores.values()) == pytest.approx([*bleu, meteor, rouge, cider], abs=1e-12)
+    assert list(result.per_image["CIDEr"]) == list(CAPTIONS)
+    assert list(result.overall) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr"]
+    assert list(result.overall.values()) == pytest.approx([*bleu, meteor, rouge, cider], abs=1e-12)
     per_image = [*bleu_per_image, meteor_per_image, rouge_per_image, cider_per_image]
-    for name, values in zip(result.scores, per_image, strict=True):
+    for name, values in zip(result.overall, per_image, strict=True):
         assert list(result.per_image[name].values()) == pytest.approx(list(values), abs=1e-12), name
 
 
 def test_scores_of_one_caption_computed_by_hand() -> None:
     result = score_captions({"x": "a dog runs"}, {"x": ["A dog sleeps here."]})
     brevity_penalty = math.exp(1 - 4 / 3)  # 3 words against 4
-    assert result.scores["BLEU-1"] == pytest.approx(2 / 3 * brevity_penalty, abs=1e-6)
-    assert result.scores["BLEU-2"] == pytest.approx(math.sqrt(2 / 3 * 1 / 2) * brevity_penalty, abs=1e-6)
-    assert result.scores["CIDEr"] == 0
+    assert result.overall["BLEU-1"] == pytest.approx(2 / 3 * brevity_penalty, abs=1e-6)
+    assert result.overall["BLEU-2"] == pytest.approx(math.sqrt(2 / 3 * 1 / 2) * brevity_penalty, abs=1e-6)
+    assert result.overall["CIDEr"] == 0
 
 
 def test_scores_do_not_depend_on_image_order_and_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
-    expected = scores().scores
+    expected = scores().overall
     capfd.readouterr()
     reversed_captions = dict(reversed(CAPTIONS.items()))
-    assert score_captions(reversed_captions, REFERENCES).scores == pytest.approx(expected, abs=1e-12)
+    assert score_captions(reversed_captions, REFERENCES).overall == pytest.approx(expected, abs=1e-12)
     assert capfd.readouterr() == ("", "")
 
 
@@ -115,22 +115,21 @@ def test_without_java_own_tokens_are_scored_and_meteor_is_left_out(monkeypatch: 
     with_java = scores()
     monkeypatch.setenv("PATH", "")
     result = score_captions(CAPTIONS, REFERENCES)
-    assert result.tokenizer == "captionlib"
-    assert list(result.scores) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"]
-    assert result.scores == pytest.approx({name: with_java.scores[name] for name in result.scores}, abs=1e-9)
+    assert list(result.overall) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"]
+    assert result.overall == pytest.approx({name: with_java.overall[name] for name in result.overall}, abs=1e-9)
 
 
 def test_intervals_contain_the_scores() -> None:
     result = scores()
-    assert result.intervals.keys() == result.scores.keys()
+    assert result.intervals.keys() == result.overall.keys()
     for name, (low, high) in result.intervals.items():
-        assert 0 <= low <= result.scores[name] <= high
+        assert 0 <= low <= result.overall[name] <= high
 
 
 def test_intervals_are_reproducible_and_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")  # avoids METEOR, which takes seconds to start
 
-    def score(samples: int) -> CaptionScores:
+    def score(samples: int) -> Scores:
         return score_captions(CAPTIONS, REFERENCES, bootstrap=BootstrapConfig(samples=samples))
 
     assert len(score(200).intervals) == 6

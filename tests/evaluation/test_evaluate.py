@@ -110,7 +110,7 @@ def test_evaluation_has_all_scores(tmp_path: Path) -> None:
     ]
     assert result["scores"]["novel"] == 3 / 4
     assert result["intervals"].keys() == result["scores"].keys()
-    assert (result["images"], result["notes"]) == (4, [])
+    assert (result["images"], result["tokenizer"], result["notes"]) == (4, "ptb", [])
 
 
 def test_checkpoint_without_features_is_rejected(tmp_path: Path) -> None:
@@ -123,5 +123,6 @@ def test_novel_share_is_left_out_without_training_references(tmp_path: Path, mon
     write_captions(tmp_path / "captions", CAPTIONS)
     write_manifest(tmp_path / "manifest", REFERENCES)
     evaluation = evaluate_captions(tmp_path / "captions", tmp_path / "manifest", bootstrap=BootstrapConfig(samples=0))
-    assert "novel" not in evaluation.scores.scores
+    assert evaluation.tokenizer == "captionlib"
+    assert "novel" not in evaluation.scores.overall
     assert "no references in split train or restval" in evaluation.notes[-1]

@@ -69,7 +69,7 @@ def test_interval_of_a_mean_matches_the_normal_distribution() -> None:
     )
     low, high = summary.intervals["mean"]
     error = 1.96 * values.std() / 400**0.5
-    assert summary.scores["mean"] == pytest.approx(values.mean())
+    assert summary.overall["mean"] == pytest.approx(values.mean())
     assert (low, high) == pytest.approx((values.mean() - error, values.mean() + error), abs=0.02)
 
 
@@ -84,7 +84,7 @@ def test_metrics_share_their_resamples() -> None:
 
 def test_undefined_score_is_left_out() -> None:
     summary = summarize([compute_ratio("perplexity", [0.0], [0.0])], ["x"], BootstrapConfig(samples=10))
-    assert summary.scores == {}
+    assert summary.overall == {}
 
 
 @pytest.mark.parametrize("options", [{"samples": -1}, {"confidence": 1.0}])

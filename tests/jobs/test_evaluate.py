@@ -28,10 +28,10 @@ def test_scores_are_printed_and_written(tmp_path: Path, manifest: Path) -> None:
     expected = scores()
     assert result.output.splitlines()[0] == f"{tmp_path}/captions: 4 images"
     low, high = expected.intervals["BLEU-1"]
-    assert f"  BLEU-1               {expected.scores['BLEU-1']:.4f}   {low:.4f} to {high:.4f}" in result.output
+    assert f"  BLEU-1               {expected.overall['BLEU-1']:.4f}   {low:.4f} to {high:.4f}" in result.output
     written = json.loads((tmp_path / "scores" / "scores.json").read_text())
     assert (written["images"], written["splits"], written["tokenizer"]) == (4, ["val"], "ptb")
-    assert written["scores"] == {**expected.scores, "mean_length": written["scores"]["mean_length"]}
+    assert written["scores"] == {**expected.overall, "mean_length": written["scores"]["mean_length"]}
     assert written["intervals"]["CIDEr"] == list(expected.intervals["CIDEr"])
     assert written["counts"] == {"distinct_captions": 4, "vocabulary_size": 11}
     table = pq.read_table(tmp_path / "new" / "scores.parquet").to_pylist()
@@ -46,7 +46,7 @@ def test_result_struct_needs_no_manifest(tmp_path: Path) -> None:
     predictions = [Prediction(i, text, references=tuple(REFERENCES[i])) for i, text in CAPTIONS.items()]
     (tmp_path / "result_struct.json").write_text(json.dumps(to_result_struct(predictions, {})))
     result = evaluate(tmp_path / "result_struct.json", "--bootstrap-samples", "0")
-    expected = scores().scores["CIDEr"]
+    expected = scores().overall["CIDEr"]
     assert f"  CIDEr                {expected:.4f}\n" in result.output
 
 

@@ -75,7 +75,7 @@ def test_what_is_not_ours_is_said_clearly(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"got thesis\.txt"):
         inspect(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(CheckpointError, match="is no checkpoint of captionlib"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         inspect(tmp_path)
 
 

@@ -1,11 +1,13 @@
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from uuid import uuid4
 
+import click
 import fsspec
 import pyarrow.parquet as pq
 import pytest
@@ -13,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from captionlib.errors import QueryError, StorageError
 from jobs.cli import captionlib
+from jobs.query import command
 from tests.search.conftest import write_captions
 
 
@@ -26,7 +29,7 @@ def query(*arguments: object) -> Result:
     return CliRunner().invoke(captionlib, ["query", *map(str, arguments)], catch_exceptions=False)
 
 
-def test_a_table_is_printed(captions: str) -> None:
+def test_table_is_printed(captions: str) -> None:
     assert query(captions, "--sql", "SELECT image_id, tokens FROM captions WHERE tokens > 6").stdout.splitlines() == [
         "image_id  tokens",
         "────────  ──────",
@@ -47,31 +50,44 @@ def test_a_table_is_printed(captions: str) -> None:
         (["--top", "4", "--limit", "0"], []),
     ],
 )
-def test_each_question_is_answered(captions: str, arguments: list[str], expected: list[str]) -> None:
+def test_dataset_queries(captions: str, arguments: list[str], expected: list[str]) -> None:
     lines = query(captions, *arguments, "--format", "jsonl").stdout.splitlines()
     assert [json.loads(line)["image_id"] for line in lines] == expected
 
 
-def test_words_are_counted(captions: str) -> None:
+def test_help_lists_every_option_by_what_it_queries() -> None:
+    text = query("--help").output
+    sections = ["Query an index:", "Options for an index:", "Query a dataset:", "Options for a dataset:", "Output:"]
+    assert [text.index(section) for section in sections] == sorted(text.index(section) for section in sections)
+    _, index, index_options, dataset, dataset_options, output = re.split("|".join(sections), text)
+    assert re.findall(r"^  (?:-., )?(--[a-z-]+)", index, re.MULTILINE)[:2] == ["--text", "--sentence"]
+    assert "--ranker" in index_options
+    assert "--sql" in dataset
+    assert "--memory" in dataset_options
+    assert "--help" in output
+    assert all(max(option.opts, key=len) in text for option in command.params if isinstance(option, click.Option))
+
+
+def test_count_words(captions: str) -> None:
     rows = list(csv.reader(io.StringIO(query(captions, "--count-words", "2", "--format", "csv").stdout)))
     assert rows == [["word", "count"], ["a", "6"], ["dog", "2"]]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--top", "1", "--contains", "dog"]])
-def test_one_question_is_asked_at_a_time(captions: str, arguments: list[str]) -> None:
+def test_exactly_one_query_is_required(captions: str, arguments: list[str]) -> None:
     result = query(captions, *arguments)
     assert result.exit_code == 2
     got = "--contains and --top" if arguments else "none"
-    assert f"expected one of --sql, --image-id, --contains, --top and --count-words, got {got}" in result.output
+    assert f"expected one of --sql, --contains, --top, --count-words and --image-id, got {got}" in result.output
 
 
-def test_no_rows_are_said_beside_the_table(captions: str) -> None:
+def test_no_rows_are_reported_on_stderr(captions: str) -> None:
     result = query(captions, "--contains", "zebra")
     assert result.stdout == "image_id  caption  log_prob  uri\n"
     assert result.stderr == "no rows\n"
 
 
-def test_an_output_file_appears_whole(captions: str, tmp_path: Path) -> None:
+def test_output_file_appears_only_when_complete(captions: str, tmp_path: Path) -> None:
     output = tmp_path / "top.parquet"
     result = query(captions, "--top", "2", "--format", "parquet", "--output", output)
     assert result.output == f"{output}: 2 rows\n"
@@ -82,27 +98,27 @@ def test_an_output_file_appears_whole(captions: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["captions", "top.parquet"]
 
 
-def test_an_output_may_be_an_address(captions: str) -> None:
+def test_output_can_be_an_address(captions: str) -> None:
     address = f"memory://{uuid4().hex}/top.csv"
     query(captions, "--top", "1", "--format", "csv", "--output", address)
     with fsspec.open(address, "rt") as file:
         assert file.read().splitlines()[1].startswith('"b2",')
 
 
-def test_an_output_that_cannot_be_written_is_said(captions: str, tmp_path: Path) -> None:
+def test_output_that_cannot_be_written_raises(captions: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="cannot be written: File exists"):
         query(captions, "--top", "1", "--output", tmp_path / "file" / "x.csv")
 
 
-def test_parquet_is_not_sent_to_a_terminal(captions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_is_not_printed_on_a_terminal(captions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
     result = query(captions, "--top", "1", "--format", "parquet")
     assert result.exit_code == 2
-    assert "Parquet is no text" in result.output
+    assert "Parquet is a binary format" in result.output
 
 
-def test_whoever_closes_the_pipe_early_gets_what_was_read_and_no_complaint(captions: str) -> None:
+def test_closed_pipe_ends_the_output_without_an_error(captions: str) -> None:
     command = [sys.executable, "-m", "jobs.cli", "query", captions, "--format", "csv"]
     command += ["--sql", "SELECT i, repeat('x', 1000) AS x FROM range(1000000) t(i)"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -114,7 +130,7 @@ def test_whoever_closes_the_pipe_early_gets_what_was_read_and_no_complaint(capti
     assert process.returncode == 0
 
 
-def test_the_command_needs_no_torch(captions: str) -> None:
+def test_sql_does_not_import_torch(captions: str) -> None:
     code = (
         "import sys\nfrom click.testing import CliRunner\nfrom jobs.cli import captionlib\n"
         f"assert CliRunner().invoke(captionlib, ['query', {captions!r}, '--top', '1']).exit_code == 0\n"

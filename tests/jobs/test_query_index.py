@@ -13,7 +13,7 @@ from tests.search.example_index import WordRanker, make_rows, write_captions_dat
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Built by the command itself."""
+    """Builds an index with the command."""
     folder = tmp_path_factory.mktemp("query")
     shards = {0: make_rows(40), 1: make_rows(40, 40)}
     write_captions_dataset(str(folder / "captions"), shards, 2)
@@ -28,7 +28,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def ranker(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Stands for the checkpoint of a ranker that reads words and sees with a small network."""
+    """Replaces the loading of a checkpoint by a ranker of words with a small image encoder."""
     model = WordRanker()
     model.encoder = load_encoder(
         EncoderConfig("squeezenet1_1", "features.4.cat", "random:0", pooling="mean")
@@ -46,7 +46,7 @@ def captions(*arguments: object) -> list[str]:
     return [json.loads(line)["caption"] for line in lines]
 
 
-def test_words_are_found(index: str) -> None:
+def test_text_query(index: str) -> None:
     assert len(captions(index, "--text", "dogs")) == 20
     assert set(captions(index, "--text", "+dogs +cats")) == {"a dog and a cat", "a cat and a dog"}
     assert len(captions(index, "--text", "dog -cat", "--limit", 3)) == 3
@@ -54,18 +54,18 @@ def test_words_are_found(index: str) -> None:
     assert captions(index, "--text", "dog", "--sort", "log_prob", "--limit", 1) == ["a dog and a cat"]
 
 
-def test_sentences_are_found(index: str, ranker: str) -> None:
+def test_sentence_hybrid_and_similar_queries(index: str, ranker: str) -> None:
     both = {"a dog and a cat", "a cat and a dog"}
     assert set(captions(index, "--sentence", "a cat and a dog", "-r", ranker, "--limit", 3)) == both
     assert set(captions(index, "--hybrid", "cat dog", "-r", ranker, "--limit", 3)) == both
     assert set(captions(index, "--similar", "im0", "--limit", 3)) == both
 
 
-def test_an_image_is_a_question(index: str, ranker: str, tmp_path: Path) -> None:
-    Image.new("RGB", (80, 60), "teal").save(tmp_path / "photo.png")
-    arguments = (index, "--image", tmp_path / "photo.png", "--ranker", ranker)
-    found = captions(*arguments, "--limit", 5, "--where", "log_prob > -30")
-    assert len(found) == 5
+def test_image_query(index: str, ranker: str, tmp_path: Path) -> None:
+    Image.new("RGB", (80, 60), "teal").save(tmp_path / "image.png")
+    arguments = (index, "--image", tmp_path / "image.png", "--ranker", ranker)
+    similar = captions(*arguments, "--limit", 5, "--where", "log_prob > -30")
+    assert len(similar) == 5
     (tmp_path / "sentences.txt").write_text("a dog\n\n a cat \na train\n", encoding="utf-8")
     lines = run("query", *arguments, "--sentences", tmp_path / "sentences.txt", "--format", "jsonl").stdout.splitlines()
     rows = [json.loads(line) for line in lines]
@@ -75,7 +75,7 @@ def test_an_image_is_a_question(index: str, ranker: str, tmp_path: Path) -> None
         captions(index, "--image", tmp_path / "nothing.png", "--ranker", ranker)
 
 
-def test_inspect_says_what_an_index_is(index: str) -> None:
+def test_inspect_describes_an_index(index: str) -> None:
     lines = run("inspect", index).output.splitlines()
     assert lines[0] == f"{index}: index, complete"
     assert "  vectors      80, Flat in 1 lists, 1 probed per query" in lines
@@ -83,7 +83,7 @@ def test_inspect_says_what_an_index_is(index: str) -> None:
     assert json.loads(run("inspect", index, "--json").output)["captions_count"] == 80
 
 
-def test_one_row_is_shown_whole(index: str) -> None:
+def test_image_id_query(index: str) -> None:
     assert captions(index, "--image-id", "im5") == ["a dog and a train"]
     with pytest.raises(QueryError, match="no image im500 in the index"):
         captions(index, "--image-id", "im500")
@@ -93,26 +93,26 @@ def test_one_row_is_shown_whole(index: str) -> None:
     ("arguments", "message"),
     [
         ([], "expected one of --text, --sentence, --hybrid, --image, --similar and --image-id, got none"),
-        (["--text", "a", "--similar", "b"], "got --text and --similar; ask one at a time"),
+        (["--text", "a", "--similar", "b"], "got --text and --similar."),
         (["--sentence", "a dog"], "--sentence needs --ranker FOLDER"),
-        (["--image", "photo.jpg"], "--image needs --ranker FOLDER, to find images like it, or --captioner FOLDER"),
-        (["--sql", "SELECT 1"], "--sql is for datasets; ask the captions that the index was built from"),
+        (["--image", "image.jpg"], "--image needs --ranker FOLDER to find similar images, or --captioner FOLDER"),
+        (["--sql", "SELECT 1"], "--sql is for a dataset; query the captions that the index was built from"),
     ],
 )
-def test_what_cannot_be_asked_is_said(index: str, arguments: list[str], message: str) -> None:
+def test_invalid_options_are_rejected(index: str, arguments: list[str], message: str) -> None:
     result = run("query", index, *arguments)
     assert result.exit_code == 2
     assert message in result.output
 
 
-def test_a_dataset_is_not_an_index(index: str) -> None:
+def test_index_query_of_a_dataset_is_rejected(index: str) -> None:
     captions = Path(index).parent / "captions"
     result = run("query", captions, "--text", "dog")
     assert result.exit_code == 2
-    assert f"--text is for an index, and {captions} holds none; see `captionlib build-index`" in result.output
+    assert f"--text is for an index, and {captions} is not one; see `captionlib build-index`" in result.output
 
 
-def test_another_ranker_is_refused(index: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_ranker_is_rejected(index: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = WordRanker()
     model.fingerprint = "another"
     monkeypatch.setattr("captionlib.search.models.load_query_encoder", lambda folder, device="cpu": model)

@@ -35,7 +35,7 @@ def test_report_shows_scores_and_training_curves(tmp_path: Path) -> None:
         {i: expected.per_image["CIDEr"][i] for i in list(CAPTIONS)[:3]}, abs=1e-4
     )
     text = read_page(tmp_path / "report").text
-    assert f"{expected.scores['METEOR']:.3f}" in text
+    assert f"{expected.overall['METEOR']:.3f}" in text
     assert "last 7.5" in text
 
 

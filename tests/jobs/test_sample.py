@@ -49,4 +49,4 @@ def test_running_text_is_written_to_its_length(tmp_path: Path) -> None:
 )
 def test_decoding_is_reached_from_the_command_line(way: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(captionlib, ["caption", "x.jpg", "-c", str(tmp_path), "--set", way])
-    assert "is no checkpoint" in str(result.exception)  # the setting itself was taken
+    assert "is not a checkpoint" in str(result.exception)  # the setting itself was taken

@@ -20,53 +20,53 @@ from tests.serving.example_site import make_site
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port: int = found.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port: int = listening.getsockname()[1]
         return port
 
 
-def ask(url: str) -> bytes:
+def get(url: str) -> bytes:
     for _ in range(1200):
         try:
-            with urllib.request.urlopen(url, timeout=10) as answer:
-                content: bytes = answer.read()
+            with urllib.request.urlopen(url, timeout=10) as response:
+                content: bytes = response.read()
                 return content
         except urllib.error.HTTPError:
             raise
         except OSError:
             time.sleep(0.1)
-    raise AssertionError(f"{url} does not answer")
+    raise AssertionError(f"{url} does not respond")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_index_is_served_on_this_machine_alone(tmp_path: Path, workers: int) -> None:
-    make_site(tmp_path, 10, sees=False)
+def test_index_is_served_on_loopback(tmp_path: Path, workers: int) -> None:
+    make_site(tmp_path, 10, with_models=False)
     port = free_port()
     command = [sys.executable, "-m", "jobs.cli", "serve", str(tmp_path / "index"), "--port", str(port)]
     command += ["--workers", str(workers), "--thumbnails", str(tmp_path / "thumbnails")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
-            assert json.loads(ask(f"http://127.0.0.1:{port}/health"))["captions"] == 10
-            assert b"a dog and a cat" in ask(f"http://localhost:{port}/?q=dog")
-            assert ask(f"http://127.0.0.1:{port}/picture/small?id=im0").startswith(b"\xff\xd8\xff")
+            assert json.loads(get(f"http://127.0.0.1:{port}/health"))["captions"] == 10
+            assert b"a dog and a cat" in get(f"http://localhost:{port}/?q=dog")
+            assert get(f"http://127.0.0.1:{port}/thumbnail/small?id=im0").startswith(b"\xff\xd8\xff")
             with pytest.raises(urllib.error.HTTPError, match="422"):
-                ask(f"http://127.0.0.1:{port}/api/search?q=dog&limit=1000")
+                get(f"http://127.0.0.1:{port}/api/search?q=dog&limit=1000")
         finally:
             process.send_signal(signal.SIGINT)
-            printed, complained = process.communicate(timeout=60)
-    assert printed.startswith(f"http://127.0.0.1:{port}/ shows {tmp_path / 'index'}")
-    assert "Traceback" not in complained
+            stdout, stderr = process.communicate(timeout=60)
+    assert stdout.startswith(f"Serving {tmp_path / 'index'} at http://127.0.0.1:{port}/.")
+    assert "Traceback" not in stderr
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_what_is_wrong_is_said_once(tmp_path: Path, workers: int) -> None:
-    make_site(tmp_path, 10, sees=False)
+def test_startup_errors_are_raised_in_the_parent(tmp_path: Path, workers: int) -> None:
+    make_site(tmp_path, 10, with_models=False)
     options = ["--port", str(free_port()), "--workers", str(workers), "--ranker", str(tmp_path / "nothing")]
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         CliRunner().invoke(captionlib, ["serve", str(tmp_path / "index"), *options], catch_exceptions=False)
 
 
-def test_answers_do_not_wait_for_acknowledgements() -> None:
+def test_nagle_algorithm_is_disabled() -> None:
     async def delays() -> bool:
         accepted: asyncio.Future[socket.socket] = asyncio.get_running_loop().create_future()
 
@@ -84,26 +84,26 @@ def test_answers_do_not_wait_for_acknowledgements() -> None:
     assert not asyncio.run(delays())
 
 
-def test_a_port_that_is_taken_is_refused(tmp_path: Path) -> None:
-    make_site(tmp_path, 10, sees=False)
+def test_port_in_use_is_rejected(tmp_path: Path) -> None:
+    make_site(tmp_path, 10, with_models=False)
     with socket.create_server(("127.0.0.1", 0)) as other:
         arguments = ["serve", str(tmp_path / "index"), "--port", str(other.getsockname()[1])]
-        with pytest.raises(ConfigError, match="cannot be listened on: Address already in use; give another --port"):
+        with pytest.raises(ConfigError, match=r"cannot listen on .*: Address already in use; choose another --port"):
             CliRunner().invoke(captionlib, arguments, catch_exceptions=False)
 
 
 @pytest.mark.parametrize("allowed", [False, True])
-def test_private_hosts_are_refused_unless_the_option_is_given(
+def test_private_hosts_are_allowed_only_with_the_option(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool
 ) -> None:
-    make_site(tmp_path, 10, sees=False)
-    monkeypatch.setenv("CAPTIONLIB_SERVED", "")
+    make_site(tmp_path, 10, with_models=False)
+    monkeypatch.setenv("CAPTIONLIB_APP_CONFIG", "")
     with socket.create_server(("127.0.0.1", 0)) as other:
         arguments = ["serve", str(tmp_path / "index"), "--port", str(other.getsockname()[1])]
         CliRunner().invoke(captionlib, [*arguments, *(["--allow-private-hosts"] if allowed else [])])
-    assert json.loads(os.environ["CAPTIONLIB_SERVED"])["limits"]["allow_private_hosts"] == allowed
+    assert json.loads(os.environ["CAPTIONLIB_APP_CONFIG"])["serving"]["allow_private_hosts"] == allowed
 
 
-def test_what_is_no_index_is_not_served(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="is no index"):
+def test_folder_that_is_not_an_index_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="is not an index"):
         CliRunner().invoke(captionlib, ["serve", str(tmp_path)], catch_exceptions=False)

@@ -91,12 +91,14 @@ def test_captions_with_and_without_maps_do_not_mix(features: Path, captioner: Pa
 
 
 def test_a_captioner_without_attention_is_refused_before_anything_is_done(features: Path, tmp_path: Path) -> None:
-    glancing = write_captioner(tmp_path / "glancing", open_dataset(features).config["encoder"], attention_size=0)
-    with pytest.raises(CheckpointError, match="glancing: attention_maps expects a captioner with attention, got one"):
-        caption(features, glancing, tmp_path / "captions")
+    plain = write_captioner(tmp_path / "without-attention", open_dataset(features).config["encoder"], attention_size=0)
+    with pytest.raises(
+        CheckpointError, match="without-attention: attention_maps needs a captioner with attention, got one without"
+    ):
+        caption(features, plain, tmp_path / "captions")
     assert not (tmp_path / "captions").exists()
-    with pytest.raises(CheckpointError, match="attention_maps expects"):
-        caption_images([str(tmp_path / "no-image-is-read.png")], str(glancing), MAPS, device="cpu")
+    with pytest.raises(CheckpointError, match="attention_maps needs"):
+        caption_images([str(tmp_path / "no-image-is-read.png")], str(plain), MAPS, device="cpu")
 
 
 def test_images_tried_again_have_their_maps(captioner: Path, tmp_path: Path) -> None:

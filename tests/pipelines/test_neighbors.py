@@ -13,7 +13,7 @@ from captionlib.errors import CheckpointError, ConfigError, DatasetError, Finger
 from captionlib.models.captioners.captioner import CaptionerConfig
 from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.models.decoding.config import DecodingConfig
-from captionlib.models.decoding.datastore import datastore_fingerprint, read_datastore
+from captionlib.models.decoding.datastore import read_datastore, read_datastore_fingerprint
 from captionlib.models.decoding.rerank import RerankConfig
 from captionlib.models.inference.captioning import GenerationConfig, caption_images
 from captionlib.models.inference.datastore import DatastoreConfig, build_datastore
@@ -62,7 +62,7 @@ def test_images_and_features_are_remembered_alike(
 
 def test_only_splits_that_are_named_are_remembered(features: Path, captioner: Path) -> None:
     assert remember(features, captioner, "val") == (3, 0)
-    with pytest.raises(DatasetError, match="expected images with sentences in split test, got none"):
+    with pytest.raises(DatasetError, match="expected images with captions in split test, got none"):
         remember(features, captioner, "test")
     kept = read_datastore(captioner, load_captioner(captioner))  # the one before
     assert len(kept.find_neighbors(np.zeros((1, 128), np.float32), 9)[0].references) == 6
@@ -85,7 +85,8 @@ def test_captions_belong_to_the_memory_they_were_made_with(features: Path, capti
 
 def test_a_captioner_without_a_memory_is_told_how_to_get_one(features: Path, captioner: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=r"neighbors needs datastore.parquet, got none there; `captionlib build-datastore"
+        CheckpointError,
+        match=r"neighbors needs datastore.parquet, which is missing; write it with `captionlib build-datastore",
     ):
         caption(features, captioner, tmp_path / "captions")
     assert not (tmp_path / "captions").exists()
@@ -99,7 +100,8 @@ def test_a_damaged_memory_is_told_so(
     file = captioner / "datastore.parquet"
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(
-        CheckpointError, match=r"datastore.parquet is damaged .*; `captionlib build-datastore FEATURES -c"
+        CheckpointError,
+        match=r"datastore.parquet is damaged .*; write it again with `captionlib build-datastore FEATURES -c",
     ):
         caption(features, captioner, tmp_path / "captions")
 
@@ -107,12 +109,12 @@ def test_a_damaged_memory_is_told_so(
 def test_training_again_forgets(features: Path, captioner: Path) -> None:
     remember(features, captioner)
     loaded = load_captioner(captioner)
-    datastore_fingerprint(captioner, loaded)
+    read_datastore_fingerprint(captioner, loaded)
     other = replace(loaded, fingerprint="another")
     with pytest.raises(
-        CheckpointError, match=f"expected the memory of captioner another, got that of {loaded.fingerprint}"
+        CheckpointError, match=f"expected the datastore of captioner another, got that of {loaded.fingerprint}"
     ):
-        datastore_fingerprint(captioner, other)
+        read_datastore_fingerprint(captioner, other)
     config = CaptionerTrainingConfig(
         captioner=CaptionerConfig(hidden_size=8, embedding_size=8), training=TrainingConfig(epochs=1), min_count=1
     )
@@ -129,6 +131,6 @@ def test_a_captioner_that_learns_has_no_neighbours(features: Path, tmp_path: Pat
 def test_the_commands_say_what_was_done(features: Path, captioner: Path, tmp_path: Path) -> None:
     run = CliRunner().invoke(captionlib, ["build-datastore", str(features), "-c", str(captioner), "--no-progress"])
     assert run.exit_code == 0, run.output
-    assert f"{captioner}: remembers 5 images" in run.output
+    assert f"{captioner}: 5 images in the datastore" in run.output
     shown = CliRunner().invoke(captionlib, ["inspect", str(captioner)])
     assert "5 images" in shown.output

@@ -1,4 +1,4 @@
-"""A small site of drawn images, with a ranker of words and a network that sees."""
+"""A small site of single-color images, with a ranker of words and a small image encoder."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -20,48 +20,48 @@ from captionlib.search.config import IndexConfig
 from captionlib.search.models import ImageQueryModels
 from captionlib.serving.app import create_app
 from captionlib.serving.config import ServingConfig
-from captionlib.serving.service import Library
+from captionlib.serving.service import SearchService
 from tests.search.example_index import Row, WordRanker, make_rows, write_embeddings_dataset
 
-EVIL = '<script>document.title="stolen"</script>'
-"""An image id and a caption that a page must not run."""
+MALICIOUS = '<script>document.title="stolen"</script>'
+"""An image id and part of a caption that a page must not execute."""
 
-COLOURS = ["teal", "crimson", "gold", "navy", "olive", "plum"]
+COLORS = ["teal", "crimson", "gold", "navy", "olive", "plum"]
 
 
 @lru_cache(maxsize=1)
-def _description() -> Mapping[str, Any]:
+def _encoder_description() -> Mapping[str, Any]:
     config = EncoderConfig("squeezenet1_1", "features.4.cat", "random:0", pooling="mean")
     return load_encoder(config, "cpu").description
 
 
-def seeing_ranker() -> WordRanker:
-    """A ranker that reads words and sees with a small network."""
+def make_ranker() -> WordRanker:
+    """Returns a ranker of words whose image encoder is a small network."""
     ranker = WordRanker()
-    ranker.encoder = _description()
+    ranker.encoder = _encoder_description()
     return ranker
 
 
-def site_rows(count: int) -> list[Row]:
-    """Captions, one of which is evil, and one of an image that is gone."""
-    return [*make_rows(count - 2), (EVIL, f"a dog and a {EVIL}", -2.0), ("gone", "a dog that has gone", -3.0)]
+def make_site_rows(count: int) -> list[Row]:
+    """Returns captions, one with malicious markup, and one of an image that does not exist."""
+    return [*make_rows(count - 2), (MALICIOUS, f"a dog and a {MALICIOUS}", -2.0), ("gone", "a dog that has gone", -3.0)]
 
 
-def make_site(folder: Path, count: int = 60, config: ServingConfig | None = None, sees: bool = True) -> FastAPI:
-    """Writes images, captions and embeddings, indexes them, and opens the application."""
-    rows = site_rows(count)
+def make_site(folder: Path, count: int = 60, config: ServingConfig | None = None, with_models: bool = True) -> FastAPI:
+    """Writes images, captions and embeddings, indexes them, and creates the application."""
+    rows = make_site_rows(count)
     _write_captions(folder, rows)
     write_embeddings_dataset(str(folder / "embeddings"), {0: rows}, 1)
     build = plan_build(folder / "captions", folder / "embeddings", folder / "index", IndexConfig())
     build.train()
     build.add_shard(0)
     build.finish()
-    ranker = seeing_ranker()
+    ranker = make_ranker()
     index = captionlib.search.open(folder / "index", ranker)
-    limits = config or ServingConfig(hosts=("localhost", "127.0.0.1", "testserver"))
+    limits = config or ServingConfig(allowed_hosts=("localhost", "127.0.0.1", "testserver"))
     decoding = DecoderConfig(max_image_pixels=limits.max_image_pixels)
-    photos = ImageQueryModels(ranker, device="cpu", decoding=decoding) if sees else None
-    return create_app(Library(index, limits, ranker, photos), folder / "thumbnails")
+    models = ImageQueryModels(ranker, device="cpu", decoding=decoding) if with_models else None
+    return create_app(SearchService(index, limits, models), folder / "thumbnails")
 
 
 def _write_captions(folder: Path, rows: list[Row]) -> None:
@@ -71,8 +71,7 @@ def _write_captions(folder: Path, rows: list[Row]) -> None:
         if image_id != "gone":
             path.parent.mkdir(parents=True, exist_ok=True)
             size = (160, 120) if number % 2 else (90, 140)
-            Image.new("RGB", size, COLOURS[number % len(COLOURS)]).save(path)
-        other = f"perhaps {caption}"
+            Image.new("RGB", size, COLORS[number % len(COLORS)]).save(path)
         values.append(
             {
                 "image_id": image_id,
@@ -83,7 +82,7 @@ def _write_captions(folder: Path, rows: list[Row]) -> None:
                 "tokens": len(caption.split()) + 1,
                 "candidates": [
                     {"caption": caption, "log_prob": log_prob},
-                    {"caption": other, "log_prob": log_prob - 1},
+                    {"caption": f"perhaps {caption}", "log_prob": log_prob - 1},
                 ],
             }
         )

@@ -13,7 +13,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.browser import needs_browser, open_browser
 
-from .example_site import EVIL, make_site
+from .example_site import MALICIOUS, make_site
 
 pytestmark = needs_browser
 
@@ -49,55 +49,55 @@ def wait_for(browser: WebDriver, condition: str) -> None:
     WebDriverWait(browser, 20).until(lambda driver: driver.execute_script(f"return {condition}"))
 
 
-def found(what: str) -> str:
-    return f"document.querySelector('.summary')?.textContent.startsWith({what!r})"
+def summary_starts_with(text: str) -> str:
+    return f"document.querySelector('.summary')?.textContent.startsWith({text!r})"
 
 
-def complaints(browser: WebDriver) -> list[str]:
+def console_errors(browser: WebDriver) -> list[str]:
     entries: list[dict[str, str]] = browser.get_log("browser")
     return [entry["message"] for entry in entries if "id=gone" not in entry["message"]]
 
 
-def test_answers_come_while_one_types(site: str, browser: WebDriver) -> None:
+def test_results_appear_while_typing(site: str, browser: WebDriver) -> None:
     browser.get(site)
     box = browser.find_element(By.ID, "q")
-    assert browser.switch_to.active_element == box, "one may type at once"
+    assert browser.switch_to.active_element == box, "the query has the focus"
     box.send_keys("+dog +frisbee")
-    wait_for(browser, found("4 images"))
+    wait_for(browser, summary_starts_with("4 images"))
     assert set(captions(browser)) == {"a dog and a frisbee", "a frisbee and a dog"}
     assert "q=%2Bdog+%2Bfrisbee" in browser.current_url
     box.send_keys(" +pizza")
-    wait_for(browser, "document.querySelector('.summary').textContent.includes('Nothing found')")
+    wait_for(browser, "document.querySelector('.summary').textContent.includes('No results')")
     browser.find_element(By.CSS_SELECTOR, "input[value=sentence]").click()
     wait_for(browser, "document.querySelectorAll('.cards li').length > 3")
-    assert complaints(browser) == []
+    assert console_errors(browser) == []
 
 
-def test_one_comes_back_to_what_one_asked(site: str, browser: WebDriver) -> None:
+def test_back_returns_to_the_search(site: str, browser: WebDriver) -> None:
     browser.get(site)
     box = browser.find_element(By.ID, "q")
     box.send_keys("+dog", Keys.ENTER)
-    wait_for(browser, found("26 images"))
+    wait_for(browser, summary_starts_with("26 images"))
     box.send_keys(" +frisbee")
-    wait_for(browser, found("4 images"))
-    asked = browser.current_url
+    wait_for(browser, summary_starts_with("4 images"))
+    search_url = browser.current_url
     browser.find_element(By.CSS_SELECTOR, ".cards a").click()
     wait_for(browser, "location.pathname == '/image'")
-    assert browser.find_element(By.CSS_SELECTOR, ".back a").get_attribute("href") == asked
+    assert browser.find_element(By.CSS_SELECTOR, ".back a").get_attribute("href") == search_url
     browser.back()
-    wait_for(browser, found("4 images"))
-    assert browser.current_url == asked
+    wait_for(browser, summary_starts_with("4 images"))
+    assert browser.current_url == search_url
     browser.back()
-    wait_for(browser, found("26 images"))
+    wait_for(browser, summary_starts_with("26 images"))
     assert browser.find_element(By.ID, "q").get_attribute("value") == "+dog"
-    assert complaints(browser) == []
+    assert console_errors(browser) == []
 
 
-def test_all_is_reached_by_the_keyboard(site: str, browser: WebDriver) -> None:
+def test_page_can_be_used_by_keyboard(site: str, browser: WebDriver) -> None:
     browser.get(f"{site}/?q=dog")
     body = browser.find_element(By.TAG_NAME, "body")
     body.send_keys(Keys.TAB)
-    assert browser.switch_to.active_element.text == "To the content"
+    assert browser.switch_to.active_element.text == "Skip to content"
     body.send_keys("/")
     assert browser.switch_to.active_element.get_attribute("id") == "q"
     reached = set()
@@ -116,16 +116,16 @@ def test_all_is_reached_by_the_keyboard(site: str, browser: WebDriver) -> None:
 
 def test_captions_cannot_run_scripts(site: str, browser: WebDriver) -> None:
     browser.get(f"{site}/?q=script")
-    assert EVIL in " ".join(captions(browser))
+    assert MALICIOUS in " ".join(captions(browser))
     assert browser.title != "stolen"
     browser.find_element(By.CSS_SELECTOR, ".cards a").click()
     wait_for(browser, "location.pathname == '/image'")
-    assert EVIL in browser.find_element(By.TAG_NAME, "h1").text
+    assert MALICIOUS in browser.find_element(By.TAG_NAME, "h1").text
     assert browser.title != "stolen"
-    assert complaints(browser) == []
+    assert console_errors(browser) == []
 
 
-def test_pages_are_turned(site: str, browser: WebDriver) -> None:
+def test_next_and_previous_page(site: str, browser: WebDriver) -> None:
     browser.get(f"{site}/?q=dog+cat+pizza+train")
     first = captions(browser)
     assert len(first) == 24
@@ -137,24 +137,27 @@ def test_pages_are_turned(site: str, browser: WebDriver) -> None:
     assert captions(browser) == first
 
 
-def test_a_photograph_is_a_question(site: str, browser: WebDriver, tmp_path: Path) -> None:
+def test_search_by_image(site: str, browser: WebDriver, tmp_path: Path) -> None:
     from PIL import Image
 
     Image.new("RGB", (90, 70), "teal").save(tmp_path / "teal.png")
     browser.get(site)
     browser.find_element(By.TAG_NAME, "summary").click()
-    browser.find_element(By.ID, "photo").send_keys(str(tmp_path / "teal.png"))
+    browser.find_element(By.ID, "image").send_keys(str(tmp_path / "teal.png"))
     browser.find_element(By.CSS_SELECTOR, ".upload button").click()
-    wait_for(browser, "location.pathname == '/photo'")
+    wait_for(browser, "location.pathname == '/image-search'")
     assert browser.find_element(By.TAG_NAME, "h1").text == "teal.png"
     assert len(captions(browser)) == 24
     assert browser.execute_script("return document.querySelector('.image img').naturalWidth") == 640 * 90 // 70
-    assert complaints(browser) == []
-    assert [one.text for one in browser.find_elements(By.TAG_NAME, "h2")] == ["Nearest sentences", "Nearest images"]
+    assert console_errors(browser) == []
+    assert [heading.text for heading in browser.find_elements(By.TAG_NAME, "h2")] == [
+        "Similar sentences",
+        "Similar images",
+    ]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_scrolls_one_way_alone_and_text_stands_out(site: str, browser: WebDriver, scheme: str) -> None:
+def test_phone_layout_fits_the_width_and_has_contrast(site: str, browser: WebDriver, scheme: str) -> None:
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
     )
@@ -164,10 +167,10 @@ def test_a_phone_scrolls_one_way_alone_and_text_stands_out(site: str, browser: W
     for page in ("/", "/?q=dog", "/image?id=im3", "/docs", "/nothing"):
         browser.get(site + page)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
-        colours = browser.execute_script(
+        colors = browser.execute_script(
             "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor].map("
             "c => c.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0) / 3)"
         )
-        assert abs(colours[0] - colours[1]) > 150
-        assert (colours[1] < 100) == (scheme == "dark")
+        assert abs(colors[0] - colors[1]) > 150
+        assert (colors[1] < 100) == (scheme == "dark")
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

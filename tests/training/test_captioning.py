@@ -273,7 +273,7 @@ def test_a_run_that_started_from_another_checkpoint_is_not_gone_on_with(
 def test_what_training_cannot_start_from_is_refused(features: ShardedDataset, tmp_path: Path) -> None:
     first = tmp_path / "first"
     config = replace(CONFIG, training=TrainingConfig(epochs=1), init_from=str(first))
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         train(features, tmp_path / "second", config)
     train(features, first, replace(config, init_from=None))
     other = replace(config, captioner=replace(CONFIG.captioner, cell="rnn", hidden_size=8))

@@ -1,11 +1,11 @@
-"""Soft attention over a spatial map (Xu et al. 2015, arXiv 1502.03044): each word has its own look at the image.
+"""Soft attention over a spatial feature map (Xu et al. 2015, arXiv 1502.03044), recomputed at every time step.
 
-    r_i = max(0, Wr (a_i - mean) / std + b)       a region, of each position i of the map
-    s_i = r_i (Wq h + b) / sqrt(size)             how much it is to the point, for the state h
-    z   = sum_i softmax(s)_i r_i                  what is seen
+    a_i = max(0, Wa (x_i - mean) / std + b)     annotation vector of position i of the map
+    s_i = a_i (Wq h + b) / sqrt(size)           score, for the hidden state h
+    z   = sum_i softmax(s)_i a_i                context vector
 
-The score is the scaled product (Luong et al. 2015, arXiv 1508.04025) rather than a small network: the sentences of an
-image are scored together, in one matrix product.
+The score is the scaled product (Luong et al. 2015, arXiv 1508.04025) instead of a small network, so that the sentences
+of an image are scored together in one matrix product.
 """
 
 from typing import NamedTuple
@@ -15,74 +15,81 @@ from torch import Tensor, nn
 
 from captionlib.models.standardization import Standardization
 
-__all__ = ["Attention", "Slots"]
+__all__ = ["Attention", "ImageGroups", "group_by_image"]
 
 
-class Slots(NamedTuple):
-    """Where the rows that look at images stand when they are grouped by image.
+class ImageGroups(NamedTuple):
+    """The layout of rows (sentences) that are grouped by image, as a matrix of images by slots.
 
     Attributes:
-        place: `[rows] int64`: image * width + the row's number among those of its image.
-        width: the most rows that an image has.
+        slot: `[rows] int64`: image * width + the index of the row within its image.
+        width: the largest number of rows per image.
     """
 
-    place: Tensor
+    slot: Tensor
     width: int
 
-    def first(self, rows: int) -> "Slots":
-        """Those of the first rows."""
-        return Slots(self.place[:rows], self.width)
+    def head(self, rows: int) -> "ImageGroups":
+        """Returns the layout of the first rows."""
+        return ImageGroups(self.slot[:rows], self.width)
+
+
+def group_by_image(image_of_row: Tensor, images: int) -> ImageGroups:
+    """Groups rows by image.
+
+    Args:
+        image_of_row: `[rows] int64`, in any order.
+        images: the number of images.
+    """
+    counts = torch.bincount(image_of_row, minlength=images)
+    order = image_of_row.argsort(stable=True)
+    index = torch.empty_like(image_of_row)
+    starts = (counts.cumsum(0) - counts)[image_of_row[order]]
+    index[order] = torch.arange(len(image_of_row), device=image_of_row.device) - starts
+    width = int(counts.max())
+    return ImageGroups(image_of_row * width + index, width)
 
 
 class Attention(nn.Module):
-    """Looks at the annotations of images.
+    """Attends to the annotation vectors of images.
 
     Args:
-        channels: of the map.
-        size: numbers in a region's vector.
-        hidden_size: of the state that looks.
-        gates: what a look adds to, in the recurrence.
-        dropout: the share of the annotations' numbers that is dropped in training.
+        channels: of the feature map.
+        size: dimensions of an annotation vector.
+        hidden_size: dimensions of the hidden state.
+        gates: dimensions of the recurrence's gates, which the context vector is added to.
+        dropout: of the annotation vectors.
     """
 
     def __init__(self, channels: int, size: int, hidden_size: int, gates: int, dropout: float) -> None:
         super().__init__()
         self.standardization = Standardization(channels)
-        self.region = nn.Linear(channels, size)
+        self.annotation = nn.Linear(channels, size)
         self.query = nn.Linear(hidden_size, size)
         self.to_gates = nn.Linear(size, gates, bias=False)
         self.to_output = nn.Linear(size, hidden_size, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def embed(self, maps: Tensor) -> Tensor:
-        """The annotations of maps, `[images, positions, channels]` to `[images, positions, size]`."""
-        annotations: Tensor = self.dropout(torch.relu(self.region(self.standardization(maps))))
+    def annotate(self, maps: Tensor) -> Tensor:
+        """Computes annotation vectors, `[images, positions, channels]` to `[images, positions, size]`."""
+        annotations: Tensor = self.dropout(torch.relu(self.annotation(self.standardization(maps))))
         return annotations
 
-    def find_slots(self, image: Tensor, images: int) -> Slots:
-        """The slots of rows that look at `image`, `[rows] int64`, of so many images; rows may come in any order."""
-        counts = torch.bincount(image, minlength=images)
-        order = image.argsort(stable=True)
-        number = torch.empty_like(image)
-        number[order] = torch.arange(len(image), device=image.device) - (counts.cumsum(0) - counts)[image[order]]
-        width = int(counts.max())
-        return Slots(image * width + number, width)
-
-    def forward(self, hidden: Tensor, annotations: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
-        """Looks, a row at its own image.
+    def forward(self, hidden: Tensor, annotations: Tensor, groups: ImageGroups) -> tuple[Tensor, Tensor]:
+        """Attends from each row to the annotation vectors of its image.
 
         Args:
             hidden: `[rows, hidden_size]`.
             annotations: `[images, positions, size]`.
-            slots: of the rows.
+            groups: the rows of each image.
 
         Returns:
-            What is seen, `[rows, size]`, and how the look is spread, `[rows, positions] float32`, adding up to 1.
+            Context vectors, `[rows, size]`, and attention weights, `[rows, positions] float32`, each row of sum 1.
         """
         images, positions, size = annotations.shape
         queries = self.query(hidden) * size**-0.5
-        grouped = queries.new_zeros(images * slots.width, size).index_copy(0, slots.place, queries)
-        scores = torch.bmm(grouped.view(images, slots.width, size), annotations.transpose(1, 2))
-        looks = torch.softmax(scores, 2, dtype=torch.float32)
-        seen = torch.bmm(looks.to(annotations.dtype), annotations).view(-1, size)
-        return seen.index_select(0, slots.place), looks.view(-1, positions).index_select(0, slots.place)
+        grouped = queries.new_zeros(images * groups.width, size).index_copy(0, groups.slot, queries)
+        scores = torch.bmm(grouped.view(images, groups.width, size), annotations.transpose(1, 2))
+        weights = torch.softmax(scores, 2, dtype=torch.float32)  # [images, width, positions]
+        contexts = torch.bmm(weights.to(annotations.dtype), annotations).view(-1, size)
+        return contexts.index_select(0, groups.slot), weights.view(-1, positions).index_select(0, groups.slot)

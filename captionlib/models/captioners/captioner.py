@@ -1,14 +1,14 @@
-"""The captioner: an image vector and the words so far, through an RNN or an LSTM, to the probability of the next word.
+"""The captioner: from an image feature and the words so far, through an RNN or an LSTM, to the next word.
 
 After Karpathy & Fei-Fei 2015 (arXiv 1412.2306) and Vinyals et al. 2015 (arXiv 1411.4555):
 
-    v = P (features - mean) / std                 the image, as long as a word vector
-    x_0, x_1, ... = START, w_1, ...               word vectors; the image comes before, into or beside them
-    h_t = max(0, Wxh x_t + Whh h_{t-1} + b)       or the gates of an LSTM; any number of layers
+    v = P (features - mean) / std               image embedding, of the size of a word embedding
+    x_0, x_1, ... = START, w_1, ...             word embeddings; `image_input` says where v enters
+    h_t = max(0, Wxh x_t + Whh h_{t-1} + b)     or the gates of an LSTM; any number of layers
     p(w_{t+1} | w_1 .. w_t, image) = softmax(Why h_t + c)
 
-Of a spatial map the image vector is the mean over its positions. With attention each word has a look at the positions
-themselves, z_t = look(h_t) (attention.py): it adds Wz z_t to h_t at the output, and Wg z_t to the next tick's gates.
+For a spatial map, the image feature is the mean over its positions. With attention (attention.py), z_t = attend(h_t)
+adds Wz z_t to h_t at the output and Wg z_t to the gates of the next time step.
 """
 
 from typing import Annotated, Literal, NamedTuple
@@ -23,40 +23,40 @@ from captionlib.data.text.vocabulary import END
 from captionlib.errors import CheckpointError, ConfigError, DatasetError
 from captionlib.models.captioners.attention import Attention
 from captionlib.models.captioners.packed_sequences import PackedSequences, pack_sequences
-from captionlib.models.captioners.recurrence import recur, recur_attending
+from captionlib.models.captioners.recurrence import RecurrenceOutput, run_recurrence
 from captionlib.models.encoders.top_layers import EncoderTop
 from captionlib.models.standardization import Standardization
 
 __all__ = ["Captioner", "CaptionerConfig", "ImageState", "TokenLogProbs"]
 
 _WEIGHT_RANGE = 0.1  # NeuralTalk's U(-0.1, 0.1)
+_SMALLEST_SINGULAR_VALUE = 1e-4  # relative to the largest; smaller ones are noise
 
 
 @configclass
 class CaptionerConfig:
-    """The shape of a captioner.
+    """The architecture of a captioner.
 
     Attributes:
-        cell: `lstm`, or `rnn`: the talk's h = max(0, Wxh x + Whh h).
-        layers: recurrent layers, one upon the other.
-        hidden_size: numbers in a layer's state.
-        embedding_size: numbers in a word vector, and in the projected image.
-        dropout: the share of inputs and outputs of each layer that is dropped in training.
-        image_input: where the image enters: as an input of its own before START (`tick`, NeuralTalk's LSTM), added to
-            START (`first`, the talk's RNN), added to every word (`every`), or as the initial state (`state`); `none` is
-            a language model, which knows no image.
-        tie_embeddings: use the word vectors as the weights of the softmax; needs `embedding_size` = `hidden_size`.
-        feature_power: each feature is raised to this power, its sign kept, before all else; 0.5 evens out the few that
-            answer strongly (Perronnin et al. 2010), 1 leaves them as they are.
-        standardize_features: give each feature mean 0 and deviation 1 over the training images.
-        principal_components: how many of the features' principal components the projection sees in their place, each of
-            deviation 1; 0 leaves the features. What tells images apart often varies far less than what they share.
-        attention_size: numbers in the vector of a region that words look at; 0 is a single image_state at the whole image.
-            It needs features that are spatial maps.
-        encoder_top: a later node of the encoder's network, such as `features.29` where features are the maps of `features.23`:
-            what lies between becomes a part of the captioner, and is tuned with it. None takes features as they are.
-        weight_init: what training starts from: `neuraltalk`, all from U(-0.1, 0.1); or `pytorch`, as its layers have
-            it: word vectors from N(0, 1), the others from U(-r, r) with r = 1 / sqrt(inputs).
+        cell: `lstm`, or `rnn` with rectifiers.
+        layers: recurrent layers.
+        hidden_size: dimensions of a layer's hidden state.
+        embedding_size: dimensions of the word embeddings and the image embedding.
+        dropout: of the inputs and outputs of each layer, and of annotation vectors.
+        image_input: where the image enters: `initial_input`, an input of its own before START (NeuralTalk's LSTM);
+            `first_step`, added to START (NeuralTalk's RNN); `every_step`, added to every word; `initial_state`, as the
+            state before START; `none` for a language model.
+        tie_embeddings: use the word embeddings as the weights of the softmax; needs `embedding_size` = `hidden_size`.
+        feature_power: raise features to this power and keep their sign; below 1 it damps large activations (Perronnin
+            et al. 2010).
+        standardize_features: standardize features by the statistics of the training images.
+        principal_components: replace the features by this many whitened principal components; 0 keeps the features.
+        attention_size: dimensions of an annotation vector; 0 disables attention, which needs spatial maps as features.
+        encoder_top: a later node of the encoder network, such as `features.29` for features of `features.23`. The
+            layers in between become part of the captioner and are fine-tuned with it. None uses the features as they
+            are.
+        weight_init: `neuraltalk` initializes all weights from U(-0.1, 0.1); `pytorch` uses PyTorch's defaults: word
+            embeddings from N(0, 1), all others from U(-r, r) with r = 1 / sqrt(inputs).
     """
 
     cell: Literal["lstm", "rnn"] = "lstm"
@@ -75,22 +75,23 @@ class CaptionerConfig:
 
     def __post_init__(self) -> None:
         if self.attention_size and self.image_input == "none":
-            raise ConfigError("captioner: attention_size needs an image to look at, got image_input none")
+            raise ConfigError("captioner: attention_size needs an image, got image_input none")
         if self.tie_embeddings and self.embedding_size != self.hidden_size:
             raise ConfigError(
-                "captioner: tie_embeddings makes word vectors the weights of the softmax, so it needs embedding_size = "
-                f"hidden_size, got {self.embedding_size} and {self.hidden_size}; set them equal, or leave the vectors free"
+                "captioner: tie_embeddings makes the word embeddings the weights of the softmax, so it needs "
+                f"embedding_size = hidden_size, got {self.embedding_size} and {self.hidden_size}; set them equal, or "
+                "set tie_embeddings to false"
             )
 
 
 class TokenLogProbs(NamedTuple):
-    """How likely the model finds sentences, token by token; a token is a word or the END after the last word.
+    """Log-probabilities of the tokens of given sentences. A token is a word, or the END after the last word.
 
     Attributes:
-        log_probs: `[tokens] float32`, ln p(token | image, tokens before it).
-        sentences: `[tokens] int64`, the sentence that a token belongs to.
-        mean_log_probs: `[tokens] float32`, the mean of ln p over all classes in the token's place, which label
-            smoothing learns from; None unless it was asked for.
+        log_probs: `[tokens] float32`, ln p(token | image, previous tokens).
+        sentences: `[tokens] int64`, the sentence of each token.
+        mean_log_probs: `[tokens] float32`, the mean of ln p over the vocabulary, for label smoothing; None unless
+            requested.
     """
 
     log_probs: Tensor
@@ -99,31 +100,34 @@ class TokenLogProbs(NamedTuple):
 
 
 class ImageState(NamedTuple):
-    """What a captioner takes in of images before it writes.
+    """Encoded images: the input of the recurrence.
 
     Attributes:
-        vector: `[images, vector_size]`, what the projection sees of them; of a language model `[images, 0]`.
-        image: `[images, embedding_size]`, the projected image vectors; of a language model `[images, 0]`.
-        state: `[states, images, hidden_size]` before START: the h of each layer and then, of an LSTM, the c of each.
-        annotations: `[images, positions, attention_size]`, what words may look at; None without attention.
+        features: `[images, projected_size]`, the input of the image projection; `[images, 0]` for a language model.
+        embeddings: `[images, embedding_size]`, the projected features; `[images, 0]` for a language model.
+        state: `[states, images, hidden_size]` before START: the h of each layer, then the c of each layer of an LSTM.
+        annotations: `[images, positions, attention_size]`, annotation vectors; None without attention.
     """
 
-    vector: Tensor
-    image: Tensor
+    features: Tensor
+    embeddings: Tensor
     state: Tensor
     annotations: Tensor | None
 
 
 class Captioner(nn.Module):
-    """Features and captions to log-probabilities. `Decoder` in decoding.py writes sentences with it.
+    """Computes log-probabilities of captions from image features. `Decoder` (decoding/decoder.py) generates captions.
 
-    Weights are drawn from PyTorch's global generator.
+    PyTorch's global generator initializes the weights.
 
     Args:
-        config: its shape.
-        feature_size: numbers in the feature vector of an image, or channels of its map; 0 for a language model.
+        config: the architecture.
+        feature_size: dimensions of an image's feature vector, or channels of its map; 0 for a language model.
         vocabulary_size: classes of the softmax, `len(vocabulary)`.
-        encoder_top: what features go through first, where `config` names a node; `feature_size` is then of what it gives.
+        encoder_top: the network from the features to `config.encoder_top`; `feature_size` is then that of its output.
+
+    Raises:
+        ConfigError: a language model has features, or a captioner has none.
     """
 
     components: Tensor | None
@@ -133,243 +137,233 @@ class Captioner(nn.Module):
     ) -> None:
         super().__init__()
         if (config.image_input == "none") != (feature_size == 0):
-            got = f"{config.image_input} and {feature_size}; it is for language models alone"
-            raise ConfigError(f"captioner: image_input none goes with no features, got {got}")
+            raise ConfigError(
+                "captioner: expected image_input none and feature_size 0 together (a language model), got "
+                f"{config.image_input} and {feature_size}"
+            )
+        embedding_size, hidden_size, layers = config.embedding_size, config.hidden_size, config.layers
         self.config = config
         self.feature_size = feature_size
         self.vocabulary_size = vocabulary_size
         self.standardization = Standardization(feature_size)
-        self.word_vectors = nn.Embedding(vocabulary_size, config.embedding_size)
-        self.recurrence: nn.RNNBase = (
-            nn.LSTM(config.embedding_size, config.hidden_size, config.layers, dropout=_between_layers(config))
-            if config.cell == "lstm"
-            else nn.RNN(
-                config.embedding_size, config.hidden_size, config.layers, "relu", dropout=_between_layers(config)
-            )
-        )
-        image_size = config.embedding_size
-        if config.image_input == "initial_state":
-            image_size = config.layers * config.hidden_size * (2 if config.cell == "lstm" else 1)
         components = config.principal_components
         self.register_buffer("components", torch.zeros(components, feature_size) if components else None)
+        # The order of the parameters decides which random numbers initialize them.
+        self.word_vectors = nn.Embedding(vocabulary_size, embedding_size)
+        between_layers = config.dropout if layers > 1 else 0.0
+        self.recurrence: nn.RNNBase = (
+            nn.LSTM(embedding_size, hidden_size, layers, dropout=between_layers)
+            if config.cell == "lstm"
+            else nn.RNN(embedding_size, hidden_size, layers, "relu", dropout=between_layers)
+        )
         if config.image_input != "none":
-            self.image_projection = nn.Linear(self.vector_size, image_size)
+            initializes_state = config.image_input == "initial_state"
+            image_size = self.state_count * hidden_size if initializes_state else embedding_size
+            self.image_projection = nn.Linear(self.projected_size, image_size)
         self.attention: Attention | None = None
         if config.attention_size:
-            gates = config.hidden_size * (4 if config.cell == "lstm" else 1)
-            self.attention = Attention(feature_size, config.attention_size, config.hidden_size, gates, config.dropout)
-        self.output = nn.Linear(config.hidden_size, vocabulary_size)
+            gates = hidden_size * (4 if config.cell == "lstm" else 1)
+            self.attention = Attention(feature_size, config.attention_size, hidden_size, gates, config.dropout)
+        self.output = nn.Linear(hidden_size, vocabulary_size)
         self.dropout = nn.Dropout(config.dropout)
         if config.weight_init == "neuraltalk":
-            self._draw_weights()
-        self.encoder_top = encoder_top  # its weights are drawn nowhere
+            self._initialize_weights()
+        self.encoder_top = encoder_top  # assigned afterwards: its weights are pretrained
         if config.tie_embeddings:
             self.output.weight = self.word_vectors.weight
 
-    def _draw_weights(self) -> None:
-        for name, parameter in self.named_parameters():
-            if "bias" in name:
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.uniform_(parameter, -_WEIGHT_RANGE, _WEIGHT_RANGE)
+    @property
+    def projected_size(self) -> int:
+        """Dimensions of the image projection's input: of the features, or of their principal components."""
+        return self.feature_size if self.components is None else len(self.components)
 
-    def power_normalize(self, features: Tensor) -> Tensor:
-        """Features of any shape to the `feature_power`, from which all statistics are taken."""
-        power = self.config.feature_power
-        if power == 1:
-            return features
-        sizes = torch.where(
-            features == 0, 1, features.abs()
-        )  # at 0 the slope is infinite, and what is tuned by it lost
-        return features.sign() * sizes**power
-
-    @torch.no_grad()
-    def set_principal_components(self, sample: Tensor) -> None:
-        """Takes the principal components of training images' features, `[images, feature_size]`.
-
-        Where the images are fewer than the components, those that are left see nothing.
-        """
-        if self.components is None:
-            raise ConfigError("captioner: set principal_components before their values")
-        self.standardization.mean.copy_(sample.mean(0))
-        _, singular, directions = torch.linalg.svd(sample - self.standardization.mean, full_matrices=False)
-        kept = min(len(self.components), int((singular > 1e-4 * singular[0]).sum()))
-        self.components[:kept] = directions[:kept] * (len(sample) ** 0.5 / singular[:kept, None])
-
-    @torch.no_grad()
-    def initialize_bias(self, log_frequencies: Tensor) -> None:
-        """Starts the softmax at the words' frequencies: `[vocabulary_size]`, from `Vocabulary.log_frequencies`."""
-        self.output.bias.copy_(log_frequencies)
+    @property
+    def state_count(self) -> int:
+        """Vectors of `hidden_size` in the recurrent state: one per layer, two in an LSTM."""
+        return self.config.layers * (2 if self.config.cell == "lstm" else 1)
 
     def forward(
         self, features: Tensor, captions: Tensor, image_of_sentence: Tensor, mean_log_probs: bool = False
     ) -> TokenLogProbs:
-        """Scores captions, each token given the image and the true tokens before it.
+        """Computes the log-probability of each token of captions, given the image and the previous tokens.
 
-        Each image is projected once, whatever the number of its captions, and padding costs nothing.
+        Each image is encoded once, whatever its number of captions; padding costs nothing.
 
         Args:
-            features: `[images, feature_size]` or `[images, positions, channels]`, as the encoder gave them.
-            captions: `[sentences, ticks] int64`, word ids without START and END, then `PAD`.
-            image_of_sentence: `[sentences] int64`, the row of `features` that a caption belongs to.
-            mean_log_probs: give them too.
+            features: `[images, feature_size]` or `[images, positions, channels]`, from the encoder.
+            captions: `[sentences, longest] int64`, token ids without START and END, then `PAD`.
+            image_of_sentence: `[sentences] int64`, the row of `features` that a caption describes.
+            mean_log_probs: also return the mean over the vocabulary.
         """
         packed = pack_sequences(captions)
-        hidden, _ = self._read(features, packed, image_of_sentence)
+        hidden = self._run_packed(features, packed, image_of_sentence).hidden
         logits = self.output(self.dropout(hidden)).float()  # [tokens, vocabulary_size]
         log_probs = -F.cross_entropy(logits, packed.targets, reduction="none")
         if not mean_log_probs:
             return TokenLogProbs(log_probs, packed.sentences)
-        of_targets = logits.gather(1, packed.targets[:, None]).squeeze(1)  # ln p(w) = logit(w) - ln Z, so ln Z is known
-        return TokenLogProbs(log_probs, packed.sentences, logits.mean(1) - of_targets + log_probs)
+        target_logits = logits.gather(1, packed.targets[:, None]).squeeze(1)  # ln p = logit - ln Z
+        return TokenLogProbs(log_probs, packed.sentences, logits.mean(1) - target_logits + log_probs)
 
-    def predict_bag_of_words(self, features: Tensor) -> Tensor:
-        """The log-probability of each class as the first word of a sentence, `[images, vocabulary_size] float32`."""
-        image_state = self.encode_images(features)
-        images = torch.arange(len(features), device=features.device)
-        return self.step(torch.full_like(images, END), image_state.state, image_state, images)[0]
+    def attention_weights(self, features: Tensor, captions: Tensor, image_of_sentence: Tensor) -> list[Tensor]:
+        """Computes the attention weights of each token of captions; the arguments are those of `forward`.
+
+        Returns:
+            `[tokens, positions] float32` per caption, END last; each row has sum 1.
+
+        Raises:
+            CheckpointError: the captioner has no attention.
+        """
+        packed = pack_sequences(captions)
+        weights = self._run_packed(features, packed, image_of_sentence).attention_weights
+        if weights is None:
+            raise CheckpointError("captioner: attention weights need a captioner with attention, got one without")
+        return [weights[packed.sentences == sentence] for sentence in range(len(captions))]
 
     def step(
         self, words: Tensor, state: Tensor, image_state: ImageState, image_of_sentence: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Reads one word of each sentence, so that what it foretells can be learned from; `IncrementalCaptioner` is faster.
+        """Computes one time step that gradients flow through. For inference, `IncrementalCaptioner` is faster.
 
         Args:
-            words: `[sentences] int64`; END to begin.
-            state: `[states, sentences, hidden_size]`; to begin with the image_state's, of each sentence's image.
-            image_state: of the images, from `look`.
-            image_of_sentence: `[sentences] int64`, the row of the image_state that a sentence belongs to.
+            words: `[sentences] int64`; END at the first time step.
+            state: `[states, sentences, hidden_size]`; first that of each sentence's image in `image_state`.
+            image_state: the encoded images.
+            image_of_sentence: `[sentences] int64`, the image of each sentence.
 
         Returns:
-            The log-probabilities of the next word, `[sentences, vocabulary_size] float32`, and the state after it.
+            The log-probabilities of the next word, `[sentences, vocabulary_size] float32`, and the new state.
         """
-        inputs = self.word_vectors(words)
-        adds = self.config.image_input == "every_step" or (
-            self.config.image_input == "first_step" and bool((words == END).all())
-        )
-        if adds:
-            inputs = inputs + image_state.image.index_select(0, image_of_sentence)
-        hidden, state, _ = self._recur(inputs, [len(words)], state, image_state, image_of_sentence)
-        return F.log_softmax(self.output(self.dropout(hidden)).float(), 1), state
+        is_first = self.config.image_input == "first_step" and bool((words == END).all())
+        inputs = self._embed_words(words, image_state, image_of_sentence, len(words) if is_first else 0)
+        output = self._run(inputs, [len(words)], state, image_state, image_of_sentence)
+        return F.log_softmax(self.output(self.dropout(output.hidden)).float(), 1), output.state
 
-    def attention_weights(self, features: Tensor, captions: Tensor, image_of_sentence: Tensor) -> list[Tensor]:
-        """Where the model looks for each token of captions; the arguments are those of `forward`.
-
-        Returns:
-            For each caption `[tokens, positions] float32`, END last; each row adds up to 1.
-
-        Raises:
-            CheckpointError: the model has no attention.
-        """
-        packed = pack_sequences(captions)
-        _, looks = self._read(features, packed, image_of_sentence)
-        if looks is None:
-            raise CheckpointError(
-                "captioner: expected one with attention, got one that takes the image in at a image_state"
-            )
-        return [looks[packed.sentences == sentence] for sentence in range(len(captions))]
-
-    def _read(
-        self, features: Tensor, packed: PackedSequences, image_of_sentence: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """What the output sees of each token, `[tokens, hidden_size]`, and where it looks, `[tokens, positions]`."""
+    def predict_bag_of_words(self, features: Tensor) -> Tensor:
+        """Returns the log-probability of each class as the first word, `[images, vocabulary_size] float32`."""
         image_state = self.encode_images(features)
-        rows = image_of_sentence[packed.order]  # the image of each sentence that begins
-        inputs = self.word_vectors(packed.words)  # [tokens, embedding_size]
-        if self.config.image_input == "first_step":
-            inputs = torch.cat([inputs[: len(rows)] + image_state.image.index_select(0, rows), inputs[len(rows) :]])
-        elif self.config.image_input == "every_step":
-            inputs = inputs + image_state.image.index_select(0, image_of_sentence[packed.sentences])
-        hidden, _, looks = self._recur(inputs, packed.sizes, image_state.state.index_select(1, rows), image_state, rows)
-        return hidden, looks
-
-    def _recur(
-        self, inputs: Tensor, sizes: list[int], state: Tensor, image_state: ImageState, rows: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the output sees of each token, the state after the last tick, and where each token looks.
-
-        Args:
-            inputs: `[tokens, embedding_size]`, tick by tick.
-            sizes: the sentences that have each tick.
-            state: before the first.
-            image_state: of the images.
-            rows: of the image_state, for each sentence that begins.
-        """
-        inputs = self.dropout(inputs)
-        if self.attention is None or image_state.annotations is None:
-            return *recur(self.recurrence, self.dropout, inputs, sizes, state), None
-        return recur_attending(
-            self.recurrence, self.dropout, self.attention, inputs, sizes, state, image_state.annotations, rows
-        )
-
-    def transform_features(self, features: Tensor) -> Tensor:
-        """What the projection sees of image vectors, `[images, feature_size]`."""
-        features = self.power_normalize(features)
-        if self.components is not None:
-            return (features - self.standardization.mean) @ self.components.t()
-        return self.standardization(features) if self.config.standardize_features else features
+        images = torch.arange(len(features), device=features.device)
+        return self.step(torch.full_like(images, END), image_state.state, image_state, images)[0]
 
     def encode_images(self, features: Tensor) -> ImageState:
-        """Takes images in, once each.
+        """Encodes images.
 
         Args:
-            features: `[images, feature_size]` or `[images, positions, channels]`, as the encoder gave them.
+            features: `[images, feature_size]` or `[images, positions, channels]`, from the encoder.
 
         Raises:
-            ConfigError: the model has attention, and the features are no maps.
+            DatasetError: the captioner has attention, and the features are not maps.
         """
         return self._encode_features(features if self.encoder_top is None else self.encoder_top(features))
 
     def encode_average_image(self) -> ImageState:
-        """Takes in one image that has the mean of the training images' features, everywhere alike.
+        """Encodes an image whose features are the mean of the training images' features, at all positions.
 
         Raises:
-            ConfigError: the model does not know it.
+            ConfigError: the captioner does not know the mean.
         """
         if not (self.config.standardize_features or self.config.principal_components):
             raise ConfigError(
-                "captioner: expected one that knows the mean of its training images' features, got "
+                "captioner: the average image needs the mean of the training images' features, got a captioner with "
                 "standardize_features false"
             )
         mean = self.standardization.mean
         return self._encode_features((mean.sign() * mean.abs() ** (1 / self.config.feature_power))[None, None])
 
+    def power_normalize(self, features: Tensor) -> Tensor:
+        """Raises features of any shape to `feature_power` and keeps their sign. All statistics are of its result."""
+        power = self.config.feature_power
+        if power == 1:
+            return features
+        magnitudes = torch.where(features == 0, 1, features.abs())  # the gradient at 0 is infinite
+        return features.sign() * magnitudes**power
+
+    def transform_features(self, features: Tensor) -> Tensor:
+        """Computes the input of the image projection, `[images, feature_size]` to `[images, projected_size]`."""
+        features = self.power_normalize(features)
+        if self.components is not None:
+            return (features - self.standardization.mean) @ self.components.t()
+        return self.standardization(features) if self.config.standardize_features else features
+
+    @torch.no_grad()
+    def set_principal_components(self, features: Tensor) -> None:
+        """Computes the principal components of training images' power-normalized features, `[images, feature_size]`.
+
+        Components beyond the rank of the features stay 0.
+        """
+        if self.components is None:
+            raise ConfigError("captioner: expected principal_components above 0, got 0")
+        mean = features.mean(0)
+        self.standardization.mean.copy_(mean)
+        _, singular, directions = torch.linalg.svd(features - mean, full_matrices=False)
+        rank = int((singular > _SMALLEST_SINGULAR_VALUE * singular[0]).sum())
+        count = min(len(self.components), rank)
+        self.components[:count] = directions[:count] * (len(features) ** 0.5 / singular[:count, None])
+
+    @torch.no_grad()
+    def initialize_bias(self, log_frequencies: Tensor) -> None:
+        """Initializes the bias of the softmax with `Vocabulary.log_frequencies`, `[vocabulary_size]`."""
+        self.output.bias.copy_(log_frequencies)
+
+    def _run_packed(self, features: Tensor, packed: PackedSequences, image_of_sentence: Tensor) -> RecurrenceOutput:
+        image_state = self.encode_images(features)
+        rows = image_of_sentence[packed.order]  # in the order of the sentences in each time step
+        image_of_token = image_of_sentence[packed.sentences]
+        inputs = self._embed_words(packed.words, image_state, image_of_token, packed.batch_sizes[0])
+        return self._run(inputs, packed.batch_sizes, image_state.state.index_select(1, rows), image_state, rows)
+
+    def _embed_words(self, words: Tensor, image_state: ImageState, image_of_token: Tensor, first: int) -> Tensor:
+        """Embeds words, `[tokens] int64`, and adds the image to the `first` tokens or to all, as configured."""
+        inputs: Tensor = self.word_vectors(words)  # [tokens, embedding_size]
+        if self.config.image_input == "every_step":
+            return inputs + image_state.embeddings.index_select(0, image_of_token)
+        if self.config.image_input == "first_step" and first:
+            images = image_state.embeddings.index_select(0, image_of_token[:first])
+            return torch.cat([inputs[:first] + images, inputs[first:]])
+        return inputs
+
+    def _run(
+        self, inputs: Tensor, batch_sizes: list[int], state: Tensor, image_state: ImageState, image_of_sentence: Tensor
+    ) -> RecurrenceOutput:
+        return run_recurrence(
+            self.recurrence,
+            self.dropout,
+            self.dropout(inputs),
+            batch_sizes,
+            state,
+            self.attention,
+            image_state.annotations,
+            image_of_sentence,
+        )
+
     def _encode_features(self, features: Tensor) -> ImageState:
-        """What `look` takes in of features as the encoder_top gave them."""
         annotations = None
         if self.attention is not None:
             if features.dim() != 3:
                 raise DatasetError(
-                    f"captioner: attention looks at maps [positions, channels], got vectors of {features.shape[-1]} "
+                    f"captioner: attention needs maps [positions, channels], got vectors of {features.shape[-1]} "
                     "numbers; extract features with pooling none, at a node that is a map"
                 )
-            annotations = self.attention.embed(self.power_normalize(features))
+            annotations = self.attention.annotate(self.power_normalize(features))
         if features.dim() == 3:
             features = features.mean(1)
+        count, hidden_size = len(features), self.config.hidden_size
         if self.config.image_input == "none":
-            state = features.new_zeros(self.state_count, len(features), self.config.hidden_size)
+            state = features.new_zeros(self.state_count, count, hidden_size)
             return ImageState(features, features, state, None)
-        vector = self.transform_features(features)
-        image = self.image_projection(vector)
+        features = self.transform_features(features)
+        embeddings = self.image_projection(features)
         if self.config.image_input == "initial_state":
-            state = image.view(len(image), -1, self.config.hidden_size).transpose(0, 1)
-            begun = torch.tanh(state) if self.config.cell == "lstm" else torch.relu(state)
-            return ImageState(vector, image, begun, annotations)
-        state = image.new_zeros(self.state_count, len(image), self.config.hidden_size)
+            state = embeddings.view(count, -1, hidden_size).transpose(0, 1)
+            state = torch.tanh(state) if self.config.cell == "lstm" else torch.relu(state)
+        else:
+            state = embeddings.new_zeros(self.state_count, count, hidden_size)
         if self.config.image_input == "initial_input":
-            _, state = recur(self.recurrence, self.dropout, self.dropout(image), [len(image)], state)
-        return ImageState(vector, image, state, annotations)
+            state = run_recurrence(self.recurrence, self.dropout, self.dropout(embeddings), [count], state).state
+        return ImageState(features, embeddings, state, annotations)
 
-    @property
-    def vector_size(self) -> int:
-        """Numbers in the vector that an image is projected from: of its features, or of their principal components."""
-        return self.feature_size if self.components is None else len(self.components)
-
-    @property
-    def state_count(self) -> int:
-        """Vectors of `hidden_size` that make up the state: one a layer, two in an LSTM."""
-        return self.config.layers * (2 if self.config.cell == "lstm" else 1)
-
-
-def _between_layers(config: CaptionerConfig) -> float:
-    return config.dropout if config.layers > 1 else 0.0
+    def _initialize_weights(self) -> None:
+        for name, parameter in self.named_parameters():
+            if "bias" in name:
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.uniform_(parameter, -_WEIGHT_RANGE, _WEIGHT_RANGE)

@@ -1,129 +1,132 @@
-"""The recurrences of a captioner over packed sentences: `torch.nn`'s weights, run tick by tick.
+"""The recurrent layers of a captioner, with the weights of `torch.nn.LSTM` or `torch.nn.RNN`.
 
-h_t = max(0, Wxh x_t + Whh h_{t-1} + b)       or the gates of an LSTM; any number of layers
+h_t = max(0, Wxh x_t + Whh h_{t-1} + b)     or the gates of an LSTM; any number of layers
 """
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from captionlib.models.captioners.attention import Attention
+from captionlib.models.captioners.attention import Attention, group_by_image
 
-__all__ = ["advance", "recur", "recur_attending", "recur_fused"]
+__all__ = ["RecurrenceOutput", "run_fused", "run_recurrence", "step_layers"]
 
 
-def recur(
-    recurrence: nn.RNNBase, dropout: nn.Module, inputs: Tensor, sizes: list[int], state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Runs a recurrence over packed sentences.
+class RecurrenceOutput(NamedTuple):
+    """The result of running the recurrence over packed sentences.
+
+    Attributes:
+        hidden: `[tokens, hidden_size]`, the last layer's h, plus the projected context vector with attention.
+        state: `[states, sentences, hidden_size]` of the sentences that reach the last time step.
+        attention_weights: `[tokens, positions] float32`; None without attention.
+    """
+
+    hidden: Tensor
+    state: Tensor
+    attention_weights: Tensor | None
+
+
+def run_recurrence(
+    rnn: nn.RNNBase,
+    dropout: nn.Module,
+    inputs: Tensor,
+    batch_sizes: list[int],
+    state: Tensor,
+    attention: Attention | None = None,
+    annotations: Tensor | None = None,
+    image_of_sentence: Tensor | None = None,
+) -> RecurrenceOutput:
+    """Runs the recurrence over packed sentences.
+
+    With attention, the context vector of a time step goes to its output and to the gates of the next time step.
 
     Args:
-        recurrence: an `nn.LSTM`, or an `nn.RNN` of rectifiers.
-        dropout: between its layers.
-        inputs: `[tokens, embedding_size]`, tick by tick.
-        sizes: how many sentences reach each tick; never more than reached the one before.
-        state: `[states, sentences, hidden_size]` to begin with: the h of each layer, then, of an LSTM, the c of each.
-
-    Returns:
-        The last layer's h, `[tokens, hidden_size]`, and the state of the sentences that reach the last tick.
+        rnn: an `nn.LSTM`, or an `nn.RNN` of rectifiers.
+        dropout: between the layers.
+        inputs: `[tokens, embedding_size]`, time step by time step.
+        batch_sizes: the number of sentences that reach each time step; never increases.
+        state: `[states, sentences, hidden_size]` before the first time step: the h of each layer, then the c of each
+            layer of an LSTM.
+        attention: None runs without attention.
+        annotations: `[images, positions, size]`, from `Attention.annotate`.
+        image_of_sentence: `[sentences] int64`, the row of `annotations` that a sentence attends to.
     """
-    if inputs.is_cuda:
-        return recur_fused(recurrence, inputs, sizes, state)
-    hs, cs = _split_state(recurrence, state)
-    for layer, (w_ih, w_hh, b_ih, b_hh) in enumerate(recurrence.all_weights):
-        if layer:
-            inputs = dropout(inputs)
-        h, c = hs[layer], cs[layer]
-        ticks = []
-        for x in torch.split(F.linear(inputs, w_ih, b_ih + b_hh), sizes):
-            h, c = advance(torch.addmm(x, h[: len(x)], w_hh.t()), None if c is None else c[: len(x)])
-            ticks.append(h)
-        inputs = torch.cat(ticks)
-        hs[layer], cs[layer] = h, c
-    return inputs, torch.stack([*hs, *(c for c in cs if c is not None)])
+    if attention is None or annotations is None or image_of_sentence is None:
+        attention = None
+        if inputs.is_cuda:
+            return run_fused(rnn, inputs, batch_sizes, state)
+    else:
+        groups = group_by_image(image_of_sentence, len(annotations))
+    (w_ih, _, b_ih, b_hh), *upper = layers = rnn.all_weights
+    recurrent = [w_hh.t() for _, w_hh, _, _ in layers]
+    feed_forward = [_connect(dropout, w_ih, b_ih + b_hh) for w_ih, _, b_ih, b_hh in upper]
+    h, c = list(state[: len(layers)]), list(state[len(layers) :])
+    hiddens, contexts, weights = [], [], []
+    if attention is not None:
+        context, _ = attention(h[-1], annotations, groups)
+    for input_gates in torch.split(F.linear(inputs, w_ih, b_ih + b_hh), batch_sizes):
+        rows = len(input_gates)  # sentences that reach this time step
+        gates = input_gates if attention is None else input_gates + attention.to_gates(context[:rows])
+        recurrent_gates = [h_l[:rows] @ w_hh for h_l, w_hh in zip(h, recurrent, strict=True)]
+        h, c = step_layers(gates, recurrent_gates, [c_l[:rows] for c_l in c], feed_forward)
+        hiddens.append(h[-1])
+        if attention is not None:
+            context, step_weights = attention(h[-1], annotations, groups.head(rows))
+            contexts.append(context)
+            weights.append(step_weights)
+    hidden, state = torch.cat(hiddens), torch.stack([*h, *c])
+    if attention is None:
+        return RecurrenceOutput(hidden, state, None)
+    return RecurrenceOutput(hidden + attention.to_output(torch.cat(contexts)), state, torch.cat(weights))
 
 
-def recur_fused(recurrence: nn.RNNBase, inputs: Tensor, sizes: list[int], state: Tensor) -> tuple[Tensor, Tensor]:
-    """The same by cuDNN; on a CPU PyTorch's own loop over packed sequences takes half again as long as `recur`."""
-    packed = PackedSequence(inputs, torch.tensor(sizes))
-    if isinstance(recurrence, nn.LSTM):
+def run_fused(rnn: nn.RNNBase, inputs: Tensor, batch_sizes: list[int], state: Tensor) -> RecurrenceOutput:
+    """Runs the recurrence without attention by cuDNN; see `run_recurrence`, which is faster than PyTorch on a CPU."""
+    packed = PackedSequence(inputs, torch.tensor(batch_sizes))
+    if isinstance(rnn, nn.LSTM):
         h, c = state.contiguous().chunk(2)
-        outputs, (h, c) = recurrence(packed, (h, c))
+        outputs, (h, c) = rnn(packed, (h, c))
         state = torch.cat([h, c])
     else:
-        outputs, state = recurrence(packed, state.contiguous())
-    return outputs.data, state[:, : sizes[-1]]
+        outputs, state = rnn(packed, state.contiguous())
+    return RecurrenceOutput(outputs.data, state[:, : batch_sizes[-1]], None)
 
 
-def recur_attending(
-    recurrence: nn.RNNBase,
-    dropout: nn.Module,
-    attention: Attention,
-    inputs: Tensor,
-    sizes: list[int],
-    state: Tensor,
-    annotations: Tensor,
-    image: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, looking at the image after each tick: what it sees goes to the output and into the next tick.
+def step_layers(
+    gates: Tensor,
+    recurrent_gates: Sequence[Tensor],
+    cells: Sequence[Tensor],
+    feed_forward: Sequence[Callable[[Tensor], Tensor]],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Computes one time step of all layers.
 
     Args:
-        recurrence: an `nn.LSTM`, or an `nn.RNN` of rectifiers.
-        dropout: between its layers.
-        attention: how it looks.
-        inputs: `[tokens, embedding_size]`, tick by tick.
-        sizes: how many sentences reach each tick; never more than reached the one before.
-        state: `[states, sentences, hidden_size]` to begin with.
-        annotations: `[images, positions, size]`, from `Attention.embed`.
-        image: `[sentences] int64`, the row of `annotations` that a sentence is about.
+        gates: `[rows, gates]`, Wxh x + b of the first layer. The gates of an LSTM are input, forget, cell and output.
+        recurrent_gates: Whh h_{t-1} of each layer, `[rows, gates]`; overwritten.
+        cells: c_{t-1} of each layer, `[rows, hidden_size]`; empty for an RNN.
+        feed_forward: from the second layer on, computes Wxh x + b from the h of the layer below.
 
     Returns:
-        What the output sees, `[tokens, hidden_size]`; the state of the sentences that reach the last tick; and where
-        each token's look went, `[tokens, positions]`.
+        h and c of each layer, `[rows, hidden_size]`; no c for an RNN.
     """
-    hs, cs = _split_state(recurrence, state)
-    slots = attention.find_slots(image, len(annotations))
-    (w_ih, _, b_ih, b_hh), *_ = weights = recurrence.all_weights
-    context, _ = attention(hs[-1], annotations, slots)
-    hiddens, contexts, looks = [], [], []
-    for x in torch.split(F.linear(inputs, w_ih, b_ih + b_hh), sizes):
-        rows = len(x)
-        h, gates = x, x + attention.to_gates(context[:rows])
-        for layer, (w_ih, w_hh, b_ih, b_hh) in enumerate(weights):
-            if layer:
-                gates = F.linear(dropout(h), w_ih, b_ih + b_hh)
-            before = cs[layer]
-            gates = torch.addmm(gates, hs[layer][:rows], w_hh.t())
-            h, cs[layer] = advance(gates, None if before is None else before[:rows])
-            hs[layer] = h
-        context, look = attention(h, annotations, slots.first(rows))
-        hiddens.append(h)
-        contexts.append(context)
-        looks.append(look)
-    state = torch.stack([*hs, *(c for c in cs if c is not None)])
-    return torch.cat(hiddens) + attention.to_output(torch.cat(contexts)), state, torch.cat(looks)
+    new_h: list[Tensor] = []
+    new_c: list[Tensor] = []
+    for layer, recurrent in enumerate(recurrent_gates):
+        below = feed_forward[layer - 1](new_h[-1]) if layer else gates
+        total = recurrent.add_(below)
+        if not cells:
+            new_h.append(torch.relu(total))
+            continue
+        i, f, g, o = total.chunk(4, dim=1)
+        c = torch.sigmoid(f) * cells[layer] + torch.sigmoid(i) * torch.tanh(g)
+        new_h.append(torch.sigmoid(o) * torch.tanh(c))
+        new_c.append(c)
+    return new_h, new_c
 
 
-def advance(gates: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """One tick of a layer: the state after it, from Wxh x + Whh h + b.
-
-    Args:
-        gates: `[rows, hidden_size]` of an RNN; `[rows, 4 * hidden_size]` of an LSTM: input, forget, cell, output gate.
-        c: `[rows, hidden_size]` of an LSTM, None of an RNN.
-
-    Returns:
-        h and c, `[rows, hidden_size]` each.
-    """
-    if c is None:
-        return torch.relu(gates), None
-    i, f, g, o = gates.chunk(4, dim=1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
-
-
-def _split_state(recurrence: nn.RNNBase, state: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The h of each layer, and its c, None of an RNN."""
-    layers = recurrence.num_layers
-    parts = list(state.unbind())
-    return parts[:layers], [*parts[layers:]] if len(parts) > layers else [None] * layers
+def _connect(dropout: nn.Module, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda h: F.linear(dropout(h), weight, bias)

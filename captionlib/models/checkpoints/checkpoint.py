@@ -20,7 +20,7 @@ from captionlib.models.captioners.language_model import LanguageModelConfig, bui
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.checkpoints.folder import (
     FolderLike,
-    damaged,
+    damaged_error,
     find_encoder_weights,
     open_folder,
     read_checkpoint,
@@ -347,7 +347,7 @@ def _load(
             model.load_state_dict(checkpoint.tensors)
             encoder = dict(checkpoint.identity.get("encoder", {}))
     except (ConfigError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise damaged(open_folder(folder), f"{type(error).__name__}: {error}") from error
+        raise damaged_error(open_folder(folder), f"{type(error).__name__}: {error}") from error
     return {
         "kind": kind,
         "model": model.to(target).eval(),

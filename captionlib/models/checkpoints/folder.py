@@ -1,12 +1,12 @@
-"""The folder that a trained model is kept in, of whatever kind: whole or not at all, and nothing that runs when loaded.
+"""The files of a checkpoint. They are written completely or not at all, and loading them never runs code.
 
 | file | content |
 |---|---|
 | `model.safetensors` | the weights |
-| `training.json` | how the training went; nothing depends on it |
-| `encoder.safetensors` | the weights of an encoder that was tuned with the model; absent where none was |
-| `datastore.parquet` | what a captioner remembers of the images it learned from; absent until it is asked to |
-| `config.json` | what the model is and where it comes from; written last, with the SHA-256 of the weights |
+| `training.json` | the training configuration and history; informative only |
+| `encoder.safetensors` | the weights of the encoder, if it was fine-tuned with the model |
+| `datastore.parquet` | the datastore of a captioner, if `captionlib build-datastore` built it |
+| `config.json` | architecture, vocabulary, encoder and provenance; written last, with the SHA-256 of the weights |
 """
 
 import hashlib
@@ -34,7 +34,7 @@ __all__ = [
     "DATASTORE",
     "Checkpoint",
     "FolderLike",
-    "damaged",
+    "damaged_error",
     "describe_checkpoint",
     "find_encoder_weights",
     "open_folder",
@@ -51,7 +51,6 @@ ENCODER = "encoder.safetensors"
 DATASTORE = "datastore.parquet"
 CHECKPOINT_FILES = frozenset({WEIGHTS, CONFIG, TRAINING, ENCODER, DATASTORE})
 
-
 FolderLike = str | os.PathLike[str] | Folder
 
 
@@ -60,12 +59,12 @@ class Checkpoint:
     """The content of a checkpoint of any kind.
 
     Attributes:
-        kind: what the model is, such as `captioner`.
-        identity: all that its answers depend on besides the weights.
+        kind: of the model, such as `captioner`.
+        identity: everything besides the weights that determines the model's output.
         tensors: the weights, on the CPU.
-        provenance: where it comes from.
-        training: how its training went.
-        fingerprint: the hash of kind, identity and weights: models that answer alike have it in common.
+        provenance: the data and versions that the model was trained with.
+        training: the training configuration and history.
+        fingerprint: the hash of kind, identity and weights; equal for models with equal output.
     """
 
     kind: str
@@ -85,23 +84,23 @@ def write_checkpoint(
     training: Mapping[str, Any],
     encoder_file: bytes | None = None,
 ) -> str:
-    """Writes a checkpoint of any kind, in place of one that is there.
+    """Writes a checkpoint and replaces the one in the folder, if there is one.
 
-    All files are written beside their places first and then moved there, the configuration last.
+    All files are written under temporary names, then renamed; the configuration last.
 
     Args:
-        folder: where to.
-        kind: what the model is.
-        tensors: its weights.
-        identity: all else that its answers depend on; plain values.
-        provenance: where it comes from; plain values.
-        training: how its training went; plain values.
-        encoder_file: the weights file of an encoder that was tuned with the model, whose description the identity has.
+        folder: the checkpoint's folder.
+        kind: of the model.
+        tensors: the weights.
+        identity: everything else that determines the model's output; JSON values.
+        provenance: the data and versions that the model was trained with; JSON values.
+        training: the training configuration and history; JSON values.
+        encoder_file: the weights file of the encoder that `identity` describes, if it was fine-tuned with the model.
 
     Returns:
         The fingerprint.
     """
-    # Clones: tied weights share their memory, and safetensors refuses tensors that do.
+    # Cloned because safetensors rejects tensors that share memory, as tied weights do.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     weights = safetensors.torch.save(copies)
     digest = hashlib.sha256(weights).hexdigest()
@@ -115,20 +114,20 @@ def write_checkpoint(
     }
     files = {CONFIG: to_json(config), TRAINING: to_json(training), ENCODER: encoder_file, WEIGHTS: weights}
     target = open_folder(folder)
-    with ExitStack() as stack:  # left from the last to the first
+    with ExitStack() as stack:  # exits in reverse order, so CONFIG is renamed last
         for name, content in files.items():
             if content is not None:
                 stack.enter_context(target.stage(name)).write_bytes(content)
     for name in (DATASTORE, *([ENCODER] if encoder_file is None else [])):
-        target.remove(name)  # of a checkpoint that was there
+        target.remove(name)  # of the previous checkpoint
     return str(config["fingerprint"])
 
 
 def find_encoder_weights(folder: FolderLike, description: Mapping[str, Any]) -> str | None:
-    """The address of the weights of an encoder that was tuned with the model; None where none was.
+    """Returns the address of the encoder's weights, or None if the encoder was not fine-tuned with the model.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint's folder.
         description: of the model's encoder.
     """
     source = open_folder(folder)
@@ -136,7 +135,7 @@ def find_encoder_weights(folder: FolderLike, description: Mapping[str, Any]) -> 
 
 
 def stamp_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Where a model comes from, with the versions that made it and the date."""
+    """Returns the provenance with the versions of captionlib and PyTorch and the time."""
     return {
         **provenance,
         "captionlib": __version__,
@@ -146,15 +145,15 @@ def stamp_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_checkpoint(folder: FolderLike, kind: str) -> Checkpoint:
-    """Reads a checkpoint of a kind, and checks that it is whole.
+    """Reads and verifies a checkpoint.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or it is something else.
+        CheckpointError: the checkpoint is missing, damaged or of another kind.
     """
     source = open_folder(folder)
     config = _read_json(source, CONFIG)
     if config is None:
-        raise CheckpointError(f"{source.uri} is no checkpoint: expected a folder that holds {CONFIG} and {WEIGHTS}")
+        raise CheckpointError(f"{source.uri} is not a checkpoint: expected a folder with {CONFIG} and {WEIGHTS}")
     if config.get("kind") != kind or "format_version" not in config:
         got = config.get("kind", "another program's")
         raise CheckpointError(f"{source.uri}: expected a checkpoint of kind {kind}, got {got}")
@@ -168,41 +167,51 @@ def read_checkpoint(folder: FolderLike, kind: str) -> Checkpoint:
         provenance = config.pop("provenance")
         weights = source.read(WEIGHTS)
     except KeyError as error:
-        raise damaged(source, f"{CONFIG} lacks {error}") from error
+        raise damaged_error(source, f"{CONFIG} lacks {error}") from error
     except FileNotFoundError as error:
-        raise damaged(source, f"{WEIGHTS} is missing") from error
+        raise damaged_error(source, f"{WEIGHTS} is missing") from error
     identity = {name: value for name, value in config.items() if name not in ("kind", "format_version")}
     digest = hashlib.sha256(weights).hexdigest()
     if digest != recorded:
-        raise damaged(source, f"expected {WEIGHTS} of SHA-256 {recorded}, got {digest}")
+        raise damaged_error(source, f"expected {WEIGHTS} of SHA-256 {recorded}, got {digest}")
     if _fingerprint(kind, identity, digest) != fingerprint:
-        raise damaged(source, f"{CONFIG} is not what its fingerprint was taken of")
+        raise damaged_error(source, f"{CONFIG} does not match its fingerprint")
     try:
         tensors = safetensors.torch.load(weights)
     except safetensors.SafetensorError as error:
-        raise damaged(source, f"{WEIGHTS} cannot be read: {error}") from error
+        raise damaged_error(source, f"{WEIGHTS} cannot be read: {error}") from error
     return Checkpoint(kind, identity, tensors, provenance, _read_json(source, TRAINING) or {}, fingerprint)
 
 
 def describe_checkpoint(folder: FolderLike) -> dict[str, Any]:
-    """A checkpoint of any kind, for people: its configuration without the vocabulary, its best epoch, its memory.
+    """Summarizes a checkpoint of any kind: configuration, size of vocabulary and datastore, and the best epoch.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: the checkpoint is missing or damaged.
     """
     source = open_folder(folder)
     config = _read_json(source, CONFIG)
     if config is None or "fingerprint" not in config:
-        raise CheckpointError(f"{source.uri} is no checkpoint of captionlib; expected {CONFIG} and {WEIGHTS}")
+        raise CheckpointError(f"{source.uri} is not a checkpoint: expected a folder with {CONFIG} and {WEIGHTS}")
     vocabulary = config.pop("vocabulary", {})
     training = _read_json(source, TRAINING) or {}
     history = training.get("history", [])
     words = f"{len(vocabulary.get('words', [])):,} {vocabulary.get('level', 'words')}"
-    described = {**config, "vocabulary": words}
+    description = {**config, "vocabulary": words}
     if source.exists(DATASTORE):
         with source.open(DATASTORE) as file:
-            described["datastore"] = f"{pq.read_metadata(file).num_rows:,} images"
-    return {**described, "epoch": history[-1]} if history else described
+            description["datastore"] = f"{pq.read_metadata(file).num_rows:,} images"
+    return {**description, "epoch": history[-1]} if history else description
+
+
+def open_folder(folder: FolderLike) -> Folder:
+    """Opens the folder at an address; returns a `Folder` as it is."""
+    return folder if isinstance(folder, Folder) else Folder(folder)
+
+
+def damaged_error(folder: Folder, reason: str) -> CheckpointError:
+    """Returns the error of a damaged checkpoint."""
+    return CheckpointError(f"checkpoint {folder.uri} is damaged: {reason}; copy it again, or train again")
 
 
 def _read_json(folder: Folder, name: str) -> dict[str, Any] | None:
@@ -211,21 +220,11 @@ def _read_json(folder: Folder, name: str) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise damaged(folder, f"{name} is not JSON: {error}") from error
+        raise damaged_error(folder, f"{name} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise damaged(folder, f"{name}: expected a mapping, got {type(content).__name__}")
+        raise damaged_error(folder, f"{name}: expected a mapping, got {type(content).__name__}")
     return content
 
 
 def _fingerprint(kind: str, identity: Mapping[str, Any], weights_sha256: str) -> str:
     return compute_fingerprint(kind, {**identity, "weights_sha256": weights_sha256})
-
-
-def open_folder(folder: FolderLike) -> Folder:
-    """The folder at an address, or the folder itself."""
-    return folder if isinstance(folder, Folder) else Folder(folder)
-
-
-def damaged(folder: Folder, reason: str) -> CheckpointError:
-    """The error to raise for a checkpoint that is not what it should be."""
-    return CheckpointError(f"checkpoint {folder.uri} is damaged: {reason}; copy it again, or train again")

@@ -1,12 +1,11 @@
 """Beam search over many images at once.
 
-A hypothesis that has reached END is finished: it is kept and not extended, and it leaves its place in the beam, so that
-the beam of an image narrows until nothing is left to extend. Only hypotheses that are alive are computed, whichever
-image they belong to.
+A hypothesis that reaches END is finished: it is stored, is not extended, and frees its place in the beam. The beam of
+an image narrows until nothing is left to extend. Only unfinished hypotheses are computed, whatever image they belong to.
 
-In diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424) each image has several beams, its groups. All are
-computed together; then each group in its turn chooses its words, and a word that the groups before it chose at this
-place costs it something in the choice. Log-probabilities remain the model's own.
+In diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424) each image has several groups of hypotheses. All
+groups are computed together; then they choose their words in turn, and a word costs more the more hypotheses of earlier
+groups chose it at this time step. Log-probabilities remain those of the model.
 """
 
 from typing import NamedTuple
@@ -18,34 +17,18 @@ from captionlib.data.text.vocabulary import END
 from captionlib.models.decoding.candidate import Candidate
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.constraints import Constraints
-from captionlib.models.decoding.incremental import DecoderState, Hypotheses, IncrementalCaptioner
+from captionlib.models.decoding.incremental import Hypotheses, IncrementalCaptioner
 
 __all__ = ["search_beam"]
 
 
-class _Beam(NamedTuple):
-    """The hypotheses that are alive, group by group, the likeliest of a group first.
-
-    Attributes:
-        group: `[rows] int64`, whose beam it is in; ascending. Group g of an image is image * groups + g.
-        log_prob: `[rows] float32`, of the words so far.
-        words: `[rows, ticks] int64`, START and the words so far.
-        state: of the captioner, after all words but the last.
-    """
-
-    group: Tensor
-    log_prob: Tensor
-    words: Tensor
-    state: DecoderState
-
-
-class _Ended(NamedTuple):
-    """Hypotheses that came to their end at the same tick.
+class _Finished(NamedTuple):
+    """Hypotheses that finished at the same time step.
 
     Attributes:
         group: `[hypotheses] int64`.
         log_prob: `[hypotheses] float32`.
-        words: `[hypotheses, tokens] int64`, END among them where it was reached.
+        words: `[hypotheses, tokens] int64`, END last if it was reached.
     """
 
     group: Tensor
@@ -53,13 +36,13 @@ class _Ended(NamedTuple):
     words: Tensor
 
 
-class _Choice(NamedTuple):
-    """The continuations chosen for each group, `[groups, width]` each, the best first.
+class _Continuations(NamedTuple):
+    """The continuations that each group chose, `[groups, width]` each, the best first.
 
     Attributes:
-        log_prob: of all words, -inf where there are fewer continuations.
-        row: of the beam that goes on.
-        word: that it goes on with.
+        log_prob: of all words; -inf if there are fewer continuations.
+        row: the hypothesis that is extended.
+        word: the word that extends it.
     """
 
     log_prob: Tensor
@@ -70,142 +53,151 @@ class _Choice(NamedTuple):
 def search_beam(
     incremental: IncrementalCaptioner, config: DecodingConfig, constraints: Constraints, start: Hypotheses
 ) -> list[list[Candidate]]:
-    """The likeliest sentences for each image, in any order and at least as many as are asked for, if there are.
+    """Searches for the most probable sentences of each image.
 
     Args:
         incremental: the captioner.
-        config: how they are searched for.
-        constraints: what they may not contain.
-        start: the images, and how their sentences begin.
+        config: the beam's width, groups and limits.
+        constraints: words that may not be written.
+        start: one hypothesis per image.
+
+    Returns:
+        At least `config.pool_size` candidates per image if there are as many, in no particular order.
     """
-    search = _Search(incremental, config, constraints, start)
+    search = _BeamSearch(incremental, config, constraints, start)
     while search.is_alive:
         search.extend()
     return search.candidates()
 
 
-class _Search:
-    """The search for the sentences of a batch of images, a word at a time."""
+class _BeamSearch:
+    """The search for the sentences of a batch of images; `extend` adds a word.
+
+    Group g of an image is number image * beam_groups + g. The hypotheses of a group stand together, the best first.
+    """
 
     def __init__(
         self, incremental: IncrementalCaptioner, config: DecodingConfig, constraints: Constraints, start: Hypotheses
     ) -> None:
         device = incremental.device
-        groups = len(start.words) * config.beam_groups
         self._incremental = incremental
         self._config = config
         self._constraints = constraints
         self._images = len(start.words)
         self._width = config.beam_width // config.beam_groups
-        self._tokens = start.words.shape[1] - 1  # of the hypotheses so far
+        self._tokens = start.words.shape[1] - 1  # of each hypothesis so far
         if config.beam_groups > 1:
             start = start.select(torch.arange(self._images, device=device).repeat_interleave(config.beam_groups))
-        self._beam = _Beam(torch.arange(groups, device=device), start.log_prob, start.words, start.state)
-        self._ended: list[_Ended] = []
-        self._places = torch.full((groups, 1), self._width, device=device)
-        self._best_scores = torch.full((groups, config.pool_size), -torch.inf, device=device)  # of the ended
+        groups = len(start.words)
+        self._beam = start
+        self._group = torch.arange(groups, device=device)  # of each hypothesis; ascending
+        self._finished: list[_Finished] = []
+        self._free = torch.full((groups, 1), self._width, device=device)  # places of unfinished hypotheses
+        self._best_scores = torch.full((groups, config.pool_size), -torch.inf, device=device)  # of finished ones
         self._ranks = torch.arange(self._width, device=device)
 
     @property
     def is_alive(self) -> bool:
-        return len(self._beam.group) > 0
+        return len(self._group) > 0
 
     def extend(self) -> None:
-        """Adds a token to each hypothesis that is alive, and keeps the likeliest."""
+        """Extends each hypothesis by a word, and keeps the most probable continuations."""
         self._tokens += 1
         beam = self._beam
         log_probs, state = self._incremental.step(beam.state, beam.words[:, -1])
         self._constraints.apply(log_probs, beam.words[:, 1:])
-        chosen = self._choose(log_probs) if self._config.beam_groups == 1 else self._choose_in_turn(log_probs)
+        is_diverse = self._config.beam_groups > 1
+        chosen = self._choose_diverse(log_probs) if is_diverse else self._choose(log_probs)
         log_prob, row, word = chosen
-        taken = (log_prob > -torch.inf) & (self._ranks < self._places)
-        ending = taken & (word == END)
+        selected = (log_prob > -torch.inf) & (self._ranks < self._free)
+        finishing = selected & (word == END)
         if self._tokens == self._config.max_tokens:
-            ending = taken
-        self._end(ending, chosen)
-        alive = taken & ~ending
-        if self._config.beam_groups == 1:  # what a group gives up would weigh upon the groups after it
+            finishing = selected
+        self._finish(finishing, chosen)
+        alive = selected & ~finishing
+        if not is_diverse:  # pruning would change the penalties of the groups that follow
             alive &= self._can_improve(log_prob)
-        group, rank = alive.nonzero(as_tuple=True)
-        rows = row[group, rank]
-        words = torch.cat([beam.words[rows], word[group, rank][:, None]], 1)
-        self._beam = _Beam(group, log_prob[group, rank], words, state.select(rows))
+        self._group, rank = alive.nonzero(as_tuple=True)
+        rows = row[self._group, rank]
+        words = torch.cat([beam.words[rows], word[self._group, rank][:, None]], 1)
+        self._beam = Hypotheses(log_prob[self._group, rank], words, state.select(rows))
 
-    def _choose(self, log_probs: Tensor) -> _Choice:
-        """The likeliest continuations of each group, from `[rows, vocabulary_size] float32`."""
+    def candidates(self) -> list[list[Candidate]]:
+        """Returns the finished hypotheses of each image; those that several groups found are listed once."""
+        per_image: list[dict[tuple[int, ...], Candidate]] = [{} for _ in range(self._images)]
+        for finished in self._finished:
+            rows = zip(finished.group.tolist(), finished.log_prob.tolist(), finished.words.tolist(), strict=True)
+            for group, log_prob, words in rows:
+                token_ids = words[:-1] if words[-1] == END else words
+                candidate = Candidate(token_ids, log_prob, token_count=len(words))
+                per_image[group // self._config.beam_groups].setdefault(tuple(words), candidate)
+        return [list(candidates.values()) for candidates in per_image]
+
+    def _choose(self, log_probs: Tensor) -> _Continuations:
+        """Chooses the most probable continuations of each group, from `[rows, vocabulary_size] float32`."""
         log_prob, word = log_probs.topk(min(self._width, log_probs.shape[1]), dim=1)
         log_prob += self._beam.log_prob[:, None]
-        best, row, column = _rank(log_prob, self._beam.group, len(self._places), self._width)
-        return _Choice(best, row, word[row, column])
+        best, row, column = _top_continuations(log_prob, self._group, len(self._free), self._width)
+        return _Continuations(best, row, word[row, column])
 
-    def _choose_in_turn(self, log_probs: Tensor) -> _Choice:
-        """The same where a word costs more the more hypotheses of the image's groups before have just chosen it."""
-        beam, count = self._beam, self._config.beam_groups
-        chosen = _Choice(
-            log_probs.new_full((len(self._places), self._width), -torch.inf),
-            self._places.new_zeros(len(self._places), self._width),
-            self._places.new_zeros(len(self._places), self._width),
+    def _choose_diverse(self, log_probs: Tensor) -> _Continuations:
+        """Chooses as `_choose` does, group by group, with a penalty on the words of the earlier groups of the image."""
+        group_log_prob, groups = self._beam.log_prob, self._config.beam_groups
+        chosen = _Continuations(
+            log_probs.new_full((len(self._free), self._width), -torch.inf),
+            self._free.new_zeros(len(self._free), self._width),
+            self._free.new_zeros(len(self._free), self._width),
         )
-        cost = log_probs.new_zeros(self._images, log_probs.shape[1])
-        for turn in range(count):
-            rows = (beam.group % count == turn).nonzero()[:, 0]
+        penalty = log_probs.new_zeros(self._images, log_probs.shape[1])
+        for turn in range(groups):
+            rows = (self._group % groups == turn).nonzero()[:, 0]
             if not len(rows):
                 continue
-            image = beam.group[rows] // count
-            scores, word = (log_probs[rows] - cost[image]).topk(min(self._width, log_probs.shape[1]), dim=1)
-            scores += beam.log_prob[rows, None]
-            best, row, column = _rank(scores, image, self._images, self._width)
+            image = self._group[rows] // groups
+            scores, word = (log_probs[rows] - penalty[image]).topk(min(self._width, log_probs.shape[1]), dim=1)
+            scores += group_log_prob[rows, None]
+            best, row, column = _top_continuations(scores, image, self._images, self._width)
             word, row = word[row, column], rows[row]
-            log_prob = (beam.log_prob[row] + log_probs[row, word]).where(best > -torch.inf, -torch.inf)
-            for values, found in zip(chosen, (log_prob, row, word), strict=True):
-                values[turn::count] = found
-            taken = (best > -torch.inf) & (self._ranks < self._places[turn::count])
-            cost.scatter_add_(1, word, self._config.diversity_penalty * taken.float())
+            log_prob = (group_log_prob[row] + log_probs[row, word]).where(best > -torch.inf, -torch.inf)
+            for values, of_turn in zip(chosen, (log_prob, row, word), strict=True):
+                values[turn::groups] = of_turn
+            selected = (best > -torch.inf) & (self._ranks < self._free[turn::groups])
+            penalty.scatter_add_(1, word, self._config.diversity_penalty * selected.float())
         return chosen
 
-    def _end(self, ending: Tensor, chosen: _Choice) -> None:
-        """Keeps the hypotheses that end, `[groups, width] bool`, and frees their places in the beam."""
-        group, rank = ending.nonzero(as_tuple=True)
+    def _finish(self, finishing: Tensor, chosen: _Continuations) -> None:
+        """Stores the hypotheses that finish, `[groups, width] bool`, and frees their places."""
+        group, rank = finishing.nonzero(as_tuple=True)
         rows, word = chosen.row[group, rank], chosen.word[group, rank]
         words = torch.cat([self._beam.words[rows, 1:], word[:, None]], 1)
-        self._ended.append(_Ended(group, chosen.log_prob[group, rank], words))
-        self._places = self._places - ending.sum(1, keepdim=True)
-        scores = (chosen.log_prob / self._tokens**self._config.length_penalty).where(ending, -torch.inf)
+        self._finished.append(_Finished(group, chosen.log_prob[group, rank], words))
+        self._free = self._free - finishing.sum(1, keepdim=True)
+        scores = (chosen.log_prob / self._tokens**self._config.length_penalty).where(finishing, -torch.inf)
         self._best_scores = torch.cat([self._best_scores, scores], 1).topk(self._config.pool_size, dim=1).values
 
     def _can_improve(self, log_prob: Tensor) -> Tensor:
-        """Which hypotheses could still come among those of their group that are asked for, `[groups, width] bool`.
+        """Returns which hypotheses can still enter the pool of their group, `[groups, width] bool`.
 
-        The log-probability of a sentence only falls as it grows, so its score is at most this one at full length. What
-        cannot improve takes no place from what can: all that is less likely at this length cannot either.
+        A log-probability only falls as the sentence grows, so its score is at most that of today's log-probability at
+        the maximum length. All hypotheses of this length that are less probable are pruned too, so pruning one frees no
+        place for another.
         """
         bound = log_prob / self._config.max_tokens**self._config.length_penalty
         can_improve: Tensor = bound > self._best_scores[:, -1:]
         return can_improve
 
-    def candidates(self) -> list[list[Candidate]]:
-        """The hypotheses that have ended, image by image; one that several groups found is told once."""
-        found: list[dict[tuple[int, ...], Candidate]] = [{} for _ in range(self._images)]
-        for ended in self._ended:
-            rows = zip(ended.group.tolist(), ended.log_prob.tolist(), ended.words.tolist(), strict=True)
-            for group, log_prob, words in rows:
-                cut = words[:-1] if words[-1] == END else words
-                candidate = Candidate(cut, log_prob, token_count=len(words))
-                found[group // self._config.beam_groups].setdefault(tuple(words), candidate)
-        return [list(candidates.values()) for candidates in found]
 
-
-def _rank(scores: Tensor, group: Tensor, groups: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best continuations of each group.
+def _top_continuations(scores: Tensor, group: Tensor, groups: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Finds the best continuations of each group.
 
     Args:
         scores: `[rows, columns] float32`, of the continuations of each row.
         group: `[rows] int64`, ascending.
-        groups: how many there are.
-        width: the most that are wanted of each.
+        groups: the number of groups.
+        width: continuations per group.
 
     Returns:
-        Score, row and column of each, `[groups, width]`; -inf where there are fewer.
+        Score, row and column of each, `[groups, width]`; the score is -inf if there are fewer.
     """
     rows, columns = scores.shape
     first_row = torch.searchsorted(group, torch.arange(groups, device=group.device))

@@ -1,7 +1,7 @@
-"""What a captioner remembers of the images it learned from: a vector and the sentences of each.
+"""The datastore of a captioner: features and references of the images that it was trained on, for reranking.
 
-Kept as `datastore.parquet` beside the checkpoint, where `captionlib build-datastore` writes it. What was said of the images that
-are most like a new one is evidence of what is to be said of it (consensus.py).
+`captionlib build-datastore` writes it as `datastore.parquet` into the checkpoint. The references of the training images
+most similar to a new image help to rank its candidates (rerank.py).
 """
 
 import json
@@ -20,160 +20,167 @@ from captionlib.errors import CheckpointError
 from captionlib.models.checkpoints.checkpoint import LoadedCaptioner
 from captionlib.models.checkpoints.folder import DATASTORE, FolderLike, open_folder
 from captionlib.models.decoding.cider_d import CiderD
-from captionlib.models.decoding.rerank import Neighbors
 
 __all__ = [
     "Datastore",
     "DatastoreEntries",
-    "datastore_fingerprint",
-    "datastore_schema",
+    "Neighbors",
     "read_datastore",
+    "read_datastore_fingerprint",
     "write_datastore",
 ]
 
 Vectors = npt.NDArray[np.float32]
 
-_TEMPERATURE = 0.06  # of the weights of neighbors, over the cosines of their vectors
+_TEMPERATURE = 0.06  # of the softmax over cosine similarities that weights neighbors
+
+_REFERENCES = pa.list_(pa.list_(pa.int32()))
 
 
 class DatastoreEntries(NamedTuple):
-    """Some images to remember.
+    """A batch of training images.
 
     Attributes:
-        image_ids: of each.
-        vectors: `[images, size]`, as the captioner has them.
-        sentences: of each image, as word ids.
+        image_ids: `[images]`.
+        vectors: `[images, projected_size]`, their `ImageState.features`.
+        references: token ids of each image's references.
     """
 
     image_ids: list[str]
     vectors: Vectors
-    sentences: list[list[list[int]]]
+    references: list[list[list[int]]]
+
+
+class Neighbors(NamedTuple):
+    """The references of the training images most similar to an image.
+
+    Attributes:
+        references: as token ids.
+        weights: `[references]`, sum 1.
+    """
+
+    references: list[list[int]]
+    weights: npt.NDArray[np.float64]
 
 
 class Datastore:
-    """Finds the training images most like others: by the cosine of their vectors, each number brought to mean 0 and
-    deviation 1 over the training images.
+    """Finds the training images most similar to others, by the cosine of their standardized vectors.
 
     Args:
         image_ids: of the training images.
-        vectors: `[images, size]`, as the captioner has them.
-        sentences: a list an image, of lists of word ids.
-        fingerprint: what tells it from other memories.
+        vectors: `[images, projected_size]`, their `ImageState.features`.
+        references: `list<list<int32>>` per image, token ids.
+        fingerprint: identifies the datastore.
     """
 
-    def __init__(self, image_ids: Sequence[str], vectors: Vectors, sentences: pa.Array, fingerprint: str) -> None:
+    def __init__(self, image_ids: Sequence[str], vectors: Vectors, references: pa.Array, fingerprint: str) -> None:
         self.fingerprint = fingerprint
-        self.cider = CiderD(one.as_py() for one in sentences)
-        self._places = {image_id: place for place, image_id in enumerate(image_ids)}
-        self._sentences = sentences
+        self.cider = CiderD(of_image.as_py() for of_image in references)
+        self._rows = {image_id: row for row, image_id in enumerate(image_ids)}
+        self._references = references
         self._mean = vectors.mean(0)
         std = vectors.std(0)
         self._std = np.where(std > 0, std, 1)
-        self._directions = self._direct(vectors)
+        self._unit_vectors = self._normalize(vectors)
 
     def find_neighbors(self, vectors: Vectors, count: int, keys: Sequence[str] | None = None) -> list[Neighbors]:
-        """What was said of the images most like each of some others; the most alike count most.
+        """Finds the neighbors of each image; more similar ones have larger weights.
 
         Args:
-            vectors: `[images, size]`, as the captioner has them.
-            count: how many neighbors an image has, at most.
-            keys: the ids of the images; an image is no neighbour of its own. None knows of none.
+            vectors: `[images, projected_size]`, their `ImageState.features`.
+            count: the maximum number of neighbors.
+            keys: the ids of the images, so that no image is its own neighbor; None if they are unknown.
         """
-        likeness = self._direct(vectors) @ self._directions.T
-        for row, key in enumerate(keys or ()):
-            if key in self._places:
-                likeness[row, self._places[key]] = -np.inf
-        count = min(count, likeness.shape[1])
-        nearest = np.argpartition(-likeness, count - 1, axis=1)[:, :count]
-        return [self._say(places, row[places]) for places, row in zip(nearest, likeness, strict=True)]
+        similarities = self._normalize(vectors) @ self._unit_vectors.T
+        for image, key in enumerate(keys or ()):
+            if key in self._rows:
+                similarities[image, self._rows[key]] = -np.inf
+        count = min(count, similarities.shape[1])
+        nearest = np.argpartition(-similarities, count - 1, axis=1)[:, :count]
+        return [self._collect(rows, of_image[rows]) for rows, of_image in zip(nearest, similarities, strict=True)]
 
-    def _direct(self, vectors: Vectors) -> Vectors:
-        """Standardised and brought to length 1; what is of length 0 stays."""
-        standard = (vectors - self._mean) / self._std
-        lengths = np.linalg.norm(standard, axis=1, keepdims=True)
-        directions: Vectors = standard / np.where(lengths > 0, lengths, 1)
-        return directions
+    def _normalize(self, vectors: Vectors) -> Vectors:
+        """Standardizes vectors and scales them to unit length; zero vectors stay zero."""
+        standardized = (vectors - self._mean) / self._std
+        lengths = np.linalg.norm(standardized, axis=1, keepdims=True)
+        unit_vectors: Vectors = standardized / np.where(lengths > 0, lengths, 1)
+        return unit_vectors
 
-    def _say(self, places: npt.NDArray[np.int64], likeness: Vectors) -> Neighbors:
-        weights = np.exp((likeness - likeness.max()).astype(np.float64) / _TEMPERATURE)
-        said = self._sentences.take(pa.array(places)).to_pylist()
-        of_sentences = [weight / len(some) for weight, some in zip(weights / weights.sum(), said, strict=True)]
-        return Neighbors([one for some in said for one in some], np.repeat(of_sentences, [len(some) for some in said]))
+    def _collect(self, rows: npt.NDArray[np.int64], similarities: Vectors) -> Neighbors:
+        """Spreads the weight of each neighbor evenly over its references."""
+        weights = np.exp((similarities - similarities.max()).astype(np.float64) / _TEMPERATURE)
+        per_image = self._references.take(pa.array(rows)).to_pylist()
+        counts = [len(references) for references in per_image]
+        references = [reference for of_image in per_image for reference in of_image]
+        return Neighbors(references, np.repeat(weights / weights.sum() / counts, counts))
 
 
-def datastore_schema(captioner: LoadedCaptioner, features: str, splits: Sequence[str]) -> pa.Schema:
-    """The columns of `datastore.parquet`, and whose it is.
+def write_datastore(
+    folder: FolderLike,
+    captioner: LoadedCaptioner,
+    features_fingerprint: str,
+    splits: Sequence[str],
+    entries: Iterable[DatastoreEntries],
+) -> None:
+    """Writes the datastore into a captioner's checkpoint, completely or not at all.
 
     Args:
-        captioner: whose.
-        features: the fingerprint of the dataset of the images.
-        splits: which of them.
+        folder: the checkpoint.
+        captioner: loaded from it.
+        features_fingerprint: of the dataset that the images come from.
+        splits: the splits that they come from.
+        entries: batches of images.
     """
-    size = captioner.model.vector_size
-    origin = {"captioner": captioner.fingerprint, "features": features, "splits": list(splits)}
-    return pa.schema(
+    origin = {"captioner": captioner.fingerprint, "features": features_fingerprint, "splits": list(splits)}
+    schema = pa.schema(
         [
             pa.field("image_id", pa.string(), nullable=False),
-            pa.field("vector", pa.list_(pa.float32(), size), nullable=False),
-            pa.field("sentences", pa.list_(pa.list_(pa.int32())), nullable=False),
+            pa.field("vector", pa.list_(pa.float32(), captioner.model.projected_size), nullable=False),
+            pa.field("references", _REFERENCES, nullable=False),
         ],
         {"captionlib": json.dumps(origin)},
     )
-
-
-def write_datastore(folder: FolderLike, schema: pa.Schema, images: Iterable[DatastoreEntries]) -> None:
-    """Writes the memory of a captioner into its folder, whole or not at all.
-
-    Args:
-        folder: of the captioner.
-        schema: see `datastore_schema`.
-        images: some at a time.
-    """
     with (
         open_folder(folder).stage(DATASTORE) as path,
         pq.ParquetWriter(path, schema, compression="zstd") as writer,
     ):
-        for image_ids, vectors, sentences in images:
-            columns = [
-                pa.array(image_ids, pa.string()),
-                numpy_to_vectors(vectors),
-                pa.array(sentences, schema.field("sentences").type),
-            ]
+        for image_ids, vectors, references in entries:
+            columns = [pa.array(image_ids), numpy_to_vectors(vectors), pa.array(references, _REFERENCES)]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
 
 
-def datastore_fingerprint(folder: FolderLike, captioner: LoadedCaptioner) -> str:
-    """What tells the memory of a captioner from others; reads none of it.
+def read_datastore_fingerprint(folder: FolderLike, captioner: LoadedCaptioner) -> str:
+    """Reads only the fingerprint of a captioner's datastore.
 
     Raises:
-        CheckpointError: there is none, it is another captioner's, or it is damaged.
+        CheckpointError: the datastore is missing, damaged, or of another captioner.
     """
     with _open(folder, captioner) as (_, fingerprint):
         return fingerprint
 
 
 def read_datastore(folder: FolderLike, captioner: LoadedCaptioner) -> Datastore:
-    """Reads the memory that lies beside a captioner.
+    """Reads the datastore of a captioner.
 
     Raises:
-        CheckpointError: there is none, it is another captioner's, or it is damaged.
+        CheckpointError: the datastore is missing, damaged, or of another captioner.
     """
     with _open(folder, captioner) as (file, fingerprint):
         table = file.read()
     vectors = vectors_to_numpy(table["vector"])
-    return Datastore(table["image_id"].to_pylist(), vectors, table["sentences"].combine_chunks(), fingerprint)
+    return Datastore(table["image_id"].to_pylist(), vectors, table["references"].combine_chunks(), fingerprint)
 
 
 @contextmanager
 def _open(folder: FolderLike, captioner: LoadedCaptioner) -> Iterator[tuple[pq.ParquetFile, str]]:
-    """The file, to be read in here, and its fingerprint."""
+    """Opens the file, verifies its captioner, and yields it with its fingerprint."""
     source = open_folder(folder)
-    remember = f"`captionlib build-datastore FEATURES -c {source.uri}` writes it"
+    command = f"`captionlib build-datastore FEATURES -c {source.uri}`"
     try:
         content = source.open(DATASTORE)
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{source.uri}: decoding.rerank.neighbors needs {DATASTORE}, got none there; {remember}"
+            f"{source.uri}: decoding.rerank.neighbors needs {DATASTORE}, which is missing; write it with {command}"
         ) from error
     try:
         with content:
@@ -181,10 +188,12 @@ def _open(folder: FolderLike, captioner: LoadedCaptioner) -> Iterator[tuple[pq.P
             origin = json.loads(file.schema_arrow.metadata[b"captionlib"])
             if origin["captioner"] != captioner.fingerprint:
                 raise CheckpointError(
-                    f"{source.address(DATASTORE)}: expected the memory of captioner {captioner.fingerprint}, got that of "
-                    f"{origin['captioner']}; {remember} again"
+                    f"{source.address(DATASTORE)}: expected the datastore of captioner {captioner.fingerprint}, got "
+                    f"that of {origin['captioner']}; write it again with {command}"
                 )
-            yield file, compute_fingerprint("memory", origin)
+            yield file, compute_fingerprint("datastore", origin)
     except (pa.ArrowException, KeyError, OSError, TypeError, ValueError) as error:
-        why = " ".join(str(error).split())  # Arrow says it in several lines
-        raise CheckpointError(f"{source.address(DATASTORE)} is damaged ({why}); {remember} again") from error
+        reason = " ".join(str(error).split())  # Arrow's messages have several lines
+        raise CheckpointError(
+            f"{source.address(DATASTORE)} is damaged ({reason}); write it again with {command}"
+        ) from error

@@ -13,7 +13,7 @@ penalizes captions that suit every image, after Li et al. 2016 (arXiv 1510.03055
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +21,16 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 
 from captionlib.config import configclass
 from captionlib.errors import ConfigError
+from captionlib.models.captioners.captioner import ImageState
 from captionlib.models.decoding.candidate import Candidate
 from captionlib.models.decoding.cider_d import CiderD
+from captionlib.models.decoding.datastore import Datastore, Neighbors
+from captionlib.models.decoding.incremental import IncrementalCaptioner
+from captionlib.models.decoding.scoring import score_sentences
 
-__all__ = ["Neighbors", "RerankConfig", "rerank_candidates"]
+__all__ = ["RerankConfig", "Reranker", "rerank_candidates"]
+
+Weights = npt.NDArray[np.float64]
 
 
 @configclass
@@ -57,16 +63,64 @@ class RerankConfig:
                     )
 
 
-class Neighbors(NamedTuple):
-    """The references of the training images most similar to an image.
+class Reranker:
+    """Reranks the candidates of many images.
 
-    Attributes:
-        references: as token ids.
-        weights: `[references]`, sum 1.
+    Args:
+        config: method and weights.
+        incremental: scores candidates for the average image, if the mutual information counts.
+        datastore: the captioner's; only neighbors need it.
+
+    Raises:
+        ConfigError: neighbors are configured without a datastore; or the mutual information is, and the captioner does
+            not know the average training image.
     """
 
-    references: list[list[int]]
-    weights: npt.NDArray[np.float64]
+    def __init__(self, config: RerankConfig, incremental: IncrementalCaptioner, datastore: Datastore | None) -> None:
+        if config.neighbors and datastore is None:
+            raise ConfigError(
+                f"decoding.rerank.neighbors {config.neighbors} need the captioner's datastore, got none; build it with "
+                "`captionlib build-datastore`, or set decoding.rerank.neighbors to 0"
+            )
+        self._config = config
+        self._incremental = incremental
+        self._datastore = datastore if config.neighbors else None
+        self._cider = CiderD() if self._datastore is None else self._datastore.cider
+        self._average_image = incremental.encode_average_image() if config.mutual_information_weight else None
+
+    def rerank(
+        self, pools: Sequence[Sequence[Candidate]], image_state: ImageState, keys: Sequence[str] | None
+    ) -> list[list[Candidate]]:
+        """Reranks the candidates of each image.
+
+        Args:
+            pools: the candidates of each image.
+            image_state: the encoded images.
+            keys: their ids, so that no image is its own neighbor; None if they are unknown.
+        """
+        neighbors: list[Neighbors] | list[None] = [None] * len(pools)
+        if self._datastore is not None:
+            vectors = image_state.features.cpu().numpy()
+            neighbors = self._datastore.find_neighbors(vectors, self._config.neighbors, keys)
+        factors: list[Weights] | list[None] = [None] * len(pools)
+        if self._average_image is not None:
+            factors = self._weight_mutual_information(pools, self._average_image)
+        return [
+            rerank_candidates(pool, self._config.temperature, self._cider, of_image, factor)
+            for pool, of_image, factor in zip(pools, neighbors, factors, strict=True)
+        ]
+
+    def _weight_mutual_information(
+        self, pools: Sequence[Sequence[Candidate]], average_image: ImageState
+    ) -> list[Weights]:
+        """Computes (p(a | image) / p(a | average image)) ** weight, relative to the largest of each pool."""
+        candidates = [candidate for pool in pools for candidate in pool]
+        log_probs = np.array([candidate.log_prob for candidate in candidates])
+        average_log_probs = score_sentences(self._incremental, average_image, candidates).cpu().numpy()
+        gains = self._config.mutual_information_weight * (log_probs - average_log_probs)
+        ends = np.cumsum([len(pool) for pool in pools])
+        per_image = [gains[end - len(pool) : end] for pool, end in zip(pools, ends, strict=True)]
+        return [np.exp(of_image - of_image.max()) for of_image in per_image]
 
 
 def rerank_candidates(
@@ -74,7 +128,7 @@ def rerank_candidates(
     temperature: float,
     cider: CiderD,
     neighbors: Neighbors | None = None,
-    factors: npt.NDArray[np.float64] | None = None,
+    factors: Weights | None = None,
 ) -> list[Candidate]:
     """Orders the candidates of one image by minimum Bayes risk; ties keep their order.
 

@@ -1,7 +1,7 @@
-"""Draws sentences as likely as the model finds them, for many images at once.
+"""Samples sentences from a captioner, for many images at once.
 
-Every sentence has its own random numbers, which come of the seed, its image and its number alone: what else is in the
-batch changes nothing, nor does the order, or how many sentences are drawn.
+The random numbers of a sentence depend only on the seed, its image and its index. Other images in the batch, their
+order and the number of sentences change nothing.
 """
 
 import hashlib
@@ -27,56 +27,69 @@ def sample_captions(
     start: Hypotheses,
     keys: Sequence[bytes],
 ) -> list[list[Candidate]]:
-    """`n_best` sentences for each image, in the order of their numbers; equal ones as often as they are drawn.
+    """Samples `n_best` sentences per image, in the order of their indices; duplicates are included.
 
     Args:
         incremental: the captioner.
-        config: how they are drawn.
-        constraints: what they may not contain.
-        start: the images, and how their sentences begin.
-        keys: what tells each image from others, for its random numbers.
+        config: how sentences are sampled.
+        constraints: words that may not be written.
+        start: one hypothesis per image.
+        keys: identify the images for the random numbers.
     """
-    device, each = incremental.device, config.n_best
-    sentence = torch.arange(len(keys) * each, device=device)  # of each row that is still written
-    log_prob, words, state = start.select(sentence // each)
-    begun = words.shape[1] - 1
-    uniforms = generate_uniforms(keys, each, config.max_tokens - begun, config.seed).to(device)
-    drawn: dict[int, Candidate] = {}
-    for tick in range(config.max_tokens - begun):
+    device, per_image = incremental.device, config.n_best
+    sentence = torch.arange(len(keys) * per_image, device=device)  # of each unfinished row
+    log_prob, words, state = start.select(sentence // per_image)
+    steps = config.max_tokens - (words.shape[1] - 1)
+    uniforms = generate_uniforms(keys, per_image, steps, config.seed).to(device)
+    candidates: dict[int, Candidate] = {}
+    for step in range(steps):
         if not len(sentence):
             break
         log_probs, state = incremental.step(state, words[:, -1])
         constraints.apply(log_probs, words[:, 1:])
-        word = sample_tokens(log_probs, uniforms[sentence, tick], config)
+        word = sample_tokens(log_probs, uniforms[sentence, step], config)
         log_prob = log_prob + log_probs.gather(1, word[:, None])[:, 0]
         words = torch.cat([words, word[:, None]], 1)
-        ended = (word == END) | (tick == config.max_tokens - begun - 1)
-        if ended.any():
-            rows = zip(sentence[ended].tolist(), log_prob[ended].tolist(), words[ended, 1:].tolist(), strict=True)
-            for number, total, ids in rows:
-                drawn[number] = Candidate(ids[:-1] if ids[-1] == END else ids, total, token_count=len(ids))
-            left = (~ended).nonzero()[:, 0]
+        finished = (word == END) | (step == steps - 1)
+        if finished.any():
+            rows = zip(
+                sentence[finished].tolist(), log_prob[finished].tolist(), words[finished, 1:].tolist(), strict=True
+            )
+            for index, total, ids in rows:
+                candidates[index] = Candidate(ids[:-1] if ids[-1] == END else ids, total, token_count=len(ids))
+            left = (~finished).nonzero()[:, 0]
             sentence, log_prob, words, state = sentence[left], log_prob[left], words[left], state.select(left)
-    return [[drawn[number] for number in range(image * each, (image + 1) * each)] for image in range(len(keys))]
+    return [[candidates[image * per_image + index] for index in range(per_image)] for image in range(len(keys))]
 
 
-def generate_uniforms(keys: Sequence[bytes], each: int, count: int, seed: int) -> Tensor:
-    """Numbers from 0 to below 1, `[len(keys) * each, count] float32`, a row a sentence."""
-    numbers = np.empty((len(keys) * each, count), np.float32)
+def generate_uniforms(keys: Sequence[bytes], sentences: int, count: int, seed: int) -> Tensor:
+    """Generates random numbers from [0, 1).
+
+    Args:
+        keys: identify the images.
+        sentences: sentences per image.
+        count: numbers per sentence.
+        seed: selects other numbers.
+
+    Returns:
+        `[len(keys) * sentences, count] float32`.
+    """
+    numbers = np.empty((len(keys) * sentences, count), np.float32)
     for image, key in enumerate(keys):
         digest = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
-        for number in range(each):
-            numbers[image * each + number] = np.random.default_rng([seed, digest, number]).random(count, np.float32)
+        for index in range(sentences):
+            generator = np.random.default_rng([seed, digest, index])
+            numbers[image * sentences + index] = generator.random(count, np.float32)
     return torch.from_numpy(numbers)
 
 
 def sample_tokens(log_probs: Tensor, uniforms: Tensor, config: DecodingConfig) -> Tensor:
-    """Draws a word a row: the first whose probability and those before it add up to more than the row's number.
+    """Samples a word per row by inverse transform sampling.
 
     Args:
-        log_probs: `[rows, vocabulary_size] float32`, -inf for what may not be written.
-        uniforms: `[rows] float32`, from 0 to below 1.
-        config: what is drawn from.
+        log_probs: `[rows, vocabulary_size] float32`, -inf for forbidden words.
+        uniforms: `[rows] float32` from [0, 1).
+        config: `temperature`, `top_k` and `top_p`.
 
     Returns:
         `[rows] int64`.
@@ -92,7 +105,7 @@ def sample_tokens(log_probs: Tensor, uniforms: Tensor, config: DecodingConfig) -
         probabilities[:, 1:] = probabilities[:, 1:].where(before[:, 1:] < config.top_p, 0)
     sums = probabilities.cumsum(1)
     total = sums[:, -1:]
-    # Rounding could lift the product to the total, which no word's sum exceeds.
-    wanted = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    place = torch.searchsorted(sums, wanted, right=True)
-    return place[:, 0] if word is None else word.gather(1, place)[:, 0]
+    # Rounding could lift the product to the total, beyond the last word.
+    threshold = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(sums, threshold, right=True)
+    return index[:, 0] if word is None else word.gather(1, index)[:, 0]

@@ -1,4 +1,4 @@
-"""How likely a captioner finds given sentences of one image: words that several begin with are read once."""
+"""Scores given sentences of one image with a captioner; common beginnings are read once."""
 
 from collections.abc import Sequence
 
@@ -18,27 +18,28 @@ __all__ = ["score_sentences"]
 def score_sentences(
     incremental: IncrementalCaptioner, image_state: ImageState, sentences: Sequence[Candidate]
 ) -> Tensor:
-    """The log-probability of each sentence given the image: the sum over its tokens, `[sentences] float32`.
+    """Computes the log-probability of each sentence given the image: the sum over its tokens, `[sentences] float32`.
 
     Args:
         incremental: the captioner.
-        image_state: of the image, the only one.
-        sentences: of this or of other images; their own log-probabilities count for nothing.
+        image_state: of a single image.
+        sentences: of this or of other images; their own log-probabilities are ignored.
     """
+    device = incremental.device
     if not sentences:
-        return torch.zeros(0, device=incremental.device)
-    lengths = torch.tensor([one.token_count for one in sentences], device=incremental.device)
-    tokens = pad_sentences([[*one.token_ids, END][: one.token_count] for one in sentences]).to(incremental.device)
-    total = torch.zeros(len(sentences), device=incremental.device)
-    state, words = incremental.start(image_state), torch.tensor([END], device=incremental.device)
-    alive = torch.arange(len(sentences), device=incremental.device)  # the sentences that have a token here
-    beginning = torch.zeros_like(alive)  # of each, its row of the state
-    for tick in range(tokens.shape[1]):
+        return torch.zeros(0, device=device)
+    lengths = torch.tensor([sentence.token_count for sentence in sentences], device=device)
+    tokens = pad_sentences([[*sentence.token_ids, END][: sentence.token_count] for sentence in sentences]).to(device)
+    total = torch.zeros(len(sentences), device=device)
+    state, words = incremental.initial_state(image_state), torch.tensor([END], device=device)
+    remaining = torch.arange(len(sentences), device=device)  # sentences with a token at this time step
+    row = torch.zeros_like(remaining)  # of the state: the beginning of each of these sentences
+    for step in range(tokens.shape[1]):
         log_probs, state = incremental.step(state, words)
-        token = tokens[alive, tick]
-        total[alive] += log_probs[beginning, token]
-        goes_on = lengths[alive] > tick + 1
-        alive, classes = alive[goes_on], log_probs.shape[1]
-        longer, beginning = torch.unique(beginning[goes_on] * classes + token[goes_on], return_inverse=True)
-        state, words = state.select(longer // classes), longer % classes
+        token = tokens[remaining, step]
+        total[remaining] += log_probs[row, token]
+        continues = lengths[remaining] > step + 1
+        remaining, classes = remaining[continues], log_probs.shape[1]
+        beginnings, row = torch.unique(row[continues] * classes + token[continues], return_inverse=True)
+        state, words = state.select(beginnings // classes), beginnings % classes
     return total

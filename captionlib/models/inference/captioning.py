@@ -19,11 +19,11 @@ from captionlib.errors import ImageError
 from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, LoadedRanker, load_captioner
 from captionlib.models.decoding.candidate import Candidate
 from captionlib.models.decoding.config import DecodingConfig
-from captionlib.models.decoding.datastore import datastore_fingerprint, read_datastore
+from captionlib.models.decoding.datastore import read_datastore, read_datastore_fingerprint
 from captionlib.models.decoding.decoder import Decoder
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import EncoderConfig
-from captionlib.models.inference.attention_maps import map_attention, require_attention
+from captionlib.models.inference.attention_maps import compute_attention_maps, require_attention
 from captionlib.models.inference.embedding import SHARED_RANKERS, build_embedding_rows
 from captionlib.models.inference.feature_source import build_manifest_rows, open_feature_source
 from captionlib.models.inference.shared_models import CheckpointCache, PinnedCheckpoint, cached_per_process
@@ -120,7 +120,7 @@ def _caption_batches(
         candidates = decoder.decode(inputs, keys=[row["image_id"] for row in rows])
         attention = None
         if config.attention_maps:
-            attention = map_attention(captioner.model, inputs, [per_image[0] for per_image in candidates])
+            attention = compute_attention_maps(captioner.model, inputs, [per_image[0] for per_image in candidates])
         captions = build_caption_rows(rows, candidates, captioner, attention)
         yield (captions,) if ranker is None else (captions, build_embedding_rows(rows, features, ranker))
 
@@ -143,7 +143,7 @@ def find_datastore_fingerprint(checkpoint: str, captioner: LoadedCaptioner, deco
     Raises:
         CheckpointError: decoding needs a datastore and the captioner has none.
     """
-    return datastore_fingerprint(checkpoint, captioner) if decoding.rerank.neighbors else None
+    return read_datastore_fingerprint(checkpoint, captioner) if decoding.rerank.neighbors else None
 
 
 def build_caption_rows(
@@ -158,7 +158,7 @@ def build_caption_rows(
         rows: the images.
         candidates: the n-best list of each image; the first candidate is its caption.
         captioner: supplies the vocabulary.
-        attention: attention weights of the captions, see `map_attention`.
+        attention: attention weights of the captions, see `compute_attention_maps`.
     """
     schema = captions_schema(None if attention is None else attention.type.value_type.list_size)
     texts = [[captioner.vocabulary.decode(candidate.token_ids) for candidate in per_image] for per_image in candidates]

@@ -1,71 +1,71 @@
-// Answers while one types. Without this script the form does the same when it is sent.
+// Shows results while typing. Without scripts, submitting the form shows the same results.
 "use strict";
 
 const form = document.getElementById("search");
 const results = document.getElementById("results");
-let waiting = 0;
-let running = null;
-let settled = false; // whether one may want to come back to the answer that is shown
+let timer = 0;
+let controller = null;
+let submitted = false; // whether the shown results stay in the browser's history
 
-async function ask() {
-  const asked = new URLSearchParams(new FormData(form));
-  for (const name of [...asked.keys()]) if (!asked.get(name)) asked.delete(name);
-  const address = asked.size ? `/?${asked}` : "/";
-  if (settled && address !== location.pathname + location.search) history.pushState(null, "", address);
-  else history.replaceState(null, "", address);
-  settled = false;
-  remember();
-  document.title = asked.get("q") ? `${asked.get("q")} · captionlib` : "captionlib";
-  if (running) running.abort();
-  const mine = running = new AbortController();
+async function search() {
+  const parameters = new URLSearchParams(new FormData(form));
+  for (const name of [...parameters.keys()]) if (!parameters.get(name)) parameters.delete(name);
+  const url = parameters.size ? `/?${parameters}` : "/";
+  if (submitted && url !== location.pathname + location.search) history.pushState(null, "", url);
+  else history.replaceState(null, "", url);
+  submitted = false;
+  storeSearch();
+  document.title = parameters.get("q") ? `${parameters.get("q")} · captionlib` : "captionlib";
+  if (controller) controller.abort();
+  const current = controller = new AbortController();
   results.setAttribute("aria-busy", "true");
   try {
-    asked.set("fragment", "true");
-    const answer = await fetch(`/?${asked}`, { signal: mine.signal });
-    const html = await answer.text();
-    if (answer.ok) results.innerHTML = html;
+    parameters.set("fragment", "true");
+    const response = await fetch(`/?${parameters}`, { signal: current.signal });
+    const html = await response.text();
+    if (response.ok) results.innerHTML = html;
   } catch (error) {
     if (error.name !== "AbortError") results.querySelector(".summary").textContent = "The server cannot be reached.";
   } finally {
-    if (running === mine) results.setAttribute("aria-busy", "false");
+    if (controller === current) results.setAttribute("aria-busy", "false");
   }
 }
 
-function remember() {
+function storeSearch() {
   sessionStorage.setItem("search", location.search);
 }
 
 if (form) {
-  remember();
+  storeSearch();
   window.addEventListener("popstate", () => location.reload());
   form.addEventListener("input", (event) => {
-    clearTimeout(waiting);
-    waiting = setTimeout(ask, event.target.type === "search" ? 150 : 0);
+    clearTimeout(timer);
+    timer = setTimeout(search, event.target.type === "search" ? 150 : 0);
   });
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    clearTimeout(waiting);
-    ask();
-    settled = true;
+    clearTimeout(timer);
+    search();
+    submitted = true;
   });
 }
 
-for (const back of document.querySelectorAll(".back a")) back.search = sessionStorage.getItem("search") || "";
+for (const link of document.querySelectorAll(".back a")) link.search = sessionStorage.getItem("search") || "";
 
 const upload = document.querySelector(".upload form");
 if (upload) {
   const button = upload.querySelector("button");
-  upload.addEventListener("submit", () => { button.textContent = "Looking…"; });
-  window.addEventListener("pageshow", () => { button.textContent = "Look"; });
+  upload.addEventListener("submit", () => { button.textContent = "Searching…"; });
+  window.addEventListener("pageshow", () => { button.textContent = "Search"; });
 }
 
 document.addEventListener("keydown", (event) => {
-  const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName);
-  if (event.key === "/" && !typing && !event.ctrlKey && !event.metaKey && !event.altKey) {
-    const box = document.getElementById("q");
-    if (!box) return;
+  const isTyping = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName);
+  if (event.key === "/" && !isTyping && !event.ctrlKey && !event.metaKey && !event.altKey) {
+    const input = document.getElementById("q");
+    if (!input) return;
     event.preventDefault();
-    box.focus();
-    box.select();
+    input.focus();
+    input.select();
   }
 });

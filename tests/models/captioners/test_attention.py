@@ -6,7 +6,7 @@ import torch
 
 from captionlib.data.text.vocabulary import END, PAD
 from captionlib.errors import CheckpointError, ConfigError, DatasetError
-from captionlib.models.captioners.attention import Attention
+from captionlib.models.captioners.attention import Attention, group_by_image
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.decoding.incremental import IncrementalCaptioner
@@ -39,14 +39,14 @@ def test_a_look_by_hand() -> None:
     attention = Attention(channels=1, size=1, hidden_size=1, gates=1, dropout=0.5).eval()
     attention.standardization.set_statistics(torch.tensor([1.0]), torch.tensor([2.0]))
     with torch.no_grad():
-        attention.region.weight.fill_(3)
-        attention.region.bias.fill_(1)
+        attention.annotation.weight.fill_(3)
+        attention.annotation.bias.fill_(1)
         attention.query.weight.fill_(2)
         attention.query.bias.fill_(-1)
     # annotations: max(0, 3 (a - 1) / 2 + 1) of a = 1, 3, -5: 1, 4, 0; query 2 * 0.75 - 1 = 0.5: scores 0.5, 2, 0
-    annotations = attention.embed(torch.tensor([[[1.0], [3.0], [-5.0]]]))
+    annotations = attention.annotate(torch.tensor([[[1.0], [3.0], [-5.0]]]))
     assert annotations.flatten().tolist() == [1, 4, 0]
-    seen, look = attention(torch.tensor([[0.75]]), annotations, attention.find_slots(torch.tensor([0]), 1))
+    seen, look = attention(torch.tensor([[0.75]]), annotations, group_by_image(torch.tensor([0]), 1))
     total = math.exp(0.5) + math.exp(2) + 1
     expected = [math.exp(0.5) / total, math.exp(2) / total, 1 / total]
     assert look[0].tolist() == pytest.approx(expected, rel=1e-6)
@@ -55,11 +55,11 @@ def test_a_look_by_hand() -> None:
 
 def test_rows_look_at_their_own_images_in_any_order() -> None:
     attention = Attention(channels=4, size=5, hidden_size=3, gates=1, dropout=0.0)
-    annotations, hidden = attention.embed(MAPS), torch.randn(6, 3)
+    annotations, hidden = attention.annotate(MAPS), torch.randn(6, 3)
     image = torch.tensor([2, 0, 2, 0, 2, 0])
-    seen, look = attention(hidden, annotations, attention.find_slots(image, 3))
+    seen, look = attention(hidden, annotations, group_by_image(image, 3))
     for row in range(6):
-        alone = attention.find_slots(torch.tensor([0]), 1)
+        alone = group_by_image(torch.tensor([0]), 1)
         expected = attention(hidden[row : row + 1], annotations[image[row]][None], alone)
         torch.testing.assert_close(seen[row : row + 1], expected[0])
         torch.testing.assert_close(look[row : row + 1], expected[1])
@@ -83,7 +83,7 @@ def test_steps_say_what_the_whole_sentence_says(config: CaptionerConfig, dtype: 
     words = torch.tensor([[2, 5, 3, 1], [4, 4, 2, 6], [3, 2, 6, 2]])
     scores = model(MAPS, words, torch.arange(3))
     incremental = IncrementalCaptioner(model, dtype)
-    state = incremental.start(incremental.encode_images(MAPS))
+    state = incremental.initial_state(incremental.encode_images(MAPS))
     for tick, word in enumerate([torch.full((3,), END), *words.t()]):
         log_probs, state = incremental.step(state, word)
         target = words[:, tick] if tick < 4 else torch.full((3,), END)
@@ -125,9 +125,9 @@ def test_a_map_without_attention_is_its_mean() -> None:
 
 
 def test_attention_without_a_map_is_refused() -> None:
-    with pytest.raises(DatasetError, match="attention looks at maps"):
+    with pytest.raises(DatasetError, match="attention needs maps"):
         build(SHAPES[0]).encode_images(torch.zeros(2, 4))
-    with pytest.raises(ConfigError, match="needs an image to look at"):
+    with pytest.raises(ConfigError, match="attention_size needs an image"):
         CaptionerConfig(image_input="none", attention_size=4)
-    with pytest.raises(CheckpointError, match="expected one with attention"):
+    with pytest.raises(CheckpointError, match="got one without"):
         build(replace(SHAPES[0], attention_size=0)).attention_weights(MAPS, torch.tensor([[2]]), torch.tensor([0]))

@@ -9,7 +9,7 @@ from captionlib.data.text.vocabulary import PAD
 from captionlib.errors import ConfigError
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, TokenLogProbs
 from captionlib.models.captioners.packed_sequences import pad_sentences
-from captionlib.models.captioners.recurrence import recur, recur_fused
+from captionlib.models.captioners.recurrence import run_fused, run_recurrence
 
 SHAPES = [
     CaptionerConfig(cell=cell, layers=layers, hidden_size=6, embedding_size=5, image_input=image_input)
@@ -115,10 +115,10 @@ def test_cudnn_call_and_the_loop_are_the_same_function(config: CaptionerConfig) 
     model = build(config)
     inputs = torch.randn(6, config.embedding_size)
     state = torch.randn(model.state_count, 3, config.hidden_size)
-    looped, after = recur(model.recurrence, model.dropout, inputs, [3, 2, 1], state)
-    fused, fused_after = recur_fused(model.recurrence, inputs, [3, 2, 1], state)
-    torch.testing.assert_close(looped, fused)
-    torch.testing.assert_close(after, fused_after)
+    loop = run_recurrence(model.recurrence, model.dropout, inputs, [3, 2, 1], state)
+    fused = run_fused(model.recurrence, inputs, [3, 2, 1], state)
+    torch.testing.assert_close(loop.hidden, fused.hidden)
+    torch.testing.assert_close(loop.state, fused.state)
 
 
 @pytest.mark.parametrize("config", SHAPES[:2] + SHAPES[8:10], ids=str)
@@ -184,8 +184,8 @@ def test_fewer_images_than_components_leave_the_rest_blind() -> None:
 def test_a_constant_feature_becomes_zero() -> None:
     model = build(CaptionerConfig(hidden_size=6, embedding_size=5))
     model.standardization.set_statistics(torch.full((4,), 5.0), torch.zeros(4))
-    projected = model.encode_images(torch.full((1, 4), 5.0))
-    assert torch.equal(projected.image[0], model.image_projection.bias)
+    image_state = model.encode_images(torch.full((1, 4), 5.0))
+    assert torch.equal(image_state.embeddings[0], model.image_projection.bias)
 
 
 def test_a_model_without_weights_foretells_the_word_frequencies() -> None:

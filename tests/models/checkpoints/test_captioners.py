@@ -130,7 +130,7 @@ def mix_with_another(folder: Path) -> None:
     [
         (
             lambda folder: (folder / "config.json").unlink(),
-            "is no checkpoint: expected a folder that holds config.json",
+            "is not a checkpoint: expected a folder with config.json",
         ),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
@@ -138,7 +138,7 @@ def mix_with_another(folder: Path) -> None:
         (lambda folder: (folder / "config.json").write_text('{"a": 1}'), "kind captioner, got another program's"),
         (damage_weights, "expected model.safetensors of SHA-256"),
         (mix_with_another, "expected model.safetensors of SHA-256"),
-        (lambda folder: edit_config(folder, encoder={"model": "vgg19"}), "not what its fingerprint was taken of"),
+        (lambda folder: edit_config(folder, encoder={"model": "vgg19"}), "does not match its fingerprint"),
         (lambda folder: edit_config(folder, kind="ranker"), "kind captioner, got ranker"),
         (lambda folder: edit_config(folder, format_version=99), "expected format version 2, got 99"),
     ],
@@ -152,7 +152,7 @@ def test_what_is_no_whole_checkpoint_is_refused(spoil: Any, message: str, folder
 def test_no_folder_and_a_file_are_no_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for name in ("nowhere", "file"):
-        with pytest.raises(CheckpointError, match="is no checkpoint"):
+        with pytest.raises(CheckpointError, match="is not a checkpoint"):
             load_captioner(tmp_path / name)
 
 

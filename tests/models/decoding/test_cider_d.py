@@ -38,5 +38,5 @@ def test_a_score_by_hand() -> None:
 
 
 def test_one_image_alone_is_refused() -> None:
-    with pytest.raises(DatasetError, match="expected several images to learn from, got 1"):
+    with pytest.raises(DatasetError, match="expected at least two training images, got 1"):
         CiderD([[[2, 3]]])

@@ -14,7 +14,7 @@ from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
 from tests.models.tiny_captioners import CONFIGS, build, configs, features, seeds, teacher_forced
 
-VOCABULARY = Vocabulary(("a", "dog", "runs", "it", "'s", "far", "away"), (1,) * 7, unknown_count=1, sentences=1)
+VOCABULARY = Vocabulary(("a", "dog", "runs", "it", "'s", "far", "away"), (1,) * 7, unknown_count=1, sentence_count=1)
 WAYS: list[dict[str, Any]] = [
     {"beam_width": 5, "n_best": 5},
     {"beam_width": 6, "n_best": 6, "beam_groups": 2},
@@ -64,7 +64,7 @@ def test_forbidden_words_are_not_written(config: CaptionerConfig, seed: int, way
 def test_a_beam_as_wide_as_the_space_finds_the_best_that_is_allowed(config: CaptionerConfig, seed: int) -> None:
     model, images = build(config, seed, vocabulary_size=5), features(2, seed)
     words = [2, 4]  # 3 is forbidden
-    vocabulary = Vocabulary(("a", "dog", "runs"), (1, 1, 1), unknown_count=1, sentences=1)
+    vocabulary = Vocabulary(("a", "dog", "runs"), (1, 1, 1), unknown_count=1, sentence_count=1)
     decoding = DecodingConfig(
         beam_width=31, n_best=31, max_tokens=4, min_words=2, no_repeat_ngram_size=2, forbidden_words=("dog",)
     )

@@ -61,7 +61,7 @@ def test_a_number_that_never_varies_and_an_image_like_none_do_no_harm() -> None:
 def test_batch_mates_change_no_choice_and_neighbours_do(config: CaptionerConfig) -> None:
     model, images = build(config, seed=3), features(6, seed=3)
     with torch.inference_mode():
-        vectors = model.encode_images(features(20, seed=4)).vector.numpy()
+        vectors = model.encode_images(features(20, seed=4)).features.numpy()
     sentences = [[[2 + number % 7, 2 + number % 5, 2 + number % 3]] for number in range(20)]
     remembered = Datastore([str(number) for number in range(20)], vectors, pa.array(sentences, WORDS), "its own")
     decoding = DecodingConfig(
@@ -78,5 +78,5 @@ def test_batch_mates_change_no_choice_and_neighbours_do(config: CaptionerConfig)
 
 
 def test_neighbours_need_a_memory() -> None:
-    with pytest.raises(ConfigError, match="neighbors 4 are for a captioner that remembers"):
+    with pytest.raises(ConfigError, match=r"rerank\.neighbors 4 need the captioner's datastore, got none"):
         Decoder(build(CONFIGS[0], seed=0), DecodingConfig(rerank=RerankConfig("mbr", neighbors=4)))

@@ -25,7 +25,7 @@ def test_a_beam_of_one_is_greedy(config: CaptionerConfig, seed: int) -> None:
     decoded = Decoder(model, DecodingConfig(beam_width=1, max_tokens=6)).decode(images)
     incremental = IncrementalCaptioner(model)
     for image, candidates in zip(images, decoded, strict=True):
-        state, words = incremental.start(incremental.encode_images(image[None])), [END]
+        state, words = incremental.initial_state(incremental.encode_images(image[None])), [END]
         while len(words) == 1 or (words[-1] != END and len(words) <= 6):
             log_probs, state = incremental.step(state, torch.tensor(words[-1:]))
             words.append(max(set(range(9)) - {UNKNOWN}, key=log_probs[0].tolist().__getitem__))
@@ -117,7 +117,7 @@ def test_every_candidate_begins_with_the_prefix(
 
 def test_a_prefix_that_leaves_no_room_is_refused() -> None:
     decoder = Decoder(build(CONFIGS[0], seed=0), DecodingConfig(max_tokens=3))
-    with pytest.raises(ConfigError, match="a prefix of fewer words than max_tokens 3, got 3"):
+    with pytest.raises(ConfigError, match="a prefix of fewer tokens than max_tokens 3, got 3"):
         decoder.decode(features(1, 0), prefix=[2, 2, 2])
 
 

@@ -21,7 +21,7 @@ def search_one_image(
     incremental = IncrementalCaptioner(model)
 
     def next_words(words: tuple[int, ...]) -> list[float]:
-        state = incremental.start(incremental.encode_images(image[None]))
+        state = incremental.initial_state(incremental.encode_images(image[None]))
         for word in (END, *words):
             log_probs, state = incremental.step(state, torch.tensor([word]))
         scores: list[float] = log_probs[0].tolist()

@@ -35,7 +35,7 @@ def test_steps_say_what_the_whole_sentence_says(
     words = torch.tensor([[2, 5, 3, 1], [4, 4, 2, 6], [3, 2, 6, 2]])
     scores = model(FEATURES, words, torch.arange(3))
     incremental = IncrementalCaptioner(model, dtype)
-    state = incremental.start(incremental.encode_images(FEATURES))
+    state = incremental.initial_state(incremental.encode_images(FEATURES))
     for tick, word in enumerate([torch.full((3,), END), *words.t()]):
         log_probs, state = incremental.step(state, word)
         target = words[:, tick] if tick < 4 else torch.full((3,), END)
@@ -52,7 +52,9 @@ def test_rows_can_be_chosen_and_repeated(
     incremental = IncrementalCaptioner(
         build(CaptionerConfig(cell, 2, hidden_size=6, embedding_size=5, image_input=image_input))
     )
-    _, state = incremental.step(incremental.start(incremental.encode_images(FEATURES)), torch.tensor([END, END, END]))
+    _, state = incremental.step(
+        incremental.initial_state(incremental.encode_images(FEATURES)), torch.tensor([END, END, END])
+    )
     everyone, after = incremental.step(state, torch.tensor([2, 3, 4]))
     rows = torch.tensor([2, 0, 2])
     chosen, chosen_after = incremental.step(state.select(rows), torch.tensor([4, 2, 4]))
@@ -66,10 +68,14 @@ def test_rows_can_be_chosen_and_repeated(
 def test_a_stepper_keeps_the_weights_it_was_made_of() -> None:
     model = build(CaptionerConfig(hidden_size=6, embedding_size=5)).train()
     incremental = IncrementalCaptioner(model)
-    before, _ = incremental.step(incremental.start(incremental.encode_images(FEATURES)), torch.tensor([END, END, END]))
+    before, _ = incremental.step(
+        incremental.initial_state(incremental.encode_images(FEATURES)), torch.tensor([END, END, END])
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)
-    after, _ = incremental.step(incremental.start(incremental.encode_images(FEATURES)), torch.tensor([END, END, END]))
+    after, _ = incremental.step(
+        incremental.initial_state(incremental.encode_images(FEATURES)), torch.tensor([END, END, END])
+    )
     assert torch.equal(before, after)
     assert model.training

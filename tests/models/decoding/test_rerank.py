@@ -11,8 +11,9 @@ from captionlib.models.captioners.captioner import CaptionerConfig
 from captionlib.models.decoding.candidate import Candidate
 from captionlib.models.decoding.cider_d import CiderD
 from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.datastore import Neighbors
 from captionlib.models.decoding.decoder import Decoder
-from captionlib.models.decoding.rerank import Neighbors, RerankConfig, rerank_candidates
+from captionlib.models.decoding.rerank import RerankConfig, rerank_candidates
 from tests.models.tiny_captioners import build, configs, features, seeds
 
 

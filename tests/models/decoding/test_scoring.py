@@ -83,5 +83,5 @@ def test_the_average_is_of_the_features_as_they_are(components: int) -> None:
 
 def test_a_captioner_that_knows_no_average_is_told() -> None:
     model = build(CaptionerConfig(hidden_size=6, embedding_size=5, standardize_features=False), seed=0)
-    with pytest.raises(ConfigError, match=r"expected one that knows the mean .* got standardize_features false"):
+    with pytest.raises(ConfigError, match=r"needs the mean .* got a captioner with standardize_features false"):
         Decoder(model, DecodingConfig(rerank=RerankConfig("mbr", mutual_information_weight=0.1)))

@@ -92,8 +92,8 @@ def test_dropped_words_are_unknown_in_training_alone() -> None:
 
 
 @pytest.mark.parametrize("values", [{"joint_embedding_size": 0}, {"dropout": 1.0}, {"word_dropout": -0.1}])
-def test_shapes_that_cannot_be_are_refused(values: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="ranker: "):
+def test_ranker_config_rejects_impossible_values(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"RankerConfig: {next(iter(values))}: "):
         RankerConfig(**values)
 
 
