@@ -112,7 +112,7 @@ def shrink(command: Sequence[str]) -> list[str]:
     elif name == "generate-captions":
         settings = NARROW_BEAM if recipe == "flickr8k" else ["decoding.beam_width=5"]
     elif name == "evaluate":
-        options = ["--samples", "10", *(["--protocol", "all"] if "--protocol" in command else [])]
+        options = ["--bootstrap-samples", "10", *(["--protocol", "all"] if "--protocol" in command else [])]
     if name in ("extract-features", "generate-captions", "build-datastore"):
         settings += ["loading.decode.processes=1"]
     return [*command, *(word for setting in settings for word in ("--set", setting)), *options]
@@ -192,10 +192,10 @@ def test_get_started_runs(folder: Path) -> None:
         ["train-captioner", "features", "-o", "captioner"],
     ):
         run(command)
-    write_images([folder / "photo.jpg", folder / "other.jpg", folder / "images/one.jpg", folder / "images/two.jpg"])
+    write_images([folder / "image.jpg", folder / "other.jpg", folder / "images/one.jpg", folder / "images/two.jpg"])
     commands = read_commands(DOCS / "get-started.md", only_shell=True)
     assert [command[0] for command in commands].count("demo") == 1
     output = {" ".join(command): run(command) for command in commands if command[0] != "demo"}  # it takes minutes
     captions = next(text for command, text in output.items() if "--json" in command)
-    assert [json.loads(line)["uri"] for line in captions.splitlines()] == ["photo.jpg", "other.jpg"]
+    assert [json.loads(line)["uri"] for line in captions.splitlines()] == ["image.jpg", "other.jpg"]
     assert count_rows("captions") == 2
