@@ -1,7 +1,7 @@
 """Flickr8k from the photographs to the table: the shipped recipes, run as anyone would run them, scored on dev.
 
     make bench-flickr8k DATA=flickr8k WEIGHTS=vgg16.safetensors
-    make bench-flickr8k DATA=flickr8k WEIGHTS=vgg16.safetensors NAME="image_state ranking"
+    make bench-flickr8k DATA=flickr8k WEIGHTS=vgg16.safetensors NAME="pooled ranking"
 
 DATA holds `images/`, `Flickr8k.token.txt` and the official split files; WEIGHTS is a file of VGG-16's weights, or a
 name of torchvision's. Everything is kept in OUTPUT (`.bench/flickr8k`): what is done is skipped, and what was stopped
@@ -19,34 +19,33 @@ from typing import NamedTuple
 
 from benchmarks.bars import report
 
-CONFIGS = Path(__file__).parent.parent / "configs"
-WHOLE, BEFORE_TAIL = "features-flickr8k", "features-flickr8k-pool4"
-DEV = f"{BEFORE_TAIL}-dev"  # what is captioned; dev is in the features of all as well, for those who train
+CONV5, POOL4 = "flickr8k-conv5", "flickr8k-pool4"  # recipes of extract-features, and the folders of their features
+DEV = f"{POOL4}-dev"  # the images to caption; training reads dev from POOL4
 
 
 class Stage(NamedTuple):
-    """A training of a captioner.
+    """A stage in the training of a captioner.
 
     Attributes:
-        recipe: of `configs/`, after `captioner-flickr8k-`.
-        after: the stage that it goes on from; None is the first, which gets the weights that its encoder_top begins with.
-        changes: of the recipe, as `--set` has them.
+        recipe: the recipe of train-captioner.
+        init_from: the stage to start from; None starts from the encoder's weights.
+        overrides: values that replace those of the recipe.
     """
 
     recipe: str
-    after: str | None
-    changes: tuple[str, ...] = ()
+    init_from: str | None
+    overrides: tuple[str, ...] = ()
 
 
 STAGES = {
-    "image_state-words": Stage("words", None, ("captioner.attention_size=0",)),
-    "image_state": Stage("image_state", "image_state-words"),
-    "attention-words": Stage("words", None),
-    "attention": Stage("attention", "attention-words"),
-    "self-critical": Stage("self-critical", "attention"),
+    "pooled-words": Stage("flickr8k-bag-of-words", None, ("captioner.attention_size=0",)),
+    "pooled": Stage("flickr8k-pooled", "pooled-words"),
+    "attention-words": Stage("flickr8k-bag-of-words", None),
+    "attention": Stage("flickr8k-attention", "attention-words"),
+    "self-critical": Stage("flickr8k-self-critical", "attention"),
 }
 CAPTIONERS = {
-    "image_state": {"BLEU-1": 0.63, "BLEU-2": 0.45, "BLEU-3": 0.31, "BLEU-4": 0.21, "CIDEr": 0.50},
+    "pooled": {"BLEU-1": 0.63, "BLEU-2": 0.45, "BLEU-3": 0.31, "BLEU-4": 0.21, "CIDEr": 0.50},
     "attention": {"BLEU-1": 0.65, "BLEU-2": 0.47, "BLEU-3": 0.33, "BLEU-4": 0.22, "CIDEr": 0.55},
     "self-critical": {"CIDEr": 0.62},
 }
@@ -76,13 +75,12 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     manifest, dev = output / "manifest", output / "manifest-dev"
     _run("prepare", tokens, "--images", options.data / "images", "-o", manifest)
-    needed = {WHOLE: (manifest, WHOLE)} if "ranking" in names else {}
+    needed = {CONV5: (manifest, CONV5)} if "ranking" in names else {}
     if names != ["ranking"]:
         _run("prepare", tokens, "--images", options.data / "images", "-o", dev, "--split", "dev")
-        needed |= {BEFORE_TAIL: (manifest, BEFORE_TAIL), DEV: (dev, BEFORE_TAIL)}
+        needed |= {POOL4: (manifest, POOL4), DEV: (dev, POOL4)}
     for name, (images, recipe) in needed.items():
-        config = CONFIGS / f"{recipe}.yaml"
-        _run("extract-features", images, "-o", output / name, "--config", config, "--weights", options.weights)
+        _run("extract-features", images, "-o", output / name, "--config", recipe, "--weights", options.weights)
     rows: list[Row] = []
     for name in names:
         rows += _score_ranker(output) if name == "ranking" else _score_captioner(name, output, options.weights)
@@ -91,35 +89,33 @@ def main() -> None:
 
 
 def _train_captioner(name: str, output: Path, weights: str) -> Path:
-    """Trains the captioner, after the one that it goes on from."""
+    """Trains a captioner after the stage that it starts from."""
     stage, captioner = STAGES[name], output / f"captioner-{name}"
-    more: list[str | Path] = [word for change in stage.changes for word in ("--set", change)]
-    if stage.after is not None:
-        more += ["--init-from", _train_captioner(stage.after, output, weights)]
+    arguments: list[str | Path] = [word for override in stage.overrides for word in ("--set", override)]
+    if stage.init_from is not None:
+        arguments += ["--init-from", _train_captioner(stage.init_from, output, weights)]
     elif Path(weights).exists():
-        more += ["--weights", weights]
-    config = CONFIGS / f"captioner-flickr8k-{stage.recipe}.yaml"
-    _run("train-captioner", output / BEFORE_TAIL, "-o", captioner, "--config", config, *more)
+        arguments += ["--weights", weights]
+    _run("train-captioner", output / POOL4, "-o", captioner, "--config", stage.recipe, *arguments)
     return captioner
 
 
 def _score_captioner(name: str, output: Path, weights: str) -> list[Row]:
-    """Trains the captioner, captions dev with it and scores that."""
+    """Trains a captioner and scores its captions of dev."""
     captioner = _train_captioner(name, output, weights)
     features, captions, scores = output / DEV, output / f"captions-{name}", output / f"scores-{name}"
-    decoding = CONFIGS / "generate-captions/flickr8k.yaml"
-    _run("build-datastore", output / BEFORE_TAIL, "-c", captioner, "--set", "splits=[train]")
-    _run("generate-captions", features, "-c", captioner, "-o", captions, "--config", decoding)
-    manifest = output / "manifest"  # of all: evaluate also tells how many captions stand in the training set
+    _run("build-datastore", output / POOL4, "-c", captioner, "--set", "splits=[train]")
+    _run("generate-captions", features, "-c", captioner, "-o", captions, "--config", "flickr8k")
+    manifest = output / "manifest"  # with train: evaluate also counts the captions that occur in the training set
     _run("evaluate", captions, "-m", manifest, "--split", "dev", "-c", captioner, "-f", features, "-o", scores)
     found = json.loads((scores / "scores.json").read_text())["scores"]
     return [(f"{name}-{metric}", found[metric], bar, True) for metric, bar in CAPTIONERS[name].items()]
 
 
 def _score_ranker(output: Path) -> list[Row]:
-    """Trains the ranker and ranks dev, 1,000 images among each other."""
-    features, ranker, scores = output / WHOLE, output / "ranker", output / "scores-ranking"
-    _run("train-ranker", features, "-o", ranker, "--config", CONFIGS / "train-ranker/flickr8k.yaml")
+    """Trains a ranker and scores it on the 1,000 images of dev."""
+    features, ranker, scores = output / CONV5, output / "ranker", output / "scores-ranking"
+    _run("train-ranker", features, "-o", ranker, "--config", "flickr8k")
     _run("evaluate", features, "-r", ranker, "--split", "dev", "--protocol", "flickr8k-1k", "-o", scores)
     found = json.loads((scores / "scores.json").read_text())
     return [
