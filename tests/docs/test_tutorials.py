@@ -72,7 +72,9 @@ def write_flickr8k(folder: Path) -> None:
 def write_coco(folder: Path) -> None:
     """Writes COCO's own annotations and Karpathy's JSON, which takes restval, val and test from val2014."""
     ids = {"train2014": range(9, 21), "val2014": range(42, 52)}
-    files = [(year, image_id, f"COCO_{year}_{image_id:012d}.jpg") for year, numbers in ids.items() for image_id in numbers]
+    files = [
+        (year, image_id, f"COCO_{year}_{image_id:012d}.jpg") for year, numbers in ids.items() for image_id in numbers
+    ]
     captions = write_images([folder / year / name for year, _, name in files])
     images, entries = {"train2014": [], "val2014": []}, []  # type: ignore[var-annotated]
     annotations = {"train2014": [], "val2014": []}  # type: ignore[var-annotated]
