@@ -82,41 +82,7 @@ _MODULES = {
     "train_ranker": "captionlib.training.ranking",
 }
 
-__all__ = [
-    "CaptionerConfig",
-    "CaptionerTrainingConfig",
-    "CaptionlibError",
-    "DecodingConfig",
-    "EmbeddingConfig",
-    "EncoderConfig",
-    "ExtractionConfig",
-    "GenerationConfig",
-    "Index",
-    "IndexConfig",
-    "LoadingConfig",
-    "PrepareConfig",
-    "RankerConfig",
-    "RankerTrainingConfig",
-    "RunConfig",
-    "ShardedDataset",
-    "TrainingConfig",
-    "__version__",
-    "build_index",
-    "caption_images",
-    "embed_images",
-    "evaluate_captions",
-    "extract_features",
-    "generate_captions",
-    "import_features",
-    "load_captioner",
-    "load_ranker",
-    "open_dataset",
-    "open_index",
-    "prepare",
-    "query_sql",
-    "train_captioner",
-    "train_ranker",
-]
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

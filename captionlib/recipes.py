@@ -18,11 +18,13 @@ def recipes_folder() -> Path:
 def list_recipes(command: str | None = None) -> dict[str, Path]:
     """Returns the recipes by name, such as `train-captioner/talk-lstm`.
 
+    Files whose names start with `_` are left out: other recipes extend them.
+
     Args:
         command: returns only the recipes of this command, by short names such as `talk-lstm`; None returns all.
     """
     folder = recipes_folder() / command if command else recipes_folder()
-    files = sorted(folder.rglob("*.yaml"))
+    files = sorted(file for file in folder.rglob("*.yaml") if not file.name.startswith("_"))
     return {str(file.relative_to(folder).with_suffix("").as_posix()): file for file in files}
 
 

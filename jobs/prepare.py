@@ -38,6 +38,11 @@ __all__ = ["command"]
     "--uri-column", metavar="NAME", help="Tables: column of the image path or URL. [default: uri, url, path, ...]"
 )
 @click.option(
+    "--image-column",
+    metavar="NAME",
+    help="Parquet: column of the image bytes. [default: image, jpg, png, ..., or the struct<bytes, path>]",
+)
+@click.option(
     "--caption-column",
     "caption_columns",
     multiple=True,
@@ -45,6 +50,10 @@ __all__ = ["command"]
     help="Tables: column of a caption or a list of captions. Repeatable. [default: captions, caption, text, ...]",
 )
 @click.option("--split-column", metavar="NAME", help="Tables: column of the split. [default: split, subset]")
+@click.option(
+    "--columns", metavar="NAME,...", help="CSV and TSV without a header: names of all columns, such as image,caption."
+)
+@click.option("--tsv-quotes", is_flag=True, help="TSV: cells may be quoted, as in CSV. [default: quotes are text]")
 @click.option("--split", "splits", multiple=True, metavar="NAME", help="Include only this split. Repeatable.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Include only the first N images.")
 @click.option("--shard-size", type=click.IntRange(min=1), default=1000, show_default=True, help="Images per shard.")
@@ -54,6 +63,7 @@ __all__ = ["command"]
     show_default=True,
     help="Stop if SOURCE lists images and none of the first ones exists.",
 )
+@click.option("--strict", is_flag=True, help="Stop at damaged images or captions instead of skipping them.")
 @click.option("--overwrite", is_flag=True, help="Replace a manifest of other images.")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
 def command(
@@ -65,12 +75,16 @@ def command(
     split_files: tuple[str, ...],
     id_column: str | None,
     uri_column: str | None,
+    image_column: str | None,
     caption_columns: tuple[str, ...],
     split_column: str | None,
+    columns: str | None,
+    tsv_quotes: bool,
     splits: tuple[str, ...],
     limit: int | None,
     shard_size: int,
     check_images: bool,
+    strict: bool,
     overwrite: bool,
     progress: bool,
 ) -> None:
@@ -95,14 +109,15 @@ def command(
       captionlib prepare Flickr8k.token.txt --images Flicker8k_Dataset/ -o manifest
       captionlib prepare results.token --split-file train=train.txt --split-file val=val.txt -o manifest
     \b
-    table: CSV, TSV, JSON Lines (also .gz) or Parquet with one row per image or per caption.
+    table: CSV, TSV, JSON (lines or a list; also .gz) or Parquet with one row per image or per caption.
       captionlib prepare pairs.csv --uri-column url --caption-column alt -o manifest
+      captionlib prepare captions.txt --columns image,caption --images Images/ -o manifest
       captionlib prepare 's3://bucket/table/*.parquet' -o manifest
     \b
-    webdataset: uncompressed tars of 000.jpg, 000.txt, 000.json, 001.jpg, ...
+    webdataset: uncompressed tars of 000.jpg, 000.txt (or .caption), 000.json, 001.jpg, ...
       captionlib prepare 'shards/{00000..00099}.tar' -o manifest
     \b
-    hf-parquet: Parquet with embedded images, in a column of struct<bytes, path>, as on Hugging Face.
+    hf-parquet: Parquet with embedded images, in a column of bytes or of struct<bytes, path>, as on Hugging Face.
       captionlib prepare 'data/train-*.parquet' --default-split train -o manifest
     """
     options = SourceOptions(
@@ -111,10 +126,13 @@ def command(
         split_files=_parse_split_files(split_files),
         id_column=id_column,
         uri_column=uri_column,
+        image_column=image_column,
         caption_columns=caption_columns,
         split_column=split_column,
+        columns=tuple(name.strip() for name in columns.split(",")) if columns else (),
+        tsv_quotes=tsv_quotes,
     )
-    config = PrepareConfig(source_format, options, splits, limit, shard_size, check_images)
+    config = PrepareConfig(source_format, options, splits, limit, shard_size, check_images, strict)
     _echo_summary(output, prepare(sources, output, config, overwrite=overwrite, progress=progress))
 
 
@@ -145,3 +163,5 @@ def _echo_summary(output: str, summary: PrepareSummary) -> None:
     width = max(len(name) for name, _ in rows)
     for name, count in rows:
         click.echo(f"  {name:<{width}}  {count:>11,}")
+    for reason, example in summary.examples.items():
+        click.echo(f"Skipped: {reason}, such as {example}", err=True)

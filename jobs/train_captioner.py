@@ -18,10 +18,8 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("source")
-@click.option(
-    "--init-from", metavar="FOLDER", help="The captioner whose weights to start from: --set init_from=FOLDER."
-)
-@click.option("--weights", metavar="FILE", help="The encoder's weights to tune, where they are a file of your own.")
+@click.option("--init-from", metavar="FOLDER", help="The captioner to start from; the same as --set init_from=FOLDER.")
+@click.option("--weights", metavar="FILE", help="The encoder's weights file, if features were extracted with one.")
 @training_options
 def command(
     source: str,
@@ -34,42 +32,43 @@ def command(
     overwrite: bool,
     progress: bool,
 ) -> None:
-    """Fit a captioner on SOURCE: features; or a manifest, to tune a captioner and its encoder on the images.
+    """Train a captioner on SOURCE: a features dataset, or a manifest to fine-tune its encoder too.
 
-    Learns from the rows of the splits train and restval, and keeps the checkpoint of the epoch with the lowest
-    perplexity, or the highest CIDEr, on val or dev. Ctrl-C stops it after saving; the same command goes on where it
-    stopped. `torchrun` starts it on several GPUs or machines: one run, with batches as many times as large.
-
-    From a manifest the encoder is tuned too, with a learning rate of its own; its weights are kept with the captioner,
-    which captions images with them. Images that cannot be read are left out, and listed in the run's folder. Where its
-    last layers are enough, captioner.encoder_top tunes them on the stored maps of the layer before, for much less time.
+    Training uses the splits train and restval. The checkpoint is that of the epoch with the lowest perplexity, or the
+    highest CIDEr, on val or dev. Ctrl-C stops after saving the state, and the same command resumes. torchrun trains on
+    several GPUs or machines, with batches that are as many times as large.
 
     \b
     Examples:
       captionlib train-captioner features -o captioner
-      captionlib train-captioner features -o captioner --config talk-lstm
-      captionlib train-captioner features -o captioner --set training.epochs=30 --set captioner.hidden_size=256
-      captionlib train-captioner features -o captioner --set best_by=cider --set training.ema_decay=0.999
-      captionlib train-captioner features -o captioner --set word_vectors=w2v.bin --set captioner.embedding_size=300
-      captionlib train-captioner features -o tuned --init-from captioner --set training.learning_rate=0.0001
+      captionlib train-captioner features -o captioner --config talk-lstm --set training.epochs=30
       captionlib train-captioner features -o better --init-from captioner --set objective=self_critical
-      captionlib train-captioner manifest -o tuned --init-from captioner --config finetune-encoder
-      captionlib train-captioner manifest -o tuned --init-from captioner --set encoder.from_node=features.17
-      captionlib train-captioner maps -o captioner --set captioner.encoder_top=features.29   # maps of features.23
-      captionlib train-captioner features -o words --set objective=bag_of_words   # then --init-from words
+
+    A recipe (--config) holds values for the captioner, its training and its data; --set replaces single values. The
+    recipe talk-lstm has the settings of the talk. Small datasets have three stages, each started from the one before
+    with --init-from: flickr8k-bag-of-words, flickr8k-attention or flickr8k-pooled, and flickr8k-self-critical. The
+    recipe finetune-encoder takes a manifest.
+
+    \b
+      captionlib train-captioner maps -o words --config flickr8k-bag-of-words
+      captionlib train-captioner maps -o attention --config flickr8k-attention --init-from words
+      captionlib train-captioner manifest -o tuned --config finetune-encoder --init-from captioner
       torchrun --nproc-per-node 4 --no-python captionlib train-captioner features -o captioner
+
+    The output folder contains the checkpoint (model.safetensors, config.json, training.json; after fine-tuning also
+    encoder.safetensors), resolved.json with all values of the run, metrics.jsonl and curves.png, tensorboard/, the
+    state to resume from in _training/, and the unreadable images in _failures/.
     """
     if init_from is not None:
         overrides = (*overrides, f"init_from={json.dumps(init_from)}")
-    how: dict[str, Any] = {"device": device, "overwrite": overwrite, "progress": progress}
-    settings: CaptionerTrainingConfig | FinetuningConfig
+    options: dict[str, Any] = {"weights": weights, "device": device, "overwrite": overwrite, "progress": progress}
     try:
         if open_dataset(source).kind == "manifest":
-            settings = load_config(FinetuningConfig, config, overrides)
-            history = finetune_captioner(source, output, settings, weights=weights, **how)
+            finetuning = load_config(FinetuningConfig, config, overrides)
+            history = finetune_captioner(source, output, finetuning, **options)
         else:
-            settings = load_config(CaptionerTrainingConfig, config, overrides)
-            history = train_captioner(source, output, settings, weights=weights, **how)
+            training = load_config(CaptionerTrainingConfig, config, overrides)
+            history = train_captioner(source, output, training, **options)
     except TrainingInterrupted as interrupted:
         raise click.Abort from interrupted
     name = next(name for name in ("CIDEr", "perplexity", "word_perplexity") if name in history[0])

@@ -22,18 +22,24 @@ def command(
     overwrite: bool,
     progress: bool,
 ) -> None:
-    """Fit a language model on the sentences of SOURCE: a features dataset, a manifest, or a text file.
+    """Train a language model on the text of SOURCE: a features dataset, a manifest, or a text file.
 
-    It is the captioner without its image. A text file has a line a sentence, or is one running text
-    (--set layout=continuous); both are learned by the word or by the character (--set level=characters). Keeps the
-    checkpoint of the epoch with the lowest perplexity on the splits val or dev, or on a share of the text file.
-    Ctrl-C stops it after saving; the same command goes on where it stopped.
+    The model is a captioner without an image. A text file has one sentence per line, or is one continuous text
+    (--set layout=continuous). Tokens are words or characters (--set level=characters). The checkpoint is that of the
+    epoch with the lowest perplexity on val or dev, or on a part of the text file. Ctrl-C stops after saving the state,
+    and the same command resumes.
 
     \b
     Examples:
       captionlib train-language-model features -o language-model
       captionlib train-language-model sentences.txt -o language-model --set min_count=2
       captionlib train-language-model author.txt -o author --config characters
+
+    A recipe (--config) holds values for the model, its training and its text; --set replaces single values. The recipe
+    characters is the talk's model of one author.
+
+    The output folder contains the checkpoint (model.safetensors, config.json, training.json), resolved.json with all
+    values of the run, metrics.jsonl and curves.png, tensorboard/, and the state to resume from in _training/.
     """
     settings = load_config(LanguageModelTrainingConfig, config, overrides)
     try:

@@ -23,7 +23,7 @@ class Outer:
     limit: int | None = None
 
 
-def test_file_then_overrides_fill_nested_values(tmp_path: Path) -> None:
+def test_overrides_take_precedence_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("name: from file\ninner:\n  rate: 0.5\n")
     config = load_config(Outer, file, ["inner.kind=b", "limit=7"])
@@ -44,7 +44,7 @@ def test_file_then_overrides_fill_nested_values(tmp_path: Path) -> None:
         (["limit=[1"], "not a YAML value"),
     ],
 )
-def test_what_does_not_fit_is_named(overrides: list[str], message: str) -> None:
+def test_invalid_values_are_named(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(Outer, None, overrides)
 
@@ -60,7 +60,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         load_config(Outer, tmp_path / "bad.yaml")
 
 
-def test_differences_name_fields_by_their_path() -> None:
+def test_describe_differences_names_fields_by_path() -> None:
     assert describe_differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == [
         "a.c: was 2, now 3",
         "d: was None, now 4",
@@ -73,7 +73,7 @@ class Recipe:
     outer: Outer = field(default_factory=lambda: Outer(inner=Inner(rate=0.7), limit=3))
 
 
-def test_what_a_nested_value_leaves_out_is_the_outer_default() -> None:
+def test_omitted_nested_values_use_the_outer_default() -> None:
     assert load_config(Recipe, None, ["outer.name=y"]) == Recipe(Outer(Inner(0.7), "y", 3))
     assert load_config(Recipe, None, ["outer.inner.kind=b"]) == Recipe(Outer(Inner(0.7, "b"), limit=3))
 
@@ -92,7 +92,7 @@ class Nested:
     bounded: Bounded = field(default_factory=Bounded)
 
 
-def test_bounds_hold_for_values_of_files_and_of_code() -> None:
+def test_bounds_apply_to_files_and_to_code() -> None:
     assert Bounded(4).threads == 4
     with pytest.raises(ConfigError, match="Bounded: threads: Input should be greater than 0, got 0"):
         Bounded(threads=0)
@@ -104,17 +104,17 @@ def test_bounds_hold_for_values_of_files_and_of_code() -> None:
         replace(Bounded(), threads=13)
 
 
-def test_configurations_travel_to_workers() -> None:
+def test_configurations_can_be_pickled() -> None:
     assert pickle.loads(pickle.dumps(Nested(Bounded(3)))) == Nested(Bounded(3))
 
 
-def test_a_file_extends_another_section_by_section(tmp_path: Path) -> None:
+def test_extends_merges_sections(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("name: base\ninner: {rate: 0.5, kind: b}\n")
     (tmp_path / "more.yaml").write_text("extends: base.yaml\ninner: {rate: 0.7}\n")
     assert load_config(Outer, tmp_path / "more.yaml") == Outer(Inner(0.7, "b"), "base")
 
 
-def test_files_that_extend_each_other_are_refused(tmp_path: Path) -> None:
+def test_circular_extends_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
     (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
     with pytest.raises(ConfigError, match="at most 8 levels of extends"):

@@ -43,7 +43,7 @@ def test_the_installed_package_is_complete_outside_a_checkout(environment: Path,
 
 
 def test_the_installed_package_runs_the_smallest_demo(environment: Path, tmp_path: Path) -> None:
-    command = [str(environment / "python"), "-m", "captionlib", "demo", "--train", "20", "--held-out", "4"]
+    command = [str(environment / "python"), "-m", "captionlib", "demo", "--train-images", "20", "--test-images", "4"]
     printed = _run([*command, "--output", str(tmp_path / "demo"), "--no-progress"], tmp_path, OMP_NUM_THREADS="1")
     assert (tmp_path / "demo" / "report" / "index.html").exists()
     assert "CIDEr" in printed

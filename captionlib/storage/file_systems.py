@@ -35,6 +35,7 @@ INTERPRETING_PROTOCOLS = frozenset(
 """Protocols of file systems that interpret content, wrap another file system or run a program."""
 
 _PREFIX = re.compile(r"(?P<protocol>[a-z][a-z0-9+._-]*)(?P<separator>://|::)", re.IGNORECASE)
+_DATA_URI = re.compile(r"data:[a-z0-9/+.;=-]*,", re.IGNORECASE)
 
 
 def split_protocol(address: str) -> tuple[str, str]:
@@ -42,6 +43,8 @@ def split_protocol(address: str) -> tuple[str, str]:
 
     The protocol of a path is empty. A path may contain `::` unless a known protocol precedes it.
     """
+    if _DATA_URI.match(address):
+        return "data", address
     match = _PREFIX.match(address)
     if match is None:
         return "", address

@@ -1,1 +1,1 @@
-"""The training jobs, without Beam: data in, checkpoints out."""
+"""Training captioners, rankers and language models."""

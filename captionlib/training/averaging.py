@@ -1,59 +1,47 @@
-"""A running average of the weights, which often says better what training found than where its last step ended."""
+"""Exponential moving averages of a model's weights, which often generalize better than the weights of the last step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["WeightAverage"]
+__all__ = ["apply_average", "average_weights"]
 
 
-class WeightAverage:
-    """The exponential moving average of a model's weights.
+def average_weights(model: nn.Module, decay: float) -> AveragedModel:
+    """Returns an exponential moving average of a model's weights, to be updated after each optimizer step.
 
-    The first steps forget faster, so that the drawn weights do not linger: the share that stays is at most
-    (1 + step) / (10 + step).
+    It starts from the weights after the first step. Before the n-th update after that, the decay is limited to
+    (1 + n) / (10 + n), as in TensorFlow's `ExponentialMovingAverage`, so that early weights fade quickly.
 
     Args:
-        parameters: the weights; they are averaged as they are after each step.
-        decay: the share of the average that stays at a step.
+        model: the model.
+        decay: the weight of the previous average in each update, in [0, 1).
     """
 
-    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
-        self._parameters = parameters
-        self._averages = [parameter.detach().clone() for parameter in parameters]
-        self._decay = decay
-        self._steps = 0
-
     @torch.no_grad()
-    def update(self) -> None:
-        """Takes the weights in, after a step."""
-        self._steps += 1
-        decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
-        for average, parameter in zip(self._averages, self._parameters, strict=True):
-            average.lerp_(parameter, 1 - decay)
+    def update(averages: Iterable[Tensor], weights: Iterable[Tensor], updates: Tensor | int) -> None:
+        limited = min(decay, (1 + int(updates)) / (10 + int(updates)))
+        for average, weight in zip(averages, weights, strict=True):
+            average.lerp_(weight, 1 - limited)
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Gives the model the averaged weights for a while; its own come back bit for bit."""
-        own = [parameter.detach().clone() for parameter in self._parameters]
-        self._copy(self._averages)
-        try:
-            yield
-        finally:
-            self._copy(own)
+    return AveragedModel(model, multi_avg_fn=update)
 
-    @torch.no_grad()
-    def _copy(self, values: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self._parameters, values, strict=True):
-            parameter.copy_(value)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"averages": self._averages, "steps": self._steps}
+@contextmanager
+def apply_average(model: nn.Module, average: AveragedModel) -> Iterator[None]:
+    """Gives the model the averaged weights within the block, and restores its own exactly when the block ends."""
+    own = [parameter.detach().clone() for parameter in model.parameters()]
+    _copy_weights(average.module.parameters(), model)
+    try:
+        yield
+    finally:
+        _copy_weights(own, model)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for average, saved in zip(self._averages, state["averages"], strict=True):
-            average.copy_(saved)
-        self._steps = state["steps"]
+
+@torch.no_grad()
+def _copy_weights(weights: Iterable[Tensor], model: nn.Module) -> None:
+    for parameter, weight in zip(model.parameters(), weights, strict=True):
+        parameter.copy_(weight)

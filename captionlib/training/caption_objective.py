@@ -1,24 +1,27 @@
-"""What a captioner is trained for: what people said of an image is to become likely."""
+"""The cross-entropy objective of captioners, and the CIDEr of the captions that they generate during validation."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from captionlib.data.batches.captions import CaptionBatch
 from captionlib.data.text.vocabulary import Vocabulary
+from captionlib.errors import ConfigError
+from captionlib.evaluation.caption_scores import CiderScorer
 from captionlib.models.captioners.captioner import Captioner, TokenLogProbs
+from captionlib.models.captioners.end_to_end import ImageCaptioner
 from captionlib.models.captioners.packed_sequences import pad_sentences
-from captionlib.models.checkpoints.checkpoint import save_captioner
-from captionlib.models.checkpoints.folder import stamp_provenance
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.decoder import Decoder
 from captionlib.storage.folders import Folder
-from captionlib.training.curves import draw_curves
 from captionlib.training.distributed import ProcessGroup
-from captionlib.training.objective import BatchLoss, perplexity
+from captionlib.training.objective import BatchLoss, compute_perplexity
 
-__all__ = ["Batches", "CaptionSaver", "CaptioningObjective"]
+__all__ = ["Batches", "CaptioningObjective", "CiderValidation"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -26,27 +29,30 @@ Model = TypeVar("Model", bound=nn.Module)
 class Batches(Protocol):
     """Batches of one split: `CaptionBatches` of features, or `ImageBatches`."""
 
-    def count(self, processes: int) -> int:
-        """About how many batches an epoch has, when so many processes share them."""
+    def count(self, world_size: int) -> int:
+        """Returns the approximate number of batches per epoch."""
 
-    def shares(self, seed: int, epoch: int, process: int, processes: int, first: int) -> Iterator[CaptionBatch | None]:
-        """The shares of one process, from the batch `first` on."""
+    def shuffled(self, seed: int, epoch: int, rank: int, world_size: int, first: int) -> Iterator[CaptionBatch | None]:
+        """Yields the parts of one process in the batches of an epoch, from batch `first` on."""
 
     def in_order(self) -> Iterator[CaptionBatch]:
-        """All images once."""
+        """Yields all images once."""
+
+    def images_in_order(self) -> Iterator[tuple[Sequence[int], npt.NDArray[Any]]]:
+        """Yields all images once without captions, with their positions."""
 
 
 class CaptioningObjective(Generic[Model]):
-    """The log-probability of sentences given their images; `perplexity` decides, or `CIDEr` where it is measured.
+    """Maximizes the log-probability of reference captions. Validates by perplexity, and by CIDEr if configured.
 
     Args:
-        model: a `Captioner`, or what scores sentences as it does, on its device.
-        training: what it learns from.
-        validation: what its perplexity is taken of.
-        save: writes the checkpoint, from the folder, the model and how its training went.
-        label_smoothing: the share of each target that is spread over all classes.
-        cider: measures its captions; None leaves that out.
-        own_learning_rates: of parts of the model, see `Objective`.
+        model: a `Captioner`, or a model with the same `forward`, on its device.
+        training: the training batches.
+        validation: the validation batches.
+        save: writes a checkpoint, given the folder, the model and the training history.
+        label_smoothing: the fraction of each target that is spread evenly over all classes.
+        cider: measures the CIDEr of generated captions, which then selects the best epoch.
+        part_learning_rates: see `Objective`.
     """
 
     def __init__(
@@ -54,50 +60,49 @@ class CaptioningObjective(Generic[Model]):
         model: Model,
         training: Batches,
         validation: Batches,
-        save: Callable[[Folder, Model, dict[str, Any]], None],
+        save: Callable[[Folder, Model, dict[str, Any]], object],
         label_smoothing: float = 0.0,
-        cider: Callable[[Model], float] | None = None,
-        own_learning_rates: Mapping[str, float] | None = None,
+        cider: "CiderValidation | None" = None,
+        part_learning_rates: Mapping[str, float] | None = None,
     ) -> None:
         self.model: Model = model
         self.score_name = "perplexity" if cider is None else "CIDEr"
         self.higher_is_better = cider is not None
-        self.own_learning_rates = own_learning_rates or {}
+        self.part_learning_rates = part_learning_rates or {}
         self._training = training
         self._validation = validation
-        self._processes = ProcessGroup()
-        self._steps = training.count(self._processes.count)
+        self._group = ProcessGroup()
         self._save = save
         self._smoothing = label_smoothing
         self._cider = cider
         self._device = next(model.parameters()).device
 
     def batches(self, seed: int, epoch: int, first: int) -> Iterator[CaptionBatch | None]:
-        return self._training.shares(seed, epoch, self._processes.rank, self._processes.count, first)
+        return self._training.shuffled(seed, epoch, self._group.rank, self._group.world_size, first)
 
-    def steps(self) -> int:
-        return self._steps
+    def steps_per_epoch(self) -> int:
+        return self._training.count(self._group.world_size)
 
     def loss(self, batch: CaptionBatch) -> BatchLoss:
-        """Mean negative log-probability a token, smoothed where asked for; the sum to show is not. See `Objective`."""
+        """Computes the mean negative log-probability per token. Smoothing affects the mean, not the reported total."""
         log_probs, _, mean_log_probs = self.score(batch, mean_log_probs=self._smoothing > 0)
         total = -log_probs.sum()
-        learnt = total
+        smoothed = total
         if mean_log_probs is not None:
-            learnt = (1 - self._smoothing) * total - self._smoothing * mean_log_probs.sum()
-        return BatchLoss(learnt / len(log_probs), total.item(), len(log_probs))
+            smoothed = (1 - self._smoothing) * total - self._smoothing * mean_log_probs.sum()
+        return BatchLoss(smoothed / len(log_probs), total.item(), len(log_probs))
 
     def validate(self) -> dict[str, float]:
-        """Perplexity: exp(-sum ln p / sum (length + 1)), over the validation splits; CIDEr where it is measured."""
-        scores = {"perplexity": perplexity(self.score(batch).log_probs for batch in self._validation.in_order())}
-        return scores if self._cider is None else {**scores, "CIDEr": self._cider(self.model)}
+        """Computes the perplexity, exp(-sum ln p / sum (length + 1)), and CIDEr if configured."""
+        log_probs = (self.score(batch).log_probs for batch in self._validation.in_order())
+        scores = {"perplexity": compute_perplexity(log_probs)}
+        return scores if self._cider is None else {**scores, "CIDEr": self._cider.score(self.model)}
 
     def save(self, output: Folder, training: dict[str, Any]) -> None:
         self._save(output, self.model, training)
-        draw_curves(output, training["history"])
 
     def score(self, batch: CaptionBatch, mean_log_probs: bool = False) -> TokenLogProbs:
-        """How likely the model finds the sentences of a batch, see `Captioner.forward`."""
+        """Computes the log-probabilities of the captions of a batch; see `Captioner.forward`."""
         scores: TokenLogProbs = self.model(
             torch.from_numpy(batch.features).to(self._device),
             pad_sentences(batch.sentences).to(self._device),
@@ -107,20 +112,51 @@ class CaptioningObjective(Generic[Model]):
         return scores
 
 
-@dataclass(frozen=True)
-class CaptionSaver:
-    """Writes a captioner with all that captioning needs.
+class CiderValidation:
+    """Measures the CIDEr of the captions that a captioner generates for the validation images.
 
-    Attributes:
-        vocabulary: its words.
-        encoder: the description of the encoder whose features it learns from.
-        provenance: where it comes from; versions and a date are added.
+    An unreadable image counts as an empty caption.
+
+    Args:
+        batches: the validation images.
+        references: the reference captions of each image, in the order of `batches`.
+        vocabulary: the captioner's vocabulary.
+        decoding: how to generate the captions.
+
+    Raises:
+        ConfigError: Java, which the tokenizer of CIDEr needs, is missing; or `decoding` expects a datastore.
+        DatasetError: there are fewer than two images.
     """
 
-    vocabulary: Vocabulary
-    encoder: Mapping[str, Any]
-    provenance: Mapping[str, Any]
+    def __init__(
+        self,
+        batches: Batches,
+        references: Sequence[Sequence[str]],
+        vocabulary: Vocabulary,
+        decoding: DecodingConfig,
+    ) -> None:
+        if decoding.rerank.neighbors:
+            raise ConfigError(
+                f"decoding.rerank.neighbors: expected 0 during training, got {decoding.rerank.neighbors}; a "
+                "datastore is built after training (captionlib build-datastore)"
+            )
+        self._batches = batches
+        self._images = len(references)
+        self._vocabulary = vocabulary
+        self._decoding = decoding
+        self._scorer = CiderScorer(references)
 
-    def __call__(self, output: Folder, model: Captioner, training: dict[str, Any]) -> None:
-        provenance = stamp_provenance(self.provenance)
-        save_captioner(output, model, self.vocabulary, self.encoder, provenance=provenance, training=training)
+    def score(self, model: nn.Module) -> float:
+        """Returns the CIDEr of a `Captioner` or an `ImageCaptioner`."""
+        captioner = model.captioner if isinstance(model, ImageCaptioner) else model
+        assert isinstance(captioner, Captioner)
+        decoder = Decoder(captioner, self._decoding)
+        captions = [""] * self._images
+        for positions, images in self._batches.images_in_order():
+            features: npt.NDArray[np.float32] | torch.Tensor = images
+            if isinstance(model, ImageCaptioner):
+                pixels = torch.from_numpy(images).to(next(model.parameters()).device)
+                features = model.encoder.encode(pixels).float()
+            for position, candidates in zip(positions, decoder.decode(features), strict=True):
+                captions[position] = self._vocabulary.decode(candidates[0].token_ids)
+        return self._scorer.score(captions)

@@ -1,67 +1,78 @@
-"""Fits a captioner on `features/`: what people said of an image is to become likely."""
+"""Trains captioners on `features/`."""
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from captionlib.config import to_dict
+from captionlib.config import configclass, to_dict
 from captionlib.data.batches.augmentation import FeatureMapAugmentation
-from captionlib.data.batches.captions import CaptionBatches, feature_shape, read_captions, read_references
+from captionlib.data.batches.captions import (
+    CaptionBatches,
+    feature_shape,
+    make_encoder,
+    read_captions,
+    read_references,
+)
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.checkpoints.checkpoint import save_captioner
+from captionlib.models.checkpoints.folder import stamp_provenance
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.devices import resolve_device
 from captionlib.storage.folders import Folder
 from captionlib.training.bag_of_words import BagOfWordsObjective
-from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
-from captionlib.training.caption_validation import CiderValidation
-from captionlib.training.distributed import ProcessGroup, join_processes
-from captionlib.training.initialization import build_captioner, open_start, refuse_own_folder, start_word_vectors
+from captionlib.training.caption_objective import CaptioningObjective, CiderValidation
+from captionlib.training.distributed import ProcessGroup, join_process_group
+from captionlib.training.initialization import (
+    build_captioner,
+    initialize_word_vectors,
+    load_initial_captioner,
+    require_other_folder,
+)
 from captionlib.training.loop import TrainingConfig, claim_folder, seed_everything, train
 from captionlib.training.objective import Objective
 from captionlib.training.self_critical import SelfCriticalConfig, SelfCriticalObjective
 
-__all__ = ["CaptionerTrainingConfig", "CaptioningObjective", "train_captioner"]
+__all__ = ["CaptionerTrainingConfig", "train_captioner"]
+
+_VALIDATION_IMAGES = 100  # per batch
 
 
-@dataclass(frozen=True)
+@configclass
 class CaptionerTrainingConfig:
-    """A captioner, its data, and how it is trained.
+    """A captioner, its training data, and how to train it.
 
     Attributes:
-        captioner: the network; with `init_from` it is the checkpoint's.
-        training: the loop.
-        objective: what is learned: to say what people said (`cross_entropy`); before it, where images are few, which
-            words they said, in whatever order (`bag_of_words`); after it, to write what has a high CIDEr-D (`self_critical`).
-            A later stage goes on from an earlier one's captioner with `init_from`; only the last one needs it.
-        self_critical: how the last of these is learned.
-        train_splits: the rows to learn from; COCO's `restval` belongs to training.
-        validation_splits: the rows that decide which epoch is best.
-        min_count: words seen less often become UNKNOWN.
-        max_words: longer sentences are cut while training.
-        batch_images: images a batch, each with all of its sentences; of each process, where there are several.
-        batch_sentences: mix sentences, not images, and give each batch so many, of more different images; of each
-            process, where there are several. None mixes images.
-        random_crop: show a part of each image's map while training, drawn anew each time: at least this share of its sides; 0
-            shows the whole. It needs features that are spatial maps.
-        horizontal_flip: mirror every other map while training, drawn anew each time. It needs maps too, and does nothing for a
-            captioner without encoder_top or attention.
-        encoder_top_learning_rate: of the captioner's encoder_top, before the schedule; `training.learning_rate` is that of the rest.
-            0 leaves it as it is.
-        shuffle_buffer_megabytes: how much of the features is mixed at a time.
-        word_vectors: a file of word2vec (text or binary), GloVe or fastText vectors to start from; words that it lacks
-            are drawn, as all are without one.
-        init_from: the checkpoint folder of a captioner that training starts from: its weights, its shape, its words
-            and how it standardises features, which have to be of its encoder. `min_count` counts for nothing then.
-        label_smoothing: the share of each word's target that is spread over all words.
-        best_by: which score of the validation splits decides what is best and when to stop: `perplexity`, or the
-            `cider` of the captions written for them, which needs Java.
-        decoding: how those captions are searched for; its `max_tokens` also bounds what self-critical training draws.
+        captioner: the network. With `init_from`, the checkpoint's network.
+        training: the training loop.
+        objective: `cross_entropy` maximizes the probability of reference captions. `bag_of_words` comes before it on
+            small datasets and predicts which words a caption has. `self_critical` comes after it and maximizes the
+            CIDEr-D of samples. Each stage starts from the previous one with `init_from`.
+        self_critical: the self-critical objective.
+        train_splits: the training splits; `restval` is part of COCO's training set.
+        validation_splits: the splits that select the best epoch.
+        min_count: rarer words become UNKNOWN.
+        max_words: longer captions are cut off in training.
+        batch_images: images per batch and process, each with all its captions.
+        random_crop: crop feature maps to at least this fraction of their sides; 0 does not crop.
+        horizontal_flip: flip feature maps with probability 0.5. This matters only for captioners with attention or an
+            `encoder_top`.
+        encoder_top_learning_rate: the learning rate of `captioner.encoder_top` before the schedule; 0 freezes it.
+        shuffle_buffer_megabytes: how much of the features is shuffled at a time.
+        word_vectors: a file of pre-trained word2vec, GloVe or fastText vectors that initializes the word vectors.
+        init_from: the checkpoint of a captioner to start from. Its weights, shape, vocabulary and feature statistics
+            are kept; `min_count` has no effect.
+        label_smoothing: the fraction of each target that is spread evenly over all words.
+        best_by: the score that selects the best epoch: `perplexity`, or the `cider` of generated captions, which needs
+            Java.
+        decoding: how these captions are generated. `max_tokens` also limits self-critical samples.
     """
 
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
@@ -70,52 +81,36 @@ class CaptionerTrainingConfig:
     self_critical: SelfCriticalConfig = field(default_factory=SelfCriticalConfig)
     train_splits: tuple[str, ...] = ("train", "restval")
     validation_splits: tuple[str, ...] = ("val", "dev")
-    min_count: int = 5
-    max_words: int = 30
-    batch_images: int = 20
-    batch_sentences: int | None = None
-    random_crop: float = 0.0
+    min_count: PositiveInt = 5
+    max_words: PositiveInt = 30
+    batch_images: PositiveInt = 20
+    random_crop: Annotated[float, Field(ge=0, lt=1)] = 0.0
     horizontal_flip: bool = False
-    encoder_top_learning_rate: float = 5e-5
-    shuffle_buffer_megabytes: int = 512
+    encoder_top_learning_rate: NonNegativeFloat = 5e-5
+    shuffle_buffer_megabytes: PositiveInt = 512
     word_vectors: str | None = None
     init_from: str | None = None
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     best_by: Literal["perplexity", "cider"] = "perplexity"
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
 
     def __post_init__(self) -> None:
-        for name in ("min_count", "max_words", "batch_images", "shuffle_buffer_megabytes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("label_smoothing", "random_crop"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 0 and below 1, got {getattr(self, name)}")
-        if self.encoder_top_learning_rate < 0:
-            raise ConfigError(f"encoder_top_learning_rate: expected at least 0, got {self.encoder_top_learning_rate}")
-        if self.batch_sentences is not None and self.batch_sentences < 1:
-            raise ConfigError(f"batch_sentences: expected at least 1, got {self.batch_sentences}")
         if self.init_from is not None and self.word_vectors is not None:
-            raise ConfigError("init_from brings word vectors of its own, so word_vectors has no place; set one of both")
+            raise ConfigError(
+                "word_vectors: expected none with init_from, which has trained word vectors; leave it out"
+            )
         if self.objective == "self_critical" and self.init_from is None:
             raise ConfigError(
-                "objective: self_critical is a second stage; expected init_from with the checkpoint of a captioner "
-                "that has learned by cross_entropy, got none"
+                "init_from: expected a captioner trained by cross_entropy for objective self_critical, got none"
             )
-        self._check_values_of_objective()
-
-    def _check_values_of_objective(self) -> None:
-        """Refuses what the objective has no use for."""
-        useless: dict[str, dict[str, Any]] = {
-            "bag_of_words": {"label_smoothing": 0.0, "best_by": "perplexity"},
-            "cross_entropy": {},
-            "self_critical": {"label_smoothing": 0.0, "batch_sentences": None},
-        }
-        for name, default in useless[self.objective].items():
-            if (got := getattr(self, name)) != default:
-                raise ConfigError(
-                    f"{name}: expected {default} with objective {self.objective}, got {got}; leave it out"
-                )
+        if self.objective != "cross_entropy" and self.label_smoothing:
+            raise ConfigError(
+                f"label_smoothing: expected 0 with objective {self.objective}, got {self.label_smoothing}; leave it out"
+            )
+        if self.objective == "bag_of_words" and self.best_by != "perplexity":
+            raise ConfigError(
+                f"best_by: expected perplexity with objective bag_of_words, got {self.best_by}; leave it out"
+            )
 
 
 def train_captioner(
@@ -128,111 +123,127 @@ def train_captioner(
     overwrite: bool = False,
     progress: bool = True,
 ) -> list[dict[str, float]]:
-    """Trains a captioner on a features dataset, or goes on with a run that was stopped.
+    """Trains a captioner on a features dataset, or resumes an interrupted run.
 
-    Processes that `torchrun` has started train one captioner together, each with `batch_images` of every batch.
+    Processes that `torchrun` started train one captioner together, each with `batch_images` of every batch.
 
     Args:
         features: the features dataset.
-        output: the run's folder: the best epoch's checkpoint, the metrics, the curves, and the state to go on from.
-        config: the captioner and how it is trained.
-        weights: the encoder's weights file, where the captioner begins with a encoder_top and the encoder had its weights from
-            a file.
-        device: where.
+        output: the run's folder: the checkpoint of the best epoch, metrics, curves and the state to resume from.
+        config: the captioner and how to train it.
+        weights: the encoder's weights file, for a captioner with an `encoder_top` whose encoder used such a file.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
         overwrite: replace a run of another configuration.
-        progress: show a bar.
+        progress: show a progress bar.
 
     Returns:
-        One mapping an epoch, see `train`.
+        The metrics of each epoch; see `train`.
 
     Raises:
-        DatasetError: the features are not complete, or have no sentences in a split that is needed.
-        CheckpointError: there is nothing to start from where `init_from` says, or it or the weights are of another
-            encoder.
-        ConfigError: `captioner` is not the shape of what is started from; or weights are missing, or given in vain.
+        DatasetError: the features are incomplete, or a split has no captions.
+        CheckpointError: `init_from` is not a checkpoint, or it or the weights belong to another encoder.
+        ConfigError: `captioner` is not the shape of `init_from`, or weights are missing or have no use.
     """
     if weights is not None and (config.captioner.encoder_top is None or config.init_from is not None):
         raise ConfigError(
-            "--weights is for a captioner that begins with a encoder_top of the encoder (captioner.encoder_top), or for tuning an "
-            "encoder on the images of a manifest; leave it out"
+            "--weights: expected only for a new captioner with captioner.encoder_top, or for fine-tuning on a "
+            "manifest; leave it out"
         )
-    with join_processes(resolve_device(device)) as target:
-        return _train(Folder(features), Folder(output), config, weights, target, overwrite, progress)
+    folder = Folder(output)
+    with join_process_group(resolve_device(device)) as target:
+        group = ProcessGroup()
+        dataset = open_dataset(features, "features").require_complete()
+        require_other_folder(config.init_from, folder)
+        group.run_on_first(lambda: claim_folder(folder, overwrite))
+        next(read_captions(dataset, config.validation_splits))  # fails now rather than after the first epoch
+        seed_everything(config.training.seed)
+        start = _initialize(config, dataset, weights)
+        if progress and group.is_first and "word_vectors" in start.provenance:
+            print(f"word vectors: {start.provenance['word_vectors']}", file=sys.stderr)
+        resolved = {"features": dataset.fingerprint, "world_size": group.world_size, **start.resolved}
+        objective = _make_objective(dataset, start, target)
+        return train(objective, config.training, folder, resolved, progress)
 
 
-def _train(
-    features: Folder,
-    output: Folder,
-    config: CaptionerTrainingConfig,
-    weights: str | None,
-    device: torch.device,
-    overwrite: bool,
-    progress: bool,
-) -> list[dict[str, float]]:
-    processes = ProcessGroup()
-    dataset = open_dataset(features.uri, "features").require_complete()
-    refuse_own_folder(config.init_from, output)
-    processes.from_first(lambda: claim_folder(output, overwrite))
-    next(read_captions(dataset, config.validation_splits))  # fails now rather than after the first epoch
-    seed_everything(config.training.seed)
-    resolved: dict[str, Any] = {"features": dataset.fingerprint, "processes": processes.count}
+@dataclass(frozen=True)
+class _Start:
+    """A captioner before training.
+
+    Attributes:
+        model: the captioner, on the CPU.
+        vocabulary: its vocabulary.
+        config: the configuration with the shape of the captioner.
+        provenance: where the captioner comes from.
+        resolved: the values that identify the run.
+    """
+
+    model: Captioner
+    vocabulary: Vocabulary
+    config: CaptionerTrainingConfig
+    provenance: dict[str, Any]
+    resolved: dict[str, Any]
+
+
+def _initialize(config: CaptionerTrainingConfig, dataset: ShardedDataset, weights: str | None) -> _Start:
+    """Builds a captioner, or loads `init_from`."""
     provenance: dict[str, Any] = {"features": dataset.fingerprint, "objective": config.objective}
-    if config.init_from is None:
-        vocabulary = Vocabulary.from_captions(read_captions(dataset, config.train_splits), config.min_count)
-        model = build_captioner(config.captioner, dataset, config.train_splits, vocabulary, weights)
-    else:
-        start = open_start(config.init_from, config.captioner, dataset)
-        model, vocabulary, config = start.model, start.vocabulary, replace(config, captioner=start.config)
-        resolved["init_from_fingerprint"] = start.fingerprint
-        provenance["init_from"] = {"checkpoint": config.init_from, "fingerprint": start.fingerprint}
+    if config.init_from is not None:
+        initial = load_initial_captioner(config.init_from, config.captioner, dataset)
+        provenance["init_from"] = {"checkpoint": config.init_from, "fingerprint": initial.fingerprint}
+        config = replace(config, captioner=initial.config)
+        resolved = {"init_from_fingerprint": initial.fingerprint, **to_dict(config)}
+        return _Start(initial.model, initial.vocabulary, config, provenance, resolved)
+    vocabulary = Vocabulary.from_captions(read_captions(dataset, config.train_splits), config.min_count)
+    model = build_captioner(config.captioner, dataset, config.train_splits, vocabulary, weights)
     if config.word_vectors is not None:
-        provenance["word_vectors"] = said = start_word_vectors(model, vocabulary, config.word_vectors)
-        if processes.is_first:
-            print("word vectors  " + "  ".join(f"{name} {value}" for name, value in said.items()), file=sys.stderr)
-    objective = _objective(config, dataset, vocabulary, model.to(device), provenance)
-    return train(objective, config.training, output, {**resolved, **to_dict(config)}, progress)
+        provenance["word_vectors"] = initialize_word_vectors(model, vocabulary, config.word_vectors)
+    return _Start(model, vocabulary, config, provenance, to_dict(config))
 
 
-def _objective(
-    config: CaptionerTrainingConfig,
-    dataset: ShardedDataset,
-    vocabulary: Vocabulary,
-    model: Captioner,
-    provenance: dict[str, Any],
-) -> Objective[Any]:
-    def encode(sentence: str) -> list[int]:
-        return vocabulary.encode(sentence)[: config.max_words]
-
-    for name in ("random_crop", "horizontal_flip"):
-        if getattr(config, name) and len(feature_shape(dataset)) == 1:
-            raise DatasetError(
-                f"{dataset.folder.uri}: {name} changes maps [positions, channels], got one vector an image; extract "
-                f"with pooling none at a node that is a map, such as features.29 of vgg16, or leave {name} out"
-            )
-    window_bytes, pooled = config.shuffle_buffer_megabytes << 20, model.attention is None and model.encoder_top is None
-    batches = CaptionBatches(
-        dataset,
-        config.train_splits,
-        encode,
-        config.batch_images,
-        window_bytes,
-        pooled,
-        config.batch_sentences,
-        FeatureMapAugmentation(config.random_crop, config.horizontal_flip),
-    )
-    held_out = CaptionBatches(dataset, config.validation_splits, encode, config.batch_images, window_bytes, pooled)
+def _make_objective(dataset: ShardedDataset, start: _Start, device: torch.device) -> Objective[Any]:
+    config, model = start.config, start.model.to(device)
+    encode = make_encoder(start.vocabulary, config.max_words)
+    training, validation = _make_batches(dataset, config, model, encode)
     cider = None
     if config.best_by == "cider":
-        cider = CiderValidation(dataset, config.validation_splits, vocabulary, config.decoding).score
-    save = CaptionSaver(vocabulary, dataset.config["encoder"], provenance)
-    rates = {}
+        references = [
+            captions for captions in read_references(dataset, config.validation_splits) if any(map(encode, captions))
+        ]
+        cider = CiderValidation(validation, references, start.vocabulary, config.decoding)
+    part_learning_rates = {}
     if model.encoder_top is not None:
-        rates["encoder_top"] = config.encoder_top_learning_rate
+        part_learning_rates["encoder_top"] = config.encoder_top_learning_rate
         model.encoder_top.requires_grad_(config.encoder_top_learning_rate > 0)
-    captioning = CaptioningObjective(model, batches, held_out, save, config.label_smoothing, cider, rates)
-    if config.objective == "cross_entropy":
-        return captioning
+
+    def save(output: Folder, model: Captioner, history: dict[str, Any]) -> None:
+        encoder, provenance = dataset.config["encoder"], stamp_provenance(start.provenance)
+        save_captioner(output, model, start.vocabulary, encoder, provenance=provenance, training=history)
+
+    captioning = CaptioningObjective(
+        model, training, validation, save, config.label_smoothing, cider, part_learning_rates
+    )
     if config.objective == "bag_of_words":
-        return BagOfWordsObjective(captioning, held_out)
-    references = (list(map(encode, sentences)) for sentences in read_references(dataset, config.train_splits))
-    return SelfCriticalObjective(captioning, config.self_critical, references, config.decoding.max_tokens)
+        return BagOfWordsObjective(captioning, validation)
+    if config.objective == "self_critical":
+        token_ids = (list(map(encode, captions)) for captions in read_references(dataset, config.train_splits))
+        return SelfCriticalObjective(captioning, config.self_critical, token_ids, config.decoding.max_tokens)
+    return captioning
+
+
+def _make_batches(
+    dataset: ShardedDataset, config: CaptionerTrainingConfig, model: Captioner, encode: Callable[[str], list[int]]
+) -> tuple[CaptionBatches, CaptionBatches]:
+    """Returns the training and the validation batches."""
+    augmentation = FeatureMapAugmentation(config.random_crop, config.horizontal_flip)
+    if augmentation and len(feature_shape(dataset)) == 1:
+        raise DatasetError(
+            f"{dataset.folder.uri}: random_crop and horizontal_flip need maps [positions, channels], got one vector "
+            "per image; extract with pooling none at a node with spatial output, such as features.29 of vgg16, or "
+            "leave both out"
+        )
+    buffer_bytes = config.shuffle_buffer_megabytes << 20
+    pooled = model.attention is None and model.encoder_top is None
+    return (
+        CaptionBatches(dataset, config.train_splits, encode, config.batch_images, buffer_bytes, pooled, augmentation),
+        CaptionBatches(dataset, config.validation_splits, encode, _VALIDATION_IMAGES, buffer_bytes, pooled),
+    )

@@ -1,19 +1,21 @@
-"""Draws what training reports, for people who would rather look than read."""
+"""Plots of the metrics of a run."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from captionlib.storage.folders import Folder
 
-__all__ = ["draw_curves"]
+__all__ = ["CURVES", "draw_curves"]
+
+CURVES = "curves.png"
 
 
 def draw_curves(output: Folder, history: Sequence[dict[str, Any]]) -> None:
-    """Writes `curves.png`: loss and validation scores over the epochs.
+    """Draws the loss and the validation scores over the epochs to `curves.png`.
 
     Args:
         output: the run's folder.
-        history: one mapping an epoch.
+        history: the metrics of each epoch.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -26,5 +28,5 @@ def draw_curves(output: Folder, history: Sequence[dict[str, Any]]) -> None:
         axes.plot(epochs, [row[name] for row in history], marker="o", markersize=3)
         axes.set(title=name, xlabel="epoch")
         axes.grid(alpha=0.3)
-    with output.stage("curves.png") as path:
+    with output.stage(CURVES) as path:
         figure.savefig(path, format="png", dpi=120)

@@ -1,25 +1,25 @@
-"""Fits a captioner together with its encoder on the images of `manifest/`: what sees is tuned to what is to be said.
+"""Fine-tunes a captioner together with its encoder on the images of `manifest/`.
 
-The captioner is one that has learnt from features, for what it asks of an encoder before that is noise. The encoder has
-a learning rate of its own (neuraltalk2's 1e-5), and keeps to evaluation mode.
+The captioner must have been trained on features before: the gradients of an untrained one would damage the encoder. The
+encoder has its own learning rate (1e-5 in neuraltalk2) and stays in evaluation mode.
 """
 
 import os
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import torch
+from pydantic import Field, PositiveFloat, PositiveInt
 
-from captionlib.config import to_dict
-from captionlib.data.batches.images import ImageBatches, read_rows
+from captionlib.config import configclass, to_dict
+from captionlib.data.batches.captions import make_encoder
+from captionlib.data.batches.images import ImageBatches, read_captioned_rows
 from captionlib.data.batches.skipped import SkippedImages
 from captionlib.data.images.loading import LoadImages, LoadingConfig, open_loader
-from captionlib.data.shards.dataset import ShardedDataset, open_dataset
+from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.shards.markers import FAILURES_FOLDER
-from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError
 from captionlib.models.captioners.end_to_end import ImageCaptioner
 from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner, save_captioner
@@ -30,52 +30,47 @@ from captionlib.models.encoders.encoder import Encoder, EncoderConfig, describe_
 from captionlib.models.encoders.network import list_parameters_before
 from captionlib.models.encoders.weights import serialize_weights
 from captionlib.storage.folders import Folder
-from captionlib.training.caption_objective import CaptioningObjective
-from captionlib.training.caption_validation import ImageCiderValidation
-from captionlib.training.distributed import ProcessGroup, join_processes
-from captionlib.training.initialization import refuse_own_folder
+from captionlib.training.caption_objective import CaptioningObjective, CiderValidation
+from captionlib.training.distributed import ProcessGroup, join_process_group
+from captionlib.training.initialization import require_other_folder
 from captionlib.training.loop import TrainingConfig, claim_folder, seed_everything, train
 
 __all__ = ["EncoderFinetuningConfig", "FinetuningConfig", "finetune_captioner"]
 
 
-@dataclass(frozen=True)
+@configclass
 class EncoderFinetuningConfig:
-    """How the encoder is tuned.
+    """How the encoder is fine-tuned.
 
     Attributes:
-        learning_rate: of its weights, before the schedule; `training.learning_rate` is the captioner's.
-        from_node: the first node of the network whose weights are tuned, or a module such as `layer4`; those before it
-            stay as they are, and cost neither gradients nor their memory. None tunes all.
+        learning_rate: of the encoder, before the schedule; `training.learning_rate` is the captioner's.
+        from_node: the first node or module to fine-tune, such as `layer4`. Earlier layers are frozen and need no memory
+            for gradients. None fine-tunes all layers.
     """
 
-    learning_rate: float = 1e-5
+    learning_rate: PositiveFloat = 1e-5
     from_node: str | None = None
 
-    def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ConfigError(f"encoder.learning_rate: expected more than 0, got {self.learning_rate}")
 
-
-@dataclass(frozen=True)
+@configclass
 class FinetuningConfig:
-    """A captioner that is tuned together with its encoder, its images, and how it is trained.
+    """A captioner to fine-tune with its encoder, the training data, and how to train it.
 
     Attributes:
-        init_from: the checkpoint folder of the captioner; its words, its shape and its encoder are kept.
-        encoder: how the encoder is tuned.
-        training: the loop, and the captioner's learning rate.
-        train_splits: the rows to learn from; COCO's `restval` belongs to training.
-        validation_splits: the rows that decide which epoch is best.
-        max_words: longer sentences are cut while training.
-        batch_images: images a batch, each with all of its sentences; of each process, where there are several.
-        horizontal_flip: mirror every other image, drawn anew in each epoch.
-        label_smoothing: the share of each word's target that is spread over all words.
-        best_by: which score of the validation splits decides what is best and when to stop: `perplexity`, or the
-            `cider` of the captions written for them, which needs Java.
-        decoding: how those captions are searched for.
+        init_from: the checkpoint of the captioner. Its vocabulary, shape and encoder are kept.
+        encoder: how the encoder is fine-tuned.
+        training: the training loop, with the learning rate of the captioner.
+        train_splits: the training splits; `restval` is part of COCO's training set.
+        validation_splits: the splits that select the best epoch.
+        max_words: longer captions are cut off in training.
+        batch_images: images per batch and process, each with all its captions.
+        horizontal_flip: flip each image with probability 0.5.
+        label_smoothing: the fraction of each target that is spread evenly over all words.
+        best_by: the score that selects the best epoch: `perplexity`, or the `cider` of generated captions, which needs
+            Java.
+        decoding: how these captions are generated.
         loading: how images are fetched and decoded.
-        max_failure_ratio: of the images; the run ends when more could not be had.
+        max_failure_ratio: the run fails if more than this fraction of the images is unreadable.
     """
 
     init_from: str | None = None
@@ -85,23 +80,14 @@ class FinetuningConfig:
     )
     train_splits: tuple[str, ...] = ("train", "restval")
     validation_splits: tuple[str, ...] = ("val", "dev")
-    max_words: int = 30
-    batch_images: int = 16
+    max_words: PositiveInt = 30
+    batch_images: PositiveInt = 16
     horizontal_flip: bool = False
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     best_by: Literal["perplexity", "cider"] = "perplexity"
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     loading: LoadingConfig = field(default_factory=LoadingConfig)
-    max_failure_ratio: float = 0.05
-
-    def __post_init__(self) -> None:
-        for name in ("max_words", "batch_images"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not 0 <= self.label_smoothing < 1:
-            raise ConfigError(f"label_smoothing: expected at least 0 and below 1, got {self.label_smoothing}")
-        if not 0 <= self.max_failure_ratio <= 1:
-            raise ConfigError(f"max_failure_ratio: expected 0 to 1, got {self.max_failure_ratio}")
+    max_failure_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05
 
 
 def finetune_captioner(
@@ -114,138 +100,114 @@ def finetune_captioner(
     overwrite: bool = False,
     progress: bool = True,
 ) -> list[dict[str, float]]:
-    """Tunes a captioner and its encoder on the images of a manifest, or goes on with a run that was stopped.
+    """Fine-tunes a captioner and its encoder on the images of a manifest, or resumes an interrupted run.
 
-    Images that cannot be had are left out, and kept with their reasons in the run's folder. Processes that `torchrun`
-    has started train one captioner together, each with `batch_images` of every batch.
+    Unreadable images are skipped and listed in the run's folder. Processes that `torchrun` started train one captioner
+    together, each with `batch_images` of every batch.
 
     Args:
         manifest: the manifest dataset.
-        output: the run's folder: the best epoch's checkpoint with its encoder, and all else as of `train_captioner`.
-        config: what is started from and how it is trained.
-        weights: the encoder's weights file, where the captioner learned from features of such a file.
-        device: where.
+        output: the run's folder: the checkpoint of the best epoch with its encoder, and the rest as in
+            `train_captioner`.
+        config: the captioner to start from and how to train it.
+        weights: the encoder's weights file, if the captioner was trained on features of such a file.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
         overwrite: replace a run of another configuration.
-        progress: show a bar.
+        progress: show a progress bar.
 
     Returns:
-        One mapping an epoch, see `train`.
+        The metrics of each epoch; see `train`.
 
     Raises:
-        CheckpointError: there is nothing to start from where `init_from` says, or the weights are of another encoder.
-        ConfigError: there is no `init_from`, or nothing of the encoder to tune.
-        DatasetError: the manifest is not complete, or has no sentences in a split that is needed.
-        FailureRatioError: more images could not be had than the configuration allows.
+        CheckpointError: `init_from` is not a checkpoint, or the weights belong to another encoder.
+        ConfigError: `init_from` is missing, or no layer of the encoder is left to fine-tune.
+        DatasetError: the manifest is incomplete, or a split has no captions.
+        FailureRatioError: more images are unreadable than the configuration allows.
     """
     if config.init_from is None:
         raise ConfigError(
-            "init_from: expected the captioner to tune with its encoder, got none; train one on features first, as "
-            "the gradients of one that has learnt nothing spoil the encoder"
+            "init_from: expected a captioner to fine-tune together with its encoder, got none; train one on features "
+            "first"
         )
+    folder = Folder(output)
     dataset = open_dataset(manifest, "manifest").require_complete()
-    refuse_own_folder(config.init_from, Folder(output))
-    start = load_captioner(config.init_from)
-    with join_processes(resolve_device(device)) as target:
-        encoder = _open_encoder(start, weights, config.encoder.from_node, target)
-        return _finetune(dataset, Folder(output), config, start, encoder, overwrite, progress)
+    require_other_folder(config.init_from, folder)
+    initial = load_captioner(config.init_from)
+    with join_process_group(resolve_device(device)) as target:
+        group = ProcessGroup()
+        encoder = _load_trainable_encoder(initial, weights, config.encoder.from_node, target)
+        group.run_on_first(lambda: claim_folder(folder, overwrite))
+        training = read_captioned_rows(dataset, config.train_splits)
+        validation = read_captioned_rows(dataset, config.validation_splits)
+        resolved = {
+            "manifest": dataset.fingerprint,
+            "world_size": group.world_size,
+            "init_from_fingerprint": initial.fingerprint,
+            **to_dict(config),
+        }
+        origin = {"checkpoint": config.init_from, "fingerprint": initial.fingerprint}
+        provenance = {"manifest": dataset.fingerprint, "init_from": origin}
+        skipped = SkippedImages(folder, group.rank, len(training) + len(validation), config.max_failure_ratio)
+        seed_everything(config.training.seed)
+        with open_loader(config.loading, encoder.preprocessing) as load:
+            objective = _make_objective(config, initial, encoder, provenance, training, validation, load, skipped)
+            try:
+                return train(objective, config.training, folder, resolved, progress)
+            finally:
+                skipped.write()
+                if len(skipped):
+                    print(f"{skipped.describe()}: see {folder.address(FAILURES_FOLDER)}", file=sys.stderr)
 
 
-def _open_encoder(start: LoadedCaptioner, weights: str | None, from_node: str | None, device: torch.device) -> Encoder:
-    """The captioner's encoder, with gradients from a node on."""
-    config = EncoderConfig.from_description(start.encoder, weights or start.encoder_weights)
+def _load_trainable_encoder(
+    initial: LoadedCaptioner, weights: str | None, from_node: str | None, device: torch.device
+) -> Encoder:
+    """Loads the captioner's encoder with gradients from a node on."""
+    config = EncoderConfig.from_description(initial.encoder, weights or initial.encoder_weights)
     encoder = load_encoder(config, str(device), trainable=True)
-    start.require_encoder(encoder.description)
+    initial.require_encoder(encoder.description)
     frozen = set() if from_node is None else list_parameters_before(config.model, from_node)
-    tuned = []
-    for name, parameter in encoder.network.network.named_parameters():
-        parameter.requires_grad_(name not in frozen)
-        tuned += [name] if name not in frozen else []
-    if not tuned:
+    parameters = dict(encoder.network.network.named_parameters())
+    if set(parameters) <= frozen:
         raise ConfigError(
-            f"encoder.from_node: expected a node with weights up to {config.node}, where the encoder of {config.model} "
-            f"is cut, got {from_node}, after which there are none; give an earlier node"
+            f"encoder.from_node: expected a node with weights up to {config.node}, the last node of the encoder, got "
+            f"{from_node}; choose an earlier node"
         )
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name not in frozen)
     return encoder
 
 
-def _finetune(
-    dataset: ShardedDataset,
-    output: Folder,
+def _make_objective(
     config: FinetuningConfig,
-    start: LoadedCaptioner,
+    initial: LoadedCaptioner,
     encoder: Encoder,
-    overwrite: bool,
-    progress: bool,
-) -> list[dict[str, float]]:
-    processes = ProcessGroup()
-    processes.from_first(lambda: claim_folder(output, overwrite))
-    training, validation = (read_rows(dataset, splits) for splits in (config.train_splits, config.validation_splits))
-    resolved = {
-        "manifest": dataset.fingerprint,
-        "processes": processes.count,
-        "init_from_fingerprint": start.fingerprint,
-    }
-    started = {"checkpoint": config.init_from, "fingerprint": start.fingerprint}
-    save = TunedSaver(start.vocabulary, encoder, {"manifest": dataset.fingerprint, "init_from": started})
-    images = len(training) + len(validation)
-    skipped = SkippedImages(output, processes.rank, images, config.max_failure_ratio)
-    seed_everything(config.training.seed)
-    model = ImageCaptioner(encoder.network, start.model.to(encoder.device))
-    with open_loader(config.loading, encoder.preprocessing) as load:
-        objective = _objective(config, model, training, validation, load, skipped, save)
-        try:
-            return train(objective, config.training, output, {**resolved, **to_dict(config)}, progress)
-        finally:
-            skipped.write()
-            if len(skipped):
-                print(f"{skipped.describe()}: see {output.address(FAILURES_FOLDER)}", file=sys.stderr)
-
-
-def _objective(
-    config: FinetuningConfig,
-    model: ImageCaptioner,
+    provenance: dict[str, Any],
     training: pa.Table,
     validation: pa.Table,
     load: LoadImages,
     skipped: SkippedImages,
-    save: "TunedSaver",
 ) -> CaptioningObjective[ImageCaptioner]:
-    vocabulary = save.vocabulary
-
-    def encode(sentence: str) -> list[int]:
-        return vocabulary.encode(sentence)[: config.max_words]
-
+    vocabulary = initial.vocabulary
+    encode = make_encoder(vocabulary, config.max_words)
+    model = ImageCaptioner(encoder.network, initial.model.to(encoder.device))
     batches = ImageBatches(training, encode, config.batch_images, load, skipped, config.horizontal_flip)
-    held_out = ImageBatches(validation, encode, config.batch_images, load, skipped)
+    validation_batches = ImageBatches(validation, encode, config.batch_images, load, skipped)
     cider = None
     if config.best_by == "cider":
-        cider = ImageCiderValidation(validation, held_out, vocabulary, config.decoding).score
-    rates = {"encoder": config.encoder.learning_rate}
-    return CaptioningObjective(model, batches, held_out, save, config.label_smoothing, cider, rates)
+        cider = CiderValidation(validation_batches, validation["captions"].to_pylist(), vocabulary, config.decoding)
 
-
-@dataclass(frozen=True)
-class TunedSaver:
-    """Writes a captioner together with the encoder that was tuned with it.
-
-    Attributes:
-        vocabulary: its words.
-        encoder: the encoder, with the description that it had before.
-        provenance: where it comes from; versions and a date are added.
-    """
-
-    vocabulary: Vocabulary
-    encoder: Encoder
-    provenance: Mapping[str, Any]
-
-    def __call__(self, output: Folder, model: ImageCaptioner, training: dict[str, Any]) -> None:
+    def save(output: Folder, model: ImageCaptioner, history: dict[str, Any]) -> None:
         weights = model.encoder.export_weights()
         save_captioner(
             output,
             model.captioner,
-            self.vocabulary,
-            describe_finetuned_encoder(self.encoder.description, weights),
-            provenance=stamp_provenance(self.provenance),
-            training=training,
-            encoder_file=serialize_weights(weights, self.encoder.preprocessing),
+            vocabulary,
+            describe_finetuned_encoder(encoder.description, weights),
+            provenance=stamp_provenance(provenance),
+            training=history,
+            encoder_file=serialize_weights(weights, encoder.preprocessing),
         )
+
+    rates = {"encoder": config.encoder.learning_rate}
+    return CaptioningObjective(model, batches, validation_batches, save, config.label_smoothing, cider, rates)

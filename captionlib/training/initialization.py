@@ -1,4 +1,4 @@
-"""The weights that a captioner starts from: what the data says of features and words, and what others have learnt."""
+"""The initial weights of a captioner: statistics of the data, pre-trained word vectors, or another captioner."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,11 +18,11 @@ from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_capti
 from captionlib.models.encoders.top_layers import EncoderTop
 from captionlib.storage.folders import Folder
 
-__all__ = ["build_captioner", "open_start", "refuse_own_folder", "start_word_vectors"]
+__all__ = ["build_captioner", "initialize_word_vectors", "load_initial_captioner", "require_other_folder"]
 
-_COMPONENT_IMAGES = 4096  # that principal components are found from
-_MAP_IMAGES = 256  # whose positions tell how the numbers of a map are spread
-_TOGETHER = 100  # images that go through a encoder_top at a time
+_COMPONENT_IMAGES = 4096  # sample for the principal components
+_MAP_IMAGES = 256  # sample for the statistics of maps
+_TOP_BATCH_SIZE = 100  # images per pass through the encoder's top layers
 
 
 def build_captioner(
@@ -32,25 +32,25 @@ def build_captioner(
     vocabulary: Vocabulary,
     weights: str | None = None,
 ) -> Captioner:
-    """A captioner that knows how the features and the words of these splits are distributed.
+    """Builds a captioner with the statistics of the features and words of these splits.
 
     Args:
-        config: its shape.
+        config: the shape of the captioner.
         dataset: `features/`, complete.
-        splits: the rows to learn from.
-        vocabulary: its words.
-        weights: the encoder's weights file, where it has a encoder_top and the encoder had its weights from a file.
+        splits: the training splits.
+        vocabulary: the captioner's vocabulary.
+        weights: the encoder's weights file, for a captioner with an `encoder_top` whose encoder used such a file.
 
     Raises:
-        DatasetError: it has attention, and the features are no maps.
-        CheckpointError: the weights are not the encoder's.
-        ConfigError: the encoder_top has no place behind the encoder, or no weights.
+        DatasetError: the captioner has attention, but the features are not spatial maps.
+        CheckpointError: the weights do not belong to the encoder.
+        ConfigError: `encoder_top` does not follow the encoder's node, or has no weights.
     """
     shape = feature_shape(dataset)
     if config.attention_size and len(shape) == 1:
         raise DatasetError(
-            f"{dataset.folder.uri}: attention looks at maps [positions, channels], got one vector an image; "
-            "extract with pooling none at a node that is a map, such as features.29 of vgg16, or set "
+            f"{dataset.folder.uri}: attention needs maps [positions, channels], got one vector per image; "
+            "extract with pooling none at a node with spatial output, such as features.29 of vgg16, or set "
             "captioner.attention_size to 0"
         )
     encoder_top = None
@@ -58,86 +58,88 @@ def build_captioner(
         encoder_top = EncoderTop(dataset.config["encoder"], config.encoder_top)
         encoder_top.load_weights(weights)
     model = Captioner(config, (shape if encoder_top is None else encoder_top.shape)[-1], len(vocabulary), encoder_top)
-    _take_statistics(model, dataset, splits)
+    _set_feature_statistics(model, dataset, splits)
     model.initialize_bias(torch.from_numpy(vocabulary.log_frequencies()))
     return model
 
 
 @torch.no_grad()
-def _take_statistics(model: Captioner, dataset: ShardedDataset, splits: Sequence[str]) -> None:
-    """Tells a captioner how the features of these splits are distributed, as its encoder_top gives them where it has one."""
+def _set_feature_statistics(model: Captioner, dataset: ShardedDataset, splits: Sequence[str]) -> None:
+    """Sets the standardization or the principal components of a captioner, after its encoder top if it has one."""
 
-    def seen(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+    def compute_features(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
         features = torch.from_numpy(rows.astype(np.float32))
         if model.encoder_top is not None:
-            features = torch.cat([model.encoder_top(part) for part in torch.split(features, _TOGETHER)])
+            features = torch.cat([model.encoder_top(part) for part in torch.split(features, _TOP_BATCH_SIZE)])
         return features.numpy()
 
-    def vectors(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
-        return model.power_normalize(torch.from_numpy(pool_map(seen(rows)))).numpy()
+    def compute_vectors(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+        return model.power_normalize(torch.from_numpy(pool_map(compute_features(rows)))).numpy()
 
     if model.attention is not None:
-        maps = torch.from_numpy(seen(sample_features(dataset, splits, _MAP_IMAGES)))
+        maps = torch.from_numpy(compute_features(sample_features(dataset, splits, _MAP_IMAGES)))
         positions = model.power_normalize(maps).flatten(0, 1)
         model.attention.standardization.set_statistics(positions.mean(0), positions.std(0))
     if model.config.principal_components:
-        model.set_principal_components(torch.from_numpy(vectors(sample_features(dataset, splits, _COMPONENT_IMAGES))))
+        sample = compute_vectors(sample_features(dataset, splits, _COMPONENT_IMAGES))
+        model.set_principal_components(torch.from_numpy(sample))
     elif model.config.standardize_features:
-        model.standardization.set_statistics(*map(torch.from_numpy, mean_and_std(dataset, splits, vectors)))
+        statistics = mean_and_std(dataset, splits, compute_vectors)
+        model.standardization.set_statistics(*map(torch.from_numpy, statistics))
 
 
-def refuse_own_folder(init_from: str | None, output: Folder) -> None:
-    """Makes sure that a run does not start from the checkpoint that it replaces.
+def require_other_folder(init_from: str | None, output: Folder) -> None:
+    """Checks that a run does not overwrite the checkpoint that it starts from.
 
     Raises:
-        ConfigError: it would.
+        ConfigError: `init_from` is the run's folder.
     """
     if init_from is not None and Folder(init_from).path("") == output.path(""):
-        raise ConfigError(f"init_from: {output.uri} is the run's own folder; give another folder to the run")
+        raise ConfigError(f"init_from: {output.uri} is also the output of this run; choose another output folder")
 
 
-def open_start(folder: str, config: CaptionerConfig, dataset: ShardedDataset) -> LoadedCaptioner:
-    """The captioner whose weights another training starts from; its shape and its words are kept.
+def load_initial_captioner(folder: str, config: CaptionerConfig, dataset: ShardedDataset) -> LoadedCaptioner:
+    """Loads the captioner whose weights, shape and vocabulary a run starts from.
 
     Args:
         folder: its checkpoint.
-        config: the shape that is configured: what is not as by default has to be as in the checkpoint.
-        dataset: `features/`, of its encoder.
+        config: the configured shape. Values that differ from the defaults must agree with the checkpoint.
+        dataset: `features/` of its encoder.
 
     Raises:
-        CheckpointError: there is none, or the features are of another encoder.
-        ConfigError: another shape is configured.
+        CheckpointError: the folder is not a checkpoint, or belongs to another encoder.
+        ConfigError: the configured shape differs.
     """
-    start = load_captioner(folder)
-    start.require_encoder(dataset.config["encoder"])
-    configured, default = to_dict(config), to_dict(CaptionerConfig())
-    given = {name: value for name, value in configured.items() if value != default[name]}
-    if lines := describe_differences({name: to_dict(start.config)[name] for name in given}, given):
+    initial = load_captioner(folder)
+    initial.require_encoder(dataset.config["encoder"])
+    configured, defaults = to_dict(config), to_dict(CaptionerConfig())
+    changed = {name: value for name, value in configured.items() if value != defaults[name]}
+    if lines := describe_differences({name: to_dict(initial.config)[name] for name in changed}, changed):
         raise ConfigError(
-            f"captioner: expected the shape of {folder}, from which training starts, got another "
-            f"({'; '.join(lines)}); leave these values out, or train without init_from"
+            f"captioner: expected the shape of init_from, {folder}, got another one ({'; '.join(lines)}); leave these "
+            "values out, or train without init_from"
         )
-    return start
+    return initial
 
 
 @torch.no_grad()
-def start_word_vectors(model: Captioner, vocabulary: Vocabulary, uri: str) -> dict[str, Any]:
-    """Starts the word vectors that a file has where it has them; the others stay as drawn.
+def initialize_word_vectors(model: Captioner, vocabulary: Vocabulary, uri: str) -> dict[str, Any]:
+    """Initializes the word vectors that a file contains. The other words keep their random vectors.
 
     Args:
         model: the captioner.
-        vocabulary: its words.
+        vocabulary: its vocabulary.
         uri: a file of word2vec, GloVe or fastText.
 
     Returns:
-        How it went, for people: the file, how many words were found, how many were not, and the most frequent of those.
+        The file, the numbers of found and missing words, and the most frequent missing words.
 
     Raises:
-        ConfigError: the file cannot be read, or its vectors are of another size than the model's.
-        DatasetError: it is damaged, or has none of the words.
+        ConfigError: the file is unreadable, or its vectors have another size than the model's.
+        DatasetError: the file is damaged, or contains none of the words.
     """
     read = read_word_vectors(uri, vocabulary.words, model.config.embedding_size)
     for word, vector in read.vectors.items():
         (number,) = vocabulary.encode_tokens([word])
         model.word_vectors.weight[number] = torch.from_numpy(vector)
-    return {"file": uri, "found": len(read.vectors), "missing": len(read.missing), "such as": list(read.missing[:5])}
+    return {"file": uri, "found": len(read.vectors), "missing": len(read.missing), "examples": list(read.missing[:5])}

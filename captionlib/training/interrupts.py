@@ -1,35 +1,38 @@
-"""Someone wants a run to stop: the loop is told between two steps, and saves first."""
+"""Stops training after the current step on Ctrl-C or SIGTERM, so that the state can be saved."""
 
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["stop_requests"]
+__all__ = ["catch_stop_signals"]
 
 
 @contextmanager
-def stop_requests(insistent: bool = True) -> Iterator[Callable[[], bool]]:
-    """Turns Ctrl-C and SIGTERM into a question that the loop asks between two steps.
+def catch_stop_signals(abort_on_repeat: bool = True) -> Iterator[Callable[[], bool]]:
+    """Catches Ctrl-C and SIGTERM within the block.
 
     Args:
-        insistent: a second signal stops at once. `torchrun` passes on what its processes have had from the terminal
-            already, and kills them itself when it has waited for long.
-    """
-    requests: list[int] = []
+        abort_on_repeat: raise KeyboardInterrupt on the second signal. Turn this off under `torchrun`, which repeats
+            signals that the processes have already received from the terminal.
 
-    def note(number: int, _frame: object) -> None:
-        if requests and insistent:
+    Yields:
+        A function that returns whether a signal has arrived.
+    """
+    received: list[int] = []
+
+    def handle(number: int, _frame: object) -> None:
+        if received and abort_on_repeat:
             raise KeyboardInterrupt
-        requests.append(number)
+        received.append(number)
 
     previous = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, note)
-    except ValueError:  # not in the main thread: nobody sends signals here
+            previous[number] = signal.signal(number, handle)
+    except ValueError:  # only the main thread can handle signals
         previous = {}
     try:
-        yield lambda: bool(requests)
+        yield lambda: bool(received)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,51 +1,49 @@
-"""Fits a language model on sentences alone, or on one running text: what people wrote is to become likely."""
+"""Trains language models on sentences or on continuous text."""
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import field
 from itertools import chain, islice
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from captionlib.config import to_dict
+from captionlib.config import configclass, to_dict
 from captionlib.data.batches.text import SentenceBatches, SequenceBatches, TextBatches
-from captionlib.data.text.corpora import Corpus, TextLayout, open_corpus
+from captionlib.data.text.corpora import TextLayout, open_corpus
 from captionlib.data.text.vocabulary import Level, Vocabulary
-from captionlib.errors import ConfigError
 from captionlib.models.captioners.captioner import Captioner
 from captionlib.models.captioners.language_model import LanguageModelConfig, build_language_model
 from captionlib.models.checkpoints.checkpoint import save_language_model
 from captionlib.models.checkpoints.folder import stamp_provenance
 from captionlib.models.devices import resolve_device
 from captionlib.storage.folders import Folder
-from captionlib.training.curves import draw_curves
 from captionlib.training.loop import TrainingConfig, claim_folder, seed_everything, train
-from captionlib.training.objective import BatchLoss, perplexity
+from captionlib.training.objective import BatchLoss, compute_perplexity
 
 __all__ = ["LanguageModelObjective", "LanguageModelTrainingConfig", "train_language_model"]
 
 
-@dataclass(frozen=True)
+@configclass
 class LanguageModelTrainingConfig:
-    """A language model, its text, and how it is trained.
+    """A language model, its text, and how to train it.
 
     Attributes:
         model: the network.
-        training: the loop.
-        level: whether the text is cut into words or characters.
-        layout: how a text file is read: `sentences`, a line a sentence, or `continuous`, one text that never ends.
-        train_splits: of a dataset, the rows to learn from.
-        validation_splits: of a dataset, the rows that decide which epoch is best.
-        validation_fraction: of a text file, the share that decides.
-        min_count: words or characters seen less often become UNKNOWN.
-        max_tokens: longer sentences are cut while training.
-        sequence_length: tokens of the windows that a running text is cut into.
-        batch_size: sentences or windows a batch.
+        training: the training loop.
+        level: whether tokens are words or characters.
+        layout: how a text file is read: `sentences`, one per line, or `continuous`, one long text.
+        train_splits: the training splits of a dataset.
+        validation_splits: the splits of a dataset that select the best epoch.
+        validation_fraction: the fraction of a text file that selects the best epoch.
+        min_count: rarer words or characters become UNKNOWN.
+        max_tokens: longer sentences are cut off in training.
+        sequence_length: tokens per sequence of a continuous text.
+        batch_size: sentences or sequences per batch.
     """
 
     model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
@@ -54,26 +52,25 @@ class LanguageModelTrainingConfig:
     layout: TextLayout = "sentences"
     train_splits: tuple[str, ...] = ("train", "restval")
     validation_splits: tuple[str, ...] = ("val", "dev")
-    validation_fraction: float = 0.05
-    min_count: int = 5
-    max_tokens: int = 200
-    sequence_length: int = 128
-    batch_size: int = 100
-
-    def __post_init__(self) -> None:
-        for name in ("min_count", "max_tokens", "sequence_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not 0 < self.validation_fraction < 1:
-            raise ConfigError(
-                f"validation_fraction: expected a share above 0 and below 1, got {self.validation_fraction}"
-            )
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    min_count: PositiveInt = 5
+    max_tokens: PositiveInt = 200
+    sequence_length: PositiveInt = 128
+    batch_size: PositiveInt = 100
 
 
 class LanguageModelObjective:
-    """The log-probability of sentences, or of windows of a text."""
+    """Maximizes the log-probability of sentences, or of sequences of a text.
+
+    Args:
+        model: the language model, on its device.
+        training: the training batches.
+        validation: the validation batches.
+        save: writes a checkpoint, given the folder, the model and the training history.
+    """
 
     score_name = "perplexity"
+    higher_is_better = False
 
     def __init__(
         self,
@@ -83,39 +80,40 @@ class LanguageModelObjective:
         save: Callable[[Folder, Captioner, dict[str, Any]], object],
     ) -> None:
         self.model: Captioner = model
+        self.part_learning_rates: dict[str, float] = {}
         self._training = training
         self._validation = validation
         self._save = save
         self._device = model.output.weight.device
 
     def batches(self, seed: int, epoch: int, first: int) -> Iterator[npt.NDArray[np.int64]]:
-        return islice(self._training.epoch(seed, epoch), first, None)
+        return islice(self._training.shuffled(seed, epoch), first, None)
 
-    def steps(self) -> int:
+    def steps_per_epoch(self) -> int:
         return self._training.count()
 
     def loss(self, batch: npt.NDArray[np.int64]) -> BatchLoss:
-        """Mean negative log-probability a token; see `Objective.loss`."""
-        log_probs = self._log_probs(batch, self._training.sentences_end)
+        """Computes the mean negative log-probability per token."""
+        log_probs = self._score(batch, self._training.has_end_tokens)
         total = -log_probs.sum()
         return BatchLoss(total / len(log_probs), total.item(), len(log_probs))
 
     def validate(self) -> dict[str, float]:
-        """Perplexity of the held-out text: exp(-sum ln p / tokens); a sentence's END is a token, as in captioning."""
-        ends = self._validation.sentences_end
-        return {"perplexity": perplexity(self._log_probs(batch, ends) for batch in self._validation.in_order())}
+        """Computes the perplexity, exp(-sum ln p / tokens). The END of a sentence is a token, as in captioning."""
+        has_end_tokens = self._validation.has_end_tokens
+        log_probs = (self._score(batch, has_end_tokens) for batch in self._validation.in_order())
+        return {"perplexity": compute_perplexity(log_probs)}
 
     def save(self, output: Folder, training: dict[str, Any]) -> None:
         self._save(output, self.model, training)
-        draw_curves(output, training["history"])
 
-    def _log_probs(self, batch: npt.NDArray[np.int64], sentences_end: bool) -> Tensor:
+    def _score(self, batch: npt.NDArray[np.int64], has_end_tokens: bool) -> Tensor:
         sentences = torch.from_numpy(batch).to(self._device)
-        nothing = torch.zeros(1, 0, device=self._device)  # one image of no features, for all of them
-        scores = self.model(nothing, sentences, sentences.new_zeros(len(sentences)))
+        no_image = torch.zeros(1, 0, device=self._device)  # one image without features for all sentences
+        scores = self.model(no_image, sentences, sentences.new_zeros(len(sentences)))
         log_probs: Tensor = scores.log_probs
-        # Windows are equally long, so that their last tokens are the END that the text does not have there.
-        return log_probs if sentences_end else log_probs[: -len(sentences)]
+        # The model appends END to each row. Sequences have equal lengths, so these tokens come last: drop them.
+        return log_probs if has_end_tokens else log_probs[: -len(sentences)]
 
 
 def train_language_model(
@@ -127,21 +125,21 @@ def train_language_model(
     overwrite: bool = False,
     progress: bool = True,
 ) -> list[dict[str, float]]:
-    """Trains a language model, or goes on with a run that was stopped.
+    """Trains a language model, or resumes an interrupted run.
 
     Args:
-        source: a features or manifest dataset, whose captions are learned; or a text file.
-        output: the run's folder: the best epoch's checkpoint, the metrics, the curves, and the state to go on from.
-        config: the language model and how it is trained.
-        device: where.
+        source: a features or manifest dataset, for its captions; or a text file.
+        output: the run's folder: the checkpoint of the best epoch, metrics, curves and the state to resume from.
+        config: the language model and how to train it.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
         overwrite: replace a run of another configuration.
-        progress: show a bar.
+        progress: show a progress bar.
 
     Returns:
-        One mapping an epoch, see `train`.
+        The metrics of each epoch; see `train`.
 
     Raises:
-        DatasetError: the dataset is not complete or lacks sentences, or the text cannot be read or is too short.
+        DatasetError: the dataset is incomplete or has no captions, or the text is unreadable or too short.
     """
     corpus = open_corpus(
         source, config.layout, config.train_splits, config.validation_splits, config.validation_fraction
@@ -155,7 +153,13 @@ def train_language_model(
     seed_everything(config.training.seed)
     model = build_language_model(config.model, len(vocabulary))
     model.initialize_bias(torch.from_numpy(vocabulary.log_frequencies()))
-    save = partial(_save, vocabulary=vocabulary, corpus=corpus, config=config)
+
+    def save(output: Folder, model: Captioner, history: dict[str, Any]) -> None:
+        provenance = stamp_provenance({"source": corpus.fingerprint})
+        save_language_model(
+            output, model, config.model, vocabulary, config.layout, provenance=provenance, training=history
+        )
+
     objective = LanguageModelObjective(model.to(target), training, validation, save)
     return train(objective, config.training, folder, {"source": corpus.fingerprint, **to_dict(config)}, progress)
 
@@ -165,18 +169,3 @@ def _make_batches(texts: Iterator[str], vocabulary: Vocabulary, config: Language
     if config.layout == "continuous":
         return SequenceBatches(chain.from_iterable(encoded), config.sequence_length, config.batch_size)
     return SentenceBatches((ids[: config.max_tokens] for ids in encoded), config.batch_size)
-
-
-def _save(
-    output: Folder,
-    model: Captioner,
-    training: dict[str, Any],
-    *,
-    vocabulary: Vocabulary,
-    corpus: Corpus,
-    config: LanguageModelTrainingConfig,
-) -> None:
-    provenance = stamp_provenance({"source": corpus.fingerprint})
-    save_language_model(
-        output, model, config.model, vocabulary, config.layout, provenance=provenance, training=training
-    )

@@ -1,8 +1,8 @@
-"""The training loop, the same for every model: what is trained is an objective, how it is trained stands here.
+"""The training loop of all models. An objective defines what to train, a `TrainingConfig` how.
 
-A run may be stopped at any step, by Ctrl-C, by SIGTERM or by a dying machine. Started again it goes on from its last
-saved state, which holds all that the next step depends on: on a CPU the weights come out bit for bit as if it had never
-stopped.
+A run can be interrupted at any step by Ctrl-C, SIGTERM or a crash. The same call resumes it from the last saved state,
+which holds everything that the next step depends on. On a CPU, the resulting weights are bitwise identical to those of
+an uninterrupted run.
 """
 
 import random
@@ -18,20 +18,21 @@ from captionlib.data.shards.markers import to_json
 from captionlib.errors import TrainingInterrupted
 from captionlib.progress import progress_bar
 from captionlib.storage.folders import Folder
-from captionlib.training.averaging import WeightAverage
+from captionlib.training.averaging import apply_average, average_weights
+from captionlib.training.curves import draw_curves
 from captionlib.training.distributed import ProcessGroup
-from captionlib.training.interrupts import stop_requests
-from captionlib.training.metrics_log import report_epoch
-from captionlib.training.objective import Batch, Objective, is_higher_better, own_learning_rates
-from captionlib.training.optimization import TrainingConfig, learning_rate, make_optimizer
+from captionlib.training.interrupts import catch_stop_signals
+from captionlib.training.metrics_log import log_epoch
+from captionlib.training.objective import Batch, Objective
+from captionlib.training.optimization import TrainingConfig, make_optimizer, make_scheduler, schedule_factor
 from captionlib.training.state import (
     RESOLVED,
     RunState,
     claim_folder,
-    get_generators,
+    get_rng_states,
     load_state,
     save_state,
-    set_generators,
+    set_rng_states,
 )
 
 __all__ = ["Objective", "TrainingConfig", "claim_folder", "seed_everything", "train"]
@@ -44,32 +45,32 @@ def train(
     resolved: dict[str, Any],
     progress: bool = True,
 ) -> list[dict[str, float]]:
-    """Trains, or goes on with a run that was stopped; the best epoch's checkpoint is in `output` at any time.
+    """Trains a model, or resumes an interrupted run. `output` always holds the checkpoint of the best epoch.
 
-    Within `join_processes` the processes train one model together, see processes.py.
+    Within `join_process_group`, the processes train one model together.
 
     Args:
-        objective: what is trained.
-        config: how.
+        objective: what to train.
+        config: how to train it.
         output: the run's folder.
-        resolved: all that the run depends on, `training` being `config`; a run that differs is not gone on with.
-        progress: show a bar.
+        resolved: the configuration of the run, with `config` as `training`, and the fingerprints of its inputs.
+        progress: show a progress bar.
 
     Returns:
-        One mapping an epoch: epoch, loss, the mean reward where there is one, the validation scores, the learning rate,
-        the seconds spent in training since the start, and the share of them that training waited for data.
+        The metrics of each epoch: epoch, loss, mean reward if there are rewards, the validation scores, learning rate,
+        seconds of training since the start, and the fraction of them spent waiting for data (`data_wait`).
 
     Raises:
         DatasetError: the folder holds a run of another configuration.
-        TrainingInterrupted: Ctrl-C or SIGTERM; the state is saved.
+        TrainingInterrupted: Ctrl-C or SIGTERM stopped the run; its state is saved.
     """
     run = _Run(objective, config, output, resolved)
     run.resume()
-    progress = progress and run.processes.is_first
-    with stop_requests(insistent=run.processes.count == 1) as stopped:
-        while not run.is_over():
-            run.train_epoch(stopped, progress)
-            run.end_epoch(progress)
+    progress = progress and run.group.is_first
+    with catch_stop_signals(abort_on_repeat=run.group.world_size == 1) as is_stop_requested:
+        while not run.is_finished():
+            run.train_epoch(is_stop_requested, progress)
+            run.complete_epoch(progress)
     return run.state.history
 
 
@@ -77,147 +78,146 @@ class _Run(Generic[Batch]):
     def __init__(
         self, objective: Objective[Batch], config: TrainingConfig, output: Folder, resolved: dict[str, Any]
     ) -> None:
+        model = objective.model
         self.state = RunState()
-        self.processes = ProcessGroup()
+        self.group = ProcessGroup()
         self._objective = objective
         self._config = config
         self._output = output
         self._resolved = resolved
-        self.processes.copy_from_first(objective.model.state_dict().values())
-        self._optimizer = make_optimizer(objective.model, config, own_learning_rates(objective))
-        self._rates = [group["lr"] for group in self._optimizer.param_groups]
-        self._parameters = [parameter for parameter in objective.model.parameters() if parameter.requires_grad]
+        self.group.broadcast(model.state_dict().values())
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._device = self._parameters[0].device
-        decay = config.ema_decay
-        self._average = None if decay is None else WeightAverage(self._parameters, decay)
-        seed_everything(config.seed + self.processes.rank)
+        self._steps_per_epoch = objective.steps_per_epoch()
+        self._optimizer = make_optimizer(model, config, objective.part_learning_rates)
+        self._scheduler = make_scheduler(self._optimizer, config, self._steps_per_epoch)
+        self._average = None if config.ema_decay is None else average_weights(model, config.ema_decay)
+        seed_everything(config.seed + self.group.rank)
 
     def resume(self) -> None:
-        found = self.processes.from_first(lambda: load_state(self._output, self._resolved))
-        if found is not None:
-            self.state, parts = found
+        saved = self.group.run_on_first(lambda: load_state(self._output, self._resolved))
+        if saved is not None:
+            self.state, parts = saved
             self._objective.model.load_state_dict(parts["model"])
             self._optimizer.load_state_dict(parts["optimizer"])
+            self._scheduler.load_state_dict(parts["scheduler"])
             if self._average is not None:
                 self._average.load_state_dict(parts["average"])
-            set_generators(parts["generators"][self.processes.rank], self._device)
-        if self.processes.is_first:
+            set_rng_states(parts["rng_states"][self.group.rank], self._device)
+        if self.group.is_first:
             self._output.write(RESOLVED, to_json(self._resolved))
 
-    def is_over(self) -> bool:
+    def is_finished(self) -> bool:
         state, patience = self.state, self._config.patience
-        return state.epoch >= self._config.epochs or (
-            patience is not None and state.epoch - 1 - state.best_epoch >= patience and state.step == 0
-        )
+        is_patience_exhausted = patience is not None and state.epoch - 1 - state.best_epoch >= patience
+        return state.epoch >= self._config.epochs or (state.step == 0 and is_patience_exhausted)
 
     def save(self) -> None:
-        generators = self.processes.gather(get_generators(self._device))
-        if self.processes.is_first:
+        rng_states = self.group.gather(get_rng_states(self._device))
+        if self.group.is_first:
             parts = {
                 "model": self._objective.model.state_dict(),
                 "optimizer": self._optimizer.state_dict(),
+                "scheduler": self._scheduler.state_dict(),
                 "average": None if self._average is None else self._average.state_dict(),
-                "generators": generators,
+                "rng_states": rng_states,
             }
             save_state(self._output, self._resolved, self.state, parts)
 
-    def train_epoch(self, stopped: Callable[[], bool], progress: bool) -> None:
+    def train_epoch(self, is_stop_requested: Callable[[], bool], progress: bool) -> None:
         state, config = self.state, self._config
         self._objective.model.train()
-        began = saved = time.monotonic()
+        batches = self._objective.batches(config.seed, state.epoch, state.step)
         label = f"epoch {state.epoch + 1}/{config.epochs}"
-        with progress_bar(label, self._objective.steps(), "batches", progress) as bar:
+        last_save = time.monotonic()
+        with progress_bar(label, self._steps_per_epoch, "batches", progress) as bar:
             bar.skip(state.step)
-            for batch in self._waited_for(self._objective.batches(config.seed, state.epoch, state.step)):
-                stopping, saving = self._step(batch, stopped, saved + config.checkpoint_interval_seconds)
+            for batch in self._measure_time(batches):
+                save_at = last_save + config.checkpoint_interval_seconds
+                must_stop, must_save = self._train_step(batch, is_stop_requested, save_at)
                 bar.update(1, "  ".join(f"{name} {value:.3f}" for name, value in state.means().items()))
-                if stopping or saving:
-                    saved = time.monotonic()
-                    state.seconds, began = state.seconds + saved - began, saved
+                if must_stop or must_save:
                     self.save()
-                if stopping:
+                    last_save = time.monotonic()
+                if must_stop:
                     raise TrainingInterrupted("training was stopped; run the same command again to resume")
-        state.seconds += time.monotonic() - began
 
-    def _waited_for(self, batches: Iterator[Batch | None]) -> Iterator[Batch | None]:
-        """The batches, while the time that they are waited for is added up."""
-        while True:
-            began = time.monotonic()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            finally:
-                self.state.waited += time.monotonic() - began
+    def _measure_time(self, batches: Iterator[Batch | None]) -> Iterator[Batch | None]:
+        """Yields the batches and measures the time spent on training and on waiting for data."""
+        started = time.monotonic()
+        for batch in batches:
+            self.state.data_wait_seconds += time.monotonic() - started
             yield batch
+            finished = time.monotonic()
+            self.state.training_seconds += finished - started
+            started = finished
 
-    def _step(self, batch: Batch | None, stopped: Callable[[], bool], save_at: float) -> tuple[bool, bool]:
-        """Learns from a batch. Says whether anyone wants to stop, and whether it is time to save."""
-        config, state = self._config, self.state
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = self._scheduled(rate)
-        loss = None
+    def _train_step(
+        self, batch: Batch | None, is_stop_requested: Callable[[], bool], save_at: float
+    ) -> tuple[bool, bool]:
+        """Takes one step. Returns whether any process was asked to stop, and whether it is time to save the state."""
+        config = self._config
+        totals: tuple[float, int, float, int] = (0.0, 0, 0.0, 0)
         if batch is not None:
             with torch.autocast(self._device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                 loss = self._objective.loss(batch)
-        self._optimizer.zero_grad(set_to_none=True)
-        if loss is not None:
+            self._optimizer.zero_grad()
             loss.mean.backward()  # type: ignore[no-untyped-call]
-        shown = (0.0, 0, 0.0, 0) if loss is None else (loss.total, loss.size, loss.reward, loss.drawn)
-        due = self.processes.is_first and time.monotonic() > save_at
-        *sums, stopping, saving = self.processes.sum([*shown, stopped(), due], self._device)
-        self.processes.average_gradients(self._parameters, shown[1] / max(sums[1], 1))
+            totals = loss[1:]
+        else:
+            self._optimizer.zero_grad()
+        must_save = self.group.is_first and time.monotonic() > save_at
+        # One exchange for all: the processes have to agree on stopping and saving.
+        group_totals = self.group.sum([*totals, is_stop_requested(), must_save], self._device)
+        self.group.average_gradients(self._parameters, weight=totals[1] / max(group_totals[1], 1))
         if config.clip_value is not None:
             nn.utils.clip_grad_value_(self._parameters, config.clip_value)
         if config.clip_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, config.clip_norm)
         self._optimizer.step()
+        self._scheduler.step()
         if self._average is not None:
-            self._average.update()
-        state.step += 1
-        state.updates += 1
-        state.add(*sums)
-        return stopping > 0, saving > 0
+            self._average.update_parameters(self._objective.model)
+        self.state.complete_step(*group_totals[:4])
+        return group_totals[4] > 0, group_totals[5] > 0
 
-    def _scheduled(self, rate: float) -> float:
-        state = self.state
-        progress = state.epoch + state.step / max(1, self._objective.steps())
-        return learning_rate(rate, self._config, progress, state.updates)
-
-    def end_epoch(self, progress: bool) -> None:
-        with nullcontext() if self._average is None else self._average.applied():
-            self._judge(progress)
+    def complete_epoch(self, progress: bool) -> None:
+        model = self._objective.model
+        with nullcontext() if self._average is None else apply_average(model, self._average):
+            model.eval()
+            with torch.inference_mode():
+                scores = self.group.run_on_first(self._objective.validate)
+            self._report(scores, progress)
         self.save()
 
-    def _judge(self, progress: bool) -> None:
-        """Validates the weights of an epoch that has ended, and keeps them where they are the best."""
+    def _report(self, scores: dict[str, float], progress: bool) -> None:
+        """Logs the metrics of an epoch, and writes the checkpoint if it is the best so far."""
         state, objective = self.state, self._objective
-        objective.model.eval()
-        with torch.inference_mode():
-            scores = self.processes.from_first(objective.validate)
+        factor = schedule_factor(self._config, self._scheduler.last_epoch, self._steps_per_epoch)
         row = {
             "epoch": state.epoch + 1,
             **state.means(),
             **scores,
-            "learning_rate": self._scheduled(self._config.learning_rate),
-            "seconds": round(state.seconds, 1),
-            "data_wait": round(state.waited / max(state.seconds, 1e-9), 4),
+            "learning_rate": self._config.learning_rate * factor,
+            "seconds": round(state.training_seconds, 1),
+            "data_wait": round(state.data_wait_seconds / max(state.training_seconds, 1e-9), 4),
         }
         state.history.append(row)
         if progress:
             print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-        score = scores[objective.score_name] * (-1 if is_higher_better(objective) else 1)
-        better = score < state.best
-        if better:
-            state.best, state.best_epoch = score, state.epoch
-        state.begin_epoch()
-        if self.processes.is_first:
-            if better:
+        score = scores[objective.score_name] * (-1 if objective.higher_is_better else 1)
+        is_best = score < state.best_score
+        if is_best:
+            state.best_score, state.best_epoch = score, state.epoch
+        state.complete_epoch()
+        if self.group.is_first:
+            if is_best:
                 objective.save(self._output, {"history": state.history, "resolved": self._resolved})
-            report_epoch(self._output, state.history)
+                draw_curves(self._output, state.history)
+            log_epoch(self._output, state.history)
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds what draws numbers in training."""
+    """Seeds the random number generators that training uses."""
     random.seed(seed)
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What training reports while it runs: a line an epoch for programs, events for TensorBoard."""
+"""The metrics of a run: `metrics.jsonl` for programs, event files for TensorBoard."""
 
 import json
 import tempfile
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from captionlib.storage.folders import Folder
 
-__all__ = ["METRICS", "TENSORBOARD", "report_epoch"]
+__all__ = ["METRICS", "TENSORBOARD", "log_epoch"]
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -16,22 +16,22 @@ TENSORBOARD = "tensorboard"
 Row = dict[str, float]
 
 
-def report_epoch(output: Folder, history: Sequence[Row]) -> None:
-    """Writes `metrics.jsonl` anew, and the last epoch's numbers as an event file of its own in `tensorboard/`.
+def log_epoch(output: Folder, history: Sequence[Row]) -> None:
+    """Rewrites `metrics.jsonl` and writes the metrics of the last epoch to an event file in `tensorboard/`.
 
-    A file an epoch, because files on an object store cannot grow; and an epoch that is repeated after the machine died
-    replaces its file.
+    Each epoch has its own event file, because files in object stores cannot grow. An epoch that is repeated after a
+    crash replaces its file.
 
     Args:
         output: the run's folder.
-        history: one mapping an epoch, the last of them new.
+        history: the metrics of each epoch.
     """
     output.write(METRICS, "".join(json.dumps(row) + "\n" for row in history).encode())
     epoch = int(history[-1]["epoch"])
-    output.write(f"{TENSORBOARD}/events.out.tfevents.{epoch:06d}.captionlib", _event_file(history[-1]))
+    output.write(f"{TENSORBOARD}/events.out.tfevents.{epoch:06d}.captionlib", _serialize_events(history[-1]))
 
 
-def _event_file(row: Row) -> bytes:
+def _serialize_events(row: Row) -> bytes:
     from tensorboardX import SummaryWriter
 
     with tempfile.TemporaryDirectory(prefix="captionlib-") as folder:

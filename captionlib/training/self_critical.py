@@ -1,23 +1,26 @@
-"""Self-critical training (Rennie et al. 2017, arXiv 1612.00563): a captioner learns from the CIDEr-D of what it writes.
+"""Self-critical training (Rennie et al. 2017, arXiv 1612.00563): a captioner learns from the CIDEr-D of its samples.
 
-For each image some sentences are drawn as the model finds them likely now. One that scores higher than its baseline
-becomes likelier, one that scores lower less likely:
+The captioner samples captions for each image. A caption whose reward exceeds the baseline becomes more probable, others
+become less probable:
 
-    loss = -sum (reward - baseline) ln p(token | image, tokens before it) / tokens
+    loss = -sum (reward - baseline) ln p(token | image, previous tokens) / tokens
 
-END is a token like any other. What is drawn depends on the weights and what dropout leaves of them, on the seed, the
-epoch and the image, so that a run that was stopped draws the same again.
+END is a token like any other, in the probabilities and in the n-grams of the reward. Without it in the n-grams, a
+caption that breaks off, such as "a man on a", would score as well as a complete one. The samples depend on the weights,
+dropout, the seed, the epoch and the image, so that a resumed run repeats them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
+from captionlib.config import configclass
 from captionlib.data.batches.captions import CaptionBatch
 from captionlib.data.text.vocabulary import END, UNKNOWN
 from captionlib.errors import ConfigError
@@ -37,71 +40,60 @@ __all__ = ["SelfCriticalBatch", "SelfCriticalConfig", "SelfCriticalObjective"]
 Rewards = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@configclass
 class SelfCriticalConfig:
-    """How a captioner learns from what it writes.
+    """How a captioner learns from its samples.
 
     Attributes:
-        samples: sentences drawn for an image at a step.
-        baseline: what the reward of a sentence is compared with: the mean of the `others` drawn for its image (Luo
-            2020, arXiv 2003.09971), or that of the `greedy` caption (Rennie et al. 2017).
-        temperature: of drawing, as in `decoding`.
-        dropout: of the captioner while it draws and learns, in place of its own. What is dropped when a sentence is
-            drawn is dropped when it is learned from.
-        include_end_token: whether END is a word of the n-grams that are rewarded. Without it a sentence that breaks off, as in
-            "a man on a", scores as well as one that is whole.
+        samples: captions to sample per image and step.
+        baseline: what the reward of a sample is compared with: `leave_one_out`, the mean reward of the image's other
+            samples (Luo 2020, arXiv 2003.09971), or `greedy`, the reward of the greedy caption (Rennie et al. 2017).
+        dropout: replaces the captioner's own dropout. A caption is sampled and learned with the same units dropped.
     """
 
-    samples: int = 5
+    samples: PositiveInt = 5
     baseline: Literal["leave_one_out", "greedy"] = "leave_one_out"
-    temperature: float = 1.0
-    dropout: float = 0.0
-    include_end_token: bool = True
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     def __post_init__(self) -> None:
-        least = 2 if self.baseline == "leave_one_out" else 1
-        if self.samples < least:
+        if self.baseline == "leave_one_out" and self.samples < 2:
             raise ConfigError(
-                f"self_critical.samples: expected at least {least} for baseline {self.baseline}, got {self.samples}"
+                f"self_critical.samples: expected at least 2 for baseline leave_one_out, got {self.samples}"
             )
-        if not self.temperature > 0:
-            raise ConfigError(f"self_critical.temperature: expected more than 0, got {self.temperature}")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"self_critical.dropout: expected at least 0 and below 1, got {self.dropout}")
 
 
 @dataclass(frozen=True)
 class SelfCriticalBatch:
-    """Some images with what people said of them, and what decides about the sentences that are drawn for them."""
+    """Images with their reference captions, and the numbers that seed the samples."""
 
     captions: CaptionBatch
     seed: int
     epoch: int
 
 
-class _Drawn(NamedTuple):
-    """Sentences that were drawn, as many of each image, image by image.
+class _Samples(NamedTuple):
+    """The sampled captions, the same number for each image, image by image.
 
     Attributes:
-        written: the tokens of each, END last where it was reached.
-        log_probs: `[tokens] float32`, of all of them, place by place.
-        sentences: `[tokens] int64`, the sentence that each belongs to.
+        captions: the tokens of each, ending with END unless it was cut off.
+        log_probs: `[tokens] float32`, of all captions, time step by time step.
+        sentences: `[tokens] int64`, the caption of each token.
     """
 
-    written: list[list[int]]
+    captions: list[list[int]]
     log_probs: Tensor
     sentences: Tensor
 
 
 class SelfCriticalObjective:
-    """The CIDEr-D of drawn sentences; data, validation and checkpoints are those of captioning.
+    """Maximizes the expected CIDEr-D of samples. Batches, validation and checkpoints are those of captioning.
 
     Args:
         captioning: the captioner and its data.
-        config: how it learns.
-        references: the sentences of each training image, as word ids, from which the reward has the frequencies of
-            n-grams; read once, not kept.
-        max_tokens: longer sentences are cut off, see `DecodingConfig`.
+        config: how to learn from samples.
+        references: the reference captions of each training image as token ids. They determine the n-gram frequencies of
+            CIDEr-D, and are read once.
+        max_tokens: samples are cut off after this many tokens.
     """
 
     def __init__(
@@ -114,31 +106,30 @@ class SelfCriticalObjective:
         self.model: Captioner = captioning.model
         self.score_name = captioning.score_name
         self.higher_is_better = captioning.higher_is_better
+        self.part_learning_rates = captioning.part_learning_rates
         self._captioning = captioning
         self._config = config
-        self._reward = CiderD([self._scored([*one, END]) for one in sentences if one] for sentences in references)
-        self._drawing = DecodingConfig(
-            "sample", n_best=config.samples, temperature=config.temperature, max_tokens=max_tokens
-        )
+        self._cider_d = CiderD([[*ids, END] for ids in per_image if ids] for per_image in references)
+        self._sampling = DecodingConfig("sample", n_best=config.samples, max_tokens=max_tokens)
         self._greedy = DecodingConfig(beam_width=1, max_tokens=max_tokens)
         self._device = next(self.model.parameters()).device
-        self._constraints = Constraints(self._drawing, torch.tensor([UNKNOWN], device=self._device))
+        self._constraints = Constraints(self._sampling, torch.tensor([UNKNOWN], device=self._device))
         _set_dropout(self.model, config.dropout)
 
     def batches(self, seed: int, epoch: int, first: int) -> Iterator[SelfCriticalBatch | None]:
         for batch in self._captioning.batches(seed, epoch, first):
             yield None if batch is None else SelfCriticalBatch(batch, seed, epoch)
 
-    def steps(self) -> int:
-        return self._captioning.steps()
+    def steps_per_epoch(self) -> int:
+        return self._captioning.steps_per_epoch()
 
     def loss(self, batch: SelfCriticalBatch) -> BatchLoss:
-        """The mean over the tokens that were drawn; see `Objective.loss`."""
-        drawn = self._draw(batch)
-        rewards, advantages = self._judge(batch.captions, drawn.written, self._search(batch.captions))
+        """Computes the mean loss over the sampled tokens."""
+        samples = self._sample(batch)
+        rewards, advantages = self._compute_rewards(batch.captions, samples.captions)
         weights = torch.from_numpy(advantages.flatten()).to(self._device, torch.float32)
-        total = -(weights[drawn.sentences] * drawn.log_probs).sum()
-        tokens = len(drawn.sentences)
+        total = -(weights[samples.sentences] * samples.log_probs).sum()
+        tokens = len(samples.sentences)
         return BatchLoss(total / max(tokens, 1), total.item(), tokens, float(rewards.sum()), rewards.size)
 
     def validate(self) -> dict[str, float]:
@@ -147,70 +138,60 @@ class SelfCriticalObjective:
     def save(self, output: Folder, training: dict[str, Any]) -> None:
         self._captioning.save(output, training)
 
-    def _draw(self, batch: SelfCriticalBatch) -> _Drawn:
-        """Draws sentences for each image, by the same network that learns from them, with what dropout leaves of it."""
+    def _sample(self, batch: SelfCriticalBatch) -> _Samples:
+        """Samples captions for each image, keeping the gradients of their log-probabilities."""
         images, samples = batch.captions.features, self._config.samples
         keys = [f"{batch.seed} {batch.epoch} ".encode() + image.tobytes() for image in images]
-        uniforms = generate_uniforms(keys, samples, self._drawing.max_tokens, seed=0).to(self._device)
+        uniforms = generate_uniforms(keys, samples, self._sampling.max_tokens, seed=0).to(self._device)
         image_state = self.model.encode_images(torch.from_numpy(images).to(self._device))
-        alive = torch.arange(len(images) * samples, device=self._device)  # the sentences that are still written
-        state, word = image_state.state.index_select(1, alive // samples), torch.full_like(alive, END)
-        written: list[list[int]] = [[] for _ in alive]
+        active = torch.arange(len(images) * samples, device=self._device)  # the captions without END so far
+        state, word = image_state.state.index_select(1, active // samples), torch.full_like(active, END)
+        captions: list[list[int]] = [[] for _ in active]
         log_probs, sentences = [], []
         for uniform in uniforms.unbind(1):
-            foretold, state = self.model.step(word, state, image_state, alive // samples)
+            predicted, state = self.model.step(word, state, image_state, active // samples)
             with torch.no_grad():
-                allowed = foretold.clone()
+                allowed = predicted.clone()
                 self._constraints.apply(allowed, word[:, None])
-                word = sample_tokens(allowed, uniform[alive], self._drawing)
-            log_probs.append(foretold.gather(1, word[:, None])[:, 0])
-            sentences.append(alive)
-            for sentence, drawn in zip(alive.tolist(), word.tolist(), strict=True):
-                written[sentence].append(drawn)
-            goes_on = word != END
-            alive, word, state = alive[goes_on], word[goes_on], state[:, goes_on]
-            if not len(alive):
+                word = sample_tokens(allowed, uniform[active], self._sampling)
+            log_probs.append(predicted.gather(1, word[:, None])[:, 0])
+            sentences.append(active)
+            for sentence, token in zip(active.tolist(), word.tolist(), strict=True):
+                captions[sentence].append(token)
+            is_active = word != END
+            active, word, state = active[is_active], word[is_active], state[:, is_active]
+            if not len(active):
                 break
-        return _Drawn(written, torch.cat(log_probs), torch.cat(sentences))
+        return _Samples(captions, torch.cat(log_probs), torch.cat(sentences))
 
     @torch.inference_mode()
-    def _search(self, batch: CaptionBatch) -> list[list[int]]:
-        """The tokens of the greedy sentence of each image; none where it is not asked for."""
-        if self._config.baseline == "leave_one_out":
-            return []
+    def _search_greedily(self, batch: CaptionBatch) -> list[list[int]]:
+        """Returns the tokens of the greedy caption of each image."""
         kind = self._device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         incremental = IncrementalCaptioner(self.model, dtype)
         with torch.autocast(kind, enabled=False):
             start: Hypotheses = incremental.begin(incremental.encode_images(torch.from_numpy(batch.features)))
-            found = search_beam(incremental, self._greedy, self._constraints, start)
-        return [[*one.token_ids, END][: one.token_count] for (one,) in found]
+            candidates = search_beam(incremental, self._greedy, self._constraints, start)
+        return [[*best.token_ids, END][: best.token_count] for (best,) in candidates]
 
-    def _judge(self, batch: CaptionBatch, drawn: list[list[int]], greedy: list[list[int]]) -> tuple[Rewards, Rewards]:
-        """The rewards of the drawn sentences, and by how much they surpass the baseline; `[images, samples]` each."""
+    def _compute_rewards(self, batch: CaptionBatch, sampled: list[list[int]]) -> tuple[Rewards, Rewards]:
+        """Returns the rewards of the samples and their advantages over the baseline, `[images, samples]` each."""
         samples = self._config.samples
         references: list[list[list[int]]] = [[] for _ in batch.features]
         for sentence, image in zip(batch.sentences, batch.image_of_sentence, strict=True):
-            references[image].append(self._scored([*sentence, END]))
-        of_images = []
-        for image, theirs in enumerate(references):
-            ours = [*drawn[image * samples : (image + 1) * samples], *greedy[image : image + 1]]
-            of_images.append(self._reward.score([self._scored(one) for one in ours], theirs))
-        scores = np.array(of_images)
-        rewards = scores[:, :samples]
-        if greedy:
-            return rewards, rewards - scores[:, samples:]
-        others = (rewards.sum(1, keepdims=True) - rewards) / (samples - 1)
-        return rewards, rewards - others
-
-    def _scored(self, tokens: list[int]) -> list[int]:
-        """What of a sentence is rewarded."""
-        return tokens if self._config.include_end_token else [token for token in tokens if token != END]
+            references[image].append([*sentence, END])
+        per_image = [sampled[begin : begin + samples] for begin in range(0, len(sampled), samples)]
+        rewards = np.array(list(map(self._cider_d.score, per_image, references)))
+        if self._config.baseline == "greedy":
+            greedy = [[caption] for caption in self._search_greedily(batch)]
+            return rewards, rewards - np.array(list(map(self._cider_d.score, greedy, references)))
+        return rewards, rewards - (rewards.sum(1, keepdims=True) - rewards) / (samples - 1)
 
 
-def _set_dropout(model: nn.Module, share: float) -> None:
+def _set_dropout(model: nn.Module, probability: float) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = share
+            module.p = probability
         elif isinstance(module, nn.RNNBase):
-            module.dropout = share
+            module.dropout = probability

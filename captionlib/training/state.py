@@ -1,4 +1,4 @@
-"""The state of a run: all that its next step depends on, and the folder that keeps it."""
+"""The state of a run: everything that the next step depends on, and the folder that holds it."""
 
 import io
 from collections.abc import Mapping
@@ -13,76 +13,81 @@ from captionlib.data.shards.markers import FAILURES_FOLDER
 from captionlib.errors import DatasetError
 from captionlib.models.checkpoints.folder import CHECKPOINT_FILES
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
+from captionlib.training.curves import CURVES
 from captionlib.training.metrics_log import METRICS, TENSORBOARD
 
-__all__ = ["RESOLVED", "RunState", "claim_folder", "get_generators", "load_state", "save_state", "set_generators"]
+__all__ = ["RESOLVED", "RunState", "claim_folder", "get_rng_states", "load_state", "save_state", "set_rng_states"]
 
 STATE = "_training/state.pt"
 RESOLVED = "resolved.json"
-_RUN_FILES = {"_training", FAILURES_FOLDER, RESOLVED, METRICS, TENSORBOARD, "curves.png", *CHECKPOINT_FILES}
+_RUN_FILES = {"_training", FAILURES_FOLDER, RESOLVED, METRICS, TENSORBOARD, CURVES, *CHECKPOINT_FILES}
+_CHANGEABLE = {"loading", "max_failure_ratio"}
+_CHANGEABLE_TRAINING = {"patience", "checkpoint_interval_seconds"}
 
 
 @dataclass
 class RunState:
-    """All that the next step depends on, beside model, optimizer and generator.
+    """The progress of a run.
 
     Attributes:
-        epoch: epochs done.
-        step: steps of the present epoch done.
-        updates: steps of all epochs done.
-        seconds: spent in training.
-        waited: seconds of those that training waited for data.
-        best: the best score, its sign turned where higher is better.
-        best_epoch: whose it is.
-        loss_sum: of the present epoch.
-        loss_count: what it is summed over.
-        reward_sum: of the present epoch's drawn sentences.
-        reward_count: how many they are.
-        history: one mapping an epoch.
+        epoch: completed epochs.
+        step: completed steps of the current epoch.
+        training_seconds: time spent on training.
+        data_wait_seconds: the part of it that was spent waiting for data.
+        best_score: the best validation score, negated if higher is better.
+        best_epoch: the epoch of the best score.
+        loss_total: the loss of the current epoch, summed.
+        loss_count: the number of summands of `loss_total`.
+        reward_total: the rewards of the captions sampled in the current epoch, summed.
+        reward_count: the number of these captions.
+        history: the metrics of each epoch.
     """
 
     epoch: int = 0
     step: int = 0
-    updates: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-    best: float = float("inf")
+    training_seconds: float = 0.0
+    data_wait_seconds: float = 0.0
+    best_score: float = float("inf")
     best_epoch: int = -1
-    loss_sum: float = 0.0
+    loss_total: float = 0.0
     loss_count: int = 0
-    reward_sum: float = 0.0
+    reward_total: float = 0.0
     reward_count: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
-    def add(self, loss: float, count: float, reward: float, drawn: float) -> None:
-        """Adds what a step has to show, of all processes; see `BatchLoss`."""
-        self.loss_sum += loss
-        self.loss_count += int(count)
-        self.reward_sum += reward
-        self.reward_count += int(drawn)
+    def complete_step(self, loss_total: float, loss_count: float, reward_total: float, reward_count: float) -> None:
+        """Adds the totals of a step over all processes; see `BatchLoss`."""
+        self.step += 1
+        self.loss_total += loss_total
+        self.loss_count += int(loss_count)
+        self.reward_total += reward_total
+        self.reward_count += int(reward_count)
 
     def means(self) -> dict[str, float]:
-        """The mean loss of the present epoch so far, and the mean reward where there is one."""
-        means = {"loss": self.loss_sum / max(self.loss_count, 1)}
-        return {**means, "reward": self.reward_sum / self.reward_count} if self.reward_count else means
+        """Returns the mean loss of the current epoch so far, and the mean reward if there are rewards."""
+        means = {"loss": self.loss_total / max(self.loss_count, 1)}
+        return {**means, "reward": self.reward_total / self.reward_count} if self.reward_count else means
 
-    def begin_epoch(self) -> None:
-        """Goes over to the next epoch."""
+    def complete_epoch(self) -> None:
+        """Moves on to the next epoch."""
         self.epoch, self.step = self.epoch + 1, 0
-        self.loss_sum, self.loss_count, self.reward_sum, self.reward_count = 0.0, 0, 0.0, 0
+        self.loss_total, self.loss_count, self.reward_total, self.reward_count = 0.0, 0, 0.0, 0
 
 
 def claim_folder(output: Folder, overwrite: bool) -> None:
-    """Makes sure that a run may write into a folder.
+    """Checks that a run may write into a folder.
+
+    Args:
+        output: the folder.
+        overwrite: delete the run that it holds.
 
     Raises:
-        DatasetError: it holds what no run has written.
+        DatasetError: the folder holds files that no run wrote.
     """
-    names = [name for name in output.list() if name != TEMPORARY_FOLDER]
-    if names and not set(names) <= _RUN_FILES:
-        strangers = sorted(set(names) - _RUN_FILES)
+    names = {name for name in output.list() if name != TEMPORARY_FOLDER}
+    if foreign := sorted(names - _RUN_FILES):
         raise DatasetError(
-            f"{output.uri} holds files that no training run wrote ({', '.join(strangers[:3])}); "
+            f"{output.uri} holds files that no training run wrote ({', '.join(foreign[:3])}); "
             "give an empty or new folder"
         )
     if overwrite:
@@ -91,23 +96,23 @@ def claim_folder(output: Folder, overwrite: bool) -> None:
 
 
 def save_state(output: Folder, resolved: Mapping[str, Any], state: RunState, parts: Mapping[str, Any]) -> None:
-    """Writes the state of a run in place of the one before.
+    """Writes the state of a run, replacing the previous one.
 
     Args:
         output: the run's folder.
-        resolved: all that the run depends on.
-        state: how far it is.
-        parts: tensors and nested mappings of them: model, optimizer, generator.
+        resolved: the configuration of the run and the fingerprints of its inputs.
+        state: the progress of the run.
+        parts: the state dictionaries of the model, the optimizer and so on.
     """
     with output.stage(STATE) as path:
         torch.save({"resolved": resolved, "state": vars(state), **parts}, path)
 
 
 def load_state(output: Folder, resolved: Mapping[str, Any]) -> tuple[RunState, dict[str, Any]] | None:
-    """The state of the run that a folder holds and its parts; None where there is no run.
+    """Returns the progress and the parts that `save_state` wrote; None if the folder holds no run.
 
     Raises:
-        DatasetError: it is a run of another configuration.
+        DatasetError: the folder holds a run of another configuration.
     """
     if not output.exists(STATE):
         return None
@@ -121,27 +126,22 @@ def load_state(output: Folder, resolved: Mapping[str, Any]) -> tuple[RunState, d
 
 
 def _identity(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run that goes on must share with the one before: all but when it ends, how often it saves, how images are
-    loaded, and how many of them may be missing.
-    """
-    training = {
-        name: value
-        for name, value in resolved["training"].items()
-        if name not in {"patience", "checkpoint_interval_seconds"}
-        and (name != "epochs" or resolved["training"]["schedule"] == "cosine")
-    }
-    kept = {name: value for name, value in resolved.items() if name not in {"loading", "max_failure_ratio"}}
-    return {**kept, "training": training}
+    """Returns the values that must not change between interruption and resumption."""
+    changeable = set(_CHANGEABLE_TRAINING)
+    if resolved["training"]["schedule"] != "cosine":
+        changeable.add("epochs")
+    training = {name: value for name, value in resolved["training"].items() if name not in changeable}
+    return {name: value for name, value in resolved.items() if name not in _CHANGEABLE} | {"training": training}
 
 
-def get_generators(device: torch.device) -> dict[str, Tensor]:
-    """The states of the generators that a model on this device draws from."""
+def get_rng_states(device: torch.device) -> dict[str, Tensor]:
+    """Returns the states of the random number generators that a model on this device uses."""
     states = {"cpu": torch.get_rng_state()}
     return {**states, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
 
 
-def set_generators(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Takes back what `get_generators` gave; a GPU's only where there is one."""
+def set_rng_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Restores the states that `get_rng_states` returned."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)

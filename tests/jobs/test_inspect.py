@@ -17,7 +17,7 @@ def inspect(*arguments: object) -> Result:
     return CliRunner().invoke(captionlib, ["inspect", *map(str, arguments)], catch_exceptions=False)
 
 
-def test_a_dataset_on_its_way(tmp_path: Path) -> None:
+def test_inspect_describes_an_incomplete_dataset(tmp_path: Path) -> None:
     dataset = write(tmp_path, done=2)
     lines = inspect(tmp_path).output.splitlines()
     assert lines[0] == f"{tmp_path}: manifest, not complete: 66.7% of the shards are finished"
@@ -29,7 +29,7 @@ def test_a_dataset_on_its_way(tmp_path: Path) -> None:
     assert "          1 Truncated, such as bad10 (bad10.jpg): ends early" in lines
 
 
-def test_a_complete_dataset_and_one_with_too_many_failures(tmp_path: Path) -> None:
+def test_inspect_describes_a_complete_dataset(tmp_path: Path) -> None:
     dataset = write(tmp_path, done=3)
     assert (
         inspect(tmp_path)
@@ -40,7 +40,7 @@ def test_a_complete_dataset_and_one_with_too_many_failures(tmp_path: Path) -> No
     assert inspect(tmp_path).output.splitlines()[0] == f"{tmp_path}: manifest, complete"
 
 
-def test_verified_files_are_as_their_markers_say_or_an_exit_code(tmp_path: Path) -> None:
+def test_inspect_verify_sets_the_exit_code(tmp_path: Path) -> None:
     write(tmp_path)
     assert "  verified     every file matches its marker" in inspect(tmp_path, "--verify").output.splitlines()
     (tmp_path / "part-00000.parquet").unlink()
@@ -49,13 +49,13 @@ def test_verified_files_are_as_their_markers_say_or_an_exit_code(tmp_path: Path)
     assert result.output.splitlines()[-2:] == ["  PROBLEMS", "    part-00000.parquet: missing"]
 
 
-def test_everything_is_given_as_json(tmp_path: Path) -> None:
+def test_inspect_prints_json(tmp_path: Path) -> None:
     write(tmp_path)
     report = json.loads(inspect(tmp_path, "--json").output)
     assert (report["kind"], report["shards_done"], report["failures"]["Truncated"]["count"]) == ("manifest", 2, 1)
 
 
-def test_a_checkpoint_is_told_without_its_words(tmp_path: Path) -> None:
+def test_inspect_describes_a_checkpoint_without_its_vocabulary(tmp_path: Path) -> None:
     identity = {"architecture": {"cell": "lstm"}, "vocabulary": {"words": ["dog", "zebra"]}}
     training = {"history": [{"epoch": 1, "perplexity": 20.5}]}
     fingerprint = write_checkpoint(tmp_path, "captioner", {"w": torch.zeros(2)}, identity, {"by": "me"}, training)
@@ -68,7 +68,7 @@ def test_a_checkpoint_is_told_without_its_words(tmp_path: Path) -> None:
     assert json.loads(inspect(tmp_path, "--json").output)["architecture"] == {"cell": "lstm"}
 
 
-def test_what_is_not_ours_is_said_clearly(tmp_path: Path) -> None:
+def test_inspect_rejects_other_folders(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"is not an output of captionlib: .* got a missing or empty folder"):
         inspect(tmp_path / "nowhere")
     (tmp_path / "thesis.txt").touch()
@@ -79,13 +79,13 @@ def test_what_is_not_ours_is_said_clearly(tmp_path: Path) -> None:
         inspect(tmp_path)
 
 
-def test_a_training_run_without_a_checkpoint_is_said(tmp_path: Path) -> None:
+def test_inspect_rejects_a_run_without_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "_training").mkdir()
     with pytest.raises(DatasetError, match="a training run without a checkpoint"):
         inspect(tmp_path)
 
 
-def test_a_dataset_is_inspected_without_torch(tmp_path: Path) -> None:
+def test_inspect_does_not_import_torch(tmp_path: Path) -> None:
     write(tmp_path)
     code = (
         "import sys\nfrom click.testing import CliRunner\nfrom jobs.cli import captionlib\n"

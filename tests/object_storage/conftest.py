@@ -15,12 +15,12 @@ from tenacity import stop_after_delay, wait_none
 from captionlib.storage import retries
 from tests.object_storage.faults import FaultyProxy, never
 
-COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "black", "white"]
+COLORS = ["red", "green", "blue", "yellow", "purple", "orange", "black", "white"]
 
 
 @pytest.fixture(scope="session")
 def store() -> Iterator[str]:
-    """The address of an S3 server, in a process of its own, with a bucket `bucket` that holds images."""
+    """The address of an S3 server in a separate process, with images in the bucket `bucket`."""
     pytest.importorskip("s3fs")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -31,10 +31,10 @@ def store() -> Iterator[str]:
         _wait_for(url, process)
         bucket = fsspec.filesystem("s3", **options(url))
         bucket.mkdir("bucket")
-        for colour in COLOURS:
+        for color in COLORS:
             content = BytesIO()
-            Image.new("RGB", (80, 60), colour).save(content, "PNG")
-            bucket.pipe_file(f"bucket/images/{colour}.png", content.getvalue())
+            Image.new("RGB", (80, 60), color).save(content, "PNG")
+            bucket.pipe_file(f"bucket/images/{color}.png", content.getvalue())
         bucket.pipe_file("bucket/images/broken.png", content.getvalue()[:40])
         yield url
     finally:
@@ -50,11 +50,11 @@ def _wait_for(url: str, process: "subprocess.Popen[bytes]") -> None:
             return
         except (URLError, ConnectionError):
             time.sleep(0.05)
-    raise RuntimeError(f"the S3 server did not come up; it ended with {process.poll()}")
+    raise RuntimeError(f"the S3 server did not start; exit code {process.poll()}")
 
 
 def options(url: str) -> dict[str, object]:
-    """How s3fs reaches a server that checks no signatures, without trying again by itself: every fault counts."""
+    """Returns options for s3fs: a server that checks no signatures, and no retries, so that every fault counts."""
     return {
         "key": "x",
         "secret": "x",
@@ -71,7 +71,7 @@ def proxy_of_session(store: str) -> Iterator[FaultyProxy]:
 
 @pytest.fixture
 def proxy(proxy_of_session: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
-    """A proxy that `s3://` goes through, with clients that do not try again and a library that does at once."""
+    """A proxy for `s3://`. Clients do not retry, and captionlib retries without waiting."""
     import s3fs
 
     proxy_of_session.requests.clear()

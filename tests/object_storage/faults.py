@@ -1,4 +1,4 @@
-"""A proxy before an object store that misbehaves as a test says, and notes what was asked of it."""
+"""A proxy for an object store that injects faults and records requests."""
 
 import asyncio
 import threading
@@ -11,18 +11,18 @@ from aiohttp import web
 
 
 class Fault(Enum):
-    """What becomes of a request."""
+    """A fault that happens to a request."""
 
-    ERROR = auto()  # the store says 500, and does nothing
-    THROTTLE = auto()  # the store says 503 SlowDown, and does nothing
-    HANG = auto()  # no answer comes, and nothing is done
-    CUT = auto()  # it is done, and the connection breaks in the middle of the answer
-    SLOW = auto()  # it is done, and the answer trickles in
+    ERROR = auto()  # the request is not executed; status 500
+    THROTTLE = auto()  # the request is not executed; status 503 SlowDown
+    HANG = auto()  # the request is not executed; the response is delayed beyond the timeout
+    CUT = auto()  # the request is executed; the connection breaks during the response
+    SLOW = auto()  # the request is executed; the response arrives slowly
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked: method, bucket and key, what became of it, and the status the store gave."""
+    """A recorded request: method, bucket and key, the injected fault and the status."""
 
     method: str
     path: str
@@ -35,7 +35,7 @@ def never(_method: str, _path: str) -> Fault | None:
 
 
 class FaultyProxy:
-    """Passes requests on to a store, on a thread of its own. Change `choose` at any time."""
+    """Forwards requests to a store in its own thread. `choose` selects faults and may change at any time."""
 
     def __init__(self, store: str) -> None:
         self.choose: Callable[[str, str], Fault | None] = never
@@ -56,13 +56,13 @@ class FaultyProxy:
         self._loop.close()
 
     def succeeded(self, method: str) -> list[str]:
-        """The paths of the requests of a method that the store has fulfilled, in their order."""
-        return [one.path for one in self.requests if one.method == method and 200 <= one.status < 300]
+        """Returns the paths of the successful requests of a method, in order."""
+        return [request.path for request in self.requests if request.method == method and 200 <= request.status < 300]
 
     async def _start(self) -> str:
         self._session = aiohttp.ClientSession(auto_decompress=False)
         application = web.Application(client_max_size=1 << 30)
-        application.router.add_route("*", "/{path:.*}", self._answer)
+        application.router.add_route("*", "/{path:.*}", self._respond)
         self._runner = web.AppRunner(application)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
@@ -74,10 +74,10 @@ class FaultyProxy:
         await self._session.close()
         await self._runner.cleanup()
 
-    async def _answer(self, request: web.Request) -> web.StreamResponse:
+    async def _respond(self, request: web.Request) -> web.StreamResponse:
         content = await request.read()
         fault = self.choose(request.method, request.path)
-        status, headers, body = await self._ask(request, content, fault)
+        status, headers, body = await self._forward(request, content, fault)
         self.requests.append(Request(request.method, request.path, fault, status))
         if fault is Fault.HANG:
             await asyncio.sleep(3)
@@ -97,10 +97,10 @@ class FaultyProxy:
             await response.write(body)
         return response
 
-    async def _ask(
+    async def _forward(
         self, request: web.Request, content: bytes, fault: Fault | None
     ) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body of the answer."""
+        """Returns the status, headers and body of the response."""
         if fault in (Fault.ERROR, Fault.THROTTLE, Fault.HANG):
             code = "SlowDown" if fault is Fault.THROTTLE else "InternalError"
             body = f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
@@ -109,10 +109,10 @@ class FaultyProxy:
         async with self._session.request(
             request.method, self._store + request.raw_path, headers=headers, data=content, allow_redirects=False
         ) as answer:
-            kept = {
+            response_headers = {
                 name: value
                 for name, value in answer.headers.items()
                 if name not in ("Transfer-Encoding", "Connection", "Server", "Date")
                 and (name != "Content-Length" or request.method == "HEAD")
             }
-            return answer.status, kept, await answer.read()
+            return answer.status, response_headers, await answer.read()

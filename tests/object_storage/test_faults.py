@@ -1,4 +1,4 @@
-"""Datasets and images on a store that fails: every image ends as a row or a failure, once, and nothing half is seen."""
+"""Datasets and images on a failing store: each image becomes one row or failure, and no partial file is visible."""
 
 import json
 import random
@@ -27,35 +27,35 @@ from captionlib.storage import retries
 from captionlib.storage.folders import Folder
 from pipelines.extract_features import extract_features
 from pipelines.run import RunConfig
-from tests.object_storage.conftest import COLOURS
+from tests.object_storage.conftest import COLORS
 from tests.object_storage.faults import Fault, FaultyProxy
 
 SHARDS = 3
-NAMES = [*COLOURS, "none"]
+NAMES = [*COLORS, "none"]
 QUICK = FetchConfig(attempts=8, backoff_seconds=0.01, timeout_seconds=1.0)
 
 
-class Sometimes:
-    """A fault now and then, but never often enough at the same place to be more than bad luck."""
+class RandomFaults:
+    """Chooses random faults, at most three per method and path, so that retries succeed."""
 
     def __init__(self, faults: Sequence[Fault], ratio: float = 0.3, seed: int = 0) -> None:
         self._random = random.Random(seed)
         self._faults = faults
         self._ratio = ratio
-        self._suffered: Counter[tuple[str, str]] = Counter()
+        self._counts: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
 
     def __call__(self, method: str, path: str) -> Fault | None:
         with self._lock:
-            if self._random.random() > self._ratio or self._suffered[method, path] == 3:
+            if self._random.random() > self._ratio or self._counts[method, path] == 3:
                 return None
-            self._suffered[method, path] += 1
+            self._counts[method, path] += 1
             return self._random.choice(self._faults)
 
 
 @dataclass(frozen=True)
 class FetchImages:
-    """A stage that needs no model: the image's size in place of its split."""
+    """A stage without a model: replaces the split by the size of the image file."""
 
     columns: Sequence[str] = tuple(MANIFEST_SCHEMA.names)
 
@@ -106,7 +106,7 @@ def run_job(source: ShardedDataset, output: str) -> ShardedDataset:
     return target
 
 
-def content_of(dataset: ShardedDataset) -> list[object]:
+def read_all(dataset: ShardedDataset) -> list[object]:
     rows: list[object] = []
     for shard in range(dataset.shards):
         failures = dataset.read_failures(shard)
@@ -121,23 +121,25 @@ def bucket(request: pytest.FixtureRequest, proxy: FaultyProxy) -> str:
 
 
 @pytest.mark.parametrize("fault", Fault)
-def test_what_fails_now_and_then_changes_nothing(bucket: str, proxy: FaultyProxy, fault: Fault, tmp_path: Path) -> None:
-    expected = content_of(run_job(write_manifest(str(tmp_path / "manifest")), str(tmp_path / "output")))
-    proxy.choose = Sometimes([fault], ratio=0.1 if fault is Fault.HANG else 0.3)
+def test_temporary_faults_do_not_change_the_output(
+    bucket: str, proxy: FaultyProxy, fault: Fault, tmp_path: Path
+) -> None:
+    expected = read_all(run_job(write_manifest(str(tmp_path / "manifest")), str(tmp_path / "output")))
+    proxy.choose = RandomFaults([fault], ratio=0.1 if fault is Fault.HANG else 0.3)
     output = run_job(write_manifest(f"{bucket}/manifest"), f"{bucket}/output")
-    assert content_of(output) == expected
+    assert read_all(output) == expected
     assert output.verify() == []
     assert output.compute_totals().reasons == {"FileNotFoundError": SHARDS}
     assert open_dataset(f"{bucket}/output").is_complete()
     assert query_sql(f"{bucket}/output", "SELECT count(DISTINCT image_id) AS n FROM manifest").to_pylist() == [
-        {"n": SHARDS * len(COLOURS)}
+        {"n": SHARDS * len(COLORS)}
     ]
     assert sum(request.fault is fault for request in proxy.requests) > 5
 
 
-def test_no_marker_is_written_before_its_data(bucket: str, proxy: FaultyProxy) -> None:
+def test_markers_are_written_after_their_data(bucket: str, proxy: FaultyProxy) -> None:
     source = write_manifest(f"{bucket}/manifest")
-    proxy.choose = Sometimes([Fault.ERROR, Fault.CUT], ratio=0.4)
+    proxy.choose = RandomFaults([Fault.ERROR, Fault.CUT], ratio=0.4)
     proxy.requests.clear()
     run_job(source, f"{bucket}/output")
     written = [path.removeprefix(f"/{bucket.removeprefix('s3://')}/output/") for path in proxy.succeeded("PUT")]
@@ -151,7 +153,7 @@ def test_no_marker_is_written_before_its_data(bucket: str, proxy: FaultyProxy) -
     assert written[-1] == "_SUCCESS"
 
 
-def test_an_outage_ends_the_run_and_leaves_nothing_half_done(
+def test_outage_fails_the_run_without_partial_shards(
     bucket: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_manifest(f"{bucket}/manifest")
@@ -170,32 +172,32 @@ def test_an_outage_ends_the_run_and_leaves_nothing_half_done(
     assert not any(path.endswith(("part-00000.parquet", "part-00001.parquet")) for path in proxy.succeeded("PUT"))
 
 
-def test_an_image_that_never_comes_is_a_failure_and_the_others_are_rows(bucket: str, proxy: FaultyProxy) -> None:
+def test_unavailable_image_fails_and_others_become_rows(bucket: str, proxy: FaultyProxy) -> None:
     source = write_manifest(f"{bucket}/manifest")
     faults = {"red": Fault.THROTTLE, "green": Fault.CUT, "blue": Fault.ERROR}
     proxy.choose = lambda _method, path: faults.get(Path(path).stem) if "/images/" in path else None
     output = run_job(source, f"{bucket}/output")
     reasons = output.compute_totals().reasons
     assert reasons == {"HTTP 503": SHARDS, "HTTP 500": SHARDS, "FileNotFoundError": SHARDS, "ConnectionError": SHARDS}
-    assert output.compute_totals().rows == SHARDS * (len(COLOURS) - len(faults))
+    assert output.compute_totals().rows == SHARDS * (len(COLORS) - len(faults))
 
 
-def test_many_small_files_come_whatever_befalls_each(bucket: str, proxy: FaultyProxy) -> None:
+def test_read_many_survives_faults(bucket: str, proxy: FaultyProxy) -> None:
     folder = Folder(bucket)
     for number in range(40):
         folder.write(f"{number}.json", json.dumps(number).encode())
-    proxy.choose = Sometimes([Fault.ERROR, Fault.THROTTLE, Fault.CUT])
+    proxy.choose = RandomFaults([Fault.ERROR, Fault.THROTTLE, Fault.CUT])
     wanted = [f"{number}.json" for number in range(41)]
     assert sorted(map(int, folder.read_many(wanted))) == list(range(40))
 
 
-def test_a_pipeline_on_a_bad_day_writes_the_same_features(bucket: str, proxy: FaultyProxy, tmp_path: Path) -> None:
+def test_extraction_with_faults_writes_identical_features(bucket: str, proxy: FaultyProxy, tmp_path: Path) -> None:
     encoder = EncoderConfig("squeezenet1_1", "features.4.cat", "random:0", pooling="mean")
     config = ExtractionConfig(encoder, batch_size=4)
     run = RunConfig(progress=False, max_failure_ratio=0.5)
     source = write_manifest(f"{bucket}/manifest")
     extract_features(f"{bucket}/manifest", tmp_path / "features", config, run=run)
-    proxy.choose = Sometimes([Fault.ERROR, Fault.THROTTLE, Fault.CUT, Fault.SLOW])
+    proxy.choose = RandomFaults([Fault.ERROR, Fault.THROTTLE, Fault.CUT, Fault.SLOW])
     extract_features(f"{bucket}/manifest", f"{bucket}/features", config, run=run)
     assert source.shards == SHARDS
-    assert content_of(open_dataset(f"{bucket}/features")) == content_of(open_dataset(tmp_path / "features"))
+    assert read_all(open_dataset(f"{bucket}/features")) == read_all(open_dataset(tmp_path / "features"))

@@ -1,4 +1,4 @@
-"""The whole flow with every folder in a bucket of a real S3 server."""
+"""Runs all stages with all folders in a bucket of an S3 server."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.storage.folders import Folder, write_file
 from jobs.cli import captionlib
-from tests.object_storage.conftest import COLOURS, options
+from tests.object_storage.conftest import COLORS, options
 
 BUCKET = "s3://bucket/flow"
 ENCODER = [
@@ -39,13 +39,13 @@ def rows(folder: str) -> list[object]:
 
 @pytest.fixture(scope="module")
 def flow(store: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Runs every stage; returns what `query` printed."""
+    """Runs all stages and returns the output of `query`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(fsspec.config.conf, "s3", options(store))
         patch.setenv("CAPTIONLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
         lines = [
             f"{name},{BUCKET.rsplit('/', 1)[0]}/images/{name}.png,{split},a {name} field"
-            for name, split in [*((one, "train") for one in [*COLOURS, "broken"]), ("missing", "val")]
+            for name, split in [*((one, "train") for one in [*COLORS, "broken"]), ("missing", "val")]
         ]
         lines += ["brown,s3://bucket/images/red.png,val,a brown field"]
         write_file(f"{BUCKET}/captions.csv", "\n".join(["image_id,uri,split,caption", *lines]).encode())
@@ -58,18 +58,20 @@ def flow(store: str, tmp_path_factory: pytest.TempPathFactory) -> str:
         run("generate-captions", f"{BUCKET}/features", f"-c{BUCKET}/captioner", f"-o{BUCKET}/captions", *quiet)
         run("embed", f"{BUCKET}/features", "-r", f"{BUCKET}/ranker", "-o", f"{BUCKET}/embeddings", *quiet)
         run("build-index", f"{BUCKET}/captions", f"--embeddings={BUCKET}/embeddings", "-o", f"{BUCKET}/index")
-        found = run("query", f"{BUCKET}/index", "--image", "s3://bucket/images/red.png", "--ranker", f"{BUCKET}/ranker")
+        results = run(
+            "query", f"{BUCKET}/index", "--image", "s3://bucket/images/red.png", "--ranker", f"{BUCKET}/ranker"
+        )
         again = run("build-index", f"{BUCKET}/captions", f"--embeddings={BUCKET}/embeddings", "-o", f"{BUCKET}/index")
         assert "nothing" in again or "0 shards added" in again
-        return found
+        return results
 
 
-def test_an_image_is_found_by_itself(flow: str) -> None:
+def test_image_query_returns_the_image(flow: str) -> None:
     first_rows = flow.splitlines()[2:4]
     assert sorted(row.split()[0] for row in first_rows) == ["brown", "red"]
 
 
-def test_what_a_bucket_holds_is_what_a_disk_holds(flow: str, store: str, tmp_path: Path) -> None:
+def test_bucket_and_local_outputs_are_equal(flow: str, store: str, tmp_path: Path) -> None:
     quiet = ["--no-progress", "--max-failure-ratio=0.5"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(fsspec.config.conf, "s3", options(store))
@@ -84,7 +86,7 @@ def test_what_a_bucket_holds_is_what_a_disk_holds(flow: str, store: str, tmp_pat
         assert Folder(BUCKET).list("_temporary") == []
 
 
-def test_the_environment_says_where_the_store_is(flow: str, store: str) -> None:
+def test_endpoint_is_read_from_the_environment(flow: str, store: str) -> None:
     environment = {"FSSPEC_S3_ENDPOINT_URL": store, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
     command = [sys.executable, "-m", "jobs.cli", "inspect", f"{BUCKET}/manifest"]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
@@ -92,11 +94,11 @@ def test_the_environment_says_where_the_store_is(flow: str, store: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "said"),
+    ("folder", "expected"),
     [("captions", "captions, complete"), ("index", "index, complete"), ("captioner", "checkpoint")],
 )
-def test_every_folder_says_what_it_is(
-    flow: str, store: str, monkeypatch: pytest.MonkeyPatch, folder: str, said: str
+def test_inspect_recognizes_each_kind_of_folder(
+    flow: str, store: str, monkeypatch: pytest.MonkeyPatch, folder: str, expected: str
 ) -> None:
     monkeypatch.setitem(fsspec.config.conf, "s3", options(store))
-    assert f"{BUCKET}/{folder}: {said}" in run("inspect", f"{BUCKET}/{folder}")
+    assert f"{BUCKET}/{folder}: {expected}" in run("inspect", f"{BUCKET}/{folder}")

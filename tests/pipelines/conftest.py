@@ -16,7 +16,7 @@ from captionlib.training.loop import TrainingConfig
 from pipelines.extract_features import extract_features
 from pipelines.run import RunConfig
 
-COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "black", "white"]
+COLORS = ["red", "green", "blue", "yellow", "purple", "orange", "black", "white"]
 
 
 def write_manifest(folder: Path, uris: list[str], shard_size: int = 4) -> ShardedDataset:
@@ -38,19 +38,19 @@ def write_manifest(folder: Path, uris: list[str], shard_size: int = 4) -> Sharde
     return dataset
 
 
-def draw_images(folder: Path) -> list[str]:
-    """Eight images of one colour each, and two that are none."""
+def write_images(folder: Path) -> list[str]:
+    """Writes eight images of one color each and two broken files."""
     folder.mkdir()
-    for colour in COLOURS:
-        Image.new("RGB", (80, 60), colour).save(folder / f"{colour}.png")
+    for color in COLORS:
+        Image.new("RGB", (80, 60), color).save(folder / f"{color}.png")
     (folder / "broken.png").write_bytes((folder / "red.png").read_bytes()[:40])
-    return [str(folder / f"{name}.png") for name in [*COLOURS[:3], "broken", *COLOURS[3:], "missing"]]
+    return [str(folder / f"{name}.png") for name in [*COLORS[:3], "broken", *COLORS[3:], "missing"]]
 
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The images of `draw_images`; to be left as they are."""
-    return draw_images(tmp_path_factory.mktemp("drawn") / "images")
+    """The images of `write_images`. Tests must not change them."""
+    return write_images(tmp_path_factory.mktemp("drawn") / "images")
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def small_encoder() -> ExtractionConfig:
 
 @pytest.fixture(scope="session")
 def extracted(tmp_path_factory: pytest.TempPathFactory, images: list[str], small_encoder: ExtractionConfig) -> Path:
-    """The features of the images; to be left as they are."""
+    """The features of the images. Tests must not change them."""
     folder = tmp_path_factory.mktemp("extracted")
     manifest = write_manifest(folder / "manifest", images)
     run = RunConfig(max_failure_ratio=0.5, progress=False)
@@ -76,13 +76,13 @@ def extracted(tmp_path_factory: pytest.TempPathFactory, images: list[str], small
 
 @pytest.fixture
 def features(tmp_path: Path, extracted: Path) -> Path:
-    """The features of the images, as their extraction left them."""
+    """A copy of the features of the images."""
     return shutil.copytree(extracted, tmp_path / "features")
 
 
 @pytest.fixture(scope="session")
 def trained(extracted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A captioner; to be left as it is."""
+    """A captioner. Tests must not change it."""
     config = CaptionerTrainingConfig(
         captioner=CaptionerConfig(hidden_size=16, embedding_size=16, dropout=0.0),
         training=TrainingConfig(epochs=2),

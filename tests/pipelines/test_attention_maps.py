@@ -26,7 +26,7 @@ from pipelines.extract_features import extract_features
 from pipelines.generate_captions import generate_captions
 from pipelines.run import RunConfig
 from tests.models.attention_captioner import write_captioner
-from tests.pipelines.conftest import draw_images, write_manifest
+from tests.pipelines.conftest import write_images, write_manifest
 from tests.pipelines.test_generate_captions import rows
 
 QUIET = RunConfig(max_failure_ratio=0.5, progress=False)
@@ -102,7 +102,7 @@ def test_captioner_without_attention_is_rejected_before_work_starts(features: Pa
 
 
 def test_retried_images_have_maps(captioner: Path, tmp_path: Path) -> None:
-    images = draw_images(tmp_path / "images")
+    images = write_images(tmp_path / "images")
     manifest = write_manifest(tmp_path / "own-manifest", images)
     caption(manifest.folder.uri, captioner, tmp_path / "captions")
     Image.new("RGB", (80, 60), "red").save(images[9])

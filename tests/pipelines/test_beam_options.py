@@ -9,7 +9,7 @@ from pipelines.run import RunConfig, choose_runner
 RUNNERS = Path(__file__).parents[2] / "configs" / "runners"
 
 
-def test_a_file_stands_for_the_options_in_it(tmp_path: Path) -> None:
+def test_option_file_is_replaced_by_its_options(tmp_path: Path) -> None:
     file = tmp_path / "flink.yaml"
     file.write_text(
         "runner: PortableRunner\n"
@@ -40,20 +40,20 @@ def test_a_file_stands_for_the_options_in_it(tmp_path: Path) -> None:
         ("a: [\n", "are not YAML"),
     ],
 )
-def test_what_is_no_file_of_options_is_refused(text: str, message: str, tmp_path: Path) -> None:
+def test_invalid_option_file_is_rejected(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "options.yaml"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         expand_option_files([f"@{file}"])
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_missing_option_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml is neither a file nor a recipe of runners"):
         choose_runner(RunConfig(beam_options=(f"@{tmp_path}/none.yaml",)))
 
 
 @pytest.mark.parametrize("file", sorted(RUNNERS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_options_name_a_runner_that_beam_has(file: Path) -> None:
+def test_runner_recipes_name_a_known_runner(file: Path) -> None:
     runner, options = choose_runner(RunConfig(beam_options=(f"@{file}",)))
     assert type(runner).__name__ in {"PortableRunner", "FlinkRunner", "SparkRunner", "DataflowRunner"}
     assert options.get_all_options()["runner"]

@@ -1,4 +1,4 @@
-"""The jobs as a cluster gets them, built without one."""
+"""Tests of the job graphs that are submitted to a cluster."""
 
 import subprocess
 import sys
@@ -53,7 +53,7 @@ DATAFLOW = (
     "--dry_run=True",
 )
 
-# Unpickles what jobs carry, in a process that has seen nothing of this one.
+# Unpickles the transforms of a job in a fresh process.
 _UNPICKLE = """
 import sys
 from pathlib import Path
@@ -73,7 +73,7 @@ for path in sys.argv[1:]:
 
 @pytest.fixture
 def jobs(tmp_path: Path, manifest: ShardedDataset) -> dict[str, Job]:
-    """Those of all pipelines, by their labels."""
+    """The jobs of all pipelines, by label."""
     captions = create_dataset(tmp_path / "captions", "captions", captions_schema(), config={}, shards=3)
     vectors = create_dataset(tmp_path / "vectors", "embeddings", embeddings_schema(8), config={}, shards=3)
     transforms: dict[str, beam.PTransform[object, object]] = {
@@ -91,7 +91,7 @@ def build(transform: beam.PTransform[object, object], label: str) -> Job:
 
 
 def hints_of(job: Job) -> dict[str, dict[str, bytes]]:
-    """The resource hints of each transform, by its label."""
+    """Returns the resource hints of each transform, by label."""
     return {
         transform.unique_name: dict(job.components.environments[transform.environment_id].resource_hints)
         for transform in job.components.transforms.values()
@@ -100,7 +100,7 @@ def hints_of(job: Job) -> dict[str, dict[str, bytes]]:
 
 
 @pytest.mark.parametrize("label", STAGES)
-def test_a_gpu_is_asked_for_where_models_run_and_nowhere_else(jobs: dict[str, Job], label: str) -> None:
+def test_only_model_transforms_request_a_gpu(jobs: dict[str, Job], label: str) -> None:
     hints = hints_of(jobs[label])
     assert hints.pop(f"{label}/Process") == {
         "beam:resources:accelerator:v1": L4.encode(),
@@ -110,7 +110,7 @@ def test_a_gpu_is_asked_for_where_models_run_and_nowhere_else(jobs: dict[str, Jo
     assert not any(hints.values())
 
 
-def test_what_travels_is_small_and_is_unpickled_anywhere(jobs: dict[str, Job], tmp_path: Path) -> None:
+def test_pickled_transforms_are_small_and_self_contained(jobs: dict[str, Job], tmp_path: Path) -> None:
     for label, job in jobs.items():
         assert job.ByteSize() < 100_000
         (tmp_path / label).write_bytes(job.SerializeToString())
@@ -125,14 +125,14 @@ def test_what_travels_is_small_and_is_unpickled_anywhere(jobs: dict[str, Job], t
     }
 
 
-def test_one_process_a_worker_loads_the_models() -> None:
+def test_accelerator_limits_workers_to_one_process() -> None:
     _, options = choose_runner(RunConfig(beam_options=DATAFLOW, accelerator=L4))
     assert "no_use_multiple_sdk_containers" in options.view_as(DebugOptions).experiments
     _, options = choose_runner(RunConfig(beam_options=DATAFLOW))
     assert not options.view_as(DebugOptions).experiments
 
 
-def test_models_are_only_looked_at_here_and_must_find_a_gpu_there() -> None:
+def test_accelerator_requires_a_gpu_on_workers_only() -> None:
     assert RunConfig(accelerator=L4).resolve_devices("auto") == ("auto", "cuda")
     assert RunConfig(accelerator=L4).resolve_devices("cuda:1") == ("auto", "cuda:1")
     assert RunConfig().resolve_devices("auto") == ("auto", "auto")
@@ -145,15 +145,15 @@ def test_models_are_only_looked_at_here_and_must_find_a_gpu_there() -> None:
         ((*DATAFLOW, f"--dataflow_service_options=worker_accelerator={L4}"), "conflicts with Dataflow"),
     ],
 )
-def test_accelerators_that_nobody_would_get_are_refused(options: tuple[str, ...], message: str) -> None:
+def test_conflicting_accelerators_are_rejected(options: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         choose_runner(RunConfig(beam_options=options, accelerator=L4))
 
 
-def test_dataflow_takes_the_job(
+def test_dataflow_accepts_the_job(
     manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By Beam's own runner for it, up to where it would ask Google; needs `captionlib[dataflow]`."""
+    """Submits the job through Beam's DataflowRunner up to the first request to Google. Needs `captionlib[dataflow]`."""
     pytest.importorskip("google.auth", reason="captionlib[dataflow] is not installed")
     from apache_beam.io.gcp.gcsio import GcsIO
     from apache_beam.runners.dataflow.internal import apiclient

@@ -10,7 +10,7 @@ from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
 from captionlib.models.inference.extraction import ExtractionConfig
 from pipelines.extract_features import extract_features
 from pipelines.run import RunConfig, choose_runner
-from tests.pipelines.conftest import draw_images, write_manifest
+from tests.pipelines.conftest import write_images, write_manifest
 
 QUIET = RunConfig(max_failure_ratio=0.5, progress=False)
 
@@ -24,7 +24,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("part-*.parquet"))}
 
 
-def test_every_image_is_a_row_or_a_failure(
+def test_each_image_becomes_a_row_or_a_failure(
     manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig
 ) -> None:
     features = extract(manifest, tmp_path / "features", small_encoder)
@@ -39,7 +39,7 @@ def test_every_image_is_a_row_or_a_failure(
     assert [(row["image_id"], row["stage"]) for row in failures] == [("broken.png", "decode"), ("missing.png", "fetch")]
 
 
-def test_features_are_what_the_encoder_sees(
+def test_features_equal_the_encoder_output(
     manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig
 ) -> None:
     features = extract(manifest, tmp_path / "features", small_encoder)
@@ -51,15 +51,13 @@ def test_features_are_what_the_encoder_sees(
     assert features.config["encoder"] == encoder.description
 
 
-def test_a_second_run_changes_nothing(
-    manifest: ShardedDataset, features: Path, small_encoder: ExtractionConfig
-) -> None:
+def test_second_run_changes_nothing(manifest: ShardedDataset, features: Path, small_encoder: ExtractionConfig) -> None:
     times = {path: path.stat().st_mtime_ns for path in features.glob("part-*")}
     extract(manifest, features, small_encoder)
     assert {path: path.stat().st_mtime_ns for path in features.glob("part-*")} == times
 
 
-def test_what_is_missing_is_done_again_and_comes_out_the_same(
+def test_missing_shards_are_reproduced_exactly(
     manifest: ShardedDataset, features: Path, small_encoder: ExtractionConfig
 ) -> None:
     before = content(features)
@@ -69,7 +67,7 @@ def test_what_is_missing_is_done_again_and_comes_out_the_same(
     assert content(features) == before
 
 
-def test_bundles_that_run_twice_write_the_same(
+def test_repeated_bundles_write_identical_output(
     manifest: ShardedDataset, features: Path, tmp_path: Path, small_encoder: ExtractionConfig
 ) -> None:
     twice = dataclasses.replace(QUIET, beam_options=("--direct_runner_bundle_repeat=1",))
@@ -77,15 +75,15 @@ def test_bundles_that_run_twice_write_the_same(
     assert content(features) == content(tmp_path / "twice")
 
 
-def test_two_processes_write_the_same(
+def test_two_workers_write_identical_output(
     manifest: ShardedDataset, features: Path, tmp_path: Path, small_encoder: ExtractionConfig
 ) -> None:
     extract(manifest, tmp_path / "two", small_encoder, dataclasses.replace(QUIET, workers=2))
     assert content(features) == content(tmp_path / "two")
 
 
-def test_repaired_images_are_retried_alone(tmp_path: Path, small_encoder: ExtractionConfig) -> None:
-    images = draw_images(tmp_path / "images")
+def test_retry_processes_repaired_images_only(tmp_path: Path, small_encoder: ExtractionConfig) -> None:
+    images = write_images(tmp_path / "images")
     manifest = write_manifest(tmp_path / "manifest", images)
     extract(manifest, tmp_path / "features", small_encoder)
     Path(images[3]).write_bytes(Path(images[0]).read_bytes())
@@ -95,13 +93,13 @@ def test_repaired_images_are_retried_alone(tmp_path: Path, small_encoder: Extrac
     assert features.compute_totals().reasons == {"FileNotFoundError": 1}
 
 
-def test_another_encoder_is_refused(manifest: ShardedDataset, features: Path, small_encoder: ExtractionConfig) -> None:
+def test_another_encoder_is_rejected(manifest: ShardedDataset, features: Path, small_encoder: ExtractionConfig) -> None:
     other = dataclasses.replace(small_encoder, encoder=dataclasses.replace(small_encoder.encoder, weights="random:1"))
     with pytest.raises(FingerprintError, match=r"encoder.weights: was 'random:0', now 'random:1'"):
         extract(manifest, features, other)
 
 
-def test_too_many_failures_end_with_an_error_and_all_rows(
+def test_too_many_failures_raise_but_keep_all_rows(
     manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig
 ) -> None:
     strict = dataclasses.replace(QUIET, max_failure_ratio=0.1)
@@ -111,7 +109,7 @@ def test_too_many_failures_end_with_an_error_and_all_rows(
     assert extract(manifest, tmp_path / "features", small_encoder).compute_totals().rows == 8
 
 
-def test_an_incomplete_manifest_is_refused(
+def test_incomplete_manifest_is_rejected(
     manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig
 ) -> None:
     manifest.remove_marker(1)
@@ -119,7 +117,7 @@ def test_an_incomplete_manifest_is_refused(
         extract(manifest, tmp_path / "features", small_encoder)
 
 
-def test_everything_may_lie_elsewhere(
+def test_folders_may_be_remote(
     manifest: ShardedDataset, features: Path, tmp_path: Path, small_encoder: ExtractionConfig
 ) -> None:
     output = f"memory://{tmp_path.name}/features"
@@ -135,7 +133,7 @@ def test_everything_may_lie_elsewhere(
         (RunConfig(workers=2, beam_options=("--runner=FlinkRunner",)), "--workers 2 applies to this machine"),
     ],
 )
-def test_options_that_lead_nowhere_are_refused(run: RunConfig, message: str) -> None:
+def test_unusable_options_are_rejected(run: RunConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         choose_runner(run)
 
@@ -153,7 +151,7 @@ def test_options_that_lead_nowhere_are_refused(run: RunConfig, message: str) -> 
         (EncoderConfig("squeezenet1_1", "features.4.cat", "IMAGENET"), "expected IMAGENET1K_V1 or"),
     ],
 )
-def test_a_wrong_encoder_stops_before_anything_is_written(
+def test_invalid_encoder_fails_before_anything_is_written(
     manifest: ShardedDataset, tmp_path: Path, config: EncoderConfig, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):

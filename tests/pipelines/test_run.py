@@ -7,7 +7,7 @@ from captionlib.errors import ConfigError, RunnerError
 from pipelines.run import RunConfig, choose_runner, run_pipeline
 
 
-def test_workers_share_the_cores_among_their_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_divide_the_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.run.available_cpus", lambda: 8)
     assert RunConfig(workers=1).divide_decoders(LoadingConfig()).decode.processes is None
     assert RunConfig(workers=4).divide_decoders(LoadingConfig()).decode.processes == 2
@@ -23,7 +23,7 @@ def test_workers_share_the_cores_among_their_decoders(monkeypatch: pytest.Monkey
         (("--no_such_option=1",), "--no_such_option=1 is not an option of Beam's in-process runner"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(options: tuple[str, ...], message: str) -> None:
+def test_invalid_options_are_rejected(options: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         choose_runner(RunConfig(workers=2, beam_options=options))
 
@@ -34,7 +34,7 @@ def test_invalid_settings_are_rejected(name: str, value: float) -> None:
         RunConfig(**{name: value})  # type: ignore[arg-type]
 
 
-def test_a_cluster_that_cannot_be_reached_is_told() -> None:
+def test_unreachable_cluster_raises_runner_error() -> None:
     nowhere = ("--runner=PortableRunner", "--job_endpoint=127.0.0.1:9", "--job_server_timeout=1")
     run = RunConfig(beam_options=(*nowhere, "--environment_type=EXTERNAL", "--environment_config=127.0.0.1:9"))
     with pytest.raises(RunnerError, match=r"PortableRunner did not finish numbers: .*Run the same command again"):
@@ -42,7 +42,7 @@ def test_a_cluster_that_cannot_be_reached_is_told() -> None:
 
 
 class _Interrupted:
-    """A job on a cluster whose submitter presses Ctrl-C."""
+    """A job on a cluster; the user presses Ctrl-C while waiting for it."""
 
     cancelled = False
 
@@ -53,7 +53,7 @@ class _Interrupted:
         self.cancelled = True
 
 
-def test_ctrl_c_cancels_the_job_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_cancels_the_job_on_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     job = _Interrupted()
     monkeypatch.setattr(beam.Pipeline, "run", lambda self: job)
     run = RunConfig(beam_options=("--runner=PortableRunner", "--job_endpoint=127.0.0.1:9"))

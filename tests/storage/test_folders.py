@@ -8,11 +8,11 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from captionlib.errors import ConfigError, StorageError
-from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, resolve_address, write_file
+from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, resolve_address, stage_file, write_file
 
 
 class RenamingFileSystem(DirFileSystem):
-    """A file system that is neither local nor known for atomic PUTs: files are published by a rename."""
+    """A file system that is not local and has no atomic PUT, so files are published by renaming."""
 
     protocol = "renaming"
 
@@ -33,7 +33,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
     return Folder(addresses[request.param])
 
 
-def test_written_files_are_read_listed_and_removed(folder: Folder) -> None:
+def test_files_are_written_read_listed_and_removed(folder: Folder) -> None:
     folder.write("a.json", b"1")
     folder.write("sub/b.json", b"2")
     folder.write("sub/c.json", b"3")
@@ -54,13 +54,13 @@ def test_written_files_are_read_listed_and_removed(folder: Folder) -> None:
     assert not folder.exists("a.json")
 
 
-def test_a_file_replaces_another_whole(folder: Folder) -> None:
+def test_write_replaces_an_existing_file(folder: Folder) -> None:
     folder.write("a", b"old")
     folder.write("a", b"new")
     assert folder.read("a") == b"new"
 
 
-def test_nothing_appears_when_writing_fails(folder: Folder) -> None:
+def test_stage_publishes_nothing_if_the_block_raises(folder: Folder) -> None:
     with pytest.raises(RuntimeError, match="died"), folder.stage("a") as path:
         path.write_bytes(b"half")
         raise RuntimeError("died")
@@ -68,12 +68,12 @@ def test_nothing_appears_when_writing_fails(folder: Folder) -> None:
     assert folder.list(TEMPORARY_FOLDER) == []
 
 
-def test_pickles_as_its_address(folder: Folder) -> None:
+def test_folder_pickles_as_its_address(folder: Folder) -> None:
     folder.write("a", b"1")
     assert pickle.loads(pickle.dumps(folder)).read("a") == b"1"
 
 
-def test_a_relative_folder_is_found_by_a_process_that_was_started_elsewhere(
+def test_pickled_relative_folder_is_independent_of_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -85,17 +85,17 @@ def test_a_relative_folder_is_found_by_a_process_that_was_started_elsewhere(
 
 
 @pytest.mark.parametrize("address", ["memory://bucket/data", "https://host/a.safetensors"])
-def test_addresses_elsewhere_are_absolute_already(address: str) -> None:
+def test_resolve_address_keeps_remote_addresses(address: str) -> None:
     assert resolve_address(address) == address
 
 
-def test_missing_file_is_a_file_not_found(folder: Folder) -> None:
+def test_read_raises_file_not_found(folder: Folder) -> None:
     with pytest.raises(FileNotFoundError):
         folder.read("none")
 
 
 @pytest.mark.parametrize("address", ["{tmp_path}/new/scores.parquet", "memory://{tmp_path}/scores.parquet"])
-def test_a_single_file_is_written_whole_and_alone(tmp_path: Path, address: str) -> None:
+def test_write_file_leaves_no_temporary_files(tmp_path: Path, address: str) -> None:
     address = address.format(tmp_path=tmp_path)
     for content in (b"first", b"second"):
         write_file(address, content)
@@ -104,7 +104,16 @@ def test_a_single_file_is_written_whole_and_alone(tmp_path: Path, address: str) 
     assert folder.read("scores.parquet") == b"second"
 
 
-def test_a_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("address", ["{tmp_path}/scores.csv", "memory://{tmp_path}/scores.csv"])
+def test_stage_file_leaves_nothing_if_the_block_raises(tmp_path: Path, address: str) -> None:
+    address = address.format(tmp_path=tmp_path)
+    with pytest.raises(RuntimeError, match="died"), stage_file(address) as path:
+        path.write_bytes(b"half")
+        raise RuntimeError("died")
+    assert Folder(address.rpartition("/")[0]).list() == []
+
+
+def test_write_file_reports_an_unwritable_address(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"file/scores\.parquet cannot be written: "):
         write_file(tmp_path / "file" / "scores.parquet", b"")
@@ -122,18 +131,18 @@ def test_a_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         "ZIP://a",
     ],
 )
-def test_chains_and_protocols_that_interpret_content_are_refused(address: str) -> None:
+def test_chains_and_interpreting_protocols_are_rejected(address: str) -> None:
     for refuse in (lambda: Folder(address).list(), lambda: resolve_address(address), lambda: write_file(address, b"")):
         with pytest.raises(ConfigError, match="download or unpack it first"):
             refuse()
 
 
-def test_an_unknown_protocol_is_told() -> None:
+def test_unknown_protocol_is_rejected() -> None:
     with pytest.raises(ConfigError, match="nonsense://folder cannot be opened"):
         Folder("nonsense://folder").list()
 
 
-def test_a_local_path_may_contain_two_colons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_path_may_contain_double_colons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Folder(tmp_path / "zip::a").write("b::c", b"1")
     assert Folder(tmp_path / "zip::a").read("b::c") == b"1"
     monkeypatch.chdir(tmp_path)

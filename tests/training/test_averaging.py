@@ -2,43 +2,54 @@ import pytest
 import torch
 from torch import nn
 
-from captionlib.training.averaging import WeightAverage
+from captionlib.training.averaging import apply_average, average_weights
 
 
-def test_the_average_moves_as_worked_out_by_hand() -> None:
-    weight = nn.Parameter(torch.tensor([1.0]))
-    average = WeightAverage([weight], decay=0.25)
-    for value in (2.0, 4.0):
-        weight.data.fill_(value)
-        average.update()
-    # The first step keeps 2/11 of what there was, less than 0.25; the second 3/12.
-    first = 2 / 11 * 1 + 9 / 11 * 2
-    with average.applied():
-        assert weight.item() == pytest.approx(0.25 * first + 0.75 * 4)
-    assert weight.item() == 4.0
+class Weight(nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor([value]))
 
 
-def test_the_models_own_weights_come_back_bit_for_bit_even_after_an_error() -> None:
+def test_average_matches_hand_computed_values() -> None:
+    model = Weight(1.0)
+    average = average_weights(model, decay=0.25)
+    for value in (2.0, 4.0, 8.0):
+        model.value.data.fill_(value)
+        average.update_parameters(model)
+    # The first update copies. The second keeps (1 + 1) / (10 + 1), less than 0.25; the third (1 + 2) / (10 + 2) = 0.25.
+    second = 2 / 11 * 2 + 9 / 11 * 4
+    with apply_average(model, average):
+        assert model.value.item() == pytest.approx(0.25 * second + 0.75 * 8)
+    assert model.value.item() == 8.0
+
+
+def test_own_weights_are_restored_exactly_even_after_an_error() -> None:
     torch.manual_seed(0)
     model = nn.Linear(5, 5)
-    average = WeightAverage(list(model.parameters()), decay=0.9)
+    average = average_weights(model, decay=0.9)
     own = [parameter.detach().clone() for parameter in model.parameters()]
-    average.update()
-    with pytest.raises(RuntimeError, match="validation fails"), average.applied():
+    for parameter in average.module.parameters():
+        parameter.data.add_(1)
+    with pytest.raises(RuntimeError, match="validation fails"), apply_average(model, average):
+        assert all(not torch.equal(before, now) for before, now in zip(own, model.parameters(), strict=True))
         raise RuntimeError("validation fails")
     assert all(torch.equal(before, after) for before, after in zip(own, model.parameters(), strict=True))
 
 
-def test_the_average_goes_on_from_its_state() -> None:
+def test_average_resumes_from_its_state() -> None:
     torch.manual_seed(0)
-    weight = nn.Parameter(torch.randn(4))
-    whole, part = WeightAverage([weight], 0.9), WeightAverage([weight], 0.9)
-    whole.update()
-    part.update()
-    weight.data.add_(1)
-    resumed = WeightAverage([weight], 0.9)
-    resumed.load_state_dict(part.state_dict())
-    weight.data.mul_(3)
-    whole.update()
-    resumed.update()
-    assert torch.equal(whole.state_dict()["averages"][0], resumed.state_dict()["averages"][0])
+    model = nn.Linear(4, 4)
+    uninterrupted, interrupted = average_weights(model, 0.9), average_weights(model, 0.9)
+    uninterrupted.update_parameters(model)
+    interrupted.update_parameters(model)
+    model.weight.data.add_(1)
+    resumed = average_weights(model, 0.9)
+    resumed.load_state_dict(interrupted.state_dict())
+    for _ in range(2):
+        model.weight.data.mul_(3)
+        uninterrupted.update_parameters(model)
+        resumed.update_parameters(model)
+    assert all(
+        torch.equal(expected, resumed.state_dict()[name]) for name, expected in uninterrupted.state_dict().items()
+    )

@@ -1,5 +1,3 @@
-"""The stage in which a captioner learns which words its sentences will have."""
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from captionlib.errors import ConfigError
 from captionlib.models.captioners.captioner import CaptionerConfig
 from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.training.bag_of_words import BagOfWordsObjective
-from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
+from captionlib.training.caption_objective import CaptioningObjective
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
 from captionlib.training.loop import TrainingConfig
 from jobs.train_captioner import command
@@ -37,25 +35,24 @@ def train(features: ShardedDataset, output: Path, config: CaptionerTrainingConfi
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_a_word_is_foretold_as_the_first_word_of_a_sentence(config: CaptionerConfig) -> None:
+def test_word_probability_is_that_of_the_first_word_of_a_caption(config: CaptionerConfig) -> None:
     model, images = build(config, 0), tiny_captioners.features(3, 0)
     with torch.no_grad():
-        foretold = model.predict_bag_of_words(images)
+        predicted = model.predict_bag_of_words(images)
         for word in range(2, 9):
             scores = model(images, torch.tensor([[word]] * 3), torch.arange(3))
             firsts = torch.stack([scores.log_probs[scores.sentences == image][0] for image in range(3)])
-            torch.testing.assert_close(foretold[:, word], firsts)
-    torch.testing.assert_close(foretold.exp().sum(1), torch.ones(3))
+            torch.testing.assert_close(predicted[:, word], firsts)
+    torch.testing.assert_close(predicted.exp().sum(1), torch.ones(3))
 
 
 def objective_of(features: ShardedDataset, config: CaptionerConfig) -> BagOfWordsObjective:
     vocabulary = Vocabulary.from_captions(["a b c d e f g"], 1)
     batches = CaptionBatches(features, ["train"], vocabulary.encode, 8)
-    save = CaptionSaver(vocabulary, {}, {})
-    return BagOfWordsObjective(CaptioningObjective(build(config, 0), batches, batches, save), batches)
+    return BagOfWordsObjective(CaptioningObjective(build(config, 0), batches, batches, lambda *_: None), batches)
 
 
-def test_the_loss_is_of_each_known_word_of_each_sentence(features: ShardedDataset) -> None:
+def test_loss_covers_each_known_word_of_each_caption(features: ShardedDataset) -> None:
     objective = objective_of(features, CONFIGS[1])
     images = tiny_captioners.features(2, 0)
     batch = CaptionBatch(images.numpy(), [[3, UNKNOWN, 4], [3], [5, 5]], np.array([1, 1, 0]))
@@ -66,7 +63,7 @@ def test_the_loss_is_of_each_known_word_of_each_sentence(features: ShardedDatase
     assert loss.mean.item() == pytest.approx(-expected.mean().item())
 
 
-def test_a_batch_without_known_words_teaches_nothing(features: ShardedDataset) -> None:
+def test_batch_without_known_words_has_no_gradient(features: ShardedDataset) -> None:
     objective = objective_of(features, CONFIGS[1])
     loss = objective.loss(CaptionBatch(tiny_captioners.features(1, 0).numpy(), [[UNKNOWN], []], np.array([0, 0])))
     loss.mean.backward()
@@ -74,9 +71,7 @@ def test_a_batch_without_known_words_teaches_nothing(features: ShardedDataset) -
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in objective.model.parameters())
 
 
-def test_words_are_foretold_better_and_better_and_captions_go_on_from_it(
-    features: ShardedDataset, tmp_path: Path
-) -> None:
+def test_word_perplexity_falls_and_captioning_starts_from_it(features: ShardedDataset, tmp_path: Path) -> None:
     history = train(features, tmp_path / "first", FIRST)
     # Each image has one of eight words that differ by its kind, twice; "is" twice; and "this", "it", "a" and "again".
     best = np.exp(-(4 * np.log(2 / 8) + 4 * np.log(1 / 8)) / 8)
@@ -91,7 +86,7 @@ def test_words_are_foretold_better_and_better_and_captions_go_on_from_it(
     assert load_captioner(tmp_path / "second").provenance["init_from"]["fingerprint"] == first.fingerprint
 
 
-def test_the_command_says_how_well_words_are_foretold(features: ShardedDataset, tmp_path: Path) -> None:
+def test_command_reports_word_perplexity(features: ShardedDataset, tmp_path: Path) -> None:
     words = [features.folder.uri, "-o", str(tmp_path / "first"), "--device", "cpu", "--no-progress"]
     words += ["--set", "objective=bag_of_words", "--set", "training.epochs=2", "--set", "min_count=1"]
     result = CliRunner().invoke(command, words)
@@ -103,10 +98,10 @@ def test_the_command_says_how_well_words_are_foretold(features: ShardedDataset, 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("label_smoothing=0.1", "label_smoothing: expected 0.0 with objective bag_of_words, got 0.1"),
+        ("label_smoothing=0.1", "label_smoothing: expected 0 with objective bag_of_words, got 0.1"),
         ("best_by=cider", "best_by: expected perplexity with objective bag_of_words, got cider"),
     ],
 )
-def test_what_has_no_meaning_here_is_refused(override: str, message: str) -> None:
+def test_rejects_options_of_other_objectives(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(CaptionerTrainingConfig, None, ["objective=bag_of_words", override])

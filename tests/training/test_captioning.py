@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from captionlib.data.batches.captions import CaptionBatches, read_captions, read_features
+from captionlib.data.batches.captions import CaptionBatches, read_captions, read_features, read_references
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
@@ -20,8 +20,7 @@ from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.checkpoints.checkpoint import load_captioner, save_captioner
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
-from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
-from captionlib.training.caption_validation import CiderValidation
+from captionlib.training.caption_objective import CaptioningObjective, CiderValidation
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
 from captionlib.training.initialization import build_captioner
 from captionlib.training.loop import TrainingConfig
@@ -41,7 +40,7 @@ def train(
     return train_captioner(features.folder.uri, output, config, device="cpu", progress=False, **options)
 
 
-def test_learns_to_say_what_it_sees(features: ShardedDataset, tmp_path: Path) -> None:
+def test_learns_to_describe_images(features: ShardedDataset, tmp_path: Path) -> None:
     history = train(features, tmp_path / "captioner")
     # Of an image's two sentences, ten tokens with their ENDs, which it is is a coin's toss: 2^(2 / 10) is the best.
     assert 2**0.2 <= history[-1]["perplexity"] < 1.25
@@ -56,14 +55,14 @@ def test_learns_to_say_what_it_sees(features: ShardedDataset, tmp_path: Path) ->
     assert (tmp_path / "captioner" / "metrics.jsonl").read_text().count("\n") == len(history)
 
 
-def test_the_vocabulary_is_counted_on_train_only(features: ShardedDataset, tmp_path: Path) -> None:
+def test_vocabulary_is_counted_on_the_training_splits(features: ShardedDataset, tmp_path: Path) -> None:
     config = replace(CONFIG, train_splits=("val",), validation_splits=("train",), training=TrainingConfig(epochs=1))
     train(features, tmp_path / "captioner", config)
     vocabulary = load_captioner(tmp_path / "captioner").vocabulary
     assert vocabulary.sentence_count == 2 * 16
 
 
-def test_the_same_seed_gives_the_same_weights(features: ShardedDataset, tmp_path: Path) -> None:
+def test_same_seed_gives_same_weights(features: ShardedDataset, tmp_path: Path) -> None:
     config = replace(CONFIG, training=TrainingConfig(epochs=2))
     states = []
     for name in ("one", "two"):
@@ -72,13 +71,13 @@ def test_the_same_seed_gives_the_same_weights(features: ShardedDataset, tmp_path
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_a_split_without_sentences_is_refused_before_training(features: ShardedDataset, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="expected sentences in split dev, got none"):
+def test_rejects_split_without_captions_before_training(features: ShardedDataset, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="expected captions in split dev, got none"):
         train(features, tmp_path / "captioner", replace(CONFIG, validation_splits=("dev",)))
     assert not (tmp_path / "captioner" / "config.json").exists()
 
 
-def test_another_configuration_is_refused_unless_told_to_overwrite(features: ShardedDataset, tmp_path: Path) -> None:
+def test_another_configuration_needs_overwrite(features: ShardedDataset, tmp_path: Path) -> None:
     config = replace(CONFIG, training=TrainingConfig(epochs=1))
     train(features, tmp_path / "captioner", config)
     other = replace(config, captioner=replace(config.captioner, hidden_size=8))
@@ -91,17 +90,15 @@ def test_another_configuration_is_refused_unless_told_to_overwrite(features: Sha
 @pytest.mark.parametrize(
     "shape", [{}, {"cell": "rnn", "image_input": "every_step"}, {"image_input": "initial_state", "layers": 2}]
 )
-def test_bfloat16_learns_as_well(features: ShardedDataset, tmp_path: Path, shape: dict[str, Any]) -> None:
+def test_bfloat16_learns_as_well_as_float32(features: ShardedDataset, tmp_path: Path, shape: dict[str, Any]) -> None:
     training = replace(CONFIG.training, precision="bfloat16", learning_rate=0.01, epochs=15)
     config = replace(CONFIG, captioner=replace(CONFIG.captioner, **shape), training=training)
-    rough = train(features, tmp_path / "rough", config)[-1]["perplexity"]
-    exact = train(features, tmp_path / "exact", replace(config, training=replace(training, precision="float32")))
-    assert rough == pytest.approx(exact[-1]["perplexity"], rel=0.05)
+    bfloat16 = train(features, tmp_path / "rough", config)[-1]["perplexity"]
+    float32 = train(features, tmp_path / "exact", replace(config, training=replace(training, precision="float32")))
+    assert bfloat16 == pytest.approx(float32[-1]["perplexity"], rel=0.05)
 
 
-def test_words_start_from_the_vectors_of_others(
-    features: ShardedDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_word_vectors_are_initialized_from_a_file(features: ShardedDataset, tmp_path: Path) -> None:
     vectors = {word: np.random.default_rng(number).normal(size=16).round(3) for number, word in enumerate(WORDS)}
     lines = [f"{word} {' '.join(map(str, vector))}\n" for word, vector in vectors.items()]
     (tmp_path / "glove.txt").write_text("".join(lines))
@@ -112,33 +109,33 @@ def test_words_start_from_the_vectors_of_others(
     for word, vector in vectors.items():
         (number,) = captioner.vocabulary.encode(word)
         np.testing.assert_allclose(captioner.model.word_vectors.weight[number].detach(), vector, atol=1e-6)
-    said = captioner.provenance["word_vectors"]
+    report = captioner.provenance["word_vectors"]
     missing = {"this", "is", "it", "a", "again"}
-    assert (said["found"], said["missing"], set(said["such as"])) == (len(WORDS), len(missing), missing)
-    assert "found 4  missing 5" in capsys.readouterr().err
+    assert (report["found"], report["missing"], set(report["examples"])) == (len(WORDS), len(missing), missing)
 
 
-def test_word_vectors_of_another_size_are_refused(features: ShardedDataset, tmp_path: Path) -> None:
+def test_rejects_word_vectors_of_another_size(features: ShardedDataset, tmp_path: Path) -> None:
     (tmp_path / "glove.txt").write_text("one 1 2 3\n")
     with pytest.raises(ConfigError, match="embedding size 16, got size 3"):
         train(features, tmp_path / "captioner", replace(CONFIG, word_vectors=str(tmp_path / "glove.txt")))
 
 
-def test_label_smoothing_keeps_the_model_from_certainty(features: ShardedDataset, tmp_path: Path) -> None:
+def test_label_smoothing_keeps_predictions_uncertain(features: ShardedDataset, tmp_path: Path) -> None:
     sharp = train(features, tmp_path / "sharp")[-1]
     smooth = train(features, tmp_path / "smooth", replace(CONFIG, label_smoothing=0.2))[-1]
     assert 1.1 * sharp["perplexity"] < smooth["perplexity"]
-    assert smooth["loss"] == pytest.approx(np.log(smooth["perplexity"]), abs=0.2)  # what is shown is not smoothed
+    assert smooth["loss"] == pytest.approx(np.log(smooth["perplexity"]), abs=0.2)  # the reported loss is not smoothed
 
 
-def test_the_smoothed_loss_is_the_cross_entropy_with_smoothed_targets(features: ShardedDataset) -> None:
+def test_smoothed_loss_is_cross_entropy_with_smoothed_targets(features: ShardedDataset) -> None:
     torch.manual_seed(0)
     vocabulary = Vocabulary.from_captions([f"this is {word}" for word in WORDS], 1)
     model = Captioner(CONFIG.captioner, 4, len(vocabulary)).eval()
     batches = CaptionBatches(features, ["train"], vocabulary.encode, 8)
     (batch, *_) = batches.in_order()
-    saver = CaptionSaver(vocabulary, {}, {})
-    plain, smooth = (CaptioningObjective(model, batches, batches, saver, share).loss(batch) for share in (0.0, 0.1))
+    plain, smooth = (
+        CaptioningObjective(model, batches, batches, lambda *_: None, smoothing).loss(batch) for smoothing in (0.0, 0.1)
+    )
     assert plain[1:] == smooth[1:]
     uniform = -model(
         torch.from_numpy(batch.features),
@@ -150,7 +147,7 @@ def test_the_smoothed_loss_is_the_cross_entropy_with_smoothed_targets(features: 
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="CIDEr's tokenizer needs Java")
-def test_the_epoch_with_the_best_cider_is_kept(features: ShardedDataset, tmp_path: Path) -> None:
+def test_epoch_with_best_cider_is_saved(features: ShardedDataset, tmp_path: Path) -> None:
     training = replace(CONFIG.training, epochs=12, patience=None)
     config = replace(CONFIG, best_by="cider", decoding=DecodingConfig(beam_width=1), training=training)
     history = train(features, tmp_path / "captioner", config)
@@ -158,11 +155,13 @@ def test_the_epoch_with_the_best_cider_is_kept(features: ShardedDataset, tmp_pat
     assert scores[0] < max(scores)
     kept = load_captioner(tmp_path / "captioner")
     assert kept.training["history"][-1]["CIDEr"] == max(scores)
-    validation = CiderValidation(features, ["val"], kept.vocabulary, config.decoding)
+    batches = CaptionBatches(features, ["val"], kept.vocabulary.encode, 7)
+    references = list(read_references(features, ["val"]))
+    validation = CiderValidation(batches, references, kept.vocabulary, config.decoding)
     assert validation.score(kept.model) == pytest.approx(max(scores))
 
 
-def test_statistics_are_those_of_what_the_power_leaves(features: ShardedDataset) -> None:
+def test_statistics_follow_the_feature_power(features: ShardedDataset) -> None:
     vocabulary = Vocabulary.from_captions(read_captions(features, ["train"]), 1)
     model = build_captioner(replace(CONFIG.captioner, feature_power=0.5), features, ["train"], vocabulary)
     seen = torch.cat([model.transform_features(torch.from_numpy(rows).float()) for rows in train_rows(features)])
@@ -178,11 +177,11 @@ def train_rows(features: ShardedDataset) -> list[np.ndarray]:
 
 def test_attention_needs_maps(features: ShardedDataset, tmp_path: Path) -> None:
     config = replace(CONFIG, captioner=replace(CONFIG.captioner, attention_size=8))
-    with pytest.raises(DatasetError, match="got one vector an image; extract with pooling none"):
+    with pytest.raises(DatasetError, match="got one vector per image; extract with pooling none"):
         train(features, tmp_path / "captioner", config)
 
 
-def test_attention_sees_what_stands_together(tmp_path: Path) -> None:
+def test_attention_distinguishes_positions(tmp_path: Path) -> None:
     maps = write_maps(tmp_path / "maps")
     looking = replace(CONFIG, captioner=replace(CONFIG.captioner, attention_size=16))
     image_state = train(maps, tmp_path / "image_state")[-1]["perplexity"]
@@ -192,13 +191,13 @@ def test_attention_sees_what_stands_together(tmp_path: Path) -> None:
     assert attention < 1.05
 
 
-def test_crops_need_maps(features: ShardedDataset, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"crop changes maps .*, got one vector an image; extract"):
+def test_random_crop_needs_maps(features: ShardedDataset, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"random_crop .* need maps .*, got one vector per image; extract"):
         train(features, tmp_path / "captioner", replace(CONFIG, random_crop=0.5))
 
 
 @pytest.mark.parametrize("attention_size", [0, 16])
-def test_crops_change_what_is_learned_from_and_the_seed_draws_them(tmp_path: Path, attention_size: int) -> None:
+def test_random_crops_change_training_reproducibly(tmp_path: Path, attention_size: int) -> None:
     maps = write_maps(tmp_path / "maps")
     config = replace(CONFIG, captioner=replace(CONFIG.captioner, attention_size=attention_size))
     whole, cropped, again = (
@@ -209,15 +208,8 @@ def test_crops_change_what_is_learned_from_and_the_seed_draws_them(tmp_path: Pat
     assert cropped != whole
 
 
-def test_sentences_are_mixed_where_asked_for(features: ShardedDataset, tmp_path: Path) -> None:
-    history = train(features, tmp_path / "captioner", replace(CONFIG, batch_sentences=16))
-    assert history[-1]["perplexity"] < 1.6
-    with pytest.raises(ConfigError, match="batch_sentences: expected at least 1, got 0"):
-        replace(CONFIG, batch_sentences=0)
-
-
 def write_maps(folder: Path) -> ShardedDataset:
-    """Images of two things that stand in one place or in two; the mean over places is the same."""
+    """Writes maps of two objects at one position or at two; the mean over the positions is the same."""
     draw = np.random.default_rng(0)
     config = {"encoder": {"model": "none", "shape": [4, 2]}}
     dataset = create_dataset(folder, "features", features_schema(8, "float16"), config=config, shards=1)
@@ -237,7 +229,7 @@ def write_maps(folder: Path) -> ShardedDataset:
     return dataset
 
 
-def test_training_starts_from_the_weights_and_the_words_of_another(features: ShardedDataset, tmp_path: Path) -> None:
+def test_init_from_keeps_weights_and_vocabulary(features: ShardedDataset, tmp_path: Path) -> None:
     first = train(features, tmp_path / "first", replace(CONFIG, training=replace(CONFIG.training, epochs=4)))
     still = replace(CONFIG.training, epochs=1, learning_rate=1e-9)
     config = replace(
@@ -255,9 +247,7 @@ def test_training_starts_from_the_weights_and_the_words_of_another(features: Sha
     assert resolved["captioner"]["hidden_size"] == 16
 
 
-def test_a_run_that_started_from_another_checkpoint_is_not_gone_on_with(
-    features: ShardedDataset, tmp_path: Path
-) -> None:
+def test_run_with_another_initial_checkpoint_is_not_resumed(features: ShardedDataset, tmp_path: Path) -> None:
     config = replace(CONFIG, training=TrainingConfig(epochs=1))
     for seed in (1, 2):
         train(
@@ -270,7 +260,7 @@ def test_a_run_that_started_from_another_checkpoint_is_not_gone_on_with(
         train(features, tmp_path / "second", second)
 
 
-def test_what_training_cannot_start_from_is_refused(features: ShardedDataset, tmp_path: Path) -> None:
+def test_rejects_unsuitable_init_from(features: ShardedDataset, tmp_path: Path) -> None:
     first = tmp_path / "first"
     config = replace(CONFIG, training=TrainingConfig(epochs=1), init_from=str(first))
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
@@ -279,11 +269,11 @@ def test_what_training_cannot_start_from_is_refused(features: ShardedDataset, tm
     other = replace(config, captioner=replace(CONFIG.captioner, cell="rnn", hidden_size=8))
     with pytest.raises(ConfigError, match=r"cell: was 'lstm', now 'rnn'; hidden_size: was 16, now 8\); leave"):
         train(features, tmp_path / "second", other)
-    with pytest.raises(ConfigError, match="is the run's own folder"):
+    with pytest.raises(ConfigError, match="is also the output of this run"):
         train(features, first, config, overwrite=True)
     saved = load_captioner(first)
     save_captioner(first, saved.model, saved.vocabulary, {"model": "vgg16", "shape": [4]}, provenance={}, training={})
     with pytest.raises(CheckpointError, match="model: expected 'vgg16', got 'none'"):
         train(features, tmp_path / "second", config)
-    with pytest.raises(ConfigError, match="word_vectors has no place"):
+    with pytest.raises(ConfigError, match="word_vectors: expected none with init_from"):
         replace(config, word_vectors="glove.txt")

@@ -34,7 +34,7 @@ CONFIG: dict[str, Any] = {
 def start(
     features: ShardedDataset, output: Path, processes: int, overrides: Sequence[str] = ()
 ) -> "subprocess.Popen[str]":
-    """`captionlib train-captioner`, under torchrun where there is more than one process."""
+    """Starts `captionlib train-captioner`, under torchrun for more than one process."""
     config = output.with_suffix(".yaml")
     config.write_text(yaml.safe_dump(CONFIG))
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
@@ -54,9 +54,9 @@ def start(
 
 
 def finish(run: "subprocess.Popen[str]") -> str:
-    said, _ = run.communicate(timeout=200)
-    assert run.returncode == 0, said
-    return said
+    output, _ = run.communicate(timeout=200)
+    assert run.returncode == 0, output
+    return output
 
 
 def history(output: Path) -> list[dict[str, float]]:
@@ -76,10 +76,10 @@ def running() -> Iterator[list["subprocess.Popen[str]"]]:
             run.kill()
 
 
-def test_two_processes_have_the_curve_of_one_with_the_doubled_batch(features: ShardedDataset, tmp_path: Path) -> None:
+def test_two_processes_equal_one_with_the_doubled_batch(features: ShardedDataset, tmp_path: Path) -> None:
     finish(start(features, tmp_path / "one", 1, ["batch_images=20"]))
-    said = finish(start(features, tmp_path / "two", 2))
-    assert said.count("after epoch") == 1  # one process speaks
+    report = finish(start(features, tmp_path / "two", 2))
+    assert report.count("after epoch") == 1  # only one process reports
     for alone, together in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
         for name in ("epoch", "loss", "perplexity", "learning_rate"):
             assert alone[name] == pytest.approx(together[name], rel=1e-4)
@@ -88,9 +88,7 @@ def test_two_processes_have_the_curve_of_one_with_the_doubled_batch(features: Sh
         torch.testing.assert_close(values, two[name], rtol=1e-2, atol=1e-4)
 
 
-def test_two_processes_learn_from_what_one_with_the_doubled_batch_draws(
-    features: ShardedDataset, tmp_path: Path
-) -> None:
+def test_two_processes_sample_like_one_with_the_doubled_batch(features: ShardedDataset, tmp_path: Path) -> None:
     finish(start(features, tmp_path / "first", 1, ["batch_images=20"]))
     second = ["objective=self_critical", f"init_from={tmp_path / 'first'}", "training.epochs=2"]
     finish(start(features, tmp_path / "one", 1, [*second, "batch_images=20"]))
@@ -101,15 +99,15 @@ def test_two_processes_learn_from_what_one_with_the_doubled_batch_draws(
             assert alone[name] == pytest.approx(together[name], rel=1e-3)
 
 
-def test_two_stopped_processes_go_on_bit_for_bit(
+def test_two_stopped_processes_resume_bit_for_bit(
     features: ShardedDataset, tmp_path: Path, running: list["subprocess.Popen[str]"]
 ) -> None:
     dropout = [
         "captioner.dropout=0.3",
         "training.checkpoint_interval_seconds=0",
         "training.epochs=12",
-    ]  # each draws its own
-    finish(start(features, tmp_path / "undisturbed", 2, dropout))
+    ]  # each process has its own
+    finish(start(features, tmp_path / "uninterrupted", 2, dropout))
     stopped = start(features, tmp_path / "stopped", 2, dropout)
     running.append(stopped)
     while not (tmp_path / "stopped" / "_training" / "state.pt").exists() and stopped.poll() is None:
@@ -118,16 +116,16 @@ def test_two_stopped_processes_go_on_bit_for_bit(
     stopped.communicate(timeout=200)
     assert stopped.returncode != 0
     finish(start(features, tmp_path / "stopped", 2, dropout))
-    for before, after in zip(history(tmp_path / "undisturbed"), history(tmp_path / "stopped"), strict=True):
+    for before, after in zip(history(tmp_path / "uninterrupted"), history(tmp_path / "stopped"), strict=True):
         assert (before["loss"], before["perplexity"]) == (after["loss"], after["perplexity"])
-    undisturbed, resumed = weights(tmp_path / "undisturbed"), weights(tmp_path / "stopped")
-    assert all(torch.equal(values, resumed[name]) for name, values in undisturbed.items())
+    uninterrupted, resumed = weights(tmp_path / "uninterrupted"), weights(tmp_path / "stopped")
+    assert all(torch.equal(values, resumed[name]) for name, values in uninterrupted.items())
 
 
-def test_a_refusal_in_the_first_process_is_told_by_all_and_none_waits(features: ShardedDataset, tmp_path: Path) -> None:
+def test_error_in_the_first_process_ends_all_processes(features: ShardedDataset, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("years of work")
     run = start(features, tmp_path / "thesis", 2)
-    said, _ = run.communicate(timeout=100)
+    report, _ = run.communicate(timeout=100)
     assert run.returncode != 0
-    assert "files that no training run wrote" in said
+    assert "files that no training run wrote" in report

@@ -1,5 +1,3 @@
-"""A captioner that begins with a part of the encoder, from stored maps and from images."""
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -55,14 +53,14 @@ def train(features: Path, output: Path, config: CaptionerTrainingConfig = CONFIG
     return load_captioner(output).model.state_dict()
 
 
-def tail_before(features: Path) -> dict[str, Tensor]:
+def initial_encoder_top(features: Path) -> dict[str, Tensor]:
     encoder_top = EncoderTop(open_dataset(features).config["encoder"], NODE)
     encoder_top.load_weights(None)
     return {f"encoder_top.{name}": tensor for name, tensor in encoder_top.state_dict().items()}
 
 
-def test_the_tail_is_tuned_with_the_captioner_where_it_has_a_learning_rate(maps: Path, tmp_path: Path) -> None:
-    before = tail_before(maps)
+def test_encoder_top_is_trained_unless_its_learning_rate_is_zero(maps: Path, tmp_path: Path) -> None:
+    before = initial_encoder_top(maps)
     assert before
     tuned = train(maps, tmp_path / "tuned")
     assert not any(torch.equal(tuned[name], tensor) for name, tensor in before.items() if "weight" in name)
@@ -77,17 +75,17 @@ def test_captions_are_the_same_from_images_and_from_stored_maps(
     shape = replace(CONFIG.captioner, attention_size=attention_size, image_input="initial_state")
     train(maps, tmp_path / "captioner", replace(CONFIG, captioner=shape))
     config = GenerationConfig(DecodingConfig(min_words=3))
-    said = []
+    captions = []
     for number, source in enumerate((maps, maps.parent / "manifest")):
         output = tmp_path / f"captions-{number}"
         generate_captions(source, tmp_path / "captioner", output, config, device="cpu", run=RUN)
-        said.append(rows(open_dataset(output)))
-    assert len({log_prob for *_, log_prob in said[0]}) == len(said[0])  # each image has its own
-    assert [row[:2] for row in said[0]] == [row[:2] for row in said[1]]
-    assert [row[2] for row in said[0]] == pytest.approx([row[2] for row in said[1]], abs=1e-3)
+        captions.append(rows(open_dataset(output)))
+    assert len({log_prob for *_, log_prob in captions[0]}) == len(captions[0])  # each image has a different caption
+    assert [row[:2] for row in captions[0]] == [row[:2] for row in captions[1]]
+    assert [row[2] for row in captions[0]] == pytest.approx([row[2] for row in captions[1]], abs=1e-3)
 
 
-def test_attention_maps_are_of_what_the_tail_gives(maps: Path, tmp_path: Path) -> None:
+def test_attention_maps_have_the_shape_of_the_encoder_top(maps: Path, tmp_path: Path) -> None:
     smaller = "features.5"  # 27 x 27 of 55 x 55
     config = replace(CONFIG, captioner=replace(CONFIG.captioner, attention_size=8, encoder_top=smaller))
     train(maps, tmp_path / "captioner", config)
@@ -107,23 +105,23 @@ def rows(dataset: ShardedDataset) -> list[tuple[str, str, float]]:
     ]
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(maps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_run_resumes_to_the_same_weights(maps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train(maps, tmp_path / "whole")
-    asked = iter([False, False, False, True])
+    requests = iter([False, False, False, True])
 
     @contextmanager
-    def stop_requests(insistent: bool) -> Iterator[Callable[[], bool]]:
-        yield lambda: next(asked)
+    def catch_stop_signals(abort_on_repeat: bool) -> Iterator[Callable[[], bool]]:
+        yield lambda: next(requests)
 
     with monkeypatch.context() as patched:
-        patched.setattr("captionlib.training.loop.stop_requests", stop_requests)
+        patched.setattr("captionlib.training.loop.catch_stop_signals", catch_stop_signals)
         with pytest.raises(TrainingInterrupted):
             train(maps, tmp_path / "stopped")
     again = train(maps, tmp_path / "stopped")
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
-def test_self_critical_training_goes_on_from_it(maps: Path, tmp_path: Path) -> None:
+def test_self_critical_training_starts_from_it(maps: Path, tmp_path: Path) -> None:
     first = train(maps, tmp_path / "first")
     config = replace(
         CONFIG,
@@ -139,9 +137,11 @@ def test_self_critical_training_goes_on_from_it(maps: Path, tmp_path: Path) -> N
     assert f"encoder_top.network.{NODE.rsplit('_', 1)[0]}.weight" in changed
 
 
-def test_weights_are_taken_for_a_tail_alone(maps: Path, tmp_path: Path) -> None:
+def test_weights_option_needs_an_encoder_top(maps: Path, tmp_path: Path) -> None:
     config = replace(CONFIG, captioner=replace(CONFIG.captioner, encoder_top=None))
-    with pytest.raises(ConfigError, match="--weights is for a captioner that begins with a encoder_top"):
+    with pytest.raises(ConfigError, match=r"--weights: expected only for a new captioner with captioner\.encoder_top"):
         train_captioner(maps, tmp_path / "captioner", config, weights="file.safetensors", device="cpu", progress=False)
-    with pytest.raises(ConfigError, match="encoder_top_learning_rate: expected at least 0, got -1"):
+    with pytest.raises(
+        ConfigError, match="encoder_top_learning_rate: Input should be greater than or equal to 0, got -1"
+    ):
         replace(CONFIG, encoder_top_learning_rate=-1)

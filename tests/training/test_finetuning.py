@@ -27,7 +27,7 @@ from captionlib.models.encoders.network import list_parameters_before
 from captionlib.training.caption_objective import CaptioningObjective
 from captionlib.training.finetuning import EncoderFinetuningConfig, FinetuningConfig, finetune_captioner
 from captionlib.training.loop import TrainingConfig
-from tests.pipelines.conftest import COLOURS, images, manifest
+from tests.pipelines.conftest import COLORS, images, manifest
 
 __all__ = ["images", "manifest"]
 
@@ -45,9 +45,9 @@ CONFIG = FinetuningConfig(
 
 
 def write_captioner(folder: Path, encoder: EncoderConfig = ENCODER) -> LoadedCaptioner:
-    """One that has learnt nothing yet."""
+    """Writes an untrained captioner."""
     description = load_encoder(encoder, "cpu").description
-    vocabulary = Vocabulary.from_captions([f"a {colour} field all of it is" for colour in COLOURS], 1)
+    vocabulary = Vocabulary.from_captions([f"a {colour} field all of it is" for colour in COLORS], 1)
     torch.manual_seed(0)
     shape = CaptionerConfig(hidden_size=16, embedding_size=16, dropout=0.1, standardize_features=False)
     model = Captioner(shape, description["shape"][-1], len(vocabulary))
@@ -60,7 +60,7 @@ def start(tmp_path: Path) -> LoadedCaptioner:
     return write_captioner(tmp_path / "start")
 
 
-def tune(
+def finetune(
     manifest: ShardedDataset, output: Path, config: FinetuningConfig = CONFIG, **options: Any
 ) -> list[dict[str, float]]:
     config = replace(config, init_from=config.init_from or str(output.parent / "start"))
@@ -72,10 +72,10 @@ def encoder_of(captioner: LoadedCaptioner) -> dict[str, Tensor]:
     return load_encoder(config, "cpu").network.export_weights()
 
 
-def test_both_learn_and_of_the_encoder_only_what_is_tuned(
+def test_trains_captioner_and_unfrozen_encoder_layers(
     manifest: ShardedDataset, start: LoadedCaptioner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    history = tune(manifest, tmp_path / "tuned", replace(CONFIG, training=replace(CONFIG.training, epochs=4)))
+    history = finetune(manifest, tmp_path / "tuned", replace(CONFIG, training=replace(CONFIG.training, epochs=4)))
     assert history[-1]["loss"] < 0.9 * history[0]["loss"]
     tuned = load_captioner(tmp_path / "tuned")
     before, after = encoder_of(start), encoder_of(tuned)
@@ -86,45 +86,47 @@ def test_both_learn_and_of_the_encoder_only_what_is_tuned(
     assert tuned.provenance["init_from"]["fingerprint"] == start.fingerprint
     failures = pq.read_table(tmp_path / "tuned" / "_failures" / "part-00000.parquet").to_pylist()
     assert {row["image_id"]: row["stage"] for row in failures} == {"broken.png": "decode", "missing.png": "fetch"}
-    assert "2 of 10 images could not be had" in capsys.readouterr().err
+    assert "2 of 10 images are unreadable" in capsys.readouterr().err
 
 
-def test_the_checkpoint_describes_and_brings_the_tuned_encoder(
+def test_checkpoint_contains_the_finetuned_encoder(
     manifest: ShardedDataset, start: LoadedCaptioner, tmp_path: Path
 ) -> None:
-    tune(manifest, tmp_path / "tuned", replace(CONFIG, training=replace(CONFIG.training, epochs=1)))
+    finetune(manifest, tmp_path / "tuned", replace(CONFIG, training=replace(CONFIG.training, epochs=1)))
     tuned = load_captioner(tmp_path / "tuned")
     assert tuned.encoder_weights == str(tmp_path / "tuned" / "encoder.safetensors")
     assert {name for name, value in tuned.encoder.items() if value != start.encoder[name]} == {
         "weights",
         "weights_sha256",
     }
-    whole = replace(ENCODER, weights=tuned.encoder_weights, missing_weights="random:5")  # drawn for nothing
+    whole = replace(ENCODER, weights=tuned.encoder_weights, missing_weights="random:5")  # not used
     tuned.require_encoder(load_encoder(whole, "cpu").description)
     with pytest.raises(CheckpointError, match="weights_sha256"):
         tuned.require_encoder(start.encoder)
     config = replace(CONFIG, init_from=str(tmp_path / "tuned"))
-    tune(manifest, tmp_path / "further", config)  # of itself with the encoder that it brings
+    finetune(manifest, tmp_path / "further", config)  # starts from its own encoder
     further = load_captioner(tmp_path / "further")
     assert further.encoder["weights_sha256"] not in {tuned.encoder["weights_sha256"], start.encoder["weights_sha256"]}
 
 
-def test_each_part_has_its_own_learning_rate(manifest: ShardedDataset, start: LoadedCaptioner, tmp_path: Path) -> None:
+def test_encoder_and_captioner_have_their_own_learning_rates(
+    manifest: ShardedDataset, start: LoadedCaptioner, tmp_path: Path
+) -> None:
     training = replace(CONFIG.training, epochs=1, learning_rate=1e-2, clip_value=None)
     config = replace(CONFIG, training=training, encoder=EncoderFinetuningConfig(1e-5), batch_images=8)
-    history = tune(manifest, tmp_path / "tuned", config)
+    history = finetune(manifest, tmp_path / "tuned", config)
     assert history[0]["learning_rate"] == 1e-2
     tuned = load_captioner(tmp_path / "tuned")
     before, after = encoder_of(start), encoder_of(tuned)
     # Adam's first step is as long as the learning rate, whatever the gradient.
     steps = [float((after[name] - values).abs().max()) for name, values in before.items()]
     assert max(steps) == pytest.approx(1e-5, rel=0.05)
-    assert min(steps) > 0  # all of it is tuned
+    assert min(steps) > 0  # all layers are fine-tuned
     step = (tuned.model.output.weight - start.model.output.weight).abs().max().item()
     assert step == pytest.approx(1e-2, rel=0.05)
 
 
-def test_batch_normalisation_and_dropout_stay_as_features_are_made() -> None:
+def test_encoder_stays_in_evaluation_mode() -> None:
     encoder = load_encoder(EncoderConfig("mobilenet_v2", "features.1.conv.2", "random:0", pooling="mean"), "cpu", True)
     model = ImageCaptioner(encoder.network, Captioner(CaptionerConfig(hidden_size=4, embedding_size=4), 16, 7)).train()
     before = {name: values.clone() for name, values in encoder.network.export_weights().items()}
@@ -138,22 +140,20 @@ def test_batch_normalisation_and_dropout_stay_as_features_are_made() -> None:
     assert not any(module.training for module in model.encoder.modules())
 
 
-def test_features_that_tuning_drives_beyond_the_stored_dtype_end_the_validation() -> None:
+def test_validation_rejects_features_beyond_the_stored_dtype() -> None:
     encoder = load_encoder(EncoderConfig("mobilenet_v2", "features.1.conv.2", "random:0", pooling="mean"), "cpu", True)
     model = ImageCaptioner(encoder.network, Captioner(CaptionerConfig(hidden_size=4, embedding_size=4), 16, 7)).eval()
     with torch.no_grad():
         for parameter in encoder.network.parameters():
             parameter.mul_(1e4)
     pixels = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8)
-    with pytest.raises(ConfigError, match="do not fit into float16"):
+    with pytest.raises(DatasetError, match="overflow float16"):
         model(pixels, pad_sentences([[4, 5], [5]]), torch.tensor([0, 1]))
 
 
-def test_bfloat16_is_what_the_encoder_computes_in_and_not_what_small_steps_are_rounded_to(
-    manifest: ShardedDataset, tmp_path: Path
-) -> None:
+def test_bfloat16_encoder_keeps_float32_weights(manifest: ShardedDataset, tmp_path: Path) -> None:
     start = write_captioner(tmp_path / "start", replace(ENCODER, dtype="bfloat16"))
-    tune(manifest, tmp_path / "tuned", replace(CONFIG, encoder=EncoderFinetuningConfig(1e-6), batch_images=8))
+    finetune(manifest, tmp_path / "tuned", replace(CONFIG, encoder=EncoderFinetuningConfig(1e-6), batch_images=8))
     tuned = load_captioner(tmp_path / "tuned")
     assert tuned.encoder["dtype"] == "bfloat16"
     network = load_encoder(EncoderConfig.from_description(start.encoder), "cpu", trainable=True).network
@@ -172,85 +172,89 @@ def safe_weights(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def dying_at(wanted: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Lets the machine die at a step; gives the sizes of the batches that were learnt from until then."""
+def crash_at(wanted: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Makes training crash at a step; returns a list that collects the sizes of the batches before it."""
     loss: Callable[..., Any] = CaptioningObjective.loss
     sizes: list[int] = []
 
-    def dying(self: CaptioningObjective[ImageCaptioner], batch: Any) -> Any:
+    def crash(self: CaptioningObjective[ImageCaptioner], batch: Any) -> Any:
         if len(sizes) == wanted:
-            raise RuntimeError("the machine dies")
+            raise RuntimeError("crash")
         sizes.append(len(batch.features))
         return loss(self, batch)
 
-    monkeypatch.setattr(CaptioningObjective, "loss", dying)
+    monkeypatch.setattr(CaptioningObjective, "loss", crash)
     return sizes
 
 
-@pytest.mark.parametrize("died_at", [1])
-def test_a_killed_run_goes_on_bit_for_bit_and_loads_only_what_is_left(
-    manifest: ShardedDataset, start: LoadedCaptioner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, died_at: int
+@pytest.mark.parametrize("crash_step", [1])
+def test_crashed_run_resumes_bit_for_bit_and_loads_only_the_rest(
+    manifest: ShardedDataset, start: LoadedCaptioner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash_step: int
 ) -> None:
-    undisturbed = tune(manifest, tmp_path / "undisturbed")
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="dies"):
-        dying_at(died_at, patch)
-        tune(manifest, tmp_path / "killed")
+    uninterrupted = finetune(manifest, tmp_path / "uninterrupted")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="crash"):
+        crash_at(crash_step, patch)
+        finetune(manifest, tmp_path / "crashed")
     with monkeypatch.context() as patch:
-        sizes = dying_at(99, patch)
+        sizes = crash_at(99, patch)
         config = replace(CONFIG, loading=replace(CONFIG.loading, threads=1), max_failure_ratio=0.4)  # may change
-        resumed = tune(manifest, tmp_path / "killed", config)
-    assert sum(sizes) < 2 * 6  # six of ten images are train's and can be had
-    for row, expected in zip(resumed, undisturbed, strict=True):
+        resumed = finetune(manifest, tmp_path / "crashed", config)
+    assert sum(sizes) < 2 * 6  # six of the ten images are readable and in train
+    for row, expected in zip(resumed, uninterrupted, strict=True):
         assert all(row[name] == expected[name] for name in ("epoch", "loss", "perplexity"))
-    one, two = (load_captioner(tmp_path / name) for name in ("undisturbed", "killed"))
+    one, two = (load_captioner(tmp_path / name) for name in ("uninterrupted", "crashed"))
     assert one.encoder == two.encoder
     assert all(torch.equal(values, two.model.state_dict()[name]) for name, values in one.model.state_dict().items())
-    with pytest.raises(DatasetError, match=r"encoder.learning_rate: was 0.0001, now 0.5"):
-        tune(manifest, tmp_path / "killed", replace(CONFIG, encoder=EncoderFinetuningConfig(0.5, "features.3")))
+    with pytest.raises(DatasetError, match=r"encoder.learning_rate: there 0.0001, now 0.5"):
+        finetune(manifest, tmp_path / "crashed", replace(CONFIG, encoder=EncoderFinetuningConfig(0.5, "features.3")))
 
 
-def test_too_many_missing_images_end_the_run(manifest: ShardedDataset, start: LoadedCaptioner, tmp_path: Path) -> None:
-    with pytest.raises(FailureRatioError, match=r"2 of 10 images could not be had \(.*: 1, .*: 1\); 10.0% are allowed"):
-        tune(manifest, tmp_path / "tuned", replace(CONFIG, max_failure_ratio=0.1))
+def test_too_many_unreadable_images_fail_the_run(
+    manifest: ShardedDataset, start: LoadedCaptioner, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        FailureRatioError, match=r"2 of 10 images are unreadable \(.*: 1, .*: 1\); the run allows 10.0%"
+    ):
+        finetune(manifest, tmp_path / "tuned", replace(CONFIG, max_failure_ratio=0.1))
     assert (tmp_path / "tuned" / "_failures" / "part-00000.parquet").exists()
     assert not (tmp_path / "tuned" / "config.json").exists()
 
 
-def test_what_cannot_be_tuned_is_refused(manifest: ShardedDataset, start: LoadedCaptioner, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="init_from: expected the captioner to tune with its encoder, got none"):
+def test_rejects_what_cannot_be_finetuned(manifest: ShardedDataset, start: LoadedCaptioner, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"init_from: expected a captioner to fine-tune .*, got none"):
         finetune_captioner(manifest.folder.uri, tmp_path / "tuned", CONFIG, device="cpu")
     for node, message in (
         ("features.9", "expected a node with weights up to features.3.squeeze_activation, .* got features.9"),
-        ("features.99", "squeezenet1_1 has no node 'features.99'; near it"),
+        ("features.99", "squeezenet1_1 has no node 'features.99'; similar nodes"),
     ):
         with pytest.raises(ConfigError, match=message):
-            tune(manifest, tmp_path / "tuned", replace(CONFIG, encoder=EncoderFinetuningConfig(from_node=node)))
-    with pytest.raises(ConfigError, match="is the run's own folder"):
-        tune(manifest, tmp_path / "start")
-    with pytest.raises(DatasetError, match="expected sentences in split dev, got none"):
-        tune(manifest, tmp_path / "tuned", replace(CONFIG, validation_splits=("dev",)))
+            finetune(manifest, tmp_path / "tuned", replace(CONFIG, encoder=EncoderFinetuningConfig(from_node=node)))
+    with pytest.raises(ConfigError, match="is also the output of this run"):
+        finetune(manifest, tmp_path / "start")
+    with pytest.raises(DatasetError, match="expected captions in split dev, got none"):
+        finetune(manifest, tmp_path / "tuned", replace(CONFIG, validation_splits=("dev",)))
     torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "other.pth")
     with pytest.raises(ConfigError, match="lack 3 of the 4 tensors"):
-        tune(manifest, tmp_path / "tuned", weights=str(tmp_path / "other.pth"))
+        finetune(manifest, tmp_path / "tuned", weights=str(tmp_path / "other.pth"))
     assert not (tmp_path / "tuned").exists()
 
 
 @pytest.mark.parametrize(
     "values", [{"batch_images": 0}, {"label_smoothing": 1.0}, {"max_failure_ratio": 1.5}, {"max_words": 0}]
 )
-def test_settings_that_cannot_be_are_refused(values: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"{next(iter(values))}: expected"):
+def test_rejects_values_out_of_range(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(values))}: Input should be"):
         dataclasses.replace(CONFIG, **values)
 
 
-def test_the_configuration_to_start_from_fits() -> None:
+def test_recipe_is_valid() -> None:
     config = load_config(
         FinetuningConfig, Path(__file__).parents[2] / "configs" / "train-captioner/finetune-encoder.yaml"
     )
     assert (config.encoder.learning_rate, config.horizontal_flip, config.training.optimizer) == (1e-5, True, "adam")
 
 
-def test_layers_before_a_node_are_told_by_its_name_or_its_modules() -> None:
+def test_lists_parameters_before_a_node_or_module() -> None:
     assert list_parameters_before("squeezenet1_1", "features.0") == set()
     assert list_parameters_before("squeezenet1_1", "features.3.squeeze") == {"features.0.weight", "features.0.bias"}
     before = list_parameters_before("resnet18", "layer2")
@@ -259,10 +263,8 @@ def test_layers_before_a_node_are_told_by_its_name_or_its_modules() -> None:
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="CIDEr's tokenizer needs Java")
-def test_the_epoch_with_the_best_cider_is_kept(
-    manifest: ShardedDataset, start: LoadedCaptioner, tmp_path: Path
-) -> None:
+def test_epoch_with_best_cider_is_saved(manifest: ShardedDataset, start: LoadedCaptioner, tmp_path: Path) -> None:
     config = replace(CONFIG, best_by="cider", decoding=DecodingConfig(beam_width=1), validation_splits=("val", "train"))
-    history = tune(manifest, tmp_path / "tuned", config)
+    history = finetune(manifest, tmp_path / "tuned", config)
     kept = json.loads((tmp_path / "tuned" / "training.json").read_text())["history"]
     assert kept[-1]["CIDEr"] == max(row["CIDEr"] for row in history)

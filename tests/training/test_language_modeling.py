@@ -78,7 +78,7 @@ def test_learns_the_captions_of_a_dataset(tmp_path: Path) -> None:
     assert loaded.provenance["source"] == dataset.fingerprint
 
 
-def test_learns_running_text_by_the_character(tmp_path: Path) -> None:
+def test_learns_continuous_text_by_characters(tmp_path: Path) -> None:
     (tmp_path / "author.txt").write_text("to be, or not to be.\n" * 200)
     config = replace(
         CONFIG,
@@ -89,7 +89,7 @@ def test_learns_running_text_by_the_character(tmp_path: Path) -> None:
         training=replace(CONFIG.training, epochs=20),
     )
     history = train(tmp_path / "author.txt", tmp_path / "model", config)
-    # All is certain, but where in the line a window begins.
+    # Everything is certain except for the position in the line where a sequence starts.
     assert history[-1]["perplexity"] < 1.25
     loaded = load_language_model(tmp_path / "model")
     (sample,) = sample_texts(loaded, DecodingConfig(strategy="sample", top_k=1, max_tokens=60), 1, prefix="to be, ")
@@ -97,7 +97,7 @@ def test_learns_running_text_by_the_character(tmp_path: Path) -> None:
     assert len(sample.text) == 67
 
 
-def test_the_end_of_a_window_is_no_end(tmp_path: Path) -> None:
+def test_end_of_a_sequence_is_not_an_end_token(tmp_path: Path) -> None:
     (tmp_path / "author.txt").write_text("ab" * 500)
     config = replace(
         CONFIG, level="characters", layout="continuous", sequence_length=10, training=TrainingConfig(epochs=1)
@@ -110,24 +110,24 @@ def test_the_end_of_a_window_is_no_end(tmp_path: Path) -> None:
             parameter.zero_()
     batch = torch.full((3, 10), 2).numpy()
     for ends, count in ((True, 33), (False, 30)):
-        objective = LanguageModelObjective(model, *2 * [_Endless(ends)], save=lambda *_: None)
+        objective = LanguageModelObjective(model, *2 * [_Batches(ends)], save=lambda *_: None)
         loss, summed, tokens, *_ = objective.loss(batch)
         assert tokens == count
         assert loss.item() == pytest.approx(math.log(len(loaded.vocabulary)))
         assert summed == pytest.approx(count * math.log(len(loaded.vocabulary)), rel=1e-5)
 
 
-class _Endless:
-    def __init__(self, sentences_end: bool) -> None:
-        self.sentences_end = sentences_end
+class _Batches:
+    def __init__(self, has_end_tokens: bool) -> None:
+        self.has_end_tokens = has_end_tokens
 
     count: Any = None
-    epoch: Any = None
+    shuffled: Any = None
     in_order: Any = None
 
 
 @pytest.mark.parametrize("layout", ["sentences", "continuous"])
-def test_a_killed_run_goes_on_bit_for_bit(
+def test_crashed_run_resumes_bit_for_bit(
     layout: Any, sentences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(
@@ -138,28 +138,28 @@ def test_a_killed_run_goes_on_bit_for_bit(
         level="characters",
         sequence_length=20,
     )
-    train(sentences, tmp_path / "undisturbed", config)
+    train(sentences, tmp_path / "uninterrupted", config)
     with monkeypatch.context() as patch:
-        patch.setattr(LanguageModelObjective, "loss", _die_at(13, LanguageModelObjective.loss))
-        with pytest.raises(RuntimeError, match="dies"):
-            train(sentences, tmp_path / "killed", config)
-    train(sentences, tmp_path / "killed", config)
-    expected, got = (load_language_model(tmp_path / name).model.state_dict() for name in ("undisturbed", "killed"))
+        patch.setattr(LanguageModelObjective, "loss", _crash_at(13, LanguageModelObjective.loss))
+        with pytest.raises(RuntimeError, match="crash"):
+            train(sentences, tmp_path / "crashed", config)
+    train(sentences, tmp_path / "crashed", config)
+    expected, got = (load_language_model(tmp_path / name).model.state_dict() for name in ("uninterrupted", "crashed"))
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
-def _die_at(wanted: int, loss: Callable[..., Any]) -> Callable[..., Any]:
+def _crash_at(wanted: int, loss: Callable[..., Any]) -> Callable[..., Any]:
     calls = iter(range(1, wanted + 1))
 
-    def dying(self: LanguageModelObjective, batch: Any) -> Any:
+    def crash(self: LanguageModelObjective, batch: Any) -> Any:
         if next(calls) == wanted:
-            raise RuntimeError("the machine dies")
+            raise RuntimeError("crash")
         return loss(self, batch)
 
-    return dying
+    return crash
 
 
-def test_another_text_is_another_run(sentences: Path, tmp_path: Path) -> None:
+def test_rejects_resuming_with_another_text(sentences: Path, tmp_path: Path) -> None:
     config = replace(CONFIG, training=TrainingConfig(epochs=1))
     train(sentences, tmp_path / "model", config)
     sentences.write_text("\n".join(SENTENCES[::-1]))
@@ -170,13 +170,13 @@ def test_another_text_is_another_run(sentences: Path, tmp_path: Path) -> None:
     assert provenance["source"] != ""
 
 
-def test_a_text_that_is_too_short_is_refused_before_training(tmp_path: Path) -> None:
+def test_rejects_too_short_text_before_training(tmp_path: Path) -> None:
     (tmp_path / "author.txt").write_text("too short\n" * 30)
-    with pytest.raises(DatasetError, match="at least two windows of 128 tokens"):
+    with pytest.raises(DatasetError, match="at least two sequences of 128 tokens"):
         train(tmp_path / "author.txt", tmp_path / "model", replace(CONFIG, layout="continuous", level="characters"))
     assert not (tmp_path / "model" / "config.json").exists()
 
 
-def test_a_share_held_out_that_cannot_be_is_refused() -> None:
-    with pytest.raises(ConfigError, match="validation_fraction: expected a share above 0 and below 1, got 1"):
+def test_rejects_invalid_validation_fraction() -> None:
+    with pytest.raises(ConfigError, match="validation_fraction: Input should be less than 1, got 1"):
         replace(CONFIG, validation_fraction=1.0)

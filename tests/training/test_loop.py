@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -22,11 +22,18 @@ CONFIG = TrainingConfig(epochs=3, checkpoint_interval_seconds=0, patience=None)
 STEPS = 4
 
 
+@pytest.fixture(autouse=True)
+def without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saves the time of drawing curves, which other tests cover."""
+    monkeypatch.setattr("captionlib.training.loop.draw_curves", lambda *_: None)
+
+
 class Line:
-    """Fits y = 2 x with dropout, so that every step also depends on the generator."""
+    """Fits y = 2 x with dropout, so that each step also depends on the random number generator."""
 
     score_name = "error"
     higher_is_better = False
+    part_learning_rates: ClassVar[dict[str, float]] = {}
 
     def __init__(self, at_step: Callable[[int], None] = lambda _: None) -> None:
         seed_everything(0)
@@ -40,7 +47,7 @@ class Line:
         generator = torch.Generator().manual_seed(1000 * seed + epoch)
         return islice((torch.randn(5, 3, generator=generator) for _ in range(STEPS)), first, None)
 
-    def steps(self) -> int:
+    def steps_per_epoch(self) -> int:
         return STEPS
 
     def loss(self, batch: Tensor) -> BatchLoss:
@@ -66,12 +73,12 @@ def weights(objective: Line) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in objective.model.parameters()]
 
 
-def stop_at(wanted: int) -> Callable[[int], None]:
-    def stop(step: int) -> None:
+def crash_at(wanted: int) -> Callable[[int], None]:
+    def crash(step: int) -> None:
         if step == wanted:
-            raise RuntimeError("the machine dies")
+            raise RuntimeError("crash")
 
-    return stop
+    return crash
 
 
 RECIPES: list[dict[str, Any]] = [
@@ -83,42 +90,42 @@ RECIPES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("died_at", [1, 3, STEPS + 1, 2 * STEPS, 3 * STEPS])
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, died_at: int, recipe: dict[str, Any]) -> None:
+@pytest.mark.parametrize("step", [1, 3, STEPS + 1, 2 * STEPS, 3 * STEPS])
+def test_crashed_run_resumes_bit_for_bit(tmp_path: Path, step: int, recipe: dict[str, Any]) -> None:
     config = replace(CONFIG, **recipe)
-    undisturbed = Line()
-    history = run(undisturbed, tmp_path / "undisturbed", config)
-    with pytest.raises(RuntimeError, match="dies"):
-        run(Line(stop_at(died_at)), tmp_path / "killed", config)
+    uninterrupted = Line()
+    history = run(uninterrupted, tmp_path / "uninterrupted", config)
+    with pytest.raises(RuntimeError, match="crash"):
+        run(Line(crash_at(step)), tmp_path / "crashed", config)
     resumed = Line()
-    for row, expected_row in zip(run(resumed, tmp_path / "killed", config), history, strict=True):
+    for row, expected_row in zip(run(resumed, tmp_path / "crashed", config), history, strict=True):
         assert all(row[name] == expected_row[name] for name in ("epoch", "loss", "error", "learning_rate"))
-    for expected, got in zip(weights(undisturbed), weights(resumed), strict=True):
+    for expected, got in zip(weights(uninterrupted), weights(resumed), strict=True):
         assert torch.equal(expected, got)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_the_step_and_is_gone_on_from(tmp_path: Path, number: signal.Signals) -> None:
+def test_signal_stops_after_the_step_and_the_run_resumes(tmp_path: Path, number: signal.Signals) -> None:
     handler = signal.getsignal(number)
     with pytest.raises(TrainingInterrupted):
         run(Line(lambda step: os.kill(os.getpid(), number) if step == 2 else None), tmp_path / "stopped")
     assert signal.getsignal(number) == handler
-    undisturbed, resumed = Line(), Line()
-    run(undisturbed, tmp_path / "undisturbed")
+    uninterrupted, resumed = Line(), Line()
+    run(uninterrupted, tmp_path / "uninterrupted")
     run(resumed, tmp_path / "stopped")
     assert resumed._step == 3 * STEPS - 2
-    for expected, got in zip(weights(undisturbed), weights(resumed), strict=True):
+    for expected, got in zip(weights(uninterrupted), weights(resumed), strict=True):
         assert torch.equal(expected, got)
 
 
-def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
+def test_finished_run_does_nothing(tmp_path: Path) -> None:
     history = run(Line(), tmp_path)
     again = Line()
     assert run(again, tmp_path) == history
     assert again._step == 0
 
 
-def test_a_run_can_be_prolonged_but_not_changed(tmp_path: Path) -> None:
+def test_run_can_be_extended_but_not_changed(tmp_path: Path) -> None:
     run(Line(), tmp_path)
     longer = Line()
     assert len(run(longer, tmp_path, replace(CONFIG, epochs=5))) == 5
@@ -127,7 +134,7 @@ def test_a_run_can_be_prolonged_but_not_changed(tmp_path: Path) -> None:
         run(Line(), tmp_path, replace(CONFIG, learning_rate=0.1))
 
 
-def test_the_best_epoch_is_kept_and_patience_ends_the_run(tmp_path: Path) -> None:
+def test_best_epoch_is_saved_and_patience_ends_the_run(tmp_path: Path) -> None:
     objective = Line()
     objective.errors = [3.0, 1.0, 2.0, 1.5, 0.1]
     history = run(objective, tmp_path, replace(CONFIG, epochs=5, patience=2))
@@ -136,7 +143,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_run(tmp_path: Path) -> Non
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 4
 
 
-def test_a_score_may_be_better_the_higher_it_is(tmp_path: Path) -> None:
+def test_higher_score_can_be_better(tmp_path: Path) -> None:
     objective = Line()
     objective.higher_is_better = True
     objective.errors = [-3.0, 1.0, 0.5, 0.7, 9.0]
@@ -144,7 +151,7 @@ def test_a_score_may_be_better_the_higher_it_is(tmp_path: Path) -> None:
     assert objective.saved == [1, 2]
 
 
-def test_the_averaged_weights_are_validated_and_saved_and_the_others_trained(tmp_path: Path) -> None:
+def test_averaged_weights_are_validated_and_saved_but_not_trained(tmp_path: Path) -> None:
     class Watched(Line):
         def validate(self) -> dict[str, float]:
             seen["validated"] = weights(self)
@@ -165,7 +172,7 @@ def test_the_averaged_weights_are_validated_and_saved_and_the_others_trained(tmp
         assert not torch.equal(trained, saved)
 
 
-def test_bfloat16_is_what_the_loss_is_computed_in_and_not_what_weights_are_kept_in(tmp_path: Path) -> None:
+def test_bfloat16_applies_to_the_loss_but_not_to_weights_or_validation(tmp_path: Path) -> None:
     seen: set[torch.dtype] = set()
 
     class Watched(Line):
@@ -183,7 +190,7 @@ def test_bfloat16_is_what_the_loss_is_computed_in_and_not_what_weights_are_kept_
     assert {parameter.dtype for parameter in objective.model.parameters()} == {torch.float32}
 
 
-def test_the_run_tells_how_it_goes(tmp_path: Path) -> None:
+def test_run_logs_metrics_and_events(tmp_path: Path) -> None:
     history = run(Line(), tmp_path)
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == history
     assert json.loads((tmp_path / "resolved.json").read_bytes())["training"]["epochs"] == CONFIG.epochs
@@ -196,7 +203,7 @@ def test_the_run_tells_how_it_goes(tmp_path: Path) -> None:
 
 
 def read_events(path: Path) -> Iterator[Any]:
-    """The records of an event file: length, its checksum, the event, its checksum."""
+    """Yields the events of a file, whose records are: length, its checksum, the event, its checksum."""
     content = path.read_bytes()
     while content:
         (length,) = struct.unpack("<Q", content[:8])
@@ -221,7 +228,7 @@ def test_gradients_are_clipped(tmp_path: Path) -> None:
     assert max(seen) <= 0.5
 
 
-def test_someone_elses_folder_is_left_alone(tmp_path: Path) -> None:
+def test_folder_with_foreign_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(DatasetError, match=r"files that no training run wrote \(thesis.txt\)"):
         claim_folder(Folder(tmp_path), overwrite=True)

@@ -19,7 +19,7 @@ from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.training import self_critical
-from captionlib.training.caption_objective import CaptioningObjective, CaptionSaver
+from captionlib.training.caption_objective import CaptioningObjective
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
 from captionlib.training.loop import TrainingConfig
 from captionlib.training.objective import BatchLoss
@@ -50,13 +50,13 @@ def train(features: ShardedDataset, output: Path, config: CaptionerTrainingConfi
 
 @pytest.fixture
 def first(features: ShardedDataset, tmp_path: Path) -> str:
-    """A captioner that has learned by cross-entropy, though not for long."""
+    """A captioner trained briefly by cross-entropy."""
     train(features, tmp_path / "first", FIRST)
     return str(tmp_path / "first")
 
 
 @pytest.mark.parametrize("baseline", ["leave_one_out", "greedy"])
-def test_the_reward_rises(features: ShardedDataset, tmp_path: Path, first: str, baseline: Baseline) -> None:
+def test_reward_rises(features: ShardedDataset, tmp_path: Path, first: str, baseline: Baseline) -> None:
     settings = SelfCriticalConfig(baseline=baseline)
     history = train(features, tmp_path / "second", replace(SECOND, init_from=first, self_critical=settings))
     rewards = [row["reward"] for row in history]
@@ -68,9 +68,7 @@ def test_the_reward_rises(features: ShardedDataset, tmp_path: Path, first: str, 
     assert (tmp_path / "second" / "metrics.jsonl").read_text().count('"reward": ') == len(history)
 
 
-def test_the_command_starts_the_second_stage_from_the_first(
-    features: ShardedDataset, tmp_path: Path, first: str
-) -> None:
+def test_command_starts_from_the_first_stage(features: ShardedDataset, tmp_path: Path, first: str) -> None:
     words = [features.folder.uri, "-o", str(tmp_path / "second"), "--device", "cpu", "--no-progress"]
     words += ["--config", str(Path(__file__).parents[2] / "configs" / "train-captioner/flickr8k-self-critical.yaml")]
     words += ["--set", "random_crop=0", "--set", "horizontal_flip=false"]
@@ -83,34 +81,36 @@ def test_the_command_starts_the_second_stage_from_the_first(
     assert load_captioner(tmp_path / "second").provenance["init_from"]["checkpoint"] == first
 
 
-@pytest.mark.parametrize(("died_at", "precision"), [(2, "float32"), (8, "bfloat16")])
-def test_a_killed_run_goes_on_bit_for_bit(
+@pytest.mark.parametrize(("crash_step", "precision"), [(2, "float32"), (8, "bfloat16")])
+def test_crashed_run_resumes_bit_for_bit(
     features: ShardedDataset,
     tmp_path: Path,
     first: str,
-    died_at: int,
+    crash_step: int,
     precision: Literal["float32", "bfloat16"],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     training = replace(SECOND.training, epochs=2, checkpoint_interval_seconds=0, ema_decay=0.9, precision=precision)
     config = replace(SECOND, init_from=first, training=training, self_critical=SelfCriticalConfig(dropout=0.3))
-    history = train(features, tmp_path / "undisturbed", config)
+    history = train(features, tmp_path / "uninterrupted", config)
     whole, steps = SelfCriticalObjective.loss, 0
 
-    def dies(objective: SelfCriticalObjective, batch: SelfCriticalBatch) -> BatchLoss:
+    def crash(objective: SelfCriticalObjective, batch: SelfCriticalBatch) -> BatchLoss:
         nonlocal steps
         steps += 1
-        if steps == died_at:
-            raise RuntimeError("the machine dies")
+        if steps == crash_step:
+            raise RuntimeError("crash")
         return whole(objective, batch)
 
-    monkeypatch.setattr(SelfCriticalObjective, "loss", dies)
-    with pytest.raises(RuntimeError, match="dies"):
-        train(features, tmp_path / "killed", config)
-    for expected, got in zip(history, train(features, tmp_path / "killed", config), strict=True):
+    monkeypatch.setattr(SelfCriticalObjective, "loss", crash)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(features, tmp_path / "crashed", config)
+    for expected, got in zip(history, train(features, tmp_path / "crashed", config), strict=True):
         assert all(expected[name] == got[name] for name in ("loss", "reward", "perplexity"))
-    undisturbed, resumed = (load_captioner(tmp_path / name).model.state_dict() for name in ("undisturbed", "killed"))
-    assert all(torch.equal(values, resumed[name]) for name, values in undisturbed.items())
+    uninterrupted, resumed = (
+        load_captioner(tmp_path / name).model.state_dict() for name in ("uninterrupted", "crashed")
+    )
+    assert all(torch.equal(values, resumed[name]) for name, values in uninterrupted.items())
 
 
 def objective_of(
@@ -122,12 +122,12 @@ def objective_of(
 ) -> SelfCriticalObjective:
     vocabulary = Vocabulary.from_captions(["a b c d e f g"], 1)
     batches = CaptionBatches(features, ["train"], vocabulary.encode, 8)
-    captioning = CaptioningObjective(model, batches, batches, CaptionSaver(vocabulary, {}, {}))
+    captioning = CaptioningObjective(model, batches, batches, lambda *_: None)
     return SelfCriticalObjective(captioning, settings, references, max_tokens)
 
 
 @pytest.mark.parametrize("baseline", ["leave_one_out", "greedy"])
-def test_the_loss_of_two_sentences_by_hand(
+def test_loss_of_two_samples_matches_hand_computed_value(
     features: ShardedDataset, monkeypatch: pytest.MonkeyPatch, baseline: Baseline
 ) -> None:
     model = Captioner(CaptionerConfig("rnn", hidden_size=1, embedding_size=1), feature_size=3, vocabulary_size=5)
@@ -137,13 +137,16 @@ def test_the_loss_of_two_sentences_by_hand(
         model.output.bias.copy_(torch.tensor([1 / 8, 1 / 32, 1 / 2, 1 / 4, 3 / 32]).log())
     places = iter([torch.tensor([2, 2]), torch.tensor([3, END])])  # the first is cut off before its END
     monkeypatch.setattr(self_critical, "sample_tokens", lambda *_: next(places))
-    settings = SelfCriticalConfig(2, baseline, include_end_token=False)
+    settings = SelfCriticalConfig(2, baseline)
     objective = objective_of(model, features, settings, [[[2, 3]], [[4]]], max_tokens=2)
     batch = CaptionBatch(np.zeros((1, 3), np.float32), [[2, 3]], np.array([0]))
     loss = objective.loss(SelfCriticalBatch(batch, seed=0, epoch=0))
-    high, low = 5.0, 10 / 4 * math.sqrt(0.5) * math.exp(-1 / 72)  # as in the test of the reward by hand
-    assert (loss.size, loss.drawn, loss.reward) == (4, 2, pytest.approx(high + low))
-    greedy = 10 / 4 / (2 * math.sqrt(2))  # the likeliest word twice: one of them is right
+    # END has no weight on its own, as both images have it; all other n-grams have the same weight. Of the reference
+    # (2, 3, END), (2, 3) has both words and one of two bigrams; (2, END) has one of two words. Both have one bigram less.
+    length_penalty = math.exp(-1 / 72)
+    high, low = 10 / 4 * (1 + math.sqrt(0.5)) * length_penalty, 10 / 4 * math.sqrt(0.5) * length_penalty
+    assert (loss.size, loss.reward_count, loss.reward_total) == (4, 2, pytest.approx(high + low))
+    greedy = 10 / 4 / (2 * math.sqrt(2)) * length_penalty  # the most probable word twice: one of them is correct
     baselines = (low, high) if baseline == "leave_one_out" else (greedy, greedy)
     expected = (high - baselines[0]) * math.log(2 * 4) + (low - baselines[1]) * math.log(2 * 8)
     assert loss.mean.item() == pytest.approx(expected / 4, rel=1e-5)
@@ -151,20 +154,18 @@ def test_the_loss_of_two_sentences_by_hand(
 
 
 @pytest.mark.parametrize("config", [*CONFIGS, replace(CONFIGS[1], attention_size=4)], ids=str)
-def test_what_is_learned_is_what_forward_says_of_the_sentences_drawn(
-    features: ShardedDataset, config: CaptionerConfig
-) -> None:
+def test_sampled_log_probs_equal_those_of_forward(features: ShardedDataset, config: CaptionerConfig) -> None:
     model = build(config, seed=1)
     objective = objective_of(model, features, SelfCriticalConfig(2), [[[2, 3, 4]], [[4, 5]]], max_tokens=8)
     shape = (3, 7, 3) if config.attention_size else (3, 3)
     images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     batch = SelfCriticalBatch(CaptionBatch(images, [[2], [3], [4]], np.arange(3)), 0, 0)
-    drawn = objective._draw(batch)
-    written = pad_sentences([[token for token in tokens if token != END] for tokens in drawn.written])
+    samples = objective._sample(batch)
+    written = pad_sentences([[token for token in tokens if token != END] for tokens in samples.captions])
     expected = model(torch.from_numpy(images), written, torch.arange(3).repeat_interleave(2))
-    for sentence, tokens in enumerate(drawn.written):
+    for sentence, tokens in enumerate(samples.captions):
         of_tokens = expected.log_probs[expected.sentences == sentence][: len(tokens)]  # no END where it was cut off
-        torch.testing.assert_close(drawn.log_probs[drawn.sentences == sentence], of_tokens)
+        torch.testing.assert_close(samples.log_probs[samples.sentences == sentence], of_tokens)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def test_what_is_learned_is_what_forward_says_of_the_sentences_drawn(
     [(CONFIGS[0], [3]), (replace(CONFIGS[1], attention_size=4), [7, 3])],
     ids=["image_state", "attention"],
 )
-def test_what_is_drawn_goes_with_the_epoch_and_the_image_and_not_with_its_batch(
+def test_samples_depend_on_epoch_and_image_but_not_on_the_batch(
     features: ShardedDataset, config: CaptionerConfig, shape: list[int]
 ) -> None:
     model = build(config, seed=1)
@@ -185,17 +186,17 @@ def test_what_is_drawn_goes_with_the_epoch_and_the_image_and_not_with_its_batch(
         return objective.loss(SelfCriticalBatch(batch, 0, epoch))
 
     whole, parts = loss(0, 6), (loss(0, 2), loss(2, 6))
-    assert whole.reward > 0
+    assert whole.reward_total > 0
     assert whole.size == sum(part.size for part in parts)
-    assert whole.reward == pytest.approx(sum(part.reward for part in parts))
+    assert whole.reward_total == pytest.approx(sum(part.reward_total for part in parts))
     assert whole.total == pytest.approx(sum(part.total for part in parts), rel=1e-4)
     assert loss(0, 6, epoch=1).size != whole.size
 
 
-def test_what_self_critical_training_lacks_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="second stage; expected init_from"):
+def test_rejects_invalid_self_critical_configurations(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="init_from: expected a captioner trained by cross_entropy"):
         CaptionerTrainingConfig(objective="self_critical")
-    with pytest.raises(ConfigError, match=r"label_smoothing: expected 0\.0 with objective self_critical"):
+    with pytest.raises(ConfigError, match=r"label_smoothing: expected 0 with objective self_critical"):
         replace(SECOND, label_smoothing=0.1)
-    with pytest.raises(ConfigError, match="at least 2 for baseline others, got 1"):
+    with pytest.raises(ConfigError, match="at least 2 for baseline leave_one_out, got 1"):
         load_config(CaptionerTrainingConfig, None, ["self_critical.samples=1"])

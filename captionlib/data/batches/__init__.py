@@ -1,1 +1,1 @@
-"""Batches for training: features, images or text, in a seeded order and bounded memory."""
+"""Batches of features, images and text for training."""

@@ -1,4 +1,4 @@
-"""Other views of spatial maps, a window or a mirror image, for models that would learn a small data set by heart."""
+"""Random crops and horizontal flips of spatial feature maps, against overfitting on small datasets."""
 
 import math
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ Maps = npt.NDArray[np.floating]
 
 @dataclass(frozen=True)
 class FeatureMapAugmentation:
-    """How square maps are shown; without any change as they are.
+    """Augments square feature maps. It is falsy if it changes nothing.
 
     Attributes:
-        random_crop: a window with at least this share of the map's sides, another place for each map and another size for each
-            batch; 0 shows the whole.
-        horizontal_flip: mirror every other map.
+        random_crop: the smallest crop, as a fraction of the sides of the map; 0 does not crop. The position varies per
+            map, the size per batch.
+        horizontal_flip: flip each map with probability 0.5.
     """
 
     random_crop: float = 0.0
@@ -29,17 +29,20 @@ class FeatureMapAugmentation:
     def __bool__(self) -> bool:
         return self.random_crop > 0 or self.horizontal_flip
 
-    def show(self, maps: Maps, rows: npt.NDArray[np.int64], size: float, draws: npt.NDArray[np.float64]) -> Maps:
-        """A view of each of some maps.
+    def apply(
+        self, maps: Maps, rows: npt.NDArray[np.int64], crop_uniform: float, uniforms: npt.NDArray[np.float64]
+    ) -> Maps:
+        """Augments selected maps.
 
         Args:
-            maps: `[images, positions, channels]`, of square maps.
-            rows: which of them, `[any number] int64`.
-            size: evenly drawn from 0 to 1: decides how large the windows are.
-            draws: `[len(rows), 3]`, likewise: decide where each window is, and whether it is mirrored.
+            maps: `[images, positions, channels]`, square.
+            rows: `[selected] int64`, the images to select.
+            crop_uniform: a uniform number in [0, 1) that determines the size of the crops.
+            uniforms: `[selected, 3]`, uniform numbers in [0, 1) that determine the row and the column of each crop, and
+                whether it is flipped.
 
         Returns:
-            `[len(rows), positions of a window, channels]`.
+            `[selected, cropped positions, channels]`.
 
         Raises:
             DatasetError: the maps are not square.
@@ -47,14 +50,16 @@ class FeatureMapAugmentation:
         side = math.isqrt(maps.shape[1])
         if side * side != maps.shape[1]:
             raise DatasetError(
-                f"expected maps of as many rows as columns to crop or mirror, got {maps.shape[1]} positions; leave "
-                "random_crop and horizontal_flip out"
+                f"random_crop and horizontal_flip expect square feature maps, got {maps.shape[1]} positions; leave "
+                "both out"
             )
-        length = max(1, round(side * (self.random_crop + (1 - self.random_crop) * size))) if self.random_crop else side
-        corners = ((side - length + 1) * draws[:, :2]).astype(np.int64)
-        places = corners[..., None] + np.arange(length)  # [rows, 2, length]
+        length = side
+        if self.random_crop:
+            length = max(1, round(side * (self.random_crop + (1 - self.random_crop) * crop_uniform)))
+        corners = ((side - length + 1) * uniforms[:, :2]).astype(np.int64)
+        indices = corners[..., None] + np.arange(length)  # [selected, 2, length]
         if self.horizontal_flip:
-            places[:, 1] = np.where(draws[:, 2:] < 0.5, places[:, 1], places[:, 1, ::-1])
-        positions = side * places[:, 0, :, None] + places[:, 1, None, :]  # [rows, length, length]
-        shown: Maps = maps[rows[:, None], positions.reshape(len(rows), -1)]
-        return shown
+            indices[:, 1] = np.where(uniforms[:, 2:] < 0.5, indices[:, 1], indices[:, 1, ::-1])
+        positions = side * indices[:, 0, :, None] + indices[:, 1, None, :]  # [selected, length, length]
+        augmented: Maps = maps[rows[:, None], positions.reshape(len(rows), -1)]
+        return augmented

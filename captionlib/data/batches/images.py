@@ -1,7 +1,7 @@
-"""Training batches of images themselves with their sentences, loaded ahead in a seeded order.
+"""Training batches of decoded images with their captions, loaded ahead in a seeded order.
 
-Which rows a batch has is fixed by seed and epoch alone. An image that cannot be had is missing from its batch and moves
-no other; so a run goes on from any batch without loading what came before it.
+The seed and the epoch alone determine which rows a batch has. An unreadable image is missing from its batch and does
+not shift others, so a run resumes at any batch without loading what came before it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,115 +19,117 @@ from captionlib.data.images.loading import LoadImages
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.errors import ImageError
 
-__all__ = ["ImageBatches", "read_rows"]
+__all__ = ["ImageBatches", "read_captioned_rows"]
 
 Row = dict[str, Any]
 Pixels = npt.NDArray[np.uint8]
 
 
 class ImageBatches:
-    """The batches of one split; the same seed and epoch give the same batches, from any batch on.
+    """The batches of one split of a manifest.
+
+    The same seed and epoch give the same batches, from any batch on.
 
     Args:
-        rows: of the manifest, see `read_rows`.
-        encode: a sentence to its token ids.
-        images: how many images a batch has.
-        load: loads images, see `open_loader`.
-        skipped: takes those that cannot be had.
-        horizontal_flip: mirror every other image while training, drawn anew in each epoch.
+        rows: the rows of the manifest, from `read_captioned_rows`.
+        encode: converts a caption to token ids.
+        batch_images: images per batch.
+        load: loads images, from `open_loader`.
+        skipped: records unreadable images.
+        horizontal_flip: flip each image with probability 0.5 in shuffled batches.
     """
 
     def __init__(
         self,
         rows: pa.Table,
         encode: Callable[[str], list[int]],
-        images: int,
+        batch_images: int,
         load: LoadImages,
         skipped: SkippedImages,
         horizontal_flip: bool = False,
     ) -> None:
         self._rows = rows
         self._encode = encode
-        self._images = images
+        self._batch_images = batch_images
         self._load = load
         self._skipped = skipped
-        self._horizontal_flip = horizontal_flip
+        self._flip_probability = 0.5 if horizontal_flip else 0.0
 
-    def count(self, processes: int = 1) -> int:
-        """How many batches an epoch has, when so many processes share them."""
-        return -(-len(self._rows) // (self._images * processes))
+    def count(self, world_size: int = 1) -> int:
+        """Returns the batches per epoch; see `CaptionBatches.count`."""
+        return -(-len(self._rows) // (self._batch_images * world_size))
 
-    def shares(
-        self, seed: int, epoch: int, process: int, processes: int, first: int = 0
+    def shuffled(
+        self, seed: int, epoch: int, rank: int = 0, world_size: int = 1, first: int = 0
     ) -> Iterator[CaptionBatch | None]:
-        """The shares of one process in an epoch of batches that are as many times as large as there are processes.
+        """Yields the batches of an epoch in random order; see `CaptionBatches.shuffled`.
 
-        They begin with the batch `first`. None where nothing of a batch can be learnt from: it has fewer images than
-        processes, or none of them could be had.
+        A batch is None also if none of its images is readable.
         """
-        draw = np.random.default_rng([seed, epoch])
-        order = draw.permutation(len(self._rows))
-        mirrored = draw.random(len(self._rows)) < (0.5 if self._horizontal_flip else 0.0)
-        size = self._images * processes
-        begins = range(first * size, len(order), size)
-        parts = [np.array_split(order[begin : begin + size], processes)[process] for begin in begins]
-        for had in self._loaded(parts):
-            yield self._batch([(row, image[:, ::-1] if mirrored[number] else image) for number, row, image in had])
+        generator = np.random.default_rng([seed, epoch])
+        order = generator.permutation(len(self._rows))
+        is_flipped = generator.random(len(self._rows)) < self._flip_probability
+        size = self._batch_images * world_size
+        batches = (order[begin : begin + size] for begin in range(first * size, len(order), size))
+        parts = [np.array_split(batch, world_size)[rank] for batch in batches]
+        for loaded in self._load_parts(parts):
+            yield self._batch([(row, image[:, ::-1] if is_flipped[number] else image) for number, row, image in loaded])
 
     def in_order(self) -> Iterator[CaptionBatch]:
-        """All images once, as they stand in the manifest."""
-        for had in self._in_order():
-            batch = self._batch(had)
+        """Yields all images once, in the order of the manifest."""
+        for loaded in self._load_in_order():
+            batch = self._batch([(row, image) for _, row, image in loaded])
             if batch is not None:
                 yield batch
 
-    def images_in_order(self) -> Iterator[tuple[list[Row], Pixels]]:
-        """The same images with their rows, `[images, crop_size, crop_size, 3]`."""
-        for had in self._in_order():
-            if had:
-                yield [row for row, _ in had], np.stack([image for _, image in had])
+    def images_in_order(self) -> Iterator[tuple[Sequence[int], Pixels]]:
+        """Yields the pixels of the readable images, `[images, crop_size, crop_size, 3]`, and their row numbers."""
+        for loaded in self._load_in_order():
+            if loaded:
+                yield [number for number, _, _ in loaded], np.stack([image for _, _, image in loaded])
 
-    def _in_order(self) -> Iterator[list[tuple[Row, Pixels]]]:
+    def _load_in_order(self) -> Iterator[list[tuple[int, Row, Pixels]]]:
         numbers = np.arange(len(self._rows))
-        for had in self._loaded([numbers[begin : begin + self._images] for begin in numbers[:: self._images]]):
-            yield [(row, image) for _, row, image in had]
+        return self._load_parts(
+            [numbers[begin : begin + self._batch_images] for begin in numbers[:: self._batch_images]]
+        )
 
-    def _loaded(self, parts: Sequence[npt.NDArray[np.int64]]) -> Iterator[list[tuple[int, Row, Pixels]]]:
-        """Of each part the images that could be had, with their numbers and rows."""
-        loaded = self._load(row for part in parts for row in self._rows.take(pa.array(part)).to_pylist())
+    def _load_parts(self, parts: Sequence[npt.NDArray[np.int64]]) -> Iterator[list[tuple[int, Row, Pixels]]]:
+        """Yields the readable images of each part with their numbers and rows."""
+        results = self._load(row for part in parts for row in self._rows.take(pa.array(part)).to_pylist())
         for part in parts:
-            had = []
-            for number, (row, image) in zip(part, islice(loaded, len(part)), strict=True):
+            loaded = []
+            for number, (row, image) in zip(part, islice(results, len(part)), strict=True):
                 if isinstance(image, ImageError):
                     self._skipped.add(row, image)
                 else:
-                    had.append((int(number), row, image))
-            yield had
+                    loaded.append((int(number), row, image))
+            yield loaded
 
-    def _batch(self, had: Sequence[tuple[Row, Pixels]]) -> CaptionBatch | None:
-        sentences = [[ids for caption in row["captions"] if (ids := self._encode(caption))] for row, _ in had]
+    def _batch(self, images: Sequence[tuple[Row, Pixels]]) -> CaptionBatch | None:
+        sentences = [[ids for caption in row["captions"] if (ids := self._encode(caption))] for row, _ in images]
         if not any(sentences):
             return None
         return CaptionBatch(
-            features=np.stack([image for _, image in had]),
-            sentences=[sentence for some in sentences for sentence in some],
-            image_of_sentence=np.repeat(np.arange(len(had)), [len(some) for some in sentences]),
+            features=np.stack([image for _, image in images]),
+            sentences=[sentence for per_image in sentences for sentence in per_image],
+            image_of_sentence=np.repeat(np.arange(len(images)), [len(per_image) for per_image in sentences]),
         )
 
 
-def read_rows(dataset: ShardedDataset, splits: Sequence[str]) -> pa.Table:
-    """The rows of a manifest of these splits that have sentences: image_id, uri, captions.
+def read_captioned_rows(dataset: ShardedDataset, splits: Sequence[str]) -> pa.Table:
+    """Returns the rows of a manifest that belong to these splits and have captions: image_id, uri, captions.
 
-    They are held in memory, without the images: about half a kilobyte each.
+    They are held in memory, at about half a kilobyte each.
 
     Raises:
         DatasetError: there are none.
     """
     next(read_captions(dataset, splits))
-    pieces = []
+    tables = []
     for shard in range(dataset.shards):
         rows = dataset.read(shard, ["image_id", "uri", "split", "captions"])
-        wanted = pc.is_in(rows["split"], value_set=pa.array(list(splits), pa.string()))
-        spoken = pc.greater(pc.list_value_length(rows["captions"]), 0)
-        pieces.append(rows.filter(pc.and_(wanted, spoken)).drop_columns(["split"]))
-    return pa.concat_tables(pieces).combine_chunks()
+        in_splits = pc.is_in(rows["split"], value_set=pa.array(list(splits), pa.string()))
+        captioned = pc.greater(pc.list_value_length(rows["captions"]), 0)
+        tables.append(rows.filter(pc.and_(in_splits, captioned)).drop_columns(["split"]))
+    return pa.concat_tables(tables).combine_chunks()

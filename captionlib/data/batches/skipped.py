@@ -1,4 +1,4 @@
-"""The images that a training run could not have: skipped, kept with their reasons, and too many of them end it."""
+"""The images that a training run skipped because they are unreadable."""
 
 from collections import Counter
 from typing import Any
@@ -17,35 +17,35 @@ Row = dict[str, Any]
 
 
 class SkippedImages:
-    """Images that could not be had, each once, however often it was asked for.
+    """Records unreadable images, each once, with the reason.
 
-    They are kept in the run's folder as datasets keep theirs, in `_failures/`; each process of a run has a file there.
+    The run's folder keeps them in `_failures/`, as datasets do, in one file per process. A resumed run reads its file.
 
     Args:
-        output: the run's folder; what it knows of images that were skipped before is read.
-        process: the number of this process.
-        images: how many there are in all.
-        max_ratio: of them; more skipped images end the run.
+        output: the run's folder.
+        rank: the number of this process.
+        images: the number of images in all.
+        max_ratio: the run fails if more than this fraction of the images is skipped.
     """
 
-    def __init__(self, output: Folder, process: int, images: int, max_ratio: float) -> None:
+    def __init__(self, output: Folder, rank: int, images: int, max_ratio: float) -> None:
         self._output = output
-        self._name = f"{FAILURES_FOLDER}/{part_name(process)}.parquet"
+        self._file = f"{FAILURES_FOLDER}/{part_name(rank)}.parquet"
         self._images = images
         self._max_ratio = max_ratio
         self._rows: dict[str, Row] = {}
-        if output.exists(self._name):
-            with output.open(self._name) as file:
+        if output.exists(self._file):
+            with output.open(self._file) as file:
                 self._rows = {row["image_id"]: row for row in pq.read_table(file).to_pylist()}
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def add(self, row: Row, error: ImageError) -> None:
-        """Notes an image, by its row of the manifest.
+        """Records an image by its row of the manifest.
 
         Raises:
-            FailureRatioError: there are more than the run allows.
+            FailureRatioError: the run has skipped more images than it allows.
         """
         self._rows[row["image_id"]] = {
             "image_id": row["image_id"],
@@ -56,19 +56,19 @@ class SkippedImages:
         }
         if len(self._rows) > self._max_ratio * self._images:
             raise FailureRatioError(
-                f"{self.describe()}; {self._max_ratio:.1%} are allowed. The last is {row['uri']}: {error}. Check that "
-                "the images are where the manifest says, or set a higher max_failure_ratio; the run goes on where its "
-                "state was last saved"
+                f"{self.describe()}; the run allows {self._max_ratio:.1%}. The last is {row['uri']}: {error}. Check "
+                "that the images are where the manifest says, or set a higher max_failure_ratio; the same command then "
+                "resumes from the last saved state"
             )
 
     def describe(self) -> str:
-        """How many there are, and why, for people."""
+        """Returns the number of skipped images and their reasons as one line."""
         reasons = Counter(row["error"] for row in self._rows.values())
-        counted = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
-        return f"{len(self._rows)} of {self._images} images could not be had ({counted})"
+        counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
+        return f"{len(self._rows)} of {self._images} images are unreadable ({counts})"
 
     def write(self) -> None:
-        """Keeps them in the run's folder."""
+        """Writes the rows to the run's folder."""
         if self._rows:
-            with self._output.stage(self._name) as path:
+            with self._output.stage(self._file) as path:
                 pq.write_table(pa.Table.from_pylist(list(self._rows.values()), FAILURES_SCHEMA), path)

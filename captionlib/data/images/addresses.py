@@ -6,6 +6,8 @@ allowed protocol. It may select a part of the file:
     FILE#bytes=START-END        a range of bytes, END excluded, such as a member of an uncompressed tar
     FILE#row=N&column=NAME      the bytes in a cell of a Parquet file, with rows counted from 0 over the whole file
 
+The path of a `file://` address is percent-encoded, so `file:///a%23row=1&column=b` is the file `/a#row=1&column=b`.
+
 Chains of file systems and protocols that interpret content are rejected before anything is opened.
 """
 
@@ -14,9 +16,8 @@ import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from captionlib.errors import ConfigError, FetchError
 from captionlib.storage.file_systems import (
@@ -33,6 +34,7 @@ __all__ = [
     "ImageFile",
     "check_protocols",
     "image_exists",
+    "names_part_of_file",
     "open_image_file",
     "open_image_file_system",
     "open_regular_file",
@@ -114,7 +116,13 @@ def parse_image_address(uri: str, protocols: Sequence[str] = IMAGE_PROTOCOLS) ->
     return ImageAddress(_parse_file(uri, protocols))
 
 
+def names_part_of_file(uri: str) -> bool:
+    """Returns whether an address selects a part of a file rather than the file."""
+    return bool(_ROW.fullmatch(uri) or _RANGE.fullmatch(uri))
+
+
 def _parse_file(uri: str, protocols: Sequence[str]) -> ImageFile:
+    uri = uri.strip() if "://" in uri else uri
     shown = repr(uri if len(uri) <= _SHOWN_CHARACTERS else f"{uri[:_SHOWN_CHARACTERS]}...")
     if "\0" in uri:
         raise FetchError("BadAddress", f"expected a path or an address, got {shown}, which contains a null character")
@@ -124,7 +132,13 @@ def _parse_file(uri: str, protocols: Sequence[str]) -> ImageFile:
             f"expected a path or the address of one file system, got a chain of them, {shown}; "
             "use the address of the image itself",
         )
+    if uri.startswith("//"):
+        raise FetchError(
+            "BadAddress", f"expected a path or an address, got {shown}, which lacks a protocol; add https:"
+        )
     spelled, url = split_protocol(uri)
+    if spelled == "data":
+        raise FetchError("BadAddress", f"expected a path or an address, got the data URI {shown}; write it to a file")
     protocol = _normalize_protocol(spelled or "file")
     if protocol in INTERPRETING_PROTOCOLS or protocol not in {_normalize_protocol(allowed) for allowed in protocols}:
         raise FetchError(
@@ -134,6 +148,10 @@ def _parse_file(uri: str, protocols: Sequence[str]) -> ImageFile:
         )
     if protocol in ("http", "https") and not _has_host(url):
         raise FetchError("BadAddress", f"expected {protocol}://HOST/PATH, got {shown}")
+    if spelled == "file":
+        url = unquote(url, errors="surrogateescape")
+        if "\0" in url:
+            raise FetchError("BadAddress", f"expected a path or an address, got {shown}, with a null character")
     return ImageFile(protocol, url, is_path=not spelled)
 
 
@@ -215,6 +233,6 @@ def image_exists(uri: str, protocols: Sequence[str] = IMAGE_PROTOCOLS) -> bool:
     if file.protocol in ("http", "https"):
         return True
     if file.is_path:
-        return Path(file.url).exists()
+        return os.path.exists(file.url)  # noqa: PTH110  # unlike Path, returns False for names that are too long
     fs, path = open_image_file_system(file)
     return bool(fs.exists(path))

@@ -22,6 +22,7 @@ from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.karpathy import read_numbered_rows
 from captionlib.data.sources.locations import locate
 from captionlib.data.sources.rows import ManifestRow, SourceOptions
+from captionlib.data.sources.values import describe
 from captionlib.errors import DatasetError, DuplicateIdError
 from captionlib.progress import progress_bar
 
@@ -119,7 +120,7 @@ def _find_columns(
     seen: set[str] = set()
     for imgid, row in numbered_rows:
         if isinstance(imgid, bool) or not isinstance(imgid, int) or imgid < 0:
-            raise DatasetError(f"{row.origin}: expected a column number as imgid, got {imgid!r}")
+            raise DatasetError(f"{row.origin}: expected a column number as imgid, got {describe(imgid)}")
         if imgid >= matrix.columns:
             raise DatasetError(
                 f"{address}: expected a column for each image, got {matrix.columns} columns of {matrix.rows} numbers "

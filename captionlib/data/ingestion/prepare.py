@@ -3,7 +3,6 @@
 import itertools
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +16,8 @@ from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_
 from captionlib.data.shards.markers import DESCRIPTION_FILE
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
-from captionlib.data.sources.formats import SOURCE_FORMATS, detect_common_format
-from captionlib.data.sources.rows import ManifestRow, ReportSkip, SourceOptions
+from captionlib.data.sources.formats import SOURCE_FORMATS, detect_common_format, read_source
+from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
 from captionlib.errors import ConfigError, DatasetError, FetchError
 from captionlib.progress import progress_bar
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
@@ -39,6 +38,7 @@ class PrepareConfig:
         limit: include only the first `limit` images.
         shard_size: rows per shard, the unit of work of all later stages.
         check_images: refuse a list of images if none of the first ones exists.
+        strict: refuse a source with damaged images or captions instead of skipping them.
     """
 
     source_format: str = "auto"
@@ -47,6 +47,7 @@ class PrepareConfig:
     limit: PositiveInt | None = None
     shard_size: PositiveInt = 1000
     check_images: bool = True
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if self.source_format != "auto" and self.source_format not in SOURCE_FORMATS:
@@ -66,6 +67,7 @@ class PrepareSummary:
         captions: captions of all images.
         splits: images by split.
         skipped: items of the source that are not in the manifest, by reason.
+        examples: the place of the first skipped item, by reason; only for damaged images and captions.
         already_prepared: the output held this manifest before; nothing was written.
     """
 
@@ -75,6 +77,7 @@ class PrepareSummary:
     captions: int
     splits: Mapping[str, int]
     skipped: Mapping[str, int]
+    examples: Mapping[str, str]
     already_prepared: bool
 
 
@@ -107,18 +110,14 @@ def prepare(
     config = config or PrepareConfig()
     addresses = [os.fspath(source) for source in ([sources] if isinstance(sources, str | os.PathLike) else sources)]
     _check_output(output, overwrite)
-    source_format = detect_common_format(addresses) if config.source_format == "auto" else config.source_format
-    skipped: Counter[str] = Counter()
-
-    def report_skip(reason: str) -> None:
-        skipped[reason] += 1
-
+    source_format = _select_format(addresses, config)
+    skips = SkipCounter(config.strict)
     with tempfile.TemporaryDirectory(prefix="captionlib-prepare-") as scratch:
-        rows = _select_splits(_read(addresses, source_format, config, report_skip), config.splits, report_skip)
+        rows = _select_splits(_read(addresses, source_format, config, skips), config.splits, skips)
         with progress_bar("prepare", None, "images", progress) as bar:
             staged = stage_rows(bar.track(itertools.islice(rows, config.limit)), Path(scratch) / "rows.parquet")
         if not staged.rows:
-            raise DatasetError(_describe_empty_source(addresses, source_format, config, skipped))
+            raise DatasetError(_describe_empty_source(addresses, source_format, config, skips))
         check_unique_ids(staged)
         dataset = create_dataset(
             output,
@@ -137,9 +136,16 @@ def prepare(
         shards=dataset.shards,
         captions=staged.captions,
         splits=staged.splits,
-        skipped=dict(skipped.most_common()),
+        skipped=dict(skips.counts.most_common()),
+        examples=skips.examples,
         already_prepared=already_prepared,
     )
+
+
+def _select_format(addresses: Sequence[str], config: PrepareConfig) -> str:
+    if config.source_format == "auto":
+        return "hf-parquet" if config.options.image_column is not None else detect_common_format(addresses)
+    return config.source_format
 
 
 def _check_output(output: str | os.PathLike[str], overwrite: bool) -> None:
@@ -153,9 +159,9 @@ def _check_output(output: str | os.PathLike[str], overwrite: bool) -> None:
 
 
 def _read(
-    addresses: Sequence[str], source_format: str, config: PrepareConfig, report_skip: ReportSkip
+    addresses: Sequence[str], source_format: str, config: PrepareConfig, skips: SkipCounter
 ) -> Iterator[ManifestRow]:
-    rows = SOURCE_FORMATS[source_format].read(addresses, config.options, report_skip)
+    rows = read_source(source_format, addresses, config.options, skips)
     if SOURCE_FORMATS[source_format].references_images and config.check_images:
         first = list(itertools.islice(rows, _IMAGES_TO_CHECK))
         _check_images_exist(first)
@@ -181,25 +187,22 @@ def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
         )
 
 
-def _select_splits(
-    rows: Iterator[ManifestRow], splits: Collection[str], report_skip: ReportSkip
-) -> Iterator[ManifestRow]:
+def _select_splits(rows: Iterator[ManifestRow], splits: Collection[str], skips: SkipCounter) -> Iterator[ManifestRow]:
     for row in rows:
         if not splits or row.split in splits:
             yield row
         else:
-            report_skip("in another split")
+            skips.skip("in another split")
 
 
 def _describe_empty_source(
-    addresses: Sequence[str], source_format: str, config: PrepareConfig, skipped: Mapping[str, int]
+    addresses: Sequence[str], source_format: str, config: PrepareConfig, skips: SkipCounter
 ) -> str:
     expected = SOURCE_FORMATS[source_format].row_description
     splits = f" of split {' or '.join(config.splits)}" if config.splits else ""
-    reasons = ", ".join(f"{reason} ({count})" for reason, count in skipped.items()) or "nothing"
     return (
         f"{', '.join(addresses[:3])}: no images{splits}; read as {source_format}, which expects {expected}; "
-        f"skipped: {reasons}; check the path, or set --format"
+        f"skipped: {skips.describe()}; check the path, or set --format"
     )
 
 

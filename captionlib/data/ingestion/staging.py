@@ -48,7 +48,7 @@ def stage_rows(rows: Iterable[ManifestRow], path: Path) -> StagedRows:
     """Writes rows to a file.
 
     Raises:
-        DatasetError: a row lacks an id or a uri, text is not valid Unicode, or there are too many splits.
+        DatasetError: there are too many splits.
     """
     digest = hashlib.sha256()
     splits: Counter[str] = Counter()
@@ -75,15 +75,7 @@ def stage_rows(rows: Iterable[ManifestRow], path: Path) -> StagedRows:
 
 def _encode(row: ManifestRow) -> bytes:
     """Returns a row as bytes that are the same on every machine."""
-    if not row.image_id.strip() or not row.uri.strip():
-        missing = "an image id" if not row.image_id.strip() else "a uri"
-        raise DatasetError(f"{row.origin}: expected {missing}, got an empty one; set it or remove the row")
-    try:
-        return json.dumps([row.image_id, row.uri, row.split, row.captions], ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError as error:
-        raise DatasetError(
-            f"{row.origin}: expected valid Unicode, got {error.object!a:.80} ({error.reason})"
-        ) from error
+    return json.dumps([row.image_id, row.uri, row.split, row.captions], ensure_ascii=False).encode() + b"\n"
 
 
 def _to_batch(rows: list[ManifestRow]) -> pa.RecordBatch:

@@ -1,13 +1,13 @@
-"""Reads the captions JSON of COCO through pycocotools."""
+"""Reads the captions JSON of COCO."""
 
-import contextlib
-import io
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from captionlib.data.sources.locations import Location, find_files, load_json, locate, resolve_uri
-from captionlib.data.sources.rows import ManifestRow, ReportSkip, SourceOptions, parse_captions
+from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
+from captionlib.data.sources.values import parse_captions, parse_id, parse_list, parse_object, parse_text
 from captionlib.errors import DatasetError
 
 __all__ = ["read_coco"]
@@ -15,7 +15,7 @@ __all__ = ["read_coco"]
 _SPLIT = re.compile(r"(?<![a-z])(train|restval|minival|val|test|dev|unlabeled)(?:-dev)?(?:\d{4})?(?![a-z])")
 
 
-def read_coco(addresses: Sequence[str], options: SourceOptions, report_skip: ReportSkip) -> Iterator[ManifestRow]:
+def read_coco(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
     """Yields the images of COCO files in file order. Memory holds one file at a time.
 
     The id is COCO's image id. The split is `options.default_split`, or else the one in the file name: `train` for
@@ -24,47 +24,55 @@ def read_coco(addresses: Sequence[str], options: SourceOptions, report_skip: Rep
     subfolder.
 
     Raises:
-        DatasetError: a file is not COCO's, or its annotations have no captions.
+        DatasetError: a file is not COCO's, or none of its annotations is a caption of one of its images.
     """
     for location in find_files(addresses, frozenset({".json"})):
-        coco = _load(location)
+        document = parse_object(load_json(location), location.address)
+        images = parse_list(document.get("images"), location.address, "images")
+        captions = _read_captions(document, location, skips)
         match = _SPLIT.search(location.name.lower())
         split = options.default_split or (match[1] if match else "")
         root = _find_image_folder(options.image_root, location, match[0] if match else "")
         listed = set()
-        for number, image in enumerate(coco.dataset["images"]):
+        for number, entry in enumerate(images):
             origin = f"{location.address}, images[{number}]"
-            if not isinstance(image, dict) or "id" not in image or "file_name" not in image:
-                raise DatasetError(f"{origin}: expected an object with id and file_name, got {image!r:.80}")
-            listed.add(image["id"])
-            captions = [annotation.get("caption") for annotation in coco.imgToAnns.get(image["id"], ())]
-            uri = resolve_uri(image["file_name"], root)
-            yield ManifestRow(str(image["id"]), uri, split, parse_captions(captions, origin), origin)
-        for image_id in coco.imgToAnns:
-            if image_id not in listed:
-                report_skip("captions of an unlisted image")
+            image = parse_object(entry, origin)
+            image_id = parse_id(image.get("id"), origin, "id")
+            uri = resolve_uri(parse_text(image.get("file_name"), origin, "file_name"), root)
+            listed.add(image_id)
+            yield ManifestRow(image_id, uri, split, tuple(captions.get(image_id, ())), origin)
+        _count_unmatched(captions, listed, location, skips)
 
 
-def _load(location: Location) -> Any:
-    from pycocotools.coco import COCO
-
-    document = load_json(location)
-    if not isinstance(document, dict) or not isinstance(document.get("images"), list):
-        raise DatasetError(f"{location.address} is not COCO's JSON: expected an object with images and annotations")
-    annotations = document.setdefault("annotations", [])
+def _read_captions(document: dict[str, Any], location: Location, skips: SkipCounter) -> dict[str, list[str]]:
+    """Returns the captions by image id. Ids are compared as text, because some files have them as numbers in part."""
+    entries = parse_list(document.get("annotations", []), location.address, "annotations")
+    annotations = [parse_object(entry, f"{location.address}, annotations[{at}]") for at, entry in enumerate(entries)]
     if annotations and not any("caption" in annotation for annotation in annotations):
         raise DatasetError(
             f"{location.address}: expected annotations with a caption, got ones with {', '.join(annotations[0])}; "
             "use COCO's captions_*.json instead of its instances or keypoints"
         )
-    coco = COCO()
-    coco.dataset = document
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # createIndex prints its progress
-            coco.createIndex()
-    except (KeyError, TypeError) as error:
-        raise DatasetError(f"{location.address} is not COCO's JSON: an image or annotation lacks {error}") from error
-    return coco
+    captions: dict[str, list[str]] = defaultdict(list)
+    for number, annotation in enumerate(annotations):
+        origin = f"{location.address}, annotations[{number}]"
+        texts = parse_captions(annotation.get("caption"), origin, "caption")
+        captions[parse_id(annotation.get("image_id"), origin, "image_id")].extend(texts)
+        if not texts:
+            skips.skip_captions("annotation without a caption", origin)
+    return captions
+
+
+def _count_unmatched(captions: dict[str, list[str]], listed: set[str], location: Location, skips: SkipCounter) -> None:
+    unmatched = [image_id for image_id in captions if image_id not in listed]
+    if unmatched and len(unmatched) == len(captions):
+        raise DatasetError(
+            f"{location.address}: expected annotations with an image_id of `images`, such as "
+            f"{min(listed, default='(no images)')!r}, got none; the first is {unmatched[0]!r}; check that images and "
+            "annotations belong together"
+        )
+    for image_id in unmatched:
+        skips.skip_captions("captions of an unlisted image", f"{location.address}, image_id {image_id}")
 
 
 def _find_image_folder(image_root: str | None, source: Location, subfolder: str) -> str:

@@ -15,7 +15,8 @@ from captionlib.data.sources.locations import (
     resolve_uri,
     scan_folder,
 )
-from captionlib.data.sources.rows import ManifestRow, ReportSkip, SourceOptions, parse_captions
+from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
+from captionlib.data.sources.values import parse_captions
 from captionlib.errors import DatasetError
 
 __all__ = ["CAPTION_LINE", "read_flickr"]
@@ -25,7 +26,7 @@ CAPTION_LINE = re.compile(r"(?P<name>[^\t#]+?\.\w+?)(?:\.\d+)?#\w+\t(?P<caption>
 _OFFICIAL_SPLIT_FILE = re.compile(r"(?i)flickr_?(?:8|30)k\.(?P<split>train|dev|val|test)images\.txt")
 
 
-def read_flickr(addresses: Sequence[str], options: SourceOptions, report_skip: ReportSkip) -> Iterator[ManifestRow]:
+def read_flickr(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
     """Yields the images of caption files in file order. The id is the image's file name.
 
     Splits come from `options.split_files`, or else from the official split files beside the captions, such as
@@ -44,12 +45,12 @@ def read_flickr(addresses: Sequence[str], options: SourceOptions, report_skip: R
         for name, captions, origin in _read_images(location):
             key = _strip_image_extension(name)
             if split_files and key not in splits:
-                report_skip("not in any split file")
+                skips.skip("not in any split file")
                 continue
             captioned.add(key)
             yield ManifestRow(name, resolve_uri(name, root), splits.get(key, options.default_split), captions, origin)
         for _ in splits.keys() - captioned:
-            report_skip("in a split file, but without captions")
+            skips.skip("in a split file, but without captions")
 
 
 def _read_images(location: Location) -> Iterator[tuple[str, tuple[str, ...], str]]:
@@ -57,7 +58,7 @@ def _read_images(location: Location) -> Iterator[tuple[str, tuple[str, ...], str
     for name, group in groupby(_parse_lines(location), key=lambda line: line[0]):
         lines = list(group)
         origin = f"{location.address}, line {lines[0][2]}"
-        yield name, parse_captions([caption for _, caption, _ in lines], origin), origin
+        yield name, parse_captions([caption for _, caption, _ in lines], origin, "caption"), origin
 
 
 def _parse_lines(location: Location) -> Iterator[tuple[str, str, int]]:

@@ -5,7 +5,9 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from urllib.parse import quote
 
+from captionlib.data.images.addresses import names_part_of_file
 from captionlib.data.sources.locations import (
     IMAGE_EXTENSIONS,
     Location,
@@ -15,7 +17,7 @@ from captionlib.data.sources.locations import (
     scan_folder,
     split_glob,
 )
-from captionlib.data.sources.rows import ManifestRow, ReportSkip, SourceOptions
+from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
 from captionlib.errors import DatasetError
 
 __all__ = ["read_folder"]
@@ -23,7 +25,7 @@ __all__ = ["read_folder"]
 PathFilter = Callable[[str], bool]
 
 
-def read_folder(addresses: Sequence[str], options: SourceOptions, report_skip: ReportSkip) -> Iterator[ManifestRow]:
+def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
     """Yields the images below folders in the order of their names. The id is the path relative to the folder.
 
     Files with an image extension or with none become rows; whether they are images shows when they are decoded. Hidden
@@ -36,33 +38,31 @@ def read_folder(addresses: Sequence[str], options: SourceOptions, report_skip: R
     for location in itertools.chain.from_iterable(map(locate_all, addresses)):
         if is_glob(location):
             root, glob = split_glob(location)
-            names = _walk(root, _filter_files(glob), _filter_folders(glob), report_skip)
+            names = _walk(root, _filter_files(glob), _filter_folders(glob), skips)
         elif location.fs.isfile(location.path):
             root, names = location.parent, iter([location.name])
         else:
             root = location
-            names = _walk(root, lambda _: True, lambda _: True, report_skip)
+            names = _walk(root, lambda _: True, lambda _: True, skips)
         for name in names:
-            if _is_image_name(name, report_skip):
-                yield ManifestRow(name, f"{root.address}/{name}", options.default_split, ())
+            if _is_image_name(name, skips):
+                uri = f"{root.address}/{name}"
+                if names_part_of_file(uri) and root.is_local:
+                    uri = f"file://{quote(uri, errors='surrogateescape')}"
+                yield ManifestRow(name, uri, options.default_split, (), f"{root.address}/{name}")
 
 
-def _is_image_name(name: str, report_skip: ReportSkip) -> bool:
+def _is_image_name(name: str, skips: SkipCounter) -> bool:
     extension = get_extension(name)
     if extension and extension not in IMAGE_EXTENSIONS:
         # Numbered extensions would otherwise give as many reasons as files.
         named = re.fullmatch(r"\.[a-z][a-z0-9]{0,4}", extension)
-        report_skip(f"not an image: extension {extension}" if named else "not an image: other extension")
-        return False
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        report_skip("name is not UTF-8")
+        skips.skip(f"not an image: extension {extension}" if named else "not an image: other extension")
         return False
     return True
 
 
-def _walk(root: Location, include_file: PathFilter, enter_folder: PathFilter, report_skip: ReportSkip) -> Iterator[str]:
+def _walk(root: Location, include_file: PathFilter, enter_folder: PathFilter, skips: SkipCounter) -> Iterator[str]:
     """Yields the paths of files relative to `root`: the sorted files of a directory, then its sorted subdirectories."""
     pending: list[tuple[str, tuple[object, ...]]] = [("", ())]
     while pending:
@@ -70,9 +70,9 @@ def _walk(root: Location, include_file: PathFilter, enter_folder: PathFilter, re
         try:
             identity = _identify(root.join(folder))
             if identity in ancestors:
-                report_skip("link to a parent folder")
+                skips.skip("link to a parent folder")
                 continue
-            files, folders = _list_names(root.join(folder), report_skip)
+            files, folders = _list_names(root.join(folder), skips)
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise DatasetError(f"folder {root.join(folder).address} cannot be read: {reason}") from error
@@ -90,15 +90,15 @@ def _identify(folder: Location) -> object | None:
     return status.st_dev, status.st_ino
 
 
-def _list_names(folder: Location, report_skip: ReportSkip) -> tuple[list[str], list[str]]:
+def _list_names(folder: Location, skips: SkipCounter) -> tuple[list[str], list[str]]:
     """Returns the sorted names of files and of subdirectories in one directory."""
     files: list[str] = []
     folders: list[str] = []
     for name, kind in scan_folder(folder):
         if name.startswith("."):
-            report_skip("hidden")
+            skips.skip("hidden")
         elif kind is None:
-            report_skip("not a regular file")
+            skips.skip("not a regular file")
         else:
             (folders if kind == "directory" else files).append(name)
     return sorted(files), sorted(folders)

@@ -1,11 +1,10 @@
 """The formats of sources, and their detection by name and first bytes."""
 
 import contextlib
-import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from captionlib.data.sources.coco import read_coco
 from captionlib.data.sources.flickr import CAPTION_LINE, read_flickr
@@ -23,13 +22,14 @@ from captionlib.data.sources.locations import (
     read_lines,
     scan_folder,
 )
-from captionlib.data.sources.rows import RowReader
+from captionlib.data.sources.rows import ManifestRow, RowReader, SkipCounter, SourceOptions
 from captionlib.data.sources.tables import TABLE_EXTENSIONS, open_parquet, read_tables
+from captionlib.data.sources.values import is_unicode, parse_json
 from captionlib.data.sources.webdataset import read_webdataset
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.storage.file_systems import open_decompressed
 
-__all__ = ["SOURCE_FORMATS", "SourceFormat", "detect_common_format", "detect_format"]
+__all__ = ["SOURCE_FORMATS", "SourceFormat", "detect_common_format", "detect_format", "read_source"]
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,43 @@ SOURCE_FORMATS: Mapping[str, SourceFormat] = {
     "flickr": SourceFormat(read_flickr, "lines of NAME.jpg#K, a tab and a caption, in a split", references_images=True),
     "table": SourceFormat(read_tables, "rows below the header", references_images=True),
     "webdataset": SourceFormat(read_webdataset, "NAME.jpg, NAME.png etc. in the tars", references_images=False),
-    "hf-parquet": SourceFormat(read_hf_parquet, "rows with a column of struct<bytes, path>", references_images=False),
+    "hf-parquet": SourceFormat(read_hf_parquet, "rows with a column of images", references_images=False),
 }
 
 _PEEK_BYTES = 1 << 20
 _TAR_EXTENSIONS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
+def read_source(
+    source_format: str, addresses: Sequence[str], options: SourceOptions, skips: SkipCounter
+) -> Iterator[ManifestRow]:
+    """Yields the rows of a source. Skips rows and captions that are not valid Unicode.
+
+    Args:
+        source_format: a key of `SOURCE_FORMATS`.
+        addresses: paths, URLs or globs.
+        options: how to read the source.
+        skips: counts what is left out.
+
+    Raises:
+        ConfigError: an option does not fit the source.
+        DatasetError: the source cannot be read, or all of its captions are left out.
+    """
+    captions = 0
+    for row in SOURCE_FORMATS[source_format].read(addresses, options, skips):
+        if not all(map(is_unicode, (row.image_id, row.uri, row.split))):
+            skips.skip_image("name is not UTF-8", row.origin)
+            continue
+        valid = tuple(filter(is_unicode, row.captions))
+        for _ in range(len(row.captions) - len(valid)):
+            skips.skip_captions("caption is not UTF-8", row.origin)
+        captions += len(valid)
+        yield row if len(valid) == len(row.captions) else replace(row, captions=valid)
+    if skips.captions and not captions:
+        raise DatasetError(
+            f"{', '.join(addresses[:3])}: expected captions, got none that can be used; left out: {skips.describe()}; "
+            "correct the source, or prepare the images alone"
+        )
 
 
 def detect_common_format(addresses: Sequence[str]) -> str:
@@ -150,8 +182,10 @@ def _detect_json(location: Location) -> str:
     """Recognizes the keys in the first megabyte, because reading a large file twice is slow."""
     with open_decompressed(location.fs, location.path) as file:
         start = file.read(_PEEK_BYTES).decode("utf-8-sig", errors="replace")
-    with contextlib.suppress(json.JSONDecodeError):
-        first = json.loads(start.lstrip().partition("\n")[0])
+    if start.lstrip().startswith("["):
+        return "table"
+    with contextlib.suppress(DatasetError):
+        first = parse_json(start.lstrip().partition("\n")[0], location.address)
         if isinstance(first, dict) and "images" not in first:
             return "table"
     if re.search(r'"(?:sentences|sentids)"\s*:', start):
@@ -159,6 +193,6 @@ def _detect_json(location: Location) -> str:
     if re.search(r'"(?:annotations|file_name|coco_url)"\s*:', start):
         return "coco"
     raise ConfigError(
-        f"{location.address}: expected COCO's captions, Karpathy's dataset.json or one JSON object per line, got other "
-        "JSON; set --format to coco, karpathy or table if it is one of these"
+        f"{location.address}: expected COCO's captions, Karpathy's dataset.json, a list of records or one JSON object "
+        "per line, got other JSON; set --format to coco, karpathy or table if it is one of these"
     )

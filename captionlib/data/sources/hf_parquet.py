@@ -1,4 +1,4 @@
-"""Reads Parquet with embedded images, in the Hugging Face layout `image: struct<bytes, path>`."""
+"""Reads Parquet with embedded images: a column of bytes, or of `struct<bytes, path>` as on Hugging Face."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,24 +11,25 @@ from captionlib.data.sources.columns import (
     list_columns,
     select_caption_columns,
     select_column,
-    to_captions,
-    to_text,
 )
 from captionlib.data.sources.locations import Location, find_files
-from captionlib.data.sources.rows import ManifestRow, ReportSkip, SourceOptions
-from captionlib.data.sources.tables import open_parquet, read_parquet_columns
+from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
+from captionlib.data.sources.tables import open_parquet, parse_caption_columns, parse_split_column, read_parquet_columns
+from captionlib.data.sources.values import parse_id, parse_optional, parse_text
 from captionlib.errors import ConfigError
 
 __all__ = ["find_image_columns", "read_hf_parquet"]
 
+_BYTES_NAMES = frozenset({"image", "image_bytes", "img", "jpg", "jpeg", "png", "webp", "bytes"})
 
-def read_hf_parquet(addresses: Sequence[str], options: SourceOptions, report_skip: ReportSkip) -> Iterator[ManifestRow]:
+
+def read_hf_parquet(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
     """Yields the images in the rows of Parquet files. Image bytes are not read; uris name the file, row and column.
 
     The id is the value of the id column, or else the image's path, or else the file's name and the row number from 0.
 
     Raises:
-        ConfigError: a column is missing.
+        ConfigError: a column is missing or ambiguous.
         DatasetError: a file cannot be read.
     """
     for location in find_files(addresses, frozenset({".parquet"})):
@@ -37,46 +38,66 @@ def read_hf_parquet(addresses: Sequence[str], options: SourceOptions, report_ski
 
 
 def find_image_columns(schema: pa.Schema) -> list[str]:
-    """Returns the columns that hold encoded images."""
-    return [field.name for field in schema if pa.types.is_struct(field.type) and _has_bytes(field.type)]
+    """Returns the columns that hold encoded images: structs with bytes, and bytes under a conventional name."""
+    return [
+        field.name
+        for field in schema
+        if _has_bytes(field.type) or (_is_binary(field.type) and field.name.strip().lower() in _BYTES_NAMES)
+    ]
 
 
-def _has_bytes(struct: pa.StructType) -> bool:
-    index = struct.get_field_index("bytes")
-    return index >= 0 and struct.field(index).type in {pa.binary(), pa.large_binary()}
+def _is_binary(data_type: pa.DataType) -> bool:
+    return data_type in {pa.binary(), pa.large_binary(), pa.binary_view()}
+
+
+def _holds_bytes(data_type: pa.DataType) -> bool:
+    return _is_binary(data_type) or _has_bytes(data_type)
+
+
+def _has_bytes(data_type: pa.DataType) -> bool:
+    index = data_type.get_field_index("bytes") if pa.types.is_struct(data_type) else -1
+    return index >= 0 and _is_binary(data_type.field(index).type)
 
 
 def _read_rows(parquet: pq.ParquetFile, location: Location, options: SourceOptions) -> Iterator[ManifestRow]:
     schema = parquet.schema_arrow
-    image = _select_image_column(schema, options.uri_column, location.address)
+    image = _select_image_column(schema, options.image_column, location.address)
+    image_type = schema.field(image).type
+    bytes_column = f"{image}.bytes" if _has_bytes(image_type) else image
+    has_path = _has_bytes(image_type) and image_type.get_field_index("path") >= 0
     image_id = select_column(schema.names, options.id_column, ID_NAMES, location.address)
     split = select_column(schema.names, options.split_column, SPLIT_NAMES, location.address)
     captions = select_caption_columns(schema.names, options.caption_columns, location.address)
-    path = f"{image}.path" if schema.field(image).type.get_field_index("path") >= 0 else None
+    path = f"{image}.path" if has_path else None
     columns = [name for name in (image_id, split, *captions, path) if name is not None]
     for number, record in enumerate(read_parquet_columns(parquet, columns, location)):
         origin = f"{location.address}, row {number + 1}"
         if image_id is not None:
-            row_id = to_text(record[image_id], origin, image_id)
+            row_id = parse_id(record[image_id], origin, image_id)
         else:
-            row_id = (record.get(image) or {}).get("path") or f"{location.name}#{number}"
+            name = (record.get(image) or {}).get("path") if has_path else None
+            row_id = parse_optional(parse_text, name, origin, f"{image}.path", f"{location.name}#{number}")
         yield ManifestRow(
             image_id=row_id,
-            uri=f"{location.address}#row={number}&column={image}.bytes",
-            split=(to_text(record[split], origin, split) if split is not None else "") or options.default_split,
-            captions=to_captions([record[name] for name in captions], origin),
+            uri=f"{location.address}#row={number}&column={bytes_column}",
+            split=parse_split_column(record, split, origin, options.default_split),
+            captions=parse_caption_columns(record, captions, origin),
             origin=origin,
         )
 
 
 def _select_image_column(schema: pa.Schema, name: str | None, table: str) -> str:
     columns = find_image_columns(schema)
-    if name is not None and name in columns:
-        return name
-    if name is not None or not columns:
+    if name is not None:
+        columns = [field.name for field in schema if field.name == name and _holds_bytes(field.type)]
+    if not columns:
         expected = "a column" if name is None else f"column {name!r}"
         raise ConfigError(
-            f"{table}: expected {expected} of type struct<bytes, path>, got {list_columns(schema.names)}; "
-            "name the image column with --uri-column, or use --format table if the rows hold uris"
+            f"{table}: expected {expected} of type struct<bytes, path> or binary, got {list_columns(schema.names)}; "
+            "name the image column with --image-column, or use --format table if the rows hold uris"
         )
-    return columns[0]
+    if len(columns) > 1 and columns.count("image") != 1:
+        raise ConfigError(
+            f"{table}: expected one column of images, got {', '.join(columns)}; select one with --image-column"
+        )
+    return "image" if len(columns) > 1 else columns[0]

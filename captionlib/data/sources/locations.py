@@ -1,7 +1,6 @@
 """Finds and reads the files of a source, given as paths, URLs, globs or brace lists."""
 
 import itertools
-import json
 import lzma
 import os
 import re
@@ -12,8 +11,9 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
+from captionlib.data.sources.values import parse_json
 from captionlib.errors import DatasetError
-from captionlib.storage.file_systems import open_decompressed, open_file_system
+from captionlib.storage.file_systems import open_decompressed, open_file_system, split_protocol
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -26,7 +26,6 @@ __all__ = [
     "load_json",
     "locate",
     "locate_all",
-    "parse_json",
     "read_lines",
     "resolve_uri",
     "scan_folder",
@@ -86,8 +85,8 @@ def locate(address: str | os.PathLike[str]) -> Location:
     address = os.fspath(address)
     fs, path = open_file_system(address)
     if isinstance(fs, LocalFileSystem):
-        path = os.path.normpath(path)
-        return Location(fs, path.rstrip("/"), path.rstrip("/"))
+        path = os.path.normpath(path).replace("//", "/").rstrip("/")  # normpath keeps two slashes at the start
+        return Location(fs, path, path)
     return Location(fs, path.rstrip("/"), address.rstrip("/"))
 
 
@@ -102,8 +101,9 @@ def locate_all(address: str | os.PathLike[str]) -> list[Location]:
 
 
 def resolve_uri(uri: str, root: str) -> str:
-    """Returns a URL or an absolute path unchanged, and a relative path below `root`."""
-    return uri if uri.startswith("/") or "://" in uri else f"{root}/{uri}"
+    """Returns a URL or an absolute path without surrounding white space, and a relative path below `root`."""
+    uri = uri.strip()
+    return uri if uri.startswith("/") or "://" in uri or split_protocol(uri)[0] else f"{root}/{uri}"
 
 
 def find_image_root(image_root: str | None, source: Location) -> str:
@@ -233,18 +233,6 @@ def load_json(location: Location) -> Any:
     """Returns the content of a JSON file.
 
     Raises:
-        DatasetError: the file cannot be read or is not JSON.
+        DatasetError: the file cannot be read, or see `parse_json`.
     """
     return parse_json("".join(read_lines(location)), location.address)
-
-
-def parse_json(text: str, origin: str) -> Any:
-    """Parses JSON.
-
-    Raises:
-        DatasetError: `text` is not JSON; names `origin`, line and column.
-    """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DatasetError(f"{origin}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from error

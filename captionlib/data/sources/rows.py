@@ -1,16 +1,14 @@
-"""The rows that every source yields, and the options for reading a source."""
+"""The rows that every source yields, what a source leaves out, and the options for reading one."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from captionlib.config import configclass
 from captionlib.errors import DatasetError
 
-__all__ = ["ManifestRow", "ReportSkip", "RowReader", "SourceOptions", "parse_captions"]
-
-ReportSkip = Callable[[str], None]
-"""Receives the reason for each item of a source that yields no row."""
+__all__ = ["ManifestRow", "RowReader", "SkipCounter", "SourceOptions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +30,58 @@ class ManifestRow:
     origin: str = field(default="", compare=False)
 
 
+class SkipCounter:
+    """Counts what a source leaves out, by reason, and remembers an example of each.
+
+    Args:
+        strict: raise an error rather than leave out an image or captions because of damage.
+
+    Attributes:
+        counts: the number of items by reason.
+        examples: the place of the first item, by reason.
+        captions: the reasons for which only captions were left out.
+    """
+
+    def __init__(self, strict: bool = False) -> None:
+        self._strict = strict
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+        self.captions: set[str] = set()
+
+    def skip(self, reason: str) -> None:
+        """Counts an item that is left out by design, such as a hidden file."""
+        self.counts[reason] += 1
+
+    def skip_image(self, reason: str, origin: str) -> None:
+        """Counts an image that is left out because it is damaged.
+
+        Raises:
+            DatasetError: the counter is strict.
+        """
+        origin = origin.encode(errors="backslashreplace").decode()  # it may be printed
+        if self._strict:
+            raise DatasetError(f"{origin}: {reason}; correct it, or leave out --strict to skip it")
+        self.skip(reason)
+        self.examples.setdefault(reason, origin)
+
+    def skip_captions(self, reason: str, origin: str) -> None:
+        """Counts captions that are left out because they are damaged or belong to no image.
+
+        Raises:
+            DatasetError: the counter is strict.
+        """
+        self.skip_image(reason, origin)
+        self.captions.add(reason)
+
+    def describe(self) -> str:
+        """Returns the reasons with their counts and examples as a phrase for error messages."""
+        reasons = [
+            f"{reason} ({count}{', such as ' + self.examples[reason] if reason in self.examples else ''})"
+            for reason, count in self.counts.most_common()
+        ]
+        return ", ".join(reasons) or "nothing"
+
+
 @configclass
 class SourceOptions:
     """How to read a source.
@@ -43,9 +93,12 @@ class SourceOptions:
         split_files: for Flickr8k and Flickr30k, the file of image names of each split. Empty uses the official split
             files beside the captions, if they exist.
         id_column: the table column, or the key in a WebDataset sample's JSON, that holds the image id.
-        uri_column: the table column that holds the image's path or URL or, for Parquet with embedded images, its bytes.
+        uri_column: the table column that holds the image's path or URL.
+        image_column: the Parquet column that holds the bytes of the images.
         caption_columns: the table columns, or the keys in a WebDataset sample's JSON, that hold captions.
         split_column: the table column that holds the split.
+        columns: the names of all columns of a CSV or TSV table that has no header.
+        tsv_quotes: whether cells of TSV tables may be quoted, as in CSV.
     """
 
     image_root: str | None = None
@@ -53,35 +106,16 @@ class SourceOptions:
     split_files: Mapping[str, str] = field(default_factory=dict)
     id_column: str | None = None
     uri_column: str | None = None
+    image_column: str | None = None
     caption_columns: tuple[str, ...] = ()
     split_column: str | None = None
+    columns: tuple[str, ...] = ()
+    tsv_quotes: bool = False
 
 
 class RowReader(Protocol):
     """Yields the rows of all `addresses` in a fixed order, in bounded memory."""
 
     def __call__(
-        self, addresses: Sequence[str], options: SourceOptions, report_skip: ReportSkip
+        self, addresses: Sequence[str], options: SourceOptions, skips: SkipCounter
     ) -> Iterator[ManifestRow]: ...
-
-
-def parse_captions(value: object, origin: str) -> tuple[str, ...]:
-    """Returns the captions in a string, an object with a `raw` or `caption` field, or a list of these.
-
-    Surrounding white space and blank captions are dropped.
-
-    Raises:
-        DatasetError: `value` is of another type.
-    """
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        caption = value.strip()
-        return (caption,) if caption else ()
-    if isinstance(value, Mapping) and ("raw" in value or "caption" in value):
-        return parse_captions(value["raw"] if "raw" in value else value["caption"], origin)
-    if isinstance(value, list | tuple):
-        return tuple(caption for item in value for caption in parse_captions(item, origin))
-    raise DatasetError(
-        f"{origin}: expected captions as text or a list of texts, got {type(value).__name__} {value!r:.60}"
-    )

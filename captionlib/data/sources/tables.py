@@ -1,81 +1,107 @@
-"""Reads tables of images (CSV, TSV, JSON Lines and Parquet) row by row."""
+"""Reads tables of images (CSV, TSV, text, JSON and Parquet) row by row."""
 
 import csv
 import itertools
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, BinaryIO, NamedTuple
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from captionlib.data.sources.columns import Columns, select_columns, to_captions, to_text
+from captionlib.data.sources.columns import Columns, select_columns
 from captionlib.data.sources.locations import (
     Location,
     find_files,
     find_image_root,
     get_text_extension,
+    load_json,
     read_lines,
     resolve_uri,
 )
-from captionlib.data.sources.rows import ManifestRow, ReportSkip, SourceOptions
-from captionlib.errors import DatasetError
+from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
+from captionlib.data.sources.values import (
+    parse_captions,
+    parse_cell,
+    parse_id,
+    parse_json,
+    parse_list,
+    parse_object,
+    parse_optional,
+    parse_text,
+)
+from captionlib.errors import ConfigError, DatasetError
 
-__all__ = ["TABLE_EXTENSIONS", "open_parquet", "read_parquet_columns", "read_tables"]
+__all__ = [
+    "TABLE_EXTENSIONS",
+    "open_parquet",
+    "parse_caption_columns",
+    "parse_split_column",
+    "read_parquet_columns",
+    "read_tables",
+]
 
 TABLE_EXTENSIONS = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"})
 
+_QUOTED_CELL = re.compile(r'\s*"((?:[^"]|"")*)"\s*', re.DOTALL)
+
 
 class _Record(NamedTuple):
-    """The values of a table row, not yet converted. `number` is its line or row number from 1."""
+    """A table row, not yet parsed.
 
-    number: int
-    image_id: object
-    uri: object
-    captions: Sequence[object]
-    split: object
+    Attributes:
+        origin: its file and line or row number from 1.
+        columns: the columns that fill a manifest row.
+        values: its values by column.
+    """
 
-
-@dataclass(frozen=True)
-class _TableFormat:
-    """How to read the records of a table, and what error messages call one: a line or a row."""
-
-    unit: str
-    read: Callable[[Location, SourceOptions], Iterator[tuple[Columns, _Record]]]
+    origin: str
+    columns: Columns
+    values: Mapping[str, Any]
 
 
-def read_tables(addresses: Sequence[str], options: SourceOptions, report_skip: ReportSkip) -> Iterator[ManifestRow]:
+def read_tables(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
     """Yields the images of tables in their order. Consecutive rows of one image with a caption each become one row.
 
     Without an id column, the id is the uri as the table spells it. Relative uris start from `options.image_root`, or
     else from the table's folder.
 
     Raises:
-        ConfigError: a column is missing.
+        ConfigError: a column is missing or ambiguous.
         DatasetError: a table or a row cannot be read; names its line.
     """
     for location in find_files(addresses, TABLE_EXTENSIONS):
-        table_format = _FORMATS.get(get_text_extension(location.name), _DELIMITED)
-        yield from _merge_captions(_to_rows(table_format, location, options))
+        read = _READERS.get(get_text_extension(location.name), _read_delimited)
+        if options.columns and read is not _read_delimited:
+            raise ConfigError(f"{location.address}: --columns is for CSV and TSV without a header; leave it out")
+        root = find_image_root(options.image_root, location)
+        yield from _merge_captions(_to_row(record, root, options.default_split) for record in read(location, options))
 
 
-def _to_rows(
-    table_format: _TableFormat, location: Location, options: SourceOptions
-) -> Iterator[tuple[ManifestRow, bool]]:
-    """Yields each row and whether it may merge with adjacent rows of its image. Rows with lists of captions may not."""
-    root = find_image_root(options.image_root, location)
-    for columns, record in table_format.read(location, options):
-        origin = f"{location.address}, {table_format.unit} {record.number}"
-        uri = to_text(record.uri, origin, columns.uri)
-        row = ManifestRow(
-            uri if columns.id is None else to_text(record.image_id, origin, columns.id),
-            resolve_uri(uri, root) if uri else "",
-            to_text(record.split, origin, columns.split or "") or options.default_split,
-            to_captions(record.captions, origin),
-            origin,
-        )
-        yield row, bool(columns.captions) and not any(isinstance(value, list) for value in record.captions)
+def _to_row(record: _Record, root: str, default_split: str) -> tuple[ManifestRow, bool]:
+    """Returns a row and whether it may merge with adjacent rows of its image. Rows with lists of captions may not."""
+    origin, columns, values = record
+    uri = parse_text(values.get(columns.uri), origin, columns.uri).strip()
+    row = ManifestRow(
+        image_id=uri if columns.id is None else parse_id(values.get(columns.id), origin, columns.id),
+        uri=resolve_uri(uri, root),
+        split=parse_split_column(values, columns.split, origin, default_split),
+        captions=parse_caption_columns(values, columns.captions, origin),
+        origin=origin,
+    )
+    has_list = any(isinstance(values.get(name), list) for name in columns.captions)
+    return row, bool(columns.captions) and not has_list
+
+
+def parse_split_column(values: Mapping[str, Any], column: str | None, origin: str, default: str) -> str:
+    """Returns the split in a column of a row, or `default` if there is none."""
+    return default if column is None else parse_optional(parse_id, values.get(column), origin, column, default)
+
+
+def parse_caption_columns(values: Mapping[str, Any], columns: Sequence[str], origin: str) -> tuple[str, ...]:
+    """Returns the captions in several columns of a row; see `parse_captions`."""
+    return tuple(caption for name in columns for caption in parse_captions(values.get(name), origin, name))
 
 
 def _merge_captions(rows: Iterable[tuple[ManifestRow, bool]]) -> Iterator[ManifestRow]:
@@ -97,70 +123,123 @@ def _get_merge_key(item: tuple[ManifestRow, bool]) -> object:
     return (row.image_id, row.uri) if mergeable else object()  # an object differs from all other keys
 
 
-def _read_delimited(location: Location, options: SourceOptions) -> Iterator[tuple[Columns, _Record]]:
+def _read_delimited(location: Location, options: SourceOptions) -> Iterator[_Record]:
     lines = read_lines(location)
     first = next(lines, "")
-    delimiter = max("\t,;|", key=first.count) if first else ","
-    reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
+    delimiter = _detect_delimiter(first, location, options)
+    is_tsv = delimiter == "\t" and ("\t" in first or get_text_extension(location.name) == ".tsv")
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if is_tsv and not options.tsv_quotes else csv.QUOTE_MINIMAL
+    header = list(options.columns) or next(csv.reader([first], delimiter=delimiter, quoting=quoting), [])
+    header = [name.strip() for name in header]
+    columns = select_columns(header, options, f"{location.address}, line 1")
+    lines = itertools.chain([first], lines)
+    # In `image,caption` text files, such as Kaggle's Flickr8k, captions contain commas that are not quoted.
+    is_text = get_text_extension(location.name) == ".txt" and delimiter != "\t"
+    if is_text and header == [columns.uri, *columns.captions] and len(header) == 2:
+        rows = _split_lines(lines, delimiter)
+    else:
+        rows = _parse_delimited(lines, location, delimiter, quoting)
+    for number, cells in itertools.islice(rows, 0 if options.columns else 1, None):
+        if len(cells) != len(header):
+            advice = "quote cells that contain the delimiter or a line break"
+            raise DatasetError(
+                f"{location.address}, line {number}: expected {len(header)} cells, got {len(cells)}; "
+                + (advice if quoting == csv.QUOTE_MINIMAL else f"{advice} and use --tsv-quotes, or remove them")
+            )
+        values: dict[str, Any] = dict(zip(header, cells, strict=True))
+        for name in columns.names:
+            value = parse_cell(values[name])
+            values[name] = value if value is None or name == columns.id else values[name]
+        yield _Record(f"{location.address}, line {number}", columns, values)
+
+
+def _detect_delimiter(first: str, location: Location, options: SourceOptions) -> str:
+    if get_text_extension(location.name) == ".tsv" or ("\t" in first and options.columns):
+        return "\t"
+    if options.columns:  # captions may contain more of the other delimiters
+        return min(",;|", key=lambda delimiter: first.find(delimiter) % (len(first) + 1))
+    return max("\t,;|", key=first.count)
+
+
+def _split_lines(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yields the number and the two cells of each line: the text before and after the first delimiter."""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            cells = line.rstrip("\r\n").split(delimiter, 1)
+            quoted = [_QUOTED_CELL.fullmatch(cell) for cell in cells]
+            yield (
+                number,
+                [match[1].replace('""', '"') if match else cell for match, cell in zip(quoted, cells, strict=True)],
+            )
+
+
+def _parse_delimited(
+    lines: Iterable[str], location: Location, delimiter: str, quoting: Literal[0, 3]
+) -> Iterator[tuple[int, list[str]]]:
+    """Yields the line number and the cells of each row."""
+    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     try:
-        header = [name.strip() for name in next(reader, [])]
-        columns = select_columns(header, options, f"{location.address}, line 1")
-        uri, image_id, split = (_index(header, name) for name in (columns.uri, columns.id, columns.split))
-        captions = [header.index(name) for name in columns.captions]
         for cells in reader:
-            if not cells:
-                continue
-            if len(cells) != len(header):
+            if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
                 raise DatasetError(
-                    f"{location.address}, line {reader.line_num}: expected {len(header)} cells, got {len(cells)}; "
-                    "quote cells that contain the delimiter or a line break"
+                    f"{location.address}, line {reader.line_num}: expected cells without a tab and a line break, got "
+                    "one with both, as after a single quote; leave out --tsv-quotes"
                 )
-            cells.append("")  # the value of an absent column, at index -1
-            values = [cells[index] for index in captions]
-            yield columns, _Record(reader.line_num, cells[image_id], cells[uri], values, cells[split])
+            if cells:
+                yield reader.line_num, cells
     except csv.Error as error:
         raise DatasetError(f"{location.address}, line {reader.line_num}: {error}; check its quotes") from error
 
 
-def _index(header: Sequence[str], name: str | None) -> int:
-    return -1 if name is None else header.index(name)
+def _read_json(location: Location, options: SourceOptions) -> Iterator[_Record]:
+    """Yields JSON objects. Each has its own keys: columns are not those of the first object alone."""
+    optional = (options.uri_column, options.id_column, options.split_column, *options.caption_columns)
+    named = [name for name in optional if name is not None]
+    absent = set(named)
+    selected: dict[tuple[str, ...], Columns] = {}
+    first: _Record | None = None
+    for origin, values in _read_objects(location):
+        absent -= values.keys()
+        names = tuple(dict.fromkeys((*values, *named)))
+        if names not in selected:
+            selected[names] = select_columns(names, options, origin)
+        record = _Record(origin, selected[names], values)
+        first = first or record
+        if (record.columns.id is None) != (first.columns.id is None):
+            has, lacks = (first, record) if record.columns.id is None else (record, first)
+            raise DatasetError(
+                f"{lacks.origin}: expected an image id {has.columns.id} as at {has.origin}, got none; add it, or name "
+                "the column with --id-column"
+            )
+        yield record
+    if first is not None and absent:
+        raise ConfigError(f"{location.address}: column {', '.join(map(repr, sorted(absent)))} not found")
 
 
-def _read_json_lines(location: Location, options: SourceOptions) -> Iterator[tuple[Columns, _Record]]:
-    columns: Columns | None = None
-    for number, line in enumerate(read_lines(location), 1):
-        if not line.strip():
-            continue
-        values = _parse_object(line, f"{location.address}, line {number}")
-        if columns is None:
-            columns = select_columns(list(values), options, f"{location.address}, line {number}")
-        yield columns, _to_record(number, values, columns)
+def _read_objects(location: Location) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the objects of JSON Lines, or of a JSON array, with their origins."""
+    lines = enumerate(read_lines(location), 1)
+    first_number, first = next(((number, line) for number, line in lines if line.strip()), (0, ""))
+    if first.lstrip().startswith("[") and get_text_extension(location.name) == ".json":
+        for index, value in enumerate(parse_list(load_json(location), location.address, "records")):
+            origin = f"{location.address}, [{index}]"
+            yield origin, parse_object(value, origin)
+        return
+    for number, line in itertools.chain([(first_number, first)], lines):
+        if line.strip():
+            origin = f"{location.address}, line {number}"
+            try:
+                yield origin, parse_object(parse_json(line.strip(), origin), origin)
+            except DatasetError as error:
+                raise DatasetError(f"{error}; expected one object per line") from error
 
 
-def _parse_object(line: str, origin: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DatasetError(
-            f"{origin}, column {error.colno}: not JSON: {error.msg}; expected one object per line"
-        ) from error
-    if not isinstance(value, dict):
-        raise DatasetError(f"{origin}: expected one JSON object per line, got {line.strip():.80}")
-    return value
-
-
-def _read_parquet(location: Location, options: SourceOptions) -> Iterator[tuple[Columns, _Record]]:
+def _read_parquet(location: Location, options: SourceOptions) -> Iterator[_Record]:
     with location.fs.open(location.path, "rb") as file:
         parquet = open_parquet(file, location)
         columns = select_columns(parquet.schema_arrow.names, options, location.address)
         for number, values in enumerate(read_parquet_columns(parquet, columns.names, location), 1):
-            yield columns, _to_record(number, values, columns)
-
-
-def _to_record(number: int, values: dict[str, Any], columns: Columns) -> _Record:
-    image_id = None if columns.id is None else values.get(columns.id)
-    split = None if columns.split is None else values.get(columns.split)
-    return _Record(number, image_id, values.get(columns.uri), [values.get(name) for name in columns.captions], split)
+            yield _Record(f"{location.address}, row {number}", columns, values)
 
 
 def open_parquet(file: BinaryIO, location: Location) -> pq.ParquetFile:
@@ -180,6 +259,8 @@ def read_parquet_columns(
 ) -> Iterator[dict[str, Any]]:
     """Yields the rows as Python values by column. A dotted name selects a field of a struct.
 
+    A map becomes the list of its values. Text that is not UTF-8 has surrogates for its bytes.
+
     Raises:
         DatasetError: the file is damaged.
     """
@@ -189,17 +270,35 @@ def read_parquet_columns(
     try:
         for batch in parquet.iter_batches(batch_size=4096, columns=list(columns)):
             names = batch.schema.names
-            for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            for values in zip(*map(_to_python, batch.columns), strict=True):
                 yield dict(zip(names, values, strict=True))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DatasetError(f"{location.address} is damaged: {error}") from error
 
 
-_DELIMITED = _TableFormat("line", _read_delimited)
-_JSON_LINES = _TableFormat("line", _read_json_lines)
-_FORMATS = {
-    ".jsonl": _JSON_LINES,
-    ".ndjson": _JSON_LINES,
-    ".json": _JSON_LINES,
-    ".parquet": _TableFormat("row", _read_parquet),
+def _to_python(column: pa.Array) -> list[Any]:
+    if pa.types.is_map(column.type):
+        return [None if entries is None else [value for _, value in entries] for entries in column.to_pylist()]
+    try:
+        values: list[Any] = column.to_pylist()
+        return values
+    except UnicodeDecodeError:
+        return [_to_text(value) for value in column]
+
+
+def _to_text(value: pa.Scalar) -> Any:
+    if not value.is_valid:
+        return None
+    if isinstance(value, pa.ListScalar | pa.LargeListScalar):
+        return [_to_text(item) for item in value.values]
+    if isinstance(value, pa.StringScalar | pa.LargeStringScalar):
+        return value.as_buffer().to_pybytes().decode(errors="surrogateescape")
+    return value.as_py()
+
+
+_READERS: Mapping[str, Callable[[Location, SourceOptions], Iterator[_Record]]] = {
+    ".jsonl": _read_json,
+    ".ndjson": _read_json,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
 }

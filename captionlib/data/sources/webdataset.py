@@ -2,21 +2,25 @@
 
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from captionlib.data.sources.columns import CAPTION_NAMES, ID_NAMES, select_caption_columns, select_column, to_text
-from captionlib.data.sources.locations import IMAGE_EXTENSIONS, Location, find_files, parse_json
-from captionlib.data.sources.rows import ManifestRow, ReportSkip, SourceOptions, parse_captions
-from captionlib.errors import DatasetError
+from captionlib.data.sources.columns import CAPTION_NAMES, select_caption_columns
+from captionlib.data.sources.locations import IMAGE_EXTENSIONS, Location, find_files
+from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
+from captionlib.data.sources.tables import parse_caption_columns
+from captionlib.data.sources.values import parse_captions, parse_id, parse_json
+from captionlib.errors import ConfigError, DatasetError
 
 __all__ = ["read_webdataset"]
 
 # As in WebDataset, a sample's key ends at the first dot of the file name.
 _MEMBER = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<extension>[^/]+)", re.DOTALL)
+_TEXT_EXTENSIONS = ("txt", "text", "caption", "captions")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _MAX_TEXT_BYTES = 1 << 20
+_ZEROS_READ_AT_ONCE = 1 << 20
 
 
 @dataclass
@@ -29,108 +33,191 @@ class _Sample:
     texts: dict[str, str] = field(default_factory=dict)
 
 
-def read_webdataset(addresses: Sequence[str], options: SourceOptions, report_skip: ReportSkip) -> Iterator[ManifestRow]:
+def read_webdataset(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
     """Yields the samples that contain an image, in their order. The uri is the image's byte range in the tar.
 
-    Only tar headers and captions are read. Captions are the lines of the sample's `.txt`, or else the captions in its
-    `.json`. The id is the sample's key, or the JSON value that `options.id_column` names.
+    Only tar headers and captions are read. Captions are the lines of the sample's `.txt`, `.text`, `.caption` or
+    `.captions`, or else the captions in its `.json`. The id is the sample's key, or the JSON value that
+    `options.id_column` names. A sample with damaged captions is kept without them.
 
     Raises:
-        DatasetError: a tar is compressed or damaged, or a sample is damaged.
+        DatasetError: a tar is compressed or damaged.
     """
     for location in find_files(addresses, frozenset({".tar"})):
         with location.fs.open(location.path, "rb") as file:
-            for sample in _read_samples(file, location, report_skip):
+            seen: set[int] = set()  # hashes, because a tar can hold millions of keys
+            for sample in _read_samples(file, location, skips):
                 if sample.images:
-                    yield _to_row(sample, location, options, report_skip)
+                    seen.add(hash(sample.key))
+                    yield from _to_rows(sample, location, options, skips)
+                elif sample.texts and hash(sample.key) in seen:
+                    skips.skip_captions("captions that do not follow their image in the tar", sample.origin)
+                elif sample.texts:
+                    skips.skip_captions("sample without an image", sample.origin)
                 else:
-                    report_skip("sample without an image")
+                    skips.skip("sample without an image")
 
 
-def _to_row(sample: _Sample, location: Location, options: SourceOptions, report_skip: ReportSkip) -> ManifestRow:
+def _to_rows(sample: _Sample, location: Location, options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
     for _ in range(len(sample.images) - 1):
-        report_skip("additional image in a sample")
-    # Prefers `a.jpg` over `a.mask.png`.
-    extension = next((name for name in sample.images if "." not in name), next(iter(sample.images)))
-    start, end = sample.images[extension]
-    record = _load_record(sample)
-    captions = parse_captions(sample.texts.get("txt", "").splitlines(), sample.origin)
-    if not captions or options.caption_columns:
-        names = select_caption_columns(list(record), options.caption_columns, sample.origin)
-        captions = parse_captions([record[name] for name in names], sample.origin) or captions
+        skips.skip("additional image in a sample")
+    try:
+        record = _load_record(sample)
+    except DatasetError as error:
+        record = {}
+        skips.skip_captions("sample with damaged JSON", str(error))
     image_id = sample.key
     if options.id_column is not None:
-        column = select_column(list(record), options.id_column, ID_NAMES, sample.origin)
-        image_id = to_text(record[column], sample.origin, column) if column is not None else sample.key
+        try:
+            image_id = parse_id(record.get(options.id_column), sample.origin, options.id_column)
+        except DatasetError as error:
+            skips.skip_image("sample without a valid id in its JSON", str(error))
+            return
+    start, end = sample.images[_select_extension(sample.images)]
     uri = f"{location.address}#bytes={start}-{end}"
-    return ManifestRow(image_id, uri, options.default_split, captions, sample.origin)
+    captions = _parse_captions(sample, record, options, skips)
+    yield ManifestRow(image_id, uri, options.default_split, captions, sample.origin)
+
+
+def _select_extension(files: Mapping[str, object]) -> str:
+    """Returns the extension without a dot, if there is one: prefers `a.jpg` over `a.mask.png`."""
+    return next((extension for extension in files if "." not in extension), next(iter(files)))
 
 
 def _load_record(sample: _Sample) -> dict[str, Any]:
-    text = sample.texts.get("json")
-    record = parse_json(text, f"{sample.origin}.json") if text else {}
+    files = {name: text for name, text in sample.texts.items() if _get_suffix(name) == "json" and text.strip()}
+    record = parse_json(files[_select_extension(files)], f"{sample.origin}.json") if files else {}
     return record if isinstance(record, dict) else {CAPTION_NAMES[0]: record}
 
 
-def _read_samples(file: BinaryIO, location: Location, report_skip: ReportSkip) -> Iterator[_Sample]:
+def _parse_captions(
+    sample: _Sample, record: dict[str, Any], options: SourceOptions, skips: SkipCounter
+) -> tuple[str, ...]:
+    texts = {name: text for name, text in sample.texts.items() if _get_suffix(name) != "json"}
+    for _ in range(len(texts) - 1):
+        skips.skip_captions("additional captions file in a sample", sample.origin)
+    lines = texts[_select_extension(texts)].splitlines() if texts else []
+    for name in options.caption_columns:
+        if name not in record:
+            skips.skip_captions(f"sample without {name} in its JSON", sample.origin)
+    try:
+        captions = parse_captions(lines, sample.origin, "captions")
+        if captions and not options.caption_columns:
+            return captions
+        names = options.caption_columns or select_caption_columns(list(record), (), sample.origin)
+        return parse_caption_columns(record, names, sample.origin) or captions
+    except (ConfigError, DatasetError) as error:
+        skips.skip_captions("sample with damaged captions", str(error))
+        return ()
+
+
+def _read_samples(file: BinaryIO, location: Location, skips: SkipCounter) -> Iterator[_Sample]:
     sample: _Sample | None = None
     for tar, member in _read_members(file, location):
         match = _MEMBER.fullmatch(member.name)
         if match is None or not member.isreg() or member.issparse():
             if not member.isdir():
-                report_skip("tar member that is not a regular NAME.EXTENSION file")
+                skips.skip("tar member that is not a regular NAME.EXTENSION file")
             continue
         key, extension = match["key"], match["extension"].lower()
         if sample is None or sample.key != key:
             if sample is not None:
-                yield sample
+                yield from _split_dotted_names(sample, location)
             sample = _Sample(key, f"{location.address}, {key}")
-        _add_member(sample, extension, member, tar)
+        _add_member(sample, extension, member, tar, skips)
     if sample is not None:
-        yield sample
+        yield from _split_dotted_names(sample, location)
 
 
-def _add_member(sample: _Sample, extension: str, member: tarfile.TarInfo, tar: tarfile.TarFile) -> None:
+def _split_dotted_names(sample: _Sample, location: Location) -> list[_Sample]:
+    """Splits a sample such as `22.05.jpg`, `22.05.txt`, `22.06.jpg`, in which a part of the name follows a dot.
+
+    `22.rgb.jpg`, `22.mask.png` is a sample of two images instead.
+    """
+    parts: dict[str, _Sample] = {}
+    for name in (*sample.images, *sample.texts):
+        prefix, _, extension = name.rpartition(".")
+        key = f"{sample.key}.{prefix}"
+        part = parts.setdefault(prefix, _Sample(key, f"{location.address}, {key}"))
+        if name in sample.images:
+            part.images[extension] = sample.images[name]
+        else:
+            part.texts[extension] = sample.texts[name]
+    is_name = any(part.images and part.texts for part in parts.values()) or all(map(_is_number, parts))
+    return list(parts.values()) if "" not in parts and is_name else [sample]
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "").isdecimal()
+
+
+def _get_suffix(extension: str) -> str:
+    return extension.rpartition(".")[2]
+
+
+def _add_member(
+    sample: _Sample, extension: str, member: tarfile.TarInfo, tar: tarfile.TarFile, skips: SkipCounter
+) -> None:
+    is_text = _get_suffix(extension) in {*_TEXT_EXTENSIONS, "json"}
+    place = f"{sample.origin}.{extension}"
     if extension in sample.images or extension in sample.texts:
-        raise DatasetError(f"{sample.origin}: expected one .{extension} per sample, got two")
-    if f".{extension.rpartition('.')[2]}" in IMAGE_EXTENSIONS:
+        skip = skips.skip_captions if is_text else skips.skip_image
+        skip("second file of the same name in a sample", place)
+    elif f".{_get_suffix(extension)}" in IMAGE_EXTENSIONS:
         sample.images[extension] = (member.offset_data, member.offset_data + member.size)
-    elif extension in {"txt", "json"}:
-        if member.size > _MAX_TEXT_BYTES:
-            raise DatasetError(
-                f"{sample.origin}.{extension}: expected captions of at most {_MAX_TEXT_BYTES} bytes, got {member.size}"
-            )
-        content = tar.extractfile(member)
-        try:
-            sample.texts[extension] = content.read().decode("utf-8-sig") if content is not None else ""
-        except UnicodeDecodeError as error:
-            raise DatasetError(f"{sample.origin}.{extension}: not UTF-8 ({error.reason})") from error
+    elif is_text and member.size > _MAX_TEXT_BYTES:
+        skips.skip_captions("captions file larger than 1 MB", place)
+    elif is_text and (content := tar.extractfile(member)) is not None:
+        # Captions that are not UTF-8 are counted where rows are checked.
+        sample.texts[extension] = content.read().decode("utf-8-sig", errors="surrogateescape")
 
 
 def _read_members(file: BinaryIO, location: Location) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Yields the members of a tar. Their data is skipped by seeking where the file system supports it."""
+    """Yields the members of one or more concatenated tars. Their data is skipped by seeking where possible."""
     start = file.read(6)
-    file.seek(0)
     for magic, name in _COMPRESSED.items():
         if start.startswith(magic):
             raise DatasetError(
                 f"{location.address} is compressed with {name}, which prevents access to single images; "
                 "convert it to an uncompressed tar (images hardly compress)"
             )
+    offset: int | None = 0
+    while offset is not None:
+        file.seek(offset)
+        try:
+            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  # the file is open and stays so
+        except (tarfile.TarError, EOFError) as error:
+            raise DatasetError(f"{location.address} is not a tar, or is damaged at byte {offset}: {error}") from error
+        while (member := _read_next_member(tar, location)) is not None:
+            yield tar, member
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
+        offset = _find_next_tar(file, tar.offset, location)
+
+
+def _read_next_member(tar: tarfile.TarFile, location: Location) -> tarfile.TarInfo | None:
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                yield tar, member
-                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
-            _check_end(file, tar.offset, location)
-    except (tarfile.TarError, EOFError) as error:
-        raise DatasetError(f"{location.address} is not a tar, or is damaged: {error}") from error
+        member = tar.next()
+    except Exception as error:  # tarfile raises many types on damaged headers
+        raise DatasetError(f"{location.address} is not a tar, or is damaged: {error or repr(error)}") from error
+    if member is not None and member.size < 0:
+        raise DatasetError(f"{location.address} is damaged: expected a size of {member.name!r}, got {member.size}")
+    return member
 
 
-def _check_end(file: BinaryIO, offset: int, location: Location) -> None:
-    """Refuses a tar without the final block of zeros: tarfile stops silently at damage, and the rest would be lost."""
+def _find_next_tar(file: BinaryIO, offset: int, location: Location) -> int | None:
+    """Returns where the next of several concatenated tars starts, after the zeros that end this one; None at the end.
+
+    Raises:
+        DatasetError: the final block of zeros is missing. tarfile stops silently at damage, and the rest would be lost.
+    """
     file.seek(offset)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise DatasetError(
             f"{location.address} is truncated or damaged at byte {offset}: expected a member or the end of the tar"
         )
+    offset += tarfile.BLOCKSIZE
+    while block := file.read(_ZEROS_READ_AT_ONCE):
+        if content := block.lstrip(b"\0"):
+            return offset + (len(block) - len(content)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        offset += len(block)
+    return None

@@ -200,7 +200,7 @@ def load_captioner(folder: FolderLike, device: str = "cpu") -> LoadedCaptioner:
 
     def build(architecture: dict[str, Any], identity: Mapping[str, Any], vocabulary: Vocabulary) -> Captioner:
         feature_size = int(architecture.pop("feature_size"))
-        config = build_config(CaptionerConfig, architecture, origin="architecture")
+        config = build_config(CaptionerConfig, architecture)
         encoder_top = None if config.encoder_top is None else EncoderTop(identity["encoder"], config.encoder_top)
         return Captioner(config, feature_size, len(vocabulary), encoder_top)
 
@@ -232,8 +232,7 @@ def load_ranker(folder: FolderLike, device: str = "cpu") -> LoadedRanker:
 
     def build(architecture: dict[str, Any], identity: Mapping[str, Any], vocabulary: Vocabulary) -> Ranker:
         feature_size = int(architecture.pop("feature_size"))
-        config = build_config(RankerConfig, architecture, origin="architecture")
-        return Ranker(config, feature_size, len(vocabulary))
+        return Ranker(build_config(RankerConfig, architecture), feature_size, len(vocabulary))
 
     values = _load(folder, _RANKER, device, build)
     return LoadedRanker(config=values["model"].config, **values)
@@ -249,22 +248,11 @@ def save_language_model(
     provenance: Mapping[str, Any],
     training: Mapping[str, Any],
 ) -> str:
-    """Saves a language model and replaces the checkpoint in the folder, if there is one.
+    """Saves a language model; `save_captioner` describes the other arguments, the result and the errors.
 
     Args:
-        folder: the checkpoint's folder.
-        model: the network, on any device.
-        config: its architecture.
-        vocabulary: its words or characters.
+        config: the architecture.
         layout: `sentences`, which end, or `continuous` text, which does not.
-        provenance: fingerprints of the data, versions, date; JSON values.
-        training: the training configuration and history; JSON values.
-
-    Returns:
-        The fingerprint.
-
-    Raises:
-        CheckpointError: the vocabulary does not fit the model.
     """
     identity = {"architecture": to_dict(config), "layout": layout}
     return _save(folder, _LANGUAGE_MODEL, model, vocabulary, identity, provenance, training)
@@ -280,7 +268,7 @@ def load_language_model(folder: FolderLike, device: str = "cpu") -> LoadedLangua
     extra: dict[str, Any] = {}
 
     def build(architecture: dict[str, Any], identity: Mapping[str, Any], vocabulary: Vocabulary) -> Captioner:
-        extra["config"] = build_config(LanguageModelConfig, architecture, origin="architecture")
+        extra["config"] = build_config(LanguageModelConfig, architecture)
         extra["layout"] = identity["layout"]
         if identity["layout"] not in get_args(TextLayout):
             raise ValueError(f"expected layout {' or '.join(get_args(TextLayout))}, got {identity['layout']!r}")

@@ -13,43 +13,43 @@ def unpad(batches: list[np.ndarray]) -> list[list[int]]:
 
 
 @given(st.lists(st.lists(st.integers(1, 9), max_size=4), min_size=1), st.integers(1, 5), st.integers(0, 3))
-def test_every_sentence_comes_once_an_epoch(sentences: list[list[int]], size: int, epoch: int) -> None:
+def test_epoch_has_each_sentence_once(sentences: list[list[int]], size: int, epoch: int) -> None:
     batches = SentenceBatches(sentences, size)
-    real = [sentence for sentence in sentences if sentence]
-    assert unpad(list(batches.in_order())) == real
-    mixed = list(batches.epoch(0, epoch))
-    assert sorted(unpad(mixed)) == sorted(real)
-    assert len(mixed) == batches.count()
-    assert all(len(batch) <= size for batch in mixed)
+    nonempty = [sentence for sentence in sentences if sentence]
+    assert unpad(list(batches.in_order())) == nonempty
+    shuffled = list(batches.shuffled(0, epoch))
+    assert sorted(unpad(shuffled)) == sorted(nonempty)
+    assert len(shuffled) == batches.count()
+    assert all(len(batch) <= size for batch in shuffled)
 
 
-def test_the_seed_and_the_epoch_decide_the_order() -> None:
+def test_order_depends_only_on_seed_and_epoch() -> None:
     for batches in (SentenceBatches([[number] for number in range(1, 50)], 10), SequenceBatches(range(500), 7, 10)):
-        orders = [np.concatenate(list(batches.epoch(*which))).tolist() for which in ((0, 0), (0, 0), (0, 1), (1, 0))]
+        orders = [np.concatenate(list(batches.shuffled(*which))).tolist() for which in ((0, 0), (0, 0), (0, 1), (1, 0))]
         assert orders[0] == orders[1]
         assert orders[0] != orders[2]
         assert orders[0] != orders[3]
 
 
 @given(st.integers(10, 100), st.integers(1, 5), st.integers(1, 4), st.integers(0, 9))
-def test_windows_are_pieces_of_the_text_that_do_not_overlap(length: int, window: int, size: int, epoch: int) -> None:
-    batches = SequenceBatches(range(length), window, size)
-    epoch_batches = list(batches.epoch(0, epoch))
+def test_sequences_cover_the_text_without_overlap(length: int, sequence_length: int, size: int, epoch: int) -> None:
+    batches = SequenceBatches(range(length), sequence_length, size)
+    epoch_batches = list(batches.shuffled(0, epoch))
     rows = sorted(np.concatenate(epoch_batches).tolist())
     assert len(epoch_batches) == batches.count()
     assert [token for row in rows for token in row] == list(range(rows[0][0], rows[-1][-1] + 1))
-    assert len(rows) == length // window - 1
+    assert len(rows) == length // sequence_length - 1
     everything = np.concatenate(list(batches.in_order()))
-    assert everything.ravel().tolist() == list(range(length // window * window))
+    assert everything.ravel().tolist() == list(range(length // sequence_length * sequence_length))
 
 
-def test_windows_begin_elsewhere_in_every_epoch() -> None:
+def test_sequences_start_at_a_new_offset_in_each_epoch() -> None:
     batches = SequenceBatches(range(200), 20, 4)
-    firsts = {int(np.concatenate(list(batches.epoch(0, epoch))).min()) for epoch in range(10)}
+    firsts = {int(np.concatenate(list(batches.shuffled(0, epoch))).min()) for epoch in range(10)}
     assert len(firsts) > 4
     assert firsts <= set(range(20))
 
 
-def test_a_text_shorter_than_two_windows_is_refused() -> None:
-    with pytest.raises(DatasetError, match=r"at least two windows of 10 tokens, .* got one of 19"):
+def test_rejects_text_shorter_than_two_sequences() -> None:
+    with pytest.raises(DatasetError, match=r"at least two sequences of 10 tokens .* got 19 tokens"):
         SequenceBatches(range(19), 10, 4)

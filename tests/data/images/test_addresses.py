@@ -27,7 +27,7 @@ TEMPLATE = "{{ lipsum.__globals__['os'].environ['CAPTIONLIB_SECRET'] }}"
 
 
 class Server(ThreadingHTTPServer):
-    """Answers from `answers`, redirects from `redirects`, and keeps the paths that were requested."""
+    """Serves `answers`, redirects by `redirects` and records the requested paths."""
 
     daemon_threads = True
 
@@ -113,7 +113,7 @@ def failure(fetcher: ImageFetcher, uri: str) -> FetchError:
         "reference://x::{url}/refs.json#row=0&column=image",
     ],
 )
-def test_a_reference_file_of_a_stranger_is_not_even_requested(
+def test_reference_files_are_never_requested(
     fetcher: ImageFetcher, server: Server, monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
     monkeypatch.setenv("CAPTIONLIB_SECRET", SECRET)
@@ -153,29 +153,27 @@ def test_a_reference_file_of_a_stranger_is_not_even_requested(
         "http://host/a\0.jpg",
     ],
 )
-def test_chains_and_other_protocols_are_refused(fetcher: ImageFetcher, server: Server, address: str) -> None:
+def test_chains_and_other_protocols_are_rejected(fetcher: ImageFetcher, server: Server, address: str) -> None:
     error = failure(fetcher, address.format(url=server.url))
     assert error.reason == "BadAddress"
     assert "expected" in str(error)
     assert server.requested == []
 
 
-def test_two_colons_in_a_web_address_are_a_part_of_it(fetcher: ImageFetcher, server: Server) -> None:
+def test_web_address_may_contain_double_colons(fetcher: ImageFetcher, server: Server) -> None:
     assert fetcher.fetch(f"{server.url}/a::b.jpg") == CONTENT
     assert fetcher.fetch(f"{server.url}/a::{server.url}/b.jpg") == CONTENT
     assert server.requested == ["/a::b.jpg", f"/a::{server.url}/b.jpg"]
 
 
-def test_two_colons_in_a_path_are_a_part_of_it(
-    fetcher: ImageFetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_path_may_contain_double_colons(fetcher: ImageFetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a::b.jpg").write_bytes(CONTENT)
     monkeypatch.chdir(tmp_path)
     for address in ("a::b.jpg", "./a::b.jpg", f"{tmp_path}/a::b.jpg", f"file://{tmp_path}/a::b.jpg"):
         assert fetcher.fetch(address) == CONTENT
 
 
-def test_spellings_of_allowed_protocols_are_allowed() -> None:
+def test_aliases_of_allowed_protocols_are_allowed() -> None:
     for spelled, usual in {
         "s3a": "s3",
         "gcs": "gs",
@@ -203,13 +201,13 @@ def test_protocols_are_configurable(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("protocol", [*sorted(INTERPRETING_PROTOCOLS), "nonsense", "HTTP"])
-def test_protocols_that_cannot_be_allowed_stop_the_run(protocol: str) -> None:
+def test_unsafe_and_unknown_protocols_cannot_be_allowed(protocol: str) -> None:
     with pytest.raises(ConfigError, match=f"protocols: .*{protocol}"):
         FetchConfig(protocols=(*IMAGE_PROTOCOLS, protocol))
 
 
 @given(st.text(), st.sampled_from(["", *sorted(INTERPRETING_PROTOCOLS)]), st.sampled_from(["", "::", "://"]))
-def test_what_is_parsed_is_allowed_and_never_a_chain(text: str, protocol: str, separator: str) -> None:
+def test_parsed_addresses_are_allowed_and_not_chained(text: str, protocol: str, separator: str) -> None:
     try:
         outcome = parse_image_address(f"{protocol}{separator}{text}").file.protocol
     except FetchError as error:
@@ -217,7 +215,7 @@ def test_what_is_parsed_is_allowed_and_never_a_chain(text: str, protocol: str, s
     assert outcome in {*IMAGE_PROTOCOLS, "BadAddress"}
 
 
-def test_the_check_of_the_first_images_opens_nothing_that_is_refused(server: Server, tmp_path: Path) -> None:
+def test_image_exists_opens_no_rejected_address(server: Server, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").touch()
     assert image_exists(f"{tmp_path}/a.jpg")
     assert image_exists(f"file://{tmp_path}/a.jpg#bytes=0-1")
@@ -245,14 +243,14 @@ def test_the_check_of_the_first_images_opens_nothing_that_is_refused(server: Ser
         *("localhost", "LOCALHOST", "localhost.", "127.0.0.1."),
     ],
 )
-def test_loopback_is_refused_in_every_notation(public_fetcher: ImageFetcher, server: Server, host: str) -> None:
+def test_loopback_is_rejected_in_every_notation(public_fetcher: ImageFetcher, server: Server, host: str) -> None:
     reason = failure(public_fetcher, f"http://{host}:{server.server_port}/a.jpg").reason
     assert reason in {"ForbiddenHost", "InvalidUrlClientError", "InvalidURL", "ConnectionError"}
     assert server.requested == []
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "[::]", "0.0.0.0"])
-def test_a_refused_host_is_named_so(public_fetcher: ImageFetcher, server: Server, host: str) -> None:
+def test_rejected_host_has_its_own_reason(public_fetcher: ImageFetcher, server: Server, host: str) -> None:
     error = failure(public_fetcher, f"http://{host}:{server.server_port}/a.jpg")
     assert error.reason == "ForbiddenHost"
     assert "--allow-private-hosts" in str(error)
@@ -265,12 +263,12 @@ def test_cells_and_ranges_are_not_read_from_private_hosts(public_fetcher: ImageF
     assert server.requested == []
 
 
-def test_private_hosts_are_allowed_unless_they_are_refused(fetcher: ImageFetcher, server: Server) -> None:
+def test_private_hosts_are_allowed_by_default(fetcher: ImageFetcher, server: Server) -> None:
     assert fetcher.fetch(f"{server.url}/a.jpg") == CONTENT
 
 
 @pytest.mark.parametrize("target", ["{url}/secret", "http://localhost:{port}/secret", "//127.0.0.1:{port}/secret"])
-def test_redirects_of_a_public_host_to_a_private_one_are_refused(
+def test_redirects_to_private_hosts_are_rejected(
     public_fetcher: ImageFetcher, public_server: Server, server: Server, target: str
 ) -> None:
     public_server.redirects["/moved.jpg"] = target.format(url=server.url, port=server.server_port)
@@ -281,13 +279,13 @@ def test_redirects_of_a_public_host_to_a_private_one_are_refused(
         assert error.reason == "ForbiddenHost"
         assert "secret" not in str(error)
     assert server.requested == []
-    assert public_server.requested == ["/a.jpg", "/moved.jpg", "/twice.jpg", "/moved.jpg"]  # and no second attempt
+    assert public_server.requested == ["/a.jpg", "/moved.jpg", "/twice.jpg", "/moved.jpg"]  # without a second attempt
 
 
-def test_the_address_that_is_connected_to_is_checked(
+def test_connected_address_is_checked_after_dns_rebinding(
     public_fetcher: ImageFetcher, public_server: Server, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A name that is public when it is first resolved, and loopback afterwards."""
+    """The host name resolves to a public address first and to loopback afterwards."""
     answers = iter(["127.0.0.2", "127.0.0.1"])
     real = socket.getaddrinfo
 
@@ -301,7 +299,9 @@ def test_the_address_that_is_connected_to_is_checked(
 
 
 @pytest.mark.parametrize("options", [{"proxy": "http://p"}, {"client_kwargs": {"trust_env": True}}])
-def test_a_proxy_cannot_refuse_private_hosts(monkeypatch: pytest.MonkeyPatch, options: dict[str, object]) -> None:
+def test_proxies_are_rejected_without_private_hosts(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
     monkeypatch.setitem(fsspec.config.conf, "http", options)
     with pytest.raises(ConfigError, match="proxy"):
         ImageFetcher(FetchConfig(allow_private_hosts=False))
@@ -339,18 +339,18 @@ def test_a_proxy_cannot_refuse_private_hosts(monkeypatch: pytest.MonkeyPatch, op
         ("localhost", True),
     ],
 )
-def test_hosts_are_private_or_public(host: str, private: bool) -> None:
+def test_is_private_address(host: str, private: bool) -> None:
     assert is_private_address(host) == private
 
 
 @given(st.ip_addresses(v=4))
-def test_a_host_is_as_private_as_the_address_that_it_embeds(host: ipaddress.IPv4Address) -> None:
+def test_embedded_ipv4_address_decides_privacy(host: ipaddress.IPv4Address) -> None:
     assert (
         is_private_address(f"::ffff:{host}") == is_private_address(str(host)) == is_private_address(f"64:ff9b::{host}")
     )
 
 
-def test_failures_quote_nothing_that_was_read(fetcher: ImageFetcher, tmp_path: Path) -> None:
+def test_failures_quote_no_file_content(fetcher: ImageFetcher, tmp_path: Path) -> None:
     rows = pa.table({"secret-column": [SECRET], "list": [[{SECRET: 1}]]})
     pq.write_table(rows, tmp_path / "a.parquet")
     (tmp_path / "passwd").write_text(f"{SECRET}:x:0:0\n" * 10)
@@ -379,7 +379,7 @@ def test_failures_quote_nothing_that_was_read(fetcher: ImageFetcher, tmp_path: P
     ],
 )
 @pytest.mark.parametrize("part", ["", "#bytes=0-4", "#row=0&column=image"])
-def test_failures_quote_nothing_that_a_server_sent(fetcher: ImageFetcher, answer: bytes, part: str) -> None:
+def test_failures_quote_no_server_response(fetcher: ImageFetcher, answer: bytes, part: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
 
@@ -400,6 +400,6 @@ def test_failures_quote_nothing_that_a_server_sent(fetcher: ImageFetcher, answer
     assert "hunter2" not in error.reason
 
 
-def test_special_files_of_parquet_are_not_opened(fetcher: ImageFetcher, tmp_path: Path) -> None:
+def test_parquet_special_files_are_rejected(fetcher: ImageFetcher, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert failure(fetcher, f"{tmp_path}/pipe#row=0&column=image").reason == "NotAFile"

@@ -17,9 +17,17 @@ import pytest
 from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
 from captionlib.data.images.decoding import decode_image
 from captionlib.errors import CaptionlibError, ConfigError, DecodeError
-from tests.data.images.sample_images import PREPROCESSING, files, huge_png, photo, png_of, saved, slow_jpeg
+from tests.data.images.sample_images import (
+    PREPROCESSING,
+    encode_image,
+    encode_png,
+    huge_png,
+    make_files,
+    make_image,
+    slow_jpeg,
+)
 
-GOOD = saved(photo(), "JPEG")
+GOOD = encode_image(make_image(), "JPEG")
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +43,17 @@ def open_pool(processes: int = 1, timeout_seconds: float = 60.0, max_memory_byte
     )
 
 
-def runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, 0)
         return True
     return False
 
 
-def ends(pid: int) -> bool:
-    """Whether a process that is not ours to wait for ends; waits for that."""
+def wait_until_ended(pid: int) -> bool:
+    """Waits until a process that is not a child ends; returns whether it does."""
     for _ in range(1000):
-        if not runs(pid):
+        if not is_running(pid):
             return True
         time.sleep(0.02)
     return False
@@ -58,10 +66,10 @@ def reason(pool: DecoderPool, content: bytes) -> str:
     return caught.value.reason
 
 
-@pytest.mark.parametrize("name", files())
-def test_answers_what_decoding_gives(shared: DecoderPool, name: str) -> None:
-    decoded = shared.decode(files()[name])
-    np.testing.assert_array_equal(decoded, decode_image(files()[name], PREPROCESSING))
+@pytest.mark.parametrize("name", make_files())
+def test_pool_decodes_like_decode_image(shared: DecoderPool, name: str) -> None:
+    decoded = shared.decode(make_files()[name])
+    np.testing.assert_array_equal(decoded, decode_image(make_files()[name], PREPROCESSING))
     assert decoded.dtype == np.uint8
 
 
@@ -69,21 +77,21 @@ def test_answers_what_decoding_gives(shared: DecoderPool, name: str) -> None:
     ("content", "expected"),
     [(b"", "Empty"), (b"text", "NotAnImage"), (GOOD[:-300], "Truncated"), (huge_png(), "TooManyPixels")],
 )
-def test_answers_why_an_image_cannot_be_decoded(shared: DecoderPool, content: bytes, expected: str) -> None:
+def test_pool_reports_decode_errors(shared: DecoderPool, content: bytes, expected: str) -> None:
     assert reason(shared, content) == expected
     assert shared.decode(GOOD).shape == (40, 40, 3)
 
 
-def test_large_files_travel_whole(shared: DecoderPool) -> None:
+def test_large_files_are_decoded(shared: DecoderPool) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), np.uint8)
-    content = png_of(noise, 2)
+    content = encode_png(noise, 2)
     assert len(content) > 2_900_000
     np.testing.assert_array_equal(shared.decode(content), decode_image(content, PREPROCESSING))
 
 
-@pytest.mark.parametrize("name", files())
-def test_flipped_bits_give_an_image_or_a_reason(shared: DecoderPool, name: str) -> None:
-    content = files()[name]
+@pytest.mark.parametrize("name", make_files())
+def test_flipped_bits_decode_or_fail_with_a_reason(shared: DecoderPool, name: str) -> None:
+    content = make_files()[name]
     random = np.random.default_rng(0)
     shapes, reasons = set(), set()
     for _ in range(60):
@@ -100,8 +108,8 @@ def test_flipped_bits_give_an_image_or_a_reason(shared: DecoderPool, name: str) 
     assert shapes or reasons
 
 
-def test_threads_share_as_many_processes_as_were_asked_for(shared: DecoderPool) -> None:
-    contents = [saved(photo(seed=seed), "PNG") for seed in range(40)]
+def test_threads_share_the_processes(shared: DecoderPool) -> None:
+    contents = [encode_image(make_image(seed=seed), "PNG") for seed in range(40)]
     with ThreadPoolExecutor(8) as threads:
         decoded = list(threads.map(shared.decode, contents))
     for content, pixels in zip(contents, decoded, strict=True):
@@ -109,36 +117,36 @@ def test_threads_share_as_many_processes_as_were_asked_for(shared: DecoderPool) 
     assert len(shared.pids) == 2
 
 
-def test_processes_start_when_they_are_needed_and_end_with_the_pool() -> None:
+def test_processes_start_on_demand_and_end_with_the_pool() -> None:
     with open_pool(processes=2) as pool:
         assert pool.pids == []
         pool.decode(GOOD)
         (pid,) = pool.pids
         pool.decode(GOOD)
         assert pool.pids == [pid]
-    assert not runs(pid)
+    assert not is_running(pid)
     with pytest.raises(CaptionlibError, match="closed"):
         pool.decode(GOOD)
 
 
-def test_an_image_that_takes_too_long_is_given_up() -> None:
+def test_slow_image_times_out() -> None:
     with open_pool(timeout_seconds=1.0) as pool:
         assert reason(pool, slow_jpeg(50_000)) == "Timeout"
         assert pool.decode(GOOD).shape == (40, 40, 3)
 
 
-def test_a_decoder_that_hangs_is_replaced() -> None:
+def test_hanging_decoder_is_replaced() -> None:
     with open_pool(timeout_seconds=1.0) as pool:
         pool.decode(GOOD)
         (stopped,) = pool.pids
         os.kill(stopped, signal.SIGSTOP)
         assert reason(pool, GOOD) == "Timeout"
-        assert not runs(stopped)
+        assert not is_running(stopped)
         pool.decode(GOOD)
         assert stopped not in pool.pids
 
 
-def test_a_decoder_that_hangs_is_replaced_where_the_image_does_not_fit_into_the_pipe() -> None:
+def test_hanging_decoder_with_full_pipe_is_replaced() -> None:
     with open_pool(timeout_seconds=1.0) as pool:
         pool.decode(GOOD)
         os.kill(pool.pids[0], signal.SIGSTOP)
@@ -146,21 +154,21 @@ def test_a_decoder_that_hangs_is_replaced_where_the_image_does_not_fit_into_the_
         assert pool.decode(GOOD).shape == (40, 40, 3)
 
 
-def has_been_asked(pid: int) -> bool:
-    """Whether something lies in the pipe to a decoder."""
+def has_pending_request(pid: int) -> bool:
+    """Returns whether the pipe to a decoder has unread data."""
     with Path(f"/proc/{pid}/fd/0").open("rb", buffering=0) as pipe:
         (size,) = struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))
     return bool(size)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_an_image_gets_a_second_decoder_when_the_first_is_killed() -> None:
+def test_image_is_retried_when_its_decoder_is_killed() -> None:
     with open_pool() as pool, ThreadPoolExecutor(1) as thread:
         pool.decode(GOOD)
         (killed,) = pool.pids
-        os.kill(killed, signal.SIGSTOP)  # so that it cannot be done before it is killed
+        os.kill(killed, signal.SIGSTOP)  # so that it cannot finish before it is killed
         decoded = thread.submit(pool.decode, GOOD)
-        while not has_been_asked(killed):
+        while not has_pending_request(killed):
             time.sleep(0.001)
         os.kill(killed, signal.SIGKILL)
         np.testing.assert_array_equal(decoded.result(), decode_image(GOOD, PREPROCESSING))
@@ -173,11 +181,11 @@ def processor_seconds(pid: int) -> float:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_an_image_that_two_decoders_die_of_is_given_up() -> None:
+def test_image_fails_when_two_decoders_die() -> None:
     endless = slow_jpeg(50_000)
     with open_pool() as pool, ThreadPoolExecutor(1) as thread:
         pool.decode(GOOD)
-        busy = 2 * processor_seconds(pool.pids[0])  # has started, and does something else since
+        busy = 2 * processor_seconds(pool.pids[0])  # more than it took to start
         given_up = thread.submit(reason, pool, endless)
         killed: set[int] = set()
         while not given_up.done():
@@ -191,10 +199,10 @@ def test_an_image_that_two_decoders_die_of_is_given_up() -> None:
         assert pool.decode(GOOD).shape == (40, 40, 3)
 
 
-def test_idle_decoders_that_were_killed_cost_no_image() -> None:
+def test_killed_idle_decoders_are_replaced() -> None:
     with open_pool(processes=2) as pool:
         with ThreadPoolExecutor(2) as threads:
-            list(threads.map(pool.decode, [saved(photo(900, 900), "PNG")] * 10))
+            list(threads.map(pool.decode, [encode_image(make_image(900, 900), "PNG")] * 10))
         killed = pool.pids
         for pid in killed:
             os.kill(pid, signal.SIGKILL)
@@ -204,7 +212,7 @@ def test_idle_decoders_that_were_killed_cost_no_image() -> None:
 
 
 def test_memory_is_limited() -> None:
-    content = png_of(np.zeros((9000, 9000, 1), np.uint8), 0)
+    content = encode_png(np.zeros((9000, 9000, 1), np.uint8), 0)
     with open_pool(max_memory_bytes=2**28) as pool:
         assert reason(pool, content) == "OutOfMemory"
         pid = pool.pids
@@ -212,15 +220,15 @@ def test_memory_is_limited() -> None:
         assert pool.pids == pid
 
 
-def test_the_default_memory_is_enough_for_the_largest_image() -> None:
+def test_default_memory_fits_the_largest_image() -> None:
     limits = DecoderConfig(processes=1, max_image_pixels=3_000_000)
     with DecoderPool(PREPROCESSING, limits) as pool:
-        content = saved(photo(1500, 2000).convert("RGBA"), "TIFF", compression="tiff_lzw")
+        content = encode_image(make_image(1500, 2000).convert("RGBA"), "TIFF", compression="tiff_lzw")
         assert pool.decode(content).shape == (40, 40, 3)
-        assert reason(pool, saved(photo(1500, 2001), "PNG")) == "TooManyPixels"
+        assert reason(pool, encode_image(make_image(1500, 2001), "PNG")) == "TooManyPixels"
 
 
-def test_ctrl_c_is_left_to_the_parent() -> None:
+def test_decoders_ignore_ctrl_c() -> None:
     with open_pool() as pool:
         pool.decode(GOOD)
         (pid,) = pool.pids
@@ -229,7 +237,7 @@ def test_ctrl_c_is_left_to_the_parent() -> None:
         assert pool.pids == [pid]
 
 
-def test_closing_ends_what_is_being_decoded() -> None:
+def test_close_cancels_decoding() -> None:
     pool = open_pool()
     with ThreadPoolExecutor(3) as threads:
         waiting = [threads.submit(pool.decode, slow_jpeg(50_000)) for _ in range(3)]
@@ -240,11 +248,11 @@ def test_closing_ends_what_is_being_decoded() -> None:
         for future in waiting:
             with pytest.raises(CaptionlibError, match="closed"):
                 future.result()
-    assert not any(map(runs, pids))
+    assert not any(map(is_running, pids))
     assert pool.pids == []
 
 
-def test_decoders_that_cannot_start_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoder_that_cannot_start_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with open_pool() as pool, pytest.raises(CaptionlibError, match="did not start"):
         pool.decode(GOOD)
@@ -271,8 +279,8 @@ if death != "end":
     ("how", "death"),
     [("file", "end"), ("argument", "end"), ("input", "end"), ("file", "killed"), ("file", "killed in the middle")],
 )
-def test_works_in_any_program_and_ends_with_it(how: str, death: str, tmp_path: Path) -> None:
-    """Scripts without a guard around their main part, `python -c` and standard input; all leave the pool open."""
+def test_pool_works_in_any_program_and_ends_with_it(how: str, death: str, tmp_path: Path) -> None:
+    """Runs scripts without a main guard, `python -c` and standard input; all leave the pool open."""
     script, good, slow = (tmp_path / name for name in ("script.py", "good", "slow"))
     script.write_text(SCRIPT)
     good.write_bytes(GOOD)
@@ -288,12 +296,12 @@ def test_works_in_any_program_and_ends_with_it(how: str, death: str, tmp_path: P
     assert ran.returncode == (0 if death == "end" else -signal.SIGKILL), ran.stderr
     shape, pid = ran.stdout.rsplit(maxsplit=1)
     assert shape == "(40, 40, 3)"
-    assert ends(int(pid))
+    assert wait_until_ended(int(pid))
 
 
 @pytest.mark.parametrize(
     "wrong", [{"processes": 0}, {"timeout_seconds": 0}, {"max_image_pixels": 0}, {"max_memory_bytes": 1000}]
 )
-def test_limits_that_cannot_work_are_refused(wrong: dict[str, int]) -> None:
+def test_invalid_limits_are_rejected(wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         DecoderConfig(**wrong)

@@ -18,18 +18,18 @@ from captionlib.data.images.decoding import Preprocessing, decode_image
 from captionlib.errors import ConfigError, DecodeError
 from tests.data.images.sample_images import (
     PREPROCESSING,
-    exactly,
-    files,
+    encode_image,
+    encode_png,
     huge_png,
-    photo,
+    keep_size,
+    make_files,
+    make_image,
     png,
     png_chunk,
-    png_of,
-    saved,
 )
 
 SIDE = 16
-WHOLE = exactly(SIDE)
+WHOLE = keep_size(SIDE)
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -39,10 +39,10 @@ def decode(content: bytes, preprocessing: Preprocessing = WHOLE) -> Pixels:
 
 
 def square(mode: str, seed: int = 0) -> Image.Image:
-    return photo(SIDE, SIDE, seed).convert(mode)
+    return make_image(SIDE, SIDE, seed).convert(mode)
 
 
-def colours(image: Image.Image) -> Pixels:
+def colors(image: Image.Image) -> Pixels:
     return np.asarray(image.convert("RGB"))
 
 
@@ -67,15 +67,15 @@ def of_torchvision(image: Image.Image, preset: ImageClassification) -> Pixels:
     crop_size=st.integers(1, 80),
     interpolation=st.sampled_from(["nearest", "nearest-exact", "bilinear", "bicubic", "lanczos"]),
 )
-def test_equals_torchvisions_preset(
+def test_decode_equals_torchvision_preset(
     width: int, height: int, resize_size: int, crop_size: int, interpolation: str
 ) -> None:
-    image = photo(width, height)
+    image = make_image(width, height)
     ours = Preprocessing(resize_size, crop_size, interpolation, (0.0,) * 3, (1.0,) * 3)
     theirs = ImageClassification(
         crop_size=crop_size, resize_size=resize_size, interpolation=InterpolationMode(interpolation)
     )
-    decoded = decode(saved(image, "PNG"), ours)
+    decoded = decode(encode_image(image, "PNG"), ours)
     assert decoded.shape == (crop_size, crop_size, 3)
     assert decoded.dtype == np.uint8
     np.testing.assert_array_equal(decoded, of_torchvision(image, theirs))
@@ -83,83 +83,85 @@ def test_equals_torchvisions_preset(
 
 @pytest.mark.parametrize("weights", [VGG16_Weights.IMAGENET1K_V1, EfficientNet_B0_Weights.IMAGENET1K_V1])
 @pytest.mark.parametrize("size", [(500, 375), (375, 501), (1024, 768), (224, 224), (31, 977)])
-def test_equals_the_transforms_of_weights_on_jpegs(weights: VGG16_Weights, size: tuple[int, int]) -> None:
+def test_decode_equals_weights_transforms_on_jpegs(weights: VGG16_Weights, size: tuple[int, int]) -> None:
     preset = weights.transforms()
     ours = Preprocessing(
         preset.resize_size[0], preset.crop_size[0], preset.interpolation.value, tuple(preset.mean), tuple(preset.std)
     )
-    content = saved(photo(*size), "JPEG", quality=85)
+    content = encode_image(make_image(*size), "JPEG", quality=85)
     expected = of_torchvision(Image.open(io.BytesIO(content)), preset)
     np.testing.assert_array_equal(decode(content, ours), expected)
 
 
-@pytest.mark.parametrize("name", files())
-def test_the_first_frame_of_every_format_is_decoded(name: str) -> None:
-    difference = decode(files()[name], PREPROCESSING).astype(int) - decode(saved(photo(), "PNG"), PREPROCESSING)
-    assert np.abs(difference).mean() < 12  # palettes and quantisation; another frame or channel order is 60 away
+@pytest.mark.parametrize("name", make_files())
+def test_first_frame_of_each_format_is_decoded(name: str) -> None:
+    difference = decode(make_files()[name], PREPROCESSING).astype(int) - decode(
+        encode_image(make_image(), "PNG"), PREPROCESSING
+    )
+    assert np.abs(difference).mean() < 12  # palettes and quantization; another frame or channel order differs by 60
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP"])
 @pytest.mark.parametrize("mode", ["1", "L"])
-def test_greyscale_has_three_equal_channels(mode: str, kind: str) -> None:
+def test_grayscale_has_three_equal_channels(mode: str, kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {"quality": 100} if kind == "JPEG" else {}
-    decoded = decode(saved(square(mode), kind, **options)).astype(int)
-    assert np.abs(decoded - colours(square(mode))).max() <= (12 if kind == "JPEG" else 0)
+    decoded = decode(encode_image(square(mode), kind, **options)).astype(int)
+    assert np.abs(decoded - colors(square(mode))).max() <= (12 if kind == "JPEG" else 0)
     assert np.ptp(decoded, axis=2).max() == 0
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "TIFF", "BMP"])
-def test_palettes_become_their_colours(kind: str) -> None:
+def test_palettes_are_resolved(kind: str) -> None:
     image = square("RGB").quantize(8)
-    np.testing.assert_array_equal(decode(saved(image, kind)), colours(image))
+    np.testing.assert_array_equal(decode(encode_image(image, kind)), colors(image))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF"])
-def test_a_transparent_palette_entry_is_white(kind: str) -> None:
+def test_transparent_palette_entry_is_white(kind: str) -> None:
     image = square("RGB").quantize(8)
     entry = int(np.asarray(image)[0, 0])
-    expected = colours(image).copy()
+    expected = colors(image).copy()
     expected[np.asarray(image) == entry] = 255
-    np.testing.assert_array_equal(decode(saved(image, kind, transparency=entry)), expected)
+    np.testing.assert_array_equal(decode(encode_image(image, kind, transparency=entry)), expected)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
-def test_alpha_is_painted_on_white(kind: str) -> None:
+def test_alpha_is_blended_with_white(kind: str) -> None:
     image = square("RGBA")
     alpha = np.linspace(0, 255, SIDE * SIDE).astype(np.uint8).reshape(SIDE, SIDE)
     image.putalpha(Image.fromarray(alpha))
     share = alpha[..., None] / 255
-    expected = colours(square("RGB")) * share + 255 * (1 - share)
+    expected = colors(square("RGB")) * share + 255 * (1 - share)
     options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
-    assert np.abs(decode(saved(image, kind, **options)) - expected).max() <= 1
+    assert np.abs(decode(encode_image(image, kind, **options)) - expected).max() <= 1
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_grey_with_alpha_is_painted_on_white(kind: str) -> None:
+def test_gray_with_alpha_is_blended_with_white(kind: str) -> None:
     image = Image.merge("LA", [Image.new("L", (SIDE, SIDE), 100), Image.new("L", (SIDE, SIDE), 51)])
-    assert np.unique(decode(saved(image, kind))).tolist() == [224]  # 100 x 0.2 + 255 x 0.8
+    assert np.unique(decode(encode_image(image, kind))).tolist() == [224]  # 100 x 0.2 + 255 x 0.8
 
 
-def test_a_transparent_colour_is_white() -> None:
+def test_transparent_color_is_white() -> None:
     image = Image.new("RGB", (SIDE, SIDE), (10, 20, 30))
     image.putpixel((3, 5), (40, 50, 60))
-    decoded = decode(saved(image, "PNG", transparency=(10, 20, 30)))
+    decoded = decode(encode_image(image, "PNG", transparency=(10, 20, 30)))
     assert decoded[5, 3].tolist() == [40, 50, 60]
     assert decoded[0, 0].tolist() == [255, 255, 255]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
 def test_cmyk_is_not_inverted(kind: str) -> None:
-    """Adobe's JPEGs, which Pillow writes too, hold CMYK upside down."""
+    """JPEGs of Adobe and Pillow store inverted CMYK."""
     cyan = Image.new("CMYK", (SIDE, SIDE), (255, 0, 0, 0))
     options = {"quality": 100} if kind == "JPEG" else {}
-    assert np.abs(decode(saved(cyan, kind, **options)).astype(int) - [0, 255, 255]).max() <= 3
+    assert np.abs(decode(encode_image(cyan, kind, **options)).astype(int) - [0, 255, 255]).max() <= 3
     black = Image.new("CMYK", (SIDE, SIDE), (0, 0, 0, 255))
-    assert decode(saved(black, kind, **options)).max() <= 3
+    assert decode(encode_image(black, kind, **options)).max() <= 3
 
 
 def ramp(bits: int) -> npt.NDArray[np.uint16]:
-    """`[16, 16]`, from black to nearly white; 17 steps of 8 bits a row."""
+    """Returns `[16, 16]` values from black to nearly white, 17 8-bit steps per row."""
     return (np.arange(256, dtype=np.uint16) << (bits - 8)).reshape(SIDE, SIDE)
 
 
@@ -168,15 +170,15 @@ def expected_ramp() -> Pixels:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_16_bits_of_grey_are_scaled(kind: str) -> None:
-    np.testing.assert_array_equal(decode(saved(Image.fromarray(ramp(16)), kind)), expected_ramp())
+def test_16_bit_gray_is_scaled(kind: str) -> None:
+    np.testing.assert_array_equal(decode(encode_image(Image.fromarray(ramp(16)), kind)), expected_ramp())
     full = Image.fromarray(ramp(16) * np.uint16(1) + np.arange(256, dtype=np.uint16).reshape(SIDE, SIDE))
-    np.testing.assert_array_equal(decode(saved(full, kind)), expected_ramp())
+    np.testing.assert_array_equal(decode(encode_image(full, kind)), expected_ramp())
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("white_is_zero", [False, True])
-def test_16_bit_tiffs_of_either_byte_order_and_meaning_are_scaled(order: str, white_is_zero: bool) -> None:
+def test_16_bit_tiff_byte_orders_and_polarities_are_scaled(order: str, white_is_zero: bool) -> None:
     content = tiff(ramp(16).astype(f"{order}u2").tobytes(), bits=16, order=order, photometric=int(not white_is_zero))
     expected = 255 - expected_ramp() if white_is_zero else expected_ramp()
     if white_is_zero and order == ">":
@@ -184,7 +186,7 @@ def test_16_bit_tiffs_of_either_byte_order_and_meaning_are_scaled(order: str, wh
     np.testing.assert_array_equal(decode(content), expected)
 
 
-def test_12_bits_of_grey_are_scaled() -> None:
+def test_12_bit_gray_is_scaled() -> None:
     pairs = ramp(12).reshape(-1, 2).astype(int)
     packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], axis=1)
     content = tiff(packed.astype(np.uint8).tobytes(), bits=12, order="<", photometric=1)
@@ -202,38 +204,38 @@ def tiff(samples: bytes, bits: int, order: str, photometric: int) -> bytes:
     return start + struct.pack(f"{order}I", 8 + len(samples)) + samples + directory + bytes(4)
 
 
-def test_16_bits_of_colour_are_scaled() -> None:
+def test_16_bit_color_is_scaled() -> None:
     values = np.repeat(ramp(16)[..., None], 3, axis=2)
     values[..., 2] = 0
     expected = expected_ramp()
     expected[..., 2] = 0
-    np.testing.assert_array_equal(decode(png_of(values, 2)), expected)
+    np.testing.assert_array_equal(decode(encode_png(values, 2)), expected)
 
 
-def test_16_bits_with_alpha_are_painted_on_white() -> None:
+def test_16_bit_alpha_is_blended_with_white() -> None:
     grey_and_alpha = np.full((SIDE, SIDE, 2), [100 << 8, 51 << 8], np.uint16)
-    assert np.unique(decode(png_of(grey_and_alpha, 4))).tolist() == [224]
+    assert np.unique(decode(encode_png(grey_and_alpha, 4))).tolist() == [224]
 
 
-def test_the_transparent_value_of_16_bits_is_white() -> None:
-    content = png_of(ramp(16)[..., None], 0, png_chunk(b"tRNS", struct.pack(">H", 0x0300)))
+def test_16_bit_transparent_value_is_white() -> None:
+    content = encode_png(ramp(16)[..., None], 0, png_chunk(b"tRNS", struct.pack(">H", 0x0300)))
     expected = expected_ramp()
     expected[0, 3] = 255
     np.testing.assert_array_equal(decode(content), expected)
 
 
 @pytest.mark.parametrize("white", [1.0, 255.0, 65535.0])
-def test_floats_are_scaled_to_the_range_they_need(white: float) -> None:
+def test_floats_are_scaled_by_white_level(white: float) -> None:
     values = np.linspace(0, white, 256, dtype=np.float32).reshape(SIDE, SIDE)
-    decoded = decode(saved(Image.fromarray(values), "TIFF")).astype(int)
+    decoded = decode(encode_image(Image.fromarray(values), "TIFF")).astype(int)
     assert np.abs(decoded - expected_ramp()).max() <= 1
     values[0, 0], values[0, 1] = np.nan, np.inf
-    assert decode(saved(Image.fromarray(values), "TIFF"))[0, :2].max() == 0
+    assert decode(encode_image(Image.fromarray(values), "TIFF"))[0, :2].max() == 0
 
 
-def test_32_bit_integers_are_scaled_to_the_range_they_need() -> None:
-    assert decode(saved(Image.fromarray(ramp(16).astype(np.int32)), "TIFF")).max() == 254
-    assert decode(saved(Image.fromarray(ramp(8).astype(np.int32)), "TIFF")).max() == 255
+def test_32_bit_integers_are_scaled_by_white_level() -> None:
+    assert decode(encode_image(Image.fromarray(ramp(16).astype(np.int32)), "TIFF")).max() == 254
+    assert decode(encode_image(Image.fromarray(ramp(8).astype(np.int32)), "TIFF")).max() == 255
 
 
 TURNED = {
@@ -250,44 +252,45 @@ TURNED = {
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", TURNED)
-def test_images_are_turned_as_their_exif_says(kind: str, orientation: int) -> None:
+def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if kind == "WEBP" else {}
-    content = saved(photo(), kind, exif=exif, **options)
-    stored = np.asarray(Image.open(io.BytesIO(saved(photo(), kind, **options))).convert("RGB"))
+    content = encode_image(make_image(), kind, exif=exif, **options)
+    stored = np.asarray(Image.open(io.BytesIO(encode_image(make_image(), kind, **options))).convert("RGB"))
     upright = Image.fromarray(np.ascontiguousarray(TURNED[orientation](stored)))
-    np.testing.assert_array_equal(decode(content, PREPROCESSING), decode(saved(upright, "PNG"), PREPROCESSING))
+    np.testing.assert_array_equal(decode(content, PREPROCESSING), decode(encode_image(upright, "PNG"), PREPROCESSING))
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0garbage", b"Exif\0\0"])
-def test_exif_that_cannot_be_read_is_no_reason_to_fail(exif: bytes) -> None:
+def test_unreadable_exif_is_ignored(exif: bytes) -> None:
     np.testing.assert_array_equal(
-        decode(saved(photo(), "JPEG", exif=exif), PREPROCESSING), decode(saved(photo(), "JPEG"), PREPROCESSING)
+        decode(encode_image(make_image(), "JPEG", exif=exif), PREPROCESSING),
+        decode(encode_image(make_image(), "JPEG"), PREPROCESSING),
     )
 
 
-def test_colour_profiles_are_not_applied() -> None:
+def test_color_profiles_are_ignored() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
-    content = saved(square("RGB"), "PNG", icc_profile=profile)
-    np.testing.assert_array_equal(decode(content), colours(square("RGB")))
+    content = encode_image(square("RGB"), "PNG", icc_profile=profile)
+    np.testing.assert_array_equal(decode(content), colors(square("RGB")))
 
 
-def test_too_many_pixels_are_refused() -> None:
-    content = saved(photo(90, 60), "PNG")
+def test_images_with_too_many_pixels_are_rejected() -> None:
+    content = encode_image(make_image(90, 60), "PNG")
     assert decode_image(content, WHOLE, max_image_pixels=5400).shape == (SIDE, SIDE, 3)
     assert reason(content, max_image_pixels=5399) == "TooManyPixels"
     assert reason(huge_png()) == "TooManyPixels"
 
 
-def test_images_that_grow_too_large_when_resized_are_refused() -> None:
-    content = saved(photo(1, 20_000), "PNG")
+def test_images_that_are_too_large_after_resizing_are_rejected() -> None:
+    content = encode_image(make_image(1, 20_000), "PNG")
     assert reason(content, max_image_pixels=1_000_000) == "TooManyPixels"
 
 
-@pytest.mark.parametrize("name", files())
-def test_truncated_files_fail(name: str) -> None:
-    content = files()[name]
+@pytest.mark.parametrize("name", make_files())
+def test_truncated_files_are_rejected(name: str) -> None:
+    content = make_files()[name]
     seen = set()
     last = 0
     for length in range(1, len(content), max(1, len(content) // 60)):
@@ -298,7 +301,11 @@ def test_truncated_files_fail(name: str) -> None:
             assert not last, "a longer piece of the file was an image"
             seen.add(error.reason)
     assert "Truncated" in seen
-    assert seen <= {"Truncated", "Corrupt", "NotAnImage"}  # a first byte is no image yet; a format may check its sums
+    assert seen <= {
+        "Truncated",
+        "Corrupt",
+        "NotAnImage",
+    }  # the first byte alone is not an image; some formats have checksums
     assert last == 0 or last > len(content) * 0.4  # the second frame is not needed
 
 
@@ -314,12 +321,12 @@ def test_truncated_files_fail(name: str) -> None:
         (b"%PDF-1.4", "UnsupportedFormat"),
         (b"\0\0\0\x20ftypheic", "UnsupportedFormat"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "UnsupportedFormat"),
-        (saved(photo(), "AVIF"), "UnsupportedFormat"),
-        (saved(photo(), "ICO"), "UnsupportedFormat"),
-        (saved(photo(), "PPM"), "NotAnImage"),
+        (encode_image(make_image(), "AVIF"), "UnsupportedFormat"),
+        (encode_image(make_image(), "ICO"), "UnsupportedFormat"),
+        (encode_image(make_image(), "PPM"), "NotAnImage"),
     ],
 )
-def test_what_is_no_image_fails_with_a_reason(content: bytes, expected: str) -> None:
+def test_other_content_is_rejected_with_a_reason(content: bytes, expected: str) -> None:
     assert reason(content) == expected
 
 
@@ -337,21 +344,21 @@ def test_what_is_no_image_fails_with_a_reason(content: bytes, expected: str) -> 
         b"%PDF-root",
     ],
 )
-def test_a_failure_quotes_nothing_of_the_file(content: bytes) -> None:
+def test_failures_quote_no_content(content: bytes) -> None:
     with pytest.raises(DecodeError) as caught:
         decode(content)
     assert "root" not in str(caught.value)
 
 
-def test_a_checksum_that_is_wrong_is_noticed() -> None:
+def test_wrong_checksum_is_rejected() -> None:
     content = bytearray(png(SIDE, SIDE, 8, 0, [bytes(SIDE + 1)] * SIDE))
     content[content.index(b"IHDR") + 4 + 13] ^= 1
     assert reason(bytes(content)) == "Corrupt"
 
 
 @settings(max_examples=200, deadline=None)
-@given(start=st.sampled_from([b"", *(content[:64] for content in files().values())]), rest=st.binary(max_size=300))
-def test_any_bytes_are_an_image_or_fail_with_a_reason(start: bytes, rest: bytes) -> None:
+@given(start=st.sampled_from([b"", *(content[:64] for content in make_files().values())]), rest=st.binary(max_size=300))
+def test_any_bytes_decode_or_fail_with_a_reason(start: bytes, rest: bytes) -> None:
     try:
         outcome: object = decode(start + rest).shape
     except DecodeError as error:
@@ -363,12 +370,12 @@ def test_any_bytes_are_an_image_or_fail_with_a_reason(start: bytes, rest: bytes)
     ("sizes", "interpolation", "message"),
     [((0, 1), "bilinear", "resize_size"), ((1, 0), "bilinear", "crop_size"), ((1, 1), "cubic", "expected one of")],
 )
-def test_preprocessing_that_cannot_work_is_refused(sizes: tuple[int, int], interpolation: str, message: str) -> None:
+def test_invalid_preprocessing_is_rejected(sizes: tuple[int, int], interpolation: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Preprocessing(*sizes, interpolation, (0.0,), (1.0,))
 
 
-def test_decoder_processes_import_no_heavy_modules() -> None:
+def test_decoder_process_imports_no_heavy_modules() -> None:
     script = (
         "import sys, captionlib.data.images.decoder_process; "
         "print({'torch', 'pyarrow', 'pydantic', 'fsspec', 'aiohttp'} & set(sys.modules))"

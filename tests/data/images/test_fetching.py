@@ -31,7 +31,7 @@ QUICK = FetchConfig(
 
 
 class Server(ThreadingHTTPServer):
-    """A host that misbehaves as the first part of a path says; counts requests and the endless bytes it got rid of."""
+    """A server whose behavior depends on the first part of the path. Counts requests and the endless bytes it sent."""
 
     daemon_threads = True
 
@@ -44,7 +44,7 @@ class Server(ThreadingHTTPServer):
         self.ended = threading.Event()
 
     def handle_error(self, *_: object) -> None:
-        """Says nothing: clients that hang up are what is tested."""
+        """Ignores clients that hang up."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -57,13 +57,13 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.requests[self.path] += 1
         self.server.headers = dict(self.headers)
-        behaviour = self.path.split("/")[1]
-        if behaviour.isdigit():
-            self.answer(int(behaviour), b"no")
-        elif behaviour == "busy":
+        behavior = self.path.split("/")[1]
+        if behavior.isdigit():
+            self.answer(int(behavior), b"no")
+        elif behavior == "busy":
             self.answer(503 if self.server.requests[self.path] < 3 else 200, CONTENT)
         else:
-            getattr(self, f"do_{behaviour}")()
+            getattr(self, f"do_{behavior}")()
 
     def answer(self, status: int, body: bytes, length: int | None = None, **headers: str) -> None:
         self.send_response(status)
@@ -88,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(302, b"", Location="/good/image.jpg")
 
     def do_cut(self) -> None:
-        """The connection breaks in the middle of the body, the first time."""
+        """Cuts the first connection in the middle of the body."""
         if self.server.requests[self.path] > 1:
             self.answer(200, CONTENT)
         else:
@@ -97,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def do_announced(self) -> None:
-        """Says at once that it is too large."""
+        """Announces a length that is too large."""
         self.answer(200, b"", length=10**12)
         self.endless()
 
@@ -117,7 +117,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.ended.set()
 
     def do_trickle(self) -> None:
-        """A byte now and then, for ever."""
+        """Sends a byte now and then, forever."""
         self.send_response(200)
         self.end_headers()
         self.close_connection = True
@@ -128,7 +128,7 @@ class Handler(BaseHTTPRequestHandler):
             pass
 
     def do_bucket(self) -> None:
-        """Some of S3."""
+        """Imitates a part of S3."""
         key = self.path.split("?")[0].split("/")[2]
         if key == "none":
             self.answer(404, error("NoSuchKey"), Content_Type="application/xml")
@@ -174,20 +174,20 @@ def reason(fetcher: ImageFetcher, uri: str) -> str:
     "name",
     ["a.jpg", "two words.jpg", "#1.jpg", "100%20.jpg", "50%.jpg", "naïve 日本.jpg", "a&b=c?d.jpg", "[x]*.jpg", "a::b"],
 )
-def test_local_files_of_any_name_are_read(fetcher: ImageFetcher, tmp_path: Path, name: str) -> None:
+def test_fetch_reads_local_files_of_any_name(fetcher: ImageFetcher, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(CONTENT)
     assert fetcher.fetch(str(tmp_path / name)) == CONTENT
     assert fetcher.fetch(f"file://{tmp_path / name}") == CONTENT
 
 
-def test_relative_paths_are_read(fetcher: ImageFetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_reads_relative_paths(fetcher: ImageFetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "c#d.jpg").write_bytes(CONTENT)
     monkeypatch.chdir(tmp_path)
     assert fetcher.fetch("c#d.jpg") == CONTENT
     assert fetcher.fetch("./c#d.jpg") == CONTENT
 
 
-def test_what_is_not_there_fails(fetcher: ImageFetcher, tmp_path: Path) -> None:
+def test_missing_files_fail(fetcher: ImageFetcher, tmp_path: Path) -> None:
     assert reason(fetcher, str(tmp_path / "none.jpg")) == "FileNotFoundError"
     assert reason(fetcher, f"file://{tmp_path}/none.jpg") == "FileNotFoundError"
     assert reason(fetcher, f"memory://{uuid4()}") == "FileNotFoundError"
@@ -198,18 +198,18 @@ def test_what_is_not_there_fails(fetcher: ImageFetcher, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_what_may_not_be_read_fails(fetcher: ImageFetcher, tmp_path: Path) -> None:
+def test_unreadable_files_fail(fetcher: ImageFetcher, tmp_path: Path) -> None:
     (tmp_path / "secret.jpg").touch(mode=0)
     assert reason(fetcher, str(tmp_path / "secret.jpg")) == "PermissionError"
 
 
-def test_named_pipes_and_devices_are_no_files(fetcher: ImageFetcher, tmp_path: Path) -> None:
+def test_named_pipes_and_devices_are_rejected(fetcher: ImageFetcher, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     assert reason(fetcher, str(tmp_path / "pipe.jpg")) == "NotAFile"
     assert reason(fetcher, "/dev/zero") == "NotAFile"
 
 
-def test_the_size_is_limited_everywhere(fetcher: ImageFetcher, tmp_path: Path, server: Server) -> None:
+def test_size_limit_applies_to_all_file_systems(fetcher: ImageFetcher, tmp_path: Path, server: Server) -> None:
     name = uuid4().hex
     for address in (str(tmp_path / "a"), f"memory://{name}"):
         fsspec.filesystem("memory").pipe(f"/{name}", bytes(20_000))
@@ -221,30 +221,28 @@ def test_the_size_is_limited_everywhere(fetcher: ImageFetcher, tmp_path: Path, s
     assert reason(fetcher, f"{server.url}/announced/a.jpg") == "TooLarge"
 
 
-def test_an_endless_answer_is_not_read(fetcher: ImageFetcher, server: Server) -> None:
+def test_endless_responses_are_not_read_to_the_end(fetcher: ImageFetcher, server: Server) -> None:
     assert reason(fetcher, f"{server.url}/endless/a.jpg") == "TooLarge"
     assert server.ended.wait(60)
-    assert server.sent < 50_000_000  # what the sockets hold; not the whole GB
+    assert server.sent < 50_000_000  # socket buffers, not the whole GB
     assert server.requests["/endless/a.jpg"] == 1
 
 
-def test_protocols_that_are_configured_are_read(fetcher: ImageFetcher) -> None:
+def test_configured_protocols_are_read(fetcher: ImageFetcher) -> None:
     fsspec.filesystem("memory").pipe("/x y#z.jpg", CONTENT)
     assert fetcher.fetch("memory://x y#z.jpg") == CONTENT
     with ImageFetcher() as strict:
         assert reason(strict, "memory://x y#z.jpg") == "BadAddress"
 
 
-def test_web_addresses_are_read(fetcher: ImageFetcher, server: Server) -> None:
+def test_fetch_reads_web_addresses(fetcher: ImageFetcher, server: Server) -> None:
     assert fetcher.fetch(f"{server.url}/good/a b%20c.jpg?x=1#part") == CONTENT
     assert list(server.requests) == ["/good/a%20b%20c.jpg?x=1"]
     assert server.headers["User-Agent"].startswith("captionlib/")
     assert fetcher.fetch(f"{server.url}/moved/a.jpg") == CONTENT
 
 
-def test_options_of_a_file_system_are_fsspecs_own(
-    fetcher: ImageFetcher, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fsspec_options_apply(fetcher: ImageFetcher, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(fsspec.config.conf, "http", {"client_kwargs": {"headers": {"User-Agent": "me", "X-Key": "1"}}})
     assert fetcher.fetch(f"{server.url}/good/a.jpg") == CONTENT
     assert server.headers["User-Agent"] == "me"
@@ -252,30 +250,28 @@ def test_options_of_a_file_system_are_fsspecs_own(
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 501])
-def test_what_will_not_change_is_asked_for_once(fetcher: ImageFetcher, server: Server, status: int) -> None:
+def test_permanent_errors_are_not_retried(fetcher: ImageFetcher, server: Server, status: int) -> None:
     assert reason(fetcher, f"{server.url}/{status}/a.jpg") == f"HTTP {status}"
     assert server.requests.total() == 1
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
-def test_what_may_change_is_asked_for_again_and_then_given_up(
-    fetcher: ImageFetcher, server: Server, status: int
-) -> None:
+def test_temporary_errors_are_retried_up_to_the_limit(fetcher: ImageFetcher, server: Server, status: int) -> None:
     assert reason(fetcher, f"{server.url}/{status}/a.jpg") == f"HTTP {status}"
     assert server.requests.total() == 3
 
 
-def test_a_server_that_recovers_costs_no_image(fetcher: ImageFetcher, server: Server) -> None:
+def test_fetch_succeeds_when_the_server_recovers(fetcher: ImageFetcher, server: Server) -> None:
     assert fetcher.fetch(f"{server.url}/busy/a.jpg") == CONTENT
     assert server.requests.total() == 3
 
 
-def test_a_connection_that_is_cut_is_made_again(fetcher: ImageFetcher, server: Server) -> None:
+def test_interrupted_connection_is_retried(fetcher: ImageFetcher, server: Server) -> None:
     assert fetcher.fetch(f"{server.url}/cut/a.jpg") == CONTENT
     assert server.requests.total() == 2
 
 
-def test_no_server_is_a_connection_error(fetcher: ImageFetcher) -> None:
+def test_missing_server_is_a_connection_error(fetcher: ImageFetcher) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -283,7 +279,7 @@ def test_no_server_is_a_connection_error(fetcher: ImageFetcher) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_a_server_that_trickles_is_given_up(server: Server) -> None:
+def test_slow_response_times_out(server: Server) -> None:
     config = FetchConfig(timeout_seconds=0.3, attempts=2, backoff_seconds=0.01)
     with ImageFetcher(config) as fetcher:
         assert reason(fetcher, f"{server.url}/trickle/a.jpg") == "Timeout"
@@ -291,7 +287,7 @@ def test_a_server_that_trickles_is_given_up(server: Server) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_closing_gives_up_what_is_being_fetched(server: Server) -> None:
+def test_close_cancels_fetches(server: Server) -> None:
     fetcher = ImageFetcher(FetchConfig(timeout_seconds=1000.0, backoff_seconds=1000.0))
     with ThreadPoolExecutor(2) as threads:
         fetching = [threads.submit(reason, fetcher, f"{server.url}/{name}/a.jpg") for name in ("trickle", "503")]
@@ -303,16 +299,14 @@ def test_closing_gives_up_what_is_being_fetched(server: Server) -> None:
     assert reason(fetcher, f"{server.url}/good/a.jpg") == "Cancelled"
 
 
-@pytest.mark.parametrize("behaviour", ["ranges", "good"])
-def test_ranges_are_read_of_servers_with_and_without_them(
-    fetcher: ImageFetcher, server: Server, behaviour: str
-) -> None:
-    assert fetcher.fetch(f"{server.url}/{behaviour}/a.tar#bytes=1000-1010") == CONTENT[1000:1010]
-    assert fetcher.fetch(f"{server.url}/{behaviour}/a.tar#bytes=0-10240") == CONTENT
-    assert reason(fetcher, f"{server.url}/{behaviour}/a.tar#bytes=10000-10300") == "ShortRead"
+@pytest.mark.parametrize("behavior", ["ranges", "good"])
+def test_ranges_are_read_with_and_without_server_support(fetcher: ImageFetcher, server: Server, behavior: str) -> None:
+    assert fetcher.fetch(f"{server.url}/{behavior}/a.tar#bytes=1000-1010") == CONTENT[1000:1010]
+    assert fetcher.fetch(f"{server.url}/{behavior}/a.tar#bytes=0-10240") == CONTENT
+    assert reason(fetcher, f"{server.url}/{behavior}/a.tar#bytes=10000-10300") == "ShortRead"
 
 
-def test_members_of_a_tar_are_read(fetcher: ImageFetcher, tmp_path: Path) -> None:
+def test_tar_members_are_read(fetcher: ImageFetcher, tmp_path: Path) -> None:
     path = tmp_path / "some images #1.tar"
     images = {f"{number}.jpg": bytes([number]) * (700 + number) for number in range(3)}
     with tarfile.open(path, "w") as archive:
@@ -327,7 +321,7 @@ def test_members_of_a_tar_are_read(fetcher: ImageFetcher, tmp_path: Path) -> Non
             assert fetcher.fetch(f"{address}#bytes={start}-{end}") == images[name]
 
 
-def test_ranges_that_cannot_be_read_fail(fetcher: ImageFetcher, tmp_path: Path) -> None:
+def test_invalid_ranges_fail(fetcher: ImageFetcher, tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(CONTENT)
     assert reason(fetcher, f"{path}#bytes=10-10") == "BadRange"
@@ -339,7 +333,7 @@ def test_ranges_that_cannot_be_read_fail(fetcher: ImageFetcher, tmp_path: Path) 
 
 @pytest.fixture
 def parquet(tmp_path: Path) -> Path:
-    """Ten rows in row groups of four."""
+    """A file of ten rows in row groups of four."""
     content = [None if row == 7 else bytes([row]) * (10 + row) for row in range(10)]
     rows = pa.table(
         {
@@ -357,14 +351,14 @@ def parquet(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("column", ["plain", "image.bytes"])
-def test_cells_of_parquet_files_are_read(fetcher: ImageFetcher, parquet: Path, column: str) -> None:
+def test_parquet_cells_are_read(fetcher: ImageFetcher, parquet: Path, column: str) -> None:
     fsspec.filesystem("memory").pipe("/a.parquet", parquet.read_bytes())
     for row in (9, 0, 3, 4, 8, 5):
         for address in (parquet, "memory://a.parquet"):
             assert fetcher.fetch(f"{address}#row={row}&column={column}") == bytes([row]) * (10 + row)
 
 
-def test_cells_that_cannot_be_read_fail(fetcher: ImageFetcher, parquet: Path, tmp_path: Path) -> None:
+def test_invalid_parquet_cells_fail(fetcher: ImageFetcher, parquet: Path, tmp_path: Path) -> None:
     assert reason(fetcher, f"{parquet}#row=10&column=plain") == "NoSuchRow"
     assert reason(fetcher, f"{parquet}#row=7&column=plain") == "NoBytes"
     assert reason(fetcher, f"{parquet}#row=7&column=image.bytes") == "NoBytes"
@@ -375,7 +369,7 @@ def test_cells_that_cannot_be_read_fail(fetcher: ImageFetcher, parquet: Path, tm
     assert reason(fetcher, f"{tmp_path}/damaged.parquet#row=0&column=plain") == "ArrowInvalid"
 
 
-def test_cells_and_row_groups_that_are_too_large_fail(parquet: Path) -> None:
+def test_large_cells_and_row_groups_fail(parquet: Path) -> None:
     with ImageFetcher(FetchConfig(max_image_bytes=12)) as fetcher:
         assert fetcher.fetch(f"{parquet}#row=2&column=plain") == bytes([2]) * 12
         assert reason(fetcher, f"{parquet}#row=3&column=plain") == "TooLarge"
@@ -383,9 +377,7 @@ def test_cells_and_row_groups_that_are_too_large_fail(parquet: Path) -> None:
         assert reason(fetcher, f"{parquet}#row=0&column=plain") == "TooLarge"
 
 
-def test_consecutive_rows_read_a_row_group_once(
-    fetcher: ImageFetcher, parquet: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_row_group_is_read_once(fetcher: ImageFetcher, parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     memory = fsspec.filesystem("memory")
     memory.pipe("/counted.parquet", parquet.read_bytes())
@@ -412,7 +404,7 @@ def s3(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     return server
 
 
-def test_objects_of_a_store_are_read(s3: Server) -> None:
+def test_s3_objects_are_read(s3: Server) -> None:
     with ImageFetcher(QUICK) as fetcher:
         assert fetcher.fetch("s3://bucket/a b.jpg") == CONTENT
         assert fetcher.fetch("s3://bucket/a.tar#bytes=5-9") == CONTENT[5:9]
@@ -423,7 +415,7 @@ def test_objects_of_a_store_are_read(s3: Server) -> None:
         assert reason(fetcher, "s3://bucket/a.jpg") == "TooLarge"
 
 
-def test_a_store_that_throttles_costs_no_image(s3: Server) -> None:
+def test_throttled_s3_requests_are_retried(s3: Server) -> None:
     with ImageFetcher(QUICK) as fetcher:
         assert fetcher.fetch("s3://bucket/throttled") == CONTENT
 
@@ -434,7 +426,7 @@ def caused(by: Exception, error: Exception) -> Exception:
 
 
 class ClientError(Exception):
-    """As botocore's, with the answer it is about."""
+    """Like botocore's error, with the response."""
 
     def __init__(self, status: int) -> None:
         super().__init__(f"status {status}")
@@ -442,11 +434,11 @@ class ClientError(Exception):
 
 
 class ReadTimeoutError(Exception):
-    """As botocore's, which is no TimeoutError."""
+    """Like botocore's error, which is not a TimeoutError."""
 
 
 class HttpError(Exception):
-    """As gcsfs's."""
+    """Like gcsfs's error."""
 
     def __init__(self, code: int) -> None:
         super().__init__(f"code {code}")
@@ -471,7 +463,7 @@ class HttpError(Exception):
     ],
     ids=repr,
 )
-def test_errors_are_told_apart(error: Exception, temporary: bool, expected: str) -> None:
+def test_errors_are_classified(error: Exception, temporary: bool, expected: str) -> None:
     assert is_temporary_error(error) == temporary
     assert to_fetch_error(error).reason == expected
     assert str(to_fetch_error(error))
@@ -480,6 +472,6 @@ def test_errors_are_told_apart(error: Exception, temporary: bool, expected: str)
 @pytest.mark.parametrize(
     "wrong", ["max_image_bytes", "attempts", "max_row_group_bytes", "timeout_seconds", "backoff_seconds"]
 )
-def test_limits_that_cannot_work_are_refused(wrong: str) -> None:
+def test_invalid_limits_are_rejected(wrong: str) -> None:
     with pytest.raises(ConfigError, match=wrong):
         FetchConfig(**{wrong: -1})

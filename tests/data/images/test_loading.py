@@ -16,7 +16,7 @@ from captionlib.data.images.decoding import decode_image
 from captionlib.data.images.fetching import FetchConfig
 from captionlib.data.images.loading import LoadingConfig, load_images, open_loader
 from captionlib.errors import CaptionlibError, ConfigError, DecodeError, FetchError, ImageError
-from tests.data.images.sample_images import PREPROCESSING, photo, saved, slow_jpeg
+from tests.data.images.sample_images import PREPROCESSING, encode_image, make_image, slow_jpeg
 
 CONFIG = LoadingConfig(threads=4, prefetch=6, decode=DecoderConfig(processes=2))
 
@@ -26,10 +26,10 @@ def loading_threads() -> list[str]:
 
 
 def children() -> set[str]:
-    """The decoder processes of this one that run."""
+    """Returns the ids of the decoder processes that this process runs."""
     found = set()
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(FileNotFoundError, ProcessLookupError):  # it ended while it was looked at
+        with suppress(FileNotFoundError, ProcessLookupError):  # the process ended meanwhile
             ours = f"PPid:\t{os.getpid()}\n" in (process / "status").read_text()
             if ours and "decoder_process" in (process / "cmdline").read_text():
                 found.add(process.name)
@@ -38,18 +38,18 @@ def children() -> set[str]:
 
 @pytest.fixture
 def rows(tmp_path: Path) -> list[dict[str, Any]]:
-    """Images, with every fifth missing and every seventh damaged."""
+    """Rows whose images are missing (every fifth) or damaged (every seventh)."""
     rows = []
     for number in range(40):
         path = tmp_path / f"{number}.jpg"
-        content = saved(photo(seed=number), "JPEG")
+        content = encode_image(make_image(seed=number), "JPEG")
         if number % 5:
             path.write_bytes(content if number % 7 else content[:500])
         rows.append({"image_id": str(number), "uri": str(path)})
     return rows
 
 
-def test_every_row_comes_back_in_order_with_its_image_or_the_reason(rows: list[dict[str, Any]]) -> None:
+def test_rows_are_loaded_in_order_with_images_or_errors(rows: list[dict[str, Any]]) -> None:
     with open_loader(CONFIG, PREPROCESSING) as load:
         loaded = list(load(rows))
     assert [row for row, _ in loaded] == rows
@@ -65,7 +65,7 @@ def test_every_row_comes_back_in_order_with_its_image_or_the_reason(rows: list[d
             np.testing.assert_array_equal(image, expected)
 
 
-def test_an_address_that_is_refused_is_a_failure_of_its_row(rows: list[dict[str, Any]]) -> None:
+def test_rejected_address_fails_its_row_only(rows: list[dict[str, Any]]) -> None:
     evil = {"image_id": "evil", "uri": "reference://x::http://127.0.0.1:9/refs.json"}
     with open_loader(CONFIG, PREPROCESSING) as load:
         (_, image), (_, refused) = load([rows[1], evil])
@@ -74,7 +74,7 @@ def test_an_address_that_is_refused_is_a_failure_of_its_row(rows: list[dict[str,
     assert refused.reason == "BadAddress"
 
 
-def test_a_loader_serves_many_calls_and_leaves_nothing(rows: list[dict[str, Any]]) -> None:
+def test_loader_is_reusable_and_cleans_up(rows: list[dict[str, Any]]) -> None:
     with open_loader(CONFIG, PREPROCESSING) as load:
         assert list(load([])) == []
         first = [image for _, image in load(rows[1:5])]
@@ -85,14 +85,14 @@ def test_a_loader_serves_many_calls_and_leaves_nothing(rows: list[dict[str, Any]
     assert children() == set()
 
 
-def test_never_more_than_prefetch_images_are_on_their_way(rows: list[dict[str, Any]]) -> None:
-    asked, taken = 0, 0
+def test_prefetch_bounds_images_in_flight(rows: list[dict[str, Any]]) -> None:
+    requested, taken = 0, 0
 
     def counted() -> Iterator[dict[str, Any]]:
-        nonlocal asked
+        nonlocal requested
         for row in rows:
-            asked += 1
-            assert asked - taken <= CONFIG.prefetch + 1  # the row that takes the place of the image given next
+            requested += 1
+            assert requested - taken <= CONFIG.prefetch + 1  # one row replaces the image that is yielded next
             yield row
 
     with open_loader(CONFIG, PREPROCESSING) as load:
@@ -101,8 +101,8 @@ def test_never_more_than_prefetch_images_are_on_their_way(rows: list[dict[str, A
     assert taken == len(rows)
 
 
-def test_loads_ahead_while_the_consumer_works() -> None:
-    """The consumer holds on to the first image until the other five were loaded."""
+def test_images_load_while_the_consumer_works() -> None:
+    """The consumer keeps the first image until five others are loaded."""
     loaded: list[str] = []
     all_loaded = threading.Event()
 
@@ -122,8 +122,8 @@ def test_loads_ahead_while_the_consumer_works() -> None:
 
 @pytest.mark.parametrize("leave", ["break", "raise"])
 @pytest.mark.timeout(60)
-def test_stopping_early_leaves_nothing(rows: list[dict[str, Any]], tmp_path: Path, leave: str) -> None:
-    """What is being decoded then would take minutes."""
+def test_stopping_early_cleans_up(rows: list[dict[str, Any]], tmp_path: Path, leave: str) -> None:
+    """Decoding the images in flight would take minutes."""
     slow = tmp_path / "slow.jpg"
     slow.write_bytes(slow_jpeg(200_000))
     endless = [rows[1], *({"uri": str(slow)} for _ in range(50))]
@@ -141,7 +141,7 @@ def test_stopping_early_leaves_nothing(rows: list[dict[str, Any]], tmp_path: Pat
     assert children() == set()
 
 
-def test_an_error_in_the_rows_reaches_the_consumer(rows: list[dict[str, Any]]) -> None:
+def test_errors_of_the_row_iterator_propagate(rows: list[dict[str, Any]]) -> None:
     def broken() -> Iterator[dict[str, Any]]:
         yield from rows[:10]
         raise RuntimeError("no more rows")
@@ -151,16 +151,16 @@ def test_an_error_in_the_rows_reaches_the_consumer(rows: list[dict[str, Any]]) -
     assert loading_threads() == []
 
 
-def test_what_is_no_images_fault_stops_the_run(rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoder_start_failure_stops_the_run(rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/bin/false")
     with open_loader(CONFIG, PREPROCESSING) as load, pytest.raises(CaptionlibError, match="did not start") as caught:
         list(load(rows))
     assert not isinstance(caught.value, ImageError)
 
 
-def test_killed_decoders_cost_no_image(tmp_path: Path) -> None:
+def test_no_image_is_lost_when_decoders_are_killed(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
-    path.write_bytes(saved(photo(600, 600), "PNG"))
+    path.write_bytes(encode_image(make_image(600, 600), "PNG"))
     images = []
     killed = 0
     with open_loader(CONFIG, PREPROCESSING) as load:
@@ -175,7 +175,7 @@ def test_killed_decoders_cost_no_image(tmp_path: Path) -> None:
     assert all(np.array_equal(image, expected) for image in images)
 
 
-def test_is_configured_by_a_section_of_yaml() -> None:
+def test_config_is_built_from_nested_values() -> None:
     values = {
         "threads": 3,
         "fetch": {"max_image_bytes": 1000, "attempts": 1},

@@ -113,8 +113,8 @@ def test_import_rejects_files_that_are_not_matlab(tmp_path: Path, content: bytes
     ("imgids", "error", "message"),
     [
         ([0, 0], DuplicateIdError, "expected one row per image id, got a second with '0'"),
-        (["zero"], DatasetError, "expected a column number as imgid, got 'zero'"),
-        ([-1], DatasetError, "got -1"),
+        (["zero"], DatasetError, "expected a column number as imgid, got text 'zero'"),
+        ([-1], DatasetError, "got number -1"),
         ([], DatasetError, "no images"),
     ],
 )

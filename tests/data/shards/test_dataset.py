@@ -38,7 +38,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "data") if request.param == "local" else f"memory://shards-{tmp_path.name}"
 
 
-def test_a_dataset_is_read_as_it_was_written(place: str) -> None:
+def test_dataset_round_trip(place: str) -> None:
     dataset = create(place)
     assert dataset.pending_shards() == [0, 1]
     fill(dataset)
@@ -57,7 +57,7 @@ def test_a_dataset_is_read_as_it_was_written(place: str) -> None:
     assert opened.verify() == []
 
 
-def test_the_marker_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_marker_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = create(tmp_path / "data")
     written: list[str] = []
     publish = type(dataset.folder)._publish_local
@@ -77,7 +77,7 @@ def test_the_marker_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ]
 
 
-def test_a_shard_that_raises_leaves_nothing(place: str) -> None:
+def test_failed_shard_leaves_no_files(place: str) -> None:
     dataset = create(place)
     with pytest.raises(RuntimeError, match="died"), write_shard(dataset, 0, 2) as writer:
         writer.write(rows("x"))
@@ -86,7 +86,7 @@ def test_a_shard_that_raises_leaves_nothing(place: str) -> None:
     assert not dataset.folder.exists("part-00000.parquet")
 
 
-def test_rows_and_failures_must_add_up(place: str) -> None:
+def test_rows_and_failures_must_add_up_to_the_input(place: str) -> None:
     dataset = create(place)
     expected = "expected 3 rows and failures together, got 1 rows and 0 failures"
     with pytest.raises(DatasetError, match=expected), write_shard(dataset, 0, 3) as writer:
@@ -94,7 +94,7 @@ def test_rows_and_failures_must_add_up(place: str) -> None:
     assert dataset.pending_shards() == [0, 1]
 
 
-def test_a_shard_done_again_without_failures_loses_the_old_ones(place: str) -> None:
+def test_rewritten_shard_drops_old_failures(place: str) -> None:
     dataset = create(place)
     fill(dataset)
     with write_shard(dataset, 1, 1) as writer:
@@ -102,7 +102,7 @@ def test_a_shard_done_again_without_failures_loses_the_old_ones(place: str) -> N
     assert dataset.read_failures(1) is None
 
 
-def test_another_configuration_is_refused_and_named(place: str) -> None:
+def test_create_rejects_another_configuration(place: str) -> None:
     fill(create(place))
     with pytest.raises(FingerprintError, match=r"a\.b: was 1, now 2"):
         create(place, {"a": {"b": 2}})
@@ -112,7 +112,7 @@ def test_another_configuration_is_refused_and_named(place: str) -> None:
     assert not replaced.folder.exists("part-00000.parquet")
 
 
-def test_a_folder_of_someone_else_is_never_touched(tmp_path: Path) -> None:
+def test_create_rejects_folders_with_foreign_files(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     for overwrite in (False, True):
         with pytest.raises(DatasetError, match=r"files that captionlib did not write \(thesis.txt\)"):
@@ -120,7 +120,7 @@ def test_a_folder_of_someone_else_is_never_touched(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-def test_half_a_dataset_is_not_a_whole_one(place: str) -> None:
+def test_incomplete_dataset_is_rejected(place: str) -> None:
     dataset = create(place)
     with write_shard(dataset, 0, 1) as writer:
         writer.write(rows("x"))
@@ -130,7 +130,7 @@ def test_half_a_dataset_is_not_a_whole_one(place: str) -> None:
         open_dataset(place).require_complete()
 
 
-def test_too_many_failures_fail_the_run_but_keep_the_rows(place: str) -> None:
+def test_too_many_failures_fail_but_keep_the_rows(place: str) -> None:
     dataset = create(place)
     fill(dataset)
     with pytest.raises(
@@ -141,7 +141,7 @@ def test_too_many_failures_fail_the_run_but_keep_the_rows(place: str) -> None:
     assert dataset.finish(0.4).rows == 3
 
 
-def test_markers_of_another_run_do_not_count(tmp_path: Path) -> None:
+def test_markers_with_another_fingerprint_are_ignored(tmp_path: Path) -> None:
     dataset = create(tmp_path / "data")
     fill(dataset)
     marker = tmp_path / "data" / "_shards" / "part-00000.json"
@@ -151,7 +151,7 @@ def test_markers_of_another_run_do_not_count(tmp_path: Path) -> None:
         dataset.finish()
 
 
-def test_verify_names_what_was_changed(tmp_path: Path) -> None:
+def test_verify_reports_changed_files(tmp_path: Path) -> None:
     dataset = create(tmp_path / "data")
     fill(dataset)
     pq.write_table(pa.Table.from_batches([rows("other")]), tmp_path / "data" / "part-00000.parquet")
@@ -161,7 +161,7 @@ def test_verify_names_what_was_changed(tmp_path: Path) -> None:
     assert problems[1].endswith("missing")
 
 
-def test_top_level_parquet_is_only_complete_rows(tmp_path: Path) -> None:
+def test_top_level_contains_only_complete_parquet_files(tmp_path: Path) -> None:
     dataset = create(tmp_path / "data")
     fill(dataset)
     dataset.finish()
@@ -170,7 +170,7 @@ def test_top_level_parquet_is_only_complete_rows(tmp_path: Path) -> None:
     assert pq.ParquetDataset(tmp_path / "data").read().num_rows == 3
 
 
-def test_no_dataset_and_another_kind_are_told_apart(tmp_path: Path) -> None:
+def test_open_rejects_other_folders_and_kinds(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"is not a dataset of captionlib: expected a folder with _dataset.json"):
         open_dataset(tmp_path)
     create(tmp_path / "data")
@@ -178,13 +178,13 @@ def test_no_dataset_and_another_kind_are_told_apart(tmp_path: Path) -> None:
         open_dataset(tmp_path / "data", "captions")
 
 
-def test_fingerprints_depend_on_content_not_on_order() -> None:
+def test_fingerprint_ignores_key_order() -> None:
     assert compute_fingerprint("features", {"a": 1, "b": [2]}) == compute_fingerprint("features", {"b": [2], "a": 1})
     assert compute_fingerprint("features", {"a": 1}) != compute_fingerprint("features", {"a": 2})
     assert compute_fingerprint("features", {"a": 1}) != compute_fingerprint("captions", {"a": 1})
 
 
-def test_ids_are_found_by_a_bloom_filter(tmp_path: Path) -> None:
+def test_ids_have_a_bloom_filter(tmp_path: Path) -> None:
     dataset = create(tmp_path / "data")
     fill(dataset)
     metadata = pq.ParquetFile(tmp_path / "data" / "part-00000.parquet").metadata

@@ -12,7 +12,7 @@ from captionlib.errors import DatasetError, DecodeError, FetchError
 
 
 def write(folder: object, shards: int = 3, done: int = 2) -> ShardedDataset:
-    """Shards of one row and, but for the first, as many failures as their number."""
+    """Writes shards with one row and as many failures as the number of the shard."""
     dataset = create_dataset(
         str(folder), "manifest", MANIFEST_SCHEMA, config={"source": {"kind": "folder"}}, shards=shards
     )
@@ -27,7 +27,7 @@ def write(folder: object, shards: int = 3, done: int = 2) -> ShardedDataset:
 
 
 @pytest.mark.parametrize("place", ["local", "memory"])
-def test_a_dataset_tells_how_far_it_is(tmp_path: Path, place: str) -> None:
+def test_inspect_reports_progress(tmp_path: Path, place: str) -> None:
     address = str(tmp_path / "data") if place == "local" else f"memory://{uuid4().hex}"
     dataset = write(address)
     report = inspect_dataset(address)
@@ -50,7 +50,7 @@ def test_a_dataset_tells_how_far_it_is(tmp_path: Path, place: str) -> None:
     assert report.problems == []
 
 
-def test_failures_are_told_by_reason_with_an_example_each(tmp_path: Path) -> None:
+def test_inspect_reports_failures_by_reason_with_examples(tmp_path: Path) -> None:
     dataset = write(tmp_path, done=3)
     dataset.finish()
     report = inspect_dataset(tmp_path)
@@ -63,13 +63,13 @@ def test_failures_are_told_by_reason_with_an_example_each(tmp_path: Path) -> Non
     assert list(report.failures) == ["Truncated", "HTTP 404"]
 
 
-def test_failures_are_counted_even_where_their_file_is_gone(tmp_path: Path) -> None:
+def test_inspect_counts_failures_without_their_file(tmp_path: Path) -> None:
     write(tmp_path, done=2)
     (tmp_path / "_failures" / "part-00001.parquet").unlink()
     assert inspect_dataset(tmp_path).failures == {"Truncated": FailureReport(1, "", "", "")}
 
 
-def test_verifying_names_what_was_changed(tmp_path: Path) -> None:
+def test_inspect_verify_reports_changed_files(tmp_path: Path) -> None:
     write(tmp_path)
     with (tmp_path / "part-00001.parquet").open("r+b") as file:
         file.seek(8)
@@ -79,19 +79,19 @@ def test_verifying_names_what_was_changed(tmp_path: Path) -> None:
     assert problem.startswith("part-00001.parquet: expected sha256:")
 
 
-def test_a_mark_of_success_without_all_markers_is_a_problem(tmp_path: Path) -> None:
+def test_inspect_reports_success_without_all_markers(tmp_path: Path) -> None:
     write(tmp_path, done=3).finish()
     (tmp_path / "_shards" / "part-00002.json").unlink()
     (problem,) = inspect_dataset(tmp_path).problems
     assert problem == "_SUCCESS: says that all 3 shards are finished, but only 2 have a marker of this dataset"
 
 
-def test_files_of_runs_that_died_are_counted(tmp_path: Path) -> None:
+def test_inspect_counts_temporary_files(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "_temporary" / "part-00002.parquet.abc").write_bytes(b"half")
     assert inspect_dataset(tmp_path).temporary_files == 1
 
 
-def test_no_dataset_is_said(tmp_path: Path) -> None:
+def test_inspect_rejects_other_folders(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="is not a dataset of captionlib"):
         inspect_dataset(tmp_path)

@@ -29,7 +29,7 @@ def datasets(tmp_path: Path) -> tuple[ShardedDataset, ShardedDataset]:
     return source, output
 
 
-def test_images_shards_and_failures_are_counted_from_markers(
+def test_progress_counts_images_shards_and_failures(
     datasets: tuple[ShardedDataset, ShardedDataset], capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, output = datasets
@@ -41,13 +41,15 @@ def test_images_shards_and_failures_are_counted_from_markers(
     assert "2/2 shards, 2 failed" in printed
 
 
-def test_off_shows_nothing(datasets: tuple[ShardedDataset, ShardedDataset], capsys: pytest.CaptureFixture[str]) -> None:
+def test_disabled_progress_prints_nothing(
+    datasets: tuple[ShardedDataset, ShardedDataset], capsys: pytest.CaptureFixture[str]
+) -> None:
     with show_progress(*datasets, "label", enabled=False):
         write(datasets[1], 0, 0)
     assert capsys.readouterr().err == ""
 
 
-def test_the_bar_ends_with_a_run_that_fails(
+def test_progress_ends_if_the_run_fails(
     datasets: tuple[ShardedDataset, ShardedDataset], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(RuntimeError, match="died"), show_progress(*datasets, "label"):

@@ -15,7 +15,7 @@ from captionlib.errors import FetchError
 
 @dataclass(frozen=True)
 class Shout:
-    """Upper-cases uris; images of `broken` fail, and what was seen is noted."""
+    """Converts uris to upper case. Images in `broken` fail, and `seen` records the processed ids."""
 
     broken: set[str] = field(default_factory=set)
     seen: list[str] = field(default_factory=list)
@@ -69,7 +69,7 @@ def ids(dataset: ShardedDataset, shard: int) -> list[str]:
     return found
 
 
-def test_every_image_is_a_row_or_a_failure_of_every_output(source: ShardedDataset, tmp_path: Path) -> None:
+def test_each_image_becomes_a_row_or_a_failure_of_each_output(source: ShardedDataset, tmp_path: Path) -> None:
     done = job(source, tmp_path, Shout({"01", "14"}))
     run(done)
     done.finish(1.0)
@@ -84,7 +84,7 @@ def test_every_image_is_a_row_or_a_failure_of_every_output(source: ShardedDatase
         assert output.is_complete()
 
 
-def test_done_shards_are_not_done_again(source: ShardedDataset, tmp_path: Path) -> None:
+def test_finished_shards_are_skipped(source: ShardedDataset, tmp_path: Path) -> None:
     stage = Shout()
     first = job(source, tmp_path, stage)
     with stage.open() as process:
@@ -94,7 +94,7 @@ def test_done_shards_are_not_done_again(source: ShardedDataset, tmp_path: Path) 
     assert sorted(stage.seen) == [f"{shard}{n}" for shard in range(2) for n in range(5)]
 
 
-def test_a_shard_that_lacks_one_output_is_done_again(source: ShardedDataset, tmp_path: Path) -> None:
+def test_shard_without_one_output_is_processed_again(source: ShardedDataset, tmp_path: Path) -> None:
     first = job(source, tmp_path, Shout())
     run(first)
     first.outputs[1].remove_marker(1)
@@ -103,7 +103,7 @@ def test_a_shard_that_lacks_one_output_is_done_again(source: ShardedDataset, tmp
     assert first.pending_shards() == []
 
 
-def test_only_failed_images_are_retried_and_go_where_they_belong(source: ShardedDataset, tmp_path: Path) -> None:
+def test_retry_processes_failed_images_only_and_keeps_the_order(source: ShardedDataset, tmp_path: Path) -> None:
     run(job(source, tmp_path, Shout({"01", "03", "14"})))
     again = Shout({"03"})
     retried = job(source, tmp_path, again, retry=True)
@@ -118,7 +118,7 @@ def test_only_failed_images_are_retried_and_go_where_they_belong(source: Sharded
         assert output.verify() == []
 
 
-def test_a_retry_that_recovers_nothing_changes_nothing(source: ShardedDataset, tmp_path: Path) -> None:
+def test_unsuccessful_retry_changes_nothing(source: ShardedDataset, tmp_path: Path) -> None:
     first = job(source, tmp_path, Shout({"01"}))
     run(first)
     before = first.outputs[0].read_markers()
@@ -126,12 +126,12 @@ def test_a_retry_that_recovers_nothing_changes_nothing(source: ShardedDataset, t
     assert first.outputs[0].read_markers() == before
 
 
-def test_without_asking_failures_stay(source: ShardedDataset, tmp_path: Path) -> None:
+def test_failures_are_not_retried_by_default(source: ShardedDataset, tmp_path: Path) -> None:
     run(job(source, tmp_path, Shout({"01"})))
     assert job(source, tmp_path, Shout()).pending_shards() == []
 
 
-def test_a_retry_that_dies_leaves_a_shard_to_be_done_again(source: ShardedDataset, tmp_path: Path) -> None:
+def test_interrupted_retry_leaves_the_shard_pending(source: ShardedDataset, tmp_path: Path) -> None:
     run(job(source, tmp_path, Shout({"01"})))
     dying = job(source, tmp_path, Shout(), retry=True)
     marker = tmp_path / "one" / "_shards" / "part-00000.json"

@@ -4,20 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from captionlib.data.sources.formats import SOURCE_FORMATS, detect_common_format
-from captionlib.data.sources.rows import ManifestRow, SourceOptions
+from captionlib.data.sources.formats import detect_common_format, read_source
+from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
 
 
 def read(*addresses: Path | str, **options: Any) -> tuple[list[ManifestRow], Counter[str]]:
     """Returns the rows of a source, read in its detected format, and the number of skipped items by reason."""
-    skipped: Counter[str] = Counter()
-
-    def report_skip(reason: str) -> None:
-        skipped[reason] += 1
-
+    skips = SkipCounter()
     paths = [str(address) for address in addresses]
-    rows = SOURCE_FORMATS[detect_common_format(paths)].read(paths, SourceOptions(**options), report_skip)
-    return list(rows), skipped
+    rows = list(read_source(detect_common_format(paths), paths, SourceOptions(**options), skips))
+    return rows, skips.counts
 
 
 def write_json(path: Path, content: object) -> Path:

@@ -85,7 +85,7 @@ def test_karpathy_keeps_all_four_splits_and_prefers_cocos_id(tmp_path: Path) -> 
 
 def test_karpathy_names_the_entry_that_lacks_a_field(tmp_path: Path) -> None:
     path = write_json(tmp_path / "dataset.json", {"images": [{"imgid": 1, "sentences": []}]})
-    with pytest.raises(DatasetError, match=r"dataset\.json, images\[0\]: expected an object with filename"):
+    with pytest.raises(DatasetError, match=r"dataset\.json, images\[0\]: expected filename as text, got no value"):
         read(path)
 
 

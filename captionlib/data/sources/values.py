@@ -1,0 +1,231 @@
+"""Parses values of foreign files, which may be of any type, into ids, texts and captions.
+
+JSON `null` and NaN count as missing. Every error names the place, the field, the expected type and the actual value.
+"""
+
+import ast
+import contextlib
+import json
+import math
+import re
+import reprlib
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+from typing import Any
+
+from captionlib.errors import DatasetError
+
+__all__ = [
+    "describe",
+    "is_missing",
+    "is_unicode",
+    "parse_captions",
+    "parse_cell",
+    "parse_id",
+    "parse_json",
+    "parse_list",
+    "parse_object",
+    "parse_optional",
+    "parse_text",
+]
+
+_MAX_EXACT_FLOAT = 2**53  # above, a float no longer identifies one integer
+_MAX_CAPTION_DEPTH = 4
+
+# How pandas and others print floats. `4e5` is not among them; it may be hexadecimal.
+_PRINTED_FLOAT = re.compile(r"[+-]?\d+\.\d+(?:[eE][+-]?\d+)?|[+-]?\d+[eE][+-]\d+")
+_PRINTED_NULLS = frozenset({"nan", "NaN", "None", "null", "NULL", "<NA>"})
+
+# Text that a program printed as a list, rather than a sentence in brackets such as `[a dog barks]`.
+_PRINTED_LIST = re.compile(r"""\[\s*(?:['"\[{].*|)\]""", re.DOTALL)
+_PYTHON_STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_PYTHON_LIST = re.compile(rf"\[\s*{_PYTHON_STRING}(?:\s*,\s*{_PYTHON_STRING})*\s*,?\s*\]", re.DOTALL)
+
+_KINDS: Mapping[type, str] = {
+    str: "text",
+    bool: "boolean",
+    int: "number",
+    float: "number",
+    list: "list",
+    dict: "object",
+}
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlist, _REPR.maxdict = 2, 80, 80, 4, 4
+
+
+class _DuplicateKeyError(Exception):
+    """A JSON object has the same key twice."""
+
+
+def parse_json(text: str, origin: str) -> Any:
+    """Parses JSON.
+
+    Raises:
+        DatasetError: `text` is not JSON, is nested too deeply, has numbers that are too long, or repeats a key.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_to_object)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if "\n" in text else ""
+        raise DatasetError(f"{origin}, {line}column {error.colno}: not JSON: {error.msg}; correct the file") from error
+    except _DuplicateKeyError as error:
+        raise DatasetError(f"{origin}: expected each key once per object, got {error} twice; remove one") from None
+    except RecursionError:
+        raise DatasetError(f"{origin}: expected lists and objects a few levels deep, got hundreds; flatten") from None
+    except ValueError:  # Python limits the digits of integers
+        raise DatasetError(f"{origin}: expected numbers, got one of thousands of digits; write it as text") from None
+
+
+def _to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _DuplicateKeyError(describe(next(key for key in keys if keys.count(key) > 1)))
+    return values
+
+
+def describe(value: object) -> str:
+    """Returns the type and the start of a value for an error message."""
+    if value is None:
+        return "no value"
+    if isinstance(value, str) and not value.strip():
+        return "blank text"
+    return f"{_KINDS.get(type(value), type(value).__name__)} {_REPR.repr(value)}"
+
+
+def is_missing(value: object) -> bool:
+    """Returns whether a value is null, NaN or blank text."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def is_unicode(text: str) -> bool:
+    """Returns whether text can be encoded as UTF-8. Text with lone surrogates cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def parse_cell(cell: str) -> object:
+    """Returns the value of a cell of a text table: None for a printed null, a number for a printed float."""
+    text = cell.strip()
+    if text in _PRINTED_NULLS:
+        return None
+    return float(text) if _PRINTED_FLOAT.fullmatch(text) else cell
+
+
+def parse_text(value: object, origin: str, field: str) -> str:
+    """Returns text that is not blank.
+
+    Raises:
+        DatasetError: the value is missing or of another type.
+    """
+    if isinstance(value, str) and value.strip():
+        return value
+    raise DatasetError(f"{origin}: expected {field} as text, got {describe(value)}; correct or remove the entry")
+
+
+def parse_id(value: object, origin: str, field: str) -> str:
+    """Returns an id or another name as text. An integer, also one stored as a float or decimal, is its digits.
+
+    Raises:
+        DatasetError: the value is missing, fractional, too large for its type, or of another type.
+    """
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) < _MAX_EXACT_FLOAT:
+        return str(int(value))
+    if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
+        return str(int(value))
+    raise DatasetError(
+        f"{origin}: expected {field} as text or an integer, got {describe(value)}; correct or remove the entry"
+    )
+
+
+def parse_optional(
+    parse: Callable[[object, str, str], str], value: object, origin: str, field: str, default: str = ""
+) -> str:
+    """Returns `parse(value, origin, field)`, or `default` if the value is missing."""
+    return default if is_missing(value) else parse(value, origin, field)
+
+
+def parse_list(value: object, origin: str, field: str) -> list[Any]:
+    """Returns a list.
+
+    Raises:
+        DatasetError: the value is of another type.
+    """
+    if isinstance(value, list):
+        return value
+    raise DatasetError(f"{origin}: expected {field} as a list, got {describe(value)}; correct or remove the entry")
+
+
+def parse_object(value: object, origin: str) -> dict[str, Any]:
+    """Returns a JSON object.
+
+    Raises:
+        DatasetError: the value is of another type.
+    """
+    if isinstance(value, dict):
+        return value
+    raise DatasetError(f"{origin}: expected an object, got {describe(value)}; correct or remove the entry")
+
+
+def parse_captions(value: object, origin: str, field: str, depth: int = 0) -> tuple[str, ...]:
+    """Returns the captions in a text, an object with `raw`, `caption` or `tokens`, or a list of these.
+
+    A text may also be a list as JSON or Python prints it: `["a dog", "two dogs"]`. Surrounding white space and missing
+    captions are dropped.
+
+    Args:
+        value: the value.
+        origin: the place of the value, for error messages.
+        field: the name of the value, for error messages.
+        depth: the number of lists and objects around the value.
+
+    Raises:
+        DatasetError: the value is of another type, or nested too deeply.
+    """
+    if is_missing(value):
+        return ()
+    if isinstance(value, str):
+        caption = value.strip()
+        if not _PRINTED_LIST.fullmatch(caption):
+            return (caption,)
+        value = _decode_list(caption, origin, field)
+    if depth <= _MAX_CAPTION_DEPTH:
+        if isinstance(value, list):
+            return tuple(caption for item in value for caption in parse_captions(item, origin, field, depth + 1))
+        if isinstance(value, dict) and value.keys() & {"raw", "caption", "tokens"}:
+            for key in ("raw", "caption"):
+                if not is_missing(value.get(key)):
+                    return parse_captions(value[key], origin, f"{field}.{key}", depth + 1)
+            return _join_tokens(value.get("tokens"), origin, f"{field}.tokens")
+    raise DatasetError(
+        f"{origin}: expected {field} as text or a list of texts, got {describe(value)}; correct or remove the entry"
+    )
+
+
+def _join_tokens(tokens: object, origin: str, field: str) -> tuple[str, ...]:
+    if is_missing(tokens):
+        return ()
+    caption = " ".join(parse_text(token, origin, field) for token in parse_list(tokens, origin, field))
+    return (caption,) if caption else ()
+
+
+def _decode_list(text: str, origin: str, field: str) -> object:
+    try:
+        return parse_json(text, origin)
+    except DatasetError as error:
+        with contextlib.suppress(SyntaxError, ValueError):
+            if _PYTHON_LIST.fullmatch(text):  # otherwise Python would join `'a dog' 'two dogs'`, as NumPy prints them
+                return ast.literal_eval(text)
+        raise DatasetError(
+            f'{origin}: expected {field} as a sentence or a list such as ["a dog", "two dogs"], got {describe(text)}; '
+            "write lists as JSON"
+        ) from error
