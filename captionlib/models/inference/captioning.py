@@ -112,7 +112,7 @@ def _caption_batches(
     encoded: EncodedRows,
     captioner: LoadedCaptioner,
     decoder: Decoder,
-    config: GenerationConfig,
+    config: GenerationConfig = GenerationConfig(),
     ranker: LoadedRanker | None = None,
 ) -> Iterator[tuple[pa.RecordBatch, ...]]:
     for rows, features in _rebatch(encoded, config.batch_size):
@@ -189,6 +189,11 @@ def caption_images(
     captioner: LoadedCaptioner | None = None,
 ) -> tuple[list[Row], list[tuple[str, ImageError]]]:
     """Captions images outside of any dataset.
+
+    Example:
+        >>> rows, failures = captionlib.caption_images(["scenes/images/test-00000.jpg"], "captioner")
+        >>> len(rows), len(failures)
+        (1, 0)
 
     Args:
         uris: paths or addresses.
