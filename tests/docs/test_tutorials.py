@@ -3,16 +3,19 @@
 Options that make the networks small are added to the commands. Java is hidden, because METEOR takes seconds per call.
 """
 
+import asyncio
 import json
 import random
-import subprocess
+import socket
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import uvicorn
 from click.testing import CliRunner
 
 from captionlib.data.shards.dataset import open_dataset
@@ -36,7 +39,23 @@ SQUEEZENET = ["encoder.model=squeezenet1_1", "encoder.weights=random:0", "encode
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    monkeypatch.setattr(uvicorn.Server, "run", serve_one_request)
     return tmp_path
+
+
+def serve_one_request(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+    """Serves in a thread until /health has answered. Starting `serve` as a process would cost seconds."""
+    thread = threading.Thread(target=asyncio.run, args=(server.serve(sockets),))
+    thread.start()
+    try:
+        while thread.is_alive() and not server.started:
+            time.sleep(0.05)
+        host, port = sockets[0].getsockname()[:2]
+        with urllib.request.urlopen(f"http://{host}:{port}/health", timeout=60) as response:
+            assert json.load(response)["captions"] > 0
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def write_images(paths: Sequence[Path]) -> list[list[str]]:
@@ -122,31 +141,12 @@ def shrink(command: Sequence[str]) -> list[str]:
 
 def run(command: Sequence[str]) -> str:
     if command[0] == "serve":
-        check_server([*command, "--port", str(free_port())])
-        return ""
+        command = [*command, "--port", str(free_port()), "--thumbnails", "thumbnails"]
     result = CliRunner().invoke(captionlib, shrink(command))
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise AssertionError(f"captionlib {' '.join(command)}") from result.exception
     assert result.exit_code == 0, f"captionlib {' '.join(command)}\n{result.output}"
     return result.output
-
-
-def check_server(command: Sequence[str]) -> None:
-    """Starts the server, requests /health until it answers, and stops the server."""
-    arguments = [sys.executable, "-m", "jobs.cli", *command, "--thumbnails", "thumbnails"]
-    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
-        try:
-            while server.poll() is None:
-                try:
-                    with urllib.request.urlopen(f"http://127.0.0.1:{command[-1]}/health", timeout=10) as response:
-                        assert json.load(response)["captions"] > 0
-                    break
-                except OSError:
-                    time.sleep(0.1)
-            else:
-                raise AssertionError(server.communicate()[1])
-        finally:
-            server.terminate()
 
 
 def count_rows(dataset: str) -> int:
