@@ -112,7 +112,7 @@ def _caption_batches(
     encoded: EncodedRows,
     captioner: LoadedCaptioner,
     decoder: Decoder,
-    config: GenerationConfig = GenerationConfig(),
+    config: GenerationConfig,
     ranker: LoadedRanker | None = None,
 ) -> Iterator[tuple[pa.RecordBatch, ...]]:
     for rows, features in _rebatch(encoded, config.batch_size):
@@ -182,7 +182,7 @@ def build_caption_rows(
 def caption_images(
     uris: Sequence[str],
     checkpoint: str,
-    config: GenerationConfig,
+    config: GenerationConfig = GenerationConfig(),
     *,
     weights: str | None = None,
     device: str = "auto",
