@@ -1,1 +1,1 @@
-"""What the project is measured by; `python -m benchmarks` runs all of it."""
+"""Benchmarks with a bar for each measurement; `python -m benchmarks` runs them all."""

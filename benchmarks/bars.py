@@ -1,4 +1,4 @@
-"""How a benchmark says what it measured, and whether that is enough."""
+"""Reports a measurement and whether it meets its bar."""
 
 __all__ = ["report"]
 

@@ -1,4 +1,4 @@
-"""A folder of good, damaged, odd and hostile files: each is an image or a failure with its reason, and memory holds."""
+"""Valid, damaged, unusual and malicious files: each becomes an image or a failure with a reason, in bounded memory."""
 
 import io
 import json
@@ -22,26 +22,26 @@ from captionlib.data.images.decoding import Preprocessing
 from captionlib.data.images.loading import LoadingConfig, open_loader
 from captionlib.errors import ImageError
 
-GOOD, FLIPPED = 200, 300
+VALID, FLIPPED = 200, 300
 LOADING = LoadingConfig(decode=DecoderConfig(processes=2))
 PREPROCESSING = Preprocessing(256, 224, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-# What each kind of file has to become; of a file with flipped bits, both are right.
-IMAGE = {"good", "misnamed", "cmyk", "16-bit", "animated", "palette", "alpha", "turned"}
+# The expected outcome of each kind of file; a file with flipped bits may become either.
+IMAGE = {"valid", "misnamed", "cmyk", "16-bit", "animated", "palette", "alpha", "rotated"}
 FAILURE = {"truncated", "empty", "text", "enormous", "other-format"}
 
 
 def write_files(folder: Path) -> None:
-    """Writes `good/`, and in `odd/` the same and all others, named `KIND-NUMBER.EXTENSION`."""
-    good = [path.rename(path.with_name(f"good-{path.name}")) for path in write_images(folder / "good", GOOD)]
-    odd = folder / "odd"
-    odd.mkdir()
-    for path in good:
-        (odd / path.name).write_bytes(path.read_bytes())
-    photo = Image.open(good[0])
-    formats = {kind: saved(photo, kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")}
+    """Writes valid files to `valid/`, and these and all other kinds to `mixed/`, named `KIND-NUMBER.EXTENSION`."""
+    valid = [path.rename(path.with_name(f"valid-{path.name}")) for path in write_images(folder / "valid", VALID)]
+    mixed = folder / "mixed"
+    mixed.mkdir()
+    for path in valid:
+        (mixed / path.name).write_bytes(path.read_bytes())
+    image = Image.open(valid[0])
+    formats = {kind: encode(image, kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")}
     files = {f"truncated-{kind}{part}": c[: len(c) * part // 10] for kind, c in formats.items() for part in (1, 5, 9)}
-    files |= {f"flipped-{number}": flipped(list(formats.values())[number % 6], number) for number in range(FLIPPED)}
+    files |= {f"flipped-{number}": flip_bits(list(formats.values())[number % 6], number) for number in range(FLIPPED)}
     files |= {f"misnamed-{number}.txt": content for number, content in enumerate(formats.values())}
     files |= {
         "empty-1.jpg": b"",
@@ -49,37 +49,37 @@ def write_files(folder: Path) -> None:
         "text-2.html": b"<!DOCTYPE html><title>404</title>",
         "other-format-1.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
         "other-format-2.pdf": b"%PDF-1.7\n",
-        "enormous-bits.png": grey_png(30_000, bits=1),
-        "enormous-bytes.png": grey_png(30_000, bits=8),
-        "cmyk-1.jpg": saved(photo.convert("CMYK"), "JPEG"),
-        "16-bit-1.png": saved(Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257), "PNG"),
-        "animated-1.gif": saved(photo, "GIF", save_all=True, append_images=[photo.rotate(90)]),
-        "animated-2.webp": saved(photo, "WEBP", save_all=True, append_images=[photo.rotate(90)]),
-        "palette-1.png": saved(photo.quantize(16), "PNG", transparency=3),
-        "alpha-1.png": saved(photo.convert("RGBA"), "PNG"),
-        "turned-1.jpg": saved(photo, "JPEG", exif=orientation(6)),
+        "enormous-bits.png": build_black_png(30_000, bits=1),
+        "enormous-bytes.png": build_black_png(30_000, bits=8),
+        "cmyk-1.jpg": encode(image.convert("CMYK"), "JPEG"),
+        "16-bit-1.png": encode(Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257), "PNG"),
+        "animated-1.gif": encode(image, "GIF", save_all=True, append_images=[image.rotate(90)]),
+        "animated-2.webp": encode(image, "WEBP", save_all=True, append_images=[image.rotate(90)]),
+        "palette-1.png": encode(image.quantize(16), "PNG", transparency=3),
+        "alpha-1.png": encode(image.convert("RGBA"), "PNG"),
+        "rotated-1.jpg": encode(image, "JPEG", exif=build_orientation(6)),
     }
     for name, content in files.items():
-        (odd / name).write_bytes(content)
+        (mixed / name).write_bytes(content)
 
 
-def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
-def flipped(content: bytes, seed: int) -> bytes:
-    """The content with one to eight bits the other way round."""
-    draw = np.random.default_rng(seed)
+def flip_bits(content: bytes, seed: int) -> bytes:
+    """Returns the content with one to eight bits flipped."""
+    generator = np.random.default_rng(seed)
     damaged = bytearray(content)
-    for position in draw.integers(0, len(content), draw.integers(1, 9)):
-        damaged[position] ^= 1 << int(draw.integers(8))
+    for position in generator.integers(0, len(content), generator.integers(1, 9)):
+        damaged[position] ^= 1 << int(generator.integers(8))
     return bytes(damaged)
 
 
-def grey_png(side: int, bits: int) -> bytes:
-    """A black square, of a file a few hundred or thousand times smaller than its pixels."""
+def build_black_png(side: int, bits: int) -> bytes:
+    """Returns a black square whose file is hundreds to thousands of times smaller than its pixels."""
     compressor = zlib.compressobj(6)
     row = bytes(1 + (side * bits + 7) // 8)
     pixels = b"".join(compressor.compress(row) for _ in range(side)) + compressor.flush()
@@ -91,31 +91,31 @@ def grey_png(side: int, bits: int) -> bytes:
     )
 
 
-def orientation(value: int) -> Image.Exif:
+def build_orientation(value: int) -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = value
     return exif
 
 
 def load_folder(folder: Path) -> None:
-    """Loads all files of a folder in this process; prints what became of each, and the peak memory in kilobytes."""
+    """Loads all files of a folder in this process; prints each outcome and the peak memory in kilobytes."""
     outcomes = {}
     with open_loader(LOADING, PREPROCESSING) as load:
         for row, image in load({"uri": str(path)} for path in sorted(folder.iterdir())):
             outcomes[Path(row["uri"]).name] = image.reason if isinstance(image, ImageError) else "image"
         children = [pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
-        peak = sum(peak_memory(process) for process in ("self", *children))
+        peak = sum(read_peak_memory(process) for process in ("self", *children))
     print(json.dumps({"outcomes": outcomes, "peak": peak}))
 
 
-def peak_memory(process: str) -> int:
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
-    assert found is not None
-    return int(found[1])
+def read_peak_memory(process: str) -> int:
+    match = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+    assert match is not None
+    return int(match[1])
 
 
 def is_accounted(name: str, outcome: str | None) -> bool:
-    """Whether a file became what its kind has to become; a failure has a reason."""
+    """Returns whether a file has the outcome of its kind; a failure needs a reason."""
     kind = next(kind for kind in (*IMAGE, *FAILURE, "flipped") if name.startswith(kind))
     if kind == "flipped":
         return bool(outcome)
@@ -123,22 +123,22 @@ def is_accounted(name: str, outcome: str | None) -> bool:
 
 
 def main() -> None:
-    """Loads the good files and then all of them, each in a process of its own."""
+    """Loads the valid files and then all files, in separate processes."""
     if len(sys.argv) == 2:
         load_folder(Path(sys.argv[1]))
         return
     with tempfile.TemporaryDirectory() as scratch:
         write_files(Path(scratch))
         results = []
-        for name in ("good", "odd"):
+        for name in ("valid", "mixed"):
             command = [sys.executable, "-m", "benchmarks.corrupt_images", str(Path(scratch) / name)]
             results.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
             print(f"# {name}: {results[-1]['peak'] / 1024:.0f} MB, {dict(Counter(results[-1]['outcomes'].values()))}")
-        names = sorted(path.name for path in (Path(scratch) / "odd").iterdir())
+        names = sorted(path.name for path in (Path(scratch) / "mixed").iterdir())
     outcomes = results[1]["outcomes"]
-    wrong = [name for name in names if not is_accounted(name, outcomes.get(name))]
-    print("".join(f"# {name} became {outcomes.get(name)}\n" for name in wrong), end="")
-    met = report("corrupt-images-accounted", 1 - len(wrong) / len(names), 1.0)
+    unexpected = [name for name in names if not is_accounted(name, outcomes.get(name))]
+    print("".join(f"# {name} became {outcomes.get(name)}\n" for name in unexpected), end="")
+    met = report("corrupt-images-accounted", 1 - len(unexpected) / len(names), 1.0)
     met &= report("corrupt-images-peak-memory", results[1]["peak"] / results[0]["peak"], 1.5, at_least=False)
     sys.exit(not met)
 

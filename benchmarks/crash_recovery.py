@@ -1,4 +1,4 @@
-"""Runs killed at random moments and run again: what comes out must be what an undisturbed run writes, byte for byte."""
+"""Runs that are killed at random moments and resumed: their output must be identical to that of an undisturbed run."""
 
 import multiprocessing
 import random
@@ -31,14 +31,14 @@ GENERATION = GenerationConfig(DecodingConfig(beam_width=3, n_best=2), batch_size
 
 
 def run_flow(folder: Path, output: Path) -> None:
-    """Extraction and captioning of the folder's manifest, into `output`."""
+    """Extracts features of the folder's manifest and captions them, into `output`."""
     run = RunConfig(progress=False)
     extract_features(folder / "manifest", output / "features", EXTRACTION, device="cpu", run=run)
     generate_captions(output / "features", folder / "captioner", output / "captions", GENERATION, device="cpu", run=run)
 
 
 def train_small_captioner(folder: Path) -> None:
-    """A captioner of the folder's manifest, which knows one sentence."""
+    """Trains a captioner on the folder's manifest, whose captions are all the same."""
     extract_features(folder / "manifest", folder / "first", EXTRACTION, device="cpu", run=RunConfig(progress=False))
     config = CaptionerTrainingConfig(
         training=TrainingConfig(epochs=1), validation_splits=("train",), min_count=1, batch_images=8
@@ -47,43 +47,46 @@ def train_small_captioner(folder: Path) -> None:
 
 
 def count_identical_recoveries(folder: Path, runs: int, seed: int = 0) -> int:
-    """How many of `runs` flows killed in mid-run and resumed wrote the same bytes as one that nobody disturbed."""
+    """Kills and resumes `runs` flows; returns how many wrote the same bytes as an undisturbed one."""
     uris = [str(path) for path in write_images(folder / "images", 48, size=96)]
     manifest = write_manifest(folder / "manifest", uris, 6)
     train_small_captioner(folder)
-    spawn = multiprocessing.get_context("forkserver")  # the imports are paid for once
-    spawn.set_forkserver_preload([__name__])
-    start_flow(spawn, folder, folder / "undisturbed").join()
+    context = multiprocessing.get_context("forkserver")  # imports the modules once
+    context.set_forkserver_preload([__name__])
+    start_flow(context, folder, folder / "undisturbed").join()
     expected = read_outputs(folder / "undisturbed")
     shards = 2 * manifest.shards
-    assert len(expected) == shards, "the undisturbed run is complete"
+    assert len(expected) == shards, "the undisturbed run must be complete"
     times = sorted(marker.stat().st_mtime for marker in find_markers(folder / "undisturbed"))
     seconds = (times[-1] - times[0]) / (shards - 1)
 
-    draw = random.Random(seed)
-    equal = 0
+    generator = random.Random(seed)
+    identical = 0
     for number in range(runs):
         output = folder / f"killed{number}"
-        kill_flow(start_flow(spawn, folder, output), output, draw.uniform(0, shards), seconds)
-        while is_complete(output):  # it was faster than its killer, and does not count
+        kill_flow(start_flow(context, folder, output), output, generator.uniform(0, shards), seconds)
+        while is_complete(output):  # it finished before it was killed, so it does not count
             shutil.rmtree(output)
-            kill_flow(start_flow(spawn, folder, output), output, draw.uniform(0, shards), seconds)
-        done = len(find_markers(output))
-        start_flow(spawn, folder, output).join()
+            kill_flow(start_flow(context, folder, output), output, generator.uniform(0, shards), seconds)
+        finished = len(find_markers(output))
+        start_flow(context, folder, output).join()
         same = read_outputs(output) == expected and is_complete(output)
-        print(f"# killed with {done:2} of {shards} shards done: {'equal' if same else 'DIFFERENT'}", flush=True)
-        equal += same
-    return equal
+        print(
+            f"# killed with {finished:2} of {shards} shards finished: {'identical' if same else 'DIFFERENT'}",
+            flush=True,
+        )
+        identical += same
+    return identical
 
 
 def kill_flow(process: BaseProcess, output: Path, moment: float, seconds: float) -> None:
-    """Kills a flow at a moment that is counted in shards, so that it lies within the run on any machine.
+    """Kills a flow at a moment that is measured in shards, so that it falls within the run on any machine.
 
     Args:
-        process: that runs the flow.
-        output: of the flow.
-        moment: 2.5 is in the middle of the third shard, if that takes as long as others do.
-        seconds: that a shard takes.
+        process: the process that runs the flow.
+        output: output folder of the flow.
+        moment: number of shards; 2.5 is the middle of the third shard if all take equally long.
+        seconds: duration of a shard.
     """
     while len(find_markers(output)) < int(moment) and process.is_alive():
         time.sleep(0.002)
@@ -91,39 +94,39 @@ def kill_flow(process: BaseProcess, output: Path, moment: float, seconds: float)
     process.kill()
     process.join()
     if process.exitcode not in (0, -signal.SIGKILL):
-        raise RuntimeError(f"the flow failed by itself, with exit code {process.exitcode}")
+        raise RuntimeError(f"the flow failed before it was killed, with exit code {process.exitcode}")
 
 
 OUTPUTS = ("features", "captions")
 
 
 def is_complete(output: Path) -> bool:
-    """Whether the flow has come to its end."""
+    """Returns whether the flow has finished."""
     return all((output / name / "_SUCCESS").exists() for name in OUTPUTS)
 
 
 def find_markers(output: Path) -> list[Path]:
-    """Of the shards that are published, of all outputs."""
+    """Returns the markers of the published shards of all outputs."""
     return list(output.glob("*/_shards/*.json"))
 
 
-def start_flow(spawn: multiprocessing.context.ForkServerContext, folder: Path, output: Path) -> BaseProcess:
-    """Starts the flow in a process of its own."""
-    process = spawn.Process(target=run_flow, args=(folder, output))
+def start_flow(context: multiprocessing.context.ForkServerContext, folder: Path, output: Path) -> BaseProcess:
+    """Starts the flow in a separate process."""
+    process = context.Process(target=run_flow, args=(folder, output))
     process.start()
     return process
 
 
 def read_outputs(output: Path) -> dict[str, bytes]:
-    """Every Parquet file that a reader would see."""
+    """Returns the content of every Parquet file that is visible to readers."""
     return {f"{name}/{path.name}": path.read_bytes() for name in OUTPUTS for path in (output / name).glob("*.parquet")}
 
 
 def main() -> None:
-    """Runs them and reports the share that came out equal."""
+    """Reports the fraction of identical outputs."""
     with tempfile.TemporaryDirectory() as scratch:
-        equal = count_identical_recoveries(Path(scratch), RUNS)
-    sys.exit(not report("crash-recovery-identical", equal / RUNS, 1.0))
+        identical = count_identical_recoveries(Path(scratch), RUNS)
+    sys.exit(not report("crash-recovery-identical", identical / RUNS, 1.0))
 
 
 if __name__ == "__main__":

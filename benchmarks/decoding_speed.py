@@ -1,4 +1,4 @@
-"""Captions/s of beam search from features: 100 images at a time against the same decoder, one image at a time."""
+"""Captions/s of beam search from features, in batches of 100 images against one image at a time."""
 
 import statistics
 import sys
@@ -17,11 +17,11 @@ BATCH, SINGLES, ROUNDS = 100, 25, 7
 
 
 def build_captioner() -> Captioner:
-    """A seeded LSTM that writes as one trained on Flickr8k does, as far as the work of a search depends on it.
+    """Builds an LSTM with random weights whose beam search takes as much work as that of one trained on Flickr8k.
 
-    Sentences have 10 words on average (deviation 2.2; trained 10.4 and 2.8), a token is about e^-1 likely (as trained),
-    and a search computes 56 rows an image (as trained). To that end cell 0 counts words, and END becomes the likelier
-    the more there are.
+    Captions have 10 words on average (standard deviation 2.2; trained 10.4 and 2.8), the mean probability of a token is
+    about e^-1 (as trained), and a search computes 56 rows per image (as trained). To that end, cell 0 counts the
+    tokens, and the probability of END grows with the count.
     """
     torch.manual_seed(0)
     config = CaptionerConfig()
@@ -32,7 +32,7 @@ def build_captioner() -> Captioner:
         model.output.weight.uniform_(-3, 3)
         model.word_vectors.weight.uniform_(-0.3, 0.3)
         w_ih, w_hh, bias, _ = model.recurrence.all_weights[0]
-        for gate, value in enumerate((10.0, 10.0, 0.05, 10.0)):  # input, forget, cell and output gate of the counter
+        for gate, value in enumerate((10.0, 10.0, 0.05, 10.0)):  # input, forget, cell and output gates of the counter
             w_ih[gate * hidden] = w_hh[gate * hidden] = 0
             bias[gate * hidden] = value
         model.output.weight[:, 0] = 0
@@ -42,6 +42,7 @@ def build_captioner() -> Captioner:
 
 
 def captions_per_second(decoder: Decoder, features: torch.Tensor, batch: int) -> float:
+    """Returns the captions/s of decoding in batches of `batch` images."""
     began = time.perf_counter()
     for start in range(0, len(features), batch):
         decoder.decode(features[start : start + batch])
@@ -49,17 +50,17 @@ def captions_per_second(decoder: Decoder, features: torch.Tensor, batch: int) ->
 
 
 def measure(model: Captioner, features: torch.Tensor, dtype: torch.dtype) -> float:
-    """The median ratio of rounds that time both in turn."""
+    """Returns the median ratio of rounds that time both alternately."""
     decoder = Decoder(model, DecodingConfig(beam_width=5), dtype)
-    sentences = [candidates[0].token_ids for candidates in decoder.decode(features)]
-    different, words = len(set(map(tuple, sentences))), statistics.mean(map(len, sentences))
-    print(f"# {dtype}: {different} different sentences for {len(features)} images, {words:.1f} words on average")
+    captions = [candidates[0].token_ids for candidates in decoder.decode(features)]
+    distinct, words = len(set(map(tuple, captions))), statistics.mean(map(len, captions))
+    print(f"# {dtype}: {distinct} distinct captions of {len(features)} images, {words:.1f} words on average")
     ratios = []
     for number in range(ROUNDS):
         singles = features[number * SINGLES % BATCH :][:SINGLES]
-        one, many = captions_per_second(decoder, singles, 1), captions_per_second(decoder, features, BATCH)
-        print(f"# {dtype}: {one:.1f} captions/s one at a time, {many:.1f} in batches of {BATCH}")
-        ratios.append(many / one)
+        single, batched = captions_per_second(decoder, singles, 1), captions_per_second(decoder, features, BATCH)
+        print(f"# {dtype}: {single:.1f} captions/s one at a time, {batched:.1f} in batches of {BATCH}")
+        ratios.append(batched / single)
     return statistics.median(ratios)
 
 

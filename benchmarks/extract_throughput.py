@@ -1,4 +1,4 @@
-"""Images/s of `extract-features` against a bare PyTorch loop over the same images, decoded beforehand."""
+"""Images/s of `extract-features` against a plain PyTorch loop over the same images, decoded in advance."""
 
 import statistics
 import sys
@@ -24,15 +24,15 @@ IMAGES, BATCH, ROUNDS = 256, 32, 3
 CONFIG = ExtractionConfig(EncoderConfig(weights="random:0", dtype="bfloat16"), batch_size=BATCH)
 
 
-def bare_network() -> nn.Module:
-    """VGG-16 up to fc7 as anyone would write it down."""
+def build_plain_network() -> nn.Module:
+    """Builds VGG-16 up to fc7."""
     network: nn.Module = create_feature_extractor(torchvision.models.vgg16(weights=None).eval(), ["classifier.4"])
     return network.bfloat16().to(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
-def run_bare(network: nn.Module, images: npt.NDArray[np.uint8]) -> float:
-    """Images/s of a loop that normalises and encodes what lies decoded in memory."""
+def run_plain_loop(network: nn.Module, images: npt.NDArray[np.uint8]) -> float:
+    """Returns images/s of a loop that normalizes and encodes decoded images."""
     mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
     began = time.perf_counter()
@@ -43,27 +43,27 @@ def run_bare(network: nn.Module, images: npt.NDArray[np.uint8]) -> float:
 
 
 def run_pipeline(manifest: Path, output: Path) -> float:
-    """Images/s of the whole command, from the first look at the manifest to `_SUCCESS`; the encoder is loaded."""
+    """Returns images/s of the whole command, from reading the manifest to writing `_SUCCESS`, without model loading."""
     began = time.perf_counter()
     extract_features(manifest, output, CONFIG, run=RunConfig(progress=False))
     return IMAGES / (time.perf_counter() - began)
 
 
 def main() -> None:
-    """Runs both in turn and reports the median of the ratios."""
+    """Runs both alternately and reports the median ratio."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         paths = write_images(folder / "images", IMAGES)
         write_manifest(folder / "manifest", [str(path) for path in paths], IMAGES)
         images = decode_images(paths, load_shared_encoder(CONFIG.encoder, "auto", None).preprocessing)
-        network = bare_network()
-        run_bare(network, images[: 2 * BATCH])
+        network = build_plain_network()
+        run_plain_loop(network, images[: 2 * BATCH])
         ratios = []
         for number in range(ROUNDS):
-            bare = run_bare(network, images)
+            plain = run_plain_loop(network, images)
             ours = run_pipeline(folder / "manifest", folder / f"features{number}")
-            ratios.append(ours / bare)
-            print(f"# bare loop {bare:.2f} images/s, extract-features {ours:.2f} images/s")
+            ratios.append(ours / plain)
+            print(f"# plain loop {plain:.2f} images/s, extract-features {ours:.2f} images/s")
         sys.exit(not report("extract-throughput", statistics.median(ratios), 0.92))
 
 

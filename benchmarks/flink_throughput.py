@@ -1,7 +1,7 @@
-"""Images/s of `extract-features` on Flink with two TaskManagers against two local workers, on the same work.
+"""Images/s of `extract-features` on Flink with two TaskManagers against two local workers.
 
-Counted while the work lasts: from the beginning of the first shard to the end of the last, as the markers tell. What a
-job costs before, to be submitted and to start its workers, is told beside it; it is the same for a large job.
+Measured from the start of the first shard to the end of the last, according to the markers. The time to submit a job
+and to start its workers does not depend on the size of the job; it is printed separately.
 """
 
 import statistics
@@ -31,25 +31,25 @@ CONFIG = ExtractionConfig(
 
 
 def run(manifest: ShardedDataset, output: Path, workers: int = 1, beam_options: Sequence[str] = ()) -> float:
-    """Images/s while the work lasts."""
+    """Returns images/s from the first shard to the last."""
     began = time.monotonic()
     settings = RunConfig(workers, tuple(beam_options), progress=False)
     extract_features(manifest.folder.uri, output, CONFIG, device="cpu", run=settings)
-    whole = time.monotonic() - began
-    seconds = working_seconds(output)
-    print(f"# {output.name}: {IMAGES / seconds:.2f} images/s for {seconds:.0f} s, the whole command {whole:.0f} s")
+    total = time.monotonic() - began
+    seconds = measure_shards(output)
+    print(f"# {output.name}: {IMAGES / seconds:.2f} images/s for {seconds:.0f} s, the whole command {total:.0f} s")
     return IMAGES / seconds
 
 
-def working_seconds(output: Path) -> float:
-    """From the beginning of the first shard to the end of the last."""
+def measure_shards(output: Path) -> float:
+    """Returns the seconds from the start of the first shard to the end of the last."""
     markers = open_dataset(output).read_markers()
     ends = {shard: (output / MARKERS_FOLDER / f"{part_name(shard)}.json").stat().st_mtime for shard in markers}
     return max(ends.values()) - min(ends[shard] - marker.seconds for shard, marker in markers.items())
 
 
 def main() -> None:
-    """Runs both in turn and reports the median of the ratios."""
+    """Runs both alternately and reports the median ratio."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         images = [str(path) for path in write_images(folder / "images", IMAGES)]

@@ -1,4 +1,4 @@
-"""Peak memory of `prepare` on 2,000,000 rows against 200,000; `--rows N` measures one size, with its time."""
+"""Peak memory of `prepare` on 2,000,000 rows against 200,000; `--rows N` measures a single size."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ FEW, MANY = 200_000, 2_000_000
 
 
 def write_table(path: Path, rows: int) -> None:
-    """A CSV of addresses with a caption each, in an order that is not that of the ids."""
+    """Writes a CSV of image addresses with captions, not sorted by id."""
     with path.open("w", encoding="utf-8") as file:
         file.write("image_id,uri,caption,split\n")
         for number in range(rows):
@@ -28,14 +28,14 @@ def write_table(path: Path, rows: int) -> None:
 
 
 def measure(rows: int) -> dict[str, float]:
-    """Prepares a table of so many rows in a process of its own."""
+    """Prepares a table of `rows` rows in a separate process; returns seconds and megabytes."""
     with tempfile.TemporaryDirectory() as scratch:
         write_table(Path(scratch) / "table.csv", rows)
         done = subprocess.run(
             [sys.executable, "-m", __spec__.name, "--in", scratch], check=True, stdout=subprocess.PIPE
         )
     measured: dict[str, float] = json.loads(done.stdout)
-    print(f"# {rows:,} rows: {measured['seconds']:.1f} s, at most {measured['megabytes']:.0f} MB", flush=True)
+    print(f"# {rows:,} rows: {measured['seconds']:.1f} s, peak {measured['megabytes']:.0f} MB", flush=True)
     return measured
 
 
@@ -49,7 +49,7 @@ def prepare_rows(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, help="measure this many alone")
+    parser.add_argument("--rows", type=int, help="measure only this number of rows")
     parser.add_argument("--in", dest="folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.folder is not None:

@@ -1,4 +1,4 @@
-"""The pipelines with every bundle run twice by Beam: the output must be the same, byte for byte."""
+"""Pipelines with every bundle executed twice by Beam: the output must be identical, byte for byte."""
 
 import sys
 import tempfile
@@ -13,7 +13,7 @@ from pipelines.run import RunConfig
 
 
 def main() -> None:
-    """Runs the flow with and without, and reports the share of files that are equal."""
+    """Runs the flow with and without repeated bundles, and reports the fraction of identical files."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_manifest(folder / "manifest", [str(path) for path in write_images(folder / "images", 24, size=96)], 6)
@@ -26,8 +26,8 @@ def main() -> None:
             generate_captions(output / "features", folder / "captioner", output / "captions", GENERATION, run=run)
             outputs.append(read_outputs(output))
         once, twice = outputs
-        equal = sum(once[name] == twice.get(name) for name in once)
-    sys.exit(not report("repeated-bundles-identical", equal / len(once), 1.0))
+        identical = sum(once[name] == twice.get(name) for name in once)
+    sys.exit(not report("repeated-bundles-identical", identical / len(once), 1.0))
 
 
 if __name__ == "__main__":

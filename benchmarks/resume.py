@@ -1,6 +1,6 @@
-"""How soon a run goes on where 99% of 10,000 shards are done, against looking for their markers one by one.
+"""Time to resume a run with 99% of 10,000 shards finished, against reading their markers one by one.
 
-On a disk, and on an S3 server on this machine, which answers within milliseconds where one far away takes tens of them.
+Measured on a disk and on a local S3 server, whose latency is a tenth of that of a remote one.
 """
 
 import socket
@@ -18,7 +18,7 @@ from urllib.request import urlopen
 import fsspec
 
 from benchmarks.bars import report
-from benchmarks.synthetic_shards import job_over, write_rows
+from benchmarks.synthetic_shards import create_job, write_rows
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.shards.markers import MARKERS_FOLDER, part_name, to_json
 from captionlib.data.shards.stages import ShardJob
@@ -28,9 +28,9 @@ SHARDS, EVERY, ROWS = 10_000, 100, 10
 
 
 def prepare(folder: str) -> None:
-    """An output that lacks every hundredth shard, and of the manifest what these are made from: the first one each."""
+    """Writes an output without every hundredth shard, and the manifest's shards for these."""
     source = replace(write_rows(f"{folder}/manifest", 1, ROWS), shards=SHARDS)
-    job = job_over(source, f"{folder}/features")
+    job = create_job(source, f"{folder}/features")
     first = source.folder.read("part-00000.parquet")
     pending = range(0, SHARDS, EVERY)
     for dataset, shards in ((source, pending), (job.outputs[0], sorted(set(range(SHARDS)) - set(pending)))):
@@ -47,33 +47,33 @@ def prepare(folder: str) -> None:
         source.folder.write(f"{part_name(shard)}.parquet", first)
 
 
-def open_job(folder: str, note: str = "") -> ShardJob:
-    """The job over what `prepare` wrote."""
-    return job_over(replace(open_dataset(f"{folder}/manifest"), shards=SHARDS), f"{folder}/features", note)
+def open_job(folder: str, first_row_file: str = "") -> ShardJob:
+    """Opens the job that `prepare` wrote."""
+    return create_job(replace(open_dataset(f"{folder}/manifest"), shards=SHARDS), f"{folder}/features", first_row_file)
 
 
 def time_one_by_one(folder: str) -> float:
-    """Seconds to look for the marker of each shard in its turn."""
+    """Returns the seconds to read the marker of each shard in turn."""
     output = open_job(folder).outputs[0]
     began = time.time()
-    done = sum(output.read_marker(shard) is not None for shard in range(SHARDS))
+    finished = sum(output.read_marker(shard) is not None for shard in range(SHARDS))
     seconds = time.time() - began
-    assert done == SHARDS - SHARDS // EVERY
+    assert finished == SHARDS - SHARDS // EVERY
     return seconds
 
 
 def time_resume(folder: str) -> float:
-    """Seconds from the start of the run until the first row of the first shard is there."""
+    """Returns the seconds from the start of the run to the first row of the first shard."""
     with tempfile.TemporaryDirectory() as scratch:
-        note = Path(scratch) / "first"
+        first_row_file = Path(scratch) / "first-row"
         began = time.time()
-        run_job(open_job(folder, str(note)), "resume", RunConfig(progress=False))
-        return float(note.read_text()) - began
+        run_job(open_job(folder, str(first_row_file)), "resume", RunConfig(progress=False))
+        return float(first_row_file.read_text()) - began
 
 
 @contextmanager
-def s3_server() -> Iterator[None]:
-    """An S3 server that `s3://` leads to, with a bucket."""
+def run_s3_server() -> Iterator[None]:
+    """Runs a local S3 server with a bucket, and points `s3://` to it."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
@@ -95,7 +95,7 @@ def s3_server() -> Iterator[None]:
 
 
 def measure(name: str, folder: str) -> float:
-    """The ratio on one file system, once a small run has loaded what the first run of a process loads."""
+    """Returns the ratio for one file system."""
     prepare(folder)
     slow = time_one_by_one(folder)
     quick = time_resume(folder)
@@ -104,12 +104,12 @@ def measure(name: str, folder: str) -> float:
 
 
 def main() -> None:
-    """Measures both; the bar is for the object store."""
+    """Measures both file systems; the bar applies to S3."""
     with tempfile.TemporaryDirectory() as scratch:
-        warm = write_rows(f"{scratch}/warm", 1, ROWS)
-        run_job(job_over(warm, f"{scratch}/warmed"), "warm", RunConfig(progress=False))
+        warm = write_rows(f"{scratch}/warm", 1, ROWS)  # loads lazily imported modules
+        run_job(create_job(warm, f"{scratch}/warmed"), "warm", RunConfig(progress=False))
         measure("disk", f"{scratch}/disk")
-    with s3_server():
+    with run_s3_server():
         sys.exit(not report("resume", measure("s3", "s3://bucket/resume"), 0.05, at_least=False))
 
 

@@ -1,4 +1,4 @@
-"""10,000,000 made-up rows in 10,000 shards on two workers: the memory of driver and workers, and what takes time."""
+"""Peak memory of driver and workers for 10,000,000 synthetic rows in 10,000 shards on two workers."""
 
 import resource
 import subprocess
@@ -11,7 +11,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from benchmarks.bars import report
-from benchmarks.synthetic_shards import job_over, write_rows
+from benchmarks.synthetic_shards import create_job, write_rows
 from pipelines.process_shards import ProcessShards
 from pipelines.run import RunConfig, run_job
 
@@ -19,22 +19,21 @@ SHARDS, ROWS, WORKERS = 10_000, 1000, 2
 
 
 def run_once(shards: int) -> None:
-    """Runs so many shards and prints the driver's peak memory and the largest worker's, in kilobytes."""
+    """Processes `shards` shards and prints the peak memory of the driver and of the largest worker, in kilobytes."""
     with tempfile.TemporaryDirectory() as scratch:
         began = time.perf_counter()
         source = write_rows(f"{scratch}/manifest", shards, ROWS)
         print(f"# {shards:,} shards of {ROWS:,} rows: manifest written in {time.perf_counter() - began:.1f} s")
-        job = job_over(source, f"{scratch}/features")
+        job = create_job(source, f"{scratch}/features")
         began = time.perf_counter()
         run_job(job, "scale", RunConfig(workers=WORKERS))
         seconds = time.perf_counter() - began
-        print(
-            f"# run: {seconds:.1f} s with {WORKERS} workers, {1000 * seconds * WORKERS / shards:.1f} ms of one a shard"
-        )
-        for what, look in (("list", job.outputs[0].done_shards), ("read", job.outputs[0].compute_totals)):
+        milliseconds = 1000 * seconds * WORKERS / shards
+        print(f"# run: {seconds:.1f} s with {WORKERS} workers, {milliseconds:.1f} ms of a worker per shard")
+        for verb, read in (("list", job.outputs[0].done_shards), ("read", job.outputs[0].compute_totals)):
             began = time.perf_counter()
-            look()
-            print(f"# to {what} the markers: {time.perf_counter() - began:.2f} s")
+            read()
+            print(f"# to {verb} the markers: {time.perf_counter() - began:.2f} s")
         pipeline = beam.Pipeline(FnApiRunner(), PipelineOptions([]))
         _ = pipeline | "scale" >> ProcessShards(job, range(shards), 1.0)
         print(f"# job graph: {pipeline.to_runner_api().ByteSize() / 1000:.0f} kB")
@@ -43,7 +42,7 @@ def run_once(shards: int) -> None:
 
 
 def main() -> None:
-    """Runs a tenth and all of it, each in processes of their own."""
+    """Runs a tenth of the shards and all of them, in separate processes."""
     if len(sys.argv) == 2:
         run_once(int(sys.argv[1]))
         return

@@ -1,7 +1,7 @@
-"""A million made-up captions with vectors, and their index, made once and kept in `.bench/`.
+"""Synthetic captions with vectors, and their index, built once and kept in `.bench/`.
 
-Words follow Zipf's law, as in what captioners write. Vectors lie in clusters; sentences lie near the same clusters, but
-apart from the images, as those of two modalities do.
+Word frequencies follow Zipf's law. The vectors of images form clusters; those of sentences are near the same clusters
+but shifted, like the modality gap of real embeddings.
 """
 
 import json
@@ -26,7 +26,7 @@ from captionlib.search.config import IndexConfig
 from pipelines.build_index import build_index
 from pipelines.run import RunConfig
 
-__all__ = ["SIZE", "WORDS", "SearchData", "make_data"]
+__all__ = ["SIZE", "WORDS", "SearchData", "prepare_data"]
 
 SIZE = 256
 SHARDS = 16
@@ -38,7 +38,12 @@ Vectors = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class SearchData:
-    """Datasets of so many rows and their index."""
+    """Captions, embeddings and their index.
+
+    Attributes:
+        folder: folder of the datasets and the index.
+        rows: number of captions.
+    """
 
     folder: Path
     rows: int
@@ -52,57 +57,59 @@ class SearchData:
         return self.folder / "captions"
 
     @cached_property
-    def centres(self) -> Vectors:
-        return _unit(np.random.default_rng(1).normal(size=(CLUSTERS, SIZE)))
+    def centers(self) -> Vectors:
+        return _normalize(np.random.default_rng(1).normal(size=(CLUSTERS, SIZE)))
 
     def image_vectors(self, count: int, seed: int) -> Vectors:
         generator = np.random.default_rng([2, seed])
-        return self._around(generator, count, 0.0, 0.9)
+        return self._sample_near_centers(generator, count, 0.0, 0.9)
 
     def sentence_vectors(self, count: int, seed: int) -> Vectors:
-        return self._around(np.random.default_rng([3, seed]), count, 0.5, 1.0)
+        return self._sample_near_centers(np.random.default_rng([3, seed]), count, 0.5, 1.0)
 
-    def _around(self, generator: np.random.Generator, count: int, apart: float, noise: float) -> Vectors:
-        gap = _unit(np.random.default_rng(4).normal(size=(1, SIZE)))
-        centres = self.centres[generator.integers(CLUSTERS, size=count)]
-        scattered = generator.normal(size=(count, SIZE), scale=noise / SIZE**0.5)
-        return _unit(centres + apart * gap + scattered)
+    def _sample_near_centers(self, generator: np.random.Generator, count: int, shift: float, noise: float) -> Vectors:
+        direction = _normalize(np.random.default_rng(4).normal(size=(1, SIZE)))
+        centers = self.centers[generator.integers(CLUSTERS, size=count)]
+        scatter = generator.normal(size=(count, SIZE), scale=noise / SIZE**0.5)
+        return _normalize(centers + shift * direction + scatter)
 
     def all_vectors(self) -> Vectors:
-        """Every vector of the index, in the order of its rows, `[rows, SIZE] float32`."""
+        """Returns all vectors in the order of the index, `[rows, SIZE] float32`."""
         return np.concatenate([self.image_vectors(self.rows // SHARDS, shard) for shard in range(SHARDS)])
 
-    def questions(self, count: int, words: int, seed: int) -> list[str]:
-        """Words as they occur in captions."""
+    def sample_queries(self, count: int, words: int, seed: int) -> list[str]:
+        """Samples queries with the word frequencies of the captions."""
         generator = np.random.default_rng([5, seed])
-        return [" ".join(_caption(generator, words)) for _ in range(count)]
+        return [" ".join(_sample_words(generator, words)) for _ in range(count)]
 
 
-def make_data(rows: int) -> tuple[SearchData, dict[str, float]]:
-    """The data, and what building the index took: seconds and megabytes."""
+def prepare_data(rows: int) -> tuple[SearchData, dict[str, float]]:
+    """Returns the data, and the seconds and megabytes that building the index took; builds it only once."""
     data = SearchData(Path(".bench") / f"search-{rows}", rows)
-    measured = data.folder / "built.json"
-    if not measured.exists():
+    build_file = data.folder / "built.json"
+    if not build_file.exists():
         shutil.rmtree(data.folder, ignore_errors=True)
         for step in ("write", "build"):
             command = [sys.executable, "-m", __spec__.name, step, str(rows)]
             printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        measured.write_text(printed.splitlines()[-1], encoding="utf-8")
-    built: dict[str, float] = json.loads(measured.read_text(encoding="utf-8"))
+        build_file.write_text(printed.splitlines()[-1], encoding="utf-8")
+    built: dict[str, float] = json.loads(build_file.read_text(encoding="utf-8"))
     return data, built
 
 
 def _write(data: SearchData) -> None:
     rows = data.rows // SHARDS
-    texts = create_dataset(data.captions, "captions", captions_schema(), config={"made": "up"}, shards=SHARDS)
+    texts = create_dataset(data.captions, "captions", captions_schema(), config={"source": "synthetic"}, shards=SHARDS)
     schema = embeddings_schema(SIZE)
-    config = {"made": "up", "ranker": "none"}
+    config = {"source": "synthetic", "ranker": "none"}
     vectors = create_dataset(data.folder / "embeddings", "embeddings", schema, config=config, shards=SHARDS)
     for shard in range(SHARDS):
         generator = np.random.default_rng([6, shard])
         ids = [f"{shard:02d}-{number:06d}" for number in range(rows)]
         with write_shard(texts, shard, rows) as writer:
-            captions = [" ".join(_caption(generator, int(length))) for length in generator.integers(7, 14, size=rows)]
+            captions = [
+                " ".join(_sample_words(generator, int(length))) for length in generator.integers(7, 14, size=rows)
+            ]
             log_probs = -generator.gamma(4, 3, size=rows).astype(np.float32)
             splits = np.where(generator.random(rows) < 0.05, "val", "train").tolist()
             values = [
@@ -129,19 +136,19 @@ def _write(data: SearchData) -> None:
     vectors.finish()
 
 
-def _caption(generator: np.random.Generator, length: int) -> list[str]:
-    """Words by Zipf's law, none twice in a row."""
+def _sample_words(generator: np.random.Generator, length: int) -> list[str]:
+    """Samples words by Zipf's law."""
     ranks = (len(WORDS) ** generator.random(length)).astype(int) - 1
     return [WORDS[rank] for rank in ranks]
 
 
-def _unit(vectors: npt.NDArray[np.floating]) -> Vectors:
+def _normalize(vectors: npt.NDArray[np.floating]) -> Vectors:
     unit: Vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
     return unit
 
 
 def main() -> None:
-    """Writes the datasets or builds the index, in a process of its own; the second prints what it took."""
+    """Writes the datasets, or builds the index and prints the seconds and megabytes that it took."""
     step, rows = sys.argv[1], int(sys.argv[2])
     data = SearchData(Path(".bench") / f"search-{rows}", rows)
     if step == "write":

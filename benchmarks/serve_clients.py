@@ -1,4 +1,4 @@
-"""Search pages of 1,000,000 captions for 50 clients at once against one client; `--rows N` takes another size."""
+"""Search pages per second for 50 concurrent clients against one, on 1,000,000 captions or `--rows N`."""
 
 import argparse
 import asyncio
@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 from benchmarks.bars import report
-from benchmarks.search_data import SearchData, make_data
+from benchmarks.search_data import SearchData, prepare_data
 
 CLIENTS = 50
 SECONDS = 8.0
@@ -23,8 +23,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    data, _ = make_data(options.rows)
-    port = _free_port()
+    data, _ = prepare_data(options.rows)
+    port = _find_free_port()
     command = [sys.executable, "-m", "jobs.cli", "serve", str(data.index), "--port", str(port)]
     command += ["--workers", str(options.workers), "--thumbnails", str(Path(".bench") / "thumbnails")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as server:
@@ -35,9 +35,9 @@ def main() -> None:
 
 
 async def _measure(data: SearchData, port: int) -> bool:
-    await _wait(port)
-    paths = [f"/?{urlencode({'q': question})}" for question in data.questions(500, 2, 1)]
-    await _run(port, paths, CLIENTS, 2.0)  # warms up
+    await _wait_for_server(port)
+    paths = [f"/?{urlencode({'q': query})}" for query in data.sample_queries(500, 2, 1)]
+    await _run(port, paths, CLIENTS, 2.0)  # warm-up
     single: list[float] = []
     many: list[float] = []
     errors = 0
@@ -46,13 +46,15 @@ async def _measure(data: SearchData, port: int) -> bool:
             rate, failed = await _run(port, paths, clients, SECONDS)
             rates.append(rate)
             errors += failed
-    print(f"# pages a second: one client {sorted(single)[ROUNDS // 2]:.0f}, {CLIENTS} {sorted(many)[ROUNDS // 2]:.0f}")
+    print(
+        f"# pages per second: one client {sorted(single)[ROUNDS // 2]:.0f}, {CLIENTS} {sorted(many)[ROUNDS // 2]:.0f}"
+    )
     no_errors = report("serve-errors", errors, 0, at_least=False)
     return report("serve-clients-to-one", sorted(many)[ROUNDS // 2] / sorted(single)[ROUNDS // 2], 1.5) and no_errors
 
 
 async def _run(port: int, paths: list[str], clients: int, seconds: float) -> tuple[float, int]:
-    """Pages a second, and pages that were none."""
+    """Returns pages per second and the number of failed requests."""
     began = time.monotonic()
     done = await asyncio.gather(*(_client(port, paths[client:], began + seconds) for client in range(clients)))
     return sum(pages for pages, _ in done) / (time.monotonic() - began), sum(errors for _, errors in done)
@@ -80,7 +82,7 @@ async def _client(port: int, paths: list[str], until: float) -> tuple[int, int]:
     return pages, errors
 
 
-async def _wait(port: int) -> None:
+async def _wait_for_server(port: int) -> None:
     for _ in range(600):
         try:
             _, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -92,10 +94,10 @@ async def _wait(port: int) -> None:
     sys.exit("the server did not start")
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
+def _find_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
     return port
 
 

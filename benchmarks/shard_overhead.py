@@ -1,4 +1,4 @@
-"""What a shard costs beyond reading and writing its files: a whole pipeline against a loop that does only that."""
+"""Overhead of a shard: a whole pipeline against a loop that only reads and writes the files."""
 
 import os
 import statistics
@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from benchmarks.bars import report
-from benchmarks.synthetic_shards import SCHEMA, add_features, job_over, write_rows
+from benchmarks.synthetic_shards import SCHEMA, add_features, create_job, write_rows
 from captionlib.data.shards.dataset import ShardedDataset
 from pipelines.run import RunConfig, run_job
 
@@ -18,7 +18,7 @@ SHARDS, ROWS, ROUNDS = 200, 1000, 5
 
 
 def run_bare(source: ShardedDataset, folder: Path) -> float:
-    """Seconds to read every shard, make features up and write a file that survives a machine that dies."""
+    """Returns the seconds to read every shard, add features and write a durable file."""
     folder.mkdir()
     began = time.perf_counter()
     for shard in range(source.shards):
@@ -31,24 +31,24 @@ def run_bare(source: ShardedDataset, folder: Path) -> float:
 
 
 def run_pipeline(source: ShardedDataset, folder: Path) -> float:
-    """Seconds of the whole command, from the first look at the manifest to `_SUCCESS`."""
+    """Returns the seconds of the whole command, from reading the manifest to writing `_SUCCESS`."""
     began = time.perf_counter()
-    run_job(job_over(source, folder), "overhead", RunConfig(progress=False))
+    run_job(create_job(source, folder), "overhead", RunConfig(progress=False))
     return time.perf_counter() - began
 
 
 def main() -> None:
-    """Runs both in turn and reports the median of what a shard costs more."""
+    """Runs both alternately and reports the median overhead per shard."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         source = write_rows(folder / "manifest", SHARDS, ROWS)
-        more = []
+        overheads = []
         for number in range(ROUNDS):
             bare = run_bare(source, folder / f"bare{number}")
             ours = run_pipeline(source, folder / f"features{number}")
-            more.append((ours - bare) / SHARDS)
+            overheads.append((ours - bare) / SHARDS)
             print(f"# {SHARDS} shards of {ROWS} rows: bare {bare:.2f} s, pipeline {ours:.2f} s")
-        sys.exit(not report("shard-overhead-milliseconds", 1000 * statistics.median(more), 50, at_least=False))
+        sys.exit(not report("shard-overhead-milliseconds", 1000 * statistics.median(overheads), 50, at_least=False))
 
 
 if __name__ == "__main__":

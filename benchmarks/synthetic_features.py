@@ -1,4 +1,4 @@
-"""Features with sentences as long as people's, drawn by a seed, for what measures training."""
+"""Random features with captions as long as those of Flickr8k, for benchmarks of training."""
 
 from pathlib import Path
 
@@ -11,37 +11,40 @@ from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
 
-__all__ = ["FEATURE_SIZE", "write_features"]
+__all__ = ["CAPTIONS_PER_IMAGE", "FEATURE_SIZE", "write_features"]
 
 FEATURE_SIZE = 4096
-SENTENCES = 5  # an image
-_WORDS = 2500  # about as many as Flickr8k has
-_LOG_MEAN, _LOG_DEVIATION, _LONGEST = 2.32, 0.356, 36  # of the lengths of its sentences
+CAPTIONS_PER_IMAGE = 5
+_WORDS = 2500  # about the size of Flickr8k's vocabulary
+_LOG_MEAN, _LOG_DEVIATION, _MAX_LENGTH = 2.32, 0.356, 36  # log-normal fit of the lengths of its captions
 _SHARD_ROWS = 500
 
 
 def write_features(folder: Path, images: int, validation: int = 20) -> ShardedDataset:
-    """A features dataset; the first `validation` images are the split `val`, all others `train`.
+    """Writes a features dataset; the first `validation` images form the split `val`, all others `train`.
 
-    Lengths are those of Flickr8k: 10.8 words on average, deviation 3.8, the longest of 100 sentences about 23. Words
-    are as frequent as Zipf has it.
+    Captions are as long as in Flickr8k: 10.8 words on average, standard deviation 3.8, about 23 for the longest of 100.
+    Word frequencies follow Zipf's law.
     """
-    draw = np.random.default_rng(0)
-    names = np.array([f"w{number}" for number in range(_WORDS)])
-    shares = 1 / np.arange(1, _WORDS + 1)
+    generator = np.random.default_rng(0)
+    words = np.array([f"w{number}" for number in range(_WORDS)])
+    frequencies = 1 / np.arange(1, _WORDS + 1)
     shards = -(-images // _SHARD_ROWS)
-    config = {"encoder": {"model": "drawn", "shape": [FEATURE_SIZE]}}
+    config = {"encoder": {"model": "random", "shape": [FEATURE_SIZE]}}
     schema = features_schema(FEATURE_SIZE, "float16")
     dataset = create_dataset(folder, "features", schema, config=config, shards=shards)
     for shard in range(shards):
         numbers = range(shard * _SHARD_ROWS, min((shard + 1) * _SHARD_ROWS, images))
-        features = draw.standard_normal((len(numbers), FEATURE_SIZE), np.float32).astype(np.float16)
+        features = generator.standard_normal((len(numbers), FEATURE_SIZE), np.float32).astype(np.float16)
         rows = pa.RecordBatch.from_arrays(
             [
                 pa.array([f"{number:09d}" for number in numbers]),
                 pa.array([""] * len(numbers)),
                 pa.array(["val" if number < validation else "train" for number in numbers]),
-                pa.array([_sentences(draw, names, shares / shares.sum()) for _ in numbers], pa.list_(pa.string())),
+                pa.array(
+                    [_sample_captions(generator, words, frequencies / frequencies.sum()) for _ in numbers],
+                    pa.list_(pa.string()),
+                ),
                 numpy_to_vectors(features),
             ],
             schema=schema,
@@ -52,7 +55,10 @@ def write_features(folder: Path, images: int, validation: int = 20) -> ShardedDa
     return dataset
 
 
-def _sentences(draw: np.random.Generator, names: npt.NDArray[np.str_], shares: npt.NDArray[np.float64]) -> list[str]:
-    lengths = np.clip(np.round(draw.lognormal(_LOG_MEAN, _LOG_DEVIATION, SENTENCES)), 1, _LONGEST).astype(int)
-    words = draw.choice(names, size=lengths.sum(), p=shares)
-    return [" ".join(part) for part in np.split(words, np.cumsum(lengths)[:-1])]
+def _sample_captions(
+    generator: np.random.Generator, words: npt.NDArray[np.str_], probabilities: npt.NDArray[np.float64]
+) -> list[str]:
+    lengths = np.round(generator.lognormal(_LOG_MEAN, _LOG_DEVIATION, CAPTIONS_PER_IMAGE))
+    lengths = np.clip(lengths, 1, _MAX_LENGTH).astype(int)
+    sampled = generator.choice(words, size=lengths.sum(), p=probabilities)
+    return [" ".join(caption) for caption in np.split(sampled, np.cumsum(lengths)[:-1])]

@@ -1,4 +1,4 @@
-"""Images and manifests that benchmarks run on, made on the spot."""
+"""Random images and manifests of them."""
 
 from pathlib import Path
 
@@ -17,12 +17,12 @@ __all__ = ["decode_images", "write_images", "write_manifest"]
 
 
 def write_images(folder: Path, count: int, size: int = 224, seed: int = 0) -> list[Path]:
-    """Draws JPEGs of smooth colour fields, about as large on disk as photographs of their size."""
+    """Writes JPEG files of smooth color gradients, about as large as photographs of the same size."""
     folder.mkdir(parents=True, exist_ok=True)
-    draw = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed)
     paths = []
     for number in range(count):
-        coarse = Image.fromarray(draw.integers(0, 256, (14, 14, 3), dtype=np.uint8))
+        coarse = Image.fromarray(generator.integers(0, 256, (14, 14, 3), dtype=np.uint8))
         path = folder / f"{number:06d}.jpg"
         coarse.resize((size, size), Image.Resampling.BICUBIC).save(path, quality=90)
         paths.append(path)
@@ -30,19 +30,19 @@ def write_images(folder: Path, count: int, size: int = 224, seed: int = 0) -> li
 
 
 def decode_images(paths: list[Path], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    """The images as an encoder sees them, `[images, crop_size, crop_size, 3]`."""
+    """Decodes images as input of an encoder, `[images, crop_size, crop_size, 3]`."""
     with open_loader(LoadingConfig(), preprocessing) as load:
         loaded = [image for _, image in load({"uri": str(path)} for path in paths)]
     return np.stack([image for image in loaded if not isinstance(image, Exception)])
 
 
 def write_manifest(folder: Path, uris: list[str], shard_size: int) -> ShardedDataset:
-    """A manifest of images without captions; the same image may stand in it many times, under ids of its own."""
+    """Writes a manifest; an image may occur several times, each time with another id."""
     starts = range(0, len(uris), shard_size)
     dataset = create_dataset(folder, "manifest", MANIFEST_SCHEMA, config={"images": len(uris)}, shards=len(starts))
     for shard, start in enumerate(starts):
         rows = [
-            {"image_id": f"{start + offset:08d}", "uri": uri, "split": "train", "captions": ["a field of colours"]}
+            {"image_id": f"{start + offset:08d}", "uri": uri, "split": "train", "captions": ["a color gradient"]}
             for offset, uri in enumerate(uris[start : start + shard_size])
         ]
         with write_shard(dataset, shard, len(rows)) as writer:

@@ -1,4 +1,4 @@
-"""Many shards of made-up rows, and a stage in place of a model: what is left is what a shard costs by itself."""
+"""Many shards of synthetic rows, and a stage without a model, to measure the cost of a shard itself."""
 
 import os
 import time
@@ -15,14 +15,14 @@ from captionlib.data.shards.schemas import MANIFEST_SCHEMA, features_schema
 from captionlib.data.shards.stages import ProcessRows, ReportFailure, ShardJob
 from captionlib.data.shards.writer import write_shard
 
-__all__ = ["SCHEMA", "MadeUpFeatures", "add_features", "job_over", "make_rows", "write_rows"]
+__all__ = ["SCHEMA", "ZeroFeatures", "add_features", "create_job", "make_rows", "write_rows"]
 
 SIZE = 64
 SCHEMA = features_schema(SIZE, "float16")
 
 
 def make_rows(shard: int, rows: int) -> pa.RecordBatch:
-    """The rows of a manifest's shard."""
+    """Returns the rows of a shard of a manifest."""
     first = shard * rows
     names = [f"{number:010d}" for number in range(first, first + rows)]
     columns = [
@@ -35,7 +35,7 @@ def make_rows(shard: int, rows: int) -> pa.RecordBatch:
 
 
 def write_rows(folder: str | os.PathLike[str], shards: int, rows: int) -> ShardedDataset:
-    """A manifest of `shards` times `rows` rows."""
+    """Writes a manifest of `shards` shards with `rows` rows each."""
     dataset = create_dataset(folder, "manifest", MANIFEST_SCHEMA, config={"rows": rows}, shards=shards)
     for shard in dataset.pending_shards():
         with write_shard(dataset, shard, rows) as writer:
@@ -45,22 +45,22 @@ def write_rows(folder: str | os.PathLike[str], shards: int, rows: int) -> Sharde
 
 
 def add_features(rows: pa.RecordBatch) -> pa.RecordBatch:
-    """What an encoder would add, without one."""
+    """Adds features of zeros."""
     vectors = numpy_to_vectors(np.zeros((rows.num_rows, SIZE), np.float16))
     return pa.RecordBatch.from_arrays([*rows.columns, vectors], schema=SCHEMA)
 
 
 @dataclass(frozen=True)
-class MadeUpFeatures:
+class ZeroFeatures:
     """The stage from `manifest/` to `features/` without fetching, decoding and encoding.
 
     Attributes:
-        columns: all of the manifest's.
-        note: where to write when the first row came, in seconds since the epoch; empty for nowhere.
+        columns: all columns of the manifest.
+        first_row_file: file that receives the time of the first row, in seconds since the epoch; empty for none.
     """
 
     columns: Sequence[str] = tuple(MANIFEST_SCHEMA.names)
-    note: str = ""
+    first_row_file: str = ""
 
     @contextmanager
     def open(self) -> Iterator[ProcessRows]:
@@ -69,14 +69,14 @@ class MadeUpFeatures:
 
     def _process(self, batches: Iterator[pa.RecordBatch], _fail: ReportFailure) -> Iterator[tuple[pa.RecordBatch, ...]]:
         for rows in batches:
-            if self.note and not os.path.exists(self.note):  # noqa: PTH110
-                with open(self.note, "w", encoding="ascii") as file:  # noqa: PTH123
+            if self.first_row_file and not os.path.exists(self.first_row_file):  # noqa: PTH110
+                with open(self.first_row_file, "w", encoding="ascii") as file:  # noqa: PTH123
                     file.write(repr(time.time()))
             yield (add_features(rows),)
 
 
-def job_over(source: ShardedDataset, output: str | os.PathLike[str], note: str = "") -> ShardJob:
-    """The stage over all shards of a manifest."""
+def create_job(source: ShardedDataset, output: str | os.PathLike[str], first_row_file: str = "") -> ShardJob:
+    """Creates the job that runs the stage on all shards of a manifest."""
     config = {"input": source.fingerprint}
     dataset = create_dataset(output, "features", SCHEMA, config=config, shards=source.shards)
-    return ShardJob(source, (dataset,), MadeUpFeatures(note=note))
+    return ShardJob(source, (dataset,), ZeroFeatures(first_row_file=first_row_file))

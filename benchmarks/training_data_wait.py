@@ -1,4 +1,4 @@
-"""The share of time that training waits for data, when features are streamed in windows far smaller than they are."""
+"""Fraction of the time that training waits for data while it streams features through a small shuffle buffer."""
 
 import sys
 from pathlib import Path
@@ -10,11 +10,11 @@ from captionlib.models.captioners.captioner import CaptionerConfig
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
 from captionlib.training.loop import TrainingConfig
 
-IMAGES, WINDOW_MEGABYTES = 3000, 4  # 24 MB of features: six windows an epoch
+IMAGES, BUFFER_MEGABYTES = 3000, 4  # 24 MB of features: six buffers per epoch
 CONFIG = CaptionerTrainingConfig(
     captioner=CaptionerConfig(hidden_size=256, embedding_size=256),
     training=TrainingConfig(epochs=2, optimizer="adam"),
-    shuffle_buffer_megabytes=WINDOW_MEGABYTES,
+    shuffle_buffer_megabytes=BUFFER_MEGABYTES,
 )
 
 
@@ -23,9 +23,7 @@ def main() -> None:
         dataset = write_features(Path(scratch) / "features", IMAGES)
         history = train_captioner(dataset.folder.uri, Path(scratch) / "run", CONFIG, device="cpu", progress=False)
     for row in history:
-        print(
-            f"# epoch {row['epoch']}: {row['seconds']:.1f} s of training so far, {row['data_wait']:.2%} of it waiting"
-        )
+        print(f"# epoch {row['epoch']}: {row['seconds']:.1f} s of training, {row['data_wait']:.2%} waiting for data")
     sys.exit(not report("training-data-wait", history[-1]["data_wait"], 0.05, at_least=False))
 
 

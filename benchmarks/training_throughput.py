@@ -1,4 +1,4 @@
-"""Tokens/s of training a captioner, against a plain loop: `nn.LSTM` on padded batches, same model, same threads."""
+"""Tokens/s of training a captioner, against a plain loop that runs `nn.LSTM` on padded batches of the same size."""
 
 import statistics
 import sys
@@ -11,19 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.bars import report
-from benchmarks.synthetic_features import FEATURE_SIZE, SENTENCES, write_features
+from benchmarks.synthetic_features import CAPTIONS_PER_IMAGE, FEATURE_SIZE, write_features
 from captionlib.data.batches.captions import read_captions, read_features
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.text.vocabulary import END, PAD, Vocabulary
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
 from captionlib.training.loop import TrainingConfig
 
-IMAGES, HELD_OUT, ROUNDS = 320, 20, 5
+IMAGES, VALIDATION_IMAGES, ROUNDS = 320, 20, 5
 CONFIG = CaptionerTrainingConfig(training=TrainingConfig(epochs=1, optimizer="adam"), min_count=1)
 
 
 class PlainCaptioner(nn.Module):
-    """The same captioner as a tutorial writes it: the image is the first of the padded inputs of an `nn.LSTM`."""
+    """The same captioner in tutorial style: the image is the first of the padded inputs of an `nn.LSTM`."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class PlainCaptioner(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, features: Tensor, words: Tensor) -> Tensor:
-        """Logits `[sentences, ticks, classes]` from features `[sentences, size]` and words `[sentences, ticks]`."""
+        """Returns logits `[captions, steps, classes]` of features `[captions, size]` and tokens `[captions, steps]`."""
         image = self.project(features)[:, None]
         inputs = torch.cat([image, self.embed(words)], 1)
         hidden, _ = self.lstm(self.dropout(inputs))
@@ -44,7 +44,7 @@ class PlainCaptioner(nn.Module):
 
 
 class PlainLoop:
-    """All sentences in memory, in seeded batches of as many as ours have, each with its image's features beside it."""
+    """A loop over shuffled batches of captions in memory, each with a copy of its image's features."""
 
     def __init__(self, dataset: ShardedDataset) -> None:
         torch.manual_seed(0)
@@ -59,12 +59,12 @@ class PlainLoop:
         self._model = PlainCaptioner(len(self._vocabulary)).train()
         self._optimizer = torch.optim.Adam(self._model.parameters(), lr=CONFIG.training.learning_rate)
 
-    def epoch(self) -> float:
-        """Tokens/s of a pass over the pairs."""
+    def train_epoch(self) -> float:
+        """Trains for an epoch and returns tokens/s."""
         began = time.perf_counter()
-        size = SENTENCES * CONFIG.batch_images
-        for chosen in torch.split(torch.randperm(len(self._pairs)), size):
-            pairs = [self._pairs[number] for number in chosen.tolist()]
+        size = CAPTIONS_PER_IMAGE * CONFIG.batch_images
+        for batch in torch.split(torch.randperm(len(self._pairs)), size):
+            pairs = [self._pairs[number] for number in batch.tolist()]
             self._step(torch.stack([row for row, _ in pairs]), [ids for _, ids in pairs])
         return self.tokens / (time.perf_counter() - began)
 
@@ -78,20 +78,20 @@ class PlainLoop:
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_value_(self._model.parameters(), 5.0)
         self._optimizer.step()
-        loss.item()  # to show, as ours does
+        loss.item()  # reads the loss, as captionlib does
 
 
 def main() -> None:
     with TemporaryDirectory() as scratch:
-        dataset = write_features(Path(scratch) / "features", IMAGES + HELD_OUT, HELD_OUT)
+        dataset = write_features(Path(scratch) / "features", IMAGES + VALIDATION_IMAGES, VALIDATION_IMAGES)
         plain = PlainLoop(dataset)
-        plain.epoch()
+        plain.train_epoch()
         ratios = []
         for number in range(ROUNDS):
             (row,) = train_captioner(
                 dataset.folder.uri, Path(scratch) / f"run-{number}", CONFIG, device="cpu", progress=False
             )
-            ours, theirs = plain.tokens / row["seconds"], plain.epoch()
+            ours, theirs = plain.tokens / row["seconds"], plain.train_epoch()
             print(f"# {ours:.0f} tokens/s, {theirs:.0f} of the plain loop, {torch.get_num_threads()} threads")
             ratios.append(ours / theirs)
     sys.exit(not report("training-throughput-ratio", statistics.median(ratios), 1.3))

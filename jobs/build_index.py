@@ -56,7 +56,7 @@ def command(
     )
     vectors = f"{index.vectors_count:,} vectors ({_describe_layout(index.layout)})" if index.layout else "no vectors"
     click.echo(f"{output}: {index.captions_count:,} captions, {vectors}, in {len(index.shards):,} shards")
-    click.echo(f"{len(build.added):,} shards added, {len(build.removed):,} removed, {len(build.kept):,} unchanged")
+    click.echo(f"{len(build.added):,} shards added, {len(build.removed):,} removed, {len(build.unchanged):,} unchanged")
     if not index.is_complete:
         missing = index.captions.shards - len(index.shards)
         click.echo(f"{missing:,} shards are not written yet; run the same command again when they are", err=True)

@@ -28,13 +28,7 @@ def command(
     config: str | None,
     overrides: tuple[str, ...],
     device: str,
-    workers: int,
-    overwrite: bool,
-    retry_failures: bool,
-    max_failure_ratio: float,
-    progress: bool,
-    accelerator: str | None,
-    beam_options: tuple[str, ...],
+    run: RunConfig,
 ) -> None:
     """Embed every image of SOURCE: a features dataset, or a manifest.
 
@@ -55,6 +49,6 @@ def command(
         load_config(EmbeddingConfig, config, overrides),
         weights=weights,
         device=device,
-        run=RunConfig(workers, beam_options, max_failure_ratio, retry_failures, overwrite, progress, accelerator),
+        run=run,
     )
     echo_totals(output, totals)

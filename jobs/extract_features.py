@@ -26,13 +26,7 @@ def command(
     config: str | None,
     overrides: tuple[str, ...],
     device: str,
-    workers: int,
-    overwrite: bool,
-    retry_failures: bool,
-    max_failure_ratio: float,
-    progress: bool,
-    accelerator: str | None,
-    beam_options: tuple[str, ...],
+    run: RunConfig,
 ) -> None:
     """Encode the images of MANIFEST as feature vectors.
 
@@ -53,6 +47,6 @@ def command(
         output,
         load_config(ExtractionConfig, config, overrides),
         device=device,
-        run=RunConfig(workers, beam_options, max_failure_ratio, retry_failures, overwrite, progress, accelerator),
+        run=run,
     )
     echo_totals(output, totals)

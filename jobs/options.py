@@ -1,11 +1,14 @@
 """Options that several commands share."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
 from captionlib.recipes import find_recipe
+from pipelines.run import RunConfig
 
 __all__ = ["config_options", "device_option", "pipeline_options", "training_options"]
 
@@ -68,7 +71,17 @@ def training_options(command: Command) -> Command:
 
 
 def pipeline_options(command: Command) -> Command:
-    """Adds the options of all pipelines. The last argument takes Beam's options after `--`."""
+    """Adds the options of all pipelines, and passes them to the command as `run`, a `RunConfig`.
+
+    The last argument takes Beam's options after `--`.
+    """
+    names = [field.name for field in dataclasses.fields(RunConfig)]
+
+    @functools.wraps(command)
+    def collect(**options: Any) -> Any:
+        run = RunConfig(**{name: options.pop(name) for name in names})
+        return command(run=run, **options)
+
     options = [
         click.option(
             "--workers",
@@ -95,7 +108,7 @@ def pipeline_options(command: Command) -> Command:
         ),
         click.argument("beam_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- BEAM OPTIONS]"),
     ]
-    return _apply(command, options)
+    return _apply(cast(Command, collect), options)
 
 
 def _apply(command: Command, options: Sequence[Callable[[Command], Command]]) -> Command:

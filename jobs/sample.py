@@ -61,7 +61,6 @@ def command(
       captionlib sample author --length 1000 --top-p 0.9 --seed 1
     """
     language_model = load_language_model(checkpoint, device)
-    is_continuous = language_model.layout == "continuous"
     length = length or _LENGTHS.get((language_model.layout, language_model.vocabulary.level), _DEFAULT_LENGTH)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
@@ -70,6 +69,6 @@ def command(
         if as_json:
             click.echo(json.dumps(asdict(sample), ensure_ascii=False))
             continue
-        if index and is_continuous:
+        if index and language_model.layout == "continuous":
             click.echo("----")
         click.echo(sample.text)

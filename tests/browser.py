@@ -1,4 +1,4 @@
-"""A real browser for the tests of pages; they are skipped where there is none."""
+"""A headless Chromium for the tests of pages, which are skipped where it is not installed."""
 
 import shutil
 from collections.abc import Iterator
@@ -18,10 +18,13 @@ needs_browser = pytest.mark.skipif(
 
 @contextmanager
 def open_browser(profile: Path) -> Iterator[WebDriver]:
+    """Opens a browser for the duration of the block; the profile folder must be new."""
     options = webdriver.ChromeOptions()
     options.binary_location = str(CHROMIUM)
     arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1200,900"]
-    for argument in [*arguments, f"--user-data-dir={profile}"]:
+    # No connections but those of the tests.
+    arguments += ["--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    for argument in [*arguments, "--no-first-run", f"--user-data-dir={profile}"]:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))

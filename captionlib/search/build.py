@@ -55,7 +55,7 @@ class IndexBuild:
         embeddings: the embeddings of the same images; None builds a text-only index.
         config: the configuration.
         base: the version of the index to extend; None builds from scratch.
-        kept: shards of the base that are still valid.
+        unchanged: shards of the base that are still valid.
         removed: shards of the base that were replaced.
         added: shards to index.
         layout: the layout of the vectors; None for a text-only index.
@@ -66,7 +66,7 @@ class IndexBuild:
     embeddings: ShardedDataset | None
     config: IndexConfig
     base: IndexDescription | None = None
-    kept: tuple[IndexedShard, ...] = ()
+    unchanged: tuple[IndexedShard, ...] = ()
     removed: tuple[IndexedShard, ...] = ()
     added: tuple[IndexedShard, ...] = ()
     layout: VectorLayout | None = None
@@ -168,7 +168,7 @@ class IndexBuild:
 
     @property
     def _shards(self) -> tuple[IndexedShard, ...]:
-        return tuple(sorted((*self.kept, *self.added), key=lambda shard: shard.offset))
+        return tuple(sorted((*self.unchanged, *self.added), key=lambda shard: shard.offset))
 
     @property
     def _trained(self) -> str:
@@ -280,17 +280,19 @@ def _plan_shards(build: IndexBuild, base: IndexDescription | None, done: ShardMa
     if base is not None and base.layout is not None and base.layout.is_outgrown(build.config, rows):
         base = None
     indexed = {shard.shard: shard for shard in base.shards} if base is not None else {}
-    kept = {number: shard for number, shard in indexed.items() if number in done and _is_current(shard, *done[number])}
+    unchanged = {
+        number: shard for number, shard in indexed.items() if number in done and _is_current(shard, *done[number])
+    }
     offset = base.end_row if base is not None else 0
     added = []
-    for number in sorted(done.keys() - kept.keys()):
+    for number in sorted(done.keys() - unchanged.keys()):
         added.append(_plan_shard(number, offset, *done[number]))
         offset = added[-1].end
     return replace(
         build,
         base=base,
-        kept=tuple(kept.values()),
-        removed=tuple(shard for number, shard in indexed.items() if number not in kept),
+        unchanged=tuple(unchanged.values()),
+        removed=tuple(shard for number, shard in indexed.items() if number not in unchanged),
         added=tuple(added),
         layout=_choose_layout(build, base, rows),
     )

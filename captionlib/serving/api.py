@@ -3,6 +3,7 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, File, HTTPException, Query, Request, Response, UploadFile
+from fastapi import Path as PathParameter
 
 from captionlib import __version__
 from captionlib.errors import ImageError
@@ -111,7 +112,11 @@ def search_by_image(
     },
 )
 def get_thumbnail(
-    request: Request, service: Service, thumbnails: ThumbnailStore, size: ThumbnailSize, image_id: ImageId
+    request: Request,
+    service: Service,
+    thumbnails: ThumbnailStore,
+    size: Annotated[ThumbnailSize, PathParameter(description="A 256 x 256 crop, or nearly the whole image.")],
+    image_id: ImageId,
 ) -> Response:
     try:
         content = thumbnails.get(service.get_image_uri(image_id), size)

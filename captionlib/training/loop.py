@@ -157,15 +157,14 @@ class _Run(Generic[Batch]):
     ) -> tuple[bool, bool]:
         """Takes one step. Returns whether any process was asked to stop, and whether it is time to save the state."""
         config = self._config
-        totals: tuple[float, int, float, int] = (0.0, 0, 0.0, 0)
+        loss = None
         if batch is not None:
             with torch.autocast(self._device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                 loss = self._objective.loss(batch)
-            self._optimizer.zero_grad()
+        self._optimizer.zero_grad()
+        if loss is not None:
             loss.mean.backward()  # type: ignore[no-untyped-call]
-            totals = loss[1:]
-        else:
-            self._optimizer.zero_grad()
+        totals = (0.0, 0, 0.0, 0) if loss is None else loss[1:]
         must_save = self.group.is_first and time.monotonic() > save_at
         # One exchange for all: the processes have to agree on stopping and saving.
         group_totals = self.group.sum([*totals, is_stop_requested(), must_save], self._device)

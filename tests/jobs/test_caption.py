@@ -8,7 +8,7 @@ from PIL import Image
 from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
 from jobs.cli import captionlib
 from tests.evaluation.test_report import read_items
-from tests.models.attending import write_captioner
+from tests.models.attention_captioner import write_captioner
 from tests.models.checkpoint_loads import count_checkpoint_loads
 
 

@@ -25,7 +25,7 @@ def train(tmp_path: Path, *options: str) -> str:
     return str(tmp_path / "model")
 
 
-def test_sentences_are_trained_and_written(tmp_path: Path) -> None:
+def test_sample_prints_sentences(tmp_path: Path) -> None:
     checkpoint = train(tmp_path)
     lines = run("sample", checkpoint, "--count", "3", "--prefix", "a dog", "--length", "4").splitlines()
     assert len(lines) == 3
@@ -36,7 +36,7 @@ def test_sentences_are_trained_and_written(tmp_path: Path) -> None:
     assert "kind: language_model" in run("inspect", checkpoint)
 
 
-def test_running_text_is_written_to_its_length(tmp_path: Path) -> None:
+def test_sample_prints_continuous_text_of_length(tmp_path: Path) -> None:
     checkpoint = train(tmp_path, "layout=continuous", "level=characters", "sequence_length=20")
     output = run("sample", checkpoint, "--count", "2", "--length", "50", "--top-k", "3", "--top-p", "0.9")
     first, second = output.split("----\n")
@@ -47,6 +47,6 @@ def test_running_text_is_written_to_its_length(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "way", ["decoding.strategy=sample", "decoding.beam_groups=5", "decoding.no_repeat_ngram_size=2"]
 )
-def test_decoding_is_reached_from_the_command_line(way: str, tmp_path: Path) -> None:
+def test_set_reaches_decoding(way: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(captionlib, ["caption", "x.jpg", "-c", str(tmp_path), "--set", way])
-    assert "is not a checkpoint" in str(result.exception)  # the setting itself was taken
+    assert "is not a checkpoint" in str(result.exception)  # the setting was accepted

@@ -1,4 +1,4 @@
-"""Captioners of a few numbers that have strong opinions, for tests of decoding."""
+"""Small captioners with peaked, varied distributions, for tests of decoding."""
 
 import torch
 from hypothesis import strategies as st
@@ -20,10 +20,10 @@ configs = st.sampled_from(CONFIGS)
 
 
 def build(config: CaptionerConfig, seed: int, vocabulary_size: int = 9) -> Captioner:
-    """A model of strong and varied opinions.
+    """Builds a captioner with large random weights.
 
-    An RNN's states would grow without bound if its weights were as large as an LSTM's; and without positive biases they
-    may die out, so that sentences of the same words in another order are equally likely.
+    An RNN gets smaller weights, because its states would grow without bound, and positive biases, because dead states
+    would make all orders of the same words equally probable.
     """
     spread = 1.5 if config.cell == "lstm" else 0.8
     model = Captioner(config, FEATURE_SIZE, vocabulary_size)
@@ -38,13 +38,13 @@ def build(config: CaptionerConfig, seed: int, vocabulary_size: int = 9) -> Capti
 
 
 def features(images: int, seed: int) -> torch.Tensor:
-    """Maps of three positions, whose means are of deviation 1; captioners without attention see the means alone."""
+    """Returns maps of three positions, whose means over positions have standard deviation 1."""
     generator = torch.Generator().manual_seed(seed)
     return 3**0.5 * torch.randn(images, 3, FEATURE_SIZE, generator=generator)
 
 
 def teacher_forced(model: Captioner, image: torch.Tensor, candidates: list[Candidate]) -> list[float]:
-    """What the model makes of whole sentences: the sum over their tokens; END counts where it was reached."""
+    """Returns the log-probability of each whole sentence; END is included if the candidate reached it."""
     captions = pad_sentences([candidate.token_ids for candidate in candidates])
     scores = model(image[None], captions, torch.zeros(len(captions), dtype=torch.int64))
     return [

@@ -25,7 +25,7 @@ from pipelines.build_index import build_index
 from pipelines.extract_features import extract_features
 from pipelines.generate_captions import generate_captions
 from pipelines.run import RunConfig
-from tests.models.attending import write_captioner
+from tests.models.attention_captioner import write_captioner
 from tests.pipelines.conftest import write_images, write_manifest
 from tests.pipelines.test_generate_captions import rows
 
@@ -52,7 +52,7 @@ def caption(
     return open_dataset(output, "captions").require_complete()
 
 
-def test_each_token_has_the_map_of_where_the_model_looked(features: Path, captioner: Path, tmp_path: Path) -> None:
+def test_each_token_has_its_attention_map(features: Path, captioner: Path, tmp_path: Path) -> None:
     dataset = caption(features, captioner, tmp_path / "captions")
     loaded = load_captioner(captioner)
     positions, channels = loaded.encoder["shape"]
@@ -63,25 +63,25 @@ def test_each_token_has_the_map_of_where_the_model_looked(features: Path, captio
         image = torch.tensor(source["features"], dtype=torch.float32).view(1, positions, channels)
         with torch.inference_mode():
             (expected,) = loaded.model.attention_weights(image, pad_sentences([words]), torch.tensor([0]))
-        kept = np.array(row["attention"])
-        ends.add(len(kept) - len(words))
-        assert len(kept) == row["tokens"]
-        np.testing.assert_allclose(kept, expected[: len(kept)], rtol=2e-3, atol=1e-6)
-        np.testing.assert_allclose(kept.sum(1), 1, atol=2e-3)
-        assert kept.max() > 2 * kept.min(), "the model has preferences"
-    assert ends == {0, 1}, "captions that were cut off have no map of an END"
+        maps = np.array(row["attention"])
+        ends.add(len(maps) - len(words))
+        assert len(maps) == row["tokens"]
+        np.testing.assert_allclose(maps, expected[: len(maps)], rtol=2e-3, atol=1e-6)
+        np.testing.assert_allclose(maps.sum(1), 1, atol=2e-3)
+        assert maps.max() > 2 * maps.min(), "attention is not uniform"
+    assert ends == {0, 1}, "truncated captions have no map for END"
 
 
-def test_images_and_features_give_the_same_maps_and_captions_as_without(
+def test_maps_from_images_equal_maps_from_features(
     manifest: ShardedDataset, features: Path, captioner: Path, tmp_path: Path
 ) -> None:
-    of_features = rows(caption(features, captioner, tmp_path / "of-features"))
-    assert of_features == rows(caption(manifest.folder.uri, captioner, tmp_path / "of-images"))
+    from_features = rows(caption(features, captioner, tmp_path / "of-features"))
+    assert from_features == rows(caption(manifest.folder.uri, captioner, tmp_path / "of-images"))
     without = caption(features, captioner, tmp_path / "without", dataclasses.replace(MAPS, attention_maps=False))
     assert without.schema.equals(captions_schema())
-    for row in of_features:
+    for row in from_features:
         del row["attention"]
-    assert rows(without) == of_features
+    assert rows(without) == from_features
 
 
 def test_captions_with_and_without_maps_do_not_mix(features: Path, captioner: Path, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_captions_with_and_without_maps_do_not_mix(features: Path, captioner: Pa
         caption(features, captioner, tmp_path / "captions")
 
 
-def test_a_captioner_without_attention_is_refused_before_anything_is_done(features: Path, tmp_path: Path) -> None:
+def test_captioner_without_attention_is_rejected_before_work_starts(features: Path, tmp_path: Path) -> None:
     plain = write_captioner(tmp_path / "without-attention", open_dataset(features).config["encoder"], attention_size=0)
     with pytest.raises(
         CheckpointError, match="without-attention: attention_maps needs a captioner with attention, got one without"
@@ -101,7 +101,7 @@ def test_a_captioner_without_attention_is_refused_before_anything_is_done(featur
         caption_images([str(tmp_path / "no-image-is-read.png")], str(plain), MAPS, device="cpu")
 
 
-def test_images_tried_again_have_their_maps(captioner: Path, tmp_path: Path) -> None:
+def test_retried_images_have_maps(captioner: Path, tmp_path: Path) -> None:
     images = write_images(tmp_path / "images")
     manifest = write_manifest(tmp_path / "own-manifest", images)
     caption(manifest.folder.uri, captioner, tmp_path / "captions")
@@ -114,7 +114,7 @@ def test_images_tried_again_have_their_maps(captioner: Path, tmp_path: Path) -> 
     assert by_id["missing.png"]["caption"] == by_id["red.png"]["caption"]
 
 
-def test_readers_that_know_nothing_of_maps_read_on(features: Path, captioner: Path, tmp_path: Path) -> None:
+def test_readers_ignore_attention_column(features: Path, captioner: Path, tmp_path: Path) -> None:
     written = rows(caption(features, captioner, tmp_path / "captions"))
     assert [one.caption for one in read_predictions(tmp_path / "captions")] == [row["caption"] for row in written]
     with open_sql(tmp_path / "captions") as session:

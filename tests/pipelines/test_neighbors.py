@@ -1,4 +1,4 @@
-"""Captions that what was said of like images has a say in: `remember`, then captions with `decoding.neighbors`."""
+"""Builds a datastore, then generates captions with `decoding.rerank.neighbors`."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +28,7 @@ RERANK = RerankConfig("mbr", temperature=5.0, neighbors=3)
 GENERATION = GenerationConfig(DecodingConfig(beam_width=6, n_best=6, rerank=RERANK), encoder_batch_size=3)
 
 
-def remember(source: Path | str, captioner: Path, *splits: str) -> tuple[int, int]:
+def build(source: Path | str, captioner: Path, *splits: str) -> tuple[int, int]:
     config = DatastoreConfig(splits) if splits else DatastoreConfig()
     return build_datastore(source, captioner, config, device="cpu", progress=False)
 
@@ -41,49 +41,49 @@ def caption(
     return [row for shard in range(dataset.shards) for row in dataset.read(shard).to_pylist()]
 
 
-def test_what_was_said_of_like_images_reorders_the_candidates(features: Path, captioner: Path, tmp_path: Path) -> None:
-    assert remember(features, captioner) == (5, 0)  # of eight that could be read three are of split val
-    with_them = caption(features, captioner, tmp_path / "with")
+def test_neighbors_reorder_candidates(features: Path, captioner: Path, tmp_path: Path) -> None:
+    assert build(features, captioner) == (5, 0)  # eight images are readable, three of them in split val
+    reranked = caption(features, captioner, tmp_path / "with")
     plain = replace(GENERATION, decoding=replace(GENERATION.decoding, rerank=replace(RERANK, neighbors=0)))
     without = caption(features, captioner, tmp_path / "without", plain)
-    assert [row["caption"] for row in with_them] != [row["caption"] for row in without]
-    for row, other in zip(with_them, without, strict=True):
+    assert [row["caption"] for row in reranked] != [row["caption"] for row in without]
+    for row, other in zip(reranked, without, strict=True):
         assert {one["caption"] for one in row["candidates"]} == {one["caption"] for one in other["candidates"]}
 
 
-def test_images_and_features_are_remembered_alike(
+def test_datastore_from_images_equals_datastore_from_features(
     manifest: ShardedDataset, features: Path, captioner: Path, tmp_path: Path
 ) -> None:
-    remember(features, captioner)
+    build(features, captioner)
     of_features = caption(features, captioner, tmp_path / "captions")
-    assert remember(manifest.folder.uri, captioner) == (5, 2)  # two could not be read
+    assert build(manifest.folder.uri, captioner) == (5, 2)  # two images are unreadable
     assert caption(features, captioner, tmp_path / "again") == of_features
 
 
-def test_only_splits_that_are_named_are_remembered(features: Path, captioner: Path) -> None:
-    assert remember(features, captioner, "val") == (3, 0)
+def test_datastore_contains_only_named_splits(features: Path, captioner: Path) -> None:
+    assert build(features, captioner, "val") == (3, 0)
     with pytest.raises(DatasetError, match="expected images with captions in split test, got none"):
-        remember(features, captioner, "test")
-    kept = read_datastore(captioner, load_captioner(captioner))  # the one before
-    assert len(kept.find_neighbors(np.zeros((1, 128), np.float32), 9)[0].references) == 6
+        build(features, captioner, "test")
+    datastore = read_datastore(captioner, load_captioner(captioner))  # the failed build kept it
+    assert len(datastore.find_neighbors(np.zeros((1, 128), np.float32), 9)[0].references) == 6
 
 
-def test_single_images_are_captioned_with_neighbours_too(images: list[str], features: Path, captioner: Path) -> None:
-    remember(features, captioner)
+def test_caption_images_uses_datastore(images: list[str], features: Path, captioner: Path) -> None:
+    build(features, captioner)
     rows, failures = caption_images(images[:2], str(captioner), GENERATION, device="cpu")
     assert len(rows) == 2
     assert not failures
 
 
-def test_captions_belong_to_the_memory_they_were_made_with(features: Path, captioner: Path, tmp_path: Path) -> None:
-    remember(features, captioner)
+def test_captions_are_refused_with_another_datastore(features: Path, captioner: Path, tmp_path: Path) -> None:
+    build(features, captioner)
     caption(features, captioner, tmp_path / "captions")
-    remember(features, captioner, "val")
+    build(features, captioner, "val")
     with pytest.raises(FingerprintError, match="datastore"):
         caption(features, captioner, tmp_path / "captions")
 
 
-def test_a_captioner_without_a_memory_is_told_how_to_get_one(features: Path, captioner: Path, tmp_path: Path) -> None:
+def test_missing_datastore_error_names_command(features: Path, captioner: Path, tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError,
         match=r"neighbors needs datastore.parquet, which is missing; write it with `captionlib build-datastore",
@@ -93,10 +93,10 @@ def test_a_captioner_without_a_memory_is_told_how_to_get_one(features: Path, cap
 
 
 @pytest.mark.parametrize("damage", [lambda whole: whole[:100], lambda whole: whole[:4] + bytes(200) + whole[204:]])
-def test_a_damaged_memory_is_told_so(
+def test_damaged_datastore_is_rejected(
     damage: Callable[[bytes], bytes], features: Path, captioner: Path, tmp_path: Path
 ) -> None:
-    remember(features, captioner)
+    build(features, captioner)
     file = captioner / "datastore.parquet"
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(
@@ -106,8 +106,8 @@ def test_a_damaged_memory_is_told_so(
         caption(features, captioner, tmp_path / "captions")
 
 
-def test_training_again_forgets(features: Path, captioner: Path) -> None:
-    remember(features, captioner)
+def test_training_again_deletes_datastore(features: Path, captioner: Path) -> None:
+    build(features, captioner)
     loaded = load_captioner(captioner)
     read_datastore_fingerprint(captioner, loaded)
     other = replace(loaded, fingerprint="another")
@@ -122,13 +122,13 @@ def test_training_again_forgets(features: Path, captioner: Path) -> None:
     assert not (captioner / "datastore.parquet").exists()
 
 
-def test_a_captioner_that_learns_has_no_neighbours(features: Path, tmp_path: Path) -> None:
+def test_training_rejects_neighbors(features: Path, tmp_path: Path) -> None:
     config = CaptionerTrainingConfig(best_by="cider", decoding=GENERATION.decoding, min_count=1)
     with pytest.raises(ConfigError, match="neighbors: expected 0 while a captioner learns, got 3"):
         train_captioner(features, tmp_path / "captioner", config, device="cpu", progress=False)
 
 
-def test_the_commands_say_what_was_done(features: Path, captioner: Path, tmp_path: Path) -> None:
+def test_commands_report_datastore_size(features: Path, captioner: Path, tmp_path: Path) -> None:
     run = CliRunner().invoke(captionlib, ["build-datastore", str(features), "-c", str(captioner), "--no-progress"])
     assert run.exit_code == 0, run.output
     assert f"{captioner}: 5 images in the datastore" in run.output

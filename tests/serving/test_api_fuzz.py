@@ -33,6 +33,17 @@ def test_all_operations_are_fuzzed(api: Any) -> None:
     assert [operation.ok().label for operation in api.get_all_operations()] == OPERATIONS
 
 
+def test_every_operation_parameter_and_field_is_described(api: Any) -> None:
+    schema = api.raw_schema
+    for methods in schema["paths"].values():
+        for operation in methods.values():
+            assert operation["summary"]
+            assert all(parameter["description"] for parameter in operation.get("parameters", []))
+    models = {name: model for name, model in schema["components"]["schemas"].items() if name.endswith("Response")}
+    assert len(models) == 5
+    assert all(model["description"] for model in models.values())
+
+
 @pytest.mark.parametrize(
     ("label", "mode"),
     [(label, mode) for label in OPERATIONS for mode in MODES if (label, mode) != ("GET /health", MODES[1])],

@@ -8,7 +8,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from captionlib.errors import ConfigError, StorageError
-from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, resolve_address, write_file
+from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, resolve_address, stage_file, write_file
 
 
 class RenamingFileSystem(DirFileSystem):
@@ -102,6 +102,15 @@ def test_write_file_leaves_no_temporary_files(tmp_path: Path, address: str) -> N
     folder = Folder(address.rpartition("/")[0])
     assert folder.list() == ["scores.parquet"]
     assert folder.read("scores.parquet") == b"second"
+
+
+@pytest.mark.parametrize("address", ["{tmp_path}/scores.csv", "memory://{tmp_path}/scores.csv"])
+def test_stage_file_leaves_nothing_if_the_block_raises(tmp_path: Path, address: str) -> None:
+    address = address.format(tmp_path=tmp_path)
+    with pytest.raises(RuntimeError, match="died"), stage_file(address) as path:
+        path.write_bytes(b"half")
+        raise RuntimeError("died")
+    assert Folder(address.rpartition("/")[0]).list() == []
 
 
 def test_write_file_reports_an_unwritable_address(tmp_path: Path) -> None:

@@ -256,7 +256,7 @@ def test_run_with_another_initial_checkpoint_is_not_resumed(features: ShardedDat
         second = replace(config, init_from=str(tmp_path / "first"))
         if seed == 1:
             train(features, tmp_path / "second", second)
-    with pytest.raises(DatasetError, match="init_from_fingerprint: there"):
+    with pytest.raises(DatasetError, match="init_from_fingerprint: was"):
         train(features, tmp_path / "second", second)
 
 

@@ -205,7 +205,7 @@ def test_crashed_run_resumes_bit_for_bit_and_loads_only_the_rest(
     one, two = (load_captioner(tmp_path / name) for name in ("uninterrupted", "crashed"))
     assert one.encoder == two.encoder
     assert all(torch.equal(values, two.model.state_dict()[name]) for name, values in one.model.state_dict().items())
-    with pytest.raises(DatasetError, match=r"encoder.learning_rate: there 0.0001, now 0.5"):
+    with pytest.raises(DatasetError, match=r"encoder.learning_rate: was 0.0001, now 0.5"):
         finetune(manifest, tmp_path / "crashed", replace(CONFIG, encoder=EncoderFinetuningConfig(0.5, "features.3")))
 
 

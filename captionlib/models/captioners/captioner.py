@@ -324,16 +324,8 @@ class Captioner(nn.Module):
     def _run(
         self, inputs: Tensor, batch_sizes: list[int], state: Tensor, image_state: ImageState, image_of_sentence: Tensor
     ) -> RecurrenceOutput:
-        return run_recurrence(
-            self.recurrence,
-            self.dropout,
-            self.dropout(inputs),
-            batch_sizes,
-            state,
-            self.attention,
-            image_state.annotations,
-            image_of_sentence,
-        )
+        attended = (self.attention, image_state.annotations, image_of_sentence)
+        return run_recurrence(self.recurrence, self.dropout, self.dropout(inputs), batch_sizes, state, *attended)
 
     def _encode_features(self, features: Tensor) -> ImageState:
         annotations = None

@@ -1,4 +1,4 @@
-"""Encoder and captioner as one network, from pixels to the log-probabilities of sentences: what is tuned end to end."""
+"""Encoder and captioner as one network, from pixels to log-probabilities, for end-to-end fine-tuning."""
 
 from torch import Tensor, nn
 
@@ -9,11 +9,11 @@ __all__ = ["ImageCaptioner"]
 
 
 class ImageCaptioner(nn.Module):
-    """A captioner that sees images, not features.
+    """A captioner that reads pixels.
 
     Args:
         encoder: trainable; see `EncoderNetwork`.
-        captioner: at home with its features.
+        captioner: trained on features of this encoder.
     """
 
     def __init__(self, encoder: EncoderNetwork, captioner: Captioner) -> None:
@@ -24,16 +24,15 @@ class ImageCaptioner(nn.Module):
     def forward(
         self, pixels: Tensor, captions: Tensor, image_of_sentence: Tensor, mean_log_probs: bool = False
     ) -> TokenLogProbs:
-        """Scores captions; see `Captioner`. Each image is encoded once, whatever the number of its captions.
+        """Computes the log-probability of each token; see `Captioner.forward`.
 
-        In training the features are as they are computed, so that gradients reach the encoder; in evaluation as they
-        are stored.
+        In training, features keep their gradients. In evaluation they are rounded as when they are stored.
 
         Args:
             pixels: `[images, crop_size, crop_size, 3] uint8`.
-            captions: `[sentences, ticks] int64`.
-            image_of_sentence: `[sentences] int64`, the row of `pixels` that a caption belongs to.
-            mean_log_probs: give them too.
+            captions: `[sentences, longest] int64`.
+            image_of_sentence: `[sentences] int64`, the row of `pixels` that a caption describes.
+            mean_log_probs: also return the mean over the vocabulary.
         """
         features = self.encoder(pixels) if self.training else self.encoder.encode(pixels).float()
         scores: TokenLogProbs = self.captioner(features, captions, image_of_sentence, mean_log_probs)

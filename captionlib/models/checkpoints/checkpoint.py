@@ -52,6 +52,7 @@ _BATCH_SIZE = 256  # of rankers
 
 Model = TypeVar("Model", bound=nn.Module)
 Config = TypeVar("Config")
+Identity = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -186,8 +187,8 @@ def save_captioner(
     Raises:
         CheckpointError: the vocabulary does not fit the model.
     """
-    identity = {"architecture": {**to_dict(model.config), "feature_size": model.feature_size}, "encoder": encoder}
-    return _save(folder, _CAPTIONER, model, vocabulary, identity, provenance, training, encoder_file)
+    identity = {"encoder": encoder}
+    return _save(folder, _CAPTIONER, model, model.config, vocabulary, identity, provenance, training, encoder_file)
 
 
 def load_captioner(folder: FolderLike, device: str = "cpu") -> LoadedCaptioner:
@@ -198,14 +199,11 @@ def load_captioner(folder: FolderLike, device: str = "cpu") -> LoadedCaptioner:
         ConfigError: the device does not exist.
     """
 
-    def build(architecture: dict[str, Any], identity: Mapping[str, Any], vocabulary: Vocabulary) -> Captioner:
-        feature_size = int(architecture.pop("feature_size"))
-        config = build_config(CaptionerConfig, architecture, origin="architecture")
+    def build(config: CaptionerConfig, feature_size: int, vocabulary: Vocabulary, identity: Identity) -> Captioner:
         encoder_top = None if config.encoder_top is None else EncoderTop(identity["encoder"], config.encoder_top)
         return Captioner(config, feature_size, len(vocabulary), encoder_top)
 
-    values = _load(folder, _CAPTIONER, device, build)
-    return LoadedModel(config=values["model"].config, **values)
+    return LoadedModel(**_load(folder, _CAPTIONER, device, CaptionerConfig, build))
 
 
 def save_ranker(
@@ -218,8 +216,7 @@ def save_ranker(
     training: Mapping[str, Any],
 ) -> str:
     """Saves a ranker; arguments, result and errors are those of `save_captioner`."""
-    identity = {"architecture": {**to_dict(model.config), "feature_size": model.feature_size}, "encoder": encoder}
-    return _save(folder, _RANKER, model, vocabulary, identity, provenance, training)
+    return _save(folder, _RANKER, model, model.config, vocabulary, {"encoder": encoder}, provenance, training)
 
 
 def load_ranker(folder: FolderLike, device: str = "cpu") -> LoadedRanker:
@@ -230,13 +227,10 @@ def load_ranker(folder: FolderLike, device: str = "cpu") -> LoadedRanker:
         ConfigError: the device does not exist.
     """
 
-    def build(architecture: dict[str, Any], identity: Mapping[str, Any], vocabulary: Vocabulary) -> Ranker:
-        feature_size = int(architecture.pop("feature_size"))
-        config = build_config(RankerConfig, architecture, origin="architecture")
+    def build(config: RankerConfig, feature_size: int, vocabulary: Vocabulary, _identity: Identity) -> Ranker:
         return Ranker(config, feature_size, len(vocabulary))
 
-    values = _load(folder, _RANKER, device, build)
-    return LoadedRanker(config=values["model"].config, **values)
+    return LoadedRanker(**_load(folder, _RANKER, device, RankerConfig, build))
 
 
 def save_language_model(
@@ -249,25 +243,8 @@ def save_language_model(
     provenance: Mapping[str, Any],
     training: Mapping[str, Any],
 ) -> str:
-    """Saves a language model and replaces the checkpoint in the folder, if there is one.
-
-    Args:
-        folder: the checkpoint's folder.
-        model: the network, on any device.
-        config: its architecture.
-        vocabulary: its words or characters.
-        layout: `sentences`, which end, or `continuous` text, which does not.
-        provenance: fingerprints of the data, versions, date; JSON values.
-        training: the training configuration and history; JSON values.
-
-    Returns:
-        The fingerprint.
-
-    Raises:
-        CheckpointError: the vocabulary does not fit the model.
-    """
-    identity = {"architecture": to_dict(config), "layout": layout}
-    return _save(folder, _LANGUAGE_MODEL, model, vocabulary, identity, provenance, training)
+    """Saves a language model of `config` for `sentences` or `continuous` text; see `save_captioner` for the rest."""
+    return _save(folder, _LANGUAGE_MODEL, model, config, vocabulary, {"layout": layout}, provenance, training)
 
 
 def load_language_model(folder: FolderLike, device: str = "cpu") -> LoadedLanguageModel:
@@ -277,16 +254,13 @@ def load_language_model(folder: FolderLike, device: str = "cpu") -> LoadedLangua
         CheckpointError: the checkpoint is missing, damaged or of another kind.
         ConfigError: the device does not exist.
     """
-    extra: dict[str, Any] = {}
 
-    def build(architecture: dict[str, Any], identity: Mapping[str, Any], vocabulary: Vocabulary) -> Captioner:
-        extra["config"] = build_config(LanguageModelConfig, architecture, origin="architecture")
-        extra["layout"] = identity["layout"]
+    def build(config: LanguageModelConfig, _size: int, vocabulary: Vocabulary, identity: Identity) -> Captioner:
         if identity["layout"] not in get_args(TextLayout):
             raise ValueError(f"expected layout {' or '.join(get_args(TextLayout))}, got {identity['layout']!r}")
-        return build_language_model(extra["config"], len(vocabulary))
+        return build_language_model(config, len(vocabulary))
 
-    return LoadedLanguageModel(**_load(folder, _LANGUAGE_MODEL, device, build), **extra)
+    return LoadedLanguageModel(**_load(folder, _LANGUAGE_MODEL, device, LanguageModelConfig, build, "layout"))
 
 
 def require_same_encoder(kind: str, expected: Mapping[str, Any], got: Mapping[str, Any]) -> None:
@@ -312,15 +286,17 @@ def _save(
     folder: FolderLike,
     kind: str,
     model: Captioner | Ranker,
+    config: Any,
     vocabulary: Vocabulary,
-    identity: Mapping[str, Any],
+    identity: Identity,
     provenance: Mapping[str, Any],
     training: Mapping[str, Any],
     encoder_file: bytes | None = None,
 ) -> str:
     if len(vocabulary) != model.vocabulary_size:
         raise CheckpointError(f"expected a vocabulary of {model.vocabulary_size} tokens, got one of {len(vocabulary)}")
-    identity = {**identity, "vocabulary": vocabulary.to_dict()}
+    architecture = {**to_dict(config), "feature_size": model.feature_size}
+    identity = {"architecture": architecture, **identity, "vocabulary": vocabulary.to_dict()}
     return write_checkpoint(folder, kind, model.state_dict(), identity, provenance, training, encoder_file)
 
 
@@ -328,35 +304,46 @@ def _load(
     folder: FolderLike,
     kind: str,
     device: str,
-    build: Callable[[dict[str, Any], Mapping[str, Any], Vocabulary], nn.Module],
+    config_type: type[Config],
+    build: Callable[[Config, int, Vocabulary, Identity], nn.Module],
+    *extra: str,
 ) -> dict[str, Any]:
-    """Loads a checkpoint of any kind: the attributes of `LoadedModel` but for `config`.
+    """Loads the attributes of `LoadedModel`.
 
     Args:
         folder: the checkpoint's folder.
         kind: the kind that it must have.
         device: auto, cpu, cuda or cuda:N.
-        build: makes the network from its architecture, the checkpoint's identity and the vocabulary.
+        config_type: of the architecture.
+        build: makes the network from configuration, feature size, vocabulary and the checkpoint's identity.
+        extra: further attributes, from the identity.
     """
     target = resolve_device(device)
     checkpoint = read_checkpoint(folder, kind)
+    identity = checkpoint.identity
     try:
         with torch.random.fork_rng(devices=[]):  # the weights are overwritten: leave the caller's generator as it is
-            vocabulary = Vocabulary.from_dict(checkpoint.identity["vocabulary"])
-            model = build(dict(checkpoint.identity["architecture"]), checkpoint.identity, vocabulary)
+            architecture = dict(identity["architecture"])
+            feature_size = int(architecture.pop("feature_size"))
+            config = build_config(config_type, architecture, origin="architecture")
+            vocabulary = Vocabulary.from_dict(identity["vocabulary"])
+            model = build(config, feature_size, vocabulary, identity)
             model.load_state_dict(checkpoint.tensors)
-            encoder = dict(checkpoint.identity.get("encoder", {}))
+            encoder = dict(identity.get("encoder", {}))
+            attributes = {name: identity[name] for name in extra}
     except (ConfigError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise damaged_error(open_folder(folder), f"{type(error).__name__}: {error}") from error
     return {
         "kind": kind,
         "model": model.to(target).eval(),
         "vocabulary": vocabulary,
+        "config": config,
         "encoder": encoder,
         "encoder_weights": find_encoder_weights(folder, encoder),
         "provenance": checkpoint.provenance,
         "training": checkpoint.training,
         "fingerprint": checkpoint.fingerprint,
+        **attributes,
     }
 
 

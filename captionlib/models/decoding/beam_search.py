@@ -1,7 +1,7 @@
 """Beam search over many images at once.
 
 A hypothesis that reaches END is finished: it is stored, is not extended, and frees its place in the beam. The beam of
-an image narrows until nothing is left to extend. Only unfinished hypotheses are computed, whatever image they belong to.
+an image narrows until nothing is left to extend. A step computes the unfinished hypotheses of all images together.
 
 In diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424) each image has several groups of hypotheses. All
 groups are computed together; then they choose their words in turn, and a word costs more the more hypotheses of earlier

@@ -26,8 +26,8 @@ def require_attention(captioner: LoadedCaptioner, checkpoint: str) -> int:
     """
     if captioner.model.attention is None:
         raise CheckpointError(
-            f"{checkpoint}: attention_maps needs a captioner with attention, got one without; leave attention_maps out, "
-            "or train a captioner with captioner.attention_size on features that are maps"
+            f"{checkpoint}: attention_maps needs a captioner with attention, got one without; leave attention_maps "
+            "out, or train a captioner with captioner.attention_size on features that are maps"
         )
     encoder_top = captioner.model.encoder_top
     return int(captioner.encoder["shape"][0]) if encoder_top is None else encoder_top.shape[0]

@@ -26,7 +26,7 @@ MAPS = torch.randn(3, 7, 4, generator=torch.Generator().manual_seed(0))
 
 
 def build(config: CaptionerConfig) -> Captioner:
-    """A model whose weights are large enough for its few numbers to matter."""
+    """Builds a small model with large weights, so that every input matters."""
     torch.manual_seed(0)
     model = Captioner(config, feature_size=4, vocabulary_size=7).eval()
     with torch.no_grad():
@@ -35,7 +35,7 @@ def build(config: CaptionerConfig) -> Captioner:
     return model
 
 
-def test_a_look_by_hand() -> None:
+def test_attention_matches_hand_computed_values() -> None:
     attention = Attention(channels=1, size=1, hidden_size=1, gates=1, dropout=0.5).eval()
     attention.standardization.set_statistics(torch.tensor([1.0]), torch.tensor([2.0]))
     with torch.no_grad():
@@ -43,30 +43,30 @@ def test_a_look_by_hand() -> None:
         attention.annotation.bias.fill_(1)
         attention.query.weight.fill_(2)
         attention.query.bias.fill_(-1)
-    # annotations: max(0, 3 (a - 1) / 2 + 1) of a = 1, 3, -5: 1, 4, 0; query 2 * 0.75 - 1 = 0.5: scores 0.5, 2, 0
+    # annotations: max(0, 3 (x - 1) / 2 + 1) for x = 1, 3, -5: 1, 4, 0; query 2 * 0.75 - 1 = 0.5: scores 0.5, 2, 0
     annotations = attention.annotate(torch.tensor([[[1.0], [3.0], [-5.0]]]))
     assert annotations.flatten().tolist() == [1, 4, 0]
-    seen, look = attention(torch.tensor([[0.75]]), annotations, group_by_image(torch.tensor([0]), 1))
+    context, weights = attention(torch.tensor([[0.75]]), annotations, group_by_image(torch.tensor([0]), 1))
     total = math.exp(0.5) + math.exp(2) + 1
     expected = [math.exp(0.5) / total, math.exp(2) / total, 1 / total]
-    assert look[0].tolist() == pytest.approx(expected, rel=1e-6)
-    assert seen.item() == pytest.approx(expected[0] + 4 * expected[1], rel=1e-6)
+    assert weights[0].tolist() == pytest.approx(expected, rel=1e-6)
+    assert context.item() == pytest.approx(expected[0] + 4 * expected[1], rel=1e-6)
 
 
-def test_rows_look_at_their_own_images_in_any_order() -> None:
+def test_rows_attend_to_their_own_images_in_any_order() -> None:
     attention = Attention(channels=4, size=5, hidden_size=3, gates=1, dropout=0.0)
     annotations, hidden = attention.annotate(MAPS), torch.randn(6, 3)
     image = torch.tensor([2, 0, 2, 0, 2, 0])
-    seen, look = attention(hidden, annotations, group_by_image(image, 3))
+    context, weights = attention(hidden, annotations, group_by_image(image, 3))
     for row in range(6):
         alone = group_by_image(torch.tensor([0]), 1)
         expected = attention(hidden[row : row + 1], annotations[image[row]][None], alone)
-        torch.testing.assert_close(seen[row : row + 1], expected[0])
-        torch.testing.assert_close(look[row : row + 1], expected[1])
+        torch.testing.assert_close(context[row : row + 1], expected[0])
+        torch.testing.assert_close(weights[row : row + 1], expected[1])
 
 
 @pytest.mark.parametrize("config", SHAPES, ids=str)
-def test_padding_and_batch_mates_change_nothing(config: CaptionerConfig) -> None:
+def test_log_probs_are_independent_of_padding_and_batch(config: CaptionerConfig) -> None:
     model = build(config)
     together = model(MAPS, pad_sentences(SENTENCES), IMAGE_OF_SENTENCE)
     for number, sentence in enumerate(SENTENCES):
@@ -78,23 +78,23 @@ def test_padding_and_batch_mates_change_nothing(config: CaptionerConfig) -> None
 
 @pytest.mark.parametrize("config", SHAPES, ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
-def test_steps_say_what_the_whole_sentence_says(config: CaptionerConfig, dtype: torch.dtype, tolerance: float) -> None:
+def test_incremental_steps_match_whole_sentence(config: CaptionerConfig, dtype: torch.dtype, tolerance: float) -> None:
     model = build(config)
     words = torch.tensor([[2, 5, 3, 1], [4, 4, 2, 6], [3, 2, 6, 2]])
     scores = model(MAPS, words, torch.arange(3))
     incremental = IncrementalCaptioner(model, dtype)
     state = incremental.initial_state(incremental.encode_images(MAPS))
-    for tick, word in enumerate([torch.full((3,), END), *words.t()]):
+    for step, word in enumerate([torch.full((3,), END), *words.t()]):
         log_probs, state = incremental.step(state, word)
-        target = words[:, tick] if tick < 4 else torch.full((3,), END)
-        expected = scores.log_probs.view(5, 3)[tick]
+        target = words[:, step] if step < 4 else torch.full((3,), END)
+        expected = scores.log_probs.view(5, 3)[step]
         torch.testing.assert_close(log_probs[torch.arange(3), target], expected, rtol=tolerance, atol=tolerance)
-        if tick == 1:  # in another order and twice, and only what is left of it goes on
+        if step == 1:  # reorder, repeat, and select again
             state = state.select(torch.tensor([2, 0, 0, 1])).select(torch.tensor([1, 3, 0]))
 
 
 @pytest.mark.parametrize("config", SHAPES, ids=str)
-def test_every_parameter_learns_and_places_matter(config: CaptionerConfig) -> None:
+def test_every_parameter_gets_gradients_and_positions_matter(config: CaptionerConfig) -> None:
     model = build(config).train()
     model(MAPS, pad_sentences(SENTENCES), IMAGE_OF_SENTENCE).log_probs.sum().backward()
     for name, parameter in model.named_parameters():
@@ -107,24 +107,24 @@ def test_every_parameter_learns_and_places_matter(config: CaptionerConfig) -> No
     assert abs(before - after) > 1e-4
 
 
-def test_looks_are_told_word_by_word() -> None:
+def test_attention_weights_has_one_distribution_per_token() -> None:
     model = build(SHAPES[0])
-    looks = model.attention_weights(MAPS, pad_sentences(SENTENCES), IMAGE_OF_SENTENCE)
-    assert [look.shape for look in looks] == [(len(sentence) + 1, 7) for sentence in SENTENCES]
-    for look in looks:
-        torch.testing.assert_close(look.sum(1), torch.ones(len(look)))
+    per_sentence = model.attention_weights(MAPS, pad_sentences(SENTENCES), IMAGE_OF_SENTENCE)
+    assert [weights.shape for weights in per_sentence] == [(len(sentence) + 1, 7) for sentence in SENTENCES]
+    for weights in per_sentence:
+        torch.testing.assert_close(weights.sum(1), torch.ones(len(weights)))
     (alone,) = model.attention_weights(MAPS[2:], torch.tensor([SENTENCES[3]]), torch.tensor([0]))
-    torch.testing.assert_close(looks[3], alone)
+    torch.testing.assert_close(per_sentence[3], alone)
 
 
-def test_a_map_without_attention_is_its_mean() -> None:
+def test_captioner_without_attention_uses_mean_of_map() -> None:
     model = build(replace(SHAPES[0], attention_size=0))
     captions = pad_sentences(SENTENCES)
-    of_maps = model(MAPS, captions, IMAGE_OF_SENTENCE).log_probs
-    torch.testing.assert_close(of_maps, model(MAPS.mean(1), captions, IMAGE_OF_SENTENCE).log_probs)
+    from_maps = model(MAPS, captions, IMAGE_OF_SENTENCE).log_probs
+    torch.testing.assert_close(from_maps, model(MAPS.mean(1), captions, IMAGE_OF_SENTENCE).log_probs)
 
 
-def test_attention_without_a_map_is_refused() -> None:
+def test_attention_rejects_missing_maps_and_images() -> None:
     with pytest.raises(DatasetError, match="attention needs maps"):
         build(SHAPES[0]).encode_images(torch.zeros(2, 4))
     with pytest.raises(ConfigError, match="attention_size needs an image"):

@@ -23,7 +23,7 @@ IMAGE_OF_SENTENCE = torch.tensor([1, 0, 0, 2, 1])
 
 
 def build(config: CaptionerConfig, feature_size: int = 4, vocabulary_size: int = 7) -> Captioner:
-    """A model whose weights are large enough for its few numbers to matter."""
+    """Builds a small model with large weights, so that every input matters."""
     torch.manual_seed(0)
     model = Captioner(config, feature_size, vocabulary_size).eval()
     with torch.no_grad():
@@ -44,7 +44,7 @@ def sentence_log_probs(scores: TokenLogProbs, sentences: int) -> Tensor:
     return torch.zeros(sentences).index_add(0, scores.sentences, scores.log_probs)
 
 
-def test_two_ticks_of_the_rnn_by_hand() -> None:
+def test_rnn_matches_hand_computed_steps() -> None:
     config = CaptionerConfig(cell="rnn", hidden_size=2, embedding_size=2, image_input="first_step")
     model = build(config, feature_size=1, vocabulary_size=3)
     set_weights(
@@ -65,7 +65,7 @@ def test_two_ticks_of_the_rnn_by_hand() -> None:
     assert scores.log_probs.tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_two_ticks_of_the_lstm_by_hand() -> None:
+def test_lstm_matches_hand_computed_steps() -> None:
     config = CaptionerConfig(cell="lstm", hidden_size=1, embedding_size=1, image_input="initial_input")
     model = build(config, feature_size=1, vocabulary_size=2)
     set_weights(
@@ -77,7 +77,7 @@ def test_two_ticks_of_the_lstm_by_hand() -> None:
         recurrence__bias_hh_l0=[0, 1, 0, -1],
         output__weight=[[1], [0]],
     )
-    # the first tick reads the image, 2 * 0.25 = 0.5, the second START, which is 0.5 as well
+    # The first time step reads the image, 2 * 0.25 = 0.5; the second reads START, also 0.5.
     c = _sigmoid(0.5) * math.tanh(1.0)
     h = _sigmoid(0.5) * math.tanh(c)
     c = _sigmoid(4 * h + 1) * c + _sigmoid(0.5) * math.tanh(1.0 + h)
@@ -91,7 +91,7 @@ def _sigmoid(x: float) -> float:
 
 
 @pytest.mark.parametrize("config", SHAPES, ids=str)
-def test_padding_and_batch_mates_change_nothing(config: CaptionerConfig) -> None:
+def test_log_probs_are_independent_of_padding_and_batch(config: CaptionerConfig) -> None:
     model = build(config)
     together = model(FEATURES, pad_sentences(SENTENCES), IMAGE_OF_SENTENCE)
     assert together.log_probs.shape == (sum(map(len, SENTENCES)) + len(SENTENCES),)
@@ -103,7 +103,7 @@ def test_padding_and_batch_mates_change_nothing(config: CaptionerConfig) -> None
 
 
 @pytest.mark.parametrize("config", SHAPES, ids=str)
-def test_the_image_matters(config: CaptionerConfig) -> None:
+def test_log_probs_depend_on_image(config: CaptionerConfig) -> None:
     model = build(config)
     captions = pad_sentences([[2, 3], [2, 3]])
     totals = sentence_log_probs(model(FEATURES[:2], captions, torch.tensor([0, 1])), 2)
@@ -111,7 +111,7 @@ def test_the_image_matters(config: CaptionerConfig) -> None:
 
 
 @pytest.mark.parametrize("config", SHAPES, ids=str)
-def test_cudnn_call_and_the_loop_are_the_same_function(config: CaptionerConfig) -> None:
+def test_fused_call_equals_loop(config: CaptionerConfig) -> None:
     model = build(config)
     inputs = torch.randn(6, config.embedding_size)
     state = torch.randn(model.state_count, 3, config.hidden_size)
@@ -122,7 +122,7 @@ def test_cudnn_call_and_the_loop_are_the_same_function(config: CaptionerConfig) 
 
 
 @pytest.mark.parametrize("config", SHAPES[:2] + SHAPES[8:10], ids=str)
-def test_every_parameter_learns(config: CaptionerConfig) -> None:
+def test_every_parameter_gets_gradients(config: CaptionerConfig) -> None:
     model = build(config).train()
     model(FEATURES, pad_sentences(SENTENCES), IMAGE_OF_SENTENCE).log_probs.sum().backward()
     for name, parameter in model.named_parameters():
@@ -130,7 +130,7 @@ def test_every_parameter_learns(config: CaptionerConfig) -> None:
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_dropout_works_in_training_alone() -> None:
+def test_dropout_is_active_only_in_training() -> None:
     model = build(CaptionerConfig(hidden_size=16, embedding_size=16, dropout=0.5))
     inputs = FEATURES, pad_sentences(SENTENCES), IMAGE_OF_SENTENCE
     assert torch.equal(model(*inputs).log_probs, model(*inputs).log_probs)
@@ -138,7 +138,7 @@ def test_dropout_works_in_training_alone() -> None:
     assert not torch.equal(model(*inputs).log_probs, model(*inputs).log_probs)
 
 
-def test_standardised_features_do_not_depend_on_their_scale() -> None:
+def test_standardization_removes_feature_scale() -> None:
     model = build(CaptionerConfig(hidden_size=6, embedding_size=5))
     captions = pad_sentences(SENTENCES)
     model.standardization.set_statistics(FEATURES.mean(0), FEATURES.std(0))
@@ -148,14 +148,14 @@ def test_standardised_features_do_not_depend_on_their_scale() -> None:
     torch.testing.assert_close(model(scaled, captions, IMAGE_OF_SENTENCE).log_probs, before)
 
 
-def test_a_power_evens_out_strong_features_and_keeps_their_sign() -> None:
+def test_feature_power_damps_large_features_and_keeps_sign() -> None:
     model = build(CaptionerConfig(hidden_size=6, embedding_size=5, feature_power=0.5))
     assert model.transform_features(torch.tensor([[4.0, -9.0, 0.0, 1.0]])).tolist() == [[2, -3, 0, 1]]
     model.standardization.set_statistics(torch.full((4,), 1.0), torch.full((4,), 2.0))
     assert model.transform_features(torch.tensor([[9.0, 1.0, 0.0, 4.0]])).tolist() == [[1, 0, -0.5, 0.5]]
 
 
-def test_features_of_zero_pass_finite_gradients_on_whatever_the_power() -> None:
+def test_feature_power_has_finite_gradient_at_zero() -> None:
     model = build(CaptionerConfig(hidden_size=6, embedding_size=5, feature_power=0.5))
     features = torch.tensor([[0.0, 4.0, -4.0]], requires_grad=True)
     model.power_normalize(features).sum().backward()
@@ -163,32 +163,32 @@ def test_features_of_zero_pass_finite_gradients_on_whatever_the_power() -> None:
     assert features.grad.tolist() == [[0.0, 0.25, 0.25]]  # 0.5 |x|^-0.5
 
 
-def test_principal_components_are_uncorrelated_and_of_deviation_one() -> None:
+def test_principal_components_are_whitened() -> None:
     model = build(CaptionerConfig(hidden_size=6, embedding_size=5, principal_components=3))
     sample = torch.randn(500, 4, generator=torch.Generator().manual_seed(0)) @ torch.diag(
         torch.tensor([9.0, 1, 0.1, 0])
     )
     sample += torch.tensor([5.0, -2.0, 0.3, 8.0])
     model.set_principal_components(sample)
-    seen = model.transform_features(sample)
-    torch.testing.assert_close(seen.t() @ seen / len(seen), torch.eye(3), atol=1e-3, rtol=0)
-    torch.testing.assert_close(seen.mean(0), torch.zeros(3), atol=1e-4, rtol=0)
+    components = model.transform_features(sample)
+    torch.testing.assert_close(components.t() @ components / len(components), torch.eye(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(components.mean(0), torch.zeros(3), atol=1e-4, rtol=0)
 
 
-def test_fewer_images_than_components_leave_the_rest_blind() -> None:
+def test_components_beyond_rank_stay_zero() -> None:
     model = build(CaptionerConfig(hidden_size=6, embedding_size=5, principal_components=4))
     model.set_principal_components(FEATURES[:2])
     assert model.transform_features(FEATURES)[:, 1:].abs().max() == 0
 
 
-def test_a_constant_feature_becomes_zero() -> None:
+def test_constant_feature_becomes_zero() -> None:
     model = build(CaptionerConfig(hidden_size=6, embedding_size=5))
     model.standardization.set_statistics(torch.full((4,), 5.0), torch.zeros(4))
     image_state = model.encode_images(torch.full((1, 4), 5.0))
     assert torch.equal(image_state.embeddings[0], model.image_projection.bias)
 
 
-def test_a_model_without_weights_foretells_the_word_frequencies() -> None:
+def test_initialize_bias_predicts_word_frequencies() -> None:
     model = build(CaptionerConfig(hidden_size=2, embedding_size=2), vocabulary_size=3)
     set_weights(model)
     model.initialize_bias(torch.tensor([0.5, 0.2, 0.3]).log())
@@ -196,7 +196,7 @@ def test_a_model_without_weights_foretells_the_word_frequencies() -> None:
     assert scores.log_probs.exp().tolist() == pytest.approx([0.3, 0.2, 0.5])
 
 
-def test_tied_word_vectors_are_the_weights_of_the_softmax() -> None:
+def test_tied_embeddings_are_weights_of_softmax() -> None:
     model = build(CaptionerConfig(hidden_size=5, embedding_size=5, tie_embeddings=True))
     free = build(CaptionerConfig(hidden_size=5, embedding_size=5))
     assert model.output.weight is model.word_vectors.weight
@@ -212,31 +212,31 @@ def test_tied_word_vectors_are_the_weights_of_the_softmax() -> None:
         ({"embedding_size": 300, "tie_embeddings": True}, "embedding_size = hidden_size, got 300 and 512"),
     ],
 )
-def test_a_shape_that_cannot_be_is_refused(options: dict[str, float], message: str) -> None:
+def test_captioner_config_rejects_impossible_values(options: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CaptionerConfig(**options)
 
 
 @pytest.mark.parametrize("config", SHAPES[:2])
-def test_mean_log_probs_are_those_of_all_classes(config: CaptionerConfig) -> None:
+def test_mean_log_probs_averages_over_vocabulary(config: CaptionerConfig) -> None:
     model = build(config)
     sentence = torch.tensor([[4, 2]])
     plain = model(FEATURES[:1], sentence, torch.tensor([0]))
-    asked = model(FEATURES[:1], sentence, torch.tensor([0]), mean_log_probs=True)
+    requested = model(FEATURES[:1], sentence, torch.tensor([0]), mean_log_probs=True)
     assert plain.mean_log_probs is None
-    assert torch.equal(plain.log_probs, asked.log_probs)
-    with torch.no_grad():  # the last token's classes, each in turn as a word that might have come
+    assert torch.equal(plain.log_probs, requested.log_probs)
+    with torch.no_grad():  # score each class as the second word
         others = [model(FEATURES[:1], torch.tensor([[4, word]]), torch.tensor([0])).log_probs[1] for word in range(7)]
-    assert asked.mean_log_probs[1].item() == pytest.approx(torch.stack(others).mean().item(), rel=1e-5)
+    assert requested.mean_log_probs[1].item() == pytest.approx(torch.stack(others).mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("attention_size", [0, 64])
-def test_what_weights_training_starts_from(attention_size: int) -> None:
+def test_weight_init_selects_distribution(attention_size: int) -> None:
     torch.manual_seed(0)
     shape = CaptionerConfig(hidden_size=64, embedding_size=64, attention_size=attention_size)
     for name, parameter in Captioner(shape, 64, 500).named_parameters():
         assert (parameter == 0).all() if "bias" in name else 0.09 < parameter.abs().max() <= 0.1
-    theirs = Captioner(replace(shape, weight_init="pytorch"), 64, 500)
-    assert theirs.word_vectors.weight.std().item() == pytest.approx(1, abs=0.05)
-    for parameter in theirs.recurrence.weight_hh_l0, theirs.output.weight, theirs.image_projection.weight:
+    default = Captioner(replace(shape, weight_init="pytorch"), 64, 500)
+    assert default.word_vectors.weight.std().item() == pytest.approx(1, abs=0.05)
+    for parameter in default.recurrence.weight_hh_l0, default.output.weight, default.image_projection.weight:
         assert 0.12 < parameter.abs().max() <= 0.125

@@ -51,7 +51,7 @@ def score(model: Captioner, sentences: list[list[int]]) -> torch.Tensor:
 
 @pytest.mark.parametrize("cell", ["lstm", "rnn"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_it_is_a_captioner_whose_image_adds_nothing(cell: Any, tied: bool) -> None:
+def test_language_model_equals_captioner_with_zero_image(cell: Any, tied: bool) -> None:
     config = LanguageModelConfig(cell, layers=2, hidden_size=5, embedding_size=5, tie_embeddings=tied)
     model = build(config, spread=0.8)
     captioner = Captioner(replace(config.captioner(), image_input="first_step"), 3, len(WORDS)).eval()
@@ -71,7 +71,7 @@ def test_it_is_a_captioner_whose_image_adds_nothing(cell: Any, tied: bool) -> No
     assert expected.std() > 0.1
 
 
-def test_features_and_a_model_without_an_image_do_not_go_together() -> None:
+def test_features_are_rejected_without_image_input() -> None:
     with pytest.raises(ConfigError, match=r"image_input none and feature_size 0 together .* got none and 3"):
         Captioner(CONFIG.captioner(), 3, 9)
     with pytest.raises(ConfigError, match=r"image_input none and feature_size 0 together .* got initial_input and 0"):
@@ -81,7 +81,7 @@ def test_features_and_a_model_without_an_image_do_not_go_together() -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [WORDS, CHARACTERS], ids=["words", "characters"])
-def test_a_language_model_survives_the_round_trip(vocabulary: Vocabulary, tmp_path: Path) -> None:
+def test_save_and_load_round_trip(vocabulary: Vocabulary, tmp_path: Path) -> None:
     loaded = load(tmp_path / "model", vocabulary, "continuous")
     assert torch.equal(score(loaded.model, SENTENCES), score(build(vocabulary=vocabulary), SENTENCES))
     assert (loaded.vocabulary, loaded.layout, loaded.config) == (vocabulary, "continuous", CONFIG)
@@ -90,18 +90,18 @@ def test_a_language_model_survives_the_round_trip(vocabulary: Vocabulary, tmp_pa
     assert loaded.fingerprint == json.loads((tmp_path / "model" / "config.json").read_text())["fingerprint"]
 
 
-def test_a_language_model_is_no_captioner(tmp_path: Path) -> None:
+def test_load_captioner_rejects_language_model(tmp_path: Path) -> None:
     load(tmp_path / "model")
     with pytest.raises(CheckpointError, match="expected a checkpoint of kind captioner, got language_model"):
         load_captioner(tmp_path / "model")
 
 
-def test_a_vocabulary_of_another_size_is_refused(tmp_path: Path) -> None:
+def test_save_rejects_vocabulary_of_another_size(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="expected a vocabulary of 8 tokens, got one of"):
         save_language_model(tmp_path, build(), CONFIG, CHARACTERS, "sentences", provenance={}, training={})
 
 
-def test_log_prob_is_that_of_the_whole_sentence(tmp_path: Path) -> None:
+def test_log_prob_covers_whole_sentence(tmp_path: Path) -> None:
     loaded = load(tmp_path / "model")
     samples = sample_texts(loaded, SAMPLE, 30, prefix="A dog")
     ended = [sample for sample in samples if sample.tokens > len(sample.text.split())]
@@ -112,24 +112,24 @@ def test_log_prob_is_that_of_the_whole_sentence(tmp_path: Path) -> None:
     assert max(sample.tokens for sample in samples) == 2 + 8
 
 
-def test_the_seed_decides_and_more_samples_begin_with_the_same(tmp_path: Path) -> None:
+def test_larger_count_extends_samples_of_same_seed(tmp_path: Path) -> None:
     loaded = load(tmp_path / "model")
-    some = sample_texts(loaded, SAMPLE, 5)
-    many = sample_texts(loaded, SAMPLE, 120)  # more than are written at a time
-    assert [sample.text for sample in many[:5]] == [sample.text for sample in some]
+    few = sample_texts(loaded, SAMPLE, 5)
+    many = sample_texts(loaded, SAMPLE, 120)  # more than one batch
+    assert [sample.text for sample in many[:5]] == [sample.text for sample in few]
     assert len(many) == 120
     assert len({sample.text for sample in many}) > 60
-    assert [sample.text for sample in sample_texts(loaded, replace(SAMPLE, seed=1), 5)] != [s.text for s in some]
+    assert [sample.text for sample in sample_texts(loaded, replace(SAMPLE, seed=1), 5)] != [s.text for s in few]
 
 
-def test_running_text_is_as_long_as_it_is_asked_for(tmp_path: Path) -> None:
+def test_continuous_text_has_requested_length(tmp_path: Path) -> None:
     loaded = load(tmp_path / "model", CHARACTERS, "continuous")
     samples = sample_texts(loaded, replace(SAMPLE, max_tokens=40), 10, prefix="far, ")
     assert all(len(sample.text) == 45 == sample.tokens for sample in samples)
     assert all(sample.text.startswith("far, ") for sample in samples)
 
 
-def test_a_prefix_that_was_never_seen_is_refused(tmp_path: Path) -> None:
+def test_sample_texts_rejects_unknown_prefix(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="words of the model's vocabulary, got 'zebra'"):
         sample_texts(load(tmp_path / "words"), SAMPLE, 1, prefix="a zebra runs")
     with pytest.raises(ConfigError, match="characters of the model's vocabulary, got 'A', '!'"):

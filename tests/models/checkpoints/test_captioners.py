@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("cell", ["lstm", "rnn"])
 @pytest.mark.parametrize("tie_embeddings", [False, True])
 @pytest.mark.parametrize("address", ["{tmp_path}/model", "memory://{tmp_path}/model"])
-def test_a_captioner_survives_the_round_trip(cell: Any, tie_embeddings: bool, address: str, tmp_path: Path) -> None:
+def test_save_and_load_round_trip(cell: Any, tie_embeddings: bool, address: str, tmp_path: Path) -> None:
     model = build(CaptionerConfig(cell, hidden_size=4, embedding_size=4, tie_embeddings=tie_embeddings))
     address = address.format(tmp_path=tmp_path)
     fingerprint = save(address, model)
@@ -59,13 +59,13 @@ def test_a_captioner_survives_the_round_trip(cell: Any, tie_embeddings: bool, ad
     assert loaded.encoder["preprocessing"]["mean"] == [0.5, 0.25, 0.125]
 
 
-def test_loading_does_not_touch_the_random_numbers_of_the_caller(folder: Path) -> None:
+def test_loading_keeps_callers_random_state(folder: Path) -> None:
     before = torch.get_rng_state()
     load_captioner(folder)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_fingerprint_is_of_what_the_model_answers_and_of_nothing_else(tmp_path: Path) -> None:
+def test_fingerprint_covers_everything_that_determines_output(tmp_path: Path) -> None:
     original = save(tmp_path / "1", build())
     assert save(tmp_path / "2", build(), training={"perplexity": 1}, provenance={}) == original
     others = [
@@ -76,23 +76,23 @@ def test_the_fingerprint_is_of_what_the_model_answers_and_of_nothing_else(tmp_pa
     assert len({original, *others}) == 4
 
 
-def test_a_checkpoint_takes_the_place_of_the_one_before(folder: Path) -> None:
+def test_saving_replaces_previous_checkpoint(folder: Path) -> None:
     fingerprint = save(folder, build(seed=1))
     assert load_captioner(folder).fingerprint == fingerprint
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(folder: Path) -> None:
+def test_failed_save_keeps_previous_checkpoint(folder: Path) -> None:
     before = load_captioner(folder).fingerprint
     with pytest.raises(TypeError):
         save(folder, build(seed=1), training={"perplexity": object()})
     assert load_captioner(folder).fingerprint == before
 
 
-def test_features_of_its_own_encoder_are_taken(folder: Path) -> None:
+def test_require_encoder_accepts_own_encoder(folder: Path) -> None:
     load_captioner(folder).require_encoder(ENCODER)
 
 
-def test_features_of_another_encoder_are_refused_by_field(folder: Path) -> None:
+def test_require_encoder_names_differing_fields(folder: Path) -> None:
     other = {"model": "vgg16", "node": "fc6", "preprocessing": {"crop_size": 224, "mean": (0.5, 0.25, 0.5)}}
     with pytest.raises(CheckpointError) as caught:
         load_captioner(folder).require_encoder(other)
@@ -101,12 +101,12 @@ def test_features_of_another_encoder_are_refused_by_field(folder: Path) -> None:
     assert "crop_size" not in str(caught.value)
 
 
-def test_a_vocabulary_of_another_model_is_refused(tmp_path: Path) -> None:
+def test_save_rejects_vocabulary_of_another_size(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="vocabulary of 7 tokens, got one of 4"):
         save(tmp_path, build(), vocabulary=Vocabulary.from_captions(["a dog"], min_count=1))
 
 
-def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:
+def test_load_rejects_missing_device(folder: Path) -> None:
     with pytest.raises(ConfigError, match="cuda:99"):
         load_captioner(folder, device="cuda:99")
 
@@ -143,20 +143,20 @@ def mix_with_another(folder: Path) -> None:
         (lambda folder: edit_config(folder, format_version=99), "expected format version 2, got 99"),
     ],
 )
-def test_what_is_no_whole_checkpoint_is_refused(spoil: Any, message: str, folder: Path) -> None:
+def test_load_rejects_damaged_checkpoint(spoil: Any, message: str, folder: Path) -> None:
     spoil(folder)
     with pytest.raises(CheckpointError, match=message):
         load_captioner(folder)
 
 
-def test_no_folder_and_a_file_are_no_checkpoints(tmp_path: Path) -> None:
+def test_load_rejects_missing_folder_and_plain_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for name in ("nowhere", "file"):
         with pytest.raises(CheckpointError, match="is not a checkpoint"):
             load_captioner(tmp_path / name)
 
 
-def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+def test_load_rejects_weights_of_another_shape(tmp_path: Path) -> None:
     save(tmp_path, build())
     whole = read_checkpoint(tmp_path, "captioner")
     tensors = {**whole.tensors, "output.bias": torch.zeros(3)}
@@ -170,9 +170,7 @@ class Bomb:
         return Path.touch, (Path("exploded"),)
 
 
-def test_a_pickle_in_place_of_the_weights_does_not_run(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_load_does_not_run_pickled_weights(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     whole = read_checkpoint(folder, "captioner")
     pickled = pickle.dumps(Bomb())
@@ -185,6 +183,6 @@ def test_a_pickle_in_place_of_the_weights_does_not_run(
     assert not (tmp_path / "exploded").exists()
 
 
-def test_folders_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_save_and_load_accept_folder_objects(tmp_path: Path) -> None:
     fingerprint = save(Folder(tmp_path), build())
     assert load_captioner(Folder(tmp_path)).fingerprint == fingerprint

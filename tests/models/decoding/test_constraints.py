@@ -15,41 +15,41 @@ from captionlib.models.decoding.decoder import Decoder
 from tests.models.tiny_captioners import CONFIGS, build, configs, features, seeds, teacher_forced
 
 VOCABULARY = Vocabulary(("a", "dog", "runs", "it", "'s", "far", "away"), (1,) * 7, unknown_count=1, sentence_count=1)
-WAYS: list[dict[str, Any]] = [
+STRATEGIES: list[dict[str, Any]] = [
     {"beam_width": 5, "n_best": 5},
     {"beam_width": 6, "n_best": 6, "beam_groups": 2},
     {"strategy": "sample", "n_best": 5, "temperature": 3.0},
 ]
 
 
-def repeats(words: list[int], n: int) -> bool:
+def has_repeated_ngram(words: list[int], n: int) -> bool:
     ngrams = list(zip(*(words[shift:] for shift in range(n)), strict=False))
     return len(set(ngrams)) < len(ngrams)
 
 
 @settings(max_examples=20, deadline=None)
-@given(configs, seeds, st.sampled_from(WAYS), st.integers(1, 3))
-def test_no_ngram_comes_twice(config: CaptionerConfig, seed: int, way: dict[str, Any], n: int) -> None:
+@given(configs, seeds, st.sampled_from(STRATEGIES), st.integers(1, 3))
+def test_ngrams_are_not_repeated(config: CaptionerConfig, seed: int, strategy: dict[str, Any], n: int) -> None:
     model, images = build(config, seed), features(4, seed)
     with torch.no_grad():
-        model.output.bias[END] -= 3  # long sentences, which repeat themselves
-    bound = Decoder(model, DecodingConfig(**way, no_repeat_ngram_size=n)).decode(images)
-    assert not any(repeats(candidate.token_ids, n) for image in bound for candidate in image)
+        model.output.bias[END] -= 3  # longer sentences, with repetitions
+    decoded = Decoder(model, DecodingConfig(**strategy, no_repeat_ngram_size=n)).decode(images)
+    assert not any(has_repeated_ngram(candidate.token_ids, n) for image in decoded for candidate in image)
 
 
 @settings(max_examples=20, deadline=None)
-@given(configs, seeds, st.sampled_from(WAYS), st.integers(1, 6))
-def test_no_sentence_is_too_short(config: CaptionerConfig, seed: int, way: dict[str, Any], min_words: int) -> None:
-    decoding = DecodingConfig(**way, min_words=min_words, max_tokens=6)
+@given(configs, seeds, st.sampled_from(STRATEGIES), st.integers(1, 6))
+def test_sentences_have_min_words(config: CaptionerConfig, seed: int, strategy: dict[str, Any], min_words: int) -> None:
+    decoding = DecodingConfig(**strategy, min_words=min_words, max_tokens=6)
     for image in Decoder(build(config, seed), decoding).decode(features(4, seed)):
         assert all(len(candidate.token_ids) >= min_words for candidate in image)
 
 
 @settings(max_examples=20, deadline=None)
-@given(configs, seeds, st.sampled_from(WAYS))
-def test_forbidden_words_are_not_written(config: CaptionerConfig, seed: int, way: dict[str, Any]) -> None:
+@given(configs, seeds, st.sampled_from(STRATEGIES))
+def test_forbidden_words_are_never_written(config: CaptionerConfig, seed: int, strategy: dict[str, Any]) -> None:
     model, images = build(config, seed), features(4, seed)
-    decoding = DecodingConfig(**way, forbidden_words=("Dog", "runs", "'s", "unheard-of"))
+    decoding = DecodingConfig(**strategy, forbidden_words=("Dog", "runs", "'s", "unheard-of"))
     written = {
         word
         for image in Decoder(model, decoding, vocabulary=VOCABULARY).decode(images)
@@ -61,7 +61,7 @@ def test_forbidden_words_are_not_written(config: CaptionerConfig, seed: int, way
 
 @settings(max_examples=8, deadline=None)
 @given(configs, seeds)
-def test_a_beam_as_wide_as_the_space_finds_the_best_that_is_allowed(config: CaptionerConfig, seed: int) -> None:
+def test_exhaustive_beam_finds_best_allowed_sentences(config: CaptionerConfig, seed: int) -> None:
     model, images = build(config, seed, vocabulary_size=5), features(2, seed)
     words = [2, 4]  # 3 is forbidden
     vocabulary = Vocabulary(("a", "dog", "runs"), (1, 1, 1), unknown_count=1, sentence_count=1)
@@ -72,7 +72,7 @@ def test_a_beam_as_wide_as_the_space_finds_the_best_that_is_allowed(config: Capt
         Candidate(list(sentence), 0.0, token_count=min(length + 1, 4))
         for length in (2, 3, 4)
         for sentence in itertools.product(words, repeat=length)
-        if not repeats(list(sentence), 2)
+        if not has_repeated_ngram(list(sentence), 2)
     ]
     for image, candidates in zip(images, Decoder(model, decoding, vocabulary=vocabulary).decode(images), strict=True):
         log_probs = teacher_forced(model, image, allowed)
@@ -81,16 +81,16 @@ def test_a_beam_as_wide_as_the_space_finds_the_best_that_is_allowed(config: Capt
         assert [candidate.token_ids for candidate in candidates] == [allowed[number].token_ids for number in order]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_a_sentence_that_may_neither_go_on_nor_end_ends(way: dict[str, Any]) -> None:
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_sentence_without_allowed_word_ends(strategy: dict[str, Any]) -> None:
     model = build(CONFIGS[0], seed=0, vocabulary_size=4)
-    decoding = DecodingConfig(**way, min_words=5, no_repeat_ngram_size=1)
+    decoding = DecodingConfig(**strategy, min_words=5, no_repeat_ngram_size=1)
     for image in Decoder(model, decoding).decode(features(3, 0)):
         assert {tuple(candidate.token_ids) for candidate in image} <= {(2, 3), (3, 2)}
         assert all(candidate.token_count == 3 for candidate in image)
 
 
-def test_words_that_cannot_be_forbidden_are_refused() -> None:
+def test_invalid_forbidden_words_are_rejected() -> None:
     model = build(CONFIGS[0], seed=0)
     with pytest.raises(ConfigError, match="need the model's vocabulary"):
         Decoder(model, DecodingConfig(forbidden_words=("dog",)))

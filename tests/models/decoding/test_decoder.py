@@ -20,7 +20,7 @@ from tests.models.tiny_captioners import CONFIGS, FEATURE_SIZE, build, configs, 
 
 @settings(max_examples=12, deadline=None)
 @given(configs, seeds)
-def test_a_beam_of_one_is_greedy(config: CaptionerConfig, seed: int) -> None:
+def test_beam_of_width_one_is_greedy(config: CaptionerConfig, seed: int) -> None:
     model, images = build(config, seed), features(4, seed)
     decoded = Decoder(model, DecodingConfig(beam_width=1, max_tokens=6)).decode(images)
     incremental = IncrementalCaptioner(model)
@@ -35,21 +35,22 @@ def test_a_beam_of_one_is_greedy(config: CaptionerConfig, seed: int) -> None:
 
 @settings(max_examples=8, deadline=None)
 @given(configs, seeds, st.sampled_from([0.0, 0.7, 1.0]))
-def test_a_beam_as_wide_as_the_space_finds_what_trying_everything_finds(
-    config: CaptionerConfig, seed: int, exponent: float
-) -> None:
+def test_exhaustive_beam_equals_enumeration(config: CaptionerConfig, seed: int, exponent: float) -> None:
     model, images = build(config, seed, vocabulary_size=4), features(2, seed)
     words = [2, 3]  # all but END and UNKNOWN
     sentences = [list(sentence) for length in range(4) for sentence in itertools.product(words, repeat=length)]
-    everything = [Candidate(sentence, 0.0, token_count=min(len(sentence) + 1, 3)) for sentence in sentences]
+    all_candidates = [Candidate(sentence, 0.0, token_count=min(len(sentence) + 1, 3)) for sentence in sentences]
     decoding = DecodingConfig(beam_width=15, n_best=15, max_tokens=3, length_penalty=exponent)
     for image, candidates in zip(images, Decoder(model, decoding).decode(images), strict=True):
-        log_probs = teacher_forced(model, image, everything)
+        log_probs = teacher_forced(model, image, all_candidates)
         scores = [
-            log_prob / sentence.token_count**exponent for log_prob, sentence in zip(log_probs, everything, strict=True)
+            log_prob / sentence.token_count**exponent
+            for log_prob, sentence in zip(log_probs, all_candidates, strict=True)
         ]
         order = sorted(range(15), key=lambda number: scores[number], reverse=True)
-        assert [candidate.token_ids for candidate in candidates] == [everything[number].token_ids for number in order]
+        assert [candidate.token_ids for candidate in candidates] == [
+            all_candidates[number].token_ids for number in order
+        ]
         expected = [log_probs[number] for number in order]
         assert [candidate.log_prob for candidate in candidates] == pytest.approx(expected, rel=1e-5, abs=1e-4)
 
@@ -70,7 +71,7 @@ strategies = st.sampled_from(STRATEGIES)
 
 @settings(max_examples=40, deadline=None)
 @given(configs, seeds, strategies, st.integers(3, 8))
-def test_candidates_are_whole_distinct_and_scored_as_the_model_scores_them(
+def test_candidates_are_complete_distinct_and_scored_by_model(
     config: CaptionerConfig, seed: int, strategy: dict[str, Any], max_tokens: int
 ) -> None:
     model, images = build(config, seed), features(6, seed)
@@ -90,7 +91,7 @@ def test_candidates_are_whole_distinct_and_scored_as_the_model_scores_them(
 
 @settings(max_examples=40, deadline=None)
 @given(configs, seeds, strategies)
-def test_batch_mates_change_nothing(config: CaptionerConfig, seed: int, strategy: dict[str, Any]) -> None:
+def test_candidates_are_independent_of_batch(config: CaptionerConfig, seed: int, strategy: dict[str, Any]) -> None:
     images = features(7, seed)
     decoder = Decoder(build(config, seed), DecodingConfig(**strategy, max_tokens=7))
     together = decoder.decode(images)
@@ -104,7 +105,7 @@ def test_batch_mates_change_nothing(config: CaptionerConfig, seed: int, strategy
 
 @settings(max_examples=20, deadline=None)
 @given(configs, seeds, strategies, st.lists(st.integers(2, 8), min_size=1, max_size=3))
-def test_every_candidate_begins_with_the_prefix(
+def test_candidates_begin_with_prefix(
     config: CaptionerConfig, seed: int, strategy: dict[str, Any], prefix: list[int]
 ) -> None:
     model, images = build(config, seed), features(3, seed)
@@ -115,7 +116,7 @@ def test_every_candidate_begins_with_the_prefix(
         assert [candidate.log_prob for candidate in candidates] == pytest.approx(expected, rel=1e-5, abs=1e-4)
 
 
-def test_a_prefix_that_leaves_no_room_is_refused() -> None:
+def test_decode_rejects_prefix_of_max_tokens() -> None:
     decoder = Decoder(build(CONFIGS[0], seed=0), DecodingConfig(max_tokens=3))
     with pytest.raises(ConfigError, match="a prefix of fewer tokens than max_tokens 3, got 3"):
         decoder.decode(features(1, 0), prefix=[2, 2, 2])
@@ -123,7 +124,7 @@ def test_a_prefix_that_leaves_no_room_is_refused() -> None:
 
 @settings(max_examples=12, deadline=None)
 @given(configs, seeds)
-def test_asking_for_more_candidates_only_adds_to_the_list(config: CaptionerConfig, seed: int) -> None:
+def test_larger_n_best_extends_list(config: CaptionerConfig, seed: int) -> None:
     model, images = build(config, seed), features(5, seed)
     all_five = Decoder(model, DecodingConfig(n_best=5)).decode(images)
     for n_best in (1, 3):
@@ -133,7 +134,7 @@ def test_asking_for_more_candidates_only_adds_to_the_list(config: CaptionerConfi
         ]
 
 
-def test_a_sentence_that_never_ends_is_cut_off() -> None:
+def test_endless_sentence_is_cut_off() -> None:
     model = build(CONFIGS[0], seed=0)
     with torch.no_grad():
         model.output.bias[END] = -100
@@ -142,7 +143,7 @@ def test_a_sentence_that_never_ends_is_cut_off() -> None:
     assert [image[0].token_count for image in candidates] == [4, 4, 4]
 
 
-def test_a_sentence_without_words_is_a_sentence() -> None:
+def test_empty_sentence_is_a_candidate() -> None:
     model = build(CONFIGS[0], seed=0)
     with torch.no_grad():
         model.output.bias[END] = 100
@@ -151,42 +152,45 @@ def test_a_sentence_without_words_is_a_sentence() -> None:
     assert candidate.log_prob == pytest.approx(0)
 
 
-def test_length_normalisation_favours_longer_sentences() -> None:
+def test_length_penalty_favors_longer_sentences() -> None:
     model = build(CaptionerConfig("rnn", hidden_size=1, embedding_size=1), seed=0, vocabulary_size=3)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
         model.output.bias.copy_(torch.tensor([0.6, 1e-9, 0.4]).log())
     image = torch.zeros(1, FEATURE_SIZE)
-    for exponent, words in ((0.0, 0), (2.0, 3)):  # ln 0.6 is the most likely, (3 ln 0.4 + ln 0.6) / 4^2 scores best
+    for exponent, words in (
+        (0.0, 0),
+        (2.0, 3),
+    ):  # ln 0.6 is the highest log-probability, (3 ln 0.4 + ln 0.6) / 4^2 scores best
         decoding = DecodingConfig(beam_width=8, max_tokens=4, length_penalty=exponent)
         ((candidate,),) = Decoder(model, decoding).decode(image)
         assert len(candidate.token_ids) == words
         assert candidate.log_prob == pytest.approx(words * math.log(0.4) + math.log(0.6))
 
 
-def test_a_beam_wider_than_the_vocabulary_is_filled_as_far_as_it_goes() -> None:
+def test_beam_wider_than_vocabulary_returns_all_sentences() -> None:
     model = build(CONFIGS[2], seed=1, vocabulary_size=3)
     (candidates,) = Decoder(model, DecodingConfig(beam_width=50, n_best=50, max_tokens=3)).decode(features(1, 1))
     assert sorted(candidate.token_ids for candidate in candidates) == [[], [2], [2, 2], [2, 2, 2]]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_bfloat16_finds_sentences_of_nearly_the_probability_it_says(config: CaptionerConfig) -> None:
+def test_bfloat16_log_probs_are_close_to_float32(config: CaptionerConfig) -> None:
     model, images = build(config, seed=3), features(10, 3)
     for image, (candidate,) in zip(images, Decoder(model, dtype=torch.bfloat16).decode(images), strict=True):
         (expected,) = teacher_forced(model, image, [candidate])
         assert candidate.log_prob == pytest.approx(expected, abs=0.02 * candidate.token_count)
 
 
-def test_arrays_are_taken_and_no_images_are_no_sentences() -> None:
+def test_decode_accepts_arrays_and_empty_batches() -> None:
     decoder = Decoder(build(CONFIGS[0], seed=0))
     images = features(2, 0)
     assert decoder.decode(images.numpy()) == decoder.decode(images)
     assert decoder.decode(np.zeros((0, FEATURE_SIZE), np.float32)) == []
 
 
-def test_features_that_are_no_numbers_are_refused() -> None:
+def test_decode_rejects_infinite_features() -> None:
     images = features(3, 0)
     images[1, 0] = torch.inf
     with pytest.raises(DatasetError, match="got others in row 1 of the batch"):
@@ -209,6 +213,6 @@ def test_features_that_are_no_numbers_are_refused() -> None:
         ({"strategy": "sample", "top_p": 0.0}, "top_p: Input should be greater than 0, got 0.0"),
     ],
 )
-def test_decoding_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+def test_decoding_config_rejects_impossible_values(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DecodingConfig(**options)

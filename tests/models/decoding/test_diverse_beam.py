@@ -17,7 +17,7 @@ Hypothesis = tuple[float, tuple[int, ...]]
 def search_one_image(
     model: Captioner, image: torch.Tensor, groups: int, width: int, diversity: float
 ) -> set[Hypothesis]:
-    """Diverse beam search after the paper's algorithm 1, a hypothesis at a time."""
+    """Runs algorithm 1 of the diverse beam search paper, one hypothesis at a time."""
     incremental = IncrementalCaptioner(model)
 
     def next_words(words: tuple[int, ...]) -> list[float]:
@@ -28,29 +28,29 @@ def search_one_image(
         return scores
 
     beams: list[list[Hypothesis]] = [[(0.0, ())] for _ in range(groups)]
-    places = [width] * groups
-    ended: set[Hypothesis] = set()
-    for tick in range(1, MAX_TOKENS + 1):
-        chosen_before: list[int] = []
+    free = [width] * groups
+    finished: set[Hypothesis] = set()
+    for step in range(1, MAX_TOKENS + 1):
+        earlier_words: list[int] = []
         for group in range(groups):
             options = [
-                (total + log_prob - diversity * chosen_before.count(word), total + log_prob, (*words, word))
+                (total + log_prob - diversity * earlier_words.count(word), total + log_prob, (*words, word))
                 for total, words in beams[group]
                 for word, log_prob in enumerate(next_words(words))
                 if word != UNKNOWN
             ]
-            best = sorted(options, reverse=True)[: places[group]]
-            chosen_before += [words[-1] for _, _, words in best]
-            over = [(total, words) for _, total, words in best if words[-1] == END or tick == MAX_TOKENS]
-            ended.update(over)
-            places[group] -= len(over)
-            beams[group] = [(total, words) for _, total, words in best if words[-1] != END and tick < MAX_TOKENS]
-    return ended
+            best = sorted(options, reverse=True)[: free[group]]
+            earlier_words += [words[-1] for _, _, words in best]
+            ending = [(total, words) for _, total, words in best if words[-1] == END or step == MAX_TOKENS]
+            finished.update(ending)
+            free[group] -= len(ending)
+            beams[group] = [(total, words) for _, total, words in best if words[-1] != END and step < MAX_TOKENS]
+    return finished
 
 
 @settings(max_examples=15, deadline=None)
 @given(configs, seeds, st.sampled_from([(2, 1), (3, 2), (2, 3)]), st.sampled_from([0.0, 0.5, 3.0]))
-def test_it_finds_what_the_papers_algorithm_finds(
+def test_diverse_beam_equals_reference_algorithm(
     config: CaptionerConfig, seed: int, shape: tuple[int, int], diversity: float
 ) -> None:
     groups, width = shape
@@ -70,14 +70,14 @@ def test_it_finds_what_the_papers_algorithm_finds(
 
 @settings(max_examples=10, deadline=None)
 @given(configs, seeds)
-def test_groups_that_cost_each_other_nothing_are_the_same_beam(config: CaptionerConfig, seed: int) -> None:
+def test_zero_penalty_gives_identical_groups(config: CaptionerConfig, seed: int) -> None:
     model, images = build(config, seed), features(4, seed)
     narrow = Decoder(model, DecodingConfig(beam_width=2, n_best=2)).decode(images)
     groups = Decoder(model, DecodingConfig(beam_width=6, n_best=6, beam_groups=3, diversity_penalty=0.0)).decode(images)
     assert [[c.token_ids for c in image] for image in groups] == [[c.token_ids for c in image] for image in narrow]
 
 
-def test_groups_that_cost_each_other_much_begin_differently() -> None:
+def test_large_penalty_gives_different_first_words() -> None:
     decoding = DecodingConfig(beam_width=4, n_best=4, beam_groups=4, diversity_penalty=1000.0)
     for image in Decoder(build(CONFIGS[0], seed=2), decoding).decode(features(5, 2)):
         assert len({candidate.token_ids[0] if candidate.token_ids else END for candidate in image}) == 4

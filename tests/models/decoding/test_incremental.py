@@ -23,7 +23,7 @@ def build(config: CaptionerConfig) -> Captioner:
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("image_input", ["initial_input", "first_step", "every_step", "initial_state"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
-def test_steps_say_what_the_whole_sentence_says(
+def test_incremental_steps_match_whole_sentence(
     cell: Literal["lstm", "rnn"],
     layers: int,
     image_input: Literal["initial_input", "first_step", "every_step", "initial_state"],
@@ -36,17 +36,17 @@ def test_steps_say_what_the_whole_sentence_says(
     scores = model(FEATURES, words, torch.arange(3))
     incremental = IncrementalCaptioner(model, dtype)
     state = incremental.initial_state(incremental.encode_images(FEATURES))
-    for tick, word in enumerate([torch.full((3,), END), *words.t()]):
+    for step, word in enumerate([torch.full((3,), END), *words.t()]):
         log_probs, state = incremental.step(state, word)
-        target = words[:, tick] if tick < 4 else torch.full((3,), END)
-        expected = scores.log_probs.view(5, 3)[tick]
+        target = words[:, step] if step < 4 else torch.full((3,), END)
+        expected = scores.log_probs.view(5, 3)[step]
         torch.testing.assert_close(log_probs[torch.arange(3), target], expected, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(3))
 
 
 @pytest.mark.parametrize("cell", ["lstm", "rnn"])
 @pytest.mark.parametrize("image_input", ["initial_input", "every_step"])
-def test_rows_can_be_chosen_and_repeated(
+def test_state_rows_can_be_selected_and_repeated(
     cell: Literal["lstm", "rnn"], image_input: Literal["initial_input", "every_step"]
 ) -> None:
     incremental = IncrementalCaptioner(
@@ -55,17 +55,19 @@ def test_rows_can_be_chosen_and_repeated(
     _, state = incremental.step(
         incremental.initial_state(incremental.encode_images(FEATURES)), torch.tensor([END, END, END])
     )
-    everyone, after = incremental.step(state, torch.tensor([2, 3, 4]))
+    all_rows, after = incremental.step(state, torch.tensor([2, 3, 4]))
     rows = torch.tensor([2, 0, 2])
-    chosen, chosen_after = incremental.step(state.select(rows), torch.tensor([4, 2, 4]))
-    torch.testing.assert_close(chosen, everyone[rows])
-    again, _ = incremental.step(state.select(rows).select(torch.tensor([1, 0])), torch.tensor([2, 4]))
-    torch.testing.assert_close(again, everyone[[0, 2]])
+    selected, selected_after = incremental.step(state.select(rows), torch.tensor([4, 2, 4]))
+    torch.testing.assert_close(selected, all_rows[rows])
+    reselected, _ = incremental.step(state.select(rows).select(torch.tensor([1, 0])), torch.tensor([2, 4]))
+    torch.testing.assert_close(reselected, all_rows[[0, 2]])
     words = torch.tensor([5, 6, 5])
-    torch.testing.assert_close(incremental.step(chosen_after, words)[0], incremental.step(after.select(rows), words)[0])
+    torch.testing.assert_close(
+        incremental.step(selected_after, words)[0], incremental.step(after.select(rows), words)[0]
+    )
 
 
-def test_a_stepper_keeps_the_weights_it_was_made_of() -> None:
+def test_incremental_captioner_is_a_snapshot() -> None:
     model = build(CaptionerConfig(hidden_size=6, embedding_size=5)).train()
     incremental = IncrementalCaptioner(model)
     before, _ = incremental.step(

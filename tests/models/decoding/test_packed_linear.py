@@ -7,7 +7,7 @@ from captionlib.models.decoding.packed_linear import PackedLinear
 @pytest.mark.parametrize("rows", [0, 1, 31, 32, 100])
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
-def test_products_are_those_of_a_linear_layer(rows: int, biased: bool, dtype: torch.dtype, tolerance: float) -> None:
+def test_packed_linear_equals_linear(rows: int, biased: bool, dtype: torch.dtype, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(rows)
     weight, bias = torch.randn(70, 33, generator=generator) / 6, torch.randn(70, generator=generator)
     values = torch.randn(rows, 33, generator=generator)
@@ -18,7 +18,7 @@ def test_products_are_those_of_a_linear_layer(rows: int, biased: bool, dtype: to
     torch.testing.assert_close(product.float(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_a_product_keeps_its_weights_when_the_layer_learns_on() -> None:
+def test_packed_linear_is_a_snapshot() -> None:
     weight, values = torch.ones(2, 3), torch.ones(40, 3)
     product = PackedLinear(weight, None, torch.float32)
     weight.zero_()

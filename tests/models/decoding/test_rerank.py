@@ -21,50 +21,50 @@ def candidate(words: list[int], log_prob: float) -> Candidate:
     return Candidate(words, log_prob, len(words) + 1)
 
 
-ALIKE = CiderD()  # all n-grams of the same weight
+UNWEIGHTED = CiderD()  # weights all n-grams equally
 
 
-def test_what_others_resemble_comes_before_what_is_likelier() -> None:
-    odd = candidate([10, 9, 8, 7], math.log(0.3))
-    alike = [candidate([2, 3, 4, 5], math.log(0.25)), candidate([2, 3, 4, 6], math.log(0.2))]
-    assert rerank_candidates([odd, *alike], 1, ALIKE) == [*alike, odd]
+def test_agreement_outranks_probability() -> None:
+    outlier = candidate([10, 9, 8, 7], math.log(0.3))
+    similar = [candidate([2, 3, 4, 5], math.log(0.25)), candidate([2, 3, 4, 6], math.log(0.2))]
+    assert rerank_candidates([outlier, *similar], 1, UNWEIGHTED) == [*similar, outlier]
 
 
-def test_agreement_is_cider_weighed_by_probability() -> None:
+def test_score_is_cider_weighted_by_probability() -> None:
     a, b = candidate([2, 3], 0.0), candidate([2, 4], 0.0)
-    # They share one word of two; c shares nothing, and agrees with itself in words and pairs: 1 of each.
-    of_a_with_b, of_itself = 1 / 4 * 1 / 2, 2 / 4
-    # a comes first until c is so much likelier that it outweighs what a has of b and itself.
-    even = math.log((of_itself + of_a_with_b) / of_itself)
-    for more, first in ((-0.01, [2, 3]), (0.01, [5, 6])):
-        likely = candidate([5, 6], 2 * (even + more))
-        assert rerank_candidates([a, b, likely], 2, ALIKE)[0].token_ids == first
+    # a and b share one of two words. Each sentence equals itself in words and pairs, two of the four lengths.
+    similarity_to_b, self_similarity = 1 / 4 * 1 / 2, 2 / 4
+    # a comes first until the probability of c outweighs the similarity of a to b and itself.
+    tie = math.log((self_similarity + similarity_to_b) / self_similarity)
+    for margin, first in ((-0.01, [2, 3]), (0.01, [5, 6])):
+        probable = candidate([5, 6], 2 * (tie + margin))
+        assert rerank_candidates([a, b, probable], 2, UNWEIGHTED)[0].token_ids == first
 
 
-def test_neighbours_decide_among_what_is_as_likely_and_as_agreed_with() -> None:
+def test_neighbors_break_ties() -> None:
     a, b = candidate([2, 3], 0.0), candidate([2, 4], 0.0)
-    assert rerank_candidates([a, b], 1, ALIKE) == [a, b]
-    said = Neighbors([[2, 3], [7, 4]], np.array([0.4, 0.6]))
-    # a agrees with the first in words and pairs, two of the four lengths: 0.4 * 2 / 4 = 0.2.
-    # b agrees with each in half its words and no pair: (0.4 + 0.6) * 1 / 2 / 4 = 0.125.
-    assert rerank_candidates([b, a], 1, ALIKE, said) == [a, b]
-    assert rerank_candidates([a, b], 1, ALIKE, Neighbors([[7, 4]], np.array([1.0]))) == [b, a]
+    assert rerank_candidates([a, b], 1, UNWEIGHTED) == [a, b]
+    neighbors = Neighbors([[2, 3], [7, 4]], np.array([0.4, 0.6]))
+    # a equals the first in words and pairs, two of the four lengths: 0.4 * 2 / 4 = 0.2.
+    # b shares half its words and no pair with each: (0.4 + 0.6) * 1 / 2 / 4 = 0.125.
+    assert rerank_candidates([b, a], 1, UNWEIGHTED, neighbors) == [a, b]
+    assert rerank_candidates([a, b], 1, UNWEIGHTED, Neighbors([[7, 4]], np.array([1.0]))) == [b, a]
 
 
-def test_neighbours_that_share_no_word_leave_the_order() -> None:
-    some = [candidate([2, 3], -1.0), candidate([2, 4], -2.0)]
-    assert rerank_candidates(some, 1, ALIKE, Neighbors([[8], []], np.array([0.5, 0.5]))) == some
+def test_neighbors_without_common_words_keep_order() -> None:
+    candidates = [candidate([2, 3], -1.0), candidate([2, 4], -2.0)]
+    assert rerank_candidates(candidates, 1, UNWEIGHTED, Neighbors([[8], []], np.array([0.5, 0.5]))) == candidates
 
 
 @pytest.mark.parametrize("sentences", [[[]], [[], [2]], [[2], [3]], [[], [2, 3, 4, 5, 6]]])
-def test_sentences_of_hardly_a_word_are_ordered_too(sentences: list[list[int]]) -> None:
-    given_ = [candidate(sentence, -1.0) for sentence in sentences]
-    assert sorted(one.token_ids for one in rerank_candidates(given_, 2, ALIKE)) == sorted(sentences)
+def test_short_sentences_are_reranked(sentences: list[list[int]]) -> None:
+    candidates = [candidate(sentence, -1.0) for sentence in sentences]
+    assert sorted(one.token_ids for one in rerank_candidates(candidates, 2, UNWEIGHTED)) == sorted(sentences)
 
 
 @settings(max_examples=15, deadline=None)
 @given(configs, seeds, st.sampled_from([1, 3]))
-def test_the_beam_is_reordered_and_nothing_else(config: CaptionerConfig, seed: int, groups: int) -> None:
+def test_reranking_only_reorders_the_beam(config: CaptionerConfig, seed: int, groups: int) -> None:
     model, images = build(config, seed), features(4, seed)
 
     def decode(n_best: int, rerank: RerankConfig) -> list[list[Candidate]]:
@@ -73,23 +73,23 @@ def test_the_beam_is_reordered_and_nothing_else(config: CaptionerConfig, seed: i
         )
         return Decoder(model, decoding).decode(images)
 
-    likeliest = decode(6, RerankConfig())
+    by_probability = decode(6, RerankConfig())
     reordered = decode(6, RerankConfig("mbr", temperature=2.0))
-    for some, others in zip(likeliest, reordered, strict=True):
+    for some, others in zip(by_probability, reordered, strict=True):
         assert sorted(tuple(one.token_ids) for one in some) == sorted(tuple(one.token_ids) for one in others)
-        assert [one.token_ids for one in others] == [one.token_ids for one in rerank_candidates(some, 2.0, ALIKE)]
+        assert [one.token_ids for one in others] == [one.token_ids for one in rerank_candidates(some, 2.0, UNWEIGHTED)]
     assert [[one.token_ids for one in some[:1]] for some in reordered] == [
         [one.token_ids for one in some] for some in decode(1, RerankConfig("mbr", temperature=2.0))
     ]
-    # So cold that the likeliest alone counts.
+    # At this temperature only the most probable candidate counts.
     assert [some[0].token_ids for some in decode(1, RerankConfig("mbr", temperature=1e-4))] == [
-        some[0].token_ids for some in likeliest
+        some[0].token_ids for some in by_probability
     ]
 
 
 @settings(max_examples=15, deadline=None)
 @given(configs, seeds)
-def test_consensus_is_among_the_best_of_the_beam(config: CaptionerConfig, seed: int) -> None:
+def test_pool_size_limits_reranking_to_best_of_beam(config: CaptionerConfig, seed: int) -> None:
     model, images = build(config, seed), features(4, seed)
 
     def decode(rerank: RerankConfig) -> list[list[Candidate]]:
@@ -98,10 +98,10 @@ def test_consensus_is_among_the_best_of_the_beam(config: CaptionerConfig, seed: 
 
     reranked = decode(RerankConfig("mbr", temperature=2.0, pool_size=4))
     for some, best in zip(reranked, decode(RerankConfig()), strict=True):
-        assert [one.token_ids for one in some] == [one.token_ids for one in rerank_candidates(best, 2.0, ALIKE)]
+        assert [one.token_ids for one in some] == [one.token_ids for one in rerank_candidates(best, 2.0, UNWEIGHTED)]
 
 
-def test_consensus_needs_several_candidates() -> None:
+def test_decoding_config_rejects_rerank_without_pool() -> None:
     with pytest.raises(ConfigError, match="compares the candidates of a beam, got beam_width 1"):
         DecodingConfig(beam_width=1, rerank=RerankConfig("mbr"))
     with pytest.raises(ConfigError, match="rerank is for strategy beam, got strategy sample"):
@@ -125,6 +125,6 @@ def test_consensus_needs_several_candidates() -> None:
         ({"mutual_information_weight": 0.1}, r"mutual_information_weight 0.1 has no effect with method none"),
     ],
 )
-def test_rerank_config_rejects_values_without_meaning(options: dict[str, Any], message: str) -> None:
+def test_rerank_config_rejects_invalid_and_unused_values(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RerankConfig(**options)

@@ -20,31 +20,31 @@ tokens = st.lists(st.integers(2, 8), max_size=5)
 
 @settings(max_examples=30, deadline=None)
 @given(configs, seeds, st.lists(st.tuples(tokens, st.booleans()), min_size=1, max_size=12))
-def test_sentences_score_as_if_each_were_read_alone(
+def test_scores_equal_teacher_forcing(
     config: CaptionerConfig, seed: int, sentences: list[tuple[list[int], bool]]
 ) -> None:
     model, image = build(config, seed), features(1, seed)
     incremental = IncrementalCaptioner(model)
-    # Some were cut off, and have no END that could count.
-    some = [Candidate(words, 0.0, len(words) + (not cut or not words)) for words, cut in sentences]
-    scores = score_sentences(incremental, incremental.encode_images(image), some)
-    assert scores.tolist() == pytest.approx(teacher_forced(model, image[0], some), rel=1e-4, abs=1e-4)
+    # Sentences that were cut off have no END.
+    candidates = [Candidate(words, 0.0, len(words) + (not cut or not words)) for words, cut in sentences]
+    scores = score_sentences(incremental, incremental.encode_images(image), candidates)
+    assert scores.tolist() == pytest.approx(teacher_forced(model, image[0], candidates), rel=1e-4, abs=1e-4)
 
 
-def test_no_sentences_have_no_scores() -> None:
+def test_no_sentences_give_no_scores() -> None:
     incremental = IncrementalCaptioner(build(CONFIGS[0], seed=3))
     assert score_sentences(incremental, incremental.encode_average_image(), []).tolist() == []
 
 
-def know_average(model: Captioner) -> Captioner:
+def set_mean(model: Captioner) -> Captioner:
     model.standardization.set_statistics(torch.tensor([0.5, -1.0, 2.0]), torch.tensor([1.0, 2.0, 0.0]))
     return model
 
 
 @settings(max_examples=15, deadline=None)
 @given(configs, seeds)
-def test_what_is_likely_for_any_image_comes_later(config: CaptionerConfig, seed: int) -> None:
-    model, images = know_average(build(config, seed)), features(4, seed)
+def test_mutual_information_demotes_generic_captions(config: CaptionerConfig, seed: int) -> None:
+    model, images = set_mean(build(config, seed)), features(4, seed)
 
     def decode(weight: float, n_best: int = 6) -> list[list[Candidate]]:
         rerank = RerankConfig("mbr", temperature=2.0, mutual_information_weight=weight)
@@ -52,26 +52,26 @@ def test_what_is_likely_for_any_image_comes_later(config: CaptionerConfig, seed:
         return Decoder(model, decoding).decode(images)
 
     average = torch.tensor([[0.5, -1.0, 2.0]])
-    for plain, specific in zip(decode(0), decode(0.3), strict=True):
+    for plain, reranked in zip(decode(0), decode(0.3), strict=True):
         gains = np.array([one.log_prob for one in plain]) - teacher_forced(model, average, plain)
         expected = rerank_candidates(plain, 2.0, CiderD(), factors=np.exp(0.3 * gains))
-        assert [one.token_ids for one in specific] == [one.token_ids for one in expected]
+        assert [one.token_ids for one in reranked] == [one.token_ids for one in expected]
     assert [some[:2] for some in decode(0.3)] == decode(0.3, n_best=2)
 
 
-def test_factors_decide_among_what_is_as_agreed_with() -> None:
+def test_factors_break_ties() -> None:
     a, b = Candidate([2, 3], 0.0, 3), Candidate([2, 4], 0.0, 3)
     assert rerank_candidates([a, b], 1, CiderD(), factors=np.array([1.0, 1.01])) == [b, a]
     assert rerank_candidates([a, b], 1, CiderD(), factors=np.array([1.01, 1.0])) == [a, b]
 
 
 @pytest.mark.parametrize("components", [0, 2])
-def test_the_average_is_of_the_features_as_they_are(components: int) -> None:
+def test_average_image_inverts_feature_transform(components: int) -> None:
     config = CaptionerConfig(
         hidden_size=6, embedding_size=5, feature_power=0.5, principal_components=components, image_input="every_step"
     )
     model = build(config, seed=1)
-    same = torch.tensor([4.0, -9.0, 0.0]).expand(20, FEATURE_SIZE)  # whose average is each of them
+    same = torch.tensor([4.0, -9.0, 0.0]).expand(20, FEATURE_SIZE)  # the average equals each image
     if components:
         model.set_principal_components(model.power_normalize(same))
     else:
@@ -81,7 +81,7 @@ def test_the_average_is_of_the_features_as_they_are(components: int) -> None:
             torch.testing.assert_close(found, expected)
 
 
-def test_a_captioner_that_knows_no_average_is_told() -> None:
+def test_mutual_information_rejects_captioner_without_mean() -> None:
     model = build(CaptionerConfig(hidden_size=6, embedding_size=5, standardize_features=False), seed=0)
     with pytest.raises(ConfigError, match=r"needs the mean .* got a captioner with standardize_features false"):
         Decoder(model, DecodingConfig(rerank=RerankConfig("mbr", mutual_information_weight=0.1)))

@@ -40,7 +40,7 @@ def ranker(tmp_path: Path) -> LoadedRanker:
 
 
 @pytest.mark.parametrize("config", SHAPES, ids=lambda config: f"{config.sentence_encoder}-{config.pooling}")
-def test_neighbours_and_padding_change_nothing(config: RankerConfig) -> None:
+def test_embeddings_are_independent_of_padding_and_batch(config: RankerConfig) -> None:
     model = make(config)
     sentences = [[2, 3, 4, 5], [], [6], [2, 3]]
     together = model.embed_sentences(pad_sentences(sentences))
@@ -50,14 +50,14 @@ def test_neighbours_and_padding_change_nothing(config: RankerConfig) -> None:
         torch.testing.assert_close(model.embed_sentences(pad_sentences([sentence]))[0], row)
 
 
-def test_order_matters_to_a_recurrence_and_not_to_the_mean() -> None:
+def test_word_order_matters_only_to_recurrence() -> None:
     one, other = pad_sentences([[2, 3, 4]]), pad_sentences([[4, 2, 3]])
     mean, gru = make(replace(SMALL, sentence_encoder="mean")), make()
     torch.testing.assert_close(mean.embed_sentences(one), mean.embed_sentences(other))
     assert (gru.embed_sentences(one) - gru.embed_sentences(other)).abs().max() > 1e-4
 
 
-def test_the_last_state_is_that_of_a_plain_gru() -> None:
+def test_last_pooling_equals_plain_gru() -> None:
     model = make()
     words = torch.tensor([[2, 3, 0]])  # END closes the sentence
     _, state = model.recurrence(model.word_vectors(words))  # type: ignore[misc]
@@ -65,7 +65,7 @@ def test_the_last_state_is_that_of_a_plain_gru() -> None:
     torch.testing.assert_close(model.embed_sentences(words[:, :2]), expected)
 
 
-def test_features_are_standardised_and_brought_to_one_length() -> None:
+def test_features_are_standardized_and_normalized() -> None:
     model = make()
     features = torch.randn(3, 7) * torch.arange(1, 8) + 5
     mean, std = features.mean(0), features.std(0)
@@ -76,13 +76,13 @@ def test_features_are_standardised_and_brought_to_one_length() -> None:
     torch.testing.assert_close(model.embed_images(features), expected)
 
 
-def test_a_constant_feature_is_no_number_lost() -> None:
+def test_constant_feature_gives_finite_embedding() -> None:
     model = make()
     model.standardization.set_statistics(torch.zeros(7), torch.zeros(7))
     assert model.embed_images(torch.ones(2, 7)).isfinite().all()
 
 
-def test_dropped_words_are_unknown_in_training_alone() -> None:
+def test_word_dropout_is_active_only_in_training() -> None:
     model = make(replace(SMALL, word_dropout=0.9, dropout=0.0))
     sentence = pad_sentences([[2, 3, 4, 5, 6, 7]])
     calm = model.embed_sentences(sentence)
@@ -97,7 +97,7 @@ def test_ranker_config_rejects_impossible_values(values: dict[str, Any]) -> None
         RankerConfig(**values)
 
 
-def test_a_saved_ranker_embeds_alike(ranker: LoadedRanker, tmp_path: Path) -> None:
+def test_save_and_load_round_trip(ranker: LoadedRanker, tmp_path: Path) -> None:
     again = load_ranker(tmp_path)
     assert again.fingerprint == ranker.fingerprint
     features = np.random.default_rng(0).normal(size=(300, 7)).astype(np.float32)
@@ -107,7 +107,7 @@ def test_a_saved_ranker_embeds_alike(ranker: LoadedRanker, tmp_path: Path) -> No
     np.testing.assert_allclose(ranker.encode_features(features[:3]), vectors[:3], atol=1e-6)
 
 
-def test_sentences_come_back_in_the_order_given(ranker: LoadedRanker) -> None:
+def test_encode_sentences_keeps_order(ranker: LoadedRanker) -> None:
     sentences = ["A cat sleeps.", "", "dog", "a dog runs a dog runs", "zebra"]
     vectors = ranker.encode_sentences(sentences)
     assert (vectors.dtype, vectors.shape) == (np.float32, (5, 5))
@@ -116,7 +116,7 @@ def test_sentences_come_back_in_the_order_given(ranker: LoadedRanker) -> None:
     assert ranker.encode_sentences([]).shape == (0, 5)
 
 
-def test_features_of_another_shape_or_encoder_are_refused(ranker: LoadedRanker) -> None:
+def test_features_of_another_shape_or_encoder_are_rejected(ranker: LoadedRanker) -> None:
     with pytest.raises(CheckpointError, match=r"of shape \[images, 7\], or \[images, positions, 7\], got \[2, 6\]"):
         ranker.encode_features(np.zeros((2, 6), np.float32))
     ranker.require_encoder({"model": "vgg16", "shape": (7,)})
@@ -124,12 +124,12 @@ def test_features_of_another_shape_or_encoder_are_refused(ranker: LoadedRanker) 
         ranker.require_encoder({"model": "resnet50", "shape": [7]})
 
 
-def test_a_ranker_is_no_captioner(ranker: LoadedRanker, tmp_path: Path) -> None:
+def test_load_captioner_rejects_ranker(ranker: LoadedRanker, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="expected a checkpoint of kind captioner, got ranker"):
         load_captioner(tmp_path)
 
 
-def test_a_vocabulary_of_another_size_is_refused(tmp_path: Path) -> None:
+def test_save_rejects_vocabulary_of_another_size(tmp_path: Path) -> None:
     vocabulary = Vocabulary.from_captions(["a dog"], min_count=1)
     with pytest.raises(CheckpointError, match="expected a vocabulary of 9 tokens, got one of 4"):
         save_ranker(tmp_path, make(), vocabulary, ENCODER, provenance={}, training={})

@@ -1,4 +1,4 @@
-"""A captioner of a few numbers that looks at maps, as a checkpoint, for tests of what is kept and shown of them."""
+"""Writes the checkpoint of a small captioner with attention, for tests of attention maps."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from captionlib.models.checkpoints.checkpoint import save_captioner
 
 
 def write_captioner(folder: Path, encoder: Mapping[str, Any], attention_size: int = 4) -> Path:
-    """Its opinions are drawn: strong enough for images to get captions and maps of their own."""
+    """Writes random weights large enough that images get different captions and maps."""
     vocabulary = Vocabulary.from_captions(["a dog runs on the grass"], 1)
     config = CaptionerConfig(hidden_size=6, embedding_size=5, attention_size=attention_size)
     model = Captioner(config, encoder["shape"][-1], len(vocabulary))

@@ -1,0 +1,32 @@
+"""The command lines of the documentation."""
+
+import re
+import shlex
+from pathlib import Path
+
+__all__ = ["DOCS", "PAGES", "read_commands"]
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md"])
+
+_BLOCK = re.compile(r"^ *```(?:sh)?\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+_SHELL_BLOCK = re.compile(r"^ *```sh\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+
+
+def read_commands(page: Path, only_shell: bool = False) -> list[list[str]]:
+    """Returns the arguments of each `captionlib` command line of a page, in order, without `captionlib` itself.
+
+    Args:
+        page: a Markdown file.
+        only_shell: read only the blocks marked as `sh`.
+    """
+    text = page.read_text(encoding="utf-8")
+    blocks = (_SHELL_BLOCK if only_shell else _BLOCK).findall(text)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [
+        words[words.index("captionlib") + 1 :]
+        for line in lines
+        if re.match(r" *(?:torchrun .*)?captionlib [a-z]", line)
+        for words in [shlex.split(line, comments=True)]
+    ]
