@@ -110,7 +110,9 @@ def test_evaluation_has_all_scores(tmp_path: Path) -> None:
     ]
     assert result["scores"]["novel"] == 3 / 4
     assert result["intervals"].keys() == result["scores"].keys()
-    assert (result["images"], result["tokenizer"], result["notes"]) == (4, "ptb", [])
+    assert (result["images"], result["tokenizer"]) == (4, "ptb")
+    (note,) = result["notes"]
+    assert note.startswith("1 of 5 images with references have no caption, such as never captioned;")
 
 
 def test_checkpoint_without_features_is_rejected(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_json_line_that_lacks_the_id_of_others_is_an_error(tmp_path: Path) -> No
 @pytest.mark.parametrize("header", ["url,caption,caption", "url,Caption,caption", "url,path,caption_1,caption_1"])
 def test_equally_named_columns_are_refused(tmp_path: Path, header: str) -> None:
     (tmp_path / "a.csv").write_text(f"{header}\n{header}\n")
-    with pytest.raises(ConfigError, match="expected one column of each name, got 2: [cC]aption.*; rename or remove"):
+    with pytest.raises(ConfigError, match=r"expected one column of each name, got 2: [cC]aption.*; rename or remove"):
         read(tmp_path / "a.csv")
     table = pa.Table.from_arrays([pa.array(["x"])] * len(header.split(",")), names=header.split(","))
     pq.write_table(table, tmp_path / "a.parquet")
@@ -312,7 +312,7 @@ def test_quote_in_a_tsv_does_not_swallow_rows(tmp_path: Path) -> None:
         read(tmp_path / "a.tsv", tsv_quotes=True)
     (tmp_path / "a.tsv").write_text('url\tcaption\na.jpg\t"a\tdog"\n')
     assert read(tmp_path / "a.tsv", tsv_quotes=True)[0][0].captions == ("a\tdog",)
-    with pytest.raises(DatasetError, match="line 2: expected 2 cells, got 3; .*--tsv-quotes"):
+    with pytest.raises(DatasetError, match=r"line 2: expected 2 cells, got 3; .*--tsv-quotes"):
         read(tmp_path / "a.tsv")
 
 
