@@ -55,6 +55,7 @@ __all__ = ["command"]
     show_default=True,
     help="Resamples for the confidence intervals; 0 computes no intervals.",
 )
+@click.option("--require-all", is_flag=True, help="Stop if an image with references has no caption.")
 @device_option
 def command(
     source: str,
@@ -69,6 +70,7 @@ def command(
     features: str | None,
     train_splits: tuple[str, ...],
     bootstrap_samples: int,
+    require_all: bool,
     device: str,
 ) -> None:
     """Score CAPTIONS against references (BLEU, METEOR, ROUGE-L, CIDEr), or a ranker on FEATURES (Recall@k, ranks).
@@ -98,6 +100,7 @@ def command(
         checkpoint=checkpoint,
         features=features,
         bootstrap=BootstrapConfig(samples=bootstrap_samples),
+        require_all=require_all,
         device=device,
     )
     _print_scores(source, evaluation)

@@ -9,13 +9,13 @@ from typing import Any
 from captionlib.config import to_dict
 from captionlib.data.batches.captions import read_references
 from captionlib.data.shards.dataset import open_dataset
-from captionlib.errors import ConfigError
+from captionlib.errors import ConfigError, DatasetError
 from captionlib.evaluation.bootstrap import BootstrapConfig, Scores
 from captionlib.evaluation.caption_scores import WITHOUT_JAVA, score_captions
 from captionlib.evaluation.diversity import NOVEL, count_diversity, measure_captions
 from captionlib.evaluation.java import has_java
 from captionlib.evaluation.perplexity import measure_perplexity
-from captionlib.evaluation.predictions import Prediction, load_predictions
+from captionlib.evaluation.predictions import Prediction, find_images_without_caption, load_predictions
 
 __all__ = ["TRAIN_SPLITS", "Evaluation", "evaluate_captions", "evaluate_predictions"]
 
@@ -70,6 +70,7 @@ def evaluate_captions(
     checkpoint: str | os.PathLike[str] | None = None,
     features: str | os.PathLike[str] | None = None,
     bootstrap: BootstrapConfig | None = None,
+    require_all: bool = False,
     device: str = "auto",
 ) -> Evaluation:
     """Evaluates captions against references.
@@ -87,31 +88,39 @@ def evaluate_captions(
         checkpoint: the captioner, to compute the perplexity of the references; requires `features`.
         features: the features of the images, for the perplexity.
         bootstrap: how confidence intervals are computed.
+        require_all: raise an error if an image with references in these splits has no caption.
         device: the device of the captioner.
 
     Raises:
         ConfigError: only one of `checkpoint` and `features` is given.
-        DatasetError: there are no captions in these splits, or they have no references.
+        DatasetError: there are no captions in these splits, they have no references, or `require_all` is not met.
         SubprocessError: Java fails.
     """
     training_references: Iterable[str] = ()
+    notes: list[str] = []
+    predictions = load_predictions(source, manifest, splits)
     if manifest is not None:
         dataset = open_dataset(manifest, "manifest").require_complete()
         training_references = chain.from_iterable(read_references(dataset, train_splits))
+        missing, count = find_images_without_caption(predictions, dataset, splits)
+        if missing:
+            shortfall = f"{len(missing):,} of {count:,} images with references have no caption, such as {missing[0]}"
+            if require_all:
+                raise DatasetError(f"{os.fspath(source)}: {shortfall}; add their captions, or leave out --require-all")
+            notes.append(f"{shortfall}; the scores are those of the others; use --require-all to make this an error")
     evaluation = evaluate_predictions(
-        load_predictions(source, manifest, splits),
+        predictions,
         training_references=training_references,
         checkpoint=checkpoint,
         features=features,
         bootstrap=bootstrap,
         device=device,
     )
-    if NOVEL in evaluation.scores.overall:
-        return evaluation
-    reason = (
-        f"the manifest has no references in split {' or '.join(train_splits)}" if manifest else "no manifest is given"
-    )
-    return replace(evaluation, notes=[*evaluation.notes, f"the share of novel captions is left out: {reason}"])
+    if NOVEL not in evaluation.scores.overall:
+        references = f"the manifest has no references in split {' or '.join(train_splits)}"
+        reason = references if manifest else "no manifest is given"
+        notes.append(f"the share of novel captions is left out: {reason}")
+    return replace(evaluation, notes=[*evaluation.notes, *notes])
 
 
 def evaluate_predictions(
@@ -145,4 +154,6 @@ def evaluate_predictions(
         metrics.insert(0, measure_perplexity(checkpoint, features, references, device))
     scores = score_captions(captions, references, extra_metrics=metrics, bootstrap=bootstrap)
     tokenizer, notes = ("ptb", []) if has_java() else ("captionlib", [WITHOUT_JAVA])
+    if len(captions) == 1:
+        notes = [*notes, "CIDEr means nothing for one image, because it weighs words by how few images mention them"]
     return Evaluation(predictions, scores, count_diversity(captions), tokenizer, bootstrap, notes)

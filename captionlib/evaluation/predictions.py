@@ -6,16 +6,26 @@ NeuralTalk's `result_struct.json`: `{"imgblobs": [{"img_path", "imgid", "referen
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.sources.locations import get_text_extension, load_json, locate
+from captionlib.data.sources.values import (
+    describe,
+    is_unicode,
+    parse_id,
+    parse_list,
+    parse_object,
+    parse_optional,
+    parse_text,
+)
 from captionlib.errors import DatasetError
 
 __all__ = [
     "Prediction",
+    "find_images_without_caption",
     "is_dataset",
     "join_references",
     "load_predictions",
@@ -94,9 +104,10 @@ def read_predictions(source: str | os.PathLike[str]) -> list[Prediction]:
         raise DatasetError(f"{address} does not exist; expected a captions dataset or a JSON file of results")
     document = load_json(location)
     if isinstance(document, list):
-        predictions = _parse_entries(document, "", address, _parse_coco_entry)
+        predictions = [_parse_coco_entry(entry, f"{address}, [{at}]") for at, entry in enumerate(document)]
     elif isinstance(document, dict) and isinstance(document.get("imgblobs"), list):
-        predictions = _parse_entries(document["imgblobs"], "imgblobs", address, _parse_neuraltalk_entry)
+        entries = document["imgblobs"]
+        predictions = [_parse_neuraltalk_entry(entry, f"{address}, imgblobs[{at}]") for at, entry in enumerate(entries)]
     else:
         raise DatasetError(
             f"{address}: expected COCO's results, a list of image_id and caption, or NeuralTalk's result_struct.json, "
@@ -125,46 +136,37 @@ def _read_dataset(dataset: ShardedDataset) -> list[Prediction]:
     ]
 
 
-def _parse_entries(
-    entries: Sequence[Any], key: str, address: str, parse: Callable[[Mapping[str, Any]], Prediction]
-) -> list[Prediction]:
-    predictions = []
-    for index, entry in enumerate(entries):
-        try:
-            predictions.append(parse(entry))
-        except (KeyError, TypeError, ValueError) as error:
-            expected = "candidate.text and imgid" if key else "image_id and caption"
-            raise DatasetError(
-                f"{address}, {key}[{index}]: expected an object with {expected}, got {entry!r:.80}"
-            ) from error
-    return predictions
+def _parse_coco_entry(value: object, origin: str) -> Prediction:
+    entry = parse_object(value, origin)
+    return Prediction(parse_id(entry.get("image_id"), origin, "image_id"), _parse_sentence(entry, "caption", origin))
 
 
-def _parse_coco_entry(entry: Mapping[str, Any]) -> Prediction:
-    return Prediction(_parse_id(entry["image_id"]), _parse_text(entry["caption"]))
-
-
-def _parse_neuraltalk_entry(entry: Mapping[str, Any]) -> Prediction:
-    text, log_prob = _parse_text(entry["candidate"]["text"]), entry["candidate"].get("logprob")
+def _parse_neuraltalk_entry(value: object, origin: str) -> Prediction:
+    entry = parse_object(value, origin)
+    candidate = parse_object(entry.get("candidate"), f"{origin}, candidate")
+    text, log_prob = _parse_sentence(candidate, "text", f"{origin}, candidate"), candidate.get("logprob")
+    if log_prob is not None and (isinstance(log_prob, bool) or not isinstance(log_prob, int | float)):
+        raise DatasetError(f"{origin}, candidate: expected logprob as a number, got {describe(log_prob)}; correct it")
+    id_field = "imgid" if "imgid" in entry else "img_path"
+    references = parse_list(entry.get("references", []), origin, "references")
     return Prediction(
-        image_id=_parse_id(entry["imgid"] if "imgid" in entry else entry["img_path"]),
+        image_id=parse_id(entry.get(id_field), origin, id_field),
         caption=text,
-        uri=str(entry.get("img_path", "")),
+        uri=parse_optional(parse_text, entry.get("img_path"), origin, "img_path"),
         log_prob=None if log_prob is None else float(log_prob),
         candidates=() if log_prob is None else ((text, float(log_prob)),),
-        references=tuple(_parse_text(reference["text"]) for reference in entry.get("references", ())),
+        references=tuple(
+            _parse_sentence(parse_object(reference, place), "text", place)
+            for reference, place in ((each, f"{origin}, references[{at}]") for at, each in enumerate(references))
+        ),
     )
 
 
-def _parse_id(value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise TypeError("an image id is a number or a string")
-    return str(value)
-
-
-def _parse_text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError("a caption is a string")
+def _parse_sentence(entry: Mapping[str, Any], field: str, origin: str) -> str:
+    """Returns a sentence, which may be empty if the model wrote nothing."""
+    value = entry.get(field)
+    if not isinstance(value, str) or not is_unicode(value):
+        raise DatasetError(f"{origin}: expected {field} as valid Unicode text, got {describe(value)}; correct it")
     return value
 
 
@@ -180,6 +182,32 @@ def join_references(predictions: Iterable[Prediction], manifest: ShardedDataset)
                         prediction, uri=row["uri"], split=row["split"], references=references
                     )
     return list(by_id.values())
+
+
+def find_images_without_caption(
+    predictions: Iterable[Prediction], manifest: ShardedDataset, splits: Sequence[str] = ()
+) -> tuple[list[str], int]:
+    """Finds the images that have references but no prediction.
+
+    Args:
+        predictions: captions, joined with the manifest.
+        manifest: the manifest that holds the references.
+        splits: the splits to search; empty searches the splits of the predictions.
+
+    Returns:
+        The ids of these images, and the number of all images with references in these splits.
+    """
+    predicted = {prediction.image_id: prediction.split for prediction in predictions}
+    searched = set(splits or predicted.values())
+    missing, count = [], 0
+    for shard in range(manifest.shards):
+        for rows in manifest.read_batches(shard, ["image_id", "split", "captions"]):
+            for row in rows.to_pylist():
+                if row["split"] in searched and row["captions"]:
+                    count += 1
+                    if row["image_id"] not in predicted:
+                        missing.append(row["image_id"])
+    return missing, count
 
 
 def select_splits(predictions: Sequence[Prediction], splits: Sequence[str], source: str) -> list[Prediction]:

@@ -110,7 +110,9 @@ def test_evaluation_has_all_scores(tmp_path: Path) -> None:
     ]
     assert result["scores"]["novel"] == 3 / 4
     assert result["intervals"].keys() == result["scores"].keys()
-    assert (result["images"], result["tokenizer"], result["notes"]) == (4, "ptb", [])
+    assert (result["images"], result["tokenizer"]) == (4, "ptb")
+    (note,) = result["notes"]
+    assert note.startswith("1 of 5 images with references have no caption, such as never captioned;")
 
 
 def test_checkpoint_without_features_is_rejected(tmp_path: Path) -> None:
@@ -126,3 +128,14 @@ def test_novel_share_is_left_out_without_training_references(tmp_path: Path, mon
     assert evaluation.tokenizer == "captionlib"
     assert "novel" not in evaluation.scores.overall
     assert "no references in split train or restval" in evaluation.notes[-1]
+
+
+def test_incomplete_captions_are_noted_or_refused(tmp_path: Path) -> None:
+    write_manifest(tmp_path / "manifest", {"1": ["a dog runs on grass"], "2": ["two men"], "3": ["a bus"], "4": []})
+    (tmp_path / "results.json").write_text('[{"image_id": 1, "caption": "a dog runs"}]')
+    sources = tmp_path / "results.json", tmp_path / "manifest"
+    notes = evaluate_captions(*sources, splits=["val"], bootstrap=BootstrapConfig(samples=0)).notes
+    assert any(note.startswith("2 of 3 images with references have no caption, such as 2;") for note in notes)
+    assert any(note.startswith("CIDEr means nothing for one image") for note in notes)
+    with pytest.raises(DatasetError, match=r"2 of 3 images .* have no caption, .*leave out --require-all"):
+        evaluate_captions(*sources, splits=["val"], require_all=True)

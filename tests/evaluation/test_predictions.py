@@ -7,6 +7,7 @@ import pytest
 from captionlib.errors import DatasetError
 from captionlib.evaluation.predictions import (
     Prediction,
+    find_images_without_caption,
     join_references,
     read_predictions,
     select_splits,
@@ -70,13 +71,26 @@ def test_result_struct_without_ids_uses_paths(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([{"image_id": 1}], r"r.json, \[0\]: expected an object with image_id and caption, got {'image_id': 1}"),
+        ([{"image_id": 1}], r"r.json, \[0\]: expected caption as valid Unicode text, got no value"),
         ([{"image_id": 1.5, "caption": "a"}], r"r.json, \[0\]: expected"),
         ([{"image_id": True, "caption": "a"}], r"r.json, \[0\]: expected"),
         ([{"image_id": 1, "caption": None}], r"r.json, \[0\]: expected"),
         (["a dog"], r"r.json, \[0\]: expected"),
+        (
+            [{"image_id": 1, "caption": "a \ud83d dog"}],
+            r"r.json, \[0\]: expected caption as valid Unicode text, got text",
+        ),
+        ({"imgblobs": [{"imgid": None, "candidate": {"text": "a"}}]}, r"imgblobs\[0\]: expected imgid as text"),
+        (
+            {"imgblobs": [{"imgid": 1, "candidate": {"text": "a", "logprob": []}}]},
+            "expected logprob as a number, got list",
+        ),
+        (
+            {"imgblobs": [{"imgid": 1, "candidate": {"text": "a"}, "references": [{"text": 3}]}]},
+            r"imgblobs\[0\], references\[0\]: expected text as valid Unicode text, got number 3",
+        ),
         ([{"image_id": 1, "caption": "a"}, {"image_id": "1", "caption": "b"}], "image 1 has two captions"),
-        ({"imgblobs": [{"imgid": 1}]}, r"imgblobs\[0\]: expected an object with candidate.text and imgid"),
+        ({"imgblobs": [{"imgid": 1}]}, r"imgblobs\[0\], candidate: expected an object, got no value"),
         ({"images": []}, "expected COCO's results, a list .* got an object"),
         (3, "got int"),
     ],
@@ -88,4 +102,19 @@ def test_invalid_file_is_rejected_with_the_position(tmp_path: Path, content: Any
 
 def test_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="does not exist; expected a captions dataset or a JSON file"):
+        read_predictions(tmp_path / "r.json")
+
+
+def test_images_without_a_caption_are_those_with_references_in_the_split(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "manifest", {"1": ["x"], "2": ["y"], "3": ["z"], "without references": []})
+    joined = join_references([Prediction("1", "a"), Prediction("unlisted", "b")], manifest)
+    assert find_images_without_caption(joined, manifest) == (["2", "3"], 3)
+    assert find_images_without_caption(joined, manifest, ["val"]) == (["2", "3"], 3)
+    assert find_images_without_caption(joined, manifest, ["train"]) == ([], 0)
+
+
+@pytest.mark.parametrize("raw", ["[" * 3000, '[{"image_id": ' + "1" * 5000 + ', "caption": "x"}]'])
+def test_extreme_json_is_rejected(tmp_path: Path, raw: str) -> None:
+    (tmp_path / "r.json").write_text(raw)
+    with pytest.raises(DatasetError, match=r"r\.json"):
         read_predictions(tmp_path / "r.json")

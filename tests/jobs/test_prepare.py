@@ -3,9 +3,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from captionlib.errors import DuplicateIdError
+from captionlib.errors import DatasetError, DuplicateIdError
 from jobs.cli import captionlib
 from tests.data.sources.helpers import touch
+from tests.data.sources.test_containers import write_tar
 
 
 def prepare(*arguments: object) -> Result:
@@ -35,3 +36,19 @@ def test_prepare_raises_library_errors(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id,url\n1,a.jpg\n2,b.jpg\n1,c.jpg\n")
     with pytest.raises(DuplicateIdError, match="expected one row per image id, got 2 with '1'"):
         prepare(tmp_path / "a.csv", "-o", tmp_path / "manifest", "--no-check-images")
+
+
+def test_prepare_shows_what_it_skips_and_where(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("1.txt", b"caf\xe9"), ("2.jpg", b"x"), ("2.txt", b"fine")])
+    result = prepare(path, "-o", tmp_path / "manifest", "--no-progress")
+    assert "skipped: caption is not UTF-8" in result.stdout
+    assert f"Skipped: caption is not UTF-8, such as {path}, 1" in result.stderr
+    with pytest.raises(DatasetError, match="caption is not UTF-8; correct it, or leave out --strict"):
+        prepare(path, "-o", tmp_path / "strict", "--strict")
+
+
+def test_prepare_takes_names_of_columns(tmp_path: Path) -> None:
+    touch(tmp_path, ["a.jpg"])
+    (tmp_path / "pairs.csv").write_text("a.jpg,a dog\n")
+    result = prepare(tmp_path / "pairs.csv", "-o", tmp_path / "manifest", "--columns", "image, caption")
+    assert "captions 1" in " ".join(result.stdout.split())

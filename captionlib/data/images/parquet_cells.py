@@ -81,7 +81,7 @@ class ParquetCellReader:
         values = table.column(0)
         while pa.types.is_struct(values.type):
             values = pc.struct_field(values, [0])
-        if not (pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
+        if values.type not in (pa.binary(), pa.large_binary(), pa.binary_view()):
             raise FetchError("NoBytes", f"expected bytes in column {column}, got values of another type")
         return values
 

@@ -22,7 +22,7 @@ from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.karpathy import read_numbered_rows
 from captionlib.data.sources.locations import locate
 from captionlib.data.sources.rows import ManifestRow, SourceOptions
-from captionlib.data.sources.values import describe
+from captionlib.data.sources.values import describe, is_unicode
 from captionlib.errors import DatasetError, DuplicateIdError
 from captionlib.progress import progress_bar
 
@@ -123,6 +123,12 @@ def _find_columns(
 ) -> npt.NDArray[np.int64]:
     """Returns the column number of each image."""
     seen: set[str] = set()
+    count = max((imgid for imgid, _ in numbered_rows if isinstance(imgid, int)), default=-1) + 1
+    if count == matrix.rows != matrix.columns:
+        raise DatasetError(
+            f"{address}: expected a column for each of {count} images, got {matrix.rows} rows of {matrix.columns} "
+            "numbers; the matrix seems to be transposed; save its transpose"
+        )
     for imgid, row in numbered_rows:
         if isinstance(imgid, bool) or not isinstance(imgid, int) or imgid < 0:
             raise DatasetError(f"{row.origin}: expected a column number as imgid, got {describe(imgid)}")
@@ -134,6 +140,8 @@ def _find_columns(
         if row.image_id in seen:
             raise DuplicateIdError(f"{row.origin}: expected one row per image id, got a second with {row.image_id!r}")
         seen.add(row.image_id)
+        if not is_unicode(row.image_id + row.uri + row.split + "".join(row.captions)):
+            raise DatasetError(f"{row.origin}: expected valid Unicode, got lone surrogates; correct the entry")
     if not numbered_rows:
         raise DatasetError("dataset.json has no images")
     return np.array([imgid for imgid, _ in numbered_rows], np.int64)

@@ -27,6 +27,9 @@ URI_NAMES = (
 CAPTION_NAMES = ("captions", "caption", "sentences", "sentence", "text", "texts", "raw", "comment")
 SPLIT_NAMES = ("split", "subset")
 
+_SHOWN_COLUMNS = 20
+_SHOWN_CHARACTERS = 40
+
 _NUMBERED_CAPTION = re.compile(r"(?i)(?:caption|sentence)[ _]?\d+")
 
 
@@ -107,4 +110,6 @@ def select_caption_columns(available: Sequence[str], names: Sequence[str], table
 
 def list_columns(available: Sequence[str]) -> str:
     """Returns the column names as a phrase for error messages."""
-    return f"the columns {', '.join(available)}" if available else "no columns"
+    names = [" ".join(name.split())[:_SHOWN_CHARACTERS] for name in available[:_SHOWN_COLUMNS]]
+    names += ["..."] * (len(available) > _SHOWN_COLUMNS)
+    return f"the columns {', '.join(names)}" if names else "no columns"

@@ -16,7 +16,7 @@ from captionlib.data.sources.locations import (
     scan_folder,
 )
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
-from captionlib.data.sources.values import parse_captions
+from captionlib.data.sources.values import parse_captions, parse_cell
 from captionlib.errors import DatasetError
 
 __all__ = ["CAPTION_LINE", "read_flickr"]
@@ -58,7 +58,7 @@ def _read_images(location: Location) -> Iterator[tuple[str, tuple[str, ...], str
     for name, group in groupby(_parse_lines(location), key=lambda line: line[0]):
         lines = list(group)
         origin = f"{location.address}, line {lines[0][2]}"
-        yield name, parse_captions([caption for _, caption, _ in lines], origin, "caption"), origin
+        yield name, parse_captions([parse_cell(caption) for _, caption, _ in lines], origin, "caption"), origin
 
 
 def _parse_lines(location: Location) -> Iterator[tuple[str, str, int]]:

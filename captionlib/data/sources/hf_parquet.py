@@ -16,7 +16,7 @@ from captionlib.data.sources.locations import Location, find_files
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
 from captionlib.data.sources.tables import open_parquet, parse_caption_columns, parse_split_column, read_parquet_columns
 from captionlib.data.sources.values import parse_id, parse_optional, parse_text
-from captionlib.errors import ConfigError
+from captionlib.errors import ConfigError, DatasetError
 
 __all__ = ["find_image_columns", "read_hf_parquet"]
 
@@ -26,7 +26,8 @@ _BYTES_NAMES = frozenset({"image", "image_bytes", "img", "jpg", "jpeg", "png", "
 def read_hf_parquet(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
     """Yields the images in the rows of Parquet files. Image bytes are not read; uris name the file, row and column.
 
-    The id is the value of the id column, or else the image's path, or else the file's name and the row number from 0.
+    The id is the value of the id column, or else the image's path if paths are unique in the file, or else the file's
+    name and the row number from 0.
 
     Raises:
         ConfigError: a column is missing or ambiguous.
@@ -68,14 +69,14 @@ def _read_rows(parquet: pq.ParquetFile, location: Location, options: SourceOptio
     image_id = select_column(schema.names, options.id_column, ID_NAMES, location.address)
     split = select_column(schema.names, options.split_column, SPLIT_NAMES, location.address)
     captions = select_caption_columns(schema.names, options.caption_columns, location.address)
-    path = f"{image}.path" if has_path else None
+    path = f"{image}.path" if has_path and image_id is None and _is_unique(parquet, f"{image}.path", location) else None
     columns = [name for name in (image_id, split, *captions, path) if name is not None]
     for number, record in enumerate(read_parquet_columns(parquet, columns, location)):
         origin = f"{location.address}, row {number + 1}"
         if image_id is not None:
             row_id = parse_id(record[image_id], origin, image_id)
         else:
-            name = (record.get(image) or {}).get("path") if has_path else None
+            name = (record.get(image) or {}).get("path") if path else None
             row_id = parse_optional(parse_text, name, origin, f"{image}.path", f"{location.name}#{number}")
         yield ManifestRow(
             image_id=row_id,
@@ -84,6 +85,15 @@ def _read_rows(parquet: pq.ParquetFile, location: Location, options: SourceOptio
             captions=parse_caption_columns(record, captions, origin),
             origin=origin,
         )
+
+
+def _is_unique(parquet: pq.ParquetFile, column: str, location: Location) -> bool:
+    try:
+        values = parquet.read([column]).flatten().column(0)
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"{location.address} is damaged: {error}") from error
+    paths = values.drop_null()
+    return len(paths.unique()) == len(paths)
 
 
 def _select_image_column(schema: pa.Schema, name: str | None, table: str) -> str:

@@ -129,17 +129,15 @@ def _read_delimited(location: Location, options: SourceOptions) -> Iterator[_Rec
     delimiter = _detect_delimiter(first, location, options)
     is_tsv = delimiter == "\t" and ("\t" in first or get_text_extension(location.name) == ".tsv")
     quoting: Literal[0, 3] = csv.QUOTE_NONE if is_tsv and not options.tsv_quotes else csv.QUOTE_MINIMAL
-    header = list(options.columns) or next(csv.reader([first], delimiter=delimiter, quoting=quoting), [])
-    header = [name.strip() for name in header]
-    columns = select_columns(header, options, f"{location.address}, line 1")
     lines = itertools.chain([first], lines)
+    rows = _parse_delimited(lines, location, delimiter, quoting)
+    header = [name.strip() for name in options.columns or next(rows, (1, []))[1]]
+    columns = select_columns(header, options, f"{location.address}, line 1")
     # In `image,caption` text files, such as Kaggle's Flickr8k, captions contain commas that are not quoted.
-    is_text = get_text_extension(location.name) == ".txt" and delimiter != "\t"
+    is_text = get_text_extension(location.name) == ".txt" and not is_tsv
     if is_text and header == [columns.uri, *columns.captions] and len(header) == 2:
-        rows = _split_lines(lines, delimiter)
-    else:
-        rows = _parse_delimited(lines, location, delimiter, quoting)
-    for number, cells in itertools.islice(rows, 0 if options.columns else 1, None):
+        rows = _split_lines(lines, delimiter, 1 if options.columns else 2)
+    for number, cells in rows:
         if len(cells) != len(header):
             advice = "quote cells that contain the delimiter or a line break"
             raise DatasetError(
@@ -148,8 +146,7 @@ def _read_delimited(location: Location, options: SourceOptions) -> Iterator[_Rec
             )
         values: dict[str, Any] = dict(zip(header, cells, strict=True))
         for name in columns.names:
-            value = parse_cell(values[name])
-            values[name] = value if value is None or name == columns.id else values[name]
+            values[name] = parse_cell(values[name], numeric=name == columns.id)
         yield _Record(f"{location.address}, line {number}", columns, values)
 
 
@@ -161,9 +158,9 @@ def _detect_delimiter(first: str, location: Location, options: SourceOptions) ->
     return max("\t,;|", key=first.count)
 
 
-def _split_lines(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _split_lines(lines: Iterable[str], delimiter: str, start: int) -> Iterator[tuple[int, list[str]]]:
     """Yields the number and the two cells of each line: the text before and after the first delimiter."""
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines, start):
         if line.strip():
             cells = line.rstrip("\r\n").split(delimiter, 1)
             quoted = [_QUOTED_CELL.fullmatch(cell) for cell in cells]

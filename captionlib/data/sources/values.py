@@ -109,12 +109,20 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def parse_cell(cell: str) -> object:
-    """Returns the value of a cell of a text table: None for a printed null, a number for a printed float."""
+def parse_cell(cell: str, numeric: bool = False) -> object:
+    """Returns the value of a cell of a text file, which has no type.
+
+    Args:
+        cell: the cell.
+        numeric: whether a cell such as `391895.0`, as pandas writes ids, is a number rather than text.
+
+    Returns:
+        None for a printed null such as `nan`, a float, or the cell.
+    """
     text = cell.strip()
     if text in _PRINTED_NULLS:
         return None
-    return float(text) if _PRINTED_FLOAT.fullmatch(text) else cell
+    return float(text) if numeric and _PRINTED_FLOAT.fullmatch(text) else cell
 
 
 def parse_text(value: object, origin: str, field: str) -> str:

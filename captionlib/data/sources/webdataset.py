@@ -10,7 +10,7 @@ from captionlib.data.sources.columns import CAPTION_NAMES, select_caption_column
 from captionlib.data.sources.locations import IMAGE_EXTENSIONS, Location, find_files
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
 from captionlib.data.sources.tables import parse_caption_columns
-from captionlib.data.sources.values import parse_captions, parse_id, parse_json
+from captionlib.data.sources.values import parse_captions, parse_cell, parse_id, parse_json
 from captionlib.errors import ConfigError, DatasetError
 
 __all__ = ["read_webdataset"]
@@ -96,7 +96,7 @@ def _parse_captions(
     texts = {name: text for name, text in sample.texts.items() if _get_suffix(name) != "json"}
     for _ in range(len(texts) - 1):
         skips.skip_captions("additional captions file in a sample", sample.origin)
-    lines = texts[_select_extension(texts)].splitlines() if texts else []
+    lines = [parse_cell(line) for line in texts[_select_extension(texts)].splitlines()] if texts else []
     for name in options.caption_columns:
         if name not in record:
             skips.skip_captions(f"sample without {name} in its JSON", sample.origin)

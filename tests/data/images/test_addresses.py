@@ -403,3 +403,32 @@ def test_failures_quote_no_server_response(fetcher: ImageFetcher, answer: bytes,
 def test_parquet_special_files_are_rejected(fetcher: ImageFetcher, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert failure(fetcher, f"{tmp_path}/pipe#row=0&column=image").reason == "NotAFile"
+
+
+def test_addresses_of_other_spellings_are_read(fetcher: ImageFetcher, server: Server, tmp_path: Path) -> None:
+    (tmp_path / "with space#row=1&column=y").write_bytes(CONTENT)
+    assert bytes(fetcher.fetch(f"  HTTP{server.url.removeprefix('http')}/a.jpg ")) == CONTENT
+    assert bytes(fetcher.fetch(f"file://{tmp_path}/with%20space%23row=1&column=y")) == CONTENT
+    assert bytes(fetcher.fetch(f"FILE://{tmp_path}/with%20space%23row=1&column=y#bytes=0-5")) == CONTENT[:5]
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("//host/x.jpg", "which lacks a protocol; add https:"),
+        ("data:image/png;base64,AAAA", "got the data URI 'data:image/png;base64,AAAA'; write it to a file"),
+        ("DATA:,x", "got the data URI"),
+        ("data:image/png," + "A" * 10_000, "got the data URI"),
+        ("file:///a%00b", "null character"),
+        (" reference://x::http://127.0.0.1/refs.json", "got a chain of them"),
+    ],
+)
+def test_address_that_is_no_file_is_refused_clearly(fetcher: ImageFetcher, uri: str, message: str) -> None:
+    error = failure(fetcher, uri)
+    assert error.reason == "BadAddress"
+    assert message in str(error)
+    assert len(str(error)) < 500
+
+
+def test_name_that_is_too_long_does_not_exist() -> None:
+    assert not image_exists("/" + "x" * 5000)

@@ -90,6 +90,7 @@ def test_imported_features_name_no_encoder(tmp_path: Path) -> None:
     ("features", "name", "message"),
     [
         (FEATURES[:, :3], "feats", r"got 3 columns of 5 numbers and an image with imgid 3 \(.*images\[2\]\)"),
+        (FEATURES.T, "feats", "got 4 rows of 5 numbers; the matrix seems to be transposed; save its transpose"),
         (FEATURES, "x", "a numeric matrix named feats, got the variables x"),
         (np.zeros((2, 2, 2)), "feats", r"named feats, got shape \[2, 2, 2\]"),
         (np.where(np.arange(4) == 0, np.nan, FEATURES), "feats", "got others in column 0"),
@@ -115,6 +116,7 @@ def test_import_rejects_files_that_are_not_matlab(tmp_path: Path, content: bytes
         ([0, 0], DuplicateIdError, "expected one row per image id, got a second with '0'"),
         (["zero"], DatasetError, "expected a column number as imgid, got text 'zero'"),
         ([-1], DatasetError, "got number -1"),
+        ([None], DatasetError, "expected imgid as text or an integer, got no value"),
         ([], DatasetError, "no images"),
     ],
 )
@@ -123,3 +125,9 @@ def test_import_rejects_images_without_a_column(
 ) -> None:
     with pytest.raises(error, match=message):
         import_features(write_json(tmp_path, imgids), write_mat(tmp_path, "5"), tmp_path / "features")
+
+
+def test_import_rejects_captions_that_are_not_unicode(tmp_path: Path) -> None:
+    path = write_json(tmp_path, [0], sentences=[{"raw": "a \ud83d dog"}])
+    with pytest.raises(DatasetError, match=r"images\[0\]: expected valid Unicode, got lone surrogates"):
+        import_features(path, write_mat(tmp_path, "5"), tmp_path / "features")
