@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import captionlib.search
 from benchmarks.bars import report
 from benchmarks.search_data import SearchData, prepare_data
-from captionlib.search.index import Index
+from captionlib.search.index import Index, open_index
 from captionlib.search.sql.session import SqlLimits, open_captions
 
 QUERIES = 200
@@ -31,7 +30,7 @@ def main() -> None:
     data, built = prepare_data(rows)
     print(f"# built in {built['seconds']:.0f} s", flush=True)
     met = [report("search-build-gigabytes", built["megabytes"] / 1000, 1.5, at_least=False)]
-    index = captionlib.search.open(data.index)
+    index = open_index(data.index)
     met.append(_measure_text(data, index))
     met += _measure_vectors(data, index)
     sys.exit(not all(met))

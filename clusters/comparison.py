@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import captionlib.search
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.shards.markers import DESCRIPTION_FILE, FAILURES_FOLDER, MARKERS_FOLDER, SUCCESS_FILE, part_name
 from captionlib.errors import DatasetError
+from captionlib.search.index import open_index
 from captionlib.search.index_folder import IndexDescription, read_description
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 
@@ -83,7 +83,7 @@ def _compare_files(description: IndexDescription, expected: Path, got: Path) -> 
 
 
 def _compare_results(expected: Path, got: Path, queries: list[str]) -> Iterator[str]:
-    indexes = captionlib.search.open(expected), captionlib.search.open(got)
+    indexes = open_index(expected), open_index(got)
     for query in queries:
         before, now = (index.search_text(query, limit=len(index)) for index in indexes)
         if not before.equals(now):

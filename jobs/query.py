@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 import pyarrow as pa
 
-import captionlib.search
 from captionlib.search.index_folder import DESCRIPTION
 from captionlib.search.output import OutputFormat
 from captionlib.search.sql.queries import count_words, find_captions, find_image, find_top_captions
@@ -184,7 +183,9 @@ def _query_index(folder: str, query: str, value: Any, limit: int, options: _Inde
     needs_ranker = query in ("sentence", "hybrid")
     if needs_ranker and options.ranker is None:
         raise click.UsageError(f"{_flag(query)} needs --ranker FOLDER, the ranker that computed the embeddings.")
-    index = captionlib.search.open(folder, options.ranker if needs_ranker else None)
+    from captionlib.search.index import open_index  # SQL alone needs neither Faiss nor Tantivy
+
+    index = open_index(folder, options.ranker if needs_ranker else None)
     if query == "image_id":
         return pa.Table.from_pylist([index.get_image(value)])
     if query == "text":
@@ -199,6 +200,7 @@ def _query_index(folder: str, query: str, value: Any, limit: int, options: _Inde
 
 def _query_by_image(folder: str, image: str, limit: int, options: _IndexOptions) -> pa.Table:
     from captionlib.data.images.fetching import ImageFetcher
+    from captionlib.search.index import open_index
     from captionlib.search.models import (  # imports torch, which takes seconds
         ImageQueryModels,
         load_query_encoder,
@@ -211,7 +213,7 @@ def _query_by_image(folder: str, image: str, limit: int, options: _IndexOptions)
         raise click.UsageError("expected one of --captioner and --sentences, got both.")
     sentences = None if options.sentences is None else read_sentences(options.sentences)
     ranker = load_query_encoder(options.ranker) if options.ranker and options.captioner is None else None
-    index = None if ranker is None or sentences is not None else captionlib.search.open(folder, ranker)
+    index = None if ranker is None or sentences is not None else open_index(folder, ranker)
     with ImageFetcher() as fetcher, ImageQueryModels(ranker, options.captioner, options.weights) as models:
         content = fetcher.fetch(image)
         if options.captioner is not None:

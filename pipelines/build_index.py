@@ -19,12 +19,17 @@ __all__ = ["BuildIndex", "build_index"]
 def build_index(
     captions: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    config: IndexConfig,
+    config: IndexConfig = IndexConfig(),
     *,
     embeddings: str | os.PathLike[str] | None = None,
     run: RunConfig = RunConfig(),
 ) -> tuple[IndexBuild, IndexDescription]:
     """Builds an index, or extends it by what is new in its datasets.
+
+    Example:
+        >>> build, description = captionlib.build_index("captions", "index", embeddings="embeddings")
+        >>> description.captions_count, description.vectors_count
+        (26, 26)
 
     Args:
         captions: a captions dataset.

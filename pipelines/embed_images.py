@@ -22,13 +22,18 @@ def embed_images(
     source: str | os.PathLike[str],
     ranker: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    config: EmbeddingConfig,
+    config: EmbeddingConfig = EmbeddingConfig(),
     *,
     weights: str | None = None,
     device: str = "auto",
     run: RunConfig = RunConfig(),
 ) -> Totals:
     """Embeds every image of a dataset, or resumes an earlier run.
+
+    Example:
+        >>> totals = captionlib.embed_images("features", "ranker", "embeddings")
+        >>> totals.rows
+        26
 
     Args:
         source: a complete features dataset, or a complete manifest, whose images are encoded in the same pass.

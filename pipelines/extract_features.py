@@ -16,12 +16,18 @@ __all__ = ["extract_features"]
 def extract_features(
     manifest: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    config: ExtractionConfig,
+    config: ExtractionConfig = ExtractionConfig(),
     *,
     device: str = "auto",
     run: RunConfig = RunConfig(),
 ) -> Totals:
     """Extracts the features of every image of a manifest, or resumes an earlier run.
+
+    Example:
+        >>> encoder = captionlib.EncoderConfig("squeezenet1_1", "features.7.cat", "random:0", pooling="mean")
+        >>> totals = captionlib.extract_features("manifest", "features", captionlib.ExtractionConfig(encoder))
+        >>> totals.rows, totals.failures
+        (26, 0)
 
     Args:
         manifest: a complete manifest dataset.

@@ -28,7 +28,7 @@ def generate_captions(
     source: str | os.PathLike[str],
     checkpoint: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    config: GenerationConfig,
+    config: GenerationConfig = GenerationConfig(),
     *,
     ranker: str | os.PathLike[str] | None = None,
     embeddings: str | os.PathLike[str] | None = None,
@@ -37,6 +37,11 @@ def generate_captions(
     run: RunConfig = RunConfig(),
 ) -> Totals:
     """Captions every image of a dataset, or resumes an earlier run.
+
+    Example:
+        >>> totals = captionlib.generate_captions("features", "captioner", "captions")
+        >>> totals.rows
+        26
 
     Args:
         source: a complete features dataset, or a complete manifest, whose images are encoded in the same pass.

@@ -75,6 +75,11 @@ def evaluate_captions(
 ) -> Evaluation:
     """Evaluates captions against references.
 
+    Example:
+        >>> evaluation = captionlib.evaluate_captions("captions", "manifest", splits=["test"])
+        >>> 0 <= evaluation.scores.overall["CIDEr"] <= 10
+        True
+
     Args:
         source: a captions dataset, COCO's results JSON, or NeuralTalk's `result_struct.json`.
         manifest: the manifest that holds the references; optional for files that contain them.

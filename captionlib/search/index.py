@@ -284,33 +284,44 @@ def fuse_rankings(rankings: Sequence[Hits]) -> Hits:
 
 def open_index(
     folder: str | os.PathLike[str],
-    encoder: "QueryEncoder | None" = None,
+    ranker: "str | os.PathLike[str] | QueryEncoder | None" = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> Index:
-    """Opens an index; a remote one is copied to this machine once.
+    """Opens an index for searching. A remote index is copied to this machine once.
+
+    Example:
+        >>> index = captionlib.open_index("index", ranker="ranker")
+        >>> index.search_text("circle", limit=5).column_names
+        ['image_id', 'uri', 'split', 'caption', 'log_prob', 'tokens', 'score']
+        >>> index.search_sentence("a red ring", limit=5, where="split = 'test'").num_rows
+        4
 
     Args:
-        folder: the address of the index, on any file system of fsspec.
-        encoder: the ranker that computed the embeddings, for searching by sentences.
+        folder: the index that `build-index` wrote, on any file system of fsspec.
+        ranker: the checkpoint that computed the embeddings, or the loaded ranker; None supports text queries only.
         cache: the folder for copies; None is `$CAPTIONLIB_CACHE`, or `captionlib/indexes` in the user's cache folder.
 
     Raises:
         DatasetError: the folder is not an index.
         CheckpointError: the embeddings are of another ranker.
     """
+    if isinstance(ranker, str | os.PathLike):
+        from captionlib.search.models import load_query_encoder  # imports torch, which takes seconds
+
+        ranker = load_query_encoder(ranker)
     index_folder = Folder(folder)
     description = read_description(index_folder)
     if description is None:
         raise DatasetError(
             f"{index_folder.uri} is not an index: expected a folder with {DESCRIPTION}; see `captionlib build-index`"
         )
-    ranker = description.embeddings.ranker if description.embeddings else ""
-    if encoder is not None and ranker and encoder.fingerprint != ranker:
+    expected = description.embeddings.ranker if description.embeddings else ""
+    if ranker is not None and expected and ranker.fingerprint != expected:
         raise CheckpointError(
-            f"{index_folder.uri}: expected the ranker {ranker}, which computed the embeddings, got "
-            f"{encoder.fingerprint}; use that ranker, or embed the images again and rebuild the index"
+            f"{index_folder.uri}: expected the ranker {expected}, which computed the embeddings, got "
+            f"{ranker.fingerprint}; use that ranker, or embed the images again and rebuild the index"
         )
-    return Index(description, fetch_locally(index_folder, description, None if cache is None else Path(cache)), encoder)
+    return Index(description, fetch_locally(index_folder, description, None if cache is None else Path(cache)), ranker)
 
 
 def _to_filter(where: Filter | str | None) -> Filter:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from fastapi import FastAPI
 
-import captionlib.search
 from captionlib.config import configclass
 from captionlib.data.images.decoder_pool import DecoderConfig
+from captionlib.search.index import open_index
 from captionlib.serving.app import create_app
 from captionlib.serving.config import ServingConfig
 from captionlib.serving.service import SearchService
@@ -50,7 +50,7 @@ def load_app(config: AppConfig) -> FastAPI:
     """
     limits = config.serving
     if config.ranker is None and config.captioner is None:
-        service = SearchService(captionlib.search.open(config.index), limits)
+        service = SearchService(open_index(config.index), limits)
         return create_app(service, Path(config.thumbnails))
 
     from captionlib.search.models import (  # imports torch, which takes seconds
@@ -60,7 +60,7 @@ def load_app(config: AppConfig) -> FastAPI:
     )
 
     ranker = load_query_encoder(config.ranker, config.device) if config.ranker else None
-    index = captionlib.search.open(config.index, ranker)
+    index = open_index(config.index, ranker)
     sentences = read_sentences(config.sentences) if config.sentences else []
     decoding = DecoderConfig(timeout_seconds=limits.image_timeout_seconds, max_image_pixels=limits.max_image_pixels)
     models = ImageQueryModels(ranker, config.captioner, config.weights, config.device, decoding)

@@ -116,7 +116,7 @@ class CaptionerTrainingConfig:
 def train_captioner(
     features: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    config: CaptionerTrainingConfig,
+    config: CaptionerTrainingConfig = CaptionerTrainingConfig(),
     *,
     weights: str | None = None,
     device: str = "auto",
@@ -126,6 +126,13 @@ def train_captioner(
     """Trains a captioner on a features dataset, or resumes an interrupted run.
 
     Processes that `torchrun` started train one captioner together, each with `batch_images` of every batch.
+
+    Example:
+        >>> training = captionlib.TrainingConfig(epochs=2)
+        >>> config = captionlib.CaptionerTrainingConfig(training=training, min_count=1)
+        >>> history = captionlib.train_captioner("features", "captioner", config, progress=False)
+        >>> len(history)
+        2
 
     Args:
         features: the features dataset.

@@ -195,7 +195,7 @@ def sample_captions(batch: CaptionBatch, count: int, generator: np.random.Genera
 def train_ranker(
     features: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    config: RankerTrainingConfig,
+    config: RankerTrainingConfig = RankerTrainingConfig(),
     *,
     device: str = "auto",
     overwrite: bool = False,
@@ -204,6 +204,12 @@ def train_ranker(
     """Trains a ranker on a features dataset, or resumes an interrupted run.
 
     Processes that `torchrun` started train one ranker together, each with `batch_images` of every batch.
+
+    Example:
+        >>> config = captionlib.RankerTrainingConfig(training=captionlib.TrainingConfig(epochs=2), min_count=1)
+        >>> history = captionlib.train_ranker("features", "ranker", config, progress=False)
+        >>> len(history)
+        2
 
     Args:
         features: the features dataset.

@@ -6,7 +6,6 @@ import pytest
 import torch
 from PIL import Image
 
-import captionlib.search
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.shards.inspection import inspect_dataset
 from captionlib.data.shards.schemas import captions_schema
@@ -19,6 +18,7 @@ from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.captioning import GenerationConfig, caption_images
 from captionlib.models.inference.extraction import ExtractionConfig
 from captionlib.search.config import IndexConfig
+from captionlib.search.index import open_index
 from captionlib.search.sql.queries import find_image
 from captionlib.search.sql.session import open_sql
 from pipelines.build_index import build_index
@@ -122,5 +122,5 @@ def test_readers_ignore_attention_column(features: Path, captioner: Path, tmp_pa
             row["attention"] for row in written if row["image_id"] == "red.png"
         ]
     build_index(tmp_path / "captions", tmp_path / "index", IndexConfig(), run=QUIET)
-    assert len(captionlib.search.open(tmp_path / "index")) == len(written)
+    assert len(open_index(tmp_path / "index")) == len(written)
     assert "fixed_size_list<item: halffloat>[729]" in inspect_dataset(tmp_path / "captions").columns["attention"]

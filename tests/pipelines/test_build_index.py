@@ -4,10 +4,10 @@ from uuid import uuid4
 
 import pytest
 
-import captionlib.search
 from captionlib.errors import CheckpointError, ConfigError, DatasetError, FingerprintError
 from captionlib.search.build import plan_build
 from captionlib.search.config import IndexConfig
+from captionlib.search.index import open_index
 from captionlib.search.index_folder import read_description
 from captionlib.storage.folders import Folder
 from pipelines.build_index import build_index
@@ -47,7 +47,7 @@ def test_index_supports_text_and_sentence_search(place: str) -> None:
     assert (description.captions_count, description.vectors_count, description.end_row) == (90, 90, 90)
     assert description.layout is not None
     assert description.layout.dimension == SIZE
-    index = captionlib.search.open(f"{place}/index", WordRanker())
+    index = open_index(f"{place}/index", WordRanker())
     assert index.search_text("dogs", 90).num_rows == sum(
         "dog" in caption for rows in SHARDS.values() for _, caption, _ in rows
     )
@@ -59,7 +59,7 @@ def test_text_only_index_needs_no_embeddings(place: str) -> None:
     captions, _ = write_both(place)
     _, description = build_index(captions, f"{place}/index", IndexConfig(), run=NO_PROGRESS)
     assert (description.captions_count, description.vectors_count, description.vectors) == (90, 0, "")
-    assert captionlib.search.open(f"{place}/index").search_text("+pizza +train", 5).num_rows > 0
+    assert open_index(f"{place}/index").search_text("+pizza +train", 5).num_rows > 0
 
 
 def test_second_run_does_nothing(place: str) -> None:
@@ -76,13 +76,13 @@ def test_second_run_adds_only_new_shards(place: str) -> None:
     captions, embeddings = write_both(place, {0: SHARDS[0], 2: SHARDS[2]})
     _, before = build_index(captions, f"{place}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS)
     assert not before.is_complete
-    open_before = captionlib.search.open(f"{place}/index", WordRanker())
+    open_before = open_index(f"{place}/index", WordRanker())
     write_both(place)
     build, after = build_index(captions, f"{place}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS)
     assert [shard.shard for shard in build.added] == [1]
     assert after.is_complete
     assert (after.captions_count, after.vectors_count, after.trained) == (90, 90, before.trained)
-    index = captionlib.search.open(f"{place}/index", WordRanker())
+    index = open_index(f"{place}/index", WordRanker())
     for name, caption, _ in SHARDS[1]:
         assert index.get_image(name)["caption"] == caption
         assert name in index.search_sentence(caption, 10)["image_id"].to_pylist()
@@ -100,7 +100,7 @@ def test_rewritten_shard_is_replaced(place: str) -> None:
     build, description = build_index(captions, f"{place}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS)
     assert ([shard.shard for shard in build.added], [shard.shard for shard in build.removed]) == ([1], [1])
     assert (description.captions_count, description.vectors_count, description.end_row) == (91, 91, 121)
-    index = captionlib.search.open(f"{place}/index", WordRanker())
+    index = open_index(f"{place}/index", WordRanker())
     assert index.search_text("zebra")["image_id"].to_pylist() == ["broken"]
     image_ids = index.search_sentence("dog", 91)["image_id"].to_pylist()
     assert len(image_ids) == len(set(image_ids)) == 91
@@ -131,10 +131,10 @@ def test_interrupted_build_is_resumed(place: str, step: str) -> None:
         build.add_shard(0)
         Folder(f"{place}/index").write(f"text-{build.fingerprint[:12]}/meta.json", b"half of it")
     with pytest.raises(DatasetError, match="is not an index"):
-        captionlib.search.open(f"{place}/index")
+        open_index(f"{place}/index")
     _, description = build_index(captions, f"{place}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS)
     assert description.vectors_count == 90
-    assert captionlib.search.open(f"{place}/index", WordRanker()).search_text("dog").num_rows == 20
+    assert open_index(f"{place}/index", WordRanker()).search_text("dog").num_rows == 20
 
 
 def test_every_step_can_run_twice(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_captions_without_embedding_are_found_by_text(place: str) -> None:
     write_captions_dataset(f"{place}/captions", {0: SHARDS[0]}, 1)
     write_embeddings_dataset(f"{place}/embeddings", {0: SHARDS[0][:-1]}, 1, {0: [SHARDS[0][-1][0]]})
     build_index(f"{place}/captions", f"{place}/index", IndexConfig(), embeddings=f"{place}/embeddings", run=NO_PROGRESS)
-    index = captionlib.search.open(f"{place}/index", WordRanker())
+    index = open_index(f"{place}/index", WordRanker())
     assert index.search_sentence("dog", 40).num_rows == 29
     assert index.get_image(SHARDS[0][-1][0])["caption"] == SHARDS[0][-1][1]
 
@@ -199,7 +199,7 @@ def test_index_of_another_configuration_is_replaced_only_with_overwrite(place: s
     )
     assert len(build.added) == 3
     assert description.config.language == "german"
-    assert captionlib.search.open(f"{place}/index").search_text("Hund dog").num_rows == 20
+    assert open_index(f"{place}/index").search_text("Hund dog").num_rows == 20
 
 
 def test_index_that_outgrows_its_layout_is_rebuilt(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_opening_with_another_ranker_is_rejected(place: str) -> None:
     with pytest.raises(
         CheckpointError, match="expected the ranker ranker-of-words, which computed the embeddings, got another"
     ):
-        captionlib.search.open(f"{place}/index", ranker)
+        open_index(f"{place}/index", ranker)
 
 
 def test_remote_index_is_copied_once_and_replaces_its_old_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,11 +244,11 @@ def test_remote_index_is_copied_once_and_replaces_its_old_copy(tmp_path: Path, m
     for shard in range(2):
         write_captions_dataset(f"{address}/captions", {shard: SHARDS[shard]}, 3)
         build_index(f"{address}/captions", f"{address}/index", IndexConfig(), run=NO_PROGRESS)
-        assert captionlib.search.open(f"{address}/index", cache=tmp_path).search_text("dog", 40).num_rows > 0
+        assert open_index(f"{address}/index", cache=tmp_path).search_text("dog", 40).num_rows > 0
     (place,) = tmp_path.iterdir()
     description = read_description(Folder(f"{address}/index"))
     assert description is not None
     assert [copy.name for copy in place.iterdir()] == [description.fingerprint]
     for name in description.files:
         Folder(f"{address}/index").remove(name)
-    assert captionlib.search.open(f"{address}/index", cache=tmp_path).search_text("dog", 40).num_rows > 0
+    assert open_index(f"{address}/index", cache=tmp_path).search_text("dog", 40).num_rows > 0

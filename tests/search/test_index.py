@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import captionlib.search
 from captionlib.errors import DatasetError, QueryError
 from captionlib.search.build import plan_build
 from captionlib.search.config import IndexConfig, VectorLayout
-from captionlib.search.index import Filter, Index, fuse_rankings
+from captionlib.search.index import Filter, Index, fuse_rankings, open_index
 from captionlib.search.vector_index import Hits, VectorIndex, add_vectors, merge_vectors, train_vectors
 
 from .example_index import Row, WordRanker, make_rows, write_captions_dataset, write_embeddings_dataset
@@ -34,7 +33,7 @@ def build_index(tmp_path: Path, rows: list[Row], config: IndexConfig | None = No
     for shard in range(shards):
         build.add_shard(shard)
     build.finish()
-    return captionlib.search.open(tmp_path / "index", WordRanker())
+    return open_index(tmp_path / "index", WordRanker())
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +218,7 @@ def test_get_image_and_search_similar(few: Index, many: Index) -> None:
 
 def test_unsupported_searches_are_rejected(tmp_path: Path) -> None:
     build_index(tmp_path, SENTENCES)
-    without = captionlib.search.open(tmp_path / "index")
+    without = open_index(tmp_path / "index")
     assert without.has_vectors
     assert not without.supports_sentences
     with pytest.raises(QueryError, match="sentences need the ranker"):
@@ -231,9 +230,9 @@ def test_unsupported_searches_are_rejected(tmp_path: Path) -> None:
         plan.add_shard(shard)
     plan.finish()
     with pytest.raises(QueryError, match="the index has text only"):
-        captionlib.search.open(tmp_path / "text", WordRanker()).search_sentence("a dog")
+        open_index(tmp_path / "text", WordRanker()).search_sentence("a dog")
     with pytest.raises(DatasetError, match="is not an index"):
-        captionlib.search.open(tmp_path / "captions")
+        open_index(tmp_path / "captions")
 
 
 def test_fuse_rankings_sums_reciprocal_ranks() -> None:

@@ -9,7 +9,6 @@ import pyarrow as pa
 from fastapi import FastAPI
 from PIL import Image
 
-import captionlib.search
 from captionlib.data.images.decoder_pool import DecoderConfig
 from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import captions_schema
@@ -17,6 +16,7 @@ from captionlib.data.shards.writer import write_shard
 from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
 from captionlib.search.build import plan_build
 from captionlib.search.config import IndexConfig
+from captionlib.search.index import open_index
 from captionlib.search.models import ImageQueryModels
 from captionlib.serving.app import create_app
 from captionlib.serving.config import ServingConfig
@@ -57,7 +57,7 @@ def make_site(folder: Path, count: int = 60, config: ServingConfig | None = None
     build.add_shard(0)
     build.finish()
     ranker = make_ranker()
-    index = captionlib.search.open(folder / "index", ranker)
+    index = open_index(folder / "index", ranker)
     limits = config or ServingConfig(allowed_hosts=("localhost", "127.0.0.1", "testserver"))
     decoding = DecoderConfig(max_image_pixels=limits.max_image_pixels)
     models = ImageQueryModels(ranker, device="cpu", decoding=decoding) if with_models else None

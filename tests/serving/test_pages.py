@@ -234,12 +234,12 @@ def test_error_is_a_page_for_browsers_and_json_for_other_clients(client: TestCli
 
 
 def test_without_models_only_text_search_is_available(tmp_path: Path) -> None:
-    import captionlib.search
+    from captionlib.search.index import open_index
     from captionlib.serving.app import create_app
     from captionlib.serving.service import SearchService
 
     make_site(tmp_path, 10, with_models=False)
-    service = SearchService(captionlib.search.open(tmp_path / "index"), ServingConfig(allowed_hosts=("testserver",)))
+    service = SearchService(open_index(tmp_path / "index"), ServingConfig(allowed_hosts=("testserver",)))
     with TestClient(create_app(service, tmp_path / "thumbnails")) as client:
         html = client.get("/?q=dog").text
         assert "radio" not in html

@@ -141,8 +141,8 @@ def test_loss_of_two_samples_matches_hand_computed_value(
     objective = objective_of(model, features, settings, [[[2, 3]], [[4]]], max_tokens=2)
     batch = CaptionBatch(np.zeros((1, 3), np.float32), [[2, 3]], np.array([0]))
     loss = objective.loss(SelfCriticalBatch(batch, seed=0, epoch=0))
-    # END has no weight on its own, as both images have it; all other n-grams have the same weight. Of the reference
-    # (2, 3, END), (2, 3) has both words and one of two bigrams; (2, END) has one of two words. Both have one bigram less.
+    # END has no weight on its own, as both images have it; all other n-grams have the same weight. Of the
+    # reference (2, 3, END), (2, 3) has both words and one of two bigrams, and (2, END) has one of two words.
     length_penalty = math.exp(-1 / 72)
     high, low = 10 / 4 * (1 + math.sqrt(0.5)) * length_penalty, 10 / 4 * math.sqrt(0.5) * length_penalty
     assert (loss.size, loss.reward_count, loss.reward_total) == (4, 2, pytest.approx(high + low))

@@ -61,6 +61,11 @@ def import_features(
 ) -> Totals:
     """Writes a features dataset. Resumes an interrupted import.
 
+    Example:
+        >>> totals = captionlib.import_features("scenes/dataset.json", "vgg_feats.mat", "imported")
+        >>> totals.rows
+        26
+
     Args:
         dataset_json: Karpathy's `dataset.json`.
         features_mat: a MATLAB file of any version.

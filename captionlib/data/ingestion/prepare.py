@@ -94,6 +94,11 @@ def prepare(
     All rows are first written to a local temporary file and checked, so that an invalid source writes no output. Memory
     does not grow with the number of rows.
 
+    Example:
+        >>> summary = captionlib.prepare("scenes/dataset.json", "manifest")
+        >>> summary.images, summary.captions
+        (26, 130)
+
     Args:
         sources: paths, URLs or globs.
         output: the folder of the manifest.

@@ -211,6 +211,15 @@ def _describe_failures(dataset: ShardedDataset, totals: Totals, max_failure_rati
 def open_dataset(uri: str | os.PathLike[str], kind: str | None = None) -> ShardedDataset:
     """Opens a dataset, complete or not.
 
+    Example:
+        >>> captions = captionlib.open_dataset("captions", "captions").require_complete()
+        >>> captions.read(0, columns=["image_id", "caption"]).num_rows
+        26
+
+    Args:
+        uri: the folder of the dataset.
+        kind: the expected kind: manifest, features, captions or embeddings; None accepts any.
+
     Raises:
         DatasetError: the folder is not a dataset, or the dataset has another kind or schema version.
     """

@@ -194,6 +194,15 @@ def save_captioner(
 def load_captioner(folder: FolderLike, device: str = "cpu") -> LoadedCaptioner:
     """Loads a captioner.
 
+    Example:
+        >>> captioner = captionlib.load_captioner("captioner")
+        >>> captioner.config.cell
+        'lstm'
+
+    Args:
+        folder: the checkpoint.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+
     Raises:
         CheckpointError: the checkpoint is missing, damaged or of another kind.
         ConfigError: the device does not exist.
@@ -221,6 +230,15 @@ def save_ranker(
 
 def load_ranker(folder: FolderLike, device: str = "cpu") -> LoadedRanker:
     """Loads a ranker.
+
+    Example:
+        >>> ranker = captionlib.load_ranker("ranker")
+        >>> ranker.encode_sentences(["a red ring", "a blue square"]).shape
+        (2, 512)
+
+    Args:
+        folder: the checkpoint.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or of another kind.

@@ -182,13 +182,18 @@ def build_caption_rows(
 def caption_images(
     uris: Sequence[str],
     checkpoint: str,
-    config: GenerationConfig,
+    config: GenerationConfig = GenerationConfig(),
     *,
     weights: str | None = None,
     device: str = "auto",
     captioner: LoadedCaptioner | None = None,
 ) -> tuple[list[Row], list[tuple[str, ImageError]]]:
     """Captions images outside of any dataset.
+
+    Example:
+        >>> rows, failures = captionlib.caption_images(["scenes/images/test-00000.jpg"], "captioner")
+        >>> len(rows), len(failures)
+        (1, 0)
 
     Args:
         uris: paths or addresses.

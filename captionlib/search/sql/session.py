@@ -128,6 +128,16 @@ def query_sql(
 ) -> pa.Table:
     """Runs one SELECT over a dataset and returns all its rows.
 
+    Example:
+        >>> captionlib.query_sql("captions", "SELECT count(*) AS images FROM captions").to_pylist()
+        [{'images': 26}]
+
+    Args:
+        folder: the dataset, which the query names by its kind, such as `captions`.
+        sql: the statement.
+        parameters: values for the placeholders (`?`) of the statement.
+        limits: memory, threads and temporary disk space.
+
     Raises:
         DatasetError: the folder is not a dataset.
         QueryError: see `SqlSession.stream`.
