@@ -81,15 +81,18 @@ def read_source(
         if not all(map(is_unicode, (row.image_id, row.uri, row.split))):
             skips.skip_image("name is not UTF-8", row.origin)
             continue
+        if not options.captions:
+            yield replace(row, captions=())
+            continue
         valid = tuple(filter(is_unicode, row.captions))
         for _ in range(len(row.captions) - len(valid)):
             skips.skip_captions("caption is not UTF-8", row.origin)
         captions += len(valid)
         yield row if len(valid) == len(row.captions) else replace(row, captions=valid)
-    if skips.captions and not captions:
+    if options.captions and skips.captions and not captions:
         raise DatasetError(
             f"{', '.join(addresses[:3])}: expected captions, got none that can be used; left out: {skips.describe()}; "
-            "correct the source, or prepare the images alone"
+            "correct the source, or use --no-captions to prepare the images alone"
         )
 
 

@@ -281,6 +281,7 @@ def test_tar_counts_captions_that_do_not_follow_their_image(tmp_path: Path) -> N
     assert [row.captions for row in rows] == [(), (), ("z",)]
     assert skipped == {"captions that do not follow their image in the tar": 1}
     write_tar(path, [TAR[0], TAR[2], TAR[1], TAR[3]])
+    assert [row.captions for row in read(path, captions=False)[0]] == [(), ()]
     with pytest.raises(
         DatasetError, match=r"expected captions, got none that can be used; .* \(2, such as .*a\.tar, 1\)"
     ):
