@@ -17,8 +17,6 @@ from jobs.options import device_option, weights_option
 __all__ = ["command", "listen"]
 
 _APP_CONFIG = "CAPTIONLIB_APP_CONFIG"
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
-_MAX_CONNECTIONS = 1000
 
 
 @click.command()
@@ -94,7 +92,7 @@ def command(
         allow_private_hosts=allow_private_hosts,
     )
     folder = thumbnails or str(user_cache_folder() / "thumbnails")
-    if host not in _LOOPBACK:
+    if host not in ("127.0.0.1", "::1", "localhost"):
         click.echo(f"Listening on {host}: whoever can connect sees the images of the index.", err=True)
         click.echo(f"Host names: {', '.join(serving.allowed_hosts)}. Add others with --name.", err=True)
     app_config = AppConfig(index, folder, ranker, captioner, weights, sentences, device, serving)
@@ -107,7 +105,7 @@ def command(
             factory=workers > 1,
             workers=workers,
             server_header=False,
-            limit_concurrency=_MAX_CONNECTIONS,
+            limit_concurrency=1000,
             timeout_keep_alive=15,
             log_level="warning",
             access_log=False,

@@ -14,8 +14,8 @@ _NOT_PLOTTED = frozenset({"epoch", "step", "seconds", "learning_rate", "data_wai
 class Chart:
     """A curve of a metric over epochs, in the units of an SVG of `width` by `height`.
 
-    Values are texts: `low` is at `bottom`, `high` at `top`, and `best` is the lowest of a loss or a perplexity, and the
-    highest of a score. `first_epoch` is at `left`, `last_epoch` at `right`.
+    Values are texts: `low` is at `bottom`, `high` at `top`, and `best` is the lowest loss or perplexity, or the highest
+    score. `first_epoch` is at `left`, `last_epoch` at `right`.
     """
 
     name: str

@@ -57,7 +57,7 @@ def read_encoder_view(source: str | os.PathLike[str], image_ids: Collection[str]
 
 
 def build_encoder_view(rows: Iterable[Mapping[str, Any]], encoder: Mapping[str, Any]) -> EncoderView:
-    """Builds the view of rows of `captions/` in memory, with or without `attention`, and the encoder's description."""
+    """Builds the view from rows of `captions/`, with or without `attention`, and the description of the encoder."""
     maps = {row["image_id"]: _to_maps(np.array(row["attention"], np.float32)) for row in rows if "attention" in row}
     return EncoderView(_parse_preprocessing(encoder), maps)
 

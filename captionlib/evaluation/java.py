@@ -75,7 +75,7 @@ def _remove_separators(text: str) -> str:
 
 
 def _run_java(program: str, arguments: Sequence[str], lines: Sequence[str], folder: Path | None = None) -> list[str]:
-    """Runs a program that prints one line for each input line, and returns these lines.
+    """Runs a program that prints one line for each input line, and returns its lines.
 
     Raises:
         ConfigError: Java is not installed.

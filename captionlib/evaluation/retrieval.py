@@ -88,7 +88,7 @@ def score_ranker(
     splits: Sequence[str] = (),
     protocol: RetrievalProtocol = PROTOCOLS["all"],
 ) -> RetrievalScores:
-    """Scores a ranker on the images and references of a complete features dataset; no splits rank all.
+    """Scores a ranker on the images and references of a complete features dataset; no `splits` means all.
 
     Raises:
         CheckpointError: the features come from another encoder.

@@ -268,6 +268,9 @@ def _plan_shards(build: IndexBuild, base: IndexDescription | None, done: ShardMa
     rows = sum(marker.rows for marker, _ in done.values())
     if base is not None and base.layout is not None and base.layout.is_outgrown(build.config, rows):
         base = None
+    layout = base.layout if base is not None else None
+    if base is None and build.embeddings is not None:
+        layout = VectorLayout.choose(build.config, rows, build.embeddings.schema.field("embedding").type.list_size)
     indexed = {shard.shard: shard for shard in base.shards} if base is not None else {}
     unchanged = {
         number: shard for number, shard in indexed.items() if number in done and _is_current(shard, *done[number])
@@ -283,16 +286,8 @@ def _plan_shards(build: IndexBuild, base: IndexDescription | None, done: ShardMa
         unchanged=tuple(unchanged.values()),
         removed=tuple(shard for number, shard in indexed.items() if number not in unchanged),
         added=tuple(added),
-        layout=_choose_layout(build, base, rows),
+        layout=layout,
     )
-
-
-def _choose_layout(build: IndexBuild, base: IndexDescription | None, rows: int) -> VectorLayout | None:
-    if build.embeddings is None:
-        return None
-    if base is not None:
-        return base.layout
-    return VectorLayout.choose(build.config, rows, build.embeddings.schema.field("embedding").type.list_size)
 
 
 def _is_current(shard: IndexedShard, captions: Marker, embeddings: Marker | None) -> bool:

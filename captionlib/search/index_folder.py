@@ -158,7 +158,7 @@ def write_description(folder: Folder, description: IndexDescription) -> None:
 
 @contextmanager
 def temporary_folder(folder: Folder) -> Iterator[Path]:
-    """Creates a temporary local folder, inside a local index, so that files can be renamed into place."""
+    """Creates a temporary folder: inside the index if it is local, so that files can be renamed into place."""
     parent = None
     if folder.is_local:
         parent = Path(folder.path(TEMPORARY_FOLDER))

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from captionlib.models.encoders.encoder import Encoder, EncoderConfig, load_enco
 __all__ = ["ImageQueryModels", "read_sentences"]
 
 _CANDIDATES = pa.schema([("caption", pa.string()), ("log_prob", pa.float32())])
+_ImageEncoder = tuple[Encoder, DecoderPool]  # the decoders have the encoder's preprocessing
 _SENTENCES = pa.schema([("sentence", pa.string()), ("score", pa.float32())])
 
 
@@ -37,18 +38,11 @@ def read_sentences(path: str) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-class _ImageEncoder(NamedTuple):
-    """An image encoder, and decoders with its preprocessing."""
-
-    encoder: Encoder
-    decoders: DecoderPool
-
-
 class ImageQueryModels:
     """Embeds and captions images that are not in the index. A context manager; thread-safe.
 
-    The ranker embeds, and the captioner in a folder captions. `weights` is the file of the encoder's weights, if the
-    models were trained with such a file and the captioner does not contain them.
+    Images are embedded with a loaded ranker, and captioned with the captioner in a folder. `weights` is the file of the
+    encoder's weights, if the models were trained with such a file and the captioner does not contain them.
 
     Raises:
         CheckpointError: there is no captioner, or the encoder differs from the one a model was trained with.
@@ -141,9 +135,10 @@ class ImageQueryModels:
         return pa.Table.from_pylist(rows, _CANDIDATES)
 
     def _encode(self, image_encoder: _ImageEncoder, content: bytes) -> npt.NDArray[np.floating]:
-        pixels = image_encoder.decoders.decode(content)
+        encoder, decoders = image_encoder
+        pixels = decoders.decode(content)
         with self._lock:
-            return image_encoder.encoder.encode(pixels[None])
+            return encoder.encode(pixels[None])
 
     def _load(self, description: Mapping[str, Any], weights: str | None) -> _ImageEncoder:
         for loaded_description, image_encoder in self._loaded:
@@ -153,6 +148,5 @@ class ImageQueryModels:
         if changes := describe_differences(description, encoder.description):
             raise CheckpointError(f"the encoder differs from the one the model was trained with ({'; '.join(changes)})")
         decoders = self._resources.enter_context(DecoderPool(encoder.preprocessing, self._decoding))
-        image_encoder = _ImageEncoder(encoder, decoders)
-        self._loaded.append((description, image_encoder))
-        return image_encoder
+        self._loaded.append((description, (encoder, decoders)))
+        return encoder, decoders

@@ -59,8 +59,8 @@ def write_text_index(
             Query.range_query(index.schema, "row", tantivy.FieldType.Integer, start, end, include_upper=False)
         )
     for batch in rows:
-        for document in _make_documents(batch):
-            writer.add_document(document)
+        for row in batch.select(["row", "image_id", "split", "caption", "log_prob"]).to_pylist():
+            writer.add_document(tantivy.Document.from_dict(row, index.schema))
     writer.commit()
     writer.wait_merging_threads()
     index.reload()
@@ -92,20 +92,8 @@ def _make_analyzer(language: str) -> tantivy.TextAnalyzer:
     return builder.build()
 
 
-def _make_documents(batch: pa.RecordBatch) -> Iterator[tantivy.Document]:
-    names = ("row", "image_id", "split", "caption", "log_prob")
-    for row, image_id, split, caption, log_prob in zip(*(batch[name].to_pylist() for name in names), strict=True):
-        document = tantivy.Document()
-        document.add_text("caption", caption)
-        document.add_text("image_id", image_id)
-        document.add_text("split", split)
-        document.add_float("log_prob", log_prob)
-        document.add_integer("row", row)
-        yield document
-
-
 class TextIndex:
-    """An open text index, in the language that `write_text_index` wrote it with. Thread-safe.
+    """An open text index; `language` is the one that it was written with. Thread-safe.
 
     Raises:
         DatasetError: the folder is not a text index.

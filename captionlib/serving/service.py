@@ -39,7 +39,7 @@ _WAIT_SECONDS = 5.0
 class SearchService:
     """An index, its captions dataset, and the models for searching by image. A context manager; thread-safe.
 
-    Exiting closes the models; None disables searching by image. Uploaded images are compared with `sentences`, or with
+    Without models, searching by image is disabled; exiting closes them. Uploaded images are compared with `sentences`, or with
     the captions of similar images if there are none.
     """
 
