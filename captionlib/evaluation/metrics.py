@@ -129,7 +129,7 @@ def compute_ratio(
     denominators: Sequence[float] | Numbers,
     transform: Callable[[Numbers], Numbers] = lambda quotient: quotient,
 ) -> Metric:
-    """Computes the quotient of two sums over images, such as a mean; it is undefined where the denominators add up to 0.
+    """Computes the quotient of two sums over images, such as a mean; undefined where the denominators add up to 0.
 
     `transform` maps the quotient to the score, element by element.
     """

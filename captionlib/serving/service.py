@@ -39,8 +39,8 @@ _WAIT_SECONDS = 5.0
 class SearchService:
     """An index, its captions dataset, and the models for searching by image. A context manager; thread-safe.
 
-    Without models, searching by image is disabled; exiting closes them. Uploaded images are compared with `sentences`, or with
-    the captions of similar images if there are none.
+    Without models, searching by image is disabled; exiting closes them. Uploaded images are compared with
+    `sentences`, or with the captions of similar images if there are none.
     """
 
     def __init__(
