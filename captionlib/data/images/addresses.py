@@ -6,7 +6,8 @@ allowed protocol. It may select a part of the file:
     FILE#bytes=START-END        a range of bytes, END excluded, such as a member of an uncompressed tar
     FILE#row=N&column=NAME      the bytes in a cell of a Parquet file, with rows counted from 0 over the whole file
 
-The path of a `file://` address is percent-encoded, so `file:///a%23row=1&column=b` is the file `/a#row=1&column=b`.
+The path of a `file://` address is percent-decoded, unless it exists as it stands: `file:///a%23row=1&column=b` is the
+file `/a#row=1&column=b`.
 
 Chains of file systems and protocols that interpret content are rejected before anything is opened.
 """
@@ -124,7 +125,7 @@ def names_part_of_file(uri: str) -> bool:
 def _parse_file(uri: str, protocols: Sequence[str]) -> ImageFile:
     uri = uri.strip() if "://" in uri else uri
     shown = repr(uri if len(uri) <= _SHOWN_CHARACTERS else f"{uri[:_SHOWN_CHARACTERS]}...")
-    if "\0" in uri:
+    if "\0" in uri or (split_protocol(uri)[0] == "file" and "%00" in uri):
         raise FetchError("BadAddress", f"expected a path or an address, got {shown}, which contains a null character")
     if is_chained(uri):
         raise FetchError(
@@ -148,10 +149,6 @@ def _parse_file(uri: str, protocols: Sequence[str]) -> ImageFile:
         )
     if protocol in ("http", "https") and not _has_host(url):
         raise FetchError("BadAddress", f"expected {protocol}://HOST/PATH, got {shown}")
-    if spelled == "file":
-        url = unquote(url, errors="surrogateescape")
-        if "\0" in url:
-            raise FetchError("BadAddress", f"expected a path or an address, got {shown}, with a null character")
     return ImageFile(protocol, url, is_path=not spelled)
 
 
@@ -191,9 +188,15 @@ def open_image_file_system(file: ImageFile, allow_private_hosts: bool = True) ->
             "allow private hosts to connect to it",
         )
     try:
-        return open_file_system(file.url, **options)
+        fs, path = open_file_system(file.url, **options)
     except ConfigError as error:
         raise FetchError("ImportError", str(error)) from error
+    return fs, _decode_path(path) if file.protocol == "file" else path
+
+
+def _decode_path(path: str) -> str:
+    """Returns the path of a `file://` address: percent-decoded, unless the address is not encoded."""
+    return path if os.path.lexists(path) else unquote(path, errors="surrogateescape")
 
 
 def open_image_file(file: ImageFile, allow_private_hosts: bool = True) -> BinaryIO:
