@@ -27,14 +27,8 @@ Batches: TypeAlias = CaptionBatches | ImageBatches
 class CaptioningObjective(Objective[CaptionBatch, Model]):
     """Maximizes the log-probability of reference captions. Validates by perplexity, and by CIDEr if configured.
 
-    Args:
-        model: a `Captioner`, or a model with the same `forward`, on its device.
-        training: the training batches.
-        validation: the validation batches.
-        save: writes a checkpoint.
-        label_smoothing: the fraction of each target that is spread evenly over all classes.
-        cider: measures the CIDEr of generated captions, which then selects the best epoch.
-        part_learning_rates: see `Objective`.
+    The model is a `Captioner`, or has the same `forward`. With `cider`, the CIDEr of generated captions selects the
+    best epoch.
     """
 
     def __init__(
@@ -90,13 +84,8 @@ class CaptioningObjective(Objective[CaptionBatch, Model]):
 class CiderValidation:
     """Measures the CIDEr of the captions that a captioner generates for the validation images.
 
-    An unreadable image counts as an empty caption.
-
-    Args:
-        batches: the validation images.
-        references: the reference captions of each image, in the order of `batches`.
-        vocabulary: the captioner's vocabulary.
-        decoding: how to generate the captions.
+    An unreadable image counts as an empty caption. `references` holds the reference captions of each image of `batches`,
+    in order.
 
     Raises:
         ConfigError: Java, which the tokenizer of CIDEr needs, is missing; or `decoding` expects a datastore.
@@ -104,11 +93,7 @@ class CiderValidation:
     """
 
     def __init__(
-        self,
-        batches: Batches,
-        references: Sequence[Sequence[str]],
-        vocabulary: Vocabulary,
-        decoding: DecodingConfig,
+        self, batches: Batches, references: Sequence[Sequence[str]], vocabulary: Vocabulary, decoding: DecodingConfig
     ) -> None:
         if decoding.rerank.neighbors:
             raise ConfigError(

@@ -60,14 +60,7 @@ class LanguageModelTrainingConfig:
 
 
 class LanguageModelObjective(Objective[npt.NDArray[np.int64], Captioner]):
-    """Maximizes the log-probability of sentences, or of sequences of a text.
-
-    Args:
-        model: the language model, on its device.
-        training: the training batches.
-        validation: the validation batches.
-        save: writes a checkpoint.
-    """
+    """Maximizes the log-probability of sentences, or of sequences of a text."""
 
     def __init__(
         self, model: Captioner, training: TextBatches, validation: TextBatches, save: SaveModel[Captioner]
@@ -114,16 +107,8 @@ def train_language_model(
 ) -> list[dict[str, float]]:
     """Trains a language model, or resumes an interrupted run.
 
-    Args:
-        source: a features or manifest dataset, for its captions; or a text file.
-        output: the run's folder: the checkpoint of the best epoch, metrics, curves and the state to resume from.
-        config: the language model and how to train it.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        overwrite: replace a run of another configuration.
-        progress: show a progress bar.
-
-    Returns:
-        The metrics of each epoch; see `train`.
+    The source is a text file, or a features or manifest dataset, for its captions. The other arguments and the result
+    are those of `train_captioner`.
 
     Raises:
         DatasetError: the dataset is incomplete or has no captions, or the text is unreadable or too short.

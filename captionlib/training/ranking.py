@@ -94,15 +94,7 @@ class RankingBatch:
 
 
 class RankingObjective(Objective[RankingBatch, Ranker]):
-    """Ranks an image's captions above those of other images, and a caption's image above other images.
-
-    Args:
-        model: the ranker, on its device.
-        config: the loss and the captions per image.
-        training: the training batches.
-        validation: the validation batches.
-        save: writes a checkpoint.
-    """
+    """Ranks an image's captions above those of other images, and a caption's image above other images."""
 
     score_name = "mean_recall"
     higher_is_better = True

@@ -87,12 +87,8 @@ class _Samples(NamedTuple):
 class SelfCriticalObjective(Objective[SelfCriticalBatch, Captioner]):
     """Maximizes the expected CIDEr-D of samples. Batches, validation and checkpoints are those of captioning.
 
-    Args:
-        captioning: the captioner and its data.
-        config: how to learn from samples.
-        references: the reference captions of each training image as token ids. They determine the n-gram frequencies of
-            CIDEr-D, and are read once.
-        max_tokens: samples are cut off after this many tokens.
+    `references` holds the reference captions of each training image as token ids. They determine the n-gram frequencies
+    of CIDEr-D, and are read once. Samples are cut off after `max_tokens` tokens.
     """
 
     def __init__(

@@ -49,11 +49,7 @@ class EvalModeNetwork(nn.Module):
         return super().train(False)
 
     def run_network(self, inputs: Tensor) -> Tensor:
-        """Returns the output of the network's last node as float32.
-
-        Args:
-            inputs: `[batch, channels, height, width]`.
-        """
+        """Returns the output of the network's last node as float32, from `[batch, channels, height, width]`."""
         with torch.autocast(inputs.device.type, torch.bfloat16) if self._autocast else nullcontext():
             output: Tensor = self.network(inputs)["features"]
         return output.float()
@@ -105,10 +101,7 @@ class EncoderNetwork(EvalModeNetwork):
         return self._pool(self.run_network((images * self.scale - self.shift).to(self._input_dtype)))
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Computes features and rounds them to the stored dtype.
-
-        Args:
-            pixels: see `forward`.
+        """Computes features as `forward` does, and rounds them to the stored dtype.
 
         Raises:
             DatasetError: the features overflow the stored dtype.
@@ -209,9 +202,7 @@ def slice_network(name: str, start: str, node: str) -> nn.Module:
 def list_parameters_before(name: str, node: str) -> set[str]:
     """Returns the names of the parameters and buffers that precede a node in a torchvision model's graph.
 
-    Args:
-        name: a torchvision model name.
-        node: a node of its graph, or a module that contains nodes, such as `layer4`.
+    The node may also be a module that contains nodes, such as `layer4`.
 
     Raises:
         ConfigError: the model or the node does not exist.
