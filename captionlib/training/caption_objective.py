@@ -84,8 +84,8 @@ class CaptioningObjective(Objective[CaptionBatch, Model]):
 class CiderValidation:
     """Measures the CIDEr of the captions that a captioner generates for the validation images.
 
-    An unreadable image counts as an empty caption. `references` holds the reference captions of each image of `batches`,
-    in order.
+    An unreadable image counts as an empty caption. `references` holds the reference captions of each image, in the
+    order of `batches`.
 
     Raises:
         ConfigError: Java, which the tokenizer of CIDEr needs, is missing; or `decoding` expects a datastore.

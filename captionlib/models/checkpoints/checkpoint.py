@@ -173,19 +173,10 @@ def save_captioner(
     training: Mapping[str, Any],
     encoder_file: bytes | None = None,
 ) -> str:
-    """Saves a captioner and replaces the checkpoint in the folder, if there is one.
+    """Saves a captioner, replaces the checkpoint in the folder if there is one, and returns its fingerprint.
 
-    Args:
-        folder: the checkpoint's folder.
-        model: the captioner, on any device.
-        vocabulary: its words.
-        encoder: the encoder's description, as the features dataset records it.
-        provenance: fingerprints of the data, versions, date; JSON values.
-        training: the training configuration and history; JSON values.
-        encoder_file: the encoder's weights file, if the encoder was fine-tuned with the captioner.
-
-    Returns:
-        The fingerprint.
+    `encoder` is the description that the features dataset records. If the encoder was fine-tuned with the captioner,
+    `encoder_file` is its weights file. Provenance and training history are JSON values.
 
     Raises:
         CheckpointError: the vocabulary does not fit the model.

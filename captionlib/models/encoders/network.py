@@ -89,13 +89,10 @@ class EncoderNetwork(EvalModeNetwork):
         self.register_buffer("shift", mean / std, persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Computes features.
+        """Computes features, `[batch, size]` or `[batch, positions, channels] float32`.
 
         Args:
             pixels: `[batch, crop, crop, 3] uint8`, RGB.
-
-        Returns:
-            `[batch, size]` or `[batch, positions, channels]`, float32.
         """
         images = pixels.permute(0, 3, 1, 2)  # a view in channels_last, the memory layout of decoded images
         return self._pool(self.run_network((images * self.scale - self.shift).to(self._input_dtype)))

@@ -27,18 +27,10 @@ FeatureLoader = Callable[[Iterator[pa.RecordBatch], ReportFailure], EncodedRows]
 def resolve_encoder(
     source: ShardedDataset, model: LoadedModel[Any, Any], weights: str | None, device: str, threads: int | None
 ) -> EncoderConfig | None:
-    """Returns the encoder that must run before a model, and checks that it is the model's encoder.
+    """Returns the encoder that must run before a model, or None if `source` contains features already.
 
-    Args:
-        source: a features dataset or a manifest.
-        model: the model that takes the features.
-        weights: path of the encoder's weights file; required if the encoder was loaded from a file that the model's
-            checkpoint does not contain.
-        device: device of the encoder.
-        threads: CPU threads of the encoder; None is PyTorch's default.
-
-    Returns:
-        The encoder's configuration; None if `source` contains features already.
+    `weights` is the path of the encoder's weights file. It is required if the encoder was loaded from a file that the
+    model's checkpoint does not contain. No `threads` are PyTorch's default.
 
     Raises:
         CheckpointError: the encoder, or the encoder of the features, is not the model's.
