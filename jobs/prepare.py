@@ -49,6 +49,7 @@ __all__ = ["command"]
     metavar="NAME",
     help="Tables: column of a caption or a list of captions. Repeatable. [default: captions, caption, text, ...]",
 )
+@click.option("--captions/--no-captions", default=True, show_default=True, help="Include the captions of SOURCE.")
 @click.option("--split-column", metavar="NAME", help="Tables: column of the split. [default: split, subset]")
 @click.option(
     "--columns", metavar="NAME,...", help="CSV and TSV without a header: names of all columns, such as image,caption."
@@ -77,6 +78,7 @@ def command(
     uri_column: str | None,
     image_column: str | None,
     caption_columns: tuple[str, ...],
+    captions: bool,
     split_column: str | None,
     columns: str | None,
     tsv_quotes: bool,
@@ -129,6 +131,7 @@ def command(
         image_column=image_column,
         caption_columns=caption_columns,
         split_column=split_column,
+        captions=captions,
         columns=tuple(name.strip() for name in columns.split(",")) if columns else (),
         tsv_quotes=tsv_quotes,
     )

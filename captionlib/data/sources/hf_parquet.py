@@ -12,7 +12,7 @@ from captionlib.data.sources.columns import (
     select_caption_columns,
     select_column,
 )
-from captionlib.data.sources.locations import Location, find_files
+from captionlib.data.sources.locations import Location, find_files, open_file
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
 from captionlib.data.sources.tables import open_parquet, parse_caption_columns, parse_split_column, read_parquet_columns
 from captionlib.data.sources.values import parse_id, parse_optional, parse_text
@@ -34,7 +34,7 @@ def read_hf_parquet(addresses: Sequence[str], options: SourceOptions, skips: Ski
         DatasetError: a file cannot be read.
     """
     for location in find_files(addresses, frozenset({".parquet"})):
-        with location.fs.open(location.path, "rb") as file:
+        with open_file(location) as file:
             yield from _read_rows(open_parquet(file, location), location, options)
 
 

@@ -58,7 +58,7 @@ class SkipCounter:
         Raises:
             DatasetError: the counter is strict.
         """
-        origin = origin.encode(errors="backslashreplace").decode()  # it may be printed
+        origin = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in origin)
         if self._strict:
             raise DatasetError(f"{origin}: {reason}; correct it, or leave out --strict to skip it")
         self.skip(reason)
@@ -97,6 +97,7 @@ class SourceOptions:
         image_column: the Parquet column that holds the bytes of the images.
         caption_columns: the table columns, or the keys in a WebDataset sample's JSON, that hold captions.
         split_column: the table column that holds the split.
+        captions: whether to include captions.
         columns: the names of all columns of a CSV or TSV table that has no header.
         tsv_quotes: whether cells of TSV tables may be quoted, as in CSV.
     """
@@ -109,6 +110,7 @@ class SourceOptions:
     image_column: str | None = None
     caption_columns: tuple[str, ...] = ()
     split_column: str | None = None
+    captions: bool = True
     columns: tuple[str, ...] = ()
     tsv_quotes: bool = False
 

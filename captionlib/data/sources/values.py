@@ -64,7 +64,7 @@ def parse_json(text: str, origin: str) -> Any:
         DatasetError: `text` is not JSON, is nested too deeply, has numbers that are too long, or repeats a key.
     """
     try:
-        return json.loads(text, object_pairs_hook=_to_object)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if "\n" in text else ""
         raise DatasetError(f"{origin}, {line}column {error.colno}: not JSON: {error.msg}; correct the file") from error
@@ -82,6 +82,9 @@ def _to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise _DuplicateKeyError(describe(next(key for key in keys if keys.count(key) > 1)))
     return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_to_object)
 
 
 def describe(value: object) -> str:
@@ -117,12 +120,12 @@ def parse_cell(cell: str, numeric: bool = False) -> object:
         numeric: whether a cell such as `391895.0`, as pandas writes ids, is a number rather than text.
 
     Returns:
-        None for a printed null such as `nan`, a float, or the cell.
+        None for a printed null such as `nan`, a float, or the cell without surrounding white space.
     """
     text = cell.strip()
     if text in _PRINTED_NULLS:
         return None
-    return float(text) if numeric and _PRINTED_FLOAT.fullmatch(text) else cell
+    return float(text) if numeric and _PRINTED_FLOAT.fullmatch(text) else text
 
 
 def parse_text(value: object, origin: str, field: str) -> str:
@@ -203,7 +206,7 @@ def parse_captions(value: object, origin: str, field: str, depth: int = 0) -> tu
         return ()
     if isinstance(value, str):
         caption = value.strip()
-        if not _PRINTED_LIST.fullmatch(caption):
+        if not caption.startswith("[") or not _PRINTED_LIST.fullmatch(caption):
             return (caption,)
         value = _decode_list(caption, origin, field)
     if depth <= _MAX_CAPTION_DEPTH:
