@@ -19,6 +19,7 @@ from jobs.rows import limit_rows, print_rows, save_rows
 
 if TYPE_CHECKING:
     from captionlib.search.text_index import Sort
+from jobs.options import weights_option
 
 __all__ = ["command"]
 
@@ -68,7 +69,7 @@ class _IndexOptions:
 @click.option("--ranker", "-r", metavar="FOLDER", help="The ranker that computed the embeddings.")
 @click.option("--captioner", "-c", metavar="FOLDER", help="With --image: caption the image instead.")
 @click.option("--sentences", metavar="FILE", help="With --image: rank these sentences, one per line, instead.")
-@click.option("--weights", metavar="FILE", help="The encoder's weights file, if it used one.")
+@weights_option
 @click.option("--sql", metavar="SELECT", help="A SELECT over the view named by the dataset's kind, or over failures.")
 @click.option("--contains", metavar="WORDS", help="Captions with all these words, most probable first.")
 @click.option("--top", type=click.IntRange(min=1), metavar="N", help="The N most probable captions.")

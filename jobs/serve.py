@@ -13,7 +13,7 @@ from captionlib.errors import ConfigError, DatasetError
 from captionlib.search.index_folder import DESCRIPTION
 from captionlib.serving.config import ServingConfig
 from captionlib.storage.folders import Folder
-from jobs.options import device_option
+from jobs.options import device_option, weights_option
 
 __all__ = ["command", "listen"]
 
@@ -26,7 +26,7 @@ _MAX_CONNECTIONS = 1000
 @click.argument("index")
 @click.option("--ranker", "-r", metavar="FOLDER", help="The ranker that computed the embeddings.")
 @click.option("--captioner", "-c", metavar="FOLDER", help="A captioner, to caption uploaded images.")
-@click.option("--weights", metavar="FILE", help="The encoder's weights file, if it used one.")
+@weights_option
 @click.option("--sentences", metavar="FILE", help="Sentences, one per line, to compare uploaded images with.")
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="The address to listen on; 0.0.0.0 for all networks."
