@@ -8,7 +8,7 @@ import itertools
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -87,19 +87,10 @@ class Scene:
 
 
 def write_scenes(folder: Path, train: int = 1000, val: int = 100, test: int = 200, seed: int = 0) -> Path:
-    """Writes a data set: `images/`, and `dataset.json` with the captions in Karpathy's format.
+    """Writes a data set: `images/`, and `dataset.json` with the captions in Karpathy's format, whose path it returns.
 
-    Five sixths of the scenes are for training, one twelfth for validation and one twelfth for testing.
-
-    Args:
-        folder: the folder to write to.
-        train: the number of training images.
-        val: the number of validation images.
-        test: the number of test images.
-        seed: the seed of the scenes, images and captions.
-
-    Returns:
-        The path of `dataset.json`.
+    `train`, `val` and `test` are numbers of images. Five sixths of the scenes are for training, one twelfth for
+    validation and one twelfth for testing.
     """
     rng = random.Random(seed)
     scenes = list(iterate_scenes())
@@ -114,16 +105,8 @@ def write_scenes(folder: Path, train: int = 1000, val: int = 100, test: int = 20
             name = f"{split}-{number:05d}.jpg"
             render_scene(scene, rng).save(folder / "images" / name, quality=95)
             sentences = [{"raw": caption, "tokens": caption.split()} for caption in describe_scene(scene, rng)]
-            entries.append(
-                {
-                    "imgid": len(entries),
-                    "filepath": "images",
-                    "filename": name,
-                    "split": split,
-                    "sentences": sentences,
-                    "attributes": asdict(scene),
-                }
-            )
+            entry = {"imgid": len(entries), "filepath": "images", "filename": name, "split": split}
+            entries.append({**entry, "sentences": sentences, "attributes": asdict(scene)})
     path = folder / "dataset.json"
     path.write_text(json.dumps({"dataset": "scenes", "images": entries}), encoding="utf-8")
     return path
@@ -174,25 +157,17 @@ def parse_attributes(caption: str) -> dict[str, str | None]:
     """Returns the value of each attribute in a caption, or None if the caption expresses none or several."""
     text = f" {caption} "
     attributes = {}
-    for field in fields(Scene):
-        values = {
-            value for value, phrases in _PHRASES[field.name].items() if any(f" {phrase} " in text for phrase in phrases)
-        }
-        attributes[field.name] = values.pop() if len(values) == 1 else None
+    for name, phrases_of in _PHRASES.items():
+        values = [value for value, phrases in phrases_of.items() if any(f" {phrase} " in text for phrase in phrases)]
+        attributes[name] = values[0] if len(values) == 1 else None
     return attributes
 
 
 def score_attributes(scenes: Sequence[Scene], captions: Sequence[str]) -> dict[str, float]:
     """Returns the share of captions with the correct value of each attribute, and of `all` of them."""
-    predictions = [parse_attributes(caption) for caption in captions]
-    correct = {
-        field.name: [
-            predicted[field.name] == getattr(scene, field.name)
-            for predicted, scene in zip(predictions, scenes, strict=True)
-        ]
-        for field in fields(Scene)
-    }
-    correct["all"] = [all(row) for row in zip(*correct.values(), strict=True)]
+    pairs = [(asdict(scene), parse_attributes(caption)) for scene, caption in zip(scenes, captions, strict=True)]
+    correct = {name: [actual[name] == parsed[name] for actual, parsed in pairs] for name in _PHRASES}
+    correct["all"] = [actual == parsed for actual, parsed in pairs]
     return {name: sum(flags) / max(1, len(flags)) for name, flags in correct.items()}
 
 

@@ -107,10 +107,6 @@ def open_file_system(address: str | os.PathLike[str], **options: Any) -> tuple[A
 def open_decompressed(fs: Any, path: str, mode: str = "rb", **text: Any) -> Any:
     """Returns a context manager that opens a file and decompresses it by its extension, such as `.gz`.
 
-    Args:
-        fs: the fsspec file system.
-        path: the path on it.
-        mode: `rb` or `rt`.
-        text: `encoding`, `errors` and `newline` of a text file.
+    `text` has the `encoding`, `errors` and `newline` of a text file, whose mode is `rt`.
     """
     return OpenFile(fs, path, mode, compression=get_compression(path, "infer"), **text)

@@ -35,9 +35,6 @@ def call_with_retries(address: str, action: Callable[[], Result]) -> Result:
         address: the file or folder, for error messages.
         action: a read, or a write that replaces everything an earlier call wrote.
 
-    Returns:
-        The result of `action`.
-
     Raises:
         StorageError: every attempt within two minutes failed with a temporary error.
     """

@@ -5,11 +5,13 @@ images are shuffled. Memory holds two buffers, whatever the size of the dataset.
 read only once.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice, pairwise
+from typing import TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,7 @@ __all__ = [
     "CaptionBatch",
     "CaptionBatches",
     "feature_shape",
+    "make_batch",
     "make_encoder",
     "mean_and_std",
     "pool_map",
@@ -33,6 +36,7 @@ __all__ = [
     "sample_features",
 ]
 
+Result = TypeVar("Result")
 Features = npt.NDArray[np.floating]
 EncodeCaption = Callable[[str], list[int]]
 
@@ -97,35 +101,21 @@ class CaptionBatches:
         self._load_once = lru_cache(maxsize=1)(self._load)
 
     def count(self, world_size: int = 1) -> int:
-        """Returns the batches per epoch, which may vary slightly with the order of the shards.
-
-        Args:
-            world_size: the number of processes that share each batch.
-        """
-        images = [0] * self._dataset.shards
-        for shard in range(self._dataset.shards):
-            for split, captions in _read_splits(self._dataset, shard):
-                images[shard] += split in self._splits and bool(captions)
+        """Returns the batches per epoch, which may vary slightly with the order of the shards."""
+        images = [
+            sum(split in self._splits and bool(captions) for split, captions in _read_splits(self._dataset, shard))
+            for shard in range(self._dataset.shards)
+        ]
         size = self._batch_images * world_size
         return sum(-(-sum(images[shard] for shard in group) // size) for group in self._groups)
 
     def shuffled(
         self, seed: int, epoch: int, rank: int = 0, world_size: int = 1, first: int = 0
     ) -> Iterator[CaptionBatch | None]:
-        """Yields the batches of an epoch in random order: all images once.
+        """Yields the batches of an epoch from batch `first` on, in random order: all images once.
 
-        Each of several processes gets an equal part of every batch, to within one image. The batches of the whole group
-        are `world_size` times as large.
-
-        Args:
-            seed: with `epoch`, determines the order and the augmentation.
-            epoch: the number of the epoch.
-            rank: the number of this process.
-            world_size: the number of processes.
-            first: the batch to start from.
-
-        Yields:
-            The part of this process; None if a batch has fewer images than there are processes.
+        Each of several processes gets an equal part of every batch, to within one image; None if it gets no image. The
+        batches of the whole group are `world_size` times as large.
         """
         size = self._batch_images * world_size
         selections = (
@@ -133,16 +123,14 @@ class CaptionBatches:
             for number, (buffer, order) in enumerate(self._shuffled_buffers(seed, epoch))
             for begin in range(0, len(order), size)
         )
-        with ThreadPoolExecutor(1, thread_name_prefix="batch") as pool:
-            pending: Future[CaptionBatch | None] | None = None  # made while the caller trains on the one before
-            for number, buffer, images in islice(selections, first, None):
-                part = np.array_split(np.arange(len(images)), world_size)[rank]
-                following = pool.submit(self._augmented_batch, buffer, images, part, [seed, epoch, number, images[0]])
-                if pending is not None:
-                    yield pending.result()
-                pending = following
-            if pending is not None:
-                yield pending.result()
+        return _call_ahead(
+            partial(
+                self._augmented_batch,
+                *(buffer, images, np.array_split(np.arange(len(images)), world_size)[rank]),
+                seed=[seed, epoch, number, images[0]],
+            )
+            for number, buffer, images in islice(selections, first, None)
+        )
 
     def in_order(self) -> Iterator[CaptionBatch]:
         """Yields all images once, in the order of the dataset."""
@@ -171,13 +159,7 @@ class CaptionBatches:
 
     def _prefetch(self, groups: Sequence[tuple[int, ...]]) -> Iterator[_Buffer]:
         load = self._load_once if len(groups) == 1 else self._load
-        with ThreadPoolExecutor(1, thread_name_prefix="shuffle-buffer") as pool:
-            pending = pool.submit(load, groups[0])
-            for following in [*groups[1:], None]:
-                buffer = pending.result()
-                if following is not None:
-                    pending = pool.submit(load, following)
-                yield buffer
+        return _call_ahead(partial(load, group) for group in groups)
 
     def _load(self, shards: tuple[int, ...]) -> _Buffer:
         features: list[Features] = []
@@ -188,7 +170,7 @@ class CaptionBatches:
                 captioned = [number for number, row in enumerate(encoded) if row]
                 features.append(rows[captioned] if self._buffers_maps else pool_map(rows[captioned]))
                 sentences.extend(encoded[number] for number in captioned)
-        shape = feature_shape(self._dataset) if self._buffers_maps else feature_shape(self._dataset)[-1:]
+        shape = feature_shape(self._dataset)[0 if self._buffers_maps else -1 :]
         return _Buffer(np.concatenate(features) if features else np.empty((0, *shape), np.float32), sentences)
 
     def _augmented_batch(
@@ -205,12 +187,31 @@ class CaptionBatches:
         return self._batch(buffer, images[part], maps)
 
     def _batch(self, buffer: _Buffer, images: npt.NDArray[np.int64], features: Features) -> CaptionBatch:
-        sentences = [sentence for image in images for sentence in buffer.sentences[image]]
-        image_of_sentence = np.repeat(np.arange(len(images)), [len(buffer.sentences[image]) for image in images])
-        return CaptionBatch(self._finish(features), sentences, image_of_sentence)
+        return make_batch(self._finish(features), [buffer.sentences[image] for image in images])
 
     def _finish(self, features: Features) -> npt.NDArray[np.float32]:
         return (pool_map(features) if self._pooled else features).astype(np.float32)
+
+
+def _call_ahead(calls: Iterable[Callable[[], Result]]) -> Iterator[Result]:
+    """Yields the results of calls. The next call runs in a thread while the consumer uses a result."""
+    with ThreadPoolExecutor(1) as pool:
+        pending: Future[Result] | None = None
+        for call in calls:
+            following = pool.submit(call)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
+
+
+def make_batch(
+    features: npt.NDArray[np.float32] | npt.NDArray[np.uint8], sentences: Sequence[list[list[int]]]
+) -> CaptionBatch:
+    """Returns a batch of images with the given features and sentences per image."""
+    image_of_sentence = np.repeat(np.arange(len(sentences)), [len(per_image) for per_image in sentences])
+    return CaptionBatch(features, [sentence for per_image in sentences for sentence in per_image], image_of_sentence)
 
 
 def make_encoder(vocabulary: Vocabulary, max_words: int) -> EncodeCaption:
@@ -220,8 +221,7 @@ def make_encoder(vocabulary: Vocabulary, max_words: int) -> EncodeCaption:
 
 def feature_shape(dataset: ShardedDataset) -> list[int]:
     """Returns the shape of the features of one image: `[size]` or `[positions, channels]`."""
-    shape: list[int] = dataset.config["encoder"]["shape"]
-    return shape
+    return cast(list[int], dataset.config["encoder"]["shape"])
 
 
 def pool_map(features: Features) -> Features:
@@ -265,9 +265,7 @@ def read_captions(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[st
 def read_references(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[list[str]]:
     """Yields the captions of each captioned image of these splits without reading the features."""
     for shard in range(dataset.shards):
-        for split, captions in _read_splits(dataset, shard):
-            if split in splits and captions:
-                yield captions
+        yield from (captions for split, captions in _read_splits(dataset, shard) if split in splits and captions)
 
 
 def _read_splits(dataset: ShardedDataset, shard: int) -> Iterator[tuple[str, list[str]]]:
@@ -292,15 +290,9 @@ def sample_features(dataset: ShardedDataset, splits: Sequence[str], count: int) 
 def mean_and_std(
     dataset: ShardedDataset, splits: Sequence[str], to_vectors: Callable[[Features], Features] = pool_map
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Computes the mean and the standard deviation of the image vectors of these splits, in one pass.
+    """Computes the mean and the standard deviation, `[size]` each, of the image vectors of these splits, in one pass.
 
-    Args:
-        dataset: `features/`, complete.
-        splits: the splits to read.
-        to_vectors: converts features, `[images, *shape]`, to vectors, `[images, size]`.
-
-    Returns:
-        `[size]` each.
+    `to_vectors` converts features, `[images, *shape]`, to vectors, `[images, size]`.
     """
     count, total, squares = 0, np.zeros(1), np.zeros(1)
     for shard in range(dataset.shards):
@@ -318,8 +310,7 @@ def _group_shards(dataset: ShardedDataset, buffer_bytes: int, pooled: bool) -> l
     """Groups consecutive shards so that each group fills a buffer, if all shards were as large as the largest."""
     largest = max((marker.rows for marker in dataset.read_markers().values()), default=1)
     width = dataset.schema.field("features").type.value_type.bit_width // 8
-    row_bytes = 4 * feature_shape(dataset)[-1] if pooled else width * int(np.prod(feature_shape(dataset)))
+    row_bytes = 4 * feature_shape(dataset)[-1] if pooled else width * math.prod(feature_shape(dataset))
     per_group = max(1, buffer_bytes // max(1, largest * row_bytes))
-    return [
-        tuple(range(first, min(first + per_group, dataset.shards))) for first in range(0, dataset.shards, per_group)
-    ]
+    shards = range(dataset.shards)
+    return [tuple(shards[first : first + per_group]) for first in shards[::per_group]]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captionlib.data.batches.captions import CaptionBatch, read_captions
+from captionlib.data.batches.captions import CaptionBatch, make_batch, read_captions
 from captionlib.data.batches.skipped import SkippedImages
 from captionlib.data.images.loading import LoadImages
 from captionlib.data.shards.dataset import ShardedDataset
@@ -27,8 +27,6 @@ Pixels = npt.NDArray[np.uint8]
 
 class ImageBatches:
     """The batches of one split of a manifest.
-
-    The same seed and epoch give the same batches, from any batch on.
 
     Args:
         rows: the rows of the manifest, from `read_captioned_rows`.
@@ -78,8 +76,7 @@ class ImageBatches:
     def in_order(self) -> Iterator[CaptionBatch]:
         """Yields all images once, in the order of the manifest."""
         for loaded in self._load_in_order():
-            batch = self._batch([(row, image) for _, row, image in loaded])
-            if batch is not None:
+            if (batch := self._batch([(row, image) for _, row, image in loaded])) is not None:
                 yield batch
 
     def images_in_order(self) -> Iterator[tuple[Sequence[int], Pixels]]:
@@ -89,10 +86,8 @@ class ImageBatches:
                 yield [number for number, _, _ in loaded], np.stack([image for _, _, image in loaded])
 
     def _load_in_order(self) -> Iterator[list[tuple[int, Row, Pixels]]]:
-        numbers = np.arange(len(self._rows))
-        return self._load_parts(
-            [numbers[begin : begin + self._batch_images] for begin in numbers[:: self._batch_images]]
-        )
+        size, numbers = self._batch_images, np.arange(len(self._rows))
+        return self._load_parts([numbers[begin : begin + size] for begin in numbers[::size]])
 
     def _load_parts(self, parts: Sequence[npt.NDArray[np.int64]]) -> Iterator[list[tuple[int, Row, Pixels]]]:
         """Yields the readable images of each part with their numbers and rows."""
@@ -108,19 +103,11 @@ class ImageBatches:
 
     def _batch(self, images: Sequence[tuple[Row, Pixels]]) -> CaptionBatch | None:
         sentences = [[ids for caption in row["captions"] if (ids := self._encode(caption))] for row, _ in images]
-        if not any(sentences):
-            return None
-        return CaptionBatch(
-            features=np.stack([image for _, image in images]),
-            sentences=[sentence for per_image in sentences for sentence in per_image],
-            image_of_sentence=np.repeat(np.arange(len(images)), [len(per_image) for per_image in sentences]),
-        )
+        return make_batch(np.stack([image for _, image in images]), sentences) if any(sentences) else None
 
 
 def read_captioned_rows(dataset: ShardedDataset, splits: Sequence[str]) -> pa.Table:
-    """Returns the rows of a manifest that belong to these splits and have captions: image_id, uri, captions.
-
-    They are held in memory, at about half a kilobyte each.
+    """Returns the image_id, uri and captions of the captioned rows of these splits, about half a kilobyte each.
 
     Raises:
         DatasetError: there are none.

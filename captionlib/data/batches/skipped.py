@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captionlib.data.shards.markers import FAILURES_FOLDER, part_name
-from captionlib.data.shards.schemas import FAILURES_SCHEMA
+from captionlib.data.shards.schemas import FAILURES_SCHEMA, failure_row
 from captionlib.errors import FailureRatioError, ImageError
 from captionlib.storage.folders import Folder
 
@@ -47,13 +47,7 @@ class SkippedImages:
         Raises:
             FailureRatioError: the run has skipped more images than it allows.
         """
-        self._rows[row["image_id"]] = {
-            "image_id": row["image_id"],
-            "uri": row["uri"],
-            "stage": error.stage,
-            "error": error.reason,
-            "message": str(error),
-        }
+        self._rows[row["image_id"]] = failure_row(row["image_id"], row["uri"], error)
         if len(self._rows) > self._max_ratio * self._images:
             raise FailureRatioError(
                 f"{self.describe()}; the run allows {self._max_ratio:.1%}. The last is {row['uri']}: {error}. Check "
@@ -68,7 +62,6 @@ class SkippedImages:
         return f"{len(self._rows)} of {self._images} images are unreadable ({counts})"
 
     def write(self) -> None:
-        """Writes the rows to the run's folder."""
         if self._rows:
             with self._output.stage(self._file) as path:
                 pq.write_table(pa.Table.from_pylist(list(self._rows.values()), FAILURES_SCHEMA), path)

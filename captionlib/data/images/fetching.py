@@ -5,12 +5,13 @@ configuration; see `captionlib.storage.folders`.
 """
 
 import asyncio
-import http
+import http.client
 import os
 import threading
 import time
 from concurrent.futures import CancelledError, Future
-from typing import Any, BinaryIO, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import aiohttp
 import fsspec
@@ -98,7 +99,8 @@ class ImageFetcher:
         if not self.config.allow_private_hosts:
             for protocol in ("http", "https"):
                 reject_proxies(fsspec.config.conf.get(protocol, {}))
-        self._cells = ParquetCellReader(self._open, self.config.max_row_group_bytes)
+        open_file = partial(open_image_file, allow_private_hosts=self.config.allow_private_hosts)
+        self._cells = ParquetCellReader(open_file, self.config.max_row_group_bytes)
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._requests: set[Future[bytes]] = set()
@@ -128,18 +130,16 @@ class ImageFetcher:
         """Fetches the bytes at an address.
 
         Raises:
-            FetchError: they cannot be fetched. The reason is, for example, BadAddress, ForbiddenHost,
-                FileNotFoundError, `HTTP 404`, TooLarge or Timeout. The message quotes no content.
+            FetchError: they cannot be fetched. The message quotes no content.
         """
         try:
-            content: bytes = self._retrying(self._attempt, uri)
+            return self._retrying(self._attempt, uri)
         except FetchError:
             raise
         except CancelledError:
             raise FetchError("Cancelled", "the run ended before the image was fetched") from None
         except Exception as error:  # clients raise anything; one image must not end the run
             raise to_fetch_error(error) from error
-        return content
 
     def _attempt(self, uri: str) -> bytes:
         if self._closed.is_set():
@@ -163,23 +163,21 @@ class ImageFetcher:
             return self._cells.read_cell(address.file, *address.cell, limit)
         start, end = address.span or (0, None)
         span = _Span(start, end, limit)
-        _check_span(span)
+        if end is not None and end <= start:
+            raise FetchError("BadRange", f"expected bytes=START-END with END above START, got {start}-{end}")
+        if end is not None and span.size > limit:
+            raise FetchError("TooLarge", f"expected at most {limit} bytes, got a range of {span.size}")
         content = self._read(address.file, span)
-        if span.end is None and len(content) > limit:
+        if end is None and len(content) > limit:
             raise FetchError("TooLarge", f"expected at most {limit} bytes, got more")
-        if span.end is not None and len(content) < span.size:
-            raise FetchError("ShortRead", f"expected bytes {span.start} to {span.end}, but the file ends earlier")
+        if end is not None and len(content) < span.size:
+            raise FetchError("ShortRead", f"expected bytes {start} to {end}, but the file ends earlier")
         return content
 
-    def _open(self, file: ImageFile) -> BinaryIO:
-        return open_image_file(file, self.config.allow_private_hosts)
-
     def _read(self, file: ImageFile, span: _Span) -> bytes:
-        if file.is_path:
+        if file.protocol == "file":
             return _read_local(file.url, span)
         fs, path = open_image_file_system(file, self.config.allow_private_hosts)
-        if file.protocol == "file":
-            return _read_local(path, span)
         if isinstance(fs, HTTPFileSystem):
             return self._run(fs, self._read_http(fs, path, span))
         if issubclass(type(fs), AsyncFileSystem) and fs.async_impl:
@@ -224,12 +222,11 @@ class ImageFetcher:
 
 async def _read_object(fs: Any, path: str, span: _Span) -> bytes:
     try:
-        content: bytes = await fs._cat_file(path, start=span.start, end=span.start + span.size)
+        return cast(bytes, await fs._cat_file(path, start=span.start, end=span.start + span.size))
     except Exception as error:
         if span.end is None and get_http_status(error) == 416:  # no range of an empty object is valid
             return b""
         raise
-    return content
 
 
 def _read_pieces(fs: Any, path: str, span: _Span, deadline: float) -> bytes:
@@ -248,15 +245,6 @@ def _read_local(path: str, span: _Span) -> bytes:
     with open_regular_file(path) as file:
         size = span.size if span.end is not None else min(os.fstat(file.fileno()).st_size, span.size)
         return os.pread(file.fileno(), size, span.start)
-
-
-def _check_span(span: _Span) -> None:
-    if span.end is None:
-        return
-    if span.size < 1:
-        raise FetchError("BadRange", f"expected bytes=START-END with END above START, got {span.start}-{span.end}")
-    if span.size > span.limit:
-        raise FetchError("TooLarge", f"expected at most {span.limit} bytes, got a range of {span.size}")
 
 
 def to_fetch_error(error: BaseException) -> FetchError:
@@ -279,10 +267,8 @@ def to_fetch_error(error: BaseException) -> FetchError:
 
 
 def _status_phrase(status: int) -> str:
-    try:
-        return f" ({http.HTTPStatus(status).phrase})"
-    except ValueError:
-        return ""
+    phrase = http.client.responses.get(status)
+    return f" ({phrase})" if phrase else ""
 
 
 def _errno_phrase(error: BaseException) -> str:

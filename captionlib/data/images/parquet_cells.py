@@ -40,13 +40,7 @@ class ParquetCellReader:
         self._get_chunk = cached(chunks, condition=Condition())(self._read_chunk)
 
     def read_cell(self, file: ImageFile, row: int, column: str, max_bytes: int) -> bytes:
-        """Reads the bytes in a cell.
-
-        Args:
-            file: the Parquet file.
-            row: the row number in the whole file, from 0.
-            column: the column name; for a field of a struct column, both names joined by a dot.
-            max_bytes: larger cells are rejected.
+        """Reads the bytes in a cell: a row of the whole file, from 0, and a column, such as `image.bytes` in a struct.
 
         Raises:
             FetchError: the row or column does not exist, or the cell has no bytes or too many.

@@ -59,10 +59,6 @@ class ShardJob:
     def run(self, shard: int, process: ProcessRows) -> Marker:
         """Processes a shard, or only its failed images if it is finished and `retry_failures` is set.
 
-        Args:
-            shard: the number of the shard.
-            process: the function that `stage.open()` returned.
-
         Returns:
             The marker of the first output.
         """
@@ -104,10 +100,7 @@ class ShardJob:
         """Processes the failed images of a finished shard again and merges those that succeed into its rows.
 
         Holds the shard in memory. The marker is removed before the files change, so that the shard is pending if the
-        run dies in between.
-
-        Returns:
-            The new marker; None if no image succeeded.
+        run dies in between. Returns None if no image succeeded.
         """
         failures = self.outputs[0].read_failures(shard)
         assert failures is not None, "the marker counts failures"

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.markers import FAILURES_FOLDER, MARKERS_FOLDER, Marker, compute_checksum, part_name, to_json
-from captionlib.data.shards.schemas import FAILURES_SCHEMA
+from captionlib.data.shards.schemas import FAILURES_SCHEMA, failure_row
 from captionlib.errors import DatasetError, ImageError
 
 __all__ = ["ShardWriter", "write_shard"]
@@ -22,23 +22,16 @@ ROW_GROUP_BYTES = 32 << 20
 
 
 class ShardWriter:
-    """Collects the rows and failures of a shard. Created by `write_shard`.
-
-    Attributes:
-        marker: the marker of the shard; None until it is published.
-        rows: number of rows so far.
-        failures: rows of `_failures/` so far.
-    """
+    """Collects the rows and failures of a shard. Created by `write_shard`."""
 
     def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
-        self.marker: Marker | None = None
+        self.marker: Marker | None = None  # until it is published
         self.rows = 0
         self.failures: list[dict[str, str]] = []
         self._writer = writer
         self._schema = schema
         self._buffer: list[pa.RecordBatch] = []
-        self._buffered_rows = 0
-        self._buffered_bytes = 0
+        self._buffered_rows = self._buffered_bytes = 0
 
     def write(self, rows: pa.RecordBatch) -> None:
         """Adds rows. A row group is written as soon as it is full."""
@@ -50,10 +43,7 @@ class ShardWriter:
             self.flush()
 
     def write_failure(self, image_id: str, uri: str, error: ImageError) -> None:
-        """Adds an image that failed."""
-        self.failures.append(
-            {"image_id": image_id, "uri": uri, "stage": error.stage, "error": error.reason, "message": str(error)}
-        )
+        self.failures.append(failure_row(image_id, uri, error))
 
     def flush(self) -> None:
         if self._buffered_rows:
@@ -65,16 +55,8 @@ class ShardWriter:
 def write_shard(dataset: ShardedDataset, shard: int, expected: int) -> Iterator[ShardWriter]:
     """Writes a shard. It is published when the block ends, and not at all if it raises.
 
-    Args:
-        dataset: the dataset of the shard.
-        shard: the number of the shard.
-        expected: the number of rows and failures together, which is the number of rows of the input shard.
-
-    Yields:
-        The writer that takes rows and failures.
-
     Raises:
-        DatasetError: rows and failures do not add up to `expected`.
+        DatasetError: rows and failures do not add up to `expected`, the number of rows of the input shard.
     """
     started = time.monotonic()
     name = part_name(shard)
