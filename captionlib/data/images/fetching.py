@@ -78,8 +78,8 @@ class FetchConfig:
         for protocol in self.protocols:
             if protocol in INTERPRETING_PROTOCOLS or not is_known_protocol(protocol):
                 raise ConfigError(
-                    f"protocols: expected protocols of fsspec that do not interpret what they read, such as "
-                    f"{', '.join(IMAGE_PROTOCOLS)}, got {protocol!r}"
+                    f"protocols: expected protocols of fsspec, such as {', '.join(IMAGE_PROTOCOLS)}, got {protocol!r}"
+                    ", which is unknown, or interprets what it reads and is thus unsafe for image addresses; remove it"
                 )
 
 
