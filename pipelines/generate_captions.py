@@ -9,12 +9,12 @@ from captionlib.data.shards.markers import Totals
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.data.shards.stages import ShardJob
 from captionlib.errors import ConfigError
+from captionlib.models.decoding.datastore import read_datastore_fingerprint
 from captionlib.models.inference.attention_maps import require_attention
 from captionlib.models.inference.captioning import (
     SHARED_CAPTIONERS,
     CaptionGeneration,
     GenerationConfig,
-    find_datastore_fingerprint,
 )
 from captionlib.models.inference.embedding import SHARED_RANKERS, create_embeddings_dataset
 from captionlib.models.inference.feature_source import resolve_encoder
@@ -71,7 +71,7 @@ def generate_captions(
     driver_device, worker_device = run.resolve_devices(device)
     captioner, pinned_captioner = SHARED_CAPTIONERS.pin(checkpoint)
     positions = require_attention(captioner, os.fspath(checkpoint)) if config.attention_maps else None
-    datastore = find_datastore_fingerprint(os.fspath(checkpoint), captioner, config.decoding)
+    datastore = read_datastore_fingerprint(checkpoint, captioner) if config.decoding.rerank.neighbors else None
     encoder = resolve_encoder(dataset, captioner, weights, driver_device, run.threads_per_worker)
     loaded_ranker, pinned_ranker = (None, None) if ranker is None else SHARED_RANKERS.pin(ranker)
     if loaded_ranker is not None:

@@ -60,8 +60,7 @@ class FeatureExtraction:
 
     @property
     def columns(self) -> Sequence[str]:
-        names: Sequence[str] = MANIFEST_SCHEMA.names
-        return names
+        return list(MANIFEST_SCHEMA.names)
 
     @contextmanager
     def open(self) -> Iterator[ProcessRows]:
@@ -120,13 +119,7 @@ def _batch_images(
 def load_shared_encoder(
     config: EncoderConfig, device: str, threads: int | None, description: Mapping[str, Any] | None = None
 ) -> Encoder:
-    """Returns the encoder that all threads of this process share.
-
-    Args:
-        config: configuration of the encoder.
-        device: device of the encoder.
-        threads: CPU threads of the process; None leaves them.
-        description: expected description; None accepts any.
+    """Returns the encoder that all threads of this process share; `threads` None leaves their number.
 
     Raises:
         DatasetError: the encoder differs from `description`, because its weights differ between machines.
