@@ -223,11 +223,7 @@ class _Decoder:
         self._responses.close()
 
     def _limit_waiting(self, seconds: float) -> None:
-        """Limits the total waiting time from now on.
-
-        It is counted in ten slices instead of by a clock, so that time in which this process is suspended costs at most
-        one slice.
-        """
+        """Limits the waiting from now on to ten slices of time. A suspension of this process costs at most one slice."""
         self._slice_milliseconds, self._slices = 100 * seconds, 10
 
     def _wait_for(self, pipe: select.poll) -> None:
