@@ -223,7 +223,7 @@ class _Decoder:
         self._responses.close()
 
     def _limit_waiting(self, seconds: float) -> None:
-        """Limits the waiting from now on to ten slices of time. A suspension of this process costs at most one slice."""
+        """Limits the waiting from now on to ten slices. A suspension of this process costs at most one of them."""
         self._slice_milliseconds, self._slices = 100 * seconds, 10
 
     def _wait_for(self, pipe: select.poll) -> None:
