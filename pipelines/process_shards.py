@@ -21,13 +21,8 @@ _SHARDS_PER_ACCELERATOR = "2"
 class ProcessShards(beam.PTransform[PBegin, PCollection[int]]):
     """Processes shards of a job and then marks its outputs as complete.
 
-    Elements are shard numbers, not images, so that little data crosses the Reshuffle.
-
-    Args:
-        job: the job.
-        shards: the shards to process.
-        max_failure_ratio: largest ratio of failed images of a complete output.
-        accelerator: Beam's resource hint for a GPU in each worker.
+    Elements are shard numbers, not images, so that little data crosses the Reshuffle. See `RunConfig` for
+    `max_failure_ratio` and `accelerator`.
     """
 
     def __init__(

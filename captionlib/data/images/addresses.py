@@ -6,7 +6,8 @@ allowed protocol. It may select a part of the file:
     FILE#bytes=START-END        a range of bytes, END excluded, such as a member of an uncompressed tar
     FILE#row=N&column=NAME      the bytes in a cell of a Parquet file, with rows counted from 0 over the whole file
 
-The path of a `file://` address is percent-encoded, so `file:///a%23row=1&column=b` is the file `/a#row=1&column=b`.
+The path of a `file://` address is percent-decoded, unless it exists as it stands: `file:///a%23row=1&column=b` is the
+file `/a#row=1&column=b`.
 
 Chains of file systems and protocols that interpret content are rejected before anything is opened.
 """
@@ -118,8 +119,8 @@ def _parse_file(uri: str, protocols: Sequence[str]) -> ImageFile:
     shown = repr(uri if len(uri) <= _SHOWN_CHARACTERS else f"{uri[:_SHOWN_CHARACTERS]}...")
     spelled, url = split_protocol(uri)
     protocol = _CANONICAL_PROTOCOLS.get(spelled, spelled or "file")
-    if spelled == "file":
-        url = unquote(url, errors="surrogateescape")
+    if protocol == "file" and spelled:
+        url = _decode_path(LocalFileSystem._strip_protocol(url))
     problem = ""
     if "\0" in uri or "\0" in url:
         problem = f"a path or an address, got {shown}, which contains a null character"
@@ -138,7 +139,12 @@ def _parse_file(uri: str, protocols: Sequence[str]) -> ImageFile:
         problem = f"{protocol}://HOST/PATH, got {shown}"
     if problem:
         raise FetchError("BadAddress", f"expected {problem}")
-    return ImageFile(protocol, LocalFileSystem._strip_protocol(url) if spelled and protocol == "file" else url)
+    return ImageFile(protocol, url)
+
+
+def _decode_path(path: str) -> str:
+    """Returns the path of a `file://` address: percent-decoded, unless the address is not encoded."""
+    return path if os.path.lexists(path) else unquote(path, errors="surrogateescape")
 
 
 def _has_host(url: str) -> bool:

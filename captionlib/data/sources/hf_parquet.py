@@ -43,7 +43,7 @@ def find_image_columns(schema: pa.Schema) -> list[str]:
     return [
         field.name
         for field in schema
-        if _has_bytes(field.type) or (_is_binary(field.type) and field.name.strip().lower() in _BYTES_NAMES)
+        if _is_image_struct(field.type) or (_is_binary(field.type) and field.name.strip().lower() in _BYTES_NAMES)
     ]
 
 
@@ -52,10 +52,10 @@ def _is_binary(data_type: pa.DataType) -> bool:
 
 
 def _holds_bytes(data_type: pa.DataType) -> bool:
-    return _is_binary(data_type) or _has_bytes(data_type)
+    return _is_binary(data_type) or _is_image_struct(data_type)
 
 
-def _has_bytes(data_type: pa.DataType) -> bool:
+def _is_image_struct(data_type: pa.DataType) -> bool:
     index = data_type.get_field_index("bytes") if pa.types.is_struct(data_type) else -1
     return index >= 0 and _is_binary(data_type.field(index).type)
 
@@ -64,8 +64,8 @@ def _read_rows(parquet: pq.ParquetFile, location: Location, options: SourceOptio
     schema = parquet.schema_arrow
     image = _select_image_column(schema, options.image_column, location.address)
     image_type = schema.field(image).type
-    bytes_column = f"{image}.bytes" if _has_bytes(image_type) else image
-    has_path = _has_bytes(image_type) and image_type.get_field_index("path") >= 0
+    bytes_column = f"{image}.bytes" if _is_image_struct(image_type) else image
+    has_path = _is_image_struct(image_type) and image_type.get_field_index("path") >= 0
     image_id = select_column(schema.names, options.id_column, ID_NAMES, location.address)
     split = select_column(schema.names, options.split_column, SPLIT_NAMES, location.address)
     captions = select_caption_columns(schema.names, options.caption_columns, location.address)
