@@ -28,17 +28,7 @@ _MAX_EXTENDS = 8
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, pydantic.Field))
 def configclass(cls: type[Config]) -> type[Config]:
-    """Makes a class a frozen dataclass whose values are validated against its field types.
-
-    Example:
-        >>> from pydantic import PositiveInt
-        >>> @configclass
-        ... class LoaderConfig:
-        ...     threads: PositiveInt = 16
-        >>> LoaderConfig(threads=0)
-        Traceback (most recent call last):
-        captionlib.errors.ConfigError: LoaderConfig: threads: Input should be greater than 0, got 0
-    """
+    """Makes a class a frozen dataclass whose values are validated against its field types."""
     validated: Any = pydantic.dataclasses.dataclass(cls, frozen=True)
     initialize = validated.__init__
 
@@ -71,12 +61,8 @@ def load_config(config_type: type[Config], path: str | Path | None, overrides: S
 def build_config(config_type: type[Config], values: Mapping[str, Any], origin: str = "configuration") -> Config:
     """Creates a configuration from values; nested mappings fill nested sections.
 
-    Values that a nested mapping omits come from the outer class's default of that section, if it has one.
-
-    Args:
-        config_type: a class decorated with `configclass`, or a plain dataclass.
-        values: the values by key.
-        origin: where the values come from, for error messages.
+    Values that a nested mapping omits come from the outer class's default of that section, if it has one. Error
+    messages begin with `origin`.
 
     Raises:
         ConfigError: a key is unknown or a value is invalid.

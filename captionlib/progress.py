@@ -75,15 +75,9 @@ class _Description(ProgressColumn):
 
 @contextmanager
 def progress_bar(label: str, total: int | None, unit: str, enabled: bool = True) -> Iterator[ProgressBar]:
-    """Shows the progress of the block: counts, units per second and the time left.
+    """Shows the progress of the block: counts, units (such as `images`) per second, and the time left if it is known.
 
     A terminal shows a bar. Elsewhere, a line is printed every 30 seconds and when the block ends.
-
-    Args:
-        label: names the work.
-        total: the number of units; None if unknown.
-        unit: the plural of what is counted, such as `images`.
-        enabled: False shows nothing.
     """
     bar = ProgressBar(total, unit)
     if not enabled:

@@ -27,7 +27,6 @@ __all__ = [
 ]
 
 IMAGE_SIZE = 224
-_SUPERSAMPLING = 2
 
 # The values of each attribute, and the phrases that express each value.
 _PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -72,7 +71,6 @@ _POSITIONS = {
 }
 # Relative to the image size, as are the positions.
 _HALF_WIDTHS = {"small": 0.14, "large": 0.24}
-_RING_HOLE = 0.55  # relative to the radius
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ def iterate_scenes() -> Iterator[Scene]:
 
 def render_scene(scene: Scene, rng: random.Random) -> Image.Image:
     """Renders an RGB image of `IMAGE_SIZE` x `IMAGE_SIZE` pixels. Each call varies position, size, hue and noise."""
-    side = IMAGE_SIZE * _SUPERSAMPLING
+    side = 2 * IMAGE_SIZE  # supersampled
     background, color = _jitter(_BACKGROUNDS[scene.background], 3, rng), _jitter(_COLORS[scene.color], 8, rng)
     x, y = (side * (coordinate + rng.uniform(-0.015, 0.015)) for coordinate in _POSITIONS[scene.position])
     half = side * _HALF_WIDTHS[scene.size] * rng.uniform(0.95, 1.05)
@@ -133,7 +131,7 @@ def render_scene(scene: Scene, rng: random.Random) -> Image.Image:
     draw = ImageDraw.Draw(image)
     if scene.shape == "ring":
         draw.circle((x, y), half, fill=color)
-        draw.circle((x, y), _RING_HOLE * half, fill=background)
+        draw.circle((x, y), 0.55 * half, fill=background)
     elif scene.shape == "square":
         draw.rectangle((x - half, y - half, x + half, y + half), fill=color)
     else:

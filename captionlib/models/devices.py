@@ -53,7 +53,7 @@ def halve_on_out_of_memory(compute: Callable[[slice], Result], count: int, first
     Args:
         compute: computes the items of a slice.
         count: number of items.
-        first: the first item.
+        first: index of the first item.
 
     Returns:
         The results of all slices, in order.

@@ -72,14 +72,9 @@ def is_chained(address: str) -> bool:
 
 
 def open_file_system(address: str | os.PathLike[str], **options: Any) -> tuple[Any, str]:
-    """Opens the fsspec file system of an address.
+    """Returns the fsspec file system of a path or an address, and the path as that file system spells it.
 
-    Args:
-        address: a path or an address.
-        options: options of the file system; they override those that the address implies.
-
-    Returns:
-        The file system, and the path as that file system spells it.
+    `options` of the file system override those that the address implies.
 
     Raises:
         ConfigError: the address is chained, its protocol is unknown or interprets content, or a package is missing.

@@ -11,6 +11,7 @@ import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -20,9 +21,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from captionlib.errors import StorageError
 from captionlib.storage.file_systems import open_file_system
-from captionlib.storage.ranged_file import RangedFile
 from captionlib.storage.remote_errors import is_temporary_error
-from captionlib.storage.retries import call_with_retries
+from captionlib.storage.retries import RangedFile, call_with_retries
 
 __all__ = ["TEMPORARY_FOLDER", "Folder", "resolve_address", "stage_file", "write_file"]
 
@@ -34,20 +34,14 @@ _ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memor
 _FILES_PER_REQUEST = 1000  # of `read_many`, which holds them in memory
 
 
+@dataclass(init=False, unsafe_hash=True)
 class Folder:
     """A folder at a path or an address. Pickles as its absolute address, so that workers find it."""
 
+    uri: str
+
     def __init__(self, uri: str | os.PathLike[str]) -> None:
         self.uri = os.fspath(uri).rstrip("/") or "/"
-
-    def __repr__(self) -> str:
-        return f"Folder({self.uri!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Folder) and self.uri == other.uri
-
-    def __hash__(self) -> int:
-        return hash(self.uri)
 
     def __reduce__(self) -> tuple[type["Folder"], tuple[str]]:
         return Folder, (resolve_address(self.uri),)

@@ -107,8 +107,8 @@ def train_language_model(
 ) -> list[dict[str, float]]:
     """Trains a language model, or resumes an interrupted run.
 
-    The source is a text file, or a features or manifest dataset, for its captions. The other arguments and the result
-    are those of `train_captioner`.
+    The source is a text file, or a features or manifest dataset with captions. The other arguments and the result are
+    those of `train_captioner`.
 
     Raises:
         DatasetError: the dataset is incomplete or has no captions, or the text is unreadable or too short.

@@ -6,9 +6,9 @@ read only once.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice, pairwise
 from typing import TypeVar, cast
@@ -65,12 +65,13 @@ class _Buffer:
     sentences: list[list[list[int]]]
 
 
+@dataclass
 class CaptionBatches:
     """The batches of one or more splits of a features dataset.
 
     The same seed and epoch give the same batches, from any batch on.
 
-    Args:
+    Attributes:
         dataset: `features/`, complete.
         splits: the splits to read.
         encode: converts a caption to token ids.
@@ -80,33 +81,26 @@ class CaptionBatches:
         augmentation: applied to spatial maps in shuffled batches.
     """
 
-    def __init__(
-        self,
-        dataset: ShardedDataset,
-        splits: Sequence[str],
-        encode: EncodeCaption,
-        batch_images: int,
-        buffer_bytes: int = 512 << 20,
-        pooled: bool = False,
-        augmentation: FeatureMapAugmentation | None = None,
-    ) -> None:
-        self._dataset = dataset
-        self._splits = frozenset(splits)
-        self._encode = encode
-        self._batch_images = batch_images
-        self._pooled = pooled
-        self._augmentation = augmentation or FeatureMapAugmentation()
-        self._buffers_maps = bool(self._augmentation) or not pooled
-        self._groups = _group_shards(dataset, buffer_bytes, pooled=not self._buffers_maps)
+    dataset: ShardedDataset
+    splits: Sequence[str]
+    encode: EncodeCaption
+    batch_images: int
+    buffer_bytes: int = 512 << 20
+    pooled: bool = False
+    augmentation: FeatureMapAugmentation = field(default_factory=FeatureMapAugmentation)
+
+    def __post_init__(self) -> None:
+        self._buffers_maps = bool(self.augmentation) or not self.pooled
+        self._groups = _group_shards(self.dataset, self.buffer_bytes, pooled=not self._buffers_maps)
         self._load_once = lru_cache(maxsize=1)(self._load)
 
     def count(self, world_size: int = 1) -> int:
         """Returns the batches per epoch, which may vary slightly with the order of the shards."""
         images = [
-            sum(split in self._splits and bool(captions) for split, captions in _read_splits(self._dataset, shard))
-            for shard in range(self._dataset.shards)
+            sum(split in self.splits and bool(captions) for split, captions in _read_splits(self.dataset, shard))
+            for shard in range(self.dataset.shards)
         ]
-        size = self._batch_images * world_size
+        size = self.batch_images * world_size
         return sum(-(-sum(images[shard] for shard in group) // size) for group in self._groups)
 
     def shuffled(
@@ -117,7 +111,7 @@ class CaptionBatches:
         Each of several processes gets an equal part of every batch, to within one image; None if it gets no image. The
         batches of the whole group are `world_size` times as large.
         """
-        size = self._batch_images * world_size
+        size = self.batch_images * world_size
         selections = (
             (number, buffer, order[begin : begin + size])
             for number, (buffer, order) in enumerate(self._shuffled_buffers(seed, epoch))
@@ -135,23 +129,23 @@ class CaptionBatches:
     def in_order(self) -> Iterator[CaptionBatch]:
         """Yields all images once, in the order of the dataset."""
         for buffer in self._prefetch(self._groups):
-            for begin in range(0, len(buffer.sentences), self._batch_images):
-                images = np.arange(begin, min(begin + self._batch_images, len(buffer.sentences)))
+            for begin in range(0, len(buffer.sentences), self.batch_images):
+                images = np.arange(begin, min(begin + self.batch_images, len(buffer.sentences)))
                 yield self._batch(buffer, images, buffer.features[images])
 
     def images_in_order(self) -> Iterator[tuple[Sequence[int], npt.NDArray[np.float32]]]:
         """Yields the features of all images, each with its position among the images that have captions."""
         first = 0
         for buffer in self._prefetch(self._groups):
-            for begin in range(0, len(buffer.features), self._batch_images):
-                features = buffer.features[begin : begin + self._batch_images]
+            for begin in range(0, len(buffer.features), self.batch_images):
+                features = buffer.features[begin : begin + self.batch_images]
                 yield range(first, first + len(features)), self._finish(features)
                 first += len(features)
 
     def _shuffled_buffers(self, seed: int, epoch: int) -> Iterator[tuple[_Buffer, npt.NDArray[np.int64]]]:
         """Yields the buffers of an epoch, each with a random order of its images."""
         generator = np.random.default_rng([seed, epoch])
-        shards = generator.permutation(self._dataset.shards)
+        shards = generator.permutation(self.dataset.shards)
         starts = np.cumsum([0, *(len(group) for group in self._groups)])
         groups = [tuple(sorted(shards[begin:end])) for begin, end in pairwise(starts)]
         for buffer in self._prefetch(groups):
@@ -165,12 +159,12 @@ class CaptionBatches:
         features: list[Features] = []
         sentences: list[list[list[int]]] = []
         for shard in shards:
-            for rows, captions in read_features(self._dataset, shard, self._splits):
-                encoded = [[ids for caption in row if (ids := self._encode(caption))] for row in captions]
+            for rows, captions in read_features(self.dataset, shard, self.splits):
+                encoded = [[ids for caption in row if (ids := self.encode(caption))] for row in captions]
                 captioned = [number for number, row in enumerate(encoded) if row]
                 features.append(rows[captioned] if self._buffers_maps else pool_map(rows[captioned]))
                 sentences.extend(encoded[number] for number in captioned)
-        shape = feature_shape(self._dataset)[0 if self._buffers_maps else -1 :]
+        shape = feature_shape(self.dataset)[0 if self._buffers_maps else -1 :]
         return _Buffer(np.concatenate(features) if features else np.empty((0, *shape), np.float32), sentences)
 
     def _augmented_batch(
@@ -179,23 +173,23 @@ class CaptionBatches:
         """Returns the part of a batch that belongs to this process, augmented as in the whole batch."""
         if not len(part):
             return None
-        if not self._augmentation:
+        if not self.augmentation:
             return self._batch(buffer, images[part], buffer.features[images[part]])
         generator = np.random.default_rng(seed)
         size, uniforms = generator.random(), generator.random((len(images), 3))
-        maps = self._augmentation.apply(buffer.features, images[part], size, uniforms[part])
+        maps = self.augmentation.apply(buffer.features, images[part], size, uniforms[part])
         return self._batch(buffer, images[part], maps)
 
     def _batch(self, buffer: _Buffer, images: npt.NDArray[np.int64], features: Features) -> CaptionBatch:
         return make_batch(self._finish(features), [buffer.sentences[image] for image in images])
 
     def _finish(self, features: Features) -> npt.NDArray[np.float32]:
-        return (pool_map(features) if self._pooled else features).astype(np.float32)
+        return (pool_map(features) if self.pooled else features).astype(np.float32)
 
 
 def _call_ahead(calls: Iterable[Callable[[], Result]]) -> Iterator[Result]:
     """Yields the results of calls. The next call runs in a thread while the consumer uses a result."""
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         pending: Future[Result] | None = None
         for call in calls:
             following = pool.submit(call)
@@ -230,7 +224,7 @@ def pool_map(features: Features) -> Features:
 
 
 def read_features(
-    dataset: ShardedDataset, shard: int, splits: frozenset[str]
+    dataset: ShardedDataset, shard: int, splits: Collection[str]
 ) -> Iterator[tuple[Features, list[list[str]]]]:
     """Yields the features `[rows, *shape]` and the captions of the rows of these splits, in pieces."""
     shape = feature_shape(dataset)
@@ -279,7 +273,7 @@ def sample_features(dataset: ShardedDataset, splits: Sequence[str], count: int) 
     samples: list[Features] = []
     for shard in range(dataset.shards):
         left = per_shard
-        for rows, _ in read_features(dataset, shard, frozenset(splits)):
+        for rows, _ in read_features(dataset, shard, splits):
             samples.append(rows[:left])
             left -= len(samples[-1])
             if not left:
@@ -296,7 +290,7 @@ def mean_and_std(
     """
     count, total, squares = 0, np.zeros(1), np.zeros(1)
     for shard in range(dataset.shards):
-        for rows, _ in read_features(dataset, shard, frozenset(splits)):
+        for rows, _ in read_features(dataset, shard, splits):
             vectors = to_vectors(rows).astype(np.float64)
             count += len(vectors)
             total = total + vectors.sum(0)

@@ -21,18 +21,12 @@ class SkippedImages:
 
     The run's folder keeps them in `_failures/`, as datasets do, in one file per process. A resumed run reads its file.
 
-    Args:
-        output: the run's folder.
-        rank: the number of this process.
-        images: the number of images in all.
-        max_ratio: the run fails if more than this fraction of the images is skipped.
+    The run fails if more than `max_ratio` of all `images` are skipped.
     """
 
     def __init__(self, output: Folder, rank: int, images: int, max_ratio: float) -> None:
-        self._output = output
+        self._output, self._images, self._max_ratio = output, images, max_ratio
         self._file = f"{FAILURES_FOLDER}/{part_name(rank)}.parquet"
-        self._images = images
-        self._max_ratio = max_ratio
         self._rows: dict[str, Row] = {}
         if output.exists(self._file):
             with output.open(self._file) as file:

@@ -23,19 +23,12 @@ from urllib.parse import unquote, urlsplit
 from fsspec.implementations.local import LocalFileSystem
 
 from captionlib.errors import ConfigError, FetchError
-from captionlib.storage.file_systems import (
-    INTERPRETING_PROTOCOLS,
-    is_chained,
-    is_known_protocol,
-    open_file_system,
-    split_protocol,
-)
+from captionlib.storage.file_systems import INTERPRETING_PROTOCOLS, is_chained, open_file_system, split_protocol
 
 __all__ = [
     "IMAGE_PROTOCOLS",
     "ImageAddress",
     "ImageFile",
-    "check_protocols",
     "image_exists",
     "names_part_of_file",
     "open_image_file",
@@ -69,31 +62,11 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class ImageAddress:
-    """An image in a file.
-
-    Attributes:
-        file: the file that contains the image.
-        span: its range of bytes in the file, end excluded; None if it is the whole file or a cell.
-        cell: its row and column in a Parquet file; None if it is not in one.
-    """
+    """An image: a whole file, a span of its bytes (end excluded), or a cell (row and column) of a Parquet file."""
 
     file: ImageFile
     span: tuple[int, int] | None = None
     cell: tuple[int, str] | None = None
-
-
-def check_protocols(protocols: Sequence[str]) -> None:
-    """Raises ConfigError if an allowed protocol interprets content, or if fsspec does not know it."""
-    for protocol in protocols:
-        if protocol in INTERPRETING_PROTOCOLS:
-            raise ConfigError(
-                f"protocols: {protocol} interprets what it reads, which is unsafe for image addresses; expected "
-                f"protocols such as {', '.join(IMAGE_PROTOCOLS)}; remove it"
-            )
-        if not is_known_protocol(protocol):
-            raise ConfigError(
-                f"protocols: expected protocols of fsspec, such as {', '.join(IMAGE_PROTOCOLS)}, got {protocol!r}"
-            )
 
 
 def parse_image_address(uri: str, protocols: Sequence[str] = IMAGE_PROTOCOLS) -> ImageAddress:
@@ -178,12 +151,7 @@ def open_image_file_system(file: ImageFile, allow_private_hosts: bool = True) ->
 
 
 def open_image_file(file: ImageFile, allow_private_hosts: bool = True) -> BinaryIO:
-    """Opens a file for random access.
-
-    Raises:
-        FetchError: it is not a regular file, or its file system cannot be opened.
-        Exception: any error of the file system.
-    """
+    """Opens a file for random access. Raises FetchError or any error of the file system."""
     if file.protocol == "file":
         return open_regular_file(file.url)
     fs, path = open_image_file_system(file, allow_private_hosts)
@@ -191,12 +159,7 @@ def open_image_file(file: ImageFile, allow_private_hosts: bool = True) -> Binary
 
 
 def open_regular_file(path: str) -> BinaryIO:
-    """Opens a local file for reading.
-
-    Raises:
-        FetchError: it is not a regular file, but for example a directory, a device or a pipe.
-        OSError: it cannot be opened.
-    """
+    """Opens a local file. Raises FetchError if it is not a regular file, but for example a directory or a pipe."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would wait for a writer
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -205,10 +168,10 @@ def open_regular_file(path: str) -> BinaryIO:
 
 
 def image_exists(uri: str, protocols: Sequence[str] = IMAGE_PROTOCOLS) -> bool:
-    """Returns whether the file of an image exists. Assumes without a request that web addresses do.
+    """Returns whether the file of an image exists, or whether its address is on the web.
 
     Raises:
-        FetchError: the address is not allowed; see `parse_image_address` and `open_image_file_system`.
+        FetchError: the address is not allowed.
     """
     file = parse_image_address(uri, protocols).file
     if file.protocol in ("http", "https"):

@@ -196,11 +196,10 @@ class _Decoder:
         self._writable, self._readable = select.poll(), select.poll()
         self._writable.register(self._requests, select.POLLOUT)
         self._readable.register(self._responses, select.POLLIN)
-        self._timeout = _Timeout(0.0)
+        self._limit_waiting(_START_TIMEOUT_SECONDS)
 
     def initialize(self, settings: bytes) -> None:
         """Sends the settings and waits until the process is ready; raises as `decode` does."""
-        self._timeout = _Timeout(_START_TIMEOUT_SECONDS)
         _enlarge_pipe(self._requests.fileno())
         _enlarge_pipe(self._responses.fileno())
         self._send(settings)
@@ -208,7 +207,7 @@ class _Decoder:
 
     def decode(self, content: bytes, shape: tuple[int, ...], timeout_seconds: float) -> Pixels | DecodeError:
         """Decodes an image. Raises EOFError or ConnectionError if the process ends, TimeoutError if it is too slow."""
-        self._timeout = _Timeout(timeout_seconds)
+        self._limit_waiting(timeout_seconds)
         self._send(content)
         kind, size = RESPONSE_HEADER.unpack(self._receive(RESPONSE_HEADER.size))
         payload = self._receive(size)
@@ -223,40 +222,33 @@ class _Decoder:
         self._requests.close()
         self._responses.close()
 
+    def _limit_waiting(self, seconds: float) -> None:
+        """Limits the waiting from now on to ten slices. A suspension of this process costs at most one of them."""
+        self._slice_milliseconds, self._slices = 100 * seconds, 10
+
+    def _wait_for(self, pipe: select.poll) -> None:
+        while not pipe.poll(self._slice_milliseconds):
+            self._slices -= 1
+            if not self._slices:
+                raise TimeoutError
+
     def _send(self, content: bytes) -> None:
         for part in (REQUEST_HEADER.pack(len(content)), content):
             remaining = memoryview(part)
             while remaining:
-                self._timeout.wait_for(self._writable)
+                self._wait_for(self._writable)
                 remaining = remaining[os.write(self._requests.fileno(), remaining) :]
 
     def _receive(self, size: int) -> bytearray:
         content = bytearray(size)
         remaining = memoryview(content)
         while remaining:
-            self._timeout.wait_for(self._readable)
+            self._wait_for(self._readable)
             count = os.readv(self._responses.fileno(), [remaining])
             if not count:
                 raise EOFError
             remaining = remaining[count:]
         return content
-
-
-class _Timeout:
-    """A limit on the total waiting time.
-
-    It counts ten slices of waiting instead of comparing clock times, so that time in which this process is suspended
-    costs at most one slice.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self._slice_milliseconds, self._slices = 100 * seconds, 10
-
-    def wait_for(self, pipe: select.poll) -> None:
-        while not pipe.poll(self._slice_milliseconds):
-            self._slices -= 1
-            if not self._slices:
-                raise TimeoutError
 
 
 def _enlarge_pipe(descriptor: int) -> None:

@@ -190,12 +190,8 @@ def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing, limit: in
     _check_pixels(size, limit, f"an image of {width} x {height} pixels has, after resizing,")
     image = image.resize(size, _RESAMPLING[preprocessing.interpolation])
     crop = preprocessing.crop_size
-    left, top = (_center_offset(length, crop) for length in size)
+    left, top = (round((length - crop) / 2) if length >= crop else -((crop - length) // 2) for length in size)
     return np.asarray(image.crop((left, top, left + crop, top + crop)))
-
-
-def _center_offset(length: int, crop: int) -> int:
-    return round((length - crop) / 2) if length >= crop else -((crop - length) // 2)
 
 
 def _explain_unidentified(content: bytes) -> DecodeError:

@@ -32,7 +32,6 @@ from captionlib.config import configclass
 from captionlib.data.images.addresses import (
     IMAGE_PROTOCOLS,
     ImageFile,
-    check_protocols,
     open_image_file,
     open_image_file_system,
     open_regular_file,
@@ -40,7 +39,8 @@ from captionlib.data.images.addresses import (
 )
 from captionlib.data.images.parquet_cells import ParquetCellReader
 from captionlib.data.images.public_hosts import is_private_host_error, reject_proxies
-from captionlib.errors import FetchError
+from captionlib.errors import ConfigError, FetchError
+from captionlib.storage.file_systems import INTERPRETING_PROTOCOLS, is_known_protocol
 from captionlib.storage.remote_errors import get_http_status, is_connection_error, is_temporary_error, is_timeout_error
 
 __all__ = ["FetchConfig", "ImageFetcher", "to_fetch_error"]
@@ -75,7 +75,12 @@ class FetchConfig:
     allow_private_hosts: bool = True
 
     def __post_init__(self) -> None:
-        check_protocols(self.protocols)
+        for protocol in self.protocols:
+            if protocol in INTERPRETING_PROTOCOLS or not is_known_protocol(protocol):
+                raise ConfigError(
+                    f"protocols: expected protocols of fsspec, such as {', '.join(IMAGE_PROTOCOLS)}, got {protocol!r}"
+                    ", which is unknown, or interprets what it reads and is thus unsafe for image addresses; remove it"
+                )
 
 
 class _Span(NamedTuple):

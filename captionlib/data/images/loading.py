@@ -61,13 +61,9 @@ def open_loader(config: LoadingConfig, preprocessing: Preprocessing) -> Iterator
 def load_images(
     rows: Iterable[Row], load: Callable[[str], Pixels], executor: Executor, prefetch: int
 ) -> Iterator[tuple[Row, Pixels | ImageError]]:
-    """Yields each row with its image, or the error that made it fail. Loads ahead of the consumer.
+    """Yields each row with the image that `load` returns for its `uri`, or with the ImageError that `load` raises.
 
-    Args:
-        rows: rows with a `uri`.
-        load: returns the image at an address, or raises ImageError.
-        executor: runs `load`.
-        prefetch: maximum number of images that are loading or loaded, but not yet consumed.
+    Up to `prefetch` images are loading or loaded, but not yet consumed.
     """
 
     def try_load(row: Row) -> tuple[Row, Pixels | ImageError]:

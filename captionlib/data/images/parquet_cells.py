@@ -22,11 +22,8 @@ _CACHED_FOOTERS = 64
 class ParquetCellReader:
     """Reads cells of Parquet files at any allowed address. Thread-safe.
 
-    Error messages quote nothing of the files, not even column names.
-
-    Args:
-        open_file: opens the file at an address.
-        max_bytes: the size of the cache of column chunks; larger chunks are rejected.
+    Error messages quote nothing of the files, not even column names. Column chunks are cached; those that are larger
+    than the `max_bytes` of the cache are rejected.
     """
 
     def __init__(self, open_file: Callable[[ImageFile], BinaryIO], max_bytes: int) -> None:

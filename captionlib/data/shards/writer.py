@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +24,7 @@ class ShardWriter:
     """Collects the rows and failures of a shard. Created by `write_shard`."""
 
     def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
-        self.marker: Marker | None = None  # until it is published
+        self.marker: Marker  # once it is published
         self.rows = 0
         self.failures: list[dict[str, str]] = []
         self._writer = writer
@@ -61,7 +60,12 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int) -> Iterator[
     started = time.monotonic()
     name = part_name(shard)
     with dataset.folder.stage(f"{name}.parquet") as path:
-        with pq.ParquetWriter(path, dataset.schema, **_parquet_options(dataset.schema, expected)) as parquet:
+        text = [field.name for field in dataset.schema if pa.types.is_string(field.type)]
+        options = {
+            "use_dictionary": text,  # dictionaries do not help for numbers
+            "bloom_filter_options": {"image_id": {"ndv": max(1, min(expected, ROW_GROUP_ROWS)), "fpp": 0.01}},
+        }
+        with pq.ParquetWriter(path, dataset.schema, compression="zstd", **options) as parquet:
             writer = ShardWriter(parquet, dataset.schema)
             yield writer
             writer.flush()
@@ -95,10 +99,3 @@ def _publish_failures(dataset: ShardedDataset, shard: int, failures: list[dict[s
         return
     with dataset.folder.stage(name) as path:
         pq.write_table(pa.Table.from_pylist(failures, FAILURES_SCHEMA), path, compression="zstd")
-
-
-def _parquet_options(schema: pa.Schema, rows: int) -> dict[str, Any]:
-    """Adds a bloom filter for ids, and limits dictionaries to text, because they do not help for numbers."""
-    text = [field.name for field in schema if pa.types.is_string(field.type)]
-    bloom = {"image_id": {"ndv": max(1, min(rows, ROW_GROUP_ROWS)), "fpp": 0.01}}
-    return {"compression": "zstd", "use_dictionary": text, "bloom_filter_options": bloom}

@@ -32,7 +32,6 @@ UNKNOWN = 1
 """Replaces every token that is rarer than the vocabulary's `min_count`."""
 
 _FIRST_ID = 2
-_UNKNOWN_TEXT = "<unk>"
 
 # A letter or a digit, or any non-ASCII character that _normalize_character keeps (vowel signs, accents).
 _CHARACTER = r"(?:[^\W_]|[^\x00-\x7f])"
@@ -153,7 +152,7 @@ class Vocabulary:
         for index in ids:
             if index in (END, PAD):
                 break
-            words.append(_UNKNOWN_TEXT if index == UNKNOWN else self.words[index - _FIRST_ID])
+            words.append("<unk>" if index == UNKNOWN else self.words[index - _FIRST_ID])
         return (" " if self.level == "words" else "").join(words)
 
     def log_frequencies(self) -> npt.NDArray[np.float32]:

@@ -113,7 +113,7 @@ def write_checkpoint(
 
 
 def find_encoder_weights(folder: FolderLike, description: Mapping[str, Any]) -> str | None:
-    """Returns the address of the weights of an encoder, or None if it was not fine-tuned with the model."""
+    """Returns the address of an encoder's weights, or None if the encoder was not fine-tuned with the model."""
     source = open_folder(folder)
     return source.address(ENCODER) if description.get("weights") == "file" and source.exists(ENCODER) else None
 

@@ -167,7 +167,9 @@ class _BeamSearch:
 
 
 def _top_continuations(scores: Tensor, group: Tensor, groups: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Finds the `width` best continuations of each group, from `[rows, columns] float32` and ascending `[rows] int64`.
+    """Finds the `width` best continuations of each group.
+
+    `scores` is `[rows, columns] float32`, and `group` is `[rows] int64` in ascending order.
 
     Returns:
         Score, row and column of each, `[groups, width]`; the score is -inf if there are fewer.

@@ -205,7 +205,7 @@ def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = 
 
 
 def describe_finetuned_encoder(description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Returns the description of an encoder after fine-tuning, with the tensors that its weights file will hold."""
+    """Returns the description of an encoder whose `weights`, all tensors of the network, have been fine-tuned."""
     changes = {"weights": "file", "missing_weights": "error", "weights_sha256": hash_weights(weights)}
     return {**description, **changes}
 

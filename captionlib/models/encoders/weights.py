@@ -77,8 +77,8 @@ def is_weights_file(weights: str) -> bool:
 def sample_weights(network: nn.Module, weights: str) -> dict[str, Tensor]:
     """Samples convolutions and linear layers from He's normal distribution; other layers keep their initialization.
 
-    Source: He et al. 2015, "Delving Deep into Rectifiers", equation 10: std = sqrt(2 / fan_in). The network's own weights
-    change too.
+    Source: He et al. 2015, "Delving Deep into Rectifiers", equation 10: std = sqrt(2 / fan_in). The weights of the
+    network itself change too.
 
     Raises:
         ConfigError: `weights` is not `random:SEED`.

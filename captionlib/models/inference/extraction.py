@@ -119,7 +119,9 @@ def _batch_images(
 def load_shared_encoder(
     config: EncoderConfig, device: str, threads: int | None, description: Mapping[str, Any] | None = None
 ) -> Encoder:
-    """Returns the encoder that all threads of this process share; `threads` None leaves their number.
+    """Returns the encoder that all threads of this process share.
+
+    `threads` sets the number of CPU threads of the process, unless it is None.
 
     Raises:
         DatasetError: the encoder differs from `description`, because its weights differ between machines.

@@ -30,7 +30,7 @@ def resolve_encoder(
     """Returns the encoder that must run before a model, or None if `source` contains features already.
 
     `weights` is the path of the encoder's weights file. It is required if the encoder was loaded from a file that the
-    model's checkpoint does not contain. No `threads` are PyTorch's default.
+    model's checkpoint does not contain. If `threads` is None, PyTorch chooses their number.
 
     Raises:
         CheckpointError: the encoder, or the encoder of the features, is not the model's.
@@ -58,9 +58,9 @@ def open_feature_source(
     device: str,
     threads: int | None,
 ) -> Iterator[FeatureLoader]:
-    """Opens a source of features: an encoder and its image decoders, or the features column of the rows if it is None.
+    """Opens a source of features: an encoder with its image decoders or, without one, the features column of the rows.
 
-    Fails if the encoder differs from the expected `description`. No `threads` are PyTorch's default.
+    Workers whose encoder differs from `description` fail. If `threads` is None, PyTorch chooses their number.
     """
     if encoder is None:
         yield lambda batches, _fail: _split_features(batches, description["shape"])

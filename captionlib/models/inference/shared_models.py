@@ -77,7 +77,7 @@ class CheckpointCache(Generic[Model]):
 
 
 def cached_per_process(load: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Wraps a loader with hashable arguments so that all threads of a process share its latest, constant result."""
+    """Wraps a loader so that all threads of a process share its latest result, which callers must not modify."""
     lock = Lock()
     cached = lru_cache(maxsize=1)(load)
 
