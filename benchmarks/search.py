@@ -17,7 +17,7 @@ import numpy.typing as npt
 from benchmarks.bars import report
 from benchmarks.search_data import SearchData, prepare_data
 from captionlib.search.index import Index, open_index
-from captionlib.search.sql.session import SqlLimits, open_captions
+from captionlib.search.sql.session import SqlLimits, open_sql
 
 QUERIES = 200
 NEAREST = 10
@@ -43,7 +43,7 @@ def _measure_text(data: SearchData, index: Index) -> bool:
     def search(words: Sequence[str]) -> Any:
         return index.search_text_and_count(" ".join(f"+{word}" for word in words))
 
-    with open_captions(data.captions, SqlLimits(threads=1)) as session:
+    with open_sql(data.captions, "captions", SqlLimits(threads=1)) as session:
         sql = "SELECT count(*) FROM captions WHERE caption LIKE ? AND caption LIKE ?"
 
         def scan(words: Sequence[str]) -> Any:

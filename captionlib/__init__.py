@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from captionlib.models.rankers.ranker import RankerConfig as RankerConfig
     from captionlib.search.config import IndexConfig as IndexConfig
     from captionlib.search.index import Index as Index
+    from captionlib.search.index import open_index as open_index
     from captionlib.search.sql.session import query_sql as query_sql
     from captionlib.training.captioning import CaptionerTrainingConfig as CaptionerTrainingConfig
     from captionlib.training.captioning import train_captioner as train_captioner
@@ -47,40 +48,34 @@ __version__ = "0.1.0"
 # glibc wastes less memory on fragmentation. It has no effect on systems without such pages.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-_MODULES = {
-    "CaptionerConfig": "captionlib.models.captioners.captioner",
-    "CaptionerTrainingConfig": "captionlib.training.captioning",
-    "CaptionlibError": "captionlib.errors",
-    "DecodingConfig": "captionlib.models.decoding.config",
-    "EmbeddingConfig": "captionlib.models.inference.embedding",
-    "EncoderConfig": "captionlib.models.encoders.encoder",
-    "ExtractionConfig": "captionlib.models.inference.extraction",
-    "GenerationConfig": "captionlib.models.inference.captioning",
-    "Index": "captionlib.search.index",
-    "IndexConfig": "captionlib.search.config",
-    "LoadingConfig": "captionlib.data.images.loading",
-    "PrepareConfig": "captionlib.data.ingestion.prepare",
-    "RankerConfig": "captionlib.models.rankers.ranker",
-    "RankerTrainingConfig": "captionlib.training.ranking",
-    "RunConfig": "pipelines.run",
-    "ShardedDataset": "captionlib.data.shards.dataset",
-    "TrainingConfig": "captionlib.training.optimization",
-    "build_index": "pipelines.build_index",
-    "caption_images": "captionlib.models.inference.captioning",
-    "embed_images": "pipelines.embed_images",
-    "evaluate_captions": "captionlib.evaluation.evaluate",
-    "extract_features": "pipelines.extract_features",
-    "generate_captions": "pipelines.generate_captions",
-    "import_features": "captionlib.data.ingestion.neuraltalk",
-    "load_captioner": "captionlib.models.checkpoints.checkpoint",
-    "load_ranker": "captionlib.models.checkpoints.checkpoint",
-    "open_dataset": "captionlib.data.shards.dataset",
-    "open_index": "captionlib.search.index",
-    "prepare": "captionlib.data.ingestion.prepare",
-    "query_sql": "captionlib.search.sql.session",
-    "train_captioner": "captionlib.training.captioning",
-    "train_ranker": "captionlib.training.ranking",
+_NAMES = {
+    "captionlib.data.images.loading": "LoadingConfig",
+    "captionlib.data.ingestion.neuraltalk": "import_features",
+    "captionlib.data.ingestion.prepare": "PrepareConfig prepare",
+    "captionlib.data.shards.dataset": "ShardedDataset open_dataset",
+    "captionlib.errors": "CaptionlibError",
+    "captionlib.evaluation.evaluate": "evaluate_captions",
+    "captionlib.models.captioners.captioner": "CaptionerConfig",
+    "captionlib.models.checkpoints.checkpoint": "load_captioner load_ranker",
+    "captionlib.models.decoding.config": "DecodingConfig",
+    "captionlib.models.encoders.encoder": "EncoderConfig",
+    "captionlib.models.inference.captioning": "GenerationConfig caption_images",
+    "captionlib.models.inference.embedding": "EmbeddingConfig",
+    "captionlib.models.inference.extraction": "ExtractionConfig",
+    "captionlib.models.rankers.ranker": "RankerConfig",
+    "captionlib.search.config": "IndexConfig",
+    "captionlib.search.index": "Index open_index",
+    "captionlib.search.sql.session": "query_sql",
+    "captionlib.training.captioning": "CaptionerTrainingConfig train_captioner",
+    "captionlib.training.optimization": "TrainingConfig",
+    "captionlib.training.ranking": "RankerTrainingConfig train_ranker",
+    "pipelines.build_index": "build_index",
+    "pipelines.embed_images": "embed_images",
+    "pipelines.extract_features": "extract_features",
+    "pipelines.generate_captions": "generate_captions",
+    "pipelines.run": "RunConfig",
 }
+_MODULES = dict(sorted((name, module) for module, names in _NAMES.items() for name in names.split()))
 
 __all__ = list(_MODULES)
 

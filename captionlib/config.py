@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pydantic
 import pydantic.dataclasses
@@ -28,17 +28,7 @@ _MAX_EXTENDS = 8
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, pydantic.Field))
 def configclass(cls: type[Config]) -> type[Config]:
-    """Makes a class a frozen dataclass whose values are validated against its field types.
-
-    Example:
-        >>> from pydantic import PositiveInt
-        >>> @configclass
-        ... class LoaderConfig:
-        ...     threads: PositiveInt = 16
-        >>> LoaderConfig(threads=0)
-        Traceback (most recent call last):
-        captionlib.errors.ConfigError: LoaderConfig: threads: Input should be greater than 0, got 0
-    """
+    """Makes a class a frozen dataclass whose values are validated against its field types."""
     validated: Any = pydantic.dataclasses.dataclass(cls, frozen=True)
     initialize = validated.__init__
 
@@ -49,8 +39,7 @@ def configclass(cls: type[Config]) -> type[Config]:
             raise ConfigError(f"{cls.__name__}: {_describe_problems(error)}") from error
 
     validated.__init__ = __init__
-    result: type[Config] = validated
-    return result
+    return cast(type[Config], validated)
 
 
 def load_config(config_type: type[Config], path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -58,11 +47,6 @@ def load_config(config_type: type[Config], path: str | Path | None, overrides: S
 
     A YAML file may extend another one with `extends: base.yaml`, a path relative to the file itself. Sections are
     merged, and the values of the extending file take precedence.
-
-    Args:
-        config_type: a class decorated with `configclass`.
-        path: the YAML file; None uses the defaults.
-        overrides: `key=value` pairs; dots join the keys of nested sections.
 
     Raises:
         ConfigError: the file cannot be read, a key is unknown or a value is invalid.
@@ -77,15 +61,11 @@ def load_config(config_type: type[Config], path: str | Path | None, overrides: S
 def build_config(config_type: type[Config], values: Mapping[str, Any], origin: str = "configuration") -> Config:
     """Creates a configuration from values; nested mappings fill nested sections.
 
-    Values that a nested mapping omits come from the outer class's default of that section, if it has one.
-
-    Args:
-        config_type: a class decorated with `configclass`, or a plain dataclass.
-        values: the values by key.
-        origin: where the values come from, for error messages.
+    Values that a nested mapping omits come from the outer class's default of that section, if it has one. Error
+    messages begin with `origin`.
 
     Raises:
-        ConfigError: a key is unknown or a value is invalid. The message names all invalid fields, or the known keys.
+        ConfigError: a key is unknown or a value is invalid.
     """
     _check_keys(config_type, values, prefix="", origin=origin)
     try:
@@ -107,8 +87,7 @@ def parse_override(override: str) -> tuple[list[str], Any]:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Converts a configuration to plain values for YAML and JSON."""
-    plain: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
-    return plain
+    return cast(dict[str, Any], TypeAdapter(type(config)).dump_python(config, mode="json"))
 
 
 def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -132,8 +111,7 @@ def _read_yaml(path: Path, depth: int = 0) -> dict[str, Any]:
         raise ConfigError(f"configuration {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration {path} is not YAML: {error}") from error
-    if values is None:
-        return {}
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"configuration {path}: expected `key: value` lines, got {type(values).__name__}")
     base = values.pop(_EXTENDS, None)
@@ -149,10 +127,8 @@ def _read_yaml(path: Path, depth: int = 0) -> dict[str, Any]:
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
+        name = f"{prefix}{key}"
+        flat |= _flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return flat
 
 

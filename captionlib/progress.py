@@ -20,29 +20,17 @@ _LOG_SECONDS = 30.0  # between two lines in a log
 
 
 class ProgressBar:
-    """Counts finished work. Created by `progress_bar`.
-
-    Attributes:
-        count: units finished so far.
-    """
+    """Counts finished work. Created by `progress_bar`."""
 
     def __init__(self, total: int | None, unit: str) -> None:
-        self.count = 0
-        self._total = total
-        self._unit = unit
-        self._skipped = 0
-        self._status = ""
+        self.count = self._skipped = 0
+        self._total, self._unit, self._status = total, unit, ""
         self._started = self._shown = time.monotonic()
         self._show: Callable[[], None] | None = None
         self._seconds = 0.0
 
     def update(self, count: int, status: str | None = None) -> None:
-        """Adds finished work.
-
-        Args:
-            count: how many units were finished.
-            status: text to show after the counts; None keeps the current text.
-        """
+        """Adds finished work. `status` is shown after the counts; None keeps the current text."""
         self.count += count
         if status is not None:
             self._status = status
@@ -64,11 +52,10 @@ class ProgressBar:
     def describe(self) -> str:
         """Returns the counts, the rate, the time left and the status as one line."""
         rate = (self.count - self._skipped) / max(time.monotonic() - self._started, 1e-9)
-        counts = f"{self.count:,}" if self._total is None else f"{self.count:,}/{self._total:,}"
-        parts = [f"{counts} {self._unit}", f"{rate:,.1f} {self._unit}/s"]
+        total = "" if self._total is None else f"/{self._total:,}"
+        parts = [f"{self.count:,}{total} {self._unit}", f"{rate:,.1f} {self._unit}/s"]
         if self._total is not None and rate > 0:
-            left = max(0, self._total - self.count) / rate
-            parts.append(f"{timedelta(seconds=round(left))} left")
+            parts.append(f"{timedelta(seconds=round(max(0, self._total - self.count) / rate))} left")
         return ", ".join([*parts, self._status] if self._status else parts)
 
     @contextmanager
@@ -83,24 +70,14 @@ class ProgressBar:
 
 class _Description(ProgressColumn):
     def render(self, task: Task) -> Text:
-        bar: ProgressBar = task.fields["bar"]
-        return Text(bar.describe())
+        return Text(task.fields["bar"].describe())
 
 
 @contextmanager
 def progress_bar(label: str, total: int | None, unit: str, enabled: bool = True) -> Iterator[ProgressBar]:
-    """Shows the progress of the block: counts, units per second and the time left.
+    """Shows the progress of the block: counts, units (such as `images`) per second, and the time left if it is known.
 
     A terminal shows a bar. Elsewhere, a line is printed every 30 seconds and when the block ends.
-
-    Args:
-        label: names the work.
-        total: how many units there are; None if unknown.
-        unit: the plural of what is counted, such as `images`.
-        enabled: False shows nothing.
-
-    Yields:
-        The bar to update.
     """
     bar = ProgressBar(total, unit)
     if not enabled:

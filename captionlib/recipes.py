@@ -10,18 +10,14 @@ __all__ = ["find_recipe", "list_recipes", "recipes_folder"]
 
 def recipes_folder() -> Path:
     """Returns the folder of the recipes: `captionlib/configs` in an installed package, `configs` in a checkout."""
-    package = Path(__file__).parent
-    installed = package / "configs"
-    return installed if installed.is_dir() else package.parent / "configs"
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else installed.parent.parent / "configs"
 
 
 def list_recipes(command: str | None = None) -> dict[str, Path]:
-    """Returns the recipes by name, such as `train-captioner/talk-lstm`.
+    """Returns all recipes by name, such as `train-captioner/talk-lstm`, or those of a command, such as `talk-lstm`.
 
-    Files whose names start with `_` are left out: other recipes extend them.
-
-    Args:
-        command: returns only the recipes of this command, by short names such as `talk-lstm`; None returns all.
+    Files whose names start with `_` are left out, because other recipes extend them.
     """
     folder = recipes_folder() / command if command else recipes_folder()
     files = sorted(file for file in folder.rglob("*.yaml") if not file.name.startswith("_"))
@@ -29,11 +25,7 @@ def list_recipes(command: str | None = None) -> dict[str, Path]:
 
 
 def find_recipe(name: str, command: str) -> Path:
-    """Returns the file of a recipe.
-
-    Args:
-        name: a path, a short name such as `talk-lstm`, or a full name such as `train-captioner/talk-lstm`.
-        command: the command whose recipes have short names.
+    """Returns the file at a path, or the recipe with a short name among those of `command` or a full name.
 
     Raises:
         ConfigError: no file or recipe has this name.

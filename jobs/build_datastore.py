@@ -1,10 +1,12 @@
 """`captionlib build-datastore`."""
 
+from typing import Any
+
 import click
 
 from captionlib.config import load_config
 from captionlib.models.inference.datastore import DatastoreConfig, build_datastore
-from jobs.options import config_options, device_option
+from jobs.options import config_options, device_option, progress_option, weights_option
 
 __all__ = ["command"]
 
@@ -12,21 +14,11 @@ __all__ = ["command"]
 @click.command()
 @click.argument("source")
 @click.option("--checkpoint", "-c", required=True, metavar="FOLDER", help="A captioner from train-captioner.")
-@click.option(
-    "--weights", metavar="FILE", help="The encoder's weights file, if the captioner's encoder has custom weights."
-)
-@click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
+@weights_option
+@progress_option
 @config_options
 @device_option
-def command(
-    source: str,
-    checkpoint: str,
-    weights: str | None,
-    progress: bool,
-    config: str | None,
-    overrides: tuple[str, ...],
-    device: str,
-) -> None:
+def command(source: str, checkpoint: str, config: str | None, overrides: tuple[str, ...], **options: Any) -> None:
     """Build the datastore of a captioner from the images that it was trained on.
 
     SOURCE is a features dataset or a manifest. The datastore holds a feature vector and the references of each image of
@@ -46,6 +38,6 @@ def command(
         --set decoding.rerank.method=mbr --set decoding.rerank.temperature=6 --set decoding.rerank.neighbors=60
     """
     settings = load_config(DatastoreConfig, config, overrides)
-    images, failed = build_datastore(source, checkpoint, settings, weights=weights, device=device, progress=progress)
+    images, failed = build_datastore(source, checkpoint, settings, **options)
     unreadable = f"; {failed:,} could not be read" if failed else ""
     click.echo(f"{checkpoint}: {images:,} images in the datastore{unreadable}")

@@ -4,7 +4,7 @@ import click
 
 from captionlib.config import load_config
 from captionlib.search.config import LANGUAGES, IndexConfig, VectorLayout
-from jobs.options import config_options
+from jobs.options import beam_argument, config_options, workers_option
 from pipelines.build_index import build_index
 from pipelines.run import RunConfig
 
@@ -17,9 +17,9 @@ __all__ = ["command"]
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The index to write or to extend.")
 @click.option("--language", type=click.Choice(LANGUAGES), help="The language of the captions: --set language=...")
 @config_options
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Local processes.")
+@workers_option
 @click.option("--overwrite", is_flag=True, help="Replace an index of other datasets or of another configuration.")
-@click.argument("beam_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- BEAM OPTIONS]")
+@beam_argument
 def command(
     captions: str,
     embeddings: str | None,
@@ -47,13 +47,9 @@ def command(
     """
     if language is not None:
         overrides = (*overrides, f"language={language}")
-    build, index = build_index(
-        captions,
-        output,
-        load_config(IndexConfig, config, overrides),
-        embeddings=embeddings,
-        run=RunConfig(workers, beam_options, overwrite=overwrite),
-    )
+    settings = load_config(IndexConfig, config, overrides)
+    run = RunConfig(workers, beam_options, overwrite=overwrite)
+    build, index = build_index(captions, output, settings, embeddings=embeddings, run=run)
     vectors = f"{index.vectors_count:,} vectors ({_describe_layout(index.layout)})" if index.layout else "no vectors"
     click.echo(f"{output}: {index.captions_count:,} captions, {vectors}, in {len(index.shards):,} shards")
     click.echo(f"{len(build.added):,} shards added, {len(build.removed):,} removed, {len(build.unchanged):,} unchanged")

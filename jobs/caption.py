@@ -15,7 +15,7 @@ from captionlib.evaluation.predictions import Prediction
 from captionlib.evaluation.report import write_report
 from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.models.inference.captioning import GenerationConfig, caption_images
-from jobs.options import config_options, device_option
+from jobs.options import config_options, device_option, weights_option
 
 __all__ = ["command"]
 
@@ -23,7 +23,7 @@ __all__ = ["command"]
 @click.command()
 @click.argument("images", nargs=-1, required=True)
 @click.option("--checkpoint", "-c", required=True, metavar="FOLDER", help="The captioner that train-captioner wrote.")
-@click.option("--weights", metavar="FILE", help="The encoder's weights file, if it used one.")
+@weights_option
 @click.option("--n-best", type=click.IntRange(min=1), default=1, show_default=True, help="Captions per image.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 @click.option("--report", metavar="FOLDER", help="Also write an HTML report; opens from index.html in this folder.")

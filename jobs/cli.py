@@ -6,7 +6,7 @@ import sys
 import click
 
 from captionlib import __version__
-from captionlib.errors import CaptionlibError
+from captionlib.errors import CaptionlibError, TrainingInterrupted
 
 __all__ = ["captionlib", "main"]
 
@@ -95,7 +95,7 @@ def main() -> None:
     """Runs the command line, and turns errors into a message and an exit code."""
     try:
         captionlib.main(standalone_mode=False)
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, TrainingInterrupted):
         click.echo("Stopped. Run the same command again to resume.", err=True)
         sys.exit(130)
     except click.ClickException as error:

@@ -29,8 +29,6 @@ from pipelines.run import RunConfig
 
 __all__ = ["command"]
 
-_STAGES = 8
-_FOLDERS = ("manifest", "features", "captioner", "captions")
 _SHARD_SIZE = 100
 _QUERY = "red ring"
 
@@ -74,8 +72,10 @@ def command(output: str, weights: str, train_images: int, test_images: int, over
             _print(f"{name:<20} {value}")
         for note in evaluation.notes:
             click.echo(f"     Note: {note}", err=True)
-    with _stage(7, "Search the captions.", f'captionlib query {folder}/captions --contains "{_QUERY}" --limit 3'):
-        _query(folder)
+    query = f'captionlib query {folder}/captions --contains "{_QUERY}" --limit 3'
+    with _stage(7, "Search the captions.", query), open_sql(folder / "captions") as session:
+        for row in find_captions(session, _QUERY, limit=3).read_all().to_pylist():
+            _print(f"image {row['image_id']}: {row['caption']}")
     report = f"captionlib report {folder}/captions -o {folder}/report -m {folder}/manifest --split test"
     with _stage(8, "Write a report of images, captions and scores.", f"{report} -c {folder}/captioner"):
         page = _write_report(folder, evaluation, scores, progress)
@@ -85,7 +85,9 @@ def command(output: str, weights: str, train_images: int, test_images: int, over
 def _build_captions(folder: Path, weights: str, run: RunConfig) -> None:
     """Runs the stages from images to captions."""
     dataset = folder / "scenes" / "dataset.json"
-    manifest, features, captioner, captions = (folder / name for name in _FOLDERS)
+    manifest, features, captioner, captions = (
+        folder / name for name in ("manifest", "features", "captioner", "captions")
+    )
     equivalent = f"captionlib prepare {dataset} -o {manifest} --shard-size {_SHARD_SIZE}"
     with _stage(2, "List the images with their splits and captions in a manifest.", equivalent):
         summary = prepare(dataset, manifest, PrepareConfig(shard_size=_SHARD_SIZE))
@@ -118,12 +120,6 @@ def _summarize(folder: Path, evaluation: Evaluation) -> list[tuple[str, str, str
     return scores + [(name, f"{evaluation.scores.overall[name]:.3f}", "") for name in ("BLEU-4", "CIDEr")]
 
 
-def _query(folder: Path) -> None:
-    with open_sql(folder / "captions") as session:
-        for row in find_captions(session, _QUERY, limit=3).read_all().to_pylist():
-            _print(f"image {row['image_id']}: {row['caption']}")
-
-
 def _write_report(folder: Path, evaluation: Evaluation, scores: list[tuple[str, str, str]], progress: bool) -> str:
     scenes = read_scenes(folder / "scenes")
     attributes = {
@@ -153,7 +149,7 @@ def _choose_dtype() -> Literal["float32", "bfloat16"]:
 @contextmanager
 def _stage(number: int, description: str, equivalent: str = "") -> Iterator[None]:
     """Prints a stage of the flow, the equivalent command, and how long the stage took."""
-    click.echo(f"\n{click.style(f'{number}/{_STAGES}', bold=True)}  {description}")
+    click.echo(f"\n{click.style(f'{number}/8', bold=True)}  {description}")
     if equivalent:
         _print(click.style(f"$ {equivalent}", dim=True))
     began = time.monotonic()

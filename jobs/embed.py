@@ -1,13 +1,14 @@
 """`captionlib embed`."""
 
+from typing import Any
+
 import click
 
 from captionlib.config import load_config
 from captionlib.models.inference.embedding import EmbeddingConfig
-from jobs.options import config_options, device_option, pipeline_options
+from jobs.options import config_options, device_option, pipeline_options, weights_option
 from jobs.summaries import echo_totals
 from pipelines.embed_images import embed_images
-from pipelines.run import RunConfig
 
 __all__ = ["command"]
 
@@ -16,19 +17,12 @@ __all__ = ["command"]
 @click.argument("source")
 @click.option("--ranker", "-r", required=True, metavar="FOLDER", help="The ranker that train-ranker wrote.")
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The embeddings dataset to write.")
-@click.option("--weights", metavar="FILE", help="The encoder's weights file, if it used one.")
+@weights_option
 @config_options
 @device_option
 @pipeline_options
 def command(
-    source: str,
-    ranker: str,
-    output: str,
-    weights: str | None,
-    config: str | None,
-    overrides: tuple[str, ...],
-    device: str,
-    run: RunConfig,
+    source: str, ranker: str, output: str, config: str | None, overrides: tuple[str, ...], **options: Any
 ) -> None:
     """Embed every image of SOURCE: a features dataset, or a manifest.
 
@@ -42,13 +36,5 @@ def command(
       captionlib embed manifest -r ranker -o embeddings --workers 2
       captionlib embed s3://b/features -r s3://b/ranker -o s3://b/embeddings -- --runner=FlinkRunner
     """
-    totals = embed_images(
-        source,
-        ranker,
-        output,
-        load_config(EmbeddingConfig, config, overrides),
-        weights=weights,
-        device=device,
-        run=run,
-    )
-    echo_totals(output, totals)
+    settings = load_config(EmbeddingConfig, config, overrides)
+    echo_totals(output, embed_images(source, ranker, output, settings, **options))

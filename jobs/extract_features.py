@@ -1,5 +1,7 @@
 """`captionlib extract-features`."""
 
+from typing import Any
+
 import click
 
 from captionlib.config import load_config
@@ -7,7 +9,6 @@ from captionlib.models.inference.extraction import ExtractionConfig
 from jobs.options import config_options, device_option, pipeline_options
 from jobs.summaries import echo_totals
 from pipelines.extract_features import extract_features
-from pipelines.run import RunConfig
 
 __all__ = ["command"]
 
@@ -20,13 +21,7 @@ __all__ = ["command"]
 @device_option
 @pipeline_options
 def command(
-    manifest: str,
-    output: str,
-    weights: str | None,
-    config: str | None,
-    overrides: tuple[str, ...],
-    device: str,
-    run: RunConfig,
+    manifest: str, output: str, weights: str | None, config: str | None, overrides: tuple[str, ...], **options: Any
 ) -> None:
     """Encode the images of MANIFEST as feature vectors.
 
@@ -42,11 +37,5 @@ def command(
     """
     if weights is not None:
         overrides = (*overrides, f"encoder.weights={weights}")
-    totals = extract_features(
-        manifest,
-        output,
-        load_config(ExtractionConfig, config, overrides),
-        device=device,
-        run=run,
-    )
-    echo_totals(output, totals)
+    settings = load_config(ExtractionConfig, config, overrides)
+    echo_totals(output, extract_features(manifest, output, settings, **options))

@@ -1,13 +1,14 @@
 """`captionlib generate-captions`."""
 
+from typing import Any
+
 import click
 
 from captionlib.config import load_config
 from captionlib.models.inference.captioning import GenerationConfig
-from jobs.options import config_options, device_option, pipeline_options
+from jobs.options import config_options, device_option, pipeline_options, weights_option
 from jobs.summaries import echo_totals
 from pipelines.generate_captions import generate_captions
-from pipelines.run import RunConfig
 
 __all__ = ["command"]
 
@@ -18,7 +19,7 @@ __all__ = ["command"]
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The captions dataset to write.")
 @click.option("--ranker", metavar="FOLDER", help="Also embed the images, with a ranker that train-ranker wrote.")
 @click.option("--embeddings", metavar="FOLDER", help="The embeddings dataset to write with --ranker.")
-@click.option("--weights", metavar="FILE", help="The encoder's weights file, if it used one.")
+@weights_option
 @config_options
 @device_option
 @pipeline_options
@@ -26,13 +27,10 @@ def command(
     source: str,
     checkpoint: str,
     output: str,
-    ranker: str | None,
     embeddings: str | None,
-    weights: str | None,
     config: str | None,
     overrides: tuple[str, ...],
-    device: str,
-    run: RunConfig,
+    **options: Any,
 ) -> None:
     """Caption every image of SOURCE: a features dataset, or a manifest.
 
@@ -47,17 +45,7 @@ def command(
       captionlib generate-captions features -c captioner -o captions --set decoding.beam_width=7 --set decoding.n_best=3
       captionlib generate-captions manifest -c captioner -o captions --ranker ranker --embeddings embeddings --workers 2
     """
-    totals = generate_captions(
-        source,
-        checkpoint,
-        output,
-        load_config(GenerationConfig, config, overrides),
-        ranker=ranker,
-        embeddings=embeddings,
-        weights=weights,
-        device=device,
-        run=run,
-    )
-    echo_totals(output, totals)
+    settings = load_config(GenerationConfig, config, overrides)
+    echo_totals(output, generate_captions(source, checkpoint, output, settings, embeddings=embeddings, **options))
     if embeddings is not None:
         click.echo(f"{embeddings}: embeddings of the same images")

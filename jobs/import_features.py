@@ -4,7 +4,7 @@ import click
 
 from captionlib.config import load_config
 from captionlib.data.ingestion.neuraltalk import ImportConfig, import_features
-from jobs.options import config_options
+from jobs.options import config_options, progress_option
 from jobs.summaries import echo_totals
 
 __all__ = ["command"]
@@ -19,7 +19,7 @@ __all__ = ["command"]
 )
 @config_options
 @click.option("--overwrite", is_flag=True, help="Replace features of other files.")
-@click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
+@progress_option
 def command(
     dataset_json: str,
     features_mat: str,
@@ -27,8 +27,7 @@ def command(
     images: str | None,
     config: str | None,
     overrides: tuple[str, ...],
-    overwrite: bool,
-    progress: bool,
+    **options: bool,
 ) -> None:
     """Convert NeuralTalk's features to a features dataset, ready for train-captioner and generate-captions.
 
@@ -46,5 +45,4 @@ def command(
     if images is not None:
         overrides = (*overrides, f"image_root={images}")
     settings = load_config(ImportConfig, config, overrides)
-    totals = import_features(dataset_json, features_mat, output, settings, overwrite=overwrite, progress=progress)
-    echo_totals(output, totals)
+    echo_totals(output, import_features(dataset_json, features_mat, output, settings, **options))

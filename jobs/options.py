@@ -10,11 +10,30 @@ import click
 from captionlib.recipes import find_recipe
 from pipelines.run import RunConfig
 
-__all__ = ["config_options", "device_option", "pipeline_options", "training_options"]
+__all__ = [
+    "beam_argument",
+    "config_options",
+    "device_option",
+    "pipeline_options",
+    "progress_option",
+    "training_options",
+    "weights_option",
+    "workers_option",
+]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _RECIPE_COMMANDS = {"caption": "generate-captions"}  # commands that use the recipes of another command
+
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N; auto uses a GPU if available."
+)
+progress_option = click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
+weights_option = click.option("--weights", metavar="FILE", help="The encoder's weights file, if it used one.")
+workers_option = click.option(
+    "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Worker processes on this machine."
+)
+beam_argument = click.argument("beam_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- BEAM OPTIONS]")
 
 
 def config_options(command: Command) -> Command:
@@ -44,30 +63,17 @@ def _find_recipe(context: click.Context, _parameter: click.Parameter, name: str 
     return str(find_recipe(name, _RECIPE_COMMANDS.get(command, command)))
 
 
-def device_option(command: Command) -> Command:
-    """Adds `--device`."""
-    option = click.option(
-        "--device",
-        default="auto",
-        show_default=True,
-        help="auto, cpu, cuda or cuda:N; auto uses a GPU if available.",
-    )
-    return _apply(command, [option])
-
-
 def training_options(command: Command) -> Command:
     """Adds the options of all training commands: output, configuration, device, overwriting and progress."""
-    command = _apply(
-        command,
-        [
-            click.option("--overwrite", is_flag=True, help="Replace a run with another configuration."),
-            click.option("--progress/--no-progress", default=True, help="Show a progress bar."),
-        ],
-    )
-    output = click.option(
-        "--output", "-o", required=True, metavar="FOLDER", help="Folder of the run: checkpoint, metrics, curves, state."
-    )
-    return _apply(config_options(device_option(command)), [output])
+    help_text = "Folder of the run: checkpoint, metrics, curves, state."
+    options = [
+        click.option("--output", "-o", required=True, metavar="FOLDER", help=help_text),
+        config_options,
+        device_option,
+        click.option("--overwrite", is_flag=True, help="Replace a run with another configuration."),
+        progress_option,
+    ]
+    return _apply(command, options)
 
 
 def pipeline_options(command: Command) -> Command:
@@ -75,38 +81,31 @@ def pipeline_options(command: Command) -> Command:
 
     The last argument takes Beam's options after `--`.
     """
-    names = [field.name for field in dataclasses.fields(RunConfig)]
 
     @functools.wraps(command)
     def collect(**options: Any) -> Any:
-        run = RunConfig(**{name: options.pop(name) for name in names})
+        run = RunConfig(**{field.name: options.pop(field.name) for field in dataclasses.fields(RunConfig)})
         return command(run=run, **options)
 
     options = [
-        click.option(
-            "--workers",
-            type=click.IntRange(min=1),
-            default=1,
-            show_default=True,
-            help="Worker processes on this machine.",
-        ),
+        workers_option,
         click.option("--overwrite", is_flag=True, help="Replace the output of another configuration."),
         click.option("--retry-failures", is_flag=True, help="Process failed images of finished shards again."),
         click.option(
             "--max-failure-ratio",
             type=click.FloatRange(0, 1),
-            default=0.05,
+            default=RunConfig.max_failure_ratio,
             show_default=True,
             help="Fail if a larger ratio of images failed. The other images are written nevertheless.",
         ),
-        click.option("--progress/--no-progress", default=True, help="Show a progress bar."),
+        progress_option,
         click.option(
             "--accelerator",
             metavar="SPEC",
             help="GPU of each Dataflow worker, such as 'type:nvidia-l4;count:1;install-nvidia-driver'. A worker runs "
             "one process and two shards at a time, and fails if it has no GPU.",
         ),
-        click.argument("beam_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- BEAM OPTIONS]"),
+        beam_argument,
     ]
     return _apply(cast(Command, collect), options)
 

@@ -1,26 +1,24 @@
 """`captionlib query`."""
 
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import pyarrow as pa
 
 from captionlib.search.index_folder import DESCRIPTION
-from captionlib.search.output import OutputFormat
+from captionlib.search.output import OutputFormat, write_output
 from captionlib.search.sql.queries import count_words, find_captions, find_image, find_top_captions
 from captionlib.search.sql.session import SqlLimits, open_sql
-from captionlib.storage.folders import Folder
-from jobs.rows import limit_rows, print_rows, save_rows
+from captionlib.storage.folders import Folder, stage_file
+from jobs.options import weights_option
 
-if TYPE_CHECKING:
-    from captionlib.search.text_index import Sort
-
-__all__ = ["command"]
+__all__ = ["command", "limit_rows"]
 
 _INDEX_QUERIES = ("text", "sentence", "hybrid", "image", "similar", "image_id")
 _DATASET_QUERIES = ("sql", "contains", "top", "count_words", "image_id")
@@ -45,16 +43,6 @@ class _SectionedCommand(click.Command):
                 formatter.write_dl([record for record in records if record])
 
 
-@dataclass(frozen=True)
-class _IndexOptions:
-    where: str | None
-    sort: "Sort | None"
-    ranker: str | None
-    captioner: str | None
-    sentences: str | None
-    weights: str | None
-
-
 @click.command(cls=_SectionedCommand)
 @click.argument("folder")
 @click.option("--text", metavar="WORDS", help='Captions by their words; "phrases", +required, -excluded.')
@@ -68,7 +56,7 @@ class _IndexOptions:
 @click.option("--ranker", "-r", metavar="FOLDER", help="The ranker that computed the embeddings.")
 @click.option("--captioner", "-c", metavar="FOLDER", help="With --image: caption the image instead.")
 @click.option("--sentences", metavar="FILE", help="With --image: rank these sentences, one per line, instead.")
-@click.option("--weights", metavar="FILE", help="The encoder's weights file, if it used one.")
+@weights_option
 @click.option("--sql", metavar="SELECT", help="A SELECT over the view named by the dataset's kind, or over failures.")
 @click.option("--contains", metavar="WORDS", help="Captions with all these words, most probable first.")
 @click.option("--top", type=click.IntRange(min=1), metavar="N", help="The N most probable captions.")
@@ -129,8 +117,7 @@ def command(
     if Folder(folder).exists(DESCRIPTION):
         advice = "a dataset; query the captions that the index was built from"
         query = _choose_query(values, _INDEX_QUERIES, set(_DATASET_QUERIES), advice)
-        options: dict[str, Any] = {name: values.get(name) for name in _INDEX_OPTIONS}
-        table = _query_index(folder, query, values[query], 20 if limit is None else limit, _IndexOptions(**options))
+        table = _query_index(folder, query, values, 20 if limit is None else limit)
         result: AbstractContextManager[pa.RecordBatchReader] = nullcontext(table.to_reader())
     else:
         advice = f"an index, and {folder} is not one; see `captionlib build-index`"
@@ -138,10 +125,11 @@ def command(
         result = _query_dataset(folder, query, values[query], limit, SqlLimits(memory, threads))
     with result as rows:
         if output is None:
-            print_rows(rows, output_format)
-        else:
-            count = save_rows(rows, output_format, output)
-            click.echo(f"{output}: {count:,} rows")
+            _print_rows(rows, output_format)
+            return
+        with stage_file(output) as path, path.open("wb") as file:  # the file appears only when it is complete
+            count = write_output(rows, file, output_format)
+        click.echo(f"{output}: {count:,} rows")
 
 
 def _choose_query(values: Mapping[str, Any], queries: Sequence[str], others: set[str], advice: str) -> str:
@@ -177,49 +165,75 @@ def _query_dataset(
         yield rows if limit is None else limit_rows(rows, limit)
 
 
-def _query_index(folder: str, query: str, value: Any, limit: int, options: _IndexOptions) -> pa.Table:
+def _query_index(folder: str, query: str, values: Mapping[str, Any], limit: int) -> pa.Table:
     if query == "image":
-        return _query_by_image(folder, value, limit, options)
+        return _query_by_image(folder, values, limit)
     needs_ranker = query in ("sentence", "hybrid")
-    if needs_ranker and options.ranker is None:
+    if needs_ranker and "ranker" not in values:
         raise click.UsageError(f"{_flag(query)} needs --ranker FOLDER, the ranker that computed the embeddings.")
     from captionlib.search.index import open_index  # SQL alone needs neither Faiss nor Tantivy
 
-    index = open_index(folder, options.ranker if needs_ranker else None)
+    index = open_index(folder, values["ranker"] if needs_ranker else None)
+    value, where = values[query], values.get("where")
     if query == "image_id":
         return pa.Table.from_pylist([index.get_image(value)])
     if query == "text":
-        return index.search_text(value, limit, where=options.where, sort=options.sort or "relevance")
+        return index.search_text(value, limit, where=where, sort=values.get("sort", "relevance"))
     searches: dict[str, Callable[..., pa.Table]] = {
         "sentence": index.search_sentence,
         "hybrid": index.search_hybrid,
         "similar": index.search_similar,
     }
-    return searches[query](value, limit, where=options.where)
+    return searches[query](value, limit, where=where)
 
 
-def _query_by_image(folder: str, image: str, limit: int, options: _IndexOptions) -> pa.Table:
+def _query_by_image(folder: str, values: Mapping[str, Any], limit: int) -> pa.Table:
     from captionlib.data.images.fetching import ImageFetcher
+    from captionlib.models.checkpoints.checkpoint import load_ranker  # imports torch, which takes seconds
     from captionlib.search.index import open_index
-    from captionlib.search.models import (  # imports torch, which takes seconds
-        ImageQueryModels,
-        load_query_encoder,
-        read_sentences,
-    )
+    from captionlib.search.models import ImageQueryModels, read_sentences
 
-    if options.captioner is None and options.ranker is None:
+    captioner, ranker_folder, sentences_file = map(values.get, ("captioner", "ranker", "sentences"))
+    if captioner is None and ranker_folder is None:
         raise click.UsageError("--image needs --ranker FOLDER to find similar images, or --captioner FOLDER.")
-    if options.captioner is not None and options.sentences is not None:
+    if captioner is not None and sentences_file is not None:
         raise click.UsageError("expected one of --captioner and --sentences, got both.")
-    sentences = None if options.sentences is None else read_sentences(options.sentences)
-    ranker = load_query_encoder(options.ranker) if options.ranker and options.captioner is None else None
+    sentences = None if sentences_file is None else read_sentences(sentences_file)
+    ranker = load_ranker(ranker_folder, "cpu") if ranker_folder and captioner is None else None
     index = None if ranker is None or sentences is not None else open_index(folder, ranker)
-    with ImageFetcher() as fetcher, ImageQueryModels(ranker, options.captioner, options.weights) as models:
-        content = fetcher.fetch(image)
-        if options.captioner is not None:
+    with ImageFetcher() as fetcher, ImageQueryModels(ranker, captioner, values.get("weights")) as models:
+        content = fetcher.fetch(values["image"])
+        if captioner is not None:
             return models.caption(content).slice(0, limit)
         vector = models.embed(content)
         if sentences is not None:
             return models.rank_sentences(vector, sentences).slice(0, limit)
     assert index is not None
-    return index.search_vector(vector, limit, where=options.where)
+    return index.search_vector(vector, limit, where=values.get("where"))
+
+
+def limit_rows(rows: pa.RecordBatchReader, limit: int) -> pa.RecordBatchReader:
+    """Returns the first `limit` rows, without reading the others."""
+
+    def slice_batches(remaining: int) -> Iterator[pa.RecordBatch]:
+        for batch in rows:
+            yield batch.slice(0, remaining)
+            remaining -= batch.num_rows
+            if remaining <= 0:
+                return
+
+    return pa.RecordBatchReader.from_batches(rows.schema, slice_batches(limit))
+
+
+def _print_rows(rows: pa.RecordBatchReader, output_format: OutputFormat) -> None:
+    """Prints rows; a table is fitted to the width of the terminal."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    try:
+        count = write_output(rows, sys.stdout.buffer, output_format, width)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader, such as `head`, has closed the pipe. Python would raise the error again on exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    if count == 0 and output_format == "table":
+        click.echo("no rows", err=True)

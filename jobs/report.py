@@ -11,6 +11,7 @@ from captionlib.evaluation.evaluate import Evaluation, evaluate_predictions
 from captionlib.evaluation.predictions import load_predictions
 from captionlib.evaluation.report import write_report
 from captionlib.models.checkpoints.checkpoint import load_captioner
+from jobs.options import progress_option
 
 __all__ = ["command"]
 
@@ -26,7 +27,7 @@ __all__ = ["command"]
 @click.option("--images", metavar="FOLDER", help="The folder that relative image paths start from.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Show the first N images only.")
 @click.option("--title", help="The title of the page. [default: the name of CAPTIONS]")
-@click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
+@progress_option
 def command(
     captions: str,
     output: str,

@@ -13,8 +13,7 @@ from jobs.options import config_options, device_option
 
 __all__ = ["command"]
 
-_LENGTHS = {("sentences", "words"): 30, ("sentences", "characters"): 200, ("continuous", "words"): 100}
-_DEFAULT_LENGTH = 500  # of continuous text by characters
+_LENGTHS = {"sentences": {"words": 30, "characters": 200}, "continuous": {"words": 100, "characters": 500}}
 
 
 @click.command()
@@ -61,7 +60,7 @@ def command(
       captionlib sample author --length 1000 --top-p 0.9 --seed 1
     """
     language_model = load_language_model(checkpoint, device)
-    length = length or _LENGTHS.get((language_model.layout, language_model.vocabulary.level), _DEFAULT_LENGTH)
+    length = length or _LENGTHS[language_model.layout][language_model.vocabulary.level]
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
     decoding = load_config(DecodingConfig, config, [*overrides, *given, "strategy=sample", f"max_tokens={length}"])

@@ -3,30 +3,27 @@
 import json
 import os
 import socket
-from pathlib import Path
 from typing import Any
 
 import click
 
 from captionlib.config import build_config, to_dict
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.search.index_folder import DESCRIPTION
+from captionlib.search.index_folder import DESCRIPTION, user_cache_folder
 from captionlib.serving.config import ServingConfig
 from captionlib.storage.folders import Folder
-from jobs.options import device_option
+from jobs.options import device_option, weights_option
 
 __all__ = ["command", "listen"]
 
 _APP_CONFIG = "CAPTIONLIB_APP_CONFIG"
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
-_MAX_CONNECTIONS = 1000
 
 
 @click.command()
 @click.argument("index")
 @click.option("--ranker", "-r", metavar="FOLDER", help="The ranker that computed the embeddings.")
 @click.option("--captioner", "-c", metavar="FOLDER", help="A captioner, to caption uploaded images.")
-@click.option("--weights", metavar="FILE", help="The encoder's weights file, if it used one.")
+@weights_option
 @click.option("--sentences", metavar="FILE", help="Sentences, one per line, to compare uploaded images with.")
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="The address to listen on; 0.0.0.0 for all networks."
@@ -94,8 +91,8 @@ def command(
         max_upload_bytes=max_upload * 2**20,
         allow_private_hosts=allow_private_hosts,
     )
-    folder = thumbnails or str(_cache_folder() / "thumbnails")
-    if host not in _LOOPBACK:
+    folder = thumbnails or str(user_cache_folder() / "thumbnails")
+    if host not in ("127.0.0.1", "::1", "localhost"):
         click.echo(f"Listening on {host}: whoever can connect sees the images of the index.", err=True)
         click.echo(f"Host names: {', '.join(serving.allowed_hosts)}. Add others with --name.", err=True)
     app_config = AppConfig(index, folder, ranker, captioner, weights, sentences, device, serving)
@@ -108,7 +105,7 @@ def command(
             factory=workers > 1,
             workers=workers,
             server_header=False,
-            limit_concurrency=_MAX_CONNECTIONS,
+            limit_concurrency=1000,
             timeout_keep_alive=15,
             log_level="warning",
             access_log=False,
@@ -144,7 +141,3 @@ def create() -> Any:
     from captionlib.serving.startup import AppConfig, load_app
 
     return load_app(build_config(AppConfig, json.loads(os.environ[_APP_CONFIG])))
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "captionlib"

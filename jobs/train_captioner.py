@@ -7,7 +7,6 @@ import click
 
 from captionlib.config import load_config
 from captionlib.data.shards.dataset import open_dataset
-from captionlib.errors import TrainingInterrupted
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
 from captionlib.training.distributed import is_first_process
 from captionlib.training.finetuning import FinetuningConfig, finetune_captioner
@@ -24,13 +23,10 @@ __all__ = ["command"]
 def command(
     source: str,
     init_from: str | None,
-    weights: str | None,
     output: str,
     config: str | None,
     overrides: tuple[str, ...],
-    device: str,
-    overwrite: bool,
-    progress: bool,
+    **options: Any,
 ) -> None:
     """Train a captioner on SOURCE: a features dataset, or a manifest to fine-tune its encoder too.
 
@@ -61,16 +57,12 @@ def command(
     """
     if init_from is not None:
         overrides = (*overrides, f"init_from={json.dumps(init_from)}")
-    options: dict[str, Any] = {"weights": weights, "device": device, "overwrite": overwrite, "progress": progress}
-    try:
-        if open_dataset(source).kind == "manifest":
-            finetuning = load_config(FinetuningConfig, config, overrides)
-            history = finetune_captioner(source, output, finetuning, **options)
-        else:
-            training = load_config(CaptionerTrainingConfig, config, overrides)
-            history = train_captioner(source, output, training, **options)
-    except TrainingInterrupted as interrupted:
-        raise click.Abort from interrupted
+    if open_dataset(source).kind == "manifest":
+        finetuning = load_config(FinetuningConfig, config, overrides)
+        history = finetune_captioner(source, output, finetuning, **options)
+    else:
+        training = load_config(CaptionerTrainingConfig, config, overrides)
+        history = train_captioner(source, output, training, **options)
     name = next(name for name in ("CIDEr", "perplexity", "word_perplexity") if name in history[0])
     best = (max if name == "CIDEr" else min)(history, key=lambda row: row[name])
     if is_first_process():

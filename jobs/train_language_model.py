@@ -1,9 +1,10 @@
 """`captionlib train-language-model`."""
 
+from typing import Any
+
 import click
 
 from captionlib.config import load_config
-from captionlib.errors import TrainingInterrupted
 from captionlib.training.language_modeling import LanguageModelTrainingConfig, train_language_model
 from jobs.options import training_options
 
@@ -13,15 +14,7 @@ __all__ = ["command"]
 @click.command()
 @click.argument("source")
 @training_options
-def command(
-    source: str,
-    output: str,
-    config: str | None,
-    overrides: tuple[str, ...],
-    device: str,
-    overwrite: bool,
-    progress: bool,
-) -> None:
+def command(source: str, output: str, config: str | None, overrides: tuple[str, ...], **options: Any) -> None:
     """Train a language model on the text of SOURCE: a features dataset, a manifest, or a text file.
 
     The model is a captioner without an image. A text file has one sentence per line, or is one continuous text
@@ -42,9 +35,6 @@ def command(
     values of the run, metrics.jsonl and curves.png, tensorboard/, and the state to resume from in _training/.
     """
     settings = load_config(LanguageModelTrainingConfig, config, overrides)
-    try:
-        history = train_language_model(source, output, settings, device=device, overwrite=overwrite, progress=progress)
-    except TrainingInterrupted as interrupted:
-        raise click.Abort from interrupted
+    history = train_language_model(source, output, settings, **options)
     best = min(history, key=lambda row: row["perplexity"])
     click.echo(f"{output}: perplexity {best['perplexity']:.2f} after epoch {best['epoch']:.0f} of {len(history)}")

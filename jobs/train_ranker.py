@@ -1,9 +1,10 @@
 """`captionlib train-ranker`."""
 
+from typing import Any
+
 import click
 
 from captionlib.config import load_config
-from captionlib.errors import TrainingInterrupted
 from captionlib.training.distributed import is_first_process
 from captionlib.training.ranking import RankerTrainingConfig, train_ranker
 from jobs.options import training_options
@@ -14,15 +15,7 @@ __all__ = ["command"]
 @click.command()
 @click.argument("features")
 @training_options
-def command(
-    features: str,
-    output: str,
-    config: str | None,
-    overrides: tuple[str, ...],
-    device: str,
-    overwrite: bool,
-    progress: bool,
-) -> None:
+def command(features: str, output: str, config: str | None, overrides: tuple[str, ...], **options: Any) -> None:
     """Train a ranker on FEATURES: it embeds images and captions in one space, so that each finds the other.
 
     Training uses the splits train and restval. The checkpoint is that of the epoch with the highest mean recall on val
@@ -43,10 +36,7 @@ def command(
     values of the run, metrics.jsonl and curves.png, tensorboard/, and the state to resume from in _training/.
     """
     settings = load_config(RankerTrainingConfig, config, overrides)
-    try:
-        history = train_ranker(features, output, settings, device=device, overwrite=overwrite, progress=progress)
-    except TrainingInterrupted as interrupted:
-        raise click.Abort from interrupted
+    history = train_ranker(features, output, settings, **options)
     best = max(history, key=lambda row: row["mean_recall"])
     if is_first_process():
         click.echo(

@@ -13,10 +13,7 @@ __all__ = ["expand_option_files", "to_flags"]
 
 
 def expand_option_files(flags: Sequence[str]) -> list[str]:
-    """Replaces each `@FILE` by the flags in the file. Beam uses the last of repeated flags.
-
-    Args:
-        flags: flags such as `--runner=FlinkRunner`, and `@FILE` with the path or recipe name of a YAML file.
+    """Replaces each `@FILE`, the path or recipe name of a YAML file, by flags. Beam uses the last of repeated flags.
 
     Raises:
         ConfigError: a file cannot be read, or its values are not options.
@@ -26,10 +23,6 @@ def expand_option_files(flags: Sequence[str]) -> list[str]:
 
 def to_flags(options: Mapping[str, Any], origin: str) -> Iterator[str]:
     """Converts options to flags. `true` becomes a flag without a value, a list repeats its flag, a mapping is JSON.
-
-    Args:
-        options: values by the option's name.
-        origin: where the options come from, for error messages.
 
     Raises:
         ConfigError: a value is false or null, for which Beam has no uniform flag.

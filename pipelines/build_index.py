@@ -66,39 +66,26 @@ class BuildIndex(beam.PTransform[PBegin, PCollection[int]]):
         finished: PCollection[int] = (
             begin
             | "Plan" >> beam.Create([len(self._build.added)], reshuffle=False)
-            | "Train" >> beam.ParDo(_Train(self._build))
+            | "Train" >> beam.FlatMap(_train, self._build)
             | "Spread" >> beam.Reshuffle()
-            | "AddShards" >> beam.ParDo(_AddShard(self._build))
+            | "AddShards" >> beam.FlatMap(_add_shard, self._build)
             | "Count" >> Count.Globally()
-            | "Finish" >> beam.ParDo(_Finish(self._build))
+            | "Finish" >> beam.FlatMap(_finish, self._build)
         )
         return finished
 
 
-class _Train(beam.DoFn):
-    def __init__(self, build: IndexBuild) -> None:
-        self._build = build
-
-    def process(self, shards: int) -> list[int]:
-        self._build.train()
-        return list(range(shards))
+def _train(shards: int, build: IndexBuild) -> list[int]:
+    build.train()
+    return list(range(shards))
 
 
-class _AddShard(beam.DoFn):
-    def __init__(self, build: IndexBuild) -> None:
-        self._build = build
-        self._rows = Metrics.counter("BuildIndex", "rows")
-
-    def process(self, number: int) -> list[int]:
-        self._build.add_shard(number)
-        self._rows.inc(self._build.added[number].rows)
-        return [number]
+def _add_shard(number: int, build: IndexBuild) -> list[int]:
+    build.add_shard(number)
+    Metrics.counter("BuildIndex", "rows").inc(build.added[number].rows)
+    return [number]
 
 
-class _Finish(beam.DoFn):
-    def __init__(self, build: IndexBuild) -> None:
-        self._build = build
-
-    def process(self, shards: int) -> list[int]:
-        self._build.finish()
-        return [shards]
+def _finish(shards: int, build: IndexBuild) -> list[int]:
+    build.finish()
+    return [shards]

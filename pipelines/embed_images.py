@@ -54,10 +54,9 @@ def embed_images(
     """
     config = replace(config, loading=run.divide_decoders(config.loading))
     dataset = open_dataset(source).require_complete()
-    threads = run.threads_per_worker if run.workers > 1 else None
     driver_device, worker_device = run.resolve_devices(device)
     loaded_ranker, pinned_ranker = SHARED_RANKERS.pin(ranker)
-    encoder = resolve_encoder(dataset, loaded_ranker, weights, driver_device, threads)
+    encoder = resolve_encoder(dataset, loaded_ranker, weights, driver_device, run.threads_per_worker)
     embeddings = create_embeddings_dataset(output, dataset, loaded_ranker, run.overwrite)
-    stage = ImageEmbedding(config, pinned_ranker, encoder, worker_device, threads)
+    stage = ImageEmbedding(config, pinned_ranker, encoder, worker_device, run.threads_per_worker)
     return run_job(ShardJob(dataset, (embeddings,), stage, run.retry_failures), "embed", run)

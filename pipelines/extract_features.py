@@ -48,9 +48,8 @@ def extract_features(
         config, encoder=config.encoder.with_absolute_weights(), loading=run.divide_decoders(config.loading)
     )
     source = open_dataset(manifest, "manifest").require_complete()
-    threads = run.threads_per_worker if run.workers > 1 else None
     driver_device, worker_device = run.resolve_devices(device)
-    encoder = load_shared_encoder(config.encoder, driver_device, threads)
+    encoder = load_shared_encoder(config.encoder, driver_device, run.threads_per_worker)
     features = create_dataset(
         output,
         "features",
@@ -59,5 +58,5 @@ def extract_features(
         shards=source.shards,
         overwrite=run.overwrite,
     )
-    stage = FeatureExtraction(config, encoder.description, worker_device, threads)
+    stage = FeatureExtraction(config, encoder.description, worker_device, run.threads_per_worker)
     return run_job(ShardJob(source, (features,), stage, run.retry_failures), "extract-features", run)

@@ -4,18 +4,17 @@ import os
 from dataclasses import replace
 
 from captionlib.config import to_dict
-from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
+from captionlib.data.shards.dataset import create_dataset, open_dataset
 from captionlib.data.shards.markers import Totals
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.data.shards.stages import ShardJob
 from captionlib.errors import ConfigError
-from captionlib.models.checkpoints.checkpoint import LoadedCaptioner
+from captionlib.models.decoding.datastore import read_datastore_fingerprint
 from captionlib.models.inference.attention_maps import require_attention
 from captionlib.models.inference.captioning import (
     SHARED_CAPTIONERS,
     CaptionGeneration,
     GenerationConfig,
-    find_datastore_fingerprint,
 )
 from captionlib.models.inference.embedding import SHARED_RANKERS, create_embeddings_dataset
 from captionlib.models.inference.feature_source import resolve_encoder
@@ -69,37 +68,20 @@ def generate_captions(
         raise ConfigError("--ranker and --embeddings require each other: the model, and the dataset that it writes")
     config = replace(config, loading=run.divide_decoders(config.loading))
     dataset = open_dataset(source).require_complete()
-    threads = run.threads_per_worker if run.workers > 1 else None
     driver_device, worker_device = run.resolve_devices(device)
     captioner, pinned_captioner = SHARED_CAPTIONERS.pin(checkpoint)
     positions = require_attention(captioner, os.fspath(checkpoint)) if config.attention_maps else None
-    datastore = find_datastore_fingerprint(os.fspath(checkpoint), captioner, config.decoding)
-    encoder = resolve_encoder(dataset, captioner, weights, driver_device, threads)
+    datastore = read_datastore_fingerprint(checkpoint, captioner) if config.decoding.rerank.neighbors else None
+    encoder = resolve_encoder(dataset, captioner, weights, driver_device, run.threads_per_worker)
     loaded_ranker, pinned_ranker = (None, None) if ranker is None else SHARED_RANKERS.pin(ranker)
     if loaded_ranker is not None:
         loaded_ranker.require_encoder(captioner.encoder)
-    outputs = [_create_captions_dataset(output, dataset, captioner, positions, config, datastore, run.overwrite)]
-    if loaded_ranker is not None and embeddings is not None:
-        outputs.append(create_embeddings_dataset(embeddings, dataset, loaded_ranker, run.overwrite))
-    stage = CaptionGeneration(config, pinned_captioner, encoder, worker_device, threads, pinned_ranker, datastore)
-    return run_job(ShardJob(dataset, tuple(outputs), stage, run.retry_failures), "generate-captions", run)
-
-
-def _create_captions_dataset(
-    folder: str | os.PathLike[str],
-    source: ShardedDataset,
-    captioner: LoadedCaptioner,
-    positions: int | None,
-    config: GenerationConfig,
-    datastore: str | None,
-    overwrite: bool,
-) -> ShardedDataset:
-    return create_dataset(
-        folder,
+    captions = create_dataset(
+        output,
         "captions",
         captions_schema(positions),
         config={
-            "input": source.fingerprint,
+            "input": dataset.fingerprint,
             "captioner": captioner.fingerprint,
             "encoder": captioner.encoder,
             "decoding": to_dict(config.decoding),
@@ -107,6 +89,13 @@ def _create_captions_dataset(
             "attention_maps": config.attention_maps,
             "datastore": datastore,
         },
-        shards=source.shards,
-        overwrite=overwrite,
+        shards=dataset.shards,
+        overwrite=run.overwrite,
     )
+    outputs = [captions]
+    if loaded_ranker is not None and embeddings is not None:
+        outputs.append(create_embeddings_dataset(embeddings, dataset, loaded_ranker, run.overwrite))
+    stage = CaptionGeneration(
+        config, pinned_captioner, encoder, worker_device, run.threads_per_worker, pinned_ranker, datastore
+    )
+    return run_job(ShardJob(dataset, tuple(outputs), stage, run.retry_failures), "generate-captions", run)

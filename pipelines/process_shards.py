@@ -21,13 +21,8 @@ _SHARDS_PER_ACCELERATOR = "2"
 class ProcessShards(beam.PTransform[PBegin, PCollection[int]]):
     """Processes shards of a job and then marks its outputs as complete.
 
-    Elements are shard numbers, not images, so that little data crosses the Reshuffle.
-
-    Args:
-        job: the job.
-        shards: the shards to process.
-        max_failure_ratio: largest ratio of failed images of a complete output.
-        accelerator: Beam's resource hint for a GPU in each worker.
+    Elements are shard numbers, not images, so that little data crosses the Reshuffle. See `RunConfig` for
+    `max_failure_ratio` and `accelerator`.
     """
 
     def __init__(
@@ -51,7 +46,7 @@ class ProcessShards(beam.PTransform[PBegin, PCollection[int]]):
             | "Spread" >> beam.Reshuffle()
             | "Process" >> process
             | "Count" >> Count.Globally()
-            | "Finish" >> beam.ParDo(_Finish(self._job, self._max_failure_ratio))
+            | "Finish" >> beam.FlatMap(_finish, self._job, self._max_failure_ratio)
         )
         return finished
 
@@ -76,15 +71,9 @@ class _ProcessShard(beam.DoFn):
         self._exit_stack.close()
 
 
-class _Finish(beam.DoFn):
+def _finish(shards: int, job: ShardJob, max_failure_ratio: float) -> list[int]:
     """Completes the outputs even if the submitting command has died."""
-
-    def __init__(self, job: ShardJob, max_failure_ratio: float) -> None:
-        self._job = job
-        self._max_failure_ratio = max_failure_ratio
-
-    def process(self, shards: int) -> list[int]:
-        # Beam would retry an error here; the submitting command raises the same one.
-        with suppress(DatasetError):
-            self._job.finish(self._max_failure_ratio)
-        return [shards]
+    # Beam would retry an error here; the submitting command raises the same one.
+    with suppress(DatasetError):
+        job.finish(max_failure_ratio)
+    return [shards]

@@ -68,9 +68,9 @@ class RunConfig:
             )
 
     @property
-    def threads_per_worker(self) -> int:
-        """The number of computing threads of each local worker."""
-        return max(1, available_cpus() // self.workers)
+    def threads_per_worker(self) -> int | None:
+        """The number of computing threads of each local worker; None for a single one, which uses the defaults."""
+        return max(1, available_cpus() // self.workers) if self.workers > 1 else None
 
     def resolve_devices(self, device: str) -> tuple[str, str]:
         """Returns the devices of the submitting process, which only reads the models' properties, and of the workers.
@@ -83,7 +83,7 @@ class RunConfig:
 
     def divide_decoders(self, loading: LoadingConfig) -> LoadingConfig:
         """Divides the decoder processes of this machine among its workers, unless their number is configured."""
-        if self.workers == 1 or loading.decode.processes is not None:
+        if self.threads_per_worker is None or loading.decode.processes is not None:
             return loading
         return replace(loading, decode=replace(loading.decode, processes=self.threads_per_worker))
 
@@ -91,17 +91,10 @@ class RunConfig:
 def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
     """Processes the pending shards of a job, shows progress and marks the outputs as complete.
 
-    Args:
-        job: the job.
-        label: the name of the pipeline.
-        run: how it runs.
-
     Returns:
         The totals of the first output. With Beam's `--dry_run`, those from before the run.
 
     Raises:
-        ConfigError: see `choose_runner`.
-        RunnerError: see `run_pipeline`.
         FailureRatioError: more images failed than the run allows; all shards are written nevertheless.
     """
     _, options = choose_runner(run)  # checks the options before anything is changed
@@ -118,7 +111,6 @@ def run_pipeline(transform: beam.PTransform[PBegin, Any], label: str, run: RunCo
     """Runs a transform and waits for it. Ctrl-C cancels the job, also on a cluster.
 
     Raises:
-        ConfigError: see `choose_runner`.
         RunnerError: the runner failed or cannot be reached.
     """
     runner, options = choose_runner(run)

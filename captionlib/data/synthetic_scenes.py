@@ -8,7 +8,7 @@ import itertools
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,6 @@ __all__ = [
 ]
 
 IMAGE_SIZE = 224
-_SUPERSAMPLING = 2
 
 # The values of each attribute, and the phrases that express each value.
 _PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -72,7 +71,6 @@ _POSITIONS = {
 }
 # Relative to the image size, as are the positions.
 _HALF_WIDTHS = {"small": 0.14, "large": 0.24}
-_RING_HOLE = 0.55  # relative to the radius
 
 
 @dataclass(frozen=True)
@@ -87,19 +85,10 @@ class Scene:
 
 
 def write_scenes(folder: Path, train: int = 1000, val: int = 100, test: int = 200, seed: int = 0) -> Path:
-    """Writes a data set: `images/`, and `dataset.json` with the captions in Karpathy's format.
+    """Writes a data set: `images/`, and `dataset.json` with the captions in Karpathy's format, whose path it returns.
 
-    Five sixths of the scenes are for training, one twelfth for validation and one twelfth for testing.
-
-    Args:
-        folder: the folder to write to.
-        train: the number of training images.
-        val: the number of validation images.
-        test: the number of test images.
-        seed: the seed of the scenes, images and captions.
-
-    Returns:
-        The path of `dataset.json`.
+    `train`, `val` and `test` are numbers of images. Five sixths of the scenes are for training, one twelfth for
+    validation and one twelfth for testing.
     """
     rng = random.Random(seed)
     scenes = list(iterate_scenes())
@@ -114,16 +103,8 @@ def write_scenes(folder: Path, train: int = 1000, val: int = 100, test: int = 20
             name = f"{split}-{number:05d}.jpg"
             render_scene(scene, rng).save(folder / "images" / name, quality=95)
             sentences = [{"raw": caption, "tokens": caption.split()} for caption in describe_scene(scene, rng)]
-            entries.append(
-                {
-                    "imgid": len(entries),
-                    "filepath": "images",
-                    "filename": name,
-                    "split": split,
-                    "sentences": sentences,
-                    "attributes": asdict(scene),
-                }
-            )
+            entry = {"imgid": len(entries), "filepath": "images", "filename": name, "split": split}
+            entries.append({**entry, "sentences": sentences, "attributes": asdict(scene)})
     path = folder / "dataset.json"
     path.write_text(json.dumps({"dataset": "scenes", "images": entries}), encoding="utf-8")
     return path
@@ -142,7 +123,7 @@ def iterate_scenes() -> Iterator[Scene]:
 
 def render_scene(scene: Scene, rng: random.Random) -> Image.Image:
     """Renders an RGB image of `IMAGE_SIZE` x `IMAGE_SIZE` pixels. Each call varies position, size, hue and noise."""
-    side = IMAGE_SIZE * _SUPERSAMPLING
+    side = 2 * IMAGE_SIZE  # supersampled
     background, color = _jitter(_BACKGROUNDS[scene.background], 3, rng), _jitter(_COLORS[scene.color], 8, rng)
     x, y = (side * (coordinate + rng.uniform(-0.015, 0.015)) for coordinate in _POSITIONS[scene.position])
     half = side * _HALF_WIDTHS[scene.size] * rng.uniform(0.95, 1.05)
@@ -150,7 +131,7 @@ def render_scene(scene: Scene, rng: random.Random) -> Image.Image:
     draw = ImageDraw.Draw(image)
     if scene.shape == "ring":
         draw.circle((x, y), half, fill=color)
-        draw.circle((x, y), _RING_HOLE * half, fill=background)
+        draw.circle((x, y), 0.55 * half, fill=background)
     elif scene.shape == "square":
         draw.rectangle((x - half, y - half, x + half, y + half), fill=color)
     else:
@@ -174,25 +155,17 @@ def parse_attributes(caption: str) -> dict[str, str | None]:
     """Returns the value of each attribute in a caption, or None if the caption expresses none or several."""
     text = f" {caption} "
     attributes = {}
-    for field in fields(Scene):
-        values = {
-            value for value, phrases in _PHRASES[field.name].items() if any(f" {phrase} " in text for phrase in phrases)
-        }
-        attributes[field.name] = values.pop() if len(values) == 1 else None
+    for name, phrases_of in _PHRASES.items():
+        values = [value for value, phrases in phrases_of.items() if any(f" {phrase} " in text for phrase in phrases)]
+        attributes[name] = values[0] if len(values) == 1 else None
     return attributes
 
 
 def score_attributes(scenes: Sequence[Scene], captions: Sequence[str]) -> dict[str, float]:
     """Returns the share of captions with the correct value of each attribute, and of `all` of them."""
-    predictions = [parse_attributes(caption) for caption in captions]
-    correct = {
-        field.name: [
-            predicted[field.name] == getattr(scene, field.name)
-            for predicted, scene in zip(predictions, scenes, strict=True)
-        ]
-        for field in fields(Scene)
-    }
-    correct["all"] = [all(row) for row in zip(*correct.values(), strict=True)]
+    pairs = [(asdict(scene), parse_attributes(caption)) for scene, caption in zip(scenes, captions, strict=True)]
+    correct = {name: [actual[name] == parsed[name] for actual, parsed in pairs] for name in _PHRASES}
+    correct["all"] = [actual == parsed for actual, parsed in pairs]
     return {name: sum(flags) / max(1, len(flags)) for name, flags in correct.items()}
 
 

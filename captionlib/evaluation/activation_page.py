@@ -22,17 +22,7 @@ _VISIBLE_CHANNELS = 48  # per layer; a button shows the others
 
 
 def write_activation_page(path: str | os.PathLike[str], title: str, activations: Activations, network: str) -> None:
-    """Writes the page.
-
-    Args:
-        path: path or address of the HTML file.
-        title: title of the page, such as the name of the image.
-        activations: the activations to show.
-        network: a phrase that names the network and its weights.
-
-    Raises:
-        StorageError: the file cannot be written.
-    """
+    """Writes the page of `activations`; `network` is a phrase that names the network and its weights."""
     page = render_page(
         "activations.html",
         title=title,

@@ -45,15 +45,10 @@ class Scores:
 
 
 def summarize(metrics: Sequence[Metric], image_ids: Sequence[str], config: BootstrapConfig) -> Scores:
-    """Computes the scores of metrics; a score that is undefined for the whole set is left out.
-
-    Args:
-        metrics: metrics with one row for each of `image_ids`.
-        image_ids: the images of the rows.
-        config: how confidence intervals are computed.
-    """
+    """Computes the scores of metrics with one row per image; omits scores that are undefined for the whole set."""
     sums = _resample(np.concatenate([metric.rows for metric in metrics], 1), config)
     widths = [metric.rows.shape[1] for metric in metrics]
+    tail = (1 - config.confidence) / 2
     overall: dict[str, float] = {}
     per_image: dict[str, dict[str, float]] = {}
     intervals: dict[str, tuple[float, float]] = {}
@@ -66,7 +61,6 @@ def summarize(metrics: Sequence[Metric], image_ids: Sequence[str], config: Boots
             overall[name] = float(set_scores[column])
             per_image[name] = dict(zip(image_ids, image_scores[:, column].tolist(), strict=True))
             if config.samples:
-                tail = (1 - config.confidence) / 2
                 low, high = np.nanquantile(resampled_scores[:, column], [tail, 1 - tail])
                 intervals[name] = (float(low), float(high))
     return Scores(overall, per_image, intervals)
@@ -75,9 +69,7 @@ def summarize(metrics: Sequence[Metric], image_ids: Sequence[str], config: Boots
 def _resample(rows: npt.NDArray[np.float64], config: BootstrapConfig) -> npt.NDArray[np.float64]:
     """Returns the sum of the rows of each resample, `[samples, statistics]`, with one resample in memory at a time."""
     generator = np.random.default_rng(config.seed)
-    images = len(rows)
     sums = np.empty((config.samples, rows.shape[1]))
     for sample in range(config.samples):
-        repeats = np.bincount(generator.integers(images, size=images), minlength=images)
-        sums[sample] = repeats @ rows
+        sums[sample] = np.bincount(generator.integers(len(rows), size=len(rows)), minlength=len(rows)) @ rows
     return sums

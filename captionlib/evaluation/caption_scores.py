@@ -31,18 +31,13 @@ def score_captions(
     references: Mapping[str, Sequence[str]],
     *,
     extra_metrics: Sequence[Metric] = (),
-    bootstrap: BootstrapConfig | None = None,
+    bootstrap: BootstrapConfig = BootstrapConfig(),
 ) -> Scores:
     """Scores one caption per image.
 
     CIDEr weighs words by the number of scored images whose references contain them. It means little for few images, and
-    is 0 for a single one.
-
-    Args:
-        captions: captions by image id.
-        references: references by image id, at least one for each caption; images without a caption are ignored.
-        extra_metrics: metrics to summarize along, with one row for each of `captions`, in that order.
-        bootstrap: how confidence intervals are computed.
+    is 0 for a single one. Captions and references are by image id; images without a caption are ignored.
+    `extra_metrics` have one row for each of `captions`, in that order.
 
     Returns:
         BLEU-1 to BLEU-4, METEOR and ROUGE-L (0 to 1), CIDEr (0 to 10; papers report it times 100), and extra metrics.
@@ -66,7 +61,7 @@ def score_captions(
     if not has_java():
         functions.remove(compute_meteor)
     metrics = [*(function(hypotheses, targets) for function in functions), *extra_metrics]
-    return summarize(metrics, ids, bootstrap or BootstrapConfig())
+    return summarize(metrics, ids, bootstrap)
 
 
 def build_scores_table(scores: Scores, captions: Mapping[str, str]) -> pa.Table:
@@ -92,10 +87,7 @@ def _tokenize(sets: Sequence[Mapping[str, Sequence[str]]]) -> list[dict[str, lis
 class CiderScorer:
     """Scores new captions of the same images repeatedly, as validation during training does.
 
-    The references are tokenized once. The score equals that of `score_captions`.
-
-    Args:
-        references: the references of each image, at least one.
+    The references are tokenized once; each image needs at least one. The score equals that of `score_captions`.
 
     Raises:
         ConfigError: Java is not installed.

@@ -12,17 +12,10 @@ _NOT_PLOTTED = frozenset({"epoch", "step", "seconds", "learning_rate", "data_wai
 
 @dataclass(frozen=True)
 class Chart:
-    """A curve over epochs, in the units of an SVG of `width` by `height`.
+    """A curve of a metric over epochs, in the units of an SVG of `width` by `height`.
 
-    Attributes:
-        name: the name of the metric.
-        points: the position of each epoch.
-        low: the lowest value, as text; it is at `bottom`.
-        high: the highest value, as text; it is at `top`.
-        last: the last value, as text.
-        best: the best value, as text: the lowest of a loss or a perplexity, the highest of a score.
-        first_epoch: the epoch at `left`.
-        last_epoch: the epoch at `right`.
+    Values are texts: `low` is at `bottom`, `high` at `top`, and `best` is the lowest loss or perplexity, or the highest
+    score. `first_epoch` is at `left`, `last_epoch` at `right`.
     """
 
     name: str

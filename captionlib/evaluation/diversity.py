@@ -18,10 +18,6 @@ def measure_captions(captions: Mapping[str, str], training_references: Iterable[
     """Measures the mean length of captions and, given the references of the training set, the share of novel captions.
 
     Captions and references are compared token by token, as captionlib's vocabulary splits them.
-
-    Args:
-        captions: captions by image id.
-        training_references: the references that the captioner learned from.
     """
     tokenized = [tuple(tokenize(caption)) for caption in captions.values()]
     ones = [1] * len(tokenized)

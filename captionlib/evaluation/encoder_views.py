@@ -37,11 +37,7 @@ class EncoderView:
 
 
 def read_encoder_view(source: str | os.PathLike[str], image_ids: Collection[str]) -> EncoderView:
-    """Reads the view of the given images from a captions dataset; a JSON file of results gives an empty view.
-
-    Raises:
-        DatasetError: the attention maps are not square.
-    """
+    """Reads the view of the given images from a captions dataset; a JSON file of results gives an empty view."""
     if not is_dataset(source):
         return EncoderView()
     dataset = open_dataset(source, "captions").require_complete()
@@ -61,15 +57,7 @@ def read_encoder_view(source: str | os.PathLike[str], image_ids: Collection[str]
 
 
 def build_encoder_view(rows: Iterable[Mapping[str, Any]], encoder: Mapping[str, Any]) -> EncoderView:
-    """Builds the view of rows of `captions/` that are in memory.
-
-    Args:
-        rows: plain values, with or without `attention`.
-        encoder: the description of the captioner's encoder.
-
-    Raises:
-        DatasetError: the attention maps are not square.
-    """
+    """Builds the view from rows of `captions/`, with or without `attention`, and the description of the encoder."""
     maps = {row["image_id"]: _to_maps(np.array(row["attention"], np.float32)) for row in rows if "attention" in row}
     return EncoderView(_parse_preprocessing(encoder), maps)
 

@@ -14,6 +14,7 @@ from captionlib.evaluation.bootstrap import BootstrapConfig, Scores
 from captionlib.evaluation.caption_scores import WITHOUT_JAVA, score_captions
 from captionlib.evaluation.diversity import NOVEL, count_diversity, measure_captions
 from captionlib.evaluation.java import has_java
+from captionlib.evaluation.metrics import Metric
 from captionlib.evaluation.perplexity import measure_perplexity
 from captionlib.evaluation.predictions import Prediction, find_images_without_caption, load_predictions
 
@@ -69,7 +70,7 @@ def evaluate_captions(
     train_splits: Sequence[str] = TRAIN_SPLITS,
     checkpoint: str | os.PathLike[str] | None = None,
     features: str | os.PathLike[str] | None = None,
-    bootstrap: BootstrapConfig | None = None,
+    bootstrap: BootstrapConfig = BootstrapConfig(),
     require_all: bool = False,
     device: str = "auto",
 ) -> Evaluation:
@@ -96,9 +97,11 @@ def evaluate_captions(
         DatasetError: there are no captions in these splits, they have no references, or `require_all` is not met.
         SubprocessError: Java fails.
     """
+    if (checkpoint is None) != (features is None):
+        raise ConfigError("perplexity: expected a checkpoint and features, got only one of them; pass both or neither")
     training_references: Iterable[str] = ()
     notes: list[str] = []
-    predictions = load_predictions(source, manifest, splits)
+    predictions = _sort(load_predictions(source, manifest, splits))
     if manifest is not None:
         dataset = open_dataset(manifest, "manifest").require_complete()
         training_references = chain.from_iterable(read_references(dataset, train_splits))
@@ -108,52 +111,40 @@ def evaluate_captions(
             if require_all:
                 raise DatasetError(f"{os.fspath(source)}: {shortfall}; add their captions, or leave out --require-all")
             notes.append(f"{shortfall}; the scores are those of the others; use --require-all to make this an error")
-    evaluation = evaluate_predictions(
-        predictions,
-        training_references=training_references,
-        checkpoint=checkpoint,
-        features=features,
-        bootstrap=bootstrap,
-        device=device,
-    )
+    metrics = []
+    if checkpoint is not None and features is not None:
+        references = {prediction.image_id: prediction.references for prediction in predictions}
+        metrics.append(measure_perplexity(checkpoint, features, references, device))
+    evaluation = evaluate_predictions(predictions, training_references, metrics, bootstrap)
     if NOVEL not in evaluation.scores.overall:
-        references = f"the manifest has no references in split {' or '.join(train_splits)}"
-        reason = references if manifest else "no manifest is given"
+        no_references = f"the manifest has no references in split {' or '.join(train_splits)}"
+        reason = no_references if manifest else "no manifest is given"
         notes.append(f"the share of novel captions is left out: {reason}")
     return replace(evaluation, notes=[*evaluation.notes, *notes])
 
 
 def evaluate_predictions(
     predictions: Sequence[Prediction],
-    *,
     training_references: Iterable[str] = (),
-    checkpoint: str | os.PathLike[str] | None = None,
-    features: str | os.PathLike[str] | None = None,
-    bootstrap: BootstrapConfig | None = None,
-    device: str = "auto",
+    extra_metrics: Sequence[Metric] = (),
+    bootstrap: BootstrapConfig = BootstrapConfig(),
 ) -> Evaluation:
-    """Evaluates predictions that have references.
+    """Evaluates predictions that have references, sorted by image id.
 
-    Args:
-        predictions: captions with their references.
-        training_references: the references that the captioner learned from; empty leaves out the novel share.
-        checkpoint: see `evaluate_captions`, also for the other arguments and the errors.
-        features: see `evaluate_captions`.
-        bootstrap: see `evaluate_captions`.
-        device: see `evaluate_captions`.
+    Without `training_references`, the references that the captioner learned from, the share of novel captions is left
+    out. `extra_metrics` have one row per prediction, in the order of the image ids.
     """
-    if (checkpoint is None) != (features is None):
-        raise ConfigError("perplexity: expected a checkpoint and features, got only one of them; pass both or neither")
-    bootstrap = bootstrap or BootstrapConfig()
-    # Sorted, so that the same captions have the same intervals whichever source they are read from.
-    predictions = sorted(predictions, key=lambda prediction: prediction.image_id)
+    predictions = _sort(predictions)
     captions = {prediction.image_id: prediction.caption for prediction in predictions}
     references = {prediction.image_id: prediction.references for prediction in predictions}
-    metrics = measure_captions(captions, training_references)
-    if checkpoint is not None and features is not None:
-        metrics.insert(0, measure_perplexity(checkpoint, features, references, device))
+    metrics = [*extra_metrics, *measure_captions(captions, training_references)]
     scores = score_captions(captions, references, extra_metrics=metrics, bootstrap=bootstrap)
     tokenizer, notes = ("ptb", []) if has_java() else ("captionlib", [WITHOUT_JAVA])
     if len(captions) == 1:
         notes = [*notes, "CIDEr means nothing for one image, because it weighs words by how few images mention them"]
     return Evaluation(predictions, scores, count_diversity(captions), tokenizer, bootstrap, notes)
+
+
+def _sort(predictions: Sequence[Prediction]) -> list[Prediction]:
+    """Sorts by image id, so that the same captions have the same intervals whichever source they are read from."""
+    return sorted(predictions, key=lambda prediction: prediction.image_id)

@@ -31,12 +31,7 @@ def has_java() -> bool:
 
 
 def tokenize_ptb(sentences: Sequence[str]) -> list[str]:
-    """Tokenizes sentences as pycocoevalcap does: lower case, no punctuation, a space between tokens.
-
-    Raises:
-        ConfigError: Java is not installed.
-        SubprocessError: the program fails.
-    """
+    """Tokenizes sentences as pycocoevalcap does: lower case, no punctuation, a space between tokens."""
     if not sentences:
         return []
     arguments = ["-cp", str(_TOKENIZER_JAR), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
@@ -57,10 +52,6 @@ def count_alignments(pairs: Sequence[tuple[str, Sequence[str]]]) -> npt.NDArray[
 
     Returns:
         `[captions, 23] float64`.
-
-    Raises:
-        ConfigError: Java is not installed.
-        SubprocessError: the program fails.
     """
     lines = [
         f" {_METEOR_SEPARATOR} ".join(["SCORE", *map(_remove_separators, references), _remove_separators(caption)])
@@ -84,7 +75,12 @@ def _remove_separators(text: str) -> str:
 
 
 def _run_java(program: str, arguments: Sequence[str], lines: Sequence[str], folder: Path | None = None) -> list[str]:
-    """Runs a program that prints one line for each input line, and returns what it prints."""
+    """Runs a program that prints one line for each input line, and returns its lines.
+
+    Raises:
+        ConfigError: Java is not installed.
+        SubprocessError: the program fails.
+    """
     if not has_java():
         raise ConfigError(
             f"the {program} needs Java, and `java` is not on the PATH; install a Java runtime (version 8 or later)"

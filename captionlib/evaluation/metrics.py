@@ -57,9 +57,7 @@ class Metric:
 def compute_bleu(captions: Tokenized, references: Tokenized) -> Metric:
     """Computes BLEU-1 to BLEU-4 (Papineni et al. 2002) with the closest reference length.
 
-    Args:
-        captions: one caption per image.
-        references: the references of the same images, in the same order.
+    As in the other metrics, there is one caption per image, and both mappings have the same images in the same order.
     """
     scorer = BleuScorer(n=_ORDERS)
     for image_id, (caption,) in captions.items():
@@ -85,12 +83,7 @@ def _bleu(sums: Numbers) -> Numbers:
 
 
 def compute_meteor(captions: Tokenized, references: Tokenized) -> Metric:
-    """Computes METEOR 1.5 (Denkowski & Lavie 2014) from the counts of its Java program; see `compute_bleu`.
-
-    Raises:
-        ConfigError: Java is not installed.
-        SubprocessError: METEOR's program fails.
-    """
+    """Computes METEOR 1.5 (Denkowski & Lavie 2014) from the counts of its Java program; see `count_alignments`."""
     rows = count_alignments([(caption, references[image_id]) for image_id, (caption,) in captions.items()])
     return Metric(("METEOR",), rows, _meteor)
 
@@ -111,14 +104,14 @@ def _meteor(sums: Numbers) -> Numbers:
 
 
 def compute_rouge_l(captions: Tokenized, references: Tokenized) -> Metric:
-    """Computes ROUGE-L (Lin 2004), the mean over images; see `compute_bleu`."""
+    """Computes ROUGE-L (Lin 2004), the mean over images."""
     rouge = Rouge()
     scores = [rouge.calc_score([caption], list(references[image_id])) for image_id, (caption,) in captions.items()]
     return compute_ratio("ROUGE-L", scores, np.ones(len(scores)))
 
 
 def compute_cider(captions: Tokenized, references: Tokenized) -> Metric:
-    """Computes CIDEr (Vedantam et al. 2015), the mean over images; see `compute_bleu`.
+    """Computes CIDEr (Vedantam et al. 2015), the mean over images.
 
     The document frequencies come from the references of all images, and stay the same in every resample.
     """
@@ -136,13 +129,9 @@ def compute_ratio(
     denominators: Sequence[float] | Numbers,
     transform: Callable[[Numbers], Numbers] = lambda quotient: quotient,
 ) -> Metric:
-    """Computes the quotient of two sums over images, such as a mean.
+    """Computes the quotient of two sums over images, such as a mean; undefined where the denominators add up to 0.
 
-    Args:
-        name: the name of the score.
-        numerators: one per image.
-        denominators: one per image; where they add up to 0, the score is undefined.
-        transform: maps the quotient to the score, element by element.
+    `transform` maps the quotient to the score, element by element.
     """
     rows = np.stack([np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)], 1)
     return Metric((name,), rows, lambda sums: transform(_divide(sums[..., 0], sums[..., 1], np.nan))[..., None])

@@ -27,16 +27,8 @@ def measure_perplexity(
 ) -> Metric:
     """Computes the perplexity exp(-sum ln p / sum (length + 1)) of references under a captioner.
 
-    Words outside the vocabulary count as UNKNOWN. References without words are ignored.
-
-    Args:
-        checkpoint: the folder of the captioner.
-        features: the features dataset of the images.
-        references: references by image id.
-        device: the device of the captioner.
-
-    Returns:
-        A metric with one row for each image of `references`, in that order.
+    Words outside the vocabulary count as UNKNOWN. References without words are ignored. The metric has one row for
+    each image of `references`, in that order.
 
     Raises:
         CheckpointError: the folder is not a captioner, or the captioner learned from features of another encoder.
@@ -70,10 +62,7 @@ def _sum_losses(
 ) -> dict[str, tuple[float, int]]:
     """Returns the sum of -ln p over the tokens of each image's references, and the number of these tokens.
 
-    Args:
-        captioner: the captioner.
-        features: `[images, *shape] float32`.
-        references: the references of these images, in the same order.
+    `features` are `[images, *shape] float32`, of the images of `references`, in the same order.
     """
     sentences, image_of_sentence = [], []
     for image, texts in enumerate(references.values()):

@@ -48,38 +48,27 @@ def write_report(
     cider: Mapping[str, float] | None = None,
     attributes: Mapping[str, Mapping[str, bool]] | None = None,
     history: Sequence[Mapping[str, Any]] = (),
-    encoder_view: EncoderView | None = None,
+    encoder_view: EncoderView = EncoderView(),
     progress: bool = False,
 ) -> str:
-    """Writes the page, its data and its thumbnails, and replaces those of an earlier report.
+    """Writes the page, its data and its thumbnails, replacing those of an earlier report; returns the page's address.
 
-    Args:
-        folder: the folder to write; it is created if necessary.
-        title: the title of the page.
-        predictions: the captions, in the order in which the page shows them at first.
-        note: a sentence below the title.
-        scores: names, values and details, such as a confidence interval, shown above the images.
-        cider: CIDEr of each caption, by image id.
-        attributes: for each image id, whether the caption is correct in attributes such as `color`.
-        history: the metrics that training logged for each epoch.
-        encoder_view: the crop and the attention maps of the captioner.
-        progress: show a progress bar.
-
-    Returns:
-        The path or address of the page.
+    Below the title, the page shows `note`, a sentence; then `scores`, each with a name, a value and a detail such as a
+    confidence interval; then the curves of a training `history`; then the predictions, at first in their order. `cider`
+    has the CIDEr of each caption by image id, and `attributes` whether the caption is correct in attributes such as
+    `color`. `encoder_view` has the crop and the attention maps of the captioner.
 
     Raises:
         DatasetError: the folder holds files that are not a report's.
     """
     target = Folder(folder)
-    view = encoder_view or EncoderView()
     _clear(target)
     items = []
     with progress_bar("report", len(predictions), "images", progress) as bar:
-        thumbnails = bar.track(_write_thumbnails(target, predictions, _crop_for_thumbnails(view.preprocessing)))
+        thumbnails = bar.track(_write_thumbnails(target, predictions, _crop_for_thumbnails(encoder_view.preprocessing)))
         for prediction, thumbnail in zip(predictions, thumbnails, strict=True):
             image_id = prediction.image_id
-            maps = view.attention_maps.get(image_id, ())
+            maps = encoder_view.attention_maps.get(image_id, ())
             items.append(
                 {
                     **_to_item(prediction),

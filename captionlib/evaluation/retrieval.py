@@ -15,16 +15,7 @@ from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.checkpoints.checkpoint import LoadedRanker
 
-__all__ = [
-    "PROTOCOLS",
-    "DirectionScores",
-    "RetrievalProtocol",
-    "RetrievalScores",
-    "rank_images",
-    "rank_references",
-    "score_ranker",
-    "score_retrieval",
-]
+__all__ = ["PROTOCOLS", "RetrievalScores", "rank_images", "rank_references", "score_ranker", "score_retrieval"]
 
 Vectors = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
@@ -60,12 +51,8 @@ PROTOCOLS: Mapping[str, RetrievalProtocol] = {
 class DirectionScores:
     """Scores of one direction of retrieval.
 
-    Attributes:
-        recall_at_1: the share of queries whose first result is a match, 0 to 1.
-        recall_at_5: the share with a match among the first five results.
-        recall_at_10: the share with a match among the first ten results.
-        median_rank: the median rank of the first match, rounded down as is customary; averaged over folds.
-        mean_rank: the mean rank of the first match.
+    The recall at k is the share of queries with a match among the first k results, 0 to 1. Ranks are those of the first
+    match; the median is rounded down as is customary. All scores are means over folds.
     """
 
     recall_at_1: float
@@ -77,14 +64,9 @@ class DirectionScores:
 
 @dataclass(frozen=True)
 class RetrievalScores:
-    """Scores of both directions.
+    """Scores of both directions, and the numbers of ranked images, of ranked references and of folds.
 
-    Attributes:
-        images: the number of images that were ranked.
-        references: the number of references that were ranked.
-        folds: the number of folds.
-        image_to_text: images are the queries, references are ranked.
-        text_to_image: references are the queries, images are ranked.
+    Images are the queries of `image_to_text`, references those of `text_to_image`.
     """
 
     images: int
@@ -106,13 +88,7 @@ def score_ranker(
     splits: Sequence[str] = (),
     protocol: RetrievalProtocol = PROTOCOLS["all"],
 ) -> RetrievalScores:
-    """Scores a ranker on the images and references of a features dataset.
-
-    Args:
-        ranker: the ranker.
-        features: a complete features dataset of the ranker's encoder.
-        splits: the splits to rank; empty ranks all.
-        protocol: which images and references are ranked together.
+    """Scores a ranker on the images and references of a complete features dataset; no `splits` means all.
 
     Raises:
         CheckpointError: the features come from another encoder.
@@ -154,14 +130,9 @@ def score_retrieval(
 ) -> RetrievalScores:
     """Ranks all references for each image, and all images for each reference.
 
-    A tie counts as half a better result, so a model whose similarities are all equal ranks as chance would.
-
-    Args:
-        images: `[images, size]`, unit vectors.
-        references: `[references, size]`, unit vectors.
-        image_of_reference: `[references]`, the row of `images` that a reference belongs to, ascending. Images may have
-            any number of references; those without references are ignored.
-        protocol: which images and references are ranked together.
+    A tie counts as half a better result, so a model whose similarities are all equal ranks as chance would. Images
+    and references are unit vectors, `[number, size]`. `image_of_reference`, `[references]`, is ascending and has the
+    row of `images` that a reference belongs to. Images without references are ignored.
 
     Raises:
         ConfigError: there are fewer images than a fold needs.

@@ -47,12 +47,13 @@ def copy_to_host_async(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
     return host, copied.synchronize
 
 
-def halve_on_out_of_memory(compute: Callable[[slice], Result], count: int) -> list[Result]:
+def halve_on_out_of_memory(compute: Callable[[slice], Result], count: int, first: int = 0) -> list[Result]:
     """Computes a batch, and recursively its halves if it exceeds the memory of the device.
 
     Args:
         compute: computes the items of a slice.
         count: number of items.
+        first: index of the first item.
 
     Returns:
         The results of all slices, in order.
@@ -60,15 +61,14 @@ def halve_on_out_of_memory(compute: Callable[[slice], Result], count: int) -> li
     Raises:
         torch.OutOfMemoryError: a single item exceeds the memory.
     """
-    return _compute_slice(compute, 0, count)
-
-
-def _compute_slice(compute: Callable[[slice], Result], begin: int, end: int) -> list[Result]:
     try:
-        return [compute(slice(begin, end))]
+        return [compute(slice(first, first + count))]
     except torch.OutOfMemoryError:
-        if end - begin == 1:
+        if count == 1:
             raise
     torch.cuda.empty_cache()  # after the handler: the error's traceback holds tensors of the failed attempt
-    middle = (begin + end) // 2
-    return [*_compute_slice(compute, begin, middle), *_compute_slice(compute, middle, end)]
+    half = count // 2
+    return [
+        *halve_on_out_of_memory(compute, half, first),
+        *halve_on_out_of_memory(compute, count - half, first + half),
+    ]

@@ -51,14 +51,11 @@ class IndexBuild:
 
     Attributes:
         folder: the folder of the index.
-        captions: the captions to index.
         embeddings: the embeddings of the same images; None builds a text-only index.
-        config: the configuration.
         base: the version of the index to extend; None builds from scratch.
         unchanged: shards of the base that are still valid.
         removed: shards of the base that were replaced.
         added: shards to index.
-        layout: the layout of the vectors; None for a text-only index.
     """
 
     folder: Folder
@@ -120,9 +117,9 @@ class IndexBuild:
 
     def finish(self) -> None:
         """Merges the shards, publishes the index and removes files that no version uses."""
-        previous = read_description(self.folder)
-        if previous is not None and previous.fingerprint == self.fingerprint:
+        if self.is_done():
             return
+        previous = read_description(self.folder)
         removed = [(shard.offset, shard.end) for shard in self.removed]
         with temporary_folder(self.folder) as local:
             vectors_count = self._merge_vectors(local, removed)
@@ -198,14 +195,8 @@ def plan_build(
     """Compares an index with its datasets and plans what to build.
 
     The plan covers the shards that are done in both datasets. It extends an existing index by the shards that are new
-    or were replaced, and builds from scratch once the rows have outgrown the layout of the vectors.
-
-    Args:
-        captions: a captions dataset; shards that are still being written are left to the next build.
-        embeddings: the embeddings of the same images; None builds a text-only index.
-        output: the folder of the index.
-        config: the configuration.
-        overwrite: replace an index of other datasets or of another configuration.
+    or were replaced, and builds from scratch once the rows have outgrown the layout of the vectors. With `overwrite`,
+    it replaces an index of other datasets or of another configuration.
 
     Raises:
         DatasetError: a dataset is missing, of another kind or has no shard that is done; the datasets are of different
@@ -262,16 +253,14 @@ def _read_markers(captions: ShardedDataset, embeddings: ShardedDataset | None) -
 
 def _compare_with_base(build: IndexBuild, base: IndexDescription) -> list[str]:
     """Describes changes of datasets and configuration, apart from the datasets' addresses and numbers of shards."""
-    before = {
-        "captions": base.captions.fingerprint,
-        "embeddings": base.embeddings.fingerprint if base.embeddings else None,
-        **to_dict(base.config),
-    }
-    now = {
-        "captions": build.captions.fingerprint,
-        "embeddings": build.embeddings.fingerprint if build.embeddings else None,
-        **to_dict(build.config),
-    }
+    before, now = (
+        {
+            "captions": index.captions.fingerprint,
+            "embeddings": index.embeddings.fingerprint if index.embeddings else None,
+            **to_dict(index.config),
+        }
+        for index in (base, build)
+    )
     return describe_differences(before, now)
 
 
@@ -279,6 +268,9 @@ def _plan_shards(build: IndexBuild, base: IndexDescription | None, done: ShardMa
     rows = sum(marker.rows for marker, _ in done.values())
     if base is not None and base.layout is not None and base.layout.is_outgrown(build.config, rows):
         base = None
+    layout = base.layout if base is not None else None
+    if base is None and build.embeddings is not None:
+        layout = VectorLayout.choose(build.config, rows, build.embeddings.schema.field("embedding").type.list_size)
     indexed = {shard.shard: shard for shard in base.shards} if base is not None else {}
     unchanged = {
         number: shard for number, shard in indexed.items() if number in done and _is_current(shard, *done[number])
@@ -294,16 +286,8 @@ def _plan_shards(build: IndexBuild, base: IndexDescription | None, done: ShardMa
         unchanged=tuple(unchanged.values()),
         removed=tuple(shard for number, shard in indexed.items() if number not in unchanged),
         added=tuple(added),
-        layout=_choose_layout(build, base, rows),
+        layout=layout,
     )
-
-
-def _choose_layout(build: IndexBuild, base: IndexDescription | None, rows: int) -> VectorLayout | None:
-    if build.embeddings is None:
-        return None
-    if base is not None:
-        return base.layout
-    return VectorLayout.choose(build.config, rows, build.embeddings.schema.field("embedding").type.list_size)
 
 
 def _is_current(shard: IndexedShard, captions: Marker, embeddings: Marker | None) -> bool:

@@ -51,7 +51,6 @@ class VectorLayout:
     """The Faiss index type and parameters of an index's vectors.
 
     Attributes:
-        dimension: the dimension of the vectors.
         encoding: the encoding of the vectors in the syntax of Faiss's index factory: `Flat`, `SQ8` or `PQn`.
         nlist: the number of inverted lists; 1 for `Flat`.
         nprobe: the number of inverted lists to visit per query.

@@ -19,7 +19,7 @@ from captionlib.search.vector_index import Hits, RowNumbers, VectorIndex, Vector
 from captionlib.storage.folders import Folder
 
 if TYPE_CHECKING:
-    from captionlib.search.models import QueryEncoder
+    from captionlib.models.checkpoints.checkpoint import LoadedRanker
 
 __all__ = ["Filter", "Index", "fuse_rankings", "open_index"]
 
@@ -43,11 +43,6 @@ class Filter:
     split: str | None = None
     min_log_prob: float | None = None
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether all images match."""
-        return self == Filter()
-
     def to_sql(self) -> tuple[str, list[Any]]:
         """Returns one SQL condition and its parameters."""
         parameters = {"split = ?": self.split, "log_prob >= ?": self.min_log_prob}
@@ -69,7 +64,7 @@ class Index:
         description: what the index was built from.
     """
 
-    def __init__(self, description: IndexDescription, path: Path, encoder: "QueryEncoder | None" = None) -> None:
+    def __init__(self, description: IndexDescription, path: Path, encoder: "LoadedRanker | None" = None) -> None:
         self.description = description
         self._rows = RowStore(path / shard.file for shard in description.shards)
         self._text = TextIndex(path / description.text, description.config.language)
@@ -219,7 +214,7 @@ class Index:
         vectors = self._require_vectors()
         if vector.shape != (vectors.layout.dimension,):
             raise QueryError(f"expected a vector of shape [{vectors.layout.dimension}], got {list(vector.shape)}")
-        return vectors.search(vector, limit, None if where.is_empty else self._find_matching(where))
+        return vectors.search(vector, limit, None if where == Filter() else self._find_matching(where))
 
     def _find_vector_with_words(self, query: str, vector: Vectors, limit: int, where: Filter) -> Hits:
         """Returns the nearest vectors whose captions have the required words and no excluded ones."""
@@ -284,7 +279,7 @@ def fuse_rankings(rankings: Sequence[Hits]) -> Hits:
 
 def open_index(
     folder: str | os.PathLike[str],
-    ranker: "str | os.PathLike[str] | QueryEncoder | None" = None,
+    ranker: "str | os.PathLike[str] | LoadedRanker | None" = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> Index:
     """Opens an index for searching. A remote index is copied to this machine once.
@@ -306,9 +301,9 @@ def open_index(
         CheckpointError: the embeddings are of another ranker.
     """
     if isinstance(ranker, str | os.PathLike):
-        from captionlib.search.models import load_query_encoder  # imports torch, which takes seconds
+        from captionlib.models.checkpoints.checkpoint import load_ranker  # imports torch, which takes seconds
 
-        ranker = load_query_encoder(ranker)
+        ranker = load_ranker(ranker, "cpu")
     index_folder = Folder(folder)
     description = read_description(index_folder)
     if description is None:

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ __all__ = [
     "publish_path",
     "read_description",
     "temporary_folder",
+    "user_cache_folder",
     "write_description",
 ]
 
@@ -49,8 +50,6 @@ class IndexedDataset:
     """A dataset that an index was built from.
 
     Attributes:
-        folder: the dataset's address.
-        fingerprint: the dataset's fingerprint.
         shards: the number of shards of the complete dataset.
         ranker: the fingerprint of the ranker that computed the embeddings; empty for captions.
     """
@@ -68,7 +67,6 @@ class IndexedShard:
     Attributes:
         shard: the shard's number in the datasets.
         offset: the row number of its first row in the index.
-        rows: the number of rows.
         captions: the checksum of its captions.
         embeddings: the checksum of its embeddings; empty without embeddings.
         file: the name of the file with its rows.
@@ -93,17 +91,14 @@ class IndexDescription:
     Attributes:
         fingerprint: the hash of everything that search results depend on.
         created: the time of the build, in UTC.
-        config: the configuration of the build.
-        captions: the captions dataset.
-        embeddings: the embeddings dataset; None for a text-only index.
-        layout: the layout of the vectors; None for a text-only index.
+        embeddings: the embeddings dataset; None for a text-only index, like `layout`.
         shards: the indexed shards, ordered by row number.
         end_row: one past the largest row number; the numbers of replaced shards are never reused.
         captions_count: the number of searchable captions.
         vectors_count: the number of searchable vectors.
         text: the folder of the text index.
-        vectors: the file of the vector index; empty for a text-only index.
-        trained: the file of the trained, empty vector index; empty for a text-only index.
+        vectors: the file of the vector index; empty for a text-only index, like `trained`.
+        trained: the file of the trained, empty vector index.
         previous: files that only the previous version uses.
     """
 
@@ -157,16 +152,13 @@ def read_description(folder: Folder) -> IndexDescription | None:
 
 def write_description(folder: Folder, description: IndexDescription) -> None:
     """Replaces the description; readers see the new version from then on."""
-    content: Mapping[str, Any] = to_dict(description)
-    folder.write(DESCRIPTION, to_json({"kind": "index", "format_version": FORMAT_VERSION, **content}))
+    content = {"kind": "index", "format_version": FORMAT_VERSION, **to_dict(description)}
+    folder.write(DESCRIPTION, to_json(content))
 
 
 @contextmanager
 def temporary_folder(folder: Folder) -> Iterator[Path]:
-    """Creates a local folder for the duration of the block.
-
-    It lies inside a local index, so that files can be renamed into place.
-    """
+    """Creates a temporary folder: inside the index if it is local, so that files can be renamed into place."""
     parent = None
     if folder.is_local:
         parent = Path(folder.path(TEMPORARY_FOLDER))
@@ -191,13 +183,7 @@ def publish_path(folder: Folder, path: Path, name: str) -> None:
 
 
 def fetch_path(folder: Folder, name: str, copy: Path) -> Path:
-    """Returns a local path of a file or folder of the index.
-
-    Args:
-        folder: the folder of the index.
-        name: the name of the file or folder in the index.
-        copy: where to copy it to if the index is remote.
-    """
+    """Returns a local path of a file or folder of the index, which is copied to `copy` if the index is remote."""
     if folder.is_local:
         return Path(folder.path(name))
     copy.parent.mkdir(parents=True, exist_ok=True)
@@ -213,16 +199,13 @@ def fetch_path(folder: Folder, name: str, copy: Path) -> Path:
 def fetch_locally(folder: Folder, description: IndexDescription, cache: Path | None = None) -> Path:
     """Returns a local folder with all files of an index: the index itself, or a copy in the cache.
 
-    The cache is keyed by address and fingerprint. It holds one version of each index.
-
-    Args:
-        folder: the folder of the index.
-        description: the version to copy.
-        cache: the cache folder; None is `$CAPTIONLIB_CACHE`, or `captionlib/indexes` in the user's cache folder.
+    The cache is keyed by address and fingerprint, and holds one version of each index. By default it is
+    `$CAPTIONLIB_CACHE`, or `captionlib/indexes` in the user's cache folder.
     """
     if folder.is_local and os.access(folder.path(description.text), os.W_OK):  # Tantivy writes a lock file to read
         return Path(folder.path("")).absolute()
-    versions = (cache or _cache_folder()) / uuid.uuid5(uuid.NAMESPACE_URL, folder.uri).hex
+    cache = cache or Path(os.environ.get("CAPTIONLIB_CACHE") or user_cache_folder() / "indexes")
+    versions = cache / uuid.uuid5(uuid.NAMESPACE_URL, folder.uri).hex
     copy = versions / description.fingerprint
     if copy.is_dir():
         return copy
@@ -245,7 +228,6 @@ def fetch_locally(folder: Folder, description: IndexDescription, cache: Path | N
     return copy
 
 
-def _cache_folder() -> Path:
-    if configured := os.environ.get("CAPTIONLIB_CACHE"):
-        return Path(configured)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "captionlib" / "indexes"
+def user_cache_folder() -> Path:
+    """Returns captionlib's folder in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "captionlib"

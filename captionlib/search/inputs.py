@@ -41,10 +41,7 @@ def check_datasets_match(captions: ShardedDataset, embeddings: ShardedDataset) -
 def match_embeddings_to_captions(
     captions: ShardedDataset, embeddings: ShardedDataset, shard: int
 ) -> npt.NDArray[np.int64]:
-    """Finds the caption of each embedding of a shard.
-
-    Returns:
-        `[embeddings] int64`: the position of each image in the shard of the captions; -1 if captioning failed.
+    """Finds the position of each embedding's image in the captions of a shard, `[embeddings]`; -1 if captioning failed.
 
     Raises:
         DatasetError: an image is in one dataset alone and did not fail in the other.

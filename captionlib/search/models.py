@@ -1,11 +1,10 @@
 """The models behind queries: sentences and images become vectors, images become captions."""
 
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,45 +13,16 @@ import pyarrow as pa
 from captionlib.config import describe_differences
 from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
 from captionlib.errors import CheckpointError, ConfigError, QueryError
-from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner, load_ranker
+from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, LoadedRanker, load_captioner
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
 from captionlib.models.encoders.encoder import Encoder, EncoderConfig, load_encoder
 
-__all__ = ["ImageQueryModels", "QueryEncoder", "load_query_encoder", "read_sentences"]
+__all__ = ["ImageQueryModels", "read_sentences"]
 
 _CANDIDATES = pa.schema([("caption", pa.string()), ("log_prob", pa.float32())])
+_ImageEncoder = tuple[Encoder, DecoderPool]  # the decoders have the encoder's preprocessing
 _SENTENCES = pa.schema([("sentence", pa.string()), ("score", pa.float32())])
-
-
-class QueryEncoder(Protocol):
-    """A ranker: encodes sentences and images in the joint embedding space of an index's vectors."""
-
-    @property
-    def fingerprint(self) -> str:
-        """The fingerprint of the checkpoint, which its embeddings carry too."""
-
-    @property
-    def encoder(self) -> Mapping[str, Any]:
-        """The description of the image encoder that the ranker was trained with."""
-
-    def has_known_word(self, sentence: str) -> bool:
-        """Tells whether the vocabulary has any word of a sentence; without one, its vector is meaningless."""
-
-    def encode_sentences(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Returns the unit vectors of sentences, `[sentences, dimension]`."""
-
-    def encode_features(self, features: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
-        """Returns the unit vectors of images, `[images, dimension]`, from their features."""
-
-
-def load_query_encoder(folder: str | os.PathLike[str], device: str = "cpu") -> QueryEncoder:
-    """Loads the checkpoint of a ranker.
-
-    Raises:
-        CheckpointError: the folder is not a ranker checkpoint, or it is damaged.
-    """
-    return load_ranker(folder, device)
 
 
 def read_sentences(path: str) -> list[str]:
@@ -68,23 +38,11 @@ def read_sentences(path: str) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-class _ImageEncoder(NamedTuple):
-    """An image encoder, and decoders with its preprocessing."""
-
-    encoder: Encoder
-    decoders: DecoderPool
-
-
 class ImageQueryModels:
     """Embeds and captions images that are not in the index. A context manager; thread-safe.
 
-    Args:
-        ranker: embeds images in the space of an index; None only captions.
-        captioner: the folder of a captioner checkpoint; None only embeds.
-        weights: the file of the encoder's weights, if the models were trained with such a file and the captioner does
-            not contain them.
-        device: the device to run the models on.
-        decoding: limits for decoding an image.
+    Images are embedded with a loaded ranker, and captioned with the captioner in a folder. `weights` is the file of the
+    encoder's weights, if the models were trained with such a file and the captioner does not contain them.
 
     Raises:
         CheckpointError: there is no captioner, or the encoder differs from the one a model was trained with.
@@ -93,15 +51,15 @@ class ImageQueryModels:
 
     def __init__(
         self,
-        ranker: QueryEncoder | None = None,
+        ranker: LoadedRanker | None = None,
         captioner: str | None = None,
         weights: str | None = None,
         device: str = "auto",
-        decoding: DecoderConfig | None = None,
+        decoding: DecoderConfig = DecoderConfig(),
     ) -> None:
         self._ranker = ranker
         self._captioner: LoadedCaptioner | None = load_captioner(captioner, device) if captioner else None
-        self._decoding = decoding or DecoderConfig()
+        self._decoding = decoding
         self._device = device
         self._lock = threading.Lock()  # the models use all cores for one image
         self._resources = ExitStack()
@@ -144,10 +102,7 @@ class ImageQueryModels:
         return vector
 
     def rank_sentences(self, vector: npt.NDArray[np.float32], sentences: Sequence[str]) -> pa.Table:
-        """Ranks candidate sentences by similarity to the vector of an image.
-
-        Returns:
-            The columns sentence and score, best first.
+        """Ranks sentences by similarity to the vector of an image: the columns sentence and score, best first.
 
         Raises:
             QueryError: there are no sentences, or there is no ranker.
@@ -163,10 +118,7 @@ class ImageQueryModels:
         return pa.Table.from_pydict(columns, _SENTENCES)
 
     def caption(self, content: bytes, n_best: int = 5) -> pa.Table:
-        """Captions an image file.
-
-        Returns:
-            The columns caption and log_prob, most probable first.
+        """Captions an image file: the columns caption and log_prob, most probable first.
 
         Raises:
             DecodeError: the file is not an image, or exceeds the limits.
@@ -183,9 +135,10 @@ class ImageQueryModels:
         return pa.Table.from_pylist(rows, _CANDIDATES)
 
     def _encode(self, image_encoder: _ImageEncoder, content: bytes) -> npt.NDArray[np.floating]:
-        pixels = image_encoder.decoders.decode(content)
+        encoder, decoders = image_encoder
+        pixels = decoders.decode(content)
         with self._lock:
-            return image_encoder.encoder.encode(pixels[None])
+            return encoder.encode(pixels[None])
 
     def _load(self, description: Mapping[str, Any], weights: str | None) -> _ImageEncoder:
         for loaded_description, image_encoder in self._loaded:
@@ -195,6 +148,5 @@ class ImageQueryModels:
         if changes := describe_differences(description, encoder.description):
             raise CheckpointError(f"the encoder differs from the one the model was trained with ({'; '.join(changes)})")
         decoders = self._resources.enter_context(DecoderPool(encoder.preprocessing, self._decoding))
-        image_encoder = _ImageEncoder(encoder, decoders)
-        self._loaded.append((description, image_encoder))
-        return image_encoder
+        self._loaded.append((description, (encoder, decoders)))
+        return encoder, decoders

@@ -23,17 +23,10 @@ _MIN_WIDTH = 8
 def write_output(
     rows: pa.RecordBatchReader, sink: BinaryIO, output_format: OutputFormat, width: int | None = None
 ) -> int:
-    """Writes rows as they arrive; memory holds one batch.
+    """Writes rows as they arrive and returns their number; memory holds one batch.
 
-    Args:
-        rows: the rows to write.
-        sink: the binary stream to write to; text is UTF-8.
-        output_format: `table` aligns columns, with the widths of the first batch; `csv` has nested values as JSON;
-            `jsonl` has one object per row; `parquet` keeps all types.
-        width: the width of the terminal that a table is fitted to; None writes all values in full.
-
-    Returns:
-        The number of rows.
+    `table` aligns columns, with the widths of the first batch, and is fitted to a terminal of `width` columns; None
+    writes all values in full. `csv` has nested values as JSON, `jsonl` one object per row, and `parquet` all types.
     """
     count = 0
 

@@ -32,12 +32,7 @@ _MAX_SLICED_ROWS = 100  # up to this many rows, slicing each is much faster than
 
 
 def number_rows(batches: Iterable[pa.RecordBatch], offset: int) -> Iterator[pa.RecordBatch]:
-    """Adds a column with row numbers, as the first.
-
-    Args:
-        batches: batches with the columns `COLUMNS`.
-        offset: the number of the first row.
-    """
+    """Adds row numbers from `offset` to batches with the columns `COLUMNS`, as the first column."""
     for batch in batches:
         numbers = pa.array(np.arange(offset, offset + batch.num_rows), pa.int64())
         yield pa.RecordBatch.from_arrays([numbers, *(batch[name] for name in COLUMNS)], schema=ROWS)
@@ -66,11 +61,7 @@ def read_rows(path: Path) -> Iterator[pa.RecordBatch]:
 
 
 class RowStore:
-    """The rows of all shards of an index. Thread-safe.
-
-    Args:
-        paths: the Arrow files, ordered by row number.
-    """
+    """The rows of all shards of an index, in Arrow files ordered by row number. Thread-safe."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._numbered = [batch for path in paths for batch in read_rows(path) if batch.num_rows]
@@ -113,11 +104,7 @@ class RowStore:
         return sorted({split for batch in self._batches for split in pc.unique(batch["split"]).to_pylist()})
 
     def find_matching(self, where: str, parameters: Sequence[Any] = ()) -> npt.NDArray[np.int64]:
-        """Returns the numbers of the rows that match a SQL condition, ascending.
-
-        Args:
-            where: the condition over `COLUMNS`; `?` is a placeholder for a parameter.
-            parameters: the values of the placeholders.
+        """Returns the numbers of the rows that match a SQL condition over `COLUMNS`, ascending.
 
         Raises:
             QueryError: the condition is invalid or fails.

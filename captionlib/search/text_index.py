@@ -6,6 +6,7 @@ A query is a list of words and "phrases". `+` before one requires it, `-` exclud
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -39,17 +40,10 @@ class _Clause(NamedTuple):
 def write_text_index(
     path: Path, language: str, rows: Iterable[pa.RecordBatch], base: Path | None, removed: Sequence[tuple[int, int]]
 ) -> int:
-    """Writes a text index to a new folder.
+    """Writes a text index to a new folder and returns the number of captions.
 
-    Args:
-        path: the folder to write.
-        language: see `IndexConfig`.
-        rows: the rows to add, with the columns row, image_id, split, caption and log_prob.
-        base: an index of the same language to extend a copy of.
-        removed: ranges of row numbers to leave out of the base, each with an exclusive end.
-
-    Returns:
-        The number of captions.
+    `rows` have the columns row, image_id, split, caption and log_prob. They extend a copy of `base`, an index of the
+    same language, without the ranges of row numbers in `removed`, each with an exclusive end.
     """
     if base is None:
         path.mkdir(parents=True)
@@ -65,8 +59,8 @@ def write_text_index(
             Query.range_query(index.schema, "row", tantivy.FieldType.Integer, start, end, include_upper=False)
         )
     for batch in rows:
-        for document in _make_documents(batch):
-            writer.add_document(document)
+        for row in batch.select(["row", "image_id", "split", "caption", "log_prob"]).to_pylist():
+            writer.add_document(tantivy.Document.from_dict(row, index.schema))
     writer.commit()
     writer.wait_merging_threads()
     index.reload()
@@ -89,38 +83,17 @@ def _make_analyzer(language: str) -> tantivy.TextAnalyzer:
     """Returns an analyzer that lowercases, removes stop words, stems, and folds accents."""
     filters = [Filter.remove_long(_MAX_WORD_LENGTH), Filter.lowercase()]
     if language != "none":
-        filters += [*_stop_word_filters(language), Filter.stemmer(language)]
+        with suppress(ValueError):  # Tantivy has no stop words for some languages
+            filters.append(Filter.stopword(language))
+        filters.append(Filter.stemmer(language))
     builder = tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.simple())
     for word_filter in [*filters, Filter.ascii_fold()]:
         builder = builder.filter(word_filter)
     return builder.build()
 
 
-def _stop_word_filters(language: str) -> list[Filter]:
-    try:
-        return [Filter.stopword(language)]
-    except ValueError:  # Tantivy has a stemmer for the language, but no stop words
-        return []
-
-
-def _make_documents(batch: pa.RecordBatch) -> Iterator[tantivy.Document]:
-    names = ("row", "image_id", "split", "caption", "log_prob")
-    for row, image_id, split, caption, log_prob in zip(*(batch[name].to_pylist() for name in names), strict=True):
-        document = tantivy.Document()
-        document.add_text("caption", caption)
-        document.add_text("image_id", image_id)
-        document.add_text("split", split)
-        document.add_float("log_prob", log_prob)
-        document.add_integer("row", row)
-        yield document
-
-
 class TextIndex:
-    """An open text index. Thread-safe.
-
-    Args:
-        path: the folder that `write_text_index` wrote.
-        language: the language that it was written with.
+    """An open text index; `language` is the one that it was written with. Thread-safe.
 
     Raises:
         DatasetError: the folder is not a text index.
@@ -148,15 +121,7 @@ class TextIndex:
         min_log_prob: float | None = None,
         sort: Sort = "relevance",
     ) -> Hits:
-        """Returns the captions that match a query, best first.
-
-        Args:
-            query: words, "phrases", `+required`, `-excluded`.
-            limit: the maximum number of hits.
-            matching: the row numbers that a filter admits, ascending; None admits all.
-            split: the split that the images must be in.
-            min_log_prob: the lowest log-probability of a caption.
-            sort: by BM25 score, or by log-probability.
+        """Returns the captions that match a query, best first; `matching` are the admitted row numbers, ascending.
 
         Raises:
             QueryError: the query has no words besides stop words, or too many.

@@ -48,13 +48,7 @@ class Hits:
 
 
 def train_vectors(layout: VectorLayout, sample: Vectors, path: Path) -> None:
-    """Trains centroids and codes, and writes an empty index with them.
-
-    Args:
-        layout: the layout of the index.
-        sample: `[rows, dimension]` unit vectors to train on.
-        path: the file to write.
-    """
+    """Trains centroids and codes on unit vectors, `[rows, dimension]`, and writes an empty index with them."""
     index = faiss.index_factory(layout.dimension, f"IVF{layout.nlist},{layout.encoding}", faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = _SEED
     index.cp.niter = _KMEANS_ITERATIONS
@@ -67,14 +61,7 @@ def train_vectors(layout: VectorLayout, sample: Vectors, path: Path) -> None:
 
 
 def add_vectors(trained: Path, rows: RowNumbers, vectors: Vectors, path: Path) -> None:
-    """Writes the partial index of one shard.
-
-    Args:
-        trained: the file that `train_vectors` wrote.
-        rows: `[vectors] int64`, the row numbers of the vectors in the whole index.
-        vectors: `[vectors, dimension]`.
-        path: the file to write.
-    """
+    """Writes the partial index of one shard; `rows` are the numbers of its vectors in the whole index."""
     index = faiss.read_index(str(trained))
     if len(rows):
         index.add_with_ids(np.ascontiguousarray(vectors, np.float32), rows)
@@ -82,16 +69,9 @@ def add_vectors(trained: Path, rows: RowNumbers, vectors: Vectors, path: Path) -
 
 
 def merge_vectors(base: Path, parts: Iterable[Path], removed: Sequence[tuple[int, int]], path: Path) -> int:
-    """Merges partial indexes into one; memory holds the codes of all vectors.
+    """Merges partial indexes into a copy of the base, in memory, and returns the number of vectors.
 
-    Args:
-        base: the index to extend, at first an empty one.
-        parts: partial indexes with the same centroids.
-        removed: ranges of row numbers to remove from the base, each with an exclusive end.
-        path: the file to write.
-
-    Returns:
-        The number of vectors.
+    `removed` are ranges of row numbers to remove from the base, each with an exclusive end.
     """
     index = faiss.read_index(str(base))
     for start, end in removed:
@@ -103,12 +83,7 @@ def merge_vectors(base: Path, parts: Iterable[Path], removed: Sequence[tuple[int
 
 
 class VectorIndex:
-    """An open vector index. Thread-safe; each query runs on one thread.
-
-    Args:
-        path: the file; the operating system loads the pages that queries touch.
-        layout: the layout of the index.
-        end_row: one past the largest row number.
+    """An open vector index. Thread-safe; a query runs on one thread and loads only the pages that it touches.
 
     Raises:
         DatasetError: the file is damaged or has another layout.
@@ -136,11 +111,7 @@ class VectorIndex:
         """Returns the nearest vectors.
 
         Visits more lists the fewer rows match, and still more until it has `limit` hits or has visited all lists.
-
-        Args:
-            vector: `[dimension]`, of unit length.
-            limit: the maximum number of hits.
-            matching: the row numbers that a filter admits; None admits all.
+        `matching` are the row numbers that a filter admits.
         """
         candidates = len(self) if matching is None else len(matching)
         limit = min(limit, candidates)

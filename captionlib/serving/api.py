@@ -18,7 +18,7 @@ from captionlib.serving.responses import (
 from captionlib.serving.service import MAX_OFFSET, MAX_QUERY_CHARACTERS, MAX_RESULTS, SearchService
 from captionlib.serving.thumbnails import Thumbnails, ThumbnailSize
 
-__all__ = ["ImageId", "Service", "ThumbnailStore", "router"]
+__all__ = ["ImageId", "Service", "ThumbnailStore", "read_state", "router"]
 
 _THUMBNAIL_HEADERS = {"Cache-Control": "private, max-age=86400"}
 
@@ -26,18 +26,17 @@ _PLACEHOLDER_SVG = """<svg xmlns="http://www.w3.org/2000/svg" width="256" height
 <path d="M98 110h60v40H98zM90 158l76-60" fill="none" stroke="#888" stroke-width="3"/></svg>"""
 
 
-def _get_service(request: Request) -> SearchService:
-    service: SearchService = request.app.state.service
-    return service
+def read_state(name: str) -> Any:
+    """Returns a dependency that reads an attribute of the application's state."""
+
+    def read(request: Request) -> Any:
+        return getattr(request.app.state, name)
+
+    return Depends(read)
 
 
-def _get_thumbnails(request: Request) -> Thumbnails:
-    thumbnails: Thumbnails = request.app.state.thumbnails
-    return thumbnails
-
-
-Service = Annotated[SearchService, Depends(_get_service)]
-ThumbnailStore = Annotated[Thumbnails, Depends(_get_thumbnails)]
+Service = Annotated[SearchService, read_state("service")]
+ThumbnailStore = Annotated[Thumbnails, read_state("thumbnails")]
 ImageId = Annotated[str, Query(alias="id", max_length=4096, description="Id of the image; must match exactly.")]
 
 router = APIRouter()

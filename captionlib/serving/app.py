@@ -25,12 +25,7 @@ _FORM_BYTES = 2**16  # the part of an upload that is not the image
 
 
 def create_app(service: SearchService, thumbnail_folder: Path) -> FastAPI:
-    """Creates the web application.
-
-    Args:
-        service: the service that searches.
-        thumbnail_folder: the folder for thumbnails.
-    """
+    """Creates the web application; it stores thumbnails in a folder."""
     config = service.config
     thumbnails = Thumbnails(thumbnail_folder, config)
 

@@ -22,13 +22,7 @@ _HEADERS: Mapping[str, str] = {
 
 
 class BodySizeLimit:
-    """Rejects requests with a body that is too large, whatever length they declare.
-
-    Args:
-        app: the application.
-        max_bytes: the maximum size of a body.
-        make_response: makes the response to a rejected request.
-    """
+    """Rejects requests whose body is too large, whatever length they declare; `make_response` creates the response."""
 
     def __init__(self, app: ASGIApp, max_bytes: int, make_response: Callable[[Request], Response]) -> None:
         self._app = app

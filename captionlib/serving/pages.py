@@ -5,11 +5,11 @@ import math
 from typing import Annotated
 from urllib.parse import urlencode
 
-from fastapi import APIRouter, Depends, File, Query, Request, Response, UploadFile
+from fastapi import APIRouter, File, Query, Request, Response, UploadFile
 from fastapi.responses import HTMLResponse, RedirectResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from captionlib.serving.api import ImageId, Service, ThumbnailStore
+from captionlib.serving.api import ImageId, Service, ThumbnailStore, read_state
 from captionlib.serving.responses import SearchMode
 from captionlib.serving.service import MAX_OFFSET, MAX_QUERY_CHARACTERS, SearchService
 
@@ -36,21 +36,14 @@ class Pages:
         self._environment.filters["query"] = lambda values: urlencode({k: v for k, v in values.items() if v})
 
     def render(self, template: str, status_code: int = 200, **values: object) -> HTMLResponse:
-        """Renders a template."""
         return HTMLResponse(self._environment.get_template(template).render(**values), status_code)
 
     def render_error(self, status_code: int, detail: str) -> HTMLResponse:
-        """Renders the page of an error."""
         heading = _ERROR_HEADINGS.get(status_code, "Request failed")
         return self.render("error.html", status_code, detail=detail, heading=heading)
 
 
-def _get_pages(request: Request) -> Pages:
-    pages: Pages = request.app.state.pages
-    return pages
-
-
-PageRenderer = Annotated[Pages, Depends(_get_pages)]
+PageRenderer = Annotated[Pages, read_state("pages")]
 
 router = APIRouter(include_in_schema=False)
 

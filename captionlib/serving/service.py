@@ -10,7 +10,7 @@ import pyarrow as pa
 from captionlib.errors import BusyError, CaptionlibError, QueryError
 from captionlib.search.index import Filter, Index
 from captionlib.search.sql.queries import find_image
-from captionlib.search.sql.session import SqlLimits, open_captions
+from captionlib.search.sql.session import SqlLimits, open_sql
 from captionlib.serving.config import ServingConfig
 from captionlib.serving.responses import (
     CaptionCandidate,
@@ -39,11 +39,8 @@ _WAIT_SECONDS = 5.0
 class SearchService:
     """An index, its captions dataset, and the models for searching by image. A context manager; thread-safe.
 
-    Args:
-        index: the index.
-        config: the limits.
-        models: the models for uploaded images, closed on exit; None disables searching by image.
-        sentences: the sentences that uploaded images are compared with; if empty, the captions of similar images.
+    Without models, searching by image is disabled; exiting closes them. Uploaded images are compared with
+    `sentences`, or with the captions of similar images if there are none.
     """
 
     def __init__(
@@ -110,11 +107,7 @@ class SearchService:
         return _to_results(self.index.sample(limit))
 
     def get_image(self, image_id: str) -> ImageResponse:
-        """Returns one image with its caption candidates and similar images.
-
-        Raises:
-            QueryError: the index does not hold the image.
-        """
+        """Returns one image with its caption candidates and similar images; see `Index.get_image`."""
         row = self.index.get_image(image_id)
         return ImageResponse(
             image_id=image_id,
@@ -128,11 +121,7 @@ class SearchService:
         )
 
     def get_image_uri(self, image_id: str) -> str:
-        """Returns the address of an image, which visitors must not see.
-
-        Raises:
-            QueryError: the index does not hold the image.
-        """
+        """Returns the address of an image, which visitors must not see; see `Index.get_image`."""
         return str(self.index.get_image(image_id)["uri"])
 
     def search_by_image(self, content: bytes) -> ImageSearchResponse:
@@ -168,7 +157,7 @@ class SearchService:
 
     def _read_candidates(self, image_id: str) -> list[CaptionCandidate]:
         try:
-            with open_captions(self.index.description.captions.folder, SqlLimits("500MB", 1)) as session:
+            with open_sql(self.index.description.captions.folder, "captions", SqlLimits("500MB", 1)) as session:
                 (row,) = find_image(session, image_id).to_pylist()
         except (CaptionlibError, OSError):  # the captions dataset may be elsewhere by now
             return []

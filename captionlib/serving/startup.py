@@ -20,14 +20,10 @@ class AppConfig:
     """What to serve, as plain values that every server process loads.
 
     Attributes:
-        index: the folder of the index.
-        thumbnails: the folder for thumbnails.
         ranker: the checkpoint that computed the embeddings of the index; None supports text queries only.
         captioner: a checkpoint to caption uploaded images with.
         weights: the file of the encoder's weights, if the models were trained with such a file.
         sentences: a file of sentences, one per line, to compare uploaded images with.
-        device: the device to run the models on.
-        serving: the limits of the application.
     """
 
     index: str
@@ -53,13 +49,10 @@ def load_app(config: AppConfig) -> FastAPI:
         service = SearchService(open_index(config.index), limits)
         return create_app(service, Path(config.thumbnails))
 
-    from captionlib.search.models import (  # imports torch, which takes seconds
-        ImageQueryModels,
-        load_query_encoder,
-        read_sentences,
-    )
+    from captionlib.models.checkpoints.checkpoint import load_ranker  # imports torch, which takes seconds
+    from captionlib.search.models import ImageQueryModels, read_sentences
 
-    ranker = load_query_encoder(config.ranker, config.device) if config.ranker else None
+    ranker = load_ranker(config.ranker, config.device) if config.ranker else None
     index = open_index(config.index, ranker)
     sentences = read_sentences(config.sentences) if config.sentences else []
     decoding = DecoderConfig(timeout_seconds=limits.image_timeout_seconds, max_image_pixels=limits.max_image_pixels)

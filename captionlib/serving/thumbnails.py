@@ -23,8 +23,11 @@ __all__ = ["ThumbnailSize", "Thumbnails"]
 
 ThumbnailSize = Literal["small", "large"]
 
-# Pixels of the shorter side and of the square crop: the center of the image if small, nearly all of it if large.
-_PIXELS: dict[ThumbnailSize, tuple[int, int]] = {"small": (256, 256), "large": (640, 1280)}
+# The shorter side and the square crop, in pixels: the center of the image if small, nearly all of it if large.
+_PREPROCESSING: dict[ThumbnailSize, Preprocessing] = {
+    "small": Preprocessing(256, 256, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "large": Preprocessing(640, 1280, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
 _FAILURE_SECONDS = 60.0
 _MAX_FAILURES = 10_000
 _PRUNE_EVERY = 200
@@ -32,12 +35,7 @@ _WAIT_SECONDS = 5.0
 
 
 class Thumbnails:
-    """Makes and stores thumbnails as JPEG files. A context manager; thread-safe.
-
-    Args:
-        folder: the folder to store them in, by a hash of address, size and allowed hosts.
-        config: the limits.
-    """
+    """Makes thumbnails and stores them as JPEG files in a folder. A context manager; thread-safe."""
 
     def __init__(self, folder: Path, config: ServingConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,8 +50,8 @@ class Thumbnails:
         decoding = DecoderConfig(timeout_seconds=config.image_timeout_seconds, max_image_pixels=config.max_image_pixels)
         self._fetcher = self._resources.enter_context(ImageFetcher(fetching))
         self._decoders = {
-            size: self._resources.enter_context(DecoderPool(_make_preprocessing(*pixels), decoding))
-            for size, pixels in _PIXELS.items()
+            size: self._resources.enter_context(DecoderPool(preprocessing, decoding))
+            for size, preprocessing in _PREPROCESSING.items()
         }
         self._slots = threading.BoundedSemaphore(config.max_concurrent_images)
         self._lock = threading.Lock()
@@ -67,11 +65,7 @@ class Thumbnails:
         self._resources.close()
 
     def get(self, uri: str, size: ThumbnailSize) -> bytes:
-        """Returns the thumbnail of an image.
-
-        Args:
-            uri: the address of the image, from its dataset; never from a visitor.
-            size: the size of the thumbnail.
+        """Returns the thumbnail of an image; `uri` comes from a dataset, never from a visitor.
 
         Raises:
             ImageError: the image cannot be read; the error is cached for a minute.
@@ -87,11 +81,7 @@ class Thumbnails:
         return content
 
     def make(self, content: bytes, size: ThumbnailSize) -> bytes:
-        """Makes a thumbnail of an image file, without storing it.
-
-        Raises:
-            DecodeError: the file is not an image, or exceeds the limits.
-        """
+        """Makes a thumbnail of an image file, without storing it."""
         pixels = self._decoders[size].decode(content)
         return encode_jpeg(_crop_padding(pixels) if size == "large" else pixels)
 
@@ -133,10 +123,6 @@ class Thumbnails:
         if is_prune_due:
             self.prune()
         return content
-
-
-def _make_preprocessing(resize: int, crop: int) -> Preprocessing:
-    return Preprocessing(resize, crop, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def _crop_padding(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -72,14 +72,9 @@ def is_chained(address: str) -> bool:
 
 
 def open_file_system(address: str | os.PathLike[str], **options: Any) -> tuple[Any, str]:
-    """Opens the fsspec file system of an address.
+    """Returns the fsspec file system of a path or an address, and the path as that file system spells it.
 
-    Args:
-        address: a path or an address.
-        options: options of the file system; they override those that the address implies.
-
-    Returns:
-        The file system, and the path as that file system spells it.
+    `options` of the file system override those that the address implies.
 
     Raises:
         ConfigError: the address is chained, its protocol is unknown or interprets content, or a package is missing.
@@ -107,10 +102,6 @@ def open_file_system(address: str | os.PathLike[str], **options: Any) -> tuple[A
 def open_decompressed(fs: Any, path: str, mode: str = "rb", **text: Any) -> Any:
     """Returns a context manager that opens a file and decompresses it by its extension, such as `.gz`.
 
-    Args:
-        fs: the fsspec file system.
-        path: the path on it.
-        mode: `rb` or `rt`.
-        text: `encoding`, `errors` and `newline` of a text file.
+    `text` has the `encoding`, `errors` and `newline` of a text file, whose mode is `rt`.
     """
     return OpenFile(fs, path, mode, compression=get_compression(path, "infer"), **text)

@@ -9,8 +9,9 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -20,9 +21,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from captionlib.errors import StorageError
 from captionlib.storage.file_systems import open_file_system
-from captionlib.storage.ranged_file import RangedFile
 from captionlib.storage.remote_errors import is_temporary_error
-from captionlib.storage.retries import call_with_retries
+from captionlib.storage.retries import RangedFile, call_with_retries
 
 __all__ = ["TEMPORARY_FOLDER", "Folder", "resolve_address", "stage_file", "write_file"]
 
@@ -34,28 +34,21 @@ _ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memor
 _FILES_PER_REQUEST = 1000  # of `read_many`, which holds them in memory
 
 
+@dataclass(init=False, unsafe_hash=True)
 class Folder:
     """A folder at a path or an address. Pickles as its absolute address, so that workers find it."""
 
+    uri: str
+
     def __init__(self, uri: str | os.PathLike[str]) -> None:
         self.uri = os.fspath(uri).rstrip("/") or "/"
-
-    def __repr__(self) -> str:
-        return f"Folder({self.uri!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Folder) and self.uri == other.uri
-
-    def __hash__(self) -> int:
-        return hash(self.uri)
 
     def __reduce__(self) -> tuple[type["Folder"], tuple[str]]:
         return Folder, (resolve_address(self.uri),)
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
-        fs, root = open_file_system(self.uri)
-        return fs, root.rstrip("/")
+        return open_file_system(self.uri)
 
     @property
     def fs(self) -> Any:
@@ -67,8 +60,8 @@ class Folder:
         return isinstance(self.fs, LocalFileSystem)
 
     def path(self, name: str) -> str:
-        """Returns the path of a file in the folder, as its file system spells it."""
-        return f"{self._opened[1]}/{name}"
+        """Returns the path of a file in the folder, as its file system spells it; of the folder if `name` is empty."""
+        return f"{self._opened[1].rstrip('/')}/{name}".rstrip("/")
 
     def address(self, name: str) -> str:
         """Returns the path or address of a file in the folder, as a user would write it."""
@@ -76,7 +69,7 @@ class Folder:
 
     def list(self, subfolder: str = "") -> list[str]:
         """Lists the names in the folder or in one of its subfolders, sorted; an empty list if it does not exist."""
-        folder = self.path(subfolder) if subfolder else self._opened[1]
+        folder = self.path(subfolder)
 
         def list_paths() -> list[str]:
             self.fs.invalidate_cache()
@@ -91,13 +84,11 @@ class Folder:
         return sorted(path.rsplit("/", 1)[-1] for path in paths if path != folder)
 
     def exists(self, name: str) -> bool:
-        path = self.path(name)
-
         def check() -> bool:
             self.fs.invalidate_cache()
-            return bool(self.fs.exists(path))
+            return bool(self.fs.exists(self.path(name)))
 
-        return call_with_retries(path, check)
+        return call_with_retries(self.path(name), check)
 
     def open(self, name: str) -> BinaryIO:
         """Opens a file for reading. A remote file is fetched range by range, as it is read."""
@@ -106,31 +97,15 @@ class Folder:
 
     def read(self, name: str) -> bytes:
         path = self.path(name)
-        content: bytes = call_with_retries(path, lambda: self.fs.cat_file(path))
-        return content
+        return cast(bytes, call_with_retries(path, lambda: self.fs.cat_file(path)))
 
     def read_many(self, names: Iterable[str]) -> Iterator[bytes]:
         """Reads many small files, concurrently if the file system can. Skips files that do not exist."""
         paths = map(self.path, names)
-        while batch := tuple(islice(paths, _FILES_PER_REQUEST)):
-            remaining: Sequence[str] = batch
+        while remaining := list(islice(paths, _FILES_PER_REQUEST)):
             while remaining:
-                contents, remaining = call_with_retries(remaining[0], partial(self._read_batch, remaining))
+                contents, remaining = call_with_retries(remaining[0], partial(_read_batch, self.fs, remaining))
                 yield from contents
-
-    def _read_batch(self, paths: Sequence[str]) -> tuple[Sequence[bytes], Sequence[str]]:
-        """Returns the contents that could be read and the paths to retry; raises if there is no progress."""
-        results = self.fs.cat_ranges([*paths], None, None, on_error="return")
-        contents = [result for result in results if isinstance(result, bytes)]
-        errors = {
-            path: result
-            for path, result in zip(paths, results, strict=True)
-            if not isinstance(result, bytes | FileNotFoundError)
-        }
-        permanent = [error for error in errors.values() if not is_temporary_error(error)]
-        if errors and (permanent or not contents):
-            raise [*permanent, *errors.values()][0]
-        return contents, tuple(errors)
 
     def download(self, name: str, target: Path) -> None:
         """Copies a file to a local path."""
@@ -138,7 +113,6 @@ class Folder:
         call_with_retries(path, lambda: self.fs.get_file(path, str(target)))
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a file. It appears whole or not at all."""
         with self.stage(name) as path:
             path.write_bytes(content)
 
@@ -202,30 +176,37 @@ class Folder:
 
     def remove_file(self, name: str) -> None:
         """Removes a file with a single request, if it exists."""
-        path = self.path(name)
 
         def remove() -> None:
             with suppress(FileNotFoundError):
-                self.fs.rm_file(path)
+                self.fs.rm_file(self.path(name))
 
-        call_with_retries(path, remove)
+        call_with_retries(self.path(name), remove)
+
+
+def _read_batch(fs: Any, paths: list[str]) -> tuple[list[bytes], list[str]]:
+    """Returns the contents that could be read and the paths to retry; raises if there is no progress."""
+    results = fs.cat_ranges(paths, None, None, on_error="return")
+    contents = [result for result in results if isinstance(result, bytes)]
+    errors = {
+        path: result
+        for path, result in zip(paths, results, strict=True)
+        if not isinstance(result, bytes | FileNotFoundError)
+    }
+    permanent = [error for error in errors.values() if not is_temporary_error(error)]
+    if errors and (permanent or not contents):
+        raise [*permanent, *errors.values()][0]
+    return contents, list(errors)
 
 
 def resolve_address(address: str | os.PathLike[str]) -> str:
-    """Makes a local path absolute, so that it is valid in processes with another working directory.
-
-    Addresses with a protocol are returned unchanged.
-    """
+    """Makes a local path absolute, for processes with another working directory. Returns other addresses unchanged."""
     fs, path = open_file_system(address)
     return str(path) if isinstance(fs, LocalFileSystem) else os.fspath(address)
 
 
 def write_file(address: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file at a path or an address. It appears whole or not at all.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
+    """Writes a file at a path or an address; see `stage_file`."""
     with stage_file(address) as path:
         path.write_bytes(content)
 

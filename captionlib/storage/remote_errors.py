@@ -14,10 +14,6 @@ from captionlib.errors import FetchError
 
 __all__ = ["get_http_status", "is_connection_error", "is_temporary_error", "is_timeout_error"]
 
-_TIMEOUTS = (TimeoutError, asyncio.TimeoutError, concurrent.futures.TimeoutError)  # the same class since Python 3.11
-_PERMANENT = (FetchError, FileNotFoundError, PermissionError, ssl.SSLCertVerificationError)
-
-_TIMEOUT_NAMES = {"ReadTimeoutError", "ConnectTimeoutError", "Timeout"}  # botocore and requests
 _CONNECTION_NAMES = {
     "ClientConnectionError",  # aiohttp
     "ClientPayloadError",
@@ -43,7 +39,7 @@ _TEMPORARY_ERRNO = {  # from object stores whose client keeps only the errno, an
 
 def is_temporary_error(error: BaseException) -> bool:
     """Returns whether the same request may succeed later."""
-    if isinstance(error, _PERMANENT):
+    if isinstance(error, FetchError | FileNotFoundError | PermissionError | ssl.SSLCertVerificationError):
         return False
     status = get_http_status(error)
     if status is not None:
@@ -69,7 +65,8 @@ def get_http_status(error: BaseException) -> int | None:
 
 
 def is_timeout_error(error: BaseException) -> bool:
-    return isinstance(error, _TIMEOUTS) or _has_ancestor(error, _TIMEOUT_NAMES)
+    timeouts = (TimeoutError, asyncio.TimeoutError, concurrent.futures.TimeoutError)  # one class since Python 3.11
+    return isinstance(error, timeouts) or _has_ancestor(error, {"ReadTimeoutError", "ConnectTimeoutError", "Timeout"})
 
 
 def is_connection_error(error: BaseException) -> bool:

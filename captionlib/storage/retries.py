@@ -1,42 +1,39 @@
-"""Retries for requests to a file system that fail for a temporary reason.
+"""Requests to a file system, and files on it, that are retried when they fail for a temporary reason.
 
 The clients of object stores retry for a second or two. The retries here outlast longer disturbances: an endpoint that
 restarts, or a bucket that answers SlowDown to a thousand workers at once.
 """
 
+import io
+import os
+import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tenacity import RetryError, Retrying, retry_if_exception, stop_after_delay, wait_exponential, wait_random
 
 from captionlib.errors import StorageError
 from captionlib.storage.remote_errors import is_temporary_error
 
-__all__ = ["call_with_retries"]
+__all__ = ["RangedFile", "call_with_retries"]
 
 Result = TypeVar("Result")
 
 _MAX_SECONDS = 120.0
 _FIRST_WAIT_SECONDS = 0.5
-_MAX_WAIT_SECONDS = 15.0
 
 _retrying = Retrying(
     retry=retry_if_exception(is_temporary_error),
     stop=stop_after_delay(_MAX_SECONDS),
     # The random part spreads out workers that failed at the same moment.
-    wait=wait_exponential(_FIRST_WAIT_SECONDS, max=_MAX_WAIT_SECONDS) + wait_random(0, _FIRST_WAIT_SECONDS),
+    wait=wait_exponential(_FIRST_WAIT_SECONDS, max=15) + wait_random(0, _FIRST_WAIT_SECONDS),
 )
 
 
 def call_with_retries(address: str, action: Callable[[], Result]) -> Result:
-    """Calls a function and retries it with backoff while it fails with temporary errors.
+    """Returns the result of a function, which is retried with backoff while it fails with temporary errors.
 
-    Args:
-        address: the file or folder, for error messages.
-        action: a read, or a write that replaces everything an earlier call wrote.
-
-    Returns:
-        The result of `action`.
+    `action` is a read, or a write that replaces everything an earlier call wrote. The error message names `address`.
 
     Raises:
         StorageError: every attempt within two minutes failed with a temporary error.
@@ -49,3 +46,53 @@ def call_with_retries(address: str, action: Callable[[], Result]) -> Result:
             f"{address}: the storage failed for {_MAX_SECONDS:.0f} seconds, most recently with "
             f"{type(reason).__name__}: {reason}; run the same command again later, it resumes where it stopped"
         ) from reason
+
+
+class RangedFile(io.RawIOBase):
+    """A remote file that fetches exactly the bytes of each read in one request, with retries.
+
+    Parquet readers know which bytes they need, so read-ahead would be wasted. Each thread has its own position, so that
+    threads can share a file and seek before each read.
+    """
+
+    def __init__(self, fs: Any, path: str) -> None:
+        super().__init__()
+        self._fs = fs
+        self._path = path
+        self._size = int(call_with_retries(path, lambda: fs.size(path)))
+        self._thread = threading.local()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return getattr(self._thread, "position", 0)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self._size}[whence]
+        self._thread.position = start + offset
+        return self.tell()
+
+    def read(self, size: int | None = -1) -> bytes:
+        start = self.tell()
+        end = self._size if size is None or size < 0 else min(start + size, self._size)
+        content = call_with_retries(self._path, lambda: self._read_range(start, end)) if end > start else b""
+        self._thread.position = start + len(content)
+        return content
+
+    def readall(self) -> bytes:
+        return self.read()
+
+    def readinto(self, buffer: Any) -> int:
+        content = self.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def _read_range(self, start: int, end: int) -> bytes:
+        content: bytes = self._fs.cat_file(self._path, start=start, end=end)
+        if len(content) != end - start:
+            raise ConnectionError(f"expected bytes {start} to {end} of {self._path}, got {len(content)} bytes")
+        return content

@@ -1,14 +1,14 @@
 """The cross-entropy objective of captioners, and the CIDEr of the captions that they generate during validation."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
-from captionlib.data.batches.captions import CaptionBatch
+from captionlib.data.batches.captions import CaptionBatch, CaptionBatches
+from captionlib.data.batches.images import ImageBatches
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError
 from captionlib.evaluation.caption_scores import CiderScorer
@@ -17,42 +17,18 @@ from captionlib.models.captioners.end_to_end import ImageCaptioner
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
-from captionlib.storage.folders import Folder
-from captionlib.training.distributed import ProcessGroup
-from captionlib.training.objective import BatchLoss, compute_perplexity
+from captionlib.training.objective import BatchLoss, Model, Objective, SaveModel, compute_perplexity
 
 __all__ = ["Batches", "CaptioningObjective", "CiderValidation"]
 
-Model = TypeVar("Model", bound=nn.Module)
+Batches: TypeAlias = CaptionBatches | ImageBatches
 
 
-class Batches(Protocol):
-    """Batches of one split: `CaptionBatches` of features, or `ImageBatches`."""
-
-    def count(self, world_size: int) -> int:
-        """Returns the approximate number of batches per epoch."""
-
-    def shuffled(self, seed: int, epoch: int, rank: int, world_size: int, first: int) -> Iterator[CaptionBatch | None]:
-        """Yields the parts of one process in the batches of an epoch, from batch `first` on."""
-
-    def in_order(self) -> Iterator[CaptionBatch]:
-        """Yields all images once."""
-
-    def images_in_order(self) -> Iterator[tuple[Sequence[int], npt.NDArray[Any]]]:
-        """Yields all images once without captions, with their positions."""
-
-
-class CaptioningObjective(Generic[Model]):
+class CaptioningObjective(Objective[CaptionBatch, Model]):
     """Maximizes the log-probability of reference captions. Validates by perplexity, and by CIDEr if configured.
 
-    Args:
-        model: a `Captioner`, or a model with the same `forward`, on its device.
-        training: the training batches.
-        validation: the validation batches.
-        save: writes a checkpoint, given the folder, the model and the training history.
-        label_smoothing: the fraction of each target that is spread evenly over all classes.
-        cider: measures the CIDEr of generated captions, which then selects the best epoch.
-        part_learning_rates: see `Objective`.
+    The model is a `Captioner`, or has the same `forward`. With `cider`, the CIDEr of generated captions selects the
+    best epoch.
     """
 
     def __init__(
@@ -60,22 +36,18 @@ class CaptioningObjective(Generic[Model]):
         model: Model,
         training: Batches,
         validation: Batches,
-        save: Callable[[Folder, Model, dict[str, Any]], object],
+        save: SaveModel[Model],
         label_smoothing: float = 0.0,
         cider: "CiderValidation | None" = None,
         part_learning_rates: Mapping[str, float] | None = None,
     ) -> None:
-        self.model: Model = model
-        self.score_name = "perplexity" if cider is None else "CIDEr"
-        self.higher_is_better = cider is not None
-        self.part_learning_rates = part_learning_rates or {}
+        super().__init__(model, save, part_learning_rates)
+        if cider is not None:
+            self.score_name, self.higher_is_better = "CIDEr", True
         self._training = training
         self._validation = validation
-        self._group = ProcessGroup()
-        self._save = save
         self._smoothing = label_smoothing
         self._cider = cider
-        self._device = next(model.parameters()).device
 
     def batches(self, seed: int, epoch: int, first: int) -> Iterator[CaptionBatch | None]:
         return self._training.shuffled(seed, epoch, self._group.rank, self._group.world_size, first)
@@ -98,9 +70,6 @@ class CaptioningObjective(Generic[Model]):
         scores = {"perplexity": compute_perplexity(log_probs)}
         return scores if self._cider is None else {**scores, "CIDEr": self._cider.score(self.model)}
 
-    def save(self, output: Folder, training: dict[str, Any]) -> None:
-        self._save(output, self.model, training)
-
     def score(self, batch: CaptionBatch, mean_log_probs: bool = False) -> TokenLogProbs:
         """Computes the log-probabilities of the captions of a batch; see `Captioner.forward`."""
         scores: TokenLogProbs = self.model(
@@ -115,13 +84,8 @@ class CaptioningObjective(Generic[Model]):
 class CiderValidation:
     """Measures the CIDEr of the captions that a captioner generates for the validation images.
 
-    An unreadable image counts as an empty caption.
-
-    Args:
-        batches: the validation images.
-        references: the reference captions of each image, in the order of `batches`.
-        vocabulary: the captioner's vocabulary.
-        decoding: how to generate the captions.
+    An unreadable image counts as an empty caption. `references` holds the reference captions of each image, in the
+    order of `batches`.
 
     Raises:
         ConfigError: Java, which the tokenizer of CIDEr needs, is missing; or `decoding` expects a datastore.
@@ -129,11 +93,7 @@ class CiderValidation:
     """
 
     def __init__(
-        self,
-        batches: Batches,
-        references: Sequence[Sequence[str]],
-        vocabulary: Vocabulary,
-        decoding: DecodingConfig,
+        self, batches: Batches, references: Sequence[Sequence[str]], vocabulary: Vocabulary, decoding: DecodingConfig
     ) -> None:
         if decoding.rerank.neighbors:
             raise ConfigError(
@@ -153,7 +113,7 @@ class CiderValidation:
         decoder = Decoder(captioner, self._decoding)
         captions = [""] * self._images
         for positions, images in self._batches.images_in_order():
-            features: npt.NDArray[np.float32] | torch.Tensor = images
+            features: npt.NDArray[Any] | torch.Tensor = images
             if isinstance(model, ImageCaptioner):
                 pixels = torch.from_numpy(images).to(next(model.parameters()).device)
                 features = model.encoder.encode(pixels).float()

@@ -3,10 +3,9 @@
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from captionlib.config import configclass, to_dict
@@ -164,73 +163,61 @@ def train_captioner(
         group.run_on_first(lambda: claim_folder(folder, overwrite))
         next(read_captions(dataset, config.validation_splits))  # fails now rather than after the first epoch
         seed_everything(config.training.seed)
-        start = _initialize(config, dataset, weights)
-        if progress and group.is_first and "word_vectors" in start.provenance:
-            print(f"word vectors: {start.provenance['word_vectors']}", file=sys.stderr)
-        resolved = {"features": dataset.fingerprint, "world_size": group.world_size, **start.resolved}
-        objective = _make_objective(dataset, start, target)
+        model, vocabulary, config, provenance = _initialize(config, dataset, weights)
+        if progress and group.is_first and "word_vectors" in provenance:
+            print(f"word vectors: {provenance['word_vectors']}", file=sys.stderr)
+        resolved = {"features": dataset.fingerprint, "world_size": group.world_size, **to_dict(config)}
+        if "init_from" in provenance:
+            resolved["init_from_fingerprint"] = provenance["init_from"]["fingerprint"]
+        objective = _make_objective(dataset, model.to(target), vocabulary, config, provenance)
         return train(objective, config.training, folder, resolved, progress)
 
 
-@dataclass(frozen=True)
-class _Start:
-    """A captioner before training.
-
-    Attributes:
-        model: the captioner, on the CPU.
-        vocabulary: its vocabulary.
-        config: the configuration with the shape of the captioner.
-        provenance: where the captioner comes from.
-        resolved: the values that identify the run.
-    """
-
-    model: Captioner
-    vocabulary: Vocabulary
-    config: CaptionerTrainingConfig
-    provenance: dict[str, Any]
-    resolved: dict[str, Any]
-
-
-def _initialize(config: CaptionerTrainingConfig, dataset: ShardedDataset, weights: str | None) -> _Start:
-    """Builds a captioner, or loads `init_from`."""
+def _initialize(
+    config: CaptionerTrainingConfig, dataset: ShardedDataset, weights: str | None
+) -> tuple[Captioner, Vocabulary, CaptionerTrainingConfig, dict[str, Any]]:
+    """Builds a captioner or loads `init_from`; also returns the configuration with its shape, and its provenance."""
     provenance: dict[str, Any] = {"features": dataset.fingerprint, "objective": config.objective}
     if config.init_from is not None:
         initial = load_initial_captioner(config.init_from, config.captioner, dataset)
         provenance["init_from"] = {"checkpoint": config.init_from, "fingerprint": initial.fingerprint}
-        config = replace(config, captioner=initial.config)
-        resolved = {"init_from_fingerprint": initial.fingerprint, **to_dict(config)}
-        return _Start(initial.model, initial.vocabulary, config, provenance, resolved)
+        return initial.model, initial.vocabulary, replace(config, captioner=initial.config), provenance
     vocabulary = Vocabulary.from_captions(read_captions(dataset, config.train_splits), config.min_count)
     model = build_captioner(config.captioner, dataset, config.train_splits, vocabulary, weights)
     if config.word_vectors is not None:
         provenance["word_vectors"] = initialize_word_vectors(model, vocabulary, config.word_vectors)
-    return _Start(model, vocabulary, config, provenance, to_dict(config))
+    return model, vocabulary, config, provenance
 
 
-def _make_objective(dataset: ShardedDataset, start: _Start, device: torch.device) -> Objective[Any]:
-    config, model = start.config, start.model.to(device)
-    encode = make_encoder(start.vocabulary, config.max_words)
+def _make_objective(
+    dataset: ShardedDataset,
+    model: Captioner,
+    vocabulary: Vocabulary,
+    config: CaptionerTrainingConfig,
+    provenance: dict[str, Any],
+) -> Objective[Any, Captioner]:
+    encode = make_encoder(vocabulary, config.max_words)
     training, validation = _make_batches(dataset, config, model, encode)
     cider = None
     if config.best_by == "cider":
         references = [
             captions for captions in read_references(dataset, config.validation_splits) if any(map(encode, captions))
         ]
-        cider = CiderValidation(validation, references, start.vocabulary, config.decoding)
+        cider = CiderValidation(validation, references, vocabulary, config.decoding)
     part_learning_rates = {}
     if model.encoder_top is not None:
         part_learning_rates["encoder_top"] = config.encoder_top_learning_rate
         model.encoder_top.requires_grad_(config.encoder_top_learning_rate > 0)
 
     def save(output: Folder, model: Captioner, history: dict[str, Any]) -> None:
-        encoder, provenance = dataset.config["encoder"], stamp_provenance(start.provenance)
-        save_captioner(output, model, start.vocabulary, encoder, provenance=provenance, training=history)
+        encoder, stamped = dataset.config["encoder"], stamp_provenance(provenance)
+        save_captioner(output, model, vocabulary, encoder, provenance=stamped, training=history)
 
+    if config.objective == "bag_of_words":
+        return BagOfWordsObjective(model, training, validation, save, part_learning_rates=part_learning_rates)
     captioning = CaptioningObjective(
         model, training, validation, save, config.label_smoothing, cider, part_learning_rates
     )
-    if config.objective == "bag_of_words":
-        return BagOfWordsObjective(captioning, validation)
     if config.objective == "self_critical":
         token_ids = (list(map(encode, captions)) for captions in read_references(dataset, config.train_splits))
         return SelfCriticalObjective(captioning, config.self_critical, token_ids, config.decoding.max_tokens)

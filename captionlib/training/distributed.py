@@ -54,11 +54,7 @@ class ProcessGroup:
         """Replaces each gradient by the weighted average over all processes.
 
         DistributedDataParallel does not fit: it weights all processes alike, expects each of them to have a part of
-        every batch, and hooks into `forward`, which not all objectives call.
-
-        Args:
-            parameters: the parameters, in the same order in all processes.
-            weight: the weight of this process. The weights of all processes add up to 1.
+        every batch, and hooks into `forward`, which not all objectives call. The weights of all processes add up to 1.
         """
         if self.world_size == 1:
             return

@@ -102,21 +102,9 @@ def finetune_captioner(
 ) -> list[dict[str, float]]:
     """Fine-tunes a captioner and its encoder on the images of a manifest, or resumes an interrupted run.
 
-    Unreadable images are skipped and listed in the run's folder. Processes that `torchrun` started train one captioner
-    together, each with `batch_images` of every batch.
-
-    Args:
-        manifest: the manifest dataset.
-        output: the run's folder: the checkpoint of the best epoch with its encoder, and the rest as in
-            `train_captioner`.
-        config: the captioner to start from and how to train it.
-        weights: the encoder's weights file, if the captioner was trained on features of such a file.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        overwrite: replace a run of another configuration.
-        progress: show a progress bar.
-
-    Returns:
-        The metrics of each epoch; see `train`.
+    Unreadable images are skipped and listed in the run's folder. `weights` is the encoder's weights file, if the
+    captioner was trained on features of such a file. The checkpoint of the best epoch contains the encoder. The other
+    arguments and the result are those of `train_captioner`.
 
     Raises:
         CheckpointError: `init_from` is not a checkpoint, or the weights belong to another encoder.

@@ -32,14 +32,9 @@ def build_captioner(
     vocabulary: Vocabulary,
     weights: str | None = None,
 ) -> Captioner:
-    """Builds a captioner with the statistics of the features and words of these splits.
+    """Builds a captioner with the statistics of the features and words of the training splits.
 
-    Args:
-        config: the shape of the captioner.
-        dataset: `features/`, complete.
-        splits: the training splits.
-        vocabulary: the captioner's vocabulary.
-        weights: the encoder's weights file, for a captioner with an `encoder_top` whose encoder used such a file.
+    `weights` is the encoder's weights file, for a captioner with an `encoder_top` whose encoder used such a file.
 
     Raises:
         DatasetError: the captioner has attention, but the features are not spatial maps.
@@ -101,10 +96,7 @@ def require_other_folder(init_from: str | None, output: Folder) -> None:
 def load_initial_captioner(folder: str, config: CaptionerConfig, dataset: ShardedDataset) -> LoadedCaptioner:
     """Loads the captioner whose weights, shape and vocabulary a run starts from.
 
-    Args:
-        folder: its checkpoint.
-        config: the configured shape. Values that differ from the defaults must agree with the checkpoint.
-        dataset: `features/` of its encoder.
+    Values of `config` that differ from the defaults must agree with the checkpoint.
 
     Raises:
         CheckpointError: the folder is not a checkpoint, or belongs to another encoder.
@@ -124,12 +116,7 @@ def load_initial_captioner(folder: str, config: CaptionerConfig, dataset: Sharde
 
 @torch.no_grad()
 def initialize_word_vectors(model: Captioner, vocabulary: Vocabulary, uri: str) -> dict[str, Any]:
-    """Initializes the word vectors that a file contains. The other words keep their random vectors.
-
-    Args:
-        model: the captioner.
-        vocabulary: its vocabulary.
-        uri: a file of word2vec, GloVe or fastText.
+    """Initializes the word vectors that a word2vec, GloVe or fastText file contains. Other words keep random vectors.
 
     Returns:
         The file, the numbers of found and missing words, and the most frequent missing words.

@@ -1,7 +1,7 @@
 """Trains language models on sentences or on continuous text."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import field
 from itertools import chain, islice
 from typing import Annotated, Any
@@ -23,7 +23,7 @@ from captionlib.models.checkpoints.folder import stamp_provenance
 from captionlib.models.devices import resolve_device
 from captionlib.storage.folders import Folder
 from captionlib.training.loop import TrainingConfig, claim_folder, seed_everything, train
-from captionlib.training.objective import BatchLoss, compute_perplexity
+from captionlib.training.objective import BatchLoss, Objective, SaveModel, compute_perplexity
 
 __all__ = ["LanguageModelObjective", "LanguageModelTrainingConfig", "train_language_model"]
 
@@ -59,32 +59,15 @@ class LanguageModelTrainingConfig:
     batch_size: PositiveInt = 100
 
 
-class LanguageModelObjective:
-    """Maximizes the log-probability of sentences, or of sequences of a text.
-
-    Args:
-        model: the language model, on its device.
-        training: the training batches.
-        validation: the validation batches.
-        save: writes a checkpoint, given the folder, the model and the training history.
-    """
-
-    score_name = "perplexity"
-    higher_is_better = False
+class LanguageModelObjective(Objective[npt.NDArray[np.int64], Captioner]):
+    """Maximizes the log-probability of sentences, or of sequences of a text."""
 
     def __init__(
-        self,
-        model: Captioner,
-        training: TextBatches,
-        validation: TextBatches,
-        save: Callable[[Folder, Captioner, dict[str, Any]], object],
+        self, model: Captioner, training: TextBatches, validation: TextBatches, save: SaveModel[Captioner]
     ) -> None:
-        self.model: Captioner = model
-        self.part_learning_rates: dict[str, float] = {}
+        super().__init__(model, save)
         self._training = training
         self._validation = validation
-        self._save = save
-        self._device = model.output.weight.device
 
     def batches(self, seed: int, epoch: int, first: int) -> Iterator[npt.NDArray[np.int64]]:
         return islice(self._training.shuffled(seed, epoch), first, None)
@@ -103,9 +86,6 @@ class LanguageModelObjective:
         has_end_tokens = self._validation.has_end_tokens
         log_probs = (self._score(batch, has_end_tokens) for batch in self._validation.in_order())
         return {"perplexity": compute_perplexity(log_probs)}
-
-    def save(self, output: Folder, training: dict[str, Any]) -> None:
-        self._save(output, self.model, training)
 
     def _score(self, batch: npt.NDArray[np.int64], has_end_tokens: bool) -> Tensor:
         sentences = torch.from_numpy(batch).to(self._device)
@@ -127,16 +107,8 @@ def train_language_model(
 ) -> list[dict[str, float]]:
     """Trains a language model, or resumes an interrupted run.
 
-    Args:
-        source: a features or manifest dataset, for its captions; or a text file.
-        output: the run's folder: the checkpoint of the best epoch, metrics, curves and the state to resume from.
-        config: the language model and how to train it.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        overwrite: replace a run of another configuration.
-        progress: show a progress bar.
-
-    Returns:
-        The metrics of each epoch; see `train`.
+    The source is a text file, or a features or manifest dataset with captions. The other arguments and the result are
+    those of `train_captioner`.
 
     Raises:
         DatasetError: the dataset is incomplete or has no captions, or the text is unreadable or too short.

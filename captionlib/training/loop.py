@@ -18,13 +18,18 @@ from captionlib.data.shards.markers import to_json
 from captionlib.errors import TrainingInterrupted
 from captionlib.progress import progress_bar
 from captionlib.storage.folders import Folder
-from captionlib.training.averaging import apply_average, average_weights
-from captionlib.training.curves import draw_curves
 from captionlib.training.distributed import ProcessGroup
 from captionlib.training.interrupts import catch_stop_signals
-from captionlib.training.metrics_log import log_epoch
-from captionlib.training.objective import Batch, Objective
-from captionlib.training.optimization import TrainingConfig, make_optimizer, make_scheduler, schedule_factor
+from captionlib.training.metrics_log import draw_curves, log_epoch
+from captionlib.training.objective import Batch, Model, Objective
+from captionlib.training.optimization import (
+    TrainingConfig,
+    apply_average,
+    average_weights,
+    make_optimizer,
+    make_scheduler,
+    schedule_factor,
+)
 from captionlib.training.state import (
     RESOLVED,
     RunState,
@@ -39,7 +44,7 @@ __all__ = ["Objective", "TrainingConfig", "claim_folder", "seed_everything", "tr
 
 
 def train(
-    objective: Objective[Batch],
+    objective: Objective[Batch, Model],
     config: TrainingConfig,
     output: Folder,
     resolved: dict[str, Any],
@@ -74,9 +79,9 @@ def train(
     return run.state.history
 
 
-class _Run(Generic[Batch]):
+class _Run(Generic[Batch, Model]):
     def __init__(
-        self, objective: Objective[Batch], config: TrainingConfig, output: Folder, resolved: dict[str, Any]
+        self, objective: Objective[Batch, Model], config: TrainingConfig, output: Folder, resolved: dict[str, Any]
     ) -> None:
         model = objective.model
         self.state = RunState()

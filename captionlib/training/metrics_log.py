@@ -1,4 +1,4 @@
-"""The metrics of a run: `metrics.jsonl` for programs, event files for TensorBoard."""
+"""The metrics of a run: `metrics.jsonl` for programs, event files for TensorBoard, plots in `curves.png`."""
 
 import json
 import tempfile
@@ -8,8 +8,9 @@ from pathlib import Path
 
 from captionlib.storage.folders import Folder
 
-__all__ = ["METRICS", "TENSORBOARD", "log_epoch"]
+__all__ = ["CURVES", "METRICS", "TENSORBOARD", "draw_curves", "log_epoch"]
 
+CURVES = "curves.png"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 
@@ -21,10 +22,6 @@ def log_epoch(output: Folder, history: Sequence[Row]) -> None:
 
     Each epoch has its own event file, because files in object stores cannot grow. An epoch that is repeated after a
     crash replaces its file.
-
-    Args:
-        output: the run's folder.
-        history: the metrics of each epoch.
     """
     output.write(METRICS, "".join(json.dumps(row) + "\n" for row in history).encode())
     epoch = int(history[-1]["epoch"])
@@ -41,3 +38,20 @@ def _serialize_events(row: Row) -> bytes:
                     writer.add_scalar(name, value, int(row["epoch"]), walltime=time.time())
         (path,) = Path(folder).iterdir()
         return path.read_bytes()
+
+
+def draw_curves(output: Folder, history: Sequence[Row]) -> None:
+    """Draws the loss and the validation scores over the epochs to `curves.png`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [name for name in history[0] if name not in {"epoch", "seconds", "learning_rate", "data_wait"}]
+    epochs = [row["epoch"] for row in history]
+    figure = Figure(figsize=(4.5 * len(names), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        axes.plot(epochs, [row[name] for row in history], marker="o", markersize=3)
+        axes.set(title=name, xlabel="epoch")
+        axes.grid(alpha=0.3)
+    with output.stage(CURVES) as path:
+        figure.savefig(path, format="png", dpi=120)

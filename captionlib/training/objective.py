@@ -1,16 +1,21 @@
 """The interface between the training loop and the models that it trains."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from captionlib.storage.folders import Folder
+from captionlib.training.distributed import ProcessGroup
 
-__all__ = ["Batch", "BatchLoss", "Objective", "compute_perplexity"]
+__all__ = ["Batch", "BatchLoss", "Model", "Objective", "SaveModel", "compute_perplexity"]
 
 Batch = TypeVar("Batch")
+Model = TypeVar("Model", bound=nn.Module)
+SaveModel = Callable[[Folder, Model, dict[str, Any]], object]
+"""Writes a checkpoint, given the folder, the model and the training history."""
 
 
 class BatchLoss(NamedTuple):
@@ -31,42 +36,54 @@ class BatchLoss(NamedTuple):
     reward_count: int = 0
 
 
-class Objective(Protocol[Batch]):
-    """A model with its training data, its loss and its validation."""
+class Objective(ABC, Generic[Batch, Model]):
+    """A model with its training data, its loss and its validation.
 
-    @property
-    def model(self) -> nn.Module:
-        """The model to train."""
+    Args:
+        model: the model to train, on its device.
+        save_model: writes a checkpoint.
+        part_learning_rates: learning rates of individual attributes of the model, by name; the others use the
+            configured one.
 
-    @property
-    def part_learning_rates(self) -> Mapping[str, float]:
-        """Learning rates of individual attributes of the model, by name; the others use the configured one."""
+    Attributes:
+        score_name: the validation score that selects the best epoch.
+        higher_is_better: whether a higher score is better, as for CIDEr, or a lower one, as for perplexity.
+    """
 
-    @property
-    def score_name(self) -> str:
-        """The validation score that selects the best epoch, such as `perplexity`."""
+    score_name = "perplexity"
+    higher_is_better = False
 
-    @property
-    def higher_is_better(self) -> bool:
-        """Whether a higher score is better, as for CIDEr, or a lower one, as for perplexity."""
+    def __init__(
+        self, model: Model, save_model: SaveModel[Model], part_learning_rates: Mapping[str, float] | None = None
+    ) -> None:
+        self.model = model
+        self.part_learning_rates = part_learning_rates or {}
+        self.save_model = save_model
+        self._group = ProcessGroup()
+        self._device = next(model.parameters()).device
 
+    @abstractmethod
     def batches(self, seed: int, epoch: int, first: int) -> Iterator[Batch | None]:
         """Yields the batches of an epoch from batch `first` on, in an order that `seed` and `epoch` determine.
 
         In a group of processes, each yields its part of the same batches, or None if it has no part in one.
         """
 
+    @abstractmethod
     def steps_per_epoch(self) -> int:
         """Returns the approximate number of batches per epoch."""
 
+    @abstractmethod
     def loss(self, batch: Batch) -> BatchLoss:
         """Computes the loss of a batch."""
 
+    @abstractmethod
     def validate(self) -> dict[str, float]:
         """Computes the scores on the validation data."""
 
     def save(self, output: Folder, training: dict[str, Any]) -> None:
         """Writes the checkpoint."""
+        self.save_model(output, self.model, training)
 
 
 def compute_perplexity(log_probs: Iterable[Tensor]) -> float:

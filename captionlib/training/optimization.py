@@ -1,17 +1,26 @@
-"""The configuration of a training run, its optimizer and its learning-rate schedule."""
+"""The configuration of a training run, its optimizer, its learning-rate schedule and its average of weights."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 
 from captionlib.config import configclass
 
-__all__ = ["TrainingConfig", "make_optimizer", "make_scheduler", "schedule_factor"]
+__all__ = [
+    "TrainingConfig",
+    "apply_average",
+    "average_weights",
+    "make_optimizer",
+    "make_scheduler",
+    "schedule_factor",
+]
 
 _RMSPROP_ALPHA = 0.999  # NeuralTalk's
 _COSINE_FLOOR = 0.01  # the last learning rate, as a fraction of the first
@@ -63,10 +72,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Returns an optimizer for the parameters that require gradients, with one group for each learning rate.
 
-    Args:
-        model: the model to train.
-        config: the optimizer and its learning rate.
-        part_learning_rates: learning rates of individual attributes of the model, by name.
+    `part_learning_rates` holds the learning rates of individual attributes of the model, by name.
     """
     rates = part_learning_rates or {}
     parts: dict[str, list[nn.Parameter]] = {}
@@ -88,13 +94,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, ste
 
 
 def schedule_factor(config: TrainingConfig, step: int, steps_per_epoch: int) -> float:
-    """Returns the learning rate of a step as a fraction of the configured one.
-
-    Args:
-        config: the schedule.
-        step: the steps done before it, over all epochs.
-        steps_per_epoch: the steps of an epoch.
-    """
+    """Returns the learning rate after `step` steps, over all epochs, as a fraction of the configured one."""
     epochs = step / max(1, steps_per_epoch)
     factor = 1.0
     if config.schedule == "step":
@@ -103,3 +103,37 @@ def schedule_factor(config: TrainingConfig, step: int, steps_per_epoch: int) -> 
         cosine = (1 + math.cos(math.pi * min(epochs / config.epochs, 1.0))) / 2
         factor = _COSINE_FLOOR + (1 - _COSINE_FLOOR) * cosine
     return factor * min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else factor
+
+
+def average_weights(model: nn.Module, decay: float) -> AveragedModel:
+    """Returns an exponential moving average of a model's weights, to be updated after each optimizer step.
+
+    It often generalizes better than the weights of the last step. It starts from the weights after the first step.
+    Before the n-th update after that, the decay is limited to (1 + n) / (10 + n), as in TensorFlow's
+    `ExponentialMovingAverage`, so that early weights fade quickly.
+    """
+
+    @torch.no_grad()
+    def update(averages: Iterable[Tensor], weights: Iterable[Tensor], updates: Tensor | int) -> None:
+        limited = min(decay, (1 + int(updates)) / (10 + int(updates)))
+        for average, weight in zip(averages, weights, strict=True):
+            average.lerp_(weight, 1 - limited)
+
+    return AveragedModel(model, multi_avg_fn=update)
+
+
+@contextmanager
+def apply_average(model: nn.Module, average: AveragedModel) -> Iterator[None]:
+    """Gives the model the averaged weights within the block, and restores its own exactly when the block ends."""
+    own = [parameter.detach().clone() for parameter in model.parameters()]
+    _copy_weights(average.module.parameters(), model)
+    try:
+        yield
+    finally:
+        _copy_weights(own, model)
+
+
+@torch.no_grad()
+def _copy_weights(weights: Iterable[Tensor], model: nn.Module) -> None:
+    for parameter, weight in zip(model.parameters(), weights, strict=True):
+        parameter.copy_(weight)

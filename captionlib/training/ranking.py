@@ -4,7 +4,7 @@ A ranker sees the mean of a spatial map over its positions.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -33,7 +33,7 @@ from captionlib.models.rankers.ranker import Ranker, RankerConfig
 from captionlib.storage.folders import Folder
 from captionlib.training.distributed import ProcessGroup, join_process_group
 from captionlib.training.loop import TrainingConfig, claim_folder, seed_everything, train
-from captionlib.training.objective import BatchLoss
+from captionlib.training.objective import BatchLoss, Objective, SaveModel
 from captionlib.training.ranking_losses import contrastive_loss, max_margin_loss
 
 __all__ = ["RankerTrainingConfig", "RankingBatch", "RankingObjective", "sample_captions", "train_ranker"]
@@ -93,16 +93,8 @@ class RankingBatch:
     epoch: int
 
 
-class RankingObjective:
-    """Ranks an image's captions above those of other images, and a caption's image above other images.
-
-    Args:
-        model: the ranker, on its device.
-        config: the loss and the captions per image.
-        training: the training batches.
-        validation: the validation batches.
-        save: writes a checkpoint, given the folder, the ranker and the training history.
-    """
+class RankingObjective(Objective[RankingBatch, Ranker]):
+    """Ranks an image's captions above those of other images, and a caption's image above other images."""
 
     score_name = "mean_recall"
     higher_is_better = True
@@ -113,16 +105,12 @@ class RankingObjective:
         config: RankerTrainingConfig,
         training: CaptionBatches,
         validation: CaptionBatches,
-        save: Callable[[Folder, Ranker, dict[str, Any]], object],
+        save: SaveModel[Ranker],
     ) -> None:
-        self.model: Ranker = model
-        self.part_learning_rates: dict[str, float] = {}
+        super().__init__(model, save)
         self._config = config
         self._training = training
         self._validation = validation
-        self._group = ProcessGroup()
-        self._save = save
-        self._device = next(model.parameters()).device
         model.log_temperature.requires_grad_(config.loss == "contrastive")
 
     def batches(self, seed: int, epoch: int, first: int) -> Iterator[RankingBatch | None]:
@@ -152,25 +140,19 @@ class RankingObjective:
 
     def validate(self) -> dict[str, float]:
         """Computes the mean of the six recalls and the median ranks."""
-        images: list[Tensor] = []
-        captions: list[Tensor] = []
-        owners: list[Tensor] = []
-        first = 0
+        images, captions, owners, first = [], [], [], 0
         for batch in self._validation.in_order():
             image_embeddings, caption_embeddings = self._embed(batch)
-            images.append(image_embeddings.float().cpu())
-            captions.append(caption_embeddings.float().cpu())
-            owners.append(torch.from_numpy(batch.image_of_sentence) + first)
+            images.append(image_embeddings.float().cpu().numpy())
+            captions.append(caption_embeddings.float().cpu().numpy())
+            owners.append(batch.image_of_sentence + first)
             first += len(image_embeddings)
-        scores = score_retrieval(torch.cat(images).numpy(), torch.cat(captions).numpy(), torch.cat(owners).numpy())
+        scores = score_retrieval(np.concatenate(images), np.concatenate(captions), np.concatenate(owners))
         return {
             "mean_recall": scores.mean_recall,
             "image_to_text_median_rank": scores.image_to_text.median_rank,
             "text_to_image_median_rank": scores.text_to_image.median_rank,
         }
-
-    def save(self, output: Folder, training: dict[str, Any]) -> None:
-        self._save(output, self.model, training)
 
     def _embed(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
         return (

@@ -12,7 +12,7 @@ dropout, the seed, the epoch and the image, so that a resumed run repeats them.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,9 +31,8 @@ from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.constraints import Constraints
 from captionlib.models.decoding.incremental import Hypotheses, IncrementalCaptioner
 from captionlib.models.decoding.sampling import generate_uniforms, sample_tokens
-from captionlib.storage.folders import Folder
 from captionlib.training.caption_objective import CaptioningObjective
-from captionlib.training.objective import BatchLoss
+from captionlib.training.objective import BatchLoss, Objective
 
 __all__ = ["SelfCriticalBatch", "SelfCriticalConfig", "SelfCriticalObjective"]
 
@@ -85,15 +84,11 @@ class _Samples(NamedTuple):
     sentences: Tensor
 
 
-class SelfCriticalObjective:
+class SelfCriticalObjective(Objective[SelfCriticalBatch, Captioner]):
     """Maximizes the expected CIDEr-D of samples. Batches, validation and checkpoints are those of captioning.
 
-    Args:
-        captioning: the captioner and its data.
-        config: how to learn from samples.
-        references: the reference captions of each training image as token ids. They determine the n-gram frequencies of
-            CIDEr-D, and are read once.
-        max_tokens: samples are cut off after this many tokens.
+    `references` holds the reference captions of each training image as token ids. They determine the n-gram frequencies
+    of CIDEr-D, and are read once. Samples are cut off after `max_tokens` tokens.
     """
 
     def __init__(
@@ -103,16 +98,13 @@ class SelfCriticalObjective:
         references: Iterable[Sequence[list[int]]],
         max_tokens: int,
     ) -> None:
-        self.model: Captioner = captioning.model
-        self.score_name = captioning.score_name
-        self.higher_is_better = captioning.higher_is_better
-        self.part_learning_rates = captioning.part_learning_rates
+        super().__init__(captioning.model, captioning.save_model, captioning.part_learning_rates)
+        self.score_name, self.higher_is_better = captioning.score_name, captioning.higher_is_better
         self._captioning = captioning
         self._config = config
         self._cider_d = CiderD([[*ids, END] for ids in per_image if ids] for per_image in references)
         self._sampling = DecodingConfig("sample", n_best=config.samples, max_tokens=max_tokens)
         self._greedy = DecodingConfig(beam_width=1, max_tokens=max_tokens)
-        self._device = next(self.model.parameters()).device
         self._constraints = Constraints(self._sampling, torch.tensor([UNKNOWN], device=self._device))
         _set_dropout(self.model, config.dropout)
 
@@ -134,9 +126,6 @@ class SelfCriticalObjective:
 
     def validate(self) -> dict[str, float]:
         return self._captioning.validate()
-
-    def save(self, output: Folder, training: dict[str, Any]) -> None:
-        self._captioning.save(output, training)
 
     def _sample(self, batch: SelfCriticalBatch) -> _Samples:
         """Samples captions for each image, keeping the gradients of their log-probabilities."""

@@ -13,8 +13,7 @@ from captionlib.data.shards.markers import FAILURES_FOLDER
 from captionlib.errors import DatasetError
 from captionlib.models.checkpoints.folder import CHECKPOINT_FILES
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
-from captionlib.training.curves import CURVES
-from captionlib.training.metrics_log import METRICS, TENSORBOARD
+from captionlib.training.metrics_log import CURVES, METRICS, TENSORBOARD
 
 __all__ = ["RESOLVED", "RunState", "claim_folder", "get_rng_states", "load_state", "save_state", "set_rng_states"]
 
@@ -75,11 +74,7 @@ class RunState:
 
 
 def claim_folder(output: Folder, overwrite: bool) -> None:
-    """Checks that a run may write into a folder.
-
-    Args:
-        output: the folder.
-        overwrite: delete the run that it holds.
+    """Checks that a run may write into a folder; `overwrite` deletes the run that it holds.
 
     Raises:
         DatasetError: the folder holds files that no run wrote.
@@ -96,14 +91,7 @@ def claim_folder(output: Folder, overwrite: bool) -> None:
 
 
 def save_state(output: Folder, resolved: Mapping[str, Any], state: RunState, parts: Mapping[str, Any]) -> None:
-    """Writes the state of a run, replacing the previous one.
-
-    Args:
-        output: the run's folder.
-        resolved: the configuration of the run and the fingerprints of its inputs.
-        state: the progress of the run.
-        parts: the state dictionaries of the model, the optimizer and so on.
-    """
+    """Writes the state of a run, replacing the previous one; `parts` are state dictionaries, such as the model's."""
     with output.stage(STATE) as path:
         torch.save({"resolved": resolved, "state": vars(state), **parts}, path)
 

@@ -14,7 +14,7 @@ from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError, DatasetError
 from captionlib.evaluation.bootstrap import BootstrapConfig
 from captionlib.evaluation.diversity import count_diversity, measure_captions
-from captionlib.evaluation.evaluate import evaluate_captions, evaluate_predictions
+from captionlib.evaluation.evaluate import evaluate_captions
 from captionlib.evaluation.perplexity import measure_perplexity
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
 from captionlib.models.checkpoints.checkpoint import save_captioner
@@ -117,7 +117,7 @@ def test_evaluation_has_all_scores(tmp_path: Path) -> None:
 
 def test_checkpoint_without_features_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="pass both or neither"):
-        evaluate_predictions([], checkpoint=tmp_path)
+        evaluate_captions(tmp_path, checkpoint=tmp_path)
 
 
 def test_novel_share_is_left_out_without_training_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

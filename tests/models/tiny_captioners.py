@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
 from captionlib.models.captioners.packed_sequences import pad_sentences
-from captionlib.models.decoding.candidate import Candidate
+from captionlib.models.decoding.incremental import Candidate
 
 FEATURE_SIZE = 3
 CONFIGS = [

@@ -67,7 +67,8 @@ for path in sys.argv[1:]:
             payload = beam_runner_api_pb2.ParDoPayload.FromString(transform.spec.payload)
             if payload.do_fn.urn == python_urns.PICKLED_DOFN_INFO:
                 fn = pickler.loads(payload.do_fn.payload)[0]
-                print(transform.unique_name, f"{type(fn).__module__}.{type(fn).__name__}")
+                code = getattr(fn, "_fn", type(fn))  # the function of a FlatMap, or the class of another DoFn
+                print(transform.unique_name, f"{code.__module__}.{code.__name__}")
 """
 
 
@@ -117,11 +118,11 @@ def test_pickled_transforms_are_small_and_self_contained(jobs: dict[str, Job], t
     command = [sys.executable, "-c", _UNPICKLE, *(str(tmp_path / label) for label in jobs)]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split("\n")
     assert {line for line in printed if " pipelines." in line} == {
-        "build-index/Train pipelines.build_index._Train",
-        "build-index/AddShards pipelines.build_index._AddShard",
-        "build-index/Finish pipelines.build_index._Finish",
+        "build-index/Train pipelines.build_index._train",
+        "build-index/AddShards pipelines.build_index._add_shard",
+        "build-index/Finish pipelines.build_index._finish",
         *(f"{label}/Process pipelines.process_shards._ProcessShard" for label in STAGES),
-        *(f"{label}/Finish pipelines.process_shards._Finish" for label in STAGES),
+        *(f"{label}/Finish pipelines.process_shards._finish" for label in STAGES),
     }
 
 

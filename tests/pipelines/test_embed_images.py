@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.errors import CheckpointError, ConfigError, DatasetError, FetchError, FingerprintError
+from captionlib.errors import CheckpointError, ConfigError, DatasetError, FingerprintError
 from captionlib.models.captioners.captioner import CaptionerConfig
 from captionlib.models.checkpoints.checkpoint import load_ranker
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.inference.captioning import GenerationConfig
-from captionlib.models.inference.embedding import SHARED_RANKERS, EmbeddingConfig, embed_single_images
+from captionlib.models.inference.embedding import SHARED_RANKERS, EmbeddingConfig
 from captionlib.models.inference.extraction import ExtractionConfig
 from captionlib.models.inference.shared_models import PinnedCheckpoint
 from captionlib.models.rankers.ranker import RankerConfig
@@ -193,18 +193,6 @@ def test_an_embeddings_dataset_is_not_a_source(features: Path, ranker: Path, tmp
 def test_a_ranker_that_was_replaced_is_rejected(ranker: Path) -> None:
     with pytest.raises(CheckpointError, match="model was replaced during the run"):
         SHARED_RANKERS.get(PinnedCheckpoint(str(ranker), "0" * 64), "cpu")
-
-
-def test_single_images_get_the_same_embeddings_as_in_a_dataset(
-    features: Path, ranker: Path, tmp_path: Path, images: list[str]
-) -> None:
-    together = vectors(embed(features, ranker, tmp_path / "embeddings"))
-    uris, got, failures = embed_single_images([images[4], images[9], images[0]], str(ranker), EMBEDDING, device="cpu")
-    assert uris == [images[4], images[0]]
-    for uri, vector in zip(uris, got, strict=True):
-        np.testing.assert_allclose(vector, together[Path(uri).name], atol=1e-3)
-    assert [(uri, type(error)) for uri, error in failures] == [(images[9], FetchError)]
-    assert embed_single_images([], str(ranker), EMBEDDING, device="cpu")[1].shape == (0, 6)
 
 
 def test_embeddings_do_not_depend_on_the_other_images(

@@ -124,7 +124,7 @@ def test_training_again_deletes_datastore(features: Path, captioner: Path) -> No
 
 def test_training_rejects_neighbors(features: Path, tmp_path: Path) -> None:
     config = CaptionerTrainingConfig(best_by="cider", decoding=GENERATION.decoding, min_count=1)
-    with pytest.raises(ConfigError, match="neighbors: expected 0 while a captioner learns, got 3"):
+    with pytest.raises(ConfigError, match="neighbors: expected 0 during training, got 3"):
         train_captioner(features, tmp_path / "captioner", config, device="cpu", progress=False)
 
 

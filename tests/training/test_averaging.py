@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from captionlib.training.averaging import apply_average, average_weights
+from captionlib.training.optimization import apply_average, average_weights
 
 
 class Weight(nn.Module):

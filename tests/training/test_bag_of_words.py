@@ -14,7 +14,6 @@ from captionlib.errors import ConfigError
 from captionlib.models.captioners.captioner import CaptionerConfig
 from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.training.bag_of_words import BagOfWordsObjective
-from captionlib.training.caption_objective import CaptioningObjective
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
 from captionlib.training.loop import TrainingConfig
 from jobs.train_captioner import command
@@ -49,7 +48,7 @@ def test_word_probability_is_that_of_the_first_word_of_a_caption(config: Caption
 def objective_of(features: ShardedDataset, config: CaptionerConfig) -> BagOfWordsObjective:
     vocabulary = Vocabulary.from_captions(["a b c d e f g"], 1)
     batches = CaptionBatches(features, ["train"], vocabulary.encode, 8)
-    return BagOfWordsObjective(CaptioningObjective(build(config, 0), batches, batches, lambda *_: None), batches)
+    return BagOfWordsObjective(build(config, 0), batches, batches, lambda *_: None)
 
 
 def test_loss_covers_each_known_word_of_each_caption(features: ShardedDataset) -> None:

@@ -32,7 +32,7 @@ class FeatureMapAugmentation:
     def apply(
         self, maps: Maps, rows: npt.NDArray[np.int64], crop_uniform: float, uniforms: npt.NDArray[np.float64]
     ) -> Maps:
-        """Augments selected maps.
+        """Augments selected maps; returns `[selected, cropped positions, channels]`.
 
         Args:
             maps: `[images, positions, channels]`, square.
@@ -40,12 +40,6 @@ class FeatureMapAugmentation:
             crop_uniform: a uniform number in [0, 1) that determines the size of the crops.
             uniforms: `[selected, 3]`, uniform numbers in [0, 1) that determine the row and the column of each crop, and
                 whether it is flipped.
-
-        Returns:
-            `[selected, cropped positions, channels]`.
-
-        Raises:
-            DatasetError: the maps are not square.
         """
         side = math.isqrt(maps.shape[1])
         if side * side != maps.shape[1]:
@@ -53,13 +47,11 @@ class FeatureMapAugmentation:
                 f"random_crop and horizontal_flip expect square feature maps, got {maps.shape[1]} positions; leave "
                 "both out"
             )
-        length = side
-        if self.random_crop:
-            length = max(1, round(side * (self.random_crop + (1 - self.random_crop) * crop_uniform)))
+        smallest = self.random_crop or 1.0
+        length = max(1, round(side * (smallest + (1 - smallest) * crop_uniform)))
         corners = ((side - length + 1) * uniforms[:, :2]).astype(np.int64)
         indices = corners[..., None] + np.arange(length)  # [selected, 2, length]
         if self.horizontal_flip:
             indices[:, 1] = np.where(uniforms[:, 2:] < 0.5, indices[:, 1], indices[:, 1, ::-1])
         positions = side * indices[:, 0, :, None] + indices[:, 1, None, :]  # [selected, length, length]
-        augmented: Maps = maps[rows[:, None], positions.reshape(len(rows), -1)]
-        return augmented
+        return maps[rows[:, None], positions.reshape(len(rows), -1)]

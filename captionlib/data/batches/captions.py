@@ -5,11 +5,13 @@ images are shuffled. Memory holds two buffers, whatever the size of the dataset.
 read only once.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from itertools import islice, pairwise
+from typing import TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,7 @@ __all__ = [
     "CaptionBatch",
     "CaptionBatches",
     "feature_shape",
+    "make_batch",
     "make_encoder",
     "mean_and_std",
     "pool_map",
@@ -33,6 +36,7 @@ __all__ = [
     "sample_features",
 ]
 
+Result = TypeVar("Result")
 Features = npt.NDArray[np.floating]
 EncodeCaption = Callable[[str], list[int]]
 
@@ -61,12 +65,13 @@ class _Buffer:
     sentences: list[list[list[int]]]
 
 
+@dataclass
 class CaptionBatches:
     """The batches of one or more splits of a features dataset.
 
     The same seed and epoch give the same batches, from any batch on.
 
-    Args:
+    Attributes:
         dataset: `features/`, complete.
         splits: the splits to read.
         encode: converts a caption to token ids.
@@ -76,94 +81,71 @@ class CaptionBatches:
         augmentation: applied to spatial maps in shuffled batches.
     """
 
-    def __init__(
-        self,
-        dataset: ShardedDataset,
-        splits: Sequence[str],
-        encode: EncodeCaption,
-        batch_images: int,
-        buffer_bytes: int = 512 << 20,
-        pooled: bool = False,
-        augmentation: FeatureMapAugmentation | None = None,
-    ) -> None:
-        self._dataset = dataset
-        self._splits = frozenset(splits)
-        self._encode = encode
-        self._batch_images = batch_images
-        self._pooled = pooled
-        self._augmentation = augmentation or FeatureMapAugmentation()
-        self._buffers_maps = bool(self._augmentation) or not pooled
-        self._groups = _group_shards(dataset, buffer_bytes, pooled=not self._buffers_maps)
+    dataset: ShardedDataset
+    splits: Sequence[str]
+    encode: EncodeCaption
+    batch_images: int
+    buffer_bytes: int = 512 << 20
+    pooled: bool = False
+    augmentation: FeatureMapAugmentation = field(default_factory=FeatureMapAugmentation)
+
+    def __post_init__(self) -> None:
+        self._buffers_maps = bool(self.augmentation) or not self.pooled
+        self._groups = _group_shards(self.dataset, self.buffer_bytes, pooled=not self._buffers_maps)
         self._load_once = lru_cache(maxsize=1)(self._load)
 
     def count(self, world_size: int = 1) -> int:
-        """Returns the batches per epoch, which may vary slightly with the order of the shards.
-
-        Args:
-            world_size: the number of processes that share each batch.
-        """
-        images = [0] * self._dataset.shards
-        for shard in range(self._dataset.shards):
-            for split, captions in _read_splits(self._dataset, shard):
-                images[shard] += split in self._splits and bool(captions)
-        size = self._batch_images * world_size
+        """Returns the batches per epoch, which may vary slightly with the order of the shards."""
+        images = [
+            sum(split in self.splits and bool(captions) for split, captions in _read_splits(self.dataset, shard))
+            for shard in range(self.dataset.shards)
+        ]
+        size = self.batch_images * world_size
         return sum(-(-sum(images[shard] for shard in group) // size) for group in self._groups)
 
     def shuffled(
         self, seed: int, epoch: int, rank: int = 0, world_size: int = 1, first: int = 0
     ) -> Iterator[CaptionBatch | None]:
-        """Yields the batches of an epoch in random order: all images once.
+        """Yields the batches of an epoch from batch `first` on, in random order: all images once.
 
-        Each of several processes gets an equal part of every batch, to within one image. The batches of the whole group
-        are `world_size` times as large.
-
-        Args:
-            seed: with `epoch`, determines the order and the augmentation.
-            epoch: the number of the epoch.
-            rank: the number of this process.
-            world_size: the number of processes.
-            first: the batch to start from.
-
-        Yields:
-            The part of this process; None if a batch has fewer images than there are processes.
+        Each of several processes gets an equal part of every batch, to within one image; None if it gets no image. The
+        batches of the whole group are `world_size` times as large.
         """
-        size = self._batch_images * world_size
+        size = self.batch_images * world_size
         selections = (
             (number, buffer, order[begin : begin + size])
             for number, (buffer, order) in enumerate(self._shuffled_buffers(seed, epoch))
             for begin in range(0, len(order), size)
         )
-        with ThreadPoolExecutor(1, thread_name_prefix="batch") as pool:
-            pending: Future[CaptionBatch | None] | None = None  # made while the caller trains on the one before
-            for number, buffer, images in islice(selections, first, None):
-                part = np.array_split(np.arange(len(images)), world_size)[rank]
-                following = pool.submit(self._augmented_batch, buffer, images, part, [seed, epoch, number, images[0]])
-                if pending is not None:
-                    yield pending.result()
-                pending = following
-            if pending is not None:
-                yield pending.result()
+        return _call_ahead(
+            partial(
+                self._augmented_batch,
+                *(buffer, images, np.array_split(np.arange(len(images)), world_size)[rank]),
+                seed=[seed, epoch, number, images[0]],
+            )
+            for number, buffer, images in islice(selections, first, None)
+        )
 
     def in_order(self) -> Iterator[CaptionBatch]:
         """Yields all images once, in the order of the dataset."""
         for buffer in self._prefetch(self._groups):
-            for begin in range(0, len(buffer.sentences), self._batch_images):
-                images = np.arange(begin, min(begin + self._batch_images, len(buffer.sentences)))
+            for begin in range(0, len(buffer.sentences), self.batch_images):
+                images = np.arange(begin, min(begin + self.batch_images, len(buffer.sentences)))
                 yield self._batch(buffer, images, buffer.features[images])
 
     def images_in_order(self) -> Iterator[tuple[Sequence[int], npt.NDArray[np.float32]]]:
         """Yields the features of all images, each with its position among the images that have captions."""
         first = 0
         for buffer in self._prefetch(self._groups):
-            for begin in range(0, len(buffer.features), self._batch_images):
-                features = buffer.features[begin : begin + self._batch_images]
+            for begin in range(0, len(buffer.features), self.batch_images):
+                features = buffer.features[begin : begin + self.batch_images]
                 yield range(first, first + len(features)), self._finish(features)
                 first += len(features)
 
     def _shuffled_buffers(self, seed: int, epoch: int) -> Iterator[tuple[_Buffer, npt.NDArray[np.int64]]]:
         """Yields the buffers of an epoch, each with a random order of its images."""
         generator = np.random.default_rng([seed, epoch])
-        shards = generator.permutation(self._dataset.shards)
+        shards = generator.permutation(self.dataset.shards)
         starts = np.cumsum([0, *(len(group) for group in self._groups)])
         groups = [tuple(sorted(shards[begin:end])) for begin, end in pairwise(starts)]
         for buffer in self._prefetch(groups):
@@ -171,24 +153,18 @@ class CaptionBatches:
 
     def _prefetch(self, groups: Sequence[tuple[int, ...]]) -> Iterator[_Buffer]:
         load = self._load_once if len(groups) == 1 else self._load
-        with ThreadPoolExecutor(1, thread_name_prefix="shuffle-buffer") as pool:
-            pending = pool.submit(load, groups[0])
-            for following in [*groups[1:], None]:
-                buffer = pending.result()
-                if following is not None:
-                    pending = pool.submit(load, following)
-                yield buffer
+        return _call_ahead(partial(load, group) for group in groups)
 
     def _load(self, shards: tuple[int, ...]) -> _Buffer:
         features: list[Features] = []
         sentences: list[list[list[int]]] = []
         for shard in shards:
-            for rows, captions in read_features(self._dataset, shard, self._splits):
-                encoded = [[ids for caption in row if (ids := self._encode(caption))] for row in captions]
+            for rows, captions in read_features(self.dataset, shard, self.splits):
+                encoded = [[ids for caption in row if (ids := self.encode(caption))] for row in captions]
                 captioned = [number for number, row in enumerate(encoded) if row]
                 features.append(rows[captioned] if self._buffers_maps else pool_map(rows[captioned]))
                 sentences.extend(encoded[number] for number in captioned)
-        shape = feature_shape(self._dataset) if self._buffers_maps else feature_shape(self._dataset)[-1:]
+        shape = feature_shape(self.dataset)[0 if self._buffers_maps else -1 :]
         return _Buffer(np.concatenate(features) if features else np.empty((0, *shape), np.float32), sentences)
 
     def _augmented_batch(
@@ -197,20 +173,39 @@ class CaptionBatches:
         """Returns the part of a batch that belongs to this process, augmented as in the whole batch."""
         if not len(part):
             return None
-        if not self._augmentation:
+        if not self.augmentation:
             return self._batch(buffer, images[part], buffer.features[images[part]])
         generator = np.random.default_rng(seed)
         size, uniforms = generator.random(), generator.random((len(images), 3))
-        maps = self._augmentation.apply(buffer.features, images[part], size, uniforms[part])
+        maps = self.augmentation.apply(buffer.features, images[part], size, uniforms[part])
         return self._batch(buffer, images[part], maps)
 
     def _batch(self, buffer: _Buffer, images: npt.NDArray[np.int64], features: Features) -> CaptionBatch:
-        sentences = [sentence for image in images for sentence in buffer.sentences[image]]
-        image_of_sentence = np.repeat(np.arange(len(images)), [len(buffer.sentences[image]) for image in images])
-        return CaptionBatch(self._finish(features), sentences, image_of_sentence)
+        return make_batch(self._finish(features), [buffer.sentences[image] for image in images])
 
     def _finish(self, features: Features) -> npt.NDArray[np.float32]:
-        return (pool_map(features) if self._pooled else features).astype(np.float32)
+        return (pool_map(features) if self.pooled else features).astype(np.float32)
+
+
+def _call_ahead(calls: Iterable[Callable[[], Result]]) -> Iterator[Result]:
+    """Yields the results of calls. The next call runs in a thread while the consumer uses a result."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        pending: Future[Result] | None = None
+        for call in calls:
+            following = pool.submit(call)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
+
+
+def make_batch(
+    features: npt.NDArray[np.float32] | npt.NDArray[np.uint8], sentences: Sequence[list[list[int]]]
+) -> CaptionBatch:
+    """Returns a batch of images with the given features and sentences per image."""
+    image_of_sentence = np.repeat(np.arange(len(sentences)), [len(per_image) for per_image in sentences])
+    return CaptionBatch(features, [sentence for per_image in sentences for sentence in per_image], image_of_sentence)
 
 
 def make_encoder(vocabulary: Vocabulary, max_words: int) -> EncodeCaption:
@@ -220,8 +215,7 @@ def make_encoder(vocabulary: Vocabulary, max_words: int) -> EncodeCaption:
 
 def feature_shape(dataset: ShardedDataset) -> list[int]:
     """Returns the shape of the features of one image: `[size]` or `[positions, channels]`."""
-    shape: list[int] = dataset.config["encoder"]["shape"]
-    return shape
+    return cast(list[int], dataset.config["encoder"]["shape"])
 
 
 def pool_map(features: Features) -> Features:
@@ -230,7 +224,7 @@ def pool_map(features: Features) -> Features:
 
 
 def read_features(
-    dataset: ShardedDataset, shard: int, splits: frozenset[str]
+    dataset: ShardedDataset, shard: int, splits: Collection[str]
 ) -> Iterator[tuple[Features, list[list[str]]]]:
     """Yields the features `[rows, *shape]` and the captions of the rows of these splits, in pieces."""
     shape = feature_shape(dataset)
@@ -265,9 +259,7 @@ def read_captions(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[st
 def read_references(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[list[str]]:
     """Yields the captions of each captioned image of these splits without reading the features."""
     for shard in range(dataset.shards):
-        for split, captions in _read_splits(dataset, shard):
-            if split in splits and captions:
-                yield captions
+        yield from (captions for split, captions in _read_splits(dataset, shard) if split in splits and captions)
 
 
 def _read_splits(dataset: ShardedDataset, shard: int) -> Iterator[tuple[str, list[str]]]:
@@ -281,7 +273,7 @@ def sample_features(dataset: ShardedDataset, splits: Sequence[str], count: int) 
     samples: list[Features] = []
     for shard in range(dataset.shards):
         left = per_shard
-        for rows, _ in read_features(dataset, shard, frozenset(splits)):
+        for rows, _ in read_features(dataset, shard, splits):
             samples.append(rows[:left])
             left -= len(samples[-1])
             if not left:
@@ -292,19 +284,13 @@ def sample_features(dataset: ShardedDataset, splits: Sequence[str], count: int) 
 def mean_and_std(
     dataset: ShardedDataset, splits: Sequence[str], to_vectors: Callable[[Features], Features] = pool_map
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Computes the mean and the standard deviation of the image vectors of these splits, in one pass.
+    """Computes the mean and the standard deviation, `[size]` each, of the image vectors of these splits, in one pass.
 
-    Args:
-        dataset: `features/`, complete.
-        splits: the splits to read.
-        to_vectors: converts features, `[images, *shape]`, to vectors, `[images, size]`.
-
-    Returns:
-        `[size]` each.
+    `to_vectors` converts features, `[images, *shape]`, to vectors, `[images, size]`.
     """
     count, total, squares = 0, np.zeros(1), np.zeros(1)
     for shard in range(dataset.shards):
-        for rows, _ in read_features(dataset, shard, frozenset(splits)):
+        for rows, _ in read_features(dataset, shard, splits):
             vectors = to_vectors(rows).astype(np.float64)
             count += len(vectors)
             total = total + vectors.sum(0)
@@ -318,8 +304,7 @@ def _group_shards(dataset: ShardedDataset, buffer_bytes: int, pooled: bool) -> l
     """Groups consecutive shards so that each group fills a buffer, if all shards were as large as the largest."""
     largest = max((marker.rows for marker in dataset.read_markers().values()), default=1)
     width = dataset.schema.field("features").type.value_type.bit_width // 8
-    row_bytes = 4 * feature_shape(dataset)[-1] if pooled else width * int(np.prod(feature_shape(dataset)))
+    row_bytes = 4 * feature_shape(dataset)[-1] if pooled else width * math.prod(feature_shape(dataset))
     per_group = max(1, buffer_bytes // max(1, largest * row_bytes))
-    return [
-        tuple(range(first, min(first + per_group, dataset.shards))) for first in range(0, dataset.shards, per_group)
-    ]
+    shards = range(dataset.shards)
+    return [tuple(shards[first : first + per_group]) for first in shards[::per_group]]

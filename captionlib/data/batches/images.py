@@ -5,6 +5,7 @@ not shift others, so a run resumes at any batch without loading what came before
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captionlib.data.batches.captions import CaptionBatch, read_captions
+from captionlib.data.batches.captions import CaptionBatch, make_batch, read_captions
 from captionlib.data.batches.skipped import SkippedImages
 from captionlib.data.images.loading import LoadImages
 from captionlib.data.shards.dataset import ShardedDataset
@@ -25,39 +26,27 @@ Row = dict[str, Any]
 Pixels = npt.NDArray[np.uint8]
 
 
+@dataclass(frozen=True)
 class ImageBatches:
     """The batches of one split of a manifest.
 
-    The same seed and epoch give the same batches, from any batch on.
-
-    Args:
+    Attributes:
         rows: the rows of the manifest, from `read_captioned_rows`.
         encode: converts a caption to token ids.
         batch_images: images per batch.
-        load: loads images, from `open_loader`.
-        skipped: records unreadable images.
         horizontal_flip: flip each image with probability 0.5 in shuffled batches.
     """
 
-    def __init__(
-        self,
-        rows: pa.Table,
-        encode: Callable[[str], list[int]],
-        batch_images: int,
-        load: LoadImages,
-        skipped: SkippedImages,
-        horizontal_flip: bool = False,
-    ) -> None:
-        self._rows = rows
-        self._encode = encode
-        self._batch_images = batch_images
-        self._load = load
-        self._skipped = skipped
-        self._flip_probability = 0.5 if horizontal_flip else 0.0
+    rows: pa.Table
+    encode: Callable[[str], list[int]]
+    batch_images: int
+    load: LoadImages
+    skipped: SkippedImages
+    horizontal_flip: bool = False
 
     def count(self, world_size: int = 1) -> int:
         """Returns the batches per epoch; see `CaptionBatches.count`."""
-        return -(-len(self._rows) // (self._batch_images * world_size))
+        return -(-len(self.rows) // (self.batch_images * world_size))
 
     def shuffled(
         self, seed: int, epoch: int, rank: int = 0, world_size: int = 1, first: int = 0
@@ -67,9 +56,9 @@ class ImageBatches:
         A batch is None also if none of its images is readable.
         """
         generator = np.random.default_rng([seed, epoch])
-        order = generator.permutation(len(self._rows))
-        is_flipped = generator.random(len(self._rows)) < self._flip_probability
-        size = self._batch_images * world_size
+        order = generator.permutation(len(self.rows))
+        is_flipped = generator.random(len(self.rows)) < (0.5 if self.horizontal_flip else 0)
+        size = self.batch_images * world_size
         batches = (order[begin : begin + size] for begin in range(first * size, len(order), size))
         parts = [np.array_split(batch, world_size)[rank] for batch in batches]
         for loaded in self._load_parts(parts):
@@ -78,8 +67,7 @@ class ImageBatches:
     def in_order(self) -> Iterator[CaptionBatch]:
         """Yields all images once, in the order of the manifest."""
         for loaded in self._load_in_order():
-            batch = self._batch([(row, image) for _, row, image in loaded])
-            if batch is not None:
+            if (batch := self._batch([(row, image) for _, row, image in loaded])) is not None:
                 yield batch
 
     def images_in_order(self) -> Iterator[tuple[Sequence[int], Pixels]]:
@@ -89,38 +77,28 @@ class ImageBatches:
                 yield [number for number, _, _ in loaded], np.stack([image for _, _, image in loaded])
 
     def _load_in_order(self) -> Iterator[list[tuple[int, Row, Pixels]]]:
-        numbers = np.arange(len(self._rows))
-        return self._load_parts(
-            [numbers[begin : begin + self._batch_images] for begin in numbers[:: self._batch_images]]
-        )
+        size, numbers = self.batch_images, np.arange(len(self.rows))
+        return self._load_parts([numbers[begin : begin + size] for begin in numbers[::size]])
 
     def _load_parts(self, parts: Sequence[npt.NDArray[np.int64]]) -> Iterator[list[tuple[int, Row, Pixels]]]:
         """Yields the readable images of each part with their numbers and rows."""
-        results = self._load(row for part in parts for row in self._rows.take(pa.array(part)).to_pylist())
+        results = self.load(row for part in parts for row in self.rows.take(pa.array(part)).to_pylist())
         for part in parts:
             loaded = []
             for number, (row, image) in zip(part, islice(results, len(part)), strict=True):
                 if isinstance(image, ImageError):
-                    self._skipped.add(row, image)
+                    self.skipped.add(row, image)
                 else:
                     loaded.append((int(number), row, image))
             yield loaded
 
     def _batch(self, images: Sequence[tuple[Row, Pixels]]) -> CaptionBatch | None:
-        sentences = [[ids for caption in row["captions"] if (ids := self._encode(caption))] for row, _ in images]
-        if not any(sentences):
-            return None
-        return CaptionBatch(
-            features=np.stack([image for _, image in images]),
-            sentences=[sentence for per_image in sentences for sentence in per_image],
-            image_of_sentence=np.repeat(np.arange(len(images)), [len(per_image) for per_image in sentences]),
-        )
+        sentences = [[ids for caption in row["captions"] if (ids := self.encode(caption))] for row, _ in images]
+        return make_batch(np.stack([image for _, image in images]), sentences) if any(sentences) else None
 
 
 def read_captioned_rows(dataset: ShardedDataset, splits: Sequence[str]) -> pa.Table:
-    """Returns the rows of a manifest that belong to these splits and have captions: image_id, uri, captions.
-
-    They are held in memory, at about half a kilobyte each.
+    """Returns the image_id, uri and captions of the captioned rows of these splits, about half a kilobyte each.
 
     Raises:
         DatasetError: there are none.

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captionlib.data.shards.markers import FAILURES_FOLDER, part_name
-from captionlib.data.shards.schemas import FAILURES_SCHEMA
+from captionlib.data.shards.schemas import FAILURES_SCHEMA, failure_row
 from captionlib.errors import FailureRatioError, ImageError
 from captionlib.storage.folders import Folder
 
@@ -21,18 +21,12 @@ class SkippedImages:
 
     The run's folder keeps them in `_failures/`, as datasets do, in one file per process. A resumed run reads its file.
 
-    Args:
-        output: the run's folder.
-        rank: the number of this process.
-        images: the number of images in all.
-        max_ratio: the run fails if more than this fraction of the images is skipped.
+    The run fails if more than `max_ratio` of all `images` are skipped.
     """
 
     def __init__(self, output: Folder, rank: int, images: int, max_ratio: float) -> None:
-        self._output = output
+        self._output, self._images, self._max_ratio = output, images, max_ratio
         self._file = f"{FAILURES_FOLDER}/{part_name(rank)}.parquet"
-        self._images = images
-        self._max_ratio = max_ratio
         self._rows: dict[str, Row] = {}
         if output.exists(self._file):
             with output.open(self._file) as file:
@@ -47,13 +41,7 @@ class SkippedImages:
         Raises:
             FailureRatioError: the run has skipped more images than it allows.
         """
-        self._rows[row["image_id"]] = {
-            "image_id": row["image_id"],
-            "uri": row["uri"],
-            "stage": error.stage,
-            "error": error.reason,
-            "message": str(error),
-        }
+        self._rows[row["image_id"]] = failure_row(row["image_id"], row["uri"], error)
         if len(self._rows) > self._max_ratio * self._images:
             raise FailureRatioError(
                 f"{self.describe()}; the run allows {self._max_ratio:.1%}. The last is {row['uri']}: {error}. Check "
@@ -68,7 +56,6 @@ class SkippedImages:
         return f"{len(self._rows)} of {self._images} images are unreadable ({counts})"
 
     def write(self) -> None:
-        """Writes the rows to the run's folder."""
         if self._rows:
             with self._output.stage(self._file) as path:
                 pq.write_table(pa.Table.from_pylist(list(self._rows.values()), FAILURES_SCHEMA), path)

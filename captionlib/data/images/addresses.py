@@ -6,7 +6,8 @@ allowed protocol. It may select a part of the file:
     FILE#bytes=START-END        a range of bytes, END excluded, such as a member of an uncompressed tar
     FILE#row=N&column=NAME      the bytes in a cell of a Parquet file, with rows counted from 0 over the whole file
 
-The path of a `file://` address is percent-encoded, so `file:///a%23row=1&column=b` is the file `/a#row=1&column=b`.
+The path of a `file://` address is percent-decoded, unless it exists as it stands: `file:///a%23row=1&column=b` is the
+file `/a#row=1&column=b`.
 
 Chains of file systems and protocols that interpret content are rejected before anything is opened.
 """
@@ -19,20 +20,15 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote, urlsplit
 
+from fsspec.implementations.local import LocalFileSystem
+
 from captionlib.errors import ConfigError, FetchError
-from captionlib.storage.file_systems import (
-    INTERPRETING_PROTOCOLS,
-    is_chained,
-    is_known_protocol,
-    open_file_system,
-    split_protocol,
-)
+from captionlib.storage.file_systems import INTERPRETING_PROTOCOLS, is_chained, open_file_system, split_protocol
 
 __all__ = [
     "IMAGE_PROTOCOLS",
     "ImageAddress",
     "ImageFile",
-    "check_protocols",
     "image_exists",
     "names_part_of_file",
     "open_image_file",
@@ -57,54 +53,24 @@ class ImageFile:
 
     Attributes:
         protocol: the canonical protocol: `s3` for `s3a://`, `file` for a path.
-        url: the path or the whole address.
-        is_path: whether it is a path without a protocol.
+        url: the path of a local file, or the whole address.
     """
 
     protocol: str
     url: str
-    is_path: bool
 
 
 @dataclass(frozen=True)
 class ImageAddress:
-    """An image in a file.
-
-    Attributes:
-        file: the file that contains the image.
-        span: its range of bytes in the file, end excluded; None if it is the whole file or a cell.
-        cell: its row and column in a Parquet file; None if it is not in one.
-    """
+    """An image: a whole file, a span of its bytes (end excluded), or a cell (row and column) of a Parquet file."""
 
     file: ImageFile
     span: tuple[int, int] | None = None
     cell: tuple[int, str] | None = None
 
 
-def check_protocols(protocols: Sequence[str]) -> None:
-    """Checks a list of allowed protocols.
-
-    Raises:
-        ConfigError: a protocol interprets content, or fsspec does not know it.
-    """
-    for protocol in protocols:
-        if protocol in INTERPRETING_PROTOCOLS:
-            raise ConfigError(
-                f"protocols: {protocol} interprets what it reads, which is unsafe for image addresses; expected "
-                f"protocols such as {', '.join(IMAGE_PROTOCOLS)}; remove it"
-            )
-        if not is_known_protocol(protocol):
-            raise ConfigError(
-                f"protocols: expected protocols of fsspec, such as {', '.join(IMAGE_PROTOCOLS)}, got {protocol!r}"
-            )
-
-
 def parse_image_address(uri: str, protocols: Sequence[str] = IMAGE_PROTOCOLS) -> ImageAddress:
     """Parses and checks an address without opening anything.
-
-    Args:
-        uri: the address.
-        protocols: the allowed protocols.
 
     Raises:
         FetchError: the address is malformed or chained, or its protocol is not allowed; the reason is BadAddress.
@@ -124,39 +90,34 @@ def names_part_of_file(uri: str) -> bool:
 def _parse_file(uri: str, protocols: Sequence[str]) -> ImageFile:
     uri = uri.strip() if "://" in uri else uri
     shown = repr(uri if len(uri) <= _SHOWN_CHARACTERS else f"{uri[:_SHOWN_CHARACTERS]}...")
-    if "\0" in uri:
-        raise FetchError("BadAddress", f"expected a path or an address, got {shown}, which contains a null character")
-    if is_chained(uri):
-        raise FetchError(
-            "BadAddress",
-            f"expected a path or the address of one file system, got a chain of them, {shown}; "
-            "use the address of the image itself",
-        )
-    if uri.startswith("//"):
-        raise FetchError(
-            "BadAddress", f"expected a path or an address, got {shown}, which lacks a protocol; add https:"
-        )
     spelled, url = split_protocol(uri)
-    if spelled == "data":
-        raise FetchError("BadAddress", f"expected a path or an address, got the data URI {shown}; write it to a file")
-    protocol = _normalize_protocol(spelled or "file")
-    if protocol in INTERPRETING_PROTOCOLS or protocol not in {_normalize_protocol(allowed) for allowed in protocols}:
-        raise FetchError(
-            "BadAddress",
-            f"expected an address of {', '.join(protocols)}, got {protocol}: {shown}; "
-            "if you trust the source of the addresses, add the protocol to loading.fetch.protocols",
+    protocol = _CANONICAL_PROTOCOLS.get(spelled, spelled or "file")
+    if protocol == "file" and spelled:
+        url = _decode_path(LocalFileSystem._strip_protocol(url))
+    problem = ""
+    if "\0" in uri or "\0" in url:
+        problem = f"a path or an address, got {shown}, which contains a null character"
+    elif is_chained(uri):
+        problem = f"one file system, got a chain of them, {shown}; use the address of the image itself"
+    elif uri.startswith("//"):
+        problem = f"a path or an address, got {shown}, which lacks a protocol; add https:"
+    elif spelled == "data":
+        problem = f"a path or an address, got the data URI {shown}; write it to a file"
+    elif protocol in INTERPRETING_PROTOCOLS or protocol not in {_CANONICAL_PROTOCOLS.get(p, p) for p in protocols}:
+        problem = (
+            f"an address of {', '.join(protocols)}, got {protocol}: {shown}; "
+            "if you trust the source of the addresses, add the protocol to loading.fetch.protocols"
         )
-    if protocol in ("http", "https") and not _has_host(url):
-        raise FetchError("BadAddress", f"expected {protocol}://HOST/PATH, got {shown}")
-    if spelled == "file":
-        url = unquote(url, errors="surrogateescape")
-        if "\0" in url:
-            raise FetchError("BadAddress", f"expected a path or an address, got {shown}, with a null character")
-    return ImageFile(protocol, url, is_path=not spelled)
+    elif protocol in ("http", "https") and not _has_host(url):
+        problem = f"{protocol}://HOST/PATH, got {shown}"
+    if problem:
+        raise FetchError("BadAddress", f"expected {problem}")
+    return ImageFile(protocol, url)
 
 
-def _normalize_protocol(protocol: str) -> str:
-    return _CANONICAL_PROTOCOLS.get(protocol, protocol)
+def _decode_path(path: str) -> str:
+    """Returns the path of a `file://` address: percent-decoded, unless the address is not encoded."""
+    return path if os.path.lexists(path) else unquote(path, errors="surrogateescape")
 
 
 def _has_host(url: str) -> bool:
@@ -167,14 +128,7 @@ def _has_host(url: str) -> bool:
 
 
 def open_image_file_system(file: ImageFile, allow_private_hosts: bool = True) -> tuple[Any, str]:
-    """Opens the file system of a file without reading anything.
-
-    Args:
-        file: a file from `parse_image_address`.
-        allow_private_hosts: also allow hosts that are not public.
-
-    Returns:
-        The file system, and the path of the file on it.
+    """Opens the file system of a file; see `open_file_system`.
 
     Raises:
         FetchError: the package for the protocol is not installed, or the host is not allowed.
@@ -197,25 +151,15 @@ def open_image_file_system(file: ImageFile, allow_private_hosts: bool = True) ->
 
 
 def open_image_file(file: ImageFile, allow_private_hosts: bool = True) -> BinaryIO:
-    """Opens a file for random access.
-
-    Raises:
-        FetchError: it is not a regular file, or its file system cannot be opened.
-        Exception: any error of the file system.
-    """
-    if file.is_path:
+    """Opens a file for random access. Raises FetchError or any error of the file system."""
+    if file.protocol == "file":
         return open_regular_file(file.url)
     fs, path = open_image_file_system(file, allow_private_hosts)
-    return open_regular_file(path) if file.protocol == "file" else cast(BinaryIO, fs.open(path, "rb"))
+    return cast(BinaryIO, fs.open(path, "rb"))
 
 
 def open_regular_file(path: str) -> BinaryIO:
-    """Opens a local file for reading.
-
-    Raises:
-        FetchError: it is not a regular file, but for example a directory, a device or a pipe.
-        OSError: it cannot be opened.
-    """
+    """Opens a local file. Raises FetchError if it is not a regular file, but for example a directory or a pipe."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would wait for a writer
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -224,15 +168,15 @@ def open_regular_file(path: str) -> BinaryIO:
 
 
 def image_exists(uri: str, protocols: Sequence[str] = IMAGE_PROTOCOLS) -> bool:
-    """Returns whether the file of an image exists. Assumes without a request that web addresses do.
+    """Returns whether the file of an image exists, or whether its address is on the web.
 
     Raises:
-        FetchError: the address is not allowed; see `parse_image_address` and `open_image_file_system`.
+        FetchError: the address is not allowed.
     """
     file = parse_image_address(uri, protocols).file
     if file.protocol in ("http", "https"):
         return True
-    if file.is_path:
+    if file.protocol == "file":
         return os.path.exists(file.url)  # noqa: PTH110  # unlike Path, returns False for names that are too long
     fs, path = open_image_file_system(file)
     return bool(fs.exists(path))

@@ -57,18 +57,12 @@ class DecoderConfig:
 
 
 class DecoderPool:
-    """A pool of decoder processes. Thread-safe. A context manager, which kills the processes when it exits.
-
-    Args:
-        preprocessing: how images are resized and cropped.
-        config: the number of processes and their limits.
-    """
+    """A pool of decoder processes. Thread-safe. A context manager, which kills the processes when it exits."""
 
     def __init__(self, preprocessing: Preprocessing, config: DecoderConfig | None = None) -> None:
         self.config = config or DecoderConfig()
         self.size = self.config.processes or available_cpus()
-        crop = preprocessing.crop_size
-        self._shape = (crop, crop, 3)
+        self._shape = (preprocessing.crop_size, preprocessing.crop_size, 3)
         self._settings = pickle.dumps(
             DecoderSettings(
                 preprocessing=preprocessing,
@@ -97,13 +91,7 @@ class DecoderPool:
             return [decoder.process.pid for decoder in self._running]
 
     def decode(self, content: bytes) -> Pixels:
-        """Decodes and preprocesses an image in a process of the pool. Waits until a process is free.
-
-        Args:
-            content: the image file; see `captionlib.data.images.decoding.decode_image`.
-
-        Returns:
-            `[crop_size, crop_size, 3] uint8`, RGB.
+        """Decodes and preprocesses an image as `decode_image` does. Waits until a process is free.
 
         Raises:
             DecodeError: see `decode_image`; the reason may also be Timeout or DecoderDied.
@@ -136,21 +124,16 @@ class DecoderPool:
         """Returns the pixels or the error of an image; None if the process died."""
         try:
             decoder = acquire()
-        except (EOFError, ConnectionError):
-            self._check_open()
-            return None
-        try:
-            result = decoder.decode(content, self._shape, self.config.timeout_seconds)
+            try:
+                result = decoder.decode(content, self._shape, self.config.timeout_seconds)
+            except BaseException:  # the process may still respond to this request
+                self._discard(decoder)
+                raise
         except TimeoutError:
-            self._discard(decoder)
             return DecodeError("Timeout", f"decoding took longer than {self.config.timeout_seconds:g} seconds")
         except (EOFError, ConnectionError):
-            self._discard(decoder)
             self._check_open()
             return None
-        except BaseException:  # the process may still respond to this request
-            self._discard(decoder)
-            raise
         with self._lock:
             self._idle.append(decoder)
         return result
@@ -213,29 +196,18 @@ class _Decoder:
         self._writable, self._readable = select.poll(), select.poll()
         self._writable.register(self._requests, select.POLLOUT)
         self._readable.register(self._responses, select.POLLIN)
-        self._timeout = _Timeout(0.0)
+        self._limit_waiting(_START_TIMEOUT_SECONDS)
 
     def initialize(self, settings: bytes) -> None:
-        """Sends the settings and waits until the process is ready.
-
-        Raises:
-            EOFError, ConnectionError: the process ended.
-            TimeoutError: the process does not respond.
-        """
-        self._timeout = _Timeout(_START_TIMEOUT_SECONDS)
+        """Sends the settings and waits until the process is ready; raises as `decode` does."""
         _enlarge_pipe(self._requests.fileno())
         _enlarge_pipe(self._responses.fileno())
         self._send(settings)
         self._receive(RESPONSE_HEADER.size)
 
     def decode(self, content: bytes, shape: tuple[int, ...], timeout_seconds: float) -> Pixels | DecodeError:
-        """Decodes an image.
-
-        Raises:
-            EOFError, ConnectionError: the process ended.
-            TimeoutError: it takes longer than `timeout_seconds`.
-        """
-        self._timeout = _Timeout(timeout_seconds)
+        """Decodes an image. Raises EOFError or ConnectionError if the process ends, TimeoutError if it is too slow."""
+        self._limit_waiting(timeout_seconds)
         self._send(content)
         kind, size = RESPONSE_HEADER.unpack(self._receive(RESPONSE_HEADER.size))
         payload = self._receive(size)
@@ -250,40 +222,33 @@ class _Decoder:
         self._requests.close()
         self._responses.close()
 
+    def _limit_waiting(self, seconds: float) -> None:
+        """Limits the waiting from now on to ten slices. A suspension of this process costs at most one of them."""
+        self._slice_milliseconds, self._slices = 100 * seconds, 10
+
+    def _wait_for(self, pipe: select.poll) -> None:
+        while not pipe.poll(self._slice_milliseconds):
+            self._slices -= 1
+            if not self._slices:
+                raise TimeoutError
+
     def _send(self, content: bytes) -> None:
         for part in (REQUEST_HEADER.pack(len(content)), content):
             remaining = memoryview(part)
             while remaining:
-                self._timeout.wait_for(self._writable)
+                self._wait_for(self._writable)
                 remaining = remaining[os.write(self._requests.fileno(), remaining) :]
 
     def _receive(self, size: int) -> bytearray:
         content = bytearray(size)
         remaining = memoryview(content)
         while remaining:
-            self._timeout.wait_for(self._readable)
+            self._wait_for(self._readable)
             count = os.readv(self._responses.fileno(), [remaining])
             if not count:
                 raise EOFError
             remaining = remaining[count:]
         return content
-
-
-class _Timeout:
-    """A limit on the total waiting time.
-
-    It counts ten slices of waiting instead of comparing clock times, so that time in which this process is suspended
-    costs at most one slice.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self._slice_milliseconds, self._slices = 100 * seconds, 10
-
-    def wait_for(self, pipe: select.poll) -> None:
-        while not pipe.poll(self._slice_milliseconds):
-            self._slices -= 1
-            if not self._slices:
-                raise TimeoutError
 
 
 def _enlarge_pipe(descriptor: int) -> None:

@@ -12,6 +12,7 @@ import resource
 import signal
 import struct
 import warnings
+from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from PIL import Image
@@ -40,13 +41,13 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the terminal; the parent handles it
     requests, responses = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # keeps other output out of the responses
-    settings: DecoderSettings = pickle.loads(_receive(requests))
+    payloads = _receive(requests)
+    settings: DecoderSettings = pickle.loads(next(payloads))
     _limit_resources(settings)
     _respond(responses, READY, b"")
     _silence_codecs()
-    while header := requests.read(REQUEST_HEADER.size):
-        (size,) = REQUEST_HEADER.unpack(header)
-        _decode(requests.read(size), settings, responses)
+    for content in payloads:
+        _decode(content, settings, responses)
 
 
 def _decode(content: bytes, settings: DecoderSettings, responses: BinaryIO) -> None:
@@ -81,9 +82,9 @@ def _silence_codecs() -> None:
         os.dup2(null, descriptor)
 
 
-def _receive(requests: BinaryIO) -> bytes:
-    (size,) = REQUEST_HEADER.unpack(requests.read(REQUEST_HEADER.size))
-    return requests.read(size)
+def _receive(requests: BinaryIO) -> Iterator[bytes]:
+    while header := requests.read(REQUEST_HEADER.size):
+        yield requests.read(*REQUEST_HEADER.unpack(header))
 
 
 def _respond(responses: BinaryIO, kind: int, payload: bytes | memoryview) -> None:

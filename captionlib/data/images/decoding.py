@@ -5,6 +5,7 @@ trained on pixels as they are stored. Decoder processes import this module, so i
 """
 
 import io
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,36 +32,30 @@ MAX_IMAGE_PIXELS = 100_000_000
 _PLUGINS = (JpegImagePlugin, PngImagePlugin, WebPImagePlugin, GifImagePlugin, BmpImagePlugin, TiffImagePlugin)
 _FORMATS = tuple(plugin.__name__.removeprefix("PIL.").removesuffix("ImagePlugin").upper() for plugin in _PLUGINS)
 
-# The first bytes of files in supported formats and in other image formats; `?` matches any byte.
+# Patterns of the first bytes of files in supported formats and in other image formats.
 _SIGNATURES = {
-    "JPEG": [b"\xff\xd8\xff"],
-    "PNG": [b"\x89PNG\r\n\x1a\n"],
-    "WebP": [b"RIFF????WEBP"],
-    "GIF": [b"GIF87a", b"GIF89a"],
-    "BMP": [b"BM"],
-    "TIFF": [b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"],
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "WebP": rb"RIFF....WEBP",
+    "GIF": rb"GIF8[79]a",
+    "BMP": rb"BM",
+    "TIFF": rb"II[*+]\0|MM\0[*+]",
 }
 _OTHER_SIGNATURES = {
-    "AVIF": [b"????ftypavif", b"????ftypavis"],
-    "HEIF": [b"????ftyphei", b"????ftyphev", b"????ftypmif1", b"????ftypmsf1"],
-    "JPEG 2000": [b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"],
-    "JPEG XL": [b"\0\0\0\x0cJXL \r\n\x87\n", b"\xff\x0a"],
-    "Photoshop": [b"8BPS"],
-    "ICO": [b"\0\0\1\0"],
-    "PDF": [b"%PDF-"],
-    "SVG": [b"<svg"],
+    "AVIF": rb"....ftypavi[fs]",
+    "HEIF": rb"....ftyp(hei|hev|mif1|msf1)",
+    "JPEG 2000": rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
+    "JPEG XL": rb"\0\0\0\x0cJXL \r\n\x87\n|\xff\x0a",
+    "Photoshop": rb"8BPS",
+    "ICO": rb"\x00\x00\x01\x00",
+    "PDF": rb"%PDF-",
+    "SVG": rb"<svg",
 }
 
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 
-_RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "nearest-exact": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-    "lanczos": Image.Resampling.LANCZOS,
+_RESAMPLING = {"nearest-exact": Image.Resampling.NEAREST} | {
+    name.lower(): method for name, method in Image.Resampling.__members__.items()
 }
 
 # Files of 32-bit gray values do not define white; it is the lowest of these that is not exceeded.
@@ -195,12 +190,8 @@ def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing, limit: in
     _check_pixels(size, limit, f"an image of {width} x {height} pixels has, after resizing,")
     image = image.resize(size, _RESAMPLING[preprocessing.interpolation])
     crop = preprocessing.crop_size
-    left, top = (_center_offset(length, crop) for length in size)
+    left, top = (round((length - crop) / 2) if length >= crop else -((crop - length) // 2) for length in size)
     return np.asarray(image.crop((left, top, left + crop, top + crop)))
-
-
-def _center_offset(length: int, crop: int) -> int:
-    return round((length - crop) / 2) if length >= crop else -((crop - length) // 2)
 
 
 def _explain_unidentified(content: bytes) -> DecodeError:
@@ -232,10 +223,5 @@ def _ends_early(content: bytes, name: str | None) -> bool:
     return name in _ENDS and _ENDS[name] not in content
 
 
-def _find_signature(content: bytes, signatures: dict[str, list[bytes]]) -> str | None:
-    for name, starts in signatures.items():
-        for start in starts:
-            head = content[: len(start)]
-            if len(head) == len(start) and all(a == b for a, b in zip(start, head, strict=True) if a != ord("?")):
-                return name
-    return None
+def _find_signature(content: bytes, signatures: dict[str, bytes]) -> str | None:
+    return next((name for name, start in signatures.items() if re.match(start, content, re.DOTALL)), None)

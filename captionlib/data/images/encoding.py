@@ -10,12 +10,7 @@ __all__ = ["encode_jpeg"]
 
 
 def encode_jpeg(pixels: npt.NDArray[np.uint8], quality: int = 82) -> bytes:
-    """Encodes an image as JPEG.
-
-    Args:
-        pixels: `[height, width, 3] uint8`, RGB.
-        quality: from 1 to 95.
-    """
+    """Encodes RGB pixels, `[height, width, 3]`, as JPEG of a quality from 1 to 95."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, optimize=True)
     return buffer.getvalue()

@@ -5,12 +5,13 @@ configuration; see `captionlib.storage.folders`.
 """
 
 import asyncio
-import http
+import http.client
 import os
 import threading
 import time
 from concurrent.futures import CancelledError, Future
-from typing import Any, BinaryIO, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import aiohttp
 import fsspec
@@ -31,7 +32,6 @@ from captionlib.config import configclass
 from captionlib.data.images.addresses import (
     IMAGE_PROTOCOLS,
     ImageFile,
-    check_protocols,
     open_image_file,
     open_image_file_system,
     open_regular_file,
@@ -39,7 +39,8 @@ from captionlib.data.images.addresses import (
 )
 from captionlib.data.images.parquet_cells import ParquetCellReader
 from captionlib.data.images.public_hosts import is_private_host_error, reject_proxies
-from captionlib.errors import FetchError
+from captionlib.errors import ConfigError, FetchError
+from captionlib.storage.file_systems import INTERPRETING_PROTOCOLS, is_known_protocol
 from captionlib.storage.remote_errors import get_http_status, is_connection_error, is_temporary_error, is_timeout_error
 
 __all__ = ["FetchConfig", "ImageFetcher", "to_fetch_error"]
@@ -74,7 +75,12 @@ class FetchConfig:
     allow_private_hosts: bool = True
 
     def __post_init__(self) -> None:
-        check_protocols(self.protocols)
+        for protocol in self.protocols:
+            if protocol in INTERPRETING_PROTOCOLS or not is_known_protocol(protocol):
+                raise ConfigError(
+                    f"protocols: expected protocols of fsspec, such as {', '.join(IMAGE_PROTOCOLS)}, got {protocol!r}"
+                    ", which is unknown, or interprets what it reads and is thus unsafe for image addresses; remove it"
+                )
 
 
 class _Span(NamedTuple):
@@ -98,7 +104,8 @@ class ImageFetcher:
         if not self.config.allow_private_hosts:
             for protocol in ("http", "https"):
                 reject_proxies(fsspec.config.conf.get(protocol, {}))
-        self._cells = ParquetCellReader(self._open, self.config.max_row_group_bytes)
+        open_file = partial(open_image_file, allow_private_hosts=self.config.allow_private_hosts)
+        self._cells = ParquetCellReader(open_file, self.config.max_row_group_bytes)
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._requests: set[Future[bytes]] = set()
@@ -128,18 +135,16 @@ class ImageFetcher:
         """Fetches the bytes at an address.
 
         Raises:
-            FetchError: they cannot be fetched. The reason is, for example, BadAddress, ForbiddenHost,
-                FileNotFoundError, `HTTP 404`, TooLarge or Timeout. The message quotes no content.
+            FetchError: they cannot be fetched. The message quotes no content.
         """
         try:
-            content: bytes = self._retrying(self._attempt, uri)
+            return self._retrying(self._attempt, uri)
         except FetchError:
             raise
         except CancelledError:
             raise FetchError("Cancelled", "the run ended before the image was fetched") from None
         except Exception as error:  # clients raise anything; one image must not end the run
             raise to_fetch_error(error) from error
-        return content
 
     def _attempt(self, uri: str) -> bytes:
         if self._closed.is_set():
@@ -163,23 +168,21 @@ class ImageFetcher:
             return self._cells.read_cell(address.file, *address.cell, limit)
         start, end = address.span or (0, None)
         span = _Span(start, end, limit)
-        _check_span(span)
+        if end is not None and end <= start:
+            raise FetchError("BadRange", f"expected bytes=START-END with END above START, got {start}-{end}")
+        if end is not None and span.size > limit:
+            raise FetchError("TooLarge", f"expected at most {limit} bytes, got a range of {span.size}")
         content = self._read(address.file, span)
-        if span.end is None and len(content) > limit:
+        if end is None and len(content) > limit:
             raise FetchError("TooLarge", f"expected at most {limit} bytes, got more")
-        if span.end is not None and len(content) < span.size:
-            raise FetchError("ShortRead", f"expected bytes {span.start} to {span.end}, but the file ends earlier")
+        if end is not None and len(content) < span.size:
+            raise FetchError("ShortRead", f"expected bytes {start} to {end}, but the file ends earlier")
         return content
 
-    def _open(self, file: ImageFile) -> BinaryIO:
-        return open_image_file(file, self.config.allow_private_hosts)
-
     def _read(self, file: ImageFile, span: _Span) -> bytes:
-        if file.is_path:
+        if file.protocol == "file":
             return _read_local(file.url, span)
         fs, path = open_image_file_system(file, self.config.allow_private_hosts)
-        if file.protocol == "file":
-            return _read_local(path, span)
         if isinstance(fs, HTTPFileSystem):
             return self._run(fs, self._read_http(fs, path, span))
         if issubclass(type(fs), AsyncFileSystem) and fs.async_impl:
@@ -224,12 +227,11 @@ class ImageFetcher:
 
 async def _read_object(fs: Any, path: str, span: _Span) -> bytes:
     try:
-        content: bytes = await fs._cat_file(path, start=span.start, end=span.start + span.size)
+        return cast(bytes, await fs._cat_file(path, start=span.start, end=span.start + span.size))
     except Exception as error:
         if span.end is None and get_http_status(error) == 416:  # no range of an empty object is valid
             return b""
         raise
-    return content
 
 
 def _read_pieces(fs: Any, path: str, span: _Span, deadline: float) -> bytes:
@@ -248,15 +250,6 @@ def _read_local(path: str, span: _Span) -> bytes:
     with open_regular_file(path) as file:
         size = span.size if span.end is not None else min(os.fstat(file.fileno()).st_size, span.size)
         return os.pread(file.fileno(), size, span.start)
-
-
-def _check_span(span: _Span) -> None:
-    if span.end is None:
-        return
-    if span.size < 1:
-        raise FetchError("BadRange", f"expected bytes=START-END with END above START, got {span.start}-{span.end}")
-    if span.size > span.limit:
-        raise FetchError("TooLarge", f"expected at most {span.limit} bytes, got a range of {span.size}")
 
 
 def to_fetch_error(error: BaseException) -> FetchError:
@@ -279,10 +272,8 @@ def to_fetch_error(error: BaseException) -> FetchError:
 
 
 def _status_phrase(status: int) -> str:
-    try:
-        return f" ({http.HTTPStatus(status).phrase})"
-    except ValueError:
-        return ""
+    phrase = http.client.responses.get(status)
+    return f" ({phrase})" if phrase else ""
 
 
 def _errno_phrase(error: BaseException) -> str:

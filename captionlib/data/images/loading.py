@@ -45,16 +45,9 @@ class LoadingConfig:
 
 @contextmanager
 def open_loader(config: LoadingConfig, preprocessing: Preprocessing) -> Iterator[LoadImages]:
-    """Starts the threads and decoder processes for any number of calls of `load_images`.
+    """Starts threads and decoder processes, and yields a function that loads images with them; see `load_images`.
 
     On exit, fetches and decodes in progress are canceled.
-
-    Args:
-        config: how images are loaded.
-        preprocessing: how images are resized and cropped.
-
-    Yields:
-        A function from rows to rows with their images; see `load_images`.
     """
     with ExitStack() as stack:  # exits in reverse order, so the threads are joined after their work is canceled
         threads = stack.enter_context(ThreadPoolExecutor(config.threads, thread_name_prefix="load-images"))
@@ -68,37 +61,25 @@ def open_loader(config: LoadingConfig, preprocessing: Preprocessing) -> Iterator
 def load_images(
     rows: Iterable[Row], load: Callable[[str], Pixels], executor: Executor, prefetch: int
 ) -> Iterator[tuple[Row, Pixels | ImageError]]:
-    """Loads the images of rows ahead of the consumer.
+    """Yields each row with the image that `load` returns for its `uri`, or with the ImageError that `load` raises.
 
-    Args:
-        rows: rows with a `uri`.
-        load: returns the image at an address, or raises ImageError.
-        executor: runs `load`.
-        prefetch: maximum number of images that are loading or loaded, but not yet consumed.
-
-    Yields:
-        Each row with its image or error, in the order of the rows.
+    Up to `prefetch` images are loading or loaded, but not yet consumed.
     """
-    pending: deque[tuple[Row, Future[Pixels | ImageError]]] = deque()
+
+    def try_load(row: Row) -> tuple[Row, Pixels | ImageError]:
+        try:
+            return row, load(row["uri"])
+        except ImageError as error:
+            return row, error
+
+    pending: deque[Future[tuple[Row, Pixels | ImageError]]] = deque()
     try:
         for row in rows:
             if len(pending) == prefetch:
-                yield _pop_result(pending)
-            pending.append((row, executor.submit(_try_load, load, row["uri"])))
+                yield pending.popleft().result()
+            pending.append(executor.submit(try_load, row))
         while pending:
-            yield _pop_result(pending)
+            yield pending.popleft().result()
     finally:
-        for _, future in pending:
+        for future in pending:
             future.cancel()
-
-
-def _pop_result(pending: deque[tuple[Row, Future[Pixels | ImageError]]]) -> tuple[Row, Pixels | ImageError]:
-    row, future = pending.popleft()
-    return row, future.result()
-
-
-def _try_load(load: Callable[[str], Pixels], uri: str) -> Pixels | ImageError:
-    try:
-        return load(uri)
-    except ImageError as error:
-        return error

@@ -22,11 +22,8 @@ _CACHED_FOOTERS = 64
 class ParquetCellReader:
     """Reads cells of Parquet files at any allowed address. Thread-safe.
 
-    Error messages quote nothing of the files, not even column names.
-
-    Args:
-        open_file: opens the file at an address.
-        max_bytes: the size of the cache of column chunks; larger chunks are rejected.
+    Error messages quote nothing of the files, not even column names. Column chunks are cached; those that are larger
+    than the `max_bytes` of the cache are rejected.
     """
 
     def __init__(self, open_file: Callable[[ImageFile], BinaryIO], max_bytes: int) -> None:
@@ -40,13 +37,7 @@ class ParquetCellReader:
         self._get_chunk = cached(chunks, condition=Condition())(self._read_chunk)
 
     def read_cell(self, file: ImageFile, row: int, column: str, max_bytes: int) -> bytes:
-        """Reads the bytes in a cell.
-
-        Args:
-            file: the Parquet file.
-            row: the row number in the whole file, from 0.
-            column: the column name; for a field of a struct column, both names joined by a dot.
-            max_bytes: larger cells are rejected.
+        """Reads the bytes in a cell: a row of the whole file, from 0, and a column, such as `image.bytes` in a struct.
 
         Raises:
             FetchError: the row or column does not exist, or the cell has no bytes or too many.

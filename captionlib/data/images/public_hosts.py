@@ -30,18 +30,13 @@ class PrivateHostError(OSError):
 
 
 def is_private_address(host: str) -> bool:
-    """Returns whether an IP address is not public: loopback, link-local, private, multicast, reserved or unspecified.
-
-    Args:
-        host: the IP address as a socket accepts it. Non-canonical forms count as private.
-    """
+    """Returns whether an IP address is loopback, link-local, private, multicast, reserved, unspecified or malformed."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
         return True
     if isinstance(address, ipaddress.IPv6Address):
-        embedded = _extract_ipv4(address)
-        if embedded is not None:
+        if (embedded := _extract_ipv4(address)) is not None:
             return is_private_address(str(embedded))
         if address.is_site_local:
             return True
@@ -69,11 +64,7 @@ async def create_public_client(**options: Any) -> aiohttp.ClientSession:
 
 
 def reject_proxies(options: Mapping[str, Any]) -> None:
-    """Rejects fsspec options of `http` that use a proxy, because a proxy resolves host names itself.
-
-    Raises:
-        ConfigError: the options use a proxy.
-    """
+    """Raises ConfigError if fsspec's options of `http` use a proxy, because a proxy resolves host names itself."""
     client = options.get("client_kwargs") or {}
     if options.get("proxy") or client.get("proxy") or client.get("trust_env"):
         raise ConfigError(

@@ -74,12 +74,7 @@ class ShardedDataset:
 
     def read_marker(self, shard: int) -> Marker | None:
         """Reads the marker of a shard; None if the shard is not finished."""
-        try:
-            content = self.folder.read(f"{MARKERS_FOLDER}/{part_name(shard)}.json")
-        except FileNotFoundError:
-            return None
-        marker = Marker(**json.loads(content))
-        return marker if marker.fingerprint == self.fingerprint else None
+        return next(self.iter_markers([shard]), None)
 
     def read_markers(self, shards: Iterable[int] | None = None) -> dict[int, Marker]:
         """Reads the markers of the given shards, by shard. None reads those of all finished shards."""
@@ -112,14 +107,7 @@ class ShardedDataset:
         self.folder.remove_file(SUCCESS_FILE)
 
     def require_complete(self) -> "ShardedDataset":
-        """Checks that all shards are finished.
-
-        Returns:
-            This dataset.
-
-        Raises:
-            DatasetError: the dataset is not complete.
-        """
+        """Returns this dataset, or raises DatasetError if it is not complete."""
         if not self.is_complete():
             raise DatasetError(
                 f"{self.folder.uri} is not complete: expected {self.shards} finished shards, got "
@@ -134,7 +122,7 @@ class ShardedDataset:
     def read(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Reads a shard into memory."""
         with self.folder.open(f"{part_name(shard)}.parquet") as file:
-            return pq.read_table(file, columns=list(columns) if columns is not None else None)
+            return pq.ParquetFile(file).read(columns)
 
     def read_batches(
         self, shard: int, columns: Sequence[str] | None = None, batch_size: int = 256
@@ -143,9 +131,7 @@ class ShardedDataset:
         with self.folder.open(f"{part_name(shard)}.parquet") as file:
             parquet = pq.ParquetFile(file, pre_buffer=True)  # reads a row group's columns with few requests
             for group in range(parquet.num_row_groups):
-                yield from parquet.iter_batches(
-                    batch_size, row_groups=[group], columns=list(columns) if columns is not None else None
-                )
+                yield from parquet.iter_batches(batch_size, row_groups=[group], columns=columns)
 
     def read_failures(self, shard: int) -> pa.Table | None:
         """Reads the failures of a shard; None if there are none."""
@@ -177,7 +163,13 @@ class ShardedDataset:
             )
         if totals.failures > max_failure_ratio * totals.images:
             self.mark_incomplete()
-            raise FailureRatioError(_describe_failures(self, totals, max_failure_ratio))
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in totals.reasons.items())
+            raise FailureRatioError(
+                f"{self.folder.uri}: {totals.failures} of {totals.images} images failed "
+                f"({totals.failures / totals.images:.1%}; expected at most {max_failure_ratio:.1%}; {reasons}). The "
+                f"finished shards are kept; see {FAILURES_FOLDER}/, then run again with --retry-failures or a higher "
+                "--max-failure-ratio"
+            )
         if recorded is None:
             self.folder.write(SUCCESS_FILE, to_json({**asdict(totals), "fingerprint": self.fingerprint}))
             self.folder.remove(TEMPORARY_FOLDER)
@@ -197,15 +189,6 @@ class ShardedDataset:
             if checksum != marker.checksum:
                 problems.append(f"{name}: expected {marker.checksum}, got {checksum}")
         return problems
-
-
-def _describe_failures(dataset: ShardedDataset, totals: Totals, max_failure_ratio: float) -> str:
-    reasons = ", ".join(f"{reason}: {count}" for reason, count in totals.reasons.items())
-    return (
-        f"{dataset.folder.uri}: {totals.failures} of {totals.images} images failed "
-        f"({totals.failures / totals.images:.1%}; expected at most {max_failure_ratio:.1%}; {reasons}). The finished "
-        f"shards are kept; see {FAILURES_FOLDER}/, then run again with --retry-failures or a higher --max-failure-ratio"
-    )
 
 
 def open_dataset(uri: str | os.PathLike[str], kind: str | None = None) -> ShardedDataset:
@@ -241,14 +224,9 @@ def open_dataset(uri: str | os.PathLike[str], kind: str | None = None) -> Sharde
             f"{folder.uri}: expected schema version {SCHEMA_VERSION}, got {description['schema_version']}; "
             "write it again with this version of captionlib"
         )
-    return ShardedDataset(
-        folder=folder,
-        kind=description["kind"],
-        config=description["config"],
-        fingerprint=description["fingerprint"],
-        shards=description["shards"],
-        schema=pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(description["arrow_schema"]))),
-    )
+    schema = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(description["arrow_schema"])))
+    fields = {name: description[name] for name in ("kind", "config", "fingerprint", "shards")}
+    return ShardedDataset(folder, schema=schema, **fields)
 
 
 def create_dataset(
@@ -260,15 +238,9 @@ def create_dataset(
     shards: int,
     overwrite: bool = False,
 ) -> ShardedDataset:
-    """Creates a dataset, or resumes one with the same fingerprint.
+    """Creates a dataset, or resumes one with the same fingerprint; see `ShardedDataset` for the arguments.
 
-    Args:
-        uri: its folder.
-        kind: manifest, features, captions or embeddings.
-        schema: the Arrow schema of its shards.
-        config: everything that the rows depend on.
-        shards: the number of shards of the complete dataset.
-        overwrite: delete an existing dataset first.
+    `overwrite` deletes an existing dataset first.
 
     Raises:
         FingerprintError: the folder holds a dataset of another configuration, and `overwrite` is off.
@@ -278,17 +250,22 @@ def create_dataset(
     config = json.loads(json.dumps(config))
     dataset = ShardedDataset(folder, kind, config, compute_fingerprint(kind, config), shards, schema)
     existing = _read_description(folder)
-    if existing is not None and existing["fingerprint"] == dataset.fingerprint and not overwrite:
-        return dataset
-    if existing is not None and not overwrite:
-        raise FingerprintError(_describe_difference(folder, existing, kind, config))
-    if existing is None and (others := [name for name in folder.list() if name != TEMPORARY_FOLDER]):
-        raise DatasetError(
-            f"{folder.uri} holds files that captionlib did not write ({', '.join(others[:3])}); "
-            "use a new or empty folder"
-        )
-    if existing is not None:
+    if existing is None:
+        if others := [name for name in folder.list() if name != TEMPORARY_FOLDER]:
+            raise DatasetError(
+                f"{folder.uri} holds files that captionlib did not write ({', '.join(others[:3])}); "
+                "use a new or empty folder"
+            )
+    elif overwrite:
         _clear(folder)
+    elif existing["fingerprint"] == dataset.fingerprint:
+        return dataset
+    else:
+        lines = describe_differences({"kind": existing["kind"], **existing["config"]}, {"kind": kind, **config})
+        raise FingerprintError(
+            f"{folder.uri} holds the output of another configuration ({'; '.join(lines) or 'another schema version'}); "
+            "use another folder, or --overwrite to replace it"
+        )
     description = {
         "kind": kind,
         "schema_version": SCHEMA_VERSION,
@@ -326,11 +303,3 @@ def _read_description(folder: Folder) -> dict[str, Any] | None:
             f"{folder.address(DESCRIPTION_FILE)} is damaged ({error!r}); write the dataset again"
         ) from error
     return description
-
-
-def _describe_difference(folder: Folder, existing: Mapping[str, Any], kind: str, config: Mapping[str, Any]) -> str:
-    lines = describe_differences({"kind": existing["kind"], **existing["config"]}, {"kind": kind, **config})
-    return (
-        f"{folder.uri} holds the output of another configuration ({'; '.join(lines) or 'another schema version'}); "
-        "use another folder, or --overwrite to replace it"
-    )

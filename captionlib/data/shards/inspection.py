@@ -14,14 +14,7 @@ __all__ = ["DatasetReport", "FailureReport", "inspect_dataset"]
 
 @dataclass(frozen=True)
 class FailureReport:
-    """The failures with one reason.
-
-    Attributes:
-        count: number of images.
-        image_id: id of an example; empty if the file of failures is missing.
-        uri: address of the example.
-        message: error message of the example.
-    """
+    """The number of failures with one reason, and an example, which is empty if the file of failures is missing."""
 
     count: int
     image_id: str
@@ -31,21 +24,14 @@ class FailureReport:
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """A summary of a dataset.
+    """A summary of a dataset and its finished shards.
 
     Attributes:
-        folder: address of the dataset.
-        kind: manifest, features, captions or embeddings.
-        fingerprint: hash of everything that the rows depend on.
         columns: types of the columns by name.
-        config: everything that the rows depend on.
         complete: whether all shards are finished and the run succeeded.
-        shards_done: number of finished shards.
-        shards: number of shards of the complete dataset.
-        rows: number of rows in the finished shards.
-        size: size of the finished shards, in bytes.
-        seconds: time spent on the finished shards, summed over workers.
-        failed: number of failed images in the finished shards.
+        size: in bytes.
+        seconds: time spent on the shards, summed over workers.
+        failed: number of failed images.
         failures: failures by reason, the most frequent first.
         temporary_files: number of temporary files, of running or dead runs; the next successful run removes them.
         problems: inconsistencies; those in file contents only if the files were verified.
@@ -69,17 +55,16 @@ class DatasetReport:
 
 
 def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> DatasetReport:
-    """Summarizes a dataset, complete or not.
-
-    Args:
-        uri: the folder of the dataset.
-        verify: also read every data file and compare its checksum with the marker.
-
-    Raises:
-        DatasetError: the folder is not a dataset.
-    """
+    """Summarizes a dataset, complete or not. `verify` also compares the checksum of every data file with its marker."""
     dataset = open_dataset(uri)
     totals = dataset.compute_totals()
+    problems = dataset.verify() if verify else []
+    if dataset.is_complete() and totals.shards < dataset.shards:
+        problems.insert(
+            0,
+            f"{SUCCESS_FILE}: says that all {dataset.shards} shards are finished, but only {totals.shards} have a "
+            "marker of this dataset",
+        )
     return DatasetReport(
         folder=dataset.folder.uri,
         kind=dataset.kind,
@@ -95,17 +80,8 @@ def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> Datase
         failed=totals.failures,
         failures=_summarize_failures(dataset, totals.reasons),
         temporary_files=len(dataset.folder.list(TEMPORARY_FOLDER)),
-        problems=[*_find_contradictions(dataset, totals.shards), *(dataset.verify() if verify else [])],
+        problems=problems,
     )
-
-
-def _find_contradictions(dataset: ShardedDataset, done: int) -> list[str]:
-    if not dataset.is_complete() or done == dataset.shards:
-        return []
-    return [
-        f"{SUCCESS_FILE}: says that all {dataset.shards} shards are finished, but only {done} have a marker of this "
-        "dataset"
-    ]
 
 
 def _summarize_failures(dataset: ShardedDataset, reasons: Mapping[str, int]) -> dict[str, FailureReport]:

@@ -34,8 +34,6 @@ class Marker:
     """A finished shard.
 
     Attributes:
-        shard: number of the shard.
-        rows: number of rows.
         failures: number of images that failed.
         bytes: size of the data file.
         checksum: checksum of the data file; see `compute_checksum`.
@@ -82,8 +80,7 @@ def part_name(shard: int) -> str:
 def sum_markers(markers: Iterable[Marker]) -> Totals:
     """Sums the markers of a dataset."""
     shards = rows = failures = size = 0
-    seconds = 0.0
-    reasons: Counter[str] = Counter()
+    seconds, reasons = 0.0, Counter[str]()
     for marker in markers:
         shards += 1
         rows += marker.rows

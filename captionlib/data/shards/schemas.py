@@ -2,40 +2,30 @@
 
 import pyarrow as pa
 
+from captionlib.errors import ImageError
+
 __all__ = [
-    "CANDIDATE_TYPE",
     "COLUMN_DESCRIPTIONS",
     "FAILURES_SCHEMA",
     "MANIFEST_SCHEMA",
     "SCHEMA_VERSION",
     "captions_schema",
     "embeddings_schema",
+    "failure_row",
     "features_schema",
 ]
 
 SCHEMA_VERSION = 1
 
-MANIFEST_SCHEMA = pa.schema(
-    [
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("uri", pa.string(), nullable=False),
-        pa.field("split", pa.string(), nullable=False),
-        pa.field("captions", pa.list_(pa.string()), nullable=False),
-    ]
-)
 
-FAILURES_SCHEMA = pa.schema(
-    [
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("uri", pa.string(), nullable=False),
-        pa.field("stage", pa.string(), nullable=False),
-        pa.field("error", pa.string(), nullable=False),
-        pa.field("message", pa.string(), nullable=False),
-    ]
-)
+def _schema(*text: str, **columns: pa.DataType) -> pa.Schema:
+    """Returns a schema of text columns and other columns, all without nulls."""
+    types = dict.fromkeys(text, pa.string()) | columns
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
 
-CANDIDATE_TYPE = pa.struct([pa.field("caption", pa.string()), pa.field("log_prob", pa.float32())])
 
+MANIFEST_SCHEMA = _schema("image_id", "uri", "split", captions=pa.list_(pa.string()))
+FAILURES_SCHEMA = _schema("image_id", "uri", "stage", "error", "message")
 # Shown in the reference documentation.
 COLUMN_DESCRIPTIONS = {
     "image_id": "Identifies the image; unique in a dataset.",
@@ -55,13 +45,13 @@ COLUMN_DESCRIPTIONS = {
 }
 
 
-def features_schema(size: int, dtype: str) -> pa.Schema:
-    """Returns the schema of a features dataset: the manifest's columns and `features`.
+def failure_row(image_id: str, uri: str, error: ImageError) -> dict[str, str]:
+    """Returns the row of a failures table that describes an image that failed."""
+    return {"image_id": image_id, "uri": uri, "stage": error.stage, "error": error.reason, "message": str(error)}
 
-    Args:
-        size: the number of elements of a feature vector.
-        dtype: float16 or float32.
-    """
+
+def features_schema(size: int, dtype: str) -> pa.Schema:
+    """Returns the schema of a features dataset: the manifest's columns, and vectors of `size` float16 or float32."""
     vector = pa.list_({"float16": pa.float16(), "float32": pa.float32()}[dtype], size)
     return MANIFEST_SCHEMA.append(pa.field("features", vector, nullable=False))
 
@@ -73,22 +63,16 @@ def captions_schema(positions: int | None = None) -> pa.Schema:
         positions: the number of positions of the attention maps. Adds a column `attention` with one vector of attention
             weights per token of the best candidate, the end token last; each vector adds up to 1. None omits it.
     """
-    schema = pa.schema(
-        [
-            *(MANIFEST_SCHEMA.field(name) for name in ("image_id", "uri", "split")),
-            pa.field("caption", pa.string(), nullable=False),
-            pa.field("log_prob", pa.float32(), nullable=False),
-            pa.field("tokens", pa.int32(), nullable=False),
-            pa.field("candidates", pa.list_(CANDIDATE_TYPE), nullable=False),
-        ]
+    attention = {} if positions is None else {"attention": pa.list_(pa.list_(pa.float16(), positions))}
+    return _schema(
+        *("image_id", "uri", "split", "caption"),
+        log_prob=pa.float32(),
+        tokens=pa.int32(),
+        candidates=pa.list_(pa.struct({"caption": pa.string(), "log_prob": pa.float32()})),
+        **attention,
     )
-    if positions is None:
-        return schema
-    return schema.append(pa.field("attention", pa.list_(pa.list_(pa.float16(), positions)), nullable=False))
 
 
 def embeddings_schema(size: int) -> pa.Schema:
     """Returns the schema of an embeddings dataset: unit vectors of `size` elements in the joint embedding space."""
-    vector = pa.list_(pa.float16(), size)
-    columns = [MANIFEST_SCHEMA.field(name) for name in ("image_id", "uri")]
-    return pa.schema([*columns, pa.field("embedding", vector, nullable=False)])
+    return _schema("image_id", "uri", embedding=pa.list_(pa.float16(), size))

@@ -1,7 +1,7 @@
 """Runs a stage on a shard: turns input rows into output rows. Repeating it gives the same result."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,13 +35,9 @@ class Stage(Protocol):
 
 @dataclass(frozen=True)
 class ShardJob:
-    """A stage with its input and outputs.
+    """A stage with its complete input dataset, and its output datasets, which have as many shards.
 
-    Attributes:
-        source: the complete input dataset.
-        outputs: one or more output datasets with as many shards, written together.
-        stage: the processing step.
-        retry_failures: process the failed images of finished shards again.
+    `retry_failures` processes the failed images of finished shards again.
     """
 
     source: ShardedDataset
@@ -59,10 +55,6 @@ class ShardJob:
     def run(self, shard: int, process: ProcessRows) -> Marker:
         """Processes a shard, or only its failed images if it is finished and `retry_failures` is set.
 
-        Args:
-            shard: the number of the shard.
-            process: the function that `stage.open()` returned.
-
         Returns:
             The marker of the first output.
         """
@@ -71,7 +63,9 @@ class ShardJob:
             for output, done in zip(self.outputs, markers, strict=True):
                 if done is not None:  # its rows are written again, and an old marker must not describe them
                     output.remove_marker(shard)
-            return self._write(shard, lambda writers: _fill(writers, process, self._read_input(shard)))
+            with self._open_writers(shard) as writers:
+                _fill(writers, process, self._read_input(shard))
+            return writers[0].marker
         if self.retry_failures and markers[0].failures:
             return self._retry(shard, process) or markers[0]
         return markers[0]
@@ -89,25 +83,19 @@ class ShardJob:
         for rows in self.source.read_batches(shard, self.stage.columns):
             yield rows if image_ids is None else rows.filter(pc.is_in(rows["image_id"], value_set=image_ids))
 
-    def _write(self, shard: int, fill: Callable[[Sequence[ShardWriter]], None]) -> Marker:
+    @contextmanager
+    def _open_writers(self, shard: int) -> Iterator[list[ShardWriter]]:
         source_marker = self.source.read_marker(shard)
         if source_marker is None:
             raise DatasetError(f"{self.source.folder.uri}: {part_name(shard)} has no marker; write that dataset again")
         with ExitStack() as stack:  # exits in reverse order, so the first output is published last
-            writers = [stack.enter_context(write_shard(output, shard, source_marker.rows)) for output in self.outputs]
-            fill(writers)
-        marker = writers[0].marker
-        assert marker is not None, "write_shard sets the marker"
-        return marker
+            yield [stack.enter_context(write_shard(output, shard, source_marker.rows)) for output in self.outputs]
 
     def _retry(self, shard: int, process: ProcessRows) -> Marker | None:
         """Processes the failed images of a finished shard again and merges those that succeed into its rows.
 
         Holds the shard in memory. The marker is removed before the files change, so that the shard is pending if the
-        run dies in between.
-
-        Returns:
-            The new marker; None if no image succeeded.
+        run dies in between. Returns None if no image succeeded.
         """
         failures = self.outputs[0].read_failures(shard)
         assert failures is not None, "the marker counts failures"
@@ -125,15 +113,13 @@ class ShardJob:
             tables.append(merged.take(pc.sort_indices(positions)))
         for output in self.outputs:
             output.remove_marker(shard)
-
-        def fill(writers: Sequence[ShardWriter]) -> None:
+        with self._open_writers(shard) as writers:
             for writer, table in zip(writers, tables, strict=True):
                 for rows in table.combine_chunks().to_batches():
                     writer.write(rows)
                 for failure in still_failing:
                     writer.write_failure(*failure)
-
-        return self._write(shard, fill)
+        return writers[0].marker
 
 
 def _fill(writers: Sequence[ShardWriter], process: ProcessRows, rows: Iterator[pa.RecordBatch]) -> None:

@@ -5,14 +5,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.markers import FAILURES_FOLDER, MARKERS_FOLDER, Marker, compute_checksum, part_name, to_json
-from captionlib.data.shards.schemas import FAILURES_SCHEMA
+from captionlib.data.shards.schemas import FAILURES_SCHEMA, failure_row
 from captionlib.errors import DatasetError, ImageError
 
 __all__ = ["ShardWriter", "write_shard"]
@@ -22,23 +21,16 @@ ROW_GROUP_BYTES = 32 << 20
 
 
 class ShardWriter:
-    """Collects the rows and failures of a shard. Created by `write_shard`.
-
-    Attributes:
-        marker: the marker of the shard; None until it is published.
-        rows: number of rows so far.
-        failures: rows of `_failures/` so far.
-    """
+    """Collects the rows and failures of a shard. Created by `write_shard`."""
 
     def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
-        self.marker: Marker | None = None
+        self.marker: Marker  # once it is published
         self.rows = 0
         self.failures: list[dict[str, str]] = []
         self._writer = writer
         self._schema = schema
         self._buffer: list[pa.RecordBatch] = []
-        self._buffered_rows = 0
-        self._buffered_bytes = 0
+        self._buffered_rows = self._buffered_bytes = 0
 
     def write(self, rows: pa.RecordBatch) -> None:
         """Adds rows. A row group is written as soon as it is full."""
@@ -50,10 +42,7 @@ class ShardWriter:
             self.flush()
 
     def write_failure(self, image_id: str, uri: str, error: ImageError) -> None:
-        """Adds an image that failed."""
-        self.failures.append(
-            {"image_id": image_id, "uri": uri, "stage": error.stage, "error": error.reason, "message": str(error)}
-        )
+        self.failures.append(failure_row(image_id, uri, error))
 
     def flush(self) -> None:
         if self._buffered_rows:
@@ -65,21 +54,18 @@ class ShardWriter:
 def write_shard(dataset: ShardedDataset, shard: int, expected: int) -> Iterator[ShardWriter]:
     """Writes a shard. It is published when the block ends, and not at all if it raises.
 
-    Args:
-        dataset: the dataset of the shard.
-        shard: the number of the shard.
-        expected: the number of rows and failures together, which is the number of rows of the input shard.
-
-    Yields:
-        The writer that takes rows and failures.
-
     Raises:
-        DatasetError: rows and failures do not add up to `expected`.
+        DatasetError: rows and failures do not add up to `expected`, the number of rows of the input shard.
     """
     started = time.monotonic()
     name = part_name(shard)
     with dataset.folder.stage(f"{name}.parquet") as path:
-        with pq.ParquetWriter(path, dataset.schema, **_parquet_options(dataset.schema, expected)) as parquet:
+        text = [field.name for field in dataset.schema if pa.types.is_string(field.type)]
+        options = {
+            "use_dictionary": text,  # dictionaries do not help for numbers
+            "bloom_filter_options": {"image_id": {"ndv": max(1, min(expected, ROW_GROUP_ROWS)), "fpp": 0.01}},
+        }
+        with pq.ParquetWriter(path, dataset.schema, compression="zstd", **options) as parquet:
             writer = ShardWriter(parquet, dataset.schema)
             yield writer
             writer.flush()
@@ -113,10 +99,3 @@ def _publish_failures(dataset: ShardedDataset, shard: int, failures: list[dict[s
         return
     with dataset.folder.stage(name) as path:
         pq.write_table(pa.Table.from_pylist(failures, FAILURES_SCHEMA), path, compression="zstd")
-
-
-def _parquet_options(schema: pa.Schema, rows: int) -> dict[str, Any]:
-    """Adds a bloom filter for ids, and limits dictionaries to text, because they do not help for numbers."""
-    text = [field.name for field in schema if pa.types.is_string(field.type)]
-    bloom = {"image_id": {"ndv": max(1, min(rows, ROW_GROUP_ROWS)), "fpp": 0.01}}
-    return {"compression": "zstd", "use_dictionary": text, "bloom_filter_options": bloom}

@@ -1,7 +1,8 @@
-"""Reads the captions JSON of COCO."""
+"""Reads the captions JSON of COCO, indexed by pycocotools."""
 
+import contextlib
+import io
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ def read_coco(addresses: Sequence[str], options: SourceOptions, skips: SkipCount
     for location in find_files(addresses, frozenset({".json"})):
         document = parse_object(load_json(location), location.address)
         images = parse_list(document.get("images"), location.address, "images")
-        captions = _read_captions(document, location, skips)
+        annotations = _index_annotations(document, location, skips)
         match = _SPLIT.search(location.name.lower())
         split = options.default_split or (match[1] if match else "")
         root = _find_image_folder(options.image_root, location, match[0] if match else "")
@@ -40,12 +41,17 @@ def read_coco(addresses: Sequence[str], options: SourceOptions, skips: SkipCount
             image_id = parse_id(image.get("id"), origin, "id")
             uri = resolve_uri(parse_text(image.get("file_name"), origin, "file_name"), root)
             listed.add(image_id)
-            yield ManifestRow(image_id, uri, split, tuple(captions.get(image_id, ())), origin)
-        _count_unmatched(captions, listed, location, skips)
+            captions = [text for annotation in annotations.get(image_id, ()) for text in annotation["captions"]]
+            yield ManifestRow(image_id, uri, split, tuple(captions), origin)
+        _count_unmatched(annotations, listed, location, skips)
 
 
-def _read_captions(document: dict[str, Any], location: Location, skips: SkipCounter) -> dict[str, list[str]]:
-    """Returns the captions by image id. Ids are compared as text, because some files have them as numbers in part."""
+def _index_annotations(
+    document: dict[str, Any], location: Location, skips: SkipCounter
+) -> dict[str, list[dict[str, Any]]]:
+    """Returns the annotations by image id. Ids are compared as text, because some files mix numbers and strings."""
+    from pycocotools.coco import COCO
+
     entries = parse_list(document.get("annotations", []), location.address, "annotations")
     annotations = [parse_object(entry, f"{location.address}, annotations[{at}]") for at, entry in enumerate(entries)]
     if annotations and not any("caption" in annotation for annotation in annotations):
@@ -53,19 +59,28 @@ def _read_captions(document: dict[str, Any], location: Location, skips: SkipCoun
             f"{location.address}: expected annotations with a caption, got ones with {', '.join(annotations[0])}; "
             "use COCO's captions_*.json instead of its instances or keypoints"
         )
-    captions: dict[str, list[str]] = defaultdict(list)
+    parsed = []
     for number, annotation in enumerate(annotations):
         origin = f"{location.address}, annotations[{number}]"
-        texts = parse_captions(annotation.get("caption"), origin, "caption")
-        captions[parse_id(annotation.get("image_id"), origin, "image_id")].extend(texts)
-        if not texts:
+        captions = parse_captions(annotation.get("caption"), origin, "caption")
+        parsed.append(
+            {"id": number, "image_id": parse_id(annotation.get("image_id"), origin, "image_id"), "captions": captions}
+        )
+        if not captions:
             skips.skip_captions("annotation without a caption", origin)
-    return captions
+    coco = COCO()
+    coco.dataset = {"annotations": parsed}
+    with contextlib.redirect_stdout(io.StringIO()):  # createIndex prints its progress
+        coco.createIndex()
+    index: dict[str, list[dict[str, Any]]] = coco.imgToAnns
+    return index
 
 
-def _count_unmatched(captions: dict[str, list[str]], listed: set[str], location: Location, skips: SkipCounter) -> None:
-    unmatched = [image_id for image_id in captions if image_id not in listed]
-    if unmatched and len(unmatched) == len(captions):
+def _count_unmatched(
+    annotations: dict[str, list[dict[str, Any]]], listed: set[str], location: Location, skips: SkipCounter
+) -> None:
+    unmatched = [image_id for image_id in annotations if image_id not in listed]
+    if unmatched and len(unmatched) == len(annotations):
         raise DatasetError(
             f"{location.address}: expected annotations with an image_id of `images`, such as "
             f"{min(listed, default='(no images)')!r}, got none; the first is {unmatched[0]!r}; check that images and "

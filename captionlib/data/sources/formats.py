@@ -19,6 +19,7 @@ from captionlib.data.sources.locations import (
     get_text_extension,
     is_glob,
     locate_all,
+    open_file,
     read_lines,
     scan_folder,
 )
@@ -27,7 +28,6 @@ from captionlib.data.sources.tables import TABLE_EXTENSIONS, open_parquet, read_
 from captionlib.data.sources.values import is_unicode, parse_json
 from captionlib.data.sources.webdataset import read_webdataset
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.storage.file_systems import open_decompressed
 
 __all__ = ["SOURCE_FORMATS", "SourceFormat", "detect_common_format", "detect_format", "read_source"]
 
@@ -177,13 +177,13 @@ def _detect_file(location: Location) -> str:
 
 
 def _detect_parquet(location: Location) -> str:
-    with location.fs.open(location.path, "rb") as file:
+    with open_file(location) as file:
         return "hf-parquet" if find_image_columns(open_parquet(file, location).schema_arrow) else "table"
 
 
 def _detect_json(location: Location) -> str:
     """Recognizes the keys in the first megabyte, because reading a large file twice is slow."""
-    with open_decompressed(location.fs, location.path) as file:
+    with open_file(location, decompress=True) as file:
         start = file.read(_PEEK_BYTES).decode("utf-8-sig", errors="replace")
     if start.lstrip().startswith("["):
         return "table"

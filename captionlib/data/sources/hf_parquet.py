@@ -12,7 +12,7 @@ from captionlib.data.sources.columns import (
     select_caption_columns,
     select_column,
 )
-from captionlib.data.sources.locations import Location, find_files
+from captionlib.data.sources.locations import Location, find_files, open_file
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
 from captionlib.data.sources.tables import open_parquet, parse_caption_columns, parse_split_column, read_parquet_columns
 from captionlib.data.sources.values import parse_id, parse_optional, parse_text
@@ -34,7 +34,7 @@ def read_hf_parquet(addresses: Sequence[str], options: SourceOptions, skips: Ski
         DatasetError: a file cannot be read.
     """
     for location in find_files(addresses, frozenset({".parquet"})):
-        with location.fs.open(location.path, "rb") as file:
+        with open_file(location) as file:
             yield from _read_rows(open_parquet(file, location), location, options)
 
 
@@ -43,7 +43,7 @@ def find_image_columns(schema: pa.Schema) -> list[str]:
     return [
         field.name
         for field in schema
-        if _has_bytes(field.type) or (_is_binary(field.type) and field.name.strip().lower() in _BYTES_NAMES)
+        if _is_image_struct(field.type) or (_is_binary(field.type) and field.name.strip().lower() in _BYTES_NAMES)
     ]
 
 
@@ -52,10 +52,10 @@ def _is_binary(data_type: pa.DataType) -> bool:
 
 
 def _holds_bytes(data_type: pa.DataType) -> bool:
-    return _is_binary(data_type) or _has_bytes(data_type)
+    return _is_binary(data_type) or _is_image_struct(data_type)
 
 
-def _has_bytes(data_type: pa.DataType) -> bool:
+def _is_image_struct(data_type: pa.DataType) -> bool:
     index = data_type.get_field_index("bytes") if pa.types.is_struct(data_type) else -1
     return index >= 0 and _is_binary(data_type.field(index).type)
 
@@ -64,8 +64,8 @@ def _read_rows(parquet: pq.ParquetFile, location: Location, options: SourceOptio
     schema = parquet.schema_arrow
     image = _select_image_column(schema, options.image_column, location.address)
     image_type = schema.field(image).type
-    bytes_column = f"{image}.bytes" if _has_bytes(image_type) else image
-    has_path = _has_bytes(image_type) and image_type.get_field_index("path") >= 0
+    bytes_column = f"{image}.bytes" if _is_image_struct(image_type) else image
+    has_path = _is_image_struct(image_type) and image_type.get_field_index("path") >= 0
     image_id = select_column(schema.names, options.id_column, ID_NAMES, location.address)
     split = select_column(schema.names, options.split_column, SPLIT_NAMES, location.address)
     captions = select_caption_columns(schema.names, options.caption_columns, location.address)

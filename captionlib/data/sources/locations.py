@@ -1,5 +1,6 @@
 """Finds and reads the files of a source, given as paths, URLs, globs or brace lists."""
 
+import contextlib
 import itertools
 import lzma
 import os
@@ -7,7 +8,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from fsspec.implementations.local import LocalFileSystem
 
@@ -26,6 +27,7 @@ __all__ = [
     "load_json",
     "locate",
     "locate_all",
+    "open_file",
     "read_lines",
     "resolve_uri",
     "scan_folder",
@@ -39,6 +41,8 @@ IMAGE_EXTENSIONS = frozenset(
         *(".avif", ".heic", ".heif", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm"),
     }
 )
+
+_READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 _WILDCARD = re.compile(r"[*?\[]")
 _BRACES = re.compile(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}")
@@ -205,6 +209,21 @@ def _list_folder(folder: Location, extensions: frozenset[str]) -> list[Location]
     return [folder.join(name) for name in matches]
 
 
+@contextlib.contextmanager
+def open_file(location: Location, decompress: bool = False) -> Iterator[BinaryIO]:
+    """Opens a file for reading. If `decompress` is set, files that end in .gz, .bz2 or .xz are decompressed.
+
+    Raises:
+        DatasetError: the file cannot be opened, or reading it fails within the block.
+    """
+    try:
+        opened = open_decompressed(location.fs, location.path) if decompress else location.fs.open(location.path, "rb")
+        with opened as file:
+            yield file
+    except _READ_ERRORS as error:
+        raise DatasetError(f"{location.address} cannot be read: {error or repr(error)}; check the file") from error
+
+
 def read_lines(location: Location) -> Iterator[str]:
     """Yields the lines of a UTF-8 text file with their line ends.
 
@@ -223,7 +242,7 @@ def read_lines(location: Location) -> Iterator[str]:
         raise DatasetError(
             f"{location.address}, after line {number}: not UTF-8 ({error.reason}); convert it"
         ) from error
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except _READ_ERRORS as error:
         raise DatasetError(
             f"{location.address}, after line {number}: cannot be read: {error or repr(error)}"
         ) from error

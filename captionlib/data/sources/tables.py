@@ -17,6 +17,7 @@ from captionlib.data.sources.locations import (
     find_image_root,
     get_text_extension,
     load_json,
+    open_file,
     read_lines,
     resolve_uri,
 )
@@ -232,7 +233,7 @@ def _read_objects(location: Location) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_parquet(location: Location, options: SourceOptions) -> Iterator[_Record]:
-    with location.fs.open(location.path, "rb") as file:
+    with open_file(location) as file:
         parquet = open_parquet(file, location)
         columns = select_columns(parquet.schema_arrow.names, options, location.address)
         for number, values in enumerate(read_parquet_columns(parquet, columns.names, location), 1):

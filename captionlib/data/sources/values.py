@@ -120,12 +120,12 @@ def parse_cell(cell: str, numeric: bool = False) -> object:
         numeric: whether a cell such as `391895.0`, as pandas writes ids, is a number rather than text.
 
     Returns:
-        None for a printed null such as `nan`, a float, or the cell.
+        None for a printed null such as `nan`, a float, or the cell without surrounding white space.
     """
     text = cell.strip()
     if text in _PRINTED_NULLS:
         return None
-    return float(text) if numeric and _PRINTED_FLOAT.fullmatch(text) else cell
+    return float(text) if numeric and _PRINTED_FLOAT.fullmatch(text) else text
 
 
 def parse_text(value: object, origin: str, field: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from captionlib.data.sources.columns import CAPTION_NAMES, select_caption_columns
-from captionlib.data.sources.locations import IMAGE_EXTENSIONS, Location, find_files
+from captionlib.data.sources.locations import IMAGE_EXTENSIONS, Location, find_files, open_file
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
 from captionlib.data.sources.tables import parse_caption_columns
 from captionlib.data.sources.values import parse_captions, parse_cell, parse_id, parse_json
@@ -44,7 +44,7 @@ def read_webdataset(addresses: Sequence[str], options: SourceOptions, skips: Ski
         DatasetError: a tar is compressed or damaged.
     """
     for location in find_files(addresses, frozenset({".tar"})):
-        with location.fs.open(location.path, "rb") as file:
+        with open_file(location) as file:
             seen: set[int] = set()  # hashes, because a tar can hold millions of keys
             for sample in _read_samples(file, location, skips):
                 if sample.images:

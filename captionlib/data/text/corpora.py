@@ -46,11 +46,10 @@ def open_corpus(
 
     Args:
         source: a `features/` or `manifest/` dataset, or a UTF-8 text file, possibly compressed (.gz, .bz2, .xz).
-        layout: how to read a text file. Datasets have the layout `sentences`.
+        layout: how to read a text file.
         train_splits: the splits of a dataset for training.
         validation_splits: the splits of a dataset for validation.
-        validation_fraction: the fraction of a text file for validation: evenly spaced lines, or the end of a continuous
-            text.
+        validation_fraction: the fraction of a text file for validation.
 
     Raises:
         DatasetError: the dataset is incomplete or of another kind, or the file cannot be read or is too short.

@@ -7,13 +7,14 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from captionlib.config import build_config, to_dict
 from captionlib.errors import ConfigError
 
 __all__ = ["END", "PAD", "UNKNOWN", "Level", "Vocabulary", "tokenize"]
@@ -31,7 +32,6 @@ UNKNOWN = 1
 """Replaces every token that is rarer than the vocabulary's `min_count`."""
 
 _FIRST_ID = 2
-_UNKNOWN_TEXT = "<unk>"
 
 # A letter or a digit, or any non-ASCII character that _normalize_character keeps (vowel signs, accents).
 _CHARACTER = r"(?:[^\W_]|[^\x00-\x7f])"
@@ -87,20 +87,21 @@ class Vocabulary:
     sentence_count: int
     level: Level = "words"
 
+    def __post_init__(self) -> None:
+        words, counts = len(self.words), len(self.counts)
+        if words != counts or len(set(self.words)) != words:
+            raise ConfigError(
+                f"vocabulary: expected distinct words with one count each, got {words} and {counts} counts"
+            )
+
     @classmethod
     def from_captions(cls, captions: Iterable[str], min_count: int = 5, level: Level = "words") -> "Vocabulary":
-        """Builds the vocabulary of the training captions. Captions of other splits would leak into the model.
-
-        Args:
-            captions: sentences, not tokenized; iterated once.
-            min_count: tokens that occur less often become UNKNOWN.
-            level: whether the tokens are words or characters.
+        """Builds the vocabulary of the training captions. Tokens that occur less than `min_count` times are UNKNOWN.
 
         Raises:
             ConfigError: there are no captions, or no token is frequent enough.
         """
-        counter: Counter[str] = Counter()
-        sentences = 0
+        counter, sentences = Counter[str](), 0
         for caption in captions:
             counter.update(tokenize(caption, level))
             sentences += 1
@@ -119,20 +120,13 @@ class Vocabulary:
         """Rebuilds a vocabulary from the output of `to_dict`.
 
         Raises:
-            KeyError, TypeError, ValueError: `values` is not such output.
+            ConfigError: `values` is not such output.
         """
-        words = tuple(str(word) for word in values["words"])
-        counts = tuple(int(count) for count in values["counts"])
-        if len(words) != len(counts) or len(set(words)) != len(words):
-            raise ValueError(f"expected distinct words with one count each, got {len(words)} and {len(counts)} counts")
-        level = values.get("level", "words")
-        if level not in get_args(Level):
-            raise ValueError(f"expected level {' or '.join(get_args(Level))}, got {level!r}")
-        return cls(words, counts, int(values["unknown_count"]), int(values["sentence_count"]), level)
+        return build_config(cls, values, origin="vocabulary")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for JSON."""
-        return {**asdict(self), "words": list(self.words), "counts": list(self.counts)}
+        return to_dict(self)
 
     def __len__(self) -> int:
         """Returns the number of classes of the softmax: the tokens, END and UNKNOWN."""
@@ -147,13 +141,10 @@ class Vocabulary:
         return self.encode_tokens(self.tokenize(sentence))
 
     def tokenize(self, sentence: str) -> list[str]:
-        """Splits a sentence into words or characters."""
         return tokenize(sentence, self.level)
 
     def encode_tokens(self, tokens: Iterable[str]) -> list[int]:
-        """Returns the ids of tokens."""
-        ids = self._ids
-        return [ids.get(token, UNKNOWN) for token in tokens]
+        return [self._ids.get(token, UNKNOWN) for token in tokens]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of token ids up to the first END or PAD. Words are separated by spaces."""
@@ -161,11 +152,10 @@ class Vocabulary:
         for index in ids:
             if index in (END, PAD):
                 break
-            words.append(_UNKNOWN_TEXT if index == UNKNOWN else self.words[index - _FIRST_ID])
+            words.append("<unk>" if index == UNKNOWN else self.words[index - _FIRST_ID])
         return (" " if self.level == "words" else "").join(words)
 
     def log_frequencies(self) -> npt.NDArray[np.float32]:
         """Returns ln(share of the training tokens) by class, `[len(self)] float32`. Classes count at least once."""
         counts = np.array([self.sentence_count, self.unknown_count, *self.counts], np.float64).clip(min=1)
-        logarithms: npt.NDArray[np.float32] = np.log(counts / counts.sum()).astype(np.float32)
-        return logarithms
+        return cast(npt.NDArray[np.float32], np.log(counts / counts.sum()).astype(np.float32))

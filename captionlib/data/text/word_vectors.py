@@ -30,27 +30,17 @@ _Entry = tuple[str, npt.NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class WordVectors:
-    """The vectors of requested words.
-
-    Attributes:
-        vectors: `[size] float32` by word.
-        missing: the requested words without a vector, in the order of the request.
-    """
+    """The vectors, `[size] float32`, of requested words, and the words without one, in the order of the request."""
 
     vectors: Mapping[str, npt.NDArray[np.float32]]
     missing: tuple[str, ...]
 
 
 def read_word_vectors(uri: str, words: Sequence[str], size: int) -> WordVectors:
-    """Reads the vectors of `words`, from a file that may be compressed (.gz, .bz2, .xz).
+    """Reads the vectors of `words`, in lower case, from a file that may be compressed (.gz, .bz2, .xz).
 
     A word that the file only has in another case gets the vector of the first such spelling, which is the most frequent
     one. The Google News vectors, for example, have `A` but not `a`.
-
-    Args:
-        uri: the path or URL of the file.
-        words: the words, in lower case.
-        size: the expected size of the vectors.
 
     Raises:
         ConfigError: the file cannot be read, or has vectors of another size.

@@ -35,12 +35,7 @@ class ImageGroups(NamedTuple):
 
 
 def group_by_image(image_of_row: Tensor, images: int) -> ImageGroups:
-    """Groups rows by image.
-
-    Args:
-        image_of_row: `[rows] int64`, in any order.
-        images: the number of images.
-    """
+    """Groups rows by image; `image_of_row` is `[rows] int64`, in any order."""
     counts = torch.bincount(image_of_row, minlength=images)
     order = image_of_row.argsort(stable=True)
     index = torch.empty_like(image_of_row)

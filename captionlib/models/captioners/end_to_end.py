@@ -26,13 +26,8 @@ class ImageCaptioner(nn.Module):
     ) -> TokenLogProbs:
         """Computes the log-probability of each token; see `Captioner.forward`.
 
-        In training, features keep their gradients. In evaluation they are rounded as when they are stored.
-
-        Args:
-            pixels: `[images, crop_size, crop_size, 3] uint8`.
-            captions: `[sentences, longest] int64`.
-            image_of_sentence: `[sentences] int64`, the row of `pixels` that a caption describes.
-            mean_log_probs: also return the mean over the vocabulary.
+        The images are pixels, `[images, crop_size, crop_size, 3] uint8`. In training, features keep their gradients. In
+        evaluation they are rounded as when they are stored.
         """
         features = self.encoder(pixels) if self.training else self.encoder.encode(pixels).float()
         scores: TokenLogProbs = self.captioner(features, captions, image_of_sentence, mean_log_probs)

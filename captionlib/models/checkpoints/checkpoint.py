@@ -38,7 +38,6 @@ __all__ = [
     "load_captioner",
     "load_language_model",
     "load_ranker",
-    "require_same_encoder",
     "save_captioner",
     "save_language_model",
     "save_ranker",
@@ -90,7 +89,11 @@ class LoadedModel(Generic[Model, Config]):
         Raises:
             CheckpointError: the encoders differ; the message names the fields.
         """
-        require_same_encoder(self.kind, self.encoder, description)
+        if differences := list(_find_differences(_to_json(self.encoder), _to_json(description))):
+            raise CheckpointError(
+                f"these features are of another encoder than the {self.kind}'s ({'; '.join(differences)}); "
+                f"extract them with the {self.kind}'s encoder, or train a {self.kind} on them"
+            )
 
 
 LoadedCaptioner = LoadedModel[Captioner, CaptionerConfig]
@@ -170,19 +173,10 @@ def save_captioner(
     training: Mapping[str, Any],
     encoder_file: bytes | None = None,
 ) -> str:
-    """Saves a captioner and replaces the checkpoint in the folder, if there is one.
+    """Saves a captioner, replaces the checkpoint in the folder if there is one, and returns its fingerprint.
 
-    Args:
-        folder: the checkpoint's folder.
-        model: the captioner, on any device.
-        vocabulary: its words.
-        encoder: the encoder's description, as the features dataset records it.
-        provenance: fingerprints of the data, versions, date; JSON values.
-        training: the training configuration and history; JSON values.
-        encoder_file: the encoder's weights file, if the encoder was fine-tuned with the captioner.
-
-    Returns:
-        The fingerprint.
+    `encoder` is the description that the features dataset records. If the encoder was fine-tuned with the captioner,
+    `encoder_file` is its weights file. Provenance and training history are JSON values.
 
     Raises:
         CheckpointError: the vocabulary does not fit the model.
@@ -208,9 +202,9 @@ def load_captioner(folder: FolderLike, device: str = "cpu") -> LoadedCaptioner:
         ConfigError: the device does not exist.
     """
 
-    def build(config: CaptionerConfig, feature_size: int, vocabulary: Vocabulary, identity: Identity) -> Captioner:
+    def build(config: CaptionerConfig, feature_size: int, vocabulary_size: int, identity: Identity) -> Captioner:
         encoder_top = None if config.encoder_top is None else EncoderTop(identity["encoder"], config.encoder_top)
-        return Captioner(config, feature_size, len(vocabulary), encoder_top)
+        return Captioner(config, feature_size, vocabulary_size, encoder_top)
 
     return LoadedModel(**_load(folder, _CAPTIONER, device, CaptionerConfig, build))
 
@@ -244,11 +238,9 @@ def load_ranker(folder: FolderLike, device: str = "cpu") -> LoadedRanker:
         CheckpointError: the checkpoint is missing, damaged or of another kind.
         ConfigError: the device does not exist.
     """
-
-    def build(config: RankerConfig, feature_size: int, vocabulary: Vocabulary, _identity: Identity) -> Ranker:
-        return Ranker(config, feature_size, len(vocabulary))
-
-    return LoadedRanker(**_load(folder, _RANKER, device, RankerConfig, build))
+    return LoadedRanker(
+        **_load(folder, _RANKER, device, RankerConfig, lambda config, size, words, _: Ranker(config, size, words))
+    )
 
 
 def save_language_model(
@@ -273,31 +265,12 @@ def load_language_model(folder: FolderLike, device: str = "cpu") -> LoadedLangua
         ConfigError: the device does not exist.
     """
 
-    def build(config: LanguageModelConfig, _size: int, vocabulary: Vocabulary, identity: Identity) -> Captioner:
+    def build(config: LanguageModelConfig, _size: int, vocabulary_size: int, identity: Identity) -> Captioner:
         if identity["layout"] not in get_args(TextLayout):
             raise ValueError(f"expected layout {' or '.join(get_args(TextLayout))}, got {identity['layout']!r}")
-        return build_language_model(config, len(vocabulary))
+        return build_language_model(config, vocabulary_size)
 
     return LoadedLanguageModel(**_load(folder, _LANGUAGE_MODEL, device, LanguageModelConfig, build, "layout"))
-
-
-def require_same_encoder(kind: str, expected: Mapping[str, Any], got: Mapping[str, Any]) -> None:
-    """Checks that features come from the encoder that a model was trained on.
-
-    Args:
-        kind: the kind of model, such as `captioner`.
-        expected: the description of the model's encoder.
-        got: the description of the features' encoder.
-
-    Raises:
-        CheckpointError: the encoders differ; the message names the fields.
-    """
-    differences = list(_find_differences(_to_json(expected), _to_json(got)))
-    if differences:
-        raise CheckpointError(
-            f"these features are of another encoder than the {kind}'s ({'; '.join(differences)}); "
-            f"extract them with the {kind}'s encoder, or train a {kind} on them"
-        )
 
 
 def _save(
@@ -323,18 +296,12 @@ def _load(
     kind: str,
     device: str,
     config_type: type[Config],
-    build: Callable[[Config, int, Vocabulary, Identity], nn.Module],
+    build: Callable[[Config, int, int, Identity], nn.Module],
     *extra: str,
 ) -> dict[str, Any]:
-    """Loads the attributes of `LoadedModel`.
+    """Loads the attributes of `LoadedModel`, and `extra` ones from the checkpoint's identity.
 
-    Args:
-        folder: the checkpoint's folder.
-        kind: the kind that it must have.
-        device: auto, cpu, cuda or cuda:N.
-        config_type: of the architecture.
-        build: makes the network from configuration, feature size, vocabulary and the checkpoint's identity.
-        extra: further attributes, from the identity.
+    `build` makes the network from configuration, feature size, vocabulary size and the checkpoint's identity.
     """
     target = resolve_device(device)
     checkpoint = read_checkpoint(folder, kind)
@@ -345,7 +312,7 @@ def _load(
             feature_size = int(architecture.pop("feature_size"))
             config = build_config(config_type, architecture, origin="architecture")
             vocabulary = Vocabulary.from_dict(identity["vocabulary"])
-            model = build(config, feature_size, vocabulary, identity)
+            model = build(config, feature_size, len(vocabulary), identity)
             model.load_state_dict(checkpoint.tensors)
             encoder = dict(identity.get("encoder", {}))
             attributes = {name: identity[name] for name in extra}

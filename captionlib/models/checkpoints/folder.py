@@ -84,21 +84,10 @@ def write_checkpoint(
     training: Mapping[str, Any],
     encoder_file: bytes | None = None,
 ) -> str:
-    """Writes a checkpoint and replaces the one in the folder, if there is one.
+    """Writes a checkpoint, replaces the one in the folder if there is one, and returns its fingerprint.
 
-    All files are written under temporary names, then renamed; the configuration last.
-
-    Args:
-        folder: the checkpoint's folder.
-        kind: of the model.
-        tensors: the weights.
-        identity: everything else that determines the model's output; JSON values.
-        provenance: the data and versions that the model was trained with; JSON values.
-        training: the training configuration and history; JSON values.
-        encoder_file: the weights file of the encoder that `identity` describes, if it was fine-tuned with the model.
-
-    Returns:
-        The fingerprint.
+    All files are written under temporary names, then renamed; the configuration last. If the encoder that `identity`
+    describes was fine-tuned with the model, `encoder_file` is its weights file.
     """
     # Cloned because safetensors rejects tensors that share memory, as tied weights do.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -124,12 +113,7 @@ def write_checkpoint(
 
 
 def find_encoder_weights(folder: FolderLike, description: Mapping[str, Any]) -> str | None:
-    """Returns the address of the encoder's weights, or None if the encoder was not fine-tuned with the model.
-
-    Args:
-        folder: the checkpoint's folder.
-        description: of the model's encoder.
-    """
+    """Returns the address of an encoder's weights, or None if the encoder was not fine-tuned with the model."""
     source = open_folder(folder)
     return source.address(ENCODER) if description.get("weights") == "file" and source.exists(ENCODER) else None
 

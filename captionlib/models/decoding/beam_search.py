@@ -14,26 +14,11 @@ import torch
 from torch import Tensor
 
 from captionlib.data.text.vocabulary import END
-from captionlib.models.decoding.candidate import Candidate
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.constraints import Constraints
-from captionlib.models.decoding.incremental import Hypotheses, IncrementalCaptioner
+from captionlib.models.decoding.incremental import Candidate, Hypotheses, IncrementalCaptioner
 
 __all__ = ["search_beam"]
-
-
-class _Finished(NamedTuple):
-    """Hypotheses that finished at the same time step.
-
-    Attributes:
-        group: `[hypotheses] int64`.
-        log_prob: `[hypotheses] float32`.
-        words: `[hypotheses, tokens] int64`, END last if it was reached.
-    """
-
-    group: Tensor
-    log_prob: Tensor
-    words: Tensor
 
 
 class _Continuations(NamedTuple):
@@ -53,13 +38,7 @@ class _Continuations(NamedTuple):
 def search_beam(
     incremental: IncrementalCaptioner, config: DecodingConfig, constraints: Constraints, start: Hypotheses
 ) -> list[list[Candidate]]:
-    """Searches for the most probable sentences of each image.
-
-    Args:
-        incremental: the captioner.
-        config: the beam's width, groups and limits.
-        constraints: words that may not be written.
-        start: one hypothesis per image.
+    """Searches for the most probable sentences of each image, from one hypothesis per image.
 
     Returns:
         At least `config.pool_size` candidates per image if there are as many, in no particular order.
@@ -91,7 +70,8 @@ class _BeamSearch:
         groups = len(start.words)
         self._beam = start
         self._group = torch.arange(groups, device=device)  # of each hypothesis; ascending
-        self._finished: list[_Finished] = []
+        # Groups, log-probabilities, and words (END included) of the hypotheses that finished at each time step.
+        self._finished: list[tuple[Tensor, Tensor, Tensor]] = []
         self._free = torch.full((groups, 1), self._width, device=device)  # places of unfinished hypotheses
         self._best_scores = torch.full((groups, config.pool_size), -torch.inf, device=device)  # of finished ones
         self._ranks = torch.arange(self._width, device=device)
@@ -126,8 +106,7 @@ class _BeamSearch:
         """Returns the finished hypotheses of each image; those that several groups found are listed once."""
         per_image: list[dict[tuple[int, ...], Candidate]] = [{} for _ in range(self._images)]
         for finished in self._finished:
-            rows = zip(finished.group.tolist(), finished.log_prob.tolist(), finished.words.tolist(), strict=True)
-            for group, log_prob, words in rows:
+            for group, log_prob, words in zip(*(values.tolist() for values in finished), strict=True):
                 token_ids = words[:-1] if words[-1] == END else words
                 candidate = Candidate(token_ids, log_prob, token_count=len(words))
                 per_image[group // self._config.beam_groups].setdefault(tuple(words), candidate)
@@ -170,7 +149,7 @@ class _BeamSearch:
         group, rank = finishing.nonzero(as_tuple=True)
         rows, word = chosen.row[group, rank], chosen.word[group, rank]
         words = torch.cat([self._beam.words[rows, 1:], word[:, None]], 1)
-        self._finished.append(_Finished(group, chosen.log_prob[group, rank], words))
+        self._finished.append((group, chosen.log_prob[group, rank], words))
         self._free = self._free - finishing.sum(1, keepdim=True)
         scores = (chosen.log_prob / self._tokens**self._config.length_penalty).where(finishing, -torch.inf)
         self._best_scores = torch.cat([self._best_scores, scores], 1).topk(self._config.pool_size, dim=1).values
@@ -188,13 +167,9 @@ class _BeamSearch:
 
 
 def _top_continuations(scores: Tensor, group: Tensor, groups: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Finds the best continuations of each group.
+    """Finds the `width` best continuations of each group.
 
-    Args:
-        scores: `[rows, columns] float32`, of the continuations of each row.
-        group: `[rows] int64`, ascending.
-        groups: the number of groups.
-        width: continuations per group.
+    `scores` is `[rows, columns] float32`, and `group` is `[rows] int64` in ascending order.
 
     Returns:
         Score, row and column of each, `[groups, width]`; the score is -inf if there are fewer.

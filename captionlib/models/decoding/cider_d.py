@@ -124,10 +124,7 @@ def _extract_ngrams(sentences: Sequence[Sequence[int]]) -> _Ngrams:
 class _NgramCounts:
     """How often each sentence contains each of its n-grams, with their tf-idf weight by the norm of the sentence.
 
-    Args:
-        ngrams: of several sentences.
-        column: `[ngrams]`, the index of each n-gram among the distinct ones.
-        weights: of each distinct n-gram.
+    `column` holds the index of each n-gram among the distinct ones, `weights` their inverse document frequencies.
     """
 
     def __init__(self, ngrams: _Ngrams, column: Indices, weights: Matrix) -> None:

@@ -13,12 +13,7 @@ __all__ = ["Constraints", "find_forbidden_ids"]
 
 
 class Constraints:
-    """Removes the words that the configuration forbids. The others keep their log-probability.
-
-    Args:
-        config: `min_words` and `no_repeat_ngram_size`.
-        forbidden: `[words] int64`, from `find_forbidden_ids`.
-    """
+    """Forbids the words of `find_forbidden_ids`, repeated n-grams and early ENDs. Others keep their probability."""
 
     def __init__(self, config: DecodingConfig, forbidden: Tensor) -> None:
         self._forbidden = forbidden
@@ -50,11 +45,7 @@ class Constraints:
 
 
 def find_forbidden_ids(words: Iterable[str], vocabulary: Vocabulary | None) -> list[int]:
-    """Returns UNKNOWN and the ids of the words. A word outside the vocabulary is never written anyway.
-
-    Args:
-        words: single words, in any case.
-        vocabulary: the model's; None if there are no words.
+    """Returns UNKNOWN and the ids of the words, in any case. A word outside the vocabulary is never written anyway.
 
     Raises:
         ConfigError: an entry is not a single word, or there is no vocabulary.

@@ -124,12 +124,7 @@ def write_datastore(
 ) -> None:
     """Writes the datastore into a captioner's checkpoint, completely or not at all.
 
-    Args:
-        folder: the checkpoint.
-        captioner: loaded from it.
-        features_fingerprint: of the dataset that the images come from.
-        splits: the splits that they come from.
-        entries: batches of images.
+    The features dataset and the splits that the images come from enter the datastore's fingerprint.
     """
     origin = {"captioner": captioner.fingerprint, "features": features_fingerprint, "splits": list(splits)}
     schema = pa.schema(
@@ -140,10 +135,7 @@ def write_datastore(
         ],
         {"captionlib": json.dumps(origin)},
     )
-    with (
-        open_folder(folder).stage(DATASTORE) as path,
-        pq.ParquetWriter(path, schema, compression="zstd") as writer,
-    ):
+    with open_folder(folder).stage(DATASTORE) as path, pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for image_ids, vectors, references in entries:
             columns = [pa.array(image_ids), numpy_to_vectors(vectors), pa.array(references, _REFERENCES)]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))

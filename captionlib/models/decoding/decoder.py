@@ -11,11 +11,10 @@ from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.captioners.captioner import Captioner
 from captionlib.models.decoding.beam_search import search_beam
-from captionlib.models.decoding.candidate import Candidate
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.constraints import Constraints, find_forbidden_ids
 from captionlib.models.decoding.datastore import Datastore
-from captionlib.models.decoding.incremental import IncrementalCaptioner
+from captionlib.models.decoding.incremental import Candidate, IncrementalCaptioner
 from captionlib.models.decoding.rerank import Reranker
 from captionlib.models.decoding.sampling import sample_captions
 from captionlib.models.devices import halve_on_out_of_memory
@@ -106,7 +105,10 @@ class Decoder:
         if self.config.strategy == "beam":
             per_image = search_beam(self._incremental, self.config, self._constraints, start)
         else:
-            sampling_keys = _feature_keys(features) if keys is None else [key.encode() for key in keys]
+            if keys is None:
+                sampling_keys = [row.tobytes() for row in features.to("cpu", torch.float32).numpy()]
+            else:
+                sampling_keys = [key.encode() for key in keys]
             per_image = sample_captions(self._incremental, self.config, self._constraints, start, sampling_keys)
         pools = [self._select_pool(candidates) for candidates in per_image]
         if self._reranker is not None:
@@ -121,7 +123,3 @@ class Decoder:
             distinct.setdefault((candidate.token_count, *candidate.token_ids), candidate)
         ranked = sorted(distinct.values(), key=lambda each: each.log_prob / each.token_count**exponent, reverse=True)
         return ranked[: self.config.pool_size]
-
-
-def _feature_keys(features: Tensor) -> list[bytes]:
-    return [row.tobytes() for row in features.to("cpu", torch.float32).numpy()]

@@ -22,11 +22,9 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from captionlib.config import configclass
 from captionlib.errors import ConfigError
 from captionlib.models.captioners.captioner import ImageState
-from captionlib.models.decoding.candidate import Candidate
 from captionlib.models.decoding.cider_d import CiderD
 from captionlib.models.decoding.datastore import Datastore, Neighbors
-from captionlib.models.decoding.incremental import IncrementalCaptioner
-from captionlib.models.decoding.scoring import score_sentences
+from captionlib.models.decoding.incremental import Candidate, IncrementalCaptioner, score_sentences
 
 __all__ = ["RerankConfig", "Reranker", "rerank_candidates"]
 
@@ -68,7 +66,7 @@ class Reranker:
 
     Args:
         config: method and weights.
-        incremental: scores candidates for the average image, if the mutual information counts.
+        incremental: the captioner, which also scores candidates for the average image.
         datastore: the captioner's; only neighbors need it.
 
     Raises:
@@ -91,13 +89,7 @@ class Reranker:
     def rerank(
         self, pools: Sequence[Sequence[Candidate]], image_state: ImageState, keys: Sequence[str] | None
     ) -> list[list[Candidate]]:
-        """Reranks the candidates of each image.
-
-        Args:
-            pools: the candidates of each image.
-            image_state: the encoded images.
-            keys: their ids, so that no image is its own neighbor; None if they are unknown.
-        """
+        """Reranks the candidates of each image; `keys` are the ids of the images, so that none is its own neighbor."""
         neighbors: list[Neighbors] | list[None] = [None] * len(pools)
         if self._datastore is not None:
             vectors = image_state.features.cpu().numpy()

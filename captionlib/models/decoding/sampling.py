@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from captionlib.data.text.vocabulary import END
-from captionlib.models.decoding.candidate import Candidate
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.constraints import Constraints
-from captionlib.models.decoding.incremental import Hypotheses, IncrementalCaptioner
+from captionlib.models.decoding.incremental import Candidate, Hypotheses, IncrementalCaptioner
 
 __all__ = ["generate_uniforms", "sample_captions", "sample_tokens"]
 
@@ -29,12 +28,7 @@ def sample_captions(
 ) -> list[list[Candidate]]:
     """Samples `n_best` sentences per image, in the order of their indices; duplicates are included.
 
-    Args:
-        incremental: the captioner.
-        config: how sentences are sampled.
-        constraints: words that may not be written.
-        start: one hypothesis per image.
-        keys: identify the images for the random numbers.
+    `start` holds one hypothesis per image; `keys` identify the images for the random numbers.
     """
     device, per_image = incremental.device, config.n_best
     sentence = torch.arange(len(keys) * per_image, device=device)  # of each unfinished row
@@ -52,10 +46,8 @@ def sample_captions(
         words = torch.cat([words, word[:, None]], 1)
         finished = (word == END) | (step == steps - 1)
         if finished.any():
-            rows = zip(
-                sentence[finished].tolist(), log_prob[finished].tolist(), words[finished, 1:].tolist(), strict=True
-            )
-            for index, total, ids in rows:
+            rows = (values[finished].tolist() for values in (sentence, log_prob, words[:, 1:]))
+            for index, total, ids in zip(*rows, strict=True):
                 candidates[index] = Candidate(ids[:-1] if ids[-1] == END else ids, total, token_count=len(ids))
             left = (~finished).nonzero()[:, 0]
             sentence, log_prob, words, state = sentence[left], log_prob[left], words[left], state.select(left)
@@ -63,13 +55,7 @@ def sample_captions(
 
 
 def generate_uniforms(keys: Sequence[bytes], sentences: int, count: int, seed: int) -> Tensor:
-    """Generates random numbers from [0, 1).
-
-    Args:
-        keys: identify the images.
-        sentences: sentences per image.
-        count: numbers per sentence.
-        seed: selects other numbers.
+    """Generates `count` random numbers from [0, 1) for each sentence of each image, which a key identifies.
 
     Returns:
         `[len(keys) * sentences, count] float32`.

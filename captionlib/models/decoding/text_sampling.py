@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from captionlib.data.text.vocabulary import UNKNOWN, Vocabulary
+from captionlib.data.text.vocabulary import UNKNOWN
 from captionlib.errors import ConfigError
 from captionlib.models.checkpoints.checkpoint import LoadedLanguageModel
 from captionlib.models.decoding.config import DecodingConfig
@@ -45,21 +45,7 @@ def sample_texts(
     Raises:
         ConfigError: the prefix contains a word or character that the model does not know.
     """
-    ids = _encode_prefix(language_model.vocabulary, prefix)
-    longest = len(ids) + config.max_tokens
-    shortest = longest if language_model.layout == "continuous" else config.min_words
-    bounded = replace(config, max_tokens=longest, min_words=shortest, n_best=1)
-    decoder = Decoder(language_model.model, bounded, vocabulary=language_model.vocabulary)
-    samples: list[TextSample] = []
-    for start in range(0, count, _BATCH_SIZE):
-        keys = [str(number) for number in range(start, min(start + _BATCH_SIZE, count))]
-        for (candidate,) in decoder.decode(torch.zeros(len(keys), 0), keys, ids):
-            text = language_model.vocabulary.decode(candidate.token_ids)
-            samples.append(TextSample(text, candidate.log_prob, candidate.token_count))
-    return samples
-
-
-def _encode_prefix(vocabulary: Vocabulary, prefix: str) -> list[int]:
+    vocabulary = language_model.vocabulary
     ids = vocabulary.encode(prefix)
     if UNKNOWN in ids:
         unknown = [part for part in vocabulary.tokenize(prefix) if vocabulary.encode_tokens([part]) == [UNKNOWN]]
@@ -67,4 +53,14 @@ def _encode_prefix(vocabulary: Vocabulary, prefix: str) -> list[int]:
             f"prefix: expected {vocabulary.level} of the model's vocabulary, got {', '.join(map(repr, unknown))}; "
             "use others"
         )
-    return ids
+    longest = len(ids) + config.max_tokens
+    shortest = longest if language_model.layout == "continuous" else config.min_words
+    bounded = replace(config, max_tokens=longest, min_words=shortest, n_best=1)
+    decoder = Decoder(language_model.model, bounded, vocabulary=vocabulary)
+    samples: list[TextSample] = []
+    for start in range(0, count, _BATCH_SIZE):
+        keys = [str(number) for number in range(start, min(start + _BATCH_SIZE, count))]
+        for (candidate,) in decoder.decode(torch.zeros(len(keys), 0), keys, ids):
+            text = vocabulary.decode(candidate.token_ids)
+            samples.append(TextSample(text, candidate.log_prob, candidate.token_count))
+    return samples

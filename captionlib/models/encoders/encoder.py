@@ -174,12 +174,7 @@ def _wait_for_batch(features: Tensor, wait: Callable[[], None]) -> npt.NDArray[n
 
 
 def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = False) -> Encoder:
-    """Builds an encoder and loads its weights.
-
-    Args:
-        config: network, node and weights.
-        device: auto, cpu, cuda or cuda:N.
-        trainable: prepare the weights for fine-tuning, see `EncoderNetwork`.
+    """Builds an encoder and loads its weights; `trainable` prepares them for fine-tuning, see `EncoderNetwork`.
 
     Raises:
         ConfigError: the model, the node, the weights or the device do not exist, or the weights lack layers up to the
@@ -210,12 +205,7 @@ def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = 
 
 
 def describe_finetuned_encoder(description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Returns the description of an encoder after fine-tuning.
-
-    Args:
-        description: the description before fine-tuning.
-        weights: all tensors of the network, as its weights file will hold them.
-    """
+    """Returns the description of an encoder whose `weights`, all tensors of the network, have been fine-tuned."""
     changes = {"weights": "file", "missing_weights": "error", "weights_sha256": hash_weights(weights)}
     return {**description, **changes}
 

@@ -49,11 +49,7 @@ class EvalModeNetwork(nn.Module):
         return super().train(False)
 
     def run_network(self, inputs: Tensor) -> Tensor:
-        """Returns the output of the network's last node as float32.
-
-        Args:
-            inputs: `[batch, channels, height, width]`.
-        """
+        """Returns the output of the network's last node as float32, from `[batch, channels, height, width]`."""
         with torch.autocast(inputs.device.type, torch.bfloat16) if self._autocast else nullcontext():
             output: Tensor = self.network(inputs)["features"]
         return output.float()
@@ -93,22 +89,16 @@ class EncoderNetwork(EvalModeNetwork):
         self.register_buffer("shift", mean / std, persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Computes features.
+        """Computes features, `[batch, size]` or `[batch, positions, channels] float32`.
 
         Args:
             pixels: `[batch, crop, crop, 3] uint8`, RGB.
-
-        Returns:
-            `[batch, size]` or `[batch, positions, channels]`, float32.
         """
         images = pixels.permute(0, 3, 1, 2)  # a view in channels_last, the memory layout of decoded images
         return self._pool(self.run_network((images * self.scale - self.shift).to(self._input_dtype)))
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Computes features and rounds them to the stored dtype.
-
-        Args:
-            pixels: see `forward`.
+        """Computes features as `forward` does, and rounds them to the stored dtype.
 
         Raises:
             DatasetError: the features overflow the stored dtype.
@@ -209,9 +199,7 @@ def slice_network(name: str, start: str, node: str) -> nn.Module:
 def list_parameters_before(name: str, node: str) -> set[str]:
     """Returns the names of the parameters and buffers that precede a node in a torchvision model's graph.
 
-    Args:
-        name: a torchvision model name.
-        node: a node of its graph, or a module that contains nodes, such as `layer4`.
+    The node may also be a module that contains nodes, such as `layer4`.
 
     Raises:
         ConfigError: the model or the node does not exist.

@@ -54,22 +54,12 @@ class EncoderTop(EvalModeNetwork):
             )
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Computes the output of the node.
-
-        Args:
-            maps: `[images, positions, channels]`, features of square maps.
-
-        Returns:
-            `[images, positions, channels]`, float32.
-        """
+        """Computes the node's output from features of square maps; both are `[images, positions, channels]` float32."""
         side = math.isqrt(maps.shape[1])
         return flatten_positions(self.run_network(maps.view(len(maps), side, side, -1).permute(0, 3, 1, 2)))
 
     def load_weights(self, weights: str | None) -> None:
-        """Loads the weights that the encoder has in these layers.
-
-        Args:
-            weights: path of the encoder's weights file; required if its weights came from a file.
+        """Loads the weights that the encoder has in these layers, from a path if its weights came from a file.
 
         Raises:
             CheckpointError: `weights` are not the encoder's weights.

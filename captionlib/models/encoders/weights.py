@@ -77,11 +77,8 @@ def is_weights_file(weights: str) -> bool:
 def sample_weights(network: nn.Module, weights: str) -> dict[str, Tensor]:
     """Samples convolutions and linear layers from He's normal distribution; other layers keep their initialization.
 
-    Source: He et al. 2015, "Delving Deep into Rectifiers", equation 10: std = sqrt(2 / fan_in).
-
-    Args:
-        network: the network; its own weights change too.
-        weights: `random:SEED`.
+    Source: He et al. 2015, "Delving Deep into Rectifiers", equation 10: std = sqrt(2 / fan_in). The weights of the
+    network itself change too.
 
     Raises:
         ConfigError: `weights` is not `random:SEED`.
@@ -102,12 +99,7 @@ def resolve_preprocessing(model: str, weights: str, resize_size: int | None = No
     """Returns the preprocessing that a model needs with these weights.
 
     It comes from the header of the weights file, from torchvision's named weights, or else from the model's default
-    weights.
-
-    Args:
-        model: a torchvision model name.
-        weights: see `load_weights`.
-        resize_size: overrides the shorter side in pixels; None keeps it.
+    weights; see `load_weights`. `resize_size` overrides the shorter side in pixels.
 
     Raises:
         ConfigError: the weights file cannot be read.

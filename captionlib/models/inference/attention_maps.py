@@ -13,7 +13,7 @@ from captionlib.errors import CheckpointError
 from captionlib.models.captioners.captioner import Captioner
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.checkpoints.checkpoint import LoadedCaptioner
-from captionlib.models.decoding.candidate import Candidate
+from captionlib.models.decoding.incremental import Candidate
 
 __all__ = ["compute_attention_maps", "require_attention"]
 
@@ -38,11 +38,6 @@ def compute_attention_maps(
     model: Captioner, features: npt.NDArray[np.float32], captions: Sequence[Candidate]
 ) -> pa.Array:
     """Computes the attention weights of each caption's tokens, END last if it was reached.
-
-    Args:
-        model: a captioner with attention.
-        features: `[images, positions, channels]`, from the encoder.
-        captions: one per image, as decoded.
 
     Returns:
         One vector per token: `list<fixed_size_list<float16>[positions]>` per image.

@@ -13,19 +13,19 @@ from pydantic import PositiveInt
 
 from captionlib.config import configclass
 from captionlib.data.images.loading import LoadingConfig
-from captionlib.data.shards.schemas import captions_schema
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema
 from captionlib.data.shards.stages import ProcessRows
 from captionlib.errors import ImageError
 from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, LoadedRanker, load_captioner
-from captionlib.models.decoding.candidate import Candidate
 from captionlib.models.decoding.config import DecodingConfig
-from captionlib.models.decoding.datastore import read_datastore, read_datastore_fingerprint
+from captionlib.models.decoding.datastore import read_datastore
 from captionlib.models.decoding.decoder import Decoder
+from captionlib.models.decoding.incremental import Candidate
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.attention_maps import compute_attention_maps, require_attention
 from captionlib.models.inference.embedding import SHARED_RANKERS, build_embedding_rows
-from captionlib.models.inference.feature_source import build_manifest_rows, open_feature_source
+from captionlib.models.inference.feature_source import EncodedRows, open_feature_source
 from captionlib.models.inference.shared_models import CheckpointCache, PinnedCheckpoint, cached_per_process
 
 __all__ = [
@@ -34,13 +34,11 @@ __all__ = [
     "GenerationConfig",
     "build_caption_rows",
     "caption_images",
-    "find_datastore_fingerprint",
 ]
 
 SHARED_CAPTIONERS: CheckpointCache[LoadedCaptioner] = CheckpointCache(load_captioner)
 
 Row = dict[str, Any]
-EncodedRows = Iterator[tuple[list[Row], npt.NDArray[np.floating]]]
 
 
 @configclass
@@ -137,29 +135,13 @@ def _load_decoder_once(
     return Decoder(captioner.model, decoding, getattr(torch, dtype), captioner.vocabulary, datastore)
 
 
-def find_datastore_fingerprint(checkpoint: str, captioner: LoadedCaptioner, decoding: DecodingConfig) -> str | None:
-    """Returns the fingerprint of the captioner's datastore; None if decoding does not use it.
-
-    Raises:
-        CheckpointError: decoding needs a datastore and the captioner has none.
-    """
-    return read_datastore_fingerprint(checkpoint, captioner) if decoding.rerank.neighbors else None
-
-
 def build_caption_rows(
     rows: Sequence[Row],
     candidates: Sequence[Sequence[Candidate]],
     captioner: LoadedCaptioner,
     attention: pa.Array | None = None,
 ) -> pa.RecordBatch:
-    """Returns rows of `captions/`.
-
-    Args:
-        rows: the images.
-        candidates: the n-best list of each image; the first candidate is its caption.
-        captioner: supplies the vocabulary.
-        attention: attention weights of the captions, see `compute_attention_maps`.
-    """
+    """Returns rows of `captions/` from the n-best list of each image; `attention` is from `compute_attention_maps`."""
     schema = captions_schema(None if attention is None else attention.type.value_type.list_size)
     texts = [[captioner.vocabulary.decode(candidate.token_ids) for candidate in per_image] for per_image in candidates]
     columns = {
@@ -223,7 +205,8 @@ def caption_images(
     with open_feature_source(
         encoder, captioner.encoder, config.loading, config.encoder_batch_size, device, None
     ) as load_features:
-        batches = iter([build_manifest_rows(uris)])
+        images = [{"image_id": uri, "uri": uri, "split": "", "captions": []} for uri in uris]
+        batches = iter([pa.RecordBatch.from_pylist(images, schema=MANIFEST_SCHEMA)])
         encoded = load_features(batches, lambda _id, uri, error: failures.append((uri, error)))
         captions = _caption_batches(encoded, captioner, decoder, config)
         return [row for (batch,) in captions for row in batch.to_pylist()], failures

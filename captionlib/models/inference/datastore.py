@@ -116,8 +116,8 @@ def _read_batches(
 def _transform_features(model: Captioner, features: torch.Tensor) -> torch.Tensor:
     """Computes `ImageState.features` on the model's device, and returns them on the CPU."""
     device = model.output.weight.device
-
-    def transform_part(part: slice) -> torch.Tensor:
-        return model.encode_images(features[part].to(device)).features.cpu()
-
-    return torch.cat(halve_on_out_of_memory(transform_part, len(features)))
+    return torch.cat(
+        halve_on_out_of_memory(
+            lambda part: model.encode_images(features[part].to(device)).features.cpu(), len(features)
+        )
+    )

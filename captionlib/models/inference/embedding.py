@@ -17,12 +17,10 @@ from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.schemas import embeddings_schema
-from captionlib.data.shards.stages import ProcessRows, ReportFailure
-from captionlib.errors import ImageError
+from captionlib.data.shards.stages import ProcessRows
 from captionlib.models.checkpoints.checkpoint import LoadedRanker, load_ranker
-from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import EncoderConfig
-from captionlib.models.inference.feature_source import build_manifest_rows, open_feature_source
+from captionlib.models.inference.feature_source import open_feature_source
 from captionlib.models.inference.shared_models import CheckpointCache, PinnedCheckpoint
 
 __all__ = [
@@ -31,7 +29,6 @@ __all__ = [
     "ImageEmbedding",
     "build_embedding_rows",
     "create_embeddings_dataset",
-    "embed_single_images",
 ]
 
 SHARED_RANKERS: CheckpointCache[LoadedRanker] = CheckpointCache(load_ranker)
@@ -84,12 +81,9 @@ class ImageEmbedding:
         with open_feature_source(
             self.encoder, ranker.encoder, config.loading, config.encoder_batch_size, self.device, self.threads
         ) as load_features:
-
-            def process(batches: Iterator[pa.RecordBatch], fail: ReportFailure) -> Iterator[tuple[pa.RecordBatch, ...]]:
-                for rows, features in load_features(batches, fail):
-                    yield (build_embedding_rows(rows, features, ranker),)
-
-            yield process
+            yield lambda batches, fail: (
+                (build_embedding_rows(rows, features, ranker),) for rows, features in load_features(batches, fail)
+            )
 
 
 def create_embeddings_dataset(
@@ -114,39 +108,3 @@ def build_embedding_rows(
     vectors = numpy_to_vectors(ranker.encode_features(features).astype(np.float16))
     columns = [pa.array([row[name] for row in rows], schema.field(name).type) for name in ("image_id", "uri")]
     return pa.RecordBatch.from_arrays([*columns, vectors], schema=schema)
-
-
-def embed_single_images(
-    uris: Sequence[str],
-    checkpoint: str,
-    config: EmbeddingConfig,
-    *,
-    weights: str | None = None,
-    device: str = "auto",
-) -> tuple[list[str], npt.NDArray[np.float32], list[tuple[str, ImageError]]]:
-    """Embeds images outside of any dataset.
-
-    Args:
-        uris: paths or addresses.
-        checkpoint: the ranker's folder.
-        config: configuration of the embedding.
-        weights: path of the encoder's weights file; required if the encoder was loaded from a file.
-        device: auto, cpu, cuda or cuda:N.
-
-    Returns:
-        The uris of the images that could be read, in the given order; their unit vectors, `[images, size]`; and the
-        uris of the others, with the reasons.
-    """
-    ranker = load_ranker(checkpoint, str(resolve_device(device)))
-    embedded: list[str] = []
-    vectors = [np.empty((0, ranker.size), np.float32)]
-    failures: list[tuple[str, ImageError]] = []
-    encoder = EncoderConfig.from_description(ranker.encoder, weights)
-    with open_feature_source(
-        encoder, ranker.encoder, config.loading, config.encoder_batch_size, device, None
-    ) as load_features:
-        batches = iter([build_manifest_rows(uris)])
-        for rows, features in load_features(batches, lambda _id, uri, error: failures.append((uri, error))):
-            embedded.extend(row["uri"] for row in rows)
-            vectors.append(ranker.encode_features(features))
-    return embedded, np.concatenate(vectors), failures

@@ -60,8 +60,7 @@ class FeatureExtraction:
 
     @property
     def columns(self) -> Sequence[str]:
-        names: Sequence[str] = MANIFEST_SCHEMA.names
-        return names
+        return list(MANIFEST_SCHEMA.names)
 
     @contextmanager
     def open(self) -> Iterator[ProcessRows]:
@@ -122,11 +121,7 @@ def load_shared_encoder(
 ) -> Encoder:
     """Returns the encoder that all threads of this process share.
 
-    Args:
-        config: configuration of the encoder.
-        device: device of the encoder.
-        threads: CPU threads of the process; None leaves them.
-        description: expected description; None accepts any.
+    `threads` sets the number of CPU threads of the process, unless it is None.
 
     Raises:
         DatasetError: the encoder differs from `description`, because its weights differ between machines.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,52 +11,26 @@ import pyarrow as pa
 from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.images.loading import LoadingConfig, open_loader
 from captionlib.data.shards.dataset import ShardedDataset
-from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.stages import ReportFailure
 from captionlib.errors import ConfigError, DatasetError
+from captionlib.models.checkpoints.checkpoint import LoadedModel
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.extraction import encode_images, load_shared_encoder
 
-__all__ = ["FeatureLoader", "FeatureModel", "build_manifest_rows", "open_feature_source", "resolve_encoder"]
+__all__ = ["EncodedRows", "FeatureLoader", "open_feature_source", "resolve_encoder"]
 
-Row = dict[str, Any]
-
-FeatureLoader = Callable[
-    [Iterator[pa.RecordBatch], ReportFailure], Iterator[tuple[list[Row], npt.NDArray[np.floating]]]
-]
+EncodedRows = Iterator[tuple[list[dict[str, Any]], npt.NDArray[np.floating]]]
+FeatureLoader = Callable[[Iterator[pa.RecordBatch], ReportFailure], EncodedRows]
 """Takes rows of a dataset; yields batches of rows without features, and their features, `[rows, *shape]`."""
 
 
-class FeatureModel(Protocol):
-    """A model that was trained on the features of an encoder."""
-
-    @property
-    def encoder(self) -> Mapping[str, Any]:
-        """Description of the encoder."""
-
-    @property
-    def encoder_weights(self) -> str | None:
-        """Path of the encoder's weights file, if the model's checkpoint contains it."""
-
-    def require_encoder(self, description: Mapping[str, Any]) -> None:
-        """Raises CheckpointError if `description` is of another encoder."""
-
-
 def resolve_encoder(
-    source: ShardedDataset, model: FeatureModel, weights: str | None, device: str, threads: int | None
+    source: ShardedDataset, model: LoadedModel[Any, Any], weights: str | None, device: str, threads: int | None
 ) -> EncoderConfig | None:
-    """Returns the encoder that must run before a model, and checks that it is the model's encoder.
+    """Returns the encoder that must run before a model, or None if `source` contains features already.
 
-    Args:
-        source: a features dataset or a manifest.
-        model: the model that takes the features.
-        weights: path of the encoder's weights file; required if the encoder was loaded from a file that the model's
-            checkpoint does not contain.
-        device: device of the encoder.
-        threads: CPU threads of the encoder; None is PyTorch's default.
-
-    Returns:
-        The encoder's configuration; None if `source` contains features already.
+    `weights` is the path of the encoder's weights file. It is required if the encoder was loaded from a file that the
+    model's checkpoint does not contain. If `threads` is None, PyTorch chooses their number.
 
     Raises:
         CheckpointError: the encoder, or the encoder of the features, is not the model's.
@@ -84,39 +58,20 @@ def open_feature_source(
     device: str,
     threads: int | None,
 ) -> Iterator[FeatureLoader]:
-    """Opens a source of features: an encoder and its image decoders, or the features column of the rows.
+    """Opens a source of features: an encoder with its image decoders or, without one, the features column of the rows.
 
-    Args:
-        encoder: encodes the images; None if the rows contain features.
-        description: description of the expected encoder; workers with another encoder fail.
-        loading: how images are fetched and decoded.
-        batch_size: images per batch of the encoder.
-        device: device of the encoder.
-        threads: CPU threads of the encoder; None is PyTorch's default.
+    Workers whose encoder differs from `description` fail. If `threads` is None, PyTorch chooses their number.
     """
     if encoder is None:
         yield lambda batches, _fail: _split_features(batches, description["shape"])
         return
     shared_encoder = load_shared_encoder(encoder, device, threads, description)
     with open_loader(loading, shared_encoder.preprocessing) as load:
-
-        def encode(
-            batches: Iterator[pa.RecordBatch], fail: ReportFailure
-        ) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
-            images = load(row for batch in batches for row in batch.to_pylist())
-            return encode_images(shared_encoder, images, batch_size, fail)
-
-        yield encode
+        yield lambda batches, fail: encode_images(
+            shared_encoder, load(row for batch in batches for row in batch.to_pylist()), batch_size, fail
+        )
 
 
-def build_manifest_rows(uris: Sequence[str]) -> pa.RecordBatch:
-    """Returns rows of `manifest/` for images outside of any dataset; each uri is its own image id."""
-    rows = [{"image_id": uri, "uri": uri, "split": "", "captions": []} for uri in uris]
-    return pa.RecordBatch.from_pylist(rows, schema=MANIFEST_SCHEMA)
-
-
-def _split_features(
-    batches: Iterator[pa.RecordBatch], shape: Sequence[int]
-) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
+def _split_features(batches: Iterator[pa.RecordBatch], shape: Sequence[int]) -> EncodedRows:
     for batch in batches:
         yield batch.drop_columns(["features"]).to_pylist(), vectors_to_numpy(batch["features"], shape)

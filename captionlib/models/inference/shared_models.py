@@ -5,11 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from threading import Lock
-from typing import Generic, ParamSpec, Protocol, TypeVar
-
-from torch import nn
+from typing import Any, Generic, ParamSpec, TypeVar
 
 from captionlib.errors import CheckpointError
+from captionlib.models.checkpoints.checkpoint import LoadedModel
 from captionlib.models.devices import resolve_device
 from captionlib.storage.folders import resolve_address
 
@@ -17,17 +16,7 @@ __all__ = ["CheckpointCache", "PinnedCheckpoint", "cached_per_process"]
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-
-
-class _LoadedModel(Protocol):
-    @property
-    def model(self) -> nn.Module: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-
-Model = TypeVar("Model", bound=_LoadedModel)
+Model = TypeVar("Model", bound=LoadedModel[Any, Any])
 
 
 @dataclass(frozen=True)
@@ -56,11 +45,7 @@ class PinnedCheckpoint:
 
 
 class CheckpointCache(Generic[Model]):
-    """Holds the model that was used last, for all threads of a process.
-
-    Args:
-        load: loads the model of a checkpoint folder onto the CPU.
-    """
+    """Holds the model that `load` loaded last onto the CPU, for all threads of a process."""
 
     def __init__(self, load: Callable[[str], Model]) -> None:
         self._load = load
@@ -92,11 +77,7 @@ class CheckpointCache(Generic[Model]):
 
 
 def cached_per_process(load: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Wraps a loader so that all threads of a process share its latest result.
-
-    Args:
-        load: takes hashable arguments that identify the result; callers must not modify the result.
-    """
+    """Wraps a loader so that all threads of a process share its latest result, which callers must not modify."""
     lock = Lock()
     cached = lru_cache(maxsize=1)(load)
 

@@ -94,14 +94,7 @@ class Ranker(nn.Module):
             nn.init.zeros_(projection.bias)
 
     def embed_images(self, features: Tensor) -> Tensor:
-        """Embeds images as unit vectors.
-
-        Args:
-            features: `[images, feature_size]`, from the encoder.
-
-        Returns:
-            `[images, joint_embedding_size]`.
-        """
+        """Embeds images as unit vectors, `[images, feature_size]` to `[images, joint_embedding_size]`."""
         if self.config.standardize_features:
             features = self.standardization(features)
         if self.config.normalize_features:

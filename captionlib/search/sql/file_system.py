@@ -6,8 +6,7 @@ from typing import Any
 
 from fsspec.spec import AbstractFileSystem
 
-from captionlib.storage.ranged_file import RangedFile
-from captionlib.storage.retries import call_with_retries
+from captionlib.storage.retries import RangedFile, call_with_retries
 
 __all__ = ["DatasetFileSystem"]
 

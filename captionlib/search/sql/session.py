@@ -5,7 +5,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -20,7 +20,7 @@ from captionlib.errors import ConfigError, QueryError
 from captionlib.search.sql.file_system import DatasetFileSystem
 from captionlib.search.sql.statements import check_reads_only
 
-__all__ = ["SqlLimits", "SqlSession", "connect", "lock_connection", "open_captions", "open_sql", "query_sql"]
+__all__ = ["SqlLimits", "SqlSession", "connect", "lock_connection", "open_sql", "query_sql"]
 
 _BATCH_ROWS = 10_000
 
@@ -53,7 +53,6 @@ class SqlSession:
     """A dataset that is open for SQL. Made by `open_sql`.
 
     Attributes:
-        dataset: the dataset.
         view: the name of the view with its rows, which is its kind; `failures` is the view with its failures.
     """
 
@@ -65,9 +64,7 @@ class SqlSession:
     def stream(self, sql: str, parameters: Sequence[Any] = ()) -> pa.RecordBatchReader:
         """Runs one SELECT and returns its rows in batches, as they are computed; read them before the session ends.
 
-        Args:
-            sql: one statement; `?` or `$1` are placeholders for parameters.
-            parameters: the values of the placeholders, which are never parsed as SQL.
+        `?` or `$1` are placeholders for parameters, whose values are never parsed as SQL.
 
         Raises:
             QueryError: the statement is not a valid SELECT, or it fails, possibly while its rows are read.
@@ -76,7 +73,12 @@ class SqlSession:
             check_reads_only(self._connection, sql)
             # Some versions of DuckDB stream only if `params` is None rather than empty.
             reader = self._connection.sql(sql, params=list(parameters) or None).to_arrow_reader(_BATCH_ROWS)
-        return pa.RecordBatchReader.from_batches(reader.schema, _read_batches(reader, self.view))
+
+        def read_batches() -> Iterator[pa.RecordBatch]:
+            with _raise_query_errors(self.view):
+                yield from reader
+
+        return pa.RecordBatchReader.from_batches(reader.schema, read_batches())
 
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> pa.Table:
         """Runs one SELECT and returns all its rows; see `stream`."""
@@ -85,16 +87,11 @@ class SqlSession:
 
 @contextmanager
 def open_sql(
-    folder: str | os.PathLike[str], kind: str | None = None, limits: SqlLimits | None = None
+    folder: str | os.PathLike[str], kind: str | None = None, limits: SqlLimits = SqlLimits()
 ) -> Iterator[SqlSession]:
     """Opens a dataset for SQL: a view named by its kind has its rows, the view `failures` its failures.
 
     The views contain the shards that are done, so a dataset can be queried while it is being written.
-
-    Args:
-        folder: the address of the dataset, on any file system of fsspec.
-        kind: the expected kind; None accepts any.
-        limits: the resources that queries may use; None is the default.
 
     Raises:
         DatasetError: the folder is not a dataset of that kind.
@@ -102,29 +99,18 @@ def open_sql(
     """
     dataset = open_dataset(folder, kind)
     parts, failures = _list_files(dataset)
-    with tempfile.TemporaryDirectory(prefix="captionlib-") as spill:
-        connection = connect(limits or SqlLimits(), spill)
-        try:
-            files = DatasetFileSystem(dataset.folder.fs, {**parts, **failures})
-            connection.register_filesystem(files)
-            lock_connection(connection, files.addresses)
-            _create_view(connection, dataset.kind, files.addresses[: len(parts)], dataset.schema)
-            _create_view(connection, "failures", files.addresses[len(parts) :], FAILURES_SCHEMA)
-            with _interrupt_on_ctrl_c(connection):
-                yield SqlSession(connection, dataset)
-        finally:
-            connection.close()
-
-
-def open_captions(
-    folder: str | os.PathLike[str], limits: SqlLimits | None = None
-) -> AbstractContextManager[SqlSession]:
-    """Opens a captions dataset for SQL; see `open_sql`."""
-    return open_sql(folder, "captions", limits)
+    with tempfile.TemporaryDirectory(prefix="captionlib-") as spill, closing(connect(limits, spill)) as connection:
+        files = DatasetFileSystem(dataset.folder.fs, {**parts, **failures})
+        connection.register_filesystem(files)
+        lock_connection(connection, files.addresses)
+        _create_view(connection, dataset.kind, files.addresses[: len(parts)], dataset.schema)
+        _create_view(connection, "failures", files.addresses[len(parts) :], FAILURES_SCHEMA)
+        with _interrupt_on_ctrl_c(connection):
+            yield SqlSession(connection, dataset)
 
 
 def query_sql(
-    folder: str | os.PathLike[str], sql: str, parameters: Sequence[Any] = (), limits: SqlLimits | None = None
+    folder: str | os.PathLike[str], sql: str, parameters: Sequence[Any] = (), limits: SqlLimits = SqlLimits()
 ) -> pa.Table:
     """Runs one SELECT over a dataset and returns all its rows.
 
@@ -147,11 +133,7 @@ def query_sql(
 
 
 def connect(limits: SqlLimits, spill: str) -> duckdb.DuckDBPyConnection:
-    """Opens an isolated in-memory database.
-
-    Args:
-        limits: the resources that queries may use.
-        spill: the folder for intermediate results.
+    """Opens an isolated in-memory database that spills intermediate results to a folder.
 
     Raises:
         ConfigError: DuckDB rejects the limits.
@@ -189,11 +171,6 @@ def _create_view(connection: duckdb.DuckDBPyConnection, name: str, addresses: Se
         connection.read_parquet(list(addresses)).create_view(name)
     else:
         connection.register(name, schema.empty_table())
-
-
-def _read_batches(reader: pa.RecordBatchReader, view: str) -> Iterator[pa.RecordBatch]:
-    with _raise_query_errors(view):
-        yield from reader
 
 
 @contextmanager

@@ -177,7 +177,7 @@ def reason(fetcher: ImageFetcher, uri: str) -> str:
 def test_fetch_reads_local_files_of_any_name(fetcher: ImageFetcher, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(CONTENT)
     assert fetcher.fetch(str(tmp_path / name)) == CONTENT
-    assert fetcher.fetch(f"file://{tmp_path / name}") == CONTENT
+    assert fetcher.fetch((tmp_path / name).as_uri()) == CONTENT
 
 
 def test_fetch_reads_relative_paths(fetcher: ImageFetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

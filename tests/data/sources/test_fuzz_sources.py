@@ -4,7 +4,7 @@ import copy
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from captionlib.errors import CaptionlibError
 
 _RAW = {"<deep>": "[" * 1500 + "]" * 1500, "<long>": "9" * 5000}  # JSON that json.dumps cannot write
 
+NULLS = {"None", "nan", "NaN", "null"}  # in JSON, these are text if they are written as text
+
+TEXT = st.text(max_size=8).filter(lambda text: text.strip() not in NULLS)
 VALUES = st.one_of(
     st.none(),
     st.sampled_from(
@@ -28,9 +31,9 @@ VALUES = st.one_of(
     ),
     st.integers(-(10**20), 10**20),
     st.floats(),
-    st.text(max_size=8),
+    TEXT,
     st.recursive(
-        st.none() | st.integers() | st.text(max_size=3),
+        st.none() | st.integers() | TEXT,
         lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=3), inner),
         max_leaves=4,
     ),
@@ -99,7 +102,7 @@ def check(path: Path, **options: Any) -> None:
         return
     texts = {text for row in rows for text in (row.image_id, row.uri, row.split, *row.captions)}
     names = {text.rpartition("/")[2] for text in texts}
-    assert not names & {"None", "nan", "NaN", "null"}
+    assert not names & NULLS
 
 
 @pytest.mark.parametrize("name", list(DOCUMENTS))
@@ -189,10 +192,3 @@ def test_tar_with_damaged_bytes(tmp_path_factory: pytest.TempPathFactory, at: in
     content[at : at + len(replacement)] = replacement
     path.write_bytes(content)
     check(path)
-
-
-def test_replacing_a_value_keeps_the_document() -> None:
-    reference: Callable[[], Any] = lambda: copy.deepcopy(DOCUMENTS["dataset.json"])  # noqa: E731
-    before = reference()
-    replace_value(DOCUMENTS["dataset.json"], ("images", 0, "filename"), None)
-    assert DOCUMENTS["dataset.json"] == before

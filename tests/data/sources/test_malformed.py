@@ -328,3 +328,21 @@ def test_errors_quote_values_briefly(tmp_path: Path) -> None:
 def test_numpy_list_of_captions_in_parquet(tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": ["a.jpg"], "captions": [np.array(["x", "y"])]}), tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet")[0][0].captions == ("x", "y")
+
+
+@pytest.mark.parametrize("name", ["a.json.gz", "a.txt.gz", "a.csv.bz2", "a.jsonl.xz", "a.parquet", "a.tar"])
+def test_damaged_file_is_an_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\x1f\x8b\x08\x00broken")
+    with pytest.raises(DatasetError, match=rf"{name}.*(cannot be read|is not Parquet|is compressed with gzip)"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.parquet", "a.tar", "a.token"])
+def test_file_that_cannot_be_opened_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / name).touch()
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.open", refuse)
+    with pytest.raises(DatasetError, match=rf"{name}.* cannot be read: .*Permission denied"):
+        read(tmp_path / name)

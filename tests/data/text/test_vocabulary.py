@@ -84,7 +84,7 @@ def test_known_sentences_round_trip(sentences: list[list[str]]) -> None:
 
 def test_from_dict_rejects_duplicate_words() -> None:
     values = {"words": ["a", "a"], "counts": [1, 1], "unknown_count": 0, "sentence_count": 1}
-    with pytest.raises(ValueError, match="distinct words"):
+    with pytest.raises(ConfigError, match="distinct words"):
         Vocabulary.from_dict(values)
 
 
@@ -99,5 +99,5 @@ def test_character_level_keeps_every_character() -> None:
 def test_from_dict_rejects_an_unknown_level() -> None:
     values = Vocabulary.from_captions(["a dog"], min_count=1).to_dict()
     assert Vocabulary.from_dict({name: value for name, value in values.items() if name != "level"}).level == "words"
-    with pytest.raises(ValueError, match="expected level words or characters, got 'syllables'"):
+    with pytest.raises(ConfigError, match="level: Input should be 'words' or 'characters', got 'syllables'"):
         Vocabulary.from_dict({**values, "level": "syllables"})

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from captionlib.data.text.vocabulary import END, Vocabulary
 from captionlib.errors import ConfigError
 from captionlib.models.captioners.captioner import CaptionerConfig
-from captionlib.models.decoding.candidate import Candidate
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
+from captionlib.models.decoding.incremental import Candidate
 from tests.models.tiny_captioners import CONFIGS, build, configs, features, seeds, teacher_forced
 
 VOCABULARY = Vocabulary(("a", "dog", "runs", "it", "'s", "far", "away"), (1,) * 7, unknown_count=1, sentence_count=1)

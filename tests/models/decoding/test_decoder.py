@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from captionlib.data.text.vocabulary import END, UNKNOWN
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.captioners.captioner import CaptionerConfig
-from captionlib.models.decoding.candidate import Candidate
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
-from captionlib.models.decoding.incremental import IncrementalCaptioner
+from captionlib.models.decoding.incremental import Candidate, IncrementalCaptioner
 from tests.models.tiny_captioners import CONFIGS, FEATURE_SIZE, build, configs, features, seeds, teacher_forced
 
 

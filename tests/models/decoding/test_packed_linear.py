@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from captionlib.models.decoding.packed_linear import PackedLinear
+from captionlib.models.decoding.incremental import PackedLinear
 
 
 @pytest.mark.parametrize("rows", [0, 1, 31, 32, 100])

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from captionlib.errors import ConfigError
 from captionlib.models.captioners.captioner import CaptionerConfig
-from captionlib.models.decoding.candidate import Candidate
 from captionlib.models.decoding.cider_d import CiderD
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.datastore import Neighbors
 from captionlib.models.decoding.decoder import Decoder
+from captionlib.models.decoding.incremental import Candidate
 from captionlib.models.decoding.rerank import RerankConfig, rerank_candidates
 from tests.models.tiny_captioners import build, configs, features, seeds
 

@@ -6,13 +6,11 @@ from hypothesis import strategies as st
 
 from captionlib.errors import ConfigError
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
-from captionlib.models.decoding.candidate import Candidate
 from captionlib.models.decoding.cider_d import CiderD
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
-from captionlib.models.decoding.incremental import IncrementalCaptioner
+from captionlib.models.decoding.incremental import Candidate, IncrementalCaptioner, score_sentences
 from captionlib.models.decoding.rerank import RerankConfig, rerank_candidates
-from captionlib.models.decoding.scoring import score_sentences
 from tests.models.tiny_captioners import CONFIGS, FEATURE_SIZE, build, configs, features, seeds, teacher_forced
 
 tokens = st.lists(st.integers(2, 8), max_size=5)

@@ -14,7 +14,7 @@ from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema, features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError, DatasetError, QueryError
-from captionlib.search.sql.session import SqlLimits, open_captions, open_sql, query_sql
+from captionlib.search.sql.session import SqlLimits, open_sql, query_sql
 from tests.search.conftest import rows
 
 
@@ -59,7 +59,7 @@ def test_features_and_manifests_can_be_queried(tmp_path: Path) -> None:
 def test_open_captions_rejects_other_kinds(tmp_path: Path) -> None:
     create_dataset(tmp_path / "manifest", "manifest", MANIFEST_SCHEMA, config={}, shards=1)
     with pytest.raises(DatasetError, match="expected a dataset of kind captions, got manifest"):
-        open_captions(tmp_path / "manifest").__enter__()
+        open_sql(tmp_path / "manifest", "captions").__enter__()
 
 
 def test_parameters_are_never_parsed_as_sql(captions: str) -> None:
@@ -166,7 +166,7 @@ def test_threads_can_read_the_same_files_concurrently(tmp_path: Path) -> None:
             for start in range(0, 20_000, 1000):
                 ids = range(shard * 20_000 + start, shard * 20_000 + start + 1000)
                 writer.write(rows(*((str(i), f"caption {i * 7919 % 80_000}", -float(i)) for i in ids)))
-    with open_captions(tmp_path / "captions", SqlLimits(threads=8)) as session:
+    with open_sql(tmp_path / "captions", "captions", SqlLimits(threads=8)) as session:
         for _ in range(5):
             top = session.query("SELECT image_id, caption FROM captions ORDER BY log_prob DESC LIMIT 50")
             assert top["image_id"].to_pylist() == [str(i) for i in range(50)]
