@@ -1,1 +1,1 @@
-"""The networks: encoders, captioners, decoding, and what a worker computes with them."""
+"""Image encoders, captioners, rankers (dual encoders for image-text retrieval), decoding and inference."""

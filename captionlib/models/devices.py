@@ -1,4 +1,4 @@
-"""Devices that models run on, and computation within their memory."""
+"""Selects devices, copies results to the host, and retries batches that exceed the memory of a device in halves."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 def resolve_device(name: str) -> torch.device:
-    """Returns the device of a name; `auto` is the first GPU if there is one, else the CPU.
+    """Returns the device with this name; `auto` selects the first GPU if there is one, and otherwise the CPU.
 
     Raises:
         ConfigError: the name is unknown, or this machine has no such GPU.
@@ -28,12 +28,12 @@ def resolve_device(name: str) -> torch.device:
     if device is None or device.type not in {"cpu", "cuda"}:
         raise ConfigError(f"device {name!r}: expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise ConfigError(f"device {name!r}: PyTorch sees {count} GPUs; use auto or cpu, or check the driver")
+        raise ConfigError(f"device {name!r}: PyTorch found {count} GPUs; use auto or cpu, or check the driver")
     return device
 
 
 def copy_to_host_async(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
-    """Starts to copy a tensor to the memory of the host.
+    """Starts copying a tensor to host memory.
 
     Returns:
         The copy, and a function that waits until it is complete.
@@ -48,10 +48,10 @@ def copy_to_host_async(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
 
 
 def halve_on_out_of_memory(compute: Callable[[slice], Result], count: int, first: int = 0) -> list[Result]:
-    """Computes a batch, and recursively its halves if it exceeds the memory of the device.
+    """Computes a batch; if the device runs out of memory, computes its two halves separately, recursively.
 
     Args:
-        compute: computes the items of a slice.
+        compute: function that computes the results for a slice of the items.
         count: number of items.
         first: index of the first item.
 
@@ -59,14 +59,14 @@ def halve_on_out_of_memory(compute: Callable[[slice], Result], count: int, first
         The results of all slices, in order.
 
     Raises:
-        torch.OutOfMemoryError: a single item exceeds the memory.
+        torch.OutOfMemoryError: a single item does not fit into the memory of the device.
     """
     try:
         return [compute(slice(first, first + count))]
     except torch.OutOfMemoryError:
         if count == 1:
             raise
-    torch.cuda.empty_cache()  # after the handler: the error's traceback holds tensors of the failed attempt
+    torch.cuda.empty_cache()  # outside the handler, because the error's traceback keeps tensors alive
     half = count // 2
     return [
         *halve_on_out_of_memory(compute, half, first),

@@ -7,10 +7,10 @@ __all__ = ["Standardization"]
 
 
 class Standardization(nn.Module):
-    """(x - mean) / std with the statistics of the training images; the identity until they are set.
+    """Computes (x - mean) / std with statistics of the training images; returns x unchanged until they are set.
 
     Args:
-        size: the number of features.
+        size: dimensions of a feature vector.
     """
 
     mean: Tensor
@@ -23,10 +23,10 @@ class Standardization(nn.Module):
 
     @torch.no_grad()
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Sets the statistics, `[size]` each; features that are constant in training become 0."""
+        """Sets the statistics, `[size]` each. A dimension that is constant in training is not scaled."""
         self.mean.copy_(mean)
         self.std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Standardizes `[..., size]`."""
+        """Standardizes features of shape `[..., size]`."""
         return (features - self.mean) / self.std

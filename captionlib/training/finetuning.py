@@ -194,7 +194,7 @@ def _make_objective(
             describe_finetuned_encoder(encoder.description, weights),
             provenance=stamp_provenance(provenance),
             training=history,
-            encoder_file=serialize_weights(weights, encoder.preprocessing),
+            encoder_weights=serialize_weights(weights, encoder.preprocessing),
         )
 
     rates = {"encoder": config.encoder.learning_rate}

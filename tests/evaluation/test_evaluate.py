@@ -73,7 +73,7 @@ def test_perplexity_rejects_an_image_without_features(tmp_path: Path) -> None:
 def test_perplexity_rejects_features_of_another_encoder(tmp_path: Path) -> None:
     features = write_features(tmp_path / "features", ["x"])
     checkpoint = write_captioner(tmp_path / "captioner", {"model": "other", "shape": [3]})
-    with pytest.raises(CheckpointError, match="another encoder"):
+    with pytest.raises(CheckpointError, match="a different encoder"):
         measure_perplexity(checkpoint, features, {"x": ["a"]})
 
 

@@ -160,10 +160,10 @@ def test_features_of_another_encoder_are_refused(
     encoder = dataclasses.replace(small_encoder.encoder, weights="random:7")
     other = dataclasses.replace(small_encoder, encoder=encoder)
     extract_features(manifest.folder.uri, tmp_path / "other", other, run=QUIET)
-    with pytest.raises(CheckpointError, match="another encoder than the ranker's"):
+    with pytest.raises(CheckpointError, match="a different encoder than the ranker's"):
         embed(tmp_path / "other", ranker, tmp_path / "embeddings")
     other_ranker = train_small_ranker(tmp_path / "other", tmp_path / "other-ranker")
-    with pytest.raises(CheckpointError, match="another encoder than the ranker's"):
+    with pytest.raises(CheckpointError, match="a different encoder than the ranker's"):
         generate_captions(
             extracted,
             captioner,

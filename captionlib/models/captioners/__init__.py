@@ -1,1 +1,1 @@
-"""Captioners and language models: the networks."""
+"""Networks that predict the next word: captioners and language models."""

@@ -1,11 +1,11 @@
 """Soft attention over a spatial feature map (Xu et al. 2015, arXiv 1502.03044), recomputed at every time step.
 
-    a_i = max(0, Wa (x_i - mean) / std + b)     annotation vector of position i of the map
+    a_i = max(0, Wa (x_i - mean) / std + b)     annotation vector of position i of the feature map
     s_i = a_i (Wq h + b) / sqrt(size)           score, for the hidden state h
     z   = sum_i softmax(s)_i a_i                context vector
 
-The score is the scaled product (Luong et al. 2015, arXiv 1508.04025) instead of a small network, so that the sentences
-of an image are scored together in one matrix product.
+The score is a scaled dot product (Luong et al. 2015, arXiv 1508.04025) instead of a small network, so that one matrix
+product scores all sentences of an image.
 """
 
 from typing import NamedTuple
@@ -19,10 +19,10 @@ __all__ = ["Attention", "ImageGroups", "group_by_image"]
 
 
 class ImageGroups(NamedTuple):
-    """The layout of rows (sentences) that are grouped by image, as a matrix of images by slots.
+    """Assigns rows (sentences) to the cells of an `[images, width]` matrix with one matrix row per image.
 
     Attributes:
-        slot: `[rows] int64`: image * width + the index of the row within its image.
+        slot: `[rows] int64`, the cell of each row: image * width + the index of the row within its image.
         width: the largest number of rows per image.
     """
 
@@ -30,7 +30,7 @@ class ImageGroups(NamedTuple):
     width: int
 
     def head(self, rows: int) -> "ImageGroups":
-        """Returns the layout of the first rows."""
+        """Returns the assignment of the first `rows` rows."""
         return ImageGroups(self.slot[:rows], self.width)
 
 
@@ -49,11 +49,11 @@ class Attention(nn.Module):
     """Attends to the annotation vectors of images.
 
     Args:
-        channels: of the feature map.
+        channels: channels of the feature map.
         size: dimensions of an annotation vector.
         hidden_size: dimensions of the hidden state.
-        gates: dimensions of the recurrence's gates, which the context vector is added to.
-        dropout: of the annotation vectors.
+        gates: total dimensions of the recurrence's gates, to which the projected context vector is added.
+        dropout: dropout probability of the annotation vectors.
     """
 
     def __init__(self, channels: int, size: int, hidden_size: int, gates: int, dropout: float) -> None:
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def annotate(self, maps: Tensor) -> Tensor:
-        """Computes annotation vectors, `[images, positions, channels]` to `[images, positions, size]`."""
+        """Computes annotation vectors, `[images, positions, size]`, of maps `[images, positions, channels]`."""
         annotations: Tensor = self.dropout(torch.relu(self.annotation(self.standardization(maps))))
         return annotations
 
@@ -74,12 +74,12 @@ class Attention(nn.Module):
         """Attends from each row to the annotation vectors of its image.
 
         Args:
-            hidden: `[rows, hidden_size]`.
-            annotations: `[images, positions, size]`.
-            groups: the rows of each image.
+            hidden: `[rows, hidden_size]`, hidden states.
+            annotations: `[images, positions, size]`, annotation vectors.
+            groups: assigns the rows to the images.
 
         Returns:
-            Context vectors, `[rows, size]`, and attention weights, `[rows, positions] float32`, each row of sum 1.
+            Context vectors, `[rows, size]`, and attention weights, `[rows, positions] float32`, whose rows sum to 1.
         """
         images, positions, size = annotations.shape
         queries = self.query(hidden) * size**-0.5

@@ -1,14 +1,14 @@
-"""The captioner: from an image feature and the words so far, through an RNN or an LSTM, to the next word.
+"""The captioner: an RNN or LSTM that predicts the next word of a caption from an image feature and the previous words.
 
-After Karpathy & Fei-Fei 2015 (arXiv 1412.2306) and Vinyals et al. 2015 (arXiv 1411.4555):
+It follows Karpathy & Fei-Fei 2015 (arXiv 1412.2306) and Vinyals et al. 2015 (arXiv 1411.4555):
 
-    v = P (features - mean) / std               image embedding, of the size of a word embedding
-    x_0, x_1, ... = START, w_1, ...             word embeddings; `image_input` says where v enters
+    v = P (features - mean) / std               image embedding, same size as a word embedding
+    x_0, x_1, ... = START, w_1, ...             word embeddings; `image_input` sets where v enters
     h_t = max(0, Wxh x_t + Whh h_{t-1} + b)     or the gates of an LSTM; any number of layers
     p(w_{t+1} | w_1 .. w_t, image) = softmax(Why h_t + c)
 
-For a spatial map, the image feature is the mean over its positions. With attention (attention.py), z_t = attend(h_t)
-adds Wz z_t to h_t at the output and Wg z_t to the gates of the next time step.
+START is the END token. The image feature of a spatial feature map is the mean over its positions. With attention
+(attention.py), Wz z_t is added to h_t at the output, and Wg z_t to the next gates, where z_t is the context vector.
 """
 
 from typing import Annotated, Literal, NamedTuple
@@ -29,8 +29,8 @@ from captionlib.models.standardization import Standardization
 
 __all__ = ["Captioner", "CaptionerConfig", "ImageState", "TokenLogProbs"]
 
-_WEIGHT_RANGE = 0.1  # NeuralTalk's U(-0.1, 0.1)
-_SMALLEST_SINGULAR_VALUE = 1e-4  # relative to the largest; smaller ones are noise
+_WEIGHT_RANGE = 0.1  # NeuralTalk (the code of the first paper) samples weights from U(-0.1, 0.1)
+_SMALLEST_SINGULAR_VALUE = 1e-4  # relative to the largest; smaller singular values are treated as noise
 
 
 @configclass
@@ -38,25 +38,25 @@ class CaptionerConfig:
     """The architecture of a captioner.
 
     Attributes:
-        cell: `lstm`, or `rnn` with rectifiers.
-        layers: recurrent layers.
+        cell: `lstm`, or `rnn` with ReLU units.
+        layers: number of recurrent layers.
         hidden_size: dimensions of a layer's hidden state.
         embedding_size: dimensions of the word embeddings and the image embedding.
-        dropout: of the inputs and outputs of each layer, and of annotation vectors.
-        image_input: where the image enters: `initial_input`, an input of its own before START (NeuralTalk's LSTM);
+        dropout: dropout probability of the inputs and outputs of each layer, and of annotation vectors.
+        image_input: where the image enters: `initial_input`, a separate input before START (NeuralTalk's LSTM);
             `first_step`, added to START (NeuralTalk's RNN); `every_step`, added to every word; `initial_state`, as the
             state before START; `none` for a language model.
-        tie_embeddings: use the word embeddings as the weights of the softmax; needs `embedding_size` = `hidden_size`.
-        feature_power: raise features to this power and keep their sign; below 1 it damps large activations (Perronnin
-            et al. 2010).
-        standardize_features: standardize features by the statistics of the training images.
-        principal_components: replace the features by this many whitened principal components; 0 keeps the features.
-        attention_size: dimensions of an annotation vector; 0 disables attention, which needs spatial maps as features.
-        encoder_top: a later node of the encoder network, such as `features.29` for features of `features.23`. The
-            layers in between become part of the captioner and are fine-tuned with it. None uses the features as they
-            are.
+        tie_embeddings: use the word embeddings as the softmax weights; requires `embedding_size` = `hidden_size`.
+        feature_power: exponent applied to the magnitude of features, which keep their sign; below 1 it damps large
+            activations (Perronnin et al. 2010).
+        standardize_features: standardize features with the mean and standard deviation of the training images.
+        principal_components: number of whitened principal components that replace the features; 0 keeps the features.
+        attention_size: dimensions of an annotation vector; 0 disables attention, which requires spatial feature maps.
+        encoder_top: later node of the encoder network, such as `features.29` for features from `features.23`. The
+            layers in between become part of the captioner and are fine-tuned with it. If None, the features are
+            used as they are.
         weight_init: `neuraltalk` initializes all weights from U(-0.1, 0.1); `pytorch` uses PyTorch's defaults: word
-            embeddings from N(0, 1), all others from U(-r, r) with r = 1 / sqrt(inputs).
+            embeddings from N(0, 1), all others from U(-r, r) with r = 1 / sqrt(fan_in).
     """
 
     cell: Literal["lstm", "rnn"] = "lstm"
@@ -89,8 +89,8 @@ class TokenLogProbs(NamedTuple):
 
     Attributes:
         log_probs: `[tokens] float32`, ln p(token | image, previous tokens).
-        sentences: `[tokens] int64`, the sentence of each token.
-        mean_log_probs: `[tokens] float32`, the mean of ln p over the vocabulary, for label smoothing; None unless
+        sentences: `[tokens] int64`, the index of each token's sentence.
+        mean_log_probs: `[tokens] float32`, the mean of ln p over the vocabulary, for label smoothing; None if not
             requested.
     """
 
@@ -118,16 +118,16 @@ class ImageState(NamedTuple):
 class Captioner(nn.Module):
     """Computes log-probabilities of captions from image features. `Decoder` (decoding/decoder.py) generates captions.
 
-    PyTorch's global generator initializes the weights.
+    The weights are initialized with PyTorch's global random number generator.
 
     Args:
         config: the architecture.
-        feature_size: dimensions of an image's feature vector, or channels of its map; 0 for a language model.
-        vocabulary_size: classes of the softmax, `len(vocabulary)`.
-        encoder_top: the network from the features to `config.encoder_top`; `feature_size` is then that of its output.
+        feature_size: dimensions of an image's feature vector, or channels of its feature map; 0 for a language model.
+        vocabulary_size: number of classes of the softmax, `len(vocabulary)`.
+        encoder_top: layers from the features to `config.encoder_top`; `feature_size` then describes their output.
 
     Raises:
-        ConfigError: a language model has features, or a captioner has none.
+        ConfigError: `config.image_input` is `none` but `feature_size` is not 0, or the reverse.
     """
 
     components: Tensor | None
@@ -148,7 +148,7 @@ class Captioner(nn.Module):
         self.standardization = Standardization(feature_size)
         components = config.principal_components
         self.register_buffer("components", torch.zeros(components, feature_size) if components else None)
-        # The order of the parameters decides which random numbers initialize them.
+        # The order of the parameters determines which random numbers initialize them.
         self.word_vectors = nn.Embedding(vocabulary_size, embedding_size)
         between_layers = config.dropout if layers > 1 else 0.0
         self.recurrence: nn.RNNBase = (
@@ -168,18 +168,18 @@ class Captioner(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         if config.weight_init == "neuraltalk":
             self._initialize_weights()
-        self.encoder_top = encoder_top  # assigned afterwards: its weights are pretrained
+        self.encoder_top = encoder_top  # after the initialization, which would overwrite its pretrained weights
         if config.tie_embeddings:
             self.output.weight = self.word_vectors.weight
 
     @property
     def projected_size(self) -> int:
-        """Dimensions of the image projection's input: of the features, or of their principal components."""
+        """Dimensions of the image projection's input, which are the features or their principal components."""
         return self.feature_size if self.components is None else len(self.components)
 
     @property
     def state_count(self) -> int:
-        """Vectors of `hidden_size` in the recurrent state: one per layer, two in an LSTM."""
+        """Number of vectors in the recurrent state: one per layer of an RNN, two per layer of an LSTM."""
         return self.config.layers * (2 if self.config.cell == "lstm" else 1)
 
     def forward(
@@ -187,13 +187,13 @@ class Captioner(nn.Module):
     ) -> TokenLogProbs:
         """Computes the log-probability of each token of captions, given the image and the previous tokens.
 
-        Each image is encoded once, whatever its number of captions; padding costs nothing.
+        Each image is encoded once, regardless of its number of captions. No computation is spent on padding.
 
         Args:
             features: `[images, feature_size]` or `[images, positions, channels]`, from the encoder.
-            captions: `[sentences, longest] int64`, token ids without START and END, then `PAD`.
-            image_of_sentence: `[sentences] int64`, the row of `features` that a caption describes.
-            mean_log_probs: also return the mean over the vocabulary.
+            captions: `[sentences, longest] int64`, token ids without START and END, padded with `PAD`.
+            image_of_sentence: `[sentences] int64`, the row of `features` that each caption describes.
+            mean_log_probs: also return the mean log-probability over the vocabulary.
         """
         packed = pack_sequences(captions)
         hidden = self._run_packed(features, packed, image_of_sentence).hidden
@@ -208,7 +208,7 @@ class Captioner(nn.Module):
         """Computes the attention weights of each token of captions; the arguments are those of `forward`.
 
         Returns:
-            `[tokens, positions] float32` per caption, END last; each row has sum 1.
+            `[tokens, positions] float32` per caption, END included; each row sums to 1.
 
         Raises:
             CheckpointError: the captioner has no attention.
@@ -222,11 +222,11 @@ class Captioner(nn.Module):
     def step(
         self, words: Tensor, state: Tensor, image_state: ImageState, image_of_sentence: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Computes one time step that gradients flow through. For inference, `IncrementalCaptioner` is faster.
+        """Computes one differentiable time step. For inference, `IncrementalCaptioner` is faster.
 
         Args:
-            words: `[sentences] int64`; END at the first time step.
-            state: `[states, sentences, hidden_size]`; first that of each sentence's image in `image_state`.
+            words: `[sentences] int64`, the previous token of each sentence; END at the first time step.
+            state: `[states, sentences, hidden_size]`; at the first time step, the images' `image_state.state`.
             image_state: the encoded images.
             image_of_sentence: `[sentences] int64`, the image of each sentence.
 
@@ -239,7 +239,7 @@ class Captioner(nn.Module):
         return F.log_softmax(self.output(self.dropout(output.hidden)).float(), 1), output.state
 
     def predict_bag_of_words(self, features: Tensor) -> Tensor:
-        """Returns the log-probability of each class as the first word, `[images, vocabulary_size] float32`."""
+        """Returns log-probabilities of the first token as a bag of words, `[images, vocabulary_size] float32`."""
         image_state = self.encode_images(features)
         images = torch.arange(len(features), device=features.device)
         return self.step(torch.full_like(images, END), image_state.state, image_state, images)[0]
@@ -251,15 +251,15 @@ class Captioner(nn.Module):
             features: `[images, feature_size]` or `[images, positions, channels]`, from the encoder.
 
         Raises:
-            DatasetError: the captioner has attention, and the features are not maps.
+            DatasetError: the captioner has attention, but the features are not feature maps.
         """
         return self._encode_features(features if self.encoder_top is None else self.encoder_top(features))
 
     def encode_average_image(self) -> ImageState:
-        """Encodes an image whose features are the mean of the training images' features, at all positions.
+        """Encodes an image that has the training images' mean features at every position.
 
         Raises:
-            ConfigError: the captioner does not know the mean.
+            ConfigError: the captioner does not store the mean.
         """
         if not (self.config.standardize_features or self.config.principal_components):
             raise ConfigError(
@@ -270,7 +270,7 @@ class Captioner(nn.Module):
         return self._encode_features((mean.sign() * mean.abs() ** (1 / self.config.feature_power))[None, None])
 
     def power_normalize(self, features: Tensor) -> Tensor:
-        """Raises features of any shape to `feature_power` and keeps their sign. All statistics are of its result."""
+        """Raises the magnitude of features to `feature_power`. Feature statistics are computed afterwards."""
         power = self.config.feature_power
         if power == 1:
             return features
@@ -301,24 +301,24 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def initialize_bias(self, log_frequencies: Tensor) -> None:
-        """Initializes the bias of the softmax with `Vocabulary.log_frequencies`, `[vocabulary_size]`."""
+        """Initializes the softmax bias with `Vocabulary.log_frequencies`, `[vocabulary_size]`."""
         self.output.bias.copy_(log_frequencies)
 
     def _run_packed(self, features: Tensor, packed: PackedSequences, image_of_sentence: Tensor) -> RecurrenceOutput:
         image_state = self.encode_images(features)
-        rows = image_of_sentence[packed.order]  # in the order of the sentences in each time step
+        images = image_of_sentence[packed.order]  # from the longest sentence to the shortest
         image_of_token = image_of_sentence[packed.sentences]
         inputs = self._embed_words(packed.words, image_state, image_of_token, packed.batch_sizes[0])
-        return self._run(inputs, packed.batch_sizes, image_state.state.index_select(1, rows), image_state, rows)
+        return self._run(inputs, packed.batch_sizes, image_state.state.index_select(1, images), image_state, images)
 
-    def _embed_words(self, words: Tensor, image_state: ImageState, image_of_token: Tensor, first: int) -> Tensor:
-        """Embeds words, `[tokens] int64`, and adds the image to the `first` tokens or to all, as configured."""
+    def _embed_words(self, words: Tensor, image_state: ImageState, image_of_token: Tensor, count: int) -> Tensor:
+        """Embeds words, `[tokens] int64`, and adds the image to the first `count` or all of them, as configured."""
         inputs: Tensor = self.word_vectors(words)  # [tokens, embedding_size]
         if self.config.image_input == "every_step":
             return inputs + image_state.embeddings.index_select(0, image_of_token)
-        if self.config.image_input == "first_step" and first:
-            images = image_state.embeddings.index_select(0, image_of_token[:first])
-            return torch.cat([inputs[:first] + images, inputs[first:]])
+        if self.config.image_input == "first_step" and count:
+            images = image_state.embeddings.index_select(0, image_of_token[:count])
+            return torch.cat([inputs[:count] + images, inputs[count:]])
         return inputs
 
     def _run(
@@ -332,8 +332,8 @@ class Captioner(nn.Module):
         if self.attention is not None:
             if features.dim() != 3:
                 raise DatasetError(
-                    f"captioner: attention needs maps [positions, channels], got vectors of {features.shape[-1]} "
-                    "numbers; extract features with pooling none, at a node that is a map"
+                    "captioner: attention needs feature maps [positions, channels], got one vector per image; extract "
+                    "features with pooling none at a node whose output is a spatial feature map"
                 )
             annotations = self.attention.annotate(self.power_normalize(features))
         if features.dim() == 3:

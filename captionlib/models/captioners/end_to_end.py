@@ -9,7 +9,7 @@ __all__ = ["ImageCaptioner"]
 
 
 class ImageCaptioner(nn.Module):
-    """A captioner that reads pixels.
+    """A captioner whose input is pixels.
 
     Args:
         encoder: trainable; see `EncoderNetwork`.
@@ -26,8 +26,8 @@ class ImageCaptioner(nn.Module):
     ) -> TokenLogProbs:
         """Computes the log-probability of each token; see `Captioner.forward`.
 
-        The images are pixels, `[images, crop_size, crop_size, 3] uint8`. In training, features keep their gradients. In
-        evaluation they are rounded as when they are stored.
+        `pixels` is `[images, crop_size, crop_size, 3] uint8`. In training mode, gradients flow into the encoder. In
+        evaluation mode, features are rounded to the dtype in which a features dataset stores them.
         """
         features = self.encoder(pixels) if self.training else self.encoder.encode(pixels).float()
         scores: TokenLogProbs = self.captioner(features, captions, image_of_sentence, mean_log_probs)

@@ -12,15 +12,15 @@ __all__ = ["LanguageModelConfig", "build_language_model"]
 
 @configclass
 class LanguageModelConfig:
-    """The architecture of a language model: those fields of `CaptionerConfig` that need no image.
+    """The architecture of a language model: the fields of `CaptionerConfig` that do not concern images.
 
     Attributes:
         cell: `lstm` or `rnn`.
-        layers: recurrent layers.
+        layers: number of recurrent layers.
         hidden_size: dimensions of a layer's hidden state.
         embedding_size: dimensions of a word or character embedding.
-        dropout: of the inputs and outputs of each layer.
-        tie_embeddings: use the embeddings as the weights of the softmax; needs `embedding_size` = `hidden_size`.
+        dropout: dropout probability of the inputs and outputs of each layer.
+        tie_embeddings: use the embeddings as the softmax weights; requires `embedding_size` = `hidden_size`.
     """
 
     cell: Literal["lstm", "rnn"] = "lstm"
@@ -37,11 +37,11 @@ class LanguageModelConfig:
         """Returns the configuration of the equivalent captioner.
 
         Raises:
-            ConfigError: no captioner can have it.
+            ConfigError: the fields contradict each other.
         """
         return CaptionerConfig(**vars(self), image_input="none", standardize_features=False)
 
 
 def build_language_model(config: LanguageModelConfig, vocabulary_size: int) -> Captioner:
-    """Builds a language model; PyTorch's global generator initializes the weights."""
+    """Builds a language model with weights from PyTorch's global random number generator."""
     return Captioner(config.captioner(), 0, vocabulary_size)

@@ -1,6 +1,6 @@
-"""Sentences of different lengths: padded to a matrix, and packed without padding.
+"""Converts sentences of different lengths to a padded matrix, and packs them without padding.
 
-Packed sentences need no batches of similar length: a time step computes only tokens that exist.
+Packed batches may mix sentences of any length, because a time step computes only real tokens.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ class PackedSequences(NamedTuple):
     """Sentences without padding: all first tokens, then all second tokens, and so on.
 
     Attributes:
-        words: `[tokens] int64`, the inputs: START, then the words.
-        targets: `[tokens] int64`, the words, then END.
-        sentences: `[tokens] int64`, the sentence of each token.
-        order: `[sentences] int64`, from the longest sentence to the shortest: their order within each time step.
+        words: `[tokens] int64`, the inputs: START (the same id as END), then the words.
+        targets: `[tokens] int64`, the outputs: the words, then END.
+        sentences: `[tokens] int64`, the index of each token's sentence.
+        order: `[sentences] int64`, sentence indices from longest to shortest, the order within each time step.
         batch_sizes: the number of sentences that reach each time step.
     """
 
@@ -34,13 +34,13 @@ class PackedSequences(NamedTuple):
 
 
 def pad_sentences(sentences: Sequence[Sequence[int]]) -> Tensor:
-    """Returns token ids as a matrix, `[sentences, longest] int64`, filled with `PAD`."""
+    """Returns token ids as a matrix, `[sentences, longest] int64`, padded with `PAD`."""
     rows = [torch.tensor(sentence, dtype=torch.int64) for sentence in sentences]
     return pad_sequence(rows, batch_first=True, padding_value=PAD)
 
 
 def pack_sequences(captions: Tensor) -> PackedSequences:
-    """Packs sentences that `pad_sentences` padded, `[sentences, longest] int64`."""
+    """Packs the output of `pad_sentences`, `[sentences, longest] int64`."""
     lengths, order = (captions != PAD).sum(1).sort(descending=True, stable=True)
     boundary = captions.new_full((len(captions), 1), END)
     captions = captions[order]

@@ -20,7 +20,7 @@ class RecurrenceOutput(NamedTuple):
     """The result of running the recurrence over packed sentences.
 
     Attributes:
-        hidden: `[tokens, hidden_size]`, the last layer's h, plus the projected context vector with attention.
+        hidden: `[tokens, hidden_size]`, the last layer's h; with attention, plus the projected context vector.
         state: `[states, sentences, hidden_size]` of the sentences that reach the last time step.
         attention_weights: `[tokens, positions] float32`; None without attention.
     """
@@ -42,18 +42,18 @@ def run_recurrence(
 ) -> RecurrenceOutput:
     """Runs the recurrence over packed sentences.
 
-    With attention, the context vector of a time step goes to its output and to the gates of the next time step.
+    With attention, the projected context vector of a time step is added to its output and to the next gates.
 
     Args:
-        rnn: an `nn.LSTM`, or an `nn.RNN` of rectifiers.
-        dropout: between the layers.
-        inputs: `[tokens, embedding_size]`, time step by time step.
-        batch_sizes: the number of sentences that reach each time step; never increases.
+        rnn: an `nn.LSTM`, or an `nn.RNN` with ReLU units.
+        dropout: module applied between the layers.
+        inputs: `[tokens, embedding_size]`, ordered by time step.
+        batch_sizes: the number of sentences that reach each time step, in non-increasing order.
         state: `[states, sentences, hidden_size]` before the first time step: the h of each layer, then the c of each
             layer of an LSTM.
-        attention: None runs without attention.
-        annotations: `[images, positions, size]`, from `Attention.annotate`.
-        image_of_sentence: `[sentences] int64`, the row of `annotations` that a sentence attends to.
+        attention: attention module, which requires the next two arguments; if None, there is no attention.
+        annotations: `[images, positions, size]`, annotation vectors from `Attention.annotate`.
+        image_of_sentence: `[sentences] int64`, the row of `annotations` that each sentence attends to.
     """
     if attention is None or annotations is None or image_of_sentence is None:
         attention = None
@@ -85,7 +85,7 @@ def run_recurrence(
 
 
 def run_fused(rnn: nn.RNNBase, inputs: Tensor, batch_sizes: list[int], state: Tensor) -> RecurrenceOutput:
-    """Runs the recurrence without attention by cuDNN; see `run_recurrence`, which is faster than PyTorch on a CPU."""
+    """Does the same as `run_recurrence` without attention, with PyTorch's fused kernels, which are slower on a CPU."""
     packed = PackedSequence(inputs, torch.tensor(batch_sizes))
     if isinstance(rnn, nn.LSTM):
         h, c = state.contiguous().chunk(2)
@@ -105,10 +105,10 @@ def step_layers(
     """Computes one time step of all layers.
 
     Args:
-        gates: `[rows, gates]`, Wxh x + b of the first layer. The gates of an LSTM are input, forget, cell and output.
+        gates: `[rows, gates]`, Wxh x + b of the first layer. LSTM gates are ordered input, forget, cell, output.
         recurrent_gates: Whh h_{t-1} of each layer, `[rows, gates]`; overwritten.
         cells: c_{t-1} of each layer, `[rows, hidden_size]`; empty for an RNN.
-        feed_forward: from the second layer on, computes Wxh x + b from the h of the layer below.
+        feed_forward: one function per layer above the first; computes Wxh x + b from the h of the layer below.
 
     Returns:
         h and c of each layer, `[rows, hidden_size]`; no c for an RNN.

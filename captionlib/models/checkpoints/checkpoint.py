@@ -1,4 +1,4 @@
-"""Trained models and their checkpoints: captioners, rankers and language models are saved and loaded alike."""
+"""Saves and loads trained captioners, language models and rankers (dual encoders for image-text retrieval)."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,7 +47,7 @@ _CAPTIONER = "captioner"
 _RANKER = "ranker"
 _LANGUAGE_MODEL = "language_model"
 
-_BATCH_SIZE = 256  # of rankers
+_BATCH_SIZE = 256  # for ranker inference
 
 Model = TypeVar("Model", bound=nn.Module)
 Config = TypeVar("Config")
@@ -56,18 +56,18 @@ Identity = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class LoadedModel(Generic[Model, Config]):
-    """A trained model with everything that describes it.
+    """A trained model and its metadata.
 
     Attributes:
         kind: `captioner`, `ranker` or `language_model`.
         model: the network, in evaluation mode.
-        vocabulary: its words or characters.
-        config: its architecture.
-        encoder: the description of the encoder whose features it was trained on; empty for a language model.
-        encoder_weights: the weights file of that encoder, if it was fine-tuned with the model and saved with it.
+        vocabulary: the model's words or characters.
+        config: the model's architecture.
+        encoder: `Encoder.description` of the encoder whose features it was trained on; empty for a language model.
+        encoder_weights: address of that encoder's weights file, if it was fine-tuned with the model; otherwise None.
         provenance: the data and versions that the model was trained with.
         training: the training configuration and history.
-        fingerprint: of the checkpoint; see `Checkpoint`.
+        fingerprint: hash of everything that determines the model's output.
     """
 
     kind: str
@@ -84,14 +84,14 @@ class LoadedModel(Generic[Model, Config]):
         """Checks that features come from the encoder that this model was trained on.
 
         Args:
-            description: of the features' encoder, as a features dataset records it.
+            description: description of the features' encoder, as a features dataset records it.
 
         Raises:
-            CheckpointError: the encoders differ; the message names the fields.
+            CheckpointError: the encoders differ; the message lists the differing fields.
         """
         if differences := list(_find_differences(_to_json(self.encoder), _to_json(description))):
             raise CheckpointError(
-                f"these features are of another encoder than the {self.kind}'s ({'; '.join(differences)}); "
+                f"these features come from a different encoder than the {self.kind}'s ({'; '.join(differences)}); "
                 f"extract them with the {self.kind}'s encoder, or train a {self.kind} on them"
             )
 
@@ -104,14 +104,14 @@ class LoadedLanguageModel(LoadedModel[Captioner, LanguageModelConfig]):
     """A trained language model.
 
     Attributes:
-        layout: `sentences`, which end, or `continuous` text, which does not.
+        layout: `sentences` if each sentence ends with END; `continuous` if the training text has no END.
     """
 
     layout: TextLayout
 
 
 class LoadedRanker(LoadedModel[Ranker, RankerConfig]):
-    """A trained ranker, which embeds plain sentences and features."""
+    """A trained ranker, which embeds sentences (text) and image features in a joint space."""
 
     @property
     def size(self) -> int:
@@ -124,7 +124,7 @@ class LoadedRanker(LoadedModel[Ranker, RankerConfig]):
 
     @torch.inference_mode()
     def encode_sentences(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Embeds sentences as unit vectors, `[sentences, size]`; words outside the vocabulary count as UNKNOWN."""
+        """Embeds sentences as unit vectors, `[sentences, size]`; words outside the vocabulary become UNKNOWN."""
         ids = [self.vocabulary.encode(sentence) for sentence in sentences]
         order = np.argsort([len(row) for row in ids], kind="stable")  # sentences of similar length need little padding
         embeddings = np.empty((len(ids), self.size), np.float32)
@@ -142,7 +142,7 @@ class LoadedRanker(LoadedModel[Ranker, RankerConfig]):
             features: `[images, feature_size]` or `[images, positions, feature_size]`, from the encoder.
 
         Raises:
-            CheckpointError: the features have another shape.
+            CheckpointError: the features have a different shape.
         """
         size = self.model.feature_size
         if features.ndim not in (2, 3) or features.shape[-1] != size:
@@ -171,18 +171,18 @@ def save_captioner(
     *,
     provenance: Mapping[str, Any],
     training: Mapping[str, Any],
-    encoder_file: bytes | None = None,
+    encoder_weights: bytes | None = None,
 ) -> str:
     """Saves a captioner, replaces the checkpoint in the folder if there is one, and returns its fingerprint.
 
     `encoder` is the description that the features dataset records. If the encoder was fine-tuned with the captioner,
-    `encoder_file` is its weights file. Provenance and training history are JSON values.
+    `encoder_weights` is the content of its weights file. Provenance and training history are JSON values.
 
     Raises:
         CheckpointError: the vocabulary does not fit the model.
     """
     identity = {"encoder": encoder}
-    return _save(folder, _CAPTIONER, model, model.config, vocabulary, identity, provenance, training, encoder_file)
+    return _save(folder, _CAPTIONER, model, model.config, vocabulary, identity, provenance, training, encoder_weights)
 
 
 def load_captioner(folder: FolderLike, device: str = "cpu") -> LoadedCaptioner:
@@ -194,11 +194,11 @@ def load_captioner(folder: FolderLike, device: str = "cpu") -> LoadedCaptioner:
         'lstm'
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint's folder.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged or of another kind.
+        CheckpointError: the checkpoint is missing, damaged or of a different kind.
         ConfigError: the device does not exist.
     """
 
@@ -218,7 +218,7 @@ def save_ranker(
     provenance: Mapping[str, Any],
     training: Mapping[str, Any],
 ) -> str:
-    """Saves a ranker; arguments, result and errors are those of `save_captioner`."""
+    """Saves a ranker; see `save_captioner` for arguments, result and errors."""
     return _save(folder, _RANKER, model, model.config, vocabulary, {"encoder": encoder}, provenance, training)
 
 
@@ -231,11 +231,11 @@ def load_ranker(folder: FolderLike, device: str = "cpu") -> LoadedRanker:
         (2, 512)
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint's folder.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged or of another kind.
+        CheckpointError: the checkpoint is missing, damaged or of a different kind.
         ConfigError: the device does not exist.
     """
     return LoadedRanker(
@@ -253,7 +253,7 @@ def save_language_model(
     provenance: Mapping[str, Any],
     training: Mapping[str, Any],
 ) -> str:
-    """Saves a language model of `config` for `sentences` or `continuous` text; see `save_captioner` for the rest."""
+    """Saves a language model; see `LoadedLanguageModel` for `layout` and `save_captioner` for everything else."""
     return _save(folder, _LANGUAGE_MODEL, model, config, vocabulary, {"layout": layout}, provenance, training)
 
 
@@ -261,7 +261,7 @@ def load_language_model(folder: FolderLike, device: str = "cpu") -> LoadedLangua
     """Loads a language model.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged or of another kind.
+        CheckpointError: the checkpoint is missing, damaged or of a different kind.
         ConfigError: the device does not exist.
     """
 
@@ -282,13 +282,13 @@ def _save(
     identity: Identity,
     provenance: Mapping[str, Any],
     training: Mapping[str, Any],
-    encoder_file: bytes | None = None,
+    encoder_weights: bytes | None = None,
 ) -> str:
     if len(vocabulary) != model.vocabulary_size:
         raise CheckpointError(f"expected a vocabulary of {model.vocabulary_size} tokens, got one of {len(vocabulary)}")
     architecture = {**to_dict(config), "feature_size": model.feature_size}
     identity = {"architecture": architecture, **identity, "vocabulary": vocabulary.to_dict()}
-    return write_checkpoint(folder, kind, model.state_dict(), identity, provenance, training, encoder_file)
+    return write_checkpoint(folder, kind, model.state_dict(), identity, provenance, training, encoder_weights)
 
 
 def _load(
@@ -299,15 +299,15 @@ def _load(
     build: Callable[[Config, int, int, Identity], nn.Module],
     *extra: str,
 ) -> dict[str, Any]:
-    """Loads the attributes of `LoadedModel`, and `extra` ones from the checkpoint's identity.
+    """Loads the attributes of `LoadedModel`, and the attributes that `extra` names from `Checkpoint.identity`.
 
-    `build` makes the network from configuration, feature size, vocabulary size and the checkpoint's identity.
+    `build` creates the network from its configuration, feature size, vocabulary size and `Checkpoint.identity`.
     """
     target = resolve_device(device)
     checkpoint = read_checkpoint(folder, kind)
     identity = checkpoint.identity
     try:
-        with torch.random.fork_rng(devices=[]):  # the weights are overwritten: leave the caller's generator as it is
+        with torch.random.fork_rng(devices=[]):  # keeps the caller's random state; initial weights are overwritten
             architecture = dict(identity["architecture"])
             feature_size = int(architecture.pop("feature_size"))
             config = build_config(config_type, architecture, origin="architecture")
@@ -333,12 +333,12 @@ def _load(
 
 
 def _to_json(values: Mapping[str, Any]) -> Any:
-    """Converts values to those that JSON returns, so that a tuple equals the list it was saved as."""
+    """Converts values as saving and loading JSON does, so that a tuple equals the list that it is saved as."""
     return json.loads(json.dumps(values))
 
 
 def _find_differences(expected: Any, got: Any, name: str = "") -> Iterator[str]:
-    """Yields one phrase for each field in which two nested mappings differ."""
+    """Yields one description for each field in which two nested mappings differ."""
     if isinstance(expected, dict) and isinstance(got, dict):
         for key in {**expected, **got}:
             yield from _find_differences(expected.get(key), got.get(key), f"{name}.{key}".lstrip("."))

@@ -1,11 +1,11 @@
-"""The files of a checkpoint. They are written completely or not at all, and loading them never runs code.
+"""Reads and writes the files of a checkpoint, each completely or not at all. Loading never executes code.
 
 | file | content |
 |---|---|
 | `model.safetensors` | the weights |
 | `training.json` | the training configuration and history; informative only |
 | `encoder.safetensors` | the weights of the encoder, if it was fine-tuned with the model |
-| `datastore.parquet` | the datastore of a captioner, if `captionlib build-datastore` built it |
+| `datastore.parquet` | features and references of training images for reranking, from `captionlib build-datastore` |
 | `config.json` | architecture, vocabulary, encoder and provenance; written last, with the SHA-256 of the weights |
 """
 
@@ -59,12 +59,12 @@ class Checkpoint:
     """The content of a checkpoint of any kind.
 
     Attributes:
-        kind: of the model, such as `captioner`.
+        kind: kind of model, such as `captioner`.
         identity: everything besides the weights that determines the model's output.
         tensors: the weights, on the CPU.
         provenance: the data and versions that the model was trained with.
         training: the training configuration and history.
-        fingerprint: the hash of kind, identity and weights; equal for models with equal output.
+        fingerprint: hash of kind, identity and weights, which together determine the model's output.
     """
 
     kind: str
@@ -82,12 +82,12 @@ def write_checkpoint(
     identity: Mapping[str, Any],
     provenance: Mapping[str, Any],
     training: Mapping[str, Any],
-    encoder_file: bytes | None = None,
+    encoder_weights: bytes | None = None,
 ) -> str:
     """Writes a checkpoint, replaces the one in the folder if there is one, and returns its fingerprint.
 
-    All files are written under temporary names, then renamed; the configuration last. If the encoder that `identity`
-    describes was fine-tuned with the model, `encoder_file` is its weights file.
+    All files are written under temporary names, then renamed, `config.json` last. If the encoder that `identity`
+    describes was fine-tuned with the model, `encoder_weights` is the content of its weights file.
     """
     # Cloned because safetensors rejects tensors that share memory, as tied weights do.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -101,25 +101,25 @@ def write_checkpoint(
         "provenance": provenance,
         **identity,
     }
-    files = {CONFIG: to_json(config), TRAINING: to_json(training), ENCODER: encoder_file, WEIGHTS: weights}
+    files = {CONFIG: to_json(config), TRAINING: to_json(training), ENCODER: encoder_weights, WEIGHTS: weights}
     target = open_folder(folder)
     with ExitStack() as stack:  # exits in reverse order, so CONFIG is renamed last
         for name, content in files.items():
             if content is not None:
                 stack.enter_context(target.stage(name)).write_bytes(content)
-    for name in (DATASTORE, *([ENCODER] if encoder_file is None else [])):
-        target.remove(name)  # of the previous checkpoint
+    for name in (DATASTORE, *([ENCODER] if encoder_weights is None else [])):
+        target.remove(name)  # belongs to the previous checkpoint
     return str(config["fingerprint"])
 
 
 def find_encoder_weights(folder: FolderLike, description: Mapping[str, Any]) -> str | None:
-    """Returns the address of an encoder's weights, or None if the encoder was not fine-tuned with the model."""
+    """Returns the address of the encoder's weights file, or None if the encoder was not fine-tuned with the model."""
     source = open_folder(folder)
     return source.address(ENCODER) if description.get("weights") == "file" and source.exists(ENCODER) else None
 
 
 def stamp_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the provenance with the versions of captionlib and PyTorch and the time."""
+    """Adds the versions of captionlib and PyTorch and the current time to the provenance."""
     return {
         **provenance,
         "captionlib": __version__,
@@ -132,14 +132,14 @@ def read_checkpoint(folder: FolderLike, kind: str) -> Checkpoint:
     """Reads and verifies a checkpoint.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged or of another kind.
+        CheckpointError: the checkpoint is missing, damaged or of a different kind.
     """
     source = open_folder(folder)
     config = _read_json(source, CONFIG)
     if config is None:
         raise CheckpointError(f"{source.uri} is not a checkpoint: expected a folder with {CONFIG} and {WEIGHTS}")
     if config.get("kind") != kind or "format_version" not in config:
-        got = config.get("kind", "another program's")
+        got = config.get("kind", "one of unknown kind")
         raise CheckpointError(f"{source.uri}: expected a checkpoint of kind {kind}, got {got}")
     if config["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
@@ -168,7 +168,7 @@ def read_checkpoint(folder: FolderLike, kind: str) -> Checkpoint:
 
 
 def describe_checkpoint(folder: FolderLike) -> dict[str, Any]:
-    """Summarizes a checkpoint of any kind: configuration, size of vocabulary and datastore, and the best epoch.
+    """Summarizes a checkpoint of any kind: configuration, sizes of vocabulary and datastore, and the saved epoch.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
@@ -189,7 +189,7 @@ def describe_checkpoint(folder: FolderLike) -> dict[str, Any]:
 
 
 def open_folder(folder: FolderLike) -> Folder:
-    """Opens the folder at an address; returns a `Folder` as it is."""
+    """Opens the folder at an address; returns a `Folder` unchanged."""
     return folder if isinstance(folder, Folder) else Folder(folder)
 
 

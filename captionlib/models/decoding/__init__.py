@@ -1,1 +1,1 @@
-"""Decoding: beam search, sampling, constraints and reranking."""
+"""Caption decoding: beam search, sampling, constraints and reranking."""

@@ -1,11 +1,11 @@
 """Beam search over many images at once.
 
-A hypothesis that reaches END is finished: it is stored, is not extended, and frees its place in the beam. The beam of
-an image narrows until nothing is left to extend. A step computes the unfinished hypotheses of all images together.
+A hypothesis that reaches END is stored and no longer extended, so the beam of its image becomes narrower. The search
+ends when no hypothesis is left to extend. Each step extends the hypotheses of all images in one batch.
 
-In diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424) each image has several groups of hypotheses. All
-groups are computed together; then they choose their words in turn, and a word costs more the more hypotheses of earlier
-groups chose it at this time step. Log-probabilities remain those of the model.
+In diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424) the beam of an image is divided into groups. At
+each time step, the groups choose their words one after another, and a word is penalized for each hypothesis of an
+earlier group that chose it. The reported log-probabilities do not include the penalty.
 """
 
 from typing import NamedTuple
@@ -22,11 +22,11 @@ __all__ = ["search_beam"]
 
 
 class _Continuations(NamedTuple):
-    """The continuations that each group chose, `[groups, width]` each, the best first.
+    """The continuations that each group chose, best first; all tensors are `[groups, width]`.
 
     Attributes:
-        log_prob: of all words; -inf if there are fewer continuations.
-        row: the hypothesis that is extended.
+        log_prob: log-probability of all words; -inf if there are fewer continuations.
+        row: the row of the hypothesis that is extended.
         word: the word that extends it.
     """
 
@@ -38,10 +38,10 @@ class _Continuations(NamedTuple):
 def search_beam(
     incremental: IncrementalCaptioner, config: DecodingConfig, constraints: Constraints, start: Hypotheses
 ) -> list[list[Candidate]]:
-    """Searches for the most probable sentences of each image, from one hypothesis per image.
+    """Searches for the most probable sentences of each image, starting from one hypothesis per image.
 
     Returns:
-        At least `config.pool_size` candidates per image if there are as many, in no particular order.
+        At least `config.pool_size` candidates per image, or all if there are fewer, in no particular order.
     """
     search = _BeamSearch(incremental, config, constraints, start)
     while search.is_alive:
@@ -50,9 +50,9 @@ def search_beam(
 
 
 class _BeamSearch:
-    """The search for the sentences of a batch of images; `extend` adds a word.
+    """The state of the search for a batch of images; `extend` adds one word to each hypothesis.
 
-    Group g of an image is number image * beam_groups + g. The hypotheses of a group stand together, the best first.
+    Group g of an image has the number image * beam_groups + g. The hypotheses of a group are adjacent, best first.
     """
 
     def __init__(
@@ -64,16 +64,16 @@ class _BeamSearch:
         self._constraints = constraints
         self._images = len(start.words)
         self._width = config.beam_width // config.beam_groups
-        self._tokens = start.words.shape[1] - 1  # of each hypothesis so far
+        self._tokens = start.words.shape[1] - 1  # in each hypothesis so far
         if config.beam_groups > 1:
             start = start.select(torch.arange(self._images, device=device).repeat_interleave(config.beam_groups))
         groups = len(start.words)
         self._beam = start
-        self._group = torch.arange(groups, device=device)  # of each hypothesis; ascending
+        self._group = torch.arange(groups, device=device)  # group number of each hypothesis, ascending
         # Groups, log-probabilities, and words (END included) of the hypotheses that finished at each time step.
         self._finished: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._free = torch.full((groups, 1), self._width, device=device)  # places of unfinished hypotheses
-        self._best_scores = torch.full((groups, config.pool_size), -torch.inf, device=device)  # of finished ones
+        self._free = torch.full((groups, 1), self._width, device=device)  # places for unfinished hypotheses
+        self._best_scores = torch.full((groups, config.pool_size), -torch.inf, device=device)  # of finished hypotheses
         self._ranks = torch.arange(self._width, device=device)
 
     @property
@@ -81,7 +81,7 @@ class _BeamSearch:
         return len(self._group) > 0
 
     def extend(self) -> None:
-        """Extends each hypothesis by a word, and keeps the most probable continuations."""
+        """Extends each hypothesis by one word, and keeps the most probable continuations."""
         self._tokens += 1
         beam = self._beam
         log_probs, state = self._incremental.step(beam.state, beam.words[:, -1])
@@ -103,7 +103,7 @@ class _BeamSearch:
         self._beam = Hypotheses(log_prob[self._group, rank], words, state.select(rows))
 
     def candidates(self) -> list[list[Candidate]]:
-        """Returns the finished hypotheses of each image; those that several groups found are listed once."""
+        """Returns the finished hypotheses of each image; a sentence that several groups found is listed once."""
         per_image: list[dict[tuple[int, ...], Candidate]] = [{} for _ in range(self._images)]
         for finished in self._finished:
             for group, log_prob, words in zip(*(values.tolist() for values in finished), strict=True):
@@ -120,7 +120,7 @@ class _BeamSearch:
         return _Continuations(best, row, word[row, column])
 
     def _choose_diverse(self, log_probs: Tensor) -> _Continuations:
-        """Chooses as `_choose` does, group by group, with a penalty on the words of the earlier groups of the image."""
+        """Chooses as `_choose` does, but group by group, with a penalty on the words of an image's earlier groups."""
         group_log_prob, groups = self._beam.log_prob, self._config.beam_groups
         chosen = _Continuations(
             log_probs.new_full((len(self._free), self._width), -torch.inf),
@@ -145,7 +145,7 @@ class _BeamSearch:
         return chosen
 
     def _finish(self, finishing: Tensor, chosen: _Continuations) -> None:
-        """Stores the hypotheses that finish, `[groups, width] bool`, and frees their places."""
+        """Stores the continuations marked in `finishing`, `[groups, width] bool`, and frees their places."""
         group, rank = finishing.nonzero(as_tuple=True)
         rows, word = chosen.row[group, rank], chosen.word[group, rank]
         words = torch.cat([self._beam.words[rows, 1:], word[:, None]], 1)
@@ -155,11 +155,11 @@ class _BeamSearch:
         self._best_scores = torch.cat([self._best_scores, scores], 1).topk(self._config.pool_size, dim=1).values
 
     def _can_improve(self, log_prob: Tensor) -> Tensor:
-        """Returns which hypotheses can still enter the pool of their group, `[groups, width] bool`.
+        """Returns which hypotheses can still be among the `pool_size` best of their group, `[groups, width] bool`.
 
-        A log-probability only falls as the sentence grows, so its score is at most that of today's log-probability at
-        the maximum length. All hypotheses of this length that are less probable are pruned too, so pruning one frees no
-        place for another.
+        Log-probabilities only decrease as a sentence grows, so the final score is at most the current log-probability
+        divided by max_tokens ** length_penalty. If a hypothesis is pruned, all less probable ones of the same length are
+        pruned too, so none of them takes its place.
         """
         bound = log_prob / self._config.max_tokens**self._config.length_penalty
         can_improve: Tensor = bound > self._best_scores[:, -1:]
@@ -172,7 +172,7 @@ def _top_continuations(scores: Tensor, group: Tensor, groups: int, width: int) -
     `scores` is `[rows, columns] float32`, and `group` is `[rows] int64` in ascending order.
 
     Returns:
-        Score, row and column of each, `[groups, width]`; the score is -inf if there are fewer.
+        Score, row and column of each continuation, `[groups, width]`; the score is -inf if there are fewer.
     """
     rows, columns = scores.shape
     first_row = torch.searchsorted(group, torch.arange(groups, device=group.device))

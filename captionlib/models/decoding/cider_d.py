@@ -1,10 +1,10 @@
-"""CIDEr-D between sentences of token ids: all of one list with all of another, fast enough for every training step.
+"""Computes CIDEr-D between all pairs of sentences from two lists, fast enough for every training step.
 
-The formula is that of Vedantam et al. 2015 (arXiv 1411.5726) as implemented in pycocoevalcap: n-grams weighted by
-tf-idf, clipped counts, and a Gaussian penalty on the difference in length. Document frequencies come from all training
-images; an evaluation takes them from the images that it scores.
+The formula is from Vedantam et al. 2015 (arXiv 1411.5726) as implemented in pycocoevalcap: n-grams weighted by tf-idf,
+clipped counts, and a Gaussian penalty on the difference in length. Here, document frequencies come from all training
+images. In an evaluation, they come from the evaluated images.
 
-An n-gram of up to four words is one 64-bit number, so everything is sorting and one matrix product.
+An n-gram of up to four words is stored as one 64-bit integer, so sorting counts n-grams and matrix products match them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,8 +18,8 @@ from captionlib.errors import ConfigError, DatasetError
 __all__ = ["CiderD"]
 
 _MAX_N = 4  # n-grams of 1 to 4 words
-_SIGMA = 6.0  # of the length penalty, in words
-_WORD_BITS = 16  # per word in an n-gram; 0 stands for no word
+_SIGMA = 6.0  # width of the Gaussian length penalty, in words
+_WORD_BITS = 16  # bits per word in an n-gram; 0 means no word
 _MAX_WORDS = (1 << _WORD_BITS) - 1
 
 Matrix = npt.NDArray[np.float64]
@@ -31,8 +31,8 @@ class CiderD:
     """Computes CIDEr-D.
 
     Args:
-        references: the references of each training image, as token ids; read once, not stored. None weights all n-grams
-            equally.
+        references: the reference captions of each training image, as token ids; read once, not stored. If None, all
+            n-grams have equal weight.
 
     Raises:
         DatasetError: there are fewer than two images, for which document frequencies are meaningless.
@@ -49,7 +49,7 @@ class CiderD:
                 f"training images, got {len(per_image)}"
             )
         ids, counts = np.unique(np.concatenate(per_image), return_counts=True)
-        self._rare_weight = float(np.log(len(per_image)))  # of n-grams in one image or none
+        self._rare_weight = float(np.log(len(per_image)))  # for n-grams in at most one image
         self._common_ids = ids[counts > 1]
         self._common_weights = self._rare_weight - np.log(counts[counts > 1])
 
@@ -74,7 +74,7 @@ class CiderD:
         return total / _MAX_N * np.exp(-(length_gap**2) / (2 * _SIGMA**2))
 
     def _weight_ngrams(self, ids: NgramIds) -> Matrix:
-        """Returns the inverse document frequency of n-grams in ascending order."""
+        """Returns the inverse document frequency of each n-gram."""
         weights = np.full(len(ids), self._rare_weight)
         if len(self._common_ids):
             index = np.searchsorted(self._common_ids, ids).clip(max=len(self._common_ids) - 1)
@@ -87,10 +87,10 @@ class _Ngrams(NamedTuple):
     """All n-grams of several sentences, repeated ones included.
 
     Attributes:
-        ids: `[ngrams]`.
-        sentences: `[ngrams]`, the sentence of each.
-        sizes: `[ngrams]`, n.
-        lengths: `[sentences]`, the number of words.
+        ids: `[ngrams]`, the words of each n-gram in one integer.
+        sentences: `[ngrams]`, the sentence of each n-gram.
+        sizes: `[ngrams]`, the number of words of each n-gram.
+        lengths: `[sentences]`, the number of words of each sentence.
     """
 
     ids: NgramIds
@@ -104,27 +104,27 @@ def _extract_ngrams(sentences: Sequence[Sequence[int]]) -> _Ngrams:
     words = np.fromiter((word for sentence in sentences for word in sentence), np.int64, lengths.sum()) + 1
     if len(words) and not 1 <= words.min() <= words.max() <= _MAX_WORDS:
         raise ConfigError(
-            f"CIDEr supports {_MAX_WORDS:,} words, got the ids {words.min() - 1} to {words.max() - 1}; "
+            f"CIDEr supports {_MAX_WORDS:,} words, got word ids {words.min() - 1} to {words.max() - 1}; "
             "use a smaller vocabulary (raise min_count)"
         )
-    owner = np.repeat(np.arange(len(lengths)), lengths)  # the sentence of each word
+    sentence_of_word = np.repeat(np.arange(len(lengths)), lengths)
     remaining = np.repeat(lengths.cumsum(), lengths) - np.arange(len(words))  # words to the sentence's end, inclusive
-    ids, owners, sizes = [], [], []
+    ids, ngram_sentences, sizes = [], [], []
     packed = words.astype(np.uint64)
     for n in range(1, _MAX_N + 1):
         if n > 1 and len(packed):  # append the next word
             packed = (packed[:-1] << np.uint64(_WORD_BITS)) | words[n - 1 :].astype(np.uint64)
         starts = np.flatnonzero(remaining[: len(packed)] >= n)
         ids.append(packed[starts])
-        owners.append(owner[starts])
+        ngram_sentences.append(sentence_of_word[starts])
         sizes.append(np.full(len(starts), n))
-    return _Ngrams(np.concatenate(ids), np.concatenate(owners), np.concatenate(sizes), lengths)
+    return _Ngrams(np.concatenate(ids), np.concatenate(ngram_sentences), np.concatenate(sizes), lengths)
 
 
 class _NgramCounts:
-    """How often each sentence contains each of its n-grams, with their tf-idf weight by the norm of the sentence.
+    """Each n-gram's count in each sentence, and its idf weight divided by the norm of the sentence's tf-idf vector.
 
-    `column` holds the index of each n-gram among the distinct ones, `weights` their inverse document frequencies.
+    `column` holds the index of each n-gram among the distinct n-grams, and `weights` the idf weights of these.
     """
 
     def __init__(self, ngrams: _Ngrams, column: Indices, weights: Matrix) -> None:
@@ -140,7 +140,7 @@ class _NgramCounts:
         self._normalized = np.divide(weights[self._column], norms, out=np.zeros_like(norms), where=norms > 0)
 
     def at_least(self, times: int, factors: Indices | int, columns: Indices) -> Matrix:
-        """Returns normalized weights times factors of n-grams with at least this count, `[sentences, columns]`."""
+        """Returns the products of weight and factor for n-grams with at least this count, `[sentences, columns]`."""
         matrix = np.zeros((self._rows, len(columns)))
         selected = (self.counts >= times) & np.isin(self._column, columns)
         column = np.searchsorted(columns, self._column[selected])

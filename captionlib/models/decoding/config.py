@@ -19,24 +19,24 @@ class DecodingConfig:
     Attributes:
         strategy: `beam` searches for the most probable sentences, `sample` samples from the model.
         beam_width: hypotheses per image; 1 is greedy decoding.
-        n_best: candidates returned per image, at most `beam_width`; with `sample`, the number of samples, whose
-            duplicates are dropped.
-        max_tokens: sentences are cut off after this many tokens, END included. NeuralTalk uses 20.
+        n_best: maximum number of candidates returned per image, at most `beam_width`. With `sample`, this many
+            sentences are sampled, and duplicates are dropped.
+        max_tokens: sentences are truncated after this many tokens (words and END).
         length_penalty: the beam ranks candidates by log_prob / token_count ** length_penalty; 0 ranks by
             log-probability and favors short sentences.
         rerank: how the candidates of the beam are reranked.
-        min_words: shorter sentences do not end, unless no other word is allowed.
+        min_words: minimum length of a sentence; a shorter one ends only if no other word is allowed.
         no_repeat_ngram_size: an n-gram of this size occurs at most once per sentence; 0 allows repetition.
-        forbidden_words: words that are never written.
-        beam_groups: diverse beam search with this many groups of equal width (Vijayakumar et al. 2016, arXiv
-            1610.02424); must divide `beam_width`.
-        diversity_penalty: what a word loses in log-probability per hypothesis of an earlier group that has the same
+        forbidden_words: words that are never generated.
+        beam_groups: number of equally wide groups for diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424);
+            must divide `beam_width`.
+        diversity_penalty: penalty on a word's log-probability for each hypothesis of an earlier group with the same
             word at the same time step (lambda in the paper; 0.2 to 0.8 work well).
-        temperature: of sampling; below 1 sharpens the distribution, above 1 flattens it.
-        top_k: sample from the k most probable words; None samples from all.
+        temperature: sampling temperature; below 1 sharpens the distribution, above 1 flattens it.
+        top_k: sample from the k most probable words; if None, from all words.
         top_p: sample from the smallest set of most probable words with at least this total probability (Holtzman et al.
             2020, arXiv 1904.09751), after `temperature` and `top_k`.
-        seed: of sampling.
+        seed: seed for sampling.
     """
 
     strategy: Literal["beam", "sample"] = "beam"
@@ -64,13 +64,13 @@ class DecodingConfig:
         if self.strategy == "beam":
             self._check_beam()
         elif self.beam_groups > 1:
-            raise ConfigError("decoding: beam_groups is for strategy beam, got strategy sample; set one of the two")
+            raise ConfigError("decoding: beam_groups is for strategy beam, got strategy sample; change one of them")
         elif self.rerank.method != "none":
-            raise ConfigError("decoding: rerank is for strategy beam, got strategy sample; set one of the two")
+            raise ConfigError("decoding: rerank is for strategy beam, got strategy sample; change one of them")
 
     @property
     def pool_size(self) -> int:
-        """Candidates that are decoded per image, from which reranking selects `n_best`."""
+        """Number of candidates decoded per image, from which reranking selects `n_best`."""
         return self.n_best if self.rerank.method == "none" else self.rerank.pool_size or self.beam_width
 
     def _check_beam(self) -> None:
@@ -86,7 +86,7 @@ class DecodingConfig:
             )
         if self.rerank.method != "none" and self.beam_width == 1:
             raise ConfigError(
-                "decoding: rerank compares the candidates of a beam, got beam_width 1; widen it, such as to 20"
+                "decoding: rerank compares the candidates of a beam, got beam_width 1; set it to 20, for example"
             )
         pool_size = self.rerank.pool_size
         if pool_size is not None and not self.n_best <= pool_size <= self.beam_width:
@@ -96,4 +96,4 @@ class DecodingConfig:
             )
         for name, default in (("temperature", 1.0), ("top_k", None), ("top_p", 1.0)):
             if getattr(self, name) != default:
-                raise ConfigError(f"decoding: {name} is for strategy sample, got strategy beam; set both, or neither")
+                raise ConfigError(f"decoding: {name} is for strategy sample, got strategy beam; change one of them")

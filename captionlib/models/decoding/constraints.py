@@ -1,4 +1,4 @@
-"""Constraints on the next word, whatever its probability."""
+"""Hard constraints on the next word of a caption."""
 
 from collections.abc import Iterable
 
@@ -13,7 +13,7 @@ __all__ = ["Constraints", "find_forbidden_ids"]
 
 
 class Constraints:
-    """Forbids the words of `find_forbidden_ids`, repeated n-grams and early ENDs. Others keep their probability."""
+    """Forbids given words, repeated n-grams, and END in short sentences; other words keep their probability."""
 
     def __init__(self, config: DecodingConfig, forbidden: Tensor) -> None:
         self._forbidden = forbidden
@@ -21,11 +21,11 @@ class Constraints:
         self._ngram_size = config.no_repeat_ngram_size
 
     def apply(self, log_probs: Tensor, words: Tensor) -> None:
-        """Sets forbidden words to -inf, in place. A row without any allowed word may end, even if it is too short.
+        """Sets the log-probability of forbidden words to -inf, in place. If no word is allowed, END always is.
 
         Args:
-            log_probs: `[rows, vocabulary_size] float32`, of the next word.
-            words: `[rows, count] int64`, the words so far, without START.
+            log_probs: `[rows, vocabulary_size] float32`, log-probabilities of the next word.
+            words: `[rows, count] int64`, the words so far, without the initial END that starts a sentence.
         """
         too_short = words.shape[1] < self._min_words
         end = log_probs[:, END].clone() if too_short else None
@@ -45,7 +45,7 @@ class Constraints:
 
 
 def find_forbidden_ids(words: Iterable[str], vocabulary: Vocabulary | None) -> list[int]:
-    """Returns UNKNOWN and the ids of the words, in any case. A word outside the vocabulary is never written anyway.
+    """Returns the ids of `words`, ignoring case, and of UNKNOWN, which stands for all words outside the vocabulary.
 
     Raises:
         ConfigError: an entry is not a single word, or there is no vocabulary.
@@ -57,7 +57,7 @@ def find_forbidden_ids(words: Iterable[str], vocabulary: Vocabulary | None) -> l
         ids = vocabulary.encode(word)
         if len(ids) != 1:
             raise ConfigError(
-                f"decoding: forbidden_words must be single words, got {word!r}, which is {len(ids)}: "
+                f"decoding: forbidden_words must be single words, got {word!r}, which is {len(ids)} words: "
                 f"{' '.join(tokenize(word)) or 'nothing'}; list each word separately"
             )
         forbidden.update(ids)

@@ -1,4 +1,4 @@
-"""The datastore of a captioner: features and references of the images that it was trained on, for reranking.
+"""The datastore of a captioner: features and reference captions of its training images, for reranking.
 
 `captionlib build-datastore` writes it as `datastore.parquet` into the checkpoint. The references of the training images
 most similar to a new image help to rank its candidates (rerank.py).
@@ -41,7 +41,7 @@ class DatastoreEntries(NamedTuple):
     """A batch of training images.
 
     Attributes:
-        image_ids: `[images]`.
+        image_ids: `[images]`, ids of the images.
         vectors: `[images, projected_size]`, their `ImageState.features`.
         references: token ids of each image's references.
     """
@@ -55,8 +55,8 @@ class Neighbors(NamedTuple):
     """The references of the training images most similar to an image.
 
     Attributes:
-        references: as token ids.
-        weights: `[references]`, sum 1.
+        references: token ids of each reference.
+        weights: `[references]`, summing to 1.
     """
 
     references: list[list[int]]
@@ -64,13 +64,13 @@ class Neighbors(NamedTuple):
 
 
 class Datastore:
-    """Finds the training images most similar to others, by the cosine of their standardized vectors.
+    """Finds the training images most similar to given images, by the cosine of their standardized vectors.
 
     Args:
-        image_ids: of the training images.
+        image_ids: ids of the training images.
         vectors: `[images, projected_size]`, their `ImageState.features`.
         references: `list<list<int32>>` per image, token ids.
-        fingerprint: identifies the datastore.
+        fingerprint: hash of everything that determines the datastore.
     """
 
     def __init__(self, image_ids: Sequence[str], vectors: Vectors, references: pa.Array, fingerprint: str) -> None:
@@ -89,7 +89,7 @@ class Datastore:
         Args:
             vectors: `[images, projected_size]`, their `ImageState.features`.
             count: the maximum number of neighbors.
-            keys: the ids of the images, so that no image is its own neighbor; None if they are unknown.
+            keys: ids of the images, so that no image is its own neighbor; None if they are unknown.
         """
         similarities = self._normalize(vectors) @ self._unit_vectors.T
         for image, key in enumerate(keys or ()):
@@ -124,7 +124,7 @@ def write_datastore(
 ) -> None:
     """Writes the datastore into a captioner's checkpoint, completely or not at all.
 
-    The features dataset and the splits that the images come from enter the datastore's fingerprint.
+    The datastore's fingerprint covers the captioner, `features_fingerprint` (of the source dataset) and the splits.
     """
     origin = {"captioner": captioner.fingerprint, "features": features_fingerprint, "splits": list(splits)}
     schema = pa.schema(
@@ -145,7 +145,7 @@ def read_datastore_fingerprint(folder: FolderLike, captioner: LoadedCaptioner) -
     """Reads only the fingerprint of a captioner's datastore.
 
     Raises:
-        CheckpointError: the datastore is missing, damaged, or of another captioner.
+        CheckpointError: the datastore is missing, damaged, or of a different captioner.
     """
     with _open(folder, captioner) as (_, fingerprint):
         return fingerprint
@@ -155,7 +155,7 @@ def read_datastore(folder: FolderLike, captioner: LoadedCaptioner) -> Datastore:
     """Reads the datastore of a captioner.
 
     Raises:
-        CheckpointError: the datastore is missing, damaged, or of another captioner.
+        CheckpointError: the datastore is missing, damaged, or of a different captioner.
     """
     with _open(folder, captioner) as (file, fingerprint):
         table = file.read()
@@ -165,7 +165,7 @@ def read_datastore(folder: FolderLike, captioner: LoadedCaptioner) -> Datastore:
 
 @contextmanager
 def _open(folder: FolderLike, captioner: LoadedCaptioner) -> Iterator[tuple[pq.ParquetFile, str]]:
-    """Opens the file, verifies its captioner, and yields it with its fingerprint."""
+    """Opens the datastore, verifies its captioner, and yields the file and its fingerprint."""
     source = open_folder(folder)
     command = f"`captionlib build-datastore FEATURES -c {source.uri}`"
     try:
@@ -180,8 +180,8 @@ def _open(folder: FolderLike, captioner: LoadedCaptioner) -> Iterator[tuple[pq.P
             origin = json.loads(file.schema_arrow.metadata[b"captionlib"])
             if origin["captioner"] != captioner.fingerprint:
                 raise CheckpointError(
-                    f"{source.address(DATASTORE)}: expected the datastore of captioner {captioner.fingerprint}, got "
-                    f"that of {origin['captioner']}; write it again with {command}"
+                    f"{source.address(DATASTORE)}: expected a datastore of captioner {captioner.fingerprint}, got "
+                    f"one of captioner {origin['captioner']}; write it again with {command}"
                 )
             yield file, compute_fingerprint("datastore", origin)
     except (pa.ArrowException, KeyError, OSError, TypeError, ValueError) as error:

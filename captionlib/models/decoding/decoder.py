@@ -1,4 +1,4 @@
-"""Generates captions for images: by beam search or by sampling."""
+"""Generates captions for images by beam search or sampling."""
 
 from collections.abc import Sequence
 
@@ -23,14 +23,14 @@ __all__ = ["Decoder"]
 
 
 class Decoder:
-    """Generates captions with a snapshot of a captioner. It does not follow later changes of the weights.
+    """Generates captions with a snapshot of a captioner, which later changes to its weights do not affect.
 
     Args:
         model: the captioner; decoding runs on its device.
-        config: how captions are decoded.
-        dtype: of the captioner's computation, float32 or bfloat16; log-probabilities are summed in float32.
-        vocabulary: the captioner's; only `forbidden_words` need it.
-        datastore: the captioner's; only `rerank.neighbors` need it.
+        config: how captions are decoded; if None, `DecodingConfig()`.
+        dtype: dtype of the captioner's computation, float32 or bfloat16; log-probabilities are summed in float32.
+        vocabulary: the captioner's vocabulary; required only for `forbidden_words`.
+        datastore: features and references of the captioner's training images; required only for `rerank.neighbors`.
 
     Raises:
         ConfigError: `forbidden_words` are not single words or have no vocabulary, or `rerank` needs a datastore or an
@@ -60,22 +60,22 @@ class Decoder:
         keys: Sequence[str] | None = None,
         prefix: Sequence[int] = (),
     ) -> list[list[Candidate]]:
-        """Generates captions for each image, the best first. Batches that do not fit into memory are halved.
+        """Generates captions for each image, best first. Batches that do not fit into memory are halved.
 
-        UNKNOWN is never written. Its probability is not redistributed, so log-probabilities remain those of the model.
+        UNKNOWN, which stands for rare words, is never generated. Its probability is not redistributed to other words.
 
         Args:
             features: `[images, feature_size]` or `[images, positions, channels]`, from the encoder; 100 images are a
                 good batch.
-            keys: the ids of the images. With the seed, an id determines what is sampled, whatever the batch, and no
-                image is its own neighbor. None uses the features as the key of sampling.
+            keys: ids of the images. An image's samples depend only on its id and the seed, and no image is its own
+                neighbor. If None, samples depend on the features instead of the id.
             prefix: token ids that every sentence begins with; log-probabilities include them.
 
         Returns:
             One to `n_best` distinct candidates per image.
 
         Raises:
-            DatasetError: features are infinite or NaN, as after an overflow of float16.
+            DatasetError: features are infinite or NaN, such as after an overflow of float16.
             ConfigError: the prefix is as long as `max_tokens`.
         """
         features = torch.as_tensor(features)
@@ -83,7 +83,7 @@ class Decoder:
         if not finite.all():
             rows = ", ".join(map(str, (~finite).nonzero()[:5, 0].tolist()))
             raise DatasetError(
-                f"features: expected finite numbers, got others in row {rows} of the batch; extract them again"
+                f"features: expected finite values, got infinity or NaN in row {rows} of the batch; extract them again"
             )
         if len(prefix) >= self.config.max_tokens:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Incremental decoding: one word per time step, with weights prepared so that a step is a gather and two products."""
+"""Incremental decoding, one word per time step, with precomputed weights that make a step fast."""
 
 import copy
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ class Candidate:
     """One sentence of an n-best list.
 
     Attributes:
-        token_ids: without START and END.
-        log_prob: ln p(sentence | image): the sum over its tokens, whatever the strategy and `length_penalty`.
-        token_count: tokens that `log_prob` covers: the words and END; no END if `max_tokens` cut the sentence off.
+        token_ids: token ids without START and END, which have the same id.
+        log_prob: ln p(sentence | image), the sum over all tokens, without `length_penalty`.
+        token_count: number of these tokens: the words and END, or only the words if the sentence was truncated.
     """
 
     token_ids: list[int]
@@ -35,14 +35,14 @@ class Candidate:
 
 
 class DecoderState(NamedTuple):
-    """The recurrent state of partial sentences, stored once for all sentences with the same parent.
+    """The recurrent state of partial sentences. Sentences that extend the same parent sentence share its state.
 
     Attributes:
         h: `[parents, hidden_size]` of each layer.
         c: `[parents, hidden_size]` of each layer of an LSTM; empty for an RNN.
         context: `[parents, attention_size]`, the last context vector; None without attention.
-        image_gates: `[parents, gates]`, what the image adds to the next gates; None if it adds nothing.
-        image: `[parents] int64`, the row of `annotations`; None without attention.
+        image_gates: `[parents, gates]`, added to the next gates for the image; None if nothing is added.
+        image: `[parents] int64`, the image of each parent, a row of `annotations`; None without attention.
         annotations: `[images, positions, attention_size]`, annotation vectors; None without attention.
         parent: `[rows] int64`, the parent of each sentence; None if every sentence is its own parent.
     """
@@ -56,7 +56,7 @@ class DecoderState(NamedTuple):
     parent: Tensor | None = None
 
     def select(self, rows: Tensor) -> "DecoderState":
-        """Returns the state of these rows, `[any number] int64`; repeated rows share a parent."""
+        """Returns the state of the given rows, `[count] int64`; repeated rows share a parent."""
         if self.parent is not None:
             rows = self.parent.index_select(0, rows)
         kept, parent = torch.unique(rows, return_inverse=True)
@@ -69,7 +69,7 @@ class DecoderState(NamedTuple):
         return DecoderState(h, c, context, image_gates, image, self.annotations, parent)
 
     def gather(self, values: Tensor) -> Tensor:
-        """Expands `[parents, any]` to `[rows, any]`."""
+        """Expands values from one row per parent, `[parents, size]`, to one row per sentence, `[rows, size]`."""
         return values if self.parent is None else values.index_select(0, self.parent)
 
 
@@ -77,9 +77,9 @@ class Hypotheses(NamedTuple):
     """Partial sentences, one per row.
 
     Attributes:
-        log_prob: `[rows] float32`, of the words so far.
-        words: `[rows, 1 + words] int64`, START and the words so far.
-        state: after all words but the last.
+        log_prob: `[rows] float32`, log-probability of the words so far.
+        words: `[rows, 1 + words] int64`, END as the start token and the words so far.
+        state: recurrent state after all words except the last.
     """
 
     log_prob: Tensor
@@ -87,19 +87,19 @@ class Hypotheses(NamedTuple):
     state: DecoderState
 
     def select(self, rows: Tensor) -> "Hypotheses":
-        """Returns these rows, `[any number] int64`."""
+        """Returns the given rows, `[count] int64`."""
         return Hypotheses(self.log_prob[rows], self.words[rows], self.state.select(rows))
 
 
 class IncrementalCaptioner:
-    """A snapshot of a captioner that reads one word per time step. It does not follow later changes of the weights.
+    """A snapshot of a captioner that runs one word at a time. Later changes to the captioner's weights have no effect.
 
     Wxh x + b of the first layer is precomputed for every word of the vocabulary. Whh h is computed once for all
     sentences with the same parent.
 
     Args:
         model: the captioner; the snapshot runs on its device.
-        dtype: float32 or bfloat16.
+        dtype: dtype of the computation, float32 or bfloat16.
     """
 
     @torch.inference_mode()
@@ -131,7 +131,7 @@ class IncrementalCaptioner:
 
     @torch.inference_mode()
     def initial_state(self, image_state: ImageState) -> DecoderState:
-        """Returns the state before START, one row per image."""
+        """Returns the state before the first token, one row per image."""
         adds_image = self._model.config.image_input in ("first_step", "every_step")
         image_gates = (image_state.embeddings @ self._image_weight).to(self.dtype) if adds_image else None
         layers = self._model.config.layers
@@ -146,7 +146,7 @@ class IncrementalCaptioner:
 
     @torch.inference_mode()
     def begin(self, image_state: ImageState, prefix: Sequence[int] = ()) -> Hypotheses:
-        """Begins one sentence per image, all with the same prefix of token ids."""
+        """Starts one sentence per image, all with the same prefix of token ids."""
         state, images = self.initial_state(image_state), len(image_state.embeddings)
         log_prob = torch.zeros(images, device=self.device)
         words = torch.full((images, 1), END, device=self.device)
@@ -158,11 +158,11 @@ class IncrementalCaptioner:
 
     @torch.inference_mode()
     def step(self, state: DecoderState, words: Tensor) -> tuple[Tensor, DecoderState]:
-        """Reads one word per row.
+        """Runs one time step for one sentence per row.
 
         Args:
-            state: of the rows so far.
-            words: `[rows] int64`; END at the first time step.
+            state: state of the sentences so far.
+            words: `[rows] int64`, the previous word of each sentence; END at the first time step.
 
         Returns:
             The log-probabilities of the next word, `[rows, vocabulary_size] float32`, and the new state.
@@ -192,7 +192,7 @@ def score_sentences(
 ) -> Tensor:
     """Computes the log-probability of each sentence given a single image, `[sentences] float32`.
 
-    Common beginnings are read once. The sentences may be of other images; their own log-probabilities are ignored.
+    Common prefixes are computed once. Sentences may come from other images; their own `log_prob` is ignored.
     """
     device = incremental.device
     if not sentences:
@@ -202,29 +202,29 @@ def score_sentences(
     total = torch.zeros(len(sentences), device=device)
     state, words = incremental.initial_state(image_state), torch.tensor([END], device=device)
     remaining = torch.arange(len(sentences), device=device)  # sentences with a token at this time step
-    row = torch.zeros_like(remaining)  # of the state: the beginning of each of these sentences
+    row = torch.zeros_like(remaining)  # state row that holds the prefix of each remaining sentence
     for step in range(tokens.shape[1]):
         log_probs, state = incremental.step(state, words)
         token = tokens[remaining, step]
         total[remaining] += log_probs[row, token]
         continues = lengths[remaining] > step + 1
         remaining, classes = remaining[continues], log_probs.shape[1]
-        beginnings, row = torch.unique(row[continues] * classes + token[continues], return_inverse=True)
-        state, words = state.select(beginnings // classes), beginnings % classes
+        prefixes, row = torch.unique(row[continues] * classes + token[continues], return_inverse=True)
+        state, words = state.select(prefixes // classes), prefixes % classes
     return total
 
 
 class PackedLinear(nn.Module):
-    """x W^T + b with a snapshot of W and b.
+    """Computes x W^T + b with a snapshot of W and b.
 
-    On a CPU, oneDNN multiplies many rows of float32 by weights in its own layout. Where PyTorch's BLAS does not use the
-    full width of the processor's vectors, that takes half the time. The operators are those of PyTorch's compiler: they
-    keep rows and products in the ordinary layout, whose conversion would take a tenth of a beam search.
+    On a CPU, oneDNN multiplies many float32 rows by weights in its packed layout. This takes half the time of a BLAS
+    that does not use the processor's widest vector instructions. The operators are from PyTorch's compiler, because
+    they keep inputs and outputs in the ordinary layout. Converting these would take a tenth of a beam search.
 
     Args:
         weight: W, `[outputs, inputs]`.
-        bias: b, `[outputs]`; None adds nothing.
-        dtype: of the computation.
+        bias: b, `[outputs]`; None if there is no bias.
+        dtype: dtype of the computation.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
@@ -237,7 +237,7 @@ class PackedLinear(nn.Module):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Computes `[rows, inputs]` to `[rows, outputs]`."""
+        """Computes outputs `[rows, outputs]` from inputs `[rows, inputs]`."""
         if self._packed is None or len(rows) < _MIN_PACKED_ROWS:
             return rows @ self._transposed if self._bias is None else torch.addmm(self._bias, rows, self._transposed)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, "none", [], "")

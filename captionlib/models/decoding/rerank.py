@@ -1,15 +1,15 @@
-"""Reranks the candidates of an image by minimum Bayes risk (Kumar & Byrne 2004) on CIDEr-D.
+"""Reranks the candidate captions of an image by minimum Bayes risk (Kumar & Byrne 2004) on CIDEr-D.
 
     score(a) = sum_b p(b) ** (1 / temperature) CIDEr-D(a, b)
 
-The most probable sentence is often unlike all others. The sentence that agrees with the other candidates, weighted by
-their probability, scores better against references.
+The most probable candidate often differs from all others. The candidate most similar to the others, weighted by their
+probability, usually scores better against references.
 
-With neighbors, the score is multiplied by the agreement with the references of the training images most similar to the
-image, after Devlin et al. 2015 (arXiv 1505.04467). They come from the captioner's datastore (datastore.py).
+With neighbors (the training images most similar to the image), the score is multiplied by the CIDEr-D against their
+references, after Devlin et al. 2015 (arXiv 1505.04467). The captioner's datastore (datastore.py) contains them.
 
 With a mutual information weight w, the score is multiplied by (p(a | image) / p(a | average image)) ** w, which
-penalizes captions that suit every image, after Li et al. 2016 (arXiv 1510.03055).
+penalizes captions that fit any image, after Li et al. 2016 (arXiv 1510.03055).
 """
 
 from collections.abc import Sequence
@@ -37,12 +37,12 @@ class RerankConfig:
 
     Attributes:
         method: `mbr` ranks by minimum Bayes risk on CIDEr-D; `none` keeps the order of the beam.
-        temperature: candidates count as p ** (1 / temperature); the lower, the more the most probable ones decide.
+        temperature: candidates are weighted by p ** (1 / temperature); a low value favors the most probable ones.
             3 works well with a beam of 30; with neighbors, 4 to 8 and a wider beam.
-        pool_size: candidates that are reranked, the best of the beam; None reranks the whole beam.
-        neighbors: similar training images whose references count as well; 60 work well. They need the captioner's
-            datastore (`captionlib build-datastore`).
-        mutual_information_weight: how much a caption gains that is more probable for this image than for the average
+        pool_size: number of the beam's best candidates to rerank; if None, the whole beam.
+        neighbors: number of similar training images whose references are compared too; 60 works well. Requires the
+            captioner's datastore (`captionlib build-datastore`).
+        mutual_information_weight: exponent w that favors captions more probable for this image than for the average
             training image; 0.02 works well.
     """
 
@@ -65,13 +65,13 @@ class Reranker:
     """Reranks the candidates of many images.
 
     Args:
-        config: method and weights.
+        config: how candidates are reranked.
         incremental: the captioner, which also scores candidates for the average image.
-        datastore: the captioner's; only neighbors need it.
+        datastore: the captioner's datastore; required only for neighbors.
 
     Raises:
-        ConfigError: neighbors are configured without a datastore; or the mutual information is, and the captioner does
-            not know the average training image.
+        ConfigError: neighbors are configured without a datastore, or `mutual_information_weight` is set but the
+            captioner does not store the average training image.
     """
 
     def __init__(self, config: RerankConfig, incremental: IncrementalCaptioner, datastore: Datastore | None) -> None:
@@ -89,7 +89,7 @@ class Reranker:
     def rerank(
         self, pools: Sequence[Sequence[Candidate]], image_state: ImageState, keys: Sequence[str] | None
     ) -> list[list[Candidate]]:
-        """Reranks the candidates of each image; `keys` are the ids of the images, so that none is its own neighbor."""
+        """Reranks the candidates of each image; `keys` are their ids, so that no image is its own neighbor."""
         neighbors: list[Neighbors] | list[None] = [None] * len(pools)
         if self._datastore is not None:
             vectors = image_state.features.cpu().numpy()
@@ -125,11 +125,11 @@ def rerank_candidates(
     """Orders the candidates of one image by minimum Bayes risk; ties keep their order.
 
     Args:
-        candidates: all different.
+        candidates: distinct candidates.
         temperature: see `RerankConfig`.
-        cider: compares sentences.
-        neighbors: references of similar images; None omits them.
-        factors: `[candidates]`, multiplied into the scores; None omits them.
+        cider: computes CIDEr-D.
+        neighbors: references of similar images; if None, they are not used.
+        factors: `[candidates]`, multiplied into the scores; if None, they are not used.
     """
     log_probs = np.array([candidate.log_prob for candidate in candidates])
     weights = np.exp((log_probs - log_probs.max()) / temperature)

@@ -1,7 +1,7 @@
 """Samples sentences from a captioner, for many images at once.
 
-The random numbers of a sentence depend only on the seed, its image and its index. Other images in the batch, their
-order and the number of sentences change nothing.
+The random numbers of a sentence depend only on the seed, its image and its index. They do not depend on the other
+images in the batch, their order or the number of sentences.
 """
 
 import hashlib
@@ -28,10 +28,10 @@ def sample_captions(
 ) -> list[list[Candidate]]:
     """Samples `n_best` sentences per image, in the order of their indices; duplicates are included.
 
-    `start` holds one hypothesis per image; `keys` identify the images for the random numbers.
+    `start` contains one hypothesis per image; `keys` identify the images and determine their random numbers.
     """
     device, per_image = incremental.device, config.n_best
-    sentence = torch.arange(len(keys) * per_image, device=device)  # of each unfinished row
+    sentence = torch.arange(len(keys) * per_image, device=device)  # sentence of each row
     log_prob, words, state = start.select(sentence // per_image)
     steps = config.max_tokens - (words.shape[1] - 1)
     uniforms = generate_uniforms(keys, per_image, steps, config.seed).to(device)
@@ -55,7 +55,7 @@ def sample_captions(
 
 
 def generate_uniforms(keys: Sequence[bytes], sentences: int, count: int, seed: int) -> Tensor:
-    """Generates `count` random numbers from [0, 1) for each sentence of each image, which a key identifies.
+    """Generates `count` random numbers from [0, 1) for each sentence of each image; `keys` identify the images.
 
     Returns:
         `[len(keys) * sentences, count] float32`.
@@ -91,7 +91,7 @@ def sample_tokens(log_probs: Tensor, uniforms: Tensor, config: DecodingConfig) -
         probabilities[:, 1:] = probabilities[:, 1:].where(before[:, 1:] < config.top_p, 0)
     sums = probabilities.cumsum(1)
     total = sums[:, -1:]
-    # Rounding could lift the product to the total, beyond the last word.
+    # Without the minimum, rounding could give the total, which is beyond the last word.
     threshold = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(sums, threshold, right=True)
     return index[:, 0] if word is None else word.gather(1, index)[:, 0]

@@ -1,4 +1,4 @@
-"""Channel activations of a network's convolution layers for one image, and its class probabilities."""
+"""Computes the activations of a network's convolutional layers for one image, and its class probabilities."""
 
 import os
 import re
@@ -22,7 +22,7 @@ from captionlib.models.encoders.weights import find_class_names, load_weights, r
 
 __all__ = ["ActivationConfig", "Activations", "LayerActivations", "compute_activations", "find_convolutions"]
 
-_REUSE_SUFFIX = re.compile(r"_\d+$")  # of the node of a module that is used again
+_REUSE_SUFFIX = re.compile(r"_\d+$")  # in the node name of a module that is used again
 _AFTER_CONVOLUTION = nn.BatchNorm2d | nn.ReLU | nn.ReLU6 | nn.SiLU | nn.Hardswish | nn.GELU
 _RELU = re.compile(r"(?:^|\.)relu\d*$")
 
@@ -34,11 +34,11 @@ class ActivationConfig:
     Attributes:
         model: a torchvision model name, such as `vgg16` or `resnet50`.
         weights: a torchvision weights name, a `.safetensors`, `.pth` or `.pt` file, or `random:SEED`.
-        nodes: nodes of the model's graph whose outputs are maps; if empty, every convolution, after the batch
-            normalization and the activation function that follow it.
-        max_layers: maximum number of convolutions; if there are more, they are chosen at even intervals.
+        nodes: nodes of the model's graph whose outputs are feature maps. If empty, all convolutional layers are used,
+            each including the batch normalization and the activation function that follow it.
+        max_layers: maximum number of convolutional layers; if there are more, evenly spaced ones are selected.
         top_classes: number of most probable classes to report.
-        resize_size: shorter side of the image before the crop, in pixels; None is the size used in training.
+        resize_size: shorter side of the image before the crop, in pixels; if None, the size used in training.
     """
 
     model: str = "vgg16"
@@ -70,7 +70,7 @@ class Activations:
         image: the network's input before normalization, `[height, width, 3] uint8`.
         layers: the layers in the order of the network.
         classes: class names and probabilities, most probable first; empty if the weights have no classifier.
-        note: why `classes` is empty; empty otherwise.
+        note: reason why `classes` is empty; an empty string if it is not.
     """
 
     image: npt.NDArray[np.uint8]
@@ -88,7 +88,7 @@ def compute_activations(uri: str | os.PathLike[str], config: ActivationConfig, d
         device: auto, cpu, cuda or cuda:N.
 
     Raises:
-        ConfigError: the model, the weights, a node or the device does not exist, or the output of a node is not a map.
+        ConfigError: the model, the weights, a node or the device does not exist, or a node outputs no feature map.
         FetchError: the image cannot be fetched.
         DecodeError: the image cannot be decoded.
     """
@@ -104,14 +104,14 @@ def compute_activations(uri: str | os.PathLike[str], config: ActivationConfig, d
         if node == classifier and node not in config.nodes:
             continue
         if output.dim() != 4:
-            raise ConfigError(f"{config.model}: expected nodes with channel maps, got {node} with {list(output.shape)}")
+            raise ConfigError(f"{config.model}: expected feature maps, got {node} with shape {list(output.shape)}")
         layers.append(LayerActivations(node, output[0].float().cpu().numpy()))
     classes = _rank_classes(outputs[classifier], config) if classifier else []
     return Activations(image, layers, classes, note)
 
 
 def find_convolutions(model: nn.Module) -> list[str]:
-    """Returns the nodes of a network's convolutions, each after the normalization and activation that follow it."""
+    """Returns one node per convolution: the last node of its block of convolution, normalization and activation."""
     modules = dict(model.named_modules())
     _, nodes = get_graph_node_names(model)
     ends = []
@@ -131,7 +131,7 @@ def _belongs_to_convolution(node: str, modules: Mapping[str, nn.Module]) -> bool
 
 
 def _load_network(config: ActivationConfig) -> tuple[nn.Module, str, str]:
-    """Returns the network with its weights, and either the node of its classes or a note why there are none."""
+    """Returns the network, the node of its class scores (empty if it has none), and the reason if it has none."""
     model = build_network(config.model)
     nodes, classifier = _choose_nodes(model, config)
     network: nn.Module = create_feature_extractor(model, list(dict.fromkeys([*nodes, classifier])))
@@ -171,7 +171,7 @@ def _assign_weights(network: nn.Module, weights: Mapping[str, Tensor], config: A
     if missing := sorted(set(needed) - set(weights)):
         raise ConfigError(
             f"weights {config.weights} lack {len(missing)} of the {len(needed)} tensors that these layers of "
-            f"{config.model} need, such as {missing[0]}; give weights of {config.model}, or choose earlier nodes"
+            f"{config.model} need, such as {missing[0]}; use weights of {config.model}, or choose earlier nodes"
         )
     try:
         network.load_state_dict({name: weights[name] for name in needed})
@@ -180,7 +180,7 @@ def _assign_weights(network: nn.Module, weights: Mapping[str, Tensor], config: A
 
 
 def _normalize(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> Tensor:
-    """Returns `[1, 3, height, width] float32`, with the mean and deviation of the training images."""
+    """Returns `[1, 3, height, width] float32`, normalized by the preprocessing's mean and standard deviation."""
     pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     return (pixels - mean) / std

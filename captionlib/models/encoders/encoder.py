@@ -1,4 +1,4 @@
-"""Encoders: torchvision networks, truncated at any node, that turn pixels into feature vectors."""
+"""Encoders: torchvision networks, truncated at a graph node, that compute image features from pixels."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -29,23 +29,23 @@ from captionlib.storage.folders import resolve_address
 __all__ = ["Encoder", "EncoderConfig", "PendingFeatures", "describe_finetuned_encoder", "load_encoder"]
 
 PendingFeatures = Callable[[], npt.NDArray[np.floating]]
-"""Waits for the features of a batch and returns them."""
+"""Function that waits for the features of a batch and returns them."""
 
 
 @configclass
 class EncoderConfig:
-    """A network, the node that it is truncated at, and its weights.
+    """A network, the node at which it is truncated, and its weights.
 
     Attributes:
         model: a torchvision model name, such as `vgg16` or `resnet50`.
-        node: a node of the model's graph, or `fc6` or `fc7` of a VGG (after ReLU).
+        node: node of the model's graph whose output is the features; `fc6` and `fc7` of a VGG are after ReLU.
         weights: a torchvision weights name, a `.safetensors`, `.pth` or `.pt` file, or `random:SEED`.
         missing_weights: what to do if `weights` lack layers: `error`, or `random:SEED` to sample them.
-        pooling: how to reduce a spatial map: keep it whole (`none`), or take its `mean` or `max` over positions.
+        pooling: `none` keeps a spatial feature map whole; `mean` and `max` reduce it over positions.
         dtype: dtype of the computation.
-        resize_size: shorter side of the image before the crop, in pixels; None is the size used in training.
-        stored_dtype: dtype that features are rounded to before any use, so that captions of images and captions of
-            stored features agree.
+        resize_size: shorter side of the image before the crop, in pixels; if None, the size used in training.
+        stored_dtype: dtype that features are rounded to before any use, so that captions are the same whether they
+            are generated from images or from stored features.
     """
 
     model: str = "vgg16"
@@ -59,17 +59,17 @@ class EncoderConfig:
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any], weights: str | None = None) -> "EncoderConfig":
-        """Returns the configuration that an encoder's description came from.
+        """Reconstructs the configuration of an encoder from its description.
 
         Args:
             description: the encoder's description, from a features dataset or a checkpoint.
             weights: path of the encoder's weights file; required if the weights came from a file, because a
-                description records the content of the file and not its location.
+                description records a hash of the file and not its location.
 
         Raises:
             ConfigError: the weights came from a file and `weights` is None, or the features were imported.
         """
-        if description["weights"] == "imported":
+        if description["weights"] == "imported":  # by `captionlib import-features`
             raise ConfigError(
                 "the features were imported, so the network that computed them is unknown and cannot encode more "
                 "images; use features that were imported the same way"
@@ -77,7 +77,7 @@ class EncoderConfig:
         if description["weights"] == "file" and weights is None:
             raise ConfigError(
                 f"the encoder ({description['model']} at {description['node']}) was loaded from a weights file; "
-                "give its path with --weights"
+                "specify its path with --weights"
             )
         names = ("model", "node", "missing_weights", "pooling", "dtype", "stored_dtype")
         return cls(
@@ -87,19 +87,19 @@ class EncoderConfig:
         )
 
     def with_absolute_weights(self) -> "EncoderConfig":
-        """Returns a copy that names a weights file by its absolute address, for workers with other folders."""
+        """Returns a copy with the absolute address of a weights file, for workers with other working directories."""
         return replace(self, weights=resolve_address(self.weights)) if is_weights_file(self.weights) else self
 
 
 class Encoder:
-    """An encoder with its weights loaded, see `load_encoder`.
+    """An encoder with loaded weights; `load_encoder` builds it.
 
     Attributes:
         network: the network.
         preprocessing: how an image is turned into the network's input.
         device: the device of the network.
-        shape: shape of the features of one image: `[size]`, or `[positions, channels]` for an unpooled map.
-        description: everything that the features depend on, including a hash of the weights; part of fingerprints.
+        shape: shape of the features of one image: `[size]`, or `[positions, channels]` for an unpooled feature map.
+        description: everything that determines the features, including a hash of the weights.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Encoder:
         self.description: dict[str, Any] = {
             "model": config.model,
             "node": config.node,
-            # A file counts by its content, wherever it is.
+            # A file is identified by the hash of its weights, not by its location.
             "weights": "file" if is_weights_file(config.weights) else config.weights,
             "missing_weights": config.missing_weights,
             "weights_sha256": weights_hash,
@@ -139,14 +139,14 @@ class Encoder:
         return int(np.prod(self.shape))
 
     def encode(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.floating]:
-        """Encodes a batch and waits for its features, see `encode_async`."""
+        """Encodes a batch and waits for its features; see `encode_async`."""
         return self.encode_async(images)()
 
     def encode_async(self, images: npt.NDArray[np.uint8]) -> PendingFeatures:
-        """Starts to encode a batch. Halves batches that exceed the memory of the device.
+        """Starts encoding a batch. Batches that exceed the memory of the device are halved.
 
         To keep a GPU busy, start the next batch before waiting for the features of the current one. Copies and
-        computation are queued in one stream.
+        computation are queued in one CUDA stream.
 
         Args:
             images: `[batch, crop, crop, 3] uint8`, RGB.
@@ -174,7 +174,7 @@ def _wait_for_batch(features: Tensor, wait: Callable[[], None]) -> npt.NDArray[n
 
 
 def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = False) -> Encoder:
-    """Builds an encoder and loads its weights; `trainable` prepares them for fine-tuning, see `EncoderNetwork`.
+    """Builds an encoder and loads its weights; `trainable` prepares them for fine-tuning (see `EncoderNetwork`).
 
     Raises:
         ConfigError: the model, the node, the weights or the device do not exist, or the weights lack layers up to the
@@ -189,13 +189,13 @@ def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = 
     if missing and config.missing_weights == "error":
         raise ConfigError(
             f"weights {config.weights} lack {len(missing)} of the {len(needed)} tensors that {config.model} needs up "
-            f"to {config.node}: {', '.join(missing)}; give a complete file, choose an earlier node, or set "
+            f"to {config.node}: {', '.join(missing)}; use a complete file, choose an earlier node, or set "
             "missing_weights to random:SEED"
         )
     if missing:
         weights = {**sample_weights(network, config.missing_weights), **weights}
     else:
-        config = replace(config, missing_weights="error")  # nothing was sampled, so the features do not depend on it
+        config = replace(config, missing_weights="error")  # no weights were sampled, so the setting has no effect
     _check_shapes(weights, needed, config)
     network.to_empty(device="cpu").load_state_dict(weights)
     preprocessing = resolve_preprocessing(config.model, config.weights, config.resize_size)
@@ -205,7 +205,7 @@ def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = 
 
 
 def describe_finetuned_encoder(description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Returns the description of an encoder whose `weights`, all tensors of the network, have been fine-tuned."""
+    """Returns an encoder's description updated for its fine-tuned `weights`, which are all of its tensors."""
     changes = {"weights": "file", "missing_weights": "error", "weights_sha256": hash_weights(weights)}
     return {**description, **changes}
 
@@ -215,5 +215,5 @@ def _check_shapes(weights: Mapping[str, Tensor], needed: Mapping[str, Tensor], c
         if weights[name].shape != tensor.shape:
             raise ConfigError(
                 f"weights {config.weights}: {name} is {list(weights[name].shape)}, {config.model} expects "
-                f"{list(tensor.shape)}; these weights belong to another network"
+                f"{list(tensor.shape)}; these weights are for a different network"
             )

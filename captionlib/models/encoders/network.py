@@ -1,4 +1,4 @@
-"""Encoder networks as PyTorch modules: torchvision models that are cut at nodes of their graphs."""
+"""Encoder networks as PyTorch modules: torchvision models truncated at nodes of their computation graphs."""
 
 import difflib
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ __all__ = [
     "truncate_network",
 ]
 
-# The names that the VGG paper's users know, and the nodes of the ReLUs after these layers.
+# Caffe's names of VGG's fully connected layers, and the nodes of the ReLUs after these layers.
 _VGG_ALIASES = {"fc6": "classifier.1", "fc7": "classifier.4"}
 
 
@@ -45,7 +45,7 @@ class EvalModeNetwork(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in evaluation mode: batch normalization and dropout behave as they do in feature extraction."""
+        """Keeps evaluation mode, so that batch normalization and dropout behave as in feature extraction."""
         return super().train(False)
 
     def run_network(self, inputs: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class EncoderNetwork(EvalModeNetwork):
     Args:
         network: result of `truncate_network`, with its weights loaded.
         preprocessing: supplies the mean and the standard deviation for normalization.
-        pooling: how to reduce a spatial map: keep it whole (`none`), or take its `mean` or `max` over positions.
+        pooling: `none` keeps a spatial feature map whole; `mean` and `max` reduce it over positions.
         dtype: dtype of the computation.
         stored_dtype: dtype that `encode` rounds features to.
         trainable: keep float32 weights regardless of `dtype`, so that small updates are not rounded away.
@@ -108,7 +108,7 @@ class EncoderNetwork(EvalModeNetwork):
         return features
 
     def encode_unchecked(self, pixels: Tensor) -> Tensor:
-        """Computes features like `encode`, without waiting for a GPU to finish; call `require_finite` afterwards."""
+        """Computes features as `encode` does, without waiting for the GPU; call `require_finite` afterwards."""
         features: Tensor = self(pixels).to(self._stored_dtype)
         return features
 
@@ -122,13 +122,13 @@ class EncoderNetwork(EvalModeNetwork):
             return output.mean((2, 3))
         if output.dim() == 4 and self._pooling == "max":
             return output.amax((2, 3))
-        if output.shape[2:].numel() == 1:  # a vector, or a map of a single position
+        if output.shape[2:].numel() == 1:  # a vector, or a feature map with a single position
             return output.flatten(1)
         return flatten_positions(output).contiguous()
 
 
 def flatten_positions(output: Tensor) -> Tensor:
-    """Turns a map `[batch, channels, height, width]` into `[batch, positions, channels]`, others into vectors."""
+    """Flattens feature maps `[batch, channels, height, width]` to `[batch, positions, channels]`, others to vectors."""
     return output.flatten(2).transpose(1, 2) if output.dim() == 4 else output.flatten(1)
 
 
@@ -136,7 +136,7 @@ def require_finite(features: Tensor) -> None:
     """Checks that features contain neither infinity nor NaN. On a GPU this waits for the computation.
 
     Raises:
-        DatasetError: they do.
+        DatasetError: the features contain infinity or NaN.
     """
     if not features.isfinite().all():
         raise DatasetError(
@@ -149,7 +149,7 @@ def build_network(name: str) -> nn.Module:
     """Builds a torchvision model without trained weights, in evaluation mode.
 
     Raises:
-        ConfigError: torchvision has no such model.
+        ConfigError: torchvision has no model with this name.
     """
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
@@ -190,7 +190,7 @@ def slice_network(name: str, start: str, node: str) -> nn.Module:
     if image.users or begin is end:
         raise ConfigError(
             f"{name}: expected a node that comes after {start} and depends on it alone, got {node}; choose a later "
-            "node, or features of another node"
+            "node, or features of a different node"
         )
     graph.erase_node(image)
     return GraphModule(extractor, graph)  # copies only the remaining layers

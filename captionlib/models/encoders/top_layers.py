@@ -1,7 +1,7 @@
-"""The layers of an encoder after the node whose output is stored in `features/`, as part of a captioner.
+"""The top layers of an encoder, which are fine-tuned as part of a captioner.
 
-The layers before the node are frozen, so their output is computed once and stored. Fine-tuning the layers after it
-with the captioner then costs a few layers per step instead of a whole network.
+The layers below are frozen, so their output is computed once and stored in a features dataset. A training step then
+computes only a few layers instead of a whole network.
 """
 
 import math
@@ -21,23 +21,23 @@ __all__ = ["EncoderTop"]
 class EncoderTop(EvalModeNetwork):
     """The layers between two nodes of an encoder; stays in evaluation mode, even while it is fine-tuned.
 
-    Its weights are uninitialized until `load_weights` or `load_state_dict`.
+    Its weights are uninitialized until `load_weights` or `load_state_dict` is called.
 
     Args:
-        encoder: description of the encoder whose features are the input.
-        node: node whose output is returned.
+        encoder: `Encoder.description` of the encoder whose features are the input.
+        node: node of the encoder's network whose output is returned.
 
     Attributes:
         shape: shape of the output for one image: `[positions, channels]`.
 
     Raises:
-        ConfigError: the node does not follow the encoder's node, or the features are not unpooled maps.
+        ConfigError: the node does not follow the encoder's node, or input or output is not a feature map.
     """
 
     def __init__(self, encoder: Mapping[str, Any], node: str) -> None:
-        if encoder["weights"] == "imported" or len(encoder["shape"]) == 1:
+        if encoder["weights"] == "imported" or len(encoder["shape"]) == 1:  # by import-features, or vectors
             raise ConfigError(
-                "captioner.encoder_top: expected features that are maps of a known network, got features of shape "
+                "captioner.encoder_top: expected feature maps of a torchvision network, got features of shape "
                 f"{encoder['shape']} from {encoder['model']} at {encoder['node']}; extract with pooling none at a node "
                 "such as features.23 of vgg16, or leave captioner.encoder_top out"
             )
@@ -49,28 +49,28 @@ class EncoderTop(EvalModeNetwork):
             self.shape: list[int] = list(self(torch.zeros(1, *encoder["shape"])).shape[1:])
         if len(self.shape) != 2:
             raise ConfigError(
-                f"captioner.encoder_top: expected a node whose output is a map, got {node} with an output of shape "
+                f"captioner.encoder_top: expected a node that outputs a feature map, got {node} with output shape "
                 f"{self.shape}; choose a node such as features.29 of vgg16"
             )
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Computes the node's output from features of square maps; both are `[images, positions, channels]` float32."""
+        """Computes the node's output from square feature maps; both are `[images, positions, channels] float32`."""
         side = math.isqrt(maps.shape[1])
         return flatten_positions(self.run_network(maps.view(len(maps), side, side, -1).permute(0, 3, 1, 2)))
 
     def load_weights(self, weights: str | None) -> None:
-        """Loads the weights that the encoder has in these layers, from a path if its weights came from a file.
+        """Loads the encoder's weights for these layers; `weights` is required if they were loaded from a file.
 
         Raises:
             CheckpointError: `weights` are not the encoder's weights.
-            ConfigError: `weights` are required, or lack some of the layers.
+            ConfigError: `weights` are required but None, or lack some of these layers.
         """
         encoder = self._encoder
         source = weights or encoder["weights"]
         if source == "file":
             raise ConfigError(
-                "captioner.encoder_top starts from the encoder's weights, which came from a file; give its path with "
-                "--weights"
+                "captioner.encoder_top starts from the encoder's weights, which came from a file; specify its path "
+                "with --weights"
             )
         with choose_build_device(source):
             network = truncate_network(encoder["model"], self._node)
@@ -84,7 +84,7 @@ class EncoderTop(EvalModeNetwork):
             before = truncate_network(encoder["model"], encoder["node"]).state_dict()
         if hash_weights({name: tensors[name] for name in before if name in tensors}) != encoder["weights_sha256"]:
             raise CheckpointError(
-                f"weights {source} are not those of the encoder that computed these features; give the file that "
-                "extract-features used"
+                f"weights {source} differ from the weights of the encoder that computed these features; specify "
+                "the file that extract-features used"
             )
         self.network.load_state_dict({name: tensors[name] for name in needed})

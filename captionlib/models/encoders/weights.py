@@ -1,4 +1,4 @@
-"""Encoder weights: torchvision's by name, from a file, or sampled from a seed."""
+"""Loads encoder weights from torchvision or a file, or samples random weights."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ _PREPROCESSING = "captionlib.preprocessing"  # key in the header of a safetensor
 
 
 def load_weights(model: str, weights: str, network: nn.Module) -> dict[str, Tensor]:
-    """Loads the tensors of `weights` that `network` has; some may be missing.
+    """Loads the tensors that `network` needs; tensors that `weights` lack are missing from the result.
 
     Args:
         model: a torchvision model name.
@@ -70,15 +70,15 @@ def choose_build_device(*weights: str) -> torch.device:
 
 
 def is_weights_file(weights: str) -> bool:
-    """Returns whether weights are a file rather than a name or a seed."""
+    """Returns whether weights are specified as a file rather than as a name or a seed."""
     return weights.endswith((".safetensors", ".pth", ".pt"))
 
 
 def sample_weights(network: nn.Module, weights: str) -> dict[str, Tensor]:
-    """Samples convolutions and linear layers from He's normal distribution; other layers keep their initialization.
+    """Samples the weights of convolutional and linear layers from He's normal distribution; other layers are unchanged.
 
-    Source: He et al. 2015, "Delving Deep into Rectifiers", equation 10: std = sqrt(2 / fan_in). The weights of the
-    network itself change too.
+    Source: He et al. 2015, "Delving Deep into Rectifiers", equation 10: std = sqrt(2 / fan_in). The function
+    also modifies the weights of `network`.
 
     Raises:
         ConfigError: `weights` is not `random:SEED`.
@@ -98,8 +98,8 @@ def sample_weights(network: nn.Module, weights: str) -> dict[str, Tensor]:
 def resolve_preprocessing(model: str, weights: str, resize_size: int | None = None) -> Preprocessing:
     """Returns the preprocessing that a model needs with these weights.
 
-    It comes from the header of the weights file, from torchvision's named weights, or else from the model's default
-    weights; see `load_weights`. `resize_size` overrides the shorter side in pixels.
+    It is taken from the header of a weights file, from torchvision's named weights, or otherwise from the model's
+    default weights (see `load_weights`). `resize_size` overrides the length of the image's shorter side in pixels.
 
     Raises:
         ConfigError: the weights file cannot be read.
@@ -119,13 +119,13 @@ def resolve_preprocessing(model: str, weights: str, resize_size: int | None = No
 
 
 def find_class_names(model: str, count: int) -> list[str]:
-    """Returns the names of a model's classes: ImageNet's if the model has as many, else numbers."""
+    """Returns names for `count` classes: those of the model's default weights if there are as many, else numbers."""
     names: list[str] = torchvision.models.get_model_weights(model).DEFAULT.meta.get("categories", [])
     return names if len(names) == count else [f"class {number}" for number in range(count)]
 
 
 def hash_weights(weights: Mapping[str, Tensor]) -> str:
-    """Returns the SHA-256 of names and contents, which does not depend on where the weights came from."""
+    """Returns the SHA-256 of the names and values of tensors."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
@@ -162,7 +162,7 @@ def _download(model: str, weights: str) -> Mapping[str, Tensor]:
     except (URLError, OSError, RuntimeError) as error:
         raise ConfigError(
             f"weights {weights} of {model} cannot be downloaded from {entries[weights].url} ({error}); download the "
-            "file elsewhere and give its path as weights, or use random:SEED"
+            "file elsewhere and set weights to its path, or use random:SEED"
         ) from error
     return tensors
 
@@ -182,7 +182,7 @@ def _read_file(address: str, names: set[str]) -> Mapping[str, Tensor]:
 
 @contextmanager
 def _open_local(address: str) -> Iterator[str]:
-    """Yields a local path of a weights file; turns errors while reading it into ConfigError."""
+    """Yields a local path to a weights file; converts errors while it is read to ConfigError."""
     try:
         path = _copy_to_local(address)
         if not Path(path).is_file():
@@ -197,7 +197,7 @@ def _open_local(address: str) -> Iterator[str]:
         pickle.UnpicklingError,
         safetensors.SafetensorError,
     ) as error:
-        # The address may come from an untrusted checkpoint, and error messages of unpicklers quote the file.
+        # The address may come from an untrusted checkpoint, so the message must not quote the file as `error` may.
         reason = getattr(error, "strerror", None) or f"damaged or in an unknown format ({type(error).__name__})"
         raise ConfigError(f"weights {address} cannot be read: {reason}") from error
 

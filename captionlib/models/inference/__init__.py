@@ -1,1 +1,1 @@
-"""Inference on shards: features, captions and embeddings."""
+"""Inference on dataset shards: computes features, captions and embeddings."""

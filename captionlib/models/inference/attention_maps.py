@@ -1,4 +1,4 @@
-"""Attention maps: the attention weights of each caption's tokens, as the column `attention` of `captions/`."""
+"""Attention maps: the attention weights of each caption's tokens, the column `attention` of a captions dataset."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ __all__ = ["compute_attention_maps", "require_attention"]
 
 
 def require_attention(captioner: LoadedCaptioner, checkpoint: str) -> int:
-    """Returns the number of positions in the captioner's maps.
+    """Returns the number of positions in the captioner's feature maps; errors name `checkpoint`.
 
     Raises:
         CheckpointError: the captioner has no attention.
@@ -27,7 +27,7 @@ def require_attention(captioner: LoadedCaptioner, checkpoint: str) -> int:
     if captioner.model.attention is None:
         raise CheckpointError(
             f"{checkpoint}: attention_maps needs a captioner with attention, got one without; leave attention_maps "
-            "out, or train a captioner with captioner.attention_size on features that are maps"
+            "out, or train a captioner with captioner.attention_size on spatial feature maps"
         )
     encoder_top = captioner.model.encoder_top
     return int(captioner.encoder["shape"][0]) if encoder_top is None else encoder_top.shape[0]
@@ -37,7 +37,7 @@ def require_attention(captioner: LoadedCaptioner, checkpoint: str) -> int:
 def compute_attention_maps(
     model: Captioner, features: npt.NDArray[np.float32], captions: Sequence[Candidate]
 ) -> pa.Array:
-    """Computes the attention weights of each caption's tokens, END last if it was reached.
+    """Computes the attention weights of each caption's tokens, including END if it was reached.
 
     Returns:
         One vector per token: `list<fixed_size_list<float16>[positions]>` per image.

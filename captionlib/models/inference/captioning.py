@@ -1,4 +1,4 @@
-"""Captions of images, from their features or in one pass with the encoder."""
+"""Generates captions from image features, or from images by running the encoder in the same pass."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,12 +46,12 @@ class GenerationConfig:
     """Configuration of caption generation.
 
     Attributes:
-        decoding: beam search or sampling. The samples of an image depend on its id and the seed alone.
+        decoding: beam search or sampling. An image's samples depend only on its id and the seed.
         dtype: dtype of the captioner's computation.
         batch_size: images per batch of the captioner.
         loading: how images are fetched and decoded, if captions are generated from images.
         encoder_batch_size: images per batch of the encoder, if captions are generated from images.
-        attention_maps: store the attention weights of each token of the best caption; needs a captioner with
+        attention_maps: store the attention weights of each token of the best caption; requires a captioner with
             attention.
     """
 
@@ -65,16 +65,16 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class CaptionGeneration:
-    """The stage from `features/` or `manifest/` to `captions/`, and with a ranker also to `embeddings/`.
+    """Pipeline stage from a features dataset or a manifest (dataset of image addresses) to a captions dataset.
 
     Attributes:
         config: configuration of the generation.
-        captioner: the captioner that the output belongs to.
-        encoder: encodes the images; None if the rows contain features.
+        captioner: the captioner's checkpoint, pinned to one version.
+        encoder: configuration of the image encoder; None if the input contains features.
         device: device of the models.
-        threads: CPU threads of the models; None is PyTorch's default.
-        ranker: embeds the images in the same pass, as second output; None writes captions only.
-        datastore: fingerprint of the captioner's datastore; None if decoding does not use it.
+        threads: CPU threads of the models; if None, PyTorch's default.
+        ranker: dual encoder for retrieval that embeds the images as a second output; if None, there is only one output.
+        datastore: hash of the datastore (training images for reranking); None if decoding does not use it.
     """
 
     config: GenerationConfig
@@ -141,7 +141,7 @@ def build_caption_rows(
     captioner: LoadedCaptioner,
     attention: pa.Array | None = None,
 ) -> pa.RecordBatch:
-    """Returns rows of `captions/` from the n-best list of each image; `attention` is from `compute_attention_maps`."""
+    """Returns rows of a captions dataset from n-best lists; `attention` is from `compute_attention_maps`."""
     schema = captions_schema(None if attention is None else attention.type.value_type.list_size)
     texts = [[captioner.vocabulary.decode(candidate.token_ids) for candidate in per_image] for per_image in candidates]
     columns = {
@@ -170,7 +170,7 @@ def caption_images(
     device: str = "auto",
     captioner: LoadedCaptioner | None = None,
 ) -> tuple[list[Row], list[tuple[str, ImageError]]]:
-    """Captions images outside of any dataset.
+    """Captions images that are not part of a dataset.
 
     Example:
         >>> rows, failures = captionlib.caption_images(["scenes/images/test-00000.jpg"], "captioner")
@@ -178,20 +178,20 @@ def caption_images(
         (1, 0)
 
     Args:
-        uris: paths or addresses.
+        uris: paths or URLs of the images.
         checkpoint: the captioner's folder.
         config: configuration of the generation.
         weights: path of the encoder's weights file; required if the encoder was loaded from a file that the checkpoint
             does not contain.
         device: auto, cpu, cuda or cuda:N.
-        captioner: the captioner of `checkpoint`, if it is loaded already; None loads it.
+        captioner: the captioner of `checkpoint`, if it is already loaded; if None, it is loaded.
 
     Returns:
-        Rows of `captions/` in the given order, and the uris of images that could not be read, with the reasons.
+        Rows of a captions dataset in the given order, and the uri and error of each image that could not be read.
 
     Raises:
         CheckpointError: the folder contains no captioner, or the captioner lacks attention or a datastore that
-            `config` needs.
+            `config` requires.
         ConfigError: `weights` are required.
     """
     captioner = captioner or load_captioner(checkpoint, str(resolve_device(device)))

@@ -1,4 +1,4 @@
-"""Builds the datastore of a captioner."""
+"""Builds the datastore of a captioner: features and references of its training images, for reranking."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -26,13 +26,13 @@ __all__ = ["DatastoreConfig", "build_datastore"]
 
 @configclass
 class DatastoreConfig:
-    """What a datastore contains.
+    """Configuration of a datastore.
 
     Attributes:
-        splits: the splits that the captioner was trained on. Leave out images that are to be captioned: their
-            references would leak into their captions.
-        loading: how the images of a manifest are fetched and decoded.
-        encoder_batch_size: images per batch of the encoder, for a manifest.
+        splits: splits that the captioner was trained on. Omit splits to be captioned, because their references would
+            leak into the captions.
+        loading: how images are fetched and decoded, if the source is a manifest (dataset of image addresses).
+        encoder_batch_size: images per batch of the encoder, if the source is a manifest.
     """
 
     splits: tuple[str, ...] = ("train", "restval")
@@ -52,18 +52,18 @@ def build_datastore(
     """Builds the datastore of a captioner and replaces the one in its checkpoint, if there is one.
 
     Args:
-        source: a complete features dataset; or a manifest, whose images are encoded in the same pass.
-        checkpoint: the captioner.
+        source: a complete features dataset, or a complete manifest, whose images are encoded in the same pass.
+        checkpoint: the captioner's folder.
         config: the splits and how images are loaded.
-        weights: the encoder's weights file, if the captioner was trained on features of such a file.
+        weights: path of the encoder's weights file, if the encoder was loaded from a file not in the checkpoint.
         device: auto, cpu, cuda or cuda:N.
         progress: show a progress bar.
 
     Returns:
-        The number of images in the datastore, and of images that could not be read.
+        The number of images in the datastore, and the number of images that could not be read.
 
     Raises:
-        CheckpointError: the checkpoint is not a captioner, or the features are of another encoder.
+        CheckpointError: the checkpoint is not a captioner, or the features come from a different encoder.
         DatasetError: the source is incomplete, has no references in these splits, or none of the images can be read.
     """
     dataset = open_dataset(source).require_complete()
@@ -73,7 +73,7 @@ def build_datastore(
     if not total:
         raise DatasetError(
             f"{dataset.folder.uri}: expected images with captions in split {' or '.join(config.splits)}, got none; "
-            "name the splits that the captioner was trained on, such as --set splits=[train]"
+            "specify the splits that the captioner was trained on, such as --set splits=[train]"
         )
     columns = ["image_id", "uri"] if encoder else ["image_id", "features"]
     failed: list[str] = []
@@ -103,7 +103,7 @@ def build_datastore(
 def _read_batches(
     dataset: ShardedDataset, splits: Sequence[str], columns: Sequence[str] = ()
 ) -> Iterator[pa.RecordBatch]:
-    """Yields the rows of the splits that have captions, with split, captions and the given columns."""
+    """Yields the rows of the splits that have captions, with the columns split, captions and `columns`."""
     for shard in range(dataset.shards):
         for batch in dataset.read_batches(shard, ["split", "captions", *columns]):
             has_captions = pc.greater(pc.list_value_length(batch["captions"]), 0)

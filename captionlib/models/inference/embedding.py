@@ -1,4 +1,4 @@
-"""Image embeddings: unit vectors in the joint embedding space of a ranker."""
+"""Embeds images as unit vectors with a ranker, a dual encoder for image-text retrieval."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 @configclass
 class EmbeddingConfig:
-    """Configuration of image embedding. It only matters if images must be encoded first.
+    """Configuration of image embedding. It applies only if the input is images, not features.
 
     Attributes:
         loading: how images are fetched and decoded.
@@ -51,14 +51,14 @@ class EmbeddingConfig:
 
 @dataclass(frozen=True)
 class ImageEmbedding:
-    """The stage from `features/` or `manifest/` to `embeddings/`.
+    """Pipeline stage from a features dataset or a manifest (dataset of image addresses) to an embeddings dataset.
 
     Attributes:
         config: configuration of the embedding.
-        ranker: the ranker that the output belongs to.
-        encoder: encodes the images; None if the rows contain features.
+        ranker: the ranker's checkpoint, pinned to one version.
+        encoder: configuration of the image encoder; None if the input contains features.
         device: device of the models.
-        threads: CPU threads of the models; None is PyTorch's default.
+        threads: CPU threads of the models; if None, PyTorch's default.
     """
 
     config: EmbeddingConfig
@@ -89,7 +89,7 @@ class ImageEmbedding:
 def create_embeddings_dataset(
     folder: str | os.PathLike[str], source: ShardedDataset, ranker: LoadedRanker, overwrite: bool
 ) -> ShardedDataset:
-    """Creates the dataset that a ranker's embeddings of `source` are written to; see `create_dataset`."""
+    """Creates the dataset for a ranker's embeddings of the images in `source`; see `create_dataset`."""
     return create_dataset(
         folder,
         "embeddings",
@@ -103,7 +103,7 @@ def create_embeddings_dataset(
 def build_embedding_rows(
     rows: Sequence[Row], features: npt.NDArray[np.floating], ranker: LoadedRanker
 ) -> pa.RecordBatch:
-    """Embeds features, `[rows, *shape]`, and returns rows of `embeddings/`."""
+    """Embeds features, `[rows, *shape]`, and returns rows of an embeddings dataset."""
     schema = embeddings_schema(ranker.size)
     vectors = numpy_to_vectors(ranker.encode_features(features).astype(np.float16))
     columns = [pa.array([row[name] for row in rows], schema.field(name).type) for name in ("image_id", "uri")]

@@ -1,4 +1,4 @@
-"""Feature extraction: encodes the images of a manifest while the next images are fetched and decoded."""
+"""Encodes the images of a manifest (dataset of image addresses) while the next images are fetched and decoded."""
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,13 +44,13 @@ class ExtractionConfig:
 
 @dataclass(frozen=True)
 class FeatureExtraction:
-    """The stage from `manifest/` to `features/`.
+    """Pipeline stage from a manifest to a features dataset.
 
     Attributes:
         config: configuration of the extraction.
-        description: description of the encoder that the output belongs to; workers with another encoder fail.
+        description: expected `Encoder.description`; workers whose encoder differs fail.
         device: device of the encoder.
-        threads: CPU threads of the encoder; None is PyTorch's default.
+        threads: CPU threads of the encoder; if None, PyTorch's default.
     """
 
     config: ExtractionConfig
@@ -83,7 +83,7 @@ class FeatureExtraction:
 def encode_images(
     encoder: Encoder, images: Iterator[LoadedImage], batch_size: int, fail: ReportFailure
 ) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
-    """Encodes images in full batches and reports those that could not be loaded to `fail`.
+    """Encodes images in full batches and reports images that could not be loaded to `fail`.
 
     Yields:
         The rows of a batch and their features, `[batch, *encoder.shape]`.
@@ -124,14 +124,14 @@ def load_shared_encoder(
     `threads` sets the number of CPU threads of the process, unless it is None.
 
     Raises:
-        DatasetError: the encoder differs from `description`, because its weights differ between machines.
+        DatasetError: the encoder differs from `description`, such as if its weights file differs between machines.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     encoder = _load_encoder_once(config, device)
     if description is not None and encoder.description != description:
         lines = describe_differences(description, encoder.description)
-        raise DatasetError(f"the encoder of this worker is not the encoder of the dataset: {'; '.join(lines)}")
+        raise DatasetError(f"the encoder of this worker differs from the dataset's encoder: {'; '.join(lines)}")
     return encoder
 
 

@@ -1,4 +1,4 @@
-"""The features that a model takes as input: read from `features/`, or computed from the images of `manifest/`."""
+"""Reads input features from a features dataset, or computes them for a manifest (dataset of image addresses)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ __all__ = ["EncodedRows", "FeatureLoader", "open_feature_source", "resolve_encod
 
 EncodedRows = Iterator[tuple[list[dict[str, Any]], npt.NDArray[np.floating]]]
 FeatureLoader = Callable[[Iterator[pa.RecordBatch], ReportFailure], EncodedRows]
-"""Takes rows of a dataset; yields batches of rows without features, and their features, `[rows, *shape]`."""
+"""Function from batches of a dataset to pairs of rows without features, and their features, `[rows, *shape]`."""
 
 
 def resolve_encoder(
@@ -30,11 +30,11 @@ def resolve_encoder(
     """Returns the encoder that must run before a model, or None if `source` contains features already.
 
     `weights` is the path of the encoder's weights file. It is required if the encoder was loaded from a file that the
-    model's checkpoint does not contain. If `threads` is None, PyTorch chooses their number.
+    model's checkpoint does not contain. If `threads` is None, PyTorch chooses the number of threads.
 
     Raises:
-        CheckpointError: the encoder, or the encoder of the features, is not the model's.
-        ConfigError: `weights` are required, or given although nothing is encoded.
+        CheckpointError: the encoder, or the features' encoder, differs from the one that the model was trained with.
+        ConfigError: `weights` are required but None, or specified although no images are encoded.
         DatasetError: the source is neither a features dataset nor a manifest.
     """
     if source.kind == "features":
@@ -58,9 +58,9 @@ def open_feature_source(
     device: str,
     threads: int | None,
 ) -> Iterator[FeatureLoader]:
-    """Opens a source of features: an encoder with its image decoders or, without one, the features column of the rows.
+    """Opens a loader that encodes images or, if `encoder` is None, reads the column `features`.
 
-    Workers whose encoder differs from `description` fail. If `threads` is None, PyTorch chooses their number.
+    Workers whose encoder differs from `description` fail. If `threads` is None, PyTorch chooses the number of threads.
     """
     if encoder is None:
         yield lambda batches, _fail: _split_features(batches, description["shape"])

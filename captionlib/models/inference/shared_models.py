@@ -1,4 +1,4 @@
-"""Models that all threads of a process share, and checkpoints pinned to the version that a run started with."""
+"""Shares models between the threads of a process, and detects checkpoints that are replaced during a run."""
 
 import os
 from collections.abc import Callable
@@ -21,11 +21,11 @@ Model = TypeVar("Model", bound=LoadedModel[Any, Any])
 
 @dataclass(frozen=True)
 class PinnedCheckpoint:
-    """A checkpoint in the version that a run started with.
+    """A checkpoint and the version of it that a run started with.
 
     Attributes:
         folder: address of the checkpoint.
-        fingerprint: fingerprint of its model.
+        fingerprint: hash of everything that determines its model's output.
     """
 
     folder: str
@@ -45,7 +45,7 @@ class PinnedCheckpoint:
 
 
 class CheckpointCache(Generic[Model]):
-    """Holds the model that `load` loaded last onto the CPU, for all threads of a process."""
+    """Caches the latest model for all threads of a process; `load` loads a model onto the CPU."""
 
     def __init__(self, load: Callable[[str], Model]) -> None:
         self._load = load
@@ -53,7 +53,7 @@ class CheckpointCache(Generic[Model]):
         self._entry: tuple[PinnedCheckpoint, Model] | None = None
 
     def pin(self, folder: str | os.PathLike[str]) -> tuple[Model, PinnedCheckpoint]:
-        """Loads the current version of a checkpoint and holds its model for stages that run in this process."""
+        """Loads the current version of a checkpoint and caches its model for stages that run in this process."""
         model = self._load(os.fspath(folder))
         checkpoint = PinnedCheckpoint(resolve_address(folder), model.fingerprint)
         with self._lock:
@@ -61,7 +61,7 @@ class CheckpointCache(Generic[Model]):
         return model, checkpoint
 
     def get(self, checkpoint: PinnedCheckpoint, device: str) -> Model:
-        """Returns the model of a pinned checkpoint on a device; loads it unless the process holds it.
+        """Returns the model of a pinned checkpoint on a device; loads it unless it is cached.
 
         Raises:
             CheckpointError: the checkpoint was replaced.

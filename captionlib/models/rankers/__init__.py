@@ -1,1 +1,1 @@
-"""Rankers: images and sentences embedded in one space."""
+"""Rankers: dual encoders for image-text retrieval."""

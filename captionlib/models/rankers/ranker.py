@@ -1,12 +1,12 @@
-"""The ranker: images and sentences as unit vectors of one joint space, in which matching pairs are close.
+"""The ranker: a dual encoder that embeds images and sentences as unit vectors, close together if they match.
 
-After Kiros et al. 2014 (arXiv 1411.2539) and Faghri et al. 2018 (VSE++, arXiv 1707.05612):
+It follows Kiros et al. 2014 (arXiv 1411.2539) and Faghri et al. 2018 (VSE++, arXiv 1707.05612):
 
     v = Wi dropout(standardized features) + b         image
-    s = Ws pool(h_1 .. h_T) + c                       sentence: states of an LSTM or GRU, or the word embeddings
+    s = Ws pool(h_1 .. h_T) + c                       sentence; h_t: LSTM or GRU state, or word embedding
     score(image, sentence) = cos(v, s)
 
-Each image and each sentence is embedded once; ranking is an inner product.
+Each image and each sentence is embedded once; a score is the inner product of two embeddings.
 """
 
 from typing import Annotated, Literal
@@ -24,7 +24,7 @@ from captionlib.models.standardization import Standardization
 __all__ = ["Ranker", "RankerConfig"]
 
 _WORD_RANGE = 0.1  # word embeddings are initialized from U(-0.1, 0.1)
-_INITIAL_TEMPERATURE = 0.07  # as Wu et al. 2018 (arXiv 1805.01978) and CLIP
+_INITIAL_TEMPERATURE = 0.07  # as in Wu et al. 2018 (arXiv 1805.01978) and CLIP
 
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 
@@ -34,17 +34,17 @@ class RankerConfig:
     """The architecture of a ranker.
 
     Attributes:
-        sentence_encoder: `lstm`, `gru`, or `mean`, the mean of the word embeddings in any order.
-        bidirectional: also read the sentence backwards; both directions are averaged.
-        layers: recurrent layers.
+        sentence_encoder: `lstm`, `gru`, or `mean` (mean of the word embeddings, without recurrent layers).
+        bidirectional: run the recurrence in both directions and average the states.
+        layers: number of recurrent layers.
         hidden_size: dimensions of a layer's hidden state.
         embedding_size: dimensions of a word embedding.
         joint_embedding_size: dimensions of the joint space.
-        pooling: what represents a sentence: the `last` state, the `mean` of all, or the `max` of each dimension.
-        feature_dropout: of image features.
-        word_dropout: fraction of words that become UNKNOWN in training.
-        dropout: of word embeddings and states.
-        standardize_features: standardize features by the statistics of the training images.
+        pooling: reduction of recurrent states: the `last` state, the `mean` of all, or the `max` of each dimension.
+        feature_dropout: dropout probability of image features.
+        word_dropout: fraction of words replaced by UNKNOWN in training.
+        dropout: dropout probability of word embeddings and states.
+        standardize_features: standardize features with the mean and standard deviation of the training images.
         normalize_features: scale each image's features to a norm of sqrt(feature_size).
     """
 
@@ -65,7 +65,7 @@ class RankerConfig:
 class Ranker(nn.Module):
     """Embeds features and sentences as unit vectors. `LoadedRanker` (checkpoints/checkpoint.py) embeds plain text.
 
-    PyTorch's global generator initializes the weights.
+    The weights are initialized with PyTorch's global random number generator.
 
     Args:
         config: the architecture.
@@ -86,7 +86,7 @@ class Ranker(nn.Module):
         self.sentence_projection = nn.Linear(state_size, config.joint_embedding_size)
         self.dropout = nn.Dropout(config.dropout)
         self.feature_dropout = nn.Dropout(config.feature_dropout)
-        # Trained with the softmax loss; stored as a logarithm, so that it stays positive.
+        # Trained by the softmax loss only; stored as a logarithm so that the temperature stays positive.
         self.log_temperature = nn.Parameter(torch.tensor(_INITIAL_TEMPERATURE).log())
         nn.init.uniform_(self.word_vectors.weight, -_WORD_RANGE, _WORD_RANGE)
         for projection in (self.image_projection, self.sentence_projection):
@@ -102,10 +102,10 @@ class Ranker(nn.Module):
         return F.normalize(self.image_projection(self.feature_dropout(features)), dim=1)
 
     def embed_sentences(self, sentences: Tensor) -> Tensor:
-        """Embeds sentences as unit vectors, whatever their padding.
+        """Embeds sentences as unit vectors, regardless of the amount of padding.
 
         Args:
-            sentences: `[sentences, longest] int64`, token ids without START and END, then `PAD`; may be empty.
+            sentences: `[sentences, longest] int64`, token ids without END, padded with `PAD`; sentences may be empty.
 
         Returns:
             `[sentences, joint_embedding_size]`.

@@ -125,7 +125,7 @@ def test_captioner_without_attention_uses_mean_of_map() -> None:
 
 
 def test_attention_rejects_missing_maps_and_images() -> None:
-    with pytest.raises(DatasetError, match="attention needs maps"):
+    with pytest.raises(DatasetError, match="attention needs feature maps"):
         build(SHAPES[0]).encode_images(torch.zeros(2, 4))
     with pytest.raises(ConfigError, match="attention_size needs an image"):
         CaptionerConfig(image_input="none", attention_size=4)

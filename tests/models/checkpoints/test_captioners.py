@@ -135,7 +135,7 @@ def mix_with_another(folder: Path) -> None:
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json: expected a mapping, got list"),
-        (lambda folder: (folder / "config.json").write_text('{"a": 1}'), "kind captioner, got another program's"),
+        (lambda folder: (folder / "config.json").write_text('{"a": 1}'), "kind captioner, got one of unknown kind"),
         (damage_weights, "expected model.safetensors of SHA-256"),
         (mix_with_another, "expected model.safetensors of SHA-256"),
         (lambda folder: edit_config(folder, encoder={"model": "vgg19"}), "does not match its fingerprint"),

@@ -94,5 +94,5 @@ def test_invalid_forbidden_words_are_rejected() -> None:
     model = build(CONFIGS[0], seed=0)
     with pytest.raises(ConfigError, match="need the model's vocabulary"):
         Decoder(model, DecodingConfig(forbidden_words=("dog",)))
-    with pytest.raises(ConfigError, match="single words, got 'the dog', which is 2: the dog"):
+    with pytest.raises(ConfigError, match="single words, got 'the dog', which is 2 words: the dog"):
         Decoder(model, DecodingConfig(forbidden_words=("the dog",)), vocabulary=VOCABULARY)

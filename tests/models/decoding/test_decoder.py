@@ -192,7 +192,7 @@ def test_decode_accepts_arrays_and_empty_batches() -> None:
 def test_decode_rejects_infinite_features() -> None:
     images = features(3, 0)
     images[1, 0] = torch.inf
-    with pytest.raises(DatasetError, match="got others in row 1 of the batch"):
+    with pytest.raises(DatasetError, match="got infinity or NaN in row 1 of the batch"):
         Decoder(build(CONFIGS[0], seed=0)).decode(images)
 
 

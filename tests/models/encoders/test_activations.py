@@ -96,7 +96,7 @@ def test_max_layers_chooses_layers_at_even_intervals(image: Path) -> None:
     ("nodes", "message"),
     [
         (("features.99",), "has no node 'features.99'; its nodes: x, features.0"),
-        (("flatten",), "expected nodes with channel maps, got flatten"),
+        (("flatten",), "expected feature maps, got flatten"),
     ],
 )
 def test_unknown_nodes_and_nodes_without_maps_are_rejected(image: Path, nodes: tuple[str, ...], message: str) -> None:

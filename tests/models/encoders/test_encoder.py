@@ -188,7 +188,7 @@ def test_config_round_trips_through_the_description(tmp_path: Path) -> None:
     path = str(tmp_path / "w.safetensors")
     safetensors.torch.save_file(small_state(), path)
     description = load_encoder(dataclasses.replace(SMALL, weights=path)).description
-    with pytest.raises(ConfigError, match="give its path with --weights"):
+    with pytest.raises(ConfigError, match="specify its path with --weights"):
         EncoderConfig.from_description(description)
     assert EncoderConfig.from_description(description, path).weights == path
 
@@ -209,7 +209,7 @@ def test_a_worker_with_different_weights_is_rejected() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("name", ["cuda", "cuda:3"])
 def test_a_missing_gpu_is_an_error(name: str) -> None:
-    with pytest.raises(ConfigError, match="PyTorch sees 0 GPUs"):
+    with pytest.raises(ConfigError, match="PyTorch found 0 GPUs"):
         resolve_device(name)
 
 

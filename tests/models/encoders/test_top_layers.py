@@ -69,7 +69,7 @@ def test_contains_only_the_layers_after_the_node_and_they_get_gradients() -> Non
         ("features.0", "expected a node that comes after features.2 and depends on it alone, got features.0"),
         ("features.2", "expected a node that comes after features.2 .*, got features.2"),
         ("features.99", "has no node 'features.99'"),
-        ("flatten", "expected a node whose output is a map, got flatten"),
+        ("flatten", "expected a node that outputs a feature map, got flatten"),
     ],
 )
 def test_nodes_without_maps_after_the_encoder_are_rejected(node: str, message: str) -> None:
@@ -87,7 +87,7 @@ def test_slice_network_rejects_layers_with_other_inputs() -> None:
 @pytest.mark.parametrize("change", [{"shape": [64]}, {"weights": "imported"}])
 def test_pooled_and_imported_features_are_rejected(change: dict[str, Any]) -> None:
     encoder = {**load_encoder(BEFORE, "cpu").description, **change}
-    with pytest.raises(ConfigError, match=r"captioner.encoder_top: expected features that are maps of a known network"):
+    with pytest.raises(ConfigError, match=r"captioner.encoder_top: expected feature maps of a torchvision network"):
         EncoderTop(encoder, NODE)
 
 
@@ -101,9 +101,9 @@ def test_weights_files_are_required_and_must_match_the_encoder(tmp_path: Path) -
         return dict(encoder_top.network.state_dict())
 
     assert all(torch.equal(tensor, saved[name]) for name, tensor in top_weights().items())
-    with pytest.raises(ConfigError, match="which came from a file; give its path with --weights"):
+    with pytest.raises(ConfigError, match="which came from a file; specify its path with --weights"):
         load(encoder)
-    with pytest.raises(CheckpointError, match="are not those of the encoder"):
+    with pytest.raises(CheckpointError, match="differ from the weights of the encoder"):
         load(encoder, weights=save_weights(tmp_path / "other.safetensors", offset=1.0))
     with pytest.raises(
         ConfigError, match=r"lack tensors that captioner\.encoder_top .* needs: features\.4\.expand1x1\.bias"

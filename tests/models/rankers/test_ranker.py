@@ -120,7 +120,7 @@ def test_features_of_another_shape_or_encoder_are_rejected(ranker: LoadedRanker)
     with pytest.raises(CheckpointError, match=r"of shape \[images, 7\], or \[images, positions, 7\], got \[2, 6\]"):
         ranker.encode_features(np.zeros((2, 6), np.float32))
     ranker.require_encoder({"model": "vgg16", "shape": (7,)})
-    with pytest.raises(CheckpointError, match=r"another encoder than the ranker's \(model: expected 'vgg16', got"):
+    with pytest.raises(CheckpointError, match=r"a different encoder than the ranker's \(model: expected 'vgg16', got"):
         ranker.require_encoder({"model": "resnet50", "shape": [7]})
 
 
