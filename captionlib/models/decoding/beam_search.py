@@ -158,7 +158,7 @@ class _BeamSearch:
         """Returns which hypotheses can still be among the `pool_size` best of their group, `[groups, width] bool`.
 
         Log-probabilities only decrease as a sentence grows, so the final score is at most the current log-probability
-        divided by max_tokens ** length_penalty. If a hypothesis is pruned, all less probable ones of the same length are
+        divided by max_tokens ** length_penalty. If a hypothesis is pruned, all less probable ones of this length are
         pruned too, so none of them takes its place.
         """
         bound = log_prob / self._config.max_tokens**self._config.length_penalty
