@@ -54,8 +54,8 @@ class _SectionedCommand(click.Command):
 @click.option("--where", metavar="CONDITION", help="SQL condition, such as \"split = 'val' AND log_prob > -10\".")
 @click.option("--sort", type=click.Choice(["relevance", "log_prob"]), help="Order of --text. [default: relevance]")
 @click.option("--ranker", "-r", metavar="FOLDER", help="Ranker (dual encoder) that computed the embeddings.")
-@click.option("--captioner", "-c", metavar="FOLDER", help="With --image, caption the image instead.")
-@click.option("--sentences", metavar="FILE", help="With --image, rank sentences, one per line.")
+@click.option("--captioner", "-c", metavar="FOLDER", help="With --image, caption the image instead of searching.")
+@click.option("--sentences", metavar="FILE", help="With --image, rank the sentences in this file, one per line.")
 @weights_option
 @click.option("--sql", metavar="SELECT", help="A SELECT over failures or the view named after the dataset's kind.")
 @click.option("--contains", metavar="WORDS", help="Captions with all these words, most probable first.")
@@ -120,7 +120,7 @@ def command(
         table = _query_index(folder, query, values, 20 if limit is None else limit)
         result: AbstractContextManager[pa.RecordBatchReader] = nullcontext(table.to_reader())
     else:
-        advice = f"an index, and {folder} is not one; see `captionlib build-index`"
+        advice = f"an index, but {folder} is not an index; see `captionlib build-index`"
         query = _choose_query(values, _DATASET_QUERIES, {*_INDEX_QUERIES, *_INDEX_OPTIONS}, advice)
         result = _query_dataset(folder, query, values[query], limit, SqlLimits(memory, threads))
     with result as rows:
@@ -133,7 +133,7 @@ def command(
 
 
 def _choose_query(values: Mapping[str, Any], queries: Sequence[str], others: set[str], advice: str) -> str:
-    """Returns the name of the query. Rejects several queries and options for the wrong kind of folder."""
+    """Returns the name of the query. Rejects multiple queries and options for the wrong kind of folder."""
     for name in values:
         if name in others and name not in queries:
             raise click.UsageError(f"{_flag(name)} is for {advice}.")

@@ -201,8 +201,8 @@ def plan_build(
     is True, an index built from different datasets or with a different configuration is replaced.
 
     Raises:
-        DatasetError: a dataset is missing, invalid or has no complete shard, or `output` contains other files.
-        FingerprintError: the existing index has different datasets or a different configuration.
+        DatasetError: a dataset is missing or has no complete shard, the two do not match, or `output` has other files.
+        FingerprintError: the index has different datasets or a different configuration, and `overwrite` is False.
     """
     captions_dataset = open_dataset(captions, "captions")
     embeddings_dataset = None if embeddings is None else open_dataset(embeddings, "embeddings")
@@ -247,9 +247,7 @@ def _read_markers(captions: ShardedDataset, embeddings: ShardedDataset | None) -
         done = {shard: (markers[shard], embedding_markers[shard]) for shard in markers if shard in embedding_markers}
     if not done:
         folders = f"both {captions.folder.uri} and {embeddings.folder.uri}" if embeddings else captions.folder.uri
-        raise DatasetError(
-            f"expected shards that are complete in {folders}, got none; run the commands that write them"
-        )
+        raise DatasetError(f"expected shards that are complete in {folders}, got none; finish writing them first")
     return done
 
 

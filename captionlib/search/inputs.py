@@ -20,7 +20,7 @@ _SEED = 0
 
 
 def check_datasets_match(captions: ShardedDataset, embeddings: ShardedDataset) -> None:
-    """Compares the image counts in the markers, which are files that mark shards as complete.
+    """Compares the datasets' image counts, read from their markers: files that mark shards as complete.
 
     Raises:
         DatasetError: the datasets cover different images.

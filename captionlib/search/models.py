@@ -42,7 +42,7 @@ class ImageQueryModels:
     """Embeds and captions images. This context manager is thread-safe.
 
     `ranker` is a dual encoder for image-text retrieval, and `captioner` is a checkpoint folder. `weights` is the
-    encoder's weights file; it is required if the encoder was loaded from a file and the captioner does not contain it.
+    encoder's weights file, required if the models were trained with one and the captioner does not contain the weights.
 
     Raises:
         CheckpointError: the captioner is missing, or the encoder differs from the one that a model was trained with.

@@ -121,7 +121,7 @@ class TextIndex:
         min_log_prob: float | None = None,
         sort: Sort = "relevance",
     ) -> Hits:
-        """Returns the captions that match a query, best first; only rows in `matching`, ascending, if it is not None.
+        """Returns the best captions for a query, restricted to the sorted row numbers `matching` if it is not None.
 
         Raises:
             QueryError: the query contains no words other than stop words, or too many words.
