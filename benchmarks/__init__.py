@@ -1,1 +1,1 @@
-"""Benchmarks with a bar for each measurement; `python -m benchmarks` runs them all."""
+"""Benchmarks, each with a required value (bar) per measurement. `python -m benchmarks` runs them all."""

@@ -1,4 +1,4 @@
-"""Runs all benchmarks, or the named ones: `python -m benchmarks [NAME ...]`. Exits non-zero if a bar is missed."""
+"""Runs all benchmarks, or only the named ones: `python -m benchmarks [NAME ...]`. Exits non-zero if a bar is missed."""
 
 import subprocess
 import sys
@@ -26,12 +26,12 @@ BENCHMARKS = {
 
 
 def main() -> None:
-    """Runs each benchmark in a separate process, so that peak memory is measured separately."""
+    """Runs each benchmark in a separate process, so that each measures its own peak memory."""
     names = sys.argv[1:] or list(BENCHMARKS)
     if unknown := [name for name in names if name not in BENCHMARKS]:
         sys.exit(f"unknown benchmark {', '.join(unknown)}; available: {', '.join(BENCHMARKS)}")
     short = [name for name in names if subprocess.run([sys.executable, "-m", BENCHMARKS[name]], check=False).returncode]
-    sys.exit(f"short: {', '.join(short)}" if short else 0)
+    sys.exit(f"missed a bar or failed: {', '.join(short)}" if short else 0)
 
 
 if __name__ == "__main__":

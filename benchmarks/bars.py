@@ -1,4 +1,4 @@
-"""Reports a measurement and whether it meets its bar."""
+"""Reports a measurement and whether it meets its bar, the required value."""
 
 __all__ = ["report"]
 

@@ -1,4 +1,7 @@
-"""Valid, damaged, unusual and malicious files: each becomes an image or a failure with a reason, in bounded memory."""
+"""Checks that every valid, corrupt, unusual or malicious file becomes an image or a failure, in bounded memory.
+
+A failure is an image that could not be read, with the reason.
+"""
 
 import io
 import json
@@ -32,7 +35,7 @@ FAILURE = {"truncated", "empty", "text", "enormous", "other-format"}
 
 
 def write_files(folder: Path) -> None:
-    """Writes valid files to `valid/`, and these and all other kinds to `mixed/`, named `KIND-NUMBER.EXTENSION`."""
+    """Writes valid files to `valid/`, and files of all kinds to `mixed/`. Most are named `KIND-NUMBER.EXTENSION`."""
     valid = [path.rename(path.with_name(f"valid-{path.name}")) for path in write_images(folder / "valid", VALID)]
     mixed = folder / "mixed"
     mixed.mkdir()
@@ -72,14 +75,14 @@ def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
 def flip_bits(content: bytes, seed: int) -> bytes:
     """Returns the content with one to eight bits flipped."""
     generator = np.random.default_rng(seed)
-    damaged = bytearray(content)
+    corrupt = bytearray(content)
     for position in generator.integers(0, len(content), generator.integers(1, 9)):
-        damaged[position] ^= 1 << int(generator.integers(8))
-    return bytes(damaged)
+        corrupt[position] ^= 1 << int(generator.integers(8))
+    return bytes(corrupt)
 
 
 def build_black_png(side: int, bits: int) -> bytes:
-    """Returns a black square whose file is hundreds to thousands of times smaller than its pixels."""
+    """Returns a black square as a PNG file, which is hundreds to thousands of times smaller than the decoded image."""
     compressor = zlib.compressobj(6)
     row = bytes(1 + (side * bits + 7) // 8)
     pixels = b"".join(compressor.compress(row) for _ in range(side)) + compressor.flush()
@@ -98,7 +101,7 @@ def build_orientation(value: int) -> Image.Exif:
 
 
 def load_folder(folder: Path) -> None:
-    """Loads all files of a folder in this process; prints each outcome and the peak memory in kilobytes."""
+    """Loads all files of a folder; prints each outcome and the peak memory of this process and its children in kB."""
     outcomes = {}
     with open_loader(LOADING, PREPROCESSING) as load:
         for row, image in load({"uri": str(path)} for path in sorted(folder.iterdir())):
@@ -115,7 +118,7 @@ def read_peak_memory(process: str) -> int:
 
 
 def is_accounted(name: str, outcome: str | None) -> bool:
-    """Returns whether a file has the outcome of its kind; a failure needs a reason."""
+    """Returns whether a file has the expected outcome of its kind. A failure must have a reason."""
     kind = next(kind for kind in (*IMAGE, *FAILURE, "flipped") if name.startswith(kind))
     if kind == "flipped":
         return bool(outcome)

@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments and resumed: their output must be identical to that of an undisturbed run."""
+"""Kills runs at random moments and resumes them; the output must be identical to that of an uninterrupted run."""
 
 import multiprocessing
 import random
@@ -47,17 +47,17 @@ def train_small_captioner(folder: Path) -> None:
 
 
 def count_identical_recoveries(folder: Path, runs: int, seed: int = 0) -> int:
-    """Kills and resumes `runs` flows; returns how many wrote the same bytes as an undisturbed one."""
+    """Kills and resumes `runs` flows; returns how many wrote the same bytes as an uninterrupted flow."""
     uris = [str(path) for path in write_images(folder / "images", 48, size=96)]
     manifest = write_manifest(folder / "manifest", uris, 6)
     train_small_captioner(folder)
     context = multiprocessing.get_context("forkserver")  # imports the modules once
     context.set_forkserver_preload([__name__])
-    start_flow(context, folder, folder / "undisturbed").join()
-    expected = read_outputs(folder / "undisturbed")
+    start_flow(context, folder, folder / "uninterrupted").join()
+    expected = read_outputs(folder / "uninterrupted")
     shards = 2 * manifest.shards
-    assert len(expected) == shards, "the undisturbed run must be complete"
-    times = sorted(marker.stat().st_mtime for marker in find_markers(folder / "undisturbed"))
+    assert len(expected) == shards, "the uninterrupted run must be complete"
+    times = sorted(marker.stat().st_mtime for marker in find_markers(folder / "uninterrupted"))
     seconds = (times[-1] - times[0]) / (shards - 1)
 
     generator = random.Random(seed)
@@ -80,13 +80,13 @@ def count_identical_recoveries(folder: Path, runs: int, seed: int = 0) -> int:
 
 
 def kill_flow(process: BaseProcess, output: Path, moment: float, seconds: float) -> None:
-    """Kills a flow at a moment that is measured in shards, so that it falls within the run on any machine.
+    """Kills a flow at a given moment, which is measured in shards so that it is within the run on any machine.
 
     Args:
         process: the process that runs the flow.
         output: output folder of the flow.
-        moment: number of shards; 2.5 is the middle of the third shard if all take equally long.
-        seconds: duration of a shard.
+        moment: number of shards after which to kill the flow; 2.5 is about the middle of the third shard.
+        seconds: mean duration of a shard.
     """
     while len(find_markers(output)) < int(moment) and process.is_alive():
         time.sleep(0.002)
@@ -106,7 +106,7 @@ def is_complete(output: Path) -> bool:
 
 
 def find_markers(output: Path) -> list[Path]:
-    """Returns the markers of the published shards of all outputs."""
+    """Returns the markers, the files that mark shards as complete, of all outputs."""
     return list(output.glob("*/_shards/*.json"))
 
 

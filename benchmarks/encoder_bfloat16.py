@@ -1,4 +1,4 @@
-"""VGG-16 up to fc7 in bfloat16 against float32: images/s, and cosine similarity of the features."""
+"""Compares VGG-16 up to fc7 in bfloat16 and float32: images/s, and cosine similarity of the features."""
 
 import statistics
 import sys
@@ -27,7 +27,7 @@ def encode(encoder: Encoder, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray
 
 
 def main() -> None:
-    """Runs both alternately; the bar for speed depends on the instructions of the processor."""
+    """Runs both alternately. The bar for speed depends on the instruction sets of the processor."""
     capability = torch.backends.cpu.get_cpu_capability()
     amx, avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,4 +1,4 @@
-"""Peak memory of `extract-features` on 20,000 images against 2,000, with a small network."""
+"""Measures peak memory of `extract-features` on 20,000 images relative to 2,000, with a small network."""
 
 import resource
 import statistics
@@ -19,7 +19,7 @@ ENCODER = EncoderConfig("squeezenet1_1", "features.4.cat", "random:0", pooling="
 
 
 def run_once(count: int, folder: Path) -> None:
-    """Extracts `count` images in this process and prints its peak memory in kilobytes."""
+    """Extracts features of `count` images in this process and prints its peak memory in kilobytes."""
     uris = [str(path) for path in sorted((folder / "images").iterdir())]
     manifest = Path(tempfile.mkdtemp(dir=folder))
     write_manifest(manifest, [uris[number % FILES] for number in range(count)], SHARD_SIZE)
@@ -29,7 +29,7 @@ def run_once(count: int, folder: Path) -> None:
 
 
 def main() -> None:
-    """Runs 2,000 images three times, because a short run may end before its peak, and 20,000 images once."""
+    """Runs 20,000 images once and 2,000 images three times, because a short run may end before memory peaks."""
     if len(sys.argv) == 3:
         run_once(int(sys.argv[1]), Path(sys.argv[2]))
         return
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def measure(count: int, scratch: str) -> int:
-    """Returns the peak memory, in kilobytes, of a process that extracts `count` images."""
+    """Returns the peak memory, in kilobytes, of a process that extracts features of `count` images."""
     command = [sys.executable, "-m", "benchmarks.extract_memory", str(count), scratch]
     peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
     print(f"# {count:,} images: {peak / 1024:.0f} MB", flush=True)

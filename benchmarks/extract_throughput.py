@@ -1,4 +1,4 @@
-"""Images/s of `extract-features` against a plain PyTorch loop over the same images, decoded in advance."""
+"""Measures images/s of `extract-features` relative to a plain PyTorch loop over the same images, already decoded."""
 
 import statistics
 import sys
@@ -43,7 +43,7 @@ def run_plain_loop(network: nn.Module, images: npt.NDArray[np.uint8]) -> float:
 
 
 def run_pipeline(manifest: Path, output: Path) -> float:
-    """Returns images/s of the whole command, from reading the manifest to writing `_SUCCESS`, without model loading."""
+    """Returns images/s from reading the manifest to writing `_SUCCESS`, without loading the model."""
     began = time.perf_counter()
     extract_features(manifest, output, CONFIG, run=RunConfig(progress=False))
     return IMAGES / (time.perf_counter() - began)

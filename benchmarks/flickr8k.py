@@ -4,8 +4,9 @@
     make bench-flickr8k DATA=flickr8k WEIGHTS=vgg16.safetensors NAME="pooled ranking"
 
 DATA contains `images/`, `Flickr8k.token.txt` and the official split files. WEIGHTS is a file with VGG-16's weights, or
-one of torchvision's names. Everything is kept in OUTPUT (`.bench/flickr8k`): finished steps are skipped and interrupted
-ones resume. Each result is printed as `NAME VALUE BAR ok|short`; the exit status is zero if all bars are met.
+one of torchvision's names. All output is kept in `--output` (default `.bench/flickr8k`). Finished steps are
+skipped, and interrupted steps resume. Each result is printed as `NAME VALUE BAR ok|short`. The exit status is zero if
+all bars are met.
 """
 
 import argparse
@@ -21,15 +22,16 @@ from typing import NamedTuple
 from benchmarks.bars import report
 
 CONV5, POOL4 = "flickr8k-conv5", "flickr8k-pool4"
-POOL4_DEV = f"{POOL4}-dev"  # the images to caption; training needs the features of all splits
+POOL4_DEV = f"{POOL4}-dev"  # only the images to caption; training uses the features of all splits
 
 
 class Stage(NamedTuple):
     """A training run of a captioner.
 
     Attributes:
-        recipe: recipe of train-captioner.
-        init_from: the stage whose captioner it starts from; None starts from the encoder's weights.
+        recipe: name of a recipe (built-in configuration) of train-captioner.
+        init_from: stage whose captioner initializes this one. If None, the weights are random, except for the encoder
+            layers.
         overrides: values for `--set`.
     """
 
@@ -63,7 +65,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, metavar="DATA")
     parser.add_argument("weights", metavar="WEIGHTS")
-    parser.add_argument("names", metavar="NAME", nargs="*", help=f"any of {', '.join(PARTS)}; all by default")
+    parser.add_argument(
+        "names", metavar="NAME", nargs="*", help=f"parts to run: any of {', '.join(PARTS)}; all by default"
+    )
     parser.add_argument("--output", type=Path, default=Path(".bench/flickr8k"))
     options = parser.parse_args()
     names: list[str] = options.names or PARTS
@@ -107,19 +111,19 @@ def _train_captioner(name: str, output: Path, weights: str) -> Path:
 
 
 def _score_captioner(name: str, output: Path, weights: str) -> list[Row]:
-    """Trains a captioner and scores its captions of dev."""
+    """Trains a captioner and scores its captions of the dev images."""
     captioner = _train_captioner(name, output, weights)
     features, captions, scores = output / POOL4_DEV, output / f"captions-{name}", output / f"scores-{name}"
     _run("build-datastore", output / POOL4, "-c", captioner, "--set", "splits=[train]")
     _run("generate-captions", features, "-c", captioner, "-o", captions, "--config", "flickr8k")
-    manifest = output / "manifest"  # of all splits: evaluate also counts captions that occur in the training split
+    manifest = output / "manifest"  # all splits, because evaluate also counts captions that occur in the training split
     _run("evaluate", captions, "-m", manifest, "--split", "dev", "-c", captioner, "-f", features, "-o", scores)
     values = json.loads((scores / "scores.json").read_text())["scores"]
     return [(f"{name}-{metric}", values[metric], bar, True) for metric, bar in CAPTIONERS[name].items()]
 
 
 def _score_ranker(output: Path) -> list[Row]:
-    """Trains a ranker and ranks the 1,000 images of dev."""
+    """Trains a ranker (dual encoder for image-text retrieval) and ranks the 1,000 images of dev."""
     features, ranker, scores = output / CONV5, output / "ranker", output / "scores-ranking"
     _run("train-ranker", features, "-o", ranker, "--config", "flickr8k")
     _run("evaluate", features, "-r", ranker, "--split", "dev", "--protocol", "flickr8k-1k", "-o", scores)

@@ -1,7 +1,8 @@
-"""Images/s of `extract-features` on Flink with two TaskManagers against two local workers.
+"""Measures images/s of `extract-features` on Flink with two TaskManagers, relative to two local workers.
 
-Measured from the start of the first shard to the end of the last, according to the markers. The time to submit a job
-and to start its workers does not depend on the size of the job; it is printed separately.
+The time is measured from the start of the first shard to the end of the last, according to the markers (the files that
+mark shards as complete). It excludes submitting the job and starting its workers, which do not depend on the size of
+the job. The time of the whole command is printed too.
 """
 
 import statistics
@@ -31,13 +32,13 @@ CONFIG = ExtractionConfig(
 
 
 def run(manifest: ShardedDataset, output: Path, workers: int = 1, beam_options: Sequence[str] = ()) -> float:
-    """Returns images/s from the first shard to the last."""
+    """Returns images/s from the start of the first shard to the end of the last."""
     began = time.monotonic()
     settings = RunConfig(workers, tuple(beam_options), progress=False)
     extract_features(manifest.folder.uri, output, CONFIG, device="cpu", run=settings)
     total = time.monotonic() - began
     seconds = measure_shards(output)
-    print(f"# {output.name}: {IMAGES / seconds:.2f} images/s for {seconds:.0f} s, the whole command {total:.0f} s")
+    print(f"# {output.name}: {IMAGES / seconds:.2f} images/s for {seconds:.0f} s; the whole command took {total:.0f} s")
     return IMAGES / seconds
 
 

@@ -1,7 +1,8 @@
-"""Captions/s of beam search from features, against a NumPy decoder like NeuralTalk's: one image at a time, float64.
+"""Measures captions/s of beam search relative to a NumPy decoder like NeuralTalk's (one image at a time, float64).
 
 Both decode the same captioner and must reach the same BLEU. By default, the captioner has random weights (see
-`decoding_speed`) and samples its own references; `--captioner` and `--features` take a trained LSTM and its dev images.
+`decoding_speed`), and the references are sampled from it. `--captioner` and `--features` specify a trained LSTM and
+features with a split `dev` or `val`.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from captionlib.models.decoding.decoder import Decoder
 
 WIDTH, STEPS = 5, 20
 IMAGES, ROUNDS = 1000, 7
-SINGLES, BATCHES = 20, 3  # per round; both take about as long
+SINGLES, BATCHES = 20, 3  # images for NumPy and batches for captionlib per round; both take about as long
 
 Array = npt.NDArray[np.float64]
 Hypothesis = tuple[float, list[int], Array, Array]  # log-probability, token ids, h, c
@@ -37,7 +38,7 @@ class NumpyDecoder:
     """Beam search like NeuralTalk's: one time step per hypothesis, in float64; finished hypotheses stay in the beam.
 
     Args:
-        model: an LSTM captioner with one layer, whose first input is the image.
+        model: LSTM captioner with one layer, whose first input is the image.
     """
 
     def __init__(self, model: Captioner) -> None:
@@ -104,7 +105,7 @@ def main() -> None:
 
 
 def _compare_speed(number: int, plain: NumpyDecoder, batched: Decoder, images: Array, features: torch.Tensor) -> float:
-    """Returns the captions/s of the batched decoder divided by those of the NumPy decoder, for one round."""
+    """Returns the captions/s of the batched decoder divided by those of the NumPy decoder, in one round."""
     began = time.perf_counter()
     for image in images[number * SINGLES : (number + 1) * SINGLES]:
         plain.decode(image)

@@ -1,4 +1,4 @@
-"""Peak memory of `prepare` on 2,000,000 rows against 200,000; `--rows N` measures a single size."""
+"""Measures peak memory of `prepare` on 2,000,000 rows relative to 200,000. `--rows N` measures a single size."""
 
 import argparse
 import json

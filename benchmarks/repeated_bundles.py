@@ -1,4 +1,4 @@
-"""Pipelines with every bundle executed twice by Beam: the output must be identical, byte for byte."""
+"""Runs pipelines in which Beam executes every bundle twice; the output must be identical, byte for byte."""
 
 import sys
 import tempfile

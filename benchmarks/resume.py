@@ -1,6 +1,7 @@
-"""Time to resume a run with 99% of 10,000 shards finished, against reading their markers one by one.
+"""Measures the time to resume a run with 99% of 10,000 shards finished, relative to reading the markers one by one.
 
-Measured on a disk and on a local S3 server, whose latency is a tenth of that of a remote one.
+A marker is a file that marks a shard as complete. The time is measured on a disk and on a local S3 server, whose
+latency is a tenth of the latency of a remote server.
 """
 
 import socket
@@ -28,7 +29,7 @@ SHARDS, EVERY, ROWS = 10_000, 100, 10
 
 
 def prepare(folder: str) -> None:
-    """Writes an output without every hundredth shard, and the manifest's shards for these."""
+    """Writes the markers of an output without every hundredth shard, and the manifest's shards for the missing ones."""
     source = replace(write_rows(f"{folder}/manifest", 1, ROWS), shards=SHARDS)
     job = create_job(source, f"{folder}/features")
     first = source.folder.read("part-00000.parquet")
@@ -73,7 +74,7 @@ def time_resume(folder: str) -> float:
 
 @contextmanager
 def run_s3_server() -> Iterator[None]:
-    """Runs a local S3 server with a bucket, and points `s3://` to it."""
+    """Runs a local S3 server with a bucket, and configures fsspec to use it for `s3://`."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"

@@ -1,4 +1,4 @@
-"""Peak memory of driver and workers for 10,000,000 synthetic rows in 10,000 shards on two workers."""
+"""Measures peak memory of driver and workers for 10,000,000 synthetic rows in 10,000 shards, relative to a tenth."""
 
 import resource
 import subprocess
@@ -29,11 +29,11 @@ def run_once(shards: int) -> None:
         run_job(job, "scale", RunConfig(workers=WORKERS))
         seconds = time.perf_counter() - began
         milliseconds = 1000 * seconds * WORKERS / shards
-        print(f"# run: {seconds:.1f} s with {WORKERS} workers, {milliseconds:.1f} ms of a worker per shard")
+        print(f"# run: {seconds:.1f} s with {WORKERS} workers, {milliseconds:.1f} ms of worker time per shard")
         for verb, read in (("list", job.outputs[0].done_shards), ("read", job.outputs[0].compute_totals)):
             began = time.perf_counter()
             read()
-            print(f"# to {verb} the markers: {time.perf_counter() - began:.2f} s")
+            print(f"# time to {verb} the markers: {time.perf_counter() - began:.2f} s")
         pipeline = beam.Pipeline(FnApiRunner(), PipelineOptions([]))
         _ = pipeline | "scale" >> ProcessShards(job, range(shards), 1.0)
         print(f"# job graph: {pipeline.to_runner_api().ByteSize() / 1000:.0f} kB")

@@ -1,6 +1,6 @@
-"""Build memory, query latency and recall of an index of 1,000,000 captions and vectors.
+"""Measures build memory, query latency and recall of an index of 1,000,000 captions and vectors.
 
-`--rows N` measures another size. The index is built once and kept in `.bench/`.
+`--rows N` measures a different size. The index is built once and kept in `.bench/`.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def _measure_text(data: SearchData, index: Index) -> bool:
-    """Measures queries for two required words, with the number of matches, against DuckDB's `LIKE`."""
+    """Measures queries for two required words, relative to DuckDB's `LIKE`. Both count the matches."""
     queries = [query.split() for query in data.sample_queries(QUERIES, 2, 0)]
 
     def search(words: Sequence[str]) -> Any:

@@ -1,7 +1,7 @@
-"""Synthetic captions with vectors, and their index, built once and kept in `.bench/`.
+"""Generates synthetic captions with vectors, and their index, once; keeps them in `.bench/`.
 
-Word frequencies follow Zipf's law. The vectors of images form clusters; those of sentences are near the same clusters
-but shifted, like the modality gap of real embeddings.
+Word frequencies follow Zipf's law. Image vectors form clusters. Sentence vectors are near the same clusters but
+shifted, like the modality gap of real embeddings.
 """
 
 import json
@@ -78,13 +78,13 @@ class SearchData:
         return np.concatenate([self.image_vectors(self.rows // SHARDS, shard) for shard in range(SHARDS)])
 
     def sample_queries(self, count: int, words: int, seed: int) -> list[str]:
-        """Samples queries with the word frequencies of the captions."""
+        """Samples queries of `words` words each, with the word frequencies of the captions."""
         generator = np.random.default_rng([5, seed])
         return [" ".join(_sample_words(generator, words)) for _ in range(count)]
 
 
 def prepare_data(rows: int) -> tuple[SearchData, dict[str, float]]:
-    """Returns the data, and the seconds and megabytes that building the index took; builds it only once."""
+    """Returns the data, and the seconds and peak megabytes of building the index, which happens only once."""
     data = SearchData(Path(".bench") / f"search-{rows}", rows)
     build_file = data.folder / "built.json"
     if not build_file.exists():
@@ -148,7 +148,7 @@ def _normalize(vectors: npt.NDArray[np.floating]) -> Vectors:
 
 
 def main() -> None:
-    """Writes the datasets, or builds the index and prints the seconds and megabytes that it took."""
+    """Writes the datasets, or builds the index and prints the seconds and peak megabytes."""
     step, rows = sys.argv[1], int(sys.argv[2])
     data = SearchData(Path(".bench") / f"search-{rows}", rows)
     if step == "write":

@@ -1,4 +1,4 @@
-"""Search pages per second for 50 concurrent clients against one, on 1,000,000 captions or `--rows N`."""
+"""Measures search pages per second for 50 concurrent clients relative to one, on 1,000,000 captions or `--rows N`."""
 
 import argparse
 import asyncio

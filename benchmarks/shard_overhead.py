@@ -1,4 +1,4 @@
-"""Overhead of a shard: a whole pipeline against a loop that only reads and writes the files."""
+"""Measures the overhead per shard of a pipeline over a loop that only reads and writes the files."""
 
 import os
 import statistics
@@ -31,7 +31,7 @@ def run_bare(source: ShardedDataset, folder: Path) -> float:
 
 
 def run_pipeline(source: ShardedDataset, folder: Path) -> float:
-    """Returns the seconds of the whole command, from reading the manifest to writing `_SUCCESS`."""
+    """Returns the seconds of the whole pipeline, from reading the manifest to writing `_SUCCESS`."""
     began = time.perf_counter()
     run_job(create_job(source, folder), "overhead", RunConfig(progress=False))
     return time.perf_counter() - began

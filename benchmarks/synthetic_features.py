@@ -1,4 +1,4 @@
-"""Random features with captions as long as those of Flickr8k, for benchmarks of training."""
+"""Writes random features with captions as long as those of Flickr8k, for benchmarks of training."""
 
 from pathlib import Path
 
@@ -16,14 +16,15 @@ __all__ = ["CAPTIONS_PER_IMAGE", "FEATURE_SIZE", "write_features"]
 FEATURE_SIZE = 4096
 CAPTIONS_PER_IMAGE = 5
 _WORDS = 2500  # about the size of Flickr8k's vocabulary
-_LOG_MEAN, _LOG_DEVIATION, _MAX_LENGTH = 2.32, 0.356, 36  # log-normal fit of the lengths of its captions
+_LOG_MEAN, _LOG_DEVIATION, _MAX_LENGTH = 2.32, 0.356, 36  # log-normal fit of its caption lengths
 _SHARD_ROWS = 500
 
 
 def write_features(folder: Path, images: int, validation: int = 20) -> ShardedDataset:
-    """Writes a features dataset; the first `validation` images form the split `val`, all others `train`.
+    """Writes a features dataset. The first `validation` images are in the split `val`, all others in `train`.
 
-    Captions are as long as in Flickr8k: 10.8 words on average, standard deviation 3.8, about 23 for the longest of 100.
+    Captions are as long as in Flickr8k: 10.8 words on average, with a standard deviation of 3.8. The
+    longest of 100 captions has about 23 words.
     Word frequencies follow Zipf's law.
     """
     generator = np.random.default_rng(0)

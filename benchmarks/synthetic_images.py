@@ -1,4 +1,4 @@
-"""Random images and manifests of them."""
+"""Writes random images and manifests of them."""
 
 from pathlib import Path
 
@@ -30,14 +30,14 @@ def write_images(folder: Path, count: int, size: int = 224, seed: int = 0) -> li
 
 
 def decode_images(paths: list[Path], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    """Decodes images as input of an encoder, `[images, crop_size, crop_size, 3]`."""
+    """Decodes images to the input of an encoder, `[images, crop_size, crop_size, 3] uint8`."""
     with open_loader(LoadingConfig(), preprocessing) as load:
         loaded = [image for _, image in load({"uri": str(path)} for path in paths)]
     return np.stack([image for image in loaded if not isinstance(image, Exception)])
 
 
 def write_manifest(folder: Path, uris: list[str], shard_size: int) -> ShardedDataset:
-    """Writes a manifest; an image may occur several times, each time with another id."""
+    """Writes a manifest with one row per URI. An image may occur several times, with a different id each time."""
     starts = range(0, len(uris), shard_size)
     dataset = create_dataset(folder, "manifest", MANIFEST_SCHEMA, config={"images": len(uris)}, shards=len(starts))
     for shard, start in enumerate(starts):

@@ -1,4 +1,4 @@
-"""Many shards of synthetic rows, and a stage without a model, to measure the cost of a shard itself."""
+"""Provides shards of synthetic rows and a stage without a model, to measure the cost of a shard itself."""
 
 import os
 import time
@@ -45,18 +45,19 @@ def write_rows(folder: str | os.PathLike[str], shards: int, rows: int) -> Sharde
 
 
 def add_features(rows: pa.RecordBatch) -> pa.RecordBatch:
-    """Adds features of zeros."""
+    """Adds features that are all zero."""
     vectors = numpy_to_vectors(np.zeros((rows.num_rows, SIZE), np.float16))
     return pa.RecordBatch.from_arrays([*rows.columns, vectors], schema=SCHEMA)
 
 
 @dataclass(frozen=True)
 class ZeroFeatures:
-    """The stage from `manifest/` to `features/` without fetching, decoding and encoding.
+    """Stage from a manifest to a features dataset that does not fetch, decode or encode images.
 
     Attributes:
-        columns: all columns of the manifest.
-        first_row_file: file that receives the time of the first row, in seconds since the epoch; empty for none.
+        columns: columns that the stage reads, all of the manifest.
+        first_row_file: file to write the time of the first row to, in seconds since the epoch. If empty, no file is
+            written.
     """
 
     columns: Sequence[str] = tuple(MANIFEST_SCHEMA.names)

@@ -1,4 +1,4 @@
-"""Fraction of the time that training waits for data while it streams features through a small shuffle buffer."""
+"""Measures the fraction of training time spent waiting for data that streams through a small shuffle buffer."""
 
 import sys
 from pathlib import Path

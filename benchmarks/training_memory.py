@@ -1,4 +1,4 @@
-"""Peak memory of training a captioner on 30,000 images against 3,000."""
+"""Measures peak memory of training a captioner on 30,000 images relative to 3,000."""
 
 import argparse
 import resource

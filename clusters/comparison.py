@@ -26,7 +26,7 @@ def compare_datasets(expected: Path, got: Path) -> list[str]:
 
 
 def compare_indexes(expected: Path, got: Path, queries: list[str]) -> list[str]:
-    """Returns a description of each difference between two indexes: descriptions, deterministic files and results."""
+    """Returns a description of each difference between two indexes, in metadata, files and search results."""
     before, now = (read_description(Folder(path)) for path in (expected, got))
     if before is None or now is None:
         return [
@@ -67,7 +67,7 @@ def _find_duplicate_ids(dataset: ShardedDataset) -> Iterator[str]:
 
 
 def _find_unexpected_files(dataset: ShardedDataset) -> Iterator[str]:
-    """Yields files that do not belong to the dataset, such as partial writes, and missing parts."""
+    """Describes files that do not belong to the dataset, such as partial writes, and missing files."""
     parts = {f"{part_name(shard)}.parquet" for shard in range(dataset.shards)}
     metadata = {DESCRIPTION_FILE, SUCCESS_FILE, MARKERS_FOLDER, FAILURES_FOLDER, TEMPORARY_FOLDER}
     yield from (f"{name}: unexpected file" for name in dataset.folder.list() if name not in parts | metadata)

@@ -1,4 +1,4 @@
-"""The engines that clusters can run."""
+"""Lists the available engines."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ __all__ = ["ENGINES", "Cluster"]
 
 
 class Cluster(Protocol):
-    """A cluster whose state is in a folder, whether it runs or not."""
+    """A cluster of local processes. Its state is stored in a folder, so that other processes can stop it."""
 
     processes: Processes
 
@@ -29,8 +29,8 @@ class Cluster(Protocol):
         """Starts all processes and waits until jobs can be submitted."""
 
     def stop(self) -> list[str]:
-        """Stops all processes, including workers, and returns the names of those that ran."""
+        """Stops all processes, including workers, and returns the names of those that were running."""
 
 
 ENGINES: dict[str, Callable[[Path], Cluster]] = {"flink": FlinkCluster, "spark": SparkCluster, "prism": PrismCluster}
-"""Creates the cluster of an engine in a folder."""
+"""Classes of clusters by engine. Each takes the folder of its state."""

@@ -17,7 +17,7 @@ __all__ = ["FlinkCluster"]
 
 TASK_MANAGERS = 2
 
-# Flink's shell scripts compute these sizes; a TaskManager that is started without them needs each of them.
+# Flink's shell scripts normally compute these sizes. The TaskManagers here are started without the scripts.
 _TASK_MANAGER_MEMORY = {
     "framework.heap.size": "128m",
     "framework.off-heap.size": "128m",
@@ -33,7 +33,7 @@ _TASK_MANAGER_MEMORY = {
 
 
 class FlinkCluster:
-    """A cluster whose state is in a folder, whether it runs or not.
+    """A Flink cluster. Its state is stored in a folder, so that other processes can stop it.
 
     Args:
         folder: folder for configuration, pid files, logs and temporary files.
@@ -64,7 +64,7 @@ class FlinkCluster:
         """Starts all processes and waits until jobs can be submitted.
 
         Args:
-            restart_attempts: number of times that Flink restarts a failed job; 0 fails it at once.
+            restart_attempts: number of times that Flink restarts a failed job. If 0, the job fails at once.
         """
         install_project()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ class FlinkCluster:
         self.wait_for_task_managers(TASK_MANAGERS)
 
     def stop(self) -> list[str]:
-        """Stops all processes, including workers, and returns the names of those that ran."""
+        """Stops all processes, including workers, and returns the names of those that were running."""
         return self.processes.stop()
 
     def start_task_manager(self, name: str) -> None:

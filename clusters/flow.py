@@ -1,4 +1,4 @@
-"""The command-line flow on synthetic scenes, with the same commands for this machine and for a cluster."""
+"""Runs the same captionlib commands on synthetic scenes, locally or on a cluster."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ STAGES = ("extract-features", "generate-captions", "build-index")
 
 _QUERIES = ["red", "+ring -green", '"a white background"']
 
-# A small network, so that tests stay fast.
+# A small network keeps the tests fast.
 _ENCODER = (
     *("encoder.model=squeezenet1_1", "encoder.node=features.7.cat", "encoder.pooling=mean"),
     *("encoder.weights=random:0", "batch_size=4"),
@@ -27,16 +27,16 @@ _ENCODER = (
 
 @dataclass(frozen=True)
 class Flow:
-    """A folder with a manifest of synthetic scenes, a captioner, a ranker, and the outputs of any number of runs.
+    """A folder with a manifest of synthetic scenes, a captioner, a ranker and the outputs of runs.
 
     Attributes:
-        folder: the folder; commands run in it and use relative paths.
+        folder: path of the folder. Commands run in it and use relative paths.
     """
 
     folder: Path
 
     def prepare(self, images: int, shard_size: int) -> None:
-        """Renders the images, damages two, trains the models and runs the flow on this machine."""
+        """Renders images, truncates two of them, trains the models and runs all stages on this machine."""
         write_scenes(self.folder, train=images - images // 8, val=images // 16, test=images // 16)
         for path in sorted((self.folder / "images").iterdir())[3::7][:2]:
             path.write_bytes(path.read_bytes()[:200])
@@ -56,9 +56,9 @@ class Flow:
 
         Args:
             stage: one of `STAGES`.
-            output: folder of the run.
-            beam_options: options after `--`.
-            workers: processes on this machine.
+            output: folder of the run, relative to the flow's folder.
+            beam_options: Beam options after `--`.
+            workers: worker processes on this machine.
 
         Returns:
             The output of the command.
@@ -93,7 +93,7 @@ class Flow:
         return [stage, "manifest", "-c", "captioner", *outputs, *loading]
 
     def count_finished_shards(self, stage: str, output: str) -> int:
-        """Returns the number of shards that a stage has published, or written to the rows of an index."""
+        """Returns the number of shards that a stage has published; for `build-index`, the number of files of rows."""
         folders = {"extract-features": f"features/{MARKERS_FOLDER}", "generate-captions": f"captions/{MARKERS_FOLDER}"}
         return len(list((self.folder / output / folders.get(stage, "index/rows")).glob("part-*")))
 
@@ -103,7 +103,7 @@ class Flow:
         return (self.folder / output / files.get(stage, "index/index.json")).exists()
 
     def compare(self, stage: str, output: str) -> list[str]:
-        """Returns the differences between the output of a run and that of the undisturbed run on this machine."""
+        """Returns the differences between the output of a run and the output of the uninterrupted local run."""
         local, other = self.folder / "local", self.folder / output
         if stage == "build-index":
             return compare_indexes(local / "index", other / "index", _QUERIES)
@@ -131,5 +131,5 @@ _CAPTIONLIB = [str(Path(sys.executable).parent / "captionlib")]
 
 
 def _environment() -> dict[str, str]:
-    """Limits every process to one thread, like the workers of a cluster with one slot per core."""
+    """Returns an environment that limits every process to one thread, like cluster workers with one slot per core."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""Command lines of Java programs with small heaps, so that a cluster fits on one machine."""
+"""Builds command lines of Java programs with small heaps, so that a cluster fits on one machine."""
 
 import shutil
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from clusters.processes import ClusterError
 
 __all__ = ["class_path", "java_command", "list_java_openings", "write_log4j_config"]
 
-# The engines use reflection on these packages, which Java 17 blocks by default.
+# The engines access these packages by reflection, which Java 17 blocks by default.
 _OPENED_PACKAGES = (
     *("java.lang", "java.lang.invoke", "java.lang.reflect", "java.io", "java.net", "java.nio", "java.text"),
     *("java.time", "java.util", "java.util.concurrent", "java.util.concurrent.atomic", "java.util.concurrent.locks"),
@@ -37,9 +37,9 @@ def java_command(
     Args:
         main: name of the main class.
         jars: jars and folders of jars; earlier ones have precedence.
-        log4j_config: result of `write_log4j_config`.
+        log4j_config: file that `write_log4j_config` wrote.
         arguments: arguments of the program.
-        megabytes: size of the heap.
+        megabytes: maximum size of the heap.
         options: options of the Java virtual machine.
 
     Raises:
@@ -47,7 +47,9 @@ def java_command(
     """
     java = shutil.which("java")
     if java is None:
-        raise ClusterError("java was not found: expected Java 17 on PATH; install it, as Debian's default-jre-headless")
+        raise ClusterError(
+            "java was not found: expected Java 17 on PATH; install it, for example Debian's default-jre-headless"
+        )
     return [
         java,
         f"-Xmx{megabytes}m",

@@ -1,6 +1,6 @@
 """Downloads engines, Beam runners and Beam's boot program from package registries, by name and exact version.
 
-Each package is downloaded once, into a cache folder, and appears there complete or not at all.
+Each package is downloaded once into a cache folder. A package in the cache is always complete.
 """
 
 import shutil
@@ -35,7 +35,7 @@ class EnginePackage:
     Attributes:
         name: name of the package.
         version: version of the package and of the engine.
-        jars: folder of the jars in the package.
+        jars: folder in the package that contains the jars.
     """
 
     name: str
@@ -67,7 +67,7 @@ class RunnerPackage:
 
     Attributes:
         artifact: artifact name of the runner.
-        version: the latest version whose job service is published; newer Python SDKs are compatible with it.
+        version: latest version with a published job service. Newer Python SDKs are compatible with it.
     """
 
     artifact: str
@@ -92,12 +92,12 @@ SPARK_RUNNER = RunnerPackage("beam-runners-spark-3")
 
 
 def fetch_boot() -> Path:
-    """Returns Beam's program that starts Python workers, in the version of the installed SDK."""
+    """Returns the path of Beam's program that starts Python workers, in the version of the installed SDK."""
     return _fetch_go_program("github.com/apache/beam/sdks/v2/python/container")
 
 
 def fetch_prism() -> Path:
-    """Returns Beam's single-process engine, in the version of the installed SDK."""
+    """Returns the path of Prism, Beam's single-process engine, in the version of the installed SDK."""
     return _fetch_go_program("github.com/apache/beam/sdks/v2/go/cmd/prism")
 
 
@@ -119,7 +119,7 @@ def _fetch_once(name: str, fetch: Callable[[Path], None]) -> Path:
     target = CACHE / name
     if not target.exists():
         CACHE.mkdir(exist_ok=True)
-        print(f"fetching {name}", file=sys.stderr, flush=True)
+        print(f"downloading {name}", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             partial = Path(scratch) / name
             partial.mkdir()

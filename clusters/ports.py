@@ -1,4 +1,4 @@
-"""Ports of a cluster on the loopback interface, stored in the cluster's folder."""
+"""Chooses the ports of a cluster on the loopback interface, and stores them in the cluster's folder."""
 
 import json
 import socket
@@ -13,7 +13,7 @@ _FILE = "ports.json"
 
 
 def choose_ports(folder: Path, preferred: Mapping[str, int]) -> dict[str, int]:
-    """Chooses a free port for each name, the preferred one if possible, and stores them in the cluster's folder."""
+    """Chooses and stores a free port for each name: the preferred one if it is free, otherwise a different one."""
     ports = {name: _free_port(port) for name, port in preferred.items()}
     (folder / _FILE).write_text(json.dumps(ports), encoding="utf-8")
     return ports
@@ -26,7 +26,7 @@ def read_ports(folder: Path) -> dict[str, int]:
 
 
 def _free_port(preferred: int) -> int:
-    """Returns the preferred port if it is free, else another free port."""
+    """Returns the preferred port if it is free, otherwise a different free port."""
     for port in (preferred, 0):
         with socket.socket() as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

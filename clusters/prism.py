@@ -11,7 +11,7 @@ __all__ = ["PrismCluster"]
 
 
 class PrismCluster:
-    """A Prism process whose state is in a folder, whether it runs or not.
+    """A Prism process. Its state is stored in a folder, so that other processes can stop it.
 
     Args:
         folder: folder for the pid file and the log.
@@ -45,7 +45,7 @@ class PrismCluster:
         self.processes.wait_ready("prism", lambda: is_listening(ports["job"]))
 
     def stop(self) -> list[str]:
-        """Stops the process and returns its name if it ran."""
+        """Stops the process and returns its name if it was running."""
         return self.processes.stop()
 
     @property

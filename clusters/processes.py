@@ -1,7 +1,7 @@
-"""Daemon processes of a cluster, each with a pid file and a log.
+"""Manages the daemon processes of a cluster, each with a pid file and a log.
 
 folder/
-  pids/NAME        pid and start time; the start time detects pids that the system has reused
+  pids/NAME        pid and start time; the start time shows whether the system has reused the pid
   logs/NAME.log    stdout and stderr
 """
 
@@ -23,7 +23,7 @@ class ClusterError(Exception):
 
 
 class Processes:
-    """Named processes that outlive the command that starts them. Each leads a session that contains its children.
+    """Named processes that outlive the command that starts them. Each leads a session, which contains its children.
 
     Args:
         folder: folder of the pid files and logs.
@@ -66,7 +66,7 @@ class Processes:
         return self._logs / f"{name}.log"
 
     def list_names(self) -> list[str]:
-        """Returns the names of all processes that were started and not stopped, even if they have exited."""
+        """Returns the names of all processes that were started but not stopped, even if they have exited."""
         return sorted(path.name for path in self._pids.iterdir()) if self._pids.is_dir() else []
 
     def pid(self, name: str) -> int:
@@ -91,14 +91,14 @@ class Processes:
     def kill(self, name: str) -> None:
         """Kills one process but not its children, as a machine failure would. It can be started again."""
         os.kill(self.pid(name), signal.SIGKILL)
-        wait_for(lambda: not self.is_running(name), 10, f"{name} to die")
+        wait_for(lambda: not self.is_running(name), 10, f"{name} to exit")
         (self._pids / name).rename(self._pids / f"{name}-killed-{self.pid(name)}")
 
     def stop(self) -> list[str]:
         """Terminates all processes and their children, and kills those that do not exit in time.
 
         Returns:
-            The names of the processes that ran.
+            The names of the processes that were running.
         """
         running = [name for name in self.list_names() if self.list_session(name)]
         for signal_number in (signal.SIGTERM, signal.SIGKILL):
@@ -131,7 +131,7 @@ class Processes:
         """Waits until `check` returns true.
 
         Raises:
-            ClusterError: the process exited, or the time is up.
+            ClusterError: the process exited, or was not ready in time.
         """
 
         def ready() -> bool:
@@ -153,7 +153,7 @@ def wait_for(check: Callable[[], bool], seconds: float, what: str) -> None:
     """Waits until `check` returns true.
 
     Raises:
-        ClusterError: it did not within `seconds`.
+        ClusterError: `check` did not return true within `seconds`.
     """
     deadline = time.monotonic() + seconds
     while not check():
@@ -166,7 +166,7 @@ def run_command(command: Sequence[str], folder: Path | None = None, **environmen
     """Runs a program and waits for it.
 
     Raises:
-        ClusterError: it failed; the message contains the end of its output.
+        ClusterError: the program failed. The message contains the end of its output.
     """
     result = subprocess.run(
         command,

@@ -17,7 +17,7 @@ WORKERS = 2
 
 
 class SparkCluster:
-    """A cluster whose state is in a folder, whether it runs or not.
+    """A Spark cluster. Its state is stored in a folder, so that other processes can stop it.
 
     Args:
         folder: folder for pid files, logs and temporary files.
@@ -35,7 +35,7 @@ class SparkCluster:
             "job_endpoint": f"127.0.0.1:{self._ports['job']}",
             "environment_type": "PROCESS",
             "environment_config": {"command": str(self.folder / "boot")},
-            "environment_cache_millis": 60000,  # keeps a worker for the next stage
+            "environment_cache_millis": 60000,  # keeps a worker alive for the next stage
             "experiments": "disable_logging_submission_environment",  # it would run pip
         }
 
@@ -63,7 +63,7 @@ class SparkCluster:
         wait_for(lambda: len(self.list_workers()) == WORKERS, 90, f"{WORKERS} workers to register")
 
     def stop(self) -> list[str]:
-        """Stops all processes, including executors, and returns the names of those that ran."""
+        """Stops all processes, including executors, and returns the names of those that were running."""
         return self.processes.stop()
 
     def list_workers(self) -> list[str]:

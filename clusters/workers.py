@@ -1,4 +1,4 @@
-"""The Python environment of an engine's workers, with the project's wheel, and the boot script that starts them."""
+"""Creates the Python environment of an engine's workers and the boot script that starts them."""
 
 import shlex
 import sys
@@ -23,7 +23,7 @@ exec {boot} "$@" >> {logs}/worker-$$.log 2>&1
 
 
 def install_project() -> None:
-    """Builds the project's wheel and installs it into the workers' environment, with the locked dependencies."""
+    """Builds the project's wheel and installs it with the locked dependencies into the workers' environment."""
     with tempfile.TemporaryDirectory() as scratch:
         run_command([sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", scratch], _ROOT)
         (wheel,) = Path(scratch).glob("*.whl")
@@ -36,7 +36,7 @@ def install_project() -> None:
 
 
 def write_boot_script(folder: Path) -> Path:
-    """Writes the command that an engine starts workers with. Workers log to `folder/logs`."""
+    """Writes the script with which an engine starts workers. Workers log to `folder/logs`."""
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     text = _BOOT.format(

@@ -12,7 +12,7 @@ SHARDS = IMAGES // SHARD_SIZE
 
 @pytest.fixture(scope="session")
 def flow(tmp_path_factory: pytest.TempPathFactory) -> Flow:
-    """Prepares the flow and runs it on this machine, undisturbed."""
+    """Prepares the flow and runs it on this machine, without faults."""
     flow = Flow(tmp_path_factory.mktemp("flow"))
     flow.prepare(IMAGES, SHARD_SIZE)
     return flow
@@ -27,7 +27,7 @@ def flink_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def flink(flink_folder: Path) -> FlinkCluster:
-    """Returns a cluster with both TaskManagers running, whatever the previous test did to it."""
+    """Returns a cluster with both TaskManagers running, regardless of what the previous test did."""
     cluster = FlinkCluster(flink_folder)
     if not cluster.processes.is_running("job-manager"):
         cluster.start()

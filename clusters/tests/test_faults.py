@@ -1,4 +1,4 @@
-"""Killed processes never change the output: the engine recovers, or the same command resumes the run."""
+"""Kills processes and checks the output: the engine recovers, or the same command resumes the run."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ def run_partially(flow: Flow, stage: str, output: str, flink: FlinkCluster) -> I
 
 
 def kill_worker(flink: FlinkCluster) -> None:
-    """Kills a Python worker process, like an out-of-memory killer."""
+    """Kills a Python worker process, as an out-of-memory killer would."""
     sessions = [flink.processes.list_session(name) for name in flink.list_running_task_managers()]
     workers = [pid for session in sessions for pid, command in session.items() if "sdk_worker_main" in command]
     assert workers, f"no worker is running among {sessions}"

@@ -7,7 +7,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from jobs.cli import COMMANDS, captionlib
+from captionlib.errors import TrainingInterrupted
+from jobs.cli import COMMANDS, captionlib, main
 
 NAMES = [name for commands in COMMANDS.values() for name in commands]
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -77,3 +78,16 @@ def test_unknown_configuration_key_lists_the_known_keys(tmp_path: Path) -> None:
     result = run("extract-features", str(tmp_path), "-o", str(tmp_path / "out"), "--set", "encodr.model=vgg16")
     assert result.returncode == 1
     assert "unknown key encodr (did you mean encoder?); known keys: encoder, loading, batch_size" in result.stderr
+
+
+def test_interrupted_training_exits_like_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(**_options: object) -> None:
+        raise TrainingInterrupted("stopped after saving the state")
+
+    monkeypatch.setattr(captionlib, "main", stop)
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err == "Stopped. Run the same command again to resume.\n"
