@@ -1,7 +1,7 @@
 """captionlib captions and indexes collections of images.
 
-Every stage reads folders and writes a folder of Parquet shards. Folders are paths or addresses such as
-`s3://bucket/captions`. Names of this module are imported on first use, so `import captionlib` is fast.
+Every stage (such as feature extraction or caption generation) reads datasets and writes a new one. A dataset is a
+folder of Parquet shards at a path or a URL such as `s3://bucket/captions`. Public names are imported on first use.
 """
 
 import importlib
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# PyTorch reads this when it first allocates. Large tensors then use pages of 2 MB, which are faster to allocate, and
-# glibc wastes less memory on fragmentation. It has no effect on systems without such pages.
+# PyTorch reads this variable at its first allocation. Large tensors are then backed by transparent huge pages (2 MB),
+# which are faster to allocate and fragment memory less. Systems without huge pages ignore the variable.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _NAMES = {
@@ -84,7 +84,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULES[name]), name)
-    globals()[name] = value  # the next access does not come here
+    globals()[name] = value  # later accesses bypass this function
     return value
 
 

@@ -1,7 +1,7 @@
-"""Configurations: frozen, validated dataclasses that are filled from YAML recipes and `key=value` overrides.
+"""Configurations: frozen, validated dataclasses that are filled from YAML files and `key=value` overrides.
 
-A configuration is a class decorated with `configclass`. Field types contain bounds (`epochs: PositiveInt = 20`), and
-`__post_init__` checks conditions on several fields. Both raise ConfigError.
+A configuration class is decorated with `configclass`. Field types define bounds (`epochs: PositiveInt = 20`), and
+`__post_init__` checks conditions that involve several fields. Violations raise ConfigError.
 """
 
 import dataclasses
@@ -28,11 +28,11 @@ _MAX_EXTENDS = 8
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, pydantic.Field))
 def configclass(cls: type[Config]) -> type[Config]:
-    """Makes a class a frozen dataclass whose values are validated against its field types."""
+    """Turns a class into a frozen dataclass that validates its values against the field types."""
     validated: Any = pydantic.dataclasses.dataclass(cls, frozen=True)
     initialize = validated.__init__
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - replaces the method
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - replaces the generated method
         try:
             initialize(self, *args, **kwargs)
         except ValidationError as error:
@@ -43,10 +43,10 @@ def configclass(cls: type[Config]) -> type[Config]:
 
 
 def load_config(config_type: type[Config], path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Creates a configuration from its defaults, then a YAML file, then overrides such as `training.epochs=5`.
+    """Creates a configuration from defaults, a YAML file and overrides such as `training.epochs=5`; later ones win.
 
-    A YAML file may extend another one with `extends: base.yaml`, a path relative to the file itself. Sections are
-    merged, and the values of the extending file take precedence.
+    A YAML file may extend another file with `extends: base.yaml`, a path relative to the extending file. Sections are
+    merged, and values in the extending file take precedence.
 
     Raises:
         ConfigError: the file cannot be read, a key is unknown or a value is invalid.
@@ -59,10 +59,10 @@ def load_config(config_type: type[Config], path: str | Path | None, overrides: S
 
 
 def build_config(config_type: type[Config], values: Mapping[str, Any], origin: str = "configuration") -> Config:
-    """Creates a configuration from values; nested mappings fill nested sections.
+    """Creates a configuration from a mapping of keys to values. Nested mappings fill nested sections.
 
-    Values that a nested mapping omits come from the outer class's default of that section, if it has one. Error
-    messages begin with `origin`.
+    If a nested mapping omits a key, the enclosing class's default for that section provides the value. Error messages
+    begin with `origin`, which names the source of the values.
 
     Raises:
         ConfigError: a key is unknown or a value is invalid.
@@ -75,7 +75,7 @@ def build_config(config_type: type[Config], values: Mapping[str, Any], origin: s
 
 
 def parse_override(override: str) -> tuple[list[str], Any]:
-    """Splits an override such as `training.epochs=5` into its keys and its value, which is parsed as YAML."""
+    """Splits an override such as `training.epochs=5` into its keys and its value, and parses the value as YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {override!r}: expected key=value, such as training.epochs=5")
@@ -91,7 +91,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Describes each field in which two nested configurations differ."""
+    """Returns a description of each field whose value differs between two nested configurations."""
     old, new = _flatten(before), _flatten(now)
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return [f"{name}: was {old.get(name)!r}, now {new.get(name)!r}" for name in names]
@@ -152,7 +152,7 @@ def _with_defaults(config_type: Any, values: Mapping[str, Any]) -> dict[str, Any
 
 
 def _merge(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Updates `base` with `values`, section by section."""
+    """Merges `values` into a copy of `base`, recursively for nested sections."""
     merged = {**base, **values}
     for name, value in values.items():
         if isinstance(value, Mapping) and isinstance(section := base.get(name), Mapping):

@@ -1,4 +1,4 @@
-"""The CPUs of this process."""
+"""Counts the CPUs that are available to this process."""
 
 import os
 

@@ -1,23 +1,23 @@
-"""The errors that captionlib raises on purpose.
+"""The exceptions that captionlib raises on purpose.
 
 CaptionlibError
 ├── ConfigError            an option or a configuration file is wrong; nothing was started
-├── DatasetError           a folder is not the dataset that a stage expects
-│   ├── FingerprintError   the folder holds the output of another configuration
-│   ├── DuplicateIdError   two images of a dataset have the same id
+├── DatasetError           a folder is not a dataset of the expected kind
+│   ├── FingerprintError   the folder holds a dataset that a different configuration produced
+│   ├── DuplicateIdError   two images in a dataset have the same id
 │   └── FailureRatioError  more images failed than the run allows
 ├── StorageError           files cannot be read or written
-├── CheckpointError        a folder is not a checkpoint, or its encoder does not match
+├── CheckpointError        a folder is not a checkpoint, or the checkpoint was trained with a different encoder
 ├── QueryError             a query cannot be executed
-├── BusyError              too many requests at once
+├── BusyError              the server is already processing its maximum number of requests
 ├── RunnerError            a Beam runner failed or cannot be reached
 ├── SubprocessError        a helper process, such as Java or an image decoder, failed
 ├── TrainingInterrupted    training stopped on request, after saving its state
-└── ImageError             an image cannot be read; it becomes a failure row and the run continues
-    ├── FetchError         its bytes cannot be fetched
-    └── DecodeError        its bytes are not a supported image
+└── ImageError             an image cannot be read; the run records the failure and continues
+    ├── FetchError         the bytes of the image cannot be fetched
+    └── DecodeError        the bytes cannot be decoded as an image
 
-A message says what happened, what was expected, what was found instead, and what to do.
+Messages say what happened, what was expected, what was found instead, and what to do.
 """
 
 from typing import ClassVar
@@ -43,7 +43,7 @@ __all__ = [
 
 
 class CaptionlibError(Exception):
-    """Base class of all errors that captionlib raises on purpose."""
+    """Base class of all exceptions that captionlib raises on purpose."""
 
 
 class ConfigError(CaptionlibError):
@@ -51,15 +51,15 @@ class ConfigError(CaptionlibError):
 
 
 class DatasetError(CaptionlibError):
-    """A folder is not the dataset that a stage expects."""
+    """A folder is not a dataset of the expected kind."""
 
 
 class FingerprintError(DatasetError):
-    """A folder holds the output of another configuration."""
+    """A folder holds a dataset that a different configuration produced."""
 
 
 class DuplicateIdError(DatasetError):
-    """Two images of a dataset have the same id."""
+    """Two images in a dataset have the same id."""
 
 
 class FailureRatioError(DatasetError):
@@ -71,7 +71,7 @@ class StorageError(CaptionlibError):
 
 
 class CheckpointError(CaptionlibError):
-    """A folder is not a checkpoint, or the checkpoint belongs to another encoder."""
+    """A folder is not a checkpoint, or the checkpoint was trained with a different encoder."""
 
 
 class QueryError(CaptionlibError):
@@ -79,26 +79,27 @@ class QueryError(CaptionlibError):
 
 
 class BusyError(CaptionlibError):
-    """The server is processing as many requests as it accepts at once."""
+    """The server is already processing its maximum number of requests."""
 
 
 class RunnerError(CaptionlibError):
-    """A Beam runner failed or cannot be reached; finished shards are kept."""
+    """A Beam runner failed or cannot be reached. Finished shards of the output are kept."""
 
 
 class SubprocessError(CaptionlibError):
-    """A helper process, such as Java or an image decoder, cannot be started or failed."""
+    """A helper process, such as Java or an image decoder, failed or cannot be started."""
 
 
-class TrainingInterrupted(CaptionlibError):  # noqa: N818 - the user requested it
-    """Training stopped on Ctrl-C or SIGTERM, after saving its state; the same command resumes it."""
+class TrainingInterrupted(CaptionlibError):  # noqa: N818 - the user asked for it, so it is not an error
+    """Training stopped on Ctrl-C or SIGTERM, after saving its state. The same command resumes it."""
 
 
 class ImageError(CaptionlibError):
     """An image cannot be read.
 
     Attributes:
-        reason: a short class of the error by which failures are counted, such as `HTTP 404` or `Truncated`.
+        reason: short category under which the failure is counted, such as `HTTP 404` or `Truncated`.
+        stage: step that failed, which is `fetch`, `decode` or (if unspecified) `image`.
     """
 
     stage: ClassVar[str] = "image"
@@ -118,6 +119,6 @@ class FetchError(ImageError):
 
 
 class DecodeError(ImageError):
-    """The bytes of an image are not a supported image."""
+    """The bytes cannot be decoded as an image."""
 
     stage = "decode"

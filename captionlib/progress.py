@@ -15,12 +15,12 @@ __all__ = ["ProgressBar", "progress_bar"]
 
 Item = TypeVar("Item")
 
-_DRAW_SECONDS = 0.1  # between two updates on a terminal
-_LOG_SECONDS = 30.0  # between two lines in a log
+_DRAW_SECONDS = 0.1  # interval between updates on a terminal
+_LOG_SECONDS = 30.0  # interval between lines in a log
 
 
 class ProgressBar:
-    """Counts finished work. Created by `progress_bar`."""
+    """Counts finished items. Created by `progress_bar`."""
 
     def __init__(self, total: int | None, unit: str) -> None:
         self.count = self._skipped = 0
@@ -30,7 +30,7 @@ class ProgressBar:
         self._seconds = 0.0
 
     def update(self, count: int, status: str | None = None) -> None:
-        """Adds finished work. `status` is shown after the counts; None keeps the current text."""
+        """Adds `count` finished items. `status` is shown after the counts; if None, the current text is kept."""
         self.count += count
         if status is not None:
             self._status = status
@@ -39,12 +39,12 @@ class ProgressBar:
             self._show()
 
     def skip(self, count: int, status: str | None = None) -> None:
-        """Adds work that an earlier run finished. It does not count towards the rate."""
+        """Adds `count` items that an earlier run finished. They do not count towards the rate."""
         self._skipped += count
         self.update(count, status)
 
     def track(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yields the items and counts each one when the next is requested."""
+        """Yields the items and counts each item as finished when the caller requests the next one."""
         for item in items:
             yield item
             self.update(1)
@@ -60,7 +60,7 @@ class ProgressBar:
 
     @contextmanager
     def shown_every(self, seconds: float, show: Callable[[], None]) -> Iterator[None]:
-        """Calls `show` on updates, at most once per `seconds`, and when the block ends."""
+        """Calls `show` at most once every `seconds` while the bar is updated, and once when the block ends."""
         self._seconds, self._show = seconds, show
         try:
             yield
@@ -75,18 +75,18 @@ class _Description(ProgressColumn):
 
 @contextmanager
 def progress_bar(label: str, total: int | None, unit: str, enabled: bool = True) -> Iterator[ProgressBar]:
-    """Shows the progress of the block: counts, units (such as `images`) per second, and the time left if it is known.
+    """Shows the progress of the block: finished items, items per second and, if `total` is known, the time left.
 
-    A terminal shows a bar. Elsewhere, a line is printed every 30 seconds and when the block ends.
+    `unit` names the items, such as `images`. A terminal shows a bar. Elsewhere, a line is printed every 30 seconds.
     """
     bar = ProgressBar(total, unit)
     if not enabled:
         yield bar
     elif sys.stderr.isatty():
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), _Description())
-        with Progress(*columns, console=Console(stderr=True)) as drawing:
-            task = drawing.add_task(label, total=total, bar=bar)
-            with bar.shown_every(_DRAW_SECONDS, lambda: drawing.update(task, completed=bar.count)):
+        with Progress(*columns, console=Console(stderr=True)) as display:
+            task = display.add_task(label, total=total, bar=bar)
+            with bar.shown_every(_DRAW_SECONDS, lambda: display.update(task, completed=bar.count)):
                 yield bar
     else:
         with bar.shown_every(_LOG_SECONDS, lambda: print(f"{label}: {bar.describe()}", file=sys.stderr, flush=True)):

@@ -1,4 +1,4 @@
-"""Recipes: YAML files in `configs/` that are installed with the package and selected by name."""
+"""Finds recipes: built-in configurations in YAML that are installed with the package and selected by name."""
 
 import difflib
 from pathlib import Path
@@ -9,15 +9,15 @@ __all__ = ["find_recipe", "list_recipes", "recipes_folder"]
 
 
 def recipes_folder() -> Path:
-    """Returns the folder of the recipes: `captionlib/configs` in an installed package, `configs` in a checkout."""
+    """Returns the folder that holds the recipes: `captionlib/configs` if installed, `configs` in a source checkout."""
     installed = Path(__file__).parent / "configs"
     return installed if installed.is_dir() else installed.parent.parent / "configs"
 
 
 def list_recipes(command: str | None = None) -> dict[str, Path]:
-    """Returns all recipes by name, such as `train-captioner/talk-lstm`, or those of a command, such as `talk-lstm`.
+    """Returns recipes by name, such as `train-captioner/talk-lstm`, or `talk-lstm` if `command` is `train-captioner`.
 
-    Files whose names start with `_` are left out, because other recipes extend them.
+    Files whose names start with `_` are omitted, because they exist only for other recipes to extend.
     """
     folder = recipes_folder() / command if command else recipes_folder()
     files = sorted(file for file in folder.rglob("*.yaml") if not file.name.startswith("_"))
@@ -25,7 +25,7 @@ def list_recipes(command: str | None = None) -> dict[str, Path]:
 
 
 def find_recipe(name: str, command: str) -> Path:
-    """Returns the file at a path, or the recipe with a short name among those of `command` or a full name.
+    """Returns the file if `name` is a path, or else the recipe with this short name (for `command`) or full name.
 
     Raises:
         ConfigError: no file or recipe has this name.

@@ -12,9 +12,9 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("image")
-@click.option("--output", "-o", default="activations.html", show_default=True, metavar="FILE.html", help="HTML page.")
+@click.option("--output", "-o", default="activations.html", show_default=True, metavar="FILE.html", help="Output page.")
 @click.option("--weights", metavar="NAME|FILE|random:SEED", help="Short for --set weights=...")
-@click.option("--node", "nodes", multiple=True, metavar="NAME", help="Show this node of the network. Repeatable.")
+@click.option("--node", "nodes", multiple=True, metavar="NAME", help="Show this layer (node name). Repeatable.")
 @config_options
 @device_option
 def command(
@@ -26,11 +26,11 @@ def command(
     overrides: tuple[str, ...],
     device: str,
 ) -> None:
-    """Show the activations of a network's convolution layers for one image.
+    """Show the activations of a network's convolutional layers for one image.
 
-    Reads IMAGE, a path or an address, and runs a torchvision network on it: VGG-16 with ImageNet weights by default.
-    Writes a self-contained HTML page with the channel maps of each layer. If the weights include a classifier, also
-    prints the most probable classes.
+    Reads IMAGE, a path or URL, and runs a torchvision network on it (by default VGG-16 with ImageNet weights). Writes a
+    self-contained HTML page with the activation map of each channel. If the weights include a classifier, the command
+    also prints the most probable classes.
 
     \b
     Examples:

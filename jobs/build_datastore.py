@@ -19,16 +19,16 @@ __all__ = ["command"]
 @config_options
 @device_option
 def command(source: str, checkpoint: str, config: str | None, overrides: tuple[str, ...], **options: Any) -> None:
-    """Build the datastore of a captioner from the images that it was trained on.
+    """Build a captioner's datastore: the features and reference captions of its training images.
 
-    SOURCE is a features dataset or a manifest. The datastore holds a feature vector and the references of each image of
-    the splits train and restval. It is written into the checkpoint as datastore.parquet.
+    SOURCE is a features dataset (from extract-features) or a manifest (from prepare). The datastore contains the images
+    of the splits train and restval. It is written into the checkpoint as datastore.parquet.
 
-    With decoding.rerank.neighbors, generate-captions and caption use it to rerank candidates: a caption that agrees
-    with the references of similar training images comes first.
+    If decoding.rerank.neighbors is set, generate-captions and caption use the datastore to prefer captions that agree
+    with the reference captions of similar training images.
 
-    Leave out images that you want to caption, or their own references leak into their captions. Training the captioner
-    again deletes the datastore.
+    Exclude images that you want to caption; otherwise, their own references leak into their captions. Training the
+    captioner again deletes the datastore.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""`captionlib build-index`."""
+"""The command `captionlib build-index`."""
 
 import click
 
@@ -13,12 +13,12 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("captions")
-@click.option("--embeddings", "-e", metavar="FOLDER", help="Embeddings of the same images, to search by sentence.")
-@click.option("--output", "-o", required=True, metavar="FOLDER", help="The index to write or to extend.")
-@click.option("--language", type=click.Choice(LANGUAGES), help="The language of the captions: --set language=...")
+@click.option("--embeddings", "-e", metavar="FOLDER", help="Embeddings of the same images, for semantic search.")
+@click.option("--output", "-o", required=True, metavar="FOLDER", help="The index to create or extend.")
+@click.option("--language", type=click.Choice(LANGUAGES), help="Caption language; same as --set language=...")
 @config_options
 @workers_option
-@click.option("--overwrite", is_flag=True, help="Replace an index of other datasets or of another configuration.")
+@click.option("--overwrite", is_flag=True, help="Replace an index built with different datasets or settings.")
 @beam_argument
 def command(
     captions: str,
@@ -31,11 +31,11 @@ def command(
     overwrite: bool,
     beam_options: tuple[str, ...],
 ) -> None:
-    """Index CAPTIONS, and embeddings of the same images, for `query` and `serve`.
+    """Index CAPTIONS, and optionally embeddings of the same images, for `query` and `serve`.
 
-    Words match regardless of their endings. Small sets of vectors are searched exhaustively; large ones are stored in
-    inverted lists with one byte per dimension. A second run indexes only the shards that are new or were replaced.
-    Readers that have the index open keep the version that they opened.
+    Words are stemmed, so dogs matches dog. Small sets of vectors are searched exhaustively. Large sets are stored in
+    inverted lists with one byte per dimension. A second run indexes only new and changed shards. Readers that have the
+    index open keep the version that they opened.
 
     \b
     Examples:
@@ -55,7 +55,7 @@ def command(
     click.echo(f"{len(build.added):,} shards added, {len(build.removed):,} removed, {len(build.unchanged):,} unchanged")
     if not index.is_complete:
         missing = index.captions.shards - len(index.shards)
-        click.echo(f"{missing:,} shards are not written yet; run the same command again when they are", err=True)
+        click.echo(f"{missing:,} shards have not been written; run this command again when they are", err=True)
 
 
 def _describe_layout(layout: VectorLayout) -> str:

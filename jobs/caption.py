@@ -22,11 +22,11 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("images", nargs=-1, required=True)
-@click.option("--checkpoint", "-c", required=True, metavar="FOLDER", help="The captioner that train-captioner wrote.")
+@click.option("--checkpoint", "-c", required=True, metavar="FOLDER", help="Folder that train-captioner wrote.")
 @weights_option
 @click.option("--n-best", type=click.IntRange(min=1), default=1, show_default=True, help="Captions per image.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
-@click.option("--report", metavar="FOLDER", help="Also write an HTML report; opens from index.html in this folder.")
+@click.option("--report", metavar="FOLDER", help="Also write an HTML report; its page is index.html.")
 @config_options
 @device_option
 def command(
@@ -40,10 +40,10 @@ def command(
     overrides: tuple[str, ...],
     device: str,
 ) -> None:
-    """Print captions of IMAGES, paths or addresses, with their probabilities.
+    """Print captions of IMAGES, which are paths or URLs, with the probability of each caption.
 
-    Reads the images and a captioner. With --report, also writes an HTML page of images and captions, which shows the
-    attention maps of each word if the captioner has attention.
+    With --report, the command also writes an HTML page of images and captions. The page shows the attention map of each
+    word if the captioner (a trained captioning model) has attention.
 
     \b
     Examples:

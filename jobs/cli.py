@@ -1,4 +1,4 @@
-"""The command line. Each command is a thin layer over a library call, in a module that is imported only to run it."""
+"""The command line. Each command is a thin layer over the library, in a module that is imported on demand."""
 
 import importlib
 import sys
@@ -10,10 +10,10 @@ from captionlib.errors import CaptionlibError, TrainingInterrupted
 
 __all__ = ["captionlib", "main"]
 
-# What `captionlib --help` lists: groups in the order of the flow, and a summary of each command.
+# Groups of commands in workflow order, with the summary of each command for `captionlib --help`.
 COMMANDS: dict[str, dict[str, str]] = {
     "Start here": {
-        "demo": "Run the whole flow on synthetic images, in minutes.",
+        "demo": "Run the whole workflow on synthetic images, in minutes.",
         "recipes": "List the built-in configurations, or print one.",
         "inspect": "Show what a folder contains and how complete it is.",
     },
@@ -24,12 +24,12 @@ COMMANDS: dict[str, dict[str, str]] = {
     },
     "Train models": {
         "train-captioner": "Train a captioner, or fine-tune it with its encoder.",
-        "train-ranker": "Train an image-text ranker for search by sentence.",
+        "train-ranker": "Train a ranker (dual encoder) for image-text retrieval.",
         "train-language-model": "Train a language model on captions or any text.",
         "build-datastore": "Store captions for nearest-neighbor reranking.",
     },
     "Generate captions": {
-        "generate-captions": "Caption every image of a manifest or of features.",
+        "generate-captions": "Caption every image of a manifest or features dataset.",
         "caption": "Caption single images and print the result.",
         "embed": "Embed every image with a ranker.",
         "sample": "Print text that a language model generates.",
@@ -42,14 +42,14 @@ COMMANDS: dict[str, dict[str, str]] = {
     },
     "Search": {
         "build-index": "Index captions and embeddings for search.",
-        "query": "Search by words, sentence, image or SQL.",
+        "query": "Search by words, meaning, image or SQL.",
         "serve": "Serve an index as a web application and JSON API.",
     },
 }
 
 
 class LazyGroup(click.Group):
-    """Lists the commands of `COMMANDS`, and imports the module of a command only to run it."""
+    """Lists the commands in `COMMANDS`, and imports the module of a command on demand."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [name for commands in COMMANDS.values() for name in commands]
@@ -76,7 +76,7 @@ class LazyGroup(click.Group):
 def captionlib() -> None:
     """Caption millions of images, and search them.
 
-    Each stage reads folders and writes a folder of Parquet shards. A folder is a path, or an address such as
+    Each stage reads folders and writes a folder of Parquet shards. A folder is a path or a URI such as
     s3://bucket/captions. To resume an interrupted stage, run the same command again.
 
     \b
@@ -92,7 +92,7 @@ def captionlib() -> None:
 
 
 def main() -> None:
-    """Runs the command line, and turns errors into a message and an exit code."""
+    """Runs the command line. Converts errors into a message and an exit code."""
     try:
         captionlib.main(standalone_mode=False)
     except (click.exceptions.Abort, TrainingInterrupted):

@@ -40,17 +40,17 @@ _QUERY = "red ring"
     default="random:0",
     show_default=True,
     metavar="NAME|FILE|random:SEED",
-    help="The weights of VGG-16. Random weights need no download; IMAGENET1K_V1 or a file are pretrained.",
+    help="The weights of VGG-16, such as IMAGENET1K_V1. Random weights need no download.",
 )
 @click.option("--train-images", default=1000, show_default=True, help="The number of training images.")
 @click.option("--test-images", default=200, show_default=True, help="The number of images to caption.")
 @click.option("--overwrite", is_flag=True, help="Start again instead of resuming an earlier run.")
 @click.option("--progress/--no-progress", default=True, help="Show progress bars.")
 def command(output: str, weights: str, train_images: int, test_images: int, overwrite: bool, progress: bool) -> None:
-    """Run the whole flow on synthetic images: scenes with one shape each, and five captions per scene.
+    """Run the whole workflow on synthetic images, each a scene with one shape and five captions.
 
-    The demo prints each stage, the command that does the same, and what the stage did. Its last line is the path of a
-    report to open in a browser.
+    The demo prints a description, the equivalent command and the result of each stage. The last line is the path of a
+    report that you can open in a browser.
 
     \b
     Examples:
@@ -100,7 +100,7 @@ def _build_captions(folder: Path, weights: str, run: RunConfig) -> None:
         totals = extract_features(manifest, features, extraction, run=run)
         _print(f"{totals.rows:,} feature vectors, {totals.bytes / 1e6:.1f} MB")
     equivalent = f"captionlib train-captioner {features} -o {captioner} --config demo"
-    with _stage(4, "Train an LSTM to write the captions from the features.", equivalent):
+    with _stage(4, "Train an LSTM to generate the captions from the features.", equivalent):
         training = load_config(CaptionerTrainingConfig, find_recipe("demo", "train-captioner"))
         history = train_captioner(features, captioner, training, progress=run.progress)
         _print(f"validation perplexity {min(row['perplexity'] for row in history):.2f} after {len(history)} epochs")
@@ -112,11 +112,11 @@ def _build_captions(folder: Path, weights: str, run: RunConfig) -> None:
 
 
 def _summarize(folder: Path, evaluation: Evaluation) -> list[tuple[str, str, str]]:
-    """Returns the share of captions that are correct in each attribute of their scene, and two standard scores."""
+    """Returns the fraction of captions with the correct value of each scene attribute, then BLEU-4 and CIDEr."""
     scenes = read_scenes(folder / "scenes")
     captions = evaluation.captions
-    shares = score_attributes([scenes[image_id] for image_id in captions], list(captions.values()))
-    scores = [(f"{name} correct", f"{share:.1%}", "") for name, share in shares.items()]
+    fractions = score_attributes([scenes[image_id] for image_id in captions], list(captions.values()))
+    scores = [(f"{name} correct", f"{fraction:.1%}", "") for name, fraction in fractions.items()]
     return scores + [(name, f"{evaluation.scores.overall[name]:.3f}", "") for name in ("BLEU-4", "CIDEr")]
 
 
@@ -140,7 +140,7 @@ def _write_report(folder: Path, evaluation: Evaluation, scores: list[tuple[str, 
 
 
 def _choose_dtype() -> Literal["float32", "bfloat16"]:
-    """Returns bfloat16 if the GPU or the CPU computes in it natively, else float32."""
+    """Returns bfloat16 if the GPU, or without one the CPU, supports it natively; otherwise float32."""
     if torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
@@ -148,14 +148,14 @@ def _choose_dtype() -> Literal["float32", "bfloat16"]:
 
 @contextmanager
 def _stage(number: int, description: str, equivalent: str = "") -> Iterator[None]:
-    """Prints a stage of the flow, the equivalent command, and how long the stage took."""
+    """Prints the stage, the equivalent command, and how long the stage took."""
     click.echo(f"\n{click.style(f'{number}/8', bold=True)}  {description}")
     if equivalent:
         _print(click.style(f"$ {equivalent}", dim=True))
-    began = time.monotonic()
+    start = time.monotonic()
     yield
     sys.stderr.flush()
-    _print(f"({time.monotonic() - began:.0f} s)")
+    _print(f"({time.monotonic() - start:.0f} s)")
 
 
 def _print(line: str) -> None:

@@ -15,7 +15,7 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("source")
-@click.option("--ranker", "-r", required=True, metavar="FOLDER", help="The ranker that train-ranker wrote.")
+@click.option("--ranker", "-r", required=True, metavar="FOLDER", help="Folder of the ranker, written by train-ranker.")
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The embeddings dataset to write.")
 @weights_option
 @config_options
@@ -24,11 +24,11 @@ __all__ = ["command"]
 def command(
     source: str, ranker: str, output: str, config: str | None, overrides: tuple[str, ...], **options: Any
 ) -> None:
-    """Embed every image of SOURCE: a features dataset, or a manifest.
+    """Embed every image of SOURCE, a features dataset or a manifest (list of images).
 
-    Reads feature vectors, or encodes the images of a manifest with the ranker's encoder in the same pass. Writes an
-    embeddings dataset: unit vectors in the joint space of images and sentences. `captionlib generate-captions --ranker`
-    writes the same dataset and encodes the images only once for captions and embeddings.
+    A manifest's images are encoded in the same pass. Writes an embeddings dataset of unit vectors in the joint space of
+    the ranker, a dual encoder for image-text retrieval. `captionlib generate-captions --ranker` writes the same dataset
+    in one pass with the captions, so that the images are encoded only once.
 
     \b
     Examples:

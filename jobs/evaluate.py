@@ -22,7 +22,7 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("source", metavar="CAPTIONS|FEATURES")
-@click.option("--manifest", "-m", metavar="FOLDER", help="The manifest that holds the references.")
+@click.option("--manifest", "-m", metavar="FOLDER", help="The manifest (list of images) with the references.")
 @click.option("--split", "splits", multiple=True, metavar="NAME", help="Evaluate this split only. Repeatable.")
 @click.option("--output", "-o", metavar="FOLDER", help="Also write scores.json into this folder.")
 @click.option("--per-image", metavar="FILE.parquet", help="Also write the scores of each image.")
@@ -33,12 +33,10 @@ __all__ = ["command"]
     type=click.Choice(list(PROTOCOLS)),
     default="all",
     show_default=True,
-    help="With --ranker: the images and references to rank; coco-1k averages five folds of 1,000 images.",
+    help="With --ranker: the images and references to use. coco-1k averages five folds of 1,000 images.",
 )
-@click.option(
-    "--checkpoint", "-c", metavar="FOLDER", help="The captioner, to compute the perplexity of the references."
-)
-@click.option("--features", "-f", metavar="FOLDER", help="The features of the images, for the perplexity.")
+@click.option("--checkpoint", "-c", metavar="FOLDER", help="Folder of the captioner, to compute the perplexity.")
+@click.option("--features", "-f", metavar="FOLDER", help="The features dataset of the images, for the perplexity.")
 @click.option(
     "--train-split",
     "train_splits",
@@ -46,14 +44,14 @@ __all__ = ["command"]
     default=TRAIN_SPLITS,
     show_default=True,
     metavar="NAME",
-    help="A split that the captioner learned from, to count novel captions. Repeatable.",
+    help="A split that the captioner was trained on, to count novel captions. Repeatable.",
 )
 @click.option(
     "--bootstrap-samples",
     type=click.IntRange(min=0),
     default=BootstrapConfig.samples,
     show_default=True,
-    help="Resamples for the confidence intervals; 0 computes no intervals.",
+    help="Number of resamples for the confidence intervals. If 0, no intervals are computed.",
 )
 @click.option("--require-all", is_flag=True, help="Stop if an image with references has no caption.")
 @device_option
@@ -76,9 +74,9 @@ def command(
     """Score CAPTIONS against references (BLEU, METEOR, ROUGE-L, CIDEr), or a ranker on FEATURES (Recall@k, ranks).
 
     CAPTIONS is a captions dataset, COCO's results JSON, or NeuralTalk's result_struct.json, which contains references
-    and needs no manifest. The scores equal pycocoevalcap's, and have 95% confidence intervals from a bootstrap over
-    images. METEOR and the standard tokenizer need Java. With --ranker, the command reports Recall@1, 5 and 10 and the
-    median and mean rank, from image to text and from text to image.
+    and needs no manifest. The scores equal those of pycocoevalcap. Their 95% confidence intervals come from a bootstrap
+    over images. METEOR and the standard tokenizer need Java. A ranker (dual encoder for image-text retrieval) is scored
+    on a features dataset by Recall@1, 5 and 10 and the median and mean rank, from image to text and from text to image.
 
     \b
     Examples:

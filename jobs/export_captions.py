@@ -20,10 +20,10 @@ __all__ = ["command"]
     type=click.Choice(["auto", "coco", "neuraltalk"]),
     default="auto",
     show_default=True,
-    help="coco is what COCO's evaluation server accepts; auto is neuraltalk for a file named result_struct.json.",
+    help="coco is for COCO's evaluation server. auto selects neuraltalk for result_struct.json, otherwise coco.",
 )
 @click.option(
-    "--manifest", "-m", metavar="FOLDER", help="The manifest that holds the references, for NeuralTalk's format."
+    "--manifest", "-m", metavar="FOLDER", help="The manifest (list of images) with the references, for neuraltalk."
 )
 @click.option("--split", "splits", multiple=True, metavar="NAME", help="Export this split only. Repeatable.")
 def command(
@@ -35,7 +35,7 @@ def command(
 ) -> None:
     """Write CAPTIONS as a JSON file for other programs: COCO's results, or NeuralTalk's result_struct.json.
 
-    No references are needed, so captions of a test split with secret references can be sent to COCO's server.
+    COCO's format needs no references, so you can submit captions of its test split, whose references are secret.
 
     \b
     Examples:

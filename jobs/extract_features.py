@@ -23,11 +23,11 @@ __all__ = ["command"]
 def command(
     manifest: str, output: str, weights: str | None, config: str | None, overrides: tuple[str, ...], **options: Any
 ) -> None:
-    """Encode the images of MANIFEST as feature vectors.
+    """Encode the images of MANIFEST as feature vectors or feature maps.
 
-    Reads a manifest, as `prepare` writes it, and the images that it lists. Writes a features dataset. The encoder is
-    VGG-16 up to fc7 with ImageNet weights by default; it can be any torchvision model up to any node. Images that
-    cannot be read become failures with a reason; `captionlib inspect` lists them.
+    Reads a manifest (list of images) written by `prepare`, and the images. Writes a features dataset. By default, the
+    encoder is VGG-16 up to layer fc7 with ImageNet weights. It can be any torchvision model up to any node (layer).
+    Images that cannot be read are recorded as failures; `captionlib inspect` shows the reasons.
 
     \b
     Examples:

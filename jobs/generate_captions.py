@@ -15,10 +15,10 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("source")
-@click.option("--checkpoint", "-c", required=True, metavar="FOLDER", help="The captioner that train-captioner wrote.")
+@click.option("--checkpoint", "-c", required=True, metavar="FOLDER", help="Folder that train-captioner wrote.")
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The captions dataset to write.")
-@click.option("--ranker", metavar="FOLDER", help="Also embed the images, with a ranker that train-ranker wrote.")
-@click.option("--embeddings", metavar="FOLDER", help="The embeddings dataset to write with --ranker.")
+@click.option("--ranker", metavar="FOLDER", help="Also embed the images with this ranker, written by train-ranker.")
+@click.option("--embeddings", metavar="FOLDER", help="The embeddings dataset to write; requires --ranker.")
 @weights_option
 @config_options
 @device_option
@@ -32,12 +32,12 @@ def command(
     overrides: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Caption every image of SOURCE: a features dataset, or a manifest.
+    """Caption every image of SOURCE, a features dataset or a manifest (list of images).
 
-    Reads feature vectors, or encodes the images of a manifest with the captioner's encoder in the same pass. Writes a
-    captions dataset: for each image the best caption, its log-probability and the n best candidates, and with
-    attention_maps=true the attention weights of each token. With a ranker of the same encoder, the pass also writes an
-    embeddings dataset for `build-index`; `captionlib embed` writes it in a separate pass.
+    A manifest's images are encoded in the same pass. Writes a captions dataset with the best caption of each image, its
+    log-probability and the n best candidates. With --set attention_maps=true, it also contains the attention weights of
+    each token. With a ranker (image-text dual encoder) that has the same image encoder, the pass also writes an
+    embeddings dataset for `build-index`. `captionlib embed` writes that dataset in a separate pass.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""`captionlib import-features`."""
+"""The command `captionlib import-features`."""
 
 import click
 
@@ -13,12 +13,12 @@ __all__ = ["command"]
 @click.command()
 @click.argument("dataset_json")
 @click.argument("features_mat")
-@click.option("--output", "-o", required=True, metavar="FOLDER", help="Folder for the features dataset.")
+@click.option("--output", "-o", required=True, metavar="FOLDER", help="Folder to write the features dataset to.")
 @click.option(
     "--images", metavar="FOLDER", help="Folder that image paths start from. [default: the folder of DATASET_JSON]"
 )
 @config_options
-@click.option("--overwrite", is_flag=True, help="Replace features of other files.")
+@click.option("--overwrite", is_flag=True, help="Replace features imported from different files.")
 @progress_option
 def command(
     dataset_json: str,
@@ -29,13 +29,13 @@ def command(
     overrides: tuple[str, ...],
     **options: bool,
 ) -> None:
-    """Convert NeuralTalk's features to a features dataset, ready for train-captioner and generate-captions.
+    """Convert image features published with NeuralTalk to a features dataset for train-captioner and generate-captions.
 
-    DATASET_JSON is Karpathy's dataset.json. FEATURES_MAT is vgg_feats.mat, in any MATLAB version: column N of its
+    DATASET_JSON is Karpathy's dataset.json. FEATURES_MAT is vgg_feats.mat in any MATLAB format: column N of its
     variable feats is the feature vector of the image with imgid N.
 
-    A captioner trained on these features can caption them, but no other images, because the files do not contain the
-    network that computed the features.
+    A captioner trained on these features can caption only these images, because the files do not contain the network
+    that computed the features.
 
     \b
     Examples:

@@ -22,9 +22,9 @@ __all__ = ["command"]
 @click.command()
 @click.argument("folder")
 @click.option("--json", "as_json", is_flag=True, help="Print all details as JSON.")
-@click.option("--verify", is_flag=True, help="Read every file and compare its checksum.")
+@click.option("--verify", is_flag=True, help="Read every file of a dataset and verify its checksum.")
 def command(folder: str, as_json: bool, verify: bool) -> None:
-    """Summarize FOLDER: a dataset, an index or a checkpoint, its progress and its failures.
+    """Summarize FOLDER, a dataset, search index or checkpoint. For datasets, also show progress and failed images.
 
     \b
     Examples:
@@ -48,8 +48,8 @@ def command(folder: str, as_json: bool, verify: bool) -> None:
         return
     if "_training" in names:
         raise DatasetError(
-            f"{folder} is a training run without a checkpoint; wait for its first epoch, or run the training command "
-            "again to resume it"
+            f"{folder} is a training run without a checkpoint; wait until its first epoch ends, or run the training "
+            "command again to resume it"
         )
     raise DatasetError(
         f"{folder} is not an output of captionlib: expected a dataset ({DESCRIPTION_FILE}), an index ({INDEX}) or a "
@@ -76,10 +76,10 @@ def _describe(report: DatasetReport, verified: bool) -> str:
         lines.append(f"    {failure.count:>7,} {reason}, {example}")
     if report.temporary_files and not report.complete:
         lines.append(
-            f"  temporary    {report.temporary_files:,} files of running or dead runs; a successful run removes them"
+            f"  temporary    {report.temporary_files:,} files of running or failed runs; a successful run removes them"
         )
     if verified and not report.problems:
-        lines.append("  verified     every file matches its marker")
+        lines.append("  verified     all files match their checksums")
     if report.problems:
         lines += ["  PROBLEMS", *(f"    {problem}" for problem in report.problems)]
     return "\n".join(lines)
@@ -108,7 +108,7 @@ def _state(report: DatasetReport) -> str:
         return "complete"
     if report.shards_done < report.shards:
         return f"not complete: {report.shards_done / report.shards:.1%} of the shards are finished"
-    return "not complete: all shards are finished, but too many images failed or the run died before its end"
+    return "not complete: all shards are finished, but too many images failed or the run stopped early"
 
 
 def _to_json(content: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Command-line options that several commands share."""
 
 import dataclasses
 import functools
@@ -23,13 +23,13 @@ __all__ = [
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_RECIPE_COMMANDS = {"caption": "generate-captions"}  # commands that use the recipes of another command
+_RECIPE_COMMANDS = {"caption": "generate-captions"}  # commands that use another command's recipes (built-in YAML files)
 
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N; auto uses a GPU if available."
 )
 progress_option = click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
-weights_option = click.option("--weights", metavar="FILE", help="The encoder's weights file, if it used one.")
+weights_option = click.option("--weights", metavar="FILE", help="Weights file of the encoder, if it needs one.")
 workers_option = click.option(
     "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Worker processes on this machine."
 )
@@ -43,7 +43,7 @@ def config_options(command: Command) -> Command:
             "--config",
             metavar="RECIPE|FILE",
             callback=_find_recipe,
-            help="Recipe name or YAML file with values that replace the defaults. `captionlib recipes` lists recipes.",
+            help="Recipe (built-in configuration) or YAML file that overrides defaults. See `captionlib recipes`.",
         ),
         click.option(
             "--set",
@@ -65,21 +65,21 @@ def _find_recipe(context: click.Context, _parameter: click.Parameter, name: str 
 
 def training_options(command: Command) -> Command:
     """Adds the options of all training commands: output, configuration, device, overwriting and progress."""
-    help_text = "Folder of the run: checkpoint, metrics, curves, state."
+    help_text = "Folder for the checkpoint, metrics, curves and training state."
     options = [
         click.option("--output", "-o", required=True, metavar="FOLDER", help=help_text),
         config_options,
         device_option,
-        click.option("--overwrite", is_flag=True, help="Replace a run with another configuration."),
+        click.option("--overwrite", is_flag=True, help="Replace a run with a different configuration."),
         progress_option,
     ]
     return _apply(command, options)
 
 
 def pipeline_options(command: Command) -> Command:
-    """Adds the options of all pipelines, and passes them to the command as `run`, a `RunConfig`.
+    """Adds the options that all pipelines share. The command receives them as `run`, a `RunConfig`.
 
-    The last argument takes Beam's options after `--`.
+    Beam's own options follow `--`.
     """
 
     @functools.wraps(command)
@@ -89,21 +89,21 @@ def pipeline_options(command: Command) -> Command:
 
     options = [
         workers_option,
-        click.option("--overwrite", is_flag=True, help="Replace the output of another configuration."),
+        click.option("--overwrite", is_flag=True, help="Replace an output with a different configuration."),
         click.option("--retry-failures", is_flag=True, help="Process failed images of finished shards again."),
         click.option(
             "--max-failure-ratio",
             type=click.FloatRange(0, 1),
             default=RunConfig.max_failure_ratio,
             show_default=True,
-            help="Fail if a larger ratio of images failed. The other images are written nevertheless.",
+            help="Fail if a larger fraction of images failed. The other images are still written.",
         ),
         progress_option,
         click.option(
             "--accelerator",
             metavar="SPEC",
-            help="GPU of each Dataflow worker, such as 'type:nvidia-l4;count:1;install-nvidia-driver'. A worker runs "
-            "one process and two shards at a time, and fails if it has no GPU.",
+            help="GPU of each Dataflow worker, such as 'type:nvidia-l4;count:1;install-nvidia-driver'. Each worker "
+            "runs one process and two shards at a time, and fails if it has no GPU.",
         ),
         beam_argument,
     ]

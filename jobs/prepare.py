@@ -1,4 +1,4 @@
-"""`captionlib prepare`."""
+"""The command `captionlib prepare`."""
 
 import click
 
@@ -18,21 +18,21 @@ __all__ = ["command"]
     type=click.Choice(["auto", *SOURCE_FORMATS]),
     default="auto",
     show_default=True,
-    help="Format of SOURCE; auto detects it by file name and content.",
+    help="Format of SOURCE. With auto, it is detected from file names and contents.",
 )
 @click.option(
     "--images", metavar="FOLDER", help="Folder that relative image paths start from. [default: the folder of SOURCE]"
 )
-@click.option("--default-split", default="", metavar="NAME", help="Split of images for which SOURCE names none.")
+@click.option("--default-split", default="", metavar="NAME", help="Split of images for which SOURCE has no split.")
 @click.option(
     "--split-file",
     "split_files",
     multiple=True,
     metavar="SPLIT=FILE",
-    help="Flickr: file with the image names of a split. Repeatable. [default: the official files beside SOURCE]",
+    help="Flickr: file with the image names of a split. Repeatable. [default: official files in the folder of SOURCE]",
 )
 @click.option(
-    "--id-column", metavar="NAME", help="Tables: column of the image id. [default: image_id, id, ..., or else the uri]"
+    "--id-column", metavar="NAME", help="Tables: column of the image id. [default: image_id, id, ..., or the uri]"
 )
 @click.option(
     "--uri-column", metavar="NAME", help="Tables: column of the image path or URL. [default: uri, url, path, ...]"
@@ -40,7 +40,7 @@ __all__ = ["command"]
 @click.option(
     "--image-column",
     metavar="NAME",
-    help="Parquet: column of the image bytes. [default: image, jpg, png, ..., or the struct<bytes, path>]",
+    help="Parquet: column of encoded images. [default: image, jpg, png, ..., or any struct<bytes, path>]",
 )
 @click.option(
     "--caption-column",
@@ -52,9 +52,9 @@ __all__ = ["command"]
 @click.option("--captions/--no-captions", default=True, show_default=True, help="Include the captions of SOURCE.")
 @click.option("--split-column", metavar="NAME", help="Tables: column of the split. [default: split, subset]")
 @click.option(
-    "--columns", metavar="NAME,...", help="CSV and TSV without a header: names of all columns, such as image,caption."
+    "--columns", metavar="NAME,...", help="CSV and TSV without a header: all column names, such as image,caption."
 )
-@click.option("--tsv-quotes", is_flag=True, help="TSV: cells may be quoted, as in CSV. [default: quotes are text]")
+@click.option("--tsv-quotes", is_flag=True, help="TSV: cells may be quoted, as in CSV. [default: quotes are literal]")
 @click.option("--split", "splits", multiple=True, metavar="NAME", help="Include only this split. Repeatable.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Include only the first N images.")
 @click.option("--shard-size", type=click.IntRange(min=1), default=1000, show_default=True, help="Images per shard.")
@@ -62,10 +62,10 @@ __all__ = ["command"]
     "--check-images/--no-check-images",
     default=True,
     show_default=True,
-    help="Stop if SOURCE lists images and none of the first ones exists.",
+    help="Stop if SOURCE lists image paths and none of the first 20 images exists.",
 )
-@click.option("--strict", is_flag=True, help="Stop at damaged images or captions instead of skipping them.")
-@click.option("--overwrite", is_flag=True, help="Replace a manifest of other images.")
+@click.option("--strict", is_flag=True, help="Stop at invalid images or captions instead of skipping them.")
+@click.option("--overwrite", is_flag=True, help="Replace a manifest that has different rows.")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
 def command(
     sources: tuple[str, ...],
@@ -92,22 +92,22 @@ def command(
 ) -> None:
     """Convert images, with or without reference captions, to a manifest.
 
-    A manifest is a Parquet dataset with one row per image: image_id, uri, split and captions. It refers to the images
-    and does not copy them. Image ids must be unique. The same SOURCE always gives the same manifest, so a second run
-    writes nothing. SOURCE is a path, a URL such as s3://bucket/images, or a glob, in one of these formats:
+    A manifest is a Parquet dataset with one row per image: image_id, uri, split and captions. Images are not copied.
+    Image ids must be unique. The same SOURCE always gives the same manifest, so a second run writes nothing.
+    SOURCE is a path, a URL such as s3://bucket/images, or a glob, in one of these formats:
 
     \b
     folder: image files. The id is the path relative to the folder.
       captionlib prepare images/ -o manifest
       captionlib prepare 'images/**/*.jpg' -o manifest --default-split test
     \b
-    coco: COCO's captions. Finds train2014/ and val2014/ in the image folder.
+    coco: COCO caption files. Images are found in train2014/ and val2014/ of the image folder.
       captionlib prepare captions_train2014.json captions_val2014.json --images coco/ -o manifest
     \b
-    karpathy: dataset.json with Karpathy's splits train, restval, val and test.
+    karpathy: dataset.json by Karpathy with the splits train, restval, val and test.
       captionlib prepare dataset.json --images coco/ -o manifest
     \b
-    flickr: lines of NAME.jpg#K, a tab and a caption. Uses the official split files beside them.
+    flickr: lines of NAME.jpg#K, a tab and a caption. Official split files in the same folder are used.
       captionlib prepare Flickr8k.token.txt --images Flicker8k_Dataset/ -o manifest
       captionlib prepare results.token --split-file train=train.txt --split-file val=val.txt -o manifest
     \b
@@ -155,7 +155,7 @@ def _echo_summary(output: str, summary: PrepareSummary) -> None:
     if summary.already_prepared:
         click.echo(f"{output}: already prepared, nothing to do")
     else:
-        click.echo(f"{output}: prepared, source format {summary.source_format}")
+        click.echo(f"{output}: prepared from format {summary.source_format}")
     rows = [
         ("images", summary.images),
         ("captions", summary.captions),
@@ -167,4 +167,4 @@ def _echo_summary(output: str, summary: PrepareSummary) -> None:
     for name, count in rows:
         click.echo(f"  {name:<{width}}  {count:>11,}")
     for reason, example in summary.examples.items():
-        click.echo(f"Skipped: {reason}, such as {example}", err=True)
+        click.echo(f"Skipped: {reason}, for example {example}", err=True)

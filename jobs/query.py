@@ -1,4 +1,4 @@
-"""`captionlib query`."""
+"""The command `captionlib query`."""
 
 import os
 import shutil
@@ -33,7 +33,7 @@ _SECTIONS = {
 
 
 class _SectionedCommand(click.Command):
-    """Lists its options by what they query."""
+    """Groups its options in the help by what they query."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         parameters = {max(parameter.opts, key=len): parameter for parameter in self.get_params(ctx)}
@@ -45,19 +45,19 @@ class _SectionedCommand(click.Command):
 
 @click.command(cls=_SectionedCommand)
 @click.argument("folder")
-@click.option("--text", metavar="WORDS", help='Captions by their words; "phrases", +required, -excluded.')
-@click.option("--sentence", metavar="SENTENCE", help="Images that match a sentence; needs --ranker.")
-@click.option("--hybrid", metavar="WORDS", help="The rankings of --text and --sentence combined; needs --ranker.")
+@click.option("--text", metavar="WORDS", help='Captions with these words; "phrases", +required, -excluded.')
+@click.option("--sentence", metavar="SENTENCE", help="Images that match a sentence (semantic search); needs --ranker.")
+@click.option("--hybrid", metavar="WORDS", help="Combines the rankings of --text and --sentence; needs --ranker.")
 @click.option("--image", metavar="FILE", help="Images similar to an image file; needs --ranker.")
-@click.option("--similar", metavar="ID", help="Images similar to an image of the index.")
+@click.option("--similar", metavar="ID", help="Images similar to an image in the index.")
 @click.option("--image-id", metavar="ID", help="The row of one image.")
-@click.option("--where", metavar="CONDITION", help="Filter by SQL, such as \"split = 'val' AND log_prob > -10\".")
+@click.option("--where", metavar="CONDITION", help="SQL condition, such as \"split = 'val' AND log_prob > -10\".")
 @click.option("--sort", type=click.Choice(["relevance", "log_prob"]), help="Order of --text. [default: relevance]")
-@click.option("--ranker", "-r", metavar="FOLDER", help="The ranker that computed the embeddings.")
-@click.option("--captioner", "-c", metavar="FOLDER", help="With --image: caption the image instead.")
-@click.option("--sentences", metavar="FILE", help="With --image: rank these sentences, one per line, instead.")
+@click.option("--ranker", "-r", metavar="FOLDER", help="Ranker (dual encoder) that computed the embeddings.")
+@click.option("--captioner", "-c", metavar="FOLDER", help="With --image, caption the image instead of searching.")
+@click.option("--sentences", metavar="FILE", help="With --image, rank the sentences in this file, one per line.")
 @weights_option
-@click.option("--sql", metavar="SELECT", help="A SELECT over the view named by the dataset's kind, or over failures.")
+@click.option("--sql", metavar="SELECT", help="A SELECT over failures or the view named after the dataset's kind.")
 @click.option("--contains", metavar="WORDS", help="Captions with all these words, most probable first.")
 @click.option("--top", type=click.IntRange(min=1), metavar="N", help="The N most probable captions.")
 @click.option("--count-words", type=click.IntRange(min=1), metavar="N", help="The N most frequent words.")
@@ -70,9 +70,9 @@ class _SectionedCommand(click.Command):
     type=click.Choice(["table", "csv", "jsonl", "parquet"]),
     default="table",
     show_default=True,
-    help="A table is fitted to the terminal; the other formats have all values in full.",
+    help="Tables are fitted to the terminal; the other formats contain all values in full.",
 )
-@click.option("--output", "-o", metavar="FILE", help="A file or an address to write to. [default: the terminal]")
+@click.option("--output", "-o", metavar="FILE", help="File or fsspec URL to write to. [default: standard output]")
 def command(
     folder: str,
     memory: str,
@@ -84,12 +84,12 @@ def command(
 ) -> None:
     """Search an index, or query captions or any other dataset in FOLDER.
 
-    An index takes text, sentences and images. --where filters by image_id, uri, split, caption, log_prob and tokens. A
-    remote index is copied to this machine once.
+    An index is searched by text, sentence or image. --where filters by image_id, uri, split, caption, log_prob and
+    tokens. A remote index is copied to this machine once.
 
-    A dataset takes SQL. The view captions, features, manifest or embeddings holds its rows, depending on its kind; the
-    view failures holds the images that failed. Shards that are still being written are not visible. A query cannot
-    change the dataset or access anything else, so SQL from untrusted users is safe.
+    A dataset is queried with SQL. The view captions, features, manifest or embeddings contains its rows, depending on
+    its kind. The view failures contains images that could not be processed. The views include only complete shards. A
+    query cannot change the dataset or access anything else, so SQL from untrusted users is safe.
 
     \b
     Examples:
@@ -112,7 +112,7 @@ def command(
       captionlib query s3://bucket/captions --sql "FROM captions" --format parquet --output all.parquet
     """
     if output_format == "parquet" and output is None and sys.stdout.isatty():
-        raise click.UsageError("Parquet is a binary format: give --output FILE, or write to a pipe.")
+        raise click.UsageError("Parquet is a binary format: specify --output FILE, or write to a pipe.")
     values = {name: value for name, value in queries_and_options.items() if value is not None}
     if Folder(folder).exists(DESCRIPTION):
         advice = "a dataset; query the captions that the index was built from"
@@ -120,7 +120,7 @@ def command(
         table = _query_index(folder, query, values, 20 if limit is None else limit)
         result: AbstractContextManager[pa.RecordBatchReader] = nullcontext(table.to_reader())
     else:
-        advice = f"an index, and {folder} is not one; see `captionlib build-index`"
+        advice = f"an index, but {folder} is not an index; see `captionlib build-index`"
         query = _choose_query(values, _DATASET_QUERIES, {*_INDEX_QUERIES, *_INDEX_OPTIONS}, advice)
         result = _query_dataset(folder, query, values[query], limit, SqlLimits(memory, threads))
     with result as rows:
@@ -133,7 +133,7 @@ def command(
 
 
 def _choose_query(values: Mapping[str, Any], queries: Sequence[str], others: set[str], advice: str) -> str:
-    """Returns the name of the only query; rejects options that are for another kind of folder."""
+    """Returns the name of the query. Rejects multiple queries and options for the wrong kind of folder."""
     for name in values:
         if name in others and name not in queries:
             raise click.UsageError(f"{_flag(name)} is for {advice}.")

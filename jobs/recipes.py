@@ -16,10 +16,10 @@ __all__ = ["command"]
 @click.command()
 @click.argument("name", required=False)
 def command(name: str | None) -> None:
-    """List the recipes that come with captionlib, or print the one called NAME.
+    """List captionlib's recipes (built-in configurations), or print the recipe NAME.
 
-    A recipe is a YAML file of settings for one command, which takes it with --config. To change a value, add --set; to
-    change many, save the recipe to a file, edit it, and pass the file to --config.
+    A recipe is a YAML file of settings for one command. Pass its name with --config. To change a few values, add --set.
+    To change many, save the recipe to a file, edit the file, and pass it with --config.
 
     \b
     Examples:
@@ -39,20 +39,20 @@ def command(name: str | None) -> None:
 
 
 def _find(name: str) -> Path:
-    """Returns the recipe with this name, which may lack the command if no other recipe has it."""
+    """Returns the path of a recipe. The command prefix of the name is optional if the rest is unique."""
     recipes = list_recipes()
     matches = [recipe for recipe in recipes if name in (recipe, recipe.rpartition("/")[2])]
     if not matches:
         nearest = difflib.get_close_matches(name, recipes, n=1, cutoff=0.4)
         hint = f" (did you mean {nearest[0]}?)" if nearest else ""
-        raise ConfigError(f"{name} is not a recipe{hint}; `captionlib recipes` lists all")
+        raise ConfigError(f"{name} is not a recipe{hint}; `captionlib recipes` lists all recipes")
     if len(matches) > 1:
-        raise ConfigError(f"{name} is the name of {len(matches)} recipes; give one of {', '.join(matches)}")
+        raise ConfigError(f"{name} is the name of {len(matches)} recipes; use one of {', '.join(matches)}")
     return recipes[matches[0]]
 
 
 def _read_summary(path: Path) -> str:
-    """Returns the first sentence of the comment that a recipe begins with."""
+    """Returns the first sentence of the comment at the start of a recipe."""
     lines = takewhile(re.compile("# (?! )").match, path.read_text(encoding="utf-8").splitlines())
     comment = " ".join(line.removeprefix("# ") for line in lines)
     return re.split(r"(?<=\.) ", comment, maxsplit=1)[0].rstrip(":")

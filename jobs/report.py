@@ -18,13 +18,11 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("captions")
-@click.option(
-    "--output", "-o", required=True, metavar="FOLDER", help="The folder to write; the page is its index.html."
-)
-@click.option("--manifest", "-m", metavar="FOLDER", help="The manifest that holds the references.")
+@click.option("--output", "-o", required=True, metavar="FOLDER", help="The folder to write. Its page is index.html.")
+@click.option("--manifest", "-m", metavar="FOLDER", help="The manifest (list of images) with the references.")
 @click.option("--split", "splits", multiple=True, metavar="NAME", help="Show this split only. Repeatable.")
-@click.option("--checkpoint", "-c", metavar="FOLDER", help="The captioner, to show its training curves.")
-@click.option("--images", metavar="FOLDER", help="The folder that relative image paths start from.")
+@click.option("--checkpoint", "-c", metavar="FOLDER", help="Folder of the captioner, to show its training curves.")
+@click.option("--images", metavar="FOLDER", help="The folder that image paths are relative to.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Show the first N images only.")
 @click.option("--title", help="The title of the page. [default: the name of CAPTIONS]")
 @progress_option
@@ -39,11 +37,11 @@ def command(
     title: str | None,
     progress: bool,
 ) -> None:
-    """Write a web page to browse CAPTIONS: images, captions with their probabilities, references and scores.
+    """Write a web page of CAPTIONS with images, probabilities, references and scores.
 
-    CAPTIONS is a captions dataset, COCO's results JSON, or NeuralTalk's result_struct.json. The page sorts and filters,
-    needs no server and loads nothing from the internet: open it from disk, or copy the folder to any web server. For
-    captions that were generated with attention_maps, the page shows the attention map of each word.
+    CAPTIONS is a captions dataset, COCO's results JSON, or NeuralTalk's result_struct.json. You can sort and filter
+    the images. The page opens from disk or from any web server and loads nothing from other sites. For captions that
+    were generated with attention_maps, it also shows the attention map of each word.
 
     \b
     Examples:
@@ -82,7 +80,7 @@ def _describe(images: int, splits: Sequence[str], evaluation: Evaluation | None)
 
 
 def _format_scores(evaluation: Evaluation) -> list[tuple[str, str, str]]:
-    """Returns the scores with their intervals, then the counts."""
+    """Returns names, values and confidence intervals of the scores, followed by the counts."""
     scores = []
     for name, score in evaluation.scores.overall.items():
         low, high = evaluation.scores.intervals[name]

@@ -13,22 +13,22 @@ from jobs.options import config_options, device_option
 
 __all__ = ["command"]
 
-_LENGTHS = {"sentences": {"words": 30, "characters": 200}, "continuous": {"words": 100, "characters": 500}}
+_DEFAULT_LENGTHS = {"sentences": {"words": 30, "characters": 200}, "continuous": {"words": 100, "characters": 500}}
 
 
 @click.command()
 @click.argument("checkpoint")
 @click.option("--count", type=click.IntRange(min=1), default=1, show_default=True, help="Number of texts.")
-@click.option("--prefix", default="", help="Beginning of every text.")
+@click.option("--prefix", default="", help="Words or characters that start every text.")
 @click.option(
     "--length",
     type=click.IntRange(min=1),
-    help="Maximum words or characters after the prefix; exact for continuous text.",
+    help="Maximum number of words or characters after the prefix; continuous text has exactly this number.",
 )
-@click.option("--temperature", type=float, help="Below 1: more predictable; above 1: more varied.  [default: 1]")
+@click.option("--temperature", type=float, help="A lower value makes texts more predictable.  [default: 1]")
 @click.option("--top-k", type=int, help="Sample from the k most probable words or characters.")
-@click.option("--top-p", type=float, help="Sample from the most probable ones whose probabilities add up to p.")
-@click.option("--seed", type=click.IntRange(min=0), help="The same seed writes the same texts.  [default: 0]")
+@click.option("--top-p", type=float, help="Sample from the most probable words or characters with total probability p.")
+@click.option("--seed", type=click.IntRange(min=0), help="The same seed produces the same texts.  [default: 0]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line: text, log_prob, tokens.")
 @config_options
 @device_option
@@ -48,10 +48,10 @@ def command(
 ) -> None:
     """Sample texts from the language model in CHECKPOINT.
 
-    A model of sentences writes one sentence per line. A model of continuous text writes --length words or characters,
-    and separates several texts by ----. With --json, log_prob is the natural logarithm of a text's probability.
+    A model trained on sentences prints one sentence per line. A model trained on continuous text prints texts of
+    --length words or characters, separated by ----. With --json, log_prob is a text's natural log-probability.
 
-    Other options of decoding, such as no_repeat_ngram_size or forbidden_words, are reached by --set.
+    Use --set for other decoding options, such as no_repeat_ngram_size or forbidden_words.
 
     \b
     Examples:
@@ -60,10 +60,10 @@ def command(
       captionlib sample author --length 1000 --top-p 0.9 --seed 1
     """
     language_model = load_language_model(checkpoint, device)
-    length = length or _LENGTHS[language_model.layout][language_model.vocabulary.level]
+    length = length or _DEFAULT_LENGTHS[language_model.layout][language_model.vocabulary.level]
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    given = [f"{name}={value}" for name, value in options.items() if value is not None]
-    decoding = load_config(DecodingConfig, config, [*overrides, *given, "strategy=sample", f"max_tokens={length}"])
+    settings = [f"{name}={value}" for name, value in options.items() if value is not None]
+    decoding = load_config(DecodingConfig, config, [*overrides, *settings, "strategy=sample", f"max_tokens={length}"])
     for index, sample in enumerate(sample_texts(language_model, decoding, count, prefix)):
         if as_json:
             click.echo(json.dumps(asdict(sample), ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""`captionlib serve`."""
+"""The command `captionlib serve`."""
 
 import json
 import os
@@ -21,16 +21,16 @@ _APP_CONFIG = "CAPTIONLIB_APP_CONFIG"
 
 @click.command()
 @click.argument("index")
-@click.option("--ranker", "-r", metavar="FOLDER", help="The ranker that computed the embeddings.")
-@click.option("--captioner", "-c", metavar="FOLDER", help="A captioner, to caption uploaded images.")
+@click.option("--ranker", "-r", metavar="FOLDER", help="Ranker (dual encoder) that computed the embeddings.")
+@click.option("--captioner", "-c", metavar="FOLDER", help="A captioner for uploaded images.")
 @weights_option
 @click.option("--sentences", metavar="FILE", help="Sentences, one per line, to compare uploaded images with.")
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="The address to listen on; 0.0.0.0 for all networks."
+    "--host", default="127.0.0.1", show_default=True, help="The address to listen on; 0.0.0.0 for all interfaces."
 )
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="The port to listen on.")
-@click.option("--name", "names", multiple=True, metavar="HOST", help="Another host name of this server. Repeatable.")
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Server processes.")
+@click.option("--name", "names", multiple=True, metavar="HOST", help="Additional host name of this server. Repeatable.")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Number of server processes.")
 @click.option("--thumbnails", metavar="FOLDER", help="The folder for thumbnails. [default: in the user's cache]")
 @click.option(
     "--max-upload",
@@ -43,7 +43,7 @@ _APP_CONFIG = "CAPTIONLIB_APP_CONFIG"
 @click.option(
     "--allow-private-hosts",
     is_flag=True,
-    help="Fetch images also from web addresses on loopback, link-local and private networks.",
+    help="Also fetch images from URLs on loopback, link-local and private networks.",
 )
 @device_option
 def command(
@@ -63,10 +63,10 @@ def command(
 ) -> None:
     """Serve INDEX as a web application with a JSON API.
 
-    By default only this machine can connect. There are no passwords: whoever can connect sees every image of the index,
-    so put a proxy with authentication in front of it where that matters. The server shows only images that the index
-    names, and accepts no SQL. It fetches images at web addresses only from public hosts, unless --allow-private-hosts
-    is given. /docs describes the API, and /health reports the state.
+    By default, only this machine can connect. There is no authentication: anyone who can connect can view every image
+    in the index. To restrict access, put a proxy with authentication in front of the server. The server shows only
+    images in the index, and does not accept SQL. It downloads images only from public hosts, unless
+    --allow-private-hosts is set. /docs describes the API, and /health reports the state.
 
     \b
     Examples:
@@ -93,12 +93,12 @@ def command(
     )
     folder = thumbnails or str(user_cache_folder() / "thumbnails")
     if host not in ("127.0.0.1", "::1", "localhost"):
-        click.echo(f"Listening on {host}: whoever can connect sees the images of the index.", err=True)
+        click.echo(f"Listening on {host}: anyone who can connect can view the images in the index.", err=True)
         click.echo(f"Host names: {', '.join(serving.allowed_hosts)}. Add others with --name.", err=True)
     app_config = AppConfig(index, folder, ranker, captioner, weights, sentences, device, serving)
     os.environ[_APP_CONFIG] = json.dumps(to_dict(app_config))
     with listen(host, port) as listening:
-        # With several workers, this one reports errors once, and copies a remote index once.
+        # With several workers, this call reports errors once, and copies a remote index once.
         app = create()
         config = uvicorn.Config(
             app if workers == 1 else "jobs.serve:create",
@@ -122,7 +122,7 @@ def listen(host: str, port: int) -> socket.socket:
     """Opens the socket that all processes share, before any of them loads an index.
 
     Raises:
-        ConfigError: the port is in use, or the address is not one of this machine.
+        ConfigError: the port is in use, or the address does not belong to this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # Naming the protocol makes asyncio disable Nagle's algorithm, which would delay responses by 40 ms.
@@ -137,7 +137,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def create() -> Any:
-    """Creates the application in the process that serves it; uvicorn calls this by name."""
+    """Creates the application in a server process; uvicorn calls this function by name."""
     from captionlib.serving.startup import AppConfig, load_app
 
     return load_app(build_config(AppConfig, json.loads(os.environ[_APP_CONFIG])))

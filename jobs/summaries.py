@@ -1,4 +1,4 @@
-"""Prints the summary that commands end with."""
+"""Prints the summary at the end of a pipeline command."""
 
 import click
 
@@ -8,7 +8,7 @@ __all__ = ["echo_totals"]
 
 
 def echo_totals(output: str, totals: Totals) -> None:
-    """Prints where the rows are and how many, and the number of failures by reason."""
+    """Prints the output folder, its numbers of rows and shards, its size, and the number of failures by reason."""
     click.echo(f"{output}: {totals.rows:,} rows in {totals.shards:,} shards, {totals.bytes / 1e6:,.1f} MB")
     if totals.failures:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in totals.reasons.items())

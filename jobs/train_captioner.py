@@ -17,8 +17,8 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("source")
-@click.option("--init-from", metavar="FOLDER", help="The captioner to start from; the same as --set init_from=FOLDER.")
-@click.option("--weights", metavar="FILE", help="The encoder's weights file, if features were extracted with one.")
+@click.option("--init-from", metavar="FOLDER", help="Captioner to start from; same as --set init_from=FOLDER.")
+@click.option("--weights", metavar="FILE", help="The encoder's weights file, if it used one.")
 @training_options
 def command(
     source: str,
@@ -28,11 +28,12 @@ def command(
     overrides: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Train a captioner on SOURCE: a features dataset, or a manifest to fine-tune its encoder too.
+    """Train a captioner on SOURCE, a features dataset, or fine-tune it together with its encoder on a manifest.
 
-    Training uses the splits train and restval. The checkpoint is that of the epoch with the lowest perplexity, or the
-    highest CIDEr, on val or dev. Ctrl-C stops after saving the state, and the same command resumes. torchrun trains on
-    several GPUs or machines, with batches that are as many times as large.
+    extract-features writes features datasets; prepare writes manifests (lists of images). Training uses the splits
+    train and restval. The checkpoint of the epoch with the lowest perplexity, or the highest CIDEr, on val or dev is
+    kept. Ctrl-C saves the state and stops; the same command resumes. torchrun trains on several GPUs or machines, with
+    a batch size that grows with their number.
 
     \b
     Examples:
@@ -40,10 +41,10 @@ def command(
       captionlib train-captioner features -o captioner --config talk-lstm --set training.epochs=30
       captionlib train-captioner features -o better --init-from captioner --set objective=self_critical
 
-    A recipe (--config) holds values for the captioner, its training and its data; --set replaces single values. The
-    recipe talk-lstm has the settings of the talk. Small datasets have three stages, each started from the one before
-    with --init-from: flickr8k-bag-of-words, flickr8k-attention or flickr8k-pooled, and flickr8k-self-critical. The
-    recipe finetune-encoder takes a manifest.
+    A recipe (--config) is a built-in configuration; --set overrides single values. talk-lstm has the settings of
+    Karpathy & Li's talk, and finetune-encoder is for manifests. Small datasets are trained in three stages, each
+    starting from the previous one (--init-from): flickr8k-bag-of-words, flickr8k-attention or flickr8k-pooled, and
+    flickr8k-self-critical.
 
     \b
       captionlib train-captioner maps -o words --config flickr8k-bag-of-words
@@ -52,7 +53,7 @@ def command(
       torchrun --nproc-per-node 4 --no-python captionlib train-captioner features -o captioner
 
     The output folder contains the checkpoint (model.safetensors, config.json, training.json; after fine-tuning also
-    encoder.safetensors), resolved.json with all values of the run, metrics.jsonl and curves.png, tensorboard/, the
+    encoder.safetensors), resolved.json with all settings of the run, metrics.jsonl and curves.png, tensorboard/, the
     state to resume from in _training/, and the unreadable images in _failures/.
     """
     if init_from is not None:

@@ -17,10 +17,10 @@ __all__ = ["command"]
 def command(source: str, output: str, config: str | None, overrides: tuple[str, ...], **options: Any) -> None:
     """Train a language model on the text of SOURCE: a features dataset, a manifest, or a text file.
 
-    The model is a captioner without an image. A text file has one sentence per line, or is one continuous text
-    (--set layout=continuous). Tokens are words or characters (--set level=characters). The checkpoint is that of the
-    epoch with the lowest perplexity on val or dev, or on a part of the text file. Ctrl-C stops after saving the state,
-    and the same command resumes.
+    The model is a captioner without image input. A text file has one sentence per line, or is one continuous text
+    (--set layout=continuous). Tokens are words or characters (--set level=characters). The checkpoint of the epoch
+    with the lowest perplexity on val or dev, or on a held-out part of the text file, is kept. Ctrl-C saves the state
+    and stops; the same command resumes.
 
     \b
     Examples:
@@ -28,11 +28,11 @@ def command(source: str, output: str, config: str | None, overrides: tuple[str, 
       captionlib train-language-model sentences.txt -o language-model --set min_count=2
       captionlib train-language-model author.txt -o author --config characters
 
-    A recipe (--config) holds values for the model, its training and its text; --set replaces single values. The recipe
-    characters is the talk's model of one author.
+    A recipe (--config) is a built-in configuration; --set overrides single values. The recipe characters has the
+    settings of the model in Karpathy & Li's talk that is trained on the text of one author.
 
     The output folder contains the checkpoint (model.safetensors, config.json, training.json), resolved.json with all
-    values of the run, metrics.jsonl and curves.png, tensorboard/, and the state to resume from in _training/.
+    settings of the run, metrics.jsonl and curves.png, tensorboard/, and the state to resume from in _training/.
     """
     settings = load_config(LanguageModelTrainingConfig, config, overrides)
     history = train_language_model(source, output, settings, **options)

@@ -16,11 +16,11 @@ __all__ = ["command"]
 @click.argument("features")
 @training_options
 def command(features: str, output: str, config: str | None, overrides: tuple[str, ...], **options: Any) -> None:
-    """Train a ranker on FEATURES: it embeds images and captions in one space, so that each finds the other.
+    """Train a ranker (a dual encoder for image-text retrieval) on the features dataset FEATURES.
 
-    Training uses the splits train and restval. The checkpoint is that of the epoch with the highest mean recall on val
-    or dev. Ctrl-C stops after saving the state, and the same command resumes. torchrun trains on several GPUs or
-    machines, with batches that are as many times as large.
+    extract-features writes features datasets. Training uses the splits train and restval. The checkpoint of the epoch
+    with the highest mean recall on val or dev is kept. Ctrl-C saves the state and stops; the same command resumes.
+    torchrun trains on several GPUs or machines, and the batch size is multiplied by the number of processes.
 
     \b
     Examples:
@@ -29,11 +29,11 @@ def command(features: str, output: str, config: str | None, overrides: tuple[str
       captionlib train-ranker features -o ranker --set ranker.sentence_encoder=mean --set batch_images=500
       torchrun --nproc-per-node 4 --no-python captionlib train-ranker features -o ranker
 
-    A recipe (--config) holds values for the ranker, its training and its data; --set replaces single values. The recipe
-    flickr8k is for small datasets.
+    A recipe (--config) is a built-in configuration; --set overrides single values. The recipe flickr8k is for small
+    datasets.
 
     The output folder contains the checkpoint (model.safetensors, config.json, training.json), resolved.json with all
-    values of the run, metrics.jsonl and curves.png, tensorboard/, and the state to resume from in _training/.
+    settings of the run, metrics.jsonl and curves.png, tensorboard/, and the state to resume from in _training/.
     """
     settings = load_config(RankerTrainingConfig, config, overrides)
     history = train_ranker(features, output, settings, **options)

@@ -1,4 +1,4 @@
-"""The Beam pipelines: one module each, thin wrappers around captionlib."""
+"""The Beam pipelines. Each module is a thin wrapper around functions of captionlib."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Beam options as flags and in YAML files: `@FILE` is replaced by the options in a file."""
+"""Converts Beam options in YAML files to command-line flags; `@FILE` stands for the options in a file."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,16 +13,16 @@ __all__ = ["expand_option_files", "to_flags"]
 
 
 def expand_option_files(flags: Sequence[str]) -> list[str]:
-    """Replaces each `@FILE`, the path or recipe name of a YAML file, by flags. Beam uses the last of repeated flags.
+    """Replaces each `@FILE`, a path or the name of a built-in file, by flags. Later flags override earlier ones.
 
     Raises:
-        ConfigError: a file cannot be read, or its values are not options.
+        ConfigError: a file cannot be read, or its content is not a mapping of options.
     """
     return [each for flag in flags for each in (_read_flags(flag[1:]) if flag.startswith("@") else [flag])]
 
 
-def to_flags(options: Mapping[str, Any], origin: str) -> Iterator[str]:
-    """Converts options to flags. `true` becomes a flag without a value, a list repeats its flag, a mapping is JSON.
+def to_flags(options: Mapping[str, Any], path: str) -> Iterator[str]:
+    """Converts options to flags: `true` to a flag without a value, a list to repeated flags, a mapping to JSON.
 
     Raises:
         ConfigError: a value is false or null, for which Beam has no uniform flag.
@@ -32,7 +32,7 @@ def to_flags(options: Mapping[str, Any], origin: str) -> Iterator[str]:
             if value is True:
                 yield f"--{name}"
             elif value is None or value is False:
-                raise ConfigError(f"{origin}: {name} is {value}; expected a value or true; remove the line instead")
+                raise ConfigError(f"{path}: {name} is {value}; expected a value or true; remove the line or set one")
             else:
                 yield f"--{name}={json.dumps(value) if isinstance(value, Mapping) else value}"
 
@@ -43,7 +43,7 @@ def _read_flags(path: str) -> list[str]:
     except OSError as error:
         raise ConfigError(f"Beam options {path} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"Beam options {path} are not YAML: {error}") from error
+        raise ConfigError(f"Beam options {path} are not valid YAML: {error}") from error
     if not isinstance(options, dict):
         raise ConfigError(f"{path}: expected `option: value` lines, got {type(options).__name__}")
     return list(to_flags(options, path))

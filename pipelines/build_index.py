@@ -1,4 +1,4 @@
-"""Builds `index/` from `captions/` and `embeddings/`: workers index shards, and one worker merges them."""
+"""Builds a search index from captions and embeddings: workers index shards, and one worker merges the results."""
 
 import os
 
@@ -24,7 +24,7 @@ def build_index(
     embeddings: str | os.PathLike[str] | None = None,
     run: RunConfig = RunConfig(),
 ) -> tuple[IndexBuild, IndexDescription]:
-    """Builds an index, or extends it by what is new in its datasets.
+    """Builds a search index, or extends it with new and changed shards of its datasets.
 
     Example:
         >>> build, description = captionlib.build_index("captions", "index", embeddings="embeddings")
@@ -35,14 +35,14 @@ def build_index(
         captions: a captions dataset.
         output: the folder of the index.
         config: the configuration of the index.
-        embeddings: the embeddings of the same images; None builds a text-only index.
+        embeddings: an embeddings dataset of the same images. If None, the index is text-only.
         run: how to run the pipeline.
 
     Returns:
         The plan of the build, and the description of the index.
 
     Raises:
-        DatasetError: see `plan_build`; or another build has replaced the index.
+        DatasetError: see `plan_build`; also raised if a concurrent build has replaced the index.
         FingerprintError: see `plan_build`.
     """
     build = plan_build(captions, embeddings, output, config, overwrite=run.overwrite)
@@ -51,12 +51,12 @@ def build_index(
         run_pipeline(BuildIndex(build), "build-index", run)
     description = read_description(build.folder)
     if description is None or description.fingerprint != build.fingerprint:
-        raise DatasetError(f"{build.folder.uri}: another build has replaced this one; run one build at a time")
+        raise DatasetError(f"{build.folder.uri}: a concurrent build has replaced the index; run one build at a time")
     return build, description
 
 
 class BuildIndex(beam.PTransform[PBegin, PCollection[int]]):
-    """Runs a planned build. Elements are positions in `IndexBuild.added`, never rows."""
+    """Runs a planned build. Elements are positions in `IndexBuild.added`, which lists the shards to index."""
 
     def __init__(self, build: IndexBuild) -> None:
         super().__init__()

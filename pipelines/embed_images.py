@@ -1,4 +1,4 @@
-"""`manifest/` or `features/` to `embeddings/`: embeds images in the joint space of a ranker."""
+"""Embeds images in the joint embedding space of a ranker, a dual encoder for image-text retrieval."""
 
 import os
 from dataclasses import replace
@@ -28,7 +28,7 @@ def embed_images(
     device: str = "auto",
     run: RunConfig = RunConfig(),
 ) -> Totals:
-    """Embeds every image of a dataset, or resumes an earlier run.
+    """Embeds every image of a dataset, or resumes an incomplete run.
 
     Example:
         >>> totals = captionlib.embed_images("features", "ranker", "embeddings")
@@ -36,20 +36,20 @@ def embed_images(
         26
 
     Args:
-        source: a complete features dataset, or a complete manifest, whose images are encoded in the same pass.
+        source: a complete features dataset, or a complete manifest (list of images) to encode in the same pass.
         ranker: the ranker's folder.
-        output: the embeddings dataset to write, the same as `generate_captions` writes with a ranker.
-        config: image loading.
-        weights: path of the encoder's weights file; required if the encoder was loaded from a file.
+        output: folder of the embeddings dataset to write. `generate_captions` with a ranker writes the same dataset.
+        config: settings for image loading.
+        weights: path of the image encoder's weights file; required if it was loaded from a file.
         device: auto, cpu, cuda or cuda:N.
-        run: how to run the pipeline.
+        run: workers, runner and error handling.
 
     Returns:
-        Counts of rows and failures, and the reasons of the failures.
+        Counts of rows and of failures (images that could not be read), with the reasons for the failures.
 
     Raises:
-        CheckpointError: the folder contains no ranker, or the features come from another encoder.
-        DatasetError: the source is incomplete, or `output` contains another dataset.
+        CheckpointError: the folder contains no ranker, or the features come from a different encoder.
+        DatasetError: the source is incomplete, or `output` contains a different dataset.
         FailureRatioError: more images failed than `run` allows.
     """
     config = replace(config, loading=run.divide_decoders(config.loading))

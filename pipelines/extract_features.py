@@ -1,4 +1,4 @@
-"""`manifest/` to `features/`: encodes images as feature vectors."""
+"""Encodes the images of a manifest (list of images) as feature vectors or feature maps."""
 
 import os
 from dataclasses import replace
@@ -21,7 +21,7 @@ def extract_features(
     device: str = "auto",
     run: RunConfig = RunConfig(),
 ) -> Totals:
-    """Extracts the features of every image of a manifest, or resumes an earlier run.
+    """Extracts the features of every image of a manifest, or resumes an incomplete run.
 
     Example:
         >>> encoder = captionlib.EncoderConfig("squeezenet1_1", "features.7.cat", "random:0", pooling="mean")
@@ -30,18 +30,18 @@ def extract_features(
         (26, 0)
 
     Args:
-        manifest: a complete manifest dataset.
-        output: the features dataset to write.
-        config: encoder and image loading.
+        manifest: folder of a complete manifest.
+        output: folder of the features dataset to write.
+        config: settings for the encoder and for image loading.
         device: auto, cpu, cuda or cuda:N.
-        run: how to run the pipeline.
+        run: workers, runner and error handling.
 
     Returns:
-        Counts of rows and failures, and the reasons of the failures.
+        Counts of rows and of failures (images that could not be read), with the reasons for the failures.
 
     Raises:
-        ConfigError: the model, the node, the weights or the device does not exist.
-        DatasetError: the manifest is incomplete, or `output` contains another dataset.
+        ConfigError: the model, its node (layer), the weights or the device does not exist.
+        DatasetError: the manifest is incomplete, or `output` contains a different dataset.
         FailureRatioError: more images failed than `run` allows.
     """
     config = replace(

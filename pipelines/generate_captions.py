@@ -1,4 +1,4 @@
-"""`manifest/` or `features/` to `captions/`, and optionally to `embeddings/` in the same pass."""
+"""Captions images, and optionally embeds them in the same pass with a ranker (image-text dual encoder)."""
 
 import os
 from dataclasses import replace
@@ -35,7 +35,7 @@ def generate_captions(
     device: str = "auto",
     run: RunConfig = RunConfig(),
 ) -> Totals:
-    """Captions every image of a dataset, or resumes an earlier run.
+    """Captions every image of a dataset, or resumes an incomplete run.
 
     Example:
         >>> totals = captionlib.generate_captions("features", "captioner", "captions")
@@ -43,29 +43,29 @@ def generate_captions(
         26
 
     Args:
-        source: a complete features dataset, or a complete manifest, whose images are encoded in the same pass.
+        source: a complete features dataset, or a complete manifest (list of images) to encode in the same pass.
         checkpoint: the captioner's folder.
-        output: the captions dataset to write.
-        config: decoding and image loading.
-        ranker: folder of a ranker that embeds the images in the same pass; requires `embeddings`.
-        embeddings: the embeddings dataset to write; requires `ranker`.
-        weights: path of the encoder's weights file; required if the encoder was loaded from a file that the checkpoint
+        output: folder of the captions dataset to write.
+        config: settings for decoding and image loading.
+        ranker: folder of the ranker; requires `embeddings`.
+        embeddings: folder of the embeddings dataset to write; requires `ranker`.
+        weights: path of the image encoder's weights file; required if it was loaded from a file that the checkpoint
             does not contain.
         device: auto, cpu, cuda or cuda:N.
-        run: how to run the pipeline.
+        run: workers, runner and error handling.
 
     Returns:
-        Counts of rows and failures of `output`, and the reasons of the failures; those of `embeddings` are equal.
+        Counts of rows and of failures (images that could not be read) in `output`, with the reasons.
 
     Raises:
-        CheckpointError: a folder contains no captioner or ranker, the features come from another encoder than theirs,
-            or the captioner lacks attention or a datastore that `config` needs.
-        ConfigError: only one of `ranker` and `embeddings` is given.
-        DatasetError: the source is incomplete, or an output folder contains another dataset.
+        CheckpointError: a folder contains no captioner or ranker, their encoder differs from that of the features, or
+            `config` needs attention or a datastore (of captions for reranking) that the captioner lacks.
+        ConfigError: only one of `ranker` and `embeddings` is specified.
+        DatasetError: the source is incomplete, or an output folder contains a different dataset.
         FailureRatioError: more images failed than `run` allows.
     """
     if (ranker is None) != (embeddings is None):
-        raise ConfigError("--ranker and --embeddings require each other: the model, and the dataset that it writes")
+        raise ConfigError("--ranker and --embeddings require each other; specify both or neither")
     config = replace(config, loading=run.divide_decoders(config.loading))
     dataset = open_dataset(source).require_complete()
     driver_device, worker_device = run.resolve_devices(device)

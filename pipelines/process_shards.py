@@ -1,4 +1,4 @@
-"""The transform that the pipelines share: distributes shard numbers to workers, which process whole shards."""
+"""Defines the transform that distributes shards (files of a dataset) to workers, shared by several pipelines."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -14,14 +14,14 @@ from captionlib.errors import DatasetError
 
 __all__ = ["ProcessShards"]
 
-# One shard computes while another is published; more would only share the GPU's memory.
+# One shard is computed while another is written. More than two would only use more GPU memory.
 _SHARDS_PER_ACCELERATOR = "2"
 
 
 class ProcessShards(beam.PTransform[PBegin, PCollection[int]]):
-    """Processes shards of a job and then marks its outputs as complete.
+    """Processes the given shards of a job and then marks the job's output datasets as complete.
 
-    Elements are shard numbers, not images, so that little data crosses the Reshuffle. See `RunConfig` for
+    The elements are shard numbers instead of images, so that the Reshuffle moves little data. `RunConfig` describes
     `max_failure_ratio` and `accelerator`.
     """
 
@@ -72,8 +72,8 @@ class _ProcessShard(beam.DoFn):
 
 
 def _finish(shards: int, job: ShardJob, max_failure_ratio: float) -> list[int]:
-    """Completes the outputs even if the submitting command has died."""
-    # Beam would retry an error here; the submitting command raises the same one.
+    """Marks the outputs as complete on a worker, so that this happens even if the submitting process has died."""
+    # Beam would retry if this raised an error. The submitting process raises the error instead.
     with suppress(DatasetError):
         job.finish(max_failure_ratio)
     return [shards]

@@ -1,4 +1,4 @@
-"""Runs pipelines on the runner that Beam's options select, and waits for them."""
+"""Runs pipelines on the runner that Beam's options select, and waits until they finish."""
 
 import logging
 import shlex
@@ -40,16 +40,16 @@ _IN_PROCESS = {None, "DirectRunner", "FnApiRunner", "BundleBasedDirectRunner", "
 
 @configclass
 class RunConfig:
-    """How a pipeline runs.
+    """Settings for running a pipeline.
 
     Attributes:
-        workers: number of worker processes on this machine; a single one runs in the submitting process.
+        workers: number of worker processes on this machine. If 1, the pipeline runs in the submitting process.
         beam_options: flags for Beam, such as `--runner=FlinkRunner`; `@FILE` is replaced by the options in a YAML file.
-        max_failure_ratio: largest ratio of failed images; above it the run fails, after all shards are written.
-        retry_failures: process the failed images of finished shards again.
-        overwrite: replace the output of another configuration.
+        max_failure_ratio: largest allowed fraction of failed images. It is checked after all shards are written.
+        retry_failures: process the failed images of finished shards (dataset files) again.
+        overwrite: replace an output with a different configuration.
         progress: show a progress bar.
-        accelerator: Beam's resource hint for a GPU in each worker. Models then run on that GPU only.
+        accelerator: Beam's resource hint for a GPU in each worker. If set, models run on that GPU only.
     """
 
     workers: PositiveInt = 1
@@ -63,41 +63,41 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.accelerator is not None and not self.accelerator.startswith("type:"):
             raise ConfigError(
-                "accelerator: expected a hint such as type:nvidia-l4;count:1;install-nvidia-driver, "
+                "accelerator: expected a resource hint such as type:nvidia-l4;count:1;install-nvidia-driver, "
                 f"got {self.accelerator!r}"
             )
 
     @property
     def threads_per_worker(self) -> int | None:
-        """The number of computing threads of each local worker; None for a single one, which uses the defaults."""
+        """The number of compute threads per local worker, or None (PyTorch's default) if there is only one worker."""
         return max(1, available_cpus() // self.workers) if self.workers > 1 else None
 
     def resolve_devices(self, device: str) -> tuple[str, str]:
-        """Returns the devices of the submitting process, which only reads the models' properties, and of the workers.
+        """Returns the devices of the submitting process, which only reads model properties, and of the workers.
 
-        With an accelerator, `auto` means a GPU on the workers, so that a worker without one fails.
+        With an accelerator, `auto` selects a GPU on the workers, so a worker without a GPU fails.
         """
         if self.accelerator is None:
             return device, device
         return "auto", "cuda" if device == "auto" else device
 
     def divide_decoders(self, loading: LoadingConfig) -> LoadingConfig:
-        """Divides the decoder processes of this machine among its workers, unless their number is configured."""
+        """Divides this machine's image decoder processes among its workers, unless their number is configured."""
         if self.threads_per_worker is None or loading.decode.processes is not None:
             return loading
         return replace(loading, decode=replace(loading.decode, processes=self.threads_per_worker))
 
 
 def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
-    """Processes the pending shards of a job, shows progress and marks the outputs as complete.
+    """Processes the pending shards of a job, shows progress and marks its output datasets as complete.
 
     Returns:
-        The totals of the first output. With Beam's `--dry_run`, those from before the run.
+        The row and failure counts of the first output. With Beam's `--dry_run`, the counts before the run.
 
     Raises:
-        FailureRatioError: more images failed than the run allows; all shards are written nevertheless.
+        FailureRatioError: more images failed than `run` allows. All shards are written nevertheless.
     """
-    _, options = choose_runner(run)  # checks the options before anything is changed
+    _, options = choose_runner(run)  # checks the options before any dataset is changed
     if pending := job.pending_shards():
         job.mark_incomplete()
         with show_progress(job.source, job.outputs[0], label, run.progress):
@@ -108,7 +108,7 @@ def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
 
 
 def run_pipeline(transform: beam.PTransform[PBegin, Any], label: str, run: RunConfig) -> None:
-    """Runs a transform and waits for it. Ctrl-C cancels the job, also on a cluster.
+    """Runs a transform and waits until it finishes. Ctrl-C cancels the job, even on a cluster.
 
     Raises:
         RunnerError: the runner failed or cannot be reached.
@@ -129,18 +129,18 @@ def run_pipeline(transform: beam.PTransform[PBegin, Any], label: str, run: RunCo
     except (RuntimeError, grpc.RpcError, grpc.FutureTimeoutError) as error:
         raise RunnerError(
             f"{type(runner).__name__} did not finish {label}: {str(error) or type(error).__name__}; see the runner's "
-            "logs. Run the same command again: finished shards are kept"
+            "logs. Run the same command again to resume; finished shards are kept"
         ) from error
 
 
 def choose_runner(run: RunConfig) -> tuple[PipelineRunner, PipelineOptions]:
     """Creates the runner that Beam's options select.
 
-    The default, and the choice for DirectRunner, is the in-process FnApiRunner, because DirectRunner first tries to
-    download a runner written in another language.
+    FnApiRunner, which runs in this process, is the default. It also replaces DirectRunner, which would first try to
+    download a runner that is written in a different language.
 
     Raises:
-        ConfigError: the options do not fit the runner, or a file of options cannot be read.
+        ConfigError: the options are invalid for the runner, or a file of options cannot be read.
     """
     flags = expand_option_files(run.beam_options)
     options = PipelineOptions(flags)
@@ -154,7 +154,7 @@ def choose_runner(run: RunConfig) -> tuple[PipelineRunner, PipelineOptions]:
             _limit_to_one_process(options)
         return create_runner(name), options
     if run.accelerator is not None:
-        raise ConfigError("--accelerator applies to workers of a cluster; use --device cuda for a GPU of this machine")
+        raise ConfigError("--accelerator applies to workers of a cluster; use --device cuda for a GPU in this machine")
     _reject_unknown_flags(flags)
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     if run.workers == 1:
@@ -165,7 +165,7 @@ def choose_runner(run: RunConfig) -> tuple[PipelineRunner, PipelineOptions]:
 
 
 def _limit_to_one_process(options: PipelineOptions) -> None:
-    """Runs one process per worker, because several would each load the models onto the same GPU."""
+    """Limits workers to one process each, because several processes would load the models onto the same GPU."""
     services = options.view_as(GoogleCloudOptions).dataflow_service_options or []
     if any(option.startswith("worker_accelerator") for option in services):
         raise ConfigError("--accelerator conflicts with Dataflow's option worker_accelerator; remove one of them")
@@ -173,7 +173,7 @@ def _limit_to_one_process(options: PipelineOptions) -> None:
 
 
 def _reject_unknown_flags(flags: Sequence[str]) -> None:
-    """Rejects flags that Beam does not know. Other runners may have options that are unknown here."""
+    """Rejects flags that Beam does not define. Not called for other runners, which may define more flags."""
     known = PipelineOptions([]).get_all_options().keys()
     for flag in flags:
         name = flag.removeprefix("--").split("=")[0].removeprefix("no_").replace("-", "_")

@@ -1,1 +1,1 @@
-"""Data: sources, images, sharded datasets, text and training batches."""
+"""Data: input formats, images, datasets of Parquet shards, text and training batches."""

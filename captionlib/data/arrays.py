@@ -1,4 +1,4 @@
-"""Conversions between NumPy arrays and Arrow columns of fixed-size vectors."""
+"""Converts between NumPy arrays and Arrow columns of fixed-size vectors."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ __all__ = ["numpy_to_vectors", "vectors_to_numpy"]
 
 
 def numpy_to_vectors(array: npt.NDArray[np.generic]) -> pa.FixedSizeListArray:
-    """Converts an array, `[rows, ...]`, to a column with one flattened vector of the same dtype per row."""
+    """Converts an array, `[rows, ...]`, to a column that has one flattened vector of the same dtype per row."""
     return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), math.prod(array.shape[1:]))
 
 
@@ -21,9 +21,9 @@ def vectors_to_numpy(
     """Converts a column of `fixed_size_list[size]` without nulls to an array, without copying where possible.
 
     Returns:
-        `[rows, *shape]` of the column's dtype; `shape` is `[size]` by default.
+        `[rows, *shape]` with the column's dtype. If `shape` is None, `[rows, size]`.
     """
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
-    numbers: npt.NDArray[np.floating] = column.flatten().to_numpy(zero_copy_only=False)
-    return numbers.reshape(len(column), *(shape or [column.type.list_size]))
+    values: npt.NDArray[np.floating] = column.flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(len(column), *(shape or [column.type.list_size]))

@@ -1,7 +1,7 @@
-"""A synthetic data set: images of one shape each, with five captions per image.
+"""Generates a synthetic captioning dataset. Each image shows a single shape and has five captions.
 
-A scene is one of 540 combinations of shape, color, position, size and background. Validation and test images show
-combinations that no training image shows. Images of one scene differ in exact position and size, hue and noise.
+A scene is one of 540 combinations of shape, color, position, size and background. The validation and test sets contain
+only scenes that do not occur in the training set. Images of a scene vary slightly in position, size, hue and noise.
 """
 
 import itertools
@@ -69,7 +69,7 @@ _POSITIONS = {
     "right": (0.73, 0.5),
     "center": (0.5, 0.5),
 }
-# Relative to the image size, as are the positions.
+# Relative to the image size, like the positions.
 _HALF_WIDTHS = {"small": 0.14, "large": 0.24}
 
 
@@ -85,10 +85,9 @@ class Scene:
 
 
 def write_scenes(folder: Path, train: int = 1000, val: int = 100, test: int = 200, seed: int = 0) -> Path:
-    """Writes a data set: `images/`, and `dataset.json` with the captions in Karpathy's format, whose path it returns.
+    """Writes `images/` and `dataset.json` (captions in Karpathy's format), and returns the path of `dataset.json`.
 
-    `train`, `val` and `test` are numbers of images. Five sixths of the scenes are for training, one twelfth for
-    validation and one twelfth for testing.
+    `train`, `val` and `test` are numbers of images. The scenes are split in the ratio 10:1:1 between these sets.
     """
     rng = random.Random(seed)
     scenes = list(iterate_scenes())
@@ -111,7 +110,7 @@ def write_scenes(folder: Path, train: int = 1000, val: int = 100, test: int = 20
 
 
 def read_scenes(folder: Path) -> dict[str, Scene]:
-    """Returns the scenes of a folder that `write_scenes` wrote, by image id."""
+    """Reads a folder that `write_scenes` wrote, and returns the scene of each image by image id."""
     entries = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["images"]
     return {str(entry["imgid"]): Scene(**entry["attributes"]) for entry in entries}
 
@@ -122,7 +121,7 @@ def iterate_scenes() -> Iterator[Scene]:
 
 
 def render_scene(scene: Scene, rng: random.Random) -> Image.Image:
-    """Renders an RGB image of `IMAGE_SIZE` x `IMAGE_SIZE` pixels. Each call varies position, size, hue and noise."""
+    """Renders an RGB image of `IMAGE_SIZE` x `IMAGE_SIZE` pixels. `rng` varies position, size, hue and noise."""
     side = 2 * IMAGE_SIZE  # supersampled
     background, color = _jitter(_BACKGROUNDS[scene.background], 3, rng), _jitter(_COLORS[scene.color], 8, rng)
     x, y = (side * (coordinate + rng.uniform(-0.015, 0.015)) for coordinate in _POSITIONS[scene.position])
@@ -143,7 +142,7 @@ def render_scene(scene: Scene, rng: random.Random) -> Image.Image:
 
 def describe_scene(scene: Scene, rng: random.Random, count: int = 5) -> list[str]:
     """Returns `count` different captions, each of which expresses all five attributes."""
-    captions: dict[str, None] = {}  # a set in order of insertion
+    captions: dict[str, None] = {}  # an insertion-ordered set
     while len(captions) < count:
         template = rng.choice(_TEMPLATES)
         phrases = {name: rng.choice(_PHRASES[name][getattr(scene, name)]) for name in _PHRASES}
@@ -152,17 +151,17 @@ def describe_scene(scene: Scene, rng: random.Random, count: int = 5) -> list[str
 
 
 def parse_attributes(caption: str) -> dict[str, str | None]:
-    """Returns the value of each attribute in a caption, or None if the caption expresses none or several."""
+    """Returns the value of each attribute that a caption mentions, or None if it mentions no value or several."""
     text = f" {caption} "
     attributes = {}
-    for name, phrases_of in _PHRASES.items():
-        values = [value for value, phrases in phrases_of.items() if any(f" {phrase} " in text for phrase in phrases)]
+    for name, options in _PHRASES.items():
+        values = [value for value, phrases in options.items() if any(f" {phrase} " in text for phrase in phrases)]
         attributes[name] = values[0] if len(values) == 1 else None
     return attributes
 
 
 def score_attributes(scenes: Sequence[Scene], captions: Sequence[str]) -> dict[str, float]:
-    """Returns the share of captions with the correct value of each attribute, and of `all` of them."""
+    """Returns the fraction of captions in which each attribute is correct and, as `all`, in which all are correct."""
     pairs = [(asdict(scene), parse_attributes(caption)) for scene, caption in zip(scenes, captions, strict=True)]
     correct = {name: [actual[name] == parsed[name] for actual, parsed in pairs] for name in _PHRASES}
     correct["all"] = [actual == parsed for actual, parsed in pairs]

@@ -1,1 +1,1 @@
-"""Scores of captions and rankers, and web pages that show them."""
+"""Scores for captions and rankers (dual encoders for image-text retrieval), and web pages that show the scores."""

@@ -1,4 +1,4 @@
-"""A self-contained HTML page of one image's channel maps, layer by layer."""
+"""Writes a self-contained HTML page that shows the activation map of each channel, layer by layer, for one image."""
 
 import base64
 import io
@@ -16,13 +16,13 @@ from captionlib.storage.folders import write_file
 
 __all__ = ["write_activation_page"]
 
-_MAX_SIDE = 112  # pixels; larger maps are reduced by averaging
-_COLUMNS = 16  # maps in a row of a layer's sprite
-_VISIBLE_CHANNELS = 48  # per layer; a button shows the others
+_MAX_SIDE = 112  # maximum side of a map in pixels; larger maps are downsampled by averaging
+_COLUMNS = 16  # maps per row of a sprite, the image that tiles all maps of a layer
+_VISIBLE_CHANNELS = 48  # channels shown per layer; a button shows the others
 
 
 def write_activation_page(path: str | os.PathLike[str], title: str, activations: Activations, network: str) -> None:
-    """Writes the page of `activations`; `network` is a phrase that names the network and its weights."""
+    """Writes the page for `activations` to `path`. `network` names the network and its weights, for display."""
     page = render_page(
         "activations.html",
         title=title,
@@ -37,7 +37,7 @@ def write_activation_page(path: str | os.PathLike[str], title: str, activations:
 
 
 def _describe_layer(layer: LayerActivations) -> dict[str, Any]:
-    """Returns the template's values for a layer: one sprite of all maps, sorted by descending peak."""
+    """Returns the template values for a layer, including one sprite of all maps, sorted by descending peak."""
     channels, height, width = layer.maps.shape
     peaks = layer.maps.reshape(channels, -1).max(1)
     order = np.argsort(-peaks, kind="stable")
@@ -66,7 +66,7 @@ def _describe_layer(layer: LayerActivations) -> dict[str, Any]:
 
 
 def _shrink(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Averages blocks so that no side exceeds `_MAX_SIDE`; drops incomplete blocks at the edges."""
+    """Downsamples by block averaging so that no side exceeds `_MAX_SIDE`. Incomplete edge blocks are dropped."""
     channels, height, width = maps.shape
     block = -(-max(height, width) // _MAX_SIDE)
     if block == 1:
@@ -78,7 +78,7 @@ def _shrink(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def _scale(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Scales each map to 0..255, from the lower of 0 and its minimum to its peak."""
+    """Scales each map to 0..255. The smaller of 0 and the map's minimum becomes 0, and its peak becomes 255."""
     low = np.minimum(maps.min((1, 2), keepdims=True), 0)
     span = maps.max((1, 2), keepdims=True) - low
     scaled = np.divide(maps - low, span, out=np.zeros_like(maps), where=span > 0)
@@ -86,7 +86,7 @@ def _scale(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 
 
 def _encode_sprite(maps: npt.NDArray[np.uint8], rows: int) -> bytes:
-    """Arranges all maps in the rows of one PNG image, with a color palette."""
+    """Tiles all maps into one PNG image with a color palette."""
     from matplotlib import colormaps
 
     channels, height, width = maps.shape

@@ -1,4 +1,4 @@
-"""Summarizes metrics: the score of the set, of each image, and confidence intervals by bootstrap over images."""
+"""Computes the overall scores, the scores per image, and confidence intervals by bootstrap over images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ class BootstrapConfig:
     """Percentile bootstrap intervals (Efron & Tibshirani 1993, chapter 13).
 
     Attributes:
-        samples: the number of resamples with replacement, each as large as the set; 0 computes no intervals.
+        samples: the number of resamples with replacement, each as large as the set. If 0, no intervals are computed.
         confidence: the confidence level, between 0 and 1.
-        seed: the seed of the resamples; the same images get the same intervals.
+        seed: the random seed; the same seed and images give the same intervals.
     """
 
     samples: NonNegativeInt = 1000
@@ -31,12 +31,12 @@ class BootstrapConfig:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a set of images, by name.
+    """Scores of a set of captioned images. All mappings are keyed by the name of the score.
 
     Attributes:
-        overall: the score of the whole set. For BLEU, METEOR and perplexity, it is not the mean over images.
-        per_image: the score of each image by its id; NaN where it is undefined.
-        intervals: the lower and upper end of the confidence interval.
+        overall: the score of the whole set. For BLEU, METEOR and perplexity, this is not the mean over images.
+        per_image: the score of each image by image id; NaN if the score is undefined.
+        intervals: the lower and upper bounds of the confidence interval of the overall score.
     """
 
     overall: Mapping[str, float]
@@ -45,7 +45,7 @@ class Scores:
 
 
 def summarize(metrics: Sequence[Metric], image_ids: Sequence[str], config: BootstrapConfig) -> Scores:
-    """Computes the scores of metrics with one row per image; omits scores that are undefined for the whole set."""
+    """Computes scores from metrics with one row per image. Scores that are undefined for the whole set are omitted."""
     sums = _resample(np.concatenate([metric.rows for metric in metrics], 1), config)
     widths = [metric.rows.shape[1] for metric in metrics]
     tail = (1 - config.confidence) / 2
@@ -67,7 +67,7 @@ def summarize(metrics: Sequence[Metric], image_ids: Sequence[str], config: Boots
 
 
 def _resample(rows: npt.NDArray[np.float64], config: BootstrapConfig) -> npt.NDArray[np.float64]:
-    """Returns the sum of the rows of each resample, `[samples, statistics]`, with one resample in memory at a time."""
+    """Returns the sum over each resample, `[samples, statistics]`. Only one resample is in memory at a time."""
     generator = np.random.default_rng(config.seed)
     sums = np.empty((config.samples, rows.shape[1]))
     for sample in range(config.samples):

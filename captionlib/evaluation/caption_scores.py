@@ -1,7 +1,7 @@
 """Scores captions against references: BLEU, METEOR, ROUGE-L and CIDEr, as pycocoevalcap computes them.
 
-Captions and references are tokenized by Stanford's PTB tokenizer. It and METEOR need Java. Without Java, METEOR is left
-out and captionlib's own tokenizer is used: the scores come close to published ones, but are not comparable with them.
+Captions and references are tokenized with Stanford's PTB tokenizer. The tokenizer and METEOR need Java. Without Java,
+METEOR is omitted and captionlib's own tokenizer is used; the other scores are then not comparable with published ones.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ from captionlib.evaluation.metrics import Metric, compute_bleu, compute_cider, c
 __all__ = ["WITHOUT_JAVA", "CiderScorer", "build_scores_table", "score_captions"]
 
 WITHOUT_JAVA = (
-    "`java` is not on the PATH: METEOR is left out, and BLEU, ROUGE-L and CIDEr use captionlib's own tokenizer, so "
+    "`java` is not on the PATH: METEOR is omitted, and BLEU, ROUGE-L and CIDEr use captionlib's own tokenizer, so "
     "they are not comparable with published scores; install a Java runtime (version 8 or later) for the standard scores"
 )
 
-_TABLE_COLUMNS = {MEAN_LENGTH: ("length", pa.int32()), NOVEL: (NOVEL, pa.bool_())}  # of a single caption
+_TABLE_COLUMNS = {MEAN_LENGTH: ("length", pa.int32()), NOVEL: (NOVEL, pa.bool_())}  # for a single caption
 
 
 def score_captions(
@@ -35,12 +35,12 @@ def score_captions(
 ) -> Scores:
     """Scores one caption per image.
 
-    CIDEr weighs words by the number of scored images whose references contain them. It means little for few images, and
-    is 0 for a single one. Captions and references are by image id; images without a caption are ignored.
-    `extra_metrics` have one row for each of `captions`, in that order.
+    CIDEr weights n-grams by the number of scored images whose references contain them. It is unreliable for few images
+    and 0 for a single image. Captions and references are keyed by image id; references without a caption are ignored.
+    Each of `extra_metrics` has one row per caption, in the same order.
 
     Returns:
-        BLEU-1 to BLEU-4, METEOR and ROUGE-L (0 to 1), CIDEr (0 to 10; papers report it times 100), and extra metrics.
+        BLEU-1 to BLEU-4, METEOR and ROUGE-L (0 to 1), CIDEr (0 to 10; papers report it times 100), extra metrics.
 
     Raises:
         DatasetError: there are no captions, or one of them has no references.
@@ -50,8 +50,8 @@ def score_captions(
         raise DatasetError("expected at least one caption to score, got none")
     if missing := [image_id for image_id in captions if not references.get(image_id)]:
         raise DatasetError(
-            f"{len(missing)} of {len(captions)} captions have no references, the first is image {missing[0]}; "
-            "pass the manifest that the captions were made from, and a split that has references"
+            f"{len(missing)} of {len(captions)} captions have no references, such as image {missing[0]}; "
+            "pass the manifest that lists these images, and a split that has references"
         )
     ids = list(captions)
     hypotheses, targets = _tokenize([{i: [captions[i]] for i in ids}, {i: list(references[i]) for i in ids}])
@@ -72,22 +72,22 @@ def build_scores_table(scores: Scores, captions: Mapping[str, str]) -> pa.Table:
     }
     for score, per_image in scores.per_image.items():
         name, data_type = _TABLE_COLUMNS.get(score, (score.lower().replace("-", "_"), pa.float64()))
-        values = pa.array([per_image[image_id] for image_id in captions], pa.float64(), from_pandas=True)  # NaN to null
+        values = pa.array([per_image[image_id] for image_id in captions], pa.float64(), from_pandas=True)  # NaN -> null
         columns[name] = values.cast(data_type)
     return pa.table(columns)
 
 
 def _tokenize(sets: Sequence[Mapping[str, Sequence[str]]]) -> list[dict[str, list[str]]]:
-    """Tokenizes all sentences in one run of the tokenizer, which is slow to start."""
-    texts = [text for by_image in sets for sentences in by_image.values() for text in sentences]
+    """Tokenizes all captions and references in one run of the tokenizer, because it is slow to start."""
+    texts = [text for by_image in sets for image_texts in by_image.values() for text in image_texts]
     tokenized = iter(tokenize_ptb(texts) if has_java() else [" ".join(tokenize(text)) for text in texts])
-    return [{i: [next(tokenized) for _ in sentences] for i, sentences in by_image.items()} for by_image in sets]
+    return [{i: [next(tokenized) for _ in image_texts] for i, image_texts in by_image.items()} for by_image in sets]
 
 
 class CiderScorer:
-    """Scores new captions of the same images repeatedly, as validation during training does.
+    """Computes CIDEr repeatedly for new captions of the same images, for example during training.
 
-    The references are tokenized once; each image needs at least one. The score equals that of `score_captions`.
+    `references` has one or more references per image; they are tokenized once. Scores equal those of `score_captions`.
 
     Raises:
         ConfigError: Java is not installed.
@@ -97,14 +97,14 @@ class CiderScorer:
     def __init__(self, references: Sequence[Sequence[str]]) -> None:
         if len(references) < 2:
             raise DatasetError(
-                "CIDEr weighs words by the number of images whose references contain them; expected several images, "
+                "CIDEr weights n-grams by the number of images whose references contain them; expected several images, "
                 f"got {len(references)}; validate by perplexity instead"
             )
-        tokenized = iter(tokenize_ptb([sentence for sentences in references for sentence in sentences]))
-        self._references = {number: [next(tokenized) for _ in sentences] for number, sentences in enumerate(references)}
+        tokenized = iter(tokenize_ptb([text for image_texts in references for text in image_texts]))
+        self._references = {row: [next(tokenized) for _ in image_texts] for row, image_texts in enumerate(references)}
 
     def score(self, captions: Sequence[str]) -> float:
-        """Returns CIDEr (0 to 10) of one caption per image, in the order of the images."""
-        hypotheses = {number: [caption] for number, caption in enumerate(tokenize_ptb(captions))}
+        """Returns CIDEr (0 to 10) for one caption per image, in the order of `references`."""
+        hypotheses = {row: [caption] for row, caption in enumerate(tokenize_ptb(captions))}
         score, _ = Cider().compute_score(self._references, hypotheses)
         return float(score)

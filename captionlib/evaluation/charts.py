@@ -1,4 +1,4 @@
-"""Lays out the curves of a training run for the SVG charts of a page."""
+"""Computes the coordinates and labels of SVG charts that show the metrics of a training run by epoch."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,10 @@ _NOT_PLOTTED = frozenset({"epoch", "step", "seconds", "learning_rate", "data_wai
 
 @dataclass(frozen=True)
 class Chart:
-    """A curve of a metric over epochs, in the units of an SVG of `width` by `height`.
+    """A line chart of one metric over epochs, in the coordinates of an SVG image of `width` by `height`.
 
-    Values are texts: `low` is at `bottom`, `high` at `top`, and `best` is the lowest loss or perplexity, or the highest
-    score. `first_epoch` is at `left`, `last_epoch` at `right`.
+    `low`, `high`, `last` and `best` are formatted values. `low` is drawn at `bottom` and `high` at `top`. `best` is the
+    minimum of a loss or perplexity, or the maximum of a score. The epochs range from `left` to `right`.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Chart:
 
 
 def build_charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """Returns a chart of each metric that a training run logged for more than one epoch."""
+    """Returns a chart of each metric that has finite values for more than one epoch in `history`, one row per epoch."""
     names = dict.fromkeys(name for row in history for name in row if name not in _NOT_PLOTTED)
     charts = []
     for name in names:

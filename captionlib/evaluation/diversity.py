@@ -1,4 +1,4 @@
-"""Measures captions without their own references: length, novelty, distinct captions, vocabulary size."""
+"""Measures the diversity of captions: mean length, novelty, number of distinct captions, and vocabulary size."""
 
 from collections.abc import Iterable, Mapping
 
@@ -8,16 +8,16 @@ from captionlib.evaluation.metrics import Metric, compute_ratio
 __all__ = ["MEAN_LENGTH", "NOVEL", "count_diversity", "measure_captions"]
 
 NOVEL = "novel"
-"""The share of captions that do not occur, word for word, among the references of the training set."""
+"""The fraction of captions that do not occur verbatim among the references of the training set."""
 
 MEAN_LENGTH = "mean_length"
-"""Words per caption."""
+"""The mean number of words per caption."""
 
 
 def measure_captions(captions: Mapping[str, str], training_references: Iterable[str] = ()) -> list[Metric]:
-    """Measures the mean length of captions and, given the references of the training set, the share of novel captions.
+    """Computes the mean length of captions and, if there are training references, the fraction of novel captions.
 
-    Captions and references are compared token by token, as captionlib's vocabulary splits them.
+    Captions, keyed by image id, and references are tokenized as for captionlib's vocabularies before comparison.
     """
     tokenized = [tuple(tokenize(caption)) for caption in captions.values()]
     ones = [1] * len(tokenized)
@@ -35,7 +35,7 @@ def measure_captions(captions: Mapping[str, str], training_references: Iterable[
 def count_diversity(captions: Mapping[str, str]) -> dict[str, int]:
     """Counts the distinct captions and the distinct words in them (the vocabulary size).
 
-    These counts have no confidence interval: a resample repeats images, so its counts are always lower.
+    The counts have no bootstrap intervals, because a resample repeats images and so underestimates them.
     """
     tokenized = {tuple(tokenize(caption)) for caption in captions.values()}
     return {

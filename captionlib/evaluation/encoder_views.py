@@ -1,4 +1,4 @@
-"""Reads how a captioner saw the images: the crop that its encoder received, and an attention map for each token."""
+"""Reads the image crop that a captioner's encoder used, and an attention map for each caption token."""
 
 import math
 import os
@@ -24,12 +24,12 @@ AttentionMaps = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class EncoderView:
-    """What a captioner saw of a set of images.
+    """The encoder's crop and the captioner's attention maps for a set of images.
 
     Attributes:
         preprocessing: how the encoder crops images; None if unknown.
-        attention_maps: by image id, `[tokens, side, side] uint8`: a map for each token of the caption, the end token
-            included if it was reached, each scaled so that its peak is 255. The maps cover the square crop.
+        attention_maps: the maps of each image by image id, `[tokens, side, side] uint8`. There is one map for each
+            caption token, including any end token. Each map covers the square crop and is scaled to a peak of 255.
     """
 
     preprocessing: Preprocessing | None = None
@@ -37,7 +37,7 @@ class EncoderView:
 
 
 def read_encoder_view(source: str | os.PathLike[str], image_ids: Collection[str]) -> EncoderView:
-    """Reads the view of the given images from a captions dataset; a JSON file of results gives an empty view."""
+    """Reads the view of these images from a captions dataset. If the source is a JSON file, the view is empty."""
     if not is_dataset(source):
         return EncoderView()
     dataset = open_dataset(source, "captions").require_complete()
@@ -57,13 +57,13 @@ def read_encoder_view(source: str | os.PathLike[str], image_ids: Collection[str]
 
 
 def build_encoder_view(rows: Iterable[Mapping[str, Any]], encoder: Mapping[str, Any]) -> EncoderView:
-    """Builds the view from rows of `captions/`, with or without `attention`, and the description of the encoder."""
+    """Builds the view from rows of a captions dataset, with or without `attention`, and the encoder's description."""
     maps = {row["image_id"]: _to_maps(np.array(row["attention"], np.float32)) for row in rows if "attention" in row}
     return EncoderView(_parse_preprocessing(encoder), maps)
 
 
 def _parse_preprocessing(encoder: Mapping[str, Any]) -> Preprocessing | None:
-    """Returns None for imported features, whose images were preprocessed elsewhere."""
+    """Returns the encoder's preprocessing, or None if the features were computed by other software and imported."""
     return Preprocessing(**encoder["preprocessing"]) if "preprocessing" in encoder else None
 
 
@@ -75,13 +75,13 @@ def _split_by_image(attention: pa.ListArray) -> list[npt.NDArray[np.floating]]:
 
 
 def _to_maps(weights: npt.NDArray[np.floating]) -> AttentionMaps:
-    """Converts attention weights, `[tokens, positions]`, to maps, `[tokens, side, side]`, scaled to a peak of 255."""
+    """Converts attention weights, `[tokens, positions]`, to maps, `[tokens, side, side]`, with a peak of 255."""
     tokens, positions = weights.shape
     side = math.isqrt(positions)
     if side * side != positions:
         raise DatasetError(
             f"attention: expected square maps, got {positions} positions, whose height and width are unknown; "
-            "generate the captions without attention_maps to report them"
+            "to write a report, generate the captions without attention_maps"
         )
     scaled = 255 * weights.astype(np.float32) / weights.max(1, keepdims=True)
     maps: AttentionMaps = scaled.round().astype(np.uint8).reshape(tokens, side, side)

@@ -1,4 +1,4 @@
-"""Evaluates captions from any source: scores, confidence intervals, diversity, and notes on what is missing."""
+"""Evaluates captions: computes scores, confidence intervals and diversity, and notes which scores are missing."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ from captionlib.evaluation.predictions import Prediction, find_images_without_ca
 __all__ = ["TRAIN_SPLITS", "Evaluation", "evaluate_captions", "evaluate_predictions"]
 
 TRAIN_SPLITS = ("train", "restval")
-"""The splits that captioners usually learn from; COCO's `restval` belongs to training (Karpathy & Li 2015)."""
+"""The usual training splits. In Karpathy & Fei-Fei's splits of COCO (2015), `restval` is used for training."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Evaluation:
         predictions: the captions that were evaluated, sorted by image id.
         scores: the scores of the captions.
         counts: the number of distinct captions and of distinct words in them.
-        tokenizer: `ptb`, or `captionlib` without Java.
+        tokenizer: `ptb` (Stanford's PTB tokenizer), or `captionlib` if Java is not installed.
         bootstrap: how the confidence intervals were computed.
-        notes: what is missing from the scores, and why.
+        notes: messages about missing or unreliable scores, with the reason.
     """
 
     predictions: Sequence[Prediction]
@@ -50,7 +50,7 @@ class Evaluation:
         return {prediction.image_id: prediction.caption for prediction in self.predictions}
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain values for `scores.json`."""
+        """Returns the content of `scores.json` as JSON-compatible values."""
         return {
             "images": len(self.predictions),
             "tokenizer": self.tokenizer,
@@ -83,18 +83,18 @@ def evaluate_captions(
 
     Args:
         source: a captions dataset, COCO's results JSON, or NeuralTalk's `result_struct.json`.
-        manifest: the manifest that holds the references; optional for files that contain them.
-        splits: the splits to evaluate; empty evaluates all.
-        train_splits: the splits that the captioner learned from; other captions than their references are novel.
-        checkpoint: the captioner, to compute the perplexity of the references; requires `features`.
-        features: the features of the images, for the perplexity.
+        manifest: the dataset that lists the images and their references; optional if the source contains references.
+        splits: the splits to evaluate. If empty, all splits are evaluated.
+        train_splits: the splits that the captioner was trained on. A caption is novel if it is not a reference there.
+        checkpoint: folder of the captioner, to compute the perplexity of the references; requires `features`.
+        features: the dataset of the images' encoder features, for the perplexity; requires `checkpoint`.
         bootstrap: how confidence intervals are computed.
         require_all: raise an error if an image with references in these splits has no caption.
         device: the device of the captioner.
 
     Raises:
         ConfigError: only one of `checkpoint` and `features` is given.
-        DatasetError: there are no captions in these splits, they have no references, or `require_all` is not met.
+        DatasetError: there are no captions in these splits, they have no references, or `require_all` is violated.
         SubprocessError: Java fails.
     """
     if (checkpoint is None) != (features is None):
@@ -109,8 +109,8 @@ def evaluate_captions(
         if missing:
             shortfall = f"{len(missing):,} of {count:,} images with references have no caption, such as {missing[0]}"
             if require_all:
-                raise DatasetError(f"{os.fspath(source)}: {shortfall}; add their captions, or leave out --require-all")
-            notes.append(f"{shortfall}; the scores are those of the others; use --require-all to make this an error")
+                raise DatasetError(f"{os.fspath(source)}: {shortfall}; add their captions, or omit --require-all")
+            notes.append(f"{shortfall}; these images are not scored (--require-all makes this an error)")
     metrics = []
     if checkpoint is not None and features is not None:
         references = {prediction.image_id: prediction.references for prediction in predictions}
@@ -118,8 +118,8 @@ def evaluate_captions(
     evaluation = evaluate_predictions(predictions, training_references, metrics, bootstrap)
     if NOVEL not in evaluation.scores.overall:
         no_references = f"the manifest has no references in split {' or '.join(train_splits)}"
-        reason = no_references if manifest else "no manifest is given"
-        notes.append(f"the share of novel captions is left out: {reason}")
+        reason = no_references if manifest else "no manifest was specified"
+        notes.append(f"the fraction of novel captions is omitted because {reason}")
     return replace(evaluation, notes=[*evaluation.notes, *notes])
 
 
@@ -129,10 +129,10 @@ def evaluate_predictions(
     extra_metrics: Sequence[Metric] = (),
     bootstrap: BootstrapConfig = BootstrapConfig(),
 ) -> Evaluation:
-    """Evaluates predictions that have references, sorted by image id.
+    """Evaluates predictions (captions of images, here with references). The result is sorted by image id.
 
-    Without `training_references`, the references that the captioner learned from, the share of novel captions is left
-    out. `extra_metrics` have one row per prediction, in the order of the image ids.
+    If there are no `training_references`, the references that the captioner was trained on, the fraction of novel
+    captions is omitted. Each of `extra_metrics` has one row per prediction, in the order of the image ids.
     """
     predictions = _sort(predictions)
     captions = {prediction.image_id: prediction.caption for prediction in predictions}
@@ -141,10 +141,10 @@ def evaluate_predictions(
     scores = score_captions(captions, references, extra_metrics=metrics, bootstrap=bootstrap)
     tokenizer, notes = ("ptb", []) if has_java() else ("captionlib", [WITHOUT_JAVA])
     if len(captions) == 1:
-        notes = [*notes, "CIDEr means nothing for one image, because it weighs words by how few images mention them"]
+        notes = [*notes, "CIDEr is meaningless for one image, because it weights n-grams by how few images have them"]
     return Evaluation(predictions, scores, count_diversity(captions), tokenizer, bootstrap, notes)
 
 
 def _sort(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """Sorts by image id, so that the same captions have the same intervals whichever source they are read from."""
+    """Sorts by image id, so that the same captions in a different order give the same confidence intervals."""
     return sorted(predictions, key=lambda prediction: prediction.image_id)

@@ -1,7 +1,7 @@
 """Runs the two Java programs behind the standard caption metrics: Stanford's PTB tokenizer and METEOR 1.5.
 
-Both ship with pycocoevalcap. Its own wrappers read text in the encoding of the locale, do not notice when Java fails
-(METEOR's waits forever) or take a line break within a sentence for the start of the next one, so Java is run here.
+Both ship with pycocoevalcap. Its own wrappers decode text with the locale's encoding, do not detect that Java failed
+(METEOR's wrapper hangs), and treat a line break within a caption as the end of the caption. This module replaces them.
 """
 
 import shutil
@@ -30,25 +30,25 @@ def has_java() -> bool:
     return shutil.which("java") is not None
 
 
-def tokenize_ptb(sentences: Sequence[str]) -> list[str]:
-    """Tokenizes sentences as pycocoevalcap does: lower case, no punctuation, a space between tokens."""
-    if not sentences:
+def tokenize_ptb(texts: Sequence[str]) -> list[str]:
+    """Tokenizes as pycocoevalcap does. The results are in lower case, without punctuation, joined by spaces."""
+    if not texts:
         return []
     arguments = ["-cp", str(_TOKENIZER_JAR), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
-    lines = _run_java("PTB tokenizer", arguments, [" ".join(sentence.splitlines()) for sentence in sentences])
+    lines = _run_java("PTB tokenizer", arguments, [" ".join(text.splitlines()) for text in texts])
     return [" ".join(token for token in line.rstrip().split(" ") if token not in _PUNCTUATION) for line in lines]
 
 
 def count_alignments(pairs: Sequence[tuple[str, Sequence[str]]]) -> npt.NDArray[np.float64]:
-    """Returns the counts that METEOR is computed from, for each caption and the reference that it matches best.
+    """Returns METEOR's counts for each caption and its best-matching reference. They can be summed over captions.
 
-    The 23 counts add up over captions. They are the words of caption and reference (2), their function words (2), the
-    matches of each of four kinds as content words of the caption, of the reference, function words of the caption, of
-    the reference (4 x 4), the chunks of adjacent matches (1), and the matched words of caption and reference (2). A
-    caption that equals its reference counts no chunk, since it has no fragmentation.
+    Columns 0 and 1 count the words of the caption and of the reference, and columns 2 and 3 count their function words.
+    Columns 4 to 19 count the matches of four kinds (exact, stem, synonym, paraphrase). Each kind has four columns: the
+    content words of the caption and of the reference, then the function words of both. Column 20 counts the chunks of
+    adjacent matches, which is 0 if caption and reference are equal. Columns 21 and 22 count the matched words of both.
 
     Args:
-        pairs: captions with their references, tokenized, with a space between tokens.
+        pairs: captions with their references, tokenized and joined by spaces.
 
     Returns:
         `[captions, 23] float64`.
@@ -75,7 +75,7 @@ def _remove_separators(text: str) -> str:
 
 
 def _run_java(program: str, arguments: Sequence[str], lines: Sequence[str], folder: Path | None = None) -> list[str]:
-    """Runs a program that prints one line for each input line, and returns its lines.
+    """Runs a Java program that prints one line for each input line, and returns these lines.
 
     Raises:
         ConfigError: Java is not installed.
@@ -83,14 +83,14 @@ def _run_java(program: str, arguments: Sequence[str], lines: Sequence[str], fold
     """
     if not has_java():
         raise ConfigError(
-            f"the {program} needs Java, and `java` is not on the PATH; install a Java runtime (version 8 or later)"
+            f"the {program} needs Java, but `java` is not on the PATH; install a Java runtime (version 8 or later)"
         )
     command = ["java", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", *arguments]
     text = "".join(f"{line}\n" for line in lines)
     process = subprocess.run(command, input=text.encode(), capture_output=True, check=False, cwd=folder)
     output = process.stdout.decode(errors="replace").removesuffix("\n").split("\n")
     if process.returncode != 0 or len(output) != len(lines):
-        # Java reports its own errors on either stream.
+        # Java writes its own errors to either stream.
         message = (process.stderr + process.stdout[-500:]).decode(errors="replace").strip()[-500:]
         raise SubprocessError(
             f"the {program} failed: expected {len(lines)} lines of output, got {len(output)} and exit code "

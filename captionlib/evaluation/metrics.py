@@ -1,11 +1,11 @@
-"""The standard caption metrics as additive statistics per image and a formula from their sums to scores.
+"""Computes the standard caption metrics from statistics that are summed over images.
 
-BLEU and METEOR of a set of captions are not means over images: they are computed from counts that add up. Each metric
-here therefore has a row of statistics per image and a formula. Applied to the sum of all rows, the formula gives the
-score of the set; applied to a single row, the score of that image; applied to the sum over a resample, the score that
-the bootstrap needs, exactly and for thousands of resamples at once.
+BLEU and METEOR of a set of captions are not means over images but are computed from summed counts. Each metric here
+therefore has one row of statistics per image, and a formula that maps a sum of rows to a score. The sum of all rows
+gives the score of the set, a single row the score of one image, and the sum over a bootstrap resample the score of that
+resample. The formula is vectorized, so thousands of resamples are scored at once.
 
-The counts come from pycocoevalcap, and the scores equal its own.
+The statistics come from pycocoevalcap, and the scores equal those that it computes.
 """
 
 import io
@@ -25,11 +25,11 @@ __all__ = ["Metric", "compute_bleu", "compute_cider", "compute_meteor", "compute
 
 Numbers = npt.NDArray[np.float64]
 Tokenized = Mapping[str, Sequence[str]]
-"""Sentences by image id, with a space between tokens."""
+"""Tokenized captions or references by image id, with spaces between tokens."""
 
 _ORDERS = 4  # BLEU-1 to BLEU-4
 
-# pycocoevalcap's smoothing: they keep a BLEU without matches or words from dividing by zero.
+# pycocoevalcap's smoothing constants, which prevent a division by zero in BLEU if there are no matches or words.
 _SMALL, _TINY = 1e-9, 1e-15
 
 # The parameters of METEOR 1.5 for English (Denkowski & Lavie 2014, table 2): the weight of recall in the mean, the
@@ -41,12 +41,12 @@ _MATCH_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])
 
 @dataclass(frozen=True)
 class Metric:
-    """Scores that are computed from sums over images.
+    """Scores that are computed from statistics summed over images.
 
     Attributes:
         names: the names of the scores.
-        rows: `[images, statistics]`.
-        formula: maps sums of rows, `[..., statistics]`, to scores, `[..., len(names)]`; NaN where a score is undefined.
+        rows: the statistics of each image, `[images, statistics]`.
+        formula: maps sums of rows, `[..., statistics]`, to scores, `[..., len(names)]`; NaN if a score is undefined.
     """
 
     names: tuple[str, ...]
@@ -57,7 +57,7 @@ class Metric:
 def compute_bleu(captions: Tokenized, references: Tokenized) -> Metric:
     """Computes BLEU-1 to BLEU-4 (Papineni et al. 2002) with the closest reference length.
 
-    As in the other metrics, there is one caption per image, and both mappings have the same images in the same order.
+    As for the other metrics, there is one caption per image, and both mappings have the same images in the same order.
     """
     scorer = BleuScorer(n=_ORDERS)
     for image_id, (caption,) in captions.items():
@@ -90,7 +90,7 @@ def compute_meteor(captions: Tokenized, references: Tokenized) -> Metric:
 
 def _meteor(sums: Numbers) -> Numbers:
     """Returns the weighted mean of precision and recall, times the fragmentation penalty; see `count_alignments`."""
-    matches = sums[..., 4:20].reshape(*sums.shape[:-1], 4, 4)  # [..., kind, content of both + function of both]
+    matches = sums[..., 4:20].reshape(*sums.shape[:-1], 4, 4)  # [..., kind of match, content words + function words]
     weights = np.array([_DELTA, _DELTA, 1 - _DELTA, 1 - _DELTA])
     weighted = (matches * weights * _MATCH_WEIGHTS[:, None]).sum(-2)
     lengths, function_words = sums[..., 0:2], sums[..., 2:4]
@@ -104,16 +104,16 @@ def _meteor(sums: Numbers) -> Numbers:
 
 
 def compute_rouge_l(captions: Tokenized, references: Tokenized) -> Metric:
-    """Computes ROUGE-L (Lin 2004), the mean over images."""
+    """Computes ROUGE-L (Lin 2004) as the mean over images."""
     rouge = Rouge()
     scores = [rouge.calc_score([caption], list(references[image_id])) for image_id, (caption,) in captions.items()]
     return compute_ratio("ROUGE-L", scores, np.ones(len(scores)))
 
 
 def compute_cider(captions: Tokenized, references: Tokenized) -> Metric:
-    """Computes CIDEr (Vedantam et al. 2015), the mean over images.
+    """Computes CIDEr (Vedantam et al. 2015) as the mean over images.
 
-    The document frequencies come from the references of all images, and stay the same in every resample.
+    The document frequencies come from the references of all images and are the same in every bootstrap resample.
     """
     with redirect_stdout(io.StringIO()):
         _, scores = Cider().compute_score(
@@ -129,14 +129,14 @@ def compute_ratio(
     denominators: Sequence[float] | Numbers,
     transform: Callable[[Numbers], Numbers] = lambda quotient: quotient,
 ) -> Metric:
-    """Computes the quotient of two sums over images, such as a mean; undefined where the denominators add up to 0.
+    """Computes a score from the quotient of two sums over images. It is undefined if the denominators sum to 0.
 
-    `transform` maps the quotient to the score, element by element.
+    `transform` maps the quotient to the score, element by element. By default, the score is the quotient.
     """
     rows = np.stack([np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)], 1)
     return Metric((name,), rows, lambda sums: transform(_divide(sums[..., 0], sums[..., 1], np.nan))[..., None])
 
 
 def _divide(numerator: Numbers, denominator: Numbers, default: float = 0.0) -> Numbers:
-    """Returns the quotient, and `default` where the denominator is 0."""
+    """Returns the quotient, or `default` where the denominator is 0."""
     return np.divide(numerator, denominator, out=np.full_like(numerator, default), where=denominator != 0)

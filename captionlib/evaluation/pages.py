@@ -1,4 +1,4 @@
-"""Renders HTML pages from templates. Values are escaped, and the pages load nothing from other servers."""
+"""Renders HTML pages from templates. Values are escaped, and the templates load nothing from other servers."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ __all__ = ["render_page"]
 
 
 def render_page(template: str, **values: Any) -> bytes:
-    """Renders a template of `templates/` to UTF-8."""
+    """Renders a template from `templates/` and returns the page in UTF-8."""
     environment = Environment(
         loader=PackageLoader("captionlib.evaluation"),
         autoescape=True,

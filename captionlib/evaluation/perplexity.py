@@ -1,4 +1,4 @@
-"""Computes the perplexity of the references under a captioner, image by image."""
+"""Computes the perplexity that a captioner assigns to the references of images."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -25,13 +25,13 @@ def measure_perplexity(
     references: Mapping[str, Sequence[str]],
     device: str = "auto",
 ) -> Metric:
-    """Computes the perplexity exp(-sum ln p / sum (length + 1)) of references under a captioner.
+    """Computes the perplexity exp(-sum ln p / sum (length + 1)) of references; + 1 counts the end token.
 
-    Words outside the vocabulary count as UNKNOWN. References without words are ignored. The metric has one row for
-    each image of `references`, in that order.
+    Words outside the vocabulary are scored as UNKNOWN. References without words are ignored. `references` are keyed by
+    image id. The metric has one row per image in this order. `features` is a dataset of encoder features.
 
     Raises:
-        CheckpointError: the folder is not a captioner, or the captioner learned from features of another encoder.
+        CheckpointError: the folder is not a captioner, or the features come from a different encoder than its own.
         DatasetError: an image has no features.
     """
     captioner = load_captioner(checkpoint, device)
@@ -49,8 +49,8 @@ def measure_perplexity(
                 sums.update(_sum_losses(captioner, batch, {ids[row]: references[ids[row]] for row in selected}))
     if missing := [image_id for image_id in references if image_id not in sums]:
         raise DatasetError(
-            f"{dataset.folder.uri}: {len(missing)} of {len(references)} images have no features, the first is "
-            f"{missing[0]}; pass the features that the captions were made from"
+            f"{dataset.folder.uri}: {len(missing)} of {len(references)} images have no features, such as "
+            f"{missing[0]}; pass features that include all evaluated images"
         )
     losses, tokens = zip(*(sums[image_id] for image_id in references), strict=True)
     return compute_ratio("perplexity", losses, tokens, np.exp)
@@ -60,15 +60,15 @@ def measure_perplexity(
 def _sum_losses(
     captioner: LoadedCaptioner, features: torch.Tensor, references: Mapping[str, Sequence[str]]
 ) -> dict[str, tuple[float, int]]:
-    """Returns the sum of -ln p over the tokens of each image's references, and the number of these tokens.
+    """Returns the sum of -ln p over the tokens of each image's references, and the number of tokens, by image id.
 
-    `features` are `[images, *shape] float32`, of the images of `references`, in the same order.
+    `features` are `[images, *shape] float32`, with the images in the order of `references`.
     """
     sentences, image_of_sentence = [], []
     for image, texts in enumerate(references.values()):
         for text in texts:
-            if words := captioner.vocabulary.encode(text):
-                sentences.append(words)
+            if token_ids := captioner.vocabulary.encode(text):
+                sentences.append(token_ids)
                 image_of_sentence.append(image)
     losses, tokens = np.zeros(len(features)), np.zeros(len(features), np.int64)
     if sentences:

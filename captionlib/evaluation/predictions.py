@@ -1,8 +1,8 @@
-"""Reads and writes captions in every supported format: the `captions/` dataset, COCO's results JSON, and NeuralTalk's.
+"""Reads and writes captions as a captions dataset (Parquet), COCO's results JSON, or NeuralTalk's JSON.
 
-COCO's results, as its evaluation server accepts them: `[{"image_id": 391895, "caption": "a man rides a bike"}, ...]`.
-NeuralTalk's `result_struct.json`: `{"imgblobs": [{"img_path", "imgid", "references": [{"text"}], "candidate": {"text",
-"logprob"}}, ...]}` next to the parameters of its run. It contains the references.
+COCO's evaluation server accepts results as `[{"image_id": 391895, "caption": "a man rides a bike"}, ...]`. NeuralTalk's
+`result_struct.json` contains captions, references and the parameters of the run: `{"imgblobs": [{"img_path", "imgid",
+"references": [{"text"}], "candidate": {"text", "logprob"}}, ...], ...}`.
 """
 
 import os
@@ -38,16 +38,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Prediction:
-    """The caption that a model wrote for an image.
+    """The caption that a model generated for an image.
 
     Attributes:
         image_id: the id of the image.
-        caption: the caption.
-        uri: the location of the image; empty if unknown.
+        caption: the best caption.
+        uri: the path or URI of the image; empty if unknown.
         split: the split of the image; empty if unknown.
         log_prob: the log-probability of the caption; None if unknown.
-        candidates: captions with their log-probabilities, best first.
-        references: human captions of the image.
+        candidates: the n best captions with their log-probabilities, best first.
+        references: human-written captions of the image.
     """
 
     image_id: str
@@ -60,7 +60,7 @@ class Prediction:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "Prediction":
-        """Returns the prediction of a row of `captions/`, given as plain values."""
+        """Converts a row of a captions dataset, as a mapping of Python values, to a prediction."""
         return cls(
             image_id=row["image_id"],
             caption=row["caption"],
@@ -74,12 +74,12 @@ class Prediction:
 def load_predictions(
     source: str | os.PathLike[str], manifest: str | os.PathLike[str] | None = None, splits: Sequence[str] = ()
 ) -> list[Prediction]:
-    """Reads predictions, joins the references of a manifest, and selects splits.
+    """Reads predictions, adds the references of a manifest, and selects splits.
 
     Args:
         source: a captions dataset or a JSON file; see `read_predictions`.
-        manifest: the manifest that holds the references; None keeps those of the source.
-        splits: the splits to select; empty selects all.
+        manifest: the dataset that lists the images and their references. If None, the source's references are kept.
+        splits: the splits to select. If empty, all splits are selected.
 
     Raises:
         DatasetError: a dataset or file cannot be read, or no prediction is in these splits.
@@ -91,10 +91,10 @@ def load_predictions(
 
 
 def read_predictions(source: str | os.PathLike[str]) -> list[Prediction]:
-    """Reads the captions of a complete captions dataset, or of a JSON file in COCO's or NeuralTalk's format, in order.
+    """Reads captions, in order, from a complete captions dataset or a JSON file in COCO's or NeuralTalk's format.
 
     Raises:
-        DatasetError: the source has none of these formats, or two captions of one image.
+        DatasetError: the source has none of these formats, or contains two captions for one image.
     """
     address = os.fspath(source)
     if is_dataset(address):
@@ -113,16 +113,16 @@ def read_predictions(source: str | os.PathLike[str]) -> list[Prediction]:
             f"{address}: expected COCO's results, a list of image_id and caption, or NeuralTalk's result_struct.json, "
             f"an object with imgblobs; got {'an object' if isinstance(document, dict) else type(document).__name__}"
         )
-    seen: set[str] = set()
+    image_ids: set[str] = set()
     for prediction in predictions:
-        if prediction.image_id in seen:
+        if prediction.image_id in image_ids:
             raise DatasetError(f"{address}: image {prediction.image_id} has two captions; expected one per image")
-        seen.add(prediction.image_id)
+        image_ids.add(prediction.image_id)
     return predictions
 
 
 def is_dataset(source: str | os.PathLike[str]) -> bool:
-    """Returns whether a source of captions is a dataset rather than a JSON file."""
+    """Returns whether a source of captions is a dataset instead of a JSON file."""
     return get_text_extension(os.fspath(source)) != ".json"
 
 
@@ -138,13 +138,13 @@ def _read_dataset(dataset: ShardedDataset) -> list[Prediction]:
 
 def _parse_coco_entry(value: object, origin: str) -> Prediction:
     entry = parse_object(value, origin)
-    return Prediction(parse_id(entry.get("image_id"), origin, "image_id"), _parse_sentence(entry, "caption", origin))
+    return Prediction(parse_id(entry.get("image_id"), origin, "image_id"), _parse_caption(entry, "caption", origin))
 
 
 def _parse_neuraltalk_entry(value: object, origin: str) -> Prediction:
     entry = parse_object(value, origin)
     candidate = parse_object(entry.get("candidate"), f"{origin}, candidate")
-    text, log_prob = _parse_sentence(candidate, "text", f"{origin}, candidate"), candidate.get("logprob")
+    text, log_prob = _parse_caption(candidate, "text", f"{origin}, candidate"), candidate.get("logprob")
     if log_prob is not None and (isinstance(log_prob, bool) or not isinstance(log_prob, int | float)):
         raise DatasetError(f"{origin}, candidate: expected logprob as a number, got {describe(log_prob)}; correct it")
     id_field = "imgid" if "imgid" in entry else "img_path"
@@ -156,14 +156,14 @@ def _parse_neuraltalk_entry(value: object, origin: str) -> Prediction:
         log_prob=None if log_prob is None else float(log_prob),
         candidates=() if log_prob is None else ((text, float(log_prob)),),
         references=tuple(
-            _parse_sentence(parse_object(reference, place), "text", place)
-            for reference, place in ((each, f"{origin}, references[{at}]") for at, each in enumerate(references))
+            _parse_caption(parse_object(reference, item_origin), "text", item_origin)
+            for reference, item_origin in ((each, f"{origin}, references[{at}]") for at, each in enumerate(references))
         ),
     )
 
 
-def _parse_sentence(entry: Mapping[str, Any], field: str, origin: str) -> str:
-    """Returns a sentence, which may be empty if the model wrote nothing."""
+def _parse_caption(entry: Mapping[str, Any], field: str, origin: str) -> str:
+    """Returns the text of a field. It may be empty because a model can generate an empty caption."""
     value = entry.get(field)
     if not isinstance(value, str) or not is_unicode(value):
         raise DatasetError(f"{origin}: expected {field} as valid Unicode text, got {describe(value)}; correct it")
@@ -171,7 +171,7 @@ def _parse_sentence(entry: Mapping[str, Any], field: str, origin: str) -> str:
 
 
 def join_references(predictions: Iterable[Prediction], manifest: ShardedDataset) -> list[Prediction]:
-    """Adds the uri, split and references of a manifest to the predictions whose images it lists."""
+    """Adds the uri, split and references from the manifest to predictions for images that the manifest lists."""
     by_id = {prediction.image_id: prediction for prediction in predictions}
     for shard in range(manifest.shards):
         for rows in manifest.read_batches(shard, ["image_id", "uri", "split", "captions"]):
@@ -190,9 +190,9 @@ def find_images_without_caption(
     """Finds the images that have references but no prediction.
 
     Args:
-        predictions: captions, joined with the manifest.
-        manifest: the manifest that holds the references.
-        splits: the splits to search; empty searches the splits of the predictions.
+        predictions: predictions with the splits of the manifest; see `join_references`.
+        manifest: the dataset that lists the images and their references.
+        splits: the splits to search. If empty, the splits of the predictions are searched.
 
     Returns:
         The ids of these images, and the number of all images with references in these splits.
@@ -211,7 +211,7 @@ def find_images_without_caption(
 
 
 def select_splits(predictions: Sequence[Prediction], splits: Sequence[str], source: str) -> list[Prediction]:
-    """Selects the predictions of the given splits; no splits select all.
+    """Selects the predictions in these splits, or all predictions if `splits` is empty.
 
     Raises:
         DatasetError: no prediction is in these splits.
@@ -224,17 +224,17 @@ def select_splits(predictions: Sequence[Prediction], splits: Sequence[str], sour
 
 
 def to_coco_results(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
-    """Returns COCO's results; ids are numbers, as COCO's are, if all of them can be."""
+    """Returns captions in COCO's results format. Ids become integers, as in COCO, if all are decimal numbers."""
     numeric = all(one.image_id.isdecimal() and str(int(one.image_id)) == one.image_id for one in predictions)
     return [{"image_id": int(one.image_id) if numeric else one.image_id, "caption": one.caption} for one in predictions]
 
 
 def to_result_struct(predictions: Sequence[Prediction], params: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns NeuralTalk's `result_struct.json`, as its page of predictions reads it.
+    """Returns the content of NeuralTalk's `result_struct.json`, which its visualization page reads.
 
     Args:
-        predictions: the captions, with references if there are any.
-        params: the parameters of the run, plain values.
+        predictions: the captions, with their references if available.
+        params: the parameters of the run, as JSON-compatible values.
     """
     blobs = [
         {

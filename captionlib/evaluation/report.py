@@ -1,8 +1,8 @@
-"""Writes a report: a static page of images, captions and scores, in a folder that opens from disk without a server.
+"""Writes a report: a folder with a static web page of images, captions and scores that needs no server.
 
 folder/
   index.html       the page
-  data.js          the captions, scores and attention maps of each image; the page shows 60 at a time
+  data.js          the captions, scores and attention maps of all images; the page shows 60 images at a time
   thumbnails/      the images, cropped as the encoder received them
 """
 
@@ -31,7 +31,7 @@ PAGE = "index.html"
 DATA = "data.js"
 THUMBNAILS = "thumbnails"
 
-# The central square, which is what most encoders receive.
+# A central square crop, as in the preprocessing of most encoders.
 _THUMBNAIL = Preprocessing(
     resize_size=224, crop_size=224, interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
 )
@@ -51,15 +51,15 @@ def write_report(
     encoder_view: EncoderView = EncoderView(),
     progress: bool = False,
 ) -> str:
-    """Writes the page, its data and its thumbnails, replacing those of an earlier report; returns the page's address.
+    """Writes the page, its data and its thumbnails, replaces an earlier report, and returns the page's path or URI.
 
-    Below the title, the page shows `note`, a sentence; then `scores`, each with a name, a value and a detail such as a
-    confidence interval; then the curves of a training `history`; then the predictions, at first in their order. `cider`
-    has the CIDEr of each caption by image id, and `attributes` whether the caption is correct in attributes such as
-    `color`. `encoder_view` has the crop and the attention maps of the captioner.
+    Below the title, the page shows `note`, then `scores` (name, value, and a detail such as a confidence interval), the
+    curves of a training `history` (one row per epoch), and the predictions. `cider` maps image ids to the CIDEr of the
+    caption, and `attributes` to whether the caption is correct in attributes such as `color`. `encoder_view` contains
+    the encoder's crop and the captioner's attention maps. If `progress` is true, a progress bar is shown.
 
     Raises:
-        DatasetError: the folder holds files that are not a report's.
+        DatasetError: the folder contains files that do not belong to a report.
     """
     target = Folder(folder)
     _clear(target)
@@ -94,18 +94,18 @@ def write_report(
 
 
 def _clear(folder: Folder) -> None:
-    """Removes the thumbnails of an earlier report, and refuses a folder that holds other files."""
+    """Removes the thumbnails of an earlier report. Raises an error if the folder contains other files."""
     names = [name for name in folder.list() if name != TEMPORARY_FOLDER]
-    own = (PAGE, DATA, THUMBNAILS) if DATA in names else (THUMBNAILS,)  # an index.html without data.js is not ours
-    if others := [name for name in names if name not in own]:
+    expected = (PAGE, DATA, THUMBNAILS) if DATA in names else (THUMBNAILS,)  # index.html alone may be any page
+    if others := [name for name in names if name not in expected]:
         raise DatasetError(
-            f"{folder.uri} holds files that are not a report's ({', '.join(others[:3])}); give an empty or a new folder"
+            f"{folder.uri} contains files that are not from a report ({', '.join(others[:3])}); specify an empty folder"
         )
     folder.remove(THUMBNAILS)
 
 
 def _crop_for_thumbnails(preprocessing: Preprocessing | None) -> Preprocessing:
-    """Scales the crop of an encoder to the size of a thumbnail."""
+    """Returns the encoder's preprocessing, scaled to the size of a thumbnail."""
     if preprocessing is None:
         return _THUMBNAIL
     side = _THUMBNAIL.crop_size
@@ -115,7 +115,7 @@ def _crop_for_thumbnails(preprocessing: Preprocessing | None) -> Preprocessing:
 
 
 def _write_thumbnails(folder: Folder, predictions: Sequence[Prediction], crop: Preprocessing) -> Iterator[str | None]:
-    """Writes a thumbnail of each image; yields its path relative to the page, or None if the image cannot be read."""
+    """Writes a thumbnail of each image and yields its path relative to the page, or None for an unreadable image."""
     created: set[str] = set()
     with open_loader(LoadingConfig(), crop) as load:
         for number, (_, image) in enumerate(load({"uri": prediction.uri} for prediction in predictions)):
@@ -143,11 +143,11 @@ def _to_item(prediction: Prediction) -> dict[str, Any]:
 
 
 def _to_script(items: Sequence[Mapping[str, Any]]) -> bytes:
-    """Returns the data as a script, because a page opened from disk cannot load JSON; in ASCII, without tags."""
+    """Returns the data as an ASCII script without HTML tags. A page opened from disk cannot load JSON."""
     lines = ",\n".join(json.dumps(item, allow_nan=False).replace("<", "\\u003c") for item in items)
     return f"window.captionlibReport = [\n{lines}\n];\n".encode()
 
 
 def _round(value: float | None) -> float | None:
-    """Rounds for the page; JSON has no NaN and no infinity, so they become None."""
+    """Rounds a value for the page. NaN and infinity become None because JSON does not support them."""
     return None if value is None or not math.isfinite(value) else round(value, 4)

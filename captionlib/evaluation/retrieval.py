@@ -1,6 +1,6 @@
-"""Image-text retrieval: how well a ranker retrieves the references of an image, and the image of a reference.
+"""Evaluates how well a ranker (dual encoder) retrieves the references of an image and the image of a reference.
 
-The scores are those of Hodosh et al. 2013 (Framing image description as a ranking task): Recall@k, the share of queries
+The scores follow Hodosh et al. 2013 (Framing image description as a ranking task): Recall@k, the fraction of queries
 with a match among the first k results, and the median and mean rank of the first match, counted from 1.
 """
 
@@ -20,17 +20,17 @@ __all__ = ["PROTOCOLS", "RetrievalScores", "rank_images", "rank_references", "sc
 Vectors = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 
-_BLOCK = 512  # queries whose similarities with all items are in memory together
+_BLOCK = 512  # number of queries whose similarities to all items are in memory at a time
 
 
 @dataclass(frozen=True)
 class RetrievalProtocol:
-    """Which images and references are ranked together.
+    """Selects the images and references that are ranked together.
 
     Attributes:
-        images: use the first so many images; None uses all.
-        references_per_image: use the first so many references of each image; None uses all.
-        fold_images: split the images into folds of this size and average the scores over the folds; None uses one fold.
+        images: the number of images to use, from the start. If None, all images are used.
+        references_per_image: the number of references to use per image, from the start. If None, all are used.
+        fold_images: the number of images per fold; scores are averaged over folds. If None, there is a single fold.
     """
 
     images: int | None = None
@@ -44,15 +44,15 @@ PROTOCOLS: Mapping[str, RetrievalProtocol] = {
     "coco-1k": RetrievalProtocol(images=5000, references_per_image=5, fold_images=1000),
     "coco-5k": RetrievalProtocol(images=5000, references_per_image=5),
 }
-"""What papers report: 1,000 images of Flickr8k (and Flickr30k), 5,000 of COCO, and the mean of five folds of 1,000."""
+"""Protocols used in papers: 1,000 images (Flickr8k, Flickr30k), 5,000 (COCO), or the mean of five folds of 1,000."""
 
 
 @dataclass(frozen=True)
 class DirectionScores:
     """Scores of one direction of retrieval.
 
-    The recall at k is the share of queries with a match among the first k results, 0 to 1. Ranks are those of the first
-    match; the median is rounded down as is customary. All scores are means over folds.
+    The recall at k is the fraction of queries, 0 to 1, with a match among the first k results. The rank of a query is
+    the rank of its first match. The median rank is rounded down, as is customary. All scores are means over folds.
     """
 
     recall_at_1: float
@@ -64,9 +64,9 @@ class DirectionScores:
 
 @dataclass(frozen=True)
 class RetrievalScores:
-    """Scores of both directions, and the numbers of ranked images, of ranked references and of folds.
+    """Scores of both retrieval directions, and the numbers of ranked images, ranked references and folds.
 
-    Images are the queries of `image_to_text`, references those of `text_to_image`.
+    In `image_to_text`, images are the queries. In `text_to_image`, references are the queries.
     """
 
     images: int
@@ -77,9 +77,9 @@ class RetrievalScores:
 
     @property
     def mean_recall(self) -> float:
-        """The mean of the six recalls, 0 to 1: a single number to compare models by."""
+        """The mean of the six recalls, 0 to 1, as a single number to compare models."""
         directions = (self.image_to_text, self.text_to_image)
-        return sum(one.recall_at_1 + one.recall_at_5 + one.recall_at_10 for one in directions) / 6
+        return sum(each.recall_at_1 + each.recall_at_5 + each.recall_at_10 for each in directions) / 6
 
 
 def score_ranker(
@@ -88,21 +88,21 @@ def score_ranker(
     splits: Sequence[str] = (),
     protocol: RetrievalProtocol = PROTOCOLS["all"],
 ) -> RetrievalScores:
-    """Scores a ranker on the images and references of a complete features dataset; no `splits` means all.
+    """Scores a ranker on the images and references of a complete features dataset, in `splits` (if empty, in all).
 
     Raises:
-        CheckpointError: the features come from another encoder.
+        CheckpointError: the features come from a different encoder than the ranker's.
         ConfigError: there are fewer images than the protocol needs.
         DatasetError: these splits have no references.
     """
     ranker.require_encoder(features.config["encoder"])
-    known = _read_splits(features)
+    available = _read_splits(features)
     images = [np.empty((0, ranker.size), np.float32)]
     references: list[str] = []
     image_of_reference: list[int] = []
     count = 0
     for shard in range(features.shards):
-        for rows, captions in read_features(features, shard, frozenset(splits) or known):
+        for rows, captions in read_features(features, shard, frozenset(splits) or available):
             images.append(ranker.encode_features(rows))
             for image_references in captions:
                 references.extend(image_references)
@@ -111,7 +111,7 @@ def score_ranker(
     if not references:
         raise DatasetError(
             f"{features.folder.uri}: no references in split {' or '.join(splits) or '(any)'}; "
-            f"its splits are {', '.join(sorted(known)) or 'none'}"
+            f"its splits are {', '.join(sorted(available)) or 'none'}"
         )
     vectors = ranker.encode_sentences(references)
     return score_retrieval(np.concatenate(images), vectors, np.array(image_of_reference, np.int64), protocol)
@@ -130,9 +130,9 @@ def score_retrieval(
 ) -> RetrievalScores:
     """Ranks all references for each image, and all images for each reference.
 
-    A tie counts as half a better result, so a model whose similarities are all equal ranks as chance would. Images
-    and references are unit vectors, `[number, size]`. `image_of_reference`, `[references]`, is ascending and has the
-    row of `images` that a reference belongs to. Images without references are ignored.
+    A tie counts as half a better result, so a model with constant similarities scores at chance level. `images` and
+    `references` are unit vectors, `[number, size]`. `image_of_reference`, `[references]`, contains the row in `images`
+    for each reference, in ascending order. Images without references are ignored.
 
     Raises:
         ConfigError: there are fewer images than a fold needs.
@@ -156,7 +156,7 @@ def score_retrieval(
 
 
 def rank_references(images: Vectors, references: Vectors, image_of_reference: Indices) -> Indices:
-    """Returns for each image the rank of its first own reference, `[images]`, from 1."""
+    """Returns the rank of each image's first matching reference, `[images]`, counted from 1."""
     ranks = []
     for begin in range(0, len(images), _BLOCK):
         similarities = images[begin : begin + _BLOCK] @ references.T
@@ -167,7 +167,7 @@ def rank_references(images: Vectors, references: Vectors, image_of_reference: In
 
 
 def rank_images(images: Vectors, references: Vectors, image_of_reference: Indices) -> Indices:
-    """Returns for each reference the rank of its image, `[references]`, from 1."""
+    """Returns the rank of each reference's image, `[references]`, counted from 1."""
     ranks = []
     for begin in range(0, len(references), _BLOCK):
         match = image_of_reference[begin : begin + _BLOCK, None]
@@ -185,11 +185,11 @@ def _rank(similarities: Vectors, best: Vectors, others: npt.NDArray[np.bool_]) -
 
 
 def _split_into_folds(image_of_reference: Indices, protocol: RetrievalProtocol) -> Iterator[tuple[Indices, Indices]]:
-    """Yields the rows of the images and of the references that are ranked together."""
+    """Yields the rows of the images and of the references in each fold."""
     images, first, counts = np.unique(image_of_reference, return_index=True, return_counts=True)
     if not len(images):
         raise DatasetError("expected references to rank, got none; pass features of a split that has references")
-    position = np.arange(len(image_of_reference)) - np.repeat(first, counts)  # among the references of the same image
+    position = np.arange(len(image_of_reference)) - np.repeat(first, counts)  # index of a reference within its image
     images = images[: protocol.images]
     size = protocol.fold_images or len(images)
     if len(images) < size:

@@ -1,1 +1,1 @@
-"""Search: SQL over datasets, and an index of captions and embeddings."""
+"""SQL queries over datasets, and an index for searching captions and image embeddings."""

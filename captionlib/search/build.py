@@ -1,6 +1,6 @@
-"""Builds an index: plans the build, trains centroids once, adds shards in parallel, and publishes the result.
+"""Builds a search index: plans the build, trains centroids, adds shards in parallel, and publishes the result.
 
-Every step can run on any machine and can be repeated.
+Every step can run on any machine and can safely be repeated.
 """
 
 import os
@@ -39,23 +39,25 @@ __all__ = ["IndexBuild", "plan_build"]
 
 _BATCH_ROWS = 65_536
 _TRAINING_VECTORS_PER_LIST = 50
-_MIN_TRAINING_VECTORS = 20_000  # a product quantizer learns 256 codes per byte, however few the lists
+_MIN_TRAINING_VECTORS = 20_000  # a product quantizer learns 256 codes per byte, regardless of the number of lists
 
 ShardMarkers = dict[int, tuple[Marker, Marker | None]]
-"""The markers of captions and embeddings, by shard."""
+"""For each shard, the captions marker and embeddings marker: files that mark the shard as complete."""
 
 
 @dataclass(frozen=True)
 class IndexBuild:
-    """A planned build. Pickles, so workers can run its steps; a step that is done already does nothing.
+    """A planned build. It can be pickled, so that workers can run its steps. A step that is already done does nothing.
 
     Attributes:
         folder: the folder of the index.
-        embeddings: the embeddings of the same images; None builds a text-only index.
-        base: the version of the index to extend; None builds from scratch.
-        unchanged: shards of the base that are still valid.
-        removed: shards of the base that were replaced.
+        captions: a captions dataset, with one row per captioned image.
+        embeddings: the embeddings of the same images. If None, the index is text-only.
+        base: the version of the index to extend. If None, the index is built from scratch.
+        unchanged: shards of `base` that are still valid.
+        removed: shards of `base` that are no longer valid.
         added: shards to index.
+        layout: the Faiss index type of the embeddings; None for a text-only index.
     """
 
     folder: Folder
@@ -70,7 +72,7 @@ class IndexBuild:
 
     @property
     def fingerprint(self) -> str:
-        """The hash of everything that search results depend on."""
+        """Hash of everything that determines the search results."""
         identity = {
             "captions": self.captions.fingerprint,
             "embeddings": self.embeddings.fingerprint if self.embeddings else None,
@@ -81,25 +83,25 @@ class IndexBuild:
         return compute_fingerprint("index", identity)
 
     def is_done(self) -> bool:
-        """Tells whether the folder holds the result of this build."""
+        """Returns whether the folder already contains the result of this build."""
         current = read_description(self.folder)
         return current is not None and current.fingerprint == self.fingerprint
 
     def train(self) -> None:
-        """Trains the centroids, unless the base provides them."""
+        """Trains the centroids of the inverted lists, unless `base` already has them."""
         if self.layout is None or self.base is not None or self.folder.exists(self._trained):
             return
-        assert self.embeddings is not None, "only embeddings have a layout"
+        assert self.embeddings is not None, "an index has a layout only if it has embeddings"
         count = max(self.layout.nlist * _TRAINING_VECTORS_PER_LIST, _MIN_TRAINING_VECTORS)
         sample = sample_embeddings(self.embeddings, [shard.shard for shard in self.added], count)
         with self.folder.stage(self._trained) as path:
             train_vectors(self.layout, sample, path)
 
     def add_shard(self, number: int) -> None:
-        """Writes the rows and the partial vector index of the `number`-th added shard.
+        """Writes the rows and the partial vector index of the shard `added[number]`.
 
         Raises:
-            DatasetError: the captions and embeddings of the shard are of different images.
+            DatasetError: the captions and embeddings of the shard cover different images.
         """
         shard = self.added[number]
         if not self.folder.exists(shard.file):
@@ -116,7 +118,7 @@ class IndexBuild:
             add_vectors(trained, positions[has_caption] + shard.offset, vectors, path)
 
     def finish(self) -> None:
-        """Merges the shards, publishes the index and removes files that no version uses."""
+        """Merges the shards, publishes the index, and removes files that neither it nor the previous version uses."""
         if self.is_done():
             return
         previous = read_description(self.folder)
@@ -192,16 +194,15 @@ def plan_build(
     *,
     overwrite: bool = False,
 ) -> IndexBuild:
-    """Compares an index with its datasets and plans what to build.
+    """Compares an index with the datasets it is built from and plans what to build.
 
-    The plan covers the shards that are done in both datasets. It extends an existing index by the shards that are new
-    or were replaced, and builds from scratch once the rows have outgrown the layout of the vectors. With `overwrite`,
-    it replaces an index of other datasets or of another configuration.
+    The plan covers the shards that are complete in both datasets. It extends an existing index with new and changed
+    shards, or builds the index from scratch if the number of rows requires a different vector layout. If `overwrite`
+    is True, an index built from different datasets or with a different configuration is replaced.
 
     Raises:
-        DatasetError: a dataset is missing, of another kind or has no shard that is done; the datasets are of different
-            images; or the output folder holds other files.
-        FingerprintError: the index is of other datasets or of another configuration, and `overwrite` is off.
+        DatasetError: a dataset is missing or has no complete shard, the two do not match, or `output` has other files.
+        FingerprintError: the index has different datasets or a different configuration, and `overwrite` is False.
     """
     captions_dataset = open_dataset(captions, "captions")
     embeddings_dataset = None if embeddings is None else open_dataset(embeddings, "embeddings")
@@ -211,13 +212,13 @@ def plan_build(
     if base is not None and (changes := _compare_with_base(build, base)):
         if not overwrite:
             raise FingerprintError(
-                f"{build.folder.uri} is an index of other datasets or another configuration ({'; '.join(changes)}); "
-                "choose another folder, or replace it with --overwrite"
+                f"{build.folder.uri} is an index with different datasets or configuration ({'; '.join(changes)}); "
+                "choose a different folder, or pass --overwrite to replace the index"
             )
         base = None
     if embeddings_dataset is not None:
         check_datasets_match(captions_dataset, embeddings_dataset)
-        # Fails before workers start; `add_shard` checks the other shards.
+        # Checks one shard before workers start; `add_shard` checks the others.
         match_embeddings_to_captions(captions_dataset, embeddings_dataset, min(done))
     return _plan_shards(build, base, done)
 
@@ -226,19 +227,18 @@ def _read_base(folder: Folder) -> IndexDescription | None:
     base = read_description(folder)
     if base is None and (others := [name for name in folder.list() if not _is_index_file(name)]):
         raise DatasetError(
-            f"{folder.uri} holds files that are not part of an index ({', '.join(others[:3])}); "
-            "choose an empty or a new folder"
+            f"{folder.uri} contains files that are not part of an index ({', '.join(others[:3])}); choose a new folder"
         )
     return base
 
 
 def _is_index_file(name: str) -> bool:
-    """Tells whether an interrupted build may have left the file."""
+    """Returns whether an interrupted build may have left a file of this name."""
     return name in (TEMPORARY_FOLDER, DESCRIPTION, "rows") or name.startswith(("text-", "vectors-", "trained-"))
 
 
 def _read_markers(captions: ShardedDataset, embeddings: ShardedDataset | None) -> ShardMarkers:
-    """Reads the markers of the shards that are done in both datasets."""
+    """Reads the markers of the shards that are complete in both datasets."""
     markers = captions.read_markers()
     if embeddings is None:
         done: ShardMarkers = {shard: (marker, None) for shard, marker in markers.items()}
@@ -247,12 +247,12 @@ def _read_markers(captions: ShardedDataset, embeddings: ShardedDataset | None) -
         done = {shard: (markers[shard], embedding_markers[shard]) for shard in markers if shard in embedding_markers}
     if not done:
         folders = f"both {captions.folder.uri} and {embeddings.folder.uri}" if embeddings else captions.folder.uri
-        raise DatasetError(f"expected shards that are done in {folders}, got none; run the commands that write them")
+        raise DatasetError(f"expected shards that are complete in {folders}, got none; finish writing them first")
     return done
 
 
 def _compare_with_base(build: IndexBuild, base: IndexDescription) -> list[str]:
-    """Describes changes of datasets and configuration, apart from the datasets' addresses and numbers of shards."""
+    """Describes how the datasets and configuration differ, ignoring the datasets' locations and shard counts."""
     before, now = (
         {
             "captions": index.captions.fingerprint,

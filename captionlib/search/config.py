@@ -1,4 +1,4 @@
-"""The configuration of an index: the language of its captions and the precision of its vectors."""
+"""Configuration of a search index: the language of the captions and the storage of the image embeddings."""
 
 import math
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from captionlib.errors import ConfigError
 
 __all__ = ["LANGUAGES", "IndexConfig", "VectorLayout"]
 
-# Tantivy's stemmers.
+# The languages that Tantivy, the full-text search engine, can stem.
 LANGUAGES = (
     *("none", "arabic", "danish", "dutch", "english", "finnish", "french", "german", "greek", "hungarian"),
     *("italian", "norwegian", "portuguese", "romanian", "russian", "spanish", "swedish", "tamil", "turkish"),
 )
 
-# Measured, see benchmarks/README.md: below this many rows, exhaustive search is as fast as inverted lists.
+# Below this many rows, exhaustive search is as fast as inverted lists, see benchmarks/README.md.
 _FLAT_ROWS = 20_000
-_SQ8_ROWS = 20_000_000  # above this, one byte per dimension exceeds the memory of most machines
+_SQ8_ROWS = 20_000_000  # with more rows, one byte per dimension exceeds the memory of most machines
 _PQ_DIMENSIONS_PER_BYTE = 4
 
 
@@ -28,12 +28,11 @@ class IndexConfig:
     """How an index is built.
 
     Attributes:
-        language: the language whose stemmer and stop words are used; `none` uses neither.
-        vectors: `flat` searches all vectors exhaustively and is exact; `sq8` stores one byte per dimension in inverted
-            lists, `pq` one byte per four dimensions; `auto` chooses by the number of rows.
-        nlist: the number of inverted lists; None is about twice the square root of the number of rows.
-        nprobe: the number of inverted lists to visit per query; None aims at a recall@10 of 0.95, see
-            benchmarks/README.md.
+        language: the language of the captions, which selects the stemmer and the stop words; `none` disables both.
+        vectors: `flat` compares a query with every vector and is exact. `sq8` and `pq` search inverted lists; `sq8`
+            stores one byte per dimension, `pq` one byte per four dimensions. `auto` chooses by the number of rows.
+        nlist: number of inverted lists. If None, about twice the square root of the number of rows.
+        nprobe: number of inverted lists to search per query. If None, chosen for a recall@10 of about 0.95.
     """
 
     language: str = "english"
@@ -51,10 +50,11 @@ class VectorLayout:
     """The Faiss index type and parameters of an index's vectors.
 
     Attributes:
-        encoding: the encoding of the vectors in the syntax of Faiss's index factory: `Flat`, `SQ8` or `PQn`.
-        nlist: the number of inverted lists; 1 for `Flat`.
-        nprobe: the number of inverted lists to visit per query.
-        rows: the number of rows that the layout was chosen for.
+        dimension: dimension of the vectors.
+        encoding: encoding of the vectors in the syntax of Faiss's index factory: `Flat`, `SQ8` or `PQn`.
+        nlist: number of inverted lists; 1 for `Flat`.
+        nprobe: number of inverted lists to search per query.
+        rows: number of rows that the layout was chosen for.
     """
 
     dimension: int
@@ -68,7 +68,7 @@ class VectorLayout:
         """Chooses the layout for a number of rows.
 
         Raises:
-            ConfigError: product quantization does not divide the dimension.
+            ConfigError: `vectors` is `pq`, and the dimension is not a multiple of four.
         """
         kind = config.vectors
         if kind == "auto":
@@ -76,16 +76,14 @@ class VectorLayout:
         if kind == "flat" or rows == 0:
             return cls(dimension, "Flat", 1, 1, rows)
         if kind == "pq" and dimension % _PQ_DIMENSIONS_PER_BYTE:
-            raise ConfigError(
-                f"vectors: pq expects a dimension that is a multiple of {_PQ_DIMENSIONS_PER_BYTE}, got {dimension}; "
-                "use sq8"
-            )
+            divisor = _PQ_DIMENSIONS_PER_BYTE
+            raise ConfigError(f"vectors: pq requires a dimension divisible by {divisor}, got {dimension}; use sq8")
         encoding = "SQ8" if kind == "sq8" else f"PQ{dimension // _PQ_DIMENSIONS_PER_BYTE}"
         nlist = min(config.nlist or 2 ** (1 + round(math.log2(rows) / 2)), rows)
         nprobe = min(config.nprobe or max(8, round(1.5 * nlist**0.5)), nlist)
         return cls(dimension, encoding, nlist, nprobe, rows)
 
     def is_outgrown(self, config: IndexConfig, rows: int) -> bool:
-        """Tells whether `rows` rows need another encoding, or more lists than adding rows to the index provides."""
+        """Returns whether `rows` rows need a different encoding or, at more than four times the rows, new lists."""
         chosen = VectorLayout.choose(config, rows, self.dimension)
         return chosen.encoding != self.encoding or (self.encoding != "Flat" and rows > 4 * max(1, self.rows))

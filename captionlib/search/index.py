@@ -1,4 +1,4 @@
-"""Searches an index by text, sentences, vectors, and text and vectors combined."""
+"""Searches an index of images by caption text, by embedding vector, or by both."""
 
 import os
 import threading
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["Filter", "Index", "fuse_rankings", "open_index"]
 
 _CACHED_FILTERS = 16
-_FUSION_DEPTH = 200  # ranks fused per page of this size, so that the fused ranking is the same on every page
-_RANK_CONSTANT = 60
+_FUSION_DEPTH = 200  # rankings are fused to a multiple of this depth, so that pages within it share one ranking
+_RANK_CONSTANT = 60  # see `fuse_rankings`
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,9 @@ class Filter:
     """Restricts a search to matching images.
 
     Attributes:
-        where: a SQL condition over the columns of a row. It cannot change anything, but it can be slow: do not accept
-            one from untrusted users.
-        split: the split that the images must be in.
-        min_log_prob: the lowest log-probability of a caption.
+        where: a SQL condition over the columns of a row; it can be slow, so do not accept it from untrusted users.
+        split: the dataset split of the images, such as `val`.
+        min_log_prob: the minimum log-probability of a caption.
     """
 
     where: str | None = None
@@ -44,7 +43,7 @@ class Filter:
     min_log_prob: float | None = None
 
     def to_sql(self) -> tuple[str, list[Any]]:
-        """Returns one SQL condition and its parameters."""
+        """Returns the filter as one SQL condition and its parameters."""
         parameters = {"split = ?": self.split, "log_prob >= ?": self.min_log_prob}
         set_parameters = {sql: value for sql, value in parameters.items() if value is not None}
         where = [f"(\n{self.where}\n)"] if self.where is not None else []
@@ -52,26 +51,24 @@ class Filter:
 
 
 class Index:
-    """An open index. Thread-safe. Made by `open_index`.
+    """An open index, returned by `open_index`. Thread-safe.
 
-    Searches return Arrow tables, best row first, with the columns image_id, uri, split, caption, log_prob, tokens and
-    `score`: BM25 for text, the inner product for vectors, and reciprocal rank fusion for both. A table has `limit` rows
-    unless fewer match.
-
-    Every search takes `limit` and `offset`, and `where`: a `Filter` or a SQL condition.
+    Every search returns an Arrow table, best row first, with the columns image_id, uri, split, caption, log_prob,
+    tokens and score. The score is BM25 for text, the inner product for vectors, and reciprocal rank fusion for both.
+    Every search takes `limit`, `offset` and `where`, which is a `Filter` or a SQL condition.
 
     Attributes:
-        description: what the index was built from.
+        description: the datasets, configuration and files of the index.
     """
 
-    def __init__(self, description: IndexDescription, path: Path, encoder: "LoadedRanker | None" = None) -> None:
+    def __init__(self, description: IndexDescription, path: Path, ranker: "LoadedRanker | None" = None) -> None:
         self.description = description
         self._rows = RowStore(path / shard.file for shard in description.shards)
         self._text = TextIndex(path / description.text, description.config.language)
         self._vectors: VectorIndex | None = None
         if description.layout is not None:
             self._vectors = VectorIndex(path / description.vectors, description.layout, description.end_row)
-        self._encoder = encoder
+        self._ranker = ranker
         self._lock = threading.Lock()
         self._matching: LRUCache[Filter, RowNumbers] = LRUCache(_CACHED_FILTERS)
 
@@ -84,8 +81,8 @@ class Index:
 
     @property
     def supports_sentences(self) -> bool:
-        """Whether `search_sentence` works: the index has vectors and was opened with their ranker."""
-        return self.has_vectors and self._encoder is not None
+        """Whether the index has vectors and their ranker, a dual encoder for image-text retrieval, is loaded."""
+        return self.has_vectors and self._ranker is not None
 
     def search_text(
         self,
@@ -95,24 +92,24 @@ class Index:
         where: Filter | str | None = None,
         sort: Sort = "relevance",
     ) -> pa.Table:
-        """Finds captions by their words.
+        """Finds captions by the words that they contain.
 
         Args:
-            query: words, "phrases", `+required`, `-excluded`.
+            query: words and "phrases"; `+` before a word or phrase requires it, `-` excludes it.
             limit: the maximum number of rows.
             offset: the number of rows to skip.
             where: restricts the search to matching images.
-            sort: by BM25 score, or by log-probability.
+            sort: `relevance` sorts by BM25 score, `log_prob` by log-probability.
 
         Raises:
-            QueryError: the query has no words besides stop words, or the condition is invalid.
+            QueryError: the query contains no words other than stop words, or the condition is invalid.
         """
         return self._to_table(self._find_text(query, offset + limit, _to_filter(where), sort)[offset:])
 
     def search_text_and_count(
         self, query: str, limit: int = 20, offset: int = 0, where: Filter | None = None
     ) -> tuple[pa.Table, int]:
-        """Finds captions by their words, and counts all that match. See `search_text`; `where` must not have SQL."""
+        """Like `search_text`, but also returns the total number of matches. `where` must not contain SQL."""
         where = where or Filter()
         if where.where is not None:
             raise QueryError("search_text_and_count: expected a filter without SQL; use search_text and count its rows")
@@ -122,30 +119,30 @@ class Index:
     def search_sentence(
         self, sentence: str, limit: int = 20, offset: int = 0, where: Filter | str | None = None
     ) -> pa.Table:
-        """Finds images that match a sentence, whatever their captions.
+        """Finds images whose embeddings are most similar to the embedding of a sentence (semantic search).
 
         Raises:
-            QueryError: the index has no vectors, was opened without their ranker, or the ranker knows no word of it.
+            QueryError: the index has no vectors or no ranker, or no word is in the ranker's vocabulary.
         """
         return self.search_vector(self._encode(sentence), limit, offset, where)
 
     def search_vector(
         self, vector: Vectors, limit: int = 20, offset: int = 0, where: Filter | str | None = None
     ) -> pa.Table:
-        """Finds images by a vector of the joint embedding space, `[dimension]`.
+        """Finds the images nearest to a vector in the ranker's joint embedding space, `[dimension]`.
 
         Raises:
-            QueryError: the index has no vectors, or they have another dimension.
+            QueryError: the index has no vectors, or they have a different dimension.
         """
         return self._to_table(self._find_vector(vector, offset + limit, _to_filter(where))[offset:])
 
     def search_similar(
         self, image_id: str, limit: int = 20, offset: int = 0, where: Filter | str | None = None
     ) -> pa.Table:
-        """Finds the images nearest to an image of the index, without that image.
+        """Finds the images most similar to an image in the index, excluding the image itself.
 
         Raises:
-            QueryError: the index does not hold the image, or no vector for it.
+            QueryError: the image is not in the index, or has no vector.
         """
         row = self._find_row(image_id)
         vector = self._require_vectors().get_vector(row)
@@ -162,26 +159,26 @@ class Index:
         where: Filter | str | None = None,
         vector: Vectors | None = None,
     ) -> pa.Table:
-        """Finds images by the words of their captions and by their vectors, combined by reciprocal rank fusion.
+        """Finds images by caption text and by vector, and combines the two rankings by reciprocal rank fusion.
 
-        Required and excluded words hold for all rows. Words that the ranker does not know match captions only.
+        Required and excluded words apply to both rankings. Words outside the ranker's vocabulary match only captions.
 
         Args:
-            query: see `search_text`; without its signs it is also the sentence to encode, unless `vector` is given.
+            query: see `search_text`. If `vector` is None, the query is also encoded as a sentence.
             limit: the maximum number of rows.
             offset: the number of rows to skip.
             where: restricts the search to matching images.
-            vector: a vector to use instead of the encoded query, `[dimension]`.
+            vector: the vector to search for instead of the encoded query, `[dimension]`.
 
         Raises:
-            QueryError: the query has no words besides stop words, or the index does not support sentences.
+            QueryError: the query contains no words other than stop words, or the index does not support sentences.
         """
         depth = -(-max(1, offset + limit) // _FUSION_DEPTH) * _FUSION_DEPTH
         where = _to_filter(where)
         rankings = [self._find_text(query, depth, where, "relevance")]
         sentence = self._text.to_sentence(query)
-        # Without a ranker, `_encode` raises the error.
-        if vector is None and sentence and (self._encoder is None or self._encoder.has_known_word(sentence)):
+        # Without a ranker, `_encode` raises a QueryError.
+        if vector is None and sentence and (self._ranker is None or self._ranker.has_known_word(sentence)):
             vector = self._encode(sentence)
         if vector is not None:
             rankings.append(self._find_vector_with_words(query, vector, depth, where))
@@ -191,7 +188,7 @@ class Index:
         """Returns the row of one image.
 
         Raises:
-            QueryError: the index does not hold the image.
+            QueryError: the image is not in the index.
         """
         row: dict[str, Any] = self._rows.take(np.array([self._find_row(image_id)])).to_pylist()[0]
         return row
@@ -217,7 +214,7 @@ class Index:
         return vectors.search(vector, limit, None if where == Filter() else self._find_matching(where))
 
     def _find_vector_with_words(self, query: str, vector: Vectors, limit: int, where: Filter) -> Hits:
-        """Returns the nearest vectors whose captions have the required words and no excluded ones."""
+        """Returns the nearest vectors whose captions contain every required word and no excluded word."""
         depth = limit
         while True:
             hits = self._find_vector(vector, depth, where)
@@ -227,7 +224,7 @@ class Index:
             depth *= 4
 
     def _find_matching(self, where: Filter) -> RowNumbers:
-        """Returns the numbers of the rows that match a filter, cached for the next page of results."""
+        """Returns the row numbers that match a filter. They are cached for the next page of results."""
         with self._lock:
             rows = self._matching.get(where)
         if rows is None:
@@ -246,16 +243,16 @@ class Index:
         self._require_vectors()
         if not sentence.strip():
             raise QueryError("sentence: expected words, got none")
-        if self._encoder is None:
-            raise QueryError("sentences need the ranker that computed the embeddings; open the index with it")
-        if not self._encoder.has_known_word(sentence):
-            raise QueryError(f"sentence: expected words that the ranker knows, got none of them in {sentence!r}")
-        vector: Vectors = self._encoder.encode_sentences([sentence])[0]
+        if self._ranker is None:
+            raise QueryError("searching by sentence requires the ranker that computed the embeddings; specify `ranker`")
+        if not self._ranker.has_known_word(sentence):
+            raise QueryError(f"sentence: expected words in the ranker's vocabulary, got none in {sentence!r}")
+        vector: Vectors = self._ranker.encode_sentences([sentence])[0]
         return vector
 
     def _require_vectors(self) -> VectorIndex:
         if self._vectors is None:
-            raise QueryError("the index has text only; build it with embeddings to search by sentences and images")
+            raise QueryError("the index contains only text; build it with embeddings to search by sentence or image")
         return self._vectors
 
     def _to_table(self, hits: Hits) -> pa.Table:
@@ -292,13 +289,13 @@ def open_index(
         4
 
     Args:
-        folder: the index that `build-index` wrote, on any file system of fsspec.
-        ranker: the checkpoint that computed the embeddings, or the loaded ranker; None supports text queries only.
-        cache: the folder for copies; None is `$CAPTIONLIB_CACHE`, or `captionlib/indexes` in the user's cache folder.
+        folder: the path or fsspec URL of an index written by `captionlib build-index`.
+        ranker: the ranker that computed the embeddings, or its checkpoint folder; required to search by sentence.
+        cache: the folder for copies. If None, `$CAPTIONLIB_CACHE`, or by default a folder in the user's cache folder.
 
     Raises:
         DatasetError: the folder is not an index.
-        CheckpointError: the embeddings are of another ranker.
+        CheckpointError: a different ranker computed the embeddings.
     """
     if isinstance(ranker, str | os.PathLike):
         from captionlib.models.checkpoints.checkpoint import load_ranker  # imports torch, which takes seconds

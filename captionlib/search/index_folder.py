@@ -1,13 +1,13 @@
-"""The folder of an index: its description, and the files that the description names.
+"""Reads and writes the folder of a search index, which is described by the file `index.json`.
 
     folder/
-      index.json              the description, replaced in one step
-      rows/part-00000-HASH.arrow ...
+      index.json              the description, replaced atomically
+      rows/part-00000-HASH.arrow ...  the columns that search results show
       text-HASH/              the Tantivy index
       vectors-HASH.faiss      the Faiss index
-      trained-HASH.faiss      the empty Faiss index with its trained centroids, for adding shards
+      trained-HASH.faiss      an empty Faiss index with trained centroids, used to add shards
 
-A build keeps the files of the previous version, for readers that have it open. The next build removes them.
+A build keeps the files of the previous version for readers that have it open. The next build removes them.
 """
 
 import json
@@ -50,8 +50,9 @@ class IndexedDataset:
     """A dataset that an index was built from.
 
     Attributes:
-        shards: the number of shards of the complete dataset.
-        ranker: the fingerprint of the ranker that computed the embeddings; empty for captions.
+        fingerprint: hash of everything that determines the rows of the dataset.
+        shards: number of shards of the complete dataset.
+        ranker: fingerprint of the ranker, the image-text dual encoder that computed the embeddings; empty for captions.
     """
 
     folder: str
@@ -65,11 +66,11 @@ class IndexedShard:
     """A shard of the captions and embeddings in an index.
 
     Attributes:
-        shard: the shard's number in the datasets.
-        offset: the row number of its first row in the index.
-        captions: the checksum of its captions.
-        embeddings: the checksum of its embeddings; empty without embeddings.
-        file: the name of the file with its rows.
+        shard: number of the shard in the datasets.
+        offset: row number in the index of the first row of the shard.
+        captions: checksum of the captions.
+        embeddings: checksum of the embeddings; empty if the index is text-only.
+        file: name of the file that contains the rows.
     """
 
     shard: int
@@ -89,16 +90,17 @@ class IndexDescription:
     """The content of `index.json`.
 
     Attributes:
-        fingerprint: the hash of everything that search results depend on.
-        created: the time of the build, in UTC.
-        embeddings: the embeddings dataset; None for a text-only index, like `layout`.
+        fingerprint: hash of everything that determines the search results.
+        created: time of the build, in UTC.
+        embeddings: the embeddings dataset; None if the index is text-only.
+        layout: type of the vector index; None if the index is text-only.
         shards: the indexed shards, ordered by row number.
-        end_row: one past the largest row number; the numbers of replaced shards are never reused.
-        captions_count: the number of searchable captions.
-        vectors_count: the number of searchable vectors.
-        text: the folder of the text index.
-        vectors: the file of the vector index; empty for a text-only index, like `trained`.
-        trained: the file of the trained, empty vector index.
+        end_row: one more than the largest row number; the numbers of removed shards are never reused.
+        captions_count: number of searchable captions.
+        vectors_count: number of searchable vectors.
+        text: folder of the text index.
+        vectors: file of the vector index; empty if the index is text-only.
+        trained: file of the trained vector index without vectors; empty if the index is text-only.
         previous: files that only the previous version uses.
     """
 
@@ -125,7 +127,7 @@ class IndexDescription:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the index holds every shard of the captions."""
+        """Whether the index contains every shard of the captions."""
         return len(self.shards) == self.captions.shards
 
 
@@ -133,17 +135,17 @@ def read_description(folder: Folder) -> IndexDescription | None:
     """Reads the description of an index; returns None if the folder has none.
 
     Raises:
-        DatasetError: the description is damaged or has another format version.
+        DatasetError: the description is invalid or has a different format version.
     """
     try:
         content: dict[str, Any] = json.loads(folder.read(DESCRIPTION))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise DatasetError(f"{folder.address(DESCRIPTION)} is damaged ({error}); build the index again") from error
+        raise DatasetError(f"{folder.address(DESCRIPTION)} is invalid ({error}); build the index again") from error
     version = (content.pop("kind", None), content.pop("format_version", None)) if isinstance(content, dict) else None
     if version != ("index", FORMAT_VERSION):
-        raise DatasetError(f"{folder.uri}: expected an index of format version {FORMAT_VERSION}; build it again")
+        raise DatasetError(f"{folder.uri}: expected an index of format version {FORMAT_VERSION}; build the index again")
     try:
         return build_config(IndexDescription, content, origin=folder.address(DESCRIPTION))
     except ConfigError as error:
@@ -151,14 +153,14 @@ def read_description(folder: Folder) -> IndexDescription | None:
 
 
 def write_description(folder: Folder, description: IndexDescription) -> None:
-    """Replaces the description; readers see the new version from then on."""
+    """Replaces the description. Readers that open the index afterwards use the new version."""
     content = {"kind": "index", "format_version": FORMAT_VERSION, **to_dict(description)}
     folder.write(DESCRIPTION, to_json(content))
 
 
 @contextmanager
 def temporary_folder(folder: Folder) -> Iterator[Path]:
-    """Creates a temporary folder: inside the index if it is local, so that files can be renamed into place."""
+    """Creates a temporary folder. For a local index, it is inside the index, so files can be renamed into place."""
     parent = None
     if folder.is_local:
         parent = Path(folder.path(TEMPORARY_FOLDER))
@@ -168,7 +170,7 @@ def temporary_folder(folder: Folder) -> Iterator[Path]:
 
 
 def publish_path(folder: Folder, path: Path, name: str) -> None:
-    """Moves a file or folder from `temporary_folder` into the index; replaces what an interrupted build left."""
+    """Moves a file or folder from `temporary_folder` into the index, replacing leftovers of an interrupted build."""
     folder.remove(name)
     if folder.is_local:
         target = Path(folder.path(name))
@@ -183,7 +185,7 @@ def publish_path(folder: Folder, path: Path, name: str) -> None:
 
 
 def fetch_path(folder: Folder, name: str, copy: Path) -> Path:
-    """Returns a local path of a file or folder of the index, which is copied to `copy` if the index is remote."""
+    """Returns a local path of a file or folder in the index. If the index is remote, it is copied to `copy` first."""
     if folder.is_local:
         return Path(folder.path(name))
     copy.parent.mkdir(parents=True, exist_ok=True)
@@ -199,10 +201,10 @@ def fetch_path(folder: Folder, name: str, copy: Path) -> Path:
 def fetch_locally(folder: Folder, description: IndexDescription, cache: Path | None = None) -> Path:
     """Returns a local folder with all files of an index: the index itself, or a copy in the cache.
 
-    The cache is keyed by address and fingerprint, and holds one version of each index. By default it is
-    `$CAPTIONLIB_CACHE`, or `captionlib/indexes` in the user's cache folder.
+    The cache is keyed by URI and fingerprint, and contains one version of each index. If `cache` is None, the cache is
+    `$CAPTIONLIB_CACHE` or, if the variable is not set, `captionlib/indexes` in the user's cache folder.
     """
-    if folder.is_local and os.access(folder.path(description.text), os.W_OK):  # Tantivy writes a lock file to read
+    if folder.is_local and os.access(folder.path(description.text), os.W_OK):  # Tantivy writes a lock file even to read
         return Path(folder.path("")).absolute()
     cache = cache or Path(os.environ.get("CAPTIONLIB_CACHE") or user_cache_folder() / "indexes")
     versions = cache / uuid.uuid5(uuid.NAMESPACE_URL, folder.uri).hex
@@ -220,7 +222,7 @@ def fetch_locally(folder: Folder, description: IndexDescription, cache: Path | N
         try:
             partial.rename(copy)
         except OSError:
-            if not copy.is_dir():  # otherwise another process has made the same copy
+            if not copy.is_dir():  # if it exists, a different process has made the same copy
                 raise
     for other in versions.iterdir():
         if other.name != description.fingerprint and not other.name.startswith("."):

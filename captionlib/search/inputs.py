@@ -1,4 +1,4 @@
-"""The captions and embeddings that an index is built from: consistency checks and reading."""
+"""Reads the captions and embeddings that an index is built from, and checks that they cover the same images."""
 
 from collections.abc import Iterator, Sequence
 
@@ -20,13 +20,13 @@ _SEED = 0
 
 
 def check_datasets_match(captions: ShardedDataset, embeddings: ShardedDataset) -> None:
-    """Checks by their markers alone that two datasets can be of the same images.
+    """Compares the datasets' image counts, read from their markers: files that mark shards as complete.
 
     Raises:
-        DatasetError: the datasets are of different images.
+        DatasetError: the datasets cover different images.
     """
     if captions.shards != embeddings.shards:
-        problem = f"the captions have {captions.shards} shards, the embeddings {embeddings.shards}"
+        problem = f"the captions have {captions.shards} shards, the embeddings have {embeddings.shards}"
         raise _mismatch_error(captions, embeddings, problem)
     caption_markers, embedding_markers = captions.read_markers(), embeddings.read_markers()
     for shard in sorted(caption_markers.keys() & embedding_markers.keys()):
@@ -34,17 +34,17 @@ def check_datasets_match(captions: ShardedDataset, embeddings: ShardedDataset) -
             markers[shard].rows + markers[shard].failures for markers in (caption_markers, embedding_markers)
         )
         if images != embedded:
-            problem = f"{part_name(shard)} of the captions has {images} images, of the embeddings {embedded}"
+            problem = f"{part_name(shard)} has {images} images in the captions, but {embedded} in the embeddings"
             raise _mismatch_error(captions, embeddings, problem)
 
 
 def match_embeddings_to_captions(
     captions: ShardedDataset, embeddings: ShardedDataset, shard: int
 ) -> npt.NDArray[np.int64]:
-    """Finds the position of each embedding's image in the captions of a shard, `[embeddings]`; -1 if captioning failed.
+    """Returns for each embedding in a shard the position of its caption, `[embeddings]`; -1 if captioning failed.
 
     Raises:
-        DatasetError: an image is in one dataset alone and did not fail in the other.
+        DatasetError: an image is in one dataset, but has neither a row nor a recorded failure in the other.
     """
     captioned, embedded = (_read_image_ids(dataset, shard) for dataset in (captions, embeddings))
     indices = pc.fill_null(pc.index_in(embedded, value_set=captioned), -1)
@@ -60,12 +60,12 @@ def match_embeddings_to_captions(
 
 
 def read_embeddings(embeddings: ShardedDataset, shard: int) -> npt.NDArray[np.float32]:
-    """Reads the vectors of a shard, `[rows, dimension]`, scaled to unit length again after rounding to float16."""
+    """Reads the vectors of a shard, `[rows, dimension]`, rescaled to unit length because they are stored as float16."""
     return np.concatenate([_empty_vectors(embeddings), *_read_vector_batches(embeddings, shard)])
 
 
 def sample_embeddings(embeddings: ShardedDataset, shards: Sequence[int], count: int) -> npt.NDArray[np.float32]:
-    """Samples about `count` vectors from evenly spaced shards, `[rows, dimension]`; memory holds only the sample."""
+    """Samples about `count` vectors from evenly spaced shards, `[rows, dimension]`; memory contains only the sample."""
     chosen = [shards[position] for position in np.unique(np.linspace(0, len(shards) - 1, _SAMPLED_SHARDS).astype(int))]
     rows = sum(marker.rows for marker in embeddings.read_markers(chosen).values())
     fraction = min(1.0, 1.05 * count / max(1, rows))
@@ -94,7 +94,7 @@ def _read_image_ids(dataset: ShardedDataset, shard: int) -> pa.Array:
 
 
 def _find_missing_without_failure(dataset: ShardedDataset, shard: int, missing: pa.Array) -> str | None:
-    """Returns the first of the missing images that is not a failure of the shard."""
+    """Returns the first missing image that is not among the failures: images that could not be processed."""
     if not len(missing):
         return None
     failures = dataset.read_failures(shard)
@@ -106,6 +106,6 @@ def _find_missing_without_failure(dataset: ShardedDataset, shard: int, missing: 
 
 def _mismatch_error(captions: ShardedDataset, embeddings: ShardedDataset, problem: str) -> DatasetError:
     return DatasetError(
-        f"captions {captions.folder.uri} and embeddings {embeddings.folder.uri} are of different images: {problem}; "
-        "make both from the same manifest or features"
+        f"captions {captions.folder.uri} and embeddings {embeddings.folder.uri} cover different images: {problem}; "
+        "create both from the same manifest or features dataset"
     )

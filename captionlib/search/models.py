@@ -1,4 +1,4 @@
-"""The models behind queries: sentences and images become vectors, images become captions."""
+"""Computes embeddings and captions of query images that are not in the index."""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from captionlib.models.encoders.encoder import Encoder, EncoderConfig, load_enco
 __all__ = ["ImageQueryModels", "read_sentences"]
 
 _CANDIDATES = pa.schema([("caption", pa.string()), ("log_prob", pa.float32())])
-_ImageEncoder = tuple[Encoder, DecoderPool]  # the decoders have the encoder's preprocessing
+_ImageEncoder = tuple[Encoder, DecoderPool]  # the pool applies the encoder's preprocessing
 _SENTENCES = pa.schema([("sentence", pa.string()), ("score", pa.float32())])
 
 
@@ -39,13 +39,13 @@ def read_sentences(path: str) -> list[str]:
 
 
 class ImageQueryModels:
-    """Embeds and captions images that are not in the index. A context manager; thread-safe.
+    """Embeds and captions images. This context manager is thread-safe.
 
-    Images are embedded with a loaded ranker, and captioned with the captioner in a folder. `weights` is the file of the
-    encoder's weights, if the models were trained with such a file and the captioner does not contain them.
+    `ranker` is a dual encoder for image-text retrieval, and `captioner` is a checkpoint folder. `weights` is the
+    encoder's weights file, required if the models were trained with one and the captioner does not contain the weights.
 
     Raises:
-        CheckpointError: there is no captioner, or the encoder differs from the one a model was trained with.
+        CheckpointError: the captioner is missing, or the encoder differs from the one that a model was trained with.
         ConfigError: the encoder cannot be loaded.
     """
 
@@ -61,13 +61,13 @@ class ImageQueryModels:
         self._captioner: LoadedCaptioner | None = load_captioner(captioner, device) if captioner else None
         self._decoding = decoding
         self._device = device
-        self._lock = threading.Lock()  # the models use all cores for one image
+        self._lock = threading.Lock()  # a model uses all cores for one image
         self._resources = ExitStack()
         self._loaded: list[tuple[Mapping[str, Any], _ImageEncoder]] = []
         self._caption_encoder = None
         if self._captioner is not None:
             self._caption_encoder = self._load(self._captioner.encoder, self._captioner.encoder_weights or weights)
-        self._embedding_encoder = self._load(ranker.encoder, weights) if ranker else None  # often the same encoder
+        self._embedding_encoder = self._load(ranker.encoder, weights) if ranker else None  # often the captioner's
 
     def __enter__(self) -> "ImageQueryModels":
         return self
@@ -88,27 +88,27 @@ class ImageQueryModels:
         return self._caption_encoder is not None
 
     def embed(self, content: bytes) -> npt.NDArray[np.float32]:
-        """Returns the unit vector of an image file, `[dimension]`.
+        """Returns the embedding of an image file, `[dimension]`, scaled to unit length.
 
         Raises:
             DecodeError: the file is not an image, or exceeds the limits.
             QueryError: there is no ranker.
         """
         if self._embedding_encoder is None or self._ranker is None:
-            raise QueryError("searching by image needs the ranker that computed the embeddings")
+            raise QueryError("searching by image requires the ranker that computed the embeddings")
         features = self._encode(self._embedding_encoder, content)
         with self._lock:
             vector: npt.NDArray[np.float32] = self._ranker.encode_features(features)[0]
         return vector
 
     def rank_sentences(self, vector: npt.NDArray[np.float32], sentences: Sequence[str]) -> pa.Table:
-        """Ranks sentences by similarity to the vector of an image: the columns sentence and score, best first.
+        """Returns the columns sentence and score, sorted by similarity to the vector of an image, best first.
 
         Raises:
-            QueryError: there are no sentences, or there is no ranker.
+            QueryError: there is no ranker, or `sentences` is empty.
         """
         if self._ranker is None:
-            raise QueryError("ranking sentences needs the ranker that computed the embeddings")
+            raise QueryError("ranking sentences requires the ranker that computed the embeddings")
         if not sentences:
             raise QueryError("sentences: expected one per line, got none")
         with self._lock:
@@ -118,14 +118,14 @@ class ImageQueryModels:
         return pa.Table.from_pydict(columns, _SENTENCES)
 
     def caption(self, content: bytes, n_best: int = 5) -> pa.Table:
-        """Captions an image file: the columns caption and log_prob, most probable first.
+        """Returns the `n_best` most probable captions of an image file, in the columns caption and log_prob.
 
         Raises:
             DecodeError: the file is not an image, or exceeds the limits.
             QueryError: there is no captioner.
         """
         if self._caption_encoder is None or self._captioner is None:
-            raise QueryError("captioning an image needs a captioner")
+            raise QueryError("captioning an image requires a captioner")
         features = self._encode(self._caption_encoder, content)
         decode = self._captioner.vocabulary.decode
         with self._lock:

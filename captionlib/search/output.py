@@ -1,4 +1,4 @@
-"""Writes Arrow rows as an aligned table for the terminal, CSV, JSON lines or Parquet."""
+"""Writes Arrow rows as an aligned table for the terminal, CSV, JSON Lines or Parquet."""
 
 import json
 import math
@@ -23,10 +23,10 @@ _MIN_WIDTH = 8
 def write_output(
     rows: pa.RecordBatchReader, sink: BinaryIO, output_format: OutputFormat, width: int | None = None
 ) -> int:
-    """Writes rows as they arrive and returns their number; memory holds one batch.
+    """Writes rows as they arrive and returns their number. Only one batch is kept in memory.
 
-    `table` aligns columns, with the widths of the first batch, and is fitted to a terminal of `width` columns; None
-    writes all values in full. `csv` has nested values as JSON, `jsonl` one object per row, and `parquet` all types.
+    `table` aligns columns by the first batch and truncates values to fit a terminal of `width` characters. If `width`
+    is None, values are not truncated. `csv` writes nested values as JSON, and `jsonl` writes one object per row.
     """
     count = 0
 
@@ -70,7 +70,7 @@ def _write_json_lines(schema: pa.Schema, batches: Iterable[pa.RecordBatch], sink
 
 
 def _write_table(schema: pa.Schema, batches: Iterable[pa.RecordBatch], sink: BinaryIO, width: int | None) -> None:
-    """Writes an aligned table. Rich's Table needs all rows at once, and takes a hundred times as long per row."""
+    """Writes an aligned table. Rich's Table would need all rows at once and take 100 times as long per row."""
     names = [_escape(name) for name in schema.names]
     numeric = [_is_number(field.type) for field in schema]
     widths: list[int] = []
@@ -91,7 +91,7 @@ def _write_table(schema: pa.Schema, batches: Iterable[pa.RecordBatch], sink: Bin
 
 
 def _merge_first_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Yields the batches; the first has a single row only if there is only one row in all."""
+    """Yields the batches; the first has a single row only if there is only one row in total."""
     pending: pa.RecordBatch | None = None
     for batch in batches:
         merged = batch if pending is None else pa.concat_batches([pending, batch])
@@ -103,7 +103,7 @@ def _merge_first_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBa
 
 
 def _format_record(names: Sequence[str], row: pa.RecordBatch, width: int) -> str:
-    """Formats a row that is wider than the terminal: one line per column or list element."""
+    """Formats a row that is wider than the terminal, with one line per column or list element."""
     margin = max(map(cell_len, names))
     lines = []
     for name, column in zip(names, row.columns, strict=True):
@@ -125,7 +125,7 @@ def _format_element(element: Any, width: int) -> str:
 
 
 def _shrink(widths: list[int], excess: int) -> None:
-    """Takes `excess` from the widest columns, as far as the minimum width allows."""
+    """Narrows the widest columns by `excess` characters in total, as far as the minimum width allows."""
     for _ in range(excess):
         if max(widths) <= _MIN_WIDTH:
             return
@@ -134,9 +134,9 @@ def _shrink(widths: list[int], excess: int) -> None:
 
 def _format_line(cells: Iterable[str], widths: Sequence[int], numeric: Sequence[bool]) -> str:
     padded = []
-    for cell, width, right in zip(cells, widths, numeric, strict=True):
+    for cell, width, is_number in zip(cells, widths, numeric, strict=True):
         text = _truncate(cell, width)
-        padded.append(" " * (width - cell_len(text)) + text if right else set_cell_size(text, width))
+        padded.append(" " * (width - cell_len(text)) + text if is_number else set_cell_size(text, width))
     return _GAP.join(padded).rstrip() + "\n"
 
 
@@ -185,7 +185,7 @@ def _to_plain_value(value: Any, kind: pa.DataType) -> Any:
 
 
 def _to_plain_scalar(value: Any, kind: pa.DataType) -> Any:
-    """Converts a scalar; 16- and 32-bit floats get their own shortest digits, NaN and infinity become null."""
+    """Converts a scalar. float16 and float32 use the shortest exact decimal; NaN and infinity become null."""
     if isinstance(value, float):
         if not math.isfinite(value):
             return None

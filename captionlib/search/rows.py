@@ -1,7 +1,6 @@
-"""The rows of an index: the columns that results show and conditions filter, in memory-mapped Arrow files.
+"""Stores the rows of an index, one per captioned image, in memory-mapped Arrow files and filters them with SQL.
 
-Row numbers identify rows throughout the index. Reading twenty rows takes microseconds; Parquet would decode twenty row
-groups. The n-best candidates of an image, which no list of results shows, stay in the Parquet files.
+Row numbers identify rows throughout the index. Reading 20 rows takes microseconds; Parquet would decode 20 row groups.
 """
 
 import tempfile
@@ -23,16 +22,16 @@ from captionlib.search.sql.statements import check_reads_only
 __all__ = ["COLUMNS", "ROWS", "RowStore", "number_rows", "read_rows", "write_rows"]
 
 COLUMNS = ("image_id", "uri", "split", "caption", "log_prob", "tokens")
-"""The columns of `captions/` that an index holds."""
+"""The columns of a captions dataset that an index contains."""
 
 ROWS = pa.schema([pa.field("row", pa.int64(), nullable=False), *(captions_schema().field(name) for name in COLUMNS)])
 
 _BATCH_ROWS = 65_536
-_MAX_SLICED_ROWS = 100  # up to this many rows, slicing each is much faster than gathering
+_MAX_SLICED_ROWS = 100  # up to this many rows, slicing each row is much faster than `take`
 
 
 def number_rows(batches: Iterable[pa.RecordBatch], offset: int) -> Iterator[pa.RecordBatch]:
-    """Adds row numbers from `offset` to batches with the columns `COLUMNS`, as the first column."""
+    """Adds a first column of row numbers, starting at `offset`, to batches with the columns `COLUMNS`."""
     for batch in batches:
         numbers = pa.array(np.arange(offset, offset + batch.num_rows), pa.int64())
         yield pa.RecordBatch.from_arrays([numbers, *(batch[name] for name in COLUMNS)], schema=ROWS)
@@ -50,7 +49,7 @@ def read_rows(path: Path) -> Iterator[pa.RecordBatch]:
     """Maps an Arrow file into memory and yields its batches.
 
     Raises:
-        DatasetError: the file is missing or damaged.
+        DatasetError: the file is missing or invalid.
     """
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -73,30 +72,30 @@ class RowStore:
         return sum(batch.num_rows for batch in self._batches)
 
     def take(self, rows: npt.NDArray[np.int64]) -> pa.Table:
-        """Returns the rows with these numbers, in this order, without their numbers."""
+        """Returns the rows with the given numbers, in the given order, without the column of row numbers."""
         if not len(rows):
             return ROWS.empty_table().select(COLUMNS)
-        owners = np.searchsorted(self._starts, rows, side="right") - 1  # the batch of each row
+        batch_numbers = np.searchsorted(self._starts, rows, side="right") - 1  # the batch of each row
         if len(rows) <= _MAX_SLICED_ROWS:
-            positions = zip(owners.tolist(), (rows - self._starts[owners]).tolist(), strict=True)
-            slices = [self._batches[owner].slice(position, 1) for owner, position in positions]
+            offsets = zip(batch_numbers.tolist(), (rows - self._starts[batch_numbers]).tolist(), strict=True)
+            slices = [self._batches[number].slice(offset, 1) for number, offset in offsets]
             return pa.Table.from_batches(slices).combine_chunks()
-        pieces, order = [], []
-        for owner in np.unique(owners):
-            places = np.flatnonzero(owners == owner)
-            pieces.append(self._batches[owner].take(pa.array(rows[places] - self._starts[owner])))
-            order.append(places)
+        chunks, order = [], []
+        for number in np.unique(batch_numbers):
+            positions = np.flatnonzero(batch_numbers == number)
+            chunks.append(self._batches[number].take(pa.array(rows[positions] - self._starts[number])))
+            order.append(positions)
         restored = np.argsort(np.concatenate(order))
-        return pa.Table.from_batches([pa.concat_batches(pieces).take(pa.array(restored))])
+        return pa.Table.from_batches([pa.concat_batches(chunks).take(pa.array(restored))])
 
     def sample(self, count: int) -> npt.NDArray[np.int64]:
         """Returns the numbers of up to `count` evenly spaced rows."""
         if not self._batches:
             return np.empty(0, np.int64)
         positions = np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64))
-        firsts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])[:-1]
-        owners = np.searchsorted(firsts, positions, side="right") - 1
-        numbers: npt.NDArray[np.int64] = self._starts[owners] + positions - firsts[owners]
+        offsets = np.cumsum([0, *(batch.num_rows for batch in self._batches)])[:-1]
+        batch_numbers = np.searchsorted(offsets, positions, side="right") - 1
+        numbers: npt.NDArray[np.int64] = self._starts[batch_numbers] + positions - offsets[batch_numbers]
         return numbers
 
     def list_splits(self) -> list[str]:
@@ -124,11 +123,11 @@ class _RowFilter:
         self._rows = rows
 
     def find_matching(self, where: str, parameters: Sequence[Any]) -> npt.NDArray[np.int64]:
-        # The condition has its own line, so that a comment at its end hides nothing.
+        # The condition is on its own line, so that a comment at its end does not hide the closing parenthesis.
         sql = f"SELECT row FROM captions WHERE (\n{where}\n) ORDER BY row"
         try:
             cursor = self._connection.cursor()
-            cursor.register("captions", self._rows)  # a registered view belongs to its cursor
+            cursor.register("captions", self._rows)  # a registered view exists only in its cursor
             check_reads_only(cursor, sql)
             rows = cursor.execute(sql, list(parameters)).fetchnumpy()["row"]
         except (duckdb.Error, QueryError) as error:

@@ -1,6 +1,6 @@
-"""The captions of an index in Tantivy, ranked by BM25.
+"""Full-text search over captions with Tantivy, ranked by BM25.
 
-A query is a list of words and "phrases". `+` before one requires it, `-` excludes it. Nothing else is syntax.
+A query is a list of words and "phrases". `+` before a word or phrase requires it, and `-` excludes it.
 """
 
 import re
@@ -28,13 +28,13 @@ _MAX_WORD_LENGTH = 40
 _MAX_CLAUSES = 64
 _CLAUSE = re.compile(r'([+-]?)(?:"([^"]*)"?|([^\s"]+))')
 
-# Up to this many matching rows, the query restricts itself to them. Of more, enough are among its first hits.
+# Up to this many rows that match a filter are part of the query. If there are more, hits are filtered afterwards.
 _MAX_TERM_SET = 20_000
 
 
 class _Clause(NamedTuple):
     occur: Occur
-    words: list[tuple[int, str]]
+    words: list[tuple[int, str]]  # position in the clause, stemmed word
 
 
 def write_text_index(
@@ -42,8 +42,8 @@ def write_text_index(
 ) -> int:
     """Writes a text index to a new folder and returns the number of captions.
 
-    `rows` have the columns row, image_id, split, caption and log_prob. They extend a copy of `base`, an index of the
-    same language, without the ranges of row numbers in `removed`, each with an exclusive end.
+    `rows` have the columns row, image_id, split, caption and log_prob. If `base`, an index in the same language, is not
+    None, the new index also contains its rows, except the row numbers in `removed`: ranges with exclusive ends.
     """
     if base is None:
         path.mkdir(parents=True)
@@ -93,7 +93,7 @@ def _make_analyzer(language: str) -> tantivy.TextAnalyzer:
 
 
 class TextIndex:
-    """An open text index; `language` is the one that it was written with. Thread-safe.
+    """An open text index. `language` must be the language that it was written with. Thread-safe.
 
     Raises:
         DatasetError: the folder is not a text index.
@@ -121,10 +121,10 @@ class TextIndex:
         min_log_prob: float | None = None,
         sort: Sort = "relevance",
     ) -> Hits:
-        """Returns the captions that match a query, best first; `matching` are the admitted row numbers, ascending.
+        """Returns the best captions for a query, restricted to the sorted row numbers `matching` if it is not None.
 
         Raises:
-            QueryError: the query has no words besides stop words, or too many.
+            QueryError: the query contains no words other than stop words, or too many words.
         """
         parsed = self._restrict(self._parse(query), split, min_log_prob)
         if matching is None:
@@ -150,7 +150,7 @@ class TextIndex:
         return self._to_hits(result.hits)[:limit], int(result.count)
 
     def filter_hits(self, query: str, hits: Hits) -> Hits:
-        """Returns the hits of another search whose captions have all required words and no excluded ones."""
+        """Keeps the hits, of any search, whose captions contain every required word and no excluded word."""
         clauses = [clause for clause in self._parse_clauses(query) if clause.occur != Occur.Should]
         if not clauses or not len(hits):
             return hits
@@ -160,11 +160,11 @@ class TextIndex:
         return hits[np.isin(hits.rows, admitted.rows)]
 
     def to_sentence(self, query: str) -> str:
-        """Returns a query without its signs and without its excluded words."""
+        """Returns a query without its signs and excluded words."""
         return " ".join(phrase or word for sign, phrase, word in _CLAUSE.findall(query) if sign != "-")
 
     def find_image(self, image_id: str) -> int | None:
-        """Returns the row number of an image; None if the index does not hold it."""
+        """Returns the row number of an image, or None if the image is not in the index."""
         hits = self._search(Query.term_query(self._schema, "image_id", image_id, "basic"), 1, "relevance")
         return int(hits.rows[0]) if len(hits) else None
 
@@ -194,9 +194,7 @@ class TextIndex:
     def _parse(self, query: str) -> Query:
         clauses = list(self._parse_clauses(query))
         if not clauses:
-            raise QueryError(
-                f"text: expected words to search for, got {query!r}; very frequent words such as `the` do not count"
-            )
+            raise QueryError(f"text: expected words to search for, got {query!r}; stop words such as `the` are ignored")
         if len(clauses) > _MAX_CLAUSES:
             raise QueryError(f"text: expected at most {_MAX_CLAUSES} words and phrases, got {len(clauses)}")
         parts = [(clause.occur, self._to_query(clause.words)) for clause in clauses]

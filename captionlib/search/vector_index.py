@@ -1,6 +1,6 @@
-"""The vectors of an index in Faiss: centroids trained once, one partial index per shard, then one merged index.
+"""Builds and searches a Faiss index of embeddings: trains centroids, writes an index per shard, and merges them.
 
-Scores are inner products of unit vectors. Every index is an inverted file; one with a single list is exact.
+Scores are inner products of unit vectors. Every index is an inverted file; a `Flat` index has one list and is exact.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,7 +30,7 @@ class Hits:
 
     Attributes:
         rows: `[hits] int64`, row numbers in the index.
-        scores: `[hits] float32`, descending unless sorted by another field.
+        scores: `[hits] float32`, descending unless sorted by a different field.
     """
 
     rows: RowNumbers
@@ -52,7 +52,7 @@ def train_vectors(layout: VectorLayout, sample: Vectors, path: Path) -> None:
     index = faiss.index_factory(layout.dimension, f"IVF{layout.nlist},{layout.encoding}", faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = _SEED
     index.cp.niter = _KMEANS_ITERATIONS
-    index.cp.min_points_per_centroid = 1  # few rows in many lists are the user's choice: no warning
+    index.cp.min_points_per_centroid = 1  # no warning about few rows per list, which the user may choose
     index.cp.spherical = True
     if isinstance(index, faiss.IndexIVFPQ):
         index.pq.cp.min_points_per_centroid = 1
@@ -61,7 +61,7 @@ def train_vectors(layout: VectorLayout, sample: Vectors, path: Path) -> None:
 
 
 def add_vectors(trained: Path, rows: RowNumbers, vectors: Vectors, path: Path) -> None:
-    """Writes the partial index of one shard; `rows` are the numbers of its vectors in the whole index."""
+    """Writes the partial index of one shard; `rows` are the row numbers of its vectors in the whole index."""
     index = faiss.read_index(str(trained))
     if len(rows):
         index.add_with_ids(np.ascontiguousarray(vectors, np.float32), rows)
@@ -71,7 +71,7 @@ def add_vectors(trained: Path, rows: RowNumbers, vectors: Vectors, path: Path) -
 def merge_vectors(base: Path, parts: Iterable[Path], removed: Sequence[tuple[int, int]], path: Path) -> int:
     """Merges partial indexes into a copy of the base, in memory, and returns the number of vectors.
 
-    `removed` are ranges of row numbers to remove from the base, each with an exclusive end.
+    `removed` are ranges of row numbers to remove from the base, with exclusive ends.
     """
     index = faiss.read_index(str(base))
     for start, end in removed:
@@ -83,10 +83,10 @@ def merge_vectors(base: Path, parts: Iterable[Path], removed: Sequence[tuple[int
 
 
 class VectorIndex:
-    """An open vector index. Thread-safe; a query runs on one thread and loads only the pages that it touches.
+    """An open vector index. Thread-safe. A query runs on one thread and loads only the memory pages that it needs.
 
     Raises:
-        DatasetError: the file is damaged or has another layout.
+        DatasetError: the file is invalid or has a different layout.
     """
 
     def __init__(self, path: Path, layout: VectorLayout, end_row: int) -> None:
@@ -99,7 +99,7 @@ class VectorIndex:
                 f"{path}: expected {layout.nlist} lists of vectors of dimension {layout.dimension}, "
                 f"got {self._index.nlist} of {self._index.d}; build the index again"
             )
-        # By default Faiss starts 32 prefetch threads per query: ten times the cost of a query in memory.
+        # By default Faiss starts 32 prefetch threads per query, which takes ten times as long as the query.
         faiss.downcast_InvertedLists(self._index.invlists).prefetch_nthread = 0
         self.layout = layout
         self._end_row = end_row
@@ -110,8 +110,8 @@ class VectorIndex:
     def search(self, vector: Vectors, limit: int, matching: RowNumbers | None = None) -> Hits:
         """Returns the nearest vectors.
 
-        Visits more lists the fewer rows match, and still more until it has `limit` hits or has visited all lists.
-        `matching` are the row numbers that a filter admits.
+        If `matching` is not None, only these row numbers are returned; the fewer they are, the more lists are searched.
+        The search is repeated with more lists until it has `limit` hits or has searched all lists.
         """
         candidates = len(self) if matching is None else len(matching)
         limit = min(limit, candidates)

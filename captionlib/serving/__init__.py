@@ -1,1 +1,1 @@
-"""The web application over an index: HTML pages and a JSON API."""
+"""Web application for searching an index, with HTML pages and a JSON API."""

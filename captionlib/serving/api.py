@@ -1,4 +1,4 @@
-"""The JSON API and the thumbnails."""
+"""HTTP routes of the JSON API and of the thumbnails."""
 
 from typing import Annotated, Any
 
@@ -27,7 +27,7 @@ _PLACEHOLDER_SVG = """<svg xmlns="http://www.w3.org/2000/svg" width="256" height
 
 
 def read_state(name: str) -> Any:
-    """Returns a dependency that reads an attribute of the application's state."""
+    """Returns a FastAPI dependency that reads an attribute of the application's state."""
 
     def read(request: Request) -> Any:
         return getattr(request.app.state, name)
@@ -57,26 +57,26 @@ def get_health(service: Service) -> HealthResponse:
     )
 
 
-@router.get("/api/search", summary="Search images by text, by a sentence, or by both", responses=_describe_errors(400))
+@router.get("/api/search", summary="Search images by text, by sentence, or by both", responses=_describe_errors(400))
 def search(
     service: Service,
     q: Annotated[
         str,
         Query(
             max_length=MAX_QUERY_CHARACTERS,
-            description='Words and "phrases"; + before one requires it, - excludes it. In sentence mode, a sentence.',
+            description='Words and "phrases"; prefix + to require one, - to exclude one. In sentence mode, a sentence.',
         ),
     ],
     mode: Annotated[
         SearchMode,
-        Query(description="Search the text of captions, match a sentence against the images, or combine both."),
+        Query(description="Search captions (text), image embeddings (sentence), or both (hybrid)."),
     ] = "text",
     offset: Annotated[int, Query(ge=0, le=MAX_OFFSET, description="Number of results to skip.")] = 0,
     limit: Annotated[int, Query(ge=1, le=MAX_RESULTS, description="Number of results to return.")] = 20,
-    split: Annotated[str | None, Query(max_length=100, description="Only return images of this split.")] = None,
+    split: Annotated[str | None, Query(max_length=100, description="Return only images in this dataset split.")] = None,
     min_log_prob: Annotated[
         float | None,
-        Query(le=0, allow_inf_nan=False, description="Only return captions with at least this log-probability."),
+        Query(le=0, allow_inf_nan=False, description="Return only captions with at least this log-probability."),
     ] = None,
 ) -> SearchResponse:
     if mode not in service.modes:
@@ -84,14 +84,14 @@ def search(
     return service.search(q, mode, offset, limit, split, min_log_prob)
 
 
-@router.get("/api/image", summary="Get an image of the index", responses=_describe_errors(404))
+@router.get("/api/image", summary="Get an image in the index", responses=_describe_errors(404))
 def get_image(service: Service, image_id: ImageId) -> ImageResponse:
     return service.get_image(image_id)
 
 
 @router.post(
     "/api/image-search",
-    summary="Find captions, sentences and images for an uploaded image",
+    summary="Find captions, sentences and images that match an uploaded image",
     responses=_describe_errors(400, 404, 413, 503),
 )
 def search_by_image(
@@ -102,7 +102,7 @@ def search_by_image(
 
 @router.get(
     "/thumbnail/{size}",
-    summary="Get a thumbnail of an image of the index",
+    summary="Get a thumbnail of an image in the index",
     response_class=Response,
     responses={
         200: {"content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}},
@@ -114,12 +114,12 @@ def get_thumbnail(
     request: Request,
     service: Service,
     thumbnails: ThumbnailStore,
-    size: Annotated[ThumbnailSize, PathParameter(description="A 256 x 256 crop, or nearly the whole image.")],
+    size: Annotated[ThumbnailSize, PathParameter(description="small: 256 x 256 crop; large: nearly the whole image.")],
     image_id: ImageId,
 ) -> Response:
     try:
         content = thumbnails.get(service.get_image_uri(image_id), size)
-    except ImageError as error:  # its message can contain the address of the image
+    except ImageError as error:  # its message may contain the URI of the image, which is private
         if request.headers.get("accept", "").startswith("image/"):  # an <img> element
             return Response(_PLACEHOLDER_SVG, 404, media_type="image/svg+xml")
         raise HTTPException(404, f"image {image_id} cannot be read: {error.reason}") from error

@@ -1,4 +1,4 @@
-"""Assembles the web application: routes, limits and error responses."""
+"""Assembles the web application from routes, limits and error handlers."""
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -21,11 +21,11 @@ from captionlib.serving.thumbnails import Thumbnails
 
 __all__ = ["create_app"]
 
-_FORM_BYTES = 2**16  # the part of an upload that is not the image
+_FORM_BYTES = 2**16  # upper bound for the part of an upload that is not the image
 
 
 def create_app(service: SearchService, thumbnail_folder: Path) -> FastAPI:
-    """Creates the web application; it stores thumbnails in a folder."""
+    """Creates the web application, which stores thumbnails in `thumbnail_folder`."""
     config = service.config
     thumbnails = Thumbnails(thumbnail_folder, config)
 
@@ -37,8 +37,8 @@ def create_app(service: SearchService, thumbnail_folder: Path) -> FastAPI:
     app = FastAPI(
         title="captionlib",
         version=__version__,
-        summary="Search images by their captions, by sentences and by other images.",
-        docs_url=None,  # FastAPI's pages load scripts from other hosts
+        summary="Search images by caption text, by sentence and by image.",
+        docs_url=None,  # FastAPI's documentation pages load scripts from other hosts
         redoc_url=None,
         lifespan=lifespan,
     )
@@ -78,7 +78,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def handle_validation_error(request: Request, error: RequestValidationError) -> Response:
-        # Leaves out the rejected values: they may be files, or not be text at all.
+        # Omits the rejected values, which may be files or binary data.
         problems = [{name: problem[name] for name in ("type", "loc", "msg")} for problem in error.errors()]
         if _accepts_html(request):
             detail = "; ".join(f"{problem['loc'][-1]}: {problem['msg']}" for problem in problems)

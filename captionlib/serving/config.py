@@ -12,16 +12,16 @@ class ServingConfig:
     """The limits of the web application.
 
     Attributes:
-        allowed_hosts: the host names, without ports, that requests may be for. Prevents DNS rebinding: a foreign page
-            cannot reach the application through a name of its own.
+        allowed_hosts: the host names, without ports, accepted in the Host header of requests. This prevents DNS
+            rebinding, in which a malicious site points its own host name at this server.
         max_upload_bytes: the maximum size of an uploaded image.
-        max_concurrent_images: the maximum number of uploaded images, and of thumbnails, being processed at once;
-            further requests are answered with 503.
-        max_image_pixels: the maximum width x height of images to decode.
-        image_timeout_seconds: the timeout for fetching an image, and for decoding it.
-        max_thumbnail_bytes: the maximum size of all thumbnails on disk.
-        allow_private_hosts: fetch images also from hosts that are not public. The author of the dataset chose the
-            addresses of the images, and visitors see what is stored there.
+        max_concurrent_images: the maximum number of uploaded images, and separately of thumbnails, to process at once.
+            Further requests wait up to five seconds and then fail with status 503.
+        max_image_pixels: the maximum number of pixels (width x height) of images to decode.
+        image_timeout_seconds: the timeout for fetching an image, and separately for decoding it.
+        max_thumbnail_bytes: the maximum total size of thumbnails on disk, enforced after every 200 new thumbnails.
+        allow_private_hosts: whether to also fetch images from hosts that are not public. Enable this only if you trust
+            the author of the dataset, who chose the image URLs: visitors can view the images at these URLs.
     """
 
     allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1", "[::1]")

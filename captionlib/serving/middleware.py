@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 __all__ = ["BodySizeLimit", "SecurityHeaders"]
 
-# Nothing from other hosts, nothing inline, no frames: markup in a caption would do nothing even if it were not escaped.
+# Blocks other hosts, inline code and frames, so that markup in a caption is harmless even if it is not escaped.
 _HEADERS: Mapping[str, str] = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -22,7 +22,7 @@ _HEADERS: Mapping[str, str] = {
 
 
 class BodySizeLimit:
-    """Rejects requests whose body is too large, whatever length they declare; `make_response` creates the response."""
+    """Rejects requests whose actual or declared body is too large, with the response from `make_response`."""
 
     def __init__(self, app: ASGIApp, max_bytes: int, make_response: Callable[[Request], Response]) -> None:
         self._app = app

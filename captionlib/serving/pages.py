@@ -1,4 +1,4 @@
-"""The HTML pages. They work without scripts; with scripts, results appear while typing."""
+"""HTTP routes of the HTML pages, which work without JavaScript. With JavaScript, results appear while typing."""
 
 import base64
 import math
@@ -58,7 +58,7 @@ def show_search(
     split: Annotated[str, Query(max_length=100)] = "",
     fragment: bool = False,
 ) -> HTMLResponse:
-    available_mode: SearchMode = next((known for known in service.modes if known == mode), "text")
+    available_mode: SearchMode = next((available for available in service.modes if available == mode), "text")
     page = min(page, _LAST_PAGE)
     response = service.search(q, available_mode, (page - 1) * _PAGE_RESULTS, _PAGE_RESULTS, split)
     return pages.render(
@@ -78,7 +78,7 @@ def show_image(service: Service, pages: PageRenderer, image_id: ImageId) -> HTML
 
 @router.get("/image-search")
 def redirect_to_search() -> Response:
-    return RedirectResponse("/")  # a reload of the results, whose uploaded image is not stored
+    return RedirectResponse("/")  # the uploaded image is not stored, so results cannot be shown again
 
 
 @router.post("/image-search")
@@ -102,7 +102,7 @@ def show_docs(request: Request, pages: PageRenderer) -> HTMLResponse:
 
 
 def _format_percent(log_prob: float) -> str:
-    """Formats a probability with two significant digits; those of long captions are small."""
+    """Formats a probability as a percentage with two significant digits, because it can be very small."""
     percent = 100 * math.exp(min(0.0, log_prob))
     if percent < 1e-6:
         return "< 0.000001%"

@@ -1,4 +1,4 @@
-"""Searches for the web application, independent of HTTP: the pages and the JSON API call the same methods."""
+"""Search operations of the web application, independent of HTTP and shared by the pages and the JSON API."""
 
 import threading
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from captionlib.serving.responses import (
     SearchResult,
 )
 
-if TYPE_CHECKING:  # imports torch, which takes seconds and only image search needs
+if TYPE_CHECKING:  # imports torch, which takes seconds and is needed only for image search
     from captionlib.search.models import ImageQueryModels
 
 __all__ = ["MAX_OFFSET", "MAX_QUERY_CHARACTERS", "MAX_RESULTS", "SearchService"]
@@ -37,10 +37,10 @@ _WAIT_SECONDS = 5.0
 
 
 class SearchService:
-    """An index, its captions dataset, and the models for searching by image. A context manager; thread-safe.
+    """Searches an index by text and, with models, by image. Thread-safe. Exiting the context closes the models.
 
-    Without models, searching by image is disabled; exiting closes them. Uploaded images are compared with
-    `sentences`, or with the captions of similar images if there are none.
+    If `models` is None, searching by image is disabled. Uploaded images are compared with `sentences` or, if it is
+    empty, with the captions of similar images.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class SearchService:
         return response
 
     def sample(self, limit: int) -> list[SearchResult]:
-        """Returns images from all over the index, as examples."""
+        """Returns evenly spaced images of the index as examples."""
         return _to_results(self.index.sample(limit))
 
     def get_image(self, image_id: str) -> ImageResponse:
@@ -121,11 +121,11 @@ class SearchService:
         )
 
     def get_image_uri(self, image_id: str) -> str:
-        """Returns the address of an image, which visitors must not see; see `Index.get_image`."""
+        """Returns the URI of an image, which must not be shown to visitors; see `Index.get_image`."""
         return str(self.index.get_image(image_id)["uri"])
 
     def search_by_image(self, content: bytes) -> ImageSearchResponse:
-        """Finds captions, sentences and images for an image file.
+        """Finds captions, sentences and images that match an image file.
 
         Raises:
             DecodeError: the file is not an image, or exceeds the limits.
@@ -159,7 +159,7 @@ class SearchService:
         try:
             with open_sql(self.index.description.captions.folder, "captions", SqlLimits("500MB", 1)) as session:
                 (row,) = find_image(session, image_id).to_pylist()
-        except (CaptionlibError, OSError):  # the captions dataset may be elsewhere by now
+        except (CaptionlibError, OSError):  # the captions dataset may have been moved or deleted
             return []
         return [CaptionCandidate(**candidate) for candidate in row["candidates"]]
 
@@ -168,12 +168,12 @@ class SearchService:
             return []
         try:
             return _to_results(self.index.search_similar(image_id, _SIMILAR_IMAGES))
-        except QueryError:  # computing its embedding failed
+        except QueryError:  # the image has no vector, because computing its embedding failed
             return []
 
 
 def _to_results(table: pa.Table) -> list[SearchResult]:
-    """Converts rows of the index, without the addresses of the images."""
+    """Converts rows of the index, omitting the URIs of the images."""
     rows = table.select(["image_id", "caption", "log_prob", "split", "score"]).to_pylist()
     return [SearchResult(**row, thumbnail_url=_thumbnail_url(row["image_id"], "small")) for row in rows]
 

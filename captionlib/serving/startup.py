@@ -1,4 +1,4 @@
-"""Loads the web application from folders, in every process that serves it."""
+"""Loads the index and models of the web application in each server process."""
 
 from dataclasses import field
 from pathlib import Path
@@ -17,13 +17,15 @@ __all__ = ["AppConfig", "load_app"]
 
 @configclass
 class AppConfig:
-    """What to serve, as plain values that every server process loads.
+    """What to serve, as plain values that are passed to every server process.
 
     Attributes:
-        ranker: the checkpoint that computed the embeddings of the index; None supports text queries only.
-        captioner: a checkpoint to caption uploaded images with.
-        weights: the file of the encoder's weights, if the models were trained with such a file.
-        sentences: a file of sentences, one per line, to compare uploaded images with.
+        index: folder of the index.
+        thumbnails: folder for thumbnails.
+        ranker: folder of the ranker (dual encoder for image-text retrieval) that computed the embeddings of the index.
+        captioner: folder of the captioner for uploaded images.
+        weights: the encoder's weights file, if the models were trained with such a file.
+        sentences: file of sentences, one per line, to compare uploaded images with.
     """
 
     index: str
@@ -40,7 +42,7 @@ def load_app(config: AppConfig) -> FastAPI:
     """Opens the index, loads the models and creates the application.
 
     Raises:
-        CheckpointError: a checkpoint is missing, or is not one for this index.
+        CheckpointError: a checkpoint is missing or does not match the index.
         ConfigError: the sentences or the encoder cannot be read.
         DatasetError: the folder is not an index.
     """

@@ -1,4 +1,4 @@
-"""Thumbnails of the images that an index names: made on first access, then stored on disk."""
+"""Creates thumbnails of the images in an index on first access, and stores them on disk."""
 
 import hashlib
 import os
@@ -23,7 +23,7 @@ __all__ = ["ThumbnailSize", "Thumbnails"]
 
 ThumbnailSize = Literal["small", "large"]
 
-# The shorter side and the square crop, in pixels: the center of the image if small, nearly all of it if large.
+# Sizes of the shorter side and the square crop, in pixels. `small` is a center crop, `large` nearly the whole image.
 _PREPROCESSING: dict[ThumbnailSize, Preprocessing] = {
     "small": Preprocessing(256, 256, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     "large": Preprocessing(640, 1280, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
@@ -35,13 +35,13 @@ _WAIT_SECONDS = 5.0
 
 
 class Thumbnails:
-    """Makes thumbnails and stores them as JPEG files in a folder. A context manager; thread-safe."""
+    """Creates thumbnails and stores them as JPEG files in a folder. This context manager is thread-safe."""
 
     def __init__(self, folder: Path, config: ServingConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._max_bytes = config.max_thumbnail_bytes
-        # Part of the hash: a server that refuses private hosts must not show what one that allows them has stored.
+        # Part of file names, so that a server without access to private hosts cannot show thumbnails of their images.
         self._scope = "all" if config.allow_private_hosts else "public"
         self._resources = ExitStack()
         fetching = FetchConfig(
@@ -65,11 +65,11 @@ class Thumbnails:
         self._resources.close()
 
     def get(self, uri: str, size: ThumbnailSize) -> bytes:
-        """Returns the thumbnail of an image; `uri` comes from a dataset, never from a visitor.
+        """Returns the thumbnail of an image. `uri` must come from a dataset, not from a visitor.
 
         Raises:
             ImageError: the image cannot be read; the error is cached for a minute.
-            BusyError: too many thumbnails are being made.
+            BusyError: too many thumbnails are being created.
         """
         name = hashlib.sha256(f"{self._scope} {size} {uri}".encode()).hexdigest()
         path = self._folder / name[:2] / f"{name}.jpg"
@@ -77,16 +77,16 @@ class Thumbnails:
             content = path.read_bytes()
         except FileNotFoundError:
             return self._fetch(uri, size, path)
-        os.utime(path)  # `prune` removes the least recently used ones
+        os.utime(path)  # `prune` removes the least recently used thumbnails
         return content
 
     def make(self, content: bytes, size: ThumbnailSize) -> bytes:
-        """Makes a thumbnail of an image file, without storing it."""
+        """Creates a thumbnail of an image file without storing it."""
         pixels = self._decoders[size].decode(content)
         return encode_jpeg(_crop_padding(pixels) if size == "large" else pixels)
 
     def prune(self) -> None:
-        """Removes the least recently used thumbnails until the others fit the limit."""
+        """Removes the least recently used thumbnails until the total size is within the limit."""
         files = []
         for path in self._folder.rglob("*.jpg"):
             try:

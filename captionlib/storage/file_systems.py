@@ -1,9 +1,9 @@
-"""Opens the file system of an address and rejects chains of file systems.
+"""Opens the file system of an address (a local path or a URL) and rejects unsafe addresses.
 
-fsspec chains file systems with `::` (`zip://a.jpg::https://host/a.zip`), and some file systems interpret what they
-read: a `reference://` file names further addresses. An address could then decide what is opened, downloaded and
-evaluated. In captionlib, an address names a single file system that returns the stored bytes. No other module passes an
-address to `fsspec.open` or `fsspec.core.url_to_fs`.
+fsspec chains file systems with `::` (`zip://a.jpg::https://host/a.zip`), and some file systems interpret the files that
+they read: a `reference://` file lists further addresses to open. Untrusted addresses could thus make fsspec open other
+files or run code. In captionlib, an address refers to a single file system that returns the stored bytes. No other
+module passes an address to `fsspec.open` or `fsspec.core.url_to_fs`.
 """
 
 import os
@@ -39,9 +39,9 @@ _DATA_URI = re.compile(r"data:[a-z0-9/+.;=-]*,", re.IGNORECASE)
 
 
 def split_protocol(address: str) -> tuple[str, str]:
-    """Returns the protocol of an address in lower case, and the address with that spelling of the protocol.
+    """Returns the protocol of an address in lower case, and the address with its protocol in lower case.
 
-    The protocol of a path is empty. A path may contain `::` unless a known protocol precedes it.
+    The protocol of a local path is an empty string. A path may contain `::`, but not after a known protocol.
     """
     if _DATA_URI.match(address):
         return "data", address
@@ -55,12 +55,12 @@ def split_protocol(address: str) -> tuple[str, str]:
 
 
 def is_known_protocol(protocol: str) -> bool:
-    """Returns whether fsspec knows a protocol, even if the package that implements it is not installed."""
+    """Returns whether fsspec lists a protocol, even if the package that implements it is not installed."""
     return protocol in known_implementations or protocol in registry
 
 
 def is_chained(address: str) -> bool:
-    """Returns whether fsspec would chain file systems. `::` in an http(s) URL, a key or a path is not a chain."""
+    """Returns whether fsspec would chain file systems. A `::` in an http(s) URL, key or path is not a chain."""
     protocol, address = split_protocol(address)
     if not protocol:
         return False
@@ -72,24 +72,24 @@ def is_chained(address: str) -> bool:
 
 
 def open_file_system(address: str | os.PathLike[str], **options: Any) -> tuple[Any, str]:
-    """Returns the fsspec file system of a path or an address, and the path as that file system spells it.
+    """Returns the fsspec file system of a local path or a URL, and the path within that file system.
 
-    `options` of the file system override those that the address implies.
+    `options` are passed to the file system and override options that the address implies.
 
     Raises:
-        ConfigError: the address is chained, its protocol is unknown or interprets content, or a package is missing.
+        ConfigError: the address is a chain, its protocol is unknown or interprets content, or a package is missing.
     """
     given = os.fspath(address)
     protocol, url = split_protocol(given)
     if is_chained(given):
         raise ConfigError(
             f"{given} chains file systems with `::`; expected a path or the address of one file system; "
-            "download or unpack it first, and use its path"
+            "download or unpack the file first, and use its path"
         )
     if protocol in INTERPRETING_PROTOCOLS:
         raise ConfigError(
             f"{given} cannot be opened: {protocol} interprets what it reads; expected a path or an address such as "
-            "s3://bucket/folder; download or unpack it first, and use its path"
+            "s3://bucket/folder; download or unpack the file first, and use its path"
         )
     try:
         file_system = get_filesystem_class(protocol or "file")
@@ -100,8 +100,8 @@ def open_file_system(address: str | os.PathLike[str], **options: Any) -> tuple[A
 
 
 def open_decompressed(fs: Any, path: str, mode: str = "rb", **text: Any) -> Any:
-    """Returns a context manager that opens a file and decompresses it by its extension, such as `.gz`.
+    """Returns a context manager that opens a file and decompresses it according to its extension, such as `.gz`.
 
-    `text` has the `encoding`, `errors` and `newline` of a text file, whose mode is `rt`.
+    For a text file, pass mode `rt` and, in `text`, its `encoding`, `errors` and `newline` as for the built-in `open`.
     """
     return OpenFile(fs, path, mode, compression=get_compression(path, "infer"), **text)

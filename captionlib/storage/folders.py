@@ -1,4 +1,4 @@
-"""Folders on any file system that fsspec supports, with files that appear whole or not at all.
+"""Reads and writes folders on any file system that fsspec supports. Files are written atomically.
 
 Credentials, endpoints and timeouts come from fsspec's own configuration: environment variables such as
 `FSSPEC_S3_ENDPOINT_URL`, or files in `~/.config/fsspec`. Requests that fail with a temporary error are retried for two
@@ -28,15 +28,15 @@ __all__ = ["TEMPORARY_FOLDER", "Folder", "resolve_address", "stage_file", "write
 
 TEMPORARY_FOLDER = "_temporary"
 
-# A PUT on these is atomic, so files need no temporary name.
+# A PUT on these file systems is atomic, so files can be uploaded without a temporary name.
 _ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"})
 
-_FILES_PER_REQUEST = 1000  # of `read_many`, which holds them in memory
+_FILES_PER_REQUEST = 1000  # for `read_many`, which holds the files of one request in memory
 
 
 @dataclass(init=False, unsafe_hash=True)
 class Folder:
-    """A folder at a path or an address. Pickles as its absolute address, so that workers find it."""
+    """A folder at a local path or a URL. It pickles as an absolute path or URL, so that workers can open it."""
 
     uri: str
 
@@ -60,15 +60,15 @@ class Folder:
         return isinstance(self.fs, LocalFileSystem)
 
     def path(self, name: str) -> str:
-        """Returns the path of a file in the folder, as its file system spells it; of the folder if `name` is empty."""
+        """Returns the path of a file within the file system. If `name` is empty, the path of the folder is returned."""
         return f"{self._opened[1].rstrip('/')}/{name}".rstrip("/")
 
     def address(self, name: str) -> str:
-        """Returns the path or address of a file in the folder, as a user would write it."""
+        """Returns the path or URL of a file in the folder, for messages to the user."""
         return f"{self.uri}/{name}"
 
     def list(self, subfolder: str = "") -> list[str]:
-        """Lists the names in the folder or in one of its subfolders, sorted; an empty list if it does not exist."""
+        """Returns the sorted names in the folder or in a subfolder, or an empty list if the folder does not exist."""
         folder = self.path(subfolder)
 
         def list_paths() -> list[str]:
@@ -77,7 +77,7 @@ class Folder:
                 paths: list[str] = self.fs.ls(folder, detail=False)
             except FileNotFoundError:
                 return []
-            self.fs.invalidate_cache()  # the cached details take about a kilobyte per file
+            self.fs.invalidate_cache()  # cached listings take about 1 kB of memory per file
             return paths
 
         paths = [path.rstrip("/") for path in call_with_retries(folder, list_paths)]
@@ -91,7 +91,7 @@ class Folder:
         return call_with_retries(self.path(name), check)
 
     def open(self, name: str) -> BinaryIO:
-        """Opens a file for reading. A remote file is fetched range by range, as it is read."""
+        """Opens a file for reading. Each read of a remote file fetches only the requested bytes."""
         path = self.path(name)
         return Path(path).open("rb") if self.is_local else cast(BinaryIO, RangedFile(self.fs, path))
 
@@ -100,7 +100,7 @@ class Folder:
         return cast(bytes, call_with_retries(path, lambda: self.fs.cat_file(path)))
 
     def read_many(self, names: Iterable[str]) -> Iterator[bytes]:
-        """Reads many small files, concurrently if the file system can. Skips files that do not exist."""
+        """Yields the contents of small files in any order. Skips missing files. Reads remote files concurrently."""
         paths = map(self.path, names)
         while remaining := list(islice(paths, _FILES_PER_REQUEST)):
             while remaining:
@@ -118,7 +118,7 @@ class Folder:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Path]:
-        """Yields a local path to write to. The file appears as `name` when the block ends, not at all if it raises."""
+        """Yields a local path to write. The file is published as `name` when the block ends, unless it raises."""
         if self.is_local:
             parent = Path(self.path(TEMPORARY_FOLDER))
             parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ class Folder:
 
 
 def _read_batch(fs: Any, paths: list[str]) -> tuple[list[bytes], list[str]]:
-    """Returns the contents that could be read and the paths to retry; raises if there is no progress."""
+    """Returns the contents that could be read and the paths to retry. Raises a permanent error, or any if all fail."""
     results = fs.cat_ranges(paths, None, None, on_error="return")
     contents = [result for result in results if isinstance(result, bytes)]
     errors = {
@@ -200,39 +200,39 @@ def _read_batch(fs: Any, paths: list[str]) -> tuple[list[bytes], list[str]]:
 
 
 def resolve_address(address: str | os.PathLike[str]) -> str:
-    """Makes a local path absolute, for processes with another working directory. Returns other addresses unchanged."""
+    """Makes a local path absolute, for processes with a different working directory. URLs are returned unchanged."""
     fs, path = open_file_system(address)
     return str(path) if isinstance(fs, LocalFileSystem) else os.fspath(address)
 
 
 def write_file(address: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file at a path or an address; see `stage_file`."""
+    """Writes a file at a local path or a URL; see `stage_file`."""
     with stage_file(address) as path:
         path.write_bytes(content)
 
 
 @contextmanager
 def stage_file(address: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a local path to write to. The file appears at `address` when the block ends, not at all if it raises.
+    """Yields a local path to write. The file is published at `address` when the block ends, unless it raises.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: the file cannot be written.
     """
     fs, path = open_file_system(address)
     try:
         if isinstance(fs, LocalFileSystem):
             target = Path(path)
             target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+            staged = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
             try:
-                yield partial
-                partial.replace(target)
+                yield staged
+                staged.replace(target)
             finally:
-                partial.unlink(missing_ok=True)
+                staged.unlink(missing_ok=True)
         else:
             with tempfile.TemporaryDirectory(prefix="captionlib-") as scratch:
-                partial = Path(scratch) / "file"
-                yield partial
-                call_with_retries(path, lambda: fs.put_file(str(partial), path))
+                staged = Path(scratch) / "file"
+                yield staged
+                call_with_retries(path, lambda: fs.put_file(str(staged), path))
     except OSError as error:
         raise StorageError(f"{os.fspath(address)} cannot be written: {error.strerror or error}") from error

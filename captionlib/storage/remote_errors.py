@@ -1,6 +1,6 @@
-"""Classifies the errors of file systems.
+"""Classifies the exceptions that file systems raise.
 
-The clients of object stores are optional dependencies, so their exceptions are recognized by class name.
+Object store clients are optional dependencies, so their exceptions are recognized by class name.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ _CONNECTION_NAMES = {
     "gaierror",  # socket: name resolution failed
 }
 _TEMPORARY_STATUS = {408, 425, 429, 500, 502, 503, 504}
-_TEMPORARY_ERRNO = {  # from object stores whose client keeps only the errno, and from network file systems
+_TEMPORARY_ERRNO = {  # raised by network file systems, and by object store clients that report only an errno
     errno.EAGAIN,
     errno.EBUSY,
     errno.EHOSTUNREACH,
@@ -38,7 +38,7 @@ _TEMPORARY_ERRNO = {  # from object stores whose client keeps only the errno, an
 
 
 def is_temporary_error(error: BaseException) -> bool:
-    """Returns whether the same request may succeed later."""
+    """Returns whether the same request may succeed if it is retried later."""
     if isinstance(error, FetchError | FileNotFoundError | PermissionError | ssl.SSLCertVerificationError):
         return False
     status = get_http_status(error)
@@ -48,16 +48,16 @@ def is_temporary_error(error: BaseException) -> bool:
 
 
 def get_http_status(error: BaseException) -> int | None:
-    """Returns the HTTP error status in the exception of any client; None if it has none."""
-    for each in (error, error.__cause__):
-        response: Any = getattr(each, "response", None)
+    """Returns the HTTP error status that an exception of any HTTP client carries, or None if it carries none."""
+    for exception in (error, error.__cause__):
+        response: Any = getattr(exception, "response", None)
         if isinstance(response, Mapping):  # botocore
             statuses = [response.get("ResponseMetadata", {}).get("HTTPStatusCode")]
         else:
-            statuses = [getattr(each, "status", None), getattr(each, "status_code", None)]  # aiohttp; Azure
+            statuses = [getattr(exception, "status", None), getattr(exception, "status_code", None)]  # aiohttp; Azure
             statuses.append(getattr(response, "status_code", None))  # requests
-            if type(each).__name__ == "HttpError":  # gcsfs
-                statuses.append(getattr(each, "code", None))
+            if type(exception).__name__ == "HttpError":  # gcsfs
+                statuses.append(getattr(exception, "code", None))
         for status in statuses:
             if isinstance(status, int) and status >= 400:
                 return status

@@ -1,7 +1,7 @@
-"""Requests to a file system, and files on it, that are retried when they fail for a temporary reason.
+"""Retries requests to file systems after temporary errors.
 
-The clients of object stores retry for a second or two. The retries here outlast longer disturbances: an endpoint that
-restarts, or a bucket that answers SlowDown to a thousand workers at once.
+Object store clients give up after a second or two. The retries in this module continue for two minutes, long enough
+for an endpoint to restart or for a bucket to stop throttling (SlowDown) a thousand workers.
 """
 
 import io
@@ -25,18 +25,18 @@ _FIRST_WAIT_SECONDS = 0.5
 _retrying = Retrying(
     retry=retry_if_exception(is_temporary_error),
     stop=stop_after_delay(_MAX_SECONDS),
-    # The random part spreads out workers that failed at the same moment.
+    # The random jitter spreads out the retries of workers that failed at the same time.
     wait=wait_exponential(_FIRST_WAIT_SECONDS, max=15) + wait_random(0, _FIRST_WAIT_SECONDS),
 )
 
 
 def call_with_retries(address: str, action: Callable[[], Result]) -> Result:
-    """Returns the result of a function, which is retried with backoff while it fails with temporary errors.
+    """Calls `action` and returns its result. Retries temporary errors with exponential backoff, up to 15 seconds.
 
-    `action` is a read, or a write that replaces everything an earlier call wrote. The error message names `address`.
+    Calling `action` repeatedly must be safe: it reads, or replaces what it wrote. The error message names `address`.
 
     Raises:
-        StorageError: every attempt within two minutes failed with a temporary error.
+        StorageError: every attempt failed with a temporary error for two minutes.
     """
     try:
         return _retrying(action)
@@ -44,15 +44,14 @@ def call_with_retries(address: str, action: Callable[[], Result]) -> Result:
         reason = error.last_attempt.exception()
         raise StorageError(
             f"{address}: the storage failed for {_MAX_SECONDS:.0f} seconds, most recently with "
-            f"{type(reason).__name__}: {reason}; run the same command again later, it resumes where it stopped"
+            f"{type(reason).__name__}: {reason}; run the same command again later to resume"
         ) from reason
 
 
 class RangedFile(io.RawIOBase):
-    """A remote file that fetches exactly the bytes of each read in one request, with retries.
+    """A remote file that fetches exactly the requested bytes of each read in one request, with retries.
 
-    Parquet readers know which bytes they need, so read-ahead would be wasted. Each thread has its own position, so that
-    threads can share a file and seek before each read.
+    There is no read-ahead, because Parquet readers request what they need. Each thread has its own file position.
     """
 
     def __init__(self, fs: Any, path: str) -> None:

@@ -1,1 +1,1 @@
-"""Training captioners, rankers and language models."""
+"""Trains captioners, rankers (dual encoders for image-text retrieval) and language models."""

@@ -1,7 +1,7 @@
-"""Bag-of-words pre-training for small datasets: a captioner first learns to predict which words a caption has.
+"""Bag-of-words pre-training for small datasets: a captioner first learns to predict a caption's words.
 
-The prediction is made at START, where the captioner has seen only the image. Each image thus teaches what it shows
-rather than sentence structure, which benefits the layers that see it: the attention and the encoder's top layers.
+The captioner predicts all words from the image alone, without word order. This benefits the layers that process the
+image: attention, and `encoder_top`, the encoder layers that are fine-tuned with the captioner.
 """
 
 from itertools import chain
@@ -20,29 +20,29 @@ __all__ = ["BagOfWordsObjective"]
 
 
 class BagOfWordsObjective(CaptioningObjective[Captioner]):
-    """Maximizes the log-probability of each word of an image's captions as the first word of a caption.
+    """Maximizes the log-probability of every word of an image's captions, each as the first word of a caption.
 
-    Batches, learning rates and checkpoints are those of captioning.
+    Batches, learning rates and checkpoints are the same as in `CaptioningObjective`.
     """
 
     score_name = "word_perplexity"
 
     def loss(self, batch: CaptionBatch) -> BatchLoss:
-        """Computes the mean negative log-probability over the words of the vocabulary."""
+        """Computes the mean negative log-probability of the caption words that are in the vocabulary."""
         log_probs = self._score_words(batch)
         total = -log_probs.sum()
         return BatchLoss(total / max(len(log_probs), 1), total.item(), len(log_probs))
 
     def validate(self) -> dict[str, float]:
-        """Computes exp(-mean ln p) over the words of the validation captions."""
+        """Computes exp(-mean ln p) over the words of the validation captions that are in the vocabulary."""
         return {"word_perplexity": compute_perplexity(map(self._score_words, self._validation.in_order()))}
 
     def _score_words(self, batch: CaptionBatch) -> Tensor:
-        """Returns the log-probability of each known word of the captions, `[words] float32`."""
+        """Returns the log-probability of each caption word that is in the vocabulary, `[words] float32`."""
         words = np.fromiter(chain.from_iterable(batch.sentences), np.int64)
         images = np.repeat(batch.image_of_sentence, [len(sentence) for sentence in batch.sentences])
         is_known = words != UNKNOWN
         log_probs = self.model.predict_bag_of_words(torch.from_numpy(batch.features).to(self._device))
-        images_of_known, known = (torch.from_numpy(part[is_known]).to(self._device) for part in (images, words))
+        images_of_known, known = (torch.from_numpy(ids[is_known]).to(self._device) for ids in (images, words))
         selected: Tensor = log_probs[images_of_known, known]
         return selected

@@ -1,4 +1,4 @@
-"""The cross-entropy objective of captioners, and the CIDEr of the captions that they generate during validation."""
+"""Trains captioners with cross-entropy, and validates them by perplexity and by the CIDEr of generated captions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -27,8 +27,8 @@ Batches: TypeAlias = CaptionBatches | ImageBatches
 class CaptioningObjective(Objective[CaptionBatch, Model]):
     """Maximizes the log-probability of reference captions. Validates by perplexity, and by CIDEr if configured.
 
-    The model is a `Captioner`, or has the same `forward`. With `cider`, the CIDEr of generated captions selects the
-    best epoch.
+    The model is a `Captioner` or any module with the same `forward`. If `cider` is set, CIDEr selects the best epoch.
+    The other arguments are described by `Objective` and `CaptionerTrainingConfig`.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CaptioningObjective(Objective[CaptionBatch, Model]):
         return self._training.count(self._group.world_size)
 
     def loss(self, batch: CaptionBatch) -> BatchLoss:
-        """Computes the mean negative log-probability per token. Smoothing affects the mean, not the reported total."""
+        """Computes the mean negative log-probability per token. The reported total ignores label smoothing."""
         log_probs, _, mean_log_probs = self.score(batch, mean_log_probs=self._smoothing > 0)
         total = -log_probs.sum()
         smoothed = total
@@ -65,13 +65,13 @@ class CaptioningObjective(Objective[CaptionBatch, Model]):
         return BatchLoss(smoothed / len(log_probs), total.item(), len(log_probs))
 
     def validate(self) -> dict[str, float]:
-        """Computes the perplexity, exp(-sum ln p / sum (length + 1)), and CIDEr if configured."""
+        """Computes the perplexity, exp(-sum ln p / sum (caption length + 1)), and CIDEr if configured."""
         log_probs = (self.score(batch).log_probs for batch in self._validation.in_order())
         scores = {"perplexity": compute_perplexity(log_probs)}
         return scores if self._cider is None else {**scores, "CIDEr": self._cider.score(self.model)}
 
     def score(self, batch: CaptionBatch, mean_log_probs: bool = False) -> TokenLogProbs:
-        """Computes the log-probabilities of the captions of a batch; see `Captioner.forward`."""
+        """Computes the log-probability of each token of a batch of captions; see `Captioner.forward`."""
         scores: TokenLogProbs = self.model(
             torch.from_numpy(batch.features).to(self._device),
             pad_sentences(batch.sentences).to(self._device),
@@ -84,11 +84,11 @@ class CaptioningObjective(Objective[CaptionBatch, Model]):
 class CiderValidation:
     """Measures the CIDEr of the captions that a captioner generates for the validation images.
 
-    An unreadable image counts as an empty caption. `references` holds the reference captions of each image, in the
-    order of `batches`.
+    An image that could not be read is scored as an empty caption. `references` holds the reference captions of each
+    image, in the order of `batches`.
 
     Raises:
-        ConfigError: Java, which the tokenizer of CIDEr needs, is missing; or `decoding` expects a datastore.
+        ConfigError: Java, which CIDEr's tokenizer requires, is missing, or `decoding` requires a datastore.
         DatasetError: there are fewer than two images.
     """
 
@@ -97,21 +97,21 @@ class CiderValidation:
     ) -> None:
         if decoding.rerank.neighbors:
             raise ConfigError(
-                f"decoding.rerank.neighbors: expected 0 during training, got {decoding.rerank.neighbors}; a "
-                "datastore is built after training (captionlib build-datastore)"
+                f"decoding.rerank.neighbors: expected 0 during training, got {decoding.rerank.neighbors}; "
+                "the required datastore of training captions is built after training (captionlib build-datastore)"
             )
         self._batches = batches
-        self._images = len(references)
+        self._image_count = len(references)
         self._vocabulary = vocabulary
         self._decoding = decoding
         self._scorer = CiderScorer(references)
 
     def score(self, model: nn.Module) -> float:
-        """Returns the CIDEr of a `Captioner` or an `ImageCaptioner`."""
+        """Returns the CIDEr of a `Captioner`, or of an `ImageCaptioner` (a captioner with its encoder)."""
         captioner = model.captioner if isinstance(model, ImageCaptioner) else model
         assert isinstance(captioner, Captioner)
         decoder = Decoder(captioner, self._decoding)
-        captions = [""] * self._images
+        captions = [""] * self._image_count
         for positions, images in self._batches.images_in_order():
             features: npt.NDArray[Any] | torch.Tensor = images
             if isinstance(model, ImageCaptioner):

@@ -1,4 +1,4 @@
-"""Trains captioners on `features/`."""
+"""Trains captioners on features datasets, which hold extracted image features and reference captions."""
 
 import os
 import sys
@@ -41,37 +41,36 @@ from captionlib.training.self_critical import SelfCriticalConfig, SelfCriticalOb
 
 __all__ = ["CaptionerTrainingConfig", "train_captioner"]
 
-_VALIDATION_IMAGES = 100  # per batch
+_VALIDATION_IMAGES = 100  # images per validation batch
 
 
 @configclass
 class CaptionerTrainingConfig:
-    """A captioner, its training data, and how to train it.
+    """Configuration of a captioner, its training data and its training.
 
     Attributes:
-        captioner: the network. With `init_from`, the checkpoint's network.
-        training: the training loop.
-        objective: `cross_entropy` maximizes the probability of reference captions. `bag_of_words` comes before it on
-            small datasets and predicts which words a caption has. `self_critical` comes after it and maximizes the
-            CIDEr-D of samples. Each stage starts from the previous one with `init_from`.
-        self_critical: the self-critical objective.
-        train_splits: the training splits; `restval` is part of COCO's training set.
+        captioner: the architecture. If `init_from` is set, the checkpoint's architecture is used.
+        training: settings of the training loop.
+        objective: `cross_entropy` maximizes the probability of reference captions. `bag_of_words` is an earlier stage
+            for small datasets, which predicts a caption's words without their order. `self_critical` is a later stage,
+            which maximizes the CIDEr-D of sampled captions. `init_from` names the checkpoint of the previous stage.
+        self_critical: settings of the self-critical objective.
+        train_splits: the training splits; `restval` is the part of COCO's validation set that is used for training.
         validation_splits: the splits that select the best epoch.
-        min_count: rarer words become UNKNOWN.
-        max_words: longer captions are cut off in training.
+        min_count: words with fewer occurrences than this are replaced by the UNKNOWN token.
+        max_words: longer captions are truncated in training.
         batch_images: images per batch and process, each with all its captions.
-        random_crop: crop feature maps to at least this fraction of their sides; 0 does not crop.
-        horizontal_flip: flip feature maps with probability 0.5. This matters only for captioners with attention or an
-            `encoder_top`.
-        encoder_top_learning_rate: the learning rate of `captioner.encoder_top` before the schedule; 0 freezes it.
-        shuffle_buffer_megabytes: how much of the features is shuffled at a time.
-        word_vectors: a file of pre-trained word2vec, GloVe or fastText vectors that initializes the word vectors.
-        init_from: the checkpoint of a captioner to start from. Its weights, shape, vocabulary and feature statistics
-            are kept; `min_count` has no effect.
-        label_smoothing: the fraction of each target that is spread evenly over all words.
-        best_by: the score that selects the best epoch: `perplexity`, or the `cider` of generated captions, which needs
-            Java.
-        decoding: how these captions are generated. `max_tokens` also limits self-critical samples.
+        random_crop: crop feature maps to at least this fraction of their height and width; 0 disables cropping.
+        horizontal_flip: flip feature maps with probability 0.5. This matters only with attention or `encoder_top`
+            (encoder layers that are fine-tuned with the captioner).
+        encoder_top_learning_rate: the base learning rate of the layers of `encoder_top`; 0 freezes them.
+        shuffle_buffer_megabytes: the size of the buffer in which features are shuffled.
+        word_vectors: a word2vec, GloVe or fastText file of pre-trained vectors that initialize the word embeddings.
+        init_from: the checkpoint of a captioner to start from. Its weights, architecture, vocabulary and feature
+            statistics are kept, and `min_count` has no effect.
+        label_smoothing: the fraction of each target probability that is spread evenly over the vocabulary.
+        best_by: the score that selects the best epoch, `perplexity` or the `cider` of generated captions (needs Java).
+        decoding: how captions are generated for CIDEr. Its `max_tokens` also limits self-critical samples.
     """
 
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
@@ -124,7 +123,7 @@ def train_captioner(
 ) -> list[dict[str, float]]:
     """Trains a captioner on a features dataset, or resumes an interrupted run.
 
-    Processes that `torchrun` started train one captioner together, each with `batch_images` of every batch.
+    Processes started by `torchrun` train one captioner together, each with `batch_images` images per step.
 
     Example:
         >>> training = captionlib.TrainingConfig(epochs=2)
@@ -134,21 +133,21 @@ def train_captioner(
         2
 
     Args:
-        features: the features dataset.
-        output: the run's folder: the checkpoint of the best epoch, metrics, curves and the state to resume from.
-        config: the captioner and how to train it.
-        weights: the encoder's weights file, for a captioner with an `encoder_top` whose encoder used such a file.
+        features: the folder of the features dataset.
+        output: the folder for the checkpoint of the best epoch, metrics, curves and the state to resume from.
+        config: the configuration of the captioner and its training.
+        weights: the encoder's weights file, if a new captioner has an `encoder_top` and the encoder used such a file.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        overwrite: replace a run of another configuration.
+        overwrite: replace a run with a different configuration.
         progress: show a progress bar.
 
     Returns:
-        The metrics of each epoch; see `train`.
+        The metrics of each epoch, as described by `train` in loop.py.
 
     Raises:
         DatasetError: the features are incomplete, or a split has no captions.
-        CheckpointError: `init_from` is not a checkpoint, or it or the weights belong to another encoder.
-        ConfigError: `captioner` is not the shape of `init_from`, or weights are missing or have no use.
+        CheckpointError: `init_from` is not a checkpoint, or its encoder or `weights` does not match the features.
+        ConfigError: `captioner` does not match `init_from`, or `weights` is missing or not needed.
     """
     if weights is not None and (config.captioner.encoder_top is None or config.init_from is not None):
         raise ConfigError(
@@ -161,7 +160,7 @@ def train_captioner(
         dataset = open_dataset(features, "features").require_complete()
         require_other_folder(config.init_from, folder)
         group.run_on_first(lambda: claim_folder(folder, overwrite))
-        next(read_captions(dataset, config.validation_splits))  # fails now rather than after the first epoch
+        next(read_captions(dataset, config.validation_splits))  # fails at once if there are no captions
         seed_everything(config.training.seed)
         model, vocabulary, config, provenance = _initialize(config, dataset, weights)
         if progress and group.is_first and "word_vectors" in provenance:
@@ -176,7 +175,7 @@ def train_captioner(
 def _initialize(
     config: CaptionerTrainingConfig, dataset: ShardedDataset, weights: str | None
 ) -> tuple[Captioner, Vocabulary, CaptionerTrainingConfig, dict[str, Any]]:
-    """Builds a captioner or loads `init_from`; also returns the configuration with its shape, and its provenance."""
+    """Builds or loads a captioner. Also returns its vocabulary, its full configuration and its provenance."""
     provenance: dict[str, Any] = {"features": dataset.fingerprint, "objective": config.objective}
     if config.init_from is not None:
         initial = load_initial_captioner(config.init_from, config.captioner, dataset)
@@ -231,9 +230,9 @@ def _make_batches(
     augmentation = FeatureMapAugmentation(config.random_crop, config.horizontal_flip)
     if augmentation and len(feature_shape(dataset)) == 1:
         raise DatasetError(
-            f"{dataset.folder.uri}: random_crop and horizontal_flip need maps [positions, channels], got one vector "
-            "per image; extract with pooling none at a node with spatial output, such as features.29 of vgg16, or "
-            "leave both out"
+            f"{dataset.folder.uri}: random_crop and horizontal_flip need feature maps [positions, channels], got "
+            "one vector per image; extract with pooling none at a node with spatial output, such as features.29 of "
+            "vgg16, or leave both out"
         )
     buffer_bytes = config.shuffle_buffer_megabytes << 20
     pooled = model.attention is None and model.encoder_top is None

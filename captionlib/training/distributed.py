@@ -1,7 +1,7 @@
 """Data-parallel training by several processes that `torchrun` starts.
 
-Each process computes the gradients of its part of every batch. The average is weighted by tokens, so that a step equals
-the step of one process with the whole batch. Process 0 validates, saves and reports.
+Each process computes the gradients of its part of every batch. They are averaged with weights proportional to token
+counts, so a step equals that of a single process with the whole batch. Process 0 validates, saves and reports.
 """
 
 import os
@@ -24,10 +24,10 @@ _TIMEOUT = timedelta(hours=4)  # the other processes wait while process 0 valida
 
 
 class ProcessGroup:
-    """The group of processes that train together; a single process is a group of one.
+    """The group of processes that train together; a single process forms a group of one.
 
     Attributes:
-        rank: the number of this process.
+        rank: the index of this process, from 0.
         world_size: the number of processes.
     """
 
@@ -51,29 +51,29 @@ class ProcessGroup:
         return totals
 
     def average_gradients(self, parameters: Sequence[Tensor], weight: float) -> None:
-        """Replaces each gradient by the weighted average over all processes.
+        """Replaces each gradient with its weighted average over all processes, whose weights must sum to 1.
 
-        DistributedDataParallel does not fit: it weights all processes alike, expects each of them to have a part of
-        every batch, and hooks into `forward`, which not all objectives call. The weights of all processes add up to 1.
+        DistributedDataParallel is unsuitable: it weights all processes equally, requires each to have part of every
+        batch, and hooks into `forward`, which some objectives do not call.
         """
         if self.world_size == 1:
             return
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([gradient.flatten() for gradient in gradients]) * weight
         dist.all_reduce(flat)
-        pieces = torch.split(flat, [gradient.numel() for gradient in gradients])
-        for parameter, piece in zip(parameters, pieces, strict=True):
-            parameter.grad = piece.view_as(parameter)
+        chunks = torch.split(flat, [gradient.numel() for gradient in gradients])
+        for parameter, chunk in zip(parameters, chunks, strict=True):
+            parameter.grad = chunk.view_as(parameter)
 
     @torch.no_grad()
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Copies the tensors of process 0 to all processes. Other machines may initialize them slightly differently."""
+        """Copies the tensors of process 0 to all processes, because initial values may vary between machines."""
         if self.world_size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
     def run_on_first(self, function: Callable[[], Value]) -> Value:
-        """Calls a function in process 0 and returns its result, or raises its error, in all processes."""
+        """Calls a function in process 0. All processes return its result or raise its error."""
         if self.world_size == 1:
             return function()
         outcome: list[Any] = [None, None]
@@ -89,7 +89,7 @@ class ProcessGroup:
         return value
 
     def gather(self, value: Value) -> list[Value]:
-        """Returns the values of all processes, by rank."""
+        """Returns the values of all processes, in the order of their ranks."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -98,13 +98,13 @@ class ProcessGroup:
 
 
 def is_first_process() -> bool:
-    """Returns whether this is process 0, also outside of `join_process_group`."""
+    """Returns whether this is process 0. Unlike `ProcessGroup`, it works outside `join_process_group`."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def join_process_group(device: torch.device) -> Iterator[torch.device]:
-    """Joins the processes that `torchrun` started, if it did, for the duration of the block.
+    """Joins the process group for the duration of the block if `torchrun` started this process.
 
     Args:
         device: the configured device. With CUDA, each process uses its own GPU.
@@ -113,7 +113,7 @@ def join_process_group(device: torch.device) -> Iterator[torch.device]:
         The device of this process.
 
     Raises:
-        ConfigError: this machine has more processes than GPUs.
+        ConfigError: CUDA is used, and this machine has more processes than GPUs.
     """
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         yield device
@@ -122,7 +122,7 @@ def join_process_group(device: torch.device) -> Iterator[torch.device]:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"process {local_rank} of this machine needs a GPU of its own, but PyTorch finds "
+                f"process {local_rank} of this machine needs its own GPU, but PyTorch finds "
                 f"{torch.cuda.device_count()}; start one process per GPU, or use --device cpu"
             )
         device = torch.device("cuda", local_rank)
@@ -130,6 +130,6 @@ def join_process_group(device: torch.device) -> Iterator[torch.device]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
         yield device
-        dist.barrier()  # no process leaves while another still communicates with it
+        dist.barrier()  # wait until all processes have finished communicating
     finally:
         dist.destroy_process_group()

@@ -1,7 +1,7 @@
-"""Fine-tunes a captioner together with its encoder on the images of `manifest/`.
+"""Fine-tunes a captioner and its encoder on a manifest, a dataset that lists images and their reference captions.
 
-The captioner must have been trained on features before: the gradients of an untrained one would damage the encoder. The
-encoder has its own learning rate (1e-5 in neuraltalk2) and stays in evaluation mode.
+The captioner must first be trained on extracted features, because the gradients of an untrained captioner would damage
+the encoder. The encoder has its own learning rate (1e-5 in neuraltalk2) and stays in evaluation mode.
 """
 
 import os
@@ -43,9 +43,9 @@ class EncoderFinetuningConfig:
     """How the encoder is fine-tuned.
 
     Attributes:
-        learning_rate: of the encoder, before the schedule; `training.learning_rate` is the captioner's.
-        from_node: the first node or module to fine-tune, such as `layer4`. Earlier layers are frozen and need no memory
-            for gradients. None fine-tunes all layers.
+        learning_rate: the base learning rate of the encoder; `training.learning_rate` is the captioner's.
+        from_node: the encoder's first node or module to fine-tune, such as `layer4`. Earlier layers are frozen, which
+            saves memory. If None, all layers are fine-tuned.
     """
 
     learning_rate: PositiveFloat = 1e-5
@@ -54,23 +54,22 @@ class EncoderFinetuningConfig:
 
 @configclass
 class FinetuningConfig:
-    """A captioner to fine-tune with its encoder, the training data, and how to train it.
+    """Configuration of the fine-tuning of a captioner together with its encoder.
 
     Attributes:
-        init_from: the checkpoint of the captioner. Its vocabulary, shape and encoder are kept.
-        encoder: how the encoder is fine-tuned.
-        training: the training loop, with the learning rate of the captioner.
-        train_splits: the training splits; `restval` is part of COCO's training set.
+        init_from: the checkpoint of the captioner. Its vocabulary, architecture and encoder are kept.
+        encoder: settings of the encoder's fine-tuning.
+        training: settings of the training loop, including the captioner's learning rate.
+        train_splits: the training splits; `restval` is the part of COCO's validation set that is used for training.
         validation_splits: the splits that select the best epoch.
-        max_words: longer captions are cut off in training.
+        max_words: longer captions are truncated in training.
         batch_images: images per batch and process, each with all its captions.
         horizontal_flip: flip each image with probability 0.5.
-        label_smoothing: the fraction of each target that is spread evenly over all words.
-        best_by: the score that selects the best epoch: `perplexity`, or the `cider` of generated captions, which needs
-            Java.
-        decoding: how these captions are generated.
+        label_smoothing: the fraction of each target probability that is spread evenly over the vocabulary.
+        best_by: the score that selects the best epoch, `perplexity` or the `cider` of generated captions (needs Java).
+        decoding: how captions are generated for CIDEr.
         loading: how images are fetched and decoded.
-        max_failure_ratio: the run fails if more than this fraction of the images is unreadable.
+        max_failure_ratio: the maximum fraction of unreadable images; if it is exceeded, the run fails.
     """
 
     init_from: str | None = None
@@ -103,12 +102,12 @@ def finetune_captioner(
     """Fine-tunes a captioner and its encoder on the images of a manifest, or resumes an interrupted run.
 
     Unreadable images are skipped and listed in the run's folder. `weights` is the encoder's weights file, if the
-    captioner was trained on features of such a file. The checkpoint of the best epoch contains the encoder. The other
-    arguments and the result are those of `train_captioner`.
+    encoder was loaded from one. The checkpoint of the best epoch includes the encoder. The other arguments and the
+    result are the same as for `train_captioner`.
 
     Raises:
-        CheckpointError: `init_from` is not a checkpoint, or the weights belong to another encoder.
-        ConfigError: `init_from` is missing, or no layer of the encoder is left to fine-tune.
+        CheckpointError: `init_from` is not a checkpoint, or the weights belong to a different encoder.
+        ConfigError: `init_from` is missing, or `encoder.from_node` leaves no layer to fine-tune.
         DatasetError: the manifest is incomplete, or a split has no captions.
         FailureRatioError: more images are unreadable than the configuration allows.
     """
@@ -150,7 +149,7 @@ def finetune_captioner(
 def _load_trainable_encoder(
     initial: LoadedCaptioner, weights: str | None, from_node: str | None, device: torch.device
 ) -> Encoder:
-    """Loads the captioner's encoder with gradients from a node on."""
+    """Loads the captioner's encoder and freezes the layers before `from_node`."""
     config = EncoderConfig.from_description(initial.encoder, weights or initial.encoder_weights)
     encoder = load_encoder(config, str(device), trainable=True)
     initial.require_encoder(encoder.description)
@@ -158,8 +157,8 @@ def _load_trainable_encoder(
     parameters = dict(encoder.network.network.named_parameters())
     if set(parameters) <= frozen:
         raise ConfigError(
-            f"encoder.from_node: expected a node with weights up to {config.node}, the last node of the encoder, got "
-            f"{from_node}; choose an earlier node"
+            f"encoder.from_node: expected a node with weights at or before {config.node}, the encoder's last node, "
+            f"got {from_node}; choose an earlier node"
         )
     for name, parameter in parameters.items():
         parameter.requires_grad_(name not in frozen)

@@ -1,4 +1,4 @@
-"""The initial weights of a captioner: statistics of the data, pre-trained word vectors, or another captioner."""
+"""Initializes captioners from statistics of the training data, pre-trained word vectors, or an existing checkpoint."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,8 +20,8 @@ from captionlib.storage.folders import Folder
 
 __all__ = ["build_captioner", "initialize_word_vectors", "load_initial_captioner", "require_other_folder"]
 
-_COMPONENT_IMAGES = 4096  # sample for the principal components
-_MAP_IMAGES = 256  # sample for the statistics of maps
+_COMPONENT_IMAGES = 4096  # images sampled for the principal components
+_MAP_IMAGES = 256  # images sampled for the statistics of feature maps
 _TOP_BATCH_SIZE = 100  # images per pass through the encoder's top layers
 
 
@@ -32,19 +32,19 @@ def build_captioner(
     vocabulary: Vocabulary,
     weights: str | None = None,
 ) -> Captioner:
-    """Builds a captioner with the statistics of the features and words of the training splits.
+    """Builds a captioner, initialized with statistics of the features and words of the training splits.
 
-    `weights` is the encoder's weights file, for a captioner with an `encoder_top` whose encoder used such a file.
+    `weights` is the encoder's weights file, if any; `encoder_top`, the encoder layers in a captioner, is read from it.
 
     Raises:
-        DatasetError: the captioner has attention, but the features are not spatial maps.
-        CheckpointError: the weights do not belong to the encoder.
-        ConfigError: `encoder_top` does not follow the encoder's node, or has no weights.
+        DatasetError: the captioner has attention, but the features are one vector per image.
+        CheckpointError: the weights belong to a different encoder.
+        ConfigError: `encoder_top` does not follow the node of the features, or its weights are missing.
     """
     shape = feature_shape(dataset)
     if config.attention_size and len(shape) == 1:
         raise DatasetError(
-            f"{dataset.folder.uri}: attention needs maps [positions, channels], got one vector per image; "
+            f"{dataset.folder.uri}: attention needs feature maps [positions, channels], got one vector per image; "
             "extract with pooling none at a node with spatial output, such as features.29 of vgg16, or set "
             "captioner.attention_size to 0"
         )
@@ -60,12 +60,12 @@ def build_captioner(
 
 @torch.no_grad()
 def _set_feature_statistics(model: Captioner, dataset: ShardedDataset, splits: Sequence[str]) -> None:
-    """Sets the standardization or the principal components of a captioner, after its encoder top if it has one."""
+    """Sets the standardization or principal components of a captioner's features, after `encoder_top` if it has one."""
 
     def compute_features(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
         features = torch.from_numpy(rows.astype(np.float32))
         if model.encoder_top is not None:
-            features = torch.cat([model.encoder_top(part) for part in torch.split(features, _TOP_BATCH_SIZE)])
+            features = torch.cat([model.encoder_top(chunk) for chunk in torch.split(features, _TOP_BATCH_SIZE)])
         return features.numpy()
 
     def compute_vectors(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
@@ -94,13 +94,13 @@ def require_other_folder(init_from: str | None, output: Folder) -> None:
 
 
 def load_initial_captioner(folder: str, config: CaptionerConfig, dataset: ShardedDataset) -> LoadedCaptioner:
-    """Loads the captioner whose weights, shape and vocabulary a run starts from.
+    """Loads the captioner whose weights, architecture and vocabulary a run starts from.
 
-    Values of `config` that differ from the defaults must agree with the checkpoint.
+    Values of `config` that differ from the defaults must match the checkpoint.
 
     Raises:
-        CheckpointError: the folder is not a checkpoint, or belongs to another encoder.
-        ConfigError: the configured shape differs.
+        CheckpointError: the folder is not a checkpoint, or its captioner uses a different encoder.
+        ConfigError: the configured architecture differs from the checkpoint's.
     """
     initial = load_captioner(folder)
     initial.require_encoder(dataset.config["encoder"])
@@ -108,25 +108,25 @@ def load_initial_captioner(folder: str, config: CaptionerConfig, dataset: Sharde
     changed = {name: value for name, value in configured.items() if value != defaults[name]}
     if lines := describe_differences({name: to_dict(initial.config)[name] for name in changed}, changed):
         raise ConfigError(
-            f"captioner: expected the shape of init_from, {folder}, got another one ({'; '.join(lines)}); leave these "
-            "values out, or train without init_from"
+            f"captioner: expected the architecture of init_from, {folder}, got other values ({'; '.join(lines)}); "
+            "leave them out, or train without init_from"
         )
     return initial
 
 
 @torch.no_grad()
 def initialize_word_vectors(model: Captioner, vocabulary: Vocabulary, uri: str) -> dict[str, Any]:
-    """Initializes the word vectors that a word2vec, GloVe or fastText file contains. Other words keep random vectors.
+    """Initializes word embeddings from a word2vec, GloVe or fastText file. Other words stay random.
 
     Returns:
-        The file, the numbers of found and missing words, and the most frequent missing words.
+        The file, the numbers of found and missing words, and up to five of the most frequent missing words.
 
     Raises:
-        ConfigError: the file is unreadable, or its vectors have another size than the model's.
-        DatasetError: the file is damaged, or contains none of the words.
+        ConfigError: the file is unreadable, or its vectors do not have the size of the model's embeddings.
+        DatasetError: the file is malformed, or contains none of the words.
     """
     read = read_word_vectors(uri, vocabulary.words, model.config.embedding_size)
     for word, vector in read.vectors.items():
-        (number,) = vocabulary.encode_tokens([word])
-        model.word_vectors.weight[number] = torch.from_numpy(vector)
+        (token_id,) = vocabulary.encode_tokens([word])
+        model.word_vectors.weight[token_id] = torch.from_numpy(vector)
     return {"file": uri, "found": len(read.vectors), "missing": len(read.missing), "examples": list(read.missing[:5])}

@@ -1,4 +1,4 @@
-"""Stops training after the current step on Ctrl-C or SIGTERM, so that the state can be saved."""
+"""Catches Ctrl-C and SIGTERM, so that training can stop after the current step and save its state."""
 
 import signal
 from collections.abc import Callable, Iterator

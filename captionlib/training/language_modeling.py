@@ -30,18 +30,18 @@ __all__ = ["LanguageModelObjective", "LanguageModelTrainingConfig", "train_langu
 
 @configclass
 class LanguageModelTrainingConfig:
-    """A language model, its text, and how to train it.
+    """Configuration of a language model, its training text and its training.
 
     Attributes:
-        model: the network.
-        training: the training loop.
-        level: whether tokens are words or characters.
-        layout: how a text file is read: `sentences`, one per line, or `continuous`, one long text.
-        train_splits: the training splits of a dataset.
-        validation_splits: the splits of a dataset that select the best epoch.
-        validation_fraction: the fraction of a text file that selects the best epoch.
-        min_count: rarer words or characters become UNKNOWN.
-        max_tokens: longer sentences are cut off in training.
+        model: the architecture.
+        training: settings of the training loop.
+        level: `words` or `characters`, the units that are tokens.
+        layout: the layout of a text file, `sentences` (one per line) or `continuous` (one long text).
+        train_splits: the training splits, if the text is the captions of a dataset.
+        validation_splits: the splits of such a dataset that select the best epoch.
+        validation_fraction: the fraction of a text file that is held out to select the best epoch.
+        min_count: words or characters with fewer occurrences than this are replaced by the UNKNOWN token.
+        max_tokens: longer sentences are truncated in training.
         sequence_length: tokens per sequence of a continuous text.
         batch_size: sentences or sequences per batch.
     """
@@ -60,7 +60,7 @@ class LanguageModelTrainingConfig:
 
 
 class LanguageModelObjective(Objective[npt.NDArray[np.int64], Captioner]):
-    """Maximizes the log-probability of sentences, or of sequences of a text."""
+    """Maximizes the log-probability of sentences, or of sequences of a continuous text."""
 
     def __init__(
         self, model: Captioner, training: TextBatches, validation: TextBatches, save: SaveModel[Captioner]
@@ -82,17 +82,17 @@ class LanguageModelObjective(Objective[npt.NDArray[np.int64], Captioner]):
         return BatchLoss(total / len(log_probs), total.item(), len(log_probs))
 
     def validate(self) -> dict[str, float]:
-        """Computes the perplexity, exp(-sum ln p / tokens). The END of a sentence is a token, as in captioning."""
+        """Computes the perplexity, exp(-sum ln p / tokens). END, which marks the end of a sentence, is a token."""
         has_end_tokens = self._validation.has_end_tokens
         log_probs = (self._score(batch, has_end_tokens) for batch in self._validation.in_order())
         return {"perplexity": compute_perplexity(log_probs)}
 
     def _score(self, batch: npt.NDArray[np.int64], has_end_tokens: bool) -> Tensor:
         sentences = torch.from_numpy(batch).to(self._device)
-        no_image = torch.zeros(1, 0, device=self._device)  # one image without features for all sentences
+        no_image = torch.zeros(1, 0, device=self._device)  # all sentences share one image without features
         scores = self.model(no_image, sentences, sentences.new_zeros(len(sentences)))
         log_probs: Tensor = scores.log_probs
-        # The model appends END to each row. Sequences have equal lengths, so these tokens come last: drop them.
+        # The model appends END to each row. Sequences have equal lengths, so these tokens come last and are dropped.
         return log_probs if has_end_tokens else log_probs[: -len(sentences)]
 
 
@@ -107,8 +107,8 @@ def train_language_model(
 ) -> list[dict[str, float]]:
     """Trains a language model, or resumes an interrupted run.
 
-    The source is a text file, or a features or manifest dataset with captions. The other arguments and the result are
-    those of `train_captioner`.
+    `source` is a text file, or a features dataset or manifest (a list of images) whose captions are the text. The other
+    arguments and the result are the same as for `train_captioner`.
 
     Raises:
         DatasetError: the dataset is incomplete or has no captions, or the text is unreadable or too short.

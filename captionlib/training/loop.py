@@ -1,8 +1,8 @@
-"""The training loop of all models. An objective defines what to train, a `TrainingConfig` how.
+"""The training loop of all models. An `Objective` defines what to train, and a `TrainingConfig` defines how.
 
-A run can be interrupted at any step by Ctrl-C, SIGTERM or a crash. The same call resumes it from the last saved state,
-which holds everything that the next step depends on. On a CPU, the resulting weights are bitwise identical to those of
-an uninterrupted run.
+A run can be interrupted at any step by Ctrl-C, SIGTERM or a crash. Calling `train` again with the same arguments
+resumes the run from its last saved state. On a CPU, the resulting weights are bitwise identical to those of an
+uninterrupted run.
 """
 
 import random
@@ -50,23 +50,23 @@ def train(
     resolved: dict[str, Any],
     progress: bool = True,
 ) -> list[dict[str, float]]:
-    """Trains a model, or resumes an interrupted run. `output` always holds the checkpoint of the best epoch.
+    """Trains a model, or resumes an interrupted run. `output` holds the checkpoint of the best epoch so far.
 
     Within `join_process_group`, the processes train one model together.
 
     Args:
-        objective: what to train.
-        config: how to train it.
+        objective: the model, its training data and its loss.
+        config: settings of the optimizer and the loop.
         output: the run's folder.
-        resolved: the configuration of the run, with `config` as `training`, and the fingerprints of its inputs.
+        resolved: all settings of the run, with `config` under `training`, and the fingerprints (hashes) of its inputs.
         progress: show a progress bar.
 
     Returns:
         The metrics of each epoch: epoch, loss, mean reward if there are rewards, the validation scores, learning rate,
-        seconds of training since the start, and the fraction of them spent waiting for data (`data_wait`).
+        total seconds of training, and the fraction of that time spent waiting for data (`data_wait`).
 
     Raises:
-        DatasetError: the folder holds a run of another configuration.
+        DatasetError: the folder holds a run with a different configuration.
         TrainingInterrupted: Ctrl-C or SIGTERM stopped the run; its state is saved.
     """
     run = _Run(objective, config, output, resolved)
@@ -171,7 +171,7 @@ class _Run(Generic[Batch, Model]):
             loss.mean.backward()  # type: ignore[no-untyped-call]
         totals = (0.0, 0, 0.0, 0) if loss is None else loss[1:]
         must_save = self.group.is_first and time.monotonic() > save_at
-        # One exchange for all: the processes have to agree on stopping and saving.
+        # A single all-reduce sums the totals and lets the processes agree on stopping and saving.
         group_totals = self.group.sum([*totals, is_stop_requested(), must_save], self._device)
         self.group.average_gradients(self._parameters, weight=totals[1] / max(group_totals[1], 1))
         if config.clip_value is not None:
@@ -195,7 +195,7 @@ class _Run(Generic[Batch, Model]):
         self.save()
 
     def _report(self, scores: dict[str, float], progress: bool) -> None:
-        """Logs the metrics of an epoch, and writes the checkpoint if it is the best so far."""
+        """Logs the metrics of an epoch, and writes the checkpoint if the epoch is the best so far."""
         state, objective = self.state, self._objective
         factor = schedule_factor(self._config, self._scheduler.last_epoch, self._steps_per_epoch)
         row = {

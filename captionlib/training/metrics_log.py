@@ -1,4 +1,4 @@
-"""The metrics of a run: `metrics.jsonl` for programs, event files for TensorBoard, plots in `curves.png`."""
+"""Writes the metrics of a run: `metrics.jsonl` for programs, event files for TensorBoard, and plots in `curves.png`."""
 
 import json
 import tempfile
@@ -20,8 +20,8 @@ Row = dict[str, float]
 def log_epoch(output: Folder, history: Sequence[Row]) -> None:
     """Rewrites `metrics.jsonl` and writes the metrics of the last epoch to an event file in `tensorboard/`.
 
-    Each epoch has its own event file, because files in object stores cannot grow. An epoch that is repeated after a
-    crash replaces its file.
+    Each epoch has its own event file, because object stores cannot append to files. If an epoch is repeated after
+    a crash, its file is replaced.
     """
     output.write(METRICS, "".join(json.dumps(row) + "\n" for row in history).encode())
     epoch = int(history[-1]["epoch"])
@@ -41,7 +41,7 @@ def _serialize_events(row: Row) -> bytes:
 
 
 def draw_curves(output: Folder, history: Sequence[Row]) -> None:
-    """Draws the loss and the validation scores over the epochs to `curves.png`."""
+    """Plots the loss and the validation scores of all epochs in `curves.png`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

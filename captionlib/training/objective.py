@@ -23,9 +23,9 @@ class BatchLoss(NamedTuple):
 
     Attributes:
         mean: `[] float32`, the value to minimize.
-        total: the reported loss, summed.
-        size: the number of summands of `total`. It also weights the gradients of a process in a group.
-        reward_total: the rewards of sampled captions, summed.
+        total: the sum of the reported loss over tokens or pairs.
+        size: the number of terms of `total`, and the weight of a process's gradients in data-parallel training.
+        reward_total: the sum of the rewards of sampled captions.
         reward_count: the number of sampled captions; 0 for objectives without rewards.
     """
 
@@ -42,8 +42,8 @@ class Objective(ABC, Generic[Batch, Model]):
     Args:
         model: the model to train, on its device.
         save_model: writes a checkpoint.
-        part_learning_rates: learning rates of individual attributes of the model, by name; the others use the
-            configured one.
+        part_learning_rates: learning rates of individual attributes of the model, by name; all other parameters
+            use the configured learning rate.
 
     Attributes:
         score_name: the validation score that selects the best epoch.
@@ -64,9 +64,9 @@ class Objective(ABC, Generic[Batch, Model]):
 
     @abstractmethod
     def batches(self, seed: int, epoch: int, first: int) -> Iterator[Batch | None]:
-        """Yields the batches of an epoch from batch `first` on, in an order that `seed` and `epoch` determine.
+        """Yields the batches of an epoch from index `first` on, in an order determined by `seed` and `epoch`.
 
-        In a group of processes, each yields its part of the same batches, or None if it has no part in one.
+        In data-parallel training, each process yields its part of every batch, or None if its part is empty.
         """
 
     @abstractmethod
@@ -87,7 +87,7 @@ class Objective(ABC, Generic[Batch, Model]):
 
 
 def compute_perplexity(log_probs: Iterable[Tensor]) -> float:
-    """Computes exp(-mean ln p) over the tokens of all batches, `[tokens] float32` each."""
+    """Computes exp(-mean ln p) over all tokens. Each item of `log_probs` is `[tokens] float32`."""
     total, tokens = 0.0, 0
     for batch in log_probs:
         total, tokens = total - batch.sum().item(), tokens + len(batch)

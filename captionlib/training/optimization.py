@@ -1,4 +1,4 @@
-"""The configuration of a training run, its optimizer, its learning-rate schedule and its average of weights."""
+"""Training settings, optimizers, learning-rate schedules and weight averaging."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,32 +22,32 @@ __all__ = [
     "schedule_factor",
 ]
 
-_RMSPROP_ALPHA = 0.999  # NeuralTalk's
-_COSINE_FLOOR = 0.01  # the last learning rate, as a fraction of the first
+_RMSPROP_ALPHA = 0.999  # as in NeuralTalk
+_COSINE_FLOOR = 0.01  # final learning rate, as a fraction of the base learning rate
 
 
 @configclass
 class TrainingConfig:
-    """How a model is trained.
+    """Settings of the optimizer, the learning-rate schedule and the training loop.
 
     Attributes:
         epochs: the maximum number of passes over the training data.
         optimizer: `rmsprop`, `adam` or `adamw`.
-        learning_rate: the learning rate before the schedule applies.
-        weight_decay: the weight decay of AdamW.
+        learning_rate: the base learning rate, which the schedule scales.
+        weight_decay: the weight decay of `adamw`.
         schedule: `constant`; `step`, which multiplies the learning rate by `step_factor` every `step_epochs` epochs; or
             `cosine`, which decays it to a hundredth over all epochs.
         step_epochs: see `schedule`.
         step_factor: see `schedule`.
-        warmup_steps: steps over which the learning rate rises linearly from zero.
-        clip_value: clip each element of the gradient to this magnitude; None does not clip.
-        clip_norm: clip the norm of the gradient; None does not clip.
-        ema_decay: validate and save an exponential moving average of the weights with this decay, such as 0.999; None
-            uses the weights themselves.
-        precision: `bfloat16` computes the loss under autocast. Weights and validation stay in float32.
-        patience: stop after this many epochs without a better validation score; None never does.
-        checkpoint_interval_seconds: how often to save the state of the run within an epoch.
-        seed: seeds the order of the data, dropout and the initial weights.
+        warmup_steps: the number of steps over which the learning rate rises linearly from zero.
+        clip_value: clip each element of the gradient to this magnitude. If None, elements are not clipped.
+        clip_norm: clip the norm of the gradient to this value. If None, the norm is not clipped.
+        ema_decay: validate and save an exponential moving average of the weights with this decay, such as 0.999. If
+            None, the weights themselves are used.
+        precision: if `bfloat16`, the loss is computed under autocast. Weights and validation stay in float32.
+        patience: stop after this many epochs without a better validation score. If None, all epochs are run.
+        checkpoint_interval_seconds: the time between saves of the run's state within an epoch.
+        seed: the seed for the order of the data, dropout and the initial weights.
     """
 
     epochs: PositiveInt = 20
@@ -70,7 +70,7 @@ class TrainingConfig:
 def make_optimizer(
     model: nn.Module, config: TrainingConfig, part_learning_rates: Mapping[str, float] | None = None
 ) -> torch.optim.Optimizer:
-    """Returns an optimizer for the parameters that require gradients, with one group for each learning rate.
+    """Returns an optimizer for the parameters that require gradients, with one parameter group per learning rate.
 
     `part_learning_rates` holds the learning rates of individual attributes of the model, by name.
     """
@@ -89,12 +89,12 @@ def make_optimizer(
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, steps_per_epoch: int) -> LambdaLR:
-    """Returns a scheduler to be stepped after each step of the optimizer."""
+    """Returns a scheduler, which must be stepped after each optimizer step."""
     return LambdaLR(optimizer, lambda step: schedule_factor(config, step, steps_per_epoch))
 
 
 def schedule_factor(config: TrainingConfig, step: int, steps_per_epoch: int) -> float:
-    """Returns the learning rate after `step` steps, over all epochs, as a fraction of the configured one."""
+    """Returns the learning rate after `step` steps of the whole run, as a fraction of the base learning rate."""
     epochs = step / max(1, steps_per_epoch)
     factor = 1.0
     if config.schedule == "step":
@@ -108,9 +108,9 @@ def schedule_factor(config: TrainingConfig, step: int, steps_per_epoch: int) -> 
 def average_weights(model: nn.Module, decay: float) -> AveragedModel:
     """Returns an exponential moving average of a model's weights, to be updated after each optimizer step.
 
-    It often generalizes better than the weights of the last step. It starts from the weights after the first step.
-    Before the n-th update after that, the decay is limited to (1 + n) / (10 + n), as in TensorFlow's
-    `ExponentialMovingAverage`, so that early weights fade quickly.
+    The average often generalizes better than the final weights. The weights after the first step initialize it. At the
+    n-th update after that, the decay is at most (1 + n) / (10 + n), as in TensorFlow's `ExponentialMovingAverage`, so
+    that early weights fade quickly.
     """
 
     @torch.no_grad()
@@ -124,13 +124,13 @@ def average_weights(model: nn.Module, decay: float) -> AveragedModel:
 
 @contextmanager
 def apply_average(model: nn.Module, average: AveragedModel) -> Iterator[None]:
-    """Gives the model the averaged weights within the block, and restores its own exactly when the block ends."""
-    own = [parameter.detach().clone() for parameter in model.parameters()]
+    """Replaces the model's weights with their averages within the block, and restores the original weights after it."""
+    original = [parameter.detach().clone() for parameter in model.parameters()]
     _copy_weights(average.module.parameters(), model)
     try:
         yield
     finally:
-        _copy_weights(own, model)
+        _copy_weights(original, model)
 
 
 @torch.no_grad()

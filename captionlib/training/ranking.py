@@ -1,6 +1,6 @@
-"""Trains rankers on `features/`, so that images and captions find each other.
+"""Trains rankers (dual encoders for image-text retrieval) on features datasets (extracted image features and captions).
 
-A ranker sees the mean of a spatial map over its positions.
+Spatial feature maps are averaged over their positions.
 """
 
 import os
@@ -38,27 +38,27 @@ from captionlib.training.ranking_losses import contrastive_loss, max_margin_loss
 
 __all__ = ["RankerTrainingConfig", "RankingBatch", "RankingObjective", "sample_captions", "train_ranker"]
 
-_VALIDATION_IMAGES = 100  # per batch
+_VALIDATION_IMAGES = 100  # images per validation batch
 
 
 @configclass
 class RankerTrainingConfig:
-    """A ranker, its training data, and how to train it.
+    """Configuration of a ranker, its training data and its training.
 
     Attributes:
-        ranker: the network.
-        training: the training loop.
-        loss: `contrastive`, with a learned temperature; `max_margin`, as in the talk; or `hard_negative`, the
-            max-margin loss with only the hardest negatives of the batch.
+        ranker: the architecture.
+        training: settings of the training loop.
+        loss: `contrastive`, with a learned temperature; `max_margin` (Karpathy & Fei-Fei 2015); or `hard_negative`, the
+            max-margin loss with only the hardest negatives of the batch (Faghri et al. 2018).
         margin: the margin of the max-margin losses, in cosine similarity.
-        warmup_epochs: epochs with all negatives before `hard_negative` uses only the hardest.
-        train_splits: the training splits; `restval` is part of COCO's training set.
-        validation_splits: the splits that select the best epoch. Their images are ranked all together.
-        min_count: rarer words become UNKNOWN.
-        max_words: longer captions are cut off in training.
-        batch_images: images per batch and process. More images give more negatives. Negatives do not cross processes.
-        captions_per_image: captions to sample per image and epoch; 0 uses all.
-        shuffle_buffer_megabytes: how much of the features is shuffled at a time.
+        warmup_epochs: the number of initial epochs in which `hard_negative` uses all negatives.
+        train_splits: the training splits; `restval` is the part of COCO's validation set that is used for training.
+        validation_splits: the splits that select the best epoch. All their images are ranked together.
+        min_count: words with fewer occurrences than this are replaced by the UNKNOWN token.
+        max_words: longer captions are truncated in training.
+        batch_images: images per batch and process. All negatives come from the batch of the same process.
+        captions_per_image: the number of captions to sample per image and epoch; 0 uses all captions.
+        shuffle_buffer_megabytes: the size of the buffer in which features are shuffled.
     """
 
     ranker: RankerConfig = field(default_factory=RankerConfig)
@@ -87,14 +87,14 @@ class RankerTrainingConfig:
 
 @dataclass(frozen=True)
 class RankingBatch:
-    """Images with captions, and the epoch, which the loss may depend on."""
+    """Images with captions, and the epoch, on which the loss may depend."""
 
     captions: CaptionBatch
     epoch: int
 
 
 class RankingObjective(Objective[RankingBatch, Ranker]):
-    """Ranks an image's captions above those of other images, and a caption's image above other images."""
+    """Trains a ranker to rank an image's captions above other captions, and a caption's image above other images."""
 
     score_name = "mean_recall"
     higher_is_better = True
@@ -128,26 +128,26 @@ class RankingObjective(Objective[RankingBatch, Ranker]):
     def loss(self, batch: RankingBatch) -> BatchLoss:
         """Computes the mean loss over all pairs of an image and one of its captions."""
         images, captions = self._embed(batch.captions)
-        owner = torch.from_numpy(batch.captions.image_of_sentence).to(self._device)
+        image_of_sentence = torch.from_numpy(batch.captions.image_of_sentence).to(self._device)
         with torch.autocast(self._device.type, enabled=False):  # a temperature of 0.04 amplifies rounding errors
             scores = images.float() @ captions.float().t()
         if self._config.loss == "contrastive":
-            loss = contrastive_loss(scores, owner, self.model.log_temperature)
+            loss = contrastive_loss(scores, image_of_sentence, self.model.log_temperature)
         else:
             hard_negatives = self._config.loss == "hard_negative" and batch.epoch >= self._config.warmup_epochs
-            loss = max_margin_loss(scores, owner, self._config.margin, hard_negatives)
-        return BatchLoss(loss, loss.item() * len(owner), len(owner))
+            loss = max_margin_loss(scores, image_of_sentence, self._config.margin, hard_negatives)
+        return BatchLoss(loss, loss.item() * len(image_of_sentence), len(image_of_sentence))
 
     def validate(self) -> dict[str, float]:
-        """Computes the mean of the six recalls and the median ranks."""
-        images, captions, owners, first = [], [], [], 0
+        """Computes the mean recall and the median ranks of retrieval in both directions."""
+        images, captions, image_indices, first = [], [], [], 0
         for batch in self._validation.in_order():
             image_embeddings, caption_embeddings = self._embed(batch)
             images.append(image_embeddings.float().cpu().numpy())
             captions.append(caption_embeddings.float().cpu().numpy())
-            owners.append(batch.image_of_sentence + first)
+            image_indices.append(batch.image_of_sentence + first)
             first += len(image_embeddings)
-        scores = score_retrieval(np.concatenate(images), np.concatenate(captions), np.concatenate(owners))
+        scores = score_retrieval(np.concatenate(images), np.concatenate(captions), np.concatenate(image_indices))
         return {
             "mean_recall": scores.mean_recall,
             "image_to_text_median_rank": scores.image_to_text.median_rank,
@@ -167,8 +167,8 @@ def sample_captions(batch: CaptionBatch, count: int, generator: np.random.Genera
         return batch
     shuffled = generator.permutation(len(batch.sentences))
     shuffled = shuffled[np.argsort(batch.image_of_sentence[shuffled], kind="stable")]
-    owners = batch.image_of_sentence[shuffled]
-    position = np.arange(len(owners)) - np.searchsorted(owners, owners)  # of each caption among those of its image
+    images = batch.image_of_sentence[shuffled]
+    position = np.arange(len(images)) - np.searchsorted(images, images)  # index of each caption within its image
     selected = shuffled[position < count]
     sentences = [batch.sentences[number] for number in selected]
     return CaptionBatch(batch.features, sentences, batch.image_of_sentence[selected])
@@ -185,7 +185,7 @@ def train_ranker(
 ) -> list[dict[str, float]]:
     """Trains a ranker on a features dataset, or resumes an interrupted run.
 
-    Processes that `torchrun` started train one ranker together, each with `batch_images` of every batch.
+    Processes started by `torchrun` train one ranker together, each with `batch_images` images per step.
 
     Example:
         >>> config = captionlib.RankerTrainingConfig(training=captionlib.TrainingConfig(epochs=2), min_count=1)
@@ -194,15 +194,15 @@ def train_ranker(
         2
 
     Args:
-        features: the features dataset.
-        output: the run's folder: the checkpoint of the best epoch, metrics, curves and the state to resume from.
-        config: the ranker and how to train it.
+        features: the folder of the features dataset.
+        output: the folder for the checkpoint of the best epoch, metrics, curves and the state to resume from.
+        config: the configuration of the ranker and its training.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        overwrite: replace a run of another configuration.
+        overwrite: replace a run with a different configuration.
         progress: show a progress bar.
 
     Returns:
-        The metrics of each epoch; see `train`.
+        The metrics of each epoch, as described by `train` in loop.py.
 
     Raises:
         DatasetError: the features are incomplete, or a split has no captions.
@@ -212,7 +212,7 @@ def train_ranker(
         group = ProcessGroup()
         dataset = open_dataset(features, "features").require_complete()
         group.run_on_first(lambda: claim_folder(folder, overwrite))
-        next(read_captions(dataset, config.validation_splits))  # fails now rather than after the first epoch
+        next(read_captions(dataset, config.validation_splits))  # fails at once if there are no captions
         objective = _make_objective(dataset, config, target)
         resolved = {"features": dataset.fingerprint, "world_size": group.world_size, **to_dict(config)}
         return train(objective, config.training, folder, resolved, progress)

@@ -1,7 +1,7 @@
-"""Losses that move captions close to their images and away from the other images of the batch.
+"""Losses that raise the similarity of captions to their own images and lower their similarity to other images.
 
-All of them take `scores`, `[images, captions]`, and `image_of_sentence`, `[captions] int64`, the row of the image that
-a caption describes. Other captions of the same image are not negatives.
+`scores` is `[images, captions]`, and `image_of_sentence` is `[captions] int64`, the row in `scores` of the image that
+each caption describes. Other captions of the same image are not negatives.
 """
 
 import torch
@@ -14,15 +14,15 @@ __all__ = ["contrastive_loss", "max_margin_loss"]
 def max_margin_loss(scores: Tensor, image_of_sentence: Tensor, margin: float, hard_negatives: bool = False) -> Tensor:
     """Computes the max-margin ranking loss, averaged over all pairs of an image and one of its captions.
 
-    For a pair with score p, a negative with score n costs max(0, margin - p + n). The negatives are the captions of
-    other images for the image, and the other images for the caption. Their costs are summed (Karpathy & Fei-Fei 2015),
-    or only the highest of each kind counts (Faghri et al. 2018, VSE++).
+    For a pair with score p, a negative with score n costs max(0, margin - p + n). The image's negatives are the
+    captions of other images, and the caption's negatives are the other images. The loss of a pair is the sum of all
+    costs (Karpathy & Fei-Fei 2015), or of only the highest cost of each kind (Faghri et al. 2018, VSE++).
 
     Args:
         scores: `[images, captions]`, cosine similarities.
         image_of_sentence: `[captions] int64`.
-        margin: the margin by which a pair has to exceed its negatives.
-        hard_negatives: count only the hardest negative of each kind.
+        margin: the margin by which the score of a pair must exceed the scores of its negatives.
+        hard_negatives: use only the hardest negative of each kind.
     """
     is_negative = _negatives(scores, image_of_sentence)
     pairs = _pair_scores(scores, image_of_sentence)
@@ -37,8 +37,8 @@ def max_margin_loss(scores: Tensor, image_of_sentence: Tensor, margin: float, ha
 def contrastive_loss(scores: Tensor, image_of_sentence: Tensor, log_temperature: Tensor) -> Tensor:
     """Computes the contrastive loss (InfoNCE, van den Oord et al. 2018, arXiv 1807.03748) in both directions.
 
-    For each pair, -ln softmax(score / temperature) of the image among all images, and of the caption among itself and
-    the captions of other images. The result is the mean of both directions, averaged over all pairs.
+    A pair costs -ln softmax(score / temperature), where the softmax is over all images in one direction, and over the
+    caption and the captions of other images in the other. The loss is the mean over both directions and all pairs.
 
     Args:
         scores: `[images, captions]`, cosine similarities.
@@ -55,10 +55,10 @@ def contrastive_loss(scores: Tensor, image_of_sentence: Tensor, log_temperature:
 
 
 def _negatives(scores: Tensor, image_of_sentence: Tensor) -> Tensor:
-    """Returns whether a caption describes another image, `[images, captions] bool`."""
+    """Returns whether each caption describes a different image, `[images, captions] bool`."""
     return torch.arange(len(scores), device=scores.device)[:, None] != image_of_sentence
 
 
 def _pair_scores(scores: Tensor, image_of_sentence: Tensor) -> Tensor:
-    """Returns the score of each caption with its image, `[captions]`."""
+    """Returns the score of each caption with its own image, `[captions]`."""
     return scores.gather(0, image_of_sentence[None])[0]

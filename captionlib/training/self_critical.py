@@ -1,13 +1,13 @@
 """Self-critical training (Rennie et al. 2017, arXiv 1612.00563): a captioner learns from the CIDEr-D of its samples.
 
-The captioner samples captions for each image. A caption whose reward exceeds the baseline becomes more probable, others
-become less probable:
+The captioner samples captions for each image. Captions whose reward exceeds the baseline become more probable, and
+all others become less probable:
 
     loss = -sum (reward - baseline) ln p(token | image, previous tokens) / tokens
 
-END is a token like any other, in the probabilities and in the n-grams of the reward. Without it in the n-grams, a
-caption that breaks off, such as "a man on a", would score as well as a complete one. The samples depend on the weights,
-dropout, the seed, the epoch and the image, so that a resumed run repeats them.
+The END token, which also serves as the start token, counts in the probabilities and in the n-grams of the reward.
+Otherwise, an incomplete caption such as "a man on a" could score as high as a complete one. The weights, dropout, the
+seed, the epoch and the image determine the samples, so a resumed run reproduces them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,13 +41,13 @@ Rewards = npt.NDArray[np.float64]
 
 @configclass
 class SelfCriticalConfig:
-    """How a captioner learns from its samples.
+    """Settings of self-critical training.
 
     Attributes:
-        samples: captions to sample per image and step.
+        samples: the number of captions to sample per image and step.
         baseline: what the reward of a sample is compared with: `leave_one_out`, the mean reward of the image's other
             samples (Luo 2020, arXiv 2003.09971), or `greedy`, the reward of the greedy caption (Rennie et al. 2017).
-        dropout: replaces the captioner's own dropout. A caption is sampled and learned with the same units dropped.
+        dropout: the dropout probability, instead of the captioner's own. Samples and gradients share the same masks.
     """
 
     samples: PositiveInt = 5
@@ -63,7 +63,7 @@ class SelfCriticalConfig:
 
 @dataclass(frozen=True)
 class SelfCriticalBatch:
-    """Images with their reference captions, and the numbers that seed the samples."""
+    """Images with their reference captions, and the seed and epoch that determine the samples."""
 
     captions: CaptionBatch
     seed: int
@@ -71,12 +71,12 @@ class SelfCriticalBatch:
 
 
 class _Samples(NamedTuple):
-    """The sampled captions, the same number for each image, image by image.
+    """The sampled captions, grouped by image, with the same number of captions for each image.
 
     Attributes:
-        captions: the tokens of each, ending with END unless it was cut off.
-        log_probs: `[tokens] float32`, of all captions, time step by time step.
-        sentences: `[tokens] int64`, the caption of each token.
+        captions: the token ids of each caption, ending with END unless the caption was truncated.
+        log_probs: `[tokens] float32`, the log-probabilities of the tokens of all captions, ordered by time step.
+        sentences: `[tokens] int64`, the index of the caption that each token belongs to.
     """
 
     captions: list[list[int]]
@@ -85,10 +85,10 @@ class _Samples(NamedTuple):
 
 
 class SelfCriticalObjective(Objective[SelfCriticalBatch, Captioner]):
-    """Maximizes the expected CIDEr-D of samples. Batches, validation and checkpoints are those of captioning.
+    """Maximizes the expected CIDEr-D of samples. `captioning` provides batches, validation and checkpoints.
 
     `references` holds the reference captions of each training image as token ids. They determine the n-gram frequencies
-    of CIDEr-D, and are read once. Samples are cut off after `max_tokens` tokens.
+    of CIDEr-D, and are read once. Samples are truncated after `max_tokens` tokens.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class SelfCriticalObjective(Objective[SelfCriticalBatch, Captioner]):
         keys = [f"{batch.seed} {batch.epoch} ".encode() + image.tobytes() for image in images]
         uniforms = generate_uniforms(keys, samples, self._sampling.max_tokens, seed=0).to(self._device)
         image_state = self.model.encode_images(torch.from_numpy(images).to(self._device))
-        active = torch.arange(len(images) * samples, device=self._device)  # the captions without END so far
+        active = torch.arange(len(images) * samples, device=self._device)  # captions that have not reached END
         state, word = image_state.state.index_select(1, active // samples), torch.full_like(active, END)
         captions: list[list[int]] = [[] for _ in active]
         log_probs, sentences = [], []
@@ -155,7 +155,7 @@ class SelfCriticalObjective(Objective[SelfCriticalBatch, Captioner]):
 
     @torch.inference_mode()
     def _search_greedily(self, batch: CaptionBatch) -> list[list[int]]:
-        """Returns the tokens of the greedy caption of each image."""
+        """Returns the token ids of the greedy caption of each image."""
         kind = self._device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         incremental = IncrementalCaptioner(self.model, dtype)

@@ -1,4 +1,4 @@
-"""The state of a run: everything that the next step depends on, and the folder that holds it."""
+"""Saves and restores the state of a training run, and checks that its folder can be used."""
 
 import io
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ __all__ = ["RESOLVED", "RunState", "claim_folder", "get_rng_states", "load_state
 STATE = "_training/state.pt"
 RESOLVED = "resolved.json"
 _RUN_FILES = {"_training", FAILURES_FOLDER, RESOLVED, METRICS, TENSORBOARD, CURVES, *CHECKPOINT_FILES}
-_CHANGEABLE = {"loading", "max_failure_ratio"}
+_CHANGEABLE = {"loading", "max_failure_ratio"}  # settings that may differ when a run is resumed
 _CHANGEABLE_TRAINING = {"patience", "checkpoint_interval_seconds"}
 
 
@@ -29,15 +29,15 @@ class RunState:
     """The progress of a run.
 
     Attributes:
-        epoch: completed epochs.
-        step: completed steps of the current epoch.
-        training_seconds: time spent on training.
-        data_wait_seconds: the part of it that was spent waiting for data.
+        epoch: the number of completed epochs.
+        step: the number of completed steps of the current epoch.
+        training_seconds: the time spent on training, including waiting for data.
+        data_wait_seconds: the time spent waiting for data.
         best_score: the best validation score, negated if higher is better.
-        best_epoch: the epoch of the best score.
-        loss_total: the loss of the current epoch, summed.
-        loss_count: the number of summands of `loss_total`.
-        reward_total: the rewards of the captions sampled in the current epoch, summed.
+        best_epoch: the index of the epoch with the best score; -1 before the first epoch has ended.
+        loss_total: the sum of the loss in the current epoch.
+        loss_count: the number of terms of `loss_total`.
+        reward_total: the sum of the rewards of the captions sampled in the current epoch.
         reward_count: the number of these captions.
         history: the metrics of each epoch.
     """
@@ -68,13 +68,13 @@ class RunState:
         return {**means, "reward": self.reward_total / self.reward_count} if self.reward_count else means
 
     def complete_epoch(self) -> None:
-        """Moves on to the next epoch."""
+        """Advances to the next epoch and resets the totals."""
         self.epoch, self.step = self.epoch + 1, 0
         self.loss_total, self.loss_count, self.reward_total, self.reward_count = 0.0, 0, 0.0, 0
 
 
 def claim_folder(output: Folder, overwrite: bool) -> None:
-    """Checks that a run may write into a folder; `overwrite` deletes the run that it holds.
+    """Checks that a run may write into a folder. If `overwrite`, deletes the run that the folder holds.
 
     Raises:
         DatasetError: the folder holds files that no run wrote.
@@ -83,7 +83,7 @@ def claim_folder(output: Folder, overwrite: bool) -> None:
     if foreign := sorted(names - _RUN_FILES):
         raise DatasetError(
             f"{output.uri} holds files that no training run wrote ({', '.join(foreign[:3])}); "
-            "give an empty or new folder"
+            "specify an empty or new folder"
         )
     if overwrite:
         for name in names:
@@ -91,24 +91,24 @@ def claim_folder(output: Folder, overwrite: bool) -> None:
 
 
 def save_state(output: Folder, resolved: Mapping[str, Any], state: RunState, parts: Mapping[str, Any]) -> None:
-    """Writes the state of a run, replacing the previous one; `parts` are state dictionaries, such as the model's."""
+    """Writes or replaces the state of a run. `parts` holds state dictionaries, such as the model's."""
     with output.stage(STATE) as path:
         torch.save({"resolved": resolved, "state": vars(state), **parts}, path)
 
 
 def load_state(output: Folder, resolved: Mapping[str, Any]) -> tuple[RunState, dict[str, Any]] | None:
-    """Returns the progress and the parts that `save_state` wrote; None if the folder holds no run.
+    """Returns the progress and the parts that `save_state` wrote, or None if the folder holds no saved state.
 
     Raises:
-        DatasetError: the folder holds a run of another configuration.
+        DatasetError: the folder holds a run with a different configuration.
     """
     if not output.exists(STATE):
         return None
     saved = torch.load(io.BytesIO(output.read(STATE)), map_location="cpu", weights_only=True)
     if lines := describe_differences(_identity(saved["resolved"]), _identity(resolved)):
         raise DatasetError(
-            f"{output.uri} holds a run of another configuration ({'; '.join(lines)}); "
-            "give another folder, or --overwrite to replace it"
+            f"{output.uri} holds a run with a different configuration ({'; '.join(lines)}); "
+            "specify a different folder, or pass --overwrite to replace it"
         )
     return RunState(**saved["state"]), saved
 

@@ -37,7 +37,7 @@ def test_channels_are_sorted_and_scaled_by_their_peaks(tmp_path: Path) -> None:
     labels = [button["aria-label"] for button in page.all("button") if "aria-label" in button]
     assert labels[:3] == ["channel 4, peak 10", "channel 17, peak 2", "channel 1, peak 0"]
     assert labels[-1] == "channel 0, peak -1"
-    assert "18 channels of 3 x 2, 16 of them inactive" in page.text
+    assert "18 channels of 3 x 2 positions, 16 of them inactive" in page.text
     sprite = read_sprite(page)
     assert sprite.size == (16 * 3, 2 * 2)
     values = np.asarray(sprite)

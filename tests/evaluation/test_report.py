@@ -186,7 +186,7 @@ def test_report_is_replaced_and_other_files_are_not(tmp_path: Path, photo: Path)
         folder = tmp_path / f"with {name}"
         folder.mkdir()
         (folder / name).touch()
-        with pytest.raises(DatasetError, match=rf"not a report's \({name}\); give an empty or a new folder"):
+        with pytest.raises(DatasetError, match=rf"not from a report \({name}\); specify an empty folder"):
             write_report(folder, "", [])
 
 

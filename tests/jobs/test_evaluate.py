@@ -53,7 +53,7 @@ def test_result_struct_needs_no_manifest(tmp_path: Path) -> None:
 def test_missing_java_is_noted(tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     result = evaluate(tmp_path / "captions", "-m", manifest)
-    assert "`java` is not on the PATH: METEOR is left out" in result.stderr
+    assert "`java` is not on the PATH: METEOR is omitted" in result.stderr
     assert "mean_length" in result.stdout
     assert "METEOR" not in result.stdout
 

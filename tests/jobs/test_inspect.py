@@ -34,7 +34,7 @@ def test_inspect_describes_a_complete_dataset(tmp_path: Path) -> None:
     assert (
         inspect(tmp_path)
         .output.splitlines()[0]
-        .endswith("not complete: all shards are finished, but too many images failed or the run died before its end")
+        .endswith("not complete: all shards are finished, but too many images failed or the run stopped early")
     )
     dataset.finish()
     assert inspect(tmp_path).output.splitlines()[0] == f"{tmp_path}: manifest, complete"
@@ -42,7 +42,7 @@ def test_inspect_describes_a_complete_dataset(tmp_path: Path) -> None:
 
 def test_inspect_verify_sets_the_exit_code(tmp_path: Path) -> None:
     write(tmp_path)
-    assert "  verified     every file matches its marker" in inspect(tmp_path, "--verify").output.splitlines()
+    assert "  verified     all files match their checksums" in inspect(tmp_path, "--verify").output.splitlines()
     (tmp_path / "part-00000.parquet").unlink()
     result = inspect(tmp_path, "--verify")
     assert result.exit_code == 1

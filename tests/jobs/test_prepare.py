@@ -18,7 +18,7 @@ def test_prepare_prints_a_summary(tmp_path: Path) -> None:
     result = prepare(tmp_path / "images", "-o", tmp_path / "manifest", "--default-split", "test")
     assert result.exit_code == 0
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
-    assert lines[0] == f"{tmp_path}/manifest: prepared, source format folder"
+    assert lines[0] == f"{tmp_path}/manifest: prepared from format folder"
     counts = ["images 2", "captions 0", "shards 1", "split test 2", "skipped: not an image: extension .txt 1"]
     assert lines[1:] == counts
     again = prepare(tmp_path / "images", "-o", tmp_path / "manifest", "--default-split", "test")
@@ -42,8 +42,8 @@ def test_prepare_shows_what_it_skips_and_where(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("1.txt", b"caf\xe9"), ("2.jpg", b"x"), ("2.txt", b"fine")])
     result = prepare(path, "-o", tmp_path / "manifest", "--no-progress")
     assert "skipped: caption is not UTF-8" in result.stdout
-    assert f"Skipped: caption is not UTF-8, such as {path}, 1" in result.stderr
-    with pytest.raises(DatasetError, match="caption is not UTF-8; correct it, or leave out --strict"):
+    assert f"Skipped: caption is not UTF-8, for example {path}, 1" in result.stderr
+    with pytest.raises(DatasetError, match="caption is not UTF-8; correct it, or omit --strict"):
         prepare(path, "-o", tmp_path / "strict", "--strict")
 
 

@@ -109,7 +109,7 @@ def test_index_query_of_a_dataset_is_rejected(index: str) -> None:
     captions = Path(index).parent / "captions"
     result = run("query", captions, "--text", "dog")
     assert result.exit_code == 2
-    assert f"--text is for an index, and {captions} is not one; see `captionlib build-index`" in result.output
+    assert f"--text is for an index, but {captions} is not an index; see `captionlib build-index`" in result.output
 
 
 def test_another_ranker_is_rejected(index: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,5 @@ def test_unknown_recipe_suggests_the_nearest_name() -> None:
 
 
 def test_ambiguous_short_name_lists_the_full_names() -> None:
-    with pytest.raises(
-        ConfigError, match="flickr8k is the name of 2 recipes; give one of generate-captions/flickr8k, "
-    ):
+    with pytest.raises(ConfigError, match="flickr8k is the name of 2 recipes; use one of generate-captions/flickr8k, "):
         recipes("flickr8k")

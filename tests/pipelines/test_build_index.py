@@ -156,11 +156,11 @@ def test_captions_without_embedding_are_found_by_text(place: str) -> None:
 @pytest.mark.parametrize(
     ("others", "total", "message"),
     [
-        ({0: make_rows(30)}, 2, "the captions have 3 shards, the embeddings 2"),
+        ({0: make_rows(30)}, 2, "the captions have 3 shards, the embeddings have 2"),
         (
             {0: make_rows(29), 1: SHARDS[1], 2: SHARDS[2]},
             3,
-            "part-00000 of the captions has 30 images, of",
+            "part-00000 has 30 images in the captions, but",
         ),
         ({0: make_rows(30, 100), 1: SHARDS[1], 2: SHARDS[2]}, 3, "image im129 has neither a row nor a failure in part"),
     ],
@@ -170,7 +170,7 @@ def test_embeddings_of_other_images_are_rejected(
 ) -> None:
     write_captions_dataset(str(tmp_path / "captions"), SHARDS, 3)
     write_embeddings_dataset(str(tmp_path / "embeddings"), others, total)
-    with pytest.raises(DatasetError, match=f"are of different images: {message}"):
+    with pytest.raises(DatasetError, match=f"cover different images: {message}"):
         build_index(tmp_path / "captions", tmp_path / "index", IndexConfig(), embeddings=tmp_path / "embeddings")
     assert not (tmp_path / "index").exists()
 
@@ -178,7 +178,7 @@ def test_embeddings_of_other_images_are_rejected(
 def test_embeddings_of_other_images_in_a_later_shard_are_rejected(tmp_path: Path) -> None:
     write_captions_dataset(str(tmp_path / "captions"), SHARDS, 3)
     write_embeddings_dataset(str(tmp_path / "embeddings"), {**SHARDS, 2: make_rows(30, 200)}, 3)
-    with pytest.raises(DatasetError, match="are of different images: image im229 has neither a row"):
+    with pytest.raises(DatasetError, match="cover different images: image im229 has neither a row"):
         build_index(tmp_path / "captions", tmp_path / "index", IndexConfig(), embeddings=tmp_path / "embeddings")
     assert not (tmp_path / "index" / "index.json").exists()
 
@@ -216,13 +216,13 @@ def test_index_that_outgrows_its_layout_is_rebuilt(tmp_path: Path) -> None:
 
 def test_unsuitable_folders_are_rejected(tmp_path: Path) -> None:
     captions, embeddings = write_both(str(tmp_path), {})
-    with pytest.raises(DatasetError, match="expected shards that are done in both"):
+    with pytest.raises(DatasetError, match="expected shards that are complete in both"):
         plan_build(captions, embeddings, tmp_path / "index", IndexConfig())
     with pytest.raises(DatasetError, match="expected a dataset of kind captions, got embeddings"):
         plan_build(embeddings, None, tmp_path / "index", IndexConfig())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "image.jpg").touch()
-    with pytest.raises(DatasetError, match=r"holds files that are not part of an index \(image.jpg\)"):
+    with pytest.raises(DatasetError, match=r"contains files that are not part of an index \(image.jpg\)"):
         plan_build(captions, None, tmp_path / "mine", IndexConfig())
     with pytest.raises(ConfigError, match="language: expected one of none, arabic"):
         IndexConfig("klingon")

@@ -221,7 +221,7 @@ def test_unsupported_searches_are_rejected(tmp_path: Path) -> None:
     without = open_index(tmp_path / "index")
     assert without.has_vectors
     assert not without.supports_sentences
-    with pytest.raises(QueryError, match="sentences need the ranker"):
+    with pytest.raises(QueryError, match="searching by sentence requires the ranker"):
         without.search_sentence("a dog")
     with pytest.raises(QueryError, match=r"expected a vector of shape \[8\], got \[3\]"):
         without.search_vector(np.zeros(3, np.float32))
@@ -229,7 +229,7 @@ def test_unsupported_searches_are_rejected(tmp_path: Path) -> None:
     for shard in range(2):
         plan.add_shard(shard)
     plan.finish()
-    with pytest.raises(QueryError, match="the index has text only"):
+    with pytest.raises(QueryError, match="the index contains only text"):
         open_index(tmp_path / "text", WordRanker()).search_sentence("a dog")
     with pytest.raises(DatasetError, match="is not an index"):
         open_index(tmp_path / "captions")

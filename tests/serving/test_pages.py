@@ -69,7 +69,7 @@ def test_invalid_query_returns_a_message(client: TestClient) -> None:
     assert "expected words to search for" in response["message"]
     assert "Expected words to search for" in client.get("/?q=the").text
     unknown = client.get("/api/search", params={"q": "zebra", "mode": "sentence"}).json()
-    assert (unknown["results"], "words that the ranker knows" in unknown["message"]) == ([], True)
+    assert (unknown["results"], "words in the ranker's vocabulary" in unknown["message"]) == ([], True)
 
 
 def test_empty_query_shows_help_and_examples(client: TestClient) -> None:

@@ -133,7 +133,7 @@ def test_write_file_reports_an_unwritable_address(tmp_path: Path) -> None:
 )
 def test_chains_and_interpreting_protocols_are_rejected(address: str) -> None:
     for refuse in (lambda: Folder(address).list(), lambda: resolve_address(address), lambda: write_file(address, b"")):
-        with pytest.raises(ConfigError, match="download or unpack it first"):
+        with pytest.raises(ConfigError, match="download or unpack the file first"):
             refuse()
 
 

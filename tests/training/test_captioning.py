@@ -192,7 +192,7 @@ def test_attention_distinguishes_positions(tmp_path: Path) -> None:
 
 
 def test_random_crop_needs_maps(features: ShardedDataset, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"random_crop .* need maps .*, got one vector per image; extract"):
+    with pytest.raises(DatasetError, match=r"random_crop .* need feature maps .*, got one vector per image; extract"):
         train(features, tmp_path / "captioner", replace(CONFIG, random_crop=0.5))
 
 

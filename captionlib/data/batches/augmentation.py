@@ -1,4 +1,4 @@
-"""Random crops and horizontal flips of spatial feature maps, against overfitting on small datasets."""
+"""Augments spatial feature maps by random crops and horizontal flips, to reduce overfitting on small datasets."""
 
 import math
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ from captionlib.errors import DatasetError
 
 __all__ = ["FeatureMapAugmentation"]
 
-Maps = npt.NDArray[np.floating]
+FeatureMaps = npt.NDArray[np.floating]
 
 
 @dataclass(frozen=True)
 class FeatureMapAugmentation:
-    """Augments square feature maps. It is falsy if it changes nothing.
+    """Augments square feature maps. False in a boolean context if neither augmentation is enabled.
 
     Attributes:
-        random_crop: the smallest crop, as a fraction of the sides of the map; 0 does not crop. The position varies per
-            map, the size per batch.
-        horizontal_flip: flip each map with probability 0.5.
+        random_crop: minimum side of a crop, as a fraction of the side of the feature map; 0 disables cropping. The crop
+            size is sampled per batch, and the position per feature map.
+        horizontal_flip: flip each feature map with probability 0.5.
     """
 
     random_crop: float = 0.0
@@ -30,22 +30,22 @@ class FeatureMapAugmentation:
         return self.random_crop > 0 or self.horizontal_flip
 
     def apply(
-        self, maps: Maps, rows: npt.NDArray[np.int64], crop_uniform: float, uniforms: npt.NDArray[np.float64]
-    ) -> Maps:
-        """Augments selected maps; returns `[selected, cropped positions, channels]`.
+        self, maps: FeatureMaps, rows: npt.NDArray[np.int64], crop_uniform: float, uniforms: npt.NDArray[np.float64]
+    ) -> FeatureMaps:
+        """Returns augmented feature maps, `[selected, cropped positions, channels]`.
 
         Args:
-            maps: `[images, positions, channels]`, square.
-            rows: `[selected] int64`, the images to select.
-            crop_uniform: a uniform number in [0, 1) that determines the size of the crops.
-            uniforms: `[selected, 3]`, uniform numbers in [0, 1) that determine the row and the column of each crop, and
-                whether it is flipped.
+            maps: feature maps `[images, positions, channels]`; the positions form a square grid.
+            rows: `[selected] int64`, indices of the feature maps to augment.
+            crop_uniform: random number from [0, 1) that determines the crop size.
+            uniforms: `[selected, 3]` random numbers from [0, 1) that determine the row and column of each crop and
+                whether to flip it.
         """
         side = math.isqrt(maps.shape[1])
         if side * side != maps.shape[1]:
             raise DatasetError(
-                f"random_crop and horizontal_flip expect square feature maps, got {maps.shape[1]} positions; leave "
-                "both out"
+                f"random_crop and horizontal_flip expect square feature maps, got {maps.shape[1]} positions; omit "
+                "both options"
             )
         smallest = self.random_crop or 1.0
         length = max(1, round(side * (smallest + (1 - smallest) * crop_uniform)))

@@ -1,8 +1,7 @@
-"""Training batches of image features with their captions, streamed from `features/` in a seeded order.
+"""Streams training batches from a features dataset (Parquet shards of image features and captions).
 
-Each epoch visits the shards in a new order. A group of shards fills the shuffle buffer, in the background, and its
-images are shuffled. Memory holds two buffers, whatever the size of the dataset. A dataset that fits into one buffer is
-read only once.
+Each epoch reads the shards in a new seeded order. Groups of shards are loaded into a shuffle buffer in the background,
+and their images are shuffled. At most two buffers are in memory. A dataset that fits in one buffer is read only once.
 """
 
 import math
@@ -46,10 +45,10 @@ class CaptionBatch:
     """Images with their captions.
 
     Attributes:
-        features: `[images, size] float32` or `[images, positions, channels] float32`. When the encoder is trained too,
-            the images themselves: `[images, crop_size, crop_size, 3] uint8`.
-        sentences: the token ids of each caption, without START and END.
-        image_of_sentence: `[sentences] int64`, the row of `features` that a caption describes.
+        features: `[images, size] float32` or `[images, positions, channels] float32`. If the image encoder is trained
+            too, the images: `[images, crop_size, crop_size, 3] uint8`.
+        sentences: token ids of each caption, without the END tokens at its start and end.
+        image_of_sentence: `[sentences] int64`, index in `features` of the image of each caption.
     """
 
     features: npt.NDArray[np.float32] | npt.NDArray[np.uint8]
@@ -59,7 +58,7 @@ class CaptionBatch:
 
 @dataclass(frozen=True)
 class _Buffer:
-    """The captioned images of a group of shards: their features and the token ids of their captions."""
+    """Features of the captioned images in a group of shards, and the token ids of the captions of each image."""
 
     features: Features
     sentences: list[list[list[int]]]
@@ -67,18 +66,16 @@ class _Buffer:
 
 @dataclass
 class CaptionBatches:
-    """The batches of one or more splits of a features dataset.
-
-    The same seed and epoch give the same batches, from any batch on.
+    """Batches of one or more splits of a features dataset. The same seed and epoch give the same batches.
 
     Attributes:
-        dataset: `features/`, complete.
-        splits: the splits to read.
-        encode: converts a caption to token ids.
+        dataset: complete features dataset.
+        splits: names of the splits to read.
+        encode: function that converts a caption to token ids.
         batch_images: images per batch, each with all its captions. The last batch of a buffer may have fewer.
         buffer_bytes: size of the shuffle buffer.
-        pooled: average spatial maps over their positions.
-        augmentation: applied to spatial maps in shuffled batches.
+        pooled: whether to average feature maps over their positions.
+        augmentation: augmentation of the feature maps in shuffled batches.
     """
 
     dataset: ShardedDataset
@@ -95,7 +92,7 @@ class CaptionBatches:
         self._load_once = lru_cache(maxsize=1)(self._load)
 
     def count(self, world_size: int = 1) -> int:
-        """Returns the batches per epoch, which may vary slightly with the order of the shards."""
+        """Returns the number of batches per epoch, which may vary slightly with the order of the shards."""
         images = [
             sum(split in self.splits and bool(captions) for split, captions in _read_splits(self.dataset, shard))
             for shard in range(self.dataset.shards)
@@ -106,10 +103,10 @@ class CaptionBatches:
     def shuffled(
         self, seed: int, epoch: int, rank: int = 0, world_size: int = 1, first: int = 0
     ) -> Iterator[CaptionBatch | None]:
-        """Yields the batches of an epoch from batch `first` on, in random order: all images once.
+        """Yields the batches of an epoch in random order, starting at batch `first`. Each image occurs once per epoch.
 
-        Each of several processes gets an equal part of every batch, to within one image; None if it gets no image. The
-        batches of the whole group are `world_size` times as large.
+        Batches of `batch_images * world_size` images are divided evenly among `world_size` processes. The process with
+        this `rank` gets None for a batch if there are not enough images for all processes.
         """
         size = self.batch_images * world_size
         selections = (
@@ -134,7 +131,7 @@ class CaptionBatches:
                 yield self._batch(buffer, images, buffer.features[images])
 
     def images_in_order(self) -> Iterator[tuple[Sequence[int], npt.NDArray[np.float32]]]:
-        """Yields the features of all images, each with its position among the images that have captions."""
+        """Yields batches of all captioned images in dataset order: their indices and their features."""
         first = 0
         for buffer in self._prefetch(self._groups):
             for begin in range(0, len(buffer.features), self.batch_images):
@@ -143,7 +140,7 @@ class CaptionBatches:
                 first += len(features)
 
     def _shuffled_buffers(self, seed: int, epoch: int) -> Iterator[tuple[_Buffer, npt.NDArray[np.int64]]]:
-        """Yields the buffers of an epoch, each with a random order of its images."""
+        """Yields the buffers of an epoch, each with a random permutation of its images."""
         generator = np.random.default_rng([seed, epoch])
         shards = generator.permutation(self.dataset.shards)
         starts = np.cumsum([0, *(len(group) for group in self._groups)])
@@ -170,7 +167,7 @@ class CaptionBatches:
     def _augmented_batch(
         self, buffer: _Buffer, images: npt.NDArray[np.int64], part: npt.NDArray[np.int64], seed: list[int]
     ) -> CaptionBatch | None:
-        """Returns the part of a batch that belongs to this process, augmented as in the whole batch."""
+        """Returns this process's part of a batch. Its augmentation does not depend on the number of processes."""
         if not len(part):
             return None
         if not self.augmentation:
@@ -188,7 +185,7 @@ class CaptionBatches:
 
 
 def _call_ahead(calls: Iterable[Callable[[], Result]]) -> Iterator[Result]:
-    """Yields the results of calls. The next call runs in a thread while the consumer uses a result."""
+    """Yields the result of each call. The next call runs in a thread while the consumer processes a result."""
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         pending: Future[Result] | None = None
         for call in calls:
@@ -203,13 +200,13 @@ def _call_ahead(calls: Iterable[Callable[[], Result]]) -> Iterator[Result]:
 def make_batch(
     features: npt.NDArray[np.float32] | npt.NDArray[np.uint8], sentences: Sequence[list[list[int]]]
 ) -> CaptionBatch:
-    """Returns a batch of images with the given features and sentences per image."""
+    """Returns a batch from the features of images (or their pixels) and the token ids of the captions per image."""
     image_of_sentence = np.repeat(np.arange(len(sentences)), [len(per_image) for per_image in sentences])
     return CaptionBatch(features, [sentence for per_image in sentences for sentence in per_image], image_of_sentence)
 
 
 def make_encoder(vocabulary: Vocabulary, max_words: int) -> EncodeCaption:
-    """Returns a function that converts a caption to at most `max_words` token ids."""
+    """Returns a function that converts a caption to its first `max_words` token ids."""
     return lambda caption: vocabulary.encode(caption)[:max_words]
 
 
@@ -226,7 +223,7 @@ def pool_map(features: Features) -> Features:
 def read_features(
     dataset: ShardedDataset, shard: int, splits: Collection[str]
 ) -> Iterator[tuple[Features, list[list[str]]]]:
-    """Yields the features `[rows, *shape]` and the captions of the rows of these splits, in pieces."""
+    """Yields the features `[rows, *shape]` and captions of the images in `splits`, in chunks."""
     shape = feature_shape(dataset)
     for rows in dataset.read_batches(shard, ["split", "captions", "features"]):
         selected = np.array([split in splits for split in rows["split"].to_pylist()], bool)
@@ -236,10 +233,10 @@ def read_features(
 
 
 def read_captions(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[str]:
-    """Yields the captions of these splits without reading the features.
+    """Yields the captions of the images in `splits` without reading the features.
 
     Raises:
-        DatasetError: no image of these splits has a caption.
+        DatasetError: no image in `splits` has a caption.
     """
     seen: set[str] = set()
     is_empty = True
@@ -252,12 +249,12 @@ def read_captions(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[st
     if is_empty:
         raise DatasetError(
             f"{dataset.folder.uri}: expected captions in split {' or '.join(splits)}, got none; "
-            f"its splits are {', '.join(sorted(seen)) or 'none'}"
+            f"the dataset has the splits {', '.join(sorted(seen)) or 'none'}"
         )
 
 
 def read_references(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[list[str]]:
-    """Yields the captions of each captioned image of these splits without reading the features."""
+    """Yields a list of captions for each captioned image in `splits` without reading the features."""
     for shard in range(dataset.shards):
         yield from (captions for split, captions in _read_splits(dataset, shard) if split in splits and captions)
 
@@ -268,7 +265,7 @@ def _read_splits(dataset: ShardedDataset, shard: int) -> Iterator[tuple[str, lis
 
 
 def sample_features(dataset: ShardedDataset, splits: Sequence[str], count: int) -> npt.NDArray[np.float32]:
-    """Returns the features of about `count` images, `[images, *shape]`, in equal numbers from each shard."""
+    """Returns the features of about `count` images, `[images, *shape]`: the first ones in `splits` of each shard."""
     per_shard = -(-count // max(1, dataset.shards))
     samples: list[Features] = []
     for shard in range(dataset.shards):
@@ -284,9 +281,9 @@ def sample_features(dataset: ShardedDataset, splits: Sequence[str], count: int) 
 def mean_and_std(
     dataset: ShardedDataset, splits: Sequence[str], to_vectors: Callable[[Features], Features] = pool_map
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Computes the mean and the standard deviation, `[size]` each, of the image vectors of these splits, in one pass.
+    """Computes the mean and standard deviation (`[size]` each) of the vectors of the images in `splits`, in one pass.
 
-    `to_vectors` converts features, `[images, *shape]`, to vectors, `[images, size]`.
+    `to_vectors` converts features `[images, *shape]` to vectors `[images, size]`.
     """
     count, total, squares = 0, np.zeros(1), np.zeros(1)
     for shard in range(dataset.shards):
@@ -301,7 +298,7 @@ def mean_and_std(
 
 
 def _group_shards(dataset: ShardedDataset, buffer_bytes: int, pooled: bool) -> list[tuple[int, ...]]:
-    """Groups consecutive shards so that each group fills a buffer, if all shards were as large as the largest."""
+    """Groups consecutive shards into buffers, assuming that all shards are as large as the largest."""
     largest = max((marker.rows for marker in dataset.read_markers().values()), default=1)
     width = dataset.schema.field("features").type.value_type.bit_width // 8
     row_bytes = 4 * feature_shape(dataset)[-1] if pooled else width * math.prod(feature_shape(dataset))

@@ -1,7 +1,7 @@
-"""Training batches of decoded images with their captions, loaded ahead in a seeded order.
+"""Loads training batches of decoded images and captions in the background, in a seeded order.
 
-The seed and the epoch alone determine which rows a batch has. An unreadable image is missing from its batch and does
-not shift others, so a run resumes at any batch without loading what came before it.
+The rows of a batch depend on the seed and the epoch only. An unreadable image is dropped from its batch without
+shifting others, so that a run can resume at any batch without loading earlier images.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,13 +28,15 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class ImageBatches:
-    """The batches of one split of a manifest.
+    """Batches of captioned images from a manifest (a dataset with one row per image: id, uri, split and captions).
 
     Attributes:
-        rows: the rows of the manifest, from `read_captioned_rows`.
-        encode: converts a caption to token ids.
+        rows: rows of the manifest from `read_captioned_rows`.
+        encode: function that converts a caption to token ids.
         batch_images: images per batch.
-        horizontal_flip: flip each image with probability 0.5 in shuffled batches.
+        load: function that loads the images of rows in order.
+        skipped: record of the images that could not be read.
+        horizontal_flip: whether to flip each image with probability 0.5 in shuffled batches.
     """
 
     rows: pa.Table
@@ -45,7 +47,7 @@ class ImageBatches:
     horizontal_flip: bool = False
 
     def count(self, world_size: int = 1) -> int:
-        """Returns the batches per epoch; see `CaptionBatches.count`."""
+        """Returns the number of batches per epoch."""
         return -(-len(self.rows) // (self.batch_images * world_size))
 
     def shuffled(
@@ -53,7 +55,7 @@ class ImageBatches:
     ) -> Iterator[CaptionBatch | None]:
         """Yields the batches of an epoch in random order; see `CaptionBatches.shuffled`.
 
-        A batch is None also if none of its images is readable.
+        A batch is also None if none of its images can be read.
         """
         generator = np.random.default_rng([seed, epoch])
         order = generator.permutation(len(self.rows))
@@ -71,7 +73,7 @@ class ImageBatches:
                 yield batch
 
     def images_in_order(self) -> Iterator[tuple[Sequence[int], Pixels]]:
-        """Yields the pixels of the readable images, `[images, crop_size, crop_size, 3]`, and their row numbers."""
+        """Yields batches of readable images: row numbers and pixels `[images, crop_size, crop_size, 3]`."""
         for loaded in self._load_in_order():
             if loaded:
                 yield [number for number, _, _ in loaded], np.stack([image for _, _, image in loaded])
@@ -98,10 +100,10 @@ class ImageBatches:
 
 
 def read_captioned_rows(dataset: ShardedDataset, splits: Sequence[str]) -> pa.Table:
-    """Returns the image_id, uri and captions of the captioned rows of these splits, about half a kilobyte each.
+    """Returns the image_id, uri and captions of captioned images in `splits`. A row takes about half a kilobyte.
 
     Raises:
-        DatasetError: there are none.
+        DatasetError: no image in `splits` has a caption.
     """
     next(read_captions(dataset, splits))
     tables = []

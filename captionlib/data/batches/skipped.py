@@ -1,4 +1,4 @@
-"""The images that a training run skipped because they are unreadable."""
+"""Records the images that a training run skips because they cannot be read."""
 
 from collections import Counter
 from typing import Any
@@ -17,11 +17,13 @@ Row = dict[str, Any]
 
 
 class SkippedImages:
-    """Records unreadable images, each once, with the reason.
+    """Records each unreadable image and the reason. A resumed run starts with the images recorded before.
 
-    The run's folder keeps them in `_failures/`, as datasets do, in one file per process. A resumed run reads its file.
-
-    The run fails if more than `max_ratio` of all `images` are skipped.
+    Args:
+        output: output folder of the run. The images are recorded in its subfolder `_failures/`.
+        rank: rank of this process. Each process writes its own file.
+        images: number of images in the training data.
+        max_ratio: maximum fraction of `images` that may be skipped.
     """
 
     def __init__(self, output: Folder, rank: int, images: int, max_ratio: float) -> None:
@@ -36,21 +38,21 @@ class SkippedImages:
         return len(self._rows)
 
     def add(self, row: Row, error: ImageError) -> None:
-        """Records an image by its row of the manifest.
+        """Records an unreadable image. `row` has its image_id and uri.
 
         Raises:
-            FailureRatioError: the run has skipped more images than it allows.
+            FailureRatioError: the run has skipped more than `max_ratio` of the images.
         """
         self._rows[row["image_id"]] = failure_row(row["image_id"], row["uri"], error)
         if len(self._rows) > self._max_ratio * self._images:
             raise FailureRatioError(
                 f"{self.describe()}; the run allows {self._max_ratio:.1%}. The last is {row['uri']}: {error}. Check "
-                "that the images are where the manifest says, or set a higher max_failure_ratio; the same command then "
-                "resumes from the last saved state"
+                "that the image paths in the manifest are correct, or set a higher max_failure_ratio; the same command "
+                "then resumes from the last saved state"
             )
 
     def describe(self) -> str:
-        """Returns the number of skipped images and their reasons as one line."""
+        """Formats the number of skipped images and the reasons on one line."""
         reasons = Counter(row["error"] for row in self._rows.values())
         counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
         return f"{len(self._rows)} of {self._images} images are unreadable ({counts})"

@@ -1,6 +1,6 @@
-"""Training batches of text for language models: whole sentences, or sequences of one continuous text.
+"""Provides training batches of text for language models: whole sentences, or sequences of one continuous text.
 
-All tokens are held in memory. A continuous text is cut at another offset in each epoch, so that no cut occurs twice.
+All tokens are held in memory. A continuous text is split into sequences at a different random offset in each epoch.
 """
 
 from array import array
@@ -23,23 +23,23 @@ class TextBatches(Protocol):
 
     @property
     def has_end_tokens(self) -> bool:
-        """Whether END follows each row. Otherwise the text continues."""
+        """Whether the token END follows each row. False if the rows are parts of a continuous text."""
 
     def count(self) -> int:
-        """Returns the batches per epoch."""
+        """Returns the number of batches per epoch."""
 
     def shuffled(self, seed: int, epoch: int) -> Iterator[Ids]:
-        """Yields the whole text once, in an order that `seed` and `epoch` determine."""
+        """Yields the batches of an epoch in a random order that depends only on `seed` and `epoch`."""
 
     def in_order(self) -> Iterator[Ids]:
-        """Yields the whole text once, in its own order."""
+        """Yields all batches in the order of the text."""
 
 
 class SentenceBatches:
     """Batches of whole sentences. The same seed and epoch give the same batches.
 
     Args:
-        sentences: the token ids of each. Empty ones are left out. A token takes 4 bytes of memory.
+        sentences: token ids of each sentence. Empty sentences are skipped. A token takes 4 bytes of memory.
         batch_size: sentences per batch.
     """
 
@@ -75,11 +75,11 @@ class SentenceBatches:
 
 
 class SequenceBatches:
-    """Batches of equally long sequences of one text. The same seed and epoch give the same batches.
+    """Batches of equally long sequences from one text. The same seed and epoch give the same batches.
 
     Args:
-        text: word or character ids. A token takes 4 bytes of memory.
-        sequence_length: tokens per sequence. An incomplete last sequence is left out.
+        text: token ids of words or characters. A token takes 4 bytes of memory.
+        sequence_length: tokens per sequence. An incomplete last sequence is dropped.
         batch_size: sequences per batch.
 
     Raises:
@@ -93,7 +93,7 @@ class SequenceBatches:
         if len(self._ids) < 2 * sequence_length:
             raise DatasetError(
                 f"expected at least two sequences of {sequence_length} tokens for training and for validation, got "
-                f"{len(self._ids)} tokens; give a longer text or a smaller sequence_length"
+                f"{len(self._ids)} tokens; use a longer text or a smaller sequence_length"
             )
         self._sequence_length = sequence_length
         self._batch_size = batch_size

@@ -1,1 +1,1 @@
-"""Fetches images from their addresses and decodes them, within limits on size, time and memory."""
+"""Fetches images from their addresses and decodes them, with limits on size, time and memory."""

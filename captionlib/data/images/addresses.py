@@ -1,15 +1,15 @@
-"""Image addresses: parses, checks and opens them.
+"""Parses, checks and opens image addresses.
 
-Image addresses are data, so they are not trusted. An address is a path or the address of a single file system with an
-allowed protocol. It may select a part of the file:
+Image addresses come from input data, so they are untrusted. An address is a local path or a URL with an allowed
+protocol. It may select a part of the file:
 
-    FILE#bytes=START-END        a range of bytes, END excluded, such as a member of an uncompressed tar
+    FILE#bytes=START-END        a range of bytes (END is exclusive), such as a member of an uncompressed tar
     FILE#row=N&column=NAME      the bytes in a cell of a Parquet file, with rows counted from 0 over the whole file
 
-The path of a `file://` address is percent-decoded, unless it exists as it stands: `file:///a%23row=1&column=b` is the
-file `/a#row=1&column=b`.
+The path of a `file://` URL is percent-decoded, unless a file exists at the undecoded path: `file:///a%23row=1&column=b`
+is the file `/a#row=1&column=b`.
 
-Chains of file systems and protocols that interpret content are rejected before anything is opened.
+Chains of file systems (`zip://a::https://b`) and protocols that interpret files (`reference`) are rejected unopened.
 """
 
 import os
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 IMAGE_PROTOCOLS = ("file", "http", "https", "s3", "gs", "abfs", "hdfs")
-"""The protocols that are allowed by default; `file` also allows paths."""
+"""Protocols that are allowed by default. `file` also allows local paths."""
 
 _CANONICAL_PROTOCOLS = {"local": "file", "s3a": "s3", "gcs": "gs", "abfss": "abfs", "az": "abfs"}
 
@@ -52,8 +52,8 @@ class ImageFile:
     """A file at an allowed address.
 
     Attributes:
-        protocol: the canonical protocol: `s3` for `s3a://`, `file` for a path.
-        url: the path of a local file, or the whole address.
+        protocol: canonical name of the protocol, such as `s3` for `s3a://` and `file` for a local path.
+        url: path of a local file, or the complete URL otherwise.
     """
 
     protocol: str
@@ -70,10 +70,10 @@ class ImageAddress:
 
 
 def parse_image_address(uri: str, protocols: Sequence[str] = IMAGE_PROTOCOLS) -> ImageAddress:
-    """Parses and checks an address without opening anything.
+    """Parses and checks an image address without opening it.
 
     Raises:
-        FetchError: the address is malformed or chained, or its protocol is not allowed; the reason is BadAddress.
+        FetchError: the address is malformed or a chain, or its protocol is not allowed. The reason is BadAddress.
     """
     if match := _ROW.fullmatch(uri):
         return ImageAddress(_parse_file(match["file"], protocols), cell=(int(match["row"]), match["column"]))
@@ -83,7 +83,7 @@ def parse_image_address(uri: str, protocols: Sequence[str] = IMAGE_PROTOCOLS) ->
 
 
 def names_part_of_file(uri: str) -> bool:
-    """Returns whether an address selects a part of a file rather than the file."""
+    """Returns whether an address selects a part of a file rather than the whole file."""
     return bool(_ROW.fullmatch(uri) or _RANGE.fullmatch(uri))
 
 
@@ -105,7 +105,7 @@ def _parse_file(uri: str, protocols: Sequence[str]) -> ImageFile:
         problem = f"a path or an address, got the data URI {shown}; write it to a file"
     elif protocol in INTERPRETING_PROTOCOLS or protocol not in {_CANONICAL_PROTOCOLS.get(p, p) for p in protocols}:
         problem = (
-            f"an address of {', '.join(protocols)}, got {protocol}: {shown}; "
+            f"an address with protocol {', '.join(protocols)}, got {protocol}: {shown}; "
             "if you trust the source of the addresses, add the protocol to loading.fetch.protocols"
         )
     elif protocol in ("http", "https") and not _has_host(url):
@@ -116,7 +116,7 @@ def _parse_file(uri: str, protocols: Sequence[str]) -> ImageFile:
 
 
 def _decode_path(path: str) -> str:
-    """Returns the path of a `file://` address: percent-decoded, unless the address is not encoded."""
+    """Percent-decodes the path of a `file://` URL, unless a file exists at the undecoded path."""
     return path if os.path.lexists(path) else unquote(path, errors="surrogateescape")
 
 
@@ -128,7 +128,7 @@ def _has_host(url: str) -> bool:
 
 
 def open_image_file_system(file: ImageFile, allow_private_hosts: bool = True) -> tuple[Any, str]:
-    """Opens the file system of a file; see `open_file_system`.
+    """Returns the file system of an image file and its path within that file system; see `open_file_system`.
 
     Raises:
         FetchError: the package for the protocol is not installed, or the host is not allowed.
@@ -141,7 +141,7 @@ def open_image_file_system(file: ImageFile, allow_private_hosts: bool = True) ->
     if not allow_private_hosts and file.protocol == "hdfs" and urlsplit(file.url).netloc:
         raise FetchError(
             "ForbiddenHost",
-            "expected an hdfs address without a host, which refers to the configured cluster, got one with a host; "
+            "expected an hdfs address without a host, which uses the configured cluster, got an address with a host; "
             "allow private hosts to connect to it",
         )
     try:
@@ -151,7 +151,7 @@ def open_image_file_system(file: ImageFile, allow_private_hosts: bool = True) ->
 
 
 def open_image_file(file: ImageFile, allow_private_hosts: bool = True) -> BinaryIO:
-    """Opens a file for random access. Raises FetchError or any error of the file system."""
+    """Opens an image file for random access. Raises FetchError or any exception of its file system."""
     if file.protocol == "file":
         return open_regular_file(file.url)
     fs, path = open_image_file_system(file, allow_private_hosts)
@@ -159,8 +159,8 @@ def open_image_file(file: ImageFile, allow_private_hosts: bool = True) -> Binary
 
 
 def open_regular_file(path: str) -> BinaryIO:
-    """Opens a local file. Raises FetchError if it is not a regular file, but for example a directory or a pipe."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would wait for a writer
+    """Opens a local file. Raises FetchError if it is a directory, a pipe or any other special file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # otherwise, opening a named pipe would block
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FetchError("NotAFile", f"expected a regular file, got something else at {path}")
@@ -168,7 +168,7 @@ def open_regular_file(path: str) -> BinaryIO:
 
 
 def image_exists(uri: str, protocols: Sequence[str] = IMAGE_PROTOCOLS) -> bool:
-    """Returns whether the file of an image exists, or whether its address is on the web.
+    """Returns whether the file of an image exists. For http and https, returns True without a request.
 
     Raises:
         FetchError: the address is not allowed.

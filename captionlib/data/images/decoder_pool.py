@@ -1,7 +1,7 @@
-"""Decodes images in separate processes, which damaged or hostile images may hang or crash.
+"""Decodes images in separate processes, because damaged or malicious images can hang or crash a decoder.
 
-Each process decodes one image at a time within a timeout and a memory limit. A process that does not respond is killed
-and replaced. The processes are started as new programs, not forked, so that they inherit no state.
+Each process decodes one image at a time, with a timeout and a memory limit. A process that does not respond is killed
+and replaced. Each process runs a new interpreter instead of a fork, so it inherits no threads or locks.
 """
 
 import fcntl
@@ -32,11 +32,11 @@ Pixels = npt.NDArray[np.uint8]
 
 _WORKER = "captionlib.data.images.decoder_process"
 
-_BYTES_PER_PIXEL = 24  # the most measured is 21, for a 32-bit TIFF
-_BASE_MEMORY_BYTES = 2**30  # libraries and the file
+_BYTES_PER_PIXEL = 24  # the measured maximum is 21, for a 32-bit TIFF
+_BASE_MEMORY_BYTES = 2**30  # for libraries and the image file
 
 _START_TIMEOUT_SECONDS = 120.0
-_PIPE_BYTES = 2**18  # holds a preprocessed image
+_PIPE_BYTES = 2**18  # large enough for a preprocessed image
 
 
 @configclass
@@ -44,10 +44,10 @@ class DecoderConfig:
     """Limits on decoding an image.
 
     Attributes:
-        processes: maximum number of decoder processes, which start on demand; None uses one per available CPU.
-        timeout_seconds: limit for one image; a process that takes longer is killed.
-        max_image_pixels: limit on width x height; larger images are rejected before they are decoded.
-        max_memory_bytes: address space of a process; None allows as much as `max_image_pixels` may need.
+        processes: maximum number of decoder processes, which start on demand. If None, one per available CPU.
+        timeout_seconds: time limit for one image. A process that takes longer is killed.
+        max_image_pixels: limit on width x height. Larger images are rejected before they are decoded.
+        max_memory_bytes: limit on the address space of a process. If None, enough for `max_image_pixels`.
     """
 
     processes: PositiveInt | None = None
@@ -57,7 +57,7 @@ class DecoderConfig:
 
 
 class DecoderPool:
-    """A pool of decoder processes. Thread-safe. A context manager, which kills the processes when it exits."""
+    """A pool of decoder processes. Thread-safe. As a context manager, it kills the processes on exit."""
 
     def __init__(self, preprocessing: Preprocessing, config: DecoderConfig | None = None) -> None:
         self.config = config or DecoderConfig()
@@ -69,7 +69,7 @@ class DecoderPool:
                 max_image_pixels=self.config.max_image_pixels,
                 max_memory_bytes=self.config.max_memory_bytes
                 or _BASE_MEMORY_BYTES + _BYTES_PER_PIXEL * self.config.max_image_pixels,
-                max_seconds=2 * self.config.timeout_seconds,  # takes effect only if the pool has died
+                max_seconds=2 * self.config.timeout_seconds,  # takes effect only if the parent process has died
             )
         )
         self._slots = threading.Semaphore(self.size)
@@ -91,10 +91,10 @@ class DecoderPool:
             return [decoder.process.pid for decoder in self._running]
 
     def decode(self, content: bytes) -> Pixels:
-        """Decodes and preprocesses an image as `decode_image` does. Waits until a process is free.
+        """Decodes and preprocesses an image like `decode_image`. Waits until a process is free.
 
         Raises:
-            DecodeError: see `decode_image`; the reason may also be Timeout or DecoderDied.
+            DecodeError: see `decode_image`. The reason may also be Timeout or DecoderDied.
             SubprocessError: a process cannot be started, or the pool is closed.
         """
         with self._slots:
@@ -108,7 +108,7 @@ class DecoderPool:
         return result
 
     def close(self) -> None:
-        """Kills the processes. Threads that wait for one raise SubprocessError."""
+        """Kills the processes. Calls of `decode` that are in progress raise SubprocessError."""
         with self._lock:
             self._closed = True
             running, idle = list(self._running), self._idle
@@ -121,12 +121,12 @@ class DecoderPool:
             self._discard(decoder)
 
     def _try_decode(self, content: bytes, acquire: Callable[[], "_Decoder"]) -> Pixels | DecodeError | None:
-        """Returns the pixels or the error of an image; None if the process died."""
+        """Returns the pixels of an image or the error that it caused, or None if the process died."""
         try:
             decoder = acquire()
             try:
                 result = decoder.decode(content, self._shape, self.config.timeout_seconds)
-            except BaseException:  # the process may still respond to this request
+            except BaseException:  # otherwise its late response would be taken for the next one
                 self._discard(decoder)
                 raise
         except TimeoutError:
@@ -139,7 +139,7 @@ class DecoderPool:
         return result
 
     def _acquire(self) -> "_Decoder":
-        """Returns an idle decoder or starts a new one. The caller holds a slot, so the limit is respected."""
+        """Returns an idle decoder or starts a new one. The caller holds a slot, which limits the processes."""
         while True:
             with self._lock:
                 decoder = self._idle.pop() if self._idle else None
@@ -159,11 +159,11 @@ class DecoderPool:
         except (EOFError, ConnectionError, TimeoutError) as error:
             self._discard(decoder)
             status = decoder.process.returncode
-            if status < 0 and not isinstance(error, TimeoutError):  # killed from outside; worth another attempt
+            if status < 0 and not isinstance(error, TimeoutError):  # killed by a signal; worth another attempt
                 raise
             raise SubprocessError(
                 f"a decoder process did not start: {type(error).__name__}, exit status {status}; expected "
-                f"{sys.executable} to run {_WORKER}; see its output above"
+                f"{sys.executable} to run {_WORKER}; see the output of the process above"
             ) from None
         return decoder
 
@@ -174,11 +174,11 @@ class DecoderPool:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise SubprocessError("the decoder pool is closed; decode images before it is closed")
+            raise SubprocessError("the decoder pool is closed; decode images before closing it")
 
 
 class _Decoder:
-    """A decoder process and the pipes that connect to it."""
+    """A decoder process and the pipes that connect this process to it."""
 
     def __init__(self) -> None:
         paths = [path for path in sys.path if isinstance(path, str)]
@@ -187,7 +187,7 @@ class _Decoder:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # its threads would use up the address space
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # more threads would use up the address space
         )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -199,7 +199,7 @@ class _Decoder:
         self._limit_waiting(_START_TIMEOUT_SECONDS)
 
     def initialize(self, settings: bytes) -> None:
-        """Sends the settings and waits until the process is ready; raises as `decode` does."""
+        """Sends the settings and waits until the process is ready. Raises the same exceptions as `decode`."""
         _enlarge_pipe(self._requests.fileno())
         _enlarge_pipe(self._responses.fileno())
         self._send(settings)
@@ -223,7 +223,7 @@ class _Decoder:
         self._responses.close()
 
     def _limit_waiting(self, seconds: float) -> None:
-        """Limits the waiting from now on to ten slices. A suspension of this process costs at most one of them."""
+        """Starts a timeout of ten time slices. Suspending this process uses up at most one slice."""
         self._slice_milliseconds, self._slices = 100 * seconds, 10
 
     def _wait_for(self, pipe: select.poll) -> None:
@@ -252,7 +252,7 @@ class _Decoder:
 
 
 def _enlarge_pipe(descriptor: int) -> None:
-    """Makes a pipe hold a whole image where the system supports it, so that neither end blocks halfway."""
+    """Enlarges a pipe, where the system supports it, so that it holds a whole image and neither end blocks."""
     if hasattr(fcntl, "F_SETPIPE_SZ"):
         with suppress(OSError):
             fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)

@@ -1,8 +1,8 @@
-"""The program of a decoder process: reads images from standard input and writes pixels to standard output.
+"""The program of a decoder process: reads image files from standard input and writes pixels to standard output.
 
-`captionlib.data.images.decoder_pool` starts it and holds the other ends of the pipes. A request is a header with the
-length of the payload, and the payload. The header of a response also has its kind. The process exits when its input
-ends, which also happens when its parent dies.
+`captionlib.data.images.decoder_pool` starts the process. A request consists of a header, which has the length of the
+payload, and the payload. The header of a response also has the kind of response: READY, IMAGE or FAILURE. The process
+exits when its input ends, which also happens when its parent dies.
 """
 
 import json
@@ -28,7 +28,7 @@ READY, IMAGE, FAILURE = range(3)
 
 
 class DecoderSettings(NamedTuple):
-    """The first request, before any image."""
+    """The payload of the first request. The following requests are image files."""
 
     preprocessing: Preprocessing
     max_image_pixels: int
@@ -37,10 +37,10 @@ class DecoderSettings(NamedTuple):
 
 
 def main() -> None:
-    """Responds to requests until the input ends."""
+    """Processes requests until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the terminal; the parent handles it
     requests, responses = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # keeps other output out of the responses
+    os.dup2(2, 1)  # redirects prints to standard error, so that they do not corrupt responses
     payloads = _receive(requests)
     settings: DecoderSettings = pickle.loads(next(payloads))
     _limit_resources(settings)
@@ -63,8 +63,8 @@ def _decode(content: bytes, settings: DecoderSettings, responses: BinaryIO) -> N
 
 
 def _limit_resources(settings: DecoderSettings) -> None:
-    """Limits memory, and lets SIGALRM end the process if an image takes too long and the pool has died."""
-    Image.MAX_IMAGE_PIXELS = None  # decode_image has its own limit
+    """Limits memory, and makes SIGALRM end the process if an image takes too long and no parent is left to kill it."""
+    Image.MAX_IMAGE_PIXELS = None  # decode_image checks its own limit
     _, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
     limit = settings.max_memory_bytes
     if hard_limit != resource.RLIM_INFINITY:
@@ -75,7 +75,7 @@ def _limit_resources(settings: DecoderSettings) -> None:
 
 
 def _silence_codecs() -> None:
-    """Drops what codecs print about damaged images; the responses have the errors."""
+    """Discards what codecs print about damaged images, because the responses contain the errors."""
     warnings.simplefilter("ignore")
     null = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):

@@ -1,7 +1,7 @@
-"""Decodes an image as a viewer would show it, and resizes and crops it as the encoder expects.
+"""Decodes and orients images, and resizes and crops them as the encoder (a torchvision network) expects.
 
-The content decides the format, never the file name. Embedded color profiles are not applied, because networks are
-trained on pixels as they are stored. Decoder processes import this module, so it depends on Pillow and NumPy only.
+The format is detected from the content, never from the file name. Embedded color profiles are ignored, because encoders
+are trained on the stored pixel values. Decoder processes import this module, so it needs only Pillow and NumPy.
 """
 
 import io
@@ -27,12 +27,12 @@ from captionlib.errors import ConfigError, DecodeError
 __all__ = ["MAX_IMAGE_PIXELS", "Preprocessing", "decode_image"]
 
 MAX_IMAGE_PIXELS = 100_000_000
-"""Default limit on width x height. It is checked in the header, because a file of a few kB may claim any size."""
+"""Default limit on width x height. It is checked before decoding, because a tiny file can expand to a huge image."""
 
 _PLUGINS = (JpegImagePlugin, PngImagePlugin, WebPImagePlugin, GifImagePlugin, BmpImagePlugin, TiffImagePlugin)
 _FORMATS = tuple(plugin.__name__.removeprefix("PIL.").removesuffix("ImagePlugin").upper() for plugin in _PLUGINS)
 
-# Patterns of the first bytes of files in supported formats and in other image formats.
+# Patterns that match the first bytes of files in supported and unsupported formats.
 _SIGNATURES = {
     "JPEG": rb"\xff\xd8\xff",
     "PNG": rb"\x89PNG\r\n\x1a\n",
@@ -58,20 +58,20 @@ _RESAMPLING = {"nearest-exact": Image.Resampling.NEAREST} | {
     name.lower(): method for name, method in Image.Resampling.__members__.items()
 }
 
-# Files of 32-bit gray values do not define white; it is the lowest of these that is not exceeded.
+# Files with 32-bit gray values do not define white. The lowest of these levels that no value exceeds is used.
 _WHITE_LEVELS = (1.0, 2.0**8 - 1, 2.0**16 - 1, 2.0**32 - 1)
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the input of an encoder, as in torchvision's `weights.transforms()`.
+    """How an image is converted to the input of an encoder, as in torchvision's `weights.transforms()`.
 
     Attributes:
         resize_size: length of the shorter side after resizing, in pixels.
-        crop_size: side of the square that is cropped from the center, in pixels; outside the image it is black.
-        interpolation: torchvision's name of the interpolation, such as `bilinear`; always with antialiasing.
-        mean: mean of each channel, in 0..1. The encoder normalizes by `mean` and `std`.
-        std: standard deviation of each channel.
+        crop_size: side of the square that is cropped from the center, in pixels. Smaller images are padded with black.
+        interpolation: torchvision's name of the interpolation mode, such as `bilinear`. Antialiasing is always on.
+        mean: mean of each channel, for pixels in 0..1. The encoder normalizes its input with `mean` and `std`.
+        std: standard deviation of each channel, for pixels in 0..1.
     """
 
     resize_size: int
@@ -91,18 +91,18 @@ class Preprocessing:
 def decode_image(
     content: bytes, preprocessing: Preprocessing, max_image_pixels: int = MAX_IMAGE_PIXELS
 ) -> npt.NDArray[np.uint8]:
-    """Decodes, orients, resizes and crops an image. The pixels equal those of torchvision's preset.
+    """Decodes, orients, resizes and crops an image. The pixels equal the output of torchvision's transforms.
 
     Args:
-        content: a JPEG, PNG, WebP, GIF, BMP or TIFF file; the first of several frames or pages is decoded.
+        content: a JPEG, PNG, WebP, GIF, BMP or TIFF file. Only the first frame or page is decoded.
         preprocessing: the sizes and the interpolation; `mean` and `std` are not applied.
-        max_image_pixels: larger images are rejected before they are decoded.
+        max_image_pixels: limit on width x height. Larger images are rejected before they are decoded.
 
     Returns:
         `[crop_size, crop_size, 3] uint8`, RGB, read-only.
 
     Raises:
-        DecodeError: the image cannot be decoded; the reason is Empty, NotAnImage, UnsupportedFormat, TooManyPixels,
+        DecodeError: the image cannot be decoded. Its reason is Empty, NotAnImage, UnsupportedFormat, TooManyPixels,
             Truncated, Corrupt or OutOfMemory.
     """
     try:
@@ -118,18 +118,18 @@ def decode_image(
         raise _explain_unidentified(content) from None
     except MemoryError:
         raise DecodeError("OutOfMemory", "decoding needs more memory than a decoder process may use") from None
-    except Exception as error:  # codecs raise anything on damaged files
+    except Exception as error:  # codecs may raise any exception on damaged files
         raise _explain_undecodable(content, error) from error
 
 
 def _check_pixels(size: tuple[int, int], limit: int, what: str) -> None:
     width, height = size
     if width * height > limit:
-        raise DecodeError("TooManyPixels", f"{what} {width} x {height} pixels, more than {limit} in all")
+        raise DecodeError("TooManyPixels", f"{what} {width} x {height} pixels, more than the limit of {limit}")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Converts to RGB on a white background. 16-bit and 32-bit values are scaled, not clipped."""
+    """Converts an image to RGB and blends transparency with white. 16-bit and 32-bit values are scaled, not clipped."""
     if image.mode.startswith(("I", "F")):
         return Image.fromarray(_to_8_bits(image)).convert("RGB")
     if not image.has_transparency_data:
@@ -143,28 +143,28 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _to_8_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
     """Converts gray values of more than 8 bits to `[height, width] uint8`.
 
-    16-bit values become their high byte, as in Pillow's conversion of 16-bit colors.
+    Of 16-bit values, the high byte is kept, as in Pillow's conversion of 16-bit colors.
     """
     values = np.asarray(image)
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     if image.mode.startswith("I;16"):
         bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
         gray: npt.NDArray[np.uint8] = (values >> (bits - 8)).astype(np.uint8)
-        if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white; Pillow inverts only up to 8 bits
+        if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white, which Pillow handles up to 8 bits
             gray = 255 - gray
     else:
-        numbers = np.nan_to_num(values.astype(np.float32), nan=0, posinf=0, neginf=0)
-        highest = float(numbers.max())
+        finite = np.nan_to_num(values.astype(np.float32), nan=0, posinf=0, neginf=0)
+        highest = float(finite.max())
         levels = _WHITE_LEVELS if image.mode == "F" else _WHITE_LEVELS[1:]
         white = next((level for level in levels if highest <= level), highest)
-        gray = (numbers.clip(0, white) * np.float32(255 / white)).astype(np.uint8)
-    if "transparency" in image.info:  # the transparent value of a PNG
+        gray = (finite.clip(0, white) * np.float32(255 / white)).astype(np.uint8)
+    if "transparency" in image.info:  # the gray value that a PNG declares transparent
         gray[values == image.info["transparency"]] = 255
     return gray
 
 
 def _orient(pixels: Image.Image, image: Image.Image) -> Image.Image:
-    """Rotates and flips the pixels as the EXIF data of `image` says. Like viewers, it ignores unreadable EXIF data."""
+    """Rotates and flips `pixels` according to the EXIF data of `image`. Unreadable EXIF data are ignored."""
     transpositions = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -182,7 +182,7 @@ def _orient(pixels: Image.Image, image: Image.Image) -> Image.Image:
 
 
 def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing, limit: int) -> npt.NDArray[np.uint8]:
-    """Resizes the shorter side and crops the center, with torchvision's rounding."""
+    """Resizes an image by its shorter side and crops the center, with the same rounding as torchvision."""
     width, height = image.size
     short, long = sorted(image.size)
     longer = int(preprocessing.resize_size * long / short)
@@ -200,25 +200,25 @@ def _explain_unidentified(content: bytes) -> DecodeError:
         return DecodeError("Empty", "the file is empty")
     if name := _find_signature(content, _SIGNATURES):
         reason = "Truncated" if _ends_early(content, name) else "Corrupt"
-        return DecodeError(reason, f"the file begins like a {name}, but its header cannot be read")
+        return DecodeError(reason, f"the file starts like a {name} file, but its header cannot be read")
     if name := _find_signature(content, _OTHER_SIGNATURES):
         return DecodeError("UnsupportedFormat", f"expected {known}, got {name}; convert the image")
-    return DecodeError("NotAnImage", f"expected {known}, got a file that begins like none of them")
+    return DecodeError("NotAnImage", f"expected {known}, got a file in none of these formats")
 
 
 def _explain_undecodable(content: bytes, error: Exception) -> DecodeError:
-    """Describes the failure of a codec without its message, which may quote the file."""
+    """Describes a codec's exception without quoting its message, which may contain bytes of the file."""
     name = _find_signature(content, _SIGNATURES)
     if "truncated" in str(error).lower() or _ends_early(content, name):
-        return DecodeError("Truncated", f"expected a complete {name}, got one that ends early; download the file again")
-    return DecodeError("Corrupt", f"expected a {name}, got one that is damaged ({type(error).__name__})")
+        return DecodeError("Truncated", f"expected a complete {name} file, got a truncated one; download it again")
+    return DecodeError("Corrupt", f"expected a valid {name} file, got a damaged one ({type(error).__name__})")
 
 
 def _ends_early(content: bytes, name: str | None) -> bool:
-    """Returns whether a file lacks the end of its format, or is shorter than its header says."""
+    """Returns whether a file lacks the end marker of its format, or is shorter than its header says."""
     if name == "WebP":
         return int.from_bytes(content[4:8], "little") + 8 > len(content)
-    if name == "TIFF":  # the offset of the directory, which writers put last
+    if name == "TIFF":  # the offset of the image directory, which is usually at the end
         return int.from_bytes(content[4:8], "little" if content.startswith(b"I") else "big") >= len(content)
     return name in _ENDS and _ENDS[name] not in content
 

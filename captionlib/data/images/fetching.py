@@ -1,7 +1,7 @@
-"""Fetches the bytes of images, within limits on size and time and with retries.
+"""Fetches the bytes of images with retries and with limits on size and time.
 
-`captionlib.data.images.addresses` documents what an address may be. Credentials and endpoints come from fsspec's own
-configuration; see `captionlib.storage.folders`.
+`captionlib.data.images.addresses` documents the syntax of image addresses (paths and URLs). Credentials
+and endpoints come from fsspec's own configuration; see `captionlib.storage.folders`.
 """
 
 import asyncio
@@ -45,9 +45,9 @@ from captionlib.storage.remote_errors import get_http_status, is_connection_erro
 
 __all__ = ["FetchConfig", "ImageFetcher", "to_fetch_error"]
 
-_PIECE_BYTES = 2**20
+_CHUNK_BYTES = 2**20
 _MAX_BACKOFF_SECONDS = 30.0
-_USER_AGENT = f"captionlib/{__version__}"  # some hosts reject clients without one
+_USER_AGENT = f"captionlib/{__version__}"  # some hosts reject requests without a user agent
 
 
 @configclass
@@ -55,15 +55,15 @@ class FetchConfig:
     """Limits on fetching an image.
 
     Attributes:
-        max_image_bytes: larger files are rejected; at most this much of a file is read.
-        timeout_seconds: limit for one attempt, from connecting to the last byte.
-        attempts: how often a fetch is tried if it fails with a temporary error, such as a timeout.
-        backoff_seconds: wait before the second attempt; it doubles for each further one, plus a random part.
-        max_row_group_bytes: size of the cache for row groups of Parquet files; larger row groups are rejected.
-        protocols: allowed protocols of addresses; `file` also allows paths. Protocols that interpret content or chain
-            file systems are never allowed.
-        allow_private_hosts: allow http and https connections to loopback, link-local and private networks. Turn it off
-            if strangers choose the addresses and see the images.
+        max_image_bytes: maximum size of an image file. Larger files are rejected.
+        timeout_seconds: time limit for one attempt, from connecting to the last byte.
+        attempts: maximum number of attempts per image. Only temporary errors, such as timeouts, are retried.
+        backoff_seconds: wait before the second attempt. It doubles for each further attempt, up to 30 s, plus jitter.
+        max_row_group_bytes: size of the cache for images in Parquet files. Larger column chunks are rejected.
+        protocols: allowed protocols of image addresses. `file` also allows local paths. fsspec protocols that interpret
+            the files that they read (such as `reference`) or chain file systems are never allowed.
+        allow_private_hosts: allow http and https connections to loopback, link-local and private networks. Set it to
+            false if untrusted users can provide addresses and view the images.
     """
 
     max_image_bytes: PositiveInt = 64 * 2**20
@@ -78,13 +78,13 @@ class FetchConfig:
         for protocol in self.protocols:
             if protocol in INTERPRETING_PROTOCOLS or not is_known_protocol(protocol):
                 raise ConfigError(
-                    f"protocols: expected protocols of fsspec, such as {', '.join(IMAGE_PROTOCOLS)}, got {protocol!r}"
-                    ", which is unknown, or interprets what it reads and is thus unsafe for image addresses; remove it"
+                    f"protocols: expected fsspec protocols, such as {', '.join(IMAGE_PROTOCOLS)}, got {protocol!r}"
+                    ", which is unknown, or unsafe because it interprets what it reads; remove it"
                 )
 
 
 class _Span(NamedTuple):
-    """The bytes of a file to read, from `start` to `end` (exclusive); None reads the whole file, up to `limit`."""
+    """The bytes of a file to read: `start` to `end` (exclusive) or, if `end` is None, the whole file up to `limit`."""
 
     start: int
     end: int | None
@@ -92,12 +92,12 @@ class _Span(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The number of bytes to read. For a whole file, one byte more than the limit reveals that it is too large."""
+        """The number of bytes to read. It is `limit` + 1 for a whole file, to detect files that are too large."""
         return self.limit + 1 if self.end is None else self.end - self.start
 
 
 class ImageFetcher:
-    """Fetches images. Thread-safe. A context manager, which cancels unfinished fetches when it exits."""
+    """Fetches images. Thread-safe. As a context manager, it cancels unfinished fetches on exit."""
 
     def __init__(self, config: FetchConfig | None = None) -> None:
         self.config = config or FetchConfig()
@@ -125,7 +125,7 @@ class ImageFetcher:
         self.close()
 
     def close(self) -> None:
-        """Cancels the requests and retries of all threads."""
+        """Cancels all pending requests and retries, in all threads."""
         self._closed.set()
         with self._lock:
             for request in self._requests:
@@ -135,7 +135,7 @@ class ImageFetcher:
         """Fetches the bytes at an address.
 
         Raises:
-            FetchError: they cannot be fetched. The message quotes no content.
+            FetchError: the bytes cannot be fetched. The message does not quote any content.
         """
         try:
             return self._retrying(self._attempt, uri)
@@ -143,7 +143,7 @@ class ImageFetcher:
             raise
         except CancelledError:
             raise FetchError("Cancelled", "the run ended before the image was fetched") from None
-        except Exception as error:  # clients raise anything; one image must not end the run
+        except Exception as error:  # clients may raise any exception; one image must not end the run
             raise to_fetch_error(error) from error
 
     def _attempt(self, uri: str) -> bytes:
@@ -155,7 +155,7 @@ class ImageFetcher:
             if is_private_host_error(error):
                 raise FetchError(
                     "ForbiddenHost",
-                    "the address, or one that it redirects to, leads to a private host; expected a public host; allow "
+                    "expected a public host, got an address on, or redirecting to, a private host; allow "
                     "private hosts (loading.fetch.allow_private_hosts, serve --allow-private-hosts) if you trust the "
                     "source of the addresses",
                 ) from error
@@ -169,7 +169,7 @@ class ImageFetcher:
         start, end = address.span or (0, None)
         span = _Span(start, end, limit)
         if end is not None and end <= start:
-            raise FetchError("BadRange", f"expected bytes=START-END with END above START, got {start}-{end}")
+            raise FetchError("BadRange", f"expected bytes=START-END with END greater than START, got {start}-{end}")
         if end is not None and span.size > limit:
             raise FetchError("TooLarge", f"expected at most {limit} bytes, got a range of {span.size}")
         content = self._read(address.file, span)
@@ -187,10 +187,10 @@ class ImageFetcher:
             return self._run(fs, self._read_http(fs, path, span))
         if issubclass(type(fs), AsyncFileSystem) and fs.async_impl:
             return self._run(fs, _read_object(fs, path, span))
-        return _read_pieces(fs, path, span, time.monotonic() + self.config.timeout_seconds)
+        return _read_chunks(fs, path, span, time.monotonic() + self.config.timeout_seconds)
 
     def _run(self, fs: Any, coroutine: Any) -> bytes:
-        """Runs a coroutine in the event loop of its file system, within the timeout."""
+        """Runs a coroutine on the event loop of the file system, with the timeout of one attempt."""
         limited = asyncio.wait_for(coroutine, self.config.timeout_seconds)
         with self._lock:
             request: Future[bytes] = asyncio.run_coroutine_threadsafe(limited, fs.loop)
@@ -204,10 +204,10 @@ class ImageFetcher:
                 self._requests.discard(request)
 
     async def _read_http(self, fs: Any, url: str, span: _Span) -> bytes:
-        """Reads a span and then hangs up, whether or not the server supports ranges."""
+        """Reads a span and closes the connection. If the server ignores the Range header, the rest is discarded."""
         session = await fs.set_session()
         headers = {"User-Agent": _USER_AGENT, **session.headers, **fs.kwargs.get("headers", {})}
-        headers["Accept-Encoding"] = "identity"  # so that sizes are those of the file
+        headers["Accept-Encoding"] = "identity"  # without compression, byte ranges and sizes refer to the file
         if span.end is not None:
             headers["Range"] = f"bytes={span.start}-{span.end - 1}"
         options = {**fs.kwargs, "headers": headers, "timeout": aiohttp.ClientTimeout(self.config.timeout_seconds)}
@@ -217,9 +217,9 @@ class ImageFetcher:
             if span.end is None and (response.content_length or 0) > span.limit:
                 raise FetchError("TooLarge", f"expected at most {span.limit} bytes, got {response.content_length}")
             content = bytearray()
-            async for piece in response.content.iter_any():
-                content += piece[skip:]
-                skip = max(0, skip - len(piece))
+            async for chunk in response.content.iter_any():
+                content += chunk[skip:]
+                skip = max(0, skip - len(chunk))
                 if len(content) >= span.size:
                     break
             return bytes(content[: span.size])
@@ -229,18 +229,18 @@ async def _read_object(fs: Any, path: str, span: _Span) -> bytes:
     try:
         return cast(bytes, await fs._cat_file(path, start=span.start, end=span.start + span.size))
     except Exception as error:
-        if span.end is None and get_http_status(error) == 416:  # no range of an empty object is valid
+        if span.end is None and get_http_status(error) == 416:  # any range of an empty object is invalid
             return b""
         raise
 
 
-def _read_pieces(fs: Any, path: str, span: _Span, deadline: float) -> bytes:
-    """Reads piece by piece, because a read of a synchronous file system cannot be interrupted."""
+def _read_chunks(fs: Any, path: str, span: _Span, deadline: float) -> bytes:
+    """Reads in chunks and checks the deadline in between, because a synchronous read cannot be interrupted."""
     content = bytearray()
     with fs.open(path, "rb") as file:
         file.seek(span.start)
-        while len(content) < span.size and (piece := file.read(min(_PIECE_BYTES, span.size - len(content)))):
-            content += piece
+        while len(content) < span.size and (chunk := file.read(min(_CHUNK_BYTES, span.size - len(content)))):
+            content += chunk
             if time.monotonic() > deadline:
                 raise TimeoutError
     return bytes(content)
@@ -253,21 +253,21 @@ def _read_local(path: str, span: _Span) -> bytes:
 
 
 def to_fetch_error(error: BaseException) -> FetchError:
-    """Converts the error of any file system to a FetchError, whose reason groups equal failures.
+    """Converts an exception of any file system to a FetchError, whose reason is the category of the failure.
 
-    The messages of clients are dropped, because they quote what a server sent, such as the target of a redirect or the
+    The original message is dropped, because it may quote what a server sent, such as the target of a redirect or the
     body of an error response.
     """
     if isinstance(error, FileNotFoundError):
-        return FetchError("FileNotFoundError", "no file at this address; check the address")
+        return FetchError("FileNotFoundError", "no file exists at this address; check the address")
     if isinstance(error, PermissionError):
-        return FetchError("PermissionError", "the file may not be read; check its permissions or the credentials")
+        return FetchError("PermissionError", "access to the file was denied; check its permissions or the credentials")
     if (status := get_http_status(error)) is not None:
         return FetchError(f"HTTP {status}", f"expected the image, got HTTP status {status}{_status_phrase(status)}")
     if is_timeout_error(error):
-        return FetchError("Timeout", "the bytes did not arrive in time; raise loading.fetch.timeout_seconds")
+        return FetchError("Timeout", "the request timed out; increase loading.fetch.timeout_seconds")
     if is_connection_error(error):
-        return FetchError("ConnectionError", f"the connection failed or was cut{_errno_phrase(error)}")
+        return FetchError("ConnectionError", f"the connection failed or was interrupted{_errno_phrase(error)}")
     return FetchError(type(error).__name__, f"the file cannot be read: {type(error).__name__}{_errno_phrase(error)}")
 
 
@@ -277,6 +277,6 @@ def _status_phrase(status: int) -> str:
 
 
 def _errno_phrase(error: BaseException) -> str:
-    numbers = [getattr(each, "errno", None) for each in (error, getattr(error, "os_error", None))]
-    known = [number for number in numbers if isinstance(number, int) and number > 0]
+    codes = [getattr(each, "errno", None) for each in (error, getattr(error, "os_error", None))]
+    known = [code for code in codes if isinstance(code, int) and code > 0]
     return f": {os.strerror(known[0])}" if known else ""

@@ -1,4 +1,4 @@
-"""Fetches and decodes the images of rows in parallel, ahead of the model, in order and with bounded prefetch."""
+"""Fetches and decodes images in parallel and in order, and prefetches a limited number of them for the model."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 Pixels = npt.NDArray[np.uint8]
 
 LoadImages = Callable[[Iterable[Row]], Iterator[tuple[Row, Pixels | ImageError]]]
-"""Yields each row with its image, `[crop_size, crop_size, 3] uint8`, or the error that made it fail."""
+"""Yields each row with its image, `[crop_size, crop_size, 3] uint8`, or with the error that loading it raised."""
 
 
 @configclass
@@ -32,7 +32,7 @@ class LoadingConfig:
 
     Attributes:
         threads: number of images that are fetched in parallel.
-        prefetch: maximum number of images that are in flight or waiting for the model; it determines memory use.
+        prefetch: maximum number of images that are loading or waiting for the model. It determines memory usage.
         fetch: limits on fetching an image.
         decode: limits on decoding an image.
     """
@@ -45,11 +45,11 @@ class LoadingConfig:
 
 @contextmanager
 def open_loader(config: LoadingConfig, preprocessing: Preprocessing) -> Iterator[LoadImages]:
-    """Starts threads and decoder processes, and yields a function that loads images with them; see `load_images`.
+    """Starts threads and decoder processes, and yields a function that loads images; see `load_images`.
 
-    On exit, fetches and decodes in progress are canceled.
+    On exit, all fetching and decoding in progress is canceled.
     """
-    with ExitStack() as stack:  # exits in reverse order, so the threads are joined after their work is canceled
+    with ExitStack() as stack:  # exits in reverse order, so threads are joined after their work is canceled
         threads = stack.enter_context(ThreadPoolExecutor(config.threads, thread_name_prefix="load-images"))
         fetcher = stack.enter_context(ImageFetcher(config.fetch))
         decoders = stack.enter_context(DecoderPool(preprocessing, config.decode))
@@ -63,7 +63,7 @@ def load_images(
 ) -> Iterator[tuple[Row, Pixels | ImageError]]:
     """Yields each row with the image that `load` returns for its `uri`, or with the ImageError that `load` raises.
 
-    Up to `prefetch` images are loading or loaded, but not yet consumed.
+    At any time, at most `prefetch` images are loading or waiting to be consumed.
     """
 
     def try_load(row: Row) -> tuple[Row, Pixels | ImageError]:

@@ -1,4 +1,4 @@
-"""Reads images from cells of Parquet files. A row group is read once for all of its rows."""
+"""Reads images that are stored in Parquet files. The column chunk of a row group is read once for all of its rows."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,36 +20,36 @@ _CACHED_FOOTERS = 64
 
 
 class ParquetCellReader:
-    """Reads cells of Parquet files at any allowed address. Thread-safe.
+    """Reads cells of Parquet files with caching. Thread-safe.
 
-    Error messages quote nothing of the files, not even column names. Column chunks are cached; those that are larger
-    than the `max_bytes` of the cache are rejected.
+    Error messages do not quote the files, not even their column names. Column chunks are cached. Chunks larger than
+    `max_bytes`, the size of the cache, are rejected.
     """
 
     def __init__(self, open_file: Callable[[ImageFile], BinaryIO], max_bytes: int) -> None:
         self._open_file = open_file
         self._max_bytes = max_bytes
-        # With a condition, one thread reads a value while the others wait for it.
+        # With a condition, one thread reads a value while other threads that need it wait.
         footers: LRUCache[object, pq.FileMetaData] = LRUCache(_CACHED_FOOTERS)
         self._get_footer = cached(footers, condition=Condition())(self._read_footer)
-        # At least two chunks always fit, because prefetching alternates between rows around a row group boundary.
+        # At least two chunks always fit, because concurrent reads alternate between chunks near a row group boundary.
         chunks: LRUCache[object, pa.ChunkedArray] = LRUCache(max_bytes, lambda chunk: min(chunk.nbytes, max_bytes // 2))
         self._get_chunk = cached(chunks, condition=Condition())(self._read_chunk)
 
     def read_cell(self, file: ImageFile, row: int, column: str, max_bytes: int) -> bytes:
-        """Reads the bytes in a cell: a row of the whole file, from 0, and a column, such as `image.bytes` in a struct.
+        """Reads the bytes of a cell. `row` counts from 0 over the whole file. `column` may be nested: `image.bytes`.
 
         Raises:
-            FetchError: the row or column does not exist, or the cell has no bytes or too many.
+            FetchError: the row or column does not exist, the cell holds no bytes, or it exceeds `max_bytes`.
         """
         footer = self._get_footer(file)
         if row >= footer.num_rows:
-            raise FetchError("NoSuchRow", f"expected row {row}, got a file of {footer.num_rows} rows")
+            raise FetchError("NoSuchRow", f"expected row {row}, got a file with {footer.num_rows} rows")
         starts = np.cumsum([0, *(footer.row_group(group).num_rows for group in range(footer.num_row_groups))])
         group = int(np.searchsorted(starts, row, side="right")) - 1
         content = self._get_chunk(file, group, column)[row - int(starts[group])].as_buffer()
         if content is None:
-            raise FetchError("NoBytes", f"column {column} is null in row {row}")
+            raise FetchError("NoBytes", f"expected bytes in column {column}, row {row}, got null")
         if content.size > max_bytes:
             raise FetchError("TooLarge", f"expected at most {max_bytes} bytes, got {content.size}")
         return bytes(content)
@@ -63,26 +63,26 @@ class ParquetCellReader:
         metadata = footer.row_group(group)
         columns = {metadata.column(index).path_in_schema: index for index in range(metadata.num_columns)}
         if column not in columns:
-            raise FetchError("NoSuchColumn", f"expected column {column}, got a file of {len(columns)} other columns")
+            raise FetchError("NoSuchColumn", f"expected column {column}, got a file with {len(columns)} other columns")
         size = metadata.column(columns[column]).total_uncompressed_size
         if size > self._max_bytes:
-            raise FetchError("TooLarge", f"row group {group} has {size} bytes; write the file with smaller row groups")
+            raise FetchError("TooLarge", f"a column chunk has {size} bytes; write the file with smaller row groups")
         with _reporting_arrow_errors(), self._open_file(file) as opened:
             table = pq.ParquetFile(opened, metadata=footer).read_row_group(group, [column], use_threads=False)
         values = table.column(0)
         while pa.types.is_struct(values.type):
             values = pc.struct_field(values, [0])
         if values.type not in (pa.binary(), pa.large_binary(), pa.binary_view()):
-            raise FetchError("NoBytes", f"expected bytes in column {column}, got values of another type")
+            raise FetchError("NoBytes", f"expected bytes in column {column}, got values of a different type")
         return values
 
 
 @contextmanager
 def _reporting_arrow_errors() -> Iterator[None]:
-    """Turns errors of Arrow, whose messages may quote the file, into FetchErrors."""
+    """Converts Arrow exceptions, whose messages may quote the file, to FetchErrors."""
     try:
         yield
     except pa.ArrowException as error:
         raise FetchError(
-            type(error).__name__, "expected a Parquet file, got one that is damaged or in another format"
+            type(error).__name__, "expected a Parquet file, got a damaged file or a different format"
         ) from error

@@ -1,7 +1,7 @@
 """An HTTP client that connects only to public hosts.
 
-The client checks the IP address of each connection just before it opens the socket: after name resolution, for IP
-literals, and for every redirect. A host name that resolves to another address the second time cannot evade the check.
+The client checks the IP address of each connection just before it opens the socket. The check therefore covers resolved
+host names, IP literals and redirects. A host name that resolves to a different address later cannot bypass the check.
 """
 
 import ipaddress
@@ -22,7 +22,7 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: the last four bytes 
 class PrivateHostError(OSError):
     """A connection to a private host was rejected.
 
-    The message is constant, so that asyncio raises one error if all addresses of a host name are rejected.
+    The message is constant, so that asyncio raises a single error if all IP addresses of a host are rejected.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ def is_private_address(host: str) -> bool:
 
 
 def _extract_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """Returns the IPv4 address that a gateway or the operating system connects to instead."""
+    """Returns the IPv4 address that traffic to an IPv6 address actually reaches, or None if there is none."""
     if address in _NAT64:
         return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     return address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
@@ -58,19 +58,19 @@ def _open_public_socket(address: AddrInfoType) -> socket.socket:
 
 
 async def create_public_client(**options: Any) -> aiohttp.ClientSession:
-    """Creates a session for `HTTPFileSystem(get_client=...)` with the other options of the user's configuration."""
+    """Creates a session for `HTTPFileSystem(get_client=...)`. `options` come from the user's fsspec configuration."""
     connector = aiohttp.TCPConnector(socket_factory=_open_public_socket)
     return aiohttp.ClientSession(**{**options, "connector": connector, "trust_env": False})
 
 
 def reject_proxies(options: Mapping[str, Any]) -> None:
-    """Raises ConfigError if fsspec's options of `http` use a proxy, because a proxy resolves host names itself."""
+    """Raises ConfigError if fsspec's HTTP options set a proxy, because a proxy resolves host names itself."""
     client = options.get("client_kwargs") or {}
     if options.get("proxy") or client.get("proxy") or client.get("trust_env"):
         raise ConfigError(
             "private hosts cannot be rejected behind a proxy, which resolves host names itself; expected no proxy and "
-            "no trust_env in fsspec's options of http; remove them, or allow private hosts and let the proxy reject "
-            "them"
+            "no trust_env in fsspec's HTTP options; remove them, or allow private hosts in captionlib and reject them "
+            "in the proxy"
         )
 
 

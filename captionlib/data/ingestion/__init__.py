@@ -1,1 +1,1 @@
-"""Conversion of sources to manifests and features datasets."""
+"""Conversion of input datasets to manifests (one row per image) and of imported features to features datasets."""

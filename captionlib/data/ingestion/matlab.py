@@ -1,4 +1,4 @@
-"""Reads columns of matrices in MATLAB files: up to version 7 through SciPy, version 7.3 through h5py."""
+"""Reads columns of matrices in MATLAB files, with SciPy up to version 7 and with h5py for version 7.3 (HDF5)."""
 
 import shutil
 import tempfile
@@ -17,7 +17,7 @@ from captionlib.errors import DatasetError
 __all__ = ["Matrix", "open_matrix"]
 
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-_HDF5_OFFSET = 512  # MATLAB writes its own header first
+_HDF5_OFFSET = 512  # MATLAB writes its own header before the HDF5 data
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Matrix:
     """A matrix in an open file.
 
     Attributes:
-        rows: the number of rows.
-        columns: the number of columns.
-        read_columns: takes ascending column numbers and returns those columns as `[numbers, rows]`.
+        rows: number of rows.
+        columns: number of columns.
+        read_columns: function that takes ascending column indices and returns an array `[indices, rows]`.
     """
 
     rows: int
@@ -37,14 +37,14 @@ class Matrix:
 
 @contextmanager
 def open_matrix(address: str, name: str) -> Iterator[Matrix]:
-    """Opens a matrix of a MATLAB file. Matrices of version 7.3 are read in parts, others as a whole.
+    """Opens a matrix of a MATLAB file. Matrices are read as a whole up to version 7, and in parts for version 7.3.
 
     Args:
-        address: a path, or the URL of a file to download.
-        name: the name of the variable.
+        address: path, or URL of a file to download.
+        name: variable name of the matrix.
 
     Raises:
-        DatasetError: the file cannot be read, or has no numeric matrix of that name.
+        DatasetError: the file cannot be read, or has no numeric matrix with that name.
     """
     location = locate(address)
     if not location.fs.exists(location.path):
@@ -70,12 +70,12 @@ def _open_scipy(path: Path, address: str, name: str) -> Iterator[Matrix]:
     try:
         names = [variable for variable, _, _ in scipy.io.whosmat(path)]
         values = scipy.io.loadmat(path, variable_names=[name]).get(name)
-    except Exception as error:  # SciPy raises many types on damaged files
+    except Exception as error:  # SciPy raises various exceptions on damaged files
         raise DatasetError(f"{address} cannot be read as a MATLAB file: {error or repr(error)}") from error
     if values is None or not isinstance(values, np.ndarray):
         raise _matrix_error(address, name, f"the variables {', '.join(names)}" if values is None else "another type")
     _check_matrix(values, address, name)
-    yield Matrix(values.shape[0], values.shape[1], lambda numbers: values[:, numbers].T)
+    yield Matrix(values.shape[0], values.shape[1], lambda indices: values[:, indices].T)
 
 
 @contextmanager
@@ -91,14 +91,14 @@ def _open_hdf5(path: Path, address: str, name: str) -> Iterator[Matrix]:
         if not isinstance(values, h5py.Dataset):
             raise _matrix_error(address, name, f"the variables {', '.join(file)}" if values is None else "another type")
         _check_matrix(values, address, name)
-        # MATLAB stores columns contiguously, and HDF5 lists the axes in reverse order.
-        yield Matrix(values.shape[1], values.shape[0], lambda numbers: _read_rows(values, numbers))
+        # MATLAB stores matrices by column, so that the HDF5 matrix is the transpose.
+        yield Matrix(values.shape[1], values.shape[0], lambda indices: _read_rows(values, indices))
 
 
-def _read_rows(values: Any, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
-    """Reads rows of an HDF5 matrix: adjacent rows as a slice, since h5py reads a list row by row."""
-    first, last = int(numbers[0]), int(numbers[-1])
-    rows: npt.NDArray[np.floating] = values[first : last + 1] if last - first + 1 == len(numbers) else values[numbers]
+def _read_rows(values: Any, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
+    """Reads rows of an HDF5 matrix. Adjacent rows are read as a slice, since h5py reads a list of rows one by one."""
+    first, last = int(indices[0]), int(indices[-1])
+    rows: npt.NDArray[np.floating] = values[first : last + 1] if last - first + 1 == len(indices) else values[indices]
     return rows
 
 

@@ -1,6 +1,7 @@
-"""Imports NeuralTalk's features: images and captions from `dataset.json`, feature vectors from `vgg_feats.mat`.
+"""Imports the image features published with NeuralTalk (Karpathy's captioning code).
 
-Column `imgid` of the matrix holds the vector of the image with that `imgid`.
+`dataset.json` lists the images and captions. Column N of the matrix in `vgg_feats.mat` is the feature vector of the
+image with `imgid` N.
 """
 
 import os
@@ -34,12 +35,12 @@ class ImportConfig:
     """How to import NeuralTalk's features.
 
     Attributes:
-        variable: the name of the matrix in the MATLAB file.
-        image_root: the folder that image paths start from. None uses the folder of `dataset.json`.
-        stored_dtype: the dtype to store features in.
-        shard_size: rows per shard.
-        model: the network that computed the features. It is recorded for `inspect` only.
-        node: the node of the network whose output the features are. It is recorded for `inspect` only.
+        variable: name of the matrix in the MATLAB file.
+        image_root: folder that image paths start from. If None, the folder of `dataset.json` is used.
+        stored_dtype: dtype of the stored features.
+        shard_size: rows per shard (output file).
+        model: name of the network that computed the features, shown by `captionlib inspect`.
+        node: name of the layer whose output the features are, shown by `captionlib inspect`.
     """
 
     variable: str = "feats"
@@ -59,7 +60,7 @@ def import_features(
     overwrite: bool = False,
     progress: bool = False,
 ) -> Totals:
-    """Writes a features dataset. Resumes an interrupted import.
+    """Writes a features dataset (images, captions and feature vectors in Parquet). Resumes an interrupted import.
 
     Example:
         >>> totals = captionlib.import_features("scenes/dataset.json", "vgg_feats.mat", "imported")
@@ -67,17 +68,17 @@ def import_features(
         26
 
     Args:
-        dataset_json: Karpathy's `dataset.json`.
-        features_mat: a MATLAB file of any version.
-        output: the folder of the features dataset.
-        config: how to import.
-        overwrite: replace features of other files.
+        dataset_json: path or URL of Karpathy's `dataset.json`.
+        features_mat: path or URL of a MATLAB file of any version.
+        output: folder to write the features dataset to.
+        config: import options.
+        overwrite: replace a features dataset that was imported from different files.
         progress: show a progress bar.
 
     Raises:
         DatasetError: a file cannot be read, or the files do not match.
         DuplicateIdError: two images have the same id.
-        FingerprintError: the output holds features of other files, and `overwrite` is False.
+        FingerprintError: the output was imported from different files, and `overwrite` is False.
     """
     config = config or ImportConfig()
     json_address, mat_address = os.fspath(dataset_json), os.fspath(features_mat)
@@ -121,21 +122,21 @@ def _compute_checksum(address: str) -> str:
 def _find_columns(
     numbered_rows: Sequence[tuple[object, ManifestRow]], matrix: Matrix, address: str
 ) -> npt.NDArray[np.int64]:
-    """Returns the column number of each image."""
+    """Returns the matrix column of each image, after checking that the two files match."""
     seen: set[str] = set()
     count = max((imgid for imgid, _ in numbered_rows if isinstance(imgid, int)), default=-1) + 1
     if count == matrix.rows != matrix.columns:
         raise DatasetError(
-            f"{address}: expected a column for each of {count} images, got {matrix.rows} rows of {matrix.columns} "
-            "numbers; the matrix seems to be transposed; save its transpose"
+            f"{address}: expected a column for each of {count} images, got {matrix.rows} rows and {matrix.columns} "
+            "columns, so the matrix seems to be transposed; save its transpose"
         )
     for imgid, row in numbered_rows:
         if isinstance(imgid, bool) or not isinstance(imgid, int) or imgid < 0:
             raise DatasetError(f"{row.origin}: expected a column number as imgid, got {describe(imgid)}")
         if imgid >= matrix.columns:
             raise DatasetError(
-                f"{address}: expected a column for each image, got {matrix.columns} columns of {matrix.rows} numbers "
-                f"and an image with imgid {imgid} ({row.origin}); check that both files belong to the same data set"
+                f"{address}: expected a column for each image, got {matrix.columns} columns of {matrix.rows} values "
+                f"and an image with imgid {imgid} ({row.origin}); check that both files belong to the same dataset"
             )
         if row.image_id in seen:
             raise DuplicateIdError(f"{row.origin}: expected one row per image id, got a second with {row.image_id!r}")
@@ -148,11 +149,11 @@ def _find_columns(
 
 
 def _describe_encoder(config: ImportConfig, size: int, checksum: str) -> dict[str, Any]:
-    """Returns what captioners compare, so that none receives features of another network."""
+    """Describes the features. A captioner accepts only features with the same description as its training data."""
     return {
         "model": config.model,
         "node": config.node,
-        "weights": "imported",
+        "weights": "imported",  # instead of a checkpoint, since the network is not available
         "features_sha256": checksum.removeprefix("sha256:"),
         "stored_dtype": config.stored_dtype,
         "shape": [size],
@@ -160,14 +161,14 @@ def _describe_encoder(config: ImportConfig, size: int, checksum: str) -> dict[st
 
 
 def _read_vectors(matrix: Matrix, columns: npt.NDArray[np.int64], dtype: str, address: str) -> npt.NDArray[np.floating]:
-    """Returns columns as rows, `[columns, size]`. Reads each column once, in ascending order."""
+    """Returns the columns as rows of an array `[columns, size]`. Each column is read once, in ascending order."""
     ascending, inverse = np.unique(columns, return_inverse=True)
     with np.errstate(over="ignore"):  # checked below
         vectors = np.asarray(matrix.read_columns(ascending)).astype(dtype)[inverse]
     if len(invalid := columns[~np.isfinite(vectors).all(1)]):
         raise DatasetError(
             f"{address}: expected finite numbers within the range of {dtype}, got others in column {invalid[0]}; "
-            "set stored_dtype to float32, or check the file"
+            "set stored_dtype=float32, or check the file"
         )
     return vectors
 

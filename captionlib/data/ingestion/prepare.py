@@ -1,4 +1,4 @@
-"""Converts a source of images to a manifest: shards of rows in a fixed order, with unique ids."""
+"""Converts sources (input datasets in a supported format) to a manifest: a sharded table with one row per image."""
 
 import itertools
 import os
@@ -32,13 +32,13 @@ class PrepareConfig:
     """How to convert a source to a manifest.
 
     Attributes:
-        source_format: a key of `SOURCE_FORMATS`; `auto` detects the format.
-        options: how to read the source.
-        splits: the splits to include; empty includes all.
-        limit: include only the first `limit` images.
-        shard_size: rows per shard, the unit of work of all later stages.
-        check_images: refuse a list of images if none of the first ones exists.
-        strict: refuse a source with damaged images or captions instead of skipping them.
+        source_format: key of `SOURCE_FORMATS`, or `auto` to detect the format.
+        options: options for reading the source.
+        splits: splits to include. If empty, all splits are included.
+        limit: maximum number of images, from the start of the source.
+        shard_size: rows per shard. Later jobs process and resume by shard.
+        check_images: raise an error if the source lists image paths and none of the first 20 images exists.
+        strict: raise an error at the first invalid image or caption instead of skipping it.
     """
 
     source_format: str = "auto"
@@ -58,17 +58,17 @@ class PrepareConfig:
 
 @dataclass(frozen=True)
 class PrepareSummary:
-    """The content of a manifest, and the items of the source that it leaves out.
+    """Counts of the images in a manifest and of the skipped items of its sources.
 
     Attributes:
-        source_format: the format of the source, given or detected.
-        images: rows in the manifest.
-        shards: shards in the manifest.
-        captions: captions of all images.
-        splits: images by split.
-        skipped: items of the source that are not in the manifest, by reason.
-        examples: the place of the first skipped item, by reason; only for damaged images and captions.
-        already_prepared: the output held this manifest before; nothing was written.
+        source_format: specified or detected format of the sources.
+        images: number of images.
+        shards: number of shards.
+        captions: number of captions.
+        splits: number of images by split.
+        skipped: number of skipped items by reason.
+        examples: file and line of the first skipped item by reason, for invalid images and captions only.
+        already_prepared: whether the output already contained this manifest, so that nothing was written.
     """
 
     source_format: str
@@ -89,10 +89,10 @@ def prepare(
     overwrite: bool = False,
     progress: bool = False,
 ) -> PrepareSummary:
-    """Writes the manifest of one or more sources of the same format.
+    """Writes the manifest of one or more sources in the same format.
 
-    All rows are first written to a local temporary file and checked, so that an invalid source writes no output. Memory
-    does not grow with the number of rows.
+    All rows are first written to a local temporary file and checked, so that nothing is output for an invalid source.
+    Memory does not grow with the number of rows.
 
     Example:
         >>> summary = captionlib.prepare("scenes/dataset.json", "manifest")
@@ -101,16 +101,16 @@ def prepare(
 
     Args:
         sources: paths, URLs or globs.
-        output: the folder of the manifest.
-        config: how to convert the sources.
-        overwrite: replace a manifest of other rows.
+        output: folder to write the manifest to.
+        config: conversion options.
+        overwrite: replace a manifest that has different rows.
         progress: show a progress bar.
 
     Raises:
-        ConfigError: the format of the sources cannot be detected, or an option does not fit it.
-        DatasetError: the sources are empty or cannot be read, or the output holds other data.
+        ConfigError: the format of the sources cannot be detected, or an option does not apply to it.
+        DatasetError: the sources are empty or cannot be read, or the output folder contains other data.
         DuplicateIdError: two rows have the same id.
-        FingerprintError: the output holds a manifest of other rows, and `overwrite` is False.
+        FingerprintError: the output folder contains a manifest with different rows, and `overwrite` is False.
     """
     config = config or PrepareConfig()
     addresses = [os.fspath(source) for source in ([sources] if isinstance(sources, str | os.PathLike) else sources)]
@@ -154,13 +154,13 @@ def _select_format(addresses: Sequence[str], config: PrepareConfig) -> str:
 
 
 def _check_output(output: str | os.PathLike[str], overwrite: bool) -> None:
-    """Refuses a folder with other data before reading the source, which can take long."""
+    """Raises an error if the folder contains other data. Called first, because reading the sources can take long."""
     folder = Folder(output)
     if folder.exists(DESCRIPTION_FILE):
         if not overwrite:
             open_dataset(output, "manifest")
     elif any(name != TEMPORARY_FOLDER for name in folder.list()):
-        raise DatasetError(f"{folder.uri} holds files that captionlib did not write; choose an empty or a new folder")
+        raise DatasetError(f"{folder.uri} contains files that captionlib did not write; choose an empty or new folder")
 
 
 def _read(
@@ -175,7 +175,7 @@ def _read(
 
 
 def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
-    """Reports a wrong image folder now rather than as a failure of every image later. Refused uris are not opened."""
+    """Raises an error if no image exists: the image folder must be wrong, and every image would fail later."""
     refused: FetchError | None = None
     for row in rows:
         try:
@@ -187,8 +187,8 @@ def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
         reason = "" if refused is None else f"; {refused.reason}: {refused}"
         raise DatasetError(
             f"none of the first {len(rows)} images exists; the first is expected at {rows[0].uri}{reason}; set the "
-            "folder that image paths start from with --images, or use --no-check-images if only the workers can read "
-            "the images"
+            "folder that image paths start from with --images, or use --no-check-images if only the workers of "
+            "later jobs can read the images"
         )
 
 
@@ -197,7 +197,7 @@ def _select_splits(rows: Iterator[ManifestRow], splits: Collection[str], skips: 
         if not splits or row.split in splits:
             yield row
         else:
-            skips.skip("in another split")
+            skips.skip("in a different split")
 
 
 def _describe_empty_source(
@@ -206,7 +206,7 @@ def _describe_empty_source(
     expected = SOURCE_FORMATS[source_format].row_description
     splits = f" of split {' or '.join(config.splits)}" if config.splits else ""
     return (
-        f"{', '.join(addresses[:3])}: no images{splits}; read as {source_format}, which expects {expected}; "
+        f"{', '.join(addresses[:3])}: no images{splits}; format {source_format} expects {expected}; "
         f"skipped: {skips.describe()}; check the path, or set --format"
     )
 

@@ -1,4 +1,4 @@
-"""Writes the rows of a source to a local file, where they are counted, hashed and checked for duplicate ids."""
+"""Writes manifest rows (one per image) to a local Parquet file to count, hash and check them before output."""
 
 import hashlib
 import json
@@ -21,20 +21,20 @@ _BATCH_ROWS = 4096
 _MAX_SPLITS = 1000
 _SCHEMA = MANIFEST_SCHEMA.append(pa.field("origin", pa.string(), nullable=False))
 
-# Each pass compares about this many ids, so that memory does not grow with the number of rows.
+# Ids are compared in passes of about this many, so that memory does not grow with the number of rows.
 _IDS_PER_PASS = 250_000
 
 
 @dataclass(frozen=True)
 class StagedRows:
-    """The rows of a source in a local file.
+    """Manifest rows in a local file.
 
     Attributes:
-        path: a Parquet file with the columns of the manifest and `origin`.
-        rows: the number of rows.
-        captions: the number of captions of all rows.
-        splits: the number of rows by split.
-        digest: the SHA-256 of the rows in their order.
+        path: Parquet file with the columns of a manifest and `origin` (file and line that a row was read from).
+        rows: number of rows.
+        captions: number of captions in all rows.
+        splits: number of rows by split.
+        digest: SHA-256 of all rows in order.
     """
 
     path: Path
@@ -45,10 +45,10 @@ class StagedRows:
 
 
 def stage_rows(rows: Iterable[ManifestRow], path: Path) -> StagedRows:
-    """Writes rows to a file.
+    """Writes rows to a Parquet file at `path`.
 
     Raises:
-        DatasetError: there are too many splits.
+        DatasetError: there are more than 1000 splits, so that the split column must be wrong.
     """
     digest = hashlib.sha256()
     splits: Counter[str] = Counter()
@@ -60,7 +60,7 @@ def stage_rows(rows: Iterable[ManifestRow], path: Path) -> StagedRows:
             splits[row.split] += 1
             if len(splits) > _MAX_SPLITS:
                 raise DatasetError(
-                    f"{row.origin}: expected at most {_MAX_SPLITS} different splits, got another one, {row.split!r}; "
+                    f"{row.origin}: expected at most {_MAX_SPLITS} different splits, got one more, {row.split!r}; "
                     "check the split column"
                 )
             captions += len(row.captions)
@@ -87,7 +87,7 @@ def check_unique_ids(staged: StagedRows) -> None:
     """Checks that no two rows have the same id.
 
     Raises:
-        DuplicateIdError: two rows have the same id; names both.
+        DuplicateIdError: two rows have the same id. The message describes both rows.
     """
     passes = -(-staged.rows // _IDS_PER_PASS)
     temporary = str(staged.path.parent / "duckdb")
@@ -100,7 +100,7 @@ def check_unique_ids(staged: StagedRows) -> None:
                 first, second = (f"{uri} at {origin}" if origin else uri for uri, origin in rows)
                 raise DuplicateIdError(
                     f"expected one row per image id, got {count} with {image_id!r}: {first}, and {second}; remove one, "
-                    "or choose another id column; if each row holds one caption, put the rows of an image together"
+                    "or choose a different id column; if each row has one caption, make the rows of an image adjacent"
                 )
 
 
@@ -114,7 +114,7 @@ _FIND_ROWS = """
 
 
 def read_shards(staged: StagedRows, size: int) -> Iterator[pa.RecordBatch]:
-    """Yields batches of `size` manifest rows, the last one smaller. Memory holds about one batch."""
+    """Yields batches of `size` manifest rows (fewer in the last). About one batch is held in memory."""
     pending: list[pa.RecordBatch] = []
     count = 0
     with pq.ParquetFile(staged.path) as file:

@@ -1,1 +1,1 @@
-"""Datasets as folders of Parquet shards: schemas, reading, writing, resuming and inspection."""
+"""Datasets: folders of Parquet shards that can be read, written, resumed and inspected."""

@@ -1,14 +1,14 @@
-"""Datasets: folders of Parquet shards, each of which is complete or absent.
+"""Datasets: folders of Parquet shards, each of which is either complete or absent.
 
     folder/
       part-00000.parquet ...          rows; only complete files appear at the top level
-      _dataset.json                   description: kind, schema version, configuration, fingerprint
-      _shards/part-00000.json ...     one marker per finished shard
-      _failures/part-00000.parquet    images of a shard that failed; absent if none did
-      _SUCCESS                        totals, once all shards are finished
+      _dataset.json                   description: kind, schema, configuration, and a hash of them (fingerprint)
+      _shards/part-00000.json ...     one marker per shard: a JSON file that marks it as finished
+      _failures/part-00000.parquet    images of the shard that could not be read; absent if there are none
+      _SUCCESS                        totals over all shards; written once all are finished
 
-A shard is written in the order data, failures, marker. If the writer dies in between, the shard has no marker and the
-next run writes it again.
+The files of a shard are written in the order data, failures, marker. If the writer dies in between, the shard has no
+marker, and the next run writes it again.
 """
 
 import json
@@ -44,15 +44,15 @@ __all__ = ["ShardedDataset", "create_dataset", "open_dataset"]
 
 @dataclass(frozen=True)
 class ShardedDataset:
-    """A dataset in a folder. Pickles to its address and description, so that it can be sent to workers.
+    """A dataset in a folder. It pickles without reading its files, so it can be sent to workers.
 
     Attributes:
-        folder: its folder.
-        kind: manifest, features, captions or embeddings.
-        config: everything that the rows depend on.
-        fingerprint: the hash of kind, schema version and config.
-        shards: the number of shards of the complete dataset.
-        schema: the Arrow schema of its shards.
+        folder: folder of the dataset.
+        kind: manifest (images and reference captions), features, captions (generated) or embeddings.
+        config: everything that determines the rows.
+        fingerprint: hash of kind, schema version and config.
+        shards: number of shards of the complete dataset.
+        schema: Arrow schema of the shards.
     """
 
     folder: Folder
@@ -63,25 +63,25 @@ class ShardedDataset:
     schema: pa.Schema
 
     def done_shards(self) -> set[int]:
-        """Returns the shards that have a marker. Lists the folder once."""
+        """Returns the numbers of the shards that have a marker. Lists the folder once."""
         names = (name for name in self.folder.list(MARKERS_FOLDER) if name.endswith(".json"))
         shards = {int(name.removeprefix("part-").removesuffix(".json")) for name in names}
         return {shard for shard in shards if shard < self.shards}
 
     def pending_shards(self) -> list[int]:
-        """Returns the shards that have no marker."""
+        """Returns the sorted numbers of the shards that have no marker."""
         return sorted(set(range(self.shards)) - self.done_shards())
 
     def read_marker(self, shard: int) -> Marker | None:
-        """Reads the marker of a shard; None if the shard is not finished."""
+        """Returns the marker of a shard, or None if the shard is not finished."""
         return next(self.iter_markers([shard]), None)
 
     def read_markers(self, shards: Iterable[int] | None = None) -> dict[int, Marker]:
-        """Reads the markers of the given shards, by shard. None reads those of all finished shards."""
+        """Returns the markers of the given shards, by shard. If None, all markers are returned."""
         return {marker.shard: marker for marker in self.iter_markers(self.done_shards() if shards is None else shards)}
 
     def iter_markers(self, shards: Iterable[int]) -> Iterator[Marker]:
-        """Reads the markers of the given shards in any order, concurrently and in bounded memory."""
+        """Yields the markers of the given shards in any order. Reads them concurrently and in bounded memory."""
         for content in self.folder.read_many(f"{MARKERS_FOLDER}/{part_name(shard)}.json" for shard in sorted(shards)):
             marker = Marker(**json.loads(content))
             if marker.fingerprint == self.fingerprint:
@@ -92,7 +92,7 @@ class ShardedDataset:
         return sum_markers(self.iter_markers(self.done_shards()))
 
     def read_totals(self) -> Totals | None:
-        """Reads the totals in `_SUCCESS`; None if it does not exist."""
+        """Returns the totals in `_SUCCESS`, or None if the file does not exist or belongs to a different dataset."""
         try:
             content = json.loads(self.folder.read(SUCCESS_FILE))
         except FileNotFoundError:
@@ -103,7 +103,7 @@ class ShardedDataset:
         return self.folder.exists(SUCCESS_FILE)
 
     def mark_incomplete(self) -> None:
-        """Marks the dataset as incomplete until `finish` is called. Call it before writing shards."""
+        """Marks the dataset as incomplete until `finish` is called. Call this before writing shards."""
         self.folder.remove_file(SUCCESS_FILE)
 
     def require_complete(self) -> "ShardedDataset":
@@ -111,30 +111,30 @@ class ShardedDataset:
         if not self.is_complete():
             raise DatasetError(
                 f"{self.folder.uri} is not complete: expected {self.shards} finished shards, got "
-                f"{len(self.done_shards())}, or too many images failed; run the command that writes it again"
+                f"{len(self.done_shards())}, or too many images failed; run the command that writes this dataset again"
             )
         return self
 
     def part_path(self, shard: int) -> str:
-        """Returns the path of a shard's data file, as the folder's file system spells it."""
+        """Returns the path of a shard's data file within its file system."""
         return self.folder.path(f"{part_name(shard)}.parquet")
 
     def read(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """Reads a shard into memory."""
+        """Reads a shard into memory. If `columns` is None, all columns are read."""
         with self.folder.open(f"{part_name(shard)}.parquet") as file:
             return pq.ParquetFile(file).read(columns)
 
     def read_batches(
         self, shard: int, columns: Sequence[str] | None = None, batch_size: int = 256
     ) -> Iterator[pa.RecordBatch]:
-        """Reads a shard in batches of up to `batch_size` rows. Holds one row group in memory."""
+        """Yields the rows of a shard in batches of up to `batch_size`. Holds one row group in memory."""
         with self.folder.open(f"{part_name(shard)}.parquet") as file:
             parquet = pq.ParquetFile(file, pre_buffer=True)  # reads a row group's columns with few requests
             for group in range(parquet.num_row_groups):
                 yield from parquet.iter_batches(batch_size, row_groups=[group], columns=columns)
 
     def read_failures(self, shard: int) -> pa.Table | None:
-        """Reads the failures of a shard; None if there are none."""
+        """Returns the images of a shard that could not be read, or None if there are none."""
         name = f"{FAILURES_FOLDER}/{part_name(shard)}.parquet"
         if not self.folder.exists(name):
             return None
@@ -142,7 +142,7 @@ class ShardedDataset:
             return pq.read_table(file)
 
     def remove_marker(self, shard: int) -> None:
-        """Removes the marker of a shard, so that the shard is pending and the dataset is incomplete."""
+        """Removes the marker of a shard. The shard becomes pending again, and the dataset incomplete."""
         self.mark_incomplete()
         self.folder.remove_file(f"{MARKERS_FOLDER}/{part_name(shard)}.json")
 
@@ -151,7 +151,7 @@ class ShardedDataset:
 
         Raises:
             DatasetError: a shard is not finished.
-            FailureRatioError: more than `max_failure_ratio` of the images failed.
+            FailureRatioError: the fraction of images that could not be read exceeds `max_failure_ratio`.
         """
         recorded = None if self.pending_shards() else self.read_totals()
         totals = recorded or self.compute_totals()
@@ -159,7 +159,7 @@ class ShardedDataset:
             missing = sorted(set(range(self.shards)) - set(self.read_markers()))
             raise DatasetError(
                 f"{self.folder.uri}: expected {self.shards} finished shards, {len(missing)} are missing "
-                f"(the first is {part_name(missing[0])}); run the command again, it resumes where it stopped"
+                f"(the first is {part_name(missing[0])}); run the command again to resume it"
             )
         if totals.failures > max_failure_ratio * totals.images:
             self.mark_incomplete()
@@ -176,7 +176,7 @@ class ShardedDataset:
         return totals
 
     def verify(self) -> list[str]:
-        """Compares the data files of finished shards with their markers and returns one line per problem."""
+        """Compares the checksums of data files with the markers, and returns a line per missing or changed file."""
         problems = []
         names = set(self.folder.list())
         for shard, marker in self.read_markers().items():
@@ -192,7 +192,7 @@ class ShardedDataset:
 
 
 def open_dataset(uri: str | os.PathLike[str], kind: str | None = None) -> ShardedDataset:
-    """Opens a dataset, complete or not.
+    """Opens a dataset, which may be incomplete.
 
     Example:
         >>> captions = captionlib.open_dataset("captions", "captions").require_complete()
@@ -200,18 +200,18 @@ def open_dataset(uri: str | os.PathLike[str], kind: str | None = None) -> Sharde
         26
 
     Args:
-        uri: the folder of the dataset.
-        kind: the expected kind: manifest, features, captions or embeddings; None accepts any.
+        uri: path or URL of the folder.
+        kind: expected kind (manifest, features, captions or embeddings). If None, any kind is accepted.
 
     Raises:
-        DatasetError: the folder is not a dataset, or the dataset has another kind or schema version.
+        DatasetError: the folder is not a dataset, or the dataset has a different kind or schema version.
     """
     folder = Folder(uri)
     description = _read_description(folder)
     if description is None:
         got = "other files" if folder.list() else "a missing or empty folder"
         raise DatasetError(
-            f"{folder.uri} is not a dataset of captionlib: expected a folder with {DESCRIPTION_FILE}, got {got}; "
+            f"{folder.uri} is not a captionlib dataset: expected a folder with {DESCRIPTION_FILE}, got {got}; "
             "use the output of the previous stage"
         )
     if kind is not None and description["kind"] != kind:
@@ -222,7 +222,7 @@ def open_dataset(uri: str | os.PathLike[str], kind: str | None = None) -> Sharde
     if description["schema_version"] != SCHEMA_VERSION:
         raise DatasetError(
             f"{folder.uri}: expected schema version {SCHEMA_VERSION}, got {description['schema_version']}; "
-            "write it again with this version of captionlib"
+            "write the dataset again with this version of captionlib"
         )
     schema = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(description["arrow_schema"])))
     fields = {name: description[name] for name in ("kind", "config", "fingerprint", "shards")}
@@ -240,10 +240,10 @@ def create_dataset(
 ) -> ShardedDataset:
     """Creates a dataset, or resumes one with the same fingerprint; see `ShardedDataset` for the arguments.
 
-    `overwrite` deletes an existing dataset first.
+    If `overwrite` is set, an existing dataset in the folder is deleted first.
 
     Raises:
-        FingerprintError: the folder holds a dataset of another configuration, and `overwrite` is off.
+        FingerprintError: the folder holds a dataset with a different fingerprint, and `overwrite` is not set.
         DatasetError: the folder holds files that captionlib did not write.
     """
     folder = Folder(uri)
@@ -263,7 +263,7 @@ def create_dataset(
     else:
         lines = describe_differences({"kind": existing["kind"], **existing["config"]}, {"kind": kind, **config})
         raise FingerprintError(
-            f"{folder.uri} holds the output of another configuration ({'; '.join(lines) or 'another schema version'}); "
+            f"{folder.uri} holds the output of a different configuration ({'; '.join(lines) or 'schema version'}); "
             "use another folder, or --overwrite to replace it"
         )
     description = {
@@ -281,7 +281,7 @@ def create_dataset(
 
 
 def _clear(folder: Folder) -> None:
-    """Removes a dataset: first what makes it complete, the description last."""
+    """Deletes a dataset, beginning with `_SUCCESS` and the markers, so an interrupted deletion leaves it incomplete."""
     for name in (SUCCESS_FILE, MARKERS_FOLDER, FAILURES_FOLDER, TEMPORARY_FOLDER):
         folder.remove(name)
     for name in folder.list():

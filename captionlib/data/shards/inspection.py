@@ -1,4 +1,4 @@
-"""Summarizes a dataset: how much is finished, what failed and what is wrong."""
+"""Summarizes a dataset: finished shards, images that could not be read (failures), and inconsistencies."""
 
 import os
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ __all__ = ["DatasetReport", "FailureReport", "inspect_dataset"]
 
 @dataclass(frozen=True)
 class FailureReport:
-    """The number of failures with one reason, and an example, which is empty if the file of failures is missing."""
+    """The number of failures with one reason, and an example, which is empty if the failures file is missing."""
 
     count: int
     image_id: str
@@ -27,14 +27,15 @@ class DatasetReport:
     """A summary of a dataset and its finished shards.
 
     Attributes:
-        columns: types of the columns by name.
-        complete: whether all shards are finished and the run succeeded.
-        size: in bytes.
+        fingerprint: hash of everything that determines the rows.
+        columns: type of each column by name.
+        complete: whether all shards are finished and not too many images failed.
+        size: size of the data files in bytes.
         seconds: time spent on the shards, summed over workers.
-        failed: number of failed images.
+        failed: number of images that could not be read.
         failures: failures by reason, the most frequent first.
-        temporary_files: number of temporary files, of running or dead runs; the next successful run removes them.
-        problems: inconsistencies; those in file contents only if the files were verified.
+        temporary_files: number of temporary files of current and crashed runs. The next successful run removes them.
+        problems: inconsistencies found. Checksums are compared only if `verify` is set.
     """
 
     folder: str
@@ -55,15 +56,15 @@ class DatasetReport:
 
 
 def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> DatasetReport:
-    """Summarizes a dataset, complete or not. `verify` also compares the checksum of every data file with its marker."""
+    """Summarizes a dataset. If `verify` is set, checks each data file against the checksum in its marker file."""
     dataset = open_dataset(uri)
     totals = dataset.compute_totals()
     problems = dataset.verify() if verify else []
     if dataset.is_complete() and totals.shards < dataset.shards:
         problems.insert(
             0,
-            f"{SUCCESS_FILE}: says that all {dataset.shards} shards are finished, but only {totals.shards} have a "
-            "marker of this dataset",
+            f"{SUCCESS_FILE} says that all {dataset.shards} shards are finished, but only {totals.shards} have a "
+            "valid marker",
         )
     return DatasetReport(
         folder=dataset.folder.uri,

@@ -1,4 +1,4 @@
-"""Markers: JSON files that record the finished shards of a dataset."""
+"""Markers: JSON files, each of which marks a shard of a dataset as finished and describes it."""
 
 import hashlib
 import json
@@ -31,14 +31,14 @@ FAILURES_FOLDER = "_failures"
 
 @dataclass(frozen=True)
 class Marker:
-    """A finished shard.
+    """Describes a finished shard.
 
     Attributes:
-        failures: number of images that failed.
+        failures: number of images that could not be read.
         bytes: size of the data file.
         checksum: checksum of the data file; see `compute_checksum`.
-        seconds: how long it took to write the shard.
-        fingerprint: fingerprint of the dataset.
+        seconds: time taken to write the shard.
+        fingerprint: hash of everything that determines the rows; see `compute_fingerprint`.
         reasons: number of failures by reason.
     """
 
@@ -58,7 +58,7 @@ class Marker:
 
 @dataclass(frozen=True)
 class Totals:
-    """The sums over the finished shards of a dataset; see `Marker` for the attributes."""
+    """Totals over the finished shards of a dataset; see `Marker` for the attributes."""
 
     shards: int
     rows: int
@@ -92,7 +92,7 @@ def sum_markers(markers: Iterable[Marker]) -> Totals:
 
 
 def compute_fingerprint(kind: str, config: Mapping[str, Any]) -> str:
-    """Hashes everything that the rows of a dataset depend on. Equal configurations have equal fingerprints."""
+    """Returns a hash of everything that determines the rows of a dataset: kind, schema version and configuration."""
     identity = {"kind": kind, "schema_version": SCHEMA_VERSION, "config": config}
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -107,5 +107,5 @@ def compute_checksum(file: BinaryIO) -> str:
 
 
 def to_json(content: Mapping[str, Any] | Sequence[Any]) -> bytes:
-    """Encodes values in the format of captionlib's JSON files."""
+    """Encodes values as indented UTF-8 JSON, the format of all of captionlib's JSON files."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,4 +1,4 @@
-"""Shows the progress of a dataset by watching its markers, whichever machines write them."""
+"""Shows the progress of writing a dataset by listing its markers: files that each mark a shard as finished."""
 
 import threading
 import time
@@ -18,18 +18,18 @@ def show_progress(source: ShardedDataset, output: ShardedDataset, label: str, en
     if not enabled:
         yield
         return
-    failures, seen = 0, set[int]()
+    failures, counted = 0, set[int]()
 
     def count(add: Callable[[int, str], None]) -> None:
         """Adds the images of new markers to the bar."""
         nonlocal failures
-        with suppress(StorageError):  # the pipeline reports it if it cannot reach the storage either
+        with suppress(StorageError):  # if the storage cannot be reached, the pipeline reports the error
             images = 0
-            for marker in output.iter_markers(output.done_shards() - seen):
-                seen.add(marker.shard)
+            for marker in output.iter_markers(output.done_shards() - counted):
+                counted.add(marker.shard)
                 failures += marker.failures
                 images += marker.images
-            add(images, f"{len(seen)}/{output.shards} shards, {failures} failed")
+            add(images, f"{len(counted)}/{output.shards} shards, {failures} failed")
 
     def watch() -> None:
         count(bar.skip)  # markers of earlier runs do not count towards the rate
@@ -37,7 +37,7 @@ def show_progress(source: ShardedDataset, output: ShardedDataset, label: str, en
         while not stop.wait(pause):
             started = time.monotonic()
             count(bar.update)
-            pause = max(1.0, 20 * (time.monotonic() - started))  # slow listings take at most 5% of the time
+            pause = max(1.0, 20 * (time.monotonic() - started))  # listing takes at most 5% of the time
 
     totals = source.read_totals() or source.compute_totals()
     with progress_bar(label, totals.rows, "images") as bar:

@@ -1,4 +1,4 @@
-"""Runs a stage on a shard: turns input rows into output rows. Repeating it gives the same result."""
+"""Runs a stage (a step such as feature extraction) on one shard of a dataset. Running it again gives the same rows."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -16,28 +16,28 @@ from captionlib.errors import DatasetError, ImageError
 __all__ = ["ProcessRows", "ReportFailure", "ShardJob", "Stage"]
 
 ReportFailure = Callable[[str, str, ImageError], None]
-"""Records an image that failed: takes its id, its uri and the error."""
+"""Records an image that could not be read. Takes its id, its path or URL, and the error."""
 
 ProcessRows = Callable[[Iterator[pa.RecordBatch], ReportFailure], Iterator[tuple[pa.RecordBatch, ...]]]
-"""Turns the rows of a shard into output rows in the same order. Yields one batch per output dataset at a time."""
+"""Converts the rows of a shard to output rows in the same order. Yields tuples with a batch for each output dataset."""
 
 
 class Stage(Protocol):
-    """A step that processes the rows of a shard. It is pickled for workers, so it holds configuration, not models."""
+    """A step that processes the rows of a shard. It is pickled for workers, so it holds configurations, not models."""
 
     @property
     def columns(self) -> Sequence[str] | None:
-        """The input columns that the stage reads; None reads all."""
+        """The input columns that the stage reads. If None, it reads all columns."""
 
     def open(self) -> AbstractContextManager[ProcessRows]:
-        """Loads models in the worker process, once for many shards."""
+        """Loads models in a worker process, which then processes many shards with them."""
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """A stage with its complete input dataset, and its output datasets, which have as many shards.
+    """A stage, its complete input dataset, and its output datasets, which have the same number of shards.
 
-    `retry_failures` processes the failed images of finished shards again.
+    If `retry_failures` is set, images that could not be read are processed again, in finished shards too.
     """
 
     source: ShardedDataset
@@ -46,22 +46,22 @@ class ShardJob:
     retry_failures: bool = False
 
     def pending_shards(self) -> list[int]:
-        """Returns the shards that need work."""
+        """Returns the sorted numbers of the shards that still have to be processed."""
         pending = {shard for output in self.outputs for shard in output.pending_shards()}
         if self.retry_failures:
             pending |= {shard for shard, marker in self.outputs[0].read_markers().items() if marker.failures}
         return sorted(pending)
 
     def run(self, shard: int, process: ProcessRows) -> Marker:
-        """Processes a shard, or only its failed images if it is finished and `retry_failures` is set.
+        """Processes a shard. If it is finished, processes only its failed images, and only if `retry_failures` is set.
 
         Returns:
-            The marker of the first output.
+            The marker (record of a finished shard) of the first output.
         """
         markers = [output.read_marker(shard) for output in self.outputs]
         if markers[0] is None or None in markers:
             for output, done in zip(self.outputs, markers, strict=True):
-                if done is not None:  # its rows are written again, and an old marker must not describe them
+                if done is not None:  # all outputs are written again, so the old marker is invalid
                     output.remove_marker(shard)
             with self._open_writers(shard) as writers:
                 _fill(writers, process, self._read_input(shard))
@@ -71,12 +71,12 @@ class ShardJob:
         return markers[0]
 
     def mark_incomplete(self) -> None:
-        """Marks the outputs as incomplete; see `ShardedDataset.mark_incomplete`."""
+        """Marks the output datasets as incomplete; see `ShardedDataset.mark_incomplete`."""
         for output in self.outputs:
             output.mark_incomplete()
 
     def finish(self, max_failure_ratio: float) -> Totals:
-        """Marks the outputs as complete, the first one last; see `ShardedDataset.finish`."""
+        """Marks the output datasets as complete, in reverse order; see `ShardedDataset.finish`."""
         return [output.finish(max_failure_ratio) for output in reversed(self.outputs)][-1]
 
     def _read_input(self, shard: int, image_ids: pa.Array | None = None) -> Iterator[pa.RecordBatch]:
@@ -87,18 +87,18 @@ class ShardJob:
     def _open_writers(self, shard: int) -> Iterator[list[ShardWriter]]:
         source_marker = self.source.read_marker(shard)
         if source_marker is None:
-            raise DatasetError(f"{self.source.folder.uri}: {part_name(shard)} has no marker; write that dataset again")
-        with ExitStack() as stack:  # exits in reverse order, so the first output is published last
+            raise DatasetError(f"{self.source.folder.uri}: {part_name(shard)} has no marker; write this dataset again")
+        with ExitStack() as stack:  # exits in reverse order and publishes the first output last
             yield [stack.enter_context(write_shard(output, shard, source_marker.rows)) for output in self.outputs]
 
     def _retry(self, shard: int, process: ProcessRows) -> Marker | None:
-        """Processes the failed images of a finished shard again and merges those that succeed into its rows.
+        """Processes the failed images of a finished shard again and merges the new rows into the shard.
 
         Holds the shard in memory. The marker is removed before the files change, so that the shard is pending if the
-        run dies in between. Returns None if no image succeeded.
+        run dies in between. Returns None if all images failed again.
         """
         failures = self.outputs[0].read_failures(shard)
-        assert failures is not None, "the marker counts failures"
+        assert failures is not None, "the marker records failures"
         still_failing: list[tuple[str, str, ImageError]] = []
         recovered = list(
             process(self._read_input(shard, failures["image_id"]), lambda *failure: still_failing.append(failure))

@@ -1,4 +1,4 @@
-"""Writes a shard of a dataset: streams rows to Parquet, collects failures and publishes all files at the end."""
+"""Writes a shard of a dataset: streams rows to Parquet, collects failures, and publishes the files at the end."""
 
 import time
 from collections import Counter
@@ -21,10 +21,10 @@ ROW_GROUP_BYTES = 32 << 20
 
 
 class ShardWriter:
-    """Collects the rows and failures of a shard. Created by `write_shard`."""
+    """Collects the rows and failures (unreadable images) of a shard. Created by `write_shard`."""
 
     def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
-        self.marker: Marker  # once it is published
+        self.marker: Marker  # set when the shard is published
         self.rows = 0
         self.failures: list[dict[str, str]] = []
         self._writer = writer
@@ -52,7 +52,7 @@ class ShardWriter:
 
 @contextmanager
 def write_shard(dataset: ShardedDataset, shard: int, expected: int) -> Iterator[ShardWriter]:
-    """Writes a shard. It is published when the block ends, and not at all if it raises.
+    """Yields a writer for a shard. The shard is published when the block ends, unless the block raises.
 
     Raises:
         DatasetError: rows and failures do not add up to `expected`, the number of rows of the input shard.
@@ -62,7 +62,7 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int) -> Iterator[
     with dataset.folder.stage(f"{name}.parquet") as path:
         text = [field.name for field in dataset.schema if pa.types.is_string(field.type)]
         options = {
-            "use_dictionary": text,  # dictionaries do not help for numbers
+            "use_dictionary": text,  # dictionary encoding does not help for numbers
             "bloom_filter_options": {"image_id": {"ndv": max(1, min(expected, ROW_GROUP_ROWS)), "fpp": 0.01}},
         }
         with pq.ParquetWriter(path, dataset.schema, compression="zstd", **options) as parquet:
@@ -95,7 +95,7 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int) -> Iterator[
 def _publish_failures(dataset: ShardedDataset, shard: int, failures: list[dict[str, str]]) -> None:
     name = f"{FAILURES_FOLDER}/{part_name(shard)}.parquet"
     if not failures:
-        dataset.folder.remove_file(name)  # left by an earlier attempt
+        dataset.folder.remove_file(name)  # may be left over from an earlier attempt
         return
     with dataset.folder.stage(name) as path:
         pq.write_table(pa.Table.from_pylist(failures, FAILURES_SCHEMA), path, compression="zstd")

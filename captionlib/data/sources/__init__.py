@@ -1,1 +1,1 @@
-"""Readers for sources of images and reference captions: one module per format, each a generator of `ManifestRow`."""
+"""Readers of input datasets, one module per format. Each yields images with reference captions as `ManifestRow`s."""

@@ -1,4 +1,4 @@
-"""Reads the captions JSON of COCO, indexed by pycocotools."""
+"""Reads COCO caption files, such as `captions_train2014.json`, with the help of pycocotools."""
 
 import contextlib
 import io
@@ -17,15 +17,15 @@ _SPLIT = re.compile(r"(?<![a-z])(train|restval|minival|val|test|dev|unlabeled)(?
 
 
 def read_coco(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
-    """Yields the images of COCO files in file order. Memory holds one file at a time.
+    """Yields the images of COCO caption files in file order. One file at a time is held in memory.
 
-    The id is COCO's image id. The split is `options.default_split`, or else the one in the file name: `train` for
-    `captions_train2014.json`. The images are in the subfolder of the image root that the file name mentions, here
-    `train2014/`, or else in the root itself. The default root is the file's folder, or its parent if only that has the
-    subfolder.
+    The split is `options.default_split` or, if that is empty, the split in the file name: `train` for
+    `captions_train2014.json`. Image paths are relative to the subfolder of the image root that the file name mentions
+    (here `train2014/`) or, if it does not exist, to the root itself. The default root is the folder of the JSON file,
+    or its parent folder if only the parent has the subfolder. See `RowReader` for the arguments.
 
     Raises:
-        DatasetError: a file is not COCO's, or none of its annotations is a caption of one of its images.
+        DatasetError: a file is not in COCO's format, or none of its captions belongs to one of its images.
     """
     for location in find_files(addresses, frozenset({".json"})):
         document = parse_object(load_json(location), location.address)
@@ -49,15 +49,15 @@ def read_coco(addresses: Sequence[str], options: SourceOptions, skips: SkipCount
 def _index_annotations(
     document: dict[str, Any], location: Location, skips: SkipCounter
 ) -> dict[str, list[dict[str, Any]]]:
-    """Returns the annotations by image id. Ids are compared as text, because some files mix numbers and strings."""
+    """Returns the annotations by image id. Ids are converted to text, because some files mix numbers and strings."""
     from pycocotools.coco import COCO
 
     entries = parse_list(document.get("annotations", []), location.address, "annotations")
     annotations = [parse_object(entry, f"{location.address}, annotations[{at}]") for at, entry in enumerate(entries)]
     if annotations and not any("caption" in annotation for annotation in annotations):
         raise DatasetError(
-            f"{location.address}: expected annotations with a caption, got ones with {', '.join(annotations[0])}; "
-            "use COCO's captions_*.json instead of its instances or keypoints"
+            f"{location.address}: expected annotations with the key caption, got {', '.join(annotations[0])}; "
+            "use COCO's captions_*.json instead of its instances or keypoints files"
         )
     parsed = []
     for number, annotation in enumerate(annotations):
@@ -82,9 +82,9 @@ def _count_unmatched(
     unmatched = [image_id for image_id in annotations if image_id not in listed]
     if unmatched and len(unmatched) == len(annotations):
         raise DatasetError(
-            f"{location.address}: expected annotations with an image_id of `images`, such as "
-            f"{min(listed, default='(no images)')!r}, got none; the first is {unmatched[0]!r}; check that images and "
-            "annotations belong together"
+            f"{location.address}: expected annotations with an image_id from `images`, such as "
+            f"{min(listed, default='(no images)')!r}, got none (the first is {unmatched[0]!r}); check that images and "
+            "annotations come from the same dataset"
         )
     for image_id in unmatched:
         skips.skip_captions("captions of an unlisted image", f"{location.address}, image_id {image_id}")

@@ -1,4 +1,4 @@
-"""Selects the table columns that fill a manifest row."""
+"""Selects the table columns that contain the id, uri (path or URL), captions and split of each image."""
 
 import re
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ _NUMBERED_CAPTION = re.compile(r"(?i)(?:caption|sentence)[ _]?\d+")
 
 @dataclass(frozen=True)
 class Columns:
-    """The table columns that fill a manifest row; None for those that the table lacks."""
+    """Names of the table columns to read. A name is None if the table has no such column."""
 
     uri: str
     id: str | None
@@ -48,22 +48,22 @@ class Columns:
 
 
 def select_columns(available: Sequence[str], options: SourceOptions, table: str) -> Columns:
-    """Returns the columns that `options` names, or else those with conventional names.
+    """Returns the columns specified in `options`, with conventional names as defaults.
 
     Args:
-        available: the table's columns.
-        options: may name columns.
-        table: the table's address, for error messages.
+        available: names of all columns in the table.
+        options: column names to use instead of the conventional ones.
+        table: path or URL of the table, for error messages.
 
     Raises:
-        ConfigError: a named column or the uri column is missing, or two columns have the same name.
+        ConfigError: a specified column or the uri column is missing, or two columns have the same name.
     """
     uri = select_column(available, options.uri_column, URI_NAMES, table)
     if uri is None:
         raise ConfigError(
             f"{table}: no column for the image uris; expected one of {', '.join(URI_NAMES)}, "
-            f"got {list_columns(available)}; name it with --uri-column, or name all columns of a table without a "
-            "header with --columns"
+            f"got {list_columns(available)}; specify it with --uri-column or, if the table has no header, specify all "
+            "columns with --columns"
         )
     return Columns(
         uri=uri,
@@ -74,10 +74,10 @@ def select_columns(available: Sequence[str], options: SourceOptions, table: str)
 
 
 def select_column(available: Sequence[str], name: str | None, conventional: Sequence[str], table: str) -> str | None:
-    """Returns the column called `name`; if `name` is None, the first with a conventional name, or None.
+    """Returns the column called `name`. If `name` is None, returns the first conventional name in the table, if any.
 
     Raises:
-        ConfigError: no column is called `name`, or two columns are.
+        ConfigError: the column is missing or ambiguous.
     """
     if name is not None:
         if name not in available:
@@ -96,10 +96,10 @@ def select_column(available: Sequence[str], name: str | None, conventional: Sequ
 
 
 def select_caption_columns(available: Sequence[str], names: Sequence[str], table: str) -> tuple[str, ...]:
-    """Returns the columns called `names`, or else one with a conventional name, or else caption_0, caption_1, etc.
+    """Returns the caption columns: `names`, if any; otherwise a conventional name, or caption_0, caption_1, etc.
 
     Raises:
-        ConfigError: no column has one of `names`, or two columns have the same name.
+        ConfigError: a column is missing or ambiguous.
     """
     column = None if names else select_column(available, None, CAPTION_NAMES, table)
     if column is not None:
@@ -109,7 +109,7 @@ def select_caption_columns(available: Sequence[str], names: Sequence[str], table
 
 
 def list_columns(available: Sequence[str]) -> str:
-    """Returns the column names as a phrase for error messages."""
+    """Formats the first column names for error messages."""
     names = [" ".join(name.split())[:_SHOWN_CHARACTERS] for name in available[:_SHOWN_COLUMNS]]
     names += ["..."] * (len(available) > _SHOWN_COLUMNS)
     return f"the columns {', '.join(names)}" if names else "no columns"

@@ -1,4 +1,4 @@
-"""Reads the captions of Flickr8k and Flickr30k, lines of `NAME.jpg#K<TAB>caption`, and their split files."""
+"""Reads Flickr8k and Flickr30k: caption files with lines of `NAME.jpg#K<TAB>caption`, and their split files."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from captionlib.errors import DatasetError
 
 __all__ = ["CAPTION_LINE", "read_flickr"]
 
-# Flickr8k has captions of `2258277193_586949ec62.jpg.1`; the image's name lacks that number.
+# Flickr8k has captions for `2258277193_586949ec62.jpg.1`, but the image file has no such number in its name.
 CAPTION_LINE = re.compile(r"(?P<name>[^\t#]+?\.\w+?)(?:\.\d+)?#\w+\t(?P<caption>.*)", re.DOTALL)
 _OFFICIAL_SPLIT_FILE = re.compile(r"(?i)flickr_?(?:8|30)k\.(?P<split>train|dev|val|test)images\.txt")
 
@@ -29,12 +29,12 @@ _OFFICIAL_SPLIT_FILE = re.compile(r"(?i)flickr_?(?:8|30)k\.(?P<split>train|dev|v
 def read_flickr(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
     """Yields the images of caption files in file order. The id is the image's file name.
 
-    Splits come from `options.split_files`, or else from the official split files beside the captions, such as
-    `Flickr_8k.trainImages.txt`. With split files, images that none of them names are skipped, as in the official sets;
-    without, all images are read.
+    Splits come from `options.split_files` or, by default, from the official split files in the folder of the captions,
+    such as `Flickr_8k.trainImages.txt`. If there are split files, images that are in none of them are skipped.
+    See `RowReader` for the arguments.
 
     Raises:
-        DatasetError: a line has another form, or two splits name the same image.
+        DatasetError: a line has a different format, or an image is in two splits.
     """
     for location in find_files(addresses, frozenset({".txt", ".token"})):
         split_files = {split: locate(file) for split, file in options.split_files.items()}
@@ -54,7 +54,7 @@ def read_flickr(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
 
 
 def _read_images(location: Location) -> Iterator[tuple[str, tuple[str, ...], str]]:
-    """Yields the name, the captions and the origin of each image."""
+    """Yields the name, the captions and the first line number (for error messages) of each image."""
     for name, group in groupby(_parse_lines(location), key=lambda line: line[0]):
         lines = list(group)
         origin = f"{location.address}, line {lines[0][2]}"
@@ -80,7 +80,7 @@ def _find_official_split_files(folder: Location) -> dict[str, Location]:
 
 
 def _read_splits(files: Mapping[str, Location]) -> dict[str, str]:
-    """Returns the split by image name. Names lose their extension, since only some split files include it."""
+    """Returns the split by image name without its extension, since only some split files include the extension."""
     splits: dict[str, str] = {}
     for split, location in files.items():
         for line in read_lines(location):

@@ -1,4 +1,4 @@
-"""Reads a folder or a glob of images one directory at a time, so that memory never holds the names of a whole tree."""
+"""Reads a folder or a glob of images, one directory at a time to limit memory."""
 
 import fnmatch
 import itertools
@@ -26,11 +26,11 @@ PathFilter = Callable[[str], bool]
 
 
 def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
-    """Yields the images below folders in the order of their names. The id is the path relative to the folder.
+    """Yields the images in folders and their subfolders, sorted by name. The id is the path relative to the folder.
 
-    Files with an image extension or with none become rows; whether they are images shows when they are decoded. Hidden
-    files and folders, other extensions and special files are skipped. Symbolic links are followed, except to a parent
-    folder. A glob starts from its last folder before a wildcard, and ids are relative to that folder.
+    Files with an image extension or without an extension become rows; they are not opened. Other extensions, hidden
+    files and folders, and special files are skipped. Symbolic links are followed unless they point to a parent folder.
+    For a glob, ids are relative to the last folder before the first wildcard. See `RowReader` for the arguments.
 
     Raises:
         DatasetError: a folder does not exist or cannot be read.
@@ -55,7 +55,7 @@ def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
 def _is_image_name(name: str, skips: SkipCounter) -> bool:
     extension = get_extension(name)
     if extension and extension not in IMAGE_EXTENSIONS:
-        # Numbered extensions would otherwise give as many reasons as files.
+        # Without this limit, files such as a.001 and a.002 would each add a skip reason.
         named = re.fullmatch(r"\.[a-z][a-z0-9]{0,4}", extension)
         skips.skip(f"not an image: extension {extension}" if named else "not an image: other extension")
         return False
@@ -63,7 +63,7 @@ def _is_image_name(name: str, skips: SkipCounter) -> bool:
 
 
 def _walk(root: Location, include_file: PathFilter, enter_folder: PathFilter, skips: SkipCounter) -> Iterator[str]:
-    """Yields the paths of files relative to `root`: the sorted files of a directory, then its sorted subdirectories."""
+    """Yields file paths relative to `root`: a directory's files in order, then those in its subdirectories in order."""
     pending: list[tuple[str, tuple[object, ...]]] = [("", ())]
     while pending:
         folder, ancestors = pending.pop()
@@ -83,7 +83,7 @@ def _walk(root: Location, include_file: PathFilter, enter_folder: PathFilter, sk
 
 
 def _identify(folder: Location) -> object | None:
-    """Returns the device and inode of a local directory, which are the same through any link."""
+    """Returns the device and inode of a local directory, which are the same if it is reached through a link."""
     if not folder.is_local:
         return None
     status = os.stat(folder.path or "/")  # noqa: PTH116  # faster than Path, for trees with many directories
@@ -91,7 +91,7 @@ def _identify(folder: Location) -> object | None:
 
 
 def _list_names(folder: Location, skips: SkipCounter) -> tuple[list[str], list[str]]:
-    """Returns the sorted names of files and of subdirectories in one directory."""
+    """Returns the sorted names of the files and of the subdirectories in a directory."""
     files: list[str] = []
     folders: list[str] = []
     for name, kind in scan_folder(folder):
@@ -105,7 +105,7 @@ def _list_names(folder: Location, skips: SkipCounter) -> tuple[list[str], list[s
 
 
 def _filter_files(glob: str) -> PathFilter:
-    """Selects the paths that match a glob, in which `**` matches any number of folders and `*` any part of one name."""
+    """Returns a filter for paths that match a glob: `**` matches any number of folders, `*` any part of one name."""
     parts = _split_parts(glob)
     return lambda path: _matches(path.split("/"), parts)
 
@@ -119,7 +119,7 @@ def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
 
 
 def _filter_folders(glob: str) -> PathFilter:
-    """Selects the folders that can contain matches of a glob, so that no others are listed."""
+    """Returns a filter for folders that can contain matches of a glob. Other folders need not be listed."""
     parts = _split_parts(glob)[:-1]
 
     def can_contain_matches(folder: str) -> bool:

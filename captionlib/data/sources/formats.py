@@ -1,4 +1,4 @@
-"""The formats of sources, and their detection by name and first bytes."""
+"""Lists the supported formats of sources (input datasets), detects the format of a source and reads it."""
 
 import contextlib
 import os
@@ -34,12 +34,12 @@ __all__ = ["SOURCE_FORMATS", "SourceFormat", "detect_common_format", "detect_for
 
 @dataclass(frozen=True)
 class SourceFormat:
-    """A format of sources.
+    """A supported format of input datasets.
 
     Attributes:
-        read: yields the rows.
-        row_description: what becomes a row, for the error message of a source without any.
-        references_images: whether the source lists image paths, which may be wrong, rather than containing the images.
+        read: function that yields the rows.
+        row_description: what each row is read from, for the error message about a source without rows.
+        references_images: whether the source lists image paths, which may be wrong, instead of containing the images.
     """
 
     read: RowReader
@@ -70,11 +70,11 @@ def read_source(
         source_format: a key of `SOURCE_FORMATS`.
         addresses: paths, URLs or globs.
         options: how to read the source.
-        skips: counts what is left out.
+        skips: counter of skipped items.
 
     Raises:
-        ConfigError: an option does not fit the source.
-        DatasetError: the source cannot be read, or all of its captions are left out.
+        ConfigError: an option does not apply to the source.
+        DatasetError: the source cannot be read, or all of its captions are skipped.
     """
     captions = 0
     for row in SOURCE_FORMATS[source_format].read(addresses, options, skips):
@@ -91,20 +91,20 @@ def read_source(
         yield row if len(valid) == len(row.captions) else replace(row, captions=valid)
     if options.captions and skips.captions and not captions:
         raise DatasetError(
-            f"{', '.join(addresses[:3])}: expected captions, got none that can be used; left out: {skips.describe()}; "
-            "correct the source, or use --no-captions to prepare the images alone"
+            f"{', '.join(addresses[:3])}: expected captions, got no valid ones; skipped: {skips.describe()}; "
+            "correct the source, or use --no-captions to prepare only the images"
         )
 
 
 def detect_common_format(addresses: Sequence[str]) -> str:
-    """Returns the format that all sources share: a key of `SOURCE_FORMATS`.
+    """Returns the common format of all sources: a key of `SOURCE_FORMATS`.
 
     Raises:
-        ConfigError: the formats differ, or one cannot be detected.
+        ConfigError: the formats differ, or a format cannot be detected.
         DatasetError: a source does not exist.
     """
     if not addresses:
-        raise ConfigError("no source given: expected at least one path, URL or glob")
+        raise ConfigError("expected at least one source (path, URL or glob), got none")
     examples: dict[str, str] = {}
     for address in addresses:
         examples.setdefault(detect_format(address), address)
@@ -141,7 +141,7 @@ def _detect_glob(location: Location) -> str:
 
 
 def _detect_folder(folder: Location) -> str:
-    """Recognizes a folder that holds tars (and what img2dataset writes beside them) or Parquet, but no images."""
+    """Recognizes a folder of tars (possibly with img2dataset's other output files) or of Parquet files, not images."""
     parquet: Location | None = None
     has_tars = False
     for name, kind in scan_folder(folder):
@@ -182,7 +182,7 @@ def _detect_parquet(location: Location) -> str:
 
 
 def _detect_json(location: Location) -> str:
-    """Recognizes the keys in the first megabyte, because reading a large file twice is slow."""
+    """Detects a JSON format by the keys in the first megabyte, because reading a large file twice is slow."""
     with open_file(location, decompress=True) as file:
         start = file.read(_PEEK_BYTES).decode("utf-8-sig", errors="replace")
     if start.lstrip().startswith("["):

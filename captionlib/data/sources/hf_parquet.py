@@ -1,4 +1,4 @@
-"""Reads Parquet with embedded images: a column of bytes, or of `struct<bytes, path>` as on Hugging Face."""
+"""Reads Parquet files with an image column of type binary, or `struct<bytes, path>` as on Hugging Face."""
 
 from collections.abc import Iterator, Sequence
 
@@ -24,10 +24,10 @@ _BYTES_NAMES = frozenset({"image", "image_bytes", "img", "jpg", "jpeg", "png", "
 
 
 def read_hf_parquet(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
-    """Yields the images in the rows of Parquet files. Image bytes are not read; uris name the file, row and column.
+    """Yields one image per row of Parquet files. Each uri refers to a file, row and column; image bytes are not read.
 
-    The id is the value of the id column, or else the image's path if paths are unique in the file, or else the file's
-    name and the row number from 0.
+    The id is the value of the id column. Without one, it is the image's path if paths are unique in the file, and
+    otherwise the file name and the 0-based row number. See `RowReader` for the arguments.
 
     Raises:
         ConfigError: a column is missing or ambiguous.
@@ -39,7 +39,7 @@ def read_hf_parquet(addresses: Sequence[str], options: SourceOptions, skips: Ski
 
 
 def find_image_columns(schema: pa.Schema) -> list[str]:
-    """Returns the columns that hold encoded images: structs with bytes, and bytes under a conventional name."""
+    """Returns the columns of encoded images: structs with a field `bytes`, and binary columns with a usual name."""
     return [
         field.name
         for field in schema
@@ -51,7 +51,7 @@ def _is_binary(data_type: pa.DataType) -> bool:
     return data_type in {pa.binary(), pa.large_binary(), pa.binary_view()}
 
 
-def _holds_bytes(data_type: pa.DataType) -> bool:
+def _can_contain_images(data_type: pa.DataType) -> bool:
     return _is_binary(data_type) or _is_image_struct(data_type)
 
 
@@ -99,12 +99,12 @@ def _is_unique(parquet: pq.ParquetFile, column: str, location: Location) -> bool
 def _select_image_column(schema: pa.Schema, name: str | None, table: str) -> str:
     columns = find_image_columns(schema)
     if name is not None:
-        columns = [field.name for field in schema if field.name == name and _holds_bytes(field.type)]
+        columns = [field.name for field in schema if field.name == name and _can_contain_images(field.type)]
     if not columns:
         expected = "a column" if name is None else f"column {name!r}"
         raise ConfigError(
             f"{table}: expected {expected} of type struct<bytes, path> or binary, got {list_columns(schema.names)}; "
-            "name the image column with --image-column, or use --format table if the rows hold uris"
+            "specify the image column with --image-column, or use --format table if the rows contain uris"
         )
     if len(columns) > 1 and columns.count("image") != 1:
         raise ConfigError(

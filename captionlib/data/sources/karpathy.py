@@ -1,4 +1,4 @@
-"""Reads `dataset.json`, Karpathy's splits of Flickr8k, Flickr30k and COCO."""
+"""Reads Karpathy's `dataset.json`, which contains the captions and splits of Flickr8k, Flickr30k or COCO."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,12 +18,12 @@ __all__ = ["read_karpathy", "read_numbered_rows"]
 
 
 def read_karpathy(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
-    """Yields the images of `dataset.json` files in file order. Memory holds one file at a time.
+    """Yields the images of `dataset.json` files in file order. One file at a time is held in memory.
 
-    The id is `cocoid`, or `imgid` for images without one. The splits are Karpathy's: train, restval, val and test.
+    The id is `cocoid` or, if missing, `imgid`. The splits are train, restval, val and test. See `RowReader`.
 
     Raises:
-        DatasetError: a file is not Karpathy's.
+        DatasetError: a file is not in Karpathy's format.
     """
     for location in find_files(addresses, frozenset({".json"})):
         for _, row in read_numbered_rows(location, options):
@@ -31,10 +31,10 @@ def read_karpathy(addresses: Sequence[str], options: SourceOptions, skips: SkipC
 
 
 def read_numbered_rows(location: Location, options: SourceOptions) -> Iterator[tuple[object, ManifestRow]]:
-    """Yields the images of one `dataset.json`, each with its `imgid`: its column number in `vgg_feats.mat`.
+    """Yields the images of one `dataset.json`, each with its `imgid`: its column in NeuralTalk's `vgg_feats.mat`.
 
     Raises:
-        DatasetError: the file is not Karpathy's.
+        DatasetError: the file is not in Karpathy's format.
     """
     document = parse_object(load_json(location), location.address)
     root = find_image_root(options.image_root, location)

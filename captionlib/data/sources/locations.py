@@ -1,4 +1,4 @@
-"""Finds and reads the files of a source, given as paths, URLs, globs or brace lists."""
+"""Finds and reads the files of an input dataset. Addresses are paths, URLs, globs or brace lists (`{a,b}.csv`)."""
 
 import contextlib
 import itertools
@@ -34,7 +34,7 @@ __all__ = [
     "split_glob",
 ]
 
-# Includes formats that may not decode: such images become failures with a reason, rather than being ignored.
+# Includes formats that may be impossible to decode, so that those images are reported as unreadable, not ignored.
 IMAGE_EXTENSIONS = frozenset(
     {
         *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
@@ -54,9 +54,9 @@ class Location:
     """A file or a folder.
 
     Attributes:
-        fs: the fsspec file system.
-        path: the path within `fs`.
-        address: the absolute path or URL, as manifests store it.
+        fs: fsspec file system.
+        path: path within `fs`.
+        address: absolute path or URL, for output and messages.
     """
 
     fs: Any
@@ -83,8 +83,8 @@ def locate(address: str | os.PathLike[str]) -> Location:
     """Resolves a path or a URL to a location. The file need not exist.
 
     Raises:
-        ConfigError: the address chains file systems, or its protocol is unknown, refused or lacks a package; see
-            `captionlib.storage.file_systems`.
+        ConfigError: the address chains file systems, or its protocol is unknown, not allowed or needs a package that is
+            not installed; see `captionlib.storage.file_systems`.
     """
     address = os.fspath(address)
     fs, path = open_file_system(address)
@@ -95,23 +95,23 @@ def locate(address: str | os.PathLike[str]) -> Location:
 
 
 def locate_all(address: str | os.PathLike[str]) -> list[Location]:
-    """Resolves an address after expanding its braces, unless a file of exactly that name exists.
+    """Resolves an address to locations. Braces are expanded unless a file with exactly that name exists.
 
     Raises:
-        ConfigError: see `locate`.
+        ConfigError: an address is not supported; see `locate`.
     """
     location, expanded = locate(address), _expand_braces(os.fspath(address))
     return [location] if len(expanded) == 1 or location.fs.exists(location.path) else list(map(locate, expanded))
 
 
 def resolve_uri(uri: str, root: str) -> str:
-    """Returns a URL or an absolute path without surrounding white space, and a relative path below `root`."""
+    """Strips white space from `uri` and, if it is a relative path, prepends `root`."""
     uri = uri.strip()
     return uri if uri.startswith("/") or "://" in uri or split_protocol(uri)[0] else f"{root}/{uri}"
 
 
 def find_image_root(image_root: str | None, source: Location) -> str:
-    """Returns the folder that relative image paths start from: `image_root`, or else the folder of `source`."""
+    """Returns the folder that relative image paths start from: `image_root` or, by default, the folder of `source`."""
     return locate(image_root).address if image_root is not None else source.parent.address
 
 
@@ -123,7 +123,7 @@ def get_extension(name: str) -> str:
 
 
 def get_text_extension(name: str) -> str:
-    """Returns the extension below any compression, such as `.csv` for `a.csv.gz` and `https://x.org/a.csv?v=2`."""
+    """Returns the extension without compression or query: `.csv` for `a.csv.gz` and `https://x.org/a.csv?v=2`."""
     name = name.partition("?")[0].lower()
     for compressed in (".gz", ".bz2", ".xz"):
         name = name.removesuffix(compressed)
@@ -131,7 +131,7 @@ def get_text_extension(name: str) -> str:
 
 
 def is_glob(location: Location) -> bool:
-    """Returns whether a path is a glob. Web addresses with a query and existing files with brackets are not."""
+    """Returns whether a path is a glob. HTTP URLs with a query and existing files with brackets are not globs."""
     protocols = (location.fs.protocol,) if isinstance(location.fs.protocol, str) else location.fs.protocol
     return bool(_WILDCARD.search(location.path)) and "http" not in protocols and not location.fs.exists(location.path)
 
@@ -161,10 +161,10 @@ def _expand_braces(address: str) -> list[str]:
 
 
 def find_files(addresses: Sequence[str], extensions: frozenset[str]) -> Iterator[Location]:
-    """Yields the files that addresses name: files, matches of globs, and files in folders with one of `extensions`.
+    """Yields files at `addresses`, files that match globs, and the files in folders that have one of `extensions`.
 
     Raises:
-        DatasetError: an address does not exist or yields no file.
+        DatasetError: an address does not exist, or no file is found at it.
     """
     for address in addresses:
         for location in locate_all(address):
@@ -179,9 +179,9 @@ def find_files(addresses: Sequence[str], extensions: frozenset[str]) -> Iterator
 
 
 def scan_folder(folder: Location) -> Iterator[tuple[str, str | None]]:
-    """Yields the names in a folder, each with its kind: `file`, `directory`, or None for other kinds. Order varies."""
+    """Yields the name and kind (`file`, `directory` or None for others) of each folder entry, in arbitrary order."""
     if folder.is_local:
-        # fsspec's listing holds about a kilobyte of details per file.
+        # A listing by fsspec would take about a kilobyte of memory per file.
         with os.scandir(folder.path or "/") as entries:
             for entry in entries:
                 yield entry.name, "directory" if entry.is_dir() else "file" if entry.is_file() else None
@@ -211,10 +211,10 @@ def _list_folder(folder: Location, extensions: frozenset[str]) -> list[Location]
 
 @contextlib.contextmanager
 def open_file(location: Location, decompress: bool = False) -> Iterator[BinaryIO]:
-    """Opens a file for reading. If `decompress` is set, files that end in .gz, .bz2 or .xz are decompressed.
+    """Opens a file for reading. If `decompress` is true, files that end in .gz, .bz2 or .xz are decompressed.
 
     Raises:
-        DatasetError: the file cannot be opened, or reading it fails within the block.
+        DatasetError: the file cannot be opened, or reading it inside the `with` block fails.
     """
     try:
         opened = open_decompressed(location.fs, location.path) if decompress else location.fs.open(location.path, "rb")
@@ -225,9 +225,9 @@ def open_file(location: Location, decompress: bool = False) -> Iterator[BinaryIO
 
 
 def read_lines(location: Location) -> Iterator[str]:
-    """Yields the lines of a UTF-8 text file with their line ends.
+    """Yields the lines of a UTF-8 text file, including their line endings but without a byte order mark.
 
-    A byte order mark is dropped. Files that end in .gz, .bz2 or .xz are decompressed.
+    Files that end in .gz, .bz2 or .xz are decompressed.
 
     Raises:
         DatasetError: the file cannot be read, is damaged, or is not UTF-8.
@@ -240,7 +240,7 @@ def read_lines(location: Location) -> Iterator[str]:
                 yield line
     except UnicodeDecodeError as error:
         raise DatasetError(
-            f"{location.address}, after line {number}: not UTF-8 ({error.reason}); convert it"
+            f"{location.address}, after line {number}: not UTF-8 ({error.reason}); convert it to UTF-8"
         ) from error
     except _READ_ERRORS as error:
         raise DatasetError(
@@ -252,6 +252,6 @@ def load_json(location: Location) -> Any:
     """Returns the content of a JSON file.
 
     Raises:
-        DatasetError: the file cannot be read, or see `parse_json`.
+        DatasetError: the file cannot be read or parsed; see `parse_json`.
     """
     return parse_json("".join(read_lines(location)), location.address)

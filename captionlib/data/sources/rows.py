@@ -1,4 +1,7 @@
-"""The rows that every source yields, what a source leaves out, and the options for reading one."""
+"""Defines the interface of source readers: their options, the rows that they yield, and a counter of skipped items.
+
+A source is an input dataset in one of the supported formats.
+"""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,14 +16,14 @@ __all__ = ["ManifestRow", "RowReader", "SkipCounter", "SourceOptions"]
 
 @dataclass(frozen=True, slots=True)
 class ManifestRow:
-    """One image.
+    """One image, as stored in a manifest: the Parquet dataset that lists the images for all later jobs.
 
     Attributes:
-        image_id: unique within the dataset, and the same on every run.
-        uri: an absolute path or a URL.
-        split: such as `train`; empty if unknown.
-        captions: the reference captions.
-        origin: file and line (or row, or entry) that the row comes from, for error messages.
+        image_id: id that is unique in the source and the same on every run.
+        uri: absolute path or URL of the image.
+        split: name of the split, such as `train`; empty if unknown.
+        captions: reference captions.
+        origin: file and line (or row, or entry) that the row was read from, for error messages.
     """
 
     image_id: str
@@ -31,15 +34,15 @@ class ManifestRow:
 
 
 class SkipCounter:
-    """Counts what a source leaves out, by reason, and remembers an example of each.
+    """Counts the skipped items of a source by reason, with an example of each.
 
     Args:
-        strict: raise an error rather than leave out an image or captions because of damage.
+        strict: raise an error instead of skipping invalid images or captions.
 
     Attributes:
-        counts: the number of items by reason.
-        examples: the place of the first item, by reason.
-        captions: the reasons for which only captions were left out.
+        counts: number of items by reason.
+        examples: origin of the first item by reason, for invalid images and captions only.
+        captions: reasons for which captions were skipped.
     """
 
     def __init__(self, strict: bool = False) -> None:
@@ -49,23 +52,23 @@ class SkipCounter:
         self.captions: set[str] = set()
 
     def skip(self, reason: str) -> None:
-        """Counts an item that is left out by design, such as a hidden file."""
+        """Counts an item that is skipped by design, such as a hidden file."""
         self.counts[reason] += 1
 
     def skip_image(self, reason: str, origin: str) -> None:
-        """Counts an image that is left out because it is damaged.
+        """Counts an image that is skipped because its entry in the source is invalid.
 
         Raises:
             DatasetError: the counter is strict.
         """
         origin = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in origin)
         if self._strict:
-            raise DatasetError(f"{origin}: {reason}; correct it, or leave out --strict to skip it")
+            raise DatasetError(f"{origin}: {reason}; correct it, or omit --strict to skip it")
         self.skip(reason)
         self.examples.setdefault(reason, origin)
 
     def skip_captions(self, reason: str, origin: str) -> None:
-        """Counts captions that are left out because they are damaged or belong to no image.
+        """Counts captions that are skipped because they are invalid or do not belong to an image.
 
         Raises:
             DatasetError: the counter is strict.
@@ -74,7 +77,7 @@ class SkipCounter:
         self.captions.add(reason)
 
     def describe(self) -> str:
-        """Returns the reasons with their counts and examples as a phrase for error messages."""
+        """Formats the reasons with their counts and examples for error messages."""
         reasons = [
             f"{reason} ({count}{', such as ' + self.examples[reason] if reason in self.examples else ''})"
             for reason, count in self.counts.most_common()
@@ -87,18 +90,18 @@ class SourceOptions:
     """How to read a source.
 
     Attributes:
-        image_root: the folder that relative image paths start from. None uses the folder of the source.
-        default_split: the split of images for which the source names none. It also overrides the split that COCO's file
-            names imply.
-        split_files: for Flickr8k and Flickr30k, the file of image names of each split. Empty uses the official split
-            files beside the captions, if they exist.
-        id_column: the table column, or the key in a WebDataset sample's JSON, that holds the image id.
-        uri_column: the table column that holds the image's path or URL.
-        image_column: the Parquet column that holds the bytes of the images.
-        caption_columns: the table columns, or the keys in a WebDataset sample's JSON, that hold captions.
-        split_column: the table column that holds the split.
+        image_root: folder that relative image paths start from. If None, the folder of the source is used.
+        default_split: split of images for which the source specifies none. It also overrides the split in COCO file
+            names.
+        split_files: for Flickr8k and Flickr30k, the file of image names for each split. If empty, the official split
+            files in the folder of the captions are used, if they exist.
+        id_column: table column (or key in the JSON of a WebDataset sample) with the image id.
+        uri_column: table column with the image's path or URL.
+        image_column: Parquet column with the encoded images.
+        caption_columns: table columns (or keys in the JSON of a WebDataset sample) with captions.
+        split_column: table column with the split.
         captions: whether to include captions.
-        columns: the names of all columns of a CSV or TSV table that has no header.
+        columns: names of all columns, for a CSV or TSV table without a header.
         tsv_quotes: whether cells of TSV tables may be quoted, as in CSV.
     """
 
@@ -116,7 +119,13 @@ class SourceOptions:
 
 
 class RowReader(Protocol):
-    """Yields the rows of all `addresses` in a fixed order, in bounded memory."""
+    """Function that yields the rows of a source in the same order on every run.
+
+    Args:
+        addresses: paths, URLs or globs of the source.
+        options: how to read the source.
+        skips: counter of skipped items.
+    """
 
     def __call__(
         self, addresses: Sequence[str], options: SourceOptions, skips: SkipCounter

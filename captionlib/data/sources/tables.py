@@ -1,4 +1,4 @@
-"""Reads tables of images (CSV, TSV, text, JSON and Parquet) row by row."""
+"""Reads tables of image paths or URLs with captions: CSV, TSV, text, JSON and Parquet files."""
 
 import csv
 import itertools
@@ -49,12 +49,12 @@ _QUOTED_CELL = re.compile(r'\s*"((?:[^"]|"")*)"\s*', re.DOTALL)
 
 
 class _Record(NamedTuple):
-    """A table row, not yet parsed.
+    """A table row before parsing.
 
     Attributes:
-        origin: its file and line or row number from 1.
-        columns: the columns that fill a manifest row.
-        values: its values by column.
+        origin: file and 1-based line or row number, for error messages.
+        columns: columns to read.
+        values: unparsed values by column.
     """
 
     origin: str
@@ -63,25 +63,25 @@ class _Record(NamedTuple):
 
 
 def read_tables(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
-    """Yields the images of tables in their order. Consecutive rows of one image with a caption each become one row.
+    """Yields the images of tables in file order. Consecutive rows with captions of the same image become one row.
 
-    Without an id column, the id is the uri as the table spells it. Relative uris start from `options.image_root`, or
-    else from the table's folder.
+    Without an id column, the id is the uri exactly as it is in the table. Relative uris start from `options.image_root`
+    or, by default, from the table's folder. See `RowReader` for the arguments.
 
     Raises:
         ConfigError: a column is missing or ambiguous.
-        DatasetError: a table or a row cannot be read; names its line.
+        DatasetError: a table or a row cannot be read. The message contains the line number.
     """
     for location in find_files(addresses, TABLE_EXTENSIONS):
         read = _READERS.get(get_text_extension(location.name), _read_delimited)
         if options.columns and read is not _read_delimited:
-            raise ConfigError(f"{location.address}: --columns is for CSV and TSV without a header; leave it out")
+            raise ConfigError(f"{location.address}: --columns is for CSV and TSV without a header; omit it")
         root = find_image_root(options.image_root, location)
         yield from _merge_captions(_to_row(record, root, options.default_split) for record in read(location, options))
 
 
 def _to_row(record: _Record, root: str, default_split: str) -> tuple[ManifestRow, bool]:
-    """Returns a row and whether it may merge with adjacent rows of its image. Rows with lists of captions may not."""
+    """Returns a row and whether to merge it with adjacent rows of its image. Rows with caption lists are not merged."""
     origin, columns, values = record
     uri = parse_text(values.get(columns.uri), origin, columns.uri).strip()
     row = ManifestRow(
@@ -96,17 +96,17 @@ def _to_row(record: _Record, root: str, default_split: str) -> tuple[ManifestRow
 
 
 def parse_split_column(values: Mapping[str, Any], column: str | None, origin: str, default: str) -> str:
-    """Returns the split in a column of a row, or `default` if there is none."""
+    """Returns the split in `column` of a row, or `default` if the column or its value is missing."""
     return default if column is None else parse_optional(parse_id, values.get(column), origin, column, default)
 
 
 def parse_caption_columns(values: Mapping[str, Any], columns: Sequence[str], origin: str) -> tuple[str, ...]:
-    """Returns the captions in several columns of a row; see `parse_captions`."""
+    """Returns the captions in `columns` of a row; see `parse_captions`."""
     return tuple(caption for name in columns for caption in parse_captions(values.get(name), origin, name))
 
 
 def _merge_captions(rows: Iterable[tuple[ManifestRow, bool]]) -> Iterator[ManifestRow]:
-    """Merges adjacent mergeable rows of one image. Other rows stay separate, so that duplicate ids are detected."""
+    """Merges adjacent mergeable rows of the same image. Others stay separate, so that duplicate ids are detected."""
     for _, group in itertools.groupby(rows, key=_get_merge_key):
         first, *others = (row for row, _ in group)
         for row in others:
@@ -121,7 +121,7 @@ def _merge_captions(rows: Iterable[tuple[ManifestRow, bool]]) -> Iterator[Manife
 
 def _get_merge_key(item: tuple[ManifestRow, bool]) -> object:
     row, mergeable = item
-    return (row.image_id, row.uri) if mergeable else object()  # an object differs from all other keys
+    return (row.image_id, row.uri) if mergeable else object()  # a new object is equal to no other key
 
 
 def _read_delimited(location: Location, options: SourceOptions) -> Iterator[_Record]:
@@ -134,16 +134,16 @@ def _read_delimited(location: Location, options: SourceOptions) -> Iterator[_Rec
     rows = _parse_delimited(lines, location, delimiter, quoting)
     header = [name.strip() for name in options.columns or next(rows, (1, []))[1]]
     columns = select_columns(header, options, f"{location.address}, line 1")
-    # In `image,caption` text files, such as Kaggle's Flickr8k, captions contain commas that are not quoted.
+    # In `image,caption` text files, such as Kaggle's Flickr8k, captions contain unquoted commas.
     is_text = get_text_extension(location.name) == ".txt" and not is_tsv
     if is_text and header == [columns.uri, *columns.captions] and len(header) == 2:
         rows = _split_lines(lines, delimiter, 1 if options.columns else 2)
     for number, cells in rows:
         if len(cells) != len(header):
-            advice = "quote cells that contain the delimiter or a line break"
+            hint = "quote cells that contain the delimiter or a line break"
             raise DatasetError(
                 f"{location.address}, line {number}: expected {len(header)} cells, got {len(cells)}; "
-                + (advice if quoting == csv.QUOTE_MINIMAL else f"{advice} and use --tsv-quotes, or remove them")
+                + (hint if quoting == csv.QUOTE_MINIMAL else f"{hint} and use --tsv-quotes, or remove these characters")
             )
         values: dict[str, Any] = dict(zip(header, cells, strict=True))
         for name in columns.names:
@@ -154,13 +154,13 @@ def _read_delimited(location: Location, options: SourceOptions) -> Iterator[_Rec
 def _detect_delimiter(first: str, location: Location, options: SourceOptions) -> str:
     if get_text_extension(location.name) == ".tsv" or ("\t" in first and options.columns):
         return "\t"
-    if options.columns:  # captions may contain more of the other delimiters
+    if options.columns:  # the first delimiter, since captions may contain the others more often
         return min(",;|", key=lambda delimiter: first.find(delimiter) % (len(first) + 1))
     return max("\t,;|", key=first.count)
 
 
 def _split_lines(lines: Iterable[str], delimiter: str, start: int) -> Iterator[tuple[int, list[str]]]:
-    """Yields the number and the two cells of each line: the text before and after the first delimiter."""
+    """Yields the line number and two cells of each line: the text before and after the first delimiter."""
     for number, line in enumerate(lines, start):
         if line.strip():
             cells = line.rstrip("\r\n").split(delimiter, 1)
@@ -180,25 +180,25 @@ def _parse_delimited(
         for cells in reader:
             if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
                 raise DatasetError(
-                    f"{location.address}, line {reader.line_num}: expected cells without a tab and a line break, got "
-                    "one with both, as after a single quote; leave out --tsv-quotes"
+                    f"{location.address}, line {reader.line_num}: expected no cell with both a tab and a line break, "
+                    "got one, probably because of an unpaired quote; omit --tsv-quotes"
                 )
             if cells:
                 yield reader.line_num, cells
     except csv.Error as error:
-        raise DatasetError(f"{location.address}, line {reader.line_num}: {error}; check its quotes") from error
+        raise DatasetError(f"{location.address}, line {reader.line_num}: {error}; check the quotes") from error
 
 
 def _read_json(location: Location, options: SourceOptions) -> Iterator[_Record]:
-    """Yields JSON objects. Each has its own keys: columns are not those of the first object alone."""
+    """Yields JSON objects. Columns are selected per object, because objects may have different keys."""
     optional = (options.uri_column, options.id_column, options.split_column, *options.caption_columns)
-    named = [name for name in optional if name is not None]
-    absent = set(named)
+    requested = [name for name in optional if name is not None]
+    absent = set(requested)
     selected: dict[tuple[str, ...], Columns] = {}
     first: _Record | None = None
     for origin, values in _read_objects(location):
         absent -= values.keys()
-        names = tuple(dict.fromkeys((*values, *named)))
+        names = tuple(dict.fromkeys((*values, *requested)))
         if names not in selected:
             selected[names] = select_columns(names, options, origin)
         record = _Record(origin, selected[names], values)
@@ -206,8 +206,8 @@ def _read_json(location: Location, options: SourceOptions) -> Iterator[_Record]:
         if (record.columns.id is None) != (first.columns.id is None):
             has, lacks = (first, record) if record.columns.id is None else (record, first)
             raise DatasetError(
-                f"{lacks.origin}: expected an image id {has.columns.id} as at {has.origin}, got none; add it, or name "
-                "the column with --id-column"
+                f"{lacks.origin}: expected an image id {has.columns.id} as in {has.origin}, got none; add it, or "
+                "specify the column with --id-column"
             )
         yield record
     if first is not None and absent:
@@ -215,7 +215,7 @@ def _read_json(location: Location, options: SourceOptions) -> Iterator[_Record]:
 
 
 def _read_objects(location: Location) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the objects of JSON Lines, or of a JSON array, with their origins."""
+    """Yields the objects of a JSON Lines file or a JSON array, each preceded by its origin for error messages."""
     lines = enumerate(read_lines(location), 1)
     first_number, first = next(((number, line) for number, line in lines if line.strip()), (0, ""))
     if first.lstrip().startswith("[") and get_text_extension(location.name) == ".json":
@@ -241,10 +241,10 @@ def _read_parquet(location: Location, options: SourceOptions) -> Iterator[_Recor
 
 
 def open_parquet(file: BinaryIO, location: Location) -> pq.ParquetFile:
-    """Opens a Parquet file so that reading buffers a part of each column chunk rather than whole row groups.
+    """Opens a Parquet file. Reads are buffered, so that memory need not hold whole row groups.
 
     Raises:
-        DatasetError: the file is not Parquet.
+        DatasetError: the file is not a Parquet file, or is damaged.
     """
     try:
         return pq.ParquetFile(file, buffer_size=1 << 20)
@@ -255,9 +255,9 @@ def open_parquet(file: BinaryIO, location: Location) -> pq.ParquetFile:
 def read_parquet_columns(
     parquet: pq.ParquetFile, columns: Sequence[str], location: Location
 ) -> Iterator[dict[str, Any]]:
-    """Yields the rows as Python values by column. A dotted name selects a field of a struct.
+    """Yields each row as a dictionary of Python values by column. A dotted name selects a field of a struct.
 
-    A map becomes the list of its values. Text that is not UTF-8 has surrogates for its bytes.
+    A map becomes the list of its values. Bytes that are not UTF-8 become lone surrogates (`surrogateescape`).
 
     Raises:
         DatasetError: the file is damaged.

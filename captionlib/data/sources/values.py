@@ -1,6 +1,6 @@
-"""Parses values of foreign files, which may be of any type, into ids, texts and captions.
+"""Parses untyped values from JSON files and tables into ids, texts and captions.
 
-JSON `null` and NaN count as missing. Every error names the place, the field, the expected type and the actual value.
+JSON `null` and NaN count as missing. `origin` (file and line) and `field` (name of the value) appear in error messages.
 """
 
 import ast
@@ -29,10 +29,10 @@ __all__ = [
     "parse_text",
 ]
 
-_MAX_EXACT_FLOAT = 2**53  # above, a float no longer identifies one integer
+_MAX_EXACT_FLOAT = 2**53  # larger floats no longer identify a single integer
 _MAX_CAPTION_DEPTH = 4
 
-# How pandas and others print floats. `4e5` is not among them; it may be hexadecimal.
+# Floats as pandas and other libraries print them. `4e5` is excluded because it may be a hexadecimal id.
 _PRINTED_FLOAT = re.compile(r"[+-]?\d+\.\d+(?:[eE][+-]?\d+)?|[+-]?\d+[eE][+-]\d+")
 _PRINTED_NULLS = frozenset({"nan", "NaN", "None", "null", "NULL", "<NA>"})
 
@@ -61,7 +61,7 @@ def parse_json(text: str, origin: str) -> Any:
     """Parses JSON.
 
     Raises:
-        DatasetError: `text` is not JSON, is nested too deeply, has numbers that are too long, or repeats a key.
+        DatasetError: `text` is not JSON, is nested too deeply, contains a number that is too long, or repeats a key.
     """
     try:
         return _DECODER.decode(text)
@@ -71,9 +71,9 @@ def parse_json(text: str, origin: str) -> Any:
     except _DuplicateKeyError as error:
         raise DatasetError(f"{origin}: expected each key once per object, got {error} twice; remove one") from None
     except RecursionError:
-        raise DatasetError(f"{origin}: expected lists and objects a few levels deep, got hundreds; flatten") from None
-    except ValueError:  # Python limits the digits of integers
-        raise DatasetError(f"{origin}: expected numbers, got one of thousands of digits; write it as text") from None
+        raise DatasetError(f"{origin}: expected a few levels of nesting, got hundreds; flatten the value") from None
+    except ValueError:  # Python limits the number of digits of integers
+        raise DatasetError(f"{origin}: expected numbers, got one with thousands of digits; write it as text") from None
 
 
 def _to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -113,14 +113,9 @@ def is_unicode(text: str) -> bool:
 
 
 def parse_cell(cell: str, numeric: bool = False) -> object:
-    """Returns the value of a cell of a text file, which has no type.
+    """Converts a cell of a text table: to None if it is a printed null such as `nan`, otherwise to stripped text.
 
-    Args:
-        cell: the cell.
-        numeric: whether a cell such as `391895.0`, as pandas writes ids, is a number rather than text.
-
-    Returns:
-        None for a printed null such as `nan`, a float, or the cell without surrounding white space.
+    If `numeric` is true, a cell such as `391895.0` (an id that pandas wrote as a float) is converted to a float.
     """
     text = cell.strip()
     if text in _PRINTED_NULLS:
@@ -129,10 +124,10 @@ def parse_cell(cell: str, numeric: bool = False) -> object:
 
 
 def parse_text(value: object, origin: str, field: str) -> str:
-    """Returns text that is not blank.
+    """Returns `value`, which must be nonblank text.
 
     Raises:
-        DatasetError: the value is missing or of another type.
+        DatasetError: the value is blank, missing or of a different type.
     """
     if isinstance(value, str) and value.strip():
         return value
@@ -140,10 +135,10 @@ def parse_text(value: object, origin: str, field: str) -> str:
 
 
 def parse_id(value: object, origin: str, field: str) -> str:
-    """Returns an id or another name as text. An integer, also one stored as a float or decimal, is its digits.
+    """Returns an id or another name as text. Integers, including floats and decimals without fraction, are converted.
 
     Raises:
-        DatasetError: the value is missing, fractional, too large for its type, or of another type.
+        DatasetError: the value is missing, a fraction, a float too large to be exact, or of a different type.
     """
     if isinstance(value, str) and value.strip():
         return value
@@ -166,10 +161,10 @@ def parse_optional(
 
 
 def parse_list(value: object, origin: str, field: str) -> list[Any]:
-    """Returns a list.
+    """Returns `value`, which must be a list.
 
     Raises:
-        DatasetError: the value is of another type.
+        DatasetError: the value is not a list.
     """
     if isinstance(value, list):
         return value
@@ -177,10 +172,10 @@ def parse_list(value: object, origin: str, field: str) -> list[Any]:
 
 
 def parse_object(value: object, origin: str) -> dict[str, Any]:
-    """Returns a JSON object.
+    """Returns `value`, which must be a JSON object.
 
     Raises:
-        DatasetError: the value is of another type.
+        DatasetError: the value is not an object.
     """
     if isinstance(value, dict):
         return value
@@ -190,17 +185,11 @@ def parse_object(value: object, origin: str) -> dict[str, Any]:
 def parse_captions(value: object, origin: str, field: str, depth: int = 0) -> tuple[str, ...]:
     """Returns the captions in a text, an object with `raw`, `caption` or `tokens`, or a list of these.
 
-    A text may also be a list as JSON or Python prints it: `["a dog", "two dogs"]`. Surrounding white space and missing
-    captions are dropped.
-
-    Args:
-        value: the value.
-        origin: the place of the value, for error messages.
-        field: the name of the value, for error messages.
-        depth: the number of lists and objects around the value.
+    A text may also contain a list printed by JSON or Python: `["a dog", "two dogs"]`. Captions are stripped;
+    missing captions are dropped. `depth` counts the lists and objects that contain the value.
 
     Raises:
-        DatasetError: the value is of another type, or nested too deeply.
+        DatasetError: the value is of a different type, or is nested too deeply.
     """
     if is_missing(value):
         return ()
@@ -234,9 +223,9 @@ def _decode_list(text: str, origin: str, field: str) -> object:
         return parse_json(text, origin)
     except DatasetError as error:
         with contextlib.suppress(SyntaxError, ValueError):
-            if _PYTHON_LIST.fullmatch(text):  # otherwise Python would join `'a dog' 'two dogs'`, as NumPy prints them
+            if _PYTHON_LIST.fullmatch(text):  # not a NumPy array, whose strings Python would join
                 return ast.literal_eval(text)
         raise DatasetError(
-            f'{origin}: expected {field} as a sentence or a list such as ["a dog", "two dogs"], got {describe(text)}; '
-            "write lists as JSON"
+            f'{origin}: expected {field} as a caption or a list such as ["a dog", "two dogs"], got {describe(text)}; '
+            "write lists in JSON format"
         ) from error

@@ -1,4 +1,4 @@
-"""Reads WebDataset tars, in which consecutive files with the same name and different extensions form a sample."""
+"""Reads WebDataset tars: consecutive files with the same name and different extensions form a sample."""
 
 import re
 import tarfile
@@ -25,7 +25,7 @@ _ZEROS_READ_AT_ONCE = 1 << 20
 
 @dataclass
 class _Sample:
-    """The files of one sample: the byte ranges of its images, and the content of its texts, by extension."""
+    """One sample: its key, its origin (for messages), and the byte ranges of images and the texts by extension."""
 
     key: str
     origin: str
@@ -34,11 +34,11 @@ class _Sample:
 
 
 def read_webdataset(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
-    """Yields the samples that contain an image, in their order. The uri is the image's byte range in the tar.
+    """Yields the samples that contain an image, in file order. Each uri refers to the image's byte range in the tar.
 
     Only tar headers and captions are read. Captions are the lines of the sample's `.txt`, `.text`, `.caption` or
-    `.captions`, or else the captions in its `.json`. The id is the sample's key, or the JSON value that
-    `options.id_column` names. A sample with damaged captions is kept without them.
+    `.captions` file or, without one, the captions in its `.json`. The id is the sample's key, or the JSON value of
+    `options.id_column`. A sample with invalid captions is kept without captions. See `RowReader` for the arguments.
 
     Raises:
         DatasetError: a tar is compressed or damaged.
@@ -51,7 +51,7 @@ def read_webdataset(addresses: Sequence[str], options: SourceOptions, skips: Ski
                     seen.add(hash(sample.key))
                     yield from _to_rows(sample, location, options, skips)
                 elif sample.texts and hash(sample.key) in seen:
-                    skips.skip_captions("captions that do not follow their image in the tar", sample.origin)
+                    skips.skip_captions("captions separated from their image in the tar", sample.origin)
                 elif sample.texts:
                     skips.skip_captions("sample without an image", sample.origin)
                 else:
@@ -65,7 +65,7 @@ def _to_rows(sample: _Sample, location: Location, options: SourceOptions, skips:
         record = _load_record(sample)
     except DatasetError as error:
         record = {}
-        skips.skip_captions("sample with damaged JSON", str(error))
+        skips.skip_captions("sample with invalid JSON", str(error))
     image_id = sample.key
     if options.id_column is not None:
         try:
@@ -80,7 +80,7 @@ def _to_rows(sample: _Sample, location: Location, options: SourceOptions, skips:
 
 
 def _select_extension(files: Mapping[str, object]) -> str:
-    """Returns the extension without a dot, if there is one: prefers `a.jpg` over `a.mask.png`."""
+    """Returns the first extension that has no inner dot (`a.jpg` before `a.mask.png`), or else the first extension."""
     return next((extension for extension in files if "." not in extension), next(iter(files)))
 
 
@@ -107,7 +107,7 @@ def _parse_captions(
         names = options.caption_columns or select_caption_columns(list(record), (), sample.origin)
         return parse_caption_columns(record, names, sample.origin) or captions
     except (ConfigError, DatasetError) as error:
-        skips.skip_captions("sample with damaged captions", str(error))
+        skips.skip_captions("sample with invalid captions", str(error))
         return ()
 
 
@@ -130,9 +130,9 @@ def _read_samples(file: BinaryIO, location: Location, skips: SkipCounter) -> Ite
 
 
 def _split_dotted_names(sample: _Sample, location: Location) -> list[_Sample]:
-    """Splits a sample such as `22.05.jpg`, `22.05.txt`, `22.06.jpg`, in which a part of the name follows a dot.
+    """Splits `22.05.jpg`, `22.05.txt`, `22.06.jpg`, where names contain a dot, into the samples `22.05` and `22.06`.
 
-    `22.rgb.jpg`, `22.mask.png` is a sample of two images instead.
+    In contrast, `22.rgb.jpg` and `22.mask.png` remain one sample with two images.
     """
     parts: dict[str, _Sample] = {}
     for name in (*sample.images, *sample.texts):
@@ -159,21 +159,21 @@ def _add_member(
     sample: _Sample, extension: str, member: tarfile.TarInfo, tar: tarfile.TarFile, skips: SkipCounter
 ) -> None:
     is_text = _get_suffix(extension) in {*_TEXT_EXTENSIONS, "json"}
-    place = f"{sample.origin}.{extension}"
+    origin = f"{sample.origin}.{extension}"
     if extension in sample.images or extension in sample.texts:
         skip = skips.skip_captions if is_text else skips.skip_image
-        skip("second file of the same name in a sample", place)
+        skip("second file of the same name in a sample", origin)
     elif f".{_get_suffix(extension)}" in IMAGE_EXTENSIONS:
         sample.images[extension] = (member.offset_data, member.offset_data + member.size)
     elif is_text and member.size > _MAX_TEXT_BYTES:
-        skips.skip_captions("captions file larger than 1 MB", place)
+        skips.skip_captions("captions file larger than 1 MB", origin)
     elif is_text and (content := tar.extractfile(member)) is not None:
-        # Captions that are not UTF-8 are counted where rows are checked.
+        # `read_source` skips and counts captions that are not UTF-8.
         sample.texts[extension] = content.read().decode("utf-8-sig", errors="surrogateescape")
 
 
 def _read_members(file: BinaryIO, location: Location) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Yields the members of one or more concatenated tars. Their data is skipped by seeking where possible."""
+    """Yields the members of a file with one or more concatenated tars. Seeks past their data where possible."""
     start = file.read(6)
     for magic, name in _COMPRESSED.items():
         if start.startswith(magic):
@@ -185,19 +185,19 @@ def _read_members(file: BinaryIO, location: Location) -> Iterator[tuple[tarfile.
     while offset is not None:
         file.seek(offset)
         try:
-            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  # the file is open and stays so
+            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  # the caller closes the file
         except (tarfile.TarError, EOFError) as error:
             raise DatasetError(f"{location.address} is not a tar, or is damaged at byte {offset}: {error}") from error
         while (member := _read_next_member(tar, location)) is not None:
             yield tar, member
-            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all members in memory
         offset = _find_next_tar(file, tar.offset, location)
 
 
 def _read_next_member(tar: tarfile.TarFile, location: Location) -> tarfile.TarInfo | None:
     try:
         member = tar.next()
-    except Exception as error:  # tarfile raises many types on damaged headers
+    except Exception as error:  # tarfile raises various exceptions on damaged headers
         raise DatasetError(f"{location.address} is not a tar, or is damaged: {error or repr(error)}") from error
     if member is not None and member.size < 0:
         raise DatasetError(f"{location.address} is damaged: expected a size of {member.name!r}, got {member.size}")
@@ -205,10 +205,10 @@ def _read_next_member(tar: tarfile.TarFile, location: Location) -> tarfile.TarIn
 
 
 def _find_next_tar(file: BinaryIO, offset: int, location: Location) -> int | None:
-    """Returns where the next of several concatenated tars starts, after the zeros that end this one; None at the end.
+    """Returns the offset of the next concatenated tar, after the zeros that end this one, or None if there is none.
 
     Raises:
-        DatasetError: the final block of zeros is missing. tarfile stops silently at damage, and the rest would be lost.
+        DatasetError: there is no block of zeros at `offset`: tarfile has silently stopped at damaged data.
     """
     file.seek(offset)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):

@@ -1,1 +1,1 @@
-"""Text: tokenization, vocabularies, pretrained word vectors and corpora."""
+"""Tokenization, vocabularies, pretrained word vectors and text corpora."""

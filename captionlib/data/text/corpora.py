@@ -1,4 +1,4 @@
-"""Opens the training and validation text of language models, from a dataset or a text file."""
+"""Opens training and validation text for language models: captions of a dataset, or a text file."""
 
 import hashlib
 import os
@@ -17,17 +17,17 @@ from captionlib.storage.folders import Folder
 __all__ = ["Corpus", "TextLayout", "open_corpus"]
 
 TextLayout = Literal["sentences", "continuous"]
-"""How a text file is read: one sentence per line, or one continuous text in which line breaks are characters."""
+"""Layout of a text file: one sentence per line, or one continuous text in which line breaks are characters."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and validation texts. Each call reads them from the source again.
+    """Training and validation text, read from disk again at each call of `training` or `validation`.
 
     Attributes:
-        fingerprint: identifies the content of the source.
-        training: yields the sentences, or the one continuous text.
-        validation: the same for validation.
+        fingerprint: hash that identifies the content.
+        training: function that yields the sentences for training, or one continuous text.
+        validation: function that yields the sentences for validation, or one continuous text.
     """
 
     fingerprint: str
@@ -45,14 +45,14 @@ def open_corpus(
     """Opens the captions of a dataset, or a text file.
 
     Args:
-        source: a `features/` or `manifest/` dataset, or a UTF-8 text file, possibly compressed (.gz, .bz2, .xz).
-        layout: how to read a text file.
-        train_splits: the splits of a dataset for training.
-        validation_splits: the splits of a dataset for validation.
-        validation_fraction: the fraction of a text file for validation.
+        source: manifest or features dataset (both contain captions), or a UTF-8 text file (also .gz, .bz2, .xz).
+        layout: layout of a text file.
+        train_splits: splits of a dataset to use for training.
+        validation_splits: splits of a dataset to use for validation.
+        validation_fraction: fraction of a text file to use for validation.
 
     Raises:
-        DatasetError: the dataset is incomplete or of another kind, or the file cannot be read or is too short.
+        DatasetError: the dataset is incomplete or of a different kind, or the file cannot be read or is too short.
         ConfigError: the source is a dataset and `layout` is `continuous`.
     """
     if Folder(source).exists(DESCRIPTION_FILE):
@@ -79,13 +79,13 @@ def _open_dataset(
     dataset = open_dataset(source).require_complete()
     if dataset.kind not in ("features", "manifest"):
         raise DatasetError(f"{dataset.folder.uri}: expected a dataset of kind features or manifest, got {dataset.kind}")
-    next(read_captions(dataset, validation_splits))  # fails now instead of after the first epoch
+    next(read_captions(dataset, validation_splits))  # raises an error now instead of after the first epoch
     read = partial(read_captions, dataset)
     return Corpus(dataset.fingerprint, partial(read, train_splits), partial(read, validation_splits))
 
 
 def _read_sentences(location: Location, validation_fraction: float, validation: bool) -> Iterator[str]:
-    """Takes evenly spaced lines for validation, so that both parts cover the topics of the whole file."""
+    """Yields the lines for training or validation. Validation lines are evenly spaced to cover the whole file."""
     lines = (line.rstrip("\r\n") for line in read_lines(location) if line.strip())
     for number, line in enumerate(lines, 1):
         if (int(number * validation_fraction) > int((number - 1) * validation_fraction)) == validation:

@@ -1,6 +1,6 @@
-"""Converts sentences to token ids and back: the tokenizer, and the vocabulary that checkpoints store.
+"""Defines the tokenizer and the vocabulary, which converts sentences to token ids and back.
 
-Tokens are words, which are normalized, or characters, which are not.
+Tokens are either normalized words or unchanged characters.
 """
 
 import re
@@ -20,16 +20,16 @@ from captionlib.errors import ConfigError
 __all__ = ["END", "PAD", "UNKNOWN", "Level", "Vocabulary", "tokenize"]
 
 Level = Literal["words", "characters"]
-"""What the tokens are."""
+"""Whether tokens are words or characters."""
 
 PAD = -1
-"""Pads id matrices after the end of a sentence. It is not a token: it is neither embedded nor scored."""
+"""Padding value after the end of a sentence in arrays of token ids. It is not a token and is ignored by models."""
 
 END = 0
-"""Marks sentence boundaries: the last target of a sentence and, as START, its first input."""
+"""Sentence boundary: the last target token of a sentence and also its first input token (called START)."""
 
 UNKNOWN = 1
-"""Replaces every token that is rarer than the vocabulary's `min_count`."""
+"""Replacement for tokens that are not in the vocabulary."""
 
 _FIRST_ID = 2
 
@@ -44,10 +44,10 @@ _TOKEN = re.compile(
 
 
 def tokenize(sentence: str, level: Level = "words") -> list[str]:
-    """Splits a sentence into characters, or into words as the Penn Treebank does.
+    """Splits a sentence into characters, or into words in the style of the Penn Treebank.
 
-    Words are in lower case, without punctuation. Clitics become separate words: `isn't` is `is`, `n't`. Hyphenated
-    words and numbers stay whole (`t-shirt`, `1,000`). Tokenizing the words joined by spaces returns the same words.
+    Words are lowercased, and punctuation is removed. Clitics become separate words: `isn't` becomes `is`, `n't`.
+    Hyphenated words and numbers are kept (`t-shirt`, `1,000`). Tokenizing the joined words returns the same words.
     """
     if level == "characters":
         return list(sentence)
@@ -59,7 +59,7 @@ def tokenize(sentence: str, level: Level = "words") -> list[str]:
 
 @lru_cache(maxsize=4096)
 def _normalize_character(character: str) -> str:
-    """Converts typographic apostrophes and hyphens to ASCII, and other punctuation, symbols and controls to a space."""
+    """Converts typographic apostrophes and hyphens to ASCII, and other non-ASCII punctuation and symbols to spaces."""
     if character.isascii():
         return character
     if character in "\u2019\u2018\u02bc\uff07":
@@ -71,14 +71,14 @@ def _normalize_character(character: str) -> str:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens of a model. Ids: END is 0, UNKNOWN is 1, `words[i]` is `i + 2`.
+    """The tokens of a model. The ids are 0 for END, 1 for UNKNOWN and i + 2 for `words[i]`.
 
     Attributes:
-        words: the tokens, most frequent first, equally frequent ones in alphabetical order.
-        counts: the occurrences of each token in the training sentences.
-        unknown_count: the occurrences of all other tokens.
-        sentence_count: the number of training sentences, each of which has one END.
-        level: whether the tokens are words or characters.
+        words: tokens (words or characters) in descending order of frequency, then in alphabetical order.
+        counts: number of occurrences of each token in the training sentences.
+        unknown_count: number of occurrences of tokens that are not in `words`.
+        sentence_count: number of training sentences, which is also the number of occurrences of END.
+        level: whether tokens are words or characters.
     """
 
     words: tuple[str, ...]
@@ -88,15 +88,15 @@ class Vocabulary:
     level: Level = "words"
 
     def __post_init__(self) -> None:
-        words, counts = len(self.words), len(self.counts)
-        if words != counts or len(set(self.words)) != words:
+        size, counts = len(self.words), len(self.counts)
+        if size != counts or len(set(self.words)) != size:
             raise ConfigError(
-                f"vocabulary: expected distinct words with one count each, got {words} and {counts} counts"
+                f"vocabulary: expected distinct words with one count each, got {size} words and {counts} counts"
             )
 
     @classmethod
     def from_captions(cls, captions: Iterable[str], min_count: int = 5, level: Level = "words") -> "Vocabulary":
-        """Builds the vocabulary of the training captions. Tokens that occur less than `min_count` times are UNKNOWN.
+        """Builds a vocabulary from training captions. Tokens that occur fewer than `min_count` times are excluded.
 
         Raises:
             ConfigError: there are no captions, or no token is frequent enough.
@@ -117,19 +117,19 @@ class Vocabulary:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Vocabulary":
-        """Rebuilds a vocabulary from the output of `to_dict`.
+        """Creates a vocabulary from the output of `to_dict`.
 
         Raises:
-            ConfigError: `values` is not such output.
+            ConfigError: `values` is not a valid output of `to_dict`.
         """
         return build_config(cls, values, origin="vocabulary")
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain values for JSON."""
+        """Returns the vocabulary as JSON-compatible values."""
         return to_dict(self)
 
     def __len__(self) -> int:
-        """Returns the number of classes of the softmax: the tokens, END and UNKNOWN."""
+        """Returns the number of softmax classes: END, UNKNOWN and the other tokens."""
         return _FIRST_ID + len(self.words)
 
     @cached_property
@@ -137,7 +137,7 @@ class Vocabulary:
         return {word: index for index, word in enumerate(self.words, start=_FIRST_ID)}
 
     def encode(self, sentence: str) -> list[int]:
-        """Returns the token ids of a sentence, without START and END."""
+        """Returns the token ids of a sentence without END at its start and end."""
         return self.encode_tokens(self.tokenize(sentence))
 
     def tokenize(self, sentence: str) -> list[str]:
@@ -147,7 +147,7 @@ class Vocabulary:
         return [self._ids.get(token, UNKNOWN) for token in tokens]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of token ids up to the first END or PAD. Words are separated by spaces."""
+        """Converts token ids up to the first END or PAD to text. Words are separated by spaces."""
         words = []
         for index in ids:
             if index in (END, PAD):
@@ -156,6 +156,6 @@ class Vocabulary:
         return (" " if self.level == "words" else "").join(words)
 
     def log_frequencies(self) -> npt.NDArray[np.float32]:
-        """Returns ln(share of the training tokens) by class, `[len(self)] float32`. Classes count at least once."""
+        """Returns ln(fraction of the training tokens) per class, `[len(self)] float32`. Zero counts are set to 1."""
         counts = np.array([self.sentence_count, self.unknown_count, *self.counts], np.float64).clip(min=1)
         return cast(npt.NDArray[np.float32], np.log(counts / counts.sum()).astype(np.float32))

@@ -2,11 +2,11 @@
 
 | format | content |
 |---|---|
-| word2vec text, fastText `.vec` | a line `count size`, then one line per word: the word and `size` numbers |
+| word2vec text, fastText `.vec` | a line `count size`, then one line per word: the word and `size` values |
 | GloVe | the same without the first line |
-| word2vec binary | a line `count size`, then per word: the word, a space, and `size` little-endian float32 |
+| word2vec binary | a line `count size`, then per word: the word, a space, and `size` little-endian float32 values |
 
-The format is detected from the first bytes. Files are streamed; memory holds the requested vectors only.
+The format is detected from the first lines. Files are streamed, and only the requested vectors are kept in memory.
 """
 
 import math
@@ -23,28 +23,28 @@ from captionlib.storage.file_systems import open_decompressed, open_file_system
 
 __all__ = ["WordVectors", "read_word_vectors"]
 
-_MAX_LINE_BYTES = 1 << 20  # binary files may lack line breaks
+_MAX_LINE_BYTES = 1 << 20  # limit for binary files, which may contain no line breaks
 
 _Entry = tuple[str, npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class WordVectors:
-    """The vectors, `[size] float32`, of requested words, and the words without one, in the order of the request."""
+    """The vectors `[size] float32` of the requested words, and the words that have no vector, in the given order."""
 
     vectors: Mapping[str, npt.NDArray[np.float32]]
     missing: tuple[str, ...]
 
 
 def read_word_vectors(uri: str, words: Sequence[str], size: int) -> WordVectors:
-    """Reads the vectors of `words`, in lower case, from a file that may be compressed (.gz, .bz2, .xz).
+    """Reads the vectors of `words` (in lower case) from a path or URL, which may be compressed (.gz, .bz2, .xz).
 
-    A word that the file only has in another case gets the vector of the first such spelling, which is the most frequent
-    one. The Google News vectors, for example, have `A` but not `a`.
+    If a word is not in the file in lower case, the vector of its first spelling in the file is used, which is the most
+    frequent one. For example, the Google News vectors contain `A` but not `a`.
 
     Raises:
-        ConfigError: the file cannot be read, or has vectors of another size.
-        DatasetError: the file is damaged, has another format, or has none of the words.
+        ConfigError: the file cannot be read, or has vectors of a different size.
+        DatasetError: the file is damaged, has a different format, or contains none of the words.
     """
     requested = frozenset(words)
     exact: dict[str, npt.NDArray[np.float32]] = {}
@@ -69,7 +69,7 @@ def read_word_vectors(uri: str, words: Sequence[str], size: int) -> WordVectors:
 
 
 def _read_entries(file: BinaryIO, uri: str, requested: frozenset[str], size: int) -> Iterator[_Entry]:
-    """Yields the requested words of a file, in any case, with their vectors."""
+    """Yields the requested words in a file, ignoring case, with their vectors."""
     first = file.readline(_MAX_LINE_BYTES)
     header = first.split()
     if len(header) != 2:
@@ -99,7 +99,7 @@ def _check_size(uri: str, actual_size: int, size: int) -> None:
     if actual_size != size:
         raise ConfigError(
             f"word vectors {uri}: expected vectors of the captioner's embedding size {size}, got size {actual_size}; "
-            f"set captioner.embedding_size={actual_size}, or use other vectors"
+            f"set captioner.embedding_size={actual_size}, or use different vectors"
         )
 
 
@@ -116,20 +116,20 @@ def _read_text(
     for number, line in enumerate(lines, start=first_number):
         if _decode(line.split(b" ", 1)[0]).lower() not in requested:
             continue
-        word, *numbers = line.rstrip().rsplit(b" ", size)  # from the right, since some GloVe words contain spaces
-        if len(numbers) != size or not _are_finite_numbers(numbers):
+        word, *values = line.rstrip().rsplit(b" ", size)  # from the right, since some GloVe words contain spaces
+        if len(values) != size or not _are_finite_numbers(values):
             raise DatasetError(
                 f"word vectors {uri}, line {number}: expected a word and {size} numbers, got {line[:80]!r}; "
                 "download the file again"
             )
         if _decode(word).lower() in requested:
-            yield _decode(word), np.array([float(text) for text in numbers], np.float32)
+            yield _decode(word), np.array([float(value) for value in values], np.float32)
 
 
 def _read_binary(
     file: BinaryIO, start: bytes, uri: str, requested: frozenset[str], size: int, count: int
 ) -> Iterator[_Entry]:
-    """Yields entries from `start` on, which was already read from `file`."""
+    """Yields the requested entries. `start` is the part of the entries that was already read from `file`."""
     buffer, position = start, 0
     for number in range(count):
         space = buffer.find(b" ", position)
@@ -147,7 +147,7 @@ def _read_binary(
             vector = np.frombuffer(buffer, "<f4", size, space + 1).astype(np.float32)
             if not np.isfinite(vector).all():
                 raise DatasetError(
-                    f"word vectors {uri}: expected finite numbers for {word!r}, got others; download the file again"
+                    f"word vectors {uri}: expected finite values for {word!r}, got NaN or infinity; download it again"
                 )
             yield word, vector
 

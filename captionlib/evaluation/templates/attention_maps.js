@@ -1,7 +1,7 @@
-// Attention maps: the words of a caption are buttons, and each overlays its map on the image.
-const SIDE = 112; // pixels of a side of the smoothed map
+// Attention maps: each word of a caption is a button that overlays its map on the image.
+const SIDE = 112; // side of the smoothed map in pixels
 
-// Upsamples each row to SIDE values by cubic B-splines, which are smooth and never negative, and transposes the result.
+// Upsamples each row to SIDE values with cubic B-splines, which are smooth and non-negative, and transposes the result.
 function upsample(values, rows) {
   const side = values.length / rows, result = new Float32Array(SIDE * rows);
   for (let x = 0; x < SIDE; x++) {
@@ -14,9 +14,9 @@ function upsample(values, rows) {
   return result;
 }
 
-// From transparent over red and orange to yellow, for attention from 0 to 1.
+// Maps attention from 0 to 1 to RGBA: transparent, then red, orange and yellow.
 function toColor(attention) {
-  const mix = (from, to, share) => from + (to - from) * Math.min(Math.max(share, 0), 1);
+  const mix = (from, to, fraction) => from + (to - from) * Math.min(Math.max(fraction, 0), 1);
   return [mix(200, 255, 2 * attention), mix(20, 240, 1.6 * attention - 0.5), mix(60, 90, 2 * attention - 1), 185 * attention ** 1.1];
 }
 function drawMap(canvas, values) {
@@ -27,7 +27,7 @@ function drawMap(canvas, values) {
   canvas.getContext("2d").putImageData(pixels, 0, 0);
 }
 
-// Describes a map for screen readers: the ninth of the image with the highest mean attention, if it stands out.
+// Describes a map for screen readers by the cell of a 3 x 3 grid with the highest mean attention, if it stands out.
 function describeMap(values) {
   const side = Math.sqrt(values.length), toThird = index => Math.floor((3 * (index + 0.5)) / side);
   const sums = new Float32Array(9), counts = new Float32Array(9);

@@ -39,7 +39,7 @@ for (const name of attributes) addOption($("correctness"), `=${name}`, `${name} 
 function createElement(tag, className, text) {
   const element = document.createElement(tag);
   if (className) element.className = className;
-  if (text !== undefined) element.textContent = text; // never as HTML: captions are untrusted text
+  if (text !== undefined) element.textContent = text; // not parsed as HTML, because captions are untrusted
   return element;
 }
 const formatPercent = logProb => `${Number((100 * Math.exp(logProb)).toPrecision(2))}%`;

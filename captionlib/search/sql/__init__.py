@@ -1,1 +1,1 @@
-"""SQL over datasets by DuckDB, safe for untrusted users: it can only read, and only the dataset."""
+"""Read-only SQL over a dataset with DuckDB, safe for queries from untrusted users."""

@@ -1,4 +1,4 @@
-"""A file system for DuckDB with the files of one dataset and nothing else."""
+"""A read-only file system for DuckDB that contains only the files of one dataset."""
 
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -12,10 +12,10 @@ __all__ = ["DatasetFileSystem"]
 
 
 class DatasetFileSystem(AbstractFileSystem):  # type: ignore[misc]
-    """Maps names to files of another file system, read-only; no other file exists.
+    """Exposes the given files of an underlying file system under new names, read-only.
 
-    DuckDB sees `dataset://captions/part-00000.parquet`, wherever that file is stored. It cannot write anything, list
-    any folder, or take a character of the actual path for a glob pattern.
+    DuckDB reads `dataset://captions/part-00000.parquet`, wherever the file is stored. It cannot write files or list
+    folders, and does not interpret characters of the actual path as a glob pattern.
     """
 
     protocol = "dataset"
@@ -29,13 +29,13 @@ class DatasetFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     @property
     def addresses(self) -> list[str]:
-        """The addresses of the files for DuckDB."""
+        """The addresses under which DuckDB opens the files."""
         return list(self._paths)
 
     def open(self, path: str, mode: str = "rb", **_options: Any) -> RangedFile:
         if mode not in ("r", "rb"):
             raise PermissionError(f"{path}: the dataset is read-only")
-        return RangedFile(self._fs, self._resolve(path))  # local files too: DuckDB shares a file between threads
+        return RangedFile(self._fs, self._resolve(path))  # also for local files, which DuckDB shares between threads
 
     def info(self, path: str, **_options: Any) -> dict[str, Any]:
         actual = self._resolve(path)

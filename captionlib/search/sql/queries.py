@@ -1,4 +1,4 @@
-"""Common queries without SQL. Their arguments are always parameters, never part of a statement."""
+"""Common queries that need no SQL. Arguments are always passed as parameters, never as part of a statement."""
 
 import re
 
@@ -17,10 +17,10 @@ _WORD_END = r"(?:$|[^\pL\pN\pM])"
 def find_image(session: SqlSession, image_id: str) -> pa.Table:
     """Returns the row of one image, from a dataset of any kind.
 
-    The bloom filters of the Parquet files exclude most row groups from reading.
+    Bloom filters in the Parquet files let DuckDB skip most row groups.
 
     Raises:
-        QueryError: the dataset does not have the image, or processing it failed; the message has the reason.
+        QueryError: the image is not in the dataset, or processing it failed; the message includes the reason.
     """
     view = session.view.replace('"', '""')
     rows = session.query(f'SELECT * FROM "{view}" WHERE image_id = ?', [image_id])
@@ -35,10 +35,10 @@ def find_image(session: SqlSession, image_id: str) -> pa.Table:
 
 
 def find_captions(session: SqlSession, words: str, limit: int | None = None) -> pa.RecordBatchReader:
-    """Returns the captions that contain all words, in any order, ignoring case; the most probable first.
+    """Returns the captions that contain all words, in any order, ignoring case, most probable first.
 
     Raises:
-        QueryError: there are no words, or the dataset does not hold captions.
+        QueryError: `words` is empty, or the dataset does not contain captions.
     """
     patterns = [_WORD_START + re.escape(word) + _WORD_END for word in words.split()]
     if not patterns:
@@ -51,7 +51,7 @@ def find_top_captions(session: SqlSession, limit: int) -> pa.RecordBatchReader:
     """Returns the most probable captions.
 
     Raises:
-        QueryError: the dataset does not hold captions.
+        QueryError: the dataset does not contain captions.
     """
     return _stream_captions(session, "", [], limit)
 
@@ -60,7 +60,7 @@ def count_words(session: SqlSession, limit: int) -> pa.RecordBatchReader:
     """Returns the most frequent words of the captions with their counts.
 
     Raises:
-        QueryError: the dataset does not hold captions.
+        QueryError: the dataset does not contain captions.
     """
     _require_captions(session)
     sql = """

@@ -24,7 +24,7 @@ __all__ = ["SqlLimits", "SqlSession", "connect", "lock_connection", "open_sql", 
 
 _BATCH_ROWS = 10_000
 
-# No extensions, no Python variables, and nothing from the home folder.
+# Disables extensions, access to Python variables, and secrets stored in the home folder.
 _ISOLATION = {
     "allow_community_extensions": False,
     "allow_persistent_secrets": False,
@@ -40,7 +40,7 @@ class SqlLimits:
 
     Attributes:
         memory: the memory limit, such as `500MB` or `8GB`; larger intermediate results are spilled to disk.
-        threads: the number of threads; None is one per core.
+        threads: the number of threads. If None, one per core.
         spill: the maximum size of spilled intermediate results.
     """
 
@@ -50,10 +50,10 @@ class SqlLimits:
 
 
 class SqlSession:
-    """A dataset that is open for SQL. Made by `open_sql`.
+    """A dataset opened for SQL by `open_sql`.
 
     Attributes:
-        view: the name of the view with its rows, which is its kind; `failures` is the view with its failures.
+        view: the name of the view over the rows, which is the kind of the dataset, such as `captions`.
     """
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, dataset: ShardedDataset) -> None:
@@ -62,9 +62,9 @@ class SqlSession:
         self._connection = connection
 
     def stream(self, sql: str, parameters: Sequence[Any] = ()) -> pa.RecordBatchReader:
-        """Runs one SELECT and returns its rows in batches, as they are computed; read them before the session ends.
+        """Runs one SELECT and streams its rows in batches, which must be read before the session ends.
 
-        `?` or `$1` are placeholders for parameters, whose values are never parsed as SQL.
+        `?` and `$1` are placeholders for parameters, whose values are never parsed as SQL.
 
         Raises:
             QueryError: the statement is not a valid SELECT, or it fails, possibly while its rows are read.
@@ -89,12 +89,13 @@ class SqlSession:
 def open_sql(
     folder: str | os.PathLike[str], kind: str | None = None, limits: SqlLimits = SqlLimits()
 ) -> Iterator[SqlSession]:
-    """Opens a dataset for SQL: a view named by its kind has its rows, the view `failures` its failures.
+    """Opens a dataset for SQL, with its rows in a view named after its kind, such as `captions`.
 
-    The views contain the shards that are done, so a dataset can be queried while it is being written.
+    The view `failures` contains the images that could not be processed. A dataset can be queried while it is being
+    written, because the views contain only complete shards.
 
     Raises:
-        DatasetError: the folder is not a dataset of that kind.
+        DatasetError: the folder is not a dataset of the given kind.
         ConfigError: DuckDB rejects the limits.
     """
     dataset = open_dataset(folder, kind)
@@ -119,10 +120,10 @@ def query_sql(
         [{'images': 26}]
 
     Args:
-        folder: the dataset, which the query names by its kind, such as `captions`.
+        folder: the dataset. The query refers to it by its kind, such as `captions`.
         sql: the statement.
         parameters: values for the placeholders (`?`) of the statement.
-        limits: memory, threads and temporary disk space.
+        limits: limits on memory, threads and temporary disk space.
 
     Raises:
         DatasetError: the folder is not a dataset.
@@ -146,7 +147,7 @@ def connect(limits: SqlLimits, spill: str) -> duckdb.DuckDBPyConnection:
         # DuckDB shows this setting but does not apply it if it is part of the initial configuration.
         connection.execute("SET max_temp_directory_size = ?", [limits.spill])
     except duckdb.Error as error:
-        raise ConfigError(f"limits of the query: {error}") from error
+        raise ConfigError(f"query limits: {error}") from error
     return connection
 
 
@@ -158,7 +159,7 @@ def lock_connection(connection: duckdb.DuckDBPyConnection, addresses: Sequence[s
 
 
 def _list_files(dataset: ShardedDataset) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns names and paths of the data files and of the failure files of all shards that are done."""
+    """Returns the names and paths of the data files and of the failure files of all complete shards."""
     done = range(dataset.shards) if dataset.is_complete() else sorted(dataset.read_markers())
     failure_files = set(dataset.folder.list(FAILURES_FOLDER))
     parts = {f"{dataset.kind}/{part_name(shard)}.parquet": dataset.part_path(shard) for shard in done}
@@ -194,7 +195,7 @@ def _interrupt_on_ctrl_c(connection: duckdb.DuckDBPyConnection) -> Iterator[None
 
 @contextmanager
 def _raise_query_errors(view: str) -> Iterator[None]:
-    """Raises DuckDB's errors, which Arrow and the file system wrap in their own, as QueryError."""
+    """Converts DuckDB errors to QueryError, even if Arrow or the file system has wrapped them."""
     try:
         yield
     except duckdb.CatalogException as error:

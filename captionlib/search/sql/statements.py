@@ -1,4 +1,4 @@
-"""Distinguishes SQL statements that only read from all others, with DuckDB's parser."""
+"""Rejects SQL statements that do more than read the dataset, using DuckDB's parser."""
 
 import json
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ _ALLOWED_NODES = frozenset({"CTE_NODE", "RECURSIVE_CTE_NODE", "SELECT_NODE", "SE
 
 
 def check_reads_only(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
-    """Accepts one SELECT (or DESCRIBE, SHOW, SUMMARIZE, VALUES, FROM) that calls no function with outside access.
+    """Checks that SQL is one SELECT (or DESCRIBE, SHOW, SUMMARIZE, VALUES, FROM) with only safe table functions.
 
-    DuckDB's settings already keep statements away from files and settings. This check also rejects what they miss,
-    such as `enable_logging(storage_path=...)`, and whatever later versions of DuckDB add.
+    DuckDB's settings already block access to files and settings. This check also rejects functions that they do not
+    cover, such as `enable_logging(storage_path=...)` and functions added in future versions of DuckDB.
 
     Raises:
-        QueryError: the statement is of another kind, or is not valid SQL.
+        QueryError: the SQL is invalid or is any other statement.
     """
     try:
         statements = connection.extract_statements(sql)
@@ -36,7 +36,7 @@ def check_reads_only(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
     try:
         nodes = list(_walk_nodes(json.loads(row[0])))
     except RecursionError as error:
-        raise QueryError("query: it is nested too deeply; write it with fewer levels") from error
+        raise QueryError("query: nested too deeply; rewrite it with fewer levels") from error
     for node in nodes:
         _check_node(node)
 
@@ -45,13 +45,13 @@ def _check_node(node: dict[str, Any]) -> None:
     kind = node.get("type")
     if kind == "TABLE_FUNCTION" and (name := node["function"]["function_name"]) not in _ALLOWED_TABLE_FUNCTIONS:
         allowed = ", ".join(sorted(_ALLOWED_TABLE_FUNCTIONS))
-        raise QueryError(f"query: table function {name} is not allowed; allowed are {allowed}")
+        raise QueryError(f"query: table function {name} is not allowed; expected one of {allowed}")
     if isinstance(kind, str) and kind.endswith("_NODE") and kind not in _ALLOWED_NODES:
         raise QueryError(f"query: expected only SELECT, got a nested {kind.split('_')[0]}; the dataset is read-only")
 
 
 def _walk_nodes(tree: Any) -> Iterator[dict[str, Any]]:
-    """Yields all mappings of a parsed statement, outer ones first."""
+    """Yields all mappings of a parsed statement, outer mappings first."""
     stack = [tree]
     while stack:
         node = stack.pop()

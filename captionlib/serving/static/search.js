@@ -5,7 +5,7 @@ const form = document.getElementById("search");
 const results = document.getElementById("results");
 let timer = 0;
 let controller = null;
-let submitted = false; // whether the shown results stay in the browser's history
+let submitted = false; // whether the current results keep their entry in the browser's history
 
 async function search() {
   const parameters = new URLSearchParams(new FormData(form));

@@ -89,8 +89,8 @@ def test_imported_features_name_no_encoder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("features", "name", "message"),
     [
-        (FEATURES[:, :3], "feats", r"got 3 columns of 5 numbers and an image with imgid 3 \(.*images\[2\]\)"),
-        (FEATURES.T, "feats", "got 4 rows of 5 numbers; the matrix seems to be transposed; save its transpose"),
+        (FEATURES[:, :3], "feats", r"got 3 columns of 5 values and an image with imgid 3 \(.*images\[2\]\)"),
+        (FEATURES.T, "feats", "got 4 rows and 5 columns, so the matrix seems to be transposed; save its transpose"),
         (FEATURES, "x", "a numeric matrix named feats, got the variables x"),
         (np.zeros((2, 2, 2)), "feats", r"named feats, got shape \[2, 2, 2\]"),
         (np.where(np.arange(4) == 0, np.nan, FEATURES), "feats", "got others in column 0"),

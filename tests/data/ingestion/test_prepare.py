@@ -85,7 +85,7 @@ def test_limit_and_splits_select_rows(tmp_path: Path) -> None:
     config = PrepareConfig(splits=("odd",), limit=3, check_images=False)
     summary = prepare(source, tmp_path / "manifest", config)
     assert read_image_ids(tmp_path / "manifest") == ["1", "3", "5"]
-    assert summary.skipped == {"in another split": 3}
+    assert summary.skipped == {"in a different split": 3}
 
 
 def test_list_of_missing_images_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
@@ -121,14 +121,14 @@ def test_source_that_chains_file_systems_is_refused(tmp_path: Path) -> None:
 
 def test_empty_source_is_an_error_naming_skipped_items(tmp_path: Path) -> None:
     touch(tmp_path, ["images/readme.txt"])
-    message = r"no images; read as folder, .*skipped: not an image: extension \.txt \(1\)"
+    message = r"no images; format folder expects .*skipped: not an image: extension \.txt \(1\)"
     with pytest.raises(DatasetError, match=message):
         prepare(tmp_path / "images", tmp_path / "manifest")
 
 
 def test_overwrite_does_not_touch_a_folder_of_other_files(tmp_path: Path) -> None:
     touch(tmp_path, ["thesis/chapter1.tex"])
-    with pytest.raises(DatasetError, match="holds files that captionlib did not write"):
+    with pytest.raises(DatasetError, match="contains files that captionlib did not write"):
         prepare(write_csv(tmp_path / "a.csv", ["a"]), tmp_path / "thesis", UNCHECKED, overwrite=True)
     assert (tmp_path / "thesis/chapter1.tex").exists()
 

@@ -171,7 +171,7 @@ def test_top_level_contains_only_complete_parquet_files(tmp_path: Path) -> None:
 
 
 def test_open_rejects_other_folders_and_kinds(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"is not a dataset of captionlib: expected a folder with _dataset.json"):
+    with pytest.raises(DatasetError, match=r"is not a captionlib dataset: expected a folder with _dataset.json"):
         open_dataset(tmp_path)
     create(tmp_path / "data")
     with pytest.raises(DatasetError, match="expected a dataset of kind captions, got manifest"):

@@ -52,7 +52,7 @@ def test_coco_rejects_instances_without_captions(tmp_path: Path) -> None:
     document = make_coco((1, "a.jpg", ["one"]))
     del document["annotations"][0]["caption"]
     path = write_json(tmp_path / "instances_val2014.json", document)
-    with pytest.raises(DatasetError, match=r"with a caption, got ones with id, image_id; use COCO's captions_\*\.json"):
+    with pytest.raises(DatasetError, match=r"with the key caption, got id, image_id; use COCO's captions_\*\.json"):
         read(path)
 
 

@@ -28,7 +28,7 @@ def read_captions(path: Path, **options: Any) -> list[tuple[str, tuple[str, ...]
 )
 def test_table_without_header(tmp_path: Path, name: str, content: str, columns: tuple[str, ...]) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(ConfigError, match="or name all columns of a table without a header with --columns"):
+    with pytest.raises(ConfigError, match="if the table has no header, specify all columns with --columns"):
         read(tmp_path / name)
     expected = [("a.jpg", ("a dog, a cat",)), ("b.jpg", ("two; three | four",))]
     assert read_captions(tmp_path / name, columns=columns) == expected

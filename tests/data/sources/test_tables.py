@@ -97,7 +97,7 @@ def test_image_in_two_splits_is_an_error_naming_both_rows(tmp_path: Path) -> Non
             "id,url\n1,a.jpg,surplus\n",
             r"line 2: expected 2 cells, got 3; quote cells that contain the delimiter",
         ),
-        ("a.csv", 'id,url\n1,"a.jpg\n', r"line \d: .*; check its quotes"),
+        ("a.csv", 'id,url\n1,"a.jpg\n', r"line \d: .*; check the quotes"),
         ("a.csv", b"id,url\n1,\xff.jpg\n", r"not UTF-8"),
         ("a.jsonl", '{"url": "a.jpg"}\n{"url": \n', r"line 2, column \d+: not JSON: .*expected one object per line"),
         (

@@ -140,7 +140,7 @@ def test_ctrl_c_interrupts_a_query(local: str) -> None:
 def test_limits_are_applied_and_validated(captions: str) -> None:
     sql = "SELECT current_setting('threads') AS threads, current_setting('memory_limit') AS memory"
     assert query_sql(captions, sql, limits=SqlLimits("300MB", 1)).to_pylist() == [{"threads": 1, "memory": "286.1 MiB"}]
-    with pytest.raises(ConfigError, match=r"limits of the query: .*[Mm]emory"):
+    with pytest.raises(ConfigError, match=r"query limits: .*[Mm]emory"):
         query_sql(captions, sql, limits=SqlLimits("plenty"))
 
 
