@@ -11,31 +11,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from captionlib.data.images.loading import LoadingConfig as LoadingConfig
     from captionlib.data.ingestion.neuraltalk import import_features as import_features
-    from captionlib.data.ingestion.prepare import PrepareConfig as PrepareConfig
-    from captionlib.data.ingestion.prepare import prepare as prepare
-    from captionlib.data.shards.dataset import ShardedDataset as ShardedDataset
-    from captionlib.data.shards.dataset import open_dataset as open_dataset
+    from captionlib.data.ingestion.prepare import PrepareConfig as PrepareConfig, prepare as prepare
+    from captionlib.data.shards.dataset import ShardedDataset as ShardedDataset, open_dataset as open_dataset
     from captionlib.errors import CaptionlibError as CaptionlibError
     from captionlib.evaluation.evaluate import evaluate_captions as evaluate_captions
     from captionlib.models.captioners.captioner import CaptionerConfig as CaptionerConfig
-    from captionlib.models.checkpoints.checkpoint import load_captioner as load_captioner
-    from captionlib.models.checkpoints.checkpoint import load_ranker as load_ranker
+    from captionlib.models.checkpoints.checkpoint import load_captioner as load_captioner, load_ranker as load_ranker
     from captionlib.models.decoding.config import DecodingConfig as DecodingConfig
     from captionlib.models.encoders.encoder import EncoderConfig as EncoderConfig
-    from captionlib.models.inference.captioning import GenerationConfig as GenerationConfig
-    from captionlib.models.inference.captioning import caption_images as caption_images
+    from captionlib.models.inference.captioning import (
+        GenerationConfig as GenerationConfig,
+        caption_images as caption_images,
+    )
     from captionlib.models.inference.embedding import EmbeddingConfig as EmbeddingConfig
     from captionlib.models.inference.extraction import ExtractionConfig as ExtractionConfig
     from captionlib.models.rankers.ranker import RankerConfig as RankerConfig
     from captionlib.search.config import IndexConfig as IndexConfig
-    from captionlib.search.index import Index as Index
-    from captionlib.search.index import open_index as open_index
+    from captionlib.search.index import Index as Index, open_index as open_index
     from captionlib.search.sql.session import query_sql as query_sql
-    from captionlib.training.captioning import CaptionerTrainingConfig as CaptionerTrainingConfig
-    from captionlib.training.captioning import train_captioner as train_captioner
+    from captionlib.training.captioning import (
+        CaptionerTrainingConfig as CaptionerTrainingConfig,
+        train_captioner as train_captioner,
+    )
     from captionlib.training.optimization import TrainingConfig as TrainingConfig
-    from captionlib.training.ranking import RankerTrainingConfig as RankerTrainingConfig
-    from captionlib.training.ranking import train_ranker as train_ranker
+    from captionlib.training.ranking import RankerTrainingConfig as RankerTrainingConfig, train_ranker as train_ranker
     from pipelines.build_index import build_index as build_index
     from pipelines.embed_images import embed_images as embed_images
     from pipelines.extract_features import extract_features as extract_features

@@ -18,8 +18,7 @@ import captionlib
 from captionlib.config import to_dict
 from captionlib.data.shards import schemas
 from captionlib.recipes import list_recipes
-from jobs.cli import COMMANDS
-from jobs.cli import captionlib as command_line
+from jobs.cli import COMMANDS, captionlib as command_line
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -12,8 +12,7 @@ from captionlib.config import to_dict
 from captionlib.data.shards.inspection import DatasetReport, inspect_dataset
 from captionlib.data.shards.markers import DESCRIPTION_FILE
 from captionlib.errors import DatasetError
-from captionlib.search.index_folder import DESCRIPTION as INDEX
-from captionlib.search.index_folder import IndexDescription, read_description
+from captionlib.search.index_folder import DESCRIPTION as INDEX, IndexDescription, read_description
 from captionlib.storage.folders import Folder
 
 __all__ = ["command"]

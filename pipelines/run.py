@@ -24,7 +24,7 @@ from apache_beam.transforms.environments import SubprocessSDKEnvironment
 from pydantic import Field, PositiveInt
 
 from captionlib.config import configclass
-from captionlib.cpus import available_cpus
+from captionlib.data.images.decoder_pool import available_cpus
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.markers import Totals
 from captionlib.data.shards.progress import show_progress

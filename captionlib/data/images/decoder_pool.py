@@ -21,12 +21,11 @@ import numpy.typing as npt
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from captionlib.config import configclass
-from captionlib.cpus import available_cpus
 from captionlib.data.images.decoder_process import FAILURE, REQUEST_HEADER, RESPONSE_HEADER, DecoderSettings
 from captionlib.data.images.decoding import MAX_IMAGE_PIXELS, Preprocessing
 from captionlib.errors import DecodeError, SubprocessError
 
-__all__ = ["DecoderConfig", "DecoderPool"]
+__all__ = ["DecoderConfig", "DecoderPool", "available_cpus"]
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -256,3 +255,8 @@ def _enlarge_pipe(descriptor: int) -> None:
     if hasattr(fcntl, "F_SETPIPE_SZ"):
         with suppress(OSError):
             fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+
+
+def available_cpus() -> int:
+    """Returns the number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from captionlib.data.batches.text import SentenceBatches, SequenceBatches
 from captionlib.data.text.vocabulary import PAD

@@ -11,8 +11,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from captionlib.data.images import public_hosts
 from captionlib.data.images.addresses import IMAGE_PROTOCOLS, ImageAddress, image_exists, parse_image_address

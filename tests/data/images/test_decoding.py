@@ -7,8 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageCms
 from torchvision.models import EfficientNet_B0_Weights, VGG16_Weights
 from torchvision.transforms import InterpolationMode

@@ -3,8 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from captionlib.data.text.vocabulary import END, PAD, UNKNOWN, Vocabulary, tokenize
 from captionlib.errors import ConfigError

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from captionlib.data.text.word_vectors import read_word_vectors
 from captionlib.errors import ConfigError, DatasetError

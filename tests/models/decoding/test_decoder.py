@@ -5,8 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from captionlib.data.text.vocabulary import END, UNKNOWN
 from captionlib.errors import ConfigError, DatasetError

@@ -1,7 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from captionlib.data.text.vocabulary import END, UNKNOWN
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
