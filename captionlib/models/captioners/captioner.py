@@ -44,7 +44,7 @@ class CaptionerConfig:
         embedding_size: dimensions of the word embeddings and the image embedding.
         dropout: dropout probability of the inputs and outputs of each layer, and of annotation vectors.
         image_input: where the image enters: `initial_input`, a separate input before START (NeuralTalk's LSTM);
-            `first_step`, added to START (NeuralTalk's RNN); `every_step`, added to every word; `initial_state`, as the
+            `first_step`, added to START (the RNN of Karpathy & Fei-Fei); `every_step`, added to every word; `initial_state`, as the
             state before START; `none` for a language model.
         tie_embeddings: use the word embeddings as the softmax weights; requires `embedding_size` = `hidden_size`.
         feature_power: exponent applied to the magnitude of features, which keep their sign; below 1 it damps large
