@@ -26,9 +26,9 @@ def command(
 ) -> None:
     """Embed every image of SOURCE, a features dataset or a manifest (list of images).
 
-    A manifest's images are encoded in the same pass. Writes an embeddings dataset of unit vectors in the joint space of
-    the ranker, a dual encoder for image-text retrieval. `captionlib generate-captions --ranker` writes the same dataset
-    in one pass with the captions, so that the images are encoded only once.
+    If SOURCE is a manifest, its images are encoded and embedded in one pass. Writes an embeddings dataset of unit
+    vectors in the joint space of the ranker, a dual encoder for image-text retrieval. `captionlib generate-captions
+    --ranker` writes the same dataset in one pass with the captions, so that the images are encoded only once.
 
     \b
     Examples:

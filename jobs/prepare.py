@@ -21,7 +21,7 @@ __all__ = ["command"]
     help="Format of SOURCE. With auto, it is detected from file names and contents.",
 )
 @click.option(
-    "--images", metavar="FOLDER", help="Folder that relative image paths start from. [default: the folder of SOURCE]"
+    "--images", metavar="FOLDER", help="Folder that image paths are relative to. [default: the folder of SOURCE]"
 )
 @click.option("--default-split", default="", metavar="NAME", help="Split of images for which SOURCE has no split.")
 @click.option(

@@ -30,7 +30,7 @@ def command(features: str, output: str, config: str | None, overrides: tuple[str
       torchrun --nproc-per-node 4 --no-python captionlib train-ranker features -o ranker
 
     A recipe (--config) is a built-in configuration; --set overrides single values. The recipe flickr8k is for small
-    datasets.
+    datasets. The sentence encoder `mean` averages the word embeddings of a sentence.
 
     The output folder contains the checkpoint (model.safetensors, config.json, training.json), resolved.json with all
     settings of the run, metrics.jsonl and curves.png, tensorboard/, and the state to resume from in _training/.

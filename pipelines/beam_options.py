@@ -13,7 +13,7 @@ __all__ = ["expand_option_files", "to_flags"]
 
 
 def expand_option_files(flags: Sequence[str]) -> list[str]:
-    """Replaces each `@FILE`, a path or the name of a built-in file, by flags. Later flags override earlier ones.
+    """Replaces each `@FILE` (a path or a built-in file in configs/runners) by flags. Later flags override earlier ones.
 
     Raises:
         ConfigError: a file cannot be read, or its content is not a mapping of options.
@@ -32,7 +32,9 @@ def to_flags(options: Mapping[str, Any], path: str) -> Iterator[str]:
             if value is True:
                 yield f"--{name}"
             elif value is None or value is False:
-                raise ConfigError(f"{path}: {name} is {value}; expected a value or true; remove the line or set one")
+                raise ConfigError(
+                    f"{path}: {name} is {value}; expected true or another value; set one, or remove the line"
+                )
             else:
                 yield f"--{name}={json.dumps(value) if isinstance(value, Mapping) else value}"
 

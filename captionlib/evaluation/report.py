@@ -55,7 +55,7 @@ def write_report(
 
     Below the title, the page shows `note`, then `scores` (name, value, and a detail such as a confidence interval), the
     curves of a training `history` (one row per epoch), and the predictions. `cider` maps image ids to the CIDEr of the
-    caption, and `attributes` to whether the caption is correct in attributes such as `color`. `encoder_view` contains
+    caption, and `attributes` to whether the caption gets attributes such as `color` right. `encoder_view` contains
     the encoder's crop and the captioner's attention maps. If `progress` is true, a progress bar is shown.
 
     Raises:
@@ -96,7 +96,7 @@ def write_report(
 def _clear(folder: Folder) -> None:
     """Removes the thumbnails of an earlier report. Raises an error if the folder contains other files."""
     names = [name for name in folder.list() if name != TEMPORARY_FOLDER]
-    expected = (PAGE, DATA, THUMBNAILS) if DATA in names else (THUMBNAILS,)  # index.html alone may be any page
+    expected = (PAGE, DATA, THUMBNAILS) if DATA in names else (THUMBNAILS,)  # PAGE without DATA may be of any origin
     if others := [name for name in names if name not in expected]:
         raise DatasetError(
             f"{folder.uri} contains files that are not from a report ({', '.join(others[:3])}); specify an empty folder"

@@ -185,7 +185,7 @@ class Folder:
 
 
 def _read_batch(fs: Any, paths: list[str]) -> tuple[list[bytes], list[str]]:
-    """Returns the contents that could be read and the paths to retry. Raises a permanent error, or any if all fail."""
+    """Returns contents and paths to retry. Raises the first permanent error, or the first error if no file was read."""
     results = fs.cat_ranges(paths, None, None, on_error="return")
     contents = [result for result in results if isinstance(result, bytes)]
     errors = {

@@ -39,9 +39,9 @@ class CaptioningObjective(Objective[CaptionBatch, Model]):
         save: SaveModel[Model],
         label_smoothing: float = 0.0,
         cider: "CiderValidation | None" = None,
-        part_learning_rates: Mapping[str, float] | None = None,
+        module_learning_rates: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(model, save, part_learning_rates)
+        super().__init__(model, save, module_learning_rates)
         if cider is not None:
             self.score_name, self.higher_is_better = "CIDEr", True
         self._training = training

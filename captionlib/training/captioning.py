@@ -203,9 +203,9 @@ def _make_objective(
             captions for captions in read_references(dataset, config.validation_splits) if any(map(encode, captions))
         ]
         cider = CiderValidation(validation, references, vocabulary, config.decoding)
-    part_learning_rates = {}
+    module_learning_rates = {}
     if model.encoder_top is not None:
-        part_learning_rates["encoder_top"] = config.encoder_top_learning_rate
+        module_learning_rates["encoder_top"] = config.encoder_top_learning_rate
         model.encoder_top.requires_grad_(config.encoder_top_learning_rate > 0)
 
     def save(output: Folder, model: Captioner, history: dict[str, Any]) -> None:
@@ -213,9 +213,9 @@ def _make_objective(
         save_captioner(output, model, vocabulary, encoder, provenance=stamped, training=history)
 
     if config.objective == "bag_of_words":
-        return BagOfWordsObjective(model, training, validation, save, part_learning_rates=part_learning_rates)
+        return BagOfWordsObjective(model, training, validation, save, module_learning_rates=module_learning_rates)
     captioning = CaptioningObjective(
-        model, training, validation, save, config.label_smoothing, cider, part_learning_rates
+        model, training, validation, save, config.label_smoothing, cider, module_learning_rates
     )
     if config.objective == "self_critical":
         token_ids = (list(map(encode, captions)) for captions in read_references(dataset, config.train_splits))

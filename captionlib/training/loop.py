@@ -94,7 +94,7 @@ class _Run(Generic[Batch, Model]):
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._device = self._parameters[0].device
         self._steps_per_epoch = objective.steps_per_epoch()
-        self._optimizer = make_optimizer(model, config, objective.part_learning_rates)
+        self._optimizer = make_optimizer(model, config, objective.module_learning_rates)
         self._scheduler = make_scheduler(self._optimizer, config, self._steps_per_epoch)
         self._average = None if config.ema_decay is None else average_weights(model, config.ema_decay)
         seed_everything(config.seed + self.group.rank)
@@ -102,13 +102,13 @@ class _Run(Generic[Batch, Model]):
     def resume(self) -> None:
         saved = self.group.run_on_first(lambda: load_state(self._output, self._resolved))
         if saved is not None:
-            self.state, parts = saved
-            self._objective.model.load_state_dict(parts["model"])
-            self._optimizer.load_state_dict(parts["optimizer"])
-            self._scheduler.load_state_dict(parts["scheduler"])
+            self.state, state_dicts = saved
+            self._objective.model.load_state_dict(state_dicts["model"])
+            self._optimizer.load_state_dict(state_dicts["optimizer"])
+            self._scheduler.load_state_dict(state_dicts["scheduler"])
             if self._average is not None:
-                self._average.load_state_dict(parts["average"])
-            set_rng_states(parts["rng_states"][self.group.rank], self._device)
+                self._average.load_state_dict(state_dicts["average"])
+            set_rng_states(state_dicts["rng_states"][self.group.rank], self._device)
         if self.group.is_first:
             self._output.write(RESOLVED, to_json(self._resolved))
 
@@ -120,14 +120,14 @@ class _Run(Generic[Batch, Model]):
     def save(self) -> None:
         rng_states = self.group.gather(get_rng_states(self._device))
         if self.group.is_first:
-            parts = {
+            state_dicts = {
                 "model": self._objective.model.state_dict(),
                 "optimizer": self._optimizer.state_dict(),
                 "scheduler": self._scheduler.state_dict(),
                 "average": None if self._average is None else self._average.state_dict(),
                 "rng_states": rng_states,
             }
-            save_state(self._output, self._resolved, self.state, parts)
+            save_state(self._output, self._resolved, self.state, state_dicts)
 
     def train_epoch(self, is_stop_requested: Callable[[], bool], progress: bool) -> None:
         state, config = self.state, self._config
@@ -163,16 +163,16 @@ class _Run(Generic[Batch, Model]):
         """Takes one step. Returns whether any process was asked to stop, and whether it is time to save the state."""
         config = self._config
         loss = None
-        if batch is not None:
+        if batch is not None:  # None if this process has no share of the step's batch
             with torch.autocast(self._device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                 loss = self._objective.loss(batch)
         self._optimizer.zero_grad()
         if loss is not None:
             loss.mean.backward()  # type: ignore[no-untyped-call]
-        totals = (0.0, 0, 0.0, 0) if loss is None else loss[1:]
+        totals = (0.0, 0, 0.0, 0) if loss is None else loss[1:]  # loss sum, term count, reward sum, caption count
         must_save = self.group.is_first and time.monotonic() > save_at
         # A single all-reduce sums the totals and lets the processes agree on stopping and saving.
-        group_totals = self.group.sum([*totals, is_stop_requested(), must_save], self._device)
+        *group_totals, stops, saves = self.group.sum([*totals, is_stop_requested(), must_save], self._device)
         self.group.average_gradients(self._parameters, weight=totals[1] / max(group_totals[1], 1))
         if config.clip_value is not None:
             nn.utils.clip_grad_value_(self._parameters, config.clip_value)
@@ -182,8 +182,8 @@ class _Run(Generic[Batch, Model]):
         self._scheduler.step()
         if self._average is not None:
             self._average.update_parameters(self._objective.model)
-        self.state.complete_step(*group_totals[:4])
-        return group_totals[4] > 0, group_totals[5] > 0
+        self.state.complete_step(*group_totals)
+        return stops > 0, saves > 0
 
     def complete_epoch(self, progress: bool) -> None:
         model = self._objective.model

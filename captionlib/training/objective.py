@@ -42,7 +42,7 @@ class Objective(ABC, Generic[Batch, Model]):
     Args:
         model: the model to train, on its device.
         save_model: writes a checkpoint.
-        part_learning_rates: learning rates of individual attributes of the model, by name; all other parameters
+        module_learning_rates: learning rates of individual attributes of the model, by name; all other parameters
             use the configured learning rate.
 
     Attributes:
@@ -54,10 +54,10 @@ class Objective(ABC, Generic[Batch, Model]):
     higher_is_better = False
 
     def __init__(
-        self, model: Model, save_model: SaveModel[Model], part_learning_rates: Mapping[str, float] | None = None
+        self, model: Model, save_model: SaveModel[Model], module_learning_rates: Mapping[str, float] | None = None
     ) -> None:
         self.model = model
-        self.part_learning_rates = part_learning_rates or {}
+        self.module_learning_rates = module_learning_rates or {}
         self.save_model = save_model
         self._group = ProcessGroup()
         self._device = next(model.parameters()).device
@@ -66,7 +66,7 @@ class Objective(ABC, Generic[Batch, Model]):
     def batches(self, seed: int, epoch: int, first: int) -> Iterator[Batch | None]:
         """Yields the batches of an epoch from index `first` on, in an order determined by `seed` and `epoch`.
 
-        In data-parallel training, each process yields its part of every batch, or None if its part is empty.
+        In data-parallel training, each process yields its share of every batch, or None if its share is empty.
         """
 
     @abstractmethod

@@ -68,19 +68,19 @@ class TrainingConfig:
 
 
 def make_optimizer(
-    model: nn.Module, config: TrainingConfig, part_learning_rates: Mapping[str, float] | None = None
+    model: nn.Module, config: TrainingConfig, module_learning_rates: Mapping[str, float] | None = None
 ) -> torch.optim.Optimizer:
     """Returns an optimizer for the parameters that require gradients, with one parameter group per learning rate.
 
-    `part_learning_rates` holds the learning rates of individual attributes of the model, by name.
+    `module_learning_rates` holds the learning rates of individual attributes of the model, by name.
     """
-    rates = part_learning_rates or {}
-    parts: dict[str, list[nn.Parameter]] = {}
+    rates = module_learning_rates or {}
+    modules: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = name.split(".")[0]
-            parts.setdefault(part if part in rates else "", []).append(parameter)
-    groups = [{"params": parameters, "lr": rates.get(part, config.learning_rate)} for part, parameters in parts.items()]
+            module = name.split(".")[0]
+            modules.setdefault(module if module in rates else "", []).append(parameter)
+    groups = [{"params": group, "lr": rates.get(name, config.learning_rate)} for name, group in modules.items()]
     if config.optimizer == "rmsprop":
         return torch.optim.RMSprop(groups, alpha=_RMSPROP_ALPHA)
     if config.optimizer == "adam":

@@ -98,7 +98,7 @@ class SelfCriticalObjective(Objective[SelfCriticalBatch, Captioner]):
         references: Iterable[Sequence[list[int]]],
         max_tokens: int,
     ) -> None:
-        super().__init__(captioning.model, captioning.save_model, captioning.part_learning_rates)
+        super().__init__(captioning.model, captioning.save_model, captioning.module_learning_rates)
         self.score_name, self.higher_is_better = captioning.score_name, captioning.higher_is_better
         self._captioning = captioning
         self._config = config

@@ -90,14 +90,14 @@ def claim_folder(output: Folder, overwrite: bool) -> None:
             output.remove(name)
 
 
-def save_state(output: Folder, resolved: Mapping[str, Any], state: RunState, parts: Mapping[str, Any]) -> None:
-    """Writes or replaces the state of a run. `parts` holds state dictionaries, such as the model's."""
+def save_state(output: Folder, resolved: Mapping[str, Any], state: RunState, state_dicts: Mapping[str, Any]) -> None:
+    """Writes or replaces the state of a run. `state_dicts` holds the state of the model and others, by name."""
     with output.stage(STATE) as path:
-        torch.save({"resolved": resolved, "state": vars(state), **parts}, path)
+        torch.save({"resolved": resolved, "state": vars(state), **state_dicts}, path)
 
 
 def load_state(output: Folder, resolved: Mapping[str, Any]) -> tuple[RunState, dict[str, Any]] | None:
-    """Returns the progress and the parts that `save_state` wrote, or None if the folder holds no saved state.
+    """Returns the progress and the state dicts that `save_state` wrote, or None if the folder holds no saved state.
 
     Raises:
         DatasetError: the folder holds a run with a different configuration.

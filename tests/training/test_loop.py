@@ -33,7 +33,7 @@ class Line:
 
     score_name = "error"
     higher_is_better = False
-    part_learning_rates: ClassVar[dict[str, float]] = {}
+    module_learning_rates: ClassVar[dict[str, float]] = {}
 
     def __init__(self, at_step: Callable[[int], None] = lambda _: None) -> None:
         seed_everything(0)

@@ -1,7 +1,7 @@
 """Imports the image features published with NeuralTalk (Karpathy's captioning code).
 
 `dataset.json` lists the images and captions. Column N of the matrix in `vgg_feats.mat` is the feature vector of the
-image with `imgid` N.
+image with `imgid` N. The output is a features dataset: the manifest columns (image and captions) plus the vector.
 """
 
 import os
@@ -36,11 +36,11 @@ class ImportConfig:
 
     Attributes:
         variable: name of the matrix in the MATLAB file.
-        image_root: folder that image paths start from. If None, the folder of `dataset.json` is used.
+        image_root: folder that image paths are relative to. If None, the folder of `dataset.json` is used.
         stored_dtype: dtype of the stored features.
         shard_size: rows per shard (output file).
         model: name of the network that computed the features, shown by `captionlib inspect`.
-        node: name of the layer whose output the features are, shown by `captionlib inspect`.
+        node: name of the layer that produced the features, shown by `captionlib inspect`.
     """
 
     variable: str = "feats"
@@ -60,7 +60,7 @@ def import_features(
     overwrite: bool = False,
     progress: bool = False,
 ) -> Totals:
-    """Writes a features dataset (images, captions and feature vectors in Parquet). Resumes an interrupted import.
+    """Writes a features dataset, or resumes an interrupted import.
 
     Example:
         >>> totals = captionlib.import_features("scenes/dataset.json", "vgg_feats.mat", "imported")
@@ -103,7 +103,7 @@ def import_features(
             overwrite=overwrite,
         )
         with progress_bar("import-features", len(rows), "images", progress) as bar:
-            bar.skip(sum(marker.rows for marker in dataset.read_markers().values()))
+            bar.skip(sum(marker.rows for marker in dataset.read_markers().values()))  # one marker per finished shard
             for shard in dataset.pending_shards():
                 selected = slice(shard * config.shard_size, (shard + 1) * config.shard_size)
                 vectors = _read_vectors(matrix, columns[selected], config.stored_dtype, mat_address)
@@ -130,7 +130,7 @@ def _find_columns(
             f"{address}: expected a column for each of {count} images, got {matrix.rows} rows and {matrix.columns} "
             "columns, so the matrix seems to be transposed; save its transpose"
         )
-    for imgid, row in numbered_rows:
+    for imgid, row in numbered_rows:  # row.origin is the file and entry that the row came from
         if isinstance(imgid, bool) or not isinstance(imgid, int) or imgid < 0:
             raise DatasetError(f"{row.origin}: expected a column number as imgid, got {describe(imgid)}")
         if imgid >= matrix.columns:
@@ -139,7 +139,7 @@ def _find_columns(
                 f"and an image with imgid {imgid} ({row.origin}); check that both files belong to the same dataset"
             )
         if row.image_id in seen:
-            raise DuplicateIdError(f"{row.origin}: expected one row per image id, got a second with {row.image_id!r}")
+            raise DuplicateIdError(f"{row.origin}: expected one row per image, got a second row for {row.image_id!r}")
         seen.add(row.image_id)
         if not is_unicode(row.image_id + row.uri + row.split + "".join(row.captions)):
             raise DatasetError(f"{row.origin}: expected valid Unicode, got lone surrogates; correct the entry")
@@ -167,8 +167,8 @@ def _read_vectors(matrix: Matrix, columns: npt.NDArray[np.int64], dtype: str, ad
         vectors = np.asarray(matrix.read_columns(ascending)).astype(dtype)[inverse]
     if len(invalid := columns[~np.isfinite(vectors).all(1)]):
         raise DatasetError(
-            f"{address}: expected finite numbers within the range of {dtype}, got others in column {invalid[0]}; "
-            "set stored_dtype=float32, or check the file"
+            f"{address}: expected finite numbers within the range of {dtype}, but column {invalid[0]} contains a value "
+            "that is not finite or out of range; set stored_dtype=float32, or check the file"
         )
     return vectors
 

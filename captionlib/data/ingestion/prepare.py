@@ -187,7 +187,7 @@ def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
         reason = "" if refused is None else f"; {refused.reason}: {refused}"
         raise DatasetError(
             f"none of the first {len(rows)} images exists; the first is expected at {rows[0].uri}{reason}; set the "
-            "folder that image paths start from with --images, or use --no-check-images if only the workers of "
+            "folder that image paths are relative to with --images, or use --no-check-images if only the workers of "
             "later jobs can read the images"
         )
 

@@ -27,13 +27,14 @@ class DatasetReport:
     """A summary of a dataset and its finished shards.
 
     Attributes:
+        kind: what the dataset contains: manifest (images and reference captions), features, captions or embeddings.
         fingerprint: hash of everything that determines the rows.
         columns: type of each column by name.
         complete: whether all shards are finished and not too many images failed.
         size: size of the data files in bytes.
         seconds: time spent on the shards, summed over workers.
         failed: number of images that could not be read.
-        failures: failures by reason, the most frequent first.
+        failures: failures by reason (the kind of error), the most frequent first.
         temporary_files: number of temporary files of current and crashed runs. The next successful run removes them.
         problems: inconsistencies found. Checksums are compared only if `verify` is set.
     """
@@ -64,7 +65,7 @@ def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> Datase
         problems.insert(
             0,
             f"{SUCCESS_FILE} says that all {dataset.shards} shards are finished, but only {totals.shards} have a "
-            "valid marker",
+            "valid marker file (the record of a finished shard)",
         )
     return DatasetReport(
         folder=dataset.folder.uri,

@@ -24,7 +24,7 @@ class ShardWriter:
     """Collects the rows and failures (unreadable images) of a shard. Created by `write_shard`."""
 
     def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
-        self.marker: Marker  # set when the shard is published
+        self.marker: Marker  # record of the finished shard; set when it is published
         self.rows = 0
         self.failures: list[dict[str, str]] = []
         self._writer = writer

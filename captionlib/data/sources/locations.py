@@ -111,7 +111,7 @@ def resolve_uri(uri: str, root: str) -> str:
 
 
 def find_image_root(image_root: str | None, source: Location) -> str:
-    """Returns the folder that relative image paths start from: `image_root` or, by default, the folder of `source`."""
+    """Returns the folder that image paths are relative to: `image_root` or, by default, the folder of `source`."""
     return locate(image_root).address if image_root is not None else source.parent.address
 
 

@@ -90,7 +90,7 @@ class SourceOptions:
     """How to read a source.
 
     Attributes:
-        image_root: folder that relative image paths start from. If None, the folder of the source is used.
+        image_root: folder that image paths are relative to. If None, the folder of the source is used.
         default_split: split of images for which the source specifies none. It also overrides the split in COCO file
             names.
         split_files: for Flickr8k and Flickr30k, the file of image names for each split. If empty, the official split

@@ -65,8 +65,8 @@ class _Record(NamedTuple):
 def read_tables(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
     """Yields the images of tables in file order. Consecutive rows with captions of the same image become one row.
 
-    Without an id column, the id is the uri exactly as it is in the table. Relative uris start from `options.image_root`
-    or, by default, from the table's folder. See `RowReader` for the arguments.
+    Without an id column, the id is the uri exactly as it is in the table. Uris may be relative to `options.image_root`
+    or, by default, to the table's folder. See `RowReader` for the arguments.
 
     Raises:
         ConfigError: a column is missing or ambiguous.

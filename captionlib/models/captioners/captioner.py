@@ -7,8 +7,9 @@ It follows Karpathy & Fei-Fei 2015 (arXiv 1412.2306) and Vinyals et al. 2015 (ar
     h_t = max(0, Wxh x_t + Whh h_{t-1} + b)     or the gates of an LSTM; any number of layers
     p(w_{t+1} | w_1 .. w_t, image) = softmax(Why h_t + c)
 
-START is the END token. The image feature of a spatial feature map is the mean over its positions. With attention
-(attention.py), Wz z_t is added to h_t at the output, and Wg z_t to the next gates, where z_t is the context vector.
+The END token also serves as START. A feature map's image feature is its mean over positions. With attention
+(attention.py), Wz z_t is added to h_t before the output layer, and Wg z_t to the gates of step t + 1, where z_t is the
+context vector.
 """
 
 from typing import Annotated, Literal, NamedTuple
@@ -44,17 +45,17 @@ class CaptionerConfig:
         embedding_size: dimensions of the word embeddings and the image embedding.
         dropout: dropout probability of the inputs and outputs of each layer, and of annotation vectors.
         image_input: where the image enters: `initial_input`, a separate input before START (NeuralTalk's LSTM);
-            `first_step`, added to START (the RNN of Karpathy & Fei-Fei); `every_step`, added to every word; `initial_state`, as the
-            state before START; `none` for a language model.
+            `first_step`, added to START (the RNN of Karpathy & Fei-Fei); `every_step`, added to every word;
+            `initial_state`, as the state before START; `none` for a language model.
         tie_embeddings: use the word embeddings as the softmax weights; requires `embedding_size` = `hidden_size`.
         feature_power: exponent applied to the magnitude of features, which keep their sign; below 1 it damps large
             activations (Perronnin et al. 2010).
         standardize_features: standardize features with the mean and standard deviation of the training images.
         principal_components: number of whitened principal components that replace the features; 0 keeps the features.
-        attention_size: dimensions of an annotation vector; 0 disables attention, which requires spatial feature maps.
-        encoder_top: later node of the encoder network, such as `features.29` for features from `features.23`. The
-            layers in between become part of the captioner and are fine-tuned with it. If None, the features are
-            used as they are.
+        attention_size: dimensions of an annotation vector. 0 disables attention. Attention needs spatial feature maps.
+        encoder_top: a node of the encoder network after the one that the features come from, such as `features.29` if
+            they come from `features.23`. The layers in between become part of the captioner and are fine-tuned with
+            it. If None, the features are used as they are.
         weight_init: `neuraltalk` initializes all weights from U(-0.1, 0.1); `pytorch` uses PyTorch's defaults: word
             embeddings from N(0, 1), all others from U(-r, r) with r = 1 / sqrt(fan_in).
     """
@@ -239,7 +240,10 @@ class Captioner(nn.Module):
         return F.log_softmax(self.output(self.dropout(output.hidden)).float(), 1), output.state
 
     def predict_bag_of_words(self, features: Tensor) -> Tensor:
-        """Returns log-probabilities of the first token as a bag of words, `[images, vocabulary_size] float32`."""
+        """Predicts which words the caption contains.
+
+        Returns the first token's log-probabilities, to be read as a bag of words, `[images, vocabulary_size] float32`.
+        """
         image_state = self.encode_images(features)
         images = torch.arange(len(features), device=features.device)
         return self.step(torch.full_like(images, END), image_state.state, image_state, images)[0]
@@ -270,7 +274,7 @@ class Captioner(nn.Module):
         return self._encode_features((mean.sign() * mean.abs() ** (1 / self.config.feature_power))[None, None])
 
     def power_normalize(self, features: Tensor) -> Tensor:
-        """Raises the magnitude of features to `feature_power`. Feature statistics are computed afterwards."""
+        """Raises magnitudes to `feature_power`. Mean, deviation and principal components are those of the results."""
         power = self.config.feature_power
         if power == 1:
             return features

@@ -64,7 +64,7 @@ class _BeamSearch:
         self._constraints = constraints
         self._images = len(start.words)
         self._width = config.beam_width // config.beam_groups
-        self._tokens = start.words.shape[1] - 1  # in each hypothesis so far
+        self._tokens = start.words.shape[1] - 1  # number of tokens in each hypothesis so far
         if config.beam_groups > 1:
             start = start.select(torch.arange(self._images, device=device).repeat_interleave(config.beam_groups))
         groups = len(start.words)
@@ -138,8 +138,8 @@ class _BeamSearch:
             best, row, column = _top_continuations(scores, image, self._images, self._width)
             word, row = word[row, column], rows[row]
             log_prob = (group_log_prob[row] + log_probs[row, word]).where(best > -torch.inf, -torch.inf)
-            for values, of_turn in zip(chosen, (log_prob, row, word), strict=True):
-                values[turn::groups] = of_turn
+            for values, group_values in zip(chosen, (log_prob, row, word), strict=True):
+                values[turn::groups] = group_values
             selected = (best > -torch.inf) & (self._ranks < self._free[turn::groups])
             penalty.scatter_add_(1, word, self._config.diversity_penalty * selected.float())
         return chosen

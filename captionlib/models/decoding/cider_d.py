@@ -1,10 +1,10 @@
 """Computes CIDEr-D between all pairs of sentences from two lists, fast enough for every training step.
 
 The formula is from Vedantam et al. 2015 (arXiv 1411.5726) as implemented in pycocoevalcap: n-grams weighted by tf-idf,
-clipped counts, and a Gaussian penalty on the difference in length. Here, document frequencies come from all training
-images. In an evaluation, they come from the evaluated images.
+clipped counts, and a Gaussian penalty on the difference in length, measured in bigrams. Here, document frequencies
+come from all training images. In an evaluation, they come from the evaluated images.
 
-An n-gram of up to four words is stored as one 64-bit integer, so sorting counts n-grams and matrix products match them.
+N-grams of up to four words are 64-bit integers, so n-grams can be counted by sorting and matched by matrix products.
 """
 
 from collections.abc import Iterable, Sequence
@@ -65,12 +65,12 @@ class CiderD:
         weights, split = self._weight_ngrams(distinct), len(ours.ids)
         our_counts = _NgramCounts(ours, column[:split], weights)
         their_counts = _NgramCounts(theirs, column[split:], weights)
-        columns = np.unique(column[:split])  # n-grams of the references alone match nothing
+        columns = np.unique(column[:split])  # n-grams that occur only in the references match nothing
         total = np.zeros((len(sentences), len(references)))
         for times in range(1, our_counts.max_count + 1):  # min(a, b) = sum over times of [a >= times] [b >= times]
             theirs_scaled = their_counts.at_least(times, their_counts.counts, columns)
             total += our_counts.at_least(times, 1, columns) @ theirs_scaled.T
-        length_gap = np.maximum(ours.lengths - 1, 0)[:, None] - np.maximum(theirs.lengths - 1, 0)[None]
+        length_gap = np.maximum(ours.lengths - 1, 0)[:, None] - np.maximum(theirs.lengths - 1, 0)[None]  # in bigrams
         return total / _MAX_N * np.exp(-(length_gap**2) / (2 * _SIGMA**2))
 
     def _weight_ngrams(self, ids: NgramIds) -> Matrix:
@@ -124,7 +124,7 @@ def _extract_ngrams(sentences: Sequence[Sequence[int]]) -> _Ngrams:
 class _NgramCounts:
     """Each n-gram's count in each sentence, and its idf weight divided by the norm of the sentence's tf-idf vector.
 
-    `column` holds the index of each n-gram among the distinct n-grams, and `weights` the idf weights of these.
+    `column` holds the index of each n-gram among the distinct ones. `weights` holds the idf weight of each of these.
     """
 
     def __init__(self, ngrams: _Ngrams, column: Indices, weights: Matrix) -> None:
@@ -140,7 +140,10 @@ class _NgramCounts:
         self._normalized = np.divide(weights[self._column], norms, out=np.zeros_like(norms), where=norms > 0)
 
     def at_least(self, times: int, factors: Indices | int, columns: Indices) -> Matrix:
-        """Returns the products of weight and factor for n-grams with at least this count, `[sentences, columns]`."""
+        """Returns weight times factor for each n-gram that occurs at least `times` times, and 0 for the others.
+
+        `factors` holds the count of each n-gram, or is 1. The result is `[sentences, columns]`.
+        """
         matrix = np.zeros((self._rows, len(columns)))
         selected = (self.counts >= times) & np.isin(self._column, columns)
         column = np.searchsorted(columns, self._column[selected])

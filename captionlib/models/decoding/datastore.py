@@ -32,7 +32,7 @@ __all__ = [
 
 Vectors = npt.NDArray[np.float32]
 
-_TEMPERATURE = 0.06  # of the softmax over cosine similarities that weights neighbors
+_TEMPERATURE = 0.06  # temperature of the softmax over cosine similarities that weights neighbors
 
 _REFERENCES = pa.list_(pa.list_(pa.int32()))
 
@@ -75,7 +75,7 @@ class Datastore:
 
     def __init__(self, image_ids: Sequence[str], vectors: Vectors, references: pa.Array, fingerprint: str) -> None:
         self.fingerprint = fingerprint
-        self.cider = CiderD(of_image.as_py() for of_image in references)
+        self.cider = CiderD(image_references.as_py() for image_references in references)
         self._rows = {image_id: row for row, image_id in enumerate(image_ids)}
         self._references = references
         self._mean = vectors.mean(0)
@@ -97,7 +97,7 @@ class Datastore:
                 similarities[image, self._rows[key]] = -np.inf
         count = min(count, similarities.shape[1])
         nearest = np.argpartition(-similarities, count - 1, axis=1)[:, :count]
-        return [self._collect(rows, of_image[rows]) for rows, of_image in zip(nearest, similarities, strict=True)]
+        return [self._collect(rows, values[rows]) for rows, values in zip(nearest, similarities, strict=True)]
 
     def _normalize(self, vectors: Vectors) -> Vectors:
         """Standardizes vectors and scales them to unit length; zero vectors stay zero."""
@@ -111,7 +111,7 @@ class Datastore:
         weights = np.exp((similarities - similarities.max()).astype(np.float64) / _TEMPERATURE)
         per_image = self._references.take(pa.array(rows)).to_pylist()
         counts = [len(references) for references in per_image]
-        references = [reference for of_image in per_image for reference in of_image]
+        references = [reference for image_references in per_image for reference in image_references]
         return Neighbors(references, np.repeat(weights / weights.sum() / counts, counts))
 
 

@@ -66,7 +66,7 @@ class Reranker:
 
     Args:
         config: how candidates are reranked.
-        incremental: the captioner, which also scores candidates for the average image.
+        captioner: the captioner, wrapped for step-by-step decoding; also scores candidates for the average image.
         datastore: the captioner's datastore; required only for neighbors.
 
     Raises:
@@ -74,22 +74,22 @@ class Reranker:
             captioner does not store the average training image.
     """
 
-    def __init__(self, config: RerankConfig, incremental: IncrementalCaptioner, datastore: Datastore | None) -> None:
+    def __init__(self, config: RerankConfig, captioner: IncrementalCaptioner, datastore: Datastore | None) -> None:
         if config.neighbors and datastore is None:
             raise ConfigError(
                 f"decoding.rerank.neighbors {config.neighbors} need the captioner's datastore, got none; build it with "
                 "`captionlib build-datastore`, or set decoding.rerank.neighbors to 0"
             )
         self._config = config
-        self._incremental = incremental
+        self._captioner = captioner
         self._datastore = datastore if config.neighbors else None
         self._cider = CiderD() if self._datastore is None else self._datastore.cider
-        self._average_image = incremental.encode_average_image() if config.mutual_information_weight else None
+        self._average_image = captioner.encode_average_image() if config.mutual_information_weight else None
 
     def rerank(
         self, pools: Sequence[Sequence[Candidate]], image_state: ImageState, keys: Sequence[str] | None
     ) -> list[list[Candidate]]:
-        """Reranks the candidates of each image; `keys` are their ids, so that no image is its own neighbor."""
+        """Reranks candidates. `keys` are the image ids; they exclude each image from its own neighbors."""
         neighbors: list[Neighbors] | list[None] = [None] * len(pools)
         if self._datastore is not None:
             vectors = image_state.features.cpu().numpy()
@@ -98,8 +98,8 @@ class Reranker:
         if self._average_image is not None:
             factors = self._weight_mutual_information(pools, self._average_image)
         return [
-            rerank_candidates(pool, self._config.temperature, self._cider, of_image, factor)
-            for pool, of_image, factor in zip(pools, neighbors, factors, strict=True)
+            rerank_candidates(pool, self._config.temperature, self._cider, image_neighbors, factor)
+            for pool, image_neighbors, factor in zip(pools, neighbors, factors, strict=True)
         ]
 
     def _weight_mutual_information(
@@ -108,11 +108,11 @@ class Reranker:
         """Computes (p(a | image) / p(a | average image)) ** weight, relative to the largest of each pool."""
         candidates = [candidate for pool in pools for candidate in pool]
         log_probs = np.array([candidate.log_prob for candidate in candidates])
-        average_log_probs = score_sentences(self._incremental, average_image, candidates).cpu().numpy()
+        average_log_probs = score_sentences(self._captioner, average_image, candidates).cpu().numpy()
         gains = self._config.mutual_information_weight * (log_probs - average_log_probs)
         ends = np.cumsum([len(pool) for pool in pools])
         per_image = [gains[end - len(pool) : end] for pool, end in zip(pools, ends, strict=True)]
-        return [np.exp(of_image - of_image.max()) for of_image in per_image]
+        return [np.exp(image_gains - image_gains.max()) for image_gains in per_image]
 
 
 def rerank_candidates(
@@ -122,7 +122,7 @@ def rerank_candidates(
     neighbors: Neighbors | None = None,
     factors: Weights | None = None,
 ) -> list[Candidate]:
-    """Orders the candidates of one image by minimum Bayes risk; ties keep their order.
+    """Orders the candidates of one image by minimum Bayes risk. Ties, up to floating-point error, keep their order.
 
     Args:
         candidates: distinct candidates.
@@ -139,4 +139,4 @@ def rerank_candidates(
         scores *= cider.compare(sentences, neighbors.references) @ neighbors.weights
     if factors is not None:
         scores *= factors
-    return [candidates[index] for index in np.argsort(-scores.round(12), kind="stable")]  # rounding keeps ties
+    return [candidates[index] for index in np.argsort(-scores.round(12), kind="stable")]

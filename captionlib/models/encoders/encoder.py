@@ -38,7 +38,7 @@ class EncoderConfig:
 
     Attributes:
         model: a torchvision model name, such as `vgg16` or `resnet50`.
-        node: node of the model's graph whose output is the features; `fc6` and `fc7` of a VGG are after ReLU.
+        node: node of the model's graph whose output is the features. `fc6` and `fc7` of a VGG are taken after the ReLU.
         weights: a torchvision weights name, a `.safetensors`, `.pth` or `.pt` file, or `random:SEED`.
         missing_weights: what to do if `weights` lack layers: `error`, or `random:SEED` to sample them.
         pooling: `none` keeps a spatial feature map whole; `mean` and `max` reduce it over positions.
@@ -214,6 +214,6 @@ def _check_shapes(weights: Mapping[str, Tensor], needed: Mapping[str, Tensor], c
     for name, tensor in needed.items():
         if weights[name].shape != tensor.shape:
             raise ConfigError(
-                f"weights {config.weights}: {name} is {list(weights[name].shape)}, {config.model} expects "
-                f"{list(tensor.shape)}; these weights are for a different network"
+                f"weights {config.weights}: {name} has shape {list(weights[name].shape)}, but "
+                f"{config.model} expects {list(tensor.shape)}; these weights are for a different network"
             )

@@ -48,7 +48,7 @@ class FeatureExtraction:
 
     Attributes:
         config: configuration of the extraction.
-        description: expected `Encoder.description`; workers whose encoder differs fail.
+        description: expected `Encoder.description`; a worker with a different encoder fails.
         device: device of the encoder.
         threads: CPU threads of the encoder; if None, PyTorch's default.
     """
@@ -64,7 +64,7 @@ class FeatureExtraction:
 
     @contextmanager
     def open(self) -> Iterator[ProcessRows]:
-        """Loads the encoder and starts the image decoders; see `Stage.open`."""
+        """Loads the encoder and starts the image decoders; see `Stage.open`. Each tuple has one batch per output."""
         encoder = load_shared_encoder(self.config.encoder, self.device, self.threads, self.description)
         schema = features_schema(encoder.size, self.config.encoder.stored_dtype)
         with open_loader(self.config.loading, encoder.preprocessing) as load:
@@ -124,7 +124,7 @@ def load_shared_encoder(
     `threads` sets the number of CPU threads of the process, unless it is None.
 
     Raises:
-        DatasetError: the encoder differs from `description`, such as if its weights file differs between machines.
+        DatasetError: the encoder differs from `description`, for example because its weights file is different.
     """
     if threads is not None:
         torch.set_num_threads(threads)

@@ -45,7 +45,7 @@ class PinnedCheckpoint:
 
 
 class CheckpointCache(Generic[Model]):
-    """Caches the latest model for all threads of a process; `load` loads a model onto the CPU."""
+    """Caches the most recently loaded model for all threads of a process; `load` loads a model onto the CPU."""
 
     def __init__(self, load: Callable[[str], Model]) -> None:
         self._load = load
@@ -53,7 +53,7 @@ class CheckpointCache(Generic[Model]):
         self._entry: tuple[PinnedCheckpoint, Model] | None = None
 
     def pin(self, folder: str | os.PathLike[str]) -> tuple[Model, PinnedCheckpoint]:
-        """Loads the current version of a checkpoint and caches its model for stages that run in this process."""
+        """Loads the current version of a checkpoint. Caches its model for pipeline stages that run in this process."""
         model = self._load(os.fspath(folder))
         checkpoint = PinnedCheckpoint(resolve_address(folder), model.fingerprint)
         with self._lock:

@@ -35,7 +35,7 @@ class DatasetFileSystem(AbstractFileSystem):  # type: ignore[misc]
     def open(self, path: str, mode: str = "rb", **_options: Any) -> RangedFile:
         if mode not in ("r", "rb"):
             raise PermissionError(f"{path}: the dataset is read-only")
-        return RangedFile(self._fs, self._resolve(path))  # also for local files, which DuckDB shares between threads
+        return RangedFile(self._fs, self._resolve(path))  # also if local: DuckDB reads one file from several threads
 
     def info(self, path: str, **_options: Any) -> dict[str, Any]:
         actual = self._resolve(path)

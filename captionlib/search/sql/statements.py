@@ -17,11 +17,11 @@ _ALLOWED_NODES = frozenset({"CTE_NODE", "RECURSIVE_CTE_NODE", "SELECT_NODE", "SE
 def check_reads_only(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
     """Checks that SQL is one SELECT (or DESCRIBE, SHOW, SUMMARIZE, VALUES, FROM) with only safe table functions.
 
-    DuckDB's settings already block access to files and settings. This check also rejects functions that they do not
-    cover, such as `enable_logging(storage_path=...)` and functions added in future versions of DuckDB.
+    The connection is already configured to block access to files and changes to its configuration. This check also
+    rejects functions that it does not cover, such as `enable_logging(storage_path=...)` and new functions of DuckDB.
 
     Raises:
-        QueryError: the SQL is invalid or is any other statement.
+        QueryError: the SQL is invalid or is another kind of statement.
     """
     try:
         statements = connection.extract_statements(sql)

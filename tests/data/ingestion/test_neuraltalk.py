@@ -93,8 +93,8 @@ def test_imported_features_name_no_encoder(tmp_path: Path) -> None:
         (FEATURES.T, "feats", "got 4 rows and 5 columns, so the matrix seems to be transposed; save its transpose"),
         (FEATURES, "x", "a numeric matrix named feats, got the variables x"),
         (np.zeros((2, 2, 2)), "feats", r"named feats, got shape \[2, 2, 2\]"),
-        (np.where(np.arange(4) == 0, np.nan, FEATURES), "feats", "got others in column 0"),
-        (FEATURES * 1e6, "feats", "within the range of float16, got others in column 0"),
+        (np.where(np.arange(4) == 0, np.nan, FEATURES), "feats", "column 0 contains a value that is not finite"),
+        (FEATURES * 1e6, "feats", "within the range of float16, but column 0 contains"),
     ],
 )
 def test_import_rejects_mismatched_files(tmp_path: Path, version: str, features: Any, name: str, message: str) -> None:
@@ -113,7 +113,7 @@ def test_import_rejects_files_that_are_not_matlab(tmp_path: Path, content: bytes
 @pytest.mark.parametrize(
     ("imgids", "error", "message"),
     [
-        ([0, 0], DuplicateIdError, "expected one row per image id, got a second with '0'"),
+        ([0, 0], DuplicateIdError, "expected one row per image, got a second row for '0'"),
         (["zero"], DatasetError, "expected a column number as imgid, got text 'zero'"),
         ([-1], DatasetError, "got number -1"),
         ([None], DatasetError, "expected imgid as text or an integer, got no value"),

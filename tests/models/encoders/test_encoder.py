@@ -104,7 +104,7 @@ def test_weights_of_another_network_are_rejected(tmp_path: Path) -> None:
     state = {**small_state(), "features.0.weight": torch.zeros(64, 3, 5, 5)}
     safetensors.torch.save_file(state, tmp_path / "w.safetensors")
     with pytest.raises(
-        ConfigError, match=r"features.0.weight is \[64, 3, 5, 5\], squeezenet1_1 expects \[64, 3, 3, 3\]"
+        ConfigError, match=r"features.0.weight has shape \[64, 3, 5, 5\], but squeezenet1_1 expects \[64, 3, 3, 3\]"
     ):
         load_encoder(dataclasses.replace(SMALL, weights=str(tmp_path / "w.safetensors")))
 
