@@ -3,7 +3,7 @@
 CaptionlibError
 ├── ConfigError            an option or a configuration file is wrong; nothing was started
 ├── DatasetError           a folder is not a dataset of the expected kind
-│   ├── FingerprintError   the folder holds a dataset that a different configuration produced
+│   ├── FingerprintError   the folder holds a dataset with a different fingerprint (hash of its configuration)
 │   ├── DuplicateIdError   two images in a dataset have the same id
 │   └── FailureRatioError  more images failed than the run allows
 ├── StorageError           files cannot be read or written
@@ -55,7 +55,7 @@ class DatasetError(CaptionlibError):
 
 
 class FingerprintError(DatasetError):
-    """A folder holds a dataset that a different configuration produced."""
+    """A folder holds a dataset with a different fingerprint (hash of its configuration)."""
 
 
 class DuplicateIdError(DatasetError):
@@ -99,7 +99,7 @@ class ImageError(CaptionlibError):
 
     Attributes:
         reason: short category under which the failure is counted, such as `HTTP 404` or `Truncated`.
-        stage: step that failed, which is `fetch`, `decode` or (if unspecified) `image`.
+        stage: step that failed: `fetch` or `decode`, or `image` if the subclass does not define one.
     """
 
     stage: ClassVar[str] = "image"

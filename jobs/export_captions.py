@@ -33,7 +33,7 @@ def command(
     manifest: str | None,
     splits: tuple[str, ...],
 ) -> None:
-    """Write CAPTIONS as a JSON file for other programs: COCO's results, or NeuralTalk's result_struct.json.
+    """Write CAPTIONS as JSON for other programs, in COCO's results format, or as NeuralTalk's result_struct.json.
 
     COCO's format needs no references, so you can submit captions of its test split, whose references are secret.
 

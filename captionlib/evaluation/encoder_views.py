@@ -37,7 +37,7 @@ class EncoderView:
 
 
 def read_encoder_view(source: str | os.PathLike[str], image_ids: Collection[str]) -> EncoderView:
-    """Reads the view of these images from a captions dataset. If the source is a JSON file, the view is empty."""
+    """Reads the `EncoderView` of these images from a captions dataset; the view is empty if the source is JSON."""
     if not is_dataset(source):
         return EncoderView()
     dataset = open_dataset(source, "captions").require_complete()

@@ -1,7 +1,7 @@
 """Runs the two Java programs behind the standard caption metrics: Stanford's PTB tokenizer and METEOR 1.5.
 
-Both ship with pycocoevalcap. Its own wrappers decode text with the locale's encoding, do not detect that Java failed
-(METEOR's wrapper hangs), and treat a line break within a caption as the end of the caption. This module replaces them.
+Both ship with pycocoevalcap. That package's wrappers decode text with the locale's encoding, do not detect that Java
+failed (METEOR's wrapper hangs), and treat a line break within a caption as its end. This module replaces the wrappers.
 """
 
 import shutil

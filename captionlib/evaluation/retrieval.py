@@ -44,7 +44,8 @@ PROTOCOLS: Mapping[str, RetrievalProtocol] = {
     "coco-1k": RetrievalProtocol(images=5000, references_per_image=5, fold_images=1000),
     "coco-5k": RetrievalProtocol(images=5000, references_per_image=5),
 }
-"""Protocols used in papers: 1,000 images (Flickr8k, Flickr30k), 5,000 (COCO), or the mean of five folds of 1,000."""
+"""Protocols used in papers (except `all`): 1,000 images (Flickr8k, Flickr30k), the mean over five folds of 1,000 images
+(COCO 1K), or 5,000 images (COCO 5K)."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,10 @@ def score_retrieval(
 ) -> RetrievalScores:
     """Ranks all references for each image, and all images for each reference.
 
-    A tie counts as half a better result, so a model with constant similarities scores at chance level. `images` and
-    `references` are unit vectors, `[number, size]`. `image_of_reference`, `[references]`, contains the row in `images`
-    for each reference, in ascending order. Images without references are ignored.
+    Each item tied with the match adds half a rank (rounded down in total), so a model with constant similarities scores
+    at chance level. `images` and `references` are unit vectors, `[images, joint_embedding_size]` and `[references,
+    joint_embedding_size]`. `image_of_reference`, `[references]`, contains the row in `images` that each reference
+    belongs to; it must be sorted. Images without references are ignored.
 
     Raises:
         ConfigError: there are fewer images than a fold needs.

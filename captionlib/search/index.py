@@ -51,7 +51,7 @@ class Filter:
 
 
 class Index:
-    """An open index, returned by `open_index`. Thread-safe.
+    """An open index, returned by `open_index`. This class is thread-safe.
 
     Every search returns an Arrow table, best row first, with the columns image_id, uri, split, caption, log_prob,
     tokens and score. The score is BM25 for text, the inner product for vectors, and reciprocal rank fusion for both.
@@ -109,7 +109,7 @@ class Index:
     def search_text_and_count(
         self, query: str, limit: int = 20, offset: int = 0, where: Filter | None = None
     ) -> tuple[pa.Table, int]:
-        """Like `search_text`, but also returns the total number of matches. `where` must not contain SQL."""
+        """Works like `search_text`, but also returns the total number of matches. `where` must not contain SQL."""
         where = where or Filter()
         if where.where is not None:
             raise QueryError("search_text_and_count: expected a filter without SQL; use search_text and count its rows")

@@ -67,7 +67,8 @@ class ImageQueryModels:
         self._caption_encoder = None
         if self._captioner is not None:
             self._caption_encoder = self._load(self._captioner.encoder, self._captioner.encoder_weights or weights)
-        self._embedding_encoder = self._load(ranker.encoder, weights) if ranker else None  # often the captioner's
+        # Both encoders are often the same; `_load` then loads it once.
+        self._embedding_encoder = self._load(ranker.encoder, weights) if ranker else None
 
     def __enter__(self) -> "ImageQueryModels":
         return self

@@ -60,7 +60,7 @@ def read_rows(path: Path) -> Iterator[pa.RecordBatch]:
 
 
 class RowStore:
-    """The rows of all shards of an index, in Arrow files ordered by row number. Thread-safe."""
+    """The rows of all shards of an index, in Arrow files ordered by row number. This class is thread-safe."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._numbered = [batch for path in paths for batch in read_rows(path) if batch.num_rows]
@@ -114,7 +114,7 @@ class RowStore:
 
 
 class _RowFilter:
-    """Evaluates SQL conditions over numbered rows in a locked DuckDB connection. Thread-safe."""
+    """Evaluates SQL conditions over numbered rows in a locked DuckDB connection. This class is thread-safe."""
 
     def __init__(self, rows: pa.Table) -> None:
         self._spill = tempfile.TemporaryDirectory(prefix="captionlib-")

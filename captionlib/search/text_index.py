@@ -93,7 +93,7 @@ def _make_analyzer(language: str) -> tantivy.TextAnalyzer:
 
 
 class TextIndex:
-    """An open text index. `language` must be the language that it was written with. Thread-safe.
+    """A thread-safe open text index. `language` must be the language that the index was written with.
 
     Raises:
         DatasetError: the folder is not a text index.

@@ -83,7 +83,7 @@ def merge_vectors(base: Path, parts: Iterable[Path], removed: Sequence[tuple[int
 
 
 class VectorIndex:
-    """An open vector index. Thread-safe. A query runs on one thread and loads only the memory pages that it needs.
+    """A thread-safe open vector index. A query runs on one thread and loads only the memory pages that it needs.
 
     Raises:
         DatasetError: the file is invalid or has a different layout.

@@ -37,10 +37,10 @@ _WAIT_SECONDS = 5.0
 
 
 class SearchService:
-    """Searches an index by text and, with models, by image. Thread-safe. Exiting the context closes the models.
+    """Searches an index by text and, with models, by image. Exiting the context closes the models.
 
-    If `models` is None, searching by image is disabled. Uploaded images are compared with `sentences` or, if it is
-    empty, with the captions of similar images.
+    This class is thread-safe. If `models` is None, searching by image is disabled. Uploaded images are compared with
+    `sentences` or, if it is empty, with the captions of similar images.
     """
 
     def __init__(

@@ -41,7 +41,7 @@ class Thumbnails:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._max_bytes = config.max_thumbnail_bytes
-        # Part of file names, so that a server without access to private hosts cannot show thumbnails of their images.
+        # Part of file names, so that a server that may not access private hosts shows no thumbnails from one that may.
         self._scope = "all" if config.allow_private_hosts else "public"
         self._resources = ExitStack()
         fetching = FetchConfig(

@@ -35,10 +35,10 @@ class LanguageModelTrainingConfig:
     Attributes:
         model: the architecture.
         training: settings of the training loop.
-        level: `words` or `characters`, the units that are tokens.
+        level: what a token is: `words` or `characters`.
         layout: the layout of a text file, `sentences` (one per line) or `continuous` (one long text).
         train_splits: the training splits, if the text is the captions of a dataset.
-        validation_splits: the splits of such a dataset that select the best epoch.
+        validation_splits: the splits of such a dataset that are used to select the best epoch.
         validation_fraction: the fraction of a text file that is held out to select the best epoch.
         min_count: words or characters with fewer occurrences than this are replaced by the UNKNOWN token.
         max_tokens: longer sentences are truncated in training.
@@ -92,7 +92,8 @@ class LanguageModelObjective(Objective[npt.NDArray[np.int64], Captioner]):
         no_image = torch.zeros(1, 0, device=self._device)  # all sentences share one image without features
         scores = self.model(no_image, sentences, sentences.new_zeros(len(sentences)))
         log_probs: Tensor = scores.log_probs
-        # The model appends END to each row. Sequences have equal lengths, so these tokens come last and are dropped.
+        # The model appends END to each row. log_probs is ordered by time step, and all sequences have the same length,
+        # so the ENDs are the last len(sentences) entries; they are dropped.
         return log_probs if has_end_tokens else log_probs[: -len(sentences)]
 
 

@@ -74,7 +74,7 @@ class RunState:
 
 
 def claim_folder(output: Folder, overwrite: bool) -> None:
-    """Checks that a run may write into a folder. If `overwrite`, deletes the run that the folder holds.
+    """Prepares a folder for a run: checks that it may write there. If `overwrite`, deletes the run in the folder.
 
     Raises:
         DatasetError: the folder holds files that no run wrote.

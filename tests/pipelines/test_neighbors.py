@@ -112,7 +112,7 @@ def test_training_again_deletes_datastore(features: Path, captioner: Path) -> No
     read_datastore_fingerprint(captioner, loaded)
     other = replace(loaded, fingerprint="another")
     with pytest.raises(
-        CheckpointError, match=f"expected a datastore of captioner another, got one of captioner {loaded.fingerprint}"
+        CheckpointError, match=f"datastore for captioner another, got the one for captioner {loaded.fingerprint}"
     ):
         read_datastore_fingerprint(captioner, other)
     config = CaptionerTrainingConfig(

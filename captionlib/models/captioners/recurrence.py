@@ -1,6 +1,6 @@
 """The recurrent layers of a captioner, with the weights of `torch.nn.LSTM` or `torch.nn.RNN`.
 
-h_t = max(0, Wxh x_t + Whh h_{t-1} + b)     or the gates of an LSTM; any number of layers
+Each layer computes h_t = max(0, Wxh x_t + Whh h_{t-1} + b), or the LSTM equations. There may be any number of layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ class RecurrenceOutput(NamedTuple):
 
     Attributes:
         hidden: `[tokens, hidden_size]`, the last layer's h; with attention, plus the projected context vector.
-        state: `[states, sentences, hidden_size]` of the sentences that reach the last time step.
+        state: `[states, sentences that reach the last step, hidden_size]`: h of each layer, then c of each LSTM layer.
         attention_weights: `[tokens, positions] float32`; None without attention.
     """
 
@@ -42,7 +42,7 @@ def run_recurrence(
 ) -> RecurrenceOutput:
     """Runs the recurrence over packed sentences.
 
-    With attention, the projected context vector of a time step is added to its output and to the next gates.
+    With attention, a step's context vector is projected twice: once added to its output, once to the next step's gates.
 
     Args:
         rnn: an `nn.LSTM`, or an `nn.RNN` with ReLU units.
@@ -52,7 +52,7 @@ def run_recurrence(
         state: `[states, sentences, hidden_size]` before the first time step: the h of each layer, then the c of each
             layer of an LSTM.
         attention: attention module, which requires the next two arguments; if None, there is no attention.
-        annotations: `[images, positions, size]`, annotation vectors from `Attention.annotate`.
+        annotations: `[images, positions, attention_size]`, annotation vectors from `Attention.annotate`.
         image_of_sentence: `[sentences] int64`, the row of `annotations` that each sentence attends to.
     """
     if attention is None or annotations is None or image_of_sentence is None:
@@ -105,7 +105,8 @@ def step_layers(
     """Computes one time step of all layers.
 
     Args:
-        gates: `[rows, gates]`, Wxh x + b of the first layer. LSTM gates are ordered input, forget, cell, output.
+        gates: `[rows, gates]`, pre-activations Wxh x + b of the first layer. The `gates` axis is 4 * hidden_size for an
+            LSTM (ordered input, forget, cell, output), hidden_size for an RNN.
         recurrent_gates: Whh h_{t-1} of each layer, `[rows, gates]`; overwritten.
         cells: c_{t-1} of each layer, `[rows, hidden_size]`; empty for an RNN.
         feed_forward: one function per layer above the first; computes Wxh x + b from the h of the layer below.

@@ -25,7 +25,7 @@ class _Continuations(NamedTuple):
     """The continuations that each group chose, best first; all tensors are `[groups, width]`.
 
     Attributes:
-        log_prob: log-probability of all words; -inf if there are fewer continuations.
+        log_prob: log-probability of the whole sentence; -inf in unused places (a group may have fewer continuations).
         row: the row of the hypothesis that is extended.
         word: the word that extends it.
     """
@@ -41,7 +41,7 @@ def search_beam(
     """Searches for the most probable sentences of each image, starting from one hypothesis per image.
 
     Returns:
-        At least `config.pool_size` candidates per image, or all if there are fewer, in no particular order.
+        At least `config.pool_size` candidates per image for final selection, or all if there are fewer; in any order.
     """
     search = _BeamSearch(incremental, config, constraints, start)
     while search.is_alive:
@@ -158,8 +158,8 @@ class _BeamSearch:
         """Returns which hypotheses can still be among the `pool_size` best of their group, `[groups, width] bool`.
 
         Log-probabilities only decrease as a sentence grows, so the final score is at most the current log-probability
-        divided by max_tokens ** length_penalty. If a hypothesis is pruned, all less probable ones of this length are
-        pruned too, so none of them takes its place.
+        divided by max_tokens ** length_penalty. The bound falls with the log-probability, so all less probable
+        hypotheses of this length are pruned too; pruning never lets a worse hypothesis into the beam.
         """
         bound = log_prob / self._config.max_tokens**self._config.length_penalty
         can_improve: Tensor = bound > self._best_scores[:, -1:]
@@ -172,7 +172,7 @@ def _top_continuations(scores: Tensor, group: Tensor, groups: int, width: int) -
     `scores` is `[rows, columns] float32`, and `group` is `[rows] int64` in ascending order.
 
     Returns:
-        Score, row and column of each continuation, `[groups, width]`; the score is -inf if there are fewer.
+        Score, row and column of each continuation, `[groups, width]`; unused places have a score of -inf.
     """
     rows, columns = scores.shape
     first_row = torch.searchsorted(group, torch.arange(groups, device=group.device))

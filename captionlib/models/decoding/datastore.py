@@ -42,7 +42,7 @@ class DatastoreEntries(NamedTuple):
 
     Attributes:
         image_ids: `[images]`, ids of the images.
-        vectors: `[images, projected_size]`, their `ImageState.features`.
+        vectors: `[images, projected_size]`, the inputs of the captioner's image projection (`ImageState.features`).
         references: token ids of each image's references.
     """
 
@@ -97,7 +97,8 @@ class Datastore:
                 similarities[image, self._rows[key]] = -np.inf
         count = min(count, similarities.shape[1])
         nearest = np.argpartition(-similarities, count - 1, axis=1)[:, :count]
-        return [self._collect(rows, values[rows]) for rows, values in zip(nearest, similarities, strict=True)]
+        per_image = zip(nearest, similarities, strict=True)
+        return [self._collect(rows, image_similarities[rows]) for rows, image_similarities in per_image]
 
     def _normalize(self, vectors: Vectors) -> Vectors:
         """Standardizes vectors and scales them to unit length; zero vectors stay zero."""
@@ -145,7 +146,7 @@ def read_datastore_fingerprint(folder: FolderLike, captioner: LoadedCaptioner) -
     """Reads only the fingerprint of a captioner's datastore.
 
     Raises:
-        CheckpointError: the datastore is missing, damaged, or of a different captioner.
+        CheckpointError: the datastore is missing or damaged, or belongs to a different captioner.
     """
     with _open(folder, captioner) as (_, fingerprint):
         return fingerprint
@@ -155,7 +156,7 @@ def read_datastore(folder: FolderLike, captioner: LoadedCaptioner) -> Datastore:
     """Reads the datastore of a captioner.
 
     Raises:
-        CheckpointError: the datastore is missing, damaged, or of a different captioner.
+        CheckpointError: the datastore is missing or damaged, or belongs to a different captioner.
     """
     with _open(folder, captioner) as (file, fingerprint):
         table = file.read()
@@ -180,8 +181,8 @@ def _open(folder: FolderLike, captioner: LoadedCaptioner) -> Iterator[tuple[pq.P
             origin = json.loads(file.schema_arrow.metadata[b"captionlib"])
             if origin["captioner"] != captioner.fingerprint:
                 raise CheckpointError(
-                    f"{source.address(DATASTORE)}: expected a datastore of captioner {captioner.fingerprint}, got "
-                    f"one of captioner {origin['captioner']}; write it again with {command}"
+                    f"{source.address(DATASTORE)}: expected the datastore for captioner {captioner.fingerprint}, "
+                    f"got the one for captioner {origin['captioner']}; write it again with {command}"
                 )
             yield file, compute_fingerprint("datastore", origin)
     except (pa.ArrowException, KeyError, OSError, TypeError, ValueError) as error:

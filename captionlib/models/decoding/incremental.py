@@ -26,7 +26,7 @@ class Candidate:
     Attributes:
         token_ids: token ids without START and END, which have the same id.
         log_prob: ln p(sentence | image), the sum over all tokens, without `length_penalty`.
-        token_count: number of these tokens: the words and END, or only the words if the sentence was truncated.
+        token_count: number of tokens that `log_prob` sums over: the words, and END unless the sentence was truncated.
     """
 
     token_ids: list[int]
@@ -35,16 +35,16 @@ class Candidate:
 
 
 class DecoderState(NamedTuple):
-    """The recurrent state of partial sentences. Sentences that extend the same parent sentence share its state.
+    """The recurrent state of partial sentences. A parent is a prefix whose state is stored once for all its extensions.
 
     Attributes:
         h: `[parents, hidden_size]` of each layer.
         c: `[parents, hidden_size]` of each layer of an LSTM; empty for an RNN.
         context: `[parents, attention_size]`, the last context vector; None without attention.
-        image_gates: `[parents, gates]`, added to the next gates for the image; None if nothing is added.
+        image_gates: `[parents, gates]`, the image's contribution to the next time step's gates; None if it has none.
         image: `[parents] int64`, the image of each parent, a row of `annotations`; None without attention.
         annotations: `[images, positions, attention_size]`, annotation vectors; None without attention.
-        parent: `[rows] int64`, the parent of each sentence; None if every sentence is its own parent.
+        parent: `[rows] int64`, the state row of each sentence; None if row i belongs to sentence i.
     """
 
     h: tuple[Tensor, ...]
@@ -208,9 +208,9 @@ def score_sentences(
         token = tokens[remaining, step]
         total[remaining] += log_probs[row, token]
         continues = lengths[remaining] > step + 1
-        remaining, classes = remaining[continues], log_probs.shape[1]
-        prefixes, row = torch.unique(row[continues] * classes + token[continues], return_inverse=True)
-        state, words = state.select(prefixes // classes), prefixes % classes
+        remaining, vocabulary_size = remaining[continues], log_probs.shape[1]
+        prefixes, row = torch.unique(row[continues] * vocabulary_size + token[continues], return_inverse=True)
+        state, words = state.select(prefixes // vocabulary_size), prefixes % vocabulary_size
     return total
 
 
@@ -218,8 +218,9 @@ class PackedLinear(nn.Module):
     """Computes x W^T + b with a snapshot of W and b.
 
     On a CPU, oneDNN multiplies many float32 rows by weights in its packed layout. This takes half the time of a BLAS
-    that does not use the processor's widest vector instructions. The operators are from PyTorch's compiler, because
-    they keep inputs and outputs in the ordinary layout. Converting these would take a tenth of a beam search.
+    that does not use the processor's widest vector instructions. The class uses the operators that torch.compile
+    emits, because these accept and return tensors in the ordinary layout. Converting inputs and outputs would take
+    about 10% of the time of a beam search.
 
     Args:
         weight: W, `[outputs, inputs]`.

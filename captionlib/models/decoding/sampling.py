@@ -91,7 +91,7 @@ def sample_tokens(log_probs: Tensor, uniforms: Tensor, config: DecodingConfig) -
         probabilities[:, 1:] = probabilities[:, 1:].where(before[:, 1:] < config.top_p, 0)
     sums = probabilities.cumsum(1)
     total = sums[:, -1:]
-    # Without the minimum, rounding could give the total, which is beyond the last word.
+    # Rounding could make the product equal the total, and searchsorted would then return an index past the last word.
     threshold = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(sums, threshold, right=True)
     return index[:, 0] if word is None else word.gather(1, index)[:, 0]

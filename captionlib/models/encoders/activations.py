@@ -22,7 +22,7 @@ from captionlib.models.encoders.weights import find_class_names, load_weights, r
 
 __all__ = ["ActivationConfig", "Activations", "LayerActivations", "compute_activations", "find_convolutions"]
 
-_REUSE_SUFFIX = re.compile(r"_\d+$")  # in the node name of a module that is used again
+_REUSE_SUFFIX = re.compile(r"_\d+$")  # ends the node name of a module that is used again
 _AFTER_CONVOLUTION = nn.BatchNorm2d | nn.ReLU | nn.ReLU6 | nn.SiLU | nn.Hardswish | nn.GELU
 _RELU = re.compile(r"(?:^|\.)relu\d*$")
 

@@ -69,7 +69,7 @@ class EncoderConfig:
         Raises:
             ConfigError: the weights came from a file and `weights` is None, or the features were imported.
         """
-        if description["weights"] == "imported":  # by `captionlib import-features`
+        if description["weights"] == "imported":  # written by `captionlib import-features`
             raise ConfigError(
                 "the features were imported, so the network that computed them is unknown and cannot encode more "
                 "images; use features that were imported the same way"

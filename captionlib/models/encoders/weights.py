@@ -36,11 +36,12 @@ _PREPROCESSING = "captionlib.preprocessing"  # key in the header of a safetensor
 
 
 def load_weights(model: str, weights: str, network: nn.Module) -> dict[str, Tensor]:
-    """Loads the tensors that `network` needs; tensors that `weights` lack are missing from the result.
+    """Loads the tensors that `network` needs; any that `weights` does not contain are omitted.
 
     Args:
         model: a torchvision model name.
-        weights: a torchvision weights name, a `.safetensors`, `.pth` or `.pt` file, or `random:SEED`.
+        weights: a torchvision weights name, the address (local path or fsspec URL) of a `.safetensors`, `.pth` or `.pt`
+            file, or `random:SEED`.
         network: the model, or part of it.
 
     Returns:
@@ -99,7 +100,8 @@ def resolve_preprocessing(model: str, weights: str, resize_size: int | None = No
     """Returns the preprocessing that a model needs with these weights.
 
     It is taken from the header of a weights file, from torchvision's named weights, or otherwise from the model's
-    default weights (see `load_weights`). `resize_size` overrides the length of the image's shorter side in pixels.
+    default weights. `load_weights` lists the possible values of `weights`. `resize_size` overrides the length of the
+    image's shorter side in pixels.
 
     Raises:
         ConfigError: the weights file cannot be read.
@@ -154,7 +156,7 @@ def _download(model: str, weights: str) -> Mapping[str, Tensor]:
     entries = torchvision.models.get_model_weights(model)
     if weights not in entries.__members__:
         raise ConfigError(
-            f"weights {weights!r}: expected {' or '.join(entries.__members__)} (torchvision's for {model}), "
+            f"weights {weights!r}: expected {' or '.join(entries.__members__)} (torchvision's weights for {model}), "
             "a .safetensors or .pth file, or random:SEED"
         )
     try:
@@ -182,7 +184,7 @@ def _read_file(address: str, names: set[str]) -> Mapping[str, Tensor]:
 
 @contextmanager
 def _open_local(address: str) -> Iterator[str]:
-    """Yields a local path to a weights file; converts errors while it is read to ConfigError."""
+    """Yields a local path to a weights file; raises ConfigError if an error occurs while the file is read."""
     try:
         path = _copy_to_local(address)
         if not Path(path).is_file():
@@ -197,7 +199,7 @@ def _open_local(address: str) -> Iterator[str]:
         pickle.UnpicklingError,
         safetensors.SafetensorError,
     ) as error:
-        # The address may come from an untrusted checkpoint, so the message must not quote the file as `error` may.
+        # An untrusted checkpoint may set the address, so the message must omit `error`, which may quote the file.
         reason = getattr(error, "strerror", None) or f"damaged or in an unknown format ({type(error).__name__})"
         raise ConfigError(f"weights {address} cannot be read: {reason}") from error
 

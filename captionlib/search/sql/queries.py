@@ -1,4 +1,4 @@
-"""Common queries that need no SQL. Arguments are always passed as parameters, never as part of a statement."""
+"""Common queries, for callers who do not want to write SQL. Arguments are passed as parameters, never in the SQL."""
 
 import re
 
@@ -42,7 +42,7 @@ def find_captions(session: SqlSession, words: str, limit: int | None = None) -> 
     """
     patterns = [_WORD_START + re.escape(word) + _WORD_END for word in words.split()]
     if not patterns:
-        raise QueryError("contains: expected one or more words, got none")
+        raise QueryError("words to search for: expected one or more, got none")
     where = " AND ".join(["regexp_matches(caption, ?)"] * len(patterns))
     return _stream_captions(session, f"WHERE {where}", patterns, limit)
 

@@ -57,7 +57,7 @@ def test_limits_are_applied(captions: str) -> None:
 
 
 def test_find_captions_rejects_an_empty_query(captions: str) -> None:
-    with open_sql(captions) as session, pytest.raises(QueryError, match="expected one or more words"):
+    with open_sql(captions) as session, pytest.raises(QueryError, match="expected one or more, got none"):
         find_captions(session, "  ")
 
 
