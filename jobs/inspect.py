@@ -90,7 +90,7 @@ def _describe_index(folder: str, index: IndexDescription) -> str:
     vectors = f", {layout.encoding} in {layout.nlist:,} lists, {layout.nprobe:,} probed per query" if layout else ""
     lines = [
         f"{folder}: index, {f'not complete: {missing:,} shards are missing' if missing else 'complete'}",
-        f"  captions     {index.captions_count:,} of {index.captions.folder}",
+        f"  captions     {index.captions_count:,} from {index.captions.folder}",
         f"  vectors      {index.vectors_count:,}{vectors}",
         f"  built        {index.created}",
         f"  fingerprint  {index.fingerprint}",

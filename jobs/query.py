@@ -52,12 +52,18 @@ class _SectionedCommand(click.Command):
 @click.option("--similar", metavar="ID", help="Images similar to an image in the index.")
 @click.option("--image-id", metavar="ID", help="The row of one image.")
 @click.option("--where", metavar="CONDITION", help="SQL condition, such as \"split = 'val' AND log_prob > -10\".")
-@click.option("--sort", type=click.Choice(["relevance", "log_prob"]), help="Order of --text. [default: relevance]")
+@click.option(
+    "--sort", type=click.Choice(["relevance", "log_prob"]), help="Order of the results of --text. [default: relevance]"
+)
 @click.option("--ranker", "-r", metavar="FOLDER", help="Ranker (dual encoder) that computed the embeddings.")
 @click.option("--captioner", "-c", metavar="FOLDER", help="With --image, caption the image instead of searching.")
 @click.option("--sentences", metavar="FILE", help="With --image, rank the sentences in this file, one per line.")
 @weights_option
-@click.option("--sql", metavar="SELECT", help="A SELECT over failures or the view named after the dataset's kind.")
+@click.option(
+    "--sql",
+    metavar="SELECT",
+    help="A SELECT from captions, features, manifest or embeddings (the dataset's kind), or from failures.",
+)
 @click.option("--contains", metavar="WORDS", help="Captions with all these words, most probable first.")
 @click.option("--top", type=click.IntRange(min=1), metavar="N", help="The N most probable captions.")
 @click.option("--count-words", type=click.IntRange(min=1), metavar="N", help="The N most frequent words.")
@@ -87,8 +93,9 @@ def command(
     An index is searched by text, sentence or image. --where filters by image_id, uri, split, caption, log_prob and
     tokens. A remote index is copied to this machine once.
 
-    A dataset is queried with SQL. The view captions, features, manifest or embeddings contains its rows, depending on
-    its kind. The view failures contains images that could not be processed. The views include only complete shards. A
+    A dataset is queried with SQL. Its rows are in a view that is named after its kind: captions, features, manifest or
+    embeddings. A second view, named failures, contains the images that could not be processed. Both include only
+    complete shards. A
     query cannot change the dataset or access anything else, so SQL from untrusted users is safe.
 
     \b

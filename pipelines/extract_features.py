@@ -24,7 +24,7 @@ def extract_features(
     """Extracts the features of every image of a manifest, or resumes an incomplete run.
 
     Example:
-        >>> encoder = captionlib.EncoderConfig("squeezenet1_1", "features.7.cat", "random:0", pooling="mean")
+        >>> encoder = captionlib.EncoderConfig("squeezenet1_1", "features.7.cat", weights="random:0", pooling="mean")
         >>> totals = captionlib.extract_features("manifest", "features", captionlib.ExtractionConfig(encoder))
         >>> totals.rows, totals.failures
         (26, 0)

@@ -7,6 +7,7 @@ from typing import Any
 
 __all__ = ["Chart", "build_charts"]
 
+# data_wait is the fraction of the time that training waited for data.
 _NOT_PLOTTED = frozenset({"epoch", "step", "seconds", "learning_rate", "data_wait"})
 
 
@@ -39,7 +40,7 @@ class Chart:
 
 
 def build_charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """Returns a chart of each metric that has finite values for more than one epoch in `history`, one row per epoch."""
+    """Returns a chart of each metric that is finite in more than one epoch. `history` has one row per epoch."""
     names = dict.fromkeys(name for row in history for name in row if name not in _NOT_PLOTTED)
     charts = []
     for name in names:

@@ -17,7 +17,7 @@ MEAN_LENGTH = "mean_length"
 def measure_captions(captions: Mapping[str, str], training_references: Iterable[str] = ()) -> list[Metric]:
     """Computes the mean length of captions and, if there are training references, the fraction of novel captions.
 
-    Captions, keyed by image id, and references are tokenized as for captionlib's vocabularies before comparison.
+    Captions (by image id) and references are tokenized with captionlib's tokenizer before they are compared.
     """
     tokenized = [tuple(tokenize(caption)) for caption in captions.values()]
     ones = [1] * len(tokenized)

@@ -129,7 +129,7 @@ def evaluate_predictions(
     extra_metrics: Sequence[Metric] = (),
     bootstrap: BootstrapConfig = BootstrapConfig(),
 ) -> Evaluation:
-    """Evaluates predictions (captions of images, here with references). The result is sorted by image id.
+    """Evaluates predictions (captions of images), each of which must have references. The result is sorted by image id.
 
     If there are no `training_references`, the references that the captioner was trained on, the fraction of novel
     captions is omitted. Each of `extra_metrics` has one row per prediction, in the order of the image ids.

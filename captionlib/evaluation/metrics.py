@@ -90,7 +90,8 @@ def compute_meteor(captions: Tokenized, references: Tokenized) -> Metric:
 
 def _meteor(sums: Numbers) -> Numbers:
     """Returns the weighted mean of precision and recall, times the fragmentation penalty; see `count_alignments`."""
-    matches = sums[..., 4:20].reshape(*sums.shape[:-1], 4, 4)  # [..., kind of match, content words + function words]
+    # [..., kind of match, (content, function) x (caption, reference)]
+    matches = sums[..., 4:20].reshape(*sums.shape[:-1], 4, 4)
     weights = np.array([_DELTA, _DELTA, 1 - _DELTA, 1 - _DELTA])
     weighted = (matches * weights * _MATCH_WEIGHTS[:, None]).sum(-2)
     lengths, function_words = sums[..., 0:2], sums[..., 2:4]

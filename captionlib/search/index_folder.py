@@ -95,7 +95,7 @@ class IndexDescription:
         embeddings: the embeddings dataset; None if the index is text-only.
         layout: type of the vector index; None if the index is text-only.
         shards: the indexed shards, ordered by row number.
-        end_row: one more than the largest row number; the numbers of removed shards are never reused.
+        end_row: one more than the largest row number ever used; row numbers of removed shards are not reused.
         captions_count: number of searchable captions.
         vectors_count: number of searchable vectors.
         text: folder of the text index.
@@ -185,7 +185,7 @@ def publish_path(folder: Folder, path: Path, name: str) -> None:
 
 
 def fetch_path(folder: Folder, name: str, copy: Path) -> Path:
-    """Returns a local path of a file or folder in the index. If the index is remote, it is copied to `copy` first."""
+    """Returns a local path of a file or folder in the index, which is first copied to `copy` if the index is remote."""
     if folder.is_local:
         return Path(folder.path(name))
     copy.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Builds and searches a Faiss index of embeddings: trains centroids, writes an index per shard, and merges them.
 
-Scores are inner products of unit vectors. Every index is an inverted file; a `Flat` index has one list and is exact.
+Scores are inner products of unit vectors. Every index is an inverted file. With the encoding `Flat`, it has a single
+list, so search is exact.
 """
 
 from collections.abc import Iterable, Sequence
@@ -52,7 +53,7 @@ def train_vectors(layout: VectorLayout, sample: Vectors, path: Path) -> None:
     index = faiss.index_factory(layout.dimension, f"IVF{layout.nlist},{layout.encoding}", faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = _SEED
     index.cp.niter = _KMEANS_ITERATIONS
-    index.cp.min_points_per_centroid = 1  # no warning about few rows per list, which the user may choose
+    index.cp.min_points_per_centroid = 1  # no warning about few rows per list: the user may choose to have few
     index.cp.spherical = True
     if isinstance(index, faiss.IndexIVFPQ):
         index.pq.cp.min_points_per_centroid = 1
@@ -110,8 +111,8 @@ class VectorIndex:
     def search(self, vector: Vectors, limit: int, matching: RowNumbers | None = None) -> Hits:
         """Returns the nearest vectors.
 
-        If `matching` is not None, only these row numbers are returned; the fewer they are, the more lists are searched.
-        The search is repeated with more lists until it has `limit` hits or has searched all lists.
+        If `matching` is not None, only these row numbers are returned. The fewer there are, the more lists are
+        searched, until the search has `limit` hits or has searched all lists.
         """
         candidates = len(self) if matching is None else len(matching)
         limit = min(limit, candidates)

@@ -56,7 +56,11 @@ def get_health(service: Service) -> HealthResponse:
     )
 
 
-@router.get("/api/search", summary="Search images by text, by sentence, or by both", responses=_describe_errors(400))
+@router.get(
+    "/api/search",
+    summary="Search images by the words of their captions, by a sentence, or by both",
+    responses=_describe_errors(400),
+)
 def search(
     service: Service,
     q: Annotated[
@@ -90,7 +94,7 @@ def get_image(service: Service, image_id: ImageId) -> ImageResponse:
 
 @router.post(
     "/api/image-search",
-    summary="Find captions, sentences and images that match an uploaded image",
+    summary="Caption an uploaded image, rank the configured sentences for it, and find similar images",
     responses=_describe_errors(400, 404, 413, 503),
 )
 def search_by_image(

@@ -1,4 +1,4 @@
-"""HTTP routes of the HTML pages, which work without JavaScript. With JavaScript, results appear while typing."""
+"""HTTP routes of the HTML pages, which work without JavaScript. With JavaScript, results appear as the user types."""
 
 import base64
 import math

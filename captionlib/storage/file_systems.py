@@ -41,7 +41,8 @@ _DATA_URI = re.compile(r"data:[a-z0-9/+.;=-]*,", re.IGNORECASE)
 def split_protocol(address: str) -> tuple[str, str]:
     """Returns the protocol of an address in lower case, and the address with its protocol in lower case.
 
-    The protocol of a local path is an empty string. A path may contain `::`, but not after a known protocol.
+    The protocol of a local path is an empty string. A local path may contain `::`, unless the text before the first
+    `::` is a known protocol.
     """
     if _DATA_URI.match(address):
         return "data", address
@@ -60,7 +61,7 @@ def is_known_protocol(protocol: str) -> bool:
 
 
 def is_chained(address: str) -> bool:
-    """Returns whether fsspec would chain file systems. A `::` in an http(s) URL, key or path is not a chain."""
+    """Returns whether fsspec would chain file systems. A `::` within a web URL, an object key or a path is no chain."""
     protocol, address = split_protocol(address)
     if not protocol:
         return False

@@ -135,7 +135,7 @@ def parse_text(value: object, origin: str, field: str) -> str:
 
 
 def parse_id(value: object, origin: str, field: str) -> str:
-    """Returns an id or another name as text. Integers, including floats and decimals without fraction, are converted.
+    """Returns an id or another name as text. Numbers, including floats and decimals, must have an integer value.
 
     Raises:
         DatasetError: the value is missing, a fraction, a float too large to be exact, or of a different type.
@@ -185,7 +185,7 @@ def parse_object(value: object, origin: str) -> dict[str, Any]:
 def parse_captions(value: object, origin: str, field: str, depth: int = 0) -> tuple[str, ...]:
     """Returns the captions in a text, an object with `raw`, `caption` or `tokens`, or a list of these.
 
-    A text may also contain a list printed by JSON or Python: `["a dog", "two dogs"]`. Captions are stripped;
+    A text may also contain a list in JSON or Python syntax: `["a dog", "two dogs"]`. Captions are stripped;
     missing captions are dropped. `depth` counts the lists and objects that contain the value.
 
     Raises:
