@@ -8,7 +8,6 @@ from typing import Any, TypeVar, cast
 import click
 
 from captionlib.recipes import find_recipe
-from pipelines.run import RunConfig
 
 __all__ = [
     "beam_argument",
@@ -81,6 +80,7 @@ def pipeline_options(command: Command) -> Command:
 
     Beam's own options follow `--`.
     """
+    from pipelines.run import RunConfig  # imports Beam, which commands without a pipeline do not need
 
     @functools.wraps(command)
     def collect(**options: Any) -> Any:

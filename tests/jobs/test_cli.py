@@ -91,3 +91,10 @@ def test_interrupted_training_exits_like_ctrl_c(
         main()
     assert exit_.value.code == 130
     assert capsys.readouterr().err == "Stopped. Run the same command again to resume.\n"
+
+
+def test_training_commands_do_not_import_beam() -> None:
+    script = "import sys, jobs.train_captioner, jobs.train_ranker; print('apache_beam' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "False\n"
+    )

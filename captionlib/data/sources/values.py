@@ -1,6 +1,7 @@
 """Parses untyped values from JSON files and tables into ids, texts and captions.
 
-JSON `null` and NaN count as missing. `origin` (file and line) and `field` (name of the value) appear in error messages.
+JSON `null`, NaN and blank text count as missing. `origin` (file and line) and `field` (name of the value) appear in
+error messages.
 """
 
 import ast

@@ -60,7 +60,7 @@ class Checkpoint:
 
     Attributes:
         kind: kind of model, such as `captioner`.
-        identity: everything besides the weights that determines the model's output.
+        identity: everything except the weights that determines the model's output.
         tensors: the weights, on the CPU.
         provenance: the data and versions that the model was trained with.
         training: the training configuration and history.
