@@ -5,6 +5,7 @@ CaptionlibError
 ├── DatasetError           a folder is not a dataset of the expected kind
 │   ├── FingerprintError   the folder holds a dataset with a different fingerprint (hash of its configuration)
 │   ├── DuplicateIdError   two images in a dataset have the same id
+│   ├── EntryError         an entry of a source, such as a row of a table, is invalid
 │   └── FailureRatioError  more images failed than the run allows
 ├── StorageError           files cannot be read or written
 ├── CheckpointError        a folder is not a checkpoint, or the checkpoint was trained with a different encoder
@@ -30,6 +31,7 @@ __all__ = [
     "DatasetError",
     "DecodeError",
     "DuplicateIdError",
+    "EntryError",
     "FailureRatioError",
     "FetchError",
     "FingerprintError",
@@ -60,6 +62,20 @@ class FingerprintError(DatasetError):
 
 class DuplicateIdError(DatasetError):
     """Two images in a dataset have the same id."""
+
+
+class EntryError(DatasetError):
+    """An entry of a source, such as a row of a table, is invalid.
+
+    Attributes:
+        reason: short category under which the entry is counted if it is skipped, such as `invalid url`.
+        problem: location of the entry, expected value and actual value.
+    """
+
+    def __init__(self, reason: str, problem: str) -> None:
+        super().__init__(f"{problem}; correct or remove the entry")
+        self.reason = reason
+        self.problem = problem
 
 
 class FailureRatioError(DatasetError):

@@ -1,5 +1,6 @@
 import socket
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -133,10 +134,14 @@ def test_overwrite_does_not_touch_a_folder_of_other_files(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("line", "expected"), [("  ,a.jpg", "id as text or an integer"), ("1,", "url as text")])
-def test_row_without_id_or_uri_is_an_error_naming_the_line(tmp_path: Path, line: str, expected: str) -> None:
+def test_row_without_id_or_uri_is_skipped_naming_the_line(tmp_path: Path, line: str, expected: str) -> None:
     (tmp_path / "a.csv").write_text(f"id,url\n0,0.jpg\n{line}\n")
+    summary = prepare(tmp_path / "a.csv", tmp_path / "manifest", UNCHECKED)
+    [(reason, example)] = summary.examples.items()
+    assert (summary.images, summary.skipped) == (1, {reason: 1})
+    assert example == f"{tmp_path}/a.csv, line 3: expected {expected}, got blank text"
     with pytest.raises(DatasetError, match=rf"a\.csv, line 3: expected {expected}, got blank text"):
-        prepare(tmp_path / "a.csv", tmp_path / "manifest", UNCHECKED)
+        prepare(tmp_path / "a.csv", tmp_path / "strict", replace(UNCHECKED, strict=True))
 
 
 @pytest.mark.parametrize("values", [{"source_format": "zip"}, {"shard_size": 0}, {"limit": 0}])

@@ -76,7 +76,9 @@ def test_json_array_of_records(tmp_path: Path, indent: int | None) -> None:
     (tmp_path / "a.json").write_text(json.dumps(records, indent=indent))
     assert read_captions(tmp_path / "a.json") == [("1", ("one", "two")), ("2", ())]
     (tmp_path / "a.json").write_text(json.dumps([*records, {"id": 3}], indent=indent))
-    with pytest.raises(ConfigError, match=r"a\.json, \[2\]: no column for the image uris"):
+    assert read(tmp_path / "a.json")[1] == {"object without an image uri, or with ambiguous keys": 1}
+    (tmp_path / "a.json").write_text(json.dumps([{"id": 3}, {"id": 4}], indent=indent))
+    with pytest.raises(ConfigError, match=r"a\.json, \[0\]: no column for the image uris"):
         read(tmp_path / "a.json")
 
 
