@@ -114,7 +114,7 @@ class ImageError(CaptionlibError):
     """An image cannot be read.
 
     Attributes:
-        reason: short category under which the failure is counted, such as `HTTP 404` or `Truncated`.
+        reason: short category under which the failure is counted, such as `NotFound` or `Truncated`.
         stage: step that failed: `fetch` or `decode`, or `image` if the subclass does not define one.
     """
 

@@ -84,5 +84,5 @@ def _reporting_arrow_errors() -> Iterator[None]:
         yield
     except pa.ArrowException as error:
         raise FetchError(
-            type(error).__name__, "expected a Parquet file, got a damaged file or a different format"
+            "DamagedFile", "expected a Parquet file, got a damaged file or a different format"
         ) from error

@@ -40,7 +40,7 @@ COLUMN_DESCRIPTIONS = {
     "attention": "Attention weights of each token over the positions of the feature map; each row sums to 1.",
     "embedding": "Embedding of the image: a unit vector in the joint space of images and captions.",
     "stage": "Stage that failed: fetch or decode.",
-    "error": "Category under which the failure is counted, such as HTTP 404.",
+    "error": "Category under which the failure is counted, such as NotFound.",
     "message": "Description of the error.",
 }
 

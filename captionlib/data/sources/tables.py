@@ -95,7 +95,7 @@ def _parse_records(
         mergeable = False
         if columns.captions:
             captions = parse_caption_columns(values, columns.captions, origin, options, skips)
-            mergeable = not any([isinstance(values.get(name), list) for name in columns.captions])
+            mergeable = not any(isinstance(values.get(name), list) for name in columns.captions)
         yield ManifestRow(image_id, resolve_uri(uri, root), split, captions, origin), mergeable
 
 
