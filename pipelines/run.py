@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
+from urllib.error import URLError
 
 import apache_beam as beam
 import grpc
@@ -98,6 +99,9 @@ def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
         FailureRatioError: more images failed than `run` allows. All shards are written nevertheless.
     """
     _, options = choose_runner(run)  # checks the options before any dataset is changed
+    name = options.view_as(StandardOptions).runner
+    if run.progress and name in _IN_PROCESS - {None, "FnApiRunner"}:
+        print(f"{label}: runs in Beam's FnApiRunner in this process, which replaces {name}", file=sys.stderr)
     if pending := job.pending_shards():
         job.mark_incomplete()
         with show_progress(job.source, job.outputs[0], label, run.progress):
@@ -126,11 +130,21 @@ def run_pipeline(transform: beam.PTransform[PBegin, Any], label: str, run: RunCo
         except KeyboardInterrupt:
             result.cancel()
             raise
-    except (RuntimeError, grpc.RpcError, grpc.FutureTimeoutError) as error:
+    except (RuntimeError, OSError, grpc.RpcError, grpc.FutureTimeoutError) as error:
+        if _is_download_error(error):
+            raise RunnerError(
+                f"{type(runner).__name__} could not be downloaded: {error}; expected access to Beam's releases; download "
+                "the file elsewhere and pass --flink_job_server_jar, --spark_job_server_jar or --prism_location"
+            ) from error
         raise RunnerError(
             f"{type(runner).__name__} did not finish {label}: {str(error) or type(error).__name__}; see the runner's "
             "logs. Run the same command again to resume; finished shards are kept"
         ) from error
+
+
+def _is_download_error(error: BaseException) -> bool:
+    """Returns whether Beam could not download a runner. Beam's messages say so, or the error comes from urllib."""
+    return isinstance(error, URLError) or str(error).startswith(("Unable to fetch", "Unable to download"))
 
 
 def choose_runner(run: RunConfig) -> tuple[PipelineRunner, PipelineOptions]:

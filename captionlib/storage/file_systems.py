@@ -67,7 +67,9 @@ def strip_local_protocol(url: str) -> str:
     if protocol:
         host, slash, path = url[len(protocol) + len("://") :].partition("/")
         if host not in ("", "localhost"):
-            raise ConfigError(f"expected {protocol}:///PATH, a file on this machine, got the host {host!r} in {url!r:.200}")
+            raise ConfigError(
+                f"expected {protocol}:///PATH, a file on this machine, got the host {host!r} in {url!r:.200}"
+            )
         url = slash + path
     return str(LocalFileSystem._strip_protocol(url))
 

@@ -107,35 +107,42 @@ def _names_local_file(uri: str) -> bool:
 
 def _parse_file(uri: str, protocols: Sequence[str]) -> ImageFile:
     uri = uri.strip() if "://" in uri else uri
-    shown = repr(uri if len(uri) <= _SHOWN_CHARACTERS else f"{uri[:_SHOWN_CHARACTERS]}...")
     spelled, url = split_protocol(uri)
     protocol = _CANONICAL_PROTOCOLS.get(spelled, spelled or "file")
-    problem = ""
-    if protocol == "file" and spelled:
+    allowed = {_CANONICAL_PROTOCOLS.get(name, name) for name in protocols} - INTERPRETING_PROTOCOLS
+    problem = _find_problem(uri, protocol, url)
+    if not problem and protocol not in allowed:
+        problem = (
+            f"an address with protocol {', '.join(protocols)}, got {protocol}: {_shorten(uri)}; "
+            "if you trust the source of the addresses, add the protocol to loading.fetch.protocols"
+        )
+    if not problem and protocol == "file" and spelled:
         try:
             url = _decode_path(strip_local_protocol(url))
         except ConfigError as error:
             problem = str(error).removeprefix("expected ")
-    if problem:
-        pass
-    elif "\0" in uri or "\0" in url:
-        problem = f"a path or an address, got {shown}, which contains a null character"
-    elif is_chained(uri):
-        problem = f"one file system, got a chain of them, {shown}; use the address of the image itself"
-    elif uri.startswith("//"):
-        problem = f"a path or an address, got {shown}, which lacks a protocol; add https:"
-    elif spelled == "data":
-        problem = f"a path or an address, got the data URI {shown}; write it to a file"
-    elif protocol in INTERPRETING_PROTOCOLS or protocol not in {_CANONICAL_PROTOCOLS.get(p, p) for p in protocols}:
-        problem = (
-            f"an address with protocol {', '.join(protocols)}, got {protocol}: {shown}; "
-            "if you trust the source of the addresses, add the protocol to loading.fetch.protocols"
-        )
-    elif protocol in ("http", "https") and not _has_host(url):
-        problem = f"{protocol}://HOST/PATH, got {shown}"
+    if not problem and "\0" in uri + url:
+        problem = f"a path or an address, got {_shorten(uri)}, which contains a null character"
     if problem:
         raise FetchError("BadAddress", f"expected {problem}")
     return ImageFile(protocol, url)
+
+
+def _find_problem(uri: str, protocol: str, url: str) -> str:
+    """Returns what was expected and what is wrong with the form of an address, or an empty string."""
+    if is_chained(uri):
+        return f"one file system, got a chain of them, {_shorten(uri)}; use the address of the image itself"
+    if uri.startswith("//"):
+        return f"a path or an address, got {_shorten(uri)}, which lacks a protocol; add https:"
+    if protocol == "data":
+        return f"a path or an address, got the data URI {_shorten(uri)}; write it to a file"
+    if protocol in ("http", "https") and not _has_host(url):
+        return f"{protocol}://HOST/PATH, got {_shorten(uri)}"
+    return ""
+
+
+def _shorten(uri: str) -> str:
+    return repr(uri if len(uri) <= _SHOWN_CHARACTERS else f"{uri[:_SHOWN_CHARACTERS]}...")
 
 
 def _decode_path(path: str) -> str:

@@ -10,6 +10,7 @@ import os
 import ssl
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -292,21 +293,39 @@ def to_fetch_error(error: BaseException) -> FetchError:
     The original message is dropped, because it may quote what a server sent, such as the target of a redirect or the
     body of an error response.
     """
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return FetchError("NotFound", "no file exists at this address; check the address")
-    if isinstance(error, PermissionError):
-        return FetchError("Forbidden", "access to the file was denied; check its permissions or the credentials")
-    if (status := get_http_status(error)) is not None:
+    status = get_http_status(error)
+    if status is not None and not isinstance(error, FileNotFoundError | PermissionError):
         return _describe_status(status, get_retry_after(error))
-    if is_timeout_error(error):
-        return FetchError("Timeout", "the request timed out; increase loading.fetch.timeout_seconds")
-    if isinstance(error, ssl.SSLCertVerificationError | aiohttp.ClientConnectorCertificateError):
-        return FetchError("BadCertificate", "the certificate of the server is invalid; check the server or its address")
-    if is_connection_error(error):
-        return FetchError("ConnectionFailed", f"the connection failed or was interrupted{_errno_phrase(error)}; retry")
-    if isinstance(error, aiohttp.InvalidURL) or getattr(error, "errno", None) in (errno.ENAMETOOLONG, errno.ELOOP):
-        return FetchError("BadAddress", f"the address, or one that it redirects to, is invalid{_errno_phrase(error)}")
+    for matches, reason, problem, remedy in _REASONS:
+        if matches(error):
+            return FetchError(reason, f"{problem}{_errno_phrase(error)}; {remedy}")
     return FetchError("Unreadable", f"the file cannot be read: {type(error).__name__}{_errno_phrase(error)}")
+
+
+def _is_instance(*types: type[BaseException]) -> Callable[[BaseException], bool]:
+    return lambda error: isinstance(error, types)
+
+
+def _is_invalid_address(error: BaseException) -> bool:
+    return isinstance(error, aiohttp.InvalidURL) or getattr(error, "errno", None) in (errno.ENAMETOOLONG, errno.ELOOP)
+
+
+_REASONS = (
+    (_is_instance(FileNotFoundError, NotADirectoryError), "NotFound", "no file at this address", "check the address"),
+    (_is_instance(PermissionError), "Forbidden", "no access to the file", "check its permissions or the credentials"),
+    (is_timeout_error, "Timeout", "the request timed out", "increase loading.fetch.timeout_seconds"),
+    (
+        _is_instance(ssl.SSLCertVerificationError, aiohttp.ClientConnectorCertificateError),
+        *("BadCertificate", "the certificate of the server is invalid", "check the server or its address"),
+    ),
+    (
+        is_connection_error,
+        "ConnectionFailed",
+        "the connection failed or was interrupted",
+        "retry with --retry-failures",
+    ),
+    (_is_invalid_address, "BadAddress", "the address, or one that it redirects to, is invalid", "correct the address"),
+)
 
 
 def _describe_status(status: int, retry_after: float | None) -> FetchError:

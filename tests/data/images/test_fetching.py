@@ -279,9 +279,7 @@ def test_fsspec_options_apply(fetcher: ImageFetcher, server: Server, monkeypatch
         (999, "ServerError"),
     ],
 )
-def test_permanent_errors_are_not_retried(
-    fetcher: ImageFetcher, server: Server, status: int, expected: str
-) -> None:
+def test_permanent_errors_are_not_retried(fetcher: ImageFetcher, server: Server, status: int, expected: str) -> None:
     assert reason(fetcher, f"{server.url}/{status}/a.jpg") == expected
     assert server.requests.total() == 1
 

@@ -88,6 +88,13 @@ def test_limit_and_splits_select_rows(tmp_path: Path) -> None:
     assert summary.skipped == {"in a different split": 3}
 
 
+@pytest.mark.parametrize(("split", "name"), [("val", "dev"), ("dev", "val")])
+def test_val_and_dev_select_each_other(tmp_path: Path, split: str, name: str) -> None:
+    (tmp_path / "a.csv").write_text(f"id,url,split\n1,1.jpg,{split}\n2,2.jpg,train\n")
+    summary = prepare(tmp_path / "a.csv", tmp_path / "manifest", replace(UNCHECKED, splits=(name,)))
+    assert summary.splits == {split: 1}
+
+
 def test_list_of_missing_images_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
     source = write_csv(tmp_path / "a.csv", ["a", "b"])
     with pytest.raises(DatasetError, match=r"none of the first 2 images exists; the first is expected at .*a\.jpg"):
