@@ -207,6 +207,7 @@ class IndexBuild:
             embeddings=tuple(map(_describe_dataset, self.embeddings)),
             layout=self.layout,
             shards=tuple(shards),
+            captions_count=sum(shard.rows for shard in shards),
             vectors_count=vectors_count,
             text=text,
             vectors=vectors,

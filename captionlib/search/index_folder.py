@@ -125,6 +125,7 @@ class IndexDescription:
         embeddings: the embeddings datasets, in the order of the captions; empty if the index is text-only.
         layout: type of the vector index; None if the index is text-only.
         shards: the indexed shards, in the order of their rows.
+        captions_count: number of searchable captions.
         vectors_count: number of searchable vectors.
         text: folder of the text index.
         vectors: file of the vector index; empty if the index is text-only.
@@ -139,6 +140,7 @@ class IndexDescription:
     embeddings: tuple[IndexedDataset, ...]
     layout: VectorLayout | None
     shards: tuple[IndexedShard, ...]
+    captions_count: int
     vectors_count: int
     text: str
     vectors: str
@@ -151,11 +153,6 @@ class IndexDescription:
         vectors = [self.vectors, self.trained] if self.vectors else []
         names = [name for shard in self.shards for name in (shard.rows_file, shard.candidates_file)]
         return [self.text, *vectors, *dict.fromkeys(names)]
-
-    @property
-    def captions_count(self) -> int:
-        """The number of searchable captions."""
-        return sum(shard.rows for shard in self.shards)
 
     @property
     def offsets(self) -> list[int]:
