@@ -90,6 +90,20 @@ class Folder:
 
         return call_with_retries(self.path(name), check)
 
+    def fetch_state(self, name: str) -> str:
+        """Returns a string that changes whenever a file is replaced, without reading the file.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+        """
+        path = self.path(name)
+
+        def fetch() -> str:
+            self.fs.invalidate_cache()
+            return str(self.fs.ukey(path))
+
+        return call_with_retries(path, fetch)
+
     def open(self, name: str) -> BinaryIO:
         """Opens a file for reading. Each read of a remote file fetches only the requested bytes."""
         path = self.path(name)
