@@ -43,7 +43,7 @@ class SkippedImages:
         Raises:
             FailureRatioError: the run has skipped more than `max_ratio` of the images.
         """
-        self._rows[row["image_id"]] = failure_row(row["image_id"], row["uri"], error)
+        self._rows[row["image_id"]] = failure_row(row, error)
         if len(self._rows) > self._max_ratio * self._images:
             raise FailureRatioError(
                 f"{self.describe()}; the run allows {self._max_ratio:.1%}. The last is {row['uri']}: {error}. Check "

@@ -35,7 +35,7 @@ from captionlib.data.shards.markers import (
     sum_markers,
     to_json,
 )
-from captionlib.data.shards.schemas import SCHEMA_VERSION
+from captionlib.data.shards.schemas import SCHEMA_VERSIONS, add_missing_columns, upgrade_schema
 from captionlib.errors import DatasetError, FailureRatioError, FingerprintError
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 
@@ -121,17 +121,25 @@ class ShardedDataset:
 
     def read(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Reads a shard into memory. If `columns` is None, all columns are read."""
+        schema = self._select(columns)
         with self.folder.open(f"{part_name(shard)}.parquet") as file:
-            return pq.ParquetFile(file).read(columns)
+            table = pq.ParquetFile(file).read(schema.names)
+        return pa.Table.from_batches([add_missing_columns(rows, schema) for rows in table.to_batches()], schema)
 
     def read_batches(
         self, shard: int, columns: Sequence[str] | None = None, batch_size: int = 256
     ) -> Iterator[pa.RecordBatch]:
         """Yields the rows of a shard in batches of up to `batch_size`. Holds one row group in memory."""
+        schema = self._select(columns)
         with self.folder.open(f"{part_name(shard)}.parquet") as file:
             parquet = pq.ParquetFile(file, pre_buffer=True)  # reads a row group's columns with few requests
             for group in range(parquet.num_row_groups):
-                yield from parquet.iter_batches(batch_size, row_groups=[group], columns=columns)
+                for rows in parquet.iter_batches(batch_size, row_groups=[group], columns=schema.names):
+                    yield add_missing_columns(rows, schema)
+
+    def _select(self, columns: Sequence[str] | None) -> pa.Schema:
+        """Returns the schema of some columns, in the order of the dataset's schema. If None, of all columns."""
+        return self.schema if columns is None else pa.schema([each for each in self.schema if each.name in columns])
 
     def read_failures(self, shard: int) -> pa.Table | None:
         """Returns the images of a shard that could not be read, or None if there are none."""
@@ -219,12 +227,13 @@ def open_dataset(uri: str | os.PathLike[str], kind: str | None = None) -> Sharde
             f"{folder.uri}: expected a dataset of kind {kind}, got {description['kind']}; "
             "`captionlib --help` shows what each stage reads"
         )
-    if description["schema_version"] != SCHEMA_VERSION:
+    if description["schema_version"] != SCHEMA_VERSIONS[description["kind"]]:
         raise DatasetError(
-            f"{folder.uri}: expected schema version {SCHEMA_VERSION}, got {description['schema_version']}; "
+            f"{folder.uri}: expected schema version {SCHEMA_VERSIONS[description['kind']]} of {description['kind']}, got {description['schema_version']}; "
             "write the dataset again with this version of captionlib"
         )
     schema = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(description["arrow_schema"])))
+    schema = upgrade_schema(description["kind"], schema)
     fields = {name: description[name] for name in ("kind", "config", "fingerprint", "shards")}
     return ShardedDataset(folder, schema=schema, **fields)
 
@@ -268,7 +277,7 @@ def create_dataset(
         )
     description = {
         "kind": kind,
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSIONS[kind],
         "fingerprint": dataset.fingerprint,
         "shards": shards,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from captionlib.data.shards.schemas import SCHEMA_VERSION
+from captionlib.data.shards.schemas import SCHEMA_VERSIONS
 
 __all__ = [
     "DESCRIPTION_FILE",
@@ -93,7 +93,7 @@ def sum_markers(markers: Iterable[Marker]) -> Totals:
 
 def compute_fingerprint(kind: str, config: Mapping[str, Any]) -> str:
     """Returns a hash of everything that determines the rows of a dataset: kind, schema version and configuration."""
-    identity = {"kind": kind, "schema_version": SCHEMA_VERSION, "config": config}
+    identity = {"kind": kind, "schema_version": SCHEMA_VERSIONS[kind], "config": config}
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -1,9 +1,9 @@
 """Runs a stage (a step such as feature extraction) on one shard of a dataset. Running it again gives the same rows."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,8 +15,8 @@ from captionlib.errors import DatasetError, ImageError
 
 __all__ = ["ProcessRows", "ReportFailure", "ShardJob", "Stage"]
 
-ReportFailure = Callable[[str, str, ImageError], None]
-"""Records an image that could not be read. Takes its id, its path or URL, and the error."""
+ReportFailure = Callable[[Mapping[str, Any], ImageError], None]
+"""Records an image that could not be read. Takes its row in the input, and the error."""
 
 ProcessRows = Callable[[Iterator[pa.RecordBatch], ReportFailure], Iterator[tuple[pa.RecordBatch, ...]]]
 """Converts the rows of a shard to output rows in the same order. Yields tuples with a batch for each output dataset."""
@@ -99,7 +99,7 @@ class ShardJob:
         """
         failures = self.outputs[0].read_failures(shard)
         assert failures is not None, "the marker records failures"
-        still_failing: list[tuple[str, str, ImageError]] = []
+        still_failing: list[tuple[Mapping[str, Any], ImageError]] = []
         recovered = list(
             process(self._read_input(shard, failures["image_id"]), lambda *failure: still_failing.append(failure))
         )
@@ -123,9 +123,9 @@ class ShardJob:
 
 
 def _fill(writers: Sequence[ShardWriter], process: ProcessRows, rows: Iterator[pa.RecordBatch]) -> None:
-    def fail(image_id: str, uri: str, error: ImageError) -> None:
+    def fail(row: Mapping[str, Any], error: ImageError) -> None:
         for writer in writers:
-            writer.write_failure(image_id, uri, error)
+            writer.write_failure(row, error)
 
     for outputs in process(rows, fail):
         for writer, output in zip(writers, outputs, strict=True):

@@ -2,16 +2,17 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.markers import FAILURES_FOLDER, MARKERS_FOLDER, Marker, compute_checksum, part_name, to_json
-from captionlib.data.shards.schemas import FAILURES_SCHEMA, failure_row
+from captionlib.data.shards.schemas import FAILURES_SCHEMA, add_missing_columns, failure_row
 from captionlib.errors import DatasetError, ImageError
 
 __all__ = ["ShardWriter", "write_shard"]
@@ -26,14 +27,15 @@ class ShardWriter:
     def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
         self.marker: Marker  # record of the finished shard; set when it is published
         self.rows = 0
-        self.failures: list[dict[str, str]] = []
+        self.failures: list[dict[str, str | None]] = []
         self._writer = writer
         self._schema = schema
         self._buffer: list[pa.RecordBatch] = []
         self._buffered_rows = self._buffered_bytes = 0
 
     def write(self, rows: pa.RecordBatch) -> None:
-        """Adds rows. A row group is written as soon as it is full."""
+        """Adds rows. A row group is written as soon as it is full. Nullable columns that the rows lack are null."""
+        rows = add_missing_columns(rows, self._schema)
         self._buffer.append(rows)
         self._buffered_rows += rows.num_rows
         self._buffered_bytes += rows.nbytes
@@ -41,8 +43,9 @@ class ShardWriter:
         if self._buffered_rows >= ROW_GROUP_ROWS or self._buffered_bytes >= ROW_GROUP_BYTES:
             self.flush()
 
-    def write_failure(self, image_id: str, uri: str, error: ImageError) -> None:
-        self.failures.append(failure_row(image_id, uri, error))
+    def write_failure(self, row: Mapping[str, Any], error: ImageError) -> None:
+        """Records an image that could not be read; `row` is its row in the input."""
+        self.failures.append(failure_row(row, error))
 
     def flush(self) -> None:
         if self._buffered_rows:
@@ -86,13 +89,13 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int) -> Iterator[
         checksum=checksum,
         seconds=round(time.monotonic() - started, 3),
         fingerprint=dataset.fingerprint,
-        reasons=dict(Counter(row["error"] for row in writer.failures).most_common()),
+        reasons=dict(Counter(str(row["error"]) for row in writer.failures).most_common()),
     )
     dataset.folder.write(f"{MARKERS_FOLDER}/{name}.json", to_json(asdict(marker)))
     writer.marker = marker
 
 
-def _publish_failures(dataset: ShardedDataset, shard: int, failures: list[dict[str, str]]) -> None:
+def _publish_failures(dataset: ShardedDataset, shard: int, failures: list[dict[str, str | None]]) -> None:
     name = f"{FAILURES_FOLDER}/{part_name(shard)}.parquet"
     if not failures:
         dataset.folder.remove_file(name)  # may be left over from an earlier attempt

@@ -72,9 +72,7 @@ class FeatureExtraction:
             def process(batches: Iterator[pa.RecordBatch], fail: ReportFailure) -> Iterator[tuple[pa.RecordBatch, ...]]:
                 images = load(row for batch in batches for row in batch.to_pylist())
                 for rows, features in encode_images(encoder, images, self.config.batch_size, fail):
-                    columns = [
-                        pa.array([row[name] for row in rows], MANIFEST_SCHEMA.field(name).type) for name in self.columns
-                    ]
+                    columns = [pa.array([row.get(each.name) for row in rows], each.type) for each in schema][:-1]
                     yield (pa.RecordBatch.from_arrays([*columns, numpy_to_vectors(features)], schema=schema),)
 
             yield process
@@ -105,7 +103,7 @@ def _batch_images(
     batch: list[npt.NDArray[np.uint8]] = []
     for row, image in images:
         if isinstance(image, ImageError):
-            fail(row["image_id"], row["uri"], image)
+            fail(row, image)
             continue
         rows.append(row)
         batch.append(image)

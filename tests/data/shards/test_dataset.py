@@ -29,8 +29,8 @@ def fill(dataset: ShardedDataset) -> None:
         writer.write(rows("x", "y"))
     with write_shard(dataset, 1, 3) as writer:
         writer.write(rows("z"))
-        writer.write_failure("bad1", "bad1.jpg", DecodeError("Truncated", "ends early"))
-        writer.write_failure("bad2", "bad2.jpg", DecodeError("Truncated", "ends early"))
+        writer.write_failure({"image_id": "bad1", "uri": "bad1.jpg"}, DecodeError("Truncated", "ends early"))
+        writer.write_failure({"image_id": "bad2", "uri": "bad2.jpg"}, DecodeError("Truncated", "ends early"))
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -15,7 +15,7 @@ def write(dataset: ShardedDataset, shard: int, failures: int) -> None:
         rows = [{"image_id": f"{shard}{n}", "uri": "", "split": "", "captions": []} for n in range(3 - failures)]
         writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST_SCHEMA))
         for n in range(failures):
-            writer.write_failure(f"bad{shard}{n}", "", FetchError("Gone", "not there"))
+            writer.write_failure({"image_id": f"bad{shard}{n}", "uri": ""}, FetchError("Gone", "not there"))
 
 
 @pytest.fixture

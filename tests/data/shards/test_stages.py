@@ -29,7 +29,7 @@ class Shout:
                 for row in batch.to_pylist():
                     self.seen.append(row["image_id"])
                     if row["image_id"] in self.broken:
-                        fail(row["image_id"], row["uri"], FetchError("Gone", "not there"))
+                        fail(row, FetchError("Gone", "not there"))
                     else:
                         kept.append({**row, "uri": row["uri"].upper()})
                 output = pa.RecordBatch.from_pylist(kept, schema=MANIFEST_SCHEMA)
