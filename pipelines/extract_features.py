@@ -54,8 +54,8 @@ def extract_features(
         output,
         "features",
         features_schema(encoder.size, config.encoder.stored_dtype),
-        config={"input": source.fingerprint, "encoder": encoder.description},
-        shards=source.shards,
+        config={"encoder": encoder.description},
+        source=source,
         overwrite=run.overwrite,
     )
     stage = FeatureExtraction(config, encoder.description, worker_device, run.threads_per_worker)

@@ -100,7 +100,7 @@ def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
     _, options = choose_runner(run)  # checks the options before any dataset is changed
     if pending := job.pending_shards():
         job.mark_incomplete()
-        with show_progress(job.source, job.outputs[0], label, run.progress):
+        with show_progress(job, label, run.progress):
             run_pipeline(ProcessShards(job, pending, run.max_failure_ratio, run.accelerator), label, run)
         if options.view_as(TestOptions).dry_run:
             return job.outputs[0].compute_totals()

@@ -19,9 +19,9 @@ __all__ = [
     "add_missing_columns",
     "captions_schema",
     "embeddings_schema",
-    "upgrade_schema",
     "failure_row",
     "features_schema",
+    "upgrade_schema",
 ]
 
 SCHEMA_VERSIONS = {"manifest": 1, "features": 1, "captions": 1, "embeddings": 1}
@@ -67,7 +67,7 @@ def add_missing_columns(rows: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBat
     Raises:
         KeyError: the rows lack a column that is not nullable.
     """
-    if rows.schema.names == schema.names:
+    if rows.schema.equals(schema):
         return rows
     columns = [
         pa.nulls(rows.num_rows, field.type)
@@ -79,7 +79,7 @@ def add_missing_columns(rows: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBat
 
 
 def upgrade_schema(kind: str, stored: pa.Schema) -> pa.Schema:
-    """Returns the schema of a stored dataset with the nullable columns that its kind has gained since it was written."""
+    """Returns the schema of a stored dataset, plus the nullable columns that its kind has gained since then."""
     current = {
         "manifest": MANIFEST_SCHEMA,
         "features": features_schema(1, "float16"),
@@ -107,7 +107,7 @@ def failure_row(row: Mapping[str, Any], error: ImageError) -> dict[str, str | No
 
 
 def features_schema(size: int, dtype: str) -> pa.Schema:
-    """Returns the schema of a features dataset: the columns of a manifest, properties of the image's file, and features.
+    """Returns the schema of a features dataset: the columns of a manifest, and features.
 
     `features` is a vector of `size` float16 or float32 values.
     """

@@ -1,17 +1,26 @@
 """Writes a shard of a dataset: streams rows to Parquet, collects failures, and publishes the files at the end."""
 
+import io
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captionlib.data.shards.dataset import ShardedDataset
-from captionlib.data.shards.markers import FAILURES_FOLDER, MARKERS_FOLDER, Marker, compute_checksum, part_name, to_json
+from captionlib.data.shards.markers import (
+    FAILURES_FOLDER,
+    MARKERS_FOLDER,
+    Marker,
+    compute_checksum,
+    compute_checksums,
+    encode_record,
+    part_name,
+)
 from captionlib.data.shards.schemas import FAILURES_SCHEMA, add_missing_columns, failure_row
 from captionlib.errors import DatasetError, ImageError
 
@@ -54,8 +63,17 @@ class ShardWriter:
 
 
 @contextmanager
-def write_shard(dataset: ShardedDataset, shard: int, expected: int) -> Iterator[ShardWriter]:
+def write_shard(dataset: ShardedDataset, shard: int, expected: int, source: str = "") -> Iterator[ShardWriter]:
     """Yields a writer for a shard. The shard is published when the block ends, unless the block raises.
+
+    If the shard exists, its marker first records both versions. Readers accept either of them until all files are
+    replaced.
+
+    Args:
+        dataset: the dataset, which must be marked as incomplete.
+        shard: number of the shard.
+        expected: number of rows and failures together.
+        source: checksum of the data file of the input shard; see `Marker`.
 
     Raises:
         DatasetError: rows and failures do not add up to `expected`, the number of rows of the input shard.
@@ -77,28 +95,40 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int) -> Iterator[
                 f"{dataset.folder.uri}, {name}: expected {expected} rows and failures together, "
                 f"got {writer.rows} rows and {len(writer.failures)} failures; the shard was not published"
             )
-        size = path.stat().st_size
         with path.open("rb") as file:
-            checksum = compute_checksum(file)
-    _publish_failures(dataset, shard, writer.failures)
-    marker = Marker(
-        shard=shard,
-        rows=writer.rows,
-        failures=len(writer.failures),
-        bytes=size,
-        checksum=checksum,
-        seconds=round(time.monotonic() - started, 3),
-        fingerprint=dataset.fingerprint,
-        reasons=dict(Counter(str(row["error"]) for row in writer.failures).most_common()),
-    )
-    dataset.folder.write(f"{MARKERS_FOLDER}/{name}.json", to_json(asdict(marker)))
+            checksum, blocks = compute_checksums(file)
+        failures = _encode_failures(writer.failures)
+        marker = Marker(
+            shard=shard,
+            rows=writer.rows,
+            failures=len(writer.failures),
+            bytes=path.stat().st_size,
+            checksum=checksum,
+            seconds=round(time.monotonic() - started, 3),
+            fingerprint=dataset.fingerprint,
+            source=source,
+            blocks=blocks,
+            failures_checksum=compute_checksum(io.BytesIO(failures)) if failures else "",
+            reasons=dict(Counter(str(row["error"]) for row in writer.failures).most_common()),
+        )
+        if (previous := dataset.read_any_marker(shard)) is not None:
+            _write_marker(dataset, replace(marker, previous=previous))
+    failures_name = f"{FAILURES_FOLDER}/{name}.parquet"
+    if failures:
+        dataset.folder.write(failures_name, failures)
+    else:
+        dataset.folder.remove_file(failures_name)  # may be left over from an earlier version
+    _write_marker(dataset, marker)
     writer.marker = marker
 
 
-def _publish_failures(dataset: ShardedDataset, shard: int, failures: list[dict[str, str | None]]) -> None:
-    name = f"{FAILURES_FOLDER}/{part_name(shard)}.parquet"
-    if not failures:
-        dataset.folder.remove_file(name)  # may be left over from an earlier attempt
-        return
-    with dataset.folder.stage(name) as path:
-        pq.write_table(pa.Table.from_pylist(failures, FAILURES_SCHEMA), path, compression="zstd")
+def _write_marker(dataset: ShardedDataset, marker: Marker) -> None:
+    dataset.folder.write(f"{MARKERS_FOLDER}/{part_name(marker.shard)}.json", encode_record(asdict(marker)))
+
+
+def _encode_failures(failures: list[dict[str, str | None]]) -> bytes:
+    """Returns failures as the content of a Parquet file, which is empty if there are none."""
+    content = io.BytesIO()
+    if failures:
+        pq.write_table(pa.Table.from_pylist(failures, FAILURES_SCHEMA), content, compression="zstd")
+    return content.getvalue()

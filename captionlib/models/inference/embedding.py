@@ -95,8 +95,8 @@ def create_embeddings_dataset(
         folder,
         "embeddings",
         embeddings_schema(ranker.size),
-        config={"input": source.fingerprint, "ranker": ranker.fingerprint, "encoder": ranker.encoder},
-        shards=source.shards,
+        config={"ranker": ranker.fingerprint, "encoder": ranker.encoder},
+        source=source,
         overwrite=overwrite,
     )
 

@@ -104,7 +104,8 @@ def _batch_images(
         if isinstance(image, ImageError):
             fail(row, image)
             continue
-        rows.append(row)
+        properties = {"width": image.width, "height": image.height, "content_hash": f"{image.content_hash:016x}"}
+        rows.append({**row, **properties})
         batch.append(image.pixels)
         if len(rows) == batch_size:
             yield rows, np.stack(batch)

@@ -41,6 +41,7 @@ def test_inspect_reports_progress(tmp_path: Path, place: str) -> None:
     assert report.columns == {
         "image_id": "string",
         "uri": "string",
+        "version": "string",
         "split": "string",
         "captions": "list<item: string>",
     }
