@@ -59,4 +59,4 @@ def extract_features(
         overwrite=run.overwrite,
     )
     stage = FeatureExtraction(config, encoder.description, worker_device, run.threads_per_worker)
-    return run_job(ShardJob(source, (features,), stage, run.retry_failures), "extract-features", run)
+    return run_job(ShardJob(source, (features,), stage, run.retry_failures, run.verify), "extract-features", run)

@@ -97,4 +97,4 @@ def generate_captions(
     stage = CaptionGeneration(
         config, pinned_captioner, encoder, worker_device, run.threads_per_worker, pinned_ranker, datastore
     )
-    return run_job(ShardJob(dataset, tuple(outputs), stage, run.retry_failures), "generate-captions", run)
+    return run_job(ShardJob(dataset, tuple(outputs), stage, run.retry_failures, run.verify), "generate-captions", run)

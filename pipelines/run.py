@@ -47,6 +47,7 @@ class RunConfig:
         beam_options: flags for Beam, such as `--runner=FlinkRunner`; `@FILE` is replaced by the options in a YAML file.
         max_failure_ratio: largest allowed fraction of failed images. It is checked after all shards are written.
         retry_failures: process the failed images of finished shards (dataset files) again.
+        verify: verify the checksums of finished shards, and process damaged ones again.
         overwrite: replace an output with a different configuration.
         progress: show a progress bar.
         accelerator: Beam's resource hint for a GPU in each worker. If set, models run on that GPU only.
@@ -56,6 +57,7 @@ class RunConfig:
     beam_options: tuple[str, ...] = ()
     max_failure_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05
     retry_failures: bool = False
+    verify: bool = False
     overwrite: bool = False
     progress: bool = True
     accelerator: str | None = None

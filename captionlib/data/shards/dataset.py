@@ -140,6 +140,11 @@ class ShardedDataset:
             return None
         return totals if fingerprint == self.fingerprint and totals.shards == self.shards else None
 
+    def compute_content_checksum(self) -> str:
+        """Returns a hash of the rows of a complete dataset. It changes when any row changes."""
+        totals = self.read_totals()
+        return totals.checksum if totals is not None and totals.checksum else self.compute_totals().checksum
+
     def is_complete(self) -> bool:
         return self.read_totals() is not None
 

@@ -96,7 +96,7 @@ def build_datastore(
             if len(failed) == total:
                 raise DatasetError(f"{dataset.folder.uri}: none of {total:,} images could be read, such as {failed[0]}")
 
-    write_datastore(checkpoint, captioner, dataset.fingerprint, config.splits, encode_entries())
+    write_datastore(checkpoint, captioner, dataset.compute_content_checksum(), config.splits, encode_entries())
     return total - len(failed), len(failed)
 
 
