@@ -17,6 +17,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ from captionlib.data.shards.markers import (
 )
 from captionlib.data.shards.schemas import FAILURES_SCHEMA, SCHEMA_VERSIONS, add_missing_columns, upgrade_schema
 from captionlib.data.shards.verification import VerifiedFile
-from captionlib.errors import DamagedShardError, DatasetError, FailureRatioError, FingerprintError
+from captionlib.errors import DamagedShardError, DatasetError, FailureRatioError, FingerprintError, StorageError
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, resolve_address
 
 __all__ = ["ShardedDataset", "create_dataset", "open_dataset"]
@@ -155,11 +156,21 @@ class ShardedDataset:
     def require_complete(self) -> "ShardedDataset":
         """Returns this dataset, or raises DatasetError if it is not complete."""
         if not self.is_complete():
-            raise DatasetError(
-                f"{self.folder.uri} is not complete: expected {self.shards} finished shards, got "
-                f"{len(self.done_shards())}, or too many images failed; run the command that writes this dataset again"
-            )
+            reason = self.explain_incompleteness(self.compute_totals())
+            raise DatasetError(f"{self.folder.uri} is not complete: {reason}")
         return self
+
+    def explain_incompleteness(self, totals: Totals) -> str:
+        """Returns why a dataset with these totals has no `_SUCCESS`, and what to do."""
+        again = "run the command that writes this dataset again"
+        if totals.shards < self.shards:
+            return f"expected {self.shards} finished shards, got {totals.shards}; {again}"
+        if not totals.failures:
+            return f"its {self.shards} shards are finished, but {SUCCESS_FILE} was not written; {again}"
+        return (
+            f"{totals.describe_failures()}, more than the run allowed; {again} with a higher --max-failure-ratio to "
+            f"accept the failures (1 accepts all), or with --retry-failures to read these images again"
+        )
 
     def part_path(self, shard: int) -> str:
         """Returns the path of a shard's data file within its file system."""
@@ -260,12 +271,13 @@ class ShardedDataset:
         self.folder.remove_file(f"{FAILURES_FOLDER}/{part_name(shard)}.parquet")
         self.folder.remove_file(f"{part_name(shard)}.parquet")
 
-    def finish(self, max_failure_ratio: float = 1.0) -> Totals:
+    def finish(self, max_failure_ratio: float | None = None) -> Totals:
         """Checks that all shards are finished and writes `_SUCCESS`.
 
         Raises:
             DatasetError: a shard is not finished.
-            FailureRatioError: the fraction of images that could not be read exceeds `max_failure_ratio`.
+            FailureRatioError: the fraction of images that could not be read exceeds `max_failure_ratio`. If this is
+                None, all images failed.
         """
         totals = self.compute_totals()
         if totals.shards < self.shards:
@@ -274,18 +286,18 @@ class ShardedDataset:
                 f"{self.folder.uri}: expected {self.shards} finished shards, {len(pending)} are missing "
                 f"(the first is {part_name(pending[0])}); run the command again to resume it"
             )
-        if totals.failures > max_failure_ratio * totals.images:
+        if totals.exceeds(max_failure_ratio):
             self.mark_incomplete()
-            reasons = ", ".join(f"{reason}: {count}" for reason, count in totals.reasons.items())
+            limit = "a readable image" if max_failure_ratio is None else f"at most {max_failure_ratio:.1%}"
             raise FailureRatioError(
-                f"{self.folder.uri}: {totals.failures} of {totals.images} images failed "
-                f"({totals.failures / totals.images:.1%}; expected at most {max_failure_ratio:.1%}; {reasons}). The "
-                f"finished shards are kept; see {FAILURES_FOLDER}/, then run again with --retry-failures or a higher "
-                "--max-failure-ratio"
+                f"{self.folder.uri}: {totals.describe_failures()}; expected {limit}. The finished shards are kept; see "
+                f"{FAILURES_FOLDER}/, then run again with --retry-failures, or with a higher --max-failure-ratio "
+                "(1 accepts all failures)"
             )
         if self.read_totals() != totals:
             self.folder.write(SUCCESS_FILE, encode_record({**asdict(totals), "fingerprint": self.fingerprint}))
-            self.folder.remove_temporary_files()
+            with suppress(StorageError):  # the files in it do no harm
+                self.folder.remove_temporary_files()
         return totals
 
     def verify(self) -> list[str]:
