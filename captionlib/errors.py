@@ -4,6 +4,7 @@ CaptionlibError
 ├── ConfigError            an option or a configuration file is wrong; nothing was started
 ├── DatasetError           a folder is not a dataset of the expected kind
 │   ├── FingerprintError   the folder holds a dataset with a different fingerprint (hash of its configuration)
+│   ├── DamagedShardError  a file of a dataset was changed or damaged after it was written
 │   ├── DuplicateIdError   two images in a dataset have the same id
 │   └── FailureRatioError  more images failed than the run allows
 ├── StorageError           files cannot be read or written
@@ -28,6 +29,7 @@ __all__ = [
     "CaptionlibError",
     "CheckpointError",
     "ConfigError",
+    "DamagedShardError",
     "DatasetError",
     "DecodeError",
     "DuplicateIdError",
@@ -57,6 +59,10 @@ class DatasetError(CaptionlibError):
 
 class FingerprintError(DatasetError):
     """A folder holds a dataset with a different fingerprint (hash of its configuration)."""
+
+
+class DamagedShardError(DatasetError):
+    """A file of a dataset is missing, or was changed or damaged after it was written."""
 
 
 class DuplicateIdError(DatasetError):

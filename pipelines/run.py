@@ -63,6 +63,7 @@ class RunConfig:
         max_failure_ratio: largest allowed fraction of failed images. It is checked after all shards are written. If
             None, the run fails only if all images failed.
         retry_failures: process the failed images of finished shards (dataset files) again.
+        verify: verify the checksums of finished shards, and process damaged ones again.
         overwrite: replace an output with a different configuration.
         progress: show a progress bar.
         accelerator: Beam's resource hint for a GPU in each worker. If set, models run on that GPU only.
@@ -72,6 +73,7 @@ class RunConfig:
     beam_options: tuple[str, ...] = ()
     max_failure_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
     retry_failures: bool = False
+    verify: bool = False
     overwrite: bool = False
     progress: bool = True
     accelerator: str | None = None
@@ -116,7 +118,7 @@ def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
     _, options = choose_runner(run)  # checks the options before any dataset is changed
     if pending := job.pending_shards():
         job.mark_incomplete()
-        with show_progress(job.source, job.outputs[0], label, run.progress):
+        with show_progress(job, label, run.progress):
             run_pipeline(ProcessShards(job, pending, run.max_failure_ratio, run.accelerator), label, run)
         if options.view_as(TestOptions).dry_run:
             return job.outputs[0].compute_totals()
