@@ -4,6 +4,7 @@ CaptionlibError
 ├── ConfigError            an option or a configuration file is wrong; nothing was started
 ├── DatasetError           a folder is not a dataset of the expected kind
 │   ├── FingerprintError   the folder holds a dataset with a different fingerprint (hash of its configuration)
+│   ├── DamagedShardError  a file of a dataset was changed or damaged after it was written
 │   ├── DuplicateIdError   two images in a dataset have the same id
 │   ├── EntryError         an entry of a source, such as a row of a table, is invalid
 │   └── FailureRatioError  more images failed than the run allows
@@ -21,6 +22,7 @@ CaptionlibError
 Messages say what happened, what was expected, what was found instead, and what to do.
 """
 
+import signal
 from typing import ClassVar
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "CaptionlibError",
     "CheckpointError",
     "ConfigError",
+    "DamagedShardError",
     "DatasetError",
     "DecodeError",
     "DuplicateIdError",
@@ -58,6 +61,10 @@ class DatasetError(CaptionlibError):
 
 class FingerprintError(DatasetError):
     """A folder holds a dataset with a different fingerprint (hash of its configuration)."""
+
+
+class DamagedShardError(DatasetError):
+    """A file of a dataset is missing, or was changed or damaged after it was written."""
 
 
 class DuplicateIdError(DatasetError):
@@ -107,7 +114,13 @@ class SubprocessError(CaptionlibError):
 
 
 class TrainingInterrupted(CaptionlibError):  # noqa: N818 - the user asked for it, so it is not an error
-    """Training stopped on Ctrl-C or SIGTERM, after saving its state. The same command resumes it."""
+    """Training stopped on Ctrl-C or SIGTERM, after saving its state. The same command resumes it.
+
+    Attributes:
+        signal_number: the signal that stopped it.
+    """
+
+    signal_number: int = signal.SIGINT
 
 
 class ImageError(CaptionlibError):

@@ -4,8 +4,7 @@ A query is a list of words and "phrases". `+` before a word or phrase requires i
 """
 
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -39,36 +38,24 @@ class _Clause(NamedTuple):
     words: list[tuple[int, str]]  # position in the clause, stemmed word
 
 
-def write_text_index(
-    path: Path, language: str, rows: Iterable[pa.RecordBatch], base: Path | None, removed: Sequence[tuple[int, int]]
-) -> int:
-    """Writes a text index to a new folder and returns the number of captions.
+def write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch]) -> None:
+    """Writes a text index to a new folder. `rows` have the columns row, image_id, split, caption and log_prob.
 
-    `rows` have the columns row, image_id, split, caption and log_prob. If `base`, an index in the same language, is not
-    None, the new index also contains its rows, except the row numbers in `removed`: ranges with exclusive ends.
+    The index is always written whole. Tantivy only marks removed captions, so they would remain in the files, and in
+    the word counts that determine BM25 scores.
     """
-    if base is None:
-        path.mkdir(parents=True)
-        index = tantivy.Index(_make_schema(), path=str(path))
-    else:
-        shutil.copytree(base, path, ignore=shutil.ignore_patterns(".tantivy-*.lock"))
-        index = tantivy.Index.open(str(path))
+    path.mkdir(parents=True)
+    index = tantivy.Index(_make_schema(), path=str(path))
     index.register_tokenizer(_ANALYZER, _make_analyzer(language))
-    # With one thread, the same captions in the same order give the same index.
+    # With one thread, the same captions in the same order give the same scores.
     writer = index.writer(_WRITER_BYTES, 1)
-    for start, end in removed:
-        writer.delete_documents_by_query(
-            Query.range_query(index.schema, "row", tantivy.FieldType.Integer, start, end, include_upper=False)
-        )
     for batch in rows:
         for row in batch.select(["row", "image_id", "split", "caption", "log_prob"]).to_pylist():
             writer.add_document(tantivy.Document.from_dict(row, index.schema))
     writer.commit()
     writer.wait_merging_threads()
-    index.reload()
     for lock in path.glob(".tantivy-*.lock"):
         lock.unlink()
-    return int(index.searcher().num_docs)
 
 
 def _make_schema() -> tantivy.Schema:

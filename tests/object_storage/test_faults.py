@@ -69,7 +69,7 @@ class FetchImages:
                     rows = batch.to_pylist()
                     for row, content in zip(rows, threads.map(fetch, [row["uri"] for row in rows]), strict=True):
                         if isinstance(content, FetchError):
-                            fail(row["image_id"], row["uri"], content)
+                            fail(row, content)
                         else:
                             done.append({**row, "split": str(len(content))})
                     yield (pa.RecordBatch.from_pylist(done, schema=MANIFEST_SCHEMA),)

@@ -18,7 +18,7 @@ from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.ingestion.matlab import Matrix, open_matrix
 from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.markers import Totals, compute_checksum
-from captionlib.data.shards.schemas import MANIFEST_SCHEMA, features_schema
+from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.karpathy import read_numbered_rows
 from captionlib.data.sources.locations import locate
@@ -200,5 +200,5 @@ def _read_vectors(matrix: Matrix, columns: npt.NDArray[np.int64], dtype: str, ad
 
 
 def _to_batch(rows: Sequence[ManifestRow], vectors: npt.NDArray[np.floating], schema: pa.Schema) -> pa.RecordBatch:
-    columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in MANIFEST_SCHEMA]
+    columns = [pa.array([getattr(row, each.name, None) for row in rows], each.type) for each in schema][:-1]
     return pa.RecordBatch.from_arrays([*columns, numpy_to_vectors(vectors)], schema=schema)

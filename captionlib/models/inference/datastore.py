@@ -87,7 +87,7 @@ def build_datastore(
             progress_bar("build-datastore", total, "images", progress) as bar,
         ):
             batches = _read_batches(dataset, config.splits, columns)
-            for rows, features in load_features(batches, lambda image_id, _uri, _error: failed.append(image_id)):
+            for rows, features in load_features(batches, lambda row, _error: failed.append(row["image_id"])):
                 bar.update(len(rows))
                 yield DatastoreEntries(
                     [row["image_id"] for row in rows],
@@ -97,7 +97,7 @@ def build_datastore(
             if len(failed) == total:
                 raise DatasetError(f"{dataset.folder.uri}: none of {total:,} images could be read, such as {failed[0]}")
 
-    write_datastore(checkpoint, captioner, dataset.fingerprint, config.splits, encode_entries())
+    write_datastore(checkpoint, captioner, dataset.compute_content_checksum(), config.splits, encode_entries())
     return total - len(failed), len(failed)
 
 

@@ -22,7 +22,7 @@ def write(folder: object, shards: int = 3, done: int = 2) -> ShardedDataset:
             writer.write(pa.RecordBatch.from_pylist([row], schema=MANIFEST_SCHEMA))
             for number in range(shard):
                 error = DecodeError("Truncated", "ends early") if number == 0 else FetchError("NotFound", "not found")
-                writer.write_failure(f"bad{shard}{number}", f"bad{shard}{number}.jpg", error)
+                writer.write_failure({"image_id": f"bad{shard}{number}", "uri": f"bad{shard}{number}.jpg"}, error)
     return dataset
 
 
@@ -41,6 +41,7 @@ def test_inspect_reports_progress(tmp_path: Path, place: str) -> None:
     assert report.columns == {
         "image_id": "string",
         "uri": "string",
+        "version": "string",
         "split": "string",
         "captions": "list<item: string>",
     }
