@@ -20,6 +20,7 @@ CaptionlibError
 Messages say what happened, what was expected, what was found instead, and what to do.
 """
 
+import signal
 from typing import ClassVar
 
 __all__ = [
@@ -91,7 +92,13 @@ class SubprocessError(CaptionlibError):
 
 
 class TrainingInterrupted(CaptionlibError):  # noqa: N818 - the user asked for it, so it is not an error
-    """Training stopped on Ctrl-C or SIGTERM, after saving its state. The same command resumes it."""
+    """Training stopped on Ctrl-C or SIGTERM, after saving its state. The same command resumes it.
+
+    Attributes:
+        signal_number: the signal that stopped it.
+    """
+
+    signal_number: int = signal.SIGINT
 
 
 class ImageError(CaptionlibError):

@@ -94,9 +94,8 @@ def pipeline_options(command: Command) -> Command:
         click.option(
             "--max-failure-ratio",
             type=click.FloatRange(0, 1),
-            default=RunConfig.max_failure_ratio,
-            show_default=True,
-            help="Fail if a larger fraction of images failed. The other images are still written.",
+            help="Fail if a larger fraction of images failed. The other images are still written. [default: fail only "
+            "if all images failed]",
         ),
         progress_option,
         click.option(

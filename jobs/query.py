@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from captionlib.search.index_folder import DESCRIPTION
 from captionlib.search.output import OutputFormat, write_output
+from captionlib.search.sql.isolation import Query, run_isolated
 from captionlib.search.sql.queries import count_words, find_captions, find_image, find_top_captions
 from captionlib.search.sql.session import SqlLimits, open_sql
 from captionlib.storage.folders import Folder, stage_file
@@ -28,7 +29,7 @@ _SECTIONS = {
     "Options for an index": _INDEX_OPTIONS,
     "Query a dataset": _DATASET_QUERIES,
     "Options for a dataset": ("memory", "threads"),
-    "Output": ("limit", "format", "output", "help"),
+    "Output": ("limit", "timeout", "format", "output", "help"),
 }
 
 
@@ -71,6 +72,14 @@ class _SectionedCommand(click.Command):
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads. [default: one per core]")
 @click.option("--limit", type=click.IntRange(min=0), metavar="N", help="Maximum number of rows. [default: 20, or all]")
 @click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Stop a query over a dataset, or with --where, after this time.",
+)
+@click.option(
     "--format",
     "output_format",
     type=click.Choice(["table", "csv", "jsonl", "parquet"]),
@@ -84,6 +93,7 @@ def command(
     memory: str,
     threads: int | None,
     limit: int | None,
+    timeout: float,
     output_format: OutputFormat,
     output: str | None,
     **queries_and_options: str | int | None,
@@ -95,8 +105,8 @@ def command(
 
     A dataset is queried with SQL. Its rows are in a view that is named after its kind: captions, features, manifest or
     embeddings. A second view, named failures, contains the images that could not be processed. Both include only
-    complete shards. A
-    query cannot change the dataset or access anything else, so SQL from untrusted users is safe.
+    complete shards. SQL from untrusted users is safe: a query cannot change the dataset or access anything else, and
+    runs in a process that is killed if it takes longer than --timeout or uses 512 MiB more than --memory.
 
     \b
     Examples:
@@ -124,12 +134,15 @@ def command(
     if Folder(folder).exists(DESCRIPTION):
         advice = "a dataset; query the captions that the index was built from"
         query = _choose_query(values, _INDEX_QUERIES, set(_DATASET_QUERIES), advice)
-        table = _query_index(folder, query, values, 20 if limit is None else limit)
-        result: AbstractContextManager[pa.RecordBatchReader] = nullcontext(table.to_reader())
+        open_rows: Query = partial(_query_index, folder, query, values, 20 if limit is None else limit)
+        # The memory of an index is not limited: most of it is mapped files.
+        result = run_isolated(open_rows, None, timeout) if "where" in values else open_rows()
     else:
         advice = f"an index, but {folder} is not an index; see `captionlib build-index`"
         query = _choose_query(values, _DATASET_QUERIES, {*_INDEX_QUERIES, *_INDEX_OPTIONS}, advice)
-        result = _query_dataset(folder, query, values[query], limit, SqlLimits(memory, threads))
+        limits = SqlLimits(memory, threads)
+        open_rows = partial(_query_dataset, folder, query, values[query], limit, limits)
+        result = run_isolated(open_rows, limits.memory_bytes, timeout)
     with result as rows:
         if output is None:
             _print_rows(rows, output_format)
@@ -172,7 +185,13 @@ def _query_dataset(
         yield rows if limit is None else limit_rows(rows, limit)
 
 
-def _query_index(folder: str, query: str, values: Mapping[str, Any], limit: int) -> pa.Table:
+def _query_index(
+    folder: str, query: str, values: Mapping[str, Any], limit: int
+) -> AbstractContextManager[pa.RecordBatchReader]:
+    return nullcontext(_search_index(folder, query, values, limit).to_reader())
+
+
+def _search_index(folder: str, query: str, values: Mapping[str, Any], limit: int) -> pa.Table:
     if query == "image":
         return _query_by_image(folder, values, limit)
     needs_ranker = query in ("sentence", "hybrid")

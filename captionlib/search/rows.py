@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.errors import DatasetError, QueryError
 from captionlib.search.sql.session import SqlLimits, connect, lock_connection
-from captionlib.search.sql.statements import check_reads_only
+from captionlib.search.sql.statements import check_reads_only, describe_error
 
 __all__ = ["COLUMNS", "ROWS", "RowStore", "number_rows", "read_rows", "write_rows"]
 
@@ -131,9 +131,10 @@ class _RowFilter:
             check_reads_only(cursor, sql)
             rows = cursor.execute(sql, list(parameters)).fetchnumpy()["row"]
         except (duckdb.Error, QueryError) as error:
-            message = str(error).removeprefix("query: ")
+            query_error = error if isinstance(error, QueryError) else describe_error(error)
+            message = str(query_error).removeprefix("query: ")
             raise QueryError(
-                f"where: {message}\nExpected a condition over {', '.join(COLUMNS)}, "
+                f"where: {message} Expected a condition over {', '.join(COLUMNS)}, "
                 "such as: split = 'val' AND log_prob > -10"
             ) from error
         return np.ascontiguousarray(np.ma.getdata(rows), np.int64)

@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from captionlib.errors import StorageError
 from captionlib.storage.file_systems import open_file_system
 from captionlib.storage.remote_errors import is_temporary_error
-from captionlib.storage.retries import RangedFile, call_with_retries
+from captionlib.storage.retries import RangedFile, call_with_retries, name_errors
 
 __all__ = ["TEMPORARY_FOLDER", "Folder", "resolve_address", "stage_file", "write_file"]
 
@@ -93,7 +93,10 @@ class Folder:
     def open(self, name: str) -> BinaryIO:
         """Opens a file for reading. Each read of a remote file fetches only the requested bytes."""
         path = self.path(name)
-        return Path(path).open("rb") if self.is_local else cast(BinaryIO, RangedFile(self.fs, path))
+        if not self.is_local:
+            return cast(BinaryIO, RangedFile(self.fs, path))
+        with name_errors(path):
+            return Path(path).open("rb")
 
     def read(self, name: str) -> bytes:
         path = self.path(name)
@@ -113,7 +116,7 @@ class Folder:
         call_with_retries(path, lambda: self.fs.get_file(path, str(target)))
 
     def write(self, name: str, content: bytes) -> None:
-        with self.stage(name) as path:
+        with self.stage(name) as path, name_errors(self.path(name)):
             path.write_bytes(content)
 
     @contextmanager
@@ -121,13 +124,16 @@ class Folder:
         """Yields a local path to write. The file is published as `name` when the block ends, unless it raises."""
         if self.is_local:
             parent = Path(self.path(TEMPORARY_FOLDER))
-            parent.mkdir(parents=True, exist_ok=True)
+            with name_errors(str(parent)):
+                parent.mkdir(parents=True, exist_ok=True)
             path = parent / f"{Path(name).name}.{uuid.uuid4().hex}"
             try:
                 yield path
-                self._publish_local(path, Path(self.path(name)))
+                with name_errors(self.path(name)):
+                    self._publish_local(path, Path(self.path(name)))
             finally:
-                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
         else:
             with tempfile.TemporaryDirectory(prefix="captionlib-") as scratch:
                 path = Path(scratch) / Path(name).name
@@ -163,9 +169,9 @@ class Folder:
     def remove(self, name: str) -> None:
         """Removes a file or a subfolder, if it exists."""
         path = self.path(name)
-        if self.is_local and Path(path).is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-            return
+        while self.is_local and Path(path).is_dir():
+            with suppress(FileNotFoundError), name_errors(path):  # another process may remove the same files
+                shutil.rmtree(path)
 
         def remove() -> None:
             self.fs.invalidate_cache()

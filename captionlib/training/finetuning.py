@@ -69,7 +69,8 @@ class FinetuningConfig:
         best_by: the score that selects the best epoch, `perplexity` or the `cider` of generated captions (needs Java).
         decoding: how captions are generated for CIDEr.
         loading: how images are fetched and decoded.
-        max_failure_ratio: the maximum fraction of unreadable images; if it is exceeded, the run fails.
+        max_failure_ratio: the maximum fraction of unreadable images; if it is exceeded, the run fails. By default, the
+            run fails only if all images are unreadable.
     """
 
     init_from: str | None = None
@@ -86,7 +87,7 @@ class FinetuningConfig:
     best_by: Literal["perplexity", "cider"] = "perplexity"
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     loading: LoadingConfig = field(default_factory=LoadingConfig)
-    max_failure_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05
+    max_failure_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
 def finetune_captioner(

@@ -103,7 +103,7 @@ def test_too_many_failures_raise_but_keep_all_rows(
     manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig
 ) -> None:
     strict = dataclasses.replace(QUIET, max_failure_ratio=0.1)
-    with pytest.raises(FailureRatioError, match="2 of 10 images failed"):
+    with pytest.raises(FailureRatioError, match=r"2 of 10 images \(20.0%\) failed"):
         extract(manifest, tmp_path / "features", small_encoder, strict)
     assert len(content(tmp_path / "features")) == 3
     assert extract(manifest, tmp_path / "features", small_encoder).compute_totals().rows == 8
@@ -113,7 +113,7 @@ def test_incomplete_manifest_is_rejected(
     manifest: ShardedDataset, tmp_path: Path, small_encoder: ExtractionConfig
 ) -> None:
     manifest.remove_marker(1)
-    with pytest.raises(DatasetError, match="is not complete: expected 3 finished shards, got 2,"):
+    with pytest.raises(DatasetError, match="is not complete: expected 3 finished shards, got 2;"):
         extract(manifest, tmp_path / "features", small_encoder)
 
 

@@ -91,7 +91,7 @@ class ImageBatches:
                 if isinstance(image, ImageError):
                     self.skipped.add(row, image)
                 else:
-                    loaded.append((int(number), row, image))
+                    loaded.append((int(number), row, image.pixels))
             yield loaded
 
     def _batch(self, images: Sequence[tuple[Row, Pixels]]) -> CaptionBatch | None:

@@ -15,6 +15,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ from captionlib.data.shards.markers import (
     to_json,
 )
 from captionlib.data.shards.schemas import SCHEMA_VERSION
-from captionlib.errors import DatasetError, FailureRatioError, FingerprintError
+from captionlib.errors import DatasetError, FailureRatioError, FingerprintError, StorageError
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 
 __all__ = ["ShardedDataset", "create_dataset", "open_dataset"]
@@ -109,11 +110,21 @@ class ShardedDataset:
     def require_complete(self) -> "ShardedDataset":
         """Returns this dataset, or raises DatasetError if it is not complete."""
         if not self.is_complete():
-            raise DatasetError(
-                f"{self.folder.uri} is not complete: expected {self.shards} finished shards, got "
-                f"{len(self.done_shards())}, or too many images failed; run the command that writes this dataset again"
-            )
+            reason = self.explain_incompleteness(self.compute_totals())
+            raise DatasetError(f"{self.folder.uri} is not complete: {reason}")
         return self
+
+    def explain_incompleteness(self, totals: Totals) -> str:
+        """Returns why a dataset with these totals has no `_SUCCESS`, and what to do."""
+        again = "run the command that writes this dataset again"
+        if totals.shards < self.shards:
+            return f"expected {self.shards} finished shards, got {totals.shards}; {again}"
+        if not totals.failures:
+            return f"its {self.shards} shards are finished, but {SUCCESS_FILE} was not written; {again}"
+        return (
+            f"{totals.describe_failures()}, more than the run allowed; {again} with a higher --max-failure-ratio to "
+            f"accept the failures (1 accepts all), or with --retry-failures to read these images again"
+        )
 
     def part_path(self, shard: int) -> str:
         """Returns the path of a shard's data file within its file system."""
@@ -146,12 +157,13 @@ class ShardedDataset:
         self.mark_incomplete()
         self.folder.remove_file(f"{MARKERS_FOLDER}/{part_name(shard)}.json")
 
-    def finish(self, max_failure_ratio: float = 1.0) -> Totals:
+    def finish(self, max_failure_ratio: float | None = None) -> Totals:
         """Checks that all shards are finished and writes `_SUCCESS`.
 
         Raises:
             DatasetError: a shard is not finished.
-            FailureRatioError: the fraction of images that could not be read exceeds `max_failure_ratio`.
+            FailureRatioError: the fraction of images that could not be read exceeds `max_failure_ratio`. If this is
+                None, all images failed.
         """
         recorded = None if self.pending_shards() else self.read_totals()
         totals = recorded or self.compute_totals()
@@ -161,18 +173,18 @@ class ShardedDataset:
                 f"{self.folder.uri}: expected {self.shards} finished shards, {len(missing)} are missing "
                 f"(the first is {part_name(missing[0])}); run the command again to resume it"
             )
-        if totals.failures > max_failure_ratio * totals.images:
+        if totals.exceeds(max_failure_ratio):
             self.mark_incomplete()
-            reasons = ", ".join(f"{reason}: {count}" for reason, count in totals.reasons.items())
+            limit = "a readable image" if max_failure_ratio is None else f"at most {max_failure_ratio:.1%}"
             raise FailureRatioError(
-                f"{self.folder.uri}: {totals.failures} of {totals.images} images failed "
-                f"({totals.failures / totals.images:.1%}; expected at most {max_failure_ratio:.1%}; {reasons}). The "
-                f"finished shards are kept; see {FAILURES_FOLDER}/, then run again with --retry-failures or a higher "
-                "--max-failure-ratio"
+                f"{self.folder.uri}: {totals.describe_failures()}; expected {limit}. The finished shards are kept; see "
+                f"{FAILURES_FOLDER}/, then run again with --retry-failures, or with a higher --max-failure-ratio "
+                "(1 accepts all failures)"
             )
         if recorded is None:
             self.folder.write(SUCCESS_FILE, to_json({**asdict(totals), "fingerprint": self.fingerprint}))
-            self.folder.remove(TEMPORARY_FOLDER)
+            with suppress(StorageError):  # the files in it do no harm
+                self.folder.remove(TEMPORARY_FOLDER)
         return totals
 
     def verify(self) -> list[str]:

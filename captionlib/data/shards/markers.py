@@ -71,6 +71,17 @@ class Totals:
     def images(self) -> int:
         return self.rows + self.failures
 
+    def exceeds(self, max_failure_ratio: float | None) -> bool:
+        """Returns whether more images failed than allowed. If `max_failure_ratio` is None, all but one may fail."""
+        if max_failure_ratio is None:
+            return self.rows == 0 and self.failures > 0
+        return self.failures > max_failure_ratio * self.images
+
+    def describe_failures(self) -> str:
+        """Returns the number of failed images, their fraction and the reasons."""
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in self.reasons.items())
+        return f"{self.failures:,} of {self.images:,} images ({self.failures / self.images:.1%}) failed ({reasons})"
+
 
 def part_name(shard: int) -> str:
     """Returns the file name of a shard's data, failures and marker, without the extension."""

@@ -75,7 +75,7 @@ class ShardJob:
         for output in self.outputs:
             output.mark_incomplete()
 
-    def finish(self, max_failure_ratio: float) -> Totals:
+    def finish(self, max_failure_ratio: float | None = None) -> Totals:
         """Marks the output datasets as complete, in reverse order; see `ShardedDataset.finish`."""
         return [output.finish(max_failure_ratio) for output in reversed(self.outputs)][-1]
 

@@ -14,7 +14,7 @@ from pydantic import PositiveInt
 
 from captionlib.config import configclass, describe_differences
 from captionlib.data.arrays import numpy_to_vectors
-from captionlib.data.images.loading import LoadingConfig, open_loader
+from captionlib.data.images.loading import LoadedImage, LoadingConfig, open_loader
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA, features_schema
 from captionlib.data.shards.stages import ProcessRows, ReportFailure
 from captionlib.errors import DatasetError, ImageError
@@ -24,7 +24,6 @@ from captionlib.models.inference.shared_models import cached_per_process
 __all__ = ["ExtractionConfig", "FeatureExtraction", "encode_images", "load_shared_encoder"]
 
 Row = dict[str, Any]
-LoadedImage = tuple[Row, npt.NDArray[np.uint8] | ImageError]
 
 
 @configclass
@@ -81,7 +80,7 @@ class FeatureExtraction:
 
 
 def encode_images(
-    encoder: Encoder, images: Iterator[LoadedImage], batch_size: int, fail: ReportFailure
+    encoder: Encoder, images: Iterator[tuple[Row, LoadedImage | ImageError]], batch_size: int, fail: ReportFailure
 ) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
     """Encodes images in full batches and reports images that could not be loaded to `fail`.
 
@@ -99,7 +98,7 @@ def encode_images(
 
 
 def _batch_images(
-    images: Iterator[LoadedImage], batch_size: int, fail: ReportFailure
+    images: Iterator[tuple[Row, LoadedImage | ImageError]], batch_size: int, fail: ReportFailure
 ) -> Iterator[tuple[list[Row], npt.NDArray[np.uint8]]]:
     rows: list[Row] = []
     batch: list[npt.NDArray[np.uint8]] = []
@@ -108,7 +107,7 @@ def _batch_images(
             fail(row["image_id"], row["uri"], image)
             continue
         rows.append(row)
-        batch.append(image)
+        batch.append(image.pixels)
         if len(rows) == batch_size:
             yield rows, np.stack(batch)
             rows, batch = [], []

@@ -10,7 +10,7 @@ from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.stages import ProcessRows, ReportFailure, ShardJob
 from captionlib.data.shards.writer import write_shard
-from captionlib.errors import FetchError
+from captionlib.errors import FetchError, StorageError
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def test_interrupted_retry_leaves_the_shard_pending(source: ShardedDataset, tmp_
     marker = tmp_path / "one" / "_shards" / "part-00000.json"
     with (
         dying.stage.open() as process,
-        pytest.raises(OSError, match="disk full"),
+        pytest.raises(StorageError, match=r"part-00000\.parquet cannot be accessed: disk full"),
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setattr(
