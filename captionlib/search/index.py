@@ -193,6 +193,15 @@ class Index:
         row: dict[str, Any] = self._rows.take(np.array([self._find_row(image_id)])).to_pylist()[0]
         return row
 
+    def find_shard(self, image_id: str) -> int:
+        """Returns the number of the shard of the captions dataset that contains an image.
+
+        Raises:
+            QueryError: the image is not in the index.
+        """
+        row = self._find_row(image_id)
+        return next(indexed.shard for indexed in self.description.shards if indexed.offset <= row < indexed.end)
+
     def sample(self, limit: int = 20) -> pa.Table:
         """Returns evenly spaced rows of the index, with a score of 0."""
         rows = self._rows.sample(limit)

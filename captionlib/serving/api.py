@@ -123,7 +123,9 @@ async def get_thumbnail(
     request: Request,
     service: Service,
     thumbnails: ThumbnailStore,
-    size: Annotated[ThumbnailSize, PathParameter(description="small: 256 x 256 crop; large: nearly the whole image.")],
+    size: Annotated[
+        ThumbnailSize, PathParameter(description="small: 256 x 256 crop; large: the whole image, of up to 1280 pixels.")
+    ],
     image_id: ImageId,
 ) -> Response:
     try:

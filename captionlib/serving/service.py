@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from captionlib.errors import CaptionlibError, QueryError
+from captionlib.data.shards.markers import part_name
+from captionlib.errors import QueryError
 from captionlib.search.index import Filter, Index
-from captionlib.search.sql.queries import find_image
-from captionlib.search.sql.session import SqlLimits, open_sql
 from captionlib.serving.config import ServingConfig
 from captionlib.serving.responses import (
     CaptionCandidate,
@@ -20,6 +20,7 @@ from captionlib.serving.responses import (
     SearchResponse,
     SearchResult,
 )
+from captionlib.storage.folders import Folder
 
 if TYPE_CHECKING:  # imports torch, which takes seconds and is needed only for image search
     from captionlib.search.models import ImageQueryModels
@@ -147,10 +148,12 @@ class SearchService:
         )
 
     def _read_candidates(self, image_id: str) -> list[CaptionCandidate]:
+        folder = Folder(self.index.description.captions.folder)
+        path = folder.path(f"{part_name(self.index.find_shard(image_id))}.parquet")
+        where = [("image_id", "==", image_id)]  # statistics let Parquet skip most row groups
         try:
-            with open_sql(self.index.description.captions.folder, "captions", SqlLimits("500MB", 1)) as session:
-                (row,) = find_image(session, image_id).to_pylist()
-        except (CaptionlibError, OSError):  # the captions dataset may have been moved or deleted
+            (row,) = pq.read_table(path, columns=["candidates"], filters=where, filesystem=folder.fs).to_pylist()
+        except (OSError, ValueError):  # the captions dataset may have been moved, deleted or written again
             return []
         return [CaptionCandidate(**candidate) for candidate in row["candidates"]]
 

@@ -10,13 +10,11 @@ from time import monotonic
 from typing import Literal
 from urllib.parse import urlsplit
 
-import numpy as np
-import numpy.typing as npt
 from cachetools import TTLCache
 from starlette.concurrency import run_in_threadpool
 
 from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
-from captionlib.data.images.decoding import Preprocessing
+from captionlib.data.images.decoding import Preprocessing, Shrinking
 from captionlib.data.images.encoding import encode_jpeg
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.errors import ImageError
@@ -28,10 +26,9 @@ __all__ = ["ThumbnailSize", "Thumbnails"]
 
 ThumbnailSize = Literal["small", "large"]
 
-# Sizes of the shorter side and the square crop, in pixels. `small` is a center crop, `large` nearly the whole image.
-_PREPROCESSING: dict[ThumbnailSize, Preprocessing] = {
+_PREPROCESSING: dict[ThumbnailSize, Preprocessing | Shrinking] = {
     "small": Preprocessing(256, 256, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    "large": Preprocessing(640, 1280, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "large": Shrinking(1280),
 }
 _FAILURE_SECONDS = 30.0
 _MAX_FAILURES = 10_000
@@ -103,8 +100,7 @@ class Thumbnails:
 
     def make(self, content: bytes, size: ThumbnailSize) -> bytes:
         """Creates a thumbnail of an image file without storing it."""
-        pixels = self._decoders[size].decode(content).pixels
-        return encode_jpeg(_crop_padding(pixels) if size == "large" else pixels)
+        return encode_jpeg(self._decoders[size].decode(content).pixels)
 
     def prune(self) -> None:
         """Removes the least recently used thumbnails until the total size is within the limit."""
@@ -146,11 +142,3 @@ def _read_stored(path: Path) -> bytes | None:
         return None
     os.utime(path)  # `prune` removes the least recently used thumbnails
     return content
-
-
-def _crop_padding(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Removes the black padding that the decoder adds to images smaller than the crop."""
-    rows, columns = (np.flatnonzero(pixels.any(axis=axes)) for axes in ((1, 2), (0, 2)))
-    if not len(rows):
-        return pixels
-    return pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
