@@ -85,20 +85,20 @@ def _describe(report: DatasetReport, verified: bool) -> str:
 
 
 def _describe_index(folder: str, index: IndexDescription) -> str:
-    missing = index.captions.shards - len(index.shards)
+    missing = sum(dataset.shards for dataset in index.captions) - len(index.shards)
     layout = index.layout
     vectors = f", {layout.encoding} in {layout.nlist:,} lists, {layout.nprobe:,} probed per query" if layout else ""
     lines = [
         f"{folder}: index, {f'not complete: {missing:,} shards are missing' if missing else 'complete'}",
-        f"  captions     {index.captions_count:,} from {index.captions.folder}",
+        f"  captions     {index.captions_count:,} from {', '.join(dataset.folder for dataset in index.captions)}",
         f"  vectors      {index.vectors_count:,}{vectors}",
         f"  built        {index.created}",
         f"  fingerprint  {index.fingerprint}",
         "  configuration",
         *_lines(to_dict(index.config), "    "),
     ]
-    if index.embeddings is not None:
-        lines.append(f"    ranker: {index.embeddings.ranker}")
+    if index.embeddings:
+        lines.append(f"    ranker: {index.ranker}")
     return "\n".join(lines)
 
 

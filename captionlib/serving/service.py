@@ -5,9 +5,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from captionlib.data.shards.markers import part_name
 from captionlib.errors import QueryError
 from captionlib.search.index import Filter, Index
 from captionlib.serving.config import ServingConfig
@@ -20,7 +18,6 @@ from captionlib.serving.responses import (
     SearchResponse,
     SearchResult,
 )
-from captionlib.storage.folders import Folder
 
 if TYPE_CHECKING:  # imports torch, which takes seconds and is needed only for image search
     from captionlib.search.models import ImageQueryModels
@@ -114,7 +111,7 @@ class SearchService:
             split=row["split"],
             thumbnail_url=_thumbnail_url(image_id, "small"),
             preview_url=_thumbnail_url(image_id, "large"),
-            candidates=self._read_candidates(image_id),
+            candidates=[CaptionCandidate(**candidate) for candidate in self.index.get_candidates(image_id)],
             similar=self._find_similar(image_id),
         )
 
@@ -146,16 +143,6 @@ class SearchService:
             sentences=[ScoredSentence(**row) for row in sentences],
             images=images,
         )
-
-    def _read_candidates(self, image_id: str) -> list[CaptionCandidate]:
-        folder = Folder(self.index.description.captions.folder)
-        path = folder.path(f"{part_name(self.index.find_shard(image_id))}.parquet")
-        where = [("image_id", "==", image_id)]  # statistics let Parquet skip most row groups
-        try:
-            (row,) = pq.read_table(path, columns=["candidates"], filters=where, filesystem=folder.fs).to_pylist()
-        except (OSError, ValueError):  # the captions dataset may have been moved, deleted or written again
-            return []
-        return [CaptionCandidate(**candidate) for candidate in row["candidates"]]
 
     def _find_similar(self, image_id: str) -> list[SearchResult]:
         if not self.index.has_vectors:
