@@ -133,10 +133,12 @@ def _write_index(image_port: int) -> None:
     embeddings = create_dataset(FOLDER / "embeddings", "embeddings", schema, config=config, shards=1)
     vectors = generator.normal(size=(ROWS, RankerConfig().joint_embedding_size))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    columns = {name: [row[name] for row in rows] for name in ("image_id", "uri")}
+    values = [
+        {"image_id": row["image_id"], "uri": row["uri"], "embedding": vector}
+        for row, vector in zip(rows, vectors.astype(np.float16), strict=True)
+    ]
     with write_shard(embeddings, 0, ROWS) as writer:
-        values = {**columns, "embedding": list(vectors.astype(np.float16))}
-        writer.write(pa.RecordBatch.from_pydict(values, schema=schema))
+        writer.write(pa.RecordBatch.from_pylist(values, schema=schema))
     embeddings.finish()
     build = plan_build(FOLDER / "captions", FOLDER / "embeddings", FOLDER / "index", IndexConfig())
     build.train()

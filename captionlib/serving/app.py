@@ -6,6 +6,7 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
+from anyio.to_thread import current_default_thread_limiter
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -25,6 +26,7 @@ from captionlib.serving.uploads import Uploads
 __all__ = ["create_app"]
 
 _CLIENT_CLOSED_REQUEST = 499  # nginx's status for clients that disconnect; nobody receives it
+_PAGE_THREADS = 8
 _RETRY_SECONDS = "5"
 _FORM_BYTES = 2**16  # upper bound for the part of an upload that is not the image
 
@@ -37,6 +39,8 @@ def create_app(service: SearchService, thumbnail_folder: Path) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        # Pages and searches need a CPU all the time, so more threads would only delay each other and `/health`.
+        current_default_thread_limiter().total_tokens = _PAGE_THREADS
         with service, thumbnails, uploads:
             yield
 
