@@ -1,5 +1,7 @@
 """Loads the index and models of the web application in each server process."""
 
+import ctypes
+from contextlib import suppress
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from captionlib.serving.config import ServingConfig
 from captionlib.serving.service import SearchService
 
 __all__ = ["AppConfig", "load_app"]
+
+_M_ARENA_MAX = -8  # from glibc's malloc.h
 
 
 @configclass
@@ -49,6 +53,7 @@ def load_app(config: AppConfig) -> FastAPI:
         ConfigError: the sentences or the encoder cannot be read.
         DatasetError: the folder is not an index.
     """
+    _limit_allocator()
     limits = config.serving
     if config.ranker is None and config.captioner is None:
         service = SearchService(open_index(config.index), limits)
@@ -65,3 +70,9 @@ def load_app(config: AppConfig) -> FastAPI:
     generation = build_config(GenerationConfig, config.generation)
     models = ImageQueryModels(ranker, config.captioner, config.weights, config.device, decoding, generation)
     return create_app(SearchService(index, limits, models, sentences), Path(config.thumbnails))
+
+
+def _limit_allocator() -> None:
+    """Limits the heaps of glibc's allocator, because each thread would keep about 50 MB of its own for the models."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
