@@ -7,10 +7,8 @@ from urllib.parse import urlencode
 
 import pyarrow as pa
 
-from captionlib.errors import BusyError, CaptionlibError, QueryError
+from captionlib.errors import BusyError, QueryError
 from captionlib.search.index import Filter, Index
-from captionlib.search.sql.queries import find_image
-from captionlib.search.sql.session import SqlLimits, open_sql
 from captionlib.serving.config import ServingConfig
 from captionlib.serving.responses import (
     CaptionCandidate,
@@ -116,7 +114,7 @@ class SearchService:
             split=row["split"],
             thumbnail_url=_thumbnail_url(image_id, "small"),
             preview_url=_thumbnail_url(image_id, "large"),
-            candidates=self._read_candidates(image_id),
+            candidates=[CaptionCandidate(**candidate) for candidate in self.index.get_candidates(image_id)],
             similar=self._find_similar(image_id),
         )
 
@@ -154,14 +152,6 @@ class SearchService:
             sentences=[ScoredSentence(**row) for row in sentences],
             images=images,
         )
-
-    def _read_candidates(self, image_id: str) -> list[CaptionCandidate]:
-        try:
-            with open_sql(self.index.description.captions.folder, "captions", SqlLimits("500MB", 1)) as session:
-                (row,) = find_image(session, image_id).to_pylist()
-        except (CaptionlibError, OSError):  # the captions dataset may have been moved or deleted
-            return []
-        return [CaptionCandidate(**candidate) for candidate in row["candidates"]]
 
     def _find_similar(self, image_id: str) -> list[SearchResult]:
         if not self.index.has_vectors:

@@ -82,7 +82,7 @@ class Thumbnails:
 
     def make(self, content: bytes, size: ThumbnailSize) -> bytes:
         """Creates a thumbnail of an image file without storing it."""
-        pixels = self._decoders[size].decode(content)
+        pixels = self._decoders[size].decode(content).pixels
         return encode_jpeg(_crop_padding(pixels) if size == "large" else pixels)
 
     def prune(self) -> None:

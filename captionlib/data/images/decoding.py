@@ -24,7 +24,7 @@ from PIL import (  # importing plugins registers them; otherwise Pillow imports 
 
 from captionlib.errors import ConfigError, DecodeError
 
-__all__ = ["MAX_IMAGE_PIXELS", "Preprocessing", "decode_image"]
+__all__ = ["MAX_IMAGE_PIXELS", "DecodedImage", "Preprocessing", "decode_image"]
 
 MAX_IMAGE_PIXELS = 100_000_000
 """Default limit on width x height. It is checked before decoding, because a tiny file can expand to a huge image."""
@@ -88,18 +88,30 @@ class Preprocessing:
             raise ConfigError(f"interpolation: expected one of {', '.join(_RESAMPLING)}, got {self.interpolation!r}")
 
 
+@dataclass(frozen=True)
+class DecodedImage:
+    """An image as the input of an encoder.
+
+    Attributes:
+        pixels: `[crop_size, crop_size, 3] uint8`, RGB, read-only.
+        width: width of the whole image before resizing, in pixels, after it is rotated as its EXIF data say.
+        height: height of the whole image.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    width: int
+    height: int
+
+
 def decode_image(
     content: bytes, preprocessing: Preprocessing, max_image_pixels: int = MAX_IMAGE_PIXELS
-) -> npt.NDArray[np.uint8]:
+) -> DecodedImage:
     """Decodes, orients, resizes and crops an image. The pixels equal the output of torchvision's transforms.
 
     Args:
         content: a JPEG, PNG, WebP, GIF, BMP or TIFF file. Only the first frame or page is decoded.
         preprocessing: the sizes and the interpolation; `mean` and `std` are not applied.
         max_image_pixels: limit on width x height. Larger images are rejected before they are decoded.
-
-    Returns:
-        `[crop_size, crop_size, 3] uint8`, RGB, read-only.
 
     Raises:
         DecodeError: the image cannot be decoded. Its reason is Empty, NotAnImage, UnsupportedFormat, TooManyPixels,
@@ -109,7 +121,8 @@ def decode_image(
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             _check_pixels(image.size, max_image_pixels, "the image has")
             image.load()
-            return _resize_and_crop(_orient(_to_rgb(image), image), preprocessing, max_image_pixels)
+            upright = _orient(_to_rgb(image), image)
+            return DecodedImage(_resize_and_crop(upright, preprocessing, max_image_pixels), *upright.size)
     except DecodeError:
         raise
     except Image.DecompressionBombError as error:

@@ -5,7 +5,6 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from urllib.parse import quote
 
 from captionlib.data.images.addresses import names_part_of_file
 from captionlib.data.sources.locations import (
@@ -47,9 +46,10 @@ def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
         for name in names:
             if _is_image_name(name, skips):
                 uri = f"{root.address}/{name}"
-                if names_part_of_file(uri) and root.is_local:
-                    uri = f"file://{quote(uri, errors='surrogateescape')}"
-                yield ManifestRow(name, uri, options.default_split, (), f"{root.address}/{name}")
+                if names_part_of_file(uri) and not root.is_local:
+                    skips.skip_image("name in the form of an address of a part of a file", uri)
+                    continue
+                yield ManifestRow(name, uri, options.default_split, (), uri)
 
 
 def _is_image_name(name: str, skips: SkipCounter) -> bool:
