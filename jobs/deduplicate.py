@@ -2,7 +2,7 @@
 
 import click
 
-from captionlib.search.duplicates import DuplicateConfig, find_duplicates
+from captionlib.search.duplicates import DEFAULT_THRESHOLD, find_duplicates
 from jobs.options import progress_option
 
 __all__ = ["command"]
@@ -14,7 +14,7 @@ __all__ = ["command"]
 @click.option(
     "--threshold",
     type=click.FloatRange(0, 1, min_open=True),
-    default=DuplicateConfig.threshold,
+    default=DEFAULT_THRESHOLD,
     show_default=True,
     help="Cosine similarity of near-duplicates. With 1, only exact copies are duplicates.",
 )
@@ -31,11 +31,9 @@ def command(embeddings: str, output: str, threshold: float, overwrite: bool, pro
     \b
     Examples:
       captionlib deduplicate embeddings -o duplicates
-      captionlib build-index captions -e embeddings --duplicates duplicates -o index
-      captionlib query duplicates --sql "select * from rows where not kept"
+      captionlib query duplicates --sql "FROM duplicates WHERE NOT kept"
     """
-    summary = find_duplicates(embeddings, output, DuplicateConfig(threshold), overwrite=overwrite, progress=progress)
+    summary = find_duplicates(embeddings, output, threshold, overwrite=overwrite, progress=progress)
     click.echo(
-        f"{output}: {summary.duplicates:,} of {summary.images:,} images are duplicates of {summary.groups:,} others "
-        f"({summary.exact:,} exact copies)"
+        f"{output}: {summary.duplicates:,} of {summary.images:,} images are duplicates of {summary.groups:,} others"
     )

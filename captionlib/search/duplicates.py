@@ -7,45 +7,33 @@ every image of a group is similar to the kept one, and groups do not grow throug
 
 import os
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import faiss
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
 
-from captionlib.config import configclass, to_dict
 from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.schemas import DUPLICATES_SCHEMA
 from captionlib.data.shards.writer import write_shard
+from captionlib.errors import ConfigError
 from captionlib.progress import ProgressBar, progress_bar
 from captionlib.search.config import IndexConfig, VectorLayout
-from captionlib.search.inputs import read_embeddings, sample_embeddings
 
-__all__ = ["DuplicateConfig", "DuplicateSummary", "find_duplicates"]
+__all__ = ["DEFAULT_THRESHOLD", "DuplicateSummary", "find_duplicates"]
 
-_BATCH_ROWS = 8192
+DEFAULT_THRESHOLD = 0.97
+
 _QUERY_ROWS = 256
 _TRAINING_VECTORS_PER_LIST = 50
+_TRAINING_SHARDS = 64
 _MIN_NPROBE = 8  # near-duplicates are in the same inverted list or in one close to it
 _SEED = 1
 
 Positions = npt.NDArray[np.int64]
-
-
-@configclass
-class DuplicateConfig:
-    """Which images are duplicates.
-
-    Attributes:
-        threshold: cosine similarity of the embeddings at and above which two images are near-duplicates. If 1, only
-            exact copies are duplicates.
-    """
-
-    threshold: Annotated[float, Field(gt=0, le=1)] = 0.97
 
 
 @dataclass(frozen=True)
@@ -56,13 +44,11 @@ class DuplicateSummary:
         images: number of images.
         groups: number of groups of two or more images.
         duplicates: number of images in groups, without the kept image of each group.
-        exact: number of duplicates whose bytes are equal to those of another image.
     """
 
     images: int
     groups: int
     duplicates: int
-    exact: int
 
 
 @dataclass(frozen=True)
@@ -96,7 +82,7 @@ class _Groups:
 def find_duplicates(
     embeddings: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    config: DuplicateConfig = DuplicateConfig(),
+    threshold: float = DEFAULT_THRESHOLD,
     *,
     overwrite: bool = False,
     progress: bool = False,
@@ -111,34 +97,57 @@ def find_duplicates(
 
     Args:
         embeddings: a complete embeddings dataset.
-        output: folder to write; `build-index --duplicates` leaves out all images of it that are not kept.
-        config: similarity threshold.
-        overwrite: replace a dataset with a different configuration.
+        output: folder to write.
+        threshold: cosine similarity of the embeddings, in (0, 1], from which two images are near-duplicates. If 1,
+            only exact copies are duplicates.
+        overwrite: replace a dataset with a different threshold.
         progress: show a progress bar.
 
     Raises:
+        ConfigError: `threshold` is out of range.
         DatasetError: `embeddings` is not a complete embeddings dataset.
-        FingerprintError: the output contains a dataset with a different configuration, and `overwrite` is False.
+        FingerprintError: the output contains a dataset with a different threshold, and `overwrite` is False.
     """
+    if not 0 < threshold <= 1:
+        raise ConfigError(f"threshold: expected a number above 0 and at most 1, got {threshold}")
     source = open_dataset(embeddings, "embeddings").require_complete()
+    dataset = create_dataset(
+        output,
+        "duplicates",
+        DUPLICATES_SCHEMA,
+        config={"threshold": threshold},
+        shards=1,
+        source=source,
+        overwrite=overwrite,
+    )
+    checksum = source.compute_content_checksum()
+    marker = dataset.read_marker(0)
+    if marker is None or marker.source != checksum:
+        table = _group_duplicates(source, threshold, progress)
+        dataset.mark_incomplete()
+        with write_shard(dataset, 0, table.num_rows, checksum) as writer:
+            for batch in table.to_batches():
+                writer.write(batch)
+    dataset.finish()
+    kept = dataset.read(0, ["kept"])["kept"].to_numpy()
+    return DuplicateSummary(source.compute_totals().rows, int(kept.sum()), int((~kept).sum()))
+
+
+def _group_duplicates(source: ShardedDataset, threshold: float, progress: bool) -> pa.Table:
     images = _read_images(source)
     groups = _Groups(np.arange(len(images.ids)), np.ones(len(images.ids), np.float32))
     first = _find_first_copies(images.hashes)
     distinct = np.flatnonzero(first == groups.kept)
-    if config.threshold < 1:
+    if threshold < 1:
         with progress_bar("deduplicate", len(distinct), "images", progress) as bar:
-            _group_similar(_index_vectors(source), images.positions, distinct, groups, config.threshold, bar)
+            _group_similar(_index_vectors(source), images.positions, distinct, groups, threshold, bar)
     groups.kept[:], groups.similarity[:] = groups.kept[first], groups.similarity[first]
-    table = _build_table(images.ids, groups)
-    _write(table, source, output, config, overwrite)
-    count = pc.sum(table["kept"]).as_py() or 0
-    return DuplicateSummary(len(images.ids), count, table.num_rows - count, len(images.ids) - len(distinct))
+    return _build_table(images.ids, groups)
 
 
 def _read_images(source: ShardedDataset) -> _Images:
-    columns = ["image_id", "content_hash", "width", "height"]
-    batches = [batch for shard in range(source.shards) for batch in source.read_batches(shard, columns, _BATCH_ROWS)]
-    table = pa.Table.from_batches(batches, pa.schema([source.schema.field(name) for name in columns])).combine_chunks()
+    columns = ["image_id", "width", "height", "content_hash"]
+    table = pa.concat_tables([source.read(shard, columns) for shard in range(source.shards)]).combine_chunks()
     pixels = pc.multiply(table["width"].cast(pa.int64()), table["height"].cast(pa.int64()))
     order = pc.sort_indices(
         table.append_column("pixels", pixels), [("pixels", "descending"), ("image_id", "ascending")]
@@ -164,12 +173,21 @@ def _index_vectors(source: ShardedDataset) -> Any:
     index.cp.min_points_per_centroid = 1  # no warning about few vectors per list
     shards = [shard for shard, marker in sorted(source.read_markers().items()) if marker.rows]
     if shards:
-        index.train(sample_embeddings(source, shards, max(layout.nlist * _TRAINING_VECTORS_PER_LIST, 1000)))
+        chosen = [shards[number] for number in np.unique(np.linspace(0, len(shards) - 1, _TRAINING_SHARDS).astype(int))]
+        per_shard = -(-layout.nlist * _TRAINING_VECTORS_PER_LIST // len(chosen))
+        index.train(np.concatenate([_read_vectors(source, shard)[:per_shard] for shard in chosen]))
     for shard in shards:
-        index.add(read_embeddings(source, shard))
+        index.add(_read_vectors(source, shard))
     index.make_direct_map()
     index.nprobe = min(layout.nlist, max(_MIN_NPROBE, layout.nprobe))
     return index
+
+
+def _read_vectors(source: ShardedDataset, shard: int) -> npt.NDArray[np.float32]:
+    """Returns the vectors of a shard, `[rows, dimension]`, of unit length although they are stored as float16."""
+    vectors = vectors_to_numpy(source.read(shard, ["embedding"])["embedding"]).astype(np.float32)
+    unit: npt.NDArray[np.float32] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return unit
 
 
 def _group_similar(
@@ -204,25 +222,3 @@ def _build_table(ids: pa.StringArray, groups: _Groups) -> pa.Table:
     kept = groups.kept[numbers]
     columns = [ids.take(numbers), ids.take(kept), pa.array(kept == numbers), pa.array(groups.similarity[numbers])]
     return pa.Table.from_arrays(columns, schema=DUPLICATES_SCHEMA)
-
-
-def _write(
-    table: pa.Table,
-    source: ShardedDataset,
-    output: str | os.PathLike[str],
-    config: DuplicateConfig,
-    overwrite: bool,
-) -> None:
-    dataset = create_dataset(
-        output,
-        "duplicates",
-        DUPLICATES_SCHEMA,
-        config={"embeddings": source.fingerprint, **to_dict(config)},
-        shards=1,
-        overwrite=overwrite,
-    )
-    dataset.remove_marker(0)
-    with write_shard(dataset, 0, table.num_rows) as writer:
-        for batch in table.to_batches():
-            writer.write(batch)
-    dataset.finish()
