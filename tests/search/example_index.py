@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.schemas import captions_schema, embeddings_schema
 from captionlib.data.shards.writer import write_shard
@@ -87,9 +88,9 @@ def write_embeddings_dataset(
                 columns = {
                     "image_id": [name for name, _, _ in backwards],
                     "uri": [f"images/{name}.jpg" for name, _, _ in backwards],
-                    "embedding": list(vectors.astype(np.float16)),
+                    "embedding": numpy_to_vectors(vectors.astype(np.float16)),
                 }
-                writer.write(pa.RecordBatch.from_pydict(columns, schema=schema))
+                writer.write(pa.RecordBatch.from_pydict(columns))
             for name in failures:
                 writer.write_failure(
                     {"image_id": name, "uri": f"images/{name}.jpg"}, DecodeError("Truncated", "ends early")
