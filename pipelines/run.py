@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, cast
+from urllib.error import URLError
 
 import apache_beam as beam
 import grpc
@@ -116,6 +117,9 @@ def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
         FailureRatioError: more images failed than `run` allows. All shards are written nevertheless.
     """
     _, options = choose_runner(run)  # checks the options before any dataset is changed
+    name = options.view_as(StandardOptions).runner
+    if run.progress and name in _IN_PROCESS - {None, "FnApiRunner"}:
+        print(f"{label}: runs in Beam's FnApiRunner in this process, which replaces {name}", file=sys.stderr)
     if pending := job.pending_shards():
         job.mark_incomplete()
         with show_progress(job, label, run.progress):
@@ -184,6 +188,11 @@ def _find_cause(error: BaseException, runner: str, label: str) -> BaseException:
     for raised in chain:
         if isinstance(raised, KeyboardInterrupt):
             return KeyboardInterrupt()
+        if _is_download_error(raised):
+            return RunnerError(
+                f"{runner} could not be downloaded: {raised}; expected access to Beam's releases; download the file "
+                "elsewhere and pass --flink_job_server_jar, --spark_job_server_jar or --prism_location"
+            )
         if isinstance(raised, CaptionlibError | OSError) and not hasattr(raised, _BEAM_COPY):
             return raised
     text = str(error) or type(error).__name__
@@ -196,6 +205,11 @@ def _find_cause(error: BaseException, runner: str, label: str) -> BaseException:
         f"{runner} did not finish {label}: {reason}; see the runner's logs. Run the same command again to resume; "
         "finished shards are kept"
     )
+
+
+def _is_download_error(error: BaseException) -> bool:
+    """Returns whether Beam could not download a runner. Beam's messages say so, or the error comes from urllib."""
+    return isinstance(error, URLError) or str(error).startswith(("Unable to fetch", "Unable to download"))
 
 
 def choose_runner(run: RunConfig) -> tuple[PipelineRunner, PipelineOptions]:

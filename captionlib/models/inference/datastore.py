@@ -13,6 +13,7 @@ from pydantic import PositiveInt
 from captionlib.config import configclass
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
+from captionlib.data.splits import expand_splits
 from captionlib.errors import DatasetError
 from captionlib.models.captioners.captioner import Captioner
 from captionlib.models.checkpoints.checkpoint import load_captioner
@@ -107,7 +108,9 @@ def _read_batches(
     for shard in range(dataset.shards):
         for batch in dataset.read_batches(shard, ["split", "captions", *columns]):
             has_captions = pc.greater(pc.list_value_length(batch["captions"]), 0)
-            selected = batch.filter(pc.and_(pc.is_in(batch["split"], pa.array(splits, pa.string())), has_captions))
+            selected = batch.filter(
+                pc.and_(pc.is_in(batch["split"], pa.array(expand_splits(splits), pa.string())), has_captions)
+            )
             if selected.num_rows:
                 yield selected
 
