@@ -276,9 +276,11 @@ class IndexBuild:
     def _trained(self) -> str:
         return self.base.trained if self.base else f"{self._temporary}/trained.faiss"
 
-    @property
+    @cached_property
     def _temporary(self) -> str:
-        return f"{TEMPORARY_FOLDER}/{self.fingerprint[:12]}"
+        # An interrupted build is resumed only if its partial indexes have the same centroids.
+        identity = {"fingerprint": self.fingerprint, "base": self.base and self.base.trained, "replaced": self.replaced}
+        return f"{TEMPORARY_FOLDER}/{hash_json(identity)[:12]}"
 
     def _partial(self, position: int) -> str:
         return f"{self._temporary}/{part_name(position)}.faiss"

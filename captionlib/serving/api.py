@@ -34,7 +34,13 @@ def read_state(name: str) -> Any:
     return Depends(read)
 
 
-Service = Annotated[SearchService, read_state("service")]
+async def _pin_service(request: Request) -> SearchService:
+    """Returns the service of a request, which sees one version of the index."""
+    service: SearchService = request.app.state.service
+    return service.pin()
+
+
+Service = Annotated[SearchService, Depends(_pin_service)]
 ThumbnailStore = Annotated[Thumbnails, read_state("thumbnails")]
 ImageId = Annotated[str, Query(alias="id", max_length=4096, description="Id of the image; must match exactly.")]
 
