@@ -90,6 +90,7 @@ def pipeline_options(command: Command) -> Command:
     options = [
         workers_option,
         click.option("--overwrite", is_flag=True, help="Replace an output with a different configuration."),
+        click.option("--verify", is_flag=True, help="Verify finished shards, and process damaged ones again."),
         click.option("--retry-failures", is_flag=True, help="Process failed images of finished shards again."),
         click.option(
             "--max-failure-ratio",

@@ -29,7 +29,7 @@ _SECTIONS = {
     "Options for an index": _INDEX_OPTIONS,
     "Query a dataset": _DATASET_QUERIES,
     "Options for a dataset": ("memory", "threads"),
-    "Output": ("limit", "timeout", "format", "output", "help"),
+    "Output": ("limit", "timeout", "format", "escape_formulas", "output", "help"),
 }
 
 
@@ -87,6 +87,12 @@ class _SectionedCommand(click.Command):
     show_default=True,
     help="Tables are fitted to the terminal; the other formats contain all values in full.",
 )
+@click.option(
+    "--escape-formulas/--no-escape-formulas",
+    default=True,
+    show_default=True,
+    help="In CSV, prefix text that a spreadsheet would execute with '.",
+)
 @click.option("--output", "-o", metavar="FILE", help="File or fsspec URL to write to. [default: standard output]")
 def command(
     folder: str,
@@ -95,6 +101,7 @@ def command(
     limit: int | None,
     timeout: float,
     output_format: OutputFormat,
+    escape_formulas: bool,
     output: str | None,
     **queries_and_options: str | int | None,
 ) -> None:
@@ -145,10 +152,10 @@ def command(
         result = run_isolated(open_rows, limits.memory_bytes, timeout)
     with result as rows:
         if output is None:
-            _print_rows(rows, output_format)
+            _print_rows(rows, output_format, escape_formulas)
             return
         with stage_file(output) as path, path.open("wb") as file:  # the file appears only when it is complete
-            count = write_output(rows, file, output_format)
+            count = write_output(rows, file, output_format, escape_formulas=escape_formulas)
         click.echo(f"{output}: {count:,} rows")
 
 
@@ -251,11 +258,11 @@ def limit_rows(rows: pa.RecordBatchReader, limit: int) -> pa.RecordBatchReader:
     return pa.RecordBatchReader.from_batches(rows.schema, slice_batches(limit))
 
 
-def _print_rows(rows: pa.RecordBatchReader, output_format: OutputFormat) -> None:
+def _print_rows(rows: pa.RecordBatchReader, output_format: OutputFormat, escape_formulas: bool) -> None:
     """Prints rows; a table is fitted to the width of the terminal."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     try:
-        count = write_output(rows, sys.stdout.buffer, output_format, width)
+        count = write_output(rows, sys.stdout.buffer, output_format, width, escape_formulas)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader, such as `head`, has closed the pipe. Python would raise the error again on exit.

@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 from cachetools import LRUCache
 
+from captionlib.data.sources.values import is_unicode
+from captionlib.data.splits import expand_splits
 from captionlib.errors import CaptionlibError, CheckpointError, DatasetError, QueryError
 from captionlib.search.index_folder import DESCRIPTION, IndexDescription, fetch_locally, read_description
 from captionlib.search.rows import CandidateStore, RowStore
@@ -52,7 +54,8 @@ class Filter:
 
     def to_sql(self) -> tuple[str, list[Any]]:
         """Returns the filter as one SQL condition and its parameters."""
-        parameters = {"split = ?": self.split, "log_prob >= ?": self.min_log_prob}
+        splits = None if self.split is None else sorted(expand_splits([self.split]))
+        parameters = {"list_contains(?, split)": splits, "log_prob >= ?": self.min_log_prob}
         set_parameters = {sql: value for sql, value in parameters.items() if value is not None}
         where = [f"(\n{self.where}\n)"] if self.where is not None else []
         return " AND ".join([*where, *set_parameters]), list(set_parameters.values())
@@ -398,6 +401,8 @@ class Index:
         self._require_vectors()
         if not sentence.strip():
             raise QueryError("sentence: expected words, got none")
+        if not is_unicode(sentence):
+            raise QueryError(f"sentence: expected valid Unicode, got {sentence!a:.200}; remove the lone surrogates")
         if self._ranker is None:
             raise QueryError("searching by sentence requires the ranker that computed the embeddings; specify `ranker`")
         if not self._ranker.has_known_word(sentence):

@@ -61,7 +61,9 @@ def write_captions_dataset(
             if captions:
                 writer.write(rows(*captions))
             for name in failures:
-                writer.write_failure(name, f"images/{name}.jpg", DecodeError("Truncated", "ends early"))
+                writer.write_failure(
+                    {"image_id": name, "uri": f"images/{name}.jpg"}, DecodeError("Truncated", "ends early")
+                )
     return dataset
 
 
@@ -89,5 +91,7 @@ def write_embeddings_dataset(
                 }
                 writer.write(pa.RecordBatch.from_pydict(columns, schema=schema))
             for name in failures:
-                writer.write_failure(name, f"images/{name}.jpg", DecodeError("Truncated", "ends early"))
+                writer.write_failure(
+                    {"image_id": name, "uri": f"images/{name}.jpg"}, DecodeError("Truncated", "ends early")
+                )
     return dataset
