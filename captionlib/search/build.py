@@ -69,6 +69,7 @@ class IndexBuild:
         base: the version of the index whose files are reused. If None, the index is built from scratch.
         added: positions in `shards` of the shards that `base` does not contain.
         removed: number of shards that only `base` contains.
+        pending: number of shards that are not finished. The index keeps the shards that `base` contains for them.
         layout: the Faiss index type of the embeddings; None for a text-only index.
         outgrown: the layout of the existing index if it is too small for the rows, so that centroids are trained again.
         replaced: the creation time of an existing index that is replaced even if its content is the same.
@@ -82,6 +83,7 @@ class IndexBuild:
     base: IndexDescription | None = None
     added: tuple[int, ...] = ()
     removed: int = 0
+    pending: int = 0
     layout: VectorLayout | None = None
     outgrown: VectorLayout | None = None
     replaced: str | None = None
@@ -319,14 +321,16 @@ def plan_build(
     build = IndexBuild(Folder(output), captions_datasets, embeddings_datasets, config)
     base = _read_base(build, overwrite)
     shards = _list_shards(build)
+    pending = sum(dataset.shards for dataset in captions_datasets) - len(shards)
     for captions_dataset, embeddings_dataset in zip(captions_datasets, embeddings_datasets, strict=False):
         check_datasets_match(captions_dataset, embeddings_dataset)
     _check_same_ranker(embeddings_datasets)
     if embeddings_datasets:
         _check_first_shard(build, shards[0])  # before workers start; `add_shard` checks the others
+    build = replace(build, pending=pending)
     if overwrite and base is not None:
         return _plan_shards(replace(build, replaced=base.created), None, shards)
-    return _plan_shards(build, base, shards)
+    return _plan_shards(build, base, _keep_unfinished(build, base, shards) if base else shards)
 
 
 def _to_list(addresses: Addresses | None) -> list[str | os.PathLike[str]]:
@@ -370,6 +374,20 @@ def _list_shards(build: IndexBuild) -> list[InputShard]:
             folders = f"both {captions.folder.uri} and {embeddings.folder.uri}" if embeddings else captions.folder.uri
             raise DatasetError(f"expected shards that are complete in {folders}, got none; finish writing them first")
     return shards
+
+
+def _keep_unfinished(build: IndexBuild, base: IndexDescription, shards: Sequence[InputShard]) -> list[InputShard]:
+    """Adds the shards of `base` that are just being written again, so that their images do not vanish until then."""
+    finished = {(shard.dataset, shard.shard) for shard in shards}
+    kept = [
+        InputShard(shard.dataset, shard.shard, shard.rows, shard.captions, shard.embeddings)
+        for shard in base.shards
+        if (shard.dataset, shard.shard) not in finished
+        and shard.dataset < len(build.captions)
+        and shard.shard < build.captions[shard.dataset].shards
+        and base.captions[shard.dataset].fingerprint == build.captions[shard.dataset].fingerprint
+    ]
+    return sorted([*shards, *kept], key=lambda shard: (shard.dataset, shard.shard))
 
 
 def _check_same_ranker(embeddings: Sequence[ShardedDataset]) -> None:
