@@ -46,12 +46,9 @@ from captionlib.search.inputs import (
 from captionlib.search.rows import find_duplicate_id, number_rows, read_rows, write_rows
 from captionlib.search.text_index import write_text_index
 from captionlib.search.vector_index import add_vectors, merge_vectors, train_vectors
-from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, resolve_address
+from captionlib.storage.folders import TEMPORARY_FOLDER, Addresses, Folder, list_addresses, resolve_address
 
-__all__ = ["Addresses", "IndexBuild", "plan_build"]
-
-Addresses = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-"""The address of a dataset, or the addresses of several."""
+__all__ = ["IndexBuild", "plan_build"]
 
 _TRAINING_VECTORS_PER_LIST = 50
 _MIN_TRAINING_VECTORS = 20_000  # a product quantizer learns 256 codes per byte, regardless of the number of lists
@@ -311,8 +308,8 @@ def plan_build(
         DatasetError: a dataset is missing or has no complete shard, two do not match, or `output` has other files.
         FingerprintError: the index has different datasets or a different configuration, and `overwrite` is False.
     """
-    captions_datasets = tuple(open_dataset(address, "captions") for address in _to_list(captions))
-    embeddings_datasets = tuple(open_dataset(address, "embeddings") for address in _to_list(embeddings))
+    captions_datasets = tuple(open_dataset(address, "captions") for address in list_addresses(captions))
+    embeddings_datasets = tuple(open_dataset(address, "embeddings") for address in list_addresses(embeddings or []))
     if embeddings_datasets and len(embeddings_datasets) != len(captions_datasets):
         raise ConfigError(
             f"expected one embeddings dataset for each of {len(captions_datasets)} captions datasets, in the same "
@@ -331,12 +328,6 @@ def plan_build(
     if overwrite and base is not None:
         return _plan_shards(replace(build, replaced=base.created), None, shards)
     return _plan_shards(build, base, _keep_unfinished(build, base, shards) if base else shards)
-
-
-def _to_list(addresses: Addresses | None) -> list[str | os.PathLike[str]]:
-    if addresses is None:
-        return []
-    return [addresses] if isinstance(addresses, str | os.PathLike) else list(addresses)
 
 
 def _read_base(build: IndexBuild, overwrite: bool) -> IndexDescription | None:
