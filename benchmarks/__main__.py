@@ -22,6 +22,7 @@ BENCHMARKS = {
     "scale": "benchmarks.scale",
     "search": "benchmarks.search",
     "serve-clients": "benchmarks.serve_clients",
+    "serve-soak": "benchmarks.serve_soak",
     "flink-throughput": "benchmarks.flink_throughput",
 }
 

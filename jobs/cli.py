@@ -47,6 +47,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "activations": "Write a web page of a network's activations.",
     },
     "Search": {
+        "deduplicate": "Group copies and near-duplicates of images.",
         "build-index": "Index captions and embeddings for search.",
         "query": "Search by words, meaning, image or SQL.",
         "serve": "Serve an index as a web application and JSON API.",

@@ -8,7 +8,7 @@ from urllib.parse import urlencode
 
 import pyarrow as pa
 
-from captionlib.errors import BusyError, QueryError
+from captionlib.errors import QueryError
 from captionlib.search.index import Filter, Index
 from captionlib.serving.config import ServingConfig
 from captionlib.serving.responses import (
@@ -33,7 +33,6 @@ MAX_OFFSET = 10_000
 _SIMILAR_IMAGES = 24
 _SIMILAR_SENTENCES = 10
 _REFRESH_SECONDS = 1.0
-_WAIT_SECONDS = 5.0
 
 
 class SearchService:
@@ -57,7 +56,6 @@ class SearchService:
         self._models = models
         self._sentences = list(sentences)
         self._stopped = threading.Event()
-        self._slots = threading.BoundedSemaphore(config.max_concurrent_images)
 
     def __enter__(self) -> "SearchService":
         threading.Thread(target=self._keep_index_new, name="refresh index", daemon=True).start()
@@ -148,26 +146,20 @@ class SearchService:
 
         Raises:
             DecodeError: the file is not an image, or exceeds the limits.
-            BusyError: too many images are being processed.
             QueryError: searching by image is disabled.
         """
         if self._models is None:
             raise QueryError("searching by image is not available: the server has no ranker and no captioner")
-        if not self._slots.acquire(timeout=_WAIT_SECONDS):
-            raise BusyError("too many images at once; try again")
-        try:
-            captions = self._models.caption(content).to_pylist() if self._models.can_caption else []
-            sentences: list[dict[str, Any]] = []
-            images: list[SearchResult] = []
-            if self._models.can_embed and self.index.has_vectors:
-                vector = self._models.embed(content)
-                images = _to_results(self.index.search_vector(vector, _SIMILAR_IMAGES))
-                candidates = self._sentences or list(dict.fromkeys(image.caption for image in images))
-                if candidates:
-                    ranked = self._models.rank_sentences(vector, candidates)
-                    sentences = ranked.slice(0, _SIMILAR_SENTENCES).to_pylist()
-        finally:
-            self._slots.release()
+        captions = self._models.caption(content).to_pylist() if self._models.can_caption else []
+        sentences: list[dict[str, Any]] = []
+        images: list[SearchResult] = []
+        if self._models.can_embed and self.index.has_vectors:
+            vector = self._models.embed(content)
+            images = _to_results(self.index.search_vector(vector, _SIMILAR_IMAGES))
+            candidates = self._sentences or list(dict.fromkeys(image.caption for image in images))
+            if candidates:
+                ranked = self._models.rank_sentences(vector, candidates)
+                sentences = ranked.slice(0, _SIMILAR_SENTENCES).to_pylist()
         return ImageSearchResponse(
             captions=[CaptionCandidate(**row) for row in captions],
             sentences=[ScoredSentence(**row) for row in sentences],
