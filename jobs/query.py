@@ -147,7 +147,7 @@ def command(
         # The memory of an index is not limited: most of it is mapped files.
         result = run_isolated(open_rows, None, timeout) if "where" in values else open_rows()
     else:
-        advice = f"one index, but {' '.join(folders)} is not an index; see `captionlib build-index`"
+        advice = f"an index, but {' '.join(folders)} is not an index; see `captionlib build-index`"
         query = _choose_query(values, _DATASET_QUERIES, {*_INDEX_QUERIES, *_INDEX_OPTIONS}, advice)
         limits = SqlLimits(memory, threads)
         open_rows = partial(_query_dataset, folders, query, values[query], limit, limits)
