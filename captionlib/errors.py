@@ -22,7 +22,9 @@ CaptionlibError
 Messages say what happened, what was expected, what was found instead, and what to do.
 """
 
+import difflib
 import signal
+from collections.abc import Iterable
 from typing import ClassVar
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "StorageError",
     "SubprocessError",
     "TrainingInterrupted",
+    "suggest",
 ]
 
 
@@ -151,3 +154,9 @@ class DecodeError(ImageError):
     """The bytes cannot be decoded as an image."""
 
     stage = "decode"
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Returns ` (did you mean ...?)` with the known name that is most similar to `name`, or an empty string."""
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {nearest[0]}?)" if nearest else ""
