@@ -14,7 +14,7 @@ import pyarrow as pa
 from captionlib.config import load_config
 from captionlib.search.index_folder import DESCRIPTION
 from captionlib.search.output import OutputFormat, write_output
-from captionlib.search.sql.isolation import Query, run_isolated
+from captionlib.search.sql.isolation import Query, run_query
 from captionlib.search.sql.queries import count_words, find_captions, find_image, find_top_captions
 from captionlib.search.sql.session import SqlLimits, open_sql
 from captionlib.storage.folders import Folder, stage_file
@@ -144,19 +144,18 @@ def command(
     values: dict[str, Any] = {name: value for name, value in queries_and_options.items() if value is not None}
     if overrides:
         values["set"] = overrides
-    folder = folders[0]
+    folder, limits = folders[0], SqlLimits(memory, threads)
     if len(folders) == 1 and Folder(folder).exists(DESCRIPTION):
         advice = "a dataset; query the captions that the index was built from"
         query = _choose_query(values, _INDEX_QUERIES, set(_DATASET_QUERIES), advice)
         open_rows: Query = partial(_query_index, folder, query, values, 20 if limit is None else limit)
-        # The memory of an index is not limited: most of it is mapped files.
-        result = run_isolated(open_rows, None, timeout) if "where" in values else open_rows()
+        # Models count towards the memory limit, but the files of the index do not: they are mapped.
+        result = run_query(open_rows, limits.memory_bytes, timeout) if "where" in values else open_rows()
     else:
         advice = f"an index, but {' '.join(folders)} is not an index; see `captionlib build-index`"
         query = _choose_query(values, _DATASET_QUERIES, {*_INDEX_QUERIES, *_INDEX_OPTIONS}, advice)
-        limits = SqlLimits(memory, threads)
         open_rows = partial(_query_dataset, folders, query, values[query], limit, limits)
-        result = run_isolated(open_rows, limits.memory_bytes, timeout)
+        result = run_query(open_rows, limits.memory_bytes, timeout)
     with result as rows:
         if output is None:
             _print_rows(rows, output_format, escape_formulas)
