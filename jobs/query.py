@@ -116,7 +116,8 @@ def command(
     A dataset is queried with SQL. Its rows are in a view that is named after its kind: captions, features, manifest or
     embeddings. A second view, named failures, contains the images that could not be processed. Both include only
     complete shards. SQL from untrusted users is safe: a query cannot change the dataset or access anything else, and
-    runs in a process that is killed if it takes longer than --timeout or uses 512 MiB more than --memory.
+    runs in a process that is killed if it takes longer than --timeout or uses 512 MiB more than --memory. The same
+    limits apply to --where.
 
     \b
     Examples:
