@@ -197,4 +197,8 @@ def _make_objective(
         )
 
     rates = {"encoder": config.encoder.learning_rate}
-    return CaptioningObjective(model, batches, validation_batches, save, config.label_smoothing, cider, rates)
+    objective = CaptioningObjective(model, batches, validation_batches, save, config.label_smoothing, cider, rates)
+    objective.unigram_perplexity = vocabulary.unigram_perplexity(
+        [*encode(caption), END] for captions in validation["captions"].to_pylist() for caption in captions
+    )
+    return objective
