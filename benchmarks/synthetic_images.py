@@ -33,7 +33,7 @@ def decode_images(paths: list[Path], preprocessing: Preprocessing) -> npt.NDArra
     """Decodes images to the input of an encoder, `[images, crop_size, crop_size, 3] uint8`."""
     with open_loader(LoadingConfig(), preprocessing) as load:
         loaded = [image for _, image in load({"uri": str(path)} for path in paths)]
-    return np.stack([image for image in loaded if not isinstance(image, Exception)])
+    return np.stack([image.pixels for image in loaded if not isinstance(image, Exception)])
 
 
 def write_manifest(folder: Path, uris: list[str], shard_size: int) -> ShardedDataset:

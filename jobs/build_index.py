@@ -1,10 +1,12 @@
 """The command `captionlib build-index`."""
 
+from itertools import takewhile
+
 import click
 
 from captionlib.config import load_config
 from captionlib.search.config import LANGUAGES, IndexConfig, VectorLayout
-from jobs.options import beam_argument, config_options, workers_option
+from jobs.options import config_options, workers_option
 from pipelines.build_index import build_index
 from pipelines.run import RunConfig
 
@@ -12,49 +14,66 @@ __all__ = ["command"]
 
 
 @click.command()
-@click.argument("captions")
-@click.option("--embeddings", "-e", metavar="FOLDER", help="Embeddings of the same images, for semantic search.")
-@click.option("--output", "-o", required=True, metavar="FOLDER", help="The index to create or extend.")
+@click.argument("arguments", nargs=-1, required=True, type=click.UNPROCESSED, metavar="CAPTIONS... [-- BEAM OPTIONS]")
+@click.option(
+    "--embeddings",
+    "-e",
+    multiple=True,
+    metavar="FOLDER",
+    help="Embeddings of the same images, for semantic search. Repeat it for several captions, in the same order.",
+)
+@click.option("--output", "-o", required=True, metavar="FOLDER", help="The index to create or update.")
 @click.option("--language", type=click.Choice(LANGUAGES), help="Caption language; same as --set language=...")
 @config_options
 @workers_option
-@click.option("--overwrite", is_flag=True, help="Replace an index built with different datasets or settings.")
-@beam_argument
+@click.option("--overwrite", is_flag=True, help="Replace an index that is damaged or has other datasets or settings.")
 def command(
-    captions: str,
-    embeddings: str | None,
+    arguments: tuple[str, ...],
+    embeddings: tuple[str, ...],
     output: str,
     language: str | None,
     config: str | None,
     overrides: tuple[str, ...],
     workers: int,
     overwrite: bool,
-    beam_options: tuple[str, ...],
 ) -> None:
     """Index CAPTIONS, and optionally embeddings of the same images, for `query` and `serve`.
 
     Words are stemmed, so dogs matches dog. Small sets of vectors are searched exhaustively. Large sets are stored in
-    inverted lists with one byte per dimension. A second run indexes only new and changed shards. Readers that have the
-    index open keep the version that they opened.
+    inverted lists with one byte per dimension.
+
+    Run the command again after the datasets have changed. It indexes only new and changed shards, and removes shards
+    that are gone. `serve` and open indexes change to the new version while they run. An image id may occur only once
+    in all CAPTIONS together.
 
     \b
     Examples:
       captionlib build-index captions -o index
       captionlib build-index captions -e embeddings -o index --workers 2
+      captionlib build-index captions-2025 captions-2026 -e embeddings-2025 -e embeddings-2026 -o index
       captionlib build-index captions -e embeddings -o index --language german --overwrite
       captionlib build-index captions -e embeddings -o index --set vectors=pq --set nprobe=128
       captionlib build-index s3://b/captions -e s3://b/embeddings -o s3://b/index -- --runner=FlinkRunner
     """
     if language is not None:
         overrides = (*overrides, f"language={language}")
+    # click allows only one argument of variable length. Options of Beam begin with a dash, addresses do not.
+    captions = tuple(takewhile(lambda argument: not argument.startswith("-"), arguments))
+    beam_options = arguments[len(captions) :]
+    if not captions:
+        raise click.UsageError("expected one or more folders CAPTIONS before the options of Beam, got none.")
     settings = load_config(IndexConfig, config, overrides)
     run = RunConfig(workers, beam_options, overwrite=overwrite)
     build, index = build_index(captions, output, settings, embeddings=embeddings, run=run)
+    if build.outgrown is not None:
+        lists = f"{build.outgrown.nlist:,} lists of {build.outgrown.encoding} vectors for {build.outgrown.rows:,} rows"
+        click.echo(f"{index.captions_count:,} rows have outgrown {lists}; the centroids were trained again", err=True)
     vectors = f"{index.vectors_count:,} vectors ({_describe_layout(index.layout)})" if index.layout else "no vectors"
     click.echo(f"{output}: {index.captions_count:,} captions, {vectors}, in {len(index.shards):,} shards")
-    click.echo(f"{len(build.added):,} shards added, {len(build.removed):,} removed, {len(build.unchanged):,} unchanged")
-    if not index.is_complete:
-        missing = index.captions.shards - len(index.shards)
+    added = len(build.added)
+    click.echo(f"{added:,} shards added, {build.removed:,} removed, {len(build.shards) - added:,} unchanged")
+    missing = sum(dataset.shards for dataset in index.captions) - len(index.shards)
+    if missing:
         click.echo(f"{missing:,} shards have not been written; run this command again when they are", err=True)
 
 

@@ -1,12 +1,18 @@
 """The command line. Each command is a thin layer over the library, in a module that is imported on demand."""
 
 import importlib
+import logging
+import os
+import signal
 import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
 
 import click
 
 from captionlib import __version__
-from captionlib.errors import CaptionlibError, TrainingInterrupted
+from captionlib.errors import CaptionlibError, TrainingInterrupted, suggest
 
 __all__ = ["captionlib", "main"]
 
@@ -41,11 +47,22 @@ COMMANDS: dict[str, dict[str, str]] = {
         "activations": "Write a web page of a network's activations.",
     },
     "Search": {
+        "deduplicate": "Group copies and near-duplicates of images.",
         "build-index": "Index captions and embeddings for search.",
         "query": "Search by words, meaning, image or SQL.",
         "serve": "Serve an index as a web application and JSON API.",
     },
 }
+
+# What the commands that can be resumed keep when they are stopped.
+_KEPT = {
+    "Finished stages are kept": {"demo"},
+    "Finished shards are kept": {
+        *("prepare", "extract-features", "import-features", "generate-captions", "embed", "build-index"),
+    },
+    "The last saved state of the training is kept": {"train-captioner", "train-ranker", "train-language-model"},
+}
+_LOGGER = logging.getLogger("captionlib")
 
 
 class LazyGroup(click.Group):
@@ -60,6 +77,20 @@ class LazyGroup(click.Group):
         command: click.Command = importlib.import_module(f"jobs.{cmd_name.replace('-', '_')}").command
         command.name = cmd_name
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        names = self.list_commands(ctx)
+        if args[0] not in names and not args[0].startswith("-"):
+            ctx.fail(f"No such command {args[0]!r}{suggest(args[0], names)}.")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            raise click.Abort from interrupt  # click would print an empty line
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for group, commands in COMMANDS.items():
@@ -91,21 +122,67 @@ def captionlib() -> None:
     """
 
 
-def main() -> None:
-    """Runs the command line. Converts errors into a message and an exit code."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line. Converts errors and stop signals into one line and an exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    signals: list[int] = []
+    previous = _catch_stop_signals(signals)
     try:
-        captionlib.main(standalone_mode=False)
-    except (click.exceptions.Abort, TrainingInterrupted):
-        click.echo("Stopped. Run the same command again to resume.", err=True)
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.exceptions.Exit as exit_:
-        sys.exit(exit_.exit_code)
-    except CaptionlibError as error:
-        click.echo(f"Error: {error}", err=True)
+        captionlib.main(arguments, prog_name="captionlib", standalone_mode=False)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if signals or isinstance(error, TrainingInterrupted | KeyboardInterrupt | click.Abort):
+            number = error.signal_number if isinstance(error, TrainingInterrupted) else [*signals, signal.SIGINT][0]
+            click.echo(_describe_stop(arguments), err=True)
+            sys.exit(128 + number)
+        _LOGGER.debug("the error was raised here:", exc_info=True)
+        if isinstance(error, click.ClickException):
+            error.show()
+            sys.exit(error.exit_code)
+        if isinstance(error, BrokenPipeError):  # the reader of the output, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        click.echo(f"Error: {_describe_error(error)}", err=True)
         sys.exit(1)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _catch_stop_signals(received: list[int]) -> dict[int, Any]:
+    """Raises KeyboardInterrupt on Ctrl-C and SIGTERM and adds the signal to `received`. Returns the old handlers."""
+
+    def stop(number: int, _frame: object) -> None:
+        if not received:  # threads and destructors that the interrupt ends must not print stack traces
+            sys.unraisablehook = lambda _: None
+            threading.excepthook = lambda _: None
+        received.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+def _describe_stop(arguments: Sequence[str]) -> str:
+    command = next((argument for argument in arguments if not argument.startswith("-")), "")
+    kept = next((kept for kept, commands in _KEPT.items() if command in commands), None)
+    return "Stopped." if kept is None else f"Stopped. {kept}. Run the same command again to resume."
+
+
+def _describe_error(error: BaseException) -> str:
+    """Returns one line. Errors that captionlib does not raise on purpose are named by their class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, CaptionlibError):
+        return " ".join(lines)
+    if isinstance(error, OSError):
+        name = f"{error.filename}: " if error.filename is not None else ""
+        return f"{name}{error.strerror or ' '.join(lines) or type(error).__name__}"
+    if isinstance(error, MemoryError):
+        return "out of memory; use smaller batches, fewer workers or a machine with more memory"
+    message = lines[0] if lines else "no message"
+    return f"unexpected {type(error).__name__}: {message}; --verbose shows where it was raised"
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def command(folder: str, as_json: bool, verify: bool) -> None:
 
 def _describe(report: DatasetReport, verified: bool) -> str:
     lines = [
-        f"{report.folder}: {report.kind}, {_state(report)}",
+        f"{report.folder}: {report.kind}, {'complete' if report.complete else f'not complete: {report.explanation}'}",
         f"  rows         {report.rows:,} in {report.shards_done:,} of {report.shards:,} shards",
         f"  size         {report.size / 1e6:,.1f} MB, written in {report.seconds:,.0f} worker seconds",
         f"  fingerprint  {report.fingerprint}",
@@ -85,29 +85,21 @@ def _describe(report: DatasetReport, verified: bool) -> str:
 
 
 def _describe_index(folder: str, index: IndexDescription) -> str:
-    missing = index.captions.shards - len(index.shards)
+    missing = sum(dataset.shards for dataset in index.captions) - len(index.shards)
     layout = index.layout
     vectors = f", {layout.encoding} in {layout.nlist:,} lists, {layout.nprobe:,} probed per query" if layout else ""
     lines = [
         f"{folder}: index, {f'not complete: {missing:,} shards are missing' if missing else 'complete'}",
-        f"  captions     {index.captions_count:,} from {index.captions.folder}",
+        f"  captions     {index.captions_count:,} from {', '.join(dataset.folder for dataset in index.captions)}",
         f"  vectors      {index.vectors_count:,}{vectors}",
         f"  built        {index.created}",
         f"  fingerprint  {index.fingerprint}",
         "  configuration",
         *_lines(to_dict(index.config), "    "),
     ]
-    if index.embeddings is not None:
-        lines.append(f"    ranker: {index.embeddings.ranker}")
+    if index.embeddings:
+        lines.append(f"    ranker: {index.ranker}")
     return "\n".join(lines)
-
-
-def _state(report: DatasetReport) -> str:
-    if report.complete:
-        return "complete"
-    if report.shards_done < report.shards:
-        return f"not complete: {report.shards_done / report.shards:.1%} of the shards are finished"
-    return "not complete: all shards are finished, but too many images failed or the run stopped early"
 
 
 def _to_json(content: Mapping[str, Any]) -> str:

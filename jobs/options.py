@@ -90,13 +90,13 @@ def pipeline_options(command: Command) -> Command:
     options = [
         workers_option,
         click.option("--overwrite", is_flag=True, help="Replace an output with a different configuration."),
+        click.option("--verify", is_flag=True, help="Verify finished shards, and process damaged ones again."),
         click.option("--retry-failures", is_flag=True, help="Process failed images of finished shards again."),
         click.option(
             "--max-failure-ratio",
             type=click.FloatRange(0, 1),
-            default=RunConfig.max_failure_ratio,
-            show_default=True,
-            help="Fail if a larger fraction of images failed. The other images are still written.",
+            help="Fail if a larger fraction of images failed. The other images are still written. [default: fail only "
+            "if all images failed]",
         ),
         progress_option,
         click.option(

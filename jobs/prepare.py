@@ -49,6 +49,11 @@ __all__ = ["command"]
     metavar="NAME",
     help="Tables: column of a caption or a list of captions. Repeatable. [default: captions, caption, text, ...]",
 )
+@click.option(
+    "--caption-language",
+    metavar="KEY",
+    help="Tables: key of the captions in maps such as {en: ..., de: ...}. [default: all captions of a Parquet map]",
+)
 @click.option("--captions/--no-captions", default=True, show_default=True, help="Include the captions of SOURCE.")
 @click.option("--split-column", metavar="NAME", help="Tables: column of the split. [default: split, subset]")
 @click.option(
@@ -78,6 +83,7 @@ def command(
     uri_column: str | None,
     image_column: str | None,
     caption_columns: tuple[str, ...],
+    caption_language: str | None,
     captions: bool,
     split_column: str | None,
     columns: str | None,
@@ -93,7 +99,7 @@ def command(
     """Convert images, with or without reference captions, to a manifest.
 
     A manifest is a Parquet dataset with one row per image: image_id, uri, split and captions. Images are not copied.
-    Image ids must be unique. The same SOURCE always gives the same manifest, so a second run writes nothing.
+    Image ids must be unique. Invalid rows and captions are skipped and counted by reason. The same SOURCE always gives the same manifest, so a second run writes nothing.
     SOURCE is a path, a URL such as s3://bucket/images, or a glob, in one of these formats:
 
     \b
@@ -111,7 +117,8 @@ def command(
       captionlib prepare Flickr8k.token.txt --images Flicker8k_Dataset/ -o manifest
       captionlib prepare results.token --split-file train=train.txt --split-file val=val.txt -o manifest
     \b
-    table: CSV, TSV, JSON (lines or a list; also .gz) or Parquet with one row per image or per caption.
+    table: CSV, TSV, JSON (lines or a list; also .gz) or Parquet with one row per image or per caption. If the caption is
+    the last column of a CSV or text file, it may contain unquoted commas.
       captionlib prepare pairs.csv --uri-column url --caption-column alt -o manifest
       captionlib prepare captions.txt --columns image,caption --images Images/ -o manifest
       captionlib prepare 's3://bucket/table/*.parquet' -o manifest
@@ -130,6 +137,7 @@ def command(
         uri_column=uri_column,
         image_column=image_column,
         caption_columns=caption_columns,
+        caption_language=caption_language,
         split_column=split_column,
         captions=captions,
         columns=tuple(name.strip() for name in columns.split(",")) if columns else (),

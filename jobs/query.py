@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from captionlib.search.index_folder import DESCRIPTION
 from captionlib.search.output import OutputFormat, write_output
+from captionlib.search.sql.isolation import Query, run_isolated
 from captionlib.search.sql.queries import count_words, find_captions, find_image, find_top_captions
 from captionlib.search.sql.session import SqlLimits, open_sql
 from captionlib.storage.folders import Folder, stage_file
@@ -28,7 +29,7 @@ _SECTIONS = {
     "Options for an index": _INDEX_OPTIONS,
     "Query a dataset": _DATASET_QUERIES,
     "Options for a dataset": ("memory", "threads"),
-    "Output": ("limit", "format", "output", "help"),
+    "Output": ("limit", "timeout", "format", "escape_formulas", "output", "help"),
 }
 
 
@@ -71,6 +72,14 @@ class _SectionedCommand(click.Command):
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads. [default: one per core]")
 @click.option("--limit", type=click.IntRange(min=0), metavar="N", help="Maximum number of rows. [default: 20, or all]")
 @click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Stop a query over a dataset, or with --where, after this time.",
+)
+@click.option(
     "--format",
     "output_format",
     type=click.Choice(["table", "csv", "jsonl", "parquet"]),
@@ -78,13 +87,21 @@ class _SectionedCommand(click.Command):
     show_default=True,
     help="Tables are fitted to the terminal; the other formats contain all values in full.",
 )
+@click.option(
+    "--escape-formulas/--no-escape-formulas",
+    default=True,
+    show_default=True,
+    help="In CSV, prefix text that a spreadsheet would execute with '.",
+)
 @click.option("--output", "-o", metavar="FILE", help="File or fsspec URL to write to. [default: standard output]")
 def command(
     folder: str,
     memory: str,
     threads: int | None,
     limit: int | None,
+    timeout: float,
     output_format: OutputFormat,
+    escape_formulas: bool,
     output: str | None,
     **queries_and_options: str | int | None,
 ) -> None:
@@ -95,8 +112,8 @@ def command(
 
     A dataset is queried with SQL. Its rows are in a view that is named after its kind: captions, features, manifest or
     embeddings. A second view, named failures, contains the images that could not be processed. Both include only
-    complete shards. A
-    query cannot change the dataset or access anything else, so SQL from untrusted users is safe.
+    complete shards. SQL from untrusted users is safe: a query cannot change the dataset or access anything else, and
+    runs in a process that is killed if it takes longer than --timeout or uses 512 MiB more than --memory.
 
     \b
     Examples:
@@ -124,18 +141,21 @@ def command(
     if Folder(folder).exists(DESCRIPTION):
         advice = "a dataset; query the captions that the index was built from"
         query = _choose_query(values, _INDEX_QUERIES, set(_DATASET_QUERIES), advice)
-        table = _query_index(folder, query, values, 20 if limit is None else limit)
-        result: AbstractContextManager[pa.RecordBatchReader] = nullcontext(table.to_reader())
+        open_rows: Query = partial(_query_index, folder, query, values, 20 if limit is None else limit)
+        # The memory of an index is not limited: most of it is mapped files.
+        result = run_isolated(open_rows, None, timeout) if "where" in values else open_rows()
     else:
         advice = f"an index, but {folder} is not an index; see `captionlib build-index`"
         query = _choose_query(values, _DATASET_QUERIES, {*_INDEX_QUERIES, *_INDEX_OPTIONS}, advice)
-        result = _query_dataset(folder, query, values[query], limit, SqlLimits(memory, threads))
+        limits = SqlLimits(memory, threads)
+        open_rows = partial(_query_dataset, folder, query, values[query], limit, limits)
+        result = run_isolated(open_rows, limits.memory_bytes, timeout)
     with result as rows:
         if output is None:
-            _print_rows(rows, output_format)
+            _print_rows(rows, output_format, escape_formulas)
             return
         with stage_file(output) as path, path.open("wb") as file:  # the file appears only when it is complete
-            count = write_output(rows, file, output_format)
+            count = write_output(rows, file, output_format, escape_formulas=escape_formulas)
         click.echo(f"{output}: {count:,} rows")
 
 
@@ -172,7 +192,13 @@ def _query_dataset(
         yield rows if limit is None else limit_rows(rows, limit)
 
 
-def _query_index(folder: str, query: str, values: Mapping[str, Any], limit: int) -> pa.Table:
+def _query_index(
+    folder: str, query: str, values: Mapping[str, Any], limit: int
+) -> AbstractContextManager[pa.RecordBatchReader]:
+    return nullcontext(_search_index(folder, query, values, limit).to_reader())
+
+
+def _search_index(folder: str, query: str, values: Mapping[str, Any], limit: int) -> pa.Table:
     if query == "image":
         return _query_by_image(folder, values, limit)
     needs_ranker = query in ("sentence", "hybrid")
@@ -232,11 +258,11 @@ def limit_rows(rows: pa.RecordBatchReader, limit: int) -> pa.RecordBatchReader:
     return pa.RecordBatchReader.from_batches(rows.schema, slice_batches(limit))
 
 
-def _print_rows(rows: pa.RecordBatchReader, output_format: OutputFormat) -> None:
+def _print_rows(rows: pa.RecordBatchReader, output_format: OutputFormat, escape_formulas: bool) -> None:
     """Prints rows; a table is fitted to the width of the terminal."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     try:
-        count = write_output(rows, sys.stdout.buffer, output_format, width)
+        count = write_output(rows, sys.stdout.buffer, output_format, width, escape_formulas)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader, such as `head`, has closed the pipe. Python would raise the error again on exit.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import socket
 from typing import Any
 
@@ -17,6 +18,9 @@ from jobs.options import device_option, weights_option
 __all__ = ["command", "listen"]
 
 _APP_CONFIG = "CAPTIONLIB_APP_CONFIG"
+_MAX_HEADER_BYTES = 2**17  # an image id in a URL can be long
+_MAX_OPEN_FILES = 4096  # connections, images and pipes; many systems allow only 1024 by default
+_SHUTDOWN_SECONDS = 5
 
 
 @click.command()
@@ -78,6 +82,7 @@ def command(
     import uvicorn
     from uvicorn.supervisors import Multiprocess
 
+    from captionlib.serving.connections import LimitedConnection
     from captionlib.serving.startup import AppConfig
 
     if not Folder(index).exists(DESCRIPTION):
@@ -97,6 +102,7 @@ def command(
         click.echo(f"Host names: {', '.join(serving.allowed_hosts)}. Add others with --name.", err=True)
     app_config = AppConfig(index, folder, ranker, captioner, weights, sentences, device, serving)
     os.environ[_APP_CONFIG] = json.dumps(to_dict(app_config))
+    _raise_file_limit()
     with listen(host, port) as listening:
         # With several workers, this call reports errors once, and copies a remote index once.
         app = create()
@@ -105,8 +111,11 @@ def command(
             factory=workers > 1,
             workers=workers,
             server_header=False,
-            limit_concurrency=1000,
-            timeout_keep_alive=15,
+            http=LimitedConnection,
+            ws="none",
+            h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+            timeout_keep_alive=int(LimitedConnection.headers_timeout_seconds),
+            timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
             log_level="warning",
             access_log=False,
         )
@@ -116,6 +125,13 @@ def command(
         else:
             del app
             Multiprocess(config, [listening]).run()
+
+
+def _raise_file_limit() -> None:
+    limit, maximum = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY and limit < _MAX_OPEN_FILES:
+        allowed = _MAX_OPEN_FILES if maximum == resource.RLIM_INFINITY else min(_MAX_OPEN_FILES, maximum)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, maximum))
 
 
 def listen(host: str, port: int) -> socket.socket:

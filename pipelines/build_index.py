@@ -8,7 +8,7 @@ from apache_beam.pvalue import PBegin, PCollection
 from apache_beam.transforms.combiners import Count
 
 from captionlib.errors import DatasetError
-from captionlib.search.build import IndexBuild, plan_build
+from captionlib.search.build import Addresses, IndexBuild, plan_build
 from captionlib.search.config import IndexConfig
 from captionlib.search.index_folder import IndexDescription, read_description
 from pipelines.run import RunConfig, choose_runner, run_pipeline
@@ -17,14 +17,14 @@ __all__ = ["BuildIndex", "build_index"]
 
 
 def build_index(
-    captions: str | os.PathLike[str],
+    captions: Addresses,
     output: str | os.PathLike[str],
     config: IndexConfig = IndexConfig(),
     *,
-    embeddings: str | os.PathLike[str] | None = None,
+    embeddings: Addresses | None = None,
     run: RunConfig = RunConfig(),
 ) -> tuple[IndexBuild, IndexDescription]:
-    """Builds a search index, or extends it with new and changed shards of its datasets.
+    """Builds a search index, or updates it: replaces the shards of its datasets that have changed.
 
     Example:
         >>> build, description = captionlib.build_index("captions", "index", embeddings="embeddings")
@@ -32,22 +32,27 @@ def build_index(
         (26, 26)
 
     Args:
-        captions: a captions dataset.
+        captions: a captions dataset, or several.
         output: the folder of the index.
         config: the configuration of the index.
-        embeddings: an embeddings dataset of the same images. If None, the index is text-only.
+        embeddings: the embeddings of the same images: one dataset for each captions dataset, in the same order. If
+            None, the index is text-only.
         run: how to run the pipeline.
 
     Returns:
         The plan of the build, and the description of the index.
 
     Raises:
+        ConfigError: see `plan_build`.
+        DuplicateIdError: an image id occurs more than once.
         DatasetError: see `plan_build`; also raised if a concurrent build has replaced the index.
         FingerprintError: see `plan_build`.
     """
     build = plan_build(captions, embeddings, output, config, overwrite=run.overwrite)
     choose_runner(run)
-    if not build.is_done():
+    if build.is_done():
+        build.clean()
+    else:
         run_pipeline(BuildIndex(build), "build-index", run)
     description = read_description(build.folder)
     if description is None or description.fingerprint != build.fingerprint:
@@ -56,7 +61,7 @@ def build_index(
 
 
 class BuildIndex(beam.PTransform[PBegin, PCollection[int]]):
-    """Runs a planned build. Elements are positions in `IndexBuild.added`, which lists the shards to index."""
+    """Runs a planned build. Elements are positions in `IndexBuild.shards` of the shards to add."""
 
     def __init__(self, build: IndexBuild) -> None:
         super().__init__()
@@ -65,27 +70,27 @@ class BuildIndex(beam.PTransform[PBegin, PCollection[int]]):
     def expand(self, begin: PBegin) -> PCollection[int]:
         finished: PCollection[int] = (
             begin
-            | "Plan" >> beam.Create([len(self._build.added)], reshuffle=False)
+            | "Plan" >> beam.Create([None], reshuffle=False)
             | "Train" >> beam.FlatMap(_train, self._build)
             | "Spread" >> beam.Reshuffle()
-            | "AddShards" >> beam.FlatMap(_add_shard, self._build)
+            | "AddShards" >> beam.Map(_add_shard, self._build)
             | "Count" >> Count.Globally()
-            | "Finish" >> beam.FlatMap(_finish, self._build)
+            | "Finish" >> beam.Map(_finish, self._build)
         )
         return finished
 
 
-def _train(shards: int, build: IndexBuild) -> list[int]:
+def _train(_: None, build: IndexBuild) -> tuple[int, ...]:
     build.train()
-    return list(range(shards))
+    return build.added
 
 
-def _add_shard(number: int, build: IndexBuild) -> list[int]:
-    build.add_shard(number)
-    Metrics.counter("BuildIndex", "rows").inc(build.added[number].rows)
-    return [number]
+def _add_shard(position: int, build: IndexBuild) -> int:
+    build.add_shard(position)
+    Metrics.counter("BuildIndex", "rows").inc(build.shards[position].rows)
+    return position
 
 
-def _finish(shards: int, build: IndexBuild) -> list[int]:
+def _finish(shards: int, build: IndexBuild) -> int:
     build.finish()
-    return [shards]
+    return shards

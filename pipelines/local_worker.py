@@ -1,19 +1,35 @@
-"""Runs a worker process for `--workers N`: Beam's SDK worker with a higher log level."""
+"""Runs a worker process for `--workers N`: Beam's SDK worker, which stops when the run stops."""
 
 import json
 import logging
 import os
 import sys
+import threading
+import time
+from pathlib import Path
 
 from apache_beam.runners.worker import sdk_worker_main
 
+_POLL_SECONDS = 0.2
+
 
 def main() -> None:
-    """Runs Beam's worker with the options from the environment, and logs only errors."""
+    """Runs Beam's worker with the options from the environment. The parent process reports errors.
+
+    The only argument is the path of a file that the parent process removes to stop its workers.
+    """
+    threading.Thread(target=_exit_with_run, args=(Path(sys.argv[1]), os.getppid()), daemon=True).start()
     options = json.loads(os.environ.get("PIPELINE_OPTIONS") or "{}")
-    os.environ["PIPELINE_OPTIONS"] = json.dumps({"default_sdk_harness_log_level": "ERROR", **options})
-    logging.getLogger(sdk_worker_main.__name__).setLevel(logging.ERROR)
+    os.environ["PIPELINE_OPTIONS"] = json.dumps({"default_sdk_harness_log_level": "CRITICAL", **options})
+    logging.getLogger(sdk_worker_main.__name__).setLevel(logging.CRITICAL)
     sdk_worker_main.main(sys.argv)
+
+
+def _exit_with_run(run_file: Path, parent: int) -> None:
+    """Ends this process, even in the middle of a shard, when the run stops or its process dies."""
+    while run_file.exists() and os.getppid() == parent:
+        time.sleep(_POLL_SECONDS)
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class ProcessShards(beam.PTransform[PBegin, PCollection[int]]):
     """
 
     def __init__(
-        self, job: ShardJob, shards: Sequence[int], max_failure_ratio: float, accelerator: str | None = None
+        self, job: ShardJob, shards: Sequence[int], max_failure_ratio: float | None, accelerator: str | None = None
     ) -> None:
         super().__init__()
         self._job = job
@@ -71,7 +71,7 @@ class _ProcessShard(beam.DoFn):
         self._exit_stack.close()
 
 
-def _finish(shards: int, job: ShardJob, max_failure_ratio: float) -> list[int]:
+def _finish(shards: int, job: ShardJob, max_failure_ratio: float | None) -> list[int]:
     """Marks the outputs as complete on a worker, so that this happens even if the submitting process has died."""
     # Beam would retry if this raised an error. The submitting process raises the error instead.
     with suppress(DatasetError):

@@ -1,11 +1,20 @@
 """Runs pipelines on the runner that Beam's options select, and waits until they finish."""
 
 import logging
+import re
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Annotated, Any
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, cast
+from urllib.error import URLError
 
 import apache_beam as beam
 import grpc
@@ -23,18 +32,25 @@ from apache_beam.runners.runner import PipelineRunner, create_runner
 from apache_beam.transforms.environments import SubprocessSDKEnvironment
 from pydantic import Field, PositiveInt
 
+from captionlib import errors
 from captionlib.config import configclass
 from captionlib.data.images.decoder_pool import available_cpus
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.markers import Totals
 from captionlib.data.shards.progress import show_progress
 from captionlib.data.shards.stages import ShardJob
-from captionlib.errors import ConfigError, RunnerError
+from captionlib.errors import CaptionlibError, ConfigError, RunnerError
 from pipelines.beam_options import expand_option_files
 from pipelines.process_shards import ProcessShards
 
 __all__ = ["RunConfig", "run_job", "run_pipeline"]
 
+_BEAM_COPY = "_tagged_with_step"  # an attribute of the errors that Beam copies
+_RAISED = re.compile(r"captionlib\.errors\.(\w+): (.*?)(?: \[while running [^\n]*)?$", re.MULTILINE)
+_STEP = re.compile(r" \[while running .*")
+_TRACEBACK = "Traceback (most recent call last)"
+
+_RUN_FILE = Path(tempfile.gettempdir()) / f"captionlib-run-{uuid.uuid4().hex}"  # local workers run while it exists
 _IN_PROCESS = {None, "DirectRunner", "FnApiRunner", "BundleBasedDirectRunner", "SwitchingDirectRunner"}
 
 
@@ -45,8 +61,10 @@ class RunConfig:
     Attributes:
         workers: number of worker processes on this machine. If 1, the pipeline runs in the submitting process.
         beam_options: flags for Beam, such as `--runner=FlinkRunner`; `@FILE` is replaced by the options in a YAML file.
-        max_failure_ratio: largest allowed fraction of failed images. It is checked after all shards are written.
+        max_failure_ratio: largest allowed fraction of failed images. It is checked after all shards are written. If
+            None, the run fails only if all images failed.
         retry_failures: process the failed images of finished shards (dataset files) again.
+        verify: verify the checksums of finished shards, and process damaged ones again.
         overwrite: replace an output with a different configuration.
         progress: show a progress bar.
         accelerator: Beam's resource hint for a GPU in each worker. If set, models run on that GPU only.
@@ -54,8 +72,9 @@ class RunConfig:
 
     workers: PositiveInt = 1
     beam_options: tuple[str, ...] = ()
-    max_failure_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05
+    max_failure_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
     retry_failures: bool = False
+    verify: bool = False
     overwrite: bool = False
     progress: bool = True
     accelerator: str | None = None
@@ -98,9 +117,12 @@ def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
         FailureRatioError: more images failed than `run` allows. All shards are written nevertheless.
     """
     _, options = choose_runner(run)  # checks the options before any dataset is changed
+    name = options.view_as(StandardOptions).runner
+    if run.progress and name in _IN_PROCESS - {None, "FnApiRunner"}:
+        print(f"{label}: runs in Beam's FnApiRunner in this process, which replaces {name}", file=sys.stderr)
     if pending := job.pending_shards():
         job.mark_incomplete()
-        with show_progress(job.source, job.outputs[0], label, run.progress):
+        with show_progress(job, label, run.progress):
             run_pipeline(ProcessShards(job, pending, run.max_failure_ratio, run.accelerator), label, run)
         if options.view_as(TestOptions).dry_run:
             return job.outputs[0].compute_totals()
@@ -111,26 +133,83 @@ def run_pipeline(transform: beam.PTransform[PBegin, Any], label: str, run: RunCo
     """Runs a transform and waits until it finishes. Ctrl-C cancels the job, even on a cluster.
 
     Raises:
-        RunnerError: the runner failed or cannot be reached.
+        CaptionlibError: a stage raised this error.
+        RunnerError: the runner failed or cannot be reached, or a stage raised another error.
     """
     runner, options = choose_runner(run)
     pipeline = beam.Pipeline(runner, options)
     _ = pipeline | label >> transform
-    if isinstance(runner, FnApiRunner):
-        pipeline.run().wait_until_finish()
-        return
     try:
-        result = pipeline.run()
-        try:
-            result.wait_until_finish()
-        except KeyboardInterrupt:
-            result.cancel()
-            raise
-    except (RuntimeError, grpc.RpcError, grpc.FutureTimeoutError) as error:
-        raise RunnerError(
-            f"{type(runner).__name__} did not finish {label}: {str(error) or type(error).__name__}; see the runner's "
-            "logs. Run the same command again to resume; finished shards are kept"
-        ) from error
+        with _stop_workers_on_signals():
+            result = pipeline.run()
+            try:
+                result.wait_until_finish()
+            except KeyboardInterrupt:
+                result.cancel()
+                raise
+    except (Exception, grpc.FutureTimeoutError) as error:
+        raise _find_cause(error, type(runner).__name__, label) from error
+
+
+@contextmanager
+def _stop_workers_on_signals() -> Iterator[None]:
+    """Stops this machine's worker processes on Ctrl-C and SIGTERM. Beam would wait until they finish their shards."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        _RUN_FILE.unlink(missing_ok=True)
+        handler = previous[number]
+        if callable(handler):
+            handler(number, frame)
+
+    previous: dict[int, Any] = {}
+    _RUN_FILE.touch()
+    try:
+        if threading.current_thread() is threading.main_thread():  # others cannot handle signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                previous[number] = signal.getsignal(number)
+                if callable(previous[number]):
+                    signal.signal(number, stop)
+        yield
+    finally:
+        _RUN_FILE.unlink(missing_ok=True)
+        for signal_number, handler in previous.items():
+            signal.signal(signal_number, handler)
+
+
+def _find_cause(error: BaseException, runner: str, label: str) -> BaseException:
+    """Returns the error of the stage that made a pipeline fail, without the text and classes that Beam adds to it.
+
+    In this process, Beam raises a copy of the error, and the original is in its context. From other processes, Beam
+    receives the error as text.
+    """
+    chain: list[BaseException] = [error]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
+        chain.append(inner)
+    for raised in chain:
+        if isinstance(raised, KeyboardInterrupt):
+            return KeyboardInterrupt()
+        if _is_download_error(raised):
+            return RunnerError(
+                f"{runner} could not be downloaded: {raised}; expected access to Beam's releases; download the file "
+                "elsewhere and pass --flink_job_server_jar, --spark_job_server_jar or --prism_location"
+            )
+        if isinstance(raised, CaptionlibError | OSError) and not hasattr(raised, _BEAM_COPY):
+            return raised
+    text = str(error) or type(error).__name__
+    if raised_errors := _RAISED.findall(text):
+        name, message = raised_errors[-1]
+        return cast(CaptionlibError, getattr(errors, name)(message))
+    lines = [line for line in text.splitlines() if line.strip()]
+    reason = _STEP.sub("", lines[-1] if _TRACEBACK in text else lines[0]).strip()
+    return RunnerError(
+        f"{runner} did not finish {label}: {reason}; see the runner's logs. Run the same command again to resume; "
+        "finished shards are kept"
+    )
+
+
+def _is_download_error(error: BaseException) -> bool:
+    """Returns whether Beam could not download a runner. Beam's messages say so, or the error comes from urllib."""
+    return isinstance(error, URLError) or str(error).startswith(("Unable to fetch", "Unable to download"))
 
 
 def choose_runner(run: RunConfig) -> tuple[PipelineRunner, PipelineOptions]:
@@ -156,11 +235,13 @@ def choose_runner(run: RunConfig) -> tuple[PipelineRunner, PipelineOptions]:
     if run.accelerator is not None:
         raise ConfigError("--accelerator applies to workers of a cluster; use --device cuda for a GPU in this machine")
     _reject_unknown_flags(flags)
-    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # run_pipeline raises the errors
     if run.workers == 1:
         return FnApiRunner(), options
     options.view_as(DirectOptions).direct_num_workers = run.workers
-    command = f"{shlex.quote(sys.executable)} -m pipelines.local_worker"
+    # A terminal sends Ctrl-C to all processes. Workers ignore it, and `exec` makes them children of this process.
+    worker = shlex.join([sys.executable, "-m", "pipelines.local_worker", str(_RUN_FILE)])
+    command = f"trap '' INT TERM; exec {worker}"
     return FnApiRunner(SubprocessSDKEnvironment.from_command_string(command)), options
 
 

@@ -21,6 +21,8 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
     name: str = "x"
     limit: int | None = None
+    flip: bool = False
+    optional: Inner | None = None
 
 
 def test_overrides_take_precedence_over_the_file(tmp_path: Path) -> None:
@@ -28,13 +30,19 @@ def test_overrides_take_precedence_over_the_file(tmp_path: Path) -> None:
     file.write_text("name: from file\ninner:\n  rate: 0.5\n")
     config = load_config(Outer, file, ["inner.kind=b", "limit=7"])
     assert config == Outer(Inner(0.5, "b"), "from file", 7)
-    assert to_dict(config) == {"inner": {"rate": 0.5, "kind": "b"}, "name": "from file", "limit": 7}
+    assert to_dict(config) == {
+        "inner": {"rate": 0.5, "kind": "b"},
+        "name": "from file",
+        "limit": 7,
+        "flip": False,
+        "optional": None,
+    }
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["nam=1"], r"unknown key nam \(did you mean name\?\); known keys: inner, name, limit"),
+        (["nam=1"], r"unknown key nam \(did you mean name\?\); known keys: inner, name, limit, flip, optional"),
         (["inner.rat=1"], r"unknown key inner.rat \(did you mean inner.rate\?\); known keys: inner.rate, inner.kind"),
         (["inner.rate=fast"], "inner.rate: .* got 'fast'"),
         (["inner.kind=c"], "inner.kind: Input should be 'a' or 'b', got 'c'"),
@@ -42,6 +50,10 @@ def test_overrides_take_precedence_over_the_file(tmp_path: Path) -> None:
         (["name.first=x", "name.last=y", "name=3"], "name"),
         (["inner=3"], "inner"),
         (["limit=[1"], "not a YAML value"),
+        (["optional.rat=1"], r"unknown key optional.rat \(did you mean optional.rate\?\)"),
+        (["limit=true"], "^options: limit: expected a number, got True"),
+        (["flip=1"], "^options: flip: expected true or false, got 1"),
+        (["optional.rate=false"], "^options: optional.rate: expected a number, got False"),
     ],
 )
 def test_invalid_values_are_named(overrides: list[str], message: str) -> None:

@@ -127,7 +127,7 @@ def _write_thumbnails(folder: Folder, predictions: Sequence[Prediction], crop: P
                 folder.fs.makedirs(folder.path(subfolder), exist_ok=True)
                 created.add(subfolder)
             name = f"{subfolder}/{number:06d}.jpg"
-            folder.fs.pipe_file(folder.path(name), encode_jpeg(image))
+            folder.fs.pipe_file(folder.path(name), encode_jpeg(image.pixels))
             yield name
 
 

@@ -3,22 +3,33 @@
 Every step can run on any machine and can safely be repeated.
 """
 
+import json
 import os
-import time
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
 
 from captionlib.config import describe_differences, to_dict
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import Marker, compute_fingerprint, part_name
-from captionlib.errors import DatasetError, FingerprintError
+from captionlib.data.shards.markers import Marker, part_name, to_json
+from captionlib.errors import ConfigError, DatasetError, DuplicateIdError, FingerprintError
 from captionlib.search.config import IndexConfig, VectorLayout
 from captionlib.search.index_folder import (
-    DESCRIPTION,
+    SUBFOLDERS,
     IndexDescription,
     IndexedDataset,
     IndexedShard,
+    InputShard,
+    check_hash,
     fetch_path,
+    hash_json,
+    is_index_file,
     publish_path,
     read_description,
     temporary_folder,
@@ -27,22 +38,23 @@ from captionlib.search.index_folder import (
 from captionlib.search.inputs import (
     check_datasets_match,
     match_embeddings_to_captions,
+    open_shard,
+    read_caption_rows,
     read_embeddings,
     sample_embeddings,
 )
-from captionlib.search.rows import COLUMNS, number_rows, read_rows, write_rows
+from captionlib.search.rows import find_duplicate_id, number_rows, read_rows, write_rows
 from captionlib.search.text_index import write_text_index
 from captionlib.search.vector_index import add_vectors, merge_vectors, train_vectors
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, resolve_address
 
-__all__ = ["IndexBuild", "plan_build"]
+__all__ = ["Addresses", "IndexBuild", "plan_build"]
 
-_BATCH_ROWS = 65_536
+Addresses = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+"""The address of a dataset, or the addresses of several."""
+
 _TRAINING_VECTORS_PER_LIST = 50
 _MIN_TRAINING_VECTORS = 20_000  # a product quantizer learns 256 codes per byte, regardless of the number of lists
-
-ShardMarkers = dict[int, tuple[Marker, Marker | None]]
-"""For each shard, the captions marker and embeddings marker: files that mark the shard as complete."""
 
 
 @dataclass(frozen=True)
@@ -51,144 +63,233 @@ class IndexBuild:
 
     Attributes:
         folder: the folder of the index.
-        captions: a captions dataset, with one row per captioned image.
-        embeddings: the embeddings of the same images. If None, the index is text-only.
-        base: the version of the index to extend. If None, the index is built from scratch.
-        unchanged: shards of `base` that are still valid.
-        removed: shards of `base` that are no longer valid.
-        added: shards to index.
+        captions: captions datasets, with one row per captioned image.
+        embeddings: the embeddings of the same images, in the same order. If empty, the index is text-only.
+        shards: all shards of the index, in the order of their rows.
+        base: the version of the index whose files are reused. If None, the index is built from scratch.
+        added: positions in `shards` of the shards that `base` does not contain.
+        removed: number of shards that only `base` contains.
         layout: the Faiss index type of the embeddings; None for a text-only index.
+        outgrown: the layout of the existing index if it is too small for the rows, so that centroids are trained again.
+        replaced: the creation time of an existing index that is replaced even if its content is the same.
     """
 
     folder: Folder
-    captions: ShardedDataset
-    embeddings: ShardedDataset | None
+    captions: tuple[ShardedDataset, ...]
+    embeddings: tuple[ShardedDataset, ...]
     config: IndexConfig
+    shards: tuple[InputShard, ...] = ()
     base: IndexDescription | None = None
-    unchanged: tuple[IndexedShard, ...] = ()
-    removed: tuple[IndexedShard, ...] = ()
-    added: tuple[IndexedShard, ...] = ()
+    added: tuple[int, ...] = ()
+    removed: int = 0
     layout: VectorLayout | None = None
+    outgrown: VectorLayout | None = None
+    replaced: str | None = None
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of everything that determines the search results."""
         identity = {
-            "captions": self.captions.fingerprint,
-            "embeddings": self.embeddings.fingerprint if self.embeddings else None,
+            "captions": [dataset.fingerprint for dataset in self.captions],
+            "embeddings": [dataset.fingerprint for dataset in self.embeddings],
             "config": to_dict(self.config),
             "layout": to_dict(self.layout) if self.layout else None,
-            "shards": [[shard.shard, shard.offset, shard.captions, shard.embeddings] for shard in self._shards],
+            "shards": [asdict(shard) for shard in self.shards],
         }
-        return compute_fingerprint("index", identity)
+        return hash_json(identity)
 
     def is_done(self) -> bool:
         """Returns whether the folder already contains the result of this build."""
-        current = read_description(self.folder)
-        return current is not None and current.fingerprint == self.fingerprint
+        current = self._read_current()
+        return current is not None and current.fingerprint == self.fingerprint and current.created != self.replaced
 
     def train(self) -> None:
         """Trains the centroids of the inverted lists, unless `base` already has them."""
         if self.layout is None or self.base is not None or self.folder.exists(self._trained):
             return
-        assert self.embeddings is not None, "an index has a layout only if it has embeddings"
         count = max(self.layout.nlist * _TRAINING_VECTORS_PER_LIST, _MIN_TRAINING_VECTORS)
-        sample = sample_embeddings(self.embeddings, [shard.shard for shard in self.added], count)
+        inputs = [(self.embeddings[shard.dataset], shard) for shard in self.shards]
+        sample = sample_embeddings(inputs, count, self.layout.dimension)
         with self.folder.stage(self._trained) as path:
             train_vectors(self.layout, sample, path)
 
-    def add_shard(self, number: int) -> None:
-        """Writes the rows and the partial vector index of the shard `added[number]`.
+    def add_shard(self, position: int) -> None:
+        """Writes the rows and the partial vector index of the shard `shards[position]`.
 
         Raises:
-            DatasetError: the captions and embeddings of the shard cover different images.
+            DatasetError: the captions and embeddings of the shard cover different images, or have changed.
         """
-        shard = self.added[number]
-        if not self.folder.exists(shard.file):
-            batches = self.captions.read_batches(shard.shard, COLUMNS, _BATCH_ROWS)
-            with self.folder.stage(shard.file) as path:
-                write_rows(path, number_rows(batches, shard.offset))
-        if self.embeddings is None or self.folder.exists(self._partial(shard)):
+        if self.folder.exists(self._result(position)):
             return
-        positions = match_embeddings_to_captions(self.captions, self.embeddings, shard.shard)
-        has_caption = positions >= 0
-        vectors = read_embeddings(self.embeddings, shard.shard)[has_caption]
-        with temporary_folder(self.folder) as local, self.folder.stage(self._partial(shard)) as path:
+        shard = self.shards[position]
+        captions = self.captions[shard.dataset]
+        with temporary_folder(self.folder) as local, open_shard(captions, shard.shard, shard.captions) as caption_rows:
+            write_rows(local / "rows", local / "candidates", read_caption_rows(caption_rows))
+            files = {
+                "rows_file": publish_path(self.folder, local / "rows", "rows/", ".arrow"),
+                "candidates_file": publish_path(self.folder, local / "candidates", "candidates/", ".arrow"),
+            }
+            if self.embeddings:
+                self._add_vectors(position, caption_rows, local)
+        self.folder.write(self._result(position), to_json(files))  # the shard is done when this file exists
+
+    def _add_vectors(self, position: int, caption_rows: pq.ParquetFile, local: Path) -> None:
+        shard = self.shards[position]
+        captions, embeddings = self.captions[shard.dataset], self.embeddings[shard.dataset]
+        with (
+            open_shard(embeddings, shard.shard, shard.embeddings) as embedding_rows,
+            self.folder.stage(self._partial(position)) as path,
+        ):
+            positions = match_embeddings_to_captions(captions, embeddings, shard.shard, caption_rows, embedding_rows)
+            has_caption = positions >= 0
+            vectors = read_embeddings(embedding_rows, self._dimension)[has_caption]
             trained = fetch_path(self.folder, self._trained, local / "trained")
-            add_vectors(trained, positions[has_caption] + shard.offset, vectors, path)
+            if self.base is not None:
+                check_hash(trained, self._trained, self.folder.address(self._trained))
+            start = sum(each.rows for each in self.shards[:position])
+            add_vectors(trained, positions[has_caption] + start, vectors, path)
 
     def finish(self) -> None:
-        """Merges the shards, publishes the index, and removes files that neither it nor the previous version uses."""
+        """Merges the shards, publishes the index, and removes files that neither it nor the previous version uses.
+
+        Raises:
+            DuplicateIdError: two rows have the same image id.
+            DatasetError: a file of `base` is damaged, or a concurrent build has removed files of this one.
+        """
         if self.is_done():
+            self.clean()
             return
-        previous = read_description(self.folder)
-        removed = [(shard.offset, shard.end) for shard in self.removed]
-        with temporary_folder(self.folder) as local:
-            vectors_count = self._merge_vectors(local, removed)
-            captions_count = self._write_text_index(local, removed)
-        description = self._describe(captions_count, vectors_count)
+        previous = self._read_current()
+        try:
+            description = self._merge()
+        except FileNotFoundError as error:
+            raise DatasetError(
+                f"{self.folder.uri}: {error.filename or error} is missing; a concurrent build may have removed it; "
+                "run one build at a time"
+            ) from error
         previous_files = set(previous.files if previous else ()) - set(description.files)
         write_description(self.folder, replace(description, previous=tuple(sorted(previous_files))))
-        self._clean({*description.files, *previous_files})
+        self.clean()
 
-    def _merge_vectors(self, local: Path, removed: list[tuple[int, int]]) -> int:
-        if self.layout is None:
-            return 0
-        base = self.base.vectors if self.base else self._trained
-        parts = (fetch_path(self.folder, self._partial(shard), local / self._partial(shard)) for shard in self.added)
-        count = merge_vectors(fetch_path(self.folder, base, local / "base"), parts, removed, local / "vectors")
-        publish_path(self.folder, local / "vectors", self._name("vectors", ".faiss"))
-        return count
+    def clean(self) -> None:
+        """Removes the files of interrupted builds, and of versions before the previous one."""
+        current = self._read_current()
+        used = {*current.files, *current.previous} if current is not None else set()
+        names = [name for name in self.folder.list() if is_index_file(name) and "-" in name]
+        names += [f"{subfolder}/{name}" for subfolder in SUBFOLDERS for name in self.folder.list(subfolder)]
+        for name in [TEMPORARY_FOLDER, *(name for name in names if name not in used)]:
+            self.folder.remove(name)
 
-    def _write_text_index(self, local: Path, removed: list[tuple[int, int]]) -> int:
-        base = fetch_path(self.folder, self.base.text, local / "text-base") if self.base else None
-        files = (fetch_path(self.folder, shard.file, local / shard.file) for shard in self.added)
-        rows = (batch for file in files for batch in read_rows(file))
-        count = write_text_index(local / "text", self.config.language, rows, base, removed)
-        publish_path(self.folder, local / "text", self._name("text"))
-        return count
-
-    def _describe(self, captions_count: int, vectors_count: int) -> IndexDescription:
+    def _merge(self) -> IndexDescription:
+        shards = self._list_indexed_shards()
+        text = vectors = trained = ""
+        vectors_count = 0
+        with temporary_folder(self.folder) as local:
+            files = [self._fetch(shard.rows_file, local) for shard in shards]
+            self._check_unique_ids(files)
+            write_text_index(
+                local / "text", self.config.language, number_rows(batch for file in files for batch in read_rows(file))
+            )
+            text = publish_path(self.folder, local / "text", "text-")
+            if self.layout is not None:
+                vectors_count = self._merge_vectors(local)
+                vectors = publish_path(self.folder, local / "vectors", "vectors-", ".faiss")
+                trained = self._trained
+                if self.base is None:
+                    # Copied, because a second run of this step needs the original.
+                    path = shutil.copyfile(fetch_path(self.folder, trained, local / "trained"), local / "copy")
+                    trained = publish_path(self.folder, path, "trained-", ".faiss")
         return IndexDescription(
             fingerprint=self.fingerprint,
-            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            created=datetime.now(timezone.utc).isoformat(),
             config=self.config,
-            captions=_describe_dataset(self.captions),
-            embeddings=_describe_dataset(self.embeddings) if self.embeddings else None,
+            captions=tuple(map(_describe_dataset, self.captions)),
+            embeddings=tuple(map(_describe_dataset, self.embeddings)),
             layout=self.layout,
-            shards=self._shards,
-            end_row=max([self.base.end_row if self.base else 0, *(shard.end for shard in self._shards)]),
-            captions_count=captions_count,
+            shards=tuple(shards),
+            captions_count=sum(shard.rows for shard in shards),
             vectors_count=vectors_count,
-            text=self._name("text"),
-            vectors=self._name("vectors", ".faiss") if self.layout else "",
-            trained=self._trained if self.layout else "",
+            text=text,
+            vectors=vectors,
+            trained=trained,
         )
 
+    def _list_indexed_shards(self) -> list[IndexedShard]:
+        base = {shard.content: shard for shard in self.base.shards} if self.base else {}
+        results = {position: json.loads(self.folder.read(self._result(position))) for position in self.added}
+        indexed = []
+        for position, shard in enumerate(self.shards):
+            if position in results:
+                files = results[position]
+            else:
+                reused = base[shard.content]
+                files = {"rows_file": reused.rows_file, "candidates_file": reused.candidates_file}
+            indexed.append(IndexedShard(**asdict(shard), **files))
+        return indexed
+
+    def _merge_vectors(self, local: Path) -> int:
+        moves = []
+        if self.base is not None:
+            base = self._fetch(self.base.vectors, local)
+            starts = {shard.content: start for shard, start in zip(self.base.shards, self.base.offsets, strict=True)}
+            added = set(self.added)
+            target = 0
+            for position, shard in enumerate(self.shards):
+                if position not in added and shard.rows:
+                    start = starts[shard.content]
+                    moves.append((start, start + shard.rows, target))
+                target += shard.rows
+        else:
+            base = fetch_path(self.folder, self._trained, local / "trained")
+        parts = (
+            fetch_path(self.folder, self._partial(position), local / f"{position}.faiss") for position in self.added
+        )
+        return merge_vectors(base, moves, parts, local / "vectors")
+
+    def _fetch(self, name: str, local: Path) -> Path:
+        """Returns the local path of an undamaged file of the index."""
+        return check_hash(fetch_path(self.folder, name, local / name), name, self.folder.address(name))
+
+    def _check_unique_ids(self, files: Iterable[Path]) -> None:
+        duplicate = find_duplicate_id(files)
+        if duplicate is not None:
+            folders = " and ".join(dataset.folder.uri for dataset in self.captions)
+            raise DuplicateIdError(
+                f"expected one row per image id in {folders}, got {duplicate.rows} with {duplicate.image_id!r}; "
+                "remove the image from all datasets but one"
+            )
+
+    def _read_current(self) -> IndexDescription | None:
+        try:
+            return read_description(self.folder)
+        except DatasetError:
+            if self.base is None:  # a damaged index that is being replaced
+                return None
+            raise
+
     @property
-    def _shards(self) -> tuple[IndexedShard, ...]:
-        return tuple(sorted((*self.unchanged, *self.added), key=lambda shard: shard.offset))
+    def _dimension(self) -> int:
+        assert self.layout is not None, "an index with embeddings has a layout"
+        return self.layout.dimension
 
     @property
     def _trained(self) -> str:
-        return self.base.trained if self.base else self._name("trained", ".faiss")
+        return self.base.trained if self.base else f"{self._temporary}/trained.faiss"
 
-    def _name(self, kind: str, extension: str = "") -> str:
-        return f"{kind}-{self.fingerprint[:12]}{extension}"
+    @property
+    def _temporary(self) -> str:
+        return f"{TEMPORARY_FOLDER}/{self.fingerprint[:12]}"
 
-    def _partial(self, shard: IndexedShard) -> str:
-        return f"{TEMPORARY_FOLDER}/{self.fingerprint[:12]}/{part_name(shard.shard)}.faiss"
+    def _partial(self, position: int) -> str:
+        return f"{self._temporary}/{part_name(position)}.faiss"
 
-    def _clean(self, used: set[str]) -> None:
-        self.folder.remove(TEMPORARY_FOLDER)
-        for name in [*self.folder.list(), *(f"rows/{name}" for name in self.folder.list("rows"))]:
-            if name.startswith(("text-", "vectors-", "trained-", "rows/")) and name not in used:
-                self.folder.remove(name)
+    def _result(self, position: int) -> str:
+        return f"{self._temporary}/{part_name(position)}.json"
 
 
 def plan_build(
-    captions: str | os.PathLike[str],
-    embeddings: str | os.PathLike[str] | None,
+    captions: Addresses,
+    embeddings: Addresses | None,
     output: str | os.PathLike[str],
     config: IndexConfig,
     *,
@@ -196,113 +297,133 @@ def plan_build(
 ) -> IndexBuild:
     """Compares an index with the datasets it is built from and plans what to build.
 
-    The plan covers the shards that are complete in both datasets. It extends an existing index with new and changed
-    shards, or builds the index from scratch if the number of rows requires a different vector layout. If `overwrite`
-    is True, an index built from different datasets or with a different configuration is replaced.
+    The plan covers the shards that are complete in both captions and embeddings. It reuses the shards of an existing
+    index whose content has not changed. Centroids are trained again only if the index has outgrown its vector layout.
+    If `overwrite` is True, the index is built from scratch, even if its datasets or configuration differ or it is
+    damaged.
 
     Raises:
-        DatasetError: a dataset is missing or has no complete shard, the two do not match, or `output` has other files.
+        ConfigError: the numbers of captions and embeddings datasets differ.
+        DatasetError: a dataset is missing or has no complete shard, two do not match, or `output` has other files.
         FingerprintError: the index has different datasets or a different configuration, and `overwrite` is False.
     """
-    captions_dataset = open_dataset(captions, "captions")
-    embeddings_dataset = None if embeddings is None else open_dataset(embeddings, "embeddings")
-    build = IndexBuild(Folder(output), captions_dataset, embeddings_dataset, config)
-    base = _read_base(build.folder)
-    done = _read_markers(captions_dataset, embeddings_dataset)
-    if base is not None and (changes := _compare_with_base(build, base)):
-        if not overwrite:
-            raise FingerprintError(
-                f"{build.folder.uri} is an index with different datasets or configuration ({'; '.join(changes)}); "
-                "choose a different folder, or pass --overwrite to replace the index"
-            )
-        base = None
-    if embeddings_dataset is not None:
+    captions_datasets = tuple(open_dataset(address, "captions") for address in _to_list(captions))
+    embeddings_datasets = tuple(open_dataset(address, "embeddings") for address in _to_list(embeddings))
+    if embeddings_datasets and len(embeddings_datasets) != len(captions_datasets):
+        raise ConfigError(
+            f"expected one embeddings dataset for each of {len(captions_datasets)} captions datasets, in the same "
+            f"order, got {len(embeddings_datasets)}"
+        )
+    build = IndexBuild(Folder(output), captions_datasets, embeddings_datasets, config)
+    base = _read_base(build, overwrite)
+    shards = _list_shards(build)
+    for captions_dataset, embeddings_dataset in zip(captions_datasets, embeddings_datasets, strict=False):
         check_datasets_match(captions_dataset, embeddings_dataset)
-        # Checks one shard before workers start; `add_shard` checks the others.
-        match_embeddings_to_captions(captions_dataset, embeddings_dataset, min(done))
-    return _plan_shards(build, base, done)
+    _check_same_ranker(embeddings_datasets)
+    if embeddings_datasets:
+        _check_first_shard(build, shards[0])  # before workers start; `add_shard` checks the others
+    if overwrite and base is not None:
+        return _plan_shards(replace(build, replaced=base.created), None, shards)
+    return _plan_shards(build, base, shards)
 
 
-def _read_base(folder: Folder) -> IndexDescription | None:
-    base = read_description(folder)
-    if base is None and (others := [name for name in folder.list() if not _is_index_file(name)]):
+def _to_list(addresses: Addresses | None) -> list[str | os.PathLike[str]]:
+    if addresses is None:
+        return []
+    return [addresses] if isinstance(addresses, str | os.PathLike) else list(addresses)
+
+
+def _read_base(build: IndexBuild, overwrite: bool) -> IndexDescription | None:
+    folder = build.folder
+    try:
+        base = read_description(folder)
+    except DatasetError:
+        if overwrite:
+            return None
+        raise
+    if base is None and (others := [name for name in folder.list() if not is_index_file(name)]):
         raise DatasetError(
             f"{folder.uri} contains files that are not part of an index ({', '.join(others[:3])}); choose a new folder"
+        )
+    if base is not None and not overwrite and (changes := _compare_with_base(build, base)):
+        raise FingerprintError(
+            f"{folder.uri} is an index with different datasets or configuration ({'; '.join(changes)}); "
+            "choose a different folder, or pass --overwrite to replace the index"
         )
     return base
 
 
-def _is_index_file(name: str) -> bool:
-    """Returns whether an interrupted build may have left a file of this name."""
-    return name in (TEMPORARY_FOLDER, DESCRIPTION, "rows") or name.startswith(("text-", "vectors-", "trained-"))
+def _list_shards(build: IndexBuild) -> list[InputShard]:
+    """Lists the shards that are complete in both the captions and the embeddings."""
+    shards = []
+    for number, captions in enumerate(build.captions):
+        embeddings = build.embeddings[number] if build.embeddings else None
+        markers = captions.read_markers()
+        embedding_markers: dict[int, Marker] = embeddings.read_markers() if embeddings else {}
+        complete = sorted(markers.keys() & embedding_markers.keys() if embeddings else markers)
+        for shard in complete:
+            checksum = embedding_markers[shard].checksum if embeddings else ""
+            shards.append(InputShard(number, shard, markers[shard].rows, markers[shard].checksum, checksum))
+        if not complete:
+            folders = f"both {captions.folder.uri} and {embeddings.folder.uri}" if embeddings else captions.folder.uri
+            raise DatasetError(f"expected shards that are complete in {folders}, got none; finish writing them first")
+    return shards
 
 
-def _read_markers(captions: ShardedDataset, embeddings: ShardedDataset | None) -> ShardMarkers:
-    """Reads the markers of the shards that are complete in both datasets."""
-    markers = captions.read_markers()
-    if embeddings is None:
-        done: ShardMarkers = {shard: (marker, None) for shard, marker in markers.items()}
-    else:
-        embedding_markers = embeddings.read_markers()
-        done = {shard: (markers[shard], embedding_markers[shard]) for shard in markers if shard in embedding_markers}
-    if not done:
-        folders = f"both {captions.folder.uri} and {embeddings.folder.uri}" if embeddings else captions.folder.uri
-        raise DatasetError(f"expected shards that are complete in {folders}, got none; finish writing them first")
-    return done
+def _check_same_ranker(embeddings: Sequence[ShardedDataset]) -> None:
+    for dataset in embeddings[1:]:
+        first, other = (
+            (str(each.config.get("ranker", "")), each.schema.field("embedding").type.list_size)
+            for each in (embeddings[0], dataset)
+        )
+        if first != other:
+            raise DatasetError(
+                f"expected embeddings of one ranker, got {first[0]} (dimension {first[1]}) in "
+                f"{embeddings[0].folder.uri} and {other[0]} (dimension {other[1]}) in {dataset.folder.uri}; "
+                "embed all images with the same ranker"
+            )
+
+
+def _check_first_shard(build: IndexBuild, shard: InputShard) -> None:
+    captions, embeddings = build.captions[shard.dataset], build.embeddings[shard.dataset]
+    with (
+        open_shard(captions, shard.shard, shard.captions) as caption_rows,
+        open_shard(embeddings, shard.shard, shard.embeddings) as embedding_rows,
+    ):
+        match_embeddings_to_captions(captions, embeddings, shard.shard, caption_rows, embedding_rows)
 
 
 def _compare_with_base(build: IndexBuild, base: IndexDescription) -> list[str]:
-    """Describes how the datasets and configuration differ, ignoring the datasets' locations and shard counts."""
-    before, now = (
-        {
-            "captions": index.captions.fingerprint,
-            "embeddings": index.embeddings.fingerprint if index.embeddings else None,
-            **to_dict(index.config),
-        }
-        for index in (base, build)
-    )
+    """Describes how the configuration and the datasets' fingerprints differ. Datasets may be added."""
+    before: dict[str, Any] = to_dict(base.config)
+    now: dict[str, Any] = to_dict(build.config)
+    for name, indexed, given in (
+        ("captions", base.captions, build.captions),
+        ("embeddings", base.embeddings, build.embeddings),
+    ):
+        old, new = ({dataset.fingerprint for dataset in datasets} for datasets in (indexed, given))
+        if not old <= new or bool(old) != bool(new):
+            before[name], now[name] = (", ".join(sorted(fingerprints)) or None for fingerprints in (old, new))
     return describe_differences(before, now)
 
 
-def _plan_shards(build: IndexBuild, base: IndexDescription | None, done: ShardMarkers) -> IndexBuild:
-    rows = sum(marker.rows for marker, _ in done.values())
-    if base is not None and base.layout is not None and base.layout.is_outgrown(build.config, rows):
-        base = None
+def _plan_shards(build: IndexBuild, base: IndexDescription | None, shards: Sequence[InputShard]) -> IndexBuild:
+    rows = sum(shard.rows for shard in shards)
     layout = base.layout if base is not None else None
-    if base is None and build.embeddings is not None:
-        layout = VectorLayout.choose(build.config, rows, build.embeddings.schema.field("embedding").type.list_size)
-    indexed = {shard.shard: shard for shard in base.shards} if base is not None else {}
-    unchanged = {
-        number: shard for number, shard in indexed.items() if number in done and _is_current(shard, *done[number])
-    }
-    offset = base.end_row if base is not None else 0
-    added = []
-    for number in sorted(done.keys() - unchanged.keys()):
-        added.append(_plan_shard(number, offset, *done[number]))
-        offset = added[-1].end
+    outgrown = layout if layout is not None and layout.is_outgrown(build.config, rows) else None
+    if outgrown is not None:
+        base = None
+    if base is None and build.embeddings:
+        layout = VectorLayout.choose(build.config, rows, build.embeddings[0].schema.field("embedding").type.list_size)
+    indexed = {shard.content for shard in base.shards} if base is not None else set[tuple[str, str]]()
     return replace(
         build,
+        shards=tuple(shards),
         base=base,
-        unchanged=tuple(unchanged.values()),
-        removed=tuple(shard for number, shard in indexed.items() if number not in unchanged),
-        added=tuple(added),
+        added=tuple(position for position, shard in enumerate(shards) if shard.content not in indexed),
+        removed=len(indexed - {shard.content for shard in shards}),
         layout=layout,
-    )
-
-
-def _is_current(shard: IndexedShard, captions: Marker, embeddings: Marker | None) -> bool:
-    return (shard.captions, shard.embeddings) == (captions.checksum, embeddings.checksum if embeddings else "")
-
-
-def _plan_shard(number: int, offset: int, captions: Marker, embeddings: Marker | None) -> IndexedShard:
-    name = compute_fingerprint("rows", {"captions": captions.checksum, "offset": offset})[:12]
-    return IndexedShard(
-        shard=number,
-        offset=offset,
-        rows=captions.rows,
-        captions=captions.checksum,
-        embeddings=embeddings.checksum if embeddings else "",
-        file=f"rows/{part_name(number)}-{name}.arrow",
+        outgrown=outgrown,
     )
 
 

@@ -84,6 +84,11 @@ class VectorLayout:
         return cls(dimension, encoding, nlist, nprobe, rows)
 
     def is_outgrown(self, config: IndexConfig, rows: int) -> bool:
-        """Returns whether `rows` rows need a different encoding or, at more than four times the rows, new lists."""
+        """Returns whether `rows` rows need a different encoding or, at more than four times the rows, new lists.
+
+        A layout for more rows is not outgrown: an index near a limit would change with every update.
+        """
+        if rows <= self.rows:
+            return False
         chosen = VectorLayout.choose(config, rows, self.dimension)
         return chosen.encoding != self.encoding or (self.encoding != "Flat" and rows > 4 * max(1, self.rows))

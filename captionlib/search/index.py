@@ -1,19 +1,25 @@
 """Searches an index of images by caption text, by embedding vector, or by both."""
 
+import copy
+import logging
 import os
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from cachetools import LRUCache
 
-from captionlib.errors import CheckpointError, DatasetError, QueryError
+from captionlib.data.sources.values import is_unicode
+from captionlib.data.splits import expand_splits
+from captionlib.errors import CaptionlibError, CheckpointError, DatasetError, QueryError
 from captionlib.search.index_folder import DESCRIPTION, IndexDescription, fetch_locally, read_description
-from captionlib.search.rows import RowStore
+from captionlib.search.rows import CandidateStore, RowStore
 from captionlib.search.text_index import Sort, TextIndex
 from captionlib.search.vector_index import Hits, RowNumbers, VectorIndex, Vectors
 from captionlib.storage.folders import Folder
@@ -23,9 +29,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Filter", "Index", "fuse_rankings", "open_index"]
 
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
 _CACHED_FILTERS = 16
 _FUSION_DEPTH = 200  # rankings are fused to a multiple of this depth, so that pages within it share one ranking
 _RANK_CONSTANT = 60  # see `fuse_rankings`
+_LOGGER = logging.getLogger("captionlib")
 
 
 @dataclass(frozen=True)
@@ -44,10 +54,56 @@ class Filter:
 
     def to_sql(self) -> tuple[str, list[Any]]:
         """Returns the filter as one SQL condition and its parameters."""
-        parameters = {"split = ?": self.split, "log_prob >= ?": self.min_log_prob}
+        splits = None if self.split is None else sorted(expand_splits([self.split]))
+        parameters = {"list_contains(?, split)": splits, "log_prob >= ?": self.min_log_prob}
         set_parameters = {sql: value for sql, value in parameters.items() if value is not None}
         where = [f"(\n{self.where}\n)"] if self.where is not None else []
         return " AND ".join([*where, *set_parameters]), list(set_parameters.values())
+
+
+class _Version:
+    """The open files of one version of an index. They stay readable if the files are removed. Thread-safe.
+
+    The files are closed when the last search that uses them ends.
+    """
+
+    def __init__(self, description: IndexDescription, path: Path) -> None:
+        self.description = description
+        self.rows = RowStore(path / shard.rows_file for shard in description.shards)
+        candidates = [path / shard.candidates_file for shard in description.shards]
+        self.candidates = CandidateStore(candidates, description.offsets)
+        self.text = TextIndex(path / description.text, description.config.language)
+        self.vectors: VectorIndex | None = None
+        if description.layout is not None:
+            self.vectors = VectorIndex(path / description.vectors, description.layout, description.captions_count)
+        self._lock = threading.Lock()
+        self._matching: LRUCache[Filter, RowNumbers] = LRUCache(_CACHED_FILTERS)
+
+    @cached_property
+    def splits(self) -> list[str]:
+        return self.rows.list_splits()
+
+    def find_matching(self, where: Filter) -> RowNumbers:
+        """Returns the row numbers that match a filter. They are cached for the next page of results."""
+        with self._lock:
+            rows = self._matching.get(where)
+        if rows is None:
+            rows = self.rows.find_matching(*where.to_sql())
+            with self._lock:
+                self._matching[where] = rows
+        return rows
+
+
+def _on_one_version(
+    search: "Callable[Concatenate[Index, Parameters], Result]",
+) -> "Callable[Concatenate[Index, Parameters], Result]":
+    """Makes a method run on one version of the index, even if a newer one is opened in the meantime."""
+
+    @wraps(search)
+    def run(index: "Index", /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        return search(index.pin(), *args, **kwargs)
+
+    return run
 
 
 class Index:
@@ -57,33 +113,127 @@ class Index:
     tokens and score. The score is BM25 for text, the inner product for vectors, and reciprocal rank fusion for both.
     Every search takes `limit`, `offset` and `where`, which is a `Filter` or a SQL condition.
 
-    Attributes:
-        description: the datasets, configuration and files of the index.
+    A build publishes a new version of the index. An open index changes to it, and runs every search on one version.
+    Use `pin` for several searches that must agree.
     """
 
-    def __init__(self, description: IndexDescription, path: Path, ranker: "LoadedRanker | None" = None) -> None:
-        self.description = description
-        self._rows = RowStore(path / shard.file for shard in description.shards)
-        self._text = TextIndex(path / description.text, description.config.language)
-        self._vectors: VectorIndex | None = None
-        if description.layout is not None:
-            self._vectors = VectorIndex(path / description.vectors, description.layout, description.end_row)
+    def __init__(
+        self,
+        folder: Folder,
+        ranker: "LoadedRanker | None" = None,
+        cache: Path | None = None,
+        refresh_seconds: float | None = 1.0,
+    ) -> None:
+        self._folder = folder
         self._ranker = ranker
-        self._lock = threading.Lock()
-        self._matching: LRUCache[Filter, RowNumbers] = LRUCache(_CACHED_FILTERS)
+        self._cache = cache
+        self._refresh_seconds = refresh_seconds
+        self._refresh_lock = threading.Lock()
+        self._failure = ""
+        self._checked = time.monotonic()
+        self._state = self._read_state()
+        self._version = self._open_newest()
 
     def __len__(self) -> int:
         return self.description.captions_count
 
     @property
+    def description(self) -> IndexDescription:
+        """The datasets, configuration and files of the index."""
+        return self._version.description
+
+    @property
     def has_vectors(self) -> bool:
-        return self._vectors is not None
+        return self._version.vectors is not None
 
     @property
     def supports_sentences(self) -> bool:
         """Whether the index has vectors and their ranker, a dual encoder for image-text retrieval, is loaded."""
         return self.has_vectors and self._ranker is not None
 
+    def pin(self) -> "Index":
+        """Returns an index that stays at the newest version, for several searches that must agree."""
+        if self._refresh_seconds is not None and time.monotonic() >= self._checked + self._refresh_seconds:
+            self._try_refresh()
+        pinned = copy.copy(self)
+        pinned._refresh_seconds = None
+        return pinned
+
+    def refresh(self) -> bool:
+        """Opens the newest version of the index, unless it is already open. Returns whether the version has changed.
+
+        Searches that are running complete on the previous version.
+
+        Raises:
+            DatasetError: the index does not exist any more, or is damaged; the previous version stays open.
+            CheckpointError: a different ranker computed the embeddings; the previous version stays open.
+        """
+        with self._refresh_lock:
+            return self._refresh()
+
+    def _try_refresh(self) -> None:
+        """Refreshes the index, unless another thread does. If it fails, logs a warning and keeps the open version."""
+        if not self._refresh_lock.acquire(blocking=False):
+            return
+        try:
+            self._refresh()
+            self._failure = ""
+        except (CaptionlibError, OSError) as error:
+            if str(error) != self._failure:
+                _LOGGER.warning("%s; searches continue on the version of %s", error, self.description.created)
+            self._failure = str(error)
+        finally:
+            self._checked = time.monotonic()
+            self._refresh_lock.release()
+
+    def _refresh(self) -> bool:
+        state = self._read_state()
+        if state == self._state:
+            return False
+        version = self._open_newest()
+        has_changed = version.description.created != self.description.created
+        self._version, self._state = version, state
+        return has_changed
+
+    def _read_state(self) -> str:
+        try:
+            return self._folder.fetch_state(DESCRIPTION)
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
+
+    def _open_newest(self) -> _Version:
+        """Opens the newest version, and begins again if builds publish newer versions and remove its files."""
+        description = self._read_description()
+        while True:
+            try:
+                return _Version(description, fetch_locally(self._folder, description, self._cache))
+            except (FileNotFoundError, DatasetError) as error:
+                newest = self._read_description()
+                if newest.created != description.created:
+                    description = newest
+                elif isinstance(error, FileNotFoundError):
+                    raise DatasetError(
+                        f"{self._folder.uri}: {error.filename or error} is missing; build the index again with "
+                        "--overwrite"
+                    ) from error
+                else:
+                    raise
+
+    def _read_description(self) -> IndexDescription:
+        description = read_description(self._folder)
+        if description is None:
+            raise DatasetError(
+                f"{self._folder.uri} is not an index: expected a folder with {DESCRIPTION}; "
+                "see `captionlib build-index`"
+            )
+        if self._ranker is not None and description.ranker not in ("", self._ranker.fingerprint):
+            raise CheckpointError(
+                f"{self._folder.uri}: expected the ranker {description.ranker}, which computed the embeddings, got "
+                f"{self._ranker.fingerprint}; use that ranker, or embed the images again and rebuild the index"
+            )
+        return description
+
+    @_on_one_version
     def search_text(
         self,
         query: str,
@@ -106,6 +256,7 @@ class Index:
         """
         return self._to_table(self._find_text(query, offset + limit, _to_filter(where), sort)[offset:])
 
+    @_on_one_version
     def search_text_and_count(
         self, query: str, limit: int = 20, offset: int = 0, where: Filter | None = None
     ) -> tuple[pa.Table, int]:
@@ -113,9 +264,10 @@ class Index:
         where = where or Filter()
         if where.where is not None:
             raise QueryError("search_text_and_count: expected a filter without SQL; use search_text and count its rows")
-        hits, count = self._text.search_and_count(query, offset + limit, where.split, where.min_log_prob)
+        hits, count = self._version.text.search_and_count(query, offset + limit, where.split, where.min_log_prob)
         return self._to_table(hits[offset:]), count
 
+    @_on_one_version
     def search_sentence(
         self, sentence: str, limit: int = 20, offset: int = 0, where: Filter | str | None = None
     ) -> pa.Table:
@@ -126,6 +278,7 @@ class Index:
         """
         return self.search_vector(self._encode(sentence), limit, offset, where)
 
+    @_on_one_version
     def search_vector(
         self, vector: Vectors, limit: int = 20, offset: int = 0, where: Filter | str | None = None
     ) -> pa.Table:
@@ -136,6 +289,7 @@ class Index:
         """
         return self._to_table(self._find_vector(vector, offset + limit, _to_filter(where))[offset:])
 
+    @_on_one_version
     def search_similar(
         self, image_id: str, limit: int = 20, offset: int = 0, where: Filter | str | None = None
     ) -> pa.Table:
@@ -151,6 +305,7 @@ class Index:
         hits = self._find_vector(vector, offset + limit + 1, _to_filter(where))
         return self._to_table(hits[hits.rows != row][offset : offset + limit])
 
+    @_on_one_version
     def search_hybrid(
         self,
         query: str,
@@ -176,7 +331,7 @@ class Index:
         depth = -(-max(1, offset + limit) // _FUSION_DEPTH) * _FUSION_DEPTH
         where = _to_filter(where)
         rankings = [self._find_text(query, depth, where, "relevance")]
-        sentence = self._text.to_sentence(query)
+        sentence = self._version.text.to_sentence(query)
         # Without a ranker, `_encode` raises a QueryError.
         if vector is None and sentence and (self._ranker is None or self._ranker.has_known_word(sentence)):
             vector = self._encode(sentence)
@@ -184,57 +339,59 @@ class Index:
             rankings.append(self._find_vector_with_words(query, vector, depth, where))
         return self._to_table(fuse_rankings(rankings)[offset : offset + limit])
 
+    @_on_one_version
     def get_image(self, image_id: str) -> dict[str, Any]:
         """Returns the row of one image.
 
         Raises:
             QueryError: the image is not in the index.
         """
-        row: dict[str, Any] = self._rows.take(np.array([self._find_row(image_id)])).to_pylist()[0]
+        row: dict[str, Any] = self._version.rows.take(np.array([self._find_row(image_id)])).to_pylist()[0]
         return row
 
+    @_on_one_version
+    def get_candidates(self, image_id: str) -> list[dict[str, Any]]:
+        """Returns the candidate captions of one image and their log-probabilities, best first.
+
+        Raises:
+            QueryError: the image is not in the index.
+        """
+        return self._version.candidates.read(self._find_row(image_id))
+
+    @_on_one_version
     def sample(self, limit: int = 20) -> pa.Table:
         """Returns evenly spaced rows of the index, with a score of 0."""
-        rows = self._rows.sample(limit)
+        rows = self._version.rows.sample(limit)
         return self._to_table(Hits(rows, np.zeros(len(rows), np.float32)))
 
+    @_on_one_version
     def list_splits(self) -> list[str]:
         """Returns the splits of the images, sorted."""
-        return self._rows.list_splits()
+        return list(self._version.splits)
 
     def _find_text(self, query: str, limit: int, where: Filter, sort: Sort) -> Hits:
         if where.where is None:
-            return self._text.search(query, limit, None, where.split, where.min_log_prob, sort)
-        return self._text.search(query, limit, self._find_matching(where), sort=sort)
+            return self._version.text.search(query, limit, None, where.split, where.min_log_prob, sort)
+        return self._version.text.search(query, limit, self._version.find_matching(where), sort=sort)
 
     def _find_vector(self, vector: Vectors, limit: int, where: Filter) -> Hits:
         vectors = self._require_vectors()
         if vector.shape != (vectors.layout.dimension,):
             raise QueryError(f"expected a vector of shape [{vectors.layout.dimension}], got {list(vector.shape)}")
-        return vectors.search(vector, limit, None if where == Filter() else self._find_matching(where))
+        return vectors.search(vector, limit, None if where == Filter() else self._version.find_matching(where))
 
     def _find_vector_with_words(self, query: str, vector: Vectors, limit: int, where: Filter) -> Hits:
         """Returns the nearest vectors whose captions contain every required word and no excluded word."""
         depth = limit
         while True:
             hits = self._find_vector(vector, depth, where)
-            admitted = self._text.filter_hits(query, hits)
+            admitted = self._version.text.filter_hits(query, hits)
             if len(admitted) >= limit or len(hits) < depth:
                 return admitted[:limit]
             depth *= 4
 
-    def _find_matching(self, where: Filter) -> RowNumbers:
-        """Returns the row numbers that match a filter. They are cached for the next page of results."""
-        with self._lock:
-            rows = self._matching.get(where)
-        if rows is None:
-            rows = self._rows.find_matching(*where.to_sql())
-            with self._lock:
-                self._matching[where] = rows
-        return rows
-
     def _find_row(self, image_id: str) -> int:
-        row = self._text.find_image(image_id)
+        row = self._version.text.find_image(image_id)
         if row is None:
             raise QueryError(f"no image {image_id} in the index; image ids must match exactly")
         return row
@@ -243,6 +400,8 @@ class Index:
         self._require_vectors()
         if not sentence.strip():
             raise QueryError("sentence: expected words, got none")
+        if not is_unicode(sentence):
+            raise QueryError(f"sentence: expected valid Unicode, got {sentence!a:.200}; remove the lone surrogates")
         if self._ranker is None:
             raise QueryError("searching by sentence requires the ranker that computed the embeddings; specify `ranker`")
         if not self._ranker.has_known_word(sentence):
@@ -251,12 +410,13 @@ class Index:
         return vector
 
     def _require_vectors(self) -> VectorIndex:
-        if self._vectors is None:
+        vectors = self._version.vectors
+        if vectors is None:
             raise QueryError("the index contains only text; build it with embeddings to search by sentence or image")
-        return self._vectors
+        return vectors
 
     def _to_table(self, hits: Hits) -> pa.Table:
-        rows = self._rows.take(hits.rows)
+        rows = self._version.rows.take(hits.rows)
         return rows.append_column(pa.field("score", pa.float32(), nullable=False), pa.array(hits.scores, pa.float32()))
 
 
@@ -278,8 +438,9 @@ def open_index(
     folder: str | os.PathLike[str],
     ranker: "str | os.PathLike[str] | LoadedRanker | None" = None,
     cache: str | os.PathLike[str] | None = None,
+    refresh_seconds: float | None = 1.0,
 ) -> Index:
-    """Opens an index for searching. A remote index is copied to this machine once.
+    """Opens an index for searching. A remote index is copied to this machine; of a new version, only what has changed.
 
     Example:
         >>> index = captionlib.open_index("index", ranker="ranker")
@@ -292,28 +453,18 @@ def open_index(
         folder: the path or fsspec URL of an index written by `captionlib build-index`.
         ranker: the ranker that computed the embeddings, or its checkpoint folder; required to search by sentence.
         cache: the folder for copies. If None, `$CAPTIONLIB_CACHE`, or by default a folder in the user's cache folder.
+        refresh_seconds: how often a search checks whether a build has published a new version, and opens it. If None,
+            only `Index.refresh` does.
 
     Raises:
-        DatasetError: the folder is not an index.
+        DatasetError: the folder is not an index, or a file of the index is damaged.
         CheckpointError: a different ranker computed the embeddings.
     """
     if isinstance(ranker, str | os.PathLike):
         from captionlib.models.checkpoints.checkpoint import load_ranker  # imports torch, which takes seconds
 
         ranker = load_ranker(ranker, "cpu")
-    index_folder = Folder(folder)
-    description = read_description(index_folder)
-    if description is None:
-        raise DatasetError(
-            f"{index_folder.uri} is not an index: expected a folder with {DESCRIPTION}; see `captionlib build-index`"
-        )
-    expected = description.embeddings.ranker if description.embeddings else ""
-    if ranker is not None and expected and ranker.fingerprint != expected:
-        raise CheckpointError(
-            f"{index_folder.uri}: expected the ranker {expected}, which computed the embeddings, got "
-            f"{ranker.fingerprint}; use that ranker, or embed the images again and rebuild the index"
-        )
-    return Index(description, fetch_locally(index_folder, description, None if cache is None else Path(cache)), ranker)
+    return Index(Folder(folder), ranker, None if cache is None else Path(cache), refresh_seconds)
 
 
 def _to_filter(where: Filter | str | None) -> Filter:

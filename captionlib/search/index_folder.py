@@ -2,27 +2,34 @@
 
     folder/
       index.json              the description, replaced atomically
-      rows/part-00000-HASH.arrow ...  the columns that search results show
+      rows/HASH.arrow         the columns that search results show, one file per shard
+      candidates/HASH.arrow   the candidate captions, one file per shard
       text-HASH/              the Tantivy index
       vectors-HASH.faiss      the Faiss index
       trained-HASH.faiss      an empty Faiss index with trained centroids, used to add shards
 
-A build keeps the files of the previous version for readers that have it open. The next build removes them.
+HASH is the checksum of the content. A file of this name never changes, so versions of the index share files, and a
+damaged file is noticed. The index needs no other files: it stays consistent while its datasets are updated. A build
+keeps the files of the previous version for readers that are opening it. The next build removes them.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from captionlib.config import build_config, to_dict
-from captionlib.data.shards.markers import to_json
+from captionlib.data.shards.markers import compute_checksum, to_json
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.search.config import IndexConfig, VectorLayout
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
@@ -32,8 +39,13 @@ __all__ = [
     "IndexDescription",
     "IndexedDataset",
     "IndexedShard",
+    "InputShard",
+    "check_hash",
+    "compute_hash",
     "fetch_locally",
     "fetch_path",
+    "hash_json",
+    "is_index_file",
     "publish_path",
     "read_description",
     "temporary_folder",
@@ -42,7 +54,12 @@ __all__ = [
 ]
 
 DESCRIPTION = "index.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+SUBFOLDERS = ("rows", "candidates")
+
+_HASH_CHARACTERS = 32
+_PREFIXES = ("text-", "vectors-", "trained-")
+_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -62,27 +79,39 @@ class IndexedDataset:
 
 
 @dataclass(frozen=True)
-class IndexedShard:
-    """A shard of the captions and embeddings in an index.
+class InputShard:
+    """A finished shard of the captions, and the embeddings of the same images.
 
     Attributes:
-        shard: number of the shard in the datasets.
-        offset: row number in the index of the first row of the shard.
+        dataset: position of the dataset among the datasets of the index.
+        shard: number of the shard in the dataset.
         captions: checksum of the captions.
         embeddings: checksum of the embeddings; empty if the index is text-only.
-        file: name of the file that contains the rows.
     """
 
+    dataset: int
     shard: int
-    offset: int
     rows: int
     captions: str
     embeddings: str
-    file: str
 
     @property
-    def end(self) -> int:
-        return self.offset + self.rows
+    def content(self) -> tuple[str, str]:
+        """Identifies the content. Shards with the same content are indexed once, whatever their dataset and number."""
+        return self.captions, self.embeddings
+
+
+@dataclass(frozen=True)
+class IndexedShard(InputShard):
+    """A shard in an index.
+
+    Attributes:
+        rows_file: name of the file that contains the rows.
+        candidates_file: name of the file that contains the candidate captions.
+    """
+
+    rows_file: str
+    candidates_file: str
 
 
 @dataclass(frozen=True)
@@ -91,11 +120,11 @@ class IndexDescription:
 
     Attributes:
         fingerprint: hash of everything that determines the search results.
-        created: time of the build, in UTC.
-        embeddings: the embeddings dataset; None if the index is text-only.
+        created: time of the build, in UTC. It identifies a version: no two builds have the same time.
+        captions: the captions datasets.
+        embeddings: the embeddings datasets, in the order of the captions; empty if the index is text-only.
         layout: type of the vector index; None if the index is text-only.
-        shards: the indexed shards, ordered by row number.
-        end_row: one more than the largest row number ever used; row numbers of removed shards are not reused.
+        shards: the indexed shards, in the order of their rows.
         captions_count: number of searchable captions.
         vectors_count: number of searchable vectors.
         text: folder of the text index.
@@ -107,11 +136,10 @@ class IndexDescription:
     fingerprint: str
     created: str
     config: IndexConfig
-    captions: IndexedDataset
-    embeddings: IndexedDataset | None
+    captions: tuple[IndexedDataset, ...]
+    embeddings: tuple[IndexedDataset, ...]
     layout: VectorLayout | None
     shards: tuple[IndexedShard, ...]
-    end_row: int
     captions_count: int
     vectors_count: int
     text: str
@@ -123,39 +151,69 @@ class IndexDescription:
     def files(self) -> list[str]:
         """The files and folders of this version."""
         vectors = [self.vectors, self.trained] if self.vectors else []
-        return [self.text, *vectors, *(shard.file for shard in self.shards)]
+        names = [name for shard in self.shards for name in (shard.rows_file, shard.candidates_file)]
+        return [self.text, *vectors, *dict.fromkeys(names)]
+
+    @property
+    def offsets(self) -> list[int]:
+        """For each shard, the row number of its first row."""
+        return list(accumulate((shard.rows for shard in self.shards[:-1]), initial=0))
 
     @property
     def is_complete(self) -> bool:
         """Whether the index contains every shard of the captions."""
-        return len(self.shards) == self.captions.shards
+        return len(self.shards) == sum(dataset.shards for dataset in self.captions)
+
+    @property
+    def ranker(self) -> str:
+        """Fingerprint of the ranker that computed the embeddings; empty if the index is text-only or it is unknown."""
+        return self.embeddings[0].ranker if self.embeddings else ""
 
 
 def read_description(folder: Folder) -> IndexDescription | None:
     """Reads the description of an index; returns None if the folder has none.
 
     Raises:
-        DatasetError: the description is invalid or has a different format version.
+        DatasetError: the description is damaged or has a different format version.
     """
+    address = folder.address(DESCRIPTION)
     try:
         content: dict[str, Any] = json.loads(folder.read(DESCRIPTION))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise DatasetError(f"{folder.address(DESCRIPTION)} is invalid ({error}); build the index again") from error
-    version = (content.pop("kind", None), content.pop("format_version", None)) if isinstance(content, dict) else None
+        raise DatasetError(f"{address} is damaged ({error}); build the index again with --overwrite") from error
+    version = (content.get("kind"), content.get("format_version")) if isinstance(content, dict) else None
     if version != ("index", FORMAT_VERSION):
-        raise DatasetError(f"{folder.uri}: expected an index of format version {FORMAT_VERSION}; build the index again")
+        raise DatasetError(
+            f"{folder.uri}: expected an index of format version {FORMAT_VERSION}; "
+            "build the index again with --overwrite"
+        )
+    if content.pop("checksum", None) != hash_json(content):
+        raise _damage_error(address)
+    del content["kind"], content["format_version"]
     try:
-        return build_config(IndexDescription, content, origin=folder.address(DESCRIPTION))
+        return build_config(IndexDescription, content, origin=address)
     except ConfigError as error:
-        raise DatasetError(f"{error}; build the index again") from error
+        raise DatasetError(f"{error}; build the index again with --overwrite") from error
 
 
 def write_description(folder: Folder, description: IndexDescription) -> None:
     """Replaces the description. Readers that open the index afterwards use the new version."""
     content = {"kind": "index", "format_version": FORMAT_VERSION, **to_dict(description)}
-    folder.write(DESCRIPTION, to_json(content))
+    content = json.loads(to_json(content))
+    folder.write(DESCRIPTION, to_json({**content, "checksum": hash_json(content)}))
+
+
+def hash_json(content: Mapping[str, Any]) -> str:
+    """Returns the checksum of JSON values; the order of keys does not matter."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def is_index_file(name: str) -> bool:
+    """Returns whether a build may have written a file or folder of this name."""
+    return name in (TEMPORARY_FOLDER, DESCRIPTION, *SUBFOLDERS) or name.startswith(_PREFIXES)
 
 
 @contextmanager
@@ -169,19 +227,48 @@ def temporary_folder(folder: Folder) -> Iterator[Path]:
         yield Path(path)
 
 
-def publish_path(folder: Folder, path: Path, name: str) -> None:
-    """Moves a file or folder from `temporary_folder` into the index, replacing leftovers of an interrupted build."""
-    folder.remove(name)
-    if folder.is_local:
-        target = Path(folder.path(name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(target)
-        return
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    for file in files:
-        target_name = name if path.is_file() else f"{name}/{file.relative_to(path).as_posix()}"
-        with folder.stage(target_name) as staged:
-            shutil.copyfile(file, staged)
+def compute_hash(path: Path) -> str:
+    """Returns the checksum of a file or folder, as it appears in file names. Lock files of Tantivy are ignored."""
+    if not path.is_dir():
+        with path.open("rb") as file:
+            return compute_checksum(file).removeprefix("sha256:")[:_HASH_CHARACTERS]
+    digest = hashlib.sha256()
+    for child in sorted(child for child in path.iterdir() if child.suffix != ".lock"):
+        digest.update(f"{child.name}\n{compute_hash(child)}\n".encode())
+    return digest.hexdigest()[:_HASH_CHARACTERS]
+
+
+def check_hash(path: Path, name: str, address: str) -> Path:
+    """Returns the path of a file or folder of an index, after comparing its content with the checksum in its name.
+
+    Raises:
+        DatasetError: the content differs. The message refers to the file by its address.
+        FileNotFoundError: the file does not exist.
+    """
+    if compute_hash(path) != Path(name).stem.rpartition("-")[-1]:
+        raise _damage_error(address)
+    return path
+
+
+def publish_path(folder: Folder, path: Path, prefix: str, extension: str = "") -> str:
+    """Moves a file or folder from `temporary_folder` into the index. Returns its name, which contains its checksum."""
+    name = f"{prefix}{compute_hash(path)}{extension}"
+    if not folder.is_local:
+        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+        for file in files:
+            target_name = name if path.is_file() else f"{name}/{file.relative_to(path).as_posix()}"
+            with folder.stage(target_name) as staged:
+                shutil.copyfile(file, staged)
+        return name
+    target = Path(folder.path(name))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        folder.remove(name)  # a damaged folder of the same name
+    for file in [path] if path.is_file() else path.iterdir():
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+    path.rename(target)
+    return name
 
 
 def fetch_path(folder: Folder, name: str, copy: Path) -> Path:
@@ -201,35 +288,58 @@ def fetch_path(folder: Folder, name: str, copy: Path) -> Path:
 def fetch_locally(folder: Folder, description: IndexDescription, cache: Path | None = None) -> Path:
     """Returns a local folder with all files of an index: the index itself, or a copy in the cache.
 
-    The cache is keyed by URI and fingerprint, and contains one version of each index. If `cache` is None, the cache is
-    `$CAPTIONLIB_CACHE` or, if the variable is not set, `captionlib/indexes` in the user's cache folder.
+    All files are compared with their checksums, except the candidates, which are checked when they are read. The cache
+    contains one version of each index. Files that the version shares with the one before are not copied again. If
+    `cache` is None, it is `$CAPTIONLIB_CACHE` or, if the variable is not set, `captionlib/indexes` in the user's cache.
+
+    Raises:
+        DatasetError: a file is damaged.
+        FileNotFoundError: a file does not exist, for example because a build has removed it.
     """
-    if folder.is_local and os.access(folder.path(description.text), os.W_OK):  # Tantivy writes a lock file even to read
-        return Path(folder.path("")).absolute()
-    cache = cache or Path(os.environ.get("CAPTIONLIB_CACHE") or user_cache_folder() / "indexes")
-    versions = cache / uuid.uuid5(uuid.NAMESPACE_URL, folder.uri).hex
-    copy = versions / description.fingerprint
-    if copy.is_dir():
-        return copy
-    versions.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".copying-", dir=versions) as temporary:
-        partial = Path(temporary) / "index"
-        for name in description.files:
-            path = fetch_path(folder, name, partial / name)
-            if path != partial / name:  # the index is local, but read-only
-                (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                (shutil.copytree if path.is_dir() else shutil.copyfile)(path, partial / name)
-        try:
-            partial.rename(copy)
-        except OSError:
-            if not copy.is_dir():  # if it exists, a different process has made the same copy
-                raise
-    for other in versions.iterdir():
-        if other.name != description.fingerprint and not other.name.startswith("."):
-            shutil.rmtree(other, ignore_errors=True)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        if folder.is_local and os.access(folder.path(description.text), os.W_OK):
+            names = [name for name in description.files if not name.startswith("candidates/")]
+            list(pool.map(lambda name: check_hash(Path(folder.path(name)), name, folder.address(name)), names))
+            return Path(folder.path("")).absolute()
+        # A remote index, or one in a read-only folder: Tantivy writes a lock file even to read.
+        cache = cache or Path(os.environ.get("CAPTIONLIB_CACHE") or user_cache_folder() / "indexes")
+        copy = cache / uuid.uuid5(uuid.NAMESPACE_URL, folder.uri).hex
+        list(pool.map(partial(_fetch_to_cache, folder, copy), description.files))
+    used = {copy / name for name in (*description.files, *SUBFOLDERS)}
+    for path in [*copy.iterdir(), *(path for name in SUBFOLDERS for path in (copy / name).iterdir())]:
+        if path not in used and not path.name.startswith("."):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return copy
+
+
+def _fetch_to_cache(folder: Folder, cache: Path, name: str) -> None:
+    """Copies a file or folder to the cache, unless the cache already contains an undamaged copy."""
+    target = cache / name
+    with suppress(FileNotFoundError, DatasetError):
+        check_hash(target, name, str(target))
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".copying-", dir=cache) as temporary:
+        copy = Path(temporary) / target.name
+        path = fetch_path(folder, name, copy)
+        if path != copy:  # the index is local, but read-only
+            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, copy)
+        check_hash(copy, name, folder.address(name))
+        if target.is_dir():
+            shutil.rmtree(target, ignore_errors=True)
+        try:
+            copy.rename(target)
+        except OSError:
+            if not target.is_dir():  # if it exists, a different process has made the same copy
+                raise
 
 
 def user_cache_folder() -> Path:
     """Returns captionlib's folder in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "captionlib"
+
+
+def _damage_error(address: str) -> DatasetError:
+    return DatasetError(
+        f"{address} is damaged: its content does not match its checksum; build the index again with --overwrite"
+    )

@@ -1,20 +1,34 @@
 """Reads the captions and embeddings that an index is built from, and checks that they cover the same images."""
 
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.shards.dataset import ShardedDataset
-from captionlib.data.shards.markers import part_name
+from captionlib.data.shards.markers import compute_checksum, part_name
 from captionlib.errors import DatasetError
+from captionlib.search.index_folder import InputShard
+from captionlib.search.rows import CANDIDATES, COLUMNS
 
-__all__ = ["check_datasets_match", "match_embeddings_to_captions", "read_embeddings", "sample_embeddings"]
+__all__ = [
+    "check_datasets_match",
+    "match_embeddings_to_captions",
+    "open_shard",
+    "read_caption_rows",
+    "read_embeddings",
+    "sample_embeddings",
+]
 
 _BATCH_ROWS = 8192
+_ROWS_PER_BATCH = 65_536
 _SAMPLED_SHARDS = 64
 _SEED = 0
 
@@ -38,15 +52,51 @@ def check_datasets_match(captions: ShardedDataset, embeddings: ShardedDataset) -
             raise _mismatch_error(captions, embeddings, problem)
 
 
+@contextmanager
+def open_shard(dataset: ShardedDataset, shard: int, checksum: str) -> Iterator[pq.ParquetFile]:
+    """Opens a shard with a known checksum. It stays readable if the shard is replaced.
+
+    Raises:
+        DatasetError: the shard has a different checksum, or does not exist.
+    """
+    name = f"{part_name(shard)}.parquet"
+    with tempfile.TemporaryDirectory(prefix="captionlib-") as temporary:
+        path = Path(temporary) / name
+        try:
+            if dataset.folder.is_local:
+                path = Path(dataset.folder.path(name))
+            else:
+                dataset.folder.download(name, path)
+            file = path.open("rb")
+        except FileNotFoundError as error:
+            raise DatasetError(f"{dataset.folder.address(name)} is missing; write the dataset again") from error
+        with file:
+            if compute_checksum(file) != checksum:
+                raise DatasetError(
+                    f"{dataset.folder.address(name)} has changed since this command started, or is damaged: expected "
+                    f"{checksum}; run the command again; if that does not help, write the dataset again"
+                )
+            yield pq.ParquetFile(file)
+
+
+def read_caption_rows(parquet: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+    """Yields the columns of a captions shard that an index contains."""
+    yield from parquet.iter_batches(_ROWS_PER_BATCH, columns=[*COLUMNS, *CANDIDATES.names])
+
+
 def match_embeddings_to_captions(
-    captions: ShardedDataset, embeddings: ShardedDataset, shard: int
+    captions: ShardedDataset,
+    embeddings: ShardedDataset,
+    shard: int,
+    caption_rows: pq.ParquetFile,
+    embedding_rows: pq.ParquetFile,
 ) -> npt.NDArray[np.int64]:
     """Returns for each embedding in a shard the position of its caption, `[embeddings]`; -1 if captioning failed.
 
     Raises:
         DatasetError: an image is in one dataset, but has neither a row nor a recorded failure in the other.
     """
-    captioned, embedded = (_read_image_ids(dataset, shard) for dataset in (captions, embeddings))
+    captioned, embedded = map(_read_image_ids, (caption_rows, embedding_rows))
     indices = pc.fill_null(pc.index_in(embedded, value_set=captioned), -1)
     positions: npt.NDArray[np.int64] = indices.to_numpy(zero_copy_only=False).astype(np.int64)
     without_caption = embedded.filter(pa.array(positions < 0))
@@ -59,37 +109,37 @@ def match_embeddings_to_captions(
     return positions
 
 
-def read_embeddings(embeddings: ShardedDataset, shard: int) -> npt.NDArray[np.float32]:
+def read_embeddings(parquet: pq.ParquetFile, dimension: int) -> npt.NDArray[np.float32]:
     """Reads the vectors of a shard, `[rows, dimension]`, rescaled to unit length because they are stored as float16."""
-    return np.concatenate([_empty_vectors(embeddings), *_read_vector_batches(embeddings, shard)])
+    return np.concatenate([np.empty((0, dimension), np.float32), *_read_vector_batches(parquet)])
 
 
-def sample_embeddings(embeddings: ShardedDataset, shards: Sequence[int], count: int) -> npt.NDArray[np.float32]:
-    """Samples about `count` vectors from evenly spaced shards, `[rows, dimension]`; memory contains only the sample."""
+def sample_embeddings(
+    shards: Sequence[tuple[ShardedDataset, InputShard]], count: int, dimension: int
+) -> npt.NDArray[np.float32]:
+    """Samples about `count` vectors from evenly spaced shards, `[rows, dimension]`; memory contains only the sample.
+
+    `shards` are the embeddings dataset of each shard, and the shard.
+    """
     chosen = [shards[position] for position in np.unique(np.linspace(0, len(shards) - 1, _SAMPLED_SHARDS).astype(int))]
-    rows = sum(marker.rows for marker in embeddings.read_markers(chosen).values())
+    rows = sum(shard.rows for _, shard in chosen)
     fraction = min(1.0, 1.05 * count / max(1, rows))
     generator = np.random.default_rng(_SEED)
-    samples = [
-        batch[generator.random(len(batch)) < fraction]
-        for shard in chosen
-        for batch in _read_vector_batches(embeddings, shard)
-    ]
-    return np.concatenate([_empty_vectors(embeddings), *samples])
+    samples = [np.empty((0, dimension), np.float32)]
+    for embeddings, shard in chosen:
+        with open_shard(embeddings, shard.shard, shard.embeddings) as parquet:
+            samples += [batch[generator.random(len(batch)) < fraction] for batch in _read_vector_batches(parquet)]
+    return np.concatenate(samples)
 
 
-def _read_vector_batches(embeddings: ShardedDataset, shard: int) -> Iterator[npt.NDArray[np.float32]]:
-    for batch in embeddings.read_batches(shard, ["embedding"], _BATCH_ROWS):
+def _read_vector_batches(parquet: pq.ParquetFile) -> Iterator[npt.NDArray[np.float32]]:
+    for batch in parquet.iter_batches(_BATCH_ROWS, columns=["embedding"]):
         vectors = vectors_to_numpy(batch["embedding"]).astype(np.float32)
         yield vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def _empty_vectors(embeddings: ShardedDataset) -> npt.NDArray[np.float32]:
-    return np.empty((0, embeddings.schema.field("embedding").type.list_size), np.float32)
-
-
-def _read_image_ids(dataset: ShardedDataset, shard: int) -> pa.Array:
-    batches = dataset.read_batches(shard, ["image_id"], 65_536)
+def _read_image_ids(parquet: pq.ParquetFile) -> pa.Array:
+    batches = parquet.iter_batches(_ROWS_PER_BATCH, columns=["image_id"])
     return pa.concat_arrays([pa.array([], pa.string()), *(batch["image_id"] for batch in batches)])
 
 

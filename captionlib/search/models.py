@@ -137,7 +137,7 @@ class ImageQueryModels:
 
     def _encode(self, image_encoder: _ImageEncoder, content: bytes) -> npt.NDArray[np.floating]:
         encoder, decoders = image_encoder
-        pixels = decoders.decode(content)
+        pixels = decoders.decode(content).pixels
         with self._lock:
             return encoder.encode(pixels[None])
 

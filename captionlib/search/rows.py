@@ -3,10 +3,12 @@
 Row numbers identify rows throughout the index. Reading 20 rows takes microseconds; Parquet would decode 20 row groups.
 """
 
+import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import duckdb
 import numpy as np
@@ -17,32 +19,52 @@ import pyarrow.compute as pc
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.errors import DatasetError, QueryError
 from captionlib.search.sql.session import SqlLimits, connect, lock_connection
-from captionlib.search.sql.statements import check_reads_only
+from captionlib.search.sql.statements import check_reads_only, describe_error
 
-__all__ = ["COLUMNS", "ROWS", "RowStore", "number_rows", "read_rows", "write_rows"]
+__all__ = [
+    "CANDIDATES",
+    "COLUMNS",
+    "ROWS",
+    "CandidateStore",
+    "RowStore",
+    "find_duplicate_id",
+    "number_rows",
+    "read_rows",
+    "write_rows",
+]
 
 COLUMNS = ("image_id", "uri", "split", "caption", "log_prob", "tokens")
-"""The columns of a captions dataset that an index contains."""
+"""The columns of a captions dataset that search results show."""
 
-ROWS = pa.schema([pa.field("row", pa.int64(), nullable=False), *(captions_schema().field(name) for name in COLUMNS)])
+ROWS = pa.schema([captions_schema().field(name) for name in COLUMNS])
+CANDIDATES = pa.schema([captions_schema().field("candidates")])
 
-_BATCH_ROWS = 65_536
+_ROW = pa.field("row", pa.int64(), nullable=False)
+_CANDIDATES_BATCH_ROWS = 512  # a batch is decompressed to read one row
 _MAX_SLICED_ROWS = 100  # up to this many rows, slicing each row is much faster than `take`
 
 
-def number_rows(batches: Iterable[pa.RecordBatch], offset: int) -> Iterator[pa.RecordBatch]:
-    """Adds a first column of row numbers, starting at `offset`, to batches with the columns `COLUMNS`."""
-    for batch in batches:
-        numbers = pa.array(np.arange(offset, offset + batch.num_rows), pa.int64())
-        yield pa.RecordBatch.from_arrays([numbers, *(batch[name] for name in COLUMNS)], schema=ROWS)
-        offset += batch.num_rows
+class DuplicateId(NamedTuple):
+    """An image id, and the number of rows that have it."""
+
+    image_id: str
+    rows: int
 
 
-def write_rows(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
-    """Writes numbered rows to an Arrow file."""
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, ROWS) as writer:
+def write_rows(rows_path: Path, candidates_path: Path, batches: Iterable[pa.RecordBatch]) -> None:
+    """Writes rows and their candidate captions to two Arrow files. The candidates are compressed."""
+    compressed = pa.ipc.IpcWriteOptions(compression="zstd")
+    with (
+        pa.OSFile(str(rows_path), "wb") as rows_file,
+        pa.OSFile(str(candidates_path), "wb") as candidates_file,
+        pa.ipc.new_file(rows_file, ROWS) as rows,
+        pa.ipc.new_file(candidates_file, CANDIDATES, options=compressed) as candidates,
+    ):
         for batch in batches:
-            writer.write_batch(batch)
+            rows.write_batch(batch.select(COLUMNS))
+            candidates.write_table(
+                pa.Table.from_batches([batch.select(CANDIDATES.names)]), max_chunksize=_CANDIDATES_BATCH_ROWS
+            )
 
 
 def read_rows(path: Path) -> Iterator[pa.RecordBatch]:
@@ -53,28 +75,49 @@ def read_rows(path: Path) -> Iterator[pa.RecordBatch]:
     """
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        for number in range(reader.num_record_batches):
+            yield reader.get_batch(number)
     except (OSError, pa.ArrowInvalid) as error:
-        raise DatasetError(f"{path} cannot be read ({error}); build the index again") from error
-    for number in range(reader.num_record_batches):
-        yield reader.get_batch(number)
+        raise DatasetError(f"{path} cannot be read ({error}); build the index again with --overwrite") from error
+
+
+def number_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Adds a first column of consecutive row numbers to batches."""
+    start = 0
+    for batch in batches:
+        numbers = pa.array(np.arange(start, start + batch.num_rows), pa.int64())
+        schema = pa.schema([_ROW, *batch.schema])
+        yield pa.RecordBatch.from_arrays([numbers, *batch.columns], schema=schema)
+        start += batch.num_rows
+
+
+def find_duplicate_id(paths: Iterable[Path]) -> DuplicateId | None:
+    """Returns an image id that occurs in several rows of some files. Spills to disk if there are many rows."""
+    ids = pa.schema([ROWS.field("image_id")])
+    batches = (batch.select(ids.names) for path in paths for batch in read_rows(path))
+    with tempfile.TemporaryDirectory(prefix="captionlib-") as spill, closing(connect(SqlLimits(), spill)) as connection:
+        connection.register("images", pa.RecordBatchReader.from_batches(ids, batches))
+        found = connection.execute(
+            "SELECT image_id, count(*) FROM images GROUP BY image_id HAVING count(*) > 1 LIMIT 1"
+        ).fetchone()
+    return None if found is None else DuplicateId(*found)
 
 
 class RowStore:
-    """The rows of all shards of an index, in Arrow files ordered by row number. This class is thread-safe."""
+    """The rows of all shards of an index, in Arrow files in the order of the rows. This class is thread-safe."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        self._numbered = [batch for path in paths for batch in read_rows(path) if batch.num_rows]
-        self._starts = np.array([batch["row"][0].as_py() for batch in self._numbered], np.int64)
-        self._batches = [batch.select(COLUMNS) for batch in self._numbered]
+        self._batches = [batch for path in paths for batch in read_rows(path) if batch.num_rows]
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
         self._filter: _RowFilter | None = None
 
     def __len__(self) -> int:
-        return sum(batch.num_rows for batch in self._batches)
+        return int(self._starts[-1])
 
     def take(self, rows: npt.NDArray[np.int64]) -> pa.Table:
-        """Returns the rows with the given numbers, in the given order, without the column of row numbers."""
+        """Returns the rows with the given numbers, in the given order."""
         if not len(rows):
-            return ROWS.empty_table().select(COLUMNS)
+            return ROWS.empty_table()
         batch_numbers = np.searchsorted(self._starts, rows, side="right") - 1  # the batch of each row
         if len(rows) <= _MAX_SLICED_ROWS:
             offsets = zip(batch_numbers.tolist(), (rows - self._starts[batch_numbers]).tolist(), strict=True)
@@ -90,13 +133,9 @@ class RowStore:
 
     def sample(self, count: int) -> npt.NDArray[np.int64]:
         """Returns the numbers of up to `count` evenly spaced rows."""
-        if not self._batches:
+        if not len(self):
             return np.empty(0, np.int64)
-        positions = np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64))
-        offsets = np.cumsum([0, *(batch.num_rows for batch in self._batches)])[:-1]
-        batch_numbers = np.searchsorted(offsets, positions, side="right") - 1
-        numbers: npt.NDArray[np.int64] = self._starts[batch_numbers] + positions - offsets[batch_numbers]
-        return numbers
+        return np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64))
 
     def list_splits(self) -> list[str]:
         """Returns the splits of the images, sorted."""
@@ -109,8 +148,43 @@ class RowStore:
             QueryError: the condition is invalid or fails.
         """
         if self._filter is None:
-            self._filter = _RowFilter(pa.Table.from_batches(self._numbered, ROWS))
+            self._filter = _RowFilter(pa.Table.from_batches(number_rows(self._batches), pa.schema([_ROW, *ROWS])))
         return self._filter.find_matching(where, parameters)
+
+
+class CandidateStore:
+    """The candidate captions of all rows of an index. This class is thread-safe.
+
+    The files are mapped into memory at once, so that they remain readable after a build removes them. A file is
+    compared with its checksum when it is first read.
+    """
+
+    def __init__(self, paths: Sequence[Path], offsets: Sequence[int]) -> None:
+        self._paths = paths
+        self._offsets = np.array(offsets, np.int64)
+        self._files = [pa.memory_map(str(path)).read_buffer() for path in paths]
+        self._checked: set[int] = set()
+
+    def read(self, row: int) -> list[dict[str, Any]]:
+        """Returns the candidate captions of a row, best first.
+
+        Raises:
+            DatasetError: the file is damaged.
+        """
+        number = int(np.searchsorted(self._offsets, row, side="right")) - 1
+        path, file = self._paths[number], self._files[number]
+        if number not in self._checked and not hashlib.sha256(file).hexdigest().startswith(path.stem):
+            raise DatasetError(f"{path} is damaged: its content does not match its checksum; build the index again")
+        self._checked.add(number)
+        position = row - int(self._offsets[number])
+        reader = pa.ipc.open_file(file)
+        for batch_number in range(reader.num_record_batches):
+            batch = reader.get_batch(batch_number)
+            if position < batch.num_rows:
+                candidates: list[dict[str, Any]] = batch["candidates"][position].as_py()
+                return candidates
+            position -= batch.num_rows
+        raise IndexError(row)
 
 
 class _RowFilter:
@@ -131,9 +205,10 @@ class _RowFilter:
             check_reads_only(cursor, sql)
             rows = cursor.execute(sql, list(parameters)).fetchnumpy()["row"]
         except (duckdb.Error, QueryError) as error:
-            message = str(error).removeprefix("query: ")
+            query_error = error if isinstance(error, QueryError) else describe_error(error)
+            message = str(query_error).removeprefix("query: ")
             raise QueryError(
-                f"where: {message}\nExpected a condition over {', '.join(COLUMNS)}, "
+                f"where: {message} Expected a condition over {', '.join(COLUMNS)}, "
                 "such as: split = 'val' AND log_prob > -10"
             ) from error
         return np.ascontiguousarray(np.ma.getdata(rows), np.int64)

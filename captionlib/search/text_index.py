@@ -4,8 +4,7 @@ A query is a list of words and "phrases". `+` before a word or phrase requires i
 """
 
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,6 +14,8 @@ import pyarrow as pa
 import tantivy
 from tantivy import Filter, Occur, Query
 
+from captionlib.data.sources.values import is_unicode
+from captionlib.data.splits import expand_splits
 from captionlib.errors import DatasetError, QueryError
 from captionlib.search.vector_index import Hits, RowNumbers
 
@@ -37,36 +38,24 @@ class _Clause(NamedTuple):
     words: list[tuple[int, str]]  # position in the clause, stemmed word
 
 
-def write_text_index(
-    path: Path, language: str, rows: Iterable[pa.RecordBatch], base: Path | None, removed: Sequence[tuple[int, int]]
-) -> int:
-    """Writes a text index to a new folder and returns the number of captions.
+def write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch]) -> None:
+    """Writes a text index to a new folder. `rows` have the columns row, image_id, split, caption and log_prob.
 
-    `rows` have the columns row, image_id, split, caption and log_prob. If `base`, an index in the same language, is not
-    None, the new index also contains its rows, except the row numbers in `removed`: ranges with exclusive ends.
+    The index is always written whole. Tantivy only marks removed captions, so they would remain in the files, and in
+    the word counts that determine BM25 scores.
     """
-    if base is None:
-        path.mkdir(parents=True)
-        index = tantivy.Index(_make_schema(), path=str(path))
-    else:
-        shutil.copytree(base, path, ignore=shutil.ignore_patterns(".tantivy-*.lock"))
-        index = tantivy.Index.open(str(path))
+    path.mkdir(parents=True)
+    index = tantivy.Index(_make_schema(), path=str(path))
     index.register_tokenizer(_ANALYZER, _make_analyzer(language))
-    # With one thread, the same captions in the same order give the same index.
+    # With one thread, the same captions in the same order give the same scores.
     writer = index.writer(_WRITER_BYTES, 1)
-    for start, end in removed:
-        writer.delete_documents_by_query(
-            Query.range_query(index.schema, "row", tantivy.FieldType.Integer, start, end, include_upper=False)
-        )
     for batch in rows:
         for row in batch.select(["row", "image_id", "split", "caption", "log_prob"]).to_pylist():
             writer.add_document(tantivy.Document.from_dict(row, index.schema))
     writer.commit()
     writer.wait_merging_threads()
-    index.reload()
     for lock in path.glob(".tantivy-*.lock"):
         lock.unlink()
-    return int(index.searcher().num_docs)
 
 
 def _make_schema() -> tantivy.Schema:
@@ -182,7 +171,7 @@ class TextIndex:
     def _restrict(self, query: Query, split: str | None, min_log_prob: float | None) -> Query:
         conditions = []
         if split is not None:
-            conditions.append(Query.term_query(self._schema, "split", split, "basic"))
+            conditions.append(Query.term_set_query(self._schema, "split", sorted(expand_splits([split]))))
         if min_log_prob is not None:
             kind = tantivy.FieldType.Float
             conditions.append(Query.range_query(self._schema, "log_prob", kind, lower_bound=float(min_log_prob)))
@@ -192,6 +181,8 @@ class TextIndex:
         return Query.boolean_query([(Occur.Must, query), *unscored])
 
     def _parse(self, query: str) -> Query:
+        if not is_unicode(query):
+            raise QueryError(f"text: expected valid Unicode, got {query!a:.200}; remove the lone surrogates")
         clauses = list(self._parse_clauses(query))
         if not clauses:
             raise QueryError(f"text: expected words to search for, got {query!r}; stop words such as `the` are ignored")

@@ -4,7 +4,7 @@ Scores are inner products of unit vectors. Every index is an inverted file. With
 list, so search is exact.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,16 @@ import numpy.typing as npt
 from captionlib.errors import DatasetError
 from captionlib.search.config import VectorLayout
 
-__all__ = ["Hits", "RowNumbers", "VectorIndex", "Vectors", "add_vectors", "merge_vectors", "train_vectors"]
+__all__ = ["Hits", "RowMove", "RowNumbers", "VectorIndex", "Vectors", "add_vectors", "merge_vectors", "train_vectors"]
 
 Vectors = npt.NDArray[np.float32]
 RowNumbers = npt.NDArray[np.int64]
+RowMove = tuple[int, int, int]
+"""A range of rows of an index, with an exclusive end, and the row number of its first row in the next version."""
 
 _KMEANS_ITERATIONS = 10
 _SEED = 1
+_MAX_TIES = 4096  # number of vectors with an equal score up to which the order of hits is defined
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Hits:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, selection: "slice | npt.NDArray[np.bool_]") -> "Hits":
+    def __getitem__(self, selection: "slice | npt.NDArray[np.bool_ | np.intp]") -> "Hits":
         return Hits(self.rows[selection], self.scores[selection])
 
     @classmethod
@@ -69,18 +72,43 @@ def add_vectors(trained: Path, rows: RowNumbers, vectors: Vectors, path: Path) -
     faiss.write_index(index, str(path))
 
 
-def merge_vectors(base: Path, parts: Iterable[Path], removed: Sequence[tuple[int, int]], path: Path) -> int:
+def merge_vectors(base: Path, moves: Sequence[RowMove], parts: Iterable[Path], path: Path) -> int:
     """Merges partial indexes into a copy of the base, in memory, and returns the number of vectors.
 
-    `removed` are ranges of row numbers to remove from the base, with exclusive ends.
+    `moves` are the rows of the base to keep. The vectors of each list are sorted by row number, so the result is the
+    same as if all vectors had been added at once.
     """
     index = faiss.read_index(str(base))
-    for start, end in removed:
-        index.remove_ids(faiss.IDSelectorRange(start, end))
+    if index.ntotal:
+        _move_rows(index, sorted(moves))
     for part in parts:
         index.merge_from(faiss.read_index(str(part)), 0)
+    for ids, codes in _iter_lists(index):
+        order = np.argsort(ids, kind="stable")
+        ids[:], codes[:] = ids[order], codes[order]
     faiss.write_index(index, str(path))
     return int(index.ntotal)
+
+
+def _move_rows(index: Any, moves: Sequence[RowMove]) -> None:
+    """Changes row numbers, and removes the vectors of all other rows."""
+    starts, ends, targets = (np.array(values, np.int64) for values in zip((0, 0, 0), *moves, strict=True))
+    is_kept = np.zeros(max(int(ends.max()), *(int(ids.max(initial=0)) + 1 for ids, _ in _iter_lists(index))), np.bool_)
+    for start, end, _ in moves:
+        is_kept[start:end] = True
+    bitmap = np.packbits(~is_kept, bitorder="little")
+    index.remove_ids(faiss.IDSelectorBitmap(bitmap))
+    for ids, _ in _iter_lists(index):
+        ids[:] += (targets - starts)[np.searchsorted(starts, ids, side="right") - 1]
+
+
+def _iter_lists(index: Any) -> Iterator[tuple[RowNumbers, npt.NDArray[np.uint8]]]:
+    """Yields the row numbers and codes of each inverted list, as arrays that share the memory of the index."""
+    lists = index.invlists
+    for number in range(index.nlist):
+        if size := lists.list_size(number):
+            codes = faiss.rev_swig_ptr(lists.get_codes(number), size * lists.code_size).reshape(size, lists.code_size)
+            yield faiss.rev_swig_ptr(lists.get_ids(number), size), codes
 
 
 class VectorIndex:
@@ -90,7 +118,7 @@ class VectorIndex:
         DatasetError: the file is invalid or has a different layout.
     """
 
-    def __init__(self, path: Path, layout: VectorLayout, end_row: int) -> None:
+    def __init__(self, path: Path, layout: VectorLayout, rows: int) -> None:
         try:
             self._index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
         except RuntimeError as error:
@@ -103,26 +131,36 @@ class VectorIndex:
         # By default Faiss starts 32 prefetch threads per query, which takes ten times as long as the query.
         faiss.downcast_InvertedLists(self._index.invlists).prefetch_nthread = 0
         self.layout = layout
-        self._end_row = end_row
+        self._rows = rows
 
     def __len__(self) -> int:
         return int(self._index.ntotal)
 
     def search(self, vector: Vectors, limit: int, matching: RowNumbers | None = None) -> Hits:
-        """Returns the nearest vectors.
+        """Returns the nearest vectors. Equal scores are ordered by row number.
 
         If `matching` is not None, only these row numbers are returned. The fewer there are, the more lists are
         searched, until the search has `limit` hits or has searched all lists.
         """
         candidates = len(self) if matching is None else len(matching)
-        limit = min(limit, candidates)
-        if not limit:
+        if not min(limit, candidates):
             return Hits.empty()
+        depth = min(limit + 1, candidates)
+        selector, _bitmap = self._make_selector(matching)
+        hits = self._search_lists(vector, depth, candidates, selector)
+        # Equal scores at the end could continue. Without all of them, the order would depend on the limit.
+        while len(hits) > limit and hits.scores[limit - 1] == hits.scores[-1] and len(hits) == depth < candidates:
+            if depth > _MAX_TIES + limit:
+                break
+            depth = min(4 * depth, candidates)
+            hits = self._search_lists(vector, depth, candidates, selector)
+        return hits[np.lexsort((hits.rows, -hits.scores))[:limit]]
+
+    def _search_lists(self, vector: Vectors, limit: int, candidates: int, selector: Any) -> Hits:
         layout = self.layout
         nprobe = layout.nprobe
-        if matching is not None:
-            nprobe = min(layout.nlist, round(nprobe * self._end_row / candidates))
-        selector, _bitmap = self._make_selector(matching)
+        if selector is not None:
+            nprobe = min(layout.nlist, round(nprobe * self._rows / candidates))
         query = np.ascontiguousarray(vector, np.float32).reshape(1, -1)
         while True:
             parameters = faiss.SearchParametersIVF(sel=selector, nprobe=nprobe)
@@ -148,7 +186,7 @@ class VectorIndex:
         """Returns Faiss's filter and the bitmap that it points to, which the caller must keep alive."""
         if matching is None:
             return None, None
-        mask = np.zeros(self._end_row, np.bool_)
+        mask = np.zeros(self._rows, np.bool_)
         mask[matching] = True
         bitmap = np.packbits(mask, bitorder="little")
         return faiss.IDSelectorBitmap(bitmap), bitmap

@@ -1,16 +1,13 @@
 """Search operations of the web application, independent of HTTP and shared by the pages and the JSON API."""
 
-import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 import pyarrow as pa
 
-from captionlib.errors import BusyError, CaptionlibError, QueryError
+from captionlib.errors import QueryError
 from captionlib.search.index import Filter, Index
-from captionlib.search.sql.queries import find_image
-from captionlib.search.sql.session import SqlLimits, open_sql
 from captionlib.serving.config import ServingConfig
 from captionlib.serving.responses import (
     CaptionCandidate,
@@ -33,7 +30,6 @@ MAX_OFFSET = 10_000
 
 _SIMILAR_IMAGES = 24
 _SIMILAR_SENTENCES = 10
-_WAIT_SECONDS = 5.0
 
 
 class SearchService:
@@ -55,7 +51,6 @@ class SearchService:
         self.splits = index.list_splits()
         self._models = models
         self._sentences = list(sentences)
-        self._slots = threading.BoundedSemaphore(config.max_concurrent_images)
 
     def __enter__(self) -> "SearchService":
         return self
@@ -116,7 +111,7 @@ class SearchService:
             split=row["split"],
             thumbnail_url=_thumbnail_url(image_id, "small"),
             preview_url=_thumbnail_url(image_id, "large"),
-            candidates=self._read_candidates(image_id),
+            candidates=[CaptionCandidate(**candidate) for candidate in self.index.get_candidates(image_id)],
             similar=self._find_similar(image_id),
         )
 
@@ -129,39 +124,25 @@ class SearchService:
 
         Raises:
             DecodeError: the file is not an image, or exceeds the limits.
-            BusyError: too many images are being processed.
             QueryError: searching by image is disabled.
         """
         if self._models is None:
             raise QueryError("searching by image is not available: the server has no ranker and no captioner")
-        if not self._slots.acquire(timeout=_WAIT_SECONDS):
-            raise BusyError("too many images at once; try again")
-        try:
-            captions = self._models.caption(content).to_pylist() if self._models.can_caption else []
-            sentences: list[dict[str, Any]] = []
-            images: list[SearchResult] = []
-            if self._models.can_embed and self.index.has_vectors:
-                vector = self._models.embed(content)
-                images = _to_results(self.index.search_vector(vector, _SIMILAR_IMAGES))
-                candidates = self._sentences or list(dict.fromkeys(image.caption for image in images))
-                if candidates:
-                    ranked = self._models.rank_sentences(vector, candidates)
-                    sentences = ranked.slice(0, _SIMILAR_SENTENCES).to_pylist()
-        finally:
-            self._slots.release()
+        captions = self._models.caption(content).to_pylist() if self._models.can_caption else []
+        sentences: list[dict[str, Any]] = []
+        images: list[SearchResult] = []
+        if self._models.can_embed and self.index.has_vectors:
+            vector = self._models.embed(content)
+            images = _to_results(self.index.search_vector(vector, _SIMILAR_IMAGES))
+            candidates = self._sentences or list(dict.fromkeys(image.caption for image in images))
+            if candidates:
+                ranked = self._models.rank_sentences(vector, candidates)
+                sentences = ranked.slice(0, _SIMILAR_SENTENCES).to_pylist()
         return ImageSearchResponse(
             captions=[CaptionCandidate(**row) for row in captions],
             sentences=[ScoredSentence(**row) for row in sentences],
             images=images,
         )
-
-    def _read_candidates(self, image_id: str) -> list[CaptionCandidate]:
-        try:
-            with open_sql(self.index.description.captions.folder, "captions", SqlLimits("500MB", 1)) as session:
-                (row,) = find_image(session, image_id).to_pylist()
-        except (CaptionlibError, OSError):  # the captions dataset may have been moved or deleted
-            return []
-        return [CaptionCandidate(**candidate) for candidate in row["candidates"]]
 
     def _find_similar(self, image_id: str) -> list[SearchResult]:
         if not self.index.has_vectors:

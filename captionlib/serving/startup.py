@@ -1,5 +1,7 @@
 """Loads the index and models of the web application in each server process."""
 
+import ctypes
+from contextlib import suppress
 from dataclasses import field
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from captionlib.serving.config import ServingConfig
 from captionlib.serving.service import SearchService
 
 __all__ = ["AppConfig", "load_app"]
+
+_M_ARENA_MAX = -8  # from glibc's malloc.h
 
 
 @configclass
@@ -46,6 +50,7 @@ def load_app(config: AppConfig) -> FastAPI:
         ConfigError: the sentences or the encoder cannot be read.
         DatasetError: the folder is not an index.
     """
+    _limit_allocator()
     limits = config.serving
     if config.ranker is None and config.captioner is None:
         service = SearchService(open_index(config.index), limits)
@@ -60,3 +65,9 @@ def load_app(config: AppConfig) -> FastAPI:
     decoding = DecoderConfig(timeout_seconds=limits.image_timeout_seconds, max_image_pixels=limits.max_image_pixels)
     models = ImageQueryModels(ranker, config.captioner, config.weights, config.device, decoding)
     return create_app(SearchService(index, limits, models, sentences), Path(config.thumbnails))
+
+
+def _limit_allocator() -> None:
+    """Limits the heaps of glibc's allocator, because each thread would keep about 50 MB of its own for the models."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)

@@ -5,6 +5,8 @@ Credentials, endpoints and timeouts come from fsspec's own configuration: enviro
 minutes; see `captionlib.storage.retries`.
 """
 
+import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -22,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 from captionlib.errors import StorageError
 from captionlib.storage.file_systems import open_file_system
 from captionlib.storage.remote_errors import is_temporary_error
-from captionlib.storage.retries import RangedFile, call_with_retries
+from captionlib.storage.retries import RangedFile, call_with_retries, name_errors
 
 __all__ = ["TEMPORARY_FOLDER", "Folder", "resolve_address", "stage_file", "write_file"]
 
@@ -30,6 +32,8 @@ TEMPORARY_FOLDER = "_temporary"
 
 # A PUT on these file systems is atomic, so files can be uploaded without a temporary name.
 _ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"})
+
+_FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 _FILES_PER_REQUEST = 1000  # for `read_many`, which holds the files of one request in memory
 
@@ -90,10 +94,27 @@ class Folder:
 
         return call_with_retries(self.path(name), check)
 
+    def fetch_state(self, name: str) -> str:
+        """Returns a string that changes whenever a file is replaced, without reading the file.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+        """
+        path = self.path(name)
+
+        def fetch() -> str:
+            self.fs.invalidate_cache()
+            return str(self.fs.ukey(path))
+
+        return call_with_retries(path, fetch)
+
     def open(self, name: str) -> BinaryIO:
         """Opens a file for reading. Each read of a remote file fetches only the requested bytes."""
         path = self.path(name)
-        return Path(path).open("rb") if self.is_local else cast(BinaryIO, RangedFile(self.fs, path))
+        if not self.is_local:
+            return cast(BinaryIO, RangedFile(self.fs, path))
+        with name_errors(path):
+            return Path(path).open("rb")
 
     def read(self, name: str) -> bytes:
         path = self.path(name)
@@ -113,7 +134,7 @@ class Folder:
         call_with_retries(path, lambda: self.fs.get_file(path, str(target)))
 
     def write(self, name: str, content: bytes) -> None:
-        with self.stage(name) as path:
+        with self.stage(name) as path, name_errors(self.path(name)):
             path.write_bytes(content)
 
     @contextmanager
@@ -121,18 +142,28 @@ class Folder:
         """Yields a local path to write. The file is published as `name` when the block ends, unless it raises."""
         if self.is_local:
             parent = Path(self.path(TEMPORARY_FOLDER))
-            parent.mkdir(parents=True, exist_ok=True)
-            path = parent / f"{Path(name).name}.{uuid.uuid4().hex}"
-            try:
+            with _name_full_disk(self.path(name)), _create_temporary_file(parent, Path(name).name) as path:
                 yield path
-                self._publish_local(path, Path(self.path(name)))
-            finally:
-                path.unlink(missing_ok=True)
+                with name_errors(self.path(name)):
+                    self._publish_local(path, Path(self.path(name)))
         else:
-            with tempfile.TemporaryDirectory(prefix="captionlib-") as scratch:
+            with tempfile.TemporaryDirectory(prefix="captionlib-") as scratch, _name_full_disk(scratch):
                 path = Path(scratch) / Path(name).name
                 yield path
                 self._publish_remote(path, name)
+
+    def remove_temporary_files(self) -> None:
+        """Removes temporary files of crashed runs. On a local file system, files of running processes are kept."""
+        if not self.is_local:
+            self.remove(TEMPORARY_FOLDER)
+            return
+        folder = Path(self.path(TEMPORARY_FOLDER))
+        for path in folder.iterdir() if folder.is_dir() else ():
+            with suppress(OSError), path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises BlockingIOError if a process is writing it
+                path.unlink()
+        with suppress(OSError):
+            folder.rmdir()
 
     def _publish_local(self, path: Path, target: Path) -> None:
         with path.open("rb") as written:
@@ -156,16 +187,19 @@ class Folder:
             self.fs.makedirs(temporary.rsplit("/", 1)[0], exist_ok=True)
             self.fs.makedirs(self.path(name).rsplit("/", 1)[0], exist_ok=True)
             self.fs.put_file(str(path), temporary)
-            self.fs.mv(temporary, self.path(name))
+            try:
+                self.fs.mv(temporary, self.path(name))
+            except FileNotFoundError as error:  # a run that finished at the same time removed the temporary files
+                raise ConnectionError(f"{temporary} was removed") from error
 
         call_with_retries(self.path(name), publish)
 
     def remove(self, name: str) -> None:
         """Removes a file or a subfolder, if it exists."""
         path = self.path(name)
-        if self.is_local and Path(path).is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-            return
+        while self.is_local and Path(path).is_dir():
+            with suppress(FileNotFoundError), name_errors(path):  # another process may remove the same files
+                shutil.rmtree(path)
 
         def remove() -> None:
             self.fs.invalidate_cache()
@@ -182,6 +216,43 @@ class Folder:
                 self.fs.rm_file(self.path(name))
 
         call_with_retries(self.path(name), remove)
+
+
+@contextmanager
+def _create_temporary_file(folder: Path, name: str) -> Iterator[Path]:
+    """Yields the path of a new file, and removes it at the end. `Folder.remove_temporary_files` keeps it until then."""
+    while True:
+        with name_errors(str(folder)):
+            folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{name}.{uuid.uuid4().hex}"
+        try:
+            with name_errors(str(path)):
+                file = path.open("xb")
+        except FileNotFoundError:  # another process removed the folder
+            continue
+        with file:
+            with suppress(OSError):  # the file system has no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not path.exists():  # another process removed the file before it was locked
+                continue
+            try:
+                yield path
+            finally:
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+            return
+
+
+@contextmanager
+def _name_full_disk(address: str) -> Iterator[None]:
+    """Applies `name_errors` to errors of a disk that accepts no more data, whichever library raises them."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL_DISK:
+            with name_errors(address):
+                raise
+        raise
 
 
 def _read_batch(fs: Any, paths: list[str]) -> tuple[list[bytes], list[str]]:

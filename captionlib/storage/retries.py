@@ -7,7 +7,8 @@ for an endpoint to restart or for a bucket to stop throttling (SlowDown) a thous
 import io
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tenacity import RetryError, Retrying, retry_if_exception, stop_after_delay, wait_exponential, wait_random
@@ -15,7 +16,7 @@ from tenacity import RetryError, Retrying, retry_if_exception, stop_after_delay,
 from captionlib.errors import StorageError
 from captionlib.storage.remote_errors import is_temporary_error
 
-__all__ = ["RangedFile", "call_with_retries"]
+__all__ = ["RangedFile", "call_with_retries", "name_errors"]
 
 Result = TypeVar("Result")
 
@@ -36,16 +37,35 @@ def call_with_retries(address: str, action: Callable[[], Result]) -> Result:
     Calling `action` repeatedly must be safe: it reads, or replaces what it wrote. The error message names `address`.
 
     Raises:
-        StorageError: every attempt failed with a temporary error for two minutes.
+        FileNotFoundError: there is no such file.
+        StorageError: the storage refused the request, or failed with a temporary error for two minutes.
     """
     try:
-        return _retrying(action)
+        with name_errors(address):
+            return _retrying(action)
     except RetryError as error:
         reason = error.last_attempt.exception()
         raise StorageError(
             f"{address}: the storage failed for {_MAX_SECONDS:.0f} seconds, most recently with "
             f"{type(reason).__name__}: {reason}; run the same command again later to resume"
         ) from reason
+
+
+@contextmanager
+def name_errors(address: str) -> Iterator[None]:
+    """Converts errors of the operating system in the block, except missing files, to errors that name the address.
+
+    Raises:
+        StorageError: the block raised an OSError other than FileNotFoundError or NotADirectoryError.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"{address} cannot be accessed: {error.strerror or error}; solve the problem and run the same command again"
+        ) from error
 
 
 class RangedFile(io.RawIOBase):

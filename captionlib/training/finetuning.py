@@ -69,7 +69,8 @@ class FinetuningConfig:
         best_by: the score that selects the best epoch, `perplexity` or the `cider` of generated captions (needs Java).
         decoding: how captions are generated for CIDEr.
         loading: how images are fetched and decoded.
-        max_failure_ratio: the maximum fraction of unreadable images; if it is exceeded, the run fails.
+        max_failure_ratio: the maximum fraction of unreadable images; if it is exceeded, the run fails. By default, the
+            run fails only if all images are unreadable.
     """
 
     init_from: str | None = None
@@ -86,7 +87,7 @@ class FinetuningConfig:
     best_by: Literal["perplexity", "cider"] = "perplexity"
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     loading: LoadingConfig = field(default_factory=LoadingConfig)
-    max_failure_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05
+    max_failure_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
 def finetune_captioner(
@@ -127,13 +128,13 @@ def finetune_captioner(
         training = read_captioned_rows(dataset, config.train_splits)
         validation = read_captioned_rows(dataset, config.validation_splits)
         resolved = {
-            "manifest": dataset.fingerprint,
+            "manifest": dataset.compute_content_checksum(),
             "world_size": group.world_size,
             "init_from_fingerprint": initial.fingerprint,
             **to_dict(config),
         }
         origin = {"checkpoint": config.init_from, "fingerprint": initial.fingerprint}
-        provenance = {"manifest": dataset.fingerprint, "init_from": origin}
+        provenance = {"manifest": dataset.compute_content_checksum(), "init_from": origin}
         skipped = SkippedImages(folder, group.rank, len(training) + len(validation), config.max_failure_ratio)
         seed_everything(config.training.seed)
         with open_loader(config.loading, encoder.preprocessing) as load:

@@ -4,6 +4,8 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from captionlib.errors import TrainingInterrupted
+
 __all__ = ["catch_stop_signals"]
 
 
@@ -33,6 +35,9 @@ def catch_stop_signals(abort_on_repeat: bool = True) -> Iterator[Callable[[], bo
         previous = {}
     try:
         yield lambda: bool(received)
+    except TrainingInterrupted as interruption:
+        interruption.signal_number = received[0] if received else signal.SIGINT
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

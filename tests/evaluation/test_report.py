@@ -146,7 +146,7 @@ def test_thumbnails_show_the_crop_of_the_encoder(tmp_path: Path, resize_size: in
         tmp_path / "report", "", [Prediction("x", "", str(tmp_path / "ramp.png"))], encoder_view=EncoderView(encoder)
     )
     (item,) = read_items(tmp_path / "report")
-    expected = Image.fromarray(decode_image((tmp_path / "ramp.png").read_bytes(), encoder)).resize((224, 224))
+    expected = Image.fromarray(decode_image((tmp_path / "ramp.png").read_bytes(), encoder).pixels).resize((224, 224))
     thumbnail = Image.open(tmp_path / "report" / item["thumbnail"])
     assert thumbnail.size == (224, 224)
     difference = np.abs(np.asarray(expected, np.int16) - np.asarray(thumbnail, np.int16))

@@ -1,4 +1,5 @@
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,11 +8,18 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from captionlib.errors import TrainingInterrupted
+from captionlib.errors import DatasetError, TrainingInterrupted
 from jobs.cli import COMMANDS, captionlib, main
 
 NAMES = [name for commands in COMMANDS.values() for name in commands]
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def call(*arguments: str) -> str | int | None:
+    """Runs a command in this process and returns its exit code."""
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    return exit_.value.code
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -70,7 +78,7 @@ def test_error_becomes_a_message_and_an_exit_code(tmp_path: Path) -> None:
 
 def test_unknown_command_and_option_are_rejected() -> None:
     assert run("generat-captions").returncode == 2
-    assert "No such command" in run("generat-captions").stderr
+    assert "No such command 'generat-captions' (did you mean generate-captions?)." in run("generat-captions").stderr
     assert "No such option" in run("inspect", "--unknown").stderr
 
 
@@ -83,14 +91,64 @@ def test_unknown_configuration_key_lists_the_known_keys(tmp_path: Path) -> None:
 def test_interrupted_training_exits_like_ctrl_c(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stop(**_options: object) -> None:
-        raise TrainingInterrupted("stopped after saving the state")
+    def stop(*_arguments: object, **_options: object) -> None:
+        error = TrainingInterrupted("stopped after saving the state")
+        error.signal_number = signal.SIGTERM
+        raise error
 
     monkeypatch.setattr(captionlib, "main", stop)
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert exit_.value.code == 130
-    assert capsys.readouterr().err == "Stopped. Run the same command again to resume.\n"
+    assert call("train-captioner", "features") == 143
+    assert capsys.readouterr().err == (
+        "Stopped. The last saved state of the training is kept. Run the same command again to resume.\n"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("extract-features", "Stopped. Finished shards are kept. Run the same command again to resume.\n"),
+        ("serve", "Stopped.\n"),
+    ],
+)
+def test_stop_signal_becomes_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    command: str,
+    message: str,
+) -> None:
+    def run(_context: object) -> None:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt as interrupt:
+            raise RuntimeError("Beam wraps the interrupt") from interrupt
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(captionlib, "invoke", run)
+    assert call(command, "input") == 128 + number
+    assert capsys.readouterr() == ("", message)
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (DatasetError("two\nlines"), "Error: two lines\n"),
+        (OSError(28, "No space left on device", "a.parquet"), "Error: a.parquet: No space left on device\n"),
+        (KeyError("x"), "Error: unexpected KeyError: 'x'; --verbose shows where it was raised\n"),
+        (MemoryError(), "Error: out of memory; use smaller batches, fewer workers or a machine with more memory\n"),
+    ],
+)
+def test_any_error_becomes_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, message: str
+) -> None:
+    def fail(_context: object) -> None:
+        raise error
+
+    monkeypatch.setattr(captionlib, "invoke", fail)
+    assert call("inspect", "x") == 1
+    assert capsys.readouterr() == ("", message)
 
 
 def test_training_commands_do_not_import_beam() -> None:

@@ -20,7 +20,10 @@ def inspect(*arguments: object) -> Result:
 def test_inspect_describes_an_incomplete_dataset(tmp_path: Path) -> None:
     dataset = write(tmp_path, done=2)
     lines = inspect(tmp_path).output.splitlines()
-    assert lines[0] == f"{tmp_path}: manifest, not complete: 66.7% of the shards are finished"
+    assert lines[0] == (
+        f"{tmp_path}: manifest, not complete: expected 3 finished shards, got 2; "
+        "run the command that writes this dataset again"
+    )
     assert "  rows         2 in 2 of 3 shards" in lines
     assert f"  fingerprint  {dataset.fingerprint}" in lines
     assert "    image_id     string" in lines
@@ -31,11 +34,9 @@ def test_inspect_describes_an_incomplete_dataset(tmp_path: Path) -> None:
 
 def test_inspect_describes_a_complete_dataset(tmp_path: Path) -> None:
     dataset = write(tmp_path, done=3)
-    assert (
-        inspect(tmp_path)
-        .output.splitlines()[0]
-        .endswith("not complete: all shards are finished, but too many images failed or the run stopped early")
-    )
+    first = inspect(tmp_path).output.splitlines()[0]
+    assert "not complete: 3 of 6 images (50.0%) failed (" in first
+    assert "with a higher --max-failure-ratio to accept the failures (1 accepts all), or with --retry-failures" in first
     dataset.finish()
     assert inspect(tmp_path).output.splitlines()[0] == f"{tmp_path}: manifest, complete"
 

@@ -149,7 +149,7 @@ def _matches(index: Index, image_id: str, where: str | Filter) -> bool:
 @pytest.mark.parametrize("where", ["log_prob < -49", "image_id = 'im77'", "FALSE", "caption LIKE '%pizza%'", "TRUE"])
 @pytest.mark.parametrize("limit", [1, 7, 2000])
 def test_search_returns_limit_rows_while_more_match(many: Index, where: str, limit: int) -> None:
-    names = set(many._rows.find_matching(where).tolist())
+    names = set(many._version.rows.find_matching(where).tolist())
     assert many.search_sentence("dog", limit, where=where).num_rows == min(limit, len(names))
     pizza = many.search_text("pizza", 2000)
     matching = len(set(ids(pizza)) & set(ids(many.search_text("a -zebra dog cat frisbee beach", 2000, where=where))))
@@ -256,7 +256,7 @@ def test_vector_search_reaches_the_recall_of_its_encoding(tmp_path: Path, kind: 
         rows = np.arange(2000 * part, 2000 * part + 2000)
         add_vectors(tmp_path / "trained", rows, vectors[rows], tmp_path / f"part{part}")
     parts = [tmp_path / "part0", tmp_path / "part1"]
-    assert merge_vectors(tmp_path / "trained", parts, [], tmp_path / "all") == 4000
+    assert merge_vectors(tmp_path / "trained", [], parts, tmp_path / "all") == 4000
     index = VectorIndex(tmp_path / "all", layout, 4000)
     recalls = []
     for query in vectors[:100]:
@@ -277,3 +277,17 @@ def test_layout_is_chosen_by_the_number_of_rows() -> None:
         ("SQ8", 2048),
         ("PQ64", 16384),
     ]
+
+
+def test_two_names_of_a_split_select_the_same_images(few: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("captionlib.data.splits._VALIDATION_NAMES", frozenset({"test", "dev"}))
+    for search in (few.search_text, few.search_hybrid):
+        expected = search("dog", where=Filter(split="test"))
+        assert 0 < expected.num_rows < search("dog").num_rows
+        assert ids(search("dog", where=Filter(split="dev"))) == ids(expected)
+
+
+def test_lone_surrogates_are_a_query_error(few: Index) -> None:
+    for search in (few.search_text, few.search_sentence, few.search_hybrid):
+        with pytest.raises(QueryError, match="expected valid Unicode"):
+            search("a \ud83d dog")

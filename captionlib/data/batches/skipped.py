@@ -23,10 +23,10 @@ class SkippedImages:
         output: output folder of the run. The images are recorded in its subfolder `_failures/`.
         rank: rank of this process. Each process writes its own file.
         images: number of images in the training data.
-        max_ratio: maximum fraction of `images` that may be skipped.
+        max_ratio: maximum fraction of `images` that may be skipped. If None, all but one may be skipped.
     """
 
-    def __init__(self, output: Folder, rank: int, images: int, max_ratio: float) -> None:
+    def __init__(self, output: Folder, rank: int, images: int, max_ratio: float | None) -> None:
         self._output, self._images, self._max_ratio = output, images, max_ratio
         self._file = f"{FAILURES_FOLDER}/{part_name(rank)}.parquet"
         self._rows: dict[str, Row] = {}
@@ -41,14 +41,15 @@ class SkippedImages:
         """Records an unreadable image. `row` has its image_id and uri.
 
         Raises:
-            FailureRatioError: the run has skipped more than `max_ratio` of the images.
+            FailureRatioError: the run has skipped more images than `max_ratio` allows.
         """
-        self._rows[row["image_id"]] = failure_row(row["image_id"], row["uri"], error)
-        if len(self._rows) > self._max_ratio * self._images:
+        self._rows[row["image_id"]] = failure_row(row, error)
+        limit = self._images - 1 if self._max_ratio is None else self._max_ratio * self._images
+        if len(self._rows) > limit:
             raise FailureRatioError(
-                f"{self.describe()}; the run allows {self._max_ratio:.1%}. The last is {row['uri']}: {error}. Check "
-                "that the image paths in the manifest are correct, or set a higher max_failure_ratio; the same command "
-                "then resumes from the last saved state"
+                f"{self.describe()}; the run allows {limit / self._images:.1%}. The last is {row['uri']}: {error}. "
+                "Check that the image paths in the manifest are correct, or set a higher max_failure_ratio; the same "
+                "command then resumes from the last saved state"
             )
 
     def describe(self) -> str:

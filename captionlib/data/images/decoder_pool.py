@@ -17,17 +17,14 @@ from contextlib import suppress
 from typing import Annotated
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from captionlib.config import configclass
 from captionlib.data.images.decoder_process import FAILURE, REQUEST_HEADER, RESPONSE_HEADER, DecoderSettings
-from captionlib.data.images.decoding import MAX_IMAGE_PIXELS, Preprocessing
+from captionlib.data.images.decoding import MAX_IMAGE_PIXELS, DecodedImage, Preprocessing, Shrinking
 from captionlib.errors import DecodeError, SubprocessError
 
 __all__ = ["DecoderConfig", "DecoderPool", "available_cpus"]
-
-Pixels = npt.NDArray[np.uint8]
 
 _WORKER = "captionlib.data.images.decoder_process"
 
@@ -58,10 +55,10 @@ class DecoderConfig:
 class DecoderPool:
     """A pool of decoder processes. Thread-safe. As a context manager, it kills the processes on exit."""
 
-    def __init__(self, preprocessing: Preprocessing, config: DecoderConfig | None = None) -> None:
+    def __init__(self, preprocessing: Preprocessing | Shrinking, config: DecoderConfig | None = None) -> None:
         self.config = config or DecoderConfig()
         self.size = self.config.processes or available_cpus()
-        self._shape = (preprocessing.crop_size, preprocessing.crop_size, 3)
+        self._preprocessing = preprocessing
         self._settings = pickle.dumps(
             DecoderSettings(
                 preprocessing=preprocessing,
@@ -89,7 +86,7 @@ class DecoderPool:
         with self._lock:
             return [decoder.process.pid for decoder in self._running]
 
-    def decode(self, content: bytes) -> Pixels:
+    def decode(self, content: bytes) -> DecodedImage:
         """Decodes and preprocesses an image like `decode_image`. Waits until a process is free.
 
         Raises:
@@ -119,12 +116,12 @@ class DecoderPool:
         for decoder in idle:
             self._discard(decoder)
 
-    def _try_decode(self, content: bytes, acquire: Callable[[], "_Decoder"]) -> Pixels | DecodeError | None:
-        """Returns the pixels of an image or the error that it caused, or None if the process died."""
+    def _try_decode(self, content: bytes, acquire: Callable[[], "_Decoder"]) -> DecodedImage | DecodeError | None:
+        """Returns an image or the error that it caused, or None if the process died."""
         try:
             decoder = acquire()
             try:
-                result = decoder.decode(content, self._shape, self.config.timeout_seconds)
+                result = decoder.decode(content, self._preprocessing, self.config.timeout_seconds)
             except BaseException:  # otherwise its late response would be taken for the next one
                 self._discard(decoder)
                 raise
@@ -204,15 +201,18 @@ class _Decoder:
         self._send(settings)
         self._receive(RESPONSE_HEADER.size)
 
-    def decode(self, content: bytes, shape: tuple[int, ...], timeout_seconds: float) -> Pixels | DecodeError:
+    def decode(
+        self, content: bytes, preprocessing: Preprocessing | Shrinking, timeout_seconds: float
+    ) -> DecodedImage | DecodeError:
         """Decodes an image. Raises EOFError or ConnectionError if the process ends, TimeoutError if it is too slow."""
         self._limit_waiting(timeout_seconds)
         self._send(content)
-        kind, size = RESPONSE_HEADER.unpack(self._receive(RESPONSE_HEADER.size))
+        kind, size, width, height = RESPONSE_HEADER.unpack(self._receive(RESPONSE_HEADER.size))
         payload = self._receive(size)
         if kind == FAILURE:
             return DecodeError(*json.loads(payload))
-        return np.frombuffer(payload, np.uint8).reshape(shape)
+        columns, rows = preprocessing.output_size(width, height)
+        return DecodedImage(np.frombuffer(payload, np.uint8).reshape(rows, columns, 3), width, height)
 
     def kill(self) -> None:
         """Kills the process if it is running, and closes the pipes."""

@@ -1,8 +1,8 @@
 """The program of a decoder process: reads image files from standard input and writes pixels to standard output.
 
 `captionlib.data.images.decoder_pool` starts the process. A request consists of a header, which has the length of the
-payload, and the payload. The header of a response also has the kind of response: READY, IMAGE or FAILURE. The process
-exits when its input ends, which also happens when its parent dies.
+payload, and the payload. The header of a response also has the kind of response (READY, IMAGE or FAILURE) and, for an
+image, its width and height. The process exits when its input ends, which also happens when its parent dies.
 """
 
 import json
@@ -17,20 +17,20 @@ from typing import BinaryIO, NamedTuple
 
 from PIL import Image
 
-from captionlib.data.images.decoding import Preprocessing, decode_image
+from captionlib.data.images.decoding import Preprocessing, Shrinking, decode_image
 from captionlib.errors import DecodeError
 
 __all__ = ["FAILURE", "IMAGE", "READY", "REQUEST_HEADER", "RESPONSE_HEADER", "DecoderSettings", "main"]
 
 REQUEST_HEADER = struct.Struct("<Q")
-RESPONSE_HEADER = struct.Struct("<BQ")
+RESPONSE_HEADER = struct.Struct("<BQII")
 READY, IMAGE, FAILURE = range(3)
 
 
 class DecoderSettings(NamedTuple):
     """The payload of the first request. The following requests are image files."""
 
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | Shrinking
     max_image_pixels: int
     max_memory_bytes: int
     max_seconds: float
@@ -53,11 +53,11 @@ def main() -> None:
 def _decode(content: bytes, settings: DecoderSettings, responses: BinaryIO) -> None:
     signal.setitimer(signal.ITIMER_REAL, settings.max_seconds)
     try:
-        pixels = decode_image(content, settings.preprocessing, settings.max_image_pixels)
+        image = decode_image(content, settings.preprocessing, settings.max_image_pixels)
     except DecodeError as error:
         _respond(responses, FAILURE, json.dumps([error.reason, str(error)]).encode())
     else:
-        _respond(responses, IMAGE, pixels.data.cast("B"))
+        _respond(responses, IMAGE, image.pixels.data.cast("B"), image.width, image.height)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -87,7 +87,7 @@ def _receive(requests: BinaryIO) -> Iterator[bytes]:
         yield requests.read(*REQUEST_HEADER.unpack(header))
 
 
-def _respond(responses: BinaryIO, kind: int, payload: bytes | memoryview) -> None:
-    responses.write(RESPONSE_HEADER.pack(kind, len(payload)))
+def _respond(responses: BinaryIO, kind: int, payload: bytes | memoryview, width: int = 0, height: int = 0) -> None:
+    responses.write(RESPONSE_HEADER.pack(kind, len(payload), width, height))
     responses.write(payload)
     responses.flush()

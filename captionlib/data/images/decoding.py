@@ -24,7 +24,7 @@ from PIL import (  # importing plugins registers them; otherwise Pillow imports 
 
 from captionlib.errors import ConfigError, DecodeError
 
-__all__ = ["MAX_IMAGE_PIXELS", "Preprocessing", "decode_image"]
+__all__ = ["MAX_IMAGE_PIXELS", "DecodedImage", "Preprocessing", "Shrinking", "decode_image"]
 
 MAX_IMAGE_PIXELS = 100_000_000
 """Default limit on width x height. It is checked before decoding, because a tiny file can expand to a huge image."""
@@ -87,19 +87,51 @@ class Preprocessing:
         if self.interpolation not in _RESAMPLING:
             raise ConfigError(f"interpolation: expected one of {', '.join(_RESAMPLING)}, got {self.interpolation!r}")
 
+    def output_size(self, width: int, height: int) -> tuple[int, int]:
+        """Returns the width and height of the result for an image of the given size."""
+        return self.crop_size, self.crop_size
+
+
+@dataclass(frozen=True)
+class Shrinking:
+    """Shrinks an image, without cropping it, for people to look at. Small images are not enlarged.
+
+    Attributes:
+        max_size: maximum length of the longer side, in pixels.
+    """
+
+    max_size: int
+
+    def output_size(self, width: int, height: int) -> tuple[int, int]:
+        """Returns the width and height of the result for an image of the given size."""
+        scale = min(1.0, self.max_size / max(width, height))
+        return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """An image as the input of an encoder, or shrunk.
+
+    Attributes:
+        pixels: `[height, width, 3] uint8`, RGB, read-only, of the `output_size` of the preprocessing.
+        width: width of the whole image before resizing, in pixels, after it is rotated as its EXIF data say.
+        height: height of the whole image.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    width: int
+    height: int
+
 
 def decode_image(
-    content: bytes, preprocessing: Preprocessing, max_image_pixels: int = MAX_IMAGE_PIXELS
-) -> npt.NDArray[np.uint8]:
+    content: bytes, preprocessing: Preprocessing | Shrinking, max_image_pixels: int = MAX_IMAGE_PIXELS
+) -> DecodedImage:
     """Decodes, orients, resizes and crops an image. The pixels equal the output of torchvision's transforms.
 
     Args:
         content: a JPEG, PNG, WebP, GIF, BMP or TIFF file. Only the first frame or page is decoded.
         preprocessing: the sizes and the interpolation; `mean` and `std` are not applied.
         max_image_pixels: limit on width x height. Larger images are rejected before they are decoded.
-
-    Returns:
-        `[crop_size, crop_size, 3] uint8`, RGB, read-only.
 
     Raises:
         DecodeError: the image cannot be decoded. Its reason is Empty, NotAnImage, UnsupportedFormat, TooManyPixels,
@@ -109,7 +141,12 @@ def decode_image(
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             _check_pixels(image.size, max_image_pixels, "the image has")
             image.load()
-            return _resize_and_crop(_orient(_to_rgb(image), image), preprocessing, max_image_pixels)
+            upright = _orient(_to_rgb(image), image)
+            if isinstance(preprocessing, Shrinking):
+                pixels = _shrink(upright, preprocessing)
+            else:
+                pixels = _resize_and_crop(upright, preprocessing, max_image_pixels)
+            return DecodedImage(pixels, *upright.size)
     except DecodeError:
         raise
     except Image.DecompressionBombError as error:
@@ -192,6 +229,11 @@ def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing, limit: in
     crop = preprocessing.crop_size
     left, top = (round((length - crop) / 2) if length >= crop else -((crop - length) // 2) for length in size)
     return np.asarray(image.crop((left, top, left + crop, top + crop)))
+
+
+def _shrink(image: Image.Image, shrinking: Shrinking) -> npt.NDArray[np.uint8]:
+    size = shrinking.output_size(*image.size)
+    return np.asarray(image if size == image.size else image.resize(size, Image.Resampling.BILINEAR))
 
 
 def _explain_unidentified(content: bytes) -> DecodeError:

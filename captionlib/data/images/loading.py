@@ -1,29 +1,39 @@
 """Fetches and decodes images in parallel and in order, and prefetches a limited number of them for the model."""
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import PositiveInt
 
 from captionlib.config import configclass
 from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
-from captionlib.data.images.decoding import Preprocessing
+from captionlib.data.images.decoding import DecodedImage, Preprocessing
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.errors import ImageError
 
-__all__ = ["LoadImages", "LoadingConfig", "load_images", "open_loader"]
+__all__ = ["LoadImages", "LoadedImage", "LoadingConfig", "load_images", "open_loader"]
 
 Row = dict[str, Any]
-Pixels = npt.NDArray[np.uint8]
 
-LoadImages = Callable[[Iterable[Row]], Iterator[tuple[Row, Pixels | ImageError]]]
-"""Yields each row with its image, `[crop_size, crop_size, 3] uint8`, or with the error that loading it raised."""
+
+@dataclass(frozen=True)
+class LoadedImage(DecodedImage):
+    """A decoded image and a hash of its file.
+
+    Attributes:
+        content_hash: BLAKE2b hash of the bytes of the file, an unsigned integer of 64 bits.
+    """
+
+    content_hash: int
+
+
+LoadImages = Callable[[Iterable[Row]], Iterator[tuple[Row, LoadedImage | ImageError]]]
+"""Yields each row with its image, or with the error that loading it raised."""
 
 
 @configclass
@@ -53,26 +63,30 @@ def open_loader(config: LoadingConfig, preprocessing: Preprocessing) -> Iterator
         threads = stack.enter_context(ThreadPoolExecutor(config.threads, thread_name_prefix="load-images"))
         fetcher = stack.enter_context(ImageFetcher(config.fetch))
         decoders = stack.enter_context(DecoderPool(preprocessing, config.decode))
-        yield lambda rows: load_images(
-            rows, lambda uri: decoders.decode(fetcher.fetch(uri)), executor=threads, prefetch=config.prefetch
-        )
+
+        def load(uri: str) -> LoadedImage:
+            content = fetcher.fetch(uri)
+            image = decoders.decode(content)
+            return LoadedImage(image.pixels, image.width, image.height, _hash(content))
+
+        yield lambda rows: load_images(rows, load, executor=threads, prefetch=config.prefetch)
 
 
 def load_images(
-    rows: Iterable[Row], load: Callable[[str], Pixels], executor: Executor, prefetch: int
-) -> Iterator[tuple[Row, Pixels | ImageError]]:
+    rows: Iterable[Row], load: Callable[[str], LoadedImage], executor: Executor, prefetch: int
+) -> Iterator[tuple[Row, LoadedImage | ImageError]]:
     """Yields each row with the image that `load` returns for its `uri`, or with the ImageError that `load` raises.
 
     At any time, at most `prefetch` images are loading or waiting to be consumed.
     """
 
-    def try_load(row: Row) -> tuple[Row, Pixels | ImageError]:
+    def try_load(row: Row) -> tuple[Row, LoadedImage | ImageError]:
         try:
             return row, load(row["uri"])
         except ImageError as error:
             return row, error
 
-    pending: deque[Future[tuple[Row, Pixels | ImageError]]] = deque()
+    pending: deque[Future[tuple[Row, LoadedImage | ImageError]]] = deque()
     try:
         for row in rows:
             if len(pending) == prefetch:
@@ -83,3 +97,7 @@ def load_images(
     finally:
         for future in pending:
             future.cancel()
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")

@@ -18,6 +18,7 @@ from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.formats import SOURCE_FORMATS, detect_common_format, read_source
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
+from captionlib.data.splits import expand_splits
 from captionlib.errors import ConfigError, DatasetError, FetchError
 from captionlib.progress import progress_bar
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
@@ -193,8 +194,9 @@ def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
 
 
 def _select_splits(rows: Iterator[ManifestRow], splits: Collection[str], skips: SkipCounter) -> Iterator[ManifestRow]:
+    selected = expand_splits(splits)
     for row in rows:
-        if not splits or row.split in splits:
+        if not splits or row.split in selected:
             yield row
         else:
             skips.skip("in a different split")

@@ -79,7 +79,7 @@ def _encode(row: ManifestRow) -> bytes:
 
 
 def _to_batch(rows: list[ManifestRow]) -> pa.RecordBatch:
-    columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in _SCHEMA]
+    columns = [pa.array([getattr(row, field.name, None) for row in rows], field.type) for field in _SCHEMA]
     return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
 
 

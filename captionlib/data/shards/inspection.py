@@ -7,6 +7,7 @@ from typing import Any
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.shards.markers import SUCCESS_FILE
+from captionlib.errors import DamagedShardError
 from captionlib.storage.folders import TEMPORARY_FOLDER
 
 __all__ = ["DatasetReport", "FailureReport", "inspect_dataset"]
@@ -30,7 +31,8 @@ class DatasetReport:
         kind: what the dataset contains: manifest (images and reference captions), features, captions or embeddings.
         fingerprint: hash of everything that determines the rows.
         columns: type of each column by name.
-        complete: whether all shards are finished and not too many images failed.
+        complete: whether all shards are finished and no more images failed than the run allowed.
+        explanation: why the dataset is not complete and what to do; empty if it is complete.
         size: size of the data files in bytes.
         seconds: time spent on the shards, summed over workers.
         failed: number of images that could not be read.
@@ -45,6 +47,7 @@ class DatasetReport:
     columns: Mapping[str, str]
     config: Mapping[str, Any]
     complete: bool
+    explanation: str
     shards_done: int
     shards: int
     rows: int
@@ -61,7 +64,8 @@ def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> Datase
     dataset = open_dataset(uri)
     totals = dataset.compute_totals()
     problems = dataset.verify() if verify else []
-    if dataset.is_complete() and totals.shards < dataset.shards:
+    complete = dataset.is_complete()
+    if complete and totals.shards < dataset.shards:
         problems.insert(
             0,
             f"{SUCCESS_FILE} says that all {dataset.shards} shards are finished, but only {totals.shards} have a "
@@ -73,7 +77,8 @@ def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> Datase
         fingerprint=dataset.fingerprint,
         columns={column.name: str(column.type) for column in dataset.schema},
         config=dataset.config,
-        complete=dataset.is_complete(),
+        complete=complete,
+        explanation="" if complete else dataset.explain_incompleteness(totals),
         shards_done=totals.shards,
         shards=dataset.shards,
         rows=totals.rows,
@@ -92,7 +97,10 @@ def _summarize_failures(dataset: ShardedDataset, reasons: Mapping[str, int]) -> 
     for shard, marker in sorted(dataset.read_markers().items()):
         if marker.reasons.keys() <= examples.keys():
             continue
-        table = dataset.read_failures(shard)
+        try:
+            table = dataset.read_failures(shard)
+        except DamagedShardError:  # found by `verify`
+            continue
         for row in table.to_pylist() if table is not None else []:
             if row["error"] in reasons:
                 example = FailureReport(reasons[row["error"]], row["image_id"], row["uri"], row["message"])

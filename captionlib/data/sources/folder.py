@@ -5,7 +5,6 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from urllib.parse import quote
 
 from captionlib.data.images.addresses import names_part_of_file
 from captionlib.data.sources.locations import (
@@ -19,8 +18,9 @@ from captionlib.data.sources.locations import (
 )
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
 from captionlib.errors import DatasetError
+from captionlib.storage.file_systems import split_protocol
 
-__all__ = ["read_folder"]
+__all__ = ["find_images", "read_folder"]
 
 PathFilter = Callable[[str], bool]
 
@@ -47,9 +47,27 @@ def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
         for name in names:
             if _is_image_name(name, skips):
                 uri = f"{root.address}/{name}"
-                if names_part_of_file(uri) and root.is_local:
-                    uri = f"file://{quote(uri, errors='surrogateescape')}"
-                yield ManifestRow(name, uri, options.default_split, (), f"{root.address}/{name}")
+                if names_part_of_file(uri) and not root.is_local:
+                    skips.skip_image("name in the form of an address of a part of a file", uri)
+                    continue
+                yield ManifestRow(name, uri, options.default_split, (), uri)
+
+
+def find_images(address: str) -> list[str]:
+    """Returns the addresses of the images in a folder or of a glob, or the address itself if it is neither.
+
+    Raises:
+        DatasetError: a folder cannot be read, or a folder or glob has no images.
+    """
+    if split_protocol(address)[0] in ("http", "https", "data"):
+        return [address]
+    skips = SkipCounter()
+    if not any(is_glob(location) or location.fs.isdir(location.path) for location in locate_all(address)):
+        return [address]
+    images = [row.uri for row in read_folder([address], SourceOptions(), skips)]
+    if not images:
+        raise DatasetError(f"{address} has no images; skipped: {skips.describe()}; check the path")
+    return images
 
 
 def _is_image_name(name: str, skips: SkipCounter) -> bool:

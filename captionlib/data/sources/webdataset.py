@@ -105,7 +105,7 @@ def _parse_captions(
         if captions and not options.caption_columns:
             return captions
         names = options.caption_columns or select_caption_columns(list(record), (), sample.origin)
-        return parse_caption_columns(record, names, sample.origin) or captions
+        return parse_caption_columns(record, names, sample.origin, options, skips) or captions
     except (ConfigError, DatasetError) as error:
         skips.skip_captions("sample with invalid captions", str(error))
         return ()

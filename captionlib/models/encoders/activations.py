@@ -96,7 +96,7 @@ def compute_activations(uri: str | os.PathLike[str], config: ActivationConfig, d
     network, classifier, note = _load_network(config)
     preprocessing = resolve_preprocessing(config.model, config.weights, config.resize_size)
     with ImageFetcher() as fetcher:
-        image = decode_image(fetcher.fetch(os.fspath(uri)), preprocessing)
+        image = decode_image(fetcher.fetch(os.fspath(uri)), preprocessing).pixels
     with torch.inference_mode():
         outputs: Mapping[str, Tensor] = network.to(target)(_normalize(image, preprocessing).to(target))
     layers = []

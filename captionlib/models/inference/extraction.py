@@ -14,7 +14,7 @@ from pydantic import PositiveInt
 
 from captionlib.config import configclass, describe_differences
 from captionlib.data.arrays import numpy_to_vectors
-from captionlib.data.images.loading import LoadingConfig, open_loader
+from captionlib.data.images.loading import LoadedImage, LoadingConfig, open_loader
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA, features_schema
 from captionlib.data.shards.stages import ProcessRows, ReportFailure
 from captionlib.errors import DatasetError, ImageError
@@ -24,7 +24,6 @@ from captionlib.models.inference.shared_models import cached_per_process
 __all__ = ["ExtractionConfig", "FeatureExtraction", "encode_images", "load_shared_encoder"]
 
 Row = dict[str, Any]
-LoadedImage = tuple[Row, npt.NDArray[np.uint8] | ImageError]
 
 
 @configclass
@@ -72,16 +71,14 @@ class FeatureExtraction:
             def process(batches: Iterator[pa.RecordBatch], fail: ReportFailure) -> Iterator[tuple[pa.RecordBatch, ...]]:
                 images = load(row for batch in batches for row in batch.to_pylist())
                 for rows, features in encode_images(encoder, images, self.config.batch_size, fail):
-                    columns = [
-                        pa.array([row[name] for row in rows], MANIFEST_SCHEMA.field(name).type) for name in self.columns
-                    ]
+                    columns = [pa.array([row.get(each.name) for row in rows], each.type) for each in schema][:-1]
                     yield (pa.RecordBatch.from_arrays([*columns, numpy_to_vectors(features)], schema=schema),)
 
             yield process
 
 
 def encode_images(
-    encoder: Encoder, images: Iterator[LoadedImage], batch_size: int, fail: ReportFailure
+    encoder: Encoder, images: Iterator[tuple[Row, LoadedImage | ImageError]], batch_size: int, fail: ReportFailure
 ) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
     """Encodes images in full batches and reports images that could not be loaded to `fail`.
 
@@ -99,16 +96,17 @@ def encode_images(
 
 
 def _batch_images(
-    images: Iterator[LoadedImage], batch_size: int, fail: ReportFailure
+    images: Iterator[tuple[Row, LoadedImage | ImageError]], batch_size: int, fail: ReportFailure
 ) -> Iterator[tuple[list[Row], npt.NDArray[np.uint8]]]:
     rows: list[Row] = []
     batch: list[npt.NDArray[np.uint8]] = []
     for row, image in images:
         if isinstance(image, ImageError):
-            fail(row["image_id"], row["uri"], image)
+            fail(row, image)
             continue
-        rows.append(row)
-        batch.append(image)
+        properties = {"width": image.width, "height": image.height, "content_hash": f"{image.content_hash:016x}"}
+        rows.append({**row, **properties})
+        batch.append(image.pixels)
         if len(rows) == batch_size:
             yield rows, np.stack(batch)
             rows, batch = [], []

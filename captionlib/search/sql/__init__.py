@@ -1,1 +1,1 @@
-"""Read-only SQL over a dataset with DuckDB, safe for queries from untrusted users."""
+"""Read-only SQL over a dataset with DuckDB. SQL cannot change the dataset or read anything else."""

@@ -12,13 +12,14 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.shards.markers import FAILURES_FOLDER, part_name
 from captionlib.data.shards.schemas import FAILURES_SCHEMA
 from captionlib.errors import ConfigError, QueryError
 from captionlib.search.sql.file_system import DatasetFileSystem
-from captionlib.search.sql.statements import check_reads_only
+from captionlib.search.sql.statements import check_reads_only, describe_error
 
 __all__ = ["SqlLimits", "SqlSession", "connect", "lock_connection", "open_sql", "query_sql"]
 
@@ -47,6 +48,18 @@ class SqlLimits:
     memory: str = "2GB"
     threads: int | None = None
     spill: str = "20GB"
+
+    @property
+    def memory_bytes(self) -> int:
+        """The memory limit in bytes.
+
+        Raises:
+            ConfigError: the memory limit is not a size.
+        """
+        try:
+            return int(TypeAdapter(ByteSize).validate_python(self.memory))
+        except ValidationError as error:
+            raise ConfigError(f"memory: expected a size such as 500MB or 8GB, got {self.memory!r}") from error
 
 
 class SqlSession:
@@ -114,6 +127,9 @@ def query_sql(
     folder: str | os.PathLike[str], sql: str, parameters: Sequence[Any] = (), limits: SqlLimits = SqlLimits()
 ) -> pa.Table:
     """Runs one SELECT over a dataset and returns all its rows.
+
+    The query runs in this process, without a time limit, and some functions of DuckDB exceed the memory limit. For
+    untrusted SQL, use the command `captionlib query`, which runs it in a process that it can kill.
 
     Example:
         >>> captionlib.query_sql("captions", "SELECT count(*) AS images FROM captions").to_pylist()
@@ -199,9 +215,9 @@ def _raise_query_errors(view: str) -> Iterator[None]:
     try:
         yield
     except duckdb.CatalogException as error:
-        raise QueryError(f"query: {error}\nThe dataset has the views {view} and failures.") from error
+        raise QueryError(f"{describe_error(error)} The dataset has the views {view} and failures.") from error
     except (duckdb.Error, pa.ArrowException, OSError) as error:
-        raise QueryError(f"query: {error}") from error
+        raise describe_error(error) from error
     except RuntimeError as error:
         if "interrupted" in str(error):  # DuckDB's message after Ctrl-C
             raise KeyboardInterrupt from error

@@ -1,24 +1,30 @@
 """Rejects SQL statements that do more than read the dataset, using DuckDB's parser."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import duckdb
 
 from captionlib.errors import QueryError
 
-__all__ = ["check_reads_only"]
+__all__ = ["check_reads_only", "describe_error"]
 
 _ALLOWED_TABLE_FUNCTIONS = frozenset({"generate_series", "json_each", "json_tree", "range", "repeat", "unnest"})
 _ALLOWED_NODES = frozenset({"CTE_NODE", "RECURSIVE_CTE_NODE", "SELECT_NODE", "SET_OPERATION_NODE"})
+
+# These functions read settings and variables, sleep, write the log or change sequences.
+_REFUSED_FUNCTIONS = frozenset(
+    {"current_setting", "currval", "getenv", "getvariable", "nextval", "pg_sleep", "setval", "sleep_ms", "write_log"}
+)
 
 
 def check_reads_only(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
     """Checks that SQL is one SELECT (or DESCRIBE, SHOW, SUMMARIZE, VALUES, FROM) with only safe table functions.
 
     The connection is already configured to block access to files and changes to its configuration. This check also
-    rejects functions that it does not cover, such as `enable_logging(storage_path=...)` and new functions of DuckDB.
+    rejects functions that it does not cover, such as `enable_logging(storage_path=...)` and new functions of DuckDB,
+    and everything that reads settings: DuckDB copies the password of a proxy from the environment, for example.
 
     Raises:
         QueryError: the SQL is invalid or is another kind of statement.
@@ -31,23 +37,37 @@ def check_reads_only(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
             kind = str(statements[0].type).rpartition(".")[-1]
             raise QueryError(f"query: expected a SELECT statement, got {kind}; the dataset is read-only")
         (row,) = connection.execute("SELECT json_serialize_sql(?)", [sql]).fetchall()
+        views = connection.execute("SELECT lower(view_name), internal, schema_name FROM duckdb_views()").fetchall()
     except duckdb.Error as error:
-        raise QueryError(f"query: {error}") from error
+        raise describe_error(error) from error
     try:
         nodes = list(_walk_nodes(json.loads(row[0])))
     except RecursionError as error:
         raise QueryError("query: nested too deeply; rewrite it with fewer levels") from error
+    system_views = {name for name, internal, schema in views if internal and schema != "information_schema"}
+    own_views = {name for name, internal, _ in views if not internal}
     for node in nodes:
         _check_node(node)
+        _check_views(node, system_views, own_views)
 
 
 def _check_node(node: dict[str, Any]) -> None:
     kind = node.get("type")
+    if kind == "FUNCTION" and (name := node["function_name"].lower()) in _REFUSED_FUNCTIONS:
+        raise QueryError(f"query: function {name} is not allowed; a query reads only the dataset")
     if kind == "TABLE_FUNCTION" and (name := node["function"]["function_name"]) not in _ALLOWED_TABLE_FUNCTIONS:
         allowed = ", ".join(sorted(_ALLOWED_TABLE_FUNCTIONS))
         raise QueryError(f"query: table function {name} is not allowed; expected one of {allowed}")
     if isinstance(kind, str) and kind.endswith("_NODE") and kind not in _ALLOWED_NODES:
         raise QueryError(f"query: expected only SELECT, got a nested {kind.split('_')[0]}; the dataset is read-only")
+
+
+def _check_views(node: dict[str, Any], system_views: Set[str], own_views: Set[str]) -> None:
+    """Rejects views of settings, such as `pg_settings`, and `SHOW setting`."""
+    kind, name = node.get("type"), str(node.get("table_name")).lower()
+    is_setting = kind == "SHOW_REF" and node["show_type"] == "SHOW" and name not in own_views
+    if is_setting or (kind == "BASE_TABLE" and name in system_views):
+        raise QueryError(f"query: {name} is not a view of the dataset; expected {' or '.join(sorted(own_views))}")
 
 
 def _walk_nodes(tree: Any) -> Iterator[dict[str, Any]]:
@@ -60,3 +80,9 @@ def _walk_nodes(tree: Any) -> Iterator[dict[str, Any]]:
             stack.extend(node.values())
         elif isinstance(node, list):
             stack.extend(node)
+
+
+def describe_error(error: Exception) -> QueryError:
+    """Converts an error of DuckDB to one line, without the statement and the advice that follow the description."""
+    description, _, _ = str(error).partition("\n\n")
+    return QueryError(f"query: {' '.join(description.split())}")

@@ -69,8 +69,9 @@ def reason(pool: DecoderPool, content: bytes) -> str:
 @pytest.mark.parametrize("name", make_files())
 def test_pool_decodes_like_decode_image(shared: DecoderPool, name: str) -> None:
     decoded = shared.decode(make_files()[name])
-    np.testing.assert_array_equal(decoded, decode_image(make_files()[name], PREPROCESSING))
-    assert decoded.dtype == np.uint8
+    np.testing.assert_array_equal(decoded.pixels, decode_image(make_files()[name], PREPROCESSING).pixels)
+    assert decoded.pixels.dtype == np.uint8
+    assert (decoded.width, decoded.height) == (90, 60)
 
 
 @pytest.mark.parametrize(
@@ -79,14 +80,14 @@ def test_pool_decodes_like_decode_image(shared: DecoderPool, name: str) -> None:
 )
 def test_pool_reports_decode_errors(shared: DecoderPool, content: bytes, expected: str) -> None:
     assert reason(shared, content) == expected
-    assert shared.decode(GOOD).shape == (40, 40, 3)
+    assert shared.decode(GOOD).pixels.shape == (40, 40, 3)
 
 
 def test_large_files_are_decoded(shared: DecoderPool) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), np.uint8)
     content = encode_png(noise, 2)
     assert len(content) > 2_900_000
-    np.testing.assert_array_equal(shared.decode(content), decode_image(content, PREPROCESSING))
+    np.testing.assert_array_equal(shared.decode(content).pixels, decode_image(content, PREPROCESSING).pixels)
 
 
 @pytest.mark.parametrize("name", make_files())
@@ -99,7 +100,7 @@ def test_flipped_bits_decode_or_fail_with_a_reason(shared: DecoderPool, name: st
         for position in random.integers(0, len(content), random.integers(1, 9)):
             damaged[position] ^= 1 << int(random.integers(8))
         try:
-            shapes.add(shared.decode(bytes(damaged)).shape)
+            shapes.add(shared.decode(bytes(damaged)).pixels.shape)
         except DecodeError as error:
             reasons.add(error.reason)
     assert shapes <= {(40, 40, 3)}
@@ -112,8 +113,8 @@ def test_threads_share_the_processes(shared: DecoderPool) -> None:
     contents = [encode_image(make_image(seed=seed), "PNG") for seed in range(40)]
     with ThreadPoolExecutor(8) as threads:
         decoded = list(threads.map(shared.decode, contents))
-    for content, pixels in zip(contents, decoded, strict=True):
-        np.testing.assert_array_equal(pixels, decode_image(content, PREPROCESSING))
+    for content, image in zip(contents, decoded, strict=True):
+        np.testing.assert_array_equal(image.pixels, decode_image(content, PREPROCESSING).pixels)
     assert len(shared.pids) == 2
 
 
@@ -132,7 +133,7 @@ def test_processes_start_on_demand_and_end_with_the_pool() -> None:
 def test_slow_image_times_out() -> None:
     with open_pool(timeout_seconds=1.0) as pool:
         assert reason(pool, slow_jpeg(50_000)) == "Timeout"
-        assert pool.decode(GOOD).shape == (40, 40, 3)
+        assert pool.decode(GOOD).pixels.shape == (40, 40, 3)
 
 
 def test_hanging_decoder_is_replaced() -> None:
@@ -151,7 +152,7 @@ def test_hanging_decoder_with_full_pipe_is_replaced() -> None:
         pool.decode(GOOD)
         os.kill(pool.pids[0], signal.SIGSTOP)
         assert reason(pool, GOOD + bytes(2_000_000)) == "Timeout"
-        assert pool.decode(GOOD).shape == (40, 40, 3)
+        assert pool.decode(GOOD).pixels.shape == (40, 40, 3)
 
 
 def has_pending_request(pid: int) -> bool:
@@ -171,7 +172,7 @@ def test_image_is_retried_when_its_decoder_is_killed() -> None:
         while not has_pending_request(killed):
             time.sleep(0.001)
         os.kill(killed, signal.SIGKILL)
-        np.testing.assert_array_equal(decoded.result(), decode_image(GOOD, PREPROCESSING))
+        np.testing.assert_array_equal(decoded.result().pixels, decode_image(GOOD, PREPROCESSING).pixels)
         assert killed not in pool.pids
 
 
@@ -196,7 +197,7 @@ def test_image_fails_when_two_decoders_die() -> None:
             time.sleep(0.01)
         assert given_up.result() == "DecoderDied"
         assert len(killed) == 2
-        assert pool.decode(GOOD).shape == (40, 40, 3)
+        assert pool.decode(GOOD).pixels.shape == (40, 40, 3)
 
 
 def test_killed_idle_decoders_are_replaced() -> None:
@@ -207,7 +208,7 @@ def test_killed_idle_decoders_are_replaced() -> None:
         for pid in killed:
             os.kill(pid, signal.SIGKILL)
         for _ in killed:
-            np.testing.assert_array_equal(pool.decode(GOOD), decode_image(GOOD, PREPROCESSING))
+            np.testing.assert_array_equal(pool.decode(GOOD).pixels, decode_image(GOOD, PREPROCESSING).pixels)
         assert set(pool.pids) - set(killed)
 
 
@@ -216,7 +217,7 @@ def test_memory_is_limited() -> None:
     with open_pool(max_memory_bytes=2**28) as pool:
         assert reason(pool, content) == "OutOfMemory"
         pid = pool.pids
-        assert pool.decode(GOOD).shape == (40, 40, 3)
+        assert pool.decode(GOOD).pixels.shape == (40, 40, 3)
         assert pool.pids == pid
 
 
@@ -224,7 +225,7 @@ def test_default_memory_fits_the_largest_image() -> None:
     limits = DecoderConfig(processes=1, max_image_pixels=3_000_000)
     with DecoderPool(PREPROCESSING, limits) as pool:
         content = encode_image(make_image(1500, 2000).convert("RGBA"), "TIFF", compression="tiff_lzw")
-        assert pool.decode(content).shape == (40, 40, 3)
+        assert pool.decode(content).pixels.shape == (40, 40, 3)
         assert reason(pool, encode_image(make_image(1500, 2001), "PNG")) == "TooManyPixels"
 
 
@@ -233,7 +234,7 @@ def test_decoders_ignore_ctrl_c() -> None:
         pool.decode(GOOD)
         (pid,) = pool.pids
         os.kill(pid, signal.SIGINT)
-        assert pool.decode(GOOD).shape == (40, 40, 3)
+        assert pool.decode(GOOD).pixels.shape == (40, 40, 3)
         assert pool.pids == [pid]
 
 
@@ -266,7 +267,7 @@ from captionlib.data.images.decoding import Preprocessing
 
 good, slow, death = sys.argv[1:]
 pool = DecoderPool(Preprocessing(48, 40, "bilinear", (0,), (1,)), DecoderConfig(processes=1, timeout_seconds=1.0))
-print(pool.decode(Path(good).read_bytes()).shape, pool.pids[0], flush=True)
+print(pool.decode(Path(good).read_bytes()).pixels.shape, pool.pids[0], flush=True)
 if death == "killed in the middle":
     threading.Thread(target=pool.decode, args=[Path(slow).read_bytes()], daemon=True).start()
     time.sleep(0.2)

@@ -34,7 +34,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def decode(content: bytes, preprocessing: Preprocessing = WHOLE) -> Pixels:
-    return decode_image(content, preprocessing)
+    return decode_image(content, preprocessing).pixels
 
 
 def square(mode: str, seed: int = 0) -> Image.Image:
@@ -269,6 +269,14 @@ def test_unreadable_exif_is_ignored(exif: bytes) -> None:
     )
 
 
+@pytest.mark.parametrize("orientation", TURNED)
+def test_width_and_height_are_those_of_the_upright_image(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    decoded = decode_image(encode_image(make_image(90, 60), "JPEG", exif=exif), PREPROCESSING)
+    assert (decoded.width, decoded.height) == ((60, 90) if orientation >= 5 else (90, 60))
+
+
 def test_color_profiles_are_ignored() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     content = encode_image(square("RGB"), "PNG", icc_profile=profile)
@@ -277,7 +285,7 @@ def test_color_profiles_are_ignored() -> None:
 
 def test_images_with_too_many_pixels_are_rejected() -> None:
     content = encode_image(make_image(90, 60), "PNG")
-    assert decode_image(content, WHOLE, max_image_pixels=5400).shape == (SIDE, SIDE, 3)
+    assert decode_image(content, WHOLE, max_image_pixels=5400).pixels.shape == (SIDE, SIDE, 3)
     assert reason(content, max_image_pixels=5399) == "TooManyPixels"
     assert reason(huge_png()) == "TooManyPixels"
 

@@ -14,7 +14,7 @@ from captionlib.config import build_config
 from captionlib.data.images.decoder_pool import DecoderConfig
 from captionlib.data.images.decoding import decode_image
 from captionlib.data.images.fetching import FetchConfig
-from captionlib.data.images.loading import LoadingConfig, load_images, open_loader
+from captionlib.data.images.loading import LoadedImage, LoadingConfig, load_images, open_loader
 from captionlib.errors import CaptionlibError, ConfigError, DecodeError, FetchError, ImageError
 from tests.data.images.sample_images import PREPROCESSING, encode_image, make_image, slow_jpeg
 
@@ -56,20 +56,33 @@ def test_rows_are_loaded_in_order_with_images_or_errors(rows: list[dict[str, Any
     for number, (row, image) in enumerate(loaded):
         if number % 5 == 0:
             assert isinstance(image, FetchError)
-            assert image.reason == "FileNotFoundError"
+            assert image.reason == "NotFound"
         elif number % 7 == 0:
             assert isinstance(image, DecodeError)
             assert image.reason == "Truncated"
         else:
             expected = decode_image(Path(row["uri"]).read_bytes(), PREPROCESSING)
-            np.testing.assert_array_equal(image, expected)
+            assert isinstance(image, LoadedImage)
+            np.testing.assert_array_equal(image.pixels, expected.pixels)
+            assert (image.width, image.height) == (90, 60)
+
+
+def test_content_hash_depends_on_the_bytes_of_the_file_only(tmp_path: Path) -> None:
+    contents = {"a.jpg": b"", "b.jpg": b"", "c.jpg": b"another comment"}
+    for name, comment in contents.items():
+        (tmp_path / name).write_bytes(encode_image(make_image(), "JPEG", comment=comment))
+    with open_loader(CONFIG, PREPROCESSING) as load:
+        images = [image for _, image in load({"uri": str(tmp_path / name)} for name in contents)]
+    first, same, other = (image.content_hash for image in images if isinstance(image, LoadedImage))
+    assert first == same != other
+    assert 0 <= min(first, other) <= max(first, other) < 2**64
 
 
 def test_rejected_address_fails_its_row_only(rows: list[dict[str, Any]]) -> None:
     evil = {"image_id": "evil", "uri": "reference://x::http://127.0.0.1:9/refs.json"}
     with open_loader(CONFIG, PREPROCESSING) as load:
         (_, image), (_, refused) = load([rows[1], evil])
-    assert isinstance(image, np.ndarray)
+    assert isinstance(image, LoadedImage)
     assert isinstance(refused, FetchError)
     assert refused.reason == "BadAddress"
 
@@ -80,7 +93,7 @@ def test_loader_is_reusable_and_cleans_up(rows: list[dict[str, Any]]) -> None:
         first = [image for _, image in load(rows[1:5])]
         again = [image for _, image in load(iter(rows[1:5]))]
         assert children()
-    np.testing.assert_array_equal(np.stack(first), np.stack(again))
+    np.testing.assert_array_equal([image.pixels for image in first], [image.pixels for image in again])
     assert loading_threads() == []
     assert children() == set()
 
@@ -106,11 +119,11 @@ def test_images_load_while_the_consumer_works() -> None:
     loaded: list[str] = []
     all_loaded = threading.Event()
 
-    def load(uri: str) -> np.ndarray:
+    def load(uri: str) -> LoadedImage:
         loaded.append(uri)
         if len(loaded) == 6:
             all_loaded.set()
-        return np.zeros((1, 1, 3), np.uint8)
+        return LoadedImage(np.zeros((1, 1, 3), np.uint8), 1, 1, 0)
 
     with ThreadPoolExecutor(2) as threads:
         images = load_images(({"uri": str(number)} for number in range(100)), load, threads, prefetch=6)
@@ -131,7 +144,7 @@ def test_stopping_early_cleans_up(rows: list[dict[str, Any]], tmp_path: Path, le
     if leave == "break":
         with open_loader(config, PREPROCESSING) as load:
             for _, image in load(endless):
-                assert isinstance(image, np.ndarray)
+                assert isinstance(image, LoadedImage)
                 break
     else:
         with pytest.raises(RuntimeError, match="model"), open_loader(config, PREPROCESSING) as load:
@@ -172,7 +185,7 @@ def test_no_image_is_lost_when_decoders_are_killed(tmp_path: Path) -> None:
                     killed += 1
     assert killed >= 2
     expected = decode_image(path.read_bytes(), PREPROCESSING)
-    assert all(np.array_equal(image, expected) for image in images)
+    assert all(np.array_equal(image.pixels, expected.pixels) for image in images)
 
 
 def test_config_is_built_from_nested_values() -> None:

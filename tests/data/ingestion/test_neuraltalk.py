@@ -103,6 +103,31 @@ def test_import_rejects_mismatched_files(tmp_path: Path, version: str, features:
         import_features(*files, tmp_path / "features")
 
 
+@pytest.mark.parametrize(
+    ("shape", "size", "message"),
+    [
+        ((8, 512), None, r"8 rows and 512 columns, so the matrix seems to be transposed; .* or set feature_size"),
+        ((5, 4), 4, "5 rows and 4 columns, so the matrix seems to be transposed"),
+        ((5, 4), 3, r"expected 3 rows \(feature_size\), got 5"),
+        ((8, 512), 8, None),
+        ((512, 8), None, None),
+        ((4, 512), None, None),
+        ((512, 1024), None, None),
+    ],
+)
+def test_import_detects_a_transposed_matrix(
+    tmp_path: Path, shape: tuple[int, int], size: int | None, message: str | None
+) -> None:
+    imgids = [0, 511] if shape == (4, 512) else [2, 0, 1]
+    files = write_json(tmp_path, imgids), write_mat(tmp_path, "5", np.ones(shape))
+    config = ImportConfig(feature_size=size)
+    if message is None:
+        assert import_features(*files, tmp_path / "features", config).rows == len(imgids)
+    else:
+        with pytest.raises(DatasetError, match=message):
+            import_features(*files, tmp_path / "features", config)
+
+
 @pytest.mark.parametrize("content", [b"", b"no MATLAB file at all, but long enough to have a header" * 20])
 def test_import_rejects_files_that_are_not_matlab(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "vgg_feats.mat").write_bytes(content)

@@ -1,5 +1,6 @@
 import socket
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,13 @@ def test_limit_and_splits_select_rows(tmp_path: Path) -> None:
     assert summary.skipped == {"in a different split": 3}
 
 
+@pytest.mark.parametrize(("split", "name"), [("val", "dev"), ("dev", "val")])
+def test_val_and_dev_select_each_other(tmp_path: Path, split: str, name: str) -> None:
+    (tmp_path / "a.csv").write_text(f"id,url,split\n1,1.jpg,{split}\n2,2.jpg,train\n")
+    summary = prepare(tmp_path / "a.csv", tmp_path / "manifest", replace(UNCHECKED, splits=(name,)))
+    assert summary.splits == {split: 1}
+
+
 def test_list_of_missing_images_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
     source = write_csv(tmp_path / "a.csv", ["a", "b"])
     with pytest.raises(DatasetError, match=r"none of the first 2 images exists; the first is expected at .*a\.jpg"):
@@ -133,10 +141,14 @@ def test_overwrite_does_not_touch_a_folder_of_other_files(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("line", "expected"), [("  ,a.jpg", "id as text or an integer"), ("1,", "url as text")])
-def test_row_without_id_or_uri_is_an_error_naming_the_line(tmp_path: Path, line: str, expected: str) -> None:
+def test_row_without_id_or_uri_is_skipped_naming_the_line(tmp_path: Path, line: str, expected: str) -> None:
     (tmp_path / "a.csv").write_text(f"id,url\n0,0.jpg\n{line}\n")
+    summary = prepare(tmp_path / "a.csv", tmp_path / "manifest", UNCHECKED)
+    [(reason, example)] = summary.examples.items()
+    assert (summary.images, summary.skipped) == (1, {reason: 1})
+    assert example == f"{tmp_path}/a.csv, line 3: expected {expected}, got blank text"
     with pytest.raises(DatasetError, match=rf"a\.csv, line 3: expected {expected}, got blank text"):
-        prepare(tmp_path / "a.csv", tmp_path / "manifest", UNCHECKED)
+        prepare(tmp_path / "a.csv", tmp_path / "strict", replace(UNCHECKED, strict=True))
 
 
 @pytest.mark.parametrize("values", [{"source_format": "zip"}, {"shard_size": 0}, {"limit": 0}])

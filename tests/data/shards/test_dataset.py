@@ -29,8 +29,8 @@ def fill(dataset: ShardedDataset) -> None:
         writer.write(rows("x", "y"))
     with write_shard(dataset, 1, 3) as writer:
         writer.write(rows("z"))
-        writer.write_failure("bad1", "bad1.jpg", DecodeError("Truncated", "ends early"))
-        writer.write_failure("bad2", "bad2.jpg", DecodeError("Truncated", "ends early"))
+        writer.write_failure({"image_id": "bad1", "uri": "bad1.jpg"}, DecodeError("Truncated", "ends early"))
+        writer.write_failure({"image_id": "bad2", "uri": "bad2.jpg"}, DecodeError("Truncated", "ends early"))
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -126,7 +126,7 @@ def test_incomplete_dataset_is_rejected(place: str) -> None:
         writer.write(rows("x"))
     with pytest.raises(DatasetError, match="expected 2 finished shards, 1 are missing"):
         dataset.finish()
-    with pytest.raises(DatasetError, match="is not complete: expected 2 finished shards, got 1,"):
+    with pytest.raises(DatasetError, match="is not complete: expected 2 finished shards, got 1;"):
         open_dataset(place).require_complete()
 
 
@@ -134,11 +134,25 @@ def test_too_many_failures_fail_but_keep_the_rows(place: str) -> None:
     dataset = create(place)
     fill(dataset)
     with pytest.raises(
-        FailureRatioError, match=r"2 of 5 images failed \(40.0%; expected at most 10.0%; Truncated: 2\)"
+        FailureRatioError, match=r"2 of 5 images \(40.0%\) failed \(Truncated: 2\); expected at most 10.0%"
     ):
         dataset.finish(0.1)
-    assert not dataset.is_complete()
+    with pytest.raises(DatasetError, match=r"2 of 5 images \(40.0%\) failed .*, more .* --max-failure-ratio"):
+        dataset.require_complete()
     assert dataset.finish(0.4).rows == 3
+
+
+def test_failures_do_not_fail_a_run_unless_all_images_failed(place: str) -> None:
+    dataset = create(place)
+    fill(dataset)
+    assert dataset.finish().failures == 2
+    unreadable = create(f"{place}-unreadable")
+    for shard in range(unreadable.shards):
+        with write_shard(unreadable, shard, 1) as writer:
+            writer.write_failure({"image_id": f"{shard}", "uri": "missing.jpg"}, DecodeError("Truncated", "ends early"))
+    with pytest.raises(FailureRatioError, match=r"2 of 2 images \(100.0%\) failed .*; expected a readable image"):
+        unreadable.finish()
+    assert unreadable.finish(1.0).rows == 0
 
 
 def test_markers_with_another_fingerprint_are_ignored(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_maps_and_classes_equal_those_of_torchvision(image: Path, weights: Path,
     config = ActivationConfig(MODEL, str(weights), nodes=("features.1", "features.12.cat"), top_classes=3)
     activations = compute_activations(image, config)
     preprocessing = resolve_preprocessing(MODEL, "IMAGENET1K_V1")
-    np.testing.assert_array_equal(activations.image, decode_image(image.read_bytes(), preprocessing))
+    np.testing.assert_array_equal(activations.image, decode_image(image.read_bytes(), preprocessing).pixels)
     preset = torchvision.models.get_model_weights(MODEL).DEFAULT.transforms()
     pixels = preset(Image.open(image))[None]
     with torch.inference_mode():

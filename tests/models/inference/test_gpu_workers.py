@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from captionlib.data.images.loading import LoadedImage
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import FetchError
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, ImageState
@@ -111,7 +112,10 @@ def test_the_next_batch_starts_before_waiting_for_the_previous_one() -> None:
     encoder = RecordingEncoder()
     failed: list[str] = []
     loaded = [
-        ({"image_id": str(n), "uri": ""}, FetchError("Gone", "") if n == 3 else np.full(1, n, np.uint8))
+        (
+            {"image_id": str(n), "uri": ""},
+            FetchError("Gone", "") if n == 3 else LoadedImage(np.full(1, n, np.uint8), 1, 1, n),
+        )
         for n in range(6)
     ]
     encoded = encode_images(encoder, iter(loaded), 2, lambda image_id, *_: failed.append(image_id))  # type: ignore[arg-type]

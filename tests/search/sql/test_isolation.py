@@ -1,160 +1,146 @@
-"""Attempts to reach outside a dataset, or to change it, with SQL."""
+"""Queries in a process of their own: limits, errors, and what they leave behind."""
 
-import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
-import duckdb
+import pyarrow as pa
 import pytest
 
-from captionlib.errors import QueryError
-from captionlib.search.sql.file_system import DatasetFileSystem
-from captionlib.search.sql.session import open_sql, query_sql
+from captionlib.errors import DatasetError, QueryError, SubprocessError
+from captionlib.search.sql.isolation import Query, run_isolated
+from captionlib.search.sql.session import SqlLimits, open_sql
 
-SECRET = "the secret"
+ENDLESS = "SELECT sum(hash(range)) FROM range(1000000000000)"
+SCHEMA = pa.schema([("n", pa.int64())])
 
 
-@pytest.fixture
-def outside(local: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Makes a folder with a secret the working directory, and links to the secret from inside the dataset."""
-    folder = tmp_path / "outside"
+@contextmanager
+def select(folder: str, sql: str) -> Iterator[pa.RecordBatchReader]:
+    with open_sql(folder, limits=SqlLimits("100MB", 1)) as session:
+        yield session.stream(sql)
+
+
+def run(query: Query, memory_bytes: int | None = None, timeout_seconds: float = 30) -> pa.Table:
+    with run_isolated(query, memory_bytes, timeout_seconds) as rows:
+        return rows.read_all()
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Checks that no test leaves a temporary file or a child process."""
+    folder = tmp_path / "scratch"
     folder.mkdir()
-    (folder / "secret.csv").write_text(f"{SECRET}\n")
-    (Path(local) / "link.csv").symlink_to(folder / "secret.csv")
-    (Path(local) / "part-00007.parquet").symlink_to(folder / "secret.csv")
-    monkeypatch.chdir(folder)
-    return folder
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    yield folder
+    assert list(folder.iterdir()) == []
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
-READS = [
-    "SELECT * FROM read_csv('{outside}/secret.csv')",
-    "SELECT * FROM '{outside}/secret.csv'",
-    "SELECT * FROM 'secret.csv'",
-    "SELECT * FROM read_text('file://{outside}/secret.csv')",
-    "SELECT * FROM read_blob('{local}/../outside/secret.csv')",
-    "SELECT * FROM read_text('{local}/link.csv')",
-    "SELECT * FROM read_parquet('{local}/part-*.parquet')",
-    "SELECT * FROM read_text('{local}/_dataset.json')",
-    "SELECT * FROM read_text('dataset://captions/../../outside/secret.csv')",
-    "SELECT * FROM read_parquet('dataset://captions/part-00002.parquet')",
-    "SELECT * FROM read_parquet('dataset://*/*')",
-    "SELECT * FROM glob('/*')",
-    "SELECT * FROM read_text('/proc/self/environ')",
-    "SELECT * FROM read_text('/dev/stdin')",
-    "SELECT * FROM read_csv('https://127.0.0.1:1/x.csv')",
-    "SELECT * FROM 's3://bucket/x.parquet'",
-    "SELECT * FROM query('SELECT * FROM read_text(''secret.csv'')')",
-    "SELECT * FROM query_table('secret.csv')",
-    "SELECT (SELECT content FROM read_text('secret.csv'))",
-    "DESCRIBE SELECT * FROM read_csv('secret.csv')",
-    "SELECT * FROM captions ORDER BY (SELECT content FROM read_text('secret.csv'))",
-    "WITH c AS MATERIALIZED (FROM read_text('secret.csv')) FROM c",
-    "SELECT * FROM parquet_metadata('{local}/part-00000.parquet')",
-    "SELECT * FROM sniff_csv('secret.csv')",
-    "SELECT * FROM read_duckdb('secret.csv')",
-    "SELECT * FROM local_variable",
-    "SELECT * FROM duckdb_secrets()",
-    "SELECT getenv('HOME')",
-    "SELECT * FROM pandas_scan(0)",
-    "SELECT * FROM arrow_scan(0, 0, 0)",
-]
-
-CHANGES = [
-    "COPY captions TO '{outside}/x.csv'",
-    "COPY (SELECT 1) TO 'dataset://captions/part-00000.parquet' (FORMAT parquet)",
-    "COPY (SELECT 1) TO '{local}/part-00000.parquet' (FORMAT parquet)",
-    "WITH x AS (COPY (SELECT 1) TO '{outside}/x.csv') SELECT 1",
-    "WITH x AS (DELETE FROM captions RETURNING *) FROM x",
-    "EXPLAIN ANALYZE COPY captions TO '{outside}/x.csv'",
-    "EXPORT DATABASE '{outside}/db'",
-    "IMPORT DATABASE '{outside}'",
-    "ATTACH '{outside}/x.db'",
-    "ATTACH 'dataset://captions/part-00000.parquet' AS x",
-    "INSTALL httpfs",
-    "LOAD httpfs",
-    "LOAD '{outside}/x.duckdb_extension'",
-    "CREATE TABLE t AS SELECT 1",
-    "CREATE PERSISTENT SECRET (TYPE s3, KEY_ID 'x', SECRET 'y')",
-    "CREATE OR REPLACE VIEW captions AS SELECT 1",
-    "DROP VIEW captions",
-    "INSERT INTO captions VALUES (1)",
-    "SET enable_external_access = true",
-    "SET lock_configuration = false",
-    "RESET memory_limit",
-    "SET threads = 99",
-    "PRAGMA enable_profiling = 'json'",
-    "PRAGMA import_database('{outside}')",
-    "CALL enable_logging(storage_path = '{outside}/log')",
-    "SELECT * FROM enable_logging(storage = 'file', storage_path = '{outside}/log')",
-    "SELECT * FROM force_checkpoint()",
-    "SELECT 1; COPY captions TO '{outside}/x.csv'",
-    "PREPARE p AS COPY captions TO '{outside}/x.csv'",
-    "USE memory",
-    "CHECKPOINT",
-    "VACUUM",
-    "BEGIN",
-]
+def test_rows_are_the_same_as_in_this_process(captions: str) -> None:
+    sql = "SELECT *, split::ENUM('test') AS e FROM captions ORDER BY image_id"
+    with select(captions, sql) as rows:
+        assert run(partial(select, captions, sql)).equals(rows.read_all())
 
 
-def hash_files(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+def test_query_without_rows_keeps_its_schema(captions: str) -> None:
+    table = run(partial(select, captions, "SELECT image_id, tokens FROM captions WHERE false"))
+    assert table.schema == pa.schema([("image_id", pa.string()), ("tokens", pa.int32())])
 
 
-@pytest.mark.parametrize("sql", READS + CHANGES)
-def test_sql_reaches_nothing_outside_and_changes_nothing(local: str, outside: Path, sql: str) -> None:
-    local_variable = [[SECRET]]
-    before = hash_files(outside.parent)
-    with open_sql(local) as session:
-        with pytest.raises(QueryError) as rejected:
-            session.query(sql.format(outside=outside, local=local))
-        assert session.query("SELECT count(*) AS n FROM captions")["n"].to_pylist() == [4]
-    assert SECRET not in str(rejected.value)
-    assert hash_files(outside.parent) == before
-    assert local_variable
+def test_errors_of_the_query_are_raised(local: str, tmp_path: Path) -> None:
+    with pytest.raises(QueryError, match=r'^query: Binder Error: Referenced column "nothing" not found'):
+        run(partial(select, local, "SELECT nothing FROM captions"))
+    with pytest.raises(DatasetError, match="missing"):
+        run(partial(select, str(tmp_path / "missing"), "SELECT 1"))
 
 
-@pytest.mark.parametrize("sql", [sql for sql in READS + CHANGES if "enable_logging" not in sql])
-def test_locked_connection_alone_prevents_file_access(local: str, outside: Path, sql: str) -> None:
-    before = hash_files(outside.parent)
-    with open_sql(local) as session:
-        try:
-            output = str(session._connection.execute(sql.format(outside=outside, local=local)).fetchall())
-        except duckdb.Error as error:
-            output = str(error)
-    assert SECRET not in output
-    assert hash_files(outside.parent) == before
+def test_error_between_batches_is_raised(local: str) -> None:
+    sql = "SELECT CASE WHEN i = 90000 THEN error('late') ELSE 'x' END FROM range(100000) t(i)"
+    with pytest.raises(QueryError, match=r"^query: Invalid Input Error: late$"):
+        run(partial(select, local, sql))
 
 
-def test_settings_do_not_reveal_the_environment(local: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CAPTIONLIB_SECRET", SECRET)
-    with open_sql(local) as session, pytest.raises(QueryError, match="table function duckdb_settings is not allowed"):
-        session.query("SELECT * FROM duckdb_settings()")
-    assert SECRET not in str(query_sql(local, "SELECT current_setting('home_directory') AS home").to_pydict())
+def test_bugs_and_crashes_are_reported_with_their_reason() -> None:
+    def fail() -> AbstractContextManager[pa.RecordBatchReader]:
+        raise ZeroDivisionError("by zero")
+
+    with pytest.raises(SubprocessError, match="process of the query failed: ZeroDivisionError: by zero"):
+        run(fail)
+    with pytest.raises(SubprocessError, match="ended with signal 9; did the system run out of memory"):
+        run(lambda: os.kill(os.getpid(), signal.SIGKILL))  # type: ignore[arg-type, return-value]
 
 
-def test_file_system_is_read_only_and_holds_only_its_files(tmp_path: Path) -> None:
-    import fsspec
-
-    (tmp_path / "a").write_bytes(b"0123456789")
-    (tmp_path / "b").write_bytes(b"other")
-    files = DatasetFileSystem(fsspec.filesystem("file"), {"captions/a": str(tmp_path / "a")})
-    assert files.addresses == ["dataset://captions/a"]
-    file = files.open("captions/a")
-    assert (file.seek(2), file.read(3), file.tell(), file.read(), file.read()) == (2, b"234", 5, b"56789", b"")
-    assert (file.seek(-1, 2), file.read(5)) == (9, b"9")
-    assert files.glob("dataset://captions/*") == []
-    for mode in ("wb", "ab", "r+b"):
-        with pytest.raises(PermissionError, match="read-only"):
-            files.open("dataset://captions/a", mode)
-    for path in ("dataset://captions/b", str(tmp_path / "b"), "dataset://captions/../b"):
-        assert not files.exists(path)
-        with pytest.raises(FileNotFoundError, match="not a file of the dataset"):
-            files.open(path)
+@pytest.mark.timeout(60)
+def test_endless_query_is_stopped(local: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(QueryError, match=r"^query: stopped after 0.2 seconds; simplify it or raise --timeout$"):
+        run(partial(select, local, ENDLESS), timeout_seconds=0.2)
+    assert time.monotonic() - start < 30
 
 
-def test_other_connections_are_not_affected(local: str) -> None:
-    with open_sql(local), duckdb.connect() as other:
-        assert other.execute("SELECT current_setting('enable_external_access')").fetchall() == [(True,)]
+def test_time_of_the_reader_does_not_count() -> None:
+    """The pipe holds less than one batch, so that the process waits until this one reads."""
+    batch = pa.RecordBatch.from_pydict({"n": [1] * 100_000}, SCHEMA)
+    query = partial(nullcontext, pa.RecordBatchReader.from_batches(SCHEMA, [batch] * 3))
+    with run_isolated(query, None, 1.0) as rows:
+        for _ in range(3):
+            time.sleep(0.4)
+            assert rows.read_next_batch().num_rows == 100_000
+
+
+def test_function_that_ignores_the_memory_limit_is_stopped(local: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("captionlib.search.sql.isolation._UNTRACKED_BYTES", 2**25)
+    sql = "SELECT length(repeat('a', 500000000))"
+    with pytest.raises(QueryError, match=r"^query: needs more than 0.1 GB of memory; simplify it or raise --memory$"):
+        run(partial(select, local, sql), memory_bytes=SqlLimits("100MB").memory_bytes)
+
+
+def test_rows_are_streamed_in_bounded_memory() -> None:
+    """The process would produce rows forever, and is stopped after the first ones."""
+
+    def yield_batches() -> Iterator[pa.RecordBatch]:
+        while True:
+            yield pa.RecordBatch.from_pydict({"n": [1] * 1000}, SCHEMA)
+
+    query = partial(nullcontext, pa.RecordBatchReader.from_batches(SCHEMA, yield_batches()))
+    with run_isolated(query, None, 30) as rows:
+        assert rows.read_next_batch().num_rows == 1000
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_end_of_the_parent_ends_the_query(local: str, scratch: Path, sent: signal.Signals) -> None:
+    """Covers Ctrl-C and a parent that cannot clean up. The query writes its process id before it runs forever."""
+    code = f"""
+import os, signal, tempfile
+from tests.search.sql.test_isolation import ENDLESS, run, select
+signal.signal(signal.SIGINT, signal.default_int_handler)
+tempfile.tempdir = {str(scratch)!r}
+def query():
+    print(os.getpid(), flush=True)
+    return select({local!r}, ENDLESS)
+run(query, timeout_seconds=50)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.send_signal(sent)
+    while is_running(child):
+        time.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return not re.search(r"^State:\tZ", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)

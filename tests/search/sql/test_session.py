@@ -138,10 +138,28 @@ def test_ctrl_c_interrupts_a_query(local: str) -> None:
 
 
 def test_limits_are_applied_and_validated(captions: str) -> None:
-    sql = "SELECT current_setting('threads') AS threads, current_setting('memory_limit') AS memory"
-    assert query_sql(captions, sql, limits=SqlLimits("300MB", 1)).to_pylist() == [{"threads": 1, "memory": "286.1 MiB"}]
+    sql = "SELECT current_setting('threads'), current_setting('memory_limit')"
+    with open_sql(captions, limits=SqlLimits("300MB", 1)) as session:
+        assert session._connection.execute(sql).fetchall() == [(1, "286.1 MiB")]
     with pytest.raises(ConfigError, match=r"query limits: .*[Mm]emory"):
-        query_sql(captions, sql, limits=SqlLimits("plenty"))
+        query_sql(captions, "SELECT 1", limits=SqlLimits("plenty"))
+
+
+@pytest.mark.parametrize(("text", "expected"), [("300MB", 300_000_000), ("1.5 GiB", 3 * 2**29), ("8gb", 8 * 10**9)])
+def test_memory_limit_is_converted_to_bytes(text: str, expected: int) -> None:
+    assert SqlLimits(text).memory_bytes == expected
+
+
+def test_memory_limit_must_be_a_size() -> None:
+    with pytest.raises(ConfigError, match="memory: expected a size such as 500MB or 8GB, got 'plenty'"):
+        _ = SqlLimits("plenty").memory_bytes
+
+
+@pytest.mark.parametrize("sql", ["SELEC 1", "SELECT nothing FROM captions", "SELECT list(i) FROM range(10000000) t(i)"])
+def test_errors_are_one_line(local: str, sql: str) -> None:
+    with pytest.raises(QueryError) as raised:
+        query_sql(local, sql, limits=SqlLimits("20MB"))
+    assert "\n" not in str(raised.value)
 
 
 def test_sort_larger_than_memory_spills_to_disk_and_cleans_up(

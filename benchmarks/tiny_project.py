@@ -1,0 +1,122 @@
+"""A project of a few images, with the arguments of every command. Benchmarks and tests disturb these commands."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.io
+
+from benchmarks.synthetic_images import write_images
+from jobs.cli import main
+
+__all__ = ["COMMANDS", "IMAGES", "Command", "call", "create_project"]
+
+IMAGES = 8
+_SHARD_SIZE = 4
+_WORDS = ("red", "green", "blue", "gray")
+_TINY_MODEL = ("hidden_size=8", "embedding_size=8")
+_TRAINING = ("training.epochs=1", "min_count=1", "batch_images=4")
+
+
+@dataclass(frozen=True)
+class Command:
+    """The arguments of a command. `{project}` and `{output}` stand for the project and for a new folder.
+
+    Attributes:
+        dataset: whether the command writes a dataset, so that its Parquet files are the same in every run.
+    """
+
+    arguments: str
+    dataset: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.arguments.split()[0]
+
+    def format(self, project: Path, output: Path) -> list[str]:
+        """Returns the arguments for a project and an output folder."""
+        return [word.format(project=project, output=output) for word in self.arguments.split()]
+
+
+def _set(*settings: str) -> str:
+    return " ".join(f"--set {setting}" for setting in settings)
+
+
+_ENCODER = _set(
+    *("encoder.model=squeezenet1_1", "encoder.node=features.4.cat", "encoder.weights=random:0", "batch_size=3"),
+    *("encoder.pooling=mean", "encoder.dtype=float32", "loading.decode.processes=1"),
+)
+_CAPTIONER = _set(*_TRAINING, *(f"captioner.{setting}" for setting in _TINY_MODEL))
+_RANKER = _set(*_TRAINING, *(f"ranker.{setting}" for setting in (*_TINY_MODEL, "joint_embedding_size=8")))
+_LANGUAGE_MODEL = _set("training.epochs=1", "min_count=1", *(f"model.{setting}" for setting in _TINY_MODEL))
+_QUIET = "--device cpu --no-progress"
+
+COMMANDS = [
+    Command(f"prepare {{project}}/dataset.json -o {{output}}/manifest --shard-size {_SHARD_SIZE} --no-progress", True),
+    Command(f"extract-features {{project}}/manifest -o {{output}}/features {_ENCODER} {_QUIET}", True),
+    Command(
+        "import-features {project}/dataset.json {project}/feats.mat -o {output}/features --no-progress "
+        f"--set shard_size={_SHARD_SIZE}",
+        True,
+    ),
+    Command(f"train-captioner {{project}}/features -o {{output}}/captioner {_CAPTIONER} {_QUIET}"),
+    Command(f"train-ranker {{project}}/features -o {{output}}/ranker {_RANKER} {_QUIET}"),
+    Command(f"train-language-model {{project}}/manifest -o {{output}}/model {_LANGUAGE_MODEL} {_QUIET}"),
+    Command("build-datastore {project}/features -c {project}/captioner --no-progress"),
+    Command(
+        "generate-captions {project}/features -c {project}/captioner -o {output}/captions --ranker {project}/ranker "
+        f"--embeddings {{output}}/embeddings {_QUIET}",
+        True,
+    ),
+    Command(f"embed {{project}}/features -r {{project}}/ranker -o {{output}}/embeddings {_QUIET}", True),
+    Command("caption {project}/images/000000.jpg -c {project}/captioner --device cpu --report {output}/page"),
+    Command("sample {project}/model --length 5 --device cpu"),
+    Command("export-captions {project}/captions -o {output}/results.json --format coco"),
+    Command("evaluate {project}/captions -m {project}/manifest -o {output}/scores --bootstrap-samples 0"),
+    Command("report {project}/captions -o {output}/report -m {project}/manifest -c {project}/captioner --no-progress"),
+    Command(
+        "activations {project}/images/000000.jpg -o {output}/maps.html --device cpu --weights random:0 "
+        "--set model=squeezenet1_1"
+    ),
+    Command("build-index {project}/captions -e {project}/embeddings -o {output}/index"),
+    Command("query {project}/index --text red"),
+    Command("query {project}/captions --top 3"),
+    Command("inspect {project}/captions"),
+    Command("inspect {project}/captioner"),
+    Command("recipes"),
+]
+
+# The commands whose outputs the other commands read.
+_WRITERS = (
+    *("prepare", "extract-features", "train-captioner", "train-ranker", "train-language-model"),
+    *("generate-captions", "build-index"),
+)
+
+
+def create_project(folder: Path) -> Path:
+    """Writes the images, trains the models and runs the stages that the commands need. Returns the folder."""
+    paths = write_images(folder / "images", IMAGES, size=64)
+    entries = []
+    for number, path in enumerate(paths):
+        sentences = [{"raw": f"a {_WORDS[number % 4]} image of {word}"} for word in _WORDS[:2]]
+        split = ("train", "train", "val", "test")[number % 4]
+        image = {"imgid": number, "filepath": path.parent.name, "filename": path.name}
+        entries.append({**image, "split": split, "sentences": sentences})
+    document = {"dataset": "tiny", "images": entries}
+    (folder / "dataset.json").write_text(json.dumps(document))
+    features = np.random.default_rng(0).random((4, IMAGES))
+    scipy.io.savemat(folder / "feats.mat", {"feats": features})
+    for command in COMMANDS:
+        if command.name in _WRITERS and call(command, folder, folder) != 0:
+            raise RuntimeError(f"{command.name} failed")
+    return folder
+
+
+def call(command: Command, project: Path, output: Path) -> int:
+    """Runs a command in this process and returns its exit code."""
+    try:
+        main(command.format(project, output))
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else 1
+    return 0
