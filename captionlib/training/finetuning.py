@@ -20,6 +20,7 @@ from captionlib.data.batches.skipped import SkippedImages
 from captionlib.data.images.loading import LoadImages, LoadingConfig, open_loader
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.shards.markers import FAILURES_FOLDER
+from captionlib.data.text.vocabulary import END
 from captionlib.errors import ConfigError
 from captionlib.models.captioners.end_to_end import ImageCaptioner
 from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner, save_captioner

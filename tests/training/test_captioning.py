@@ -9,12 +9,12 @@ import pyarrow as pa
 import pytest
 import torch
 
+from captionlib.config import load_config
 from captionlib.data.batches.captions import CaptionBatches, read_captions, read_features, read_references
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.text.vocabulary import END, Vocabulary
-from captionlib.config import load_config
 from captionlib.errors import CheckpointError, ConfigError, DatasetError, TrainingDiverged
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
 from captionlib.models.captioners.packed_sequences import pad_sentences

@@ -171,7 +171,7 @@ def test_epoch_with_a_non_finite_score_is_never_saved(tmp_path: Path) -> None:
     objective = Line()
     objective.higher_is_better = True  # NaN and infinity compare differently for each direction
     objective.errors = [float("inf")]
-    with pytest.raises(TrainingDiverged, match="finite error, got inf in epoch 1; .* holds no checkpoint yet"):
+    with pytest.raises(TrainingDiverged, match=r"finite error, got inf in epoch 1; .* holds no checkpoint yet"):
         run(objective, tmp_path)
     assert objective.saved == []
 
