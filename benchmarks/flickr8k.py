@@ -6,9 +6,9 @@
 
 DATA contains `images/`, `Flickr8k.token.txt` and the official split files. WEIGHTS is a file with VGG-16's weights, or
 one of torchvision's names. All output is kept in `--output` (default `.bench/flickr8k`). Finished steps are
-skipped, and interrupted steps resume. Each result is printed as `NAME VALUE BAR ok|short`. With several seeds, the value
-is the mean, and a line that starts with `#` gives the standard deviation and the value of each seed. The exit status is
-zero if all bars are met.
+skipped, and interrupted steps resume. Each result is printed as `NAME VALUE BAR ok|short`. With several seeds, the
+value is the mean, and a line that starts with `#` gives the standard deviation and the value of each seed. The exit
+status is zero if all bars are met.
 """
 
 import argparse

@@ -85,8 +85,8 @@ def make_optimizer(
             modules.setdefault(module if module in rates else "", []).append(parameter)
     groups = [{"params": group, "lr": rates.get(name, config.learning_rate)} for name, group in modules.items()]
     if config.optimizer == "rmsprop":
-        # Adam without momentum is RMSprop with bias correction. Without the correction, the mean square starts near zero,
-        # and the first step is 1 / sqrt(1 - decay) = 32 times as large as the learning rate.
+        # Adam without momentum is RMSprop with bias correction. Without the correction, the mean square starts near
+        # zero, and the first step is 1 / sqrt(1 - decay) = 32 times as large as the learning rate.
         return torch.optim.Adam(groups, betas=(0.0, _RMSPROP_DECAY))
     if config.optimizer == "adam":
         return torch.optim.Adam(groups)
