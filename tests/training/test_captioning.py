@@ -93,8 +93,8 @@ def test_same_seed_gives_same_weights(features: ShardedDataset, tmp_path: Path) 
 
 
 def test_rejects_split_without_captions_before_training(features: ShardedDataset, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="expected captions in split dev, got none"):
-        train(features, tmp_path / "captioner", replace(CONFIG, validation_splits=("dev",)))
+    with pytest.raises(DatasetError, match="expected captions in split test, got none"):
+        train(features, tmp_path / "captioner", replace(CONFIG, validation_splits=("test",)))
     assert not (tmp_path / "captioner" / "config.json").exists()
 
 
