@@ -35,8 +35,8 @@ __all__ = [
 
 DESCRIPTION_FILE = "_dataset.json"
 SUCCESS_FILE = "_SUCCESS"
-MARKERS_FOLDER = "_shards"
-FAILURES_FOLDER = "_failures"
+MARKERS_FOLDER = "__shards"
+FAILURES_FOLDER = "__failures"
 
 BLOCK_BYTES = 256 << 10
 """Size of the blocks of a data file that are verified one by one. Readers of one column read only its blocks."""
