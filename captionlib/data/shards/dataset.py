@@ -6,7 +6,7 @@
       __shards/part-00000.json ...    one marker per shard: a JSON file that marks it as finished
       __failures/part-00000.parquet   images of the shard that could not be read; absent if there are none
       _SUCCESS                        totals over all shards; written once all are finished
-      _update/, _update.json          new shards and journal of an update; see `captionlib.data.shards.update`
+      __update/, _update.json         new shards and journal of an update; see `captionlib.data.shards.update`
 
 Hugging Face's `datasets` ignores folders that begin with `__`, and pandas, PyArrow and Spark ignore names that begin
 with `_`, so all of them read the folder as it is. The footer of each data file contains the configuration.
