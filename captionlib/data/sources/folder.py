@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from urllib.parse import quote
 
 from captionlib.data.images.addresses import names_part_of_file
+from captionlib.data.images.formats import IMAGE_EXTENSIONS
 from captionlib.data.sources.locations import (
-    IMAGE_EXTENSIONS,
     Location,
     get_extension,
     is_glob,
