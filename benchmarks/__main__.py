@@ -16,12 +16,14 @@ BENCHMARKS = {
     "training-memory": "benchmarks.training_memory",
     "corrupt-images": "benchmarks.corrupt_images",
     "crash-recovery": "benchmarks.crash_recovery",
+    "storage-faults": "benchmarks.storage_faults",
     "repeated-bundles": "benchmarks.repeated_bundles",
     "shard-overhead": "benchmarks.shard_overhead",
     "resume": "benchmarks.resume",
     "scale": "benchmarks.scale",
     "search": "benchmarks.search",
     "serve-clients": "benchmarks.serve_clients",
+    "serve-soak": "benchmarks.serve_soak",
     "flink-throughput": "benchmarks.flink_throughput",
 }
 

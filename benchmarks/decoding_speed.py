@@ -16,7 +16,7 @@ WORDS, FEATURE_SIZE = 2500, 4096
 BATCH, SINGLES, ROUNDS = 100, 25, 7
 
 
-def build_captioner() -> Captioner:
+def build_captioner(feature_size: int = FEATURE_SIZE, words: int = WORDS) -> Captioner:
     """Builds an LSTM with random weights that takes as much work to decode as a captioner trained on Flickr8k.
 
     Captions have 10 words on average, with a standard deviation of 2.2 (trained captioner: 10.4 and 2.8). The mean
@@ -25,7 +25,7 @@ def build_captioner() -> Captioner:
     """
     torch.manual_seed(0)
     config = CaptionerConfig()
-    model = Captioner(config, FEATURE_SIZE, WORDS).eval()
+    model = Captioner(config, feature_size, words).eval()
     hidden = config.hidden_size
     with torch.no_grad():
         model.image_projection.weight.uniform_(-0.05, 0.05)

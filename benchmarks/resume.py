@@ -35,7 +35,7 @@ def prepare(folder: str) -> None:
     first = source.folder.read("part-00000.parquet")
     pending = range(0, SHARDS, EVERY)
     for dataset, shards in ((source, pending), (job.outputs[0], sorted(set(range(SHARDS)) - set(pending)))):
-        marker = replace(source.read_markers([0])[0], fingerprint=dataset.fingerprint)
+        marker = replace(source.read_markers()[0], fingerprint=dataset.fingerprint)
         markers = {
             dataset.folder.path(f"{MARKERS_FOLDER}/{part_name(shard)}.json"): to_json(
                 asdict(replace(marker, shard=shard))

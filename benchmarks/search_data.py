@@ -125,13 +125,13 @@ def _write(data: SearchData) -> None:
                 for image_id, split, caption, log_prob in zip(ids, splits, captions, log_probs, strict=True)
             ]
             writer.write(pa.RecordBatch.from_pylist(values, captions_schema()))
-        columns = [
-            pa.array(ids),
-            pa.array([f"https://example.org/{image_id}.jpg" for image_id in ids]),
-            numpy_to_vectors(data.image_vectors(rows, shard).astype(np.float16)),
-        ]
+        columns = {
+            "image_id": ids,
+            "uri": [f"https://example.org/{image_id}.jpg" for image_id in ids],
+            "embedding": numpy_to_vectors(data.image_vectors(rows, shard).astype(np.float16)),
+        }
         with write_shard(vectors, shard, rows) as writer:
-            writer.write(pa.RecordBatch.from_arrays(columns, schema=schema))
+            writer.write(pa.RecordBatch.from_pydict(columns))
     texts.finish()
     vectors.finish()
 

@@ -37,18 +37,14 @@ def write_features(folder: Path, images: int, validation: int = 20) -> ShardedDa
     for shard in range(shards):
         numbers = range(shard * _SHARD_ROWS, min((shard + 1) * _SHARD_ROWS, images))
         features = generator.standard_normal((len(numbers), FEATURE_SIZE), np.float32).astype(np.float16)
-        rows = pa.RecordBatch.from_arrays(
-            [
-                pa.array([f"{number:09d}" for number in numbers]),
-                pa.array([""] * len(numbers)),
-                pa.array(["val" if number < validation else "train" for number in numbers]),
-                pa.array(
-                    [_sample_captions(generator, words, frequencies / frequencies.sum()) for _ in numbers],
-                    pa.list_(pa.string()),
-                ),
-                numpy_to_vectors(features),
-            ],
-            schema=schema,
+        rows = pa.RecordBatch.from_pydict(
+            {
+                "image_id": [f"{number:09d}" for number in numbers],
+                "uri": [""] * len(numbers),
+                "split": ["val" if number < validation else "train" for number in numbers],
+                "captions": [_sample_captions(generator, words, frequencies / frequencies.sum()) for _ in numbers],
+                "features": numpy_to_vectors(features),
+            }
         )
         with write_shard(dataset, shard, len(numbers)) as writer:
             writer.write(rows)

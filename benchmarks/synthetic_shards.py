@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
-from captionlib.data.shards.schemas import MANIFEST_SCHEMA, features_schema
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA, add_missing_columns, features_schema
 from captionlib.data.shards.stages import ProcessRows, ReportFailure, ShardJob
 from captionlib.data.shards.writer import write_shard
 
@@ -25,13 +25,14 @@ def make_rows(shard: int, rows: int) -> pa.RecordBatch:
     """Returns the rows of a shard of a manifest."""
     first = shard * rows
     names = [f"{number:010d}" for number in range(first, first + rows)]
-    columns = [
-        pa.array(names),
-        pa.array([f"s3://bucket/images/{name}.jpg" for name in names]),
-        pa.array(["train"] * rows),
-        pa.array([["a dog on a beach"]] * rows, MANIFEST_SCHEMA.field("captions").type),
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=MANIFEST_SCHEMA)
+    columns = {
+        "image_id": names,
+        "uri": [f"s3://bucket/images/{name}.jpg" for name in names],
+        "version": ["1"] * rows,
+        "split": ["train"] * rows,
+        "captions": [["a dog on a beach"]] * rows,
+    }
+    return pa.RecordBatch.from_pydict(columns, MANIFEST_SCHEMA)
 
 
 def write_rows(folder: str | os.PathLike[str], shards: int, rows: int) -> ShardedDataset:
@@ -47,7 +48,7 @@ def write_rows(folder: str | os.PathLike[str], shards: int, rows: int) -> Sharde
 def add_features(rows: pa.RecordBatch) -> pa.RecordBatch:
     """Adds features that are all zero."""
     vectors = numpy_to_vectors(np.zeros((rows.num_rows, SIZE), np.float16))
-    return pa.RecordBatch.from_arrays([*rows.columns, vectors], schema=SCHEMA)
+    return add_missing_columns(rows.append_column("features", vectors), SCHEMA)
 
 
 @dataclass(frozen=True)

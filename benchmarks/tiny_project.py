@@ -10,9 +10,9 @@ import scipy.io
 from benchmarks.synthetic_images import write_images
 from jobs.cli import main
 
-__all__ = ["COMMANDS", "Command", "call", "create_project"]
+__all__ = ["COMMANDS", "IMAGES", "Command", "call", "create_project"]
 
-_IMAGES = 8
+IMAGES = 8
 _SHARD_SIZE = 4
 _WORDS = ("red", "green", "blue", "gray")
 _TINY_MODEL = ("hidden_size=8", "embedding_size=8")
@@ -96,7 +96,7 @@ _WRITERS = (
 
 def create_project(folder: Path) -> Path:
     """Writes the images, trains the models and runs the stages that the commands need. Returns the folder."""
-    paths = write_images(folder / "images", _IMAGES, size=64)
+    paths = write_images(folder / "images", IMAGES, size=64)
     entries = []
     for number, path in enumerate(paths):
         sentences = [{"raw": f"a {_WORDS[number % 4]} image of {word}"} for word in _WORDS[:2]]
@@ -105,7 +105,7 @@ def create_project(folder: Path) -> Path:
         entries.append({**image, "split": split, "sentences": sentences})
     document = {"dataset": "tiny", "images": entries}
     (folder / "dataset.json").write_text(json.dumps(document))
-    features = np.random.default_rng(0).random((4, _IMAGES))
+    features = np.random.default_rng(0).random((4, IMAGES))
     scipy.io.savemat(folder / "feats.mat", {"feats": features})
     for command in COMMANDS:
         if command.name in _WRITERS and call(command, folder, folder) != 0:

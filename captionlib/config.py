@@ -5,20 +5,27 @@ A configuration class is decorated with `configclass`. Field types define bounds
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 import pydantic
 import pydantic.dataclasses
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import dataclass_transform
 
-from captionlib.errors import ConfigError
+from captionlib.errors import ConfigError, suggest
 
-__all__ = ["build_config", "configclass", "describe_differences", "load_config", "parse_override", "to_dict"]
+__all__ = [
+    "build_config",
+    "configclass",
+    "describe_differences",
+    "load_config",
+    "parse_override",
+    "parse_yaml",
+    "to_dict",
+]
 
 Config = TypeVar("Config")
 
@@ -29,7 +36,7 @@ _MAX_EXTENDS = 8
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, pydantic.Field))
 def configclass(cls: type[Config]) -> type[Config]:
     """Turns a class into a frozen dataclass that validates its values against the field types."""
-    validated: Any = pydantic.dataclasses.dataclass(cls, frozen=True)
+    validated: Any = pydantic.dataclasses.dataclass(cls, frozen=True, config=ConfigDict(extra="forbid"))
     initialize = validated.__init__
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - replaces the generated method
@@ -69,9 +76,11 @@ def build_config(config_type: type[Config], values: Mapping[str, Any], origin: s
     """
     _check_keys(config_type, values, prefix="", origin=origin)
     try:
-        return TypeAdapter(config_type).validate_python(_with_defaults(config_type, values))
+        config = TypeAdapter(config_type).validate_python(_with_defaults(config_type, values))
     except ValidationError as error:
         raise ConfigError(f"{origin}: {_describe_problems(error)}") from error
+    _check_booleans(values, to_dict(config), f"{origin}: ")
+    return config
 
 
 def parse_override(override: str) -> tuple[list[str], Any]:
@@ -79,10 +88,31 @@ def parse_override(override: str) -> tuple[list[str], Any]:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {override!r}: expected key=value, such as training.epochs=5")
+    return key.strip().split("."), parse_yaml(text, f"--set {override!r}")
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """Parses YAML without aliases.
+
+    Raises:
+        ConfigError: the text is invalid; the message begins with `origin`, which names its source.
+    """
     try:
-        return key.strip().split("."), yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: {text!r} is not a YAML value: {error}") from error
+        return yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise ConfigError(f"{origin} is not YAML: nested too deeply") from error
+    except Exception as error:  # PyYAML raises various exceptions on invalid tags and values
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{origin} is not YAML: {reason}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses aliases. A few lines of aliases of aliases describe billions of values, and an alias can form a cycle."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("expected no aliases (*name), got one; write the value again")
+        return super().compose_node(parent, index)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -106,10 +136,10 @@ def _describe_problems(error: ValidationError) -> str:
 
 def _read_yaml(path: Path, depth: int = 0) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"), f"configuration {path}")
     except OSError as error:
         raise ConfigError(f"configuration {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"configuration {path} is not YAML: {error}") from error
     values = {} if values is None else values
     if not isinstance(values, dict):
@@ -145,9 +175,10 @@ def _with_defaults(config_type: Any, values: Mapping[str, Any]) -> dict[str, Any
     filled = dict(values)
     for field in dataclasses.fields(config_type):
         section, factory = values.get(field.name), field.default_factory
-        if isinstance(section, Mapping) and dataclasses.is_dataclass(field.type):
+        section_type = _section_type(field.type)
+        if isinstance(section, Mapping) and section_type is not None:
             defaults = {} if factory is dataclasses.MISSING else to_dict(factory())
-            filled[field.name] = _with_defaults(field.type, _merge(defaults, section))
+            filled[field.name] = _with_defaults(section_type, _merge(defaults, section))
     return filled
 
 
@@ -165,8 +196,27 @@ def _check_keys(config_type: Any, values: Mapping[str, Any], prefix: str, origin
     for key, value in values.items():
         if key not in known:
             names = ", ".join(prefix + name for name in known)
-            nearest = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" (did you mean {prefix}{nearest[0]}?)" if nearest else ""
+            hint = suggest(f"{prefix}{key}", [prefix + name for name in known])
             raise ConfigError(f"{origin}: unknown key {prefix}{key}{hint}; known keys: {names}")
-        if dataclasses.is_dataclass(known[key]) and isinstance(value, Mapping):
-            _check_keys(known[key], value, f"{prefix}{key}.", origin)
+        section = _section_type(known[key])
+        if section is not None and isinstance(value, Mapping):
+            _check_keys(section, value, f"{prefix}{key}.", origin)
+
+
+def _section_type(field_type: Any) -> Any | None:
+    """Returns the configuration class of a field that is a section or an optional section, or None."""
+    types = [field_type, *get_args(field_type)]
+    return next((section for section in types if dataclasses.is_dataclass(section)), None)
+
+
+def _check_booleans(given: Any, used: Any, name: str) -> None:
+    """Rejects true and false where a number is expected, and the reverse. Pydantic would convert them."""
+    if isinstance(given, Mapping) and isinstance(used, Mapping):
+        for key, value in given.items():
+            _check_booleans(value, used.get(key), f"{name}{key}.")
+    elif isinstance(given, list | tuple) and isinstance(used, list | tuple):
+        for value, other in zip(given, used, strict=False):
+            _check_booleans(value, other, name)
+    elif isinstance(given, bool) != isinstance(used, bool) and isinstance(given, int | float):
+        expected = "a number" if isinstance(given, bool) else "true or false"
+        raise ConfigError(f"{name.removesuffix('.')}: expected {expected}, got {given!r}")

@@ -4,7 +4,9 @@ CaptionlibError
 ├── ConfigError            an option or a configuration file is wrong; nothing was started
 ├── DatasetError           a folder is not a dataset of the expected kind
 │   ├── FingerprintError   the folder holds a dataset with a different fingerprint (hash of its configuration)
+│   ├── DamagedShardError  a file of a dataset was changed or damaged after it was written
 │   ├── DuplicateIdError   two images in a dataset have the same id
+│   ├── EntryError         an entry of a source, such as a row of a table, is invalid
 │   └── FailureRatioError  more images failed than the run allows
 ├── StorageError           files cannot be read or written
 ├── CheckpointError        a folder is not a checkpoint, or the checkpoint was trained with a different encoder
@@ -20,7 +22,9 @@ CaptionlibError
 Messages say what happened, what was expected, what was found instead, and what to do.
 """
 
+import difflib
 import signal
+from collections.abc import Iterable
 from typing import ClassVar
 
 __all__ = [
@@ -28,9 +32,11 @@ __all__ = [
     "CaptionlibError",
     "CheckpointError",
     "ConfigError",
+    "DamagedShardError",
     "DatasetError",
     "DecodeError",
     "DuplicateIdError",
+    "EntryError",
     "FailureRatioError",
     "FetchError",
     "FingerprintError",
@@ -40,6 +46,7 @@ __all__ = [
     "StorageError",
     "SubprocessError",
     "TrainingInterrupted",
+    "suggest",
 ]
 
 
@@ -59,8 +66,26 @@ class FingerprintError(DatasetError):
     """A folder holds a dataset with a different fingerprint (hash of its configuration)."""
 
 
+class DamagedShardError(DatasetError):
+    """A file of a dataset is missing, or was changed or damaged after it was written."""
+
+
 class DuplicateIdError(DatasetError):
     """Two images in a dataset have the same id."""
+
+
+class EntryError(DatasetError):
+    """An entry of a source, such as a row of a table, is invalid.
+
+    Attributes:
+        reason: short category under which the entry is counted if it is skipped, such as `invalid url`.
+        problem: location of the entry, expected value and actual value.
+    """
+
+    def __init__(self, reason: str, problem: str) -> None:
+        super().__init__(f"{problem}; correct or remove the entry")
+        self.reason = reason
+        self.problem = problem
 
 
 class FailureRatioError(DatasetError):
@@ -105,7 +130,7 @@ class ImageError(CaptionlibError):
     """An image cannot be read.
 
     Attributes:
-        reason: short category under which the failure is counted, such as `HTTP 404` or `Truncated`.
+        reason: short category under which the failure is counted, such as `NotFound` or `Truncated`.
         stage: step that failed: `fetch` or `decode`, or `image` if the subclass does not define one.
     """
 
@@ -129,3 +154,9 @@ class DecodeError(ImageError):
     """The bytes cannot be decoded as an image."""
 
     stage = "decode"
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Returns ` (did you mean ...?)` with the known name that is most similar to `name`, or an empty string."""
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {nearest[0]}?)" if nearest else ""

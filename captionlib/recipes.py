@@ -1,9 +1,8 @@
 """Finds recipes: built-in configurations in YAML that are installed with the package and selected by name."""
 
-import difflib
 from pathlib import Path
 
-from captionlib.errors import ConfigError
+from captionlib.errors import ConfigError, suggest
 
 __all__ = ["find_recipe", "list_recipes", "recipes_folder"]
 
@@ -24,20 +23,27 @@ def list_recipes(command: str | None = None) -> dict[str, Path]:
     return {str(file.relative_to(folder).with_suffix("").as_posix()): file for file in files}
 
 
-def find_recipe(name: str, command: str) -> Path:
-    """Returns the file if `name` is a path, or else the recipe with this short name (for `command`) or full name.
+def find_recipe(name: str, command: str | None = None) -> Path:
+    """Returns the file if `name` is a path, or else the recipe with this full name or short name.
+
+    If `command` is None, the short name must be unique among the recipes of all commands.
 
     Raises:
-        ConfigError: no file or recipe has this name.
+        ConfigError: no file or recipe has this name, or several recipes do.
     """
     if Path(name).is_file():
         return Path(name)
-    short, full = list_recipes(command), list_recipes()
-    if recipe := short.get(name) or full.get(name):
-        return recipe
-    nearest = difflib.get_close_matches(name, [*short, *full], n=1)
-    hint = f" (did you mean {nearest[0]}?)" if nearest else ""
-    known = ", ".join(short) or "none"
+    recipes = list_recipes()
+    if command is None:
+        short_names = {recipe: recipe.rpartition("/")[2] for recipe in recipes}
+    else:
+        short_names = {f"{command}/{recipe}": recipe for recipe in list_recipes(command)}
+    matches = [recipe for recipe in recipes if name in (recipe, short_names.get(recipe))]
+    if len(matches) > 1:
+        raise ConfigError(f"{name} is the name of {len(matches)} recipes; use one of {', '.join(matches)}")
+    if matches:
+        return recipes[matches[0]]
     raise ConfigError(
-        f"{name} is neither a file nor a recipe of {command}{hint}; recipes: {known}; `captionlib recipes` lists all"
+        f"{name} is neither a file nor a recipe{f' of {command}' if command else ''}"
+        f"{suggest(name, [*short_names.values(), *recipes])}; `captionlib recipes` lists all recipes"
     )

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from captionlib.config import load_config
+from captionlib.data.sources.folder import find_images
 from captionlib.evaluation.encoder_views import build_encoder_view
 from captionlib.evaluation.predictions import Prediction
 from captionlib.evaluation.report import write_report
@@ -40,7 +41,7 @@ def command(
     overrides: tuple[str, ...],
     device: str,
 ) -> None:
-    """Print captions of IMAGES, which are paths or URLs, with the probability of each caption.
+    """Print captions of IMAGES, with the probability of each caption. IMAGES are paths, URLs, folders or globs.
 
     With --report, the command also writes an HTML page of images and captions. The page shows the attention map of each
     word if the captioner (a trained captioning model) has attention.
@@ -49,13 +50,14 @@ def command(
     Examples:
       captionlib caption image.jpg -c captioner
       captionlib caption *.jpg https://example.org/cat.png -c captioner --n-best 3
-      captionlib caption image.jpg -c captioner --report page
+      captionlib caption images/ -c captioner --report page
     """
     settings = load_config(GenerationConfig, config, [*overrides, f"decoding.n_best={n_best}"])
+    uris = [uri for image in images for uri in find_images(image)]
     captioner = load_captioner(checkpoint, device)
     if report is not None and captioner.model.attention is not None:
         settings = replace(settings, attention_maps=True)
-    rows, failures = caption_images(images, checkpoint, settings, weights=weights, device=device, captioner=captioner)
+    rows, failures = caption_images(uris, checkpoint, settings, weights=weights, device=device, captioner=captioner)
     for row in rows:
         click.echo(json.dumps(row, ensure_ascii=False) if as_json else _format_row(row))
     for uri, error in failures:

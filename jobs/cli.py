@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from captionlib import __version__
-from captionlib.errors import CaptionlibError, TrainingInterrupted
+from captionlib.errors import CaptionlibError, TrainingInterrupted, suggest
 
 __all__ = ["captionlib", "main"]
 
@@ -47,6 +47,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "activations": "Write a web page of a network's activations.",
     },
     "Search": {
+        "deduplicate": "Group copies and near-duplicates of images.",
         "build-index": "Index captions and embeddings for search.",
         "query": "Search by words, meaning, image or SQL.",
         "serve": "Serve an index as a web application and JSON API.",
@@ -76,6 +77,14 @@ class LazyGroup(click.Group):
         command: click.Command = importlib.import_module(f"jobs.{cmd_name.replace('-', '_')}").command
         command.name = cmd_name
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        names = self.list_commands(ctx)
+        if args[0] not in names and not args[0].startswith("-"):
+            ctx.fail(f"No such command {args[0]!r}{suggest(args[0], names)}.")
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

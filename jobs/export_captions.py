@@ -23,7 +23,7 @@ __all__ = ["command"]
     help="coco is for COCO's evaluation server. auto selects neuraltalk for result_struct.json, otherwise coco.",
 )
 @click.option(
-    "--manifest", "-m", metavar="FOLDER", help="The manifest (list of images) with the references, for neuraltalk."
+    "--manifest", "-m", metavar="FOLDER", help="The manifest, or features, with the references, for neuraltalk."
 )
 @click.option("--split", "splits", multiple=True, metavar="NAME", help="Export this split only. Repeatable.")
 def command(

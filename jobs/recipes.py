@@ -1,14 +1,12 @@
 """`captionlib recipes`."""
 
-import difflib
 import re
 from itertools import groupby, takewhile
 from pathlib import Path
 
 import click
 
-from captionlib.errors import ConfigError
-from captionlib.recipes import list_recipes
+from captionlib.recipes import find_recipe, list_recipes
 
 __all__ = ["command"]
 
@@ -29,26 +27,13 @@ def command(name: str | None) -> None:
       captionlib train-captioner features -o captioner --config talk-lstm
     """
     if name is not None:
-        click.echo(_find(name).read_text(encoding="utf-8"), nl=False)
+        click.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
         return
     formatter = click.HelpFormatter(width=110)
     for folder, group in groupby(list_recipes().items(), key=lambda recipe: recipe[0].rpartition("/")[0]):
         with formatter.section(folder):
             formatter.write_dl([(f"{recipe.rpartition('/')[2]:<22}", _read_summary(path)) for recipe, path in group])
     click.echo(formatter.getvalue().strip())
-
-
-def _find(name: str) -> Path:
-    """Returns the path of a recipe. The command prefix of the name is optional if the rest is unique."""
-    recipes = list_recipes()
-    matches = [recipe for recipe in recipes if name in (recipe, recipe.rpartition("/")[2])]
-    if not matches:
-        nearest = difflib.get_close_matches(name, recipes, n=1, cutoff=0.4)
-        hint = f" (did you mean {nearest[0]}?)" if nearest else ""
-        raise ConfigError(f"{name} is not a recipe{hint}; `captionlib recipes` lists all recipes")
-    if len(matches) > 1:
-        raise ConfigError(f"{name} is the name of {len(matches)} recipes; use one of {', '.join(matches)}")
-    return recipes[matches[0]]
 
 
 def _read_summary(path: Path) -> str:

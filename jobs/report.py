@@ -19,7 +19,7 @@ __all__ = ["command"]
 @click.command()
 @click.argument("captions")
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The folder to write. Its page is index.html.")
-@click.option("--manifest", "-m", metavar="FOLDER", help="The manifest (list of images) with the references.")
+@click.option("--manifest", "-m", metavar="FOLDER", help="The manifest, or features, with the references.")
 @click.option("--split", "splits", multiple=True, metavar="NAME", help="Show this split only. Repeatable.")
 @click.option("--checkpoint", "-c", metavar="FOLDER", help="Folder of the captioner, to show its training curves.")
 @click.option("--images", metavar="FOLDER", help="The folder that image paths are relative to.")

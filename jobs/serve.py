@@ -2,21 +2,25 @@
 
 import json
 import os
+import resource
 import socket
 from typing import Any
 
 import click
 
-from captionlib.config import build_config, to_dict
+from captionlib.config import build_config, load_config, to_dict
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.search.index_folder import DESCRIPTION, user_cache_folder
 from captionlib.serving.config import ServingConfig
 from captionlib.storage.folders import Folder
-from jobs.options import device_option, weights_option
+from jobs.options import config_options, device_option, weights_option
 
 __all__ = ["command", "listen"]
 
 _APP_CONFIG = "CAPTIONLIB_APP_CONFIG"
+_MAX_HEADER_BYTES = 2**17  # an image id in a URL can be long
+_MAX_OPEN_FILES = 4096  # connections, images and pipes; many systems allow only 1024 by default
+_SHUTDOWN_SECONDS = 5
 
 
 @click.command()
@@ -45,6 +49,7 @@ _APP_CONFIG = "CAPTIONLIB_APP_CONFIG"
     is_flag=True,
     help="Also fetch images from URLs on loopback, link-local and private networks.",
 )
+@config_options
 @device_option
 def command(
     index: str,
@@ -59,6 +64,8 @@ def command(
     thumbnails: str | None,
     max_upload: int,
     allow_private_hosts: bool,
+    config: str | None,
+    overrides: tuple[str, ...],
     device: str,
 ) -> None:
     """Serve INDEX as a web application with a JSON API.
@@ -71,13 +78,14 @@ def command(
     \b
     Examples:
       captionlib serve index
-      captionlib serve index --ranker ranker --captioner captioner
+      captionlib serve index --ranker ranker --captioner captioner --set decoding.beam_width=10
       captionlib serve s3://bucket/index --workers 4 --port 9000
       captionlib serve index --host 0.0.0.0 --name images.example.org
     """
     import uvicorn
     from uvicorn.supervisors import Multiprocess
 
+    from captionlib.serving.connections import LimitedConnection
     from captionlib.serving.startup import AppConfig
 
     if not Folder(index).exists(DESCRIPTION):
@@ -95,27 +103,50 @@ def command(
     if host not in ("127.0.0.1", "::1", "localhost"):
         click.echo(f"Listening on {host}: anyone who can connect can view the images in the index.", err=True)
         click.echo(f"Host names: {', '.join(serving.allowed_hosts)}. Add others with --name.", err=True)
-    app_config = AppConfig(index, folder, ranker, captioner, weights, sentences, device, serving)
+    generation = _load_generation(captioner, config, overrides)
+    app_config = AppConfig(index, folder, ranker, captioner, weights, sentences, generation, device, serving)
     os.environ[_APP_CONFIG] = json.dumps(to_dict(app_config))
+    _raise_file_limit()
     with listen(host, port) as listening:
         # With several workers, this call reports errors once, and copies a remote index once.
         app = create()
-        config = uvicorn.Config(
+        server = uvicorn.Config(
             app if workers == 1 else "jobs.serve:create",
             factory=workers > 1,
             workers=workers,
             server_header=False,
-            limit_concurrency=1000,
-            timeout_keep_alive=15,
+            http=LimitedConnection,
+            ws="none",
+            h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+            timeout_keep_alive=int(LimitedConnection.headers_timeout_seconds),
+            timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
             log_level="warning",
             access_log=False,
         )
         click.echo(f"Serving {index} at http://{url_host}:{port}/. Press Ctrl-C to stop.")
         if workers == 1:
-            uvicorn.Server(config).run([listening])
+            uvicorn.Server(server).run([listening])
         else:
             del app
-            Multiprocess(config, [listening]).run()
+            Multiprocess(server, [listening]).run()
+
+
+def _load_generation(captioner: str | None, config: str | None, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the values of the configuration of captions for uploaded images."""
+    if captioner is None:
+        if config is not None or overrides:
+            raise click.UsageError("--config and --set configure the captions of uploaded images; add --captioner.")
+        return {}
+    from captionlib.models.inference.captioning import GenerationConfig  # imports torch, which takes seconds
+
+    return to_dict(load_config(GenerationConfig, config, overrides))
+
+
+def _raise_file_limit() -> None:
+    limit, maximum = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY and limit < _MAX_OPEN_FILES:
+        allowed = _MAX_OPEN_FILES if maximum == resource.RLIM_INFINITY else min(_MAX_OPEN_FILES, maximum)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, maximum))
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -59,4 +59,4 @@ def embed_images(
     encoder = resolve_encoder(dataset, loaded_ranker, weights, driver_device, run.threads_per_worker)
     embeddings = create_embeddings_dataset(output, dataset, loaded_ranker, run.overwrite)
     stage = ImageEmbedding(config, pinned_ranker, encoder, worker_device, run.threads_per_worker)
-    return run_job(ShardJob(dataset, (embeddings,), stage, run.retry_failures), "embed", run)
+    return run_job(ShardJob(dataset, (embeddings,), stage, run.retry_failures, run.verify), "embed", run)

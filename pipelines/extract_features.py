@@ -54,9 +54,9 @@ def extract_features(
         output,
         "features",
         features_schema(encoder.size, config.encoder.stored_dtype),
-        config={"input": source.fingerprint, "encoder": encoder.description},
-        shards=source.shards,
+        config={"encoder": encoder.description},
+        source=source,
         overwrite=run.overwrite,
     )
     stage = FeatureExtraction(config, encoder.description, worker_device, run.threads_per_worker)
-    return run_job(ShardJob(source, (features,), stage, run.retry_failures), "extract-features", run)
+    return run_job(ShardJob(source, (features,), stage, run.retry_failures, run.verify), "extract-features", run)

@@ -81,7 +81,6 @@ def generate_captions(
         "captions",
         captions_schema(positions),
         config={
-            "input": dataset.fingerprint,
             "captioner": captioner.fingerprint,
             "encoder": captioner.encoder,
             "decoding": to_dict(config.decoding),
@@ -89,7 +88,7 @@ def generate_captions(
             "attention_maps": config.attention_maps,
             "datastore": datastore,
         },
-        shards=dataset.shards,
+        source=dataset,
         overwrite=run.overwrite,
     )
     outputs = [captions]
@@ -98,4 +97,4 @@ def generate_captions(
     stage = CaptionGeneration(
         config, pinned_captioner, encoder, worker_device, run.threads_per_worker, pinned_ranker, datastore
     )
-    return run_job(ShardJob(dataset, tuple(outputs), stage, run.retry_failures), "generate-captions", run)
+    return run_job(ShardJob(dataset, tuple(outputs), stage, run.retry_failures, run.verify), "generate-captions", run)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, cast
+from urllib.error import URLError
 
 import apache_beam as beam
 import grpc
@@ -63,6 +64,7 @@ class RunConfig:
         max_failure_ratio: largest allowed fraction of failed images. It is checked after all shards are written. If
             None, the run fails only if all images failed.
         retry_failures: process the failed images of finished shards (dataset files) again.
+        verify: verify the checksums of finished shards, and process damaged ones again.
         overwrite: replace an output with a different configuration.
         progress: show a progress bar.
         accelerator: Beam's resource hint for a GPU in each worker. If set, models run on that GPU only.
@@ -72,6 +74,7 @@ class RunConfig:
     beam_options: tuple[str, ...] = ()
     max_failure_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
     retry_failures: bool = False
+    verify: bool = False
     overwrite: bool = False
     progress: bool = True
     accelerator: str | None = None
@@ -114,9 +117,12 @@ def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
         FailureRatioError: more images failed than `run` allows. All shards are written nevertheless.
     """
     _, options = choose_runner(run)  # checks the options before any dataset is changed
+    name = options.view_as(StandardOptions).runner
+    if run.progress and name in _IN_PROCESS - {None, "FnApiRunner"}:
+        print(f"{label}: runs in Beam's FnApiRunner in this process, which replaces {name}", file=sys.stderr)
     if pending := job.pending_shards():
         job.mark_incomplete()
-        with show_progress(job.source, job.outputs[0], label, run.progress):
+        with show_progress(job, label, run.progress):
             run_pipeline(ProcessShards(job, pending, run.max_failure_ratio, run.accelerator), label, run)
         if options.view_as(TestOptions).dry_run:
             return job.outputs[0].compute_totals()
@@ -182,6 +188,11 @@ def _find_cause(error: BaseException, runner: str, label: str) -> BaseException:
     for raised in chain:
         if isinstance(raised, KeyboardInterrupt):
             return KeyboardInterrupt()
+        if _is_download_error(raised):
+            return RunnerError(
+                f"{runner} could not be downloaded: {raised}; expected access to Beam's releases; download the file "
+                "elsewhere and pass --flink_job_server_jar, --spark_job_server_jar or --prism_location"
+            )
         if isinstance(raised, CaptionlibError | OSError) and not hasattr(raised, _BEAM_COPY):
             return raised
     text = str(error) or type(error).__name__
@@ -194,6 +205,11 @@ def _find_cause(error: BaseException, runner: str, label: str) -> BaseException:
         f"{runner} did not finish {label}: {reason}; see the runner's logs. Run the same command again to resume; "
         "finished shards are kept"
     )
+
+
+def _is_download_error(error: BaseException) -> bool:
+    """Returns whether Beam could not download a runner. Beam's messages say so, or the error comes from urllib."""
+    return isinstance(error, URLError) or str(error).startswith(("Unable to fetch", "Unable to download"))
 
 
 def choose_runner(run: RunConfig) -> tuple[PipelineRunner, PipelineOptions]:

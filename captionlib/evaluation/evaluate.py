@@ -8,7 +8,6 @@ from typing import Any
 
 from captionlib.config import to_dict
 from captionlib.data.batches.captions import read_references
-from captionlib.data.shards.dataset import open_dataset
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.evaluation.bootstrap import BootstrapConfig, Scores
 from captionlib.evaluation.caption_scores import WITHOUT_JAVA, score_captions
@@ -16,7 +15,7 @@ from captionlib.evaluation.diversity import NOVEL, count_diversity, measure_capt
 from captionlib.evaluation.java import has_java
 from captionlib.evaluation.metrics import Metric
 from captionlib.evaluation.perplexity import measure_perplexity
-from captionlib.evaluation.predictions import Prediction, find_images_without_caption, load_predictions
+from captionlib.evaluation.predictions import Prediction, find_images_without_caption, load_predictions, open_references
 
 __all__ = ["TRAIN_SPLITS", "Evaluation", "evaluate_captions", "evaluate_predictions"]
 
@@ -83,7 +82,7 @@ def evaluate_captions(
 
     Args:
         source: a captions dataset, COCO's results JSON, or NeuralTalk's `result_struct.json`.
-        manifest: the dataset that lists the images and their references; optional if the source contains references.
+        manifest: the dataset with the references, a manifest or features; optional if the source contains references.
         splits: the splits to evaluate. If empty, all splits are evaluated.
         train_splits: the splits that the captioner was trained on. A caption is novel if it is not a reference there.
         checkpoint: folder of the captioner, to compute the perplexity of the references; requires `features`.
@@ -103,7 +102,7 @@ def evaluate_captions(
     notes: list[str] = []
     predictions = _sort(load_predictions(source, manifest, splits))
     if manifest is not None:
-        dataset = open_dataset(manifest, "manifest").require_complete()
+        dataset = open_references(manifest)
         training_references = chain.from_iterable(read_references(dataset, train_splits))
         missing, count = find_images_without_caption(predictions, dataset, splits)
         if missing:

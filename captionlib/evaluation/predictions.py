@@ -21,6 +21,7 @@ from captionlib.data.sources.values import (
     parse_optional,
     parse_text,
 )
+from captionlib.data.splits import expand_splits
 from captionlib.errors import DatasetError
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "is_dataset",
     "join_references",
     "load_predictions",
+    "open_references",
     "read_predictions",
     "select_splits",
     "to_coco_results",
@@ -78,7 +80,7 @@ def load_predictions(
 
     Args:
         source: a captions dataset or a JSON file; see `read_predictions`.
-        manifest: the dataset that lists the images and their references. If None, the source's references are kept.
+        manifest: the dataset with the references, a manifest or features. If None, the source's references are kept.
         splits: the splits to select. If empty, all splits are selected.
 
     Raises:
@@ -86,7 +88,7 @@ def load_predictions(
     """
     predictions = read_predictions(source)
     if manifest is not None:
-        predictions = join_references(predictions, open_dataset(manifest, "manifest").require_complete())
+        predictions = join_references(predictions, open_references(manifest))
     return select_splits(predictions, splits, os.fspath(source))
 
 
@@ -170,6 +172,21 @@ def _parse_caption(entry: Mapping[str, Any], field: str, origin: str) -> str:
     return value
 
 
+def open_references(address: str | os.PathLike[str]) -> ShardedDataset:
+    """Opens a complete dataset with references: a manifest, or features, which contain the columns of their manifest.
+
+    Raises:
+        DatasetError: the dataset is incomplete, or contains no references.
+    """
+    dataset = open_dataset(address).require_complete()
+    if "captions" not in dataset.schema.names:
+        raise DatasetError(
+            f"{dataset.folder.uri}: expected a dataset with references (manifest or features), got {dataset.kind}; "
+            "use the output of prepare, extract-features or import-features"
+        )
+    return dataset
+
+
 def join_references(predictions: Iterable[Prediction], manifest: ShardedDataset) -> list[Prediction]:
     """Adds the uri, split and references from the manifest to predictions for images that the manifest lists."""
     by_id = {prediction.image_id: prediction for prediction in predictions}
@@ -198,7 +215,7 @@ def find_images_without_caption(
         The ids of these images, and the number of all images with references in these splits.
     """
     predicted = {prediction.image_id: prediction.split for prediction in predictions}
-    searched = set(splits or predicted.values())
+    searched = expand_splits(splits or predicted.values())
     missing, count = [], 0
     for shard in range(manifest.shards):
         for rows in manifest.read_batches(shard, ["image_id", "split", "captions"]):
@@ -216,7 +233,8 @@ def select_splits(predictions: Sequence[Prediction], splits: Sequence[str], sour
     Raises:
         DatasetError: no prediction is in these splits.
     """
-    selected = [prediction for prediction in predictions if not splits or prediction.split in splits]
+    names = expand_splits(splits)
+    selected = [prediction for prediction in predictions if not splits or prediction.split in names]
     if not selected:
         known = ", ".join(sorted({prediction.split or "(none)" for prediction in predictions})) or "none"
         raise DatasetError(f"{source}: no captions in split {' or '.join(splits) or '(any)'}; its splits are {known}")

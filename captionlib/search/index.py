@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 from cachetools import LRUCache
 
+from captionlib.data.sources.values import is_unicode
+from captionlib.data.splits import expand_splits
 from captionlib.errors import CaptionlibError, CheckpointError, DatasetError, QueryError
 from captionlib.search.index_folder import DESCRIPTION, IndexDescription, fetch_locally, read_description
 from captionlib.search.rows import CandidateStore, RowStore
@@ -52,7 +54,8 @@ class Filter:
 
     def to_sql(self) -> tuple[str, list[Any]]:
         """Returns the filter as one SQL condition and its parameters."""
-        parameters = {"split = ?": self.split, "log_prob >= ?": self.min_log_prob}
+        splits = None if self.split is None else sorted(expand_splits([self.split]))
+        parameters = {"list_contains(?, split)": splits, "log_prob >= ?": self.min_log_prob}
         set_parameters = {sql: value for sql, value in parameters.items() if value is not None}
         where = [f"(\n{self.where}\n)"] if self.where is not None else []
         return " AND ".join([*where, *set_parameters]), list(set_parameters.values())
@@ -129,7 +132,7 @@ class Index:
         self._failure = ""
         self._checked = time.monotonic()
         self._state = self._read_state()
-        self._version = self._open_newest()
+        self._version = self._open(self._read_description())
 
     def __len__(self) -> int:
         return self.description.captions_count
@@ -151,7 +154,7 @@ class Index:
     def pin(self) -> "Index":
         """Returns an index that stays at the newest version, for several searches that must agree."""
         if self._refresh_seconds is not None and time.monotonic() >= self._checked + self._refresh_seconds:
-            self._try_refresh()
+            self.try_refresh()
         pinned = copy.copy(self)
         pinned._refresh_seconds = None
         return pinned
@@ -168,7 +171,7 @@ class Index:
         with self._refresh_lock:
             return self._refresh()
 
-    def _try_refresh(self) -> None:
+    def try_refresh(self) -> None:
         """Refreshes the index, unless another thread does. If it fails, logs a warning and keeps the open version."""
         if not self._refresh_lock.acquire(blocking=False):
             return
@@ -187,9 +190,11 @@ class Index:
         state = self._read_state()
         if state == self._state:
             return False
-        version = self._open_newest()
-        has_changed = version.description.created != self.description.created
-        self._version, self._state = version, state
+        description = self._read_description()
+        has_changed = description.created != self.description.created
+        if has_changed:
+            self._version = self._open(description)
+        self._state = state
         return has_changed
 
     def _read_state(self) -> str:
@@ -198,9 +203,8 @@ class Index:
         except (FileNotFoundError, NotADirectoryError):
             return ""
 
-    def _open_newest(self) -> _Version:
-        """Opens the newest version, and begins again if builds publish newer versions and remove its files."""
-        description = self._read_description()
+    def _open(self, description: IndexDescription) -> _Version:
+        """Opens a version, or a newer one if builds have removed its files in the meantime."""
         while True:
             try:
                 return _Version(description, fetch_locally(self._folder, description, self._cache))
@@ -397,6 +401,8 @@ class Index:
         self._require_vectors()
         if not sentence.strip():
             raise QueryError("sentence: expected words, got none")
+        if not is_unicode(sentence):
+            raise QueryError(f"sentence: expected valid Unicode, got {sentence!a:.200}; remove the lone surrogates")
         if self._ranker is None:
             raise QueryError("searching by sentence requires the ranker that computed the embeddings; specify `ranker`")
         if not self._ranker.has_known_word(sentence):

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from rich.cells import cell_len, set_cell_size
@@ -18,15 +19,24 @@ OutputFormat = Literal["table", "csv", "jsonl", "parquet"]
 
 _GAP = "  "
 _MIN_WIDTH = 8
+_FORMULA = r"^'*[=+\-@\t\r\n]"
 
 
 def write_output(
-    rows: pa.RecordBatchReader, sink: BinaryIO, output_format: OutputFormat, width: int | None = None
+    rows: pa.RecordBatchReader,
+    sink: BinaryIO,
+    output_format: OutputFormat,
+    width: int | None = None,
+    escape_formulas: bool = True,
 ) -> int:
-    """Writes rows as they arrive and returns their number. Only one batch is kept in memory.
+    r"""Writes rows as they arrive and returns their number. Only one batch is kept in memory.
 
     `table` aligns columns by the first batch and truncates values to fit a terminal of `width` characters. If `width`
     is None, values are not truncated. `csv` writes nested values as JSON, and `jsonl` writes one object per row.
+
+    In CSV, a text that a spreadsheet would execute as a formula, because it begins with `=`, `+`, `-`, `@`, a tab or a
+    line break, gets the prefix `'`, unless `escape_formulas` is False. So does such a text that already begins with
+    `'`. Removing one `'` from each text that matches `^'+[=+\-@\t\r\n]` therefore restores all values.
     """
     count = 0
 
@@ -41,7 +51,7 @@ def write_output(
             for batch in count_rows():
                 writer.write_batch(batch)
     elif output_format == "csv":
-        _write_csv(rows.schema, count_rows(), sink)
+        _write_csv(rows.schema, count_rows(), sink, escape_formulas)
     elif output_format == "jsonl":
         _write_json_lines(rows.schema, count_rows(), sink)
     else:
@@ -49,17 +59,22 @@ def write_output(
     return count
 
 
-def _write_csv(schema: pa.Schema, batches: Iterable[pa.RecordBatch], sink: BinaryIO) -> None:
-    schema = pa.schema([field.with_type(pa.string()) if _needs_json(field.type) else field for field in schema])
-    with pa_csv.CSVWriter(sink, schema) as writer:
+def _write_csv(schema: pa.Schema, batches: Iterable[pa.RecordBatch], sink: BinaryIO, escape_formulas: bool) -> None:
+    def convert(column: pa.Array) -> pa.Array:
+        if _needs_json(column.type):
+            return pa.array([_to_json(value) for value in _to_plain(column)], pa.string())
+        column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+        return _escape_formulas(column) if escape_formulas and pa.types.is_string(column.type) else column
+
+    names = convert(pa.array(schema.names, pa.string())).to_pylist()
+    empty = [convert(pa.array([], field.type)) for field in schema]
+    with pa_csv.CSVWriter(sink, pa.schema(zip(names, (column.type for column in empty), strict=True))) as writer:
         for batch in batches:
-            columns = [
-                pa.array([_to_json(value) for value in _to_plain(column)], pa.string())
-                if _needs_json(column.type)
-                else column
-                for column in batch.columns
-            ]
-            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
+            writer.write_batch(pa.RecordBatch.from_arrays([convert(column) for column in batch.columns], names))
+
+
+def _escape_formulas(texts: pa.Array) -> pa.Array:
+    return pc.if_else(pc.match_substring_regex(texts, _FORMULA), pc.binary_join_element_wise("'", texts, ""), texts)
 
 
 def _write_json_lines(schema: pa.Schema, batches: Iterable[pa.RecordBatch], sink: BinaryIO) -> None:

@@ -14,6 +14,8 @@ import pyarrow as pa
 import tantivy
 from tantivy import Filter, Occur, Query
 
+from captionlib.data.sources.values import is_unicode
+from captionlib.data.splits import expand_splits
 from captionlib.errors import DatasetError, QueryError
 from captionlib.search.vector_index import Hits, RowNumbers
 
@@ -169,7 +171,7 @@ class TextIndex:
     def _restrict(self, query: Query, split: str | None, min_log_prob: float | None) -> Query:
         conditions = []
         if split is not None:
-            conditions.append(Query.term_query(self._schema, "split", split, "basic"))
+            conditions.append(Query.term_set_query(self._schema, "split", sorted(expand_splits([split]))))
         if min_log_prob is not None:
             kind = tantivy.FieldType.Float
             conditions.append(Query.range_query(self._schema, "log_prob", kind, lower_bound=float(min_log_prob)))
@@ -179,6 +181,8 @@ class TextIndex:
         return Query.boolean_query([(Occur.Must, query), *unscored])
 
     def _parse(self, query: str) -> Query:
+        if not is_unicode(query):
+            raise QueryError(f"text: expected valid Unicode, got {query!a:.200}; remove the lone surrogates")
         clauses = list(self._parse_clauses(query))
         if not clauses:
             raise QueryError(f"text: expected words to search for, got {query!r}; stop words such as `the` are ignored")

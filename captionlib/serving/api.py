@@ -3,6 +3,7 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, File, HTTPException, Path as PathParameter, Query, Request, Response, UploadFile
+from starlette.concurrency import run_in_threadpool
 
 from captionlib import __version__
 from captionlib.errors import ImageError
@@ -16,8 +17,9 @@ from captionlib.serving.responses import (
 )
 from captionlib.serving.service import MAX_OFFSET, MAX_QUERY_CHARACTERS, MAX_RESULTS, SearchService
 from captionlib.serving.thumbnails import Thumbnails, ThumbnailSize
+from captionlib.serving.uploads import Uploads
 
-__all__ = ["ImageId", "Service", "ThumbnailStore", "read_state", "router"]
+__all__ = ["ImageId", "Service", "ThumbnailStore", "UploadQueue", "read_state", "router"]
 
 _THUMBNAIL_HEADERS = {"Cache-Control": "private, max-age=86400"}
 
@@ -34,9 +36,16 @@ def read_state(name: str) -> Any:
     return Depends(read)
 
 
-Service = Annotated[SearchService, read_state("service")]
+async def _pin_service(request: Request) -> SearchService:
+    """Returns the service of a request, which sees one version of the index."""
+    service: SearchService = request.app.state.service
+    return service.pin()
+
+
+Service = Annotated[SearchService, Depends(_pin_service)]
 ThumbnailStore = Annotated[Thumbnails, read_state("thumbnails")]
-ImageId = Annotated[str, Query(alias="id", max_length=4096, description="Id of the image; must match exactly.")]
+UploadQueue = Annotated[Uploads, read_state("uploads")]
+ImageId = Annotated[str, Query(alias="id", description="Id of the image; must match exactly.")]
 
 router = APIRouter()
 
@@ -46,7 +55,7 @@ def _describe_errors(*status_codes: int) -> dict[int | str, dict[str, Any]]:
 
 
 @router.get("/health", summary="Report the state of the application")
-def get_health(service: Service) -> HealthResponse:
+async def get_health(service: Service) -> HealthResponse:
     description = service.index.description
     return HealthResponse(
         version=__version__,
@@ -95,12 +104,15 @@ def get_image(service: Service, image_id: ImageId) -> ImageResponse:
 @router.post(
     "/api/image-search",
     summary="Caption an uploaded image, rank the configured sentences for it, and find similar images",
-    responses=_describe_errors(400, 404, 413, 503),
+    responses=_describe_errors(400, 404, 408, 413, 503),
 )
-def search_by_image(
-    service: Service, image: Annotated[UploadFile, File(description="An image file.")]
+async def search_by_image(
+    request: Request,
+    service: Service,
+    uploads: UploadQueue,
+    image: Annotated[UploadFile, File(description="An image file.")],
 ) -> ImageSearchResponse:
-    return service.search_by_image(image.file.read())
+    return await uploads.process(request, lambda: service.search_by_image(image.file.read()))
 
 
 @router.get(
@@ -113,15 +125,18 @@ def search_by_image(
         503: {"model": ErrorResponse},
     },
 )
-def get_thumbnail(
+async def get_thumbnail(
     request: Request,
     service: Service,
     thumbnails: ThumbnailStore,
-    size: Annotated[ThumbnailSize, PathParameter(description="small: 256 x 256 crop; large: nearly the whole image.")],
+    size: Annotated[
+        ThumbnailSize, PathParameter(description="small: 256 x 256 crop; large: the whole image, of up to 1280 pixels.")
+    ],
     image_id: ImageId,
 ) -> Response:
     try:
-        content = thumbnails.get(service.get_image_uri(image_id), size)
+        uri = await run_in_threadpool(service.get_image_uri, image_id)
+        content = await thumbnails.get(uri, size)
     except ImageError as error:  # its message may contain the URI of the image, which is private
         if request.headers.get("accept", "").startswith("image/"):  # an <img> element
             return Response(_PLACEHOLDER_SVG, 404, media_type="image/svg+xml")

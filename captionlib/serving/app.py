@@ -1,26 +1,33 @@
 """Assembles the web application from routes, limits and error handlers."""
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
+from anyio.to_thread import current_default_thread_limiter
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.staticfiles import StaticFiles
 
 from captionlib import __version__
 from captionlib.errors import BusyError, ImageError, QueryError
 from captionlib.serving import api, pages
-from captionlib.serving.middleware import BodySizeLimit, SecurityHeaders
+from captionlib.serving.middleware import RequestLimits, SecurityHeaders
 from captionlib.serving.service import SearchService
 from captionlib.serving.thumbnails import Thumbnails
+from captionlib.serving.uploads import Uploads
 
 __all__ = ["create_app"]
 
+_CLIENT_CLOSED_REQUEST = 499  # nginx's status for clients that disconnect; nobody receives it
+_PAGE_THREADS = 8
+_RETRY_SECONDS = "5"
 _FORM_BYTES = 2**16  # upper bound for the part of an upload that is not the image
 
 
@@ -28,10 +35,13 @@ def create_app(service: SearchService, thumbnail_folder: Path) -> FastAPI:
     """Creates the web application, which stores thumbnails in `thumbnail_folder`."""
     config = service.config
     thumbnails = Thumbnails(thumbnail_folder, config)
+    uploads = Uploads(config)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        with thumbnails, service:
+        # Pages and searches need a CPU all the time, so more threads would only delay each other and `/health`.
+        current_default_thread_limiter().total_tokens = _PAGE_THREADS
+        with service, thumbnails, uploads:
             yield
 
     app = FastAPI(
@@ -44,15 +54,18 @@ def create_app(service: SearchService, thumbnail_folder: Path) -> FastAPI:
     )
     app.state.service = service
     app.state.thumbnails = thumbnails
+    app.state.uploads = uploads
     app.state.pages = pages.Pages(service)
     app.include_router(api.router)
     app.include_router(pages.router)
     app.mount("/static", StaticFiles(directory=str(files("captionlib.serving") / "static")), name="static")
     _add_error_handlers(app)
     app.add_middleware(
-        BodySizeLimit,
-        max_bytes=config.max_upload_bytes + _FORM_BYTES,
-        make_response=_make_too_large_response(app, config.max_upload_bytes),
+        RequestLimits,
+        config=config,
+        max_body_bytes=config.max_upload_bytes + _FORM_BYTES,
+        too_large=f"expected an image of at most {config.max_upload_bytes / 2**20:.3g} MB",
+        make_error=partial(_make_error_response, app),
     )
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(config.allowed_hosts), www_redirect=False)
     app.add_middleware(SecurityHeaders)
@@ -74,7 +87,11 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(BusyError)
     async def handle_busy_error(request: Request, error: BusyError) -> Response:
-        return _make_error_response(app, request, 503, str(error), {"Retry-After": "2"})
+        return _make_error_response(app, request, 503, str(error), {"Retry-After": _RETRY_SECONDS})
+
+    @app.exception_handler(ClientDisconnect)
+    async def handle_disconnect(_request: Request, _error: ClientDisconnect) -> Response:
+        return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
     @app.exception_handler(RequestValidationError)
     async def handle_validation_error(request: Request, error: RequestValidationError) -> Response:
@@ -84,11 +101,6 @@ def _add_error_handlers(app: FastAPI) -> None:
             detail = "; ".join(f"{problem['loc'][-1]}: {problem['msg']}" for problem in problems)
             return _make_error_response(app, request, 422, detail)
         return JSONResponse({"detail": problems}, 422)
-
-
-def _make_too_large_response(app: FastAPI, max_bytes: int) -> Callable[[Request], Response]:
-    detail = f"expected an image of at most {max_bytes / 2**20:.3g} MB"
-    return lambda request: _make_error_response(app, request, 413, detail)
 
 
 def _make_error_response(

@@ -15,8 +15,14 @@ class ServingConfig:
         allowed_hosts: the host names, without ports, accepted in the Host header of requests. This prevents DNS
             rebinding, in which a malicious site points its own host name at this server.
         max_upload_bytes: the maximum size of an uploaded image.
-        max_concurrent_images: the maximum number of uploaded images, and separately of thumbnails, to process at once.
-            Further requests wait up to five seconds and then fail with status 503.
+        max_concurrent_uploads: the maximum number of uploaded images to process at once.
+        max_waiting_uploads: the maximum number of uploaded images that wait. Clients take turns. If the queue is full,
+            the client with the most waiting images loses its latest one, which fails with status 503.
+        max_concurrent_fetches: the maximum number of images to fetch at once for thumbnails. One host can use a quarter
+            of these. Requests for which no fetch is free within five seconds fail with status 503.
+        max_requests_per_client: the maximum number of requests of one client at once. Further requests fail with status
+            429. If a proxy in front of the server does not report the clients, they all count as one.
+        body_timeout_seconds: the timeout for receiving a request body, not counting one second per 16 KiB received.
         max_image_pixels: the maximum number of pixels (width x height) of images to decode.
         image_timeout_seconds: the timeout for fetching an image, and separately for decoding it.
         max_thumbnail_bytes: the maximum total size of thumbnails on disk, enforced after every 200 new thumbnails.
@@ -26,7 +32,11 @@ class ServingConfig:
 
     allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1", "[::1]")
     max_upload_bytes: PositiveInt = 16 * 2**20
-    max_concurrent_images: PositiveInt = 16
+    max_concurrent_uploads: PositiveInt = 4
+    max_waiting_uploads: PositiveInt = 64
+    max_concurrent_fetches: PositiveInt = 32
+    max_requests_per_client: PositiveInt = 64
+    body_timeout_seconds: PositiveFloat = 20.0
     max_image_pixels: PositiveInt = 50_000_000
     image_timeout_seconds: PositiveFloat = 10.0
     max_thumbnail_bytes: PositiveInt = 2**30

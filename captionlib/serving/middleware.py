@@ -1,12 +1,18 @@
-"""ASGI middleware that limits the size of request bodies and adds security headers."""
+"""ASGI middleware that limits requests and adds security headers."""
 
-from collections.abc import Callable, Mapping
+import asyncio
+from collections import Counter
+from collections.abc import Mapping
+from typing import Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["BodySizeLimit", "SecurityHeaders"]
+from captionlib.serving.clients import identify_client
+from captionlib.serving.config import ServingConfig
+
+__all__ = ["RequestLimits", "SecurityHeaders"]
 
 # Blocks other hosts, inline code and frames, so that markup in a caption is harmless even if it is not escaped.
 _HEADERS: Mapping[str, str] = {
@@ -21,31 +27,50 @@ _HEADERS: Mapping[str, str] = {
 }
 
 
-class BodySizeLimit:
-    """Rejects requests whose actual or declared body is too large, with the response from `make_response`."""
+_MIN_BYTES_PER_SECOND = 2**14
 
-    def __init__(self, app: ASGIApp, max_bytes: int, make_response: Callable[[Request], Response]) -> None:
+
+class MakeError(Protocol):
+    """Creates an error response in the format that the client accepts."""
+
+    def __call__(self, request: Request, status_code: int, detail: str, headers: Mapping[str, str]) -> Response: ...
+
+
+class RequestLimits:
+    """Rejects request bodies that are too large or too slow, and clients with too many requests at once.
+
+    `max_body_bytes` is the maximum size of a body, and `too_large` is the message for larger ones.
+    """
+
+    def __init__(
+        self, app: ASGIApp, config: ServingConfig, max_body_bytes: int, too_large: str, make_error: MakeError
+    ) -> None:
         self._app = app
-        self._max_bytes = max_bytes
-        self._make_response = make_response
+        self._config = config
+        self._max_body_bytes = max_body_bytes
+        self._too_large = too_large
+        self._make_error = make_error
+        self._requests: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self._max_bytes:
-            await self._reject(scope, receive, send)
+        client = identify_client(scope)
+        if self._requests[client] >= self._config.max_requests_per_client:
+            error = _RejectedError(429, "too many requests at once; wait for the previous ones")
+            await self._reject(error, scope, receive, send)
             return
-        received, response_started = 0, False
+        self._requests[client] += 1
+        try:
+            await self._run(scope, receive, send)
+        finally:
+            self._requests[client] -= 1
+            if not self._requests[client]:
+                del self._requests[client]
 
-        async def receive_limited() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_bytes:
-                raise _TooLargeError
-            return message
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response_started = False
 
         async def send_tracked(message: Message) -> None:
             nonlocal response_started
@@ -53,19 +78,51 @@ class BodySizeLimit:
             await send(message)
 
         try:
-            await self._app(scope, receive_limited, send_tracked)
-        except _TooLargeError:
+            length = dict(scope["headers"]).get(b"content-length", b"0")
+            if not length.isdigit() or int(length) > self._max_body_bytes:
+                raise _RejectedError(413, self._too_large)
+            await self._app(scope, self._limit_body(receive), send_tracked)
+        except _RejectedError as error:
             if not response_started:
-                await self._reject(scope, receive, send)
+                await self._reject(error, scope, receive, send)
 
-    async def _reject(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = self._make_response(Request(scope))
-        response.headers["connection"] = "close"  # the rest of the body is not read
+    def _limit_body(self, receive: Receive) -> Receive:
+        received = 0
+        is_complete = False
+        now = asyncio.get_running_loop().time
+        deadline = now() + self._config.body_timeout_seconds
+
+        async def receive_limited() -> Message:
+            nonlocal received, is_complete
+            if is_complete:  # the next message arrives when the client disconnects
+                return await receive()
+            remaining = deadline + received / _MIN_BYTES_PER_SECOND - now()
+            try:
+                message = await asyncio.wait_for(receive(), remaining)
+            except asyncio.TimeoutError:
+                raise _RejectedError(408, "the request body arrives too slowly; try again") from None
+            received += len(message.get("body", b""))
+            is_complete = not message.get("more_body", False)
+            if received > self._max_body_bytes:
+                raise _RejectedError(413, self._too_large)
+            return message
+
+        return receive_limited
+
+    async def _reject(self, error: "_RejectedError", scope: Scope, receive: Receive, send: Send) -> None:
+        # The rest of the body is not read, so the connection must be closed.
+        headers = {"connection": "close"} | ({"retry-after": "1"} if error.status_code == 429 else {})
+        response = self._make_error(Request(scope), error.status_code, error.detail, headers)
         await response(scope, receive, send)
 
 
-class _TooLargeError(BaseException):
+class _RejectedError(BaseException):
     """Not an Exception, so that the application's error handlers do not catch it."""
+
+    def __init__(self, status_code: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status_code = status_code
+        self.detail = detail
 
 
 class SecurityHeaders:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, File, Query, Request, Response, UploadFile
 from fastapi.responses import HTMLResponse, RedirectResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from captionlib.serving.api import ImageId, Service, ThumbnailStore, read_state
+from captionlib.serving.api import ImageId, Service, ThumbnailStore, UploadQueue, read_state
 from captionlib.serving.responses import SearchMode
 from captionlib.serving.service import MAX_OFFSET, MAX_QUERY_CHARACTERS, SearchService
 
@@ -17,7 +17,14 @@ __all__ = ["Pages", "router"]
 
 _PAGE_RESULTS = 24
 _LAST_PAGE = MAX_OFFSET // _PAGE_RESULTS + 1
-_ERROR_HEADINGS = {404: "Not found", 413: "Too large", 422: "Invalid request", 503: "Too busy"}
+_ERROR_HEADINGS = {
+    404: "Not found",
+    408: "Too slow",
+    413: "Too large",
+    422: "Invalid request",
+    429: "Too busy",
+    503: "Too busy",
+}
 
 
 class Pages:
@@ -63,6 +70,7 @@ def show_search(
     response = service.search(q, available_mode, (page - 1) * _PAGE_RESULTS, _PAGE_RESULTS, split)
     return pages.render(
         "results.html" if fragment else "search.html",
+        service=service,
         response=response,
         page=page,
         last_page=min(_LAST_PAGE, math.ceil((response.total or 0) / _PAGE_RESULTS)),
@@ -73,7 +81,7 @@ def show_search(
 
 @router.get("/image")
 def show_image(service: Service, pages: PageRenderer, image_id: ImageId) -> HTMLResponse:
-    return pages.render("image.html", image=service.get_image(image_id))
+    return pages.render("image.html", service=service, image=service.get_image(image_id))
 
 
 @router.get("/image-search")
@@ -82,18 +90,27 @@ def redirect_to_search() -> Response:
 
 
 @router.post("/image-search")
-def show_image_search(
-    service: Service, pages: PageRenderer, thumbnails: ThumbnailStore, image: Annotated[UploadFile, File()]
+async def show_image_search(
+    request: Request,
+    service: Service,
+    pages: PageRenderer,
+    thumbnails: ThumbnailStore,
+    uploads: UploadQueue,
+    image: Annotated[UploadFile, File()],
 ) -> HTMLResponse:
-    content = image.file.read()
-    response = service.search_by_image(content)
-    preview = base64.b64encode(thumbnails.make(content, "large")).decode()
-    return pages.render(
-        "image_search.html",
-        response=response,
-        preview_url=f"data:image/jpeg;base64,{preview}",
-        name=image.filename or "Uploaded image",
-    )
+    def search() -> HTMLResponse:
+        content = image.file.read()
+        response = service.search_by_image(content)
+        preview = base64.b64encode(thumbnails.make(content, "large")).decode()
+        return pages.render(
+            "image_search.html",
+            service=service,
+            response=response,
+            preview_url=f"data:image/jpeg;base64,{preview}",
+            name=image.filename or "Uploaded image",
+        )
+
+    return await uploads.process(request, search)
 
 
 @router.get("/docs")

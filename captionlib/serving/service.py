@@ -1,5 +1,6 @@
 """Search operations of the web application, independent of HTTP and shared by the pages and the JSON API."""
 
+import copy
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -7,7 +8,7 @@ from urllib.parse import urlencode
 
 import pyarrow as pa
 
-from captionlib.errors import BusyError, QueryError
+from captionlib.errors import QueryError
 from captionlib.search.index import Filter, Index
 from captionlib.serving.config import ServingConfig
 from captionlib.serving.responses import (
@@ -31,11 +32,13 @@ MAX_OFFSET = 10_000
 
 _SIMILAR_IMAGES = 24
 _SIMILAR_SENTENCES = 10
-_WAIT_SECONDS = 5.0
+_REFRESH_SECONDS = 1.0
 
 
 class SearchService:
     """Searches an index by text and, with models, by image. Exiting the context closes the models.
+
+    In the context, the service changes to a new version of the index within seconds after a build publishes it.
 
     This class is thread-safe. If `models` is None, searching by image is disabled. Uploaded images are compared with
     `sentences` or, if it is empty, with the captions of similar images.
@@ -50,17 +53,33 @@ class SearchService:
     ) -> None:
         self.index = index
         self.config = config
-        self.splits = index.list_splits()
         self._models = models
         self._sentences = list(sentences)
-        self._slots = threading.BoundedSemaphore(config.max_concurrent_images)
+        self._stopped = threading.Event()
 
     def __enter__(self) -> "SearchService":
+        threading.Thread(target=self._keep_index_new, name="refresh index", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stopped.set()
         if self._models is not None:
             self._models.close()
+
+    def pin(self) -> "SearchService":
+        """Returns a service for one request, which uses one version of the index throughout."""
+        pinned = copy.copy(self)
+        pinned.index = self.index.pin()
+        return pinned
+
+    def _keep_index_new(self) -> None:
+        """Opens new versions of the index in the background, so that no request waits for it."""
+        while not self._stopped.wait(_REFRESH_SECONDS):
+            self.index.try_refresh()
+
+    @property
+    def splits(self) -> list[str]:
+        return self.index.list_splits()
 
     @property
     def modes(self) -> list[SearchMode]:
@@ -127,26 +146,20 @@ class SearchService:
 
         Raises:
             DecodeError: the file is not an image, or exceeds the limits.
-            BusyError: too many images are being processed.
             QueryError: searching by image is disabled.
         """
         if self._models is None:
             raise QueryError("searching by image is not available: the server has no ranker and no captioner")
-        if not self._slots.acquire(timeout=_WAIT_SECONDS):
-            raise BusyError("too many images at once; try again")
-        try:
-            captions = self._models.caption(content).to_pylist() if self._models.can_caption else []
-            sentences: list[dict[str, Any]] = []
-            images: list[SearchResult] = []
-            if self._models.can_embed and self.index.has_vectors:
-                vector = self._models.embed(content)
-                images = _to_results(self.index.search_vector(vector, _SIMILAR_IMAGES))
-                candidates = self._sentences or list(dict.fromkeys(image.caption for image in images))
-                if candidates:
-                    ranked = self._models.rank_sentences(vector, candidates)
-                    sentences = ranked.slice(0, _SIMILAR_SENTENCES).to_pylist()
-        finally:
-            self._slots.release()
+        captions = self._models.caption(content).to_pylist() if self._models.can_caption else []
+        sentences: list[dict[str, Any]] = []
+        images: list[SearchResult] = []
+        if self._models.can_embed and self.index.has_vectors:
+            vector = self._models.embed(content)
+            images = _to_results(self.index.search_vector(vector, _SIMILAR_IMAGES))
+            candidates = self._sentences or list(dict.fromkeys(image.caption for image in images))
+            if candidates:
+                ranked = self._models.rank_sentences(vector, candidates)
+                sentences = ranked.slice(0, _SIMILAR_SENTENCES).to_pylist()
         return ImageSearchResponse(
             captions=[CaptionCandidate(**row) for row in captions],
             sentences=[ScoredSentence(**row) for row in sentences],

@@ -1,41 +1,49 @@
 """Creates thumbnails of the images in an index on first access, and stores them on disk."""
 
+import asyncio
+import copy
 import hashlib
 import os
-import threading
 from contextlib import ExitStack
 from pathlib import Path
+from time import monotonic
 from typing import Literal
+from urllib.parse import urlsplit
 
-import numpy as np
-import numpy.typing as npt
 from cachetools import TTLCache
+from starlette.concurrency import run_in_threadpool
 
 from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
-from captionlib.data.images.decoding import Preprocessing
+from captionlib.data.images.decoding import Preprocessing, Shrinking
 from captionlib.data.images.encoding import encode_jpeg
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
-from captionlib.errors import BusyError, ImageError
+from captionlib.errors import ImageError
 from captionlib.serving.config import ServingConfig
+from captionlib.serving.fair_thread_pool import FairThreadPool
 from captionlib.storage.folders import write_file
 
 __all__ = ["ThumbnailSize", "Thumbnails"]
 
 ThumbnailSize = Literal["small", "large"]
 
-# Sizes of the shorter side and the square crop, in pixels. `small` is a center crop, `large` nearly the whole image.
-_PREPROCESSING: dict[ThumbnailSize, Preprocessing] = {
+_PREPROCESSING: dict[ThumbnailSize, Preprocessing | Shrinking] = {
     "small": Preprocessing(256, 256, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    "large": Preprocessing(640, 1280, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "large": Shrinking(1280),
 }
-_FAILURE_SECONDS = 60.0
+_FAILURE_SECONDS = 30.0
 _MAX_FAILURES = 10_000
 _PRUNE_EVERY = 200
-_WAIT_SECONDS = 5.0
+_HOST_FRACTION = 4  # one host can use a quarter of the threads
+_WAITING_PER_THREAD = 4
+_MAX_WAIT_SECONDS = 5.0
 
 
 class Thumbnails:
-    """Creates thumbnails and stores them as JPEG files in a folder. This context manager is thread-safe."""
+    """Creates thumbnails and stores them as JPEG files in a folder. Exiting the context stops its threads.
+
+    Threads of its own fetch and decode the images, so slow hosts delay nothing else. A slow host can use only some of
+    these threads.
+    """
 
     def __init__(self, folder: Path, config: ServingConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,8 +52,13 @@ class Thumbnails:
         # Part of file names, so that a server that may not access private hosts shows no thumbnails from one that may.
         self._scope = "all" if config.allow_private_hosts else "public"
         self._resources = ExitStack()
+        threads = config.max_concurrent_fetches
+        per_host = max(1, threads // _HOST_FRACTION)
+        waiting = _WAITING_PER_THREAD * threads
+        self._threads = FairThreadPool("thumbnails", threads, per_host, waiting, _MAX_WAIT_SECONDS)
+        self._resources.callback(self._threads.close)
         fetching = FetchConfig(
-            timeout_seconds=config.image_timeout_seconds, attempts=2, allow_private_hosts=config.allow_private_hosts
+            timeout_seconds=config.image_timeout_seconds, attempts=1, allow_private_hosts=config.allow_private_hosts
         )
         decoding = DecoderConfig(timeout_seconds=config.image_timeout_seconds, max_image_pixels=config.max_image_pixels)
         self._fetcher = self._resources.enter_context(ImageFetcher(fetching))
@@ -53,9 +66,8 @@ class Thumbnails:
             size: self._resources.enter_context(DecoderPool(preprocessing, decoding))
             for size, preprocessing in _PREPROCESSING.items()
         }
-        self._slots = threading.BoundedSemaphore(config.max_concurrent_images)
-        self._lock = threading.Lock()
-        self._failures: TTLCache[str, ImageError] = TTLCache(_MAX_FAILURES, _FAILURE_SECONDS)
+        self._in_progress: dict[Path, asyncio.Task[bytes]] = {}
+        self._failures: TTLCache[Path, ImageError] = TTLCache(_MAX_FAILURES, _FAILURE_SECONDS, monotonic)
         self._stored = 0
 
     def __enter__(self) -> "Thumbnails":
@@ -64,26 +76,31 @@ class Thumbnails:
     def __exit__(self, *_: object) -> None:
         self._resources.close()
 
-    def get(self, uri: str, size: ThumbnailSize) -> bytes:
+    async def get(self, uri: str, size: ThumbnailSize) -> bytes:
         """Returns the thumbnail of an image. `uri` must come from a dataset, not from a visitor.
 
+        Concurrent calls for the same thumbnail fetch the image only once.
+
         Raises:
-            ImageError: the image cannot be read; the error is cached for a minute.
-            BusyError: too many thumbnails are being created.
+            ImageError: the image cannot be read; the error is cached for half a minute.
+            BusyError: too many images are being fetched.
         """
         name = hashlib.sha256(f"{self._scope} {size} {uri}".encode()).hexdigest()
         path = self._folder / name[:2] / f"{name}.jpg"
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            return self._fetch(uri, size, path)
-        os.utime(path)  # `prune` removes the least recently used thumbnails
-        return content
+        content = await run_in_threadpool(_read_stored, path)
+        if content is not None:
+            return content
+        if path in self._failures:
+            raise copy.copy(self._failures[path])  # raising the same object would add to its traceback each time
+        if path not in self._in_progress:
+            task = asyncio.create_task(self._create(uri, size, path))
+            self._in_progress[path] = task
+            task.add_done_callback(lambda _: self._in_progress.pop(path))
+        return await asyncio.shield(self._in_progress[path])
 
     def make(self, content: bytes, size: ThumbnailSize) -> bytes:
         """Creates a thumbnail of an image file without storing it."""
-        pixels = self._decoders[size].decode(content).pixels
-        return encode_jpeg(_crop_padding(pixels) if size == "large" else pixels)
+        return encode_jpeg(self._decoders[size].decode(content).pixels)
 
     def prune(self) -> None:
         """Removes the least recently used thumbnails until the total size is within the limit."""
@@ -101,33 +118,27 @@ class Thumbnails:
             path.unlink(missing_ok=True)
             excess -= size
 
-    def _fetch(self, uri: str, size: ThumbnailSize, path: Path) -> bytes:
-        with self._lock:
-            failure = self._failures.get(path.name)
-        if failure is not None:
-            raise failure
-        if not self._slots.acquire(timeout=_WAIT_SECONDS):
-            raise BusyError("too many images at once; try again")
-        try:
+    async def _create(self, uri: str, size: ThumbnailSize, path: Path) -> bytes:
+        def create() -> bytes:
             content = self.make(self._fetcher.fetch(uri), size)
+            write_file(path, content)
+            return content
+
+        try:
+            content = await self._threads.run(urlsplit(uri).netloc, create)
         except ImageError as error:
-            with self._lock:
-                self._failures[path.name] = error
+            self._failures[path] = copy.copy(error)  # without the traceback, which refers to large objects
             raise
-        finally:
-            self._slots.release()
-        write_file(path, content)
-        with self._lock:
-            self._stored += 1
-            is_prune_due = self._stored % _PRUNE_EVERY == 0
-        if is_prune_due:
-            self.prune()
+        self._stored += 1
+        if self._stored % _PRUNE_EVERY == 0:
+            await run_in_threadpool(self.prune)
         return content
 
 
-def _crop_padding(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Removes the black padding that the decoder adds to images smaller than the crop."""
-    rows, columns = (np.flatnonzero(pixels.any(axis=axes)) for axes in ((1, 2), (0, 2)))
-    if not len(rows):
-        return pixels
-    return pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+def _read_stored(path: Path) -> bytes | None:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    os.utime(path)  # `prune` removes the least recently used thumbnails
+    return content

@@ -12,6 +12,7 @@ from typing import Any
 
 import fsspec
 from fsspec.core import OpenFile, get_compression
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import get_filesystem_class, known_implementations, registry
 
 from captionlib.errors import ConfigError
@@ -23,6 +24,7 @@ __all__ = [
     "open_decompressed",
     "open_file_system",
     "split_protocol",
+    "strip_local_protocol",
 ]
 
 INTERPRETING_PROTOCOLS = frozenset(
@@ -53,6 +55,23 @@ def split_protocol(address: str) -> tuple[str, str]:
     if match["separator"] == "::" and not is_known_protocol(protocol):
         return "", address
     return protocol, protocol + address[len(protocol) :]
+
+
+def strip_local_protocol(url: str) -> str:
+    """Returns the absolute path of a local path or of a `file:` URL. The path is not percent-decoded.
+
+    Raises:
+        ConfigError: the URL names a different host.
+    """
+    protocol, url = split_protocol(url)
+    if protocol:
+        host, slash, path = url[len(protocol) + len("://") :].partition("/")
+        if host not in ("", "localhost"):
+            raise ConfigError(
+                f"expected {protocol}:///PATH, a file on this machine, got the host {host!r} in {url!r:.200}"
+            )
+        url = slash + path
+    return str(LocalFileSystem._strip_protocol(url))
 
 
 def is_known_protocol(protocol: str) -> bool:
@@ -95,7 +114,8 @@ def open_file_system(address: str | os.PathLike[str], **options: Any) -> tuple[A
     try:
         file_system = get_filesystem_class(protocol or "file")
         implied = file_system._get_kwargs_from_urls(url) if protocol else {}
-        return fsspec.filesystem(protocol or "file", **{**implied, **options}), file_system._strip_protocol(url)
+        path = strip_local_protocol(url) if file_system is LocalFileSystem else file_system._strip_protocol(url)
+        return fsspec.filesystem(protocol or "file", **{**implied, **options}), path
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{given} cannot be opened: {error}") from error
 

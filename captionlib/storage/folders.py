@@ -5,11 +5,13 @@ Credentials, endpoints and timeouts come from fsspec's own configuration: enviro
 minutes; see `captionlib.storage.retries`.
 """
 
+import errno
+import fcntl
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -24,12 +26,25 @@ from captionlib.storage.file_systems import open_file_system
 from captionlib.storage.remote_errors import is_temporary_error
 from captionlib.storage.retries import RangedFile, call_with_retries, name_errors
 
-__all__ = ["TEMPORARY_FOLDER", "Folder", "resolve_address", "stage_file", "write_file"]
+__all__ = [
+    "TEMPORARY_FOLDER",
+    "Addresses",
+    "Folder",
+    "list_addresses",
+    "resolve_address",
+    "stage_file",
+    "write_file",
+]
+
+Addresses = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+"""A path or URL, or several."""
 
 TEMPORARY_FOLDER = "_temporary"
 
 # A PUT on these file systems is atomic, so files can be uploaded without a temporary name.
 _ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"})
+
+_FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 _FILES_PER_REQUEST = 1000  # for `read_many`, which holds the files of one request in memory
 
@@ -138,21 +153,28 @@ class Folder:
         """Yields a local path to write. The file is published as `name` when the block ends, unless it raises."""
         if self.is_local:
             parent = Path(self.path(TEMPORARY_FOLDER))
-            with name_errors(str(parent)):
-                parent.mkdir(parents=True, exist_ok=True)
-            path = parent / f"{Path(name).name}.{uuid.uuid4().hex}"
-            try:
+            with _name_full_disk(self.path(name)), _create_temporary_file(parent, Path(name).name) as path:
                 yield path
                 with name_errors(self.path(name)):
                     self._publish_local(path, Path(self.path(name)))
-            finally:
-                with suppress(OSError):
-                    path.unlink(missing_ok=True)
         else:
-            with tempfile.TemporaryDirectory(prefix="captionlib-") as scratch:
+            with tempfile.TemporaryDirectory(prefix="captionlib-") as scratch, _name_full_disk(scratch):
                 path = Path(scratch) / Path(name).name
                 yield path
                 self._publish_remote(path, name)
+
+    def remove_temporary_files(self) -> None:
+        """Removes temporary files of crashed runs. On a local file system, files of running processes are kept."""
+        if not self.is_local:
+            self.remove(TEMPORARY_FOLDER)
+            return
+        folder = Path(self.path(TEMPORARY_FOLDER))
+        for name in self.list(TEMPORARY_FOLDER):
+            with suppress(OSError), (path := folder / name).open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises BlockingIOError if a process is writing it
+                path.unlink()
+        with suppress(OSError):
+            folder.rmdir()
 
     def _publish_local(self, path: Path, target: Path) -> None:
         with path.open("rb") as written:
@@ -176,9 +198,30 @@ class Folder:
             self.fs.makedirs(temporary.rsplit("/", 1)[0], exist_ok=True)
             self.fs.makedirs(self.path(name).rsplit("/", 1)[0], exist_ok=True)
             self.fs.put_file(str(path), temporary)
-            self.fs.mv(temporary, self.path(name))
+            try:
+                self.fs.mv(temporary, self.path(name))
+            except FileNotFoundError as error:  # a run that finished at the same time removed the temporary files
+                raise ConnectionError(f"{temporary} was removed") from error
 
         call_with_retries(self.path(name), publish)
+
+    def move(self, source: str, target: str) -> None:
+        """Replaces a file by another file of the folder. Does nothing if there is no source, so it can be repeated.
+
+        On object stores, the source is copied and stays.
+        """
+        old, new = self.path(source), self.path(target)
+        if self.is_local:
+            with suppress(FileNotFoundError):
+                self._publish_local(Path(old), Path(new))
+            return
+        protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
+
+        def move() -> None:
+            with suppress(FileNotFoundError):
+                (self.fs.cp_file if protocols & _ATOMIC_PUT else self.fs.mv)(old, new)
+
+        call_with_retries(new, move)
 
     def remove(self, name: str) -> None:
         """Removes a file or a subfolder, if it exists."""
@@ -204,6 +247,43 @@ class Folder:
         call_with_retries(self.path(name), remove)
 
 
+@contextmanager
+def _create_temporary_file(folder: Path, name: str) -> Iterator[Path]:
+    """Yields the path of a new file, and removes it at the end. `Folder.remove_temporary_files` keeps it until then."""
+    while True:
+        with name_errors(str(folder)):
+            folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{name}.{uuid.uuid4().hex}"
+        try:
+            with name_errors(str(path)):
+                file = path.open("xb")
+        except FileNotFoundError:  # another process removed the folder
+            continue
+        with file:
+            with suppress(OSError):  # the file system has no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not path.exists():  # another process removed the file before it was locked
+                continue
+            try:
+                yield path
+            finally:
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+            return
+
+
+@contextmanager
+def _name_full_disk(address: str) -> Iterator[None]:
+    """Applies `name_errors` to errors of a disk that accepts no more data, whichever library raises them."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL_DISK:
+            with name_errors(address):
+                raise
+        raise
+
+
 def _read_batch(fs: Any, paths: list[str]) -> tuple[list[bytes], list[str]]:
     """Returns contents and paths to retry. Raises the first permanent error, or the first error if no file was read."""
     results = fs.cat_ranges(paths, None, None, on_error="return")
@@ -217,6 +297,11 @@ def _read_batch(fs: Any, paths: list[str]) -> tuple[list[bytes], list[str]]:
     if errors and (permanent or not contents):
         raise [*permanent, *errors.values()][0]
     return contents, list(errors)
+
+
+def list_addresses(addresses: Addresses) -> list[str | os.PathLike[str]]:
+    """Returns the addresses as a list, also if there is only one."""
+    return [addresses] if isinstance(addresses, str | os.PathLike) else list(addresses)
 
 
 def resolve_address(address: str | os.PathLike[str]) -> str:

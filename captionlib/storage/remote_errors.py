@@ -7,12 +7,14 @@ import asyncio
 import concurrent.futures
 import errno
 import ssl
+import time
 from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from captionlib.errors import FetchError
 
-__all__ = ["get_http_status", "is_connection_error", "is_temporary_error", "is_timeout_error"]
+__all__ = ["get_http_status", "get_retry_after", "is_connection_error", "is_temporary_error", "is_timeout_error"]
 
 _CONNECTION_NAMES = {
     "ClientConnectionError",  # aiohttp
@@ -61,6 +63,25 @@ def get_http_status(error: BaseException) -> int | None:
         for status in statuses:
             if isinstance(status, int) and status >= 400:
                 return status
+    return None
+
+
+def get_retry_after(error: BaseException) -> float | None:
+    """Returns the seconds that a server asks to wait in the header `Retry-After`, as a number or a date, or None."""
+    for exception in (error, error.__cause__):
+        response: Any = getattr(exception, "response", None)
+        if isinstance(response, Mapping):  # botocore
+            headers = response.get("ResponseMetadata", {}).get("HTTPHeaders")
+        else:
+            headers = getattr(exception, "headers", None) or getattr(response, "headers", None)  # aiohttp; requests
+        values = [value for name, value in dict(headers or {}).items() if str(name).lower() == "retry-after"]
+        for value in map(str, values):
+            if value.strip().isdecimal():
+                return float(value)
+            try:
+                return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+            except ValueError:
+                continue
     return None
 
 

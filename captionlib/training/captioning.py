@@ -165,7 +165,7 @@ def train_captioner(
         model, vocabulary, config, provenance = _initialize(config, dataset, weights)
         if progress and group.is_first and "word_vectors" in provenance:
             print(f"word vectors: {provenance['word_vectors']}", file=sys.stderr)
-        resolved = {"features": dataset.fingerprint, "world_size": group.world_size, **to_dict(config)}
+        resolved = {"features": dataset.compute_content_checksum(), "world_size": group.world_size, **to_dict(config)}
         if "init_from" in provenance:
             resolved["init_from_fingerprint"] = provenance["init_from"]["fingerprint"]
         objective = _make_objective(dataset, model.to(target), vocabulary, config, provenance)
@@ -176,7 +176,7 @@ def _initialize(
     config: CaptionerTrainingConfig, dataset: ShardedDataset, weights: str | None
 ) -> tuple[Captioner, Vocabulary, CaptionerTrainingConfig, dict[str, Any]]:
     """Builds or loads a captioner. Also returns its vocabulary, its full configuration and its provenance."""
-    provenance: dict[str, Any] = {"features": dataset.fingerprint, "objective": config.objective}
+    provenance: dict[str, Any] = {"features": dataset.compute_content_checksum(), "objective": config.objective}
     if config.init_from is not None:
         initial = load_initial_captioner(config.init_from, config.captioner, dataset)
         provenance["init_from"] = {"checkpoint": config.init_from, "fingerprint": initial.fingerprint}

@@ -128,13 +128,13 @@ def finetune_captioner(
         training = read_captioned_rows(dataset, config.train_splits)
         validation = read_captioned_rows(dataset, config.validation_splits)
         resolved = {
-            "manifest": dataset.fingerprint,
+            "manifest": dataset.compute_content_checksum(),
             "world_size": group.world_size,
             "init_from_fingerprint": initial.fingerprint,
             **to_dict(config),
         }
         origin = {"checkpoint": config.init_from, "fingerprint": initial.fingerprint}
-        provenance = {"manifest": dataset.fingerprint, "init_from": origin}
+        provenance = {"manifest": dataset.compute_content_checksum(), "init_from": origin}
         skipped = SkippedImages(folder, group.rank, len(training) + len(validation), config.max_failure_ratio)
         seed_everything(config.training.seed)
         with open_loader(config.loading, encoder.preprocessing) as load:

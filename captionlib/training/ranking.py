@@ -214,7 +214,7 @@ def train_ranker(
         group.run_on_first(lambda: claim_folder(folder, overwrite))
         next(read_captions(dataset, config.validation_splits))  # fails at once if there are no captions
         objective = _make_objective(dataset, config, target)
-        resolved = {"features": dataset.fingerprint, "world_size": group.world_size, **to_dict(config)}
+        resolved = {"features": dataset.compute_content_checksum(), "world_size": group.world_size, **to_dict(config)}
         return train(objective, config.training, folder, resolved, progress)
 
 
@@ -231,7 +231,10 @@ def _make_objective(dataset: ShardedDataset, config: RankerTrainingConfig, devic
         model.standardization.set_statistics(*map(torch.from_numpy, mean_and_std(dataset, config.train_splits)))
 
     def save(output: Folder, model: Ranker, history: dict[str, Any]) -> None:
-        encoder, provenance = dataset.config["encoder"], stamp_provenance({"features": dataset.fingerprint})
+        encoder, provenance = (
+            dataset.config["encoder"],
+            stamp_provenance({"features": dataset.compute_content_checksum()}),
+        )
         save_ranker(output, model, vocabulary, encoder, provenance=provenance, training=history)
 
     return RankingObjective(model.to(device), config, training, validation, save)

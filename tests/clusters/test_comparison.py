@@ -17,7 +17,7 @@ def write(folder: Path, shards: Sequence[Sequence[str]], uri: str = "u", failed:
         rows = [{"image_id": name, "uri": uri, "split": "", "captions": []} for name in names]
         with write_shard(dataset, number, len(rows) + 1) as writer:
             writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST_SCHEMA))
-            writer.write_failure(f"{failed}{number}", "u", FetchError("HTTP 404", "not found"))
+            writer.write_failure({"image_id": f"{failed}{number}", "uri": "u"}, FetchError("NotFound", "not found"))
     dataset.finish()
     return folder
 

@@ -2,13 +2,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
+from captionlib.data.shards.dataset import create_dataset
+from captionlib.data.shards.schemas import features_schema
+from captionlib.data.shards.writer import write_shard
 from captionlib.errors import DatasetError
 from captionlib.evaluation.predictions import (
     Prediction,
     find_images_without_caption,
     join_references,
+    load_predictions,
     read_predictions,
     select_splits,
     to_coco_results,
@@ -31,6 +36,31 @@ def test_captions_are_joined_with_references(tmp_path: Path) -> None:
         i: tuple(REFERENCES[i]) for i in CAPTIONS
     }
     assert {prediction.split for prediction in joined} == {"val"}
+
+
+def test_features_serve_as_references(tmp_path: Path) -> None:
+    write_captions(tmp_path / "captions", CAPTIONS, split="")
+    manifest = write_manifest(tmp_path / "manifest", REFERENCES)
+    schema = features_schema(2, "float32")
+    features = create_dataset(tmp_path / "features", "features", schema, config={}, shards=manifest.shards)
+    for shard in range(manifest.shards):
+        rows = manifest.read(shard)
+        with write_shard(features, shard, rows.num_rows) as writer:
+            vectors = pa.FixedSizeListArray.from_arrays(pa.array([0.0] * 2 * rows.num_rows, pa.float32()), 2)
+            table = rows.append_column("features", vectors)
+            writer.write(table.cast(schema).combine_chunks().to_batches()[0])
+    features.finish()
+    expected = load_predictions(tmp_path / "captions", tmp_path / "manifest")
+    assert load_predictions(tmp_path / "captions", tmp_path / "features") == expected
+    with pytest.raises(
+        DatasetError, match=r"expected a dataset with references \(manifest or features\), got captions"
+    ):
+        load_predictions(tmp_path / "captions", tmp_path / "captions")
+
+
+@pytest.mark.parametrize(("split", "name"), [("val", "dev"), ("dev", "val")])
+def test_val_and_dev_select_each_other(split: str, name: str) -> None:
+    assert len(select_splits([Prediction("1", "a", split=split), Prediction("2", "a")], [name], "captions")) == 1
 
 
 def test_split_without_captions_lists_the_known_splits() -> None:

@@ -5,6 +5,8 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from captionlib.data.sources.folder import find_images
+from captionlib.errors import DatasetError
 from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
 from jobs.cli import captionlib
 from tests.evaluation.test_report import read_items
@@ -49,6 +51,22 @@ def test_report_of_a_captioner_without_attention_has_no_maps(captioners: Path, i
     assert result.exit_code == 0
     assert json.loads(result.stdout)["uri"] == image
     assert [item["attention"] for item in read_items(tmp_path / "page")] == [[]]
+
+
+def test_images_of_folders_and_globs_are_captioned(captioners: Path, image: str, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    (folder / "more").mkdir(parents=True)
+    for path in (folder / "a.png", folder / "more" / "b.png"):
+        path.write_bytes(Path(image).read_bytes())
+    (folder / "notes.txt").touch()
+    (folder / "dangling.png").symlink_to(folder / "nowhere.png")
+    found = [str(folder / "a.png"), str(folder / "more" / "b.png")]
+    for address, expected in ((folder, found), (folder / "*.png", found[:1])):
+        result = caption(address, "-c", captioners / "pooled", "--json")
+        assert [json.loads(line)["uri"] for line in result.stdout.splitlines()] == expected
+        assert result.exit_code == 0
+    with pytest.raises(DatasetError, match=r"has no images; skipped: .* extension .json"):
+        find_images(str(captioners))
 
 
 def test_a_report_loads_the_captioner_once(

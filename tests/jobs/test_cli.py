@@ -78,7 +78,7 @@ def test_error_becomes_a_message_and_an_exit_code(tmp_path: Path) -> None:
 
 def test_unknown_command_and_option_are_rejected() -> None:
     assert run("generat-captions").returncode == 2
-    assert "No such command" in run("generat-captions").stderr
+    assert "No such command 'generat-captions' (did you mean generate-captions?)." in run("generat-captions").stderr
     assert "No such option" in run("inspect", "--unknown").stderr
 
 

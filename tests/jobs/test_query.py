@@ -73,6 +73,20 @@ def test_count_words(captions: str) -> None:
     assert rows == [["word", "count"], ["a", "6"], ["dog", "2"]]
 
 
+@pytest.mark.parametrize(("option", "expected"), [([], "'=1"), (["--no-escape-formulas"], "=1")])
+@pytest.mark.parametrize("to_file", [False, True])
+def test_formulas_in_csv(captions: str, tmp_path: Path, option: list[str], expected: str, to_file: bool) -> None:
+    output = tmp_path / "x.csv"
+    arguments = ["--sql", "SELECT '=1' AS x", "--format", "csv", *(["--output", output] if to_file else [])]
+    result = query(captions, *arguments, *option)
+    assert (output.read_text() if to_file else result.stdout) == f'"x"\n"{expected}"\n'
+
+
+def test_timeout_stops_a_query(captions: str) -> None:
+    with pytest.raises(QueryError, match=r"stopped after 0\.1 seconds; simplify it or raise --timeout"):
+        query(captions, "--timeout", 0.1, "--sql", "SELECT sum(hash(range)) FROM range(1000000000000)")
+
+
 @pytest.mark.parametrize("arguments", [[], ["--top", "1", "--contains", "dog"]])
 def test_exactly_one_query_is_required(captions: str, arguments: list[str]) -> None:
     result = query(captions, *arguments)

@@ -43,7 +43,7 @@ def test_recipe_is_printed_as_it_is(name: str) -> None:
 
 
 def test_unknown_recipe_suggests_the_nearest_name() -> None:
-    with pytest.raises(ConfigError, match=r"talk-lstn is not a recipe \(did you mean train-captioner/talk-lstm\?\)"):
+    with pytest.raises(ConfigError, match=r"talk-lstn is neither .* \(did you mean talk-lstm\?\)"):
         recipes("talk-lstn")
 
 

@@ -69,7 +69,7 @@ class FetchImages:
                     rows = batch.to_pylist()
                     for row, content in zip(rows, threads.map(fetch, [row["uri"] for row in rows]), strict=True):
                         if isinstance(content, FetchError):
-                            fail(row["image_id"], row["uri"], content)
+                            fail(row, content)
                         else:
                             done.append({**row, "split": str(len(content))})
                     yield (pa.RecordBatch.from_pylist(done, schema=MANIFEST_SCHEMA),)
@@ -129,7 +129,7 @@ def test_temporary_faults_do_not_change_the_output(
     output = run_job(write_manifest(f"{bucket}/manifest"), f"{bucket}/output")
     assert read_all(output) == expected
     assert output.verify() == []
-    assert output.compute_totals().reasons == {"FileNotFoundError": SHARDS}
+    assert output.compute_totals().reasons == {"NotFound": SHARDS}
     assert open_dataset(f"{bucket}/output").is_complete()
     assert query_sql(f"{bucket}/output", "SELECT count(DISTINCT image_id) AS n FROM manifest").to_pylist() == [
         {"n": SHARDS * len(COLORS)}
@@ -178,7 +178,7 @@ def test_unavailable_image_fails_and_others_become_rows(bucket: str, proxy: Faul
     proxy.choose = lambda _method, path: faults.get(Path(path).stem) if "/images/" in path else None
     output = run_job(source, f"{bucket}/output")
     reasons = output.compute_totals().reasons
-    assert reasons == {"HTTP 503": SHARDS, "HTTP 500": SHARDS, "FileNotFoundError": SHARDS, "ConnectionError": SHARDS}
+    assert reasons == {"ServerError": 2 * SHARDS, "NotFound": SHARDS, "ConnectionFailed": SHARDS}
     assert output.compute_totals().rows == SHARDS * (len(COLORS) - len(faults))
 
 

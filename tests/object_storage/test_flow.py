@@ -82,7 +82,7 @@ def test_bucket_and_local_outputs_are_equal(flow: str, store: str, tmp_path: Pat
             assert rows(f"{tmp_path}/{name}") == rows(f"{BUCKET}/{name}")
             assert open_dataset(f"{BUCKET}/{name}").verify() == []
         failures = open_dataset(f"{BUCKET}/features").compute_totals().reasons
-        assert failures == {"Truncated": 1, "FileNotFoundError": 1}
+        assert failures == {"Truncated": 1, "NotFound": 1}
         assert Folder(BUCKET).list("_temporary") == []
 
 

@@ -90,7 +90,7 @@ def test_retry_processes_repaired_images_only(tmp_path: Path, small_encoder: Ext
     retry = dataclasses.replace(QUIET, retry_failures=True)
     features = extract(manifest, tmp_path / "features", small_encoder, retry)
     assert features.read(0)["image_id"].to_pylist() == ["red.png", "green.png", "blue.png", "broken.png"]
-    assert features.compute_totals().reasons == {"FileNotFoundError": 1}
+    assert features.compute_totals().reasons == {"NotFound": 1}
 
 
 def test_another_encoder_is_rejected(manifest: ShardedDataset, features: Path, small_encoder: ExtractionConfig) -> None:

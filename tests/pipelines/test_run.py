@@ -1,4 +1,5 @@
 import re
+from urllib.error import URLError
 
 import apache_beam as beam
 import pytest
@@ -41,6 +42,22 @@ def test_unreachable_cluster_raises_runner_error() -> None:
     run = RunConfig(beam_options=(*nowhere, "--environment_type=EXTERNAL", "--environment_config=127.0.0.1:9"))
     with pytest.raises(RunnerError, match=r"PortableRunner did not finish numbers: .*Run the same command again"):
         run_pipeline(beam.Create([1]), "numbers", run)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Unable to fetch remote job server jar at https://x: timed out"), URLError("no route")]
+)
+def test_runner_that_cannot_be_downloaded_is_no_reason_to_run_again(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(_: beam.Pipeline) -> None:
+        raise error
+
+    monkeypatch.setattr(beam.Pipeline, "run", fail)
+    run = RunConfig(beam_options=("--runner=PortableRunner", "--job_endpoint=127.0.0.1:9"))
+    with pytest.raises(RunnerError, match=r"could not be downloaded: .*--prism_location") as caught:
+        run_pipeline(beam.Create([1]), "numbers", run)
+    assert "again" not in str(caught.value)
 
 
 def _fail(error: BaseException) -> None:

@@ -40,7 +40,7 @@ def write_captions(address: str) -> ShardedDataset:
         writer.write(rows(*CAPTIONS[:2]))
     with write_shard(dataset, 1, 3) as writer:
         writer.write(rows(*CAPTIONS[2:]))
-        writer.write_failure("bad", "images/bad.jpg", DecodeError("Truncated", "ends early"))
+        writer.write_failure({"image_id": "bad", "uri": "images/bad.jpg"}, DecodeError("Truncated", "ends early"))
     with write_shard(dataset, 2, 1) as writer:
         writer.write(rows(("c1", "a shard that is being replaced", -1.0)))
     dataset.remove_marker(2)

@@ -61,7 +61,9 @@ def write_captions_dataset(
             if captions:
                 writer.write(rows(*captions))
             for name in failures:
-                writer.write_failure(name, f"images/{name}.jpg", DecodeError("Truncated", "ends early"))
+                writer.write_failure(
+                    {"image_id": name, "uri": f"images/{name}.jpg"}, DecodeError("Truncated", "ends early")
+                )
     return dataset
 
 
@@ -82,12 +84,13 @@ def write_embeddings_dataset(
             if captions:
                 backwards = list(reversed(captions))
                 vectors = WordRanker().encode_sentences([caption for _, caption, _ in backwards])
-                columns = {
-                    "image_id": [name for name, _, _ in backwards],
-                    "uri": [f"images/{name}.jpg" for name, _, _ in backwards],
-                    "embedding": list(vectors.astype(np.float16)),
-                }
-                writer.write(pa.RecordBatch.from_pydict(columns, schema=schema))
+                values = [
+                    {"image_id": name, "uri": f"images/{name}.jpg", "embedding": vector}
+                    for (name, _, _), vector in zip(backwards, vectors.astype(np.float16), strict=True)
+                ]
+                writer.write(pa.RecordBatch.from_pylist(values, schema=schema))
             for name in failures:
-                writer.write_failure(name, f"images/{name}.jpg", DecodeError("Truncated", "ends early"))
+                writer.write_failure(
+                    {"image_id": name, "uri": f"images/{name}.jpg"}, DecodeError("Truncated", "ends early")
+                )
     return dataset

@@ -277,3 +277,17 @@ def test_layout_is_chosen_by_the_number_of_rows() -> None:
         ("SQ8", 2048),
         ("PQ64", 16384),
     ]
+
+
+def test_two_names_of_a_split_select_the_same_images(few: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("captionlib.data.splits._VALIDATION_NAMES", frozenset({"test", "dev"}))
+    for search in (few.search_text, few.search_hybrid):
+        expected = search("dog", where=Filter(split="test"))
+        assert 0 < expected.num_rows < search("dog").num_rows
+        assert ids(search("dog", where=Filter(split="dev"))) == ids(expected)
+
+
+def test_lone_surrogates_are_a_query_error(few: Index) -> None:
+    for search in (few.search_text, few.search_sentence, few.search_hybrid):
+        with pytest.raises(QueryError, match="expected valid Unicode"):
+            search("a \ud83d dog")

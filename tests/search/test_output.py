@@ -1,11 +1,13 @@
 import csv
 import io
 import json
+import re
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, strategies as st
 
 from captionlib.search.output import OutputFormat, write_output
 
@@ -102,6 +104,37 @@ def test_nested_values_are_json_in_csv() -> None:
         )
     )
     assert json.loads(read["best"]) == [{"caption": 'a "dog"', "p": -3.21}]
+
+
+FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "'=1", "''-"]
+HARMLESS = ["a = b", "'", "'a", "", " =1", "a dog"]
+
+
+def write_csv(rows: list[dict[str, Any]], schema: pa.Schema, escape_formulas: bool = True) -> list[list[str]]:
+    sink = io.BytesIO()
+    write_output(pa.Table.from_pylist(rows, schema).to_reader(), sink, "csv", escape_formulas=escape_formulas)
+    return list(csv.reader(io.StringIO(sink.getvalue().decode(), newline="")))
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.dictionary(pa.int8(), pa.string())])
+def test_formulas_are_escaped_in_csv_unless_disabled(kind: pa.DataType) -> None:
+    rows = [{"=A1": text, "log_prob": -1.5} for text in FORMULAS + HARMLESS]
+    schema = pa.schema([("=A1", kind), ("log_prob", pa.float64())])
+    expected = [f"'{text}" for text in FORMULAS] + HARMLESS
+    assert write_csv(rows, schema) == [["'=A1", "log_prob"], *([text, "-1.5"] for text in expected)]
+    assert write_csv(rows, schema, escape_formulas=False) == [
+        ["=A1", "log_prob"],
+        *([text, "-1.5"] for text in FORMULAS + HARMLESS),
+    ]
+
+
+@given(st.lists(st.text(st.sampled_from("'=+-@\t\r\n a1\""), max_size=4)))
+def test_escaped_text_can_be_restored(texts: list[str]) -> None:
+    cells = [
+        cell for _, cell in write_csv([{"i": 0, "x": x} for x in texts], pa.schema({"i": pa.int8(), "x": pa.string()}))
+    ]
+    assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) for cell in cells)
+    assert [re.sub(r"^'(?='*[=+\-@\t\r\n])", "", cell) for cell in cells[1:]] == texts
 
 
 def test_json_lines_have_the_shortest_digits_of_float32() -> None:

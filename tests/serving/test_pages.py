@@ -122,7 +122,7 @@ def test_thumbnails_exist_only_for_images_of_the_index(client: TestClient, folde
 
 def test_missing_image_has_a_placeholder(client: TestClient) -> None:
     response = client.get("/thumbnail/small?id=gone")
-    assert (response.status_code, response.json()["detail"]) == (404, "image gone cannot be read: FileNotFoundError")
+    assert (response.status_code, response.json()["detail"]) == (404, "image gone cannot be read: NotFound")
     on_page = client.get("/thumbnail/small?id=gone", headers={"accept": "image/avif,*/*"})
     assert (on_page.status_code, on_page.headers["content-type"]) == (404, "image/svg+xml")
 

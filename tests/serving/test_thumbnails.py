@@ -1,3 +1,6 @@
+import asyncio
+import io
+import os
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -5,12 +8,17 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from captionlib.errors import BusyError, DecodeError, FetchError
 from captionlib.serving.config import ServingConfig
-from captionlib.serving.thumbnails import Thumbnails
+from captionlib.serving.thumbnails import Thumbnails, ThumbnailSize
+
+
+def get(thumbnails: Thumbnails, uri: str, size: ThumbnailSize = "small") -> bytes:
+    return asyncio.run(thumbnails.get(uri, size))
 
 
 def write_image(path: Path, size: tuple[int, int] = (300, 200)) -> str:
@@ -18,53 +26,159 @@ def write_image(path: Path, size: tuple[int, int] = (300, 200)) -> str:
     return str(path)
 
 
-def test_prune_keeps_recently_used_thumbnails(tmp_path: Path) -> None:
-    uris = [write_image(tmp_path / f"{number}.png") for number in range(6)]
+def test_prune_removes_the_least_recently_used_thumbnails(tmp_path: Path) -> None:
     with Thumbnails(tmp_path / "thumbnails", ServingConfig(max_thumbnail_bytes=1)) as thumbnails:
-        sizes = [len(thumbnails.get(uri, "small")) for uri in uris]
-        thumbnails._max_bytes = 2 * max(sizes) + 10
-        thumbnails.get(uris[0], "small")
+        paths = []
+        for number in range(4):
+            uri = write_image(tmp_path / f"{number}.png")
+            get(thumbnails, uri)
+            (path,) = set((tmp_path / "thumbnails").rglob("*.jpg")) - set(paths)
+            os.utime(path, (number, number))
+            paths.append(path)
+        get(thumbnails, str(tmp_path / "0.png"))
+        thumbnails._max_bytes = paths[0].stat().st_size + paths[3].stat().st_size
         thumbnails.prune()
-    stored = list((tmp_path / "thumbnails").rglob("*.jpg"))
-    assert 1 <= len(stored) <= 2
+        assert set((tmp_path / "thumbnails").rglob("*.jpg")) == {paths[0], paths[3]}, "reading 0 has made it recent"
+        thumbnails._max_bytes -= 1
+        thumbnails.prune()
+        assert list((tmp_path / "thumbnails").rglob("*.jpg")) == [paths[0]]
     assert not list((tmp_path / "thumbnails").rglob("*.partial"))
 
 
-def test_failures_are_cached(tmp_path: Path) -> None:
-    (tmp_path / "broken.png").write_bytes(b"not an image")
+def test_thumbnails_are_pruned_after_a_number_of_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("captionlib.serving.thumbnails._PRUNE_EVERY", 3)
+    with Thumbnails(tmp_path / "thumbnails", ServingConfig(max_thumbnail_bytes=1)) as thumbnails:
+        counts = []
+        for number in range(4):
+            get(thumbnails, write_image(tmp_path / f"{number}.png"))
+            counts.append(len(list((tmp_path / "thumbnails").rglob("*.jpg"))))
+    assert counts == [1, 2, 0, 1]
+
+
+def test_failures_are_cached_for_a_short_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("captionlib.serving.thumbnails.monotonic", lambda: now)
+    uri = str(tmp_path / "late.png")
     with Thumbnails(tmp_path / "thumbnails", ServingConfig()) as thumbnails:
         with pytest.raises(FetchError):
-            thumbnails.get(str(tmp_path / "nothing.png"), "small")
+            get(thumbnails, uri)
+        Path(uri).write_bytes(b"not an image")
+        now += 29
+        with pytest.raises(FetchError):
+            get(thumbnails, uri)
+        now += 2
         with pytest.raises(DecodeError):
-            thumbnails.get(str(tmp_path / "broken.png"), "small")
-        uri = write_image(tmp_path / "broken.png")
+            get(thumbnails, uri)
+        write_image(Path(uri))
         with pytest.raises(DecodeError):
-            thumbnails.get(uri, "small")
-        thumbnails._failures.clear()
-        assert thumbnails.get(uri, "small")
+            get(thumbnails, uri)
+        now += 31
+        assert get(thumbnails, uri)
 
 
-def test_too_many_concurrent_images_raise_busy_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Thumbnails(tmp_path / "thumbnails", ServingConfig(max_concurrent_images=1)) as thumbnails:
-        real = thumbnails._slots.acquire
-        monkeypatch.setattr(thumbnails._slots, "acquire", lambda timeout: real(timeout=0.01))
-        assert real()
-        with pytest.raises(BusyError):
-            thumbnails.get(write_image(tmp_path / "a.png"), "small")
-        thumbnails._slots.release()
-        assert thumbnails.get(str(tmp_path / "a.png"), "small")
-
-
-def test_large_thumbnail_shows_the_whole_image(tmp_path: Path) -> None:
-    sizes = {"wide": (400, 250), "high": (250, 400), "square": (300, 300)}
+def test_cached_failure_keeps_no_traceback(tmp_path: Path) -> None:
     with Thumbnails(tmp_path / "thumbnails", ServingConfig()) as thumbnails:
-        for name, (width, height) in sizes.items():
-            path = tmp_path / f"{name}.jpg"
-            Image.new("RGB", (width, height), "teal").save(path)
-            content = thumbnails.get(str(path), "large")
-            (tmp_path / "back.jpg").write_bytes(content)
-            with Image.open(tmp_path / "back.jpg") as image:
-                assert image.size[0] / image.size[1] == pytest.approx(width / height, abs=0.01)
+        for _ in range(3):
+            with pytest.raises(FetchError) as caught:
+                get(thumbnails, str(tmp_path / "nothing.png"))
+        assert caught.value.reason == "FileNotFoundError"
+        (cached,) = thumbnails._failures.values()
+        assert (cached.__traceback__, cached.__cause__) == (None, None)
+
+
+class SlowFetcher:
+    """Stands in for a fetcher of images on slow hosts."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.fetched: list[str] = []
+        self.gate = threading.Semaphore(0)
+
+    def fetch(self, uri: str) -> bytes:
+        self.fetched.append(uri)
+        if "fast" not in uri:
+            assert self.gate.acquire(timeout=10)
+        return self.content
+
+
+@pytest.fixture
+def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Thumbnails, SlowFetcher]]:
+    content = Path(write_image(tmp_path / "a.png")).read_bytes()
+    fetcher = SlowFetcher(content)
+    with Thumbnails(tmp_path / "thumbnails", ServingConfig(max_concurrent_fetches=4)) as thumbnails:
+        monkeypatch.setattr(thumbnails, "_fetcher", fetcher)
+        yield thumbnails, fetcher
+        fetcher.gate.release(1000)
+
+
+async def let_wait(thumbnails: Thumbnails, *uris: str) -> list[asyncio.Task[bytes]]:
+    tasks = [asyncio.ensure_future(thumbnails.get(uri, "small")) for uri in uris]
+    await asyncio.sleep(0.1)  # reading stored thumbnails takes a moment
+    return tasks
+
+
+def test_concurrent_requests_for_a_thumbnail_fetch_its_image_once(slow: tuple[Thumbnails, SlowFetcher]) -> None:
+    thumbnails, fetcher = slow
+
+    async def test() -> None:
+        tasks = await let_wait(thumbnails, *["http://slow/a"] * 8)
+        tasks[0].cancel()  # a client that disconnects does not end the fetch for the others
+        fetcher.gate.release()
+        contents = await asyncio.gather(*tasks[1:])
+        assert len(set(contents)) == 1
+        assert fetcher.fetched == ["http://slow/a"]
+        assert await thumbnails.get("http://slow/a", "small") == contents[0]
+        assert len(fetcher.fetched) == 1
+        assert not thumbnails._in_progress
+
+    asyncio.run(test())
+
+
+def test_slow_host_does_not_delay_images_on_other_hosts(slow: tuple[Thumbnails, SlowFetcher]) -> None:
+    thumbnails, fetcher = slow
+
+    async def test() -> None:
+        tasks = await let_wait(thumbnails, *(f"http://slow/{number}" for number in range(10)))
+        assert await asyncio.wait_for(thumbnails.get("http://fast/a", "small"), 5)
+        assert fetcher.fetched == ["http://slow/0", "http://fast/a"], "a host gets a quarter of the threads"
+        fetcher.gate.release(100)
+        assert len(await asyncio.gather(*tasks)) == 10
+
+    asyncio.run(test())
+
+
+def test_full_queue_raises_busy_error_at_once(slow: tuple[Thumbnails, SlowFetcher]) -> None:
+    thumbnails, fetcher = slow
+
+    async def test() -> None:
+        tasks = await let_wait(thumbnails, *(f"http://slow/{number}" for number in range(20)))
+        failed = [task for task in tasks if task.done()]
+        assert len(failed) == 20 - 1 - 16, "one is fetched and four wait per thread"
+        for task in failed:
+            with pytest.raises(BusyError):
+                task.result()
+        assert len(thumbnails._failures) == 0, "that the server is busy says nothing about the image"
+        fetcher.gate.release(100)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((400, 300), (400, 300)), ((1200, 300), (1200, 300)), ((3000, 20), (1280, 9)), ((90, 2560), (45, 1280))],
+)
+def test_large_thumbnail_shows_the_whole_image(
+    tmp_path: Path, size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    image = Image.new("RGB", size, "black")
+    image.paste("white", (0, 0, size[0] // 2, size[1] // 2))
+    image.save(tmp_path / "a.png")
+    with Thumbnails(tmp_path / "thumbnails", ServingConfig()) as thumbnails:
+        content = get(thumbnails, str(tmp_path / "a.png"), "large")
+    with Image.open(io.BytesIO(content)) as large:
+        assert large.size == expected
+        assert np.asarray(large.convert("L")).mean() == pytest.approx(255 / 4, rel=0.1)
 
 
 class CountingHandler(SimpleHTTPRequestHandler):
@@ -91,13 +205,13 @@ def web(tmp_path: Path) -> Iterator[str]:
 
 def test_private_hosts_are_rejected_unless_allowed(tmp_path: Path, web: str) -> None:
     with Thumbnails(tmp_path / "thumbnails", ServingConfig(allow_private_hosts=True)) as thumbnails:
-        assert thumbnails.get(f"{web}/a.png", "small")
+        assert get(thumbnails, f"{web}/a.png")
     CountingHandler.requests.clear()
     with (
         Thumbnails(tmp_path / "thumbnails", ServingConfig()) as thumbnails,  # nor is the stored thumbnail returned
         pytest.raises(FetchError) as caught,
     ):
-        thumbnails.get(f"{web}/a.png", "small")
+        get(thumbnails, f"{web}/a.png")
     assert caught.value.reason == "ForbiddenHost"
     assert CountingHandler.requests == []
 
@@ -108,19 +222,6 @@ def test_chained_addresses_are_not_downloaded(tmp_path: Path, web: str, chain: s
         Thumbnails(tmp_path / "thumbnails", ServingConfig(allow_private_hosts=True)) as thumbnails,
         pytest.raises(FetchError) as caught,
     ):
-        thumbnails.get(chain.format(web=web), "small")
+        get(thumbnails, chain.format(web=web))
     assert caught.value.reason == "BadAddress"
     assert CountingHandler.requests == []
-
-
-def test_threads_get_the_same_thumbnail(tmp_path: Path) -> None:
-    uri = write_image(tmp_path / "a.png")
-    contents: list[bytes] = []
-    with Thumbnails(tmp_path / "thumbnails", ServingConfig()) as thumbnails:
-        threads = [threading.Thread(target=lambda: contents.append(thumbnails.get(uri, "small"))) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert len(contents) == 8
-    assert len(set(contents)) == 1

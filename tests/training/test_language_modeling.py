@@ -75,7 +75,7 @@ def test_learns_the_captions_of_a_dataset(tmp_path: Path) -> None:
     assert history[-1]["perplexity"] < 1.5
     loaded = load_language_model(tmp_path / "model")
     assert loaded.vocabulary.sentence_count == 160
-    assert loaded.provenance["source"] == dataset.fingerprint
+    assert loaded.provenance["source"] == dataset.compute_content_checksum()
 
 
 def test_learns_continuous_text_by_characters(tmp_path: Path) -> None:

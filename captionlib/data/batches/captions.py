@@ -18,6 +18,7 @@ import numpy.typing as npt
 from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.batches.augmentation import FeatureMapAugmentation
 from captionlib.data.shards.dataset import ShardedDataset
+from captionlib.data.splits import expand_splits
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import DatasetError
 
@@ -93,8 +94,9 @@ class CaptionBatches:
 
     def count(self, world_size: int = 1) -> int:
         """Returns the number of batches per epoch, which may vary slightly with the order of the shards."""
+        selected = expand_splits(self.splits)
         images = [
-            sum(split in self.splits and bool(captions) for split, captions in _read_splits(self.dataset, shard))
+            sum(split in selected and bool(captions) for split, captions in _read_splits(self.dataset, shard))
             for shard in range(self.dataset.shards)
         ]
         size = self.batch_images * world_size
@@ -224,9 +226,9 @@ def read_features(
     dataset: ShardedDataset, shard: int, splits: Collection[str]
 ) -> Iterator[tuple[Features, list[list[str]]]]:
     """Yields the features `[rows, *shape]` and captions of the images in `splits`, in chunks."""
-    shape = feature_shape(dataset)
+    shape, names = feature_shape(dataset), expand_splits(splits)
     for rows in dataset.read_batches(shard, ["split", "captions", "features"]):
-        selected = np.array([split in splits for split in rows["split"].to_pylist()], bool)
+        selected = np.array([split in names for split in rows["split"].to_pylist()], bool)
         if selected.any():
             features = vectors_to_numpy(rows["features"], shape)
             yield features[selected], rows["captions"].filter(selected).to_pylist()
@@ -239,11 +241,12 @@ def read_captions(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[st
         DatasetError: no image in `splits` has a caption.
     """
     seen: set[str] = set()
+    selected = expand_splits(splits)
     is_empty = True
     for shard in range(dataset.shards):
         for split, captions in _read_splits(dataset, shard):
             seen.add(split)
-            if split in splits:
+            if split in selected:
                 is_empty = is_empty and not captions
                 yield from captions
     if is_empty:
@@ -255,8 +258,9 @@ def read_captions(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[st
 
 def read_references(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[list[str]]:
     """Yields a list of captions for each captioned image in `splits` without reading the features."""
+    selected = expand_splits(splits)
     for shard in range(dataset.shards):
-        yield from (captions for split, captions in _read_splits(dataset, shard) if split in splits and captions)
+        yield from (captions for split, captions in _read_splits(dataset, shard) if split in selected and captions)
 
 
 def _read_splits(dataset: ShardedDataset, shard: int) -> Iterator[tuple[str, list[str]]]:

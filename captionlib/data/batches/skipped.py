@@ -43,7 +43,7 @@ class SkippedImages:
         Raises:
             FailureRatioError: the run has skipped more images than `max_ratio` allows.
         """
-        self._rows[row["image_id"]] = failure_row(row["image_id"], row["uri"], error)
+        self._rows[row["image_id"]] = failure_row(row, error)
         limit = self._images - 1 if self._max_ratio is None else self._max_ratio * self._images
         if len(self._rows) > limit:
             raise FailureRatioError(

@@ -6,8 +6,8 @@ protocol. It may select a part of the file:
     FILE#bytes=START-END        a range of bytes (END is exclusive), such as a member of an uncompressed tar
     FILE#row=N&column=NAME      the bytes in a cell of a Parquet file, with rows counted from 0 over the whole file
 
-The path of a `file://` URL is percent-decoded, unless a file exists at the undecoded path: `file:///a%23row=1&column=b`
-is the file `/a#row=1&column=b`.
+A local file whose name has this form is that file: `/a#row=1&column=b` is a part of `/a` only if no file has the whole
+name. The path of a `file://` URL is percent-decoded, unless a file exists at the undecoded path.
 
 Chains of file systems (`zip://a::https://b`) and protocols that interpret files (`reference`) are rejected unopened.
 """
@@ -20,13 +20,21 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote, urlsplit
 
-from fsspec.implementations.local import LocalFileSystem
+import fsspec
 
+from captionlib import __version__
 from captionlib.errors import ConfigError, FetchError
-from captionlib.storage.file_systems import INTERPRETING_PROTOCOLS, is_chained, open_file_system, split_protocol
+from captionlib.storage.file_systems import (
+    INTERPRETING_PROTOCOLS,
+    is_chained,
+    open_file_system,
+    split_protocol,
+    strip_local_protocol,
+)
 
 __all__ = [
     "IMAGE_PROTOCOLS",
+    "MAX_HEADER_BYTES",
     "ImageAddress",
     "ImageFile",
     "image_exists",
@@ -39,6 +47,9 @@ __all__ = [
 
 IMAGE_PROTOCOLS = ("file", "http", "https", "s3", "gs", "abfs", "hdfs")
 """Protocols that are allowed by default. `file` also allows local paths."""
+
+MAX_HEADER_BYTES = 2**16
+"""Size limit of each HTTP header. Some servers send longer headers than aiohttp allows by default."""
 
 _CANONICAL_PROTOCOLS = {"local": "file", "s3a": "s3", "gcs": "gs", "abfss": "abfs", "az": "abfs"}
 
@@ -75,44 +86,63 @@ def parse_image_address(uri: str, protocols: Sequence[str] = IMAGE_PROTOCOLS) ->
     Raises:
         FetchError: the address is malformed or a chain, or its protocol is not allowed. The reason is BadAddress.
     """
-    if match := _ROW.fullmatch(uri):
-        return ImageAddress(_parse_file(match["file"], protocols), cell=(int(match["row"]), match["column"]))
+    if _names_local_file(uri):
+        return ImageAddress(_parse_file(uri, protocols))
     if match := _RANGE.fullmatch(uri):
         return ImageAddress(_parse_file(match["file"], protocols), span=(int(match["start"]), int(match["end"])))
+    if match := _ROW.fullmatch(uri):
+        return ImageAddress(_parse_file(match["file"], protocols), cell=(int(match["row"]), match["column"]))
     return ImageAddress(_parse_file(uri, protocols))
 
 
 def names_part_of_file(uri: str) -> bool:
-    """Returns whether an address selects a part of a file rather than the whole file."""
-    return bool(_ROW.fullmatch(uri) or _RANGE.fullmatch(uri))
+    """Returns whether an address has the form `FILE#bytes=...` or `FILE#row=...&column=...`."""
+    return "#" in uri and bool(_ROW.fullmatch(uri) or _RANGE.fullmatch(uri))
+
+
+def _names_local_file(uri: str) -> bool:
+    """Returns whether an address of this form is the name of a local file."""
+    return names_part_of_file(uri) and not split_protocol(uri)[0] and os.path.lexists(uri)
 
 
 def _parse_file(uri: str, protocols: Sequence[str]) -> ImageFile:
     uri = uri.strip() if "://" in uri else uri
-    shown = repr(uri if len(uri) <= _SHOWN_CHARACTERS else f"{uri[:_SHOWN_CHARACTERS]}...")
     spelled, url = split_protocol(uri)
     protocol = _CANONICAL_PROTOCOLS.get(spelled, spelled or "file")
-    if protocol == "file" and spelled:
-        url = _decode_path(LocalFileSystem._strip_protocol(url))
-    problem = ""
-    if "\0" in uri or "\0" in url:
-        problem = f"a path or an address, got {shown}, which contains a null character"
-    elif is_chained(uri):
-        problem = f"one file system, got a chain of them, {shown}; use the address of the image itself"
-    elif uri.startswith("//"):
-        problem = f"a path or an address, got {shown}, which lacks a protocol; add https:"
-    elif spelled == "data":
-        problem = f"a path or an address, got the data URI {shown}; write it to a file"
-    elif protocol in INTERPRETING_PROTOCOLS or protocol not in {_CANONICAL_PROTOCOLS.get(p, p) for p in protocols}:
+    allowed = {_CANONICAL_PROTOCOLS.get(name, name) for name in protocols} - INTERPRETING_PROTOCOLS
+    problem = _find_problem(uri, protocol, url)
+    if not problem and protocol not in allowed:
         problem = (
-            f"an address with protocol {', '.join(protocols)}, got {protocol}: {shown}; "
+            f"an address with protocol {', '.join(protocols)}, got {protocol}: {_shorten(uri)}; "
             "if you trust the source of the addresses, add the protocol to loading.fetch.protocols"
         )
-    elif protocol in ("http", "https") and not _has_host(url):
-        problem = f"{protocol}://HOST/PATH, got {shown}"
+    if not problem and protocol == "file" and spelled:
+        try:
+            url = _decode_path(strip_local_protocol(url))
+        except ConfigError as error:
+            problem = str(error).removeprefix("expected ")
+    if not problem and "\0" in uri + url:
+        problem = f"a path or an address, got {_shorten(uri)}, which contains a null character"
     if problem:
         raise FetchError("BadAddress", f"expected {problem}")
     return ImageFile(protocol, url)
+
+
+def _find_problem(uri: str, protocol: str, url: str) -> str:
+    """Returns what was expected and what is wrong with the form of an address, or an empty string."""
+    if is_chained(uri):
+        return f"one file system, got a chain of them, {_shorten(uri)}; use the address of the image itself"
+    if uri.startswith("//"):
+        return f"a path or an address, got {_shorten(uri)}, which lacks a protocol; add https:"
+    if protocol == "data":
+        return f"a path or an address, got the data URI {_shorten(uri)}; write it to a file"
+    if protocol in ("http", "https") and not _has_host(url):
+        return f"{protocol}://HOST/PATH, got {_shorten(uri)}"
+    return ""
+
+
+def _shorten(uri: str) -> str:
+    return repr(uri if len(uri) <= _SHOWN_CHARACTERS else f"{uri[:_SHOWN_CHARACTERS]}...")
 
 
 def _decode_path(path: str) -> str:
@@ -134,10 +164,12 @@ def open_image_file_system(file: ImageFile, allow_private_hosts: bool = True) ->
         FetchError: the package for the protocol is not installed, or the host is not allowed.
     """
     options: dict[str, Any] = {}
-    if not allow_private_hosts and file.protocol in ("http", "https"):
-        from captionlib.data.images.public_hosts import create_public_client
+    if file.protocol in ("http", "https"):
+        options["client_kwargs"] = _create_client_options()
+        if not allow_private_hosts:
+            from captionlib.data.images.public_hosts import create_public_client
 
-        options["get_client"] = create_public_client
+            options["get_client"] = create_public_client
     if not allow_private_hosts and file.protocol == "hdfs" and urlsplit(file.url).netloc:
         raise FetchError(
             "ForbiddenHost",
@@ -147,7 +179,18 @@ def open_image_file_system(file: ImageFile, allow_private_hosts: bool = True) ->
     try:
         return open_file_system(file.url, **options)
     except ConfigError as error:
-        raise FetchError("ImportError", str(error)) from error
+        raise FetchError("MissingPackage", str(error)) from error
+
+
+def _create_client_options() -> dict[str, Any]:
+    """Returns options for aiohttp's client. The user's fsspec configuration takes precedence."""
+    configured: dict[str, Any] = {}
+    for protocol in ("http", "https"):
+        configured |= fsspec.config.conf.get(protocol, {}).get("client_kwargs") or {}
+    limits = dict.fromkeys(("max_line_size", "max_field_size"), MAX_HEADER_BYTES)
+    # Without compression, byte ranges and sizes refer to the file. Some hosts reject requests without a user agent.
+    headers = {"User-Agent": f"captionlib/{__version__}", "Accept-Encoding": "identity"}
+    return {**limits, **configured, "headers": {**headers, **(configured.get("headers") or {})}}
 
 
 def open_image_file(file: ImageFile, allow_private_hosts: bool = True) -> BinaryIO:

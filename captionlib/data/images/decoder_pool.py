@@ -22,7 +22,13 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from captionlib.config import configclass
 from captionlib.data.images.decoder_process import FAILURE, REQUEST_HEADER, RESPONSE_HEADER, DecoderSettings
-from captionlib.data.images.decoding import MAX_IMAGE_PIXELS, MAX_JPEG_SCANS, DecodedImage, Preprocessing
+from captionlib.data.images.decoding import (
+    MAX_IMAGE_PIXELS,
+    MAX_JPEG_SCANS,
+    DecodedImage,
+    Preprocessing,
+    Shrinking,
+)
 from captionlib.errors import DecodeError, SubprocessError
 
 __all__ = ["DecoderConfig", "DecoderPool", "available_cpus"]
@@ -59,10 +65,10 @@ class DecoderConfig:
 class DecoderPool:
     """A pool of decoder processes. Thread-safe. As a context manager, it kills the processes on exit."""
 
-    def __init__(self, preprocessing: Preprocessing, config: DecoderConfig | None = None) -> None:
+    def __init__(self, preprocessing: Preprocessing | Shrinking, config: DecoderConfig | None = None) -> None:
         self.config = config or DecoderConfig()
         self.size = self.config.processes or available_cpus()
-        self._shape = (preprocessing.crop_size, preprocessing.crop_size, 3)
+        self._preprocessing = preprocessing
         self._settings = pickle.dumps(
             DecoderSettings(
                 preprocessing=preprocessing,
@@ -126,7 +132,7 @@ class DecoderPool:
         try:
             decoder = acquire()
             try:
-                result = decoder.decode(content, self._shape, self.config.timeout_seconds)
+                result = decoder.decode(content, self._preprocessing, self.config.timeout_seconds)
             except BaseException as error:  # otherwise its late response would be taken for the next one
                 self._discard(decoder)
                 if decoder.process.returncode == -signal.SIGPROF and isinstance(error, EOFError | ConnectionError):
@@ -209,7 +215,9 @@ class _Decoder:
         self._send(settings)
         self._receive(RESPONSE_HEADER.size)
 
-    def decode(self, content: bytes, shape: tuple[int, ...], timeout_seconds: float) -> DecodedImage | DecodeError:
+    def decode(
+        self, content: bytes, preprocessing: Preprocessing | Shrinking, timeout_seconds: float
+    ) -> DecodedImage | DecodeError:
         """Decodes an image. Raises EOFError or ConnectionError if the process ends, TimeoutError if it is too slow."""
         self._limit_waiting(timeout_seconds)
         self._send(content)
@@ -217,7 +225,8 @@ class _Decoder:
         payload = self._receive(size)
         if kind == FAILURE:
             return DecodeError(*json.loads(payload))
-        return DecodedImage(np.frombuffer(payload, np.uint8).reshape(shape), width, height)
+        columns, rows = preprocessing.output_size(width, height)
+        return DecodedImage(np.frombuffer(payload, np.uint8).reshape(rows, columns, 3), width, height)
 
     def kill(self) -> None:
         """Kills the process if it is running, and closes the pipes."""

@@ -40,7 +40,15 @@ with suppress(ImportError):
 with suppress(ImportError):
     import pillow_jxl  # noqa: F401  (registers itself)
 
-__all__ = ["MAX_IMAGE_PIXELS", "MAX_JPEG_SCANS", "DecodeScale", "DecodedImage", "Preprocessing", "decode_image"]
+__all__ = [
+    "MAX_IMAGE_PIXELS",
+    "MAX_JPEG_SCANS",
+    "DecodeScale",
+    "DecodedImage",
+    "Preprocessing",
+    "Shrinking",
+    "decode_image",
+]
 
 MAX_IMAGE_PIXELS = 100_000_000
 """Default limit on width x height. It is checked before decoding, because a tiny file can expand to a huge image."""
@@ -103,13 +111,33 @@ class Preprocessing:
         if self.interpolation not in _RESAMPLING:
             raise ConfigError(f"interpolation: expected one of {', '.join(_RESAMPLING)}, got {self.interpolation!r}")
 
+    def output_size(self, width: int, height: int) -> tuple[int, int]:
+        """Returns the width and height of the result for an image of the given size."""
+        return self.crop_size, self.crop_size
+
+
+@dataclass(frozen=True)
+class Shrinking:
+    """Shrinks an image, without cropping it, for people to look at. Small images are not enlarged.
+
+    Attributes:
+        max_size: maximum length of the longer side, in pixels.
+    """
+
+    max_size: int
+
+    def output_size(self, width: int, height: int) -> tuple[int, int]:
+        """Returns the width and height of the result for an image of the given size."""
+        scale = min(1.0, self.max_size / max(width, height))
+        return max(1, round(width * scale)), max(1, round(height * scale))
+
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """An image as the input of an encoder.
+    """An image as the input of an encoder, or shrunk.
 
     Attributes:
-        pixels: `[crop_size, crop_size, 3] uint8`, RGB, read-only.
+        pixels: `[height, width, 3] uint8`, RGB, read-only, of the `output_size` of the preprocessing.
         width: width of the whole image before resizing, in pixels, after it is rotated as its EXIF data say.
         height: height of the whole image.
     """
@@ -121,7 +149,7 @@ class DecodedImage:
 
 def decode_image(
     content: bytes,
-    preprocessing: Preprocessing,
+    preprocessing: Preprocessing | Shrinking,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     max_jpeg_scans: int = MAX_JPEG_SCANS,
     begin: Callable[[int], None] = lambda pixels: None,
@@ -171,61 +199,69 @@ def _check_pixels(size: tuple[int, int], limit: int, what: str) -> None:
         raise DecodeError("TooManyPixels", f"{what} {width} x {height} pixels, more than the limit of {limit}")
 
 
-def _preprocess(content: bytes, image: Image.Image, preprocessing: Preprocessing, limit: int) -> DecodedImage:
-    """Loads, orients, resizes and crops an image. The image is rotated last, because it is smallest then."""
-    stored_size = image.size
-    resized = _resized_size(stored_size, preprocessing.resize_size)
-    _check_pixels(resized, limit, f"an image of {image.width} x {image.height} pixels has, after resizing,")
-    pixels = None
-    if image.mode == "RGB" and isinstance(image, JpegImagePlugin.JpegImageFile):
-        is_fast = preprocessing.decode_scale == "fast"
-        min_size = (_FAST_SCALE * resized[0], _FAST_SCALE * resized[1]) if is_fast else None
-        pixels = decode_rgb_jpeg(content, stored_size, min_size)
-    if pixels is None:
-        pixels = _to_rgb(content, image)
-    method = _RESAMPLING[preprocessing.interpolation]
-    if method == Image.Resampling.NEAREST:  # resizing a part may select other pixels
-        pixels = pixels.resize(resized, method)
+def _preprocess(
+    content: bytes, image: Image.Image, preprocessing: Preprocessing | Shrinking, limit: int
+) -> DecodedImage:
+    """Loads, resizes, crops and orients an image. It is rotated last, because it is smallest then."""
+    pixels = _load(content, image, preprocessing)
     transposition, is_swapped, *is_reversed = _read_orientation(image)
-    width, height = stored_size[::-1] if is_swapped else stored_size
-    if is_swapped:
-        resized = resized[::-1]
+    width, height = image.size[::-1] if is_swapped else image.size
+    if isinstance(preprocessing, Shrinking):
+        method, resized = Image.Resampling.BILINEAR, preprocessing.output_size(width, height)
+        output_size = resized
+    else:
+        method, resized = _RESAMPLING[preprocessing.interpolation], _resized_size((width, height), preprocessing)
+        output_size = (preprocessing.crop_size, preprocessing.crop_size)
+        _check_pixels(resized, limit, f"an image of {width} x {height} pixels has, after resizing,")
+    if method == Image.Resampling.NEAREST:  # resizing a part may select other pixels
+        pixels = pixels.resize(resized[::-1] if is_swapped else resized, method)
 
     # The part of the resized image that the crop keeps, in pixels of the resized image.
-    crop = preprocessing.crop_size
     spans, offsets = [], []
-    for length in resized:
+    for length, crop in zip(resized, output_size, strict=True):
         start = round((length - crop) / 2) if length >= crop else -((crop - length) // 2)
         spans.append((max(start, 0), min(start + crop, length)))
         offsets.append(max(-start, 0))
 
-    # The same part in pixels of the stored image: `(start, end)` of columns and rows.
-    stored = [(start / length, end / length) for (start, end), length in zip(spans, resized, strict=True)]
-    kept_size = [end - start for start, end in spans]
+    # The same part as fractions of the columns and rows of the stored image.
+    parts = [(start / length, end / length) for (start, end), length in zip(spans, resized, strict=True)]
+    kept_width, kept_height = (end - start for start, end in spans)
     if is_swapped:
-        stored, kept_size = stored[::-1], kept_size[::-1]
-    stored = [
-        (1 - end, 1 - start) if flag else (start, end) for (start, end), flag in zip(stored, is_reversed, strict=True)
-    ]
-    (left, right), (top, bottom) = stored
+        parts, (kept_width, kept_height) = parts[::-1], (kept_height, kept_width)
+    (left, right), (top, bottom) = (
+        (1 - end, 1 - start) if flag else (start, end) for (start, end), flag in zip(parts, is_reversed, strict=True)
+    )
     box = (left * pixels.width, top * pixels.height, right * pixels.width, bottom * pixels.height)
-    kept = pixels.resize((kept_size[0], kept_size[1]), method, box)
+    kept = pixels.resize((kept_width, kept_height), method, box)
     if transposition is not None:
         kept = kept.transpose(transposition)
     if kept.mode != "RGB":
         kept = kept.convert("RGB")
-    if kept.size != (crop, crop):
-        canvas = Image.new("RGB", (crop, crop))
+    if kept.size != output_size:
+        canvas = Image.new("RGB", output_size)
         canvas.paste(kept, (offsets[0], offsets[1]))
         kept = canvas
     return DecodedImage(np.asarray(kept), width, height)
 
 
-def _resized_size(size: tuple[int, int], resize_size: int) -> tuple[int, int]:
+def _load(content: bytes, image: Image.Image, preprocessing: Preprocessing | Shrinking) -> Image.Image:
+    """Decodes the pixels in the mode RGB, RGBX or L."""
+    if image.mode == "RGB" and isinstance(image, JpegImagePlugin.JpegImageFile):
+        min_size = None
+        if isinstance(preprocessing, Preprocessing) and preprocessing.decode_scale == "fast":
+            width, height = _resized_size(image.size, preprocessing)
+            min_size = (_FAST_SCALE * width, _FAST_SCALE * height)
+        pixels = decode_rgb_jpeg(content, image.size, min_size)
+        if pixels is not None:
+            return pixels
+    return _to_rgb(content, image)
+
+
+def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
     """Returns the size of an image after its shorter side is resized, with the same rounding as torchvision."""
     short, long = sorted(size)
-    longer = int(resize_size * long / short)
-    return (resize_size, longer) if size[0] <= size[1] else (longer, resize_size)
+    shorter, longer = preprocessing.resize_size, int(preprocessing.resize_size * long / short)
+    return (shorter, longer) if size[0] <= size[1] else (longer, shorter)
 
 
 def _to_rgb(content: bytes, image: Image.Image) -> Image.Image:

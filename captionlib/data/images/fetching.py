@@ -5,10 +5,12 @@ and endpoints come from fsspec's own configuration; see `captionlib.storage.fold
 """
 
 import asyncio
-import http.client
+import errno
 import os
+import ssl
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -19,6 +21,7 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.http import HTTPFileSystem
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from tenacity import (
+    RetryCallState,
     Retrying,
     retry_if_exception,
     sleep_using_event,
@@ -27,10 +30,10 @@ from tenacity import (
     wait_random,
 )
 
-from captionlib import __version__
 from captionlib.config import configclass
 from captionlib.data.images.addresses import (
     IMAGE_PROTOCOLS,
+    MAX_HEADER_BYTES,
     ImageFile,
     open_image_file,
     open_image_file_system,
@@ -41,13 +44,18 @@ from captionlib.data.images.parquet_cells import ParquetCellReader
 from captionlib.data.images.public_hosts import is_private_host_error, reject_proxies
 from captionlib.errors import ConfigError, FetchError
 from captionlib.storage.file_systems import INTERPRETING_PROTOCOLS, is_known_protocol
-from captionlib.storage.remote_errors import get_http_status, is_connection_error, is_temporary_error, is_timeout_error
+from captionlib.storage.remote_errors import (
+    get_http_status,
+    get_retry_after,
+    is_connection_error,
+    is_temporary_error,
+    is_timeout_error,
+)
 
 __all__ = ["FetchConfig", "ImageFetcher", "to_fetch_error"]
 
 _CHUNK_BYTES = 2**20
 _MAX_BACKOFF_SECONDS = 30.0
-_USER_AGENT = f"captionlib/{__version__}"  # some hosts reject requests without a user agent
 
 
 @configclass
@@ -59,6 +67,8 @@ class FetchConfig:
         timeout_seconds: time limit for one attempt, from connecting to the last byte.
         attempts: maximum number of attempts per image. Only temporary errors, such as timeouts, are retried.
         backoff_seconds: wait before the second attempt. It doubles for each further attempt, up to 30 s, plus jitter.
+        max_retry_after_seconds: longest wait that a server can request with the header `Retry-After`. If it requests a
+            longer wait, the image fails without another attempt.
         max_row_group_bytes: size of the cache for images in Parquet files. Larger column chunks are rejected.
         protocols: allowed protocols of image addresses. `file` also allows local paths. fsspec protocols that interpret
             the files that they read (such as `reference`) or chain file systems are never allowed.
@@ -70,6 +80,7 @@ class FetchConfig:
     timeout_seconds: PositiveFloat = 30.0
     attempts: PositiveInt = 4
     backoff_seconds: NonNegativeFloat = 0.5
+    max_retry_after_seconds: NonNegativeFloat = 60.0
     max_row_group_bytes: PositiveInt = 2**30
     protocols: tuple[str, ...] = IMAGE_PROTOCOLS
     allow_private_hosts: bool = True
@@ -109,11 +120,12 @@ class ImageFetcher:
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._requests: set[Future[bytes]] = set()
+        backoff = wait_exponential(self.config.backoff_seconds, max=_MAX_BACKOFF_SECONDS)
+        jitter = wait_random(0, self.config.backoff_seconds)
         self._retrying = Retrying(
-            retry=retry_if_exception(lambda error: is_temporary_error(error) and not self._closed.is_set()),
+            retry=retry_if_exception(self._may_retry),
             stop=stop_after_attempt(self.config.attempts),
-            wait=wait_exponential(self.config.backoff_seconds, max=_MAX_BACKOFF_SECONDS)
-            + wait_random(0, self.config.backoff_seconds),
+            wait=lambda state: max(backoff(state), _get_requested_wait(state)) + jitter(state),
             sleep=sleep_using_event(self._closed),
             reraise=True,
         )
@@ -130,6 +142,11 @@ class ImageFetcher:
         with self._lock:
             for request in self._requests:
                 request.cancel()
+
+    def _may_retry(self, error: BaseException) -> bool:
+        requested = get_retry_after(error) or 0.0
+        within_limit = requested <= self.config.max_retry_after_seconds
+        return is_temporary_error(error) and within_limit and not self._closed.is_set()
 
     def fetch(self, uri: str) -> bytes:
         """Fetches the bytes at an address.
@@ -206,12 +223,11 @@ class ImageFetcher:
     async def _read_http(self, fs: Any, url: str, span: _Span) -> bytes:
         """Reads a span and closes the connection. If the server ignores the Range header, the rest is discarded."""
         session = await fs.set_session()
-        headers = {"User-Agent": _USER_AGENT, **session.headers, **fs.kwargs.get("headers", {})}
-        headers["Accept-Encoding"] = "identity"  # without compression, byte ranges and sizes refer to the file
+        headers = {**session.headers, **fs.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
         if span.end is not None:
             headers["Range"] = f"bytes={span.start}-{span.end - 1}"
         options = {**fs.kwargs, "headers": headers, "timeout": aiohttp.ClientTimeout(self.config.timeout_seconds)}
-        async with session.get(fs.encode_url(url), **options) as response:
+        async with await _request(session, fs.encode_url(url), options) as response:
             response.raise_for_status()
             skip = 0 if response.status == 206 else span.start
             if span.end is None and (response.content_length or 0) > span.limit:
@@ -223,6 +239,20 @@ class ImageFetcher:
                 if len(content) >= span.size:
                     break
             return bytes(content[: span.size])
+
+
+async def _request(session: aiohttp.ClientSession, url: str, options: dict[str, Any]) -> aiohttp.ClientResponse:
+    """Sends a request. Errors of this function are not HTTP statuses, which are in the response."""
+    try:
+        return await session.get(url, **options)
+    except aiohttp.TooManyRedirects as error:
+        raise FetchError("TooManyRedirects", "expected at most 10 redirects; check the address") from error
+    except aiohttp.ClientResponseError as error:
+        raise FetchError(
+            "BadResponse",
+            "expected an HTTP response, got one that is malformed, is compressed in an unsupported encoding, or has a "
+            f"header of more than {MAX_HEADER_BYTES} bytes; check the server",
+        ) from error
 
 
 async def _read_object(fs: Any, path: str, span: _Span) -> bytes:
@@ -252,28 +282,68 @@ def _read_local(path: str, span: _Span) -> bytes:
         return os.pread(file.fileno(), size, span.start)
 
 
+def _get_requested_wait(state: RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    return (error and get_retry_after(error)) or 0.0
+
+
 def to_fetch_error(error: BaseException) -> FetchError:
     """Converts an exception of any file system to a FetchError, whose reason is the category of the failure.
 
     The original message is dropped, because it may quote what a server sent, such as the target of a redirect or the
     body of an error response.
     """
-    if isinstance(error, FileNotFoundError):
-        return FetchError("FileNotFoundError", "no file exists at this address; check the address")
-    if isinstance(error, PermissionError):
-        return FetchError("PermissionError", "access to the file was denied; check its permissions or the credentials")
-    if (status := get_http_status(error)) is not None:
-        return FetchError(f"HTTP {status}", f"expected the image, got HTTP status {status}{_status_phrase(status)}")
-    if is_timeout_error(error):
-        return FetchError("Timeout", "the request timed out; increase loading.fetch.timeout_seconds")
-    if is_connection_error(error):
-        return FetchError("ConnectionError", f"the connection failed or was interrupted{_errno_phrase(error)}")
-    return FetchError(type(error).__name__, f"the file cannot be read: {type(error).__name__}{_errno_phrase(error)}")
+    status = get_http_status(error)
+    if status is not None and not isinstance(error, FileNotFoundError | PermissionError):
+        return _describe_status(status, get_retry_after(error))
+    for matches, reason, problem, remedy in _REASONS:
+        if matches(error):
+            return FetchError(reason, f"{problem}{_errno_phrase(error)}; {remedy}")
+    return FetchError("Unreadable", f"the file cannot be read: {type(error).__name__}{_errno_phrase(error)}")
 
 
-def _status_phrase(status: int) -> str:
-    phrase = http.client.responses.get(status)
-    return f" ({phrase})" if phrase else ""
+def _is_instance(*types: type[BaseException]) -> Callable[[BaseException], bool]:
+    return lambda error: isinstance(error, types)
+
+
+def _is_invalid_address(error: BaseException) -> bool:
+    return isinstance(error, aiohttp.InvalidURL) or getattr(error, "errno", None) in (errno.ENAMETOOLONG, errno.ELOOP)
+
+
+_REASONS = (
+    (_is_instance(FileNotFoundError, NotADirectoryError), "NotFound", "no file at this address", "check the address"),
+    (_is_instance(PermissionError), "Forbidden", "no access to the file", "check its permissions or the credentials"),
+    (is_timeout_error, "Timeout", "the request timed out", "increase loading.fetch.timeout_seconds"),
+    (
+        _is_instance(ssl.SSLCertVerificationError, aiohttp.ClientConnectorCertificateError),
+        *("BadCertificate", "the certificate of the server is invalid", "check the server or its address"),
+    ),
+    (
+        is_connection_error,
+        "ConnectionFailed",
+        "the connection failed or was interrupted",
+        "retry with --retry-failures",
+    ),
+    (_is_invalid_address, "BadAddress", "the address, or one that it redirects to, is invalid", "correct the address"),
+)
+
+
+def _describe_status(status: int, retry_after: float | None) -> FetchError:
+    """Names an HTTP error by what to do about it."""
+    wait = "" if retry_after is None else f" and the request to retry after {retry_after:.0f} seconds"
+    reason, remedy = _STATUS_REASONS.get(status) or _STATUS_REASONS[400 if status < 500 else 500]
+    return FetchError(reason, f"expected the image, got HTTP status {status}{wait}; {remedy}")
+
+
+_STATUS_REASONS = {
+    **dict.fromkeys((404, 410), ("NotFound", "check the address")),
+    **dict.fromkeys((401, 403, 407, 451), ("Forbidden", "check the credentials and the terms of the server")),
+    408: ("Timeout", "retry"),
+    416: ("BadRange", "the file is shorter than the address says; prepare the source again"),
+    429: ("TooManyRequests", "retry later with --retry-failures, or reduce loading.threads"),
+    400: ("BadRequest", "check the address"),
+    500: ("ServerError", "retry later with --retry-failures"),
+}
 
 
 def _errno_phrase(error: BaseException) -> str:

@@ -83,6 +83,4 @@ def _reporting_arrow_errors() -> Iterator[None]:
     try:
         yield
     except pa.ArrowException as error:
-        raise FetchError(
-            type(error).__name__, "expected a Parquet file, got a damaged file or a different format"
-        ) from error
+        raise FetchError("DamagedFile", "expected a Parquet file, got a damaged file or a different format") from error

@@ -18,16 +18,19 @@ from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.ingestion.matlab import Matrix, open_matrix
 from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.markers import Totals, compute_checksum
-from captionlib.data.shards.schemas import MANIFEST_SCHEMA, features_schema
+from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.karpathy import read_numbered_rows
 from captionlib.data.sources.locations import locate
-from captionlib.data.sources.rows import ManifestRow, SourceOptions
+from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
 from captionlib.data.sources.values import describe, is_unicode
+from captionlib.data.sources.versions import describe_address
 from captionlib.errors import DatasetError, DuplicateIdError
 from captionlib.progress import progress_bar
 
 __all__ = ["ImportConfig", "import_features"]
+
+_LAYER_SIZES = frozenset({256, 512, 768, 1024, 1536, 2048, 4096})
 
 
 @configclass
@@ -36,6 +39,8 @@ class ImportConfig:
 
     Attributes:
         variable: name of the matrix in the MATLAB file.
+        feature_size: number of values of each feature vector, that is, the number of rows of the matrix. If None, the
+            number of rows is used, unless the matrix seems to be transposed.
         image_root: folder that image paths are relative to. If None, the folder of `dataset.json` is used.
         stored_dtype: dtype of the stored features.
         shard_size: rows per shard (output file).
@@ -44,6 +49,7 @@ class ImportConfig:
     """
 
     variable: str = "feats"
+    feature_size: PositiveInt | None = None
     image_root: str | None = None
     stored_dtype: Literal["float16", "float32"] = "float16"
     shard_size: PositiveInt = 1000
@@ -85,10 +91,14 @@ def import_features(
     location = locate(json_address)
     if not location.fs.exists(location.path):
         raise DatasetError(f"{json_address} does not exist; expected Karpathy's dataset.json")
-    numbered_rows = list(read_numbered_rows(location, SourceOptions(image_root=config.image_root)))
+    options = SourceOptions(image_root=config.image_root)
+    numbered_rows = list(read_numbered_rows(location, options, SkipCounter(strict=True)))
     with open_matrix(mat_address, config.variable) as matrix:
+        _check_orientation(numbered_rows, matrix, config.feature_size, mat_address)
         columns = _find_columns(numbered_rows, matrix, mat_address)
         rows = [row for _, row in numbered_rows]
+        for row in rows:
+            row.version = describe_address(row.uri)
         dataset = create_dataset(
             output,
             "features",
@@ -119,17 +129,36 @@ def _compute_checksum(address: str) -> str:
         return compute_checksum(file)
 
 
+def _check_orientation(
+    numbered_rows: Sequence[tuple[object, ManifestRow]], matrix: Matrix, size: int | None, address: str
+) -> None:
+    """Checks that the matrix has a column, not a row, for each image.
+
+    `dataset.json` may list only some of the images, so that the number of images does not always show which is which.
+    Then the usual sizes of network layers do.
+    """
+    images = max((imgid for imgid, _ in numbered_rows if isinstance(imgid, int)), default=-1) + 1
+    if size is not None:
+        transposed = matrix.rows != size == matrix.columns
+    elif images in (matrix.rows, matrix.columns):
+        transposed = matrix.columns != images
+    else:
+        transposed = matrix.columns in _LAYER_SIZES and matrix.rows not in _LAYER_SIZES and images <= matrix.rows
+    if transposed:
+        raise DatasetError(
+            f"{address}: expected a column for each of {images} images, got {matrix.rows} rows and {matrix.columns} "
+            "columns, so the matrix seems to be transposed; save its transpose, or set feature_size if the rows are "
+            "features"
+        )
+    if size not in (None, matrix.rows):
+        raise DatasetError(f"{address}: expected {size} rows (feature_size), got {matrix.rows}; correct feature_size")
+
+
 def _find_columns(
     numbered_rows: Sequence[tuple[object, ManifestRow]], matrix: Matrix, address: str
 ) -> npt.NDArray[np.int64]:
     """Returns the matrix column of each image, after checking that the two files match."""
     seen: set[str] = set()
-    count = max((imgid for imgid, _ in numbered_rows if isinstance(imgid, int)), default=-1) + 1
-    if count == matrix.rows != matrix.columns:
-        raise DatasetError(
-            f"{address}: expected a column for each of {count} images, got {matrix.rows} rows and {matrix.columns} "
-            "columns, so the matrix seems to be transposed; save its transpose"
-        )
     for imgid, row in numbered_rows:  # row.origin is the file and entry that the row came from
         if isinstance(imgid, bool) or not isinstance(imgid, int) or imgid < 0:
             raise DatasetError(f"{row.origin}: expected a column number as imgid, got {describe(imgid)}")
@@ -174,5 +203,5 @@ def _read_vectors(matrix: Matrix, columns: npt.NDArray[np.int64], dtype: str, ad
 
 
 def _to_batch(rows: Sequence[ManifestRow], vectors: npt.NDArray[np.floating], schema: pa.Schema) -> pa.RecordBatch:
-    columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in MANIFEST_SCHEMA]
+    columns = [pa.array([getattr(row, each.name, None) for row in rows], each.type) for each in schema][:-1]
     return pa.RecordBatch.from_arrays([*columns, numpy_to_vectors(vectors)], schema=schema)

@@ -6,13 +6,16 @@
       _shards/part-00000.json ...     one marker per shard: a JSON file that marks it as finished
       _failures/part-00000.parquet    images of the shard that could not be read; absent if there are none
       _SUCCESS                        totals over all shards; written once all are finished
+      _update/, _update.json          new shards and journal of an update; see `captionlib.data.shards.update`
 
 The files of a shard are written in the order data, failures, marker. If the writer dies in between, the shard has no
 marker, and the next run writes it again.
 """
 
+import io
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -26,21 +29,29 @@ from captionlib.config import describe_differences
 from captionlib.data.shards.markers import (
     DESCRIPTION_FILE,
     FAILURES_FOLDER,
+    JOURNAL_FILE,
     MARKERS_FOLDER,
     SUCCESS_FILE,
+    UPDATE_FOLDER,
     Marker,
     Totals,
     compute_checksum,
     compute_fingerprint,
+    decode_marker,
+    decode_record,
+    decode_totals,
+    encode_record,
     part_name,
     sum_markers,
-    to_json,
 )
-from captionlib.data.shards.schemas import SCHEMA_VERSION
-from captionlib.errors import DatasetError, FailureRatioError, FingerprintError, StorageError
-from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
+from captionlib.data.shards.schemas import FAILURES_SCHEMA, SCHEMA_VERSIONS, add_missing_columns, upgrade_schema
+from captionlib.data.shards.verification import VerifiedFile
+from captionlib.errors import DamagedShardError, DatasetError, FailureRatioError, FingerprintError, StorageError
+from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, resolve_address
 
 __all__ = ["ShardedDataset", "create_dataset", "open_dataset"]
+
+_PART = re.compile(r"part-([0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -50,10 +61,12 @@ class ShardedDataset:
     Attributes:
         folder: folder of the dataset.
         kind: manifest (images and reference captions), features, captions (generated) or embeddings.
-        config: everything that determines the rows.
+        config: everything that determines the rows, except for the input.
         fingerprint: hash of kind, schema version and config.
         shards: number of shards of the complete dataset.
         schema: Arrow schema of the shards.
+        lineage: id of the manifest that the images come from. It stays the same when the manifest is updated.
+        source: address of the dataset that this dataset was made from most recently; empty if there is none.
     """
 
     folder: Folder
@@ -62,46 +75,83 @@ class ShardedDataset:
     fingerprint: str
     shards: int
     schema: pa.Schema
+    lineage: str
+    source: str = ""
 
     def done_shards(self) -> set[int]:
-        """Returns the numbers of the shards that have a marker. Lists the folder once."""
-        names = (name for name in self.folder.list(MARKERS_FOLDER) if name.endswith(".json"))
-        shards = {int(name.removeprefix("part-").removesuffix(".json")) for name in names}
-        return {shard for shard in shards if shard < self.shards}
+        """Returns the numbers of the shards that have a marker and a data file. Lists the folders once.
+
+        The content of the markers is not read; see `read_markers`.
+        """
+        return self._list_parts(MARKERS_FOLDER, ".json") & self._list_parts("", ".parquet")
+
+    def _list_parts(self, subfolder: str, extension: str) -> set[int]:
+        names = (name.removesuffix(extension) for name in self.folder.list(subfolder) if name.endswith(extension))
+        numbers = {
+            int(match[1]) for name in names if (match := _PART.fullmatch(name)) and name == part_name(int(match[1]))
+        }
+        return {shard for shard in numbers if shard < self.shards}
 
     def pending_shards(self) -> list[int]:
-        """Returns the sorted numbers of the shards that have no marker."""
-        return sorted(set(range(self.shards)) - self.done_shards())
+        """Returns the sorted numbers of the shards that are not finished."""
+        return sorted(set(range(self.shards)) - self.read_markers().keys())
 
     def read_marker(self, shard: int) -> Marker | None:
         """Returns the marker of a shard, or None if the shard is not finished."""
-        return next(self.iter_markers([shard]), None)
+        marker = self.read_any_marker(shard)
+        finished = marker is not None and marker.previous is None
+        return marker if finished and self.folder.exists(f"{part_name(shard)}.parquet") else None
 
     def read_markers(self, shards: Iterable[int] | None = None) -> dict[int, Marker]:
-        """Returns the markers of the given shards, by shard. If None, all markers are returned."""
-        return {marker.shard: marker for marker in self.iter_markers(self.done_shards() if shards is None else shards)}
+        """Returns the markers of the finished shards among `shards`, by shard. If None, of all shards."""
+        done = self.done_shards()
+        return {marker.shard: marker for marker in self.iter_markers(done if shards is None else done & set(shards))}
 
     def iter_markers(self, shards: Iterable[int]) -> Iterator[Marker]:
-        """Yields the markers of the given shards in any order. Reads them concurrently and in bounded memory."""
-        for content in self.folder.read_many(f"{MARKERS_FOLDER}/{part_name(shard)}.json" for shard in sorted(shards)):
-            marker = Marker(**json.loads(content))
-            if marker.fingerprint == self.fingerprint:
+        """Yields the markers of the finished shards among `shards`, which have data files, in any order.
+
+        Reads them concurrently and in bounded memory. A damaged marker, or one of a dataset with a different
+        fingerprint, counts as missing.
+        """
+        wanted = set(shards)
+        for content in self.folder.read_many(f"{MARKERS_FOLDER}/{part_name(shard)}.json" for shard in sorted(wanted)):
+            marker = self._decode_marker(content)
+            if marker is not None and marker.previous is None and marker.shard in wanted:
                 yield marker
+
+    def read_any_marker(self, shard: int) -> Marker | None:
+        """Returns the marker of a shard, even while its files are being replaced, or None if it has none."""
+        for content in self.folder.read_many([f"{MARKERS_FOLDER}/{part_name(shard)}.json"]):
+            marker = self._decode_marker(content)
+            return marker if marker is not None and marker.shard == shard else None
+        return None
+
+    def _decode_marker(self, content: bytes) -> Marker | None:
+        try:
+            marker = decode_marker(content)
+        except ValueError:
+            return None
+        return marker if marker.fingerprint == self.fingerprint else None
 
     def compute_totals(self) -> Totals:
         """Sums the markers of all finished shards."""
         return sum_markers(self.iter_markers(self.done_shards()))
 
     def read_totals(self) -> Totals | None:
-        """Returns the totals in `_SUCCESS`, or None if the file does not exist or belongs to a different dataset."""
+        """Returns the totals in `_SUCCESS`, or None if the dataset is not complete."""
         try:
-            content = json.loads(self.folder.read(SUCCESS_FILE))
-        except FileNotFoundError:
+            totals, fingerprint = decode_totals(self.folder.read(SUCCESS_FILE))
+        except (FileNotFoundError, ValueError):
             return None
-        return Totals(**content) if content.pop("fingerprint") == self.fingerprint else None
+        return totals if fingerprint == self.fingerprint and totals.shards == self.shards else None
+
+    def compute_content_checksum(self) -> str:
+        """Returns a hash of the rows of a complete dataset. It changes when any row changes."""
+        totals = self.read_totals()
+        return totals.checksum if totals is not None and totals.checksum else self.compute_totals().checksum
 
     def is_complete(self) -> bool:
-        return self.folder.exists(SUCCESS_FILE)
+        return self.read_totals() is not None
 
     def mark_incomplete(self) -> None:
         """Marks the dataset as incomplete until `finish` is called. Call this before writing shards."""
@@ -130,32 +180,100 @@ class ShardedDataset:
         """Returns the path of a shard's data file within its file system."""
         return self.folder.path(f"{part_name(shard)}.parquet")
 
-    def read(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """Reads a shard into memory. If `columns` is None, all columns are read."""
-        with self.folder.open(f"{part_name(shard)}.parquet") as file:
-            return pq.ParquetFile(file).read(columns)
+    def read(self, shard: int, columns: Sequence[str] | None = None, marker: Marker | None = None) -> pa.Table:
+        """Reads a shard into memory; see `read_batches`."""
+        return pa.Table.from_batches(self.read_batches(shard, columns, 1 << 30, marker), self._select(columns))
 
     def read_batches(
-        self, shard: int, columns: Sequence[str] | None = None, batch_size: int = 256
+        self,
+        shard: int,
+        columns: Sequence[str] | None = None,
+        batch_size: int = 256,
+        marker: Marker | None = None,
     ) -> Iterator[pa.RecordBatch]:
-        """Yields the rows of a shard in batches of up to `batch_size`. Holds one row group in memory."""
-        with self.folder.open(f"{part_name(shard)}.parquet") as file:
-            parquet = pq.ParquetFile(file, pre_buffer=True)  # reads a row group's columns with few requests
-            for group in range(parquet.num_row_groups):
-                yield from parquet.iter_batches(batch_size, row_groups=[group], columns=columns)
+        """Yields the rows of a shard in batches of up to `batch_size`. Holds one row group in memory.
+
+        All bytes are verified against the marker of the shard. If the shard is replaced before the first batch, its
+        new version is read.
+
+        Args:
+            shard: number of the shard.
+            columns: the columns to read, in the order of the schema. If None, all columns are read.
+            batch_size: maximum number of rows in a batch.
+            marker: the marker of the only version to read. If None, the current version is read.
+
+        Raises:
+            DamagedShardError: the data file or its marker is missing or damaged, or not of the version of `marker`.
+            DatasetError: the shard was replaced after the first batch.
+        """
+        name, schema = f"{part_name(shard)}.parquet", self._select(columns)
+        expected, started = marker or self.read_any_marker(shard), False
+        while expected is not None:
+            try:
+                file = VerifiedFile(self.folder.fs, self.folder.path(name), expected.versions)
+                parquet = pq.ParquetFile(file, pre_buffer=True)  # reads a row group's columns with few requests
+                for group in range(parquet.num_row_groups):
+                    for rows in parquet.iter_batches(batch_size, row_groups=[group], columns=schema.names):
+                        yield add_missing_columns(rows, schema)
+                        started = True
+                return
+            except (DamagedShardError, FileNotFoundError, pa.ArrowException, OSError) as error:
+                if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and error.errno is not None:
+                    raise  # the storage failed
+                current = self.read_any_marker(shard)
+                if current == expected or marker is not None:
+                    raise self._damaged(
+                        name, "missing" if isinstance(error, FileNotFoundError) else str(error)
+                    ) from error
+                if started:
+                    raise DatasetError(
+                        f"{self.folder.address(name)} was replaced while it was being read; run the command again"
+                    ) from error
+                expected = current
+        raise self._damaged(name, "its marker is missing")
+
+    def _damaged(self, name: str, reason: str) -> DamagedShardError:
+        return DamagedShardError(
+            f"{self.folder.address(name)} is damaged ({reason}); run the command that writes {self.folder.uri} again "
+            "with --verify, which writes damaged shards again"
+        )
+
+    def _select(self, columns: Sequence[str] | None) -> pa.Schema:
+        """Returns the schema of some columns, in the order of the dataset's schema. If None, of all columns."""
+        return self.schema if columns is None else pa.schema([each for each in self.schema if each.name in columns])
 
     def read_failures(self, shard: int) -> pa.Table | None:
-        """Returns the images of a shard that could not be read, or None if there are none."""
-        name = f"{FAILURES_FOLDER}/{part_name(shard)}.parquet"
-        if not self.folder.exists(name):
+        """Returns the images of a shard that could not be read, or None if there are none.
+
+        Raises:
+            DamagedShardError: the file is missing or damaged.
+        """
+        marker = self.read_any_marker(shard)
+        if marker is None or not any(version.failures for version in marker.versions):
             return None
-        with self.folder.open(name) as file:
-            return pq.read_table(file)
+        name = f"{FAILURES_FOLDER}/{part_name(shard)}.parquet"
+        checksums = {version.failures_checksum for version in marker.versions}
+        try:
+            content = self.folder.read(name)
+            if "" not in checksums and compute_checksum(io.BytesIO(content)) not in checksums:
+                raise self._damaged(name, "its checksum differs from the marker")
+            table = pq.read_table(io.BytesIO(content))
+        except FileNotFoundError:
+            raise self._damaged(name, "missing") from None
+        except (pa.ArrowException, OSError) as error:
+            raise self._damaged(name, str(error)) from error
+        return pa.Table.from_batches([add_missing_columns(rows, FAILURES_SCHEMA) for rows in table.to_batches()])
 
     def remove_marker(self, shard: int) -> None:
         """Removes the marker of a shard. The shard becomes pending again, and the dataset incomplete."""
         self.mark_incomplete()
         self.folder.remove_file(f"{MARKERS_FOLDER}/{part_name(shard)}.json")
+
+    def remove_shard(self, shard: int) -> None:
+        """Removes the files of a shard, its marker first. The dataset becomes incomplete."""
+        self.remove_marker(shard)
+        self.folder.remove_file(f"{FAILURES_FOLDER}/{part_name(shard)}.parquet")
+        self.folder.remove_file(f"{part_name(shard)}.parquet")
 
     def finish(self, max_failure_ratio: float | None = None) -> Totals:
         """Checks that all shards are finished and writes `_SUCCESS`.
@@ -165,13 +283,12 @@ class ShardedDataset:
             FailureRatioError: the fraction of images that could not be read exceeds `max_failure_ratio`. If this is
                 None, all images failed.
         """
-        recorded = None if self.pending_shards() else self.read_totals()
-        totals = recorded or self.compute_totals()
+        totals = self.compute_totals()
         if totals.shards < self.shards:
-            missing = sorted(set(range(self.shards)) - set(self.read_markers()))
+            pending = self.pending_shards()
             raise DatasetError(
-                f"{self.folder.uri}: expected {self.shards} finished shards, {len(missing)} are missing "
-                f"(the first is {part_name(missing[0])}); run the command again to resume it"
+                f"{self.folder.uri}: expected {self.shards} finished shards, {len(pending)} are missing "
+                f"(the first is {part_name(pending[0])}); run the command again to resume it"
             )
         if totals.exceeds(max_failure_ratio):
             self.mark_incomplete()
@@ -181,30 +298,42 @@ class ShardedDataset:
                 f"{FAILURES_FOLDER}/, then run again with --retry-failures, or with a higher --max-failure-ratio "
                 "(1 accepts all failures)"
             )
-        if recorded is None:
-            self.folder.write(SUCCESS_FILE, to_json({**asdict(totals), "fingerprint": self.fingerprint}))
+        if self.read_totals() != totals:
+            self.folder.write(SUCCESS_FILE, encode_record({**asdict(totals), "fingerprint": self.fingerprint}))
             with suppress(StorageError):  # the files in it do no harm
-                self.folder.remove(TEMPORARY_FOLDER)
+                self.folder.remove_temporary_files()
         return totals
 
     def verify(self) -> list[str]:
-        """Compares the checksums of data files with the markers, and returns a line per missing or changed file."""
-        problems = []
-        names = set(self.folder.list())
-        for shard, marker in self.read_markers().items():
-            name = f"{part_name(shard)}.parquet"
-            if name not in names:
-                problems.append(f"{name}: missing")
-                continue
+        """Compares all files of finished shards with their markers. Returns a line for each file that differs."""
+        return [
+            problem
+            for shard in sorted(self._list_parts(MARKERS_FOLDER, ".json"))
+            for problem in self.verify_shard(shard)
+        ]
+
+    def verify_shard(self, shard: int) -> list[str]:
+        """Compares the files of a shard with its marker. Returns a line for each file that differs."""
+        marker = self.read_any_marker(shard)
+        if marker is None:
+            return [f"{part_name(shard)}: its marker is missing or damaged"]
+        problems, name = [], f"{part_name(shard)}.parquet"
+        try:
             with self.folder.open(name) as file:
                 checksum = compute_checksum(file)
-            if checksum != marker.checksum:
+            if all(checksum != version.checksum for version in marker.versions):
                 problems.append(f"{name}: expected {marker.checksum}, got {checksum}")
+        except FileNotFoundError:
+            problems.append(f"{name}: missing")
+        try:
+            self.read_failures(shard)
+        except DamagedShardError as error:
+            problems.append(str(error))
         return problems
 
 
-def open_dataset(uri: str | os.PathLike[str], kind: str | None = None) -> ShardedDataset:
-    """Opens a dataset, which may be incomplete.
+def open_dataset(uri: str | os.PathLike[str], kind: str | None = None, *, complete: bool = True) -> ShardedDataset:
+    """Opens a dataset, which may be incomplete. First completes an update that was interrupted after its commit.
 
     Example:
         >>> captions = captionlib.open_dataset("captions", "captions").require_complete()
@@ -214,12 +343,13 @@ def open_dataset(uri: str | os.PathLike[str], kind: str | None = None) -> Sharde
     Args:
         uri: path or URL of the folder.
         kind: expected kind (manifest, features, captions or embeddings). If None, any kind is accepted.
+        complete: complete an interrupted update; see `captionlib.data.shards.update`.
 
     Raises:
         DatasetError: the folder is not a dataset, or the dataset has a different kind or schema version.
     """
     folder = Folder(uri)
-    description = _read_description(folder)
+    description = _read_updated_description(folder) if complete else _read_description(folder)
     if description is None:
         got = "other files" if folder.list() else "a missing or empty folder"
         raise DatasetError(
@@ -231,14 +361,13 @@ def open_dataset(uri: str | os.PathLike[str], kind: str | None = None) -> Sharde
             f"{folder.uri}: expected a dataset of kind {kind}, got {description['kind']}; "
             "`captionlib --help` shows what each stage reads"
         )
-    if description["schema_version"] != SCHEMA_VERSION:
+    version = SCHEMA_VERSIONS[description["kind"]]
+    if description["schema_version"] != version:
         raise DatasetError(
-            f"{folder.uri}: expected schema version {SCHEMA_VERSION}, got {description['schema_version']}; "
-            "write the dataset again with this version of captionlib"
+            f"{folder.uri}: expected version {version} of the schema of {description['kind']}, got "
+            f"{description['schema_version']}; write the dataset again with this version of captionlib"
         )
-    schema = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(description["arrow_schema"])))
-    fields = {name: description[name] for name in ("kind", "config", "fingerprint", "shards")}
-    return ShardedDataset(folder, schema=schema, **fields)
+    return _to_dataset(folder, description)
 
 
 def create_dataset(
@@ -247,59 +376,129 @@ def create_dataset(
     schema: pa.Schema,
     *,
     config: Mapping[str, Any],
-    shards: int,
+    shards: int | None = None,
+    source: ShardedDataset | None = None,
+    lineage: str | None = None,
     overwrite: bool = False,
 ) -> ShardedDataset:
-    """Creates a dataset, or resumes one with the same fingerprint; see `ShardedDataset` for the arguments.
+    """Creates a dataset, or resumes one with the same fingerprint.
 
-    If `overwrite` is set, an existing dataset in the folder is deleted first.
+    The number of shards of a resumed dataset may change. Shards that are no longer part of it are removed.
+
+    Args:
+        uri: path or URL of the folder.
+        kind: manifest, features, captions or embeddings.
+        schema: Arrow schema of the shards.
+        config: everything that determines the rows, except for the input.
+        shards: number of shards. If None, the number of shards of `source`.
+        source: the dataset that this one is made from, which determines `lineage`.
+        lineage: if None, the lineage of `source` or, without a source, the fingerprint.
+        overwrite: first delete an existing dataset in the folder.
 
     Raises:
-        FingerprintError: the folder holds a dataset with a different fingerprint, and `overwrite` is not set.
+        FingerprintError: the folder holds a dataset with a different fingerprint or lineage, and `overwrite` is not
+            set.
         DatasetError: the folder holds files that captionlib did not write.
     """
     folder = Folder(uri)
     config = json.loads(json.dumps(config))
-    dataset = ShardedDataset(folder, kind, config, compute_fingerprint(kind, config), shards, schema)
-    existing = _read_description(folder)
-    if existing is None:
-        if others := [name for name in folder.list() if name != TEMPORARY_FOLDER]:
-            raise DatasetError(
-                f"{folder.uri} holds files that captionlib did not write ({', '.join(others[:3])}); "
-                "use a new or empty folder"
-            )
-    elif overwrite:
+    fingerprint = compute_fingerprint(kind, config)
+    if shards is None:
+        assert source is not None, "the number of shards is unknown"
+        shards = source.shards
+    lineage = lineage or (source.lineage if source else fingerprint)
+    source_address = resolve_address(source.folder.uri) if source else ""
+    dataset = ShardedDataset(folder, kind, config, fingerprint, shards, schema, lineage, source_address)
+    description = None if overwrite else _read_updated_description(folder)
+    if overwrite and folder.exists(DESCRIPTION_FILE):
         _clear(folder)
-    elif existing["fingerprint"] == dataset.fingerprint:
-        return dataset
-    else:
-        lines = describe_differences({"kind": existing["kind"], **existing["config"]}, {"kind": kind, **config})
-        raise FingerprintError(
-            f"{folder.uri} holds the output of a different configuration ({'; '.join(lines) or 'schema version'}); "
-            "use another folder, or --overwrite to replace it"
+    elif description is not None:
+        existing = _to_dataset(folder, description)
+        _require_same(existing, dataset)
+        if existing == dataset:
+            return dataset
+        if existing.shards != dataset.shards:
+            dataset.mark_incomplete()
+        for shard in range(dataset.shards, existing.shards):
+            existing.remove_shard(shard)
+    elif others := [
+        name for name in folder.list() if name not in (TEMPORARY_FOLDER, DESCRIPTION_FILE)
+    ]:  # a run that started at the same time may write them
+        raise DatasetError(
+            f"{folder.uri} holds files that captionlib did not write ({', '.join(others[:3])}); "
+            "use a new or empty folder"
         )
-    description = {
+    content = {
         "kind": kind,
-        "schema_version": SCHEMA_VERSION,
-        "fingerprint": dataset.fingerprint,
-        "shards": shards,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "schema_version": SCHEMA_VERSIONS[kind],
+        "fingerprint": fingerprint,
+        "lineage": dataset.lineage,
+        "source": dataset.source,
+        "shards": dataset.shards,
+        "created": (description or {}).get("created") or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "columns": {column.name: str(column.type) for column in schema},
         "config": config,
         "arrow_schema": schema.serialize().to_pybytes().hex(),
     }
-    folder.write(DESCRIPTION_FILE, to_json(description))
+    folder.write(DESCRIPTION_FILE, encode_record(content))
     return dataset
+
+
+def _require_same(existing: ShardedDataset, dataset: ShardedDataset) -> None:
+    """Raises FingerprintError if a folder holds a dataset with a different fingerprint or lineage."""
+    if existing.fingerprint != dataset.fingerprint:
+        lines = describe_differences(
+            {"kind": existing.kind, **existing.config}, {"kind": dataset.kind, **dataset.config}
+        )
+        raise FingerprintError(
+            f"{dataset.folder.uri} holds the output of a different configuration "
+            f"({'; '.join(lines) or 'schema version'}); use another folder, or --overwrite to replace it"
+        )
+    if existing.lineage != dataset.lineage:
+        raise FingerprintError(
+            f"{dataset.folder.uri} holds the output of a different manifest (expected lineage {dataset.lineage}, got "
+            f"{existing.lineage}); use another folder, or --overwrite to replace it. To add or change images, update "
+            "the manifest that this output was made from"
+        )
 
 
 def _clear(folder: Folder) -> None:
     """Deletes a dataset, beginning with `_SUCCESS` and the markers, so an interrupted deletion leaves it incomplete."""
-    for name in (SUCCESS_FILE, MARKERS_FOLDER, FAILURES_FOLDER, TEMPORARY_FOLDER):
+    for name in (SUCCESS_FILE, JOURNAL_FILE, MARKERS_FOLDER, FAILURES_FOLDER, UPDATE_FOLDER):
         folder.remove(name)
+    folder.remove_temporary_files()
     for name in folder.list():
         if name.startswith("part-") and name.endswith(".parquet"):
             folder.remove(name)
     folder.remove(DESCRIPTION_FILE)
+
+
+def _to_dataset(folder: Folder, description: Mapping[str, Any]) -> ShardedDataset:
+    try:
+        stored = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(description["arrow_schema"])))
+        kind, config, fingerprint = description["kind"], description["config"], description["fingerprint"]
+        return ShardedDataset(
+            folder,
+            kind,
+            config,
+            fingerprint,
+            int(description["shards"]),
+            upgrade_schema(kind, stored),
+            description.get("lineage") or config.get("input") or fingerprint,
+            description.get("source", ""),
+        )
+    except (pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged_description(folder, error) from error
+
+
+def _read_updated_description(folder: Folder) -> dict[str, Any] | None:
+    description = _read_description(folder)
+    if description is None or not folder.exists(JOURNAL_FILE):
+        return description
+    from captionlib.data.shards.update import complete_update
+
+    complete_update(folder)
+    return _read_description(folder)
 
 
 def _read_description(folder: Folder) -> dict[str, Any] | None:
@@ -308,10 +507,16 @@ def _read_description(folder: Folder) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        description: dict[str, Any] = json.loads(content)
-        _ = [description[key] for key in ("kind", "schema_version", "fingerprint", "shards", "config", "arrow_schema")]
-    except (ValueError, KeyError) as error:
-        raise DatasetError(
-            f"{folder.address(DESCRIPTION_FILE)} is damaged ({error!r}); write the dataset again"
-        ) from error
+        description = decode_record(content)
+        if description["kind"] not in SCHEMA_VERSIONS:
+            raise ValueError(f"unknown kind {description['kind']!r}")
+        _ = description["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged_description(folder, error) from error
     return description
+
+
+def _damaged_description(folder: Folder, error: Exception) -> DatasetError:
+    return DatasetError(
+        f"{folder.address(DESCRIPTION_FILE)} is damaged ({error!r}); write the dataset again with --overwrite"
+    )

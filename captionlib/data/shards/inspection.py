@@ -7,6 +7,7 @@ from typing import Any
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.shards.markers import SUCCESS_FILE
+from captionlib.errors import DamagedShardError
 from captionlib.storage.folders import TEMPORARY_FOLDER
 
 __all__ = ["DatasetReport", "FailureReport", "inspect_dataset"]
@@ -96,7 +97,10 @@ def _summarize_failures(dataset: ShardedDataset, reasons: Mapping[str, int]) -> 
     for shard, marker in sorted(dataset.read_markers().items()):
         if marker.reasons.keys() <= examples.keys():
             continue
-        table = dataset.read_failures(shard)
+        try:
+            table = dataset.read_failures(shard)
+        except DamagedShardError:  # found by `verify`
+            continue
         for row in table.to_pylist() if table is not None else []:
             if row["error"] in reasons:
                 example = FailureReport(reasons[row["error"]], row["image_id"], row["uri"], row["message"])

@@ -2,22 +2,35 @@
 
 import hashlib
 import json
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from captionlib.data.shards.schemas import SCHEMA_VERSION
+from pydantic import TypeAdapter
+
+from captionlib.data.shards.schemas import SCHEMA_VERSIONS
 
 __all__ = [
+    "BLOCK_BYTES",
     "DESCRIPTION_FILE",
     "FAILURES_FOLDER",
+    "JOURNAL_FILE",
     "MARKERS_FOLDER",
     "SUCCESS_FILE",
+    "UPDATE_FOLDER",
     "Marker",
     "Totals",
+    "compute_block_checksum",
     "compute_checksum",
+    "compute_checksums",
     "compute_fingerprint",
+    "decode_marker",
+    "decode_record",
+    "decode_totals",
+    "encode_record",
+    "from_json",
     "part_name",
     "sum_markers",
     "to_json",
@@ -27,6 +40,14 @@ DESCRIPTION_FILE = "_dataset.json"
 SUCCESS_FILE = "_SUCCESS"
 MARKERS_FOLDER = "_shards"
 FAILURES_FOLDER = "_failures"
+JOURNAL_FILE = "_update.json"
+UPDATE_FOLDER = "_update"
+
+BLOCK_BYTES = 256 << 10
+"""Size of the blocks of a data file that are verified one by one. Readers of one column read only its blocks."""
+
+_MAX_JSON_DEPTH = 100
+_RECORD_CHECKSUM = "crc32"
 
 
 @dataclass(frozen=True)
@@ -37,9 +58,14 @@ class Marker:
         failures: number of images that could not be read.
         bytes: size of the data file.
         checksum: checksum of the data file; see `compute_checksum`.
+        blocks: checksums of the blocks of the data file, joined; see `compute_block_checksum`.
+        failures_checksum: checksum of the failures file; empty if there is none.
         seconds: time taken to write the shard.
-        fingerprint: hash of everything that determines the rows; see `compute_fingerprint`.
+        fingerprint: hash of everything that determines the rows, except for the input; see `compute_fingerprint`.
+        source: checksum of the data file of the input shard. Empty if the shard was not made from another dataset.
         reasons: number of failures by reason.
+        previous: the marker of the version that is being replaced, or None. If it is set, the shard is not finished,
+            and its data file is of either version.
     """
 
     shard: int
@@ -49,16 +75,32 @@ class Marker:
     checksum: str
     seconds: float
     fingerprint: str
+    source: str = ""
+    blocks: str = ""
+    failures_checksum: str = ""
     reasons: Mapping[str, int] = field(default_factory=dict)
+    previous: "Marker | None" = None
 
     @property
     def images(self) -> int:
         return self.rows + self.failures
 
+    @property
+    def versions(self) -> Iterator["Marker"]:
+        """Yields the markers of the versions that the data file may be of, the newest first."""
+        marker: Marker | None = self
+        while marker is not None:
+            yield marker
+            marker = marker.previous
+
 
 @dataclass(frozen=True)
 class Totals:
-    """Totals over the finished shards of a dataset; see `Marker` for the attributes."""
+    """Totals over the finished shards of a dataset; see `Marker` for the attributes.
+
+    Attributes:
+        checksum: hash of the checksums of all data files, in order. It changes when any row changes.
+    """
 
     shards: int
     rows: int
@@ -66,6 +108,7 @@ class Totals:
     bytes: int
     seconds: float
     reasons: Mapping[str, int]
+    checksum: str = ""
 
     @property
     def images(self) -> int:
@@ -88,10 +131,33 @@ def part_name(shard: int) -> str:
     return f"part-{shard:05d}"
 
 
+_MARKER, _TOTALS = TypeAdapter(Marker), TypeAdapter(Totals)
+
+
+def decode_marker(content: bytes) -> Marker:
+    """Reads the content of a marker file.
+
+    Raises:
+        ValueError: the content is damaged or not a marker.
+    """
+    return _MARKER.validate_python(decode_record(content))
+
+
+def decode_totals(content: bytes) -> tuple[Totals, str]:
+    """Reads the content of `_SUCCESS`. Returns the totals and the fingerprint of the dataset.
+
+    Raises:
+        ValueError: the content is damaged or of another kind.
+    """
+    record = decode_record(content)
+    return _TOTALS.validate_python(record), str(record.get("fingerprint"))
+
+
 def sum_markers(markers: Iterable[Marker]) -> Totals:
     """Sums the markers of a dataset."""
     shards = rows = failures = size = 0
     seconds, reasons = 0.0, Counter[str]()
+    checksums: dict[int, str] = {}
     for marker in markers:
         shards += 1
         rows += marker.rows
@@ -99,24 +165,83 @@ def sum_markers(markers: Iterable[Marker]) -> Totals:
         size += marker.bytes
         seconds += marker.seconds
         reasons.update(marker.reasons)
-    return Totals(shards, rows, failures, size, round(seconds, 3), dict(reasons.most_common()))
+        checksums[marker.shard] = marker.checksum
+    digest = hashlib.sha256("\n".join(checksums[shard] for shard in sorted(checksums)).encode()).hexdigest()
+    return Totals(shards, rows, failures, size, round(seconds, 3), dict(reasons.most_common()), f"sha256:{digest}")
 
 
 def compute_fingerprint(kind: str, config: Mapping[str, Any]) -> str:
-    """Returns a hash of everything that determines the rows of a dataset: kind, schema version and configuration."""
-    identity = {"kind": kind, "schema_version": SCHEMA_VERSION, "config": config}
+    """Returns a hash of everything that determines the rows of a dataset, except for its input.
+
+    This is its kind, the schema version of that kind, and the configuration.
+    """
+    identity = {"kind": kind, "schema_version": SCHEMA_VERSIONS.get(kind, 1), "config": config}
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def compute_checksum(file: BinaryIO) -> str:
     """Returns the SHA-256 of a file as `sha256:HEX`."""
-    digest = hashlib.sha256()
-    while block := file.read(16 << 20):
+    return compute_checksums(file)[0]
+
+
+def compute_checksums(file: BinaryIO) -> tuple[str, str]:
+    """Returns the SHA-256 of a file as `sha256:HEX`, and the joined checksums of its blocks."""
+    digest, blocks = hashlib.sha256(), []
+    while block := file.read(BLOCK_BYTES):
         digest.update(block)
-    return f"sha256:{digest.hexdigest()}"
+        blocks.append(compute_block_checksum(block))
+    return f"sha256:{digest.hexdigest()}", "".join(blocks)
+
+
+def compute_block_checksum(block: bytes | memoryview) -> str:
+    """Returns the CRC-32 of a block as 8 hexadecimal digits."""
+    return f"{zlib.crc32(block):08x}"
 
 
 def to_json(content: Mapping[str, Any] | Sequence[Any]) -> bytes:
     """Encodes values as indented UTF-8 JSON, the format of all of captionlib's JSON files."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def from_json(content: str | bytes) -> Any:
+    """Decodes JSON.
+
+    Raises:
+        ValueError: the content is not JSON, or is nested more than 100 levels deep.
+    """
+    try:
+        value = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    level = [value]
+    for _ in range(_MAX_JSON_DEPTH):
+        nested = (node.values() if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list)))
+        level = [child for children in nested for child in children if isinstance(child, (dict, list))]
+        if not level:
+            return value
+    raise ValueError("nested too deeply")
+
+
+def encode_record(content: Mapping[str, Any]) -> bytes:
+    """Encodes values as JSON with a checksum of their own; see `decode_record`."""
+    return to_json({**content, _RECORD_CHECKSUM: _compute_record_checksum(content)})
+
+
+def decode_record(content: bytes) -> dict[str, Any]:
+    """Decodes the result of `encode_record`. A record without a checksum is accepted.
+
+    Raises:
+        ValueError: the content is not a JSON object, or differs from its checksum.
+    """
+    record = from_json(content)
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object, got {type(record).__name__}")
+    expected = record.pop(_RECORD_CHECKSUM, None)
+    if expected is not None and expected != _compute_record_checksum(record):
+        raise ValueError("the content differs from its checksum")
+    return record
+
+
+def _compute_record_checksum(content: Mapping[str, Any]) -> str:
+    return compute_block_checksum(json.dumps(content, sort_keys=True).encode())

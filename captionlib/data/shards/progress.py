@@ -2,10 +2,10 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
 
-from captionlib.data.shards.dataset import ShardedDataset
+from captionlib.data.shards.stages import ShardJob
 from captionlib.errors import StorageError
 from captionlib.progress import progress_bar
 
@@ -13,33 +13,37 @@ __all__ = ["show_progress"]
 
 
 @contextmanager
-def show_progress(source: ShardedDataset, output: ShardedDataset, label: str, enabled: bool = True) -> Iterator[None]:
-    """Shows images, images/s, the time left, shards and failures while the block turns `source` into `output`."""
+def show_progress(job: ShardJob, label: str, enabled: bool = True) -> Iterator[None]:
+    """Shows images, images/s, the time left, shards and failures while the block runs a job."""
     if not enabled:
         yield
         return
+    output = job.outputs[0]
+    unfinished = set(job.unfinished_shards())
+    stale = output.read_markers(unfinished)  # these shards count when their markers change
     failures, counted = 0, set[int]()
 
-    def count(add: Callable[[int, str], None]) -> None:
+    def count(add: Callable[[int, str], None], shards: Set[int]) -> None:
         """Adds the images of new markers to the bar."""
         nonlocal failures
         with suppress(StorageError):  # if the storage cannot be reached, the pipeline reports the error
             images = 0
-            for marker in output.iter_markers(output.done_shards() - counted):
-                counted.add(marker.shard)
-                failures += marker.failures
-                images += marker.images
+            for marker in output.iter_markers((output.done_shards() & shards) - counted):
+                if marker != stale.get(marker.shard):
+                    counted.add(marker.shard)
+                    failures += marker.failures
+                    images += marker.images
             add(images, f"{len(counted)}/{output.shards} shards, {failures} failed")
 
     def watch() -> None:
-        count(bar.skip)  # markers of earlier runs do not count towards the rate
+        count(bar.skip, set(range(output.shards)) - unfinished)  # they do not count towards the rate
         pause = 1.0
         while not stop.wait(pause):
             started = time.monotonic()
-            count(bar.update)
+            count(bar.update, unfinished)
             pause = max(1.0, 20 * (time.monotonic() - started))  # listing takes at most 5% of the time
 
-    totals = source.read_totals() or source.compute_totals()
+    totals = job.source.read_totals() or job.source.compute_totals()
     with progress_bar(label, totals.rows, "images") as bar:
         stop = threading.Event()
         thread = threading.Thread(target=watch, name="progress", daemon=True)
@@ -49,4 +53,4 @@ def show_progress(source: ShardedDataset, output: ShardedDataset, label: str, en
         finally:
             stop.set()
             thread.join()
-            count(bar.update)
+            count(bar.update, unfinished)

@@ -1,4 +1,11 @@
-"""Arrow schemas of the datasets: manifest (images and reference captions), features, captions and embeddings."""
+"""Arrow schemas of the datasets: manifest (images and reference captions), features, captions, embeddings, duplicates.
+
+Every kind of dataset has its own schema version. A new version is needed only if a column is removed or changes its
+meaning. A column that is added later is nullable: datasets without it can still be read, and it is null in their rows.
+"""
+
+from collections.abc import Mapping
+from typing import Any
 
 import pyarrow as pa
 
@@ -6,16 +13,19 @@ from captionlib.errors import ImageError
 
 __all__ = [
     "COLUMN_DESCRIPTIONS",
+    "DUPLICATES_SCHEMA",
     "FAILURES_SCHEMA",
     "MANIFEST_SCHEMA",
-    "SCHEMA_VERSION",
+    "SCHEMA_VERSIONS",
+    "add_missing_columns",
     "captions_schema",
     "embeddings_schema",
     "failure_row",
     "features_schema",
+    "upgrade_schema",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSIONS = {"manifest": 1, "features": 1, "captions": 1, "embeddings": 1, "duplicates": 1}
 
 
 def _schema(*text: str, **columns: pa.DataType) -> pa.Schema:
@@ -24,14 +34,22 @@ def _schema(*text: str, **columns: pa.DataType) -> pa.Schema:
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
 
 
-MANIFEST_SCHEMA = _schema("image_id", "uri", "split", captions=pa.list_(pa.string()))
-FAILURES_SCHEMA = _schema("image_id", "uri", "stage", "error", "message")
+_VERSION = pa.field("version", pa.string())
+_READ_FROM_FILE = [pa.field("width", pa.int32()), pa.field("height", pa.int32()), pa.field("content_hash", pa.string())]
+
+MANIFEST_SCHEMA = pa.schema([*_schema("image_id", "uri"), _VERSION, *_schema("split", captions=pa.list_(pa.string()))])
+FAILURES_SCHEMA = pa.schema([*_schema("image_id", "uri"), _VERSION, *_schema("stage", "error", "message")])
+DUPLICATES_SCHEMA = _schema("image_id", "group", kept=pa.bool_(), similarity=pa.float32())
 # Shown in the reference documentation.
 COLUMN_DESCRIPTIONS = {
     "image_id": "Id of the image, unique within a dataset.",
     "uri": "Path or URL of the image.",
+    "version": "Version of the image's file in the source; it changes when the file does. Null if unknown.",
     "split": "Split that the image belongs to, such as train, val or test; empty if unknown.",
     "captions": "Reference captions, written by humans.",
+    "width": "Width of the image in pixels, as stored in its file; null if unknown.",
+    "height": "Height of the image in pixels, as stored in its file; null if unknown.",
+    "content_hash": "Hash of the bytes of the image's file: 16 hexadecimal digits; null if unknown.",
     "features": "Image features from the encoder: a vector, or a feature map flattened position by position.",
     "caption": "Best caption.",
     "log_prob": "Natural logarithm of the probability of the caption, summed over its tokens.",
@@ -39,21 +57,68 @@ COLUMN_DESCRIPTIONS = {
     "candidates": "Candidate captions for the image, best first.",
     "attention": "Attention weights of each token over the positions of the feature map; each row sums to 1.",
     "embedding": "Embedding of the image: a unit vector in the joint space of images and captions.",
+    "group": "Id of the kept image of the group of duplicates.",
+    "kept": "Whether this is the image of the group to keep; the others are duplicates of it.",
+    "similarity": "Cosine similarity of the embeddings of this image and the kept image.",
     "stage": "Stage that failed: fetch or decode.",
-    "error": "Category under which the failure is counted, such as HTTP 404.",
+    "error": "Category under which the failure is counted, such as NotFound.",
     "message": "Description of the error.",
 }
 
 
-def failure_row(image_id: str, uri: str, error: ImageError) -> dict[str, str]:
-    """Returns the row of the failures table for an image that could not be read."""
-    return {"image_id": image_id, "uri": uri, "stage": error.stage, "error": error.reason, "message": str(error)}
+def add_missing_columns(rows: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """Returns rows with exactly the columns of a schema. Nullable columns that the rows lack are null.
+
+    Raises:
+        KeyError: the rows lack a column that is not nullable.
+    """
+    if rows.schema.equals(schema):
+        return rows
+    columns = [
+        pa.nulls(rows.num_rows, field.type)
+        if field.nullable and field.name not in rows.schema.names
+        else rows.column(field.name)
+        for field in schema
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def upgrade_schema(kind: str, stored: pa.Schema) -> pa.Schema:
+    """Returns the schema of a stored dataset, plus the nullable columns that its kind has gained since then."""
+    current = {
+        "manifest": MANIFEST_SCHEMA,
+        "features": features_schema(1, "float16"),
+        "captions": captions_schema(),
+        "embeddings": embeddings_schema(1),
+        "duplicates": DUPLICATES_SCHEMA,
+    }[kind]
+    known = [
+        stored.field(each.name) if each.name in stored.names else each
+        for each in current
+        if each.nullable or each.name in stored.names
+    ]
+    return pa.schema([*known, *(each for each in stored if each.name not in current.names)])
+
+
+def failure_row(row: Mapping[str, Any], error: ImageError) -> dict[str, str | None]:
+    """Returns the row of the failures table for an image that could not be read; `row` is its row in the input."""
+    return {
+        "image_id": row["image_id"],
+        "uri": row["uri"],
+        "version": row.get("version"),
+        "stage": error.stage,
+        "error": error.reason,
+        "message": str(error),
+    }
 
 
 def features_schema(size: int, dtype: str) -> pa.Schema:
-    """Returns the schema of a features dataset: MANIFEST_SCHEMA plus a vector of `size` float16 or float32 values."""
+    """Returns the schema of a features dataset: the columns of a manifest, and features.
+
+    `features` is a vector of `size` float16 or float32 values.
+    """
     vector = pa.list_({"float16": pa.float16(), "float32": pa.float32()}[dtype], size)
-    return MANIFEST_SCHEMA.append(pa.field("features", vector, nullable=False))
+    return pa.schema([*MANIFEST_SCHEMA, *_READ_FROM_FILE, pa.field("features", vector, nullable=False)])
 
 
 def captions_schema(positions: int | None = None) -> pa.Schema:
@@ -64,15 +129,17 @@ def captions_schema(positions: int | None = None) -> pa.Schema:
             weights for each token of the best candidate, including the end token. If None, the column is omitted.
     """
     attention = {} if positions is None else {"attention": pa.list_(pa.list_(pa.float16(), positions))}
-    return _schema(
-        *("image_id", "uri", "split", "caption"),
+    captions = _schema(
+        "caption",
         log_prob=pa.float32(),
         tokens=pa.int32(),
         candidates=pa.list_(pa.struct({"caption": pa.string(), "log_prob": pa.float32()})),
         **attention,
     )
+    return pa.schema([*_schema("image_id", "uri"), _VERSION, *_schema("split"), *_READ_FROM_FILE, *captions])
 
 
 def embeddings_schema(size: int) -> pa.Schema:
     """Returns the schema of an embeddings dataset: unit vectors in the joint space of images and captions."""
-    return _schema("image_id", "uri", embedding=pa.list_(pa.float16(), size))
+    vector = _schema(embedding=pa.list_(pa.float16(), size))
+    return pa.schema([*_schema("image_id", "uri"), _VERSION, *_READ_FROM_FILE, *vector])

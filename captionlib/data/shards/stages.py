@@ -1,22 +1,25 @@
 """Runs a stage (a step such as feature extraction) on one shard of a dataset. Running it again gives the same rows."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.markers import Marker, Totals, part_name
-from captionlib.data.shards.writer import ShardWriter, write_shard
-from captionlib.errors import DatasetError, ImageError
+from captionlib.data.shards.schemas import FAILURES_SCHEMA, add_missing_columns
+from captionlib.data.shards.writer import write_shard
+from captionlib.errors import DamagedShardError, DatasetError, ImageError
 
 __all__ = ["ProcessRows", "ReportFailure", "ShardJob", "Stage"]
 
-ReportFailure = Callable[[str, str, ImageError], None]
-"""Records an image that could not be read. Takes its id, its path or URL, and the error."""
+ReportFailure = Callable[[Mapping[str, Any], ImageError], None]
+"""Records an image that could not be read. Takes its row in the input, and the error."""
 
 ProcessRows = Callable[[Iterator[pa.RecordBatch], ReportFailure], Iterator[tuple[pa.RecordBatch, ...]]]
 """Converts the rows of a shard to output rows in the same order. Yields tuples with a batch for each output dataset."""
@@ -37,38 +40,61 @@ class Stage(Protocol):
 class ShardJob:
     """A stage, its complete input dataset, and its output datasets, which have the same number of shards.
 
-    If `retry_failures` is set, images that could not be read are processed again, in finished shards too.
+    A finished shard is stale if its input shard has changed since. When a shard is processed again, rows and failures
+    whose image has not changed are copied from the old output.
+
+    Attributes:
+        retry_failures: process images that could not be read again, in finished shards too.
+        verify: verify the checksums of finished shards, and process damaged ones again.
     """
 
     source: ShardedDataset
     outputs: tuple[ShardedDataset, ...]
     stage: Stage
     retry_failures: bool = False
+    verify: bool = False
 
     def pending_shards(self) -> list[int]:
         """Returns the sorted numbers of the shards that still have to be processed."""
-        pending = {shard for output in self.outputs for shard in output.pending_shards()}
-        if self.retry_failures:
-            pending |= {shard for shard, marker in self.outputs[0].read_markers().items() if marker.failures}
-        return sorted(pending)
+        if self.verify:
+            return list(range(self.source.shards))  # workers verify them in parallel
+        return self.unfinished_shards()
+
+    def unfinished_shards(self) -> list[int]:
+        """Returns the sorted numbers of the shards that are not finished or stale, or whose failures are retried."""
+        outputs = [output.read_markers() for output in self.outputs]
+        sources = self.source.read_markers(outputs[0])
+        return [
+            shard
+            for shard in range(self.source.shards)
+            if not self._is_finished(sources.get(shard), [markers.get(shard) for markers in outputs])
+        ]
 
     def run(self, shard: int, process: ProcessRows) -> Marker:
-        """Processes a shard. If it is finished, processes only its failed images, and only if `retry_failures` is set.
+        """Processes a shard, unless it is finished.
 
         Returns:
             The marker (record of a finished shard) of the first output.
+
+        Raises:
+            DamagedShardError: the input shard is damaged.
         """
-        markers = [output.read_marker(shard) for output in self.outputs]
-        if markers[0] is None or None in markers:
-            for output, done in zip(self.outputs, markers, strict=True):
-                if done is not None:  # all outputs are written again, so the old marker is invalid
-                    output.remove_marker(shard)
-            with self._open_writers(shard) as writers:
-                _fill(writers, process, self._read_input(shard))
-            return writers[0].marker
-        if self.retry_failures and markers[0].failures:
-            return self._retry(shard, process) or markers[0]
-        return markers[0]
+        while True:
+            source = self.source.read_marker(shard)
+            if source is None:
+                raise DatasetError(
+                    f"{self.source.folder.uri}: {part_name(shard)} is not finished; run the command that writes this "
+                    "dataset again"
+                )
+            markers = [output.read_marker(shard) for output in self.outputs]
+            intact = not (self.verify and any(output.verify_shard(shard) for output in self.outputs))
+            if markers[0] is not None and self._is_finished(source, markers) and intact:
+                return markers[0]
+            try:
+                return self._process(shard, source, process)
+            except DamagedShardError:
+                if self.source.read_marker(shard) == source:
+                    raise  # otherwise the input was replaced meanwhile
 
     def mark_incomplete(self) -> None:
         """Marks the output datasets as incomplete; see `ShardedDataset.mark_incomplete`."""
@@ -79,54 +105,143 @@ class ShardJob:
         """Marks the output datasets as complete, in reverse order; see `ShardedDataset.finish`."""
         return [output.finish(max_failure_ratio) for output in reversed(self.outputs)][-1]
 
-    def _read_input(self, shard: int, image_ids: pa.Array | None = None) -> Iterator[pa.RecordBatch]:
-        for rows in self.source.read_batches(shard, self.stage.columns):
-            yield rows if image_ids is None else rows.filter(pc.is_in(rows["image_id"], value_set=image_ids))
-
-    @contextmanager
-    def _open_writers(self, shard: int) -> Iterator[list[ShardWriter]]:
-        source_marker = self.source.read_marker(shard)
-        if source_marker is None:
-            raise DatasetError(f"{self.source.folder.uri}: {part_name(shard)} has no marker; write this dataset again")
-        with ExitStack() as stack:  # exits in reverse order and publishes the first output last
-            yield [stack.enter_context(write_shard(output, shard, source_marker.rows)) for output in self.outputs]
-
-    def _retry(self, shard: int, process: ProcessRows) -> Marker | None:
-        """Processes the failed images of a finished shard again and merges the new rows into the shard.
-
-        Holds the shard in memory. The marker is removed before the files change, so that the shard is pending if the
-        run dies in between. Returns None if all images failed again.
-        """
-        failures = self.outputs[0].read_failures(shard)
-        assert failures is not None, "the marker records failures"
-        still_failing: list[tuple[str, str, ImageError]] = []
-        recovered = list(
-            process(self._read_input(shard, failures["image_id"]), lambda *failure: still_failing.append(failure))
+    def _is_finished(self, source: Marker | None, markers: Sequence[Marker | None]) -> bool:
+        return source is not None and all(
+            marker is not None and marker.source == source.checksum and not (self.retry_failures and marker.failures)
+            for marker in markers
         )
-        if not any(rows[0].num_rows for rows in recovered):
-            return None
-        order = pa.chunked_array([rows["image_id"] for rows in self.source.read_batches(shard, ["image_id"])])
-        tables = []
-        for number, output in enumerate(self.outputs):
-            merged = pa.concat_tables([output.read(shard), pa.Table.from_batches([rows[number] for rows in recovered])])
-            positions = pc.index_in(merged["image_id"], value_set=order)
-            tables.append(merged.take(pc.sort_indices(positions)))
-        for output in self.outputs:
-            output.remove_marker(shard)
-        with self._open_writers(shard) as writers:
-            for writer, table in zip(writers, tables, strict=True):
-                for rows in table.combine_chunks().to_batches():
-                    writer.write(rows)
-                for failure in still_failing:
-                    writer.write_failure(*failure)
+
+    def _process(self, shard: int, source: Marker, process: ProcessRows) -> Marker:
+        """Processes the images that the old output does not have, and merges them with the others."""
+        old = self._find_unchanged(shard, source)
+        with ExitStack() as stack:  # exits in reverse order and publishes the first output last
+            writers = [
+                stack.enter_context(write_shard(output, shard, source.rows, source.checksum)) for output in self.outputs
+            ]
+
+            def fail(row: Mapping[str, Any], error: ImageError) -> None:
+                for writer in writers:
+                    writer.write_failure(row, error)
+
+            if old is None:
+                results = process(self.source.read_batches(shard, self.stage.columns, marker=source), fail)
+            else:
+                results = old.merge(
+                    process(self._read_rows(shard, source, old.missing), fail) if any(old.missing) else iter(())
+                )
+                for writer in writers:
+                    writer.failures += old.failures.to_pylist()
+            for batches in results:
+                for writer, batch in zip(writers, batches, strict=True):
+                    writer.write(batch)
+            if old is not None:
+                for writer in writers:
+                    writer.failures.sort(key=lambda row: old.positions[str(row["image_id"])])
         return writers[0].marker
 
+    def _read_rows(self, shard: int, source: Marker, selected: npt.NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
+        """Yields the selected rows of the input."""
+        start = 0
+        for rows in self.source.read_batches(shard, self.stage.columns, marker=source):
+            if (mask := selected[start : start + rows.num_rows]).any():
+                yield rows.filter(pa.array(mask))
+            start += rows.num_rows
 
-def _fill(writers: Sequence[ShardWriter], process: ProcessRows, rows: Iterator[pa.RecordBatch]) -> None:
-    def fail(image_id: str, uri: str, error: ImageError) -> None:
-        for writer in writers:
-            writer.write_failure(image_id, uri, error)
+    def _find_unchanged(self, shard: int, source: Marker) -> "_UnchangedRows | None":
+        """Returns the rows and failures of the old output whose images have not changed, or None if there are none."""
+        try:
+            outputs = [output.read(shard) for output in self.outputs]
+        except DamagedShardError:  # or missing, or not finished
+            return None
+        copied = [name for name in self.source.schema.names if any(name in output.schema.names for output in outputs)]
+        rows = self.source.read(shard, copied, source)
+        failures = FAILURES_SCHEMA.empty_table()
+        if not self.retry_failures:
+            with suppress(DamagedShardError):  # then these images are processed again
+                failures = self.outputs[0].read_failures(shard) or failures
+        return _UnchangedRows.find(rows, outputs, failures)
 
-    for outputs in process(rows, fail):
-        for writer, output in zip(writers, outputs, strict=True):
-            writer.write(output)
+
+@dataclass(frozen=True)
+class _UnchangedRows:
+    """The part of the old output of a shard that is still valid.
+
+    Attributes:
+        positions: position in the input of each image id.
+        kept: positions of the unchanged rows, in ascending order.
+        tables: the unchanged rows of each output. The columns that the input has too come from the input.
+        failures: the unchanged failures.
+        missing: for each row of the input, whether it has to be processed.
+    """
+
+    positions: Mapping[str, int]
+    kept: npt.NDArray[np.int64]
+    tables: Sequence[pa.Table]
+    failures: pa.Table
+    missing: npt.NDArray[np.bool_]
+
+    @classmethod
+    def find(cls, rows: pa.Table, outputs: Sequence[pa.Table], failures: pa.Table) -> "_UnchangedRows":
+        found = [_match(rows, output) for output in outputs]
+        is_kept = np.all([indices >= 0 for indices in found], axis=0)
+        failed = np.where(is_kept, -1, _match(rows, failures))
+        kept = np.flatnonzero(is_kept)
+        return cls(
+            {image_id: position for position, image_id in enumerate(rows["image_id"].to_pylist())},
+            kept,
+            [
+                _copy(output.take(indices[kept]), rows.take(kept))
+                for output, indices in zip(outputs, found, strict=True)
+            ],
+            _copy(failures.take(failed[failed >= 0]), rows.filter(pa.array(failed >= 0))),
+            ~is_kept & (failed < 0),
+        )
+
+    def merge(self, computed: Iterator[tuple[pa.RecordBatch, ...]]) -> Iterator[tuple[pa.RecordBatch, ...]]:
+        """Yields computed and unchanged rows in the order of the input. Both are in that order already."""
+        start = 0
+        for batches in computed:
+            positions = np.array(
+                [self.positions[image_id] for image_id in batches[0]["image_id"].to_pylist()], np.int64
+            )
+            stop = start + int(np.searchsorted(self.kept[start:], positions.max(initial=-1)))
+            order = np.argsort(np.concatenate([self.kept[start:stop], positions]))
+            yield tuple(
+                _to_batch(
+                    pa.concat_tables(
+                        [
+                            table.slice(start, stop - start),
+                            pa.Table.from_batches([add_missing_columns(batch, table.schema)]),
+                        ]
+                    ).take(order)
+                )
+                for table, batch in zip(self.tables, batches, strict=True)
+            )
+            start = stop
+        yield tuple(_to_batch(table.slice(start)) for table in self.tables)
+
+
+def _match(rows: pa.Table, old: pa.Table) -> npt.NDArray[np.int64]:
+    """Returns, for each row, the index of the old row of the same image, or -1 if there is none or the image changed.
+
+    Where one of the versions is unknown, images with the same path or URL are taken to be the same.
+    """
+    found_or_null = pc.fill_null(pc.index_in(rows["image_id"], value_set=old["image_id"].combine_chunks()), -1)
+    indices: npt.NDArray[np.int64] = found_or_null.to_numpy().astype(np.int64)
+    found = np.flatnonzero(indices >= 0)
+    new, old = rows.take(found), old.take(indices[found])
+    same = pc.coalesce(pc.equal(new["version"], old["version"]), pc.equal(new["uri"], old["uri"])).to_numpy()
+    indices[found[~same]] = -1
+    return indices
+
+
+def _copy(old: pa.Table, rows: pa.Table) -> pa.Table:
+    """Replaces the columns of old rows that the input has too."""
+    for position, name in enumerate(old.schema.names):
+        if name in rows.schema.names:
+            old = old.set_column(position, old.schema.field(name), rows[name])
+    return old
+
+
+def _to_batch(table: pa.Table) -> pa.RecordBatch:
+    return pa.RecordBatch.from_struct_array(table.to_struct_array().combine_chunks())

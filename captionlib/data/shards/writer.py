@@ -1,17 +1,27 @@
 """Writes a shard of a dataset: streams rows to Parquet, collects failures, and publishes the files at the end."""
 
+import io
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captionlib.data.shards.dataset import ShardedDataset
-from captionlib.data.shards.markers import FAILURES_FOLDER, MARKERS_FOLDER, Marker, compute_checksum, part_name, to_json
-from captionlib.data.shards.schemas import FAILURES_SCHEMA, failure_row
+from captionlib.data.shards.markers import (
+    FAILURES_FOLDER,
+    MARKERS_FOLDER,
+    Marker,
+    compute_checksum,
+    compute_checksums,
+    encode_record,
+    part_name,
+)
+from captionlib.data.shards.schemas import FAILURES_SCHEMA, add_missing_columns, failure_row
 from captionlib.errors import DatasetError, ImageError
 
 __all__ = ["ShardWriter", "write_shard"]
@@ -26,14 +36,15 @@ class ShardWriter:
     def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
         self.marker: Marker  # record of the finished shard; set when it is published
         self.rows = 0
-        self.failures: list[dict[str, str]] = []
+        self.failures: list[dict[str, str | None]] = []
         self._writer = writer
         self._schema = schema
         self._buffer: list[pa.RecordBatch] = []
         self._buffered_rows = self._buffered_bytes = 0
 
     def write(self, rows: pa.RecordBatch) -> None:
-        """Adds rows. A row group is written as soon as it is full."""
+        """Adds rows. A row group is written as soon as it is full. Nullable columns that the rows lack are null."""
+        rows = add_missing_columns(rows, self._schema)
         self._buffer.append(rows)
         self._buffered_rows += rows.num_rows
         self._buffered_bytes += rows.nbytes
@@ -41,8 +52,9 @@ class ShardWriter:
         if self._buffered_rows >= ROW_GROUP_ROWS or self._buffered_bytes >= ROW_GROUP_BYTES:
             self.flush()
 
-    def write_failure(self, image_id: str, uri: str, error: ImageError) -> None:
-        self.failures.append(failure_row(image_id, uri, error))
+    def write_failure(self, row: Mapping[str, Any], error: ImageError) -> None:
+        """Records an image that could not be read; `row` is its row in the input."""
+        self.failures.append(failure_row(row, error))
 
     def flush(self) -> None:
         if self._buffered_rows:
@@ -51,8 +63,17 @@ class ShardWriter:
 
 
 @contextmanager
-def write_shard(dataset: ShardedDataset, shard: int, expected: int) -> Iterator[ShardWriter]:
+def write_shard(dataset: ShardedDataset, shard: int, expected: int, source: str = "") -> Iterator[ShardWriter]:
     """Yields a writer for a shard. The shard is published when the block ends, unless the block raises.
+
+    If the shard exists, its marker first records both versions. Readers accept either of them until all files are
+    replaced.
+
+    Args:
+        dataset: the dataset, which must be marked as incomplete.
+        shard: number of the shard.
+        expected: number of rows and failures together.
+        source: checksum of the data file of the input shard; see `Marker`.
 
     Raises:
         DatasetError: rows and failures do not add up to `expected`, the number of rows of the input shard.
@@ -74,28 +95,50 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int) -> Iterator[
                 f"{dataset.folder.uri}, {name}: expected {expected} rows and failures together, "
                 f"got {writer.rows} rows and {len(writer.failures)} failures; the shard was not published"
             )
-        size = path.stat().st_size
         with path.open("rb") as file:
-            checksum = compute_checksum(file)
-    _publish_failures(dataset, shard, writer.failures)
-    marker = Marker(
-        shard=shard,
-        rows=writer.rows,
-        failures=len(writer.failures),
-        bytes=size,
-        checksum=checksum,
-        seconds=round(time.monotonic() - started, 3),
-        fingerprint=dataset.fingerprint,
-        reasons=dict(Counter(row["error"] for row in writer.failures).most_common()),
-    )
-    dataset.folder.write(f"{MARKERS_FOLDER}/{name}.json", to_json(asdict(marker)))
+            checksum, blocks = compute_checksums(file)
+        failures = _encode_failures(writer.failures)
+        marker = Marker(
+            shard=shard,
+            rows=writer.rows,
+            failures=len(writer.failures),
+            bytes=path.stat().st_size,
+            checksum=checksum,
+            seconds=round(time.monotonic() - started, 3),
+            fingerprint=dataset.fingerprint,
+            source=source,
+            blocks=blocks,
+            failures_checksum=compute_checksum(io.BytesIO(failures)) if failures else "",
+            reasons=dict(Counter(str(row["error"]) for row in writer.failures).most_common()),
+        )
+        previous = dataset.read_any_marker(shard)
+        if previous is not None and not _has_same_files(previous, marker):
+            _write_marker(dataset, replace(marker, previous=previous))
+    failures_name = f"{FAILURES_FOLDER}/{name}.parquet"
+    if failures:
+        dataset.folder.write(failures_name, failures)
+    else:
+        dataset.folder.remove_file(failures_name)  # may be left over from an earlier version
+    _write_marker(dataset, marker)
     writer.marker = marker
 
 
-def _publish_failures(dataset: ShardedDataset, shard: int, failures: list[dict[str, str]]) -> None:
-    name = f"{FAILURES_FOLDER}/{part_name(shard)}.parquet"
-    if not failures:
-        dataset.folder.remove_file(name)  # may be left over from an earlier attempt
-        return
-    with dataset.folder.stage(name) as path:
-        pq.write_table(pa.Table.from_pylist(failures, FAILURES_SCHEMA), path, compression="zstd")
+def _has_same_files(previous: Marker, marker: Marker) -> bool:
+    """Returns whether two versions of a shard have equal files, so that readers need not know which of them they read.
+
+    Two equal runs at the same time thus never mark a shard of each other as unfinished.
+    """
+    files = [(version.checksum, version.failures_checksum, version.previous) for version in (previous, marker)]
+    return files[0] == files[1]
+
+
+def _write_marker(dataset: ShardedDataset, marker: Marker) -> None:
+    dataset.folder.write(f"{MARKERS_FOLDER}/{part_name(marker.shard)}.json", encode_record(asdict(marker)))
+
+
+def _encode_failures(failures: list[dict[str, str | None]]) -> bytes:
+    """Returns failures as the content of a Parquet file, which is empty if there are none."""
+    content = io.BytesIO()
+    if failures:
+        pq.write_table(pa.Table.from_pylist(failures, FAILURES_SCHEMA), content, compression="zstd")
+    return content.getvalue()

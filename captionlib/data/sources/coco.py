@@ -9,7 +9,7 @@ from typing import Any
 from captionlib.data.sources.locations import Location, find_files, load_json, locate, resolve_uri
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
 from captionlib.data.sources.values import parse_captions, parse_id, parse_list, parse_object, parse_text
-from captionlib.errors import DatasetError
+from captionlib.errors import DatasetError, EntryError
 
 __all__ = ["read_coco"]
 
@@ -37,9 +37,13 @@ def read_coco(addresses: Sequence[str], options: SourceOptions, skips: SkipCount
         listed = set()
         for number, entry in enumerate(images):
             origin = f"{location.address}, images[{number}]"
-            image = parse_object(entry, origin)
-            image_id = parse_id(image.get("id"), origin, "id")
-            uri = resolve_uri(parse_text(image.get("file_name"), origin, "file_name"), root)
+            try:
+                image = parse_object(entry, origin)
+                image_id = parse_id(image.get("id"), origin, "id")
+                uri = resolve_uri(parse_text(image.get("file_name"), origin, "file_name"), root)
+            except EntryError as error:
+                skips.skip_image(error.reason, error.problem)
+                continue
             listed.add(image_id)
             captions = [text for annotation in annotations.get(image_id, ()) for text in annotation["captions"]]
             yield ManifestRow(image_id, uri, split, tuple(captions), origin)
@@ -53,19 +57,23 @@ def _index_annotations(
     from pycocotools.coco import COCO
 
     entries = parse_list(document.get("annotations", []), location.address, "annotations")
-    annotations = [parse_object(entry, f"{location.address}, annotations[{at}]") for at, entry in enumerate(entries)]
-    if annotations and not any("caption" in annotation for annotation in annotations):
+    objects = [entry for entry in entries if isinstance(entry, dict)]
+    if objects and not any("caption" in annotation for annotation in objects):
         raise DatasetError(
-            f"{location.address}: expected annotations with the key caption, got {', '.join(annotations[0])}; "
+            f"{location.address}: expected annotations with the key caption, got {', '.join(objects[0])}; "
             "use COCO's captions_*.json instead of its instances or keypoints files"
         )
     parsed = []
-    for number, annotation in enumerate(annotations):
+    for number, entry in enumerate(entries):
         origin = f"{location.address}, annotations[{number}]"
-        captions = parse_captions(annotation.get("caption"), origin, "caption")
-        parsed.append(
-            {"id": number, "image_id": parse_id(annotation.get("image_id"), origin, "image_id"), "captions": captions}
-        )
+        try:
+            annotation = parse_object(entry, origin)
+            captions = parse_captions(annotation.get("caption"), origin, "caption")
+            image_id = parse_id(annotation.get("image_id"), origin, "image_id")
+        except EntryError as error:
+            skips.skip_captions(error.reason, error.problem)
+            continue
+        parsed.append({"id": number, "image_id": image_id, "captions": captions})
         if not captions:
             skips.skip_captions("annotation without a caption", origin)
     coco = COCO()
@@ -80,10 +88,10 @@ def _count_unmatched(
     annotations: dict[str, list[dict[str, Any]]], listed: set[str], location: Location, skips: SkipCounter
 ) -> None:
     unmatched = [image_id for image_id in annotations if image_id not in listed]
-    if unmatched and len(unmatched) == len(annotations):
+    if listed and unmatched and len(unmatched) == len(annotations):
         raise DatasetError(
             f"{location.address}: expected annotations with an image_id from `images`, such as "
-            f"{min(listed, default='(no images)')!r}, got none (the first is {unmatched[0]!r}); check that images and "
+            f"{min(listed)!r}, got none (the first is {unmatched[0]!r}); check that images and "
             "annotations come from the same dataset"
         )
     for image_id in unmatched:

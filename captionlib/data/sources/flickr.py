@@ -17,7 +17,7 @@ from captionlib.data.sources.locations import (
 )
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
 from captionlib.data.sources.values import parse_captions, parse_cell
-from captionlib.errors import DatasetError
+from captionlib.errors import DatasetError, EntryError
 
 __all__ = ["CAPTION_LINE", "read_flickr"]
 
@@ -34,7 +34,7 @@ def read_flickr(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
     See `RowReader` for the arguments.
 
     Raises:
-        DatasetError: a line has a different format, or an image is in two splits.
+        DatasetError: an image is in two splits.
     """
     for location in find_files(addresses, frozenset({".txt", ".token"})):
         split_files = {split: locate(file) for split, file in options.split_files.items()}
@@ -42,7 +42,7 @@ def read_flickr(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
         splits = _read_splits(split_files)
         root = find_image_root(options.image_root, location)
         captioned = set()
-        for name, captions, origin in _read_images(location):
+        for name, captions, origin in _read_images(location, skips):
             key = _strip_image_extension(name)
             if split_files and key not in splits:
                 skips.skip("not in any split file")
@@ -53,29 +53,37 @@ def read_flickr(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
             skips.skip("in a split file, but without captions")
 
 
-def _read_images(location: Location) -> Iterator[tuple[str, tuple[str, ...], str]]:
+def _read_images(location: Location, skips: SkipCounter) -> Iterator[tuple[str, tuple[str, ...], str]]:
     """Yields the name, the captions and the first line number (for error messages) of each image."""
-    for name, group in groupby(_parse_lines(location), key=lambda line: line[0]):
+    for name, group in groupby(_parse_lines(location, skips), key=lambda line: line[0]):
         lines = list(group)
         origin = f"{location.address}, line {lines[0][2]}"
-        yield name, parse_captions([parse_cell(caption) for _, caption, _ in lines], origin, "caption"), origin
+        captions: tuple[str, ...] = ()
+        for _, caption, number in lines:
+            try:
+                captions += parse_captions(parse_cell(caption), f"{location.address}, line {number}", "caption")
+            except EntryError as error:
+                skips.skip_captions(error.reason, error.problem)
+        yield name, captions, origin
 
 
-def _parse_lines(location: Location) -> Iterator[tuple[str, str, int]]:
+def _parse_lines(location: Location, skips: SkipCounter) -> Iterator[tuple[str, str, int]]:
     """Yields the image name, the caption and the line number of each line."""
     for number, line in enumerate(read_lines(location), 1):
         if not line.strip():
             continue
         match = CAPTION_LINE.fullmatch(line)
         if match is None:
-            raise DatasetError(
-                f"{location.address}, line {number}: expected NAME.jpg#NUMBER, a tab and a caption, got {line!r:.80}"
+            skips.skip_captions(
+                "line in a different format",
+                f"{location.address}, line {number}: expected NAME.jpg#NUMBER, a tab and a caption, got {line!r:.80}",
             )
+            continue
         yield match["name"], match["caption"], number
 
 
 def _find_official_split_files(folder: Location) -> dict[str, Location]:
-    matches = [_OFFICIAL_SPLIT_FILE.fullmatch(name) for name in sorted(name for name, _ in scan_folder(folder))]
+    matches = [_OFFICIAL_SPLIT_FILE.fullmatch(name) for name in sorted(name for name, _, _ in scan_folder(folder))]
     return {match["split"].lower(): folder.join(match[0]) for match in matches if match}
 
 

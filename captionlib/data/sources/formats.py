@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from captionlib.data.images.formats import IMAGE_EXTENSIONS
 from captionlib.data.sources.coco import read_coco
@@ -26,6 +26,7 @@ from captionlib.data.sources.locations import (
 from captionlib.data.sources.rows import ManifestRow, RowReader, SkipCounter, SourceOptions
 from captionlib.data.sources.tables import TABLE_EXTENSIONS, open_parquet, read_tables
 from captionlib.data.sources.values import is_unicode, parse_json
+from captionlib.data.sources.versions import describe_address
 from captionlib.data.sources.webdataset import read_webdataset
 from captionlib.errors import ConfigError, DatasetError
 
@@ -76,19 +77,27 @@ def read_source(
         ConfigError: an option does not apply to the source.
         DatasetError: the source cannot be read, or all of its captions are skipped.
     """
-    captions = 0
+    images = captions = 0
     for row in SOURCE_FORMATS[source_format].read(addresses, options, skips):
-        if not all(map(is_unicode, (row.image_id, row.uri, row.split))):
-            skips.skip_image("name is not UTF-8", row.origin)
-            continue
         if not options.captions:
-            yield replace(row, captions=())
-            continue
-        valid = tuple(filter(is_unicode, row.captions))
-        for _ in range(len(row.captions) - len(valid)):
-            skips.skip_captions("caption is not UTF-8", row.origin)
-        captions += len(valid)
-        yield row if len(valid) == len(row.captions) else replace(row, captions=valid)
+            row.captions = ()
+        if not is_unicode("".join((row.image_id, row.uri, row.split, *row.captions))):
+            if not all(map(is_unicode, (row.image_id, row.uri, row.split))):
+                skips.skip_image("name is not UTF-8", row.origin)
+                continue
+            valid = tuple(filter(is_unicode, row.captions))
+            for _ in range(len(row.captions) - len(valid)):
+                skips.skip_captions("caption is not UTF-8", row.origin)
+            row.captions = valid
+        row.version = row.version or describe_address(row.uri)
+        images += 1
+        captions += len(row.captions)
+        yield row
+    if skips.examples and not images:
+        raise DatasetError(
+            f"{', '.join(addresses[:3])}: expected images, got no valid ones; skipped: {skips.describe()}; "
+            "correct the source"
+        )
     if options.captions and skips.captions and not captions:
         raise DatasetError(
             f"{', '.join(addresses[:3])}: expected captions, got no valid ones; skipped: {skips.describe()}; "
@@ -144,7 +153,7 @@ def _detect_folder(folder: Location) -> str:
     """Recognizes a folder of tars (possibly with img2dataset's other output files) or of Parquet files, not images."""
     parquet: Location | None = None
     has_tars = False
-    for name, kind in scan_folder(folder):
+    for name, kind, _ in scan_folder(folder):
         if name.startswith((".", "_")):
             continue
         if kind == "directory" or get_extension(name) in IMAGE_EXTENSIONS:

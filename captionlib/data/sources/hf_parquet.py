@@ -14,9 +14,16 @@ from captionlib.data.sources.columns import (
 )
 from captionlib.data.sources.locations import Location, find_files, open_file
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
-from captionlib.data.sources.tables import open_parquet, parse_caption_columns, parse_split_column, read_parquet_columns
+from captionlib.data.sources.tables import (
+    open_parquet,
+    parse_caption_columns,
+    parse_split_column,
+    parse_version_column,
+    read_parquet_columns,
+)
 from captionlib.data.sources.values import parse_id, parse_optional, parse_text
-from captionlib.errors import ConfigError, DatasetError
+from captionlib.data.sources.versions import describe_file
+from captionlib.errors import ConfigError, DatasetError, EntryError
 
 __all__ = ["find_image_columns", "read_hf_parquet"]
 
@@ -35,7 +42,7 @@ def read_hf_parquet(addresses: Sequence[str], options: SourceOptions, skips: Ski
     """
     for location in find_files(addresses, frozenset({".parquet"})):
         with open_file(location) as file:
-            yield from _read_rows(open_parquet(file, location), location, options)
+            yield from _read_rows(open_parquet(file, location), location, options, skips)
 
 
 def find_image_columns(schema: pa.Schema) -> list[str]:
@@ -60,7 +67,9 @@ def _is_image_struct(data_type: pa.DataType) -> bool:
     return index >= 0 and _is_binary(data_type.field(index).type)
 
 
-def _read_rows(parquet: pq.ParquetFile, location: Location, options: SourceOptions) -> Iterator[ManifestRow]:
+def _read_rows(
+    parquet: pq.ParquetFile, location: Location, options: SourceOptions, skips: SkipCounter
+) -> Iterator[ManifestRow]:
     schema = parquet.schema_arrow
     image = _select_image_column(schema, options.image_column, location.address)
     image_type = schema.field(image).type
@@ -70,20 +79,29 @@ def _read_rows(parquet: pq.ParquetFile, location: Location, options: SourceOptio
     split = select_column(schema.names, options.split_column, SPLIT_NAMES, location.address)
     captions = select_caption_columns(schema.names, options.caption_columns, location.address)
     path = f"{image}.path" if has_path and image_id is None and _is_unique(parquet, f"{image}.path", location) else None
-    columns = [name for name in (image_id, split, *captions, path) if name is not None]
-    for number, record in enumerate(read_parquet_columns(parquet, columns, location)):
+    version = select_column(schema.names, options.version_column, (), location.address)
+    file_version = describe_file(location)
+    columns = [name for name in (image_id, split, version, *captions, path) if name is not None]
+    for number, record in enumerate(read_parquet_columns(parquet, columns, location, options)):
         origin = f"{location.address}, row {number + 1}"
-        if image_id is not None:
-            row_id = parse_id(record[image_id], origin, image_id)
-        else:
-            name = (record.get(image) or {}).get("path") if path else None
-            row_id = parse_optional(parse_text, name, origin, f"{image}.path", f"{location.name}#{number}")
+        try:
+            if image_id is not None:
+                row_id = parse_id(record[image_id], origin, image_id)
+            else:
+                name = (record.get(image) or {}).get("path") if path else None
+                row_id = parse_optional(parse_text, name, origin, f"{image}.path", f"{location.name}#{number}")
+            row_split = parse_split_column(record, split, origin, options.default_split)
+            row_version = parse_version_column(record, version, origin) or f"{file_version}-{number:x}"
+        except EntryError as error:
+            skips.skip_image(error.reason, error.problem)
+            continue
         yield ManifestRow(
             image_id=row_id,
             uri=f"{location.address}#row={number}&column={bytes_column}",
-            split=parse_split_column(record, split, origin, options.default_split),
-            captions=parse_caption_columns(record, captions, origin),
+            split=row_split,
+            captions=parse_caption_columns(record, captions, origin, options, skips),
             origin=origin,
+            version=row_version,
         )
 
 

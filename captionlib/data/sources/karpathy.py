@@ -13,6 +13,7 @@ from captionlib.data.sources.values import (
     parse_optional,
     parse_text,
 )
+from captionlib.errors import EntryError
 
 __all__ = ["read_karpathy", "read_numbered_rows"]
 
@@ -26,12 +27,16 @@ def read_karpathy(addresses: Sequence[str], options: SourceOptions, skips: SkipC
         DatasetError: a file is not in Karpathy's format.
     """
     for location in find_files(addresses, frozenset({".json"})):
-        for _, row in read_numbered_rows(location, options):
+        for _, row in read_numbered_rows(location, options, skips):
             yield row
 
 
-def read_numbered_rows(location: Location, options: SourceOptions) -> Iterator[tuple[object, ManifestRow]]:
+def read_numbered_rows(
+    location: Location, options: SourceOptions, skips: SkipCounter
+) -> Iterator[tuple[object, ManifestRow]]:
     """Yields the images of one `dataset.json`, each with its `imgid`: its column in NeuralTalk's `vgg_feats.mat`.
+
+    Invalid images and captions are skipped.
 
     Raises:
         DatasetError: the file is not in Karpathy's format.
@@ -40,19 +45,37 @@ def read_numbered_rows(location: Location, options: SourceOptions) -> Iterator[t
     root = find_image_root(options.image_root, location)
     for number, entry in enumerate(parse_list(document.get("images"), location.address, "images")):
         origin = f"{location.address}, images[{number}]"
-        image = parse_object(entry, origin)
-        yield image.get("imgid"), _to_row(image, root, options.default_split, origin)
+        try:
+            image = parse_object(entry, origin)
+            row = _to_row(image, root, options.default_split, origin)
+        except EntryError as error:
+            skips.skip_image(error.reason, error.problem)
+            continue
+        row.captions = _parse_sentences(image.get("sentences", []), origin, skips)
+        yield image.get("imgid"), row
 
 
 def _to_row(image: dict[str, Any], root: str, default_split: str, origin: str) -> ManifestRow:
     folder = parse_optional(parse_text, image.get("filepath"), origin, "filepath")
     name = parse_text(image.get("filename"), origin, "filename")
     id_field = "cocoid" if "cocoid" in image else "imgid"
-    sentences = parse_list(image.get("sentences", []), origin, "sentences")
     return ManifestRow(
         image_id=parse_id(image.get(id_field), origin, id_field),
         uri=resolve_uri(f"{folder}/{name}" if folder else name, root),
         split=parse_optional(parse_id, image.get("split"), origin, "split", default_split),
-        captions=parse_captions(sentences, origin, "sentences"),
+        captions=(),
         origin=origin,
     )
+
+
+def _parse_sentences(value: object, origin: str, skips: SkipCounter) -> tuple[str, ...]:
+    captions: tuple[str, ...] = ()
+    try:
+        for sentence in parse_list(value, origin, "sentences"):
+            try:
+                captions += parse_captions(sentence, origin, "sentences")
+            except EntryError as error:
+                skips.skip_captions(error.reason, error.problem)
+    except EntryError as error:
+        skips.skip_captions(error.reason, error.problem)
+    return captions

@@ -4,7 +4,6 @@ import csv
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import pyarrow as pa
@@ -32,13 +31,14 @@ from captionlib.data.sources.values import (
     parse_optional,
     parse_text,
 )
-from captionlib.errors import ConfigError, DatasetError
+from captionlib.errors import ConfigError, DatasetError, EntryError
 
 __all__ = [
     "TABLE_EXTENSIONS",
     "open_parquet",
     "parse_caption_columns",
     "parse_split_column",
+    "parse_version_column",
     "read_parquet_columns",
     "read_tables",
 ]
@@ -66,33 +66,39 @@ def read_tables(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
     """Yields the images of tables in file order. Consecutive rows with captions of the same image become one row.
 
     Without an id column, the id is the uri exactly as it is in the table. Uris may be relative to `options.image_root`
-    or, by default, to the table's folder. See `RowReader` for the arguments.
+    or, by default, to the table's folder. Invalid rows are skipped. See `RowReader` for the arguments.
 
     Raises:
         ConfigError: a column is missing or ambiguous.
-        DatasetError: a table or a row cannot be read. The message contains the line number.
+        DatasetError: a table cannot be read. The message contains the line number.
     """
     for location in find_files(addresses, TABLE_EXTENSIONS):
         read = _READERS.get(get_text_extension(location.name), _read_delimited)
         if options.columns and read is not _read_delimited:
             raise ConfigError(f"{location.address}: --columns is for CSV and TSV without a header; omit it")
         root = find_image_root(options.image_root, location)
-        yield from _merge_captions(_to_row(record, root, options.default_split) for record in read(location, options))
+        yield from _merge_captions(_parse_records(read(location, options, skips), root, options, skips), skips)
 
 
-def _to_row(record: _Record, root: str, default_split: str) -> tuple[ManifestRow, bool]:
-    """Returns a row and whether to merge it with adjacent rows of its image. Rows with caption lists are not merged."""
-    origin, columns, values = record
-    uri = parse_text(values.get(columns.uri), origin, columns.uri).strip()
-    row = ManifestRow(
-        image_id=uri if columns.id is None else parse_id(values.get(columns.id), origin, columns.id),
-        uri=resolve_uri(uri, root),
-        split=parse_split_column(values, columns.split, origin, default_split),
-        captions=parse_caption_columns(values, columns.captions, origin),
-        origin=origin,
-    )
-    has_list = any(isinstance(values.get(name), list) for name in columns.captions)
-    return row, bool(columns.captions) and not has_list
+def _parse_records(
+    records: Iterable[_Record], root: str, options: SourceOptions, skips: SkipCounter
+) -> Iterator[tuple[ManifestRow, bool]]:
+    """Yields rows and whether to merge each with adjacent rows of its image. Rows with caption lists are not merged."""
+    for origin, columns, values in records:
+        try:
+            uri = parse_text(values.get(columns.uri), origin, columns.uri).strip()
+            image_id = uri if columns.id is None else parse_id(values.get(columns.id), origin, columns.id)
+            split = parse_split_column(values, columns.split, origin, options.default_split)
+            version = parse_version_column(values, columns.version, origin)
+        except EntryError as error:
+            skips.skip_image(error.reason, error.problem)
+            continue
+        captions: tuple[str, ...] = ()
+        mergeable = False
+        if columns.captions:
+            captions = parse_caption_columns(values, columns.captions, origin, options, skips)
+            mergeable = not any(isinstance(values.get(name), list) for name in columns.captions)
+        yield ManifestRow(image_id, resolve_uri(uri, root), split, captions, origin, version), mergeable
 
 
 def parse_split_column(values: Mapping[str, Any], column: str | None, origin: str, default: str) -> str:
@@ -100,31 +106,50 @@ def parse_split_column(values: Mapping[str, Any], column: str | None, origin: st
     return default if column is None else parse_optional(parse_id, values.get(column), origin, column, default)
 
 
-def parse_caption_columns(values: Mapping[str, Any], columns: Sequence[str], origin: str) -> tuple[str, ...]:
-    """Returns the captions in `columns` of a row; see `parse_captions`."""
-    return tuple(caption for name in columns for caption in parse_captions(values.get(name), origin, name))
+def parse_version_column(values: Mapping[str, Any], column: str | None, origin: str) -> str:
+    """Returns the version in `column` of a row; empty if the column or its value is missing."""
+    return "" if column is None else parse_optional(parse_id, values.get(column), origin, column)
 
 
-def _merge_captions(rows: Iterable[tuple[ManifestRow, bool]]) -> Iterator[ManifestRow]:
+def parse_caption_columns(
+    values: Mapping[str, Any], columns: Sequence[str], origin: str, options: SourceOptions, skips: SkipCounter
+) -> tuple[str, ...]:
+    """Returns the captions in `columns` of a row; see `parse_captions`. Invalid captions are skipped."""
+    captions: tuple[str, ...] = ()
+    for name in columns:
+        value = values.get(name)
+        if isinstance(value, dict) and options.caption_language is not None:
+            value = value.get(options.caption_language)
+        try:
+            captions += parse_captions(value, origin, name)
+        except EntryError as error:
+            skips.skip_captions(error.reason, error.problem)
+    return captions
+
+
+def _merge_captions(rows: Iterable[tuple[ManifestRow, bool]], skips: SkipCounter) -> Iterator[ManifestRow]:
     """Merges adjacent mergeable rows of the same image. Others stay separate, so that duplicate ids are detected."""
-    for _, group in itertools.groupby(rows, key=_get_merge_key):
-        first, *others = (row for row, _ in group)
-        for row in others:
-            if row.split != first.split:
-                raise DatasetError(
-                    f"image {first.image_id} is in split {first.split!r} at {first.origin} and in {row.split!r} at "
-                    f"{row.origin}; expected one split per image"
-                )
-        captions = itertools.chain(first.captions, *(row.captions for row in others))
-        yield replace(first, captions=tuple(captions)) if others else first
+    previous: ManifestRow | None = None
+    previous_mergeable = False
+    for row, mergeable in rows:
+        if previous is None:
+            previous, previous_mergeable = row, mergeable
+        elif not (mergeable and previous_mergeable and row.uri == previous.uri and row.image_id == previous.image_id):
+            yield previous
+            previous, previous_mergeable = row, mergeable
+        elif row.split == previous.split:
+            previous.captions += row.captions
+        else:
+            skips.skip_captions(
+                "captions of an image in a second split",
+                f"{row.origin}: expected image {row.image_id} in split {previous.split!r} as at {previous.origin}, "
+                f"got {row.split!r}",
+            )
+    if previous is not None:
+        yield previous
 
 
-def _get_merge_key(item: tuple[ManifestRow, bool]) -> object:
-    row, mergeable = item
-    return (row.image_id, row.uri) if mergeable else object()  # a new object is equal to no other key
-
-
-def _read_delimited(location: Location, options: SourceOptions) -> Iterator[_Record]:
+def _read_delimited(location: Location, options: SourceOptions, skips: SkipCounter) -> Iterator[_Record]:
     lines = read_lines(location)
     first = next(lines, "")
     delimiter = _detect_delimiter(first, location, options)
@@ -138,16 +163,21 @@ def _read_delimited(location: Location, options: SourceOptions) -> Iterator[_Rec
     is_text = get_text_extension(location.name) == ".txt" and not is_tsv
     if is_text and header == [columns.uri, *columns.captions] and len(header) == 2:
         rows = _split_lines(lines, delimiter, 1 if options.columns else 2)
+    ends_with_caption = delimiter != "\t" and columns.captions == tuple(header[-1:])
+    selected = [(name, header.index(name), name == columns.id) for name in columns.names]
     for number, cells in rows:
+        while len(cells) > len(header) and not cells[-1].strip():  # after a delimiter at the end of the line
+            cells.pop()
+        if len(cells) > len(header) and ends_with_caption:  # the caption contains unquoted delimiters
+            cells[len(header) - 1 :] = [delimiter.join(cells[len(header) - 1 :])]
         if len(cells) != len(header):
-            hint = "quote cells that contain the delimiter or a line break"
-            raise DatasetError(
-                f"{location.address}, line {number}: expected {len(header)} cells, got {len(cells)}; "
-                + (hint if quoting == csv.QUOTE_MINIMAL else f"{hint} and use --tsv-quotes, or remove these characters")
+            hint = "; quote cells that contain the delimiter" + " and use --tsv-quotes" * (quoting == csv.QUOTE_NONE)
+            skips.skip_image(
+                "row with missing cells" if len(cells) < len(header) else "row with additional cells",
+                f"{location.address}, line {number}: expected {len(header)} cells, got {len(cells)}{hint}",
             )
-        values: dict[str, Any] = dict(zip(header, cells, strict=True))
-        for name in columns.names:
-            values[name] = parse_cell(values[name], numeric=name == columns.id)
+            continue
+        values = {name: parse_cell(cells[index], numeric) for name, index, numeric in selected}
         yield _Record(f"{location.address}, line {number}", columns, values)
 
 
@@ -189,54 +219,84 @@ def _parse_delimited(
         raise DatasetError(f"{location.address}, line {reader.line_num}: {error}; check the quotes") from error
 
 
-def _read_json(location: Location, options: SourceOptions) -> Iterator[_Record]:
-    """Yields JSON objects. Columns are selected per object, because objects may have different keys."""
-    optional = (options.uri_column, options.id_column, options.split_column, *options.caption_columns)
+def _read_json(location: Location, options: SourceOptions, skips: SkipCounter) -> Iterator[_Record]:
+    """Yields JSON objects. Columns are selected per object, because objects may have different keys.
+
+    Objects without an image id are skipped if the first object has one.
+    """
+    columns = (options.uri_column, options.id_column, options.split_column, options.version_column)
+    optional = (*columns, *options.caption_columns)
     requested = [name for name in optional if name is not None]
     absent = set(requested)
     selected: dict[tuple[str, ...], Columns] = {}
     first: _Record | None = None
-    for origin, values in _read_objects(location):
+    invalid: ConfigError | None = None
+    for origin, values in _read_objects(location, skips):
         absent -= values.keys()
         names = tuple(dict.fromkeys((*values, *requested)))
-        if names not in selected:
-            selected[names] = select_columns(names, options, origin)
+        try:
+            if names not in selected:
+                selected[names] = select_columns(names, options, origin)
+        except ConfigError as error:  # of this object, unless it applies to all objects
+            invalid = invalid or error
+            skips.skip_image("object without an image uri, or with ambiguous keys", str(error))
+            continue
         record = _Record(origin, selected[names], values)
         first = first or record
-        if (record.columns.id is None) != (first.columns.id is None):
-            has, lacks = (first, record) if record.columns.id is None else (record, first)
+        if first.columns.id is not None and record.columns.id is None:
+            skips.skip_image(
+                "object without an image id",
+                f"{origin}: expected an image id {first.columns.id} as in {first.origin}, got none",
+            )
+        elif first.columns.id is None and record.columns.id is not None:
             raise DatasetError(
-                f"{lacks.origin}: expected an image id {has.columns.id} as in {has.origin}, got none; add it, or "
+                f"{first.origin}: expected an image id {record.columns.id} as in {origin}, got none; add it, or "
                 "specify the column with --id-column"
             )
-        yield record
+        else:
+            yield record
+    if first is None and invalid is not None:
+        raise invalid
     if first is not None and absent:
         raise ConfigError(f"{location.address}: column {', '.join(map(repr, sorted(absent)))} not found")
 
 
-def _read_objects(location: Location) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_objects(location: Location, skips: SkipCounter) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the objects of a JSON Lines file or a JSON array, each preceded by its origin for error messages."""
+
+    def parse_entry(
+        parse: Callable[[Any, str], dict[str, Any]], value: object, origin: str
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        try:
+            yield origin, parse(value, origin)
+        except EntryError as error:
+            skips.skip_image(error.reason, error.problem)
+
     lines = enumerate(read_lines(location), 1)
     first_number, first = next(((number, line) for number, line in lines if line.strip()), (0, ""))
     if first.lstrip().startswith("[") and get_text_extension(location.name) == ".json":
         for index, value in enumerate(parse_list(load_json(location), location.address, "records")):
-            origin = f"{location.address}, [{index}]"
-            yield origin, parse_object(value, origin)
+            yield from parse_entry(parse_object, value, f"{location.address}, [{index}]")
         return
     for number, line in itertools.chain([(first_number, first)], lines):
         if line.strip():
-            origin = f"{location.address}, line {number}"
-            try:
-                yield origin, parse_object(parse_json(line.strip(), origin), origin)
-            except DatasetError as error:
-                raise DatasetError(f"{error}; expected one object per line") from error
+            yield from parse_entry(_parse_line, line, f"{location.address}, line {number}")
 
 
-def _read_parquet(location: Location, options: SourceOptions) -> Iterator[_Record]:
+def _parse_line(line: str, origin: str) -> dict[str, Any]:
+    try:
+        return parse_object(parse_json(line.strip(), origin), origin)
+    except EntryError:
+        raise
+    except DatasetError as error:
+        raise EntryError("line that is not a JSON object", f"{error}; expected one object per line") from error
+
+
+def _read_parquet(location: Location, options: SourceOptions, skips: SkipCounter) -> Iterator[_Record]:
     with open_file(location) as file:
         parquet = open_parquet(file, location)
         columns = select_columns(parquet.schema_arrow.names, options, location.address)
-        for number, values in enumerate(read_parquet_columns(parquet, columns.names, location), 1):
+        for number, values in enumerate(read_parquet_columns(parquet, columns.names, location, options), 1):
             yield _Record(f"{location.address}, row {number}", columns, values)
 
 
@@ -253,11 +313,11 @@ def open_parquet(file: BinaryIO, location: Location) -> pq.ParquetFile:
 
 
 def read_parquet_columns(
-    parquet: pq.ParquetFile, columns: Sequence[str], location: Location
+    parquet: pq.ParquetFile, columns: Sequence[str], location: Location, options: SourceOptions
 ) -> Iterator[dict[str, Any]]:
     """Yields each row as a dictionary of Python values by column. A dotted name selects a field of a struct.
 
-    A map becomes the list of its values. Bytes that are not UTF-8 become lone surrogates (`surrogateescape`).
+    A map becomes the list of its values, or the value of `options.caption_language` if that is set. Bytes that are not UTF-8 become lone surrogates (`surrogateescape`).
 
     Raises:
         DatasetError: the file is damaged.
@@ -268,15 +328,19 @@ def read_parquet_columns(
     try:
         for batch in parquet.iter_batches(batch_size=4096, columns=list(columns)):
             names = batch.schema.names
-            for values in zip(*map(_to_python, batch.columns), strict=True):
+            values_by_column = [_to_python(column, options.caption_language) for column in batch.columns]
+            for values in zip(*values_by_column, strict=True):
                 yield dict(zip(names, values, strict=True))
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DatasetError(f"{location.address} is damaged: {error}") from error
 
 
-def _to_python(column: pa.Array) -> list[Any]:
+def _to_python(column: pa.Array, language: str | None) -> list[Any]:
     if pa.types.is_map(column.type):
-        return [None if entries is None else [value for _, value in entries] for entries in column.to_pylist()]
+        return [
+            None if entries is None else [value for key, value in entries if language in (None, key)]
+            for entries in column.to_pylist()
+        ]
     try:
         values: list[Any] = column.to_pylist()
         return values
@@ -294,7 +358,7 @@ def _to_text(value: pa.Scalar) -> Any:
     return value.as_py()
 
 
-_READERS: Mapping[str, Callable[[Location, SourceOptions], Iterator[_Record]]] = {
+_READERS: Mapping[str, Callable[[Location, SourceOptions, SkipCounter], Iterator[_Record]]] = {
     ".jsonl": _read_json,
     ".ndjson": _read_json,
     ".json": _read_json,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any
 
-from captionlib.errors import DatasetError
+from captionlib.errors import DatasetError, EntryError
 
 __all__ = [
     "describe",
@@ -106,6 +106,8 @@ def is_missing(value: object) -> bool:
 
 def is_unicode(text: str) -> bool:
     """Returns whether text can be encoded as UTF-8. Text with lone surrogates cannot."""
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -124,22 +126,26 @@ def parse_cell(cell: str, numeric: bool = False) -> object:
     return float(text) if numeric and _PRINTED_FLOAT.fullmatch(text) else text
 
 
+def _entry_error(origin: str, field: str, expected: str, value: object) -> EntryError:
+    return EntryError(f"invalid {field}", f"{origin}: expected {field} as {expected}, got {describe(value)}")
+
+
 def parse_text(value: object, origin: str, field: str) -> str:
     """Returns `value`, which must be nonblank text.
 
     Raises:
-        DatasetError: the value is blank, missing or of a different type.
+        EntryError: the value is blank, missing or of a different type.
     """
     if isinstance(value, str) and value.strip():
         return value
-    raise DatasetError(f"{origin}: expected {field} as text, got {describe(value)}; correct or remove the entry")
+    raise _entry_error(origin, field, "text", value)
 
 
 def parse_id(value: object, origin: str, field: str) -> str:
     """Returns an id or another name as text. Numbers, including floats and decimals, must have an integer value.
 
     Raises:
-        DatasetError: the value is missing, a fraction, a float too large to be exact, or of a different type.
+        EntryError: the value is missing, a fraction, a float too large to be exact, or of a different type.
     """
     if isinstance(value, str) and value.strip():
         return value
@@ -149,9 +155,7 @@ def parse_id(value: object, origin: str, field: str) -> str:
         return str(int(value))
     if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
         return str(int(value))
-    raise DatasetError(
-        f"{origin}: expected {field} as text or an integer, got {describe(value)}; correct or remove the entry"
-    )
+    raise _entry_error(origin, field, "text or an integer", value)
 
 
 def parse_optional(
@@ -165,22 +169,22 @@ def parse_list(value: object, origin: str, field: str) -> list[Any]:
     """Returns `value`, which must be a list.
 
     Raises:
-        DatasetError: the value is not a list.
+        EntryError: the value is not a list.
     """
     if isinstance(value, list):
         return value
-    raise DatasetError(f"{origin}: expected {field} as a list, got {describe(value)}; correct or remove the entry")
+    raise _entry_error(origin, field, "a list", value)
 
 
 def parse_object(value: object, origin: str) -> dict[str, Any]:
     """Returns `value`, which must be a JSON object.
 
     Raises:
-        DatasetError: the value is not an object.
+        EntryError: the value is not an object.
     """
     if isinstance(value, dict):
         return value
-    raise DatasetError(f"{origin}: expected an object, got {describe(value)}; correct or remove the entry")
+    raise EntryError("entry that is not an object", f"{origin}: expected an object, got {describe(value)}")
 
 
 def parse_captions(value: object, origin: str, field: str, depth: int = 0) -> tuple[str, ...]:
@@ -190,7 +194,7 @@ def parse_captions(value: object, origin: str, field: str, depth: int = 0) -> tu
     missing captions are dropped. `depth` counts the lists and objects that contain the value.
 
     Raises:
-        DatasetError: the value is of a different type, or is nested too deeply.
+        EntryError: the value is of a different type, or is nested too deeply.
     """
     if is_missing(value):
         return ()
@@ -207,9 +211,7 @@ def parse_captions(value: object, origin: str, field: str, depth: int = 0) -> tu
                 if not is_missing(value.get(key)):
                     return parse_captions(value[key], origin, f"{field}.{key}", depth + 1)
             return _join_tokens(value.get("tokens"), origin, f"{field}.tokens")
-    raise DatasetError(
-        f"{origin}: expected {field} as text or a list of texts, got {describe(value)}; correct or remove the entry"
-    )
+    raise _entry_error(origin, field, "text or a list of texts", value)
 
 
 def _join_tokens(tokens: object, origin: str, field: str) -> tuple[str, ...]:
@@ -226,7 +228,7 @@ def _decode_list(text: str, origin: str, field: str) -> object:
         with contextlib.suppress(SyntaxError, ValueError):
             if _PYTHON_LIST.fullmatch(text):  # not a NumPy array, whose strings Python would join
                 return ast.literal_eval(text)
-        raise DatasetError(
-            f'{origin}: expected {field} as a caption or a list such as ["a dog", "two dogs"], got {describe(text)}; '
-            "write lists in JSON format"
+        raise EntryError(
+            f"invalid {field}",
+            f'{origin}: expected {field} as a caption or a JSON list such as ["a dog", "two dogs"], got {describe(text)}',
         ) from error

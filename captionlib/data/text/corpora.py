@@ -81,7 +81,7 @@ def _open_dataset(
         raise DatasetError(f"{dataset.folder.uri}: expected a dataset of kind features or manifest, got {dataset.kind}")
     next(read_captions(dataset, validation_splits))  # raises an error now instead of after the first epoch
     read = partial(read_captions, dataset)
-    return Corpus(dataset.fingerprint, partial(read, train_splits), partial(read, validation_splits))
+    return Corpus(dataset.compute_content_checksum(), partial(read, train_splits), partial(read, validation_splits))
 
 
 def _read_sentences(location: Location, validation_fraction: float, validation: bool) -> Iterator[str]:

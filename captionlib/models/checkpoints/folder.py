@@ -10,7 +10,6 @@
 """
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from captionlib import __version__
-from captionlib.data.shards.markers import compute_fingerprint, to_json
+from captionlib.data.shards.markers import compute_fingerprint, from_json, to_json
 from captionlib.errors import CheckpointError
 from captionlib.storage.folders import Folder
 
@@ -200,7 +199,7 @@ def damaged_error(folder: Folder, reason: str) -> CheckpointError:
 
 def _read_json(folder: Folder, name: str) -> dict[str, Any] | None:
     try:
-        content = json.loads(folder.read(name))
+        content = from_json(folder.read(name))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -18,7 +18,8 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
 from captionlib.data.images.decoding import DecodeScale, Preprocessing
-from captionlib.errors import ConfigError
+from captionlib.data.shards.markers import from_json
+from captionlib.errors import CaptionlibError, ConfigError
 from captionlib.storage.file_systems import open_file_system
 
 __all__ = [
@@ -154,7 +155,7 @@ def _read_preprocessing(weights: str) -> Preprocessing | None:
         text = (file.metadata() or {}).get(_PREPROCESSING)
         if text is None:
             return None
-        values = json.loads(text)
+        values = from_json(text)
         return Preprocessing(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
 
@@ -180,6 +181,8 @@ def _read_file(address: str, names: set[str]) -> Mapping[str, Tensor]:
         if address.endswith(".safetensors"):
             with safetensors.safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys() if name in names}  # noqa: SIM118
+        if zipfile.is_zipfile(path) and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
+            raise ConfigError(f"weights {address}: expected a file of torch.save, got one with compressed entries")
         tensors: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ConfigError(
@@ -196,15 +199,9 @@ def _open_local(address: str) -> Iterator[str]:
         if not Path(path).is_file():
             raise ConfigError(f"weights {address}: file not found")
         yield path
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        KeyError,
-        pickle.UnpicklingError,
-        safetensors.SafetensorError,
-    ) as error:
+    except CaptionlibError:
+        raise
+    except Exception as error:  # PyTorch raises various exceptions on damaged files
         # An untrusted checkpoint may set the address, so the message must omit `error`, which may quote the file.
         reason = getattr(error, "strerror", None) or f"damaged or in an unknown format ({type(error).__name__})"
         raise ConfigError(f"weights {address} cannot be read: {reason}") from error

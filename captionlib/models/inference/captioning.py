@@ -87,7 +87,8 @@ class CaptionGeneration:
 
     @property
     def columns(self) -> Sequence[str]:
-        return ["image_id", "uri", "split", *([] if self.encoder else ["features"])]
+        properties = ["image_id", "uri", "version", "split"]
+        return properties if self.encoder else [*properties, "width", "height", "content_hash", "features"]
 
     @contextmanager
     def open(self) -> Iterator[ProcessRows]:
@@ -145,7 +146,7 @@ def build_caption_rows(
     schema = captions_schema(None if attention is None else attention.type.value_type.list_size)
     texts = [[captioner.vocabulary.decode(candidate.token_ids) for candidate in per_image] for per_image in candidates]
     columns = {
-        **{name: [row[name] for row in rows] for name in ("image_id", "uri", "split")},
+        **{name: [row.get(name) for row in rows] for name in schema.names[: schema.names.index("caption")]},
         "caption": [per_image[0] for per_image in texts],
         "log_prob": [per_image[0].log_prob for per_image in candidates],
         "tokens": [per_image[0].token_count for per_image in candidates],
@@ -207,7 +208,7 @@ def caption_images(
     ) as load_features:
         images = [{"image_id": uri, "uri": uri, "split": "", "captions": []} for uri in uris]
         batches = iter([pa.RecordBatch.from_pylist(images, schema=MANIFEST_SCHEMA)])
-        encoded = load_features(batches, lambda _id, uri, error: failures.append((uri, error)))
+        encoded = load_features(batches, lambda row, error: failures.append((row["uri"], error)))
         captions = _caption_batches(encoded, captioner, decoder, config)
         return [row for (batch,) in captions for row in batch.to_pylist()], failures
 

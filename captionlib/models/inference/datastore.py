@@ -13,6 +13,7 @@ from pydantic import PositiveInt
 from captionlib.config import configclass
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
+from captionlib.data.splits import expand_splits
 from captionlib.errors import DatasetError
 from captionlib.models.captioners.captioner import Captioner
 from captionlib.models.checkpoints.checkpoint import load_captioner
@@ -86,7 +87,7 @@ def build_datastore(
             progress_bar("build-datastore", total, "images", progress) as bar,
         ):
             batches = _read_batches(dataset, config.splits, columns)
-            for rows, features in load_features(batches, lambda image_id, _uri, _error: failed.append(image_id)):
+            for rows, features in load_features(batches, lambda row, _error: failed.append(row["image_id"])):
                 bar.update(len(rows))
                 yield DatastoreEntries(
                     [row["image_id"] for row in rows],
@@ -96,7 +97,7 @@ def build_datastore(
             if len(failed) == total:
                 raise DatasetError(f"{dataset.folder.uri}: none of {total:,} images could be read, such as {failed[0]}")
 
-    write_datastore(checkpoint, captioner, dataset.fingerprint, config.splits, encode_entries())
+    write_datastore(checkpoint, captioner, dataset.compute_content_checksum(), config.splits, encode_entries())
     return total - len(failed), len(failed)
 
 
@@ -107,7 +108,9 @@ def _read_batches(
     for shard in range(dataset.shards):
         for batch in dataset.read_batches(shard, ["split", "captions", *columns]):
             has_captions = pc.greater(pc.list_value_length(batch["captions"]), 0)
-            selected = batch.filter(pc.and_(pc.is_in(batch["split"], pa.array(splits, pa.string())), has_captions))
+            selected = batch.filter(
+                pc.and_(pc.is_in(batch["split"], pa.array(expand_splits(splits), pa.string())), has_captions)
+            )
             if selected.num_rows:
                 yield selected
 

@@ -69,7 +69,8 @@ class ImageEmbedding:
 
     @property
     def columns(self) -> Sequence[str]:
-        return ["image_id", "uri", *([] if self.encoder else ["features"])]
+        properties = ["image_id", "uri", "version"]
+        return properties if self.encoder else [*properties, "width", "height", "content_hash", "features"]
 
     @contextmanager
     def open(self) -> Iterator[ProcessRows]:
@@ -94,8 +95,8 @@ def create_embeddings_dataset(
         folder,
         "embeddings",
         embeddings_schema(ranker.size),
-        config={"input": source.fingerprint, "ranker": ranker.fingerprint, "encoder": ranker.encoder},
-        shards=source.shards,
+        config={"ranker": ranker.fingerprint, "encoder": ranker.encoder},
+        source=source,
         overwrite=overwrite,
     )
 
@@ -106,5 +107,5 @@ def build_embedding_rows(
     """Embeds features, `[rows, *shape]`, and returns rows of an embeddings dataset."""
     schema = embeddings_schema(ranker.size)
     vectors = numpy_to_vectors(ranker.encode_features(features).astype(np.float16))
-    columns = [pa.array([row[name] for row in rows], schema.field(name).type) for name in ("image_id", "uri")]
+    columns = [pa.array([row.get(each.name) for row in rows], each.type) for each in schema][:-1]
     return pa.RecordBatch.from_arrays([*columns, vectors], schema=schema)

@@ -71,9 +71,7 @@ class FeatureExtraction:
             def process(batches: Iterator[pa.RecordBatch], fail: ReportFailure) -> Iterator[tuple[pa.RecordBatch, ...]]:
                 images = load(row for batch in batches for row in batch.to_pylist())
                 for rows, features in encode_images(encoder, images, self.config.batch_size, fail):
-                    columns = [
-                        pa.array([row[name] for row in rows], MANIFEST_SCHEMA.field(name).type) for name in self.columns
-                    ]
+                    columns = [pa.array([row.get(each.name) for row in rows], each.type) for each in schema][:-1]
                     yield (pa.RecordBatch.from_arrays([*columns, numpy_to_vectors(features)], schema=schema),)
 
             yield process
@@ -104,9 +102,10 @@ def _batch_images(
     batch: list[npt.NDArray[np.uint8]] = []
     for row, image in images:
         if isinstance(image, ImageError):
-            fail(row["image_id"], row["uri"], image)
+            fail(row, image)
             continue
-        rows.append(row)
+        properties = {"width": image.width, "height": image.height, "content_hash": f"{image.content_hash:016x}"}
+        rows.append({**row, **properties})
         batch.append(image.pixels)
         if len(rows) == batch_size:
             yield rows, np.stack(batch)

@@ -56,7 +56,7 @@ def test_rows_are_loaded_in_order_with_images_or_errors(rows: list[dict[str, Any
     for number, (row, image) in enumerate(loaded):
         if number % 5 == 0:
             assert isinstance(image, FetchError)
-            assert image.reason == "FileNotFoundError"
+            assert image.reason == "NotFound"
         elif number % 7 == 0:
             assert isinstance(image, DecodeError)
             assert image.reason == "Truncated"

@@ -1,5 +1,6 @@
 import socket
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from captionlib.data.ingestion.prepare import PrepareConfig, prepare
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.sources.rows import SourceOptions
-from captionlib.errors import ConfigError, DatasetError, DuplicateIdError, FingerprintError
+from captionlib.errors import ConfigError, DatasetError, DuplicateIdError
 from tests.data.sources.helpers import touch
 
 UNCHECKED = PrepareConfig(shard_size=2, check_images=False)
@@ -43,10 +44,10 @@ def test_prepare_is_deterministic_and_skips_a_second_run(tmp_path: Path) -> None
     assert prepare(source, tmp_path / "one", UNCHECKED).already_prepared
 
 
-def test_prepare_of_another_source_needs_overwrite(tmp_path: Path) -> None:
+def test_prepare_of_another_source_needs_permission(tmp_path: Path) -> None:
     prepare(write_csv(tmp_path / "a.csv", ["a"]), tmp_path / "manifest", UNCHECKED)
     other = write_csv(tmp_path / "b.csv", ["b"])
-    with pytest.raises(FingerprintError, match="overwrite"):
+    with pytest.raises(DatasetError, match=r"1 of 1 images are not in the source; .*unmounted.*--allow-removal"):
         prepare(other, tmp_path / "manifest", UNCHECKED)
     assert read_image_ids(tmp_path / "manifest") == ["a"]
     prepare(other, tmp_path / "manifest", UNCHECKED, overwrite=True)
@@ -85,6 +86,13 @@ def test_limit_and_splits_select_rows(tmp_path: Path) -> None:
     summary = prepare(source, tmp_path / "manifest", config)
     assert read_image_ids(tmp_path / "manifest") == ["1", "3", "5"]
     assert summary.skipped == {"in a different split": 3}
+
+
+@pytest.mark.parametrize(("split", "name"), [("val", "dev"), ("dev", "val")])
+def test_val_and_dev_select_each_other(tmp_path: Path, split: str, name: str) -> None:
+    (tmp_path / "a.csv").write_text(f"id,url,split\n1,1.jpg,{split}\n2,2.jpg,train\n")
+    summary = prepare(tmp_path / "a.csv", tmp_path / "manifest", replace(UNCHECKED, splits=(name,)))
+    assert summary.splits == {split: 1}
 
 
 def test_list_of_missing_images_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
@@ -133,10 +141,14 @@ def test_overwrite_does_not_touch_a_folder_of_other_files(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("line", "expected"), [("  ,a.jpg", "id as text or an integer"), ("1,", "url as text")])
-def test_row_without_id_or_uri_is_an_error_naming_the_line(tmp_path: Path, line: str, expected: str) -> None:
+def test_row_without_id_or_uri_is_skipped_naming_the_line(tmp_path: Path, line: str, expected: str) -> None:
     (tmp_path / "a.csv").write_text(f"id,url\n0,0.jpg\n{line}\n")
+    summary = prepare(tmp_path / "a.csv", tmp_path / "manifest", UNCHECKED)
+    [(reason, example)] = summary.examples.items()
+    assert (summary.images, summary.skipped) == (1, {reason: 1})
+    assert example == f"{tmp_path}/a.csv, line 3: expected {expected}, got blank text"
     with pytest.raises(DatasetError, match=rf"a\.csv, line 3: expected {expected}, got blank text"):
-        prepare(tmp_path / "a.csv", tmp_path / "manifest", UNCHECKED)
+        prepare(tmp_path / "a.csv", tmp_path / "strict", replace(UNCHECKED, strict=True))
 
 
 @pytest.mark.parametrize("values", [{"source_format": "zip"}, {"shard_size": 0}, {"limit": 0}])

@@ -29,8 +29,8 @@ def fill(dataset: ShardedDataset) -> None:
         writer.write(rows("x", "y"))
     with write_shard(dataset, 1, 3) as writer:
         writer.write(rows("z"))
-        writer.write_failure("bad1", "bad1.jpg", DecodeError("Truncated", "ends early"))
-        writer.write_failure("bad2", "bad2.jpg", DecodeError("Truncated", "ends early"))
+        writer.write_failure({"image_id": "bad1", "uri": "bad1.jpg"}, DecodeError("Truncated", "ends early"))
+        writer.write_failure({"image_id": "bad2", "uri": "bad2.jpg"}, DecodeError("Truncated", "ends early"))
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -149,7 +149,7 @@ def test_failures_do_not_fail_a_run_unless_all_images_failed(place: str) -> None
     unreadable = create(f"{place}-unreadable")
     for shard in range(unreadable.shards):
         with write_shard(unreadable, shard, 1) as writer:
-            writer.write_failure(f"{shard}", "missing.jpg", DecodeError("Truncated", "ends early"))
+            writer.write_failure({"image_id": f"{shard}", "uri": "missing.jpg"}, DecodeError("Truncated", "ends early"))
     with pytest.raises(FailureRatioError, match=r"2 of 2 images \(100.0%\) failed .*; expected a readable image"):
         unreadable.finish()
     assert unreadable.finish(1.0).rows == 0

@@ -21,8 +21,8 @@ def write(folder: object, shards: int = 3, done: int = 2) -> ShardedDataset:
             row = {"image_id": f"i{shard}", "uri": "x", "split": "train", "captions": []}
             writer.write(pa.RecordBatch.from_pylist([row], schema=MANIFEST_SCHEMA))
             for number in range(shard):
-                error = DecodeError("Truncated", "ends early") if number == 0 else FetchError("HTTP 404", "not found")
-                writer.write_failure(f"bad{shard}{number}", f"bad{shard}{number}.jpg", error)
+                error = DecodeError("Truncated", "ends early") if number == 0 else FetchError("NotFound", "not found")
+                writer.write_failure({"image_id": f"bad{shard}{number}", "uri": f"bad{shard}{number}.jpg"}, error)
     return dataset
 
 
@@ -41,6 +41,7 @@ def test_inspect_reports_progress(tmp_path: Path, place: str) -> None:
     assert report.columns == {
         "image_id": "string",
         "uri": "string",
+        "version": "string",
         "split": "string",
         "captions": "list<item: string>",
     }
@@ -58,9 +59,9 @@ def test_inspect_reports_failures_by_reason_with_examples(tmp_path: Path) -> Non
     assert report.failed == 3
     assert report.failures == {
         "Truncated": FailureReport(2, "bad10", "bad10.jpg", "ends early"),
-        "HTTP 404": FailureReport(1, "bad21", "bad21.jpg", "not found"),
+        "NotFound": FailureReport(1, "bad21", "bad21.jpg", "not found"),
     }
-    assert list(report.failures) == ["Truncated", "HTTP 404"]
+    assert list(report.failures) == ["Truncated", "NotFound"]
 
 
 def test_inspect_counts_failures_without_their_file(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pyarrow as pa
@@ -6,16 +7,28 @@ import pytest
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.progress import show_progress
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
+from captionlib.data.shards.stages import ProcessRows, ShardJob
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import FetchError
 
 
-def write(dataset: ShardedDataset, shard: int, failures: int) -> None:
-    with write_shard(dataset, shard, 3) as writer:
+class Copy:
+    columns = None
+
+    def open(self) -> AbstractContextManager[ProcessRows]:
+        return nullcontext(lambda batches, _fail: ((batch,) for batch in batches))
+
+
+def write(dataset: ShardedDataset, shard: int, failures: int, source: str = "") -> None:
+    with write_shard(dataset, shard, 3, source) as writer:
         rows = [{"image_id": f"{shard}{n}", "uri": "", "split": "", "captions": []} for n in range(3 - failures)]
         writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST_SCHEMA))
         for n in range(failures):
-            writer.write_failure(f"bad{shard}{n}", "", FetchError("Gone", "not there"))
+            writer.write_failure({"image_id": f"bad{shard}{n}", "uri": ""}, FetchError("Gone", "not there"))
+
+
+def job(source: ShardedDataset, output: ShardedDataset) -> ShardJob:
+    return ShardJob(source, (output,), Copy())
 
 
 @pytest.fixture
@@ -33,18 +46,31 @@ def test_progress_counts_images_shards_and_failures(
     datasets: tuple[ShardedDataset, ShardedDataset], capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, output = datasets
-    write(output, 0, 0)
-    with show_progress(source, output, "label"):
-        write(output, 1, 2)
+    checksums = [marker.checksum for marker in source.read_markers().values()]
+    write(output, 0, 0, checksums[0])
+    with show_progress(job(source, output), "label"):
+        write(output, 1, 2, checksums[1])
     printed = capsys.readouterr().err
     assert printed.startswith("label: 6/6 images, ")
     assert "2/2 shards, 2 failed" in printed
 
 
+def test_progress_counts_stale_shards_when_they_are_replaced(
+    datasets: tuple[ShardedDataset, ShardedDataset], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = datasets
+    write(output, 0, 0, "old")
+    write(output, 1, 0, "old")
+    with show_progress(job(source, output), "label"):
+        write(output, 1, 1, "new")
+    assert "label: 3/6 images, " in (printed := capsys.readouterr().err)
+    assert "1/2 shards, 1 failed" in printed
+
+
 def test_disabled_progress_prints_nothing(
     datasets: tuple[ShardedDataset, ShardedDataset], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with show_progress(*datasets, "label", enabled=False):
+    with show_progress(job(*datasets), "label", enabled=False):
         write(datasets[1], 0, 0)
     assert capsys.readouterr().err == ""
 
@@ -52,7 +78,7 @@ def test_disabled_progress_prints_nothing(
 def test_progress_ends_if_the_run_fails(
     datasets: tuple[ShardedDataset, ShardedDataset], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(RuntimeError, match="died"), show_progress(*datasets, "label"):
+    with pytest.raises(RuntimeError, match="died"), show_progress(job(*datasets), "label"):
         write(datasets[1], 0, 0)
         raise RuntimeError("died")
     assert "label: 3/6 images, " in capsys.readouterr().err

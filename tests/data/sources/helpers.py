@@ -8,9 +8,9 @@ from captionlib.data.sources.formats import detect_common_format, read_source
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
 
 
-def read(*addresses: Path | str, **options: Any) -> tuple[list[ManifestRow], Counter[str]]:
+def read(*addresses: Path | str, strict: bool = False, **options: Any) -> tuple[list[ManifestRow], Counter[str]]:
     """Returns the rows of a source, read in its detected format, and the number of skipped items by reason."""
-    skips = SkipCounter()
+    skips = SkipCounter(strict)
     paths = [str(address) for address in addresses]
     rows = list(read_source(detect_common_format(paths), paths, SourceOptions(**options), skips))
     return rows, skips.counts

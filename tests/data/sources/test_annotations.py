@@ -125,8 +125,9 @@ def test_flickr_rejects_an_image_in_two_splits(tmp_path: Path) -> None:
 def test_flickr_names_the_malformed_line(tmp_path: Path) -> None:
     path = tmp_path / "results.token"
     path.write_text(FLICKR + "no tab here\n")
+    assert read(path)[1] == {"line in a different format": 1}
     with pytest.raises(DatasetError, match=r"line 5: expected NAME\.jpg#NUMBER, a tab and a caption, got 'no tab here"):
-        read(path)
+        read(path, strict=True)
 
 
 def test_detection_rejects_sources_of_two_formats(tmp_path: Path) -> None:

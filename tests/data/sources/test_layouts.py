@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -76,7 +77,9 @@ def test_json_array_of_records(tmp_path: Path, indent: int | None) -> None:
     (tmp_path / "a.json").write_text(json.dumps(records, indent=indent))
     assert read_captions(tmp_path / "a.json") == [("1", ("one", "two")), ("2", ())]
     (tmp_path / "a.json").write_text(json.dumps([*records, {"id": 3}], indent=indent))
-    with pytest.raises(ConfigError, match=r"a\.json, \[2\]: no column for the image uris"):
+    assert read(tmp_path / "a.json")[1] == {"object without an image uri, or with ambiguous keys": 1}
+    (tmp_path / "a.json").write_text(json.dumps([{"id": 3}, {"id": 4}], indent=indent))
+    with pytest.raises(ConfigError, match=r"a\.json, \[0\]: no column for the image uris"):
         read(tmp_path / "a.json")
 
 
@@ -154,3 +157,12 @@ def test_file_whose_name_looks_like_an_address(tmp_path: Path, name: str) -> Non
     rows, _ = read(tmp_path)
     assert [row.image_id for row in rows] == [name]
     assert fetch_images(rows) == [b"an image"]
+    (tmp_path / "table.csv").write_text(f"url\n{name}\n")
+    assert fetch_images(read(tmp_path / "table.csv")[0]) == [b"an image"]
+
+
+def test_remote_file_whose_name_looks_like_an_address_is_skipped() -> None:
+    fsspec.filesystem("memory").pipe({"/looks/x#bytes=0-5.jpg": b"y", "/looks/x#row=1&column=y.jpg": b"x"})
+    rows, skipped = read("memory://looks")
+    assert [row.image_id for row in rows] == ["x#bytes=0-5.jpg"]
+    assert skipped == {"name in the form of an address of a part of a file": 1}

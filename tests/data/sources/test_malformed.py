@@ -53,8 +53,10 @@ def make_karpathy(**fields: Any) -> dict[str, Any]:
     ],
 )
 def test_wrong_type_in_json_is_an_error_naming_the_field(tmp_path: Path, document: Any, message: str) -> None:
-    with pytest.raises(DatasetError, match=rf"d\.json[:,] ?{message}.*; (correct|check)"):
-        read(write_json(tmp_path / "d.json", document))
+    path = write_json(tmp_path / "d.json", document)
+    for strict in (True, False):  # if the only entry is skipped, the error about a source without entries quotes it
+        with pytest.raises(DatasetError, match=rf"d\.json[:,] ?{message}.*; (correct|check)"):
+            read(path, strict=strict)
 
 
 @pytest.mark.parametrize("missing", [None, float("nan"), " "])
@@ -85,7 +87,10 @@ def test_extreme_json_is_an_error_naming_the_line(tmp_path: Path, name: str, con
         f'{{"id": 0, "url": "0.jpg"}}\n{content}\n'.replace('"id": 0, ', "" if "id" not in content else '"id": 0, ')
     )
     with pytest.raises(DatasetError, match=f"line 2.*{message}"):
-        read(tmp_path / name)
+        read(tmp_path / name, strict=True)
+    rows, skipped = read(tmp_path / name, captions=False)
+    assert rows[0].uri == str(tmp_path / "0.jpg")
+    assert skipped.total() == 1
 
 
 @pytest.mark.parametrize(
@@ -248,7 +253,7 @@ TAR = [("1.jpg", b"one"), ("1.txt", b"x"), ("2.jpg", b"two"), ("2.txt", b"y")]
     [
         ("1.txt", b"caf\xe9", "caption is not UTF-8"),
         ("1.json", b'{"caption": "a', "sample with invalid JSON"),
-        ("1.json", b'{"caption": 3}', "sample with invalid captions"),
+        ("1.json", b'{"caption": 3}', "invalid caption"),
         ("1.json", f'{{"caption": {DEEP}}}'.encode(), "sample with invalid JSON"),
         ("1.txt", b"x" * (1 << 20) + b"x", "captions file larger than 1 MB"),
     ],
@@ -344,3 +349,60 @@ def test_file_that_cannot_be_opened_is_an_error(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.open", refuse)
     with pytest.raises(DatasetError, match=rf"{name}.* cannot be read: .*Permission denied"):
         read(tmp_path / name)
+
+
+KARPATHY_IMAGE = make_karpathy()["images"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "images", "captions", "skipped"),
+    [
+        ("a.csv", "url,caption\n,x\nb.jpg,y\n", 1, 1, {"invalid url": 1}),
+        ("a.csv", "id,url,caption\n1.5,a.jpg,x\n2,b.jpg,['p' 'q']\n3,c.jpg,y\n", 2, 1, {"invalid id": 1, "invalid caption": 1}),
+        ("a.csv", "caption,url\nx,a.jpg\ny\nz,b.jpg,c\n", 1, 1, {"row with missing cells": 1, "row with additional cells": 1}),
+        ("a.tsv", "url\tcaption\na.jpg\tx\nb.jpg\ty\tz\n", 1, 1, {"row with additional cells": 1}),
+        ("a.jsonl", '{"url":"a.jpg","caption":"x"}\n{"url":3}\n{"url":\n[]\n', 1, 1, {"invalid url": 1, "line that is not a JSON object": 1, "entry that is not an object": 1}),
+        ("a.jsonl", '{"id":1,"url":"a.jpg"}\n{"url":"b.jpg"}\n{"id":null,"url":"c.jpg"}\n', 1, 0, {"object without an image id": 1, "invalid id": 1}),
+        ("a.json", json.dumps([{"url": "a.jpg", "caption": 3}, {"url": "b.jpg", "caption": "x"}, 7]), 2, 1, {"invalid caption": 1, "entry that is not an object": 1}),
+        ("captions.json", json.dumps(make_coco() | {"images": [{"id": 1, "file_name": "1.jpg"}, {"id": None}, 3]}), 1, 1, {"invalid id": 1, "entry that is not an object": 1}),
+        ("captions.json", json.dumps(make_coco() | {"annotations": [{"image_id": 1, "caption": "x"}, {"image_id": 1, "caption": 7}, None]}), 1, 1, {"invalid caption": 1, "entry that is not an object": 1}),
+        ("dataset.json", json.dumps({"images": [KARPATHY_IMAGE, {**KARPATHY_IMAGE, "imgid": 1, "sentences": ["x", 3]}, {**KARPATHY_IMAGE, "filename": 2}]}), 2, 2, {"invalid sentences": 1, "invalid filename": 1}),
+        ("a.token", "a.jpg#0\tone\nbroken\na.jpg#1\t['p' 'q']\n", 1, 1, {"line in a different format": 1, "invalid caption": 1}),
+    ],
+)  # fmt: skip
+def test_invalid_entries_are_skipped_with_their_reason(
+    tmp_path: Path, name: str, content: str, images: int, captions: int, skipped: dict[str, int]
+) -> None:
+    (tmp_path / name).write_text(content)
+    rows, counts = read(tmp_path / name)
+    assert (len(rows), sum(len(row.captions) for row in rows)) == (images, captions)
+    assert counts == skipped
+    with pytest.raises(DatasetError, match=rf"{name}.*; correct it, or omit --strict"):
+        read(tmp_path / name, strict=True)
+
+
+def test_parquet_rows_with_invalid_values_are_skipped(tmp_path: Path) -> None:
+    table = pa.table({"id": [1.0, None, 2.5], "url": ["a.jpg", "b.jpg", "c.jpg"], "caption": ["x", "y", "z"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows, skipped = read(tmp_path / "a.parquet")
+    assert ([row.image_id for row in rows], skipped) == (["1"], {"invalid id": 2})
+    table = pa.table({"id": [1.0, None], "image": [b"one", b"two"], "caption": ["x", "y"]})
+    pq.write_table(table, tmp_path / "b.parquet")
+    rows, skipped = read(tmp_path / "b.parquet")
+    assert ([row.image_id for row in rows], skipped) == (["1"], {"invalid id": 1})
+
+
+@pytest.mark.parametrize(("language", "expected"), [(None, ("a dog", "ein Hund")), ("de", ("ein Hund",)), ("fr", ())])
+def test_language_selects_captions_from_a_map(tmp_path: Path, language: str | None, expected: tuple[str, ...]) -> None:
+    captions = pa.array([[("en", "a dog"), ("de", "ein Hund")]], pa.map_(pa.string(), pa.string()))
+    pq.write_table(pa.table({"url": ["a.jpg"], "caption": captions}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", caption_language=language)[0][0].captions == expected
+    if language is not None:
+        (tmp_path / "a.jsonl").write_text('{"url": "a.jpg", "caption": {"en": "a dog", "de": "ein Hund"}}')
+        assert read(tmp_path / "a.jsonl", caption_language=language)[0][0].captions == expected
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.txt"])
+def test_unquoted_commas_in_the_last_column_belong_to_the_caption(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('id,url,caption\n1,a.jpg,One, two, and three .\n2,b.jpg,"A dog, a cat .",\n')
+    assert [row.captions for row in read(tmp_path / name)[0]] == [("One, two, and three .",), ("A dog, a cat .",)]

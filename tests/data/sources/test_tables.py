@@ -82,11 +82,14 @@ def test_existing_file_with_braces_is_not_expanded(tmp_path: Path) -> None:
     assert [row.image_id for row in read(path)[0]] == ["a.jpg"]
 
 
-def test_image_in_two_splits_is_an_error_naming_both_rows(tmp_path: Path) -> None:
+def test_captions_of_an_image_in_a_second_split_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
     path.write_text("id,url,split,caption\n1,a.jpg,train,one\n1,a.jpg,val,two\n")
-    with pytest.raises(DatasetError, match=r"image 1 is in split 'train' at .*line 2 and in 'val' at .*line 3"):
-        read(path)
+    rows, skipped = read(path)
+    assert [(row.split, row.captions) for row in rows] == [("train", ("one",))]
+    assert skipped == {"captions of an image in a second split": 1}
+    with pytest.raises(DatasetError, match=r"line 3: expected image 1 in split 'train' as at .*line 2, got 'val'"):
+        read(path, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +106,7 @@ def test_image_in_two_splits_is_an_error_naming_both_rows(tmp_path: Path) -> Non
         (
             "a.jsonl",
             '{"url": "a.jpg"}\n[1]\n',
-            r"line 2: expected an object, got list \[1\].*expected one object per line",
+            r"line 2: expected an object, got list \[1\]: entry that is not an object; correct it, or omit --strict",
         ),
         ("a.jsonl", '{"url": 1.5}\n', r"line 1: expected url as text, got number 1\.5"),
         (
@@ -121,4 +124,4 @@ def test_damaged_table_is_an_error_naming_the_line(
     path = tmp_path / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(DatasetError, match=message):
-        read(path)
+        read(path, strict=True)

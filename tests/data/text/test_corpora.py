@@ -55,7 +55,7 @@ def test_dataset_yields_the_captions_of_its_splits(tmp_path: Path) -> None:
     corpus = open_corpus(tmp_path / "manifest")
     assert list(corpus.training()) == ["train 0", "again 0", "restval 3", "again 3"]
     assert list(corpus.validation()) == ["val 1", "again 1"]
-    assert corpus.fingerprint == dataset.fingerprint
+    assert corpus.fingerprint == dataset.compute_content_checksum()
     with pytest.raises(DatasetError, match="expected captions in split dev, got none"):
         open_corpus(tmp_path / "manifest", validation_splits=["dev"])
     with pytest.raises(ConfigError, match="layout=continuous expects a text file"):

@@ -1,0 +1,287 @@
+"""Measures errors, latency and memory of `captionlib serve` under 60 clients, for 5 minutes or `--minutes N`.
+
+Each client has its own address in 127.0.0.0/8. The clients search, load thumbnails and upload images without a break.
+A third of the images are on slow and hanging hosts. Further connections send incomplete headers and incomplete bodies.
+"""
+
+import argparse
+import asyncio
+import io
+import os
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from benchmarks.bars import report
+from benchmarks.decoding_speed import build_captioner
+from benchmarks.search_data import WORDS
+from benchmarks.synthetic_images import write_images
+from captionlib.data.shards.dataset import create_dataset
+from captionlib.data.shards.schemas import captions_schema, embeddings_schema
+from captionlib.data.shards.writer import write_shard
+from captionlib.data.text.vocabulary import Vocabulary
+from captionlib.models.checkpoints.checkpoint import save_captioner, save_ranker
+from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
+from captionlib.models.rankers.ranker import Ranker, RankerConfig
+from captionlib.search.build import plan_build
+from captionlib.search.config import IndexConfig
+
+CLIENTS, SLOW_CONNECTIONS, ROWS = 60, 100, 20_000
+HOSTS = {"fast": "127.0.2.1", "slow": "127.0.2.2", "hanging": "127.0.2.3"}  # of images
+REQUEST_TIMEOUT_SECONDS = 120.0
+WARM_UP_SECONDS = 120.0
+FOLDER = Path(".bench") / "serve-soak"
+
+
+@dataclass
+class Results:
+    """What the clients observed.
+
+    Attributes:
+        statuses: number of responses by path and status; status 0 means that there was no valid response.
+        uploads: number of captioned images by client.
+        health_seconds: latencies of `/health`.
+        memory: time in seconds since the start, and the resident memory in MB, of the server without its decoders.
+    """
+
+    statuses: Counter[tuple[str, int]] = field(default_factory=Counter)
+    uploads: Counter[int] = field(default_factory=Counter)
+    health_seconds: list[float] = field(default_factory=list)
+    memory: list[tuple[float, float]] = field(default_factory=list)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    options = parser.parse_args()
+    seconds = 60 * options.minutes
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
+    results = Results()
+    with _serve_images() as image_port:
+        _write_index(image_port)
+        with _serve_index() as (port, process):
+            monitor = threading.Thread(target=_monitor, args=(port, process, time.monotonic() + seconds, results))
+            monitor.start()
+            asyncio.run(_run_clients(port, time.monotonic() + seconds, results))
+            monitor.join()
+    sys.exit(not _report(results))
+
+
+def _report(results: Results) -> bool:
+    for (path, status), count in sorted(results.statuses.items()):
+        print(f"# {path} {status}: {count}")
+    uploads = [results.uploads[client] for client in range(CLIENTS)]
+    print(f"# captioned images per client: {min(uploads)} to {max(uploads)}, median {statistics.median(uploads)}")
+    print("# memory: " + ", ".join(f"{memory:.0f} MB" for _, memory in results.memory[:: len(results.memory) // 10]))
+    errors = sum(count for (_, status), count in results.statuses.items() if status == 0 or status in range(500, 503))
+    early = max(memory for seconds, memory in results.memory if seconds <= WARM_UP_SECONDS)
+    late = max(memory for seconds, memory in results.memory if seconds > WARM_UP_SECONDS)
+    return all(
+        [
+            report("serve-soak-errors", errors, 0, at_least=False),
+            report("serve-soak-health-seconds", max(results.health_seconds), 0.5, at_least=False),
+            report("serve-soak-captioned-images-of-unluckiest-client", min(uploads), 1),
+            report("serve-soak-memory-ratio", late / early, 1.05, at_least=False),
+        ]
+    )
+
+
+def _write_index(image_port: int) -> None:
+    encoder = load_encoder(EncoderConfig("resnet18", "flatten", "random:0"), "cpu").description
+    vocabulary = Vocabulary.from_captions([" ".join(WORDS)], 1)
+    (size,) = encoder["shape"]
+    save_captioner(
+        FOLDER / "captioner", build_captioner(size, len(vocabulary)), vocabulary, encoder, provenance={}, training={}
+    )
+    ranker = Ranker(RankerConfig(), size, len(vocabulary)).eval()
+    fingerprint = save_ranker(FOLDER / "ranker", ranker, vocabulary, encoder, provenance={}, training={})
+    files = write_images(FOLDER / "images", 200, 500)
+    sources = ["local", "local", "fast", "fast", "slow", "hanging"]
+    generator = np.random.default_rng(0)
+    rows = []
+    for number in range(ROWS):
+        source = sources[number % len(sources)]
+        uri = str(files[number % 200]) if source == "local" else f"http://{HOSTS[source]}:{image_port}/{number}.jpg"
+        caption = " ".join(generator.choice(WORDS, 8))
+        candidates = [{"caption": caption, "log_prob": -9.0}]
+        rows.append({"image_id": str(number), "uri": uri, "split": "train", "caption": caption, "log_prob": -9.0})
+        rows[-1] |= {"tokens": 9, "candidates": candidates}
+    schema = captions_schema()
+    captions = create_dataset(FOLDER / "captions", "captions", schema, config={"source": "synthetic"}, shards=1)
+    with write_shard(captions, 0, ROWS) as writer:
+        writer.write(pa.RecordBatch.from_pylist(rows, schema=schema))
+    captions.finish()
+    schema = embeddings_schema(RankerConfig().joint_embedding_size)
+    config = {"source": "synthetic", "ranker": fingerprint}
+    embeddings = create_dataset(FOLDER / "embeddings", "embeddings", schema, config=config, shards=1)
+    vectors = generator.normal(size=(ROWS, RankerConfig().joint_embedding_size))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    values = [
+        {"image_id": row["image_id"], "uri": row["uri"], "embedding": vector}
+        for row, vector in zip(rows, vectors.astype(np.float16), strict=True)
+    ]
+    with write_shard(embeddings, 0, ROWS) as writer:
+        writer.write(pa.RecordBatch.from_pylist(values, schema=schema))
+    embeddings.finish()
+    build = plan_build(FOLDER / "captions", FOLDER / "embeddings", FOLDER / "index", IndexConfig())
+    build.train()
+    build.add_shard(0)
+    build.finish()
+
+
+@contextmanager
+def _serve_index() -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    port = 18_000 + os.getpid() % 10_000
+    command = [sys.executable, "-m", "jobs.cli", "serve", str(FOLDER / "index"), "--port", str(port)]
+    command += ["--ranker", str(FOLDER / "ranker"), "--captioner", str(FOLDER / "captioner")]
+    command += ["--thumbnails", str(FOLDER / "thumbnails"), "--allow-private-hosts"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            while process.poll() is None:
+                with suppress(OSError):
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
+                    break
+                time.sleep(0.1)
+            yield port, process
+        finally:
+            process.kill()
+
+
+def _monitor(port: int, process: subprocess.Popen[bytes], until: float, results: Results) -> None:
+    began = time.monotonic()
+    while (now := time.monotonic()) < until:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        (kilobytes,) = re.findall(r"VmRSS:\s+(\d+) kB", status)
+        results.memory.append((now - began, int(kilobytes) / 1000))
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60) as response:
+                results.statuses["/health", response.status] += 1
+        except OSError:
+            results.statuses["/health", 0] += 1
+        results.health_seconds.append(time.monotonic() - now)
+        time.sleep(0.5)
+
+
+async def _run_clients(port: int, until: float, results: Results) -> None:
+    files = [path.read_bytes() for path in sorted((FOLDER / "images").iterdir())[:10]]
+    generator = np.random.default_rng(1)
+    for width, height in [(3000, 2000), (1200, 300), (640, 480)]:
+        pixels = generator.integers(0, 256, (height // 10, width // 10, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).resize((width, height)).save(buffer, "JPEG")
+        files.append(buffer.getvalue())
+    clients = [_run_client(client, port, until, files, results) for client in range(CLIENTS)]
+    slow = [_send_slowly(port, until, partial) for partial in (_HALF_HEADERS, _HALF_BODY) * (SLOW_CONNECTIONS // 2)]
+    await asyncio.gather(*clients, *slow)
+
+
+async def _run_client(client: int, port: int, until: float, files: list[bytes], results: Results) -> None:
+    chooser = random.Random(client)
+    connector = aiohttp.TCPConnector(local_addr=(f"127.0.1.{client + 1}", 0), limit=6)  # as many as a browser opens
+    timeout = aiohttp.ClientTimeout(REQUEST_TIMEOUT_SECONDS)
+    base = f"http://127.0.0.1:{port}"
+
+    async with aiohttp.ClientSession(base, connector=connector, timeout=timeout) as session:
+
+        async def send(method: str, url: str, data: aiohttp.FormData | None = None) -> tuple[int, str]:
+            status, text = 0, ""
+            with suppress(aiohttp.ClientError, TimeoutError):
+                async with session.request(method, url, data=data) as response:
+                    content = await response.read()
+                    status = response.status
+                    text = content.decode(errors="replace") if response.content_type == "text/html" else ""
+                    if status == 503 and "Retry-After" not in response.headers:
+                        status = 500
+            results.statuses[url.partition("?")[0], status] += 1
+            return status, text
+
+        while time.monotonic() < until:
+            action = chooser.random()
+            if action < 0.25:
+                form = aiohttp.FormData()
+                form.add_field("image", chooser.choice(files), filename="image.jpg")
+                url = chooser.choice(["/image-search", "/api/image-search"])
+                status, page = await send("POST", url, form)
+                results.uploads[client] += status == 200
+            elif action < 0.5:
+                _, page = await send("GET", f"/image?id={chooser.randrange(ROWS)}")
+            else:
+                _, page = await send("GET", f"/?q={chooser.choice(WORDS)}")
+            thumbnails = re.findall(r'src="(/thumbnail/[^"]*)"', page)
+            await asyncio.gather(*(send("GET", url) for url in thumbnails))
+            await asyncio.sleep(chooser.random())
+
+
+_HALF_HEADERS = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+_HALF_BODY = (
+    b"POST /api/image-search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
+    b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
+)
+
+
+async def _send_slowly(port: int, until: float, partial: bytes) -> None:
+    """Opens a connection, sends part of a request and then one byte per second, again and again."""
+    while time.monotonic() < until:
+        with suppress(OSError):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(partial)
+            while time.monotonic() < until and not reader.at_eof():
+                writer.write(b"x")
+                with suppress(TimeoutError, asyncio.TimeoutError):
+                    if not await asyncio.wait_for(reader.read(1000), 1):
+                        break
+            writer.close()
+        await asyncio.sleep(0.1)
+
+
+@contextmanager
+def _serve_images() -> Iterator[int]:
+    """Serves an image on hosts of different speed, in a thread."""
+    buffer = io.BytesIO()
+    Image.effect_noise((300, 200), 90).convert("RGB").save(buffer, "JPEG")
+    content = buffer.getvalue()
+    response = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b" % (len(content), content)
+    loop = asyncio.new_event_loop()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError, asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+            host = writer.get_extra_info("sockname")[0]
+            if host == HOSTS["hanging"]:
+                await reader.read()  # until the client gives up
+            else:
+                await asyncio.sleep(random.uniform(0.5, 3) if host == HOSTS["slow"] else 0)
+                writer.write(response)
+                await writer.drain()
+        writer.close()
+
+    server = loop.run_until_complete(asyncio.start_server(answer, "0.0.0.0", 0))
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        port: int = server.sockets[0].getsockname()[1]
+        yield port
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Reads data files and verifies each block of bytes against the checksums in the marker of the shard."""
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+from captionlib.data.shards.markers import BLOCK_BYTES, Marker, compute_block_checksum
+from captionlib.errors import DamagedShardError
+from captionlib.storage.retries import RangedFile
+
+__all__ = ["VerifiedFile"]
+
+_LATEST_BYTES = 4 * BLOCK_BYTES
+_DIGITS = len(compute_block_checksum(b""))
+
+
+class VerifiedFile(RangedFile):
+    """A data file that never returns bytes that differ from those written.
+
+    Args:
+        fs: the file system.
+        path: the path of the file.
+        versions: markers of the versions that the file may be of.
+
+    Raises:
+        DamagedShardError: when opened or read, if the file is of none of the versions.
+    """
+
+    def __init__(self, fs: Any, path: str, versions: Iterable[Marker]) -> None:
+        super().__init__(fs, path)
+        versions = list(versions)
+        self._candidates = [version for version in versions if version.bytes == self._size]
+        self._lock = threading.Lock()
+        self._latest = (0, b"")  # the blocks that were read most recently; readers often continue in the same block
+        if not self._candidates:
+            expected = " or ".join(str(version.bytes) for version in versions)
+            raise DamagedShardError(f"expected {expected} bytes, got {self._size}")
+
+    def _read_range(self, start: int, end: int) -> bytes:
+        first = start - start % BLOCK_BYTES
+        begin, content = self._latest
+        if not begin <= start <= end <= begin + len(content):
+            begin = first
+            content = self._read_blocks(first, min(-(-end // BLOCK_BYTES) * BLOCK_BYTES, self._size))
+            self._verify(first, content)
+            if len(content) <= _LATEST_BYTES:
+                self._latest = begin, content
+        return content[start - begin : end - begin]
+
+    def _read_blocks(self, start: int, end: int) -> bytes:
+        try:
+            return super()._read_range(start, end)
+        except ConnectionError:
+            if (size := self._fs.size(self._path)) != self._size:
+                raise DamagedShardError(f"expected {self._size} bytes, got {size}") from None
+            raise
+
+    def _verify(self, start: int, content: bytes) -> None:
+        view = memoryview(content)
+        actual = "".join(
+            compute_block_checksum(view[offset : offset + BLOCK_BYTES]) for offset in range(0, len(view), BLOCK_BYTES)
+        )
+        position = start // BLOCK_BYTES * _DIGITS
+        with self._lock:
+            self._candidates = [
+                version
+                for version in self._candidates
+                if not version.blocks or version.blocks[position : position + len(actual)] == actual
+            ]
+            if not self._candidates:
+                raise DamagedShardError(f"bytes {start} to {start + len(content)} differ from their checksums")

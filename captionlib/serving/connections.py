@@ -1,0 +1,83 @@
+"""Limits on connections, which apply before a request reaches the application."""
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+__all__ = ["LimitedConnection"]
+
+
+class LimitedConnection(H11Protocol):
+    """A connection that is closed if the client is too slow. uvicorn alone would wait for a slow client forever.
+
+    If there are too many connections, a new one replaces the connection that has waited longest for a request. So
+    clients that open many connections and send nothing, or send incomplete headers, cannot keep others out.
+
+    Attributes:
+        max_connections: maximum number of connections per process.
+        headers_timeout_seconds: time limit from the start of a connection, or the end of the previous response, until
+            all headers of a request have arrived.
+        write_timeout_seconds: time limit for a client to receive the part of a response that is in the send buffer.
+    """
+
+    max_connections = 1000
+    headers_timeout_seconds = 15.0
+    write_timeout_seconds = 30.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._waiting_since = self.loop.time()
+        self._headers_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def waiting_since(self) -> float | None:
+        """The time since which the connection waits for a request, or None if a request is in progress."""
+        is_waiting = self.cycle is None or self.cycle.response_complete
+        return self._waiting_since if is_waiting else None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._start_headers_timer()
+        if len(self.connections) > self.max_connections:
+            self._close_longest_waiting()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for timer in (self._headers_timer, self._write_timer):
+            if timer is not None:
+                timer.cancel()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._start_headers_timer()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(self.write_timeout_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+
+    def _start_headers_timer(self) -> None:
+        if self._headers_timer is not None:
+            self._headers_timer.cancel()
+        self._waiting_since = self.loop.time()
+        self._headers_timer = self.loop.call_later(self.headers_timeout_seconds, self._close_if_waiting)
+
+    def _close_if_waiting(self) -> None:
+        if self.waiting_since is not None:
+            self.transport.abort()
+
+    def _close_longest_waiting(self) -> None:
+        waiting = {
+            connection: connection.waiting_since
+            for connection in self.connections
+            if isinstance(connection, LimitedConnection) and connection.waiting_since is not None
+        }
+        longest = min(waiting, key=waiting.__getitem__)  # not empty, because this connection waits
+        longest.transport.abort()
+        self.connections.discard(longest)

@@ -1,0 +1,117 @@
+"""A bounded thread pool whose clients take turns."""
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import TypeVar
+
+from captionlib.errors import BusyError
+
+__all__ = ["FairThreadPool"]
+
+Result = TypeVar("Result")
+
+
+class FairThreadPool:
+    """Runs functions in threads, of which each key can use only some. Keys, such as clients, take turns.
+
+    If the queue is full, the key with the most waiting calls loses its latest one. So a key cannot keep others out.
+    All methods must be called in the same event loop.
+
+    Args:
+        name: name of the threads.
+        threads: maximum number of functions that run at once.
+        threads_per_key: maximum number of functions that run at once for the same key.
+        max_waiting: maximum number of calls that wait for a thread.
+        max_wait_seconds: maximum time that a call waits for a thread.
+    """
+
+    def __init__(
+        self, name: str, threads: int, threads_per_key: int, max_waiting: int, max_wait_seconds: float
+    ) -> None:
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self._free = threads
+        self._threads_per_key = threads_per_key
+        self._max_waiting = max_waiting
+        self._max_wait_seconds = max_wait_seconds
+        self._running: Counter[str] = Counter()
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # keys in the order of their next turns
+
+    def close(self) -> None:
+        """Waits for the functions that are running."""
+        self._threads.shutdown(cancel_futures=True)
+
+    async def run(self, key: str, function: Callable[[], Result]) -> Result:
+        """Waits for a turn, runs a function in a thread, and returns its result.
+
+        Raises:
+            BusyError: the queue is full, or the call has waited too long.
+        """
+        await self._wait_for_turn(key)
+        loop = asyncio.get_running_loop()
+
+        def release(_: Future[Result]) -> None:
+            with suppress(RuntimeError):  # the event loop is closed
+                loop.call_soon_threadsafe(self._release, key)
+
+        # If the caller is cancelled, the thread is in use until the function returns.
+        running = self._threads.submit(function)
+        running.add_done_callback(release)
+        return await asyncio.wrap_future(running)
+
+    async def _wait_for_turn(self, key: str) -> None:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(key, deque()).append(turn)
+        self._start_turns()
+        if sum(map(len, self._waiting.values())) > self._max_waiting:
+            self._reject_latest(key)
+        try:
+            await asyncio.wait([turn], timeout=self._max_wait_seconds)
+        except asyncio.CancelledError:
+            if turn.done() and turn.exception() is None:
+                self._release(key)
+            else:
+                self._leave(key, turn)
+            raise
+        if not turn.done():
+            self._leave(key, turn)
+            raise _busy()
+        turn.result()
+
+    def _start_turns(self) -> None:
+        while self._free and (key := self._find_next_key()) is not None:
+            waiting = self._waiting.pop(key)
+            waiting.popleft().set_result(None)
+            if waiting:
+                self._waiting[key] = waiting  # at the end, so that all other keys come first
+            self._running[key] += 1
+            self._free -= 1
+
+    def _find_next_key(self) -> str | None:
+        return next((key for key in self._waiting if self._running[key] < self._threads_per_key), None)
+
+    def _reject_latest(self, newcomer: str) -> None:
+        longest = max(self._waiting, key=lambda key: (len(self._waiting[key]), key == newcomer))
+        turn = self._waiting[longest][-1]
+        self._leave(longest, turn)
+        turn.set_exception(_busy())
+
+    def _leave(self, key: str, turn: asyncio.Future[None]) -> None:
+        waiting = self._waiting.get(key, deque())
+        with suppress(ValueError):  # the turn was rejected before
+            waiting.remove(turn)
+        if not waiting:
+            self._waiting.pop(key, None)
+
+    def _release(self, key: str) -> None:
+        self._free += 1
+        self._running[key] -= 1
+        if not self._running[key]:
+            del self._running[key]
+        self._start_turns()
+
+
+def _busy() -> BusyError:
+    return BusyError("the server is busy; try again in a few seconds")
