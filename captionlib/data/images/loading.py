@@ -16,7 +16,7 @@ from captionlib.data.images.decoding import DecodedImage, Preprocessing
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.errors import ImageError
 
-__all__ = ["LoadImages", "LoadedImage", "LoadingConfig", "load_images", "open_loader"]
+__all__ = ["LoadImages", "LoadedImage", "LoadingConfig", "hash_content", "load_images", "open_loader"]
 
 Row = dict[str, Any]
 
@@ -67,7 +67,7 @@ def open_loader(config: LoadingConfig, preprocessing: Preprocessing) -> Iterator
         def load(uri: str) -> LoadedImage:
             content = fetcher.fetch(uri)
             image = decoders.decode(content)
-            return LoadedImage(image.pixels, image.width, image.height, _hash(content))
+            return LoadedImage(image.pixels, image.width, image.height, hash_content(content))
 
         yield lambda rows: load_images(rows, load, executor=threads, prefetch=config.prefetch)
 
@@ -99,5 +99,5 @@ def load_images(
             future.cancel()
 
 
-def _hash(content: bytes) -> int:
+def hash_content(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
