@@ -1,6 +1,5 @@
 """Fetches and decodes images in parallel and in order, and prefetches a limited number of them for the model."""
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -8,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import xxhash
 from pydantic import PositiveInt
 
 from captionlib.config import configclass
@@ -26,7 +26,7 @@ class LoadedImage(DecodedImage):
     """A decoded image and a hash of its file.
 
     Attributes:
-        content_hash: BLAKE2b hash of the bytes of the file, an unsigned integer of 64 bits.
+        content_hash: XXH3 hash of the bytes of the file, an unsigned integer of 64 bits.
     """
 
     content_hash: int
@@ -100,4 +100,5 @@ def load_images(
 
 
 def hash_content(content: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+    """Returns the XXH3 hash of the bytes of an image file, an unsigned integer of 64 bits."""
+    return xxhash.xxh3_64_intdigest(content)

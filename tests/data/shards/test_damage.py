@@ -208,6 +208,7 @@ def test_other_files_in_the_folder_are_ignored(tmp_path: Path) -> None:
         (tmp_path / "_shards" / f"{name}.json").write_text("{}")
         (tmp_path / f"{name}.parquet").write_text("")
     assert dataset.done_shards() == {0, 1}
+    assert dataset.read_markers([1, 2]).keys() == {1}
     assert dataset.compute_totals() == dataset.read_totals()
 
 
@@ -384,6 +385,8 @@ def test_datasets_of_the_first_release_can_be_read(stored: Callable[[str], Shard
     assert failures is not None
     assert failures.to_pylist()[0]["version"] is None
     assert features.verify() == captions.verify() == []
+    assert stored("manifest").schema.equals(MANIFEST_SCHEMA)
+    assert stored("embeddings").read(0, ["embedding"])["embedding"].to_pylist() == [[1, 0]] * 2
     assert features.compute_content_checksum() != captions.compute_content_checksum()
 
 
