@@ -101,4 +101,5 @@ def load_images(
 
 def hash_content(content: bytes) -> int:
     """Returns the XXH3 hash of the bytes of an image file, an unsigned integer of 64 bits."""
-    return xxhash.xxh3_64_intdigest(content)
+    digest: int = xxhash.xxh3_64_intdigest(content)
+    return digest
