@@ -8,6 +8,7 @@ BENCHMARKS = {
     "encoder-bfloat16": "benchmarks.encoder_bfloat16",
     "extract-memory": "benchmarks.extract_memory",
     "prepare-memory": "benchmarks.prepare_memory",
+    "decode-photos": "benchmarks.decode_photos",
     "decoding-speed": "benchmarks.decoding_speed",
     "neuraltalk-decoder": "benchmarks.neuraltalk_decoder",
     "training-throughput": "benchmarks.training_throughput",
