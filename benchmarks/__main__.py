@@ -16,6 +16,7 @@ BENCHMARKS = {
     "training-memory": "benchmarks.training_memory",
     "corrupt-images": "benchmarks.corrupt_images",
     "crash-recovery": "benchmarks.crash_recovery",
+    "killed-commands": "benchmarks.killed_commands",
     "storage-faults": "benchmarks.storage_faults",
     "repeated-bundles": "benchmarks.repeated_bundles",
     "shard-overhead": "benchmarks.shard_overhead",

@@ -236,9 +236,10 @@ class ShardedDataset:
         raise self._damaged(name, "its marker is missing")
 
     def _damaged(self, name: str, reason: str) -> DamagedShardError:
+        remedy = "--verify, which writes damaged shards again" if self.source else "--overwrite"
         return DamagedShardError(
             f"{self.folder.address(name)} is damaged ({reason}); run the command that writes {self.folder.uri} again "
-            "with --verify, which writes damaged shards again"
+            f"with {remedy}"
         )
 
     def _select(self, columns: Sequence[str] | None) -> pa.Schema:
