@@ -30,7 +30,7 @@ _SECTIONS = {
     "Options for an index": _INDEX_OPTIONS,
     "Query a dataset": _DATASET_QUERIES,
     "Options for a dataset": ("memory", "threads"),
-    "Output": ("limit", "timeout", "format", "escape_formulas", "output", "help"),
+    "Output": ("limit", "timeout", "format", "escape_formulas", "output", "quiet", "verbose", "help"),
 }
 
 
@@ -40,7 +40,7 @@ class _SectionedCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         parameters = {max(parameter.opts, key=len): parameter for parameter in self.get_params(ctx)}
         for title, names in _SECTIONS.items():
-            records = [parameters[_flag(name)].get_help_record(ctx) for name in names]
+            records = [parameters[_flag(name)].get_help_record(ctx) for name in names if _flag(name) in parameters]
             with formatter.section(title):
                 formatter.write_dl([record for record in records if record])
 

@@ -66,7 +66,7 @@ def test_inspect_reports_failures_by_reason_with_examples(tmp_path: Path) -> Non
 
 def test_inspect_counts_failures_without_their_file(tmp_path: Path) -> None:
     write(tmp_path, done=2)
-    (tmp_path / "_failures" / "part-00001.parquet").unlink()
+    (tmp_path / "__failures" / "part-00001.parquet").unlink()
     assert inspect_dataset(tmp_path).failures == {"Truncated": FailureReport(1, "", "", "")}
 
 
@@ -82,7 +82,7 @@ def test_inspect_verify_reports_changed_files(tmp_path: Path) -> None:
 
 def test_inspect_reports_success_without_all_markers(tmp_path: Path) -> None:
     write(tmp_path, done=3).finish()
-    (tmp_path / "_shards" / "part-00002.json").unlink()
+    (tmp_path / "__shards" / "part-00002.json").unlink()
     (problem,) = inspect_dataset(tmp_path).problems
     assert problem.startswith("_SUCCESS says that all 3 shards are finished, but only 2 have a valid marker file ")
 
