@@ -44,9 +44,7 @@ class StagedRows:
     digest: str
 
 
-def stage_rows(
-    rows: Iterable[ManifestRow], path: Path, count: Callable[[int], None] = lambda rows: None
-) -> StagedRows:
+def stage_rows(rows: Iterable[ManifestRow], path: Path, count: Callable[[int], None] = lambda rows: None) -> StagedRows:
     """Writes rows to a Parquet file at `path`. Calls `count` with the number of rows of each batch.
 
     Raises:
