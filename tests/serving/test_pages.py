@@ -146,7 +146,7 @@ def test_image_has_candidates_and_similar_images(client: TestClient) -> None:
     html = client.get("/image?id=im0").text
     assert "perhaps a dog and a cat" in html
     missing = client.get("/image?id=nothing", headers=BROWSER)
-    assert (missing.status_code, "no image nothing in the index" in missing.text) == (404, True)
+    assert (missing.status_code, "No image nothing in the index" in missing.text) == (404, True)
 
 
 def test_search_by_image_returns_images_and_sentences(client: TestClient) -> None:
