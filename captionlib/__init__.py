@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from captionlib.models.inference.extraction import ExtractionConfig as ExtractionConfig
     from captionlib.models.rankers.ranker import RankerConfig as RankerConfig
     from captionlib.search.config import IndexConfig as IndexConfig
+    from captionlib.search.duplicates import find_duplicates as find_duplicates
     from captionlib.search.index import Index as Index, open_index as open_index
     from captionlib.search.sql.session import query_sql as query_sql
     from captionlib.training.captioning import (
@@ -63,6 +64,7 @@ _NAMES = {
     "captionlib.models.inference.extraction": "ExtractionConfig",
     "captionlib.models.rankers.ranker": "RankerConfig",
     "captionlib.search.config": "IndexConfig",
+    "captionlib.search.duplicates": "find_duplicates",
     "captionlib.search.index": "Index open_index",
     "captionlib.search.sql.session": "query_sql",
     "captionlib.training.captioning": "CaptionerTrainingConfig train_captioner",

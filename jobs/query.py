@@ -11,25 +11,26 @@ from typing import Any
 import click
 import pyarrow as pa
 
+from captionlib.config import load_config
 from captionlib.search.index_folder import DESCRIPTION
 from captionlib.search.output import OutputFormat, write_output
 from captionlib.search.sql.isolation import Query, run_isolated
 from captionlib.search.sql.queries import count_words, find_captions, find_image, find_top_captions
 from captionlib.search.sql.session import SqlLimits, open_sql
 from captionlib.storage.folders import Folder, stage_file
-from jobs.options import weights_option
+from jobs.options import config_options, weights_option
 
 __all__ = ["command", "limit_rows"]
 
 _INDEX_QUERIES = ("text", "sentence", "hybrid", "image", "similar", "image_id")
 _DATASET_QUERIES = ("sql", "contains", "top", "count_words", "image_id")
-_INDEX_OPTIONS = ("where", "sort", "ranker", "captioner", "sentences", "weights")
+_INDEX_OPTIONS = ("where", "sort", "ranker", "captioner", "sentences", "weights", "config", "set")
 _SECTIONS = {
     "Query an index": _INDEX_QUERIES,
     "Options for an index": _INDEX_OPTIONS,
     "Query a dataset": _DATASET_QUERIES,
     "Options for a dataset": ("memory", "threads"),
-    "Output": ("limit", "timeout", "format", "escape_formulas", "output", "help"),
+    "Output": ("limit", "timeout", "format", "escape_formulas", "output", "quiet", "verbose", "help"),
 }
 
 
@@ -39,13 +40,13 @@ class _SectionedCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         parameters = {max(parameter.opts, key=len): parameter for parameter in self.get_params(ctx)}
         for title, names in _SECTIONS.items():
-            records = [parameters[_flag(name)].get_help_record(ctx) for name in names]
+            records = [parameters[_flag(name)].get_help_record(ctx) for name in names if _flag(name) in parameters]
             with formatter.section(title):
                 formatter.write_dl([record for record in records if record])
 
 
 @click.command(cls=_SectionedCommand)
-@click.argument("folder")
+@click.argument("folders", nargs=-1, required=True, metavar="FOLDER...")
 @click.option("--text", metavar="WORDS", help='Captions with these words; "phrases", +required, -excluded.')
 @click.option("--sentence", metavar="SENTENCE", help="Images that match a sentence (semantic search); needs --ranker.")
 @click.option("--hybrid", metavar="WORDS", help="Combines the rankings of --text and --sentence; needs --ranker.")
@@ -60,6 +61,7 @@ class _SectionedCommand(click.Command):
 @click.option("--captioner", "-c", metavar="FOLDER", help="With --image, caption the image instead of searching.")
 @click.option("--sentences", metavar="FILE", help="With --image, rank the sentences in this file, one per line.")
 @weights_option
+@config_options
 @click.option(
     "--sql",
     metavar="SELECT",
@@ -95,7 +97,7 @@ class _SectionedCommand(click.Command):
 )
 @click.option("--output", "-o", metavar="FILE", help="File or fsspec URL to write to. [default: standard output]")
 def command(
-    folder: str,
+    folders: tuple[str, ...],
     memory: str,
     threads: int | None,
     limit: int | None,
@@ -103,9 +105,10 @@ def command(
     output_format: OutputFormat,
     escape_formulas: bool,
     output: str | None,
+    overrides: tuple[str, ...],
     **queries_and_options: str | int | None,
 ) -> None:
-    """Search an index, or query captions or any other dataset in FOLDER.
+    """Search an index, or query captions or any other dataset in FOLDER. Several datasets are queried as one.
 
     An index is searched by text, sentence or image. --where filters by image_id, uri, split, caption, log_prob and
     tokens. A remote index is copied to this machine once.
@@ -124,9 +127,10 @@ def command(
       captionlib query index --similar 391895
       captionlib query index --image image.jpg --ranker ranker
       captionlib query index --image image.jpg --ranker ranker --sentences sentences.txt
-      captionlib query index --image image.jpg --captioner captioner
+      captionlib query index --image image.jpg --captioner captioner --set decoding.beam_width=10
       captionlib query captions --contains "dog frisbee"
       captionlib query captions --image-id 391895
+      captionlib query captions-2025 captions-2026 --contains frisbee
       captionlib query captions --top 20 --format csv --output top.csv
       captionlib query captions --count-words 50
       captionlib query captions --sql "DESCRIBE captions"
@@ -137,18 +141,21 @@ def command(
     """
     if output_format == "parquet" and output is None and sys.stdout.isatty():
         raise click.UsageError("Parquet is a binary format: specify --output FILE, or write to a pipe.")
-    values = {name: value for name, value in queries_and_options.items() if value is not None}
-    if Folder(folder).exists(DESCRIPTION):
+    values: dict[str, Any] = {name: value for name, value in queries_and_options.items() if value is not None}
+    if overrides:
+        values["set"] = overrides
+    folder = folders[0]
+    if len(folders) == 1 and Folder(folder).exists(DESCRIPTION):
         advice = "a dataset; query the captions that the index was built from"
         query = _choose_query(values, _INDEX_QUERIES, set(_DATASET_QUERIES), advice)
         open_rows: Query = partial(_query_index, folder, query, values, 20 if limit is None else limit)
         # The memory of an index is not limited: most of it is mapped files.
         result = run_isolated(open_rows, None, timeout) if "where" in values else open_rows()
     else:
-        advice = f"an index, but {folder} is not an index; see `captionlib build-index`"
+        advice = f"an index, but {' '.join(folders)} is not an index; see `captionlib build-index`"
         query = _choose_query(values, _DATASET_QUERIES, {*_INDEX_QUERIES, *_INDEX_OPTIONS}, advice)
         limits = SqlLimits(memory, threads)
-        open_rows = partial(_query_dataset, folder, query, values[query], limit, limits)
+        open_rows = partial(_query_dataset, folders, query, values[query], limit, limits)
         result = run_isolated(open_rows, limits.memory_bytes, timeout)
     with result as rows:
         if output is None:
@@ -178,9 +185,9 @@ def _flag(name: str) -> str:
 
 @contextmanager
 def _query_dataset(
-    folder: str, query: str, value: Any, limit: int | None, limits: SqlLimits
+    folders: tuple[str, ...], query: str, value: Any, limit: int | None, limits: SqlLimits
 ) -> Iterator[pa.RecordBatchReader]:
-    with open_sql(folder, limits=limits) as session:
+    with open_sql(folders, limits=limits) as session:
         queries: dict[str, Callable[[Any], pa.RecordBatchReader]] = {
             "sql": session.stream,
             "contains": partial(find_captions, session),
@@ -223,6 +230,7 @@ def _search_index(folder: str, query: str, values: Mapping[str, Any], limit: int
 def _query_by_image(folder: str, values: Mapping[str, Any], limit: int) -> pa.Table:
     from captionlib.data.images.fetching import ImageFetcher
     from captionlib.models.checkpoints.checkpoint import load_ranker  # imports torch, which takes seconds
+    from captionlib.models.inference.captioning import GenerationConfig
     from captionlib.search.index import open_index
     from captionlib.search.models import ImageQueryModels, read_sentences
 
@@ -231,10 +239,14 @@ def _query_by_image(folder: str, values: Mapping[str, Any], limit: int) -> pa.Ta
         raise click.UsageError("--image needs --ranker FOLDER to find similar images, or --captioner FOLDER.")
     if captioner is not None and sentences_file is not None:
         raise click.UsageError("expected one of --captioner and --sentences, got both.")
+    generation = load_config(GenerationConfig, values.get("config"), values.get("set", ()))
     sentences = None if sentences_file is None else read_sentences(sentences_file)
     ranker = load_ranker(ranker_folder, "cpu") if ranker_folder and captioner is None else None
     index = None if ranker is None or sentences is not None else open_index(folder, ranker)
-    with ImageFetcher() as fetcher, ImageQueryModels(ranker, captioner, values.get("weights")) as models:
+    with (
+        ImageFetcher() as fetcher,
+        ImageQueryModels(ranker, captioner, values.get("weights"), generation=generation) as models,
+    ):
         content = fetcher.fetch(values["image"])
         if captioner is not None:
             return models.caption(content).slice(0, limit)

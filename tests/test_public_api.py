@@ -47,7 +47,7 @@ def test_every_public_function_and_class_is_documented(name: str) -> None:
 EXAMPLES = [
     *("prepare", "extract_features", "train_captioner", "train_ranker", "generate_captions", "embed_images"),
     *("evaluate_captions", "build_index", "open_index", "open_dataset", "load_captioner", "load_ranker"),
-    *("caption_images", "query_sql", "import_features"),
+    *("caption_images", "query_sql", "import_features", "find_duplicates"),
 ]
 
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,7 +26,18 @@ from captionlib.storage.file_systems import open_file_system
 from captionlib.storage.remote_errors import is_temporary_error
 from captionlib.storage.retries import RangedFile, call_with_retries, name_errors
 
-__all__ = ["TEMPORARY_FOLDER", "Folder", "resolve_address", "stage_file", "write_file"]
+__all__ = [
+    "TEMPORARY_FOLDER",
+    "Addresses",
+    "Folder",
+    "list_addresses",
+    "resolve_address",
+    "stage_file",
+    "write_file",
+]
+
+Addresses = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+"""A path or URL, or several."""
 
 TEMPORARY_FOLDER = "_temporary"
 
@@ -158,8 +169,8 @@ class Folder:
             self.remove(TEMPORARY_FOLDER)
             return
         folder = Path(self.path(TEMPORARY_FOLDER))
-        for path in folder.iterdir() if folder.is_dir() else ():
-            with suppress(OSError), path.open("rb") as file:
+        for name in self.list(TEMPORARY_FOLDER):
+            with suppress(OSError), (path := folder / name).open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises BlockingIOError if a process is writing it
                 path.unlink()
         with suppress(OSError):
@@ -193,6 +204,24 @@ class Folder:
                 raise ConnectionError(f"{temporary} was removed") from error
 
         call_with_retries(self.path(name), publish)
+
+    def move(self, source: str, target: str) -> None:
+        """Replaces a file by another file of the folder. Does nothing if there is no source, so it can be repeated.
+
+        On object stores, the source is copied and stays.
+        """
+        old, new = self.path(source), self.path(target)
+        if self.is_local:
+            with suppress(FileNotFoundError):
+                self._publish_local(Path(old), Path(new))
+            return
+        protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
+
+        def move() -> None:
+            with suppress(FileNotFoundError):
+                (self.fs.cp_file if protocols & _ATOMIC_PUT else self.fs.mv)(old, new)
+
+        call_with_retries(new, move)
 
     def remove(self, name: str) -> None:
         """Removes a file or a subfolder, if it exists."""
@@ -268,6 +297,11 @@ def _read_batch(fs: Any, paths: list[str]) -> tuple[list[bytes], list[str]]:
     if errors and (permanent or not contents):
         raise [*permanent, *errors.values()][0]
     return contents, list(errors)
+
+
+def list_addresses(addresses: Addresses) -> list[str | os.PathLike[str]]:
+    """Returns the addresses as a list, also if there is only one."""
+    return [addresses] if isinstance(addresses, str | os.PathLike) else list(addresses)
 
 
 def resolve_address(address: str | os.PathLike[str]) -> str:

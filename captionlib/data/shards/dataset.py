@@ -3,9 +3,13 @@
     folder/
       part-00000.parquet ...          rows; only complete files appear at the top level
       _dataset.json                   description: kind, schema, configuration, and a hash of them (fingerprint)
-      _shards/part-00000.json ...     one marker per shard: a JSON file that marks it as finished
-      _failures/part-00000.parquet    images of the shard that could not be read; absent if there are none
+      __shards/part-00000.json ...    one marker per shard: a JSON file that marks it as finished
+      __failures/part-00000.parquet   images of the shard that could not be read; absent if there are none
       _SUCCESS                        totals over all shards; written once all are finished
+      __update/, _update.json         new shards and journal of an update; see `captionlib.data.shards.update`
+
+Hugging Face's `datasets` ignores folders that begin with `__`, and pandas, PyArrow and Spark ignore names that begin
+with `_`, so all of them read the folder as it is. The footer of each data file contains the configuration.
 
 The files of a shard are written in the order data, failures, marker. If the writer dies in between, the shard has no
 marker, and the next run writes it again.
@@ -28,14 +32,17 @@ from captionlib.config import describe_differences
 from captionlib.data.shards.markers import (
     DESCRIPTION_FILE,
     FAILURES_FOLDER,
+    JOURNAL_FILE,
     MARKERS_FOLDER,
     SUCCESS_FILE,
+    UPDATE_FOLDER,
     Marker,
     Totals,
     compute_checksum,
     compute_fingerprint,
     decode_marker,
     decode_record,
+    decode_totals,
     encode_record,
     part_name,
     sum_markers,
@@ -83,8 +90,10 @@ class ShardedDataset:
 
     def _list_parts(self, subfolder: str, extension: str) -> set[int]:
         names = (name.removesuffix(extension) for name in self.folder.list(subfolder) if name.endswith(extension))
-        numbers = {int(match[1]): match[0] for name in names if (match := _PART.fullmatch(name))}
-        return {shard for shard, name in numbers.items() if shard < self.shards and name == part_name(shard)}
+        numbers = {
+            int(match[1]) for name in names if (match := _PART.fullmatch(name)) and name == part_name(int(match[1]))
+        }
+        return {shard for shard in numbers if shard < self.shards}
 
     def pending_shards(self) -> list[int]:
         """Returns the sorted numbers of the shards that are not finished."""
@@ -134,10 +143,8 @@ class ShardedDataset:
     def read_totals(self) -> Totals | None:
         """Returns the totals in `_SUCCESS`, or None if the dataset is not complete."""
         try:
-            content = decode_record(self.folder.read(SUCCESS_FILE))
-            fingerprint = content.pop("fingerprint", None)
-            totals = Totals(**content)
-        except (FileNotFoundError, ValueError, TypeError):
+            totals, fingerprint = decode_totals(self.folder.read(SUCCESS_FILE))
+        except (FileNotFoundError, ValueError):
             return None
         return totals if fingerprint == self.fingerprint and totals.shards == self.shards else None
 
@@ -229,9 +236,10 @@ class ShardedDataset:
         raise self._damaged(name, "its marker is missing")
 
     def _damaged(self, name: str, reason: str) -> DamagedShardError:
+        remedy = "--verify, which writes damaged shards again" if self.source else "--overwrite"
         return DamagedShardError(
             f"{self.folder.address(name)} is damaged ({reason}); run the command that writes {self.folder.uri} again "
-            "with --verify, which writes damaged shards again"
+            f"with {remedy}"
         )
 
     def _select(self, columns: Sequence[str] | None) -> pa.Schema:
@@ -328,8 +336,8 @@ class ShardedDataset:
         return problems
 
 
-def open_dataset(uri: str | os.PathLike[str], kind: str | None = None) -> ShardedDataset:
-    """Opens a dataset, which may be incomplete.
+def open_dataset(uri: str | os.PathLike[str], kind: str | None = None, *, complete: bool = True) -> ShardedDataset:
+    """Opens a dataset, which may be incomplete. First completes an update that was interrupted after its commit.
 
     Example:
         >>> captions = captionlib.open_dataset("captions", "captions").require_complete()
@@ -339,12 +347,13 @@ def open_dataset(uri: str | os.PathLike[str], kind: str | None = None) -> Sharde
     Args:
         uri: path or URL of the folder.
         kind: expected kind (manifest, features, captions or embeddings). If None, any kind is accepted.
+        complete: complete an interrupted update; see `captionlib.data.shards.update`.
 
     Raises:
         DatasetError: the folder is not a dataset, or the dataset has a different kind or schema version.
     """
     folder = Folder(uri)
-    description = _read_description(folder)
+    description = _read_updated_description(folder) if complete else _read_description(folder)
     if description is None:
         got = "other files" if folder.list() else "a missing or empty folder"
         raise DatasetError(
@@ -404,7 +413,7 @@ def create_dataset(
     lineage = lineage or (source.lineage if source else fingerprint)
     source_address = resolve_address(source.folder.uri) if source else ""
     dataset = ShardedDataset(folder, kind, config, fingerprint, shards, schema, lineage, source_address)
-    description = None if overwrite else _read_description(folder)
+    description = None if overwrite else _read_updated_description(folder)
     if overwrite and folder.exists(DESCRIPTION_FILE):
         _clear(folder)
     elif description is not None:
@@ -416,7 +425,9 @@ def create_dataset(
             dataset.mark_incomplete()
         for shard in range(dataset.shards, existing.shards):
             existing.remove_shard(shard)
-    elif others := [name for name in folder.list() if name != TEMPORARY_FOLDER]:
+    elif others := [
+        name for name in folder.list() if name not in (TEMPORARY_FOLDER, DESCRIPTION_FILE)
+    ]:  # a run that started at the same time may write them
         raise DatasetError(
             f"{folder.uri} holds files that captionlib did not write ({', '.join(others[:3])}); "
             "use a new or empty folder"
@@ -457,7 +468,7 @@ def _require_same(existing: ShardedDataset, dataset: ShardedDataset) -> None:
 
 def _clear(folder: Folder) -> None:
     """Deletes a dataset, beginning with `_SUCCESS` and the markers, so an interrupted deletion leaves it incomplete."""
-    for name in (SUCCESS_FILE, MARKERS_FOLDER, FAILURES_FOLDER):
+    for name in (SUCCESS_FILE, JOURNAL_FILE, MARKERS_FOLDER, FAILURES_FOLDER, UPDATE_FOLDER):
         folder.remove(name)
     folder.remove_temporary_files()
     for name in folder.list():
@@ -482,6 +493,16 @@ def _to_dataset(folder: Folder, description: Mapping[str, Any]) -> ShardedDatase
         )
     except (pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged_description(folder, error) from error
+
+
+def _read_updated_description(folder: Folder) -> dict[str, Any] | None:
+    description = _read_description(folder)
+    if description is None or not folder.exists(JOURNAL_FILE):
+        return description
+    from captionlib.data.shards.update import complete_update
+
+    complete_update(folder)
+    return _read_description(folder)
 
 
 def _read_description(folder: Folder) -> dict[str, Any] | None:

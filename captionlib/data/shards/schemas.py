@@ -1,4 +1,4 @@
-"""Arrow schemas of the datasets: manifest (images and reference captions), features, captions and embeddings.
+"""Arrow schemas of the datasets: manifest (images and reference captions), features, captions, embeddings, duplicates.
 
 Every kind of dataset has its own schema version. A new version is needed only if a column is removed or changes its
 meaning. A column that is added later is nullable: datasets without it can still be read, and it is null in their rows.
@@ -13,6 +13,7 @@ from captionlib.errors import ImageError
 
 __all__ = [
     "COLUMN_DESCRIPTIONS",
+    "DUPLICATES_SCHEMA",
     "FAILURES_SCHEMA",
     "MANIFEST_SCHEMA",
     "SCHEMA_VERSIONS",
@@ -24,7 +25,7 @@ __all__ = [
     "upgrade_schema",
 ]
 
-SCHEMA_VERSIONS = {"manifest": 1, "features": 1, "captions": 1, "embeddings": 1}
+SCHEMA_VERSIONS = {"manifest": 1, "features": 1, "captions": 1, "embeddings": 1, "duplicates": 1}
 
 
 def _schema(*text: str, **columns: pa.DataType) -> pa.Schema:
@@ -38,6 +39,7 @@ _READ_FROM_FILE = [pa.field("width", pa.int32()), pa.field("height", pa.int32())
 
 MANIFEST_SCHEMA = pa.schema([*_schema("image_id", "uri"), _VERSION, *_schema("split", captions=pa.list_(pa.string()))])
 FAILURES_SCHEMA = pa.schema([*_schema("image_id", "uri"), _VERSION, *_schema("stage", "error", "message")])
+DUPLICATES_SCHEMA = _schema("image_id", "group", kept=pa.bool_(), similarity=pa.float32())
 # Shown in the reference documentation.
 COLUMN_DESCRIPTIONS = {
     "image_id": "Id of the image, unique within a dataset.",
@@ -55,6 +57,9 @@ COLUMN_DESCRIPTIONS = {
     "candidates": "Candidate captions for the image, best first.",
     "attention": "Attention weights of each token over the positions of the feature map; each row sums to 1.",
     "embedding": "Embedding of the image: a unit vector in the joint space of images and captions.",
+    "group": "Id of the kept image of the group of duplicates.",
+    "kept": "Whether this is the image of the group to keep; the others are duplicates of it.",
+    "similarity": "Cosine similarity of the embeddings of this image and the kept image.",
     "stage": "Stage that failed: fetch or decode.",
     "error": "Category under which the failure is counted, such as NotFound.",
     "message": "Description of the error.",
@@ -85,6 +90,7 @@ def upgrade_schema(kind: str, stored: pa.Schema) -> pa.Schema:
         "features": features_schema(1, "float16"),
         "captions": captions_schema(),
         "embeddings": embeddings_schema(1),
+        "duplicates": DUPLICATES_SCHEMA,
     }[kind]
     known = [
         stored.field(each.name) if each.name in stored.names else each

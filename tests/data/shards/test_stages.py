@@ -216,8 +216,8 @@ def test_update_removes_shards(source: ShardedDataset, tmp_path: Path) -> None:
     assert run_once(updated, tmp_path) == []
     captions = open_dataset(tmp_path / "captions").require_complete()
     assert captions.shards == 1
-    assert captions.folder.list() == ["_SUCCESS", "_dataset.json", "_failures", "_shards", "part-00000.parquet"]
-    assert captions.folder.list("_failures") == []
+    assert captions.folder.list() == ["_SUCCESS", "__failures", "__shards", "_dataset.json", "part-00000.parquet"]
+    assert captions.folder.list("__failures") == []
 
 
 def test_columns_that_the_stage_does_not_compute_come_from_the_new_input(
@@ -236,11 +236,12 @@ def test_columns_that_the_stage_does_not_compute_come_from_the_new_input(
 
 
 def test_images_without_a_version_are_compared_by_uri(tmp_path: Path) -> None:
-    rows = [image(name, None) for name in ("a", "b", "c")]
+    rows = [image(name, None) for name in ("a", "b", "c", "d")]
     run_once(write_manifest(tmp_path / "source", rows), tmp_path)
-    rows[1] = image("b", None, uri="other.jpg")
-    rows[2] = image("c", "1")
-    assert run_once(write_manifest(tmp_path / "source", rows), tmp_path) == ["b", "c"]
+    rows = [rows[0], image("b", None, uri="other.jpg"), image("c", "1"), image("d", "1", uri="other.jpg")]
+    assert run_once(write_manifest(tmp_path / "source", rows), tmp_path) == ["b", "d"]
+    rows = [image("a", "1"), rows[1], image("c", "2"), rows[3]]
+    assert run_once(write_manifest(tmp_path / "source", rows), tmp_path) == ["c"]
 
 
 def test_images_that_the_previous_stage_recovered_are_processed(source: ShardedDataset, tmp_path: Path) -> None:
@@ -309,7 +310,7 @@ def test_verify_processes_damaged_shards_again(source: ShardedDataset, tmp_path:
     run_once(source, tmp_path, "13")
     expected = read_outputs(tmp_path)
     damage(tmp_path / "captions" / "part-00000.parquet")
-    damage(tmp_path / "vectors" / "_failures" / "part-00001.parquet")
+    damage(tmp_path / "vectors" / "__failures" / "part-00001.parquet")
     assert run_once(source, tmp_path) == []
     with pytest.raises(DamagedShardError, match="captions again with --verify"):
         read_outputs(tmp_path)
@@ -326,7 +327,9 @@ def test_damaged_rows_are_not_copied(source: ShardedDataset, tmp_path: Path) -> 
 
 def test_damaged_input_is_not_processed(source: ShardedDataset, tmp_path: Path) -> None:
     damage(tmp_path / "source" / "part-00001.parquet")
-    with pytest.raises(DamagedShardError, match=r"source/part-00001.parquet is damaged .*run the command that writes"):
+    with pytest.raises(
+        DamagedShardError, match=r"source/part-00001.parquet is damaged .*source again with --overwrite"
+    ):
         run_once(source, tmp_path)
     assert open_dataset(tmp_path / "captions").pending_shards() == [1]
 

@@ -1,0 +1,224 @@
+"""Finds duplicate images: exact copies by the hash of their bytes, and near-duplicates by their embeddings.
+
+Images are visited from the best to the worst (the largest first, then by id). An image that no earlier group contains
+starts a group, is the one to keep, and takes all later images that are at least as similar to it as the threshold. So
+every image of a group is similar to the kept one, and groups do not grow through chains of small differences.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from captionlib.data.arrays import vectors_to_numpy
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
+from captionlib.data.shards.schemas import DUPLICATES_SCHEMA
+from captionlib.data.shards.writer import write_shard
+from captionlib.errors import ConfigError
+from captionlib.progress import ProgressBar, progress_bar
+from captionlib.search.config import IndexConfig, VectorLayout
+
+__all__ = ["DEFAULT_THRESHOLD", "DuplicateSummary", "find_duplicates"]
+
+DEFAULT_THRESHOLD = 0.97
+
+_QUERY_ROWS = 256
+_TRAINING_VECTORS_PER_LIST = 50
+_TRAINING_SHARDS = 64
+_MIN_NPROBE = 8  # near-duplicates are in the same inverted list or in one close to it
+_SEED = 1
+
+Positions = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class DuplicateSummary:
+    """Counts of an embeddings dataset's duplicates.
+
+    Attributes:
+        images: number of images.
+        groups: number of groups of two or more images.
+        duplicates: number of images in groups, without the kept image of each group.
+    """
+
+    images: int
+    groups: int
+    duplicates: int
+
+
+@dataclass(frozen=True)
+class _Images:
+    """All images of a dataset, from the best to the worst.
+
+    Attributes:
+        ids: `[images]`, image ids.
+        hashes: `[images]`, hashes of the bytes; null if unknown.
+        positions: `[images] int64`, positions in the dataset.
+    """
+
+    ids: pa.StringArray
+    hashes: pa.StringArray
+    positions: Positions
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The group of each image, as `[images]` arrays in the order of `_Images`.
+
+    Attributes:
+        kept: number of the kept image of the group.
+        similarity: cosine similarity to the kept image.
+    """
+
+    kept: Positions
+    similarity: npt.NDArray[np.float32]
+
+
+def find_duplicates(
+    embeddings: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    threshold: float = DEFAULT_THRESHOLD,
+    *,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> DuplicateSummary:
+    """Groups duplicate images and writes a dataset of kind `duplicates` with a row for each image of a group.
+
+    The vectors of all images are held in memory as float16.
+
+    Example:
+        >>> captionlib.find_duplicates("embeddings", "duplicates").images
+        26
+
+    Args:
+        embeddings: a complete embeddings dataset.
+        output: folder to write.
+        threshold: cosine similarity of the embeddings, in (0, 1], from which two images are near-duplicates. If 1,
+            only exact copies are duplicates.
+        overwrite: replace a dataset with a different threshold.
+        progress: show a progress bar.
+
+    Raises:
+        ConfigError: `threshold` is out of range.
+        DatasetError: `embeddings` is not a complete embeddings dataset.
+        FingerprintError: the output contains a dataset with a different threshold, and `overwrite` is False.
+    """
+    if not 0 < threshold <= 1:
+        raise ConfigError(f"threshold: expected a number above 0 and at most 1, got {threshold}")
+    source = open_dataset(embeddings, "embeddings").require_complete()
+    dataset = create_dataset(
+        output,
+        "duplicates",
+        DUPLICATES_SCHEMA,
+        config={"threshold": threshold},
+        shards=1,
+        source=source,
+        overwrite=overwrite,
+    )
+    checksum = source.compute_content_checksum()
+    marker = dataset.read_marker(0)
+    if marker is None or marker.source != checksum:
+        table = _group_duplicates(source, threshold, progress)
+        dataset.mark_incomplete()
+        with write_shard(dataset, 0, table.num_rows, checksum) as writer:
+            for batch in table.to_batches():
+                writer.write(batch)
+    dataset.finish()
+    kept = dataset.read(0, ["kept"])["kept"].to_numpy()
+    return DuplicateSummary(source.compute_totals().rows, int(kept.sum()), int((~kept).sum()))
+
+
+def _group_duplicates(source: ShardedDataset, threshold: float, progress: bool) -> pa.Table:
+    images = _read_images(source)
+    groups = _Groups(np.arange(len(images.ids)), np.ones(len(images.ids), np.float32))
+    first = _find_first_copies(images.hashes)
+    distinct = np.flatnonzero(first == groups.kept)
+    if threshold < 1:
+        with progress_bar("deduplicate", len(distinct), "images", progress) as bar:
+            _group_similar(_index_vectors(source), images.positions, distinct, groups, threshold, bar)
+    groups.kept[:], groups.similarity[:] = groups.kept[first], groups.similarity[first]
+    return _build_table(images.ids, groups)
+
+
+def _read_images(source: ShardedDataset) -> _Images:
+    columns = ["image_id", "width", "height", "content_hash"]
+    table = pa.concat_tables([source.read(shard, columns) for shard in range(source.shards)]).combine_chunks()
+    pixels = pc.multiply(table["width"].cast(pa.int64()), table["height"].cast(pa.int64()))
+    order = pc.sort_indices(
+        table.append_column("pixels", pixels), [("pixels", "descending"), ("image_id", "ascending")]
+    )
+    ids, hashes = (table[name].take(order).combine_chunks() for name in ("image_id", "content_hash"))
+    return _Images(ids, hashes, order.to_numpy().astype(np.int64))
+
+
+def _find_first_copies(hashes: pa.StringArray) -> Positions:
+    """Returns the number of the first image with the same hash, for each image. A null hash equals no other."""
+    numbers = np.arange(len(hashes))
+    first: Positions = pc.index_in(hashes, value_set=hashes).to_numpy().astype(np.int64)
+    return np.where(hashes.is_valid().to_numpy(zero_copy_only=False), first, numbers)
+
+
+def _index_vectors(source: ShardedDataset) -> Any:
+    """Returns a Faiss index of all vectors as float16, numbered in the order of the dataset."""
+    rows, dimension = source.compute_totals().rows, source.schema.field("embedding").type.list_size
+    layout = VectorLayout.choose(IndexConfig(vectors="sq8"), rows, dimension)
+    index = faiss.index_factory(dimension, f"IVF{layout.nlist},SQfp16", faiss.METRIC_INNER_PRODUCT)
+    index.cp.seed = _SEED
+    index.cp.spherical = True
+    index.cp.min_points_per_centroid = 1  # no warning about few vectors per list
+    shards = [shard for shard, marker in sorted(source.read_markers().items()) if marker.rows]
+    if shards:
+        chosen = [shards[number] for number in np.unique(np.linspace(0, len(shards) - 1, _TRAINING_SHARDS).astype(int))]
+        per_shard = -(-layout.nlist * _TRAINING_VECTORS_PER_LIST // len(chosen))
+        index.train(np.concatenate([_read_vectors(source, shard)[:per_shard] for shard in chosen]))
+    for shard in shards:
+        index.add(_read_vectors(source, shard))
+    index.make_direct_map()
+    index.nprobe = min(layout.nlist, max(_MIN_NPROBE, layout.nprobe))
+    return index
+
+
+def _read_vectors(source: ShardedDataset, shard: int) -> npt.NDArray[np.float32]:
+    """Returns the vectors of a shard, `[rows, dimension]`, of unit length although they are stored as float16."""
+    vectors = vectors_to_numpy(source.read(shard, ["embedding"])["embedding"]).astype(np.float32)
+    unit: npt.NDArray[np.float32] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return unit
+
+
+def _group_similar(
+    index: Any, positions: Positions, distinct: Positions, groups: _Groups, threshold: float, bar: ProgressBar
+) -> None:
+    """Assigns each of the images `distinct` to the first image that is similar enough, if there is one."""
+    numbers = np.empty_like(positions)
+    numbers[positions] = np.arange(len(positions))
+    is_distinct = np.zeros(len(positions), np.bool_)
+    is_distinct[distinct] = True
+    for start in range(0, len(distinct), _QUERY_ROWS):
+        batch = distinct[start : start + _QUERY_ROWS]
+        batch = batch[groups.kept[batch] == batch]  # the others are in a group already
+        vectors = index.reconstruct_batch(positions[batch]) if len(batch) else np.empty((0, index.d), np.float32)
+        # Rounding makes the product of a vector with itself slightly less than 1.
+        limits, similarity, found = index.range_search(vectors, threshold - 1e-3)
+        for row, image in enumerate(batch):
+            if groups.kept[image] != image:
+                continue
+            matches = slice(int(limits[row]), int(limits[row + 1]))
+            members, scores = numbers[found[matches]], similarity[matches]
+            free = (members > image) & is_distinct[members] & (groups.kept[members] == members)
+            groups.kept[members[free]], groups.similarity[members[free]] = image, scores[free]
+        bar.update(min(_QUERY_ROWS, len(distinct) - start))
+
+
+def _build_table(ids: pa.StringArray, groups: _Groups) -> pa.Table:
+    """Returns the rows of all groups of two or more images: the groups in order, and the kept image of each first."""
+    sizes = np.bincount(groups.kept, minlength=len(ids))
+    numbers = np.flatnonzero(sizes[groups.kept] > 1)
+    numbers = numbers[np.lexsort((numbers, groups.kept[numbers]))]
+    kept = groups.kept[numbers]
+    columns = [ids.take(numbers), ids.take(kept), pa.array(kept == numbers), pa.array(groups.similarity[numbers])]
+    return pa.Table.from_arrays(columns, schema=DUPLICATES_SCHEMA)
