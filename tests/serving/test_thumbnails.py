@@ -81,7 +81,7 @@ def test_cached_failure_keeps_no_traceback(tmp_path: Path) -> None:
         for _ in range(3):
             with pytest.raises(FetchError) as caught:
                 get(thumbnails, str(tmp_path / "nothing.png"))
-        assert caught.value.reason == "FileNotFoundError"
+        assert caught.value.reason == "NotFound"
         (cached,) = thumbnails._failures.values()
         assert (cached.__traceback__, cached.__cause__) == (None, None)
 
