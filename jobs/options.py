@@ -22,7 +22,8 @@ __all__ = [
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_RECIPE_COMMANDS = {"caption": "generate-captions"}  # commands that use another command's recipes (built-in YAML files)
+# Commands that use the recipes (built-in YAML files) of another command.
+_RECIPE_COMMANDS = dict.fromkeys(["caption", "query", "serve"], "generate-captions")
 
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N; auto uses a GPU if available."

@@ -11,19 +11,20 @@ from typing import Any
 import click
 import pyarrow as pa
 
+from captionlib.config import load_config
 from captionlib.search.index_folder import DESCRIPTION
 from captionlib.search.output import OutputFormat, write_output
 from captionlib.search.sql.isolation import Query, run_isolated
 from captionlib.search.sql.queries import count_words, find_captions, find_image, find_top_captions
 from captionlib.search.sql.session import SqlLimits, open_sql
 from captionlib.storage.folders import Folder, stage_file
-from jobs.options import weights_option
+from jobs.options import config_options, weights_option
 
 __all__ = ["command", "limit_rows"]
 
 _INDEX_QUERIES = ("text", "sentence", "hybrid", "image", "similar", "image_id")
 _DATASET_QUERIES = ("sql", "contains", "top", "count_words", "image_id")
-_INDEX_OPTIONS = ("where", "sort", "ranker", "captioner", "sentences", "weights")
+_INDEX_OPTIONS = ("where", "sort", "ranker", "captioner", "sentences", "weights", "config", "set")
 _SECTIONS = {
     "Query an index": _INDEX_QUERIES,
     "Options for an index": _INDEX_OPTIONS,
@@ -60,6 +61,7 @@ class _SectionedCommand(click.Command):
 @click.option("--captioner", "-c", metavar="FOLDER", help="With --image, caption the image instead of searching.")
 @click.option("--sentences", metavar="FILE", help="With --image, rank the sentences in this file, one per line.")
 @weights_option
+@config_options
 @click.option(
     "--sql",
     metavar="SELECT",
@@ -103,6 +105,7 @@ def command(
     output_format: OutputFormat,
     escape_formulas: bool,
     output: str | None,
+    overrides: tuple[str, ...],
     **queries_and_options: str | int | None,
 ) -> None:
     """Search an index, or query captions or any other dataset in FOLDER.
@@ -124,7 +127,7 @@ def command(
       captionlib query index --similar 391895
       captionlib query index --image image.jpg --ranker ranker
       captionlib query index --image image.jpg --ranker ranker --sentences sentences.txt
-      captionlib query index --image image.jpg --captioner captioner
+      captionlib query index --image image.jpg --captioner captioner --set decoding.beam_width=10
       captionlib query captions --contains "dog frisbee"
       captionlib query captions --image-id 391895
       captionlib query captions --top 20 --format csv --output top.csv
@@ -137,7 +140,9 @@ def command(
     """
     if output_format == "parquet" and output is None and sys.stdout.isatty():
         raise click.UsageError("Parquet is a binary format: specify --output FILE, or write to a pipe.")
-    values = {name: value for name, value in queries_and_options.items() if value is not None}
+    values: dict[str, Any] = {name: value for name, value in queries_and_options.items() if value is not None}
+    if overrides:
+        values["set"] = overrides
     if Folder(folder).exists(DESCRIPTION):
         advice = "a dataset; query the captions that the index was built from"
         query = _choose_query(values, _INDEX_QUERIES, set(_DATASET_QUERIES), advice)
@@ -223,6 +228,7 @@ def _search_index(folder: str, query: str, values: Mapping[str, Any], limit: int
 def _query_by_image(folder: str, values: Mapping[str, Any], limit: int) -> pa.Table:
     from captionlib.data.images.fetching import ImageFetcher
     from captionlib.models.checkpoints.checkpoint import load_ranker  # imports torch, which takes seconds
+    from captionlib.models.inference.captioning import GenerationConfig
     from captionlib.search.index import open_index
     from captionlib.search.models import ImageQueryModels, read_sentences
 
@@ -231,10 +237,14 @@ def _query_by_image(folder: str, values: Mapping[str, Any], limit: int) -> pa.Ta
         raise click.UsageError("--image needs --ranker FOLDER to find similar images, or --captioner FOLDER.")
     if captioner is not None and sentences_file is not None:
         raise click.UsageError("expected one of --captioner and --sentences, got both.")
+    generation = load_config(GenerationConfig, values.get("config"), values.get("set", ()))
     sentences = None if sentences_file is None else read_sentences(sentences_file)
     ranker = load_ranker(ranker_folder, "cpu") if ranker_folder and captioner is None else None
     index = None if ranker is None or sentences is not None else open_index(folder, ranker)
-    with ImageFetcher() as fetcher, ImageQueryModels(ranker, captioner, values.get("weights")) as models:
+    with (
+        ImageFetcher() as fetcher,
+        ImageQueryModels(ranker, captioner, values.get("weights"), generation=generation) as models,
+    ):
         content = fetcher.fetch(values["image"])
         if captioner is not None:
             return models.caption(content).slice(0, limit)

@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from captionlib.config import build_config, to_dict
+from captionlib.config import build_config, load_config, to_dict
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.search.index_folder import DESCRIPTION, user_cache_folder
 from captionlib.serving.config import ServingConfig
 from captionlib.storage.folders import Folder
-from jobs.options import device_option, weights_option
+from jobs.options import config_options, device_option, weights_option
 
 __all__ = ["command", "listen"]
 
@@ -49,6 +49,7 @@ _SHUTDOWN_SECONDS = 5
     is_flag=True,
     help="Also fetch images from URLs on loopback, link-local and private networks.",
 )
+@config_options
 @device_option
 def command(
     index: str,
@@ -63,6 +64,8 @@ def command(
     thumbnails: str | None,
     max_upload: int,
     allow_private_hosts: bool,
+    config: str | None,
+    overrides: tuple[str, ...],
     device: str,
 ) -> None:
     """Serve INDEX as a web application with a JSON API.
@@ -75,7 +78,7 @@ def command(
     \b
     Examples:
       captionlib serve index
-      captionlib serve index --ranker ranker --captioner captioner
+      captionlib serve index --ranker ranker --captioner captioner --set decoding.beam_width=10
       captionlib serve s3://bucket/index --workers 4 --port 9000
       captionlib serve index --host 0.0.0.0 --name images.example.org
     """
@@ -100,13 +103,14 @@ def command(
     if host not in ("127.0.0.1", "::1", "localhost"):
         click.echo(f"Listening on {host}: anyone who can connect can view the images in the index.", err=True)
         click.echo(f"Host names: {', '.join(serving.allowed_hosts)}. Add others with --name.", err=True)
-    app_config = AppConfig(index, folder, ranker, captioner, weights, sentences, device, serving)
+    generation = _load_generation(captioner, config, overrides)
+    app_config = AppConfig(index, folder, ranker, captioner, weights, sentences, generation, device, serving)
     os.environ[_APP_CONFIG] = json.dumps(to_dict(app_config))
     _raise_file_limit()
     with listen(host, port) as listening:
         # With several workers, this call reports errors once, and copies a remote index once.
         app = create()
-        config = uvicorn.Config(
+        server = uvicorn.Config(
             app if workers == 1 else "jobs.serve:create",
             factory=workers > 1,
             workers=workers,
@@ -121,10 +125,21 @@ def command(
         )
         click.echo(f"Serving {index} at http://{url_host}:{port}/. Press Ctrl-C to stop.")
         if workers == 1:
-            uvicorn.Server(config).run([listening])
+            uvicorn.Server(server).run([listening])
         else:
             del app
-            Multiprocess(config, [listening]).run()
+            Multiprocess(server, [listening]).run()
+
+
+def _load_generation(captioner: str | None, config: str | None, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the values of the configuration of captions for uploaded images."""
+    if captioner is None:
+        if config is not None or overrides:
+            raise click.UsageError("--config and --set configure the captions of uploaded images; add --captioner.")
+        return {}
+    from captionlib.models.inference.captioning import GenerationConfig  # imports torch, which takes seconds
+
+    return to_dict(load_config(GenerationConfig, config, overrides))
 
 
 def _raise_file_limit() -> None:

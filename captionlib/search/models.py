@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 
 from captionlib.config import describe_differences
 from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
 from captionlib.errors import CheckpointError, ConfigError, QueryError
 from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, LoadedRanker, load_captioner
-from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.datastore import read_datastore
 from captionlib.models.decoding.decoder import Decoder
 from captionlib.models.encoders.encoder import Encoder, EncoderConfig, load_encoder
+from captionlib.models.inference.captioning import GenerationConfig
 
 __all__ = ["ImageQueryModels", "read_sentences"]
 
@@ -43,6 +45,7 @@ class ImageQueryModels:
 
     `ranker` is a dual encoder for image-text retrieval, and `captioner` is a checkpoint folder. `weights` is the
     encoder's weights file, required if the models were trained with one and the captioner does not contain the weights.
+    `decoding` limits how images are decoded, and `generation` configures how they are captioned.
 
     Raises:
         CheckpointError: the captioner is missing, or the encoder differs from the one that a model was trained with.
@@ -56,6 +59,7 @@ class ImageQueryModels:
         weights: str | None = None,
         device: str = "auto",
         decoding: DecoderConfig = DecoderConfig(),
+        generation: GenerationConfig = GenerationConfig(),
     ) -> None:
         self._ranker = ranker
         self._captioner: LoadedCaptioner | None = load_captioner(captioner, device) if captioner else None
@@ -65,7 +69,8 @@ class ImageQueryModels:
         self._resources = ExitStack()
         self._loaded: list[tuple[Mapping[str, Any], _ImageEncoder]] = []
         self._caption_encoder = None
-        if self._captioner is not None:
+        if self._captioner is not None and captioner is not None:
+            self._decoder = _make_decoder(self._captioner, captioner, generation)
             self._caption_encoder = self._load(self._captioner.encoder, self._captioner.encoder_weights or weights)
         # Both encoders are often the same; `_load` then loads it once.
         self._embedding_encoder = self._load(ranker.encoder, weights) if ranker else None
@@ -118,8 +123,8 @@ class ImageQueryModels:
         columns = {"sentence": [sentences[position] for position in order], "score": scores[order].astype(np.float32)}
         return pa.Table.from_pydict(columns, _SENTENCES)
 
-    def caption(self, content: bytes, n_best: int = 5) -> pa.Table:
-        """Returns the `n_best` most probable captions of an image file, in the columns caption and log_prob.
+    def caption(self, content: bytes) -> pa.Table:
+        """Returns the candidates for an image file, best first, in the columns caption and log_prob.
 
         Raises:
             DecodeError: the file is not an image, or exceeds the limits.
@@ -130,8 +135,7 @@ class ImageQueryModels:
         features = self._encode(self._caption_encoder, content)
         decode = self._captioner.vocabulary.decode
         with self._lock:
-            decoder = Decoder(self._captioner.model, DecodingConfig(beam_width=max(5, n_best), n_best=n_best))
-            (candidates,) = decoder.decode(features.astype(np.float32))
+            (candidates,) = self._decoder.decode(features.astype(np.float32))
         rows = [{"caption": decode(candidate.token_ids), "log_prob": candidate.log_prob} for candidate in candidates]
         return pa.Table.from_pylist(rows, _CANDIDATES)
 
@@ -151,3 +155,8 @@ class ImageQueryModels:
         decoders = self._resources.enter_context(DecoderPool(encoder.preprocessing, self._decoding))
         self._loaded.append((description, (encoder, decoders)))
         return encoder, decoders
+
+
+def _make_decoder(captioner: LoadedCaptioner, folder: str, config: GenerationConfig) -> Decoder:
+    datastore = read_datastore(folder, captioner) if config.decoding.rerank.neighbors else None
+    return Decoder(captioner.model, config.decoding, getattr(torch, config.dtype), captioner.vocabulary, datastore)

@@ -4,10 +4,11 @@ import ctypes
 from contextlib import suppress
 from dataclasses import field
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 
-from captionlib.config import configclass
+from captionlib.config import build_config, configclass
 from captionlib.data.images.decoder_pool import DecoderConfig
 from captionlib.search.index import open_index
 from captionlib.serving.app import create_app
@@ -30,6 +31,7 @@ class AppConfig:
         captioner: folder of the captioner for uploaded images.
         weights: the encoder's weights file, if the models were trained with such a file.
         sentences: file of sentences, one per line, to compare uploaded images with.
+        generation: values of the `GenerationConfig` for captions of uploaded images.
     """
 
     index: str
@@ -38,6 +40,7 @@ class AppConfig:
     captioner: str | None = None
     weights: str | None = None
     sentences: str | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
     device: str = "auto"
     serving: ServingConfig = field(default_factory=ServingConfig)
 
@@ -57,13 +60,15 @@ def load_app(config: AppConfig) -> FastAPI:
         return create_app(service, Path(config.thumbnails))
 
     from captionlib.models.checkpoints.checkpoint import load_ranker  # imports torch, which takes seconds
+    from captionlib.models.inference.captioning import GenerationConfig
     from captionlib.search.models import ImageQueryModels, read_sentences
 
     ranker = load_ranker(config.ranker, config.device) if config.ranker else None
     index = open_index(config.index, ranker)
     sentences = read_sentences(config.sentences) if config.sentences else []
     decoding = DecoderConfig(timeout_seconds=limits.image_timeout_seconds, max_image_pixels=limits.max_image_pixels)
-    models = ImageQueryModels(ranker, config.captioner, config.weights, config.device, decoding)
+    generation = build_config(GenerationConfig, config.generation)
+    models = ImageQueryModels(ranker, config.captioner, config.weights, config.device, decoding, generation)
     return create_app(SearchService(index, limits, models, sentences), Path(config.thumbnails))
 
 

@@ -178,8 +178,8 @@ class Folder:
             self.remove(TEMPORARY_FOLDER)
             return
         folder = Path(self.path(TEMPORARY_FOLDER))
-        for path in folder.iterdir() if folder.is_dir() else ():
-            with suppress(OSError), path.open("rb") as file:
+        for name in self.list(TEMPORARY_FOLDER):
+            with suppress(OSError), (path := folder / name).open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises BlockingIOError if a process is writing it
                 path.unlink()
         with suppress(OSError):

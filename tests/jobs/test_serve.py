@@ -107,3 +107,10 @@ def test_private_hosts_are_allowed_only_with_the_option(
 def test_folder_that_is_not_an_index_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="is not an index"):
         CliRunner().invoke(captionlib, ["serve", str(tmp_path)], catch_exceptions=False)
+
+
+def test_settings_of_captions_need_a_captioner(tmp_path: Path) -> None:
+    make_site(tmp_path, 10, with_models=False)
+    result = CliRunner().invoke(captionlib, ["serve", str(tmp_path / "index"), "--set", "decoding.beam_width=3"])
+    assert result.exit_code == 2
+    assert "--config and --set configure the captions of uploaded images; add --captioner." in result.output

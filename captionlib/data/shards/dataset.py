@@ -36,6 +36,7 @@ from captionlib.data.shards.markers import (
     compute_fingerprint,
     decode_marker,
     decode_record,
+    decode_totals,
     encode_record,
     part_name,
     sum_markers,
@@ -83,8 +84,10 @@ class ShardedDataset:
 
     def _list_parts(self, subfolder: str, extension: str) -> set[int]:
         names = (name.removesuffix(extension) for name in self.folder.list(subfolder) if name.endswith(extension))
-        numbers = {int(match[1]): match[0] for name in names if (match := _PART.fullmatch(name))}
-        return {shard for shard, name in numbers.items() if shard < self.shards and name == part_name(shard)}
+        numbers = {
+            int(match[1]) for name in names if (match := _PART.fullmatch(name)) and name == part_name(int(match[1]))
+        }
+        return {shard for shard in numbers if shard < self.shards}
 
     def pending_shards(self) -> list[int]:
         """Returns the sorted numbers of the shards that are not finished."""
@@ -134,10 +137,8 @@ class ShardedDataset:
     def read_totals(self) -> Totals | None:
         """Returns the totals in `_SUCCESS`, or None if the dataset is not complete."""
         try:
-            content = decode_record(self.folder.read(SUCCESS_FILE))
-            fingerprint = content.pop("fingerprint", None)
-            totals = Totals(**content)
-        except (FileNotFoundError, ValueError, TypeError):
+            totals, fingerprint = decode_totals(self.folder.read(SUCCESS_FILE))
+        except (FileNotFoundError, ValueError):
             return None
         return totals if fingerprint == self.fingerprint and totals.shards == self.shards else None
 
@@ -416,7 +417,9 @@ def create_dataset(
             dataset.mark_incomplete()
         for shard in range(dataset.shards, existing.shards):
             existing.remove_shard(shard)
-    elif others := [name for name in folder.list() if name != TEMPORARY_FOLDER]:
+    elif others := [
+        name for name in folder.list() if name not in (TEMPORARY_FOLDER, DESCRIPTION_FILE)
+    ]:  # a run that started at the same time may write them
         raise DatasetError(
             f"{folder.uri} holds files that captionlib did not write ({', '.join(others[:3])}); "
             "use a new or empty folder"

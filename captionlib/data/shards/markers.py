@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from pydantic import TypeAdapter
+
 from captionlib.data.shards.schemas import SCHEMA_VERSIONS
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "compute_fingerprint",
     "decode_marker",
     "decode_record",
+    "decode_totals",
     "encode_record",
     "part_name",
     "sum_markers",
@@ -122,24 +125,26 @@ def part_name(shard: int) -> str:
     return f"part-{shard:05d}"
 
 
+_MARKER, _TOTALS = TypeAdapter(Marker), TypeAdapter(Totals)
+
+
 def decode_marker(content: bytes) -> Marker:
     """Reads the content of a marker file.
 
     Raises:
         ValueError: the content is damaged or not a marker.
     """
-    try:
-        return _to_marker(decode_record(content))
-    except TypeError as error:
-        raise ValueError(str(error)) from error
+    return _MARKER.validate_python(decode_record(content))
 
 
-def _to_marker(record: Mapping[str, Any]) -> Marker:
-    previous = record.get("previous")
-    marker = Marker(**{**record, "previous": None if previous is None else _to_marker(previous)})
-    if not all(isinstance(number, int) for number in (marker.shard, marker.rows, marker.failures, marker.bytes)):
-        raise TypeError("expected integers")
-    return marker
+def decode_totals(content: bytes) -> tuple[Totals, str]:
+    """Reads the content of `_SUCCESS`. Returns the totals and the fingerprint of the dataset.
+
+    Raises:
+        ValueError: the content is damaged or of another kind.
+    """
+    record = decode_record(content)
+    return _TOTALS.validate_python(record), str(record.get("fingerprint"))
 
 
 def sum_markers(markers: Iterable[Marker]) -> Totals:

@@ -224,13 +224,13 @@ class _UnchangedRows:
 def _match(rows: pa.Table, old: pa.Table) -> npt.NDArray[np.int64]:
     """Returns, for each row, the index of the old row of the same image, or -1 if there is none or the image changed.
 
-    Where the version is unknown, images with the same path or URL are taken to be the same.
+    Where one of the versions is unknown, images with the same path or URL are taken to be the same.
     """
     found_or_null = pc.fill_null(pc.index_in(rows["image_id"], value_set=old["image_id"].combine_chunks()), -1)
     indices: npt.NDArray[np.int64] = found_or_null.to_numpy().astype(np.int64)
     found = np.flatnonzero(indices >= 0)
-    versions, old_versions = (pc.coalesce(table["version"], table["uri"]) for table in (rows, old))
-    same = pc.equal(versions.take(found), old_versions.take(indices[found])).to_numpy()
+    new, old = rows.take(found), old.take(indices[found])
+    same = pc.coalesce(pc.equal(new["version"], old["version"]), pc.equal(new["uri"], old["uri"])).to_numpy()
     indices[found[~same]] = -1
     return indices
 

@@ -111,7 +111,8 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int, source: str 
             failures_checksum=compute_checksum(io.BytesIO(failures)) if failures else "",
             reasons=dict(Counter(str(row["error"]) for row in writer.failures).most_common()),
         )
-        if (previous := dataset.read_any_marker(shard)) is not None:
+        previous = dataset.read_any_marker(shard)
+        if previous is not None and not _has_same_files(previous, marker):
             _write_marker(dataset, replace(marker, previous=previous))
     failures_name = f"{FAILURES_FOLDER}/{name}.parquet"
     if failures:
@@ -120,6 +121,15 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int, source: str 
         dataset.folder.remove_file(failures_name)  # may be left over from an earlier version
     _write_marker(dataset, marker)
     writer.marker = marker
+
+
+def _has_same_files(previous: Marker, marker: Marker) -> bool:
+    """Returns whether two versions of a shard have equal files, so that readers need not know which of them they read.
+
+    Two equal runs at the same time thus never mark a shard of each other as unfinished.
+    """
+    files = [(version.checksum, version.failures_checksum, version.previous) for version in (previous, marker)]
+    return files[0] == files[1]
 
 
 def _write_marker(dataset: ShardedDataset, marker: Marker) -> None:

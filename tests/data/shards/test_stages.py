@@ -236,11 +236,12 @@ def test_columns_that_the_stage_does_not_compute_come_from_the_new_input(
 
 
 def test_images_without_a_version_are_compared_by_uri(tmp_path: Path) -> None:
-    rows = [image(name, None) for name in ("a", "b", "c")]
+    rows = [image(name, None) for name in ("a", "b", "c", "d")]
     run_once(write_manifest(tmp_path / "source", rows), tmp_path)
-    rows[1] = image("b", None, uri="other.jpg")
-    rows[2] = image("c", "1")
-    assert run_once(write_manifest(tmp_path / "source", rows), tmp_path) == ["b", "c"]
+    rows = [rows[0], image("b", None, uri="other.jpg"), image("c", "1"), image("d", "1", uri="other.jpg")]
+    assert run_once(write_manifest(tmp_path / "source", rows), tmp_path) == ["b", "d"]
+    rows = [image("a", "1"), rows[1], image("c", "2"), rows[3]]
+    assert run_once(write_manifest(tmp_path / "source", rows), tmp_path) == ["c"]
 
 
 def test_images_that_the_previous_stage_recovered_are_processed(source: ShardedDataset, tmp_path: Path) -> None:
