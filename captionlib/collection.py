@@ -10,8 +10,9 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import yaml
 
@@ -123,20 +124,35 @@ def create_collection(folder: str | os.PathLike[str], config: CollectionConfig) 
     target = Folder(folder)
     if names := target.list():
         raise DatasetError(f"{target.uri}: expected a new or empty folder, got files ({', '.join(names[:3])})")
-    values = to_dict(config)
-    for source in values["sources"]:
-        source["addresses"] = _resolve_all(source["addresses"])
-        if (root := source["prepare"]["options"]["image_root"]) is not None:
-            source["prepare"]["options"]["image_root"] = resolve_address(root)
-    for key in ("captioner", "ranker", "weights"):
-        if values[key] is not None:
-            values[key] = resolve_address(values[key])
     content = (
-        "# The sources and models of this collection. `captionlib update` applies changes to this file.\n"
-        + yaml.safe_dump(_drop_defaults(values, config), sort_keys=False, allow_unicode=True)
+        "# The sources and models of this collection. To change it, edit this file and run `captionlib update`.\n"
+        + yaml.safe_dump(_to_absolute_values(config), sort_keys=False, allow_unicode=True)
     )
     target.write(COLLECTION_FILE, content.encode())
     return open_collection(folder)
+
+
+def _to_absolute_values(config: CollectionConfig) -> dict[str, Any]:
+    """Returns the values of a configuration that differ from the defaults, with absolute addresses."""
+    values = to_dict(config)
+    for source in values["sources"]:
+        source["addresses"] = [resolve_address(address) for address in source["addresses"]]
+        if (root := source["prepare"]["options"]["image_root"]) is not None:
+            source["prepare"]["options"]["image_root"] = resolve_address(root)
+        source["prepare"] = _drop_defaults(source["prepare"], to_dict(PrepareConfig()))
+    for key in ("captioner", "ranker", "weights"):
+        values[key] = None if values[key] is None else resolve_address(values[key])
+    for key, default in (("generation", GenerationConfig()), ("index", IndexConfig())):
+        values[key] = _drop_defaults(values[key], to_dict(default))
+    return {key: value for key, value in values.items() if value}
+
+
+def _drop_defaults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    changed = {key: value for key, value in values.items() if value != defaults.get(key)}
+    return {
+        key: _drop_defaults(value, defaults[key]) if isinstance(value, dict) and defaults.get(key) else value
+        for key, value in changed.items()
+    }
 
 
 def is_collection(folder: str | os.PathLike[str]) -> bool:
@@ -162,7 +178,3 @@ def open_collection(folder: str | os.PathLike[str]) -> Collection:
     if not isinstance(values, dict):
         raise ConfigError(f"{source.address(COLLECTION_FILE)}: expected `key: value` lines, got {values!r}")
     return Collection(source, build_config(CollectionConfig, values, source.address(COLLECTION_FILE)))
-
-
-def _resolve_all(addresses: Sequence[str]) -> list[str]:
-    return [resolve_address(address) for address in addresses]
