@@ -2,6 +2,7 @@
 
 import click
 
+from captionlib.data.ingestion.changes import Changes
 from captionlib.data.ingestion.prepare import PrepareConfig, PrepareSummary, prepare
 from captionlib.data.sources.formats import SOURCE_FORMATS
 from captionlib.data.sources.rows import SourceOptions
@@ -62,7 +63,12 @@ __all__ = ["command"]
 @click.option("--tsv-quotes", is_flag=True, help="TSV: cells may be quoted, as in CSV. [default: quotes are literal]")
 @click.option("--split", "splits", multiple=True, metavar="NAME", help="Include only this split. Repeatable.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Include only the first N images.")
-@click.option("--shard-size", type=click.IntRange(min=1), default=1000, show_default=True, help="Images per shard.")
+@click.option(
+    "--version-column",
+    metavar="NAME",
+    help="Tables: column that changes when the image does. [default: size and time of a local file, or the uri]",
+)
+@click.option("--shard-size", type=click.IntRange(min=1), help="Images per shard of a new manifest. [default: 1000]")
 @click.option(
     "--check-images/--no-check-images",
     default=True,
@@ -70,7 +76,10 @@ __all__ = ["command"]
     help="Stop if SOURCE lists image paths and none of the first 20 images exists.",
 )
 @click.option("--strict", is_flag=True, help="Stop at invalid images or captions instead of skipping them.")
-@click.option("--overwrite", is_flag=True, help="Replace a manifest that has different rows.")
+@click.option("--append", is_flag=True, help="SOURCE has only new images: keep the images that it lacks.")
+@click.option("--allow-removal", is_flag=True, help="Allow an update to remove more than a tenth of the images.")
+@click.option("--dry-run", is_flag=True, help="Show how many images are new, changed and gone, and write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace the manifest by a new one instead of updating it.")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
 def command(
     sources: tuple[str, ...],
@@ -86,20 +95,27 @@ def command(
     caption_language: str | None,
     captions: bool,
     split_column: str | None,
+    version_column: str | None,
     columns: str | None,
     tsv_quotes: bool,
     splits: tuple[str, ...],
     limit: int | None,
-    shard_size: int,
+    shard_size: int | None,
     check_images: bool,
     strict: bool,
+    append: bool,
+    allow_removal: bool,
+    dry_run: bool,
     overwrite: bool,
     progress: bool,
 ) -> None:
     """Convert images, with or without reference captions, to a manifest.
 
-    A manifest is a Parquet dataset with one row per image: image_id, uri, split and captions. Images are not copied.
-    Image ids must be unique. Invalid rows and captions are skipped and counted by reason. The same SOURCE always gives the same manifest, so a second run writes nothing.
+    A manifest is a Parquet dataset with one row per image: image_id, uri, version, split and captions. Images are not
+    copied. If the manifest exists, it is updated: new images are added, changed ones replaced, and those that are gone
+    removed. Later stages then process only what changed. Image ids must be unique. Invalid rows and captions are
+    skipped and counted by reason.
+
     SOURCE is a path, a URL such as s3://bucket/images, or a glob, in one of these formats:
 
     \b
@@ -139,12 +155,24 @@ def command(
         caption_columns=caption_columns,
         caption_language=caption_language,
         split_column=split_column,
+        version_column=version_column,
         captions=captions,
         columns=tuple(name.strip() for name in columns.split(",")) if columns else (),
         tsv_quotes=tsv_quotes,
     )
-    config = PrepareConfig(source_format, options, splits, limit, shard_size, check_images, strict)
-    _echo_summary(output, prepare(sources, output, config, overwrite=overwrite, progress=progress))
+    config = PrepareConfig(
+        source_format, options, splits, limit, shard_size, check_images, strict, append, allow_removal
+    )
+    summary = prepare(
+        sources, output, config, overwrite=overwrite, dry_run=dry_run, report=_echo_changes, progress=progress
+    )
+    _echo_summary(output, summary, dry_run)
+
+
+def _echo_changes(changes: Changes) -> None:
+    click.echo(
+        f"{changes.new:,} new, {changes.changed:,} changed, {changes.gone:,} gone, {changes.unchanged:,} unchanged images"
+    )
 
 
 def _parse_split_files(pairs: tuple[str, ...]) -> dict[str, str]:
@@ -159,11 +187,13 @@ def _parse_split_files(pairs: tuple[str, ...]) -> dict[str, str]:
     return files
 
 
-def _echo_summary(output: str, summary: PrepareSummary) -> None:
-    if summary.already_prepared:
+def _echo_summary(output: str, summary: PrepareSummary, dry_run: bool) -> None:
+    if dry_run:
+        click.echo(f"{output}: nothing was written (dry run)")
+    elif summary.already_prepared:
         click.echo(f"{output}: already prepared, nothing to do")
     else:
-        click.echo(f"{output}: prepared from format {summary.source_format}")
+        click.echo(f"{output}: {'updated' if summary.updated else 'prepared'} from format {summary.source_format}")
     rows = [
         ("images", summary.images),
         ("captions", summary.captions),

@@ -214,6 +214,24 @@ class Folder:
 
         call_with_retries(self.path(name), publish)
 
+    def move(self, source: str, target: str) -> None:
+        """Replaces a file by another file of the folder. Does nothing if there is no source, so it can be repeated.
+
+        On object stores, the source is copied and stays.
+        """
+        old, new = self.path(source), self.path(target)
+        if self.is_local:
+            with suppress(FileNotFoundError):
+                self._publish_local(Path(old), Path(new))
+            return
+        protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
+
+        def move() -> None:
+            with suppress(FileNotFoundError):
+                (self.fs.cp_file if protocols & _ATOMIC_PUT else self.fs.mv)(old, new)
+
+        call_with_retries(new, move)
+
     def remove(self, name: str) -> None:
         """Removes a file or a subfolder, if it exists."""
         path = self.path(name)

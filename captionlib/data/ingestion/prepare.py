@@ -3,7 +3,7 @@
 import itertools
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,10 +11,12 @@ from pydantic import PositiveInt
 
 from captionlib.config import configclass
 from captionlib.data.images.addresses import image_exists
+from captionlib.data.ingestion.changes import Changes, compare, update_manifest
 from captionlib.data.ingestion.staging import StagedRows, check_unique_ids, read_shards, stage_rows
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.markers import DESCRIPTION_FILE
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
+from captionlib.data.shards.update import drop_uncommitted_updates
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.formats import SOURCE_FORMATS, detect_common_format, read_source
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
@@ -26,6 +28,8 @@ from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 __all__ = ["PrepareConfig", "PrepareSummary", "prepare"]
 
 _IMAGES_TO_CHECK = 20
+_DEFAULT_SHARD_SIZE = 1000
+_MAX_REMOVED_RATIO = 0.1
 
 
 @configclass
@@ -37,18 +41,23 @@ class PrepareConfig:
         options: options for reading the source.
         splits: splits to include. If empty, all splits are included.
         limit: maximum number of images, from the start of the source.
-        shard_size: rows per shard. Later jobs process and resume by shard.
+        shard_size: rows per shard. Later jobs process and resume by shard. If None, the shard size of an existing
+            manifest, or 1000 for a new one.
         check_images: raise an error if the source lists image paths and none of the first 20 images exists.
         strict: raise an error at the first invalid image or caption instead of skipping it.
+        append: the source contains only new or changed images, so images that it lacks stay in an existing manifest.
+        allow_removal: allow an update that removes more than a tenth of the images of an existing manifest.
     """
 
     source_format: str = "auto"
     options: SourceOptions = field(default_factory=SourceOptions)
     splits: tuple[str, ...] = ()
     limit: PositiveInt | None = None
-    shard_size: PositiveInt = 1000
+    shard_size: PositiveInt | None = None
     check_images: bool = True
     strict: bool = False
+    append: bool = False
+    allow_removal: bool = False
 
     def __post_init__(self) -> None:
         if self.source_format != "auto" and self.source_format not in SOURCE_FORMATS:
@@ -63,13 +72,14 @@ class PrepareSummary:
 
     Attributes:
         source_format: specified or detected format of the sources.
-        images: number of images.
-        shards: number of shards.
-        captions: number of captions.
-        splits: number of images by split.
+        images: number of images in the sources.
+        shards: number of shards of the manifest.
+        captions: number of captions in the sources.
+        splits: number of images in the sources by split.
         skipped: number of skipped items by reason.
         examples: file and line of the first skipped item by reason, for invalid images and captions only.
-        already_prepared: whether the output already contained this manifest, so that nothing was written.
+        changes: numbers of images that are new, changed, gone and unchanged, compared with the manifest before.
+        updated: whether the output contained a manifest before.
     """
 
     source_format: str
@@ -79,7 +89,13 @@ class PrepareSummary:
     splits: Mapping[str, int]
     skipped: Mapping[str, int]
     examples: Mapping[str, str]
-    already_prepared: bool
+    changes: Changes
+    updated: bool
+
+    @property
+    def already_prepared(self) -> bool:
+        """Whether the output already contained these images, so that nothing was written."""
+        return self.updated and not self.changes.any
 
 
 def prepare(
@@ -88,12 +104,15 @@ def prepare(
     config: PrepareConfig | None = None,
     *,
     overwrite: bool = False,
+    dry_run: bool = False,
+    report: Callable[[Changes], None] = lambda changes: None,
     progress: bool = False,
 ) -> PrepareSummary:
-    """Writes the manifest of one or more sources in the same format.
+    """Writes the manifest of one or more sources in the same format, or updates an existing manifest.
 
     All rows are first written to a local temporary file and checked, so that nothing is output for an invalid source.
-    Memory does not grow with the number of rows.
+    An update writes only the shards that contain images that are new, changed or gone. If it is interrupted, the
+    manifest is the old or the new one. Memory does not grow with the number of rows.
 
     Example:
         >>> summary = captionlib.prepare("scenes/dataset.json", "manifest")
@@ -104,18 +123,20 @@ def prepare(
         sources: paths, URLs or globs.
         output: folder to write the manifest to.
         config: conversion options.
-        overwrite: replace a manifest that has different rows.
+        overwrite: replace an existing manifest by a new one instead of updating it.
+        dry_run: compare the sources with the manifest without writing anything.
+        report: called with the numbers of changes before anything is written.
         progress: show a progress bar.
 
     Raises:
         ConfigError: the format of the sources cannot be detected, or an option does not apply to it.
-        DatasetError: the sources are empty or cannot be read, or the output folder contains other data.
+        DatasetError: the sources are empty or cannot be read, the output folder contains other data, or the update
+            would remove too many images.
         DuplicateIdError: two rows have the same id.
-        FingerprintError: the output folder contains a manifest with different rows, and `overwrite` is False.
     """
     config = config or PrepareConfig()
     addresses = [os.fspath(source) for source in ([sources] if isinstance(sources, str | os.PathLike) else sources)]
-    _check_output(output, overwrite)
+    existing = _open_output(output, config, overwrite)
     source_format = _select_format(addresses, config)
     skips = SkipCounter(config.strict)
     with tempfile.TemporaryDirectory(prefix="captionlib-prepare-") as scratch:
@@ -125,43 +146,99 @@ def prepare(
         if not staged.rows:
             raise DatasetError(_describe_empty_source(addresses, source_format, config, skips))
         check_unique_ids(staged)
-        dataset = create_dataset(
-            output,
-            "manifest",
-            MANIFEST_SCHEMA,
-            config={"rows": staged.rows, "content": f"sha256:{staged.digest}", "shard_size": config.shard_size},
-            shards=-(-staged.rows // config.shard_size),
-            overwrite=overwrite,
-        )
-        already_prepared = dataset.is_complete()
-        if not already_prepared:
-            _write_shards(dataset, staged, config.shard_size)
+        if existing is None or overwrite or not existing.is_complete():
+            changes = Changes(staged.rows, 0, 0, 0)
+            report(changes)
+            shards = _create(output, staged, config.shard_size or _DEFAULT_SHARD_SIZE, existing, dry_run)
+            updated = False
+        else:
+            changes, shards = _update(existing, staged, config, dry_run, report)
+            updated = True
     return PrepareSummary(
         source_format=source_format,
         images=staged.rows,
-        shards=dataset.shards,
+        shards=shards,
         captions=staged.captions,
         splits=staged.splits,
         skipped=dict(skips.counts.most_common()),
         examples=skips.examples,
-        already_prepared=already_prepared,
+        changes=changes,
+        updated=updated,
     )
+
+
+def _open_output(output: str | os.PathLike[str], config: PrepareConfig, overwrite: bool) -> ShardedDataset | None:
+    """Returns the existing manifest, if any. Checks the folder first, because reading the sources can take long.
+
+    Raises:
+        ConfigError: the manifest has a different shard size.
+        DatasetError: the folder contains other data.
+    """
+    folder = Folder(output)
+    if folder.exists(DESCRIPTION_FILE):
+        if overwrite:
+            return None
+        dataset = open_dataset(output, "manifest")
+        size = dataset.config["shard_size"]
+        if config.shard_size not in (None, size):
+            raise ConfigError(
+                f"{folder.uri}: expected the shard size of this manifest, {size}, got {config.shard_size}; omit "
+                "--shard-size, or use --overwrite, after which later stages start from the beginning"
+            )
+        return dataset
+    if any(name != TEMPORARY_FOLDER for name in folder.list()):
+        raise DatasetError(f"{folder.uri} contains files that captionlib did not write; choose an empty or new folder")
+    return None
+
+
+def _create(
+    output: str | os.PathLike[str], staged: StagedRows, shard_size: int, existing: ShardedDataset | None, dry_run: bool
+) -> int:
+    """Writes a new manifest. `existing` is a manifest whose first run was interrupted, if any."""
+    shards = -(-staged.rows // shard_size)
+    if not dry_run:
+        dataset = create_dataset(
+            output,
+            "manifest",
+            MANIFEST_SCHEMA,
+            config={"shard_size": shard_size},
+            shards=shards,
+            lineage=staged.digest if existing is None else existing.lineage,
+            overwrite=True,
+        )
+        _write_shards(dataset, staged, shard_size)
+    return shards
+
+
+def _update(
+    dataset: ShardedDataset,
+    staged: StagedRows,
+    config: PrepareConfig,
+    dry_run: bool,
+    report: Callable[[Changes], None],
+) -> tuple[Changes, int]:
+    with compare(staged, dataset, config.append) as comparison:
+        changes = comparison.changes
+        report(changes)
+        existing = changes.changed + changes.gone + changes.unchanged
+        if changes.gone > _MAX_REMOVED_RATIO * existing and not (config.allow_removal or dry_run):
+            raise DatasetError(
+                f"{dataset.folder.uri}: {changes.gone} of {existing} images are not in the source; expected at most a "
+                "tenth, because an unmounted disk or a wrong path looks like this; check the source, or use --append "
+                "if it contains only new images, or --allow-removal to remove them"
+            )
+        if dry_run:
+            return changes, dataset.shards
+        if not changes.any:
+            drop_uncommitted_updates(dataset.folder)
+            return changes, dataset.shards
+        return changes, update_manifest(dataset, comparison, dataset.config["shard_size"])
 
 
 def _select_format(addresses: Sequence[str], config: PrepareConfig) -> str:
     if config.source_format == "auto":
         return "hf-parquet" if config.options.image_column is not None else detect_common_format(addresses)
     return config.source_format
-
-
-def _check_output(output: str | os.PathLike[str], overwrite: bool) -> None:
-    """Raises an error if the folder contains other data. Called first, because reading the sources can take long."""
-    folder = Folder(output)
-    if folder.exists(DESCRIPTION_FILE):
-        if not overwrite:
-            open_dataset(output, "manifest")
-    elif any(name != TEMPORARY_FOLDER for name in folder.list()):
-        raise DatasetError(f"{folder.uri} contains files that captionlib did not write; choose an empty or new folder")
 
 
 def _read(
@@ -214,9 +291,7 @@ def _describe_empty_source(
 
 
 def _write_shards(dataset: ShardedDataset, staged: StagedRows, shard_size: int) -> None:
-    pending = set(dataset.pending_shards())
     for shard, rows in enumerate(read_shards(staged, shard_size)):
-        if shard in pending:
-            with write_shard(dataset, shard, rows.num_rows) as writer:
-                writer.write(rows)
+        with write_shard(dataset, shard, rows.num_rows) as writer:
+            writer.write(rows)
     dataset.finish()

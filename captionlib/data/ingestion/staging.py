@@ -1,7 +1,6 @@
 """Writes manifest rows (one per image) to a local Parquet file to count, hash and check them before output."""
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.sources.rows import ManifestRow
 from captionlib.errors import DatasetError, DuplicateIdError
 
-__all__ = ["StagedRows", "check_unique_ids", "read_shards", "stage_rows"]
+__all__ = ["StagedRows", "check_unique_ids", "open_database", "read_shards", "stage_rows"]
 
 _BATCH_ROWS = 4096
 _MAX_SPLITS = 1000
@@ -34,7 +33,7 @@ class StagedRows:
         rows: number of rows.
         captions: number of captions in all rows.
         splits: number of rows by split.
-        digest: SHA-256 of all rows in order.
+        digest: hash of all ids in order.
     """
 
     path: Path
@@ -50,13 +49,17 @@ def stage_rows(rows: Iterable[ManifestRow], path: Path) -> StagedRows:
     Raises:
         DatasetError: there are more than 1000 splits, so that the split column must be wrong.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.blake2b(digest_size=16)
     splits: Counter[str] = Counter()
     captions = 0
     batch: list[ManifestRow] = []
     with pq.ParquetWriter(path, _SCHEMA, compression="zstd", use_dictionary=["split"]) as writer:
+
+        def write(batch: list[ManifestRow]) -> None:
+            digest.update("\0".join([row.image_id for row in batch]).encode())
+            writer.write_batch(_to_batch(batch))
+
         for row in rows:
-            digest.update(_encode(row))
             splits[row.split] += 1
             if len(splits) > _MAX_SPLITS:
                 raise DatasetError(
@@ -66,21 +69,22 @@ def stage_rows(rows: Iterable[ManifestRow], path: Path) -> StagedRows:
             captions += len(row.captions)
             batch.append(row)
             if len(batch) == _BATCH_ROWS:
-                writer.write_batch(_to_batch(batch))
+                write(batch)
                 batch.clear()
         if batch:
-            writer.write_batch(_to_batch(batch))
+            write(batch)
     return StagedRows(path, splits.total(), captions, dict(splits), digest.hexdigest())
-
-
-def _encode(row: ManifestRow) -> bytes:
-    """Returns a row as bytes that are the same on every machine."""
-    return json.dumps([row.image_id, row.uri, row.split, row.captions], ensure_ascii=False).encode() + b"\n"
 
 
 def _to_batch(rows: list[ManifestRow]) -> pa.RecordBatch:
     columns = [pa.array([getattr(row, field.name, None) for row in rows], field.type) for field in _SCHEMA]
     return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
+
+
+def open_database(scratch: Path) -> duckdb.DuckDBPyConnection:
+    """Opens a database whose memory is limited, and which stores what exceeds the limit in a local folder."""
+    temporary = str(scratch / "duckdb")
+    return duckdb.connect(config={"memory_limit": "256MB", "threads": 2, "temp_directory": temporary})
 
 
 def check_unique_ids(staged: StagedRows) -> None:
@@ -90,8 +94,7 @@ def check_unique_ids(staged: StagedRows) -> None:
         DuplicateIdError: two rows have the same id. The message describes both rows.
     """
     passes = -(-staged.rows // _IDS_PER_PASS)
-    temporary = str(staged.path.parent / "duckdb")
-    with duckdb.connect(config={"memory_limit": "256MB", "threads": 2, "temp_directory": temporary}) as connection:
+    with open_database(staged.path.parent) as connection:
         for number in range(passes):
             duplicate = connection.execute(_FIND_DUPLICATE, [str(staged.path), passes, number]).fetchone()
             if duplicate is not None:

@@ -6,6 +6,7 @@
       _shards/part-00000.json ...     one marker per shard: a JSON file that marks it as finished
       _failures/part-00000.parquet    images of the shard that could not be read; absent if there are none
       _SUCCESS                        totals over all shards; written once all are finished
+      _update/, _update.json          new shards and journal of an update; see `captionlib.data.shards.update`
 
 The files of a shard are written in the order data, failures, marker. If the writer dies in between, the shard has no
 marker, and the next run writes it again.
@@ -28,8 +29,10 @@ from captionlib.config import describe_differences
 from captionlib.data.shards.markers import (
     DESCRIPTION_FILE,
     FAILURES_FOLDER,
+    JOURNAL_FILE,
     MARKERS_FOLDER,
     SUCCESS_FILE,
+    UPDATE_FOLDER,
     Marker,
     Totals,
     compute_checksum,
@@ -329,8 +332,8 @@ class ShardedDataset:
         return problems
 
 
-def open_dataset(uri: str | os.PathLike[str], kind: str | None = None) -> ShardedDataset:
-    """Opens a dataset, which may be incomplete.
+def open_dataset(uri: str | os.PathLike[str], kind: str | None = None, *, complete: bool = True) -> ShardedDataset:
+    """Opens a dataset, which may be incomplete. First completes an update that was interrupted after its commit.
 
     Example:
         >>> captions = captionlib.open_dataset("captions", "captions").require_complete()
@@ -340,12 +343,13 @@ def open_dataset(uri: str | os.PathLike[str], kind: str | None = None) -> Sharde
     Args:
         uri: path or URL of the folder.
         kind: expected kind (manifest, features, captions or embeddings). If None, any kind is accepted.
+        complete: complete an interrupted update; see `captionlib.data.shards.update`.
 
     Raises:
         DatasetError: the folder is not a dataset, or the dataset has a different kind or schema version.
     """
     folder = Folder(uri)
-    description = _read_description(folder)
+    description = _read_updated_description(folder) if complete else _read_description(folder)
     if description is None:
         got = "other files" if folder.list() else "a missing or empty folder"
         raise DatasetError(
@@ -405,7 +409,7 @@ def create_dataset(
     lineage = lineage or (source.lineage if source else fingerprint)
     source_address = resolve_address(source.folder.uri) if source else ""
     dataset = ShardedDataset(folder, kind, config, fingerprint, shards, schema, lineage, source_address)
-    description = None if overwrite else _read_description(folder)
+    description = None if overwrite else _read_updated_description(folder)
     if overwrite and folder.exists(DESCRIPTION_FILE):
         _clear(folder)
     elif description is not None:
@@ -460,7 +464,7 @@ def _require_same(existing: ShardedDataset, dataset: ShardedDataset) -> None:
 
 def _clear(folder: Folder) -> None:
     """Deletes a dataset, beginning with `_SUCCESS` and the markers, so an interrupted deletion leaves it incomplete."""
-    for name in (SUCCESS_FILE, MARKERS_FOLDER, FAILURES_FOLDER):
+    for name in (SUCCESS_FILE, JOURNAL_FILE, MARKERS_FOLDER, FAILURES_FOLDER, UPDATE_FOLDER):
         folder.remove(name)
     folder.remove_temporary_files()
     for name in folder.list():
@@ -485,6 +489,16 @@ def _to_dataset(folder: Folder, description: Mapping[str, Any]) -> ShardedDatase
         )
     except (pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged_description(folder, error) from error
+
+
+def _read_updated_description(folder: Folder) -> dict[str, Any] | None:
+    description = _read_description(folder)
+    if description is None or not folder.exists(JOURNAL_FILE):
+        return description
+    from captionlib.data.shards.update import complete_update
+
+    complete_update(folder)
+    return _read_description(folder)
 
 
 def _read_description(folder: Folder) -> dict[str, Any] | None:

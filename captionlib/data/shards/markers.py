@@ -16,8 +16,10 @@ __all__ = [
     "BLOCK_BYTES",
     "DESCRIPTION_FILE",
     "FAILURES_FOLDER",
+    "JOURNAL_FILE",
     "MARKERS_FOLDER",
     "SUCCESS_FILE",
+    "UPDATE_FOLDER",
     "Marker",
     "Totals",
     "compute_block_checksum",
@@ -37,6 +39,8 @@ DESCRIPTION_FILE = "_dataset.json"
 SUCCESS_FILE = "_SUCCESS"
 MARKERS_FOLDER = "_shards"
 FAILURES_FOLDER = "_failures"
+JOURNAL_FILE = "_update.json"
+UPDATE_FOLDER = "_update"
 
 BLOCK_BYTES = 256 << 10
 """Size of the blocks of a data file that are verified one by one. Readers of one column read only its blocks."""

@@ -41,10 +41,12 @@ class Columns:
     id: str | None
     captions: tuple[str, ...]
     split: str | None
+    version: str | None = None
 
     @property
     def names(self) -> list[str]:
-        return list(dict.fromkeys(name for name in (self.uri, self.id, *self.captions, self.split) if name is not None))
+        names = (self.uri, self.id, *self.captions, self.split, self.version)
+        return list(dict.fromkeys(name for name in names if name is not None))
 
 
 def select_columns(available: Sequence[str], options: SourceOptions, table: str) -> Columns:
@@ -70,6 +72,7 @@ def select_columns(available: Sequence[str], options: SourceOptions, table: str)
         id=select_column(available, options.id_column, ID_NAMES, table),
         captions=select_caption_columns(available, options.caption_columns, table),
         split=select_column(available, options.split_column, SPLIT_NAMES, table),
+        version=select_column(available, options.version_column, (), table),
     )
 
 

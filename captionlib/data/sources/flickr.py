@@ -83,7 +83,7 @@ def _parse_lines(location: Location, skips: SkipCounter) -> Iterator[tuple[str, 
 
 
 def _find_official_split_files(folder: Location) -> dict[str, Location]:
-    matches = [_OFFICIAL_SPLIT_FILE.fullmatch(name) for name in sorted(name for name, _ in scan_folder(folder))]
+    matches = [_OFFICIAL_SPLIT_FILE.fullmatch(name) for name in sorted(name for name, _, _ in scan_folder(folder))]
     return {match["split"].lower(): folder.join(match[0]) for match in matches if match}
 
 

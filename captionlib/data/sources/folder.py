@@ -17,6 +17,7 @@ from captionlib.data.sources.locations import (
     split_glob,
 )
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
+from captionlib.data.sources.versions import describe_file, describe_listing, describe_status
 from captionlib.errors import DatasetError
 from captionlib.storage.file_systems import split_protocol
 
@@ -40,17 +41,17 @@ def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
             root, glob = split_glob(location)
             names = _walk(root, _filter_files(glob), _filter_folders(glob), skips)
         elif location.fs.isfile(location.path):
-            root, names = location.parent, iter([location.name])
+            root, names = location.parent, iter([(location.name, describe_file(location))])
         else:
             root = location
             names = _walk(root, lambda _: True, lambda _: True, skips)
-        for name in names:
+        for name, version in names:
             if _is_image_name(name, skips):
                 uri = f"{root.address}/{name}"
                 if names_part_of_file(uri) and not root.is_local:
                     skips.skip_image("name in the form of an address of a part of a file", uri)
                     continue
-                yield ManifestRow(name, uri, options.default_split, (), uri)
+                yield ManifestRow(name, uri, options.default_split, (), uri, version)
 
 
 def find_images(address: str) -> list[str]:
@@ -80,8 +81,13 @@ def _is_image_name(name: str, skips: SkipCounter) -> bool:
     return True
 
 
-def _walk(root: Location, include_file: PathFilter, enter_folder: PathFilter, skips: SkipCounter) -> Iterator[str]:
-    """Yields file paths relative to `root`: a directory's files in order, then those in its subdirectories in order."""
+def _walk(
+    root: Location, include_file: PathFilter, enter_folder: PathFilter, skips: SkipCounter
+) -> Iterator[tuple[str, str]]:
+    """Yields file paths relative to `root`, with their versions.
+
+    The files of a directory come in order, then those in its subdirectories in order.
+    """
     pending: list[tuple[str, tuple[object, ...]]] = [("", ())]
     while pending:
         folder, ancestors = pending.pop()
@@ -95,7 +101,7 @@ def _walk(root: Location, include_file: PathFilter, enter_folder: PathFilter, sk
             reason = error.strerror or type(error).__name__
             raise DatasetError(f"folder {root.join(folder).address} cannot be read: {reason}") from error
         prefix = f"{folder}/" if folder else ""
-        yield from filter(include_file, (prefix + name for name in files))
+        yield from ((prefix + name, version) for name, version in files if include_file(prefix + name))
         ancestors = ancestors if identity is None else (*ancestors, identity)
         pending.extend((prefix + name, ancestors) for name in reversed(folders) if enter_folder(prefix + name))
 
@@ -108,17 +114,20 @@ def _identify(folder: Location) -> object | None:
     return status.st_dev, status.st_ino
 
 
-def _list_names(folder: Location, skips: SkipCounter) -> tuple[list[str], list[str]]:
-    """Returns the sorted names of the files and of the subdirectories in a directory."""
-    files: list[str] = []
+def _list_names(folder: Location, skips: SkipCounter) -> tuple[list[tuple[str, str]], list[str]]:
+    """Returns the sorted names of the files, with their versions, and of the subdirectories in a directory."""
+    files: list[tuple[str, str]] = []
     folders: list[str] = []
-    for name, kind in scan_folder(folder):
+    for name, kind, details in scan_folder(folder):
         if name.startswith("."):
             skips.skip("hidden")
         elif kind is None:
             skips.skip("not a regular file")
+        elif kind == "directory":
+            folders.append(name)
         else:
-            (folders if kind == "directory" else files).append(name)
+            version = describe_status(details.stat()) if folder.is_local else describe_listing(details)
+            files.append((name, version))
     return sorted(files), sorted(folders)
 
 

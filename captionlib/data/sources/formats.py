@@ -26,6 +26,7 @@ from captionlib.data.sources.locations import (
 from captionlib.data.sources.rows import ManifestRow, RowReader, SkipCounter, SourceOptions
 from captionlib.data.sources.tables import TABLE_EXTENSIONS, open_parquet, read_tables
 from captionlib.data.sources.values import is_unicode, parse_json
+from captionlib.data.sources.versions import describe_address
 from captionlib.data.sources.webdataset import read_webdataset
 from captionlib.errors import ConfigError, DatasetError
 
@@ -88,6 +89,7 @@ def read_source(
             for _ in range(len(row.captions) - len(valid)):
                 skips.skip_captions("caption is not UTF-8", row.origin)
             row.captions = valid
+        row.version = row.version or describe_address(row.uri)
         images += 1
         captions += len(row.captions)
         yield row
@@ -151,7 +153,7 @@ def _detect_folder(folder: Location) -> str:
     """Recognizes a folder of tars (possibly with img2dataset's other output files) or of Parquet files, not images."""
     parquet: Location | None = None
     has_tars = False
-    for name, kind in scan_folder(folder):
+    for name, kind, _ in scan_folder(folder):
         if name.startswith((".", "_")):
             continue
         if kind == "directory" or get_extension(name) in IMAGE_EXTENSIONS:

@@ -14,8 +14,15 @@ from captionlib.data.sources.columns import (
 )
 from captionlib.data.sources.locations import Location, find_files, open_file
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
-from captionlib.data.sources.tables import open_parquet, parse_caption_columns, parse_split_column, read_parquet_columns
+from captionlib.data.sources.tables import (
+    open_parquet,
+    parse_caption_columns,
+    parse_split_column,
+    parse_version_column,
+    read_parquet_columns,
+)
 from captionlib.data.sources.values import parse_id, parse_optional, parse_text
+from captionlib.data.sources.versions import describe_file
 from captionlib.errors import ConfigError, DatasetError, EntryError
 
 __all__ = ["find_image_columns", "read_hf_parquet"]
@@ -72,7 +79,9 @@ def _read_rows(
     split = select_column(schema.names, options.split_column, SPLIT_NAMES, location.address)
     captions = select_caption_columns(schema.names, options.caption_columns, location.address)
     path = f"{image}.path" if has_path and image_id is None and _is_unique(parquet, f"{image}.path", location) else None
-    columns = [name for name in (image_id, split, *captions, path) if name is not None]
+    version = select_column(schema.names, options.version_column, (), location.address)
+    file_version = describe_file(location)
+    columns = [name for name in (image_id, split, version, *captions, path) if name is not None]
     for number, record in enumerate(read_parquet_columns(parquet, columns, location, options)):
         origin = f"{location.address}, row {number + 1}"
         try:
@@ -82,6 +91,7 @@ def _read_rows(
                 name = (record.get(image) or {}).get("path") if path else None
                 row_id = parse_optional(parse_text, name, origin, f"{image}.path", f"{location.name}#{number}")
             row_split = parse_split_column(record, split, origin, options.default_split)
+            row_version = parse_version_column(record, version, origin) or f"{file_version}-{number:x}"
         except EntryError as error:
             skips.skip_image(error.reason, error.problem)
             continue
@@ -91,6 +101,7 @@ def _read_rows(
             split=row_split,
             captions=parse_caption_columns(record, captions, origin, options, skips),
             origin=origin,
+            version=row_version,
         )
 
 

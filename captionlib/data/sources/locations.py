@@ -178,18 +178,21 @@ def find_files(addresses: Sequence[str], extensions: frozenset[str]) -> Iterator
                 raise DatasetError(f"{location.address} does not exist; expected a file, a folder or a glob")
 
 
-def scan_folder(folder: Location) -> Iterator[tuple[str, str | None]]:
-    """Yields the name and kind (`file`, `directory` or None for others) of each folder entry, in arbitrary order."""
+def scan_folder(folder: Location) -> Iterator[tuple[str, str | None, Any]]:
+    """Yields the name, kind (`file`, `directory` or None for others) and details of each entry, in arbitrary order.
+
+    Details are an `os.DirEntry` for local folders, and a dictionary of fsspec for others.
+    """
     if folder.is_local:
         # A listing by fsspec would take about a kilobyte of memory per file.
         with os.scandir(folder.path or "/") as entries:
             for entry in entries:
-                yield entry.name, "directory" if entry.is_dir() else "file" if entry.is_file() else None
+                yield entry.name, "directory" if entry.is_dir() else "file" if entry.is_file() else None, entry
         return
     for details in folder.fs.ls(folder.path, detail=True):
         path = details["name"].rstrip("/")
         if path != folder.path:
-            yield path.rsplit("/", 1)[-1], details["type"]
+            yield path.rsplit("/", 1)[-1], details["type"], details
     folder.fs.invalidate_cache()  # otherwise the listings of a whole tree stay in memory
 
 
@@ -202,7 +205,7 @@ def _match_glob(location: Location) -> list[Location]:
 
 
 def _list_folder(folder: Location, extensions: frozenset[str]) -> list[Location]:
-    files = (name for name, kind in scan_folder(folder) if kind == "file" and not name.startswith((".", "_")))
+    files = (name for name, kind, _ in scan_folder(folder) if kind == "file" and not name.startswith((".", "_")))
     matches = sorted(name for name in files if get_text_extension(name) in extensions)
     if not matches:
         raise DatasetError(f"{folder.address}: expected files with {' or '.join(sorted(extensions))}, got none")

@@ -23,6 +23,8 @@ class ManifestRow:
         uri: absolute path or URL of the image.
         split: name of the split, such as `train`; empty if unknown.
         captions: reference captions.
+        version: short string that changes when the image does, but not when only its captions change. If empty, it is
+            determined from the uri.
         origin: file and line (or row, or entry) that the row was read from, for error messages.
     """
 
@@ -31,6 +33,7 @@ class ManifestRow:
     split: str
     captions: tuple[str, ...]
     origin: str = field(default="", compare=False)
+    version: str = field(default="", compare=False)
 
 
 class SkipCounter:
@@ -102,6 +105,8 @@ class SourceOptions:
         caption_language: key of the captions to include if captions are a map or an object, such as `{"en": "a dog"}`.
             If None, all captions in a map are included.
         split_column: table column with the split.
+        version_column: table column with a version of the image, such as a hash or a date. If None, the version is
+            determined from the file of the image or, if it is remote, from its address.
         captions: whether to include captions.
         columns: names of all columns, for a CSV or TSV table without a header.
         tsv_quotes: whether cells of TSV tables may be quoted, as in CSV.
@@ -116,6 +121,7 @@ class SourceOptions:
     caption_columns: tuple[str, ...] = ()
     caption_language: str | None = None
     split_column: str | None = None
+    version_column: str | None = None
     captions: bool = True
     columns: tuple[str, ...] = ()
     tsv_quotes: bool = False

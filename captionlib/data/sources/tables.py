@@ -38,6 +38,7 @@ __all__ = [
     "open_parquet",
     "parse_caption_columns",
     "parse_split_column",
+    "parse_version_column",
     "read_parquet_columns",
     "read_tables",
 ]
@@ -88,6 +89,7 @@ def _parse_records(
             uri = parse_text(values.get(columns.uri), origin, columns.uri).strip()
             image_id = uri if columns.id is None else parse_id(values.get(columns.id), origin, columns.id)
             split = parse_split_column(values, columns.split, origin, options.default_split)
+            version = parse_version_column(values, columns.version, origin)
         except EntryError as error:
             skips.skip_image(error.reason, error.problem)
             continue
@@ -96,12 +98,17 @@ def _parse_records(
         if columns.captions:
             captions = parse_caption_columns(values, columns.captions, origin, options, skips)
             mergeable = not any(isinstance(values.get(name), list) for name in columns.captions)
-        yield ManifestRow(image_id, resolve_uri(uri, root), split, captions, origin), mergeable
+        yield ManifestRow(image_id, resolve_uri(uri, root), split, captions, origin, version), mergeable
 
 
 def parse_split_column(values: Mapping[str, Any], column: str | None, origin: str, default: str) -> str:
     """Returns the split in `column` of a row, or `default` if the column or its value is missing."""
     return default if column is None else parse_optional(parse_id, values.get(column), origin, column, default)
+
+
+def parse_version_column(values: Mapping[str, Any], column: str | None, origin: str) -> str:
+    """Returns the version in `column` of a row; empty if the column or its value is missing."""
+    return "" if column is None else parse_optional(parse_id, values.get(column), origin, column)
 
 
 def parse_caption_columns(
@@ -217,7 +224,8 @@ def _read_json(location: Location, options: SourceOptions, skips: SkipCounter) -
 
     Objects without an image id are skipped if the first object has one.
     """
-    optional = (options.uri_column, options.id_column, options.split_column, *options.caption_columns)
+    columns = (options.uri_column, options.id_column, options.split_column, options.version_column)
+    optional = (*columns, *options.caption_columns)
     requested = [name for name in optional if name is not None]
     absent = set(requested)
     selected: dict[tuple[str, ...], Columns] = {}

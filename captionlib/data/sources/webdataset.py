@@ -11,6 +11,7 @@ from captionlib.data.sources.locations import IMAGE_EXTENSIONS, Location, find_f
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
 from captionlib.data.sources.tables import parse_caption_columns
 from captionlib.data.sources.values import parse_captions, parse_cell, parse_id, parse_json
+from captionlib.data.sources.versions import describe_file
 from captionlib.errors import ConfigError, DatasetError
 
 __all__ = ["read_webdataset"]
@@ -45,11 +46,12 @@ def read_webdataset(addresses: Sequence[str], options: SourceOptions, skips: Ski
     """
     for location in find_files(addresses, frozenset({".tar"})):
         with open_file(location) as file:
+            version = describe_file(location)
             seen: set[int] = set()  # hashes, because a tar can hold millions of keys
             for sample in _read_samples(file, location, skips):
                 if sample.images:
                     seen.add(hash(sample.key))
-                    yield from _to_rows(sample, location, options, skips)
+                    yield from _to_rows(sample, location, version, options, skips)
                 elif sample.texts and hash(sample.key) in seen:
                     skips.skip_captions("captions separated from their image in the tar", sample.origin)
                 elif sample.texts:
@@ -58,7 +60,9 @@ def read_webdataset(addresses: Sequence[str], options: SourceOptions, skips: Ski
                     skips.skip("sample without an image")
 
 
-def _to_rows(sample: _Sample, location: Location, options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
+def _to_rows(
+    sample: _Sample, location: Location, tar_version: str, options: SourceOptions, skips: SkipCounter
+) -> Iterator[ManifestRow]:
     for _ in range(len(sample.images) - 1):
         skips.skip("additional image in a sample")
     try:
@@ -76,7 +80,8 @@ def _to_rows(sample: _Sample, location: Location, options: SourceOptions, skips:
     start, end = sample.images[_select_extension(sample.images)]
     uri = f"{location.address}#bytes={start}-{end}"
     captions = _parse_captions(sample, record, options, skips)
-    yield ManifestRow(image_id, uri, options.default_split, captions, sample.origin)
+    version = f"{tar_version}-{start:x}-{end - start:x}"
+    yield ManifestRow(image_id, uri, options.default_split, captions, sample.origin, version)
 
 
 def _select_extension(files: Mapping[str, object]) -> str:

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from captionlib.data.ingestion.prepare import PrepareConfig, prepare
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.sources.rows import SourceOptions
-from captionlib.errors import ConfigError, DatasetError, DuplicateIdError, FingerprintError
+from captionlib.errors import ConfigError, DatasetError, DuplicateIdError
 from tests.data.sources.helpers import touch
 
 UNCHECKED = PrepareConfig(shard_size=2, check_images=False)
@@ -44,10 +44,10 @@ def test_prepare_is_deterministic_and_skips_a_second_run(tmp_path: Path) -> None
     assert prepare(source, tmp_path / "one", UNCHECKED).already_prepared
 
 
-def test_prepare_of_another_source_needs_overwrite(tmp_path: Path) -> None:
+def test_prepare_of_another_source_needs_permission(tmp_path: Path) -> None:
     prepare(write_csv(tmp_path / "a.csv", ["a"]), tmp_path / "manifest", UNCHECKED)
     other = write_csv(tmp_path / "b.csv", ["b"])
-    with pytest.raises(FingerprintError, match="overwrite"):
+    with pytest.raises(DatasetError, match=r"1 of 1 images are not in the source; .*unmounted.*--allow-removal"):
         prepare(other, tmp_path / "manifest", UNCHECKED)
     assert read_image_ids(tmp_path / "manifest") == ["a"]
     prepare(other, tmp_path / "manifest", UNCHECKED, overwrite=True)

@@ -1,0 +1,222 @@
+"""Compares the rows of a source with an existing manifest, and updates the shards of the manifest that changed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import cast
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from captionlib.data.ingestion.staging import StagedRows, open_database
+from captionlib.data.shards.dataset import ShardedDataset
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
+from captionlib.data.shards.update import update_shards
+from captionlib.data.shards.writer import write_shard
+
+__all__ = ["Changes", "Comparison", "compare", "update_manifest"]
+
+_BATCH_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How many rows of a source differ from the manifest.
+
+    Attributes:
+        new: rows with an id that is not in the manifest.
+        changed: rows whose version, uri, split or captions differ.
+        gone: rows of the manifest that are not in the source.
+        unchanged: the other rows.
+    """
+
+    new: int
+    changed: int
+    gone: int
+    unchanged: int
+
+    @property
+    def any(self) -> bool:
+        return bool(self.new or self.changed or self.gone)
+
+
+class Comparison:
+    """The rows that differ. Created by `compare`; its tables are in a temporary database."""
+
+    def __init__(self, database: duckdb.DuckDBPyConnection, staged: StagedRows, append: bool) -> None:
+        self._database = database
+        self._staged = staged
+        database.execute(_CREATE_CHANGES)
+        database.execute(_CREATE_GONE, [not append])
+        [(new, changed)] = database.execute("SELECT count(*) - count(shard), count(shard) FROM changes").fetchall()
+        [(gone,)] = database.execute("SELECT count(*) FROM gone").fetchall()
+        [(rows,)] = database.execute("SELECT count(*) FROM staged").fetchall()
+        self.changes = Changes(new, changed, gone, rows - new - changed)
+
+    def list_touched_shards(self) -> list[int]:
+        """Returns the sorted numbers of the shards that contain rows that changed or are gone."""
+        return sorted(shard for (shard,) in self._database.execute(_LIST_TOUCHED).fetchall())
+
+    def count_gone(self) -> dict[int, int]:
+        """Returns the number of rows that are gone, by shard."""
+        return dict(self._database.execute("SELECT shard, count(*) FROM gone GROUP BY shard").fetchall())
+
+    def read_gone(self, shard: int) -> pa.Array:
+        """Returns the ids of the rows of a shard that are gone."""
+        ids = self._database.execute("SELECT image_id FROM gone WHERE shard = ?", [shard]).fetchall()
+        return pa.array([image_id for (image_id,) in ids], pa.string())
+
+    def read_changed(self) -> Iterator[tuple[int, pa.Table]]:
+        """Yields the changed rows of each shard, by the number of the shard."""
+        parts = (part for batch in self._read(_READ_CHANGED) for part in _split_by_shard(batch))
+        for shard, group in groupby(parts, key=lambda part: part[0]):
+            yield shard, pa.Table.from_batches([rows for _, rows in group])
+
+    def read_new(self) -> Iterator[pa.RecordBatch]:
+        """Yields the new rows in the order of the source."""
+        yield from map(_to_manifest_rows, self._read(_READ_NEW))
+
+    def _read(self, sql: str) -> pa.RecordBatchReader:
+        result = self._database.cursor().sql(sql, params=[str(self._staged.path)])
+        return cast(pa.RecordBatchReader, result.to_arrow_reader(_BATCH_ROWS))
+
+
+def _split_by_shard(batch: pa.RecordBatch) -> Iterator[tuple[int, pa.RecordBatch]]:
+    shards = batch["shard"].to_numpy()
+    starts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(shards)]
+    for start, end in pairwise(starts):
+        yield int(shards[start]), _to_manifest_rows(batch.slice(start, end - start))
+
+
+def _to_manifest_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([batch[name] for name in MANIFEST_SCHEMA.names], schema=MANIFEST_SCHEMA)
+
+
+@contextmanager
+def compare(staged: StagedRows, dataset: ShardedDataset, append: bool) -> Iterator[Comparison]:
+    """Yields the differences between the rows of a source and a manifest.
+
+    Ids and a hash of each row are compared in a database that stores on disk what exceeds its limit on memory.
+
+    Args:
+        staged: the rows of the source, whose ids are unique.
+        dataset: the manifest.
+        append: whether the source holds only new images, so that no row is gone.
+    """
+    with open_database(staged.path.parent) as database:
+        existing = pa.RecordBatchReader.from_batches(
+            pa.schema([*MANIFEST_SCHEMA, pa.field("shard", pa.int32())]), _read_manifest(dataset)
+        )
+        database.register("existing_rows", existing)
+        database.execute(f"CREATE TABLE existing AS SELECT image_id, shard, {_DIGEST} AS digest FROM existing_rows")
+        database.unregister("existing_rows")
+        database.execute(_CREATE_STAGED, [str(staged.path)])
+        yield Comparison(database, staged, append)
+
+
+def _read_manifest(dataset: ShardedDataset) -> Iterator[pa.RecordBatch]:
+    for shard in range(dataset.shards):
+        for rows in dataset.read_batches(shard, MANIFEST_SCHEMA.names, _BATCH_ROWS):
+            yield rows.append_column("shard", pa.array(np.full(rows.num_rows, shard, np.int32)))
+
+
+def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size: int) -> int:
+    """Writes the shards that contain rows that are new, changed or gone. All are replaced at once.
+
+    Unchanged rows stay where they are. New rows fill up the last shard, and go into new shards.
+
+    Returns:
+        The number of shards after the update.
+    """
+    rows = {shard: marker.rows for shard, marker in dataset.read_markers().items()}
+    touched, gone = comparison.list_touched_shards(), comparison.count_gone()
+    left = {shard: count - gone.get(shard, 0) for shard, count in rows.items()}
+    kept = max((shard for shard, count in left.items() if count), default=0) + 1  # empty shards at the end are dropped
+    room = max(0, shard_size - left[kept - 1])
+    filling = comparison.changes.new > 0 and room > 0
+    added = -(-max(0, comparison.changes.new - room) // shard_size)
+    shards = kept + added
+    changed = comparison.read_changed()
+    pending = next(changed, None)
+    new = _Buffer(comparison.read_new())
+    with update_shards(dataset, shards) as staged:
+        for shard in sorted({*touched, *([kept - 1] if filling else [])}):
+            if shard >= kept:
+                continue
+            table = dataset.read(shard)
+            if pending is not None and pending[0] == shard:
+                table = _replace_rows(table, pending[1])
+                pending = next(changed, None)
+            if shard in gone:
+                table = table.filter(pc.invert(pc.is_in(table["image_id"], value_set=comparison.read_gone(shard))))
+            if filling and shard == kept - 1:
+                table = pa.concat_tables([table, new.take(room)])
+            _write(staged, shard, table)
+        for shard in range(kept, shards):
+            _write(staged, shard, new.take(shard_size))
+    return shards
+
+
+class _Buffer:
+    """Takes any number of rows at a time from batches."""
+
+    def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
+        self._batches = batches
+        self._rest = MANIFEST_SCHEMA.empty_table()
+
+    def take(self, count: int) -> pa.Table:
+        """Returns the next `count` rows, or fewer at the end."""
+        parts = [self._rest]
+        available = self._rest.num_rows
+        while available < count and (batch := next(self._batches, None)) is not None:
+            parts.append(pa.Table.from_batches([batch]))
+            available += batch.num_rows
+        table = pa.concat_tables(parts)
+        self._rest = table.slice(count)
+        return table.slice(0, count)
+
+
+def _replace_rows(table: pa.Table, changed: pa.Table) -> pa.Table:
+    """Returns `table` with the rows of `changed` in the places of the rows with their ids."""
+    positions = pc.index_in(table["image_id"], value_set=changed["image_id"].combine_chunks())
+    indices = pc.if_else(
+        pc.is_valid(positions),
+        pc.add(pc.fill_null(positions, 0).cast(pa.int64()), table.num_rows),
+        pa.array(np.arange(table.num_rows)),
+    )
+    return pa.concat_tables([table.select(MANIFEST_SCHEMA.names), changed]).take(indices)
+
+
+def _write(staged: ShardedDataset, shard: int, table: pa.Table) -> None:
+    with write_shard(staged, shard, table.num_rows) as writer:
+        for batch in table.combine_chunks().to_batches():
+            writer.write(batch)
+
+
+_DIGEST = "hash(uri, version, split, captions)"
+_CREATE_STAGED = f"""
+    CREATE TABLE staged AS
+    SELECT image_id, file_row_number AS position, {_DIGEST} AS digest FROM read_parquet(?, file_row_number = true)
+"""
+# The shard of a new row is null.
+_CREATE_CHANGES = """
+    CREATE TABLE changes AS
+    SELECT position, shard FROM staged LEFT JOIN existing USING (image_id)
+    WHERE shard IS NULL OR staged.digest != existing.digest
+"""
+_CREATE_GONE = """
+    CREATE TABLE gone AS SELECT image_id, shard FROM existing ANTI JOIN staged USING (image_id) WHERE ?
+"""
+_LIST_TOUCHED = "SELECT shard FROM changes WHERE shard IS NOT NULL UNION SELECT shard FROM gone"
+_READ_CHANGED = """
+    SELECT rows.*, changes.shard FROM read_parquet(?, file_row_number = true) AS rows
+    JOIN changes ON changes.position = rows.file_row_number WHERE changes.shard IS NOT NULL
+    ORDER BY changes.shard, changes.position
+"""
+_READ_NEW = """
+    SELECT rows.* FROM read_parquet(?, file_row_number = true) AS rows
+    JOIN changes ON changes.position = rows.file_row_number WHERE changes.shard IS NULL ORDER BY changes.position
+"""

@@ -1,0 +1,162 @@
+"""Replaces several shards of a dataset at once, so that the dataset is always either the old or the new one.
+
+    folder/
+      _update/ID/                     new shards, in the layout of a dataset
+      _update.json                    journal: names the new shards; the update is committed once this file exists
+
+The new shards are staged, the journal commits them, and then they are moved into place. If a process dies before the
+commit, the staged shards are ignored, and the next update removes them. If it dies after the commit, `open_dataset`
+moves the remaining shards. Moving can be repeated, even by several processes at once.
+"""
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from typing import Any
+
+from captionlib.data.shards.dataset import ShardedDataset, open_dataset
+from captionlib.data.shards.markers import (
+    DESCRIPTION_FILE,
+    FAILURES_FOLDER,
+    JOURNAL_FILE,
+    MARKERS_FOLDER,
+    UPDATE_FOLDER,
+    Marker,
+    decode_marker,
+    decode_record,
+    encode_record,
+    part_name,
+)
+from captionlib.errors import DatasetError
+from captionlib.storage.folders import Folder
+
+__all__ = ["complete_update", "drop_uncommitted_updates", "update_shards"]
+
+
+@contextmanager
+def update_shards(dataset: ShardedDataset, shards: int) -> Iterator[ShardedDataset]:
+    """Yields a staging dataset. The shards written to it replace those of `dataset` when the block ends.
+
+    Shards that are not written stay as they are. If the block raises, nothing changes.
+
+    Example:
+        >>> with update_shards(dataset, shards=dataset.shards) as staged:
+        ...     with write_shard(staged, 3, rows.num_rows) as writer:
+        ...         writer.write(rows)
+
+    Args:
+        dataset: a complete dataset.
+        shards: number of shards after the update. All shards must then exist.
+
+    Raises:
+        DatasetError: a different update of the dataset was committed at the same time.
+    """
+    folder = dataset.folder
+    before = dataset.compute_content_checksum()
+    drop_uncommitted_updates(folder)
+    name = uuid.uuid4().hex
+    staging = Folder(folder.address(f"{UPDATE_FOLDER}/{name}"))
+    staged = replace(dataset, folder=staging, shards=max(shards, dataset.shards))
+    try:
+        yield staged
+        written = {part_name(shard): marker.checksum for shard, marker in sorted(staged.read_markers().items())}
+        if folder.exists(JOURNAL_FILE) or open_dataset(folder.uri).compute_content_checksum() != before:
+            raise DatasetError(
+                f"{folder.uri}: another command updated this dataset at the same time; run this one again"
+            )
+    except BaseException:
+        folder.remove(f"{UPDATE_FOLDER}/{name}")
+        raise
+    journal = {"id": name, "shards": shards, "written": written, "previous_shards": dataset.shards}
+    folder.write(JOURNAL_FILE, encode_record(journal))
+    complete_update(folder)
+
+
+def drop_uncommitted_updates(folder: Folder) -> None:
+    """Removes the staged shards of updates that were interrupted before their commit."""
+    if not folder.exists(JOURNAL_FILE):
+        folder.remove(UPDATE_FOLDER)
+
+
+def complete_update(folder: Folder) -> None:
+    """Moves the shards of a committed update into place, if there is one.
+
+    Raises:
+        DatasetError: the journal is damaged, or staged shards are missing.
+    """
+    journal = _read_journal(folder)
+    if journal is None:
+        return
+    staging = f"{UPDATE_FOLDER}/{journal['id']}"
+    _require_staged(folder, staging, journal["written"])
+    for name in journal["written"]:
+        _move_shard(folder, staging, name)
+    description = decode_record(folder.read(DESCRIPTION_FILE))
+    if description["shards"] != journal["shards"]:
+        folder.write(DESCRIPTION_FILE, encode_record({**description, "shards": journal["shards"]}))
+    dataset = open_dataset(folder.uri, complete=False)
+    for shard in range(journal["shards"], journal["previous_shards"]):
+        dataset.remove_shard(shard)
+    dataset.finish(max_failure_ratio=1.0)
+    folder.remove_file(JOURNAL_FILE)
+    folder.remove(UPDATE_FOLDER)
+
+
+def _read_journal(folder: Folder) -> dict[str, Any] | None:
+    try:
+        journal = decode_record(folder.read(JOURNAL_FILE))
+        _ = journal["id"], journal["shards"], journal["previous_shards"], journal["written"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError) as error:
+        raise DatasetError(
+            f"{folder.address(JOURNAL_FILE)} is damaged ({error!r}); write the dataset again with --overwrite"
+        ) from error
+    return journal
+
+
+def _require_staged(folder: Folder, staging: str, written: dict[str, str]) -> None:
+    """Raises DatasetError if a shard is neither staged nor in place. If none is in place, the update is dropped."""
+    moved, missing = [], []
+    for name, checksum in written.items():
+        current = _read_marker(folder, f"{MARKERS_FOLDER}/{name}.json")
+        if current is not None and current.checksum == checksum:
+            moved.append(name)
+        elif _read_marker(folder, f"{staging}/{MARKERS_FOLDER}/{name}.json") is None:
+            missing.append(name)
+    if missing and not moved:
+        folder.remove_file(JOURNAL_FILE)
+    if missing:
+        raise DatasetError(
+            f"{folder.address(staging)}: expected the new version of {missing[0]}, got no file, probably because two "
+            "commands updated this dataset at the same time; run this command again"
+        )
+
+
+def _move_shard(folder: Folder, staging: str, name: str) -> None:
+    """Moves a staged shard into place. Until all of its files are moved, its marker records both versions."""
+    new = _read_marker(folder, f"{staging}/{MARKERS_FOLDER}/{name}.json")
+    current = _read_marker(folder, f"{MARKERS_FOLDER}/{name}.json")
+    if new is None or current == new:
+        return  # this shard was moved before
+    if current is not None and current.checksum != new.checksum:
+        _write_marker(folder, replace(new, previous=replace(current, previous=None)))
+    folder.move(f"{staging}/{name}.parquet", f"{name}.parquet")
+    failures = f"{FAILURES_FOLDER}/{name}.parquet"
+    if new.failures:
+        folder.move(f"{staging}/{failures}", failures)
+    else:
+        folder.remove_file(failures)
+    _write_marker(folder, new)
+
+
+def _read_marker(folder: Folder, name: str) -> Marker | None:
+    for content in folder.read_many([name]):
+        with suppress(ValueError):
+            return decode_marker(content)
+    return None
+
+
+def _write_marker(folder: Folder, marker: Marker) -> None:
+    folder.write(f"{MARKERS_FOLDER}/{part_name(marker.shard)}.json", encode_record(asdict(marker)))

@@ -1,0 +1,188 @@
+"""Updates of a manifest equal a new manifest of the source, and are complete or absent after a kill."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from captionlib.data.ingestion.changes import Changes
+from captionlib.data.ingestion.prepare import PrepareConfig, PrepareSummary, prepare
+from captionlib.data.shards.dataset import open_dataset
+from captionlib.data.shards.markers import JOURNAL_FILE, UPDATE_FOLDER
+from captionlib.data.sources.rows import SourceOptions
+from captionlib.errors import ConfigError, DatasetError
+from captionlib.storage.folders import Folder
+
+UPDATE = PrepareConfig(
+    options=SourceOptions(version_column="version"), shard_size=3, check_images=False, allow_removal=True
+)
+Rows = dict[str, tuple[str, str]]  # id: version and caption
+
+
+def write_source(path: Path, rows: Rows) -> Path:
+    lines = [f"{name},{name}.jpg,{version},{caption}" for name, (version, caption) in rows.items()]
+    path.write_text("\n".join(["id,url,version,caption", *lines]))
+    return path
+
+
+def update(folder: Path, rows: Rows, config: PrepareConfig = UPDATE, **options: Any) -> PrepareSummary:
+    return prepare(write_source(folder / "source.csv", rows), folder / "manifest", config, **options)
+
+
+def read_rows(folder: Path) -> Rows:
+    dataset = open_dataset(folder / "manifest", "manifest").require_complete()
+    assert dataset.verify() == []
+    rows = [row for shard in range(dataset.shards) for row in dataset.read(shard).to_pylist()]
+    result = {row["image_id"]: (row["version"], row["captions"][0]) for row in rows}
+    assert len(result) == len(rows)
+    names = sorted(path.name for path in (folder / "manifest").glob("part-*"))
+    assert names == [f"part-{shard:05d}.parquet" for shard in range(dataset.shards)]
+    return result
+
+
+def list_ids(folder: Path) -> list[list[str]]:
+    dataset = open_dataset(folder / "manifest")
+    return [dataset.read(shard)["image_id"].to_pylist() for shard in range(dataset.shards)]
+
+
+def make_rows(names: str) -> Rows:
+    return dict.fromkeys(names, ("1", "a dog"))
+
+
+def test_update_writes_only_shards_that_changed(tmp_path: Path) -> None:
+    update(tmp_path, make_rows("abcdefgh"))
+    lineage = open_dataset(tmp_path / "manifest").lineage
+    files = {path.name: path.stat().st_ino for path in (tmp_path / "manifest").glob("*.parquet")}
+    rows = make_rows("xyabcdgh")  # new rows may come first, and e and f are gone
+    rows["d"] = ("2", "a dog")
+    summary = update(tmp_path, rows)
+    assert summary.changes == Changes(new=2, changed=1, gone=2, unchanged=5)
+    assert list_ids(tmp_path) == [["a", "b", "c"], ["d"], ["g", "h", "x"], ["y"]]
+    assert read_rows(tmp_path) == rows
+    written = {
+        path.name for path in (tmp_path / "manifest").glob("*.parquet") if files.get(path.name) != path.stat().st_ino
+    }
+    assert written == {"part-00001.parquet", "part-00002.parquet", "part-00003.parquet"}
+    assert open_dataset(tmp_path / "manifest").lineage == lineage
+    assert not (tmp_path / "manifest" / UPDATE_FOLDER).exists()
+
+
+def test_update_without_changes_writes_nothing(tmp_path: Path) -> None:
+    update(tmp_path, make_rows("abcd"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "manifest").rglob("*")}
+    assert update(tmp_path, make_rows("abcd")).already_prepared
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "manifest").rglob("*")} == before
+
+
+def test_changes_are_reported_before_anything_is_written(tmp_path: Path) -> None:
+    reports: list[tuple[Changes, Rows]] = []
+    old, new = make_rows("abc"), make_rows("abd")
+    update(tmp_path, old)
+    for dry_run in (True, False):
+        update(tmp_path, new, dry_run=dry_run, report=lambda changes: reports.append((changes, read_rows(tmp_path))))
+    assert reports == [(Changes(1, 0, 1, 2), old)] * 2
+    assert read_rows(tmp_path) == new
+
+
+def test_append_keeps_what_the_source_lacks(tmp_path: Path) -> None:
+    update(tmp_path, make_rows("abc"))
+    summary = update(tmp_path, {"c": ("2", "a cat"), "d": ("1", "a dog")}, replace(UPDATE, append=True))
+    assert summary.changes == Changes(new=1, changed=1, gone=0, unchanged=0)
+    assert read_rows(tmp_path) == {**make_rows("ab"), "c": ("2", "a cat"), "d": ("1", "a dog")}
+
+
+def test_mass_removal_needs_permission(tmp_path: Path) -> None:
+    cautious = replace(UPDATE, allow_removal=False)
+    update(tmp_path, make_rows("abcdefghijklmnopqrst"))
+    update(tmp_path, make_rows("abcdefghijklmnopqr"), cautious)
+    with pytest.raises(DatasetError, match=r"2 of 18 images are not in the source; .*--append .*--allow-removal"):
+        update(tmp_path, make_rows("abcdefghijklmnop"), cautious)
+    assert len(read_rows(tmp_path)) == 18
+
+
+def test_different_shard_size_is_a_clear_error(tmp_path: Path) -> None:
+    update(tmp_path, make_rows("abc"))
+    with pytest.raises(ConfigError, match="expected the shard size of this manifest, 3, got 4; omit --shard-size"):
+        update(tmp_path, make_rows("abc"), replace(UPDATE, shard_size=4))
+    assert update(tmp_path, make_rows("abc"), replace(UPDATE, shard_size=None)).already_prepared
+
+
+def test_version_changes_with_the_file_and_not_with_its_captions(tmp_path: Path) -> None:
+    def read_version() -> str:
+        version = open_dataset(tmp_path / "manifest").read(0)["version"].to_pylist()[0]
+        assert isinstance(version, str)
+        return version
+
+    source, config = tmp_path / "a.csv", PrepareConfig()
+    (tmp_path / "a.jpg").write_bytes(b"old")
+    source.write_text("url,caption\na.jpg,one\n")
+    prepare(source, tmp_path / "manifest", config)
+    version = read_version()
+    source.write_text("url,caption\na.jpg,two\n")
+    assert prepare(source, tmp_path / "manifest", config).changes.changed == 1
+    assert read_version() == version
+    os.utime(tmp_path / "a.jpg", ns=(0, 12345))
+    assert prepare(source, tmp_path / "manifest", config).changes.changed == 1
+    assert read_version() == f"3-{12345:x}" != version
+
+
+class Killed(BaseException):
+    """The process is killed: no cleanup reaches the storage."""
+
+
+@contextmanager
+def kill_after(calls: int) -> Iterator[None]:
+    """Kills the process before a storage call; later calls fail as well."""
+    left = calls
+
+    def count() -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)  # the machine does not crash, so this only saves time
+        for name in ("_publish_local", "remove", "remove_file", "move", "read", "remove_temporary_files"):
+            original = getattr(Folder, name)
+
+            def call(*args: Any, original: Any = original) -> Any:
+                count()
+                return original(*args)
+
+            patch.setattr(Folder, name, call)
+        yield
+
+
+NAMES = "abcdefghij"
+SOURCES = st.dictionaries(st.sampled_from(NAMES), st.tuples(st.sampled_from("12"), st.sampled_from("xy")), min_size=1)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(st.tuples(SOURCES, st.integers(0, 40)), min_size=1, max_size=5))
+def test_killed_update_leaves_the_old_or_the_new_manifest(
+    tmp_path_factory: pytest.TempPathFactory, history: list[tuple[Rows, int]]
+) -> None:
+    folder = tmp_path_factory.mktemp("history")
+    current: Rows = {"a": ("1", "x")}
+    update(folder, current)
+    for rows, calls in history:
+        try:
+            with kill_after(calls):
+                update(folder, rows)
+        except Killed:
+            found = read_rows(folder)
+            assert found in (current, rows)
+            assert not (folder / "manifest" / JOURNAL_FILE).exists()
+        else:
+            found = read_rows(folder)
+            assert found == rows
+        current = found
+    update(folder, rows)
+    assert read_rows(folder) == rows
+    assert not (folder / "manifest" / UPDATE_FOLDER).exists()
