@@ -1,11 +1,11 @@
 """Collections: a folder with a configuration of sources and models, from which `captionlib update` derives the rest.
 
-    folder/
-      collection.yaml           sources, captioner, ranker and settings
-      NAME/manifest             the images of a source
-      NAME/captions             their captions
-      NAME/embeddings           their embeddings, with a ranker
-      index/                    the search index of all sources
+folder/
+collection.yaml           sources, captioner, ranker and settings
+NAME/manifest             the images of a source
+NAME/captions             their captions
+NAME/embeddings           their embeddings, with a ranker
+index/                    the search index of all sources
 """
 
 import os
@@ -19,7 +19,6 @@ import yaml
 from captionlib.config import build_config, configclass, to_dict
 from captionlib.data.ingestion.prepare import PrepareConfig
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.models.inference.captioning import GenerationConfig
 from captionlib.search.config import IndexConfig
 from captionlib.storage.folders import Folder, resolve_address
 
@@ -71,7 +70,7 @@ class CollectionConfig:
         captioner: checkpoint of the captioner.
         ranker: checkpoint of the ranker (dual encoder for image-text retrieval). If None, the index is text-only.
         weights: weights file of the encoder, if it needs one.
-        generation: how captions are generated.
+        generation: settings of `captionlib generate-captions`, such as `decoding`.
         index: how the index is built.
     """
 
@@ -79,7 +78,7 @@ class CollectionConfig:
     captioner: str
     ranker: str | None = None
     weights: str | None = None
-    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    generation: dict[str, Any] = field(default_factory=dict)
     index: IndexConfig = field(default_factory=IndexConfig)
 
     def __post_init__(self) -> None:
@@ -142,8 +141,7 @@ def _to_absolute_values(config: CollectionConfig) -> dict[str, Any]:
         source["prepare"] = _drop_defaults(source["prepare"], to_dict(PrepareConfig()))
     for key in ("captioner", "ranker", "weights"):
         values[key] = None if values[key] is None else resolve_address(values[key])
-    for key, default in (("generation", GenerationConfig()), ("index", IndexConfig())):
-        values[key] = _drop_defaults(values[key], to_dict(default))
+    values["index"] = _drop_defaults(values["index"], to_dict(IndexConfig()))
     return {key: value for key, value in values.items() if value}
 
 

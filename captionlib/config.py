@@ -17,7 +17,15 @@ from typing_extensions import dataclass_transform
 
 from captionlib.errors import ConfigError, suggest
 
-__all__ = ["apply_overrides", "build_config", "configclass", "describe_differences", "load_config", "parse_override", "to_dict"]
+__all__ = [
+    "apply_overrides",
+    "build_config",
+    "configclass",
+    "describe_differences",
+    "load_config",
+    "parse_override",
+    "to_dict",
+]
 
 Config = TypeVar("Config")
 

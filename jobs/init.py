@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from captionlib.collection import CollectionConfig, SourceConfig, create_collection
+from captionlib.collection import CollectionConfig, create_collection
 from captionlib.config import apply_overrides, build_config
 
 __all__ = ["command"]
@@ -51,6 +51,8 @@ def command(
       captionlib update archive
       captionlib serve archive
     """
+    from captionlib.models.inference.captioning import GenerationConfig
+
     addresses: dict[str, list[str]] = {}
     for source in sources:
         name, equals, address = source.partition("=")
@@ -64,5 +66,6 @@ def command(
         "weights": weights,
     }
     apply_overrides(values, overrides)
+    build_config(GenerationConfig, values.get("generation", {}), "options")
     created = create_collection(collection, build_config(CollectionConfig, values, "options"))
     click.echo(f"{created.folder.address('collection.yaml')}: created. Next: captionlib update {collection}")

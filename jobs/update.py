@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import click
 
-from captionlib.collection import Collection, SourceConfig, open_collection
+from captionlib.collection import COLLECTION_FILE, Collection, SourceConfig, open_collection
+from captionlib.config import build_config
 from captionlib.storage.lock import lock_folder
 from jobs.options import device_option, pipeline_options
-from jobs.summaries import echo_changes, echo_totals
+from jobs.summaries import echo_totals
 from pipelines.run import RunConfig
 
 __all__ = ["command"]
@@ -49,25 +50,33 @@ def _prepare(
 ) -> None:
     from captionlib.data.ingestion.prepare import prepare
 
+    manifest = collection.manifest(source)
     summary = prepare(
         source.addresses,
-        collection.manifest(source),
-        source.prepare,
-        allow_removal=allow_removal,
+        manifest,
+        replace(source.prepare, allow_removal=allow_removal or source.prepare.allow_removal),
         dry_run=dry_run,
         progress=progress,
     )
-    echo_changes(collection.manifest(source), summary)
+    changes = summary.changes
+    click.echo(
+        f"{manifest}: {changes.new:,} new, {changes.changed:,} changed, {changes.gone:,} gone, "
+        f"{changes.unchanged:,} unchanged"
+    )
+    for reason, count in summary.skipped.items():
+        example = f", for example {summary.examples[reason]}" if reason in summary.examples else ""
+        click.echo(f"Skipped: {count:,} {reason}{example}", err=True)
 
 
 def _caption(collection: Collection, source: SourceConfig, device: str, run: RunConfig) -> None:
     """Writes captions and embeddings, in one pass if the captioner and the ranker have the same encoder."""
-    from captionlib.models.inference.captioning import SHARED_CAPTIONERS
+    from captionlib.models.inference.captioning import SHARED_CAPTIONERS, GenerationConfig
     from captionlib.models.inference.embedding import SHARED_RANKERS, EmbeddingConfig
     from pipelines.embed_images import embed_images
     from pipelines.generate_captions import generate_captions
 
     config = collection.config
+    generation = build_config(GenerationConfig, config.generation, collection.folder.address(COLLECTION_FILE))
     manifest, captions, embeddings = (
         address(source) for address in (collection.manifest, collection.captions, collection.embeddings)
     )
@@ -79,7 +88,7 @@ def _caption(collection: Collection, source: SourceConfig, device: str, run: Run
         manifest,
         config.captioner,
         captions,
-        config.generation,
+        generation,
         **together,
         weights=config.weights,
         device=device,
@@ -87,7 +96,7 @@ def _caption(collection: Collection, source: SourceConfig, device: str, run: Run
     )
     echo_totals(captions, totals)
     if config.ranker is not None and not same_encoder:
-        settings = EmbeddingConfig(config.generation.loading, config.generation.encoder_batch_size)
+        settings = EmbeddingConfig(generation.loading, generation.encoder_batch_size)
         totals = embed_images(manifest, config.ranker, embeddings, settings, device=device, run=run)
         echo_totals(embeddings, totals)
 
@@ -98,5 +107,5 @@ def _index(collection: Collection, run: RunConfig) -> None:
     config = collection.config
     captions = [collection.captions(source) for source in config.sources]
     embeddings = [collection.embeddings(source) for source in config.sources] if config.ranker else None
-    _, index = build_index(captions, collection.index, config.index, embeddings=embeddings, run=replace(run))
+    _, index = build_index(captions, collection.index, config.index, embeddings=embeddings, run=run)
     click.echo(f"{collection.index}: {index.captions_count:,} captions")

@@ -43,7 +43,7 @@ def lock_folder(folder: Folder, command: str) -> Iterator[None]:
     def renew() -> None:
         while not stop.wait(_RENEW_SECONDS):
             with suppress(StorageError):  # the next attempt may succeed before the lock is stale
-                if _read(folder).get("owner") == owner:
+                if (_read(folder) or {}).get("owner") == owner:
                     folder.write(LOCK_FILE, _encode(holder))
 
     thread = threading.Thread(target=renew, name="lock", daemon=True)
@@ -53,19 +53,20 @@ def lock_folder(folder: Folder, command: str) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        if _read(folder).get("owner") == owner:
+        if (_read(folder) or {}).get("owner") == owner:
             folder.remove_file(LOCK_FILE)
 
 
 def _acquire(folder: Folder, holder: Mapping[str, Any]) -> None:
     current = _read(folder)
-    if current and not _is_stale(current):
-        raise _locked_error(folder, current)
-    if current or folder.exists(LOCK_FILE):
+    if current is not None:
+        if not _is_stale(current):
+            raise _locked_error(folder, current)
         folder.remove_file(LOCK_FILE)
-    # Where the storage lets several processes create the same file, the last one wins.
-    if not folder.create(LOCK_FILE, _encode(holder)) or _read(folder).get("owner") != holder["owner"]:
-        raise _locked_error(folder, _read(folder))
+    created = folder.create(LOCK_FILE, _encode(holder))
+    winner = _read(folder) or {}
+    if not created or winner.get("owner") != holder["owner"]:  # some object stores let the last writer win
+        raise _locked_error(folder, winner)
 
 
 def _is_stale(holder: Mapping[str, Any]) -> bool:
@@ -84,11 +85,13 @@ def _is_running(process: Any) -> bool:
     return True
 
 
-def _read(folder: Folder) -> dict[str, Any]:
-    """Returns the content of the lock file, which is empty if there is no lock or the file is damaged."""
+def _read(folder: Folder) -> dict[str, Any] | None:
+    """Returns the content of the lock file: None if there is no lock, or an empty mapping if the file is damaged."""
     try:
         content = json.loads(folder.read(LOCK_FILE))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
 

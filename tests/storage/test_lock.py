@@ -20,9 +20,9 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
 
 
 def test_second_holder_is_refused_until_the_first_has_finished(folder: Folder) -> None:
-    with lock_folder(folder, "update"), pytest.raises(LockError, match=r"in use by `update` \(process \d+ on"):
-        with lock_folder(folder, "remove"):
-            pass
+    refused = pytest.raises(LockError, match=r"in use by `update` \(process \d+ on")
+    with lock_folder(folder, "update"), refused, lock_folder(folder, "remove"):
+        pass
     with lock_folder(folder, "remove"):
         assert folder.exists(LOCK_FILE)
     assert not folder.exists(LOCK_FILE)
