@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from captionlib.config import build_config, configclass, to_dict
+from captionlib.config import build_config, configclass, parse_yaml, to_dict
 from captionlib.data.ingestion.prepare import PrepareConfig
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.search.config import IndexConfig
@@ -166,13 +166,14 @@ def open_collection(folder: str | os.PathLike[str]) -> Collection:
     """
     source = Folder(folder)
     try:
-        values = yaml.safe_load(source.read(COLLECTION_FILE))
+        text = source.read(COLLECTION_FILE).decode()
     except (FileNotFoundError, NotADirectoryError):
         raise DatasetError(
             f"{source.uri} is not a collection: expected a folder with {COLLECTION_FILE}; `captionlib init` creates one"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{source.address(COLLECTION_FILE)} is not YAML: {error}") from error
+    values = parse_yaml(text, source.address(COLLECTION_FILE))
     if not isinstance(values, dict):
         raise ConfigError(f"{source.address(COLLECTION_FILE)}: expected `key: value` lines, got {values!r}")
     return Collection(source, build_config(CollectionConfig, values, source.address(COLLECTION_FILE)))

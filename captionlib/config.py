@@ -24,6 +24,7 @@ __all__ = [
     "describe_differences",
     "load_config",
     "parse_override",
+    "parse_yaml",
     "to_dict",
 ]
 
@@ -93,10 +94,31 @@ def parse_override(override: str) -> tuple[list[str], Any]:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {override!r}: expected key=value, such as training.epochs=5")
+    return key.strip().split("."), parse_yaml(text, f"--set {override!r}")
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """Parses YAML without aliases.
+
+    Raises:
+        ConfigError: the text is invalid; the message begins with `origin`, which names its source.
+    """
     try:
-        return key.strip().split("."), yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: {text!r} is not a YAML value: {error}") from error
+        return yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise ConfigError(f"{origin} is not YAML: nested too deeply") from error
+    except Exception as error:  # PyYAML raises various exceptions on invalid tags and values
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{origin} is not YAML: {reason}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses aliases. A few lines of aliases of aliases describe billions of values, and an alias can form a cycle."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("expected no aliases (*name), got one; write the value again")
+        return super().compose_node(parent, index)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -120,10 +142,10 @@ def _describe_problems(error: ValidationError) -> str:
 
 def _read_yaml(path: Path, depth: int = 0) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"), f"configuration {path}")
     except OSError as error:
         raise ConfigError(f"configuration {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"configuration {path} is not YAML: {error}") from error
     values = {} if values is None else values
     if not isinstance(values, dict):

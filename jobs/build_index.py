@@ -72,9 +72,8 @@ def command(
     click.echo(f"{output}: {index.captions_count:,} captions, {vectors}, in {len(index.shards):,} shards")
     added = len(build.added)
     click.echo(f"{added:,} shards added, {build.removed:,} removed, {len(build.shards) - added:,} unchanged")
-    missing = sum(dataset.shards for dataset in index.captions) - len(index.shards)
-    if missing:
-        click.echo(f"{missing:,} shards have not been written; run this command again when they are", err=True)
+    if build.pending:
+        click.echo(f"{build.pending:,} shards are not finished; run this command again when they are", err=True)
 
 
 def _describe_layout(layout: VectorLayout) -> str:

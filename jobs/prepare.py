@@ -189,7 +189,7 @@ def _parse_split_files(pairs: tuple[str, ...]) -> dict[str, str]:
 
 def _echo_summary(output: str, summary: PrepareSummary, dry_run: bool) -> None:
     if dry_run:
-        click.echo(f"{output}: nothing was written (dry run)")
+        click.echo(f"{output}: {'update' if summary.updated else 'new manifest'}, not written (dry run)")
     elif summary.already_prepared:
         click.echo(f"{output}: already prepared, nothing to do")
     else:

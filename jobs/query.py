@@ -31,7 +31,7 @@ _SECTIONS = {
     "Options for an index": _INDEX_OPTIONS,
     "Query a dataset": _DATASET_QUERIES,
     "Options for a dataset": ("memory", "threads"),
-    "Output": ("limit", "timeout", "format", "escape_formulas", "output", "help"),
+    "Output": ("limit", "timeout", "format", "escape_formulas", "output", "quiet", "verbose", "help"),
 }
 
 
@@ -41,13 +41,13 @@ class _SectionedCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         parameters = {max(parameter.opts, key=len): parameter for parameter in self.get_params(ctx)}
         for title, names in _SECTIONS.items():
-            records = [parameters[_flag(name)].get_help_record(ctx) for name in names]
+            records = [parameters[_flag(name)].get_help_record(ctx) for name in names if _flag(name) in parameters]
             with formatter.section(title):
                 formatter.write_dl([record for record in records if record])
 
 
 @click.command(cls=_SectionedCommand)
-@click.argument("folder")
+@click.argument("folders", nargs=-1, required=True, metavar="FOLDER...")
 @click.option("--text", metavar="WORDS", help='Captions with these words; "phrases", +required, -excluded.')
 @click.option("--sentence", metavar="SENTENCE", help="Images that match a sentence (semantic search); needs --ranker.")
 @click.option("--hybrid", metavar="WORDS", help="Combines the rankings of --text and --sentence; needs --ranker.")
@@ -98,7 +98,7 @@ class _SectionedCommand(click.Command):
 )
 @click.option("--output", "-o", metavar="FILE", help="File or fsspec URL to write to. [default: standard output]")
 def command(
-    folder: str,
+    folders: tuple[str, ...],
     memory: str,
     threads: int | None,
     limit: int | None,
@@ -109,7 +109,7 @@ def command(
     overrides: tuple[str, ...],
     **queries_and_options: str | int | None,
 ) -> None:
-    """Search an index, or query captions or any other dataset in FOLDER.
+    """Search an index, or query captions or any other dataset in FOLDER. Several datasets are queried as one.
 
     An index is searched by text, sentence or image. --where filters by image_id, uri, split, caption, log_prob and
     tokens. A remote index is copied to this machine once.
@@ -131,6 +131,7 @@ def command(
       captionlib query index --image image.jpg --captioner captioner --set decoding.beam_width=10
       captionlib query captions --contains "dog frisbee"
       captionlib query captions --image-id 391895
+      captionlib query captions-2025 captions-2026 --contains frisbee
       captionlib query captions --top 20 --format csv --output top.csv
       captionlib query captions --count-words 50
       captionlib query captions --sql "DESCRIBE captions"
@@ -144,19 +145,20 @@ def command(
     values: dict[str, Any] = {name: value for name, value in queries_and_options.items() if value is not None}
     if overrides:
         values["set"] = overrides
-    if is_collection(folder):
-        folder = _enter_collection(folder, values)
-    if Folder(folder).exists(DESCRIPTION):
+    if len(folders) == 1 and is_collection(folders[0]):
+        folders = _enter_collection(folders[0], values)
+    folder = folders[0]
+    if len(folders) == 1 and Folder(folder).exists(DESCRIPTION):
         advice = "a dataset; query the captions that the index was built from"
         query = _choose_query(values, _INDEX_QUERIES, set(_DATASET_QUERIES), advice)
         open_rows: Query = partial(_query_index, folder, query, values, 20 if limit is None else limit)
         # The memory of an index is not limited: most of it is mapped files.
         result = run_isolated(open_rows, None, timeout) if "where" in values else open_rows()
     else:
-        advice = f"an index, but {folder} is not an index; see `captionlib build-index`"
+        advice = f"an index, but {' '.join(folders)} is not an index; see `captionlib build-index`"
         query = _choose_query(values, _DATASET_QUERIES, {*_INDEX_QUERIES, *_INDEX_OPTIONS}, advice)
         limits = SqlLimits(memory, threads)
-        open_rows = partial(_query_dataset, folder, query, values[query], limit, limits)
+        open_rows = partial(_query_dataset, folders, query, values[query], limit, limits)
         result = run_isolated(open_rows, limits.memory_bytes, timeout)
     with result as rows:
         if output is None:
@@ -167,14 +169,14 @@ def command(
         click.echo(f"{output}: {count:,} rows")
 
 
-def _enter_collection(folder: str, values: dict[str, Any]) -> str:
+def _enter_collection(folder: str, values: dict[str, Any]) -> tuple[str, ...]:
     """Returns the index of a collection, or its captions if only they can be queried. Adds the collection's ranker."""
     collection = open_collection(folder)
     if values.keys() & set(_DATASET_QUERIES) - set(_INDEX_QUERIES):
-        return collection.captions(collection.config.sources[0])
+        return tuple(map(collection.captions, collection.config.sources))
     if "captioner" not in values and values.keys() & {"sentence", "hybrid", "image"} and collection.config.ranker:
         values.setdefault("ranker", collection.config.ranker)
-    return collection.index
+    return (collection.index,)
 
 
 def _choose_query(values: Mapping[str, Any], queries: Sequence[str], others: set[str], advice: str) -> str:
@@ -196,9 +198,9 @@ def _flag(name: str) -> str:
 
 @contextmanager
 def _query_dataset(
-    folder: str, query: str, value: Any, limit: int | None, limits: SqlLimits
+    folders: tuple[str, ...], query: str, value: Any, limit: int | None, limits: SqlLimits
 ) -> Iterator[pa.RecordBatchReader]:
-    with open_sql(folder, limits=limits) as session:
+    with open_sql(folders, limits=limits) as session:
         queries: dict[str, Callable[[Any], pa.RecordBatchReader]] = {
             "sql": session.stream,
             "contains": partial(find_captions, session),

@@ -40,9 +40,11 @@ def command(collection: str) -> None:
         share = "complete" if report.complete else f"{report.shards_done:,} of {report.shards:,} shards finished"
         cost = f", {timedelta(seconds=round(report.seconds))} of computing time" if report.kind != "manifest" else ""
         click.echo(f"{address}: {report.rows:,} images, {share}{cost}")
+        if report.stale:
+            click.echo(f"  {report.stale:,} shards of its source have changed since")
         for reason, failure in report.failures.items():
             click.echo(f"  failed: {reason} {failure.count:,}, for example {failure.uri}")
-        pending = pending or not report.complete
+        pending = pending or not report.complete or bool(report.stale)
     index = read_description(Folder(opened.index))
     click.echo(f"{opened.index}: " + ("not started" if index is None else f"{index.captions_count:,} captions"))
     if pending or index is None:

@@ -54,7 +54,7 @@ def command(
 
     The output folder contains the checkpoint (model.safetensors, config.json, training.json; after fine-tuning also
     encoder.safetensors), resolved.json with all settings of the run, metrics.jsonl and curves.png, tensorboard/, the
-    state to resume from in _training/, and the unreadable images in _failures/.
+    state to resume from in _training/, and the unreadable images in __failures/.
     """
     if init_from is not None:
         overrides = (*overrides, f"init_from={json.dumps(init_from)}")

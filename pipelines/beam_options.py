@@ -4,8 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import yaml
-
+from captionlib.config import parse_yaml
 from captionlib.errors import ConfigError
 from captionlib.recipes import find_recipe
 
@@ -41,11 +40,11 @@ def to_flags(options: Mapping[str, Any], path: str) -> Iterator[str]:
 
 def _read_flags(path: str) -> list[str]:
     try:
-        options = yaml.safe_load(find_recipe(path, "runners").read_text(encoding="utf-8"))
+        options = parse_yaml(find_recipe(path, "runners").read_text(encoding="utf-8"), f"Beam options {path}")
     except OSError as error:
         raise ConfigError(f"Beam options {path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"Beam options {path} are not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"Beam options {path} is not YAML: {error}") from error
     if not isinstance(options, dict):
         raise ConfigError(f"{path}: expected `option: value` lines, got {type(options).__name__}")
     return list(to_flags(options, path))

@@ -8,9 +8,10 @@ from apache_beam.pvalue import PBegin, PCollection
 from apache_beam.transforms.combiners import Count
 
 from captionlib.errors import DatasetError
-from captionlib.search.build import Addresses, IndexBuild, plan_build
+from captionlib.search.build import IndexBuild, plan_build
 from captionlib.search.config import IndexConfig
 from captionlib.search.index_folder import IndexDescription, read_description
+from captionlib.storage.folders import Addresses
 from pipelines.run import RunConfig, choose_runner, run_pipeline
 
 __all__ = ["BuildIndex", "build_index"]

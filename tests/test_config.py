@@ -1,12 +1,14 @@
 import pickle
+from contextlib import suppress
 from dataclasses import field, replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
+from hypothesis import given, strategies as st
 from pydantic import PositiveInt
 
-from captionlib.config import configclass, describe_differences, load_config, to_dict
+from captionlib.config import configclass, describe_differences, load_config, parse_yaml, to_dict
 from captionlib.errors import ConfigError
 
 
@@ -49,7 +51,7 @@ def test_overrides_take_precedence_over_the_file(tmp_path: Path) -> None:
         (["name"], "expected key=value"),
         (["name.first=x", "name.last=y", "name=3"], "name"),
         (["inner=3"], "inner"),
-        (["limit=[1"], "not a YAML value"),
+        (["limit=[1"], "is not YAML"),
         (["optional.rat=1"], r"unknown key optional.rat \(did you mean optional.rate\?\)"),
         (["limit=true"], "^options: limit: expected a number, got True"),
         (["flip=1"], "^options: flip: expected true or false, got 1"),
@@ -137,3 +139,36 @@ def test_circular_extends_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "d.yaml").write_text("extends: none.yaml\n")
     with pytest.raises(ConfigError, match=r"none.yaml cannot be read"):
         load_config(Outer, tmp_path / "d.yaml")
+
+
+YAML_BOMBS = {
+    "aliases": "\n".join(["a0: &a0 [x, x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 50))]),
+    "cycle": "a: &a [*a]",
+    "depth": "a: " + "[" * 1000,
+    "mappings": "a: " + "{a: " * 1000,
+    "digits": f"a: {'9' * 5000}",
+    "date": "a: 2024-99-99",
+    "tag": "a: !!python/object/apply:os.system [true]",
+    "timestamp": "a: !!timestamp x",
+    "bool": "a: !!bool x",
+    "int": "a: !!int ''",
+    "key": "? {a: 1}\n: b",
+    "control": "a: \x07",
+}
+
+
+@pytest.mark.parametrize("text", YAML_BOMBS.values(), ids=YAML_BOMBS)
+def test_malicious_yaml_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "bomb.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"bomb.yaml is not YAML: ") as raised:
+        load_config(Outer, tmp_path / "bomb.yaml")
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 500
+
+
+@given(st.text(st.sampled_from("&*!|>%@`'\"#{}[],?:-~ \n\tab1.<=e_+")), st.sampled_from(["", "name: ", "limit: "]))
+def test_any_text_is_parsed_or_rejected(text: str, key: str) -> None:
+    with suppress(ConfigError):
+        parse_yaml(key + text, "options")
+    with suppress(ConfigError):
+        load_config(Outer, None, [f"name={text}"])

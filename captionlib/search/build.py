@@ -46,12 +46,9 @@ from captionlib.search.inputs import (
 from captionlib.search.rows import find_duplicate_id, number_rows, read_rows, write_rows
 from captionlib.search.text_index import write_text_index
 from captionlib.search.vector_index import add_vectors, merge_vectors, train_vectors
-from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, resolve_address
+from captionlib.storage.folders import TEMPORARY_FOLDER, Addresses, Folder, list_addresses, resolve_address
 
-__all__ = ["Addresses", "IndexBuild", "plan_build"]
-
-Addresses = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-"""The address of a dataset, or the addresses of several."""
+__all__ = ["IndexBuild", "plan_build"]
 
 _TRAINING_VECTORS_PER_LIST = 50
 _MIN_TRAINING_VECTORS = 20_000  # a product quantizer learns 256 codes per byte, regardless of the number of lists
@@ -69,6 +66,7 @@ class IndexBuild:
         base: the version of the index whose files are reused. If None, the index is built from scratch.
         added: positions in `shards` of the shards that `base` does not contain.
         removed: number of shards that only `base` contains.
+        pending: number of shards that are not finished. The index keeps the shards that `base` contains for them.
         layout: the Faiss index type of the embeddings; None for a text-only index.
         outgrown: the layout of the existing index if it is too small for the rows, so that centroids are trained again.
         replaced: the creation time of an existing index that is replaced even if its content is the same.
@@ -82,6 +80,7 @@ class IndexBuild:
     base: IndexDescription | None = None
     added: tuple[int, ...] = ()
     removed: int = 0
+    pending: int = 0
     layout: VectorLayout | None = None
     outgrown: VectorLayout | None = None
     replaced: str | None = None
@@ -276,9 +275,11 @@ class IndexBuild:
     def _trained(self) -> str:
         return self.base.trained if self.base else f"{self._temporary}/trained.faiss"
 
-    @property
+    @cached_property
     def _temporary(self) -> str:
-        return f"{TEMPORARY_FOLDER}/{self.fingerprint[:12]}"
+        # An interrupted build is resumed only if its partial indexes have the same centroids.
+        identity = {"fingerprint": self.fingerprint, "base": self.base and self.base.trained, "replaced": self.replaced}
+        return f"{TEMPORARY_FOLDER}/{hash_json(identity)[:12]}"
 
     def _partial(self, position: int) -> str:
         return f"{self._temporary}/{part_name(position)}.faiss"
@@ -307,8 +308,8 @@ def plan_build(
         DatasetError: a dataset is missing or has no complete shard, two do not match, or `output` has other files.
         FingerprintError: the index has different datasets or a different configuration, and `overwrite` is False.
     """
-    captions_datasets = tuple(open_dataset(address, "captions") for address in _to_list(captions))
-    embeddings_datasets = tuple(open_dataset(address, "embeddings") for address in _to_list(embeddings))
+    captions_datasets = tuple(open_dataset(address, "captions") for address in list_addresses(captions))
+    embeddings_datasets = tuple(open_dataset(address, "embeddings") for address in list_addresses(embeddings or []))
     if embeddings_datasets and len(embeddings_datasets) != len(captions_datasets):
         raise ConfigError(
             f"expected one embeddings dataset for each of {len(captions_datasets)} captions datasets, in the same "
@@ -317,20 +318,16 @@ def plan_build(
     build = IndexBuild(Folder(output), captions_datasets, embeddings_datasets, config)
     base = _read_base(build, overwrite)
     shards = _list_shards(build)
+    pending = sum(dataset.shards for dataset in captions_datasets) - len(shards)
     for captions_dataset, embeddings_dataset in zip(captions_datasets, embeddings_datasets, strict=False):
         check_datasets_match(captions_dataset, embeddings_dataset)
     _check_same_ranker(embeddings_datasets)
     if embeddings_datasets:
         _check_first_shard(build, shards[0])  # before workers start; `add_shard` checks the others
+    build = replace(build, pending=pending)
     if overwrite and base is not None:
         return _plan_shards(replace(build, replaced=base.created), None, shards)
-    return _plan_shards(build, base, shards)
-
-
-def _to_list(addresses: Addresses | None) -> list[str | os.PathLike[str]]:
-    if addresses is None:
-        return []
-    return [addresses] if isinstance(addresses, str | os.PathLike) else list(addresses)
+    return _plan_shards(build, base, _keep_unfinished(build, base, shards) if base else shards)
 
 
 def _read_base(build: IndexBuild, overwrite: bool) -> IndexDescription | None:
@@ -368,6 +365,20 @@ def _list_shards(build: IndexBuild) -> list[InputShard]:
             folders = f"both {captions.folder.uri} and {embeddings.folder.uri}" if embeddings else captions.folder.uri
             raise DatasetError(f"expected shards that are complete in {folders}, got none; finish writing them first")
     return shards
+
+
+def _keep_unfinished(build: IndexBuild, base: IndexDescription, shards: Sequence[InputShard]) -> list[InputShard]:
+    """Adds the shards of `base` that are just being written again, so that their images do not vanish until then."""
+    finished = {(shard.dataset, shard.shard) for shard in shards}
+    kept = [
+        InputShard(shard.dataset, shard.shard, shard.rows, shard.captions, shard.embeddings)
+        for shard in base.shards
+        if (shard.dataset, shard.shard) not in finished
+        and shard.dataset < len(build.captions)
+        and shard.shard < build.captions[shard.dataset].shards
+        and base.captions[shard.dataset].fingerprint == build.captions[shard.dataset].fingerprint
+    ]
+    return sorted([*shards, *kept], key=lambda shard: (shard.dataset, shard.shard))
 
 
 def _check_same_ranker(embeddings: Sequence[ShardedDataset]) -> None:

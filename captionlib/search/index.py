@@ -132,7 +132,7 @@ class Index:
         self._failure = ""
         self._checked = time.monotonic()
         self._state = self._read_state()
-        self._version = self._open_newest()
+        self._version = self._open(self._read_description())
 
     def __len__(self) -> int:
         return self.description.captions_count
@@ -154,7 +154,7 @@ class Index:
     def pin(self) -> "Index":
         """Returns an index that stays at the newest version, for several searches that must agree."""
         if self._refresh_seconds is not None and time.monotonic() >= self._checked + self._refresh_seconds:
-            self._try_refresh()
+            self.try_refresh()
         pinned = copy.copy(self)
         pinned._refresh_seconds = None
         return pinned
@@ -171,7 +171,7 @@ class Index:
         with self._refresh_lock:
             return self._refresh()
 
-    def _try_refresh(self) -> None:
+    def try_refresh(self) -> None:
         """Refreshes the index, unless another thread does. If it fails, logs a warning and keeps the open version."""
         if not self._refresh_lock.acquire(blocking=False):
             return
@@ -190,9 +190,11 @@ class Index:
         state = self._read_state()
         if state == self._state:
             return False
-        version = self._open_newest()
-        has_changed = version.description.created != self.description.created
-        self._version, self._state = version, state
+        description = self._read_description()
+        has_changed = description.created != self.description.created
+        if has_changed:
+            self._version = self._open(description)
+        self._state = state
         return has_changed
 
     def _read_state(self) -> str:
@@ -201,9 +203,8 @@ class Index:
         except (FileNotFoundError, NotADirectoryError):
             return ""
 
-    def _open_newest(self) -> _Version:
-        """Opens the newest version, and begins again if builds publish newer versions and remove its files."""
-        description = self._read_description()
+    def _open(self, description: IndexDescription) -> _Version:
+        """Opens a version, or a newer one if builds have removed its files in the meantime."""
         while True:
             try:
                 return _Version(description, fetch_locally(self._folder, description, self._cache))

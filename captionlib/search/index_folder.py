@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from captionlib.config import build_config, to_dict
-from captionlib.data.shards.markers import compute_checksum, to_json
+from captionlib.data.shards.markers import compute_checksum, from_json, to_json
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.search.config import IndexConfig, VectorLayout
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
@@ -178,7 +178,7 @@ def read_description(folder: Folder) -> IndexDescription | None:
     """
     address = folder.address(DESCRIPTION)
     try:
-        content: dict[str, Any] = json.loads(folder.read(DESCRIPTION))
+        content: dict[str, Any] = from_json(folder.read(DESCRIPTION))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:

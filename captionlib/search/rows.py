@@ -174,7 +174,9 @@ class CandidateStore:
         number = int(np.searchsorted(self._offsets, row, side="right")) - 1
         path, file = self._paths[number], self._files[number]
         if number not in self._checked and not hashlib.sha256(file).hexdigest().startswith(path.stem):
-            raise DatasetError(f"{path} is damaged: its content does not match its checksum; build the index again")
+            raise DatasetError(
+                f"{path} is damaged: its content does not match its checksum; build the index again with --overwrite"
+            )
         self._checked.add(number)
         position = row - int(self._offsets[number])
         reader = pa.ipc.open_file(file)

@@ -60,7 +60,10 @@ def train_vectors(layout: VectorLayout, sample: Vectors, path: Path) -> None:
     index.cp.spherical = True
     if isinstance(index, faiss.IndexIVFPQ):
         index.pq.cp.min_points_per_centroid = 1
-    index.train(np.ascontiguousarray(sample, np.float32))
+    missing = max(0, layout.nlist - len(sample))  # k-means needs a vector for each list; most images may have failed
+    random = np.random.default_rng(_SEED).normal(size=(missing, layout.dimension))
+    vectors = np.concatenate([sample, random / np.linalg.norm(random, axis=1, keepdims=True)])
+    index.train(np.ascontiguousarray(vectors, np.float32))
     faiss.write_index(index, str(path))
 
 

@@ -36,7 +36,13 @@ def read_state(name: str) -> Any:
     return Depends(read)
 
 
-Service = Annotated[SearchService, read_state("service")]
+async def _pin_service(request: Request) -> SearchService:
+    """Returns the service of a request, which sees one version of the index."""
+    service: SearchService = request.app.state.service
+    return service.pin()
+
+
+Service = Annotated[SearchService, Depends(_pin_service)]
 ThumbnailStore = Annotated[Thumbnails, read_state("thumbnails")]
 UploadQueue = Annotated[Uploads, read_state("uploads")]
 ImageId = Annotated[str, Query(alias="id", description="Id of the image; must match exactly.")]

@@ -70,6 +70,7 @@ def show_search(
     response = service.search(q, available_mode, (page - 1) * _PAGE_RESULTS, _PAGE_RESULTS, split)
     return pages.render(
         "results.html" if fragment else "search.html",
+        service=service,
         response=response,
         page=page,
         last_page=min(_LAST_PAGE, math.ceil((response.total or 0) / _PAGE_RESULTS)),
@@ -80,7 +81,7 @@ def show_search(
 
 @router.get("/image")
 def show_image(service: Service, pages: PageRenderer, image_id: ImageId) -> HTMLResponse:
-    return pages.render("image.html", image=service.get_image(image_id))
+    return pages.render("image.html", service=service, image=service.get_image(image_id))
 
 
 @router.get("/image-search")
@@ -103,6 +104,7 @@ async def show_image_search(
         preview = base64.b64encode(thumbnails.make(content, "large")).decode()
         return pages.render(
             "image_search.html",
+            service=service,
             response=response,
             preview_url=f"data:image/jpeg;base64,{preview}",
             name=image.filename or "Uploaded image",

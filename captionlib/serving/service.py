@@ -1,5 +1,7 @@
 """Search operations of the web application, independent of HTTP and shared by the pages and the JSON API."""
 
+import copy
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
@@ -30,10 +32,13 @@ MAX_OFFSET = 10_000
 
 _SIMILAR_IMAGES = 24
 _SIMILAR_SENTENCES = 10
+_REFRESH_SECONDS = 1.0
 
 
 class SearchService:
     """Searches an index by text and, with models, by image. Exiting the context closes the models.
+
+    In the context, the service changes to a new version of the index within seconds after a build publishes it.
 
     This class is thread-safe. If `models` is None, searching by image is disabled. Uploaded images are compared with
     `sentences` or, if it is empty, with the captions of similar images.
@@ -48,16 +53,33 @@ class SearchService:
     ) -> None:
         self.index = index
         self.config = config
-        self.splits = index.list_splits()
         self._models = models
         self._sentences = list(sentences)
+        self._stopped = threading.Event()
 
     def __enter__(self) -> "SearchService":
+        threading.Thread(target=self._keep_index_new, name="refresh index", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stopped.set()
         if self._models is not None:
             self._models.close()
+
+    def pin(self) -> "SearchService":
+        """Returns a service for one request, which uses one version of the index throughout."""
+        pinned = copy.copy(self)
+        pinned.index = self.index.pin()
+        return pinned
+
+    def _keep_index_new(self) -> None:
+        """Opens new versions of the index in the background, so that no request waits for it."""
+        while not self._stopped.wait(_REFRESH_SECONDS):
+            self.index.try_refresh()
+
+    @property
+    def splits(self) -> list[str]:
+        return self.index.list_splits()
 
     @property
     def modes(self) -> list[SearchMode]:

@@ -56,7 +56,7 @@ def load_app(config: AppConfig) -> FastAPI:
     _limit_allocator()
     limits = config.serving
     if config.ranker is None and config.captioner is None:
-        service = SearchService(open_index(config.index), limits)
+        service = SearchService(open_index(config.index, refresh_seconds=None), limits)
         return create_app(service, Path(config.thumbnails))
 
     from captionlib.models.checkpoints.checkpoint import load_ranker  # imports torch, which takes seconds
@@ -64,7 +64,7 @@ def load_app(config: AppConfig) -> FastAPI:
     from captionlib.search.models import ImageQueryModels, read_sentences
 
     ranker = load_ranker(config.ranker, config.device) if config.ranker else None
-    index = open_index(config.index, ranker)
+    index = open_index(config.index, ranker, refresh_seconds=None)
     sentences = read_sentences(config.sentences) if config.sentences else []
     decoding = DecoderConfig(timeout_seconds=limits.image_timeout_seconds, max_image_pixels=limits.max_image_pixels)
     generation = build_config(GenerationConfig, config.generation)

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,7 +26,18 @@ from captionlib.storage.file_systems import open_file_system
 from captionlib.storage.remote_errors import is_temporary_error
 from captionlib.storage.retries import RangedFile, call_with_retries, name_errors
 
-__all__ = ["TEMPORARY_FOLDER", "Folder", "resolve_address", "stage_file", "write_file"]
+__all__ = [
+    "TEMPORARY_FOLDER",
+    "Addresses",
+    "Folder",
+    "list_addresses",
+    "resolve_address",
+    "stage_file",
+    "write_file",
+]
+
+Addresses = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+"""A path or URL, or several."""
 
 TEMPORARY_FOLDER = "_temporary"
 
@@ -306,6 +317,11 @@ def _read_batch(fs: Any, paths: list[str]) -> tuple[list[bytes], list[str]]:
     if errors and (permanent or not contents):
         raise [*permanent, *errors.values()][0]
     return contents, list(errors)
+
+
+def list_addresses(addresses: Addresses) -> list[str | os.PathLike[str]]:
+    """Returns the addresses as a list, also if there is only one."""
+    return [addresses] if isinstance(addresses, str | os.PathLike) else list(addresses)
 
 
 def resolve_address(address: str | os.PathLike[str]) -> str:

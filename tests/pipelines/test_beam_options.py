@@ -37,7 +37,7 @@ def test_option_file_is_replaced_by_its_options(tmp_path: Path) -> None:
         ("runner: false\n", "runner is False; expected true or another value; set one, or remove the line"),
         ("runner:\n", "runner is None"),
         ("- --runner=x\n", "expected `option: value` lines, got list"),
-        ("a: [\n", "are not valid YAML"),
+        ("a: [\n", "is not YAML"),
     ],
 )
 def test_invalid_option_file_is_rejected(text: str, message: str, tmp_path: Path) -> None:

@@ -214,6 +214,15 @@ def test_index_that_outgrows_its_layout_is_rebuilt(tmp_path: Path) -> None:
     assert (build.base, len(build.added), description.vectors_count) == (None, 2, 205)
 
 
+def test_index_of_images_that_all_failed_has_no_rows(tmp_path: Path) -> None:
+    write_captions_dataset(str(tmp_path / "captions"), {0: []}, 1, {0: ["broken"]})
+    write_embeddings_dataset(str(tmp_path / "embeddings"), {0: []}, 1, {0: ["broken"]})
+    arguments = {"embeddings": tmp_path / "embeddings", "run": NO_PROGRESS}
+    build_index(tmp_path / "captions", tmp_path / "index", IndexConfig(vectors="sq8"), **arguments)  # type: ignore[arg-type]
+    index = open_index(tmp_path / "index", WordRanker())
+    assert index.search_text("dog").num_rows == index.search_sentence("dog").num_rows == index.sample().num_rows == 0
+
+
 def test_unsuitable_folders_are_rejected(tmp_path: Path) -> None:
     captions, embeddings = write_both(str(tmp_path), {})
     with pytest.raises(DatasetError, match="expected shards that are complete in both"):

@@ -57,7 +57,7 @@ def make_site(folder: Path, count: int = 60, config: ServingConfig | None = None
     build.add_shard(0)
     build.finish()
     ranker = make_ranker()
-    index = open_index(folder / "index", ranker)
+    index = open_index(folder / "index", ranker, refresh_seconds=None)
     limits = config or ServingConfig(allowed_hosts=("localhost", "127.0.0.1", "testserver"))
     decoding = DecoderConfig(max_image_pixels=limits.max_image_pixels)
     models = ImageQueryModels(ranker, device="cpu", decoding=decoding) if with_models else None

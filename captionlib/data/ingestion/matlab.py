@@ -1,8 +1,9 @@
 """Reads columns of matrices in MATLAB files, with SciPy up to version 7 and with h5py for version 7.3 (HDF5)."""
 
+import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,11 @@ __all__ = ["Matrix", "open_matrix"]
 
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _HDF5_OFFSET = 512  # MATLAB writes its own header before the HDF5 data
+_MAX_COMPRESSION = 100  # zlib compresses zeros 1,000 times; real features, at most a few times
+_SCIPY_TYPES = {"double": 8, "single": 4, "int64": 8, "uint64": 8, "int32": 4, "uint32": 4, "int16": 2, "uint16": 2} | {
+    "int8": 1,
+    "uint8": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -67,13 +73,15 @@ def open_matrix(address: str, name: str) -> Iterator[Matrix]:
 def _open_scipy(path: Path, address: str, name: str) -> Iterator[Matrix]:
     import scipy.io
 
-    try:
-        names = [variable for variable, _, _ in scipy.io.whosmat(path)]
-        values = scipy.io.loadmat(path, variable_names=[name]).get(name)
-    except Exception as error:  # SciPy raises various exceptions on damaged files
-        raise DatasetError(f"{address} cannot be read as a MATLAB file: {error or repr(error)}") from error
-    if values is None or not isinstance(values, np.ndarray):
-        raise _matrix_error(address, name, f"the variables {', '.join(names)}" if values is None else "another type")
+    with _raise_dataset_errors(address):
+        variables = {variable: (shape, kind) for variable, shape, kind in scipy.io.whosmat(path)}
+        if name not in variables:
+            raise _matrix_error(address, name, f"the variables {', '.join(variables)}")
+        shape, kind = variables[name]
+        if kind not in _SCIPY_TYPES:
+            raise _matrix_error(address, name, f"shape {list(shape)} and type {kind}")
+        _check_size(shape, _SCIPY_TYPES[kind], path, address)
+        values = scipy.io.loadmat(path, variable_names=[name])[name]
     _check_matrix(values, address, name)
     yield Matrix(values.shape[0], values.shape[1], lambda indices: values[:, indices].T)
 
@@ -82,17 +90,38 @@ def _open_scipy(path: Path, address: str, name: str) -> Iterator[Matrix]:
 def _open_hdf5(path: Path, address: str, name: str) -> Iterator[Matrix]:
     import h5py
 
-    try:
+    with _raise_dataset_errors(address):
         file = h5py.File(path, "r")
-    except OSError as error:
-        raise DatasetError(f"{address} cannot be read as a MATLAB file: {error}") from error
     with file:
-        values = file.get(name)
-        if not isinstance(values, h5py.Dataset):
-            raise _matrix_error(address, name, f"the variables {', '.join(file)}" if values is None else "another type")
-        _check_matrix(values, address, name)
+        with _raise_dataset_errors(address):
+            link = file.get(name, getlink=True)
+            if link is not None and not isinstance(link, h5py.HardLink):
+                raise _matrix_error(address, name, "a link")
+            values = file.get(name)
+            if not isinstance(values, h5py.Dataset):
+                got = f"the variables {', '.join(file)}" if values is None else "another type"
+                raise _matrix_error(address, name, got)
+            if values.is_virtual or values.external:
+                raise _matrix_error(address, name, "one that is stored in other files")
+            _check_matrix(values, address, name)
+            _check_size(values.shape, values.dtype.itemsize, path, address)
+
+        def read_columns(indices: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
+            with _raise_dataset_errors(address):
+                return _read_rows(values, indices)
+
         # MATLAB stores matrices by column, so that the HDF5 matrix is the transpose.
-        yield Matrix(values.shape[1], values.shape[0], lambda indices: _read_rows(values, indices))
+        yield Matrix(values.shape[1], values.shape[0], read_columns)
+
+
+@contextmanager
+def _raise_dataset_errors(address: str) -> Iterator[None]:
+    try:
+        yield
+    except DatasetError:
+        raise
+    except Exception as error:  # SciPy and h5py raise various exceptions on damaged files
+        raise DatasetError(f"{address} cannot be read as a MATLAB file: {error or repr(error)}") from error
 
 
 def _read_rows(values: Any, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
@@ -105,6 +134,16 @@ def _read_rows(values: Any, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.fl
 def _check_matrix(values: Any, address: str, name: str) -> None:
     if len(values.shape) != 2 or values.dtype.kind not in "fiu":
         raise _matrix_error(address, name, f"shape {list(values.shape)} and type {values.dtype}")
+
+
+def _check_size(shape: Sequence[int], item_bytes: int, path: Path, address: str) -> None:
+    """Rejects matrices whose declared size has no relation to the size of the file, before memory is allocated."""
+    declared, size = math.prod(map(int, shape)) * item_bytes, path.stat().st_size
+    if declared > _MAX_COMPRESSION * size:
+        raise DatasetError(
+            f"{address}: expected a matrix of at most {_MAX_COMPRESSION} times the {size:,} bytes of the file, got "
+            f"shape {list(shape)}, {declared:,} bytes; save it again without compression"
+        )
 
 
 def _matrix_error(address: str, name: str, got: str) -> DatasetError:

@@ -125,7 +125,7 @@ def prepare(
         config: conversion options.
         overwrite: replace an existing manifest by a new one instead of updating it.
         dry_run: compare the sources with the manifest without writing anything.
-        report: called with the numbers of changes before anything is written.
+        report: called with the numbers of changes before an existing manifest is updated.
         progress: show a progress bar.
 
     Raises:
@@ -148,7 +148,6 @@ def prepare(
         check_unique_ids(staged)
         if existing is None or overwrite or not existing.is_complete():
             changes = Changes(staged.rows, 0, 0, 0)
-            report(changes)
             shards = _create(output, staged, config.shard_size or _DEFAULT_SHARD_SIZE, existing, dry_run)
             updated = False
         else:

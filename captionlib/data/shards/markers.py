@@ -30,6 +30,7 @@ __all__ = [
     "decode_record",
     "decode_totals",
     "encode_record",
+    "from_json",
     "part_name",
     "sum_markers",
     "to_json",
@@ -37,14 +38,15 @@ __all__ = [
 
 DESCRIPTION_FILE = "_dataset.json"
 SUCCESS_FILE = "_SUCCESS"
-MARKERS_FOLDER = "_shards"
-FAILURES_FOLDER = "_failures"
+MARKERS_FOLDER = "__shards"
+FAILURES_FOLDER = "__failures"
 JOURNAL_FILE = "_update.json"
-UPDATE_FOLDER = "_update"
+UPDATE_FOLDER = "__update"
 
 BLOCK_BYTES = 256 << 10
 """Size of the blocks of a data file that are verified one by one. Readers of one column read only its blocks."""
 
+_MAX_JSON_DEPTH = 100
 _RECORD_CHECKSUM = "crc32"
 
 
@@ -202,6 +204,25 @@ def to_json(content: Mapping[str, Any] | Sequence[Any]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def from_json(content: str | bytes) -> Any:
+    """Decodes JSON.
+
+    Raises:
+        ValueError: the content is not JSON, or is nested more than 100 levels deep.
+    """
+    try:
+        value = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    level = [value]
+    for _ in range(_MAX_JSON_DEPTH):
+        nested = (node.values() if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list)))
+        level = [child for children in nested for child in children if isinstance(child, (dict, list))]
+        if not level:
+            return value
+    raise ValueError("nested too deeply")
+
+
 def encode_record(content: Mapping[str, Any]) -> bytes:
     """Encodes values as JSON with a checksum of their own; see `decode_record`."""
     return to_json({**content, _RECORD_CHECKSUM: _compute_record_checksum(content)})
@@ -213,10 +234,7 @@ def decode_record(content: bytes) -> dict[str, Any]:
     Raises:
         ValueError: the content is not a JSON object, or differs from its checksum.
     """
-    try:
-        record = json.loads(content)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+    record = from_json(content)
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, got {type(record).__name__}")
     expected = record.pop(_RECORD_CHECKSUM, None)

@@ -24,7 +24,7 @@ class LanguageModelConfig:
     """
 
     cell: Literal["lstm", "rnn"] = "lstm"
-    layers: PositiveInt = 1
+    layers: Annotated[int, Field(ge=1, le=100)] = 1
     hidden_size: PositiveInt = 512
     embedding_size: PositiveInt = 512
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from captionlib.config import build_config, to_dict
 from captionlib.data.batches.captions import pool_map
@@ -312,12 +312,15 @@ def _load(
             feature_size = int(architecture.pop("feature_size"))
             config = build_config(config_type, architecture, origin="architecture")
             vocabulary = Vocabulary.from_dict(identity["vocabulary"])
+            with torch.device("meta"):  # allocates no memory, whatever sizes the configuration asks for
+                _check_shapes(build(config, feature_size, len(vocabulary), identity), checkpoint.tensors)
             model = build(config, feature_size, len(vocabulary), identity)
             model.load_state_dict(checkpoint.tensors)
             encoder = dict(identity.get("encoder", {}))
             attributes = {name: identity[name] for name in extra}
     except (ConfigError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise damaged_error(open_folder(folder), f"{type(error).__name__}: {error}") from error
+        reason, _, _ = str(error).partition("\n")  # PyTorch's messages may end with a stack trace
+        raise damaged_error(open_folder(folder), f"{type(error).__name__}: {reason}") from error
     return {
         "kind": kind,
         "model": model.to(target).eval(),
@@ -330,6 +333,14 @@ def _load(
         "fingerprint": checkpoint.fingerprint,
         **attributes,
     }
+
+
+def _check_shapes(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    got = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted({**expected, **got}):
+        if expected.get(name) != got.get(name):
+            raise ValueError(f"{name}: expected shape {expected.get(name)}, got {got.get(name)}")
 
 
 def _to_json(values: Mapping[str, Any]) -> Any:

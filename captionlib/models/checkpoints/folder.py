@@ -10,7 +10,6 @@
 """
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from captionlib import __version__
-from captionlib.data.shards.markers import compute_fingerprint, to_json
+from captionlib.data.shards.markers import compute_fingerprint, decode_record, encode_record, to_json
 from captionlib.errors import CheckpointError
 from captionlib.storage.folders import Folder
 
@@ -101,7 +100,7 @@ def write_checkpoint(
         "provenance": provenance,
         **identity,
     }
-    files = {CONFIG: to_json(config), TRAINING: to_json(training), ENCODER: encoder_weights, WEIGHTS: weights}
+    files = {CONFIG: encode_record(config), TRAINING: to_json(training), ENCODER: encoder_weights, WEIGHTS: weights}
     target = open_folder(folder)
     with ExitStack() as stack:  # exits in reverse order, so CONFIG is renamed last
         for name, content in files.items():
@@ -200,13 +199,11 @@ def damaged_error(folder: Folder, reason: str) -> CheckpointError:
 
 def _read_json(folder: Folder, name: str) -> dict[str, Any] | None:
     try:
-        content = json.loads(folder.read(name))
+        content = decode_record(folder.read(name))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise damaged_error(folder, f"{name} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise damaged_error(folder, f"{name}: expected a mapping, got {type(content).__name__}")
+        raise damaged_error(folder, f"{name}: {error}") from error
     return content
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captionlib.data.arrays import numpy_to_vectors, vectors_to_numpy
-from captionlib.data.shards.markers import compute_fingerprint
+from captionlib.data.shards.markers import compute_fingerprint, from_json
 from captionlib.errors import CheckpointError
 from captionlib.models.checkpoints.checkpoint import LoadedCaptioner
 from captionlib.models.checkpoints.folder import DATASTORE, FolderLike, open_folder
@@ -178,7 +178,7 @@ def _open(folder: FolderLike, captioner: LoadedCaptioner) -> Iterator[tuple[pq.P
     try:
         with content:
             file = pq.ParquetFile(content)
-            origin = json.loads(file.schema_arrow.metadata[b"captionlib"])
+            origin = from_json(file.schema_arrow.metadata[b"captionlib"])
             if origin["captioner"] != captioner.fingerprint:
                 raise CheckpointError(
                     f"{source.address(DATASTORE)}: expected the datastore for captioner {captioner.fingerprint}, "

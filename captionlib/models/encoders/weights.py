@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -17,8 +17,9 @@ from fsspec.implementations.cached import SimpleCacheFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
-from captionlib.data.images.decoding import Preprocessing
-from captionlib.errors import ConfigError
+from captionlib.data.images.decoding import DecodeScale, Preprocessing
+from captionlib.data.shards.markers import from_json
+from captionlib.errors import CaptionlibError, ConfigError
 from captionlib.storage.file_systems import open_file_system
 
 __all__ = [
@@ -96,12 +97,14 @@ def sample_weights(network: nn.Module, weights: str) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
 
-def resolve_preprocessing(model: str, weights: str, resize_size: int | None = None) -> Preprocessing:
+def resolve_preprocessing(
+    model: str, weights: str, resize_size: int | None = None, decode_scale: DecodeScale | None = None
+) -> Preprocessing:
     """Returns the preprocessing that a model needs with these weights.
 
     It is taken from the header of a weights file, from torchvision's named weights, or otherwise from the model's
     default weights. `load_weights` lists the possible values of `weights`. `resize_size` overrides the length of the
-    image's shorter side in pixels.
+    image's shorter side in pixels, and `decode_scale` overrides how JPEG files are decoded.
 
     Raises:
         ConfigError: the weights file cannot be read.
@@ -117,7 +120,11 @@ def resolve_preprocessing(model: str, weights: str, resize_size: int | None = No
             mean=tuple(preset.mean),
             std=tuple(preset.std),
         )
-    return replace(preprocessing, resize_size=resize_size or preprocessing.resize_size)
+    return replace(
+        preprocessing,
+        resize_size=resize_size or preprocessing.resize_size,
+        decode_scale=decode_scale or preprocessing.decode_scale,
+    )
 
 
 def find_class_names(model: str, count: int) -> list[str]:
@@ -148,7 +155,7 @@ def _read_preprocessing(weights: str) -> Preprocessing | None:
         text = (file.metadata() or {}).get(_PREPROCESSING)
         if text is None:
             return None
-        values = json.loads(text)
+        values = from_json(text)
         return Preprocessing(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
 
@@ -174,6 +181,8 @@ def _read_file(address: str, names: set[str]) -> Mapping[str, Tensor]:
         if address.endswith(".safetensors"):
             with safetensors.safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys() if name in names}  # noqa: SIM118
+        if zipfile.is_zipfile(path) and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
+            raise ConfigError(f"weights {address}: expected a file of torch.save, got one with compressed entries")
         tensors: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ConfigError(
@@ -190,15 +199,9 @@ def _open_local(address: str) -> Iterator[str]:
         if not Path(path).is_file():
             raise ConfigError(f"weights {address}: file not found")
         yield path
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        KeyError,
-        pickle.UnpicklingError,
-        safetensors.SafetensorError,
-    ) as error:
+    except CaptionlibError:
+        raise
+    except Exception as error:  # PyTorch raises various exceptions on damaged files
         # An untrusted checkpoint may set the address, so the message must omit `error`, which may quote the file.
         reason = getattr(error, "strerror", None) or f"damaged or in an unknown format ({type(error).__name__})"
         raise ConfigError(f"weights {address} cannot be read: {reason}") from error

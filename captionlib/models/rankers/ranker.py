@@ -50,7 +50,7 @@ class RankerConfig:
 
     sentence_encoder: Literal["lstm", "gru", "mean"] = "gru"
     bidirectional: bool = False
-    layers: PositiveInt = 1
+    layers: Annotated[int, Field(ge=1, le=100)] = 1
     hidden_size: PositiveInt = 512
     embedding_size: PositiveInt = 300
     joint_embedding_size: PositiveInt = 512

@@ -1,56 +1,93 @@
-"""A read-only file system for DuckDB that contains only the files of one dataset."""
+"""A read-only file system for DuckDB that contains only the files of the queried datasets."""
 
+import os
+import threading
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, NamedTuple
 
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from captionlib.storage.retries import RangedFile, call_with_retries
 
-__all__ = ["DatasetFileSystem"]
+__all__ = ["DatasetFile", "DatasetFileSystem"]
+
+_MAX_OPEN_FILES = 512  # operating systems often allow a process 1,024
+
+
+class DatasetFile(NamedTuple):
+    """A file system, and the path of a file in it."""
+
+    fs: Any
+    path: str
 
 
 class DatasetFileSystem(AbstractFileSystem):  # type: ignore[misc]
-    """Exposes the given files of an underlying file system under new names, read-only.
+    """Exposes the given files of other file systems under new names, read-only.
 
     DuckDB reads `dataset://captions/part-00000.parquet`, wherever the file is stored. It cannot write files or list
-    folders, and does not interpret characters of the actual path as a glob pattern.
+    folders, and does not interpret characters of the actual path as a glob pattern. DuckDB opens a file several times
+    in one query. A local file is opened only once, so that the query reads one version of it, even if it is replaced.
     """
 
     protocol = "dataset"
     cachable = False
 
-    def __init__(self, fs: Any, paths: Mapping[str, str]) -> None:
-        """Exposes `paths`, a mapping of names to paths in `fs`."""
+    def __init__(self, files: Mapping[str, DatasetFile]) -> None:
+        """Exposes files by name."""
         super().__init__()
-        self._fs = fs
-        self._paths = {f"{self.protocol}://{name}": path for name, path in paths.items()}
+        self._files = {f"{self.protocol}://{name}": file for name, file in files.items()}
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Closes the local files. They cannot be read afterwards."""
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
 
     @property
     def addresses(self) -> list[str]:
         """The addresses under which DuckDB opens the files."""
-        return list(self._paths)
+        return list(self._files)
 
     def open(self, path: str, mode: str = "rb", **_options: Any) -> RangedFile:
         if mode not in ("r", "rb"):
             raise PermissionError(f"{path}: the dataset is read-only")
-        return RangedFile(self._fs, self._resolve(path))  # also if local: DuckDB reads one file from several threads
+        fs, actual = self._resolve(path)
+        descriptor = self._open_once(fs, actual)
+        return RangedFile(fs, actual) if descriptor is None else _OpenFile(fs, actual, descriptor)
+
+    def _open_once(self, fs: Any, path: str) -> int | None:
+        """Returns the descriptor of a local file, or None if the file is remote or too many files are open."""
+        with self._lock:
+            if path not in self._descriptors:
+                if not isinstance(fs, LocalFileSystem) or len(self._descriptors) >= _MAX_OPEN_FILES:
+                    return None
+                self._descriptors[path] = os.open(path, os.O_RDONLY)
+            return self._descriptors[path]
 
     def info(self, path: str, **_options: Any) -> dict[str, Any]:
-        actual = self._resolve(path)
-        return {"name": path, "type": "file", "size": call_with_retries(actual, lambda: self._fs.size(actual))}
+        fs, actual = self._resolve(path)
+        descriptor = self._open_once(fs, actual)
+        if descriptor is None:
+            size = call_with_retries(actual, lambda: fs.size(actual))
+        else:
+            size = os.fstat(descriptor).st_size
+        return {"name": path, "type": "file", "size": size}
 
     def exists(self, path: str, **_options: Any) -> bool:
-        return self._to_address(path) in self._paths
+        return self._to_address(path) in self._files
 
     def glob(self, path: str, **_options: Any) -> list[str]:
         return [path] if self.exists(path) else []
 
     def modified(self, path: str) -> datetime:
-        actual = self._resolve(path)
+        fs, actual = self._resolve(path)
         try:
-            modified: datetime = call_with_retries(actual, lambda: self._fs.modified(actual))
+            modified: datetime = call_with_retries(actual, lambda: fs.modified(actual))
         except NotImplementedError:
             return datetime.fromtimestamp(0, timezone.utc)
         return modified
@@ -58,8 +95,20 @@ class DatasetFileSystem(AbstractFileSystem):  # type: ignore[misc]
     def _to_address(self, path: str) -> str:
         return path if "://" in path else f"{self.protocol}://{path}"
 
-    def _resolve(self, path: str) -> str:
+    def _resolve(self, path: str) -> DatasetFile:
         try:
-            return self._paths[self._to_address(path)]
+            return self._files[self._to_address(path)]
         except KeyError:
             raise FileNotFoundError(f"{path} is not a file of the dataset") from None
+
+
+class _OpenFile(RangedFile):
+    """A local file that is already open."""
+
+    def __init__(self, fs: Any, path: str, descriptor: int) -> None:
+        super().__init__(fs, path)
+        self._descriptor = descriptor
+        self._size = os.fstat(descriptor).st_size
+
+    def _read_range(self, start: int, end: int) -> bytes:
+        return os.pread(self._descriptor, end - start, start)

@@ -15,7 +15,7 @@ _WORD_END = r"(?:$|[^\pL\pN\pM])"
 
 
 def find_image(session: SqlSession, image_id: str) -> pa.Table:
-    """Returns the row of one image, from a dataset of any kind.
+    """Returns the row of one image, from a dataset of any kind; from several datasets, the row in each.
 
     Bloom filters in the Parquet files let DuckDB skip most row groups.
 
@@ -26,7 +26,7 @@ def find_image(session: SqlSession, image_id: str) -> pa.Table:
     rows = session.query(f'SELECT * FROM "{view}" WHERE image_id = ?', [image_id])
     if rows.num_rows:
         return rows
-    folder = session.dataset.folder.uri
+    folder = session.folders
     failures = session.query("SELECT stage, error, message FROM failures WHERE image_id = ?", [image_id])
     for failure in failures.to_pylist():
         reason = f"{failure['error']}: {failure['message']}"
@@ -81,5 +81,5 @@ def _stream_captions(session: SqlSession, where: str, parameters: list[str], lim
 def _require_captions(session: SqlSession) -> None:
     if session.view != "captions":
         raise QueryError(
-            f"{session.dataset.folder.uri}: expected a dataset of kind captions, got {session.view}; query it with SQL"
+            f"{session.folders}: expected a dataset of kind captions, got {session.view}; query it with SQL"
         )

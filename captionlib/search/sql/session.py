@@ -1,6 +1,5 @@
 """Opens a dataset for SQL in a DuckDB connection that cannot change the dataset or access anything else."""
 
-import os
 import signal
 import tempfile
 import threading
@@ -18,8 +17,9 @@ from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.shards.markers import FAILURES_FOLDER, part_name
 from captionlib.data.shards.schemas import FAILURES_SCHEMA
 from captionlib.errors import ConfigError, QueryError
-from captionlib.search.sql.file_system import DatasetFileSystem
+from captionlib.search.sql.file_system import DatasetFile, DatasetFileSystem
 from captionlib.search.sql.statements import check_reads_only, describe_error
+from captionlib.storage.folders import Addresses, list_addresses
 
 __all__ = ["SqlLimits", "SqlSession", "connect", "lock_connection", "open_sql", "query_sql"]
 
@@ -63,15 +63,16 @@ class SqlLimits:
 
 
 class SqlSession:
-    """A dataset opened for SQL by `open_sql`.
+    """One or more datasets of a kind, opened for SQL by `open_sql`.
 
     Attributes:
-        view: the name of the view over the rows, which is the kind of the dataset, such as `captions`.
+        view: the name of the view over the rows, which is the kind of the datasets, such as `captions`.
+        folders: the addresses of the datasets, for messages.
     """
 
-    def __init__(self, connection: duckdb.DuckDBPyConnection, dataset: ShardedDataset) -> None:
-        self.dataset = dataset
-        self.view = dataset.kind
+    def __init__(self, connection: duckdb.DuckDBPyConnection, datasets: Sequence[ShardedDataset]) -> None:
+        self.view = datasets[0].kind
+        self.folders = " and ".join(dataset.folder.uri for dataset in datasets)
         self._connection = connection
 
     def stream(self, sql: str, parameters: Sequence[Any] = ()) -> pa.RecordBatchReader:
@@ -99,34 +100,48 @@ class SqlSession:
 
 
 @contextmanager
-def open_sql(
-    folder: str | os.PathLike[str], kind: str | None = None, limits: SqlLimits = SqlLimits()
-) -> Iterator[SqlSession]:
-    """Opens a dataset for SQL, with its rows in a view named after its kind, such as `captions`.
+def open_sql(folders: Addresses, kind: str | None = None, limits: SqlLimits = SqlLimits()) -> Iterator[SqlSession]:
+    """Opens one or more datasets of a kind for SQL, with all rows in a view named after the kind, such as `captions`.
 
     The view `failures` contains the images that could not be processed. A dataset can be queried while it is being
-    written, because the views contain only complete shards.
+    written, because the views contain only complete shards. An image that is in several datasets has several rows.
 
     Raises:
-        DatasetError: the folder is not a dataset of the given kind.
+        DatasetError: a folder is not a dataset of the given kind, or the kinds differ.
         ConfigError: DuckDB rejects the limits.
     """
-    dataset = open_dataset(folder, kind)
-    parts, failures = _list_files(dataset)
-    with tempfile.TemporaryDirectory(prefix="captionlib-") as spill, closing(connect(limits, spill)) as connection:
-        files = DatasetFileSystem(dataset.folder.fs, {**parts, **failures})
+    datasets = _open_datasets(folders, kind)
+    parts: dict[str, DatasetFile] = {}
+    failures: dict[str, DatasetFile] = {}
+    for number, dataset in enumerate(datasets):
+        prefix = f"{number}/" if len(datasets) > 1 else ""
+        for target, (folder, paths) in zip((parts, failures), _list_files(dataset).items(), strict=True):
+            for name, path in paths.items():
+                target[f"{folder}/{prefix}{name}"] = DatasetFile(dataset.folder.fs, path)
+    with (
+        tempfile.TemporaryDirectory(prefix="captionlib-") as spill,
+        closing(DatasetFileSystem({**parts, **failures})) as files,
+        closing(connect(limits, spill)) as connection,
+    ):
         connection.register_filesystem(files)
         lock_connection(connection, files.addresses)
-        _create_view(connection, dataset.kind, files.addresses[: len(parts)], dataset.schema)
-        _create_view(connection, "failures", files.addresses[len(parts) :], FAILURES_SCHEMA)
+        schemas = [dataset.schema for dataset in datasets]
+        _create_view(connection, datasets[0].kind, files.addresses[: len(parts)], schemas)
+        _create_view(connection, "failures", files.addresses[len(parts) :], [FAILURES_SCHEMA])
         with _interrupt_on_ctrl_c(connection):
-            yield SqlSession(connection, dataset)
+            yield SqlSession(connection, datasets)
 
 
-def query_sql(
-    folder: str | os.PathLike[str], sql: str, parameters: Sequence[Any] = (), limits: SqlLimits = SqlLimits()
-) -> pa.Table:
-    """Runs one SELECT over a dataset and returns all its rows.
+def _open_datasets(folders: Addresses, kind: str | None) -> list[ShardedDataset]:
+    datasets: list[ShardedDataset] = []
+    for folder in list_addresses(folders):
+        # A dataset of a different kind than the first is an error.
+        datasets.append(open_dataset(folder, datasets[0].kind if datasets else kind))
+    return datasets
+
+
+def query_sql(folder: Addresses, sql: str, parameters: Sequence[Any] = (), limits: SqlLimits = SqlLimits()) -> pa.Table:
+    """Runs one SELECT over a dataset, or over several of the same kind, and returns all its rows.
 
     The query runs in this process, without a time limit, and some functions of DuckDB exceed the memory limit. For
     untrusted SQL, use the command `captionlib query`, which runs it in a process that it can kill.
@@ -136,7 +151,7 @@ def query_sql(
         [{'images': 26}]
 
     Args:
-        folder: the dataset. The query refers to it by its kind, such as `captions`.
+        folder: the dataset, or several. The query refers to them by their kind, such as `captions`.
         sql: the statement.
         parameters: values for the placeholders (`?`) of the statement.
         limits: limits on memory, threads and temporary disk space.
@@ -174,20 +189,27 @@ def lock_connection(connection: duckdb.DuckDBPyConnection, addresses: Sequence[s
     connection.execute("SET lock_configuration = true")
 
 
-def _list_files(dataset: ShardedDataset) -> tuple[dict[str, str], dict[str, str]]:
+def _list_files(dataset: ShardedDataset) -> dict[str, dict[str, str]]:
     """Returns the names and paths of the data files and of the failure files of all complete shards."""
     done = range(dataset.shards) if dataset.is_complete() else sorted(dataset.read_markers())
     failure_files = set(dataset.folder.list(FAILURES_FOLDER))
-    parts = {f"{dataset.kind}/{part_name(shard)}.parquet": dataset.part_path(shard) for shard in done}
-    names = [name for shard in done if (name := f"{part_name(shard)}.parquet") in failure_files]
-    return parts, {f"failures/{name}": dataset.folder.path(f"{FAILURES_FOLDER}/{name}") for name in names}
+    names = [f"{part_name(shard)}.parquet" for shard in done]
+    failed = [name for name in names if name in failure_files]
+    return {
+        dataset.kind: {name: dataset.folder.path(name) for name in names},
+        "failures": {name: dataset.folder.path(f"{FAILURES_FOLDER}/{name}") for name in failed},
+    }
 
 
-def _create_view(connection: duckdb.DuckDBPyConnection, name: str, addresses: Sequence[str], schema: pa.Schema) -> None:
+def _create_view(
+    connection: duckdb.DuckDBPyConnection, name: str, addresses: Sequence[str], schemas: Sequence[pa.Schema]
+) -> None:
     if addresses:
-        connection.read_parquet(list(addresses)).create_view(name)
+        # If one dataset lacks a column of another, DuckDB must read the columns of all files to match them by name.
+        is_same = all(schema.names == schemas[0].names for schema in schemas)
+        connection.read_parquet(list(addresses), union_by_name=not is_same).create_view(name)
     else:
-        connection.register(name, schema.empty_table())
+        connection.register(name, schemas[0].empty_table())
 
 
 @contextmanager

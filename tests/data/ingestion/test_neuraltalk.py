@@ -1,4 +1,5 @@
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.io
 
+from captionlib.data.ingestion.matlab import open_matrix
 from captionlib.data.ingestion.neuraltalk import ImportConfig, import_features
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.errors import ConfigError, DatasetError, DuplicateIdError, FingerprintError
@@ -156,3 +158,54 @@ def test_import_rejects_captions_that_are_not_unicode(tmp_path: Path) -> None:
     path = write_json(tmp_path, [0], sentences=[{"raw": "a \ud83d dog"}])
     with pytest.raises(DatasetError, match=r"images\[0\]: expected valid Unicode, got lone surrogates"):
         import_features(path, write_mat(tmp_path, "5"), tmp_path / "features")
+
+
+def import_matrix(folder: Path) -> None:
+    import_features(write_json(folder, [0]), folder / "vgg_feats.mat", folder / "features")
+
+
+@pytest.mark.parametrize("version", ["5", "7.3"])
+def test_matrix_much_larger_than_its_file_is_rejected(tmp_path: Path, version: str) -> None:
+    if version == "5":
+        scipy.io.savemat(tmp_path / "vgg_feats.mat", {"feats": np.zeros((4096, 1000))}, do_compression=True)
+    else:
+        with h5py.File(tmp_path / "vgg_feats.mat", "w") as file:
+            file.create_dataset("feats", (10**6, 10**7), "f4", chunks=(1000, 1000), compression="gzip")
+    with pytest.raises(DatasetError, match=r"at most 100 times the .* bytes of the file, got shape"):
+        import_matrix(tmp_path)
+
+
+def test_compressed_features_are_accepted(tmp_path: Path) -> None:
+    scipy.io.savemat(tmp_path / "vgg_feats.mat", {"feats": np.arange(400.0).reshape(100, 4)}, do_compression=True)
+    import_matrix(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["external link", "soft link", "virtual", "external"])
+def test_hdf5_that_refers_to_other_files_is_rejected(tmp_path: Path, kind: str) -> None:
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["feats"] = FEATURES.T
+    with h5py.File(tmp_path / "vgg_feats.mat", "w") as file:
+        if kind == "external link":
+            file["feats"] = h5py.ExternalLink(str(tmp_path / "other.h5"), "feats")
+        elif kind == "soft link":
+            file["feats"] = h5py.SoftLink("/feats")
+        elif kind == "virtual":
+            layout = h5py.VirtualLayout(FEATURES.T.shape, FEATURES.dtype)
+            layout[:] = h5py.VirtualSource(str(tmp_path / "other.h5"), "feats", FEATURES.T.shape)
+            file.create_virtual_dataset("feats", layout)
+        else:
+            file.create_dataset("feats", (4, 4), "f4", external=[(str(tmp_path / "other.h5"), 0, 64)])
+    with pytest.raises(DatasetError, match=r"expected a numeric matrix named feats, got (a link|one that is stored)"):
+        import_matrix(tmp_path)
+
+
+def test_damaged_hdf5_is_one_error(tmp_path: Path) -> None:
+    path = write_mat(tmp_path, "7.3")
+    content, random = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(content[: random.integers(len(content)) or None] if random.random() < 0.3 else content)
+        for position in random.integers(len(damaged), size=random.integers(1, 20)):
+            damaged[position] = random.integers(256)
+        path.write_bytes(damaged)
+        with suppress(DatasetError), open_matrix(str(path), "feats") as matrix:
+            matrix.read_columns(np.arange(min(matrix.columns, 3)))

@@ -206,7 +206,7 @@ def test_tied_embeddings_are_weights_of_softmax() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": 0}, "layers: Input should be greater than 0, got 0"),
+        ({"layers": 0}, "layers: Input should be greater than or equal to 1, got 0"),
         ({"feature_power": 0.0}, "feature_power: Input should be greater than 0, got 0.0"),
         ({"dropout": 1.0}, "dropout: Input should be less than 1, got 1.0"),
         ({"embedding_size": 300, "tie_embeddings": True}, "embedding_size = hidden_size, got 300 and 512"),

@@ -1,5 +1,6 @@
 import dataclasses
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import fsspec
 import numpy as np
@@ -12,7 +13,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from captionlib.errors import CaptionlibError, ConfigError, DatasetError
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import EncoderConfig, PendingFeatures, load_encoder
-from captionlib.models.encoders.weights import hash_weights, sample_weights
+from captionlib.models.encoders.weights import _read_file, hash_weights, sample_weights, serialize_weights
 from captionlib.models.inference.extraction import load_shared_encoder
 
 SMALL = EncoderConfig("squeezenet1_1", "features.4.cat", "random:0", stored_dtype="float32")
@@ -154,6 +155,18 @@ def test_preprocessing_comes_from_the_weights() -> None:
     )
 
 
+def test_decode_scale_is_part_of_the_description_and_the_weights_file(tmp_path: Path) -> None:
+    exact, fast = (load_encoder(dataclasses.replace(SMALL, decode_scale=scale)) for scale in ("exact", "fast"))
+    assert exact.description == load_encoder(SMALL).description
+    assert "decode_scale" not in exact.description["preprocessing"]  # as in datasets that are older than the setting
+    assert fast.description["preprocessing"]["decode_scale"] == "fast"
+    assert EncoderConfig.from_description(fast.description).decode_scale == "fast"
+    assert EncoderConfig.from_description(exact.description).decode_scale == "exact"
+    weights = tmp_path / "w.safetensors"
+    weights.write_bytes(serialize_weights(fast.network.export_weights(), fast.preprocessing))
+    assert load_encoder(dataclasses.replace(SMALL, weights=str(weights))).preprocessing.decode_scale == "fast"
+
+
 def test_a_batch_that_exceeds_the_memory_is_halved(pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = load_encoder(dataclasses.replace(SMALL, pooling="mean"))
     batch = np.concatenate([pixels, pixels, pixels[:1]])
@@ -183,7 +196,7 @@ def test_features_that_overflow_the_stored_dtype_are_an_error(pixels: np.ndarray
 
 
 def test_config_round_trips_through_the_description(tmp_path: Path) -> None:
-    config = dataclasses.replace(SMALL, pooling="max", resize_size=230)
+    config = dataclasses.replace(SMALL, pooling="max", resize_size=230, decode_scale="fast")
     assert EncoderConfig.from_description(load_encoder(config).description) == config
     path = str(tmp_path / "w.safetensors")
     safetensors.torch.save_file(small_state(), path)
@@ -217,3 +230,29 @@ def test_a_missing_gpu_is_an_error(name: str) -> None:
 def test_unknown_devices_are_rejected(name: str) -> None:
     with pytest.raises(CaptionlibError, match="expected auto, cpu, cuda or cuda:N"):
         resolve_device(name)
+
+
+def test_compressed_pth_is_rejected(tmp_path: Path) -> None:
+    """PyTorch stores entries as they are; a compressed entry of 1 MB may hold 1 GB."""
+    torch.save({"x": torch.zeros(3)}, tmp_path / "stored.pth")
+    with ZipFile(tmp_path / "stored.pth") as stored, ZipFile(tmp_path / "w.pth", "w", ZIP_DEFLATED) as compressed:
+        for name in stored.namelist():
+            compressed.writestr(name, stored.read(name))
+    with pytest.raises(ConfigError, match=r"w.pth: expected a file of torch.save, got one with compressed entries"):
+        load_encoder(dataclasses.replace(SMALL, weights=str(tmp_path / "w.pth")))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_damaged_pth_is_one_error(tmp_path: Path, legacy: bool) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"x": torch.zeros(3)}, path, _use_new_zipfile_serialization=not legacy)
+    content, random = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(100):
+        damaged = bytearray(content[: random.integers(len(content))] if random.random() < 0.3 else content)
+        for position in random.integers(max(1, len(damaged)), size=random.integers(1, 20)):
+            damaged[position : position + 1] = [random.integers(256)]
+        path.write_bytes(damaged)
+        try:
+            _read_file(str(path), {"x"})
+        except ConfigError as error:
+            assert "\n" not in str(error)  # noqa: PT017 - most files are damaged, some are not

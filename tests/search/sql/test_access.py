@@ -7,7 +7,7 @@ import duckdb
 import pytest
 
 from captionlib.errors import QueryError
-from captionlib.search.sql.file_system import DatasetFileSystem
+from captionlib.search.sql.file_system import DatasetFile, DatasetFileSystem
 from captionlib.search.sql.session import open_sql, query_sql
 from captionlib.search.sql.statements import _REFUSED_FUNCTIONS
 
@@ -179,7 +179,7 @@ def test_file_system_is_read_only_and_holds_only_its_files(tmp_path: Path) -> No
 
     (tmp_path / "a").write_bytes(b"0123456789")
     (tmp_path / "b").write_bytes(b"other")
-    files = DatasetFileSystem(fsspec.filesystem("file"), {"captions/a": str(tmp_path / "a")})
+    files = DatasetFileSystem({"captions/a": DatasetFile(fsspec.filesystem("file"), str(tmp_path / "a"))})
     assert files.addresses == ["dataset://captions/a"]
     file = files.open("captions/a")
     assert (file.seek(2), file.read(3), file.tell(), file.read(), file.read()) == (2, b"234", 5, b"56789", b"")

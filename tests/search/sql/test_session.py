@@ -10,10 +10,11 @@ import pyarrow as pa
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from captionlib.data.shards.dataset import create_dataset
+from captionlib.data.shards.dataset import create_dataset, open_dataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema, features_schema
 from captionlib.data.shards.writer import write_shard
-from captionlib.errors import ConfigError, DatasetError, QueryError
+from captionlib.errors import ConfigError, DatasetError, DecodeError, QueryError
+from captionlib.search.sql.queries import find_image
 from captionlib.search.sql.session import SqlLimits, open_sql, query_sql
 from tests.search.conftest import rows
 
@@ -33,7 +34,7 @@ def test_complete_dataset_is_queried_without_its_markers(local: str) -> None:
     with write_shard(dataset, 2, 1) as writer:
         writer.write(rows(("c1", "done now", -1.0)))
     dataset.finish()
-    for marker in (Path(local) / "_shards").iterdir():
+    for marker in (Path(local) / "__shards").iterdir():
         marker.unlink()
     assert query_sql(local, "SELECT count(*) AS n FROM captions")["n"].to_pylist() == [5]
 
@@ -51,7 +52,8 @@ def test_features_and_manifests_can_be_queried(tmp_path: Path) -> None:
         if kind == "features":
             values["features"] = [np.array([1, 2, 3], np.float16)]
         with write_shard(dataset, 0, 1) as writer:
-            writer.write(pa.RecordBatch.from_pydict(values, schema=schema))
+            known = pa.schema([field for field in schema if field.name in values])
+            writer.write(pa.RecordBatch.from_pydict(values, schema=known))
         assert query_sql(tmp_path / kind, f"SELECT captions[2] AS c FROM {kind}")["c"].to_pylist() == ["a cat"]
     assert query_sql(tmp_path / "features", "SELECT list_sum(features) AS s FROM features")["s"].to_pylist() == [6.0]
 
@@ -216,3 +218,37 @@ def test_lookup_by_id_skips_most_row_groups(monkeypatch: pytest.MonkeyPatch) -> 
     read.clear()
     assert query_sql(address, "SELECT max(hash(c)) FROM captions AS c").num_rows == 1
     assert sum(read) > size / 2
+
+
+def test_several_datasets_are_queried_as_one(captions: str, tmp_path: Path) -> None:
+    other = str(tmp_path / "other")
+    dataset = create_dataset(other, "captions", captions_schema(4), config={"beam_width": 1}, shards=1)
+    attention = pa.array([[[0.25] * 4]], dataset.schema.field("attention").type)
+    with write_shard(dataset, 0, 2) as writer:
+        batch = rows(("d1", "a dog of another dataset", -1.0))
+        writer.write(pa.RecordBatch.from_arrays([*batch.columns, attention], schema=dataset.schema))
+        writer.write_failure({"image_id": "d2", "uri": "images/d2.jpg"}, DecodeError("Empty", "no bytes"))
+    table = query_sql([captions, other], "SELECT image_id, attention IS NULL FROM captions ORDER BY image_id")
+    assert table.columns[0].to_pylist() == ["a1", "a2", "b1", "b2", "d1"]
+    assert table.columns[1].to_pylist() == [True] * 4 + [False]
+    failures = query_sql([captions, other], "SELECT error FROM failures ORDER BY error")
+    assert failures["error"].to_pylist() == ["Empty", "Truncated"]
+    with open_sql([captions, other, captions]) as session:
+        assert find_image(session, "a1").num_rows == 2
+        with pytest.raises(QueryError, match=r"captions and .*other and .*: no image x"):
+            find_image(session, "x")
+    create_dataset(tmp_path / "manifest", "manifest", MANIFEST_SCHEMA, config={}, shards=0)
+    with pytest.raises(DatasetError, match="expected a dataset of kind captions, got manifest"):
+        query_sql([captions, tmp_path / "manifest"], "SELECT 1")
+
+
+def test_query_reads_one_version_of_a_file_that_is_replaced(local: str) -> None:
+    """The new version of the file is longer, so that offsets of the old version are wrong in it."""
+    dataset = open_dataset(local)
+    with open_sql(local) as session:
+        before = session.query("SELECT image_id, caption FROM captions ORDER BY image_id")
+        replaced = [(f"n{number}", f"a replaced row {number}", -1.0) for number in range(500)]
+        with write_shard(dataset, 0, len(replaced)) as writer:
+            writer.write(rows(*replaced))
+        assert session.query("SELECT image_id, caption FROM captions ORDER BY image_id").equals(before)
+    assert query_sql(local, "SELECT count(*) AS n FROM captions WHERE image_id LIKE 'n%'").to_pylist() == [{"n": 500}]

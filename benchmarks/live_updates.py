@@ -1,0 +1,215 @@
+"""Counts wrong and failed answers while readers query a dataset and its index during 50 updates.
+
+Every update rewrites a few shards and builds the index again. The captions of version N name N, so a reader can tell
+whether an answer mixes versions. Readers are an open `Index`, the web application, `captionlib.query_sql`, and DuckDB
+reading the Parquet files without captionlib. An index answers from one version. A dataset is updated shard by shard, so
+an answer from it may combine shards of two versions, but each shard must be whole.
+"""
+
+import argparse
+import http.client
+import json
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import uvicorn
+
+from benchmarks.bars import report
+from captionlib.data.shards.dataset import create_dataset
+from captionlib.data.shards.schemas import captions_schema
+from captionlib.data.shards.writer import write_shard
+from captionlib.search.config import IndexConfig
+from captionlib.search.index import open_index
+from captionlib.search.sql.session import query_sql
+from captionlib.serving.startup import AppConfig, load_app
+from pipelines.build_index import build_index
+from pipelines.run import RunConfig
+
+SHARDS = 8
+ROWS = 500
+CHANGED_SHARDS = 3
+
+
+class Reader(threading.Thread):
+    """Repeats a check until it is stopped, and counts the answers and the problems."""
+
+    def __init__(self, name: str, check: Callable[[], str | None]) -> None:
+        super().__init__(name=name, daemon=True)
+        self.answers = 0
+        self.problems: Counter[str] = Counter()
+        self.stopped = threading.Event()
+        self._check = check
+
+    def run(self) -> None:
+        while not self.stopped.is_set():
+            try:
+                problem = self._check()
+            except Exception as error:  # every error counts
+                problem = f"{type(error).__name__}: {error}"[:200]
+            self.answers += 1
+            if problem is not None:
+                self.problems[problem] += 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--updates", type=int, default=50)
+    updates = parser.parse_args().updates
+    folder = Path(tempfile.mkdtemp(prefix="captionlib-live-"))
+    try:
+        met = _measure(folder, updates)
+    finally:
+        shutil.rmtree(folder)
+    sys.exit(not met)
+
+
+def _measure(folder: Path, updates: int) -> bool:
+    _write_version(folder, 0, range(SHARDS))
+    _build(folder)
+    index = open_index(folder / "index", refresh_seconds=0.05)
+    server, port = _serve(folder)
+    readers = [
+        Reader("index", lambda: _check_versions(index.search_text("common", 2 * ROWS * SHARDS)["caption"].to_pylist())),
+        Reader("serve", lambda: _check_serve(port)),
+        Reader("sql", lambda: _check_shards(_read_with_query(folder))),
+        Reader("duckdb", lambda: _check_shards(_read_with_duckdb(folder))),
+    ]
+    for reader in readers:
+        reader.start()
+    seconds = []
+    for version in range(1, updates + 1):
+        _write_version(folder, version, [(version + shard) % SHARDS for shard in range(CHANGED_SHARDS)])
+        began = time.perf_counter()
+        _build(folder)
+        seconds.append(time.perf_counter() - began)
+    newest = _wait_for_version(lambda: index.search_text(f"build{updates}", 1).num_rows == 1)
+    for reader in readers:
+        reader.stopped.set()
+    for reader in readers:
+        reader.join()
+    server.should_exit = True
+    megabytes = sum(path.stat().st_size for path in (folder / "index").rglob("*") if path.is_file()) / 1e6
+    print(f"# build of an update: {sum(seconds) / len(seconds):.2f} s; index after all updates: {megabytes:.1f} MB")
+    met = [newest]
+    for reader in readers:
+        print(f"# {reader.name}: {reader.answers:,} answers, {dict(reader.problems.most_common(3))}")
+        wrong = sum(reader.problems.values())
+        met.append(report(f"live-updates-wrong-{reader.name}", wrong, 0, at_least=False))
+    return all(met)
+
+
+def _write_version(folder: Path, version: int, shards: "range | list[int]") -> None:
+    """Rewrites shards. Every caption names the version of its shard, and image 0 names the newest build."""
+    config = {"input": "synthetic"}
+    dataset = create_dataset(folder / "captions", "captions", captions_schema(), config=config, shards=SHARDS + 1)
+    # The last shard has one image whose caption names the version of the whole dataset.
+    names = {SHARDS: [f"build{version}"]} | {shard: [f"shard{shard}v{version}"] * ROWS for shard in shards}
+    for shard, captions in sorted(names.items()):
+        rows = [
+            {
+                "image_id": f"{shard}-{number}",
+                "uri": f"{shard}-{number}.jpg",
+                "split": "train",
+                "caption": f"common {caption}",
+                "log_prob": -1.0,
+                "tokens": 3,
+                "candidates": [{"caption": f"common {caption}", "log_prob": -1.0}],
+            }
+            for number, caption in enumerate(captions)
+        ]
+        with write_shard(dataset, shard, len(rows)) as writer:
+            writer.write(pa.RecordBatch.from_pylist(rows, schema=captions_schema()))
+    dataset.finish()
+
+
+def _build(folder: Path) -> None:
+    build_index(folder / "captions", folder / "index", IndexConfig(), run=RunConfig(progress=False))
+
+
+def _expected_versions(build: int) -> dict[int, int]:
+    """Returns the version of each shard after a build."""
+    versions = dict.fromkeys(range(SHARDS), 0)
+    for version in range(1, build + 1):
+        for shard in range(CHANGED_SHARDS):
+            versions[(version + shard) % SHARDS] = version
+    return versions
+
+
+def _check_versions(captions: list[str]) -> str | None:
+    """Checks that an answer has all rows of one version of the whole dataset."""
+    words = Counter(caption.split()[1] for caption in captions)
+    builds = [word for word in words if word.startswith("build")]
+    if len(builds) != 1:
+        return f"{len(builds)} builds in an answer"
+    versions = _expected_versions(int(builds[0].removeprefix("build")))
+    expected = {f"shard{shard}v{version}": ROWS for shard, version in versions.items()} | {builds[0]: 1}
+    return None if words == expected else "an answer mixes versions"
+
+
+def _check_shards(counts: dict[str, int]) -> str | None:
+    """Checks that an answer has every shard once, whole, in any version."""
+    shards = Counter(word.split("v")[0] for word in counts if word.startswith("shard"))
+    if len(shards) != SHARDS or set(shards.values()) != {1}:
+        return "shards are missing or occur twice"
+    wrong = [count for word, count in counts.items() if word.startswith("shard") and count != ROWS]
+    return "an answer has part of a shard" if wrong else None
+
+
+_COUNT = "SELECT split_part(caption, ' ', 2) AS word, count(*) AS n FROM {} GROUP BY 1"
+
+
+def _read_with_query(folder: Path) -> dict[str, int]:
+    rows = query_sql(folder / "captions", _COUNT.format("captions")).to_pylist()
+    return {row["word"]: row["n"] for row in rows}
+
+
+def _read_with_duckdb(folder: Path) -> dict[str, int]:
+    with duckdb.connect() as connection:
+        source = f"read_parquet('{folder}/captions/*.parquet')"
+        return dict(connection.execute(_COUNT.format(source)).fetchall())
+
+
+def _serve(folder: Path) -> tuple[uvicorn.Server, int]:
+    app = load_app(AppConfig(str(folder / "index"), str(folder / "thumbnails")))
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    threading.Thread(target=server.run, args=([listening],), daemon=True).start()
+    return server, listening.getsockname()[1]
+
+
+def _check_serve(port: int) -> str | None:
+    """Checks the page of one image: its caption and its candidates must be of one version."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request("GET", "/api/image?id=1-7")
+        response = connection.getresponse()
+        content = json.loads(response.read())
+    finally:
+        connection.close()
+    if response.status != 200:
+        return f"status {response.status}"
+    captions = {content["caption"], *(candidate["caption"] for candidate in content["candidates"])}
+    return None if len(captions) == 1 else "an answer mixes versions"
+
+
+def _wait_for_version(is_newest: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 10
+    while not is_newest():
+        if time.monotonic() > deadline:
+            print("# the index did not change to the newest version")
+            return False
+        time.sleep(0.05)
+    return True
+
+
+if __name__ == "__main__":
+    main()
