@@ -26,6 +26,7 @@ COMMANDS: dict[str, dict[str, str]] = {
     "Collections": {
         "init": "Create a collection: images that are captioned and indexed.",
         "update": "Caption and index what has changed in a collection.",
+        "remove": "Take images out of a collection or of datasets.",
         "status": "Show what is new, finished and failed in a collection.",
     },
     "Prepare images": {

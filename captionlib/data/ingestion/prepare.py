@@ -15,6 +15,7 @@ from captionlib.data.ingestion.changes import Changes, compare, update_manifest
 from captionlib.data.ingestion.staging import StagedRows, check_unique_ids, read_shards, stage_rows
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.markers import DESCRIPTION_FILE
+from captionlib.data.shards.removal import REMOVED_FILE, RemovedImages, list_removed
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.update import drop_uncommitted_updates
 from captionlib.data.shards.writer import write_shard
@@ -141,6 +142,7 @@ def prepare(
     skips = SkipCounter(config.strict)
     with tempfile.TemporaryDirectory(prefix="captionlib-prepare-") as scratch:
         rows = _select_splits(_read(addresses, source_format, config, skips), config.splits, skips)
+        rows = _drop_removed(rows, list_removed(Folder(output)), skips)
         with progress_bar("prepare", None, "images", progress) as bar:
             staged = stage_rows(bar.track(itertools.islice(rows, config.limit)), Path(scratch) / "rows.parquet")
         if not staged.rows:
@@ -185,7 +187,7 @@ def _open_output(output: str | os.PathLike[str], config: PrepareConfig, overwrit
                 "--shard-size, or use --overwrite, after which later stages start from the beginning"
             )
         return dataset
-    if any(name != TEMPORARY_FOLDER for name in folder.list()):
+    if any(name not in (TEMPORARY_FOLDER, REMOVED_FILE) for name in folder.list()):
         raise DatasetError(f"{folder.uri} contains files that captionlib did not write; choose an empty or new folder")
     return None
 
@@ -276,6 +278,14 @@ def _select_splits(rows: Iterator[ManifestRow], splits: Collection[str], skips: 
             yield row
         else:
             skips.skip("in a different split")
+
+
+def _drop_removed(rows: Iterator[ManifestRow], removed: RemovedImages, skips: SkipCounter) -> Iterator[ManifestRow]:
+    for row in rows:
+        if row.image_id in removed:
+            skips.skip("removed with captionlib remove")
+        else:
+            yield row
 
 
 def _describe_empty_source(
