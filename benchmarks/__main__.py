@@ -22,6 +22,7 @@ BENCHMARKS = {
     "shard-overhead": "benchmarks.shard_overhead",
     "resume": "benchmarks.resume",
     "scale": "benchmarks.scale",
+    "live-updates": "benchmarks.live_updates",
     "search": "benchmarks.search",
     "serve-clients": "benchmarks.serve_clients",
     "serve-soak": "benchmarks.serve_soak",

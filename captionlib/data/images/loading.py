@@ -16,7 +16,7 @@ from captionlib.data.images.decoding import DecodedImage, Preprocessing
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.errors import ImageError
 
-__all__ = ["LoadImages", "LoadedImage", "LoadingConfig", "load_images", "open_loader"]
+__all__ = ["LoadImages", "LoadedImage", "LoadingConfig", "hash_content", "load_images", "open_loader"]
 
 Row = dict[str, Any]
 
@@ -67,7 +67,7 @@ def open_loader(config: LoadingConfig, preprocessing: Preprocessing) -> Iterator
         def load(uri: str) -> LoadedImage:
             content = fetcher.fetch(uri)
             image = decoders.decode(content)
-            return LoadedImage(image.pixels, image.width, image.height, xxhash.xxh3_64_intdigest(content))
+            return LoadedImage(image.pixels, image.width, image.height, hash_content(content))
 
         yield lambda rows: load_images(rows, load, executor=threads, prefetch=config.prefetch)
 
@@ -97,3 +97,9 @@ def load_images(
     finally:
         for future in pending:
             future.cancel()
+
+
+def hash_content(content: bytes) -> int:
+    """Returns the XXH3 hash of the bytes of an image file, an unsigned integer of 64 bits."""
+    digest: int = xxhash.xxh3_64_intdigest(content)
+    return digest

@@ -11,6 +11,7 @@ from pydantic import PositiveInt
 
 from captionlib.config import configclass
 from captionlib.data.images.addresses import image_exists
+from captionlib.data.images.fetching import ImageFetcher
 from captionlib.data.ingestion.changes import Changes, compare, update_manifest
 from captionlib.data.ingestion.staging import StagedRows, check_unique_ids, read_shards, stage_rows
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
@@ -47,6 +48,8 @@ class PrepareConfig:
         check_images: raise an error if the source lists image paths and none of the first 20 images exists.
         strict: raise an error at the first invalid image or caption instead of skipping it.
         append: the source contains only new or changed images, so images that it lacks stay in an existing manifest.
+        verify_content: path or URL of features, captions or embeddings of the manifest, whose column `content_hash` has
+            a hash of each image. If set, an update reads all images that seem unchanged and compares their hashes.
         allow_removal: allow an update that removes more than a tenth of the images of an existing manifest.
     """
 
@@ -59,6 +62,7 @@ class PrepareConfig:
     strict: bool = False
     append: bool = False
     allow_removal: bool = False
+    verify_content: str | None = None
 
     def __post_init__(self) -> None:
         if self.source_format != "auto" and self.source_format not in SOURCE_FORMATS:
@@ -192,6 +196,16 @@ def _open_output(output: str | os.PathLike[str], config: PrepareConfig, overwrit
     return None
 
 
+def _open_hashes(address: str) -> ShardedDataset:
+    dataset = open_dataset(address)
+    if "content_hash" not in dataset.schema.names:
+        raise ConfigError(
+            f"{dataset.folder.uri}: expected a dataset with the column content_hash, got {dataset.kind}; use the output "
+            "of extract-features, generate-captions or embed"
+        )
+    return dataset
+
+
 def _create(
     output: str | os.PathLike[str], staged: StagedRows, shard_size: int, existing: ShardedDataset | None, dry_run: bool
 ) -> int:
@@ -219,7 +233,10 @@ def _update(
     report: Callable[[Changes], None],
 ) -> tuple[Changes, int]:
     with compare(staged, dataset, config.append) as comparison:
-        changes = comparison.changes
+        if config.verify_content is not None:
+            with ImageFetcher() as fetcher:
+                comparison.verify_content(_open_hashes(config.verify_content), fetcher)
+        changes = comparison.count()
         report(changes)
         existing = changes.changed + changes.gone + changes.unchanged
         if changes.gone > _MAX_REMOVED_RATIO * existing and not (config.allow_removal or dry_run):
