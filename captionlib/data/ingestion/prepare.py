@@ -145,10 +145,14 @@ def prepare(
     source_format = _select_format(addresses, config)
     skips = SkipCounter(config.strict)
     with tempfile.TemporaryDirectory(prefix="captionlib-prepare-") as scratch:
-        rows = _select_splits(_read(addresses, source_format, config, skips), config.splits, skips)
-        rows = _drop_removed(rows, list_removed(Folder(output)), skips)
+        rows = _read(addresses, source_format, config, skips)
+        if config.splits:
+            rows = _select_splits(rows, config.splits, skips)
+        if (removed := list_removed(Folder(output))).reasons:
+            rows = _drop_removed(rows, removed, skips)
         with progress_bar("prepare", None, "images", progress) as bar:
-            staged = stage_rows(bar.track(itertools.islice(rows, config.limit)), Path(scratch) / "rows.parquet")
+            rows = rows if config.limit is None else itertools.islice(rows, config.limit)
+            staged = stage_rows(rows, Path(scratch) / "rows.parquet", bar.update)
         if not staged.rows:
             raise DatasetError(_describe_empty_source(addresses, source_format, config, skips))
         check_unique_ids(staged)
@@ -291,7 +295,7 @@ def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
 def _select_splits(rows: Iterator[ManifestRow], splits: Collection[str], skips: SkipCounter) -> Iterator[ManifestRow]:
     selected = expand_splits(splits)
     for row in rows:
-        if not splits or row.split in selected:
+        if row.split in selected:
             yield row
         else:
             skips.skip("in a different split")

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -44,8 +44,8 @@ class StagedRows:
     digest: str
 
 
-def stage_rows(rows: Iterable[ManifestRow], path: Path) -> StagedRows:
-    """Writes rows to a Parquet file at `path`.
+def stage_rows(rows: Iterable[ManifestRow], path: Path, count: Callable[[int], None] = lambda rows: None) -> StagedRows:
+    """Writes rows to a Parquet file at `path`. Calls `count` with the number of rows of each batch.
 
     Raises:
         DatasetError: there are more than 1000 splits, so that the split column must be wrong.
@@ -59,6 +59,7 @@ def stage_rows(rows: Iterable[ManifestRow], path: Path) -> StagedRows:
         def write(batch: list[ManifestRow]) -> None:
             digest.update("\0".join([row.image_id for row in batch]).encode())
             writer.write_batch(_to_batch(batch))
+            count(len(batch))
 
         for row in rows:
             splits[row.split] += 1
