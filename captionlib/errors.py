@@ -15,6 +15,7 @@ CaptionlibError
 ├── BusyError              the server is already processing its maximum number of requests
 ├── RunnerError            a Beam runner failed or cannot be reached
 ├── SubprocessError        a helper process, such as Java or an image decoder, failed
+├── TrainingDiverged       training stopped because its loss is not finite or the model learns nothing
 ├── TrainingInterrupted    training stopped on request, after saving its state
 └── ImageError             an image cannot be read; the run records the failure and continues
     ├── FetchError         the bytes of the image cannot be fetched
@@ -47,6 +48,7 @@ __all__ = [
     "RunnerError",
     "StorageError",
     "SubprocessError",
+    "TrainingDiverged",
     "TrainingInterrupted",
     "suggest",
 ]
@@ -120,6 +122,10 @@ class RunnerError(CaptionlibError):
 
 class SubprocessError(CaptionlibError):
     """A helper process, such as Java or an image decoder, failed or cannot be started."""
+
+
+class TrainingDiverged(CaptionlibError):  # noqa: N818 - reads better than TrainingDivergedError
+    """Training stopped because its loss is not finite or the model learns nothing. The best checkpoint is kept."""
 
 
 class TrainingInterrupted(CaptionlibError):  # noqa: N818 - the user asked for it, so it is not an error

@@ -42,7 +42,7 @@ __all__ = [
     "write_checkpoint",
 ]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 TRAINING = "training.json"
