@@ -9,6 +9,7 @@ CaptionlibError
 │   ├── EntryError         an entry of a source, such as a row of a table, is invalid
 │   └── FailureRatioError  more images failed than the run allows
 ├── StorageError           files cannot be read or written
+├── LockError              another process is changing the same folder
 ├── CheckpointError        a folder is not a checkpoint, or the checkpoint was trained with a different encoder
 ├── QueryError             a query cannot be executed
 ├── BusyError              the server is already processing its maximum number of requests
@@ -42,6 +43,7 @@ __all__ = [
     "FetchError",
     "FingerprintError",
     "ImageError",
+    "LockError",
     "QueryError",
     "RunnerError",
     "StorageError",
@@ -96,6 +98,10 @@ class FailureRatioError(DatasetError):
 
 class StorageError(CaptionlibError):
     """Files cannot be read or written."""
+
+
+class LockError(CaptionlibError):
+    """Another process is changing the same folder."""
 
 
 class CheckpointError(CaptionlibError):

@@ -23,6 +23,12 @@ COMMANDS: dict[str, dict[str, str]] = {
         "recipes": "List the built-in configurations, or print one.",
         "inspect": "Show what a folder contains and how complete it is.",
     },
+    "Collections": {
+        "init": "Create a collection: images that are captioned and indexed.",
+        "update": "Caption and index what has changed in a collection.",
+        "remove": "Take images out of a collection or of datasets.",
+        "status": "Show what is new, finished and failed in a collection.",
+    },
     "Prepare images": {
         "prepare": "List images and their captions in a manifest.",
         "extract-features": "Encode images with a pretrained network.",

@@ -16,6 +16,7 @@ from captionlib.data.ingestion.changes import Changes, compare, update_manifest
 from captionlib.data.ingestion.staging import StagedRows, check_unique_ids, read_shards, stage_rows
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.markers import DESCRIPTION_FILE
+from captionlib.data.shards.removal import REMOVED_FILE, RemovedImages, list_removed
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.update import drop_uncommitted_updates
 from captionlib.data.shards.writer import write_shard
@@ -147,6 +148,8 @@ def prepare(
         rows = _read(addresses, source_format, config, skips)
         if config.splits:
             rows = _select_splits(rows, config.splits, skips)
+        if (removed := list_removed(Folder(output))).reasons:
+            rows = _drop_removed(rows, removed, skips)
         with progress_bar("prepare", None, "images", progress) as bar:
             rows = rows if config.limit is None else itertools.islice(rows, config.limit)
             staged = stage_rows(rows, Path(scratch) / "rows.parquet", bar.update)
@@ -192,7 +195,7 @@ def _open_output(output: str | os.PathLike[str], config: PrepareConfig, overwrit
                 "--shard-size, or use --overwrite, after which later stages start from the beginning"
             )
         return dataset
-    if any(name != TEMPORARY_FOLDER for name in folder.list()):
+    if any(name not in (TEMPORARY_FOLDER, REMOVED_FILE) for name in folder.list()):
         raise DatasetError(f"{folder.uri} contains files that captionlib did not write; choose an empty or new folder")
     return None
 
@@ -296,6 +299,14 @@ def _select_splits(rows: Iterator[ManifestRow], splits: Collection[str], skips: 
             yield row
         else:
             skips.skip("in a different split")
+
+
+def _drop_removed(rows: Iterator[ManifestRow], removed: RemovedImages, skips: SkipCounter) -> Iterator[ManifestRow]:
+    for row in rows:
+        if row.image_id in removed:
+            skips.skip("removed with captionlib remove")
+        else:
+            yield row
 
 
 def _describe_empty_source(
