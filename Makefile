@@ -51,8 +51,8 @@ test-cluster: setup  ## Test the stages on real Flink, Spark and Prism clusters,
 bench: setup  ## Run all benchmarks, or only one: make bench NAME=extract-throughput.
 	@$(BIN)/python -m benchmarks $(NAME)
 
-bench-flickr8k: setup  ## Reproduce the Flickr8k results: DATA=folder WEIGHTS=file; NAME=ranking runs only that part.
-	@$(BIN)/python -m benchmarks.flickr8k $(or $(DATA),$(error set DATA to the folder of Flickr8k)) $(or $(WEIGHTS),IMAGENET1K_V1) $(NAME)
+bench-flickr8k: setup  ## Reproduce the Flickr8k results: DATA=folder WEIGHTS=file; NAME=ranking runs only that part, SEEDS=3 three seeds.
+	@$(BIN)/python -m benchmarks.flickr8k $(or $(DATA),$(error set DATA to the folder of Flickr8k)) $(or $(WEIGHTS),IMAGENET1K_V1) $(NAME) --seeds $(or $(SEEDS),1)
 
 lock: | $(UV)  ## Update requirements.lock after a change to pyproject.toml.
 	$(UV) pip compile --quiet --universal --python-version 3.10 --generate-hashes --group dev --extra s3 --no-header \

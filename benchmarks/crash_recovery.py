@@ -107,7 +107,7 @@ def is_complete(output: Path) -> bool:
 
 def find_markers(output: Path) -> list[Path]:
     """Returns the markers, the files that mark shards as complete, of all outputs."""
-    return list(output.glob("*/_shards/*.json"))
+    return list(output.glob("*/__shards/*.json"))
 
 
 def start_flow(context: multiprocessing.context.ForkServerContext, folder: Path, output: Path) -> BaseProcess:

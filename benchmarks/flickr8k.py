@@ -2,16 +2,19 @@
 
     make bench-flickr8k DATA=flickr8k WEIGHTS=vgg16.safetensors
     make bench-flickr8k DATA=flickr8k WEIGHTS=vgg16.safetensors NAME="pooled ranking"
+    make bench-flickr8k DATA=flickr8k WEIGHTS=vgg16.safetensors NAME=attention SEEDS=3
 
 DATA contains `images/`, `Flickr8k.token.txt` and the official split files. WEIGHTS is a file with VGG-16's weights, or
 one of torchvision's names. All output is kept in `--output` (default `.bench/flickr8k`). Finished steps are
-skipped, and interrupted steps resume. Each result is printed as `NAME VALUE BAR ok|short`. The exit status is zero if
-all bars are met.
+skipped, and interrupted steps resume. Each result is printed as `NAME VALUE BAR ok|short`. With several seeds, the
+value is the mean, and a line that starts with `#` gives the standard deviation and the value of each seed. The exit
+status is zero if all bars are met.
 """
 
 import argparse
 import json
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -52,11 +55,12 @@ CAPTIONERS = {
     "attention": {"BLEU-1": 0.65, "BLEU-2": 0.47, "BLEU-3": 0.33, "BLEU-4": 0.22, "CIDEr": 0.55},
     "self-critical": {"CIDEr": 0.62},
 }
-PARTS = [*CAPTIONERS, "ranking"]
+PARTS = [*CAPTIONERS, "ranking", "talk"]
 RANKS = {
     "image_to_text": {"recall_at_1": 0.22, "recall_at_5": 0.49, "recall_at_10": 0.62, "median_rank": 6},
     "text_to_image": {"recall_at_1": 0.16, "recall_at_5": 0.40, "recall_at_10": 0.54, "median_rank": 9},
 }
+RNN_TO_LSTM = 1.33  # validation perplexity of talk-rnn ÷ that of talk-lstm
 
 Row = tuple[str, float, float, bool]  # name, value, bar, and whether the bar is a minimum
 
@@ -69,6 +73,7 @@ def main() -> None:
         "names", metavar="NAME", nargs="*", help=f"parts to run: any of {', '.join(PARTS)}; all by default"
     )
     parser.add_argument("--output", type=Path, default=Path(".bench/flickr8k"))
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="train each model with the seeds 0 to N - 1")
     options = parser.parse_args()
     names: list[str] = options.names or PARTS
     if unknown := [name for name in names if name not in PARTS]:
@@ -77,12 +82,32 @@ def main() -> None:
         sys.exit(f"{options.data}: expected a folder with images/, Flickr8k.token.txt and the split files")
     options.output.mkdir(parents=True, exist_ok=True)
     _extract_features(options.data, options.output, options.weights, names)
-    rows: list[Row] = []
+    met = []
     for name in names:
-        ranking = name == "ranking"
-        rows += _score_ranker(options.output) if ranking else _score_captioner(name, options.output, options.weights)
-    met = [report(f"flickr8k-{name}", value, bar, at_least) for name, value, bar, at_least in rows]
+        runs = [_score(name, options.output, options.weights, seed) for seed in range(options.seeds)]
+        met += [_report_seeds(rows) for rows in zip(*runs, strict=True)]
     sys.exit(not all(met))
+
+
+def _score(name: str, output: Path, weights: str, seed: int) -> list[Row]:
+    """Trains and scores the models of a part."""
+    if name == "talk":
+        return _compare_talk_captioners(output, seed)
+    return _score_ranker(output, seed) if name == "ranking" else _score_captioner(name, output, weights, seed)
+
+
+def _report_seeds(rows: Sequence[Row]) -> bool:
+    """Reports the mean of one result over the seeds, and the spread if there are several."""
+    name, _, bar, at_least = rows[0]
+    values = [value for _, value, _, _ in rows]
+    if len(values) > 1:
+        spread, each = statistics.stdev(values), ", ".join(f"{value:.3f}" for value in values)
+        print(f"# flickr8k-{name}: standard deviation {spread:.3f} over {len(values)} seeds ({each})")
+    return report(f"flickr8k-{name}", statistics.mean(values), bar, at_least)
+
+
+def _add_seed(name: str, seed: int) -> str:
+    return f"{name}-seed-{seed}" if seed else name
 
 
 def _extract_features(data: Path, output: Path, weights: str, names: Sequence[str]) -> None:
@@ -90,30 +115,32 @@ def _extract_features(data: Path, output: Path, weights: str, names: Sequence[st
     manifest, dev = output / "manifest", output / "manifest-dev"
     source: list[str | Path] = [data / "Flickr8k.token.txt", "--images", data / "images"]
     _run("prepare", *source, "-o", manifest)
-    extractions = [(CONV5, manifest, CONV5)] if "ranking" in names else []
-    if set(names) != {"ranking"}:
+    extractions = [(CONV5, manifest, CONV5)] if {"ranking", "talk"} & set(names) else []
+    if set(CAPTIONERS) & set(names):
         _run("prepare", *source, "-o", dev, "--split", "dev")
         extractions += [(POOL4, manifest, POOL4), (POOL4_DEV, dev, POOL4)]
     for name, images, recipe in extractions:
         _run("extract-features", images, "-o", output / name, "--config", recipe, "--weights", weights)
 
 
-def _train_captioner(name: str, output: Path, weights: str) -> Path:
+def _train_captioner(name: str, output: Path, weights: str, seed: int) -> Path:
     """Trains a captioner, after the stages that it starts from."""
-    stage, captioner = STAGES[name], output / f"captioner-{name}"
-    options: list[str | Path] = [word for override in stage.overrides for word in ("--set", override)]
+    stage, captioner = STAGES[name], output / _add_seed(f"captioner-{name}", seed)
+    overrides = (*stage.overrides, f"training.seed={seed}")
+    options: list[str | Path] = [word for override in overrides for word in ("--set", override)]
     if stage.init_from is not None:
-        options += ["--init-from", _train_captioner(stage.init_from, output, weights)]
+        options += ["--init-from", _train_captioner(stage.init_from, output, weights, seed)]
     elif Path(weights).exists():
         options += ["--weights", weights]
     _run("train-captioner", output / POOL4, "-o", captioner, "--config", stage.recipe, *options)
     return captioner
 
 
-def _score_captioner(name: str, output: Path, weights: str) -> list[Row]:
+def _score_captioner(name: str, output: Path, weights: str, seed: int) -> list[Row]:
     """Trains a captioner and scores its captions of the dev images."""
-    captioner = _train_captioner(name, output, weights)
-    features, captions, scores = output / POOL4_DEV, output / f"captions-{name}", output / f"scores-{name}"
+    captioner = _train_captioner(name, output, weights, seed)
+    features = output / POOL4_DEV
+    captions, scores = (output / _add_seed(f"{kind}-{name}", seed) for kind in ("captions", "scores"))
     _run("build-datastore", output / POOL4, "-c", captioner, "--set", "splits=[train]")
     _run("generate-captions", features, "-c", captioner, "-o", captions, "--config", "flickr8k")
     manifest = output / "manifest"  # all splits, because evaluate also counts captions that occur in the training split
@@ -122,10 +149,27 @@ def _score_captioner(name: str, output: Path, weights: str) -> list[Row]:
     return [(f"{name}-{metric}", values[metric], bar, True) for metric, bar in CAPTIONERS[name].items()]
 
 
-def _score_ranker(output: Path) -> list[Row]:
+def _compare_talk_captioners(output: Path, seed: int) -> list[Row]:
+    """Trains the talk's RNN and LSTM on the same features and compares their perplexities on dev."""
+    rows = []
+    for layers in (1, 2):
+        perplexities = []
+        for recipe in ("talk-rnn", "talk-lstm"):
+            captioner = output / _add_seed(f"captioner-{recipe}-{layers}", seed)
+            overrides = ["--set", f"captioner.layers={layers}", "--set", f"training.seed={seed}"]
+            _run("train-captioner", output / CONV5, "-o", captioner, "--config", recipe, *overrides)
+            epochs = map(json.loads, (captioner / "metrics.jsonl").read_text().splitlines())
+            perplexities.append(min(epoch["perplexity"] for epoch in epochs))
+            print(f"# {captioner.name}: perplexity {perplexities[-1]:.2f}")
+        rows.append((f"talk-rnn-to-lstm-{layers}-layer", perplexities[0] / perplexities[1], RNN_TO_LSTM, False))
+    return rows
+
+
+def _score_ranker(output: Path, seed: int) -> list[Row]:
     """Trains a ranker (dual encoder for image-text retrieval) and ranks the 1,000 images of dev."""
-    features, ranker, scores = output / CONV5, output / "ranker", output / "scores-ranking"
-    _run("train-ranker", features, "-o", ranker, "--config", "flickr8k")
+    features = output / CONV5
+    ranker, scores = (output / _add_seed(name, seed) for name in ("ranker", "scores-ranking"))
+    _run("train-ranker", features, "-o", ranker, "--config", "flickr8k", "--set", f"training.seed={seed}")
     _run("evaluate", features, "-r", ranker, "--split", "dev", "--protocol", "flickr8k-1k", "-o", scores)
     values = json.loads((scores / "scores.json").read_text())
     return [

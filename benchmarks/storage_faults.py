@@ -177,7 +177,8 @@ def _find_message_problem(code: int, output: str, errors: str) -> str:
         return f"stack trace: {errors}"
     lines = [line for line in errors.splitlines() if line.strip() and not line.startswith("Note: ")]
     reports = "Error: ", "/"  # `caption` names each image that it cannot read
-    if code != 0 and not any(line.startswith(reports) for line in lines):
+    # `inspect` prints the problems that it finds.
+    if code != 0 and "PROBLEMS" not in output and not any(line.startswith(reports) for line in lines):
         return f"exit code {code} without an error: {errors!r}"
     if any(line.startswith("Error: unexpected") for line in lines):
         return f"unclear error: {errors}"

@@ -79,6 +79,5 @@ class ZeroFeatures:
 
 def create_job(source: ShardedDataset, output: str | os.PathLike[str], first_row_file: str = "") -> ShardJob:
     """Creates the job that runs the stage on all shards of a manifest."""
-    config = {"input": source.fingerprint}
-    dataset = create_dataset(output, "features", SCHEMA, config=config, shards=source.shards)
+    dataset = create_dataset(output, "features", SCHEMA, config={}, source=source)
     return ShardJob(source, (dataset,), ZeroFeatures(first_row_file=first_row_file))

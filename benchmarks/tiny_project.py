@@ -1,6 +1,8 @@
 """A project of a few images, with the arguments of every command. Benchmarks and tests disturb these commands."""
 
+import io
 import json
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,8 +110,11 @@ def create_project(folder: Path) -> Path:
     features = np.random.default_rng(0).random((4, IMAGES))
     scipy.io.savemat(folder / "feats.mat", {"feats": features})
     for command in COMMANDS:
-        if command.name in _WRITERS and call(command, folder, folder) != 0:
-            raise RuntimeError(f"{command.name} failed")
+        if command.name in _WRITERS:
+            with redirect_stdout(io.StringIO()):
+                code = call(command, folder, folder)
+            if code != 0:
+                raise RuntimeError(f"{command.name} failed")
     return folder
 
 

@@ -18,6 +18,7 @@ from typing_extensions import dataclass_transform
 from captionlib.errors import ConfigError, suggest
 
 __all__ = [
+    "apply_overrides",
     "build_config",
     "configclass",
     "describe_differences",
@@ -59,9 +60,7 @@ def load_config(config_type: type[Config], path: str | Path | None, overrides: S
         ConfigError: the file cannot be read, a key is unknown or a value is invalid.
     """
     values = {} if path is None else _read_yaml(Path(path))
-    for override in overrides:
-        keys, value = parse_override(override)
-        _set_nested(values, keys, value)
+    apply_overrides(values, overrides)
     return build_config(config_type, values, origin=str(path) if path else "options")
 
 
@@ -81,6 +80,13 @@ def build_config(config_type: type[Config], values: Mapping[str, Any], origin: s
         raise ConfigError(f"{origin}: {_describe_problems(error)}") from error
     _check_booleans(values, to_dict(config), f"{origin}: ")
     return config
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Sets the values of overrides such as `training.epochs=5` in a nested mapping."""
+    for override in overrides:
+        keys, value = parse_override(override)
+        _set_nested(values, keys, value)
 
 
 def parse_override(override: str) -> tuple[list[str], Any]:

@@ -9,11 +9,13 @@ CaptionlibError
 │   ├── EntryError         an entry of a source, such as a row of a table, is invalid
 │   └── FailureRatioError  more images failed than the run allows
 ├── StorageError           files cannot be read or written
+├── LockError              another process is changing the same folder
 ├── CheckpointError        a folder is not a checkpoint, or the checkpoint was trained with a different encoder
 ├── QueryError             a query cannot be executed
 ├── BusyError              the server is already processing its maximum number of requests
 ├── RunnerError            a Beam runner failed or cannot be reached
 ├── SubprocessError        a helper process, such as Java or an image decoder, failed
+├── TrainingDiverged       training stopped because its loss is not finite or the model learns nothing
 ├── TrainingInterrupted    training stopped on request, after saving its state
 └── ImageError             an image cannot be read; the run records the failure and continues
     ├── FetchError         the bytes of the image cannot be fetched
@@ -41,10 +43,12 @@ __all__ = [
     "FetchError",
     "FingerprintError",
     "ImageError",
+    "LockError",
     "QueryError",
     "RunnerError",
     "StorageError",
     "SubprocessError",
+    "TrainingDiverged",
     "TrainingInterrupted",
     "suggest",
 ]
@@ -96,6 +100,10 @@ class StorageError(CaptionlibError):
     """Files cannot be read or written."""
 
 
+class LockError(CaptionlibError):
+    """Another process is changing the same folder."""
+
+
 class CheckpointError(CaptionlibError):
     """A folder is not a checkpoint, or the checkpoint was trained with a different encoder."""
 
@@ -114,6 +122,10 @@ class RunnerError(CaptionlibError):
 
 class SubprocessError(CaptionlibError):
     """A helper process, such as Java or an image decoder, failed or cannot be started."""
+
+
+class TrainingDiverged(CaptionlibError):  # noqa: N818 - reads better than TrainingDivergedError
+    """Training stopped because its loss is not finite or the model learns nothing. The best checkpoint is kept."""
 
 
 class TrainingInterrupted(CaptionlibError):  # noqa: N818 - the user asked for it, so it is not an error

@@ -7,16 +7,21 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.text import Text
-
-__all__ = ["ProgressBar", "progress_bar"]
+__all__ = ["ProgressBar", "hide_progress", "progress_bar"]
 
 Item = TypeVar("Item")
 
 _DRAW_SECONDS = 0.1  # interval between updates on a terminal
 _LOG_SECONDS = 30.0  # interval between lines in a log
+
+
+_hidden = False
+
+
+def hide_progress(hidden: bool) -> None:
+    """Hides all progress bars of this process, or shows them again."""
+    global _hidden  # noqa: PLW0603 - set once, by the command line
+    _hidden = hidden
 
 
 class ProgressBar:
@@ -68,11 +73,6 @@ class ProgressBar:
             show()
 
 
-class _Description(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(task.fields["bar"].describe())
-
-
 @contextmanager
 def progress_bar(label: str, total: int | None, unit: str, enabled: bool = True) -> Iterator[ProgressBar]:
     """Shows the progress of the block: finished items, items per second and, if `total` is known, the time left.
@@ -80,14 +80,32 @@ def progress_bar(label: str, total: int | None, unit: str, enabled: bool = True)
     `unit` names the items, such as `images`. A terminal shows a bar. Elsewhere, a line is printed every 30 seconds.
     """
     bar = ProgressBar(total, unit)
-    if not enabled:
+    if _hidden or not enabled:
         yield bar
     elif sys.stderr.isatty():
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), _Description())
-        with Progress(*columns, console=Console(stderr=True)) as display:
-            task = display.add_task(label, total=total, bar=bar)
-            with bar.shown_every(_DRAW_SECONDS, lambda: display.update(task, completed=bar.count)):
-                yield bar
+        with _draw(bar, label, total):
+            yield bar
     else:
         with bar.shown_every(_LOG_SECONDS, lambda: print(f"{label}: {bar.describe()}", file=sys.stderr, flush=True)):
             yield bar
+
+
+@contextmanager
+def _draw(bar: ProgressBar, label: str, total: int | None) -> Iterator[None]:
+    """Draws the bar on a terminal during the block."""
+    from rich.console import Console  # takes 0.2 s, and most commands draw no bar
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[text]}", markup=False),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as display:
+        task = display.add_task(label, total=total, text="")
+
+        def show() -> None:
+            display.update(task, completed=bar.count, text=bar.describe())
+
+        with bar.shown_every(_DRAW_SECONDS, show):
+            yield

@@ -173,7 +173,7 @@ def render_schemas() -> str:
         "features": schemas.features_schema(4096, "float16"),
         "captions": schemas.captions_schema(positions=196),
         "embeddings": schemas.embeddings_schema(512),
-        "_failures": schemas.FAILURES_SCHEMA,
+        "__failures": schemas.FAILURES_SCHEMA,
     }
     lines = ["# Schemas", "", "The columns of every dataset that captionlib writes.", ""]
     for name, schema in datasets.items():

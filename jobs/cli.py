@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from captionlib import __version__
+from captionlib import __version__, progress
 from captionlib.errors import CaptionlibError, TrainingInterrupted, suggest
 
 __all__ = ["captionlib", "main"]
@@ -22,6 +22,12 @@ COMMANDS: dict[str, dict[str, str]] = {
         "demo": "Run the whole workflow on synthetic images, in minutes.",
         "recipes": "List the built-in configurations, or print one.",
         "inspect": "Show what a folder contains and how complete it is.",
+    },
+    "Collections": {
+        "init": "Create a collection: images that are captioned and indexed.",
+        "update": "Caption and index what has changed in a collection.",
+        "remove": "Take images out of a collection or of datasets.",
+        "status": "Show what is new, finished and failed in a collection.",
     },
     "Prepare images": {
         "prepare": "List images and their captions in a manifest.",
@@ -65,6 +71,28 @@ _KEPT = {
 _LOGGER = logging.getLogger("captionlib")
 
 
+def _set_quiet(_context: click.Context, _parameter: click.Parameter, quiet: bool) -> None:
+    progress.hide_progress(quiet)
+
+
+def _set_verbose(_context: click.Context, _parameter: click.Parameter, verbose: bool) -> None:
+    if verbose:
+        logging.basicConfig(format="%(name)s: %(message)s")
+    _LOGGER.setLevel(logging.DEBUG if verbose else logging.NOTSET)
+
+
+_OUTPUT_OPTIONS = [
+    click.Option(["-q", "--quiet"], is_flag=True, expose_value=False, callback=_set_quiet, help="Hide the progress."),
+    click.Option(
+        ["-v", "--verbose"],
+        is_flag=True,
+        expose_value=False,
+        callback=_set_verbose,
+        help="Show where an error was raised.",
+    ),
+]
+
+
 class LazyGroup(click.Group):
     """Lists the commands in `COMMANDS`, and imports the module of a command on demand."""
 
@@ -76,6 +104,7 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = importlib.import_module(f"jobs.{cmd_name.replace('-', '_')}").command
         command.name = cmd_name
+        command.params = [*(option for option in command.params if option not in _OUTPUT_OPTIONS), *_OUTPUT_OPTIONS]
         return command
 
     def resolve_command(
@@ -128,7 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signals: list[int] = []
     previous = _catch_stop_signals(signals)
     try:
-        captionlib.main(arguments, prog_name="captionlib", standalone_mode=False)
+        color = False if os.environ.get("NO_COLOR") else None  # if None, click uses color on terminals
+        captionlib.main(arguments, prog_name="captionlib", standalone_mode=False, color=color)
     except SystemExit:
         raise
     except BaseException as error:

@@ -67,6 +67,11 @@ def _describe(report: DatasetReport, verified: bool) -> str:
         "  configuration",
         *_lines(report.config, "    "),
     ]
+    if report.stale:
+        lines.append(
+            f"  stale        {report.stale:,} shards of {report.source} changed or were added; run the command that "
+            "writes this dataset again"
+        )
     if report.failed:
         images = report.rows + report.failed
         lines.append(f"  failures     {report.failed:,} of {images:,} images ({report.failed / images:.1%})")

@@ -78,6 +78,11 @@ __all__ = ["command"]
 @click.option("--strict", is_flag=True, help="Stop at invalid images or captions instead of skipping them.")
 @click.option("--append", is_flag=True, help="SOURCE has only new images: keep the images that it lacks.")
 @click.option("--allow-removal", is_flag=True, help="Allow an update to remove more than a tenth of the images.")
+@click.option(
+    "--verify-content",
+    metavar="FOLDER",
+    help="Read images that seem unchanged, and compare them with content_hash in these features or captions.",
+)
 @click.option("--dry-run", is_flag=True, help="Show how many images are new, changed and gone, and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace the manifest by a new one instead of updating it.")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
@@ -105,6 +110,7 @@ def command(
     strict: bool,
     append: bool,
     allow_removal: bool,
+    verify_content: str | None,
     dry_run: bool,
     overwrite: bool,
     progress: bool,
@@ -161,7 +167,16 @@ def command(
         tsv_quotes=tsv_quotes,
     )
     config = PrepareConfig(
-        source_format, options, splits, limit, shard_size, check_images, strict, append, allow_removal
+        source_format,
+        options,
+        splits,
+        limit,
+        shard_size,
+        check_images,
+        strict,
+        append,
+        allow_removal,
+        verify_content,
     )
     summary = prepare(
         sources, output, config, overwrite=overwrite, dry_run=dry_run, report=_echo_changes, progress=progress
@@ -189,7 +204,7 @@ def _parse_split_files(pairs: tuple[str, ...]) -> dict[str, str]:
 
 def _echo_summary(output: str, summary: PrepareSummary, dry_run: bool) -> None:
     if dry_run:
-        click.echo(f"{output}: nothing was written (dry run)")
+        click.echo(f"{output}: {'update' if summary.updated else 'new manifest'}, not written (dry run)")
     elif summary.already_prepared:
         click.echo(f"{output}: already prepared, nothing to do")
     else:

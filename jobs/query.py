@@ -11,6 +11,7 @@ from typing import Any
 import click
 import pyarrow as pa
 
+from captionlib.collection import is_collection, open_collection
 from captionlib.config import load_config
 from captionlib.search.index_folder import DESCRIPTION
 from captionlib.search.output import OutputFormat, write_output
@@ -30,7 +31,7 @@ _SECTIONS = {
     "Options for an index": _INDEX_OPTIONS,
     "Query a dataset": _DATASET_QUERIES,
     "Options for a dataset": ("memory", "threads"),
-    "Output": ("limit", "timeout", "format", "escape_formulas", "output", "help"),
+    "Output": ("limit", "timeout", "format", "escape_formulas", "output", "quiet", "verbose", "help"),
 }
 
 
@@ -40,7 +41,7 @@ class _SectionedCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         parameters = {max(parameter.opts, key=len): parameter for parameter in self.get_params(ctx)}
         for title, names in _SECTIONS.items():
-            records = [parameters[_flag(name)].get_help_record(ctx) for name in names]
+            records = [parameters[_flag(name)].get_help_record(ctx) for name in names if _flag(name) in parameters]
             with formatter.section(title):
                 formatter.write_dl([record for record in records if record])
 
@@ -145,6 +146,8 @@ def command(
     values: dict[str, Any] = {name: value for name, value in queries_and_options.items() if value is not None}
     if overrides:
         values["set"] = overrides
+    if len(folders) == 1 and is_collection(folders[0]):
+        folders = _enter_collection(folders[0], values)
     folder, limits = folders[0], SqlLimits(memory, threads)
     if len(folders) == 1 and Folder(folder).exists(DESCRIPTION):
         advice = "a dataset; query the captions that the index was built from"
@@ -164,6 +167,16 @@ def command(
         with stage_file(output) as path, path.open("wb") as file:  # the file appears only when it is complete
             count = write_output(rows, file, output_format, escape_formulas=escape_formulas)
         click.echo(f"{output}: {count:,} rows")
+
+
+def _enter_collection(folder: str, values: dict[str, Any]) -> tuple[str, ...]:
+    """Returns the index of a collection, or its captions if only they can be queried. Adds the collection's ranker."""
+    collection = open_collection(folder)
+    if values.keys() & set(_DATASET_QUERIES) - set(_INDEX_QUERIES):
+        return tuple(map(collection.captions, collection.config.sources))
+    if "captioner" not in values and values.keys() & {"sentence", "hybrid", "image"} and collection.config.ranker:
+        values.setdefault("ranker", collection.config.ranker)
+    return (collection.index,)
 
 
 def _choose_query(values: Mapping[str, Any], queries: Sequence[str], others: set[str], advice: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from captionlib.collection import is_collection, open_collection
 from captionlib.config import build_config, load_config, to_dict
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.search.index_folder import DESCRIPTION, user_cache_folder
@@ -24,7 +25,7 @@ _SHUTDOWN_SECONDS = 5
 
 
 @click.command()
-@click.argument("index")
+@click.argument("index", metavar="INDEX|COLLECTION")
 @click.option("--ranker", "-r", metavar="FOLDER", help="Ranker (dual encoder) that computed the embeddings.")
 @click.option("--captioner", "-c", metavar="FOLDER", help="A captioner for uploaded images.")
 @weights_option
@@ -68,7 +69,7 @@ def command(
     overrides: tuple[str, ...],
     device: str,
 ) -> None:
-    """Serve INDEX as a web application with a JSON API.
+    """Serve an index, or the index of a collection, as a web application with a JSON API.
 
     By default, only this machine can connect. There is no authentication: anyone who can connect can view every image
     in the index. To restrict access, put a proxy with authentication in front of the server. The server shows only
@@ -78,6 +79,7 @@ def command(
     \b
     Examples:
       captionlib serve index
+      captionlib serve holidays
       captionlib serve index --ranker ranker --captioner captioner --set decoding.beam_width=10
       captionlib serve s3://bucket/index --workers 4 --port 9000
       captionlib serve index --host 0.0.0.0 --name images.example.org
@@ -88,6 +90,11 @@ def command(
     from captionlib.serving.connections import LimitedConnection
     from captionlib.serving.startup import AppConfig
 
+    if is_collection(index):
+        collection = open_collection(index)
+        index, settings = collection.index, collection.config
+        ranker, captioner = ranker or settings.ranker, captioner or settings.captioner
+        weights = weights or settings.weights
     if not Folder(index).exists(DESCRIPTION):
         raise DatasetError(
             f"{index} is not an index: expected a folder with {DESCRIPTION}; see `captionlib build-index`"

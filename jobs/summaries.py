@@ -13,5 +13,5 @@ def echo_totals(output: str, totals: Totals) -> None:
     if totals.failures:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in totals.reasons.items())
         click.echo(
-            f"{totals.failures:,} of {totals.images:,} images failed ({reasons}); see {output}/_failures", err=True
+            f"{totals.failures:,} of {totals.images:,} images failed ({reasons}); see {output}/__failures", err=True
         )

@@ -41,10 +41,13 @@ def command(
       captionlib train-captioner features -o captioner --config talk-lstm --set training.epochs=30
       captionlib train-captioner features -o better --init-from captioner --set objective=self_critical
 
-    A recipe (--config) is a built-in configuration; --set overrides single values. talk-lstm has the settings of
-    Karpathy & Li's talk, and finetune-encoder is for manifests. Small datasets are trained in three stages, each
-    starting from the previous one (--init-from): flickr8k-bag-of-words, flickr8k-attention or flickr8k-pooled, and
+    A recipe (--config) is a built-in configuration; --set overrides single values. talk-lstm and talk-rnn have the
+    settings of Karpathy & Li's talk, and finetune-encoder is for manifests. Small datasets are trained in three stages,
+    each starting from the previous one (--init-from): flickr8k-bag-of-words, flickr8k-attention or flickr8k-pooled, and
     flickr8k-self-critical.
+
+    A run whose loss is not finite, or whose perplexity stays above that of the word frequencies alone for
+    training.unigram_patience epochs, stops with an error. The best checkpoint is kept.
 
     \b
       captionlib train-captioner maps -o words --config flickr8k-bag-of-words
@@ -54,7 +57,7 @@ def command(
 
     The output folder contains the checkpoint (model.safetensors, config.json, training.json; after fine-tuning also
     encoder.safetensors), resolved.json with all settings of the run, metrics.jsonl and curves.png, tensorboard/, the
-    state to resume from in _training/, and the unreadable images in _failures/.
+    state to resume from in _training/, and the unreadable images in __failures/.
     """
     if init_from is not None:
         overrides = (*overrides, f"init_from={json.dumps(init_from)}")

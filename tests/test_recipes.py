@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,13 @@ def test_base_recipes_are_not_listed_but_extended() -> None:
     assert (pooled.captioner.attention_size, attention.captioner.attention_size) == (0, 512)
     assert (pooled.batch_images, attention.batch_images) == (32, 20)
     assert pooled.training == attention.training
+
+
+def test_talk_recipes_differ_in_cell_and_image_input_alone() -> None:
+    lstm, rnn = (
+        load_config(CaptionerTrainingConfig, find_recipe(f"talk-{cell}", "train-captioner")) for cell in ("lstm", "rnn")
+    )
+    assert replace(lstm, captioner=replace(lstm.captioner, cell="rnn", image_input="first_step")) == rnn
 
 
 @pytest.mark.parametrize(

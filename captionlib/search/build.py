@@ -179,6 +179,13 @@ class IndexBuild:
         for name in [TEMPORARY_FOLDER, *(name for name in names if name not in used)]:
             self.folder.remove(name)
 
+    def remove_previous_version(self) -> None:
+        """Removes the files of the previous version at once, although a reader may be opening it."""
+        current = self._read_current()
+        if current is not None and current.previous:
+            write_description(self.folder, replace(current, previous=()))
+        self.clean()
+
     def _merge(self) -> IndexDescription:
         shards = self._list_indexed_shards()
         text = vectors = trained = ""

@@ -30,7 +30,7 @@ _PLACEHOLDER_SVG = """<svg xmlns="http://www.w3.org/2000/svg" width="256" height
 def read_state(name: str) -> Any:
     """Returns a FastAPI dependency that reads an attribute of the application's state."""
 
-    def read(request: Request) -> Any:
+    async def read(request: Request) -> Any:  # FastAPI would run a plain function in a thread
         return getattr(request.app.state, name)
 
     return Depends(read)

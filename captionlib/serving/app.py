@@ -75,7 +75,10 @@ def create_app(service: SearchService, thumbnail_folder: Path) -> FastAPI:
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(StarletteHTTPException)
     async def handle_http_error(request: Request, error: HTTPException) -> Response:
-        return _make_error_response(app, request, error.status_code, str(error.detail), error.headers)
+        detail = str(error.detail)
+        if detail == "Not Found" and _accepts_html(request):
+            detail = "nothing is at this address; search for images instead"
+        return _make_error_response(app, request, error.status_code, detail, error.headers)
 
     @app.exception_handler(QueryError)
     async def handle_query_error(request: Request, error: QueryError) -> Response:
@@ -83,7 +86,9 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ImageError)
     async def handle_image_error(request: Request, error: ImageError) -> Response:
-        return _make_error_response(app, request, 400, f"{error.reason}: {error}")
+        # The reason is a name such as `UnsupportedFormat`, which is for programs.
+        detail = str(error) if _accepts_html(request) else f"{error.reason}: {error}"
+        return _make_error_response(app, request, 400, detail)
 
     @app.exception_handler(BusyError)
     async def handle_busy_error(request: Request, error: BusyError) -> Response:

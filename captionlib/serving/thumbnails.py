@@ -4,6 +4,7 @@ import asyncio
 import copy
 import hashlib
 import os
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic
@@ -22,7 +23,7 @@ from captionlib.serving.config import ServingConfig
 from captionlib.serving.fair_thread_pool import FairThreadPool
 from captionlib.storage.folders import write_file
 
-__all__ = ["ThumbnailSize", "Thumbnails"]
+__all__ = ["ThumbnailSize", "Thumbnails", "remove_thumbnails"]
 
 ThumbnailSize = Literal["small", "large"]
 
@@ -85,8 +86,7 @@ class Thumbnails:
             ImageError: the image cannot be read; the error is cached for half a minute.
             BusyError: too many images are being fetched.
         """
-        name = hashlib.sha256(f"{self._scope} {size} {uri}".encode()).hexdigest()
-        path = self._folder / name[:2] / f"{name}.jpg"
+        path = _choose_path(self._folder, self._scope, size, uri)
         content = await run_in_threadpool(_read_stored, path)
         if content is not None:
             return content
@@ -133,6 +133,19 @@ class Thumbnails:
         if self._stored % _PRUNE_EVERY == 0:
             await run_in_threadpool(self.prune)
         return content
+
+
+def _choose_path(folder: Path, scope: str, size: ThumbnailSize, uri: str) -> Path:
+    name = hashlib.sha256(f"{scope} {size} {uri}".encode()).hexdigest()
+    return folder / name[:2] / f"{name}.jpg"
+
+
+def remove_thumbnails(folder: Path, uris: Iterable[str]) -> None:
+    """Removes the stored thumbnails of images."""
+    for uri in uris:
+        for scope in ("all", "public"):
+            for size in _PREPROCESSING:
+                _choose_path(folder, scope, size, uri).unlink(missing_ok=True)
 
 
 def _read_stored(path: Path) -> bytes | None:

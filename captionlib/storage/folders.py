@@ -148,6 +148,26 @@ class Folder:
         with self.stage(name) as path, name_errors(self.path(name)):
             path.write_bytes(content)
 
+    def create(self, name: str, content: bytes) -> bool:
+        """Writes a small file unless it exists, and returns whether it was written.
+
+        Of several processes that create the same file at once, only one succeeds. Object stores other than S3 may let
+        the last one win instead.
+        """
+        path = self.path(name)
+        try:
+            if not self.is_local:
+                self.fs.invalidate_cache()
+                self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+                self.fs.pipe_file(path, content, mode="create")
+                return True
+            with _create_temporary_file(Path(self.path(TEMPORARY_FOLDER)), Path(name).name) as temporary:
+                temporary.write_bytes(content)
+                os.link(temporary, path)
+            return True
+        except FileExistsError:
+            return False
+
     @contextmanager
     def stage(self, name: str) -> Iterator[Path]:
         """Yields a local path to write. The file is published as `name` when the block ends, unless it raises."""

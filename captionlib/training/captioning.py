@@ -18,7 +18,7 @@ from captionlib.data.batches.captions import (
     read_references,
 )
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.text.vocabulary import Vocabulary
+from captionlib.data.text.vocabulary import END, Vocabulary
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
 from captionlib.models.checkpoints.checkpoint import save_captioner
@@ -216,6 +216,9 @@ def _make_objective(
         return BagOfWordsObjective(model, training, validation, save, module_learning_rates=module_learning_rates)
     captioning = CaptioningObjective(
         model, training, validation, save, config.label_smoothing, cider, module_learning_rates
+    )
+    captioning.unigram_perplexity = vocabulary.unigram_perplexity(
+        [*encode(caption), END] for caption in read_captions(dataset, config.validation_splits)
     )
     if config.objective == "self_critical":
         token_ids = (list(map(encode, captions)) for captions in read_references(dataset, config.train_splits))

@@ -20,6 +20,7 @@ from captionlib.data.batches.skipped import SkippedImages
 from captionlib.data.images.loading import LoadImages, LoadingConfig, open_loader
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.shards.markers import FAILURES_FOLDER
+from captionlib.data.text.vocabulary import END
 from captionlib.errors import ConfigError
 from captionlib.models.captioners.end_to_end import ImageCaptioner
 from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner, save_captioner
@@ -198,4 +199,8 @@ def _make_objective(
         )
 
     rates = {"encoder": config.encoder.learning_rate}
-    return CaptioningObjective(model, batches, validation_batches, save, config.label_smoothing, cider, rates)
+    objective = CaptioningObjective(model, batches, validation_batches, save, config.label_smoothing, cider, rates)
+    objective.unigram_perplexity = vocabulary.unigram_perplexity(
+        [*encode(caption), END] for captions in validation["captions"].to_pylist() for caption in captions
+    )
+    return objective

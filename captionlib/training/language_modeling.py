@@ -15,7 +15,7 @@ from torch import Tensor
 from captionlib.config import configclass, to_dict
 from captionlib.data.batches.text import SentenceBatches, SequenceBatches, TextBatches
 from captionlib.data.text.corpora import TextLayout, open_corpus
-from captionlib.data.text.vocabulary import Level, Vocabulary
+from captionlib.data.text.vocabulary import END, PAD, Level, Vocabulary
 from captionlib.models.captioners.captioner import Captioner
 from captionlib.models.captioners.language_model import LanguageModelConfig, build_language_model
 from captionlib.models.checkpoints.checkpoint import save_language_model
@@ -134,6 +134,11 @@ def train_language_model(
         )
 
     objective = LanguageModelObjective(model.to(target), training, validation, save)
+    objective.unigram_perplexity = vocabulary.unigram_perplexity(
+        [*row[row != PAD].tolist(), *([END] if validation.has_end_tokens else [])]
+        for batch in validation.in_order()
+        for row in batch
+    )
     return train(objective, config.training, folder, {"source": corpus.fingerprint, **to_dict(config)}, progress)
 
 

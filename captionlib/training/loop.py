@@ -5,9 +5,11 @@ resumes the run from its last saved state. On a CPU, the resulting weights are b
 uninterrupted run.
 """
 
+import math
 import random
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, Generic
 
@@ -15,7 +17,7 @@ import torch
 from torch import nn
 
 from captionlib.data.shards.markers import to_json
-from captionlib.errors import TrainingInterrupted
+from captionlib.errors import TrainingDiverged, TrainingInterrupted
 from captionlib.progress import progress_bar
 from captionlib.storage.folders import Folder
 from captionlib.training.distributed import ProcessGroup
@@ -67,6 +69,8 @@ def train(
 
     Raises:
         DatasetError: the folder holds a run with a different configuration.
+        TrainingDiverged: the loss or a validation score is not finite, or the perplexity stays above the unigram
+            model's. The checkpoint of the best epoch is kept.
         TrainingInterrupted: Ctrl-C or SIGTERM stopped the run; its state is saved.
     """
     run = _Run(objective, config, output, resolved)
@@ -74,8 +78,10 @@ def train(
     progress = progress and run.group.is_first
     with catch_stop_signals(abort_on_repeat=run.group.world_size == 1) as is_stop_requested:
         while not run.is_finished():
+            run.require_learning()
             run.train_epoch(is_stop_requested, progress)
             run.complete_epoch(progress)
+        run.require_learning()
     return run.state.history
 
 
@@ -116,6 +122,41 @@ class _Run(Generic[Batch, Model]):
         state, patience = self.state, self._config.patience
         is_patience_exhausted = patience is not None and state.epoch - 1 - state.best_epoch >= patience
         return state.epoch >= self._config.epochs or (state.step == 0 and is_patience_exhausted)
+
+    def require_learning(self) -> None:
+        """Checks that the validation perplexity is below the unigram model's. Warns if a short run ends above it.
+
+        Raises:
+            TrainingDiverged: each of the last `unigram_patience` epochs is above it.
+        """
+        bound, patience = self._objective.unigram_perplexity, self._config.unigram_patience
+        if bound is None or patience is None:
+            return
+        last = [row["perplexity"] for row in self.state.history[-patience:]]
+        if not last or min(last) <= bound:
+            return
+        values = ", ".join(f"{value:.1f}" for value in last)
+        reason = (
+            f"expected a validation perplexity below {bound:.1f}, that of the word frequencies alone (unigram), got "
+            f"{values} in the last {len(last)} epochs"
+        )
+        if len(last) == patience:
+            raise self._diverged(reason, "; set training.unigram_patience to null to continue nevertheless")
+        if self.group.is_first and self.is_finished():
+            print(f"warning: {reason}; train longer or with a lower training.learning_rate", file=sys.stderr)
+
+    def _require_finite(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise self._diverged(f"expected a finite {name}, got {value} in epoch {self.state.epoch + 1}")
+
+    def _diverged(self, reason: str, hint: str = "") -> TrainingDiverged:
+        best, uri = self.state.best_epoch, self._output.uri
+        kept = f"the checkpoint of epoch {best + 1} is kept in {uri}" if best >= 0 else f"{uri} holds no checkpoint yet"
+        return TrainingDiverged(
+            f"training stopped: {reason}; {kept}; train again in a new folder with a training.learning_rate below "
+            f"{self._config.learning_rate:g} or with training.clip_norm{hint}"
+        )
 
     def save(self) -> None:
         rng_states = self.group.gather(get_rng_states(self._device))
@@ -173,6 +214,7 @@ class _Run(Generic[Batch, Model]):
         must_save = self.group.is_first and time.monotonic() > save_at
         # A single all-reduce sums the totals and lets the processes agree on stopping and saving.
         *group_totals, stops, saves = self.group.sum([*totals, is_stop_requested(), must_save], self._device)
+        self._require_finite({"loss": group_totals[0]})
         self.group.average_gradients(self._parameters, weight=totals[1] / max(group_totals[1], 1))
         if config.clip_value is not None:
             nn.utils.clip_grad_value_(self._parameters, config.clip_value)
@@ -191,6 +233,7 @@ class _Run(Generic[Batch, Model]):
             model.eval()
             with torch.inference_mode():
                 scores = self.group.run_on_first(self._objective.validate)
+            self._require_finite(scores)
             self._report(scores, progress)
         self.save()
 

@@ -48,10 +48,13 @@ class Objective(ABC, Generic[Batch, Model]):
     Attributes:
         score_name: the validation score that selects the best epoch.
         higher_is_better: whether a higher score is better, as for CIDEr, or a lower one, as for perplexity.
+        unigram_perplexity: the validation perplexity of the training data's word frequencies, which a model must beat;
+            None if the objective has no such bound.
     """
 
     score_name = "perplexity"
     higher_is_better = False
+    unigram_perplexity: float | None = None
 
     def __init__(
         self, model: Model, save_model: SaveModel[Model], module_learning_rates: Mapping[str, float] | None = None

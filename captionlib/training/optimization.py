@@ -22,7 +22,7 @@ __all__ = [
     "schedule_factor",
 ]
 
-_RMSPROP_ALPHA = 0.999  # as in NeuralTalk
+_RMSPROP_DECAY = 0.999  # as in NeuralTalk
 _COSINE_FLOOR = 0.01  # final learning rate, as a fraction of the base learning rate
 
 
@@ -32,7 +32,7 @@ class TrainingConfig:
 
     Attributes:
         epochs: the maximum number of passes over the training data.
-        optimizer: `rmsprop`, `adam` or `adamw`.
+        optimizer: `rmsprop` (with the bias correction of Adam), `adam` or `adamw`.
         learning_rate: the base learning rate, which the schedule scales.
         weight_decay: the weight decay of `adamw`.
         schedule: `constant`; `step`, which multiplies the learning rate by `step_factor` every `step_epochs` epochs; or
@@ -45,6 +45,8 @@ class TrainingConfig:
         ema_decay: validate and save an exponential moving average of the weights with this decay, such as 0.999. If
             None, the weights themselves are used.
         precision: if `bfloat16`, the loss is computed under autocast. Weights and validation stay in float32.
+        unigram_patience: stop with an error after this many consecutive epochs whose validation perplexity is above
+            that of the unigram model, which knows word frequencies alone. If None, such epochs are allowed.
         patience: stop after this many epochs without a better validation score. If None, all epochs are run.
         checkpoint_interval_seconds: the time between saves of the run's state within an epoch.
         seed: the seed for the order of the data, dropout and the initial weights.
@@ -62,6 +64,7 @@ class TrainingConfig:
     clip_norm: PositiveFloat | None = None
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
+    unigram_patience: PositiveInt | None = 3
     patience: NonNegativeInt | None = 3
     checkpoint_interval_seconds: NonNegativeFloat = 300.0
     seed: int = 0
@@ -82,7 +85,9 @@ def make_optimizer(
             modules.setdefault(module if module in rates else "", []).append(parameter)
     groups = [{"params": group, "lr": rates.get(name, config.learning_rate)} for name, group in modules.items()]
     if config.optimizer == "rmsprop":
-        return torch.optim.RMSprop(groups, alpha=_RMSPROP_ALPHA)
+        # Adam without momentum is RMSprop with bias correction. Without the correction, the mean square starts near
+        # zero, and the first step is 1 / sqrt(1 - decay) = 32 times as large as the learning rate.
+        return torch.optim.Adam(groups, betas=(0.0, _RMSPROP_DECAY))
     if config.optimizer == "adam":
         return torch.optim.Adam(groups)
     return torch.optim.AdamW(groups, weight_decay=config.weight_decay)

@@ -21,7 +21,7 @@ STATE = "_training/state.pt"
 RESOLVED = "resolved.json"
 _RUN_FILES = {"_training", FAILURES_FOLDER, RESOLVED, METRICS, TENSORBOARD, CURVES, *CHECKPOINT_FILES}
 _CHANGEABLE = {"loading", "max_failure_ratio"}  # settings that may differ when a run is resumed
-_CHANGEABLE_TRAINING = {"patience", "checkpoint_interval_seconds"}
+_CHANGEABLE_TRAINING = {"patience", "unigram_patience", "checkpoint_interval_seconds"}
 
 
 @dataclass

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from captionlib.errors import DatasetError, TrainingInterrupted
+from captionlib.progress import hide_progress, progress_bar
 from jobs.cli import COMMANDS, captionlib, main
 
 NAMES = [name for commands in COMMANDS.values() for name in commands]
@@ -129,6 +130,26 @@ def test_stop_signal_becomes_one_line(
     assert call(command, "input") == 128 + number
     assert capsys.readouterr() == ("", message)
     assert signal.getsignal(number) == before
+
+
+def test_verbose_shows_where_an_error_was_raised(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert call("inspect", str(tmp_path)) == 1
+    assert not caplog.records
+    assert call("inspect", str(tmp_path), "--verbose") == 1
+    assert [record.exc_info is not None for record in caplog.records] == [True]
+    assert capsys.readouterr().err.count("Error: ") == 2
+    CliRunner().invoke(captionlib, ["recipes"])  # not verbose
+
+
+def test_quiet_hides_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    for options, expected in (([], "label: 0 items"), (["--quiet"], "")):
+        assert CliRunner().invoke(captionlib, ["recipes", *options]).exit_code == 0
+        with progress_bar("label", None, "items"):
+            pass
+        assert capsys.readouterr().err[: len("label: 0 items")] == expected
+    hide_progress(False)
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_markers_are_written_after_their_data(bucket: str, proxy: FaultyProxy) -
     for shard in range(SHARDS):
         data, failures, marker = (
             [place for place, name in enumerate(written) if name == f"{folder}part-{shard:05d}.{kind}"]
-            for folder, kind in (("", "parquet"), ("_failures/", "parquet"), ("_shards/", "json"))
+            for folder, kind in (("", "parquet"), ("__failures/", "parquet"), ("__shards/", "json"))
         )
         assert max(data) < min(failures)
         assert max(failures) < min(marker)
@@ -159,7 +159,7 @@ def test_outage_fails_the_run_without_partial_shards(
     source = write_manifest(f"{bucket}/manifest")
     monkeypatch.setattr(retries._retrying, "stop", stop_after_delay(0.2))
     proxy.choose = lambda method, path: (
-        Fault.THROTTLE if method == "PUT" and path.endswith("output/_shards/part-00002.json") else None
+        Fault.THROTTLE if method == "PUT" and path.endswith("output/__shards/part-00002.json") else None
     )
     with pytest.raises(StorageError, match=r"part-00002\.json: the storage failed for .* injected"):
         run_job(source, f"{bucket}/output")

@@ -1,14 +1,18 @@
 import base64
 import io
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from anyio.to_thread import current_default_thread_limiter
 from fastapi.testclient import TestClient
 from PIL import Image
+from starlette.concurrency import run_in_threadpool
 
+from captionlib.errors import BusyError
 from captionlib.serving.config import ServingConfig
 
 from .example_site import MALICIOUS, make_site
@@ -142,7 +146,7 @@ def test_image_has_candidates_and_similar_images(client: TestClient) -> None:
     html = client.get("/image?id=im0").text
     assert "perhaps a dog and a cat" in html
     missing = client.get("/image?id=nothing", headers=BROWSER)
-    assert (missing.status_code, "no image nothing in the index" in missing.text) == (404, True)
+    assert (missing.status_code, "No image nothing in the index" in missing.text) == (404, True)
 
 
 def test_search_by_image_returns_images_and_sentences(client: TestClient) -> None:
@@ -170,8 +174,11 @@ def test_invalid_image_is_rejected(client: TestClient, content: bytes, reason: s
     response = client.post("/api/image-search", files={"image": ("x.png", content, "image/png")})
     assert response.status_code == 400
     assert response.json()["detail"].startswith(f"{reason}: ")
-    page = client.post("/image-search", files={"image": ("x.png", content, "image/png")})
-    assert (page.status_code, reason in page.text) == (400, True)
+    page = client.post("/image-search", files={"image": ("x.png", content, "image/png")}, headers=BROWSER)
+    (shown,) = re.findall("<h1>.*</h1>\n<p>(.*)</p>", page.text)
+    assert (page.status_code, reason in page.text) == (400, False)
+    assert shown[0].isupper()
+    assert len(shown) > 10
 
 
 def test_body_that_is_too_large_is_rejected(client: TestClient) -> None:
@@ -218,6 +225,34 @@ def test_unknown_hosts_are_rejected_and_headers_are_set(client: TestClient) -> N
         assert headers["x-content-type-options"] == "nosniff"
 
 
+def test_long_image_ids_are_accepted(client: TestClient) -> None:
+    for url in ("/image", "/api/image", "/thumbnail/small"):
+        response = client.get(url, params={"id": "x" * 10_000})
+        assert (response.status_code, "no image xxx" in response.text) == (404, True)
+
+
+def test_health_does_not_wait_for_a_thread(client: TestClient) -> None:
+    gate = threading.Event()
+    assert client.portal is not None
+    limiter = client.portal.call(current_default_thread_limiter)
+    assert limiter.total_tokens == 8
+    waiting = [client.portal.start_task_soon(run_in_threadpool, gate.wait) for _ in range(limiter.total_tokens + 1)]
+    try:
+        assert client.get("/health").json()["status"] == "ok"
+    finally:
+        gate.set()
+    assert all(task.result() for task in waiting)
+
+
+def test_busy_server_asks_to_try_again(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise BusyError("busy")
+
+    monkeypatch.setattr(client.app.state.service, "search_by_image", fail)  # type: ignore[attr-defined]
+    response = client.post("/api/image-search", files={"image": ("x.png", make_png(), "image/png")})
+    assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+
+
 def test_health_and_docs(client: TestClient) -> None:
     health = client.get("/health").json()
     assert (health["status"], health["captions"], health["vectors"]) == ("ok", 60, 60)
@@ -229,7 +264,8 @@ def test_health_and_docs(client: TestClient) -> None:
 
 def test_error_is_a_page_for_browsers_and_json_for_other_clients(client: TestClient) -> None:
     assert client.get("/nothing").json() == {"detail": "Not Found"}
-    assert "<h1>Not found</h1>" in client.get("/nothing", headers=BROWSER).text
+    page = client.get("/nothing", headers=BROWSER).text
+    assert "<h1>Not found</h1>\n<p>Nothing is at this address; search for images instead.</p>" in page
     assert client.get("/static/../../app.py").status_code == 404
 
 

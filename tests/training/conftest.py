@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pytest
 
@@ -13,13 +14,19 @@ WORDS = ["zero", "one", "two", "three"]
 
 @pytest.fixture
 def features(tmp_path: Path) -> ShardedDataset:
-    """64 images of four kinds, told apart by their features; the sentence says the kind."""
+    """64 images of four kinds with features of four values."""
+    return write_features(tmp_path / "features", 5 * np.eye(4))
+
+
+def write_features(folder: Path, patterns: npt.NDArray[np.float64]) -> ShardedDataset:
+    """Writes 64 images of four kinds, told apart by noisy `patterns`, `[4, size]`; the sentence says the kind."""
     draw = np.random.default_rng(0)
+    size = patterns.shape[1]
     dataset = create_dataset(
-        tmp_path / "features",
+        folder,
         "features",
-        features_schema(4, "float16"),
-        config={"encoder": {"model": "none", "shape": [4]}},
+        features_schema(size, "float16"),
+        config={"encoder": {"model": "none", "shape": [size]}},
         shards=2,
     )
     for shard in range(2):
@@ -30,7 +37,7 @@ def features(tmp_path: Path) -> ShardedDataset:
                 "uri": "",
                 "split": "val" if number % 4 == 0 else "train",
                 "captions": [f"this is {WORDS[kind]}", f"it is a {WORDS[kind]} again"],
-                "features": (5 * np.eye(4)[kind] + draw.normal(0, 0.1, 4)).astype(np.float16),
+                "features": (patterns[kind] + draw.normal(0, 0.1, size)).astype(np.float16),
             }
             for number, kind in enumerate(kinds)
         ]

@@ -9,22 +9,24 @@ import pyarrow as pa
 import pytest
 import torch
 
+from captionlib.config import load_config
 from captionlib.data.batches.captions import CaptionBatches, read_captions, read_features, read_references
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
-from captionlib.data.text.vocabulary import Vocabulary
-from captionlib.errors import CheckpointError, ConfigError, DatasetError
+from captionlib.data.text.vocabulary import END, Vocabulary
+from captionlib.errors import CheckpointError, ConfigError, DatasetError, TrainingDiverged
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.checkpoints.checkpoint import load_captioner, save_captioner
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
+from captionlib.recipes import find_recipe
 from captionlib.training.caption_objective import CaptioningObjective, CiderValidation
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
 from captionlib.training.initialization import build_captioner
 from captionlib.training.loop import TrainingConfig
-from tests.training.conftest import WORDS
+from tests.training.conftest import WORDS, write_features
 
 CONFIG = CaptionerTrainingConfig(
     captioner=CaptionerConfig(hidden_size=16, embedding_size=16, dropout=0.1),
@@ -55,6 +57,25 @@ def test_learns_to_describe_images(features: ShardedDataset, tmp_path: Path) -> 
     assert (tmp_path / "captioner" / "metrics.jsonl").read_text().count("\n") == len(history)
 
 
+@pytest.mark.parametrize("image_input", ["first_step", "initial_input"])
+def test_rnn_with_wide_features_beats_the_word_frequencies(tmp_path: Path, image_input: Any) -> None:
+    wide = write_features(tmp_path / "wide", np.random.default_rng(1).normal(size=(4, 1024)))
+    overrides = ["training.epochs=2", "captioner.hidden_size=128", f"captioner.image_input={image_input}"]
+    config = load_config(CaptionerTrainingConfig, find_recipe("talk-rnn", "train-captioner"), overrides)
+    history = train(wide, tmp_path / "captioner", replace(config, min_count=1, batch_images=8))
+    vocabulary = load_captioner(tmp_path / "captioner").vocabulary
+    unigram = vocabulary.unigram_perplexity([*vocabulary.encode(text), END] for text in read_captions(wide, ["val"]))
+    assert history[-1]["perplexity"] < 0.9 * unigram
+
+
+def test_diverging_training_stops(features: ShardedDataset, tmp_path: Path) -> None:
+    training = TrainingConfig(optimizer="adam", learning_rate=0.03, epochs=20, patience=None)
+    train(features, tmp_path / "good", replace(CONFIG, training=replace(training, epochs=1)))
+    config = replace(CONFIG, init_from=str(tmp_path / "good"), training=replace(training, learning_rate=30))
+    with pytest.raises(TrainingDiverged, match="training stopped: expected a"):
+        train(features, tmp_path / "diverged", config)
+
+
 def test_vocabulary_is_counted_on_the_training_splits(features: ShardedDataset, tmp_path: Path) -> None:
     config = replace(CONFIG, train_splits=("val",), validation_splits=("train",), training=TrainingConfig(epochs=1))
     train(features, tmp_path / "captioner", config)
@@ -72,8 +93,8 @@ def test_same_seed_gives_same_weights(features: ShardedDataset, tmp_path: Path) 
 
 
 def test_rejects_split_without_captions_before_training(features: ShardedDataset, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="expected captions in split dev, got none"):
-        train(features, tmp_path / "captioner", replace(CONFIG, validation_splits=("dev",)))
+    with pytest.raises(DatasetError, match="expected captions in split test, got none"):
+        train(features, tmp_path / "captioner", replace(CONFIG, validation_splits=("test",)))
     assert not (tmp_path / "captioner" / "config.json").exists()
 
 

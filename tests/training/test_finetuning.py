@@ -84,7 +84,7 @@ def test_trains_captioner_and_unfrozen_encoder_layers(
     assert (tuned.config, tuned.vocabulary) == (start.config, start.vocabulary)
     assert not torch.equal(tuned.model.output.weight, start.model.output.weight)
     assert tuned.provenance["init_from"]["fingerprint"] == start.fingerprint
-    failures = pq.read_table(tmp_path / "tuned" / "_failures" / "part-00000.parquet").to_pylist()
+    failures = pq.read_table(tmp_path / "tuned" / "__failures" / "part-00000.parquet").to_pylist()
     assert {row["image_id"]: row["stage"] for row in failures} == {"broken.png": "decode", "missing.png": "fetch"}
     assert "2 of 10 images are unreadable" in capsys.readouterr().err
 
@@ -216,7 +216,7 @@ def test_too_many_unreadable_images_fail_the_run(
         FailureRatioError, match=r"2 of 10 images are unreadable \(.*: 1, .*: 1\); the run allows 10.0%"
     ):
         finetune(manifest, tmp_path / "tuned", replace(CONFIG, max_failure_ratio=0.1))
-    assert (tmp_path / "tuned" / "_failures" / "part-00000.parquet").exists()
+    assert (tmp_path / "tuned" / "__failures" / "part-00000.parquet").exists()
     assert not (tmp_path / "tuned" / "config.json").exists()
 
 

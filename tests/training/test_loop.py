@@ -13,7 +13,7 @@ import torch
 from tensorboardX.proto import event_pb2
 from torch import Tensor, nn
 
-from captionlib.errors import DatasetError, TrainingInterrupted
+from captionlib.errors import DatasetError, TrainingDiverged, TrainingInterrupted
 from captionlib.storage.folders import Folder
 from captionlib.training.loop import TrainingConfig, claim_folder, seed_everything, train
 from captionlib.training.objective import BatchLoss
@@ -33,6 +33,7 @@ class Line:
 
     score_name = "error"
     higher_is_better = False
+    unigram_perplexity: float | None = None
     module_learning_rates: ClassVar[dict[str, float]] = {}
 
     def __init__(self, at_step: Callable[[int], None] = lambda _: None) -> None:
@@ -141,6 +142,79 @@ def test_best_epoch_is_saved_and_patience_ends_the_run(tmp_path: Path) -> None:
     assert [row["error"] for row in history] == [3.0, 1.0, 2.0, 1.5]
     assert objective.saved == [1, 2]
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 4
+
+
+def test_first_of_equally_good_epochs_is_kept(tmp_path: Path) -> None:
+    objective = Line()
+    objective.errors = [2.0, 1.0, 1.0, 1.0, 0.1]
+    history = run(objective, tmp_path, replace(CONFIG, epochs=5, patience=2))
+    assert objective.saved == [1, 2]
+    assert len(history) == 4  # an equally good epoch does not reset the patience
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path: Path, value: float) -> None:
+    class Diverging(Line):
+        def loss(self, batch: Tensor) -> BatchLoss:
+            loss = super().loss(batch)
+            return loss._replace(total=value) if self._step == STEPS + 2 else loss
+
+    objective = Diverging()
+    with pytest.raises(TrainingDiverged, match=rf"finite loss, got {value} in epoch 2; the checkpoint of epoch 1 is"):
+        run(objective, tmp_path)
+    assert objective.saved == [1]
+    assert (tmp_path / "model.safetensors").exists()
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+
+
+def test_epoch_with_a_non_finite_score_is_never_saved(tmp_path: Path) -> None:
+    objective = Line()
+    objective.higher_is_better = True  # NaN and infinity compare differently for each direction
+    objective.errors = [float("inf")]
+    with pytest.raises(TrainingDiverged, match=r"finite error, got inf in epoch 1; .* holds no checkpoint yet"):
+        run(objective, tmp_path)
+    assert objective.saved == []
+
+
+class Unigram(Line):
+    """Validates by given perplexities; word frequencies alone reach 10."""
+
+    score_name = "perplexity"
+    unigram_perplexity = 10.0
+
+    def validate(self) -> dict[str, float]:
+        return {"perplexity": self.errors.pop(0)}
+
+
+@pytest.mark.parametrize("errors", [[12.0, 11.0, 10.1], [9.0, 12.0, 11.0, 10.1]])
+def test_run_above_the_unigram_perplexity_stops(tmp_path: Path, errors: list[float]) -> None:
+    objective = Unigram()
+    objective.errors = [*errors, 1.0]
+    config = replace(CONFIG, epochs=9)
+    with pytest.raises(TrainingDiverged, match=r"below 10\.0, .* got 12\.0, 11\.0, 10\.1 in the last 3 epochs"):
+        run(objective, tmp_path, config)
+    assert objective.errors == [1.0]
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == len(errors)
+    with pytest.raises(TrainingDiverged):  # the same command fails at once
+        run(objective, tmp_path, config)
+    assert objective.errors == [1.0]
+    continued = run(objective, tmp_path, replace(config, epochs=len(errors) + 1, unigram_patience=None))
+    assert continued[-1]["perplexity"] == 1.0
+
+
+def test_patience_ends_no_run_above_the_unigram_perplexity_silently(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    objective = Unigram()
+    objective.errors = [12.0, 13.0]
+    run(objective, tmp_path, replace(CONFIG, epochs=2))
+    assert capsys.readouterr().err.startswith("warning: expected a validation perplexity below 10.0")
+
+
+def test_run_that_falls_below_the_unigram_perplexity_in_time_goes_on(tmp_path: Path) -> None:
+    objective = Unigram()
+    objective.errors = [12.0, 11.0, 9.0, 8.0]
+    assert len(run(objective, tmp_path, replace(CONFIG, epochs=4))) == 4
 
 
 def test_higher_score_can_be_better(tmp_path: Path) -> None:

@@ -67,14 +67,18 @@ def test_part_of_the_model_has_its_own_rate() -> None:
         assert [id(parameter) for parameter in parts[rate]] == [id(p) for p in model[name].parameters()]
 
 
-def test_rmsprop_step_matches_hand_computed_value() -> None:
+def test_rmsprop_steps_match_hand_computed_values() -> None:
     weight = nn.Parameter(torch.tensor([1.0]))
     module = nn.Module()
     module.weight = weight
     optimizer = make_optimizer(module, TrainingConfig(optimizer="rmsprop", learning_rate=0.1))
     weight.grad = torch.tensor([2.0])
     optimizer.step()
-    assert weight.item() == pytest.approx(1 - 0.1 * 2 / (0.001 * 2**2) ** 0.5)  # lr * g / sqrt(0.999 * 0 + 0.001 * g^2)
+    assert weight.item() == pytest.approx(1 - 0.1)  # the corrected mean square is the first gradient's square
+    weight.grad = torch.tensor([1.0])
+    optimizer.step()
+    mean_square = (0.999 * 0.001 * 2**2 + 0.001 * 1**2) / (1 - 0.999**2)
+    assert weight.item() == pytest.approx(0.9 - 0.1 * 1 / mean_square**0.5)
 
 
 @pytest.mark.parametrize(

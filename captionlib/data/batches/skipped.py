@@ -20,7 +20,7 @@ class SkippedImages:
     """Records each unreadable image and the reason. A resumed run starts with the images recorded before.
 
     Args:
-        output: output folder of the run. The images are recorded in its subfolder `_failures/`.
+        output: output folder of the run. The images are recorded in its subfolder `__failures/`.
         rank: rank of this process. Each process writes its own file.
         images: number of images in the training data.
         max_ratio: maximum fraction of `images` that may be skipped. If None, all but one may be skipped.

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -21,7 +22,13 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from captionlib.config import configclass
 from captionlib.data.images.decoder_process import FAILURE, REQUEST_HEADER, RESPONSE_HEADER, DecoderSettings
-from captionlib.data.images.decoding import MAX_IMAGE_PIXELS, DecodedImage, Preprocessing, Shrinking
+from captionlib.data.images.decoding import (
+    MAX_IMAGE_PIXELS,
+    MAX_JPEG_SCANS,
+    DecodedImage,
+    Preprocessing,
+    Shrinking,
+)
 from captionlib.errors import DecodeError, SubprocessError
 
 __all__ = ["DecoderConfig", "DecoderPool", "available_cpus"]
@@ -41,14 +48,17 @@ class DecoderConfig:
 
     Attributes:
         processes: maximum number of decoder processes, which start on demand. If None, one per available CPU.
-        timeout_seconds: time limit for one image. A process that takes longer is killed.
+        timeout_seconds: time limit for an image of `max_image_pixels`. Smaller images may use proportionally less CPU
+            time, but at least a tenth. A process that takes longer is killed.
         max_image_pixels: limit on width x height. Larger images are rejected before they are decoded.
+        max_jpeg_scans: limit on the scans of a JPEG file. Files with more are rejected before they are decoded.
         max_memory_bytes: limit on the address space of a process. If None, enough for `max_image_pixels`.
     """
 
     processes: PositiveInt | None = None
     timeout_seconds: PositiveFloat = 60.0
     max_image_pixels: PositiveInt = MAX_IMAGE_PIXELS
+    max_jpeg_scans: PositiveInt = MAX_JPEG_SCANS
     max_memory_bytes: Annotated[int, Field(ge=2**28)] | None = None
 
 
@@ -63,9 +73,10 @@ class DecoderPool:
             DecoderSettings(
                 preprocessing=preprocessing,
                 max_image_pixels=self.config.max_image_pixels,
+                max_jpeg_scans=self.config.max_jpeg_scans,
                 max_memory_bytes=self.config.max_memory_bytes
                 or _BASE_MEMORY_BYTES + _BYTES_PER_PIXEL * self.config.max_image_pixels,
-                max_seconds=2 * self.config.timeout_seconds,  # takes effect only if the parent process has died
+                timeout_seconds=self.config.timeout_seconds,
             )
         )
         self._slots = threading.Semaphore(self.size)
@@ -122,11 +133,14 @@ class DecoderPool:
             decoder = acquire()
             try:
                 result = decoder.decode(content, self._preprocessing, self.config.timeout_seconds)
-            except BaseException:  # otherwise its late response would be taken for the next one
+            except BaseException as error:  # otherwise its late response would be taken for the next one
                 self._discard(decoder)
+                if decoder.process.returncode == -signal.SIGPROF and isinstance(error, EOFError | ConnectionError):
+                    raise TimeoutError from error
                 raise
         except TimeoutError:
-            return DecodeError("Timeout", f"decoding took longer than {self.config.timeout_seconds:g} seconds")
+            limit = f"{self.config.timeout_seconds:g} seconds for {self.config.max_image_pixels} pixels"
+            return DecodeError("Timeout", f"decoding took too long for the size of the image; the limit is {limit}")
         except (EOFError, ConnectionError):
             self._check_open()
             return None

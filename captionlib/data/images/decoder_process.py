@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-from PIL import Image
+from PIL import AvifImagePlugin, Image
 
 from captionlib.data.images.decoding import Preprocessing, Shrinking, decode_image
 from captionlib.errors import DecodeError
@@ -26,14 +26,18 @@ REQUEST_HEADER = struct.Struct("<Q")
 RESPONSE_HEADER = struct.Struct("<BQII")
 READY, IMAGE, FAILURE = range(3)
 
+_MIN_TIME_SHARE = 0.1  # of the time limit, for the smallest image
+_KEPT_BLOCKS = 4  # blocks of 16 MB that Pillow keeps for the next image; new memory takes as long as decoding
+
 
 class DecoderSettings(NamedTuple):
     """The payload of the first request. The following requests are image files."""
 
     preprocessing: Preprocessing | Shrinking
     max_image_pixels: int
+    max_jpeg_scans: int
     max_memory_bytes: int
-    max_seconds: float
+    timeout_seconds: float
 
 
 def main() -> None:
@@ -51,20 +55,31 @@ def main() -> None:
 
 
 def _decode(content: bytes, settings: DecoderSettings, responses: BinaryIO) -> None:
-    signal.setitimer(signal.ITIMER_REAL, settings.max_seconds)
+    def limit_cpu_time(pixels: int) -> None:
+        """Makes SIGPROF end the process if decoding takes too long for the size of the image."""
+        share = _MIN_TIME_SHARE + (1 - _MIN_TIME_SHARE) * pixels / settings.max_image_pixels
+        signal.setitimer(signal.ITIMER_PROF, share * settings.timeout_seconds)
+
+    limit_cpu_time(0)
+    signal.setitimer(signal.ITIMER_REAL, 2 * settings.timeout_seconds)  # takes effect only if the parent has died
     try:
-        image = decode_image(content, settings.preprocessing, settings.max_image_pixels)
+        image = decode_image(
+            content, settings.preprocessing, settings.max_image_pixels, settings.max_jpeg_scans, limit_cpu_time
+        )
     except DecodeError as error:
         _respond(responses, FAILURE, json.dumps([error.reason, str(error)]).encode())
     else:
         _respond(responses, IMAGE, image.pixels.data.cast("B"), image.width, image.height)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _limit_resources(settings: DecoderSettings) -> None:
-    """Limits memory, and makes SIGALRM end the process if an image takes too long and no parent is left to kill it."""
+    """Limits memory, and makes timers end the process if an image takes too long."""
     Image.MAX_IMAGE_PIXELS = None  # decode_image checks its own limit
+    Image.core.set_blocks_max(_KEPT_BLOCKS)  # type: ignore[attr-defined]
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # there is a process per CPU
     _, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
     limit = settings.max_memory_bytes
     if hard_limit != resource.RLIM_INFINITY:
@@ -72,6 +87,7 @@ def _limit_resources(settings: DecoderSettings) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard_limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
 
 
 def _silence_codecs() -> None:

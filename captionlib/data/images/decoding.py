@@ -5,52 +5,58 @@ are trained on the stored pixel values. Decoder processes import this module, so
 """
 
 import io
-import re
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import (  # importing plugins registers them; otherwise Pillow imports all of its plugins at the first image
+from PIL import (  # noqa: F401  (importing plugins registers them; otherwise the first image imports all of them)
+    AvifImagePlugin,
     BmpImagePlugin,
     ExifTags,
     GifImagePlugin,
     Image,
+    Jpeg2KImagePlugin,
     JpegImagePlugin,
+    MpoImagePlugin,
     PngImagePlugin,
+    PpmImagePlugin,
     TiffImagePlugin,
     UnidentifiedImageError,
     WebPImagePlugin,
 )
 
+from captionlib.data.images.formats import FORMATS, ImageFormat, find_format, find_unsupported_format
+from captionlib.data.images.jpeg import append_end_marker, check_jpeg, decode_rgb_jpeg
+from captionlib.data.images.png import find_transparent_color, remove_text
 from captionlib.errors import ConfigError, DecodeError
 
-__all__ = ["MAX_IMAGE_PIXELS", "DecodedImage", "Preprocessing", "Shrinking", "decode_image"]
+with suppress(ImportError):
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener(thumbnails=False)
+with suppress(ImportError):
+    import pillow_jxl  # noqa: F401  (registers itself)
+
+__all__ = [
+    "MAX_IMAGE_PIXELS",
+    "MAX_JPEG_SCANS",
+    "DecodeScale",
+    "DecodedImage",
+    "Preprocessing",
+    "Shrinking",
+    "decode_image",
+]
 
 MAX_IMAGE_PIXELS = 100_000_000
 """Default limit on width x height. It is checked before decoding, because a tiny file can expand to a huge image."""
 
-_PLUGINS = (JpegImagePlugin, PngImagePlugin, WebPImagePlugin, GifImagePlugin, BmpImagePlugin, TiffImagePlugin)
-_FORMATS = tuple(plugin.__name__.removeprefix("PIL.").removesuffix("ImagePlugin").upper() for plugin in _PLUGINS)
+MAX_JPEG_SCANS = 100
+"""Default limit on the scans of a JPEG file. Encoders write about ten scans."""
 
-# Patterns that match the first bytes of files in supported and unsupported formats.
-_SIGNATURES = {
-    "JPEG": rb"\xff\xd8\xff",
-    "PNG": rb"\x89PNG\r\n\x1a\n",
-    "WebP": rb"RIFF....WEBP",
-    "GIF": rb"GIF8[79]a",
-    "BMP": rb"BM",
-    "TIFF": rb"II[*+]\0|MM\0[*+]",
-}
-_OTHER_SIGNATURES = {
-    "AVIF": rb"....ftypavi[fs]",
-    "HEIF": rb"....ftyp(hei|hev|mif1|msf1)",
-    "JPEG 2000": rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
-    "JPEG XL": rb"\0\0\0\x0cJXL \r\n\x87\n|\xff\x0a",
-    "Photoshop": rb"8BPS",
-    "ICO": rb"\x00\x00\x01\x00",
-    "PDF": rb"%PDF-",
-    "SVG": rb"<svg",
-}
+DecodeScale = Literal["exact", "fast"]
 
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 
@@ -58,8 +64,23 @@ _RESAMPLING = {"nearest-exact": Image.Resampling.NEAREST} | {
     name.lower(): method for name, method in Image.Resampling.__members__.items()
 }
 
+_FAST_SCALE = 2  # a fast decoder's output is at least this many times as large as the resized image
+
 # Files with 32-bit gray values do not define white. The lowest of these levels that no value exceeds is used.
-_WHITE_LEVELS = (1.0, 2.0**8 - 1, 2.0**16 - 1, 2.0**32 - 1)
+_INTEGER_WHITE_LEVELS = (2.0**8 - 1, 2.0**16 - 1, 2.0**32 - 1)
+_FLOAT_WHITE_LEVELS = (1.0, 2.0**8 - 1, 2.0**16 - 1)  # if a value exceeds all of them, white is 1, as in ImageMagick
+
+# How the stored pixels of each EXIF orientation become upright: whether rows and columns are swapped, and whether
+# columns and rows of the stored image are reversed.
+_ORIENTATIONS = {
+    2: (Image.Transpose.FLIP_LEFT_RIGHT, False, True, False),
+    3: (Image.Transpose.ROTATE_180, False, True, True),
+    4: (Image.Transpose.FLIP_TOP_BOTTOM, False, False, True),
+    5: (Image.Transpose.TRANSPOSE, True, False, False),
+    6: (Image.Transpose.ROTATE_270, True, False, True),
+    7: (Image.Transpose.TRANSVERSE, True, True, True),
+    8: (Image.Transpose.ROTATE_90, True, True, False),
+}
 
 
 @dataclass(frozen=True)
@@ -72,6 +93,8 @@ class Preprocessing:
         interpolation: torchvision's name of the interpolation mode, such as `bilinear`. Antialiasing is always on.
         mean: mean of each channel, for pixels in 0..1. The encoder normalizes its input with `mean` and `std`.
         std: standard deviation of each channel, for pixels in 0..1.
+        decode_scale: `exact` resizes from all pixels of the file. `fast` decodes a JPEG at 1/2, 1/4 or 1/8 of its
+            size if the result is at least twice as large as the resized image.
     """
 
     resize_size: int
@@ -79,6 +102,7 @@ class Preprocessing:
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    decode_scale: DecodeScale = "exact"
 
     def __post_init__(self) -> None:
         for name in ("resize_size", "crop_size"):
@@ -124,39 +148,49 @@ class DecodedImage:
 
 
 def decode_image(
-    content: bytes, preprocessing: Preprocessing | Shrinking, max_image_pixels: int = MAX_IMAGE_PIXELS
+    content: bytes,
+    preprocessing: Preprocessing | Shrinking,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    max_jpeg_scans: int = MAX_JPEG_SCANS,
+    begin: Callable[[int], None] = lambda pixels: None,
 ) -> DecodedImage:
-    """Decodes, orients, resizes and crops an image. The pixels equal the output of torchvision's transforms.
+    """Decodes, orients, resizes and crops an image.
+
+    The pixels differ from the output of torchvision's transforms by at most 1, unless `decode_scale` is `fast`.
 
     Args:
-        content: a JPEG, PNG, WebP, GIF, BMP or TIFF file. Only the first frame or page is decoded.
+        content: a file in one of `captionlib.data.images.formats.FORMATS`. Only the first frame or page is decoded.
         preprocessing: the sizes and the interpolation; `mean` and `std` are not applied.
         max_image_pixels: limit on width x height. Larger images are rejected before they are decoded.
+        max_jpeg_scans: limit on the scans of a JPEG file. Files with more are rejected before they are decoded.
+        begin: called with the number of pixels before they are decoded.
 
     Raises:
         DecodeError: the image cannot be decoded. Its reason is Empty, NotAnImage, UnsupportedFormat, TooManyPixels,
-            Truncated, Corrupt or OutOfMemory.
+            TooManyScans, Truncated, Corrupt or OutOfMemory.
     """
+    image_format = find_format(content)
+    if image_format is None:
+        raise _explain_unknown(content)
     try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+        if image_format.name == "JPEG":
+            check_jpeg(content, max_jpeg_scans)
+        plugins = [name for name in image_format.plugins if name in Image.OPEN]
+        with Image.open(io.BytesIO(content), formats=plugins) as image:
             _check_pixels(image.size, max_image_pixels, "the image has")
-            image.load()
-            upright = _orient(_to_rgb(image), image)
-            if isinstance(preprocessing, Shrinking):
-                pixels = _shrink(upright, preprocessing)
-            else:
-                pixels = _resize_and_crop(upright, preprocessing, max_image_pixels)
-            return DecodedImage(pixels, *upright.size)
+            begin(image.width * image.height)
+            return _preprocess(content, image, preprocessing, max_image_pixels)
     except DecodeError:
         raise
     except Image.DecompressionBombError as error:
         raise DecodeError("TooManyPixels", "the image has more pixels than Pillow decodes") from error
-    except UnidentifiedImageError:
-        raise _explain_unidentified(content) from None
     except MemoryError:
         raise DecodeError("OutOfMemory", "decoding needs more memory than a decoder process may use") from None
     except Exception as error:  # codecs may raise any exception on damaged files
-        raise _explain_undecodable(content, error) from error
+        repair = {"JPEG": append_end_marker, "PNG": remove_text}.get(image_format.name, lambda _: None)
+        if (repaired := repair(content)) is not None:
+            return decode_image(repaired, preprocessing, max_image_pixels, max_jpeg_scans, begin)
+        raise _explain(content, image_format, error) from error
 
 
 def _check_pixels(size: tuple[int, int], limit: int, what: str) -> None:
@@ -165,16 +199,86 @@ def _check_pixels(size: tuple[int, int], limit: int, what: str) -> None:
         raise DecodeError("TooManyPixels", f"{what} {width} x {height} pixels, more than the limit of {limit}")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image to RGB and blends transparency with white. 16-bit and 32-bit values are scaled, not clipped."""
+def _preprocess(
+    content: bytes, image: Image.Image, preprocessing: Preprocessing | Shrinking, limit: int
+) -> DecodedImage:
+    """Loads, resizes, crops and orients an image. It is rotated last, because it is smallest then."""
+    pixels = _load(content, image, preprocessing)
+    transposition, is_swapped, *is_reversed = _read_orientation(image)
+    width, height = image.size[::-1] if is_swapped else image.size
+    if isinstance(preprocessing, Shrinking):
+        method, resized = Image.Resampling.BILINEAR, preprocessing.output_size(width, height)
+        output_size = resized
+    else:
+        method, resized = _RESAMPLING[preprocessing.interpolation], _resized_size((width, height), preprocessing)
+        output_size = (preprocessing.crop_size, preprocessing.crop_size)
+        _check_pixels(resized, limit, f"an image of {width} x {height} pixels has, after resizing,")
+    if method == Image.Resampling.NEAREST:  # resizing a part may select other pixels
+        pixels = pixels.resize(resized[::-1] if is_swapped else resized, method)
+
+    # The part of the resized image that the crop keeps, in pixels of the resized image.
+    spans, offsets = [], []
+    for length, crop in zip(resized, output_size, strict=True):
+        start = round((length - crop) / 2) if length >= crop else -((crop - length) // 2)
+        spans.append((max(start, 0), min(start + crop, length)))
+        offsets.append(max(-start, 0))
+
+    # The same part as fractions of the columns and rows of the stored image.
+    parts = [(start / length, end / length) for (start, end), length in zip(spans, resized, strict=True)]
+    kept_width, kept_height = (end - start for start, end in spans)
+    if is_swapped:
+        parts, (kept_width, kept_height) = parts[::-1], (kept_height, kept_width)
+    (left, right), (top, bottom) = (
+        (1 - end, 1 - start) if flag else (start, end) for (start, end), flag in zip(parts, is_reversed, strict=True)
+    )
+    box = (left * pixels.width, top * pixels.height, right * pixels.width, bottom * pixels.height)
+    kept = pixels.resize((kept_width, kept_height), method, box)
+    if transposition is not None:
+        kept = kept.transpose(transposition)
+    if kept.mode != "RGB":
+        kept = kept.convert("RGB")
+    if kept.size != output_size:
+        canvas = Image.new("RGB", output_size)
+        canvas.paste(kept, (offsets[0], offsets[1]))
+        kept = canvas
+    return DecodedImage(np.asarray(kept), width, height)
+
+
+def _load(content: bytes, image: Image.Image, preprocessing: Preprocessing | Shrinking) -> Image.Image:
+    """Decodes the pixels in the mode RGB, RGBX or L."""
+    if image.mode == "RGB" and isinstance(image, JpegImagePlugin.JpegImageFile):
+        min_size = None
+        if isinstance(preprocessing, Preprocessing) and preprocessing.decode_scale == "fast":
+            width, height = _resized_size(image.size, preprocessing)
+            min_size = (_FAST_SCALE * width, _FAST_SCALE * height)
+        pixels = decode_rgb_jpeg(content, image.size, min_size)
+        if pixels is not None:
+            return pixels
+    return _to_rgb(content, image)
+
+
+def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+    """Returns the size of an image after its shorter side is resized, with the same rounding as torchvision."""
+    short, long = sorted(size)
+    shorter, longer = preprocessing.resize_size, int(preprocessing.resize_size * long / short)
+    return (shorter, longer) if size[0] <= size[1] else (longer, shorter)
+
+
+def _to_rgb(content: bytes, image: Image.Image) -> Image.Image:
+    """Converts an image to RGB or gray, and blends transparency with white. 16-bit and 32-bit values are scaled."""
     if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_to_8_bits(image)).convert("RGB")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    background = Image.new("RGB", image.size, "white")
-    background.paste(image, mask=image)
-    return background
+        return Image.fromarray(_to_8_bits(image))
+    transparent = find_transparent_color(content, image) if isinstance(image, PngImagePlugin.PngImageFile) else None
+    image.load()
+    if transparent is not None:
+        image.paste("white", mask=Image.fromarray(transparent))
+        return image
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        background = Image.new("RGB", image.size, "white")
+        background.paste(image, mask=image)
+        return background
+    return image if image.mode in {"RGB", "L"} else image.convert("RGB")
 
 
 def _to_8_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
@@ -190,70 +294,74 @@ def _to_8_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
         if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white, which Pillow handles up to 8 bits
             gray = 255 - gray
     else:
-        finite = np.nan_to_num(values.astype(np.float32), nan=0, posinf=0, neginf=0)
-        highest = float(finite.max())
-        levels = _WHITE_LEVELS if image.mode == "F" else _WHITE_LEVELS[1:]
-        white = next((level for level in levels if highest <= level), highest)
+        if tags.get(TiffImagePlugin.BITSPERSAMPLE) == (32,) and tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,)) == (1,):
+            values = values.view(np.uint32)  # Pillow takes unsigned values for signed ones
+        finite = np.nan_to_num(values.astype(np.float32), nan=0, posinf=np.inf, neginf=0)
+        white = _find_white(finite, image)
         gray = (finite.clip(0, white) * np.float32(255 / white)).astype(np.uint8)
     if "transparency" in image.info:  # the gray value that a PNG declares transparent
         gray[values == image.info["transparency"]] = 255
     return gray
 
 
-def _orient(pixels: Image.Image, image: Image.Image) -> Image.Image:
-    """Rotates and flips `pixels` according to the EXIF data of `image`. Unreadable EXIF data are ignored."""
-    transpositions = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_90,
-    }
+def _find_white(values: npt.NDArray[np.float32], image: Image.Image) -> float:
+    if image.format == "PPM":  # Pillow scales them to 16 bits
+        return 2.0**16 - 1
+    highest = float(values.max(where=np.isfinite(values), initial=0))
+    levels = _FLOAT_WHITE_LEVELS if image.mode == "F" else _INTEGER_WHITE_LEVELS
+    return next((level for level in levels if highest <= level), levels[0])
+
+
+def _read_orientation(image: Image.Image) -> tuple[Image.Transpose | None, bool, bool, bool]:
+    """Returns the orientation in the EXIF data; see `_ORIENTATIONS`. Unreadable EXIF data are ignored."""
+    upright = (None, False, False, False)
     try:
-        transposition = transpositions.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return _ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1), upright)
     except Exception:
-        return pixels
-    return pixels if transposition is None else pixels.transpose(transposition)
+        return upright
 
 
-def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing, limit: int) -> npt.NDArray[np.uint8]:
-    """Resizes an image by its shorter side and crops the center, with the same rounding as torchvision."""
-    width, height = image.size
-    short, long = sorted(image.size)
-    longer = int(preprocessing.resize_size * long / short)
-    size = (preprocessing.resize_size, longer) if width <= height else (longer, preprocessing.resize_size)
-    _check_pixels(size, limit, f"an image of {width} x {height} pixels has, after resizing,")
-    image = image.resize(size, _RESAMPLING[preprocessing.interpolation])
-    crop = preprocessing.crop_size
-    left, top = (round((length - crop) / 2) if length >= crop else -((crop - length) // 2) for length in size)
-    return np.asarray(image.crop((left, top, left + crop, top + crop)))
-
-
-def _shrink(image: Image.Image, shrinking: Shrinking) -> npt.NDArray[np.uint8]:
-    size = shrinking.output_size(*image.size)
-    return np.asarray(image if size == image.size else image.resize(size, Image.Resampling.BILINEAR))
-
-
-def _explain_unidentified(content: bytes) -> DecodeError:
-    known = ", ".join(_SIGNATURES)
+def _explain_unknown(content: bytes) -> DecodeError:
+    known = ", ".join(image_format.name for image_format in FORMATS)
     if not content:
         return DecodeError("Empty", "the file is empty")
-    if name := _find_signature(content, _SIGNATURES):
-        reason = "Truncated" if _ends_early(content, name) else "Corrupt"
-        return DecodeError(reason, f"the file starts like a {name} file, but its header cannot be read")
-    if name := _find_signature(content, _OTHER_SIGNATURES):
+    if name := find_unsupported_format(content):
         return DecodeError("UnsupportedFormat", f"expected {known}, got {name}; convert the image")
     return DecodeError("NotAnImage", f"expected {known}, got a file in none of these formats")
 
 
-def _explain_undecodable(content: bytes, error: Exception) -> DecodeError:
+def _explain(content: bytes, image_format: ImageFormat, error: Exception) -> DecodeError:
     """Describes a codec's exception without quoting its message, which may contain bytes of the file."""
-    name = _find_signature(content, _SIGNATURES)
+    name = image_format.name
+    if image_format.plugins[0] not in Image.OPEN:
+        return DecodeError(
+            "UnsupportedFormat",
+            f"{name} files need an extra package; run pip install 'captionlib[{image_format.extra}]'",
+        )
     if "truncated" in str(error).lower() or _ends_early(content, name):
         return DecodeError("Truncated", f"expected a complete {name} file, got a truncated one; download it again")
+    if isinstance(error, UnidentifiedImageError):
+        if name == "TIFF" and (samples := _describe_tiff_samples(content)):
+            return DecodeError("UnsupportedFormat", f"TIFF files with {samples} cannot be decoded; convert the image")
+        return DecodeError("Corrupt", f"the file starts like a {name} file, but its header cannot be read")
     return DecodeError("Corrupt", f"expected a valid {name} file, got a damaged one ({type(error).__name__})")
+
+
+def _describe_tiff_samples(content: bytes) -> str | None:
+    """Describes the samples of a TIFF file, which may be of a kind that Pillow rejects; None if it is damaged."""
+    kinds = {1: "unsigned integers", 2: "signed integers", 3: "floating-point numbers"}
+    try:
+        directory = TiffImagePlugin.ImageFileDirectory_v2(content[: 16 if 43 in content[2:4] else 8])  # 43: BigTIFF
+        file = io.BytesIO(content)
+        file.seek(directory.next)
+        directory.load(file)
+        (bits, *_), (kind, *_) = (
+            directory[TiffImagePlugin.BITSPERSAMPLE],
+            directory.get(TiffImagePlugin.SAMPLEFORMAT, (1,)),
+        )
+        return f"{directory.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)} channels of {bits}-bit {kinds[kind]}"
+    except Exception:  # Pillow raises many kinds
+        return None
 
 
 def _ends_early(content: bytes, name: str | None) -> bool:
@@ -263,7 +371,3 @@ def _ends_early(content: bytes, name: str | None) -> bool:
     if name == "TIFF":  # the offset of the image directory, which is usually at the end
         return int.from_bytes(content[4:8], "little" if content.startswith(b"I") else "big") >= len(content)
     return name in _ENDS and _ENDS[name] not in content
-
-
-def _find_signature(content: bytes, signatures: dict[str, bytes]) -> str | None:
-    return next((name for name, start in signatures.items() if re.match(start, content, re.DOTALL)), None)

@@ -1,6 +1,5 @@
 """Fetches and decodes images in parallel and in order, and prefetches a limited number of them for the model."""
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -8,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import xxhash
 from pydantic import PositiveInt
 
 from captionlib.config import configclass
@@ -16,7 +16,7 @@ from captionlib.data.images.decoding import DecodedImage, Preprocessing
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.errors import ImageError
 
-__all__ = ["LoadImages", "LoadedImage", "LoadingConfig", "load_images", "open_loader"]
+__all__ = ["LoadImages", "LoadedImage", "LoadingConfig", "hash_content", "load_images", "open_loader"]
 
 Row = dict[str, Any]
 
@@ -26,7 +26,7 @@ class LoadedImage(DecodedImage):
     """A decoded image and a hash of its file.
 
     Attributes:
-        content_hash: BLAKE2b hash of the bytes of the file, an unsigned integer of 64 bits.
+        content_hash: XXH3 hash of the bytes of the file, an unsigned integer of 64 bits.
     """
 
     content_hash: int
@@ -67,7 +67,7 @@ def open_loader(config: LoadingConfig, preprocessing: Preprocessing) -> Iterator
         def load(uri: str) -> LoadedImage:
             content = fetcher.fetch(uri)
             image = decoders.decode(content)
-            return LoadedImage(image.pixels, image.width, image.height, _hash(content))
+            return LoadedImage(image.pixels, image.width, image.height, hash_content(content))
 
         yield lambda rows: load_images(rows, load, executor=threads, prefetch=config.prefetch)
 
@@ -99,5 +99,7 @@ def load_images(
             future.cancel()
 
 
-def _hash(content: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+def hash_content(content: bytes) -> int:
+    """Returns the XXH3 hash of the bytes of an image file, an unsigned integer of 64 bits."""
+    digest: int = xxhash.xxh3_64_intdigest(content)
+    return digest

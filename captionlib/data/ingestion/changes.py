@@ -1,6 +1,7 @@
 """Compares the rows of a source with an existing manifest, and updates the shards of the manifest that changed."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -11,15 +12,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from captionlib.data.images.fetching import ImageFetcher
+from captionlib.data.images.loading import hash_content
 from captionlib.data.ingestion.staging import StagedRows, open_database
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.update import update_shards
 from captionlib.data.shards.writer import write_shard
+from captionlib.errors import FetchError
 
 __all__ = ["Changes", "Comparison", "compare", "update_manifest"]
 
 _BATCH_ROWS = 4096
+_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,40 @@ class Comparison:
         self._staged = staged
         database.execute(_CREATE_CHANGES)
         database.execute(_CREATE_GONE, [not append])
-        [(new, changed)] = database.execute("SELECT count(*) - count(shard), count(shard) FROM changes").fetchall()
-        [(gone,)] = database.execute("SELECT count(*) FROM gone").fetchall()
-        [(rows,)] = database.execute("SELECT count(*) FROM staged").fetchall()
-        self.changes = Changes(new, changed, gone, rows - new - changed)
+
+    def count(self) -> Changes:
+        """Counts the rows that differ."""
+        count = "SELECT count(*) - count(shard), count(shard), (SELECT count(*) FROM gone) FROM changes"
+        [(new, changed, gone)] = self._database.execute(count).fetchall()
+        return Changes(new, changed, gone, self._staged.rows - new - changed)
+
+    def verify_content(self, hashed: ShardedDataset, fetcher: ImageFetcher) -> None:
+        """Reads the images whose version is unchanged, and marks those as changed whose content has another hash.
+
+        The expected hash is in the column `content_hash` of `hashed` or, for an image that was found to have changed
+        before, at the end of its version. Images without one, and images that cannot be read, count as unchanged.
+        """
+        schema = pa.schema([("image_id", pa.string()), ("content_hash", pa.string())])
+        hashes = pa.RecordBatchReader.from_batches(schema, _read_hashes(hashed, schema))
+        self._database.register("hashes", hashes)
+        self._database.execute("CREATE TABLE expected AS FROM hashes WHERE content_hash IS NOT NULL")
+        self._database.unregister("hashes")
+
+        def check(row: tuple[int, int, str, str, str]) -> tuple[int, int, str] | None:
+            position, shard, version, uri, expected = row
+            try:
+                actual = f"{hash_content(fetcher.fetch(uri)):016x}"
+            except FetchError:
+                return None
+            return None if actual == expected else (position, shard, f"{version}~{actual}")
+
+        rows = self._database.cursor().execute(_READ_UNCHANGED, [str(self._staged.path)])
+        with ThreadPoolExecutor(_THREADS) as threads:
+            while batch := rows.fetchmany(_BATCH_ROWS):
+                found = [change for change in threads.map(check, batch) if change is not None]
+                if found:
+                    self._database.executemany("DELETE FROM changes WHERE position = ?", [[row[0]] for row in found])
+                    self._database.executemany("INSERT INTO changes VALUES (?, ?, ?)", found)
 
     def list_touched_shards(self) -> list[int]:
         """Returns the sorted numbers of the shards that contain rows that changed or are gone."""
@@ -111,7 +146,9 @@ def compare(staged: StagedRows, dataset: ShardedDataset, append: bool) -> Iterat
             pa.schema([*MANIFEST_SCHEMA, pa.field("shard", pa.int32())]), _read_manifest(dataset)
         )
         database.register("existing_rows", existing)
-        database.execute(f"CREATE TABLE existing AS SELECT image_id, shard, {_DIGEST} AS digest FROM existing_rows")
+        database.execute(
+            f"CREATE TABLE existing AS SELECT image_id, shard, version, {_DIGEST} AS digest FROM existing_rows"
+        )
         database.unregister("existing_rows")
         database.execute(_CREATE_STAGED, [str(staged.path)])
         yield Comparison(database, staged, append)
@@ -121,6 +158,13 @@ def _read_manifest(dataset: ShardedDataset) -> Iterator[pa.RecordBatch]:
     for shard in range(dataset.shards):
         for rows in dataset.read_batches(shard, MANIFEST_SCHEMA.names, _BATCH_ROWS):
             yield rows.append_column("shard", pa.array(np.full(rows.num_rows, shard, np.int32)))
+
+
+def _read_hashes(dataset: ShardedDataset, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    for shard in dataset.done_shards():
+        yield from (
+            rows.select(schema.names).cast(schema) for rows in dataset.read_batches(shard, schema.names, _BATCH_ROWS)
+        )
 
 
 def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size: int) -> int:
@@ -135,9 +179,10 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
     touched, gone = comparison.list_touched_shards(), comparison.count_gone()
     left = {shard: count - gone.get(shard, 0) for shard, count in rows.items()}
     kept = max((shard for shard, count in left.items() if count), default=0) + 1  # empty shards at the end are dropped
+    new_rows = comparison.count().new
     room = max(0, shard_size - left[kept - 1])
-    filling = comparison.changes.new > 0 and room > 0
-    added = -(-max(0, comparison.changes.new - room) // shard_size)
+    filling = new_rows > 0 and room > 0
+    added = -(-max(0, new_rows - room) // shard_size)
     shards = kept + added
     changed = comparison.read_changed()
     pending = next(changed, None)
@@ -196,15 +241,20 @@ def _write(staged: ShardedDataset, shard: int, table: pa.Table) -> None:
             writer.write(batch)
 
 
-_DIGEST = "hash(uri, version, split, captions)"
+# A version that ends with a hash of the content, which `verify_content` adds, equals the version without it.
+_LISTED = "regexp_replace({}, '~[0-9a-f]{{16}}$', '')"
+_DIGEST = f"hash(uri, {_LISTED.format('version')}, split, captions)"
 _CREATE_STAGED = f"""
     CREATE TABLE staged AS
-    SELECT image_id, file_row_number AS position, {_DIGEST} AS digest FROM read_parquet(?, file_row_number = true)
+    SELECT image_id, file_row_number AS position, version, {_DIGEST} AS digest
+    FROM read_parquet(?, file_row_number = true)
 """
-# The shard of a new row is null.
-_CREATE_CHANGES = """
+# The shard of a new row is null. A row whose captions changed keeps the hash in its version.
+_CREATE_CHANGES = f"""
     CREATE TABLE changes AS
-    SELECT position, shard FROM staged LEFT JOIN existing USING (image_id)
+    SELECT position, shard, CASE WHEN {_LISTED.format("existing.version")} = staged.version
+        THEN existing.version ELSE staged.version END AS version
+    FROM staged LEFT JOIN existing USING (image_id)
     WHERE shard IS NULL OR staged.digest != existing.digest
 """
 _CREATE_GONE = """
@@ -212,9 +262,16 @@ _CREATE_GONE = """
 """
 _LIST_TOUCHED = "SELECT shard FROM changes WHERE shard IS NOT NULL UNION SELECT shard FROM gone"
 _READ_CHANGED = """
-    SELECT rows.*, changes.shard FROM read_parquet(?, file_row_number = true) AS rows
+    SELECT rows.* REPLACE (changes.version AS version), changes.shard FROM read_parquet(?, file_row_number = true) AS rows
     JOIN changes ON changes.position = rows.file_row_number WHERE changes.shard IS NOT NULL
     ORDER BY changes.shard, changes.position
+"""
+_READ_UNCHANGED = f"""
+    SELECT rows.file_row_number, existing.shard, rows.version, rows.uri,
+        coalesce(nullif(regexp_extract(existing.version, '~([0-9a-f]{{16}})$', 1), ''), expected.content_hash) AS hash
+    FROM read_parquet(?, file_row_number = true) AS rows
+    JOIN existing USING (image_id) LEFT JOIN expected USING (image_id)
+    WHERE {_LISTED.format("existing.version")} = rows.version AND hash IS NOT NULL
 """
 _READ_NEW = """
     SELECT rows.* FROM read_parquet(?, file_row_number = true) AS rows

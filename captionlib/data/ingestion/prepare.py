@@ -11,10 +11,12 @@ from pydantic import PositiveInt
 
 from captionlib.config import configclass
 from captionlib.data.images.addresses import image_exists
+from captionlib.data.images.fetching import ImageFetcher
 from captionlib.data.ingestion.changes import Changes, compare, update_manifest
 from captionlib.data.ingestion.staging import StagedRows, check_unique_ids, read_shards, stage_rows
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.markers import DESCRIPTION_FILE
+from captionlib.data.shards.removal import REMOVED_FILE, RemovedImages, list_removed
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.update import drop_uncommitted_updates
 from captionlib.data.shards.writer import write_shard
@@ -46,6 +48,8 @@ class PrepareConfig:
         check_images: raise an error if the source lists image paths and none of the first 20 images exists.
         strict: raise an error at the first invalid image or caption instead of skipping it.
         append: the source contains only new or changed images, so images that it lacks stay in an existing manifest.
+        verify_content: path or URL of features, captions or embeddings of the manifest, whose column `content_hash` has
+            a hash of each image. If set, an update reads all images that seem unchanged and compares their hashes.
         allow_removal: allow an update that removes more than a tenth of the images of an existing manifest.
     """
 
@@ -58,6 +62,7 @@ class PrepareConfig:
     strict: bool = False
     append: bool = False
     allow_removal: bool = False
+    verify_content: str | None = None
 
     def __post_init__(self) -> None:
         if self.source_format != "auto" and self.source_format not in SOURCE_FORMATS:
@@ -125,7 +130,7 @@ def prepare(
         config: conversion options.
         overwrite: replace an existing manifest by a new one instead of updating it.
         dry_run: compare the sources with the manifest without writing anything.
-        report: called with the numbers of changes before anything is written.
+        report: called with the numbers of changes before an existing manifest is updated.
         progress: show a progress bar.
 
     Raises:
@@ -140,15 +145,19 @@ def prepare(
     source_format = _select_format(addresses, config)
     skips = SkipCounter(config.strict)
     with tempfile.TemporaryDirectory(prefix="captionlib-prepare-") as scratch:
-        rows = _select_splits(_read(addresses, source_format, config, skips), config.splits, skips)
+        rows = _read(addresses, source_format, config, skips)
+        if config.splits:
+            rows = _select_splits(rows, config.splits, skips)
+        if (removed := list_removed(Folder(output))).reasons:
+            rows = _drop_removed(rows, removed, skips)
         with progress_bar("prepare", None, "images", progress) as bar:
-            staged = stage_rows(bar.track(itertools.islice(rows, config.limit)), Path(scratch) / "rows.parquet")
+            rows = rows if config.limit is None else itertools.islice(rows, config.limit)
+            staged = stage_rows(rows, Path(scratch) / "rows.parquet", bar.update)
         if not staged.rows:
             raise DatasetError(_describe_empty_source(addresses, source_format, config, skips))
         check_unique_ids(staged)
         if existing is None or overwrite or not existing.is_complete():
             changes = Changes(staged.rows, 0, 0, 0)
-            report(changes)
             shards = _create(output, staged, config.shard_size or _DEFAULT_SHARD_SIZE, existing, dry_run)
             updated = False
         else:
@@ -186,9 +195,19 @@ def _open_output(output: str | os.PathLike[str], config: PrepareConfig, overwrit
                 "--shard-size, or use --overwrite, after which later stages start from the beginning"
             )
         return dataset
-    if any(name != TEMPORARY_FOLDER for name in folder.list()):
+    if any(name not in (TEMPORARY_FOLDER, REMOVED_FILE) for name in folder.list()):
         raise DatasetError(f"{folder.uri} contains files that captionlib did not write; choose an empty or new folder")
     return None
+
+
+def _open_hashes(address: str) -> ShardedDataset:
+    dataset = open_dataset(address)
+    if "content_hash" not in dataset.schema.names:
+        raise ConfigError(
+            f"{dataset.folder.uri}: expected a dataset with the column content_hash, got {dataset.kind}; use the output "
+            "of extract-features, generate-captions or embed"
+        )
+    return dataset
 
 
 def _create(
@@ -218,7 +237,10 @@ def _update(
     report: Callable[[Changes], None],
 ) -> tuple[Changes, int]:
     with compare(staged, dataset, config.append) as comparison:
-        changes = comparison.changes
+        if config.verify_content is not None:
+            with ImageFetcher() as fetcher:
+                comparison.verify_content(_open_hashes(config.verify_content), fetcher)
+        changes = comparison.count()
         report(changes)
         existing = changes.changed + changes.gone + changes.unchanged
         if changes.gone > _MAX_REMOVED_RATIO * existing and not (config.allow_removal or dry_run):
@@ -273,10 +295,18 @@ def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
 def _select_splits(rows: Iterator[ManifestRow], splits: Collection[str], skips: SkipCounter) -> Iterator[ManifestRow]:
     selected = expand_splits(splits)
     for row in rows:
-        if not splits or row.split in selected:
+        if row.split in selected:
             yield row
         else:
             skips.skip("in a different split")
+
+
+def _drop_removed(rows: Iterator[ManifestRow], removed: RemovedImages, skips: SkipCounter) -> Iterator[ManifestRow]:
+    for row in rows:
+        if row.image_id in removed:
+            skips.skip("removed with captionlib remove")
+        else:
+            yield row
 
 
 def _describe_empty_source(

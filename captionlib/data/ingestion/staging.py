@@ -2,8 +2,9 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import duckdb
@@ -43,8 +44,8 @@ class StagedRows:
     digest: str
 
 
-def stage_rows(rows: Iterable[ManifestRow], path: Path) -> StagedRows:
-    """Writes rows to a Parquet file at `path`.
+def stage_rows(rows: Iterable[ManifestRow], path: Path, count: Callable[[int], None] = lambda rows: None) -> StagedRows:
+    """Writes rows to a Parquet file at `path`. Calls `count` with the number of rows of each batch.
 
     Raises:
         DatasetError: there are more than 1000 splits, so that the split column must be wrong.
@@ -53,11 +54,12 @@ def stage_rows(rows: Iterable[ManifestRow], path: Path) -> StagedRows:
     splits: Counter[str] = Counter()
     captions = 0
     batch: list[ManifestRow] = []
-    with pq.ParquetWriter(path, _SCHEMA, compression="zstd", use_dictionary=["split"]) as writer:
+    with pq.ParquetWriter(path, _SCHEMA, compression="lz4", use_dictionary=["split"]) as writer:
 
         def write(batch: list[ManifestRow]) -> None:
             digest.update("\0".join([row.image_id for row in batch]).encode())
             writer.write_batch(_to_batch(batch))
+            count(len(batch))
 
         for row in rows:
             splits[row.split] += 1
@@ -77,7 +79,7 @@ def stage_rows(rows: Iterable[ManifestRow], path: Path) -> StagedRows:
 
 
 def _to_batch(rows: list[ManifestRow]) -> pa.RecordBatch:
-    columns = [pa.array([getattr(row, field.name, None) for row in rows], field.type) for field in _SCHEMA]
+    columns = [pa.array(list(map(attrgetter(field.name), rows)), field.type) for field in _SCHEMA]
     return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
 
 
@@ -95,6 +97,9 @@ def check_unique_ids(staged: StagedRows) -> None:
     """
     passes = -(-staged.rows // _IDS_PER_PASS)
     with open_database(staged.path.parent) as connection:
+        [(hashes,)] = connection.execute(_COUNT_HASHES, [str(staged.path)]).fetchall()
+        if hashes == staged.rows:  # different hashes prove that the ids differ
+            return
         for number in range(passes):
             duplicate = connection.execute(_FIND_DUPLICATE, [str(staged.path), passes, number]).fetchone()
             if duplicate is not None:
@@ -107,6 +112,7 @@ def check_unique_ids(staged: StagedRows) -> None:
                 )
 
 
+_COUNT_HASHES = "SELECT count(DISTINCT hash(image_id)) FROM read_parquet(?)"
 _FIND_DUPLICATE = """
     SELECT image_id, count(*) FROM read_parquet(?) WHERE hash(image_id) % ? = ?
     GROUP BY image_id HAVING count(*) > 1 ORDER BY image_id LIMIT 1

@@ -3,10 +3,13 @@
     folder/
       part-00000.parquet ...          rows; only complete files appear at the top level
       _dataset.json                   description: kind, schema, configuration, and a hash of them (fingerprint)
-      _shards/part-00000.json ...     one marker per shard: a JSON file that marks it as finished
-      _failures/part-00000.parquet    images of the shard that could not be read; absent if there are none
+      __shards/part-00000.json ...    one marker per shard: a JSON file that marks it as finished
+      __failures/part-00000.parquet   images of the shard that could not be read; absent if there are none
       _SUCCESS                        totals over all shards; written once all are finished
-      _update/, _update.json          new shards and journal of an update; see `captionlib.data.shards.update`
+      __update/, _update.json         new shards and journal of an update; see `captionlib.data.shards.update`
+
+Hugging Face's `datasets` ignores folders that begin with `__`, and pandas, PyArrow and Spark ignore names that begin
+with `_`, so all of them read the folder as it is. The footer of each data file contains the configuration.
 
 The files of a shard are written in the order data, failures, marker. If the writer dies in between, the shard has no
 marker, and the next run writes it again.
@@ -233,9 +236,10 @@ class ShardedDataset:
         raise self._damaged(name, "its marker is missing")
 
     def _damaged(self, name: str, reason: str) -> DamagedShardError:
+        remedy = "--verify, which writes damaged shards again" if self.source else "--overwrite"
         return DamagedShardError(
             f"{self.folder.address(name)} is damaged ({reason}); run the command that writes {self.folder.uri} again "
-            "with --verify, which writes damaged shards again"
+            f"with {remedy}"
         )
 
     def _select(self, columns: Sequence[str] | None) -> pa.Schema:

@@ -7,7 +7,7 @@ from typing import Any
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.shards.markers import SUCCESS_FILE
-from captionlib.errors import DamagedShardError
+from captionlib.errors import CaptionlibError, DamagedShardError
 from captionlib.storage.folders import TEMPORARY_FOLDER
 
 __all__ = ["DatasetReport", "FailureReport", "inspect_dataset"]
@@ -35,6 +35,8 @@ class DatasetReport:
         explanation: why the dataset is not complete and what to do; empty if it is complete.
         size: size of the data files in bytes.
         seconds: time spent on the shards, summed over workers.
+        source: address of the dataset that this dataset was made from; empty if there is none.
+        stale: number of shards of the source that changed or were added since. None if the source cannot be read.
         failed: number of images that could not be read.
         failures: failures by reason (the kind of error), the most frequent first.
         temporary_files: number of temporary files of current and crashed runs. The next successful run removes them.
@@ -53,6 +55,8 @@ class DatasetReport:
     rows: int
     size: int
     seconds: float
+    source: str
+    stale: int | None
     failed: int
     failures: Mapping[str, FailureReport]
     temporary_files: int
@@ -84,11 +88,25 @@ def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> Datase
         rows=totals.rows,
         size=totals.bytes,
         seconds=totals.seconds,
+        source=dataset.source,
+        stale=_count_stale_shards(dataset),
         failed=totals.failures,
         failures=_summarize_failures(dataset, totals.reasons),
         temporary_files=len(dataset.folder.list(TEMPORARY_FOLDER)),
         problems=problems,
     )
+
+
+def _count_stale_shards(dataset: ShardedDataset) -> int | None:
+    if not dataset.source:
+        return 0
+    try:
+        sources = open_dataset(dataset.source).read_markers()
+    except (CaptionlibError, OSError):
+        return None
+    markers = dataset.read_markers()
+    changed = sum(shard in sources and marker.source != sources[shard].checksum for shard, marker in markers.items())
+    return changed + sum(shard >= dataset.shards for shard in sources)
 
 
 def _summarize_failures(dataset: ShardedDataset, reasons: Mapping[str, int]) -> dict[str, FailureReport]:

@@ -38,10 +38,10 @@ __all__ = [
 
 DESCRIPTION_FILE = "_dataset.json"
 SUCCESS_FILE = "_SUCCESS"
-MARKERS_FOLDER = "_shards"
-FAILURES_FOLDER = "_failures"
+MARKERS_FOLDER = "__shards"
+FAILURES_FOLDER = "__failures"
 JOURNAL_FILE = "_update.json"
-UPDATE_FOLDER = "_update"
+UPDATE_FOLDER = "__update"
 
 BLOCK_BYTES = 256 << 10
 """Size of the blocks of a data file that are verified one by one. Readers of one column read only its blocks."""

@@ -1,7 +1,7 @@
 """Replaces several shards of a dataset at once, so that the dataset is always either the old or the new one.
 
     folder/
-      _update/ID/                     new shards, in the layout of a dataset
+      __update/ID/                    new shards, in the layout of a dataset
       _update.json                    journal: names the new shards; the update is committed once this file exists
 
 The new shards are staged, the journal commits them, and then they are moved into place. If a process dies before the

@@ -1,6 +1,7 @@
 """Writes a shard of a dataset: streams rows to Parquet, collects failures, and publishes the files at the end."""
 
 import io
+import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -90,6 +91,9 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int, source: str 
             writer = ShardWriter(parquet, dataset.schema)
             yield writer
             writer.flush()
+            # A copy of a single file thus tells what it was made with. Equal rows still give equal files.
+            recipe = {"kind": dataset.kind, "fingerprint": dataset.fingerprint, "config": dataset.config}
+            parquet.add_key_value_metadata({"captionlib": json.dumps(recipe, sort_keys=True)})
         if writer.rows + len(writer.failures) != expected:
             raise DatasetError(
                 f"{dataset.folder.uri}, {name}: expected {expected} rows and failures together, "

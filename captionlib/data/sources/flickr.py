@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
+from captionlib.data.images.formats import IMAGE_EXTENSIONS
 from captionlib.data.sources.locations import (
-    IMAGE_EXTENSIONS,
     Location,
     find_files,
     find_image_root,

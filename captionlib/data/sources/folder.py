@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 from captionlib.data.images.addresses import names_part_of_file
+from captionlib.data.images.formats import IMAGE_EXTENSIONS
 from captionlib.data.sources.locations import (
-    IMAGE_EXTENSIONS,
     Location,
     get_extension,
     is_glob,

@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from captionlib.data.images.formats import IMAGE_EXTENSIONS
 from captionlib.data.sources.coco import read_coco
 from captionlib.data.sources.flickr import CAPTION_LINE, read_flickr
 from captionlib.data.sources.folder import read_folder
 from captionlib.data.sources.hf_parquet import find_image_columns, read_hf_parquet
 from captionlib.data.sources.karpathy import read_karpathy
 from captionlib.data.sources.locations import (
-    IMAGE_EXTENSIONS,
     Location,
     find_files,
     get_extension,

@@ -17,7 +17,6 @@ from captionlib.errors import DatasetError
 from captionlib.storage.file_systems import open_decompressed, open_file_system, split_protocol
 
 __all__ = [
-    "IMAGE_EXTENSIONS",
     "Location",
     "find_files",
     "find_image_root",
@@ -33,14 +32,6 @@ __all__ = [
     "scan_folder",
     "split_glob",
 ]
-
-# Includes formats that may be impossible to decode, so that those images are reported as unreadable, not ignored.
-IMAGE_EXTENSIONS = frozenset(
-    {
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
-        *(".avif", ".heic", ".heif", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm"),
-    }
-)
 
 _READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 

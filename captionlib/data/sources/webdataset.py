@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from captionlib.data.images.formats import IMAGE_EXTENSIONS
 from captionlib.data.sources.columns import CAPTION_NAMES, select_caption_columns
-from captionlib.data.sources.locations import IMAGE_EXTENSIONS, Location, find_files, open_file
+from captionlib.data.sources.locations import Location, find_files, open_file
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
 from captionlib.data.sources.tables import parse_caption_columns
 from captionlib.data.sources.values import parse_captions, parse_cell, parse_id, parse_json

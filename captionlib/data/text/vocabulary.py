@@ -6,9 +6,10 @@ Tokens are either normalized words or unchanged characters.
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import chain
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -159,3 +160,12 @@ class Vocabulary:
         """Returns ln(fraction of the training tokens) per class, `[len(self)] float32`. Zero counts are set to 1."""
         counts = np.array([self.sentence_count, self.unknown_count, *self.counts], np.float64).clip(min=1)
         return cast(npt.NDArray[np.float32], np.log(counts / counts.sum()).astype(np.float32))
+
+    def unigram_perplexity(self, sentences: Iterable[Sequence[int]]) -> float:
+        """Computes the perplexity of sentences under the word frequencies alone.
+
+        `sentences` holds token ids, including END where END counts as a token.
+        """
+        counts = Counter(chain.from_iterable(sentences))
+        ids, times = np.array(list(counts.items()), np.int64).T
+        return float(np.exp(-np.average(self.log_frequencies()[ids], weights=times)))

@@ -2,10 +2,12 @@
 
 It follows Karpathy & Fei-Fei 2015 (arXiv 1412.2306) and Vinyals et al. 2015 (arXiv 1411.4555):
 
-    v = P (features - mean) / std               image embedding, same size as a word embedding
-    x_0, x_1, ... = START, w_1, ...             word embeddings; `image_input` sets where v enters
+    v = (features - mean) / std                 image vector
+    x_0, x_1, ... = START, w_1, ...             word embeddings
     h_t = max(0, Wxh x_t + Whh h_{t-1} + b)     or the gates of an LSTM; any number of layers
     p(w_{t+1} | w_1 .. w_t, image) = softmax(Why h_t + c)
+
+`image_input` sets where the image projection Wih v enters. With `first_step`, h_0 = max(0, Wxh x_0 + Wih v + b).
 
 The END token also serves as START. A feature map's image feature is its mean over positions. With attention
 (attention.py), Wz z_t is added to h_t before the output layer, and Wg z_t to the gates of step t + 1, where z_t is the
@@ -30,7 +32,7 @@ from captionlib.models.standardization import Standardization
 
 __all__ = ["Captioner", "CaptionerConfig", "ImageState", "TokenLogProbs"]
 
-_WEIGHT_RANGE = 0.1  # NeuralTalk (the code of the first paper) samples weights from U(-0.1, 0.1)
+_WEIGHT_RANGE = 0.1  # NeuralTalk (the code of the first paper) samples all weights from U(-0.1, 0.1)
 _SMALLEST_SINGULAR_VALUE = 1e-4  # relative to the largest; smaller singular values are treated as noise
 
 
@@ -42,11 +44,12 @@ class CaptionerConfig:
         cell: `lstm`, or `rnn` with ReLU units.
         layers: number of recurrent layers.
         hidden_size: dimensions of a layer's hidden state.
-        embedding_size: dimensions of the word embeddings and the image embedding.
+        embedding_size: dimensions of the word embeddings.
         dropout: dropout probability of the inputs and outputs of each layer, and of annotation vectors.
-        image_input: where the image enters: `initial_input`, a separate input before START (NeuralTalk's LSTM);
-            `first_step`, added to START (the RNN of Karpathy & Fei-Fei); `every_step`, added to every word;
-            `initial_state`, as the state before START; `none` for a language model.
+        image_input: where the projected image enters. `initial_input`: a separate input before START (NeuralTalk's
+            LSTM). `first_step`: added to the pre-activations of the first layer at START (the RNN of Karpathy &
+            Fei-Fei; NeuralTalk's `rnn_feed_once`). `every_step`: the same at every time step (NeuralTalk's RNN).
+            `initial_state`: the state before START. `none`: a language model.
         tie_embeddings: use the word embeddings as the softmax weights; requires `embedding_size` = `hidden_size`.
         feature_power: exponent applied to the magnitude of features, which keep their sign; below 1 it damps large
             activations (Perronnin et al. 2010).
@@ -56,8 +59,9 @@ class CaptionerConfig:
         encoder_top: a node of the encoder network after the one that the features come from, such as `features.29` if
             they come from `features.23`. The layers in between become part of the captioner and are fine-tuned with
             it. If None, the features are used as they are.
-        weight_init: `neuraltalk` initializes all weights from U(-0.1, 0.1); `pytorch` uses PyTorch's defaults: word
-            embeddings from N(0, 1), all others from U(-r, r) with r = 1 / sqrt(fan_in).
+        weight_init: `neuraltalk` initializes weights from U(-r, r) with r = min(0.1, 1 / sqrt(fan_in)), word embeddings
+            with r = 0.1, and the recurrent weights of an RNN with random orthogonal matrices; `pytorch` uses PyTorch's
+            defaults: word embeddings from N(0, 1), all others from U(-r, r) with r = 1 / sqrt(fan_in).
     """
 
     cell: Literal["lstm", "rnn"] = "lstm"
@@ -105,13 +109,14 @@ class ImageState(NamedTuple):
 
     Attributes:
         features: `[images, projected_size]`, the input of the image projection; `[images, 0]` for a language model.
-        embeddings: `[images, embedding_size]`, the projected features; `[images, 0]` for a language model.
+        projection: `[images, size]`, the projected features. The size is that of an input, the gates or the state,
+            depending on `image_input`; 0 for a language model.
         state: `[states, images, hidden_size]` before START: the h of each layer, then the c of each layer of an LSTM.
         annotations: `[images, positions, attention_size]`, annotation vectors; None without attention.
     """
 
     features: Tensor
-    embeddings: Tensor
+    projection: Tensor
     state: Tensor
     annotations: Tensor | None
 
@@ -143,6 +148,7 @@ class Captioner(nn.Module):
                 f"{config.image_input} and {feature_size}"
             )
         embedding_size, hidden_size, layers = config.embedding_size, config.hidden_size, config.layers
+        gates = hidden_size * (4 if config.cell == "lstm" else 1)
         self.config = config
         self.feature_size = feature_size
         self.vocabulary_size = vocabulary_size
@@ -158,12 +164,10 @@ class Captioner(nn.Module):
             else nn.RNN(embedding_size, hidden_size, layers, "relu", dropout=between_layers)
         )
         if config.image_input != "none":
-            initializes_state = config.image_input == "initial_state"
-            image_size = self.state_count * hidden_size if initializes_state else embedding_size
-            self.image_projection = nn.Linear(self.projected_size, image_size)
+            sizes = {"initial_input": embedding_size, "initial_state": self.state_count * hidden_size}
+            self.image_projection = nn.Linear(self.projected_size, sizes.get(config.image_input, gates))
         self.attention: Attention | None = None
         if config.attention_size:
-            gates = hidden_size * (4 if config.cell == "lstm" else 1)
             self.attention = Attention(feature_size, config.attention_size, hidden_size, gates, config.dropout)
         self.output = nn.Linear(hidden_size, vocabulary_size)
         self.dropout = nn.Dropout(config.dropout)
@@ -234,9 +238,8 @@ class Captioner(nn.Module):
         Returns:
             The log-probabilities of the next word, `[sentences, vocabulary_size] float32`, and the new state.
         """
-        is_first = self.config.image_input == "first_step" and bool((words == END).all())
-        inputs = self._embed_words(words, image_state, image_of_sentence, len(words) if is_first else 0)
-        output = self._run(inputs, [len(words)], state, image_state, image_of_sentence)
+        is_first = bool((words == END).all())
+        output = self._run(words, [len(words)], state, image_state, image_of_sentence, is_first)
         return F.log_softmax(self.output(self.dropout(output.hidden)).float(), 1), output.state
 
     def predict_bag_of_words(self, features: Tensor) -> Tensor:
@@ -311,25 +314,28 @@ class Captioner(nn.Module):
     def _run_packed(self, features: Tensor, packed: PackedSequences, image_of_sentence: Tensor) -> RecurrenceOutput:
         image_state = self.encode_images(features)
         images = image_of_sentence[packed.order]  # from the longest sentence to the shortest
-        image_of_token = image_of_sentence[packed.sentences]
-        inputs = self._embed_words(packed.words, image_state, image_of_token, packed.batch_sizes[0])
-        return self._run(inputs, packed.batch_sizes, image_state.state.index_select(1, images), image_state, images)
-
-    def _embed_words(self, words: Tensor, image_state: ImageState, image_of_token: Tensor, count: int) -> Tensor:
-        """Embeds words, `[tokens] int64`, and adds the image to the first `count` or all of them, as configured."""
-        inputs: Tensor = self.word_vectors(words)  # [tokens, embedding_size]
-        if self.config.image_input == "every_step":
-            return inputs + image_state.embeddings.index_select(0, image_of_token)
-        if self.config.image_input == "first_step" and count:
-            images = image_state.embeddings.index_select(0, image_of_token[:count])
-            return torch.cat([inputs[:count] + images, inputs[count:]])
-        return inputs
+        state = image_state.state.index_select(1, images)
+        return self._run(packed.words, packed.batch_sizes, state, image_state, images)
 
     def _run(
-        self, inputs: Tensor, batch_sizes: list[int], state: Tensor, image_state: ImageState, image_of_sentence: Tensor
+        self,
+        words: Tensor,
+        batch_sizes: list[int],
+        state: Tensor,
+        image_state: ImageState,
+        image_of_sentence: Tensor,
+        is_first: bool = True,
     ) -> RecurrenceOutput:
+        """Runs the recurrence over words, `[tokens] int64`; `is_first` tells whether the first ones are START."""
+        image_gates = None
+        image_input = self.config.image_input
+        if image_input == "every_step" or (image_input == "first_step" and is_first):
+            image_gates = self.dropout(image_state.projection.index_select(0, image_of_sentence))
+            if image_input == "every_step":  # sentences are sorted: the first `rows` of them reach a time step
+                image_gates = torch.cat([image_gates[:rows] for rows in batch_sizes])
+        inputs = self.dropout(self.word_vectors(words))  # [tokens, embedding_size]
         attended = (self.attention, image_state.annotations, image_of_sentence)
-        return run_recurrence(self.recurrence, self.dropout, self.dropout(inputs), batch_sizes, state, *attended)
+        return run_recurrence(self.recurrence, self.dropout, inputs, batch_sizes, state, image_gates, *attended)
 
     def _encode_features(self, features: Tensor) -> ImageState:
         annotations = None
@@ -347,19 +353,29 @@ class Captioner(nn.Module):
             state = features.new_zeros(self.state_count, count, hidden_size)
             return ImageState(features, features, state, None)
         features = self.transform_features(features)
-        embeddings = self.image_projection(features)
+        projection = self.image_projection(features)
         if self.config.image_input == "initial_state":
-            state = embeddings.view(count, -1, hidden_size).transpose(0, 1)
+            state = projection.view(count, -1, hidden_size).transpose(0, 1)
             state = torch.tanh(state) if self.config.cell == "lstm" else torch.relu(state)
         else:
-            state = embeddings.new_zeros(self.state_count, count, hidden_size)
+            state = projection.new_zeros(self.state_count, count, hidden_size)
         if self.config.image_input == "initial_input":
-            state = run_recurrence(self.recurrence, self.dropout, self.dropout(embeddings), [count], state).state
-        return ImageState(features, embeddings, state, annotations)
+            state = run_recurrence(self.recurrence, self.dropout, self.dropout(projection), [count], state).state
+        return ImageState(features, projection, state, annotations)
 
     def _initialize_weights(self) -> None:
+        """Initializes as NeuralTalk does, except where its weights would be too large for a network of another size.
+
+        U(-0.1, 0.1) suits a few hundred inputs. Thousands of inputs, such as those of fc7, would add up to activations
+        that drown the softmax bias. An RNN multiplies its state by Whh at each step, which an orthogonal matrix neither
+        amplifies nor damps, for any size.
+        """
         for name, parameter in self.named_parameters():
             if "bias" in name:
                 nn.init.zeros_(parameter)
+            elif "weight_hh" in name and self.config.cell == "rnn":
+                nn.init.orthogonal_(parameter)
             else:
-                nn.init.uniform_(parameter, -_WEIGHT_RANGE, _WEIGHT_RANGE)
+                inputs = 1 if parameter is self.word_vectors.weight else parameter.shape[1]
+                bound = min(_WEIGHT_RANGE, inputs**-0.5)
+                nn.init.uniform_(parameter, -bound, bound)

@@ -36,6 +36,7 @@ def run_recurrence(
     inputs: Tensor,
     batch_sizes: list[int],
     state: Tensor,
+    image_gates: Tensor | None = None,
     attention: Attention | None = None,
     annotations: Tensor | None = None,
     image_of_sentence: Tensor | None = None,
@@ -51,13 +52,14 @@ def run_recurrence(
         batch_sizes: the number of sentences that reach each time step, in non-increasing order.
         state: `[states, sentences, hidden_size]` before the first time step: the h of each layer, then the c of each
             layer of an LSTM.
+        image_gates: `[rows, gates]`, the image's part of the first layer's pre-activations for the first `rows` inputs.
         attention: attention module, which requires the next two arguments; if None, there is no attention.
         annotations: `[images, positions, attention_size]`, annotation vectors from `Attention.annotate`.
         image_of_sentence: `[sentences] int64`, the row of `annotations` that each sentence attends to.
     """
     if attention is None or annotations is None or image_of_sentence is None:
         attention = None
-        if inputs.is_cuda:
+        if inputs.is_cuda and image_gates is None:
             return run_fused(rnn, inputs, batch_sizes, state)
     else:
         groups = group_by_image(image_of_sentence, len(annotations))
@@ -68,7 +70,11 @@ def run_recurrence(
     hiddens, contexts, weights = [], [], []
     if attention is not None:
         context, _ = attention(h[-1], annotations, groups)
-    for input_gates in torch.split(F.linear(inputs, w_ih, b_ih + b_hh), batch_sizes):
+    all_gates = F.linear(inputs, w_ih, b_ih + b_hh)
+    if image_gates is not None:
+        rows = len(image_gates)
+        all_gates = torch.cat([all_gates[:rows] + image_gates, all_gates[rows:]])
+    for input_gates in torch.split(all_gates, batch_sizes):
         rows = len(input_gates)  # sentences that reach this time step
         gates = input_gates if attention is None else input_gates + attention.to_gates(context[:rows])
         recurrent_gates = [h_l[:rows] @ w_hh for h_l, w_hh in zip(h, recurrent, strict=True)]
@@ -85,7 +91,7 @@ def run_recurrence(
 
 
 def run_fused(rnn: nn.RNNBase, inputs: Tensor, batch_sizes: list[int], state: Tensor) -> RecurrenceOutput:
-    """Does the same as `run_recurrence` without attention, with PyTorch's fused kernels, which are slower on a CPU."""
+    """Runs the recurrence without attention and image gates with PyTorch's fused kernels, which are slower on a CPU."""
     packed = PackedSequence(inputs, torch.tensor(batch_sizes))
     if isinstance(rnn, nn.LSTM):
         h, c = state.contiguous().chunk(2)

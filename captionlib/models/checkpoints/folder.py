@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from captionlib import __version__
-from captionlib.data.shards.markers import compute_fingerprint, from_json, to_json
+from captionlib.data.shards.markers import compute_fingerprint, decode_record, encode_record, to_json
 from captionlib.errors import CheckpointError
 from captionlib.storage.folders import Folder
 
@@ -42,7 +42,7 @@ __all__ = [
     "write_checkpoint",
 ]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 TRAINING = "training.json"
@@ -100,7 +100,7 @@ def write_checkpoint(
         "provenance": provenance,
         **identity,
     }
-    files = {CONFIG: to_json(config), TRAINING: to_json(training), ENCODER: encoder_weights, WEIGHTS: weights}
+    files = {CONFIG: encode_record(config), TRAINING: to_json(training), ENCODER: encoder_weights, WEIGHTS: weights}
     target = open_folder(folder)
     with ExitStack() as stack:  # exits in reverse order, so CONFIG is renamed last
         for name, content in files.items():
@@ -199,13 +199,11 @@ def damaged_error(folder: Folder, reason: str) -> CheckpointError:
 
 def _read_json(folder: Folder, name: str) -> dict[str, Any] | None:
     try:
-        content = from_json(folder.read(name))
+        content = decode_record(folder.read(name))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise damaged_error(folder, f"{name} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise damaged_error(folder, f"{name}: expected a mapping, got {type(content).__name__}")
+        raise damaged_error(folder, f"{name}: {error}") from error
     return content
 
 

@@ -109,7 +109,6 @@ class IncrementalCaptioner:
         self._model = copy.deepcopy(model).eval()
         (w_ih, _, b_ih, b_hh), *upper = layers = model.recurrence.all_weights
         self._word_gates = torch.addmm(b_ih + b_hh, model.word_vectors.weight, w_ih.t()).to(dtype)
-        self._image_weight = w_ih.t().clone()
         self._feed_forward = [PackedLinear(w_ih, b_ih + b_hh, dtype) for w_ih, _, b_ih, b_hh in upper]
         self._recurrent = [PackedLinear(w_hh, None, dtype) for _, w_hh, *_ in layers]
         self._attention = None if model.attention is None else copy.deepcopy(model.attention).eval().to(dtype)
@@ -133,7 +132,7 @@ class IncrementalCaptioner:
     def initial_state(self, image_state: ImageState) -> DecoderState:
         """Returns the state before the first token, one row per image."""
         adds_image = self._model.config.image_input in ("first_step", "every_step")
-        image_gates = (image_state.embeddings @ self._image_weight).to(self.dtype) if adds_image else None
+        image_gates = image_state.projection.to(self.dtype) if adds_image else None
         layers = self._model.config.layers
         states = image_state.state.to(self.dtype).unbind()
         h, c = states[:layers], states[layers:]
@@ -147,7 +146,7 @@ class IncrementalCaptioner:
     @torch.inference_mode()
     def begin(self, image_state: ImageState, prefix: Sequence[int] = ()) -> Hypotheses:
         """Starts one sentence per image, all with the same prefix of token ids."""
-        state, images = self.initial_state(image_state), len(image_state.embeddings)
+        state, images = self.initial_state(image_state), len(image_state.projection)
         log_prob = torch.zeros(images, device=self.device)
         words = torch.full((images, 1), END, device=self.device)
         for word in prefix:

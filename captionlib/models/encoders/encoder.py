@@ -12,7 +12,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from captionlib.config import configclass
-from captionlib.data.images.decoding import Preprocessing
+from captionlib.data.images.decoding import DecodeScale, Preprocessing
 from captionlib.errors import ConfigError
 from captionlib.models.devices import copy_to_host_async, halve_on_out_of_memory, resolve_device
 from captionlib.models.encoders.network import EncoderNetwork, require_finite, truncate_network
@@ -46,6 +46,8 @@ class EncoderConfig:
         resize_size: shorter side of the image before the crop, in pixels; if None, the size used in training.
         stored_dtype: dtype that features are rounded to before any use, so that captions are the same whether they
             are generated from images or from stored features.
+        decode_scale: `fast` decodes large JPEG files at a reduced scale, which changes the features slightly; `exact`
+            does not. If None, the scale used in training, or `exact`.
     """
 
     model: str = "vgg16"
@@ -56,6 +58,7 @@ class EncoderConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     resize_size: PositiveInt | None = None
     stored_dtype: Literal["float16", "float32"] = "float16"
+    decode_scale: DecodeScale | None = None
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any], weights: str | None = None) -> "EncoderConfig":
@@ -84,6 +87,7 @@ class EncoderConfig:
             **{name: description[name] for name in names},
             weights=weights or description["weights"],
             resize_size=description["preprocessing"]["resize_size"],
+            decode_scale=description["preprocessing"].get("decode_scale", "exact"),
         )
 
     def with_absolute_weights(self) -> "EncoderConfig":
@@ -125,11 +129,7 @@ class Encoder:
             "pooling": config.pooling,
             "dtype": config.dtype,
             "stored_dtype": config.stored_dtype,
-            "preprocessing": {
-                **asdict(preprocessing),
-                "mean": list(preprocessing.mean),
-                "std": list(preprocessing.std),
-            },
+            "preprocessing": _describe_preprocessing(preprocessing),
             "shape": self.shape,
         }
 
@@ -198,7 +198,7 @@ def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = 
         config = replace(config, missing_weights="error")  # no weights were sampled, so the setting has no effect
     _check_shapes(weights, needed, config)
     network.to_empty(device="cpu").load_state_dict(weights)
-    preprocessing = resolve_preprocessing(config.model, config.weights, config.resize_size)
+    preprocessing = resolve_preprocessing(config.model, config.weights, config.resize_size, config.decode_scale)
     dtype, stored_dtype = getattr(torch, config.dtype), getattr(torch, config.stored_dtype)
     module = EncoderNetwork(network, preprocessing, config.pooling, dtype, stored_dtype, trainable)
     return Encoder(module, config, preprocessing, target, hash_weights(weights))
@@ -208,6 +208,13 @@ def describe_finetuned_encoder(description: Mapping[str, Any], weights: Mapping[
     """Returns an encoder's description updated for its fine-tuned `weights`, which are all of its tensors."""
     changes = {"weights": "file", "missing_weights": "error", "weights_sha256": hash_weights(weights)}
     return {**description, **changes}
+
+
+def _describe_preprocessing(preprocessing: Preprocessing) -> dict[str, Any]:
+    values = {**asdict(preprocessing), "mean": list(preprocessing.mean), "std": list(preprocessing.std)}
+    if preprocessing.decode_scale == "exact":  # omitted, so that the fingerprints of older datasets remain valid
+        del values["decode_scale"]
+    return values
 
 
 def _check_shapes(weights: Mapping[str, Tensor], needed: Mapping[str, Tensor], config: EncoderConfig) -> None:

@@ -17,7 +17,7 @@ from fsspec.implementations.cached import SimpleCacheFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
-from captionlib.data.images.decoding import Preprocessing
+from captionlib.data.images.decoding import DecodeScale, Preprocessing
 from captionlib.data.shards.markers import from_json
 from captionlib.errors import CaptionlibError, ConfigError
 from captionlib.storage.file_systems import open_file_system
@@ -97,12 +97,14 @@ def sample_weights(network: nn.Module, weights: str) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
 
-def resolve_preprocessing(model: str, weights: str, resize_size: int | None = None) -> Preprocessing:
+def resolve_preprocessing(
+    model: str, weights: str, resize_size: int | None = None, decode_scale: DecodeScale | None = None
+) -> Preprocessing:
     """Returns the preprocessing that a model needs with these weights.
 
     It is taken from the header of a weights file, from torchvision's named weights, or otherwise from the model's
     default weights. `load_weights` lists the possible values of `weights`. `resize_size` overrides the length of the
-    image's shorter side in pixels.
+    image's shorter side in pixels, and `decode_scale` overrides how JPEG files are decoded.
 
     Raises:
         ConfigError: the weights file cannot be read.
@@ -118,7 +120,11 @@ def resolve_preprocessing(model: str, weights: str, resize_size: int | None = No
             mean=tuple(preset.mean),
             std=tuple(preset.std),
         )
-    return replace(preprocessing, resize_size=resize_size or preprocessing.resize_size)
+    return replace(
+        preprocessing,
+        resize_size=resize_size or preprocessing.resize_size,
+        decode_scale=decode_scale or preprocessing.decode_scale,
+    )
 
 
 def find_class_names(model: str, count: int) -> list[str]:

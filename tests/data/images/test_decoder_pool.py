@@ -39,7 +39,7 @@ def shared() -> Iterator[DecoderPool]:
 def open_pool(processes: int = 1, timeout_seconds: float = 60.0, max_memory_bytes: int | None = None) -> DecoderPool:
     return DecoderPool(
         PREPROCESSING,
-        DecoderConfig(processes=processes, timeout_seconds=timeout_seconds, max_memory_bytes=max_memory_bytes),
+        DecoderConfig(processes, timeout_seconds, max_jpeg_scans=10**6, max_memory_bytes=max_memory_bytes),
     )
 
 
@@ -136,6 +136,16 @@ def test_slow_image_times_out() -> None:
         assert pool.decode(GOOD).pixels.shape == (40, 40, 3)
 
 
+def test_small_image_gets_less_time_than_a_large_one() -> None:
+    """The limit is 10 seconds for the largest image, so the file may take 1 second of CPU time."""
+    with open_pool(timeout_seconds=10.0) as pool:
+        pool.decode(GOOD)
+        (pid,) = pool.pids
+        assert reason(pool, slow_jpeg(8_000)) == "Timeout"
+        assert not is_running(pid)
+        assert pool.decode(GOOD).pixels.shape == (40, 40, 3)
+
+
 def test_hanging_decoder_is_replaced() -> None:
     with open_pool(timeout_seconds=1.0) as pool:
         pool.decode(GOOD)
@@ -213,7 +223,7 @@ def test_killed_idle_decoders_are_replaced() -> None:
 
 
 def test_memory_is_limited() -> None:
-    content = encode_png(np.zeros((9000, 9000, 1), np.uint8), 0)
+    content = encode_png(np.zeros((9000, 9000, 2), np.uint8), 4)
     with open_pool(max_memory_bytes=2**28) as pool:
         assert reason(pool, content) == "OutOfMemory"
         pid = pool.pids
@@ -266,7 +276,7 @@ from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
 from captionlib.data.images.decoding import Preprocessing
 
 good, slow, death = sys.argv[1:]
-pool = DecoderPool(Preprocessing(48, 40, "bilinear", (0,), (1,)), DecoderConfig(processes=1, timeout_seconds=1.0))
+pool = DecoderPool(Preprocessing(48, 40, "bilinear", (0,), (1,)), DecoderConfig(1, 1.0, max_jpeg_scans=10**6))
 print(pool.decode(Path(good).read_bytes()).pixels.shape, pool.pids[0], flush=True)
 if death == "killed in the middle":
     threading.Thread(target=pool.decode, args=[Path(slow).read_bytes()], daemon=True).start()
@@ -301,7 +311,14 @@ def test_pool_works_in_any_program_and_ends_with_it(how: str, death: str, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"processes": 0}, {"timeout_seconds": 0}, {"max_image_pixels": 0}, {"max_memory_bytes": 1000}]
+    "wrong",
+    [
+        {"processes": 0},
+        {"timeout_seconds": 0},
+        {"max_image_pixels": 0},
+        {"max_jpeg_scans": 0},
+        {"max_memory_bytes": 1000},
+    ],
 )
 def test_invalid_limits_are_rejected(wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):

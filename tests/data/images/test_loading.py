@@ -140,7 +140,7 @@ def test_stopping_early_cleans_up(rows: list[dict[str, Any]], tmp_path: Path, le
     slow = tmp_path / "slow.jpg"
     slow.write_bytes(slow_jpeg(200_000))
     endless = [rows[1], *({"uri": str(slow)} for _ in range(50))]
-    config = LoadingConfig(threads=3, prefetch=20, decode=DecoderConfig(processes=3, timeout_seconds=1000.0))
+    config = LoadingConfig(threads=3, prefetch=20, decode=DecoderConfig(3, 1000.0, max_jpeg_scans=10**6))
     if leave == "break":
         with open_loader(config, PREPROCESSING) as load:
             for _, image in load(endless):

@@ -7,13 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from captionlib.data.images.loading import hash_content
 from captionlib.data.ingestion.changes import Changes
 from captionlib.data.ingestion.prepare import PrepareConfig, PrepareSummary, prepare
-from captionlib.data.shards.dataset import open_dataset
+from captionlib.data.shards.dataset import create_dataset, open_dataset
 from captionlib.data.shards.markers import JOURNAL_FILE, UPDATE_FOLDER
+from captionlib.data.shards.schemas import features_schema
+from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.rows import SourceOptions
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.storage.folders import Folder
@@ -129,6 +133,42 @@ def test_version_changes_with_the_file_and_not_with_its_captions(tmp_path: Path)
     os.utime(tmp_path / "a.jpg", ns=(0, 12345))
     assert prepare(source, tmp_path / "manifest", config).changes.changed == 1
     assert read_version() == f"3-{12345:x}" != version
+
+
+def test_content_is_verified_where_times_cannot_be_trusted(tmp_path: Path) -> None:
+    def write_image(name: str, content: bytes) -> None:
+        (tmp_path / "images" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(content)
+        os.utime(tmp_path / "images" / name, ns=(0, 0))
+
+    def run(**options: Any) -> Changes:
+        return prepare(tmp_path / "images", tmp_path / "manifest", PrepareConfig(**options)).changes
+
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        write_image(name, b"old")
+    run()
+    schema = features_schema(1, "float32")
+    features = create_dataset(tmp_path / "features", "features", schema, config={}, shards=1)
+    with write_shard(features, 0, 2) as writer:
+        hashed = f"{hash_content(b'old'):016x}"
+        rows = [
+            {"image_id": name, "uri": "", "split": "", "captions": [], "content_hash": hashed, "features": [0.0]}
+            for name in ("a.jpg", "b.jpg")
+        ]
+        writer.write(pa.RecordBatch.from_pylist(rows, schema))
+    features.finish()
+    verify = {"verify_content": str(tmp_path / "features")}
+    assert run(**verify) == Changes(0, 0, 0, 3)
+    write_image("a.jpg", b"new")  # with the size and the time of the old image
+    assert run() == Changes(0, 0, 0, 3)
+    assert run(**verify) == Changes(0, 1, 0, 2)
+    versions = open_dataset(tmp_path / "manifest").read(0)["version"].to_pylist()
+    assert versions == [f"3-0~{hash_content(b'new'):016x}", "3-0", "3-0"]
+    assert run() == run(**verify) == Changes(0, 0, 0, 3)
+    write_image("a.jpg", b"old")
+    assert run(**verify) == Changes(0, 1, 0, 2)
+    with pytest.raises(ConfigError, match="expected a dataset with the column content_hash, got manifest"):
+        run(verify_content=str(tmp_path / "manifest"))
 
 
 class Killed(BaseException):

@@ -79,15 +79,15 @@ def test_flipped_bits_in_data_files_are_noticed(tmp_path: Path, kind: str) -> No
 
 def test_flipped_bits_in_failures_are_noticed(tmp_path: Path) -> None:
     dataset = create(tmp_path)
-    for _ in flip_bits(tmp_path / "_failures" / "part-00001.parquet"):
-        with pytest.raises(DamagedShardError, match=r"_failures/part-00001\.parquet is damaged"):
+    for _ in flip_bits(tmp_path / "__failures" / "part-00001.parquet"):
+        with pytest.raises(DamagedShardError, match=r"__failures/part-00001\.parquet is damaged"):
             dataset.read_failures(1)
 
 
 def test_markers_with_flipped_bits_do_not_count(tmp_path: Path) -> None:
     dataset = create(tmp_path)
     expected = dataset.read_marker(0)
-    for bit in flip_bits(tmp_path / "_shards" / "part-00000.json"):
+    for bit in flip_bits(tmp_path / "__shards" / "part-00000.json"):
         assert dataset.read_marker(0) in (None, expected), (
             bit
         )  # the bit may be in the checksum's name or in white space
@@ -128,7 +128,7 @@ GARBAGE = {
 @pytest.mark.parametrize("content", GARBAGE.values(), ids=list(GARBAGE))
 def test_shards_with_garbage_in_their_marker_are_written_again(tmp_path: Path, content: bytes) -> None:
     dataset = create(tmp_path)
-    (tmp_path / "_shards" / "part-00000.json").write_bytes(content)
+    (tmp_path / "__shards" / "part-00000.json").write_bytes(content)
     assert dataset.read_marker(0) is None
     assert dataset.pending_shards() == [0]
     with pytest.raises(DamagedShardError, match="its marker is missing"):
@@ -175,7 +175,7 @@ def test_description_without_a_field_is_an_error_that_names_the_file(tmp_path: P
 
 
 def copy_marker(tmp_path: Path, **changes: Any) -> None:
-    path = tmp_path / "_shards" / "part-00000.json"
+    path = tmp_path / "__shards" / "part-00000.json"
     record = json.loads(path.read_text())
     del record["crc32"]
     path.write_bytes(encode_record({**record, **changes}))
@@ -204,10 +204,11 @@ def test_markers_without_a_data_file_do_not_count(tmp_path: Path) -> None:
 
 def test_other_files_in_the_folder_are_ignored(tmp_path: Path) -> None:
     dataset = create(tmp_path)
-    for name in ("part-00004 (copy)", "part-1", "part-x", "part-00000.json", "part-٣٣٣٣٣", "part-99999", ".DS_Store"):
-        (tmp_path / "_shards" / f"{name}.json").write_text("{}")
+    for name in ("part-00004 (copy)", "part-1", "part-x", "part-00000.json", "part-٣٣٣٣٣", "part-00002", ".DS_Store"):
+        (tmp_path / "__shards" / f"{name}.json").write_text("{}")
         (tmp_path / f"{name}.parquet").write_text("")
     assert dataset.done_shards() == {0, 1}
+    assert dataset.read_markers([1, 2]).keys() == {1}
     assert dataset.compute_totals() == dataset.read_totals()
 
 
@@ -384,6 +385,8 @@ def test_datasets_of_the_first_release_can_be_read(stored: Callable[[str], Shard
     assert failures is not None
     assert failures.to_pylist()[0]["version"] is None
     assert features.verify() == captions.verify() == []
+    assert stored("manifest").schema.equals(MANIFEST_SCHEMA)
+    assert stored("embeddings").read(0, ["embedding"])["embedding"].to_pylist() == [[1, 0]] * 2
     assert features.compute_content_checksum() != captions.compute_content_checksum()
 
 

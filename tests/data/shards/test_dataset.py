@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -70,10 +71,10 @@ def test_marker_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     fill(dataset)
     assert written == [
         "part-00000.parquet",
-        "_shards/part-00000.json",
+        "__shards/part-00000.json",
         "part-00001.parquet",
-        "_failures/part-00001.parquet",
-        "_shards/part-00001.json",
+        "__failures/part-00001.parquet",
+        "__shards/part-00001.json",
     ]
 
 
@@ -158,7 +159,7 @@ def test_failures_do_not_fail_a_run_unless_all_images_failed(place: str) -> None
 def test_markers_with_another_fingerprint_are_ignored(tmp_path: Path) -> None:
     dataset = create(tmp_path / "data")
     fill(dataset)
-    marker = tmp_path / "data" / "_shards" / "part-00000.json"
+    marker = tmp_path / "data" / "__shards" / "part-00000.json"
     marker.write_text(json.dumps({**json.loads(marker.read_text()), "fingerprint": "another"}))
     assert dataset.read_marker(0) is None
     with pytest.raises(DatasetError, match="1 are missing"):
@@ -203,3 +204,31 @@ def test_ids_have_a_bloom_filter(tmp_path: Path) -> None:
     fill(dataset)
     metadata = pq.ParquetFile(tmp_path / "data" / "part-00000.parquet").metadata
     assert metadata.row_group(0).column(0).bloom_filter_offset
+
+
+def test_other_tools_read_the_folder_as_it_is(tmp_path: Path) -> None:
+    fill(create(tmp_path / "data"))
+    folder = str(tmp_path / "data")
+    expected = duckdb.sql(f"SELECT image_id FROM '{folder}/*.parquet' ORDER BY image_id").to_arrow_table()
+    assert pq.read_table(folder, columns=["image_id"]).sort_by("image_id")["image_id"].to_pylist() == [
+        row["image_id"] for row in expected.to_pylist()
+    ]
+    # Hugging Face's `datasets` ignores folders that begin with `__`, and reads the type of file that is most frequent.
+    visible = [path for path in (tmp_path / "data").rglob("*") if path.is_file() and path.parent.name[:2] != "__"]
+    names = {path.name for path in visible if path.suffix != ".parquet"}
+    assert names <= {"_dataset.json", "_SUCCESS"}
+
+
+def test_footer_of_a_file_names_its_recipe(tmp_path: Path) -> None:
+    dataset = create(tmp_path / "data")
+    fill(dataset)
+    contents = [(tmp_path / "data" / f"part-0000{shard}.parquet").read_bytes() for shard in range(2)]
+    metadata = pq.read_metadata(tmp_path / "data" / "part-00000.parquet").metadata
+    assert json.loads(metadata[b"captionlib"]) == {
+        "kind": dataset.kind,
+        "fingerprint": dataset.fingerprint,
+        "config": dataset.config,
+    }
+    other = create(tmp_path / "other")
+    fill(other)
+    assert [(tmp_path / "other" / f"part-0000{shard}.parquet").read_bytes() for shard in range(2)] == contents

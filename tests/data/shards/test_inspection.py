@@ -4,7 +4,7 @@ from uuid import uuid4
 import pyarrow as pa
 import pytest
 
-from captionlib.data.shards.dataset import ShardedDataset, create_dataset
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.inspection import FailureReport, inspect_dataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
@@ -66,7 +66,7 @@ def test_inspect_reports_failures_by_reason_with_examples(tmp_path: Path) -> Non
 
 def test_inspect_counts_failures_without_their_file(tmp_path: Path) -> None:
     write(tmp_path, done=2)
-    (tmp_path / "_failures" / "part-00001.parquet").unlink()
+    (tmp_path / "__failures" / "part-00001.parquet").unlink()
     assert inspect_dataset(tmp_path).failures == {"Truncated": FailureReport(1, "", "", "")}
 
 
@@ -82,7 +82,7 @@ def test_inspect_verify_reports_changed_files(tmp_path: Path) -> None:
 
 def test_inspect_reports_success_without_all_markers(tmp_path: Path) -> None:
     write(tmp_path, done=3).finish()
-    (tmp_path / "_shards" / "part-00002.json").unlink()
+    (tmp_path / "__shards" / "part-00002.json").unlink()
     (problem,) = inspect_dataset(tmp_path).problems
     assert problem.startswith("_SUCCESS says that all 3 shards are finished, but only 2 have a valid marker file ")
 
@@ -96,3 +96,22 @@ def test_inspect_counts_temporary_files(tmp_path: Path) -> None:
 def test_inspect_rejects_other_folders(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="is not a captionlib dataset"):
         inspect_dataset(tmp_path)
+
+
+def test_inspect_counts_shards_whose_input_changed(tmp_path: Path) -> None:
+    source = write(tmp_path / "manifest", done=2, shards=2)
+    output = create_dataset(tmp_path / "output", "manifest", MANIFEST_SCHEMA, config={}, source=source)
+    for shard, marker in source.read_markers().items():
+        with write_shard(output, shard, 0, marker.checksum):
+            pass
+    assert inspect_dataset(output.folder.uri).stale == 0
+    with write_shard(source, 1, 0):
+        pass
+    assert inspect_dataset(output.folder.uri).stale == 1
+    create_dataset(tmp_path / "manifest", "manifest", MANIFEST_SCHEMA, config=source.config, shards=3)
+    with write_shard(open_dataset(tmp_path / "manifest"), 2, 0):
+        pass
+    assert inspect_dataset(output.folder.uri).stale == 2
+    (tmp_path / "manifest" / "_dataset.json").unlink()
+    assert inspect_dataset(output.folder.uri).stale is None
+    assert inspect_dataset(tmp_path / "output").source == str(tmp_path / "manifest")

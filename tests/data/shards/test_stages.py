@@ -216,8 +216,8 @@ def test_update_removes_shards(source: ShardedDataset, tmp_path: Path) -> None:
     assert run_once(updated, tmp_path) == []
     captions = open_dataset(tmp_path / "captions").require_complete()
     assert captions.shards == 1
-    assert captions.folder.list() == ["_SUCCESS", "_dataset.json", "_failures", "_shards", "part-00000.parquet"]
-    assert captions.folder.list("_failures") == []
+    assert captions.folder.list() == ["_SUCCESS", "__failures", "__shards", "_dataset.json", "part-00000.parquet"]
+    assert captions.folder.list("__failures") == []
 
 
 def test_columns_that_the_stage_does_not_compute_come_from_the_new_input(
@@ -310,7 +310,7 @@ def test_verify_processes_damaged_shards_again(source: ShardedDataset, tmp_path:
     run_once(source, tmp_path, "13")
     expected = read_outputs(tmp_path)
     damage(tmp_path / "captions" / "part-00000.parquet")
-    damage(tmp_path / "vectors" / "_failures" / "part-00001.parquet")
+    damage(tmp_path / "vectors" / "__failures" / "part-00001.parquet")
     assert run_once(source, tmp_path) == []
     with pytest.raises(DamagedShardError, match="captions again with --verify"):
         read_outputs(tmp_path)
@@ -327,7 +327,9 @@ def test_damaged_rows_are_not_copied(source: ShardedDataset, tmp_path: Path) -> 
 
 def test_damaged_input_is_not_processed(source: ShardedDataset, tmp_path: Path) -> None:
     damage(tmp_path / "source" / "part-00001.parquet")
-    with pytest.raises(DamagedShardError, match=r"source/part-00001.parquet is damaged .*run the command that writes"):
+    with pytest.raises(
+        DamagedShardError, match=r"source/part-00001.parquet is damaged .*source again with --overwrite"
+    ):
         run_once(source, tmp_path)
     assert open_dataset(tmp_path / "captions").pending_shards() == [1]
 

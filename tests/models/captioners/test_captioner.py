@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -57,9 +58,9 @@ def test_rnn_matches_hand_computed_steps() -> None:
         output__weight=[[0, 1], [0, 0], [1, 0]],
     )
     model.standardization.set_statistics(torch.tensor([1.0]), torch.tensor([2.0]))
-    # v = (3 - 1) / 2 = 1, so the image is (1, 0)
-    # h = max(0, Wxh (START + image) + b)        = max(0, (2, 0) + (0, -1))           = (2, 0), logits (0, 0, 2)
-    # h = max(0, Wxh word + Whh (2, 0) + b)      = max(0, (0, 2) + (0, 2) + (0, -1))  = (0, 3), logits (3, 0, 0)
+    # v = (3 - 1) / 2 = 1
+    # h_0 = max(0, Wxh START + Wih v + b)      = max(0, (1, 0) + (1, 0) + (0, -1))  = (2, 0), logits (0, 0, 2)
+    # h_1 = max(0, Wxh word + Whh (2, 0) + b)  = max(0, (0, 2) + (0, 2) + (0, -1))  = (0, 3), logits (3, 0, 0)
     scores = model(torch.tensor([[3.0]]), torch.tensor([[2]]), torch.tensor([0]))
     expected = [2 - math.log(2 + math.exp(2)), 3 - math.log(2 + math.exp(3))]
     assert scores.log_probs.tolist() == pytest.approx(expected, rel=1e-6)
@@ -185,7 +186,7 @@ def test_constant_feature_becomes_zero() -> None:
     model = build(CaptionerConfig(hidden_size=6, embedding_size=5))
     model.standardization.set_statistics(torch.full((4,), 5.0), torch.zeros(4))
     image_state = model.encode_images(torch.full((1, 4), 5.0))
-    assert torch.equal(image_state.embeddings[0], model.image_projection.bias)
+    assert torch.equal(image_state.projection[0], model.image_projection.bias)
 
 
 def test_initialize_bias_predicts_word_frequencies() -> None:
@@ -240,3 +241,23 @@ def test_weight_init_selects_distribution(attention_size: int) -> None:
     assert default.word_vectors.weight.std().item() == pytest.approx(1, abs=0.05)
     for parameter in default.recurrence.weight_hh_l0, default.output.weight, default.image_projection.weight:
         assert 0.12 < parameter.abs().max() <= 0.125
+
+
+@pytest.mark.parametrize("image_input", ["initial_input", "first_step", "every_step", "initial_state"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_initial_predictions_of_a_large_rnn_are_the_word_frequencies(image_input: Any, layers: int) -> None:
+    torch.manual_seed(0)
+    model = Captioner(CaptionerConfig("rnn", layers, image_input=image_input), 4096, 50).eval()
+    frequencies = torch.linspace(1, 50, 50) / 1275
+    model.initialize_bias(frequencies.log())
+    captions = torch.arange(2, 42).view(2, 20)
+    log_probs = model(torch.randn(2, 4096), captions, torch.arange(2)).log_probs
+    expected = torch.cat([frequencies[captions.t().flatten()], frequencies[[0, 0]]]).log()
+    assert (log_probs - expected).abs().max() < 1.5  # hundreds if all weights are U(-0.1, 0.1)
+
+
+def test_recurrent_weights_of_an_rnn_are_orthogonal() -> None:
+    model = Captioner(CaptionerConfig("rnn", layers=2, hidden_size=8, embedding_size=8), 4, 9)
+    for name, weight in model.recurrence.named_parameters():
+        if "weight_hh" in name:
+            torch.testing.assert_close(weight @ weight.t(), torch.eye(8))

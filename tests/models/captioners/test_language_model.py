@@ -55,13 +55,14 @@ def test_language_model_equals_captioner_with_zero_image(cell: Any, tied: bool) 
     config = LanguageModelConfig(cell, layers=2, hidden_size=5, embedding_size=5, tie_embeddings=tied)
     model = build(config, spread=0.8)
     captioner = Captioner(replace(config.captioner(), image_input="first_step"), 3, len(WORDS)).eval()
+    gates = len(captioner.recurrence.bias_ih_l0)
     unexpected = captioner.load_state_dict(
         model.state_dict()
         | {
             "standardization.mean": torch.zeros(3),
             "standardization.std": torch.ones(3),
-            "image_projection.weight": torch.zeros(5, 3),
-            "image_projection.bias": torch.zeros(5),
+            "image_projection.weight": torch.zeros(gates, 3),
+            "image_projection.bias": torch.zeros(gates),
         }
     )
     assert not unexpected.unexpected_keys

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from captionlib.data.shards.markers import compute_fingerprint
+from captionlib.data.shards.markers import compute_fingerprint, decode_record, encode_record
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
@@ -112,8 +112,8 @@ def test_load_rejects_missing_device(folder: Path) -> None:
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
+    config = decode_record((folder / "config.json").read_bytes())
+    (folder / "config.json").write_bytes(encode_record(config | changes))
 
 
 def damage_weights(folder: Path) -> None:
@@ -133,14 +133,11 @@ def mix_with_another(folder: Path) -> None:
             "is not a checkpoint: expected a folder with config.json",
         ),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
-        (
-            lambda folder: (folder / "config.json").write_text("[" * 100_000),
-            "config.json is not JSON: nested too deeply",
-        ),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json: Expecting property name"),
+        (lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json: nested too deeply"),
         (lambda folder: (folder / "config.json").write_text('{"a": ' * 500 + "1" + "}" * 500), "nested too deeply"),
-        (lambda folder: (folder / "config.json").write_text("9" * 5000), "config.json is not JSON"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "config.json: expected a mapping, got list"),
+        (lambda folder: (folder / "config.json").write_text("9" * 5000), "config.json: Exceeds the limit"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json: expected an object, got list"),
         (lambda folder: (folder / "config.json").write_text('{"a": 1}'), "kind captioner, got one of unknown kind"),
         (damage_weights, "expected model.safetensors of SHA-256"),
         (mix_with_another, "expected model.safetensors of SHA-256"),
@@ -216,3 +213,19 @@ def test_load_does_not_run_pickled_weights(folder: Path, tmp_path: Path, monkeyp
 def test_save_and_load_accept_folder_objects(tmp_path: Path) -> None:
     fingerprint = save(Folder(tmp_path), build())
     assert load_captioner(Folder(tmp_path)).fingerprint == fingerprint
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_load_notices_flipped_bits(name: str, folder: Path) -> None:
+    content = (folder / name).read_bytes()
+    expected = json.loads((folder / "config.json").read_text())
+    for bit in range(0, len(content) * 8, len(content) * 8 // 100):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        (folder / name).write_bytes(changed)
+        try:
+            load_captioner(folder)
+        except CheckpointError:
+            continue
+        assert name == "config.json", bit
+        assert {**expected, "crc32": ""} == {**json.loads(bytes(changed)), "crc32": ""}, bit  # white space, or its name

@@ -13,7 +13,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from captionlib.errors import CaptionlibError, ConfigError, DatasetError
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import EncoderConfig, PendingFeatures, load_encoder
-from captionlib.models.encoders.weights import _read_file, hash_weights, sample_weights
+from captionlib.models.encoders.weights import _read_file, hash_weights, sample_weights, serialize_weights
 from captionlib.models.inference.extraction import load_shared_encoder
 
 SMALL = EncoderConfig("squeezenet1_1", "features.4.cat", "random:0", stored_dtype="float32")
@@ -155,6 +155,18 @@ def test_preprocessing_comes_from_the_weights() -> None:
     )
 
 
+def test_decode_scale_is_part_of_the_description_and_the_weights_file(tmp_path: Path) -> None:
+    exact, fast = (load_encoder(dataclasses.replace(SMALL, decode_scale=scale)) for scale in ("exact", "fast"))
+    assert exact.description == load_encoder(SMALL).description
+    assert "decode_scale" not in exact.description["preprocessing"]  # as in datasets that are older than the setting
+    assert fast.description["preprocessing"]["decode_scale"] == "fast"
+    assert EncoderConfig.from_description(fast.description).decode_scale == "fast"
+    assert EncoderConfig.from_description(exact.description).decode_scale == "exact"
+    weights = tmp_path / "w.safetensors"
+    weights.write_bytes(serialize_weights(fast.network.export_weights(), fast.preprocessing))
+    assert load_encoder(dataclasses.replace(SMALL, weights=str(weights))).preprocessing.decode_scale == "fast"
+
+
 def test_a_batch_that_exceeds_the_memory_is_halved(pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = load_encoder(dataclasses.replace(SMALL, pooling="mean"))
     batch = np.concatenate([pixels, pixels, pixels[:1]])
@@ -184,7 +196,7 @@ def test_features_that_overflow_the_stored_dtype_are_an_error(pixels: np.ndarray
 
 
 def test_config_round_trips_through_the_description(tmp_path: Path) -> None:
-    config = dataclasses.replace(SMALL, pooling="max", resize_size=230)
+    config = dataclasses.replace(SMALL, pooling="max", resize_size=230, decode_scale="fast")
     assert EncoderConfig.from_description(load_encoder(config).description) == config
     path = str(tmp_path / "w.safetensors")
     safetensors.torch.save_file(small_state(), path)

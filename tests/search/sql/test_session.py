@@ -34,7 +34,7 @@ def test_complete_dataset_is_queried_without_its_markers(local: str) -> None:
     with write_shard(dataset, 2, 1) as writer:
         writer.write(rows(("c1", "done now", -1.0)))
     dataset.finish()
-    for marker in (Path(local) / "_shards").iterdir():
+    for marker in (Path(local) / "__shards").iterdir():
         marker.unlink()
     assert query_sql(local, "SELECT count(*) AS n FROM captions")["n"].to_pylist() == [5]
 

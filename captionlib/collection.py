@@ -1,0 +1,179 @@
+"""Collections: a folder with a configuration of sources and models, from which `captionlib update` derives the rest.
+
+folder/
+collection.yaml           sources, captioner, ranker and settings
+NAME/manifest             the images of a source
+NAME/captions             their captions
+NAME/embeddings           their embeddings, with a ranker
+index/                    the search index of all sources
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from captionlib.config import build_config, configclass, parse_yaml, to_dict
+from captionlib.data.ingestion.prepare import PrepareConfig
+from captionlib.errors import ConfigError, DatasetError
+from captionlib.search.config import IndexConfig
+from captionlib.storage.folders import Folder, resolve_address
+
+__all__ = [
+    "COLLECTION_FILE",
+    "Collection",
+    "CollectionConfig",
+    "SourceConfig",
+    "create_collection",
+    "is_collection",
+    "open_collection",
+]
+
+COLLECTION_FILE = "collection.yaml"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_RESERVED = {"index"}
+
+
+@configclass
+class SourceConfig:
+    """A source of images.
+
+    Attributes:
+        name: name of the source's subfolder.
+        addresses: paths, URLs or globs.
+        prepare: how the source is read.
+    """
+
+    name: str
+    addresses: tuple[str, ...]
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name) or self.name in _RESERVED:
+            raise ConfigError(
+                f"sources: expected a name of letters, digits, - and _, other than index, got {self.name!r}"
+            )
+        if not self.addresses:
+            raise ConfigError(f"sources: expected at least one address for {self.name}, got none")
+
+
+@configclass
+class CollectionConfig:
+    """What a collection contains. Addresses are absolute, because commands may run in any folder.
+
+    Attributes:
+        sources: the sources of the images. An image id may occur in only one of them.
+        captioner: checkpoint of the captioner.
+        ranker: checkpoint of the ranker (dual encoder for image-text retrieval). If None, the index is text-only.
+        weights: weights file of the encoder, if it needs one.
+        generation: settings of `captionlib generate-captions`, such as `decoding`.
+        index: how the index is built.
+    """
+
+    sources: tuple[SourceConfig, ...]
+    captioner: str
+    ranker: str | None = None
+    weights: str | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
+    index: IndexConfig = field(default_factory=IndexConfig)
+
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.sources]
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"sources: expected one or more sources with different names, got {', '.join(names)}")
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A folder with a configuration. Its datasets need not exist yet."""
+
+    folder: Folder
+    config: CollectionConfig
+
+    @property
+    def index(self) -> str:
+        """The address of the index."""
+        return self.folder.address("index")
+
+    def manifest(self, source: SourceConfig) -> str:
+        return self.folder.address(f"{source.name}/manifest")
+
+    def captions(self, source: SourceConfig) -> str:
+        return self.folder.address(f"{source.name}/captions")
+
+    def embeddings(self, source: SourceConfig) -> str:
+        return self.folder.address(f"{source.name}/embeddings")
+
+    def list_datasets(self) -> list[str]:
+        """Returns the addresses of the datasets of all sources, in the order in which they are written."""
+        kinds = [self.manifest, self.captions, *([self.embeddings] if self.config.ranker else [])]
+        return [kind(source) for source in self.config.sources for kind in kinds]
+
+
+def create_collection(folder: str | os.PathLike[str], config: CollectionConfig) -> Collection:
+    """Writes the configuration of a new collection. Relative addresses become absolute.
+
+    Raises:
+        DatasetError: the folder is not empty.
+    """
+    target = Folder(folder)
+    if names := target.list():
+        raise DatasetError(f"{target.uri}: expected a new or empty folder, got files ({', '.join(names[:3])})")
+    content = (
+        "# The sources and models of this collection. To change it, edit this file and run `captionlib update`.\n"
+        + yaml.safe_dump(_to_absolute_values(config), sort_keys=False, allow_unicode=True)
+    )
+    target.write(COLLECTION_FILE, content.encode())
+    return open_collection(folder)
+
+
+def _to_absolute_values(config: CollectionConfig) -> dict[str, Any]:
+    """Returns the values of a configuration that differ from the defaults, with absolute addresses."""
+    values = to_dict(config)
+    for source in values["sources"]:
+        source["addresses"] = [resolve_address(address) for address in source["addresses"]]
+        if (root := source["prepare"]["options"]["image_root"]) is not None:
+            source["prepare"]["options"]["image_root"] = resolve_address(root)
+        source["prepare"] = _drop_defaults(source["prepare"], to_dict(PrepareConfig()))
+    for key in ("captioner", "ranker", "weights"):
+        values[key] = None if values[key] is None else resolve_address(values[key])
+    values["index"] = _drop_defaults(values["index"], to_dict(IndexConfig()))
+    return {key: value for key, value in values.items() if value}
+
+
+def _drop_defaults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    changed = {key: value for key, value in values.items() if value != defaults.get(key)}
+    return {
+        key: _drop_defaults(value, defaults[key]) if isinstance(value, dict) and defaults.get(key) else value
+        for key, value in changed.items()
+    }
+
+
+def is_collection(folder: str | os.PathLike[str]) -> bool:
+    return Folder(folder).exists(COLLECTION_FILE)
+
+
+def open_collection(folder: str | os.PathLike[str]) -> Collection:
+    """Reads the configuration of a collection.
+
+    Raises:
+        ConfigError: the configuration is invalid.
+        DatasetError: the folder is not a collection.
+    """
+    source = Folder(folder)
+    try:
+        text = source.read(COLLECTION_FILE).decode()
+    except (FileNotFoundError, NotADirectoryError):
+        raise DatasetError(
+            f"{source.uri} is not a collection: expected a folder with {COLLECTION_FILE}; `captionlib init` creates one"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source.address(COLLECTION_FILE)} is not YAML: {error}") from error
+    values = parse_yaml(text, source.address(COLLECTION_FILE))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source.address(COLLECTION_FILE)}: expected `key: value` lines, got {values!r}")
+    return Collection(source, build_config(CollectionConfig, values, source.address(COLLECTION_FILE)))

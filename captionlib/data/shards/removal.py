@@ -1,0 +1,171 @@
+"""Removes images from datasets, and lists them in the manifest so that later updates do not add them again.
+
+The list contains hashes of the image ids, because a removed image must leave no trace in the files.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from captionlib.data.shards.dataset import ShardedDataset, open_dataset
+from captionlib.data.shards.update import update_shards
+from captionlib.data.shards.writer import ShardWriter, write_shard
+from captionlib.errors import DatasetError
+from captionlib.storage.folders import Folder
+
+__all__ = ["REMOVED_FILE", "Removal", "RemovedImages", "list_removed", "plan_removal"]
+
+REMOVED_FILE = "_removed.jsonl"
+
+
+@dataclass(frozen=True)
+class RemovedImages:
+    """The removed images of a manifest.
+
+    Attributes:
+        reasons: reason and date of each removal, by the hash of the image id.
+    """
+
+    reasons: Mapping[str, tuple[str, str]]
+
+    def __contains__(self, image_id: str) -> bool:
+        return bool(self.reasons) and _hash_id(image_id) in self.reasons
+
+
+def list_removed(folder: Folder) -> RemovedImages:
+    """Reads the list of removed images of a manifest.
+
+    Raises:
+        DatasetError: the list is damaged.
+    """
+    try:
+        lines = folder.read(REMOVED_FILE).decode().splitlines()
+        records = [json.loads(line) for line in lines]
+        return RemovedImages({record["sha256"]: (record["reason"], record["date"]) for record in records})
+    except (FileNotFoundError, NotADirectoryError):
+        return RemovedImages({})
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(
+            f"{folder.address(REMOVED_FILE)} is damaged ({error!r}); restore it from a copy, or delete it and remove "
+            "the images again"
+        ) from error
+
+
+def _hash_id(image_id: str) -> str:
+    return hashlib.sha256(image_id.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Removal:
+    """The shards of a dataset that contain images to remove; created by `plan_removal`.
+
+    Attributes:
+        dataset: the dataset.
+        image_ids: ids of the images to remove.
+        current: for each of these shards, whether it was made from the present version of its input shard.
+        found: ids of images that the dataset contains, as rows or as failures.
+        uris: paths and URLs of these images.
+        reason: why the images are removed, for the list in a manifest.
+    """
+
+    dataset: ShardedDataset
+    image_ids: pa.StringArray
+    current: Mapping[int, bool]
+    found: frozenset[str]
+    uris: frozenset[str]
+    reason: str
+
+    def run(self) -> None:
+        """Writes the shards again without the images. Remove them from the input of a dataset before the dataset.
+
+        A manifest is replaced as a whole. Other datasets are incomplete until all of their shards are written.
+        """
+        dataset = self.dataset
+        if dataset.kind == "manifest":
+            self._add_to_list()
+            if self.current:
+                with update_shards(dataset, dataset.shards) as staged:
+                    for shard in self.current:
+                        self._rewrite(staged, shard, "")
+            return
+        if not self.current:
+            return
+        was_complete = dataset.is_complete()
+        source = open_dataset(dataset.source) if dataset.source else None
+        dataset.mark_incomplete()
+        for shard, is_current in self.current.items():
+            if dataset.kind == "duplicates":
+                dataset.remove_shard(shard)  # groups change as a whole; `captionlib deduplicate` writes them again
+                continue
+            marker = source.read_marker(shard) if source is not None else None
+            self._rewrite(dataset, shard, marker.checksum if is_current and marker is not None else "stale")
+        if was_complete and dataset.kind != "duplicates":
+            dataset.finish(max_failure_ratio=1.0)
+
+    def _rewrite(self, target: ShardedDataset, shard: int, source: str) -> None:
+        rows = self.dataset.read(shard)
+        rows = rows.filter(pc.invert(pc.is_in(rows["image_id"], value_set=self.image_ids)))
+        failures = self.dataset.read_failures(shard)
+        kept = [] if failures is None else [row for row in failures.to_pylist() if row["image_id"] not in self.found]
+        with write_shard(target, shard, rows.num_rows + len(kept), source) as writer:
+            _write(writer, rows)
+            writer.failures += kept
+
+    def _add_to_list(self) -> None:
+        folder = self.dataset.folder
+        removed = dict(list_removed(folder).reasons)
+        date = time.strftime("%Y-%m-%d", time.gmtime())
+        removed |= {_hash_id(image_id): (self.reason, date) for image_id in self.image_ids.to_pylist()}
+        lines = [
+            json.dumps({"sha256": digest, "reason": reason, "date": day}) for digest, (reason, day) in removed.items()
+        ]
+        folder.write(REMOVED_FILE, "".join(f"{line}\n" for line in lines).encode())
+
+
+def plan_removal(dataset: ShardedDataset, image_ids: Collection[str], reason: str = "") -> Removal:
+    """Finds the shards that contain images to remove. Plan the removal from all datasets before running any of them.
+
+    Args:
+        dataset: a dataset of any kind.
+        image_ids: ids of the images.
+        reason: why they are removed; a manifest lists the reason.
+    """
+    wanted = pa.array(sorted(image_ids), pa.string())
+    markers = dataset.read_markers()
+    source = None
+    if dataset.source and dataset.kind != "duplicates":
+        source = open_dataset(dataset.source).read_markers()
+    current: dict[int, bool] = {}
+    found: set[str] = set()
+    uris: set[str] = set()
+    for shard, marker in sorted(markers.items()):
+        matches = _find(dataset, shard, wanted)
+        if matches:
+            found.update(image_id for image_id, _ in matches)
+            uris.update(uri for _, uri in matches)
+            current[shard] = source is None or (shard in source and source[shard].checksum == marker.source)
+    return Removal(dataset, wanted, current, frozenset(found), frozenset(uris), reason)
+
+
+def _find(dataset: ShardedDataset, shard: int, wanted: pa.StringArray) -> list[tuple[str, str]]:
+    """Returns the id and the uri of each wanted image of a shard."""
+    columns = [name for name in ("image_id", "uri") if name in dataset.schema.names]
+    tables = [dataset.read(shard, columns)]
+    if (failures := dataset.read_failures(shard)) is not None:
+        tables.append(failures.select(columns))
+    matches: list[tuple[str, str]] = []
+    for table in tables:
+        selected = table.filter(pc.is_in(table["image_id"], value_set=wanted))
+        uris: Sequence[str] = selected["uri"].to_pylist() if "uri" in columns else [""] * selected.num_rows
+        matches += zip(selected["image_id"].to_pylist(), uris, strict=True)
+    return matches
+
+
+def _write(writer: ShardWriter, rows: pa.Table) -> None:
+    for batch in rows.to_batches():
+        writer.write(batch)

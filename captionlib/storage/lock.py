@@ -1,0 +1,108 @@
+"""Locks a folder on any file system, so that only one process at a time changes it.
+
+The lock is a file that its holder renews. A lock that is no longer renewed, or whose process on this machine has
+ended, is stale and can be taken over.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from captionlib.errors import LockError, StorageError
+from captionlib.storage.folders import Folder
+
+__all__ = ["LOCK_FILE", "lock_folder"]
+
+LOCK_FILE = "_lock"
+_RENEW_SECONDS = 20.0
+_STALE_SECONDS = 120.0
+
+
+@contextmanager
+def lock_folder(folder: Folder, command: str) -> Iterator[None]:
+    """Holds the lock of a folder until the block ends.
+
+    Args:
+        folder: the folder.
+        command: what the holder does, for the message to other processes.
+
+    Raises:
+        LockError: another process holds the lock.
+    """
+    owner = uuid.uuid4().hex
+    holder = {"owner": owner, "command": command, "host": socket.gethostname(), "process": os.getpid()}
+    _acquire(folder, holder)
+    stop = threading.Event()
+
+    def renew() -> None:
+        while not stop.wait(_RENEW_SECONDS):
+            with suppress(StorageError):  # the next attempt may succeed before the lock is stale
+                if (_read(folder) or {}).get("owner") == owner:
+                    folder.write(LOCK_FILE, _encode(holder))
+
+    thread = threading.Thread(target=renew, name="lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        if (_read(folder) or {}).get("owner") == owner:
+            folder.remove_file(LOCK_FILE)
+
+
+def _acquire(folder: Folder, holder: Mapping[str, Any]) -> None:
+    current = _read(folder)
+    if current is not None:
+        if not _is_stale(current):
+            raise _locked_error(folder, current)
+        folder.remove_file(LOCK_FILE)
+    created = folder.create(LOCK_FILE, _encode(holder))
+    winner = _read(folder) or {}
+    if not created or winner.get("owner") != holder["owner"]:  # some object stores let the last writer win
+        raise _locked_error(folder, winner)
+
+
+def _is_stale(holder: Mapping[str, Any]) -> bool:
+    if holder.get("host") == socket.gethostname() and not _is_running(holder.get("process")):
+        return True
+    return time.time() - float(holder.get("renewed", 0)) > _STALE_SECONDS
+
+
+def _is_running(process: Any) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, TypeError, ValueError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _read(folder: Folder) -> dict[str, Any] | None:
+    """Returns the content of the lock file: None if there is no lock, or an empty mapping if the file is damaged."""
+    try:
+        content = json.loads(folder.read(LOCK_FILE))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _encode(holder: Mapping[str, Any]) -> bytes:
+    return json.dumps({**holder, "renewed": time.time()}).encode()
+
+
+def _locked_error(folder: Folder, holder: Mapping[str, Any]) -> LockError:
+    return LockError(
+        f"{folder.uri} is in use by `{holder.get('command')}` (process {holder.get('process')} on "
+        f"{holder.get('host')}); wait until it has finished. A lock whose process has ended is released "
+        f"automatically, after at most {_STALE_SECONDS / 60:.0f} minutes"
+    )

@@ -1,0 +1,71 @@
+"""The command `captionlib init`."""
+
+from typing import Any
+
+import click
+
+from captionlib.collection import CollectionConfig, create_collection
+from captionlib.config import apply_overrides, build_config
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("collection")
+@click.option(
+    "--source",
+    "sources",
+    multiple=True,
+    required=True,
+    metavar="[NAME=]ADDRESS",
+    help="Path, URL or glob of images or of a table; see `captionlib prepare`. Repeatable.",
+)
+@click.option("--captioner", "-c", required=True, metavar="FOLDER", help="The captioner's checkpoint.")
+@click.option("--ranker", "-r", metavar="FOLDER", help="Ranker for search by sentences and images.")
+@click.option("--weights", metavar="FILE", help="Weights file of the encoder, if it needs one.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set a value of collection.yaml, such as generation.decoding.beam_width=5. Repeatable.",
+)
+def command(
+    collection: str,
+    sources: tuple[str, ...],
+    captioner: str,
+    ranker: str | None,
+    weights: str | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Create the folder COLLECTION with a configuration, collection.yaml.
+
+    `captionlib update COLLECTION` then lists, captions and indexes the images, and later what has changed. Sources
+    with the same NAME are read together. To read a source with other settings, such as a column of captions, edit
+    collection.yaml.
+
+    \b
+    Examples:
+      captionlib init holidays --source images/ --captioner captioner
+      captionlib init archive --source s3://bucket/2025 --source web=pages.csv -c captioner -r ranker
+      captionlib update archive
+      captionlib serve archive
+    """
+    from captionlib.models.inference.captioning import GenerationConfig
+
+    addresses: dict[str, list[str]] = {}
+    for source in sources:
+        name, equals, address = source.partition("=")
+        if not equals or "/" in name or "?" in name:
+            name, address = "images", source
+        addresses.setdefault(name, []).append(address)
+    values: dict[str, Any] = {
+        "sources": [{"name": name, "addresses": paths} for name, paths in addresses.items()],
+        "captioner": captioner,
+        "ranker": ranker,
+        "weights": weights,
+    }
+    apply_overrides(values, overrides)
+    build_config(GenerationConfig, values.get("generation", {}), "options")
+    created = create_collection(collection, build_config(CollectionConfig, values, "options"))
+    click.echo(f"{created.folder.address('collection.yaml')}: created. Next: captionlib update {collection}")

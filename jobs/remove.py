@@ -1,0 +1,122 @@
+"""The command `captionlib remove`."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+
+from captionlib.collection import is_collection, open_collection
+from captionlib.data.shards.dataset import open_dataset
+from captionlib.data.shards.removal import Removal, plan_removal
+from captionlib.errors import ConfigError
+from captionlib.search.index_folder import DESCRIPTION, read_description, user_cache_folder
+from captionlib.storage.folders import Folder
+from captionlib.storage.lock import lock_folder
+
+__all__ = ["command"]
+
+_ORDER = ("manifest", "features", "captions", "embeddings", "duplicates")  # inputs before outputs
+
+
+@click.command()
+@click.argument("folders", nargs=-1, required=True, metavar="FOLDER...")
+@click.option("--id", "ids", multiple=True, metavar="ID", help="Id of an image to remove. Repeatable.")
+@click.option("--ids", "files", multiple=True, metavar="FILE", help="File with one id per line. Repeatable.")
+@click.option("--reason", default="", metavar="TEXT", help="Why the images are removed; kept in the manifest.")
+@click.option("--dry-run", is_flag=True, help="Only show how many images would be removed.")
+@click.option(
+    "--thumbnails", metavar="FOLDER", help="The folder for thumbnails of `serve`. [default: the user's cache]"
+)
+def command(
+    folders: tuple[str, ...],
+    ids: tuple[str, ...],
+    files: tuple[str, ...],
+    reason: str,
+    dry_run: bool,
+    thumbnails: str | None,
+) -> None:
+    """Remove images from a collection, or from the manifest, datasets and indexes in FOLDER.
+
+    Afterwards no file contains the ids, and later updates of the manifest skip the images: it lists hashes of the ids
+    in `_removed.jsonl`. The image files of the source are not deleted. A model that was trained on the images does not
+    change; train it again without them, and run `build-datastore` again.
+
+    \b
+    Examples:
+      captionlib remove holidays --id 2024/beach.jpg --reason "asked by the person shown"
+      captionlib remove holidays --ids ids.txt --dry-run
+      captionlib remove manifest features captions embeddings index --ids ids.txt
+    """
+    wanted = [*ids, *(image_id for file in files for image_id in _read_ids(file))]
+    if not wanted:
+        raise click.UsageError("expected the images to remove with --id or --ids, got none.")
+    with ExitStack() as stack:
+        datasets, indexes = _find_datasets(folders, stack, "captionlib remove", dry_run)
+        plans = [plan_removal(open_dataset(address), wanted, reason) for address in datasets]
+        plans.sort(key=lambda plan: _ORDER.index(plan.dataset.kind))
+        for plan in plans:
+            click.echo(f"{plan.dataset.folder.uri}: {len(plan.found):,} of {len(set(wanted)):,} images")
+        if dry_run:
+            return
+        for plan in plans:
+            plan.run()
+        for address in indexes:
+            _rebuild_index(address)
+    _remove_thumbnails(plans, thumbnails)
+    if not any(plan.dataset.kind == "manifest" for plan in plans):
+        click.echo("No manifest was given: its next update adds the images again.", err=True)
+
+
+def _read_ids(file: str) -> list[str]:
+    try:
+        return [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--ids: {file} cannot be read ({error}); expected a text file with one id per line"
+        ) from error
+
+
+def _find_datasets(
+    folders: Sequence[str], stack: ExitStack, command_name: str, dry_run: bool
+) -> tuple[list[str], list[str]]:
+    """Returns the addresses of the datasets and of the indexes. Locks collections until `stack` is closed."""
+    datasets: list[str] = []
+    indexes: list[str] = []
+    for folder in folders:
+        if is_collection(folder):
+            collection = open_collection(folder)
+            if not dry_run:
+                stack.enter_context(lock_folder(collection.folder, command_name))
+            datasets += [address for address in collection.list_datasets() if Folder(address).list()]
+            indexes += [collection.index] if Folder(collection.index).exists(DESCRIPTION) else []
+        elif Folder(folder).exists(DESCRIPTION):
+            indexes.append(folder)
+        else:
+            datasets.append(folder)
+    return datasets, indexes
+
+
+def _rebuild_index(address: str) -> None:
+    from pipelines.build_index import build_index
+    from pipelines.run import RunConfig
+
+    description = read_description(Folder(address))
+    if description is None:
+        raise ConfigError(f"{address} is not an index")
+    captions, embeddings = (
+        [dataset.folder for dataset in datasets] for datasets in (description.captions, description.embeddings)
+    )
+    build, index = build_index(
+        captions, address, description.config, embeddings=embeddings or None, run=RunConfig(progress=False)
+    )
+    build.remove_previous_version()
+    click.echo(f"{address}: {index.captions_count:,} captions")
+
+
+def _remove_thumbnails(plans: Sequence[Removal], folder: str | None) -> None:
+    path = Path(folder) if folder else user_cache_folder() / "thumbnails"
+    if path.is_dir():
+        from captionlib.serving.thumbnails import remove_thumbnails
+
+        remove_thumbnails(path, {uri for plan in plans for uri in plan.uris})

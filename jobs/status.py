@@ -1,0 +1,51 @@
+"""The command `captionlib status`."""
+
+from datetime import timedelta
+
+import click
+
+from captionlib.collection import open_collection
+from captionlib.data.shards.inspection import inspect_dataset
+from captionlib.errors import DatasetError
+from captionlib.search.index_folder import read_description
+from captionlib.storage.folders import Folder
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("collection")
+def command(collection: str) -> None:
+    """Show what is finished and what failed in COLLECTION, and what an update still has to do.
+
+    It reads only the records of the shards. `captionlib update COLLECTION --dry-run` shows what has changed in the
+    sources.
+
+    \b
+    Examples:
+      captionlib status holidays
+      captionlib update holidays --dry-run
+    """
+    opened = open_collection(collection)
+    pending = False
+    for address in opened.list_datasets():
+        try:
+            report = inspect_dataset(address)
+        except DatasetError:
+            if Folder(address).list():
+                raise
+            click.echo(f"{address}: not started")
+            pending = True
+            continue
+        share = "complete" if report.complete else f"{report.shards_done:,} of {report.shards:,} shards finished"
+        cost = f", {timedelta(seconds=round(report.seconds))} of computing time" if report.kind != "manifest" else ""
+        click.echo(f"{address}: {report.rows:,} images, {share}{cost}")
+        if report.stale:
+            click.echo(f"  {report.stale:,} shards of its source have changed since")
+        for reason, failure in report.failures.items():
+            click.echo(f"  failed: {reason} {failure.count:,}, for example {failure.uri}")
+        pending = pending or not report.complete or bool(report.stale)
+    index = read_description(Folder(opened.index))
+    click.echo(f"{opened.index}: " + ("not started" if index is None else f"{index.captions_count:,} captions"))
+    if pending or index is None:
+        click.echo(f"To finish it: captionlib update {collection}")

@@ -1,0 +1,111 @@
+"""The command `captionlib update`."""
+
+from dataclasses import replace
+
+import click
+
+from captionlib.collection import COLLECTION_FILE, Collection, SourceConfig, open_collection
+from captionlib.config import build_config
+from captionlib.storage.lock import lock_folder
+from jobs.options import device_option, pipeline_options
+from jobs.summaries import echo_totals
+from pipelines.run import RunConfig
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("collection")
+@click.option("--dry-run", is_flag=True, help="Only show what is new, changed and gone in the sources.")
+@click.option("--allow-removal", is_flag=True, help="Continue if more than a tenth of a source's images are gone.")
+@device_option
+@pipeline_options
+def command(collection: str, dry_run: bool, allow_removal: bool, device: str, run: RunConfig) -> None:
+    """Caption and index what has changed in the sources of COLLECTION.
+
+    New and changed images are captioned, images that are gone are removed, and all others stay as they are. To resume
+    an interrupted update, run the same command again. `captionlib serve` shows the result without a restart.
+
+    \b
+    Examples:
+      captionlib update holidays
+      captionlib update holidays --dry-run
+      captionlib update s3://bucket/archive -- --runner=FlinkRunner --flink_master=localhost:8081 --parallelism=2
+    """
+    opened = open_collection(collection)
+    if dry_run:
+        for source in opened.config.sources:
+            _prepare(opened, source, allow_removal, run.progress, dry_run=True)
+        return
+    with lock_folder(opened.folder, "captionlib update"):
+        for source in opened.config.sources:
+            _prepare(opened, source, allow_removal, run.progress)
+            _caption(opened, source, device, run)
+        _index(opened, run)
+    click.echo(f"Next: captionlib serve {collection}")
+
+
+def _prepare(
+    collection: Collection, source: SourceConfig, allow_removal: bool, progress: bool, dry_run: bool = False
+) -> None:
+    from captionlib.data.ingestion.prepare import prepare
+
+    manifest = collection.manifest(source)
+    summary = prepare(
+        source.addresses,
+        manifest,
+        replace(source.prepare, allow_removal=allow_removal or source.prepare.allow_removal),
+        dry_run=dry_run,
+        progress=progress,
+    )
+    changes = summary.changes
+    click.echo(
+        f"{manifest}: {changes.new:,} new, {changes.changed:,} changed, {changes.gone:,} gone, "
+        f"{changes.unchanged:,} unchanged"
+    )
+    for reason, count in summary.skipped.items():
+        example = f", for example {summary.examples[reason]}" if reason in summary.examples else ""
+        click.echo(f"Skipped: {count:,} {reason}{example}", err=True)
+
+
+def _caption(collection: Collection, source: SourceConfig, device: str, run: RunConfig) -> None:
+    """Writes captions and embeddings, in one pass if the captioner and the ranker have the same encoder."""
+    from captionlib.models.inference.captioning import SHARED_CAPTIONERS, GenerationConfig
+    from captionlib.models.inference.embedding import SHARED_RANKERS, EmbeddingConfig
+    from pipelines.embed_images import embed_images
+    from pipelines.generate_captions import generate_captions
+
+    config = collection.config
+    generation = build_config(GenerationConfig, config.generation, collection.folder.address(COLLECTION_FILE))
+    manifest, captions, embeddings = (
+        address(source) for address in (collection.manifest, collection.captions, collection.embeddings)
+    )
+    same_encoder = config.ranker is not None and (
+        SHARED_RANKERS.pin(config.ranker)[0].encoder == SHARED_CAPTIONERS.pin(config.captioner)[0].encoder
+    )
+    together = {"ranker": config.ranker, "embeddings": embeddings} if same_encoder else {}
+    totals = generate_captions(
+        manifest,
+        config.captioner,
+        captions,
+        generation,
+        **together,
+        weights=config.weights,
+        device=device,
+        run=run,
+    )
+    echo_totals(captions, totals)
+    if config.ranker is not None and not same_encoder:
+        settings = EmbeddingConfig(generation.loading, generation.encoder_batch_size)
+        totals = embed_images(manifest, config.ranker, embeddings, settings, device=device, run=run)
+        echo_totals(embeddings, totals)
+
+
+def _index(collection: Collection, run: RunConfig) -> None:
+    from pipelines.build_index import build_index
+
+    config = collection.config
+    captions = [collection.captions(source) for source in config.sources]
+    embeddings = [collection.embeddings(source) for source in config.sources] if config.ranker else None
+    _, index = build_index(captions, collection.index, config.index, embeddings=embeddings, run=run)
+    click.echo(f"{collection.index}: {index.captions_count:,} captions")

@@ -1,0 +1,168 @@
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from captionlib.collection import open_collection
+from captionlib.data.shards.dataset import open_dataset
+from captionlib.errors import LockError, QueryError
+from captionlib.search.index import open_index
+from captionlib.storage.folders import Folder
+from captionlib.storage.lock import lock_folder
+from jobs.cli import captionlib
+from tests.pipelines.conftest import write_images
+from tests.pipelines.test_embed_images import train_small_ranker
+
+
+@pytest.fixture(scope="module")
+def ranker(extracted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_small_ranker(extracted, tmp_path_factory.mktemp("trained") / "ranker")
+
+
+def run(*arguments: str | Path, catch: bool = False) -> Result:
+    return CliRunner().invoke(captionlib, [str(argument) for argument in arguments], catch_exceptions=catch)
+
+
+@pytest.fixture
+def collection(tmp_path: Path, trained: Path, ranker: Path) -> Path:
+    """A collection of eight valid images and a broken one, before its first update."""
+    write_images(tmp_path / "images")
+    folder = tmp_path / "collection"
+    result = run("init", folder, "--source", tmp_path / "images", "-c", trained, "-r", ranker)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def update(collection: Path, *options: str) -> Result:
+    return run("update", collection, "--no-progress", "--device", "cpu", *options)
+
+
+def read_captions(collection: Path) -> dict[str, str]:
+    captions = open_dataset(collection / "images" / "captions", "captions").require_complete()
+    rows = [row for shard in range(captions.shards) for row in captions.read(shard).to_pylist()]
+    return {row["image_id"]: row["caption"] for row in rows}
+
+
+def test_first_update_goes_from_images_to_an_index(collection: Path) -> None:
+    result = update(collection)
+    assert result.exit_code == 0, result.output
+    assert "9 new, 0 changed, 0 gone, 0 unchanged" in result.output
+    assert len(read_captions(collection)) == 8
+    index = open_index(collection / "index")
+    assert index.get_image("red.png")["caption"] == read_captions(collection)["red.png"]
+    assert open_dataset(collection / "images" / "embeddings").is_complete()
+    status = run("status", collection)
+    assert "failed: Truncated 1" in status.output
+    assert "To finish it" not in status.output
+
+
+def test_next_update_follows_the_source(collection: Path, tmp_path: Path) -> None:
+    update(collection)
+    Image.new("RGB", (80, 60), "teal").save(tmp_path / "images" / "teal.png")
+    (tmp_path / "images" / "white.png").unlink()
+    dry = update(collection, "--dry-run")
+    assert "1 new, 0 changed, 1 gone, 8 unchanged" in dry.output
+    assert "white.png" in read_captions(collection), "a dry run changes nothing"
+    result = update(collection, "--allow-removal")
+    assert result.exit_code == 0, result.output
+    assert "teal.png" in read_captions(collection)
+    index = open_index(collection / "index")
+    assert index.get_image("teal.png")["uri"].endswith("teal.png")
+    with pytest.raises(QueryError, match="white"):
+        index.get_image("white.png")
+
+
+def test_update_without_changes_writes_nothing(collection: Path) -> None:
+    update(collection)
+
+    def read_times() -> dict[str, int]:
+        files = (path for path in collection.rglob("*") if path.is_file())
+        return {str(path): path.stat().st_mtime_ns for path in files if path.suffix in (".parquet", ".faiss")}
+
+    before = read_times()
+    assert update(collection).exit_code == 0
+    assert read_times() == before
+
+
+def test_second_update_at_the_same_time_is_refused(collection: Path) -> None:
+    with lock_folder(Folder(collection), "captionlib update"), pytest.raises(LockError, match="is in use by"):
+        update(collection)
+
+
+def test_several_sources_are_indexed_together(tmp_path: Path, trained: Path, ranker: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (80, 60), "red").save(tmp_path / name / f"{name}.png")
+    run("init", tmp_path / "both", *(f"--source={name}={tmp_path / name}" for name in ("one", "two")), "-c", trained)
+    result = update(tmp_path / "both")
+    assert result.exit_code == 0, result.output
+    index = open_index(tmp_path / "both" / "index")
+    for name in ("one", "two"):
+        assert index.get_image(f"{name}.png")["uri"].endswith(f"{name}/{name}.png")
+
+
+def test_configuration_holds_absolute_addresses(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run("init", "collection", "--source", "images", "-c", trained, "--set", "generation.decoding.beam_width=9")
+    config = open_collection("collection").config
+    assert config.sources[0].addresses == (str(tmp_path / "images"),)
+    assert config.generation == {"decoding": {"beam_width": 9}}
+
+
+def test_status_before_the_first_update(collection: Path) -> None:
+    result = run("status", collection)
+    assert "manifest: not started" in result.output
+    assert "captionlib update" in result.output
+
+
+def test_query_and_serve_accept_a_collection(collection: Path) -> None:
+    update(collection)
+    found = run("query", collection, "--image-id", "red.png", "--format", "jsonl")
+    assert found.exit_code == 0, found.output
+    assert read_captions(collection)["red.png"] in found.output
+    by_sentence = run("query", collection, "--sentence", "a red field", "--format", "jsonl", "--limit", "3")
+    assert by_sentence.exit_code == 0, by_sentence.output
+    assert by_sentence.output.count("\n") == 3
+
+
+def find_files_with(text: str, folder: Path) -> list[str]:
+    """Returns the files that contain a text, also inside of Parquet and Arrow files."""
+    found = []
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        if path.suffix == ".parquet":
+            content += str(pq.read_table(path).to_pydict()).encode()
+        if path.suffix == ".arrow":
+            content += str(pa.ipc.open_file(pa.py_buffer(content)).read_all().to_pydict()).encode()
+        if text.encode() in content:
+            found.append(str(path))
+    return found
+
+
+def test_removed_images_leave_no_trace_and_do_not_come_back(collection: Path, tmp_path: Path) -> None:
+    update(collection)
+    assert find_files_with("white.png", collection)
+    before = read_captions(collection)
+    run("remove", collection, "--id", "white.png", "--id", "broken.png", "--dry-run")
+    assert read_captions(collection) == before
+    options = ("--reason", "asked", "--thumbnails", tmp_path / "thumbnails")
+    result = run("remove", collection, "--id", "white.png", "--id", "broken.png", *options)
+    assert result.exit_code == 0, result.output
+    assert find_files_with("white.png", collection) == find_files_with("broken.png", collection) == []
+    after = read_captions(collection)
+    assert after == {image_id: text for image_id, text in before.items() if image_id != "white.png"}
+    again = update(collection)
+    assert "0 new, 0 changed, 0 gone, 7 unchanged" in again.output
+    assert read_captions(collection) == after
+    assert open_index(collection / "index").get_image("red.png")["caption"] == after["red.png"]
+
+
+def test_remove_names_the_manifest_that_would_add_the_images_again(collection: Path) -> None:
+    update(collection)
+    result = run("remove", collection / "images" / "captions", "--id", "red.png")
+    assert "its next update adds the images again" in result.output
+    assert "red.png" not in read_captions(collection)

@@ -1,0 +1,95 @@
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from captionlib.errors import LockError
+from captionlib.storage import lock
+from captionlib.storage.folders import Folder
+from captionlib.storage.lock import LOCK_FILE, lock_folder
+
+
+@pytest.fixture(params=["local", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    return Folder(tmp_path / "folder" if request.param == "local" else f"memory://{uuid4().hex}")
+
+
+def test_second_holder_is_refused_until_the_first_has_finished(folder: Folder) -> None:
+    refused = pytest.raises(LockError, match=r"in use by `update` \(process \d+ on")
+    with lock_folder(folder, "update"), refused, lock_folder(folder, "remove"):
+        pass
+    with lock_folder(folder, "remove"):
+        assert folder.exists(LOCK_FILE)
+    assert not folder.exists(LOCK_FILE)
+
+
+def test_lock_is_released_after_an_error(folder: Folder) -> None:
+    with pytest.raises(ZeroDivisionError), lock_folder(folder, "update"):
+        raise ZeroDivisionError
+    assert not folder.exists(LOCK_FILE)
+
+
+def test_lock_of_a_process_that_has_ended_is_taken_over(folder: Folder) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with lock_folder(folder, "update"):
+        held = json.loads(folder.read(LOCK_FILE))
+    folder.write(LOCK_FILE, json.dumps({**held, "process": ended.pid}).encode())
+    with lock_folder(folder, "update"):
+        assert json.loads(folder.read(LOCK_FILE))["process"] == os.getpid()
+
+
+def test_lock_of_another_machine_is_taken_over_once_it_is_no_longer_renewed(folder: Folder) -> None:
+    with lock_folder(folder, "update"):
+        held = {**json.loads(folder.read(LOCK_FILE)), "host": "another"}
+    folder.write(LOCK_FILE, json.dumps(held).encode())
+    with pytest.raises(LockError, match="on another"), lock_folder(folder, "update"):
+        pass
+    folder.write(LOCK_FILE, json.dumps({**held, "renewed": held["renewed"] - 1000}).encode())
+    with lock_folder(folder, "update"):
+        pass
+
+
+def test_damaged_lock_is_replaced(folder: Folder) -> None:
+    folder.write(LOCK_FILE, b"\xff{")
+    with lock_folder(folder, "update"):
+        assert json.loads(folder.read(LOCK_FILE))["command"] == "update"
+
+
+def test_lock_is_renewed(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "_RENEW_SECONDS", 0.01)
+    with lock_folder(folder, "update"):
+        first = json.loads(folder.read(LOCK_FILE))["renewed"]
+        for _ in range(500):
+            if json.loads(folder.read(LOCK_FILE))["renewed"] > first:
+                return
+            threading.Event().wait(0.01)
+    pytest.fail("the lock was not renewed")
+
+
+def test_only_one_of_many_concurrent_holders_succeeds(folder: Folder) -> None:
+    start, release = threading.Barrier(8), threading.Event()
+    results: list[bool] = []
+
+    def hold() -> None:
+        start.wait()
+        try:
+            with lock_folder(folder, "update"):
+                results.append(True)
+                release.wait(10)
+        except LockError:
+            results.append(False)
+        if len(results) == 8:
+            release.set()
+
+    threads = [threading.Thread(target=hold) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == [False] * 7 + [True]
