@@ -207,7 +207,7 @@ def test_file_that_crashes_scipy_is_one_error(tmp_path: Path, capfd: pytest.Capt
     content = bytearray(path.read_bytes())
     content[145] = 8  # the flag of complex values, without the imaginary parts
     path.write_bytes(content)
-    with pytest.raises(DatasetError, match="^[^\n]* cannot be read as a MATLAB file[^\n]*$"):
+    with pytest.raises(DatasetError, match=r"^[^\n]* cannot be read as a MATLAB file[^\n]*$"):
         import_matrix(tmp_path)
     assert capfd.readouterr().err == ""
     assert not (tmp_path / "features").exists()
