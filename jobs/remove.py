@@ -22,9 +22,7 @@ _ORDER = ("manifest", "features", "captions", "embeddings", "duplicates")  # inp
 @click.command()
 @click.argument("folders", nargs=-1, required=True, metavar="FOLDER...")
 @click.option("--id", "ids", multiple=True, metavar="ID", help="Id of an image to remove. Repeatable.")
-@click.option(
-    "--ids", "files", multiple=True, type=click.Path(exists=True, dir_okay=False), help="File with one id per line."
-)
+@click.option("--ids", "files", multiple=True, metavar="FILE", help="File with one id per line. Repeatable.")
 @click.option("--reason", default="", metavar="TEXT", help="Why the images are removed; kept in the manifest.")
 @click.option("--dry-run", is_flag=True, help="Only show how many images would be removed.")
 @click.option(
@@ -53,7 +51,7 @@ def command(
     from captionlib.data.shards.dataset import open_dataset
     from captionlib.data.shards.removal import plan_removal
 
-    wanted = [*ids, *(line for file in files for line in Path(file).read_text(encoding="utf-8").splitlines() if line)]
+    wanted = [*ids, *(image_id for file in files for image_id in _read_ids(file))]
     if not wanted:
         raise click.UsageError("expected the images to remove with --id or --ids, got none.")
     with ExitStack() as stack:
@@ -71,6 +69,15 @@ def command(
     _remove_thumbnails(plans, thumbnails)
     if not any(plan.dataset.kind == "manifest" for plan in plans):
         click.echo("No manifest was given: its next update adds the images again.", err=True)
+
+
+def _read_ids(file: str) -> list[str]:
+    try:
+        return [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--ids: {file} cannot be read ({error}); expected a text file with one id per line"
+        ) from error
 
 
 def _find_datasets(
