@@ -97,7 +97,7 @@ class ShardJob:
         if self.verify or self.retry_failures or any(output.source_checksum != checksum for output in self.outputs):
             return []
         done = [output.done_shards() for output in self.outputs]
-        return sorted(set(range(self.source.shards)) - set.intersection(*done))
+        return [shard for shard in range(self.source.shards) if any(shard not in shards for shards in done)]
 
     def run(self, shard: int, process: ProcessRows) -> Marker:
         """Processes a shard, unless it is finished.
