@@ -125,7 +125,6 @@ def command(
             http=LimitedConnection,
             ws="none",
             h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
-            timeout_keep_alive=int(LimitedConnection.headers_timeout_seconds),
             timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
             log_level="warning",
             access_log=False,
