@@ -157,8 +157,8 @@ def _run_processes(server: "uvicorn.Config", listening: socket.socket) -> None:
     supervisor.run()
     for number, handler in previous.items():
         signal.signal(number, handler)
-    for number in received[:1]:
-        signal.raise_signal(number)
+    if received:
+        signal.raise_signal(received[0])
 
 
 def _load_generation(captioner: str | None, config: str | None, overrides: tuple[str, ...]) -> dict[str, Any]:

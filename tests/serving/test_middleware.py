@@ -115,7 +115,9 @@ def test_rest_of_a_rejected_body_is_read_before_the_connection_is_closed() -> No
 
         async def send(message: Message) -> None:
             body = message.get("body", b"").decode()
-            events.append(f"{body} ({'continued' if message.get('more_body') else 'closed'})" if "body" in message else "start")
+            events.append(
+                f"{body} ({'continued' if message.get('more_body') else 'closed'})" if "body" in message else "start"
+            )
 
         scope = {"type": "http", "method": "POST", "path": "/x", "query_string": b"", "headers": []}
         await limit(count_bytes)(scope, receive, send)
