@@ -335,9 +335,7 @@ def test_two_equal_runs_at_once_succeed(tmp_path: Path) -> None:
         dataset.remove_marker(0)
 
 
-def test_dataset_that_another_run_creates_meanwhile_is_resumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dataset_that_another_run_creates_meanwhile_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another run creates the dataset after this run has found no description."""
     listed = Folder.list
 
