@@ -3,17 +3,16 @@
 import json
 import os
 import resource
+import signal
 import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from captionlib.collection import is_collection, open_collection
-from captionlib.config import build_config, load_config, to_dict
+if TYPE_CHECKING:
+    import uvicorn
+
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.search.index_folder import DESCRIPTION, user_cache_folder
-from captionlib.serving.config import ServingConfig
-from captionlib.storage.folders import Folder
 from jobs.options import config_options, device_option, weights_option
 
 __all__ = ["command", "listen"]
@@ -40,7 +39,7 @@ _SHUTDOWN_SECONDS = 5
 @click.option(
     "--max-upload",
     type=click.IntRange(min=1),
-    default=ServingConfig.max_upload_bytes // 2**20,
+    default=16,
     show_default=True,
     metavar="MB",
     help="Maximum size of an uploaded image.",
@@ -85,10 +84,14 @@ def command(
       captionlib serve index --host 0.0.0.0 --name images.example.org
     """
     import uvicorn
-    from uvicorn.supervisors import Multiprocess
 
+    from captionlib.collection import is_collection, open_collection
+    from captionlib.config import to_dict
+    from captionlib.search.index_folder import DESCRIPTION, user_cache_folder
+    from captionlib.serving.config import ServingConfig
     from captionlib.serving.connections import LimitedConnection
     from captionlib.serving.startup import AppConfig
+    from captionlib.storage.folders import Folder
 
     if is_collection(index):
         collection = open_collection(index)
@@ -125,7 +128,6 @@ def command(
             http=LimitedConnection,
             ws="none",
             h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
-            timeout_keep_alive=int(LimitedConnection.headers_timeout_seconds),
             timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
             log_level="warning",
             access_log=False,
@@ -135,11 +137,34 @@ def command(
             uvicorn.Server(server).run([listening])
         else:
             del app
-            Multiprocess(server, [listening]).run()
+            _run_processes(server, listening)
+
+
+def _run_processes(server: "uvicorn.Config", listening: socket.socket) -> None:
+    """Runs server processes until a signal stops them, and then raises the signal, as uvicorn does for one process."""
+    from uvicorn.supervisors import Multiprocess
+
+    received: list[int] = []
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    supervisor = Multiprocess(server, [listening])  # replaces the handlers
+
+    def stop(number: int, _frame: object) -> None:
+        received.append(number)
+        supervisor.should_exit.set()
+
+    for number in previous:
+        signal.signal(number, stop)
+    supervisor.run()
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+    if received:
+        signal.raise_signal(received[0])
 
 
 def _load_generation(captioner: str | None, config: str | None, overrides: tuple[str, ...]) -> dict[str, Any]:
     """Returns the values of the configuration of captions for uploaded images."""
+    from captionlib.config import load_config, to_dict
+
     if captioner is None:
         if config is not None or overrides:
             raise click.UsageError("--config and --set configure the captions of uploaded images; add --captioner.")
@@ -176,6 +201,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def create() -> Any:
     """Creates the application in a server process; uvicorn calls this function by name."""
+    from captionlib.config import build_config
     from captionlib.serving.startup import AppConfig, load_app
 
     return load_app(build_config(AppConfig, json.loads(os.environ[_APP_CONFIG])))

@@ -70,6 +70,7 @@ class ShardedDataset:
         schema: Arrow schema of the shards.
         lineage: id of the manifest that the images come from. It stays the same when the manifest is updated.
         source: address of the dataset that this dataset was made from most recently; empty if there is none.
+        source_checksum: content checksum of the source when this dataset was created; empty if unknown.
     """
 
     folder: Folder
@@ -80,6 +81,7 @@ class ShardedDataset:
     schema: pa.Schema
     lineage: str
     source: str = ""
+    source_checksum: str = ""
 
     def done_shards(self) -> set[int]:
         """Returns the numbers of the shards that have a marker and a data file. Lists the folders once.
@@ -236,7 +238,8 @@ class ShardedDataset:
         raise self._damaged(name, "its marker is missing")
 
     def _damaged(self, name: str, reason: str) -> DamagedShardError:
-        remedy = "--verify, which writes damaged shards again" if self.source else "--overwrite"
+        can_verify = self.source and self.kind != "duplicates"
+        remedy = "--verify, which writes damaged shards again" if can_verify else "--overwrite"
         return DamagedShardError(
             f"{self.folder.address(name)} is damaged ({reason}); run the command that writes {self.folder.uri} again "
             f"with {remedy}"
@@ -412,8 +415,14 @@ def create_dataset(
         shards = source.shards
     lineage = lineage or (source.lineage if source else fingerprint)
     source_address = resolve_address(source.folder.uri) if source else ""
-    dataset = ShardedDataset(folder, kind, config, fingerprint, shards, schema, lineage, source_address)
     description = None if overwrite else _read_updated_description(folder)
+    if description is not None:
+        source_checksum = description.get("source_checksum", "")
+    else:
+        source_checksum = source.compute_content_checksum() if source else ""
+    dataset = ShardedDataset(
+        folder, kind, config, fingerprint, shards, schema, lineage, source_address, source_checksum
+    )
     if overwrite and folder.exists(DESCRIPTION_FILE):
         _clear(folder)
     elif description is not None:
@@ -438,6 +447,7 @@ def create_dataset(
         "fingerprint": fingerprint,
         "lineage": dataset.lineage,
         "source": dataset.source,
+        "source_checksum": dataset.source_checksum,
         "shards": dataset.shards,
         "created": (description or {}).get("created") or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "columns": {column.name: str(column.type) for column in schema},
@@ -490,6 +500,7 @@ def _to_dataset(folder: Folder, description: Mapping[str, Any]) -> ShardedDatase
             upgrade_schema(kind, stored),
             description.get("lineage") or config.get("input") or fingerprint,
             description.get("source", ""),
+            description.get("source_checksum", ""),
         )
     except (pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged_description(folder, error) from error
