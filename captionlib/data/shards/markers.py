@@ -47,7 +47,7 @@ JOURNAL_FILE = "_update.json"
 UPDATE_FOLDER = "__update"
 
 BLOCK_BYTES = 256 << 10
-"""Each block of this size in a data file has a checksum. Readers of one column verify only the blocks that they read."""
+"""Each block of this size in a data file has a checksum. Readers of one column verify only the blocks they read."""
 
 _MAX_JSON_DEPTH = 100
 _RECORD_CHECKSUM = "crc32"  # key of the checksum in a JSON file
