@@ -9,6 +9,7 @@ from fastapi import APIRouter, File, Query, Request, Response, UploadFile
 from fastapi.responses import HTMLResponse, RedirectResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from captionlib.data.images.decoding import list_decodable_formats
 from captionlib.serving.api import ImageId, Service, ThumbnailStore, UploadQueue, read_state
 from captionlib.serving.responses import SearchMode
 from captionlib.serving.service import MAX_OFFSET, MAX_QUERY_CHARACTERS, SearchService
@@ -38,7 +39,13 @@ class Pages:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._environment.globals.update(service=service, max_query_characters=MAX_QUERY_CHARACTERS)
+        formats = list_decodable_formats()
+        self._environment.globals.update(
+            service=service,
+            max_query_characters=MAX_QUERY_CHARACTERS,
+            image_formats=[image_format.name for image_format in formats],
+            image_extensions=[extension for image_format in formats for extension in image_format.extensions],
+        )
         self._environment.filters["percent"] = _format_percent
         self._environment.filters["query"] = lambda values: urlencode({k: v for k, v in values.items() if v})
 
