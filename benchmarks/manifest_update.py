@@ -1,30 +1,27 @@
-"""Measures an update of a manifest with nothing new against listing the source and reading the manifest once."""
+"""Measures an update of a manifest without changes against listing the source and reading the manifest once."""
 
+import argparse
 import os
+import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-import click
-
+from benchmarks.bars import report
 from captionlib.data.ingestion.prepare import PrepareConfig, prepare
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.sources.formats import read_source
 from captionlib.data.sources.rows import SkipCounter, SourceOptions
 
-_BAR = 1.5
+REPEATS = 3
 
 
-@click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--rows", default=1_000_000, show_default=True, help="Number of images.")
-@click.option("--repeats", default=3, show_default=True, help="Number of measurements; the median is printed.")
-def main(folder: Path, rows: int, repeats: int) -> None:
-    """Writes a table of web addresses and its manifest to FOLDER, and prints the ratio of CPU times."""
+def compare_cpu_times(folder: Path, rows: int) -> float:
+    """Returns the CPU time of an update divided by the CPU time of listing the source and reading the manifest."""
     source, manifest = folder / "table.csv", folder / "manifest"
-    folder.mkdir(parents=True, exist_ok=True)
     with source.open("w") as file:
         file.write("url,caption,split\n")
         for number in range(rows):
@@ -43,20 +40,27 @@ def main(folder: Path, rows: int, repeats: int) -> None:
         for shard in range(dataset.shards):
             dataset.read(shard)
 
-    seconds = {step.__name__: _measure(step, repeats) for step in (update, list_source, read_manifest)}
-    for name, value in seconds.items():
-        click.echo(f"{name:<14} {value:6.2f} s of CPU time")
-    ratio = seconds["update"] / (seconds["list_source"] + seconds["read_manifest"])
-    click.echo(f"ratio          {ratio:6.2f} (expected at most {_BAR})")
+    seconds = {step.__name__: _measure(step) for step in (update, list_source, read_manifest)}
+    print("# " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()))
+    return seconds["update"] / (seconds["list_source"] + seconds["read_manifest"])
 
 
-def _measure(step: Callable[[], None], repeats: int) -> float:
+def _measure(step: Callable[[], None]) -> float:
     times = []
-    for _ in range(repeats):
+    for _ in range(REPEATS):
         started = time.process_time()
         step()
         times.append(time.process_time() - started)
     return median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        ratio = compare_cpu_times(Path(scratch), options.rows)
+    sys.exit(not report("manifest-update", ratio, 1.5, at_least=False))
 
 
 if __name__ == "__main__":

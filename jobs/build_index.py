@@ -28,7 +28,9 @@ __all__ = ["command"]
 @click.option("--language", metavar="NAME", help="Caption language, such as german; short for --set language=...")
 @config_options
 @workers_option
-@click.option("--overwrite", is_flag=True, help="Replace an index that is damaged or has other datasets or settings.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace an index that is damaged or has different datasets or settings."
+)
 def command(
     arguments: tuple[str, ...],
     embeddings: tuple[str, ...],

@@ -82,7 +82,7 @@ def _set_verbose(_context: click.Context, _parameter: click.Parameter, verbose: 
 
 
 _OUTPUT_OPTIONS = [
-    click.Option(["-q", "--quiet"], is_flag=True, expose_value=False, callback=_set_quiet, help="Hide the progress."),
+    click.Option(["-q", "--quiet"], is_flag=True, expose_value=False, callback=_set_quiet, help="Hide progress bars."),
     click.Option(
         ["-v", "--verbose"],
         is_flag=True,

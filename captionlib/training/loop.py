@@ -206,7 +206,7 @@ class _Run(Generic[Batch, Model]):
     def _train_step(
         self, batch: Batch | None, is_stop_requested: Callable[[], bool], save_at: float
     ) -> tuple[bool, bool]:
-        """Takes one step. Returns whether any process was asked to stop, and whether it is time to save the state."""
+        """Takes one step. Returns whether any process must stop, and whether it is time to save the state."""
         config = self._config
         loss = None
         if batch is not None:  # None if this process has no part of the step's batch

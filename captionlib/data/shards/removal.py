@@ -21,7 +21,7 @@ from captionlib.storage.folders import Folder
 __all__ = ["REMOVED_FILE", "Removal", "RemovedImages", "list_removed", "plan_removal"]
 
 REMOVED_FILE = "_removed.jsonl"
-_STALE = "stale"  # in place of the checksum of an input shard, so the next run processes the shard again
+_STALE = "stale"  # instead of the checksum of the input shard, so the next run processes the shard again
 
 
 @dataclass(frozen=True)
