@@ -110,6 +110,7 @@ class Transformer(nn.Module):
             groups = group_by_image(image_of_sentence[order.sentence], annotations.shape[1])
         keys, values, weights = [], [], []
         for number, layer in enumerate(self.layers):
+            assert isinstance(layer, _Layer)
             hidden, key, value = layer.attend_to_words(hidden, state[number], state[layers + number], order)
             keys.append(key)
             values.append(value)
@@ -178,9 +179,9 @@ class _Layer(nn.Module):
         query, key, value = order.pad(self.word_projections(self.word_norm(hidden))).chunk(3, 2)
         key = torch.cat([past_keys.to(key.dtype), key], 1)
         value = torch.cat([past_values.to(value.dtype), value], 1)
-        per_head = [part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (query, key, value)]
+        queries, keys, values = (self._split_heads(part) for part in (query, key, value))
         # A token attends to no padding, because the padding of a sentence follows its last token.
-        attended = F.scaled_dot_product_attention(*per_head, is_causal=query.shape[1] > 1)
+        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=query.shape[1] > 1)
         attended = order.pack(attended.transpose(1, 2).flatten(2))
         return hidden + self.dropout(self.word_output(attended)), key, value
 
@@ -201,6 +202,10 @@ class _Layer(nn.Module):
         attended = self.image_output(contexts.index_select(0, groups.slot))
         mean_weights = weights.mean(1).view(-1, positions).index_select(0, groups.slot)
         return hidden + self.dropout(attended), mean_weights
+
+    def _split_heads(self, tokens: Tensor) -> Tensor:
+        """Converts `[sentences, steps, size]` to `[sentences, heads, steps, head_size]`."""
+        return tokens.view(*tokens.shape[:2], self.heads, -1).transpose(1, 2)
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
         inner = self.dropout(F.gelu(self.inner(self.inner_norm(hidden))))
