@@ -34,6 +34,7 @@ from captionlib.data.shards.markers import (
     FAILURES_FOLDER,
     JOURNAL_FILE,
     MARKERS_FOLDER,
+    REMOVED_FILE,
     SUCCESS_FILE,
     UPDATE_FOLDER,
     Marker,
@@ -51,8 +52,9 @@ from captionlib.data.shards.schemas import FAILURES_SCHEMA, SCHEMA_VERSIONS, add
 from captionlib.data.shards.verification import VerifiedFile
 from captionlib.errors import DamagedShardError, DatasetError, FailureRatioError, FingerprintError, StorageError
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, resolve_address
+from captionlib.storage.lock import LOCK_FILE
 
-__all__ = ["ShardedDataset", "create_dataset", "open_dataset"]
+__all__ = ["ShardedDataset", "create_dataset", "list_other_files", "open_dataset"]
 
 _PART = re.compile(r"part-([0-9]+)")
 
@@ -425,9 +427,7 @@ def create_dataset(
             dataset.mark_incomplete()
         for shard in range(dataset.shards, existing.shards):
             existing.remove_shard(shard)
-    elif others := [
-        name for name in folder.list() if name not in (TEMPORARY_FOLDER, DESCRIPTION_FILE)
-    ]:  # a run that started at the same time may write them
+    elif others := list_other_files(folder):
         raise DatasetError(
             f"{folder.uri} holds files that captionlib did not write ({', '.join(others[:3])}); "
             "use a new or empty folder"
@@ -446,6 +446,12 @@ def create_dataset(
     }
     folder.write(DESCRIPTION_FILE, encode_record(content))
     return dataset
+
+
+def list_other_files(folder: Folder) -> list[str]:
+    """Returns the names of the files in a folder without a dataset that captionlib did not write."""
+    own = {TEMPORARY_FOLDER, LOCK_FILE, REMOVED_FILE, DESCRIPTION_FILE}  # another process may just have described it
+    return [name for name in folder.list() if name not in own]
 
 
 def _require_same(existing: ShardedDataset, dataset: ShardedDataset) -> None:

@@ -18,6 +18,7 @@ __all__ = [
     "FAILURES_FOLDER",
     "JOURNAL_FILE",
     "MARKERS_FOLDER",
+    "REMOVED_FILE",
     "SUCCESS_FILE",
     "UPDATE_FOLDER",
     "Marker",
@@ -42,6 +43,7 @@ MARKERS_FOLDER = "__shards"
 FAILURES_FOLDER = "__failures"
 JOURNAL_FILE = "_update.json"
 UPDATE_FOLDER = "__update"
+REMOVED_FILE = "_removed.jsonl"
 
 BLOCK_BYTES = 256 << 10
 """Size of the blocks of a data file that are verified one by one. Readers of one column read only its blocks."""
