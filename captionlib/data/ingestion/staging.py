@@ -74,20 +74,21 @@ def stage_rows(
     with _open_writer(path) as writer:
         while batch := list(itertools.islice(rows, _BATCH_ROWS)):
             staged = _to_batch(batch)
-            if existing is not None and expected is not None and not _equals(staged, expected.take(len(batch))):
+            table = pa.Table.from_batches([staged])
+            if existing is not None and expected is not None and not table.equals(expected.take(len(batch))):
                 _copy_rows(existing, splits.total(), writer)
                 expected = None
             if expected is None:
-                writer.write_batch(staged)
-            for row in batch:
-                splits[row.split] += 1
-                if len(splits) > _MAX_SPLITS:
-                    raise DatasetError(
-                        f"{row.origin}: expected at most {_MAX_SPLITS} different splits, got one more, {row.split!r}; "
-                        "check the split column"
-                    )
-                captions += len(row.captions)
-            digest.update("\0".join([row.image_id for row in batch]).encode())
+                _write(writer, staged, [row.origin for row in batch])
+            splits.update(map(attrgetter("split"), batch))
+            if len(splits) > _MAX_SPLITS:
+                raise DatasetError(
+                    f"{batch[-1].origin}: expected at most {_MAX_SPLITS} different splits in all rows up to this one, got "
+                    f"{len(splits)}; check the split column"
+                )
+            captions += len(staged["captions"].values)
+            for buffer in staged["image_id"].buffers()[1:]:  # offsets and text
+                digest.update(buffer)
             count(len(batch))
         unchanged = expected is not None and not expected.take(1).num_rows
         if existing is not None and expected is not None and not unchanged:
@@ -99,8 +100,8 @@ def _open_writer(path: Path) -> pq.ParquetWriter:
     return pq.ParquetWriter(path, _SCHEMA, compression="lz4", use_dictionary=["split"], write_statistics=False)
 
 
-def _equals(staged: pa.RecordBatch, expected: pa.Table) -> bool:
-    return bool(pa.Table.from_batches([staged]).select(MANIFEST_SCHEMA.names).equals(expected))
+def _write(writer: pq.ParquetWriter, rows: pa.RecordBatch, origins: list[str]) -> None:
+    writer.write_batch(rows.append_column(_SCHEMA.field("origin"), pa.array(origins, pa.string())))
 
 
 def _copy_rows(manifest: ShardedDataset, count: int, writer: pq.ParquetWriter) -> None:
@@ -109,13 +110,13 @@ def _copy_rows(manifest: ShardedDataset, count: int, writer: pq.ParquetWriter) -
         if not count:
             return
         rows = batch.slice(0, count)
-        writer.write_batch(rows.append_column(_SCHEMA.field("origin"), pa.array([""] * rows.num_rows, pa.string())))
+        _write(writer, rows, [""] * rows.num_rows)
         count -= rows.num_rows
 
 
 def _to_batch(rows: list[ManifestRow]) -> pa.RecordBatch:
-    columns = [pa.array(list(map(attrgetter(field.name), rows)), field.type) for field in _SCHEMA]
-    return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
+    columns = [pa.array(list(map(attrgetter(field.name), rows)), field.type) for field in MANIFEST_SCHEMA]
+    return pa.RecordBatch.from_arrays(columns, schema=MANIFEST_SCHEMA)
 
 
 def read_manifest(dataset: ShardedDataset) -> Iterator[tuple[int, pa.RecordBatch]]:
