@@ -72,6 +72,7 @@ class ShardedDataset:
         schema: Arrow schema of the shards.
         lineage: id of the manifest that the images come from. It stays the same when the manifest is updated.
         source: address of the dataset that this dataset was made from most recently; empty if there is none.
+        source_checksum: content checksum of the source when this dataset was created; empty if unknown.
     """
 
     folder: Folder
@@ -82,6 +83,7 @@ class ShardedDataset:
     schema: pa.Schema
     lineage: str
     source: str = ""
+    source_checksum: str = ""
 
     def done_shards(self) -> set[int]:
         """Returns the numbers of the shards that have a marker and a data file. Lists the folders once.
@@ -238,7 +240,8 @@ class ShardedDataset:
         raise self._damaged(name, "its marker is missing")
 
     def _damaged(self, name: str, reason: str) -> DamagedShardError:
-        remedy = "--verify, which writes damaged shards again" if self.source else "--overwrite"
+        can_verify = self.source and self.kind != "duplicates"
+        remedy = "--verify, which writes damaged shards again" if can_verify else "--overwrite"
         return DamagedShardError(
             f"{self.folder.address(name)} is damaged ({reason}); run the command that writes {self.folder.uri} again "
             f"with {remedy}"
@@ -414,9 +417,16 @@ def create_dataset(
         shards = source.shards
     lineage = lineage or (source.lineage if source else fingerprint)
     source_address = resolve_address(source.folder.uri) if source else ""
-    dataset = ShardedDataset(folder, kind, config, fingerprint, shards, schema, lineage, source_address)
-    description = None if overwrite else _read_updated_description(folder)
-    if overwrite and folder.exists(DESCRIPTION_FILE):
+    replace = overwrite and folder.exists(DESCRIPTION_FILE)
+    description = None if replace else _read_updated_description(folder) or _require_no_files(folder)
+    if description is not None:
+        source_checksum = description.get("source_checksum", "")
+    else:
+        source_checksum = source.compute_content_checksum() if source else ""
+    dataset = ShardedDataset(
+        folder, kind, config, fingerprint, shards, schema, lineage, source_address, source_checksum
+    )
+    if replace:
         _clear(folder)
     elif description is not None:
         existing = _to_dataset(folder, description)
@@ -427,17 +437,13 @@ def create_dataset(
             dataset.mark_incomplete()
         for shard in range(dataset.shards, existing.shards):
             existing.remove_shard(shard)
-    elif others := list_other_files(folder):
-        raise DatasetError(
-            f"{folder.uri} holds files that captionlib did not write ({', '.join(others[:3])}); "
-            "use a new or empty folder"
-        )
     content = {
         "kind": kind,
         "schema_version": SCHEMA_VERSIONS[kind],
         "fingerprint": fingerprint,
         "lineage": dataset.lineage,
         "source": dataset.source,
+        "source_checksum": dataset.source_checksum,
         "shards": dataset.shards,
         "created": (description or {}).get("created") or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "columns": {column.name: str(column.type) for column in schema},
@@ -452,6 +458,21 @@ def list_other_files(folder: Folder) -> list[str]:
     """Returns the names of the files in a folder without a dataset that captionlib did not write."""
     own = {TEMPORARY_FOLDER, LOCK_FILE, REMOVED_FILE, DESCRIPTION_FILE}  # another process may just have described it
     return [name for name in folder.list() if name not in own]
+
+
+def _require_no_files(folder: Folder) -> dict[str, Any] | None:
+    """Raises DatasetError if a folder without a description holds files.
+
+    A run that started at the same time may have written them. Then its description is returned.
+    """
+    others = list_other_files(folder)
+    description = _read_updated_description(folder) if others else None
+    if others and description is None:
+        raise DatasetError(
+            f"{folder.uri} holds files that captionlib did not write ({', '.join(others[:3])}); "
+            "use a new or empty folder"
+        )
+    return description
 
 
 def _require_same(existing: ShardedDataset, dataset: ShardedDataset) -> None:
@@ -496,6 +517,7 @@ def _to_dataset(folder: Folder, description: Mapping[str, Any]) -> ShardedDatase
             upgrade_schema(kind, stored),
             description.get("lineage") or config.get("input") or fingerprint,
             description.get("source", ""),
+            description.get("source_checksum", ""),
         )
     except (pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged_description(folder, error) from error
