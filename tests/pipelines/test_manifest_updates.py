@@ -51,4 +51,4 @@ def test_shard_without_images_passes_all_stages(tmp_path: Path, trained: Path, e
     training = ["--set=training.epochs=1", "--set=min_count=1", "--no-progress"]
     run("train-captioner", features, "-o", tmp_path / "captioner", *training)
     run("train-ranker", features, "-o", tmp_path / "second-ranker", *training)
-    assert "BLEU" in run("evaluate", captions)
+    assert "BLEU" in run("evaluate", captions, "--manifest", manifest)
