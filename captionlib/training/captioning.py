@@ -160,7 +160,7 @@ def train_captioner(
         dataset = open_dataset(features, "features").require_complete()
         require_other_folder(config.init_from, folder)
         group.run_on_first(lambda: claim_folder(folder, overwrite))
-        next(read_captions(dataset, config.validation_splits))  # fails at once if there are no captions
+        next(read_captions(dataset, config.validation_splits))  # raises an error now if there are no captions
         seed_everything(config.training.seed)
         model, vocabulary, config, provenance = _initialize(config, dataset, weights)
         if progress and group.is_first and "word_vectors" in provenance:

@@ -1,4 +1,4 @@
-"""Compares the rows of a source with an existing manifest, and updates the shards of the manifest that changed."""
+"""Compares a source with an existing manifest (sharded table of images), and updates the shards that changed."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +33,7 @@ class Changes:
 
     Attributes:
         new: rows with an id that is not in the manifest.
-        changed: rows whose version, uri, split or captions differ.
+        changed: rows whose version, URI, split or captions differ.
         gone: rows of the manifest that are not in the source.
         unchanged: the other rows.
     """
@@ -49,7 +49,7 @@ class Changes:
 
 
 class Comparison:
-    """The rows that differ. Created by `compare`; its tables are in a temporary database."""
+    """The rows that differ, in the tables of a temporary database. Created by `compare`."""
 
     def __init__(
         self, database: duckdb.DuckDBPyConnection, staged: StagedRows, dataset: ShardedDataset, append: bool
@@ -69,10 +69,11 @@ class Comparison:
         return Changes(new, changed, gone, self._staged.rows - new - changed)
 
     def verify_content(self, hashed: ShardedDataset, fetcher: ImageFetcher) -> None:
-        """Reads the images whose version is unchanged, and marks those as changed whose content has another hash.
+        """Reads the images whose version is unchanged, and marks an image as changed if its content has a new hash.
 
-        The expected hash is in the column `content_hash` of `hashed` or, for an image that was found to have changed
-        before, at the end of its version. Images without one, and images that cannot be read, count as unchanged.
+        The column `content_hash` of `hashed` contains the expected hashes. If an earlier verification found that an
+        image had changed, it appended the new hash to the image's version, and that hash is expected. Images without an
+        expected hash, and images that cannot be read, count as unchanged.
         """
         self._read_existing("CREATE TABLE existing AS SELECT image_id, shard, version FROM existing_rows")
         schema = pa.schema([("image_id", pa.string()), ("content_hash", pa.string())])
@@ -151,12 +152,12 @@ def _to_manifest_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
 def compare(staged: StagedRows, dataset: ShardedDataset, append: bool) -> Iterator[Comparison]:
     """Yields the differences between the rows of a source and a manifest.
 
-    Ids and a hash of each row are compared in a database that stores on disk what exceeds its limit on memory.
+    A database compares the ids and a hash of each row. It writes to disk what exceeds its memory limit.
 
     Args:
         staged: the rows of the source, whose ids are unique.
         dataset: the manifest.
-        append: whether the source holds only new images, so that no row is gone.
+        append: whether rows of the manifest that are not in the source stay instead of being gone.
     """
     with open_database(staged.path.parent) as database:
         yield Comparison(database, staged, dataset, append)
@@ -170,9 +171,9 @@ def _read_hashes(dataset: ShardedDataset, schema: pa.Schema) -> Iterator[pa.Reco
 
 
 def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size: int) -> int:
-    """Writes the shards that contain rows that are new, changed or gone. All are replaced at once.
+    """Writes the shards with new, changed or gone rows, and replaces all of them at once.
 
-    Unchanged rows stay where they are. New rows fill up the last shard, and go into new shards.
+    Unchanged rows stay where they are. New rows first fill up the last shard, and then go into new shards.
 
     Returns:
         The number of shards after the update.
@@ -208,7 +209,7 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
 
 
 def _replace_rows(table: pa.Table, changed: pa.Table) -> pa.Table:
-    """Returns `table` with the rows of `changed` in the places of the rows with their ids."""
+    """Returns `table` with each row of `changed` in the place of the row with the same id."""
     positions = pc.index_in(table["image_id"], value_set=changed["image_id"].combine_chunks())
     indices = pc.if_else(
         pc.is_valid(positions),
@@ -220,11 +221,10 @@ def _replace_rows(table: pa.Table, changed: pa.Table) -> pa.Table:
 
 def _write(staged: ShardedDataset, shard: int, table: pa.Table) -> None:
     with write_shard(staged, shard, table.num_rows) as writer:
-        for batch in table.combine_chunks().to_batches():
-            writer.write(batch)
+        writer.write(table.combine_chunks())
 
 
-# A version that ends with a hash of the content, which `verify_content` adds, equals the version without it.
+# `verify_content` appends a hash of the content to a version. Comparisons with the source ignore it.
 _LISTED = "regexp_replace({}, '~[0-9a-f]{{16}}$', '')"
 _DIGEST = f"hash(uri, {_LISTED.format('version')}, split, captions)"
 # The position of a row that is gone is null, and so is the shard of a new row.
@@ -238,7 +238,7 @@ _CREATE_DIFFERENCES = f"""
     FULL JOIN (SELECT image_id, shard, version, {_DIGEST} AS digest FROM existing_rows) AS existing USING (image_id)
     WHERE position IS NULL OR shard IS NULL OR staged.digest != existing.digest
 """
-# A row whose captions changed keeps the hash in its version.
+# If only the captions of a row change, its version keeps the hash.
 _CREATE_CHANGES = f"""
     CREATE TABLE changes AS
     SELECT position, shard, CASE WHEN {_LISTED.format("existing_version")} = version

@@ -43,16 +43,17 @@ class PrepareConfig:
 
     Attributes:
         source_format: key of `SOURCE_FORMATS`, or `auto` to detect the format.
-        options: options for reading the source.
+        options: how to read the source.
         splits: splits to include. If empty, all splits are included.
         limit: maximum number of images, from the start of the source.
         shard_size: rows per shard. Later jobs process and resume by shard. If None, the shard size of an existing
-            manifest, or 1000 for a new one.
+            manifest is used, or 1000 for a new one.
         check_images: raise an error if the source lists image paths and none of the first 20 images exists.
         strict: raise an error at the first invalid image or caption instead of skipping it.
-        append: the source contains only new or changed images, so images that it lacks stay in an existing manifest.
-        verify_content: path or URL of features, captions or embeddings of the manifest, whose column `content_hash` has
-            a hash of each image. If set, an update reads all images that seem unchanged and compares their hashes.
+        append: keep images of an existing manifest that are not in the source, which lists only new or changed images.
+        verify_content: path or URL of features, captions or embeddings made from the manifest. Their column
+            `content_hash` contains a hash of each image. If set, an update reads all images that seem unchanged and
+            compares their hashes.
         allow_removal: allow an update that removes more than a tenth of the images of an existing manifest.
     """
 
@@ -86,8 +87,8 @@ class PrepareSummary:
         splits: number of images in the sources by split.
         skipped: number of skipped items by reason.
         examples: file and line of the first skipped item by reason, for invalid images and captions only.
-        changes: numbers of images that are new, changed, gone and unchanged, compared with the manifest before.
-        updated: whether the output contained a manifest before.
+        changes: numbers of new, changed, gone and unchanged images compared with the previous manifest.
+        updated: whether the output already contained a manifest.
     """
 
     source_format: str
@@ -118,9 +119,8 @@ def prepare(
 ) -> PrepareSummary:
     """Writes the manifest of one or more sources in the same format, or updates an existing manifest.
 
-    All rows are first staged in a local temporary file and checked, so that nothing is output for an invalid source.
-    An update writes only the shards that contain images that are new, changed or gone. If it is interrupted, the
-    manifest is the old or the new one. Memory does not grow with the number of rows.
+    All rows are first written to a local temporary file and checked, so an invalid source changes nothing. An update is
+    atomic and writes only the shards with new, changed or gone images. Memory does not grow with the number of rows.
 
     Example:
         >>> summary = captionlib.prepare("scenes/dataset.json", "manifest")
@@ -131,7 +131,7 @@ def prepare(
         sources: paths, URLs or globs.
         output: folder to write the manifest to.
         config: conversion options.
-        overwrite: replace an existing manifest by a new one instead of updating it.
+        overwrite: replace an existing manifest with a new one instead of updating it.
         dry_run: compare the sources with the manifest without writing anything.
         report: called with the numbers of changes before an existing manifest is updated.
         progress: show a progress bar.
@@ -291,10 +291,9 @@ def _update(
                 "tenth, because an unmounted disk or a wrong path looks like this; check the source, or use --append "
                 "if it contains only new images, or --allow-removal to remove them"
             )
-        if dry_run:
-            return changes, dataset.shards
-        if not changes.any:
+        if not dry_run and not changes.any:
             drop_uncommitted_updates(dataset.folder)
+        if dry_run or not changes.any:
             return changes, dataset.shards
         return changes, update_manifest(dataset, comparison, dataset.config["shard_size"])
 
@@ -317,7 +316,7 @@ def _read(
 
 
 def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
-    """Raises an error if no image exists: the image folder must be wrong, and every image would fail later."""
+    """Raises DatasetError if no image exists, because the image folder must then be wrong."""
     refused: FetchError | None = None
     for row in rows:
         try:

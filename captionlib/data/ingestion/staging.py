@@ -21,7 +21,7 @@ __all__ = ["RowBuffer", "StagedRows", "check_unique_ids", "open_database", "read
 
 _BATCH_ROWS = 4096
 _MAX_SPLITS = 1000
-_SCHEMA = MANIFEST_SCHEMA.append(pa.field("origin", pa.string(), nullable=False))
+_SCHEMA = MANIFEST_SCHEMA.append(pa.field("origin", pa.string(), nullable=False))  # the origin is a file and line
 
 # Ids are compared in passes of about this many, so that memory does not grow with the number of rows.
 _IDS_PER_PASS = 250_000
@@ -32,7 +32,7 @@ class StagedRows:
     """Manifest rows in a local file.
 
     Attributes:
-        path: Parquet file with the columns of a manifest and `origin` (file and line that a row was read from).
+        path: Parquet file with the columns of a manifest and `origin`, the file and line that a row was read from.
         rows: number of rows.
         captions: number of captions in all rows.
         splits: number of rows by split.
@@ -63,7 +63,7 @@ def stage_rows(
         count: called with the number of rows of each batch.
 
     Raises:
-        DatasetError: there are more than 1000 splits, so that the split column must be wrong.
+        DatasetError: there are more than 1000 splits, so the split column must be wrong.
     """
     rows = iter(rows)
     digest = hashlib.blake2b(digest_size=16)
@@ -146,7 +146,7 @@ class RowBuffer:
 
 
 def open_database(scratch: Path) -> duckdb.DuckDBPyConnection:
-    """Opens a database whose memory is limited, and which stores what exceeds the limit in a local folder."""
+    """Opens a database with a memory limit. It writes what exceeds the limit to a local folder."""
     temporary = str(scratch / "duckdb")
     return duckdb.connect(config={"memory_limit": "256MB", "threads": 2, "temp_directory": temporary})
 
