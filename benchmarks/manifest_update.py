@@ -75,14 +75,5 @@ def main() -> None:
     sys.exit(0 if all(met) else 1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        ratio = compare_cpu_times(Path(scratch), options.rows)
-    sys.exit(not report("manifest-update", ratio, 1.5, at_least=False))
-
-
 if __name__ == "__main__":
     main()

@@ -83,7 +83,7 @@ def stage_rows(
             splits.update(map(attrgetter("split"), batch))
             if len(splits) > _MAX_SPLITS:
                 raise DatasetError(
-                    f"{batch[-1].origin}: expected at most {_MAX_SPLITS} different splits in all rows up to this one, got "
+                    f"{batch[-1].origin}: expected at most {_MAX_SPLITS} different splits up to this row, got "
                     f"{len(splits)}; check the split column"
                 )
             captions += len(staged["captions"].values)
