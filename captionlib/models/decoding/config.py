@@ -14,7 +14,7 @@ __all__ = ["DecodingConfig"]
 
 @configclass
 class DecodingConfig:
-    """How captions are decoded.
+    """How to decode captions.
 
     Attributes:
         strategy: `beam` searches for the most probable sentences, `sample` samples from the model.
@@ -24,8 +24,8 @@ class DecodingConfig:
         max_tokens: sentences are truncated after this many tokens (words and END).
         length_penalty: the beam ranks candidates by log_prob / token_count ** length_penalty; 0 ranks by
             log-probability and favors short sentences.
-        rerank: how the candidates of the beam are reranked.
-        min_words: minimum length of a sentence; a shorter one ends only if no other word is allowed.
+        rerank: how to rerank the candidates of the beam.
+        min_words: minimum length of a sentence. A shorter sentence ends only if no other word is allowed.
         no_repeat_ngram_size: an n-gram of this size occurs at most once per sentence; 0 allows repetition.
         forbidden_words: words that are never generated.
         beam_groups: number of equally wide groups for diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424);
@@ -33,7 +33,7 @@ class DecodingConfig:
         diversity_penalty: penalty on a word's log-probability for each hypothesis of an earlier group with the same
             word at the same time step (lambda in the paper; 0.2 to 0.8 work well).
         temperature: sampling temperature; below 1 sharpens the distribution, above 1 flattens it.
-        top_k: sample from the k most probable words; if None, from all words.
+        top_k: sample from the k most probable words. If None, all words are used.
         top_p: sample from the smallest set of most probable words with at least this total probability (Holtzman et al.
             2020, arXiv 1904.09751), after `temperature` and `top_k`.
         seed: seed for sampling.
