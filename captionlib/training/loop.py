@@ -143,7 +143,7 @@ class _Run(Generic[Batch, Model]):
         values = ", ".join(f"{value:.1f}" for value in last)
         reason = (
             f"expected a validation perplexity below {bound:.1f}, that of the word frequencies alone (unigram), got "
-            f"{values} in the last {len(last)} epochs"
+            f"{values} in the last {'epoch' if len(last) == 1 else f'{len(last)} epochs'}"
         )
         if len(last) == patience:
             raise self._diverged(reason, "; set training.unigram_patience to null to continue nevertheless")
