@@ -23,7 +23,9 @@ _DEFAULT_LENGTHS = {"sentences": {"words": 30, "characters": 200}, "continuous":
 )
 @click.option("--temperature", type=float, help="A lower value makes texts more predictable.  [default: 1]")
 @click.option("--top-k", type=int, help="Sample from the k most probable words or characters.")
-@click.option("--top-p", type=float, help="Sample from the most probable words or characters with total probability p.")
+@click.option(
+    "--top-p", type=float, help="Sample from the fewest words or characters with at least this total probability."
+)
 @click.option("--seed", type=click.IntRange(min=0), help="The same seed produces the same texts.  [default: 0]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line: text, log_prob, tokens.")
 @config_options

@@ -70,8 +70,8 @@ def train(
 
     Raises:
         DatasetError: the folder holds a run with a different configuration.
-        TrainingDiverged: the loss or a validation score is not finite, or the perplexity stays above the unigram
-            model's. The checkpoint of the best epoch is kept.
+        TrainingDiverged: the loss or a validation score is not finite, or the perplexity stays above that of the word
+            frequencies alone. The checkpoint of the best epoch is kept.
         TrainingInterrupted: Ctrl-C or SIGTERM stopped the run; its state is saved.
     """
     run = _Run(objective, config, output, resolved)
