@@ -73,7 +73,7 @@ class CaptionerTrainingConfig:
             statistics are kept, and `level`, `min_count` and `vocabulary_size` have no effect.
         label_smoothing: the fraction of each target probability that is spread evenly over the vocabulary.
         best_by: the score that selects the best epoch, `perplexity` or the `cider` of generated captions (needs Java).
-        decoding: how captions are generated for CIDEr. Its `max_tokens` also limits self-critical samples.
+        decoding: how to generate captions for CIDEr. Its `max_tokens` also limits self-critical samples.
     """
 
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)

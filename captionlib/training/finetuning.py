@@ -68,8 +68,8 @@ class FinetuningConfig:
         horizontal_flip: flip each image with probability 0.5.
         label_smoothing: the fraction of each target probability that is spread evenly over the vocabulary.
         best_by: the score that selects the best epoch, `perplexity` or the `cider` of generated captions (needs Java).
-        decoding: how captions are generated for CIDEr.
-        loading: how images are fetched and decoded.
+        decoding: how to generate captions for CIDEr.
+        loading: how to fetch and decode images.
         max_failure_ratio: the maximum fraction of unreadable images; if it is exceeded, the run fails. If None, the run
             fails only if all images are unreadable.
     """

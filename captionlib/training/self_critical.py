@@ -47,7 +47,7 @@ class SelfCriticalConfig:
         samples: the number of captions to sample per image and step.
         baseline: what the reward of a sample is compared with: `leave_one_out`, the mean reward of the image's other
             samples (Luo 2020, arXiv 2003.09971), or `greedy`, the reward of the greedy caption (Rennie et al. 2017).
-        dropout: the dropout probability, instead of the captioner's own. Samples and gradients share the same masks.
+        dropout: the dropout probability, instead of the captioner's own. Samples and gradients use the same masks.
     """
 
     samples: PositiveInt = 5

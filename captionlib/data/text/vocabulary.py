@@ -241,7 +241,7 @@ class Vocabulary:
         return cast(npt.NDArray[np.float32], np.log(counts / counts.sum()).astype(np.float32))
 
     def unigram_perplexity(self, sentences: Iterable[Sequence[int]]) -> float:
-        """Computes the perplexity of sentences under the word frequencies alone.
+        """Computes the perplexity of sentences under a model that uses only the word frequencies (unigram model).
 
         `sentences` contains token ids, including END if END counts as a token.
         """

@@ -64,7 +64,7 @@ class LoadedModel(Generic[Model, Config]):
         vocabulary: the model's words, characters or subwords.
         config: the model's architecture.
         encoder: `Encoder.description` of the encoder whose features it was trained on; empty for a language model.
-        encoder_weights: address of that encoder's weights file, if it was fine-tuned with the model; otherwise None.
+        encoder_weights: path or URL of the encoder's weights if it was fine-tuned with the model; otherwise None.
         provenance: the data and versions that the model was trained with.
         training: the training configuration and history.
         fingerprint: hash of everything that determines the model's output.
@@ -344,7 +344,7 @@ def _check_shapes(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _to_json(values: Mapping[str, Any]) -> Any:
-    """Converts values as saving and loading JSON does, so that a tuple equals the list that it is saved as."""
+    """Converts values to those that JSON stores, so a tuple equals a list with the same values."""
     return json.loads(json.dumps(values))
 
 

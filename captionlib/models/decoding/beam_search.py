@@ -25,7 +25,7 @@ class _Continuations(NamedTuple):
     """The continuations that each group chose, best first; all tensors are `[groups, width]`.
 
     Attributes:
-        log_prob: log-probability of the whole sentence; -inf in unused places (a group may have fewer continuations).
+        log_prob: log-probability of the whole sentence; -inf if a group has fewer than `width` continuations.
         row: the row of the hypothesis that is extended.
         word: the word that extends it.
     """
@@ -73,7 +73,7 @@ class _BeamSearch:
         self._group = torch.arange(groups, device=device)  # group number of each hypothesis, ascending
         # Groups, log-probabilities, and words (END included) of the hypotheses that finished at each time step.
         self._finished: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._free = torch.full((groups, 1), self._width, device=device)  # places for unfinished hypotheses
+        self._free = torch.full((groups, 1), self._width, device=device)  # maximum number of unfinished hypotheses
         self._best_scores = torch.full((groups, config.pool_size), -torch.inf, device=device)  # of finished hypotheses
         self._ranks = torch.arange(self._width, device=device)
 
@@ -146,7 +146,7 @@ class _BeamSearch:
         return chosen
 
     def _finish(self, finishing: Tensor, chosen: _Continuations) -> None:
-        """Stores the continuations marked in `finishing`, `[groups, width] bool`, and frees their places."""
+        """Stores the continuations marked in `finishing`, `[groups, width] bool`, and makes the beam narrower."""
         group, rank = finishing.nonzero(as_tuple=True)
         rows, word = chosen.row[group, rank], chosen.word[group, rank]
         words = torch.cat([self._beam.words[rows, 1:], word[:, None]], 1)
@@ -173,7 +173,7 @@ def _top_continuations(scores: Tensor, group: Tensor, groups: int, width: int) -
     `scores` is `[rows, columns] float32`, and `group` is `[rows] int64` in ascending order.
 
     Returns:
-        Score, row and column of each continuation, `[groups, width]`; unused places have a score of -inf.
+        Score, row and column of each continuation, `[groups, width]`. If a group has fewer, the other scores are -inf.
     """
     rows, columns = scores.shape
     first_row = torch.searchsorted(group, torch.arange(groups, device=group.device))

@@ -16,7 +16,7 @@ _DEFAULT_MAX_TOKENS = {"words": 20, "characters": 100, "subwords": 40}
 
 @configclass
 class DecodingConfig:
-    """How captions are decoded.
+    """How to decode captions.
 
     Attributes:
         strategy: `beam` searches for the most probable sentences, `sample` samples from the model.
@@ -27,8 +27,8 @@ class DecodingConfig:
             after 20 words, 100 characters or 40 subwords, or after `min_words` if that is more.
         length_penalty: the beam ranks candidates by log_prob / token_count ** length_penalty; 0 ranks by
             log-probability and favors short sentences.
-        rerank: how the candidates of the beam are reranked.
-        min_words: minimum number of tokens in a sentence; a shorter one ends only if no other token is allowed.
+        rerank: how to rerank the candidates of the beam.
+        min_words: minimum number of tokens in a sentence. A shorter sentence ends only if no other token is allowed.
         no_repeat_ngram_size: an n-gram of this size occurs at most once per sentence; 0 allows repetition.
         forbidden_words: words that are never generated; for models of words or characters.
         beam_groups: number of equally wide groups for diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424);
@@ -36,7 +36,7 @@ class DecodingConfig:
         diversity_penalty: penalty on a word's log-probability for each hypothesis of an earlier group with the same
             word at the same time step (lambda in the paper; 0.2 to 0.8 work well).
         temperature: sampling temperature; below 1 sharpens the distribution, above 1 flattens it.
-        top_k: sample from the k most probable words; if None, from all words.
+        top_k: sample from the k most probable words. If None, all words are used.
         top_p: sample from the smallest set of most probable words with at least this total probability (Holtzman et al.
             2020, arXiv 1904.09751), after `temperature` and `top_k`.
         seed: seed for sampling.

@@ -21,11 +21,11 @@ class Constraints:
         self._ngram_size = config.no_repeat_ngram_size
 
     def apply(self, log_probs: Tensor, words: Tensor) -> None:
-        """Sets the log-probability of forbidden words to -inf, in place. If no word is allowed, END always is.
+        """Sets the log-probability of forbidden words to -inf, in place. END is allowed if no other word is.
 
         Args:
             log_probs: `[rows, vocabulary_size] float32`, log-probabilities of the next word.
-            words: `[rows, count] int64`, the words so far, without the initial END that starts a sentence.
+            words: `[rows, count] int64`, the words so far, without END as the start token.
         """
         too_short = words.shape[1] < self._min_words
         end = log_probs[:, END].clone() if too_short else None

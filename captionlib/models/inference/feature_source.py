@@ -1,4 +1,4 @@
-"""Reads input features from a features dataset, or computes them for a manifest (dataset of image addresses)."""
+"""Reads input features from a features dataset, or computes them for a manifest (list of images)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
