@@ -49,11 +49,18 @@ STAGES = {
     "attention-bag-of-words": Stage("flickr8k-bag-of-words", None),
     "attention": Stage("flickr8k-attention", "attention-bag-of-words"),
     "self-critical": Stage("flickr8k-self-critical", "attention"),
+    "transformer-bag-of-words": Stage(
+        "flickr8k-transformer",
+        None,
+        ("objective=bag_of_words", "label_smoothing=0", "best_by=perplexity", "training.epochs=10"),
+    ),
+    "transformer": Stage("flickr8k-transformer", "transformer-bag-of-words"),
 }
 CAPTIONERS = {
     "pooled": {"BLEU-1": 0.63, "BLEU-2": 0.45, "BLEU-3": 0.31, "BLEU-4": 0.21, "CIDEr": 0.50},
     "attention": {"BLEU-1": 0.65, "BLEU-2": 0.47, "BLEU-3": 0.33, "BLEU-4": 0.22, "CIDEr": 0.55},
     "self-critical": {"CIDEr": 0.62},
+    "transformer": {"CIDEr": 0.55},
 }
 PARTS = [*CAPTIONERS, "ranking", "talk"]
 RANKS = {

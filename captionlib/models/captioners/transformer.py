@@ -91,16 +91,19 @@ class Transformer(nn.Module):
         state: Sequence[Tensor] | Tensor,
         annotations: Tensor | None,
         image_of_sentence: Tensor | None,
+        parent: Tensor | None = None,
     ) -> TransformerOutput:
         """Runs the layers over packed sentences: all words at once, or one more word per sentence.
 
         Args:
             embeddings: `[tokens, size]`, word embeddings ordered by time step.
             batch_sizes: the number of sentences that reach each time step, in non-increasing order.
-            state: the keys of each layer, then the values of each layer, `[sentences, steps, size]` each. With several
+            state: the keys of each layer, then the values of each layer, `[parents, steps, size]` each. With several
                 time steps in `batch_sizes`, the state must be empty (no steps).
             annotations: the output of `annotate`; None for a language model.
             image_of_sentence: `[sentences] int64`, the image that each sentence attends to; None for a language model.
+            parent: `[sentences] int64`, the row of the state that each sentence continues; None if sentence i continues
+                row i.
         """
         order = _TokenOrder.create(batch_sizes, state[0].shape[1], embeddings.device)
         size, layers = embeddings.shape[1], len(self.layers)
@@ -111,7 +114,10 @@ class Transformer(nn.Module):
         keys, values, weights = [], [], []
         for number, layer in enumerate(self.layers):
             assert isinstance(layer, _Layer)
-            hidden, key, value = layer.attend_to_words(hidden, state[number], state[layers + number], order)
+            past = state[number], state[layers + number]
+            if parent is not None:  # one layer at a time, because the keys and values of a wide beam are large
+                past = past[0].index_select(0, parent), past[1].index_select(0, parent)
+            hidden, key, value = layer.attend_to_words(hidden, *past, order)
             keys.append(key)
             values.append(value)
             if annotations is not None and groups is not None:

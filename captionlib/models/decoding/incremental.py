@@ -197,8 +197,8 @@ class IncrementalCaptioner:
         assert self._transformer is not None
         embeddings = self._model.word_vectors.weight.index_select(0, words).to(self.dtype)
         image = None if state.image is None else state.gather(state.image)
-        past = [state.gather(values) for values in (*state.h, *state.c)]
-        output = self._transformer(embeddings, [len(words)], past, state.annotations, image)
+        past = [*state.h, *state.c]
+        output = self._transformer(embeddings, [len(words)], past, state.annotations, image, state.parent)
         layers = len(state.h)
         h, c = tuple(output.state[:layers]), tuple(output.state[layers:])
         return output.hidden, DecoderState(h, c, None, None, image, state.annotations)
