@@ -18,6 +18,7 @@ from captionlib.models.checkpoints.checkpoint import load_captioner, load_ranker
 from captionlib.models.checkpoints.folder import describe_checkpoint
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
+from captionlib.models.decoding.incremental import Candidate
 from captionlib.models.rankers.ranker import RankerConfig
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
 from captionlib.training.loop import TrainingConfig
@@ -95,11 +96,17 @@ def test_ranker_finds_images_by_subwords(features: ShardedDataset, tmp_path: Pat
     assert scores.argmax(1).tolist() == [0, 1, 2, 3]
 
 
-def test_word_options_are_refused_for_other_levels(features: ShardedDataset, tmp_path: Path) -> None:
+def test_subwords_spell_a_caption_once_and_refuse_word_options(features: ShardedDataset, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="word_vectors: expected level words, got bpe"):
         replace(CONFIG, level="bpe", word_vectors="glove.txt")
     train(features, tmp_path / "captioner", replace(CONFIG, level="bpe", training=TrainingConfig(epochs=1)))
     captioner = load_captioner(tmp_path / "captioner")
+    decoder = Decoder(captioner.model, DecodingConfig(n_best=2), vocabulary=captioner.vocabulary)
+    one = captioner.vocabulary.encode("one")
+    letters = [captioner.vocabulary.words.index(letter) + 2 for letter in "\u2581one"]
+    spellings = [Candidate(ids, log_prob, len(ids) + 1) for ids, log_prob in ((letters, -9.0), (one, -1.0))]
+    assert captioner.vocabulary.decode(letters) == "one"
+    assert decoder._select_pool(spellings) == [spellings[1]]
     with pytest.raises(ConfigError, match=r"need a model of whole words, got one of subwords \(bpe\)"):
         Decoder(captioner.model, DecodingConfig(forbidden_words=("one",)), vocabulary=captioner.vocabulary)
 

@@ -113,8 +113,16 @@ def test_cached_steps_match_whole_sentence_after_reordering(
         expected = scores.log_probs.view(5, 3)[step]
         torch.testing.assert_close(log_probs[torch.arange(3), target], expected, rtol=tolerance, atol=tolerance)
         assert all(cache.shape == (3, step + 1, 6) for cache in (*state.h, *state.c))
-        if step in (1, 2):  # reorder, repeat, and select again
-            state = state.select(torch.tensor([2, 0, 0, 1])).select(torch.tensor([1, 3, 0]))
+    rows = torch.tensor([2, 0, 2, 1])
+    reordered, after = incremental.step(state.select(rows), torch.tensor([3, 4, 5, 6]))
+    repeated, _ = incremental.step(after.select(torch.tensor([3, 0])), torch.tensor([2, 2]))
+    for number, (row, word) in enumerate(zip(rows.tolist(), [3, 4, 5, 6], strict=True)):
+        sentence = torch.tensor([[*words[row].tolist(), word, 2]])
+        expected = model(features[row : row + 1], sentence, torch.tensor([0])).log_probs
+        torch.testing.assert_close(reordered[number, 2], expected[5], rtol=tolerance, atol=tolerance)
+        if number in (3, 0):
+            after_two = repeated[[3, 0].index(number), END]
+            torch.testing.assert_close(after_two, expected[6], rtol=tolerance, atol=tolerance)
 
 
 def test_every_parameter_gets_gradients_and_positions_matter() -> None:
