@@ -35,7 +35,7 @@ class WordRanker:
         unit: npt.NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         return unit
 
-    def encode_features(self, features: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+    def encode_images(self, features: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
         vectors = np.abs(features[:, :SIZE]).astype(np.float32) + 0.01
         unit: npt.NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         return unit

@@ -27,6 +27,7 @@ from captionlib.models.checkpoints.folder import (
     write_checkpoint,
 )
 from captionlib.models.devices import resolve_device
+from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.encoders.top_layers import EncoderTop
 from captionlib.models.rankers.ranker import Ranker, RankerConfig
 
@@ -79,6 +80,21 @@ class LoadedModel(Generic[Model, Config]):
     provenance: Mapping[str, Any]
     training: Mapping[str, Any]
     fingerprint: str
+
+    def find_source(self, weights: str | None) -> EncoderConfig:
+        """Returns the configuration of the encoder whose features are the model's input.
+
+        `weights` is the path of the encoder's weights file, if the user specified it.
+
+        Raises:
+            ConfigError: the weights file is needed and cannot be found.
+        """
+        config = EncoderConfig.from_description(self.encoder, weights or self.encoder_weights)
+        return config.resolve_weights_path()
+
+    def to(self, device: torch.device) -> None:
+        """Moves the model to a device."""
+        self.model.to(device)
 
     def require_encoder(self, description: Mapping[str, Any]) -> None:
         """Checks that features come from the encoder that this model was trained on.
@@ -135,15 +151,18 @@ class LoadedRanker(LoadedModel[Ranker, RankerConfig]):
         return embeddings
 
     @torch.inference_mode()
-    def encode_features(self, features: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+    def encode_images(
+        self, images: npt.NDArray[np.floating] | Sequence[npt.NDArray[np.floating]]
+    ) -> npt.NDArray[np.float32]:
         """Embeds images as unit vectors, `[images, size]`.
 
         Args:
-            features: `[images, feature_size]` or `[images, positions, feature_size]`, from the encoder.
+            images: features from the encoder, `[images, feature_size]` or `[images, positions, feature_size]`.
 
         Raises:
             CheckpointError: the features have a different shape.
         """
+        features = np.asarray(images)
         size = self.model.feature_size
         if features.ndim not in (2, 3) or features.shape[-1] != size:
             raise CheckpointError(
@@ -154,8 +173,8 @@ class LoadedRanker(LoadedModel[Ranker, RankerConfig]):
         embeddings = np.empty((len(features), self.size), np.float32)
         for start in range(0, len(features), _BATCH_SIZE):
             batch = slice(start, start + _BATCH_SIZE)
-            images = torch.from_numpy(features[batch].astype(np.float32)).to(self._device)
-            embeddings[batch] = self.model.embed_images(images).float().cpu().numpy()
+            inputs = torch.from_numpy(features[batch].astype(np.float32)).to(self._device)
+            embeddings[batch] = self.model.embed_images(inputs).float().cpu().numpy()
         return embeddings
 
     @property
