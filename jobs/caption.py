@@ -1,4 +1,4 @@
-"""`captionlib caption`."""
+"""The command `captionlib caption`."""
 
 import json
 import math

@@ -166,9 +166,12 @@ class Folder:
                 self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
                 self.fs.pipe_file(path, content, mode="create")
                 return True
-            with _create_temporary_file(Path(self.path(TEMPORARY_FOLDER)), Path(name).name) as temporary:
+            parent = Path(self.path(TEMPORARY_FOLDER))
+            with _create_temporary_file(parent, Path(name).name) as temporary:
                 temporary.write_bytes(content)
                 os.link(temporary, path)
+            with suppress(OSError):  # it contains other files
+                parent.rmdir()
             return True
         except FileExistsError:
             return False

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from captionlib.data.images.fetching import ImageFetcher
 from captionlib.data.images.loading import hash_content
-from captionlib.data.ingestion.staging import StagedRows, open_database
+from captionlib.data.ingestion.staging import RowBuffer, StagedRows, open_database, read_manifest
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.update import update_shards
@@ -51,11 +51,16 @@ class Changes:
 class Comparison:
     """The rows that differ, in the tables of a temporary database. Created by `compare`."""
 
-    def __init__(self, database: duckdb.DuckDBPyConnection, staged: StagedRows, append: bool) -> None:
+    def __init__(
+        self, database: duckdb.DuckDBPyConnection, staged: StagedRows, dataset: ShardedDataset, append: bool
+    ) -> None:
         self._database = database
         self._staged = staged
+        self._dataset = dataset
+        self._read_existing(_CREATE_DIFFERENCES, str(staged.path))
         database.execute(_CREATE_CHANGES)
         database.execute(_CREATE_GONE, [not append])
+        database.execute("DROP TABLE differences")
 
     def count(self) -> Changes:
         """Counts the rows that differ."""
@@ -70,6 +75,7 @@ class Comparison:
         image had changed, it appended the new hash to the image's version, and that hash is expected. Images without an
         expected hash, and images that cannot be read, count as unchanged.
         """
+        self._read_existing("CREATE TABLE existing AS SELECT image_id, shard, version FROM existing_rows")
         schema = pa.schema([("image_id", pa.string()), ("content_hash", pa.string())])
         hashes = pa.RecordBatchReader.from_batches(schema, _read_hashes(hashed, schema))
         self._database.register("hashes", hashes)
@@ -115,6 +121,17 @@ class Comparison:
         """Yields the new rows in the order of the source."""
         yield from map(_to_manifest_rows, self._read(_READ_NEW))
 
+    def _read_existing(self, sql: str, *parameters: str) -> None:
+        """Runs a statement that reads the rows of the manifest once, as `existing_rows`."""
+        schema = pa.schema([*MANIFEST_SCHEMA, pa.field("shard", pa.int32())])
+        batches = (
+            rows.append_column("shard", pa.array(np.full(rows.num_rows, shard, np.int32)))
+            for shard, rows in read_manifest(self._dataset)
+        )
+        self._database.register("existing_rows", pa.RecordBatchReader.from_batches(schema, batches))
+        self._database.execute(sql, parameters)
+        self._database.unregister("existing_rows")
+
     def _read(self, sql: str) -> pa.RecordBatchReader:
         result = self._database.cursor().sql(sql, params=[str(self._staged.path)])
         return cast(pa.RecordBatchReader, result.to_arrow_reader(_BATCH_ROWS))
@@ -143,22 +160,7 @@ def compare(staged: StagedRows, dataset: ShardedDataset, append: bool) -> Iterat
         append: whether rows of the manifest that are not in the source stay instead of being gone.
     """
     with open_database(staged.path.parent) as database:
-        existing = pa.RecordBatchReader.from_batches(
-            pa.schema([*MANIFEST_SCHEMA, pa.field("shard", pa.int32())]), _read_manifest(dataset)
-        )
-        database.register("existing_rows", existing)
-        database.execute(
-            f"CREATE TABLE existing AS SELECT image_id, shard, version, {_DIGEST} AS digest FROM existing_rows"
-        )
-        database.unregister("existing_rows")
-        database.execute(_CREATE_STAGED, [str(staged.path)])
-        yield Comparison(database, staged, append)
-
-
-def _read_manifest(dataset: ShardedDataset) -> Iterator[pa.RecordBatch]:
-    for shard in range(dataset.shards):
-        for rows in dataset.read_batches(shard, MANIFEST_SCHEMA.names, _BATCH_ROWS):
-            yield rows.append_column("shard", pa.array(np.full(rows.num_rows, shard, np.int32)))
+        yield Comparison(database, staged, dataset, append)
 
 
 def _read_hashes(dataset: ShardedDataset, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -187,7 +189,7 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
     shards = kept + added
     changed = comparison.read_changed()
     pending = next(changed, None)
-    new = _Buffer(comparison.read_new())
+    new = RowBuffer(comparison.read_new())
     with update_shards(dataset, shards) as staged:
         for shard in sorted({*touched, *([kept - 1] if filling else [])}):
             if shard >= kept:
@@ -204,25 +206,6 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
         for shard in range(kept, shards):
             _write(staged, shard, new.take(shard_size))
     return shards
-
-
-class _Buffer:
-    """Splits batches of any size into tables with a requested number of rows."""
-
-    def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
-        self._batches = batches
-        self._rest = MANIFEST_SCHEMA.empty_table()
-
-    def take(self, count: int) -> pa.Table:
-        """Returns the next `count` rows, or fewer at the end."""
-        parts = [self._rest]
-        available = self._rest.num_rows
-        while available < count and (batch := next(self._batches, None)) is not None:
-            parts.append(pa.Table.from_batches([batch]))
-            available += batch.num_rows
-        table = pa.concat_tables(parts)
-        self._rest = table.slice(count)
-        return table.slice(0, count)
 
 
 def _replace_rows(table: pa.Table, changed: pa.Table) -> pa.Table:
@@ -244,22 +227,25 @@ def _write(staged: ShardedDataset, shard: int, table: pa.Table) -> None:
 # `verify_content` appends a hash of the content to a version. Comparisons with the source ignore it.
 _LISTED = "regexp_replace({}, '~[0-9a-f]{{16}}$', '')"
 _DIGEST = f"hash(uri, {_LISTED.format('version')}, split, captions)"
-_CREATE_STAGED = f"""
-    CREATE TABLE staged AS
-    SELECT image_id, file_row_number AS position, version, {_DIGEST} AS digest
-    FROM read_parquet(?, file_row_number = true)
+# The position of a row that is gone is null, and so is the shard of a new row.
+_CREATE_DIFFERENCES = f"""
+    CREATE TABLE differences AS
+    SELECT image_id, position, shard, staged.version, existing.version AS existing_version
+    FROM (
+        SELECT image_id, file_row_number AS position, version, {_DIGEST} AS digest
+        FROM read_parquet(?, file_row_number = true)
+    ) AS staged
+    FULL JOIN (SELECT image_id, shard, version, {_DIGEST} AS digest FROM existing_rows) AS existing USING (image_id)
+    WHERE position IS NULL OR shard IS NULL OR staged.digest != existing.digest
 """
-# The shard of a new row is null. If only the captions of a row change, its version keeps the hash.
+# If only the captions of a row change, its version keeps the hash.
 _CREATE_CHANGES = f"""
     CREATE TABLE changes AS
-    SELECT position, shard, CASE WHEN {_LISTED.format("existing.version")} = staged.version
-        THEN existing.version ELSE staged.version END AS version
-    FROM staged LEFT JOIN existing USING (image_id)
-    WHERE shard IS NULL OR staged.digest != existing.digest
+    SELECT position, shard, CASE WHEN {_LISTED.format("existing_version")} = version
+        THEN existing_version ELSE version END AS version
+    FROM differences WHERE position IS NOT NULL
 """
-_CREATE_GONE = """
-    CREATE TABLE gone AS SELECT image_id, shard FROM existing ANTI JOIN staged USING (image_id) WHERE ?
-"""
+_CREATE_GONE = "CREATE TABLE gone AS SELECT image_id, shard FROM differences WHERE position IS NULL AND ?"
 _LIST_TOUCHED = "SELECT shard FROM changes WHERE shard IS NOT NULL UNION SELECT shard FROM gone"
 _READ_CHANGED = """
     SELECT rows.* REPLACE (changes.version AS version), changes.shard

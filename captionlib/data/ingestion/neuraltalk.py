@@ -184,7 +184,7 @@ def _describe_encoder(config: ImportConfig, size: int, checksum: str) -> dict[st
     return {
         "model": config.model,
         "node": config.node,
-        "weights": "imported",  # in place of a checkpoint, because the network is not available
+        "weights": "imported",  # not the name of a checkpoint, because the network is not available
         "features_sha256": checksum.removeprefix("sha256:"),
         "stored_dtype": config.stored_dtype,
         "shape": [size],

@@ -34,6 +34,7 @@ from captionlib.data.shards.markers import (
     FAILURES_FOLDER,
     JOURNAL_FILE,
     MARKERS_FOLDER,
+    REMOVED_FILE,
     SUCCESS_FILE,
     UPDATE_FOLDER,
     Marker,
@@ -52,8 +53,9 @@ from captionlib.data.shards.schemas import FAILURES_SCHEMA, SCHEMA_VERSIONS, add
 from captionlib.data.shards.verification import VerifiedFile
 from captionlib.errors import DamagedShardError, DatasetError, FailureRatioError, FingerprintError, StorageError
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, resolve_address
+from captionlib.storage.lock import LOCK_FILE
 
-__all__ = ["ShardedDataset", "create_dataset", "open_dataset"]
+__all__ = ["ShardedDataset", "create_dataset", "list_other_files", "open_dataset"]
 
 _PART = re.compile(r"part-([0-9]+)")
 
@@ -458,12 +460,18 @@ def _write_description(dataset: ShardedDataset, created: str | None) -> None:
     dataset.folder.write(DESCRIPTION_FILE, encode_record(content))
 
 
+def list_other_files(folder: Folder) -> list[str]:
+    """Returns the names of the files in a folder without a dataset that captionlib did not write."""
+    own = {TEMPORARY_FOLDER, LOCK_FILE, REMOVED_FILE, DESCRIPTION_FILE}  # another process may just have described it
+    return [name for name in folder.list() if name not in own]
+
+
 def _require_no_files(folder: Folder) -> dict[str, Any] | None:
     """Raises DatasetError if a folder without a description holds files.
 
     If a different run created a dataset in the folder meanwhile, its description is returned instead.
     """
-    others = [name for name in folder.list() if name not in (TEMPORARY_FOLDER, DESCRIPTION_FILE)]
+    others = list_other_files(folder)
     description = _read_updated_description(folder) if others else None
     if others and description is None:
         raise DatasetError(

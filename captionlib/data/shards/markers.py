@@ -19,6 +19,7 @@ __all__ = [
     "FAILURES_FOLDER",
     "JOURNAL_FILE",
     "MARKERS_FOLDER",
+    "REMOVED_FILE",
     "SUCCESS_FILE",
     "UPDATE_FOLDER",
     "Marker",
@@ -45,6 +46,7 @@ MARKERS_FOLDER = "__shards"
 FAILURES_FOLDER = "__failures"
 JOURNAL_FILE = "_update.json"
 UPDATE_FOLDER = "__update"
+REMOVED_FILE = "_removed.jsonl"
 
 BLOCK_BYTES = 256 << 10
 """Each block of this size in a data file has a checksum. Readers of one column verify only the blocks they read."""

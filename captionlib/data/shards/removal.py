@@ -13,15 +13,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
+from captionlib.data.shards.markers import REMOVED_FILE
 from captionlib.data.shards.update import update_shards
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import DatasetError
 from captionlib.storage.folders import Folder
 
-__all__ = ["REMOVED_FILE", "Removal", "RemovedImages", "list_removed", "plan_removal"]
+__all__ = ["Removal", "RemovedImages", "list_removed", "plan_removal"]
 
-REMOVED_FILE = "_removed.jsonl"
-_STALE = "stale"  # in place of the checksum of an input shard, so the next run processes the shard again
+_STALE = "stale"  # instead of the checksum of the input shard, so the next run processes the shard again
 
 
 @dataclass(frozen=True)

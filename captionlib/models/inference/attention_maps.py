@@ -15,8 +15,8 @@ __all__ = ["compute_attention_maps", "count_positions"]
 
 
 def count_positions(captioner: LoadedCaptioner) -> int | None:
-    """Returns the number of positions in the captioner's feature maps, or None if it has no attention."""
-    if captioner.model.attention is None:
+    """Returns the number of positions that the captioner attends to, or None if it has no attention to feature maps."""
+    if captioner.model.annotator is None or len(captioner.encoder["shape"]) != 2:
         return None
     encoder_top = captioner.model.encoder_top
     return int(captioner.encoder["shape"][0]) if encoder_top is None else encoder_top.shape[0]

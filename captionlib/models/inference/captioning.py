@@ -73,8 +73,8 @@ def require_attention(captioner: CaptionModel, address: str) -> int:
     """
     if captioner.attention_positions is None:
         raise CheckpointError(
-            f"{address}: attention_maps needs a captioner with attention, got one without; leave attention_maps "
-            "out, or train a captioner with captioner.attention_size on spatial feature maps"
+            f"{address}: attention_maps needs a captioner with attention to a feature map, got one without; leave "
+            "attention_maps out, or train a captioner with captioner.attention_size on spatial feature maps"
         )
     return captioner.attention_positions
 
