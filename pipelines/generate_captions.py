@@ -71,6 +71,10 @@ def generate_captions(
     positions = require_attention(captioner, os.fspath(checkpoint)) if config.attention_maps else None
     description = captioner.describe_generation(config)
     caption_source = find_model_input(dataset, captioner, weights, driver_device, run.threads_per_worker)
+    loaded_ranker, pinned_ranker, ranker_source = None, None, None
+    if ranker is not None:
+        loaded_ranker, pinned_ranker = SHARED_RANKERS.pin(ranker)
+        ranker_source = find_model_input(dataset, loaded_ranker, weights, driver_device, run.threads_per_worker)
     captions = create_dataset(
         output,
         "captions",
@@ -79,10 +83,8 @@ def generate_captions(
         source=dataset,
         overwrite=run.overwrite,
     )
-    outputs, pinned_ranker, ranker_source = [captions], None, None
-    if ranker is not None and embeddings is not None:
-        loaded_ranker, pinned_ranker = SHARED_RANKERS.pin(ranker)
-        ranker_source = find_model_input(dataset, loaded_ranker, weights, driver_device, run.threads_per_worker)
+    outputs = [captions]
+    if loaded_ranker is not None and embeddings is not None:
         outputs.append(create_embeddings_dataset(embeddings, dataset, loaded_ranker, run.overwrite))
     stage = CaptionGeneration(
         config,

@@ -223,8 +223,9 @@ def describe_finetuned_encoder(description: Mapping[str, Any], weights: Mapping[
 def describe_preprocessing(preprocessing: Preprocessing | Shrinking) -> dict[str, Any]:
     """Returns the settings of a preprocessing as JSON values, for fingerprints."""
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(preprocessing).items()}
-    if values.get("decode_scale") == "exact":  # omitted, so that the fingerprints of older datasets remain valid
-        del values["decode_scale"]
+    for name, default in (("decode_scale", "exact"), ("stretch", False)):
+        if values.get(name) == default:  # omitted, so that the fingerprints of older datasets remain valid
+            del values[name]
     return values
 
 

@@ -22,6 +22,7 @@ from captionlib.models.checkpoints.checkpoint import save_captioner, save_ranker
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
 from captionlib.models.devices import copy_to_host_async, halve_on_out_of_memory
+from captionlib.models.families.captioner import open_captioner
 from captionlib.models.inference.captioning import CaptionGeneration, GenerationConfig
 from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding
 from captionlib.models.inference.extraction import encode_images
@@ -56,9 +57,10 @@ def open_concurrently(open_stage: Callable[[], Any]) -> None:
 
 def test_concurrent_bundles_share_one_captioner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned = [write_captioner(tmp_path / name, seed) for seed, name in enumerate(("first", "second"))]
+    description = open_captioner(tmp_path / "first").describe_generation(GenerationConfig())
     loads = count_checkpoint_loads(monkeypatch)
     for checkpoint in pinned:
-        open_concurrently(CaptionGeneration(GenerationConfig(), checkpoint, device="cpu").open)
+        open_concurrently(CaptionGeneration(GenerationConfig(), checkpoint, description, device="cpu").open)
     assert loads == ["first", "second"]
 
 
