@@ -63,7 +63,7 @@ class FinetuningConfig:
         training: settings of the training loop, including the captioner's learning rate.
         train_splits: the training splits; `restval` is the part of COCO's validation set that is used for training.
         validation_splits: the splits that select the best epoch.
-        max_words: longer captions are truncated in training.
+        max_words: longer captions are truncated in training. If None, after 30 words, or 200 characters.
         batch_images: images per batch and process, each with all its captions.
         horizontal_flip: flip each image with probability 0.5.
         label_smoothing: the fraction of each target probability that is spread evenly over the vocabulary.
@@ -81,7 +81,7 @@ class FinetuningConfig:
     )
     train_splits: tuple[str, ...] = ("train", "restval")
     validation_splits: tuple[str, ...] = ("val", "dev")
-    max_words: PositiveInt = 30
+    max_words: PositiveInt | None = None
     batch_images: PositiveInt = 16
     horizontal_flip: bool = False
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0

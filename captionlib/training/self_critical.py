@@ -131,7 +131,7 @@ class SelfCriticalObjective(Objective[SelfCriticalBatch, Captioner]):
         """Samples captions for each image, keeping the gradients of their log-probabilities."""
         images, samples = batch.captions.features, self._config.samples
         keys = [f"{batch.seed} {batch.epoch} ".encode() + image.tobytes() for image in images]
-        uniforms = generate_uniforms(keys, samples, self._sampling.max_tokens, seed=0).to(self._device)
+        uniforms = generate_uniforms(keys, samples, self._sampling.find_max_tokens(), seed=0).to(self._device)
         image_state = self.model.encode_images(torch.from_numpy(images).to(self._device))
         active = torch.arange(len(images) * samples, device=self._device)  # captions that have not reached END
         state, word = image_state.state.index_select(1, active // samples), torch.full_like(active, END)

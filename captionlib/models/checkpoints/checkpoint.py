@@ -61,7 +61,7 @@ class LoadedModel(Generic[Model, Config]):
     Attributes:
         kind: `captioner`, `ranker` or `language_model`.
         model: the network, in evaluation mode.
-        vocabulary: the model's words or characters.
+        vocabulary: the model's words, characters or subwords.
         config: the model's architecture.
         encoder: `Encoder.description` of the encoder whose features it was trained on; empty for a language model.
         encoder_weights: path or URL of the encoder's weights if it was fine-tuned with the model; otherwise None.

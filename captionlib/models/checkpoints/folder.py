@@ -179,7 +179,9 @@ def describe_checkpoint(folder: FolderLike) -> dict[str, Any]:
     vocabulary = config.pop("vocabulary", {})
     training = _read_json(source, TRAINING) or {}
     history = training.get("history", [])
-    words = f"{len(vocabulary.get('words', [])):,} {vocabulary.get('level', 'words')}"
+    level = vocabulary.get("level", "words")
+    unit = level if level in ("words", "characters") else f"subwords ({level})"
+    words = f"{len(vocabulary.get('words', [])):,} {unit}"
     description = {**config, "vocabulary": words}
     if source.exists(DATASTORE):
         with source.open(DATASTORE) as file:

@@ -64,6 +64,7 @@ class _BeamSearch:
         self._constraints = constraints
         self._images = len(start.words)
         self._width = config.beam_width // config.beam_groups
+        self._max_tokens = config.find_max_tokens()
         self._tokens = start.words.shape[1] - 1  # number of tokens in each hypothesis so far
         if config.beam_groups > 1:
             start = start.select(torch.arange(self._images, device=device).repeat_interleave(config.beam_groups))
@@ -91,7 +92,7 @@ class _BeamSearch:
         log_prob, row, word = chosen
         selected = (log_prob > -torch.inf) & (self._ranks < self._free)
         finishing = selected & (word == END)
-        if self._tokens == self._config.max_tokens:
+        if self._tokens == self._max_tokens:
             finishing = selected
         self._finish(finishing, chosen)
         alive = selected & ~finishing
@@ -161,7 +162,7 @@ class _BeamSearch:
         divided by max_tokens ** length_penalty. The bound falls with the log-probability, so all less probable
         hypotheses of this length are pruned too; pruning never lets a worse hypothesis into the beam.
         """
-        bound = log_prob / self._config.max_tokens**self._config.length_penalty
+        bound = log_prob / self._max_tokens**self._config.length_penalty
         can_improve: Tensor = bound > self._best_scores[:, -1:]
         return can_improve
 

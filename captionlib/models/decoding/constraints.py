@@ -48,12 +48,17 @@ def find_forbidden_ids(words: Iterable[str], vocabulary: Vocabulary | None) -> l
     """Returns the ids of `words`, ignoring case, and of UNKNOWN, which stands for all words outside the vocabulary.
 
     Raises:
-        ConfigError: an entry is not a single word, or there is no vocabulary.
+        ConfigError: an entry is not a single word, or there is no vocabulary, or its tokens are subwords.
     """
     forbidden = {UNKNOWN}
     for word in words:
         if vocabulary is None:
             raise ConfigError("decoding: forbidden_words need the model's vocabulary; pass it to the Decoder")
+        if vocabulary.unit == "subwords":
+            raise ConfigError(
+                f"decoding: forbidden_words need a model of whole words, got one of subwords ({vocabulary.level}), "
+                "which can spell a word in several ways; leave forbidden_words out"
+            )
         ids = vocabulary.encode(word)
         if len(ids) != 1:
             raise ConfigError(
