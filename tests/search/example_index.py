@@ -11,6 +11,7 @@ from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.schemas import captions_schema, embeddings_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import DecodeError
+from captionlib.models.encoders.encoder import EncoderConfig
 
 from .conftest import rows
 
@@ -25,6 +26,12 @@ class WordRanker:
 
     fingerprint = "ranker-of-words"
     encoder: Mapping[str, Any] = {}
+
+    def find_source(self, weights: str | None) -> EncoderConfig:
+        return EncoderConfig.from_description(self.encoder, weights)
+
+    def require_encoder(self, description: Mapping[str, Any]) -> None:
+        assert description == self.encoder
 
     def has_known_word(self, sentence: str) -> bool:
         return any(word in sentence.lower() for word in WORDS)

@@ -52,11 +52,11 @@ class EncoderConfig:
         missing_weights: what to do if `weights` lack layers: `error`, or `random:SEED` to sample them.
         pooling: `none` keeps a spatial feature map whole; `mean` and `max` reduce it over positions.
         dtype: dtype of the computation.
-        resize_size: shorter side of the image before the crop, in pixels; if None, the size used in training.
+        resize_size: shorter side of the image before the crop, in pixels. If None, the size used in training is used.
         stored_dtype: dtype that features are rounded to before any use, so that captions are the same whether they
             are generated from images or from stored features.
         decode_scale: `fast` decodes large JPEG files at a reduced scale, which changes the features slightly; `exact`
-            does not. If None, the scale used in training, or `exact`.
+            does not. If None, the scale used in training is used, or `exact` if it is unknown.
     """
 
     model: str = "vgg16"
@@ -100,7 +100,7 @@ class EncoderConfig:
         )
 
     def resolve_weights_path(self) -> "EncoderConfig":
-        """Returns a copy with the absolute address of a weights file, for workers with other working directories."""
+        """Returns a copy with the absolute path of a weights file, for workers with different working directories."""
         return replace(self, weights=resolve_address(self.weights)) if is_weights_file(self.weights) else self
 
 
@@ -109,7 +109,7 @@ class Encoder:
 
     Attributes:
         network: the network.
-        preprocessing: how an image is turned into the network's input.
+        preprocessing: how to convert an image to the input of the network.
         device: the device of the network.
         shape: shape of the features of one image: `[size]`, or `[positions, channels]` for an unpooled feature map.
         description: everything that determines the features, including a hash of the weights.

@@ -1,4 +1,4 @@
-"""Attention maps: the attention weights of each caption's tokens, the column `attention` of a captions dataset."""
+"""Computes attention maps, the weights of each token over image positions: the column `attention` of captions."""
 
 from collections.abc import Sequence
 

@@ -49,7 +49,7 @@ class GenerationConfig:
         decoding: beam search or sampling. An image's samples depend only on its id and the seed.
         dtype: dtype of the captioner's computation.
         batch_size: images per batch of the captioner.
-        loading: how images are fetched and decoded, if captions are generated from images.
+        loading: how to fetch and decode images, if captions are generated from images.
         encoder_batch_size: images per batch of the encoder, if captions are generated from images.
         attention_maps: store the attention weights of each token of the best caption; requires a captioner with
             attention.
@@ -81,7 +81,7 @@ def require_attention(captioner: CaptionModel, address: str) -> int:
 
 @dataclass(frozen=True)
 class CaptionGeneration:
-    """Pipeline stage from a features dataset or a manifest (dataset of image addresses) to a captions dataset.
+    """Pipeline stage from a features dataset or a manifest (list of images) to a captions dataset.
 
     Attributes:
         config: configuration of the generation.
@@ -89,7 +89,7 @@ class CaptionGeneration:
         description: `CaptionModel.describe_generation`; a worker with a different one fails.
         source: how images become the captioner's input; None if the dataset contains features.
         device: device of the models.
-        threads: CPU threads of the models; if None, PyTorch's default.
+        threads: number of CPU threads of the models. If None, PyTorch's default is used.
         ranker: dual encoder for retrieval that embeds the images as a second output; if None, there is only one output.
         ranker_source: how images become the ranker's input.
     """
@@ -187,7 +187,7 @@ def caption_images(
         weights: path of the encoder's weights file; required if the encoder was loaded from a file that the checkpoint
             does not contain.
         device: auto, cpu, cuda or cuda:N.
-        captioner: the captioner of `checkpoint`, if it is already loaded; if None, it is loaded.
+        captioner: the captioner of `checkpoint`, if it is already loaded. If None, it is loaded.
 
     Returns:
         Rows of a captions dataset in the given order, and the uri and error of each image that could not be read.

@@ -32,7 +32,7 @@ class DatastoreConfig:
     Attributes:
         splits: splits that the captioner was trained on. Omit splits to be captioned, because their references would
             leak into the captions.
-        loading: how images are fetched and decoded, if the source is a manifest (dataset of image addresses).
+        loading: how to fetch and decode images, if the source is a manifest (list of images).
         encoder_batch_size: images per batch of the encoder, if the source is a manifest.
     """
 
@@ -55,7 +55,7 @@ def build_datastore(
     Args:
         source: a complete features dataset, or a complete manifest, whose images are encoded in the same pass.
         checkpoint: the captioner's folder.
-        config: the splits and how images are loaded.
+        config: the splits, and how to load images.
         weights: path of the encoder's weights file, if the encoder was loaded from a file not in the checkpoint.
         device: auto, cpu, cuda or cuda:N.
         progress: show a progress bar.

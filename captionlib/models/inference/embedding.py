@@ -40,7 +40,7 @@ class EmbeddingConfig:
     """Configuration of image embedding. It applies only if the input is images, not features.
 
     Attributes:
-        loading: how images are fetched and decoded.
+        loading: how to fetch and decode images.
         encoder_batch_size: images per batch of the encoder.
     """
 
@@ -50,14 +50,14 @@ class EmbeddingConfig:
 
 @dataclass(frozen=True)
 class ImageEmbedding:
-    """Pipeline stage from a features dataset or a manifest (dataset of image addresses) to an embeddings dataset.
+    """Pipeline stage from a features dataset or a manifest (list of images) to an embeddings dataset.
 
     Attributes:
         config: configuration of the embedding.
         ranker: the ranker's checkpoint, pinned to one version.
         source: how images become the ranker's input; None if the dataset contains features.
         device: device of the models.
-        threads: CPU threads of the models; if None, PyTorch's default.
+        threads: number of CPU threads of the models. If None, PyTorch's default is used.
     """
 
     config: EmbeddingConfig

@@ -1,4 +1,4 @@
-"""Encodes the images of a manifest (dataset of image addresses) while the next images are fetched and decoded."""
+"""Encodes the images of a manifest (list of images) while the next images are fetched and decoded."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,7 +44,7 @@ class ExtractionConfig:
 
     Attributes:
         encoder: the encoder, which determines the features.
-        loading: how images are fetched and decoded.
+        loading: how to fetch and decode images.
         batch_size: images per batch of the encoder.
     """
 
@@ -61,7 +61,7 @@ class FeatureExtraction:
         config: configuration of the extraction.
         description: expected `Encoder.description`; a worker with a different encoder fails.
         device: device of the encoder.
-        threads: CPU threads of the encoder; if None, PyTorch's default.
+        threads: number of CPU threads of the encoder. If None, PyTorch's default is used.
     """
 
     config: ExtractionConfig

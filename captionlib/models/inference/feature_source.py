@@ -1,4 +1,4 @@
-"""Provides the input of models: reads features, or computes them for a manifest (dataset of image addresses)."""
+"""Provides the input of models: reads features, or computes them for a manifest (list of images)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

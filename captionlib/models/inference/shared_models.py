@@ -24,8 +24,8 @@ class PinnedCheckpoint:
     """A checkpoint and the version of it that a run started with.
 
     Attributes:
-        folder: address of the model.
-        fingerprint: hash of everything that determines its model's output.
+        folder: absolute path or URL of the checkpoint, or the address of a model of another family.
+        fingerprint: hash of everything that determines the model's output.
     """
 
     folder: str
