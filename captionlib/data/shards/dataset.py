@@ -22,7 +22,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -70,6 +70,8 @@ class ShardedDataset:
         schema: Arrow schema of the shards.
         lineage: id of the manifest that the images come from. It stays the same when the manifest is updated.
         source: address of the dataset that this dataset was made from most recently; empty if there is none.
+        layout: id of the compaction that divided the images into these shards; empty if there was none. A dataset has
+            the layout of its source; see `captionlib.data.shards.compaction`.
     """
 
     folder: Folder
@@ -80,6 +82,7 @@ class ShardedDataset:
     schema: pa.Schema
     lineage: str
     source: str = ""
+    layout: str = ""
 
     def done_shards(self) -> set[int]:
         """Returns the numbers of the shards that have a marker and a data file. Lists the folders once.
@@ -402,23 +405,33 @@ def create_dataset(
     Raises:
         FingerprintError: the folder holds a dataset with a different fingerprint or lineage, and `overwrite` is not
             set.
-        DatasetError: the folder holds files that captionlib did not write.
+        DatasetError: the folder holds files that captionlib did not write, or a dataset with the shards that `source`
+            had before it was compacted.
     """
     folder = Folder(uri)
     config = json.loads(json.dumps(config))
     fingerprint = compute_fingerprint(kind, config)
+    follows_source = shards is None
     if shards is None:
         assert source is not None, "the number of shards is unknown"
         shards = source.shards
     lineage = lineage or (source.lineage if source else fingerprint)
-    source_address = resolve_address(source.folder.uri) if source else ""
-    dataset = ShardedDataset(folder, kind, config, fingerprint, shards, schema, lineage, source_address)
+    source_address, layout = (resolve_address(source.folder.uri), source.layout) if source else ("", "")
+    dataset = ShardedDataset(folder, kind, config, fingerprint, shards, schema, lineage, source_address, layout)
     description = None if overwrite else _read_updated_description(folder)
     if overwrite and folder.exists(DESCRIPTION_FILE):
         _clear(folder)
     elif description is not None:
         existing = _to_dataset(folder, description)
         _require_same(existing, dataset)
+        if follows_source and existing.layout != layout:
+            raise DatasetError(
+                f"{folder.uri} has the shards that {source_address} had before it was compacted; run `captionlib "
+                f"compact {source_address} {folder.uri}`, which moves its rows to the new shards, and then this "
+                "command again"
+            )
+        if source is None:
+            dataset = replace(dataset, layout=existing.layout)
         if existing == dataset:
             return dataset
         if existing.shards != dataset.shards:
@@ -439,6 +452,7 @@ def create_dataset(
         "lineage": dataset.lineage,
         "source": dataset.source,
         "shards": dataset.shards,
+        "layout": dataset.layout,
         "created": (description or {}).get("created") or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "columns": {column.name: str(column.type) for column in schema},
         "config": config,
@@ -490,6 +504,7 @@ def _to_dataset(folder: Folder, description: Mapping[str, Any]) -> ShardedDatase
             upgrade_schema(kind, stored),
             description.get("lineage") or config.get("input") or fingerprint,
             description.get("source", ""),
+            description.get("layout", ""),
         )
     except (pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged_description(folder, error) from error

@@ -35,7 +35,7 @@ __all__ = ["complete_update", "drop_uncommitted_updates", "update_shards"]
 
 
 @contextmanager
-def update_shards(dataset: ShardedDataset, shards: int) -> Iterator[ShardedDataset]:
+def update_shards(dataset: ShardedDataset, shards: int, **changes: Any) -> Iterator[ShardedDataset]:
     """Yields a staging dataset. The shards written to it replace those of `dataset` when the block ends.
 
     Shards that are not written stay as they are. If the block raises, nothing changes.
@@ -46,8 +46,10 @@ def update_shards(dataset: ShardedDataset, shards: int) -> Iterator[ShardedDatas
         ...         writer.write(rows)
 
     Args:
-        dataset: a complete dataset.
+        dataset: the dataset. If it is complete, it is complete after the update too.
         shards: number of shards after the update. All shards must then exist.
+        changes: new values of `config`, `fingerprint` or `layout`. A new fingerprint requires that all shards are
+            written.
 
     Raises:
         DatasetError: a different update of the dataset was committed at the same time.
@@ -57,7 +59,8 @@ def update_shards(dataset: ShardedDataset, shards: int) -> Iterator[ShardedDatas
     drop_uncommitted_updates(folder)
     name = uuid.uuid4().hex
     staging = Folder(folder.address(f"{UPDATE_FOLDER}/{name}"))
-    staged = replace(dataset, folder=staging, shards=max(shards, dataset.shards))
+    staged = replace(dataset, folder=staging, shards=max(shards, dataset.shards), **changes)
+    complete = dataset.is_complete()
     try:
         yield staged
         written = {part_name(shard): marker.checksum for shard, marker in sorted(staged.read_markers().items())}
@@ -68,7 +71,13 @@ def update_shards(dataset: ShardedDataset, shards: int) -> Iterator[ShardedDatas
     except BaseException:
         folder.remove(f"{UPDATE_FOLDER}/{name}")
         raise
-    journal = {"id": name, "shards": shards, "written": written, "previous_shards": dataset.shards}
+    journal = {
+        "id": name,
+        "written": written,
+        "previous_shards": dataset.shards,
+        "complete": complete,
+        "description": {"shards": shards, **changes},
+    }
     folder.write(JOURNAL_FILE, encode_record(journal))
     complete_update(folder)
 
@@ -92,13 +101,14 @@ def complete_update(folder: Folder) -> None:
     _require_staged(folder, staging, journal["written"])
     for name in journal["written"]:
         _move_shard(folder, staging, name)
-    description = decode_record(folder.read(DESCRIPTION_FILE))
-    if description["shards"] != journal["shards"]:
-        folder.write(DESCRIPTION_FILE, encode_record({**description, "shards": journal["shards"]}))
+    old = decode_record(folder.read(DESCRIPTION_FILE))
+    if (new := {**old, **journal["description"]}) != old:
+        folder.write(DESCRIPTION_FILE, encode_record(new))
     dataset = open_dataset(folder.uri, complete=False)
-    for shard in range(journal["shards"], journal["previous_shards"]):
+    for shard in range(dataset.shards, journal["previous_shards"]):
         dataset.remove_shard(shard)
-    dataset.finish(max_failure_ratio=1.0)
+    if journal["complete"]:
+        dataset.finish(max_failure_ratio=1.0)
     folder.remove_file(JOURNAL_FILE)
     folder.remove(UPDATE_FOLDER)
 
@@ -106,7 +116,7 @@ def complete_update(folder: Folder) -> None:
 def _read_journal(folder: Folder) -> dict[str, Any] | None:
     try:
         journal = decode_record(folder.read(JOURNAL_FILE))
-        _ = journal["id"], journal["shards"], journal["previous_shards"], journal["written"]
+        _ = [journal[key] for key in ("id", "written", "previous_shards", "complete", "description")]
     except FileNotFoundError:
         return None
     except (ValueError, KeyError) as error:
