@@ -2,9 +2,6 @@
 
 import click
 
-from captionlib.config import load_config
-from captionlib.evaluation.activation_page import write_activation_page
-from captionlib.models.encoders.activations import ActivationConfig, compute_activations
 from jobs.options import config_options, device_option
 
 __all__ = ["command"]
@@ -38,6 +35,10 @@ def command(
       captionlib activations image.jpg -o maps.html --weights vgg16.safetensors --node features.15 --node features.29
       captionlib activations image.jpg --set model=resnet50 --set weights=IMAGENET1K_V2 --set max_layers=8
     """
+    from captionlib.config import load_config
+    from captionlib.evaluation.activation_page import write_activation_page
+    from captionlib.models.encoders.activations import ActivationConfig, compute_activations
+
     if weights is not None:
         overrides = (*overrides, f"weights={weights}")
     if nodes:

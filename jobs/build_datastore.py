@@ -4,8 +4,6 @@ from typing import Any
 
 import click
 
-from captionlib.config import load_config
-from captionlib.models.inference.datastore import DatastoreConfig, build_datastore
 from jobs.options import config_options, device_option, progress_option, weights_option
 
 __all__ = ["command"]
@@ -37,6 +35,9 @@ def command(source: str, checkpoint: str, config: str | None, overrides: tuple[s
       captionlib generate-captions features -c captioner -o captions --set decoding.beam_width=60 \\
         --set decoding.rerank.method=mbr --set decoding.rerank.temperature=6 --set decoding.rerank.neighbors=60
     """
+    from captionlib.config import load_config
+    from captionlib.models.inference.datastore import DatastoreConfig, build_datastore
+
     settings = load_config(DatastoreConfig, config, overrides)
     images, failed = build_datastore(source, checkpoint, settings, **options)
     unreadable = f"; {failed:,} could not be read" if failed else ""

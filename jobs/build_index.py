@@ -1,14 +1,16 @@
 """The command `captionlib build-index`."""
 
+from __future__ import annotations
+
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
 import click
 
-from captionlib.config import load_config
-from captionlib.search.config import LANGUAGES, IndexConfig, VectorLayout
 from jobs.options import config_options, workers_option
-from pipelines.build_index import build_index
-from pipelines.run import RunConfig
+
+if TYPE_CHECKING:
+    from captionlib.search.config import VectorLayout
 
 __all__ = ["command"]
 
@@ -23,7 +25,7 @@ __all__ = ["command"]
     help="Embeddings of the same images, for semantic search. Repeat it for several captions, in the same order.",
 )
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The index to create or update.")
-@click.option("--language", type=click.Choice(LANGUAGES), help="Caption language; same as --set language=...")
+@click.option("--language", metavar="NAME", help="Caption language, such as german; short for --set language=...")
 @config_options
 @workers_option
 @click.option("--overwrite", is_flag=True, help="Replace an index that is damaged or has other datasets or settings.")
@@ -55,6 +57,11 @@ def command(
       captionlib build-index captions -e embeddings -o index --set vectors=pq --set nprobe=128
       captionlib build-index s3://b/captions -e s3://b/embeddings -o s3://b/index -- --runner=FlinkRunner
     """
+    from captionlib.config import load_config
+    from captionlib.search.config import IndexConfig
+    from pipelines.build_index import build_index
+    from pipelines.run import RunConfig
+
     if language is not None:
         overrides = (*overrides, f"language={language}")
     # click allows only one argument of variable length. Options of Beam begin with a dash, addresses do not.

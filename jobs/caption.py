@@ -9,13 +9,6 @@ from typing import Any
 
 import click
 
-from captionlib.config import load_config
-from captionlib.data.sources.folder import find_images
-from captionlib.evaluation.encoder_views import build_encoder_view
-from captionlib.evaluation.predictions import Prediction
-from captionlib.evaluation.report import write_report
-from captionlib.models.checkpoints.checkpoint import load_captioner
-from captionlib.models.inference.captioning import GenerationConfig, caption_images
 from jobs.options import config_options, device_option, weights_option
 
 __all__ = ["command"]
@@ -52,6 +45,14 @@ def command(
       captionlib caption *.jpg https://example.org/cat.png -c captioner --n-best 3
       captionlib caption images/ -c captioner --report page
     """
+    from captionlib.config import load_config
+    from captionlib.data.sources.folder import find_images
+    from captionlib.evaluation.encoder_views import build_encoder_view
+    from captionlib.evaluation.predictions import Prediction
+    from captionlib.evaluation.report import write_report
+    from captionlib.models.checkpoints.checkpoint import load_captioner
+    from captionlib.models.inference.captioning import GenerationConfig, caption_images
+
     settings = load_config(GenerationConfig, config, [*overrides, f"decoding.n_best={n_best}"])
     uris = [uri for image in images for uri in find_images(image)]
     captioner = load_captioner(checkpoint, device)

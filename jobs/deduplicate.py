@@ -2,7 +2,6 @@
 
 import click
 
-from captionlib.search.duplicates import DEFAULT_THRESHOLD, find_duplicates
 from jobs.options import progress_option
 
 __all__ = ["command"]
@@ -14,7 +13,7 @@ __all__ = ["command"]
 @click.option(
     "--threshold",
     type=click.FloatRange(0, 1, min_open=True),
-    default=DEFAULT_THRESHOLD,
+    default=0.97,
     show_default=True,
     help="Cosine similarity of near-duplicates. With 1, only exact copies are duplicates.",
 )
@@ -33,6 +32,8 @@ def command(embeddings: str, output: str, threshold: float, overwrite: bool, pro
       captionlib deduplicate embeddings -o duplicates
       captionlib query duplicates --sql "FROM duplicates WHERE NOT kept"
     """
+    from captionlib.search.duplicates import find_duplicates
+
     summary = find_duplicates(embeddings, output, threshold, overwrite=overwrite, progress=progress)
     click.echo(
         f"{output}: {summary.duplicates:,} of {summary.images:,} images are duplicates of {summary.groups:,} others"

@@ -1,31 +1,22 @@
 """`captionlib demo`."""
 
+from __future__ import annotations
+
 import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
-import torch
 
-from captionlib.config import load_config
-from captionlib.data.ingestion.prepare import PrepareConfig, prepare
-from captionlib.data.synthetic_scenes import parse_attributes, read_scenes, score_attributes, write_scenes
-from captionlib.evaluation.evaluate import Evaluation, evaluate_captions
-from captionlib.evaluation.report import write_report
-from captionlib.models.checkpoints.checkpoint import load_captioner
-from captionlib.models.inference.captioning import GenerationConfig
-from captionlib.models.inference.extraction import ExtractionConfig
 from captionlib.recipes import find_recipe
-from captionlib.search.sql.queries import find_captions
-from captionlib.search.sql.session import open_sql
-from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
-from pipelines.extract_features import extract_features
-from pipelines.generate_captions import generate_captions
-from pipelines.run import RunConfig
+
+if TYPE_CHECKING:
+    from captionlib.evaluation.evaluate import Evaluation
+    from pipelines.run import RunConfig
 
 __all__ = ["command"]
 
@@ -57,6 +48,12 @@ def command(output: str, weights: str, train_images: int, test_images: int, over
       captionlib demo
       captionlib demo --weights IMAGENET1K_V1 --output pretrained
     """
+    from captionlib.data.synthetic_scenes import write_scenes
+    from captionlib.evaluation.evaluate import evaluate_captions
+    from captionlib.search.sql.queries import find_captions
+    from captionlib.search.sql.session import open_sql
+    from pipelines.run import RunConfig
+
     folder = Path(output)
     if overwrite and (folder / "scenes" / "dataset.json").exists():
         shutil.rmtree(folder)
@@ -84,6 +81,14 @@ def command(output: str, weights: str, train_images: int, test_images: int, over
 
 def _build_captions(folder: Path, weights: str, run: RunConfig) -> None:
     """Runs the stages from images to captions."""
+    from captionlib.config import load_config
+    from captionlib.data.ingestion.prepare import PrepareConfig, prepare
+    from captionlib.models.inference.captioning import GenerationConfig
+    from captionlib.models.inference.extraction import ExtractionConfig
+    from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
+    from pipelines.extract_features import extract_features
+    from pipelines.generate_captions import generate_captions
+
     dataset = folder / "scenes" / "dataset.json"
     manifest, features, captioner, captions = (
         folder / name for name in ("manifest", "features", "captioner", "captions")
@@ -113,6 +118,8 @@ def _build_captions(folder: Path, weights: str, run: RunConfig) -> None:
 
 def _summarize(folder: Path, evaluation: Evaluation) -> list[tuple[str, str, str]]:
     """Returns the fraction of captions with the correct value of each scene attribute, then BLEU-4 and CIDEr."""
+    from captionlib.data.synthetic_scenes import read_scenes, score_attributes
+
     scenes = read_scenes(folder / "scenes")
     captions = evaluation.captions
     fractions = score_attributes([scenes[image_id] for image_id in captions], list(captions.values()))
@@ -121,6 +128,10 @@ def _summarize(folder: Path, evaluation: Evaluation) -> list[tuple[str, str, str
 
 
 def _write_report(folder: Path, evaluation: Evaluation, scores: list[tuple[str, str, str]], progress: bool) -> str:
+    from captionlib.data.synthetic_scenes import parse_attributes, read_scenes
+    from captionlib.evaluation.report import write_report
+    from captionlib.models.checkpoints.checkpoint import load_captioner
+
     scenes = read_scenes(folder / "scenes")
     attributes = {
         image_id: {name: value == getattr(scenes[image_id], name) for name, value in parse_attributes(caption).items()}
@@ -141,6 +152,8 @@ def _write_report(folder: Path, evaluation: Evaluation, scores: list[tuple[str, 
 
 def _choose_dtype() -> Literal["float32", "bfloat16"]:
     """Returns bfloat16 if the GPU, or without one the CPU, supports it natively; otherwise float32."""
+    import torch
+
     if torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"

@@ -4,11 +4,8 @@ from typing import Any
 
 import click
 
-from captionlib.config import load_config
-from captionlib.models.inference.embedding import EmbeddingConfig
 from jobs.options import config_options, device_option, pipeline_options, weights_option
 from jobs.summaries import echo_totals
-from pipelines.embed_images import embed_images
 
 __all__ = ["command"]
 
@@ -36,5 +33,9 @@ def command(
       captionlib embed manifest -r ranker -o embeddings --workers 2
       captionlib embed s3://b/features -r s3://b/ranker -o s3://b/embeddings -- --runner=FlinkRunner
     """
+    from captionlib.config import load_config
+    from captionlib.models.inference.embedding import EmbeddingConfig
+    from pipelines.embed_images import embed_images
+
     settings = load_config(EmbeddingConfig, config, overrides)
     echo_totals(output, embed_images(source, ranker, output, settings, **options))

@@ -1,21 +1,18 @@
 """`captionlib evaluate`."""
 
+from __future__ import annotations
+
 import dataclasses
 import io
+from typing import TYPE_CHECKING
 
 import click
-import pyarrow.parquet as pq
 
-from captionlib.data.shards.dataset import open_dataset
-from captionlib.data.shards.markers import to_json
-from captionlib.evaluation.bootstrap import BootstrapConfig
-from captionlib.evaluation.caption_scores import build_scores_table
-from captionlib.evaluation.evaluate import TRAIN_SPLITS, Evaluation, evaluate_captions
-from captionlib.evaluation.predictions import to_coco_results
-from captionlib.evaluation.retrieval import PROTOCOLS, RetrievalScores, score_ranker
-from captionlib.models.checkpoints.checkpoint import load_ranker
-from captionlib.storage.folders import Folder, write_file
 from jobs.options import device_option
+
+if TYPE_CHECKING:
+    from captionlib.evaluation.evaluate import Evaluation
+    from captionlib.evaluation.retrieval import RetrievalScores
 
 __all__ = ["command"]
 
@@ -30,7 +27,7 @@ __all__ = ["command"]
 @click.option("--ranker", "-r", metavar="FOLDER", help="Evaluate this ranker on FEATURES.")
 @click.option(
     "--protocol",
-    type=click.Choice(list(PROTOCOLS)),
+    type=click.Choice(["all", "flickr8k-1k", "coco-1k", "coco-5k"]),
     default="all",
     show_default=True,
     help="With --ranker: the images and references to use. coco-1k averages five folds of 1,000 images.",
@@ -41,7 +38,7 @@ __all__ = ["command"]
     "--train-split",
     "train_splits",
     multiple=True,
-    default=TRAIN_SPLITS,
+    default=("train", "restval"),
     show_default=True,
     metavar="NAME",
     help="A split that the captioner was trained on, to count novel captions. Repeatable.",
@@ -49,7 +46,7 @@ __all__ = ["command"]
 @click.option(
     "--bootstrap-samples",
     type=click.IntRange(min=0),
-    default=BootstrapConfig.samples,
+    default=1000,
     show_default=True,
     help="Number of resamples for the confidence intervals. If 0, no intervals are computed.",
 )
@@ -87,6 +84,15 @@ def command(
       captionlib evaluate result_struct.json
       captionlib evaluate features --ranker ranker --split test --protocol coco-1k
     """
+    import pyarrow.parquet as pq
+
+    from captionlib.data.shards.markers import to_json
+    from captionlib.evaluation.bootstrap import BootstrapConfig
+    from captionlib.evaluation.caption_scores import build_scores_table
+    from captionlib.evaluation.evaluate import evaluate_captions
+    from captionlib.evaluation.predictions import to_coco_results
+    from captionlib.storage.folders import Folder, write_file
+
     if ranker is not None:
         _evaluate_ranker(ranker, source, splits, protocol, output, device)
         return
@@ -115,6 +121,12 @@ def command(
 def _evaluate_ranker(
     ranker: str, features: str, splits: tuple[str, ...], protocol: str, output: str | None, device: str
 ) -> None:
+    from captionlib.data.shards.dataset import open_dataset
+    from captionlib.data.shards.markers import to_json
+    from captionlib.evaluation.retrieval import PROTOCOLS, score_ranker
+    from captionlib.models.checkpoints.checkpoint import load_ranker
+    from captionlib.storage.folders import Folder
+
     dataset = open_dataset(features, "features").require_complete()
     scores = score_ranker(load_ranker(ranker, device), dataset, splits, PROTOCOLS[protocol])
     _print_retrieval_scores(ranker, scores)

@@ -4,10 +4,6 @@ from typing import Literal
 
 import click
 
-from captionlib.data.shards.markers import to_json
-from captionlib.evaluation.predictions import load_predictions, to_coco_results, to_result_struct
-from captionlib.storage.folders import write_file
-
 __all__ = ["command"]
 
 
@@ -42,6 +38,10 @@ def command(
       captionlib export-captions captions -o captions_test2014_results.json --split test
       captionlib export-captions captions -o result_struct.json --manifest manifest
     """
+    from captionlib.data.shards.markers import to_json
+    from captionlib.evaluation.predictions import load_predictions, to_coco_results, to_result_struct
+    from captionlib.storage.folders import write_file
+
     predictions = load_predictions(captions, manifest, splits)
     neuraltalk = output_format == "neuraltalk" or (output_format == "auto" and output.endswith("result_struct.json"))
     content = to_result_struct(predictions, {"captions": captions}) if neuraltalk else to_coco_results(predictions)

@@ -4,11 +4,8 @@ from typing import Any
 
 import click
 
-from captionlib.config import load_config
-from captionlib.models.inference.extraction import ExtractionConfig
 from jobs.options import config_options, device_option, pipeline_options
 from jobs.summaries import echo_totals
-from pipelines.extract_features import extract_features
 
 __all__ = ["command"]
 
@@ -35,6 +32,10 @@ def command(
       captionlib extract-features manifest -o features --config vgg16-conv5 --workers 2
       captionlib extract-features s3://b/manifest -o s3://b/features -- --runner=FlinkRunner --flink_master=HOST:8081
     """
+    from captionlib.config import load_config
+    from captionlib.models.inference.extraction import ExtractionConfig
+    from pipelines.extract_features import extract_features
+
     if weights is not None:
         overrides = (*overrides, f"encoder.weights={weights}")
     settings = load_config(ExtractionConfig, config, overrides)

@@ -4,11 +4,8 @@ from typing import Any
 
 import click
 
-from captionlib.config import load_config
-from captionlib.models.inference.captioning import GenerationConfig
 from jobs.options import config_options, device_option, pipeline_options, weights_option
 from jobs.summaries import echo_totals
-from pipelines.generate_captions import generate_captions
 
 __all__ = ["command"]
 
@@ -45,6 +42,10 @@ def command(
       captionlib generate-captions features -c captioner -o captions --set decoding.beam_width=7 --set decoding.n_best=3
       captionlib generate-captions manifest -c captioner -o captions --ranker ranker --embeddings embeddings --workers 2
     """
+    from captionlib.config import load_config
+    from captionlib.models.inference.captioning import GenerationConfig
+    from pipelines.generate_captions import generate_captions
+
     settings = load_config(GenerationConfig, config, overrides)
     echo_totals(output, generate_captions(source, checkpoint, output, settings, embeddings=embeddings, **options))
     if embeddings is not None:

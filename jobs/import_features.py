@@ -2,8 +2,6 @@
 
 import click
 
-from captionlib.config import load_config
-from captionlib.data.ingestion.neuraltalk import ImportConfig, import_features
 from jobs.options import config_options, progress_option
 from jobs.summaries import echo_totals
 
@@ -42,6 +40,9 @@ def command(
       captionlib import-features flickr8k/dataset.json flickr8k/vgg_feats.mat -o features
       captionlib import-features dataset.json feats.mat -o features --images coco/ --set variable=feats
     """
+    from captionlib.config import load_config
+    from captionlib.data.ingestion.neuraltalk import ImportConfig, import_features
+
     if images is not None:
         overrides = (*overrides, f"image_root={images}")
     settings = load_config(ImportConfig, config, overrides)

@@ -4,9 +4,6 @@ from typing import Any
 
 import click
 
-from captionlib.collection import CollectionConfig, create_collection
-from captionlib.config import apply_overrides, build_config
-
 __all__ = ["command"]
 
 
@@ -51,6 +48,8 @@ def command(
       captionlib update archive
       captionlib serve archive
     """
+    from captionlib.collection import CollectionConfig, create_collection
+    from captionlib.config import apply_overrides, build_config
     from captionlib.models.inference.captioning import GenerationConfig
 
     addresses: dict[str, list[str]] = {}

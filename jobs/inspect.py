@@ -1,19 +1,20 @@
 """`captionlib inspect`."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from captionlib.config import to_dict
-from captionlib.data.shards.inspection import DatasetReport, inspect_dataset
-from captionlib.data.shards.markers import DESCRIPTION_FILE
 from captionlib.errors import DatasetError
-from captionlib.search.index_folder import DESCRIPTION as INDEX, IndexDescription, read_description
-from captionlib.storage.folders import Folder
+
+if TYPE_CHECKING:
+    from captionlib.data.shards.inspection import DatasetReport
+    from captionlib.search.index_folder import IndexDescription
 
 __all__ = ["command"]
 
@@ -31,6 +32,12 @@ def command(folder: str, as_json: bool, verify: bool) -> None:
       captionlib inspect s3://bucket/captions --verify
       captionlib inspect captioner --json
     """
+    from captionlib.config import to_dict
+    from captionlib.data.shards.inspection import inspect_dataset
+    from captionlib.data.shards.markers import DESCRIPTION_FILE
+    from captionlib.search.index_folder import DESCRIPTION as INDEX, read_description
+    from captionlib.storage.folders import Folder
+
     names = Folder(folder).list()
     if DESCRIPTION_FILE in names:
         report = inspect_dataset(folder, verify)
@@ -90,6 +97,8 @@ def _describe(report: DatasetReport, verified: bool) -> str:
 
 
 def _describe_index(folder: str, index: IndexDescription) -> str:
+    from captionlib.config import to_dict
+
     missing = sum(dataset.shards for dataset in index.captions) - len(index.shards)
     layout = index.layout
     vectors = f", {layout.encoding} in {layout.nlist:,} lists, {layout.nprobe:,} probed per query" if layout else ""

@@ -81,10 +81,11 @@ def pipeline_options(command: Command) -> Command:
 
     Beam's own options follow `--`.
     """
-    from pipelines.run import RunConfig  # imports Beam, which commands without a pipeline do not need
 
     @functools.wraps(command)
     def collect(**options: Any) -> Any:
+        from pipelines.run import RunConfig
+
         run = RunConfig(**{field.name: options.pop(field.name) for field in dataclasses.fields(RunConfig)})
         return command(run=run, **options)
 

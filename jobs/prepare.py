@@ -1,11 +1,14 @@
 """The command `captionlib prepare`."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import click
 
-from captionlib.data.ingestion.changes import Changes
-from captionlib.data.ingestion.prepare import PrepareConfig, PrepareSummary, prepare
-from captionlib.data.sources.formats import SOURCE_FORMATS
-from captionlib.data.sources.rows import SourceOptions
+if TYPE_CHECKING:
+    from captionlib.data.ingestion.changes import Changes
+    from captionlib.data.ingestion.prepare import PrepareSummary
 
 __all__ = ["command"]
 
@@ -16,7 +19,7 @@ __all__ = ["command"]
 @click.option(
     "--format",
     "source_format",
-    type=click.Choice(["auto", *SOURCE_FORMATS]),
+    type=click.Choice(["auto", "folder", "coco", "karpathy", "flickr", "table", "webdataset", "hf-parquet"]),
     default="auto",
     show_default=True,
     help="Format of SOURCE. With auto, it is detected from file names and contents.",
@@ -151,6 +154,9 @@ def command(
     hf-parquet: Parquet with embedded images, in a column of bytes or of struct<bytes, path>, as on Hugging Face.
       captionlib prepare 'data/train-*.parquet' --default-split train -o manifest
     """
+    from captionlib.data.ingestion.prepare import PrepareConfig, prepare
+    from captionlib.data.sources.rows import SourceOptions
+
     options = SourceOptions(
         image_root=images,
         default_split=default_split,

@@ -1,25 +1,25 @@
 """The command `captionlib query`."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import pyarrow as pa
 
-from captionlib.collection import is_collection, open_collection
-from captionlib.config import load_config
-from captionlib.search.index_folder import DESCRIPTION
-from captionlib.search.output import OutputFormat, write_output
-from captionlib.search.sql.isolation import Query, run_isolated
-from captionlib.search.sql.queries import count_words, find_captions, find_image, find_top_captions
-from captionlib.search.sql.session import SqlLimits, open_sql
-from captionlib.storage.folders import Folder, stage_file
 from jobs.options import config_options, weights_option
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from captionlib.search.output import OutputFormat
+    from captionlib.search.sql.isolation import Query
+    from captionlib.search.sql.session import SqlLimits
 
 __all__ = ["command", "limit_rows"]
 
@@ -71,7 +71,7 @@ class _SectionedCommand(click.Command):
 @click.option("--contains", metavar="WORDS", help="Captions with all these words, most probable first.")
 @click.option("--top", type=click.IntRange(min=1), metavar="N", help="The N most probable captions.")
 @click.option("--count-words", type=click.IntRange(min=1), metavar="N", help="The N most frequent words.")
-@click.option("--memory", default=SqlLimits.memory, show_default=True, help="Memory to use before spilling to disk.")
+@click.option("--memory", default="2GB", show_default=True, help="Memory to use before spilling to disk.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads. [default: one per core]")
 @click.option("--limit", type=click.IntRange(min=0), metavar="N", help="Maximum number of rows. [default: 20, or all]")
 @click.option(
@@ -117,7 +117,8 @@ def command(
     A dataset is queried with SQL. Its rows are in a view that is named after its kind: captions, features, manifest or
     embeddings. A second view, named failures, contains the images that could not be processed. Both include only
     complete shards. SQL from untrusted users is safe: a query cannot change the dataset or access anything else, and
-    runs in a process that is killed if it takes longer than --timeout or uses 512 MiB more than --memory.
+    runs in a process that is killed if it takes longer than --timeout or uses 512 MiB more than --memory. The same
+    limits apply to --where.
 
     \b
     Examples:
@@ -140,6 +141,13 @@ def command(
       captionlib query captions --sql "SELECT error, count(*) FROM failures GROUP BY 1"
       captionlib query s3://bucket/captions --sql "FROM captions" --format parquet --output all.parquet
     """
+    from captionlib.collection import is_collection
+    from captionlib.search.index_folder import DESCRIPTION
+    from captionlib.search.output import write_output
+    from captionlib.search.sql.isolation import run_query
+    from captionlib.search.sql.session import SqlLimits
+    from captionlib.storage.folders import Folder, stage_file
+
     if output_format == "parquet" and output is None and sys.stdout.isatty():
         raise click.UsageError("Parquet is a binary format: specify --output FILE, or write to a pipe.")
     values: dict[str, Any] = {name: value for name, value in queries_and_options.items() if value is not None}
@@ -147,19 +155,18 @@ def command(
         values["set"] = overrides
     if len(folders) == 1 and is_collection(folders[0]):
         folders = _enter_collection(folders[0], values)
-    folder = folders[0]
+    folder, limits = folders[0], SqlLimits(memory, threads)
     if len(folders) == 1 and Folder(folder).exists(DESCRIPTION):
         advice = "a dataset; query the captions that the index was built from"
         query = _choose_query(values, _INDEX_QUERIES, set(_DATASET_QUERIES), advice)
         open_rows: Query = partial(_query_index, folder, query, values, 20 if limit is None else limit)
-        # The memory of an index is not limited: most of it is mapped files.
-        result = run_isolated(open_rows, None, timeout) if "where" in values else open_rows()
+        # Models count towards the memory limit, but the files of the index do not: they are mapped.
+        result = run_query(open_rows, limits.memory_bytes, timeout) if "where" in values else open_rows()
     else:
         advice = f"an index, but {' '.join(folders)} is not an index; see `captionlib build-index`"
         query = _choose_query(values, _DATASET_QUERIES, {*_INDEX_QUERIES, *_INDEX_OPTIONS}, advice)
-        limits = SqlLimits(memory, threads)
         open_rows = partial(_query_dataset, folders, query, values[query], limit, limits)
-        result = run_isolated(open_rows, limits.memory_bytes, timeout)
+        result = run_query(open_rows, limits.memory_bytes, timeout)
     with result as rows:
         if output is None:
             _print_rows(rows, output_format, escape_formulas)
@@ -171,6 +178,8 @@ def command(
 
 def _enter_collection(folder: str, values: dict[str, Any]) -> tuple[str, ...]:
     """Returns the index of a collection, or its captions if only they can be queried. Adds the collection's ranker."""
+    from captionlib.collection import open_collection
+
     collection = open_collection(folder)
     if values.keys() & set(_DATASET_QUERIES) - set(_INDEX_QUERIES):
         return tuple(map(collection.captions, collection.config.sources))
@@ -200,6 +209,9 @@ def _flag(name: str) -> str:
 def _query_dataset(
     folders: tuple[str, ...], query: str, value: Any, limit: int | None, limits: SqlLimits
 ) -> Iterator[pa.RecordBatchReader]:
+    from captionlib.search.sql.queries import count_words, find_captions, find_image, find_top_captions
+    from captionlib.search.sql.session import open_sql
+
     with open_sql(folders, limits=limits) as session:
         queries: dict[str, Callable[[Any], pa.RecordBatchReader]] = {
             "sql": session.stream,
@@ -219,6 +231,8 @@ def _query_index(
 
 
 def _search_index(folder: str, query: str, values: Mapping[str, Any], limit: int) -> pa.Table:
+    import pyarrow as pa
+
     if query == "image":
         return _query_by_image(folder, values, limit)
     needs_ranker = query in ("sentence", "hybrid")
@@ -241,6 +255,7 @@ def _search_index(folder: str, query: str, values: Mapping[str, Any], limit: int
 
 
 def _query_by_image(folder: str, values: Mapping[str, Any], limit: int) -> pa.Table:
+    from captionlib.config import load_config
     from captionlib.data.images.fetching import ImageFetcher
     from captionlib.models.checkpoints.checkpoint import load_ranker  # imports torch, which takes seconds
     from captionlib.models.inference.captioning import GenerationConfig
@@ -272,6 +287,7 @@ def _query_by_image(folder: str, values: Mapping[str, Any], limit: int) -> pa.Ta
 
 def limit_rows(rows: pa.RecordBatchReader, limit: int) -> pa.RecordBatchReader:
     """Returns the first `limit` rows, without reading the others."""
+    import pyarrow as pa
 
     def slice_batches(remaining: int) -> Iterator[pa.RecordBatch]:
         for batch in rows:
@@ -285,6 +301,8 @@ def limit_rows(rows: pa.RecordBatchReader, limit: int) -> pa.RecordBatchReader:
 
 def _print_rows(rows: pa.RecordBatchReader, output_format: OutputFormat, escape_formulas: bool) -> None:
     """Prints rows; a table is fitted to the width of the terminal."""
+    from captionlib.search.output import write_output
+
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     try:
         count = write_output(rows, sys.stdout.buffer, output_format, width, escape_formulas)

@@ -1,18 +1,18 @@
 """The command `captionlib remove`."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from captionlib.collection import is_collection, open_collection
-from captionlib.data.shards.dataset import open_dataset
-from captionlib.data.shards.removal import Removal, plan_removal
 from captionlib.errors import ConfigError
-from captionlib.search.index_folder import DESCRIPTION, read_description, user_cache_folder
-from captionlib.storage.folders import Folder
-from captionlib.storage.lock import lock_folder
+
+if TYPE_CHECKING:
+    from captionlib.data.shards.removal import Removal
 
 __all__ = ["command"]
 
@@ -22,9 +22,7 @@ _ORDER = ("manifest", "features", "captions", "embeddings", "duplicates")  # inp
 @click.command()
 @click.argument("folders", nargs=-1, required=True, metavar="FOLDER...")
 @click.option("--id", "ids", multiple=True, metavar="ID", help="Id of an image to remove. Repeatable.")
-@click.option(
-    "--ids", "files", multiple=True, type=click.Path(exists=True, dir_okay=False), help="File with one id per line."
-)
+@click.option("--ids", "files", multiple=True, metavar="FILE", help="File with one id per line. Repeatable.")
 @click.option("--reason", default="", metavar="TEXT", help="Why the images are removed; kept in the manifest.")
 @click.option("--dry-run", is_flag=True, help="Only show how many images would be removed.")
 @click.option(
@@ -50,7 +48,10 @@ def command(
       captionlib remove holidays --ids ids.txt --dry-run
       captionlib remove manifest features captions embeddings index --ids ids.txt
     """
-    wanted = [*ids, *(line for file in files for line in Path(file).read_text(encoding="utf-8").splitlines() if line)]
+    from captionlib.data.shards.dataset import open_dataset
+    from captionlib.data.shards.removal import plan_removal
+
+    wanted = [*ids, *(image_id for file in files for image_id in _read_ids(file))]
     if not wanted:
         raise click.UsageError("expected the images to remove with --id or --ids, got none.")
     with ExitStack() as stack:
@@ -70,10 +71,24 @@ def command(
         click.echo("No manifest was given: its next update adds the images again.", err=True)
 
 
+def _read_ids(file: str) -> list[str]:
+    try:
+        return [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--ids: {file} cannot be read ({error}); expected a text file with one id per line"
+        ) from error
+
+
 def _find_datasets(
     folders: Sequence[str], stack: ExitStack, command_name: str, dry_run: bool
 ) -> tuple[list[str], list[str]]:
     """Returns the addresses of the datasets and of the indexes. Locks collections until `stack` is closed."""
+    from captionlib.collection import is_collection, open_collection
+    from captionlib.search.index_folder import DESCRIPTION
+    from captionlib.storage.folders import Folder
+    from captionlib.storage.lock import lock_folder
+
     datasets: list[str] = []
     indexes: list[str] = []
     for folder in folders:
@@ -91,6 +106,8 @@ def _find_datasets(
 
 
 def _rebuild_index(address: str) -> None:
+    from captionlib.search.index_folder import read_description
+    from captionlib.storage.folders import Folder
     from pipelines.build_index import build_index
     from pipelines.run import RunConfig
 
@@ -108,6 +125,8 @@ def _rebuild_index(address: str) -> None:
 
 
 def _remove_thumbnails(plans: Sequence[Removal], folder: str | None) -> None:
+    from captionlib.search.index_folder import user_cache_folder
+
     path = Path(folder) if folder else user_cache_folder() / "thumbnails"
     if path.is_dir():
         from captionlib.serving.thumbnails import remove_thumbnails

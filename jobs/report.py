@@ -1,17 +1,17 @@
 """`captionlib report`."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import click
 
-from captionlib.data.sources.locations import locate, resolve_uri
-from captionlib.evaluation.encoder_views import read_encoder_view
-from captionlib.evaluation.evaluate import Evaluation, evaluate_predictions
-from captionlib.evaluation.predictions import load_predictions
-from captionlib.evaluation.report import write_report
-from captionlib.models.checkpoints.checkpoint import load_captioner
 from jobs.options import progress_option
+
+if TYPE_CHECKING:
+    from captionlib.evaluation.evaluate import Evaluation
 
 __all__ = ["command"]
 
@@ -49,6 +49,13 @@ def command(
       captionlib report captions -o report --manifest manifest --split val --checkpoint captioner
       captionlib report result_struct.json -o report --images photos
     """
+    from captionlib.data.sources.locations import locate, resolve_uri
+    from captionlib.evaluation.encoder_views import read_encoder_view
+    from captionlib.evaluation.evaluate import evaluate_predictions
+    from captionlib.evaluation.predictions import load_predictions
+    from captionlib.evaluation.report import write_report
+    from captionlib.models.checkpoints.checkpoint import load_captioner
+
     predictions = load_predictions(captions, manifest, splits)
     with_references = [prediction for prediction in predictions if prediction.references]
     evaluation = evaluate_predictions(with_references) if with_references else None

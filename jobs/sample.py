@@ -5,10 +5,6 @@ from dataclasses import asdict
 
 import click
 
-from captionlib.config import load_config
-from captionlib.models.checkpoints.checkpoint import load_language_model
-from captionlib.models.decoding.config import DecodingConfig
-from captionlib.models.decoding.text_sampling import sample_texts
 from jobs.options import config_options, device_option
 
 __all__ = ["command"]
@@ -59,6 +55,11 @@ def command(
       captionlib sample language-model --prefix "a dog" --temperature 0.7 --set no_repeat_ngram_size=3
       captionlib sample author --length 1000 --top-p 0.9 --seed 1
     """
+    from captionlib.config import load_config
+    from captionlib.models.checkpoints.checkpoint import load_language_model
+    from captionlib.models.decoding.config import DecodingConfig
+    from captionlib.models.decoding.text_sampling import sample_texts
+
     language_model = load_language_model(checkpoint, device)
     length = length or _DEFAULT_LENGTHS[language_model.layout][language_model.vocabulary.level]
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}

@@ -8,12 +8,7 @@ from typing import Any
 
 import click
 
-from captionlib.collection import is_collection, open_collection
-from captionlib.config import build_config, load_config, to_dict
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.search.index_folder import DESCRIPTION, user_cache_folder
-from captionlib.serving.config import ServingConfig
-from captionlib.storage.folders import Folder
 from jobs.options import config_options, device_option, weights_option
 
 __all__ = ["command", "listen"]
@@ -40,7 +35,7 @@ _SHUTDOWN_SECONDS = 5
 @click.option(
     "--max-upload",
     type=click.IntRange(min=1),
-    default=ServingConfig.max_upload_bytes // 2**20,
+    default=16,
     show_default=True,
     metavar="MB",
     help="Maximum size of an uploaded image.",
@@ -87,8 +82,13 @@ def command(
     import uvicorn
     from uvicorn.supervisors import Multiprocess
 
+    from captionlib.collection import is_collection, open_collection
+    from captionlib.config import to_dict
+    from captionlib.search.index_folder import DESCRIPTION, user_cache_folder
+    from captionlib.serving.config import ServingConfig
     from captionlib.serving.connections import LimitedConnection
     from captionlib.serving.startup import AppConfig
+    from captionlib.storage.folders import Folder
 
     if is_collection(index):
         collection = open_collection(index)
@@ -140,6 +140,8 @@ def command(
 
 def _load_generation(captioner: str | None, config: str | None, overrides: tuple[str, ...]) -> dict[str, Any]:
     """Returns the values of the configuration of captions for uploaded images."""
+    from captionlib.config import load_config, to_dict
+
     if captioner is None:
         if config is not None or overrides:
             raise click.UsageError("--config and --set configure the captions of uploaded images; add --captioner.")
@@ -176,6 +178,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def create() -> Any:
     """Creates the application in a server process; uvicorn calls this function by name."""
+    from captionlib.config import build_config
     from captionlib.serving.startup import AppConfig, load_app
 
     return load_app(build_config(AppConfig, json.loads(os.environ[_APP_CONFIG])))

@@ -4,11 +4,7 @@ from datetime import timedelta
 
 import click
 
-from captionlib.collection import open_collection
-from captionlib.data.shards.inspection import inspect_dataset
 from captionlib.errors import DatasetError
-from captionlib.search.index_folder import read_description
-from captionlib.storage.folders import Folder
 
 __all__ = ["command"]
 
@@ -26,6 +22,11 @@ def command(collection: str) -> None:
       captionlib status holidays
       captionlib update holidays --dry-run
     """
+    from captionlib.collection import open_collection
+    from captionlib.data.shards.inspection import inspect_dataset
+    from captionlib.search.index_folder import read_description
+    from captionlib.storage.folders import Folder
+
     opened = open_collection(collection)
     pending = False
     for address in opened.list_datasets():

@@ -1,8 +1,13 @@
 """Prints the summary at the end of a pipeline command."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import click
 
-from captionlib.data.shards.markers import Totals
+if TYPE_CHECKING:
+    from captionlib.data.shards.markers import Totals
 
 __all__ = ["echo_totals"]
 

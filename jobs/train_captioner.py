@@ -5,11 +5,6 @@ from typing import Any
 
 import click
 
-from captionlib.config import load_config
-from captionlib.data.shards.dataset import open_dataset
-from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
-from captionlib.training.distributed import is_first_process
-from captionlib.training.finetuning import FinetuningConfig, finetune_captioner
 from jobs.options import training_options
 
 __all__ = ["command"]
@@ -59,6 +54,12 @@ def command(
     encoder.safetensors), resolved.json with all settings of the run, metrics.jsonl and curves.png, tensorboard/, the
     state to resume from in _training/, and the unreadable images in __failures/.
     """
+    from captionlib.config import load_config
+    from captionlib.data.shards.dataset import open_dataset
+    from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
+    from captionlib.training.distributed import is_first_process
+    from captionlib.training.finetuning import FinetuningConfig, finetune_captioner
+
     if init_from is not None:
         overrides = (*overrides, f"init_from={json.dumps(init_from)}")
     if open_dataset(source).kind == "manifest":

@@ -4,8 +4,6 @@ from typing import Any
 
 import click
 
-from captionlib.config import load_config
-from captionlib.training.language_modeling import LanguageModelTrainingConfig, train_language_model
 from jobs.options import training_options
 
 __all__ = ["command"]
@@ -34,6 +32,9 @@ def command(source: str, output: str, config: str | None, overrides: tuple[str, 
     The output folder contains the checkpoint (model.safetensors, config.json, training.json), resolved.json with all
     settings of the run, metrics.jsonl and curves.png, tensorboard/, and the state to resume from in _training/.
     """
+    from captionlib.config import load_config
+    from captionlib.training.language_modeling import LanguageModelTrainingConfig, train_language_model
+
     settings = load_config(LanguageModelTrainingConfig, config, overrides)
     history = train_language_model(source, output, settings, **options)
     best = min(history, key=lambda row: row["perplexity"])

@@ -4,9 +4,6 @@ from typing import Any
 
 import click
 
-from captionlib.config import load_config
-from captionlib.training.distributed import is_first_process
-from captionlib.training.ranking import RankerTrainingConfig, train_ranker
 from jobs.options import training_options
 
 __all__ = ["command"]
@@ -35,6 +32,10 @@ def command(features: str, output: str, config: str | None, overrides: tuple[str
     The output folder contains the checkpoint (model.safetensors, config.json, training.json), resolved.json with all
     settings of the run, metrics.jsonl and curves.png, tensorboard/, and the state to resume from in _training/.
     """
+    from captionlib.config import load_config
+    from captionlib.training.distributed import is_first_process
+    from captionlib.training.ranking import RankerTrainingConfig, train_ranker
+
     settings = load_config(RankerTrainingConfig, config, overrides)
     history = train_ranker(features, output, settings, **options)
     best = max(history, key=lambda row: row["mean_recall"])

@@ -1,15 +1,18 @@
 """The command `captionlib update`."""
 
+from __future__ import annotations
+
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import click
 
-from captionlib.collection import COLLECTION_FILE, Collection, SourceConfig, open_collection
-from captionlib.config import build_config
-from captionlib.storage.lock import lock_folder
 from jobs.options import device_option, pipeline_options
 from jobs.summaries import echo_totals
-from pipelines.run import RunConfig
+
+if TYPE_CHECKING:
+    from captionlib.collection import Collection, SourceConfig
+    from pipelines.run import RunConfig
 
 __all__ = ["command"]
 
@@ -32,6 +35,9 @@ def command(collection: str, dry_run: bool, allow_removal: bool, device: str, ru
       captionlib update holidays --dry-run
       captionlib update s3://bucket/archive -- --runner=FlinkRunner --flink_master=localhost:8081 --parallelism=2
     """
+    from captionlib.collection import open_collection
+    from captionlib.storage.lock import lock_folder
+
     opened = open_collection(collection)
     if dry_run:
         for source in opened.config.sources:
@@ -70,6 +76,8 @@ def _prepare(
 
 def _caption(collection: Collection, source: SourceConfig, device: str, run: RunConfig) -> None:
     """Writes captions and embeddings, in one pass if the captioner and the ranker have the same encoder."""
+    from captionlib.collection import COLLECTION_FILE
+    from captionlib.config import build_config
     from captionlib.models.inference.captioning import SHARED_CAPTIONERS, GenerationConfig
     from captionlib.models.inference.embedding import SHARED_RANKERS, EmbeddingConfig
     from pipelines.embed_images import embed_images

@@ -204,6 +204,7 @@ class _RowFilter:
         try:
             cursor = self._connection.cursor()
             cursor.register("captions", self._rows)  # a registered view exists only in its cursor
+            cursor.extract_statements(f"SELECT [(\n{where}\n)]")  # rejects `true) UNION (SELECT 1`, which fits `sql`
             check_reads_only(cursor, sql)
             rows = cursor.execute(sql, list(parameters)).fetchnumpy()["row"]
         except (duckdb.Error, QueryError) as error:

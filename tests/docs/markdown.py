@@ -10,8 +10,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md"])
 
-_BLOCK = re.compile(r"^ *```(?:sh)?\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
-_SHELL_BLOCK = re.compile(r"^ *```sh\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 
 
 def read_commands(page: Path, only_shell: bool = False) -> list[list[str]]:
@@ -21,8 +20,8 @@ def read_commands(page: Path, only_shell: bool = False) -> list[list[str]]:
         page: a Markdown file.
         only_shell: read only the blocks marked as `sh`.
     """
-    text = page.read_text(encoding="utf-8")
-    blocks = (_SHELL_BLOCK if only_shell else _BLOCK).findall(text)
+    languages = ("sh",) if only_shell else ("sh", "")
+    blocks = [text for language, text in _BLOCK.findall(page.read_text(encoding="utf-8")) if language in languages]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [
         words[words.index("captionlib") + 1 :]

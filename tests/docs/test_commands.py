@@ -86,7 +86,12 @@ def test_configuration_keys_in_the_text_exist() -> None:
 def list_config_types(name: str) -> list[Any]:
     """Returns the configuration classes in the module of a command."""
     module = importlib.import_module(f"jobs.{name.replace('-', '_')}")
-    return [value for key, value in vars(module).items() if key.endswith("Config") and dataclasses.is_dataclass(value)]
+    types = [value for key, value in vars(module).items() if key.endswith("Config") and dataclasses.is_dataclass(value)]
+    return [config_type for config_type in types if not any(map(is_required, dataclasses.fields(config_type)))]
+
+
+def is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def list_keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -3,13 +3,22 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
 from click.testing import CliRunner
 
+from captionlib.data.sources.formats import SOURCE_FORMATS
 from captionlib.errors import DatasetError, TrainingInterrupted
+from captionlib.evaluation.bootstrap import BootstrapConfig
+from captionlib.evaluation.evaluate import TRAIN_SPLITS
+from captionlib.evaluation.retrieval import PROTOCOLS
 from captionlib.progress import hide_progress, progress_bar
+from captionlib.search.duplicates import DEFAULT_THRESHOLD
+from captionlib.search.output import OutputFormat
+from captionlib.search.sql.session import SqlLimits
+from captionlib.serving.config import ServingConfig
 from jobs.cli import COMMANDS, captionlib, main
 
 NAMES = [name for commands in COMMANDS.values() for name in commands]
@@ -27,14 +36,47 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "captionlib", *arguments], capture_output=True, text=True, check=False)
 
 
-def test_help_imports_no_heavy_libraries() -> None:
-    heavy = ["torch", "torchvision", "apache_beam", "pyarrow", "duckdb", "numpy"]
-    code = (
-        "import sys\nfrom click.testing import CliRunner\nfrom jobs.cli import captionlib\n"
-        "assert CliRunner().invoke(captionlib, ['--help']).exit_code == 0\n"
-        f"print([name for name in {heavy} if name in sys.modules])"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+def test_help_and_usage_errors_import_no_heavy_libraries() -> None:
+    heavy = ["torch", "torchvision", "apache_beam", "duckdb", "pyarrow", "numpy", "pydantic"]
+    code = f"""
+import sys
+from click.testing import CliRunner
+from jobs.cli import COMMANDS, captionlib
+
+runner = CliRunner()
+assert runner.invoke(captionlib, ["--help"]).exit_code == 0
+assert runner.invoke(captionlib, [], env={{"_CAPTIONLIB_COMPLETE": "bash_source"}}, prog_name="captionlib").output
+for name in [name for commands in COMMANDS.values() for name in commands]:
+    assert runner.invoke(captionlib, [name, "--help"]).exit_code == 0, name
+    assert runner.invoke(captionlib, [name, "--no-such-option"]).exit_code == 2, name
+    completion = {{"_CAPTIONLIB_COMPLETE": "bash_complete", "COMP_WORDS": f"captionlib {{name}} --", "COMP_CWORD": "2"}}
+    assert "--help" in runner.invoke(captionlib, [], env=completion, prog_name="captionlib").output, name
+    print(name, [module for module in {heavy} if module in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stderr == ""
+    assert result.stdout.splitlines() == [f"{name} []" for name in NAMES]
+
+
+def test_choices_and_defaults_equal_those_of_the_library() -> None:
+    def get_option(command: str, name: str) -> click.Option:
+        with click.Context(captionlib) as context:
+            parameters = captionlib.get_command(context, command).params  # type: ignore[union-attr]
+        return next(option for option in parameters if isinstance(option, click.Option) and name == option.name)
+
+    def get_choices(command: str, name: str) -> list[str]:
+        choice = get_option(command, name).type
+        assert isinstance(choice, click.Choice)
+        return list(choice.choices)
+
+    assert get_choices("prepare", "source_format") == ["auto", *SOURCE_FORMATS]
+    assert get_choices("evaluate", "protocol") == list(PROTOCOLS)
+    assert get_choices("query", "output_format") == list(get_args(OutputFormat))
+    assert get_option("evaluate", "train_splits").default == TRAIN_SPLITS
+    assert get_option("evaluate", "bootstrap_samples").default == BootstrapConfig.samples
+    assert get_option("query", "memory").default == SqlLimits.memory
+    assert get_option("deduplicate", "threshold").default == DEFAULT_THRESHOLD
+    assert get_option("serve", "max_upload").default * 2**20 == ServingConfig.max_upload_bytes
 
 
 def test_help_lists_all_commands_in_order() -> None:
@@ -170,10 +212,3 @@ def test_any_error_becomes_one_line(
     monkeypatch.setattr(captionlib, "invoke", fail)
     assert call("inspect", "x") == 1
     assert capsys.readouterr() == ("", message)
-
-
-def test_training_commands_do_not_import_beam() -> None:
-    script = "import sys, jobs.train_captioner, jobs.train_ranker; print('apache_beam' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "False\n"
-    )

@@ -118,3 +118,23 @@ def test_another_ranker_is_rejected(index: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("captionlib.models.checkpoints.checkpoint.load_ranker", lambda folder, device="cpu": model)
     with pytest.raises(CheckpointError, match="expected the ranker ranker-of-words"):
         captions(index, "--sentence", "a dog", "--ranker", "other")
+
+
+def test_where_is_limited_in_time_and_memory(index: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    endless = "(SELECT sum(hash(range)) FROM range(1000000000000)) > 0"
+    with pytest.raises(QueryError, match=r"^query: stopped after 0\.5 seconds; simplify it or raise --timeout$"):
+        captions(index, "--text", "dog", "--where", endless, "--timeout", 0.5)
+    monkeypatch.setattr("captionlib.search.sql.isolation._UNTRACKED_BYTES", 2**27)
+    large = "length(repeat(caption, 200000000)) > 0"
+    with pytest.raises(QueryError, match=r"^query: needs more than 0\.1 GB of memory; simplify it or raise --memory$"):
+        captions(index, "--text", "dog", "--where", large, "--memory", "100MB")
+
+
+def test_errors_are_the_same_with_a_condition(index: str, ranker: str, tmp_path: Path) -> None:
+    where = ("--where", "split = 'val'")
+    result = run("query", index, "--sentence", "a dog", *where)
+    assert result.exit_code == 2
+    assert "--sentence needs --ranker FOLDER" in result.output
+    with pytest.raises(FetchError) as error:
+        captions(index, "--image", tmp_path / "nothing.png", "--ranker", ranker, *where)
+    assert error.value.reason == "NotFound"

@@ -317,26 +317,6 @@ def test_moved_rows_keep_their_vectors_and_others_are_removed(tmp_path: Path) ->
     assert (tmp_path / "all").read_bytes() == (tmp_path / "fresh").read_bytes()
 
 
-def test_layout_is_outgrown_only_by_more_rows() -> None:
-    config = IndexConfig()
-    flat, sq8 = (VectorLayout.choose(config, rows, 256) for rows in (19_999, 100_000))
-    assert flat.is_outgrown(config, 20_000)
-    assert not flat.is_outgrown(config, 19_999)
-    assert not sq8.is_outgrown(config, 400_000)
-    assert sq8.is_outgrown(config, 400_001)
-    assert not sq8.is_outgrown(config, 10), "an index near the limit would change its layout with every update"
-
-
-def test_layout_is_chosen_by_the_number_of_rows() -> None:
-    chosen = [VectorLayout.choose(IndexConfig(), rows, 256) for rows in (0, 19_999, 1_000_000, 100_000_000)]
-    assert [(layout.encoding, layout.nlist) for layout in chosen] == [
-        ("Flat", 1),
-        ("Flat", 1),
-        ("SQ8", 2048),
-        ("PQ64", 16384),
-    ]
-
-
 def test_two_names_of_a_split_select_the_same_images(few: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("captionlib.data.splits._VALIDATION_NAMES", frozenset({"test", "dev"}))
     for search in (few.search_text, few.search_hybrid):

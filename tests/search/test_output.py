@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import re
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
@@ -66,6 +67,27 @@ def test_single_row_that_is_too_wide_is_shown_as_lines() -> None:
         "      a dog  -4",
     ]
     assert write([row, row], NESTED, "table", width=40).count("─") > 0
+
+
+@pytest.mark.parametrize(
+    ("width", "lines"), [(7, ["a  b", "─  ─────", "x  yyyyy"]), (8, ["a  b", "─  ─────", "x  yyyyy"])]
+)
+def test_single_row_that_fits_is_a_table(width: int, lines: list[str]) -> None:
+    row = {"a": "x", "b": "yyyyy"}
+    expected = lines if width == 8 else ["a  x", "b  yyyyy"]
+    assert write([row], pa.schema({"a": pa.string(), "b": pa.string()}), "table", width).splitlines() == expected
+
+
+def test_single_row_lists_texts_and_numbers() -> None:
+    schema = pa.schema({"words": pa.list_(pa.string()), "n": pa.list_(pa.int8()), "none": pa.list_(pa.int8())})
+    text = write([{"words": ["a dog", "b\nc"], "n": [1, 2], "none": []}], schema, "table", 8)
+    assert text.splitlines() == ["words  a dog", r"       b\nc", "n      1", "       2", "none   []"]
+
+
+def test_table_is_indented_like_its_values_and_keeps_accents_beside_control_characters() -> None:
+    rows = [{"x": "  é\x07", "y": ""}, {"x": "b", "y": ""}]
+    lines = write(rows, pa.schema({"x": pa.string(), "y": pa.string()}), "table").splitlines()
+    assert lines == ["x        y", "───────  ─", r"  é\x07", "b"]
 
 
 def test_nested_lists_are_truncated_to_the_terminal() -> None:
@@ -137,6 +159,21 @@ def test_escaped_text_can_be_restored(texts: list[str]) -> None:
     assert [re.sub(r"^'(?='*[=+\-@\t\r\n])", "", cell) for cell in cells[1:]] == texts
 
 
+def test_csv_escapes_formulas_by_default() -> None:
+    assert write([{"x": "=1"}], pa.schema({"x": pa.string()}), "csv") == '"x"\n"\'=1"\n'
+
+
+def test_json_lines_keep_every_digit_and_character() -> None:
+    schema = pa.schema(
+        {"d": pa.float64(), "h": pa.decimal128(38, 0), "c": pa.decimal128(4, 1), "b": pa.binary(), "t": pa.string()}
+    )
+    row = {"d": 0.1234567891234, "h": Decimal(2**100 + 1), "c": Decimal("1.5"), "b": b"\xaab", "t": "café"}
+    sink = io.BytesIO()
+    write_output(pa.Table.from_pylist([row, row], schema).to_reader(), sink, "jsonl")
+    line = f'{{"d": 0.1234567891234, "h": {2**100 + 1}, "c": 1.5, "b": "\\\\xaab", "t": "café"}}\n'
+    assert sink.getvalue().decode() == 2 * line
+
+
 def test_json_lines_have_the_shortest_digits_of_float32() -> None:
     lines = write(ROWS, SCHEMA, "jsonl").splitlines()
     assert lines[0] == '{"image_id": "a", "log_prob": -3.21, "tokens": 5}'
@@ -169,3 +206,4 @@ def test_parquet_keeps_types() -> None:
     table = pa.Table.from_pylist(ROWS, SCHEMA)
     assert write_output(table.to_reader(), sink, "parquet") == 2
     assert pq.read_table(io.BytesIO(sink.getvalue())).equals(table)
+    assert pq.read_metadata(io.BytesIO(sink.getvalue())).row_group(0).column(0).compression == "ZSTD"

@@ -4,9 +4,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from captionlib.errors import DatasetError
+from captionlib.errors import DatasetError, QueryError
 from captionlib.search.index_folder import compute_hash
-from captionlib.search.rows import CANDIDATES, COLUMNS, ROWS, CandidateStore, RowStore, find_duplicate_id, write_rows
+from captionlib.search.rows import (
+    CANDIDATES,
+    COLUMNS,
+    ROWS,
+    CandidateStore,
+    RowStore,
+    find_duplicate_id,
+    number_rows,
+    read_rows,
+    write_rows,
+)
 
 SIZES = (90, 0, 1300)
 
@@ -66,6 +76,62 @@ def test_sample_is_evenly_spaced(store: RowStore) -> None:
 
 def test_filter_returns_row_numbers_across_files(store: RowStore) -> None:
     assert store.find_matching("image_id IN ('3', '89', '90', '1389')").tolist() == [3, 89, 90, 1389]
+
+
+def test_filter_takes_parameters_and_returns_int64(store: RowStore) -> None:
+    rows = store.find_matching("list_contains(?, image_id) AND split = ? -- comment", [["5", "95"], "val"])
+    assert (rows.tolist(), rows.dtype, rows.flags.c_contiguous) == ([5, 95], np.int64, True)
+    assert store.find_matching("false").dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("where", "problem"),
+    [
+        ("nothing > 1", 'Binder Error: Referenced column "nothing" not found in FROM clause!'),
+        ("error('late')", "Invalid Input Error: late"),
+        ("1 = 1) UNION (SELECT 1", "Parser Error: syntax error"),
+        ("true) LIMIT (1", "Parser Error: syntax error"),
+        ("true), (false", "Parser Error: syntax error"),
+        ("getenv('HOME') = ''", "function getenv is not allowed; a query reads only the dataset"),
+    ],
+)
+def test_wrong_condition_is_one_error_with_an_example(store: RowStore, where: str, problem: str) -> None:
+    with pytest.raises(QueryError) as raised:
+        store.find_matching(where)
+    message = str(raised.value)
+    assert message.startswith(f"where: {problem}")
+    assert message.endswith(
+        " Expected a condition over image_id, uri, split, caption, log_prob, tokens, such as: split = 'val' AND "
+        "log_prob > -10"
+    )
+    assert "\n" not in message
+
+
+def test_splits_are_sorted() -> None:
+    store = RowStore([])
+    values = [{"image_id": "1", "uri": "u", "split": split, "caption": "c"} for split in ("val", "test", "val")]
+    store._batches = [pa.RecordBatch.from_pylist(values, ROWS)] * 2
+    assert store.list_splits() == ["test", "val"]
+
+
+def test_rows_are_numbered_as_int64_even_if_empty(files: list[tuple[Path, Path]]) -> None:
+    (batch,) = number_rows([pa.RecordBatch.from_pylist([], ROWS)])
+    assert batch.schema.field("row") == pa.field("row", pa.int64(), nullable=False)
+
+
+def test_damaged_rows_are_one_error(tmp_path: Path) -> None:
+    (tmp_path / "rows").write_bytes(b"no Arrow file")
+    with pytest.raises(DatasetError, match=r"rows cannot be read \(.+\); build the index again with --overwrite$"):
+        list(read_rows(tmp_path / "rows"))
+
+
+def test_candidates_are_compressed_in_small_batches(files: list[tuple[Path, Path]]) -> None:
+    path = files[-1][1]
+    with pa.ipc.open_file(str(path)) as reader:
+        sizes = [reader.get_batch(number).num_rows for number in range(reader.num_record_batches)]
+        uncompressed = reader.read_all().nbytes
+    assert sizes == [512, 88, 512, 88, 100]
+    assert path.stat().st_size < uncompressed / 2
 
 
 @pytest.mark.parametrize("row", [0, 89, 90, 601, 602, 1389])

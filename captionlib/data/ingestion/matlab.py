@@ -1,49 +1,47 @@
 """Reads columns of matrices in MATLAB files, with SciPy up to version 7 and with h5py for version 7.3 (HDF5)."""
 
+import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import h5py
 import numpy as np
 import numpy.typing as npt
+import scipy.io
 
 from captionlib.data.sources.locations import locate
-from captionlib.errors import DatasetError
+from captionlib.errors import CaptionlibError, DatasetError, SubprocessError
+from captionlib.isolation import ProcessLimits, run_isolated
+from captionlib.storage.retries import name_errors
 
-__all__ = ["Matrix", "open_matrix"]
+__all__ = ["open_matrix"]
 
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _HDF5_OFFSET = 512  # MATLAB writes its own header before the HDF5 data
 _MAX_COMPRESSION = 100  # zlib compresses zeros 1,000 times; real features, at most a few times
+_BASE_MEMORY_BYTES = 2**29
+_MAX_MEMORY_BYTES = 10 * 2**30  # SciPy holds up to two copies of a matrix of up to 4 GiB, the limit of version 7
+_BASE_TIMEOUT_SECONDS = 60.0
+_MIN_BYTES_PER_SECOND = 2**20
+_BLOCK_BYTES = 2**26
 _SCIPY_TYPES = {"double": 8, "single": 4, "int64": 8, "uint64": 8, "int32": 4, "uint32": 4, "int16": 2, "uint16": 2} | {
     "int8": 1,
     "uint8": 1,
 }
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """A matrix in an open file.
-
-    Attributes:
-        rows: number of rows.
-        columns: number of columns.
-        read_columns: function that takes ascending column indices and returns an array `[indices, rows]`.
-    """
-
-    rows: int
-    columns: int
-    read_columns: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.floating]]
-
-
 @contextmanager
-def open_matrix(address: str, name: str) -> Iterator[Matrix]:
-    """Opens a matrix of a MATLAB file. Matrices are read as a whole up to version 7, and in parts for version 7.3.
+def open_matrix(address: str, name: str) -> Iterator[npt.NDArray[Any]]:
+    """Opens a matrix of a MATLAB file as an array `[rows, columns]`.
+
+    SciPy and HDF5 crash on some damaged files. A child process therefore copies the matrix to a temporary file, which
+    is mapped into memory until the context exits.
 
     Args:
         address: path, or URL of a file to download.
@@ -51,6 +49,7 @@ def open_matrix(address: str, name: str) -> Iterator[Matrix]:
 
     Raises:
         DatasetError: the file cannot be read, or has no numeric matrix with that name.
+        StorageError: the temporary file cannot be written.
     """
     location = locate(address)
     if not location.fs.exists(location.path):
@@ -61,18 +60,50 @@ def open_matrix(address: str, name: str) -> Iterator[Matrix]:
             path = Path(scratch) / "matrix.mat"
             with location.fs.open(location.path, "rb") as source, path.open("wb") as target:
                 shutil.copyfileobj(source, target)
-        with path.open("rb") as file:
-            start = file.read(_HDF5_OFFSET + len(_HDF5_SIGNATURE))
-        is_hdf5 = start.startswith(_HDF5_SIGNATURE) or start[_HDF5_OFFSET:] == _HDF5_SIGNATURE
-        open_file = _open_hdf5 if is_hdf5 else _open_scipy
-        with open_file(path, address, name) as matrix:
-            yield matrix
+        copy = Path(scratch) / "matrix"
+        try:
+            with run_isolated(
+                partial(_copy_matrix, path, address, name, copy), _choose_limits(path, address)
+            ) as output:
+                columns, rows, dtype = json.load(output)
+        except SubprocessError as error:
+            raise DatasetError(
+                f"{address} cannot be read as a MATLAB file: {error}; download or save it again"
+            ) from error
+        yield np.memmap(copy, dtype, "r", shape=(columns, rows)).T
+
+
+def _choose_limits(path: Path, address: str) -> ProcessLimits:
+    size = path.stat().st_size
+    memory_bytes = min(_BASE_MEMORY_BYTES + 2 * _MAX_COMPRESSION * size, _MAX_MEMORY_BYTES)
+    timeout_seconds = _BASE_TIMEOUT_SECONDS + size / _MIN_BYTES_PER_SECOND
+    prefix, advice = f"{address} cannot be read as a MATLAB file", "save only the matrix, without compression"
+    return ProcessLimits(
+        memory_bytes,
+        timeout_seconds,
+        DatasetError(f"{prefix}: it needs more than {memory_bytes / 1e9:.3g} GB of memory; {advice}"),
+        DatasetError(f"{prefix} in {timeout_seconds:.0f} seconds; {advice}"),
+    )
+
+
+def _copy_matrix(path: Path, address: str, name: str, copy: Path, sink: BinaryIO) -> None:
+    """Writes the values of a matrix by column to a file, and its shape and dtype as JSON to `sink`."""
+    with path.open("rb") as file:
+        start = file.read(_HDF5_OFFSET + len(_HDF5_SIGNATURE))
+    is_hdf5 = start.startswith(_HDF5_SIGNATURE) or start[_HDF5_OFFSET:] == _HDF5_SIGNATURE
+    with (_open_hdf5 if is_hdf5 else _open_scipy)(path, address, name) as columns:
+        step = max(1, _BLOCK_BYTES // (columns.shape[1] * columns.dtype.itemsize))
+        with name_errors(str(copy)), copy.open("wb") as file:
+            for first in range(0, columns.shape[0], step):
+                with _raise_dataset_errors(address):
+                    block = np.ascontiguousarray(columns[first : first + step])
+                file.write(block.data)
+        sink.write(json.dumps([*columns.shape, columns.dtype.str]).encode())
 
 
 @contextmanager
-def _open_scipy(path: Path, address: str, name: str) -> Iterator[Matrix]:
-    import scipy.io
-
+def _open_scipy(path: Path, address: str, name: str) -> Iterator[npt.NDArray[Any]]:
+    """Reads the transpose of a matrix as a whole."""
     with _raise_dataset_errors(address):
         variables = {variable: (shape, kind) for variable, shape, kind in scipy.io.whosmat(path)}
         if name not in variables:
@@ -82,14 +113,13 @@ def _open_scipy(path: Path, address: str, name: str) -> Iterator[Matrix]:
             raise _matrix_error(address, name, f"shape {list(shape)} and type {kind}")
         _check_size(shape, _SCIPY_TYPES[kind], path, address)
         values = scipy.io.loadmat(path, variable_names=[name])[name]
-    _check_matrix(values, address, name)
-    yield Matrix(values.shape[0], values.shape[1], lambda indices: values[:, indices].T)
+        _check_matrix(values, address, name)
+    yield values.T
 
 
 @contextmanager
-def _open_hdf5(path: Path, address: str, name: str) -> Iterator[Matrix]:
-    import h5py
-
+def _open_hdf5(path: Path, address: str, name: str) -> Iterator[Any]:
+    """Opens the transpose of a matrix, since MATLAB stores matrices by column."""
     with _raise_dataset_errors(address):
         file = h5py.File(path, "r")
     with file:
@@ -105,34 +135,21 @@ def _open_hdf5(path: Path, address: str, name: str) -> Iterator[Matrix]:
                 raise _matrix_error(address, name, "one that is stored in other files")
             _check_matrix(values, address, name)
             _check_size(values.shape, values.dtype.itemsize, path, address)
-
-        def read_columns(indices: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
-            with _raise_dataset_errors(address):
-                return _read_rows(values, indices)
-
-        # MATLAB stores matrices by column, so that the HDF5 matrix is the transpose.
-        yield Matrix(values.shape[1], values.shape[0], read_columns)
+        yield values
 
 
 @contextmanager
 def _raise_dataset_errors(address: str) -> Iterator[None]:
     try:
         yield
-    except DatasetError:
+    except CaptionlibError:
         raise
     except Exception as error:  # SciPy and h5py raise various exceptions on damaged files
         raise DatasetError(f"{address} cannot be read as a MATLAB file: {error or repr(error)}") from error
 
 
-def _read_rows(values: Any, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
-    """Reads rows of an HDF5 matrix. Adjacent rows are read as a slice, since h5py reads a list of rows one by one."""
-    first, last = int(indices[0]), int(indices[-1])
-    rows: npt.NDArray[np.floating] = values[first : last + 1] if last - first + 1 == len(indices) else values[indices]
-    return rows
-
-
 def _check_matrix(values: Any, address: str, name: str) -> None:
-    if len(values.shape) != 2 or values.dtype.kind not in "fiu":
+    if len(values.shape) != 2 or 0 in values.shape or values.dtype.kind not in "fiu":
         raise _matrix_error(address, name, f"shape {list(values.shape)} and type {values.dtype}")
 
 

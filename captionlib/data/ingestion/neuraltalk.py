@@ -15,7 +15,7 @@ from pydantic import PositiveInt
 
 from captionlib.config import configclass
 from captionlib.data.arrays import numpy_to_vectors
-from captionlib.data.ingestion.matlab import Matrix, open_matrix
+from captionlib.data.ingestion.matlab import open_matrix
 from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.markers import Totals, compute_checksum
 from captionlib.data.shards.schemas import features_schema
@@ -102,12 +102,12 @@ def import_features(
         dataset = create_dataset(
             output,
             "features",
-            features_schema(matrix.rows, config.stored_dtype),
+            features_schema(len(matrix), config.stored_dtype),
             config={
                 "input": _compute_checksum(json_address),
                 "image_root": config.image_root,
                 "shard_size": config.shard_size,
-                "encoder": _describe_encoder(config, matrix.rows, _compute_checksum(mat_address)),
+                "encoder": _describe_encoder(config, len(matrix), _compute_checksum(mat_address)),
             },
             shards=-(-len(rows) // config.shard_size),
             overwrite=overwrite,
@@ -130,41 +130,43 @@ def _compute_checksum(address: str) -> str:
 
 
 def _check_orientation(
-    numbered_rows: Sequence[tuple[object, ManifestRow]], matrix: Matrix, size: int | None, address: str
+    numbered_rows: Sequence[tuple[object, ManifestRow]], matrix: npt.NDArray[Any], size: int | None, address: str
 ) -> None:
     """Checks that the matrix has a column, not a row, for each image.
 
     `dataset.json` may list only some of the images, so that the number of images does not always show which is which.
     Then the usual sizes of network layers do.
     """
+    rows, columns = matrix.shape
     images = max((imgid for imgid, _ in numbered_rows if isinstance(imgid, int)), default=-1) + 1
     if size is not None:
-        transposed = matrix.rows != size == matrix.columns
-    elif images in (matrix.rows, matrix.columns):
-        transposed = matrix.columns != images
+        transposed = rows != size == columns
+    elif images in (rows, columns):
+        transposed = columns != images
     else:
-        transposed = matrix.columns in _LAYER_SIZES and matrix.rows not in _LAYER_SIZES and images <= matrix.rows
+        transposed = columns in _LAYER_SIZES and rows not in _LAYER_SIZES and images <= rows
     if transposed:
         raise DatasetError(
-            f"{address}: expected a column for each of {images} images, got {matrix.rows} rows and {matrix.columns} "
+            f"{address}: expected a column for each of {images} images, got {rows} rows and {columns} "
             "columns, so the matrix seems to be transposed; save its transpose, or set feature_size if the rows are "
             "features"
         )
-    if size not in (None, matrix.rows):
-        raise DatasetError(f"{address}: expected {size} rows (feature_size), got {matrix.rows}; correct feature_size")
+    if size not in (None, rows):
+        raise DatasetError(f"{address}: expected {size} rows (feature_size), got {rows}; correct feature_size")
 
 
 def _find_columns(
-    numbered_rows: Sequence[tuple[object, ManifestRow]], matrix: Matrix, address: str
+    numbered_rows: Sequence[tuple[object, ManifestRow]], matrix: npt.NDArray[Any], address: str
 ) -> npt.NDArray[np.int64]:
     """Returns the matrix column of each image, after checking that the two files match."""
+    size, count = matrix.shape
     seen: set[str] = set()
     for imgid, row in numbered_rows:  # row.origin is the file and entry that the row came from
         if isinstance(imgid, bool) or not isinstance(imgid, int) or imgid < 0:
             raise DatasetError(f"{row.origin}: expected a column number as imgid, got {describe(imgid)}")
-        if imgid >= matrix.columns:
+        if imgid >= count:
             raise DatasetError(
-                f"{address}: expected a column for each image, got {matrix.columns} columns of {matrix.rows} values "
+                f"{address}: expected a column for each image, got {count} columns of {size} values "
                 f"and an image with imgid {imgid} ({row.origin}); check that both files belong to the same dataset"
             )
         if row.image_id in seen:
@@ -189,11 +191,13 @@ def _describe_encoder(config: ImportConfig, size: int, checksum: str) -> dict[st
     }
 
 
-def _read_vectors(matrix: Matrix, columns: npt.NDArray[np.int64], dtype: str, address: str) -> npt.NDArray[np.floating]:
+def _read_vectors(
+    matrix: npt.NDArray[Any], columns: npt.NDArray[np.int64], dtype: str, address: str
+) -> npt.NDArray[np.floating]:
     """Returns the columns as rows of an array `[columns, size]`. Each column is read once, in ascending order."""
     ascending, inverse = np.unique(columns, return_inverse=True)
     with np.errstate(over="ignore"):  # checked below
-        vectors = np.asarray(matrix.read_columns(ascending)).astype(dtype)[inverse]
+        vectors: npt.NDArray[np.floating] = matrix.T[ascending].astype(dtype)[inverse]
     if len(invalid := columns[~np.isfinite(vectors).all(1)]):
         raise DatasetError(
             f"{address}: expected finite numbers within the range of {dtype}, but column {invalid[0]} contains a value "

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.io
 
+from captionlib.data.ingestion import matlab
 from captionlib.data.ingestion.matlab import open_matrix
 from captionlib.data.ingestion.neuraltalk import ImportConfig, import_features
 from captionlib.data.shards.dataset import open_dataset
@@ -36,7 +37,9 @@ def write_json(folder: Path, imgids: list[Any], **fields: Any) -> Path:
 
 def write_mat(folder: Path, version: str, features: Any = FEATURES, name: str = "feats") -> Path:
     path = folder / "vgg_feats.mat"
-    if version == "7.3":
+    if version == "7":
+        scipy.io.savemat(path, {name: features, "other": np.eye(2)}, do_compression=True)
+    elif version == "7.3":
         with h5py.File(path, "w", userblock_size=512) as file:  # as MATLAB does
             file[name] = features.T
     else:
@@ -199,13 +202,41 @@ def test_hdf5_that_refers_to_other_files_is_rejected(tmp_path: Path, kind: str) 
         import_matrix(tmp_path)
 
 
-def test_damaged_hdf5_is_one_error(tmp_path: Path) -> None:
-    path = write_mat(tmp_path, "7.3")
+def test_file_that_crashes_scipy_is_one_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = write_mat(tmp_path, "5")
+    content = bytearray(path.read_bytes())
+    content[145] = 8  # the flag of complex values, without the imaginary parts
+    path.write_bytes(content)
+    with pytest.raises(DatasetError, match=r"^[^\n]* cannot be read as a MATLAB file[^\n]*$"):
+        import_matrix(tmp_path)
+    assert capfd.readouterr().err == ""
+    assert not (tmp_path / "features").exists()
+
+
+def test_file_that_needs_too_much_memory_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values of another variable are much larger than the file."""
+    bomb = np.zeros(2**26, np.int8)
+    scipy.io.savemat(tmp_path / "vgg_feats.mat", {"bomb": bomb, "feats": FEATURES}, do_compression=True)
+    monkeypatch.setattr(matlab, "_BASE_MEMORY_BYTES", 0)
+    with pytest.raises(DatasetError, match=r"it needs more than 0\.\d+ GB of memory; save only the matrix, without"):
+        import_matrix(tmp_path)
+
+
+def test_file_that_takes_too_long_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_mat(tmp_path, "5")
+    monkeypatch.setattr(matlab, "_BASE_TIMEOUT_SECONDS", 0)
+    with pytest.raises(DatasetError, match=r"cannot be read as a MATLAB file in 0 seconds; save only the matrix"):
+        import_matrix(tmp_path)
+
+
+@pytest.mark.parametrize("version", ["4", "5", "7", "7.3"])
+def test_damaged_file_is_read_or_is_one_error(tmp_path: Path, version: str) -> None:
+    path = write_mat(tmp_path, version)
     content, random = path.read_bytes(), np.random.default_rng(0)
-    for _ in range(60):
+    for _ in range(15):
         damaged = bytearray(content[: random.integers(len(content)) or None] if random.random() < 0.3 else content)
         for position in random.integers(len(damaged), size=random.integers(1, 20)):
             damaged[position] = random.integers(256)
         path.write_bytes(damaged)
         with suppress(DatasetError), open_matrix(str(path), "feats") as matrix:
-            matrix.read_columns(np.arange(min(matrix.columns, 3)))
+            assert matrix.ndim == 2

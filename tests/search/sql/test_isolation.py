@@ -11,11 +11,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
-from captionlib.errors import DatasetError, QueryError, SubprocessError
-from captionlib.search.sql.isolation import Query, run_isolated
+from captionlib.errors import DatasetError, FetchError, QueryError, SubprocessError
+from captionlib.search.sql.isolation import Query, run_query
 from captionlib.search.sql.session import SqlLimits, open_sql
 
 ENDLESS = "SELECT sum(hash(range)) FROM range(1000000000000)"
@@ -28,8 +29,8 @@ def select(folder: str, sql: str) -> Iterator[pa.RecordBatchReader]:
         yield session.stream(sql)
 
 
-def run(query: Query, memory_bytes: int | None = None, timeout_seconds: float = 30) -> pa.Table:
-    with run_isolated(query, memory_bytes, timeout_seconds) as rows:
+def run(query: Query, memory_bytes: int = 2**32, timeout_seconds: float = 30) -> pa.Table:
+    with run_query(query, memory_bytes, timeout_seconds) as rows:
         return rows.read_all()
 
 
@@ -69,14 +70,40 @@ def test_error_between_batches_is_raised(local: str) -> None:
         run(partial(select, local, sql))
 
 
-def test_bugs_and_crashes_are_reported_with_their_reason() -> None:
-    def fail() -> AbstractContextManager[pa.RecordBatchReader]:
-        raise ZeroDivisionError("by zero")
+class UnpicklableError(Exception):
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} {second}")
 
-    with pytest.raises(SubprocessError, match="process of the query failed: ZeroDivisionError: by zero"):
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ZeroDivisionError("by zero"), ZeroDivisionError("by zero")),
+        (FetchError("NotFound", "no such file"), FetchError("NotFound", "no such file")),
+        (QueryError("long" * 100_000), QueryError("long" * 100_000)),
+        (UnpicklableError("a", "b"), SubprocessError("UnpicklableError: a b")),
+    ],
+)
+def test_every_exception_reaches_this_process(error: Exception, expected: Exception) -> None:
+    def fail() -> AbstractContextManager[pa.RecordBatchReader]:
+        raise error
+
+    with pytest.raises(type(expected)) as raised:
         run(fail)
-    with pytest.raises(SubprocessError, match="ended with signal 9; did the system run out of memory"):
-        run(lambda: os.kill(os.getpid(), signal.SIGKILL))  # type: ignore[arg-type, return-value]
+    assert (raised.value.args, vars(raised.value)) == (expected.args, vars(expected))
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        (signal.SIGKILL, "a child process was killed, possibly because the system ran out of memory"),
+        (signal.SIGSEGV, "a child process crashed with SIGSEGV"),
+    ],
+)
+def test_crash_is_one_error(sent: signal.Signals, message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SubprocessError, match=f"^{re.escape(message)}$"):
+        run(lambda: os.kill(os.getpid(), sent))  # type: ignore[arg-type, return-value]
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.timeout(60)
@@ -91,7 +118,7 @@ def test_time_of_the_reader_does_not_count() -> None:
     """The pipe holds less than one batch, so that the process waits until this one reads."""
     batch = pa.RecordBatch.from_pydict({"n": [1] * 100_000}, SCHEMA)
     query = partial(nullcontext, pa.RecordBatchReader.from_batches(SCHEMA, [batch] * 3))
-    with run_isolated(query, None, 1.0) as rows:
+    with run_query(query, 2**32, 1.0) as rows:
         for _ in range(3):
             time.sleep(0.4)
             assert rows.read_next_batch().num_rows == 100_000
@@ -99,9 +126,24 @@ def test_time_of_the_reader_does_not_count() -> None:
 
 def test_function_that_ignores_the_memory_limit_is_stopped(local: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("captionlib.search.sql.isolation._UNTRACKED_BYTES", 2**25)
-    sql = "SELECT length(repeat('a', 500000000))"
+    sql = "SELECT length(repeat('a', 2000000000))"
     with pytest.raises(QueryError, match=r"^query: needs more than 0.1 GB of memory; simplify it or raise --memory$"):
         run(partial(select, local, sql), memory_bytes=SqlLimits("100MB").memory_bytes)
+
+
+def test_mapped_files_do_not_count_as_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("captionlib.search.sql.isolation._UNTRACKED_BYTES", 2**25)
+    path = tmp_path / "mapped"
+    with path.open("wb") as file:
+        file.truncate(2**28)
+
+    @contextmanager
+    def read_mapped() -> Iterator[pa.RecordBatchReader]:
+        total = int(np.memmap(path, np.uint8, "r").sum())
+        time.sleep(0.1)  # several checks
+        yield pa.table({"n": [total]}, SCHEMA).to_reader()
+
+    assert run(read_mapped, memory_bytes=0).to_pylist() == [{"n": 0}]
 
 
 def test_rows_are_streamed_in_bounded_memory() -> None:
@@ -112,7 +154,7 @@ def test_rows_are_streamed_in_bounded_memory() -> None:
             yield pa.RecordBatch.from_pydict({"n": [1] * 1000}, SCHEMA)
 
     query = partial(nullcontext, pa.RecordBatchReader.from_batches(SCHEMA, yield_batches()))
-    with run_isolated(query, None, 30) as rows:
+    with run_query(query, 2**32, 30) as rows:
         assert rows.read_next_batch().num_rows == 1000
 
 

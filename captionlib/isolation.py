@@ -1,0 +1,187 @@
+"""Runs a function in a child process that is killed if it takes too long, uses too much memory, or loses its parent.
+
+Libraries that read untrusted input can run forever, exceed their own limits, or crash. The child is a fork, so it
+starts in milliseconds.
+"""
+
+import faulthandler
+import io
+import os
+import pickle
+import resource
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+from captionlib.errors import CaptionlibError, SubprocessError
+
+__all__ = ["ProcessLimits", "run_isolated"]
+
+_WATCH_MILLISECONDS = 20
+
+
+@dataclass(frozen=True)
+class ProcessLimits:
+    """The limits on a child process, and the errors that are raised if it exceeds them.
+
+    Attributes:
+        memory_bytes: the limit on the memory that the child allocates. Memory that it shares with its parent and mapped
+            files do not count. A limit on the address space does not work: DuckDB reserves far more than it uses.
+        timeout_seconds: the limit on the total time that the parent waits for output.
+        memory_error: the error if the child exceeds `memory_bytes`.
+        timeout_error: the error if the child exceeds `timeout_seconds`.
+    """
+
+    memory_bytes: int
+    timeout_seconds: float
+    memory_error: CaptionlibError
+    timeout_error: CaptionlibError
+
+
+@contextmanager
+def run_isolated(program: Callable[[BinaryIO], None], limits: ProcessLimits) -> Iterator[BinaryIO]:
+    """Runs a function in a child process and streams its output. On exit, no process and no temporary file is left.
+
+    The child is a fork. If other threads hold locks at this moment, the child may wait for them until its timeout.
+
+    Args:
+        program: the function. It writes its output to a file.
+        limits: the limits on the child process.
+
+    Yields:
+        The output. At its end, reading raises the exception of the function. If the child process crashes, reading
+        raises SubprocessError.
+    """
+    with tempfile.TemporaryDirectory(prefix="captionlib-") as scratch:
+        child = _Child(program, limits, scratch)
+        try:
+            yield io.BufferedReader(child, 2**16)
+        finally:
+            child.kill()
+
+
+class _Child(io.RawIOBase):
+    """A child process, as a file that contains its output."""
+
+    def __init__(self, program: Callable[[BinaryIO], None], limits: ProcessLimits, scratch: str) -> None:
+        super().__init__()
+        self._limits = limits
+        self._remaining_seconds = limits.timeout_seconds
+        self._output, output_sink = os.pipe()
+        self._error, error_sink = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            os.close(self._output)
+            os.close(self._error)
+            _run(program, output_sink, error_sink, limits, scratch)
+        os.close(output_sink)
+        os.close(error_sink)
+        self._poll = select.poll()
+        self._poll.register(self._output, select.POLLIN)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        start = time.monotonic()
+        if not self._poll.poll(1000 * self._remaining_seconds):
+            raise self._limits.timeout_error
+        self._remaining_seconds = max(0.0, self._remaining_seconds - (time.monotonic() - start))
+        count = os.readv(self._output, [buffer])
+        if not count and self._pid:
+            self._check_end()
+        return count
+
+    def kill(self) -> None:
+        """Kills the process if it is running, and closes the pipes."""
+        if self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+            self._wait()
+        os.close(self._output)
+        os.close(self._error)
+
+    def _wait(self) -> int:
+        pid, self._pid = self._pid, 0
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def _check_end(self) -> None:
+        """Raises the error of the process, whose output has ended."""
+        with os.fdopen(self._error, "rb", closefd=False) as error:
+            content = error.read()
+        status = self._wait()
+        if content:
+            raise pickle.loads(content)  # the child runs the same program, so its errors are trusted
+        if status == -signal.SIGKILL:
+            raise SubprocessError("a child process was killed, possibly because the system ran out of memory")
+        if status:
+            reason = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+            raise SubprocessError(f"a child process crashed with {reason}")
+
+
+def _run(
+    program: Callable[[BinaryIO], None], output_sink: int, error_sink: int, limits: ProcessLimits, scratch: str
+) -> NoReturn:
+    """Is the program of the child process."""
+    status = 1
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the parent kills this one
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _silence_crashes()
+        tempfile.tempdir = scratch
+        threading.Thread(target=_watch, args=(error_sink, limits, scratch), daemon=True).start()
+        with os.fdopen(output_sink, "wb") as sink:
+            program(sink)
+        status = 0
+    except BrokenPipeError:  # the parent needs no more output
+        pass
+    except BaseException as error:
+        _send_error(error_sink, error)
+    finally:
+        os._exit(status)
+
+
+def _silence_crashes() -> None:
+    """Prevents core dumps, stack traces and messages of the C library, because the parent reports the crash."""
+    faulthandler.disable()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def _watch(error_sink: int, limits: ProcessLimits, scratch: str) -> None:
+    """Ends this process if it uses too much memory or the parent closes the pipe, by its death for example."""
+    pipe = select.poll()
+    pipe.register(error_sink, 0)  # an error is always reported
+    start = _read_allocated_bytes()  # includes the memory that is shared with the parent
+    while not pipe.poll(_WATCH_MILLISECONDS):
+        if _read_allocated_bytes() - start > limits.memory_bytes:
+            _send_error(error_sink, limits.memory_error)
+            os._exit(1)
+    shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(1)
+
+
+def _read_allocated_bytes() -> int:
+    """Returns the size of the memory without mapped files. On macOS, it is the peak and includes mapped files."""
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _, _, rest = Path("/proc/self/status").read_text().partition("\nRssAnon:")
+    return int(rest.split(maxsplit=1)[0]) * 1024
+
+
+def _send_error(error_sink: int, error: BaseException) -> None:
+    try:
+        content = pickle.dumps(error)
+        pickle.loads(content)
+    except Exception:  # not every exception can be pickled
+        content = pickle.dumps(SubprocessError(f"{type(error).__name__}: {error}"))
+    with os.fdopen(error_sink, "wb", closefd=False) as sink:
+        sink.write(content)
