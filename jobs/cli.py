@@ -27,6 +27,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "init": "Create a collection: images that are captioned and indexed.",
         "update": "Caption and index what has changed in a collection.",
         "remove": "Take images out of a collection or of datasets.",
+        "compact": "Merge small shards and split large ones.",
         "status": "Show what is new, finished and failed in a collection.",
     },
     "Prepare images": {
@@ -63,6 +64,7 @@ COMMANDS: dict[str, dict[str, str]] = {
 # What the commands that can be resumed keep when they are stopped.
 _KEPT = {
     "Finished stages are kept": {"demo"},
+    "Finished datasets are kept": {"compact"},
     "Finished shards are kept": {
         *("prepare", "extract-features", "import-features", "generate-captions", "embed", "build-index"),
     },

@@ -166,3 +166,20 @@ def test_remove_names_the_manifest_that_would_add_the_images_again(collection: P
     result = run("remove", collection / "images" / "captions", "--id", "red.png")
     assert "its next update adds the images again" in result.output
     assert "red.png" not in read_captions(collection)
+
+
+def test_compacted_collection_has_nothing_to_process(collection: Path) -> None:
+    settings = (collection / "collection.yaml").read_text()
+    (collection / "collection.yaml").write_text(settings.replace("prepare: {}", "prepare: {shard_size: 2}"))
+    update(collection)
+    before = read_captions(collection)
+    (collection / "collection.yaml").write_text(settings)
+    result = run("compact", collection, "--no-progress")
+    assert result.exit_code == 0, result.output
+    assert f"{collection}/images/captions: 5 shards became 1\n" in result.output
+    written = (collection / "images" / "captions" / "part-00000.parquet").stat().st_mtime_ns
+    assert update(collection).exit_code == 0
+    assert read_captions(collection) == before
+    assert (collection / "images" / "captions" / "part-00000.parquet").stat().st_mtime_ns == written
+    assert len(open_index(collection / "index").description.shards) == 1
+    assert run("compact", collection, "--no-progress").output.count("nothing to do") == 3

@@ -14,6 +14,7 @@ from captionlib.data.images.addresses import image_exists
 from captionlib.data.images.fetching import ImageFetcher
 from captionlib.data.ingestion.changes import Changes, compare, update_manifest
 from captionlib.data.ingestion.staging import StagedRows, check_unique_ids, read_shards, stage_rows
+from captionlib.data.shards.compaction import choose_shard_size
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.markers import DESCRIPTION_FILE
 from captionlib.data.shards.removal import REMOVED_FILE, RemovedImages, list_removed
@@ -30,7 +31,6 @@ from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 __all__ = ["PrepareConfig", "PrepareSummary", "prepare"]
 
 _IMAGES_TO_CHECK = 20
-_DEFAULT_SHARD_SIZE = 1000
 _MAX_REMOVED_RATIO = 0.1
 
 
@@ -44,7 +44,7 @@ class PrepareConfig:
         splits: splits to include. If empty, all splits are included.
         limit: maximum number of images, from the start of the source.
         shard_size: rows per shard. Later jobs process and resume by shard. If None, the shard size of an existing
-            manifest, or 1000 for a new one.
+            manifest or, for a new one, `captionlib.data.shards.compaction.choose_shard_size`.
         check_images: raise an error if the source lists image paths and none of the first 20 images exists.
         strict: raise an error at the first invalid image or caption instead of skipping it.
         append: the source contains only new or changed images, so images that it lacks stay in an existing manifest.
@@ -158,7 +158,7 @@ def prepare(
         check_unique_ids(staged)
         if existing is None or overwrite or not existing.is_complete():
             changes = Changes(staged.rows, 0, 0, 0)
-            shards = _create(output, staged, config.shard_size or _DEFAULT_SHARD_SIZE, existing, dry_run)
+            shards = _create(output, staged, config.shard_size or choose_shard_size(staged.rows), existing, dry_run)
             updated = False
         else:
             changes, shards = _update(existing, staged, config, dry_run, report)
@@ -192,7 +192,7 @@ def _open_output(output: str | os.PathLike[str], config: PrepareConfig, overwrit
         if config.shard_size not in (None, size):
             raise ConfigError(
                 f"{folder.uri}: expected the shard size of this manifest, {size}, got {config.shard_size}; omit "
-                "--shard-size, or use --overwrite, after which later stages start from the beginning"
+                "--shard-size, or change it with `captionlib compact`"
             )
         return dataset
     if any(name not in (TEMPORARY_FOLDER, REMOVED_FILE) for name in folder.list()):
