@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,45 +19,51 @@ from urllib.request import urlopen
 import fsspec
 
 from benchmarks.bars import report
-from benchmarks.synthetic_shards import create_job, write_rows
-from captionlib.data.shards.dataset import open_dataset
-from captionlib.data.shards.markers import MARKERS_FOLDER, part_name, to_json
+from benchmarks.synthetic_shards import create_job, make_rows, write_rows
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
+from captionlib.data.shards.markers import MARKERS_FOLDER, Marker, encode_record, part_name
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.stages import ShardJob
+from captionlib.data.shards.writer import write_shard
 from pipelines.run import RunConfig, run_job
 
 SHARDS, EVERY, ROWS = 10_000, 100, 10
 
 
 def prepare(folder: str) -> None:
-    """Writes the markers of an output without every hundredth shard, and the manifest's shards for the missing ones."""
-    source = replace(write_rows(f"{folder}/manifest", 1, ROWS), shards=SHARDS)
-    job = create_job(source, f"{folder}/features")
-    first = source.folder.read("part-00000.parquet")
-    pending = range(0, SHARDS, EVERY)
-    for dataset, shards in ((source, pending), (job.outputs[0], sorted(set(range(SHARDS)) - set(pending)))):
-        marker = replace(source.read_markers()[0], fingerprint=dataset.fingerprint)
-        markers = {
-            dataset.folder.path(f"{MARKERS_FOLDER}/{part_name(shard)}.json"): to_json(
-                asdict(replace(marker, shard=shard))
-            )
-            for shard in shards
-        }
-        dataset.folder.fs.makedirs(dataset.folder.path(MARKERS_FOLDER), exist_ok=True)
-        dataset.folder.fs.pipe(markers)
-    for shard in pending:
-        source.folder.write(f"{part_name(shard)}.parquet", first)
+    """Writes a manifest, and the markers and data files of an output without every hundredth shard.
+
+    All shards of the manifest are equal. The data files of the output are empty, because a resumed run only lists them.
+    """
+    source = create_dataset(f"{folder}/manifest", "manifest", MANIFEST_SCHEMA, config={}, shards=SHARDS)
+    with write_shard(source, 0, ROWS) as writer:
+        writer.write(make_rows(0, ROWS))
+    _copy_shards(source, writer.marker, source.folder.read("part-00000.parquet"), range(1, SHARDS))
+    source.finish()
+    features = create_job(source, f"{folder}/features").outputs[0]
+    marker = replace(writer.marker, fingerprint=features.fingerprint, source=writer.marker.checksum)
+    _copy_shards(features, marker, b"", (shard for shard in range(SHARDS) if shard % EVERY))
+
+
+def _copy_shards(dataset: ShardedDataset, marker: Marker, content: bytes, shards: Iterable[int]) -> None:
+    files = {}
+    for shard in shards:
+        files[f"{MARKERS_FOLDER}/{part_name(shard)}.json"] = encode_record(asdict(replace(marker, shard=shard)))
+        files[f"{part_name(shard)}.parquet"] = content
+    dataset.folder.fs.makedirs(dataset.folder.path(MARKERS_FOLDER), exist_ok=True)
+    dataset.folder.fs.pipe({dataset.folder.path(name): value for name, value in files.items()})
 
 
 def open_job(folder: str, first_row_file: str = "") -> ShardJob:
     """Opens the job that `prepare` wrote."""
-    return create_job(replace(open_dataset(f"{folder}/manifest"), shards=SHARDS), f"{folder}/features", first_row_file)
+    return create_job(open_dataset(f"{folder}/manifest").require_complete(), f"{folder}/features", first_row_file)
 
 
 def time_one_by_one(folder: str) -> float:
     """Returns the seconds to read the marker of each shard in turn."""
     output = open_job(folder).outputs[0]
     began = time.time()
-    finished = sum(output.read_marker(shard) is not None for shard in range(SHARDS))
+    finished = sum(output.read_any_marker(shard) is not None for shard in range(SHARDS))
     seconds = time.time() - began
     assert finished == SHARDS - SHARDS // EVERY
     return seconds
@@ -100,6 +106,7 @@ def measure(name: str, folder: str) -> float:
     prepare(folder)
     slow = time_one_by_one(folder)
     quick = time_resume(folder)
+    assert open_job(folder).outputs[0].is_complete()
     print(f"# {name}: markers one by one {slow:.2f} s, first new shard after {quick:.2f} s")
     return quick / slow
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -56,12 +57,14 @@ class Results:
     Attributes:
         statuses: number of responses by path and status; status 0 means that there was no valid response.
         uploads: number of captioned images by client.
+        failures: number of requests without a valid response by method, path and exception.
         health_seconds: latencies of `/health`.
         memory: time in seconds since the start, and the resident memory in MB, of the server without its decoders.
     """
 
     statuses: Counter[tuple[str, int]] = field(default_factory=Counter)
     uploads: Counter[int] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
     health_seconds: list[float] = field(default_factory=list)
     memory: list[tuple[float, float]] = field(default_factory=list)
 
@@ -87,6 +90,8 @@ def main() -> None:
 def _report(results: Results) -> bool:
     for (path, status), count in sorted(results.statuses.items()):
         print(f"# {path} {status}: {count}")
+    for failure, count in results.failures.most_common():
+        print(f"# {failure}: {count}")
     uploads = [results.uploads[client] for client in range(CLIENTS)]
     print(f"# captioned images per client: {min(uploads)} to {max(uploads)}, median {statistics.median(uploads)}")
     print("# memory: " + ", ".join(f"{memory:.0f} MB" for _, memory in results.memory[:: len(results.memory) // 10]))
@@ -173,8 +178,11 @@ def _monitor(port: int, process: subprocess.Popen[bytes], until: float, results:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60) as response:
                 results.statuses["/health", response.status] += 1
-        except OSError:
+        except urllib.error.HTTPError as error:
+            results.statuses["/health", error.code] += 1
+        except OSError as error:
             results.statuses["/health", 0] += 1
+            results.failures[f"GET /health {error!r}"] += 1
         results.health_seconds.append(time.monotonic() - now)
         time.sleep(0.5)
 
@@ -202,13 +210,15 @@ async def _run_client(client: int, port: int, until: float, files: list[bytes], 
 
         async def send(method: str, url: str, data: aiohttp.FormData | None = None) -> tuple[int, str]:
             status, text = 0, ""
-            with suppress(aiohttp.ClientError, TimeoutError):
+            try:
                 async with session.request(method, url, data=data) as response:
                     content = await response.read()
                     status = response.status
                     text = content.decode(errors="replace") if response.content_type == "text/html" else ""
                     if status == 503 and "Retry-After" not in response.headers:
                         status = 500
+            except (aiohttp.ClientError, TimeoutError, asyncio.TimeoutError) as error:
+                results.failures[f"{method} {url.partition('?')[0]} {error!r}"] += 1
             results.statuses[url.partition("?")[0], status] += 1
             return status, text
 

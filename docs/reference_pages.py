@@ -97,7 +97,7 @@ def render_configuration() -> str:
     ]
     for commands in COMMANDS.values():
         for command in commands:
-            for config_type in _find_config_types(f"jobs.{command.replace('-', '_')}"):
+            for config_type in find_config_types(command):
                 lines += [f"## {command}: {config_type.__name__}", ""]
                 if names := list_recipes(command):
                     lines += ["Recipes: " + ", ".join(f"`{name}`" for name in names), ""]
@@ -106,14 +106,17 @@ def render_configuration() -> str:
     return "\n".join(lines)
 
 
-def _find_config_types(module: str) -> Iterator[type[Any]]:
-    """Yields the configuration classes that a command passes to `load_config`."""
-    loaded = importlib.import_module(module)
-    if all(parameter.name != "config" for parameter in loaded.command.params):
-        return
-    for node in ast.walk(ast.parse(inspect.getsource(loaded))):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "load_config":
-            yield getattr(loaded, ast.unparse(node.args[0]))
+def find_config_types(command: str) -> list[type[Any]]:
+    """Returns the configuration classes that the option --config of a command fills."""
+    module = importlib.import_module(f"jobs.{command.replace('-', '_')}")
+    if all(parameter.name != "config" for parameter in module.command.params):
+        return []
+    nodes = list(ast.walk(ast.parse(inspect.getsource(module))))
+    imports = (node for node in nodes if isinstance(node, ast.ImportFrom))
+    modules = {alias.name: node.module or "" for node in imports for alias in node.names}
+    calls = (node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "load_config")
+    names = dict.fromkeys(ast.unparse(call.args[0]) for call in calls)
+    return [getattr(importlib.import_module(modules[name]), name) for name in names]
 
 
 def _render_keys(config_type: type[Any], defaults: dict[str, Any], prefix: str = "") -> Iterator[str]:

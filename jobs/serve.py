@@ -3,10 +3,14 @@
 import json
 import os
 import resource
+import signal
 import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    import uvicorn
 
 from captionlib.errors import ConfigError, DatasetError
 from jobs.options import config_options, device_option, weights_option
@@ -80,7 +84,6 @@ def command(
       captionlib serve index --host 0.0.0.0 --name images.example.org
     """
     import uvicorn
-    from uvicorn.supervisors import Multiprocess
 
     from captionlib.collection import is_collection, open_collection
     from captionlib.config import to_dict
@@ -125,7 +128,6 @@ def command(
             http=LimitedConnection,
             ws="none",
             h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
-            timeout_keep_alive=int(LimitedConnection.headers_timeout_seconds),
             timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
             log_level="warning",
             access_log=False,
@@ -135,7 +137,28 @@ def command(
             uvicorn.Server(server).run([listening])
         else:
             del app
-            Multiprocess(server, [listening]).run()
+            _run_processes(server, listening)
+
+
+def _run_processes(server: "uvicorn.Config", listening: socket.socket) -> None:
+    """Runs server processes until a signal stops them, and then raises the signal, as uvicorn does for one process."""
+    from uvicorn.supervisors import Multiprocess
+
+    received: list[int] = []
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    supervisor = Multiprocess(server, [listening])  # replaces the handlers
+
+    def stop(number: int, _frame: object) -> None:
+        received.append(number)
+        supervisor.should_exit.set()
+
+    for number in previous:
+        signal.signal(number, stop)
+    supervisor.run()
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+    if received:
+        signal.raise_signal(received[0])
 
 
 def _load_generation(captioner: str | None, config: str | None, overrides: tuple[str, ...]) -> dict[str, Any]:

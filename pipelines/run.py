@@ -120,10 +120,10 @@ def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
     name = options.view_as(StandardOptions).runner
     if run.progress and name in _IN_PROCESS - {None, "FnApiRunner"}:
         print(f"{label}: runs in Beam's FnApiRunner in this process, which replaces {name}", file=sys.stderr)
-    if pending := job.pending_shards():
+    for shards in job.plan():
         job.mark_incomplete()
-        with show_progress(job, label, run.progress):
-            run_pipeline(ProcessShards(job, pending, run.max_failure_ratio, run.accelerator), label, run)
+        with show_progress(job, shards, label, run.progress):
+            run_pipeline(ProcessShards(job, shards, run.max_failure_ratio, run.accelerator), label, run)
         if options.view_as(TestOptions).dry_run:
             return job.outputs[0].compute_totals()
     return job.finish(run.max_failure_ratio)

@@ -11,22 +11,28 @@ __all__ = ["LimitedConnection"]
 class LimitedConnection(H11Protocol):
     """A connection that is closed if the client is too slow. uvicorn alone would wait for a slow client forever.
 
+    Idle connections stay open longer than most clients and proxies keep them, which is up to 60 seconds. If the server
+    closed them first, it could do so while a client sends its next request, and the request would fail.
+
     If there are too many connections, a new one replaces the connection that has waited longest for a request. So
     clients that open many connections and send nothing, or send incomplete headers, cannot keep others out.
 
     Attributes:
         max_connections: maximum number of connections per process.
-        headers_timeout_seconds: time limit from the start of a connection, or the end of the previous response, until
-            all headers of a request have arrived.
+        headers_timeout_seconds: time limit from the start of a connection, or the first byte of a further request, until
+            all headers of the request have arrived.
+        idle_timeout_seconds: time limit from the end of a response until the first byte of the next request.
         write_timeout_seconds: time limit for a client to receive the part of a response that is in the send buffer.
     """
 
     max_connections = 1000
     headers_timeout_seconds = 15.0
+    idle_timeout_seconds = 75.0
     write_timeout_seconds = 30.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.timeout_keep_alive = self.idle_timeout_seconds  # type: ignore[assignment]  # any number is accepted
         self._waiting_since = self.loop.time()
         self._headers_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
@@ -45,13 +51,19 @@ class LimitedConnection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        for timer in (self._headers_timer, self._write_timer):
-            if timer is not None:
-                timer.cancel()
+        self._cancel_headers_timer()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        if self._headers_timer is None and self.waiting_since is not None:
+            self._start_headers_timer()
+        super().data_received(data)
 
     def on_response_complete(self) -> None:
+        self._cancel_headers_timer()
+        self._waiting_since = self.loop.time()
         super().on_response_complete()
-        self._start_headers_timer()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -62,9 +74,12 @@ class LimitedConnection(H11Protocol):
         if self._write_timer is not None:
             self._write_timer.cancel()
 
-    def _start_headers_timer(self) -> None:
+    def _cancel_headers_timer(self) -> None:
         if self._headers_timer is not None:
             self._headers_timer.cancel()
+            self._headers_timer = None
+
+    def _start_headers_timer(self) -> None:
         self._waiting_since = self.loop.time()
         self._headers_timer = self.loop.call_later(self.headers_timeout_seconds, self._close_if_waiting)
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Protocol
 
 from starlette.requests import Request
@@ -26,8 +27,8 @@ _HEADERS: Mapping[str, str] = {
     "cross-origin-opener-policy": "same-origin",
 }
 
-
 _MIN_BYTES_PER_SECOND = 2**14
+_DISCARD_SECONDS = 5.0
 
 
 class MakeError(Protocol):
@@ -59,7 +60,7 @@ class RequestLimits:
         client = identify_client(scope)
         if self._requests[client] >= self._config.max_requests_per_client:
             error = _RejectedError(429, "too many requests at once; wait for the previous ones")
-            await self._reject(error, scope, receive, send)
+            await self._reject(error, scope, self._make_body(receive), send)
             return
         self._requests[client] += 1
         try:
@@ -71,6 +72,7 @@ class RequestLimits:
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         response_started = False
+        body = self._make_body(receive)
 
         async def send_tracked(message: Message) -> None:
             nonlocal response_started
@@ -81,39 +83,69 @@ class RequestLimits:
             length = dict(scope["headers"]).get(b"content-length", b"0")
             if not length.isdigit() or int(length) > self._max_body_bytes:
                 raise _RejectedError(413, self._too_large)
-            await self._app(scope, self._limit_body(receive), send_tracked)
+            await self._app(scope, body.receive, send_tracked)
         except _RejectedError as error:
             if not response_started:
-                await self._reject(error, scope, receive, send)
+                await self._reject(error, scope, body, send)
 
-    def _limit_body(self, receive: Receive) -> Receive:
-        received = 0
-        is_complete = False
-        now = asyncio.get_running_loop().time
-        deadline = now() + self._config.body_timeout_seconds
+    def _make_body(self, receive: Receive) -> "_LimitedBody":
+        return _LimitedBody(receive, self._config.body_timeout_seconds, self._max_body_bytes, self._too_large)
 
-        async def receive_limited() -> Message:
-            nonlocal received, is_complete
-            if is_complete:  # the next message arrives when the client disconnects
-                return await receive()
-            remaining = deadline + received / _MIN_BYTES_PER_SECOND - now()
-            try:
-                message = await asyncio.wait_for(receive(), remaining)
-            except asyncio.TimeoutError:
-                raise _RejectedError(408, "the request body arrives too slowly; try again") from None
-            received += len(message.get("body", b""))
-            is_complete = not message.get("more_body", False)
-            if received > self._max_body_bytes:
-                raise _RejectedError(413, self._too_large)
-            return message
+    async def _reject(self, error: "_RejectedError", scope: Scope, body: "_LimitedBody", send: Send) -> None:
+        """Sends an error, and closes the connection because the rest of the body may be too large to read.
 
-        return receive_limited
+        If the connection were closed at once, a client that still sends its body would see only that, and no response.
+        """
 
-    async def _reject(self, error: "_RejectedError", scope: Scope, receive: Receive, send: Send) -> None:
-        # The rest of the body is not read, so the connection must be closed.
+        async def send_and_discard_body(message: Message) -> None:
+            is_last = message["type"] == "http.response.body"
+            await send({**message, "more_body": True} if is_last else message)
+            if is_last:
+                await body.discard()
+                await send({**message, "body": b""})
+
         headers = {"connection": "close"} | ({"retry-after": "1"} if error.status_code == 429 else {})
         response = self._make_error(Request(scope), error.status_code, error.detail, headers)
-        await response(scope, receive, send)
+        await response(scope, body.receive, send_and_discard_body)
+
+
+class _LimitedBody:
+    """The body of a request, with limits on its size and on the time that it takes to arrive."""
+
+    def __init__(self, receive: Receive, timeout_seconds: float, max_bytes: int, too_large: str) -> None:
+        self._receive = receive
+        self._max_bytes = max_bytes
+        self._too_large = too_large
+        self._received = 0
+        self._is_complete = False
+        self._deadline = _now() + timeout_seconds
+
+    async def receive(self) -> Message:
+        """Returns the next message. Raises _RejectedError if the body exceeds a limit."""
+        if self._is_complete:  # the next message arrives when the client disconnects
+            return await self._receive()
+        remaining = self._deadline + self._received / _MIN_BYTES_PER_SECOND - _now()
+        try:
+            message = await asyncio.wait_for(self._receive(), remaining)
+        except asyncio.TimeoutError:
+            raise _RejectedError(408, "the request body arrives too slowly; try again") from None
+        self._received += len(message.get("body", b""))
+        self._is_complete = not message.get("more_body", False)
+        if self._received > self._max_bytes:
+            raise _RejectedError(413, self._too_large)
+        return message
+
+    async def discard(self) -> None:
+        """Reads the rest of the body for a few seconds."""
+        deadline = _now() + _DISCARD_SECONDS
+        with suppress(asyncio.TimeoutError):
+            while not self._is_complete:
+                message = await asyncio.wait_for(self._receive(), deadline - _now())
+                self._is_complete = not message.get("more_body", False)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 class _RejectedError(BaseException):

@@ -1,5 +1,3 @@
-import dataclasses
-import importlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping
@@ -12,6 +10,7 @@ import pytest
 from captionlib.config import load_config, to_dict
 from captionlib.errors import ConfigError
 from captionlib.recipes import find_recipe
+from docs.reference_pages import find_config_types, render_configuration
 from jobs.cli import COMMANDS, captionlib
 from tests.docs.markdown import PAGES, ROOT, read_commands
 
@@ -65,7 +64,7 @@ def test_settings_of_the_documentation_are_valid(page: Path, command: list[str])
         return
     recipe = find_recipe(recipes[0], {"caption": "generate-captions"}.get(command[0], command[0])) if recipes else None
     errors = []
-    for config_type in list_config_types(command[0]):
+    for config_type in find_config_types(command[0]):
         try:
             load_config(config_type, recipe, settings)
             return
@@ -74,24 +73,24 @@ def test_settings_of_the_documentation_are_valid(page: Path, command: list[str])
     pytest.fail("\n".join(errors))
 
 
+def test_reference_documents_the_configuration_of_all_commands() -> None:
+    configured = []
+    for name in NAMES:
+        with click.Context(captionlib) as context:
+            command = captionlib.get_command(context, name)
+        assert command is not None
+        configured += [name] if any(parameter.name == "config" for parameter in command.params) else []
+    headings = re.findall(r"^## ([a-z-]+): \w+Config$", render_configuration(), re.MULTILINE)
+    assert list(dict.fromkeys(headings)) == configured
+
+
 def test_configuration_keys_in_the_text_exist() -> None:
-    types = {config_type for name in NAMES for config_type in list_config_types(name)}
+    types = {config_type for name in NAMES for config_type in find_config_types(name)}
     known = {key for config_type in types for key in list_keys(to_dict(config_type()))}
     sections = "|".join(sorted({key.split(".")[0] for key in known if "." in key}))
     for page in PAGES:
         mentioned = re.findall(rf"`((?:{sections})\.[a-z_.]+)`", page.read_text(encoding="utf-8"))
         assert {name for name in mentioned if not name.endswith((".safetensors", ".json"))} <= known, page
-
-
-def list_config_types(name: str) -> list[Any]:
-    """Returns the configuration classes in the module of a command."""
-    module = importlib.import_module(f"jobs.{name.replace('-', '_')}")
-    types = [value for key, value in vars(module).items() if key.endswith("Config") and dataclasses.is_dataclass(value)]
-    return [config_type for config_type in types if not any(map(is_required, dataclasses.fields(config_type)))]
-
-
-def is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def list_keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

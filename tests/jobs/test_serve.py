@@ -38,13 +38,26 @@ def get(url: str) -> bytes:
     raise AssertionError(f"{url} does not respond")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_index_is_served_on_loopback(tmp_path: Path, workers: int) -> None:
+def wait_for_end(session: int) -> None:
+    """Waits until no process of a session is left."""
+    for _ in range(100):
+        try:
+            os.killpg(session, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("a process is left")
+
+
+@pytest.mark.parametrize(("workers", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_index_is_served_on_loopback(tmp_path: Path, workers: int, number: signal.Signals) -> None:
     make_site(tmp_path, 10, with_models=False)
     port = free_port()
     command = [sys.executable, "-m", "jobs.cli", "serve", str(tmp_path / "index"), "--port", str(port)]
     command += ["--workers", str(workers), "--thumbnails", str(tmp_path / "thumbnails")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         try:
             assert json.loads(get(f"http://127.0.0.1:{port}/health"))["captions"] == 10
             assert b"a dog and a cat" in get(f"http://localhost:{port}/?q=dog")
@@ -52,10 +65,11 @@ def test_index_is_served_on_loopback(tmp_path: Path, workers: int) -> None:
             with pytest.raises(urllib.error.HTTPError, match="422"):
                 get(f"http://127.0.0.1:{port}/api/search?q=dog&limit=1000")
         finally:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             stdout, stderr = process.communicate(timeout=60)
+    wait_for_end(process.pid)
     assert stdout.startswith(f"Serving {tmp_path / 'index'} at http://127.0.0.1:{port}/.")
-    assert "Traceback" not in stderr
+    assert (process.returncode, stderr) == (128 + number, "Stopped.\n")
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -1,16 +1,20 @@
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
 
+from captionlib.errors import BusyError
+from captionlib.serving.thumbnails import ThumbnailSize
 from tests.browser import needs_browser, open_browser
 
 from .example_site import MALICIOUS, make_site
@@ -18,8 +22,14 @@ from .example_site import MALICIOUS, make_site
 pytestmark = needs_browser
 
 
+class Site(str):
+    """The URL of a running application."""
+
+    app: FastAPI
+
+
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     app = make_site(tmp_path_factory.mktemp("site"), 80)
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
@@ -27,7 +37,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     thread.start()
     while not server.started:
         time.sleep(0.05)
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    url = Site(f"http://127.0.0.1:{listening.getsockname()[1]}")
+    url.app = app
+    yield url
     server.should_exit = True
     thread.join()
     listening.close()
@@ -154,6 +166,25 @@ def test_search_by_image(site: str, browser: WebDriver, tmp_path: Path) -> None:
         "Similar sentences",
         "Similar images",
     ]
+
+
+def test_busy_thumbnails_are_loaded_later(site: Site, browser: WebDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    rejected: list[str] = []
+    get_thumbnail = site.app.state.thumbnails.get
+
+    async def reject_twice(uri: str, size: ThumbnailSize) -> bytes:
+        if rejected.count(uri) < 2:
+            rejected.append(uri)
+            raise BusyError("busy")
+        content: bytes = await get_thumbnail(uri, size)
+        return content
+
+    monkeypatch.setattr(site.app.state.thumbnails, "get", reject_twice)
+    monkeypatch.setattr("captionlib.serving.app._RETRY_SECONDS", "1")
+    browser.get(f"{site}/image?id=im7")
+    wait_for(browser, "document.querySelector('.image img').naturalWidth > 0")
+    assert max(Counter(rejected).values()) == 2, "the page has tried again after another rejection"
+    browser.get_log("browser")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -25,6 +25,7 @@ class QuickConnection(LimitedConnection):
 
     max_connections = 3
     headers_timeout_seconds = TIMEOUT
+    idle_timeout_seconds = TIMEOUT
     write_timeout_seconds = TIMEOUT
 
 
@@ -32,7 +33,14 @@ class PatientConnection(QuickConnection):
     """A connection with long timeouts."""
 
     headers_timeout_seconds = 60.0
+    idle_timeout_seconds = 60.0
     write_timeout_seconds = 60.0
+
+
+class IdleConnection(QuickConnection):
+    """A connection that can be idle for long."""
+
+    idle_timeout_seconds = 60.0
 
 
 async def answer(_request: Request) -> Response:
@@ -119,6 +127,38 @@ def test_requests_in_time_keep_a_connection_open() -> None:
             await read_response(reader)
 
     asyncio.run(test())
+
+
+def test_idle_connection_is_open_longer_than_one_without_a_request() -> None:
+    async def test() -> None:
+        async with serve(IdleConnection) as open_connection:
+            reader, writer = await open_connection(REQUEST)
+            await read_response(reader)
+            await asyncio.sleep(2 * TIMEOUT)
+            writer.write(REQUEST)
+            await read_response(reader)
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("start", [b"G", HALF_HEADERS])
+def test_incomplete_further_request_is_closed(start: bytes) -> None:
+    async def test() -> None:
+        async with serve(IdleConnection) as open_connection:
+            reader, writer = await open_connection(REQUEST)
+            await read_response(reader)
+            writer.write(start)
+            began = asyncio.get_running_loop().time()
+            while not await is_closed(reader, TIMEOUT / 5):
+                writer.write(b"x")
+                assert asyncio.get_running_loop().time() - began < 4 * TIMEOUT
+
+    asyncio.run(test())
+
+
+def test_default_timeouts() -> None:
+    assert LimitedConnection.headers_timeout_seconds <= 15
+    assert LimitedConnection.idle_timeout_seconds > 60, "browsers and proxies keep idle connections for up to 60 s"
 
 
 def test_request_in_progress_is_not_closed() -> None:

@@ -103,6 +103,36 @@ def test_larger_bodies_are_rejected(client: Client) -> None:
     assert "retry-after" not in headers
 
 
+def test_rest_of_a_rejected_body_is_read_before_the_connection_is_closed() -> None:
+    async def test() -> None:
+        parts = [b"x" * 101, b"y", b"z"]
+        events: list[str] = []
+
+        async def receive() -> Message:
+            part = parts.pop(0)
+            events.append(f"receive {part[:1].decode()}")
+            return {"type": "http.request", "body": part, "more_body": bool(parts)}
+
+        async def send(message: Message) -> None:
+            body = message.get("body", b"").decode()
+            events.append(
+                f"{body} ({'continued' if message.get('more_body') else 'closed'})" if "body" in message else "start"
+            )
+
+        scope = {"type": "http", "method": "POST", "path": "/x", "query_string": b"", "headers": []}
+        await limit(count_bytes)(scope, receive, send)
+        assert events == ["receive x", "start", "/x: at most 100 (continued)", "receive y", "receive z", " (closed)"]
+
+    asyncio.run(test())
+
+
+def test_rejected_body_is_read_only_for_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("captionlib.serving.middleware._DISCARD_SECONDS", 0.05)
+    client = Client([b"x"] * 1000, pause_seconds=0.01, headers={"content-length": "1000"})
+    assert request(client)[0] == 413
+    assert not client.messages[-1].get("more_body")
+
+
 def test_slow_bodies_are_rejected() -> None:
     status, headers, text = request(Client([b"x", b"y"], pause_seconds=0.07))
     assert (status, text) == (408, "/x: the request body arrives too slowly; try again")

@@ -72,6 +72,7 @@ class ShardedDataset:
         source: address of the dataset that this dataset was made from most recently; empty if there is none.
         layout: id of the compaction that divided the images into these shards; empty if there was none. A dataset has
             the layout of its source; see `captionlib.data.shards.compaction`.
+        source_checksum: content checksum of the source when this dataset was created; empty if unknown.
     """
 
     folder: Folder
@@ -83,6 +84,7 @@ class ShardedDataset:
     lineage: str
     source: str = ""
     layout: str = ""
+    source_checksum: str = ""
 
     def done_shards(self) -> set[int]:
         """Returns the numbers of the shards that have a marker and a data file. Lists the folders once.
@@ -239,7 +241,8 @@ class ShardedDataset:
         raise self._damaged(name, "its marker is missing")
 
     def _damaged(self, name: str, reason: str) -> DamagedShardError:
-        remedy = "--verify, which writes damaged shards again" if self.source else "--overwrite"
+        can_verify = self.source and self.kind != "duplicates"
+        remedy = "--verify, which writes damaged shards again" if can_verify else "--overwrite"
         return DamagedShardError(
             f"{self.folder.address(name)} is damaged ({reason}); run the command that writes {self.folder.uri} again "
             f"with {remedy}"
@@ -417,8 +420,14 @@ def create_dataset(
         shards = source.shards
     lineage = lineage or (source.lineage if source else fingerprint)
     source_address, layout = (resolve_address(source.folder.uri), source.layout) if source else ("", "")
-    dataset = ShardedDataset(folder, kind, config, fingerprint, shards, schema, lineage, source_address, layout)
     description = None if overwrite else _read_updated_description(folder)
+    if description is not None:
+        source_checksum = description.get("source_checksum", "")
+    else:
+        source_checksum = source.compute_content_checksum() if source else ""
+    dataset = ShardedDataset(
+        folder, kind, config, fingerprint, shards, schema, lineage, source_address, layout, source_checksum
+    )
     if overwrite and folder.exists(DESCRIPTION_FILE):
         _clear(folder)
     elif description is not None:
@@ -451,6 +460,7 @@ def create_dataset(
         "fingerprint": fingerprint,
         "lineage": dataset.lineage,
         "source": dataset.source,
+        "source_checksum": dataset.source_checksum,
         "shards": dataset.shards,
         "layout": dataset.layout,
         "created": (description or {}).get("created") or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -505,6 +515,7 @@ def _to_dataset(folder: Folder, description: Mapping[str, Any]) -> ShardedDatase
             description.get("lineage") or config.get("input") or fingerprint,
             description.get("source", ""),
             description.get("layout", ""),
+            description.get("source_checksum", ""),
         )
     except (pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged_description(folder, error) from error

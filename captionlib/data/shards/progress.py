@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Collection, Iterator, Set
 from contextlib import contextmanager, suppress
 
 from captionlib.data.shards.stages import ShardJob
@@ -13,13 +13,13 @@ __all__ = ["show_progress"]
 
 
 @contextmanager
-def show_progress(job: ShardJob, label: str, enabled: bool = True) -> Iterator[None]:
-    """Shows images, images/s, the time left, shards and failures while the block runs a job."""
+def show_progress(job: ShardJob, pending: Collection[int], label: str, enabled: bool = True) -> Iterator[None]:
+    """Shows images, images/s, the time left, shards and failures while the block processes the pending shards."""
     if not enabled:
         yield
         return
     output = job.outputs[0]
-    unfinished = set(job.unfinished_shards())
+    unfinished = set(job.unfinished_shards() if job.verify else pending)
     stale = output.read_markers(unfinished)  # these shards count when their markers change
     failures, counted = 0, set[int]()
 

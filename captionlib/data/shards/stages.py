@@ -1,6 +1,6 @@
 """Runs a stage (a step such as feature extraction) on one shard of a dataset. Running it again gives the same rows."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -54,21 +54,50 @@ class ShardJob:
     retry_failures: bool = False
     verify: bool = False
 
-    def pending_shards(self) -> list[int]:
-        """Returns the sorted numbers of the shards that still have to be processed."""
+    def plan(self) -> Iterator[list[int]]:
+        """Yields up to two lists of shards to process. The first is processed before the second is requested.
+
+        Reading the markers of many finished shards takes long. If all of them were probably made from the present
+        input, the shards that lack a marker or data file come first. A listing shows them.
+        """
+        missing = self._find_missing()
+        if missing:
+            yield missing
+        if pending := self.pending_shards(missing):
+            yield pending
+
+    def pending_shards(self, processed: Collection[int] = ()) -> list[int]:
+        """Returns the sorted numbers of the shards that still have to be processed, without those in `processed`."""
         if self.verify:
             return list(range(self.source.shards))  # workers verify them in parallel
-        return self.unfinished_shards()
+        return self.unfinished_shards(processed)
 
-    def unfinished_shards(self) -> list[int]:
-        """Returns the sorted numbers of the shards that are not finished or stale, or whose failures are retried."""
-        outputs = [output.read_markers() for output in self.outputs]
+    def unfinished_shards(self, processed: Collection[int] = ()) -> list[int]:
+        """Returns the sorted numbers of the shards that are not finished or stale, or whose failures are retried.
+
+        Reads the markers of all shards except for those in `processed`.
+        """
+        shards = sorted(set(range(self.source.shards)) - set(processed))
+        if not shards:
+            return []
+        outputs = [output.read_markers(shards) for output in self.outputs]
         sources = self.source.read_markers(outputs[0])
         return [
             shard
-            for shard in range(self.source.shards)
+            for shard in shards
             if not self._is_finished(sources.get(shard), [markers.get(shard) for markers in outputs])
         ]
+
+    def _find_missing(self) -> list[int]:
+        """Returns the shards that lack a marker or data file, or an empty list if finished shards may be pending too.
+
+        Then one pipeline processes all of them, which starts a cluster once.
+        """
+        checksum = self.source.compute_content_checksum()
+        if self.verify or self.retry_failures or any(output.source_checksum != checksum for output in self.outputs):
+            return []
+        done = [output.done_shards() for output in self.outputs]
+        return [shard for shard in range(self.source.shards) if any(shard not in shards for shards in done)]
 
     def run(self, shard: int, process: ProcessRows) -> Marker:
         """Processes a shard, unless it is finished.

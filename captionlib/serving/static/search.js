@@ -52,6 +52,36 @@ if (form) {
 
 for (const link of document.querySelectorAll(".back a")) link.search = sessionStorage.getItem("search") || "";
 
+// The server rejects thumbnails while it is busy. A thumbnail of an image that cannot be read is a placeholder instead.
+const BUSY = [429, 503];
+const MAX_TRIES = 6;
+const retried = new WeakSet();
+
+async function retry(image) {
+  if (retried.has(image)) return;
+  retried.add(image);
+  let seconds = 1;
+  for (let tries = 0; tries < MAX_TRIES && image.isConnected; tries++) {
+    await new Promise((resolve) => setTimeout(resolve, 1000 * seconds * (1 + Math.random() / 2)));
+    const response = await fetch(image.src, { headers: { Accept: "image/*" } }).catch(() => null);
+    if (response?.ok) {
+      image.src = image.src; // the browser has stored the response
+      return;
+    }
+    if (response && !BUSY.includes(response.status)) return;
+    seconds = Math.max(2 * seconds, Number(response?.headers.get("Retry-After")) || 0);
+  }
+}
+
+function isBroken(image) {
+  return image.complete && !image.naturalWidth && image.getAttribute("src").startsWith("/thumbnail/");
+}
+
+document.addEventListener("error", (event) => {
+  if (event.target.tagName === "IMG" && isBroken(event.target)) retry(event.target);
+}, true);
+for (const image of document.images) if (isBroken(image)) retry(image);
+
 const upload = document.querySelector(".upload form");
 if (upload) {
   const button = upload.querySelector("button");

@@ -48,7 +48,7 @@ def test_progress_counts_images_shards_and_failures(
     source, output = datasets
     checksums = [marker.checksum for marker in source.read_markers().values()]
     write(output, 0, 0, checksums[0])
-    with show_progress(job(source, output), "label"):
+    with show_progress(job(source, output), [1], "label"):
         write(output, 1, 2, checksums[1])
     printed = capsys.readouterr().err
     assert printed.startswith("label: 6/6 images, ")
@@ -61,7 +61,7 @@ def test_progress_counts_stale_shards_when_they_are_replaced(
     source, output = datasets
     write(output, 0, 0, "old")
     write(output, 1, 0, "old")
-    with show_progress(job(source, output), "label"):
+    with show_progress(job(source, output), [0, 1], "label"):
         write(output, 1, 1, "new")
     assert "label: 3/6 images, " in (printed := capsys.readouterr().err)
     assert "1/2 shards, 1 failed" in printed
@@ -70,7 +70,7 @@ def test_progress_counts_stale_shards_when_they_are_replaced(
 def test_disabled_progress_prints_nothing(
     datasets: tuple[ShardedDataset, ShardedDataset], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with show_progress(job(*datasets), "label", enabled=False):
+    with show_progress(job(*datasets), [0, 1], "label", enabled=False):
         write(datasets[1], 0, 0)
     assert capsys.readouterr().err == ""
 
@@ -78,7 +78,7 @@ def test_disabled_progress_prints_nothing(
 def test_progress_ends_if_the_run_fails(
     datasets: tuple[ShardedDataset, ShardedDataset], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(RuntimeError, match="died"), show_progress(job(*datasets), "label"):
+    with pytest.raises(RuntimeError, match="died"), show_progress(job(*datasets), [0, 1], "label"):
         write(datasets[1], 0, 0)
         raise RuntimeError("died")
     assert "label: 3/6 images, " in capsys.readouterr().err

@@ -81,12 +81,11 @@ def create_job(source: ShardedDataset, tmp_path: Path, stage: Describe, **option
 
 
 def run(job: ShardJob) -> None:
-    pending = job.pending_shards()
-    if pending:
-        job.mark_incomplete()
     with job.stage.open() as process:
-        for shard in pending:
-            job.run(shard, process)
+        for shards in job.plan():
+            job.mark_incomplete()
+            for shard in shards:
+                job.run(shard, process)
     job.finish(1.0)
 
 
@@ -255,6 +254,44 @@ def test_images_that_the_previous_stage_recovered_are_processed(source: ShardedD
     assert run_once(open_dataset(tmp_path / "captions").require_complete(), tmp_path / "next") == ["01", "12"]
     recovered = open_dataset(tmp_path / "next" / "captions").require_complete()
     assert read_ids(recovered, 0) == ["00", "01", "03", "04"]  # the failure of 02 is kept
+
+
+def test_resumed_run_starts_missing_shards_before_it_reads_markers(
+    source: ShardedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_manifest(tmp_path / "source", FIRST, SECOND, [image("20")], [image("30")])
+    run_once(source, tmp_path)
+    job = create_job(source, tmp_path, Describe())
+    (tmp_path / "captions" / "__shards" / "part-00001.json").unlink()
+    (tmp_path / "vectors" / "part-00003.parquet").unlink()
+    damage(tmp_path / "vectors" / "__shards" / "part-00002.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "read_many", lambda *_: pytest.fail("reads a marker"))
+        plan = job.plan()
+        assert next(plan) == [1, 3]
+    with job.stage.open() as process:
+        for shard in (1, 3):
+            job.run(shard, process)
+    assert list(plan) == [[2]]
+    run(job)
+    assert list(job.plan()) == []
+
+
+def test_missing_and_stale_shards_are_processed_together(source: ShardedDataset, tmp_path: Path) -> None:
+    run_once(source, tmp_path)
+    updated = write_manifest(tmp_path / "source", [*FIRST, image("new")], SECOND, [image("20")])
+    assert list(create_job(updated, tmp_path, Describe()).plan()) == [[0, 2]]
+    run(create_job(updated, tmp_path, Describe()))
+    assert list(create_job(updated, tmp_path, Describe()).plan()) == []
+
+
+@pytest.mark.parametrize("option", ["retry_failures", "verify"])
+def test_missing_shards_and_shards_to_check_are_processed_together(
+    source: ShardedDataset, tmp_path: Path, option: str
+) -> None:
+    run_once(source, tmp_path, "03")
+    (tmp_path / "captions" / "__shards" / "part-00001.json").unlink()
+    assert list(create_job(source, tmp_path, Describe(), **{option: True}).plan()) == [[0, 1]]
 
 
 def test_outputs_of_another_manifest_are_refused(source: ShardedDataset, tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def mix_with_another(folder: Path) -> None:
         (mix_with_another, "expected model.safetensors of SHA-256"),
         (lambda folder: edit_config(folder, encoder={"model": "vgg19"}), "does not match its fingerprint"),
         (lambda folder: edit_config(folder, kind="ranker"), "kind captioner, got ranker"),
-        (lambda folder: edit_config(folder, format_version=99), "expected format version 2, got 99"),
+        (lambda folder: edit_config(folder, format_version=99), r"expected format version \d+, got 99"),
     ],
 )
 def test_load_rejects_damaged_checkpoint(spoil: Any, message: str, folder: Path) -> None:
