@@ -21,7 +21,7 @@ from captionlib.data.shards.schemas import FAILURES_SCHEMA
 from captionlib.data.shards.stages import match_images, replace_columns
 from captionlib.data.shards.update import update_shards
 from captionlib.data.shards.writer import write_shard
-from captionlib.errors import ConfigError, DatasetError
+from captionlib.errors import ConfigError
 
 __all__ = ["Compaction", "choose_shard_size", "plan_compaction"]
 
@@ -32,7 +32,7 @@ Count = Callable[[int], None]
 
 
 def choose_shard_size(images: int) -> int:
-    """Returns the default number of images per shard: the square root of 10 × `images`, rounded up to thousands.
+    """Returns the default number of images per shard: the square root of ten times `images`, rounded up to thousands.
 
     Up to 100,000 images, a shard has 1,000. Then the size and the number of shards grow alike: 1 million images have
     250 shards of 4,000, and 10 million have 1,000 shards of 10,000. So there are enough shards to process in parallel,
@@ -91,9 +91,7 @@ def plan_compaction(datasets: Sequence[ShardedDataset], shard_size: int | None =
             dataset.require_complete()
         else:
             open_dataset(dataset.source).require_complete()
-    return [
-        _plan(dataset, shard_size) for dataset in sorted(datasets, key=lambda dataset: _KINDS.index(dataset.kind))
-    ]
+    return [_plan(dataset, shard_size) for dataset in sorted(datasets, key=lambda dataset: _KINDS.index(dataset.kind))]
 
 
 def _plan(dataset: ShardedDataset, shard_size: int | None) -> Compaction:

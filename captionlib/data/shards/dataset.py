@@ -433,14 +433,9 @@ def create_dataset(
     elif description is not None:
         existing = _to_dataset(folder, description)
         _require_same(existing, dataset)
-        if follows_source and existing.layout != layout:
-            raise DatasetError(
-                f"{folder.uri} has the shards that {source_address} had before it was compacted; run `captionlib "
-                f"compact {source_address} {folder.uri}`, which moves its rows to the new shards, and then this "
-                "command again"
-            )
-        if source is None:
-            dataset = replace(dataset, layout=existing.layout)
+        if follows_source:
+            _require_same_layout(existing, dataset)
+        dataset = dataset if source else replace(dataset, layout=existing.layout)
         if existing == dataset:
             return dataset
         if existing.shards != dataset.shards:
@@ -487,6 +482,16 @@ def _require_same(existing: ShardedDataset, dataset: ShardedDataset) -> None:
             f"{dataset.folder.uri} holds the output of a different manifest (expected lineage {dataset.lineage}, got "
             f"{existing.lineage}); use another folder, or --overwrite to replace it. To add or change images, update "
             "the manifest that this output was made from"
+        )
+
+
+def _require_same_layout(existing: ShardedDataset, dataset: ShardedDataset) -> None:
+    """Raises DatasetError if the source was compacted, but the dataset in the folder was not."""
+    if existing.layout != dataset.layout:
+        raise DatasetError(
+            f"{dataset.folder.uri} has the shards that {dataset.source} had before it was compacted; run `captionlib "
+            f"compact {dataset.source} {dataset.folder.uri}`, which moves its rows to the new shards, and then this "
+            "command again"
         )
 
 

@@ -130,7 +130,7 @@ def test_second_compaction_writes_nothing(source: ShardedDataset, tmp_path: Path
 def test_stage_refuses_shards_from_before_the_compaction(source: ShardedDataset, tmp_path: Path) -> None:
     run_once(source, tmp_path)
     compact(tmp_path, 4, "manifest")
-    with pytest.raises(DatasetError, match="run `captionlib compact .*manifest .*captions`, which moves"):
+    with pytest.raises(DatasetError, match=r"run `captionlib compact .*manifest .*captions`, which moves"):
         run_once(reopen(source), tmp_path)
     compact(tmp_path, 4, *OUTPUTS)
     assert run_once(reopen(source), tmp_path) == []
@@ -152,7 +152,9 @@ def test_compaction_that_was_killed_anywhere_is_finished_by_the_next(
                 pass
         compact(tmp_path, 3)
         assert read_shards(tmp_path, "manifest") == divide(NAMES[:4], 3), killed_at
-        assert read_shards(tmp_path, "captions") == read_shards(tmp_path, "vectors") == [["00", "01"], ["03"]], killed_at
+        assert read_shards(tmp_path, "captions") == read_shards(tmp_path, "vectors") == [["00", "01"], ["03"]], (
+            killed_at
+        )
         assert run_once(open_dataset(tmp_path / "manifest"), tmp_path, broken="02") == [], killed_at
     assert killed_at > 20
 
@@ -182,7 +184,7 @@ def test_dataset_without_its_source_is_refused_before_anything_changes(source: S
 
 def test_duplicates_are_refused(source: ShardedDataset, tmp_path: Path) -> None:
     create_dataset(tmp_path / "duplicates", "duplicates", MANIFEST_SCHEMA, config={}, shards=1, source=source)
-    with pytest.raises(ConfigError, match="expected a dataset of kind .*, got duplicates"):
+    with pytest.raises(ConfigError, match=r"expected a dataset of kind .*, got duplicates"):
         compact(tmp_path, 4, "manifest", "duplicates")
     assert open_dataset(tmp_path / "manifest").shards == 5
 
