@@ -1,4 +1,7 @@
-"""Kills or suspends commands of all stages at random moments; run again, they must give the same output."""
+"""Kills or suspends commands of all stages at random moments; run again, they must give the same output.
+
+No process may be left a few seconds after a command was killed.
+"""
 
 import argparse
 import contextlib
@@ -25,13 +28,19 @@ RUNS = 200
 STAGES = (
     *("prepare", "extract-features", "train-captioner", "train-ranker", "generate-captions", "embed", "build-index"),
 )
+# The commands import these modules when they run. Loaded beforehand, they do not dominate the time of a command.
+PRELOADED = (
+    *("captionlib.data.ingestion.prepare", "captionlib.training.captioning", "captionlib.training.ranking"),
+    *("pipelines.build_index", "pipelines.embed_images", "pipelines.extract_features", "pipelines.generate_captions"),
+)
+PROCESS_END_SECONDS = 5
 
 
 def count_identical_outputs(folder: Path, runs: int, seed: int = 0) -> int:
     """Kills or suspends `runs` commands and runs them again; returns how many gave the same output as undisturbed."""
     project = create_project(_make(folder / "project"))
     context = multiprocessing.get_context("forkserver")  # imports the modules once
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, *PRELOADED])
     commands = [command for command in COMMANDS if command.name in STAGES]
     expected, seconds = {}, {}
     for command in commands:
@@ -54,11 +63,12 @@ def count_identical_outputs(folder: Path, runs: int, seed: int = 0) -> int:
         action = generator.choice([kill, kill, suspend])
         time.sleep(moment)
         action(process)
+        left = wait_for_processes(process.pid or 0)
         start_command(context, command, project, output).join()
         same = read_output(command, output) == expected[command.name]
-        result = "identical" if same else "DIFFERENT"
+        result = f"{'identical' if same else 'DIFFERENT'}{', PROCESSES LEFT: ' if left else ''}{', '.join(left)}"
         print(f"# {command.name}: {action.__name__} after {moment:.2f} s, {result}", flush=True)
-        identical += same
+        identical += same and not left
     return identical
 
 
@@ -75,6 +85,25 @@ def suspend(process: BaseProcess) -> None:
         time.sleep(0.2)
         os.kill(process.pid or 0, signal.SIGCONT)
     process.join()
+
+
+def wait_for_processes(session: int) -> list[str]:
+    """Waits until the processes of a session end. Returns the names of those that are left after some seconds."""
+    deadline = time.monotonic() + PROCESS_END_SECONDS
+    while (left := list_processes(session)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+def list_processes(session: int) -> list[str]:
+    """Returns the names of the running processes of a session, from Linux's /proc."""
+    names = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # the process has ended since
+            name, _, fields = file.read_text().rpartition(")")
+            state, _, _, session_id = fields.split()[:4]
+            names += [name.partition("(")[2]] if int(session_id) == session and state != "Z" else []
+    return names
 
 
 def start_command(context: ForkServerContext, command: Command, project: Path, output: Path) -> BaseProcess:
@@ -94,6 +123,7 @@ def read_output(command: Command, output: Path) -> dict[str, str]:
 
 
 def _run(command: Command, project: Path, output: Path) -> None:
+    os.setsid()  # identifies the processes that the command starts
     with contextlib.redirect_stdout(io.StringIO()):
         sys.exit(call(command, project, output))
 

@@ -91,7 +91,7 @@ def main() -> None:
             (row,) = train_captioner(
                 dataset.folder.uri, Path(scratch) / f"run-{number}", CONFIG, device="cpu", progress=False
             )
-            ours, theirs = plain.tokens / row["seconds"], plain.train_epoch()
+            ours, theirs = plain.tokens / row["total_seconds"], plain.train_epoch()
             print(
                 f"# captionlib {ours:.0f} tokens/s, plain loop {theirs:.0f} tokens/s, {torch.get_num_threads()} threads"
             )

@@ -52,7 +52,7 @@ def embed_images(
         DatasetError: the source is incomplete, or `output` contains a different dataset.
         FailureRatioError: more images failed than `run` allows.
     """
-    config = replace(config, loading=run.divide_decoders(config.loading))
+    config = replace(config, loading=run.limit_decoder_processes(config.loading))
     dataset = open_dataset(source).require_complete()
     driver_device, worker_device = run.resolve_devices(device)
     loaded_ranker, pinned_ranker = SHARED_RANKERS.pin(ranker)

@@ -66,7 +66,7 @@ def generate_captions(
     """
     if (ranker is None) != (embeddings is None):
         raise ConfigError("--ranker and --embeddings require each other; specify both or neither")
-    config = replace(config, loading=run.divide_decoders(config.loading))
+    config = replace(config, loading=run.limit_decoder_processes(config.loading))
     dataset = open_dataset(source).require_complete()
     driver_device, worker_device = run.resolve_devices(device)
     captioner, pinned_captioner = SHARED_CAPTIONERS.pin(checkpoint)

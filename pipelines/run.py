@@ -100,7 +100,7 @@ class RunConfig:
             return device, device
         return "auto", "cuda" if device == "auto" else device
 
-    def divide_decoders(self, loading: LoadingConfig) -> LoadingConfig:
+    def limit_decoder_processes(self, loading: LoadingConfig) -> LoadingConfig:
         """Divides this machine's image decoder processes among its workers, unless their number is configured."""
         if self.threads_per_worker is None or loading.decode.processes is not None:
             return loading

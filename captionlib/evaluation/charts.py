@@ -8,7 +8,7 @@ from typing import Any
 __all__ = ["Chart", "build_charts"]
 
 # data_wait is the fraction of the time that training waited for data.
-_NOT_PLOTTED = frozenset({"epoch", "step", "seconds", "learning_rate", "data_wait"})
+_NOT_PLOTTED = frozenset({"epoch", "step", "total_seconds", "learning_rate", "data_wait"})
 
 
 @dataclass(frozen=True)

@@ -272,7 +272,11 @@ def _create_temporary_file(folder: Path, name: str) -> Iterator[Path]:
     """Yields the path of a new file, and removes it at the end. `Folder.remove_temporary_files` keeps it until then."""
     while True:
         with name_errors(str(folder)):
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except FileExistsError:  # also raised if another process removes the folder meanwhile
+                if folder.is_file():
+                    raise
         path = folder / f"{name}.{uuid.uuid4().hex}"
         try:
             with name_errors(str(path)):

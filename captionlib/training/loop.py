@@ -65,7 +65,7 @@ def train(
 
     Returns:
         The metrics of each epoch: epoch, loss, mean reward if there are rewards, the validation scores, learning rate,
-        total seconds of training, and the fraction of that time spent waiting for data (`data_wait`).
+        seconds of training since the first epoch (`total_seconds`), and the fraction of that time spent waiting for data (`data_wait`).
 
     Raises:
         DatasetError: the folder holds a run with a different configuration.
@@ -246,7 +246,7 @@ class _Run(Generic[Batch, Model]):
             **state.means(),
             **scores,
             "learning_rate": self._config.learning_rate * factor,
-            "seconds": round(state.training_seconds, 1),
+            "total_seconds": round(state.training_seconds, 1),
             "data_wait": round(state.data_wait_seconds / max(state.training_seconds, 1e-9), 4),
         }
         state.history.append(row)

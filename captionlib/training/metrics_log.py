@@ -45,7 +45,7 @@ def draw_curves(output: Folder, history: Sequence[Row]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = [name for name in history[0] if name not in {"epoch", "seconds", "learning_rate", "data_wait"}]
+    names = [name for name in history[0] if name not in {"epoch", "total_seconds", "learning_rate", "data_wait"}]
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(4.5 * len(names), 3.4), layout="constrained")
     FigureCanvasAgg(figure)

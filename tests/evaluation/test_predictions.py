@@ -47,8 +47,8 @@ def test_features_serve_as_references(tmp_path: Path) -> None:
         rows = manifest.read(shard)
         with write_shard(features, shard, rows.num_rows) as writer:
             vectors = pa.FixedSizeListArray.from_arrays(pa.array([0.0] * 2 * rows.num_rows, pa.float32()), 2)
-            table = rows.append_column("features", vectors)
-            writer.write(table.cast(schema).combine_chunks().to_batches()[0])
+            table = rows.append_column(schema.field("features"), vectors)
+            writer.write(table.combine_chunks().to_batches()[0])
     features.finish()
     expected = load_predictions(tmp_path / "captions", tmp_path / "manifest")
     assert load_predictions(tmp_path / "captions", tmp_path / "features") == expected

@@ -192,9 +192,9 @@ def test_report_is_replaced_and_other_files_are_not(tmp_path: Path, photo: Path)
 
 def test_charts_show_metrics_of_more_than_one_epoch() -> None:
     history = [
-        {"epoch": 1, "loss": 4.0, "CIDEr": None, "seconds": 3, "once": 1.0},
-        {"epoch": 2, "loss": 2.0, "CIDEr": 0.25, "seconds": 3},
-        {"epoch": 3, "loss": 3.0, "CIDEr": 0.5, "seconds": 3},
+        {"epoch": 1, "loss": 4.0, "CIDEr": None, "total_seconds": 3, "once": 1.0},
+        {"epoch": 2, "loss": 2.0, "CIDEr": 0.25, "total_seconds": 3},
+        {"epoch": 3, "loss": 3.0, "CIDEr": 0.5, "total_seconds": 3},
     ]
     loss, cider = build_charts(history)
     assert (loss.name, loss.last, loss.best, loss.low, loss.high) == ("loss", "3", "2", "2", "4")

@@ -55,6 +55,7 @@ DATAFLOW = (
 
 # Unpickles the transforms of a job in a fresh process.
 _UNPICKLE = """
+import inspect
 import sys
 from pathlib import Path
 from apache_beam.internal import pickler
@@ -68,6 +69,8 @@ for path in sys.argv[1:]:
             if payload.do_fn.urn == python_urns.PICKLED_DOFN_INFO:
                 fn = pickler.loads(payload.do_fn.payload)[0]
                 code = getattr(fn, "_fn", type(fn))  # the function of a FlatMap, or the class of another DoFn
+                if inspect.isfunction(code):  # a Map wraps its function
+                    code = inspect.getclosurevars(code).nonlocals.get("fn", code)
                 print(transform.unique_name, f"{code.__module__}.{code.__name__}")
 """
 

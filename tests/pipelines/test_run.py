@@ -12,11 +12,11 @@ from pipelines.run import RunConfig, choose_runner, run_pipeline
 
 def test_workers_divide_the_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.run.available_cpus", lambda: 8)
-    assert RunConfig(workers=1).divide_decoders(LoadingConfig()).decode.processes is None
-    assert RunConfig(workers=4).divide_decoders(LoadingConfig()).decode.processes == 2
-    assert RunConfig(workers=20).divide_decoders(LoadingConfig()).decode.processes == 1
+    assert RunConfig(workers=1).limit_decoder_processes(LoadingConfig()).decode.processes is None
+    assert RunConfig(workers=4).limit_decoder_processes(LoadingConfig()).decode.processes == 2
+    assert RunConfig(workers=20).limit_decoder_processes(LoadingConfig()).decode.processes == 1
     given = LoadingConfig(decode=DecoderConfig(processes=7))
-    assert RunConfig(workers=4).divide_decoders(given).decode.processes == 7
+    assert RunConfig(workers=4).limit_decoder_processes(given).decode.processes == 7
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,29 @@ def test_write_replaces_an_existing_file(folder: Folder) -> None:
     assert folder.read("a") == b"new"
 
 
+def test_write_succeeds_if_another_process_removes_the_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is removed after `mkdir` has found it and before `mkdir` has checked that it is a folder."""
+    is_dir = Path.is_dir
+    (tmp_path / TEMPORARY_FOLDER).mkdir()
+
+    def remove_first(path: Path) -> bool:
+        if is_dir(path) and path.name == TEMPORARY_FOLDER:
+            path.rmdir()
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", remove_first)
+    Folder(tmp_path).write("a.json", b"content")
+    assert (tmp_path / "a.json").read_bytes() == b"content"
+
+
+def test_file_in_place_of_the_temporary_folder_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / TEMPORARY_FOLDER).touch()
+    with pytest.raises(StorageError, match="_temporary cannot be accessed: File exists"):
+        Folder(tmp_path).write("a.json", b"content")
+
+
 def test_stage_publishes_nothing_if_the_block_raises(folder: Folder) -> None:
     with pytest.raises(RuntimeError, match="died"), folder.stage("a") as path:
         path.write_bytes(b"half")

@@ -30,7 +30,7 @@ NODE = "features.3.squeeze_activation"
 RUN = RunConfig(max_failure_ratio=0.5, progress=False)
 CONFIG = CaptionerTrainingConfig(
     captioner=CaptionerConfig(hidden_size=16, embedding_size=16, dropout=0.1, encoder_top=NODE),
-    training=TrainingConfig(epochs=3, optimizer="adam", learning_rate=0.03, seed=3),
+    training=TrainingConfig(epochs=3, optimizer="adam", learning_rate=0.03, seed=3, unigram_patience=None),
     encoder_top_learning_rate=1e-3,
     random_crop=0.3,
     horizontal_flip=True,

@@ -231,8 +231,8 @@ def test_rejects_what_cannot_be_finetuned(manifest: ShardedDataset, start: Loade
             finetune(manifest, tmp_path / "tuned", replace(CONFIG, encoder=EncoderFinetuningConfig(from_node=node)))
     with pytest.raises(ConfigError, match="is also the output of this run"):
         finetune(manifest, tmp_path / "start")
-    with pytest.raises(DatasetError, match="expected captions in split dev, got none"):
-        finetune(manifest, tmp_path / "tuned", replace(CONFIG, validation_splits=("dev",)))
+    with pytest.raises(DatasetError, match="expected captions in split other, got none"):
+        finetune(manifest, tmp_path / "tuned", replace(CONFIG, validation_splits=("other",)))
     torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "other.pth")
     with pytest.raises(ConfigError, match="lack 3 of the 4 tensors"):
         finetune(manifest, tmp_path / "tuned", weights=str(tmp_path / "other.pth"))

@@ -119,7 +119,11 @@ def to_maps(features: ShardedDataset, folder: Path) -> ShardedDataset:
         column = numpy_to_vectors(np.concatenate([2 * vectors, 0 * vectors], 1))
         rows = features.read(shard)
         with write_shard(maps, shard, rows.num_rows) as writer:
-            writer.write(rows.set_column(4, schema.field("features"), column).combine_chunks().to_batches()[0])
+            writer.write(
+                rows.set_column(rows.schema.names.index("features"), schema.field("features"), column)
+                .combine_chunks()
+                .to_batches()[0]
+            )
     maps.finish()
     return maps
 
@@ -200,8 +204,8 @@ def test_rejects_another_configuration(features: ShardedDataset, tmp_path: Path)
 
 
 def test_rejects_split_without_captions_before_training(features: ShardedDataset, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="expected captions in split dev, got none"):
-        train(features, tmp_path / "ranker", replace(CONFIG, validation_splits=("dev",)))
+    with pytest.raises(DatasetError, match="expected captions in split other, got none"):
+        train(features, tmp_path / "ranker", replace(CONFIG, validation_splits=("other",)))
     train(features, tmp_path / "ranker", replace(CONFIG, training=TrainingConfig(epochs=1)))
     with pytest.raises(DatasetError, match="no references in split test; its splits are train, val"):
         score_ranker(load_ranker(tmp_path / "ranker"), features, ["test"])

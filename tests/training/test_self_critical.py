@@ -176,7 +176,7 @@ def test_sampled_log_probs_equal_those_of_forward(features: ShardedDataset, conf
 def test_samples_depend_on_epoch_and_image_but_not_on_the_batch(
     features: ShardedDataset, config: CaptionerConfig, shape: list[int]
 ) -> None:
-    model = build(config, seed=1)
+    model = build(config, seed=5)
     objective = objective_of(model, features, SelfCriticalConfig(3), [[[2, 3, 4]], [[4, 5]]])
     images = np.random.default_rng(0).normal(size=(6, *shape)).astype(np.float32)
     sentences = [[2, 3, 4], [4, 5], [2], [3], [5, 6], [6]]

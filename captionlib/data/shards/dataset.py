@@ -420,7 +420,8 @@ def create_dataset(
         shards = source.shards
     lineage = lineage or (source.lineage if source else fingerprint)
     source_address, layout = (resolve_address(source.folder.uri), source.layout) if source else ("", "")
-    description = None if overwrite else _read_updated_description(folder)
+    replace = overwrite and folder.exists(DESCRIPTION_FILE)
+    description = None if replace else _read_updated_description(folder) or _require_no_files(folder)
     if description is not None:
         source_checksum = description.get("source_checksum", "")
     else:
@@ -428,7 +429,7 @@ def create_dataset(
     dataset = ShardedDataset(
         folder, kind, config, fingerprint, shards, schema, lineage, source_address, layout, source_checksum
     )
-    if overwrite and folder.exists(DESCRIPTION_FILE):
+    if replace:
         _clear(folder)
     elif description is not None:
         existing = _to_dataset(folder, description)
@@ -442,13 +443,6 @@ def create_dataset(
             dataset.mark_incomplete()
         for shard in range(dataset.shards, existing.shards):
             existing.remove_shard(shard)
-    elif others := [
-        name for name in folder.list() if name not in (TEMPORARY_FOLDER, DESCRIPTION_FILE)
-    ]:  # a run that started at the same time may write them
-        raise DatasetError(
-            f"{folder.uri} holds files that captionlib did not write ({', '.join(others[:3])}); "
-            "use a new or empty folder"
-        )
     content = {
         "kind": kind,
         "schema_version": SCHEMA_VERSIONS[kind],
@@ -465,6 +459,21 @@ def create_dataset(
     }
     folder.write(DESCRIPTION_FILE, encode_record(content))
     return dataset
+
+
+def _require_no_files(folder: Folder) -> dict[str, Any] | None:
+    """Raises DatasetError if a folder without a description holds files.
+
+    A run that started at the same time may have written them. Then its description is returned.
+    """
+    others = [name for name in folder.list() if name not in (TEMPORARY_FOLDER, DESCRIPTION_FILE)]
+    description = _read_updated_description(folder) if others else None
+    if others and description is None:
+        raise DatasetError(
+            f"{folder.uri} holds files that captionlib did not write ({', '.join(others[:3])}); "
+            "use a new or empty folder"
+        )
+    return description
 
 
 def _require_same(existing: ShardedDataset, dataset: ShardedDataset) -> None:

@@ -90,7 +90,7 @@ class EncoderConfig:
             decode_scale=description["preprocessing"].get("decode_scale", "exact"),
         )
 
-    def with_absolute_weights(self) -> "EncoderConfig":
+    def resolve_weights_path(self) -> "EncoderConfig":
         """Returns a copy with the absolute address of a weights file, for workers with other working directories."""
         return replace(self, weights=resolve_address(self.weights)) if is_weights_file(self.weights) else self
 

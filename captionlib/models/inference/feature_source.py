@@ -44,7 +44,7 @@ def resolve_encoder(
         return None
     if source.kind != "manifest":
         raise DatasetError(f"{source.folder.uri}: expected a dataset of kind features or manifest, got {source.kind}")
-    config = EncoderConfig.from_description(model.encoder, weights or model.encoder_weights).with_absolute_weights()
+    config = EncoderConfig.from_description(model.encoder, weights or model.encoder_weights).resolve_weights_path()
     model.require_encoder(load_shared_encoder(config, device, threads).description)
     return config
 

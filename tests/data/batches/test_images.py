@@ -11,6 +11,7 @@ import pytest
 from captionlib.data.batches.captions import CaptionBatch
 from captionlib.data.batches.images import ImageBatches, read_captioned_rows
 from captionlib.data.batches.skipped import SkippedImages
+from captionlib.data.images.loading import LoadedImage
 from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
@@ -28,11 +29,11 @@ class Loader:
         self.missing = set(missing)
         self.loaded: list[int] = []
 
-    def __call__(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Pixels | FetchError]]:
+    def __call__(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], LoadedImage | FetchError]]:
         for row in rows:
             number = int(row["image_id"])
             self.loaded.append(number)
-            image = np.array([[[number] * 3, [0] * 3]], np.uint8)
+            image = LoadedImage(np.array([[[number] * 3, [0] * 3]], np.uint8), 2, 1, 0)
             yield row, FetchError("HTTPError 404", "no such image") if number in self.missing else image
 
 

@@ -335,6 +335,23 @@ def test_two_equal_runs_at_once_succeed(tmp_path: Path) -> None:
         dataset.remove_marker(0)
 
 
+def test_dataset_that_another_run_creates_meanwhile_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run creates the dataset after this run has found no description."""
+    listed = Folder.list
+
+    def create_and_list(folder: Folder, subfolder: str = "") -> list[str]:
+        with monkeypatch.context() as patch:
+            patch.setattr(Folder, "list", listed)
+            create(tmp_path)
+        return listed(folder, subfolder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "list", create_and_list)
+        dataset = create_dataset(tmp_path, "manifest", MANIFEST_SCHEMA, config={"recipe": 1}, shards=2)
+    assert dataset == open_dataset(tmp_path)
+    assert dataset.pending_shards() == []
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 @pytest.mark.parametrize("step", ["write", "publish"])
 def test_full_disk_is_one_error_and_the_run_can_be_resumed(

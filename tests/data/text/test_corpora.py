@@ -56,8 +56,8 @@ def test_dataset_yields_the_captions_of_its_splits(tmp_path: Path) -> None:
     assert list(corpus.training()) == ["train 0", "again 0", "restval 3", "again 3"]
     assert list(corpus.validation()) == ["val 1", "again 1"]
     assert corpus.fingerprint == dataset.compute_content_checksum()
-    with pytest.raises(DatasetError, match="expected captions in split dev, got none"):
-        open_corpus(tmp_path / "manifest", validation_splits=["dev"])
+    with pytest.raises(DatasetError, match="expected captions in split other, got none"):
+        open_corpus(tmp_path / "manifest", validation_splits=["other"])
     with pytest.raises(ConfigError, match="layout=continuous expects a text file"):
         open_corpus(tmp_path / "manifest", "continuous")
 

@@ -118,7 +118,7 @@ def test_the_next_batch_starts_before_waiting_for_the_previous_one() -> None:
         )
         for n in range(6)
     ]
-    encoded = encode_images(encoder, iter(loaded), 2, lambda image_id, *_: failed.append(image_id))  # type: ignore[arg-type]
+    encoded = encode_images(encoder, iter(loaded), 2, lambda row, _: failed.append(row["image_id"]))  # type: ignore[arg-type]
     batches = [([row["image_id"] for row in rows], features[:, 0].tolist()) for rows, features in encoded]
     assert batches == [(["0", "1"], [0, 1]), (["2", "4"], [2, 4]), (["5"], [5])]
     assert failed == ["3"]

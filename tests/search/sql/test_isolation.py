@@ -34,16 +34,21 @@ def run(query: Query, memory_bytes: int = 2**32, timeout_seconds: float = 30) ->
         return rows.read_all()
 
 
+def list_children() -> set[str]:
+    """Returns the ids of the child processes of this process, which other tests may have started too."""
+    return {child for path in Path("/proc/self/task").glob("*/children") for child in path.read_text().split()}
+
+
 @pytest.fixture(autouse=True)
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Checks that no test leaves a temporary file or a child process."""
     folder = tmp_path / "scratch"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
+    before = list_children()
     yield folder
     assert list(folder.iterdir()) == []
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    assert list_children() <= before
 
 
 def test_rows_are_the_same_as_in_this_process(captions: str) -> None:
@@ -108,7 +113,8 @@ def test_crash_is_one_error(sent: signal.Signals, message: str, capfd: pytest.Ca
 
     with pytest.raises(SubprocessError, match=f"^{re.escape(message)}$"):
         run(crash)
-    assert capfd.readouterr().err == ""
+    lines = capfd.readouterr().err.splitlines()
+    assert [line for line in lines if "fork_posix.cc" not in line] == []  # gRPC, if another test has imported it
 
 
 @pytest.mark.timeout(60)
