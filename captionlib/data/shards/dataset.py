@@ -420,8 +420,8 @@ def create_dataset(
         shards = source.shards
     lineage = lineage or (source.lineage if source else fingerprint)
     source_address, layout = (resolve_address(source.folder.uri), source.layout) if source else ("", "")
-    replace = overwrite and folder.exists(DESCRIPTION_FILE)
-    description = None if replace else _read_updated_description(folder) or _require_no_files(folder)
+    delete_existing = overwrite and folder.exists(DESCRIPTION_FILE)
+    description = None if delete_existing else _read_updated_description(folder) or _require_no_files(folder)
     if description is not None:
         source_checksum = description.get("source_checksum", "")
     else:
@@ -429,7 +429,7 @@ def create_dataset(
     dataset = ShardedDataset(
         folder, kind, config, fingerprint, shards, schema, lineage, source_address, layout, source_checksum
     )
-    if replace:
+    if delete_existing:
         _clear(folder)
     elif description is not None:
         existing = _to_dataset(folder, description)
