@@ -147,8 +147,8 @@ def command(
       captionlib prepare Flickr8k.token.txt --images Flicker8k_Dataset/ -o manifest
       captionlib prepare results.token --split-file train=train.txt --split-file val=val.txt -o manifest
     \b
-    table: CSV, TSV, JSON (lines or a list; also .gz) or Parquet with one row per image or per caption. If the caption is
-    the last column of a CSV or text file, it may contain unquoted commas.
+    table: CSV, TSV, JSON (lines or a list; also .gz) or Parquet with one row per image or per caption. If the caption
+    is the last column of a CSV or text file, it may contain unquoted commas.
       captionlib prepare pairs.csv --uri-column url --caption-column alt -o manifest
       captionlib prepare captions.txt --columns image,caption --images Images/ -o manifest
       captionlib prepare 's3://bucket/table/*.parquet' -o manifest
@@ -197,7 +197,8 @@ def command(
 
 def _echo_changes(changes: Changes) -> None:
     click.echo(
-        f"{changes.new:,} new, {changes.changed:,} changed, {changes.gone:,} gone, {changes.unchanged:,} unchanged images"
+        f"{changes.new:,} new, {changes.changed:,} changed, {changes.gone:,} gone, "
+        f"{changes.unchanged:,} unchanged images"
     )
 
 

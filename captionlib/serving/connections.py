@@ -19,8 +19,8 @@ class LimitedConnection(H11Protocol):
 
     Attributes:
         max_connections: maximum number of connections per process.
-        headers_timeout_seconds: time limit from the start of a connection, or the first byte of a further request, until
-            all headers of the request have arrived.
+        headers_timeout_seconds: time limit from the start of a connection, or the first byte of a further request,
+            until all headers of the request have arrived.
         idle_timeout_seconds: time limit from the end of a response until the first byte of the next request.
         write_timeout_seconds: time limit for a client to receive the part of a response that is in the send buffer.
     """

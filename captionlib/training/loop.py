@@ -65,7 +65,8 @@ def train(
 
     Returns:
         The metrics of each epoch: epoch, loss, mean reward if there are rewards, the validation scores, learning rate,
-        seconds of training since the first epoch (`total_seconds`), and the fraction of that time spent waiting for data (`data_wait`).
+        seconds of training since the first epoch (`total_seconds`), and the fraction of that time spent waiting for
+        data (`data_wait`).
 
     Raises:
         DatasetError: the folder holds a run with a different configuration.

@@ -262,7 +262,8 @@ _CREATE_GONE = """
 """
 _LIST_TOUCHED = "SELECT shard FROM changes WHERE shard IS NOT NULL UNION SELECT shard FROM gone"
 _READ_CHANGED = """
-    SELECT rows.* REPLACE (changes.version AS version), changes.shard FROM read_parquet(?, file_row_number = true) AS rows
+    SELECT rows.* REPLACE (changes.version AS version), changes.shard
+    FROM read_parquet(?, file_row_number = true) AS rows
     JOIN changes ON changes.position = rows.file_row_number WHERE changes.shard IS NOT NULL
     ORDER BY changes.shard, changes.position
 """

@@ -204,8 +204,8 @@ def _open_hashes(address: str) -> ShardedDataset:
     dataset = open_dataset(address)
     if "content_hash" not in dataset.schema.names:
         raise ConfigError(
-            f"{dataset.folder.uri}: expected a dataset with the column content_hash, got {dataset.kind}; use the output "
-            "of extract-features, generate-captions or embed"
+            f"{dataset.folder.uri}: expected a dataset with the column content_hash, got {dataset.kind}; use the "
+            "output of extract-features, generate-captions or embed"
         )
     return dataset
 

@@ -230,5 +230,6 @@ def _decode_list(text: str, origin: str, field: str) -> object:
                 return ast.literal_eval(text)
         raise EntryError(
             f"invalid {field}",
-            f'{origin}: expected {field} as a caption or a JSON list such as ["a dog", "two dogs"], got {describe(text)}',
+            f'{origin}: expected {field} as a caption or a JSON list such as ["a dog", "two dogs"], '
+            f"got {describe(text)}",
         ) from error

@@ -358,18 +358,82 @@ KARPATHY_IMAGE = make_karpathy()["images"][0]
     ("name", "content", "images", "captions", "skipped"),
     [
         ("a.csv", "url,caption\n,x\nb.jpg,y\n", 1, 1, {"invalid url": 1}),
-        ("a.csv", "id,url,caption\n1.5,a.jpg,x\n2,b.jpg,['p' 'q']\n3,c.jpg,y\n", 2, 1, {"invalid id": 1, "invalid caption": 1}),
-        ("a.csv", "caption,url\nx,a.jpg\ny\nz,b.jpg,c\n", 1, 1, {"row with missing cells": 1, "row with additional cells": 1}),
+        (
+            "a.csv",
+            "id,url,caption\n1.5,a.jpg,x\n2,b.jpg,['p' 'q']\n3,c.jpg,y\n",
+            2,
+            1,
+            {"invalid id": 1, "invalid caption": 1},
+        ),
+        (
+            "a.csv",
+            "caption,url\nx,a.jpg\ny\nz,b.jpg,c\n",
+            1,
+            1,
+            {"row with missing cells": 1, "row with additional cells": 1},
+        ),
         ("a.tsv", "url\tcaption\na.jpg\tx\nb.jpg\ty\tz\n", 1, 1, {"row with additional cells": 1}),
-        ("a.jsonl", '{"url":"a.jpg","caption":"x"}\n{"url":3}\n{"url":\n[]\n', 1, 1, {"invalid url": 1, "line that is not a JSON object": 1, "entry that is not an object": 1}),
-        ("a.jsonl", '{"id":1,"url":"a.jpg"}\n{"url":"b.jpg"}\n{"id":null,"url":"c.jpg"}\n', 1, 0, {"object without an image id": 1, "invalid id": 1}),
-        ("a.json", json.dumps([{"url": "a.jpg", "caption": 3}, {"url": "b.jpg", "caption": "x"}, 7]), 2, 1, {"invalid caption": 1, "entry that is not an object": 1}),
-        ("captions.json", json.dumps(make_coco() | {"images": [{"id": 1, "file_name": "1.jpg"}, {"id": None}, 3]}), 1, 1, {"invalid id": 1, "entry that is not an object": 1}),
-        ("captions.json", json.dumps(make_coco() | {"annotations": [{"image_id": 1, "caption": "x"}, {"image_id": 1, "caption": 7}, None]}), 1, 1, {"invalid caption": 1, "entry that is not an object": 1}),
-        ("dataset.json", json.dumps({"images": [KARPATHY_IMAGE, {**KARPATHY_IMAGE, "imgid": 1, "sentences": ["x", 3]}, {**KARPATHY_IMAGE, "filename": 2}]}), 2, 2, {"invalid sentences": 1, "invalid filename": 1}),
-        ("a.token", "a.jpg#0\tone\nbroken\na.jpg#1\t['p' 'q']\n", 1, 1, {"line in a different format": 1, "invalid caption": 1}),
+        (
+            "a.jsonl",
+            '{"url":"a.jpg","caption":"x"}\n{"url":3}\n{"url":\n[]\n',
+            1,
+            1,
+            {"invalid url": 1, "line that is not a JSON object": 1, "entry that is not an object": 1},
+        ),
+        (
+            "a.jsonl",
+            '{"id":1,"url":"a.jpg"}\n{"url":"b.jpg"}\n{"id":null,"url":"c.jpg"}\n',
+            1,
+            0,
+            {"object without an image id": 1, "invalid id": 1},
+        ),
+        (
+            "a.json",
+            json.dumps([{"url": "a.jpg", "caption": 3}, {"url": "b.jpg", "caption": "x"}, 7]),
+            2,
+            1,
+            {"invalid caption": 1, "entry that is not an object": 1},
+        ),
+        (
+            "captions.json",
+            json.dumps(make_coco() | {"images": [{"id": 1, "file_name": "1.jpg"}, {"id": None}, 3]}),
+            1,
+            1,
+            {"invalid id": 1, "entry that is not an object": 1},
+        ),
+        (
+            "captions.json",
+            json.dumps(
+                make_coco() | {"annotations": [{"image_id": 1, "caption": "x"}, {"image_id": 1, "caption": 7}, None]}
+            ),
+            1,
+            1,
+            {"invalid caption": 1, "entry that is not an object": 1},
+        ),
+        (
+            "dataset.json",
+            json.dumps(
+                {
+                    "images": [
+                        KARPATHY_IMAGE,
+                        {**KARPATHY_IMAGE, "imgid": 1, "sentences": ["x", 3]},
+                        {**KARPATHY_IMAGE, "filename": 2},
+                    ]
+                }
+            ),
+            2,
+            2,
+            {"invalid sentences": 1, "invalid filename": 1},
+        ),
+        (
+            "a.token",
+            "a.jpg#0\tone\nbroken\na.jpg#1\t['p' 'q']\n",
+            1,
+            1,
+            {"line in a different format": 1, "invalid caption": 1},
+        ),
     ],
-)  # fmt: skip
+)
 def test_invalid_entries_are_skipped_with_their_reason(
     tmp_path: Path, name: str, content: str, images: int, captions: int, skipped: dict[str, int]
 ) -> None:
