@@ -266,6 +266,24 @@ class Folder:
 
         call_with_retries(self.path(name), remove)
 
+    def remove_equal_file(self, name: str, content: bytes) -> None:
+        """Removes a file if it has this content.
+
+        On a local file system, of several processes that remove the same file at once, none removes a file that another
+        one has created since.
+        """
+        if not self.is_local:
+            with suppress(FileNotFoundError):
+                if self.read(name) == content:
+                    self.remove_file(name)
+            return
+        path = Path(self.path(name))
+        with suppress(FileNotFoundError), name_errors(str(path)), path.open("rb") as file:
+            with suppress(OSError):  # the file system has no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if path.read_bytes() == content:
+                path.unlink()
+
 
 @contextmanager
 def _create_temporary_file(folder: Path, name: str) -> Iterator[Path]:
