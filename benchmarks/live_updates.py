@@ -1,9 +1,9 @@
-"""Counts wrong and failed answers while readers query a dataset and its index during 50 updates.
+"""Counts wrong and failed results while readers query a dataset and its index during 50 updates.
 
 Every update rewrites a few shards and builds the index again. The captions of version N name N, so a reader can tell
-whether an answer mixes versions. Readers are an open `Index`, the web application, `captionlib.query_sql`, and DuckDB
-reading the Parquet files without captionlib. An index answers from one version. A dataset is updated shard by shard, so
-an answer from it may combine shards of two versions, but each shard must be whole.
+whether a result mixes versions. Readers are an open `Index`, the web application, `captionlib.query_sql`, and DuckDB
+reading the Parquet files without captionlib. An index searches one version. A dataset is updated shard by shard, so
+a result may combine shards of two versions, but each shard must be whole.
 """
 
 import argparse
@@ -40,11 +40,11 @@ CHANGED_SHARDS = 3
 
 
 class Reader(threading.Thread):
-    """Repeats a check until it is stopped, and counts the answers and the problems."""
+    """Repeats a check until it is stopped, and counts the results and the problems."""
 
     def __init__(self, name: str, check: Callable[[], str | None]) -> None:
         super().__init__(name=name, daemon=True)
-        self.answers = 0
+        self.results = 0
         self.problems: Counter[str] = Counter()
         self.stopped = threading.Event()
         self._check = check
@@ -55,7 +55,7 @@ class Reader(threading.Thread):
                 problem = self._check()
             except Exception as error:  # every error counts
                 problem = f"{type(error).__name__}: {error}"[:200]
-            self.answers += 1
+            self.results += 1
             if problem is not None:
                 self.problems[problem] += 1
 
@@ -101,7 +101,7 @@ def _measure(folder: Path, updates: int) -> bool:
     print(f"# build of an update: {sum(seconds) / len(seconds):.2f} s; index after all updates: {megabytes:.1f} MB")
     met = [newest]
     for reader in readers:
-        print(f"# {reader.name}: {reader.answers:,} answers, {dict(reader.problems.most_common(3))}")
+        print(f"# {reader.name}: {reader.results:,} results, {dict(reader.problems.most_common(3))}")
         wrong = sum(reader.problems.values())
         met.append(report(f"live-updates-wrong-{reader.name}", wrong, 0, at_least=False))
     return all(met)
@@ -145,23 +145,23 @@ def _expected_versions(build: int) -> dict[int, int]:
 
 
 def _check_versions(captions: list[str]) -> str | None:
-    """Checks that an answer has all rows of one version of the whole dataset."""
+    """Checks that a result has all rows of one version of the whole dataset."""
     words = Counter(caption.split()[1] for caption in captions)
     builds = [word for word in words if word.startswith("build")]
     if len(builds) != 1:
-        return f"{len(builds)} builds in an answer"
+        return f"{len(builds)} builds in a result"
     versions = _expected_versions(int(builds[0].removeprefix("build")))
     expected = {f"shard{shard}v{version}": ROWS for shard, version in versions.items()} | {builds[0]: 1}
-    return None if words == expected else "an answer mixes versions"
+    return None if words == expected else "a result mixes versions"
 
 
 def _check_shards(counts: dict[str, int]) -> str | None:
-    """Checks that an answer has every shard once, whole, in any version."""
+    """Checks that a result has every shard once, whole, in any version."""
     shards = Counter(word.split("v")[0] for word in counts if word.startswith("shard"))
     if len(shards) != SHARDS or set(shards.values()) != {1}:
         return "shards are missing or occur twice"
     wrong = [count for word, count in counts.items() if word.startswith("shard") and count != ROWS]
-    return "an answer has part of a shard" if wrong else None
+    return "a result has part of a shard" if wrong else None
 
 
 _COUNT = "SELECT split_part(caption, ' ', 2) AS word, count(*) AS n FROM {} GROUP BY 1"
@@ -198,7 +198,7 @@ def _check_serve(port: int) -> str | None:
     if response.status != 200:
         return f"status {response.status}"
     captions = {content["caption"], *(candidate["caption"] for candidate in content["candidates"])}
-    return None if len(captions) == 1 else "an answer mixes versions"
+    return None if len(captions) == 1 else "a result mixes versions"
 
 
 def _wait_for_version(is_newest: Callable[[], bool]) -> bool:

@@ -17,7 +17,7 @@ __all__ = ["decode_images", "write_images", "write_manifest"]
 
 
 def write_images(folder: Path, count: int, size: int = 224, seed: int = 0) -> list[Path]:
-    """Writes JPEG files of smooth color gradients, about as large as photographs of the same size."""
+    """Writes JPEG files of smooth color gradients, about as large as a camera's images of the same size."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
     paths = []

@@ -1,11 +1,13 @@
-"""Collections: a folder with a configuration of sources and models, from which `captionlib update` derives the rest.
+"""Collections: folders with a list of sources of images, and with their captions and search index.
 
-folder/
-collection.yaml           sources, captioner, ranker and settings
-NAME/manifest             the images of a source
-NAME/captions             their captions
-NAME/embeddings           their embeddings, with a ranker
-index/                    the search index of all sources
+    folder/
+      collection.yaml       sources, captioner (caption model), ranker (image-text retrieval model) and settings
+      NAME/manifest         images of the source NAME
+      NAME/captions         generated captions of these images
+      NAME/embeddings       embeddings of these images, if there is a ranker
+      index/                search index of all sources
+
+`captionlib init` writes the configuration, and `captionlib update` writes the rest.
 """
 
 import os
@@ -43,9 +45,9 @@ class SourceConfig:
     """A source of images.
 
     Attributes:
-        name: name of the source's subfolder.
+        name: name of the source and of its subfolder.
         addresses: paths, URLs or globs.
-        prepare: how the source is read.
+        prepare: how to read the source.
     """
 
     name: str
@@ -63,15 +65,15 @@ class SourceConfig:
 
 @configclass
 class CollectionConfig:
-    """What a collection contains. Addresses are absolute, because commands may run in any folder.
+    """Sources, models and settings of a collection. Paths are absolute, because commands may run in any folder.
 
     Attributes:
         sources: the sources of the images. An image id may occur in only one of them.
         captioner: checkpoint of the captioner.
         ranker: checkpoint of the ranker (dual encoder for image-text retrieval). If None, the index is text-only.
         weights: weights file of the encoder, if it needs one.
-        generation: settings of `captionlib generate-captions`, such as `decoding`.
-        index: how the index is built.
+        generation: configuration of `captionlib generate-captions`, such as `decoding`.
+        index: how to build the index.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -96,7 +98,7 @@ class Collection:
 
     @property
     def index(self) -> str:
-        """The address of the index."""
+        """Path or URL of the index."""
         return self.folder.address("index")
 
     def manifest(self, source: SourceConfig) -> str:
@@ -109,13 +111,13 @@ class Collection:
         return self.folder.address(f"{source.name}/embeddings")
 
     def list_datasets(self) -> list[str]:
-        """Returns the addresses of the datasets of all sources, in the order in which they are written."""
+        """Returns the paths or URLs of the datasets of all sources, in the order in which they are written."""
         kinds = [self.manifest, self.captions, *([self.embeddings] if self.config.ranker else [])]
         return [kind(source) for source in self.config.sources for kind in kinds]
 
 
 def create_collection(folder: str | os.PathLike[str], config: CollectionConfig) -> Collection:
-    """Writes the configuration of a new collection. Relative addresses become absolute.
+    """Writes the configuration of a new collection. Relative paths become absolute.
 
     Raises:
         DatasetError: the folder is not empty.
@@ -132,7 +134,7 @@ def create_collection(folder: str | os.PathLike[str], config: CollectionConfig) 
 
 
 def _to_absolute_values(config: CollectionConfig) -> dict[str, Any]:
-    """Returns the values of a configuration that differ from the defaults, with absolute addresses."""
+    """Returns the values of a configuration that differ from the defaults, with absolute paths."""
     values = to_dict(config)
     for source in values["sources"]:
         source["addresses"] = [resolve_address(address) for address in source["addresses"]]

@@ -51,10 +51,11 @@ def configclass(cls: type[Config]) -> type[Config]:
 
 
 def load_config(config_type: type[Config], path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Creates a configuration from defaults, a YAML file and overrides such as `training.epochs=5`; later ones win.
+    """Creates a configuration from defaults, a YAML file and overrides such as `training.epochs=5`.
 
-    A YAML file may extend another file with `extends: base.yaml`, a path relative to the extending file. Sections are
-    merged, and values in the extending file take precedence.
+    The file takes precedence over the defaults, and overrides take precedence over the file. A file may extend another
+    file with `extends: base.yaml`, a path relative to the extending file. Sections are merged, and values in the
+    extending file take precedence.
 
     Raises:
         ConfigError: the file cannot be read, a key is unknown or a value is invalid.
@@ -67,7 +68,7 @@ def load_config(config_type: type[Config], path: str | Path | None, overrides: S
 def build_config(config_type: type[Config], values: Mapping[str, Any], origin: str = "configuration") -> Config:
     """Creates a configuration from a mapping of keys to values. Nested mappings fill nested sections.
 
-    If a nested mapping omits a key, the enclosing class's default for that section provides the value. Error messages
+    If a nested mapping omits a key, its value comes from the enclosing class's default for that section. Error messages
     begin with `origin`, which names the source of the values.
 
     Raises:
@@ -127,7 +128,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns a description of each field whose value differs between two nested configurations."""
+    """Returns a line such as `epochs: was 5, now 6` for each value that differs between two nested configurations."""
     old, new = _flatten(before), _flatten(now)
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return [f"{name}: was {old.get(name)!r}, now {new.get(name)!r}" for name in names]

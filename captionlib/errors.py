@@ -128,7 +128,7 @@ class TrainingDiverged(CaptionlibError):  # noqa: N818 - reads better than Train
     """Training stopped because its loss is not finite or the model learns nothing. The best checkpoint is kept."""
 
 
-class TrainingInterrupted(CaptionlibError):  # noqa: N818 - the user asked for it, so it is not an error
+class TrainingInterrupted(CaptionlibError):  # noqa: N818 - the user requested it, so it is not an error
     """Training stopped on Ctrl-C or SIGTERM, after saving its state. The same command resumes it.
 
     Attributes:

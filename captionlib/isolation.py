@@ -31,14 +31,14 @@ _WATCH_MILLISECONDS = 20
 
 @dataclass(frozen=True)
 class ProcessLimits:
-    """The limits on a child process, and the errors that are raised if it exceeds them.
+    """Limits on a child process, and the errors to raise if it exceeds them.
 
     Attributes:
-        memory_bytes: the limit on the memory that the child allocates. Memory that it shares with its parent and mapped
+        memory_bytes: limit on the memory that the child allocates. Memory that it shares with its parent and mapped
             files do not count. A limit on the address space does not work: DuckDB reserves far more than it uses.
-        timeout_seconds: the limit on the total time that the parent waits for output.
-        memory_error: the error if the child exceeds `memory_bytes`.
-        timeout_error: the error if the child exceeds `timeout_seconds`.
+        timeout_seconds: limit on the total time that the parent waits for output.
+        memory_error: error to raise if the child exceeds `memory_bytes`.
+        timeout_error: error to raise if the child exceeds `timeout_seconds`.
     """
 
     memory_bytes: int
@@ -49,7 +49,7 @@ class ProcessLimits:
 
 @contextmanager
 def run_isolated(program: Callable[[BinaryIO], None], limits: ProcessLimits) -> Iterator[BinaryIO]:
-    """Runs a function in a child process and streams its output. On exit, no process and no temporary file is left.
+    """Runs a function in a child process and streams its output. On exit, its process and temporary files are removed.
 
     The child is a fork. If other threads hold locks at this moment, the child may wait for them until its timeout.
 
@@ -70,7 +70,7 @@ def run_isolated(program: Callable[[BinaryIO], None], limits: ProcessLimits) -> 
 
 
 class _Child(io.RawIOBase):
-    """A child process, as a file that contains its output."""
+    """A child process. Reading from this file object reads its output."""
 
     def __init__(self, program: Callable[[BinaryIO], None], limits: ProcessLimits, scratch: str) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class _Child(io.RawIOBase):
 def _run(
     program: Callable[[BinaryIO], None], output_sink: int, error_sink: int, limits: ProcessLimits, scratch: str
 ) -> NoReturn:
-    """Is the program of the child process."""
+    """Runs in the child process, and exits it."""
     status = 1
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the parent kills this one
@@ -157,9 +157,9 @@ def _silence_crashes() -> None:
 
 
 def _watch(error_sink: int, limits: ProcessLimits, scratch: str) -> None:
-    """Ends this process if it uses too much memory or the parent closes the pipe, by its death for example."""
+    """Ends this process if it uses too much memory, or if the parent closes the pipe or dies."""
     pipe = select.poll()
-    pipe.register(error_sink, 0)  # an error is always reported
+    pipe.register(error_sink, 0)  # reports only that the other end was closed
     start = _read_allocated_bytes()  # includes the memory that is shared with the parent
     while not pipe.poll(_WATCH_MILLISECONDS):
         if _read_allocated_bytes() - start > limits.memory_bytes:

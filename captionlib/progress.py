@@ -11,7 +11,7 @@ __all__ = ["ProgressBar", "hide_progress", "progress_bar"]
 
 Item = TypeVar("Item")
 
-_DRAW_SECONDS = 0.1  # interval between updates on a terminal
+_DRAW_SECONDS = 0.1  # interval between updates of the bar on a terminal
 _LOG_SECONDS = 30.0  # interval between lines in a log
 
 

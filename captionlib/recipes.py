@@ -16,7 +16,7 @@ def recipes_folder() -> Path:
 def list_recipes(command: str | None = None) -> dict[str, Path]:
     """Returns recipes by name, such as `train-captioner/talk-lstm`, or `talk-lstm` if `command` is `train-captioner`.
 
-    Files whose names start with `_` are omitted, because they exist only for other recipes to extend.
+    Files whose names start with `_` are omitted, because they are only bases that recipes extend.
     """
     folder = recipes_folder() / command if command else recipes_folder()
     files = sorted(file for file in folder.rglob("*.yaml") if not file.name.startswith("_"))
@@ -24,7 +24,7 @@ def list_recipes(command: str | None = None) -> dict[str, Path]:
 
 
 def find_recipe(name: str, command: str | None = None) -> Path:
-    """Returns the file if `name` is a path, or else the recipe with this full name or short name.
+    """Returns `name` if it is the path of a file, or else the file of the recipe with this full or short name.
 
     If `command` is None, the short name must be unique among the recipes of all commands.
 

@@ -64,7 +64,7 @@ class FlinkCluster:
         """Starts all processes and waits until jobs can be submitted.
 
         Args:
-            restart_attempts: number of times that Flink restarts a failed job. If 0, the job fails at once.
+            restart_attempts: number of times that Flink restarts a failed job. If 0, the job fails immediately.
         """
         install_project()
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ PORT = 8642
 
 
 def main(demo: Path) -> None:
-    """Builds an index of the demo's captions and photographs its pages."""
+    """Builds an index of the demo's captions and takes screenshots of its pages."""
     _run("train-ranker", demo / "features", "-o", demo / "ranker", "--set", "training.epochs=10", "--no-progress")
     _run("embed", demo / "features", "-r", demo / "ranker", "-o", demo / "embeddings", "--no-progress")
     _run("build-index", demo / "captions", "--embeddings", demo / "embeddings", "-o", demo / "index")

@@ -1,4 +1,4 @@
-"""`captionlib activations`."""
+"""The command `captionlib activations`."""
 
 import click
 

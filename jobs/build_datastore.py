@@ -1,4 +1,4 @@
-"""`captionlib build-datastore`."""
+"""The command `captionlib build-datastore`."""
 
 from typing import Any
 

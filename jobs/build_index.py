@@ -22,13 +22,15 @@ __all__ = ["command"]
     "-e",
     multiple=True,
     metavar="FOLDER",
-    help="Embeddings of the same images, for semantic search. Repeat it for several captions, in the same order.",
+    help="Embeddings of the same images, for semantic search. Repeatable, in the order of CAPTIONS.",
 )
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The index to create or update.")
 @click.option("--language", metavar="NAME", help="Caption language, such as german; short for --set language=...")
 @config_options
 @workers_option
-@click.option("--overwrite", is_flag=True, help="Replace an index that is damaged or has other datasets or settings.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace an index that is damaged or has different datasets or settings."
+)
 def command(
     arguments: tuple[str, ...],
     embeddings: tuple[str, ...],
@@ -45,8 +47,8 @@ def command(
     inverted lists with one byte per dimension.
 
     Run the command again after the datasets have changed. It indexes only new and changed shards, and removes shards
-    that are gone. `serve` and open indexes change to the new version while they run. An image id may occur only once
-    in all CAPTIONS together.
+    that no longer exist. `serve` and open indexes switch to the new version while they run. An image id may occur only
+    once in all CAPTIONS.
 
     \b
     Examples:
@@ -64,7 +66,7 @@ def command(
 
     if language is not None:
         overrides = (*overrides, f"language={language}")
-    # click allows only one argument of variable length. Options of Beam begin with a dash, addresses do not.
+    # click allows only one argument of variable length. Beam's options begin with a dash, and folders do not.
     captions = tuple(takewhile(lambda argument: not argument.startswith("-"), arguments))
     beam_options = arguments[len(captions) :]
     if not captions:
@@ -74,7 +76,7 @@ def command(
     build, index = build_index(captions, output, settings, embeddings=embeddings, run=run)
     if build.outgrown is not None:
         lists = f"{build.outgrown.nlist:,} lists of {build.outgrown.encoding} vectors for {build.outgrown.rows:,} rows"
-        click.echo(f"{index.captions_count:,} rows have outgrown {lists}; the centroids were trained again", err=True)
+        click.echo(f"{index.captions_count:,} rows are too many for {lists}; trained new centroids", err=True)
     vectors = f"{index.vectors_count:,} vectors ({_describe_layout(index.layout)})" if index.layout else "no vectors"
     click.echo(f"{output}: {index.captions_count:,} captions, {vectors}, in {len(index.shards):,} shards")
     added = len(build.added)

@@ -26,7 +26,7 @@ COMMANDS: dict[str, dict[str, str]] = {
     "Collections": {
         "init": "Create a collection: images that are captioned and indexed.",
         "update": "Caption and index what has changed in a collection.",
-        "remove": "Take images out of a collection or of datasets.",
+        "remove": "Remove images from a collection or from datasets.",
         "status": "Show what is new, finished and failed in a collection.",
     },
     "Prepare images": {
@@ -60,11 +60,11 @@ COMMANDS: dict[str, dict[str, str]] = {
     },
 }
 
-# What the commands that can be resumed keep when they are stopped.
+# What resumable commands keep when they are stopped.
 _KEPT = {
     "Finished stages are kept": {"demo"},
     "Finished shards are kept": {
-        *("prepare", "extract-features", "import-features", "generate-captions", "embed", "build-index"),
+        *("update", "prepare", "extract-features", "import-features", "generate-captions", "embed", "build-index"),
     },
     "The last saved state of the training is kept": {"train-captioner", "train-ranker", "train-language-model"},
 }
@@ -82,7 +82,7 @@ def _set_verbose(_context: click.Context, _parameter: click.Parameter, verbose: 
 
 
 _OUTPUT_OPTIONS = [
-    click.Option(["-q", "--quiet"], is_flag=True, expose_value=False, callback=_set_quiet, help="Hide the progress."),
+    click.Option(["-q", "--quiet"], is_flag=True, expose_value=False, callback=_set_quiet, help="Hide progress bars."),
     click.Option(
         ["-v", "--verbose"],
         is_flag=True,
@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(error, click.ClickException):
             error.show()
             sys.exit(error.exit_code)
-        if isinstance(error, BrokenPipeError):  # the reader of the output, such as `head`, has seen enough
+        if isinstance(error, BrokenPipeError):  # the reader of the output, such as `head`, has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         click.echo(f"Error: {_describe_error(error)}", err=True)
@@ -184,7 +184,7 @@ def _catch_stop_signals(received: list[int]) -> dict[int, Any]:
     """Raises KeyboardInterrupt on Ctrl-C and SIGTERM and adds the signal to `received`. Returns the old handlers."""
 
     def stop(number: int, _frame: object) -> None:
-        if not received:  # threads and destructors that the interrupt ends must not print stack traces
+        if not received:  # threads and destructors that the interrupt stops must not print stack traces
             sys.unraisablehook = lambda _: None
             threading.excepthook = lambda _: None
         received.append(number)

@@ -15,9 +15,9 @@ __all__ = ["command"]
     type=click.FloatRange(0, 1, min_open=True),
     default=0.97,
     show_default=True,
-    help="Cosine similarity of near-duplicates. With 1, only exact copies are duplicates.",
+    help="Minimum cosine similarity of near-duplicates. With 1, only exact copies are duplicates.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an output with a different threshold.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that has a different threshold.")
 @progress_option
 def command(embeddings: str, output: str, threshold: float, overwrite: bool, progress: bool) -> None:
     """Group the duplicates among the images of EMBEDDINGS.

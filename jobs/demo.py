@@ -1,4 +1,4 @@
-"""`captionlib demo`."""
+"""The command `captionlib demo`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def command(output: str, weights: str, train_images: int, test_images: int, over
     folder = Path(output)
     if overwrite and (folder / "scenes" / "dataset.json").exists():
         shutil.rmtree(folder)
-    with _stage(1, "Draw scenes. Some combinations of shape, color, size and position occur only in the test split."):
+    with _stage(1, "Render scenes. Some combinations of shape, color, size and position occur only in the test split."):
         write_scenes(folder / "scenes", train_images, test_images // 2, test_images)
         _print(f"{train_images:,} training, {test_images // 2:,} validation and {test_images:,} test images")
     _build_captions(folder, weights, RunConfig(progress=progress))

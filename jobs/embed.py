@@ -1,4 +1,4 @@
-"""`captionlib embed`."""
+"""The command `captionlib embed`."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`captionlib evaluate`."""
+"""The command `captionlib evaluate`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`captionlib export-captions`."""
+"""The command `captionlib export-captions`."""
 
 from typing import Literal
 

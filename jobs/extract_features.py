@@ -1,4 +1,4 @@
-"""`captionlib extract-features`."""
+"""The command `captionlib extract-features`."""
 
 from typing import Any
 

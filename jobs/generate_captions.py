@@ -1,4 +1,4 @@
-"""`captionlib generate-captions`."""
+"""The command `captionlib generate-captions`."""
 
 from typing import Any
 

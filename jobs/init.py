@@ -17,8 +17,8 @@ __all__ = ["command"]
     metavar="[NAME=]ADDRESS",
     help="Path, URL or glob of images or of a table; see `captionlib prepare`. Repeatable.",
 )
-@click.option("--captioner", "-c", required=True, metavar="FOLDER", help="The captioner's checkpoint.")
-@click.option("--ranker", "-r", metavar="FOLDER", help="Ranker for search by sentences and images.")
+@click.option("--captioner", "-c", required=True, metavar="FOLDER", help="Captioner (caption model) for the images.")
+@click.option("--ranker", "-r", metavar="FOLDER", help="Ranker (dual encoder), for search by sentence and image.")
 @click.option("--weights", metavar="FILE", help="Weights file of the encoder, if it needs one.")
 @click.option(
     "--set",
@@ -37,9 +37,9 @@ def command(
 ) -> None:
     """Create the folder COLLECTION with a configuration, collection.yaml.
 
-    `captionlib update COLLECTION` then lists, captions and indexes the images, and later what has changed. Sources
-    with the same NAME are read together. To read a source with other settings, such as a column of captions, edit
-    collection.yaml.
+    `captionlib update COLLECTION` then lists, captions and indexes the images. Run it again whenever images have
+    changed. Addresses with the same NAME form one source. To change how a source is read, such as the column of the
+    captions, edit collection.yaml.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""`captionlib inspect`."""
+"""The command `captionlib inspect`."""
 
 from __future__ import annotations
 

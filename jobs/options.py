@@ -50,7 +50,7 @@ def config_options(command: Command) -> Command:
             "overrides",
             multiple=True,
             metavar="KEY=VALUE",
-            help="Set a single value, such as encoder.dtype=bfloat16. Repeatable.",
+            help="Set the value of a configuration key. Repeatable.",
         ),
     ]
     return _apply(command, options)
@@ -70,7 +70,7 @@ def training_options(command: Command) -> Command:
         click.option("--output", "-o", required=True, metavar="FOLDER", help=help_text),
         config_options,
         device_option,
-        click.option("--overwrite", is_flag=True, help="Replace a run with a different configuration."),
+        click.option("--overwrite", is_flag=True, help="Replace a run that has a different configuration."),
         progress_option,
     ]
     return _apply(command, options)
@@ -91,7 +91,7 @@ def pipeline_options(command: Command) -> Command:
 
     options = [
         workers_option,
-        click.option("--overwrite", is_flag=True, help="Replace an output with a different configuration."),
+        click.option("--overwrite", is_flag=True, help="Replace an output that has a different configuration."),
         click.option("--verify", is_flag=True, help="Verify finished shards, and process damaged ones again."),
         click.option("--retry-failures", is_flag=True, help="Process failed images of finished shards again."),
         click.option(

@@ -79,7 +79,7 @@ __all__ = ["command"]
     help="Stop if SOURCE lists image paths and none of the first 20 images exists.",
 )
 @click.option("--strict", is_flag=True, help="Stop at invalid images or captions instead of skipping them.")
-@click.option("--append", is_flag=True, help="SOURCE has only new images: keep the images that it lacks.")
+@click.option("--append", is_flag=True, help="Keep images that are not in SOURCE, which lists only new ones.")
 @click.option("--allow-removal", is_flag=True, help="Allow an update to remove more than a tenth of the images.")
 @click.option(
     "--verify-content",
@@ -87,7 +87,7 @@ __all__ = ["command"]
     help="Read images that seem unchanged, and compare them with content_hash in these features or captions.",
 )
 @click.option("--dry-run", is_flag=True, help="Show how many images are new, changed and gone, and write nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace the manifest by a new one instead of updating it.")
+@click.option("--overwrite", is_flag=True, help="Replace the manifest with a new one instead of updating it.")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
 def command(
     sources: tuple[str, ...],
@@ -121,9 +121,9 @@ def command(
     """Convert images, with or without reference captions, to a manifest.
 
     A manifest is a Parquet dataset with one row per image: image_id, uri, version, split and captions. Images are not
-    copied. If the manifest exists, it is updated: new images are added, changed ones replaced, and those that are gone
-    removed. Later stages then process only what changed. Image ids must be unique. Invalid rows and captions are
-    skipped and counted by reason.
+    copied. If the manifest exists, it is updated: new images are added, changed images are replaced, and images that
+    are gone are removed. Later stages then process only new and changed images. Image ids must be unique. Invalid rows
+    and captions are skipped and counted by reason.
 
     SOURCE is a path, a URL such as s3://bucket/images, or a glob, in one of these formats:
 
@@ -135,7 +135,7 @@ def command(
     coco: COCO caption files. Images are found in train2014/ and val2014/ of the image folder.
       captionlib prepare captions_train2014.json captions_val2014.json --images coco/ -o manifest
     \b
-    karpathy: dataset.json by Karpathy with the splits train, restval, val and test.
+    karpathy: Karpathy's dataset.json with the splits train, restval, val and test.
       captionlib prepare dataset.json --images coco/ -o manifest
     \b
     flickr: lines of NAME.jpg#K, a tab and a caption. Official split files in the same folder are used.

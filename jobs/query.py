@@ -66,7 +66,7 @@ class _SectionedCommand(click.Command):
 @click.option(
     "--sql",
     metavar="SELECT",
-    help="A SELECT from captions, features, manifest or embeddings (the dataset's kind), or from failures.",
+    help="A SELECT from a view named after the dataset's kind, such as captions, or from failures.",
 )
 @click.option("--contains", metavar="WORDS", help="Captions with all these words, most probable first.")
 @click.option("--top", type=click.IntRange(min=1), metavar="N", help="The N most probable captions.")
@@ -114,9 +114,9 @@ def command(
     An index is searched by text, sentence or image. --where filters by image_id, uri, split, caption, log_prob and
     tokens. A remote index is copied to this machine once.
 
-    A dataset is queried with SQL. Its rows are in a view that is named after its kind: captions, features, manifest or
-    embeddings. A second view, named failures, contains the images that could not be processed. Both include only
-    complete shards. SQL from untrusted users is safe: a query cannot change the dataset or access anything else, and
+    A dataset is queried with SQL. Its rows are in a view named after its kind: captions, features, manifest, embeddings
+    or duplicates. A second view, named failures, contains the images that could not be processed. Both include only
+    finished shards. SQL from untrusted users is safe: a query cannot change the dataset or access anything else, and
     runs in a process that is killed if it takes longer than --timeout or uses 512 MiB more than --memory. The same
     limits apply to --where.
 

@@ -1,4 +1,4 @@
-"""`captionlib recipes`."""
+"""The command `captionlib recipes`."""
 
 import re
 from itertools import groupby, takewhile

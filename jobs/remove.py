@@ -23,7 +23,7 @@ _ORDER = ("manifest", "features", "captions", "embeddings", "duplicates")  # inp
 @click.argument("folders", nargs=-1, required=True, metavar="FOLDER...")
 @click.option("--id", "ids", multiple=True, metavar="ID", help="Id of an image to remove. Repeatable.")
 @click.option("--ids", "files", multiple=True, metavar="FILE", help="File with one id per line. Repeatable.")
-@click.option("--reason", default="", metavar="TEXT", help="Why the images are removed; kept in the manifest.")
+@click.option("--reason", default="", metavar="TEXT", help="Why the images are removed. The manifest keeps it.")
 @click.option("--dry-run", is_flag=True, help="Only show how many images would be removed.")
 @click.option(
     "--thumbnails", metavar="FOLDER", help="The folder for thumbnails of `serve`. [default: the user's cache]"
@@ -38,9 +38,9 @@ def command(
 ) -> None:
     """Remove images from a collection, or from the manifest, datasets and indexes in FOLDER.
 
-    Afterwards no file contains the ids, and later updates of the manifest skip the images: it lists hashes of the ids
-    in `_removed.jsonl`. The image files of the source are not deleted. A model that was trained on the images does not
-    change; train it again without them, and run `build-datastore` again.
+    Afterwards, no file contains the ids. Later updates of the manifest skip the images, because the manifest lists
+    hashes of their ids in `_removed.jsonl`. The image files themselves are not deleted. Models that were trained on the
+    images do not change. To remove the images from a model, train it again and run `build-datastore` again.
 
     \b
     Examples:
@@ -68,7 +68,7 @@ def command(
             _rebuild_index(address)
     _remove_thumbnails(plans, thumbnails)
     if not any(plan.dataset.kind == "manifest" for plan in plans):
-        click.echo("No manifest was given: its next update adds the images again.", err=True)
+        click.echo("No manifest was specified, so its next update adds the images again.", err=True)
 
 
 def _read_ids(file: str) -> list[str]:
@@ -113,7 +113,7 @@ def _rebuild_index(address: str) -> None:
 
     description = read_description(Folder(address))
     if description is None:
-        raise ConfigError(f"{address} is not an index")
+        raise ConfigError(f"{address} is not an index; build it with `captionlib build-index`")
     captions, embeddings = (
         [dataset.folder for dataset in datasets] for datasets in (description.captions, description.embeddings)
     )

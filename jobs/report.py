@@ -1,4 +1,4 @@
-"""`captionlib report`."""
+"""The command `captionlib report`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def command(
     Examples:
       captionlib report captions -o report
       captionlib report captions -o report --manifest manifest --split val --checkpoint captioner
-      captionlib report result_struct.json -o report --images photos
+      captionlib report result_struct.json -o report --images images/
     """
     from captionlib.data.sources.locations import locate, resolve_uri
     from captionlib.evaluation.encoder_views import read_encoder_view

@@ -1,4 +1,4 @@
-"""`captionlib sample`."""
+"""The command `captionlib sample`."""
 
 import json
 from dataclasses import asdict

@@ -83,13 +83,10 @@ def command(
       captionlib serve s3://bucket/index --workers 4 --port 9000
       captionlib serve index --host 0.0.0.0 --name images.example.org
     """
-    import uvicorn
-
     from captionlib.collection import is_collection, open_collection
     from captionlib.config import to_dict
     from captionlib.search.index_folder import DESCRIPTION, user_cache_folder
     from captionlib.serving.config import ServingConfig
-    from captionlib.serving.connections import LimitedConnection
     from captionlib.serving.startup import AppConfig
     from captionlib.storage.folders import Folder
 
@@ -103,41 +100,58 @@ def command(
             f"{index} is not an index: expected a folder with {DESCRIPTION}; see `captionlib build-index`"
         )
     url_host = f"[{host}]" if ":" in host else host
-    host_names = [host, url_host] if host not in ("0.0.0.0", "::") else []
     serving = ServingConfig(
-        allowed_hosts=tuple(dict.fromkeys([*ServingConfig.allowed_hosts, *host_names, *names])),
+        allowed_hosts=_list_host_names(host, url_host, names),
         max_upload_bytes=max_upload * 2**20,
         allow_private_hosts=allow_private_hosts,
     )
     folder = thumbnails or str(user_cache_folder() / "thumbnails")
-    if host not in ("127.0.0.1", "::1", "localhost"):
-        click.echo(f"Listening on {host}: anyone who can connect can view the images in the index.", err=True)
-        click.echo(f"Host names: {', '.join(serving.allowed_hosts)}. Add others with --name.", err=True)
     generation = _load_generation(captioner, config, overrides)
     app_config = AppConfig(index, folder, ranker, captioner, weights, sentences, generation, device, serving)
     os.environ[_APP_CONFIG] = json.dumps(to_dict(app_config))
     _raise_file_limit()
     with listen(host, port) as listening:
-        # With several workers, this call reports errors once, and copies a remote index once.
-        app = create()
-        server = uvicorn.Config(
-            app if workers == 1 else "jobs.serve:create",
-            factory=workers > 1,
-            workers=workers,
-            server_header=False,
-            http=LimitedConnection,
-            ws="none",
-            h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
-            timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
-            log_level="warning",
-            access_log=False,
-        )
-        click.echo(f"Serving {index} at http://{url_host}:{port}/. Press Ctrl-C to stop.")
-        if workers == 1:
-            uvicorn.Server(server).run([listening])
-        else:
-            del app
-            _run_processes(server, listening)
+        _run_server(listening, workers, f"Serving {index} at http://{url_host}:{port}/. Press Ctrl-C to stop.")
+
+
+def _list_host_names(host: str, url_host: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the host names to accept, and prints them if other machines can connect."""
+    from captionlib.serving.config import ServingConfig
+
+    own = [host, url_host] if host not in ("0.0.0.0", "::") else []
+    accepted = tuple(dict.fromkeys([*ServingConfig.allowed_hosts, *own, *names]))
+    if host not in ("127.0.0.1", "::1", "localhost"):
+        click.echo(f"Listening on {host}: anyone who can connect can view the images in the index.", err=True)
+        click.echo(f"Host names: {', '.join(accepted)}. Add others with --name.", err=True)
+    return accepted
+
+
+def _run_server(listening: socket.socket, workers: int, message: str) -> None:
+    """Loads the application, prints `message`, and runs the server until it is stopped."""
+    import uvicorn
+
+    from captionlib.serving.connections import LimitedConnection
+
+    # With several workers, this call only reports errors once and copies a remote index once.
+    app = create()
+    click.echo(message)
+    server = uvicorn.Config(
+        app if workers == 1 else "jobs.serve:create",
+        factory=workers > 1,
+        workers=workers,
+        server_header=False,
+        http=LimitedConnection,
+        ws="none",
+        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+        log_level="warning",
+        access_log=False,
+    )
+    if workers == 1:
+        uvicorn.Server(server).run([listening])
+    else:
+        del app
+        _run_processes(server, listening)
 
 
 def _run_processes(server: "uvicorn.Config", listening: socket.socket) -> None:

@@ -14,8 +14,7 @@ __all__ = ["command"]
 def command(collection: str) -> None:
     """Show what is finished and what failed in COLLECTION, and what an update still has to do.
 
-    It reads only the records of the shards. `captionlib update COLLECTION --dry-run` shows what has changed in the
-    sources.
+    The command does not read the sources. `captionlib update COLLECTION --dry-run` shows what has changed in them.
 
     \b
     Examples:
@@ -38,15 +37,15 @@ def command(collection: str) -> None:
             click.echo(f"{address}: not started")
             pending = True
             continue
-        share = "complete" if report.complete else f"{report.shards_done:,} of {report.shards:,} shards finished"
+        progress = "complete" if report.complete else f"{report.shards_done:,} of {report.shards:,} shards finished"
         cost = f", {timedelta(seconds=round(report.seconds))} of computing time" if report.kind != "manifest" else ""
-        click.echo(f"{address}: {report.rows:,} images, {share}{cost}")
+        click.echo(f"{address}: {report.rows:,} images, {progress}{cost}")
         if report.stale:
-            click.echo(f"  {report.stale:,} shards of its source have changed since")
+            click.echo(f"  {report.stale:,} shards of its input have changed since")
         for reason, failure in report.failures.items():
             click.echo(f"  failed: {reason} {failure.count:,}, for example {failure.uri}")
         pending = pending or not report.complete or bool(report.stale)
     index = read_description(Folder(opened.index))
     click.echo(f"{opened.index}: " + ("not started" if index is None else f"{index.captions_count:,} captions"))
     if pending or index is None:
-        click.echo(f"To finish it: captionlib update {collection}")
+        click.echo(f"To finish: captionlib update {collection}")

@@ -1,4 +1,4 @@
-"""`captionlib train-captioner`."""
+"""The command `captionlib train-captioner`."""
 
 import json
 from typing import Any

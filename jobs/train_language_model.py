@@ -1,4 +1,4 @@
-"""`captionlib train-language-model`."""
+"""The command `captionlib train-language-model`."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`captionlib train-ranker`."""
+"""The command `captionlib train-ranker`."""
 
 from typing import Any
 

@@ -24,10 +24,10 @@ __all__ = ["command"]
 @device_option
 @pipeline_options
 def command(collection: str, dry_run: bool, allow_removal: bool, device: str, run: RunConfig) -> None:
-    """Caption and index what has changed in the sources of COLLECTION.
+    """Caption and index the new and changed images of COLLECTION.
 
-    New and changed images are captioned, images that are gone are removed, and all others stay as they are. To resume
-    an interrupted update, run the same command again. `captionlib serve` shows the result without a restart.
+    Images that are gone from the sources are removed, and all others stay as they are. To resume an interrupted update,
+    run the same command again. `captionlib serve` shows the result without a restart.
 
     \b
     Examples:

@@ -25,7 +25,7 @@ def build_index(
     embeddings: Addresses | None = None,
     run: RunConfig = RunConfig(),
 ) -> tuple[IndexBuild, IndexDescription]:
-    """Builds a search index, or updates it: replaces the shards of its datasets that have changed.
+    """Builds a search index, or updates the shards of an existing index whose datasets have changed.
 
     Example:
         >>> build, description = captionlib.build_index("captions", "index", embeddings="embeddings")

@@ -45,7 +45,7 @@ from pipelines.process_shards import ProcessShards
 
 __all__ = ["RunConfig", "run_job", "run_pipeline"]
 
-_BEAM_COPY = "_tagged_with_step"  # an attribute of the errors that Beam copies
+_BEAM_COPY = "_tagged_with_step"  # attribute that Beam adds to its copies of errors
 _RAISED = re.compile(r"captionlib\.errors\.(\w+): (.*?)(?: \[while running [^\n]*)?$", re.MULTILINE)
 _STEP = re.compile(r" \[while running .*")
 _TRACEBACK = "Traceback (most recent call last)"
@@ -134,7 +134,7 @@ def run_pipeline(transform: beam.PTransform[PBegin, Any], label: str, run: RunCo
 
     Raises:
         CaptionlibError: a stage raised this error.
-        RunnerError: the runner failed or cannot be reached, or a stage raised another error.
+        RunnerError: the runner failed or cannot be reached, or a stage raised a different error.
     """
     runner, options = choose_runner(run)
     pipeline = beam.Pipeline(runner, options)
@@ -164,7 +164,7 @@ def _stop_workers_on_signals() -> Iterator[None]:
     previous: dict[int, Any] = {}
     _RUN_FILE.touch()
     try:
-        if threading.current_thread() is threading.main_thread():  # others cannot handle signals
+        if threading.current_thread() is threading.main_thread():  # other threads cannot handle signals
             for number in (signal.SIGINT, signal.SIGTERM):
                 previous[number] = signal.getsignal(number)
                 if callable(previous[number]):

@@ -1,4 +1,4 @@
-"""Selects splits by name. `val` and `dev` are two names of one split, since datasets use either."""
+"""Selects splits by name. `val` and `dev` are names of the same split, because datasets use either."""
 
 from collections.abc import Iterable
 

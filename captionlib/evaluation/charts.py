@@ -15,8 +15,8 @@ _NOT_PLOTTED = frozenset({"epoch", "step", "total_seconds", "learning_rate", "da
 class Chart:
     """A line chart of one metric over epochs, in the coordinates of an SVG image of `width` by `height`.
 
-    `low`, `high`, `last` and `best` are formatted values. `low` is drawn at `bottom` and `high` at `top`. `best` is the
-    minimum of a loss or perplexity, or the maximum of a score. The epochs range from `left` to `right`.
+    `low`, `high`, `last` and `best` are formatted values. `low` is plotted at `bottom`, and `high` at `top`. `best` is
+    the minimum of a loss or perplexity, or the maximum of a score. The epochs range from `left` to `right`.
     """
 
     name: str

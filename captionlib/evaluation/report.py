@@ -1,9 +1,11 @@
-"""Writes a report: a folder with a static web page of images, captions and scores that needs no server.
+"""Writes a report: a folder with a static web page of images, captions and scores.
 
-folder/
-  index.html       the page
-  data.js          the captions, scores and attention maps of all images; the page shows 60 images at a time
-  thumbnails/      the images, cropped as the encoder received them
+    folder/
+      index.html       the page
+      data.js          captions, scores and attention maps of all images; the page shows 60 images at a time
+      thumbnails/      images, cropped as the encoder received them
+
+The page can be opened from disk and needs no server.
 """
 
 import base64
@@ -55,8 +57,8 @@ def write_report(
 
     Below the title, the page shows `note`, then `scores` (name, value, and a detail such as a confidence interval), the
     curves of a training `history` (one row per epoch), and the predictions. `cider` maps image ids to the CIDEr of the
-    caption, and `attributes` to whether the caption gets attributes such as `color` right. `encoder_view` contains
-    the encoder's crop and the captioner's attention maps. If `progress` is true, a progress bar is shown.
+    caption, and `attributes` maps them to whether the caption is correct in attributes such as `color`. `encoder_view`
+    contains the encoder's crop and the captioner's attention maps. If `progress` is True, a progress bar is shown.
 
     Raises:
         DatasetError: the folder contains files that do not belong to a report.
@@ -96,7 +98,7 @@ def write_report(
 def _clear(folder: Folder) -> None:
     """Removes the thumbnails of an earlier report. Raises an error if the folder contains other files."""
     names = [name for name in folder.list() if name != TEMPORARY_FOLDER]
-    expected = (PAGE, DATA, THUMBNAILS) if DATA in names else (THUMBNAILS,)  # PAGE without DATA may be of any origin
+    expected = (PAGE, DATA, THUMBNAILS) if DATA in names else (THUMBNAILS,)  # PAGE alone may not be a report
     if others := [name for name in names if name not in expected]:
         raise DatasetError(
             f"{folder.uri} contains files that are not from a report ({', '.join(others[:3])}); specify an empty folder"

@@ -56,20 +56,20 @@ _MIN_TRAINING_VECTORS = 20_000  # a product quantizer learns 256 codes per byte,
 
 @dataclass(frozen=True)
 class IndexBuild:
-    """A planned build. It can be pickled, so that workers can run its steps. A step that is already done does nothing.
+    """A planned build. It can be pickled, so workers can run its steps. A step does nothing if it is already done.
 
     Attributes:
-        folder: the folder of the index.
+        folder: folder of the index.
         captions: captions datasets, with one row per captioned image.
-        embeddings: the embeddings of the same images, in the same order. If empty, the index is text-only.
+        embeddings: embeddings datasets of the same images, in the same order. If empty, the index is text-only.
         shards: all shards of the index, in the order of their rows.
-        base: the version of the index whose files are reused. If None, the index is built from scratch.
+        base: version of the index whose files are reused. If None, the index is built from scratch.
         added: positions in `shards` of the shards that `base` does not contain.
         removed: number of shards that only `base` contains.
         pending: number of shards that are not finished. The index keeps the shards that `base` contains for them.
-        layout: the Faiss index type of the embeddings; None for a text-only index.
-        outgrown: the layout of the existing index if it is too small for the rows, so that centroids are trained again.
-        replaced: the creation time of an existing index that is replaced even if its content is the same.
+        layout: type of the Faiss index of the embeddings, or None for a text-only index.
+        outgrown: layout of the existing index if there are too many rows for it, so centroids are trained again.
+        replaced: creation time of an existing index that is replaced even if its content is the same.
     """
 
     folder: Folder
@@ -103,7 +103,7 @@ class IndexBuild:
         return current is not None and current.fingerprint == self.fingerprint and current.created != self.replaced
 
     def train(self) -> None:
-        """Trains the centroids of the inverted lists, unless `base` already has them."""
+        """Trains the centroids of the inverted lists, unless those of `base` are used."""
         if self.layout is None or self.base is not None or self.folder.exists(self._trained):
             return
         count = max(self.layout.nlist * _TRAINING_VECTORS_PER_LIST, _MIN_TRAINING_VECTORS)
@@ -180,7 +180,7 @@ class IndexBuild:
             self.folder.remove(name)
 
     def remove_previous_version(self) -> None:
-        """Removes the files of the previous version at once, although a reader may be opening it."""
+        """Removes the files of the previous version immediately, although a reader may be opening it."""
         current = self._read_current()
         if current is not None and current.previous:
             write_description(self.folder, replace(current, previous=()))
@@ -253,7 +253,7 @@ class IndexBuild:
         return merge_vectors(base, moves, parts, local / "vectors")
 
     def _fetch(self, name: str, local: Path) -> Path:
-        """Returns the local path of an undamaged file of the index."""
+        """Returns the local path of a file of the index, after verifying its checksum."""
         return check_hash(fetch_path(self.folder, name, local / name), name, self.folder.address(name))
 
     def _check_unique_ids(self, files: Iterable[Path]) -> None:
@@ -305,14 +305,14 @@ def plan_build(
 ) -> IndexBuild:
     """Compares an index with the datasets it is built from and plans what to build.
 
-    The plan covers the shards that are complete in both captions and embeddings. It reuses the shards of an existing
-    index whose content has not changed. Centroids are trained again only if the index has outgrown its vector layout.
+    The plan covers the shards that are finished in both captions and embeddings. It reuses the shards of an existing
+    index whose content has not changed. Centroids are trained again only if the index has too many rows for its layout.
     If `overwrite` is True, the index is built from scratch, even if its datasets or configuration differ or it is
     damaged.
 
     Raises:
         ConfigError: the numbers of captions and embeddings datasets differ.
-        DatasetError: a dataset is missing or has no complete shard, two do not match, or `output` has other files.
+        DatasetError: a dataset is missing or has no finished shard, datasets do not match, or `output` has other files.
         FingerprintError: the index has different datasets or a different configuration, and `overwrite` is False.
     """
     captions_datasets = tuple(open_dataset(address, "captions") for address in list_addresses(captions))
@@ -358,7 +358,7 @@ def _read_base(build: IndexBuild, overwrite: bool) -> IndexDescription | None:
 
 
 def _list_shards(build: IndexBuild) -> list[InputShard]:
-    """Lists the shards that are complete in both the captions and the embeddings."""
+    """Lists the shards that are finished in both the captions and the embeddings."""
     shards = []
     for number, captions in enumerate(build.captions):
         embeddings = build.embeddings[number] if build.embeddings else None
@@ -375,7 +375,7 @@ def _list_shards(build: IndexBuild) -> list[InputShard]:
 
 
 def _keep_unfinished(build: IndexBuild, base: IndexDescription, shards: Sequence[InputShard]) -> list[InputShard]:
-    """Adds the shards of `base` that are just being written again, so that their images do not vanish until then."""
+    """Adds the shards of `base` that are being written again, so their images stay in the index."""
     finished = {(shard.dataset, shard.shard) for shard in shards}
     kept = [
         InputShard(shard.dataset, shard.shard, shard.rows, shard.captions, shard.embeddings)
@@ -389,6 +389,7 @@ def _keep_unfinished(build: IndexBuild, base: IndexDescription, shards: Sequence
 
 
 def _check_same_ranker(embeddings: Sequence[ShardedDataset]) -> None:
+    """Checks that the same ranker (dual encoder for image-text retrieval) computed all embeddings."""
     for dataset in embeddings[1:]:
         first, other = (
             (str(each.config.get("ranker", "")), each.schema.field("embedding").type.list_size)
@@ -412,7 +413,7 @@ def _check_first_shard(build: IndexBuild, shard: InputShard) -> None:
 
 
 def _compare_with_base(build: IndexBuild, base: IndexDescription) -> list[str]:
-    """Describes how the configuration and the datasets' fingerprints differ. Datasets may be added."""
+    """Describes how the configuration and the fingerprints of the datasets differ. New datasets do not count."""
     before: dict[str, Any] = to_dict(base.config)
     now: dict[str, Any] = to_dict(build.config)
     for name, indexed, given in (

@@ -17,7 +17,7 @@ LANGUAGES = (
     *("italian", "norwegian", "portuguese", "romanian", "russian", "spanish", "swedish", "tamil", "turkish"),
 )
 
-# Below this many rows, exhaustive search is as fast as inverted lists, see benchmarks/README.md.
+# Below this number of rows, exhaustive search is as fast as inverted lists; see benchmarks/README.md.
 _FLAT_ROWS = 20_000
 _SQ8_ROWS = 20_000_000  # with more rows, one byte per dimension exceeds the memory of most machines
 _PQ_DIMENSIONS_PER_BYTE = 4
@@ -28,11 +28,11 @@ class IndexConfig:
     """How an index is built.
 
     Attributes:
-        language: the language of the captions, which selects the stemmer and the stop words; `none` disables both.
+        language: language of the captions, which selects the stemmer and the stop words; `none` disables both.
         vectors: `flat` compares a query with every vector and is exact. `sq8` and `pq` search inverted lists; `sq8`
             stores one byte per dimension, `pq` one byte per four dimensions. `auto` chooses by the number of rows.
-        nlist: number of inverted lists. If None, about twice the square root of the number of rows.
-        nprobe: number of inverted lists to search per query. If None, chosen for a recall@10 of about 0.95.
+        nlist: number of inverted lists. If None, it is about twice the square root of the number of rows.
+        nprobe: number of inverted lists to search per query. If None, it is chosen for a recall@10 of about 0.95.
     """
 
     language: str = "english"
@@ -84,9 +84,10 @@ class VectorLayout:
         return cls(dimension, encoding, nlist, nprobe, rows)
 
     def is_outgrown(self, config: IndexConfig, rows: int) -> bool:
-        """Returns whether `rows` rows need a different encoding or, at more than four times the rows, new lists.
+        """Returns whether an index with this layout must be built again for `rows` rows.
 
-        A layout for more rows is not outgrown: an index near a limit would change with every update.
+        This is the case if they need a different encoding, or are more than four times the rows that the layout was
+        chosen for. For fewer rows, the layout is kept, because an index near a limit would change with every update.
         """
         if rows <= self.rows:
             return False

@@ -1,8 +1,9 @@
 """Finds duplicate images: exact copies by the hash of their bytes, and near-duplicates by their embeddings.
 
-Images are visited from the best to the worst (the largest first, then by id). An image that no earlier group contains
-starts a group, is the one to keep, and takes all later images that are at least as similar to it as the threshold. So
-every image of a group is similar to the kept one, and groups do not grow through chains of small differences.
+Images are visited in order of size (the largest first, then by id). An image that is not yet in a group starts a new
+group and is its kept image. All later images whose similarity to the kept image reaches the threshold join the group.
+Every image of a group is therefore similar to the kept image, and groups do not grow through chains of small
+differences.
 """
 
 import os
@@ -30,7 +31,7 @@ DEFAULT_THRESHOLD = 0.97
 _QUERY_ROWS = 256
 _TRAINING_VECTORS_PER_LIST = 50
 _TRAINING_SHARDS = 64
-_MIN_NPROBE = 8  # near-duplicates are in the same inverted list or in one close to it
+_MIN_NPROBE = 8  # near-duplicates are in the same inverted list or in adjacent ones
 _SEED = 1
 
 Positions = npt.NDArray[np.int64]
@@ -53,12 +54,12 @@ class DuplicateSummary:
 
 @dataclass(frozen=True)
 class _Images:
-    """All images of a dataset, from the best to the worst.
+    """All images of a dataset in order of size: the largest first, then by id.
 
     Attributes:
         ids: `[images]`, image ids.
         hashes: `[images]`, hashes of the bytes; null if unknown.
-        positions: `[images] int64`, positions in the dataset.
+        positions: `[images] int64`, row numbers in the dataset.
     """
 
     ids: pa.StringArray
@@ -68,7 +69,7 @@ class _Images:
 
 @dataclass(frozen=True)
 class _Groups:
-    """The group of each image, as `[images]` arrays in the order of `_Images`.
+    """The group of each image, as `[images]` arrays in the order of `_Images`. Images are numbered in that order.
 
     Attributes:
         kept: number of the kept image of the group.
@@ -98,8 +99,8 @@ def find_duplicates(
     Args:
         embeddings: a complete embeddings dataset.
         output: folder to write.
-        threshold: cosine similarity of the embeddings, in (0, 1], from which two images are near-duplicates. If 1,
-            only exact copies are duplicates.
+        threshold: minimum cosine similarity, in (0, 1], of the embeddings of near-duplicates. If 1, only exact copies
+            are duplicates.
         overwrite: replace a dataset with a different threshold.
         progress: show a progress bar.
 
@@ -126,8 +127,7 @@ def find_duplicates(
         table = _group_duplicates(source, threshold, progress)
         dataset.mark_incomplete()
         with write_shard(dataset, 0, table.num_rows, checksum) as writer:
-            for batch in table.to_batches():
-                writer.write(batch)
+            writer.write(table)
     dataset.finish()
     kept = dataset.read(0, ["kept"])["kept"].to_numpy()
     return DuplicateSummary(source.compute_totals().rows, int(kept.sum()), int((~kept).sum()))
@@ -157,7 +157,7 @@ def _read_images(source: ShardedDataset) -> _Images:
 
 
 def _find_first_copies(hashes: pa.StringArray) -> Positions:
-    """Returns the number of the first image with the same hash, for each image. A null hash equals no other."""
+    """Returns, for each image, the number of the first image with the same hash. A null hash equals no other."""
     numbers = np.arange(len(hashes))
     first: Positions = pc.index_in(hashes, value_set=hashes).to_numpy().astype(np.int64)
     return np.where(hashes.is_valid().to_numpy(zero_copy_only=False), first, numbers)
@@ -184,7 +184,7 @@ def _index_vectors(source: ShardedDataset) -> Any:
 
 
 def _read_vectors(source: ShardedDataset, shard: int) -> npt.NDArray[np.float32]:
-    """Returns the vectors of a shard, `[rows, dimension]`, of unit length although they are stored as float16."""
+    """Returns the vectors of a shard, `[rows, dimension]`, rescaled to unit length because float16 rounds them."""
     vectors = vectors_to_numpy(source.read(shard, ["embedding"])["embedding"]).astype(np.float32)
     unit: npt.NDArray[np.float32] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return unit
@@ -200,7 +200,7 @@ def _group_similar(
     is_distinct[distinct] = True
     for start in range(0, len(distinct), _QUERY_ROWS):
         batch = distinct[start : start + _QUERY_ROWS]
-        batch = batch[groups.kept[batch] == batch]  # the others are in a group already
+        batch = batch[groups.kept[batch] == batch]  # the others already are in a group
         vectors = index.reconstruct_batch(positions[batch]) if len(batch) else np.empty((0, index.d), np.float32)
         # Rounding makes the product of a vector with itself slightly less than 1.
         limits, similarity, found = index.range_search(vectors, threshold - 1e-3)
@@ -215,7 +215,7 @@ def _group_similar(
 
 
 def _build_table(ids: pa.StringArray, groups: _Groups) -> pa.Table:
-    """Returns the rows of all groups of two or more images: the groups in order, and the kept image of each first."""
+    """Returns the rows of all groups of two or more images, group by group, with the kept image first."""
     sizes = np.bincount(groups.kept, minlength=len(ids))
     numbers = np.flatnonzero(sizes[groups.kept] > 1)
     numbers = numbers[np.lexsort((numbers, groups.kept[numbers]))]

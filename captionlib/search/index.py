@@ -33,7 +33,7 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 _CACHED_FILTERS = 16
-_FUSION_DEPTH = 200  # rankings are fused to a multiple of this depth, so that pages within it share one ranking
+_FUSION_DEPTH = 200  # rankings are fused to a multiple of this depth, so consecutive pages share a ranking
 _RANK_CONSTANT = 60  # see `fuse_rankings`
 _LOGGER = logging.getLogger("captionlib")
 
@@ -43,9 +43,9 @@ class Filter:
     """Restricts a search to matching images.
 
     Attributes:
-        where: a SQL condition over the columns of a row; it can be slow, so do not accept it from untrusted users.
-        split: the dataset split of the images, such as `val`.
-        min_log_prob: the minimum log-probability of a caption.
+        where: SQL condition over the columns of a row. It can be slow, so do not accept it from untrusted users.
+        split: dataset split of the images, such as `val`.
+        min_log_prob: minimum log-probability of a caption.
     """
 
     where: str | None = None
@@ -84,7 +84,7 @@ class _Version:
         return self.rows.list_splits()
 
     def find_matching(self, where: Filter) -> RowNumbers:
-        """Returns the row numbers that match a filter. They are cached for the next page of results."""
+        """Returns the numbers of the rows that match a filter. They are cached for the next page of results."""
         with self._lock:
             rows = self._matching.get(where)
         if rows is None:
@@ -113,8 +113,8 @@ class Index:
     tokens and score. The score is BM25 for text, the inner product for vectors, and reciprocal rank fusion for both.
     Every search takes `limit`, `offset` and `where`, which is a `Filter` or a SQL condition.
 
-    A build publishes a new version of the index. An open index changes to it, and runs every search on one version.
-    Use `pin` for several searches that must agree.
+    A build publishes a new version of the index, and an open index switches to it between searches. Use `pin` for
+    several searches of the same version.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Index:
         return self.has_vectors and self._ranker is not None
 
     def pin(self) -> "Index":
-        """Returns an index that stays at the newest version, for several searches that must agree."""
+        """Returns an index that stays at the newest version, for several searches of the same version."""
         if self._refresh_seconds is not None and time.monotonic() >= self._checked + self._refresh_seconds:
             self.try_refresh()
         pinned = copy.copy(self)
@@ -162,10 +162,10 @@ class Index:
     def refresh(self) -> bool:
         """Opens the newest version of the index, unless it is already open. Returns whether the version has changed.
 
-        Searches that are running complete on the previous version.
+        Running searches continue on the previous version.
 
         Raises:
-            DatasetError: the index does not exist any more, or is damaged; the previous version stays open.
+            DatasetError: the index no longer exists, or is damaged; the previous version stays open.
             CheckpointError: a different ranker computed the embeddings; the previous version stays open.
         """
         with self._refresh_lock:
@@ -204,7 +204,7 @@ class Index:
             return ""
 
     def _open(self, description: IndexDescription) -> _Version:
-        """Opens a version, or a newer one if builds have removed its files in the meantime."""
+        """Opens a version, or a newer one if builds have removed files of the version in the meantime."""
         while True:
             try:
                 return _Version(description, fetch_locally(self._folder, description, self._cache))
@@ -247,8 +247,8 @@ class Index:
 
         Args:
             query: words and "phrases"; `+` before a word or phrase requires it, `-` excludes it.
-            limit: the maximum number of rows.
-            offset: the number of rows to skip.
+            limit: maximum number of rows.
+            offset: number of rows to skip.
             where: restricts the search to matching images.
             sort: `relevance` sorts by BM25 score, `log_prob` by log-probability.
 
@@ -321,10 +321,10 @@ class Index:
 
         Args:
             query: see `search_text`. If `vector` is None, the query is also encoded as a sentence.
-            limit: the maximum number of rows.
-            offset: the number of rows to skip.
+            limit: maximum number of rows.
+            offset: number of rows to skip.
             where: restricts the search to matching images.
-            vector: the vector to search for instead of the encoded query, `[dimension]`.
+            vector: vector to search for instead of the encoded query, `[dimension]`.
 
         Raises:
             QueryError: the query contains no words other than stop words, or the index does not support sentences.
@@ -441,7 +441,7 @@ def open_index(
     cache: str | os.PathLike[str] | None = None,
     refresh_seconds: float | None = 1.0,
 ) -> Index:
-    """Opens an index for searching. A remote index is copied to this machine; of a new version, only what has changed.
+    """Opens an index for searching. A remote index is copied to this machine. For a new version, only new files are.
 
     Example:
         >>> index = captionlib.open_index("index", ranker="ranker")
@@ -451,11 +451,12 @@ def open_index(
         4
 
     Args:
-        folder: the path or fsspec URL of an index written by `captionlib build-index`.
+        folder: path or fsspec URL of an index written by `captionlib build-index`.
         ranker: the ranker that computed the embeddings, or its checkpoint folder; required to search by sentence.
-        cache: the folder for copies. If None, `$CAPTIONLIB_CACHE`, or by default a folder in the user's cache folder.
-        refresh_seconds: how often a search checks whether a build has published a new version, and opens it. If None,
-            only `Index.refresh` does.
+        cache: folder for copies. If None, `$CAPTIONLIB_CACHE` is used or, if that is not set, a folder in the user's
+            cache folder.
+        refresh_seconds: minimum time between two checks for a new version, which searches make. If None, only
+            `Index.refresh` opens a new version.
 
     Raises:
         DatasetError: the folder is not an index, or a file of the index is damaged.

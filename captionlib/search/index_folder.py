@@ -8,9 +8,9 @@
       vectors-HASH.faiss      the Faiss index
       trained-HASH.faiss      an empty Faiss index with trained centroids, used to add shards
 
-HASH is the checksum of the content. A file of this name never changes, so versions of the index share files, and a
-damaged file is noticed. The index needs no other files: it stays consistent while its datasets are updated. A build
-keeps the files of the previous version for readers that are opening it. The next build removes them.
+HASH is the checksum of the content. Files are never modified, so versions of the index share files, and damage is
+detected. The index does not read its datasets, so it stays consistent while they are updated. A build keeps the files
+of the previous version for readers that are opening it. The next build removes them.
 """
 
 import hashlib
@@ -97,7 +97,7 @@ class InputShard:
 
     @property
     def content(self) -> tuple[str, str]:
-        """Identifies the content. Shards with the same content are indexed once, whatever their dataset and number."""
+        """Identifies the content. Shards with the same content share files, whatever their dataset and number."""
         return self.captions, self.embeddings
 
 
@@ -156,7 +156,7 @@ class IndexDescription:
 
     @property
     def offsets(self) -> list[int]:
-        """For each shard, the row number of its first row."""
+        """The number of the first row of each shard."""
         return list(accumulate((shard.rows for shard in self.shards[:-1]), initial=0))
 
     @property
@@ -289,8 +289,8 @@ def fetch_locally(folder: Folder, description: IndexDescription, cache: Path | N
     """Returns a local folder with all files of an index: the index itself, or a copy in the cache.
 
     All files are compared with their checksums, except the candidates, which are checked when they are read. The cache
-    contains one version of each index. Files that the version shares with the one before are not copied again. If
-    `cache` is None, it is `$CAPTIONLIB_CACHE` or, if the variable is not set, `captionlib/indexes` in the user's cache.
+    contains one version of each index. Files that are already in the cache are not copied again. If `cache` is None, it
+    is `$CAPTIONLIB_CACHE` or, if that is not set, `captionlib/indexes` in the user's cache folder.
 
     Raises:
         DatasetError: a file is damaged.
@@ -330,7 +330,7 @@ def _fetch_to_cache(folder: Folder, cache: Path, name: str) -> None:
         try:
             copy.rename(target)
         except OSError:
-            if not target.is_dir():  # if it exists, a different process has made the same copy
+            if not target.is_dir():  # otherwise, a different process has made the same copy
                 raise
 
 

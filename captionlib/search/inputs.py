@@ -27,8 +27,8 @@ __all__ = [
     "sample_embeddings",
 ]
 
-_BATCH_ROWS = 8192
-_ROWS_PER_BATCH = 65_536
+_VECTOR_BATCH_ROWS = 8192
+_TEXT_BATCH_ROWS = 65_536
 _SAMPLED_SHARDS = 64
 _SEED = 0
 
@@ -81,7 +81,7 @@ def open_shard(dataset: ShardedDataset, shard: int, checksum: str) -> Iterator[p
 
 def read_caption_rows(parquet: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
     """Yields the columns of a captions shard that an index contains."""
-    yield from parquet.iter_batches(_ROWS_PER_BATCH, columns=[*COLUMNS, *CANDIDATES.names])
+    yield from parquet.iter_batches(_TEXT_BATCH_ROWS, columns=[*COLUMNS, *CANDIDATES.names])
 
 
 def match_embeddings_to_captions(
@@ -91,7 +91,7 @@ def match_embeddings_to_captions(
     caption_rows: pq.ParquetFile,
     embedding_rows: pq.ParquetFile,
 ) -> npt.NDArray[np.int64]:
-    """Returns for each embedding in a shard the position of its caption, `[embeddings]`; -1 if captioning failed.
+    """Returns the position of the caption of each embedding in a shard, `[embeddings]`; -1 if captioning failed.
 
     Raises:
         DatasetError: an image is in one dataset, but has neither a row nor a recorded failure in the other.
@@ -117,9 +117,9 @@ def read_embeddings(parquet: pq.ParquetFile, dimension: int) -> npt.NDArray[np.f
 def sample_embeddings(
     shards: Sequence[tuple[ShardedDataset, InputShard]], count: int, dimension: int
 ) -> npt.NDArray[np.float32]:
-    """Samples about `count` vectors from evenly spaced shards, `[rows, dimension]`; memory contains only the sample.
+    """Samples about `count` vectors from evenly spaced shards, `[rows, dimension]`. Only the sample is held in memory.
 
-    `shards` are the embeddings dataset of each shard, and the shard.
+    `shards` contains pairs of an embeddings dataset and one of its shards.
     """
     chosen = [shards[position] for position in np.unique(np.linspace(0, len(shards) - 1, _SAMPLED_SHARDS).astype(int))]
     rows = sum(shard.rows for _, shard in chosen)
@@ -133,13 +133,13 @@ def sample_embeddings(
 
 
 def _read_vector_batches(parquet: pq.ParquetFile) -> Iterator[npt.NDArray[np.float32]]:
-    for batch in parquet.iter_batches(_BATCH_ROWS, columns=["embedding"]):
+    for batch in parquet.iter_batches(_VECTOR_BATCH_ROWS, columns=["embedding"]):
         vectors = vectors_to_numpy(batch["embedding"]).astype(np.float32)
         yield vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def _read_image_ids(parquet: pq.ParquetFile) -> pa.Array:
-    batches = parquet.iter_batches(_ROWS_PER_BATCH, columns=["image_id"])
+    batches = parquet.iter_batches(_TEXT_BATCH_ROWS, columns=["image_id"])
     return pa.concat_arrays([pa.array([], pa.string()), *(batch["image_id"] for batch in batches)])
 
 

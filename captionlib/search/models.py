@@ -72,7 +72,7 @@ class ImageQueryModels:
         if self._captioner is not None and captioner is not None:
             self._decoder = _make_decoder(self._captioner, captioner, generation)
             self._caption_encoder = self._load(self._captioner.encoder, self._captioner.encoder_weights or weights)
-        # Both encoders are often the same; `_load` then loads it once.
+        # `_load` loads the encoder only once if both models use the same one, which is usual.
         self._embedding_encoder = self._load(ranker.encoder, weights) if ranker else None
 
     def __enter__(self) -> "ImageQueryModels":

@@ -34,9 +34,9 @@ def write_output(
     `table` aligns columns by the first batch and truncates values to fit a terminal of `width` characters. If `width`
     is None, values are not truncated. `csv` writes nested values as JSON, and `jsonl` writes one object per row.
 
-    In CSV, a text that a spreadsheet would execute as a formula, because it begins with `=`, `+`, `-`, `@`, a tab or a
-    line break, gets the prefix `'`, unless `escape_formulas` is False. So does such a text that already begins with
-    `'`. Removing one `'` from each text that matches `^'+[=+\-@\t\r\n]` therefore restores all values.
+    In CSV, text that a spreadsheet would execute as a formula gets the prefix `'`, unless `escape_formulas` is False.
+    Such text begins with `=`, `+`, `-`, `@`, a tab or a line break, possibly after one or more `'`. To restore all
+    values, remove one `'` from each text that matches `^'+[=+\-@\t\r\n]`.
     """
     count = 0
 
@@ -106,7 +106,7 @@ def _write_table(schema: pa.Schema, batches: Iterable[pa.RecordBatch], sink: Bin
 
 
 def _merge_first_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Yields the batches; the first has a single row only if there is only one row in total."""
+    """Yields the batches. The first batch has a single row only if there is only one row in total."""
     pending: pa.RecordBatch | None = None
     for batch in batches:
         merged = batch if pending is None else pa.concat_batches([pending, batch])

@@ -92,7 +92,7 @@ def number_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 
 def find_duplicate_id(paths: Iterable[Path]) -> DuplicateId | None:
-    """Returns an image id that occurs in several rows of some files. Spills to disk if there are many rows."""
+    """Returns an image id that occurs in several rows of the files, if any. Spills to disk if there are many rows."""
     ids = pa.schema([ROWS.field("image_id")])
     batches = (batch.select(ids.names) for path in paths for batch in read_rows(path))
     with tempfile.TemporaryDirectory(prefix="captionlib-") as spill, closing(connect(SqlLimits(), spill)) as connection:
@@ -155,7 +155,7 @@ class RowStore:
 class CandidateStore:
     """The candidate captions of all rows of an index. This class is thread-safe.
 
-    The files are mapped into memory at once, so that they remain readable after a build removes them. A file is
+    All files are mapped into memory at the start, so they stay readable after a build removes them. A file is
     compared with its checksum when it is first read.
     """
 

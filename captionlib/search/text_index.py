@@ -29,7 +29,7 @@ _MAX_WORD_LENGTH = 40
 _MAX_CLAUSES = 64
 _CLAUSE = re.compile(r'([+-]?)(?:"([^"]*)"?|([^\s"]+))')
 
-# Up to this many rows that match a filter are part of the query. If there are more, hits are filtered afterwards.
+# Up to this number of rows that match a filter are added to the query. If there are more, the hits are filtered.
 _MAX_TERM_SET = 20_000
 
 
@@ -41,8 +41,8 @@ class _Clause(NamedTuple):
 def write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch]) -> None:
     """Writes a text index to a new folder. `rows` have the columns row, image_id, split, caption and log_prob.
 
-    The index is always written whole. Tantivy only marks removed captions, so they would remain in the files, and in
-    the word counts that determine BM25 scores.
+    The index is always rebuilt. Tantivy only marks captions as removed, so they would remain in the files and in the
+    word counts that determine BM25 scores.
     """
     path.mkdir(parents=True)
     index = tantivy.Index(_make_schema(), path=str(path))
@@ -139,7 +139,7 @@ class TextIndex:
         return self._to_hits(result.hits)[:limit], int(result.count)
 
     def filter_hits(self, query: str, hits: Hits) -> Hits:
-        """Keeps the hits, of any search, whose captions contain every required word and no excluded word."""
+        """Returns the hits of any search whose captions contain every required word and no excluded word."""
         clauses = [clause for clause in self._parse_clauses(query) if clause.occur != Occur.Should]
         if not clauses or not len(hits):
             return hits

@@ -25,7 +25,7 @@ RowMove = tuple[int, int, int]
 
 _KMEANS_ITERATIONS = 10
 _SEED = 1
-_MAX_TIES = 4096  # number of vectors with an equal score up to which the order of hits is defined
+_MAX_TIES = 4096  # if more vectors have the same score, their order is not defined
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ def train_vectors(layout: VectorLayout, sample: Vectors, path: Path) -> None:
     index = faiss.index_factory(layout.dimension, f"IVF{layout.nlist},{layout.encoding}", faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = _SEED
     index.cp.niter = _KMEANS_ITERATIONS
-    index.cp.min_points_per_centroid = 1  # no warning about few rows per list: the user may choose to have few
+    index.cp.min_points_per_centroid = 1  # no warning about few rows per list, which the user may intend
     index.cp.spherical = True
     if isinstance(index, faiss.IndexIVFPQ):
         index.pq.cp.min_points_per_centroid = 1
-    missing = max(0, layout.nlist - len(sample))  # k-means needs a vector for each list; most images may have failed
+    missing = max(0, layout.nlist - len(sample))  # k-means needs a vector per list, but most images may have failed
     random = np.random.default_rng(_SEED).normal(size=(missing, layout.dimension))
     vectors = np.concatenate([sample, random / np.linalg.norm(random, axis=1, keepdims=True)])
     index.train(np.ascontiguousarray(vectors, np.float32))
@@ -142,8 +142,8 @@ class VectorIndex:
     def search(self, vector: Vectors, limit: int, matching: RowNumbers | None = None) -> Hits:
         """Returns the nearest vectors. Equal scores are ordered by row number.
 
-        If `matching` is not None, only these row numbers are returned. The fewer there are, the more lists are
-        searched, until the search has `limit` hits or has searched all lists.
+        If `matching` is not None, only these rows are returned. The fewer they are, the more lists are searched, until
+        the search has `limit` hits or has searched all lists.
         """
         candidates = len(self) if matching is None else len(matching)
         if not min(limit, candidates):
@@ -151,7 +151,7 @@ class VectorIndex:
         depth = min(limit + 1, candidates)
         selector, _bitmap = self._make_selector(matching)
         hits = self._search_lists(vector, depth, candidates, selector)
-        # Equal scores at the end could continue. Without all of them, the order would depend on the limit.
+        # Rows beyond the limit may have the same score as the last hit. Unless all are found, the order varies.
         while len(hits) > limit and hits.scores[limit - 1] == hits.scores[-1] and len(hits) == depth < candidates:
             if depth > _MAX_TIES + limit:
                 break

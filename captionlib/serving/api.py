@@ -37,7 +37,7 @@ def read_state(name: str) -> Any:
 
 
 async def _pin_service(request: Request) -> SearchService:
-    """Returns the service of a request, which sees one version of the index."""
+    """Returns a service for one request, which uses one version of the index."""
     service: SearchService = request.app.state.service
     return service.pin()
 

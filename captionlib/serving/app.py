@@ -39,7 +39,7 @@ def create_app(service: SearchService, thumbnail_folder: Path) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        # Pages and searches need a CPU all the time, so more threads would only delay each other and `/health`.
+        # Pages and searches are CPU-bound, so more threads would only delay each other and `/health`.
         current_default_thread_limiter().total_tokens = _PAGE_THREADS
         with service, thumbnails, uploads:
             yield

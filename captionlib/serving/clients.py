@@ -19,6 +19,6 @@ def identify_client(scope: Scope) -> str:
         return host
     if isinstance(address, ipaddress.IPv4Address):
         return host
-    if address.ipv4_mapped is not None:  # a server that listens on :: sees IPv4 clients this way
+    if address.ipv4_mapped is not None:  # the form of IPv4 clients if the server listens on ::
         return str(address.ipv4_mapped)
     return str(ipaddress.ip_network((address, 64), strict=False))

@@ -12,20 +12,20 @@ class ServingConfig:
     """The limits of the web application.
 
     Attributes:
-        allowed_hosts: the host names, without ports, accepted in the Host header of requests. This prevents DNS
-            rebinding, in which a malicious site points its own host name at this server.
-        max_upload_bytes: the maximum size of an uploaded image.
-        max_concurrent_uploads: the maximum number of uploaded images to process at once.
-        max_waiting_uploads: the maximum number of uploaded images that wait. Clients take turns. If the queue is full,
-            the client with the most waiting images loses its latest one, which fails with status 503.
-        max_concurrent_fetches: the maximum number of images to fetch at once for thumbnails. One host can use a quarter
-            of these. Requests for which no fetch is free within five seconds fail with status 503.
-        max_requests_per_client: the maximum number of requests of one client at once. Further requests fail with status
-            429. If a proxy in front of the server does not report the clients, they all count as one.
-        body_timeout_seconds: the timeout for receiving a request body, not counting one second per 16 KiB received.
-        max_image_pixels: the maximum number of pixels (width x height) of images to decode.
-        image_timeout_seconds: the timeout for fetching an image, and separately for decoding it.
-        max_thumbnail_bytes: the maximum total size of thumbnails on disk, enforced after every 200 new thumbnails.
+        allowed_hosts: host names, without ports, accepted in the Host header of requests. This prevents DNS rebinding,
+            in which a malicious site points its own host name at this server.
+        max_upload_bytes: maximum size of an uploaded image.
+        max_concurrent_uploads: maximum number of uploaded images to process at once.
+        max_waiting_uploads: maximum number of uploaded images that wait. Clients take turns. If the queue is full, the
+            most recent image of the client with the most waiting images is rejected with status 503.
+        max_concurrent_fetches: maximum number of images to fetch at once for thumbnails. A quarter of these can be from
+            the same host. A request that waits longer than five seconds fails with status 503.
+        max_requests_per_client: maximum number of requests of one client at once. Further requests fail with status
+            429. If a proxy in front of the server does not pass on client addresses, all clients count as one.
+        body_timeout_seconds: timeout for receiving a request body. Every 16 KiB received extend it by one second.
+        max_image_pixels: maximum number of pixels (width x height) of images to decode.
+        image_timeout_seconds: timeout for fetching an image, and separately for decoding it.
+        max_thumbnail_bytes: maximum total size of thumbnails on disk, enforced after every 200 new thumbnails.
         allow_private_hosts: whether to also fetch images from hosts that are not public. Enable this only if you trust
             the author of the dataset, who chose the image URLs: visitors can view the images at these URLs.
     """

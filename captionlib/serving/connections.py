@@ -11,15 +11,15 @@ __all__ = ["LimitedConnection"]
 class LimitedConnection(H11Protocol):
     """A connection that is closed if the client is too slow. uvicorn alone would wait for a slow client forever.
 
-    Idle connections stay open longer than most clients and proxies keep them, which is up to 60 seconds. If the server
-    closed them first, it could do so while a client sends its next request, and the request would fail.
+    Most clients and proxies close idle connections within 60 seconds, and the server keeps them longer. If the server
+    closed a connection first, a request that a client is sending at that moment would fail.
 
-    If there are too many connections, a new one replaces the connection that has waited longest for a request. So
-    clients that open many connections and send nothing, or send incomplete headers, cannot keep others out.
+    If there are too many connections, a new one replaces the connection that has waited longest for a request.
+    Therefore, clients that open many connections and send no requests cannot lock out other clients.
 
     Attributes:
         max_connections: maximum number of connections per process.
-        headers_timeout_seconds: time limit from the start of a connection, or the first byte of a further request,
+        headers_timeout_seconds: time limit from the start of a connection, or from the first byte of a later request,
             until all headers of the request have arrived.
         idle_timeout_seconds: time limit from the end of a response until the first byte of the next request.
         write_timeout_seconds: time limit for a client to receive the part of a response that is in the send buffer.
@@ -39,7 +39,7 @@ class LimitedConnection(H11Protocol):
 
     @property
     def waiting_since(self) -> float | None:
-        """The time since which the connection waits for a request, or None if a request is in progress."""
+        """Time at which the connection began to wait for a request, or None if a request is in progress."""
         is_waiting = self.cycle is None or self.cycle.response_complete
         return self._waiting_since if is_waiting else None
 

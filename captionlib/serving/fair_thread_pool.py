@@ -15,10 +15,10 @@ Result = TypeVar("Result")
 
 
 class FairThreadPool:
-    """Runs functions in threads, of which each key can use only some. Keys, such as clients, take turns.
+    """Runs functions in threads. Each call has a key, such as a client, and keys take turns.
 
-    If the queue is full, the key with the most waiting calls loses its latest one. So a key cannot keep others out.
-    All methods must be called in the same event loop.
+    If the queue is full, the most recent call of the key with the most waiting calls is rejected, so no key can lock
+    out others. All methods must be called in the same event loop.
 
     Args:
         name: name of the threads.
@@ -56,7 +56,7 @@ class FairThreadPool:
             with suppress(RuntimeError):  # the event loop is closed
                 loop.call_soon_threadsafe(self._release, key)
 
-        # If the caller is cancelled, the thread is in use until the function returns.
+        # If the caller is canceled, the thread stays in use until the function returns.
         running = self._threads.submit(function)
         running.add_done_callback(release)
         return await asyncio.wrap_future(running)
@@ -85,7 +85,7 @@ class FairThreadPool:
             waiting = self._waiting.pop(key)
             waiting.popleft().set_result(None)
             if waiting:
-                self._waiting[key] = waiting  # at the end, so that all other keys come first
+                self._waiting[key] = waiting  # at the end, after all other keys
             self._running[key] += 1
             self._free -= 1
 

@@ -94,7 +94,7 @@ class RequestLimits:
     async def _reject(self, error: "_RejectedError", scope: Scope, body: "_LimitedBody", send: Send) -> None:
         """Sends an error, and closes the connection because the rest of the body may be too large to read.
 
-        If the connection were closed at once, a client that still sends its body would see only that, and no response.
+        If the connection were closed immediately, a client that is still sending its body would not receive the error.
         """
 
         async def send_and_discard_body(message: Message) -> None:
@@ -149,7 +149,7 @@ def _now() -> float:
 
 
 class _RejectedError(BaseException):
-    """Not an Exception, so that the application's error handlers do not catch it."""
+    """A rejected request. It is not an Exception, so the application's error handlers do not catch it."""
 
     def __init__(self, status_code: int, detail: str) -> None:
         super().__init__(detail)

@@ -7,8 +7,9 @@ from urllib.parse import urlencode
 
 from fastapi import APIRouter, File, Query, Request, Response, UploadFile
 from fastapi.responses import HTMLResponse, RedirectResponse
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from captionlib.data.images.decoding import list_decodable_formats
+from captionlib.evaluation.pages import create_environment
 from captionlib.serving.api import ImageId, Service, ThumbnailStore, UploadQueue, read_state
 from captionlib.serving.responses import SearchMode
 from captionlib.serving.service import MAX_OFFSET, MAX_QUERY_CHARACTERS, SearchService
@@ -31,14 +32,14 @@ class Pages:
     """Renders templates; all values are escaped."""
 
     def __init__(self, service: SearchService) -> None:
-        self._environment = Environment(
-            loader=PackageLoader("captionlib.serving"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
+        self._environment = create_environment("captionlib.serving")
+        formats = list_decodable_formats()
+        self._environment.globals.update(
+            service=service,
+            max_query_characters=MAX_QUERY_CHARACTERS,
+            image_formats=[image_format.name for image_format in formats],
+            image_extensions=[extension for image_format in formats for extension in image_format.extensions],
         )
-        self._environment.globals.update(service=service, max_query_characters=MAX_QUERY_CHARACTERS)
         self._environment.filters["percent"] = _format_percent
         self._environment.filters["query"] = lambda values: urlencode({k: v for k, v in values.items() if v})
 

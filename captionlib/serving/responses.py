@@ -55,9 +55,7 @@ class ImageResponse(CaptionCandidate):
     split: str
     thumbnail_url: str = Field(description="URL of a small JPEG of the image.")
     preview_url: str = Field(description="URL of a larger JPEG of the image.")
-    candidates: list[CaptionCandidate] = Field(
-        description="All caption candidates, most probable first; empty if the captions dataset is not available."
-    )
+    candidates: list[CaptionCandidate] = Field(description="All caption candidates, most probable first.")
     similar: list[SearchResult] = Field(description="The most similar images; empty if the index has no vectors.")
 
 
@@ -69,7 +67,7 @@ class ScoredSentence(BaseModel):
 
 
 class ImageSearchResponse(BaseModel):
-    """Captions and matches of an uploaded image, from a captioner and a ranker (image-text dual encoder)."""
+    """Captions from a captioner, and matches from a ranker (image-text dual encoder), for an uploaded image."""
 
     captions: list[CaptionCandidate] = Field(description="Captions of the image; empty if no captioner is loaded.")
     sentences: list[ScoredSentence] = Field(description="The most similar sentences; empty if no ranker is loaded.")

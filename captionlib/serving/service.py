@@ -38,10 +38,9 @@ _REFRESH_SECONDS = 1.0
 class SearchService:
     """Searches an index by text and, with models, by image. Exiting the context closes the models.
 
-    In the context, the service changes to a new version of the index within seconds after a build publishes it.
-
-    This class is thread-safe. If `models` is None, searching by image is disabled. Uploaded images are compared with
-    `sentences` or, if it is empty, with the captions of similar images.
+    This class is thread-safe. In the context, it switches to a new version of the index within seconds after a build
+    publishes it. If `models` is None, searching by image is disabled. Uploaded images are compared with `sentences` or,
+    if it is empty, with the captions of similar images.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class SearchService:
         self._stopped = threading.Event()
 
     def __enter__(self) -> "SearchService":
-        threading.Thread(target=self._keep_index_new, name="refresh index", daemon=True).start()
+        threading.Thread(target=self._refresh_index, name="refresh index", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -72,8 +71,8 @@ class SearchService:
         pinned.index = self.index.pin()
         return pinned
 
-    def _keep_index_new(self) -> None:
-        """Opens new versions of the index in the background, so that no request waits for it."""
+    def _refresh_index(self) -> None:
+        """Opens new versions of the index in the background, so no request waits for this."""
         while not self._stopped.wait(_REFRESH_SECONDS):
             self.index.try_refresh()
 

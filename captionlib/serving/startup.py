@@ -22,16 +22,18 @@ _M_ARENA_MAX = -8  # from glibc's malloc.h
 
 @configclass
 class AppConfig:
-    """What to serve, as plain values that are passed to every server process.
+    """Paths and settings of the web application. They are passed to every server process.
 
     Attributes:
         index: folder of the index.
         thumbnails: folder for thumbnails.
         ranker: folder of the ranker (dual encoder for image-text retrieval) that computed the embeddings of the index.
         captioner: folder of the captioner for uploaded images.
-        weights: the encoder's weights file, if the models were trained with such a file.
+        weights: weights file of the encoder, if the models were trained with such a file.
         sentences: file of sentences, one per line, to compare uploaded images with.
-        generation: values of the `GenerationConfig` for captions of uploaded images.
+        generation: configuration of `captionlib generate-captions` for uploaded images, such as `decoding`.
+        device: device of the models: `auto`, `cpu`, `cuda` or `cuda:N`.
+        serving: limits of the application.
     """
 
     index: str
@@ -73,6 +75,6 @@ def load_app(config: AppConfig) -> FastAPI:
 
 
 def _limit_allocator() -> None:
-    """Limits the heaps of glibc's allocator, because each thread would keep about 50 MB of its own for the models."""
-    with suppress(AttributeError):  # another C library
+    """Makes all threads share one heap of glibc's allocator. Otherwise the models use about 50 MB more per thread."""
+    with suppress(AttributeError):  # a different C library
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)

@@ -34,7 +34,7 @@ _PREPROCESSING: dict[ThumbnailSize, Preprocessing | Shrinking] = {
 _FAILURE_SECONDS = 30.0
 _MAX_FAILURES = 10_000
 _PRUNE_EVERY = 200
-_HOST_FRACTION = 4  # one host can use a quarter of the threads
+_HOST_DIVISOR = 4  # one host can use a quarter of the threads
 _WAITING_PER_THREAD = 4
 _MAX_WAIT_SECONDS = 5.0
 
@@ -42,19 +42,19 @@ _MAX_WAIT_SECONDS = 5.0
 class Thumbnails:
     """Creates thumbnails and stores them as JPEG files in a folder. Exiting the context stops its threads.
 
-    Threads of its own fetch and decode the images, so slow hosts delay nothing else. A slow host can use only some of
-    these threads.
+    Images are fetched and decoded in separate threads, so slow hosts do not delay other requests. A slow host can use
+    only a quarter of these threads.
     """
 
     def __init__(self, folder: Path, config: ServingConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._max_bytes = config.max_thumbnail_bytes
-        # Part of file names, so that a server that may not access private hosts shows no thumbnails from one that may.
+        # Part of file names. A server that must not access private hosts shows no thumbnails of servers that may.
         self._scope = "all" if config.allow_private_hosts else "public"
         self._resources = ExitStack()
         threads = config.max_concurrent_fetches
-        per_host = max(1, threads // _HOST_FRACTION)
+        per_host = max(1, threads // _HOST_DIVISOR)
         waiting = _WAITING_PER_THREAD * threads
         self._threads = FairThreadPool("thumbnails", threads, per_host, waiting, _MAX_WAIT_SECONDS)
         self._resources.callback(self._threads.close)

@@ -35,7 +35,7 @@ class Uploads:
 
         Raises:
             BusyError: too many images wait.
-            ClientDisconnect: the client has gone, so no result is needed.
+            ClientDisconnect: the client has disconnected, so no result is needed.
         """
         result = asyncio.ensure_future(self._threads.run(identify_client(request.scope), function))
         disconnect = asyncio.ensure_future(_wait_for_disconnect(request))

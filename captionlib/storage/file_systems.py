@@ -1,7 +1,7 @@
 """Opens the file system of an address (a local path or a URL) and rejects unsafe addresses.
 
 fsspec chains file systems with `::` (`zip://a.jpg::https://host/a.zip`), and some file systems interpret the files that
-they read: a `reference://` file lists further addresses to open. Untrusted addresses could thus make fsspec open other
+they read: a `reference://` file lists further addresses to open. Untrusted addresses could make fsspec open arbitrary
 files or run code. In captionlib, an address refers to a single file system that returns the stored bytes. No other
 module passes an address to `fsspec.open` or `fsspec.core.url_to_fs`.
 """
@@ -80,7 +80,7 @@ def is_known_protocol(protocol: str) -> bool:
 
 
 def is_chained(address: str) -> bool:
-    """Returns whether fsspec would chain file systems. A `::` within a web URL, an object key or a path is no chain."""
+    """Returns whether fsspec would chain file systems. In a web URL, an object key or a path, `::` has no meaning."""
     protocol, address = split_protocol(address)
     if not protocol:
         return False
@@ -97,7 +97,8 @@ def open_file_system(address: str | os.PathLike[str], **options: Any) -> tuple[A
     `options` are passed to the file system and override options that the address implies.
 
     Raises:
-        ConfigError: the address is a chain, its protocol is unknown or interprets content, or a package is missing.
+        ConfigError: the address chains file systems, its protocol is unknown or interprets content, or the package for
+            it is not installed.
     """
     given = os.fspath(address)
     protocol, url = split_protocol(given)

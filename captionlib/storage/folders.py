@@ -44,7 +44,7 @@ TEMPORARY_FOLDER = "_temporary"
 # A PUT on these file systems is atomic, so files can be uploaded without a temporary name.
 _ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"})
 
-_FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+_FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # disk full, quota, read-only, file too large
 
 _FILES_PER_REQUEST = 1000  # for `read_many`, which holds the files of one request in memory
 
@@ -73,6 +73,11 @@ class Folder:
     @property
     def is_local(self) -> bool:
         return isinstance(self.fs, LocalFileSystem)
+
+    @property
+    def _has_atomic_put(self) -> bool:
+        protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
+        return bool(protocols & _ATOMIC_PUT)
 
     def path(self, name: str) -> str:
         """Returns the path of a file within the file system. If `name` is empty, the path of the folder is returned."""
@@ -151,8 +156,8 @@ class Folder:
     def create(self, name: str, content: bytes) -> bool:
         """Writes a small file unless it exists, and returns whether it was written.
 
-        Of several processes that create the same file at once, only one succeeds. Object stores other than S3 may let
-        the last one win instead.
+        If several processes create the same file at once, only one succeeds. On object stores other than S3, several
+        may succeed, and the last one overwrites the others.
         """
         path = self.path(name)
         try:
@@ -161,9 +166,12 @@ class Folder:
                 self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
                 self.fs.pipe_file(path, content, mode="create")
                 return True
-            with _create_temporary_file(Path(self.path(TEMPORARY_FOLDER)), Path(name).name) as temporary:
+            parent = Path(self.path(TEMPORARY_FOLDER))
+            with _create_temporary_file(parent, Path(name).name) as temporary:
                 temporary.write_bytes(content)
                 os.link(temporary, path)
+            with suppress(OSError):  # it contains other files
+                parent.rmdir()
             return True
         except FileExistsError:
             return False
@@ -208,8 +216,7 @@ class Folder:
             os.close(directory)
 
     def _publish_remote(self, path: Path, name: str) -> None:
-        protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
-        if protocols & _ATOMIC_PUT:
+        if self._has_atomic_put:
             call_with_retries(self.path(name), lambda: self.fs.put_file(str(path), self.path(name)))
             return
         temporary = self.path(f"{TEMPORARY_FOLDER}/{path.name}.{uuid.uuid4().hex}")
@@ -226,20 +233,19 @@ class Folder:
         call_with_retries(self.path(name), publish)
 
     def move(self, source: str, target: str) -> None:
-        """Replaces a file by another file of the folder. Does nothing if there is no source, so it can be repeated.
+        """Moves a file within the folder, and replaces the target. Does nothing if the source does not exist.
 
-        On object stores, the source is copied and stays.
+        On object stores, the source is copied and not removed.
         """
         old, new = self.path(source), self.path(target)
         if self.is_local:
             with suppress(FileNotFoundError):
                 self._publish_local(Path(old), Path(new))
             return
-        protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
 
         def move() -> None:
             with suppress(FileNotFoundError):
-                (self.fs.cp_file if protocols & _ATOMIC_PUT else self.fs.mv)(old, new)
+                (self.fs.cp_file if self._has_atomic_put else self.fs.mv)(old, new)
 
         call_with_retries(new, move)
 
@@ -287,7 +293,7 @@ class Folder:
 
 @contextmanager
 def _create_temporary_file(folder: Path, name: str) -> Iterator[Path]:
-    """Yields the path of a new file, and removes it at the end. `Folder.remove_temporary_files` keeps it until then."""
+    """Yields the path of a new file, which is locked against `Folder.remove_temporary_files`. Removes it at the end."""
     while True:
         with name_errors(str(folder)):
             try:
@@ -316,7 +322,7 @@ def _create_temporary_file(folder: Path, name: str) -> Iterator[Path]:
 
 @contextmanager
 def _name_full_disk(address: str) -> Iterator[None]:
-    """Applies `name_errors` to errors of a disk that accepts no more data, whichever library raises them."""
+    """Applies `name_errors` to errors of a full or read-only disk, whichever library raises them."""
     try:
         yield
     except OSError as error:
@@ -327,7 +333,7 @@ def _name_full_disk(address: str) -> Iterator[None]:
 
 
 def _read_batch(fs: Any, paths: list[str]) -> tuple[list[bytes], list[str]]:
-    """Returns contents and paths to retry. Raises the first permanent error, or the first error if no file was read."""
+    """Returns the contents, and the paths to retry. Raises a permanent error, or any error if no file was read."""
     results = fs.cat_ranges(paths, None, None, on_error="return")
     contents = [result for result in results if isinstance(result, bytes)]
     errors = {
@@ -342,7 +348,7 @@ def _read_batch(fs: Any, paths: list[str]) -> tuple[list[bytes], list[str]]:
 
 
 def list_addresses(addresses: Addresses) -> list[str | os.PathLike[str]]:
-    """Returns the addresses as a list, also if there is only one."""
+    """Returns one or several addresses as a list."""
     return [addresses] if isinstance(addresses, str | os.PathLike) else list(addresses)
 
 

@@ -30,7 +30,7 @@ def lock_folder(folder: Folder, command: str) -> Iterator[None]:
 
     Args:
         folder: the folder.
-        command: what the holder does, for the message to other processes.
+        command: the command that holds the lock. The error message of other processes contains it.
 
     Raises:
         LockError: another process holds the lock.
@@ -79,10 +79,10 @@ def _is_stale(holder: Mapping[str, Any]) -> bool:
 def _is_running(process: Any) -> bool:
     try:
         os.kill(int(process), 0)
+    except PermissionError:  # a process of a different user
+        return True
     except (ProcessLookupError, TypeError, ValueError, OverflowError):
         return False
-    except PermissionError:
-        return True
     return True
 
 

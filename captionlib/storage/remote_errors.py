@@ -50,7 +50,7 @@ def is_temporary_error(error: BaseException) -> bool:
 
 
 def get_http_status(error: BaseException) -> int | None:
-    """Returns the HTTP error status that an exception of any HTTP client carries, or None if it carries none."""
+    """Returns the HTTP error status in an exception of any HTTP client, or None if there is none."""
     for exception in (error, error.__cause__):
         response: Any = getattr(exception, "response", None)
         if isinstance(response, Mapping):  # botocore
@@ -67,7 +67,7 @@ def get_http_status(error: BaseException) -> int | None:
 
 
 def get_retry_after(error: BaseException) -> float | None:
-    """Returns the seconds that a server asks to wait in the header `Retry-After`, as a number or a date, or None."""
+    """Returns the seconds to wait according to the header `Retry-After` (a number or a date), or None without it."""
     for exception in (error, error.__cause__):
         response: Any = getattr(exception, "response", None)
         if isinstance(response, Mapping):  # botocore

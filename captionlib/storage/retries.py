@@ -34,7 +34,7 @@ _retrying = Retrying(
 def call_with_retries(address: str, action: Callable[[], Result]) -> Result:
     """Calls `action` and returns its result. Retries temporary errors with exponential backoff, up to 15 seconds.
 
-    Calling `action` repeatedly must be safe: it reads, or replaces what it wrote. The error message names `address`.
+    Calling `action` repeatedly must be safe. The error message contains `address`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -53,7 +53,7 @@ def call_with_retries(address: str, action: Callable[[], Result]) -> Result:
 
 @contextmanager
 def name_errors(address: str) -> Iterator[None]:
-    """Converts errors of the operating system in the block, except missing files, to errors that name the address.
+    """Converts errors of the operating system in the block, except missing files, to errors that contain the address.
 
     Raises:
         StorageError: the block raised an OSError other than FileNotFoundError or NotADirectoryError.
@@ -69,7 +69,7 @@ def name_errors(address: str) -> Iterator[None]:
 
 
 class RangedFile(io.RawIOBase):
-    """A remote file that fetches exactly the requested bytes of each read in one request, with retries.
+    """A remote file. Each read fetches exactly the requested bytes in one request, with retries.
 
     There is no read-ahead, because Parquet readers request what they need. Each thread has its own file position.
     """

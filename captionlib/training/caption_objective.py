@@ -28,7 +28,7 @@ class CaptioningObjective(Objective[CaptionBatch, Model]):
     """Maximizes the log-probability of reference captions. Validates by perplexity, and by CIDEr if configured.
 
     The model is a `Captioner` or any module with the same `forward`. If `cider` is set, CIDEr selects the best epoch.
-    The other arguments are described by `Objective` and `CaptionerTrainingConfig`.
+    See `Objective` and `CaptionerTrainingConfig` for the other arguments.
     """
 
     def __init__(

@@ -160,7 +160,7 @@ def train_captioner(
         dataset = open_dataset(features, "features").require_complete()
         require_other_folder(config.init_from, folder)
         group.run_on_first(lambda: claim_folder(folder, overwrite))
-        next(read_captions(dataset, config.validation_splits))  # fails at once if there are no captions
+        next(read_captions(dataset, config.validation_splits))  # raises an error now if there are no captions
         seed_everything(config.training.seed)
         model, vocabulary, config, provenance = _initialize(config, dataset, weights)
         if progress and group.is_first and "word_vectors" in provenance:
@@ -238,7 +238,7 @@ def _make_batches(
             "vgg16, or leave both out"
         )
     buffer_bytes = config.shuffle_buffer_megabytes << 20
-    pooled = model.attention is None and model.encoder_top is None
+    pooled = model.annotator is None and model.encoder_top is None
     return (
         CaptionBatches(dataset, config.train_splits, encode, config.batch_images, buffer_bytes, pooled, augmentation),
         CaptionBatches(dataset, config.validation_splits, encode, _VALIDATION_IMAGES, buffer_bytes, pooled),

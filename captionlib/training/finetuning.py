@@ -41,7 +41,7 @@ __all__ = ["EncoderFinetuningConfig", "FinetuningConfig", "finetune_captioner"]
 
 @configclass
 class EncoderFinetuningConfig:
-    """How the encoder is fine-tuned.
+    """How to fine-tune the encoder.
 
     Attributes:
         learning_rate: the base learning rate of the encoder; `training.learning_rate` is the captioner's.
@@ -70,8 +70,8 @@ class FinetuningConfig:
         best_by: the score that selects the best epoch, `perplexity` or the `cider` of generated captions (needs Java).
         decoding: how captions are generated for CIDEr.
         loading: how images are fetched and decoded.
-        max_failure_ratio: the maximum fraction of unreadable images; if it is exceeded, the run fails. By default, the
-            run fails only if all images are unreadable.
+        max_failure_ratio: the maximum fraction of unreadable images; if it is exceeded, the run fails. If None, the run
+            fails only if all images are unreadable.
     """
 
     init_from: str | None = None

@@ -71,13 +71,13 @@ def _set_feature_statistics(model: Captioner, dataset: ShardedDataset, splits: S
     def compute_vectors(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
         return model.power_normalize(torch.from_numpy(pool_map(compute_features(rows)))).numpy()
 
-    if model.attention is not None:
-        maps = torch.from_numpy(compute_features(sample_features(dataset, splits, _MAP_IMAGES)))
-        positions = model.power_normalize(maps).flatten(0, 1)
-        model.attention.standardization.set_statistics(positions.mean(0), positions.std(0))
+    if model.annotator is not None:
+        sample = torch.from_numpy(compute_features(sample_features(dataset, splits, _MAP_IMAGES)))
+        positions = model.power_normalize(sample).view(-1, model.feature_size)
+        model.annotator.standardization.set_statistics(positions.mean(0), positions.std(0))
     if model.config.principal_components:
-        sample = compute_vectors(sample_features(dataset, splits, _COMPONENT_IMAGES))
-        model.set_principal_components(torch.from_numpy(sample))
+        vectors = compute_vectors(sample_features(dataset, splits, _COMPONENT_IMAGES))
+        model.set_principal_components(torch.from_numpy(vectors))
     elif model.config.standardize_features:
         statistics = mean_and_std(dataset, splits, compute_vectors)
         model.standardization.set_statistics(*map(torch.from_numpy, statistics))

@@ -93,7 +93,7 @@ class LanguageModelObjective(Objective[npt.NDArray[np.int64], Captioner]):
         scores = self.model(no_image, sentences, sentences.new_zeros(len(sentences)))
         log_probs: Tensor = scores.log_probs
         # The model appends END to each row. log_probs is ordered by time step, and all sequences have the same length,
-        # so the ENDs are the last len(sentences) entries; they are dropped.
+        # so the last len(sentences) entries are those of END. They are dropped for continuous text.
         return log_probs if has_end_tokens else log_probs[: -len(sentences)]
 
 

@@ -87,6 +87,8 @@ def train(
 
 
 class _Run(Generic[Batch, Model]):
+    """A call of `train`: the state of the run, and its steps."""
+
     def __init__(
         self, objective: Objective[Batch, Model], config: TrainingConfig, output: Folder, resolved: dict[str, Any]
     ) -> None:
@@ -125,10 +127,12 @@ class _Run(Generic[Batch, Model]):
         return state.epoch >= self._config.epochs or (state.step == 0 and is_patience_exhausted)
 
     def require_learning(self) -> None:
-        """Checks that the validation perplexity is below the unigram model's. Warns if a short run ends above it.
+        """Checks that the validation perplexity is below that of the unigram model, which uses only word frequencies.
+
+        Prints a warning if a run shorter than `unigram_patience` epochs ends above it.
 
         Raises:
-            TrainingDiverged: each of the last `unigram_patience` epochs is above it.
+            TrainingDiverged: the perplexity of each of the last `unigram_patience` epochs is above it.
         """
         bound, patience = self._objective.unigram_perplexity, self._config.unigram_patience
         if bound is None or patience is None:
@@ -202,10 +206,10 @@ class _Run(Generic[Batch, Model]):
     def _train_step(
         self, batch: Batch | None, is_stop_requested: Callable[[], bool], save_at: float
     ) -> tuple[bool, bool]:
-        """Takes one step. Returns whether any process was asked to stop, and whether it is time to save the state."""
+        """Takes one step. Returns whether any process must stop, and whether it is time to save the state."""
         config = self._config
         loss = None
-        if batch is not None:  # None if this process has no share of the step's batch
+        if batch is not None:  # None if this process has no part of the step's batch
             with torch.autocast(self._device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                 loss = self._objective.loss(batch)
         self._optimizer.zero_grad()

@@ -69,7 +69,7 @@ class Objective(ABC, Generic[Batch, Model]):
     def batches(self, seed: int, epoch: int, first: int) -> Iterator[Batch | None]:
         """Yields the batches of an epoch from index `first` on, in an order determined by `seed` and `epoch`.
 
-        In data-parallel training, each process yields its share of every batch, or None if its share is empty.
+        In data-parallel training, each process yields its part of every batch, or None if its part is empty.
         """
 
     @abstractmethod

@@ -46,7 +46,7 @@ class TrainingConfig:
             None, the weights themselves are used.
         precision: if `bfloat16`, the loss is computed under autocast. Weights and validation stay in float32.
         unigram_patience: stop with an error after this many consecutive epochs whose validation perplexity is above
-            that of the unigram model, which knows word frequencies alone. If None, such epochs are allowed.
+            that of the unigram model, which uses only word frequencies. If None, such epochs are allowed.
         patience: stop after this many epochs without a better validation score. If None, all epochs are run.
         checkpoint_interval_seconds: the time between saves of the run's state within an epoch.
         seed: the seed for the order of the data, dropout and the initial weights.

@@ -212,7 +212,7 @@ def train_ranker(
         group = ProcessGroup()
         dataset = open_dataset(features, "features").require_complete()
         group.run_on_first(lambda: claim_folder(folder, overwrite))
-        next(read_captions(dataset, config.validation_splits))  # fails at once if there are no captions
+        next(read_captions(dataset, config.validation_splits))  # raises an error now if there are no captions
         objective = _make_objective(dataset, config, target)
         resolved = {"features": dataset.compute_content_checksum(), "world_size": group.world_size, **to_dict(config)}
         return train(objective, config.training, folder, resolved, progress)

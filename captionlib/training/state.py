@@ -74,7 +74,7 @@ class RunState:
 
 
 def claim_folder(output: Folder, overwrite: bool) -> None:
-    """Prepares a folder for a run: checks that it may write there. If `overwrite`, deletes the run in the folder.
+    """Checks that a run may write to a folder. If `overwrite` is True, deletes an earlier run in the folder.
 
     Raises:
         DatasetError: the folder holds files that no run wrote.

@@ -52,14 +52,14 @@ def read_items(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def photo(tmp_path: Path) -> Path:
-    Image.new("RGB", (640, 400), (200, 30, 30)).save(tmp_path / "photo.png")
-    return tmp_path / "photo.png"
+def image_file(tmp_path: Path) -> Path:
+    Image.new("RGB", (640, 400), (200, 30, 30)).save(tmp_path / "image_file.png")
+    return tmp_path / "image_file.png"
 
 
-def test_data_holds_everything_about_an_image(tmp_path: Path, photo: Path) -> None:
+def test_data_holds_everything_about_an_image(tmp_path: Path, image_file: Path) -> None:
     prediction = Prediction(
-        "im-1", "a dog", str(photo), "val", -0.6931, (("a dog", -0.6931), ("a cat", -9.21)), ("Dog!",)
+        "im-1", "a dog", str(image_file), "val", -0.6931, (("a dog", -0.6931), ("a cat", -9.21)), ("Dog!",)
     )
     page = write_report(
         tmp_path / "new" / "report",
@@ -92,8 +92,8 @@ def test_data_holds_everything_about_an_image(tmp_path: Path, photo: Path) -> No
     assert sorted(path.name for path in folder.iterdir()) == ["data.js", "index.html", "thumbnails"]
 
 
-def test_page_loads_nothing_from_other_servers(tmp_path: Path, photo: Path) -> None:
-    write_report(tmp_path / "report", "Captions", [Prediction("x", "a dog", str(photo))])
+def test_page_loads_nothing_from_other_servers(tmp_path: Path, image_file: Path) -> None:
+    write_report(tmp_path / "report", "Captions", [Prediction("x", "a dog", str(image_file))])
     page = read_page(tmp_path / "report")
     assert not page.all("link")
     assert [script["src"] for script in page.all("script") if "src" in script] == ["data.js"]
@@ -124,9 +124,9 @@ def test_all_text_is_escaped(tmp_path: Path) -> None:
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text)
 
 
-def test_data_holds_an_attention_map_per_token(tmp_path: Path, photo: Path) -> None:
+def test_data_holds_an_attention_map_per_token(tmp_path: Path, image_file: Path) -> None:
     maps = np.array([[[0, 255], [7, 64]], [[255, 1], [2, 3]]], np.uint8)
-    predictions = [Prediction("x", "dog", str(photo)), Prediction("y", "cat", str(photo))]
+    predictions = [Prediction("x", "dog", str(image_file)), Prediction("y", "cat", str(image_file))]
     write_report(tmp_path / "report", "", predictions, encoder_view=EncoderView(attention_maps={"x": maps}))
     with_maps, without_maps = read_items(tmp_path / "report")
     assert [list(base64.b64decode(text)) for text in with_maps["attention"]] == [[0, 255, 7, 64], [255, 1, 2, 3]]
@@ -169,16 +169,18 @@ def test_non_finite_numbers_become_null(tmp_path: Path) -> None:
     assert (item["logProb"], item["cider"]) == (None, None)
 
 
-def test_thumbnails_are_split_into_subfolders(tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thumbnails_are_split_into_subfolders(
+    tmp_path: Path, image_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("captionlib.evaluation.report._THUMBNAILS_PER_FOLDER", 2)
-    write_report(tmp_path / "report", "", [Prediction(str(n), "a", str(photo)) for n in range(5)])
+    write_report(tmp_path / "report", "", [Prediction(str(n), "a", str(image_file)) for n in range(5)])
     names = [item["thumbnail"] for item in read_items(tmp_path / "report")]
     assert names[-1] == "thumbnails/002/000004.jpg"
     assert all((tmp_path / "report" / name).is_file() for name in names)
 
 
-def test_report_is_replaced_and_other_files_are_not(tmp_path: Path, photo: Path) -> None:
-    write_report(tmp_path / "report", "", [Prediction("x", "a", str(photo))])
+def test_report_is_replaced_and_other_files_are_not(tmp_path: Path, image_file: Path) -> None:
+    write_report(tmp_path / "report", "", [Prediction("x", "a", str(image_file))])
     write_report(tmp_path / "report", "", [])
     assert read_items(tmp_path / "report") == []
     assert not (tmp_path / "report" / "thumbnails").exists()

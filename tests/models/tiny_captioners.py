@@ -14,6 +14,7 @@ CONFIGS = [
     CaptionerConfig("rnn", hidden_size=6, embedding_size=5, image_input="first_step"),
     CaptionerConfig("rnn", layers=2, hidden_size=6, embedding_size=5, image_input="initial_state"),
     CaptionerConfig("lstm", hidden_size=6, embedding_size=5, attention_size=4),
+    CaptionerConfig("transformer", layers=2, hidden_size=6, embedding_size=6, heads=2),
 ]
 seeds = st.integers(0, 1000)
 configs = st.sampled_from(CONFIGS)
@@ -31,8 +32,8 @@ def build(config: CaptionerConfig, seed: int, vocabulary_size: int = 9) -> Capti
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.uniform_(-spread, spread, generator=generator)
-        for name, parameter in model.recurrence.named_parameters():
-            if "bias" in name and config.cell == "rnn":
+        for name, parameter in model.named_parameters():
+            if name.startswith("recurrence.bias") and config.cell == "rnn":
                 parameter.abs_()
     return model.eval()
 

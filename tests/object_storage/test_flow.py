@@ -4,14 +4,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
+from captionlib.data.shards import update
 from captionlib.data.shards.dataset import open_dataset
+from captionlib.data.shards.markers import JOURNAL_FILE, UPDATE_FOLDER
 from captionlib.storage.folders import Folder, write_file
+from captionlib.storage.lock import LOCK_FILE
 from jobs.cli import captionlib
 from tests.object_storage.conftest import COLORS, options
 
@@ -30,10 +34,10 @@ def run(*arguments: str) -> str:
     return result.output
 
 
-def rows(folder: str) -> list[object]:
+def rows(folder: str) -> list[dict[str, Any]]:
     dataset = open_dataset(folder).require_complete()
     table = pa.concat_tables([dataset.read(shard) for shard in range(dataset.shards)])
-    ordered: list[object] = table.sort_by("image_id").to_pylist()
+    ordered: list[dict[str, Any]] = table.sort_by("image_id").to_pylist()
     return ordered
 
 
@@ -84,6 +88,38 @@ def test_bucket_and_local_outputs_are_equal(flow: str, store: str, tmp_path: Pat
         failures = open_dataset(f"{BUCKET}/features").compute_totals().reasons
         assert failures == {"Truncated": 1, "NotFound": 1}
         assert Folder(BUCKET).list("_temporary") == []
+
+
+class Killed(BaseException):
+    """The process is killed."""
+
+
+def test_killed_update_of_a_bucket_is_completed_by_the_next_reader(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fsspec.config.conf, "s3", options(store))
+    folder = Folder("s3://bucket/update")
+    for name in ("a", "b", "c", "d"):
+        folder.write(f"images/{name}.png", name.encode())
+    arguments = ("prepare", f"{folder.uri}/images", "-o", f"{folder.uri}/manifest", "--shard-size=2", "--allow-removal")
+    run(*arguments)
+    before = {row["image_id"]: row["version"] for row in rows(f"{folder.uri}/manifest")}
+    assert "already prepared" in run(*arguments)
+    folder.write("images/a.png", b"new")
+    folder.remove_file("images/d.png")
+    folder.write("images/e.png", b"e")
+    with monkeypatch.context() as patch:
+        patch.setattr(update, "complete_update", lambda folder: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            run(*arguments)
+    manifest = Folder(f"{folder.uri}/manifest")
+    assert manifest.exists(JOURNAL_FILE)
+    after = {row["image_id"]: row["version"] for row in rows(manifest.uri)}
+    assert after.keys() == {f"{name}.png" for name in "abce"}
+    assert {name for name in after if before.get(name) == after[name]} == {"b.png", "c.png"}
+    assert open_dataset(manifest.uri).verify() == []
+    assert not manifest.exists(JOURNAL_FILE)
+    assert manifest.list(UPDATE_FOLDER) == []
+    assert "already prepared" in run(*arguments)
+    assert not manifest.exists(LOCK_FILE)
 
 
 def test_endpoint_is_read_from_the_environment(flow: str, store: str) -> None:

@@ -56,7 +56,7 @@ def test_first_update_goes_from_images_to_an_index(collection: Path) -> None:
     assert open_dataset(collection / "images" / "embeddings").is_complete()
     status = run("status", collection)
     assert "failed: Truncated 1" in status.output
-    assert "To finish it" not in status.output
+    assert "To finish:" not in status.output
 
 
 def test_next_update_follows_the_source(collection: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
 
+from captionlib.data.images.decoding import list_decodable_formats
 from captionlib.errors import BusyError
 from captionlib.serving.config import ServingConfig
 
@@ -159,6 +160,14 @@ def test_search_by_image_returns_images_and_sentences(client: TestClient) -> Non
     with Image.open(io.BytesIO(base64.b64decode(shown))) as image:
         assert image.width / image.height == pytest.approx(4 / 3, abs=0.01)
     assert client.get("/image-search", follow_redirects=False).headers["location"] == "/"
+
+
+def test_file_picker_accepts_all_decodable_formats(client: TestClient) -> None:
+    page = client.get("/").text
+    (accepted,) = re.findall('accept="([^"]*)"', page)
+    formats = list_decodable_formats()
+    assert set(accepted.split(",")) == {"image/*", *(name for found in formats for name in found.extensions)}
+    assert f"An image file ({', '.join(found.name for found in formats[:-1])} or {formats[-1].name})" in page
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.text.vocabulary import END, Vocabulary
-from captionlib.errors import CheckpointError, ConfigError, DatasetError, TrainingDiverged
+from captionlib.errors import CheckpointError, ConfigError, DatasetError
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.checkpoints.checkpoint import load_captioner, save_captioner
@@ -26,6 +26,7 @@ from captionlib.training.caption_objective import CaptioningObjective, CiderVali
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
 from captionlib.training.initialization import build_captioner
 from captionlib.training.loop import TrainingConfig
+from jobs.cli import main
 from tests.training.conftest import WORDS, write_features
 
 CONFIG = CaptionerTrainingConfig(
@@ -68,12 +69,24 @@ def test_rnn_with_wide_features_beats_the_word_frequencies(tmp_path: Path, image
     assert history[-1]["perplexity"] < 0.9 * unigram
 
 
-def test_diverging_training_stops(features: ShardedDataset, tmp_path: Path) -> None:
-    training = TrainingConfig(optimizer="adam", learning_rate=0.03, epochs=20, patience=None)
-    train(features, tmp_path / "good", replace(CONFIG, training=replace(training, epochs=1)))
-    config = replace(CONFIG, init_from=str(tmp_path / "good"), training=replace(training, learning_rate=30))
-    with pytest.raises(TrainingDiverged, match="training stopped: expected a"):
-        train(features, tmp_path / "diverged", config)
+def test_diverging_run_ends_with_one_line_and_keeps_its_best_checkpoint(
+    features: ShardedDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = ["min_count=1", "batch_images=8", "captioner.hidden_size=16", "captioner.embedding_size=16"]
+    values += ["training.learning_rate=50", "training.warmup_steps=4000", "training.patience=null"]
+    options = [word for value in values for word in ("--set", value)]
+    output = tmp_path / "captioner"
+    with pytest.raises(SystemExit) as exit_:
+        main(["train-captioner", features.folder.uri, "-o", str(output), "--config", "talk-rnn", "-q", *options])
+    assert exit_.value.code == 1
+    scores = [json.loads(line)["perplexity"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    best = scores.index(min(scores)) + 1
+    error = capsys.readouterr().err
+    assert error.startswith("Error: training stopped: expected a")
+    assert f"the checkpoint of epoch {best} is kept in {output}" in error
+    assert error.count("\n") == 1
+    assert best < len(scores)
+    load_captioner(output)
 
 
 def test_vocabulary_is_counted_on_the_training_splits(features: ShardedDataset, tmp_path: Path) -> None:

@@ -107,8 +107,8 @@ class CaptionBatches:
     ) -> Iterator[CaptionBatch | None]:
         """Yields the batches of an epoch in random order, starting at batch `first`. Each image occurs once per epoch.
 
-        Batches of `batch_images * world_size` images are divided evenly among `world_size` processes. The process with
-        this `rank` gets None for a batch if there are not enough images for all processes.
+        Batches of `batch_images * world_size` images are divided evenly among `world_size` processes. Yields the parts
+        for the process `rank`, or None for a part without images.
         """
         size = self.batch_images * world_size
         selections = (

@@ -1,7 +1,7 @@
 """Loads training batches of decoded images and captions in the background, in a seeded order.
 
-The rows of a batch depend on the seed and the epoch only. An unreadable image is dropped from its batch without
-shifting others, so that a run can resume at any batch without loading earlier images.
+The rows of a batch depend only on the seed and the epoch. An unreadable image is dropped from its batch, and other
+batches do not change. Therefore a run can resume at any batch without loading earlier images.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 class SkippedImages:
-    """Records each unreadable image and the reason. A resumed run starts with the images recorded before.
+    """Records each unreadable image and the reason. A resumed run continues the record of the interrupted run.
 
     Args:
         output: output folder of the run. The images are recorded in its subfolder `__failures/`.

@@ -6,8 +6,8 @@ protocol. It may select a part of the file:
     FILE#bytes=START-END        a range of bytes (END is exclusive), such as a member of an uncompressed tar
     FILE#row=N&column=NAME      the bytes in a cell of a Parquet file, with rows counted from 0 over the whole file
 
-A local file whose name has this form is that file: `/a#row=1&column=b` is a part of `/a` only if no file has the whole
-name. The path of a `file://` URL is percent-decoded, unless a file exists at the undecoded path.
+If a local file has such a name, the address refers to this file: `/a#row=1&column=b` is a cell of `/a` only if there is
+no file of this name. The path of a `file://` URL is percent-decoded, unless a file exists at the undecoded path.
 
 Chains of file systems (`zip://a::https://b`) and protocols that interpret files (`reference`) are rejected unopened.
 """
@@ -73,7 +73,7 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class ImageAddress:
-    """An image: a whole file, a span of its bytes (end excluded), or a cell (row and column) of a Parquet file."""
+    """An image: a whole file, a range of its bytes (end excluded), or a cell (row and column) of a Parquet file."""
 
     file: ImageFile
     span: tuple[int, int] | None = None
@@ -84,7 +84,7 @@ def parse_image_address(uri: str, protocols: Sequence[str] = IMAGE_PROTOCOLS) ->
     """Parses and checks an image address without opening it.
 
     Raises:
-        FetchError: the address is malformed or a chain, or its protocol is not allowed. The reason is BadAddress.
+        FetchError: the address is malformed or chains file systems, or its protocol is not allowed.
     """
     if _names_local_file(uri):
         return ImageAddress(_parse_file(uri, protocols))
@@ -129,7 +129,7 @@ def _parse_file(uri: str, protocols: Sequence[str]) -> ImageFile:
 
 
 def _find_problem(uri: str, protocol: str, url: str) -> str:
-    """Returns what was expected and what is wrong with the form of an address, or an empty string."""
+    """Returns what is wrong with the form of an address, as `EXPECTED, got ACTUAL`, or an empty string."""
     if is_chained(uri):
         return f"one file system, got a chain of them, {_shorten(uri)}; use the address of the image itself"
     if uri.startswith("//"):

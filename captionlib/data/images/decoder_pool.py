@@ -35,7 +35,7 @@ __all__ = ["DecoderConfig", "DecoderPool", "available_cpus"]
 
 _WORKER = "captionlib.data.images.decoder_process"
 
-_BYTES_PER_PIXEL = 24  # the measured maximum is 21, for a 32-bit TIFF
+_BYTES_PER_PIXEL = 24  # upper bound; the measured maximum is 21, for a 32-bit TIFF
 _BASE_MEMORY_BYTES = 2**30  # for libraries and the image file
 
 _START_TIMEOUT_SECONDS = 120.0
@@ -47,12 +47,12 @@ class DecoderConfig:
     """Limits on decoding an image.
 
     Attributes:
-        processes: maximum number of decoder processes, which start on demand. If None, one per available CPU.
-        timeout_seconds: time limit for an image of `max_image_pixels`. Smaller images may use proportionally less CPU
-            time, but at least a tenth. A process that takes longer is killed.
+        processes: maximum number of decoder processes, which start on demand. If None, it is the number of CPUs.
+        timeout_seconds: time limit for an image of `max_image_pixels`. The limit on CPU time is proportionally lower
+            for smaller images, but at least a tenth. A process that takes longer is killed.
         max_image_pixels: limit on width x height. Larger images are rejected before they are decoded.
         max_jpeg_scans: limit on the scans of a JPEG file. Files with more are rejected before they are decoded.
-        max_memory_bytes: limit on the address space of a process. If None, enough for `max_image_pixels`.
+        max_memory_bytes: limit on the address space of a process. If None, it is enough for `max_image_pixels`.
     """
 
     processes: PositiveInt | None = None
@@ -133,7 +133,7 @@ class DecoderPool:
             decoder = acquire()
             try:
                 result = decoder.decode(content, self._preprocessing, self.config.timeout_seconds)
-            except BaseException as error:  # otherwise its late response would be taken for the next one
+            except BaseException as error:  # a late response must not be mistaken for that of the next image
                 self._discard(decoder)
                 if decoder.process.returncode == -signal.SIGPROF and isinstance(error, EOFError | ConnectionError):
                     raise TimeoutError from error
@@ -149,7 +149,7 @@ class DecoderPool:
         return result
 
     def _acquire(self) -> "_Decoder":
-        """Returns an idle decoder or starts a new one. The caller holds a slot, which limits the processes."""
+        """Returns an idle decoder or starts a new one. The caller must hold one of the slots."""
         while True:
             with self._lock:
                 decoder = self._idle.pop() if self._idle else None
@@ -169,7 +169,7 @@ class DecoderPool:
         except (EOFError, ConnectionError, TimeoutError) as error:
             self._discard(decoder)
             status = decoder.process.returncode
-            if status < 0 and not isinstance(error, TimeoutError):  # killed by a signal; worth another attempt
+            if status < 0 and not isinstance(error, TimeoutError):  # killed by a signal, so another attempt may succeed
                 raise
             raise SubprocessError(
                 f"a decoder process did not start: {type(error).__name__}, exit status {status}; expected "
@@ -188,7 +188,7 @@ class DecoderPool:
 
 
 class _Decoder:
-    """A decoder process and the pipes that connect this process to it."""
+    """A decoder process, and pipes to and from it."""
 
     def __init__(self) -> None:
         paths = [path for path in sys.path if isinstance(path, str)]
@@ -236,7 +236,7 @@ class _Decoder:
         self._responses.close()
 
     def _limit_waiting(self, seconds: float) -> None:
-        """Starts a timeout of ten time slices. Suspending this process uses up at most one slice."""
+        """Starts a timeout of ten time slices. While this process is suspended, at most one slice elapses."""
         self._slice_milliseconds, self._slices = 100 * seconds, 10
 
     def _wait_for(self, pipe: select.poll) -> None:
@@ -265,7 +265,7 @@ class _Decoder:
 
 
 def _enlarge_pipe(descriptor: int) -> None:
-    """Enlarges a pipe, where the system supports it, so that it holds a whole image and neither end blocks."""
+    """Enlarges a pipe, if the system supports it, so it holds a whole image and neither end blocks."""
     if hasattr(fcntl, "F_SETPIPE_SZ"):
         with suppress(OSError):
             fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)

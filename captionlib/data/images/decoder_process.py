@@ -1,7 +1,7 @@
 """The program of a decoder process: reads image files from standard input and writes pixels to standard output.
 
-`captionlib.data.images.decoder_pool` starts the process. A request consists of a header, which has the length of the
-payload, and the payload. The header of a response also has the kind of response (READY, IMAGE or FAILURE) and, for an
+`captionlib.data.images.decoder_pool` starts the process. A request consists of a header with the length of the payload,
+and the payload. The header of a response also contains the kind of the response (READY, IMAGE or FAILURE) and, for an
 image, its width and height. The process exits when its input ends, which also happens when its parent dies.
 """
 
@@ -26,8 +26,8 @@ REQUEST_HEADER = struct.Struct("<Q")
 RESPONSE_HEADER = struct.Struct("<BQII")
 READY, IMAGE, FAILURE = range(3)
 
-_MIN_TIME_SHARE = 0.1  # of the time limit, for the smallest image
-_KEPT_BLOCKS = 4  # blocks of 16 MB that Pillow keeps for the next image; new memory takes as long as decoding
+_MIN_TIME_FRACTION = 0.1  # of the time limit, for the smallest image
+_KEPT_BLOCKS = 4  # blocks of 16 MB that Pillow reuses; allocating new memory takes as long as decoding
 
 
 class DecoderSettings(NamedTuple):
@@ -44,7 +44,7 @@ def main() -> None:
     """Processes requests until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the terminal; the parent handles it
     requests, responses = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # redirects prints to standard error, so that they do not corrupt responses
+    os.dup2(2, 1)  # redirects prints to standard error, so they do not corrupt responses
     payloads = _receive(requests)
     settings: DecoderSettings = pickle.loads(next(payloads))
     _limit_resources(settings)
@@ -57,8 +57,8 @@ def main() -> None:
 def _decode(content: bytes, settings: DecoderSettings, responses: BinaryIO) -> None:
     def limit_cpu_time(pixels: int) -> None:
         """Makes SIGPROF end the process if decoding takes too long for the size of the image."""
-        share = _MIN_TIME_SHARE + (1 - _MIN_TIME_SHARE) * pixels / settings.max_image_pixels
-        signal.setitimer(signal.ITIMER_PROF, share * settings.timeout_seconds)
+        fraction = _MIN_TIME_FRACTION + (1 - _MIN_TIME_FRACTION) * pixels / settings.max_image_pixels
+        signal.setitimer(signal.ITIMER_PROF, fraction * settings.timeout_seconds)
 
     limit_cpu_time(0)
     signal.setitimer(signal.ITIMER_REAL, 2 * settings.timeout_seconds)  # takes effect only if the parent has died
@@ -79,7 +79,7 @@ def _limit_resources(settings: DecoderSettings) -> None:
     """Limits memory, and makes timers end the process if an image takes too long."""
     Image.MAX_IMAGE_PIXELS = None  # decode_image checks its own limit
     Image.core.set_blocks_max(_KEPT_BLOCKS)  # type: ignore[attr-defined]
-    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # there is a process per CPU
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the pool runs one process per CPU
     _, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
     limit = settings.max_memory_bytes
     if hard_limit != resource.RLIM_INFINITY:
@@ -91,7 +91,7 @@ def _limit_resources(settings: DecoderSettings) -> None:
 
 
 def _silence_codecs() -> None:
-    """Discards what codecs print about damaged images, because the responses contain the errors."""
+    """Discards messages that codecs print about damaged images, because the responses contain the errors."""
     warnings.simplefilter("ignore")
     null = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):

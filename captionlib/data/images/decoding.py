@@ -48,6 +48,7 @@ __all__ = [
     "Preprocessing",
     "Shrinking",
     "decode_image",
+    "list_decodable_formats",
 ]
 
 MAX_IMAGE_PIXELS = 100_000_000
@@ -70,8 +71,8 @@ _FAST_SCALE = 2  # a fast decoder's output is at least this many times as large 
 _INTEGER_WHITE_LEVELS = (2.0**8 - 1, 2.0**16 - 1, 2.0**32 - 1)
 _FLOAT_WHITE_LEVELS = (1.0, 2.0**8 - 1, 2.0**16 - 1)  # if a value exceeds all of them, white is 1, as in ImageMagick
 
-# How the stored pixels of each EXIF orientation become upright: whether rows and columns are swapped, and whether
-# columns and rows of the stored image are reversed.
+# For each EXIF orientation: the transposition that turns the stored image upright, whether it swaps rows and columns,
+# and whether it reverses the columns and the rows of the stored image.
 _ORIENTATIONS = {
     2: (Image.Transpose.FLIP_LEFT_RIGHT, False, True, False),
     3: (Image.Transpose.ROTATE_180, False, True, True),
@@ -85,11 +86,11 @@ _ORIENTATIONS = {
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image is converted to the input of an encoder, as in torchvision's `weights.transforms()`.
+    """How to convert an image to the input of an encoder, as in torchvision's `weights.transforms()`.
 
     Attributes:
         resize_size: length of the shorter side after resizing, in pixels.
-        crop_size: side of the square that is cropped from the center, in pixels. Smaller images are padded with black.
+        crop_size: side length of the square that is cropped from the center, in pixels. Black pads smaller images.
         interpolation: torchvision's name of the interpolation mode, such as `bilinear`. Antialiasing is always on.
         mean: mean of each channel, for pixels in 0..1. The encoder normalizes its input with `mean` and `std`.
         std: standard deviation of each channel, for pixels in 0..1.
@@ -118,7 +119,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Shrinking:
-    """Shrinks an image, without cropping it, for people to look at. Small images are not enlarged.
+    """How to shrink an image to display it. It is not cropped, and small images are not enlarged.
 
     Attributes:
         max_size: maximum length of the longer side, in pixels.
@@ -134,17 +135,22 @@ class Shrinking:
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """An image as the input of an encoder, or shrunk.
+    """The pixels of a decoded image, and its size before resizing.
 
     Attributes:
         pixels: `[height, width, 3] uint8`, RGB, read-only, of the `output_size` of the preprocessing.
-        width: width of the whole image before resizing, in pixels, after it is rotated as its EXIF data say.
-        height: height of the whole image.
+        width: width of the image in its file, in pixels, after the rotation in its EXIF data.
+        height: height of the image in its file.
     """
 
     pixels: npt.NDArray[np.uint8]
     width: int
     height: int
+
+
+def list_decodable_formats() -> list[ImageFormat]:
+    """Returns the formats whose decoders are installed."""
+    return [image_format for image_format in FORMATS if image_format.plugins[0] in Image.OPEN]
 
 
 def decode_image(
@@ -163,7 +169,7 @@ def decode_image(
         preprocessing: the sizes and the interpolation; `mean` and `std` are not applied.
         max_image_pixels: limit on width x height. Larger images are rejected before they are decoded.
         max_jpeg_scans: limit on the scans of a JPEG file. Files with more are rejected before they are decoded.
-        begin: called with the number of pixels before they are decoded.
+        begin: called with the number of pixels before the image is decoded.
 
     Raises:
         DecodeError: the image cannot be decoded. Its reason is Empty, NotAnImage, UnsupportedFormat, TooManyPixels,
@@ -202,7 +208,7 @@ def _check_pixels(size: tuple[int, int], limit: int, what: str) -> None:
 def _preprocess(
     content: bytes, image: Image.Image, preprocessing: Preprocessing | Shrinking, limit: int
 ) -> DecodedImage:
-    """Loads, resizes, crops and orients an image. It is rotated last, because it is smallest then."""
+    """Loads, resizes, crops and orients an image. The rotation comes last, when the image is smallest."""
     pixels = _load(content, image, preprocessing)
     transposition, is_swapped, *is_reversed = _read_orientation(image)
     width, height = image.size[::-1] if is_swapped else image.size
@@ -213,7 +219,7 @@ def _preprocess(
         method, resized = _RESAMPLING[preprocessing.interpolation], _resized_size((width, height), preprocessing)
         output_size = (preprocessing.crop_size, preprocessing.crop_size)
         _check_pixels(resized, limit, f"an image of {width} x {height} pixels has, after resizing,")
-    if method == Image.Resampling.NEAREST:  # resizing a part may select other pixels
+    if method == Image.Resampling.NEAREST:  # resizing a part of the image may select different pixels
         pixels = pixels.resize(resized[::-1] if is_swapped else resized, method)
 
     # The part of the resized image that the crop keeps, in pixels of the resized image.
@@ -284,7 +290,7 @@ def _to_rgb(content: bytes, image: Image.Image) -> Image.Image:
 def _to_8_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
     """Converts gray values of more than 8 bits to `[height, width] uint8`.
 
-    Of 16-bit values, the high byte is kept, as in Pillow's conversion of 16-bit colors.
+    The result for a 16-bit value is its high byte, as in Pillow's conversion of 16-bit colors.
     """
     values = np.asarray(image)
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
@@ -295,7 +301,7 @@ def _to_8_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
             gray = 255 - gray
     else:
         if tags.get(TiffImagePlugin.BITSPERSAMPLE) == (32,) and tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,)) == (1,):
-            values = values.view(np.uint32)  # Pillow takes unsigned values for signed ones
+            values = values.view(np.uint32)  # Pillow treats unsigned values as signed
         finite = np.nan_to_num(values.astype(np.float32), nan=0, posinf=np.inf, neginf=0)
         white = _find_white(finite, image)
         gray = (finite.clip(0, white) * np.float32(255 / white)).astype(np.uint8)
@@ -305,7 +311,7 @@ def _to_8_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
 
 
 def _find_white(values: npt.NDArray[np.float32], image: Image.Image) -> float:
-    if image.format == "PPM":  # Pillow scales them to 16 bits
+    if image.format == "PPM":  # Pillow scales the values to 16 bits
         return 2.0**16 - 1
     highest = float(values.max(where=np.isfinite(values), initial=0))
     levels = _FLOAT_WHITE_LEVELS if image.mode == "F" else _INTEGER_WHITE_LEVELS
@@ -333,7 +339,7 @@ def _explain_unknown(content: bytes) -> DecodeError:
 def _explain(content: bytes, image_format: ImageFormat, error: Exception) -> DecodeError:
     """Describes a codec's exception without quoting its message, which may contain bytes of the file."""
     name = image_format.name
-    if image_format.plugins[0] not in Image.OPEN:
+    if image_format not in list_decodable_formats():
         return DecodeError(
             "UnsupportedFormat",
             f"{name} files need an extra package; run pip install 'captionlib[{image_format.extra}]'",
@@ -360,7 +366,7 @@ def _describe_tiff_samples(content: bytes) -> str | None:
             directory.get(TiffImagePlugin.SAMPLEFORMAT, (1,)),
         )
         return f"{directory.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)} channels of {bits}-bit {kinds[kind]}"
-    except Exception:  # Pillow raises many kinds
+    except Exception:  # Pillow raises various exceptions on damaged files
         return None
 
 

@@ -69,7 +69,7 @@ class FetchConfig:
         backoff_seconds: wait before the second attempt. It doubles for each further attempt, up to 30 s, plus jitter.
         max_retry_after_seconds: longest wait that a server can request with the header `Retry-After`. If it requests a
             longer wait, the image fails without another attempt.
-        max_row_group_bytes: size of the cache for images in Parquet files. Larger column chunks are rejected.
+        max_row_group_bytes: size of the cache for column chunks of Parquet files. Larger chunks are rejected.
         protocols: allowed protocols of image addresses. `file` also allows local paths. fsspec protocols that interpret
             the files that they read (such as `reference`) or chain file systems are never allowed.
         allow_private_hosts: allow http and https connections to loopback, link-local and private networks. Set it to
@@ -242,7 +242,7 @@ class ImageFetcher:
 
 
 async def _request(session: aiohttp.ClientSession, url: str, options: dict[str, Any]) -> aiohttp.ClientResponse:
-    """Sends a request. Errors of this function are not HTTP statuses, which are in the response."""
+    """Sends a request. HTTP error statuses are in the response and raise no exception."""
     try:
         return await session.get(url, **options)
     except aiohttp.TooManyRedirects as error:
@@ -265,7 +265,7 @@ async def _read_object(fs: Any, path: str, span: _Span) -> bytes:
 
 
 def _read_chunks(fs: Any, path: str, span: _Span, deadline: float) -> bytes:
-    """Reads in chunks and checks the deadline in between, because a synchronous read cannot be interrupted."""
+    """Reads in chunks, and checks the deadline after each, because a synchronous read cannot be interrupted."""
     content = bytearray()
     with fs.open(path, "rb") as file:
         file.seek(span.start)
@@ -290,7 +290,7 @@ def _get_requested_wait(state: RetryCallState) -> float:
 def to_fetch_error(error: BaseException) -> FetchError:
     """Converts an exception of any file system to a FetchError, whose reason is the category of the failure.
 
-    The original message is dropped, because it may quote what a server sent, such as the target of a redirect or the
+    The original message is dropped, because it may quote the server's response, such as the target of a redirect or the
     body of an error response.
     """
     status = get_http_status(error)
@@ -329,7 +329,7 @@ _REASONS = (
 
 
 def _describe_status(status: int, retry_after: float | None) -> FetchError:
-    """Names an HTTP error by what to do about it."""
+    """Describes an HTTP error status and the remedy."""
     wait = "" if retry_after is None else f" and the request to retry after {retry_after:.0f} seconds"
     reason, remedy = _STATUS_REASONS.get(status) or _STATUS_REASONS[400 if status < 500 else 500]
     return FetchError(reason, f"expected the image, got HTTP status {status}{wait}; {remedy}")

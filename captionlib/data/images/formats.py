@@ -1,6 +1,6 @@
 """Lists the image formats that can be decoded, and recognizes a format by the first bytes of a file.
 
-`prepare` finds images by the extensions listed here, so it finds exactly what the decoders decode.
+`prepare` and the search page select files by the extensions in this list.
 """
 
 import re
@@ -18,7 +18,7 @@ class ImageFormat:
         signature: regular expression that matches the first bytes of a file.
         extensions: file extensions, in lower case.
         plugins: names of the Pillow plugins that decode the format.
-        extra: the extra of captionlib that installs the decoder; None if captionlib always installs it.
+        extra: extra of captionlib that installs the decoder, or None if captionlib always installs it.
     """
 
     name: str

@@ -43,7 +43,7 @@ class _Frame(NamedTuple):
 def check_jpeg(content: bytes, max_scans: int) -> None:
     """Rejects JPEG files that libjpeg cannot decode, or whose scans take long to decode.
 
-    A scan of a few bytes takes as long as one that changes every pixel. So a small file may take minutes.
+    A scan of a few bytes takes as long as a scan that changes every pixel, so a small file may take minutes.
 
     Raises:
         DecodeError: the reason is UnsupportedFormat or TooManyScans.
@@ -69,7 +69,8 @@ def decode_rgb_jpeg(content: bytes, size: tuple[int, int], min_size: tuple[int, 
     Args:
         content: a JPEG file.
         size: its width and height.
-        min_size: if not None, decode at the smallest scale (1/2, 1/4 or 1/8) with at least this width and height.
+        min_size: if not None, the image is decoded at the smallest scale (1/2, 1/4 or 1/8) with at least this width and
+            height.
 
     Returns:
         An image whose pixels the thread's next call may overwrite; None if the file is damaged or needs Pillow.
@@ -90,7 +91,7 @@ def decode_rgb_jpeg(content: bytes, size: tuple[int, int], min_size: tuple[int, 
 
 
 def append_end_marker(content: bytes) -> bytes | None:
-    """Returns a JPEG file with the end marker that it lacks; None if it has one, or if it lacks anything else."""
+    """Adds a missing end marker to a JPEG file. Returns None if it has one, or if anything else is missing."""
     frame = _read_frame(content)
     if content.endswith(_END) or frame is None:
         return None
@@ -122,7 +123,7 @@ def _read_frame(content: bytes) -> _Frame | None:
 
 
 def _find_scans(content: bytes, frame: _Frame) -> Iterator[int]:
-    """Yields the position after the marker of each scan, up to the end marker. What follows may be other images."""
+    """Yields the position after the marker of each scan, up to the end marker. Other images may follow it."""
     position = frame.first_scan
     while match := _NEXT_MARKER.search(content, position):
         marker, position = content[match.start() + 1], match.end()

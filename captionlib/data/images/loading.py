@@ -38,7 +38,7 @@ LoadImages = Callable[[Iterable[Row]], Iterator[tuple[Row, LoadedImage | ImageEr
 
 @configclass
 class LoadingConfig:
-    """How images are loaded.
+    """How to load images.
 
     Attributes:
         threads: number of images that are fetched in parallel.

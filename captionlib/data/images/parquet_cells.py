@@ -29,7 +29,7 @@ class ParquetCellReader:
     def __init__(self, open_file: Callable[[ImageFile], BinaryIO], max_bytes: int) -> None:
         self._open_file = open_file
         self._max_bytes = max_bytes
-        # With a condition, one thread reads a value while other threads that need it wait.
+        # The condition makes other threads that need a value wait while one thread reads it.
         footers: LRUCache[object, pq.FileMetaData] = LRUCache(_CACHED_FOOTERS)
         self._get_footer = cached(footers, condition=Condition())(self._read_footer)
         # At least two chunks always fit, because concurrent reads alternate between chunks near a row group boundary.

@@ -16,7 +16,7 @@ _TEXT = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}
 def remove_text(content: bytes) -> bytes | None:
     """Returns a PNG file without its text and color profiles, or None if it has none.
 
-    Pillow rejects files with more than 1 MB of text, or with a wrong checksum of a text.
+    Pillow rejects files with more than 1 MB of text, or with a text chunk whose checksum is wrong.
     """
     chunks = list(_split_chunks(content))
     kept = [chunk for name, chunk in chunks if name not in _TEXT]
@@ -33,7 +33,7 @@ def find_transparent_color(content: bytes, image: PngImagePlugin.PngImageFile) -
         image: the file as Pillow opened it, before its pixels are loaded.
 
     Returns:
-        None if the file has another kind of pixels or no such color.
+        The mask, or None if the file does not have 16 bits per channel or declares no such color.
     """
     if image.mode != "RGB" or "transparency" not in image.info or image.tile[0].args != "RGB;16B":
         return None

@@ -1,4 +1,4 @@
-"""Compares the rows of a source with an existing manifest, and updates the shards of the manifest that changed."""
+"""Compares a source with an existing manifest (sharded table of images), and updates the shards that changed."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from captionlib.data.images.fetching import ImageFetcher
 from captionlib.data.images.loading import hash_content
-from captionlib.data.ingestion.staging import StagedRows, open_database
+from captionlib.data.ingestion.staging import RowBuffer, StagedRows, open_database, read_manifest
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.update import update_shards
@@ -33,7 +33,7 @@ class Changes:
 
     Attributes:
         new: rows with an id that is not in the manifest.
-        changed: rows whose version, uri, split or captions differ.
+        changed: rows whose version, URI, split or captions differ.
         gone: rows of the manifest that are not in the source.
         unchanged: the other rows.
     """
@@ -49,13 +49,18 @@ class Changes:
 
 
 class Comparison:
-    """The rows that differ. Created by `compare`; its tables are in a temporary database."""
+    """The rows that differ, in the tables of a temporary database. Created by `compare`."""
 
-    def __init__(self, database: duckdb.DuckDBPyConnection, staged: StagedRows, append: bool) -> None:
+    def __init__(
+        self, database: duckdb.DuckDBPyConnection, staged: StagedRows, dataset: ShardedDataset, append: bool
+    ) -> None:
         self._database = database
         self._staged = staged
+        self._dataset = dataset
+        self._read_existing(_CREATE_DIFFERENCES, str(staged.path))
         database.execute(_CREATE_CHANGES)
         database.execute(_CREATE_GONE, [not append])
+        database.execute("DROP TABLE differences")
 
     def count(self) -> Changes:
         """Counts the rows that differ."""
@@ -64,11 +69,13 @@ class Comparison:
         return Changes(new, changed, gone, self._staged.rows - new - changed)
 
     def verify_content(self, hashed: ShardedDataset, fetcher: ImageFetcher) -> None:
-        """Reads the images whose version is unchanged, and marks those as changed whose content has another hash.
+        """Reads the images whose version is unchanged, and marks an image as changed if its content has a new hash.
 
-        The expected hash is in the column `content_hash` of `hashed` or, for an image that was found to have changed
-        before, at the end of its version. Images without one, and images that cannot be read, count as unchanged.
+        The column `content_hash` of `hashed` contains the expected hashes. If an earlier verification found that an
+        image had changed, it appended the new hash to the image's version, and that hash is expected. Images without an
+        expected hash, and images that cannot be read, count as unchanged.
         """
+        self._read_existing("CREATE TABLE existing AS SELECT image_id, shard, version FROM existing_rows")
         schema = pa.schema([("image_id", pa.string()), ("content_hash", pa.string())])
         hashes = pa.RecordBatchReader.from_batches(schema, _read_hashes(hashed, schema))
         self._database.register("hashes", hashes)
@@ -114,6 +121,17 @@ class Comparison:
         """Yields the new rows in the order of the source."""
         yield from map(_to_manifest_rows, self._read(_READ_NEW))
 
+    def _read_existing(self, sql: str, *parameters: str) -> None:
+        """Runs a statement that reads the rows of the manifest once, as `existing_rows`."""
+        schema = pa.schema([*MANIFEST_SCHEMA, pa.field("shard", pa.int32())])
+        batches = (
+            rows.append_column("shard", pa.array(np.full(rows.num_rows, shard, np.int32)))
+            for shard, rows in read_manifest(self._dataset)
+        )
+        self._database.register("existing_rows", pa.RecordBatchReader.from_batches(schema, batches))
+        self._database.execute(sql, parameters)
+        self._database.unregister("existing_rows")
+
     def _read(self, sql: str) -> pa.RecordBatchReader:
         result = self._database.cursor().sql(sql, params=[str(self._staged.path)])
         return cast(pa.RecordBatchReader, result.to_arrow_reader(_BATCH_ROWS))
@@ -134,30 +152,15 @@ def _to_manifest_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
 def compare(staged: StagedRows, dataset: ShardedDataset, append: bool) -> Iterator[Comparison]:
     """Yields the differences between the rows of a source and a manifest.
 
-    Ids and a hash of each row are compared in a database that stores on disk what exceeds its limit on memory.
+    A database compares the ids and a hash of each row. It writes to disk what exceeds its memory limit.
 
     Args:
         staged: the rows of the source, whose ids are unique.
         dataset: the manifest.
-        append: whether the source holds only new images, so that no row is gone.
+        append: whether rows of the manifest that are not in the source stay instead of being gone.
     """
     with open_database(staged.path.parent) as database:
-        existing = pa.RecordBatchReader.from_batches(
-            pa.schema([*MANIFEST_SCHEMA, pa.field("shard", pa.int32())]), _read_manifest(dataset)
-        )
-        database.register("existing_rows", existing)
-        database.execute(
-            f"CREATE TABLE existing AS SELECT image_id, shard, version, {_DIGEST} AS digest FROM existing_rows"
-        )
-        database.unregister("existing_rows")
-        database.execute(_CREATE_STAGED, [str(staged.path)])
-        yield Comparison(database, staged, append)
-
-
-def _read_manifest(dataset: ShardedDataset) -> Iterator[pa.RecordBatch]:
-    for shard in range(dataset.shards):
-        for rows in dataset.read_batches(shard, MANIFEST_SCHEMA.names, _BATCH_ROWS):
-            yield rows.append_column("shard", pa.array(np.full(rows.num_rows, shard, np.int32)))
+        yield Comparison(database, staged, dataset, append)
 
 
 def _read_hashes(dataset: ShardedDataset, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -168,9 +171,9 @@ def _read_hashes(dataset: ShardedDataset, schema: pa.Schema) -> Iterator[pa.Reco
 
 
 def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size: int) -> int:
-    """Writes the shards that contain rows that are new, changed or gone. All are replaced at once.
+    """Writes the shards with new, changed or gone rows, and replaces all of them at once.
 
-    Unchanged rows stay where they are. New rows fill up the last shard, and go into new shards.
+    Unchanged rows stay where they are. New rows first fill up the last shard, and then go into new shards.
 
     Returns:
         The number of shards after the update.
@@ -186,7 +189,7 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
     shards = kept + added
     changed = comparison.read_changed()
     pending = next(changed, None)
-    new = _Buffer(comparison.read_new())
+    new = RowBuffer(comparison.read_new())
     with update_shards(dataset, shards) as staged:
         for shard in sorted({*touched, *([kept - 1] if filling else [])}):
             if shard >= kept:
@@ -205,27 +208,8 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
     return shards
 
 
-class _Buffer:
-    """Takes any number of rows at a time from batches."""
-
-    def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
-        self._batches = batches
-        self._rest = MANIFEST_SCHEMA.empty_table()
-
-    def take(self, count: int) -> pa.Table:
-        """Returns the next `count` rows, or fewer at the end."""
-        parts = [self._rest]
-        available = self._rest.num_rows
-        while available < count and (batch := next(self._batches, None)) is not None:
-            parts.append(pa.Table.from_batches([batch]))
-            available += batch.num_rows
-        table = pa.concat_tables(parts)
-        self._rest = table.slice(count)
-        return table.slice(0, count)
-
-
 def _replace_rows(table: pa.Table, changed: pa.Table) -> pa.Table:
-    """Returns `table` with the rows of `changed` in the places of the rows with their ids."""
+    """Returns `table` with each row of `changed` in the place of the row with the same id."""
     positions = pc.index_in(table["image_id"], value_set=changed["image_id"].combine_chunks())
     indices = pc.if_else(
         pc.is_valid(positions),
@@ -237,29 +221,31 @@ def _replace_rows(table: pa.Table, changed: pa.Table) -> pa.Table:
 
 def _write(staged: ShardedDataset, shard: int, table: pa.Table) -> None:
     with write_shard(staged, shard, table.num_rows) as writer:
-        for batch in table.combine_chunks().to_batches():
-            writer.write(batch)
+        writer.write(table.combine_chunks())
 
 
-# A version that ends with a hash of the content, which `verify_content` adds, equals the version without it.
+# `verify_content` appends a hash of the content to a version. Comparisons with the source ignore it.
 _LISTED = "regexp_replace({}, '~[0-9a-f]{{16}}$', '')"
 _DIGEST = f"hash(uri, {_LISTED.format('version')}, split, captions)"
-_CREATE_STAGED = f"""
-    CREATE TABLE staged AS
-    SELECT image_id, file_row_number AS position, version, {_DIGEST} AS digest
-    FROM read_parquet(?, file_row_number = true)
+# The position of a row that is gone is null, and so is the shard of a new row.
+_CREATE_DIFFERENCES = f"""
+    CREATE TABLE differences AS
+    SELECT image_id, position, shard, staged.version, existing.version AS existing_version
+    FROM (
+        SELECT image_id, file_row_number AS position, version, {_DIGEST} AS digest
+        FROM read_parquet(?, file_row_number = true)
+    ) AS staged
+    FULL JOIN (SELECT image_id, shard, version, {_DIGEST} AS digest FROM existing_rows) AS existing USING (image_id)
+    WHERE position IS NULL OR shard IS NULL OR staged.digest != existing.digest
 """
-# The shard of a new row is null. A row whose captions changed keeps the hash in its version.
+# If only the captions of a row change, its version keeps the hash.
 _CREATE_CHANGES = f"""
     CREATE TABLE changes AS
-    SELECT position, shard, CASE WHEN {_LISTED.format("existing.version")} = staged.version
-        THEN existing.version ELSE staged.version END AS version
-    FROM staged LEFT JOIN existing USING (image_id)
-    WHERE shard IS NULL OR staged.digest != existing.digest
+    SELECT position, shard, CASE WHEN {_LISTED.format("existing_version")} = version
+        THEN existing_version ELSE version END AS version
+    FROM differences WHERE position IS NOT NULL
 """
-_CREATE_GONE = """
-    CREATE TABLE gone AS SELECT image_id, shard FROM existing ANTI JOIN staged USING (image_id) WHERE ?
-"""
+_CREATE_GONE = "CREATE TABLE gone AS SELECT image_id, shard FROM differences WHERE position IS NULL AND ?"
 _LIST_TOUCHED = "SELECT shard FROM changes WHERE shard IS NOT NULL UNION SELECT shard FROM gone"
 _READ_CHANGED = """
     SELECT rows.* REPLACE (changes.version AS version), changes.shard

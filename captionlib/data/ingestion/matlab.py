@@ -30,9 +30,8 @@ _MAX_MEMORY_BYTES = 10 * 2**30  # SciPy holds up to two copies of a matrix of up
 _BASE_TIMEOUT_SECONDS = 60.0
 _MIN_BYTES_PER_SECOND = 2**20
 _BLOCK_BYTES = 2**26
-_SCIPY_TYPES = {"double": 8, "single": 4, "int64": 8, "uint64": 8, "int32": 4, "uint32": 4, "int16": 2, "uint16": 2} | {
-    "int8": 1,
-    "uint8": 1,
+_SCIPY_TYPE_BYTES = {"double": 8, "single": 4} | {
+    f"{sign}int{bits}": bits // 8 for sign in ("", "u") for bits in (8, 16, 32, 64)
 }
 
 
@@ -40,7 +39,7 @@ _SCIPY_TYPES = {"double": 8, "single": 4, "int64": 8, "uint64": 8, "int32": 4, "
 def open_matrix(address: str, name: str) -> Iterator[npt.NDArray[Any]]:
     """Opens a matrix of a MATLAB file as an array `[rows, columns]`.
 
-    SciPy and HDF5 crash on some damaged files. A child process therefore copies the matrix to a temporary file, which
+    SciPy and HDF5 crash on some damaged files. Therefore a child process copies the matrix to a temporary file, which
     is mapped into memory until the context exits.
 
     Args:
@@ -109,9 +108,9 @@ def _open_scipy(path: Path, address: str, name: str) -> Iterator[npt.NDArray[Any
         if name not in variables:
             raise _matrix_error(address, name, f"the variables {', '.join(variables)}")
         shape, kind = variables[name]
-        if kind not in _SCIPY_TYPES:
+        if kind not in _SCIPY_TYPE_BYTES:
             raise _matrix_error(address, name, f"shape {list(shape)} and type {kind}")
-        _check_size(shape, _SCIPY_TYPES[kind], path, address)
+        _check_size(shape, _SCIPY_TYPE_BYTES[kind], path, address)
         values = scipy.io.loadmat(path, variable_names=[name])[name]
         _check_matrix(values, address, name)
     yield values.T
@@ -154,7 +153,7 @@ def _check_matrix(values: Any, address: str, name: str) -> None:
 
 
 def _check_size(shape: Sequence[int], item_bytes: int, path: Path, address: str) -> None:
-    """Rejects matrices whose declared size has no relation to the size of the file, before memory is allocated."""
+    """Rejects matrices whose declared size is implausible for the size of the file, before memory is allocated."""
     declared, size = math.prod(map(int, shape)) * item_bytes, path.stat().st_size
     if declared > _MAX_COMPRESSION * size:
         raise DatasetError(

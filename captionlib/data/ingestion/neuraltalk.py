@@ -134,8 +134,8 @@ def _check_orientation(
 ) -> None:
     """Checks that the matrix has a column, not a row, for each image.
 
-    `dataset.json` may list only some of the images, so that the number of images does not always show which is which.
-    Then the usual sizes of network layers do.
+    If `dataset.json` lists only some of the images, neither dimension equals the number of images. In that case, the
+    matrix counts as transposed if only its number of columns is a usual size of a network layer.
     """
     rows, columns = matrix.shape
     images = max((imgid for imgid, _ in numbered_rows if isinstance(imgid, int)), default=-1) + 1
@@ -180,11 +180,11 @@ def _find_columns(
 
 
 def _describe_encoder(config: ImportConfig, size: int, checksum: str) -> dict[str, Any]:
-    """Describes the features. A captioner accepts only features with the same description as its training data."""
+    """Describes the features. A captioner rejects features whose description differs from its training data."""
     return {
         "model": config.model,
         "node": config.node,
-        "weights": "imported",  # instead of a checkpoint, since the network is not available
+        "weights": "imported",  # not the name of a checkpoint, because the network is not available
         "features_sha256": checksum.removeprefix("sha256:"),
         "stored_dtype": config.stored_dtype,
         "shape": [size],

@@ -4,6 +4,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from captionlib.data.images.addresses import image_exists
 from captionlib.data.images.fetching import ImageFetcher
 from captionlib.data.ingestion.changes import Changes, compare, update_manifest
 from captionlib.data.ingestion.staging import StagedRows, check_unique_ids, read_shards, stage_rows
-from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset, list_other_files, open_dataset
 from captionlib.data.shards.markers import DESCRIPTION_FILE
-from captionlib.data.shards.removal import REMOVED_FILE, RemovedImages, list_removed
+from captionlib.data.shards.removal import RemovedImages, list_removed
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.update import drop_uncommitted_updates
 from captionlib.data.shards.writer import write_shard
@@ -25,10 +26,12 @@ from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
 from captionlib.data.splits import expand_splits
 from captionlib.errors import ConfigError, DatasetError, FetchError
 from captionlib.progress import progress_bar
-from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
+from captionlib.storage.folders import Folder
+from captionlib.storage.lock import lock_folder
 
 __all__ = ["PrepareConfig", "PrepareSummary", "prepare"]
 
+_COMMAND = "captionlib prepare"
 _IMAGES_TO_CHECK = 20
 _DEFAULT_SHARD_SIZE = 1000
 _MAX_REMOVED_RATIO = 0.1
@@ -40,16 +43,17 @@ class PrepareConfig:
 
     Attributes:
         source_format: key of `SOURCE_FORMATS`, or `auto` to detect the format.
-        options: options for reading the source.
+        options: how to read the source.
         splits: splits to include. If empty, all splits are included.
         limit: maximum number of images, from the start of the source.
         shard_size: rows per shard. Later jobs process and resume by shard. If None, the shard size of an existing
-            manifest, or 1000 for a new one.
+            manifest is used, or 1000 for a new one.
         check_images: raise an error if the source lists image paths and none of the first 20 images exists.
         strict: raise an error at the first invalid image or caption instead of skipping it.
-        append: the source contains only new or changed images, so images that it lacks stay in an existing manifest.
-        verify_content: path or URL of features, captions or embeddings of the manifest, whose column `content_hash` has
-            a hash of each image. If set, an update reads all images that seem unchanged and compares their hashes.
+        append: keep images of an existing manifest that are not in the source, which lists only new or changed images.
+        verify_content: path or URL of features, captions or embeddings made from the manifest. Their column
+            `content_hash` contains a hash of each image. If set, an update reads all images that seem unchanged and
+            compares their hashes.
         allow_removal: allow an update that removes more than a tenth of the images of an existing manifest.
     """
 
@@ -83,8 +87,8 @@ class PrepareSummary:
         splits: number of images in the sources by split.
         skipped: number of skipped items by reason.
         examples: file and line of the first skipped item by reason, for invalid images and captions only.
-        changes: numbers of images that are new, changed, gone and unchanged, compared with the manifest before.
-        updated: whether the output contained a manifest before.
+        changes: numbers of new, changed, gone and unchanged images compared with the previous manifest.
+        updated: whether the output already contained a manifest.
     """
 
     source_format: str
@@ -115,9 +119,8 @@ def prepare(
 ) -> PrepareSummary:
     """Writes the manifest of one or more sources in the same format, or updates an existing manifest.
 
-    All rows are first written to a local temporary file and checked, so that nothing is output for an invalid source.
-    An update writes only the shards that contain images that are new, changed or gone. If it is interrupted, the
-    manifest is the old or the new one. Memory does not grow with the number of rows.
+    All rows are first written to a local temporary file and checked, so an invalid source changes nothing. An update is
+    atomic and writes only the shards with new, changed or gone images. Memory does not grow with the number of rows.
 
     Example:
         >>> summary = captionlib.prepare("scenes/dataset.json", "manifest")
@@ -128,7 +131,7 @@ def prepare(
         sources: paths, URLs or globs.
         output: folder to write the manifest to.
         config: conversion options.
-        overwrite: replace an existing manifest by a new one instead of updating it.
+        overwrite: replace an existing manifest with a new one instead of updating it.
         dry_run: compare the sources with the manifest without writing anything.
         report: called with the numbers of changes before an existing manifest is updated.
         progress: show a progress bar.
@@ -138,10 +141,29 @@ def prepare(
         DatasetError: the sources are empty or cannot be read, the output folder contains other data, or the update
             would remove too many images.
         DuplicateIdError: two rows have the same id.
+        LockError: another process is writing the manifest.
     """
     config = config or PrepareConfig()
     addresses = [os.fspath(source) for source in ([sources] if isinstance(sources, str | os.PathLike) else sources)]
+    with ExitStack() as lock:
+        if Folder(output).exists(DESCRIPTION_FILE) and not dry_run:
+            lock.enter_context(lock_folder(Folder(output), _COMMAND))
+        return _prepare(addresses, output, config, overwrite, dry_run, report, progress)
+
+
+def _prepare(
+    addresses: list[str],
+    output: str | os.PathLike[str],
+    config: PrepareConfig,
+    overwrite: bool,
+    dry_run: bool,
+    report: Callable[[Changes], None],
+    progress: bool,
+) -> PrepareSummary:
+    """Writes or updates a manifest. Locks the folder of a new one only once the source proves valid."""
+    is_new = not Folder(output).exists(DESCRIPTION_FILE)
     existing = _open_output(output, config, overwrite)
+    complete = existing if existing is not None and existing.is_complete() else None
     source_format = _select_format(addresses, config)
     skips = SkipCounter(config.strict)
     with tempfile.TemporaryDirectory(prefix="captionlib-prepare-") as scratch:
@@ -152,17 +174,20 @@ def prepare(
             rows = _drop_removed(rows, removed, skips)
         with progress_bar("prepare", None, "images", progress) as bar:
             rows = rows if config.limit is None else itertools.islice(rows, config.limit)
-            staged = stage_rows(rows, Path(scratch) / "rows.parquet", bar.update)
+            same = None if config.verify_content is not None else complete
+            staged = stage_rows(rows, Path(scratch) / "rows.parquet", same, bar.update)
         if not staged.rows:
             raise DatasetError(_describe_empty_source(addresses, source_format, config, skips))
-        check_unique_ids(staged)
-        if existing is None or overwrite or not existing.is_complete():
-            changes = Changes(staged.rows, 0, 0, 0)
-            shards = _create(output, staged, config.shard_size or _DEFAULT_SHARD_SIZE, existing, dry_run)
-            updated = False
+        if complete is not None:
+            changes, shards = _update(complete, staged, config, dry_run, report)
         else:
-            changes, shards = _update(existing, staged, config, dry_run, report)
-            updated = True
+            changes = Changes(staged.rows, 0, 0, 0)
+            shard_size = config.shard_size or _DEFAULT_SHARD_SIZE
+            check_unique_ids(staged)
+            shards = -(-staged.rows // shard_size)
+            if not dry_run:
+                with lock_folder(Folder(output), _COMMAND) if is_new else nullcontext():
+                    _create(output, staged, shard_size, shards, existing, is_new)
     return PrepareSummary(
         source_format=source_format,
         images=staged.rows,
@@ -172,7 +197,7 @@ def prepare(
         skipped=dict(skips.counts.most_common()),
         examples=skips.examples,
         changes=changes,
-        updated=updated,
+        updated=complete is not None,
     )
 
 
@@ -195,7 +220,7 @@ def _open_output(output: str | os.PathLike[str], config: PrepareConfig, overwrit
                 "--shard-size, or use --overwrite, after which later stages start from the beginning"
             )
         return dataset
-    if any(name not in (TEMPORARY_FOLDER, REMOVED_FILE) for name in folder.list()):
+    if list_other_files(folder):
         raise DatasetError(f"{folder.uri} contains files that captionlib did not write; choose an empty or new folder")
     return None
 
@@ -211,22 +236,32 @@ def _open_hashes(address: str) -> ShardedDataset:
 
 
 def _create(
-    output: str | os.PathLike[str], staged: StagedRows, shard_size: int, existing: ShardedDataset | None, dry_run: bool
-) -> int:
+    output: str | os.PathLike[str],
+    staged: StagedRows,
+    shard_size: int,
+    shards: int,
+    existing: ShardedDataset | None,
+    is_new: bool,
+) -> None:
     """Writes a new manifest. `existing` is a manifest whose first run was interrupted, if any."""
-    shards = -(-staged.rows // shard_size)
-    if not dry_run:
-        dataset = create_dataset(
-            output,
-            "manifest",
-            MANIFEST_SCHEMA,
-            config={"shard_size": shard_size},
-            shards=shards,
-            lineage=staged.digest if existing is None else existing.lineage,
-            overwrite=True,
+    if is_new and Folder(output).exists(DESCRIPTION_FILE):
+        raise DatasetError(
+            f"{Folder(output).uri}: another command wrote a manifest at the same time; run this command again to "
+            "update it"
         )
-        _write_shards(dataset, staged, shard_size)
-    return shards
+    dataset = create_dataset(
+        output,
+        "manifest",
+        MANIFEST_SCHEMA,
+        config={"shard_size": shard_size},
+        shards=shards,
+        lineage=staged.digest if existing is None else existing.lineage,
+        overwrite=True,
+    )
+    for shard, rows in enumerate(read_shards(staged, shard_size)):
+        with write_shard(dataset, shard, rows.num_rows) as writer:
+            writer.write(rows)
+    dataset.finish()
 
 
 def _update(
@@ -236,6 +271,13 @@ def _update(
     dry_run: bool,
     report: Callable[[Changes], None],
 ) -> tuple[Changes, int]:
+    if staged.unchanged:
+        changes = Changes(0, 0, 0, staged.rows)
+        report(changes)
+        if not dry_run:
+            drop_uncommitted_updates(dataset.folder)
+        return changes, dataset.shards
+    check_unique_ids(staged)
     with compare(staged, dataset, config.append) as comparison:
         if config.verify_content is not None:
             with ImageFetcher() as fetcher:
@@ -249,10 +291,9 @@ def _update(
                 "tenth, because an unmounted disk or a wrong path looks like this; check the source, or use --append "
                 "if it contains only new images, or --allow-removal to remove them"
             )
-        if dry_run:
-            return changes, dataset.shards
-        if not changes.any:
+        if not dry_run and not changes.any:
             drop_uncommitted_updates(dataset.folder)
+        if dry_run or not changes.any:
             return changes, dataset.shards
         return changes, update_manifest(dataset, comparison, dataset.config["shard_size"])
 
@@ -275,7 +316,7 @@ def _read(
 
 
 def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
-    """Raises an error if no image exists: the image folder must be wrong, and every image would fail later."""
+    """Raises DatasetError if no image exists, because the image folder must then be wrong."""
     refused: FetchError | None = None
     for row in rows:
         try:
@@ -318,10 +359,3 @@ def _describe_empty_source(
         f"{', '.join(addresses[:3])}: no images{splits}; format {source_format} expects {expected}; "
         f"skipped: {skips.describe()}; check the path, or set --format"
     )
-
-
-def _write_shards(dataset: ShardedDataset, staged: StagedRows, shard_size: int) -> None:
-    for shard, rows in enumerate(read_shards(staged, shard_size)):
-        with write_shard(dataset, shard, rows.num_rows) as writer:
-            writer.write(rows)
-    dataset.finish()

@@ -1,6 +1,7 @@
 """Writes manifest rows (one per image) to a local Parquet file to count, hash and check them before output."""
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -11,15 +12,16 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.sources.rows import ManifestRow
 from captionlib.errors import DatasetError, DuplicateIdError
 
-__all__ = ["StagedRows", "check_unique_ids", "open_database", "read_shards", "stage_rows"]
+__all__ = ["RowBuffer", "StagedRows", "check_unique_ids", "open_database", "read_manifest", "read_shards", "stage_rows"]
 
 _BATCH_ROWS = 4096
 _MAX_SPLITS = 1000
-_SCHEMA = MANIFEST_SCHEMA.append(pa.field("origin", pa.string(), nullable=False))
+_SCHEMA = MANIFEST_SCHEMA.append(pa.field("origin", pa.string(), nullable=False))  # the origin is a file and line
 
 # Ids are compared in passes of about this many, so that memory does not grow with the number of rows.
 _IDS_PER_PASS = 250_000
@@ -30,11 +32,12 @@ class StagedRows:
     """Manifest rows in a local file.
 
     Attributes:
-        path: Parquet file with the columns of a manifest and `origin` (file and line that a row was read from).
+        path: Parquet file with the columns of a manifest and `origin`, the file and line that a row was read from.
         rows: number of rows.
         captions: number of captions in all rows.
         splits: number of rows by split.
         digest: hash of all ids in order.
+        unchanged: whether the rows equal those of the existing manifest, also in their order. The file is then empty.
     """
 
     path: Path
@@ -42,49 +45,108 @@ class StagedRows:
     captions: int
     splits: dict[str, int]
     digest: str
+    unchanged: bool
 
 
-def stage_rows(rows: Iterable[ManifestRow], path: Path, count: Callable[[int], None] = lambda rows: None) -> StagedRows:
-    """Writes rows to a Parquet file at `path`. Calls `count` with the number of rows of each batch.
+def stage_rows(
+    rows: Iterable[ManifestRow],
+    path: Path,
+    existing: ShardedDataset | None = None,
+    count: Callable[[int], None] = lambda rows: None,
+) -> StagedRows:
+    """Writes rows to a Parquet file at `path`. Writes nothing if they equal those of an existing manifest.
+
+    Args:
+        rows: rows to write.
+        path: file to write.
+        existing: a complete manifest to compare the rows with, if any.
+        count: called with the number of rows of each batch.
 
     Raises:
-        DatasetError: there are more than 1000 splits, so that the split column must be wrong.
+        DatasetError: there are more than 1000 splits, so the split column must be wrong.
     """
+    rows = iter(rows)
     digest = hashlib.blake2b(digest_size=16)
     splits: Counter[str] = Counter()
     captions = 0
-    batch: list[ManifestRow] = []
-    with pq.ParquetWriter(path, _SCHEMA, compression="lz4", use_dictionary=["split"]) as writer:
-
-        def write(batch: list[ManifestRow]) -> None:
-            digest.update("\0".join([row.image_id for row in batch]).encode())
-            writer.write_batch(_to_batch(batch))
-            count(len(batch))
-
-        for row in rows:
-            splits[row.split] += 1
+    # Rows of the manifest that have not been compared yet. None if a row differs.
+    expected = None if existing is None else RowBuffer(part for _, part in read_manifest(existing))
+    with _open_writer(path) as writer:
+        while batch := list(itertools.islice(rows, _BATCH_ROWS)):
+            staged = _to_batch(batch)
+            table = pa.Table.from_batches([staged])
+            if existing is not None and expected is not None and not table.equals(expected.take(len(batch))):
+                _copy_rows(existing, splits.total(), writer)
+                expected = None
+            if expected is None:
+                _write(writer, staged, [row.origin for row in batch])
+            splits.update(map(attrgetter("split"), batch))
             if len(splits) > _MAX_SPLITS:
                 raise DatasetError(
-                    f"{row.origin}: expected at most {_MAX_SPLITS} different splits, got one more, {row.split!r}; "
-                    "check the split column"
+                    f"{batch[-1].origin}: expected at most {_MAX_SPLITS} different splits up to this row, got "
+                    f"{len(splits)}; check the split column"
                 )
-            captions += len(row.captions)
-            batch.append(row)
-            if len(batch) == _BATCH_ROWS:
-                write(batch)
-                batch.clear()
-        if batch:
-            write(batch)
-    return StagedRows(path, splits.total(), captions, dict(splits), digest.hexdigest())
+            captions += len(staged["captions"].values)
+            for buffer in staged["image_id"].buffers()[1:]:  # offsets and text
+                digest.update(buffer)
+            count(len(batch))
+        unchanged = expected is not None and not expected.take(1).num_rows
+        if existing is not None and expected is not None and not unchanged:
+            _copy_rows(existing, splits.total(), writer)
+    return StagedRows(path, splits.total(), captions, dict(splits), digest.hexdigest(), unchanged)
+
+
+def _open_writer(path: Path) -> pq.ParquetWriter:
+    return pq.ParquetWriter(path, _SCHEMA, compression="lz4", use_dictionary=["split"], write_statistics=False)
+
+
+def _write(writer: pq.ParquetWriter, rows: pa.RecordBatch, origins: list[str]) -> None:
+    writer.write_batch(rows.append_column(_SCHEMA.field("origin"), pa.array(origins, pa.string())))
+
+
+def _copy_rows(manifest: ShardedDataset, count: int, writer: pq.ParquetWriter) -> None:
+    """Writes the first `count` rows of a manifest, which equal those of the source."""
+    for _, batch in read_manifest(manifest):
+        if not count:
+            return
+        rows = batch.slice(0, count)
+        _write(writer, rows, [""] * rows.num_rows)
+        count -= rows.num_rows
 
 
 def _to_batch(rows: list[ManifestRow]) -> pa.RecordBatch:
-    columns = [pa.array(list(map(attrgetter(field.name), rows)), field.type) for field in _SCHEMA]
-    return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
+    columns = [pa.array(list(map(attrgetter(field.name), rows)), field.type) for field in MANIFEST_SCHEMA]
+    return pa.RecordBatch.from_arrays(columns, schema=MANIFEST_SCHEMA)
+
+
+def read_manifest(dataset: ShardedDataset) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Yields the numbers of the shards of a manifest, with batches of their rows."""
+    for shard in range(dataset.shards):
+        for rows in dataset.read_batches(shard, MANIFEST_SCHEMA.names, _BATCH_ROWS):
+            yield shard, rows
+
+
+class RowBuffer:
+    """Takes any number of rows at a time from batches of manifest rows."""
+
+    def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
+        self._batches = batches
+        self._rest = MANIFEST_SCHEMA.empty_table()
+
+    def take(self, count: int) -> pa.Table:
+        """Returns the next `count` rows, or fewer at the end."""
+        parts = [self._rest]
+        available = self._rest.num_rows
+        while available < count and (batch := next(self._batches, None)) is not None:
+            parts.append(pa.Table.from_batches([batch]))
+            available += batch.num_rows
+        table = pa.concat_tables(parts)
+        self._rest = table.slice(count)
+        return table.slice(0, count)
 
 
 def open_database(scratch: Path) -> duckdb.DuckDBPyConnection:
-    """Opens a database whose memory is limited, and which stores what exceeds the limit in a local folder."""
+    """Opens a database with a memory limit. It writes what exceeds the limit to a local folder."""
     temporary = str(scratch / "duckdb")
     return duckdb.connect(config={"memory_limit": "256MB", "threads": 2, "temp_directory": temporary})
 

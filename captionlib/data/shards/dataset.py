@@ -34,6 +34,7 @@ from captionlib.data.shards.markers import (
     FAILURES_FOLDER,
     JOURNAL_FILE,
     MARKERS_FOLDER,
+    REMOVED_FILE,
     SUCCESS_FILE,
     UPDATE_FOLDER,
     Marker,
@@ -44,6 +45,7 @@ from captionlib.data.shards.markers import (
     decode_record,
     decode_totals,
     encode_record,
+    marker_file,
     part_name,
     sum_markers,
 )
@@ -51,8 +53,9 @@ from captionlib.data.shards.schemas import FAILURES_SCHEMA, SCHEMA_VERSIONS, add
 from captionlib.data.shards.verification import VerifiedFile
 from captionlib.errors import DamagedShardError, DatasetError, FailureRatioError, FingerprintError, StorageError
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, resolve_address
+from captionlib.storage.lock import LOCK_FILE
 
-__all__ = ["ShardedDataset", "create_dataset", "open_dataset"]
+__all__ = ["ShardedDataset", "create_dataset", "list_other_files", "open_dataset"]
 
 _PART = re.compile(r"part-([0-9]+)")
 
@@ -63,13 +66,13 @@ class ShardedDataset:
 
     Attributes:
         folder: folder of the dataset.
-        kind: manifest (images and reference captions), features, captions (generated) or embeddings.
+        kind: manifest (images and reference captions), features, captions (generated), embeddings or duplicates.
         config: everything that determines the rows, except for the input.
         fingerprint: hash of kind, schema version and config.
         shards: number of shards of the complete dataset.
         schema: Arrow schema of the shards.
         lineage: id of the manifest that the images come from. It stays the same when the manifest is updated.
-        source: address of the dataset that this dataset was made from most recently; empty if there is none.
+        source: path or URL of the dataset that this dataset was made from most recently; empty if there is none.
         source_checksum: content checksum of the source when this dataset was created; empty if unknown.
     """
 
@@ -115,18 +118,18 @@ class ShardedDataset:
     def iter_markers(self, shards: Iterable[int]) -> Iterator[Marker]:
         """Yields the markers of the finished shards among `shards`, which have data files, in any order.
 
-        Reads them concurrently and in bounded memory. A damaged marker, or one of a dataset with a different
-        fingerprint, counts as missing.
+        Reads them concurrently and in bounded memory. A marker that is damaged or has a different fingerprint counts as
+        missing.
         """
         wanted = set(shards)
-        for content in self.folder.read_many(f"{MARKERS_FOLDER}/{part_name(shard)}.json" for shard in sorted(wanted)):
+        for content in self.folder.read_many(map(marker_file, sorted(wanted))):
             marker = self._decode_marker(content)
             if marker is not None and marker.previous is None and marker.shard in wanted:
                 yield marker
 
     def read_any_marker(self, shard: int) -> Marker | None:
         """Returns the marker of a shard, even while its files are being replaced, or None if it has none."""
-        for content in self.folder.read_many([f"{MARKERS_FOLDER}/{part_name(shard)}.json"]):
+        for content in self.folder.read_many([marker_file(shard)]):
             marker = self._decode_marker(content)
             return marker if marker is not None and marker.shard == shard else None
         return None
@@ -203,12 +206,12 @@ class ShardedDataset:
 
         Args:
             shard: number of the shard.
-            columns: the columns to read, in the order of the schema. If None, all columns are read.
+            columns: names of the columns to read, which are returned in schema order. If None, all are read.
             batch_size: maximum number of rows in a batch.
-            marker: the marker of the only version to read. If None, the current version is read.
+            marker: marker of the version to read. If None, the current version is read.
 
         Raises:
-            DamagedShardError: the data file or its marker is missing or damaged, or not of the version of `marker`.
+            DamagedShardError: the data file or its marker is missing or damaged, or the file has a different version.
             DatasetError: the shard was replaced after the first batch.
         """
         name, schema = f"{part_name(shard)}.parquet", self._select(columns)
@@ -274,7 +277,7 @@ class ShardedDataset:
     def remove_marker(self, shard: int) -> None:
         """Removes the marker of a shard. The shard becomes pending again, and the dataset incomplete."""
         self.mark_incomplete()
-        self.folder.remove_file(f"{MARKERS_FOLDER}/{part_name(shard)}.json")
+        self.folder.remove_file(marker_file(shard))
 
     def remove_shard(self, shard: int) -> None:
         """Removes the files of a shard, its marker first. The dataset becomes incomplete."""
@@ -287,7 +290,7 @@ class ShardedDataset:
 
         Raises:
             DatasetError: a shard is not finished.
-            FailureRatioError: the fraction of images that could not be read exceeds `max_failure_ratio`. If this is
+            FailureRatioError: the fraction of images that could not be read exceeds `max_failure_ratio` or, if that is
                 None, all images failed.
         """
         totals = self.compute_totals()
@@ -299,7 +302,7 @@ class ShardedDataset:
             )
         if totals.exceeds(max_failure_ratio):
             self.mark_incomplete()
-            limit = "a readable image" if max_failure_ratio is None else f"at most {max_failure_ratio:.1%}"
+            limit = "at least one readable image" if max_failure_ratio is None else f"at most {max_failure_ratio:.1%}"
             raise FailureRatioError(
                 f"{self.folder.uri}: {totals.describe_failures()}; expected {limit}. The finished shards are kept; see "
                 f"{FAILURES_FOLDER}/, then run again with --retry-failures, or with a higher --max-failure-ratio "
@@ -340,7 +343,7 @@ class ShardedDataset:
 
 
 def open_dataset(uri: str | os.PathLike[str], kind: str | None = None, *, complete: bool = True) -> ShardedDataset:
-    """Opens a dataset, which may be incomplete. First completes an update that was interrupted after its commit.
+    """Opens a dataset, which may be incomplete.
 
     Example:
         >>> captions = captionlib.open_dataset("captions", "captions").require_complete()
@@ -349,8 +352,8 @@ def open_dataset(uri: str | os.PathLike[str], kind: str | None = None, *, comple
 
     Args:
         uri: path or URL of the folder.
-        kind: expected kind (manifest, features, captions or embeddings). If None, any kind is accepted.
-        complete: complete an interrupted update; see `captionlib.data.shards.update`.
+        kind: expected kind (manifest, features, captions, embeddings or duplicates). If None, any kind is accepted.
+        complete: first complete an update that was interrupted after its commit; see `captionlib.data.shards.update`.
 
     Raises:
         DatasetError: the folder is not a dataset, or the dataset has a different kind or schema version.
@@ -394,12 +397,13 @@ def create_dataset(
 
     Args:
         uri: path or URL of the folder.
-        kind: manifest, features, captions or embeddings.
+        kind: manifest, features, captions, embeddings or duplicates.
         schema: Arrow schema of the shards.
         config: everything that determines the rows, except for the input.
-        shards: number of shards. If None, the number of shards of `source`.
-        source: the dataset that this one is made from, which determines `lineage`.
-        lineage: if None, the lineage of `source` or, without a source, the fingerprint.
+        shards: number of shards. If None, the dataset has as many shards as `source`.
+        source: the dataset that this one is made from.
+        lineage: id of the manifest that the images come from. If None, the lineage of `source` is used or, without a
+            source, the fingerprint.
         overwrite: first delete an existing dataset in the folder.
 
     Raises:
@@ -435,29 +439,39 @@ def create_dataset(
             dataset.mark_incomplete()
         for shard in range(dataset.shards, existing.shards):
             existing.remove_shard(shard)
+    _write_description(dataset, created=(description or {}).get("created"))
+    return dataset
+
+
+def _write_description(dataset: ShardedDataset, created: str | None) -> None:
     content = {
-        "kind": kind,
-        "schema_version": SCHEMA_VERSIONS[kind],
-        "fingerprint": fingerprint,
+        "kind": dataset.kind,
+        "schema_version": SCHEMA_VERSIONS[dataset.kind],
+        "fingerprint": dataset.fingerprint,
         "lineage": dataset.lineage,
         "source": dataset.source,
         "source_checksum": dataset.source_checksum,
         "shards": dataset.shards,
-        "created": (description or {}).get("created") or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "columns": {column.name: str(column.type) for column in schema},
-        "config": config,
-        "arrow_schema": schema.serialize().to_pybytes().hex(),
+        "created": created or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "columns": {column.name: str(column.type) for column in dataset.schema},
+        "config": dataset.config,
+        "arrow_schema": dataset.schema.serialize().to_pybytes().hex(),
     }
-    folder.write(DESCRIPTION_FILE, encode_record(content))
-    return dataset
+    dataset.folder.write(DESCRIPTION_FILE, encode_record(content))
+
+
+def list_other_files(folder: Folder) -> list[str]:
+    """Returns the names of the files in a folder without a dataset that captionlib did not write."""
+    own = {TEMPORARY_FOLDER, LOCK_FILE, REMOVED_FILE, DESCRIPTION_FILE}  # another process may just have described it
+    return [name for name in folder.list() if name not in own]
 
 
 def _require_no_files(folder: Folder) -> dict[str, Any] | None:
     """Raises DatasetError if a folder without a description holds files.
 
-    A run that started at the same time may have written them. Then its description is returned.
+    If a different run created a dataset in the folder meanwhile, its description is returned instead.
     """
-    others = [name for name in folder.list() if name not in (TEMPORARY_FOLDER, DESCRIPTION_FILE)]
+    others = list_other_files(folder)
     description = _read_updated_description(folder) if others else None
     if others and description is None:
         raise DatasetError(

@@ -15,7 +15,10 @@ __all__ = ["DatasetReport", "FailureReport", "inspect_dataset"]
 
 @dataclass(frozen=True)
 class FailureReport:
-    """The number of failures with one reason, and an example, which is empty if the failures file is missing."""
+    """The failures with the same reason: their number, and one of them as an example.
+
+    The fields of the example are empty if the failures file is missing.
+    """
 
     count: int
     image_id: str
@@ -28,15 +31,15 @@ class DatasetReport:
     """A summary of a dataset and its finished shards.
 
     Attributes:
-        kind: what the dataset contains: manifest (images and reference captions), features, captions or embeddings.
+        kind: manifest (images and reference captions), features, captions (generated), embeddings or duplicates.
         fingerprint: hash of everything that determines the rows.
         columns: type of each column by name.
         complete: whether all shards are finished and no more images failed than the run allowed.
         explanation: why the dataset is not complete and what to do; empty if it is complete.
         size: size of the data files in bytes.
         seconds: time spent on the shards, summed over workers.
-        source: address of the dataset that this dataset was made from; empty if there is none.
-        stale: number of shards of the source that changed or were added since. None if the source cannot be read.
+        source: path or URL of the dataset that this dataset was made from; empty if there is none.
+        stale: number of shards of the source that have changed or been added since. None if the source cannot be read.
         failed: number of images that could not be read.
         failures: failures by reason (the kind of error), the most frequent first.
         temporary_files: number of temporary files of current and crashed runs. The next successful run removes them.
@@ -73,7 +76,7 @@ def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> Datase
         problems.insert(
             0,
             f"{SUCCESS_FILE} says that all {dataset.shards} shards are finished, but only {totals.shards} have a "
-            "valid marker file (the record of a finished shard)",
+            "valid marker file (which marks a shard as finished)",
         )
     return DatasetReport(
         folder=dataset.folder.uri,

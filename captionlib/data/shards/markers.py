@@ -5,12 +5,13 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO
 
 from pydantic import TypeAdapter
 
 from captionlib.data.shards.schemas import SCHEMA_VERSIONS
+from captionlib.storage.folders import Folder
 
 __all__ = [
     "BLOCK_BYTES",
@@ -18,6 +19,7 @@ __all__ = [
     "FAILURES_FOLDER",
     "JOURNAL_FILE",
     "MARKERS_FOLDER",
+    "REMOVED_FILE",
     "SUCCESS_FILE",
     "UPDATE_FOLDER",
     "Marker",
@@ -31,9 +33,11 @@ __all__ = [
     "decode_totals",
     "encode_record",
     "from_json",
+    "marker_file",
     "part_name",
     "sum_markers",
     "to_json",
+    "write_marker",
 ]
 
 DESCRIPTION_FILE = "_dataset.json"
@@ -42,12 +46,13 @@ MARKERS_FOLDER = "__shards"
 FAILURES_FOLDER = "__failures"
 JOURNAL_FILE = "_update.json"
 UPDATE_FOLDER = "__update"
+REMOVED_FILE = "_removed.jsonl"
 
 BLOCK_BYTES = 256 << 10
-"""Size of the blocks of a data file that are verified one by one. Readers of one column read only its blocks."""
+"""Each block of this size in a data file has a checksum. Readers of one column verify only the blocks they read."""
 
 _MAX_JSON_DEPTH = 100
-_RECORD_CHECKSUM = "crc32"
+_RECORD_CHECKSUM = "crc32"  # key of the checksum in a JSON file
 
 
 @dataclass(frozen=True)
@@ -62,10 +67,10 @@ class Marker:
         failures_checksum: checksum of the failures file; empty if there is none.
         seconds: time taken to write the shard.
         fingerprint: hash of everything that determines the rows, except for the input; see `compute_fingerprint`.
-        source: checksum of the data file of the input shard. Empty if the shard was not made from another dataset.
+        source: checksum of the data file of the input shard. Empty if the shard was not made from a different dataset.
         reasons: number of failures by reason.
-        previous: the marker of the version that is being replaced, or None. If it is set, the shard is not finished,
-            and its data file is of either version.
+        previous: marker of the version that is being replaced, or None. If set, the shard is not finished, and its data
+            file may belong to either version.
     """
 
     shard: int
@@ -87,7 +92,7 @@ class Marker:
 
     @property
     def versions(self) -> Iterator["Marker"]:
-        """Yields the markers of the versions that the data file may be of, the newest first."""
+        """Yields the markers of the versions that the data file may belong to, the newest first."""
         marker: Marker | None = self
         while marker is not None:
             yield marker
@@ -131,6 +136,11 @@ def part_name(shard: int) -> str:
     return f"part-{shard:05d}"
 
 
+def marker_file(shard: int) -> str:
+    """Returns the name of a shard's marker file in the folder of a dataset."""
+    return f"{MARKERS_FOLDER}/{part_name(shard)}.json"
+
+
 _MARKER, _TOTALS = TypeAdapter(Marker), TypeAdapter(Totals)
 
 
@@ -143,11 +153,16 @@ def decode_marker(content: bytes) -> Marker:
     return _MARKER.validate_python(decode_record(content))
 
 
+def write_marker(folder: Folder, marker: Marker) -> None:
+    """Writes the marker of a shard to the folder of a dataset."""
+    folder.write(marker_file(marker.shard), encode_record(asdict(marker)))
+
+
 def decode_totals(content: bytes) -> tuple[Totals, str]:
     """Reads the content of `_SUCCESS`. Returns the totals and the fingerprint of the dataset.
 
     Raises:
-        ValueError: the content is damaged or of another kind.
+        ValueError: the content is damaged or has a different kind.
     """
     record = decode_record(content)
     return _TOTALS.validate_python(record), str(record.get("fingerprint"))
@@ -171,9 +186,9 @@ def sum_markers(markers: Iterable[Marker]) -> Totals:
 
 
 def compute_fingerprint(kind: str, config: Mapping[str, Any]) -> str:
-    """Returns a hash of everything that determines the rows of a dataset, except for its input.
+    """Returns a hash of the kind of a dataset, the schema version of that kind, and the configuration.
 
-    This is its kind, the schema version of that kind, and the configuration.
+    They determine the rows, except for the input.
     """
     identity = {"kind": kind, "schema_version": SCHEMA_VERSIONS.get(kind, 1), "config": config}
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -224,7 +239,7 @@ def from_json(content: str | bytes) -> Any:
 
 
 def encode_record(content: Mapping[str, Any]) -> bytes:
-    """Encodes values as JSON with a checksum of their own; see `decode_record`."""
+    """Encodes values as JSON that contains their checksum; see `decode_record`."""
     return to_json({**content, _RECORD_CHECKSUM: _compute_record_checksum(content)})
 
 

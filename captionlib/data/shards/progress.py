@@ -1,4 +1,4 @@
-"""Shows the progress of writing a dataset by listing its markers: files that each mark a shard as finished."""
+"""Shows the progress of writing a dataset. It counts markers: files, each of which marks a shard as finished."""
 
 import threading
 import time
@@ -20,7 +20,7 @@ def show_progress(job: ShardJob, pending: Collection[int], label: str, enabled: 
         return
     output = job.outputs[0]
     unfinished = set(job.unfinished_shards() if job.verify else pending)
-    stale = output.read_markers(unfinished)  # these shards count when their markers change
+    stale = output.read_markers(unfinished)  # such a shard is counted as soon as its marker changes
     failures, counted = 0, set[int]()
 
     def count(add: Callable[[int, str], None], shards: Set[int]) -> None:
@@ -36,7 +36,7 @@ def show_progress(job: ShardJob, pending: Collection[int], label: str, enabled: 
             add(images, f"{len(counted)}/{output.shards} shards, {failures} failed")
 
     def watch() -> None:
-        count(bar.skip, set(range(output.shards)) - unfinished)  # they do not count towards the rate
+        count(bar.skip, set(range(output.shards)) - unfinished)  # shards of earlier runs do not count towards the rate
         pause = 1.0
         while not stop.wait(pause):
             started = time.monotonic()

@@ -1,6 +1,6 @@
 """Removes images from datasets, and lists them in the manifest so that later updates do not add them again.
 
-The list contains hashes of the image ids, because a removed image must leave no trace in the files.
+The list contains hashes of the image ids, so the files no longer contain the ids of removed images.
 """
 
 import hashlib
@@ -13,14 +13,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
+from captionlib.data.shards.markers import REMOVED_FILE
 from captionlib.data.shards.update import update_shards
-from captionlib.data.shards.writer import ShardWriter, write_shard
+from captionlib.data.shards.writer import write_shard
 from captionlib.errors import DatasetError
 from captionlib.storage.folders import Folder
 
-__all__ = ["REMOVED_FILE", "Removal", "RemovedImages", "list_removed", "plan_removal"]
+__all__ = ["Removal", "RemovedImages", "list_removed", "plan_removal"]
 
-REMOVED_FILE = "_removed.jsonl"
+_STALE = "stale"  # instead of the checksum of the input shard, so the next run processes the shard again
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,10 @@ class Removal:
     Attributes:
         dataset: the dataset.
         image_ids: ids of the images to remove.
-        current: for each of these shards, whether it was made from the present version of its input shard.
-        found: ids of images that the dataset contains, as rows or as failures.
+        current: by shard, whether the shard was made from the current version of its input shard.
+        found: ids of the images to remove that the dataset contains, as rows or as failures.
         uris: paths and URLs of these images.
-        reason: why the images are removed, for the list in a manifest.
+        reason: why the images are removed. The list in a manifest contains it.
     """
 
     dataset: ShardedDataset
@@ -81,9 +82,9 @@ class Removal:
     reason: str
 
     def run(self) -> None:
-        """Writes the shards again without the images. Remove them from the input of a dataset before the dataset.
+        """Writes the shards again without the images. Run the removal from a manifest before those from later datasets.
 
-        A manifest is replaced as a whole. Other datasets are incomplete until all of their shards are written.
+        All shards of a manifest are replaced at once. Other datasets are incomplete until all shards are written.
         """
         dataset = self.dataset
         if dataset.kind == "manifest":
@@ -100,10 +101,10 @@ class Removal:
         dataset.mark_incomplete()
         for shard, is_current in self.current.items():
             if dataset.kind == "duplicates":
-                dataset.remove_shard(shard)  # groups change as a whole; `captionlib deduplicate` writes them again
+                dataset.remove_shard(shard)  # the groups may change; `captionlib deduplicate` writes the shard again
                 continue
             marker = source.read_marker(shard) if source is not None else None
-            self._rewrite(dataset, shard, marker.checksum if is_current and marker is not None else "stale")
+            self._rewrite(dataset, shard, marker.checksum if is_current and marker is not None else _STALE)
         if was_complete and dataset.kind != "duplicates":
             dataset.finish(max_failure_ratio=1.0)
 
@@ -113,7 +114,7 @@ class Removal:
         failures = self.dataset.read_failures(shard)
         kept = [] if failures is None else [row for row in failures.to_pylist() if row["image_id"] not in self.found]
         with write_shard(target, shard, rows.num_rows + len(kept), source) as writer:
-            _write(writer, rows)
+            writer.write(rows)
             writer.failures += kept
 
     def _add_to_list(self) -> None:
@@ -128,12 +129,12 @@ class Removal:
 
 
 def plan_removal(dataset: ShardedDataset, image_ids: Collection[str], reason: str = "") -> Removal:
-    """Finds the shards that contain images to remove. Plan the removal from all datasets before running any of them.
+    """Finds the shards that contain images to remove. Plan the removal from all datasets before you run any of them.
 
     Args:
         dataset: a dataset of any kind.
         image_ids: ids of the images.
-        reason: why they are removed; a manifest lists the reason.
+        reason: why the images are removed. The list in a manifest contains it.
     """
     wanted = pa.array(sorted(image_ids), pa.string())
     markers = dataset.read_markers()
@@ -153,7 +154,7 @@ def plan_removal(dataset: ShardedDataset, image_ids: Collection[str], reason: st
 
 
 def _find(dataset: ShardedDataset, shard: int, wanted: pa.StringArray) -> list[tuple[str, str]]:
-    """Returns the id and the uri of each wanted image of a shard."""
+    """Returns the id and the path or URL of each wanted image in a shard."""
     columns = [name for name in ("image_id", "uri") if name in dataset.schema.names]
     tables = [dataset.read(shard, columns)]
     if (failures := dataset.read_failures(shard)) is not None:
@@ -164,8 +165,3 @@ def _find(dataset: ShardedDataset, shard: int, wanted: pa.StringArray) -> list[t
         uris: Sequence[str] = selected["uri"].to_pylist() if "uri" in columns else [""] * selected.num_rows
         matches += zip(selected["image_id"].to_pylist(), uris, strict=True)
     return matches
-
-
-def _write(writer: ShardWriter, rows: pa.Table) -> None:
-    for batch in rows.to_batches():
-        writer.write(batch)

@@ -45,7 +45,7 @@ COLUMN_DESCRIPTIONS = {
     "image_id": "Id of the image, unique within a dataset.",
     "uri": "Path or URL of the image.",
     "version": "Version of the image's file in the source; it changes when the file does. Null if unknown.",
-    "split": "Split that the image belongs to, such as train, val or test; empty if unknown.",
+    "split": "Split that contains the image, such as train, val or test; empty if unknown.",
     "captions": "Reference captions, written by humans.",
     "width": "Width of the image in pixels, as stored in its file; null if unknown.",
     "height": "Height of the image in pixels, as stored in its file; null if unknown.",

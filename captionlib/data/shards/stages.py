@@ -57,8 +57,8 @@ class ShardJob:
     def plan(self) -> Iterator[list[int]]:
         """Yields up to two lists of shards to process. The first is processed before the second is requested.
 
-        Reading the markers of many finished shards takes long. If all of them were probably made from the present
-        input, the shards that lack a marker or data file come first. A listing shows them.
+        Reading the markers of many finished shards takes long. If the input has not changed since the outputs were
+        created, the first list contains the shards that lack a marker or data file, which takes only a listing.
         """
         missing = self._find_missing()
         if missing:
@@ -67,7 +67,7 @@ class ShardJob:
             yield pending
 
     def pending_shards(self, processed: Collection[int] = ()) -> list[int]:
-        """Returns the sorted numbers of the shards that still have to be processed, without those in `processed`."""
+        """Returns the sorted numbers of the shards to process, except for those in `processed`."""
         if self.verify:
             return list(range(self.source.shards))  # workers verify them in parallel
         return self.unfinished_shards(processed)
@@ -91,7 +91,7 @@ class ShardJob:
     def _find_missing(self) -> list[int]:
         """Returns the shards that lack a marker or data file, or an empty list if finished shards may be pending too.
 
-        Then one pipeline processes all of them, which starts a cluster once.
+        In that case, one pipeline processes all shards, so a cluster is started only once.
         """
         checksum = self.source.compute_content_checksum()
         if self.verify or self.retry_failures or any(output.source_checksum != checksum for output in self.outputs):
@@ -141,7 +141,7 @@ class ShardJob:
         )
 
     def _process(self, shard: int, source: Marker, process: ProcessRows) -> Marker:
-        """Processes the images that the old output does not have, and merges them with the others."""
+        """Processes the new and changed images, and merges their rows with the unchanged rows of the old output."""
         old = self._find_unchanged(shard, source)
         with ExitStack() as stack:  # exits in reverse order and publishes the first output last
             writers = [
@@ -180,7 +180,7 @@ class ShardJob:
         """Returns the rows and failures of the old output whose images have not changed, or None if there are none."""
         try:
             outputs = [output.read(shard) for output in self.outputs]
-        except DamagedShardError:  # or missing, or not finished
+        except DamagedShardError:  # also raised if the shard is missing or not finished
             return None
         copied = [name for name in self.source.schema.names if any(name in output.schema.names for output in outputs)]
         rows = self.source.read(shard, copied, source)
@@ -196,11 +196,11 @@ class _UnchangedRows:
     """The part of the old output of a shard that is still valid.
 
     Attributes:
-        positions: position in the input of each image id.
+        positions: position of each image id in the input.
         kept: positions of the unchanged rows, in ascending order.
-        tables: the unchanged rows of each output. The columns that the input has too come from the input.
+        tables: the unchanged rows of each output. Columns that the input also has are copied from the input.
         failures: the unchanged failures.
-        missing: for each row of the input, whether it has to be processed.
+        missing: for each row of the input, whether it must be processed.
     """
 
     positions: Mapping[str, int]
@@ -253,7 +253,7 @@ class _UnchangedRows:
 def _match(rows: pa.Table, old: pa.Table) -> npt.NDArray[np.int64]:
     """Returns, for each row, the index of the old row of the same image, or -1 if there is none or the image changed.
 
-    Where one of the versions is unknown, images with the same path or URL are taken to be the same.
+    If a version is unknown, images with the same path or URL are taken to be the same.
     """
     found_or_null = pc.fill_null(pc.index_in(rows["image_id"], value_set=old["image_id"].combine_chunks()), -1)
     indices: npt.NDArray[np.int64] = found_or_null.to_numpy().astype(np.int64)
@@ -265,7 +265,7 @@ def _match(rows: pa.Table, old: pa.Table) -> npt.NDArray[np.int64]:
 
 
 def _copy(old: pa.Table, rows: pa.Table) -> pa.Table:
-    """Replaces the columns of old rows that the input has too."""
+    """Replaces the columns of old rows that the input also has."""
     for position, name in enumerate(old.schema.names):
         if name in rows.schema.names:
             old = old.set_column(position, old.schema.field(name), rows[name])

@@ -1,4 +1,4 @@
-"""Replaces several shards of a dataset at once, so that the dataset is always either the old or the new one.
+"""Replaces several shards of a dataset atomically.
 
     folder/
       __update/ID/                    new shards, in the layout of a dataset
@@ -6,13 +6,13 @@
 
 The new shards are staged, the journal commits them, and then they are moved into place. If a process dies before the
 commit, the staged shards are ignored, and the next update removes them. If it dies after the commit, `open_dataset`
-moves the remaining shards. Moving can be repeated, even by several processes at once.
+moves the remaining shards. Several processes may do so at once, because moving a shard again has no effect.
 """
 
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
@@ -27,6 +27,7 @@ from captionlib.data.shards.markers import (
     decode_record,
     encode_record,
     part_name,
+    write_marker,
 )
 from captionlib.errors import DatasetError
 from captionlib.storage.folders import Folder
@@ -91,7 +92,7 @@ def complete_update(folder: Folder) -> None:
     staging = f"{UPDATE_FOLDER}/{journal['id']}"
     _require_staged(folder, staging, journal["written"])
     for name in journal["written"]:
-        _move_shard(folder, staging, name)
+        _move_shard(folder, staging, name)  # part-00000, for example
     description = decode_record(folder.read(DESCRIPTION_FILE))
     if description["shards"] != journal["shards"]:
         folder.write(DESCRIPTION_FILE, encode_record({**description, "shards": journal["shards"]}))
@@ -141,14 +142,14 @@ def _move_shard(folder: Folder, staging: str, name: str) -> None:
     if new is None or current == new:
         return  # this shard was moved before
     if current is not None and current.checksum != new.checksum:
-        _write_marker(folder, replace(new, previous=replace(current, previous=None)))
+        write_marker(folder, replace(new, previous=replace(current, previous=None)))
     folder.move(f"{staging}/{name}.parquet", f"{name}.parquet")
     failures = f"{FAILURES_FOLDER}/{name}.parquet"
     if new.failures:
         folder.move(f"{staging}/{failures}", failures)
     else:
         folder.remove_file(failures)
-    _write_marker(folder, new)
+    write_marker(folder, new)
 
 
 def _read_marker(folder: Folder, name: str) -> Marker | None:
@@ -156,7 +157,3 @@ def _read_marker(folder: Folder, name: str) -> Marker | None:
         with suppress(ValueError):
             return decode_marker(content)
     return None
-
-
-def _write_marker(folder: Folder, marker: Marker) -> None:
-    folder.write(f"{MARKERS_FOLDER}/{part_name(marker.shard)}.json", encode_record(asdict(marker)))

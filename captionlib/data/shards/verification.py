@@ -1,4 +1,4 @@
-"""Reads data files and verifies each block of bytes against the checksums in the marker of the shard."""
+"""Reads data files and verifies each block of bytes against the checksums in the shard's marker (a JSON file)."""
 
 import threading
 from collections.abc import Iterable
@@ -10,8 +10,8 @@ from captionlib.storage.retries import RangedFile
 
 __all__ = ["VerifiedFile"]
 
-_LATEST_BYTES = 4 * BLOCK_BYTES
-_DIGITS = len(compute_block_checksum(b""))
+_LATEST_BYTES = 4 * BLOCK_BYTES  # larger reads are not kept
+_DIGITS = len(compute_block_checksum(b""))  # of the checksum of a block
 
 
 class VerifiedFile(RangedFile):
@@ -20,10 +20,10 @@ class VerifiedFile(RangedFile):
     Args:
         fs: the file system.
         path: the path of the file.
-        versions: markers of the versions that the file may be of.
+        versions: markers of the versions of the shard. The file must match one of them.
 
     Raises:
-        DamagedShardError: when opened or read, if the file is of none of the versions.
+        DamagedShardError: the file matches none of the versions. Opening or reading the file may raise it.
     """
 
     def __init__(self, fs: Any, path: str, versions: Iterable[Marker]) -> None:
@@ -31,7 +31,7 @@ class VerifiedFile(RangedFile):
         versions = list(versions)
         self._candidates = [version for version in versions if version.bytes == self._size]
         self._lock = threading.Lock()
-        self._latest = (0, b"")  # the blocks that were read most recently; readers often continue in the same block
+        self._latest = (0, b"")  # offset and bytes of the last read, because readers often continue in the same block
         if not self._candidates:
             expected = " or ".join(str(version.bytes) for version in versions)
             raise DamagedShardError(f"expected {expected} bytes, got {self._size}")

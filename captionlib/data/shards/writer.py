@@ -6,7 +6,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -15,12 +16,11 @@ import pyarrow.parquet as pq
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.markers import (
     FAILURES_FOLDER,
-    MARKERS_FOLDER,
     Marker,
     compute_checksum,
     compute_checksums,
-    encode_record,
     part_name,
+    write_marker,
 )
 from captionlib.data.shards.schemas import FAILURES_SCHEMA, add_missing_columns, failure_row
 from captionlib.errors import DatasetError, ImageError
@@ -35,7 +35,7 @@ class ShardWriter:
     """Collects the rows and failures (unreadable images) of a shard. Created by `write_shard`."""
 
     def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
-        self.marker: Marker  # record of the finished shard; set when it is published
+        self.marker: Marker  # describes the shard; set when the block of `write_shard` ends
         self.rows = 0
         self.failures: list[dict[str, str | None]] = []
         self._writer = writer
@@ -43,8 +43,12 @@ class ShardWriter:
         self._buffer: list[pa.RecordBatch] = []
         self._buffered_rows = self._buffered_bytes = 0
 
-    def write(self, rows: pa.RecordBatch) -> None:
+    def write(self, rows: pa.RecordBatch | pa.Table) -> None:
         """Adds rows. A row group is written as soon as it is full. Nullable columns that the rows lack are null."""
+        if isinstance(rows, pa.Table):
+            for batch in rows.to_batches():
+                self.write(batch)
+            return
         rows = add_missing_columns(rows, self._schema)
         self._buffer.append(rows)
         self._buffered_rows += rows.num_rows
@@ -74,7 +78,7 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int, source: str 
         dataset: the dataset, which must be marked as incomplete.
         shard: number of the shard.
         expected: number of rows and failures together.
-        source: checksum of the data file of the input shard; see `Marker`.
+        source: checksum of the data file of the input shard, if there is one.
 
     Raises:
         DatasetError: rows and failures do not add up to `expected`, the number of rows of the input shard.
@@ -82,18 +86,10 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int, source: str 
     started = time.monotonic()
     name = part_name(shard)
     with dataset.folder.stage(f"{name}.parquet") as path:
-        text = [field.name for field in dataset.schema if pa.types.is_string(field.type)]
-        options = {
-            "use_dictionary": text,  # dictionary encoding does not help for numbers
-            "bloom_filter_options": {"image_id": {"ndv": max(1, min(expected, ROW_GROUP_ROWS)), "fpp": 0.01}},
-        }
-        with pq.ParquetWriter(path, dataset.schema, compression="zstd", **options) as parquet:
+        with _open_parquet(path, dataset, expected) as parquet:
             writer = ShardWriter(parquet, dataset.schema)
             yield writer
             writer.flush()
-            # A copy of a single file thus tells what it was made with. Equal rows still give equal files.
-            recipe = {"kind": dataset.kind, "fingerprint": dataset.fingerprint, "config": dataset.config}
-            parquet.add_key_value_metadata({"captionlib": json.dumps(recipe, sort_keys=True)})
         if writer.rows + len(writer.failures) != expected:
             raise DatasetError(
                 f"{dataset.folder.uri}, {name}: expected {expected} rows and failures together, "
@@ -102,7 +98,7 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int, source: str 
         with path.open("rb") as file:
             checksum, blocks = compute_checksums(file)
         failures = _encode_failures(writer.failures)
-        marker = Marker(
+        writer.marker = Marker(
             shard=shard,
             rows=writer.rows,
             failures=len(writer.failures),
@@ -116,28 +112,37 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int, source: str 
             reasons=dict(Counter(str(row["error"]) for row in writer.failures).most_common()),
         )
         previous = dataset.read_any_marker(shard)
-        if previous is not None and not _has_same_files(previous, marker):
-            _write_marker(dataset, replace(marker, previous=previous))
+        if previous is not None and not _has_same_files(previous, writer.marker):
+            write_marker(dataset.folder, replace(writer.marker, previous=previous))
     failures_name = f"{FAILURES_FOLDER}/{name}.parquet"
     if failures:
         dataset.folder.write(failures_name, failures)
     else:
-        dataset.folder.remove_file(failures_name)  # may be left over from an earlier version
-    _write_marker(dataset, marker)
-    writer.marker = marker
+        dataset.folder.remove_file(failures_name)  # an earlier version may have had failures
+    write_marker(dataset.folder, writer.marker)
+
+
+def _open_parquet(path: Path, dataset: ShardedDataset, rows: int) -> pq.ParquetWriter:
+    parquet = pq.ParquetWriter(
+        path,
+        dataset.schema,
+        compression="zstd",
+        use_dictionary=[field.name for field in dataset.schema if pa.types.is_string(field.type)],
+        bloom_filter_options={"image_id": {"ndv": max(1, min(rows, ROW_GROUP_ROWS)), "fpp": 0.01}},
+    )
+    # The footer shows how the file was made. It contains no times, so equal rows give equal files.
+    footer = {"kind": dataset.kind, "fingerprint": dataset.fingerprint, "config": dataset.config}
+    parquet.add_key_value_metadata({"captionlib": json.dumps(footer, sort_keys=True)})
+    return parquet
 
 
 def _has_same_files(previous: Marker, marker: Marker) -> bool:
-    """Returns whether two versions of a shard have equal files, so that readers need not know which of them they read.
+    """Returns whether two versions of a shard have equal files, so readers can use either marker.
 
-    Two equal runs at the same time thus never mark a shard of each other as unfinished.
+    Two equal runs at the same time therefore never mark each other's shards as unfinished.
     """
     files = [(version.checksum, version.failures_checksum, version.previous) for version in (previous, marker)]
     return files[0] == files[1]
-
-
-def _write_marker(dataset: ShardedDataset, marker: Marker) -> None:
-    dataset.folder.write(f"{MARKERS_FOLDER}/{part_name(marker.shard)}.json", encode_record(asdict(marker)))
 
 
 def _encode_failures(failures: list[dict[str, str | None]]) -> bytes:

@@ -55,7 +55,7 @@ def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
 
 
 def find_images(address: str) -> list[str]:
-    """Returns the addresses of the images in a folder or of a glob, or the address itself if it is neither.
+    """Returns the addresses of the images in a folder or matching a glob, or the address itself if it is neither.
 
     Raises:
         DatasetError: a folder cannot be read, or a folder or glob has no images.
@@ -74,7 +74,7 @@ def find_images(address: str) -> list[str]:
 def _is_image_name(name: str, skips: SkipCounter) -> bool:
     extension = get_extension(name)
     if extension and extension not in IMAGE_EXTENSIONS:
-        # Without this limit, files such as a.001 and a.002 would each add a skip reason.
+        # Extensions with digits, such as those of a.001 and a.002, would otherwise each add a reason.
         named = re.fullmatch(r"\.[a-z][a-z0-9]{0,4}", extension)
         skips.skip(f"not an image: extension {extension}" if named else "not an image: other extension")
         return False
@@ -86,7 +86,7 @@ def _walk(
 ) -> Iterator[tuple[str, str]]:
     """Yields file paths relative to `root`, with their versions.
 
-    The files of a directory come in order, then those in its subdirectories in order.
+    The files of a directory come first, in order, and then the files in its subdirectories.
     """
     pending: list[tuple[str, tuple[object, ...]]] = [("", ())]
     while pending:

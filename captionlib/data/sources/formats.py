@@ -39,7 +39,7 @@ class SourceFormat:
 
     Attributes:
         read: function that yields the rows.
-        row_description: what each row is read from, for the error message about a source without rows.
+        row_description: the part of the source that each row is read from, for an error message.
         references_images: whether the source lists image paths, which may be wrong, instead of containing the images.
     """
 

@@ -128,7 +128,7 @@ def parse_caption_columns(
 
 
 def _merge_captions(rows: Iterable[tuple[ManifestRow, bool]], skips: SkipCounter) -> Iterator[ManifestRow]:
-    """Merges adjacent mergeable rows of the same image. Others stay separate, so that duplicate ids are detected."""
+    """Merges adjacent mergeable rows of the same image. Other rows stay separate, so duplicate ids are detected."""
     previous: ManifestRow | None = None
     previous_mergeable = False
     for row, mergeable in rows:
@@ -237,7 +237,7 @@ def _read_json(location: Location, options: SourceOptions, skips: SkipCounter) -
         try:
             if names not in selected:
                 selected[names] = select_columns(names, options, origin)
-        except ConfigError as error:  # of this object, unless it applies to all objects
+        except ConfigError as error:  # skips this object; the error is raised below if all objects are invalid
             invalid = invalid or error
             skips.skip_image("object without an image uri, or with ambiguous keys", str(error))
             continue
@@ -301,7 +301,7 @@ def _read_parquet(location: Location, options: SourceOptions, skips: SkipCounter
 
 
 def open_parquet(file: BinaryIO, location: Location) -> pq.ParquetFile:
-    """Opens a Parquet file. Reads are buffered, so that memory need not hold whole row groups.
+    """Opens a Parquet file. Reads are buffered, so whole row groups are not held in memory.
 
     Raises:
         DatasetError: the file is not a Parquet file, or is damaged.

@@ -116,7 +116,7 @@ def is_unicode(text: str) -> bool:
 
 
 def parse_cell(cell: str, numeric: bool = False) -> object:
-    """Converts a cell of a text table: to None if it is a printed null such as `nan`, otherwise to stripped text.
+    """Converts a cell of a text table to stripped text, or to None if it is a printed null such as `nan`.
 
     If `numeric` is true, a cell such as `391895.0` (an id that pandas wrote as a float) is converted to a float.
     """
@@ -226,7 +226,7 @@ def _decode_list(text: str, origin: str, field: str) -> object:
         return parse_json(text, origin)
     except DatasetError as error:
         with contextlib.suppress(SyntaxError, ValueError):
-            if _PYTHON_LIST.fullmatch(text):  # not a NumPy array, whose strings Python would join
+            if _PYTHON_LIST.fullmatch(text):  # excludes printed NumPy arrays, whose strings Python would join
                 return ast.literal_eval(text)
         raise EntryError(
             f"invalid {field}",

@@ -1,4 +1,4 @@
-"""Versions of images: short strings that change when the image does, from what a listing of the source contains."""
+"""Computes versions of images: short strings that change when the image does. Images are listed but not read."""
 
 import hashlib
 import os
@@ -33,14 +33,14 @@ def describe_listing(details: Mapping[str, Any]) -> str:
 
 
 def describe_file(location: Location) -> str:
-    """Returns the version of a file of the source, such as a tar. Requests its entry from remote file systems."""
+    """Returns the version of a file of the source, such as a tar, from its status or its entry in a listing."""
     if location.is_local:
         return describe_status(os.stat(location.path))  # noqa: PTH116
     return describe_listing(location.fs.info(location.path))
 
 
 def describe_address(uri: str) -> str:
-    """Returns the version of an image that a source references: of the file if it is local, or of its address."""
+    """Returns the version of an image that a source refers to: of its file if it is local, or of its address."""
     if not split_protocol(uri)[0]:
         try:
             return describe_status(os.stat(uri))  # noqa: PTH116  # faster than Path

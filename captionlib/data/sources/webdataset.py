@@ -22,7 +22,7 @@ _MEMBER = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<extension>[^/]+)", re.D
 _TEXT_EXTENSIONS = ("txt", "text", "caption", "captions")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _MAX_TEXT_BYTES = 1 << 20
-_ZEROS_READ_AT_ONCE = 1 << 20
+_CHUNK_BYTES = 1 << 20
 
 
 @dataclass
@@ -86,7 +86,7 @@ def _to_rows(
 
 
 def _select_extension(files: Mapping[str, object]) -> str:
-    """Returns the first extension that has no inner dot (`a.jpg` before `a.mask.png`), or else the first extension."""
+    """Returns the first extension without a dot inside (`jpg`, not `mask.png`), or the first one if there is none."""
     return next((extension for extension in files if "." not in extension), next(iter(files)))
 
 
@@ -214,7 +214,7 @@ def _find_next_tar(file: BinaryIO, offset: int, location: Location) -> int | Non
     """Returns the offset of the next concatenated tar, after the zeros that end this one, or None if there is none.
 
     Raises:
-        DatasetError: there is no block of zeros at `offset`: tarfile has silently stopped at damaged data.
+        DatasetError: there is no block of zeros at `offset`, because tarfile has silently stopped at damaged data.
     """
     file.seek(offset)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -222,7 +222,7 @@ def _find_next_tar(file: BinaryIO, offset: int, location: Location) -> int | Non
             f"{location.address} is truncated or damaged at byte {offset}: expected a member or the end of the tar"
         )
     offset += tarfile.BLOCKSIZE
-    while block := file.read(_ZEROS_READ_AT_ONCE):
+    while block := file.read(_CHUNK_BYTES):
         if content := block.lstrip(b"\0"):
             return offset + (len(block) - len(content)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
         offset += len(block)

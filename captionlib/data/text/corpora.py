@@ -22,7 +22,7 @@ TextLayout = Literal["sentences", "continuous"]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and validation text, read from disk again at each call of `training` or `validation`.
+    """Training and validation text. Each call of `training` or `validation` reads the text from disk again.
 
     Attributes:
         fingerprint: hash that identifies the content.

@@ -164,7 +164,7 @@ class Vocabulary:
     def unigram_perplexity(self, sentences: Iterable[Sequence[int]]) -> float:
         """Computes the perplexity of sentences under the word frequencies alone.
 
-        `sentences` holds token ids, including END where END counts as a token.
+        `sentences` contains token ids, including END if END counts as a token.
         """
         counts = Counter(chain.from_iterable(sentences))
         ids, times = np.array(list(counts.items()), np.int64).T

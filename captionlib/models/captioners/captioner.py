@@ -1,4 +1,4 @@
-"""The captioner: an RNN or LSTM that predicts the next word of a caption from an image feature and the previous words.
+"""The captioner: a network that predicts the next word of a caption from an image feature and the previous words.
 
 It follows Karpathy & Fei-Fei 2015 (arXiv 1412.2306) and Vinyals et al. 2015 (arXiv 1411.4555):
 
@@ -11,7 +11,7 @@ It follows Karpathy & Fei-Fei 2015 (arXiv 1412.2306) and Vinyals et al. 2015 (ar
 
 The END token also serves as START. A feature map's image feature is its mean over positions. With attention
 (attention.py), Wz z_t is added to h_t before the output layer, and Wg z_t to the gates of step t + 1, where z_t is the
-context vector.
+context vector. A Transformer (transformer.py) computes h_t from all previous words and the positions of the image.
 """
 
 from typing import Annotated, Literal, NamedTuple
@@ -27,6 +27,7 @@ from captionlib.errors import CheckpointError, ConfigError, DatasetError
 from captionlib.models.captioners.attention import Attention
 from captionlib.models.captioners.packed_sequences import PackedSequences, pack_sequences
 from captionlib.models.captioners.recurrence import RecurrenceOutput, run_recurrence
+from captionlib.models.captioners.transformer import Transformer
 from captionlib.models.encoders.top_layers import EncoderTop
 from captionlib.models.standardization import Standardization
 
@@ -41,12 +42,14 @@ class CaptionerConfig:
     """The architecture of a captioner.
 
     Attributes:
-        cell: `lstm`, or `rnn` with ReLU units.
-        layers: number of recurrent layers.
+        cell: `lstm`, `rnn` with ReLU units, or `transformer`.
+        layers: number of layers.
         hidden_size: dimensions of a layer's hidden state.
-        embedding_size: dimensions of the word embeddings.
+        embedding_size: dimensions of the word embeddings; a Transformer requires `embedding_size` = `hidden_size`.
+        heads: number of attention heads of a Transformer, which must divide `hidden_size`.
         dropout: dropout probability of the inputs and outputs of each layer, and of annotation vectors.
-        image_input: where the projected image enters. `initial_input`: a separate input before START (NeuralTalk's
+        image_input: where the projected image enters an RNN or LSTM; a Transformer attends to the image instead and has
+            only the default and `none`. `initial_input`: a separate input before START (NeuralTalk's
             LSTM). `first_step`: added to the pre-activations of the first layer at START (the RNN of Karpathy &
             Fei-Fei; NeuralTalk's `rnn_feed_once`). `every_step`: the same at every time step (NeuralTalk's RNN).
             `initial_state`: the state before START. `none`: a language model.
@@ -56,18 +59,21 @@ class CaptionerConfig:
         standardize_features: standardize features with the mean and standard deviation of the training images.
         principal_components: number of whitened principal components that replace the features; 0 keeps the features.
         attention_size: dimensions of an annotation vector. 0 disables attention. Attention needs spatial feature maps.
+            A Transformer, whose annotation vectors have `hidden_size` dimensions, must have 0.
         encoder_top: a node of the encoder network after the one that the features come from, such as `features.29` if
             they come from `features.23`. The layers in between become part of the captioner and are fine-tuned with
             it. If None, the features are used as they are.
         weight_init: `neuraltalk` initializes weights from U(-r, r) with r = min(0.1, 1 / sqrt(fan_in)), word embeddings
             with r = 0.1, and the recurrent weights of an RNN with random orthogonal matrices; `pytorch` uses PyTorch's
-            defaults: word embeddings from N(0, 1), all others from U(-r, r) with r = 1 / sqrt(fan_in).
+            defaults: word embeddings from N(0, 1), all others from U(-r, r) with r = 1 / sqrt(fan_in). A Transformer
+            ignores this: its embeddings are from N(0, 1 / hidden_size), all others as in Glorot & Bengio 2010.
     """
 
-    cell: Literal["lstm", "rnn"] = "lstm"
+    cell: Literal["lstm", "rnn", "transformer"] = "lstm"
     layers: Annotated[int, Field(ge=1, le=100)] = 1
     hidden_size: PositiveInt = 512
     embedding_size: PositiveInt = 512
+    heads: PositiveInt = 8
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
     image_input: Literal["initial_input", "first_step", "every_step", "initial_state", "none"] = "initial_input"
     tie_embeddings: bool = False
@@ -87,6 +93,30 @@ class CaptionerConfig:
                 f"embedding_size = hidden_size, got {self.embedding_size} and {self.hidden_size}; set them equal, or "
                 "set tie_embeddings to false"
             )
+        if self.cell == "transformer":
+            self._check_transformer()
+
+    def _check_transformer(self) -> None:
+        if self.embedding_size != self.hidden_size:
+            raise ConfigError(
+                f"captioner: a Transformer needs embedding_size = hidden_size, got {self.embedding_size} and "
+                f"{self.hidden_size}; set them equal"
+            )
+        if self.hidden_size % self.heads:
+            raise ConfigError(
+                f"captioner: expected heads that divide hidden_size, got {self.heads} and {self.hidden_size}; all "
+                "attention heads have the same size"
+            )
+        for name, allowed in (
+            ("attention_size", (0,)),
+            ("principal_components", (0,)),
+            ("image_input", ("initial_input", "none")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"captioner: {name} is for cell rnn or lstm, got {getattr(self, name)} with cell transformer, "
+                    "which attends to all positions of the features; leave it out"
+                )
 
 
 class TokenLogProbs(NamedTuple):
@@ -110,9 +140,11 @@ class ImageState(NamedTuple):
     Attributes:
         features: `[images, projected_size]`, the input of the image projection; `[images, 0]` for a language model.
         projection: `[images, size]`, the projected features. The size is that of an input, the gates or the state,
-            depending on `image_input`; 0 for a language model.
+            depending on `image_input`; 0 for a language model and a Transformer.
         state: `[states, images, hidden_size]` before START: the h of each layer, then the c of each layer of an LSTM.
-        annotations: `[images, positions, attention_size]`, annotation vectors; None without attention.
+            For a Transformer, `[2 * layers, images, 0, hidden_size]`, the keys and values of no words.
+        annotations: `[images, positions, attention_size]`, annotation vectors; for a Transformer, the output of
+            `Transformer.annotate`; None without attention.
     """
 
     features: Tensor
@@ -137,6 +169,8 @@ class Captioner(nn.Module):
     """
 
     components: Tensor | None
+    recurrence: nn.RNNBase  # of an RNN or LSTM
+    transformer: Transformer | None
 
     def __init__(
         self, config: CaptionerConfig, feature_size: int, vocabulary_size: int, encoder_top: EncoderTop | None = None
@@ -157,13 +191,17 @@ class Captioner(nn.Module):
         self.register_buffer("components", torch.zeros(components, feature_size) if components else None)
         # The order of the parameters determines which random numbers initialize them.
         self.word_vectors = nn.Embedding(vocabulary_size, embedding_size)
-        between_layers = config.dropout if layers > 1 else 0.0
-        self.recurrence: nn.RNNBase = (
-            nn.LSTM(embedding_size, hidden_size, layers, dropout=between_layers)
-            if config.cell == "lstm"
-            else nn.RNN(embedding_size, hidden_size, layers, "relu", dropout=between_layers)
-        )
-        if config.image_input != "none":
+        self.transformer = None
+        if config.cell == "transformer":
+            self.transformer = Transformer(feature_size, hidden_size, layers, config.heads, config.dropout)
+        else:
+            between_layers = config.dropout if layers > 1 else 0.0
+            self.recurrence = (
+                nn.LSTM(embedding_size, hidden_size, layers, dropout=between_layers)
+                if config.cell == "lstm"
+                else nn.RNN(embedding_size, hidden_size, layers, "relu", dropout=between_layers)
+            )
+        if config.image_input != "none" and self.transformer is None:
             sizes = {"initial_input": embedding_size, "initial_state": self.state_count * hidden_size}
             self.image_projection = nn.Linear(self.projected_size, sizes.get(config.image_input, gates))
         self.attention: Attention | None = None
@@ -171,7 +209,10 @@ class Captioner(nn.Module):
             self.attention = Attention(feature_size, config.attention_size, hidden_size, gates, config.dropout)
         self.output = nn.Linear(hidden_size, vocabulary_size)
         self.dropout = nn.Dropout(config.dropout)
-        if config.weight_init == "neuraltalk":
+        if self.transformer is not None:
+            for layer in (self.word_vectors, self.output):
+                nn.init.normal_(layer.weight, std=hidden_size**-0.5)
+        elif config.weight_init == "neuraltalk":
             self._initialize_weights()
         self.encoder_top = encoder_top  # after the initialization, which would overwrite its pretrained weights
         if config.tie_embeddings:
@@ -184,8 +225,14 @@ class Captioner(nn.Module):
 
     @property
     def state_count(self) -> int:
-        """Number of vectors in the recurrent state: one per layer of an RNN, two per layer of an LSTM."""
-        return self.config.layers * (2 if self.config.cell == "lstm" else 1)
+        """Number of parts of the state: one per layer of an RNN, two per layer of an LSTM or Transformer."""
+        return self.config.layers * (1 if self.config.cell == "rnn" else 2)
+
+    @property
+    def annotator(self) -> Attention | Transformer | None:
+        """The module that attends to the positions of a feature map; None without attention."""
+        is_language_model = self.config.image_input == "none"
+        return self.attention if self.transformer is None or is_language_model else self.transformer
 
     def forward(
         self, features: Tensor, captions: Tensor, image_of_sentence: Tensor, mean_log_probs: bool = False
@@ -231,7 +278,7 @@ class Captioner(nn.Module):
 
         Args:
             words: `[sentences] int64`, the previous token of each sentence; END at the first time step.
-            state: `[states, sentences, hidden_size]`; at the first time step, the images' `image_state.state`.
+            state: the state of each sentence; at the first time step, that of its image in `image_state.state`.
             image_state: the encoded images.
             image_of_sentence: `[sentences] int64`, the image of each sentence.
 
@@ -326,7 +373,7 @@ class Captioner(nn.Module):
         image_of_sentence: Tensor,
         is_first: bool = True,
     ) -> RecurrenceOutput:
-        """Runs the recurrence over words, `[tokens] int64`; `is_first` tells whether the first ones are START."""
+        """Runs the layers over words, `[tokens] int64`; `is_first` tells whether the first ones are START."""
         image_gates = None
         image_input = self.config.image_input
         if image_input == "every_step" or (image_input == "first_step" and is_first):
@@ -334,10 +381,16 @@ class Captioner(nn.Module):
             if image_input == "every_step":  # sentences are sorted: the first `rows` of them reach a time step
                 image_gates = torch.cat([image_gates[:rows] for rows in batch_sizes])
         inputs = self.dropout(self.word_vectors(words))  # [tokens, embedding_size]
+        if self.transformer is not None:
+            output = self.transformer(inputs, batch_sizes, state, image_state.annotations, image_of_sentence)
+            last = torch.stack([values[: batch_sizes[-1]] for values in output.state])
+            return RecurrenceOutput(output.hidden, last, output.attention_weights)
         attended = (self.attention, image_state.annotations, image_of_sentence)
         return run_recurrence(self.recurrence, self.dropout, inputs, batch_sizes, state, image_gates, *attended)
 
     def _encode_features(self, features: Tensor) -> ImageState:
+        if self.transformer is not None:
+            return self._encode_for_transformer(self.transformer, features)
         annotations = None
         if self.attention is not None:
             if features.dim() != 3:
@@ -362,6 +415,15 @@ class Captioner(nn.Module):
         if self.config.image_input == "initial_input":
             state = run_recurrence(self.recurrence, self.dropout, self.dropout(projection), [count], state).state
         return ImageState(features, projection, state, annotations)
+
+    def _encode_for_transformer(self, transformer: Transformer, features: Tensor) -> ImageState:
+        state = features.new_zeros(self.state_count, len(features), 0, self.config.hidden_size)
+        if self.config.image_input == "none":
+            return ImageState(features, features, state, None)
+        maps = features if features.dim() == 3 else features[:, None]
+        annotations = transformer.annotate(self.power_normalize(maps))
+        pooled = self.transform_features(maps.mean(1))
+        return ImageState(pooled, pooled[:, :0], state, annotations)
 
     def _initialize_weights(self) -> None:
         """Initializes as NeuralTalk does, except where its weights would be too large for a network of another size.

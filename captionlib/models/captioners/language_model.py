@@ -15,18 +15,20 @@ class LanguageModelConfig:
     """The architecture of a language model: the fields of `CaptionerConfig` that do not concern images.
 
     Attributes:
-        cell: `lstm` or `rnn`.
-        layers: number of recurrent layers.
+        cell: `lstm`, `rnn` or `transformer`.
+        layers: number of layers.
         hidden_size: dimensions of a layer's hidden state.
-        embedding_size: dimensions of a word or character embedding.
+        embedding_size: dimensions of a token embedding; a Transformer requires `embedding_size` = `hidden_size`.
+        heads: number of attention heads of a Transformer, which must divide `hidden_size`.
         dropout: dropout probability of the inputs and outputs of each layer.
         tie_embeddings: use the embeddings as the softmax weights; requires `embedding_size` = `hidden_size`.
     """
 
-    cell: Literal["lstm", "rnn"] = "lstm"
+    cell: Literal["lstm", "rnn", "transformer"] = "lstm"
     layers: Annotated[int, Field(ge=1, le=100)] = 1
     hidden_size: PositiveInt = 512
     embedding_size: PositiveInt = 512
+    heads: PositiveInt = 8
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
     tie_embeddings: bool = False
 

@@ -17,11 +17,12 @@ __all__ = ["RecurrenceOutput", "run_fused", "run_recurrence", "step_layers"]
 
 
 class RecurrenceOutput(NamedTuple):
-    """The result of running the recurrence over packed sentences.
+    """The result of running the layers over packed sentences.
 
     Attributes:
         hidden: `[tokens, hidden_size]`, the last layer's h; with attention, plus the projected context vector.
         state: `[states, sentences that reach the last step, hidden_size]`: h of each layer, then c of each LSTM layer.
+            For a Transformer, `[states, sentences, steps, hidden_size]`: keys, then values, of each layer.
         attention_weights: `[tokens, positions] float32`; None without attention.
     """
 

@@ -312,7 +312,7 @@ def _load(
             feature_size = int(architecture.pop("feature_size"))
             config = build_config(config_type, architecture, origin="architecture")
             vocabulary = Vocabulary.from_dict(identity["vocabulary"])
-            with torch.device("meta"):  # allocates no memory, whatever sizes the configuration asks for
+            with torch.device("meta"):  # allocates no memory, whatever sizes the configuration contains
                 _check_shapes(build(config, feature_size, len(vocabulary), identity), checkpoint.tensors)
             model = build(config, feature_size, len(vocabulary), identity)
             model.load_state_dict(checkpoint.tensors)

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.captioners.recurrence import step_layers
 
 __all__ = ["Candidate", "DecoderState", "Hypotheses", "IncrementalCaptioner", "PackedLinear", "score_sentences"]
+
+Module = TypeVar("Module", bound=nn.Module)
 
 _MIN_PACKED_ROWS = 32  # with fewer rows oneDNN is not faster
 
@@ -35,15 +37,17 @@ class Candidate:
 
 
 class DecoderState(NamedTuple):
-    """The recurrent state of partial sentences. A parent is a prefix whose state is stored once for all its extensions.
+    """The state of partial sentences. A parent is a prefix whose state is stored once for all its extensions.
 
     Attributes:
-        h: `[parents, hidden_size]` of each layer.
-        c: `[parents, hidden_size]` of each layer of an LSTM; empty for an RNN.
+        h: `[parents, hidden_size]` of each layer; for a Transformer, the keys of the words so far, `[parents, words,
+            hidden_size]`.
+        c: `[parents, hidden_size]` of each layer of an LSTM; for a Transformer, the values of the words so far; empty
+            for an RNN.
         context: `[parents, attention_size]`, the last context vector; None without attention.
         image_gates: `[parents, gates]`, the image's contribution to the next time step's gates; None if it has none.
-        image: `[parents] int64`, the image of each parent, a row of `annotations`; None without attention.
-        annotations: `[images, positions, attention_size]`, annotation vectors; None without attention.
+        image: `[parents] int64`, the image of each parent; None without attention.
+        annotations: `ImageState.annotations`; None without attention.
         parent: `[rows] int64`, the state row of each sentence; None if row i belongs to sentence i.
     """
 
@@ -69,7 +73,7 @@ class DecoderState(NamedTuple):
         return DecoderState(h, c, context, image_gates, image, self.annotations, parent)
 
     def gather(self, values: Tensor) -> Tensor:
-        """Expands values from one row per parent, `[parents, size]`, to one row per sentence, `[rows, size]`."""
+        """Expands values from one row per parent, `[parents, ...]`, to one row per sentence, `[rows, ...]`."""
         return values if self.parent is None else values.index_select(0, self.parent)
 
 
@@ -79,7 +83,7 @@ class Hypotheses(NamedTuple):
     Attributes:
         log_prob: `[rows] float32`, log-probability of the words so far.
         words: `[rows, 1 + words] int64`, END as the start token and the words so far.
-        state: recurrent state after all words except the last.
+        state: state after all words except the last.
     """
 
     log_prob: Tensor
@@ -94,8 +98,8 @@ class Hypotheses(NamedTuple):
 class IncrementalCaptioner:
     """A snapshot of a captioner that runs one word at a time. Later changes to the captioner's weights have no effect.
 
-    Wxh x + b of the first layer is precomputed for every word of the vocabulary. Whh h is computed once for all
-    sentences with the same parent.
+    For an RNN or LSTM, Wxh x + b of the first layer is precomputed for every word of the vocabulary, and Whh h is
+    computed once for all sentences with the same parent. A Transformer caches the keys and values of all words.
 
     Args:
         model: the captioner; the snapshot runs on its device.
@@ -107,16 +111,15 @@ class IncrementalCaptioner:
         self.device = model.output.weight.device
         self.dtype = dtype
         self._model = copy.deepcopy(model).eval()
+        self._attention = None if model.attention is None else _pack_linears(model.attention, dtype)
+        self._transformer = None if model.transformer is None else _pack_linears(model.transformer, dtype)
+        self._output = PackedLinear(model.output.weight, model.output.bias, dtype)
+        if model.transformer is not None:
+            return
         (w_ih, _, b_ih, b_hh), *upper = layers = model.recurrence.all_weights
         self._word_gates = torch.addmm(b_ih + b_hh, model.word_vectors.weight, w_ih.t()).to(dtype)
         self._feed_forward = [PackedLinear(w_ih, b_ih + b_hh, dtype) for w_ih, _, b_ih, b_hh in upper]
         self._recurrent = [PackedLinear(w_hh, None, dtype) for _, w_hh, *_ in layers]
-        self._attention = None if model.attention is None else copy.deepcopy(model.attention).eval().to(dtype)
-        if self._attention is not None:
-            for name in ("query", "to_gates", "to_output"):
-                linear = getattr(self._attention, name)
-                setattr(self._attention, name, PackedLinear(linear.weight, linear.bias, dtype))
-        self._output = PackedLinear(model.output.weight, model.output.bias, dtype)
 
     @torch.inference_mode()
     def encode_images(self, features: Tensor) -> ImageState:
@@ -136,17 +139,19 @@ class IncrementalCaptioner:
         layers = self._model.config.layers
         states = image_state.state.to(self.dtype).unbind()
         h, c = states[:layers], states[layers:]
-        if self._attention is None or image_state.annotations is None:
+        if image_state.annotations is None:
             return DecoderState(h, c, None, image_gates, None, None)
         annotations = image_state.annotations.to(self.dtype)
-        image = torch.arange(len(annotations), device=self.device)
-        context, _ = self._attention(h[-1], annotations, group_by_image(image, len(annotations)))
+        image = torch.arange(len(image_state.features), device=self.device)
+        context = None
+        if self._attention is not None:
+            context, _ = self._attention(h[-1], annotations, group_by_image(image, len(annotations)))
         return DecoderState(h, c, context, image_gates, image, annotations)
 
     @torch.inference_mode()
     def begin(self, image_state: ImageState, prefix: Sequence[int] = ()) -> Hypotheses:
         """Starts one sentence per image, all with the same prefix of token ids."""
-        state, images = self.initial_state(image_state), len(image_state.projection)
+        state, images = self.initial_state(image_state), len(image_state.features)
         log_prob = torch.zeros(images, device=self.device)
         words = torch.full((images, 1), END, device=self.device)
         for word in prefix:
@@ -166,6 +171,11 @@ class IncrementalCaptioner:
         Returns:
             The log-probabilities of the next word, `[rows, vocabulary_size] float32`, and the new state.
         """
+        step = self._step_recurrence if self._transformer is None else self._step_transformer
+        hidden, state = step(state, words)
+        return torch.log_softmax(self._output(hidden), 1, dtype=torch.float32), state
+
+    def _step_recurrence(self, state: DecoderState, words: Tensor) -> tuple[Tensor, DecoderState]:
         gates = self._word_gates.index_select(0, words)
         if state.image_gates is not None:
             gates += state.gather(state.image_gates)
@@ -181,8 +191,17 @@ class IncrementalCaptioner:
             image = state.gather(state.image)
             context, _ = self._attention(hidden, state.annotations, group_by_image(image, len(state.annotations)))
             hidden = hidden + self._attention.to_output(context)
-        log_probs = torch.log_softmax(self._output(hidden), 1, dtype=torch.float32)
-        return log_probs, DecoderState(tuple(h), tuple(c), context, image_gates, image, state.annotations)
+        return hidden, DecoderState(tuple(h), tuple(c), context, image_gates, image, state.annotations)
+
+    def _step_transformer(self, state: DecoderState, words: Tensor) -> tuple[Tensor, DecoderState]:
+        assert self._transformer is not None
+        embeddings = self._model.word_vectors.weight.index_select(0, words).to(self.dtype)
+        image = None if state.image is None else state.gather(state.image)
+        past = [state.gather(values) for values in (*state.h, *state.c)]
+        output = self._transformer(embeddings, [len(words)], past, state.annotations, image)
+        layers = len(state.h)
+        h, c = tuple(output.state[:layers]), tuple(output.state[layers:])
+        return output.hidden, DecoderState(h, c, None, None, image, state.annotations)
 
 
 @torch.inference_mode()
@@ -211,6 +230,16 @@ def score_sentences(
         prefixes, row = torch.unique(row[continues] * vocabulary_size + token[continues], return_inverse=True)
         state, words = state.select(prefixes // vocabulary_size), prefixes % vocabulary_size
     return total
+
+
+def _pack_linears(module: Module, dtype: torch.dtype) -> Module:
+    """Returns a snapshot of a module in which each `nn.Linear` is a `PackedLinear`."""
+    packed = copy.deepcopy(module).eval().to(dtype)
+    for parent in list(packed.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, PackedLinear(child.weight, child.bias, dtype))
+    return packed
 
 
 class PackedLinear(nn.Module):

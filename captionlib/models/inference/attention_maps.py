@@ -15,7 +15,7 @@ from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.checkpoints.checkpoint import LoadedCaptioner
 from captionlib.models.decoding.incremental import Candidate
 
-__all__ = ["compute_attention_maps", "require_attention"]
+__all__ = ["attends_to_map", "compute_attention_maps", "require_attention"]
 
 
 def require_attention(captioner: LoadedCaptioner, checkpoint: str) -> int:
@@ -24,13 +24,18 @@ def require_attention(captioner: LoadedCaptioner, checkpoint: str) -> int:
     Raises:
         CheckpointError: the captioner has no attention.
     """
-    if captioner.model.attention is None:
+    if not attends_to_map(captioner):
         raise CheckpointError(
-            f"{checkpoint}: attention_maps needs a captioner with attention, got one without; leave attention_maps "
-            "out, or train a captioner with captioner.attention_size on spatial feature maps"
+            f"{checkpoint}: attention_maps needs a captioner with attention to a feature map, got one without; leave "
+            "attention_maps out, or train a captioner with captioner.attention_size on spatial feature maps"
         )
     encoder_top = captioner.model.encoder_top
     return int(captioner.encoder["shape"][0]) if encoder_top is None else encoder_top.shape[0]
+
+
+def attends_to_map(captioner: LoadedCaptioner) -> bool:
+    """Returns whether the captioner attends to the positions of a feature map."""
+    return captioner.model.annotator is not None and len(captioner.encoder["shape"]) == 2
 
 
 @torch.inference_mode()

@@ -50,7 +50,7 @@ class DatasetFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     @property
     def addresses(self) -> list[str]:
-        """The addresses under which DuckDB opens the files."""
+        """The URLs under which DuckDB opens the files."""
         return list(self._files)
 
     def open(self, path: str, mode: str = "rb", **_options: Any) -> RangedFile:

@@ -27,13 +27,13 @@ def run_query(query: Query, memory_bytes: int, timeout_seconds: float) -> Iterat
 
     Args:
         query: opens the query. The child process calls it.
-        memory_bytes: the limit on DuckDB's memory. The child is killed if it allocates 512 MiB more.
-        timeout_seconds: the limit on the total time that this process waits for rows.
+        memory_bytes: limit on DuckDB's memory. The child is killed if it allocates 512 MiB more.
+        timeout_seconds: limit on the total time that this process waits for rows.
 
     Raises:
-        QueryError: the query exceeds a limit; possibly while its rows are read.
+        QueryError: the query exceeds a limit. Reading the rows may also raise it.
         SubprocessError: the child process crashes.
-        Exception: the query raises it in the child process.
+        Exception: any exception that the query raises in the child process.
     """
 
     def write_rows(sink: BinaryIO) -> None:
@@ -42,7 +42,7 @@ def run_query(query: Query, memory_bytes: int, timeout_seconds: float) -> Iterat
             for batch in rows:
                 writer.write_batch(batch)
                 sink.flush()
-            writer.close()  # not after an error, which is raised only if the stream is incomplete
+            writer.close()  # not in case of an error, because the parent raises it only if the stream is incomplete
 
     limits = ProcessLimits(
         memory_bytes + _UNTRACKED_BYTES,

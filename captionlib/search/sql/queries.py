@@ -15,7 +15,7 @@ _WORD_END = r"(?:$|[^\pL\pN\pM])"
 
 
 def find_image(session: SqlSession, image_id: str) -> pa.Table:
-    """Returns the row of one image, from a dataset of any kind; from several datasets, the row in each.
+    """Returns the row of one image from a dataset of any kind, or its rows from several datasets.
 
     Bloom filters in the Parquet files let DuckDB skip most row groups.
 

@@ -40,9 +40,9 @@ class SqlLimits:
     """The resources that a query may use.
 
     Attributes:
-        memory: the memory limit, such as `500MB` or `8GB`; larger intermediate results are spilled to disk.
-        threads: the number of threads. If None, one per core.
-        spill: the maximum size of spilled intermediate results.
+        memory: memory limit, such as `500MB` or `8GB`. Larger intermediate results are spilled to disk.
+        threads: number of threads. If None, one thread per core is used.
+        spill: maximum size of spilled intermediate results.
     """
 
     memory: str = "2GB"
@@ -63,11 +63,11 @@ class SqlLimits:
 
 
 class SqlSession:
-    """One or more datasets of a kind, opened for SQL by `open_sql`.
+    """One or more datasets of the same kind, opened for SQL by `open_sql`.
 
     Attributes:
-        view: the name of the view over the rows, which is the kind of the datasets, such as `captions`.
-        folders: the addresses of the datasets, for messages.
+        view: name of the view over the rows, which is the kind of the datasets, such as `captions`.
+        folders: paths or URLs of the datasets, for error messages.
     """
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, datasets: Sequence[ShardedDataset]) -> None:
@@ -101,10 +101,10 @@ class SqlSession:
 
 @contextmanager
 def open_sql(folders: Addresses, kind: str | None = None, limits: SqlLimits = SqlLimits()) -> Iterator[SqlSession]:
-    """Opens one or more datasets of a kind for SQL, with all rows in a view named after the kind, such as `captions`.
+    """Opens datasets of the same kind for SQL. A view with the name of the kind, such as `captions`, has all rows.
 
     The view `failures` contains the images that could not be processed. A dataset can be queried while it is being
-    written, because the views contain only complete shards. An image that is in several datasets has several rows.
+    written, because the views contain only finished shards. An image that is in several datasets has several rows.
 
     Raises:
         DatasetError: a folder is not a dataset of the given kind, or the kinds differ.
@@ -190,7 +190,7 @@ def lock_connection(connection: duckdb.DuckDBPyConnection, addresses: Sequence[s
 
 
 def _list_files(dataset: ShardedDataset) -> dict[str, dict[str, str]]:
-    """Returns the names and paths of the data files and of the failure files of all complete shards."""
+    """Returns the names and paths of the data files and of the failure files of all finished shards."""
     done = range(dataset.shards) if dataset.is_complete() else sorted(dataset.read_markers())
     failure_files = set(dataset.folder.list(FAILURES_FOLDER))
     names = [f"{part_name(shard)}.parquet" for shard in done]
@@ -205,7 +205,7 @@ def _create_view(
     connection: duckdb.DuckDBPyConnection, name: str, addresses: Sequence[str], schemas: Sequence[pa.Schema]
 ) -> None:
     if addresses:
-        # If one dataset lacks a column of another, DuckDB must read the columns of all files to match them by name.
+        # If the columns of the datasets differ, DuckDB must read the schemas of all files to match columns by name.
         is_same = all(schema.names == schemas[0].names for schema in schemas)
         connection.read_parquet(list(addresses), union_by_name=not is_same).create_view(name)
     else:

@@ -27,7 +27,7 @@ def check_reads_only(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
     and everything that reads settings: DuckDB copies the password of a proxy from the environment, for example.
 
     Raises:
-        QueryError: the SQL is invalid or is another kind of statement.
+        QueryError: the SQL is invalid or is a different kind of statement.
     """
     try:
         statements = connection.extract_statements(sql)

@@ -1,6 +1,8 @@
 """Updates of a manifest equal a new manifest of the source, and are complete or absent after a kill."""
 
+import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,13 +16,15 @@ from hypothesis import given, settings, strategies as st
 from captionlib.data.images.loading import hash_content
 from captionlib.data.ingestion.changes import Changes
 from captionlib.data.ingestion.prepare import PrepareConfig, PrepareSummary, prepare
+from captionlib.data.ingestion.staging import StagedRows
 from captionlib.data.shards.dataset import create_dataset, open_dataset
 from captionlib.data.shards.markers import JOURNAL_FILE, UPDATE_FOLDER
 from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.rows import SourceOptions
-from captionlib.errors import ConfigError, DatasetError
+from captionlib.errors import ConfigError, DatasetError, DuplicateIdError, LockError
 from captionlib.storage.folders import Folder
+from captionlib.storage.lock import LOCK_FILE, lock_folder
 
 UPDATE = PrepareConfig(
     options=SourceOptions(version_column="version"), shard_size=3, check_images=False, allow_removal=True
@@ -81,6 +85,81 @@ def test_update_without_changes_writes_nothing(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "manifest").rglob("*")}
     assert update(tmp_path, make_rows("abcd")).already_prepared
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "manifest").rglob("*")} == before
+
+
+def test_unchanged_rows_are_not_written_or_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    update(tmp_path, make_rows("abcd"))
+    for name in ("compare", "check_unique_ids"):
+        monkeypatch.delattr(f"captionlib.data.ingestion.prepare.{name}")
+    reports: list[Changes] = []
+    assert update(tmp_path, make_rows("abcd"), report=reports.append).already_prepared
+    assert reports == [Changes(0, 0, 0, 4)]
+
+
+@pytest.mark.parametrize("names", ["abcdefgh", "abcdefg", "abcd", "abcdefghij", "abcxefgh", "xabcdefgh", "hgfedcba"])
+@pytest.mark.parametrize("append", [False, True])
+def test_differences_are_found_in_any_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: str, append: bool
+) -> None:
+    monkeypatch.setattr("captionlib.data.ingestion.staging._BATCH_ROWS", 2)
+    old, new = make_rows("abcdefgh"), make_rows(names)
+    update(tmp_path, old)
+    summary = update(tmp_path, new, replace(UPDATE, append=append))
+    gone = set() if append else old.keys() - new.keys()
+    expected = Changes(len(new.keys() - old.keys()), 0, len(gone), len(old.keys() & new.keys()))
+    assert (summary.changes, summary.images) == (expected, len(new))
+    assert read_rows(tmp_path) == {**new, **(old if append else {})}
+
+
+def test_duplicate_of_an_unchanged_row_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("captionlib.data.ingestion.staging._BATCH_ROWS", 2)
+    update(tmp_path, make_rows("abcd"))
+    with (source := tmp_path / "source.csv").open("a") as file:
+        file.write("\na,a.jpg,1,a dog")
+    with pytest.raises(DuplicateIdError, match=r"got 2 with 'a': .*a\.jpg, and .*a\.jpg at .*line 6"):
+        prepare(source, tmp_path / "manifest", UPDATE)
+    assert read_rows(tmp_path) == make_rows("abcd")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_second_update_at_the_same_time_names_the_first(tmp_path: Path, overwrite: bool) -> None:
+    refused = pytest.raises(LockError, match=rf"in use by `captionlib prepare` \(process {os.getpid()} on ")
+
+    def prepare_again(changes: Changes) -> None:
+        with refused:
+            update(tmp_path, make_rows("b"), overwrite=overwrite)
+        assert update(tmp_path, make_rows("b"), dry_run=True).changes == Changes(1, 0, 1, 0)
+
+    update(tmp_path, make_rows("a"))
+    update(tmp_path, make_rows("ac"), report=prepare_again)
+    assert read_rows(tmp_path) == make_rows("ac")
+    assert not (tmp_path / "manifest" / LOCK_FILE).exists()
+
+
+def test_second_first_run_at_the_same_time_is_refused(tmp_path: Path) -> None:
+    with lock_folder(Folder(tmp_path / "manifest"), "captionlib prepare"), pytest.raises(LockError):
+        update(tmp_path, make_rows("a"))
+    stale = json.dumps({"process": -1, "host": socket.gethostname(), "command": "captionlib prepare"})
+    (tmp_path / "manifest" / LOCK_FILE).write_text(stale)
+    update(tmp_path, make_rows("a"))  # the lock of a killed process and the list of removed images are own files
+    assert read_rows(tmp_path) == make_rows("a")
+
+
+def test_first_run_does_not_replace_a_manifest_written_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from captionlib.data.ingestion import prepare as module
+
+    check = module.check_unique_ids
+
+    def write_meanwhile(staged: StagedRows) -> None:
+        monkeypatch.setattr(module, "check_unique_ids", check)
+        update(tmp_path, make_rows("b"))
+
+    monkeypatch.setattr(module, "check_unique_ids", write_meanwhile)
+    with pytest.raises(DatasetError, match="another command wrote a manifest at the same time"):
+        update(tmp_path, make_rows("a"))
+    assert read_rows(tmp_path) == make_rows("b")
 
 
 def test_changes_are_reported_before_anything_is_written(tmp_path: Path) -> None:
@@ -219,6 +298,7 @@ def test_killed_update_leaves_the_old_or_the_new_manifest(
             found = read_rows(folder)
             assert found in (current, rows)
             assert not (folder / "manifest" / JOURNAL_FILE).exists()
+            (folder / "manifest" / LOCK_FILE).unlink(missing_ok=True)  # this process goes on, so its lock is not stale
         else:
             found = read_rows(folder)
             assert found == rows

@@ -325,7 +325,7 @@ def test_errors_quote_values_briefly(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(record))
     with pytest.raises(CaptionlibError) as caught:
         read(tmp_path / "a.jsonl")
-    assert len(str(caught.value)) < 400 + len(str(tmp_path))
+    assert len(str(caught.value).replace(str(tmp_path), "")) < 400
 
 
 def test_numpy_list_of_captions_in_parquet(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def main() -> None:
         }
         for key, (ratio, bar) in ratios.items():
             if name == "jpeg":
-                met &= report(f"decode-photos-{key}", ratio, bar)
+                met &= report(f"decode-jpeg-{key}", ratio, bar)
             else:
                 print(f"# {name} {key} {ratio:.2f}")
     sys.exit(not met)
