@@ -1,6 +1,7 @@
 """The command line. Each command is a thin layer over the library, in a module that is imported on demand."""
 
 import importlib
+import io
 import logging
 import os
 import signal
@@ -62,7 +63,7 @@ COMMANDS: dict[str, dict[str, str]] = {
 
 # What resumable commands keep when they are stopped.
 _KEPT = {
-    "Finished stages are kept": {"demo"},
+    "Finished stages are kept": {"demo", "update", "remove"},
     "Finished shards are kept": {
         *("update", "prepare", "extract-features", "import-features", "generate-captions", "embed", "build-index"),
     },
@@ -154,6 +155,8 @@ def captionlib() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line. Converts errors and stop signals into one line and an exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be valid text
     signals: list[int] = []
     previous = _catch_stop_signals(signals)
     try:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, cast
 
 from fsspec.implementations.local import LocalFileSystem
 
-from captionlib.errors import StorageError
+from captionlib.errors import ConfigError, StorageError
 from captionlib.storage.file_systems import open_file_system
 from captionlib.storage.remote_errors import is_temporary_error
 from captionlib.storage.retries import RangedFile, call_with_retries, name_errors
@@ -56,13 +56,17 @@ class Folder:
     uri: str
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
-        self.uri = os.fspath(uri).rstrip("/") or "/"
+        self.uri = os.fspath(uri).rstrip("/") or os.fspath(uri)[:1]
 
     def __reduce__(self) -> tuple[type["Folder"], tuple[str]]:
         return Folder, (resolve_address(self.uri),)
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
+        try:
+            self.uri.encode()  # addresses are stored in JSON and Parquet
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{self.uri!a}: expected a name in UTF-8; rename the folder") from error
         return open_file_system(self.uri)
 
     @property

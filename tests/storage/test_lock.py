@@ -96,7 +96,7 @@ def test_lock_that_another_process_took_over_meanwhile_is_kept(
 
 def count_holders(folder: Folder) -> int:
     """Returns how many of eight threads that lock a folder at once succeed."""
-    start, release = threading.Barrier(8), threading.Event()
+    start, end = threading.Barrier(8), threading.Barrier(8)
     results: list[bool] = []
 
     def hold() -> None:
@@ -104,11 +104,10 @@ def count_holders(folder: Folder) -> int:
         try:
             with lock_folder(folder, "update"):
                 results.append(True)
-                release.wait(10)
+                end.wait(10)
         except LockError:
             results.append(False)
-        if len(results) == 8:
-            release.set()
+            end.wait(10)
 
     threads = [threading.Thread(target=hold) for _ in range(8)]
     for thread in threads:
