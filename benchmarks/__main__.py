@@ -19,6 +19,7 @@ BENCHMARKS = {
     "crash-recovery": "benchmarks.crash_recovery",
     "killed-commands": "benchmarks.killed_commands",
     "histories": "benchmarks.histories",
+    "collection-update": "benchmarks.collection_update",
     "storage-faults": "benchmarks.storage_faults",
     "repeated-bundles": "benchmarks.repeated_bundles",
     "shard-overhead": "benchmarks.shard_overhead",

@@ -1,8 +1,9 @@
 """Compares collections after random histories with fresh ones: `python -m benchmarks.histories --histories 200`.
 
-A history adds, changes, removes and re-captions images of a table, kills the update at a random storage call, and
-resumes it. In the end, features, captions, failures and index must equal those of a fresh build of the final table, by
-image id. In updates that are not killed, exactly the new and changed images may be encoded and captioned.
+A history adds, changes, removes and re-captions images of a table, kills the update at a random storage call and
+resumes it, or runs two updates at the same time. In the end, features, captions, failures and index must equal those of
+a fresh build of the final table, by image id. In undisturbed updates, exactly the new and changed images may be encoded
+and captioned.
 
 The stages are those of captionlib (`prepare`, `ShardJob`, `IndexBuild`) without Beam. Their models are stand-ins that
 compute features and captions from the path and the version of an image. Every tenth image cannot be read.
@@ -13,7 +14,9 @@ import csv
 import random
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ from captionlib.search.build import plan_build
 from captionlib.search.config import IndexConfig
 from captionlib.search.index import open_index
 from captionlib.storage.folders import Folder
+from captionlib.storage.lock import LOCK_FILE
 
 NAMES = [f"image{number:02d}" for number in range(40)]
 SIZE = 4
@@ -105,7 +109,7 @@ def main() -> None:
     parser.add_argument("--histories", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    equal = exact = updates = kills = 0
+    equal = exact = updates = kills = pairs = 0
     with mock.patch("os.fsync"):  # the machine does not crash, so this only saves time
         for seed in range(options.seed, options.seed + options.histories):
             with tempfile.TemporaryDirectory(prefix="captionlib-history-") as name:
@@ -114,8 +118,9 @@ def main() -> None:
                 if problem:
                     print(f"# history {seed}: {problem}")
             equal += not problem
-            exact, updates, kills = exact + history.exact, updates + history.updates, kills + history.kills
-    print(f"# {updates} updates without a kill, {kills} kills")
+            exact, updates = exact + history.exact, updates + history.updates
+            kills, pairs = kills + history.kills, pairs + history.pairs
+    print(f"# {updates} undisturbed updates, {kills} kills, {pairs} pairs of updates at the same time")
     met = report("histories-equal", equal / options.histories, 1)
     met &= report("histories-exact", exact / max(1, updates), 1)
     sys.exit(not met)
@@ -128,24 +133,31 @@ class History:
         self.folder = folder
         self.random = generator
         self.table: Table = dict.fromkeys(generator.sample(NAMES, 12), (0, "a reference"))
-        self.exact = self.updates = self.kills = 0
+        self.exact = self.updates = self.kills = self.pairs = 0
 
     def run(self) -> str:
         """Runs the history, and returns how the collection differs from a fresh one; empty if it does not."""
         self._update("collection")
+        finished = True  # whether nothing is left to do from earlier updates
         for _ in range(self.random.randint(2, 6)):
             before = dict(self.table)
             self._change()
-            if self.random.random() < 0.6:
-                self._update_with_kills()
+            action = self.random.random()
+            if action < 0.5:
+                finished = self._update_with_kills()
+                continue
+            if action < 0.7:
+                finished = self._update_twice_at_once()
                 continue
             expected = sorted(
                 name for name, (version, _) in self.table.items() if before.get(name, (-1,))[0] != version
             )
             encoded, captioned = self._update("collection")
-            readable = [name for name in expected if not name.endswith("7")]
-            self.updates += 1
-            self.exact += sorted(encoded) == expected and sorted(captioned) == readable
+            if finished:
+                readable = [name for name in expected if not name.endswith("7")]
+                self.updates += 1
+                self.exact += sorted(encoded) == expected and sorted(captioned) == readable
+            finished = True
         self._update("collection")
         self._update("fresh")
         for kind in ("features", "captions"):
@@ -165,19 +177,33 @@ class History:
             else:
                 self.table[name] = (version + 1, reference or "a reference")
 
-    def _update_with_kills(self) -> None:
+    def _update_with_kills(self) -> bool:
+        """Kills updates, and returns whether the last one finished."""
         for _ in range(self.random.randint(1, 3)):
             try:
                 with kill_after(self.random.randint(0, 80)):
                     self._update("collection")
-                return
+                return True
             except Killed:
                 self.kills += 1
+                Folder(self.folder / "collection" / "manifest").remove_file(LOCK_FILE)  # its process has ended
+        return False
+
+    def _update_twice_at_once(self) -> bool:
+        """Runs two updates at the same time, of which one may fail, and returns whether both finished."""
+        self.pairs += 1
+        with ThreadPoolExecutor(2) as executor:
+            runs = [executor.submit(self._update, "collection") for _ in range(2)]
+        errors = [error for run in runs if (error := run.exception()) is not None]
+        for error in errors:
+            if not isinstance(error, CaptionlibError):
+                raise error
+        return not errors
 
     def _update(self, name: str) -> tuple[list[str], list[str]]:
         """Runs all stages. Returns the ids of the images that were encoded and captioned."""
         target = self.folder / name
-        source = self.folder / "table.csv"
+        source = self.folder / f"table-{threading.get_ident()}.csv"
         with source.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["image_id", "uri", "version", "caption"])

@@ -138,11 +138,13 @@ def to_dict(config: Any) -> dict[str, Any]:
     return cast(dict[str, Any], TypeAdapter(type(config)).dump_python(config, mode="json"))
 
 
-def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def describe_differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], words: tuple[str, str] = ("was", "now")
+) -> list[str]:
     """Returns a line such as `epochs: was 5, now 6` for each value that differs between two nested configurations."""
     old, new = _flatten(before), _flatten(now)
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return [f"{name}: was {old.get(name)!r}, now {new.get(name)!r}" for name in names]
+    return [f"{name}: {words[0]} {old.get(name)!r}, {words[1]} {new.get(name)!r}" for name in names]
 
 
 def _describe_problems(error: ValidationError) -> str:

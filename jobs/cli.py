@@ -205,7 +205,7 @@ def _describe_stop(arguments: Sequence[str]) -> str:
 
 
 def _describe_error(error: BaseException) -> str:
-    """Returns one line. Errors that captionlib does not raise on purpose are named by their class."""
+    """Describes an error in one line. For an unexpected error, the line contains the name of its class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, CaptionlibError):
         return " ".join(lines)
