@@ -56,7 +56,10 @@ def test_lock_of_another_machine_is_taken_over_once_it_is_no_longer_renewed(fold
         pass
 
 
-DAMAGED = [b"", b"\xff{", b"[1]", b"[" * 100_000, b"{}", b'{"renewed": "today"}', b'{"renewed": null, "process": 1e99}', b'{"renewed": NaN}']
+DAMAGED = [
+    *(b"", b"\xff{", b"[1]", b"[" * 100_000, b"{}"),
+    *(b'{"renewed": "today"}', b'{"renewed": null, "process": 1e99}', b'{"renewed": NaN}'),
+]
 
 
 @pytest.mark.parametrize("content", DAMAGED)
@@ -77,9 +80,7 @@ def test_lock_is_renewed(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> Non
     pytest.fail("the lock was not renewed")
 
 
-def test_lock_that_another_process_took_over_meanwhile_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lock_that_another_process_took_over_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, is_stale = Folder(tmp_path), lock._is_stale
     folder.write(LOCK_FILE, b"{}")
 

@@ -51,7 +51,14 @@ from captionlib.data.shards.markers import (
 )
 from captionlib.data.shards.schemas import FAILURES_SCHEMA, SCHEMA_VERSIONS, add_missing_columns, upgrade_schema
 from captionlib.data.shards.verification import VerifiedFile
-from captionlib.errors import ConfigError, DamagedShardError, DatasetError, FailureRatioError, FingerprintError, StorageError
+from captionlib.errors import (
+    ConfigError,
+    DamagedShardError,
+    DatasetError,
+    FailureRatioError,
+    FingerprintError,
+    StorageError,
+)
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, resolve_address
 from captionlib.storage.lock import LOCK_FILE
 
