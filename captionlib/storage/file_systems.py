@@ -97,8 +97,8 @@ def open_file_system(address: str | os.PathLike[str], **options: Any) -> tuple[A
     `options` are passed to the file system and override options that the address implies.
 
     Raises:
-        ConfigError: the address is empty or chains file systems, its protocol is unknown or interprets content, or the package for
-            it is not installed.
+        ConfigError: the address is empty or chains file systems, its protocol is unknown or interprets content, or the
+            package for it is not installed.
     """
     given = os.fspath(address)
     protocol, url = split_protocol(given)
