@@ -53,7 +53,7 @@ class PlainLoop:
         for shard in range(dataset.shards):
             for features, captions in read_features(dataset, shard, frozenset(["train"])):
                 for row, sentences in zip(torch.from_numpy(features).float(), captions, strict=True):
-                    encoded = [self._vocabulary.encode(text)[: CONFIG.max_words] for text in sentences]
+                    encoded = [self._vocabulary.encode(text)[:30] for text in sentences]
                     self._pairs += [(row, torch.tensor(ids)) for ids in encoded]
         self.tokens = sum(len(ids) + 1 for _, ids in self._pairs)
         self._model = PlainCaptioner(len(self._vocabulary)).train()

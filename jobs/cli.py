@@ -1,6 +1,7 @@
 """The command line. Each command is a thin layer over the library, in a module that is imported on demand."""
 
 import importlib
+import io
 import logging
 import os
 import signal
@@ -63,7 +64,7 @@ COMMANDS: dict[str, dict[str, str]] = {
 
 # What resumable commands keep when they are stopped.
 _KEPT = {
-    "Finished stages are kept": {"demo"},
+    "Finished stages are kept": {"demo", "update", "remove"},
     "Finished datasets are kept": {"compact"},
     "Finished shards are kept": {
         *("update", "prepare", "extract-features", "import-features", "generate-captions", "embed", "build-index"),
@@ -156,6 +157,8 @@ def captionlib() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line. Converts errors and stop signals into one line and an exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be valid text
     signals: list[int] = []
     previous = _catch_stop_signals(signals)
     try:
@@ -204,7 +207,7 @@ def _describe_stop(arguments: Sequence[str]) -> str:
 
 
 def _describe_error(error: BaseException) -> str:
-    """Returns one line. Errors that captionlib does not raise on purpose are named by their class."""
+    """Describes an error in one line. For an unexpected error, the line contains the name of its class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, CaptionlibError):
         return " ".join(lines)

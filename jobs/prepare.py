@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from jobs.options import progress_option
+
 if TYPE_CHECKING:
     from captionlib.data.ingestion.changes import Changes
     from captionlib.data.ingestion.prepare import PrepareSummary
@@ -93,7 +95,7 @@ __all__ = ["command"]
 )
 @click.option("--dry-run", is_flag=True, help="Show how many images are new, changed and gone, and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace the manifest with a new one instead of updating it.")
-@click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
+@progress_option
 def command(
     sources: tuple[str, ...],
     output: str,

@@ -9,7 +9,10 @@ from jobs.options import config_options, device_option
 
 __all__ = ["command"]
 
-_DEFAULT_LENGTHS = {"sentences": {"words": 30, "characters": 200}, "continuous": {"words": 100, "characters": 500}}
+_DEFAULT_LENGTHS = {
+    "sentences": {"words": 30, "characters": 200, "subwords": 60},
+    "continuous": {"words": 100, "characters": 500, "subwords": 200},
+}
 
 
 @click.command()
@@ -19,11 +22,11 @@ _DEFAULT_LENGTHS = {"sentences": {"words": 30, "characters": 200}, "continuous":
 @click.option(
     "--length",
     type=click.IntRange(min=1),
-    help="Maximum number of words or characters after the prefix; continuous text has exactly this number.",
+    help="Maximum number of tokens (words, characters or subwords) after the prefix; continuous text has exactly this.",
 )
 @click.option("--temperature", type=float, help="A lower value makes texts more predictable.  [default: 1]")
-@click.option("--top-k", type=int, help="Sample from the k most probable words or characters.")
-@click.option("--top-p", type=float, help="Sample from the most probable words or characters with total probability p.")
+@click.option("--top-k", type=int, help="Sample from the k most probable tokens.")
+@click.option("--top-p", type=float, help="Sample from the fewest tokens with at least this total probability.")
 @click.option("--seed", type=click.IntRange(min=0), help="The same seed produces the same texts.  [default: 0]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line: text, log_prob, tokens.")
 @config_options
@@ -45,7 +48,8 @@ def command(
     """Sample texts from the language model in CHECKPOINT.
 
     A model trained on sentences prints one sentence per line. A model trained on continuous text prints texts of
-    --length words or characters, separated by ----. With --json, log_prob is a text's natural log-probability.
+    --length tokens (words, characters or subwords), separated by ----. With --json, log_prob is a text's natural
+    log-probability.
 
     Use --set for other decoding options, such as no_repeat_ngram_size or forbidden_words.
 
@@ -61,7 +65,7 @@ def command(
     from captionlib.models.decoding.text_sampling import sample_texts
 
     language_model = load_language_model(checkpoint, device)
-    length = length or _DEFAULT_LENGTHS[language_model.layout][language_model.vocabulary.level]
+    length = length or _DEFAULT_LENGTHS[language_model.layout][language_model.vocabulary.unit]
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     settings = [f"{name}={value}" for name, value in options.items() if value is not None]
     decoding = load_config(DecodingConfig, config, [*overrides, *settings, "strategy=sample", f"max_tokens={length}"])

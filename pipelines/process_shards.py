@@ -21,7 +21,7 @@ _SHARDS_PER_ACCELERATOR = "2"
 class ProcessShards(beam.PTransform[PBegin, PCollection[int]]):
     """Processes the given shards of a job and then marks the job's output datasets as complete.
 
-    The elements are shard numbers instead of images, so that the Reshuffle moves little data. `RunConfig` describes
+    The elements are shard numbers instead of images, so the Reshuffle moves little data. `RunConfig` describes
     `max_failure_ratio` and `accelerator`.
     """
 
@@ -72,7 +72,7 @@ class _ProcessShard(beam.DoFn):
 
 
 def _finish(shards: int, job: ShardJob, max_failure_ratio: float | None) -> list[int]:
-    """Marks the outputs as complete on a worker, so that this happens even if the submitting process has died."""
+    """Marks the outputs as complete. Runs on a worker, so it works even if the submitting process has died."""
     # Beam would retry if this raised an error. The submitting process raises the error instead.
     with suppress(DatasetError):
         job.finish(max_failure_ratio)

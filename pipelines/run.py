@@ -111,7 +111,7 @@ def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
     """Processes the pending shards of a job, shows progress and marks its output datasets as complete.
 
     Returns:
-        The row and failure counts of the first output. With Beam's `--dry_run`, the counts before the run.
+        The row and failure counts of the first output. With Beam's `--dry_run`, they are the counts before the run.
 
     Raises:
         FailureRatioError: more images failed than `run` allows. All shards are written nevertheless.

@@ -2,6 +2,7 @@
 
 Captions and references are tokenized with Stanford's PTB tokenizer. The tokenizer and METEOR need Java. Without Java,
 METEOR is omitted and captionlib's own tokenizer is used; the other scores are then not comparable with published ones.
+Each character of Chinese and Japanese text is scored as a word.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from captionlib.data.text.vocabulary import tokenize
 from captionlib.errors import DatasetError
 from captionlib.evaluation.bootstrap import BootstrapConfig, Scores, summarize
 from captionlib.evaluation.diversity import MEAN_LENGTH, NOVEL
+from captionlib.evaluation.ideographs import separate_characters
 from captionlib.evaluation.java import has_java, tokenize_ptb
 from captionlib.evaluation.metrics import Metric, compute_bleu, compute_cider, compute_meteor, compute_rouge_l
 
@@ -79,7 +81,9 @@ def build_scores_table(scores: Scores, captions: Mapping[str, str]) -> pa.Table:
 
 def _tokenize(sets: Sequence[Mapping[str, Sequence[str]]]) -> list[dict[str, list[str]]]:
     """Tokenizes all captions and references in one run of the tokenizer, because it is slow to start."""
-    texts = [text for by_image in sets for image_texts in by_image.values() for text in image_texts]
+    texts = [
+        separate_characters(text) for by_image in sets for image_texts in by_image.values() for text in image_texts
+    ]
     tokenized = iter(tokenize_ptb(texts) if has_java() else [" ".join(tokenize(text)) for text in texts])
     return [{i: [next(tokenized) for _ in image_texts] for i, image_texts in by_image.items()} for by_image in sets]
 
@@ -100,11 +104,14 @@ class CiderScorer:
                 "CIDEr weights n-grams by the number of images whose references contain them; expected several images, "
                 f"got {len(references)}; validate by perplexity instead"
             )
-        tokenized = iter(tokenize_ptb([text for image_texts in references for text in image_texts]))
+        tokenized = iter(
+            tokenize_ptb([separate_characters(text) for image_texts in references for text in image_texts])
+        )
         self._references = {row: [next(tokenized) for _ in image_texts] for row, image_texts in enumerate(references)}
 
     def score(self, captions: Sequence[str]) -> float:
         """Returns CIDEr (0 to 10) for one caption per image, in the order of `references`."""
-        hypotheses = {row: [caption] for row, caption in enumerate(tokenize_ptb(captions))}
+        tokenized = tokenize_ptb([separate_characters(caption) for caption in captions])
+        hypotheses = {row: [caption] for row, caption in enumerate(tokenized)}
         score, _ = Cider().compute_score(self._references, hypotheses)
         return float(score)

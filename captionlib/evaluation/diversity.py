@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from captionlib.data.text.vocabulary import tokenize
+from captionlib.evaluation.ideographs import separate_characters
 from captionlib.evaluation.metrics import Metric, compute_ratio
 
 __all__ = ["MEAN_LENGTH", "NOVEL", "count_diversity", "measure_captions"]
@@ -19,13 +20,13 @@ def measure_captions(captions: Mapping[str, str], training_references: Iterable[
 
     Captions (by image id) and references are tokenized with captionlib's tokenizer before they are compared.
     """
-    tokenized = [tuple(tokenize(caption)) for caption in captions.values()]
+    tokenized = [_tokenize(caption) for caption in captions.values()]
     ones = [1] * len(tokenized)
     metrics = [compute_ratio(MEAN_LENGTH, [len(tokens) for tokens in tokenized], ones)]
     distinct, copied, has_references = set(tokenized), set(), False
     for reference in training_references:
         has_references = True
-        if (tokens := tuple(tokenize(reference))) in distinct:
+        if (tokens := _tokenize(reference)) in distinct:
             copied.add(tokens)
     if has_references:
         metrics.append(compute_ratio(NOVEL, [tokens not in copied for tokens in tokenized], ones))
@@ -37,8 +38,12 @@ def count_diversity(captions: Mapping[str, str]) -> dict[str, int]:
 
     The counts have no bootstrap intervals, because a resample repeats images and so underestimates them.
     """
-    tokenized = {tuple(tokenize(caption)) for caption in captions.values()}
+    tokenized = {_tokenize(caption) for caption in captions.values()}
     return {
         "distinct_captions": len(tokenized),
         "vocabulary_size": len({token for tokens in tokenized for token in tokens}),
     }
+
+
+def _tokenize(text: str) -> tuple[str, ...]:
+    return tuple(tokenize(separate_characters(text)))

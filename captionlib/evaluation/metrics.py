@@ -57,7 +57,7 @@ class Metric:
 def compute_bleu(captions: Tokenized, references: Tokenized) -> Metric:
     """Computes BLEU-1 to BLEU-4 (Papineni et al. 2002) with the closest reference length.
 
-    As for the other metrics, there is one caption per image, and both mappings have the same images in the same order.
+    All metrics require one caption per image, and the same images in the same order in both mappings.
     """
     scorer = BleuScorer(n=_ORDERS)
     for image_id, (caption,) in captions.items():

@@ -110,7 +110,7 @@ class CiderValidation:
         """Returns the CIDEr of a `Captioner`, or of an `ImageCaptioner` (a captioner with its encoder)."""
         captioner = model.captioner if isinstance(model, ImageCaptioner) else model
         assert isinstance(captioner, Captioner)
-        decoder = Decoder(captioner, self._decoding)
+        decoder = Decoder(captioner, self._decoding, vocabulary=self._vocabulary)
         captions = [""] * self._image_count
         for positions, images in self._batches.images_in_order():
             features: npt.NDArray[Any] | torch.Tensor = images

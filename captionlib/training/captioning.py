@@ -18,7 +18,7 @@ from captionlib.data.batches.captions import (
     read_references,
 )
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.text.vocabulary import END, Vocabulary
+from captionlib.data.text.vocabulary import END, Level, Vocabulary
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
 from captionlib.models.checkpoints.checkpoint import save_captioner
@@ -57,8 +57,11 @@ class CaptionerTrainingConfig:
         self_critical: settings of the self-critical objective.
         train_splits: the training splits; `restval` is the part of COCO's validation set that is used for training.
         validation_splits: the splits that select the best epoch.
-        min_count: words with fewer occurrences than this are replaced by the UNKNOWN token.
-        max_words: longer captions are truncated in training.
+        level: what a token is: `words`, `characters`, or subwords (`bpe` or `unigram`), which are trained on the text
+            and need the extra `subwords`.
+        min_count: words or characters with fewer occurrences than this are replaced by the UNKNOWN token.
+        vocabulary_size: the maximum number of subwords.
+        max_words: longer captions are truncated in training. If None, after 30 words, or 200 characters.
         batch_images: images per batch and process, each with all its captions.
         random_crop: crop feature maps to at least this fraction of their height and width; 0 disables cropping.
         horizontal_flip: flip feature maps with probability 0.5. This matters only with attention or `encoder_top`
@@ -67,10 +70,10 @@ class CaptionerTrainingConfig:
         shuffle_buffer_megabytes: the size of the buffer in which features are shuffled.
         word_vectors: a word2vec, GloVe or fastText file of pre-trained vectors that initialize the word embeddings.
         init_from: the checkpoint of a captioner to start from. Its weights, architecture, vocabulary and feature
-            statistics are kept, and `min_count` has no effect.
+            statistics are kept, and `level`, `min_count` and `vocabulary_size` have no effect.
         label_smoothing: the fraction of each target probability that is spread evenly over the vocabulary.
         best_by: the score that selects the best epoch, `perplexity` or the `cider` of generated captions (needs Java).
-        decoding: how captions are generated for CIDEr. Its `max_tokens` also limits self-critical samples.
+        decoding: how to generate captions for CIDEr. Its `max_tokens` also limits self-critical samples.
     """
 
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
@@ -79,8 +82,10 @@ class CaptionerTrainingConfig:
     self_critical: SelfCriticalConfig = field(default_factory=SelfCriticalConfig)
     train_splits: tuple[str, ...] = ("train", "restval")
     validation_splits: tuple[str, ...] = ("val", "dev")
+    level: Level = "words"
     min_count: PositiveInt = 5
-    max_words: PositiveInt = 30
+    vocabulary_size: PositiveInt = 8000
+    max_words: PositiveInt | None = None
     batch_images: PositiveInt = 20
     random_crop: Annotated[float, Field(ge=0, lt=1)] = 0.0
     horizontal_flip: bool = False
@@ -97,6 +102,8 @@ class CaptionerTrainingConfig:
             raise ConfigError(
                 "word_vectors: expected none with init_from, which has trained word vectors; leave it out"
             )
+        if self.word_vectors is not None and self.level != "words":
+            raise ConfigError(f"word_vectors: expected level words, got {self.level}; change level or leave it out")
         if self.objective == "self_critical" and self.init_from is None:
             raise ConfigError(
                 "init_from: expected a captioner trained by cross_entropy for objective self_critical, got none"
@@ -181,7 +188,8 @@ def _initialize(
         initial = load_initial_captioner(config.init_from, config.captioner, dataset)
         provenance["init_from"] = {"checkpoint": config.init_from, "fingerprint": initial.fingerprint}
         return initial.model, initial.vocabulary, replace(config, captioner=initial.config), provenance
-    vocabulary = Vocabulary.from_captions(read_captions(dataset, config.train_splits), config.min_count)
+    captions = read_captions(dataset, config.train_splits)
+    vocabulary = Vocabulary.from_captions(captions, config.min_count, config.level, config.vocabulary_size)
     model = build_captioner(config.captioner, dataset, config.train_splits, vocabulary, weights)
     if config.word_vectors is not None:
         provenance["word_vectors"] = initialize_word_vectors(model, vocabulary, config.word_vectors)
@@ -222,7 +230,8 @@ def _make_objective(
     )
     if config.objective == "self_critical":
         token_ids = (list(map(encode, captions)) for captions in read_references(dataset, config.train_splits))
-        return SelfCriticalObjective(captioning, config.self_critical, token_ids, config.decoding.max_tokens)
+        max_tokens = config.decoding.find_max_tokens(vocabulary.unit)
+        return SelfCriticalObjective(captioning, config.self_critical, token_ids, max_tokens)
     return captioning
 
 

@@ -63,13 +63,13 @@ class FinetuningConfig:
         training: settings of the training loop, including the captioner's learning rate.
         train_splits: the training splits; `restval` is the part of COCO's validation set that is used for training.
         validation_splits: the splits that select the best epoch.
-        max_words: longer captions are truncated in training.
+        max_words: longer captions are truncated in training. If None, after 30 words, or 200 characters.
         batch_images: images per batch and process, each with all its captions.
         horizontal_flip: flip each image with probability 0.5.
         label_smoothing: the fraction of each target probability that is spread evenly over the vocabulary.
         best_by: the score that selects the best epoch, `perplexity` or the `cider` of generated captions (needs Java).
-        decoding: how captions are generated for CIDEr.
-        loading: how images are fetched and decoded.
+        decoding: how to generate captions for CIDEr.
+        loading: how to fetch and decode images.
         max_failure_ratio: the maximum fraction of unreadable images; if it is exceeded, the run fails. If None, the run
             fails only if all images are unreadable.
     """
@@ -81,7 +81,7 @@ class FinetuningConfig:
     )
     train_splits: tuple[str, ...] = ("train", "restval")
     validation_splits: tuple[str, ...] = ("val", "dev")
-    max_words: PositiveInt = 30
+    max_words: PositiveInt | None = None
     batch_images: PositiveInt = 16
     horizontal_flip: bool = False
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0

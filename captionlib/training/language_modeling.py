@@ -35,12 +35,14 @@ class LanguageModelTrainingConfig:
     Attributes:
         model: the architecture.
         training: settings of the training loop.
-        level: what a token is: `words` or `characters`.
+        level: what a token is: `words`, `characters`, or subwords (`bpe` or `unigram`), which are trained on the text
+            and need the extra `subwords`.
         layout: the layout of a text file, `sentences` (one per line) or `continuous` (one long text).
         train_splits: the training splits, if the text is the captions of a dataset.
         validation_splits: the splits of such a dataset that are used to select the best epoch.
         validation_fraction: the fraction of a text file that is held out to select the best epoch.
         min_count: words or characters with fewer occurrences than this are replaced by the UNKNOWN token.
+        vocabulary_size: the maximum number of subwords.
         max_tokens: longer sentences are truncated in training.
         sequence_length: tokens per sequence of a continuous text.
         batch_size: sentences or sequences per batch.
@@ -54,6 +56,7 @@ class LanguageModelTrainingConfig:
     validation_splits: tuple[str, ...] = ("val", "dev")
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     min_count: PositiveInt = 5
+    vocabulary_size: PositiveInt = 8000
     max_tokens: PositiveInt = 200
     sequence_length: PositiveInt = 128
     batch_size: PositiveInt = 100
@@ -120,7 +123,7 @@ def train_language_model(
     folder = Folder(output)
     claim_folder(folder, overwrite)
     target = resolve_device(device)
-    vocabulary = Vocabulary.from_captions(corpus.training(), config.min_count, config.level)
+    vocabulary = Vocabulary.from_captions(corpus.training(), config.min_count, config.level, config.vocabulary_size)
     training = _make_batches(corpus.training(), vocabulary, config)
     validation = _make_batches(corpus.validation(), vocabulary, config)
     seed_everything(config.training.seed)

@@ -70,8 +70,8 @@ def train(
 
     Raises:
         DatasetError: the folder holds a run with a different configuration.
-        TrainingDiverged: the loss or a validation score is not finite, or the perplexity stays above the unigram
-            model's. The checkpoint of the best epoch is kept.
+        TrainingDiverged: the loss or a validation score is not finite, or the perplexity stays above that of the word
+            frequencies alone. The checkpoint of the best epoch is kept.
         TrainingInterrupted: Ctrl-C or SIGTERM stopped the run; its state is saved.
     """
     run = _Run(objective, config, output, resolved)
@@ -143,7 +143,7 @@ class _Run(Generic[Batch, Model]):
         values = ", ".join(f"{value:.1f}" for value in last)
         reason = (
             f"expected a validation perplexity below {bound:.1f}, that of the word frequencies alone (unigram), got "
-            f"{values} in the last {len(last)} epochs"
+            f"{values} in the last {'epoch' if len(last) == 1 else f'{len(last)} epochs'}"
         )
         if len(last) == patience:
             raise self._diverged(reason, "; set training.unigram_patience to null to continue nevertheless")

@@ -47,7 +47,7 @@ class SelfCriticalConfig:
         samples: the number of captions to sample per image and step.
         baseline: what the reward of a sample is compared with: `leave_one_out`, the mean reward of the image's other
             samples (Luo 2020, arXiv 2003.09971), or `greedy`, the reward of the greedy caption (Rennie et al. 2017).
-        dropout: the dropout probability, instead of the captioner's own. Samples and gradients share the same masks.
+        dropout: the dropout probability, instead of the captioner's own. Samples and gradients use the same masks.
     """
 
     samples: PositiveInt = 5
@@ -131,7 +131,7 @@ class SelfCriticalObjective(Objective[SelfCriticalBatch, Captioner]):
         """Samples captions for each image, keeping the gradients of their log-probabilities."""
         images, samples = batch.captions.features, self._config.samples
         keys = [f"{batch.seed} {batch.epoch} ".encode() + image.tobytes() for image in images]
-        uniforms = generate_uniforms(keys, samples, self._sampling.max_tokens, seed=0).to(self._device)
+        uniforms = generate_uniforms(keys, samples, self._sampling.find_max_tokens(), seed=0).to(self._device)
         image_state = self.model.encode_images(torch.from_numpy(images).to(self._device))
         active = torch.arange(len(images) * samples, device=self._device)  # captions that have not reached END
         state, word = image_state.state.index_select(1, active // samples), torch.full_like(active, END)

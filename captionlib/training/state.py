@@ -38,7 +38,7 @@ class RunState:
         loss_total: the sum of the loss in the current epoch.
         loss_count: the number of terms of `loss_total`.
         reward_total: the sum of the rewards of the captions sampled in the current epoch.
-        reward_count: the number of these captions.
+        reward_count: the number of captions that `reward_total` sums over.
         history: the metrics of each epoch.
     """
 

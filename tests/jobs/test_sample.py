@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from captionlib.errors import ConfigError
 from jobs.cli import captionlib
 
 TINY = ["model.hidden_size=8", "model.embedding_size=8", "training.epochs=1", "min_count=1"]
@@ -42,6 +43,14 @@ def test_sample_prints_continuous_text_of_length(tmp_path: Path) -> None:
     first, second = output.split("----\n")
     assert len(first) == len(second) == 51
     assert "characters" in run("inspect", checkpoint)
+
+
+@pytest.mark.parametrize("level", ["bpe", "unigram"])
+def test_sample_continues_a_prefix_of_subwords(tmp_path: Path, level: str) -> None:
+    checkpoint = train(tmp_path, f"level={level}", "vocabulary_size=24")
+    assert run("sample", checkpoint, "--prefix", "The dogs", "--length", "4").startswith("the dogs")
+    with pytest.raises(ConfigError, match="prefix: expected subwords of the model's vocabulary, got 'zoo'; use a diff"):
+        run("sample", checkpoint, "--prefix", "the zoo")
 
 
 @pytest.mark.parametrize(

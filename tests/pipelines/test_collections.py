@@ -8,7 +8,7 @@ from PIL import Image
 
 from captionlib.collection import open_collection
 from captionlib.data.shards.dataset import open_dataset
-from captionlib.errors import LockError, QueryError
+from captionlib.errors import CaptionlibError, ConfigError, DatasetError, LockError, QueryError
 from captionlib.search.index import open_index
 from captionlib.storage.folders import Folder
 from captionlib.storage.lock import lock_folder
@@ -113,6 +113,24 @@ def test_configuration_holds_absolute_addresses(tmp_path: Path, trained: Path, m
     assert config.generation == {"decoding": {"beam_width": 9}}
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("captioner: nowhere", "nowhere is not a checkpoint"),
+        ("ranker: ''", "expected a path or URL, got an empty text"),
+        ("generation: {decoding: {beam_widht: 2}}", "unknown key decoding.beam_widht"),
+    ],
+)
+def test_settings_are_checked_before_the_sources_are_read(collection: Path, setting: str, message: str) -> None:
+    key = setting.partition(":")[0]
+    path = collection / "collection.yaml"
+    lines = [line for line in path.read_text().splitlines() if not line.startswith(f"{key}:")]
+    path.write_text("\n".join([*lines, setting]))
+    with pytest.raises(CaptionlibError, match=message):
+        update(collection)
+    assert not (collection / "images").exists()
+
+
 def test_status_before_the_first_update(collection: Path) -> None:
     result = run("status", collection)
     assert "manifest: not started" in result.output
@@ -159,6 +177,20 @@ def test_removed_images_leave_no_trace_and_do_not_come_back(collection: Path, tm
     assert "0 new, 0 changed, 0 gone, 7 unchanged" in again.output
     assert read_captions(collection) == after
     assert open_index(collection / "index").get_image("red.png")["caption"] == after["red.png"]
+
+
+def test_ids_that_are_not_found_are_named(collection: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"expected images to remove, got none; run `captionlib update` first"):
+        run("remove", collection, "--id", "red.png")
+    update(collection)
+    ids = tmp_path / "ids.txt"
+    ids.write_bytes("\ufeffred.png\r\n\r\nline\u2028separator\r\n".encode())
+    result = run("remove", collection, "--ids", ids, "--dry-run")
+    assert "captions: 1 of 2 images" in result.output
+    assert "Not found: 1 ids, for example 'line\\u2028separator'" in result.output
+    with pytest.raises(ConfigError, match="--id: expected text in UTF-8, got "):
+        run("remove", collection, "--id", "\udce9")
+    assert run("remove", collection, "--id", "", catch=True).exit_code == 2
 
 
 def test_remove_names_the_manifest_that_would_add_the_images_again(collection: Path) -> None:

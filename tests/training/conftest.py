@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,14 @@ def features(tmp_path: Path) -> ShardedDataset:
     return write_features(tmp_path / "features", 5 * np.eye(4))
 
 
-def write_features(folder: Path, patterns: npt.NDArray[np.float64]) -> ShardedDataset:
-    """Writes 64 images of four kinds, told apart by noisy `patterns`, `[4, size]`; the sentence says the kind."""
+def describe(kind: int) -> list[str]:
+    return [f"this is {WORDS[kind]}", f"it is a {WORDS[kind]} again"]
+
+
+def write_features(
+    folder: Path, patterns: npt.NDArray[np.float64], describe: Callable[[int], list[str]] = describe
+) -> ShardedDataset:
+    """Writes 64 images of four kinds, told apart by noisy `patterns`, `[4, size]`, with the captions of `describe`."""
     draw = np.random.default_rng(0)
     size = patterns.shape[1]
     dataset = create_dataset(
@@ -36,7 +43,7 @@ def write_features(folder: Path, patterns: npt.NDArray[np.float64]) -> ShardedDa
                 "image_id": f"{shard}-{number}",
                 "uri": "",
                 "split": "val" if number % 4 == 0 else "train",
-                "captions": [f"this is {WORDS[kind]}", f"it is a {WORDS[kind]} again"],
+                "captions": describe(kind),
                 "features": (patterns[kind] + draw.normal(0, 0.1, size)).astype(np.float16),
             }
             for number, kind in enumerate(kinds)

@@ -36,6 +36,8 @@ __all__ = [
     "sample_features",
 ]
 
+_DEFAULT_LIMITS = {"words": 30, "characters": 200}  # longer captions are truncated
+
 Result = TypeVar("Result")
 Features = npt.NDArray[np.floating]
 EncodeCaption = Callable[[str], list[int]]
@@ -207,9 +209,13 @@ def make_batch(
     return CaptionBatch(features, [sentence for per_image in sentences for sentence in per_image], image_of_sentence)
 
 
-def make_encoder(vocabulary: Vocabulary, max_words: int) -> EncodeCaption:
-    """Returns a function that converts a caption to its first `max_words` token ids."""
-    return lambda caption: vocabulary.encode(caption)[:max_words]
+def make_encoder(vocabulary: Vocabulary, max_words: int | None = None) -> EncodeCaption:
+    """Returns a function that converts the first `max_words` words (or characters) of a caption to token ids.
+
+    If `max_words` is None, it is 30 words or 200 characters.
+    """
+    limit = max_words or _DEFAULT_LIMITS.get(vocabulary.level, _DEFAULT_LIMITS["words"])
+    return lambda caption: vocabulary.encode_tokens(vocabulary.tokenize(caption)[:limit])
 
 
 def feature_shape(dataset: ShardedDataset) -> list[int]:

@@ -157,7 +157,7 @@ def compare(staged: StagedRows, dataset: ShardedDataset, append: bool) -> Iterat
     Args:
         staged: the rows of the source, whose ids are unique.
         dataset: the manifest.
-        append: whether rows of the manifest that are not in the source stay instead of being gone.
+        append: whether to keep rows of the manifest that are not in the source.
     """
     with open_database(staged.path.parent) as database:
         yield Comparison(database, staged, dataset, append)

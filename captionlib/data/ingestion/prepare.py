@@ -103,7 +103,7 @@ class PrepareSummary:
 
     @property
     def already_prepared(self) -> bool:
-        """Whether the output already contained these images, so that nothing was written."""
+        """Whether the output already contained these images, so nothing was written."""
         return self.updated and not self.changes.any
 
 
@@ -160,7 +160,7 @@ def _prepare(
     report: Callable[[Changes], None],
     progress: bool,
 ) -> PrepareSummary:
-    """Writes or updates a manifest. Locks the folder of a new one only once the source proves valid."""
+    """Writes or updates a manifest. Locks the folder of a new manifest only after the source has been checked."""
     is_new = not Folder(output).exists(DESCRIPTION_FILE)
     existing = _open_output(output, config, overwrite)
     complete = existing if existing is not None and existing.is_complete() else None

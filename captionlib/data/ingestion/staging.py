@@ -37,7 +37,7 @@ class StagedRows:
         captions: number of captions in all rows.
         splits: number of rows by split.
         digest: hash of all ids in order.
-        unchanged: whether the rows equal those of the existing manifest, also in their order. The file is then empty.
+        unchanged: whether the rows equal those of the existing manifest, in the same order. If so, the file is empty.
     """
 
     path: Path

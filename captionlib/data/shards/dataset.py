@@ -51,7 +51,14 @@ from captionlib.data.shards.markers import (
 )
 from captionlib.data.shards.schemas import FAILURES_SCHEMA, SCHEMA_VERSIONS, add_missing_columns, upgrade_schema
 from captionlib.data.shards.verification import VerifiedFile
-from captionlib.errors import DamagedShardError, DatasetError, FailureRatioError, FingerprintError, StorageError
+from captionlib.errors import (
+    ConfigError,
+    DamagedShardError,
+    DatasetError,
+    FailureRatioError,
+    FingerprintError,
+    StorageError,
+)
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, resolve_address
 from captionlib.storage.lock import LOCK_FILE
 
@@ -410,6 +417,7 @@ def create_dataset(
         overwrite: first delete an existing dataset in the folder.
 
     Raises:
+        ConfigError: the folder is that of `source`.
         FingerprintError: the folder holds a dataset with a different fingerprint or lineage, and `overwrite` is not
             set.
         DatasetError: the folder holds files that captionlib did not write, or a dataset with the shards that `source`
@@ -424,6 +432,8 @@ def create_dataset(
         shards = source.shards
     lineage = lineage or (source.lineage if source else fingerprint)
     source_address, layout = (resolve_address(source.folder.uri), source.layout) if source else ("", "")
+    if source is not None and source_address == resolve_address(folder.uri):
+        raise ConfigError(f"{folder.uri} is the input of this command; use another folder for the output")
     delete_existing = overwrite and folder.exists(DESCRIPTION_FILE)
     description = None if delete_existing else _read_updated_description(folder) or _require_no_files(folder)
     if description is not None:

@@ -1,6 +1,7 @@
 """Removes images from datasets, and lists them in the manifest so that later updates do not add them again.
 
-The list contains hashes of the image ids, so the files no longer contain the ids of removed images.
+A manifest is the dataset of image paths and reference captions that all other datasets are made from. The list contains
+hashes of the image ids, so the files no longer contain the ids of removed images.
 """
 
 import hashlib

@@ -150,7 +150,7 @@ def _detect_glob(location: Location) -> str:
 
 
 def _detect_folder(folder: Location) -> str:
-    """Recognizes a folder of tars (possibly with img2dataset's other output files) or of Parquet files, not images."""
+    """Returns `folder` if a folder contains images or subfolders, or else the format of its tars or Parquet files."""
     parquet: Location | None = None
     has_tars = False
     for name, kind, _ in scan_folder(folder):

@@ -1,6 +1,6 @@
 """Defines the tokenizer and the vocabulary, which converts sentences to token ids and back.
 
-Tokens are either normalized words or unchanged characters.
+Tokens are normalized words, subwords of normalized words (subwords.py), or unchanged characters.
 """
 
 import re
@@ -10,18 +10,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from captionlib.config import build_config, to_dict
+from captionlib.data.text.subwords import (
+    SubwordLevel,
+    Subwords,
+    join_subwords,
+    make_tokenizer,
+    mark_words,
+    train_subwords,
+)
 from captionlib.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 __all__ = ["END", "PAD", "UNKNOWN", "Level", "Vocabulary", "tokenize"]
 
-Level = Literal["words", "characters"]
-"""Whether tokens are words or characters."""
+Level = Literal["words", "characters", "bpe", "unigram"]
+"""Whether tokens are words, characters, or subwords found by BPE or a unigram language model."""
 
 PAD = -1
 """Padding value after the end of a sentence in arrays of token ids. It is not a token and is ignored by models."""
@@ -45,7 +56,7 @@ _TOKEN = re.compile(
 
 
 def tokenize(sentence: str, level: Level = "words") -> list[str]:
-    """Splits a sentence into characters, or into words in the style of the Penn Treebank.
+    """Splits a sentence into characters at the level `characters`, else into words in the style of the Penn Treebank.
 
     Words are lowercased, and punctuation is removed. Clitics become separate words: `isn't` becomes `is`, `n't`.
     Hyphenated words and numbers are kept (`t-shirt`, `1,000`). Tokenizing the joined words returns the same words.
@@ -75,11 +86,13 @@ class Vocabulary:
     """The tokens of a model. The ids are 0 for END, 1 for UNKNOWN and i + 2 for `words[i]`.
 
     Attributes:
-        words: tokens (words or characters) in descending order of frequency, then in alphabetical order.
+        words: tokens (words, characters or subwords) in descending order of frequency, then in alphabetical order.
         counts: number of occurrences of each token in the training sentences.
         unknown_count: number of occurrences of tokens that are not in `words`.
         sentence_count: number of training sentences, which is also the number of occurrences of END.
-        level: whether tokens are words or characters.
+        level: what a token is.
+        merges: at the level `bpe`, the pairs of subwords to merge, in this order.
+        scores: at the level `unigram`, ln p of each subword.
     """
 
     words: tuple[str, ...]
@@ -87,6 +100,8 @@ class Vocabulary:
     unknown_count: int
     sentence_count: int
     level: Level = "words"
+    merges: tuple[tuple[str, str], ...] = ()
+    scores: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         size, counts = len(self.words), len(self.counts)
@@ -94,18 +109,34 @@ class Vocabulary:
             raise ConfigError(
                 f"vocabulary: expected distinct words with one count each, got {size} words and {counts} counts"
             )
+        if len(self.scores) != (size if self.level == "unigram" else 0) or not np.isfinite(self.scores).all():
+            raise ConfigError(
+                f"vocabulary: expected a finite score for each of {size} words at the level unigram alone, got "
+                f"{len(self.scores)} at the level {self.level}"
+            )
+        known = set(self.words)
+        if self.merges and (self.level != "bpe" or not all({*pair, "".join(pair)} <= known for pair in self.merges)):
+            raise ConfigError(f"vocabulary: expected merges of its own words at the level bpe alone, got {self.level}")
 
     @classmethod
-    def from_captions(cls, captions: Iterable[str], min_count: int = 5, level: Level = "words") -> "Vocabulary":
-        """Builds a vocabulary from training captions. Tokens that occur fewer than `min_count` times are excluded.
+    def from_captions(
+        cls, captions: Iterable[str], min_count: int = 5, level: Level = "words", size: int = 8000
+    ) -> "Vocabulary":
+        """Builds a vocabulary from training captions.
+
+        Words and characters that occur fewer than `min_count` times are excluded, and words that contain such
+        characters do not train subwords. `size` is the maximum number of subwords.
 
         Raises:
-            ConfigError: there are no captions, or no token is frequent enough.
+            ConfigError: there are no captions, no token is frequent enough, `size` is too small, or the package that
+                trains subwords is not installed.
         """
         counter, sentences = Counter[str](), 0
         for caption in captions:
             counter.update(tokenize(caption, level))
             sentences += 1
+        if level in ("bpe", "unigram"):
+            return cls._train_subwords(counter, sentences, min_count, level, size)
         by_frequency = sorted(counter.items(), key=lambda item: (-item[1], item[0]))
         frequent = [(word, count) for word, count in by_frequency if count >= min_count]
         if not frequent:
@@ -115,6 +146,32 @@ class Vocabulary:
             )
         words, counts = zip(*frequent, strict=True)
         return cls(words, counts, counter.total() - sum(counts), sentences, level)
+
+    @classmethod
+    def _train_subwords(
+        cls, words: Mapping[str, int], sentences: int, min_count: int, level: SubwordLevel, size: int
+    ) -> "Vocabulary":
+        trained = train_subwords(words, level, size, min_count)
+        if not trained.subwords:
+            raise ConfigError(
+                f"vocabulary: expected characters that occur at least {min_count} times, got none in {sentences} "
+                "sentences; use more sentences or a lower min_count"
+            )
+        tokenizer = make_tokenizer(level, trained)
+        counter = Counter[int]()
+        for word, count in words.items():
+            for number in tokenizer.encode(mark_words([word])).ids:
+                counter[number] += count
+        order = sorted(range(len(trained.subwords)), key=lambda i: (-counter[i + 1], trained.subwords[i]))
+        return cls(
+            tuple(trained.subwords[i] for i in order),
+            tuple(counter[i + 1] for i in order),
+            counter[0],
+            sentences,
+            level,
+            trained.merges,
+            tuple(trained.scores[i] for i in order if trained.scores),
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Vocabulary":
@@ -137,14 +194,34 @@ class Vocabulary:
     def _ids(self) -> dict[str, int]:
         return {word: index for index, word in enumerate(self.words, start=_FIRST_ID)}
 
+    @cached_property
+    def _tokenizer(self) -> "Tokenizer | None":
+        """Splits words into subwords; None at the other levels."""
+        if self.level in ("bpe", "unigram"):
+            return make_tokenizer(self.level, Subwords(self.words, self.merges, self.scores))
+        return None
+
+    @property
+    def unit(self) -> str:
+        """What the tokens are: words, characters or subwords."""
+        return self.level if self.level in ("words", "characters") else "subwords"
+
     def encode(self, sentence: str) -> list[int]:
         """Returns the token ids of a sentence without END at its start and end."""
         return self.encode_tokens(self.tokenize(sentence))
 
     def tokenize(self, sentence: str) -> list[str]:
+        """Splits a sentence into words, which `encode_tokens` splits into subwords, or into characters."""
         return tokenize(sentence, self.level)
 
     def encode_tokens(self, tokens: Iterable[str]) -> list[int]:
+        """Returns the token ids of the output of `tokenize`.
+
+        Raises:
+            ConfigError: the package that splits words into subwords is not installed.
+        """
+        if self._tokenizer is not None:
+            return [number - 1 + _FIRST_ID for number in self._tokenizer.encode(mark_words(tokens)).ids]
         return [self._ids.get(token, UNKNOWN) for token in tokens]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -154,6 +231,8 @@ class Vocabulary:
             if index in (END, PAD):
                 break
             words.append("<unk>" if index == UNKNOWN else self.words[index - _FIRST_ID])
+        if self.unit == "subwords":
+            return join_subwords(words)
         return (" " if self.level == "words" else "").join(words)
 
     def log_frequencies(self) -> npt.NDArray[np.float32]:
@@ -162,7 +241,7 @@ class Vocabulary:
         return cast(npt.NDArray[np.float32], np.log(counts / counts.sum()).astype(np.float32))
 
     def unigram_perplexity(self, sentences: Iterable[Sequence[int]]) -> float:
-        """Computes the perplexity of sentences under the word frequencies alone.
+        """Computes the perplexity of sentences under a model that uses only the word frequencies (unigram model).
 
         `sentences` contains token ids, including END if END counts as a token.
         """

@@ -112,7 +112,7 @@ def write_checkpoint(
 
 
 def find_encoder_weights(folder: FolderLike, description: Mapping[str, Any]) -> str | None:
-    """Returns the address of the encoder's weights file, or None if the encoder was not fine-tuned with the model."""
+    """Returns the path or URL of the encoder's weights, or None if the encoder was not fine-tuned with the model."""
     source = open_folder(folder)
     return source.address(ENCODER) if description.get("weights") == "file" and source.exists(ENCODER) else None
 
@@ -167,7 +167,7 @@ def read_checkpoint(folder: FolderLike, kind: str) -> Checkpoint:
 
 
 def describe_checkpoint(folder: FolderLike) -> dict[str, Any]:
-    """Summarizes a checkpoint of any kind: configuration, sizes of vocabulary and datastore, and the saved epoch.
+    """Summarizes a checkpoint of any kind: its configuration, vocabulary, datastore, and metrics of the saved epoch.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
@@ -179,7 +179,9 @@ def describe_checkpoint(folder: FolderLike) -> dict[str, Any]:
     vocabulary = config.pop("vocabulary", {})
     training = _read_json(source, TRAINING) or {}
     history = training.get("history", [])
-    words = f"{len(vocabulary.get('words', [])):,} {vocabulary.get('level', 'words')}"
+    level = vocabulary.get("level", "words")
+    unit = level if level in ("words", "characters") else f"subwords ({level})"
+    words = f"{len(vocabulary.get('words', [])):,} {unit}"
     description = {**config, "vocabulary": words}
     if source.exists(DATASTORE):
         with source.open(DATASTORE) as file:
@@ -188,12 +190,12 @@ def describe_checkpoint(folder: FolderLike) -> dict[str, Any]:
 
 
 def open_folder(folder: FolderLike) -> Folder:
-    """Opens the folder at an address; returns a `Folder` unchanged."""
+    """Opens the folder at a path or URL; returns a `Folder` unchanged."""
     return folder if isinstance(folder, Folder) else Folder(folder)
 
 
 def damaged_error(folder: Folder, reason: str) -> CheckpointError:
-    """Returns the error of a damaged checkpoint."""
+    """Returns an error that says that a checkpoint is damaged."""
     return CheckpointError(f"checkpoint {folder.uri} is damaged: {reason}; copy it again, or train again")
 
 

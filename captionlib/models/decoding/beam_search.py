@@ -25,7 +25,7 @@ class _Continuations(NamedTuple):
     """The continuations that each group chose, best first; all tensors are `[groups, width]`.
 
     Attributes:
-        log_prob: log-probability of the whole sentence; -inf in unused places (a group may have fewer continuations).
+        log_prob: log-probability of the whole sentence; -inf if a group has fewer than `width` continuations.
         row: the row of the hypothesis that is extended.
         word: the word that extends it.
     """
@@ -64,6 +64,7 @@ class _BeamSearch:
         self._constraints = constraints
         self._images = len(start.words)
         self._width = config.beam_width // config.beam_groups
+        self._max_tokens = config.find_max_tokens()
         self._tokens = start.words.shape[1] - 1  # number of tokens in each hypothesis so far
         if config.beam_groups > 1:
             start = start.select(torch.arange(self._images, device=device).repeat_interleave(config.beam_groups))
@@ -72,7 +73,7 @@ class _BeamSearch:
         self._group = torch.arange(groups, device=device)  # group number of each hypothesis, ascending
         # Groups, log-probabilities, and words (END included) of the hypotheses that finished at each time step.
         self._finished: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._free = torch.full((groups, 1), self._width, device=device)  # places for unfinished hypotheses
+        self._free = torch.full((groups, 1), self._width, device=device)  # maximum number of unfinished hypotheses
         self._best_scores = torch.full((groups, config.pool_size), -torch.inf, device=device)  # of finished hypotheses
         self._ranks = torch.arange(self._width, device=device)
 
@@ -91,7 +92,7 @@ class _BeamSearch:
         log_prob, row, word = chosen
         selected = (log_prob > -torch.inf) & (self._ranks < self._free)
         finishing = selected & (word == END)
-        if self._tokens == self._config.max_tokens:
+        if self._tokens == self._max_tokens:
             finishing = selected
         self._finish(finishing, chosen)
         alive = selected & ~finishing
@@ -145,7 +146,7 @@ class _BeamSearch:
         return chosen
 
     def _finish(self, finishing: Tensor, chosen: _Continuations) -> None:
-        """Stores the continuations marked in `finishing`, `[groups, width] bool`, and frees their places."""
+        """Stores the continuations marked in `finishing`, `[groups, width] bool`, and makes the beam narrower."""
         group, rank = finishing.nonzero(as_tuple=True)
         rows, word = chosen.row[group, rank], chosen.word[group, rank]
         words = torch.cat([self._beam.words[rows, 1:], word[:, None]], 1)
@@ -161,7 +162,7 @@ class _BeamSearch:
         divided by max_tokens ** length_penalty. The bound falls with the log-probability, so all less probable
         hypotheses of this length are pruned too; pruning never lets a worse hypothesis into the beam.
         """
-        bound = log_prob / self._config.max_tokens**self._config.length_penalty
+        bound = log_prob / self._max_tokens**self._config.length_penalty
         can_improve: Tensor = bound > self._best_scores[:, -1:]
         return can_improve
 
@@ -172,7 +173,7 @@ def _top_continuations(scores: Tensor, group: Tensor, groups: int, width: int) -
     `scores` is `[rows, columns] float32`, and `group` is `[rows] int64` in ascending order.
 
     Returns:
-        Score, row and column of each continuation, `[groups, width]`; unused places have a score of -inf.
+        Score, row and column of each continuation, `[groups, width]`. If a group has fewer, the other scores are -inf.
     """
     rows, columns = scores.shape
     first_row = torch.searchsorted(group, torch.arange(groups, device=group.device))

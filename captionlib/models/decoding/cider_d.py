@@ -124,7 +124,7 @@ def _extract_ngrams(sentences: Sequence[Sequence[int]]) -> _Ngrams:
 class _NgramCounts:
     """Each n-gram's count in each sentence, and its idf weight divided by the norm of the sentence's tf-idf vector.
 
-    `column` holds the index of each n-gram among the distinct ones. `weights` holds the idf weight of each of these.
+    `column` contains the index of each n-gram among the distinct n-grams, and `weights` contains their idf weights.
     """
 
     def __init__(self, ngrams: _Ngrams, column: Indices, weights: Matrix) -> None:
@@ -142,7 +142,7 @@ class _NgramCounts:
     def at_least(self, times: int, factors: Indices | int, columns: Indices) -> Matrix:
         """Returns weight times factor for each n-gram that occurs at least `times` times, and 0 for the others.
 
-        `factors` holds the count of each n-gram, or is 1. The result is `[sentences, columns]`.
+        `factors` contains the count of each n-gram, or is 1. The result is `[sentences, columns]`.
         """
         matrix = np.zeros((self._rows, len(columns)))
         selected = (self.counts >= times) & np.isin(self._column, columns)

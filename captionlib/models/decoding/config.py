@@ -11,29 +11,32 @@ from captionlib.models.decoding.rerank import RerankConfig
 
 __all__ = ["DecodingConfig"]
 
+_DEFAULT_MAX_TOKENS = {"words": 20, "characters": 100, "subwords": 40}
+
 
 @configclass
 class DecodingConfig:
-    """How captions are decoded.
+    """How to decode captions.
 
     Attributes:
         strategy: `beam` searches for the most probable sentences, `sample` samples from the model.
         beam_width: hypotheses per image; 1 is greedy decoding.
         n_best: maximum number of candidates returned per image, at most `beam_width`. With `sample`, this many
             sentences are sampled, and duplicates are dropped.
-        max_tokens: sentences are truncated after this many tokens (words and END).
+        max_tokens: sentences are truncated after this many tokens (words, characters or subwords, and END). If None,
+            after 20 words, 100 characters or 40 subwords, or after `min_words` if that is more.
         length_penalty: the beam ranks candidates by log_prob / token_count ** length_penalty; 0 ranks by
             log-probability and favors short sentences.
-        rerank: how the candidates of the beam are reranked.
-        min_words: minimum length of a sentence; a shorter one ends only if no other word is allowed.
+        rerank: how to rerank the candidates of the beam.
+        min_words: minimum number of tokens in a sentence. A shorter sentence ends only if no other token is allowed.
         no_repeat_ngram_size: an n-gram of this size occurs at most once per sentence; 0 allows repetition.
-        forbidden_words: words that are never generated.
+        forbidden_words: words that are never generated; for models of words or characters.
         beam_groups: number of equally wide groups for diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424);
             must divide `beam_width`.
         diversity_penalty: penalty on a word's log-probability for each hypothesis of an earlier group with the same
             word at the same time step (lambda in the paper; 0.2 to 0.8 work well).
         temperature: sampling temperature; below 1 sharpens the distribution, above 1 flattens it.
-        top_k: sample from the k most probable words; if None, from all words.
+        top_k: sample from the k most probable words. If None, all words are used.
         top_p: sample from the smallest set of most probable words with at least this total probability (Holtzman et al.
             2020, arXiv 1904.09751), after `temperature` and `top_k`.
         seed: seed for sampling.
@@ -42,7 +45,7 @@ class DecodingConfig:
     strategy: Literal["beam", "sample"] = "beam"
     beam_width: PositiveInt = 5
     n_best: PositiveInt = 1
-    max_tokens: PositiveInt = 20
+    max_tokens: PositiveInt | None = None
     length_penalty: NonNegativeFloat = 0.7
     rerank: RerankConfig = field(default_factory=RerankConfig)
     min_words: NonNegativeInt = 0
@@ -56,7 +59,7 @@ class DecodingConfig:
     seed: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
-        if self.min_words > self.max_tokens:
+        if self.max_tokens is not None and self.min_words > self.max_tokens:
             raise ConfigError(
                 f"decoding: min_words must be at most max_tokens {self.max_tokens}, got {self.min_words}; "
                 "raise max_tokens or lower min_words"
@@ -67,6 +70,10 @@ class DecodingConfig:
             raise ConfigError("decoding: beam_groups is for strategy beam, got strategy sample; change one of them")
         elif self.rerank.method != "none":
             raise ConfigError("decoding: rerank is for strategy beam, got strategy sample; change one of them")
+
+    def find_max_tokens(self, unit: str = "words") -> int:
+        """Returns `max_tokens`, or its default for a vocabulary of words, characters or subwords."""
+        return self.max_tokens or max(_DEFAULT_MAX_TOKENS[unit], self.min_words)
 
     @property
     def pool_size(self) -> int:

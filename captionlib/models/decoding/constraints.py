@@ -21,11 +21,11 @@ class Constraints:
         self._ngram_size = config.no_repeat_ngram_size
 
     def apply(self, log_probs: Tensor, words: Tensor) -> None:
-        """Sets the log-probability of forbidden words to -inf, in place. If no word is allowed, END always is.
+        """Sets the log-probability of forbidden words to -inf, in place. END is allowed if no other word is.
 
         Args:
             log_probs: `[rows, vocabulary_size] float32`, log-probabilities of the next word.
-            words: `[rows, count] int64`, the words so far, without the initial END that starts a sentence.
+            words: `[rows, count] int64`, the words so far, without END as the start token.
         """
         too_short = words.shape[1] < self._min_words
         end = log_probs[:, END].clone() if too_short else None
@@ -48,12 +48,17 @@ def find_forbidden_ids(words: Iterable[str], vocabulary: Vocabulary | None) -> l
     """Returns the ids of `words`, ignoring case, and of UNKNOWN, which stands for all words outside the vocabulary.
 
     Raises:
-        ConfigError: an entry is not a single word, or there is no vocabulary.
+        ConfigError: an entry is not a single word, or there is no vocabulary, or its tokens are subwords.
     """
     forbidden = {UNKNOWN}
     for word in words:
         if vocabulary is None:
             raise ConfigError("decoding: forbidden_words need the model's vocabulary; pass it to the Decoder")
+        if vocabulary.unit == "subwords":
+            raise ConfigError(
+                f"decoding: forbidden_words need a model of whole words, got one of subwords ({vocabulary.level}), "
+                "which can spell a word in several ways; leave forbidden_words out"
+            )
         ids = vocabulary.encode(word)
         if len(ids) != 1:
             raise ConfigError(

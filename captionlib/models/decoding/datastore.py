@@ -125,7 +125,7 @@ def write_datastore(
 ) -> None:
     """Writes the datastore into a captioner's checkpoint, completely or not at all.
 
-    The datastore's fingerprint covers the captioner, `features_fingerprint` (of the source dataset) and the splits.
+    The fingerprint of the datastore depends on the captioner, `features_fingerprint` (of the source) and the splits.
     """
     origin = {"captioner": captioner.fingerprint, "features": features_fingerprint, "splits": list(splits)}
     schema = pa.schema(

@@ -1,6 +1,7 @@
 """Generates captions for images by beam search or sampling."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +28,9 @@ class Decoder:
 
     Args:
         model: the captioner; decoding runs on its device.
-        config: how captions are decoded; if None, `DecodingConfig()`.
+        config: how to decode captions. If None, `DecodingConfig()` is used.
         dtype: dtype of the captioner's computation, float32 or bfloat16; log-probabilities are summed in float32.
-        vocabulary: the captioner's vocabulary; required only for `forbidden_words`.
+        vocabulary: the captioner's vocabulary; required only for `forbidden_words`, and unless tokens are words.
         datastore: features and references of the captioner's training images; required only for `rerank.neighbors`.
 
     Raises:
@@ -45,7 +46,11 @@ class Decoder:
         vocabulary: Vocabulary | None = None,
         datastore: Datastore | None = None,
     ) -> None:
-        self.config = config or DecodingConfig()
+        config = config or DecodingConfig()
+        self.config = replace(config, max_tokens=config.find_max_tokens(vocabulary.unit if vocabulary else "words"))
+        self._spell: Callable[[list[int]], Hashable] = tuple
+        if vocabulary is not None and vocabulary.unit == "subwords":
+            self._spell = vocabulary.decode
         self._incremental = IncrementalCaptioner(model, dtype)
         self._reranker: Reranker | None = None
         if self.config.rerank.method != "none":
@@ -85,7 +90,7 @@ class Decoder:
             raise DatasetError(
                 f"features: expected finite values, got infinity or NaN in row {rows} of the batch; extract them again"
             )
-        if len(prefix) >= self.config.max_tokens:
+        if len(prefix) >= self.config.find_max_tokens():
             raise ConfigError(
                 f"decoding: expected a prefix of fewer tokens than max_tokens {self.config.max_tokens}, got "
                 f"{len(prefix)}; raise max_tokens or shorten the prefix"
@@ -116,10 +121,11 @@ class Decoder:
         return [pool[: self.config.n_best] for pool in pools]
 
     def _select_pool(self, candidates: list[Candidate]) -> list[Candidate]:
-        """Returns the best distinct candidates of an image."""
+        """Returns the best distinct candidates of an image. Subwords that spell the same text are not distinct."""
         exponent = self.config.length_penalty
-        distinct: dict[tuple[int, ...], Candidate] = {}
-        for candidate in candidates:
-            distinct.setdefault((candidate.token_count, *candidate.token_ids), candidate)
-        ranked = sorted(distinct.values(), key=lambda each: each.log_prob / each.token_count**exponent, reverse=True)
-        return ranked[: self.config.pool_size]
+        ranked = sorted(candidates, key=lambda each: each.log_prob / each.token_count**exponent, reverse=True)
+        distinct: dict[Hashable, Candidate] = {}
+        for candidate in ranked:
+            is_truncated = candidate.token_count == len(candidate.token_ids)
+            distinct.setdefault((is_truncated, self._spell(candidate.token_ids)), candidate)
+        return list(distinct.values())[: self.config.pool_size]

@@ -33,14 +33,14 @@ Weights = npt.NDArray[np.float64]
 
 @configclass
 class RerankConfig:
-    """How the candidates of the beam are reranked.
+    """How to rerank the candidates of the beam.
 
     Attributes:
         method: `mbr` ranks by minimum Bayes risk on CIDEr-D; `none` keeps the order of the beam.
         temperature: candidates are weighted by p ** (1 / temperature); a low value favors the most probable ones.
             3 works well with a beam of 30; with neighbors, 4 to 8 and a wider beam.
-        pool_size: number of the beam's best candidates to rerank; if None, the whole beam.
-        neighbors: number of similar training images whose references are compared too; 60 works well. Requires the
+        pool_size: number of the beam's best candidates to rerank. If None, the whole beam is reranked.
+        neighbors: number of similar training images whose references are also compared; 60 works well. Requires the
             captioner's datastore (`captionlib build-datastore`).
         mutual_information_weight: exponent w that favors captions more probable for this image than for the average
             training image; 0.02 works well.
@@ -65,7 +65,7 @@ class Reranker:
     """Reranks the candidates of many images.
 
     Args:
-        config: how candidates are reranked.
+        config: how to rerank the candidates.
         captioner: the captioner, wrapped for step-by-step decoding; also scores candidates for the average image.
         datastore: the captioner's datastore; required only for neighbors.
 
@@ -128,8 +128,8 @@ def rerank_candidates(
         candidates: distinct candidates.
         temperature: see `RerankConfig`.
         cider: computes CIDEr-D.
-        neighbors: references of similar images; if None, they are not used.
-        factors: `[candidates]`, multiplied into the scores; if None, they are not used.
+        neighbors: references of similar images. If None, the scores do not depend on neighbors.
+        factors: `[candidates]`, factors of the scores. If None, all factors are 1.
     """
     log_probs = np.array([candidate.log_prob for candidate in candidates])
     weights = np.exp((log_probs - log_probs.max()) / temperature)

@@ -33,7 +33,7 @@ def sample_captions(
     device, per_image = incremental.device, config.n_best
     sentence = torch.arange(len(keys) * per_image, device=device)  # sentence of each row
     log_prob, words, state = start.select(sentence // per_image)
-    steps = config.max_tokens - (words.shape[1] - 1)
+    steps = config.find_max_tokens() - (words.shape[1] - 1)
     uniforms = generate_uniforms(keys, per_image, steps, config.seed).to(device)
     candidates: dict[int, Candidate] = {}
     for step in range(steps):

@@ -22,7 +22,7 @@ class TextSample:
     Attributes:
         text: the prefix and its continuation.
         log_prob: ln p(text), the prefix included.
-        tokens: number of words or characters, including END if it was reached.
+        tokens: number of words, characters or subwords, including END if it was reached.
     """
 
     text: str
@@ -37,23 +37,23 @@ def sample_texts(
 
     Args:
         language_model: the model.
-        config: how texts are sampled. After the prefix, a sentence has at most `max_tokens` tokens, and running text,
+        config: how to sample texts. After the prefix, a sentence has at most `max_tokens` tokens, and running text,
             which has no END, has exactly `max_tokens`.
         count: number of texts. With the same seed, a larger count only adds texts.
         prefix: text that every sample starts with.
 
     Raises:
-        ConfigError: the prefix contains a word or character outside the model's vocabulary.
+        ConfigError: the prefix contains a word or character that the model's vocabulary cannot express.
     """
     vocabulary = language_model.vocabulary
     ids = vocabulary.encode(prefix)
     if UNKNOWN in ids:
-        unknown = [part for part in vocabulary.tokenize(prefix) if vocabulary.encode_tokens([part]) == [UNKNOWN]]
+        unknown = [part for part in vocabulary.tokenize(prefix) if UNKNOWN in vocabulary.encode_tokens([part])]
         raise ConfigError(
-            f"prefix: expected {vocabulary.level} of the model's vocabulary, got {', '.join(map(repr, unknown))}; "
+            f"prefix: expected {vocabulary.unit} of the model's vocabulary, got {', '.join(map(repr, unknown))}; "
             "use a different prefix"
         )
-    longest = len(ids) + config.max_tokens
+    longest = len(ids) + config.find_max_tokens(vocabulary.unit)
     shortest = longest if language_model.layout == "continuous" else config.min_words
     bounded = replace(config, max_tokens=longest, min_words=shortest, n_best=1)
     decoder = Decoder(language_model.model, bounded, vocabulary=vocabulary)

@@ -38,7 +38,7 @@ class ActivationConfig:
             each including the batch normalization and the activation function that follow it.
         max_layers: maximum number of convolutional layers; if there are more, evenly spaced ones are selected.
         top_classes: number of most probable classes to report.
-        resize_size: shorter side of the image before the crop, in pixels; if None, the size used in training.
+        resize_size: shorter side of the image before the crop, in pixels. If None, the size used in training is used.
     """
 
     model: str = "vgg16"
@@ -83,7 +83,7 @@ def compute_activations(uri: str | os.PathLike[str], config: ActivationConfig, d
     """Runs a network on an image and returns the outputs of its layers.
 
     Args:
-        uri: path or address of the image.
+        uri: path or URL of the image.
         config: the network and its layers.
         device: auto, cpu, cuda or cuda:N.
 

@@ -1,6 +1,6 @@
 """Encoders: torchvision networks, truncated at a graph node, that compute image features from pixels."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from captionlib.config import configclass
-from captionlib.data.images.decoding import DecodeScale, Preprocessing
+from captionlib.data.images.decoding import DecodeScale, Preprocessing, Shrinking
 from captionlib.errors import ConfigError
 from captionlib.models.devices import copy_to_host_async, halve_on_out_of_memory, resolve_device
 from captionlib.models.encoders.network import EncoderNetwork, require_finite, truncate_network
@@ -26,10 +26,19 @@ from captionlib.models.encoders.weights import (
 )
 from captionlib.storage.folders import resolve_address
 
-__all__ = ["Encoder", "EncoderConfig", "PendingFeatures", "describe_finetuned_encoder", "load_encoder"]
+__all__ = [
+    "Encoder",
+    "EncoderConfig",
+    "PendingFeatures",
+    "describe_finetuned_encoder",
+    "describe_preprocessing",
+    "load_encoder",
+]
 
 PendingFeatures = Callable[[], npt.NDArray[np.floating]]
 """Function that waits for the features of a batch and returns them."""
+
+Pixels = Sequence[npt.NDArray[np.uint8]] | npt.NDArray[np.uint8]
 
 
 @configclass
@@ -43,11 +52,11 @@ class EncoderConfig:
         missing_weights: what to do if `weights` lack layers: `error`, or `random:SEED` to sample them.
         pooling: `none` keeps a spatial feature map whole; `mean` and `max` reduce it over positions.
         dtype: dtype of the computation.
-        resize_size: shorter side of the image before the crop, in pixels; if None, the size used in training.
+        resize_size: shorter side of the image before the crop, in pixels. If None, the size used in training is used.
         stored_dtype: dtype that features are rounded to before any use, so that captions are the same whether they
             are generated from images or from stored features.
         decode_scale: `fast` decodes large JPEG files at a reduced scale, which changes the features slightly; `exact`
-            does not. If None, the scale used in training, or `exact`.
+            does not. If None, the scale used in training is used, or `exact` if it is unknown.
     """
 
     model: str = "vgg16"
@@ -91,7 +100,7 @@ class EncoderConfig:
         )
 
     def resolve_weights_path(self) -> "EncoderConfig":
-        """Returns a copy with the absolute address of a weights file, for workers with other working directories."""
+        """Returns a copy with the absolute path of a weights file, for workers with different working directories."""
         return replace(self, weights=resolve_address(self.weights)) if is_weights_file(self.weights) else self
 
 
@@ -100,7 +109,7 @@ class Encoder:
 
     Attributes:
         network: the network.
-        preprocessing: how an image is turned into the network's input.
+        preprocessing: how to convert an image to the input of the network.
         device: the device of the network.
         shape: shape of the features of one image: `[size]`, or `[positions, channels]` for an unpooled feature map.
         description: everything that determines the features, including a hash of the weights.
@@ -129,7 +138,7 @@ class Encoder:
             "pooling": config.pooling,
             "dtype": config.dtype,
             "stored_dtype": config.stored_dtype,
-            "preprocessing": _describe_preprocessing(preprocessing),
+            "preprocessing": describe_preprocessing(preprocessing),
             "shape": self.shape,
         }
 
@@ -138,11 +147,11 @@ class Encoder:
         """Number of values in the features of one image."""
         return int(np.prod(self.shape))
 
-    def encode(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.floating]:
+    def encode(self, images: Pixels) -> npt.NDArray[np.floating]:
         """Encodes a batch and waits for its features; see `encode_async`."""
         return self.encode_async(images)()
 
-    def encode_async(self, images: npt.NDArray[np.uint8]) -> PendingFeatures:
+    def encode_async(self, images: Pixels) -> PendingFeatures:
         """Starts encoding a batch. Batches that exceed the memory of the device are halved.
 
         To keep a GPU busy, start the next batch before waiting for the features of the current one. Copies and
@@ -155,7 +164,8 @@ class Encoder:
             A function that waits for the features and returns them: `[batch, size]` or `[batch, positions, channels]`
             of the stored dtype. It raises DatasetError if they overflow that dtype.
         """
-        parts = halve_on_out_of_memory(lambda part: self._start_batch(images[part]), len(images))
+        pixels = np.asarray(images)
+        parts = halve_on_out_of_memory(lambda part: self._start_batch(pixels[part]), len(pixels))
         return parts[0] if len(parts) == 1 else lambda: np.concatenate([wait() for wait in parts])
 
     @torch.inference_mode()
@@ -210,10 +220,12 @@ def describe_finetuned_encoder(description: Mapping[str, Any], weights: Mapping[
     return {**description, **changes}
 
 
-def _describe_preprocessing(preprocessing: Preprocessing) -> dict[str, Any]:
-    values = {**asdict(preprocessing), "mean": list(preprocessing.mean), "std": list(preprocessing.std)}
-    if preprocessing.decode_scale == "exact":  # omitted, so that the fingerprints of older datasets remain valid
-        del values["decode_scale"]
+def describe_preprocessing(preprocessing: Preprocessing | Shrinking) -> dict[str, Any]:
+    """Returns the settings of a preprocessing as JSON values, for fingerprints."""
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(preprocessing).items()}
+    for name, default in (("decode_scale", "exact"), ("stretch", False)):
+        if values.get(name) == default:  # omitted, so that the fingerprints of older datasets remain valid
+            del values[name]
     return values
 
 

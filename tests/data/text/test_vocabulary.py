@@ -98,5 +98,7 @@ def test_character_level_keeps_every_character() -> None:
 def test_from_dict_rejects_an_unknown_level() -> None:
     values = Vocabulary.from_captions(["a dog"], min_count=1).to_dict()
     assert Vocabulary.from_dict({name: value for name, value in values.items() if name != "level"}).level == "words"
-    with pytest.raises(ConfigError, match="level: Input should be 'words' or 'characters', got 'syllables'"):
+    with pytest.raises(
+        ConfigError, match="level: Input should be 'words', 'characters', 'bpe' or 'unigram', got 'syllables'"
+    ):
         Vocabulary.from_dict({**values, "level": "syllables"})

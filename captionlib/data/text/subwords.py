@@ -1,0 +1,135 @@
+"""Trains subwords, and splits words into them, with Hugging Face's `tokenizers`.
+
+    bpe      merges the most frequent pair of adjacent subwords, repeatedly (Sennrich et al. 2016, arXiv 1508.07909)
+    unigram  splits a word into its most probable subwords (Kudo 2018, arXiv 1804.10959)
+
+The first subword of a word starts with the character U+2581, which no word contains.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, repeat
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from captionlib.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["SubwordLevel", "Subwords", "join_subwords", "make_tokenizer", "mark_words", "train_subwords"]
+
+SubwordLevel = Literal["bpe", "unigram"]
+
+_WORD_START = "\u2581"
+_UNKNOWN = "<unk>"  # id 0 of the tokenizer; no word contains the symbol <
+# The library gives characters that are not worth a score of their own the lowest score and multiples of a step above
+# it, and sums scores, both in random order.
+_SCORE_STEP = 1e-4
+_SCORE_DECIMALS = 6
+
+
+class Subwords(NamedTuple):
+    """Trained subwords.
+
+    Attributes:
+        subwords: all subwords, in any order.
+        merges: for `bpe`, the pairs to merge, in this order.
+        scores: for `unigram`, ln p of each subword.
+    """
+
+    subwords: tuple[str, ...]
+    merges: tuple[tuple[str, str], ...] = ()
+    scores: tuple[float, ...] = ()
+
+
+def train_subwords(words: Mapping[str, int], level: SubwordLevel, size: int, min_count: int) -> Subwords:
+    """Trains at most `size` subwords on words and their frequencies. The same words give the same subwords.
+
+    Characters with fewer occurrences than `min_count` are excluded. `bpe` merges no pair with fewer occurrences.
+
+    Raises:
+        ConfigError: `tokenizers` is not installed, or the words have more than `size` different characters.
+    """
+    _require_tokenizers()
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    characters = _count_characters(words)
+    frequent = {word: count for word, count in words.items() if all(characters[c] >= min_count for c in word)}
+    alphabet = {character for word in frequent for character in word}
+    if len(alphabet) >= size:  # the start of a word counts as a character
+        raise ConfigError(
+            f"vocabulary_size: expected more than {len(alphabet)}, the number of different characters in the captions, "
+            f"got {size}; raise it, or raise min_count"
+        )
+    options: dict[str, Any] = {"vocab_size": size + 1, "special_tokens": [_UNKNOWN], "show_progress": False}
+    if level == "bpe":
+        tokenizer = Tokenizer(models.BPE(unk_token=_UNKNOWN))
+        trainer: Any = trainers.BpeTrainer(min_frequency=min_count, **options)
+    else:
+        tokenizer = Tokenizer(models.Unigram())
+        trainer = trainers.UnigramTrainer(unk_token=_UNKNOWN, **options)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    marked = (repeat(_WORD_START + word, count) for word, count in sorted(frequent.items()))
+    tokenizer.train_from_iterator(chain.from_iterable(marked), trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    if level == "bpe":
+        return Subwords(tuple(sorted({*model["vocab"]} - {_UNKNOWN})), merges=tuple(map(tuple, model["merges"])))
+    scores = {subword: score for subword, score in model["vocab"] if subword != _UNKNOWN}
+    subwords = tuple(sorted(scores))
+    lowest = min(scores.values(), default=0.0)
+    reserved = lowest + _SCORE_STEP * (len(alphabet) + 1)
+    return Subwords(
+        subwords,
+        scores=tuple(
+            round(lowest if len(subword) == 1 and scores[subword] < reserved else scores[subword], _SCORE_DECIMALS)
+            for subword in subwords
+        ),
+    )
+
+
+def make_tokenizer(level: SubwordLevel, trained: Subwords) -> "Tokenizer":
+    """Returns a tokenizer of the output of `mark_words`. The id of `trained.subwords[i]` is i + 1, and 0 is unknown.
+
+    Raises:
+        ConfigError: `tokenizers` is not installed.
+    """
+    _require_tokenizers()
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    ids = {subword: number for number, subword in enumerate((_UNKNOWN, *trained.subwords))}
+    if level == "bpe":
+        tokenizer = Tokenizer(models.BPE(vocab=ids, merges=list(trained.merges), unk_token=_UNKNOWN))
+    else:
+        scores = list(zip(ids, (0.0, *trained.scores), strict=True))
+        tokenizer = Tokenizer(models.Unigram(scores, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def mark_words(words: Iterable[str]) -> str:
+    """Returns the words as one text, in which the start of each word is marked."""
+    return " ".join(_WORD_START + word for word in words)
+
+
+def join_subwords(subwords: Sequence[str]) -> str:
+    """Joins subwords to words, separated by spaces."""
+    return "".join(subwords).replace(_WORD_START, " ").strip()
+
+
+def _count_characters(words: Mapping[str, int]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for word, count in words.items():
+        for character in word:
+            counts[character] = counts.get(character, 0) + count
+    return counts
+
+
+def _require_tokenizers() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise the library warns in forked processes
+    try:
+        import tokenizers  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "level bpe and unigram need an extra package; run pip install 'captionlib[subwords]'"
+        ) from error
