@@ -47,6 +47,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "caption": "Caption single images and print the result.",
         "embed": "Embed every image with a ranker.",
         "sample": "Print text that a language model generates.",
+        "export": "Export images with their captions as WebDataset or for Hugging Face.",
         "export-captions": "Export captions to COCO's or NeuralTalk's JSON.",
     },
     "Evaluate": {
@@ -68,6 +69,7 @@ _KEPT = {
     "Finished datasets are kept": {"compact"},
     "Finished shards are kept": {
         *("update", "prepare", "extract-features", "import-features", "generate-captions", "embed", "build-index"),
+        "export",
     },
     "The last saved state of the training is kept": {"train-captioner", "train-ranker", "train-language-model"},
 }
