@@ -48,6 +48,8 @@ def command(folders: tuple[str, ...], shard_size: int | None, progress: bool) ->
                 addresses += [address for address in collection.list_datasets() if Folder(address).list()]
             elif not Folder(folder).exists(DESCRIPTION):
                 addresses.append(folder)
+        for address in addresses:
+            stack.enter_context(lock_folder(open_dataset(address).folder, "captionlib compact"))
         plans = plan_compaction([open_dataset(address) for address in addresses], shard_size)
         with progress_bar("compact", sum(plan.images for plan in plans), "images", progress) as bar:
             for plan in plans:

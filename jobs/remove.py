@@ -39,7 +39,7 @@ def command(
     """Remove images from a collection, or from the manifest, datasets and indexes in FOLDER.
 
     Afterwards, no file contains the ids. Later updates of the manifest skip the images, because the manifest lists
-    hashes of their ids in `_removed.jsonl`. The image files themselves are not deleted. Models that were trained on the
+    hashes of their ids in `_removed.json`. The image files themselves are not deleted. Models that were trained on the
     images do not change. To remove the images from a model, train it again and run `build-datastore` again.
 
     \b
@@ -88,8 +88,9 @@ def _read_ids(file: str) -> list[str]:
 def _find_datasets(
     folders: Sequence[str], stack: ExitStack, command_name: str, dry_run: bool
 ) -> tuple[list[str], list[str]]:
-    """Returns the addresses of the datasets and of the indexes. Locks collections until `stack` is closed."""
+    """Returns the addresses of the datasets and of the indexes. Locks all but indexes until `stack` is closed."""
     from captionlib.collection import is_collection, open_collection
+    from captionlib.data.shards.dataset import open_dataset
     from captionlib.search.index_folder import DESCRIPTION
     from captionlib.storage.folders import Folder
     from captionlib.storage.lock import lock_folder
@@ -110,6 +111,9 @@ def _find_datasets(
             indexes.append(folder)
         else:
             datasets.append(folder)
+    if not dry_run:
+        for address in datasets:
+            stack.enter_context(lock_folder(open_dataset(address).folder, command_name))
     return datasets, indexes
 
 

@@ -7,7 +7,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from captionlib.collection import open_collection
-from captionlib.data.shards.dataset import open_dataset
+from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.errors import CaptionlibError, ConfigError, DatasetError, LockError, QueryError
 from captionlib.search.index import open_index
 from captionlib.storage.folders import Folder
@@ -90,6 +90,14 @@ def test_update_without_changes_writes_nothing(collection: Path) -> None:
 def test_second_update_at_the_same_time_is_refused(collection: Path) -> None:
     with lock_folder(Folder(collection), "captionlib update"), pytest.raises(LockError, match="is in use by"):
         update(collection)
+
+
+@pytest.mark.parametrize("command", [("remove", "--id", "red.png"), ("compact", "--shard-size", "2")])
+def test_dataset_that_another_command_changes_is_refused(manifest: ShardedDataset, command: tuple[str, ...]) -> None:
+    name, *options = command
+    with lock_folder(manifest.folder, "captionlib prepare"), pytest.raises(LockError, match="is in use by"):
+        run(name, manifest.folder.uri, *options)
+    assert run(name, manifest.folder.uri, *options).exit_code == 0
 
 
 def test_several_sources_are_indexed_together(tmp_path: Path, trained: Path, ranker: Path) -> None:

@@ -64,7 +64,7 @@ def update_shards(dataset: ShardedDataset, shards: int, **changes: Any) -> Itera
     complete = dataset.is_complete()
     try:
         yield staged
-        written = {part_name(shard): marker.checksum for shard, marker in sorted(staged.read_markers().items())}
+        written = {part_name(shard): _identify(marker) for shard, marker in sorted(staged.read_markers().items())}
         if folder.exists(JOURNAL_FILE) or open_dataset(folder.uri).compute_content_checksum() != before:
             raise DatasetError(
                 f"{folder.uri}: another command updated this dataset at the same time; run this one again"
@@ -130,9 +130,9 @@ def _read_journal(folder: Folder) -> dict[str, Any] | None:
 def _require_staged(folder: Folder, staging: str, written: dict[str, str]) -> None:
     """Raises DatasetError if a shard is neither staged nor in place. If none is in place, the update is dropped."""
     moved, missing = [], []
-    for name, checksum in written.items():
+    for name, identity in written.items():
         current = _read_marker(folder, f"{MARKERS_FOLDER}/{name}.json")
-        if current is not None and current.checksum == checksum:
+        if current is not None and _identify(current) == identity:
             moved.append(name)
         elif _read_marker(folder, f"{staging}/{MARKERS_FOLDER}/{name}.json") is None:
             missing.append(name)
@@ -151,7 +151,7 @@ def _move_shard(folder: Folder, staging: str, name: str) -> None:
     current = _read_marker(folder, f"{MARKERS_FOLDER}/{name}.json")
     if new is None or current == new:
         return  # this shard was moved before
-    if current is not None and current.checksum != new.checksum:
+    if current is not None and _identify(current) != _identify(new):
         write_marker(folder, replace(new, previous=replace(current, previous=None)))
     folder.move(f"{staging}/{name}.parquet", f"{name}.parquet")
     failures = f"{FAILURES_FOLDER}/{name}.parquet"
@@ -160,6 +160,11 @@ def _move_shard(folder: Folder, staging: str, name: str) -> None:
     else:
         folder.remove_file(failures)
     write_marker(folder, new)
+
+
+def _identify(marker: Marker) -> str:
+    """Returns the checksums of the files of a shard."""
+    return f"{marker.checksum} {marker.failures_checksum}"
 
 
 def _read_marker(folder: Folder, name: str) -> Marker | None:
