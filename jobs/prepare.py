@@ -73,7 +73,12 @@ __all__ = ["command"]
     metavar="NAME",
     help="Tables: column that changes when the image does. [default: size and time of a local file, or the uri]",
 )
-@click.option("--shard-size", type=click.IntRange(min=1), help="Images per shard of a new manifest. [default: 1000]")
+@click.option(
+    "--shard-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Images per shard of a new manifest. [default: 1000 up to 100,000 images, 10,000 for 10 million]",
+)
 @click.option(
     "--check-images/--no-check-images",
     default=True,

@@ -16,6 +16,7 @@ from captionlib.models.inference.captioning import (
 )
 from captionlib.models.inference.embedding import SHARED_RANKERS, create_embeddings_dataset
 from captionlib.models.inference.feature_source import find_model_input
+from captionlib.storage.folders import resolve_address
 from pipelines.run import RunConfig, run_job
 
 __all__ = ["generate_captions"]
@@ -64,6 +65,8 @@ def generate_captions(
     """
     if (ranker is None) != (embeddings is None):
         raise ConfigError("--ranker and --embeddings require each other; specify both or neither")
+    if embeddings is not None and resolve_address(embeddings) == resolve_address(output):
+        raise ConfigError(f"--output and --embeddings: expected different folders, got {os.fspath(output)} twice")
     config = replace(config, loading=run.limit_decoder_processes(config.loading))
     dataset = open_dataset(source).require_complete()
     driver_device, worker_device = run.resolve_devices(device)
