@@ -62,7 +62,7 @@ def write_source(folder: Path, count: int) -> list[Path]:
     return paths
 
 
-def change_source(folder: Path, images: list[Path]) -> tuple[dict[str, int], int]:
+def change_source(folder: Path, images: list[Path]) -> tuple[dict[str, str], int]:
     """Adds, changes and removes images, and replaces all others by zeros.
 
     Returns:
@@ -89,20 +89,20 @@ def change_source(folder: Path, images: list[Path]) -> tuple[dict[str, int], int
             status = path.stat()
             path.write_bytes(bytes(len(content)))
             os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-        expected[image_id] = hash_content(content)
+        expected[image_id] = f"{hash_content(content):016x}"
     template = (folder / "templates" / "000000.jpg").read_bytes()
     for number in range(new):
         path = images[generator.randrange(len(images))].with_name(f"new-{number:06d}.jpg")
         content = template + f"new {number}".encode()
         path.write_bytes(content)
-        expected[path.relative_to(folder / "images").as_posix()] = hash_content(content)
+        expected[path.relative_to(folder / "images").as_posix()] = f"{hash_content(content):016x}"
     return expected, new + different
 
 
-def count_wrong(collection: Path, expected: dict[str, int]) -> int:
+def count_wrong(collection: Path, expected: dict[str, str]) -> int:
     """Returns the number of images whose row is missing, superfluous or not that of the expected content."""
     captions = open_dataset(collection / "images" / "captions").require_complete()
-    found: dict[str, int] = {}
+    found: dict[str, str] = {}
     for shard in range(captions.shards):
         rows = captions.read(shard, ["image_id", "content_hash"])
         found |= zip(rows["image_id"].to_pylist(), rows["content_hash"].to_pylist(), strict=True)

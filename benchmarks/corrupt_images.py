@@ -3,6 +3,7 @@
 A failure is an image that could not be read, with the reason.
 """
 
+import argparse
 import io
 import json
 import re
@@ -22,10 +23,11 @@ from benchmarks.bars import report
 from benchmarks.synthetic_images import write_images
 from captionlib.data.images.decoder_pool import DecoderConfig
 from captionlib.data.images.decoding import Preprocessing
+from captionlib.data.images.formats import FORMATS
 from captionlib.data.images.loading import LoadingConfig, open_loader
 from captionlib.errors import ImageError
 
-VALID, FLIPPED = 200, 300
+VALID, FLIPPED = 200, 500
 LOADING = LoadingConfig(decode=DecoderConfig(processes=2))
 PREPROCESSING = Preprocessing(256, 224, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -34,7 +36,7 @@ IMAGE = {"valid", "misnamed", "cmyk", "16-bit", "animated", "palette", "alpha", 
 FAILURE = {"truncated", "empty", "text", "enormous", "other-format"}
 
 
-def write_files(folder: Path) -> None:
+def write_files(folder: Path, flipped: int, seed: int) -> None:
     """Writes valid files to `valid/`, and files of all kinds to `mixed/`. Most are named `KIND-NUMBER.EXTENSION`."""
     valid = [path.rename(path.with_name(f"valid-{path.name}")) for path in write_images(folder / "valid", VALID)]
     mixed = folder / "mixed"
@@ -42,10 +44,14 @@ def write_files(folder: Path) -> None:
     for path in valid:
         (mixed / path.name).write_bytes(path.read_bytes())
     image = Image.open(valid[0])
-    formats = {kind: encode(image, kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")}
+    formats = {each.name: encode(image, each.plugins[0]) for each in FORMATS if each.plugins[0] in Image.SAVE}
+    contents = list(formats.values())
+    print(f"# formats: {', '.join(formats)}")
     files = {f"truncated-{kind}{part}": c[: len(c) * part // 10] for kind, c in formats.items() for part in (1, 5, 9)}
-    files |= {f"flipped-{number}": flip_bits(list(formats.values())[number % 6], number) for number in range(FLIPPED)}
-    files |= {f"misnamed-{number}.txt": content for number, content in enumerate(formats.values())}
+    files |= {
+        f"flipped-{number}": flip_bits(contents[number % len(contents)], seed + number) for number in range(flipped)
+    }
+    files |= {f"misnamed-{number}.txt": content for number, content in enumerate(contents)}
     files |= {
         "empty-1.jpg": b"",
         "text-1.jpg": b"Not found\n" * 100,
@@ -127,14 +133,19 @@ def is_accounted(name: str, outcome: str | None) -> bool:
 
 def main() -> None:
     """Loads the valid files and then all files, in separate processes."""
-    if len(sys.argv) == 2:
-        load_folder(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--flipped", type=int, default=FLIPPED, help="number of files with flipped bits")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if options.load is not None:
+        load_folder(options.load)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        write_files(Path(scratch))
+        write_files(Path(scratch), options.flipped, options.seed)
         results = []
         for name in ("valid", "mixed"):
-            command = [sys.executable, "-m", "benchmarks.corrupt_images", str(Path(scratch) / name)]
+            command = [sys.executable, "-m", "benchmarks.corrupt_images", "--load", str(Path(scratch) / name)]
             results.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
             print(f"# {name}: {results[-1]['peak'] / 1024:.0f} MB, {dict(Counter(results[-1]['outcomes'].values()))}")
         names = sorted(path.name for path in (Path(scratch) / "mixed").iterdir())

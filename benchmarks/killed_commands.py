@@ -20,13 +20,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from benchmarks.bars import report
-from benchmarks.tiny_project import COMMANDS, Command, call, create_project
+from benchmarks.tiny_project import COMMANDS, Command, call, create_project, read_outputs, set_up
 from captionlib.search.index_folder import read_description
 from captionlib.storage.folders import Folder
 
 RUNS = 200
 STAGES = (
     *("prepare", "extract-features", "train-captioner", "train-ranker", "generate-captions", "embed", "build-index"),
+    *("deduplicate", "update", "remove"),
 )
 # The commands import these modules when they run. Loaded beforehand, they do not dominate the time of a command.
 PRELOADED = (
@@ -44,28 +45,30 @@ def count_identical_outputs(folder: Path, runs: int, seed: int = 0) -> int:
     commands = [command for command in COMMANDS if command.name in STAGES]
     expected, seconds = {}, {}
     for command in commands:
-        output = _make(folder / "undisturbed" / command.name)
-        start_command(context, command, project, output).join()  # warms the file cache
-        shutil.rmtree(output)
-        started = time.monotonic()
-        start_command(context, command, project, _make(output)).join()
-        seconds[command.name] = time.monotonic() - started
-        expected[command.name] = read_output(command, output)
-        if not expected[command.name]:
+        output = folder / "undisturbed"
+        for _ in range(2):  # the first run warms the file cache
+            shutil.rmtree(output, ignore_errors=True)
+            set_up(command, project, output)
+            started = time.monotonic()
+            start_command(context, command, project, output).join()
+            seconds[command] = time.monotonic() - started
+        expected[command] = read_output(command, output)
+        if not expected[command]:
             raise RuntimeError(f"{command.name} wrote nothing")
     generator = random.Random(seed)
     identical = 0
     for run in range(runs):
         command = commands[run % len(commands)]
-        output = _make(folder / f"run{run}")
+        output = folder / f"run{run}"
+        set_up(command, project, output)
         process = start_command(context, command, project, output)
-        moment = generator.uniform(0, seconds[command.name])
+        moment = generator.uniform(0, seconds[command])
         action = generator.choice([kill, kill, suspend])
         time.sleep(moment)
         action(process)
         left = wait_for_processes(process.pid or 0)
         start_command(context, command, project, output).join()
-        same = read_output(command, output) == expected[command.name]
+        same = read_output(command, output) == expected[command]
         result = f"{'identical' if same else 'DIFFERENT'}{', PROCESSES LEFT: ' if left else ''}{', '.join(left)}"
         print(f"# {command.name}: {action.__name__} after {moment:.2f} s, {result}", flush=True)
         identical += same and not left
@@ -118,8 +121,8 @@ def read_output(command: Command, output: Path) -> dict[str, str]:
     if command.name == "build-index":
         index = read_description(Folder(output / "index"))
         return {} if index is None else {"index": f"{index.captions_count} {index.vectors_count} {index.fingerprint}"}
-    files = [*output.glob("*/*.parquet"), *output.glob("*/model.safetensors")]
-    return {str(file.relative_to(output)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    weights = {file: hashlib.sha256(file.read_bytes()).hexdigest() for file in output.glob("*/model.safetensors")}
+    return read_outputs(output) | {str(file.relative_to(output)): digest for file, digest in weights.items()}
 
 
 def _run(command: Command, project: Path, output: Path) -> None:
@@ -137,9 +140,10 @@ def main() -> None:
     """Reports the fraction of identical outputs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=RUNS)
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        identical = count_identical_outputs(Path(scratch), options.runs)
+        identical = count_identical_outputs(Path(scratch), options.runs, options.seed)
     sys.exit(not report("killed-commands-identical", identical / options.runs, 1.0))
 
 

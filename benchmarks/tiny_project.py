@@ -1,5 +1,6 @@
 """A project of a few images, with the arguments of every command. Benchmarks and tests disturb these commands."""
 
+import hashlib
 import io
 import json
 from contextlib import redirect_stdout
@@ -12,7 +13,7 @@ import scipy.io
 from benchmarks.synthetic_images import write_images
 from jobs.cli import main
 
-__all__ = ["COMMANDS", "IMAGES", "Command", "call", "create_project"]
+__all__ = ["COMMANDS", "Command", "call", "create_project", "read_outputs", "set_up"]
 
 IMAGES = 8
 _SHARD_SIZE = 4
@@ -26,19 +27,17 @@ class Command:
     """The arguments of a command. `{project}` and `{output}` stand for the project and for a new folder.
 
     Attributes:
-        dataset: whether the command writes a dataset, so that its Parquet files are the same in every run.
+        dataset: whether the command writes datasets, so that their Parquet files are the same in every run.
+        setup: the arguments of a command that writes the folder that this command changes.
     """
 
     arguments: str
     dataset: bool = False
+    setup: str = ""
 
     @property
     def name(self) -> str:
         return self.arguments.split()[0]
-
-    def format(self, project: Path, output: Path) -> list[str]:
-        """Returns the arguments for a project and an output folder."""
-        return [word.format(project=project, output=output) for word in self.arguments.split()]
 
 
 def _set(*settings: str) -> str:
@@ -53,9 +52,12 @@ _CAPTIONER = _set(*_TRAINING, *(f"captioner.{setting}" for setting in _TINY_MODE
 _RANKER = _set(*_TRAINING, *(f"ranker.{setting}" for setting in (*_TINY_MODEL, "joint_embedding_size=8")))
 _LANGUAGE_MODEL = _set("training.epochs=1", "min_count=1", *(f"model.{setting}" for setting in _TINY_MODEL))
 _QUIET = "--device cpu --no-progress"
+_PREPARE = f"prepare {{project}}/dataset.json -o {{output}}/manifest --shard-size {_SHARD_SIZE} --no-progress"
+_INIT = "init {output}/collection --source {project}/images -c {project}/captioner -r {project}/ranker"
 
 COMMANDS = [
-    Command(f"prepare {{project}}/dataset.json -o {{output}}/manifest --shard-size {_SHARD_SIZE} --no-progress", True),
+    Command(_PREPARE, True),
+    Command("prepare {project}/subset.json -o {output}/manifest --no-progress --allow-removal", True, _PREPARE),
     Command(f"extract-features {{project}}/manifest -o {{output}}/features {_ENCODER} {_QUIET}", True),
     Command(
         "import-features {project}/dataset.json {project}/feats.mat -o {output}/features --no-progress "
@@ -82,6 +84,11 @@ COMMANDS = [
         "--set model=squeezenet1_1"
     ),
     Command("build-index {project}/captions -e {project}/embeddings -o {output}/index"),
+    Command("deduplicate {project}/embeddings -o {output}/duplicates --threshold 0.5 --no-progress", True),
+    Command(_INIT),
+    Command(f"update {{output}}/collection {_QUIET}", True, _INIT),
+    Command("remove {output}/manifest --id 1 --thumbnails {output}/thumbnails", True, _PREPARE),
+    Command("status {project}/collection"),
     Command("query {project}/index --text red"),
     Command("query {project}/captions --top 3"),
     Command("inspect {project}/captions"),
@@ -92,7 +99,7 @@ COMMANDS = [
 # The commands whose outputs the other commands read.
 _WRITERS = (
     *("prepare", "extract-features", "train-captioner", "train-ranker", "train-language-model"),
-    *("generate-captions", "build-index"),
+    *("generate-captions", "build-index", "init"),
 )
 
 
@@ -107,21 +114,44 @@ def create_project(folder: Path) -> Path:
         entries.append({**image, "split": split, "sentences": sentences})
     document = {"dataset": "tiny", "images": entries}
     (folder / "dataset.json").write_text(json.dumps(document))
+    (folder / "subset.json").write_text(json.dumps({**document, "images": entries[1:]}))
     features = np.random.default_rng(0).random((4, IMAGES))
     scipy.io.savemat(folder / "feats.mat", {"feats": features})
     for command in COMMANDS:
-        if command.name in _WRITERS:
-            with redirect_stdout(io.StringIO()):
-                code = call(command, folder, folder)
-            if code != 0:
-                raise RuntimeError(f"{command.name} failed")
+        if command.name in _WRITERS and not command.setup:
+            _require_success(command.arguments, folder, folder)
     return folder
+
+
+def set_up(command: Command, project: Path, output: Path) -> None:
+    """Writes the folder that a command changes."""
+    output.mkdir(parents=True)
+    if command.setup:
+        _require_success(command.setup, project, output)
 
 
 def call(command: Command, project: Path, output: Path) -> int:
     """Runs a command in this process and returns its exit code."""
+    return _call(command.arguments, project, output)
+
+
+def read_outputs(output: Path) -> dict[str, str]:
+    """Returns the hashes of the Parquet files that readers of the datasets see."""
+    folders = [file.parent for file in output.rglob("_dataset.json")]
+    files = [file for folder in folders for file in folder.glob("*.parquet")]
+    return {str(file.relative_to(output)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _require_success(arguments: str, project: Path, output: Path) -> None:
+    with redirect_stdout(io.StringIO()):
+        code = _call(arguments, project, output)
+    if code != 0:
+        raise RuntimeError(f"captionlib {arguments} failed")
+
+
+def _call(arguments: str, project: Path, output: Path) -> int:
     try:
-        main(command.format(project, output))
+        main([word.format(project=project, output=output) for word in arguments.split()])
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 1
     return 0

@@ -5,6 +5,7 @@ A configuration class is decorated with `configclass`. Field types define bounds
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
@@ -32,6 +33,7 @@ Config = TypeVar("Config")
 
 _EXTENDS = "extends"
 _MAX_EXTENDS = 8
+_MESSAGES = {"tuple_type": "Input should be a list"}  # YAML has no tuples
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, pydantic.Field))
@@ -114,12 +116,21 @@ def parse_yaml(text: str, origin: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses aliases. A few lines of aliases of aliases describe billions of values, and an alias can form a cycle."""
+    """Refuses aliases and repeated keys.
+
+    A few lines of aliases of aliases describe billions of values, and an alias can form a cycle.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("expected no aliases (*name), got one; write the value again")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if repeated := [key for key, count in counts.items() if count > 1]:
+            raise yaml.YAMLError(f"expected each key once, got {repeated[0]} twice")
+        return super().construct_mapping(node, deep)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -127,16 +138,19 @@ def to_dict(config: Any) -> dict[str, Any]:
     return cast(dict[str, Any], TypeAdapter(type(config)).dump_python(config, mode="json"))
 
 
-def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def describe_differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], words: tuple[str, str] = ("was", "now")
+) -> list[str]:
     """Returns a line such as `epochs: was 5, now 6` for each value that differs between two nested configurations."""
     old, new = _flatten(before), _flatten(now)
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return [f"{name}: was {old.get(name)!r}, now {new.get(name)!r}" for name in names]
+    return [f"{name}: {words[0]} {old.get(name)!r}, {words[1]} {new.get(name)!r}" for name in names]
 
 
 def _describe_problems(error: ValidationError) -> str:
     return "; ".join(
-        f"{'.'.join(str(part) for part in problem['loc']) or 'value'}: {problem['msg']}, got {problem['input']!r}"
+        f"{'.'.join(str(part) for part in problem['loc']) or 'value'}: "
+        f"{_MESSAGES.get(problem['type'], problem['msg'])}, got {problem['input']!r}"
         for problem in error.errors()
     )
 
@@ -208,6 +222,10 @@ def _check_keys(config_type: Any, values: Mapping[str, Any], prefix: str, origin
         section = _section_type(known[key])
         if section is not None and isinstance(value, Mapping):
             _check_keys(section, value, f"{prefix}{key}.", origin)
+        if section is not None and isinstance(value, list):
+            for number, item in enumerate(value):
+                if isinstance(item, Mapping):
+                    _check_keys(section, item, f"{prefix}{key}.{number}.", origin)
 
 
 def _section_type(field_type: Any) -> Any | None:

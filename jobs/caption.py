@@ -50,14 +50,13 @@ def command(
     from captionlib.evaluation.encoder_views import build_encoder_view
     from captionlib.evaluation.predictions import Prediction
     from captionlib.evaluation.report import write_report
-    from captionlib.models.checkpoints.checkpoint import load_captioner
-    from captionlib.models.inference.attention_maps import attends_to_map
+    from captionlib.models.families.captioner import open_captioner
     from captionlib.models.inference.captioning import GenerationConfig, caption_images
 
     settings = load_config(GenerationConfig, config, [*overrides, f"decoding.n_best={n_best}"])
     uris = [uri for image in images for uri in find_images(image)]
-    captioner = load_captioner(checkpoint, device)
-    if report is not None and attends_to_map(captioner):
+    captioner = open_captioner(checkpoint, device)
+    if report is not None and captioner.attention_positions is not None:
         settings = replace(settings, attention_maps=True)
     rows, failures = caption_images(uris, checkpoint, settings, weights=weights, device=device, captioner=captioner)
     for row in rows:

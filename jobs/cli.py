@@ -1,6 +1,7 @@
 """The command line. Each command is a thin layer over the library, in a module that is imported on demand."""
 
 import importlib
+import io
 import logging
 import os
 import signal
@@ -27,6 +28,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "init": "Create a collection: images that are captioned and indexed.",
         "update": "Caption and index what has changed in a collection.",
         "remove": "Remove images from a collection or from datasets.",
+        "compact": "Merge small shards and split large ones.",
         "status": "Show what is new, finished and failed in a collection.",
     },
     "Prepare images": {
@@ -45,6 +47,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "caption": "Caption single images and print the result.",
         "embed": "Embed every image with a ranker.",
         "sample": "Print text that a language model generates.",
+        "export": "Export images with their captions as WebDataset or for Hugging Face.",
         "export-captions": "Export captions to COCO's or NeuralTalk's JSON.",
     },
     "Evaluate": {
@@ -62,9 +65,11 @@ COMMANDS: dict[str, dict[str, str]] = {
 
 # What resumable commands keep when they are stopped.
 _KEPT = {
-    "Finished stages are kept": {"demo"},
+    "Finished stages are kept": {"demo", "update", "remove"},
+    "Finished datasets are kept": {"compact"},
     "Finished shards are kept": {
         *("update", "prepare", "extract-features", "import-features", "generate-captions", "embed", "build-index"),
+        "export",
     },
     "The last saved state of the training is kept": {"train-captioner", "train-ranker", "train-language-model"},
 }
@@ -154,6 +159,8 @@ def captionlib() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line. Converts errors and stop signals into one line and an exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be valid text
     signals: list[int] = []
     previous = _catch_stop_signals(signals)
     try:

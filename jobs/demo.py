@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from captionlib.recipes import find_recipe
+from jobs.options import progress_option
 
 if TYPE_CHECKING:
     from captionlib.evaluation.evaluate import Evaluation
@@ -36,7 +37,7 @@ _QUERY = "red ring"
 @click.option("--train-images", default=1000, show_default=True, help="The number of training images.")
 @click.option("--test-images", default=200, show_default=True, help="The number of images to caption.")
 @click.option("--overwrite", is_flag=True, help="Start again instead of resuming an earlier run.")
-@click.option("--progress/--no-progress", default=True, help="Show progress bars.")
+@progress_option
 def command(output: str, weights: str, train_images: int, test_images: int, overwrite: bool, progress: bool) -> None:
     """Run the whole workflow on synthetic images, each a scene with one shape and five captions.
 

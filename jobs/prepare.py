@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from jobs.options import progress_option
+
 if TYPE_CHECKING:
     from captionlib.data.ingestion.changes import Changes
     from captionlib.data.ingestion.prepare import PrepareSummary
@@ -71,7 +73,12 @@ __all__ = ["command"]
     metavar="NAME",
     help="Tables: column that changes when the image does. [default: size and time of a local file, or the uri]",
 )
-@click.option("--shard-size", type=click.IntRange(min=1), help="Images per shard of a new manifest. [default: 1000]")
+@click.option(
+    "--shard-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Images per shard of a new manifest. [default: 1000 up to 100,000 images, 10,000 for 10 million]",
+)
 @click.option(
     "--check-images/--no-check-images",
     default=True,
@@ -88,7 +95,7 @@ __all__ = ["command"]
 )
 @click.option("--dry-run", is_flag=True, help="Show how many images are new, changed and gone, and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace the manifest with a new one instead of updating it.")
-@click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
+@progress_option
 def command(
     sources: tuple[str, ...],
     output: str,

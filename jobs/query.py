@@ -257,7 +257,7 @@ def _search_index(folder: str, query: str, values: Mapping[str, Any], limit: int
 def _query_by_image(folder: str, values: Mapping[str, Any], limit: int) -> pa.Table:
     from captionlib.config import load_config
     from captionlib.data.images.fetching import ImageFetcher
-    from captionlib.models.checkpoints.checkpoint import load_ranker  # imports torch, which takes seconds
+    from captionlib.models.families.ranker import open_ranker  # imports torch, which takes seconds
     from captionlib.models.inference.captioning import GenerationConfig
     from captionlib.search.index import open_index
     from captionlib.search.models import ImageQueryModels, read_sentences
@@ -269,7 +269,7 @@ def _query_by_image(folder: str, values: Mapping[str, Any], limit: int) -> pa.Ta
         raise click.UsageError("expected one of --captioner and --sentences, got both.")
     generation = load_config(GenerationConfig, values.get("config"), values.get("set", ()))
     sentences = None if sentences_file is None else read_sentences(sentences_file)
-    ranker = load_ranker(ranker_folder, "cpu") if ranker_folder and captioner is None else None
+    ranker = open_ranker(ranker_folder, "cpu") if ranker_folder and captioner is None else None
     index = None if ranker is None or sentences is not None else open_index(folder, ranker)
     with (
         ImageFetcher() as fetcher,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from captionlib.errors import ConfigError
+from captionlib.errors import ConfigError, DatasetError
 
 if TYPE_CHECKING:
     from captionlib.data.shards.removal import Removal
@@ -39,7 +39,7 @@ def command(
     """Remove images from a collection, or from the manifest, datasets and indexes in FOLDER.
 
     Afterwards, no file contains the ids. Later updates of the manifest skip the images, because the manifest lists
-    hashes of their ids in `_removed.jsonl`. The image files themselves are not deleted. Models that were trained on the
+    hashes of their ids in `_removed.json`. The image files themselves are not deleted. Models that were trained on the
     images do not change. To remove the images from a model, train it again and run `build-datastore` again.
 
     \b
@@ -50,16 +50,21 @@ def command(
     """
     from captionlib.data.shards.dataset import open_dataset
     from captionlib.data.shards.removal import plan_removal
+    from captionlib.data.sources.values import is_unicode
 
-    wanted = [*ids, *(image_id for file in files for image_id in _read_ids(file))]
+    wanted = {*filter(None, ids), *(image_id for file in files for image_id in _read_ids(file))}
     if not wanted:
         raise click.UsageError("expected the images to remove with --id or --ids, got none.")
+    if invalid := [image_id for image_id in wanted if not is_unicode(image_id)]:
+        raise ConfigError(f"--id: expected text in UTF-8, got {invalid[0]!a}")
     with ExitStack() as stack:
         datasets, indexes = _find_datasets(folders, stack, "captionlib remove", dry_run)
         plans = [plan_removal(open_dataset(address), wanted, reason) for address in datasets]
         plans.sort(key=lambda plan: _ORDER.index(plan.dataset.kind))
         for plan in plans:
-            click.echo(f"{plan.dataset.folder.uri}: {len(plan.found):,} of {len(set(wanted)):,} images")
+            click.echo(f"{plan.dataset.folder.uri}: {len(plan.found):,} of {len(wanted):,} images")
+        if missing := sorted(wanted.difference(*(plan.found for plan in plans))):
+            click.echo(f"Not found: {len(missing):,} ids, for example {missing[0][:200]!r}", err=True)
         if dry_run:
             return
         for plan in plans:
@@ -73,7 +78,7 @@ def command(
 
 def _read_ids(file: str) -> list[str]:
     try:
-        return [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line]
+        return [line for line in Path(file).read_text(encoding="utf-8-sig").split("\n") if line]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"--ids: {file} cannot be read ({error}); expected a text file with one id per line"
@@ -83,8 +88,9 @@ def _read_ids(file: str) -> list[str]:
 def _find_datasets(
     folders: Sequence[str], stack: ExitStack, command_name: str, dry_run: bool
 ) -> tuple[list[str], list[str]]:
-    """Returns the addresses of the datasets and of the indexes. Locks collections until `stack` is closed."""
+    """Returns the addresses of the datasets and of the indexes. Locks all but indexes until `stack` is closed."""
     from captionlib.collection import is_collection, open_collection
+    from captionlib.data.shards.dataset import open_dataset
     from captionlib.search.index_folder import DESCRIPTION
     from captionlib.storage.folders import Folder
     from captionlib.storage.lock import lock_folder
@@ -96,12 +102,18 @@ def _find_datasets(
             collection = open_collection(folder)
             if not dry_run:
                 stack.enter_context(lock_folder(collection.folder, command_name))
-            datasets += [address for address in collection.list_datasets() if Folder(address).list()]
+            existing = [address for address in collection.list_datasets() if Folder(address).list()]
+            if not existing:
+                raise DatasetError(f"{folder}: expected images to remove, got none; run `captionlib update` first")
+            datasets += existing
             indexes += [collection.index] if Folder(collection.index).exists(DESCRIPTION) else []
         elif Folder(folder).exists(DESCRIPTION):
             indexes.append(folder)
         else:
             datasets.append(folder)
+    if not dry_run:
+        for address in datasets:
+            stack.enter_context(lock_folder(open_dataset(address).folder, command_name))
     return datasets, indexes
 
 

@@ -54,7 +54,7 @@ def command(
     from captionlib.evaluation.evaluate import evaluate_predictions
     from captionlib.evaluation.predictions import load_predictions
     from captionlib.evaluation.report import write_report
-    from captionlib.models.checkpoints.checkpoint import load_captioner
+    from captionlib.models.families.captioner import open_captioner
 
     predictions = load_predictions(captions, manifest, splits)
     with_references = [prediction for prediction in predictions if prediction.references]
@@ -70,7 +70,7 @@ def command(
         note=_describe(len(predictions), splits, evaluation),
         scores=[] if evaluation is None else _format_scores(evaluation),
         cider=None if evaluation is None else evaluation.scores.per_image["CIDEr"],
-        history=[] if checkpoint is None else load_captioner(checkpoint).training.get("history", []),
+        history=[] if checkpoint is None else open_captioner(checkpoint).history,
         encoder_view=read_encoder_view(captions, [prediction.image_id for prediction in predictions]),
         progress=progress,
     )

@@ -13,7 +13,7 @@ __all__ = ["command"]
 @click.argument("source")
 @training_options
 def command(source: str, output: str, config: str | None, overrides: tuple[str, ...], **options: Any) -> None:
-    """Train a language model on the text of SOURCE: a features dataset, a manifest, or a text file.
+    """Train a language model on SOURCE: a text file, or the captions of a features dataset or a manifest.
 
     The model is a captioner without image input. A text file has one sentence per line, or is one continuous text
     (--set layout=continuous). Tokens are words or characters (--set level=characters). The checkpoint of the epoch

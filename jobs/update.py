@@ -12,6 +12,7 @@ from jobs.summaries import echo_totals
 
 if TYPE_CHECKING:
     from captionlib.collection import Collection, SourceConfig
+    from captionlib.models.inference.captioning import GenerationConfig
     from pipelines.run import RunConfig
 
 __all__ = ["command"]
@@ -43,12 +44,27 @@ def command(collection: str, dry_run: bool, allow_removal: bool, device: str, ru
         for source in opened.config.sources:
             _prepare(opened, source, allow_removal, run.progress, dry_run=True)
         return
+    generation = _check_models(opened)
     with lock_folder(opened.folder, "captionlib update"):
         for source in opened.config.sources:
             _prepare(opened, source, allow_removal, run.progress)
-            _caption(opened, source, device, run)
+            _caption(opened, source, generation, device, run)
         _index(opened, run)
     click.echo(f"Next: captionlib serve {collection}")
+
+
+def _check_models(collection: Collection) -> GenerationConfig:
+    """Returns the settings of captions. Raises errors of settings and models before the sources are read."""
+    from captionlib.collection import COLLECTION_FILE
+    from captionlib.config import build_config
+    from captionlib.models.inference.captioning import SHARED_CAPTIONERS, GenerationConfig
+    from captionlib.models.inference.embedding import SHARED_RANKERS
+
+    config = collection.config
+    SHARED_CAPTIONERS.pin(config.captioner)
+    if config.ranker is not None:
+        SHARED_RANKERS.pin(config.ranker)
+    return build_config(GenerationConfig, config.generation, collection.folder.address(COLLECTION_FILE))
 
 
 def _prepare(
@@ -74,17 +90,16 @@ def _prepare(
         click.echo(f"Skipped: {count:,} {reason}{example}", err=True)
 
 
-def _caption(collection: Collection, source: SourceConfig, device: str, run: RunConfig) -> None:
+def _caption(
+    collection: Collection, source: SourceConfig, generation: GenerationConfig, device: str, run: RunConfig
+) -> None:
     """Writes captions and embeddings, in one pass if the captioner and the ranker have the same encoder."""
-    from captionlib.collection import COLLECTION_FILE
-    from captionlib.config import build_config
-    from captionlib.models.inference.captioning import SHARED_CAPTIONERS, GenerationConfig
+    from captionlib.models.inference.captioning import SHARED_CAPTIONERS
     from captionlib.models.inference.embedding import SHARED_RANKERS, EmbeddingConfig
     from pipelines.embed_images import embed_images
     from pipelines.generate_captions import generate_captions
 
     config = collection.config
-    generation = build_config(GenerationConfig, config.generation, collection.folder.address(COLLECTION_FILE))
     manifest, captions, embeddings = (
         address(source) for address in (collection.manifest, collection.captions, collection.embeddings)
     )

@@ -12,7 +12,7 @@ __all__ = ["expand_option_files", "to_flags"]
 
 
 def expand_option_files(flags: Sequence[str]) -> list[str]:
-    """Replaces each `@FILE` (a path or a recipe in configs/runners) with flags. Later flags override earlier ones.
+    """Replaces each `@FILE` (a path, or the name of a file in configs/runners) with flags. Later flags take precedence.
 
     Raises:
         ConfigError: a file cannot be read, or its content is not a mapping of options.

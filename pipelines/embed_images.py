@@ -12,7 +12,7 @@ from captionlib.models.inference.embedding import (
     ImageEmbedding,
     create_embeddings_dataset,
 )
-from captionlib.models.inference.feature_source import resolve_encoder
+from captionlib.models.inference.feature_source import find_model_input
 from pipelines.run import RunConfig, run_job
 
 __all__ = ["embed_images"]
@@ -37,7 +37,7 @@ def embed_images(
 
     Args:
         source: a complete features dataset, or a complete manifest (list of images) to encode in the same pass.
-        ranker: the ranker's folder.
+        ranker: the ranker's folder, or its address with the prefix of a family, such as `hf:FOLDER`.
         output: folder of the embeddings dataset to write. `generate_captions` with a ranker writes the same dataset.
         config: settings for image loading.
         weights: path of the image encoder's weights file; required if it was loaded from a file.
@@ -56,7 +56,7 @@ def embed_images(
     dataset = open_dataset(source).require_complete()
     driver_device, worker_device = run.resolve_devices(device)
     loaded_ranker, pinned_ranker = SHARED_RANKERS.pin(ranker)
-    encoder = resolve_encoder(dataset, loaded_ranker, weights, driver_device, run.threads_per_worker)
+    ranker_source = find_model_input(dataset, loaded_ranker, weights, driver_device, run.threads_per_worker)
     embeddings = create_embeddings_dataset(output, dataset, loaded_ranker, run.overwrite)
-    stage = ImageEmbedding(config, pinned_ranker, encoder, worker_device, run.threads_per_worker)
+    stage = ImageEmbedding(config, pinned_ranker, ranker_source, worker_device, run.threads_per_worker)
     return run_job(ShardJob(dataset, (embeddings,), stage, run.retry_failures, run.verify), "embed", run)

@@ -3,21 +3,20 @@
 import os
 from dataclasses import replace
 
-from captionlib.config import to_dict
 from captionlib.data.shards.dataset import create_dataset, open_dataset
 from captionlib.data.shards.markers import Totals
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.data.shards.stages import ShardJob
 from captionlib.errors import ConfigError
-from captionlib.models.decoding.datastore import read_datastore_fingerprint
-from captionlib.models.inference.attention_maps import require_attention
 from captionlib.models.inference.captioning import (
     SHARED_CAPTIONERS,
     CaptionGeneration,
     GenerationConfig,
+    require_attention,
 )
 from captionlib.models.inference.embedding import SHARED_RANKERS, create_embeddings_dataset
-from captionlib.models.inference.feature_source import resolve_encoder
+from captionlib.models.inference.feature_source import find_model_input
+from captionlib.storage.folders import resolve_address
 from pipelines.run import RunConfig, run_job
 
 __all__ = ["generate_captions"]
@@ -44,10 +43,10 @@ def generate_captions(
 
     Args:
         source: a complete features dataset, or a complete manifest (list of images) to encode in the same pass.
-        checkpoint: the captioner's folder.
+        checkpoint: the captioner's folder, or its address with the prefix of a family, such as `hf:FOLDER`.
         output: folder of the captions dataset to write.
         config: settings for decoding and image loading.
-        ranker: folder of the ranker; requires `embeddings`.
+        ranker: the ranker's folder or address; requires `embeddings`.
         embeddings: folder of the embeddings dataset to write; requires `ranker`.
         weights: path of the image encoder's weights file; required if it was loaded from a file that the checkpoint
             does not contain.
@@ -58,36 +57,32 @@ def generate_captions(
         Counts of rows and of failures (images that could not be read) in `output`, with the reasons.
 
     Raises:
-        CheckpointError: a folder contains no captioner or ranker, their encoder differs from that of the features, or
+        CheckpointError: a folder contains no captioner or ranker, an encoder differs from that of the features, or
             `config` needs attention or a datastore (of captions for reranking) that the captioner lacks.
-        ConfigError: only one of `ranker` and `embeddings` is specified.
+        ConfigError: only one of `ranker` and `embeddings` is specified, or the captioner does not support a setting.
         DatasetError: the source is incomplete, or an output folder contains a different dataset.
         FailureRatioError: more images failed than `run` allows.
     """
     if (ranker is None) != (embeddings is None):
         raise ConfigError("--ranker and --embeddings require each other; specify both or neither")
+    if embeddings is not None and resolve_address(embeddings) == resolve_address(output):
+        raise ConfigError(f"--output and --embeddings: expected different folders, got {os.fspath(output)} twice")
     config = replace(config, loading=run.limit_decoder_processes(config.loading))
     dataset = open_dataset(source).require_complete()
     driver_device, worker_device = run.resolve_devices(device)
     captioner, pinned_captioner = SHARED_CAPTIONERS.pin(checkpoint)
     positions = require_attention(captioner, os.fspath(checkpoint)) if config.attention_maps else None
-    datastore = read_datastore_fingerprint(checkpoint, captioner) if config.decoding.rerank.neighbors else None
-    encoder = resolve_encoder(dataset, captioner, weights, driver_device, run.threads_per_worker)
-    loaded_ranker, pinned_ranker = (None, None) if ranker is None else SHARED_RANKERS.pin(ranker)
-    if loaded_ranker is not None:
-        loaded_ranker.require_encoder(captioner.encoder)
+    description = captioner.describe_generation(config)
+    caption_source = find_model_input(dataset, captioner, weights, driver_device, run.threads_per_worker)
+    loaded_ranker, pinned_ranker, ranker_source = None, None, None
+    if ranker is not None:
+        loaded_ranker, pinned_ranker = SHARED_RANKERS.pin(ranker)
+        ranker_source = find_model_input(dataset, loaded_ranker, weights, driver_device, run.threads_per_worker)
     captions = create_dataset(
         output,
         "captions",
         captions_schema(positions),
-        config={
-            "captioner": captioner.fingerprint,
-            "encoder": captioner.encoder,
-            "decoding": to_dict(config.decoding),
-            "dtype": config.dtype,
-            "attention_maps": config.attention_maps,
-            "datastore": datastore,
-        },
+        config={"captioner": captioner.fingerprint, "encoder": captioner.encoder, **description},
         source=dataset,
         overwrite=run.overwrite,
     )
@@ -95,6 +90,13 @@ def generate_captions(
     if loaded_ranker is not None and embeddings is not None:
         outputs.append(create_embeddings_dataset(embeddings, dataset, loaded_ranker, run.overwrite))
     stage = CaptionGeneration(
-        config, pinned_captioner, encoder, worker_device, run.threads_per_worker, pinned_ranker, datastore
+        config,
+        pinned_captioner,
+        description,
+        caption_source,
+        worker_device,
+        run.threads_per_worker,
+        pinned_ranker,
+        ranker_source,
     )
     return run_job(ShardJob(dataset, tuple(outputs), stage, run.retry_failures, run.verify), "generate-captions", run)

@@ -27,6 +27,26 @@ class Outer:
     optional: Inner | None = None
 
 
+@configclass
+class Group:
+    members: tuple[Outer, ...]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("members:\n- nam: a\n", r"unknown key members.0.nam \(did you mean members.0.name\?\)"),
+        ("members:\n- name: a\n- inner: {rat: 1}\n", r"unknown key members.1.inner.rat \(did you mean"),
+        ("members: a\n", "members: Input should be a list, got 'a'"),
+        ("members: []\nmembers: []\n", "is not YAML: expected each key once, got members twice"),
+    ],
+)
+def test_problems_in_lists_of_sections_are_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(Group, tmp_path / "c.yaml")
+
+
 def test_overrides_take_precedence_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("name: from file\ninner:\n  rate: 0.5\n")

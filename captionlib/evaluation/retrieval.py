@@ -104,7 +104,7 @@ def score_ranker(
     count = 0
     for shard in range(features.shards):
         for rows, captions in read_features(features, shard, frozenset(splits) or available):
-            images.append(ranker.encode_features(rows))
+            images.append(ranker.encode_images(rows))
             for image_references in captions:
                 references.extend(image_references)
                 image_of_reference.extend([count] * len(image_references))

@@ -25,7 +25,7 @@ from captionlib.search.vector_index import Hits, RowNumbers, VectorIndex, Vector
 from captionlib.storage.folders import Folder
 
 if TYPE_CHECKING:
-    from captionlib.models.checkpoints.checkpoint import LoadedRanker
+    from captionlib.models.families.ranker import RankingModel
 
 __all__ = ["Filter", "Index", "fuse_rankings", "open_index"]
 
@@ -120,7 +120,7 @@ class Index:
     def __init__(
         self,
         folder: Folder,
-        ranker: "LoadedRanker | None" = None,
+        ranker: "RankingModel | None" = None,
         cache: Path | None = None,
         refresh_seconds: float | None = 1.0,
     ) -> None:
@@ -437,7 +437,7 @@ def fuse_rankings(rankings: Sequence[Hits]) -> Hits:
 
 def open_index(
     folder: str | os.PathLike[str],
-    ranker: "str | os.PathLike[str] | LoadedRanker | None" = None,
+    ranker: "str | os.PathLike[str] | RankingModel | None" = None,
     cache: str | os.PathLike[str] | None = None,
     refresh_seconds: float | None = 1.0,
 ) -> Index:
@@ -463,9 +463,9 @@ def open_index(
         CheckpointError: a different ranker computed the embeddings.
     """
     if isinstance(ranker, str | os.PathLike):
-        from captionlib.models.checkpoints.checkpoint import load_ranker  # imports torch, which takes seconds
+        from captionlib.models.families.ranker import open_ranker  # imports torch, which takes seconds
 
-        ranker = load_ranker(ranker, "cpu")
+        ranker = open_ranker(ranker, "cpu")
     return Index(Folder(folder), ranker, None if cache is None else Path(cache), refresh_seconds)
 
 

@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 
-from captionlib.config import describe_differences
 from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
-from captionlib.errors import CheckpointError, ConfigError, QueryError
-from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, LoadedRanker, load_captioner
-from captionlib.models.decoding.datastore import read_datastore
-from captionlib.models.decoding.decoder import Decoder
+from captionlib.data.images.loading import hash_content
+from captionlib.errors import ConfigError, QueryError
 from captionlib.models.encoders.encoder import Encoder, EncoderConfig, load_encoder
+from captionlib.models.families.captioner import open_captioner
+from captionlib.models.families.model import Arrays, ImageModel
+from captionlib.models.families.ranker import RankingModel
 from captionlib.models.inference.captioning import GenerationConfig
+from captionlib.models.inference.extraction import PixelReader
 
 __all__ = ["ImageQueryModels", "read_sentences"]
 
 _CANDIDATES = pa.schema([("caption", pa.string()), ("log_prob", pa.float32())])
-_ImageEncoder = tuple[Encoder, DecoderPool]  # the pool applies the encoder's preprocessing
+_ImageEncoder = tuple[Encoder | PixelReader, DecoderPool]  # the pool applies the encoder's preprocessing
 _SENTENCES = pa.schema([("sentence", pa.string()), ("score", pa.float32())])
 
 
@@ -43,7 +43,7 @@ def read_sentences(path: str) -> list[str]:
 class ImageQueryModels:
     """Embeds and captions images. This context manager is thread-safe.
 
-    `ranker` is a dual encoder for image-text retrieval, and `captioner` is a checkpoint folder. `weights` is the
+    `ranker` is a dual encoder for image-text retrieval, and `captioner` is a folder or address. `weights` is the
     encoder's weights file, required if the models were trained with one and the captioner does not contain the weights.
     `decoding` limits how images are decoded, and `generation` configures how they are captioned.
 
@@ -54,7 +54,7 @@ class ImageQueryModels:
 
     def __init__(
         self,
-        ranker: LoadedRanker | None = None,
+        ranker: RankingModel | None = None,
         captioner: str | None = None,
         weights: str | None = None,
         device: str = "auto",
@@ -62,18 +62,19 @@ class ImageQueryModels:
         generation: GenerationConfig = GenerationConfig(),
     ) -> None:
         self._ranker = ranker
-        self._captioner: LoadedCaptioner | None = load_captioner(captioner, device) if captioner else None
         self._decoding = decoding
         self._device = device
         self._lock = threading.Lock()  # a model uses all cores for one image
         self._resources = ExitStack()
         self._loaded: list[tuple[Mapping[str, Any], _ImageEncoder]] = []
         self._caption_encoder = None
-        if self._captioner is not None and captioner is not None:
-            self._decoder = _make_decoder(self._captioner, captioner, generation)
-            self._caption_encoder = self._load(self._captioner.encoder, self._captioner.encoder_weights or weights)
-        # `_load` loads the encoder only once if both models use the same one, which is usual.
-        self._embedding_encoder = self._load(ranker.encoder, weights) if ranker else None
+        if captioner is not None:
+            model = open_captioner(captioner, device)
+            model.describe_generation(generation)
+            self._generate = model.prepare(generation)
+            self._caption_encoder = self._load(model, weights)
+        # Both encoders are often the same; `_load` then loads it once.
+        self._embedding_encoder = self._load(ranker, weights) if ranker else None
 
     def __enter__(self) -> "ImageQueryModels":
         return self
@@ -102,9 +103,9 @@ class ImageQueryModels:
         """
         if self._embedding_encoder is None or self._ranker is None:
             raise QueryError("searching by image requires the ranker that computed the embeddings")
-        features = self._encode(self._embedding_encoder, content)
+        images = self._encode(self._embedding_encoder, content)
         with self._lock:
-            vector: npt.NDArray[np.float32] = self._ranker.encode_features(features)[0]
+            vector: npt.NDArray[np.float32] = self._ranker.encode_images(images)[0]
         return vector
 
     def rank_sentences(self, vector: npt.NDArray[np.float32], sentences: Sequence[str]) -> pa.Table:
@@ -130,33 +131,30 @@ class ImageQueryModels:
             DecodeError: the file is not an image, or exceeds the limits.
             QueryError: there is no captioner.
         """
-        if self._caption_encoder is None or self._captioner is None:
+        if self._caption_encoder is None:
             raise QueryError("captioning an image requires a captioner")
-        features = self._encode(self._caption_encoder, content)
-        decode = self._captioner.vocabulary.decode
+        images = self._encode(self._caption_encoder, content)
         with self._lock:
-            (candidates,) = self._decoder.decode(features.astype(np.float32))
-        rows = [{"caption": decode(candidate.token_ids), "log_prob": candidate.log_prob} for candidate in candidates]
+            (captions,) = self._generate(images, [f"{hash_content(content):016x}"])
+        rows = [{"caption": caption.text, "log_prob": caption.log_prob} for caption in captions]
         return pa.Table.from_pylist(rows, _CANDIDATES)
 
-    def _encode(self, image_encoder: _ImageEncoder, content: bytes) -> npt.NDArray[np.floating]:
+    def _encode(self, image_encoder: _ImageEncoder, content: bytes) -> Arrays:
         encoder, decoders = image_encoder
         pixels = decoders.decode(content).pixels
         with self._lock:
-            return encoder.encode(pixels[None])
+            return encoder.encode_async([pixels])()
 
-    def _load(self, description: Mapping[str, Any], weights: str | None) -> _ImageEncoder:
-        for loaded_description, image_encoder in self._loaded:
-            if not describe_differences(loaded_description, description):
+    def _load(self, model: ImageModel, weights: str | None) -> _ImageEncoder:
+        for description, image_encoder in self._loaded:
+            if description == model.encoder:
                 return image_encoder
-        encoder = load_encoder(EncoderConfig.from_description(description, weights), self._device)
-        if changes := describe_differences(description, encoder.description):
-            raise CheckpointError(f"the encoder differs from the one the model was trained with ({'; '.join(changes)})")
+        source = model.find_source(weights)
+        if isinstance(source, EncoderConfig):
+            encoder: Encoder | PixelReader = load_encoder(source, self._device)
+            model.require_encoder(encoder.description)
+        else:
+            encoder = PixelReader(source)
         decoders = self._resources.enter_context(DecoderPool(encoder.preprocessing, self._decoding))
-        self._loaded.append((description, (encoder, decoders)))
+        self._loaded.append((model.encoder, (encoder, decoders)))
         return encoder, decoders
-
-
-def _make_decoder(captioner: LoadedCaptioner, folder: str, config: GenerationConfig) -> Decoder:
-    datastore = read_datastore(folder, captioner) if config.decoding.rerank.neighbors else None
-    return Decoder(captioner.model, config.decoding, getattr(torch, config.dtype), captioner.vocabulary, datastore)

@@ -61,11 +61,11 @@ def load_app(config: AppConfig) -> FastAPI:
         service = SearchService(open_index(config.index, refresh_seconds=None), limits)
         return create_app(service, Path(config.thumbnails))
 
-    from captionlib.models.checkpoints.checkpoint import load_ranker  # imports torch, which takes seconds
+    from captionlib.models.families.ranker import open_ranker  # imports torch, which takes seconds
     from captionlib.models.inference.captioning import GenerationConfig
     from captionlib.search.models import ImageQueryModels, read_sentences
 
-    ranker = load_ranker(config.ranker, config.device) if config.ranker else None
+    ranker = open_ranker(config.ranker, config.device) if config.ranker else None
     index = open_index(config.index, ranker, refresh_seconds=None)
     sentences = read_sentences(config.sentences) if config.sentences else []
     decoding = DecoderConfig(timeout_seconds=limits.image_timeout_seconds, max_image_pixels=limits.max_image_pixels)

@@ -97,11 +97,13 @@ def open_file_system(address: str | os.PathLike[str], **options: Any) -> tuple[A
     `options` are passed to the file system and override options that the address implies.
 
     Raises:
-        ConfigError: the address chains file systems, its protocol is unknown or interprets content, or the package for
-            it is not installed.
+        ConfigError: the address is empty or chains file systems, its protocol is unknown or interprets content, or the
+            package for it is not installed.
     """
     given = os.fspath(address)
     protocol, url = split_protocol(given)
+    if not given:
+        raise ConfigError("expected a path or URL, got an empty text, perhaps from a variable that is not set")
     if is_chained(given):
         raise ConfigError(
             f"{given} chains file systems with `::`; expected a path or the address of one file system; "

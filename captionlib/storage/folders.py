@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, cast
 
 from fsspec.implementations.local import LocalFileSystem
 
-from captionlib.errors import StorageError
+from captionlib.errors import ConfigError, StorageError
 from captionlib.storage.file_systems import open_file_system
 from captionlib.storage.remote_errors import is_temporary_error
 from captionlib.storage.retries import RangedFile, call_with_retries, name_errors
@@ -56,13 +56,17 @@ class Folder:
     uri: str
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
-        self.uri = os.fspath(uri).rstrip("/") or "/"
+        self.uri = os.fspath(uri).rstrip("/") or os.fspath(uri)[:1]
 
     def __reduce__(self) -> tuple[type["Folder"], tuple[str]]:
         return Folder, (resolve_address(self.uri),)
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
+        try:
+            self.uri.encode()  # addresses are stored in JSON and Parquet
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{self.uri!a}: expected a name in UTF-8; rename the folder") from error
         return open_file_system(self.uri)
 
     @property
@@ -271,6 +275,24 @@ class Folder:
                 self.fs.rm_file(self.path(name))
 
         call_with_retries(self.path(name), remove)
+
+    def remove_equal_file(self, name: str, content: bytes) -> None:
+        """Removes a file if it has this content.
+
+        On a local file system, of several processes that remove the same file at once, none removes a file that another
+        one has created since.
+        """
+        if not self.is_local:
+            with suppress(FileNotFoundError):
+                if self.read(name) == content:
+                    self.remove_file(name)
+            return
+        path = Path(self.path(name))
+        with suppress(FileNotFoundError), name_errors(str(path)), path.open("rb") as file:
+            with suppress(OSError):  # the file system has no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if path.read_bytes() == content:
+                path.unlink()
 
 
 @contextmanager

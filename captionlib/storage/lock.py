@@ -43,7 +43,7 @@ def lock_folder(folder: Folder, command: str) -> Iterator[None]:
     def renew() -> None:
         while not stop.wait(_RENEW_SECONDS):
             with suppress(StorageError):  # the next attempt may succeed before the lock is stale
-                if (_read(folder) or {}).get("owner") == owner:
+                if _decode(_read(folder)).get("owner") == owner:
                     folder.write(LOCK_FILE, _encode(holder))
 
     thread = threading.Thread(target=renew, name="lock", daemon=True)
@@ -53,18 +53,18 @@ def lock_folder(folder: Folder, command: str) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        if (_read(folder) or {}).get("owner") == owner:
+        if _decode(_read(folder)).get("owner") == owner:
             folder.remove_file(LOCK_FILE)
 
 
 def _acquire(folder: Folder, holder: Mapping[str, Any]) -> None:
-    current = _read(folder)
-    if current is not None:
+    while (content := _read(folder)) is not None:
+        current = _decode(content)
         if not _is_stale(current):
             raise _locked_error(folder, current)
-        folder.remove_file(LOCK_FILE)
+        folder.remove_equal_file(LOCK_FILE, content)  # not the lock of a process that took it over meanwhile
     created = folder.create(LOCK_FILE, _encode(holder))
-    winner = _read(folder) or {}
+    winner = _decode(_read(folder))
     if not created or winner.get("owner") != holder["owner"]:  # some object stores let the last writer win
         raise _locked_error(folder, winner)
 
@@ -72,7 +72,8 @@ def _acquire(folder: Folder, holder: Mapping[str, Any]) -> None:
 def _is_stale(holder: Mapping[str, Any]) -> bool:
     if holder.get("host") == socket.gethostname() and not _is_running(holder.get("process")):
         return True
-    return time.time() - float(holder.get("renewed", 0)) > _STALE_SECONDS
+    renewed = holder.get("renewed")
+    return not (isinstance(renewed, int | float) and time.time() - renewed <= _STALE_SECONDS)
 
 
 def _is_running(process: Any) -> bool:
@@ -85,15 +86,21 @@ def _is_running(process: Any) -> bool:
     return True
 
 
-def _read(folder: Folder) -> dict[str, Any] | None:
-    """Returns the content of the lock file: None if there is no lock, or an empty mapping if the file is damaged."""
+def _read(folder: Folder) -> bytes | None:
+    """Returns the content of the lock file, or None if there is no lock."""
     try:
-        content = json.loads(folder.read(LOCK_FILE))
+        return folder.read(LOCK_FILE)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError:
+
+
+def _decode(content: bytes | None) -> dict[str, Any]:
+    """Returns the holder that a lock file describes: an empty mapping if there is no file or it is damaged."""
+    try:
+        holder = json.loads(content or b"{}")
+    except (ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return holder if isinstance(holder, dict) else {}
 
 
 def _encode(holder: Mapping[str, Any]) -> bytes:

@@ -1,3 +1,4 @@
+import io
 import re
 import signal
 import subprocess
@@ -117,6 +118,15 @@ def test_error_becomes_a_message_and_an_exit_code(tmp_path: Path) -> None:
     assert result.stderr.startswith("Error: ")
     assert str(tmp_path / "nothing") in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_output_may_name_files_whose_names_are_not_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(captionlib, "invoke", lambda _context: click.echo("latin\udce9.jpg"))
+    main(["inspect", "x"])
+    output.flush()
+    assert output.buffer.getvalue() == b"latin\\udce9.jpg\n"  # type: ignore[attr-defined]
 
 
 def test_unknown_command_and_option_are_rejected() -> None:

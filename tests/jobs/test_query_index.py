@@ -33,7 +33,7 @@ def ranker(monkeypatch: pytest.MonkeyPatch) -> str:
     model.encoder = load_encoder(
         EncoderConfig("squeezenet1_1", "features.4.cat", "random:0", pooling="mean")
     ).description
-    monkeypatch.setattr("captionlib.models.checkpoints.checkpoint.load_ranker", lambda folder, device="cpu": model)
+    monkeypatch.setattr("captionlib.models.families.ranker.open_ranker", lambda folder, device="cpu": model)
     return "ranker"
 
 
@@ -115,7 +115,7 @@ def test_index_query_of_a_dataset_is_rejected(index: str) -> None:
 def test_another_ranker_is_rejected(index: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = WordRanker()
     model.fingerprint = "another"
-    monkeypatch.setattr("captionlib.models.checkpoints.checkpoint.load_ranker", lambda folder, device="cpu": model)
+    monkeypatch.setattr("captionlib.models.families.ranker.open_ranker", lambda folder, device="cpu": model)
     with pytest.raises(CheckpointError, match="expected the ranker ranker-of-words"):
         captions(index, "--sentence", "a dog", "--ranker", "other")
 

@@ -93,7 +93,7 @@ def test_captions_with_and_without_maps_do_not_mix(features: Path, captioner: Pa
 def test_captioner_without_attention_is_rejected_before_work_starts(features: Path, tmp_path: Path) -> None:
     plain = write_captioner(tmp_path / "without-attention", open_dataset(features).config["encoder"], attention_size=0)
     with pytest.raises(
-        CheckpointError, match="without-attention: attention_maps needs a captioner with attention, got one without"
+        CheckpointError, match="without-attention: attention_maps needs a captioner with attention to a feature map"
     ):
         caption(features, plain, tmp_path / "captions")
     assert not (tmp_path / "captions").exists()

@@ -7,8 +7,8 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from captionlib.collection import open_collection
-from captionlib.data.shards.dataset import open_dataset
-from captionlib.errors import LockError, QueryError
+from captionlib.data.shards.dataset import ShardedDataset, open_dataset
+from captionlib.errors import CaptionlibError, ConfigError, DatasetError, LockError, QueryError
 from captionlib.search.index import open_index
 from captionlib.storage.folders import Folder
 from captionlib.storage.lock import lock_folder
@@ -92,6 +92,14 @@ def test_second_update_at_the_same_time_is_refused(collection: Path) -> None:
         update(collection)
 
 
+@pytest.mark.parametrize("command", [("remove", "--id", "red.png"), ("compact", "--shard-size", "2")])
+def test_dataset_that_another_command_changes_is_refused(manifest: ShardedDataset, command: tuple[str, ...]) -> None:
+    name, *options = command
+    with lock_folder(manifest.folder, "captionlib prepare"), pytest.raises(LockError, match="is in use by"):
+        run(name, manifest.folder.uri, *options)
+    assert run(name, manifest.folder.uri, *options).exit_code == 0
+
+
 def test_several_sources_are_indexed_together(tmp_path: Path, trained: Path, ranker: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -111,6 +119,24 @@ def test_configuration_holds_absolute_addresses(tmp_path: Path, trained: Path, m
     config = open_collection("collection").config
     assert config.sources[0].addresses == (str(tmp_path / "images"),)
     assert config.generation == {"decoding": {"beam_width": 9}}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("captioner: nowhere", "nowhere is not a checkpoint"),
+        ("ranker: ''", "expected a path or URL, got an empty text"),
+        ("generation: {decoding: {beam_widht: 2}}", "unknown key decoding.beam_widht"),
+    ],
+)
+def test_settings_are_checked_before_the_sources_are_read(collection: Path, setting: str, message: str) -> None:
+    key = setting.partition(":")[0]
+    path = collection / "collection.yaml"
+    lines = [line for line in path.read_text().splitlines() if not line.startswith(f"{key}:")]
+    path.write_text("\n".join([*lines, setting]))
+    with pytest.raises(CaptionlibError, match=message):
+        update(collection)
+    assert not (collection / "images").exists()
 
 
 def test_status_before_the_first_update(collection: Path) -> None:
@@ -161,8 +187,39 @@ def test_removed_images_leave_no_trace_and_do_not_come_back(collection: Path, tm
     assert open_index(collection / "index").get_image("red.png")["caption"] == after["red.png"]
 
 
+def test_ids_that_are_not_found_are_named(collection: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"expected images to remove, got none; run `captionlib update` first"):
+        run("remove", collection, "--id", "red.png")
+    update(collection)
+    ids = tmp_path / "ids.txt"
+    ids.write_bytes("\ufeffred.png\r\n\r\nline\u2028separator\r\n".encode())
+    result = run("remove", collection, "--ids", ids, "--dry-run")
+    assert "captions: 1 of 2 images" in result.output
+    assert "Not found: 1 ids, for example 'line\\u2028separator'" in result.output
+    with pytest.raises(ConfigError, match="--id: expected text in UTF-8, got "):
+        run("remove", collection, "--id", "\udce9")
+    assert run("remove", collection, "--id", "", catch=True).exit_code == 2
+
+
 def test_remove_names_the_manifest_that_would_add_the_images_again(collection: Path) -> None:
     update(collection)
     result = run("remove", collection / "images" / "captions", "--id", "red.png")
     assert "its next update adds the images again" in result.output
     assert "red.png" not in read_captions(collection)
+
+
+def test_compacted_collection_has_nothing_to_process(collection: Path) -> None:
+    settings = (collection / "collection.yaml").read_text()
+    (collection / "collection.yaml").write_text(settings.replace("prepare: {}", "prepare: {shard_size: 2}"))
+    update(collection)
+    before = read_captions(collection)
+    (collection / "collection.yaml").write_text(settings)
+    result = run("compact", collection, "--no-progress")
+    assert result.exit_code == 0, result.output
+    assert f"{collection}/images/captions: 5 shards became 1\n" in result.output
+    written = (collection / "images" / "captions" / "part-00000.parquet").stat().st_mtime_ns
+    assert update(collection).exit_code == 0
+    assert read_captions(collection) == before
+    assert (collection / "images" / "captions" / "part-00000.parquet").stat().st_mtime_ns == written
+    assert len(open_index(collection / "index").description.shards) == 1
+    assert run("compact", collection, "--no-progress").output.count("nothing to do") == 3

@@ -37,6 +37,7 @@ STAGES: dict[str, Stage] = {
     "generate-captions": CaptionGeneration(
         GenerationConfig(),
         PinnedCheckpoint("s3://bucket/captioner", "fingerprint"),
+        {"decoding": {}},
         EncoderConfig(),
         "cuda",
         None,

@@ -72,7 +72,7 @@ def test_embeddings_equal_the_rankers_unit_vectors(features: Path, ranker: Path,
     source = open_dataset(features)
     rows = [row for shard in range(source.shards) for row in source.read(shard).to_pylist()]
     assert list(embedded) == [row["image_id"] for row in rows]
-    expected = loaded.encode_features(np.array([row["features"] for row in rows], np.float32))
+    expected = loaded.encode_images(np.array([row["features"] for row in rows], np.float32))
     np.testing.assert_allclose(np.array(list(embedded.values())), expected, atol=1e-3)
     np.testing.assert_allclose(np.linalg.norm(list(embedded.values()), axis=1), 1, atol=2e-3)
 

@@ -128,6 +128,12 @@ def test_a_captions_dataset_is_not_a_source(features: Path, captioner: Path, tmp
         caption(tmp_path / "captions", captioner, tmp_path / "more")
 
 
+def test_embeddings_need_a_folder_of_their_own(features: Path, captioner: Path, tmp_path: Path) -> None:
+    for embeddings in (tmp_path / "captions", f"{tmp_path}/captions/"):
+        with pytest.raises(ConfigError, match="--output and --embeddings: expected different folders"):
+            generate_captions(features, captioner, tmp_path / "captions", ranker="x", embeddings=embeddings)
+
+
 def test_weights_are_rejected_if_nothing_is_encoded(features: Path, captioner: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--weights is for encoding images"):
         generate_captions(features, captioner, tmp_path / "captions", GENERATION, weights="w.pth", run=QUIET)

@@ -11,6 +11,7 @@ from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.schemas import captions_schema, embeddings_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import DecodeError
+from captionlib.models.encoders.encoder import EncoderConfig
 
 from .conftest import rows
 
@@ -26,6 +27,12 @@ class WordRanker:
     fingerprint = "ranker-of-words"
     encoder: Mapping[str, Any] = {}
 
+    def find_source(self, weights: str | None) -> EncoderConfig:
+        return EncoderConfig.from_description(self.encoder, weights)
+
+    def require_encoder(self, description: Mapping[str, Any]) -> None:
+        assert description == self.encoder
+
     def has_known_word(self, sentence: str) -> bool:
         return any(word in sentence.lower() for word in WORDS)
 
@@ -35,7 +42,7 @@ class WordRanker:
         unit: npt.NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         return unit
 
-    def encode_features(self, features: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+    def encode_images(self, features: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
         vectors = np.abs(features[:, :SIZE]).astype(np.float32) + 0.01
         unit: npt.NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         return unit

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
+from captionlib.data.shards.inspection import inspect_dataset
 from captionlib.data.shards.schemas import embeddings_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.search.duplicates import find_duplicates
@@ -89,6 +90,14 @@ def test_second_run_follows_the_embeddings(tmp_path: Path) -> None:
     assert (tmp_path / "duplicates" / "part-00000.parquet").stat().st_mtime_ns == first
     write_embeddings(tmp_path / "embeddings", [near[0], ("b", [0, 1], 20, None)])
     assert find_duplicates(tmp_path / "embeddings", tmp_path / "duplicates").duplicates == 0
+
+
+def test_inspect_compares_duplicates_with_all_embeddings(tmp_path: Path) -> None:
+    for vector in ([1, 0], [0, 1]):
+        write_embeddings(tmp_path / "embeddings", [("a", vector, 20, None)], [("b", [1, 0], 10, None)])
+        stale = [inspect_dataset(tmp_path / "duplicates").stale] if vector == [0, 1] else []
+        find_duplicates(tmp_path / "embeddings", tmp_path / "duplicates")
+        assert [*stale, inspect_dataset(tmp_path / "duplicates").stale] == [*([1] if stale else []), 0]
 
 
 def test_dataset_without_images_has_no_duplicates(tmp_path: Path) -> None:

@@ -28,13 +28,13 @@ def test_uploaded_images_are_captioned_as_configured_by_one_decoder(
             super().__init__(*arguments)  # type: ignore[arg-type]
             decoders.append(self)
 
-    monkeypatch.setattr("captionlib.search.models.Decoder", CountedDecoder)
+    monkeypatch.setattr("captionlib.models.families.checkpoint_captioner.Decoder", CountedDecoder)
     folder = str(tmp_path / "captioner")
     with ImageQueryModels(captioner=folder, device="cpu", generation=config) as models:
         captions = [models.caption(buffer.getvalue()).to_pylist() for _ in range(2)]
+    assert len(decoders) == 1
     (row,), failures = caption_images([str(tmp_path / "image.png")], folder, config, device="cpu")
     assert not failures
     assert [row["caption"] for row in captions[0]] == [candidate["caption"] for candidate in row["candidates"]]
     assert len(captions[0]) == 2
     assert captions[0] == captions[1]
-    assert len(decoders) == 1

@@ -165,6 +165,17 @@ def test_unknown_protocol_is_rejected() -> None:
         Folder("nonsense://folder").list()
 
 
+@pytest.mark.parametrize("address", ["", Path("x\udce9")])
+def test_empty_addresses_and_names_that_are_not_unicode_are_rejected(address: str | Path) -> None:
+    for call in (lambda: Folder(address).list(), lambda: Folder(address).write("a", b"")):
+        with pytest.raises(ConfigError, match=r"got an empty text|'x\\udce9': expected a name in UTF-8"):
+            call()
+
+
+def test_root_folder_keeps_its_address() -> None:
+    assert (Folder("/").uri, Folder("//").uri, Folder("/tmp/").uri) == ("/", "/", "/tmp")
+
+
 def test_local_path_may_contain_double_colons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Folder(tmp_path / "zip::a").write("b::c", b"1")
     assert Folder(tmp_path / "zip::a").read("b::c") == b"1"

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from uuid import uuid4
 
@@ -55,8 +56,15 @@ def test_lock_of_another_machine_is_taken_over_once_it_is_no_longer_renewed(fold
         pass
 
 
-def test_damaged_lock_is_replaced(folder: Folder) -> None:
-    folder.write(LOCK_FILE, b"\xff{")
+DAMAGED = [
+    *(b"", b"\xff{", b"[1]", b"[" * 100_000, b"{}"),
+    *(b'{"renewed": "today"}', b'{"renewed": null, "process": 1e99}', b'{"renewed": NaN}'),
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_damaged_lock_is_replaced(folder: Folder, content: bytes) -> None:
+    folder.write(LOCK_FILE, content)
     with lock_folder(folder, "update"):
         assert json.loads(folder.read(LOCK_FILE))["command"] == "update"
 
@@ -72,8 +80,24 @@ def test_lock_is_renewed(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> Non
     pytest.fail("the lock was not renewed")
 
 
-def test_only_one_of_many_concurrent_holders_succeeds(folder: Folder) -> None:
-    start, release = threading.Barrier(8), threading.Event()
+def test_lock_that_another_process_took_over_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, is_stale = Folder(tmp_path), lock._is_stale
+    folder.write(LOCK_FILE, b"{}")
+
+    def take_over(holder: dict[str, object]) -> bool:
+        result = is_stale(holder)
+        monkeypatch.setattr(lock, "_is_stale", is_stale)
+        stack.enter_context(lock_folder(folder, "first"))
+        return result
+
+    monkeypatch.setattr(lock, "_is_stale", take_over)
+    with ExitStack() as stack, pytest.raises(LockError, match="in use by `first`"), lock_folder(folder, "second"):
+        pass
+
+
+def count_holders(folder: Folder) -> int:
+    """Returns how many of eight threads that lock a folder at once succeed."""
+    start, end = threading.Barrier(8), threading.Barrier(8)
     results: list[bool] = []
 
     def hold() -> None:
@@ -81,15 +105,25 @@ def test_only_one_of_many_concurrent_holders_succeeds(folder: Folder) -> None:
         try:
             with lock_folder(folder, "update"):
                 results.append(True)
-                release.wait(10)
+                end.wait(10)
         except LockError:
             results.append(False)
-        if len(results) == 8:
-            release.set()
+            end.wait(10)
 
     threads = [threading.Thread(target=hold) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(results) == [False] * 7 + [True]
+    return sum(results)
+
+
+def test_only_one_of_many_concurrent_holders_succeeds(folder: Folder) -> None:
+    assert count_holders(folder) == 1
+
+
+def test_only_one_of_many_concurrent_holders_takes_a_stale_lock_over(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    for _ in range(20):
+        folder.write(LOCK_FILE, b"{}")
+        assert count_holders(folder) == 1

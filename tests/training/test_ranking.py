@@ -90,7 +90,7 @@ def test_learns_to_match_images_and_captions(
     assert scores.mean_recall > 0.95
     assert scores.mean_recall == pytest.approx(max(row["mean_recall"] for row in history))
     assert (
-        ranker.encode_sentences(["a blue car"]) @ ranker.encode_features(np.eye(12, dtype=np.float32)).T
+        ranker.encode_sentences(["a blue car"]) @ ranker.encode_images(np.eye(12, dtype=np.float32)).T
     ).argmax() == KINDS.index("blue car")
     assert (tmp_path / "ranker" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -106,7 +106,7 @@ def test_maps_are_averaged_over_positions(features: ShardedDataset, tmp_path: Pa
         maps.folder.uri, tmp_path / "of-maps", tmp_path / "embeddings", EmbeddingConfig(), run=RunConfig(progress=False)
     )
     vectors = np.array(open_dataset(tmp_path / "embeddings").read(0)["embedding"].to_pylist())
-    assert np.allclose(vectors, other.encode_features(numbers_of(features, 0)), atol=1e-3)
+    assert np.allclose(vectors, other.encode_images(numbers_of(features, 0)), atol=1e-3)
 
 
 def to_maps(features: ShardedDataset, folder: Path) -> ShardedDataset:

@@ -96,6 +96,7 @@ class Preprocessing:
         std: standard deviation of each channel, for pixels in 0..1.
         decode_scale: `exact` resizes from all pixels of the file. `fast` decodes a JPEG at 1/2, 1/4 or 1/8 of its
             size if the result is at least twice as large as the resized image.
+        stretch: resize both sides to `resize_size`, which changes the proportions, instead of the shorter side.
     """
 
     resize_size: int
@@ -104,6 +105,7 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     decode_scale: DecodeScale = "exact"
+    stretch: bool = False
 
     def __post_init__(self) -> None:
         for name in ("resize_size", "crop_size"):
@@ -264,7 +266,9 @@ def _load(content: bytes, image: Image.Image, preprocessing: Preprocessing | Shr
 
 
 def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
-    """Returns the size of an image after its shorter side is resized, with the same rounding as torchvision."""
+    """Returns the size of an image after resizing, with the same rounding as torchvision."""
+    if preprocessing.stretch:
+        return preprocessing.resize_size, preprocessing.resize_size
     short, long = sorted(size)
     shorter, longer = preprocessing.resize_size, int(preprocessing.resize_size * long / short)
     return (shorter, longer) if size[0] <= size[1] else (longer, shorter)

@@ -7,12 +7,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 from pydantic import PositiveInt
 
 from captionlib.config import configclass
 from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
-from captionlib.data.images.decoding import DecodedImage, Preprocessing
+from captionlib.data.images.decoding import DecodedImage, Preprocessing, Shrinking
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.errors import ImageError
 
@@ -27,9 +29,11 @@ class LoadedImage(DecodedImage):
 
     Attributes:
         content_hash: XXH3 hash of the bytes of the file, an unsigned integer of 64 bits.
+        more_pixels: the pixels after each additional preprocessing of `open_loader`.
     """
 
     content_hash: int
+    more_pixels: tuple[npt.NDArray[np.uint8], ...] = ()
 
 
 LoadImages = Callable[[Iterable[Row]], Iterator[tuple[Row, LoadedImage | ImageError]]]
@@ -54,20 +58,26 @@ class LoadingConfig:
 
 
 @contextmanager
-def open_loader(config: LoadingConfig, preprocessing: Preprocessing) -> Iterator[LoadImages]:
+def open_loader(
+    config: LoadingConfig, preprocessing: Preprocessing | Shrinking, *more: Preprocessing | Shrinking
+) -> Iterator[LoadImages]:
     """Starts threads and decoder processes, and yields a function that loads images; see `load_images`.
 
-    On exit, all fetching and decoding in progress is canceled.
+    Every image is fetched once, and decoded once for each preprocessing. On exit, all fetching and decoding in progress
+    is canceled.
     """
     with ExitStack() as stack:  # exits in reverse order, so threads are joined after their work is canceled
         threads = stack.enter_context(ThreadPoolExecutor(config.threads, thread_name_prefix="load-images"))
         fetcher = stack.enter_context(ImageFetcher(config.fetch))
-        decoders = stack.enter_context(DecoderPool(preprocessing, config.decode))
+        decoders, *more_decoders = (
+            stack.enter_context(DecoderPool(each, config.decode)) for each in (preprocessing, *more)
+        )
 
         def load(uri: str) -> LoadedImage:
             content = fetcher.fetch(uri)
             image = decoders.decode(content)
-            return LoadedImage(image.pixels, image.width, image.height, hash_content(content))
+            more_pixels = tuple(each.decode(content).pixels for each in more_decoders)
+            return LoadedImage(image.pixels, image.width, image.height, hash_content(content), more_pixels)
 
         yield lambda rows: load_images(rows, load, executor=threads, prefetch=config.prefetch)
 

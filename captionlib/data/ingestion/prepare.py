@@ -15,6 +15,7 @@ from captionlib.data.images.addresses import image_exists
 from captionlib.data.images.fetching import ImageFetcher
 from captionlib.data.ingestion.changes import Changes, compare, update_manifest
 from captionlib.data.ingestion.staging import StagedRows, check_unique_ids, read_shards, stage_rows
+from captionlib.data.shards.compaction import choose_shard_size
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, list_other_files, open_dataset
 from captionlib.data.shards.markers import DESCRIPTION_FILE
 from captionlib.data.shards.removal import RemovedImages, list_removed
@@ -33,7 +34,6 @@ __all__ = ["PrepareConfig", "PrepareSummary", "prepare"]
 
 _COMMAND = "captionlib prepare"
 _IMAGES_TO_CHECK = 20
-_DEFAULT_SHARD_SIZE = 1000
 _MAX_REMOVED_RATIO = 0.1
 
 
@@ -47,7 +47,7 @@ class PrepareConfig:
         splits: splits to include. If empty, all splits are included.
         limit: maximum number of images, from the start of the source.
         shard_size: rows per shard. Later jobs process and resume by shard. If None, the shard size of an existing
-            manifest is used, or 1000 for a new one.
+            manifest is used or, for a new one, `captionlib.data.shards.compaction.choose_shard_size`.
         check_images: raise an error if the source lists image paths and none of the first 20 images exists.
         strict: raise an error at the first invalid image or caption instead of skipping it.
         append: keep images of an existing manifest that are not in the source, which lists only new or changed images.
@@ -182,7 +182,7 @@ def _prepare(
             changes, shards = _update(complete, staged, config, dry_run, report)
         else:
             changes = Changes(staged.rows, 0, 0, 0)
-            shard_size = config.shard_size or _DEFAULT_SHARD_SIZE
+            shard_size = config.shard_size or choose_shard_size(staged.rows)
             check_unique_ids(staged)
             shards = -(-staged.rows // shard_size)
             if not dry_run:
@@ -217,7 +217,7 @@ def _open_output(output: str | os.PathLike[str], config: PrepareConfig, overwrit
         if config.shard_size not in (None, size):
             raise ConfigError(
                 f"{folder.uri}: expected the shard size of this manifest, {size}, got {config.shard_size}; omit "
-                "--shard-size, or use --overwrite, after which later stages start from the beginning"
+                "--shard-size, or change it with `captionlib compact`"
             )
         return dataset
     if list_other_files(folder):

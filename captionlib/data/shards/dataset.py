@@ -22,7 +22,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -51,7 +51,14 @@ from captionlib.data.shards.markers import (
 )
 from captionlib.data.shards.schemas import FAILURES_SCHEMA, SCHEMA_VERSIONS, add_missing_columns, upgrade_schema
 from captionlib.data.shards.verification import VerifiedFile
-from captionlib.errors import DamagedShardError, DatasetError, FailureRatioError, FingerprintError, StorageError
+from captionlib.errors import (
+    ConfigError,
+    DamagedShardError,
+    DatasetError,
+    FailureRatioError,
+    FingerprintError,
+    StorageError,
+)
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, resolve_address
 from captionlib.storage.lock import LOCK_FILE
 
@@ -73,6 +80,8 @@ class ShardedDataset:
         schema: Arrow schema of the shards.
         lineage: id of the manifest that the images come from. It stays the same when the manifest is updated.
         source: path or URL of the dataset that this dataset was made from most recently; empty if there is none.
+        layout: id of the compaction that divided the images into these shards; empty if there was none. A dataset has
+            the layout of its source; see `captionlib.data.shards.compaction`.
         source_checksum: content checksum of the source when this dataset was created; empty if unknown.
     """
 
@@ -84,6 +93,7 @@ class ShardedDataset:
     schema: pa.Schema
     lineage: str
     source: str = ""
+    layout: str = ""
     source_checksum: str = ""
 
     def done_shards(self) -> set[int]:
@@ -407,32 +417,40 @@ def create_dataset(
         overwrite: first delete an existing dataset in the folder.
 
     Raises:
+        ConfigError: the folder is that of `source`.
         FingerprintError: the folder holds a dataset with a different fingerprint or lineage, and `overwrite` is not
             set.
-        DatasetError: the folder holds files that captionlib did not write.
+        DatasetError: the folder holds files that captionlib did not write, or a dataset with the shards that `source`
+            had before it was compacted.
     """
     folder = Folder(uri)
     config = json.loads(json.dumps(config))
     fingerprint = compute_fingerprint(kind, config)
+    follows_source = shards is None
     if shards is None:
         assert source is not None, "the number of shards is unknown"
         shards = source.shards
     lineage = lineage or (source.lineage if source else fingerprint)
-    source_address = resolve_address(source.folder.uri) if source else ""
-    replace = overwrite and folder.exists(DESCRIPTION_FILE)
-    description = None if replace else _read_updated_description(folder) or _require_no_files(folder)
+    source_address, layout = (resolve_address(source.folder.uri), source.layout) if source else ("", "")
+    if source is not None and source_address == resolve_address(folder.uri):
+        raise ConfigError(f"{folder.uri} is the input of this command; use another folder for the output")
+    delete_existing = overwrite and folder.exists(DESCRIPTION_FILE)
+    description = None if delete_existing else _read_updated_description(folder) or _require_no_files(folder)
     if description is not None:
         source_checksum = description.get("source_checksum", "")
     else:
         source_checksum = source.compute_content_checksum() if source else ""
     dataset = ShardedDataset(
-        folder, kind, config, fingerprint, shards, schema, lineage, source_address, source_checksum
+        folder, kind, config, fingerprint, shards, schema, lineage, source_address, layout, source_checksum
     )
-    if replace:
+    if delete_existing:
         _clear(folder)
     elif description is not None:
         existing = _to_dataset(folder, description)
         _require_same(existing, dataset)
+        if follows_source:
+            _require_same_layout(existing, dataset)
+        dataset = dataset if source else replace(dataset, layout=existing.layout)
         if existing == dataset:
             return dataset
         if existing.shards != dataset.shards:
@@ -452,6 +470,7 @@ def _write_description(dataset: ShardedDataset, created: str | None) -> None:
         "source": dataset.source,
         "source_checksum": dataset.source_checksum,
         "shards": dataset.shards,
+        "layout": dataset.layout,
         "created": created or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "columns": {column.name: str(column.type) for column in dataset.schema},
         "config": dataset.config,
@@ -499,6 +518,16 @@ def _require_same(existing: ShardedDataset, dataset: ShardedDataset) -> None:
         )
 
 
+def _require_same_layout(existing: ShardedDataset, dataset: ShardedDataset) -> None:
+    """Raises DatasetError if the source was compacted, but the dataset in the folder was not."""
+    if existing.layout != dataset.layout:
+        raise DatasetError(
+            f"{dataset.folder.uri} has the shards that {dataset.source} had before it was compacted; run `captionlib "
+            f"compact {dataset.source} {dataset.folder.uri}`, which moves its rows to the new shards, and then this "
+            "command again"
+        )
+
+
 def _clear(folder: Folder) -> None:
     """Deletes a dataset, beginning with `_SUCCESS` and the markers, so an interrupted deletion leaves it incomplete."""
     for name in (SUCCESS_FILE, JOURNAL_FILE, MARKERS_FOLDER, FAILURES_FOLDER, UPDATE_FOLDER):
@@ -523,6 +552,7 @@ def _to_dataset(folder: Folder, description: Mapping[str, Any]) -> ShardedDatase
             upgrade_schema(kind, stored),
             description.get("lineage") or config.get("input") or fingerprint,
             description.get("source", ""),
+            description.get("layout", ""),
             description.get("source_checksum", ""),
         )
     except (pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:

@@ -104,10 +104,13 @@ def _count_stale_shards(dataset: ShardedDataset) -> int | None:
     if not dataset.source:
         return 0
     try:
-        sources = open_dataset(dataset.source).read_markers()
+        source = open_dataset(dataset.source)
+        sources = source.read_markers()
     except (CaptionlibError, OSError):
         return None
     markers = dataset.read_markers()
+    if dataset.kind == "duplicates":  # one shard, made from all shards of the source
+        return sum(marker.source != source.compute_content_checksum() for marker in markers.values())
     changed = sum(shard in sources and marker.source != sources[shard].checksum for shard, marker in markers.items())
     return changed + sum(shard >= dataset.shards for shard in sources)
 

@@ -46,7 +46,7 @@ MARKERS_FOLDER = "__shards"
 FAILURES_FOLDER = "__failures"
 JOURNAL_FILE = "_update.json"
 UPDATE_FOLDER = "__update"
-REMOVED_FILE = "_removed.jsonl"
+REMOVED_FILE = "_removed.json"
 
 BLOCK_BYTES = 256 << 10
 """Each block of this size in a data file has a checksum. Readers of one column verify only the blocks they read."""

@@ -5,7 +5,6 @@ hashes of the image ids, so the files no longer contain the ids of removed image
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import REMOVED_FILE
+from captionlib.data.shards.markers import REMOVED_FILE, decode_record, encode_record
 from captionlib.data.shards.update import update_shards
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import DatasetError
@@ -46,12 +45,11 @@ def list_removed(folder: Folder) -> RemovedImages:
         DatasetError: the list is damaged.
     """
     try:
-        lines = folder.read(REMOVED_FILE).decode().splitlines()
-        records = [json.loads(line) for line in lines]
-        return RemovedImages({record["sha256"]: (record["reason"], record["date"]) for record in records})
+        images = decode_record(folder.read(REMOVED_FILE))["images"]
+        return RemovedImages({digest: (image["reason"], image["date"]) for digest, image in images.items()})
     except (FileNotFoundError, NotADirectoryError):
         return RemovedImages({})
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(
             f"{folder.address(REMOVED_FILE)} is damaged ({error!r}); restore it from a copy, or delete it and remove "
             "the images again"
@@ -83,31 +81,23 @@ class Removal:
     reason: str
 
     def run(self) -> None:
-        """Writes the shards again without the images. Run the removal from a manifest before those from later datasets.
-
-        All shards of a manifest are replaced at once. Other datasets are incomplete until all shards are written.
-        """
+        """Replaces all shards with these images at once. Run it for a manifest before later datasets."""
         dataset = self.dataset
         if dataset.kind == "manifest":
             self._add_to_list()
-            if self.current:
-                with update_shards(dataset, dataset.shards) as staged:
-                    for shard in self.current:
-                        self._rewrite(staged, shard, "")
-            return
-        if not self.current:
-            return
-        was_complete = dataset.is_complete()
-        source = open_dataset(dataset.source) if dataset.source else None
-        dataset.mark_incomplete()
-        for shard, is_current in self.current.items():
-            if dataset.kind == "duplicates":
+        if dataset.kind == "duplicates":
+            for shard in self.current:
                 dataset.remove_shard(shard)  # the groups may change; `captionlib deduplicate` writes the shard again
-                continue
-            marker = source.read_marker(shard) if source is not None else None
-            self._rewrite(dataset, shard, marker.checksum if is_current and marker is not None else _STALE)
-        if was_complete and dataset.kind != "duplicates":
-            dataset.finish(max_failure_ratio=1.0)
+        elif self.current:
+            source = open_dataset(dataset.source) if dataset.source else None
+            with update_shards(dataset, dataset.shards) as staged:
+                for shard in self.current:
+                    self._rewrite(staged, shard, "" if source is None else self._find_source(source, shard))
+
+    def _find_source(self, source: ShardedDataset, shard: int) -> str:
+        """Returns the checksum of the input shard for the marker of a shard."""
+        marker = source.read_marker(shard)
+        return marker.checksum if self.current[shard] and marker is not None else _STALE
 
     def _rewrite(self, target: ShardedDataset, shard: int, source: str) -> None:
         rows = self.dataset.read(shard)
@@ -123,10 +113,8 @@ class Removal:
         removed = dict(list_removed(folder).reasons)
         date = time.strftime("%Y-%m-%d", time.gmtime())
         removed |= {_hash_id(image_id): (self.reason, date) for image_id in self.image_ids.to_pylist()}
-        lines = [
-            json.dumps({"sha256": digest, "reason": reason, "date": day}) for digest, (reason, day) in removed.items()
-        ]
-        folder.write(REMOVED_FILE, "".join(f"{line}\n" for line in lines).encode())
+        images = {digest: {"reason": reason, "date": day} for digest, (reason, day) in removed.items()}
+        folder.write(REMOVED_FILE, encode_record({"images": images}))
 
 
 def plan_removal(dataset: ShardedDataset, image_ids: Collection[str], reason: str = "") -> Removal:

@@ -16,7 +16,7 @@ from captionlib.data.shards.schemas import FAILURES_SCHEMA, add_missing_columns
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import DamagedShardError, DatasetError, ImageError
 
-__all__ = ["ProcessRows", "ReportFailure", "ShardJob", "Stage"]
+__all__ = ["ProcessRows", "ReportFailure", "ShardJob", "Stage", "match_images", "replace_columns"]
 
 ReportFailure = Callable[[Mapping[str, Any], ImageError], None]
 """Records an image that could not be read. Takes its row in the input, and the error."""
@@ -211,18 +211,18 @@ class _UnchangedRows:
 
     @classmethod
     def find(cls, rows: pa.Table, outputs: Sequence[pa.Table], failures: pa.Table) -> "_UnchangedRows":
-        found = [_match(rows, output) for output in outputs]
+        found = [match_images(rows, output) for output in outputs]
         is_kept = np.all([indices >= 0 for indices in found], axis=0)
-        failed = np.where(is_kept, -1, _match(rows, failures))
+        failed = np.where(is_kept, -1, match_images(rows, failures))
         kept = np.flatnonzero(is_kept)
         return cls(
             {image_id: position for position, image_id in enumerate(rows["image_id"].to_pylist())},
             kept,
             [
-                _copy(output.take(indices[kept]), rows.take(kept))
+                replace_columns(output.take(indices[kept]), rows.take(kept))
                 for output, indices in zip(outputs, found, strict=True)
             ],
-            _copy(failures.take(failed[failed >= 0]), rows.filter(pa.array(failed >= 0))),
+            replace_columns(failures.take(failed[failed >= 0]), rows.filter(pa.array(failed >= 0))),
             ~is_kept & (failed < 0),
         )
 
@@ -250,7 +250,7 @@ class _UnchangedRows:
         yield tuple(_to_batch(table.slice(start)) for table in self.tables)
 
 
-def _match(rows: pa.Table, old: pa.Table) -> npt.NDArray[np.int64]:
+def match_images(rows: pa.Table, old: pa.Table) -> npt.NDArray[np.int64]:
     """Returns, for each row, the index of the old row of the same image, or -1 if there is none or the image changed.
 
     If a version is unknown, images with the same path or URL are taken to be the same.
@@ -264,7 +264,7 @@ def _match(rows: pa.Table, old: pa.Table) -> npt.NDArray[np.int64]:
     return indices
 
 
-def _copy(old: pa.Table, rows: pa.Table) -> pa.Table:
+def replace_columns(old: pa.Table, rows: pa.Table) -> pa.Table:
     """Replaces the columns of old rows that the input also has."""
     for position, name in enumerate(old.schema.names):
         if name in rows.schema.names:

@@ -36,7 +36,7 @@ __all__ = ["complete_update", "drop_uncommitted_updates", "update_shards"]
 
 
 @contextmanager
-def update_shards(dataset: ShardedDataset, shards: int) -> Iterator[ShardedDataset]:
+def update_shards(dataset: ShardedDataset, shards: int, **changes: Any) -> Iterator[ShardedDataset]:
     """Yields a staging dataset. The shards written to it replace those of `dataset` when the block ends.
 
     Shards that are not written stay as they are. If the block raises, nothing changes.
@@ -47,8 +47,10 @@ def update_shards(dataset: ShardedDataset, shards: int) -> Iterator[ShardedDatas
         ...         writer.write(rows)
 
     Args:
-        dataset: a complete dataset.
+        dataset: the dataset. If it is complete, it is complete after the update too.
         shards: number of shards after the update. All shards must then exist.
+        changes: new values of `config`, `fingerprint` or `layout`. A new fingerprint requires that all shards are
+            written.
 
     Raises:
         DatasetError: a different update of the dataset was committed at the same time.
@@ -58,10 +60,11 @@ def update_shards(dataset: ShardedDataset, shards: int) -> Iterator[ShardedDatas
     drop_uncommitted_updates(folder)
     name = uuid.uuid4().hex
     staging = Folder(folder.address(f"{UPDATE_FOLDER}/{name}"))
-    staged = replace(dataset, folder=staging, shards=max(shards, dataset.shards))
+    staged = replace(dataset, folder=staging, shards=max(shards, dataset.shards), **changes)
+    complete = dataset.is_complete()
     try:
         yield staged
-        written = {part_name(shard): marker.checksum for shard, marker in sorted(staged.read_markers().items())}
+        written = {part_name(shard): _identify(marker) for shard, marker in sorted(staged.read_markers().items())}
         if folder.exists(JOURNAL_FILE) or open_dataset(folder.uri).compute_content_checksum() != before:
             raise DatasetError(
                 f"{folder.uri}: another command updated this dataset at the same time; run this one again"
@@ -69,7 +72,13 @@ def update_shards(dataset: ShardedDataset, shards: int) -> Iterator[ShardedDatas
     except BaseException:
         folder.remove(f"{UPDATE_FOLDER}/{name}")
         raise
-    journal = {"id": name, "shards": shards, "written": written, "previous_shards": dataset.shards}
+    journal = {
+        "id": name,
+        "written": written,
+        "previous_shards": dataset.shards,
+        "complete": complete,
+        "description": {"shards": shards, **changes},
+    }
     folder.write(JOURNAL_FILE, encode_record(journal))
     complete_update(folder)
 
@@ -93,13 +102,14 @@ def complete_update(folder: Folder) -> None:
     _require_staged(folder, staging, journal["written"])
     for name in journal["written"]:
         _move_shard(folder, staging, name)  # part-00000, for example
-    description = decode_record(folder.read(DESCRIPTION_FILE))
-    if description["shards"] != journal["shards"]:
-        folder.write(DESCRIPTION_FILE, encode_record({**description, "shards": journal["shards"]}))
+    old = decode_record(folder.read(DESCRIPTION_FILE))
+    if (new := {**old, **journal["description"]}) != old:
+        folder.write(DESCRIPTION_FILE, encode_record(new))
     dataset = open_dataset(folder.uri, complete=False)
-    for shard in range(journal["shards"], journal["previous_shards"]):
+    for shard in range(dataset.shards, journal["previous_shards"]):
         dataset.remove_shard(shard)
-    dataset.finish(max_failure_ratio=1.0)
+    if journal["complete"]:
+        dataset.finish(max_failure_ratio=1.0)
     folder.remove_file(JOURNAL_FILE)
     folder.remove(UPDATE_FOLDER)
 
@@ -107,7 +117,7 @@ def complete_update(folder: Folder) -> None:
 def _read_journal(folder: Folder) -> dict[str, Any] | None:
     try:
         journal = decode_record(folder.read(JOURNAL_FILE))
-        _ = journal["id"], journal["shards"], journal["previous_shards"], journal["written"]
+        _ = [journal[key] for key in ("id", "written", "previous_shards", "complete", "description")]
     except FileNotFoundError:
         return None
     except (ValueError, KeyError) as error:
@@ -120,9 +130,9 @@ def _read_journal(folder: Folder) -> dict[str, Any] | None:
 def _require_staged(folder: Folder, staging: str, written: dict[str, str]) -> None:
     """Raises DatasetError if a shard is neither staged nor in place. If none is in place, the update is dropped."""
     moved, missing = [], []
-    for name, checksum in written.items():
+    for name, identity in written.items():
         current = _read_marker(folder, f"{MARKERS_FOLDER}/{name}.json")
-        if current is not None and current.checksum == checksum:
+        if current is not None and _identify(current) == identity:
             moved.append(name)
         elif _read_marker(folder, f"{staging}/{MARKERS_FOLDER}/{name}.json") is None:
             missing.append(name)
@@ -141,7 +151,7 @@ def _move_shard(folder: Folder, staging: str, name: str) -> None:
     current = _read_marker(folder, f"{MARKERS_FOLDER}/{name}.json")
     if new is None or current == new:
         return  # this shard was moved before
-    if current is not None and current.checksum != new.checksum:
+    if current is not None and _identify(current) != _identify(new):
         write_marker(folder, replace(new, previous=replace(current, previous=None)))
     folder.move(f"{staging}/{name}.parquet", f"{name}.parquet")
     failures = f"{FAILURES_FOLDER}/{name}.parquet"
@@ -150,6 +160,11 @@ def _move_shard(folder: Folder, staging: str, name: str) -> None:
     else:
         folder.remove_file(failures)
     write_marker(folder, new)
+
+
+def _identify(marker: Marker) -> str:
+    """Returns the checksums of the files of a shard."""
+    return f"{marker.checksum} {marker.failures_checksum}"
 
 
 def _read_marker(folder: Folder, name: str) -> Marker | None:

@@ -1,7 +1,7 @@
 """Saves and loads trained captioners, language models and rankers (dual encoders for image-text retrieval)."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, get_args
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from captionlib.config import build_config, to_dict
+from captionlib.config import build_config, describe_differences, to_dict
 from captionlib.data.batches.captions import pool_map
 from captionlib.data.text.corpora import TextLayout
 from captionlib.data.text.vocabulary import UNKNOWN, Vocabulary
@@ -27,6 +27,7 @@ from captionlib.models.checkpoints.folder import (
     write_checkpoint,
 )
 from captionlib.models.devices import resolve_device
+from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.encoders.top_layers import EncoderTop
 from captionlib.models.rankers.ranker import Ranker, RankerConfig
 
@@ -80,6 +81,21 @@ class LoadedModel(Generic[Model, Config]):
     training: Mapping[str, Any]
     fingerprint: str
 
+    def find_source(self, weights: str | None) -> EncoderConfig:
+        """Returns the configuration of the encoder whose features are the model's input.
+
+        `weights` is the path of the encoder's weights file, if the user specified it.
+
+        Raises:
+            ConfigError: the weights file is needed and cannot be found.
+        """
+        config = EncoderConfig.from_description(self.encoder, weights or self.encoder_weights)
+        return config.resolve_weights_path()
+
+    def to(self, device: torch.device) -> None:
+        """Moves the model to a device."""
+        self.model.to(device)
+
     def require_encoder(self, description: Mapping[str, Any]) -> None:
         """Checks that features come from the encoder that this model was trained on.
 
@@ -89,7 +105,8 @@ class LoadedModel(Generic[Model, Config]):
         Raises:
             CheckpointError: the encoders differ; the message lists the differing fields.
         """
-        if differences := list(_find_differences(_to_json(self.encoder), _to_json(description))):
+        own, other = (json.loads(json.dumps(values)) for values in (self.encoder, description))  # tuples become lists
+        if differences := describe_differences(own, other, ("expected", "got")):
             raise CheckpointError(
                 f"these features come from a different encoder than the {self.kind}'s ({'; '.join(differences)}); "
                 f"extract them with the {self.kind}'s encoder, or train a {self.kind} on them"
@@ -135,15 +152,18 @@ class LoadedRanker(LoadedModel[Ranker, RankerConfig]):
         return embeddings
 
     @torch.inference_mode()
-    def encode_features(self, features: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+    def encode_images(
+        self, images: npt.NDArray[np.floating] | Sequence[npt.NDArray[np.floating]]
+    ) -> npt.NDArray[np.float32]:
         """Embeds images as unit vectors, `[images, size]`.
 
         Args:
-            features: `[images, feature_size]` or `[images, positions, feature_size]`, from the encoder.
+            images: features from the encoder, `[images, feature_size]` or `[images, positions, feature_size]`.
 
         Raises:
             CheckpointError: the features have a different shape.
         """
+        features = np.asarray(images)
         size = self.model.feature_size
         if features.ndim not in (2, 3) or features.shape[-1] != size:
             raise CheckpointError(
@@ -154,8 +174,8 @@ class LoadedRanker(LoadedModel[Ranker, RankerConfig]):
         embeddings = np.empty((len(features), self.size), np.float32)
         for start in range(0, len(features), _BATCH_SIZE):
             batch = slice(start, start + _BATCH_SIZE)
-            images = torch.from_numpy(features[batch].astype(np.float32)).to(self._device)
-            embeddings[batch] = self.model.embed_images(images).float().cpu().numpy()
+            inputs = torch.from_numpy(features[batch].astype(np.float32)).to(self._device)
+            embeddings[batch] = self.model.embed_images(inputs).float().cpu().numpy()
         return embeddings
 
     @property
@@ -341,17 +361,3 @@ def _check_shapes(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name in sorted({**expected, **got}):
         if expected.get(name) != got.get(name):
             raise ValueError(f"{name}: expected shape {expected.get(name)}, got {got.get(name)}")
-
-
-def _to_json(values: Mapping[str, Any]) -> Any:
-    """Converts values to those that JSON stores, so a tuple equals a list with the same values."""
-    return json.loads(json.dumps(values))
-
-
-def _find_differences(expected: Any, got: Any, name: str = "") -> Iterator[str]:
-    """Yields one description for each field in which two nested mappings differ."""
-    if isinstance(expected, dict) and isinstance(got, dict):
-        for key in {**expected, **got}:
-            yield from _find_differences(expected.get(key), got.get(key), f"{name}.{key}".lstrip("."))
-    elif expected != got:
-        yield f"{name}: expected {expected!r}, got {got!r}"

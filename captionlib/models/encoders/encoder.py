@@ -1,6 +1,6 @@
 """Encoders: torchvision networks, truncated at a graph node, that compute image features from pixels."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from captionlib.config import configclass
-from captionlib.data.images.decoding import DecodeScale, Preprocessing
+from captionlib.data.images.decoding import DecodeScale, Preprocessing, Shrinking
 from captionlib.errors import ConfigError
 from captionlib.models.devices import copy_to_host_async, halve_on_out_of_memory, resolve_device
 from captionlib.models.encoders.network import EncoderNetwork, require_finite, truncate_network
@@ -26,10 +26,19 @@ from captionlib.models.encoders.weights import (
 )
 from captionlib.storage.folders import resolve_address
 
-__all__ = ["Encoder", "EncoderConfig", "PendingFeatures", "describe_finetuned_encoder", "load_encoder"]
+__all__ = [
+    "Encoder",
+    "EncoderConfig",
+    "PendingFeatures",
+    "describe_finetuned_encoder",
+    "describe_preprocessing",
+    "load_encoder",
+]
 
 PendingFeatures = Callable[[], npt.NDArray[np.floating]]
 """Function that waits for the features of a batch and returns them."""
+
+Pixels = Sequence[npt.NDArray[np.uint8]] | npt.NDArray[np.uint8]
 
 
 @configclass
@@ -129,7 +138,7 @@ class Encoder:
             "pooling": config.pooling,
             "dtype": config.dtype,
             "stored_dtype": config.stored_dtype,
-            "preprocessing": _describe_preprocessing(preprocessing),
+            "preprocessing": describe_preprocessing(preprocessing),
             "shape": self.shape,
         }
 
@@ -138,11 +147,11 @@ class Encoder:
         """Number of values in the features of one image."""
         return int(np.prod(self.shape))
 
-    def encode(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.floating]:
+    def encode(self, images: Pixels) -> npt.NDArray[np.floating]:
         """Encodes a batch and waits for its features; see `encode_async`."""
         return self.encode_async(images)()
 
-    def encode_async(self, images: npt.NDArray[np.uint8]) -> PendingFeatures:
+    def encode_async(self, images: Pixels) -> PendingFeatures:
         """Starts encoding a batch. Batches that exceed the memory of the device are halved.
 
         To keep a GPU busy, start the next batch before waiting for the features of the current one. Copies and
@@ -155,7 +164,8 @@ class Encoder:
             A function that waits for the features and returns them: `[batch, size]` or `[batch, positions, channels]`
             of the stored dtype. It raises DatasetError if they overflow that dtype.
         """
-        parts = halve_on_out_of_memory(lambda part: self._start_batch(images[part]), len(images))
+        pixels = np.asarray(images)
+        parts = halve_on_out_of_memory(lambda part: self._start_batch(pixels[part]), len(pixels))
         return parts[0] if len(parts) == 1 else lambda: np.concatenate([wait() for wait in parts])
 
     @torch.inference_mode()
@@ -210,10 +220,12 @@ def describe_finetuned_encoder(description: Mapping[str, Any], weights: Mapping[
     return {**description, **changes}
 
 
-def _describe_preprocessing(preprocessing: Preprocessing) -> dict[str, Any]:
-    values = {**asdict(preprocessing), "mean": list(preprocessing.mean), "std": list(preprocessing.std)}
-    if preprocessing.decode_scale == "exact":  # omitted, so that the fingerprints of older datasets remain valid
-        del values["decode_scale"]
+def describe_preprocessing(preprocessing: Preprocessing | Shrinking) -> dict[str, Any]:
+    """Returns the settings of a preprocessing as JSON values, for fingerprints."""
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(preprocessing).items()}
+    for name, default in (("decode_scale", "exact"), ("stretch", False)):
+        if values.get(name) == default:  # omitted, so that the fingerprints of older datasets remain valid
+            del values[name]
     return values
 
 

@@ -1,6 +1,6 @@
 """Generates captions from image features, or from images by running the encoder in the same pass."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,20 +12,19 @@ import torch
 from pydantic import PositiveInt
 
 from captionlib.config import configclass
+from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema
 from captionlib.data.shards.stages import ProcessRows
-from captionlib.errors import ImageError
-from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, LoadedRanker, load_captioner
+from captionlib.errors import CheckpointError, ImageError
 from captionlib.models.decoding.config import DecodingConfig
-from captionlib.models.decoding.datastore import read_datastore
-from captionlib.models.decoding.decoder import Decoder
-from captionlib.models.decoding.incremental import Candidate
 from captionlib.models.devices import resolve_device
-from captionlib.models.encoders.encoder import EncoderConfig
-from captionlib.models.inference.attention_maps import compute_attention_maps, require_attention
+from captionlib.models.families.captioner import Caption, CaptionModel, GenerateCaptions, open_captioner
+from captionlib.models.families.model import ImageSource
+from captionlib.models.families.ranker import RankingModel
 from captionlib.models.inference.embedding import SHARED_RANKERS, build_embedding_rows
-from captionlib.models.inference.feature_source import EncodedRows, open_feature_source
+from captionlib.models.inference.extraction import EncodedRows
+from captionlib.models.inference.feature_source import open_feature_source
 from captionlib.models.inference.shared_models import CheckpointCache, PinnedCheckpoint, cached_per_process
 
 __all__ = [
@@ -34,9 +33,10 @@ __all__ = [
     "GenerationConfig",
     "build_caption_rows",
     "caption_images",
+    "require_attention",
 ]
 
-SHARED_CAPTIONERS: CheckpointCache[LoadedCaptioner] = CheckpointCache(load_captioner)
+SHARED_CAPTIONERS: CheckpointCache[CaptionModel] = CheckpointCache(open_captioner)
 
 Row = dict[str, Any]
 
@@ -53,6 +53,7 @@ class GenerationConfig:
         encoder_batch_size: images per batch of the encoder, if captions are generated from images.
         attention_maps: store the attention weights of each token of the best caption; requires a captioner with
             attention.
+        prompt: text that the captioner continues or answers, if it has prompts.
     """
 
     decoding: DecodingConfig = field(default_factory=lambda: DecodingConfig(n_best=5))
@@ -61,6 +62,21 @@ class GenerationConfig:
     loading: LoadingConfig = field(default_factory=LoadingConfig)
     encoder_batch_size: PositiveInt = 32
     attention_maps: bool = False
+    prompt: str | None = None
+
+
+def require_attention(captioner: CaptionModel, address: str) -> int:
+    """Returns the number of positions of the captioner's attention maps; errors name `address`.
+
+    Raises:
+        CheckpointError: the captioner has no attention maps.
+    """
+    if captioner.attention_positions is None:
+        raise CheckpointError(
+            f"{address}: attention_maps needs a captioner with attention to a feature map, got one without; leave "
+            "attention_maps out, or train a captioner with captioner.attention_size on spatial feature maps"
+        )
+    return captioner.attention_positions
 
 
 @dataclass(frozen=True)
@@ -69,26 +85,28 @@ class CaptionGeneration:
 
     Attributes:
         config: configuration of the generation.
-        captioner: the captioner's checkpoint, pinned to one version.
-        encoder: configuration of the image encoder; None if the input contains features.
+        captioner: the captioner, pinned to one version.
+        description: `CaptionModel.describe_generation`; a worker with a different one fails.
+        source: how images become the captioner's input; None if the dataset contains features.
         device: device of the models.
         threads: number of CPU threads of the models. If None, PyTorch's default is used.
         ranker: dual encoder for retrieval that embeds the images as a second output; if None, there is only one output.
-        datastore: hash of the datastore (training images for reranking); None if decoding does not use it.
+        ranker_source: how images become the ranker's input.
     """
 
     config: GenerationConfig
     captioner: PinnedCheckpoint
-    encoder: EncoderConfig | None = None
+    description: Mapping[str, Any]
+    source: ImageSource | None = None
     device: str = "auto"
     threads: int | None = None
     ranker: PinnedCheckpoint | None = None
-    datastore: str | None = None
+    ranker_source: ImageSource | None = None
 
     @property
     def columns(self) -> Sequence[str]:
         properties = ["image_id", "uri", "version", "split"]
-        return properties if self.encoder else [*properties, "width", "height", "content_hash", "features"]
+        return properties if self.source else [*properties, "width", "height", "content_hash", "features"]
 
     @contextmanager
     def open(self) -> Iterator[ProcessRows]:
@@ -97,69 +115,53 @@ class CaptionGeneration:
             torch.set_num_threads(self.threads)
         config = self.config
         captioner = SHARED_CAPTIONERS.get(self.captioner, self.device)
-        decoder = _load_decoder_once(self.captioner, self.datastore, config.decoding, config.dtype, self.device)
+        self.captioner.require_unchanged("settings", self.description, captioner.describe_generation(config))
+        generate = _prepare_once(self.captioner, config, self.description.get("datastore"), self.device)
         ranker = SHARED_RANKERS.get(self.ranker, self.device) if self.ranker else None
+        models = [captioner, *([] if ranker is None else [ranker])]
+        sources = [self.source, self.ranker_source][: len(models)]
         with open_feature_source(
-            self.encoder, captioner.encoder, config.loading, config.encoder_batch_size, self.device, self.threads
+            sources, models, config.loading, config.encoder_batch_size, self.device, self.threads
         ) as load_features:
-            yield lambda batches, fail: _caption_batches(
-                load_features(batches, fail), captioner, decoder, config, ranker
-            )
+            yield lambda batches, fail: _caption_batches(load_features(batches, fail), generate, config, ranker)
 
 
 def _caption_batches(
-    encoded: EncodedRows,
-    captioner: LoadedCaptioner,
-    decoder: Decoder,
-    config: GenerationConfig,
-    ranker: LoadedRanker | None = None,
+    encoded: EncodedRows, generate: GenerateCaptions, config: GenerationConfig, ranker: RankingModel | None = None
 ) -> Iterator[tuple[pa.RecordBatch, ...]]:
-    for rows, features in _rebatch(encoded, config.batch_size):
-        inputs = features.astype(np.float32)
-        candidates = decoder.decode(inputs, keys=[row["image_id"] for row in rows])
-        attention = None
-        if config.attention_maps:
-            attention = compute_attention_maps(captioner.model, inputs, [per_image[0] for per_image in candidates])
-        captions = build_caption_rows(rows, candidates, captioner, attention)
-        yield (captions,) if ranker is None else (captions, build_embedding_rows(rows, features, ranker))
+    for rows, (images, *ranker_images) in _rebatch(encoded, config.batch_size):
+        captions = build_caption_rows(rows, generate(images, [row["image_id"] for row in rows]))
+        yield (captions,) if ranker is None else (captions, build_embedding_rows(rows, ranker_images[0], ranker))
 
 
 @cached_per_process
-def _load_decoder_once(
-    checkpoint: PinnedCheckpoint, datastore_version: str | None, decoding: DecodingConfig, dtype: str, device: str
-) -> Decoder:
-    captioner = SHARED_CAPTIONERS.get(checkpoint, device)
-    datastore = None
-    if datastore_version is not None:
-        datastore = read_datastore(checkpoint.folder, captioner)
-        checkpoint.require_unchanged("datastore", datastore_version, datastore.fingerprint)
-    return Decoder(captioner.model, decoding, getattr(torch, dtype), captioner.vocabulary, datastore)
+def _prepare_once(
+    checkpoint: PinnedCheckpoint, config: GenerationConfig, _datastore: str | None, device: str
+) -> GenerateCaptions:
+    return SHARED_CAPTIONERS.get(checkpoint, device).prepare(config)
 
 
-def build_caption_rows(
-    rows: Sequence[Row],
-    candidates: Sequence[Sequence[Candidate]],
-    captioner: LoadedCaptioner,
-    attention: pa.Array | None = None,
-) -> pa.RecordBatch:
-    """Returns rows of a captions dataset from n-best lists; `attention` is from `compute_attention_maps`."""
-    schema = captions_schema(None if attention is None else attention.type.value_type.list_size)
-    texts = [[captioner.vocabulary.decode(candidate.token_ids) for candidate in per_image] for per_image in candidates]
+def build_caption_rows(rows: Sequence[Row], candidates: Sequence[Sequence[Caption]]) -> pa.RecordBatch:
+    """Returns rows of a captions dataset from n-best lists."""
+    best = [per_image[0] for per_image in candidates]
+    maps = [caption.attention for caption in best if caption.attention is not None]
+    schema = captions_schema(maps[0].shape[1] if maps else None)
     columns = {
         **{name: [row.get(name) for row in rows] for name in schema.names[: schema.names.index("caption")]},
-        "caption": [per_image[0] for per_image in texts],
-        "log_prob": [per_image[0].log_prob for per_image in candidates],
-        "tokens": [per_image[0].token_count for per_image in candidates],
+        "caption": [caption.text for caption in best],
+        "log_prob": [caption.log_prob for caption in best],
+        "tokens": [caption.token_count for caption in best],
         "candidates": [
-            [
-                {"caption": text, "log_prob": candidate.log_prob}
-                for text, candidate in zip(image_texts, per_image, strict=True)
-            ]
-            for image_texts, per_image in zip(texts, candidates, strict=True)
+            [{"caption": caption.text, "log_prob": caption.log_prob} for caption in per_image]
+            for per_image in candidates
         ],
     }
     arrays = [pa.array(values, schema.field(name).type) for name, values in columns.items()]
-    return pa.RecordBatch.from_arrays([*arrays, *([] if attention is None else [attention])], schema=schema)
+    if maps:
+        offsets = pa.array(np.cumsum([0, *map(len, maps)], dtype=np.int32))
+        vectors = numpy_to_vectors(np.concatenate(maps))
+        arrays.append(pa.ListArray.from_arrays(offsets, vectors, type=schema.field("attention").type))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 def caption_images(
@@ -169,7 +171,7 @@ def caption_images(
     *,
     weights: str | None = None,
     device: str = "auto",
-    captioner: LoadedCaptioner | None = None,
+    captioner: CaptionModel | None = None,
 ) -> tuple[list[Row], list[tuple[str, ImageError]]]:
     """Captions images that are not part of a dataset.
 
@@ -180,7 +182,7 @@ def caption_images(
 
     Args:
         uris: paths or URLs of the images.
-        checkpoint: the captioner's folder.
+        checkpoint: the captioner's folder or address.
         config: configuration of the generation.
         weights: path of the encoder's weights file; required if the encoder was loaded from a file that the checkpoint
             does not contain.
@@ -193,36 +195,34 @@ def caption_images(
     Raises:
         CheckpointError: the folder contains no captioner, or the captioner lacks attention or a datastore that
             `config` requires.
-        ConfigError: `weights` are required.
+        ConfigError: `weights` are required, or the captioner does not support a setting.
     """
-    captioner = captioner or load_captioner(checkpoint, str(resolve_device(device)))
+    captioner = captioner or open_captioner(checkpoint, str(resolve_device(device)))
     if config.attention_maps:
         require_attention(captioner, checkpoint)
-    encoder = EncoderConfig.from_description(captioner.encoder, weights or captioner.encoder_weights)
-    datastore = read_datastore(checkpoint, captioner) if config.decoding.rerank.neighbors else None
-    dtype = getattr(torch, config.dtype)
-    decoder = Decoder(captioner.model, config.decoding, dtype, captioner.vocabulary, datastore)
+    source = captioner.find_source(weights)
+    captioner.describe_generation(config)
+    generate = captioner.prepare(config)
     failures: list[tuple[str, ImageError]] = []
     with open_feature_source(
-        encoder, captioner.encoder, config.loading, config.encoder_batch_size, device, None
+        [source], [captioner], config.loading, config.encoder_batch_size, device, None
     ) as load_features:
         images = [{"image_id": uri, "uri": uri, "split": "", "captions": []} for uri in uris]
         batches = iter([pa.RecordBatch.from_pylist(images, schema=MANIFEST_SCHEMA)])
         encoded = load_features(batches, lambda row, error: failures.append((row["uri"], error)))
-        captions = _caption_batches(encoded, captioner, decoder, config)
+        captions = _caption_batches(encoded, generate, config)
         return [row for (batch,) in captions for row in batch.to_pylist()], failures
 
 
 def _rebatch(encoded: EncodedRows, size: int) -> EncodedRows:
     """Regroups batches of any length into batches of `size` rows; the last one may be shorter."""
     rows: list[Row] = []
-    features: list[npt.NDArray[np.floating]] = []
-    for more_rows, more_features in encoded:
+    inputs: list[tuple[npt.NDArray[Any], ...]] = []  # of each row, for all models
+    for more_rows, more_inputs in encoded:
         rows = rows + more_rows
-        features.append(more_features)
+        inputs = [*inputs, *zip(*more_inputs, strict=True)]
         while len(rows) >= size:
-            joined = np.concatenate(features)
-            yield rows[:size], joined[:size]
-            rows, features = rows[size:], [joined[size:]]
+            yield rows[:size], list(zip(*inputs[:size], strict=True))
+            rows, inputs = rows[size:], inputs[size:]
     if rows:
-        yield rows, np.concatenate(features)
+        yield rows, list(zip(*inputs, strict=True))

@@ -19,7 +19,7 @@ from captionlib.models.captioners.captioner import Captioner
 from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.models.decoding.datastore import DatastoreEntries, write_datastore
 from captionlib.models.devices import halve_on_out_of_memory, resolve_device
-from captionlib.models.inference.feature_source import open_feature_source, resolve_encoder
+from captionlib.models.inference.feature_source import find_model_input, open_feature_source
 from captionlib.progress import progress_bar
 
 __all__ = ["DatastoreConfig", "build_datastore"]
@@ -69,7 +69,7 @@ def build_datastore(
     """
     dataset = open_dataset(source).require_complete()
     captioner = load_captioner(checkpoint, str(resolve_device(device)))
-    encoder = resolve_encoder(dataset, captioner, weights, device, None)
+    encoder = find_model_input(dataset, captioner, weights, device, None)
     total = sum(batch.num_rows for batch in _read_batches(dataset, config.splits))
     if not total:
         raise DatasetError(
@@ -82,16 +82,16 @@ def build_datastore(
     def encode_entries() -> Iterator[DatastoreEntries]:
         with (
             open_feature_source(
-                encoder, captioner.encoder, config.loading, config.encoder_batch_size, device, None
+                [encoder], [captioner], config.loading, config.encoder_batch_size, device, None
             ) as load_features,
             progress_bar("build-datastore", total, "images", progress) as bar,
         ):
             batches = _read_batches(dataset, config.splits, columns)
-            for rows, features in load_features(batches, lambda row, _error: failed.append(row["image_id"])):
+            for rows, (features,) in load_features(batches, lambda row, _error: failed.append(row["image_id"])):
                 bar.update(len(rows))
                 yield DatastoreEntries(
                     [row["image_id"] for row in rows],
-                    _transform_features(captioner.model, torch.from_numpy(features.astype(np.float32))).numpy(),
+                    _transform_features(captioner.model, torch.from_numpy(np.asarray(features, np.float32))).numpy(),
                     [[captioner.vocabulary.encode(caption) for caption in row["captions"]] for row in rows],
                 )
             if len(failed) == total:

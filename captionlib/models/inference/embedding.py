@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 from pydantic import PositiveInt
@@ -18,8 +17,8 @@ from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.schemas import embeddings_schema
 from captionlib.data.shards.stages import ProcessRows
-from captionlib.models.checkpoints.checkpoint import LoadedRanker, load_ranker
-from captionlib.models.encoders.encoder import EncoderConfig
+from captionlib.models.families.model import Arrays, ImageSource
+from captionlib.models.families.ranker import RankingModel, open_ranker
 from captionlib.models.inference.feature_source import open_feature_source
 from captionlib.models.inference.shared_models import CheckpointCache, PinnedCheckpoint
 
@@ -31,7 +30,7 @@ __all__ = [
     "create_embeddings_dataset",
 ]
 
-SHARED_RANKERS: CheckpointCache[LoadedRanker] = CheckpointCache(load_ranker)
+SHARED_RANKERS: CheckpointCache[RankingModel] = CheckpointCache(open_ranker)
 
 Row = dict[str, Any]
 
@@ -56,21 +55,21 @@ class ImageEmbedding:
     Attributes:
         config: configuration of the embedding.
         ranker: the ranker's checkpoint, pinned to one version.
-        encoder: configuration of the image encoder; None if the input contains features.
+        source: how images become the ranker's input; None if the dataset contains features.
         device: device of the models.
         threads: number of CPU threads of the models. If None, PyTorch's default is used.
     """
 
     config: EmbeddingConfig
     ranker: PinnedCheckpoint
-    encoder: EncoderConfig | None = None
+    source: ImageSource | None = None
     device: str = "auto"
     threads: int | None = None
 
     @property
     def columns(self) -> Sequence[str]:
         properties = ["image_id", "uri", "version"]
-        return properties if self.encoder else [*properties, "width", "height", "content_hash", "features"]
+        return properties if self.source else [*properties, "width", "height", "content_hash", "features"]
 
     @contextmanager
     def open(self) -> Iterator[ProcessRows]:
@@ -80,15 +79,15 @@ class ImageEmbedding:
         ranker = SHARED_RANKERS.get(self.ranker, self.device)
         config = self.config
         with open_feature_source(
-            self.encoder, ranker.encoder, config.loading, config.encoder_batch_size, self.device, self.threads
+            [self.source], [ranker], config.loading, config.encoder_batch_size, self.device, self.threads
         ) as load_features:
             yield lambda batches, fail: (
-                (build_embedding_rows(rows, features, ranker),) for rows, features in load_features(batches, fail)
+                (build_embedding_rows(rows, images, ranker),) for rows, (images,) in load_features(batches, fail)
             )
 
 
 def create_embeddings_dataset(
-    folder: str | os.PathLike[str], source: ShardedDataset, ranker: LoadedRanker, overwrite: bool
+    folder: str | os.PathLike[str], source: ShardedDataset, ranker: RankingModel, overwrite: bool
 ) -> ShardedDataset:
     """Creates the dataset for a ranker's embeddings of the images in `source`; see `create_dataset`."""
     return create_dataset(
@@ -101,11 +100,9 @@ def create_embeddings_dataset(
     )
 
 
-def build_embedding_rows(
-    rows: Sequence[Row], features: npt.NDArray[np.floating], ranker: LoadedRanker
-) -> pa.RecordBatch:
-    """Embeds features, `[rows, *shape]`, and returns rows of an embeddings dataset."""
+def build_embedding_rows(rows: Sequence[Row], images: Arrays, ranker: RankingModel) -> pa.RecordBatch:
+    """Embeds images, and returns rows of an embeddings dataset."""
     schema = embeddings_schema(ranker.size)
-    vectors = numpy_to_vectors(ranker.encode_features(features).astype(np.float16))
+    vectors = numpy_to_vectors(ranker.encode_images(images).astype(np.float16))
     columns = [pa.array([row.get(each.name) for row in rows], each.type) for each in schema][:-1]
     return pa.RecordBatch.from_arrays([*columns, vectors], schema=schema)

@@ -1,7 +1,7 @@
 """Encodes the images of a manifest (list of images) while the next images are fetched and decoded."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,16 +14,28 @@ from pydantic import PositiveInt
 
 from captionlib.config import configclass, describe_differences
 from captionlib.data.arrays import numpy_to_vectors
+from captionlib.data.images.decoding import Preprocessing, Shrinking
 from captionlib.data.images.loading import LoadedImage, LoadingConfig, open_loader
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA, features_schema
 from captionlib.data.shards.stages import ProcessRows, ReportFailure
 from captionlib.errors import DatasetError, ImageError
-from captionlib.models.encoders.encoder import Encoder, EncoderConfig, PendingFeatures, load_encoder
+from captionlib.models.encoders.encoder import Encoder, EncoderConfig, load_encoder
+from captionlib.models.families.model import Arrays, describe_pixels
 from captionlib.models.inference.shared_models import cached_per_process
 
-__all__ = ["ExtractionConfig", "FeatureExtraction", "encode_images", "load_shared_encoder"]
+__all__ = [
+    "EncodedRows",
+    "ExtractionConfig",
+    "FeatureExtraction",
+    "PixelReader",
+    "encode_images",
+    "load_shared_encoder",
+]
 
 Row = dict[str, Any]
+
+EncodedRows = Iterator[tuple[list[Row], list[Arrays]]]
+"""Rows, and their features from each of one or more encoders."""
 
 
 @configclass
@@ -70,54 +82,78 @@ class FeatureExtraction:
 
             def process(batches: Iterator[pa.RecordBatch], fail: ReportFailure) -> Iterator[tuple[pa.RecordBatch, ...]]:
                 images = load(row for batch in batches for row in batch.to_pylist())
-                for rows, features in encode_images(encoder, images, self.config.batch_size, fail):
+                for rows, (features,) in encode_images([encoder], images, self.config.batch_size, fail):
                     columns = [pa.array([row.get(each.name) for row in rows], each.type) for each in schema][:-1]
-                    yield (pa.RecordBatch.from_arrays([*columns, numpy_to_vectors(features)], schema=schema),)
+                    vectors = numpy_to_vectors(np.asarray(features))
+                    yield (pa.RecordBatch.from_arrays([*columns, vectors], schema=schema),)
 
             yield process
 
 
+class PixelReader:
+    """Stands for the encoder of models whose input is pixels: the features of an image are its pixels."""
+
+    def __init__(self, preprocessing: Preprocessing | Shrinking) -> None:
+        self.preprocessing = preprocessing
+        self.description = describe_pixels(preprocessing)
+
+    def encode_async(self, images: Sequence[npt.NDArray[np.uint8]]) -> Callable[[], Arrays]:
+        """Returns a function that returns the images; see `Encoder.encode_async`."""
+        return lambda: images
+
+
 def encode_images(
-    encoder: Encoder, images: Iterator[tuple[Row, LoadedImage | ImageError]], batch_size: int, fail: ReportFailure
-) -> Iterator[tuple[list[Row], npt.NDArray[np.floating]]]:
+    encoders: Sequence[Encoder | PixelReader],
+    images: Iterator[tuple[Row, LoadedImage | ImageError]],
+    batch_size: int,
+    fail: ReportFailure,
+) -> EncodedRows:
     """Encodes images in full batches and reports images that could not be loaded to `fail`.
 
+    Args:
+        encoders: the encoders. The images contain one array of pixels for each, in the same order.
+        images: rows of a dataset, and their images.
+        batch_size: images per batch.
+        fail: called with the row of an image that could not be loaded.
+
     Yields:
-        The rows of a batch and their features, `[batch, *encoder.shape]`.
+        The rows of a batch, and their features from each encoder.
     """
-    pending: deque[tuple[list[Row], PendingFeatures]] = deque()
-    for rows, pixels in _batch_images(images, batch_size, fail):
-        pending.append((rows, encoder.encode_async(pixels)))  # before waiting for the previous batch
+    pending: deque[tuple[list[Row], list[Callable[[], Arrays]]]] = deque()
+    for rows, batch in _batch_images(images, batch_size, fail):
+        per_encoder = zip(encoders, zip(*batch, strict=True), strict=True)
+        # Starts this batch before waiting for the previous one.
+        pending.append((rows, [encoder.encode_async(pixels) for encoder, pixels in per_encoder]))
         if len(pending) > 1:
-            previous_rows, wait = pending.popleft()
-            yield previous_rows, wait()
-    for rows, wait in pending:
-        yield rows, wait()
+            previous_rows, waits = pending.popleft()
+            yield previous_rows, [wait() for wait in waits]
+    for rows, waits in pending:
+        yield rows, [wait() for wait in waits]
 
 
 def _batch_images(
     images: Iterator[tuple[Row, LoadedImage | ImageError]], batch_size: int, fail: ReportFailure
-) -> Iterator[tuple[list[Row], npt.NDArray[np.uint8]]]:
+) -> Iterator[tuple[list[Row], list[tuple[npt.NDArray[np.uint8], ...]]]]:
     rows: list[Row] = []
-    batch: list[npt.NDArray[np.uint8]] = []
+    batch: list[tuple[npt.NDArray[np.uint8], ...]] = []
     for row, image in images:
         if isinstance(image, ImageError):
             fail(row, image)
             continue
         properties = {"width": image.width, "height": image.height, "content_hash": f"{image.content_hash:016x}"}
         rows.append({**row, **properties})
-        batch.append(image.pixels)
+        batch.append((image.pixels, *image.more_pixels))
         if len(rows) == batch_size:
-            yield rows, np.stack(batch)
+            yield rows, batch
             rows, batch = [], []
     if rows:
-        yield rows, np.stack(batch)
+        yield rows, batch
 
 
 def load_shared_encoder(
     config: EncoderConfig, device: str, threads: int | None, description: Mapping[str, Any] | None = None
 ) -> Encoder:
-    """Returns the encoder that all threads of this process share.
+    """Returns the encoder that all threads of this process share. It shares the two that it used last.
 
     `threads` sets the number of CPU threads of the process, unless it is None.
 
@@ -133,4 +169,4 @@ def load_shared_encoder(
     return encoder
 
 
-_load_encoder_once = cached_per_process(load_encoder)
+_load_encoder_once = cached_per_process(load_encoder, size=2)  # a captioner's and a ranker's

@@ -1,11 +1,9 @@
-"""Reads input features from a features dataset, or computes them for a manifest (list of images)."""
+"""Provides the input of models: reads features, or computes them for a manifest (list of images)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from captionlib.data.arrays import vectors_to_numpy
@@ -13,24 +11,23 @@ from captionlib.data.images.loading import LoadingConfig, open_loader
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.stages import ReportFailure
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.models.checkpoints.checkpoint import LoadedModel
-from captionlib.models.encoders.encoder import EncoderConfig
-from captionlib.models.inference.extraction import encode_images, load_shared_encoder
+from captionlib.models.encoders.encoder import Encoder, EncoderConfig
+from captionlib.models.families.model import Arrays, ImageModel, ImageSource
+from captionlib.models.inference.extraction import EncodedRows, PixelReader, encode_images, load_shared_encoder
 
-__all__ = ["EncodedRows", "FeatureLoader", "open_feature_source", "resolve_encoder"]
+__all__ = ["FeatureLoader", "find_model_input", "open_feature_source"]
 
-EncodedRows = Iterator[tuple[list[dict[str, Any]], npt.NDArray[np.floating]]]
 FeatureLoader = Callable[[Iterator[pa.RecordBatch], ReportFailure], EncodedRows]
-"""Function from batches of a dataset to pairs of rows without features, and their features, `[rows, *shape]`."""
+"""Function from batches of a dataset to rows without features, and the input of each model for these rows."""
 
 
-def resolve_encoder(
-    source: ShardedDataset, model: LoadedModel[Any, Any], weights: str | None, device: str, threads: int | None
-) -> EncoderConfig | None:
-    """Returns the encoder that must run before a model, or None if `source` contains features already.
+def find_model_input(
+    source: ShardedDataset, model: ImageModel, weights: str | None, device: str, threads: int | None
+) -> ImageSource | None:
+    """Returns how the images of a manifest become the input of a model, or None if `source` contains features.
 
-    `weights` is the path of the encoder's weights file. It is required if the encoder was loaded from a file that the
-    model's checkpoint does not contain. If `threads` is None, PyTorch chooses the number of threads.
+    `weights` is the path of the encoder's weights file, if the user specified it. If `threads` is None, PyTorch chooses
+    the number of threads.
 
     Raises:
         CheckpointError: the encoder, or the features' encoder, differs from the one that the model was trained with.
@@ -44,34 +41,59 @@ def resolve_encoder(
         return None
     if source.kind != "manifest":
         raise DatasetError(f"{source.folder.uri}: expected a dataset of kind features or manifest, got {source.kind}")
-    config = EncoderConfig.from_description(model.encoder, weights or model.encoder_weights).resolve_weights_path()
-    model.require_encoder(load_shared_encoder(config, device, threads).description)
-    return config
+    model_input = model.find_source(weights)
+    if isinstance(model_input, EncoderConfig):
+        model.require_encoder(load_shared_encoder(model_input, device, threads).description)
+    return model_input
 
 
 @contextmanager
 def open_feature_source(
-    encoder: EncoderConfig | None,
-    description: Mapping[str, Any],
+    inputs: Sequence[ImageSource | None],
+    models: Sequence[ImageModel],
     loading: LoadingConfig,
     batch_size: int,
     device: str,
     threads: int | None,
 ) -> Iterator[FeatureLoader]:
-    """Opens a loader that encodes images or, if `encoder` is None, reads the column `features`.
+    """Opens a loader of the input of one or more models.
 
-    Workers whose encoder differs from `description` fail. If `threads` is None, PyTorch chooses the number of threads.
+    Workers whose encoder differs from that of a model fail.
+
+    Args:
+        inputs: how images become the input of each model, from `find_model_input`.
+        models: the models.
+        loading: how images are fetched and decoded.
+        batch_size: images per batch of an encoder.
+        device: device of the encoders.
+        threads: CPU threads of the encoders; if None, PyTorch's default.
     """
-    if encoder is None:
-        yield lambda batches, _fail: _split_features(batches, description["shape"])
+    if None in inputs:
+        shape = models[0].encoder["shape"]
+        yield lambda batches, _fail: _split_features(batches, shape, len(models))
         return
-    shared_encoder = load_shared_encoder(encoder, device, threads, description)
-    with open_loader(loading, shared_encoder.preprocessing) as load:
-        yield lambda batches, fail: encode_images(
-            shared_encoder, load(row for batch in batches for row in batch.to_pylist()), batch_size, fail
-        )
+    descriptions: list[Mapping[str, Any]] = []
+    encoders: list[Encoder | PixelReader] = []
+    positions = []  # of the encoder of each model
+    for model_input, model in zip(inputs, models, strict=True):
+        if model.encoder not in descriptions:
+            descriptions.append(model.encoder)
+            if isinstance(model_input, EncoderConfig):
+                encoders.append(load_shared_encoder(model_input, device, threads, model.encoder))
+            elif model_input is not None:
+                encoders.append(PixelReader(model_input))
+        positions.append(descriptions.index(model.encoder))
+
+    def encode(batches: Iterator[pa.RecordBatch], fail: ReportFailure) -> EncodedRows:
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for encoded, features in encode_images(encoders, load(rows), batch_size, fail):
+            yield encoded, [features[position] for position in positions]
+
+    with open_loader(loading, *(encoder.preprocessing for encoder in encoders)) as load:
+        yield encode
 
 
-def _split_features(batches: Iterator[pa.RecordBatch], shape: Sequence[int]) -> EncodedRows:
+def _split_features(batches: Iterator[pa.RecordBatch], shape: Sequence[int], copies: int) -> EncodedRows:
     for batch in batches:
-        yield batch.drop_columns(["features"]).to_pylist(), vectors_to_numpy(batch["features"], shape)
+        features: Arrays = vectors_to_numpy(batch["features"], shape)
+        yield batch.drop_columns(["features"]).to_pylist(), [features] * copies

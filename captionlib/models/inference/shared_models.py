@@ -5,18 +5,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from threading import Lock
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 from captionlib.errors import CheckpointError
-from captionlib.models.checkpoints.checkpoint import LoadedModel
 from captionlib.models.devices import resolve_device
-from captionlib.storage.folders import resolve_address
+from captionlib.models.families.model import ImageModel
+from captionlib.models.families.registry import resolve_model_address
 
 __all__ = ["CheckpointCache", "PinnedCheckpoint", "cached_per_process"]
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-Model = TypeVar("Model", bound=LoadedModel[Any, Any])
+Model = TypeVar("Model", bound=ImageModel)
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,18 @@ class PinnedCheckpoint:
     """A checkpoint and the version of it that a run started with.
 
     Attributes:
-        folder: absolute path or URL of the checkpoint.
+        folder: absolute path or URL of the checkpoint, or the address of a model of another family.
         fingerprint: hash of everything that determines the model's output.
     """
 
     folder: str
     fingerprint: str
 
-    def require_unchanged(self, part: str, expected: str, actual: str) -> None:
-        """Checks the fingerprint of a part of the checkpoint.
+    def require_unchanged(self, part: str, expected: object, actual: object) -> None:
+        """Compares the fingerprint of a part of the checkpoint, or its other settings.
 
         Raises:
-            CheckpointError: the fingerprints differ.
+            CheckpointError: they differ.
         """
         if expected != actual:
             raise CheckpointError(
@@ -55,7 +55,7 @@ class CheckpointCache(Generic[Model]):
     def pin(self, folder: str | os.PathLike[str]) -> tuple[Model, PinnedCheckpoint]:
         """Loads the current version of a checkpoint. Caches its model for pipeline stages that run in this process."""
         model = self._load(os.fspath(folder))
-        checkpoint = PinnedCheckpoint(resolve_address(folder), model.fingerprint)
+        checkpoint = PinnedCheckpoint(resolve_model_address(folder), model.fingerprint)
         with self._lock:
             self._entry = checkpoint, model
         return model, checkpoint
@@ -72,14 +72,14 @@ class CheckpointCache(Generic[Model]):
                 model = self._load(checkpoint.folder)
                 checkpoint.require_unchanged("model", checkpoint.fingerprint, model.fingerprint)
                 self._entry = checkpoint, model
-            self._entry[1].model.to(target)
+            self._entry[1].to(target)
             return self._entry[1]
 
 
-def cached_per_process(load: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Wraps a loader so that all threads of a process share its latest result, which callers must not modify."""
+def cached_per_process(load: Callable[Arguments, Result], size: int = 1) -> Callable[Arguments, Result]:
+    """Wraps a loader so that all threads of a process share its `size` latest results. Callers must not modify them."""
     lock = Lock()
-    cached = lru_cache(maxsize=1)(load)
+    cached = lru_cache(maxsize=size)(load)
 
     @wraps(load)
     def load_shared(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:

@@ -9,9 +9,9 @@ import pytest
 
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.markers import compute_fingerprint
-from captionlib.data.shards.schemas import MANIFEST_SCHEMA
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema
 from captionlib.data.shards.writer import write_shard
-from captionlib.errors import DatasetError, DecodeError, FailureRatioError, FingerprintError
+from captionlib.errors import ConfigError, DatasetError, DecodeError, FailureRatioError, FingerprintError
 
 
 def rows(*ids: str) -> pa.RecordBatch:
@@ -111,6 +111,18 @@ def test_create_rejects_another_configuration(place: str) -> None:
     replaced = create(place, {"a": {"b": 2}}, overwrite=True)
     assert replaced.pending_shards() == [0, 1]
     assert not replaced.folder.exists("part-00000.parquet")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_input_is_not_replaced_by_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = create("data")
+    fill(source)
+    with pytest.raises(ConfigError, match="is the input of this command; use another folder for the output"):
+        create_dataset(
+            f"{tmp_path}/data/", "captions", captions_schema(), config={}, source=source, overwrite=overwrite
+        )
+    assert source.pending_shards() == []
 
 
 def test_create_rejects_folders_with_foreign_files(tmp_path: Path) -> None:

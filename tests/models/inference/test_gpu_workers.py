@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +22,7 @@ from captionlib.models.checkpoints.checkpoint import save_captioner, save_ranker
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
 from captionlib.models.devices import copy_to_host_async, halve_on_out_of_memory
+from captionlib.models.families.captioner import open_captioner
 from captionlib.models.inference.captioning import CaptionGeneration, GenerationConfig
 from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding
 from captionlib.models.inference.extraction import encode_images
@@ -56,9 +57,10 @@ def open_concurrently(open_stage: Callable[[], Any]) -> None:
 
 def test_concurrent_bundles_share_one_captioner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned = [write_captioner(tmp_path / name, seed) for seed, name in enumerate(("first", "second"))]
+    description = open_captioner(tmp_path / "first").describe_generation(GenerationConfig())
     loads = count_checkpoint_loads(monkeypatch)
     for checkpoint in pinned:
-        open_concurrently(CaptionGeneration(GenerationConfig(), checkpoint, device="cpu").open)
+        open_concurrently(CaptionGeneration(GenerationConfig(), checkpoint, description, device="cpu").open)
     assert loads == ["first", "second"]
 
 
@@ -97,11 +99,11 @@ class RecordingEncoder:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def encode_async(self, images: npt.NDArray[np.uint8]) -> Callable[[], npt.NDArray[np.uint8]]:
-        name = f"{images[0, 0]}-{images[-1, 0]}"
+    def encode_async(self, images: Sequence[npt.NDArray[np.uint8]]) -> Callable[[], Sequence[npt.NDArray[np.uint8]]]:
+        name = f"{images[0][0]}-{images[-1][0]}"
         self.calls.append(f"start {name}")
 
-        def wait() -> npt.NDArray[np.uint8]:
+        def wait() -> Sequence[npt.NDArray[np.uint8]]:
             self.calls.append(f"wait {name}")
             return images
 
@@ -118,8 +120,10 @@ def test_the_next_batch_starts_before_waiting_for_the_previous_one() -> None:
         )
         for n in range(6)
     ]
-    encoded = encode_images(encoder, iter(loaded), 2, lambda row, _: failed.append(row["image_id"]))  # type: ignore[arg-type]
-    batches = [([row["image_id"] for row in rows], features[:, 0].tolist()) for rows, features in encoded]
+    encoded = encode_images([encoder], iter(loaded), 2, lambda row, _: failed.append(row["image_id"]))  # type: ignore[list-item]
+    batches = [
+        ([row["image_id"] for row in rows], [pixels.item() for pixels in features]) for rows, (features,) in encoded
+    ]
     assert batches == [(["0", "1"], [0, 1]), (["2", "4"], [2, 4]), (["5"], [5])]
     assert failed == ["3"]
     assert encoder.calls == ["start 0-1", "start 2-4", "wait 0-1", "start 5-5", "wait 2-4", "wait 5-5"]

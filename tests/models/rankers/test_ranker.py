@@ -101,10 +101,10 @@ def test_save_and_load_round_trip(ranker: LoadedRanker, tmp_path: Path) -> None:
     again = load_ranker(tmp_path)
     assert again.fingerprint == ranker.fingerprint
     features = np.random.default_rng(0).normal(size=(300, 7)).astype(np.float32)
-    vectors = ranker.encode_features(features)
+    vectors = ranker.encode_images(features)
     assert (vectors.dtype, vectors.shape) == (np.float32, (300, ranker.size))
-    np.testing.assert_array_equal(vectors, again.encode_features(features))
-    np.testing.assert_allclose(ranker.encode_features(features[:3]), vectors[:3], atol=1e-6)
+    np.testing.assert_array_equal(vectors, again.encode_images(features))
+    np.testing.assert_allclose(ranker.encode_images(features[:3]), vectors[:3], atol=1e-6)
 
 
 def test_encode_sentences_keeps_order(ranker: LoadedRanker) -> None:
@@ -118,7 +118,7 @@ def test_encode_sentences_keeps_order(ranker: LoadedRanker) -> None:
 
 def test_features_of_another_shape_or_encoder_are_rejected(ranker: LoadedRanker) -> None:
     with pytest.raises(CheckpointError, match=r"of shape \[images, 7\], or \[images, positions, 7\], got \[2, 6\]"):
-        ranker.encode_features(np.zeros((2, 6), np.float32))
+        ranker.encode_images(np.zeros((2, 6), np.float32))
     ranker.require_encoder({"model": "vgg16", "shape": (7,)})
     with pytest.raises(CheckpointError, match=r"a different encoder than the ranker's \(model: expected 'vgg16', got"):
         ranker.require_encoder({"model": "resnet50", "shape": [7]})

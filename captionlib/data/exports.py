@@ -1,0 +1,219 @@
+"""Exports images with their captions for other programs: WebDataset tars, or folders for Hugging Face's `datasets`.
+
+    output/
+      part-00000.tar                            WebDataset: an image, a .txt and a .json per sample
+      part-00000/metadata.jsonl, 000000.jpg     Hugging Face's imagefolder
+      __export/export.json                      what is exported
+      __export/part-00000.json                  counts of a finished shard
+
+A shard of a dataset becomes one tar or folder. A second run skips finished shards, and so resumes the first.
+"""
+
+import io
+import json
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import pyarrow.compute as pc
+
+from captionlib.data.images.fetching import FetchConfig, ImageFetcher
+from captionlib.data.images.formats import find_format
+from captionlib.data.shards.dataset import ShardedDataset, open_dataset
+from captionlib.data.shards.markers import part_name, to_json
+from captionlib.data.splits import expand_splits
+from captionlib.errors import ConfigError, DatasetError, FetchError, FingerprintError
+from captionlib.progress import progress_bar
+from captionlib.storage.folders import Addresses, Folder, list_addresses
+
+__all__ = ["ExportFormat", "ExportSummary", "export_images"]
+
+ExportFormat = Literal["webdataset", "huggingface"]
+
+_THREADS = 16
+_COLUMNS = ("image_id", "uri", "split", "width", "height", "caption", "captions", "log_prob")
+_RECORDS = "__export"  # `datasets` ignores folders whose names begin with two underscores
+_DESCRIPTION = f"{_RECORDS}/export.json"
+
+
+@dataclass(frozen=True)
+class ExportSummary:
+    """Counts of an export.
+
+    Attributes:
+        images: number of exported images.
+        failures: number of images that could not be read, by reason.
+    """
+
+    images: int
+    failures: dict[str, int] = field(default_factory=dict)
+
+
+def export_images(
+    datasets: Addresses,
+    output: str | os.PathLike[str],
+    to: ExportFormat,
+    *,
+    splits: Sequence[str] = (),
+    duplicates: str | os.PathLike[str] | None = None,
+    fetch: FetchConfig | None = None,
+    progress: bool = False,
+) -> ExportSummary:
+    """Writes the images of datasets with their captions, or resumes an interrupted export.
+
+    Args:
+        datasets: complete manifests, features or captions.
+        output: folder to write.
+        to: `webdataset`, or `huggingface` for the imagefolder format of `datasets`.
+        splits: splits to export. If empty, all splits are exported.
+        duplicates: dataset of duplicates. If set, duplicates of kept images are left out.
+        fetch: limits on fetching an image. If None, the defaults of `FetchConfig`.
+        progress: show a progress bar.
+
+    Raises:
+        ConfigError: a dataset has no captions.
+        DatasetError: a dataset is not complete, the output has other files, or no image is in these splits.
+        FingerprintError: the output contains a different export.
+    """
+    opened = [open_dataset(address).require_complete() for address in list_addresses(datasets)]
+    for dataset in opened:
+        if dataset.kind not in ("manifest", "features", "captions"):
+            raise ConfigError(f"{dataset.folder.uri}: expected a manifest, features or captions, got {dataset.kind}")
+    groups = None if duplicates is None else open_dataset(duplicates, "duplicates").require_complete()
+    export = _Export(Folder(output), to, expand_splits(splits), _list_removed(groups))
+    checksums = [dataset.compute_content_checksum() for dataset in [*opened, *([groups] if groups else [])]]
+    export.describe({"to": to, "datasets": checksums, "splits": sorted(export.splits)})
+    images, failures = 0, Counter[str]()
+    shards = [(dataset, shard) for dataset in opened for shard in range(dataset.shards)]
+    with ExitStack() as stack:
+        bar = stack.enter_context(
+            progress_bar("export", sum(each.compute_totals().rows for each in opened), "images", progress)
+        )
+        threads = stack.enter_context(ThreadPoolExecutor(_THREADS, thread_name_prefix="export"))
+        fetcher = stack.enter_context(ImageFetcher(fetch))
+        for number, (dataset, shard) in enumerate(shards):
+            counts = export.read_counts(number)
+            if counts is None:
+                counts = export.write_shard(number, dataset, shard, fetcher, threads)
+            bar.update(dataset.read_markers([shard])[shard].rows)
+            images += counts.images
+            failures.update(counts.failures)
+    export.folder.remove_temporary_files()
+    if not images and not failures:
+        raise DatasetError(f"expected images in split {' or '.join(splits) or '(any)'}, got none; check --split")
+    return ExportSummary(images, dict(failures.most_common()))
+
+
+def _list_removed(duplicates: ShardedDataset | None) -> frozenset[str]:
+    """Returns the ids of the images that are duplicates of a kept image."""
+    if duplicates is None:
+        return frozenset()
+    rows = duplicates.read(0, ["image_id", "kept"])
+    return frozenset(rows.filter(pc.invert(rows["kept"]))["image_id"].to_pylist())
+
+
+@dataclass(frozen=True)
+class _Export:
+    folder: Folder
+    to: ExportFormat
+    splits: frozenset[str]
+    removed: frozenset[str]
+
+    def describe(self, content: Mapping[str, Any]) -> None:
+        """Records what is exported, so that a different export cannot continue in the folder."""
+        if not self.folder.exists(_DESCRIPTION):
+            if names := self.folder.list():
+                raise DatasetError(f"{self.folder.uri}: expected a new or empty folder, got files ({names[0]})")
+            self.folder.write(_DESCRIPTION, to_json(content))
+        elif json.loads(self.folder.read(_DESCRIPTION)) != content:
+            raise FingerprintError(
+                f"{self.folder.uri} contains an export with a different format, split or content; choose a new folder"
+            )
+
+    def read_counts(self, number: int) -> ExportSummary | None:
+        """Returns the counts of a finished shard, or None if it is not finished."""
+        try:
+            return ExportSummary(**json.loads(self.folder.read(f"{_RECORDS}/{part_name(number)}.json")))
+        except FileNotFoundError:
+            return None
+
+    def write_shard(
+        self, number: int, dataset: ShardedDataset, shard: int, fetcher: ImageFetcher, threads: ThreadPoolExecutor
+    ) -> ExportSummary:
+        """Writes one tar or folder, and then its counts, which finish it."""
+        failures = Counter[str]()
+        samples = self._read_samples(dataset, shard, fetcher, threads, failures)
+        images = (self._write_tar if self.to == "webdataset" else self._write_folder)(part_name(number), samples)
+        counts = ExportSummary(images, dict(failures))
+        self.folder.write(f"{_RECORDS}/{part_name(number)}.json", to_json(asdict(counts)))
+        return counts
+
+    def _read_samples(
+        self,
+        dataset: ShardedDataset,
+        shard: int,
+        fetcher: ImageFetcher,
+        threads: ThreadPoolExecutor,
+        failures: Counter[str],
+    ) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """Yields the selected rows with the bytes of their images, and counts the images that cannot be read."""
+
+        def fetch(row: dict[str, Any]) -> bytes | FetchError:
+            try:
+                return fetcher.fetch(row["uri"])
+            except FetchError as error:
+                return error
+
+        columns = [name for name in _COLUMNS if name in dataset.schema.names]
+        for batch in dataset.read_batches(shard, columns, batch_size=2 * _THREADS):  # limits the images in memory
+            rows = [
+                row
+                for row in batch.to_pylist()
+                if (not self.splits or row["split"] in self.splits) and row["image_id"] not in self.removed
+            ]
+            for row, content in zip(rows, threads.map(fetch, rows), strict=True):
+                if isinstance(content, FetchError):
+                    failures[content.reason] += 1
+                elif find_format(content) is None:
+                    failures["UnknownFormat"] += 1
+                else:
+                    yield row, content
+
+    def _write_tar(self, name: str, samples: Iterator[tuple[dict[str, Any], bytes]]) -> int:
+        count = 0
+        with self.folder.stage(f"{name}.tar") as path, tarfile.open(path, "w") as tar:
+            for count, (row, content) in enumerate(samples, start=1):
+                captions = row["captions"] if "captions" in row else [row["caption"]]
+                text = "\n".join(" ".join(caption.split()) for caption in captions)
+                key = f"{name}-{count - 1:06}"
+                for extension, data in (
+                    (_find_extension(content), content),
+                    (".txt", text.encode()),
+                    (".json", to_json(row)),
+                ):
+                    member = tarfile.TarInfo(key + extension)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        return count
+
+    def _write_folder(self, name: str, samples: Iterator[tuple[dict[str, Any], bytes]]) -> int:
+        self.folder.remove(name)  # an interrupted run may have left images
+        lines: list[str] = []
+        for row, content in samples:
+            file_name = f"{len(lines):06}{_find_extension(content)}"
+            self.folder.write(f"{name}/{file_name}", content)
+            lines.append(json.dumps({"file_name": file_name, **row}, ensure_ascii=False))
+        if lines:
+            self.folder.write(f"{name}/metadata.jsonl", "".join(f"{line}\n" for line in lines).encode())
+        return len(lines)
+
+
+def _find_extension(content: bytes) -> str:
+    image_format = find_format(content)
+    assert image_format is not None, "samples have a known format"
+    return image_format.extensions[0]

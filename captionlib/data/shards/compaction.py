@@ -1,0 +1,253 @@
+"""Merges small shards and splits large ones, without computing any row again.
+
+The manifest is divided into new shards first, in one step. The datasets that were made from it follow: each row and
+failure moves to the shard that has its image now. A compaction has an id, the layout of the dataset. A dataset whose
+layout differs from that of its source still has the old shards, so running the same command again moves its rows.
+"""
+
+import math
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import xxhash
+
+from captionlib.data.shards.dataset import ShardedDataset, open_dataset
+from captionlib.data.shards.markers import Marker, compute_fingerprint
+from captionlib.data.shards.schemas import FAILURES_SCHEMA
+from captionlib.data.shards.stages import match_images, replace_columns
+from captionlib.data.shards.update import update_shards
+from captionlib.data.shards.writer import write_shard
+from captionlib.errors import ConfigError
+
+__all__ = ["Compaction", "choose_shard_size", "plan_compaction"]
+
+_MIN_SHARD_SIZE = 1000
+_KINDS = ("manifest", "features", "captions", "embeddings")  # inputs before outputs
+
+Count = Callable[[int], None]
+
+
+def choose_shard_size(images: int) -> int:
+    """Returns the default number of images per shard: the square root of ten times `images`, rounded up to thousands.
+
+    Up to 100,000 images, a shard has 1,000. Then the size and the number of shards grow alike: 1 million images have
+    250 shards of 4,000, and 10 million have 1,000 shards of 10,000. So there are enough shards to process in parallel,
+    and few enough files for queries.
+    """
+    return max(1, math.ceil(math.sqrt(10 * images) / _MIN_SHARD_SIZE)) * _MIN_SHARD_SIZE
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """The compaction of a dataset; created by `plan_compaction`.
+
+    Attributes:
+        dataset: the dataset. Only its folder is used once another compaction has run.
+        shard_size: images per shard of a dataset that was not made from another one; otherwise None.
+        images: number of rows and failures of the dataset.
+    """
+
+    dataset: ShardedDataset
+    shard_size: int | None
+    images: int
+
+    def run(self, count: Count = lambda rows: None) -> ShardedDataset:
+        """Divides the dataset into its new shards, all at once. Calls `count` with the numbers of moved rows.
+
+        Returns:
+            The dataset afterwards. It is equal to `dataset` if there was nothing to do.
+        """
+        if self.shard_size is not None:
+            _divide(self.dataset, self.shard_size, self.images, count)
+        else:
+            source = open_dataset(self.dataset.source).require_complete()
+            if source.layout != self.dataset.layout:
+                _follow(self.dataset, source, count)
+        return open_dataset(self.dataset.folder.uri)
+
+
+def plan_compaction(datasets: Sequence[ShardedDataset], shard_size: int | None = None) -> list[Compaction]:
+    """Checks datasets before any of them changes, and returns their compactions in the order in which to run them.
+
+    Args:
+        datasets: a manifest, or imported features, and datasets that were made from it.
+        shard_size: images per shard. If None, see `choose_shard_size`.
+
+    Raises:
+        ConfigError: a dataset has no shards that could be compacted.
+        DatasetError: a dataset is not complete. One that no other dataset was made from may be incomplete.
+    """
+    for dataset in datasets:
+        if dataset.kind not in _KINDS:
+            raise ConfigError(
+                f"{dataset.folder.uri}: expected a dataset of kind {', '.join(_KINDS)}, got {dataset.kind}, which has "
+                "a single shard; omit it"
+            )
+        if not dataset.source:
+            dataset.require_complete()
+        else:
+            open_dataset(dataset.source).require_complete()
+    return [_plan(dataset, shard_size) for dataset in sorted(datasets, key=lambda dataset: _KINDS.index(dataset.kind))]
+
+
+def _plan(dataset: ShardedDataset, shard_size: int | None) -> Compaction:
+    images = dataset.compute_totals().images
+    return Compaction(dataset, None if dataset.source else shard_size or choose_shard_size(images), images)
+
+
+def _divide(dataset: ShardedDataset, size: int, images: int, count: Count) -> None:
+    """Divides all rows into shards of `size` rows, unless there are as few shards as possible already."""
+    shards = -(-images // size)
+    largest = max(marker.rows for marker in dataset.read_markers().values())
+    if dataset.config.get("shard_size") == size and dataset.shards == shards and largest <= size:
+        return
+    config = {**dataset.config, "shard_size": size}
+    changes = {
+        "config": config,
+        "fingerprint": compute_fingerprint(dataset.kind, config),
+        "layout": uuid.uuid4().hex,
+    }
+    rest = _Rest(batch for shard in range(dataset.shards) for batch in dataset.read_batches(shard))
+    with update_shards(dataset, shards, **changes) as staged:
+        for shard in range(shards):
+            rows = min(size, images - shard * size)
+            with write_shard(staged, shard, rows) as writer:
+                for batch in rest.take(rows):
+                    writer.write(batch)
+                    count(batch.num_rows)
+
+
+class _Rest:
+    """Batches of which any number of rows can be taken at a time."""
+
+    def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
+        self._batches = batches
+        self._started: pa.RecordBatch | None = None
+
+    def take(self, rows: int) -> Iterator[pa.RecordBatch]:
+        """Yields the next `rows` rows."""
+        while rows:
+            batch = next(self._batches) if self._started is None else self._started
+            yield batch.slice(0, rows)
+            self._started = batch.slice(rows) if batch.num_rows > rows else None
+            rows -= min(rows, batch.num_rows)
+
+
+def _follow(dataset: ShardedDataset, source: ShardedDataset, count: Count) -> None:
+    """Moves all rows and failures to the shards that have their images in `source`."""
+    located = _ImageLocations.read(dataset)
+    sources = source.read_markers()
+    with update_shards(dataset, source.shards, layout=source.layout) as staged:
+        for shard, marker in sorted(sources.items()):
+            count(_move(dataset, located, source, marker, staged, shard))
+
+
+@dataclass(frozen=True)
+class _ImageLocations:
+    """The shard of each image of a dataset, in 12 bytes per image.
+
+    Attributes:
+        hashes: `[images] uint64`, hashes of the image ids, ascending.
+        shards: `[images] int32`, the shard of each.
+    """
+
+    hashes: npt.NDArray[np.uint64]
+    shards: npt.NDArray[np.int32]
+
+    @classmethod
+    def read(cls, dataset: ShardedDataset) -> "_ImageLocations":
+        hashes, shards = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
+        for shard in sorted(dataset.read_markers()):
+            hashes += [_hash_ids(dataset.read(shard, ["image_id"])), _hash_ids(_read_failures(dataset, shard))]
+            shards.append(np.full(len(hashes[-2]) + len(hashes[-1]), shard, np.int32))
+        order = np.argsort(all_hashes := np.concatenate(hashes))
+        return cls(all_hashes[order], np.concatenate(shards)[order])
+
+    def find_shards(self, images: pa.Table) -> list[int]:
+        """Returns the sorted numbers of the shards that contain these images."""
+        wanted = _hash_ids(images)
+        positions = np.searchsorted(self.hashes, wanted)
+        inside = positions < len(self.hashes)
+        found = positions[inside][self.hashes[positions[inside]] == wanted[inside]]
+        return [int(shard) for shard in np.unique(self.shards[found])]
+
+
+def _hash_ids(images: pa.Table) -> npt.NDArray[np.uint64]:
+    ids = images["image_id"].to_pylist()
+    return np.array([xxhash.xxh3_64_intdigest(image_id.encode()) for image_id in ids], np.uint64)
+
+
+def _read_failures(dataset: ShardedDataset, shard: int) -> pa.Table:
+    failures = dataset.read_failures(shard)
+    return FAILURES_SCHEMA.empty_table() if failures is None else failures
+
+
+@dataclass(frozen=True)
+class _Matches:
+    """The images of an old shard that belong to a new shard.
+
+    Attributes:
+        rows: `[rows] int64`, the position of each row in the new shard's input; -1 if it is not in there.
+        failures: `[failures] int64`, likewise for each failure.
+    """
+
+    rows: npt.NDArray[np.int64]
+    failures: npt.NDArray[np.int64]
+
+    @classmethod
+    def find(cls, dataset: ShardedDataset, shard: int, wanted: pa.Table) -> "_Matches":
+        rows = dataset.read(shard, ["image_id", "uri", "version"])
+        return cls(match_images(rows, wanted), match_images(_read_failures(dataset, shard), wanted))
+
+
+def _move(
+    dataset: ShardedDataset,
+    located: _ImageLocations,
+    source: ShardedDataset,
+    marker: Marker,
+    staged: ShardedDataset,
+    shard: int,
+) -> int:
+    """Writes a shard with the rows and failures of the images that `source` has in this shard.
+
+    The marker names the shard of `source` only if no image is missing. Otherwise the stage processes the missing ones.
+
+    Returns:
+        The number of moved rows and failures.
+    """
+    wanted = source.read(shard, [name for name in source.schema.names if name in dataset.schema.names], marker)
+    matches = {old: _Matches.find(dataset, old, wanted) for old in located.find_shards(wanted)}
+    rows = _join([match.rows for match in matches.values()])
+    images = len(rows) + len(_join([match.failures for match in matches.values()]))
+    is_current = images == wanted.num_rows and bool((np.diff(rows) > 0).all())
+    with write_shard(staged, shard, images, marker.checksum if is_current else "stale") as writer:
+        failures: list[tuple[int, dict[str, str | None]]] = []
+        for old, match in matches.items():
+            start = 0
+            for batch in dataset.read_batches(old):
+                kept = _select(
+                    pa.Table.from_batches([batch]), match.rows[start : start + batch.num_rows], wanted
+                ).combine_chunks()
+                for each in kept.to_batches():
+                    writer.write(each)
+                start += batch.num_rows
+            kept = _select(_read_failures(dataset, old), match.failures, wanted)
+            failures += zip(_join([match.failures]).tolist(), kept.to_pylist(), strict=True)
+        writer.failures += [row for _, row in sorted(failures, key=lambda each: each[0])]
+    return images
+
+
+def _join(positions: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    """Returns the positions that were found."""
+    joined = np.concatenate([np.empty(0, np.int64), *positions])
+    return joined[joined >= 0]
+
+
+def _select(table: pa.Table, positions: npt.NDArray[np.int64], wanted: pa.Table) -> pa.Table:
+    """Returns the rows that have a position in `wanted`. The columns that `wanted` has come from there."""
+    found = positions >= 0
+    return replace_columns(table.filter(pa.array(found)), wanted.take(positions[found]))

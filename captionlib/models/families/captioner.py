@@ -1,0 +1,89 @@
+"""Captioners: models that generate sentences about images, with the probability of each sentence."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from captionlib.models.devices import resolve_device
+from captionlib.models.families.model import Arrays, ImageModel
+from captionlib.models.families.registry import find_family, split_address
+
+if TYPE_CHECKING:
+    from captionlib.models.inference.captioning import GenerationConfig
+
+__all__ = ["Caption", "CaptionModel", "GenerateCaptions", "open_captioner"]
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One sentence of an n-best list.
+
+    Attributes:
+        text: the sentence.
+        log_prob: ln p(sentence | image), the sum over all tokens, whatever decoding prefers.
+        token_count: number of tokens that `log_prob` sums over, including an end token.
+        attention: attention weights of each token, `[token_count, positions] float16`; None if they are not computed.
+    """
+
+    text: str
+    log_prob: float
+    token_count: int
+    attention: npt.NDArray[np.float16] | None = None
+
+
+GenerateCaptions = Callable[[Arrays, Sequence[str]], list[list[Caption]]]
+"""Function from images and their ids to the distinct captions of each image, best first.
+
+The captions of an image do not depend on the other images of the batch.
+"""
+
+
+class CaptionModel(ImageModel, Protocol):
+    """A captioner of any family; `open_captioner` loads it."""
+
+    @property
+    def attention_positions(self) -> int | None:
+        """Number of positions that each token attends to, or None if the captioner has no attention maps."""
+
+    @property
+    def history(self) -> Sequence[Mapping[str, Any]]:
+        """Metrics of each epoch of training; empty if they are unknown."""
+
+    def describe_generation(self, config: "GenerationConfig") -> dict[str, Any]:
+        """Returns everything except the model that determines the captions. It becomes part of their fingerprint.
+
+        Raises:
+            CheckpointError: the captioner lacks a part that `config` needs.
+            ConfigError: the captioner does not support a setting.
+        """
+
+    def prepare(self, config: "GenerationConfig") -> GenerateCaptions:
+        """Returns the function that captions batches; raises the errors of `describe_generation`."""
+
+
+def open_captioner(address: str | os.PathLike[str], device: str = "cpu") -> CaptionModel:
+    """Loads a captioner of any family.
+
+    Args:
+        address: folder of a checkpoint, or an address with the prefix of a family, such as `hf:FOLDER`.
+        device: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        CheckpointError: the model is missing, damaged or of a different kind.
+        ConfigError: the family or the device does not exist.
+    """
+    prefix, location = split_address(address)
+    target = resolve_device(device)
+    if prefix:
+        load: Callable[[str], CaptionModel] = find_family("captioners", prefix)
+        captioner = load(location)
+    else:
+        from captionlib.models.families.checkpoint_captioner import CheckpointCaptioner
+
+        captioner = CheckpointCaptioner(location)
+    captioner.to(target)
+    return captioner

@@ -1,0 +1,77 @@
+"""The captioners that captionlib trains, as a family of models."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from captionlib.config import to_dict
+from captionlib.errors import ConfigError
+from captionlib.models.checkpoints.checkpoint import load_captioner
+from captionlib.models.decoding.datastore import read_datastore, read_datastore_fingerprint
+from captionlib.models.decoding.decoder import Decoder
+from captionlib.models.encoders.encoder import EncoderConfig
+from captionlib.models.families.captioner import Caption, GenerateCaptions
+from captionlib.models.families.model import Arrays
+from captionlib.models.inference.attention_maps import compute_attention_maps, count_positions
+
+if TYPE_CHECKING:
+    from captionlib.models.inference.captioning import GenerationConfig
+
+__all__ = ["CheckpointCaptioner"]
+
+
+class CheckpointCaptioner:
+    """The captioner in the folder of a checkpoint; implements `CaptionModel`."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._loaded = load_captioner(folder)
+        self.fingerprint = self._loaded.fingerprint
+        self.encoder: Mapping[str, Any] = self._loaded.encoder
+        self.attention_positions = count_positions(self._loaded)
+        self.history: Sequence[Mapping[str, Any]] = self._loaded.training.get("history", [])
+
+    def find_source(self, weights: str | None) -> EncoderConfig:
+        return self._loaded.find_source(weights)
+
+    def require_encoder(self, description: Mapping[str, Any]) -> None:
+        self._loaded.require_encoder(description)
+
+    def to(self, device: torch.device) -> None:
+        self._loaded.to(device)
+
+    def describe_generation(self, config: "GenerationConfig") -> dict[str, Any]:
+        """Describes decoding; see `CaptionModel`."""
+        if config.prompt is not None:
+            raise ConfigError("prompt: captioners that captionlib trained have no prompts; leave prompt out")
+        uses_datastore = config.decoding.rerank.neighbors > 0
+        return {
+            "decoding": to_dict(config.decoding),
+            "dtype": config.dtype,
+            "attention_maps": config.attention_maps,
+            "datastore": read_datastore_fingerprint(self._folder, self._loaded) if uses_datastore else None,
+        }
+
+    def prepare(self, config: "GenerationConfig") -> GenerateCaptions:
+        """Builds a decoder; see `CaptionModel`."""
+        datastore = read_datastore(self._folder, self._loaded) if config.decoding.rerank.neighbors else None
+        model, vocabulary = self._loaded.model, self._loaded.vocabulary
+        decoder = Decoder(model, config.decoding, getattr(torch, config.dtype), vocabulary, datastore)
+
+        def generate(images: Arrays, keys: Sequence[str]) -> list[list[Caption]]:
+            features = np.asarray(images, np.float32)
+            per_image = decoder.decode(features, keys=keys)
+            captions = [
+                [Caption(vocabulary.decode(each.token_ids), each.log_prob, each.token_count) for each in candidates]
+                for candidates in per_image
+            ]
+            if config.attention_maps:
+                maps = compute_attention_maps(model, features, [candidates[0] for candidates in per_image])
+                for image_captions, attention in zip(captions, maps, strict=True):
+                    best = image_captions[0]
+                    image_captions[0] = Caption(best.text, best.log_prob, best.token_count, attention)
+            return captions
+
+        return generate

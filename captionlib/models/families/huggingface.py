@@ -1,0 +1,124 @@
+"""Opens models in the format of Hugging Face Transformers. Their files must not be able to run code."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import transformers
+from huggingface_hub import snapshot_download
+from transformers.image_processing_backends import TorchvisionBackend
+
+from captionlib.data.images.decoding import Preprocessing, Shrinking
+from captionlib.data.shards.markers import compute_fingerprint
+from captionlib.errors import CheckpointError, ConfigError
+
+__all__ = ["WHOLE_IMAGE", "find_preprocessing", "fingerprint_files", "load_part", "open_model_folder"]
+
+WHOLE_IMAGE = Shrinking(2**31 - 1)
+"""Leaves images as they are. The model's own processor then resizes them."""
+
+Part = TypeVar("Part")
+
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_BLOCK_BYTES = 2**20
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
+
+transformers.logging.set_verbosity_error()  # its warnings are for programmers
+transformers.logging.disable_progress_bar()
+
+
+def open_model_folder(location: str) -> Path:
+    """Returns the local folder of a model; downloads it if `location` is `ORGANIZATION/NAME@REVISION`.
+
+    Raises:
+        CheckpointError: the folder has no weights in the format safetensors.
+        ConfigError: the folder does not exist, or the model cannot be downloaded.
+    """
+    folder = Path(location)
+    if not folder.is_dir():
+        folder = _download(location)
+    if not any(folder.glob("*.safetensors")):
+        pickles = [path.name for pattern in _PICKLES for path in folder.glob(pattern)]
+        got = f"{pickles[0]}, which could run code" if pickles else "none"
+        raise CheckpointError(f"hf:{location}: expected weights in safetensors files, got {got}; convert the weights")
+    return folder
+
+
+def _download(location: str) -> Path:
+    name, at, revision = location.partition("@")
+    if name.count("/") != 1 or name.startswith((".", "/")) or not (at and revision):
+        raise ConfigError(
+            f"hf:{location}: expected an existing folder, or ORGANIZATION/NAME@REVISION, where the revision is a "
+            "commit, tag or branch on huggingface.co"
+        )
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
+    except Exception as error:  # the network library raises many kinds
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(
+            f"hf:{location} cannot be downloaded ({reason}); check name, revision and network, or download the files "
+            "elsewhere and specify their folder as hf:FOLDER"
+        ) from error
+
+
+def fingerprint_files(folder: Path) -> str:
+    """Returns a hash of the names and contents of all files that loading a model may read."""
+    hashes = {}
+    for path in sorted({path for pattern in _FILES for path in folder.glob(pattern)}):
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+        hashes[path.name] = digest.hexdigest()
+    return compute_fingerprint("hf", hashes)
+
+
+def load_part(location: str, load: Callable[..., Part], folder: Path, **options: Any) -> Part:
+    """Loads a model, a tokenizer or a processor with a `from_pretrained` method, without running code of the model.
+
+    Raises:
+        CheckpointError: the part is missing, damaged, or needs code that comes with the model.
+    """
+    try:
+        return load(str(folder), trust_remote_code=False, local_files_only=True, **options)
+    except Exception as error:  # Transformers raises many kinds on damaged files
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0][:300] if lines else type(error).__name__
+        raise CheckpointError(
+            f"hf:{location} cannot be loaded by transformers {transformers.__version__}: {reason}"
+        ) from error
+
+
+def find_preprocessing(processor: Any) -> Preprocessing | Shrinking:
+    """Returns how decoder processes prepare images for a model, or `WHOLE_IMAGE` if only its processor can do it.
+
+    Args:
+        processor: the model's image processor.
+    """
+    size, crop = dict(processor.size or {}), dict(getattr(processor, "crop_size", None) or {})
+    is_standard = isinstance(processor, TorchvisionBackend) and (
+        type(processor)._preprocess is TorchvisionBackend._preprocess
+        and type(processor).resize is TorchvisionBackend.resize
+        and processor.do_resize
+        and processor.do_rescale
+        and processor.do_normalize
+        and not getattr(processor, "do_pad", None)
+        and abs(processor.rescale_factor * 255 - 1) < 1e-6
+    )
+    if not is_standard:
+        return WHOLE_IMAGE
+    side = crop.get("height") if processor.do_center_crop else size.get("height", -1)
+    square = {"height": side, "width": side}
+    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    interpolation = _name_interpolation(processor.resample)
+    if side and size == square and (not processor.do_center_crop or crop == square):
+        return Preprocessing(side, side, interpolation, mean, std, stretch=True)
+    if side and processor.do_center_crop and crop == square and list(size) == ["shortest_edge"]:
+        return Preprocessing(size["shortest_edge"], side, interpolation, mean, std)
+    return WHOLE_IMAGE
+
+
+def _name_interpolation(resample: Any) -> str:
+    name: str = transformers.image_utils.PILImageResampling(int(resample)).name.lower()
+    return name

@@ -1,0 +1,243 @@
+"""Captioners of Hugging Face Transformers: BLIP, GIT, ViT-GPT2, and vision-language models with a prompt."""
+
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.processing_utils import ProcessorMixin
+
+from captionlib.config import to_dict
+from captionlib.data.images.decoding import Preprocessing, Shrinking
+from captionlib.errors import CheckpointError, ConfigError
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.devices import halve_on_out_of_memory
+from captionlib.models.families.captioner import Caption, GenerateCaptions
+from captionlib.models.families.huggingface import (
+    WHOLE_IMAGE,
+    find_preprocessing,
+    fingerprint_files,
+    load_part,
+    open_model_folder,
+)
+from captionlib.models.families.model import Arrays, describe_pixels
+
+if TYPE_CHECKING:
+    from captionlib.models.inference.captioning import GenerationConfig
+
+__all__ = ["HuggingFaceCaptioner", "load"]
+
+# These models are applied to pixels alone; a prompt is the beginning of the caption.
+_CONTINUING = {"blip", "git", "vision-encoder-decoder"}
+
+# `generate` of Transformers has no equivalent of these settings.
+_UNSUPPORTED = ("min_words", "forbidden_words", "beam_groups", "rerank")
+
+
+class HuggingFaceCaptioner:
+    """A captioner of Transformers; implements `CaptionModel`."""
+
+    attention_positions = None
+    history: Sequence[Mapping[str, Any]] = ()
+
+    def __init__(self, location: str) -> None:
+        folder = open_model_folder(location)
+        self._location = location
+        self._model = load_part(
+            location, AutoModelForImageTextToText.from_pretrained, folder, use_safetensors=True, dtype=torch.float32
+        ).eval()
+        self._type = str(self._model.config.model_type)
+        image_processor = load_part(location, AutoImageProcessor.from_pretrained, folder)
+        self._tokenizer = load_part(location, AutoTokenizer.from_pretrained, folder)
+        self._processor: Any = None
+        self._preprocessing: Preprocessing | Shrinking = find_preprocessing(image_processor)
+        if self._type not in _CONTINUING or isinstance(self._preprocessing, Shrinking):
+            self._processor = load_part(location, AutoProcessor.from_pretrained, folder)
+            if not isinstance(self._processor, ProcessorMixin):
+                self._processor = image_processor
+            self._preprocessing = WHOLE_IMAGE
+        self.fingerprint = fingerprint_files(folder)
+        self.encoder = describe_pixels(self._preprocessing)
+
+    def find_source(self, weights: str | None) -> Preprocessing | Shrinking:
+        return self._preprocessing
+
+    def require_encoder(self, description: Mapping[str, Any]) -> None:
+        if description != self.encoder:
+            raise CheckpointError(
+                f"hf:{self._location} captions images, got features; specify the manifest that they were extracted from"
+            )
+
+    def to(self, device: torch.device) -> None:
+        self._model.to(device)
+
+    def describe_generation(self, config: "GenerationConfig") -> dict[str, Any]:
+        """Describes decoding and the prompt; see `CaptionModel`."""
+        self._check(config)
+        decoding = {
+            name: value
+            for name, value in to_dict(config.decoding).items()
+            if name not in (*_UNSUPPORTED, "diversity_penalty")
+        }
+        return {"decoding": decoding, "dtype": config.dtype, "prompt": config.prompt}
+
+    def prepare(self, config: "GenerationConfig") -> GenerateCaptions:
+        """Prepares the model for a dtype, and decoding; see `CaptionModel`."""
+        self._check(config)
+        dtype = getattr(torch, config.dtype)
+        model = self._model if dtype == torch.float32 else copy.deepcopy(self._model).to(dtype)
+        options = _map_decoding(config.decoding)
+        # Transformers samples from a global generator, so each image is sampled alone, from a generator of its own.
+        samples = config.decoding.strategy == "sample"
+
+        def generate_batch(images: Arrays, keys: Sequence[str]) -> list[list[Caption]]:
+            inputs = {
+                name: value.to(model.device, dtype if value.is_floating_point() else None)
+                for name, value in self._prepare_inputs(images, config.prompt).items()
+            }
+            with torch.inference_mode(), torch.random.fork_rng(_cuda_devices(model.device), enabled=samples):
+                if samples:
+                    torch.manual_seed(_hash_key(keys[0], config.decoding.seed))
+                output = model.generate(**inputs, **options, return_dict_in_generate=True)
+            return self._read_captions(output, len(images), config)
+
+        def generate(images: Arrays, keys: Sequence[str]) -> list[list[Caption]]:
+            if samples:
+                return [generate_batch(images[index : index + 1], [key])[0] for index, key in enumerate(keys)]
+            parts = halve_on_out_of_memory(lambda part: generate_batch(images[part], keys[part]), len(images))
+            return [captions for part in parts for captions in part]
+
+        return generate
+
+    def _check(self, config: "GenerationConfig") -> None:
+        default = DecodingConfig()
+        for name in _UNSUPPORTED:
+            if getattr(config.decoding, name) != getattr(default, name):
+                raise ConfigError(f"decoding.{name}: models with the prefix hf: do not support it; leave it out")
+        if config.prompt is None and getattr(self._processor, "chat_template", None):
+            raise ConfigError(
+                f"hf:{self._location} answers prompts, got none; add, for example, --set prompt='Describe the image.'"
+            )
+        if config.prompt is not None and self._type == "vision-encoder-decoder":
+            raise ConfigError(f"prompt: hf:{self._location} has no prompts; leave prompt out")
+
+    def _prepare_inputs(self, images: Arrays, prompt: str | None) -> dict[str, Tensor]:
+        """Returns the arguments of `generate` for a batch of pixels."""
+        if self._type in _CONTINUING:
+            inputs = {"pixel_values": self._prepare_pixels(images)}
+            if prompt is not None:
+                ids = self._tokenizer(prompt, add_special_tokens=False).input_ids
+                # BLIP replaces the first token and drops the last one, as in its own processor's output.
+                ids = [
+                    self._tokenizer.cls_token_id,
+                    *ids,
+                    *([self._tokenizer.sep_token_id] if self._type == "blip" else []),
+                ]
+                inputs["input_ids"] = torch.tensor([ids] * len(images))
+                inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            return inputs
+        text = prompt or ""
+        if self._processor.chat_template:
+            content = [{"type": "image"}, {"type": "text", "text": text}]
+            text = self._processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
+        batch = self._processor(
+            images=[[image] for image in images] if self._processor.chat_template else list(images),
+            text=[text] * len(images),
+            return_tensors="pt",
+            padding=True,
+        )
+        return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+
+    def _prepare_pixels(self, images: Arrays) -> Tensor:
+        """Returns `[images, 3, height, width] float32`, normalized."""
+        if isinstance(self._preprocessing, Shrinking):
+            pixels: Tensor = self._processor(images=list(images), return_tensors="pt")["pixel_values"]
+            return pixels
+        mean, std = (
+            torch.tensor(each).view(1, 3, 1, 1) for each in (self._preprocessing.mean, self._preprocessing.std)
+        )
+        return (torch.from_numpy(np.array(images, np.uint8)).permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+    def _read_captions(self, output: Any, images: int, config: "GenerationConfig") -> list[list[Caption]]:
+        """Returns the distinct captions of each image, in the order of `generate`."""
+        beam_indices = output.get("beam_indices")
+        if beam_indices is None:  # the scores depend on the temperature, but the logits do not
+            log_probs = self._model.compute_transition_scores(output.sequences, output.logits, normalize_logits=True)
+        else:
+            log_probs = self._model.compute_transition_scores(output.sequences, output.scores, beam_indices)
+        generated = output.sequences[:, -log_probs.shape[1] :]
+        counts = self._count_tokens(generated) if beam_indices is None else (beam_indices >= 0).sum(1)
+        is_token = torch.arange(log_probs.shape[1], device=counts.device) < counts[:, None]
+        sums = log_probs.float().masked_fill(~is_token, 0).sum(1).tolist()
+        whole = output.sequences if config.prompt is not None and self._type in _CONTINUING else generated
+        texts = [text.strip() for text in self._tokenizer.batch_decode(whole, skip_special_tokens=True)]
+        captions = list(map(Caption, texts, sums, counts.tolist()))
+        per_image = len(captions) // images
+        distinct: list[list[Caption]] = []
+        for start in range(0, len(captions), per_image):
+            unique: dict[str, Caption] = {}
+            for caption in captions[start : start + per_image]:
+                unique.setdefault(caption.text, caption)
+            ranked = list(unique.values())
+            if config.decoding.strategy == "sample":
+                exponent = config.decoding.length_penalty
+                ranked.sort(key=lambda caption: caption.log_prob / caption.token_count**exponent, reverse=True)
+            distinct.append(ranked)
+        return distinct
+
+    def _count_tokens(self, generated: Tensor) -> Tensor:
+        """Returns the number of tokens up to and including the first end token, `[sentences]`."""
+        settings = self._model.generation_config.eos_token_id
+        ends = set(settings if isinstance(settings, list) else [settings])
+        if self._type == "blip":
+            ends = {self._model.config.text_config.sep_token_id}
+        is_end = torch.isin(generated, torch.tensor([end for end in ends if end is not None], device=generated.device))
+        return (is_end.cumsum(1) - is_end.int() == 0).sum(1)
+
+
+def load(location: str) -> HuggingFaceCaptioner:
+    """Loads a captioner from a folder or from `ORGANIZATION/NAME@REVISION`; see `open_captioner` for errors."""
+    return HuggingFaceCaptioner(location)
+
+
+def _map_decoding(config: DecodingConfig) -> dict[str, Any]:
+    """Returns the arguments of `generate`, which override the model's own generation settings."""
+    options: dict[str, Any] = {
+        "max_new_tokens": config.max_tokens,
+        "max_length": None,
+        "min_length": 0,
+        "no_repeat_ngram_size": config.no_repeat_ngram_size,
+        "repetition_penalty": 1.0,
+        "num_return_sequences": config.n_best,
+        "num_beams": config.beam_width,
+        "do_sample": False,
+        "length_penalty": config.length_penalty,
+        "output_scores": True,
+    }
+    if config.strategy == "sample":
+        options |= {
+            "do_sample": True,
+            "num_beams": 1,
+            "temperature": config.temperature,
+            "top_k": config.top_k or 0,
+            "top_p": config.top_p,
+        }
+    if options["num_beams"] == 1:
+        options |= {"output_scores": False, "output_logits": True}
+        del options["length_penalty"]
+    return options
+
+
+def _hash_key(key: str, seed: int) -> int:
+    """Returns the seed of an image's samples."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:8], "big") >> 1
+
+
+def _cuda_devices(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []

@@ -1,0 +1,45 @@
+"""Rankers: dual encoders that embed images and sentences as unit vectors, close together if they match."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from captionlib.models.checkpoints.checkpoint import load_ranker
+from captionlib.models.devices import resolve_device
+from captionlib.models.families.model import Arrays, ImageModel
+from captionlib.models.families.registry import find_family, split_address
+
+__all__ = ["RankingModel", "open_ranker"]
+
+
+class RankingModel(ImageModel, Protocol):
+    """A ranker of any family; `open_ranker` loads it."""
+
+    @property
+    def size(self) -> int:
+        """Dimensions of the joint embedding space."""
+
+    def has_known_word(self, sentence: str) -> bool:
+        """Returns whether the model knows at least one word of the sentence."""
+
+    def encode_images(self, images: Arrays) -> npt.NDArray[np.float32]:
+        """Embeds images as unit vectors, `[images, size]`."""
+
+    def encode_sentences(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Embeds sentences as unit vectors, `[sentences, size]`."""
+
+
+def open_ranker(address: str | os.PathLike[str], device: str = "cpu") -> RankingModel:
+    """Loads a ranker of any family; see `open_captioner` for the arguments and errors."""
+    prefix, location = split_address(address)
+    target = resolve_device(device)
+    if prefix:
+        load: Callable[[str], RankingModel] = find_family("rankers", prefix)
+        ranker = load(location)
+    else:
+        ranker = load_ranker(location)
+    ranker.to(target)
+    return ranker

@@ -1,0 +1,62 @@
+"""Finds the family of a model by the prefix of its address, such as `hf` in `hf:Salesforce/blip@REVISION`.
+
+An address without a prefix is the folder of a checkpoint that captionlib trained. Every other family is an entry point
+of an installed package, named after its prefix, in the group `captionlib.encoders`, `captionlib.captioners` or
+`captionlib.rankers`. `docs/how-to/model-families.md` has an example.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal
+
+from captionlib.errors import ConfigError, suggest
+from captionlib.storage.file_systems import open_file_system
+from captionlib.storage.folders import resolve_address
+
+__all__ = ["find_family", "resolve_model_address", "split_address"]
+
+Group = Literal["encoders", "captioners", "rankers"]
+
+_ADDRESS = re.compile(r"([a-z][a-z0-9_-]*):(?!//|:)(.+)", re.DOTALL)  # excludes URLs
+
+
+def split_address(address: str | os.PathLike[str]) -> tuple[str, str]:
+    """Splits an address into the prefix of its family, which may be empty, and the location of the model."""
+    match = _ADDRESS.fullmatch(os.fspath(address))
+    return (match[1], match[2]) if match else ("", os.fspath(address))
+
+
+def resolve_model_address(address: str | os.PathLike[str]) -> str:
+    """Makes the path of a local folder absolute, as `resolve_address` does, and keeps the prefix of the family."""
+    prefix, location = split_address(address)
+    if not prefix:
+        return resolve_address(address)
+    fs, path = open_file_system(location)
+    return f"{prefix}:{resolve_address(location)}" if fs.exists(path) else f"{prefix}:{location}"
+
+
+def find_family(group: Group, prefix: str) -> Callable[..., Any]:
+    """Returns the function that loads models of a family.
+
+    Raises:
+        ConfigError: no installed package has such a family, or a package that the family needs is missing.
+    """
+    families: dict[str, EntryPoint] = {entry.name: entry for entry in entry_points(group=f"captionlib.{group}")}
+    if prefix not in families:
+        raise ConfigError(
+            f"{prefix}: expected a prefix of an installed family of {group}, got none of "
+            f"{', '.join(sorted(families)) or 'them'}{suggest(prefix, families)}; install the package that provides it"
+        )
+    try:
+        load: Callable[..., Any] = families[prefix].load()
+    except ImportError as error:
+        package = families[prefix].dist
+        extras = families[prefix].extras
+        name = "captionlib" if package is None else package.name
+        raise ConfigError(
+            f"{prefix}: models of this family need a package that is not installed ({error}); "
+            f"run pip install '{name}{f'[{extras[0]}]' if extras else ''}'"
+        ) from error
+    return load

@@ -1,0 +1,62 @@
+"""The command `captionlib compact`."""
+
+from contextlib import ExitStack
+
+import click
+
+from jobs.options import progress_option
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("folders", nargs=-1, required=True, metavar="FOLDER...")
+@click.option(
+    "--shard-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Images per shard. [default: from the number of images, as in `captionlib prepare`]",
+)
+@progress_option
+def command(folders: tuple[str, ...], shard_size: int | None, progress: bool) -> None:
+    """Merge small shards and split large ones, without computing anything again.
+
+    FOLDER is a collection, or a manifest with the datasets that were made from it. Name all of these datasets: later
+    stages refuse a dataset that still has the old shards. Each dataset changes all at once, and takes twice its size
+    until then. To finish an interrupted run, run the same command again. No other command may use the datasets
+    meanwhile, except `serve`. An index stays valid; `build-index` or `update` adopts the new shards.
+
+    \b
+    Examples:
+      captionlib compact holidays
+      captionlib compact manifest features captions embeddings --shard-size 5000
+    """
+    from captionlib.collection import is_collection, open_collection
+    from captionlib.data.shards.compaction import plan_compaction
+    from captionlib.data.shards.dataset import open_dataset
+    from captionlib.progress import progress_bar
+    from captionlib.search.index_folder import DESCRIPTION
+    from captionlib.storage.folders import Folder
+    from captionlib.storage.lock import lock_folder
+
+    with ExitStack() as stack:
+        addresses: list[str] = []
+        for folder in folders:
+            if is_collection(folder):
+                collection = open_collection(folder)
+                stack.enter_context(lock_folder(collection.folder, "captionlib compact"))
+                addresses += [address for address in collection.list_datasets() if Folder(address).list()]
+            elif not Folder(folder).exists(DESCRIPTION):
+                addresses.append(folder)
+        for address in addresses:
+            stack.enter_context(lock_folder(open_dataset(address).folder, "captionlib compact"))
+        plans = plan_compaction([open_dataset(address) for address in addresses], shard_size)
+        with progress_bar("compact", sum(plan.images for plan in plans), "images", progress) as bar:
+            for plan in plans:
+                before = plan.dataset
+                after = plan.run(bar.update)
+                if after == before:
+                    bar.skip(plan.images)
+                    click.echo(f"{before.folder.uri}: nothing to do")
+                else:
+                    click.echo(f"{before.folder.uri}: {before.shards:,} shards became {after.shards:,}")

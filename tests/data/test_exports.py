@@ -1,0 +1,86 @@
+import json
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from captionlib.data.exports import ExportSummary, export_images
+from captionlib.data.ingestion.prepare import prepare
+from captionlib.data.shards.dataset import create_dataset
+from captionlib.data.shards.schemas import DUPLICATES_SCHEMA, MANIFEST_SCHEMA
+from captionlib.data.shards.writer import write_shard
+from captionlib.errors import DatasetError, FingerprintError
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    """Five images in two shards; d is missing, and e is in the split val."""
+    for name in "abce":
+        Image.new("RGB", (2, 2), (ord(name), 0, 0)).save(tmp_path / f"{name}.png")
+    folder = tmp_path / "manifest"
+    dataset = create_dataset(folder, "manifest", MANIFEST_SCHEMA, config={}, shards=2)
+    for shard, names in enumerate(("abc", "de")):
+        rows = [
+            {
+                "image_id": f"x/{name}.png",
+                "uri": str(tmp_path / f"{name}.png"),
+                "split": "val" if name == "e" else "train",
+                "captions": [f"caption {name}", "another"],
+            }
+            for name in names
+        ]
+        with write_shard(dataset, shard, len(rows)) as writer:
+            writer.write(pa.RecordBatch.from_pylist(rows, MANIFEST_SCHEMA))
+    dataset.finish()
+    return folder
+
+
+def write_duplicates(folder: Path) -> Path:
+    rows = [{"image_id": f"x/{name}.png", "group": "x/a.png", "kept": name == "a", "similarity": 1.0} for name in "ab"]
+    dataset = create_dataset(folder, "duplicates", DUPLICATES_SCHEMA, config={}, shards=1)
+    with write_shard(dataset, 0, 2) as writer:
+        writer.write(pa.RecordBatch.from_pylist(rows, DUPLICATES_SCHEMA))
+    dataset.finish()
+    return folder
+
+
+def test_tars_contain_the_files_and_are_read_by_prepare(manifest: Path, tmp_path: Path) -> None:
+    summary = export_images(manifest, tmp_path / "tars", "webdataset")
+    assert summary == ExportSummary(4, {"NotFound": 1})
+    with tarfile.open(tmp_path / "tars/part-00001.tar") as tar:
+        files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    assert list(files) == ["part-00001-000000.png", "part-00001-000000.txt", "part-00001-000000.json"]
+    assert files["part-00001-000000.png"] == (tmp_path / "e.png").read_bytes()
+    assert files["part-00001-000000.txt"] == b"caption e\nanother"
+    assert json.loads(files["part-00001-000000.json"])["image_id"] == "x/e.png"
+    prepared = prepare([str(tmp_path / "tars")], tmp_path / "prepared")
+    assert (prepared.images, prepared.captions) == (4, 8)
+
+
+def test_folders_list_their_images_without_duplicates_and_other_splits(manifest: Path, tmp_path: Path) -> None:
+    duplicates = write_duplicates(tmp_path / "duplicates")
+    export_images(manifest, tmp_path / "out", "huggingface", splits=["train"], duplicates=duplicates)
+    rows = [json.loads(line) for line in (tmp_path / "out/part-00000/metadata.jsonl").read_text().splitlines()]
+    assert [row["image_id"] for row in rows] == ["x/a.png", "x/c.png"]
+    contents = [(tmp_path / "out/part-00000" / row["file_name"]).read_bytes() for row in rows]
+    assert contents == [(tmp_path / "a.png").read_bytes(), (tmp_path / "c.png").read_bytes()]
+    assert not (tmp_path / "out/part-00001").exists()
+
+
+def test_second_run_writes_only_unfinished_shards(manifest: Path, tmp_path: Path) -> None:
+    first = export_images(manifest, tmp_path / "tars", "webdataset")
+    (tmp_path / "tars/__export/part-00001.json").unlink()
+    (tmp_path / "tars/part-00001.tar").unlink()
+    (tmp_path / "a.png").unlink()  # it is in a finished shard
+    assert export_images(manifest, tmp_path / "tars", "webdataset") == first
+    assert (tmp_path / "tars/part-00001.tar").exists()
+
+
+def test_different_export_in_the_folder_and_empty_split_are_refused(manifest: Path, tmp_path: Path) -> None:
+    export_images(manifest, tmp_path / "tars", "webdataset")
+    with pytest.raises(FingerprintError, match="different format"):
+        export_images(manifest, tmp_path / "tars", "huggingface")
+    with pytest.raises(DatasetError, match="expected images in split test"):
+        export_images(manifest, tmp_path / "none", "webdataset", splits=["test"])

@@ -1,0 +1,298 @@
+"""What every family of captioners has to do: one suite for those of captionlib and of Hugging Face Transformers."""
+
+import dataclasses
+import io
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from PIL import Image
+
+from captionlib.data.images.decoding import Preprocessing, decode_image
+from captionlib.data.shards.dataset import open_dataset
+from captionlib.data.shards.markers import marker_file
+from captionlib.data.text.vocabulary import Vocabulary
+from captionlib.errors import CheckpointError, ConfigError, FingerprintError
+from captionlib.models.checkpoints.checkpoint import save_captioner
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.rerank import RerankConfig
+from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
+from captionlib.models.families.captioner import Caption, CaptionModel, open_captioner
+from captionlib.models.inference.captioning import GenerationConfig, caption_images
+from pipelines.generate_captions import generate_captions
+from pipelines.run import RunConfig
+from tests.models import tiny_captioners
+from tests.models.families import tiny_models
+from tests.pipelines.conftest import write_images, write_manifest
+
+BEAM = GenerationConfig(DecodingConfig(beam_width=4, n_best=3, max_tokens=8), batch_size=3)
+GREEDY = dataclasses.replace(BEAM, decoding=DecodingConfig(beam_width=1, max_tokens=8))
+SAMPLES = dataclasses.replace(BEAM, decoding=DecodingConfig(strategy="sample", n_best=3, max_tokens=8, temperature=0.7))
+KEYS = ["a", "b", "c", "d", "e"]
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "blip": tiny_models.write_blip,
+    "git": tiny_models.write_git,
+    "vit_gpt2": tiny_models.write_vit_gpt2,
+}
+
+
+def write_own(folder: Path) -> Path:
+    model = tiny_captioners.build(tiny_captioners.CONFIGS[0], seed=1)
+    vocabulary = Vocabulary.from_captions(["a dog on grass", "a red cat ring"], 1)
+    encoder = load_encoder(EncoderConfig("squeezenet1_1", "features.4.cat", "random:0", pooling="mean"), "cpu")
+    model = type(model)(model.config, encoder.size, len(vocabulary))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(parameter.numel()))
+    save_captioner(folder, model, vocabulary, encoder.description, provenance={}, training={})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The models. Tests must not change them."""
+    folder = tmp_path_factory.mktemp("families")
+    written = {name: write(folder / name) for name, write in WRITERS.items()}
+    return {**written, "own": write_own(folder / "own")}
+
+
+@pytest.fixture(scope="module", params=[*WRITERS, "own"])
+def address(request: pytest.FixtureRequest, folders: dict[str, Path]) -> str:
+    return str(folders["own"]) if request.param == "own" else f"hf:{folders[request.param]}"
+
+
+@pytest.fixture(scope="module")
+def captioner(address: str) -> CaptionModel:
+    return open_captioner(address)
+
+
+@pytest.fixture(scope="module", params=WRITERS)
+def transformers_folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
+    return folders[request.param]
+
+
+def draw_inputs(captioner: CaptionModel) -> list[npt.NDArray[Any]]:
+    """Returns random features or pixels of five images."""
+    generator = np.random.default_rng(0)
+    if "shape" in captioner.encoder:
+        return list(generator.random((5, *captioner.encoder["shape"]), np.float32))
+    side = captioner.encoder["preprocessing"]["crop_size"]
+    blocks = generator.integers(0, 256, (5, 4, 4, 3), np.uint8)
+    return [block.repeat(side // 4, 0).repeat(side // 4, 1) for block in blocks]
+
+
+def assert_same(some: list[list[Caption]], others: list[list[Caption]]) -> None:
+    texts, expected = ([[caption.text for caption in captions] for captions in each] for each in (some, others))
+    assert texts == expected
+    log_probs, expected_log_probs = ([caption.log_prob for per in each for caption in per] for each in (some, others))
+    np.testing.assert_allclose(log_probs, expected_log_probs, atol=1e-4)
+
+
+def test_captions_are_distinct_and_ordered_by_normalized_probability(captioner: CaptionModel) -> None:
+    for config in (BEAM, SAMPLES):
+        for captions in captioner.prepare(config)(draw_inputs(captioner), KEYS):
+            assert 1 <= len(captions) <= 3
+            assert len({caption.text for caption in captions}) == len(captions)
+            scores = [caption.log_prob / caption.token_count**0.7 for caption in captions]
+            assert scores == sorted(scores, reverse=True)
+            assert all(1 <= caption.token_count <= 8 and caption.log_prob < 0 for caption in captions)
+
+
+@pytest.mark.parametrize("config", [BEAM, GREEDY, SAMPLES], ids=["beam", "greedy", "samples"])
+def test_captions_do_not_depend_on_the_batch(captioner: CaptionModel, config: GenerationConfig) -> None:
+    images, generate = draw_inputs(captioner), captioner.prepare(config)
+    together = generate(images, KEYS)
+    assert_same(together, generate(images, KEYS))
+    assert_same(together, [generate(images[index : index + 1], [key])[0] for index, key in enumerate(KEYS)])
+    assert_same(together, generate(images[::-1], KEYS[::-1])[::-1])
+
+
+def test_samples_depend_on_the_seed(captioner: CaptionModel) -> None:
+    other = dataclasses.replace(SAMPLES, decoding=dataclasses.replace(SAMPLES.decoding, seed=1))
+    images = draw_inputs(captioner)
+    assert captioner.prepare(SAMPLES)(images, KEYS) != captioner.prepare(other)(images, KEYS)
+
+
+def test_batches_that_exceed_the_memory_are_halved(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    captioner = open_captioner(address)
+    images = draw_inputs(captioner)
+    expected = captioner.prepare(BEAM)(images, KEYS)
+    loaded = getattr(captioner, "_model", None) or captioner._loaded.model  # type: ignore[attr-defined]
+    run = (name := "generate" if hasattr(loaded, "generate") else "encode_images") and getattr(loaded, name)
+    sizes: list[int] = []
+
+    def run_out_of_memory(*arguments: Any, **options: Any) -> Any:
+        sizes.append(len(options.get("pixel_values", arguments[0] if arguments else None)))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(loaded, name, run_out_of_memory)
+    assert_same(captioner.prepare(BEAM)(images, KEYS), expected)
+    assert sizes == [5, 2, 3, 1, 2]
+
+
+def test_bfloat16_computes_about_the_same_probabilities(captioner: CaptionModel) -> None:
+    images = draw_inputs(captioner)
+    exact = captioner.prepare(GREEDY)(images, KEYS)
+    rounded = captioner.prepare(dataclasses.replace(GREEDY, dtype="bfloat16"))(images, KEYS)
+    same = [(a.log_prob, b.log_prob) for (a,), (b,) in zip(exact, rounded, strict=True) if a.text == b.text]
+    assert same
+    assert all(a == pytest.approx(b, rel=0.1, abs=0.1) and a != b for a, b in same)
+    assert_same(captioner.prepare(GREEDY)(images, KEYS), exact)  # the float32 weights are still there
+
+
+def test_a_run_resumes_and_refuses_other_settings(address: str, tmp_path: Path) -> None:
+    uris = write_images(tmp_path / "images")
+    write_manifest(tmp_path / "manifest", uris)
+    run = RunConfig(max_failure_ratio=0.5, progress=False)
+    arguments = (tmp_path / "manifest", address, tmp_path / "captions")
+    assert generate_captions(*arguments, BEAM, device="cpu", run=run).failures == 2
+    dataset = open_dataset(tmp_path / "captions").require_complete()
+    files = [Path(dataset.part_path(shard)) for shard in range(dataset.shards)]
+    contents = [file.read_bytes() for file in files]
+    dataset.folder.remove(marker_file(1))
+    times = [file.stat().st_mtime_ns for file in files]
+    generate_captions(*arguments, BEAM, device="cpu", run=run)
+    assert [file.read_bytes() for file in files] == contents
+    assert [file.stat().st_mtime_ns == before for file, before in zip(files, times, strict=True)] == [True, False, True]
+    with pytest.raises(FingerprintError, match=r"decoding.length_penalty"):
+        other = dataclasses.replace(BEAM, decoding=dataclasses.replace(BEAM.decoding, length_penalty=1.0))
+        generate_captions(*arguments, other, device="cpu", run=run)
+    rows = [row for shard in range(dataset.shards) for row in dataset.read(shard).to_pylist()]
+    alone, _ = caption_images([row["uri"] for row in rows[:2]], address, BEAM, device="cpu")
+    assert [row["caption"] for row in alone] == [row["caption"] for row in rows[:2]]
+
+
+def test_changed_files_change_the_fingerprint(transformers_folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(transformers_folder, tmp_path / "copy")
+    fingerprint = open_captioner(f"hf:{copy}").fingerprint
+    assert fingerprint == open_captioner(f"hf:{transformers_folder}").fingerprint
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 99}))
+    assert open_captioner(f"hf:{copy}").fingerprint != fingerprint
+
+
+def test_weights_that_can_run_code_are_refused(transformers_folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(transformers_folder, tmp_path / "copy")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="expected weights in safetensors files, got none"):
+        open_captioner(f"hf:{copy}")
+    (copy / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+    with pytest.raises(CheckpointError, match=r"got pytorch_model.bin, which could run code"):
+        open_captioner(f"hf:{copy}")
+
+
+def test_models_that_come_with_code_are_refused(transformers_folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(transformers_folder, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    code = {"AutoConfig": "code.Config", "AutoModelForImageTextToText": "code.Model"}
+    (copy / "config.json").write_text(json.dumps({**config, "model_type": "unknown-to-transformers", "auto_map": code}))
+    (copy / "code.py").write_text("import pathlib; pathlib.Path(__file__ + '.ran').touch()")
+    with pytest.raises(CheckpointError, match="cannot be loaded by transformers") as caught:
+        open_captioner(f"hf:{copy}")
+    assert "\n" not in str(caught.value)
+    assert not list(copy.glob("*.ran"))
+
+
+@pytest.mark.parametrize(
+    ("name", "decoding"),
+    [
+        ("min_words", DecodingConfig(min_words=3)),
+        ("forbidden_words", DecodingConfig(forbidden_words=("dog",))),
+        ("beam_groups", DecodingConfig(beam_groups=5)),
+        ("rerank", DecodingConfig(rerank=RerankConfig("mbr"))),
+    ],
+)
+def test_settings_without_an_equivalent_are_refused(
+    folders: dict[str, Path], name: str, decoding: DecodingConfig
+) -> None:
+    captioner = open_captioner(f"hf:{folders['blip']}")
+    with pytest.raises(ConfigError, match=rf"decoding\.{name}: models with the prefix hf: do not support it"):
+        captioner.describe_generation(GenerationConfig(decoding))
+
+
+def test_features_are_refused(folders: dict[str, Path]) -> None:
+    encoder = {"model": "vgg16", "shape": [4096]}
+    with pytest.raises(CheckpointError, match="captions images, got features"):
+        open_captioner(f"hf:{folders['git']}").require_encoder(encoder)
+
+
+def test_unknown_families_and_addresses_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"hff: expected a prefix .* \(did you mean hf\?\)"):
+        open_captioner("hff:model")
+    with pytest.raises(ConfigError, match="expected an existing folder, or ORGANIZATION/NAME@REVISION"):
+        open_captioner(f"hf:{tmp_path / 'missing'}")
+
+
+def generate_with_transformers(folder: Path, images: list[Image.Image], **options: Any) -> tuple[Any, Any, Any]:
+    """Returns the model, the pixel values of its own processor, and its output for five images."""
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    pixels = AutoImageProcessor.from_pretrained(folder)(images=images, return_tensors="pt")["pixel_values"]
+    defaults = {"max_new_tokens": 8, "min_length": 0, "num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.7}
+    with torch.inference_mode():
+        return model, pixels, model.generate(pixel_values=pixels, **{**defaults, **options})
+
+
+def score_sequence(model: Any, pixels: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
+    """Returns the log-probability of each token after the first in one pass over the whole sentence."""
+    ids = sequence[None]
+    if model.config.model_type == "blip":
+        embeddings = model.vision_model(pixel_values=pixels[None])[0]
+        logits = model.text_decoder(input_ids=ids, encoder_hidden_states=embeddings).logits
+    elif model.config.model_type == "git":
+        logits = model(pixel_values=pixels[None], input_ids=ids).logits[:, -ids.shape[1] :]
+    else:
+        logits = model(pixel_values=pixels[None], decoder_input_ids=ids).logits
+    return logits[0, :-1].log_softmax(1).gather(1, ids[0, 1:, None])[:, 0]
+
+
+def test_sentences_and_probabilities_equal_those_of_transformers(transformers_folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    captioner = open_captioner(f"hf:{transformers_folder}")
+    inputs = draw_inputs(captioner)
+    model, pixels, sequences = generate_with_transformers(
+        transformers_folder, [Image.fromarray(each) for each in inputs]
+    )
+    tokenizer = AutoTokenizer.from_pretrained(transformers_folder)
+    texts = [text.strip() for text in tokenizer.batch_decode(sequences, skip_special_tokens=True)]
+    captions = captioner.prepare(BEAM)(inputs, KEYS)
+    checked = 0
+    for image, per_image in enumerate(captions):
+        expected = texts[3 * image : 3 * image + 3]
+        assert [caption.text for caption in per_image] == list(dict.fromkeys(expected))
+        for caption in per_image:
+            sequence = sequences[3 * image + expected.index(caption.text)][: caption.token_count + 1]
+            with torch.inference_mode():
+                log_probs = score_sequence(model, pixels[image], sequence)
+            assert caption.log_prob == pytest.approx(log_probs.sum().item(), abs=1e-4)
+            checked += 1
+    assert checked > 5
+
+
+def test_pixels_equal_those_of_the_processor(transformers_folder: Path) -> None:
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(transformers_folder)
+    captioner: Any = open_captioner(f"hf:{transformers_folder}")
+    assert isinstance(captioner.find_source(None), Preprocessing)  # decoder processes prepare the images
+    generator = np.random.default_rng(0)
+    for width, height in ((97, 64), (33, 120)):
+        noise = generator.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+        image = Image.fromarray(noise[:height, :width])
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        pixels = decode_image(buffer.getvalue(), captioner.find_source(None)).pixels
+        expected = processor(images=image, return_tensors="pt")["pixel_values"]
+        std = torch.tensor(processor.image_std).view(1, 3, 1, 1)
+        assert ((captioner._prepare_pixels([pixels]) - expected) * std).abs().max() <= 1.001 / 255
