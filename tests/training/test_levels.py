@@ -92,7 +92,7 @@ def test_ranker_finds_images_by_subwords(features: ShardedDataset, tmp_path: Pat
     train_ranker(features.folder.uri, tmp_path / "ranker", config, device="cpu", progress=False)
     ranker = load_ranker(tmp_path / "ranker")
     assert ranker.has_known_word("oneself")
-    scores = ranker.encode_sentences([f"this is {word}" for word in WORDS]) @ ranker.encode_features(KINDS).T
+    scores = ranker.encode_sentences([f"this is {word}" for word in WORDS]) @ ranker.encode_images(KINDS).T
     assert scores.argmax(1).tolist() == [0, 1, 2, 3]
 
 
