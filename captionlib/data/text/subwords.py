@@ -23,8 +23,9 @@ SubwordLevel = Literal["bpe", "unigram"]
 
 _WORD_START = "\u2581"
 _UNKNOWN = "<unk>"  # id 0 of the tokenizer; no word contains the symbol <
-# The library gives characters that are not worth a score of their own the lowest score and multiples of a step above
-# it, and sums scores, both in random order.
+# Characters that the training of `unigram` would drop get scores from the library that start at the lowest score and
+# rise in steps, in random order: they all get the lowest score here. The library also adds numbers in random order, so
+# scores are rounded.
 _SCORE_STEP = 1e-4
 _SCORE_DECIMALS = 6
 
@@ -44,7 +45,7 @@ class Subwords(NamedTuple):
 
 
 def train_subwords(words: Mapping[str, int], level: SubwordLevel, size: int, min_count: int) -> Subwords:
-    """Trains at most `size` subwords on words and their frequencies. The same words give the same subwords.
+    """Trains at most `size` subwords on words and their frequencies. The result does not depend on the order of the words.
 
     Characters with fewer occurrences than `min_count` are excluded. `bpe` merges no pair with fewer occurrences.
 
@@ -131,5 +132,5 @@ def _require_tokenizers() -> None:
         import tokenizers  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            "level bpe and unigram need an extra package; run pip install 'captionlib[subwords]'"
+            "levels bpe and unigram need an extra package; run pip install 'captionlib[subwords]'"
         ) from error

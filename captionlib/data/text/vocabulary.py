@@ -56,7 +56,7 @@ _TOKEN = re.compile(
 
 
 def tokenize(sentence: str, level: Level = "words") -> list[str]:
-    """Splits a sentence into characters at the level `characters`, else into words in the style of the Penn Treebank.
+    """Splits a sentence into words in the style of the Penn Treebank, or into characters at the level `characters`.
 
     Words are lowercased, and punctuation is removed. Clitics become separate words: `isn't` becomes `is`, `n't`.
     Hyphenated words and numbers are kept (`t-shirt`, `1,000`). Tokenizing the joined words returns the same words.
@@ -111,12 +111,15 @@ class Vocabulary:
             )
         if len(self.scores) != (size if self.level == "unigram" else 0) or not np.isfinite(self.scores).all():
             raise ConfigError(
-                f"vocabulary: expected a finite score for each of {size} words at the level unigram alone, got "
-                f"{len(self.scores)} at the level {self.level}"
+                f"vocabulary: expected a finite score for each of {size} words at level unigram, and no scores at other "
+                f"levels, got {len(self.scores)} scores at level {self.level}"
             )
         known = set(self.words)
         if self.merges and (self.level != "bpe" or not all({*pair, "".join(pair)} <= known for pair in self.merges)):
-            raise ConfigError(f"vocabulary: expected merges of its own words at the level bpe alone, got {self.level}")
+            raise ConfigError(
+                "vocabulary: expected merges only at level bpe, and only of words of the vocabulary, got "
+                f"{len(self.merges)} merges at level {self.level}"
+            )
 
     @classmethod
     def from_captions(

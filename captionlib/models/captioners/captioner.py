@@ -48,11 +48,11 @@ class CaptionerConfig:
         embedding_size: dimensions of the word embeddings; a Transformer requires `embedding_size` = `hidden_size`.
         heads: number of attention heads of a Transformer, which must divide `hidden_size`.
         dropout: dropout probability of the inputs and outputs of each layer, and of annotation vectors.
-        image_input: where the projected image enters an RNN or LSTM; a Transformer attends to the image instead and has
-            only the default and `none`. `initial_input`: a separate input before START (NeuralTalk's
-            LSTM). `first_step`: added to the pre-activations of the first layer at START (the RNN of Karpathy &
-            Fei-Fei; NeuralTalk's `rnn_feed_once`). `every_step`: the same at every time step (NeuralTalk's RNN).
-            `initial_state`: the state before START. `none`: a language model.
+        image_input: where the projected image enters an RNN or LSTM. `initial_input`: a separate input before START
+            (NeuralTalk's LSTM). `first_step`: added to the pre-activations of the first layer at START (the RNN of
+            Karpathy & Fei-Fei; NeuralTalk's `rnn_feed_once`). `every_step`: the same at every time step (NeuralTalk's
+            RNN). `initial_state`: the state before START. `none`: a language model. A Transformer attends to the image
+            instead, so it allows only `none` and the default.
         tie_embeddings: use the word embeddings as the softmax weights; requires `embedding_size` = `hidden_size`.
         feature_power: exponent applied to the magnitude of features, which keep their sign; below 1 it damps large
             activations (Perronnin et al. 2010).
@@ -195,12 +195,7 @@ class Captioner(nn.Module):
         if config.cell == "transformer":
             self.transformer = Transformer(feature_size, hidden_size, layers, config.heads, config.dropout)
         else:
-            between_layers = config.dropout if layers > 1 else 0.0
-            self.recurrence = (
-                nn.LSTM(embedding_size, hidden_size, layers, dropout=between_layers)
-                if config.cell == "lstm"
-                else nn.RNN(embedding_size, hidden_size, layers, "relu", dropout=between_layers)
-            )
+            self.recurrence = _create_recurrence(config)
         if config.image_input != "none" and self.transformer is None:
             sizes = {"initial_input": embedding_size, "initial_state": self.state_count * hidden_size}
             self.image_projection = nn.Linear(self.projected_size, sizes.get(config.image_input, gates))
@@ -324,7 +319,7 @@ class Captioner(nn.Module):
         return self._encode_features((mean.sign() * mean.abs() ** (1 / self.config.feature_power))[None, None])
 
     def power_normalize(self, features: Tensor) -> Tensor:
-        """Raises magnitudes to `feature_power`. Mean, deviation and principal components are those of the results."""
+        """Raises magnitudes to `feature_power`. Standardization and principal components come after it."""
         power = self.config.feature_power
         if power == 1:
             return features
@@ -373,7 +368,7 @@ class Captioner(nn.Module):
         image_of_sentence: Tensor,
         is_first: bool = True,
     ) -> RecurrenceOutput:
-        """Runs the layers over words, `[tokens] int64`; `is_first` tells whether the first ones are START."""
+        """Runs the layers over words, `[tokens] int64`; `is_first` says that the first ones are START."""
         image_gates = None
         image_input = self.config.image_input
         if image_input == "every_step" or (image_input == "first_step" and is_first):
@@ -426,11 +421,10 @@ class Captioner(nn.Module):
         return ImageState(pooled, pooled[:, :0], state, annotations)
 
     def _initialize_weights(self) -> None:
-        """Initializes as NeuralTalk does, except where its weights would be too large for a network of another size.
+        """Initializes as NeuralTalk does, but with smaller weights for a layer with more than 100 inputs.
 
-        U(-0.1, 0.1) suits a few hundred inputs. Thousands of inputs, such as those of fc7, would add up to activations
-        that drown the softmax bias. An RNN multiplies its state by Whh at each step, which an orthogonal matrix neither
-        amplifies nor damps, for any size.
+        With U(-0.1, 0.1), thousands of inputs, such as those of fc7, would add up to activations much larger than the
+        softmax bias. An RNN multiplies its state by Whh at each step; an orthogonal Whh keeps the length of the state.
         """
         for name, parameter in self.named_parameters():
             if "bias" in name:
@@ -441,3 +435,11 @@ class Captioner(nn.Module):
                 inputs = 1 if parameter is self.word_vectors.weight else parameter.shape[1]
                 bound = min(_WEIGHT_RANGE, inputs**-0.5)
                 nn.init.uniform_(parameter, -bound, bound)
+
+
+def _create_recurrence(config: CaptionerConfig) -> nn.RNNBase:
+    sizes = config.embedding_size, config.hidden_size, config.layers
+    dropout = config.dropout if config.layers > 1 else 0.0
+    if config.cell == "lstm":
+        return nn.LSTM(*sizes, dropout=dropout)
+    return nn.RNN(*sizes, "relu", dropout=dropout)

@@ -54,7 +54,7 @@ def run_recurrence(
         state: `[states, sentences, hidden_size]` before the first time step: the h of each layer, then the c of each
             layer of an LSTM.
         image_gates: `[rows, gates]`, the image's part of the first layer's pre-activations for the first `rows` inputs.
-        attention: attention module, which requires the next two arguments; if None, there is no attention.
+        attention: attention module, which requires the next two arguments; None for no attention.
         annotations: `[images, positions, attention_size]`, annotation vectors from `Attention.annotate`.
         image_of_sentence: `[sentences] int64`, the row of `annotations` that each sentence attends to.
     """

@@ -11,7 +11,7 @@ Each head computes softmax(q k / sqrt(head_size)) v. Captioners of this kind: Sh
 ACL), Cornia et al. 2020 (arXiv 1912.08226). Normalizing the inputs of the sublayers instead of their outputs (pre-norm)
 makes training stable (Xiong et al. 2020, arXiv 2002.04745). A feature vector is a map with one position.
 
-The state is a cache: the keys and values of the words so far. A time step computes those of the new word alone.
+The state is a cache: the keys and values of the words so far. A time step computes only those of the new word.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ from captionlib.models.standardization import Standardization
 
 __all__ = ["Transformer", "TransformerOutput"]
 
-_WAVELENGTH_BASE = 10000  # of the sinusoids, from the paper
-_FEED_FORWARD_FACTOR = 4  # hidden units of the feed-forward layers per dimension, from the paper
+_WAVELENGTH_BASE = 10000  # from the paper: the longest wavelength of the sinusoids is 2 pi times this
+_FEED_FORWARD_FACTOR = 4  # from the paper: the feed-forward network has `4 * size` hidden units
 
 
 class TransformerOutput(NamedTuple):
@@ -163,6 +163,8 @@ class _TokenOrder(NamedTuple):
 
 
 class _Layer(nn.Module):
+    """Self-attention to the words, cross-attention to the image if `has_image`, and a feed-forward network."""
+
     def __init__(self, size: int, heads: int, dropout: float, has_image: bool) -> None:
         super().__init__()
         self.heads = heads

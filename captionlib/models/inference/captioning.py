@@ -90,7 +90,7 @@ class CaptionGeneration:
         source: how images become the captioner's input; None if the dataset contains features.
         device: device of the models.
         threads: number of CPU threads of the models. If None, PyTorch's default is used.
-        ranker: dual encoder for retrieval that embeds the images as a second output; if None, there is only one output.
+        ranker: dual encoder for retrieval that embeds the images as a second output; None for captions only.
         ranker_source: how images become the ranker's input.
     """
 

@@ -95,8 +95,8 @@ def test_rejects_impossible_sizes_and_captions(level: Level) -> None:
 @pytest.mark.parametrize(
     ("level", "changes", "message"),
     [
-        ("bpe", {"merges": [["d", "zz"]]}, "expected merges of its own words"),
-        ("unigram", {"merges": [["d", "o"]]}, "expected merges of its own words"),
+        ("bpe", {"merges": [["d", "zz"]]}, "expected merges only at level bpe"),
+        ("unigram", {"merges": [["d", "o"]]}, "expected merges only at level bpe"),
         ("unigram", {"scores": [1.0]}, "expected a finite score for each of"),
         ("bpe", {"scores": [1.0]}, "expected a finite score for each of"),
     ],
