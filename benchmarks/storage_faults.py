@@ -100,7 +100,6 @@ class FaultWalk:
     """
 
     def __init__(self, folder: Path) -> None:
-        os.environ["PATH"] = os.environ.get("PATH", "") if shutil.which("java") is None else ""  # Java takes seconds
         self._folder = folder / "walk"
         self._clean = create_project(_make(folder / "clean"))
         self._accesses = _Accesses()
@@ -199,6 +198,7 @@ def main() -> None:
     parser.add_argument("--command", help="walk only this command")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    os.environ["PATH"] = ""  # without Java, which takes seconds to start
     commands = [command for command in COMMANDS if options.command in (None, command.name)]
     with tempfile.TemporaryDirectory() as scratch:
         walk = FaultWalk(Path(scratch))

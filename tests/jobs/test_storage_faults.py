@@ -16,7 +16,8 @@ QUICK = {"prepare", "embed", "build-index", "export-captions", "inspect", "query
 
 
 @pytest.mark.timeout(0 if os.environ.get("CAPTIONLIB_ALL_FAULTS") else 300)
-def test_storage_faults_give_one_line_or_the_right_result(tmp_path: Path) -> None:
+def test_storage_faults_give_one_line_or_the_right_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")  # without Java, which takes seconds to start
     everything = bool(os.environ.get("CAPTIONLIB_ALL_FAULTS"))
     walk = FaultWalk(tmp_path)
     points = walk.list_points([command for command in COMMANDS if everything or command.name in QUICK])
