@@ -16,7 +16,7 @@ from tantivy import Filter, Occur, Query
 
 from captionlib.data.sources.values import is_unicode
 from captionlib.data.splits import expand_splits
-from captionlib.errors import DatasetError, QueryError
+from captionlib.errors import DatasetError, QueryError, StorageError
 from captionlib.search.vector_index import Hits, RowNumbers
 
 __all__ = ["Sort", "TextIndex", "write_text_index"]
@@ -43,7 +43,19 @@ def write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch]) 
 
     The index is always rebuilt. Tantivy only marks captions as removed, so they would remain in the files and in the
     word counts that determine BM25 scores.
+
+    Raises:
+        StorageError: a file cannot be written.
     """
+    try:
+        _write_text_index(path, language, rows)
+    except ValueError as error:
+        if "IO error" in str(error):
+            raise StorageError(f"{path} cannot be written: {error}; run the same command again") from error
+        raise
+
+
+def _write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch]) -> None:
     path.mkdir(parents=True)
     index = tantivy.Index(_make_schema(), path=str(path))
     index.register_tokenizer(_ANALYZER, _make_analyzer(language))

@@ -64,7 +64,7 @@ def train_vectors(layout: VectorLayout, sample: Vectors, path: Path) -> None:
     random = np.random.default_rng(_SEED).normal(size=(missing, layout.dimension))
     vectors = np.concatenate([sample, random / np.linalg.norm(random, axis=1, keepdims=True)])
     index.train(np.ascontiguousarray(vectors, np.float32))
-    faiss.write_index(index, str(path))
+    _write_index(index, path)
 
 
 def add_vectors(trained: Path, rows: RowNumbers, vectors: Vectors, path: Path) -> None:
@@ -72,7 +72,7 @@ def add_vectors(trained: Path, rows: RowNumbers, vectors: Vectors, path: Path) -
     index = faiss.read_index(str(trained))
     if len(rows):
         index.add_with_ids(np.ascontiguousarray(vectors, np.float32), rows)
-    faiss.write_index(index, str(path))
+    _write_index(index, path)
 
 
 def merge_vectors(base: Path, moves: Sequence[RowMove], parts: Iterable[Path], path: Path) -> int:
@@ -89,8 +89,29 @@ def merge_vectors(base: Path, moves: Sequence[RowMove], parts: Iterable[Path], p
     for ids, codes in _iter_lists(index):
         order = np.argsort(ids, kind="stable")
         ids[:], codes[:] = ids[order], codes[order]
-    faiss.write_index(index, str(path))
+    _write_index(index, path)
     return int(index.ntotal)
+
+
+def _write_index(index: Any, path: Path) -> None:
+    """Writes an index. Faiss itself would only print an error if the disk is full when it closes the file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    errors: list[OSError] = []
+    with path.open("wb") as file:
+
+        def write(content: bytes) -> None:
+            try:
+                file.write(content)
+            except OSError as error:  # must not reach Faiss
+                errors.append(error)
+
+        faiss.write_index(index, faiss.PyCallbackIOWriter(write))
+        file.flush()
+    if errors:
+        raise errors[0]
 
 
 def _move_rows(index: Any, moves: Sequence[RowMove]) -> None:

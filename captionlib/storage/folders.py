@@ -31,6 +31,7 @@ __all__ = [
     "Addresses",
     "Folder",
     "list_addresses",
+    "name_full_disk",
     "resolve_address",
     "stage_file",
     "write_file",
@@ -172,7 +173,8 @@ class Folder:
                 return True
             parent = Path(self.path(TEMPORARY_FOLDER))
             with _create_temporary_file(parent, Path(name).name) as temporary:
-                temporary.write_bytes(content)
+                with name_errors(path):
+                    temporary.write_bytes(content)
                 os.link(temporary, path)
             with suppress(OSError):  # it contains other files
                 parent.rmdir()
@@ -185,12 +187,12 @@ class Folder:
         """Yields a local path to write. The file is published as `name` when the block ends, unless it raises."""
         if self.is_local:
             parent = Path(self.path(TEMPORARY_FOLDER))
-            with _name_full_disk(self.path(name)), _create_temporary_file(parent, Path(name).name) as path:
+            with name_full_disk(self.path(name)), _create_temporary_file(parent, Path(name).name) as path:
                 yield path
                 with name_errors(self.path(name)):
                     self._publish_local(path, Path(self.path(name)))
         else:
-            with tempfile.TemporaryDirectory(prefix="captionlib-") as scratch, _name_full_disk(scratch):
+            with tempfile.TemporaryDirectory(prefix="captionlib-") as scratch, name_full_disk(scratch):
                 path = Path(scratch) / Path(name).name
                 yield path
                 self._publish_remote(path, name)
@@ -325,7 +327,7 @@ def _create_temporary_file(folder: Path, name: str) -> Iterator[Path]:
 
 
 @contextmanager
-def _name_full_disk(address: str) -> Iterator[None]:
+def name_full_disk(address: str) -> Iterator[None]:
     """Applies `name_errors` to errors of a full or read-only disk, whichever library raises them."""
     try:
         yield
