@@ -45,7 +45,7 @@ class Subwords(NamedTuple):
 
 
 def train_subwords(words: Mapping[str, int], level: SubwordLevel, size: int, min_count: int) -> Subwords:
-    """Trains at most `size` subwords on words and their frequencies. The result does not depend on the order of the words.
+    """Trains at most `size` subwords on words and their frequencies. The order of the words has no effect.
 
     Characters with fewer occurrences than `min_count` are excluded. `bpe` merges no pair with fewer occurrences.
 

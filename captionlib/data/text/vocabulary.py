@@ -111,8 +111,8 @@ class Vocabulary:
             )
         if len(self.scores) != (size if self.level == "unigram" else 0) or not np.isfinite(self.scores).all():
             raise ConfigError(
-                f"vocabulary: expected a finite score for each of {size} words at level unigram, and no scores at other "
-                f"levels, got {len(self.scores)} scores at level {self.level}"
+                f"vocabulary: expected a finite score for each of {size} words at level unigram, and no scores at "
+                f"other levels, got {len(self.scores)} scores at level {self.level}"
             )
         known = set(self.words)
         if self.merges and (self.level != "bpe" or not all({*pair, "".join(pair)} <= known for pair in self.merges)):
