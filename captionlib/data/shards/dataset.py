@@ -305,10 +305,11 @@ class ShardedDataset:
         """
         totals = self.compute_totals()
         if totals.shards < self.shards:
-            pending = self.pending_shards()
+            pending = self.pending_shards()  # may be empty: another process can finish a shard meanwhile
+            first = f" (the first is {part_name(pending[0])})" if pending else ""
             raise DatasetError(
-                f"{self.folder.uri}: expected {self.shards} finished shards, {len(pending)} are missing "
-                f"(the first is {part_name(pending[0])}); run the command again to resume it"
+                f"{self.folder.uri}: expected {self.shards} finished shards, {self.shards - totals.shards} are "
+                f"missing{first}; run the command again to resume it"
             )
         if totals.exceeds(max_failure_ratio):
             self.mark_incomplete()

@@ -246,3 +246,12 @@ def test_footer_of_a_file_names_its_recipe(tmp_path: Path) -> None:
     other = create(tmp_path / "other")
     fill(other)
     assert [(tmp_path / "other" / f"part-0000{shard}.parquet").read_bytes() for shard in range(2)] == contents
+
+
+def test_shard_that_is_finished_during_the_check_is_an_error_to_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = create_dataset(tmp_path / "manifest", "manifest", MANIFEST_SCHEMA, config={}, shards=1)
+    monkeypatch.setattr(ShardedDataset, "pending_shards", lambda _: [])
+    with pytest.raises(DatasetError, match="expected 1 finished shards, 1 are missing; run the command again"):
+        dataset.finish()
