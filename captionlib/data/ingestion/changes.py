@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 
 from captionlib.data.images.fetching import ImageFetcher
 from captionlib.data.images.loading import hash_content
-from captionlib.data.ingestion.staging import RowBuffer, StagedRows, open_database, read_manifest
+from captionlib.data.ingestion.staging import StagedRows, open_database, read_manifest
+from captionlib.data.row_buffer import RowBuffer
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.update import update_shards
@@ -201,10 +202,10 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
             if shard in gone:
                 table = table.filter(pc.invert(pc.is_in(table["image_id"], value_set=comparison.read_gone(shard))))
             if filling and shard == kept - 1:
-                table = pa.concat_tables([table, new.take(room)])
+                table = pa.concat_tables([table, new.take_table(room, MANIFEST_SCHEMA)])
             _write(staged, shard, table)
         for shard in range(kept, shards):
-            _write(staged, shard, new.take(shard_size))
+            _write(staged, shard, new.take_table(shard_size, MANIFEST_SCHEMA))
     return shards
 
 

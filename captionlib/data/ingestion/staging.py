@@ -12,12 +12,13 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from captionlib.data.row_buffer import RowBuffer
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.sources.rows import ManifestRow
 from captionlib.errors import DatasetError, DuplicateIdError
 
-__all__ = ["RowBuffer", "StagedRows", "check_unique_ids", "open_database", "read_manifest", "read_shards", "stage_rows"]
+__all__ = ["StagedRows", "check_unique_ids", "open_database", "read_manifest", "read_shards", "stage_rows"]
 
 _BATCH_ROWS = 4096
 _MAX_SPLITS = 1000
@@ -75,7 +76,11 @@ def stage_rows(
         while batch := list(itertools.islice(rows, _BATCH_ROWS)):
             staged = _to_batch(batch)
             table = pa.Table.from_batches([staged])
-            if existing is not None and expected is not None and not table.equals(expected.take(len(batch))):
+            if (
+                existing is not None
+                and expected is not None
+                and not table.equals(expected.take_table(len(batch), MANIFEST_SCHEMA))
+            ):
                 _copy_rows(existing, splits.total(), writer)
                 expected = None
             if expected is None:
@@ -90,7 +95,7 @@ def stage_rows(
             for buffer in staged["image_id"].buffers()[1:]:  # offsets and text
                 digest.update(buffer)
             count(len(batch))
-        unchanged = expected is not None and not expected.take(1).num_rows
+        unchanged = expected is not None and not expected.take_table(1, MANIFEST_SCHEMA).num_rows
         if existing is not None and expected is not None and not unchanged:
             _copy_rows(existing, splits.total(), writer)
     return StagedRows(path, splits.total(), captions, dict(splits), digest.hexdigest(), unchanged)
@@ -106,12 +111,8 @@ def _write(writer: pq.ParquetWriter, rows: pa.RecordBatch, origins: list[str]) -
 
 def _copy_rows(manifest: ShardedDataset, count: int, writer: pq.ParquetWriter) -> None:
     """Writes the first `count` rows of a manifest, which equal those of the source."""
-    for _, batch in read_manifest(manifest):
-        if not count:
-            return
-        rows = batch.slice(0, count)
+    for rows in RowBuffer(batch for _, batch in read_manifest(manifest)).take(count):
         _write(writer, rows, [""] * rows.num_rows)
-        count -= rows.num_rows
 
 
 def _to_batch(rows: list[ManifestRow]) -> pa.RecordBatch:
@@ -124,25 +125,6 @@ def read_manifest(dataset: ShardedDataset) -> Iterator[tuple[int, pa.RecordBatch
     for shard in range(dataset.shards):
         for rows in dataset.read_batches(shard, MANIFEST_SCHEMA.names, _BATCH_ROWS):
             yield shard, rows
-
-
-class RowBuffer:
-    """Takes any number of rows at a time from batches of manifest rows."""
-
-    def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
-        self._batches = batches
-        self._rest = MANIFEST_SCHEMA.empty_table()
-
-    def take(self, count: int) -> pa.Table:
-        """Returns the next `count` rows, or fewer at the end."""
-        parts = [self._rest]
-        available = self._rest.num_rows
-        while available < count and (batch := next(self._batches, None)) is not None:
-            parts.append(pa.Table.from_batches([batch]))
-            available += batch.num_rows
-        table = pa.concat_tables(parts)
-        self._rest = table.slice(count)
-        return table.slice(0, count)
 
 
 def open_database(scratch: Path) -> duckdb.DuckDBPyConnection:
@@ -184,23 +166,12 @@ _FIND_ROWS = """
 """
 
 
-def read_shards(staged: StagedRows, size: int) -> Iterator[pa.RecordBatch]:
-    """Yields batches of `size` manifest rows (fewer in the last). About one batch is held in memory."""
-    pending: list[pa.RecordBatch] = []
-    count = 0
+def read_shards(staged: StagedRows, size: int) -> Iterator[pa.Table]:
+    """Yields tables of `size` manifest rows (fewer in the last). About one table is held in memory."""
     with pq.ParquetFile(staged.path) as file:
-        for batch in file.iter_batches(batch_size=min(size, _BATCH_ROWS), columns=MANIFEST_SCHEMA.names):
-            pending.append(batch)
-            count += batch.num_rows
-            while count >= size:
-                table = pa.Table.from_batches(pending)
-                yield _combine(table.slice(0, size))
-                count -= size
-                pending = table.slice(size).to_batches()
-    if count:
-        yield _combine(pa.Table.from_batches(pending))
-
-
-def _combine(table: pa.Table) -> pa.RecordBatch:
-    [batch] = table.combine_chunks().to_batches()
-    return pa.RecordBatch.from_arrays(batch.columns, schema=MANIFEST_SCHEMA)
+        buffer = RowBuffer(
+            pa.RecordBatch.from_arrays(batch.columns, schema=MANIFEST_SCHEMA)
+            for batch in file.iter_batches(batch_size=min(size, _BATCH_ROWS), columns=MANIFEST_SCHEMA.names)
+        )
+        while (rows := buffer.take_table(size, MANIFEST_SCHEMA)).num_rows:
+            yield rows.combine_chunks()

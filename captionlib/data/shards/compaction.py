@@ -7,7 +7,7 @@ layout differs from that of its source still has the old shards, so running the 
 
 import math
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
+from captionlib.data.row_buffer import RowBuffer
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.shards.markers import Marker, compute_fingerprint
 from captionlib.data.shards.schemas import FAILURES_SCHEMA
@@ -111,30 +112,14 @@ def _divide(dataset: ShardedDataset, size: int, images: int, count: Count) -> No
         "fingerprint": compute_fingerprint(dataset.kind, config),
         "layout": uuid.uuid4().hex,
     }
-    rest = _Rest(batch for shard in range(dataset.shards) for batch in dataset.read_batches(shard))
+    buffer = RowBuffer(batch for shard in range(dataset.shards) for batch in dataset.read_batches(shard))
     with update_shards(dataset, shards, **changes) as staged:
         for shard in range(shards):
             rows = min(size, images - shard * size)
             with write_shard(staged, shard, rows) as writer:
-                for batch in rest.take(rows):
+                for batch in buffer.take(rows):
                     writer.write(batch)
                     count(batch.num_rows)
-
-
-class _Rest:
-    """Batches of which any number of rows can be taken at a time."""
-
-    def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
-        self._batches = batches
-        self._started: pa.RecordBatch | None = None
-
-    def take(self, rows: int) -> Iterator[pa.RecordBatch]:
-        """Yields the next `rows` rows."""
-        while rows:
-            batch = next(self._batches) if self._started is None else self._started
-            yield batch.slice(0, rows)
-            self._started = batch.slice(rows) if batch.num_rows > rows else None
-            rows -= min(rows, batch.num_rows)
 
 
 def _follow(dataset: ShardedDataset, source: ShardedDataset, count: Count) -> None:
