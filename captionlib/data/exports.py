@@ -89,18 +89,16 @@ def export_images(
     checksums = [dataset.compute_content_checksum() for dataset in [*opened, *([groups] if groups else [])]]
     export.describe({"to": to, "datasets": checksums, "splits": sorted(export.splits)})
     images, failures = 0, Counter[str]()
-    shards = [(dataset, shard) for dataset in opened for shard in range(dataset.shards)]
+    shards = [(each, shard, marker.rows) for each in opened for shard, marker in sorted(each.read_markers().items())]
     with ExitStack() as stack:
-        bar = stack.enter_context(
-            progress_bar("export", sum(each.compute_totals().rows for each in opened), "images", progress)
-        )
+        bar = stack.enter_context(progress_bar("export", sum(rows for _, _, rows in shards), "images", progress))
         threads = stack.enter_context(ThreadPoolExecutor(_THREADS, thread_name_prefix="export"))
         fetcher = stack.enter_context(ImageFetcher(fetch))
-        for number, (dataset, shard) in enumerate(shards):
+        for number, (dataset, shard, rows) in enumerate(shards):
             counts = export.read_counts(number)
             if counts is None:
                 counts = export.write_shard(number, dataset, shard, fetcher, threads)
-            bar.update(dataset.read_markers([shard])[shard].rows)
+            bar.update(rows)
             images += counts.images
             failures.update(counts.failures)
     export.folder.remove_temporary_files()

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from captionlib.models.devices import resolve_device
-from captionlib.models.families.model import Arrays, ImageModel
-from captionlib.models.families.registry import find_family, split_address
+from captionlib.models.families.model import Arrays, ImageModel, open_model
 
 if TYPE_CHECKING:
     from captionlib.models.inference.captioning import GenerationConfig
@@ -76,14 +74,10 @@ def open_captioner(address: str | os.PathLike[str], device: str = "cpu") -> Capt
         CheckpointError: the model is missing, damaged or of a different kind.
         ConfigError: the family or the device does not exist.
     """
-    prefix, location = split_address(address)
-    target = resolve_device(device)
-    if prefix:
-        load: Callable[[str], CaptionModel] = find_family("captioners", prefix)
-        captioner = load(location)
-    else:
-        from captionlib.models.families.checkpoint_captioner import CheckpointCaptioner
+    return open_model("captioners", address, device, _load_checkpoint)
 
-        captioner = CheckpointCaptioner(location)
-    captioner.to(target)
-    return captioner
+
+def _load_checkpoint(folder: str) -> CaptionModel:
+    from captionlib.models.families.checkpoint_captioner import CheckpointCaptioner
+
+    return CheckpointCaptioner(folder)

@@ -1,6 +1,5 @@
 """Opens models in the format of Hugging Face Transformers. Their files must not be able to run code."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +9,7 @@ from huggingface_hub import snapshot_download
 from transformers.image_processing_backends import TorchvisionBackend
 
 from captionlib.data.images.decoding import Preprocessing, Shrinking
-from captionlib.data.shards.markers import compute_fingerprint
+from captionlib.data.shards.markers import compute_checksum, compute_fingerprint
 from captionlib.errors import CheckpointError, ConfigError
 
 __all__ = ["WHOLE_IMAGE", "find_preprocessing", "fingerprint_files", "load_part", "open_model_folder"]
@@ -21,7 +20,6 @@ WHOLE_IMAGE = Shrinking(2**31 - 1)
 Part = TypeVar("Part")
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-_BLOCK_BYTES = 2**20
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 
 transformers.logging.set_verbosity_error()  # its warnings are for programmers
@@ -66,11 +64,8 @@ def fingerprint_files(folder: Path) -> str:
     """Returns a hash of the names and contents of all files that loading a model may read."""
     hashes = {}
     for path in sorted({path for pattern in _FILES for path in folder.glob(pattern)}):
-        digest = hashlib.sha256()
         with path.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
-        hashes[path.name] = digest.hexdigest()
+            hashes[path.name] = compute_checksum(file).removeprefix("sha256:")
     return compute_fingerprint("hf", hashes)
 
 

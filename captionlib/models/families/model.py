@@ -1,15 +1,18 @@
 """What captioners and rankers of all families have in common."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy.typing as npt
 import torch
 
 from captionlib.data.images.decoding import Preprocessing, Shrinking
+from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import EncoderConfig, describe_preprocessing
+from captionlib.models.families.registry import Group, find_family, split_address
 
-__all__ = ["Arrays", "ImageModel", "ImageSource", "describe_pixels"]
+__all__ = ["Arrays", "ImageModel", "ImageSource", "describe_pixels", "open_model"]
 
 Arrays = Sequence[npt.NDArray[Any]] | npt.NDArray[Any]
 """One array for each image: its features, or its pixels, `[height, width, 3] uint8`."""
@@ -47,6 +50,21 @@ class ImageModel(Protocol):
 
     def to(self, device: torch.device) -> object:
         """Moves the model to a device."""
+
+
+Model = TypeVar("Model", bound=ImageModel)
+
+
+def open_model(
+    group: Group, address: str | os.PathLike[str], device: str, load_checkpoint: Callable[[str], Model]
+) -> Model:
+    """Loads a model of any family, or a checkpoint with `load_checkpoint`; see `open_captioner`."""
+    prefix, location = split_address(address)
+    target = resolve_device(device)
+    load: Callable[[str], Model] = find_family(group, prefix) if prefix else load_checkpoint
+    model = load(location)
+    model.to(target)
+    return model
 
 
 def describe_pixels(preprocessing: Preprocessing | Shrinking) -> dict[str, Any]:

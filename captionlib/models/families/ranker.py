@@ -1,16 +1,14 @@
 """Rankers: dual encoders that embed images and sentences as unit vectors, close together if they match."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from captionlib.models.checkpoints.checkpoint import load_ranker
-from captionlib.models.devices import resolve_device
-from captionlib.models.families.model import Arrays, ImageModel
-from captionlib.models.families.registry import find_family, split_address
+from captionlib.models.families.model import Arrays, ImageModel, open_model
 
 __all__ = ["RankingModel", "open_ranker"]
 
@@ -34,12 +32,4 @@ class RankingModel(ImageModel, Protocol):
 
 def open_ranker(address: str | os.PathLike[str], device: str = "cpu") -> RankingModel:
     """Loads a ranker of any family; see `open_captioner` for the arguments and errors."""
-    prefix, location = split_address(address)
-    target = resolve_device(device)
-    if prefix:
-        load: Callable[[str], RankingModel] = find_family("rankers", prefix)
-        ranker = load(location)
-    else:
-        ranker = load_ranker(location)
-    ranker.to(target)
-    return ranker
+    return open_model("rankers", address, device, load_ranker)

@@ -15,7 +15,7 @@ from captionlib.errors import ConfigError, suggest
 from captionlib.storage.file_systems import open_file_system
 from captionlib.storage.folders import resolve_address
 
-__all__ = ["find_family", "resolve_model_address", "split_address"]
+__all__ = ["Group", "find_family", "resolve_model_address", "split_address"]
 
 Group = Literal["encoders", "captioners", "rankers"]
 
