@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.bars import report
+from benchmarks.simulated_kills import Killed, kill_after
 from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.ingestion.prepare import PrepareConfig, prepare
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
@@ -43,13 +44,8 @@ NAMES = [f"image{number:02d}" for number in range(40)]
 SIZE = 4
 OPTIONS = SourceOptions(version_column="version", uri_column="uri")
 CONFIG = PrepareConfig("table", OPTIONS, shard_size=5, check_images=False, allow_removal=True)
-KILLED_CALLS = ("_publish_local", "remove", "remove_file", "move", "read", "remove_temporary_files")
 
 Table = dict[str, tuple[int, str]]  # version and reference of each image
-
-
-class Killed(BaseException):
-    """The process is killed: later calls fail as well, so no cleanup reaches the storage."""
 
 
 class StandIn:
@@ -250,31 +246,6 @@ def run_stage(source: ShardedDataset, output: Path, schema: pa.Schema, stage: St
             for shard in pending:
                 job.run(shard, process)
     job.finish(1.0)
-
-
-@contextmanager
-def kill_after(calls: int) -> Iterator[None]:
-    """Kills the update before a storage call."""
-    left = calls
-
-    def wrap(original: Any) -> Any:
-        def call(*arguments: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise Killed
-            return original(*arguments)
-
-        return call
-
-    originals = {name: getattr(Folder, name) for name in KILLED_CALLS}
-    try:
-        for name, original in originals.items():
-            setattr(Folder, name, wrap(original))
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(Folder, name, original)
 
 
 def read_rows(folder: Path) -> dict[str, dict[str, Any]]:

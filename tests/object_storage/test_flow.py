@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
+from benchmarks.simulated_kills import Killed
 from captionlib.data.shards import update
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.shards.markers import JOURNAL_FILE, UPDATE_FOLDER
@@ -88,10 +89,6 @@ def test_bucket_and_local_outputs_are_equal(flow: str, store: str, tmp_path: Pat
         failures = open_dataset(f"{BUCKET}/features").compute_totals().reasons
         assert failures == {"Truncated": 1, "NotFound": 1}
         assert Folder(BUCKET).list("_temporary") == []
-
-
-class Killed(BaseException):
-    """The process is killed."""
 
 
 def test_killed_update_of_a_bucket_is_completed_by_the_next_reader(store: str, monkeypatch: pytest.MonkeyPatch) -> None:

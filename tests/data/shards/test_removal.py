@@ -1,9 +1,9 @@
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
+from benchmarks.simulated_kills import WRITES, Killed, kill_after
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.removal import list_removed, plan_removal
 from captionlib.data.shards.schemas import DUPLICATES_SCHEMA, MANIFEST_SCHEMA, features_schema
@@ -173,33 +173,13 @@ def test_images_that_are_not_found_change_nothing(features: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in features.rglob("*")} == before
 
 
-class Killed(BaseException):
-    """The process is killed: no cleanup reaches the storage."""
-
-
 @pytest.mark.parametrize("calls", range(0, 24, 2))
 @pytest.mark.parametrize("kind", ["manifest", "features"])
-def test_killed_removal_is_finished_by_the_next(
-    manifest: Path, features: Path, monkeypatch: pytest.MonkeyPatch, kind: str, calls: int
-) -> None:
+def test_killed_removal_is_finished_by_the_next(manifest: Path, features: Path, kind: str, calls: int) -> None:
     folder = manifest if kind == "manifest" else features
-    left = calls
-
-    def kill(original: Callable[..., object]) -> Callable[..., object]:
-        def call(*arguments: object) -> object:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise Killed
-            return original(*arguments)
-
-        return call
-
     before = read_ids(folder)
     try:
-        with monkeypatch.context() as patch:
-            for name in ("_publish_local", "remove", "remove_file", "move"):
-                patch.setattr(Folder, name, kill(getattr(Folder, name)))
+        with kill_after(calls, WRITES):
             remove(folder, "01", "12")
     except Killed:
         (folder / "_lock").unlink(missing_ok=True)  # its process has ended

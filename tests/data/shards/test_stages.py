@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from benchmarks.simulated_kills import Killed
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.markers import Marker
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema, embeddings_schema
@@ -299,10 +300,6 @@ def test_outputs_of_another_manifest_are_refused(source: ShardedDataset, tmp_pat
     other = create_dataset(tmp_path / "other", "manifest", MANIFEST_SCHEMA, config={"other": 1}, shards=1)
     with pytest.raises(FingerprintError, match=f"lineage {other.lineage}, got {source.lineage}.*update the manifest"):
         create_job(other, tmp_path, Describe())
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.mark.parametrize("written", range(7))

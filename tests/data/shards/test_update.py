@@ -4,6 +4,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from benchmarks.simulated_kills import WRITES, Killed
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.markers import JOURNAL_FILE, UPDATE_FOLDER
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
@@ -122,10 +123,6 @@ def test_staged_shards_of_an_interrupted_update_are_dropped(dataset: ShardedData
     assert read(tmp_path) == NEW
 
 
-class Killed(BaseException):
-    """The process is killed: no cleanup reaches the storage."""
-
-
 def kill_after_commit(dataset: ShardedDataset, patch: pytest.MonkeyPatch, calls: int) -> None:
     """Kills an update after the journal and so many storage calls."""
     left: int | None = None
@@ -146,7 +143,7 @@ def kill_after_commit(dataset: ShardedDataset, patch: pytest.MonkeyPatch, calls:
 
         patch.setattr(Folder, name, call)
 
-    for name in ("_publish_local", "remove", "remove_file", "move"):
+    for name in WRITES:
         wrap(name)
     update(dataset)
 

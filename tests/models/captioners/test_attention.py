@@ -10,6 +10,13 @@ from captionlib.models.captioners.attention import Attention, group_by_image
 from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.decoding.incremental import IncrementalCaptioner
+from tests.models.captioners.attending import (
+    IMAGE_OF_SENTENCE,
+    MAPS,
+    SENTENCES,
+    check_attention_weights,
+    check_gradients_and_positions,
+)
 
 SHAPES = [
     CaptionerConfig(cell, layers, hidden_size=6, embedding_size=5, image_input=image_input, attention_size=3)
@@ -20,9 +27,6 @@ SHAPES = [
         ("rnn", 2, "every_step"),
     )
 ]
-SENTENCES = [[4, 2, 3], [], [2], [3, 3, 3, 3, 2], [4]]
-IMAGE_OF_SENTENCE = torch.tensor([1, 0, 0, 2, 1])
-MAPS = torch.randn(3, 7, 4, generator=torch.Generator().manual_seed(0))
 
 
 def build(config: CaptionerConfig) -> Captioner:
@@ -95,26 +99,11 @@ def test_incremental_steps_match_whole_sentence(config: CaptionerConfig, dtype: 
 
 @pytest.mark.parametrize("config", SHAPES, ids=str)
 def test_every_parameter_gets_gradients_and_positions_matter(config: CaptionerConfig) -> None:
-    model = build(config).train()
-    model(MAPS, pad_sentences(SENTENCES), IMAGE_OF_SENTENCE).log_probs.sum().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.abs().sum() > 0, name
-    model.eval()
-    sentence, moved = torch.tensor([[2, 3, 4]]), MAPS[:1].clone()
-    moved[0, :, 0] = moved[0, :, 0].roll(1)  # the mean over positions stays
-    before, after = (model(maps, sentence, torch.tensor([0])).log_probs.sum().item() for maps in (MAPS[:1], moved))
-    assert abs(before - after) > 1e-4
+    check_gradients_and_positions(build(config))
 
 
 def test_attention_weights_has_one_distribution_per_token() -> None:
-    model = build(SHAPES[0])
-    per_sentence = model.attention_weights(MAPS, pad_sentences(SENTENCES), IMAGE_OF_SENTENCE)
-    assert [weights.shape for weights in per_sentence] == [(len(sentence) + 1, 7) for sentence in SENTENCES]
-    for weights in per_sentence:
-        torch.testing.assert_close(weights.sum(1), torch.ones(len(weights)))
-    (alone,) = model.attention_weights(MAPS[2:], torch.tensor([SENTENCES[3]]), torch.tensor([0]))
-    torch.testing.assert_close(per_sentence[3], alone)
+    check_attention_weights(build(SHAPES[0]))
 
 
 def test_captioner_without_attention_uses_mean_of_map() -> None:
