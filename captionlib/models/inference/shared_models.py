@@ -7,6 +7,8 @@ from functools import lru_cache, wraps
 from threading import Lock
 from typing import Generic, ParamSpec, TypeVar
 
+import torch
+
 from captionlib.errors import CheckpointError
 from captionlib.models.devices import resolve_device
 from captionlib.models.families.model import ImageModel
@@ -51,13 +53,14 @@ class CheckpointCache(Generic[Model]):
         self._load = load
         self._lock = Lock()
         self._entry: tuple[PinnedCheckpoint, Model] | None = None
+        self._device: torch.device | None = None  # that the model was moved to; None if it was not moved
 
     def pin(self, folder: str | os.PathLike[str]) -> tuple[Model, PinnedCheckpoint]:
         """Loads the current version of a checkpoint. Caches its model for pipeline stages that run in this process."""
         model = self._load(os.fspath(folder))
         checkpoint = PinnedCheckpoint(resolve_model_address(folder), model.fingerprint)
         with self._lock:
-            self._entry = checkpoint, model
+            self._entry, self._device = (checkpoint, model), None
         return model, checkpoint
 
     def get(self, checkpoint: PinnedCheckpoint, device: str) -> Model:
@@ -71,9 +74,12 @@ class CheckpointCache(Generic[Model]):
             if self._entry is None or self._entry[0] != checkpoint:
                 model = self._load(checkpoint.folder)
                 checkpoint.require_unchanged("model", checkpoint.fingerprint, model.fingerprint)
-                self._entry = checkpoint, model
-            self._entry[1].to(target)
-            return self._entry[1]
+                self._entry, self._device = (checkpoint, model), None
+            model = self._entry[1]
+            if self._device != target:  # moving would replace the parameters while other threads copy or use them
+                model.to(target)
+                self._device = target
+            return model
 
 
 def cached_per_process(load: Callable[Arguments, Result], size: int = 1) -> Callable[Arguments, Result]:

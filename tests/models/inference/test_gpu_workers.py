@@ -26,7 +26,7 @@ from captionlib.models.families.captioner import open_captioner
 from captionlib.models.inference.captioning import CaptionGeneration, GenerationConfig
 from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding
 from captionlib.models.inference.extraction import encode_images
-from captionlib.models.inference.shared_models import PinnedCheckpoint, cached_per_process
+from captionlib.models.inference.shared_models import CheckpointCache, PinnedCheckpoint, cached_per_process
 from captionlib.models.rankers.ranker import Ranker, RankerConfig
 from tests.models.checkpoint_loads import count_checkpoint_loads
 from tests.models.tiny_captioners import CONFIGS, build, features
@@ -71,6 +71,16 @@ def test_concurrent_bundles_share_one_ranker(tmp_path: Path, monkeypatch: pytest
     loads = count_checkpoint_loads(monkeypatch)
     open_concurrently(stage.open)
     assert len(loads) == 1
+
+
+def test_cached_model_is_moved_to_a_device_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = write_captioner(tmp_path / "captioner", 0)
+    cache = CheckpointCache(open_captioner)
+    model = cache.get(checkpoint, "cpu")
+    moves: list[torch.device] = []
+    monkeypatch.setattr(model, "to", moves.append, raising=False)
+    assert cache.get(checkpoint, "cpu") is model
+    assert moves == []  # a parameter that is replaced while another thread copies the model breaks the copy
 
 
 def test_cached_per_process_loads_once_and_retries_after_an_error() -> None:
