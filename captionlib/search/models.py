@@ -70,7 +70,6 @@ class ImageQueryModels:
         self._caption_encoder = None
         if captioner is not None:
             model = open_captioner(captioner, device)
-            model.describe_generation(generation)
             self._generate = model.prepare(generation)
             self._caption_encoder = self._load(model, weights)
         # Both encoders are often the same; `_load` then loads it once.

@@ -44,8 +44,7 @@ class CheckpointCaptioner:
 
     def describe_generation(self, config: "GenerationConfig") -> dict[str, Any]:
         """Describes decoding; see `CaptionModel`."""
-        if config.prompt is not None:
-            raise ConfigError("prompt: captioners that captionlib trained have no prompts; leave prompt out")
+        _require_no_prompt(config)
         uses_datastore = config.decoding.rerank.neighbors > 0
         return {
             "decoding": to_dict(config.decoding),
@@ -56,6 +55,7 @@ class CheckpointCaptioner:
 
     def prepare(self, config: "GenerationConfig") -> GenerateCaptions:
         """Builds a decoder; see `CaptionModel`."""
+        _require_no_prompt(config)
         datastore = read_datastore(self._folder, self._loaded) if config.decoding.rerank.neighbors else None
         model, vocabulary = self._loaded.model, self._loaded.vocabulary
         decoder = Decoder(model, config.decoding, getattr(torch, config.dtype), vocabulary, datastore)
@@ -75,3 +75,8 @@ class CheckpointCaptioner:
             return captions
 
         return generate
+
+
+def _require_no_prompt(config: "GenerationConfig") -> None:
+    if config.prompt is not None:
+        raise ConfigError("prompt: captioners that captionlib trained have no prompts; leave prompt out")

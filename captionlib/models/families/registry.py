@@ -1,8 +1,7 @@
 """Finds the family of a model by the prefix of its address, such as `hf` in `hf:Salesforce/blip@REVISION`.
 
 An address without a prefix is the folder of a checkpoint that captionlib trained. Every other family is an entry point
-of an installed package, named after its prefix, in the group `captionlib.encoders`, `captionlib.captioners` or
-`captionlib.rankers`. `docs/how-to/model-families.md` has an example.
+of an installed package, named after its prefix, in the group `captionlib.captioners` or `captionlib.rankers`.
 """
 
 import os
@@ -17,7 +16,7 @@ from captionlib.storage.folders import resolve_address
 
 __all__ = ["Group", "find_family", "resolve_model_address", "split_address"]
 
-Group = Literal["encoders", "captioners", "rankers"]
+Group = Literal["captioners", "rankers"]
 
 _ADDRESS = re.compile(r"([a-z][a-z0-9_-]*):(?!//|:)(.+)", re.DOTALL)  # excludes URLs
 

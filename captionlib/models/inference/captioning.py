@@ -201,7 +201,6 @@ def caption_images(
     if config.attention_maps:
         require_attention(captioner, checkpoint)
     source = captioner.find_source(weights)
-    captioner.describe_generation(config)
     generate = captioner.prepare(config)
     failures: list[tuple[str, ImageError]] = []
     with open_feature_source(
