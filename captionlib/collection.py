@@ -21,6 +21,7 @@ import yaml
 from captionlib.config import build_config, configclass, parse_yaml, to_dict
 from captionlib.data.ingestion.prepare import PrepareConfig
 from captionlib.errors import ConfigError, DatasetError
+from captionlib.models.families.registry import resolve_model_address
 from captionlib.search.config import IndexConfig
 from captionlib.storage.folders import Folder, resolve_address
 
@@ -69,8 +70,9 @@ class CollectionConfig:
 
     Attributes:
         sources: the sources of the images. An image id may occur in only one of them.
-        captioner: checkpoint of the captioner.
-        ranker: checkpoint of the ranker (dual encoder for image-text retrieval). If None, the index is text-only.
+        captioner: checkpoint of the captioner, or its address with the prefix of a family, such as `hf:FOLDER`.
+        ranker: checkpoint or address of the ranker (dual encoder for image-text retrieval). If None, the index is
+            text-only.
         weights: weights file of the encoder, if it needs one.
         generation: configuration of `captionlib generate-captions`, such as `decoding`.
         index: how to build the index.
@@ -141,8 +143,9 @@ def _to_absolute_values(config: CollectionConfig) -> dict[str, Any]:
         if (root := source["prepare"]["options"]["image_root"]) is not None:
             source["prepare"]["options"]["image_root"] = resolve_address(root)
         source["prepare"] = _drop_defaults(source["prepare"], to_dict(PrepareConfig()))
-    for key in ("captioner", "ranker", "weights"):
-        values[key] = None if values[key] is None else resolve_address(values[key])
+    for key in ("captioner", "ranker"):
+        values[key] = None if values[key] is None else resolve_model_address(values[key])
+    values["weights"] = None if config.weights is None else resolve_address(config.weights)
     values["index"] = _drop_defaults(values["index"], to_dict(IndexConfig()))
     return {key: value for key, value in values.items() if value}
 

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from captionlib.collection import open_collection
+from captionlib.collection import CollectionConfig, SourceConfig, create_collection, open_collection
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.errors import CaptionlibError, ConfigError, DatasetError, LockError, QueryError
 from captionlib.search.index import open_index
@@ -223,3 +223,13 @@ def test_compacted_collection_has_nothing_to_process(collection: Path) -> None:
     assert (collection / "images" / "captions" / "part-00000.parquet").stat().st_mtime_ns == written
     assert len(open_index(collection / "index").description.shards) == 1
     assert run("compact", collection, "--no-progress").output.count("nothing to do") == 3
+
+
+def test_models_of_other_families_keep_their_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "blip").mkdir()
+    sources = (SourceConfig("images", ("images",)),)
+    collection = create_collection("local", CollectionConfig(sources, "hf:blip"))
+    assert collection.config.captioner == f"hf:{tmp_path}/blip"
+    collection = create_collection("hub", CollectionConfig(sources, "hf:organization/blip@main", "clip"))
+    assert (collection.config.captioner, collection.config.ranker) == ("hf:organization/blip@main", f"{tmp_path}/clip")
