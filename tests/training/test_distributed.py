@@ -79,7 +79,7 @@ def test_two_stopped_processes_resume_bit_for_bit(
     features: ShardedDataset, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     # Each process has its own dropout.
-    dropout = ["captioner.dropout=0.3", "training.checkpoint_interval_seconds=0", "training.epochs=12"]
+    dropout = ["captioner.dropout=0.3", "training.checkpoint_interval_seconds=0", "training.epochs=6"]
     start(features, tmp_path / "uninterrupted", 2, dropout).finish()
     stopped = start(features, tmp_path / "stopped", 2, dropout)
     request.addfinalizer(stopped.kill)
