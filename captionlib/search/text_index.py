@@ -4,7 +4,7 @@ A query is a list of words and "phrases". `+` before a word or phrase requires i
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -143,11 +143,18 @@ class TextIndex:
                 return hits[is_admitted][:limit]
 
     def search_and_count(
-        self, query: str, limit: int, split: str | None = None, min_log_prob: float | None = None
+        self,
+        query: str,
+        limit: int,
+        split: str | None = None,
+        min_log_prob: float | None = None,
+        sort: Sort = "relevance",
     ) -> tuple[Hits, int]:
         """Returns the captions that match a query, and their total number, in one pass. See `search`."""
         parsed = self._restrict(self._parse(query), split, min_log_prob)
-        result: Any = self._searcher.search(parsed, min(max(1, limit), max(1, len(self))), count=True)
+        order_by = None if sort == "relevance" else sort
+        depth = min(max(1, limit), max(1, len(self)))
+        result: Any = self._searcher.search(parsed, depth, count=True, order_by_field=order_by)
         return self._to_hits(result.hits)[:limit], int(result.count)
 
     def filter_hits(self, query: str, hits: Hits) -> Hits:
@@ -159,6 +166,19 @@ class TextIndex:
         parts = [(clause.occur, self._to_query(clause.words)) for clause in clauses]
         admitted = self._search(Query.boolean_query([(Occur.Must, rows), *parts]), len(hits), "relevance")
         return hits[np.isin(hits.rows, admitted.rows)]
+
+    def find_words(self, query: str, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """Returns, for each text, the first and last positions of the words that a query searches for."""
+        clauses = self._parse_clauses(query) if texts else ()
+        words = {word for clause in clauses if clause.occur != Occur.MustNot for _, word in clause.words}
+        return [
+            [
+                (token.char_offset_from, token.char_offset_to)
+                for token in self._analyzer.pre_tokenize(text).tokens
+                if token.text in words
+            ]
+            for text in texts
+        ]
 
     def to_sentence(self, query: str) -> str:
         """Returns a query without its signs and excluded words."""
