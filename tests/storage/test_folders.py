@@ -187,11 +187,10 @@ def test_local_path_may_contain_double_colons(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("removed", ["", TEMPORARY_FOLDER])
 def test_folder_that_is_removed_while_a_file_is_written_is_named(tmp_path: Path, removed: str) -> None:
-    folder = Folder(tmp_path / "folder")
-    with pytest.raises(StorageError, match="folder was removed or moved while part was being written; run the same"):
-        with folder.stage("part") as path:
-            path.write_bytes(b"1")
-            shutil.rmtree(tmp_path / "folder" / removed)
+    message = "folder was removed or moved while part was being written; run the same command again"
+    with pytest.raises(StorageError, match=message), Folder(tmp_path / "folder").stage("part") as path:
+        path.write_bytes(b"1")
+        shutil.rmtree(tmp_path / "folder" / removed)
 
 
 def test_missing_file_of_the_writer_is_not_blamed_on_the_folder(tmp_path: Path) -> None:
