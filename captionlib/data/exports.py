@@ -21,14 +21,17 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.data.images.formats import find_format
 from captionlib.data.selection import ALL_IMAGES, ImageSelection
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import part_name, to_json
+from captionlib.data.shards.markers import decode_record, encode_record, part_name, to_json
 from captionlib.errors import ConfigError, DatasetError, FetchError, FingerprintError
 from captionlib.progress import progress_bar
-from captionlib.storage.folders import Addresses, Folder, list_addresses
+from captionlib.storage.folders import TEMPORARY_FOLDER, Addresses, Folder, list_addresses
+from captionlib.storage.lock import LOCK_FILE, lock_folder
 
 __all__ = ["ExportFormat", "ExportSummary", "export_images"]
 
@@ -53,6 +56,9 @@ class ExportSummary:
     failures: dict[str, int] = field(default_factory=dict)
 
 
+_SUMMARY = TypeAdapter(ExportSummary)
+
+
 def export_images(
     datasets: Addresses,
     output: str | os.PathLike[str],
@@ -74,8 +80,9 @@ def export_images(
 
     Raises:
         ConfigError: a dataset has no captions.
-        DatasetError: a dataset is not complete, the output has other files, or no image is selected.
+        DatasetError: a dataset is not complete, the output has other files or is damaged, or no image is selected.
         FingerprintError: the output contains a different export.
+        LockError: another process is writing to the output.
     """
     opened = [open_dataset(address).require_complete() for address in list_addresses(datasets)]
     for dataset in opened:
@@ -83,10 +90,11 @@ def export_images(
             raise ConfigError(f"{dataset.folder.uri}: expected a manifest, features or captions, got {dataset.kind}")
     export = _Export(Folder(output), to, selection)
     checksums = [dataset.compute_content_checksum() for dataset in opened]
-    export.describe({"to": to, "datasets": checksums, **selection.describe()})
     images, failures = 0, Counter[str]()
     shards = [(each, shard, marker.rows) for each in opened for shard, marker in sorted(each.read_markers().items())]
     with ExitStack() as stack:
+        stack.enter_context(lock_folder(export.folder, "captionlib export"))
+        export.describe({"to": to, "datasets": checksums, **selection.describe()})
         bar = stack.enter_context(progress_bar("export", sum(rows for _, _, rows in shards), "images", progress))
         threads = stack.enter_context(ThreadPoolExecutor(_THREADS, thread_name_prefix="export"))
         fetcher = stack.enter_context(ImageFetcher(fetch))
@@ -97,7 +105,7 @@ def export_images(
             bar.update(rows)
             images += counts.images
             failures.update(counts.failures)
-    export.folder.remove_temporary_files()
+        export.finish()
     if not images and not failures:
         raise DatasetError(
             f"expected images that are selected (splits: {', '.join(sorted(selection.splits)) or 'any'}), got none; "
@@ -115,21 +123,46 @@ class _Export:
     def describe(self, content: Mapping[str, Any]) -> None:
         """Records what is exported, so that a different export cannot continue in the folder."""
         if not self.folder.exists(_DESCRIPTION):
-            if names := self.folder.list():
+            if names := [name for name in self.folder.list() if name not in (LOCK_FILE, TEMPORARY_FOLDER)]:
                 raise DatasetError(f"{self.folder.uri}: expected a new or empty folder, got files ({names[0]})")
-            self.folder.write(_DESCRIPTION, to_json(content))
-        elif json.loads(self.folder.read(_DESCRIPTION)) != content:
+            self.folder.write(_DESCRIPTION, encode_record(content))
+            return
+        try:
+            described = decode_record(self.folder.read(_DESCRIPTION))
+        except ValueError as error:
+            raise DatasetError(
+                f"{self.folder.address(_DESCRIPTION)} is damaged ({error}); export to a new folder"
+            ) from error
+        if described != content:
             raise FingerprintError(
                 f"{self.folder.uri} contains an export with a different format, selection or content; "
                 "choose a new folder"
             )
 
     def read_counts(self, number: int) -> ExportSummary | None:
-        """Returns the counts of a finished shard, or None if it is not finished."""
+        """Returns the counts of a finished shard, or None if they or its data are missing or the counts are damaged."""
         try:
-            return ExportSummary(**json.loads(self.folder.read(f"{_RECORDS}/{part_name(number)}.json")))
-        except FileNotFoundError:
+            counts = _SUMMARY.validate_python(decode_record(self.folder.read(self._counts_file(number))))
+        except (FileNotFoundError, ValueError):
             return None
+        return counts if counts.images == 0 or self.folder.exists(self._data_file(number)) else None
+
+    def finish(self) -> None:
+        """Removes temporary files.
+
+        Raises:
+            DatasetError: the folder was removed meanwhile.
+        """
+        self.folder.remove_temporary_files()
+        if not self.folder.exists(_DESCRIPTION):
+            raise DatasetError(f"{self.folder.uri} was removed or moved during the export; run the command again")
+
+    def _counts_file(self, number: int) -> str:
+        return f"{_RECORDS}/{part_name(number)}.json"
+
+    def _data_file(self, number: int) -> str:
+        endings = {"webdataset": ".tar", "metadata": "/metadata.jsonl", "txt": ""}
+        return part_name(number) + endings[self.to]
 
     def write_shard(
         self, number: int, dataset: ShardedDataset, shard: int, fetcher: ImageFetcher, threads: ThreadPoolExecutor
@@ -139,7 +172,7 @@ class _Export:
         samples = self._read_samples(dataset, shard, fetcher, threads, failures)
         images = (self._write_tar if self.to == "webdataset" else self._write_folder)(part_name(number), samples)
         counts = ExportSummary(images, dict(failures))
-        self.folder.write(f"{_RECORDS}/{part_name(number)}.json", to_json(asdict(counts)))
+        self.folder.write(self._counts_file(number), encode_record(asdict(counts)))
         return counts
 
     def _read_samples(
