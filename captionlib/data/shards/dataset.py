@@ -127,6 +127,18 @@ class ShardedDataset:
         done = self.done_shards()
         return {marker.shard: marker for marker in self.iter_markers(done if shards is None else done & set(shards))}
 
+    def require_markers(self) -> dict[int, Marker]:
+        """Returns the markers of the finished shards, by shard. A command that replaces shards must not miss any.
+
+        Raises:
+            DamagedShardError: the dataset is complete, but a marker is missing or damaged.
+        """
+        markers = self.read_markers()
+        missing = set(range(self.shards)) - markers.keys()
+        if missing and self.is_complete():
+            raise self._damaged(f"{part_name(min(missing))}.parquet", "its marker is missing")
+        return markers
+
     def iter_markers(self, shards: Iterable[int]) -> Iterator[Marker]:
         """Yields the markers of the finished shards among `shards`, which have data files, in any order.
 
@@ -558,13 +570,12 @@ def _require_same_layout(existing: ShardedDataset, dataset: ShardedDataset) -> N
 
 
 def _clear(folder: Folder) -> None:
-    """Deletes a dataset, beginning with `_SUCCESS` and the markers, so an interrupted deletion leaves it incomplete."""
+    """Deletes all but the description, `_SUCCESS` and the markers first. If interrupted, the dataset is incomplete."""
     folder.remove(SUCCESS_FILE)
     folder.remove(MARKERS_FOLDER)
     folder.remove_temporary_files()
     for name in _list_dataset_files(folder.list()):
         folder.remove(name)
-    folder.remove(DESCRIPTION_FILE)
 
 
 def _to_dataset(folder: Folder, description: Mapping[str, Any]) -> ShardedDataset:
