@@ -26,7 +26,7 @@ from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.data.images.formats import find_format
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.shards.markers import part_name, to_json
-from captionlib.data.splits import expand_splits
+from captionlib.data.splits import add_split_aliases
 from captionlib.errors import ConfigError, DatasetError, FetchError, FingerprintError
 from captionlib.progress import progress_bar
 from captionlib.storage.folders import Addresses, Folder, list_addresses
@@ -85,7 +85,7 @@ def export_images(
         if dataset.kind not in ("manifest", "features", "captions"):
             raise ConfigError(f"{dataset.folder.uri}: expected a manifest, features or captions, got {dataset.kind}")
     groups = None if duplicates is None else open_dataset(duplicates, "duplicates").require_complete()
-    export = _Export(Folder(output), to, expand_splits(splits), _list_removed(groups))
+    export = _Export(Folder(output), to, add_split_aliases(splits), _list_removed(groups))
     checksums = [dataset.compute_content_checksum() for dataset in [*opened, *([groups] if groups else [])]]
     export.describe({"to": to, "datasets": checksums, "splits": sorted(export.splits)})
     images, failures = 0, Counter[str]()

@@ -16,7 +16,7 @@ from tenacity import RetryError, Retrying, retry_if_exception, stop_after_delay,
 from captionlib.errors import StorageError
 from captionlib.storage.remote_errors import is_temporary_error
 
-__all__ = ["RangedFile", "call_with_retries", "name_errors"]
+__all__ = ["RangedFile", "call_with_retries", "convert_os_errors"]
 
 Result = TypeVar("Result")
 
@@ -41,7 +41,7 @@ def call_with_retries(address: str, action: Callable[[], Result]) -> Result:
         StorageError: the storage refused the request, or failed with a temporary error for two minutes.
     """
     try:
-        with name_errors(address):
+        with convert_os_errors(address):
             return _retrying(action)
     except RetryError as error:
         reason = error.last_attempt.exception()
@@ -52,7 +52,7 @@ def call_with_retries(address: str, action: Callable[[], Result]) -> Result:
 
 
 @contextmanager
-def name_errors(address: str) -> Iterator[None]:
+def convert_os_errors(address: str) -> Iterator[None]:
     """Converts errors of the operating system in the block, except missing files, to errors that contain the address.
 
     Raises:

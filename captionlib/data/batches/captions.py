@@ -18,7 +18,7 @@ import numpy.typing as npt
 from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.batches.augmentation import FeatureMapAugmentation
 from captionlib.data.shards.dataset import ShardedDataset
-from captionlib.data.splits import expand_splits
+from captionlib.data.splits import add_split_aliases
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import DatasetError
 
@@ -27,7 +27,7 @@ __all__ = [
     "CaptionBatches",
     "feature_shape",
     "make_batch",
-    "make_encoder",
+    "make_caption_tokenizer",
     "mean_and_std",
     "pool_map",
     "read_captions",
@@ -96,7 +96,7 @@ class CaptionBatches:
 
     def count(self, world_size: int = 1) -> int:
         """Returns the number of batches per epoch, which may vary slightly with the order of the shards."""
-        selected = expand_splits(self.splits)
+        selected = add_split_aliases(self.splits)
         images = [
             sum(split in selected and bool(captions) for split, captions in _read_splits(self.dataset, shard))
             for shard in range(self.dataset.shards)
@@ -209,7 +209,7 @@ def make_batch(
     return CaptionBatch(features, [sentence for per_image in sentences for sentence in per_image], image_of_sentence)
 
 
-def make_encoder(vocabulary: Vocabulary, max_words: int | None = None) -> EncodeCaption:
+def make_caption_tokenizer(vocabulary: Vocabulary, max_words: int | None = None) -> EncodeCaption:
     """Returns a function that converts the first `max_words` words (or characters) of a caption to token ids.
 
     If `max_words` is None, it is 30 words or 200 characters.
@@ -232,7 +232,7 @@ def read_features(
     dataset: ShardedDataset, shard: int, splits: Collection[str]
 ) -> Iterator[tuple[Features, list[list[str]]]]:
     """Yields the features `[rows, *shape]` and captions of the images in `splits`, in chunks."""
-    shape, names = feature_shape(dataset), expand_splits(splits)
+    shape, names = feature_shape(dataset), add_split_aliases(splits)
     for rows in dataset.read_batches(shard, ["split", "captions", "features"]):
         selected = np.array([split in names for split in rows["split"].to_pylist()], bool)
         if selected.any():
@@ -247,7 +247,7 @@ def read_captions(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[st
         DatasetError: no image in `splits` has a caption.
     """
     seen: set[str] = set()
-    selected = expand_splits(splits)
+    selected = add_split_aliases(splits)
     is_empty = True
     for shard in range(dataset.shards):
         for split, captions in _read_splits(dataset, shard):
@@ -264,7 +264,7 @@ def read_captions(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[st
 
 def read_references(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[list[str]]:
     """Yields a list of captions for each captioned image in `splits` without reading the features."""
-    selected = expand_splits(splits)
+    selected = add_split_aliases(splits)
     for shard in range(dataset.shards):
         yield from (captions for split, captions in _read_splits(dataset, shard) if split in selected and captions)
 

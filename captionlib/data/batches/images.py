@@ -18,7 +18,7 @@ from captionlib.data.batches.captions import CaptionBatch, make_batch, read_capt
 from captionlib.data.batches.skipped import SkippedImages
 from captionlib.data.images.loading import LoadImages
 from captionlib.data.shards.dataset import ShardedDataset
-from captionlib.data.splits import expand_splits
+from captionlib.data.splits import add_split_aliases
 from captionlib.errors import ImageError
 
 __all__ = ["ImageBatches", "read_captioned_rows"]
@@ -110,7 +110,7 @@ def read_captioned_rows(dataset: ShardedDataset, splits: Sequence[str]) -> pa.Ta
     tables = []
     for shard in range(dataset.shards):
         rows = dataset.read(shard, ["image_id", "uri", "split", "captions"])
-        in_splits = pc.is_in(rows["split"], value_set=pa.array(expand_splits(splits), pa.string()))
+        in_splits = pc.is_in(rows["split"], value_set=pa.array(add_split_aliases(splits), pa.string()))
         captioned = pc.greater(pc.list_value_length(rows["captions"]), 0)
         tables.append(rows.filter(pc.and_(in_splits, captioned)).drop_columns(["split"]))
     return pa.concat_tables(tables).combine_chunks()

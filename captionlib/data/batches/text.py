@@ -22,7 +22,7 @@ class TextBatches(Protocol):
     """Batches of token ids, `[sentences, time steps] int64`, padded with `PAD`."""
 
     @property
-    def has_end_tokens(self) -> bool:
+    def rows_are_sentences(self) -> bool:
         """Whether the token END follows each row. False if the rows are parts of a continuous text."""
 
     def count(self) -> int:
@@ -43,7 +43,7 @@ class SentenceBatches:
         batch_size: sentences per batch.
     """
 
-    has_end_tokens = True
+    rows_are_sentences = True
 
     def __init__(self, sentences: Iterable[list[int]], batch_size: int) -> None:
         ids, starts = array("i"), array("q", [0])
@@ -86,7 +86,7 @@ class SequenceBatches:
         DatasetError: the text is shorter than two sequences.
     """
 
-    has_end_tokens = False
+    rows_are_sentences = False
 
     def __init__(self, text: Iterable[int], sequence_length: int, batch_size: int) -> None:
         self._ids = np.frombuffer(array("i", text), np.int32)

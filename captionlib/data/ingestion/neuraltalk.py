@@ -24,7 +24,7 @@ from captionlib.data.sources.karpathy import read_numbered_rows
 from captionlib.data.sources.locations import locate
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
 from captionlib.data.sources.values import describe, is_unicode
-from captionlib.data.sources.versions import describe_address
+from captionlib.data.sources.versions import version_from_uri
 from captionlib.errors import DatasetError, DuplicateIdError
 from captionlib.progress import progress_bar
 
@@ -98,7 +98,7 @@ def import_features(
         columns = _find_columns(numbered_rows, matrix, mat_address)
         rows = [row for _, row in numbered_rows]
         for row in rows:
-            row.version = describe_address(row.uri)
+            row.version = version_from_uri(row.uri)
         dataset = create_dataset(
             output,
             "features",

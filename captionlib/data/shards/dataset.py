@@ -116,7 +116,7 @@ class ShardedDataset:
 
     def read_marker(self, shard: int) -> Marker | None:
         """Returns the marker of a shard, or None if the shard is not finished."""
-        marker = self.read_any_marker(shard)
+        marker = self.read_marker_even_if_unfinished(shard)
         finished = marker is not None and marker.previous is None
         return marker if finished and self.folder.exists(f"{part_name(shard)}.parquet") else None
 
@@ -137,7 +137,7 @@ class ShardedDataset:
             if marker is not None and marker.previous is None and marker.shard in wanted:
                 yield marker
 
-    def read_any_marker(self, shard: int) -> Marker | None:
+    def read_marker_even_if_unfinished(self, shard: int) -> Marker | None:
         """Returns the marker of a shard, even while its files are being replaced, or None if it has none."""
         for content in self.folder.read_many([marker_file(shard)]):
             marker = self._decode_marker(content)
@@ -225,7 +225,7 @@ class ShardedDataset:
             DatasetError: the shard was replaced after the first batch.
         """
         name, schema = f"{part_name(shard)}.parquet", self._select(columns)
-        expected, started = marker or self.read_any_marker(shard), False
+        expected, started = marker or self.read_marker_even_if_unfinished(shard), False
         while expected is not None:
             try:
                 file = VerifiedFile(self.folder.fs, self.folder.path(name), expected.versions)
@@ -238,7 +238,7 @@ class ShardedDataset:
             except (DamagedShardError, FileNotFoundError, pa.ArrowException, OSError) as error:
                 if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and error.errno is not None:
                     raise  # the storage failed
-                current = self.read_any_marker(shard)
+                current = self.read_marker_even_if_unfinished(shard)
                 if current == expected or marker is not None:
                     raise self._damaged(
                         name, "missing" if isinstance(error, FileNotFoundError) else str(error)
@@ -268,7 +268,7 @@ class ShardedDataset:
         Raises:
             DamagedShardError: the file is missing or damaged.
         """
-        marker = self.read_any_marker(shard)
+        marker = self.read_marker_even_if_unfinished(shard)
         if marker is None or not any(version.failures for version in marker.versions):
             return None
         name = f"{FAILURES_FOLDER}/{part_name(shard)}.parquet"
@@ -335,7 +335,7 @@ class ShardedDataset:
 
     def verify_shard(self, shard: int) -> list[str]:
         """Compares the files of a shard with its marker. Returns a line for each file that differs."""
-        marker = self.read_any_marker(shard)
+        marker = self.read_marker_even_if_unfinished(shard)
         if marker is None:
             return [f"{part_name(shard)}: its marker is missing or damaged"]
         problems, name = [], f"{part_name(shard)}.parquet"

@@ -111,7 +111,7 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int, source: str 
             failures_checksum=compute_checksum(io.BytesIO(failures)) if failures else "",
             reasons=dict(Counter(str(row["error"]) for row in writer.failures).most_common()),
         )
-        previous = dataset.read_any_marker(shard)
+        previous = dataset.read_marker_even_if_unfinished(shard)
         if previous is not None and not _has_same_files(previous, writer.marker):
             write_marker(dataset.folder, replace(writer.marker, previous=previous))
     failures_name = f"{FAILURES_FOLDER}/{name}.parquet"

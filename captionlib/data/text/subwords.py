@@ -17,7 +17,7 @@ from captionlib.errors import ConfigError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["SubwordLevel", "Subwords", "join_subwords", "make_tokenizer", "mark_words", "train_subwords"]
+__all__ = ["SubwordLevel", "Subwords", "join_subwords", "make_tokenizer", "mark_word_starts", "train_subwords"]
 
 SubwordLevel = Literal["bpe", "unigram"]
 
@@ -90,7 +90,7 @@ def train_subwords(words: Mapping[str, int], level: SubwordLevel, size: int, min
 
 
 def make_tokenizer(level: SubwordLevel, trained: Subwords) -> "Tokenizer":
-    """Returns a tokenizer of the output of `mark_words`. The id of `trained.subwords[i]` is i + 1, and 0 is unknown.
+    """Returns a tokenizer for the output of `mark_word_starts`. The id of `trained.subwords[i]` is i + 1; 0 is unknown.
 
     Raises:
         ConfigError: `tokenizers` is not installed.
@@ -108,7 +108,7 @@ def make_tokenizer(level: SubwordLevel, trained: Subwords) -> "Tokenizer":
     return tokenizer
 
 
-def mark_words(words: Iterable[str]) -> str:
+def mark_word_starts(words: Iterable[str]) -> str:
     """Returns the words as one text, in which the start of each word is marked."""
     return " ".join(_WORD_START + word for word in words)
 

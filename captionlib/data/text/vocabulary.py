@@ -21,7 +21,7 @@ from captionlib.data.text.subwords import (
     Subwords,
     join_subwords,
     make_tokenizer,
-    mark_words,
+    mark_word_starts,
     train_subwords,
 )
 from captionlib.errors import ConfigError
@@ -163,7 +163,7 @@ class Vocabulary:
         tokenizer = make_tokenizer(level, trained)
         counter = Counter[int]()
         for word, count in words.items():
-            for number in tokenizer.encode(mark_words([word])).ids:
+            for number in tokenizer.encode(mark_word_starts([word])).ids:
                 counter[number] += count
         order = sorted(range(len(trained.subwords)), key=lambda i: (-counter[i + 1], trained.subwords[i]))
         return cls(
@@ -224,7 +224,7 @@ class Vocabulary:
             ConfigError: the package that splits words into subwords is not installed.
         """
         if self._tokenizer is not None:
-            return [number - 1 + _FIRST_ID for number in self._tokenizer.encode(mark_words(tokens)).ids]
+            return [number - 1 + _FIRST_ID for number in self._tokenizer.encode(mark_word_starts(tokens)).ids]
         return [self._ids.get(token, UNKNOWN) for token in tokens]
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -8,13 +8,13 @@ import transformers
 from huggingface_hub import snapshot_download
 from transformers.image_processing_backends import TorchvisionBackend
 
-from captionlib.data.images.decoding import Preprocessing, Shrinking
+from captionlib.data.images.decoding import Preprocessing, SizeLimit
 from captionlib.data.shards.markers import compute_checksum, compute_fingerprint
 from captionlib.errors import CheckpointError, ConfigError
 
 __all__ = ["WHOLE_IMAGE", "find_preprocessing", "fingerprint_files", "load_part", "open_model_folder"]
 
-WHOLE_IMAGE = Shrinking(2**31 - 1)
+WHOLE_IMAGE = SizeLimit(2**31 - 1)
 """Leaves images as they are. The model's own processor then resizes them."""
 
 Part = TypeVar("Part")
@@ -85,7 +85,7 @@ def load_part(location: str, load: Callable[..., Part], folder: Path, **options:
         ) from error
 
 
-def find_preprocessing(processor: Any) -> Preprocessing | Shrinking:
+def find_preprocessing(processor: Any) -> Preprocessing | SizeLimit:
     """Returns how decoder processes prepare images for a model, or `WHOLE_IMAGE` if only its processor can do it.
 
     Args:

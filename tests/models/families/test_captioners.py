@@ -285,14 +285,14 @@ def test_pixels_equal_those_of_the_processor(transformers_folder: Path) -> None:
 
     processor = AutoImageProcessor.from_pretrained(transformers_folder)
     captioner: Any = open_captioner(f"hf:{transformers_folder}")
-    assert isinstance(captioner.find_source(None), Preprocessing)  # decoder processes prepare the images
+    assert isinstance(captioner.find_input_transform(None), Preprocessing)  # decoder processes prepare the images
     generator = np.random.default_rng(0)
     for width, height in ((97, 64), (33, 120)):
         noise = generator.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), np.uint8).repeat(8, 0).repeat(8, 1)
         image = Image.fromarray(noise[:height, :width])
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
-        pixels = decode_image(buffer.getvalue(), captioner.find_source(None)).pixels
+        pixels = decode_image(buffer.getvalue(), captioner.find_input_transform(None)).pixels
         expected = processor(images=image, return_tensors="pt")["pixel_values"]
         std = torch.tensor(processor.image_std).view(1, 3, 1, 1)
         assert ((captioner._prepare_pixels([pixels]) - expected) * std).abs().max() <= 1.001 / 255
