@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.errors import DatasetError, QueryError
 from captionlib.search.sql.session import SqlLimits, connect, lock_connection
-from captionlib.search.sql.statements import check_reads_only, describe_error
+from captionlib.search.sql.statements import check_condition, check_reads_only, describe_error
 
 __all__ = [
     "CANDIDATES",
@@ -204,7 +204,7 @@ class _RowFilter:
         try:
             cursor = self._connection.cursor()
             cursor.register("captions", self._rows)  # a registered view exists only in its cursor
-            cursor.extract_statements(f"SELECT [(\n{where}\n)]")  # rejects `true) UNION (SELECT 1`, which fits `sql`
+            check_condition(cursor, where)
             check_reads_only(cursor, sql)
             rows = cursor.execute(sql, list(parameters)).fetchnumpy()["row"]
         except (duckdb.Error, QueryError) as error:
