@@ -8,7 +8,7 @@ _VALIDATION_NAMES = frozenset({"val", "dev"})
 
 
 def add_split_aliases(splits: Iterable[str]) -> frozenset[str]:
-    """Returns the splits to select. If `val` or `dev` is among them, both are included.
+    """Returns the splits, with `dev` added to `val` and `val` added to `dev`.
 
     Example:
         >>> sorted(add_split_aliases(["test", "val"]))

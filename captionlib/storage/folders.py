@@ -184,7 +184,7 @@ class Folder:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Path]:
-        """Yields a local path to write. The file is published as `name` when the block ends, unless it raises."""
+        """Yields a local path to write. If the block does not raise, the file is published as `name` when it ends."""
         if self.is_local:
             parent = Path(self.path(TEMPORARY_FOLDER))
             with convert_full_disk_errors(self.path(name)), _create_temporary_file(parent, Path(name).name) as path:
@@ -281,8 +281,8 @@ class Folder:
     def remove_equal_file(self, name: str, content: bytes) -> None:
         """Removes a file if it has this content.
 
-        On a local file system, of several processes that remove the same file at once, none removes a file that another
-        one has created since.
+        If several processes call this at once on a local file system, a lock keeps them from removing a file that was
+        created after the first of them removed the old one.
         """
         if not self.is_local:
             with suppress(FileNotFoundError):
@@ -299,7 +299,10 @@ class Folder:
 
 @contextmanager
 def _create_temporary_file(folder: Path, name: str) -> Iterator[Path]:
-    """Yields the path of a new file, which is locked against `Folder.remove_temporary_files`. Removes it at the end."""
+    """Yields the path of a new file, and removes the file when the block ends.
+
+    Until then, a lock protects the file from `Folder.remove_temporary_files`.
+    """
     while True:
         with convert_os_errors(str(folder)):
             try:
@@ -328,7 +331,7 @@ def _create_temporary_file(folder: Path, name: str) -> Iterator[Path]:
 
 @contextmanager
 def convert_full_disk_errors(address: str) -> Iterator[None]:
-    """Applies `convert_os_errors` to errors of a full or read-only disk, whichever library raises them."""
+    """Converts the errors of a full or read-only disk to StorageErrors, whichever library raises them."""
     try:
         yield
     except OSError as error:
@@ -339,7 +342,7 @@ def convert_full_disk_errors(address: str) -> Iterator[None]:
 
 
 def _read_batch(fs: Any, paths: list[str]) -> tuple[list[bytes], list[str]]:
-    """Returns the contents, and the paths to retry. Raises a permanent error, or any error if no file was read."""
+    """Returns the contents of files, and the paths to retry. Raises an error if it is permanent or no file was read."""
     results = fs.cat_ranges(paths, None, None, on_error="return")
     contents = [result for result in results if isinstance(result, bytes)]
     errors = {
@@ -372,7 +375,7 @@ def write_file(address: str | os.PathLike[str], content: bytes) -> None:
 
 @contextmanager
 def stage_file(address: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a local path to write. The file is published at `address` when the block ends, unless it raises.
+    """Yields a local path to write. The file is published at `address` when the block ends, unless the block raises.
 
     Raises:
         StorageError: the file cannot be written.

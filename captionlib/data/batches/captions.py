@@ -114,17 +114,17 @@ class CaptionBatches:
         """
         size = self.batch_images * world_size
         selections = (
-            (number, buffer, order[begin : begin + size])
-            for number, (buffer, order) in enumerate(self._shuffled_buffers(seed, epoch))
+            (buffer_index, buffer, order[begin : begin + size])
+            for buffer_index, (buffer, order) in enumerate(self._shuffled_buffers(seed, epoch))
             for begin in range(0, len(order), size)
         )
         return _call_ahead(
             partial(
                 self._augmented_batch,
                 *(buffer, images, np.array_split(np.arange(len(images)), world_size)[rank]),
-                seed=[seed, epoch, number, images[0]],
+                seed=[seed, epoch, buffer_index, images[0]],
             )
-            for number, buffer, images in islice(selections, first, None)
+            for buffer_index, buffer, images in islice(selections, first, None)
         )
 
     def in_order(self) -> Iterator[CaptionBatch]:
@@ -140,7 +140,7 @@ class CaptionBatches:
         for buffer in self._prefetch(self._groups):
             for begin in range(0, len(buffer.features), self.batch_images):
                 features = buffer.features[begin : begin + self.batch_images]
-                yield range(first, first + len(features)), self._finish(features)
+                yield range(first, first + len(features)), self._pool_and_cast(features)
                 first += len(features)
 
     def _shuffled_buffers(self, seed: int, epoch: int) -> Iterator[tuple[_Buffer, npt.NDArray[np.int64]]]:
@@ -162,9 +162,9 @@ class CaptionBatches:
         for shard in shards:
             for rows, captions in read_features(self.dataset, shard, self.splits):
                 encoded = [[ids for caption in row if (ids := self.encode(caption))] for row in captions]
-                captioned = [number for number, row in enumerate(encoded) if row]
+                captioned = [index for index, row in enumerate(encoded) if row]
                 features.append(rows[captioned] if self._buffers_maps else pool_map(rows[captioned]))
-                sentences.extend(encoded[number] for number in captioned)
+                sentences.extend(encoded[index] for index in captioned)
         shape = feature_shape(self.dataset)[0 if self._buffers_maps else -1 :]
         return _Buffer(np.concatenate(features) if features else np.empty((0, *shape), np.float32), sentences)
 
@@ -182,9 +182,9 @@ class CaptionBatches:
         return self._batch(buffer, images[part], maps)
 
     def _batch(self, buffer: _Buffer, images: npt.NDArray[np.int64], features: Features) -> CaptionBatch:
-        return make_batch(self._finish(features), [buffer.sentences[image] for image in images])
+        return make_batch(self._pool_and_cast(features), [buffer.sentences[image] for image in images])
 
-    def _finish(self, features: Features) -> npt.NDArray[np.float32]:
+    def _pool_and_cast(self, features: Features) -> npt.NDArray[np.float32]:
         return (pool_map(features) if self.pooled else features).astype(np.float32)
 
 
@@ -275,7 +275,7 @@ def _read_splits(dataset: ShardedDataset, shard: int) -> Iterator[tuple[str, lis
 
 
 def sample_features(dataset: ShardedDataset, splits: Sequence[str], count: int) -> npt.NDArray[np.float32]:
-    """Returns the features of about `count` images, `[images, *shape]`: the first ones in `splits` of each shard."""
+    """Returns the features of about `count` images in `splits`, `[images, *shape]`: the first ones of each shard."""
     per_shard = -(-count // max(1, dataset.shards))
     samples: list[Features] = []
     for shard in range(dataset.shards):

@@ -125,7 +125,9 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class SizeLimit:
-    """How to shrink an image to display it. It is not cropped, and small images are not enlarged.
+    """Preprocessing that only shrinks large images: for display, or for models that preprocess images themselves.
+
+    It keeps the proportions, crops nothing and does not enlarge small images.
 
     Attributes:
         max_size: maximum length of the longer side, in pixels.

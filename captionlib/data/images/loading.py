@@ -29,7 +29,7 @@ class LoadedImage(DecodedImage):
 
     Attributes:
         content_hash: XXH3 hash of the bytes of the file, an unsigned integer of 64 bits.
-        more_pixels: the pixels after each additional preprocessing of `open_loader`.
+        more_pixels: the pixels that each additional preprocessing of `open_loader` yields.
     """
 
     content_hash: int

@@ -39,8 +39,8 @@ class ImportConfig:
 
     Attributes:
         variable: name of the matrix in the MATLAB file.
-        feature_size: number of values of each feature vector, that is, the number of rows of the matrix. If None, the
-            number of rows is used, unless the matrix seems to be transposed.
+        feature_size: number of values of each feature vector, that is, the number of rows of the matrix. If None, any
+            number of rows is accepted, but a matrix that seems to be transposed is rejected.
         image_root: folder that image paths are relative to. If None, the folder of `dataset.json` is used.
         stored_dtype: dtype of the stored features.
         shard_size: rows per shard (output file).

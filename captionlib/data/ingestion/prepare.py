@@ -174,8 +174,8 @@ def _prepare(
             rows = _drop_removed(rows, removed, skips)
         with progress_bar("prepare", None, "images", progress) as bar:
             rows = rows if config.limit is None else itertools.islice(rows, config.limit)
-            same = None if config.verify_content is not None else complete
-            staged = stage_rows(rows, Path(scratch) / "rows.parquet", same, bar.update)
+            to_compare = None if config.verify_content is not None else complete
+            staged = stage_rows(rows, Path(scratch) / "rows.parquet", to_compare, bar.update)
         if not staged.rows:
             raise DatasetError(_describe_empty_source(addresses, source_format, config, skips))
         if complete is not None:

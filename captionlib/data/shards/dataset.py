@@ -3,7 +3,7 @@
     folder/
       part-00000.parquet ...          rows; only complete files appear at the top level
       _dataset.json                   description: kind, schema, configuration, and a hash of them (fingerprint)
-      __shards/part-00000.json ...    one marker per shard: a JSON file that marks it as finished
+      __shards/part-00000.json ...    markers: JSON files, each of which records that a shard is complete
       __failures/part-00000.parquet   images of the shard that could not be read; absent if there are none
       _SUCCESS                        totals over all shards; written once all are finished
       __sample/                       rows that a run on a sample reads; removed at its end
@@ -128,10 +128,10 @@ class ShardedDataset:
         return {marker.shard: marker for marker in self.iter_markers(done if shards is None else done & set(shards))}
 
     def iter_markers(self, shards: Iterable[int]) -> Iterator[Marker]:
-        """Yields the markers of the finished shards among `shards`, which have data files, in any order.
+        """Yields the markers of the finished shards among `shards`, in any order. All `shards` must have data files.
 
-        Reads them concurrently and in bounded memory. A marker that is damaged or has a different fingerprint counts as
-        missing.
+        Reads the markers concurrently and in bounded memory. A marker that is damaged or has a different fingerprint
+        counts as missing.
         """
         wanted = set(shards)
         for content in self.folder.read_many(map(marker_file, sorted(wanted))):
@@ -140,7 +140,7 @@ class ShardedDataset:
                 yield marker
 
     def read_marker_even_if_unfinished(self, shard: int) -> Marker | None:
-        """Returns the marker of a shard, even while its files are being replaced, or None if it has none."""
+        """Returns the marker of a shard, or None if it has none. While its files are replaced, `previous` is set."""
         for content in self.folder.read_many([marker_file(shard)]):
             marker = self._decode_marker(content)
             return marker if marker is not None and marker.shard == shard else None

@@ -10,20 +10,20 @@ from captionlib.storage.file_systems import split_protocol
 
 __all__ = ["version_from_file", "version_from_listing", "version_from_status", "version_from_uri"]
 
-# Keys under which file systems list a hash or a generation of an object, and its time of modification.
+# Keys under which file systems list a hash or a generation of an object, and its modification time.
 _HASH_KEYS = ("generation", "md5Hash", "content_md5", "md5", "ETag", "etag", "checksum")
 _TIME_KEYS = ("mtime", "LastModified", "last_modified", "modified", "modificationTime", "updated", "created")
 
 
 def version_from_status(status: os.stat_result) -> str:
-    """Returns the version of a local file: its size and time of modification in nanoseconds, in hexadecimal."""
+    """Returns the version of a local file: its size and modification time in nanoseconds, in hexadecimal."""
     return f"{status.st_size:x}-{status.st_mtime_ns:x}"
 
 
 def version_from_listing(details: Mapping[str, Any]) -> str:
     """Returns the version of a remote file from its entry in a listing of an fsspec file system.
 
-    It is a hash or a generation of the content or, if the listing contains none, a hash of size and time.
+    The version is a hash or a generation of the content or, if the listing contains none, a hash of size and time.
     """
     for key in _HASH_KEYS:
         if details.get(key):
@@ -40,7 +40,7 @@ def version_from_file(location: Location) -> str:
 
 
 def version_from_uri(uri: str) -> str:
-    """Returns the version of an image that a source refers to: of its file if it is local, or of its address."""
+    """Returns the version of the image at a uri: that of its file if it is local, and otherwise a hash of the uri."""
     if not split_protocol(uri)[0]:
         try:
             return version_from_status(os.stat(uri))  # noqa: PTH116  # faster than Path

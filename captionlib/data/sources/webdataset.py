@@ -93,7 +93,7 @@ def _select_extension(files: Mapping[str, object]) -> str:
 def _load_record(sample: _Sample) -> dict[str, Any]:
     files = {name: text for name, text in sample.texts.items() if _get_suffix(name) == "json" and text.strip()}
     record = parse_json(files[_select_extension(files)], f"{sample.origin}.json") if files else {}
-    return record if isinstance(record, dict) else {CAPTION_NAMES[0]: record}
+    return record if isinstance(record, dict) else {CAPTION_NAMES[0]: record}  # a caption or a list of captions
 
 
 def _parse_captions(
@@ -138,7 +138,8 @@ def _read_samples(file: BinaryIO, location: Location, skips: SkipCounter) -> Ite
 def _split_dotted_names(sample: _Sample, location: Location) -> list[_Sample]:
     """Splits `22.05.jpg`, `22.05.txt`, `22.06.jpg`, where names contain a dot, into the samples `22.05` and `22.06`.
 
-    In contrast, `22.rgb.jpg` and `22.mask.png` remain one sample with two images.
+    The text between the first and the last dot belongs to the name if all such texts are numbers, or if one of them has
+    both an image and a text. Otherwise it belongs to the extension: `22.rgb.jpg` and `22.mask.png` are one sample.
     """
     parts: dict[str, _Sample] = {}
     for name in (*sample.images, *sample.texts):
@@ -149,8 +150,8 @@ def _split_dotted_names(sample: _Sample, location: Location) -> list[_Sample]:
             part.images[extension] = sample.images[name]
         else:
             part.texts[extension] = sample.texts[name]
-    is_name = any(part.images and part.texts for part in parts.values()) or all(map(_is_number, parts))
-    return list(parts.values()) if "" not in parts and is_name else [sample]
+    belongs_to_name = any(part.images and part.texts for part in parts.values()) or all(map(_is_number, parts))
+    return list(parts.values()) if "" not in parts and belongs_to_name else [sample]
 
 
 def _is_number(text: str) -> bool:

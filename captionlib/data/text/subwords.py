@@ -23,9 +23,9 @@ SubwordLevel = Literal["bpe", "unigram"]
 
 _WORD_START = "\u2581"
 _UNKNOWN = "<unk>"  # id 0 of the tokenizer; no word contains the symbol <
-# Characters that the training of `unigram` would drop get scores from the library that start at the lowest score and
-# rise in steps, in random order: they all get the lowest score here. The library also adds numbers in random order, so
-# scores are rounded.
+# The library keeps the characters that the training of `unigram` drops. Their scores rise from the lowest score in
+# steps, in a random order. Here, all of them get the lowest score, so that training is reproducible. The library also
+# adds floating-point numbers in a random order, so scores are rounded.
 _SCORE_STEP = 1e-4
 _SCORE_DECIMALS = 6
 
