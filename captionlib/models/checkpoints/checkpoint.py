@@ -130,6 +130,8 @@ class LoadedLanguageModel(LoadedModel[CaptionerNetwork, LanguageModelConfig]):
 class LoadedRanker(LoadedModel[RankerNetwork, RankerConfig]):
     """A trained ranker, which embeds sentences (text) and image features in a joint space."""
 
+    sentence_template = None
+
     @property
     def size(self) -> int:
         """Dimensions of the joint embedding space."""

@@ -30,7 +30,7 @@ class ImageModel(Protocol):
 
     @property
     def encoder(self) -> Mapping[str, Any]:
-        """`Encoder.description` of the encoder whose features are the input, or `describe_pixel_input`."""
+        """`ImageEncoder.description` of the encoder whose features are the input, or `describe_pixel_input`."""
 
     def find_input_transform(self, weights: str | None) -> InputTransform:
         """Returns how images become the input.

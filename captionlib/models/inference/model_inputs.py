@@ -11,7 +11,8 @@ from captionlib.data.images.loading import LoadingConfig, open_loader
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.stages import ReportFailure
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.models.encoders.encoder import Encoder, EncoderConfig
+from captionlib.models.encoders.encoder import EncoderConfig
+from captionlib.models.families.encoder import ImageEncoder
 from captionlib.models.families.model import Arrays, ImageModel, InputTransform
 from captionlib.models.inference.extraction import EncodedRows, PixelReader, encode_images, load_shared_encoder
 
@@ -73,7 +74,7 @@ def open_input_loader(
         yield lambda batches, _fail: _split_features(batches, shape, len(models))
         return
     descriptions: list[Mapping[str, Any]] = []
-    encoders: list[Encoder | PixelReader] = []
+    encoders: list[ImageEncoder | PixelReader] = []
     positions = []  # of the encoder of each model
     for input_transform, model in zip(input_transforms, models, strict=True):
         if model.encoder not in descriptions:
