@@ -39,8 +39,8 @@ ExportFormat = Literal["webdataset", "metadata", "txt"]
 
 _THREADS = 16
 _COLUMNS = ("image_id", "uri", "split", "width", "height", "caption", "captions", "log_prob")
-_RECORDS = "__export"  # `datasets` ignores folders whose names begin with two underscores
-_DESCRIPTION = f"{_RECORDS}/export.json"
+_METADATA_FOLDER = "__export"  # `datasets` ignores folders whose names begin with two underscores
+_DESCRIPTION = f"{_METADATA_FOLDER}/export.json"
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ def export_images(
     export = _Export(Folder(output), to, selection)
     checksums = [dataset.compute_content_checksum() for dataset in opened]
     images, failures = 0, Counter[str]()
+    # The marker of a shard is the file that records that the shard is complete.
     shards = [(each, shard, marker.rows) for each in opened for shard, marker in sorted(each.read_markers().items())]
     with ExitStack() as stack:
         stack.enter_context(lock_folder(export.folder, "captionlib export"))
@@ -98,10 +99,10 @@ def export_images(
         bar = stack.enter_context(progress_bar("export", sum(rows for _, _, rows in shards), "images", progress))
         threads = stack.enter_context(ThreadPoolExecutor(_THREADS, thread_name_prefix="export"))
         fetcher = stack.enter_context(ImageFetcher(fetch))
-        for number, (dataset, shard, rows) in enumerate(shards):
-            counts = export.read_counts(number)
+        for part, (dataset, shard, rows) in enumerate(shards):
+            counts = export.read_counts(part)
             if counts is None:
-                counts = export.write_shard(number, dataset, shard, fetcher, threads)
+                counts = export.write_shard(part, dataset, shard, fetcher, threads)
             bar.update(rows)
             images += counts.images
             failures.update(counts.failures)
@@ -139,13 +140,13 @@ class _Export:
                 "choose a new folder"
             )
 
-    def read_counts(self, number: int) -> ExportSummary | None:
-        """Returns the counts of a finished shard, or None if they or its data are missing or the counts are damaged."""
+    def read_counts(self, part: int) -> ExportSummary | None:
+        """Returns the counts of a finished tar or folder, or None if it or its counts are missing or damaged."""
         try:
-            counts = _SUMMARY.validate_python(decode_record(self.folder.read(self._counts_file(number))))
+            counts = _SUMMARY.validate_python(decode_record(self.folder.read(self._counts_file(part))))
         except (FileNotFoundError, ValueError):
             return None
-        return counts if counts.images == 0 or self.folder.exists(self._data_file(number)) else None
+        return counts if counts.images == 0 or self.folder.exists(self._data_file(part)) else None
 
     def finish(self) -> None:
         """Removes temporary files.
@@ -157,22 +158,23 @@ class _Export:
         if not self.folder.exists(_DESCRIPTION):
             raise DatasetError(f"{self.folder.uri} was removed or moved during the export; run the command again")
 
-    def _counts_file(self, number: int) -> str:
-        return f"{_RECORDS}/{part_name(number)}.json"
+    def _counts_file(self, part: int) -> str:
+        return f"{_METADATA_FOLDER}/{part_name(part)}.json"
 
-    def _data_file(self, number: int) -> str:
+    def _data_file(self, part: int) -> str:
         endings = {"webdataset": ".tar", "metadata": "/metadata.jsonl", "txt": ""}
-        return part_name(number) + endings[self.to]
+        return part_name(part) + endings[self.to]
 
     def write_shard(
-        self, number: int, dataset: ShardedDataset, shard: int, fetcher: ImageFetcher, threads: ThreadPoolExecutor
+        self, part: int, dataset: ShardedDataset, shard: int, fetcher: ImageFetcher, threads: ThreadPoolExecutor
     ) -> ExportSummary:
-        """Writes one tar or folder, and then its counts, which finish it."""
+        """Writes one tar or folder, and then the file with its counts, which marks it as finished."""
         failures = Counter[str]()
         samples = self._read_samples(dataset, shard, fetcher, threads, failures)
-        images = (self._write_tar if self.to == "webdataset" else self._write_folder)(part_name(number), samples)
+        write = self._write_tar if self.to == "webdataset" else self._write_folder
+        images = write(part_name(part), samples)
         counts = ExportSummary(images, dict(failures))
-        self.folder.write(self._counts_file(number), encode_record(asdict(counts)))
+        self.folder.write(self._counts_file(part), encode_record(asdict(counts)))
         return counts
 
     def _read_samples(
@@ -193,7 +195,7 @@ class _Export:
 
         columns = [name for name in _COLUMNS if name in dataset.schema.names]
         for batch in dataset.read_batches(shard, columns, batch_size=2 * _THREADS):  # limits the images in memory
-            rows = [row for row in batch.to_pylist() if self.selection.admits(row["image_id"], row["split"])]
+            rows = [row for row in batch.to_pylist() if self.selection.selects(row["image_id"], row["split"])]
             for row, content in zip(rows, threads.map(fetch, rows), strict=True):
                 if isinstance(content, FetchError):
                     failures[content.reason] += 1
@@ -205,8 +207,8 @@ class _Export:
     def _write_tar(self, name: str, samples: Iterator[tuple[dict[str, Any], bytes]]) -> int:
         count = 0
         with self.folder.stage(f"{name}.tar") as path, tarfile.open(path, "w") as tar:
-            for count, (row, content) in enumerate(samples, start=1):
-                key = f"{name}-{count - 1:06}"
+            for row, content in samples:
+                key = f"{name}-{count:06}"
                 for extension, data in (
                     (_find_extension(content), content),
                     (".txt", _join_captions(row)),
@@ -215,6 +217,7 @@ class _Export:
                     member = tarfile.TarInfo(key + extension)
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
+                count += 1
         return count
 
     def _write_folder(self, name: str, samples: Iterator[tuple[dict[str, Any], bytes]]) -> int:

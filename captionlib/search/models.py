@@ -149,12 +149,12 @@ class ImageQueryModels:
         for description, image_encoder in self._loaded:
             if description == model.encoder:
                 return image_encoder
-        source = model.find_source(weights)
-        if isinstance(source, EncoderConfig):
-            encoder: ImageEncoder | PixelReader = open_encoder(source, self._device)
+        transform = model.find_input_transform(weights)
+        if isinstance(transform, EncoderConfig):
+            encoder: ImageEncoder | PixelReader = open_encoder(transform, self._device)
             model.require_encoder(encoder.description)
         else:
-            encoder = PixelReader(source)
+            encoder = PixelReader(transform)
         decoders = self._resources.enter_context(DecoderPool(encoder.preprocessing, self._decoding))
         self._loaded.append((model.encoder, (encoder, decoders)))
         return encoder, decoders

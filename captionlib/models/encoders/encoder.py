@@ -15,7 +15,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from captionlib.config import configclass
-from captionlib.data.images.decoding import DecodeScale, Preprocessing, Shrinking
+from captionlib.data.images.decoding import DecodeScale, Preprocessing, SizeLimit
 from captionlib.errors import ConfigError
 from captionlib.models.devices import copy_to_host_async, halve_on_out_of_memory, resolve_device
 from captionlib.models.encoders.network import EncoderNetwork, require_finite, truncate_network
@@ -274,7 +274,7 @@ def describe_finetuned_encoder(description: Mapping[str, Any], weights: Mapping[
     return {**description, **changes}
 
 
-def describe_preprocessing(preprocessing: Preprocessing | Shrinking) -> dict[str, Any]:
+def describe_preprocessing(preprocessing: Preprocessing | SizeLimit) -> dict[str, Any]:
     """Returns the settings of a preprocessing as JSON values, for fingerprints."""
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(preprocessing).items()}
     for name, default in (("decode_scale", "exact"), ("stretch", False)):

@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoPr
 from transformers.processing_utils import ProcessorMixin
 
 from captionlib.config import to_dict
-from captionlib.data.images.decoding import Preprocessing, Shrinking
+from captionlib.data.images.decoding import Preprocessing, SizeLimit
 from captionlib.errors import ConfigError
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.devices import halve_on_out_of_memory
@@ -25,7 +25,7 @@ from captionlib.models.families.huggingface import (
     prepare_pixels,
     require_pixels,
 )
-from captionlib.models.families.model import Arrays, describe_pixels
+from captionlib.models.families.model import Arrays, describe_pixel_input
 
 if TYPE_CHECKING:
     from captionlib.models.inference.captioning import GenerationConfig
@@ -55,16 +55,16 @@ class HuggingFaceCaptioner:
         image_processor = load_part(location, AutoImageProcessor.from_pretrained, folder)
         self._tokenizer = load_part(location, AutoTokenizer.from_pretrained, folder)
         self._processor: Any = None
-        self._preprocessing: Preprocessing | Shrinking = find_preprocessing(image_processor)
-        if self._type not in _CONTINUING or isinstance(self._preprocessing, Shrinking):
+        self._preprocessing: Preprocessing | SizeLimit = find_preprocessing(image_processor)
+        if self._type not in _CONTINUING or isinstance(self._preprocessing, SizeLimit):
             self._processor = load_part(location, AutoProcessor.from_pretrained, folder)
             if not isinstance(self._processor, ProcessorMixin):
                 self._processor = image_processor
             self._preprocessing = WHOLE_IMAGE
         self.fingerprint = fingerprint_files(folder)
-        self.encoder = describe_pixels(self._preprocessing)
+        self.encoder = describe_pixel_input(self._preprocessing)
 
-    def find_source(self, weights: str | None) -> Preprocessing | Shrinking:
+    def find_input_transform(self, weights: str | None) -> Preprocessing | SizeLimit:
         return self._preprocessing
 
     def require_encoder(self, description: Mapping[str, Any]) -> None:
@@ -92,21 +92,21 @@ class HuggingFaceCaptioner:
         # Transformers samples from a global generator, so each image is sampled alone, from a generator of its own.
         samples = config.decoding.strategy == "sample"
 
-        def generate_batch(images: Arrays, keys: Sequence[str]) -> list[list[Caption]]:
+        def generate_batch(images: Arrays, image_ids: Sequence[str]) -> list[list[Caption]]:
             inputs = {
                 name: value.to(model.device, dtype if value.is_floating_point() else None)
                 for name, value in self._prepare_inputs(images, config.prompt).items()
             }
             with torch.inference_mode(), torch.random.fork_rng(_cuda_devices(model.device), enabled=samples):
                 if samples:
-                    torch.manual_seed(_hash_key(keys[0], config.decoding.seed))
+                    torch.manual_seed(_derive_seed(image_ids[0], config.decoding.seed))
                 output = model.generate(**inputs, **options, return_dict_in_generate=True)
             return self._read_captions(output, len(images), config)
 
-        def generate(images: Arrays, keys: Sequence[str]) -> list[list[Caption]]:
+        def generate(images: Arrays, image_ids: Sequence[str]) -> list[list[Caption]]:
             if samples:
-                return [generate_batch(images[index : index + 1], [key])[0] for index, key in enumerate(keys)]
-            parts = halve_on_out_of_memory(lambda part: generate_batch(images[part], keys[part]), len(images))
+                return [generate_batch(images[i : i + 1], [image_id])[0] for i, image_id in enumerate(image_ids)]
+            parts = halve_on_out_of_memory(lambda part: generate_batch(images[part], image_ids[part]), len(images))
             return [captions for part in parts for captions in part]
 
         return generate
@@ -222,9 +222,9 @@ def _map_decoding(config: DecodingConfig) -> dict[str, Any]:
     return options
 
 
-def _hash_key(key: str, seed: int) -> int:
+def _derive_seed(image_id: str, seed: int) -> int:
     """Returns the seed of an image's samples."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(f"{seed} {image_id}".encode()).digest()[:8], "big") >> 1
 
 
 def _cuda_devices(device: torch.device) -> list[torch.device]:

@@ -15,14 +15,14 @@ from pydantic import PositiveInt
 
 from captionlib.config import configclass, describe_differences
 from captionlib.data.arrays import numpy_to_vectors
-from captionlib.data.images.decoding import Preprocessing, Shrinking
+from captionlib.data.images.decoding import Preprocessing, SizeLimit
 from captionlib.data.images.loading import LoadedImage, LoadingConfig, open_loader
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA, features_schema
 from captionlib.data.shards.stages import ProcessRows, ReportFailure
 from captionlib.errors import DatasetError, ImageError
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.families.encoder import ImageEncoder, open_encoder
-from captionlib.models.families.model import Arrays, describe_pixels
+from captionlib.models.families.model import Arrays, describe_pixel_input
 from captionlib.models.inference.shared_models import cached_per_process
 
 __all__ = [
@@ -95,9 +95,9 @@ class FeatureExtraction:
 class PixelReader:
     """Stands for the encoder of models whose input is pixels: the features of an image are its pixels."""
 
-    def __init__(self, preprocessing: Preprocessing | Shrinking) -> None:
+    def __init__(self, preprocessing: Preprocessing | SizeLimit) -> None:
         self.preprocessing = preprocessing
-        self.description = describe_pixels(preprocessing)
+        self.description = describe_pixel_input(preprocessing)
 
     def encode_async(self, images: Sequence[npt.NDArray[np.uint8]]) -> Callable[[], Arrays]:
         """Returns a function that returns the images; see `ImageEncoder.encode_async`."""

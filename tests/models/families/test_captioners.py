@@ -264,6 +264,6 @@ def test_sentences_and_probabilities_equal_those_of_transformers(transformers_fo
 
 
 def test_pixels_equal_those_of_the_processor(transformers_folder: Path) -> None:
-    source = open_captioner(f"hf:{transformers_folder}").find_source(None)
+    source = open_captioner(f"hf:{transformers_folder}").find_input_transform(None)
     assert isinstance(source, Preprocessing)  # decoder processes prepare the images
     assert_pixels_equal_those_of_the_processor(transformers_folder, source)
