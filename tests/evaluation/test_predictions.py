@@ -104,7 +104,7 @@ def test_result_struct_without_ids_uses_paths(tmp_path: Path) -> None:
         ([{"image_id": 1}], r"r.json, \[0\]: caption: expected valid Unicode text, got no value"),
         ([{"image_id": 1.5, "caption": "a"}], r"r.json, \[0\]: expected"),
         ([{"image_id": True, "caption": "a"}], r"r.json, \[0\]: expected"),
-        ([{"image_id": 1, "caption": None}], r"r.json, \[0\]: expected"),
+        ([{"image_id": 1, "caption": None}], r"r.json, \[0\]: caption: expected"),
         (["a dog"], r"r.json, \[0\]: expected"),
         (
             [{"image_id": 1, "caption": "a \ud83d dog"}],
