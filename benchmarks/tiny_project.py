@@ -76,7 +76,7 @@ COMMANDS = [
     Command(f"embed {{project}}/features -r {{project}}/ranker -o {{output}}/embeddings {_QUIET}", True),
     Command("caption {project}/images/000000.jpg -c {project}/captioner --device cpu --report {output}/page"),
     Command("sample {project}/model --length 5 --device cpu"),
-    Command("export-captions {project}/captions -o {output}/results.json --format coco"),
+    Command("export {project}/captions --to coco -o {output}/results.json"),
     Command("evaluate {project}/captions -m {project}/manifest -o {output}/scores --bootstrap-samples 0"),
     Command("report {project}/captions -o {output}/report -m {project}/manifest -c {project}/captioner --no-progress"),
     Command(

@@ -47,8 +47,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "caption": "Caption single images and print the result.",
         "embed": "Embed every image with a ranker.",
         "sample": "Print text that a language model generates.",
-        "export": "Export images with their captions as WebDataset or for Hugging Face.",
-        "export-captions": "Export captions to COCO's or NeuralTalk's JSON.",
+        "export": "Export images and captions for other programs.",
     },
     "Evaluate": {
         "evaluate": "Score captions (BLEU, CIDEr, ...) or a ranker.",

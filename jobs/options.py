@@ -13,6 +13,7 @@ __all__ = [
     "beam_argument",
     "config_options",
     "device_option",
+    "limit_option",
     "pipeline_options",
     "progress_option",
     "training_options",
@@ -27,6 +28,12 @@ _RECIPE_COMMANDS = dict.fromkeys(["caption", "query", "serve"], "generate-captio
 
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N; auto uses a GPU if available."
+)
+limit_option = click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Process only a sample of N images, evenly spaced over all images, and estimate what the rest takes.",
 )
 progress_option = click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
 weights_option = click.option("--weights", metavar="FILE", help="Weights file of the encoder, if it needs one.")

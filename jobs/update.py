@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -106,7 +106,7 @@ def _caption(
     same_encoder = config.ranker is not None and (
         SHARED_RANKERS.pin(config.ranker)[0].encoder == SHARED_CAPTIONERS.pin(config.captioner)[0].encoder
     )
-    together = {"ranker": config.ranker, "embeddings": embeddings} if same_encoder else {}
+    together: dict[str, Any] = {"ranker": config.ranker, "embeddings": embeddings} if same_encoder else {}
     totals = generate_captions(
         manifest,
         config.captioner,

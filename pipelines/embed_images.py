@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.shards.markers import Totals
+from captionlib.data.shards.sampling import Sample
 from captionlib.data.shards.stages import ShardJob
 from captionlib.models.inference.embedding import (
     SHARED_RANKERS,
@@ -57,6 +58,6 @@ def embed_images(
     driver_device, worker_device = run.resolve_devices(device)
     loaded_ranker, pinned_ranker = SHARED_RANKERS.pin(ranker)
     ranker_source = find_model_input(dataset, loaded_ranker, weights, driver_device, run.threads_per_worker)
-    embeddings = create_embeddings_dataset(output, dataset, loaded_ranker, run.overwrite)
+    embeddings = create_embeddings_dataset(output, Sample(dataset), loaded_ranker, run.overwrite)
     stage = ImageEmbedding(config, pinned_ranker, ranker_source, worker_device, run.threads_per_worker)
     return run_job(ShardJob(dataset, (embeddings,), stage, run.retry_failures, run.verify), "embed", run)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from captionlib.data.shards.dataset import create_dataset, open_dataset
 from captionlib.data.shards.markers import Totals
+from captionlib.data.shards.sampling import open_sample
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.data.shards.stages import ShardJob
 from captionlib.errors import ConfigError
@@ -31,6 +32,7 @@ def generate_captions(
     ranker: str | os.PathLike[str] | None = None,
     embeddings: str | os.PathLike[str] | None = None,
     weights: str | None = None,
+    limit: int | None = None,
     device: str = "auto",
     run: RunConfig = RunConfig(),
 ) -> Totals:
@@ -50,6 +52,8 @@ def generate_captions(
         embeddings: folder of the embeddings dataset to write; requires `ranker`.
         weights: path of the image encoder's weights file; required if it was loaded from a file that the checkpoint
             does not contain.
+        limit: caption only a sample of this number of images, evenly spaced over the dataset. The outputs are then
+            datasets of these images, which a run on all images does not continue.
         device: auto, cpu, cuda or cuda:N.
         run: workers, runner and error handling.
 
@@ -78,17 +82,6 @@ def generate_captions(
     if ranker is not None:
         loaded_ranker, pinned_ranker = SHARED_RANKERS.pin(ranker)
         ranker_source = find_model_input(dataset, loaded_ranker, weights, driver_device, run.threads_per_worker)
-    captions = create_dataset(
-        output,
-        "captions",
-        captions_schema(positions),
-        config={"captioner": captioner.fingerprint, "encoder": captioner.encoder, **description},
-        source=dataset,
-        overwrite=run.overwrite,
-    )
-    outputs = [captions]
-    if loaded_ranker is not None and embeddings is not None:
-        outputs.append(create_embeddings_dataset(embeddings, dataset, loaded_ranker, run.overwrite))
     stage = CaptionGeneration(
         config,
         pinned_captioner,
@@ -99,4 +92,17 @@ def generate_captions(
         pinned_ranker,
         ranker_source,
     )
-    return run_job(ShardJob(dataset, tuple(outputs), stage, run.retry_failures, run.verify), "generate-captions", run)
+    with open_sample(dataset, output, limit, run.workers) as sample:
+        captions = create_dataset(
+            output,
+            "captions",
+            captions_schema(positions),
+            config={"captioner": captioner.fingerprint, "encoder": captioner.encoder, **description, **sample.config},
+            **sample.origin,
+            overwrite=run.overwrite,
+        )
+        outputs = [captions]
+        if loaded_ranker is not None and embeddings is not None:
+            outputs.append(create_embeddings_dataset(embeddings, sample, loaded_ranker, run.overwrite))
+        job = ShardJob(sample.rows, tuple(outputs), stage, run.retry_failures, run.verify)
+        return run_job(job, "generate-captions", run)

@@ -1,8 +1,9 @@
-"""Exports images with their captions for other programs: WebDataset tars, or folders for Hugging Face's `datasets`.
+"""Exports images with their captions for other programs, as WebDataset tars or as folders of images.
 
     output/
-      part-00000.tar                            WebDataset: an image, a .txt and a .json per sample
-      part-00000/metadata.jsonl, 000000.jpg     Hugging Face's imagefolder
+      part-00000.tar                            `webdataset`: an image, a .txt and a .json per sample
+      part-00000/000000.jpg, metadata.jsonl     `metadata`: imagefolder of Hugging Face's `datasets`
+      part-00000/000000.jpg, 000000.txt         `txt`: the captions beside each image, one per line
       __export/export.json                      what is exported
       __export/part-00000.json                  counts of a finished shard
 
@@ -14,26 +15,24 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import pyarrow.compute as pc
-
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.data.images.formats import find_format
+from captionlib.data.selection import ALL_IMAGES, ImageSelection
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.shards.markers import part_name, to_json
-from captionlib.data.splits import expand_splits
 from captionlib.errors import ConfigError, DatasetError, FetchError, FingerprintError
 from captionlib.progress import progress_bar
 from captionlib.storage.folders import Addresses, Folder, list_addresses
 
 __all__ = ["ExportFormat", "ExportSummary", "export_images"]
 
-ExportFormat = Literal["webdataset", "huggingface"]
+ExportFormat = Literal["webdataset", "metadata", "txt"]
 
 _THREADS = 16
 _COLUMNS = ("image_id", "uri", "split", "width", "height", "caption", "captions", "log_prob")
@@ -59,8 +58,7 @@ def export_images(
     output: str | os.PathLike[str],
     to: ExportFormat,
     *,
-    splits: Sequence[str] = (),
-    duplicates: str | os.PathLike[str] | None = None,
+    selection: ImageSelection = ALL_IMAGES,
     fetch: FetchConfig | None = None,
     progress: bool = False,
 ) -> ExportSummary:
@@ -69,25 +67,23 @@ def export_images(
     Args:
         datasets: complete manifests, features or captions.
         output: folder to write.
-        to: `webdataset`, or `huggingface` for the imagefolder format of `datasets`.
-        splits: splits to export. If empty, all splits are exported.
-        duplicates: dataset of duplicates. If set, duplicates of kept images are left out.
+        to: `webdataset`, `metadata` for the imagefolder format of `datasets`, or `txt` for a .txt beside each image.
+        selection: the images to export.
         fetch: limits on fetching an image. If None, the defaults of `FetchConfig`.
         progress: show a progress bar.
 
     Raises:
         ConfigError: a dataset has no captions.
-        DatasetError: a dataset is not complete, the output has other files, or no image is in these splits.
+        DatasetError: a dataset is not complete, the output has other files, or no image is selected.
         FingerprintError: the output contains a different export.
     """
     opened = [open_dataset(address).require_complete() for address in list_addresses(datasets)]
     for dataset in opened:
         if dataset.kind not in ("manifest", "features", "captions"):
             raise ConfigError(f"{dataset.folder.uri}: expected a manifest, features or captions, got {dataset.kind}")
-    groups = None if duplicates is None else open_dataset(duplicates, "duplicates").require_complete()
-    export = _Export(Folder(output), to, expand_splits(splits), _list_removed(groups))
-    checksums = [dataset.compute_content_checksum() for dataset in [*opened, *([groups] if groups else [])]]
-    export.describe({"to": to, "datasets": checksums, "splits": sorted(export.splits)})
+    export = _Export(Folder(output), to, selection)
+    checksums = [dataset.compute_content_checksum() for dataset in opened]
+    export.describe({"to": to, "datasets": checksums, **selection.describe()})
     images, failures = 0, Counter[str]()
     shards = [(each, shard, marker.rows) for each in opened for shard, marker in sorted(each.read_markers().items())]
     with ExitStack() as stack:
@@ -103,24 +99,18 @@ def export_images(
             failures.update(counts.failures)
     export.folder.remove_temporary_files()
     if not images and not failures:
-        raise DatasetError(f"expected images in split {' or '.join(splits) or '(any)'}, got none; check --split")
+        raise DatasetError(
+            f"expected images that are selected (splits: {', '.join(sorted(selection.splits)) or 'any'}), got none; "
+            "check --split, --where and --duplicates"
+        )
     return ExportSummary(images, dict(failures.most_common()))
-
-
-def _list_removed(duplicates: ShardedDataset | None) -> frozenset[str]:
-    """Returns the ids of the images that are duplicates of a kept image."""
-    if duplicates is None:
-        return frozenset()
-    rows = duplicates.read(0, ["image_id", "kept"])
-    return frozenset(rows.filter(pc.invert(rows["kept"]))["image_id"].to_pylist())
 
 
 @dataclass(frozen=True)
 class _Export:
     folder: Folder
     to: ExportFormat
-    splits: frozenset[str]
-    removed: frozenset[str]
+    selection: ImageSelection
 
     def describe(self, content: Mapping[str, Any]) -> None:
         """Records what is exported, so that a different export cannot continue in the folder."""
@@ -130,7 +120,8 @@ class _Export:
             self.folder.write(_DESCRIPTION, to_json(content))
         elif json.loads(self.folder.read(_DESCRIPTION)) != content:
             raise FingerprintError(
-                f"{self.folder.uri} contains an export with a different format, split or content; choose a new folder"
+                f"{self.folder.uri} contains an export with a different format, selection or content; "
+                "choose a new folder"
             )
 
     def read_counts(self, number: int) -> ExportSummary | None:
@@ -169,11 +160,7 @@ class _Export:
 
         columns = [name for name in _COLUMNS if name in dataset.schema.names]
         for batch in dataset.read_batches(shard, columns, batch_size=2 * _THREADS):  # limits the images in memory
-            rows = [
-                row
-                for row in batch.to_pylist()
-                if (not self.splits or row["split"] in self.splits) and row["image_id"] not in self.removed
-            ]
+            rows = [row for row in batch.to_pylist() if self.selection.admits(row["image_id"], row["split"])]
             for row, content in zip(rows, threads.map(fetch, rows), strict=True):
                 if isinstance(content, FetchError):
                     failures[content.reason] += 1
@@ -186,12 +173,10 @@ class _Export:
         count = 0
         with self.folder.stage(f"{name}.tar") as path, tarfile.open(path, "w") as tar:
             for count, (row, content) in enumerate(samples, start=1):
-                captions = row["captions"] if "captions" in row else [row["caption"]]
-                text = "\n".join(" ".join(caption.split()) for caption in captions)
                 key = f"{name}-{count - 1:06}"
                 for extension, data in (
                     (_find_extension(content), content),
-                    (".txt", text.encode()),
+                    (".txt", _join_captions(row)),
                     (".json", to_json(row)),
                 ):
                     member = tarfile.TarInfo(key + extension)
@@ -203,12 +188,21 @@ class _Export:
         self.folder.remove(name)  # an interrupted run may have left images
         lines: list[str] = []
         for row, content in samples:
-            file_name = f"{len(lines):06}{_find_extension(content)}"
+            stem = f"{len(lines):06}"
+            file_name = f"{stem}{_find_extension(content)}"
             self.folder.write(f"{name}/{file_name}", content)
+            if self.to == "txt":
+                self.folder.write(f"{name}/{stem}.txt", _join_captions(row))
             lines.append(json.dumps({"file_name": file_name, **row}, ensure_ascii=False))
-        if lines:
+        if lines and self.to == "metadata":
             self.folder.write(f"{name}/metadata.jsonl", "".join(f"{line}\n" for line in lines).encode())
         return len(lines)
+
+
+def _join_captions(row: Mapping[str, Any]) -> bytes:
+    """Returns the captions of a row as text, one per line."""
+    captions = row["captions"] if "captions" in row else [row["caption"]]
+    return "\n".join(" ".join(caption.split()) for caption in captions).encode()
 
 
 def _find_extension(content: bytes) -> str:

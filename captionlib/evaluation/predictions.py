@@ -33,6 +33,7 @@ __all__ = [
     "open_references",
     "read_predictions",
     "select_splits",
+    "to_coco_ids",
     "to_coco_results",
     "to_result_struct",
 ]
@@ -246,9 +247,15 @@ def select_splits(predictions: Sequence[Prediction], splits: Sequence[str], sour
 
 
 def to_coco_results(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
-    """Returns captions in COCO's results format. Ids become integers, as in COCO, if all are decimal numbers."""
-    numeric = all(one.image_id.isdecimal() and str(int(one.image_id)) == one.image_id for one in predictions)
-    return [{"image_id": int(one.image_id) if numeric else one.image_id, "caption": one.caption} for one in predictions]
+    """Returns captions in COCO's results format; see `to_coco_ids`."""
+    ids = to_coco_ids([one.image_id for one in predictions])
+    return [{"image_id": image_id, "caption": one.caption} for image_id, one in zip(ids, predictions, strict=True)]
+
+
+def to_coco_ids(image_ids: Sequence[str]) -> Sequence[int | str]:
+    """Returns ids as integers, as in COCO, if all are decimal numbers. Otherwise, they stay text."""
+    numeric = all(image_id.isdecimal() and str(int(image_id)) == image_id for image_id in image_ids)
+    return [int(image_id) for image_id in image_ids] if numeric else image_ids
 
 
 def to_result_struct(predictions: Sequence[Prediction], params: Mapping[str, Any]) -> dict[str, Any]:

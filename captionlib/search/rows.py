@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.errors import DatasetError, QueryError
 from captionlib.search.sql.session import SqlLimits, connect, restrict_connection
-from captionlib.search.sql.statements import check_reads_only, describe_error
+from captionlib.search.sql.statements import check_condition, check_reads_only, describe_error
 
 __all__ = [
     "CANDIDATES",
@@ -208,8 +208,7 @@ class _RowFilter:
         try:
             cursor = self._connection.cursor()
             cursor.register("captions", self._rows)  # a registered view exists only in its cursor
-            # Rejects `true) UNION (SELECT 1`, which would close the parenthesis in `sql` and be valid.
-            cursor.extract_statements(f"SELECT [(\n{where}\n)]")
+            check_condition(cursor, where)
             check_reads_only(cursor, sql)
             rows = cursor.execute(sql, list(parameters)).fetchnumpy()["row"]
         except (duckdb.Error, QueryError) as error:

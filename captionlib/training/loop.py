@@ -44,6 +44,8 @@ from captionlib.training.state import (
 
 __all__ = ["Objective", "TrainingConfig", "prepare_run_folder", "seed_everything", "train"]
 
+_CURVES_INTERVAL_SECONDS = 30.0
+
 
 def train(
     objective: Objective[Batch, Model],
@@ -82,6 +84,7 @@ def train(
             run.require_learning()
             run.train_epoch(is_stop_requested, progress)
             run.complete_epoch(progress)
+        run.draw_new_curves()
         run.require_learning()
     return run.state.history
 
@@ -106,6 +109,8 @@ class _Run(Generic[Batch, Model]):
         self._optimizer = make_optimizer(model, config, objective.module_learning_rates)
         self._scheduler = make_scheduler(self._optimizer, config, self._steps_per_epoch)
         self._average = None if config.ema_decay is None else average_weights(model, config.ema_decay)
+        self._curves_time = time.monotonic()
+        self._curves_epochs = 0
         seed_everything(config.seed + self.group.rank)
 
     def resume(self) -> None:
@@ -242,6 +247,15 @@ class _Run(Generic[Batch, Model]):
             self._require_finite(scores)
             self._record_epoch(scores, progress)
         self.save()
+        if time.monotonic() > self._curves_time + _CURVES_INTERVAL_SECONDS:
+            self.draw_new_curves()
+
+    def draw_new_curves(self) -> None:
+        """Plots the metrics of all epochs, unless the plot is up to date."""
+        history = self.state.history
+        if self.group.is_first and len(history) > self._curves_epochs:
+            draw_curves(self._output, history)
+            self._curves_time, self._curves_epochs = time.monotonic(), len(history)
 
     def _record_epoch(self, scores: dict[str, float], progress: bool) -> None:
         """Logs the metrics of an epoch, writes the checkpoint if the epoch is the best so far, and ends the epoch."""
@@ -266,7 +280,6 @@ class _Run(Generic[Batch, Model]):
         if self.group.is_first:
             if is_best:
                 objective.save(self._output, {"history": state.history, "resolved": self._resolved})
-                draw_curves(self._output, state.history)
             log_epoch(self._output, state.history)
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from captionlib.data.exports import ExportSummary, export_images
 from captionlib.data.ingestion.prepare import prepare
+from captionlib.data.selection import select_images
 from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import DUPLICATES_SCHEMA, MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
@@ -61,7 +62,7 @@ def test_tars_contain_the_files_and_are_read_by_prepare(manifest: Path, tmp_path
 
 def test_folders_list_their_images_without_duplicates_and_other_splits(manifest: Path, tmp_path: Path) -> None:
     duplicates = write_duplicates(tmp_path / "duplicates")
-    export_images(manifest, tmp_path / "out", "huggingface", splits=["train"], duplicates=duplicates)
+    export_images(manifest, tmp_path / "out", "metadata", selection=select_images(["train"], duplicates))
     rows = [json.loads(line) for line in (tmp_path / "out/part-00000/metadata.jsonl").read_text().splitlines()]
     assert [row["image_id"] for row in rows] == ["x/a.png", "x/c.png"]
     contents = [(tmp_path / "out/part-00000" / row["file_name"]).read_bytes() for row in rows]
@@ -81,6 +82,22 @@ def test_second_run_writes_only_unfinished_shards(manifest: Path, tmp_path: Path
 def test_different_export_in_the_folder_and_empty_split_are_refused(manifest: Path, tmp_path: Path) -> None:
     export_images(manifest, tmp_path / "tars", "webdataset")
     with pytest.raises(FingerprintError, match="different format"):
-        export_images(manifest, tmp_path / "tars", "huggingface")
-    with pytest.raises(DatasetError, match="expected images in split test"):
-        export_images(manifest, tmp_path / "none", "webdataset", splits=["test"])
+        export_images(manifest, tmp_path / "tars", "metadata")
+    with pytest.raises(DatasetError, match=r"expected images that are selected \(splits: test\)"):
+        export_images(manifest, tmp_path / "none", "webdataset", selection=select_images(["test"]))
+
+
+def test_txt_writes_the_captions_beside_each_image(manifest: Path, tmp_path: Path) -> None:
+    assert export_images(manifest, tmp_path / "out", "txt") == ExportSummary(4, {"NotFound": 1})
+    files = {file.name: file.read_bytes() for file in (tmp_path / "out/part-00001").iterdir()}
+    assert files == {"000000.png": (tmp_path / "e.png").read_bytes(), "000000.txt": b"caption e\nanother"}
+    assert len(list((tmp_path / "out/part-00000").iterdir())) == 6
+
+
+def test_export_with_a_different_selection_is_refused(manifest: Path, tmp_path: Path) -> None:
+    for included, expected in ((frozenset({"x/a.png"}), 1), (frozenset({"x/a.png"}), 1)):
+        summary = export_images(manifest, tmp_path / "out", "txt", selection=select_images(included=included))
+        assert summary.images == expected
+    for selection in (select_images(included=frozenset({"x/b.png"})), select_images(["train"]), select_images()):
+        with pytest.raises(FingerprintError, match="different format, selection or content"):
+            export_images(manifest, tmp_path / "out", "txt", selection=selection)

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from captionlib.training.ranking import RankerTrainingConfig, RankingObjective, 
 from jobs.cli import captionlib
 from pipelines.embed_images import embed_images
 from pipelines.run import RunConfig
+from tests.training.processes import TrainingRun
 
 KINDS = [f"{colour} {thing}" for colour in ("red", "green", "blue") for thing in ("ball", "box", "car", "dog")]
 CONFIG = RankerTrainingConfig(
@@ -162,16 +161,12 @@ def test_crashed_run_resumes_bit_for_bit(
 
 
 def test_two_processes_train_one_ranker(features: ShardedDataset, tmp_path: Path) -> None:
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command = [sys.executable, "-m", *torchrun, "jobs.cli", "train-ranker", features.folder.uri]
-    command += ["-o", str(tmp_path / "ranker"), "--device", "cpu", "--no-progress"]
-    for value in ("ranker.sentence_encoder=mean", "min_count=1", "batch_images=10", "training.epochs=8"):
-        command += ["--set", value]
-    done = subprocess.run(
-        [*command, "--set", "training.learning_rate=0.02"], capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("mean recall") == 1  # only one process reports
+    arguments = ["train-ranker", features.folder.uri, "-o", str(tmp_path / "ranker"), "--device", "cpu"]
+    overrides = ["ranker.sentence_encoder=mean", "min_count=1", "batch_images=10", "training.epochs=8"]
+    for override in (*overrides, "training.learning_rate=0.02"):
+        arguments += ["--set", override]
+    output = TrainingRun([*arguments, "--no-progress"], tmp_path / "log", processes=2).finish()
+    assert output.count("mean recall") == 1  # only one process reports
     assert score_ranker(load_ranker(tmp_path / "ranker"), features, ["val"]).mean_recall > 0.9
 
 

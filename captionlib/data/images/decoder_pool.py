@@ -35,7 +35,7 @@ __all__ = ["DecoderConfig", "DecoderPool", "available_cpus"]
 
 _WORKER = "captionlib.data.images.decoder_process"
 
-_BYTES_PER_PIXEL = 24  # upper bound; the measured maximum is 21, for a 32-bit TIFF
+_BYTES_PER_PIXEL = 28  # upper bound; the measured maximum is 26, for a JPEG 2000 file with transparency
 _BASE_MEMORY_BYTES = 2**30  # for libraries and the image file
 
 _START_TIMEOUT_SECONDS = 120.0

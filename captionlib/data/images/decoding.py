@@ -30,15 +30,19 @@ from PIL import (  # noqa: F401  (importing plugins registers them; otherwise th
 
 from captionlib.data.images.formats import FORMATS, ImageFormat, find_format, find_unsupported_format
 from captionlib.data.images.jpeg import append_end_marker, check_jpeg, decode_rgb_jpeg
+from captionlib.data.images.jxl import read_jxl_size
 from captionlib.data.images.png import find_transparent_color, remove_text
 from captionlib.errors import ConfigError, DecodeError
 
 with suppress(ImportError):
     from pillow_heif import register_heif_opener
 
-    register_heif_opener(thumbnails=False)
+    # Decoder processes use one thread each; more would use up their address space.
+    register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
 with suppress(ImportError):
-    import pillow_jxl  # noqa: F401  (registers itself)
+    from pillow_jxl import JpegXLImagePlugin  # registers itself
+
+    JpegXLImagePlugin.DECODE_THREADS = 0  # decodes in the calling thread
 
 __all__ = [
     "MAX_IMAGE_PIXELS",
@@ -183,6 +187,9 @@ def decode_image(
     try:
         if image_format.name == "JPEG":
             check_jpeg(content, max_jpeg_scans)
+        if image_format.name == "JPEG XL" and (size := read_jxl_size(content)):  # opening the file decodes it
+            _check_pixels(size, max_image_pixels, "the image has")
+            begin(size[0] * size[1])
         plugins = [name for name in image_format.plugins if name in Image.OPEN]
         with Image.open(io.BytesIO(content), formats=plugins) as image:
             _check_pixels(image.size, max_image_pixels, "the image has")

@@ -6,6 +6,7 @@
       __shards/part-00000.json ...    one marker per shard: a JSON file that marks it as finished
       __failures/part-00000.parquet   images of the shard that could not be read; absent if there are none
       _SUCCESS                        totals over all shards; written once all are finished
+      __sample/                       rows that a run on a sample reads; removed at its end
       __update/, _update.json         new shards and journal of an update; see `captionlib.data.shards.update`
 
 Hugging Face's `datasets` ignores folders that begin with `__`, and pandas, PyArrow and Spark ignore names that begin
@@ -35,6 +36,7 @@ from captionlib.data.shards.markers import (
     JOURNAL_FILE,
     MARKERS_FOLDER,
     REMOVED_FILE,
+    SAMPLE_FOLDER,
     SUCCESS_FILE,
     UPDATE_FOLDER,
     Marker,
@@ -482,7 +484,8 @@ def _write_description(dataset: ShardedDataset, created: str | None) -> None:
 
 def list_other_files(folder: Folder) -> list[str]:
     """Returns the names of the files in a folder without a dataset that captionlib did not write."""
-    own = {TEMPORARY_FOLDER, LOCK_FILE, REMOVED_FILE, DESCRIPTION_FILE}  # another process may just have described it
+    own = {TEMPORARY_FOLDER, SAMPLE_FOLDER, LOCK_FILE, REMOVED_FILE}
+    own.add(DESCRIPTION_FILE)  # another process may just have described the dataset
     return [name for name in folder.list() if name not in own]
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "JOURNAL_FILE",
     "MARKERS_FOLDER",
     "REMOVED_FILE",
+    "SAMPLE_FOLDER",
     "SUCCESS_FILE",
     "UPDATE_FOLDER",
     "Marker",
@@ -47,6 +48,7 @@ FAILURES_FOLDER = "__failures"
 JOURNAL_FILE = "_update.json"
 UPDATE_FOLDER = "__update"
 REMOVED_FILE = "_removed.json"
+SAMPLE_FOLDER = "__sample"
 
 BLOCK_BYTES = 256 << 10
 """Each block of this size in a data file has a checksum. Readers of one column verify only the blocks they read."""

@@ -15,6 +15,7 @@ from captionlib.config import configclass
 from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
+from captionlib.data.shards.sampling import Sample
 from captionlib.data.shards.schemas import embeddings_schema
 from captionlib.data.shards.stages import ProcessRows
 from captionlib.models.families.model import Arrays, ImageSource
@@ -87,15 +88,15 @@ class ImageEmbedding:
 
 
 def create_embeddings_dataset(
-    folder: str | os.PathLike[str], source: ShardedDataset, ranker: RankingModel, overwrite: bool
+    folder: str | os.PathLike[str], sample: Sample, ranker: RankingModel, overwrite: bool
 ) -> ShardedDataset:
-    """Creates the dataset for a ranker's embeddings of the images in `source`; see `create_dataset`."""
+    """Creates the dataset for a ranker's embeddings of the images in a dataset or sample; see `create_dataset`."""
     return create_dataset(
         folder,
         "embeddings",
         embeddings_schema(ranker.size),
-        config={"ranker": ranker.fingerprint, "encoder": ranker.encoder},
-        source=source,
+        config={"ranker": ranker.fingerprint, "encoder": ranker.encoder, **sample.config},
+        **sample.origin,
         overwrite=overwrite,
     )
 

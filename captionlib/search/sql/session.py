@@ -18,7 +18,7 @@ from captionlib.data.shards.markers import FAILURES_FOLDER, part_name
 from captionlib.data.shards.schemas import FAILURES_SCHEMA
 from captionlib.errors import ConfigError, QueryError
 from captionlib.search.sql.file_system import DatasetFile, DatasetFileSystem
-from captionlib.search.sql.statements import check_reads_only, describe_error
+from captionlib.search.sql.statements import check_condition, check_reads_only, describe_error
 from captionlib.storage.folders import Addresses, list_addresses
 
 __all__ = ["SqlLimits", "SqlSession", "connect", "open_sql", "query_sql", "restrict_connection"]
@@ -97,6 +97,25 @@ class SqlSession:
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> pa.Table:
         """Runs one SELECT and returns all its rows; see `stream`."""
         return self.stream(sql, parameters).read_all()
+
+    def find_matching(self, where: str) -> frozenset[str]:
+        """Returns the ids of the images that match a SQL condition over the columns of the view.
+
+        Raises:
+            QueryError: the condition is invalid or fails.
+        """
+        # The condition is on its own line, so that a comment at its end does not hide the closing parenthesis.
+        view = self.view.replace('"', '""')
+        try:
+            with _raise_query_errors(self.view):
+                check_condition(self._connection, where)
+            batches = self.stream(f'SELECT image_id FROM "{view}" WHERE (\n{where}\n)')
+            return frozenset(image_id for batch in batches for image_id in batch["image_id"].to_pylist())
+        except QueryError as error:
+            message = str(error).removeprefix("query: ")
+            raise QueryError(
+                f"where: {message} Expected a condition over the columns of {self.folders}, such as: split = 'val'"
+            ) from error
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import duckdb
 
 from captionlib.errors import QueryError
 
-__all__ = ["check_reads_only", "describe_error"]
+__all__ = ["check_condition", "check_reads_only", "describe_error"]
 
 _ALLOWED_TABLE_FUNCTIONS = frozenset({"generate_series", "json_each", "json_tree", "range", "repeat", "unnest"})
 _ALLOWED_NODES = frozenset({"CTE_NODE", "RECURSIVE_CTE_NODE", "SELECT_NODE", "SET_OPERATION_NODE"})
@@ -69,6 +69,17 @@ def _check_views(node: dict[str, Any], system_views: Set[str], own_views: Set[st
     is_setting = kind == "SHOW_REF" and node["show_type"] == "SHOW" and name not in own_views
     if is_setting or (kind == "BASE_TABLE" and name in system_views):
         raise QueryError(f"query: {name} is not a view of the dataset; expected {' or '.join(sorted(own_views))}")
+
+
+def check_condition(connection: duckdb.DuckDBPyConnection, condition: str) -> None:
+    """Checks that SQL is one expression, so that it cannot continue the statement that contains it in parentheses.
+
+    It rejects `true) UNION (SELECT 1`, for example. `check_reads_only` must still check the whole statement.
+
+    Raises:
+        duckdb.Error: the SQL is not an expression.
+    """
+    connection.extract_statements(f"SELECT [(\n{condition}\n)]")
 
 
 def _walk_nodes(tree: Any) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,57 @@
+"""Reads the size of a JPEG XL image from its header, because the decoder reports it only after decoding all pixels."""
+
+from fractions import Fraction
+
+__all__ = ["read_jxl_size"]
+
+_CODESTREAM = b"\xff\x0a"
+_HEADER_BYTES = 16  # more than the longest header of the size, 9 bytes
+
+# Bits of a length, by the two bits before it, and the width divided by the height, by three bits. If these are 0, the
+# header contains the width. ISO/IEC 18181-1, section "SizeHeader".
+_LENGTH_BITS = (9, 13, 18, 30)
+_RATIOS = (None, *(Fraction(*ratio) for ratio in ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))))
+
+
+class _Bits:
+    def __init__(self, content: bytes) -> None:
+        self._bits = int.from_bytes(content, "little")
+
+    def read(self, count: int) -> int:
+        value = self._bits & ((1 << count) - 1)
+        self._bits >>= count
+        return value
+
+
+def read_jxl_size(content: bytes) -> tuple[int, int] | None:
+    """Returns the width and height of the image in a JPEG XL file, before rotation; None if the header is damaged."""
+    header = content if content.startswith(_CODESTREAM) else _read_codestream(content)
+    if len(header) < _HEADER_BYTES or not header.startswith(_CODESTREAM):
+        return None
+    bits = _Bits(header[len(_CODESTREAM) : _HEADER_BYTES])
+    is_small = bits.read(1)
+
+    def read_length() -> int:
+        return 8 * (1 + bits.read(5)) if is_small else 1 + bits.read(_LENGTH_BITS[bits.read(2)])
+
+    height = read_length()
+    ratio = _RATIOS[bits.read(3)]
+    return read_length() if ratio is None else int(height * ratio), height
+
+
+def _read_codestream(content: bytes) -> bytes:
+    """Returns the first bytes of the image in a file of boxes. Several boxes may contain parts of the image."""
+    codestream, position = b"", 0
+    while len(codestream) < _HEADER_BYTES and len(content) >= position + 8:
+        size, kind = int.from_bytes(content[position : position + 4], "big"), content[position + 4 : position + 8]
+        start = position + 8
+        if size == 1:  # the size follows in 8 bytes
+            size, start = int.from_bytes(content[start : start + 8], "big"), start + 8
+        end = position + size if size else len(content)
+        if end < start:
+            break
+        if kind in {b"jxlc", b"jxlp"}:
+            first = start + 4 if kind == b"jxlp" else start  # a part begins with its number
+            codestream += content[first : min(end, first + _HEADER_BYTES)]
+        position = end
+    return codestream
