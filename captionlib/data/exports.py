@@ -36,8 +36,8 @@ ExportFormat = Literal["webdataset", "metadata", "txt"]
 
 _THREADS = 16
 _COLUMNS = ("image_id", "uri", "split", "width", "height", "caption", "captions", "log_prob")
-_RECORDS = "__export"  # `datasets` ignores folders whose names begin with two underscores
-_DESCRIPTION = f"{_RECORDS}/export.json"
+_METADATA_FOLDER = "__export"  # `datasets` ignores folders whose names begin with two underscores
+_DESCRIPTION = f"{_METADATA_FOLDER}/export.json"
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,16 @@ def export_images(
     checksums = [dataset.compute_content_checksum() for dataset in opened]
     export.describe({"to": to, "datasets": checksums, **selection.describe()})
     images, failures = 0, Counter[str]()
+    # The marker of a shard is the file that records that the shard is complete.
     shards = [(each, shard, marker.rows) for each in opened for shard, marker in sorted(each.read_markers().items())]
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar("export", sum(rows for _, _, rows in shards), "images", progress))
         threads = stack.enter_context(ThreadPoolExecutor(_THREADS, thread_name_prefix="export"))
         fetcher = stack.enter_context(ImageFetcher(fetch))
-        for number, (dataset, shard, rows) in enumerate(shards):
-            counts = export.read_counts(number)
+        for part, (dataset, shard, rows) in enumerate(shards):
+            counts = export.read_counts(part)
             if counts is None:
-                counts = export.write_shard(number, dataset, shard, fetcher, threads)
+                counts = export.write_shard(part, dataset, shard, fetcher, threads)
             bar.update(rows)
             images += counts.images
             failures.update(counts.failures)
@@ -124,22 +125,23 @@ class _Export:
                 "choose a new folder"
             )
 
-    def read_counts(self, number: int) -> ExportSummary | None:
-        """Returns the counts of a finished shard, or None if it is not finished."""
+    def read_counts(self, part: int) -> ExportSummary | None:
+        """Returns the counts of a finished tar or folder, or None if it is not finished."""
         try:
-            return ExportSummary(**json.loads(self.folder.read(f"{_RECORDS}/{part_name(number)}.json")))
+            return ExportSummary(**json.loads(self.folder.read(f"{_METADATA_FOLDER}/{part_name(part)}.json")))
         except FileNotFoundError:
             return None
 
     def write_shard(
-        self, number: int, dataset: ShardedDataset, shard: int, fetcher: ImageFetcher, threads: ThreadPoolExecutor
+        self, part: int, dataset: ShardedDataset, shard: int, fetcher: ImageFetcher, threads: ThreadPoolExecutor
     ) -> ExportSummary:
-        """Writes one tar or folder, and then its counts, which finish it."""
+        """Writes one tar or folder, and then the file with its counts, which marks it as finished."""
         failures = Counter[str]()
         samples = self._read_samples(dataset, shard, fetcher, threads, failures)
-        images = (self._write_tar if self.to == "webdataset" else self._write_folder)(part_name(number), samples)
+        write = self._write_tar if self.to == "webdataset" else self._write_folder
+        images = write(part_name(part), samples)
         counts = ExportSummary(images, dict(failures))
-        self.folder.write(f"{_RECORDS}/{part_name(number)}.json", to_json(asdict(counts)))
+        self.folder.write(f"{_METADATA_FOLDER}/{part_name(part)}.json", to_json(asdict(counts)))
         return counts
 
     def _read_samples(
@@ -160,7 +162,7 @@ class _Export:
 
         columns = [name for name in _COLUMNS if name in dataset.schema.names]
         for batch in dataset.read_batches(shard, columns, batch_size=2 * _THREADS):  # limits the images in memory
-            rows = [row for row in batch.to_pylist() if self.selection.admits(row["image_id"], row["split"])]
+            rows = [row for row in batch.to_pylist() if self.selection.selects(row["image_id"], row["split"])]
             for row, content in zip(rows, threads.map(fetch, rows), strict=True):
                 if isinstance(content, FetchError):
                     failures[content.reason] += 1
@@ -172,8 +174,8 @@ class _Export:
     def _write_tar(self, name: str, samples: Iterator[tuple[dict[str, Any], bytes]]) -> int:
         count = 0
         with self.folder.stage(f"{name}.tar") as path, tarfile.open(path, "w") as tar:
-            for count, (row, content) in enumerate(samples, start=1):
-                key = f"{name}-{count - 1:06}"
+            for row, content in samples:
+                key = f"{name}-{count:06}"
                 for extension, data in (
                     (_find_extension(content), content),
                     (".txt", _join_captions(row)),
@@ -182,6 +184,7 @@ class _Export:
                     member = tarfile.TarInfo(key + extension)
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
+                count += 1
         return count
 
     def _write_folder(self, name: str, samples: Iterator[tuple[dict[str, Any], bytes]]) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.sources.locations import get_text_extension, load_json, locate
+from captionlib.data.sources.locations import get_uncompressed_extension, load_json, locate
 from captionlib.data.sources.values import (
     describe,
     is_unicode,
@@ -21,7 +21,7 @@ from captionlib.data.sources.values import (
     parse_optional,
     parse_text,
 )
-from captionlib.data.splits import expand_splits
+from captionlib.data.splits import add_split_aliases
 from captionlib.errors import DatasetError
 
 __all__ = [
@@ -127,7 +127,7 @@ def read_predictions(source: str | os.PathLike[str]) -> list[Prediction]:
 
 def is_dataset(source: str | os.PathLike[str]) -> bool:
     """Returns whether a source of captions is a dataset instead of a JSON file."""
-    return get_text_extension(os.fspath(source)) != ".json"
+    return get_uncompressed_extension(os.fspath(source)) != ".json"
 
 
 def _read_dataset(dataset: ShardedDataset) -> list[Prediction]:
@@ -220,7 +220,7 @@ def find_images_without_caption(
         The ids of these images, and the number of all images with references in these splits.
     """
     predicted = {prediction.image_id: prediction.split for prediction in predictions}
-    searched = expand_splits(splits or predicted.values())
+    searched = add_split_aliases(splits or predicted.values())
     missing, count = [], 0
     for shard in range(manifest.shards):
         for rows in manifest.read_batches(shard, ["image_id", "split", "captions"]):
@@ -238,7 +238,7 @@ def select_splits(predictions: Sequence[Prediction], splits: Sequence[str], sour
     Raises:
         DatasetError: no prediction is in these splits.
     """
-    names = expand_splits(splits)
+    names = add_split_aliases(splits)
     selected = [prediction for prediction in predictions if not splits or prediction.split in names]
     if not selected:
         known = ", ".join(sorted({prediction.split or "(none)" for prediction in predictions})) or "none"

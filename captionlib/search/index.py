@@ -16,7 +16,7 @@ import pyarrow as pa
 from cachetools import LRUCache
 
 from captionlib.data.sources.values import is_unicode
-from captionlib.data.splits import expand_splits
+from captionlib.data.splits import add_split_aliases
 from captionlib.errors import CaptionlibError, CheckpointError, DatasetError, QueryError
 from captionlib.search.index_folder import DESCRIPTION, IndexDescription, fetch_locally, read_description
 from captionlib.search.rows import CandidateStore, RowStore
@@ -54,7 +54,7 @@ class Filter:
 
     def to_sql(self) -> tuple[str, list[Any]]:
         """Returns the filter as one SQL condition and its parameters."""
-        splits = None if self.split is None else sorted(expand_splits([self.split]))
+        splits = None if self.split is None else sorted(add_split_aliases([self.split]))
         parameters = {"list_contains(?, split)": splits, "log_prob >= ?": self.min_log_prob}
         set_parameters = {sql: value for sql, value in parameters.items() if value is not None}
         where = [f"(\n{self.where}\n)"] if self.where is not None else []

@@ -32,8 +32,8 @@ from captionlib.config import build_config, to_dict
 from captionlib.data.shards.markers import compute_checksum, from_json, to_json
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.search.config import IndexConfig, VectorLayout
-from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, name_full_disk
-from captionlib.storage.retries import name_errors
+from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, convert_full_disk_errors
+from captionlib.storage.retries import convert_os_errors
 
 __all__ = [
     "DESCRIPTION",
@@ -225,9 +225,9 @@ def temporary_folder(folder: Folder) -> Iterator[Path]:
     parent = None
     if folder.is_local:
         parent = Path(folder.path(TEMPORARY_FOLDER))
-        with name_errors(str(parent)):
+        with convert_os_errors(str(parent)):
             parent.mkdir(parents=True, exist_ok=True)
-    with name_full_disk(folder.uri), tempfile.TemporaryDirectory(prefix="captionlib-", dir=parent) as path:
+    with convert_full_disk_errors(folder.uri), tempfile.TemporaryDirectory(prefix="captionlib-", dir=parent) as path:
         yield Path(path)
 
 

@@ -13,8 +13,9 @@ import pyarrow as pa
 from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
 from captionlib.data.images.loading import hash_content
 from captionlib.errors import ConfigError, QueryError
-from captionlib.models.encoders.encoder import Encoder, EncoderConfig, load_encoder
+from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.families.captioner import open_captioner
+from captionlib.models.families.encoder import ImageEncoder, open_encoder
 from captionlib.models.families.model import Arrays, ImageModel
 from captionlib.models.families.ranker import RankingModel
 from captionlib.models.inference.captioning import GenerationConfig
@@ -23,7 +24,7 @@ from captionlib.models.inference.extraction import PixelReader
 __all__ = ["ImageQueryModels", "read_sentences"]
 
 _CANDIDATES = pa.schema([("caption", pa.string()), ("log_prob", pa.float32())])
-_ImageEncoder = tuple[Encoder | PixelReader, DecoderPool]  # the pool applies the encoder's preprocessing
+_ImageEncoder = tuple[ImageEncoder | PixelReader, DecoderPool]  # the pool applies the encoder's preprocessing
 _SENTENCES = pa.schema([("sentence", pa.string()), ("score", pa.float32())])
 
 
@@ -149,12 +150,12 @@ class ImageQueryModels:
         for description, image_encoder in self._loaded:
             if description == model.encoder:
                 return image_encoder
-        source = model.find_source(weights)
-        if isinstance(source, EncoderConfig):
-            encoder: Encoder | PixelReader = load_encoder(source, self._device)
+        transform = model.find_input_transform(weights)
+        if isinstance(transform, EncoderConfig):
+            encoder: ImageEncoder | PixelReader = open_encoder(transform, self._device)
             model.require_encoder(encoder.description)
         else:
-            encoder = PixelReader(source)
+            encoder = PixelReader(transform)
         decoders = self._resources.enter_context(DecoderPool(encoder.preprocessing, self._decoding))
         self._loaded.append((model.encoder, (encoder, decoders)))
         return encoder, decoders

@@ -15,7 +15,7 @@ import tantivy
 from tantivy import Filter, Occur, Query
 
 from captionlib.data.sources.values import is_unicode
-from captionlib.data.splits import expand_splits
+from captionlib.data.splits import add_split_aliases
 from captionlib.errors import DatasetError, QueryError, StorageError
 from captionlib.search.vector_index import Hits, RowNumbers
 
@@ -186,7 +186,7 @@ class TextIndex:
     def _restrict(self, query: Query, split: str | None, min_log_prob: float | None) -> Query:
         conditions = []
         if split is not None:
-            conditions.append(Query.term_set_query(self._schema, "split", sorted(expand_splits([split]))))
+            conditions.append(Query.term_set_query(self._schema, "split", sorted(add_split_aliases([split]))))
         if min_log_prob is not None:
             kind = tantivy.FieldType.Float
             conditions.append(Query.range_query(self._schema, "log_prob", kind, lower_bound=float(min_log_prob)))

@@ -15,7 +15,7 @@ from cachetools import TTLCache
 from starlette.concurrency import run_in_threadpool
 
 from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
-from captionlib.data.images.decoding import Preprocessing, Shrinking
+from captionlib.data.images.decoding import Preprocessing, SizeLimit
 from captionlib.data.images.encoding import encode_jpeg
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.errors import ImageError
@@ -28,9 +28,9 @@ __all__ = ["ThumbnailSize", "Thumbnails", "remove_thumbnails"]
 
 ThumbnailSize = Literal["small", "large"]
 
-_PREPROCESSING: dict[ThumbnailSize, Preprocessing | Shrinking] = {
+_PREPROCESSING: dict[ThumbnailSize, Preprocessing | SizeLimit] = {
     "small": Preprocessing(256, 256, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    "large": Shrinking(1280),
+    "large": SizeLimit(1280),
 }
 _FAILURE_SECONDS = 30.0
 _MAX_FAILURES = 10_000

@@ -13,16 +13,16 @@ from captionlib.data.batches.augmentation import FeatureMapAugmentation
 from captionlib.data.batches.captions import (
     CaptionBatches,
     feature_shape,
-    make_encoder,
+    make_caption_tokenizer,
     read_captions,
     read_references,
 )
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.text.vocabulary import END, Level, Vocabulary
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.checkpoints.checkpoint import save_captioner
-from captionlib.models.checkpoints.folder import stamp_provenance
+from captionlib.models.checkpoints.folder import add_versions_and_time
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.devices import resolve_device
 from captionlib.storage.folders import Folder
@@ -183,7 +183,7 @@ def train_captioner(
 
 def _initialize(
     config: CaptionerTrainingConfig, dataset: ShardedDataset, weights: str | None
-) -> tuple[Captioner, Vocabulary, CaptionerTrainingConfig, dict[str, Any]]:
+) -> tuple[CaptionerNetwork, Vocabulary, CaptionerTrainingConfig, dict[str, Any]]:
     """Builds or loads a captioner. Also returns its vocabulary, its configuration, and what it is trained from."""
     provenance: dict[str, Any] = {"features": dataset.compute_content_checksum(), "objective": config.objective}
     if config.init_from is not None:
@@ -200,12 +200,12 @@ def _initialize(
 
 def _make_objective(
     dataset: ShardedDataset,
-    model: Captioner,
+    model: CaptionerNetwork,
     vocabulary: Vocabulary,
     config: CaptionerTrainingConfig,
     provenance: dict[str, Any],
-) -> Objective[Any, Captioner]:
-    encode = make_encoder(vocabulary, config.max_words)
+) -> Objective[Any, CaptionerNetwork]:
+    encode = make_caption_tokenizer(vocabulary, config.max_words)
     training, validation = _make_batches(dataset, config, model, encode)
     cider = None
     if config.best_by == "cider":
@@ -218,8 +218,8 @@ def _make_objective(
         module_learning_rates["encoder_top"] = config.encoder_top_learning_rate
         model.encoder_top.requires_grad_(config.encoder_top_learning_rate > 0)
 
-    def save(output: Folder, model: Captioner, history: dict[str, Any]) -> None:
-        encoder, stamped = dataset.config["encoder"], stamp_provenance(provenance)
+    def save(output: Folder, model: CaptionerNetwork, history: dict[str, Any]) -> None:
+        encoder, stamped = dataset.config["encoder"], add_versions_and_time(provenance)
         save_captioner(output, model, vocabulary, encoder, provenance=stamped, training=history)
 
     if config.objective == "bag_of_words":
@@ -238,7 +238,10 @@ def _make_objective(
 
 
 def _make_batches(
-    dataset: ShardedDataset, config: CaptionerTrainingConfig, model: Captioner, encode: Callable[[str], list[int]]
+    dataset: ShardedDataset,
+    config: CaptionerTrainingConfig,
+    model: CaptionerNetwork,
+    encode: Callable[[str], list[int]],
 ) -> tuple[CaptionBatches, CaptionBatches]:
     """Returns the training and the validation batches."""
     augmentation = FeatureMapAugmentation(config.random_crop, config.horizontal_flip)

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from captionlib.config import configclass, to_dict
-from captionlib.data.batches.captions import make_encoder
+from captionlib.data.batches.captions import make_caption_tokenizer
 from captionlib.data.batches.images import ImageBatches, read_captioned_rows
 from captionlib.data.batches.skipped import SkippedImages
 from captionlib.data.images.loading import LoadImages, LoadingConfig, open_loader
@@ -24,7 +24,7 @@ from captionlib.data.text.vocabulary import END
 from captionlib.errors import ConfigError
 from captionlib.models.captioners.end_to_end import ImageCaptioner
 from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner, save_captioner
-from captionlib.models.checkpoints.folder import stamp_provenance
+from captionlib.models.checkpoints.folder import add_versions_and_time
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import Encoder, EncoderConfig, describe_finetuned_encoder, load_encoder
@@ -179,7 +179,7 @@ def _make_objective(
     skipped: SkippedImages,
 ) -> CaptioningObjective[ImageCaptioner]:
     vocabulary = initial.vocabulary
-    encode = make_encoder(vocabulary, config.max_words)
+    encode = make_caption_tokenizer(vocabulary, config.max_words)
     model = ImageCaptioner(encoder.network, initial.model.to(encoder.device))
     batches = ImageBatches(training, encode, config.batch_images, load, skipped, config.horizontal_flip)
     validation_batches = ImageBatches(validation, encode, config.batch_images, load, skipped)
@@ -194,7 +194,7 @@ def _make_objective(
             model.captioner,
             vocabulary,
             describe_finetuned_encoder(encoder.description, weights),
-            provenance=stamp_provenance(provenance),
+            provenance=add_versions_and_time(provenance),
             training=history,
             encoder_weights=serialize_weights(weights, encoder.preprocessing),
         )

@@ -18,7 +18,7 @@ from captionlib.data.batches.captions import (
     CaptionBatch,
     CaptionBatches,
     feature_shape,
-    make_encoder,
+    make_caption_tokenizer,
     mean_and_std,
     read_captions,
 )
@@ -27,9 +27,9 @@ from captionlib.data.text.vocabulary import Level, Vocabulary
 from captionlib.evaluation.retrieval import score_retrieval
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.checkpoints.checkpoint import save_ranker
-from captionlib.models.checkpoints.folder import stamp_provenance
+from captionlib.models.checkpoints.folder import add_versions_and_time
 from captionlib.models.devices import resolve_device
-from captionlib.models.rankers.ranker import Ranker, RankerConfig
+from captionlib.models.rankers.ranker import RankerConfig, RankerNetwork
 from captionlib.storage.folders import Folder
 from captionlib.training.distributed import ProcessGroup, join_process_group
 from captionlib.training.loop import TrainingConfig, prepare_run_folder, seed_everything, train
@@ -99,7 +99,7 @@ class RankingBatch:
     epoch: int
 
 
-class RankingObjective(Objective[RankingBatch, Ranker]):
+class RankingObjective(Objective[RankingBatch, RankerNetwork]):
     """Trains a ranker to rank an image's captions above other captions, and a caption's image above other images."""
 
     score_name = "mean_recall"
@@ -107,11 +107,11 @@ class RankingObjective(Objective[RankingBatch, Ranker]):
 
     def __init__(
         self,
-        model: Ranker,
+        model: RankerNetwork,
         config: RankerTrainingConfig,
         training: CaptionBatches,
         validation: CaptionBatches,
-        save: SaveModel[Ranker],
+        save: SaveModel[RankerNetwork],
     ) -> None:
         super().__init__(model, save)
         self._config = config
@@ -227,20 +227,20 @@ def train_ranker(
 def _make_objective(dataset: ShardedDataset, config: RankerTrainingConfig, device: torch.device) -> RankingObjective:
     captions = read_captions(dataset, config.train_splits)
     vocabulary = Vocabulary.from_captions(captions, config.min_count, config.level, config.vocabulary_size)
-    encode, buffer_bytes = make_encoder(vocabulary, config.max_words), config.shuffle_buffer_megabytes << 20
+    encode, buffer_bytes = make_caption_tokenizer(vocabulary, config.max_words), config.shuffle_buffer_megabytes << 20
     training = CaptionBatches(dataset, config.train_splits, encode, config.batch_images, buffer_bytes, pooled=True)
     validation = CaptionBatches(
         dataset, config.validation_splits, vocabulary.encode, _VALIDATION_IMAGES, buffer_bytes, pooled=True
     )
     seed_everything(config.training.seed)
-    model = Ranker(config.ranker, feature_shape(dataset)[-1], len(vocabulary))
+    model = RankerNetwork(config.ranker, feature_shape(dataset)[-1], len(vocabulary))
     if config.ranker.standardize_features:
         model.standardization.set_statistics(*map(torch.from_numpy, mean_and_std(dataset, config.train_splits)))
 
-    def save(output: Folder, model: Ranker, history: dict[str, Any]) -> None:
+    def save(output: Folder, model: RankerNetwork, history: dict[str, Any]) -> None:
         encoder, provenance = (
             dataset.config["encoder"],
-            stamp_provenance({"features": dataset.compute_content_checksum()}),
+            add_versions_and_time({"features": dataset.compute_content_checksum()}),
         )
         save_ranker(output, model, vocabulary, encoder, provenance=provenance, training=history)
 

@@ -24,7 +24,7 @@ from captionlib.config import configclass
 from captionlib.data.batches.captions import CaptionBatch
 from captionlib.data.text.vocabulary import END, UNKNOWN
 from captionlib.errors import ConfigError
-from captionlib.models.captioners.captioner import Captioner
+from captionlib.models.captioners.captioner import CaptionerNetwork
 from captionlib.models.decoding.beam_search import search_beam
 from captionlib.models.decoding.cider_d import CiderD
 from captionlib.models.decoding.config import DecodingConfig
@@ -84,7 +84,7 @@ class _Samples(NamedTuple):
     sentences: Tensor
 
 
-class SelfCriticalObjective(Objective[SelfCriticalBatch, Captioner]):
+class SelfCriticalObjective(Objective[SelfCriticalBatch, CaptionerNetwork]):
     """Maximizes the expected CIDEr-D of samples. `captioning` provides batches, validation and checkpoints.
 
     `references` holds the reference captions of each training image as token ids. They determine the n-gram frequencies
@@ -93,7 +93,7 @@ class SelfCriticalObjective(Objective[SelfCriticalBatch, Captioner]):
 
     def __init__(
         self,
-        captioning: CaptioningObjective[Captioner],
+        captioning: CaptioningObjective[CaptionerNetwork],
         config: SelfCriticalConfig,
         references: Iterable[Sequence[list[int]]],
         max_tokens: int,

@@ -226,8 +226,8 @@ def _write(staged: ShardedDataset, shard: int, table: pa.Table) -> None:
 
 
 # `verify_content` appends a hash of the content to a version. Comparisons with the source ignore it.
-_LISTED = "regexp_replace({}, '~[0-9a-f]{{16}}$', '')"
-_DIGEST = f"hash(uri, {_LISTED.format('version')}, split, captions)"
+_VERSION_WITHOUT_HASH = "regexp_replace({}, '~[0-9a-f]{{16}}$', '')"
+_DIGEST = f"hash(uri, {_VERSION_WITHOUT_HASH.format('version')}, split, captions)"
 # The position of a row that is gone is null, and so is the shard of a new row.
 _CREATE_DIFFERENCES = f"""
     CREATE TABLE differences AS
@@ -242,7 +242,7 @@ _CREATE_DIFFERENCES = f"""
 # If only the captions of a row change, its version keeps the hash.
 _CREATE_CHANGES = f"""
     CREATE TABLE changes AS
-    SELECT position, shard, CASE WHEN {_LISTED.format("existing_version")} = version
+    SELECT position, shard, CASE WHEN {_VERSION_WITHOUT_HASH.format("existing_version")} = version
         THEN existing_version ELSE version END AS version
     FROM differences WHERE position IS NOT NULL
 """
@@ -259,7 +259,7 @@ _READ_UNCHANGED = f"""
         coalesce(nullif(regexp_extract(existing.version, '~([0-9a-f]{{16}})$', 1), ''), expected.content_hash) AS hash
     FROM read_parquet(?, file_row_number = true) AS rows
     JOIN existing USING (image_id) LEFT JOIN expected USING (image_id)
-    WHERE {_LISTED.format("existing.version")} = rows.version AND hash IS NOT NULL
+    WHERE {_VERSION_WITHOUT_HASH.format("existing.version")} = rows.version AND hash IS NOT NULL
 """
 _READ_NEW = """
     SELECT rows.* FROM read_parquet(?, file_row_number = true) AS rows

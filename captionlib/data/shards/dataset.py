@@ -3,7 +3,7 @@
     folder/
       part-00000.parquet ...          rows; only complete files appear at the top level
       _dataset.json                   description: kind, schema, configuration, and a hash of them (fingerprint)
-      __shards/part-00000.json ...    one marker per shard: a JSON file that marks it as finished
+      __shards/part-00000.json ...    markers: JSON files, each of which records that a shard is complete
       __failures/part-00000.parquet   images of the shard that could not be read; absent if there are none
       _SUCCESS                        totals over all shards; written once all are finished
       __sample/                       rows that a run on a sample reads; removed at its end
@@ -118,7 +118,7 @@ class ShardedDataset:
 
     def read_marker(self, shard: int) -> Marker | None:
         """Returns the marker of a shard, or None if the shard is not finished."""
-        marker = self.read_any_marker(shard)
+        marker = self.read_marker_even_if_unfinished(shard)
         finished = marker is not None and marker.previous is None
         return marker if finished and self.folder.exists(f"{part_name(shard)}.parquet") else None
 
@@ -128,10 +128,10 @@ class ShardedDataset:
         return {marker.shard: marker for marker in self.iter_markers(done if shards is None else done & set(shards))}
 
     def iter_markers(self, shards: Iterable[int]) -> Iterator[Marker]:
-        """Yields the markers of the finished shards among `shards`, which have data files, in any order.
+        """Yields the markers of the finished shards among `shards`, in any order. All `shards` must have data files.
 
-        Reads them concurrently and in bounded memory. A marker that is damaged or has a different fingerprint counts as
-        missing.
+        Reads the markers concurrently and in bounded memory. A marker that is damaged or has a different fingerprint
+        counts as missing.
         """
         wanted = set(shards)
         for content in self.folder.read_many(map(marker_file, sorted(wanted))):
@@ -139,8 +139,8 @@ class ShardedDataset:
             if marker is not None and marker.previous is None and marker.shard in wanted:
                 yield marker
 
-    def read_any_marker(self, shard: int) -> Marker | None:
-        """Returns the marker of a shard, even while its files are being replaced, or None if it has none."""
+    def read_marker_even_if_unfinished(self, shard: int) -> Marker | None:
+        """Returns the marker of a shard, or None if it has none. While its files are replaced, `previous` is set."""
         for content in self.folder.read_many([marker_file(shard)]):
             marker = self._decode_marker(content)
             return marker if marker is not None and marker.shard == shard else None
@@ -227,7 +227,7 @@ class ShardedDataset:
             DatasetError: the shard was replaced after the first batch.
         """
         name, schema = f"{part_name(shard)}.parquet", self._select(columns)
-        expected, started = marker or self.read_any_marker(shard), False
+        expected, started = marker or self.read_marker_even_if_unfinished(shard), False
         while expected is not None:
             try:
                 file = VerifiedFile(self.folder.fs, self.folder.path(name), expected.versions)
@@ -240,7 +240,7 @@ class ShardedDataset:
             except (DamagedShardError, FileNotFoundError, pa.ArrowException, OSError) as error:
                 if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and error.errno is not None:
                     raise  # the storage failed
-                current = self.read_any_marker(shard)
+                current = self.read_marker_even_if_unfinished(shard)
                 if current == expected or marker is not None:
                     raise self._damaged(
                         name, "missing" if isinstance(error, FileNotFoundError) else str(error)
@@ -270,7 +270,7 @@ class ShardedDataset:
         Raises:
             DamagedShardError: the file is missing or damaged.
         """
-        marker = self.read_any_marker(shard)
+        marker = self.read_marker_even_if_unfinished(shard)
         if marker is None or not any(version.failures for version in marker.versions):
             return None
         name = f"{FAILURES_FOLDER}/{part_name(shard)}.parquet"
@@ -337,7 +337,7 @@ class ShardedDataset:
 
     def verify_shard(self, shard: int) -> list[str]:
         """Compares the files of a shard with its marker. Returns a line for each file that differs."""
-        marker = self.read_any_marker(shard)
+        marker = self.read_marker_even_if_unfinished(shard)
         if marker is None:
             return [f"{part_name(shard)}: its marker is missing or damaged"]
         problems, name = [], f"{part_name(shard)}.parquet"
