@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from captionlib.errors import DatasetError, TrainingDiverged, TrainingInterrupted
 from captionlib.storage.folders import Folder
-from captionlib.training.loop import TrainingConfig, claim_folder, seed_everything, train
+from captionlib.training.loop import TrainingConfig, prepare_run_folder, seed_everything, train
 from captionlib.training.objective import BatchLoss
 
 CONFIG = TrainingConfig(epochs=3, checkpoint_interval_seconds=0, patience=None)
@@ -323,8 +323,8 @@ def test_gradients_are_clipped(tmp_path: Path) -> None:
 def test_folder_with_foreign_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(DatasetError, match=r"files that no training run wrote \(thesis.txt\)"):
-        claim_folder(Folder(tmp_path), overwrite=True)
+        prepare_run_folder(Folder(tmp_path), overwrite=True)
     (tmp_path / "thesis.txt").unlink()
     run(Line(), tmp_path)
-    claim_folder(Folder(tmp_path), overwrite=True)
+    prepare_run_folder(Folder(tmp_path), overwrite=True)
     assert not (tmp_path / "metrics.jsonl").exists()
