@@ -61,9 +61,9 @@ def _check_models(collection: Collection) -> GenerationConfig:
     from captionlib.models.inference.embedding import SHARED_RANKERS
 
     config = collection.config
-    SHARED_CAPTIONERS.pin(config.captioner)
+    SHARED_CAPTIONERS.load_and_pin(config.captioner)
     if config.ranker is not None:
-        SHARED_RANKERS.pin(config.ranker)
+        SHARED_RANKERS.load_and_pin(config.ranker)
     return build_config(GenerationConfig, config.generation, collection.folder.address(COLLECTION_FILE))
 
 
@@ -104,7 +104,8 @@ def _caption(
         address(source) for address in (collection.manifest, collection.captions, collection.embeddings)
     )
     same_encoder = config.ranker is not None and (
-        SHARED_RANKERS.pin(config.ranker)[0].encoder == SHARED_CAPTIONERS.pin(config.captioner)[0].encoder
+        SHARED_RANKERS.load_and_pin(config.ranker)[0].encoder
+        == SHARED_CAPTIONERS.load_and_pin(config.captioner)[0].encoder
     )
     together: dict[str, Any] = {"ranker": config.ranker, "embeddings": embeddings} if same_encoder else {}
     totals = generate_captions(

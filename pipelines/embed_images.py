@@ -13,7 +13,7 @@ from captionlib.models.inference.embedding import (
     ImageEmbedding,
     create_embeddings_dataset,
 )
-from captionlib.models.inference.feature_source import find_model_input
+from captionlib.models.inference.model_inputs import choose_input_transform
 from pipelines.run import RunConfig, run_job
 
 __all__ = ["embed_images"]
@@ -56,8 +56,10 @@ def embed_images(
     config = replace(config, loading=run.limit_decoder_processes(config.loading))
     dataset = open_dataset(source).require_complete()
     driver_device, worker_device = run.resolve_devices(device)
-    loaded_ranker, pinned_ranker = SHARED_RANKERS.pin(ranker)
-    ranker_source = find_model_input(dataset, loaded_ranker, weights, driver_device, run.threads_per_worker)
+    loaded_ranker, pinned_ranker = SHARED_RANKERS.load_and_pin(ranker)
+    ranker_input_transform = choose_input_transform(
+        dataset, loaded_ranker, weights, driver_device, run.threads_per_worker
+    )
     embeddings = create_embeddings_dataset(output, Sample(dataset), loaded_ranker, run.overwrite)
-    stage = ImageEmbedding(config, pinned_ranker, ranker_source, worker_device, run.threads_per_worker)
+    stage = ImageEmbedding(config, pinned_ranker, ranker_input_transform, worker_device, run.threads_per_worker)
     return run_job(ShardJob(dataset, (embeddings,), stage, run.retry_failures, run.verify), "embed", run)

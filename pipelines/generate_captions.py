@@ -16,7 +16,7 @@ from captionlib.models.inference.captioning import (
     require_attention,
 )
 from captionlib.models.inference.embedding import SHARED_RANKERS, create_embeddings_dataset
-from captionlib.models.inference.feature_source import find_model_input
+from captionlib.models.inference.model_inputs import choose_input_transform
 from captionlib.storage.folders import resolve_address
 from pipelines.run import RunConfig, run_job
 
@@ -74,23 +74,25 @@ def generate_captions(
     config = replace(config, loading=run.limit_decoder_processes(config.loading))
     dataset = open_dataset(source).require_complete()
     driver_device, worker_device = run.resolve_devices(device)
-    captioner, pinned_captioner = SHARED_CAPTIONERS.pin(checkpoint)
+    captioner, pinned_captioner = SHARED_CAPTIONERS.load_and_pin(checkpoint)
     positions = require_attention(captioner, os.fspath(checkpoint)) if config.attention_maps else None
     description = captioner.describe_generation(config)
-    caption_source = find_model_input(dataset, captioner, weights, driver_device, run.threads_per_worker)
-    loaded_ranker, pinned_ranker, ranker_source = None, None, None
+    input_transform = choose_input_transform(dataset, captioner, weights, driver_device, run.threads_per_worker)
+    loaded_ranker, pinned_ranker, ranker_input_transform = None, None, None
     if ranker is not None:
-        loaded_ranker, pinned_ranker = SHARED_RANKERS.pin(ranker)
-        ranker_source = find_model_input(dataset, loaded_ranker, weights, driver_device, run.threads_per_worker)
+        loaded_ranker, pinned_ranker = SHARED_RANKERS.load_and_pin(ranker)
+        ranker_input_transform = choose_input_transform(
+            dataset, loaded_ranker, weights, driver_device, run.threads_per_worker
+        )
     stage = CaptionGeneration(
         config,
         pinned_captioner,
         description,
-        caption_source,
+        input_transform,
         worker_device,
         run.threads_per_worker,
         pinned_ranker,
-        ranker_source,
+        ranker_input_transform,
     )
     with open_sample(dataset, output, limit, run.workers) as sample:
         captions = create_dataset(

@@ -94,6 +94,7 @@ def show_search(
     page: Annotated[int, Query(ge=1)] = 1,
     fragment: bool = False,
 ) -> HTMLResponse:
+    # A script requests only the results (`fragment`) while the user types.
     page = min(page, _LAST_PAGE)
     first = (page - 1) * _PAGE_RESULTS
     response = service.search(search, make_cursor(first, search), _PAGE_RESULTS)

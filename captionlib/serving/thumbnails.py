@@ -16,7 +16,7 @@ from cachetools import TTLCache
 from starlette.concurrency import run_in_threadpool
 
 from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
-from captionlib.data.images.decoding import Shrinking
+from captionlib.data.images.decoding import SizeLimit
 from captionlib.data.images.encoding import encode_jpeg
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.errors import ImageError
@@ -30,9 +30,9 @@ __all__ = ["ThumbnailSize", "Thumbnails", "create_thumbnails", "remove_thumbnail
 
 ThumbnailSize = Literal["small", "large"]
 
-_PREPROCESSING: dict[ThumbnailSize, Shrinking] = {
-    "small": Shrinking(400),
-    "large": Shrinking(1280),
+_PREPROCESSING: dict[ThumbnailSize, SizeLimit] = {
+    "small": SizeLimit(400),
+    "large": SizeLimit(1280),
 }
 _FAILURE_SECONDS = 30.0
 _MAX_FAILURES = 10_000
@@ -53,7 +53,7 @@ class Thumbnails:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._max_bytes = config.max_thumbnail_bytes
-        # Part of file names. A server that must not access private hosts shows no thumbnails of servers that may.
+        # Part of file names, so a server without access to private hosts shows no thumbnails of a server with access.
         self._scope = "all" if config.allow_private_hosts else "public"
         self._resources = ExitStack()
         threads = config.max_concurrent_fetches

@@ -9,7 +9,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 
-from captionlib.evaluation.encoder_views import EncoderView
+from captionlib.evaluation.crop_and_attention import CropAndAttention
 from captionlib.evaluation.predictions import Prediction
 from captionlib.evaluation.report import write_report
 from tests.browser import needs_browser, open_browser
@@ -40,7 +40,12 @@ def page(tmp_path: Path, browser: WebDriver) -> Path:
     Image.new("RGB", (64, 64), "teal").save(tmp_path / "photo.png")
     predictions = [Prediction(name, "a dog runs", str(tmp_path / "photo.png")) for name in ("x", "y")]
     path = Path(
-        write_report(tmp_path / "report", "Captions", predictions, encoder_view=EncoderView(attention_maps={"x": MAPS}))
+        write_report(
+            tmp_path / "report",
+            "Captions",
+            predictions,
+            crop_and_attention=CropAndAttention(attention_maps={"x": MAPS}),
+        )
     )
     browser.get(path.as_uri())
     return path

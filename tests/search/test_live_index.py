@@ -61,7 +61,7 @@ def image_ids(index: Index, query: str) -> set[str]:
 
 def test_open_index_changes_to_a_new_version(place: str) -> None:
     index = open_index(f"{place}/index", WordRanker(), refresh_seconds=0)
-    pinned = index.pin()
+    snapshot = index.snapshot()
     write_shards(place, {1: [*rename(SHARDS[1][1:], "a zebra in the snow"), ("new", "a horse", -1.0)]}, 3)
     assert update(place).added == (1,)
     gone, changed = SHARDS[1][0][0], SHARDS[1][1][0]
@@ -74,8 +74,8 @@ def test_open_index_changes_to_a_new_version(place: str) -> None:
     with pytest.raises(QueryError, match=f"no image {gone} in the index"):
         index.get_image(gone)
     assert gone not in index.search_sentence("dog", 100)["image_id"].to_pylist()
-    assert image_ids(pinned, "zebra") == set()
-    assert pinned.get_candidates(gone)[0]["caption"] == SHARDS[1][0][1]
+    assert image_ids(snapshot, "zebra") == set()
+    assert snapshot.get_candidates(gone)[0]["caption"] == SHARDS[1][0][1]
 
 
 def test_index_checks_for_a_new_version_only_after_the_interval(place: str) -> None:
@@ -91,18 +91,18 @@ def test_index_checks_for_a_new_version_only_after_the_interval(place: str) -> N
 
 def test_previous_version_stays_readable_after_its_files_are_removed_and_is_then_closed(place: str) -> None:
     index = open_index(f"{place}/index", WordRanker(), refresh_seconds=0)
-    pinned = index.pin()
-    version = weakref.ref(pinned._version)
-    before = pinned.search_text("dog", 100), pinned.search_sentence("dog", 100)
+    snapshot = index.snapshot()
+    version = weakref.ref(snapshot._version)
+    before = snapshot.search_text("dog", 100), snapshot.search_sentence("dog", 100)
     for number in range(3):
         write_shards(place, {shard: rename(SHARDS[shard], f"version {number}") for shard in SHARDS})
         update(place)
         assert len(image_ids(index, f"+version +{number}")) == 60
-    assert pinned.search_text("dog", 100).equals(before[0])
-    assert pinned.search_sentence("dog", 100).equals(before[1])
-    assert pinned.get_candidates("im59")[0]["caption"] == SHARDS[2][-1][1]
-    assert pinned.search_text("dog", 100, where="tokens = 6").num_rows == before[0].num_rows
-    del pinned
+    assert snapshot.search_text("dog", 100).equals(before[0])
+    assert snapshot.search_sentence("dog", 100).equals(before[1])
+    assert snapshot.get_candidates("im59")[0]["caption"] == SHARDS[2][-1][1]
+    assert snapshot.search_text("dog", 100, where="tokens = 6").num_rows == before[0].num_rows
+    del snapshot
     gc.collect()
     assert version() is None
 
@@ -166,12 +166,12 @@ def test_concurrent_searches_see_one_version_each(tmp_path: Path) -> None:
 
     def search() -> None:
         while not stop.is_set():
-            pinned = index.pin()
-            tables = [pinned.search_text("dog", 100), pinned.search_sentence("dog", 100), index.sample(100)]
+            snapshot = index.snapshot()
+            tables = [snapshot.search_text("dog", 100), snapshot.search_sentence("dog", 100), index.sample(100)]
             captions = [set(table["caption"].to_pylist()) for table in tables]
             if any(len(each) != 1 for each in captions) or captions[0] != captions[1] or len(tables[0]) != 60:
                 problems.append(captions)
-            if pinned.get_candidates("im3")[0]["caption"] not in captions[0]:
+            if snapshot.get_candidates("im3")[0]["caption"] not in captions[0]:
                 problems.append("candidates")
             seen.update(captions[0])
 
@@ -250,6 +250,25 @@ def test_build_that_is_killed_leaves_nothing_behind(place: str, step: int, monke
     names = {name for name in folder.list() if "-" in name or name == "_temporary"}
     names |= {f"{name}/{file}" for name in ("rows", "candidates") for file in folder.list(name)}
     assert names == {*description.files, *description.previous}
+
+
+@pytest.mark.parametrize("lost", ["rows", "_temporary/*/part-00000.faiss", "_temporary/*/part-00000.json"])
+def test_interrupted_build_that_lost_a_file_adds_the_shard_again(tmp_path: Path, lost: str) -> None:
+    place = str(tmp_path)
+    write_shards(place, SHARDS)
+    build = plan_build(f"{place}/captions", f"{place}/embeddings", f"{place}/index", IndexConfig())
+    build.train()
+    build.add_shard(0)
+    for path in (tmp_path / "index").glob(lost):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.suffix == ".json":
+            path.write_bytes(b"\0")
+        else:
+            path.unlink()
+    update(place)
+    assert len(image_ids(open_index(f"{place}/index"), "dog")) > 0
+    assert len(open_index(f"{place}/index").sample(1000)) == 60
 
 
 def test_removed_rows_are_in_no_file_of_the_version(tmp_path: Path) -> None:

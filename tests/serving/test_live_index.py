@@ -35,11 +35,11 @@ def test_server_changes_to_a_new_version_while_it_runs(tmp_path: Path, monkeypat
 
 def test_request_uses_one_version_throughout(tmp_path: Path) -> None:
     service: SearchService = make_site(tmp_path, 10, with_models=False).state.service
-    pinned = service.pin()
+    snapshot = service.snapshot()
     rewrite(tmp_path, [("new", "a giraffe", -1.0)])
     assert service.index.refresh()
-    assert pinned.get_image("gone").candidates
-    assert pinned.search(Search("giraffe"), None, 5).total == 0
-    assert service.pin().search(Search("giraffe"), None, 5).total == 1
-    assert pinned.count_splits(Search()).keys() == {"train", "val"}
-    assert service.pin().count_splits(Search()).keys() == {"test"}
+    assert snapshot.get_image("gone").candidates
+    assert snapshot.search(Search("giraffe"), None, 5).total == 0
+    assert service.snapshot().search(Search("giraffe"), None, 5).total == 1
+    assert snapshot.count_splits(Search()).keys() == {"train", "val"}
+    assert service.snapshot().count_splits(Search()).keys() == {"test"}

@@ -16,7 +16,7 @@ from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.text.vocabulary import END, Vocabulary
 from captionlib.errors import CheckpointError, ConfigError, DatasetError
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.checkpoints.checkpoint import load_captioner, save_captioner
 from captionlib.models.decoding.config import DecodingConfig
@@ -164,7 +164,7 @@ def test_label_smoothing_keeps_predictions_uncertain(features: ShardedDataset, t
 def test_smoothed_loss_is_cross_entropy_with_smoothed_targets(features: ShardedDataset) -> None:
     torch.manual_seed(0)
     vocabulary = Vocabulary.from_captions([f"this is {word}" for word in WORDS], 1)
-    model = Captioner(CONFIG.captioner, 4, len(vocabulary)).eval()
+    model = CaptionerNetwork(CONFIG.captioner, 4, len(vocabulary)).eval()
     batches = CaptionBatches(features, ["train"], vocabulary.encode, 8)
     (batch, *_) = batches.in_order()
     plain, smooth = (
@@ -233,7 +233,8 @@ def test_random_crop_needs_maps(features: ShardedDataset, tmp_path: Path) -> Non
 @pytest.mark.parametrize("attention_size", [0, 16])
 def test_random_crops_change_training_reproducibly(tmp_path: Path, attention_size: int) -> None:
     maps = write_maps(tmp_path / "maps")
-    config = replace(CONFIG, captioner=replace(CONFIG.captioner, attention_size=attention_size))
+    captioner = replace(CONFIG.captioner, attention_size=attention_size)
+    config = replace(CONFIG, captioner=captioner, training=replace(CONFIG.training, epochs=3))
     whole, cropped, again = (
         [epoch["loss"] for epoch in train(maps, tmp_path / name, replace(config, random_crop=crop))]
         for name, crop in (("whole", 0.0), ("cropped", 0.3), ("again", 0.3))

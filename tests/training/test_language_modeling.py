@@ -118,8 +118,8 @@ def test_end_of_a_sequence_is_not_an_end_token(tmp_path: Path) -> None:
 
 
 class _Batches:
-    def __init__(self, has_end_tokens: bool) -> None:
-        self.has_end_tokens = has_end_tokens
+    def __init__(self, rows_are_sentences: bool) -> None:
+        self.rows_are_sentences = rows_are_sentences
 
     count: Any = None
     shuffled: Any = None

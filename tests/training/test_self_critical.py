@@ -14,7 +14,7 @@ from captionlib.data.batches.captions import CaptionBatch, CaptionBatches
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.text.vocabulary import END, Vocabulary
 from captionlib.errors import ConfigError
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.models.decoding.config import DecodingConfig
@@ -114,7 +114,7 @@ def test_crashed_run_resumes_bit_for_bit(
 
 
 def objective_of(
-    model: Captioner,
+    model: CaptionerNetwork,
     features: ShardedDataset,
     settings: SelfCriticalConfig,
     references: Sequence[list[list[int]]],
@@ -130,7 +130,7 @@ def objective_of(
 def test_loss_of_two_samples_matches_hand_computed_value(
     features: ShardedDataset, monkeypatch: pytest.MonkeyPatch, baseline: Baseline
 ) -> None:
-    model = Captioner(CaptionerConfig("rnn", hidden_size=1, embedding_size=1), feature_size=3, vocabulary_size=5)
+    model = CaptionerNetwork(CaptionerConfig("rnn", hidden_size=1, embedding_size=1), feature_size=3, vocabulary_size=5)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()

@@ -31,7 +31,7 @@ from captionlib.models.captioners.transformer import Transformer
 from captionlib.models.encoders.top_layers import EncoderTop
 from captionlib.models.standardization import Standardization
 
-__all__ = ["Captioner", "CaptionerConfig", "ImageState", "TokenLogProbs"]
+__all__ = ["CaptionerConfig", "CaptionerNetwork", "ImageState", "TokenLogProbs"]
 
 _WEIGHT_RANGE = 0.1  # NeuralTalk (the code of the first paper) samples all weights from U(-0.1, 0.1)
 _SMALLEST_SINGULAR_VALUE = 1e-4  # relative to the largest; smaller singular values are treated as noise
@@ -153,7 +153,7 @@ class ImageState(NamedTuple):
     annotations: Tensor | None
 
 
-class Captioner(nn.Module):
+class CaptionerNetwork(nn.Module):
     """Computes log-probabilities of captions from image features. `Decoder` (decoding/decoder.py) generates captions.
 
     The weights are initialized with PyTorch's global random number generator.

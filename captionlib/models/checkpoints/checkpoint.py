@@ -15,7 +15,7 @@ from captionlib.data.batches.captions import pool_map
 from captionlib.data.text.corpora import TextLayout
 from captionlib.data.text.vocabulary import UNKNOWN, Vocabulary
 from captionlib.errors import CheckpointError, ConfigError
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.captioners.language_model import LanguageModelConfig, build_language_model
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.checkpoints.folder import (
@@ -29,7 +29,7 @@ from captionlib.models.checkpoints.folder import (
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.encoders.top_layers import EncoderTop
-from captionlib.models.rankers.ranker import Ranker, RankerConfig
+from captionlib.models.rankers.ranker import RankerConfig, RankerNetwork
 
 __all__ = [
     "LoadedCaptioner",
@@ -81,7 +81,7 @@ class LoadedModel(Generic[Model, Config]):
     training: Mapping[str, Any]
     fingerprint: str
 
-    def find_source(self, weights: str | None) -> EncoderConfig:
+    def find_input_transform(self, weights: str | None) -> EncoderConfig:
         """Returns the configuration of the encoder whose features are the model's input.
 
         `weights` is the path of the encoder's weights file, if the user specified it.
@@ -113,11 +113,11 @@ class LoadedModel(Generic[Model, Config]):
             )
 
 
-LoadedCaptioner = LoadedModel[Captioner, CaptionerConfig]
+LoadedCaptioner = LoadedModel[CaptionerNetwork, CaptionerConfig]
 
 
 @dataclass(frozen=True)
-class LoadedLanguageModel(LoadedModel[Captioner, LanguageModelConfig]):
+class LoadedLanguageModel(LoadedModel[CaptionerNetwork, LanguageModelConfig]):
     """A trained language model.
 
     Attributes:
@@ -127,8 +127,10 @@ class LoadedLanguageModel(LoadedModel[Captioner, LanguageModelConfig]):
     layout: TextLayout
 
 
-class LoadedRanker(LoadedModel[Ranker, RankerConfig]):
+class LoadedRanker(LoadedModel[RankerNetwork, RankerConfig]):
     """A trained ranker, which embeds sentences (text) and image features in a joint space."""
+
+    sentence_template = None
 
     @property
     def size(self) -> int:
@@ -185,7 +187,7 @@ class LoadedRanker(LoadedModel[Ranker, RankerConfig]):
 
 def save_captioner(
     folder: FolderLike,
-    model: Captioner,
+    model: CaptionerNetwork,
     vocabulary: Vocabulary,
     encoder: Mapping[str, Any],
     *,
@@ -222,16 +224,16 @@ def load_captioner(folder: FolderLike, device: str = "cpu") -> LoadedCaptioner:
         ConfigError: the device does not exist.
     """
 
-    def build(config: CaptionerConfig, feature_size: int, vocabulary_size: int, identity: Identity) -> Captioner:
+    def build(config: CaptionerConfig, feature_size: int, vocabulary_size: int, identity: Identity) -> CaptionerNetwork:
         encoder_top = None if config.encoder_top is None else EncoderTop(identity["encoder"], config.encoder_top)
-        return Captioner(config, feature_size, vocabulary_size, encoder_top)
+        return CaptionerNetwork(config, feature_size, vocabulary_size, encoder_top)
 
     return LoadedModel(**_load(folder, _CAPTIONER, device, CaptionerConfig, build))
 
 
 def save_ranker(
     folder: FolderLike,
-    model: Ranker,
+    model: RankerNetwork,
     vocabulary: Vocabulary,
     encoder: Mapping[str, Any],
     *,
@@ -259,13 +261,15 @@ def load_ranker(folder: FolderLike, device: str = "cpu") -> LoadedRanker:
         ConfigError: the device does not exist.
     """
     return LoadedRanker(
-        **_load(folder, _RANKER, device, RankerConfig, lambda config, size, words, _: Ranker(config, size, words))
+        **_load(
+            folder, _RANKER, device, RankerConfig, lambda config, size, words, _: RankerNetwork(config, size, words)
+        )
     )
 
 
 def save_language_model(
     folder: FolderLike,
-    model: Captioner,
+    model: CaptionerNetwork,
     config: LanguageModelConfig,
     vocabulary: Vocabulary,
     layout: TextLayout,
@@ -285,7 +289,7 @@ def load_language_model(folder: FolderLike, device: str = "cpu") -> LoadedLangua
         ConfigError: the device does not exist.
     """
 
-    def build(config: LanguageModelConfig, _size: int, vocabulary_size: int, identity: Identity) -> Captioner:
+    def build(config: LanguageModelConfig, _size: int, vocabulary_size: int, identity: Identity) -> CaptionerNetwork:
         if identity["layout"] not in get_args(TextLayout):
             raise ValueError(f"expected layout {' or '.join(get_args(TextLayout))}, got {identity['layout']!r}")
         return build_language_model(config, vocabulary_size)
@@ -296,7 +300,7 @@ def load_language_model(folder: FolderLike, device: str = "cpu") -> LoadedLangua
 def _save(
     folder: FolderLike,
     kind: str,
-    model: Captioner | Ranker,
+    model: CaptionerNetwork | RankerNetwork,
     config: Any,
     vocabulary: Vocabulary,
     identity: Identity,

@@ -33,12 +33,12 @@ __all__ = [
     "DATASTORE",
     "Checkpoint",
     "FolderLike",
+    "add_versions_and_time",
     "damaged_error",
     "describe_checkpoint",
     "find_encoder_weights",
     "open_folder",
     "read_checkpoint",
-    "stamp_provenance",
     "write_checkpoint",
 ]
 
@@ -117,7 +117,7 @@ def find_encoder_weights(folder: FolderLike, description: Mapping[str, Any]) -> 
     return source.address(ENCODER) if description.get("weights") == "file" and source.exists(ENCODER) else None
 
 
-def stamp_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
+def add_versions_and_time(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Adds the versions of captionlib and PyTorch and the current time to the provenance."""
     return {
         **provenance,

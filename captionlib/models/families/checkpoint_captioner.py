@@ -33,8 +33,8 @@ class CheckpointCaptioner:
         self.attention_positions = count_positions(self._loaded)
         self.history: Sequence[Mapping[str, Any]] = self._loaded.training.get("history", [])
 
-    def find_source(self, weights: str | None) -> EncoderConfig:
-        return self._loaded.find_source(weights)
+    def find_input_transform(self, weights: str | None) -> EncoderConfig:
+        return self._loaded.find_input_transform(weights)
 
     def require_encoder(self, description: Mapping[str, Any]) -> None:
         self._loaded.require_encoder(description)
@@ -60,9 +60,9 @@ class CheckpointCaptioner:
         model, vocabulary = self._loaded.model, self._loaded.vocabulary
         decoder = Decoder(model, config.decoding, getattr(torch, config.dtype), vocabulary, datastore)
 
-        def generate(images: Arrays, keys: Sequence[str]) -> list[list[Caption]]:
+        def generate(images: Arrays, image_ids: Sequence[str]) -> list[list[Caption]]:
             features = np.asarray(images, np.float32)
-            per_image = decoder.decode(features, keys=keys)
+            per_image = decoder.decode(features, image_ids=image_ids)
             captions = [
                 [Caption(vocabulary.decode(each.token_ids), each.log_prob, each.token_count) for each in candidates]
                 for candidates in per_image

@@ -5,15 +5,14 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
 from captionlib.config import to_dict
-from captionlib.data.images.decoding import Preprocessing, Shrinking
-from captionlib.errors import CheckpointError, ConfigError
+from captionlib.data.images.decoding import Preprocessing, SizeLimit
+from captionlib.errors import ConfigError
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.devices import halve_on_out_of_memory
 from captionlib.models.families.captioner import Caption, GenerateCaptions
@@ -23,8 +22,10 @@ from captionlib.models.families.huggingface import (
     fingerprint_files,
     load_part,
     open_model_folder,
+    prepare_pixels,
+    require_pixels,
 )
-from captionlib.models.families.model import Arrays, describe_pixels
+from captionlib.models.families.model import Arrays, describe_pixel_input
 
 if TYPE_CHECKING:
     from captionlib.models.inference.captioning import GenerationConfig
@@ -54,23 +55,20 @@ class HuggingFaceCaptioner:
         image_processor = load_part(location, AutoImageProcessor.from_pretrained, folder)
         self._tokenizer = load_part(location, AutoTokenizer.from_pretrained, folder)
         self._processor: Any = None
-        self._preprocessing: Preprocessing | Shrinking = find_preprocessing(image_processor)
-        if self._type not in _CONTINUING or isinstance(self._preprocessing, Shrinking):
+        self._preprocessing: Preprocessing | SizeLimit = find_preprocessing(image_processor)
+        if self._type not in _CONTINUING or isinstance(self._preprocessing, SizeLimit):
             self._processor = load_part(location, AutoProcessor.from_pretrained, folder)
             if not isinstance(self._processor, ProcessorMixin):
                 self._processor = image_processor
             self._preprocessing = WHOLE_IMAGE
         self.fingerprint = fingerprint_files(folder)
-        self.encoder = describe_pixels(self._preprocessing)
+        self.encoder = describe_pixel_input(self._preprocessing)
 
-    def find_source(self, weights: str | None) -> Preprocessing | Shrinking:
+    def find_input_transform(self, weights: str | None) -> Preprocessing | SizeLimit:
         return self._preprocessing
 
     def require_encoder(self, description: Mapping[str, Any]) -> None:
-        if description != self.encoder:
-            raise CheckpointError(
-                f"hf:{self._location} captions images, got features; specify the manifest that they were extracted from"
-            )
+        require_pixels(f"hf:{self._location}", self.encoder, description)
 
     def to(self, device: torch.device) -> None:
         self._model.to(device)
@@ -94,21 +92,21 @@ class HuggingFaceCaptioner:
         # Transformers samples from a global generator, so each image is sampled alone, from a generator of its own.
         samples = config.decoding.strategy == "sample"
 
-        def generate_batch(images: Arrays, keys: Sequence[str]) -> list[list[Caption]]:
+        def generate_batch(images: Arrays, image_ids: Sequence[str]) -> list[list[Caption]]:
             inputs = {
                 name: value.to(model.device, dtype if value.is_floating_point() else None)
                 for name, value in self._prepare_inputs(images, config.prompt).items()
             }
             with torch.inference_mode(), torch.random.fork_rng(_cuda_devices(model.device), enabled=samples):
                 if samples:
-                    torch.manual_seed(_hash_key(keys[0], config.decoding.seed))
+                    torch.manual_seed(_derive_seed(image_ids[0], config.decoding.seed))
                 output = model.generate(**inputs, **options, return_dict_in_generate=True)
             return self._read_captions(output, len(images), config)
 
-        def generate(images: Arrays, keys: Sequence[str]) -> list[list[Caption]]:
+        def generate(images: Arrays, image_ids: Sequence[str]) -> list[list[Caption]]:
             if samples:
-                return [generate_batch(images[index : index + 1], [key])[0] for index, key in enumerate(keys)]
-            parts = halve_on_out_of_memory(lambda part: generate_batch(images[part], keys[part]), len(images))
+                return [generate_batch(images[i : i + 1], [image_id])[0] for i, image_id in enumerate(image_ids)]
+            parts = halve_on_out_of_memory(lambda part: generate_batch(images[part], image_ids[part]), len(images))
             return [captions for part in parts for captions in part]
 
         return generate
@@ -128,7 +126,7 @@ class HuggingFaceCaptioner:
     def _prepare_inputs(self, images: Arrays, prompt: str | None) -> dict[str, Tensor]:
         """Returns the arguments of `generate` for a batch of pixels."""
         if self._type in _CONTINUING:
-            inputs = {"pixel_values": self._prepare_pixels(images)}
+            inputs = {"pixel_values": prepare_pixels(images, self._preprocessing, self._processor)}
             if prompt is not None:
                 ids = self._tokenizer(prompt, add_special_tokens=False).input_ids
                 # BLIP replaces the first token and drops the last one, as in its own processor's output.
@@ -153,16 +151,6 @@ class HuggingFaceCaptioner:
             padding=True,
         )
         return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-
-    def _prepare_pixels(self, images: Arrays) -> Tensor:
-        """Returns `[images, 3, height, width] float32`, normalized."""
-        if isinstance(self._preprocessing, Shrinking):
-            pixels: Tensor = self._processor(images=list(images), return_tensors="pt")["pixel_values"]
-            return pixels
-        mean, std = (
-            torch.tensor(each).view(1, 3, 1, 1) for each in (self._preprocessing.mean, self._preprocessing.std)
-        )
-        return (torch.from_numpy(np.array(images, np.uint8)).permute(0, 3, 1, 2).float() / 255 - mean) / std
 
     def _read_captions(self, output: Any, images: int, config: "GenerationConfig") -> list[list[Caption]]:
         """Returns the distinct captions of each image, in the order of `generate`."""
@@ -234,9 +222,9 @@ def _map_decoding(config: DecodingConfig) -> dict[str, Any]:
     return options
 
 
-def _hash_key(key: str, seed: int) -> int:
+def _derive_seed(image_id: str, seed: int) -> int:
     """Returns the seed of an image's samples."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(f"{seed} {image_id}".encode()).digest()[:8], "big") >> 1
 
 
 def _cuda_devices(device: torch.device) -> list[torch.device]:

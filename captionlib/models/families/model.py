@@ -7,17 +7,17 @@ from typing import Any, Protocol, TypeVar
 import numpy.typing as npt
 import torch
 
-from captionlib.data.images.decoding import Preprocessing, Shrinking
+from captionlib.data.images.decoding import Preprocessing, SizeLimit
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import EncoderConfig, describe_preprocessing
 from captionlib.models.families.registry import Group, find_family, split_address
 
-__all__ = ["Arrays", "ImageModel", "ImageSource", "describe_pixels", "open_model"]
+__all__ = ["Arrays", "ImageModel", "InputTransform", "describe_pixel_input", "open_model"]
 
 Arrays = Sequence[npt.NDArray[Any]] | npt.NDArray[Any]
 """One array for each image: its features, or its pixels, `[height, width, 3] uint8`."""
 
-ImageSource = EncoderConfig | Preprocessing | Shrinking
+InputTransform = EncoderConfig | Preprocessing | SizeLimit
 """How an image becomes the input of a model: through an encoder, or as pixels."""
 
 
@@ -30,9 +30,9 @@ class ImageModel(Protocol):
 
     @property
     def encoder(self) -> Mapping[str, Any]:
-        """`Encoder.description` of the encoder whose features are the input, or `describe_pixels`."""
+        """`ImageEncoder.description` of the encoder whose features are the input, or `describe_pixel_input`."""
 
-    def find_source(self, weights: str | None) -> ImageSource:
+    def find_input_transform(self, weights: str | None) -> InputTransform:
         """Returns how images become the input.
 
         `weights` is the path of the encoder's weights file, if the user specified it.
@@ -67,6 +67,6 @@ def open_model(
     return model
 
 
-def describe_pixels(preprocessing: Preprocessing | Shrinking) -> dict[str, Any]:
+def describe_pixel_input(preprocessing: Preprocessing | SizeLimit) -> dict[str, Any]:
     """Returns `ImageModel.encoder` for a model whose input is pixels."""
     return {"model": "pixels", "preprocessing": describe_preprocessing(preprocessing)}

@@ -20,11 +20,11 @@ from captionlib.errors import CheckpointError, ImageError
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.devices import resolve_device
 from captionlib.models.families.captioner import Caption, CaptionModel, GenerateCaptions, open_captioner
-from captionlib.models.families.model import ImageSource
+from captionlib.models.families.model import InputTransform
 from captionlib.models.families.ranker import RankingModel
 from captionlib.models.inference.embedding import SHARED_RANKERS, build_embedding_rows
 from captionlib.models.inference.extraction import EncodedRows
-from captionlib.models.inference.feature_source import open_feature_source
+from captionlib.models.inference.model_inputs import open_input_loader
 from captionlib.models.inference.shared_models import CheckpointCache, PinnedCheckpoint, cached_per_process
 
 __all__ = [
@@ -87,26 +87,26 @@ class CaptionGeneration:
         config: configuration of the generation.
         captioner: the captioner, pinned to one version.
         description: `CaptionModel.describe_generation`; a worker with a different one fails.
-        source: how images become the captioner's input; None if the dataset contains features.
+        input_transform: how images become the captioner's input; None if the dataset contains features.
         device: device of the models.
         threads: number of CPU threads of the models. If None, PyTorch's default is used.
         ranker: dual encoder for retrieval that embeds the images as a second output; None for captions only.
-        ranker_source: how images become the ranker's input.
+        ranker_input_transform: how images become the ranker's input.
     """
 
     config: GenerationConfig
     captioner: PinnedCheckpoint
     description: Mapping[str, Any]
-    source: ImageSource | None = None
+    input_transform: InputTransform | None = None
     device: str = "auto"
     threads: int | None = None
     ranker: PinnedCheckpoint | None = None
-    ranker_source: ImageSource | None = None
+    ranker_input_transform: InputTransform | None = None
 
     @property
     def columns(self) -> Sequence[str]:
         properties = ["image_id", "uri", "version", "split"]
-        return properties if self.source else [*properties, "width", "height", "content_hash", "features"]
+        return properties if self.input_transform else [*properties, "width", "height", "content_hash", "features"]
 
     @contextmanager
     def open(self) -> Iterator[ProcessRows]:
@@ -119,9 +119,9 @@ class CaptionGeneration:
         generate = _prepare_once(self.captioner, config, self.description.get("datastore"), self.device)
         ranker = SHARED_RANKERS.get(self.ranker, self.device) if self.ranker else None
         models = [captioner, *([] if ranker is None else [ranker])]
-        sources = [self.source, self.ranker_source][: len(models)]
-        with open_feature_source(
-            sources, models, config.loading, config.encoder_batch_size, self.device, self.threads
+        transforms = [self.input_transform, self.ranker_input_transform][: len(models)]
+        with open_input_loader(
+            transforms, models, config.loading, config.encoder_batch_size, self.device, self.threads
         ) as load_features:
             yield lambda batches, fail: _caption_batches(load_features(batches, fail), generate, config, ranker)
 
@@ -200,11 +200,11 @@ def caption_images(
     captioner = captioner or open_captioner(checkpoint, str(resolve_device(device)))
     if config.attention_maps:
         require_attention(captioner, checkpoint)
-    source = captioner.find_source(weights)
+    input_transform = captioner.find_input_transform(weights)
     generate = captioner.prepare(config)
     failures: list[tuple[str, ImageError]] = []
-    with open_feature_source(
-        [source], [captioner], config.loading, config.encoder_batch_size, device, None
+    with open_input_loader(
+        [input_transform], [captioner], config.loading, config.encoder_batch_size, device, None
     ) as load_features:
         images = [{"image_id": uri, "uri": uri, "split": "", "captions": []} for uri in uris]
         batches = iter([pa.RecordBatch.from_pylist(images, schema=MANIFEST_SCHEMA)])

@@ -13,13 +13,13 @@ from pydantic import PositiveInt
 from captionlib.config import configclass
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.splits import expand_splits
+from captionlib.data.splits import add_split_aliases
 from captionlib.errors import DatasetError
-from captionlib.models.captioners.captioner import Captioner
+from captionlib.models.captioners.captioner import CaptionerNetwork
 from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.models.decoding.datastore import DatastoreEntries, write_datastore
 from captionlib.models.devices import halve_on_out_of_memory, resolve_device
-from captionlib.models.inference.feature_source import find_model_input, open_feature_source
+from captionlib.models.inference.model_inputs import choose_input_transform, open_input_loader
 from captionlib.progress import progress_bar
 
 __all__ = ["DatastoreConfig", "build_datastore"]
@@ -69,20 +69,20 @@ def build_datastore(
     """
     dataset = open_dataset(source).require_complete()
     captioner = load_captioner(checkpoint, str(resolve_device(device)))
-    encoder = find_model_input(dataset, captioner, weights, device, None)
+    input_transform = choose_input_transform(dataset, captioner, weights, device, threads=None)
     total = sum(batch.num_rows for batch in _read_batches(dataset, config.splits))
     if not total:
         raise DatasetError(
             f"{dataset.folder.uri}: expected images with captions in split {' or '.join(config.splits)}, got none; "
             "specify the splits that the captioner was trained on, such as --set splits=[train]"
         )
-    columns = ["image_id", "uri"] if encoder else ["image_id", "features"]
+    columns = ["image_id", "uri"] if input_transform else ["image_id", "features"]
     failed: list[str] = []
 
     def encode_entries() -> Iterator[DatastoreEntries]:
         with (
-            open_feature_source(
-                [encoder], [captioner], config.loading, config.encoder_batch_size, device, None
+            open_input_loader(
+                [input_transform], [captioner], config.loading, config.encoder_batch_size, device, None
             ) as load_features,
             progress_bar("build-datastore", total, "images", progress) as bar,
         ):
@@ -109,14 +109,14 @@ def _read_batches(
         for batch in dataset.read_batches(shard, ["split", "captions", *columns]):
             has_captions = pc.greater(pc.list_value_length(batch["captions"]), 0)
             selected = batch.filter(
-                pc.and_(pc.is_in(batch["split"], pa.array(expand_splits(splits), pa.string())), has_captions)
+                pc.and_(pc.is_in(batch["split"], pa.array(add_split_aliases(splits), pa.string())), has_captions)
             )
             if selected.num_rows:
                 yield selected
 
 
 @torch.inference_mode()
-def _transform_features(model: Captioner, features: torch.Tensor) -> torch.Tensor:
+def _transform_features(model: CaptionerNetwork, features: torch.Tensor) -> torch.Tensor:
     """Computes `ImageState.features` on the model's device, and returns them on the CPU."""
     device = model.output.weight.device
     return torch.cat(

@@ -55,7 +55,7 @@ class CheckpointCache(Generic[Model]):
         self._entry: tuple[PinnedCheckpoint, Model] | None = None
         self._device: torch.device | None = None  # that the model was moved to; None if it was not moved
 
-    def pin(self, folder: str | os.PathLike[str]) -> tuple[Model, PinnedCheckpoint]:
+    def load_and_pin(self, folder: str | os.PathLike[str]) -> tuple[Model, PinnedCheckpoint]:
         """Loads the current version of a checkpoint. Caches its model for pipeline stages that run in this process."""
         model = self._load(os.fspath(folder))
         checkpoint = PinnedCheckpoint(resolve_model_address(folder), model.fingerprint)
