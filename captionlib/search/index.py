@@ -402,7 +402,7 @@ class Index:
         Raises:
             QueryError: the image is not in the index.
         """
-        shard = bisect.bisect_right(self.description.offsets, self._find_row(image_id)) - 1
+        shard = bisect.bisect_right(self.description.first_rows, self._find_row(image_id)) - 1
         return self.description.captions[self.description.shards[shard].dataset]
 
     def _find_text(self, query: str, limit: int, where: Filter, sort: Sort) -> Hits:
