@@ -33,7 +33,7 @@ limit_option = click.option(
     "--limit",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Process only a sample of N images, evenly spaced over all images, and estimate the time and size of the rest.",
+    help="Process only a sample of N images, evenly spaced, and estimate the time and size of the rest.",
 )
 progress_option = click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
 weights_option = click.option("--weights", metavar="FILE", help="Weights file of the encoder, if it needs one.")
