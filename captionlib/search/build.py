@@ -3,7 +3,6 @@
 Every step can run on any machine and can safely be repeated.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 
 from captionlib.config import describe_differences, to_dict
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import Marker, part_name, to_json
+from captionlib.data.shards.markers import Marker, decode_record, encode_record, part_name
 from captionlib.errors import ConfigError, DatasetError, DuplicateIdError, FingerprintError
 from captionlib.search.config import IndexConfig, VectorLayout
 from captionlib.search.index_folder import (
@@ -118,7 +117,7 @@ class IndexBuild:
         Raises:
             DatasetError: the captions and embeddings of the shard cover different images, or have changed.
         """
-        if self.folder.exists(self._result(position)):
+        if self._read_result(position) is not None:
             return
         shard = self.shards[position]
         captions = self.captions[shard.dataset]
@@ -130,7 +129,16 @@ class IndexBuild:
             }
             if self.embeddings:
                 self._write_partial_index(position, caption_rows, local)
-        self.folder.write(self._result(position), to_json(files))  # the shard is done when this file exists
+        self.folder.write(self._result(position), encode_record(files))  # the shard is done when this file exists
+
+    def _read_result(self, position: int) -> dict[str, str] | None:
+        """Returns the files of a shard that is done. If a file is missing or the result is damaged, returns None."""
+        try:
+            files: dict[str, str] = decode_record(self.folder.read(self._result(position)))
+        except (FileNotFoundError, ValueError):
+            return None
+        needed = [*files.values(), self._partial(position)] if self.embeddings else files.values()
+        return files if all(self.folder.exists(name) for name in needed) else None
 
     def _write_partial_index(self, position: int, caption_rows: pq.ParquetFile, local: Path) -> None:
         shard = self.shards[position]
@@ -222,7 +230,7 @@ class IndexBuild:
 
     def _list_indexed_shards(self) -> list[IndexedShard]:
         base = {shard.content: shard for shard in self.base.shards} if self.base else {}
-        results = {position: json.loads(self.folder.read(self._result(position))) for position in self.added}
+        results = {position: decode_record(self.folder.read(self._result(position))) for position in self.added}
         indexed = []
         for position, shard in enumerate(self.shards):
             if position in results:

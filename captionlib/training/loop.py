@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from captionlib.data.shards.markers import to_json
-from captionlib.errors import TrainingDiverged, TrainingInterrupted
+from captionlib.errors import DatasetError, TrainingDiverged, TrainingInterrupted
+from captionlib.models.checkpoints.folder import WEIGHTS
 from captionlib.progress import progress_bar
 from captionlib.storage.folders import Folder
 from captionlib.training.distributed import ProcessGroup
@@ -71,7 +72,7 @@ def train(
         data (`data_wait`).
 
     Raises:
-        DatasetError: the folder holds a run with a different configuration.
+        DatasetError: the folder holds a run with a different configuration, or its checkpoint has been removed.
         TrainingDiverged: the loss or a validation score is not finite, or the perplexity stays above that of a unigram
             model. The checkpoint of the best epoch is kept.
         TrainingInterrupted: Ctrl-C or SIGTERM stopped the run; its state is saved.
@@ -86,6 +87,7 @@ def train(
             run.complete_epoch(progress)
         run.draw_new_curves()
         run.require_learning()
+        run.require_checkpoint()
     return run.state.history
 
 
@@ -124,6 +126,7 @@ class _Run(Generic[Batch, Model]):
             if self._average is not None:
                 self._average.load_state_dict(state_dicts["average"])
             set_rng_states(state_dicts["rng_states"][self.group.rank], self._device)
+            self.require_checkpoint()
         if self.group.is_first:
             self._output.write(RESOLVED, to_json(self._resolved))
 
@@ -154,6 +157,14 @@ class _Run(Generic[Batch, Model]):
             raise self._diverged(reason, "; set training.unigram_patience to null to continue nevertheless")
         if self.group.is_first and self.is_finished():
             print(f"warning: {reason}; train longer or with a lower training.learning_rate", file=sys.stderr)
+
+    def require_checkpoint(self) -> None:
+        """Raises DatasetError if the folder no longer holds the checkpoint of the best epoch."""
+        if self.state.best_epoch >= 0 and not self.group.run_on_first(lambda: self._output.exists(WEIGHTS)):
+            raise DatasetError(
+                f"{self._output.uri} does not hold the checkpoint of epoch {self.state.best_epoch + 1}, because files "
+                "were removed or moved; train again with --overwrite"
+            )
 
     def _require_finite(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():

@@ -250,6 +250,25 @@ def test_build_that_is_killed_leaves_nothing_behind(root: str, step: int, monkey
     assert names == {*description.files, *description.previous}
 
 
+@pytest.mark.parametrize("lost", ["rows", "_temporary/*/part-00000.faiss", "_temporary/*/part-00000.json"])
+def test_interrupted_build_that_lost_a_file_adds_the_shard_again(tmp_path: Path, lost: str) -> None:
+    place = str(tmp_path)
+    write_shards(place, SHARDS)
+    build = plan_build(f"{place}/captions", f"{place}/embeddings", f"{place}/index", IndexConfig())
+    build.train()
+    build.add_shard(0)
+    for path in (tmp_path / "index").glob(lost):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.suffix == ".json":
+            path.write_bytes(b"\0")
+        else:
+            path.unlink()
+    update(place)
+    assert len(image_ids(open_index(f"{place}/index"), "dog")) > 0
+    assert len(open_index(f"{place}/index").sample(1000)) == 60
+
+
 def test_removed_rows_are_in_no_file_of_the_version(tmp_path: Path) -> None:
     root = str(tmp_path)
     write_shards(root, {0: [*SHARDS[0], ("secretid", "a xylophone", -1.0)], 1: SHARDS[1]})

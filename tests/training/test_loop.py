@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import struct
 from collections.abc import Callable, Iterator
@@ -126,6 +127,22 @@ def test_finished_run_does_nothing(tmp_path: Path) -> None:
     assert again._step == 0
 
 
+@pytest.mark.parametrize("epochs", [3, 4])
+def test_run_without_its_checkpoint_is_not_resumed(tmp_path: Path, epochs: int) -> None:
+    run(Line(), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    again = Line()
+    with pytest.raises(DatasetError, match=r"does not hold the checkpoint of epoch \d, .*--overwrite"):
+        run(again, tmp_path, replace(CONFIG, epochs=epochs))
+    assert again._step == 0
+
+
+def test_run_whose_folder_is_removed_at_the_end_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("captionlib.training.loop.draw_curves", lambda *_: shutil.rmtree(tmp_path / "run"))
+    with pytest.raises(DatasetError, match="does not hold the checkpoint"):
+        run(Line(), tmp_path / "run")
+
+
 def test_run_can_be_extended_but_not_changed(tmp_path: Path) -> None:
     run(Line(), tmp_path)
     longer = Line()
@@ -232,6 +249,7 @@ def test_averaged_weights_are_validated_and_saved_but_not_trained(tmp_path: Path
             return {"error": 1.0}
 
         def save(self, output: Folder, training: dict[str, Any]) -> None:
+            super().save(output, training)
             seen["saved"] = weights(self)
 
     seen: dict[str, list[Tensor]] = {}
