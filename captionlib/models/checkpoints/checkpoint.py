@@ -18,6 +18,7 @@ from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.captioners.language_model import LanguageModelConfig, build_language_model
 from captionlib.models.captioners.packed_sequences import pad_sentences
+from captionlib.models.checkpoints.encoder_file import LOCATED, missing_encoder_error
 from captionlib.models.checkpoints.folder import (
     FolderLike,
     damaged_error,
@@ -65,7 +66,8 @@ class LoadedModel(Generic[Model, Config]):
         vocabulary: the model's words, characters or subwords.
         config: the model's architecture.
         encoder: `Encoder.description` of the encoder whose features it was trained on; empty for a language model.
-        encoder_weights: path or URL of the encoder's weights if it was fine-tuned with the model; otherwise None.
+        encoder_weights: path or URL of the encoder's weights file or model folder; None if it has none, or if it cannot
+            be found.
         provenance: the data and versions that the model was trained with.
         training: the training configuration and history.
         fingerprint: hash of everything that determines the model's output.
@@ -89,8 +91,10 @@ class LoadedModel(Generic[Model, Config]):
         Raises:
             ConfigError: the weights file is needed and cannot be found.
         """
-        config = EncoderConfig.from_description(self.encoder, weights or self.encoder_weights)
-        return config.resolve_weights_path()
+        file = weights or self.encoder_weights
+        if file is None and self.encoder.get("weights") in LOCATED:
+            raise missing_encoder_error(self.encoder, self.provenance)
+        return EncoderConfig.from_description(self.encoder, file).resolve_weights_path()
 
     def to(self, device: torch.device) -> None:
         """Moves the model to a device."""
@@ -351,7 +355,7 @@ def _load(
         "vocabulary": vocabulary,
         "config": config,
         "encoder": encoder,
-        "encoder_weights": find_encoder_weights(folder, encoder),
+        "encoder_weights": find_encoder_weights(folder, encoder, checkpoint.provenance),
         "provenance": checkpoint.provenance,
         "training": checkpoint.training,
         "fingerprint": checkpoint.fingerprint,

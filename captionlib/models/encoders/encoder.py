@@ -6,6 +6,7 @@ Families of encoders (captionlib/models/families/encoder.py) open networks of ot
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ from captionlib.models.encoders.weights import (
     load_weights,
     resolve_preprocessing,
     sample_weights,
+    serialize_weights,
 )
 from captionlib.models.families.registry import resolve_model_address, split_address
 from captionlib.storage.folders import resolve_address
@@ -40,6 +42,7 @@ __all__ = [
     "describe_preprocessing",
     "load_encoder",
     "load_network_weights",
+    "pack_encoder_weights",
 ]
 
 PendingFeatures = Callable[[], npt.NDArray[np.floating]]
@@ -114,6 +117,13 @@ class EncoderConfig:
             resize_size=description["preprocessing"]["resize_size"],
             decode_scale=description["preprocessing"].get("decode_scale", "exact"),
         )
+
+    def find_weights_location(self) -> str:
+        """Returns the path or URL of the weights file or of the local model folder; empty if there is none."""
+        if is_weights_file(self.weights):
+            return self.weights
+        prefix, location = split_address(self.model)
+        return location if prefix and self.weights == EncoderConfig.weights and Path(location).is_dir() else ""
 
     def resolve_weights_path(self) -> "EncoderConfig":
         """Returns a copy with the absolute path of a weights file, for workers with different working directories."""
@@ -272,6 +282,26 @@ def describe_finetuned_encoder(description: Mapping[str, Any], weights: Mapping[
     """Returns an encoder's description updated for its fine-tuned `weights`, which are all of its tensors."""
     changes = {"weights": "file", "missing_weights": "error", "weights_sha256": hash_weights(weights)}
     return {**description, **changes}
+
+
+def pack_encoder_weights(config: EncoderConfig) -> bytes:
+    """Returns a safetensors file with the tensors of a weights file that an encoder needs, and its preprocessing.
+
+    Tensors are stored in float16 if that changes no value.
+
+    Args:
+        config: a torchvision network with weights from a file.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    with torch.device("meta"):  # only the names matter
+        network = truncate_network(config.model, config.node)
+    tensors = load_weights(config.model, config.weights, network)
+    halves = {name: tensor.half() for name, tensor in tensors.items() if tensor.is_floating_point()}
+    exact = {name: half for name, half in halves.items() if torch.equal(half.float(), tensors[name])}
+    preprocessing = resolve_preprocessing(config.model, config.weights, config.resize_size, config.decode_scale)
+    return serialize_weights({**tensors, **exact}, preprocessing)
 
 
 def describe_preprocessing(preprocessing: Preprocessing | SizeLimit) -> dict[str, Any]:
