@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ from captionlib.models.families.model import Arrays, ImageModel, open_model
 if TYPE_CHECKING:
     from captionlib.models.inference.captioning import GenerationConfig
 
-__all__ = ["Caption", "CaptionModel", "GenerateCaptions", "open_captioner"]
+__all__ = ["Caption", "CaptionModel", "GenerateCaptions", "SentenceScorer", "open_captioner"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,17 @@ class CaptionModel(ImageModel, Protocol):
 
     def prepare(self, config: "GenerationConfig") -> GenerateCaptions:
         """Returns the function that captions batches; raises the errors of `describe_generation`."""
+
+
+@runtime_checkable
+class SentenceScorer(Protocol):
+    """What a captioner offers for the perplexity of references. Families need not implement it."""
+
+    def score_sentences(self, images: Arrays, sentences: Sequence[Sequence[str]]) -> list[list[tuple[float, int]]]:
+        """Returns ln p(sentence | image) and the token count, including the end token, of sentences of each image.
+
+        Both are 0 for a sentence without words.
+        """
 
 
 def open_captioner(address: str | os.PathLike[str], device: str = "cpu") -> CaptionModel:

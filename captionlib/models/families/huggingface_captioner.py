@@ -25,6 +25,7 @@ from captionlib.models.families.huggingface import (
     prepare_pixels,
     require_pixels,
 )
+from captionlib.models.families.huggingface_scoring import score_sentences
 from captionlib.models.families.model import Arrays, describe_pixel_input
 
 if TYPE_CHECKING:
@@ -111,11 +112,31 @@ class HuggingFaceCaptioner:
 
         return generate
 
+    def score_sentences(self, images: Arrays, sentences: Sequence[Sequence[str]]) -> list[list[tuple[float, int]]]:
+        """Computes the probability of references; see `SentenceScorer`.
+
+        Raises:
+            ConfigError: the model answers prompts.
+        """
+        if self._type not in _CONTINUING:
+            raise ConfigError(
+                f"hf:{self._location} answers prompts, and the perplexity of its answers is not supported; leave "
+                "--checkpoint out"
+            )
+
+        def score(part: slice) -> list[list[tuple[float, int]]]:
+            pixels = prepare_pixels(images[part], self._preprocessing, self._processor).to(self._model.device)
+            return score_sentences(self._model, self._tokenizer, pixels, sentences[part])
+
+        return [scores for part in halve_on_out_of_memory(score, len(images)) for scores in part]
+
     def _check(self, config: "GenerationConfig") -> None:
         default = DecodingConfig()
         for name in _UNSUPPORTED:
             if getattr(config.decoding, name) != getattr(default, name):
                 raise ConfigError(f"decoding.{name}: models with the prefix hf: do not support it; leave it out")
+        if config.attention_maps:
+            raise ConfigError("attention_maps: models with the prefix hf: do not support it; leave it out")
         if config.prompt is None and getattr(self._processor, "chat_template", None):
             raise ConfigError(
                 f"hf:{self._location} answers prompts, got none; add, for example, --set prompt='Describe the image.'"
@@ -197,7 +218,7 @@ def load(location: str) -> HuggingFaceCaptioner:
 def _map_decoding(config: DecodingConfig) -> dict[str, Any]:
     """Returns the arguments of `generate`, which override the model's own generation settings."""
     options: dict[str, Any] = {
-        "max_new_tokens": config.max_tokens,
+        "max_new_tokens": config.find_max_tokens("subwords"),
         "max_length": None,
         "min_length": 0,
         "no_repeat_ngram_size": config.no_repeat_ngram_size,
