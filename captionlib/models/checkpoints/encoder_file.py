@@ -62,8 +62,9 @@ def missing_encoder_error(encoder: Mapping[str, Any], provenance: Mapping[str, A
     """Returns an error that says that the file with the encoder's weights cannot be found."""
     recorded = provenance.get(ENCODER_ADDRESS)
     found = f"{recorded}, which does not exist" if recorded else "whose path was not recorded"
+    kind = "model folder" if encoder.get("weights") == "folder" else "weights file"
     return ConfigError(
-        f"the encoder ({encoder.get('model')} at {encoder.get('node')}) was loaded from a weights {encoder['weights']}, {found}; "
+        f"the encoder ({encoder.get('model')} at {encoder.get('node')}) was loaded from a {kind}, {found}; "
         f"specify its path with --weights (SHA-256: {encoder.get('weights_sha256')})"
     )
 
