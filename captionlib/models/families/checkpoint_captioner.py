@@ -86,7 +86,7 @@ class CheckpointCaptioner:
         log_probs = np.zeros(len(packed))
         if packed:
             device = next(model.parameters()).device
-            features = torch.from_numpy(np.asarray(images, np.float32)).to(device)
+            features = torch.from_numpy(np.array(images, np.float32)).to(device)  # a copy, which is writable
             rows = torch.tensor([row for row, per_image in enumerate(ids) for each in per_image if each], device=device)
             scores = model(features, pad_sentences(packed).to(device), rows)
             np.add.at(log_probs, scores.sentences.cpu().numpy(), scores.log_probs.double().cpu().numpy())
