@@ -76,7 +76,7 @@ def _get_cpu_seconds() -> float:
 def run_plain_loop(model: Any, tokenizer: Any, pixels: torch.Tensor) -> list[str]:
     """Returns the captions of decoded images."""
     texts: list[str] = []
-    for batch in pixels.split(BATCH):
+    for batch in torch.split(pixels, BATCH):
         texts += tokenizer.batch_decode(model.generate(pixel_values=batch, **OPTIONS), skip_special_tokens=True)
     return texts
 

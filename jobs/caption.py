@@ -52,7 +52,7 @@ def command(
     require_checkpoint_files(checkpoint, weights)
     from captionlib.config import load_config
     from captionlib.data.sources.folder import find_images
-    from captionlib.evaluation.encoder_views import build_encoder_view
+    from captionlib.evaluation.crop_and_attention import build_crop_and_attention
     from captionlib.evaluation.predictions import Prediction
     from captionlib.evaluation.report import write_report
     from captionlib.models.families.captioner import open_captioner
@@ -74,9 +74,9 @@ def command(
             "Captions",
             [Prediction.from_row(row) for row in rows],
             note=f"{len(rows):,} images, captioned by {checkpoint}.",
-            encoder_view=build_encoder_view(rows, captioner.encoder),
+            crop_and_attention=build_crop_and_attention(rows, captioner.encoder),
         )
-        click.echo(f"{page}: {len(rows):,} images", err=as_json)
+        click.echo(f"{page}: {len(rows):,} images", err=as_json)  # with --json, standard output contains only JSON
     sys.exit(1 if failures else 0)
 
 

@@ -50,7 +50,7 @@ def command(
       captionlib report result_struct.json -o report --images images/
     """
     from captionlib.data.sources.locations import locate, resolve_uri
-    from captionlib.evaluation.encoder_views import read_encoder_view
+    from captionlib.evaluation.crop_and_attention import read_crop_and_attention
     from captionlib.evaluation.evaluate import evaluate_predictions
     from captionlib.evaluation.predictions import load_predictions
     from captionlib.evaluation.report import write_report
@@ -72,7 +72,7 @@ def command(
         scores=[] if evaluation is None else _format_scores(evaluation),
         cider=None if evaluation is None else evaluation.scores.per_image["CIDEr"],
         history=history,
-        encoder_view=read_encoder_view(captions, [prediction.image_id for prediction in predictions]),
+        crop_and_attention=read_crop_and_attention(captions, [prediction.image_id for prediction in predictions]),
         progress=progress,
     )
     if checkpoint is not None and not history:

@@ -82,9 +82,11 @@ def evaluate_captions(
 
     Args:
         source: a captions dataset, COCO's results JSON, or NeuralTalk's `result_struct.json`.
-        manifest: the dataset with the references, a manifest or features; optional if the source contains references.
+        manifest: the dataset that contains the references: either a manifest or features. Optional if the source
+            contains references.
         splits: the splits to evaluate. If empty, all splits are evaluated.
-        train_splits: the splits that the captioner was trained on. A caption is novel if it is not a reference there.
+        train_splits: the splits that the captioner was trained on. A caption is novel if it is not among their
+            references.
         checkpoint: folder or address of the captioner, to compute the perplexity of the references.
         features: the dataset of the images' encoder features, for the perplexity; requires `checkpoint`. If None, the
             images of the manifest are encoded.
@@ -135,7 +137,7 @@ def evaluate_predictions(
 ) -> Evaluation:
     """Evaluates predictions (captions of images), each of which must have references. The result is sorted by image id.
 
-    If there are no `training_references`, the references that the captioner was trained on, the fraction of novel
+    `training_references` are the references that the captioner was trained on. If there are none, the fraction of novel
     captions is omitted. Each of `extra_metrics` has one row per prediction, in the order of the image ids.
     """
     predictions = _sort(predictions)

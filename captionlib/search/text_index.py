@@ -29,7 +29,7 @@ _MAX_WORD_LENGTH = 40
 _MAX_CLAUSES = 64
 _CLAUSE = re.compile(r'([+-]?)(?:"([^"]*)"?|([^\s"]+))')
 
-# Up to this number of rows that match a filter are added to the query. If there are more, the hits are filtered.
+# If a filter matches at most this many rows, they become part of the query. Otherwise, the hits are filtered.
 _MAX_TERM_SET = 20_000
 
 
@@ -41,8 +41,8 @@ class _Clause(NamedTuple):
 def write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch]) -> None:
     """Writes a text index to a new folder. `rows` have the columns row, image_id, split, caption and log_prob.
 
-    The index is always rebuilt. Tantivy only marks captions as removed, so they would remain in the files and in the
-    word counts that determine BM25 scores.
+    The index is always built from scratch. If captions were removed from an existing index, Tantivy would only mark
+    them as removed: they would remain in the files and in the word counts that determine BM25 scores.
 
     Raises:
         StorageError: a file cannot be written.
@@ -94,7 +94,7 @@ def _make_analyzer(language: str) -> tantivy.TextAnalyzer:
 
 
 class TextIndex:
-    """A thread-safe open text index. `language` must be the language that the index was written with.
+    """An open text index. This class is thread-safe. `language` must be the one that the index was written with.
 
     Raises:
         DatasetError: the folder is not a text index.
@@ -151,7 +151,10 @@ class TextIndex:
         return self._to_hits(result.hits)[:limit], int(result.count)
 
     def filter_hits(self, query: str, hits: Hits) -> Hits:
-        """Returns the hits of any search whose captions contain every required word and no excluded word."""
+        """Returns the hits whose captions contain every required word and no excluded word of a query.
+
+        The hits may come from a different search, such as a vector search.
+        """
         clauses = [clause for clause in self._parse_clauses(query) if clause.occur != Occur.Should]
         if not clauses or not len(hits):
             return hits

@@ -51,7 +51,7 @@ class Thumbnails:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._max_bytes = config.max_thumbnail_bytes
-        # Part of file names. A server that must not access private hosts shows no thumbnails of servers that may.
+        # Part of file names, so a server without access to private hosts shows no thumbnails of a server with access.
         self._scope = "all" if config.allow_private_hosts else "public"
         self._resources = ExitStack()
         threads = config.max_concurrent_fetches

@@ -188,9 +188,16 @@ class Folder:
         if self.is_local:
             parent = Path(self.path(TEMPORARY_FOLDER))
             with convert_full_disk_errors(self.path(name)), _create_temporary_file(parent, Path(name).name) as path:
-                yield path
-                with convert_os_errors(self.path(name)):
-                    self._publish_local(path, Path(self.path(name)))
+                try:
+                    yield path
+                    with convert_os_errors(self.path(name)):
+                        self._publish_local(path, Path(self.path(name)))
+                except FileNotFoundError as error:
+                    if path.exists():
+                        raise
+                    raise StorageError(
+                        f"{self.uri} was removed or moved while {name} was being written; run the same command again"
+                    ) from error
         else:
             with tempfile.TemporaryDirectory(prefix="captionlib-") as scratch, convert_full_disk_errors(scratch):
                 path = Path(scratch) / Path(name).name

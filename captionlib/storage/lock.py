@@ -108,6 +108,8 @@ def _encode(holder: Mapping[str, Any]) -> bytes:
 
 
 def _locked_error(folder: Folder, holder: Mapping[str, Any]) -> LockError:
+    if not holder:
+        return LockError(f"{folder.uri}: its lock was removed at this moment; run the same command again")
     return LockError(
         f"{folder.uri} is in use by `{holder.get('command')}` (process {holder.get('process')} on "
         f"{holder.get('host')}); wait until it has finished. A lock whose process has ended is released "

@@ -20,7 +20,7 @@ __all__ = ["BagOfWordsObjective"]
 
 
 class BagOfWordsObjective(CaptioningObjective[CaptionerNetwork]):
-    """Maximizes the log-probability of every word of an image's captions as the first word of a caption.
+    """Maximizes the log-probability that the captioner assigns to each word of an image's captions, given the image.
 
     Batches, learning rates and checkpoints are the same as in `CaptioningObjective`.
     """

@@ -84,8 +84,8 @@ class CaptioningObjective(Objective[CaptionBatch, Model]):
 class CiderValidation:
     """Measures the CIDEr of the captions that a captioner generates for the validation images.
 
-    An image that could not be read is scored as an empty caption. `references` holds the reference captions of each
-    image, in the order of `batches`.
+    The caption of an unreadable image is empty. `references` holds the reference captions of each image, in the order
+    of `batches`.
 
     Raises:
         ConfigError: Java, which CIDEr's tokenizer requires, is missing, or `decoding` requires a datastore.

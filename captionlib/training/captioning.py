@@ -36,7 +36,7 @@ from captionlib.training.initialization import (
     load_initial_captioner,
     require_other_folder,
 )
-from captionlib.training.loop import TrainingConfig, claim_folder, seed_everything, train
+from captionlib.training.loop import TrainingConfig, prepare_run_folder, seed_everything, train
 from captionlib.training.objective import Objective
 from captionlib.training.self_critical import SelfCriticalConfig, SelfCriticalObjective
 
@@ -58,12 +58,13 @@ class CaptionerTrainingConfig:
         self_critical: settings of the self-critical objective.
         train_splits: the training splits; `restval` is the part of COCO's validation set that is used for training.
         validation_splits: the splits that select the best epoch.
-        level: what a token is: `words`, `characters`, or subwords (`bpe` or `unigram`), which are trained on the text
-            and need the extra `subwords`.
+        level: what a token is: `words`, `characters`, or subwords (`bpe` or `unigram`), which are trained on the
+            captions and require `pip install captionlib[subwords]`.
         min_count: words or characters with fewer occurrences than this are replaced by the UNKNOWN token.
         vocabulary_size: the maximum number of subwords.
-        max_words: longer captions are truncated in training. If None, after 30 words, or 200 characters.
-        batch_images: images per batch and process, each with all its captions.
+        max_words: the maximum length of a caption in training; longer captions are truncated. If None, it is 30 words,
+            or 200 characters if `level` is `characters`.
+        batch_images: images per batch in each process. The batch contains all captions of these images.
         random_crop: crop feature maps to at least this fraction of their height and width; 0 disables cropping.
         horizontal_flip: flip feature maps with probability 0.5. This matters only with attention or `encoder_top`
             (encoder layers that are fine-tuned with the captioner).
@@ -72,7 +73,7 @@ class CaptionerTrainingConfig:
         word_vectors: a word2vec, GloVe or fastText file of pre-trained vectors that initialize the word embeddings.
         init_from: the checkpoint of a captioner to start from. Its weights, architecture, vocabulary and feature
             statistics are kept, and `level`, `min_count` and `vocabulary_size` have no effect.
-        label_smoothing: the fraction of each target probability that is spread evenly over the vocabulary.
+        label_smoothing: the fraction of the probability of each reference token that is spread over the vocabulary.
         best_by: the score that selects the best epoch, `perplexity` or the `cider` of generated captions (needs Java).
         decoding: how to generate captions for CIDEr. Its `max_tokens` also limits self-critical samples.
     """
@@ -144,8 +145,8 @@ def train_captioner(
         features: the folder of the features dataset.
         output: the folder for the checkpoint of the best epoch, metrics, curves and the state to resume from.
         config: the configuration of the captioner and its training.
-        weights: the encoder's weights file, if a new captioner has an `encoder_top`, the encoder used such a file and
-            the file has moved.
+        weights: the encoder's weights file. Required if a new captioner has an `encoder_top`, and the file that the
+            encoder was loaded from has moved.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         overwrite: replace a run with a different configuration.
         progress: show a progress bar.
@@ -164,11 +165,11 @@ def train_captioner(
             "manifest; leave it out"
         )
     folder = Folder(output)
-    with join_process_group(resolve_device(device)) as target:
+    with join_process_group(resolve_device(device)) as process_device:
         group = ProcessGroup()
         dataset = open_dataset(features, "features").require_complete()
         require_other_folder(config.init_from, folder)
-        group.run_on_first(lambda: claim_folder(folder, overwrite))
+        group.run_on_first(lambda: prepare_run_folder(folder, overwrite))
         next(read_captions(dataset, config.validation_splits))  # raises an error now if there are no captions
         seed_everything(config.training.seed)
         model, vocabulary, config, provenance = _initialize(config, dataset, weights)
@@ -177,14 +178,14 @@ def train_captioner(
         resolved = {"features": dataset.compute_content_checksum(), "world_size": group.world_size, **to_dict(config)}
         if "init_from" in provenance:
             resolved["init_from_fingerprint"] = provenance["init_from"]["fingerprint"]
-        objective = _make_objective(dataset, model.to(target), vocabulary, config, provenance)
+        objective = _make_objective(dataset, model.to(process_device), vocabulary, config, provenance)
         return train(objective, config.training, folder, resolved, progress)
 
 
 def _initialize(
     config: CaptionerTrainingConfig, dataset: ShardedDataset, weights: str | None
 ) -> tuple[CaptionerNetwork, Vocabulary, CaptionerTrainingConfig, dict[str, Any]]:
-    """Builds or loads a captioner. Also returns its vocabulary, its full configuration and its provenance."""
+    """Builds or loads a captioner. Also returns its vocabulary, its configuration, and what it is trained from."""
     provenance: dict[str, Any] = {
         **describe_features(dataset, config.train_splits, config.validation_splits),
         "objective": config.objective,

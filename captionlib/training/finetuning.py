@@ -36,7 +36,7 @@ from captionlib.storage.folders import Folder
 from captionlib.training.caption_objective import CaptioningObjective, CiderValidation
 from captionlib.training.distributed import ProcessGroup, join_process_group
 from captionlib.training.initialization import require_other_folder
-from captionlib.training.loop import TrainingConfig, claim_folder, seed_everything, train
+from captionlib.training.loop import TrainingConfig, prepare_run_folder, seed_everything, train
 
 __all__ = ["EncoderFinetuningConfig", "FinetuningConfig", "finetune_captioner"]
 
@@ -65,10 +65,11 @@ class FinetuningConfig:
         training: settings of the training loop, including the captioner's learning rate.
         train_splits: the training splits; `restval` is the part of COCO's validation set that is used for training.
         validation_splits: the splits that select the best epoch.
-        max_words: longer captions are truncated in training. If None, after 30 words, or 200 characters.
-        batch_images: images per batch and process, each with all its captions.
+        max_words: the maximum length of a caption in training; longer captions are truncated. If None, it is 30 words,
+            or 200 characters if the captioner's tokens are characters.
+        batch_images: images per batch in each process. The batch contains all captions of these images.
         horizontal_flip: flip each image with probability 0.5.
-        label_smoothing: the fraction of each target probability that is spread evenly over the vocabulary.
+        label_smoothing: the fraction of the probability of each reference token that is spread over the vocabulary.
         best_by: the score that selects the best epoch, `perplexity` or the `cider` of generated captions (needs Java).
         decoding: how to generate captions for CIDEr.
         loading: how to fetch and decode images.
@@ -124,10 +125,10 @@ def finetune_captioner(
     dataset = open_dataset(manifest, "manifest").require_complete()
     require_other_folder(config.init_from, folder)
     initial = load_captioner(config.init_from)
-    with join_process_group(resolve_device(device)) as target:
+    with join_process_group(resolve_device(device)) as process_device:
         group = ProcessGroup()
-        encoder = _load_trainable_encoder(initial, weights, config.encoder.from_node, target)
-        group.run_on_first(lambda: claim_folder(folder, overwrite))
+        encoder = _load_trainable_encoder(initial, weights, config.encoder.from_node, process_device)
+        group.run_on_first(lambda: prepare_run_folder(folder, overwrite))
         training = read_captioned_rows(dataset, config.train_splits)
         validation = read_captioned_rows(dataset, config.validation_splits)
         resolved = {
@@ -174,8 +175,8 @@ def _load_trainable_encoder(
     parameters = dict(encoder.network.network.named_parameters())
     if set(parameters) <= frozen:
         raise ConfigError(
-            f"encoder.from_node: expected a node with weights at or before {config.node}, the encoder's last node, "
-            f"got {from_node}; choose an earlier node"
+            f"encoder.from_node: expected layers with weights from it to {config.node}, the encoder's last node, got "
+            f"none from {from_node}; choose an earlier node"
         )
     for name, parameter in parameters.items():
         parameter.requires_grad_(name not in frozen)

@@ -41,7 +41,8 @@ def build_captioner(
 ) -> CaptionerNetwork:
     """Builds a captioner, initialized with statistics of the features and words of the training splits.
 
-    `weights` is the encoder's weights file, if any; `encoder_top`, the encoder layers in a captioner, is read from it.
+    `weights` is the encoder's weights file, if any. It also contains the weights of `encoder_top`, the encoder layers
+    that are fine-tuned with the captioner.
 
     Raises:
         DatasetError: the captioner has attention, but the features are one vector per image.
@@ -143,7 +144,7 @@ def initialize_word_vectors(model: CaptionerNetwork, vocabulary: Vocabulary, uri
 
     Raises:
         ConfigError: the file is unreadable, or its vectors do not have the size of the model's embeddings.
-        DatasetError: the file is malformed, or contains none of the words.
+        DatasetError: the file is malformed, or contains no word of the vocabulary.
     """
     read = read_word_vectors(uri, vocabulary.words, model.config.embedding_size)
     for word, vector in read.vectors.items():

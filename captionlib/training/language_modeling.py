@@ -1,4 +1,4 @@
-"""Trains language models on sentences or on continuous text."""
+"""Trains language models on sentences or on continuous text. A language model is a captioner without image features."""
 
 import os
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from captionlib.models.checkpoints.checkpoint import save_language_model
 from captionlib.models.checkpoints.folder import add_versions_and_time
 from captionlib.models.devices import resolve_device
 from captionlib.storage.folders import Folder
-from captionlib.training.loop import TrainingConfig, claim_folder, seed_everything, train
+from captionlib.training.loop import TrainingConfig, prepare_run_folder, seed_everything, train
 from captionlib.training.objective import BatchLoss, Objective, SaveModel, compute_perplexity
 
 __all__ = ["LanguageModelObjective", "LanguageModelTrainingConfig", "train_language_model"]
@@ -36,11 +36,11 @@ class LanguageModelTrainingConfig:
         model: the architecture.
         training: settings of the training loop.
         level: what a token is: `words`, `characters`, or subwords (`bpe` or `unigram`), which are trained on the text
-            and need the extra `subwords`.
+            and require `pip install captionlib[subwords]`.
         layout: the layout of a text file, `sentences` (one per line) or `continuous` (one long text).
         train_splits: the training splits, if the text is the captions of a dataset.
-        validation_splits: the splits of such a dataset that are used to select the best epoch.
-        validation_fraction: the fraction of a text file that is held out to select the best epoch.
+        validation_splits: the splits that select the best epoch, if the text is the captions of a dataset.
+        validation_fraction: the fraction of a text file that is held out and selects the best epoch.
         min_count: words or characters with fewer occurrences than this are replaced by the UNKNOWN token.
         vocabulary_size: the maximum number of subwords.
         max_tokens: longer sentences are truncated in training.
@@ -121,8 +121,8 @@ def train_language_model(
         source, config.layout, config.train_splits, config.validation_splits, config.validation_fraction
     )
     folder = Folder(output)
-    claim_folder(folder, overwrite)
-    target = resolve_device(device)
+    prepare_run_folder(folder, overwrite)
+    model_device = resolve_device(device)
     vocabulary = Vocabulary.from_captions(corpus.training(), config.min_count, config.level, config.vocabulary_size)
     training = _make_batches(corpus.training(), vocabulary, config)
     validation = _make_batches(corpus.validation(), vocabulary, config)
@@ -136,7 +136,7 @@ def train_language_model(
             output, model, config.model, vocabulary, config.layout, provenance=provenance, training=history
         )
 
-    objective = LanguageModelObjective(model.to(target), training, validation, save)
+    objective = LanguageModelObjective(model.to(model_device), training, validation, save)
     objective.unigram_perplexity = vocabulary.unigram_perplexity(
         [*row[row != PAD].tolist(), *([END] if validation.rows_are_sentences else [])]
         for batch in validation.in_order()

@@ -33,7 +33,7 @@ from captionlib.models.rankers.ranker import RankerConfig, RankerNetwork
 from captionlib.storage.folders import Folder
 from captionlib.training.distributed import ProcessGroup, join_process_group
 from captionlib.training.initialization import describe_features
-from captionlib.training.loop import TrainingConfig, claim_folder, seed_everything, train
+from captionlib.training.loop import TrainingConfig, prepare_run_folder, seed_everything, train
 from captionlib.training.objective import BatchLoss, Objective, SaveModel
 from captionlib.training.ranking_losses import contrastive_loss, max_margin_loss
 
@@ -55,12 +55,13 @@ class RankerTrainingConfig:
         warmup_epochs: the number of initial epochs in which `hard_negative` uses all negatives.
         train_splits: the training splits; `restval` is the part of COCO's validation set that is used for training.
         validation_splits: the splits that select the best epoch. All their images are ranked together.
-        level: what a token is: `words`, `characters`, or subwords (`bpe` or `unigram`), which are trained on the text
-            and need the extra `subwords`.
+        level: what a token is: `words`, `characters`, or subwords (`bpe` or `unigram`), which are trained on the
+            captions and require `pip install captionlib[subwords]`.
         min_count: words or characters with fewer occurrences than this are replaced by the UNKNOWN token.
         vocabulary_size: the maximum number of subwords.
-        max_words: longer captions are truncated in training. If None, after 30 words, or 200 characters.
-        batch_images: images per batch and process. All negatives come from the batch of the same process.
+        max_words: the maximum length of a caption in training; longer captions are truncated. If None, it is 30 words,
+            or 200 characters if `level` is `characters`.
+        batch_images: images per batch in each process. All negatives come from the batch of the same process.
         captions_per_image: the number of captions to sample per image and epoch; 0 uses all captions.
         shuffle_buffer_megabytes: the size of the buffer in which features are shuffled.
     """
@@ -121,11 +122,11 @@ class RankingObjective(Objective[RankingBatch, RankerNetwork]):
 
     def batches(self, seed: int, epoch: int, first: int) -> Iterator[RankingBatch | None]:
         batches = self._training.shuffled(seed, epoch, self._group.rank, self._group.world_size, first)
-        for number, batch in enumerate(batches, first):
+        for index, batch in enumerate(batches, first):
             if batch is None:
                 yield None
             else:
-                generator = np.random.default_rng([seed, epoch, number, self._group.rank])
+                generator = np.random.default_rng([seed, epoch, index, self._group.rank])
                 yield RankingBatch(sample_captions(batch, self._config.captions_per_image, generator), epoch)
 
     def steps_per_epoch(self) -> int:
@@ -146,14 +147,14 @@ class RankingObjective(Objective[RankingBatch, RankerNetwork]):
 
     def validate(self) -> dict[str, float]:
         """Computes the mean recall and the median ranks of retrieval in both directions."""
-        images, captions, image_indices, first = [], [], [], 0
+        images, captions, image_of_caption, image_count = [], [], [], 0
         for batch in self._validation.in_order():
             image_embeddings, caption_embeddings = self._embed(batch)
             images.append(image_embeddings.float().cpu().numpy())
             captions.append(caption_embeddings.float().cpu().numpy())
-            image_indices.append(batch.image_of_sentence + first)
-            first += len(image_embeddings)
-        scores = score_retrieval(np.concatenate(images), np.concatenate(captions), np.concatenate(image_indices))
+            image_of_caption.append(batch.image_of_sentence + image_count)
+            image_count += len(image_embeddings)
+        scores = score_retrieval(np.concatenate(images), np.concatenate(captions), np.concatenate(image_of_caption))
         return {
             "mean_recall": scores.mean_recall,
             "image_to_text_median_rank": scores.image_to_text.median_rank,
@@ -176,7 +177,7 @@ def sample_captions(batch: CaptionBatch, count: int, generator: np.random.Genera
     images = batch.image_of_sentence[shuffled]
     position = np.arange(len(images)) - np.searchsorted(images, images)  # index of each caption within its image
     selected = shuffled[position < count]
-    sentences = [batch.sentences[number] for number in selected]
+    sentences = [batch.sentences[index] for index in selected]
     return CaptionBatch(batch.features, sentences, batch.image_of_sentence[selected])
 
 
@@ -214,12 +215,12 @@ def train_ranker(
         DatasetError: the features are incomplete, or a split has no captions.
     """
     folder = Folder(output)
-    with join_process_group(resolve_device(device)) as target:
+    with join_process_group(resolve_device(device)) as process_device:
         group = ProcessGroup()
         dataset = open_dataset(features, "features").require_complete()
-        group.run_on_first(lambda: claim_folder(folder, overwrite))
+        group.run_on_first(lambda: prepare_run_folder(folder, overwrite))
         next(read_captions(dataset, config.validation_splits))  # raises an error now if there are no captions
-        objective = _make_objective(dataset, config, target)
+        objective = _make_objective(dataset, config, process_device)
         resolved = {"features": dataset.compute_content_checksum(), "world_size": group.world_size, **to_dict(config)}
         return train(objective, config.training, folder, resolved, progress)
 

@@ -130,8 +130,8 @@ class SelfCriticalObjective(Objective[SelfCriticalBatch, CaptionerNetwork]):
     def _sample(self, batch: SelfCriticalBatch) -> _Samples:
         """Samples captions for each image, keeping the gradients of their log-probabilities."""
         images, samples = batch.captions.features, self._config.samples
-        keys = [f"{batch.seed} {batch.epoch} ".encode() + image.tobytes() for image in images]
-        uniforms = generate_uniforms(keys, samples, self._sampling.find_max_tokens(), seed=0).to(self._device)
+        seed_keys = [f"{batch.seed} {batch.epoch} ".encode() + image.tobytes() for image in images]
+        uniforms = generate_uniforms(seed_keys, samples, self._sampling.find_max_tokens(), seed=0).to(self._device)
         image_state = self.model.encode_images(torch.from_numpy(images).to(self._device))
         active = torch.arange(len(images) * samples, device=self._device)  # captions that have not reached END
         state, word = image_state.state.index_select(1, active // samples), torch.full_like(active, END)
@@ -165,7 +165,7 @@ class SelfCriticalObjective(Objective[SelfCriticalBatch, CaptionerNetwork]):
         return [[*best.token_ids, END][: best.token_count] for (best,) in candidates]
 
     def _compute_rewards(self, batch: CaptionBatch, sampled: list[list[int]]) -> tuple[Rewards, Rewards]:
-        """Returns the rewards of the samples and their advantages over the baseline, `[images, samples]` each."""
+        """Returns the rewards of the samples, and the rewards minus the baseline, `[images, samples]` each."""
         samples = self._config.samples
         references: list[list[list[int]]] = [[] for _ in batch.features]
         for sentence, image in zip(batch.sentences, batch.image_of_sentence, strict=True):

@@ -228,7 +228,10 @@ def test_rejects_what_cannot_be_finetuned(manifest: ShardedDataset, start: Loade
     with pytest.raises(ConfigError, match=r"init_from: expected a captioner to fine-tune .*, got none"):
         finetune_captioner(manifest.folder.uri, tmp_path / "tuned", CONFIG, device="cpu")
     for node, message in (
-        ("features.9", "expected a node with weights at or before features.3.squeeze_activation, .* got features.9"),
+        (
+            "features.9",
+            "expected layers with weights from it to features.3.squeeze_activation, .* got none from features.9",
+        ),
         ("features.99", "squeezenet1_1 has no node 'features.99'; similar nodes"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -82,6 +82,7 @@ def plan_compaction(datasets: Sequence[ShardedDataset], shard_size: int | None =
 
     Raises:
         ConfigError: a dataset has no shards that could be compacted.
+        DamagedShardError: a marker of a dataset without a source is missing or damaged.
         DatasetError: a dataset without a source, or the source of a dataset, is not complete.
     """
     for dataset in datasets:
@@ -98,14 +99,15 @@ def plan_compaction(datasets: Sequence[ShardedDataset], shard_size: int | None =
 
 
 def _plan(dataset: ShardedDataset, shard_size: int | None) -> Compaction:
-    images = dataset.compute_totals().images
+    markers = dataset.read_markers() if dataset.source else dataset.require_markers()
+    images = sum(marker.images for marker in markers.values())
     return Compaction(dataset, None if dataset.source else shard_size or choose_shard_size(images), images)
 
 
 def _divide(dataset: ShardedDataset, size: int, images: int, count: Count) -> None:
     """Divides all rows into shards of `size` rows, unless there are as few shards as possible already."""
     shards = -(-images // size)
-    largest = max(marker.rows for marker in dataset.read_markers().values())
+    largest = max(marker.rows for marker in dataset.require_markers().values())
     if dataset.config.get("shard_size") == size and dataset.shards == shards and largest <= size:
         return
     config = {**dataset.config, "shard_size": size}

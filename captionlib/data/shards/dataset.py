@@ -21,7 +21,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -129,6 +129,18 @@ class ShardedDataset:
         """Returns the markers of the finished shards among `shards`, by shard. If None, of all shards."""
         done = self.done_shards()
         return {marker.shard: marker for marker in self.iter_markers(done if shards is None else done & set(shards))}
+
+    def require_markers(self) -> dict[int, Marker]:
+        """Returns the markers of the finished shards, by shard. A command that replaces shards must not miss any.
+
+        Raises:
+            DamagedShardError: the dataset is complete, but a marker is missing or damaged.
+        """
+        markers = self.read_markers()
+        missing = set(range(self.shards)) - markers.keys()
+        if missing and self.is_complete():
+            raise self._damaged(f"{part_name(min(missing))}.parquet", "its marker is missing")
+        return markers
 
     def iter_markers(self, shards: Iterable[int]) -> Iterator[Marker]:
         """Yields the markers of the finished shards among `shards`, in any order. All `shards` must have data files.
@@ -304,7 +316,7 @@ class ShardedDataset:
         """Checks that all shards are finished and writes `_SUCCESS`.
 
         Raises:
-            DatasetError: a shard is not finished.
+            DatasetError: a shard is not finished, or the folder was removed meanwhile.
             FailureRatioError: the fraction of images that could not be read exceeds `max_failure_ratio` or, if that is
                 None, all images failed.
         """
@@ -328,6 +340,10 @@ class ShardedDataset:
             self.folder.write(SUCCESS_FILE, encode_record({**asdict(totals), "fingerprint": self.fingerprint}))
             with suppress(StorageError):  # the files in it do no harm
                 self.folder.remove_temporary_files()
+        if not self.folder.exists(DESCRIPTION_FILE):
+            raise DatasetError(
+                f"{self.folder.uri} was removed or moved while it was being written; run the command again"
+            )
         return totals
 
     def verify(self) -> list[str]:
@@ -443,7 +459,7 @@ def create_dataset(
     if source is not None and source_address == resolve_address(folder.uri):
         raise ConfigError(f"{folder.uri} is the input of this command; use another folder for the output")
     delete_existing = overwrite and folder.exists(DESCRIPTION_FILE)
-    description = None if delete_existing else _read_updated_description(folder) or _require_no_files(folder)
+    description = None if delete_existing else _read_updated_description(folder) or _claim_folder(folder)
     if description is not None:
         source_checksum = description.get("source_checksum", "")
     else:
@@ -491,24 +507,45 @@ def _write_description(dataset: ShardedDataset, created: str | None) -> None:
 
 def list_other_files(folder: Folder) -> list[str]:
     """Returns the names of the files in a folder without a dataset that captionlib did not write."""
+    return _select_other_files(folder.list())
+
+
+def _select_other_files(names: Collection[str]) -> list[str]:
     own = {TEMPORARY_FOLDER, SAMPLE_FOLDER, LOCK_FILE, REMOVED_FILE}
     own.add(DESCRIPTION_FILE)  # another process may just have described the dataset
-    return [name for name in folder.list() if name not in own]
+    if MARKERS_FOLDER in names:
+        own |= set(_list_dataset_files(names))
+    return [name for name in names if name not in own]
 
 
-def _require_no_files(folder: Folder) -> dict[str, Any] | None:
-    """Raises DatasetError if a folder without a description holds files.
+def _list_dataset_files(names: Iterable[str]) -> list[str]:
+    """Returns those names that a dataset's files have. The markers are last."""
+    parts = [name for name in names if name.endswith(".parquet") and _PART.fullmatch(name.removesuffix(".parquet"))]
+    return [SUCCESS_FILE, JOURNAL_FILE, UPDATE_FOLDER, FAILURES_FOLDER, *parts, MARKERS_FOLDER]
 
-    If a different run created a dataset in the folder meanwhile, its description is returned instead.
+
+def _claim_folder(folder: Folder) -> dict[str, Any] | None:
+    """Prepares a folder without a description for a new dataset.
+
+    If a different run created a dataset in the folder meanwhile, its description is returned instead. If the folder was
+    removed while a command was writing to it, the files that the command wrote afterwards are removed too.
+
+    Raises:
+        DatasetError: the folder holds files that captionlib did not write.
     """
-    others = list_other_files(folder)
-    description = _read_updated_description(folder) if others else None
-    if others and description is None:
+    names = folder.list()
+    others, has_remains = _select_other_files(names), MARKERS_FOLDER in names
+    description = _read_updated_description(folder) if others or has_remains else None
+    if description is not None:
+        return description
+    if others:
         raise DatasetError(
             f"{folder.uri} holds files that captionlib did not write ({', '.join(others[:3])}); "
             "use a new or empty folder"
         )
-    return description
+    for name in _list_dataset_files(names) if has_remains else ():
+        folder.remove(name)
+    return None
 
 
 def _require_same(existing: ShardedDataset, dataset: ShardedDataset) -> None:
@@ -540,14 +577,12 @@ def _require_same_layout(existing: ShardedDataset, dataset: ShardedDataset) -> N
 
 
 def _clear(folder: Folder) -> None:
-    """Deletes a dataset, beginning with `_SUCCESS` and the markers, so an interrupted deletion leaves it incomplete."""
-    for name in (SUCCESS_FILE, JOURNAL_FILE, MARKERS_FOLDER, FAILURES_FOLDER, UPDATE_FOLDER):
-        folder.remove(name)
+    """Deletes all but the description, `_SUCCESS` and the markers first. If interrupted, the dataset is incomplete."""
+    folder.remove(SUCCESS_FILE)
+    folder.remove(MARKERS_FOLDER)
     folder.remove_temporary_files()
-    for name in folder.list():
-        if name.startswith("part-") and name.endswith(".parquet"):
-            folder.remove(name)
-    folder.remove(DESCRIPTION_FILE)
+    for name in _list_dataset_files(folder.list()):
+        folder.remove(name)
 
 
 def _to_dataset(folder: Folder, description: Mapping[str, Any]) -> ShardedDataset:

@@ -125,9 +125,12 @@ def plan_removal(dataset: ShardedDataset, image_ids: Collection[str], reason: st
         dataset: a dataset of any kind.
         image_ids: ids of the images.
         reason: why the images are removed. The list in a manifest contains it.
+
+    Raises:
+        DamagedShardError: a marker of a complete dataset is missing or damaged, so images might be overlooked.
     """
     wanted = pa.array(sorted(image_ids), pa.string())
-    markers = dataset.read_markers()
+    markers = dataset.require_markers()
     source = None
     if dataset.source and dataset.kind != "duplicates":
         source = open_dataset(dataset.source).read_markers()

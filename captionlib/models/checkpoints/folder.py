@@ -40,6 +40,7 @@ from captionlib.storage.folders import Folder
 __all__ = [
     "CHECKPOINT_FILES",
     "DATASTORE",
+    "WEIGHTS",
     "Checkpoint",
     "FolderLike",
     "add_versions_and_time",

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,44 @@ def test_create_rejects_folders_with_foreign_files(tmp_path: Path) -> None:
         with pytest.raises(DatasetError, match=r"files that captionlib did not write \(thesis.txt\)"):
             create(tmp_path, overwrite=overwrite)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("removed_after", ["creation", "first shard", "last shard"])
+def test_command_whose_folder_is_removed_fails_and_can_run_again(tmp_path: Path, removed_after: str) -> None:
+    dataset = create(tmp_path / "data")
+    for moment in ("creation", "first shard", "last shard"):
+        if moment == removed_after:
+            shutil.rmtree(tmp_path / "data")
+        if moment != "last shard":
+            with write_shard(dataset, int(moment == "first shard"), 1) as writer:
+                writer.write(rows("x"))
+    with pytest.raises(DatasetError, match=r"was removed or moved while .*; run|2 finished shards, [12] are missing"):
+        dataset.finish()
+    again = create(tmp_path / "data")
+    assert again.pending_shards() == [0, 1]
+    fill(again)
+    again.finish()
+    assert again.read(0)["image_id"].to_pylist() == ["x", "y"]
+
+
+def test_folder_that_is_removed_at_the_end_is_not_reported_as_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(dataset := create(tmp_path / "data"))
+    totals = dataset.compute_totals()
+    shutil.rmtree(tmp_path / "data")
+    monkeypatch.setattr(ShardedDataset, "compute_totals", lambda _: totals)
+    with pytest.raises(DatasetError, match="data was removed or moved while it was being written"):
+        dataset.finish()
+
+
+def test_remains_of_a_removed_folder_are_told_from_foreign_files(tmp_path: Path) -> None:
+    fill(create(tmp_path / "data"))
+    (tmp_path / "data/_dataset.json").unlink()
+    (tmp_path / "data/part-00000-of-00002.parquet").touch()
+    with pytest.raises(DatasetError, match=r"did not write \(part-00000-of-00002.parquet\)"):
+        create(tmp_path / "data")
+    assert (tmp_path / "data/part-00000.parquet").exists()
 
 
 def test_incomplete_dataset_is_rejected(place: str) -> None:
