@@ -145,7 +145,7 @@ def estimate_rest(source: ShardedDataset, outputs: Sequence[ShardedDataset], wor
 
 
 def _count_bytes(dataset: ShardedDataset) -> int:
-    """Returns the size of the columns of a dataset. Footers, which dominate the size of small files, are not counted."""
+    """Returns the size of the columns of a dataset. File footers, which dominate small files, are not counted."""
     size = 0
     for shard in range(dataset.shards):
         with dataset.folder.open(f"{part_name(shard)}.parquet") as file:
