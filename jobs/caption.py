@@ -71,7 +71,7 @@ def command(
             note=f"{len(rows):,} images, captioned by {checkpoint}.",
             crop_and_attention=build_crop_and_attention(rows, captioner.encoder),
         )
-        click.echo(f"{page}: {len(rows):,} images", err=as_json)
+        click.echo(f"{page}: {len(rows):,} images", err=as_json)  # with --json, standard output contains only JSON
     sys.exit(1 if failures else 0)
 
 

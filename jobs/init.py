@@ -38,8 +38,8 @@ def command(
     """Create the folder COLLECTION with a configuration, collection.yaml.
 
     `captionlib update COLLECTION` then lists, captions and indexes the images. Run it again whenever images have
-    changed. Addresses with the same NAME form one source. To change how a source is read, such as the column of the
-    captions, edit collection.yaml.
+    changed. Addresses with the same NAME belong to one source; without NAME, to the source images. To change how a
+    source is read, such as the column of the captions, edit collection.yaml.
 
     \b
     Examples:
@@ -55,7 +55,7 @@ def command(
     addresses: dict[str, list[str]] = {}
     for source in sources:
         name, equals, address = source.partition("=")
-        if not equals or "/" in name or "?" in name:
+        if not equals or "/" in name or "?" in name:  # the = is part of a path or of the query of a URL
             name, address = "images", source
         addresses.setdefault(name, []).append(address)
     values: dict[str, Any] = {
@@ -65,6 +65,6 @@ def command(
         "weights": weights,
     }
     apply_overrides(values, overrides)
-    build_config(GenerationConfig, values.get("generation", {}), "options")
+    build_config(GenerationConfig, values.get("generation", {}), "options")  # raises an error now if it is invalid
     created = create_collection(collection, build_config(CollectionConfig, values, "options"))
     click.echo(f"{created.folder.address('collection.yaml')}: created. Next: captionlib update {collection}")

@@ -33,7 +33,7 @@ limit_option = click.option(
     "--limit",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Process only a sample of N images, evenly spaced over all images, and estimate what the rest takes.",
+    help="Process only a sample of N images, evenly spaced, and estimate the time and size of the rest.",
 )
 progress_option = click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
 weights_option = click.option("--weights", metavar="FILE", help="Weights file of the encoder, if it needs one.")
@@ -90,7 +90,7 @@ def pipeline_options(command: Command) -> Command:
     """
 
     @functools.wraps(command)
-    def collect(**options: Any) -> Any:
+    def with_run_config(**options: Any) -> Any:
         from pipelines.run import RunConfig
 
         run = RunConfig(**{field.name: options.pop(field.name) for field in dataclasses.fields(RunConfig)})
@@ -104,19 +104,19 @@ def pipeline_options(command: Command) -> Command:
         click.option(
             "--max-failure-ratio",
             type=click.FloatRange(0, 1),
-            help="Fail if a larger fraction of images failed. The other images are still written. [default: fail only "
-            "if all images failed]",
+            help="Fail if the fraction of failed images is larger than this. All other images are still written. "
+            "[default: fail only if all images failed]",
         ),
         progress_option,
         click.option(
             "--accelerator",
             metavar="SPEC",
             help="GPU of each Dataflow worker, such as 'type:nvidia-l4;count:1;install-nvidia-driver'. Each worker "
-            "runs one process and two shards at a time, and fails if it has no GPU.",
+            "runs one process, which processes two shards at a time, and fails if it has no GPU.",
         ),
         beam_argument,
     ]
-    return _apply(cast(Command, collect), options)
+    return _apply(cast(Command, with_run_config), options)
 
 
 def _apply(command: Command, options: Sequence[Callable[[Command], Command]]) -> Command:

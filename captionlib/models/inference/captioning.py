@@ -25,7 +25,7 @@ from captionlib.models.families.ranker import RankingModel
 from captionlib.models.inference.embedding import SHARED_RANKERS, build_embedding_rows
 from captionlib.models.inference.extraction import EncodedRows
 from captionlib.models.inference.model_inputs import open_input_loader
-from captionlib.models.inference.shared_models import CheckpointCache, PinnedCheckpoint, cached_per_process
+from captionlib.models.inference.shared_models import CheckpointCache, CheckpointVersion, cached_per_process
 
 __all__ = [
     "SHARED_CAPTIONERS",
@@ -85,7 +85,7 @@ class CaptionGeneration:
 
     Attributes:
         config: configuration of the generation.
-        captioner: the captioner, pinned to one version.
+        captioner: the version of the captioner to use.
         description: `CaptionModel.describe_generation`; a worker with a different one fails.
         input_transform: how images become the captioner's input; None if the dataset contains features.
         device: device of the models.
@@ -95,12 +95,12 @@ class CaptionGeneration:
     """
 
     config: GenerationConfig
-    captioner: PinnedCheckpoint
+    captioner: CheckpointVersion
     description: Mapping[str, Any]
     input_transform: InputTransform | None = None
     device: str = "auto"
     threads: int | None = None
-    ranker: PinnedCheckpoint | None = None
+    ranker: CheckpointVersion | None = None
     ranker_input_transform: InputTransform | None = None
 
     @property
@@ -136,7 +136,7 @@ def _caption_batches(
 
 @cached_per_process
 def _prepare_once(
-    checkpoint: PinnedCheckpoint, config: GenerationConfig, _datastore: str | None, device: str
+    checkpoint: CheckpointVersion, config: GenerationConfig, _datastore: str | None, device: str
 ) -> GenerateCaptions:
     return SHARED_CAPTIONERS.get(checkpoint, device).prepare(config)
 

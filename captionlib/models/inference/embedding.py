@@ -21,7 +21,7 @@ from captionlib.data.shards.stages import ProcessRows
 from captionlib.models.families.model import Arrays, InputTransform
 from captionlib.models.families.ranker import RankingModel, open_ranker
 from captionlib.models.inference.model_inputs import open_input_loader
-from captionlib.models.inference.shared_models import CheckpointCache, PinnedCheckpoint
+from captionlib.models.inference.shared_models import CheckpointCache, CheckpointVersion
 
 __all__ = [
     "SHARED_RANKERS",
@@ -55,14 +55,14 @@ class ImageEmbedding:
 
     Attributes:
         config: configuration of the embedding.
-        ranker: the ranker's checkpoint, pinned to one version.
+        ranker: the version of the ranker to use.
         input_transform: how images become the ranker's input; None if the dataset contains features.
         device: device of the models.
         threads: number of CPU threads of the models. If None, PyTorch's default is used.
     """
 
     config: EmbeddingConfig
-    ranker: PinnedCheckpoint
+    ranker: CheckpointVersion
     input_transform: InputTransform | None = None
     device: str = "auto"
     threads: int | None = None

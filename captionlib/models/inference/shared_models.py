@@ -14,7 +14,7 @@ from captionlib.models.devices import resolve_device
 from captionlib.models.families.model import ImageModel
 from captionlib.models.families.registry import resolve_model_address
 
-__all__ = ["CheckpointCache", "PinnedCheckpoint", "cached_per_process"]
+__all__ = ["CheckpointCache", "CheckpointVersion", "cached_per_process"]
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -22,7 +22,7 @@ Model = TypeVar("Model", bound=ImageModel)
 
 
 @dataclass(frozen=True)
-class PinnedCheckpoint:
+class CheckpointVersion:
     """A checkpoint and the version of it that a run started with.
 
     Attributes:
@@ -52,19 +52,19 @@ class CheckpointCache(Generic[Model]):
     def __init__(self, load: Callable[[str], Model]) -> None:
         self._load = load
         self._lock = Lock()
-        self._entry: tuple[PinnedCheckpoint, Model] | None = None
+        self._entry: tuple[CheckpointVersion, Model] | None = None
         self._device: torch.device | None = None  # that the model was moved to; None if it was not moved
 
-    def load_and_pin(self, folder: str | os.PathLike[str]) -> tuple[Model, PinnedCheckpoint]:
+    def load_version(self, folder: str | os.PathLike[str]) -> tuple[Model, CheckpointVersion]:
         """Loads the current version of a checkpoint. Caches its model for pipeline stages that run in this process."""
         model = self._load(os.fspath(folder))
-        checkpoint = PinnedCheckpoint(resolve_model_address(folder), model.fingerprint)
+        checkpoint = CheckpointVersion(resolve_model_address(folder), model.fingerprint)
         with self._lock:
             self._entry, self._device = (checkpoint, model), None
         return model, checkpoint
 
-    def get(self, checkpoint: PinnedCheckpoint, device: str) -> Model:
-        """Returns the model of a pinned checkpoint on a device; loads it unless it is cached.
+    def get(self, checkpoint: CheckpointVersion, device: str) -> Model:
+        """Returns this version of a model on a device; loads the model unless it is cached.
 
         Raises:
             CheckpointError: the checkpoint was replaced.
