@@ -54,6 +54,7 @@ _BATCH_SIZE = 256  # for ranker inference
 Model = TypeVar("Model", bound=nn.Module)
 Config = TypeVar("Config")
 Identity = Mapping[str, Any]
+"""Everything except the weights that determines a model's output; see `Checkpoint.identity`."""
 
 
 @dataclass(frozen=True)
@@ -327,11 +328,11 @@ def _load(
     build: Callable[[Config, int, int, Identity], nn.Module],
     *extra: str,
 ) -> dict[str, Any]:
-    """Loads the attributes of `LoadedModel`, and the attributes that `extra` names from `Checkpoint.identity`.
+    """Returns the arguments of `LoadedModel`, and further attributes of `Checkpoint.identity` named by `extra`.
 
     `build` creates the network from its configuration, feature size, vocabulary size and `Checkpoint.identity`.
     """
-    target = resolve_device(device)
+    torch_device = resolve_device(device)
     checkpoint = read_checkpoint(folder, kind)
     identity = checkpoint.identity
     try:
@@ -351,7 +352,7 @@ def _load(
         raise damaged_error(open_folder(folder), f"{type(error).__name__}: {reason}") from error
     return {
         "kind": kind,
-        "model": model.to(target).eval(),
+        "model": model.to(torch_device).eval(),
         "vocabulary": vocabulary,
         "config": config,
         "encoder": encoder,

@@ -97,7 +97,7 @@ class EncoderConfig:
         if description["weights"] == "imported":  # written by `captionlib import-features`
             raise ConfigError(
                 "the features were imported, so the network that computed them is unknown and cannot encode more "
-                "images; use features that were imported the same way"
+                "images; import the features of these images too"
             )
         if description["weights"] in ("file", "folder") and weights is None:
             kind = "weights file" if description["weights"] == "file" else "model folder"
@@ -219,13 +219,13 @@ def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = 
         ConfigError: the model, the node, the weights or the device do not exist, or the weights lack layers up to the
             node.
     """
-    target = resolve_device(device)
+    torch_device = resolve_device(device)
     with choose_build_device(config.weights, config.missing_weights):
         network = truncate_network(config.model, config.node)
     weights, config = load_network_weights(network, config)
     network.to_empty(device="cpu").load_state_dict(weights)
     preprocessing = resolve_preprocessing(config.model, config.weights, config.resize_size, config.decode_scale)
-    return build_encoder(network, config, preprocessing, target, hash_weights(weights), trainable)
+    return build_encoder(network, config, preprocessing, torch_device, hash_weights(weights), trainable)
 
 
 def build_encoder(
@@ -279,7 +279,10 @@ def load_network_weights(network: nn.Module, config: EncoderConfig) -> tuple[dic
 
 
 def describe_finetuned_encoder(description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Returns an encoder's description updated for its fine-tuned `weights`, which are all of its tensors."""
+    """Returns an encoder's description, updated after fine-tuning.
+
+    `weights` must contain all tensors of the encoder, including those that were not trained.
+    """
     changes = {"weights": "file", "missing_weights": "error", "weights_sha256": hash_weights(weights)}
     return {**description, **changes}
 
@@ -305,7 +308,7 @@ def pack_encoder_weights(config: EncoderConfig) -> bytes:
 
 
 def describe_preprocessing(preprocessing: Preprocessing | SizeLimit) -> dict[str, Any]:
-    """Returns the settings of a preprocessing as JSON values, for fingerprints."""
+    """Returns the settings of a preprocessing or size limit as JSON values, for fingerprints."""
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(preprocessing).items()}
     for name, default in (("decode_scale", "exact"), ("stretch", False)):
         if values.get(name) == default:  # omitted, so that the fingerprints of older datasets remain valid

@@ -1,4 +1,7 @@
-"""Captioners: models that generate sentences about images, with the probability of each sentence."""
+"""Captioners: models that generate sentences about images, with the probability of each sentence.
+
+A family is a provider of models, selected by the prefix of a model's address, such as `hf:`.
+"""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +25,7 @@ class Caption:
 
     Attributes:
         text: the sentence.
-        log_prob: ln p(sentence | image), the sum over all tokens, whatever decoding prefers.
+        log_prob: ln p(sentence | image), the sum over all tokens, without length penalty or reranking.
         token_count: number of tokens that `log_prob` sums over, including an end token.
         attention: attention weights of each token, `[token_count, positions] float16`; None if they are not computed.
     """
@@ -52,7 +55,7 @@ class CaptionModel(ImageModel, Protocol):
         """Metrics of each epoch of training; empty if they are unknown."""
 
     def describe_generation(self, config: "GenerationConfig") -> dict[str, Any]:
-        """Returns everything except the model that determines the captions. It becomes part of their fingerprint.
+        """Returns the settings that determine the captions. A dataset of captions depends on them and on the model.
 
         Raises:
             CheckpointError: the captioner lacks a part that `config` needs.
@@ -60,7 +63,7 @@ class CaptionModel(ImageModel, Protocol):
         """
 
     def prepare(self, config: "GenerationConfig") -> GenerateCaptions:
-        """Returns the function that captions batches; raises the errors of `describe_generation`."""
+        """Returns a function that generates captions for batches. Raises the same errors as `describe_generation`."""
 
 
 @runtime_checkable

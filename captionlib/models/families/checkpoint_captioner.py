@@ -1,4 +1,4 @@
-"""The captioners that captionlib trains, as a family of models."""
+"""Adapts the captioners that captionlib trains to `CaptionModel`, the interface of all captioners."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -35,12 +35,15 @@ class CheckpointCaptioner:
         self.history: Sequence[Mapping[str, Any]] = self._loaded.training.get("history", [])
 
     def find_input_transform(self, weights: str | None) -> EncoderConfig:
+        """Returns the configuration of the encoder; see `ImageModel`."""
         return self._loaded.find_input_transform(weights)
 
     def require_encoder(self, description: Mapping[str, Any]) -> None:
+        """Checks that features come from the captioner's encoder; see `ImageModel`."""
         self._loaded.require_encoder(description)
 
     def to(self, device: torch.device) -> None:
+        """Moves the captioner to a device."""
         self._loaded.to(device)
 
     def describe_generation(self, config: "GenerationConfig") -> dict[str, Any]:
