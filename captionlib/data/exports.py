@@ -125,7 +125,10 @@ class _Export:
         """Records what is exported, so that a different export cannot continue in the folder."""
         if not self.folder.exists(_DESCRIPTION):
             if names := [name for name in self.folder.list() if name not in (LOCK_FILE, TEMPORARY_FOLDER)]:
-                raise DatasetError(f"{self.folder.uri}: expected a new or empty folder, got files ({names[0]})")
+                raise DatasetError(
+                    f"{self.folder.uri}: expected a new or empty folder, got files ({names[0]}); choose a new folder, "
+                    "or delete this one if it is what is left of an export"
+                )
             self.folder.write(_DESCRIPTION, encode_record(content))
             return
         try:
@@ -156,7 +159,9 @@ class _Export:
         """
         self.folder.remove_temporary_files()
         if not self.folder.exists(_DESCRIPTION):
-            raise DatasetError(f"{self.folder.uri} was removed or moved during the export; run the command again")
+            raise DatasetError(
+                f"{self.folder.uri} was removed or moved during the export; delete it and run the command again"
+            )
 
     def _counts_file(self, part: int) -> str:
         return f"{_METADATA_FOLDER}/{part_name(part)}.json"

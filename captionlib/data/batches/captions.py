@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice, pairwise
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from captionlib.errors import DatasetError
 __all__ = [
     "CaptionBatch",
     "CaptionBatches",
+    "describe_data",
     "feature_shape",
     "make_batch",
     "make_caption_tokenizer",
@@ -267,6 +268,17 @@ def read_references(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[
     selected = add_split_aliases(splits)
     for shard in range(dataset.shards):
         yield from (captions for split, captions in _read_splits(dataset, shard) if split in selected and captions)
+
+
+def describe_data(
+    dataset: ShardedDataset, train_splits: Sequence[str], validation_splits: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Returns the numbers of captioned images and captions in the training and validation splits, as JSON values."""
+    data: dict[str, dict[str, Any]] = {}
+    for use, splits in (("training", train_splits), ("validation", validation_splits)):
+        counts = list(map(len, read_references(dataset, splits)))
+        data[use] = {"splits": list(splits), "images": len(counts), "captions": sum(counts)}
+    return data
 
 
 def _read_splits(dataset: ShardedDataset, shard: int) -> Iterator[tuple[str, list[str]]]:

@@ -9,7 +9,7 @@ It follows Karpathy & Fei-Fei 2015 (arXiv 1412.2306) and Vinyals et al. 2015 (ar
 
 `image_input` sets where the image projection Wih v enters. With `first_step`, h_0 = max(0, Wxh x_0 + Wih v + b).
 
-The END token also serves as START. A feature map's image feature is its mean over positions. With attention
+The END token also serves as START. The image feature of a feature map is its mean over positions. With attention
 (attention.py), Wz z_t is added to h_t before the output layer, and Wg z_t to the gates of step t + 1, where z_t is the
 context vector. A Transformer (transformer.py) computes h_t from all previous words and the positions of the image.
 """
