@@ -169,7 +169,7 @@ def train_captioner(
         group = ProcessGroup()
         dataset = open_dataset(features, "features").require_complete()
         require_other_folder(config.init_from, folder)
-        group.run_on_first(lambda: prepare_run_folder(folder, overwrite))
+        group.run_on_process_0(lambda: prepare_run_folder(folder, overwrite))
         next(read_captions(dataset, config.validation_splits))  # raises an error now if there are no captions
         seed_everything(config.training.seed)
         model, vocabulary, config, provenance = _initialize(config, dataset, weights)

@@ -128,7 +128,7 @@ def finetune_captioner(
     with join_process_group(resolve_device(device)) as process_device:
         group = ProcessGroup()
         encoder = _load_trainable_encoder(initial, weights, config.encoder.from_node, process_device)
-        group.run_on_first(lambda: prepare_run_folder(folder, overwrite))
+        group.run_on_process_0(lambda: prepare_run_folder(folder, overwrite))
         training = read_captioned_rows(dataset, config.train_splits)
         validation = read_captioned_rows(dataset, config.validation_splits)
         resolved = {

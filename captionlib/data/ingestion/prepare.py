@@ -50,7 +50,7 @@ class PrepareConfig:
             manifest is used or, for a new one, `captionlib.data.shards.compaction.choose_shard_size`.
         check_images: raise an error if the source lists image paths and none of the first 20 images exists.
         strict: raise an error at the first invalid image or caption instead of skipping it.
-        append: keep images of an existing manifest that are not in the source, for sources of only new or changed images.
+        append: keep images of an existing manifest that are not in the source. The source can then list only new ones.
         verify_content: path or URL of features, captions or embeddings made from the manifest. Their column
             `content_hash` contains a hash of each image. If set, an update reads all images that seem unchanged and
             compares their hashes.
