@@ -50,7 +50,7 @@ def extract_features(
         FailureRatioError: more images failed than `run` allows.
     """
     config = replace(
-        config, encoder=config.encoder.resolve_weights_path(), loading=run.limit_decoder_processes(config.loading)
+        config, encoder=config.encoder.resolve_paths(), loading=run.limit_decoder_processes(config.loading)
     )
     source = open_dataset(manifest, "manifest").require_complete()
     driver_device, worker_device = run.resolve_devices(device)

@@ -198,6 +198,7 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
     Returns:
         The number of shards after the update.
     """
+    # A marker is the file that records that a shard is complete.
     rows = {shard: marker.rows for shard, marker in dataset.read_markers().items()}
     touched, gone = comparison.list_touched_shards(), comparison.count_gone()
     left = {shard: count - gone.get(shard, 0) for shard, count in rows.items()}

@@ -441,7 +441,7 @@ def create_dataset(
         overwrite: first delete an existing dataset in the folder.
 
     Raises:
-        ConfigError: the folder is that of `source`.
+        ConfigError: `uri` is the folder of `source`.
         FingerprintError: the folder holds a dataset with a different fingerprint or lineage, and `overwrite` is not
             set.
         DatasetError: the folder holds files that captionlib did not write, or a dataset with the shards that `source`
@@ -519,7 +519,7 @@ def _select_other_files(names: Collection[str]) -> list[str]:
 
 
 def _list_dataset_files(names: Iterable[str]) -> list[str]:
-    """Returns those names that a dataset's files have. The markers are last."""
+    """Returns the names that are files of a dataset. The markers are last."""
     parts = [name for name in names if name.endswith(".parquet") and _PART.fullmatch(name.removesuffix(".parquet"))]
     return [SUCCESS_FILE, JOURNAL_FILE, UPDATE_FOLDER, FAILURES_FOLDER, *parts, MARKERS_FOLDER]
 
@@ -607,6 +607,7 @@ def _to_dataset(folder: Folder, description: Mapping[str, Any]) -> ShardedDatase
 
 
 def _read_updated_description(folder: Folder) -> dict[str, Any] | None:
+    """Reads the description, after completing an update that was interrupted after its commit."""
     description = _read_description(folder)
     if description is None or not folder.exists(JOURNAL_FILE):
         return description

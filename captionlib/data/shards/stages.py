@@ -44,7 +44,7 @@ class ShardJob:
     """A stage, its complete input dataset, and its output datasets, which have the same number of shards.
 
     A finished shard is stale if its input shard has changed since. When a shard is processed again, rows and failures
-    whose image has not changed are copied from the old output.
+    (unreadable images) are copied from the old output if the image has not changed.
 
     Attributes:
         retry_failures: process the images that could not be read once more, also in finished shards.
@@ -60,8 +60,8 @@ class ShardJob:
     def plan(self) -> Iterator[list[int]]:
         """Yields up to two lists of shards to process. The first is processed before the second is requested.
 
-        Reading the markers of many finished shards takes long. If the input has not changed since the outputs were
-        created, the first list contains the shards that lack a marker or data file, which takes only a listing.
+        Reading the markers of many finished shards takes long. Therefore, if the input has not changed since the
+        outputs were created, the first list contains the shards without a marker or data file: a listing finds them.
         """
         missing = self._find_missing()
         if missing:
@@ -214,6 +214,7 @@ class _UnchangedRows:
 
     @classmethod
     def find(cls, rows: pa.Table, outputs: Sequence[pa.Table], failures: pa.Table) -> "_UnchangedRows":
+        """Compares the rows of the input with the rows and failures of the old output."""
         found = [match_images(rows, output) for output in outputs]
         is_kept = np.all([indices >= 0 for indices in found], axis=0)
         failed = np.where(is_kept, -1, match_images(rows, failures))

@@ -95,7 +95,7 @@ class LoadedModel(Generic[Model, Config]):
         file = weights or self.encoder_weights
         if file is None and self.encoder.get("weights") in LOCATED:
             raise missing_encoder_error(self.encoder, self.provenance)
-        return EncoderConfig.from_description(self.encoder, file).resolve_weights_path()
+        return EncoderConfig.from_description(self.encoder, file).resolve_paths()
 
     def to(self, device: torch.device) -> None:
         """Moves the model to a device."""
