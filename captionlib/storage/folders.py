@@ -162,7 +162,7 @@ class Folder:
         """Writes a small file unless it exists, and returns whether it was written.
 
         If several processes create the same file at once, only one succeeds. On object stores other than S3, several
-        may succeed, and the last one overwrites the others.
+        may succeed, and the file of the last one remains.
         """
         path = self.path(name)
         try:

@@ -87,6 +87,7 @@ def _index_annotations(
 def _count_unmatched(
     annotations: dict[str, list[dict[str, Any]]], listed: set[str], location: Location, skips: SkipCounter
 ) -> None:
+    """Counts the captions of images that the file does not list."""
     unmatched = [image_id for image_id in annotations if image_id not in listed]
     if listed and unmatched and len(unmatched) == len(annotations):
         raise DatasetError(

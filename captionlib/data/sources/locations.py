@@ -152,7 +152,7 @@ def _expand_braces(address: str) -> list[str]:
 
 
 def find_files(addresses: Sequence[str], extensions: frozenset[str]) -> Iterator[Location]:
-    """Yields files at `addresses`, files that match globs, and the files in folders that have one of `extensions`.
+    """Yields the files at `addresses`: all matches of a glob, and the files with one of `extensions` in a folder.
 
     Raises:
         DatasetError: an address does not exist, or no file is found at it.

@@ -53,7 +53,7 @@ class GenerationConfig:
         encoder_batch_size: images per batch of the encoder, if captions are generated from images.
         attention_maps: store the attention weights of each token of the best caption; requires a captioner with
             attention.
-        prompt: text that the captioner continues or answers, if it has prompts.
+        prompt: text that the captioner continues or answers, if it accepts prompts.
     """
 
     decoding: DecodingConfig = field(default_factory=lambda: DecodingConfig(n_best=5))
@@ -66,7 +66,7 @@ class GenerationConfig:
 
 
 def require_attention(captioner: CaptionModel, address: str) -> int:
-    """Returns the number of positions of the captioner's attention maps; errors name `address`.
+    """Returns the number of positions of the captioner's attention maps. The error message contains `address`.
 
     Raises:
         CheckpointError: the captioner has no attention maps.
@@ -86,7 +86,7 @@ class CaptionGeneration:
     Attributes:
         config: configuration of the generation.
         captioner: the version of the captioner to use.
-        description: `CaptionModel.describe_generation`; a worker with a different one fails.
+        description: result of `CaptionModel.describe_generation`; a worker whose captioner returns another one fails.
         input_transform: how images become the captioner's input; None if the dataset contains features.
         device: device of the models.
         threads: number of CPU threads of the models. If None, PyTorch's default is used.
@@ -105,8 +105,8 @@ class CaptionGeneration:
 
     @property
     def columns(self) -> Sequence[str]:
-        properties = ["image_id", "uri", "version", "split"]
-        return properties if self.input_transform else [*properties, "width", "height", "content_hash", "features"]
+        names = ["image_id", "uri", "version", "split"]
+        return names if self.input_transform else [*names, "width", "height", "content_hash", "features"]
 
     @contextmanager
     def open(self) -> Iterator[ProcessRows]:
@@ -138,6 +138,7 @@ def _caption_batches(
 def _prepare_once(
     checkpoint: CheckpointVersion, config: GenerationConfig, _datastore: str | None, device: str
 ) -> GenerateCaptions:
+    """Prepares a captioner once per process, and again if the fingerprint of its datastore changes."""
     return SHARED_CAPTIONERS.get(checkpoint, device).prepare(config)
 
 
@@ -173,7 +174,7 @@ def caption_images(
     device: str = "auto",
     captioner: CaptionModel | None = None,
 ) -> tuple[list[Row], list[tuple[str, ImageError]]]:
-    """Captions images that are not part of a dataset.
+    """Generates captions for images that are not part of a dataset.
 
     Example:
         >>> rows, failures = captionlib.caption_images(["scenes/images/test-00000.jpg"], "captioner")

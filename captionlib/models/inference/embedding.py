@@ -69,8 +69,8 @@ class ImageEmbedding:
 
     @property
     def columns(self) -> Sequence[str]:
-        properties = ["image_id", "uri", "version"]
-        return properties if self.input_transform else [*properties, "width", "height", "content_hash", "features"]
+        names = ["image_id", "uri", "version"]
+        return names if self.input_transform else [*names, "width", "height", "content_hash", "features"]
 
     @contextmanager
     def open(self) -> Iterator[ProcessRows]:
@@ -105,5 +105,7 @@ def build_embedding_rows(rows: Sequence[Row], images: Arrays, ranker: RankingMod
     """Embeds images, and returns rows of an embeddings dataset."""
     schema = embeddings_schema(ranker.size)
     vectors = numpy_to_vectors(ranker.encode_images(images).astype(np.float16))
-    columns = [pa.array([row.get(each.name) for row in rows], each.type) for each in schema][:-1]
+    columns = [pa.array([row.get(each.name) for row in rows], each.type) for each in schema][
+        :-1
+    ]  # the last is the vector
     return pa.RecordBatch.from_arrays([*columns, vectors], schema=schema)

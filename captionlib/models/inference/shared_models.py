@@ -26,7 +26,7 @@ class CheckpointVersion:
     """A checkpoint and the version of it that a run started with.
 
     Attributes:
-        folder: absolute path or URL of the checkpoint, or the address of a model of another family.
+        folder: absolute path or URL of the checkpoint, or an address with a prefix, such as `hf:FOLDER`.
         fingerprint: hash of everything that determines the model's output.
     """
 
@@ -34,10 +34,15 @@ class CheckpointVersion:
     fingerprint: str
 
     def require_unchanged(self, part: str, expected: object, actual: object) -> None:
-        """Compares the fingerprint of a part of the checkpoint, or its other settings.
+        """Checks that a part of the checkpoint is the same as at the start of the run.
+
+        Args:
+            part: name of the part, for the error message.
+            expected: fingerprint or settings of the part at the start of the run.
+            actual: fingerprint or settings of the part that was loaded now.
 
         Raises:
-            CheckpointError: they differ.
+            CheckpointError: `expected` and `actual` differ.
         """
         if expected != actual:
             raise CheckpointError(
@@ -53,10 +58,13 @@ class CheckpointCache(Generic[Model]):
         self._load = load
         self._lock = Lock()
         self._entry: tuple[CheckpointVersion, Model] | None = None
-        self._device: torch.device | None = None  # that the model was moved to; None if it was not moved
+        self._device: torch.device | None = None  # device of the cached model; None if it was not moved yet
 
     def load_version(self, folder: str | os.PathLike[str]) -> tuple[Model, CheckpointVersion]:
-        """Loads the current version of a checkpoint. Caches its model for pipeline stages that run in this process."""
+        """Loads a model. Also returns its version, which workers pass to `get` to use the same weights.
+
+        The model is cached for pipeline stages that run in this process.
+        """
         model = self._load(os.fspath(folder))
         checkpoint = CheckpointVersion(resolve_model_address(folder), model.fingerprint)
         with self._lock:
@@ -69,16 +77,16 @@ class CheckpointCache(Generic[Model]):
         Raises:
             CheckpointError: the checkpoint was replaced.
         """
-        target = resolve_device(device)
+        torch_device = resolve_device(device)
         with self._lock:  # other threads wait while one loads
             if self._entry is None or self._entry[0] != checkpoint:
                 model = self._load(checkpoint.folder)
                 checkpoint.require_unchanged("model", checkpoint.fingerprint, model.fingerprint)
                 self._entry, self._device = (checkpoint, model), None
             model = self._entry[1]
-            if self._device != target:  # moving would replace the parameters while other threads copy or use them
-                model.to(target)
-                self._device = target
+            if self._device != torch_device:  # moving would replace the parameters while other threads copy or use them
+                model.to(torch_device)
+                self._device = torch_device
             return model
 
 
