@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.options import config_options, progress_option, workers_option
+from jobs.options import config_options, progress_option, serve_option, serve_when_done, workers_option
 
 if TYPE_CHECKING:
     from captionlib.search.config import VectorLayout
@@ -31,6 +31,7 @@ __all__ = ["command"]
 @config_options
 @workers_option
 @progress_option
+@serve_option
 @click.option(
     "--overwrite", is_flag=True, help="Replace an index that is damaged or has different datasets or settings."
 )
@@ -44,6 +45,7 @@ def command(
     overrides: tuple[str, ...],
     workers: int,
     progress: bool,
+    serve: int | None,
     overwrite: bool,
 ) -> None:
     """Index CAPTIONS, and optionally embeddings of the same images, for `query` and `serve`.
@@ -58,6 +60,7 @@ def command(
     \b
     Examples:
       captionlib build-index captions -o index
+      captionlib build-index captions -o index --serve
       captionlib build-index captions -e embeddings -o index --workers 2
       captionlib build-index captions -o index --thumbnails thumbnails
       captionlib build-index captions-2025 captions-2026 -e embeddings-2025 -e embeddings-2026 -o index
@@ -91,6 +94,7 @@ def command(
         click.echo(f"{build.pending:,} shards are not finished; run this command again when they are", err=True)
     if thumbnails is not None:
         _create_thumbnails(output, thumbnails, progress)
+    serve_when_done(output, serve)
 
 
 def _create_thumbnails(index: str, folder: str, progress: bool) -> None:

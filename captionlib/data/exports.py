@@ -117,6 +117,8 @@ def export_images(
 
 @dataclass(frozen=True)
 class _Export:
+    """An export to a folder. A `part` is the number of a tar or subfolder of the export."""
+
     folder: Folder
     to: ExportFormat
     selection: ImageSelection
@@ -125,7 +127,10 @@ class _Export:
         """Records what is exported, so that a different export cannot continue in the folder."""
         if not self.folder.exists(_DESCRIPTION):
             if names := [name for name in self.folder.list() if name not in (LOCK_FILE, TEMPORARY_FOLDER)]:
-                raise DatasetError(f"{self.folder.uri}: expected a new or empty folder, got files ({names[0]})")
+                raise DatasetError(
+                    f"{self.folder.uri}: expected a new or empty folder, got files ({names[0]}); choose a new folder, "
+                    "or delete this one if it is what is left of an export"
+                )
             self.folder.write(_DESCRIPTION, encode_record(content))
             return
         try:
@@ -141,7 +146,7 @@ class _Export:
             )
 
     def read_counts(self, part: int) -> ExportSummary | None:
-        """Returns the counts of a finished tar or folder, or None if it or its counts are missing or damaged."""
+        """Returns the counts of a finished part. None if the part is missing, or its counts are missing or damaged."""
         try:
             counts = _SUMMARY.validate_python(decode_record(self.folder.read(self._counts_file(part))))
         except (FileNotFoundError, ValueError):
@@ -156,7 +161,9 @@ class _Export:
         """
         self.folder.remove_temporary_files()
         if not self.folder.exists(_DESCRIPTION):
-            raise DatasetError(f"{self.folder.uri} was removed or moved during the export; run the command again")
+            raise DatasetError(
+                f"{self.folder.uri} was removed or moved during the export; delete it and run the command again"
+            )
 
     def _counts_file(self, part: int) -> str:
         return f"{_METADATA_FOLDER}/{part_name(part)}.json"
@@ -168,7 +175,7 @@ class _Export:
     def write_shard(
         self, part: int, dataset: ShardedDataset, shard: int, fetcher: ImageFetcher, threads: ThreadPoolExecutor
     ) -> ExportSummary:
-        """Writes one tar or folder, and then the file with its counts, which marks it as finished."""
+        """Writes a part, and then the file with its counts, which marks the part as finished."""
         failures = Counter[str]()
         samples = self._read_samples(dataset, shard, fetcher, threads, failures)
         write = self._write_tar if self.to == "webdataset" else self._write_folder
@@ -185,7 +192,7 @@ class _Export:
         threads: ThreadPoolExecutor,
         failures: Counter[str],
     ) -> Iterator[tuple[dict[str, Any], bytes]]:
-        """Yields the selected rows with the bytes of their images, and counts the images that cannot be read."""
+        """Yields the selected rows with the bytes of their images. Counts unreadable images in `failures`."""
 
         def fetch(row: dict[str, Any]) -> bytes | FetchError:
             try:
@@ -205,6 +212,7 @@ class _Export:
                     yield row, content
 
     def _write_tar(self, name: str, samples: Iterator[tuple[dict[str, Any], bytes]]) -> int:
+        """Returns the number of written images."""
         count = 0
         with self.folder.stage(f"{name}.tar") as path, tarfile.open(path, "w") as tar:
             for row, content in samples:
@@ -221,6 +229,7 @@ class _Export:
         return count
 
     def _write_folder(self, name: str, samples: Iterator[tuple[dict[str, Any], bytes]]) -> int:
+        """Returns the number of written images."""
         self.folder.remove(name)  # an interrupted run may have left images
         lines: list[str] = []
         for row, content in samples:

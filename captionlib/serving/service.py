@@ -258,11 +258,15 @@ class SearchService:
 
 
 def make_cursor(offset: int, search: Search) -> str:
-    """Returns the cursor of the results of a search from an offset. It contains a checksum of the search."""
+    """Returns the cursor that continues a search at an offset.
+
+    The cursor contains a checksum of `search`, so it continues no other search.
+    """
     return f"{offset}-{zlib.crc32(repr(search).encode('utf-8', 'surrogatepass')):08x}"
 
 
 def _read_cursor(cursor: str | None, search: Search) -> int:
+    """Returns the offset in a cursor, or 0 if there is no cursor. See `make_cursor`."""
     if not cursor:
         return 0
     found = re.fullmatch("([0-9]{1,5})-[0-9a-f]{8}", cursor)

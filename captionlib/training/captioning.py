@@ -31,6 +31,7 @@ from captionlib.training.caption_objective import CaptioningObjective, CiderVali
 from captionlib.training.distributed import ProcessGroup, join_process_group
 from captionlib.training.initialization import (
     build_captioner,
+    describe_features,
     initialize_word_vectors,
     load_initial_captioner,
     require_other_folder,
@@ -144,8 +145,8 @@ def train_captioner(
         features: the folder of the features dataset.
         output: the folder for the checkpoint of the best epoch, metrics, curves and the state to resume from.
         config: the configuration of the captioner and its training.
-        weights: the encoder's weights file. Required if a new captioner has an `encoder_top` and the encoder was loaded
-            from such a file.
+        weights: the encoder's weights file. Required if a new captioner has an `encoder_top`, and the file that the
+            encoder was loaded from has moved.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         overwrite: replace a run with a different configuration.
         progress: show a progress bar.
@@ -168,7 +169,7 @@ def train_captioner(
         group = ProcessGroup()
         dataset = open_dataset(features, "features").require_complete()
         require_other_folder(config.init_from, folder)
-        group.run_on_first(lambda: prepare_run_folder(folder, overwrite))
+        group.run_on_process_0(lambda: prepare_run_folder(folder, overwrite))
         next(read_captions(dataset, config.validation_splits))  # raises an error now if there are no captions
         seed_everything(config.training.seed)
         model, vocabulary, config, provenance = _initialize(config, dataset, weights)
@@ -185,14 +186,18 @@ def _initialize(
     config: CaptionerTrainingConfig, dataset: ShardedDataset, weights: str | None
 ) -> tuple[CaptionerNetwork, Vocabulary, CaptionerTrainingConfig, dict[str, Any]]:
     """Builds or loads a captioner. Also returns its vocabulary, its configuration, and what it is trained from."""
-    provenance: dict[str, Any] = {"features": dataset.compute_content_checksum(), "objective": config.objective}
+    provenance: dict[str, Any] = {
+        **describe_features(dataset, config.train_splits, config.validation_splits),
+        "objective": config.objective,
+    }
     if config.init_from is not None:
         initial = load_initial_captioner(config.init_from, config.captioner, dataset)
         provenance["init_from"] = {"checkpoint": config.init_from, "fingerprint": initial.fingerprint}
         return initial.model, initial.vocabulary, replace(config, captioner=initial.config), provenance
     captions = read_captions(dataset, config.train_splits)
     vocabulary = Vocabulary.from_captions(captions, config.min_count, config.level, config.vocabulary_size)
-    model = build_captioner(config.captioner, dataset, config.train_splits, vocabulary, weights)
+    file = weights or dataset.encoder_weights or None
+    model = build_captioner(config.captioner, dataset, config.train_splits, vocabulary, file)
     if config.word_vectors is not None:
         provenance["word_vectors"] = initialize_word_vectors(model, vocabulary, config.word_vectors)
     return model, vocabulary, config, provenance
@@ -219,8 +224,8 @@ def _make_objective(
         model.encoder_top.requires_grad_(config.encoder_top_learning_rate > 0)
 
     def save(output: Folder, model: CaptionerNetwork, history: dict[str, Any]) -> None:
-        encoder, stamped = dataset.config["encoder"], add_versions_and_time(provenance)
-        save_captioner(output, model, vocabulary, encoder, provenance=stamped, training=history)
+        encoder, complete = dataset.config["encoder"], add_versions_and_time(provenance)
+        save_captioner(output, model, vocabulary, encoder, provenance=complete, training=history)
 
     if config.objective == "bag_of_words":
         return BagOfWordsObjective(model, training, validation, save, module_learning_rates=module_learning_rates)

@@ -6,10 +6,12 @@ the encoder. The encoder has its own learning rate (1e-5 in neuraltalk2) and sta
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -27,7 +29,7 @@ from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_capti
 from captionlib.models.checkpoints.folder import add_versions_and_time
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.devices import resolve_device
-from captionlib.models.encoders.encoder import Encoder, EncoderConfig, describe_finetuned_encoder, load_encoder
+from captionlib.models.encoders.encoder import Encoder, describe_finetuned_encoder, load_encoder
 from captionlib.models.encoders.network import list_parameters_before
 from captionlib.models.encoders.weights import serialize_weights
 from captionlib.storage.folders import Folder
@@ -126,7 +128,7 @@ def finetune_captioner(
     with join_process_group(resolve_device(device)) as process_device:
         group = ProcessGroup()
         encoder = _load_trainable_encoder(initial, weights, config.encoder.from_node, process_device)
-        group.run_on_first(lambda: prepare_run_folder(folder, overwrite))
+        group.run_on_process_0(lambda: prepare_run_folder(folder, overwrite))
         training = read_captioned_rows(dataset, config.train_splits)
         validation = read_captioned_rows(dataset, config.validation_splits)
         resolved = {
@@ -136,7 +138,14 @@ def finetune_captioner(
             **to_dict(config),
         }
         origin = {"checkpoint": config.init_from, "fingerprint": initial.fingerprint}
-        provenance = {"manifest": dataset.compute_content_checksum(), "init_from": origin}
+        provenance = {
+            "manifest": dataset.compute_content_checksum(),
+            "data": {
+                "training": _describe_rows(config.train_splits, training),
+                "validation": _describe_rows(config.validation_splits, validation),
+            },
+            "init_from": origin,
+        }
         skipped = SkippedImages(folder, group.rank, len(training) + len(validation), config.max_failure_ratio)
         seed_everything(config.training.seed)
         with open_loader(config.loading, encoder.preprocessing) as load:
@@ -149,11 +158,17 @@ def finetune_captioner(
                     print(f"{skipped.describe()}: see {folder.address(FAILURES_FOLDER)}", file=sys.stderr)
 
 
+def _describe_rows(splits: Sequence[str], rows: pa.Table) -> dict[str, Any]:
+    """Returns the splits, and the numbers of images and captions, for the checkpoint's record of its training data."""
+    captions = pc.sum(pc.list_value_length(rows["captions"])).as_py()
+    return {"splits": list(splits), "images": len(rows), "captions": captions}
+
+
 def _load_trainable_encoder(
     initial: LoadedCaptioner, weights: str | None, from_node: str | None, device: torch.device
 ) -> Encoder:
     """Loads the captioner's encoder and freezes the layers before `from_node`."""
-    config = EncoderConfig.from_description(initial.encoder, weights or initial.encoder_weights)
+    config = initial.find_input_transform(weights)
     encoder = load_encoder(config, str(device), trainable=True)
     initial.require_encoder(encoder.description)
     frozen = set() if from_node is None else list_parameters_before(config.model, from_node)

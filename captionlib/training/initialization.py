@@ -8,17 +8,24 @@ import numpy.typing as npt
 import torch
 
 from captionlib.config import describe_differences, to_dict
-from captionlib.data.batches.captions import feature_shape, mean_and_std, pool_map, sample_features
+from captionlib.data.batches.captions import describe_data, feature_shape, mean_and_std, pool_map, sample_features
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.data.text.word_vectors import read_word_vectors
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner
+from captionlib.models.checkpoints.encoder_file import ENCODER_ADDRESS
 from captionlib.models.encoders.top_layers import EncoderTop
 from captionlib.storage.folders import Folder
 
-__all__ = ["build_captioner", "initialize_word_vectors", "load_initial_captioner", "require_other_folder"]
+__all__ = [
+    "build_captioner",
+    "describe_features",
+    "initialize_word_vectors",
+    "load_initial_captioner",
+    "require_other_folder",
+]
 
 _COMPONENT_IMAGES = 4096  # images sampled for the principal components
 _MAP_IMAGES = 256  # images sampled for the statistics of feature maps
@@ -59,6 +66,17 @@ def build_captioner(
     _set_feature_statistics(model, dataset, splits)
     model.initialize_bias(torch.from_numpy(vocabulary.log_frequencies()))
     return model
+
+
+def describe_features(
+    dataset: ShardedDataset, train_splits: Sequence[str], validation_splits: Sequence[str]
+) -> dict[str, Any]:
+    """Returns the provenance (record of the training data) of a model that is trained on a features dataset."""
+    provenance = {
+        "features": dataset.compute_content_checksum(),
+        "data": describe_data(dataset, train_splits, validation_splits),
+    }
+    return {**provenance, ENCODER_ADDRESS: dataset.encoder_weights} if dataset.encoder_weights else provenance
 
 
 @torch.no_grad()

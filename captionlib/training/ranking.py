@@ -32,6 +32,7 @@ from captionlib.models.devices import resolve_device
 from captionlib.models.rankers.ranker import RankerConfig, RankerNetwork
 from captionlib.storage.folders import Folder
 from captionlib.training.distributed import ProcessGroup, join_process_group
+from captionlib.training.initialization import describe_features
 from captionlib.training.loop import TrainingConfig, prepare_run_folder, seed_everything, train
 from captionlib.training.objective import BatchLoss, Objective, SaveModel
 from captionlib.training.ranking_losses import contrastive_loss, max_margin_loss
@@ -217,7 +218,7 @@ def train_ranker(
     with join_process_group(resolve_device(device)) as process_device:
         group = ProcessGroup()
         dataset = open_dataset(features, "features").require_complete()
-        group.run_on_first(lambda: prepare_run_folder(folder, overwrite))
+        group.run_on_process_0(lambda: prepare_run_folder(folder, overwrite))
         next(read_captions(dataset, config.validation_splits))  # raises an error now if there are no captions
         objective = _make_objective(dataset, config, process_device)
         resolved = {"features": dataset.compute_content_checksum(), "world_size": group.world_size, **to_dict(config)}
@@ -237,11 +238,10 @@ def _make_objective(dataset: ShardedDataset, config: RankerTrainingConfig, devic
     if config.ranker.standardize_features:
         model.standardization.set_statistics(*map(torch.from_numpy, mean_and_std(dataset, config.train_splits)))
 
+    provenance = describe_features(dataset, config.train_splits, config.validation_splits)
+
     def save(output: Folder, model: RankerNetwork, history: dict[str, Any]) -> None:
-        encoder, provenance = (
-            dataset.config["encoder"],
-            add_versions_and_time({"features": dataset.compute_content_checksum()}),
-        )
-        save_ranker(output, model, vocabulary, encoder, provenance=provenance, training=history)
+        encoder, complete = dataset.config["encoder"], add_versions_and_time(provenance)
+        save_ranker(output, model, vocabulary, encoder, provenance=complete, training=history)
 
     return RankingObjective(model.to(device), config, training, validation, save)

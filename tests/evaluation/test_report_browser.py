@@ -90,7 +90,7 @@ def test_labels_describe_where_the_attention_is(browser: WebDriver, page: Path) 
     assert browser.get_log("browser") == []
 
 
-def test_mouse_shows_maps_and_a_click_pins_one(browser: WebDriver, page: Path) -> None:
+def test_mouse_shows_maps_and_a_click_keeps_one_visible(browser: WebDriver, page: Path) -> None:
     first, second, *_ = browser.find_elements(By.CLASS_NAME, "word")
     assert read_active_word(browser) is None
     ActionChains(browser).move_to_element(first).perform()
@@ -132,7 +132,7 @@ def test_keyboard_moves_through_the_words(browser: WebDriver, page: Path) -> Non
         words.append(read_active_word(browser))
     assert words == ["a", "dog", "runs", ".", ".", "runs", "a", "a"]
     browser.switch_to.active_element.send_keys(Keys.TAB)
-    assert read_active_word(browser) == "a", "Enter pins the map, and Tab leaves the caption"
+    assert read_active_word(browser) == "a", "after Enter, the map stays visible when Tab leaves the caption"
     assert "word" not in (browser.switch_to.active_element.get_attribute("class") or "")
     browser.find_element(By.CLASS_NAME, "word").send_keys(Keys.ESCAPE)
     assert read_active_word(browser) is None

@@ -194,7 +194,7 @@ def test_epoch_with_a_non_finite_score_is_never_saved(tmp_path: Path) -> None:
 
 
 class Unigram(Line):
-    """Validates by given perplexities; word frequencies alone reach 10."""
+    """Reports given validation perplexities. The perplexity of the unigram model is 10."""
 
     score_name = "perplexity"
     unigram_perplexity = 10.0
@@ -219,7 +219,7 @@ def test_run_above_the_unigram_perplexity_stops(tmp_path: Path, errors: list[flo
     assert continued[-1]["perplexity"] == 1.0
 
 
-def test_patience_ends_no_run_above_the_unigram_perplexity_silently(
+def test_short_run_above_the_unigram_perplexity_ends_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     objective = Unigram()
@@ -228,7 +228,7 @@ def test_patience_ends_no_run_above_the_unigram_perplexity_silently(
     assert capsys.readouterr().err.startswith("warning: expected a validation perplexity below 10.0")
 
 
-def test_run_that_falls_below_the_unigram_perplexity_in_time_goes_on(tmp_path: Path) -> None:
+def test_run_that_falls_below_the_unigram_perplexity_continues(tmp_path: Path) -> None:
     objective = Unigram()
     objective.errors = [12.0, 11.0, 9.0, 8.0]
     assert len(run(objective, tmp_path, replace(CONFIG, epochs=4))) == 4

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice, pairwise
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from captionlib.errors import DatasetError
 __all__ = [
     "CaptionBatch",
     "CaptionBatches",
+    "describe_data",
     "feature_shape",
     "make_batch",
     "make_caption_tokenizer",
@@ -269,6 +270,17 @@ def read_references(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[
         yield from (captions for split, captions in _read_splits(dataset, shard) if split in selected and captions)
 
 
+def describe_data(
+    dataset: ShardedDataset, train_splits: Sequence[str], validation_splits: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Returns the numbers of captioned images and captions in the training and validation splits, as JSON values."""
+    data: dict[str, dict[str, Any]] = {}
+    for use, splits in (("training", train_splits), ("validation", validation_splits)):
+        counts = list(map(len, read_references(dataset, splits)))
+        data[use] = {"splits": list(splits), "images": len(counts), "captions": sum(counts)}
+    return data
+
+
 def _read_splits(dataset: ShardedDataset, shard: int) -> Iterator[tuple[str, list[str]]]:
     for rows in dataset.read_batches(shard, ["split", "captions"]):
         yield from zip(rows["split"].to_pylist(), rows["captions"].to_pylist(), strict=True)
@@ -308,7 +320,10 @@ def mean_and_std(
 
 
 def _group_shards(dataset: ShardedDataset, buffer_bytes: int, pooled: bool) -> list[tuple[int, ...]]:
-    """Groups consecutive shards into buffers, assuming that all shards are as large as the largest."""
+    """Groups consecutive shards into buffers, assuming that all shards are as large as the largest.
+
+    The marker of a shard, the file that records that it is complete, contains the number of rows.
+    """
     largest = max((marker.rows for marker in dataset.read_markers().values()), default=1)
     width = dataset.schema.field("features").type.value_type.bit_width // 8
     row_bytes = 4 * feature_shape(dataset)[-1] if pooled else width * math.prod(feature_shape(dataset))

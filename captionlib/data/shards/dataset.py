@@ -85,6 +85,8 @@ class ShardedDataset:
         layout: id of the compaction that divided the images into these shards; empty if there was none. A dataset has
             the layout of its source; see `captionlib.data.shards.compaction`.
         source_checksum: content checksum of the source when this dataset was created; empty if unknown.
+        encoder_weights: path or URL of the weights file of the encoder that computed the features; empty if there is no
+            such file. The fingerprint depends on a hash of the weights, not on this path.
     """
 
     folder: Folder
@@ -97,6 +99,7 @@ class ShardedDataset:
     source: str = ""
     layout: str = ""
     source_checksum: str = ""
+    encoder_weights: str = ""
 
     def done_shards(self) -> set[int]:
         """Returns the numbers of the shards that have a marker and a data file. Lists the folders once.
@@ -418,6 +421,7 @@ def create_dataset(
     shards: int | None = None,
     source: ShardedDataset | None = None,
     lineage: str | None = None,
+    encoder_weights: str = "",
     overwrite: bool = False,
 ) -> ShardedDataset:
     """Creates a dataset, or resumes one with the same fingerprint.
@@ -433,10 +437,11 @@ def create_dataset(
         source: the dataset that this one is made from.
         lineage: id of the manifest that the images come from. If None, the lineage of `source` is used or, without a
             source, the fingerprint.
+        encoder_weights: path or URL of the weights file of the encoder, if the dataset contains its features.
         overwrite: first delete an existing dataset in the folder.
 
     Raises:
-        ConfigError: the folder is that of `source`.
+        ConfigError: `uri` is the folder of `source`.
         FingerprintError: the folder holds a dataset with a different fingerprint or lineage, and `overwrite` is not
             set.
         DatasetError: the folder holds files that captionlib did not write, or a dataset with the shards that `source`
@@ -460,7 +465,8 @@ def create_dataset(
     else:
         source_checksum = source.compute_content_checksum() if source else ""
     dataset = ShardedDataset(
-        folder, kind, config, fingerprint, shards, schema, lineage, source_address, layout, source_checksum
+        *(folder, kind, config, fingerprint, shards, schema, lineage, source_address, layout, source_checksum),
+        encoder_weights,
     )
     if delete_existing:
         _clear(folder)
@@ -488,6 +494,7 @@ def _write_description(dataset: ShardedDataset, created: str | None) -> None:
         "lineage": dataset.lineage,
         "source": dataset.source,
         "source_checksum": dataset.source_checksum,
+        **({"encoder_weights": dataset.encoder_weights} if dataset.encoder_weights else {}),
         "shards": dataset.shards,
         "layout": dataset.layout,
         "created": created or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -512,7 +519,7 @@ def _select_other_files(names: Collection[str]) -> list[str]:
 
 
 def _list_dataset_files(names: Iterable[str]) -> list[str]:
-    """Returns those names that a dataset's files have. The markers are last."""
+    """Returns the names that are files of a dataset. The markers are last."""
     parts = [name for name in names if name.endswith(".parquet") and _PART.fullmatch(name.removesuffix(".parquet"))]
     return [SUCCESS_FILE, JOURNAL_FILE, UPDATE_FOLDER, FAILURES_FOLDER, *parts, MARKERS_FOLDER]
 
@@ -593,12 +600,14 @@ def _to_dataset(folder: Folder, description: Mapping[str, Any]) -> ShardedDatase
             description.get("source", ""),
             description.get("layout", ""),
             description.get("source_checksum", ""),
+            str(description.get("encoder_weights", "")),
         )
     except (pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged_description(folder, error) from error
 
 
 def _read_updated_description(folder: Folder) -> dict[str, Any] | None:
+    """Reads the description, after completing an update that was interrupted after its commit."""
     description = _read_description(folder)
     if description is None or not folder.exists(JOURNAL_FILE):
         return description

@@ -33,9 +33,9 @@ class LanguageModelConfig:
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        self.captioner()
+        self.to_captioner_config()
 
-    def captioner(self) -> CaptionerConfig:
+    def to_captioner_config(self) -> CaptionerConfig:
         """Returns the configuration of the equivalent captioner.
 
         Raises:
@@ -46,4 +46,4 @@ class LanguageModelConfig:
 
 def build_language_model(config: LanguageModelConfig, vocabulary_size: int) -> CaptionerNetwork:
     """Builds a language model with weights from PyTorch's global random number generator."""
-    return CaptionerNetwork(config.captioner(), 0, vocabulary_size)
+    return CaptionerNetwork(config.to_captioner_config(), 0, vocabulary_size)

@@ -18,6 +18,7 @@ from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.captioners.language_model import LanguageModelConfig, build_language_model
 from captionlib.models.captioners.packed_sequences import pad_sentences
+from captionlib.models.checkpoints.encoder_file import LOCAL_WEIGHTS, missing_encoder_error
 from captionlib.models.checkpoints.folder import (
     FolderLike,
     damaged_error,
@@ -53,6 +54,7 @@ _BATCH_SIZE = 256  # for ranker inference
 Model = TypeVar("Model", bound=nn.Module)
 Config = TypeVar("Config")
 Identity = Mapping[str, Any]
+"""Everything except the weights that determines a model's output; see `Checkpoint.identity`."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class LoadedModel(Generic[Model, Config]):
         vocabulary: the model's words, characters or subwords.
         config: the model's architecture.
         encoder: `Encoder.description` of the encoder whose features it was trained on; empty for a language model.
-        encoder_weights: path or URL of the encoder's weights if it was fine-tuned with the model; otherwise None.
+        encoder_weights: path or URL of the encoder's weights file or model folder; None if there is none, or if it
+            cannot be found.
         provenance: the data and versions that the model was trained with.
         training: the training configuration and history.
         fingerprint: hash of everything that determines the model's output.
@@ -89,8 +92,10 @@ class LoadedModel(Generic[Model, Config]):
         Raises:
             ConfigError: the weights file is needed and cannot be found.
         """
-        config = EncoderConfig.from_description(self.encoder, weights or self.encoder_weights)
-        return config.resolve_weights_path()
+        file = weights or self.encoder_weights
+        if file is None and self.encoder.get("weights") in LOCAL_WEIGHTS:
+            raise missing_encoder_error(self.encoder, self.provenance)
+        return EncoderConfig.from_description(self.encoder, file).resolve_paths()
 
     def to(self, device: torch.device) -> None:
         """Moves the model to a device."""
@@ -323,11 +328,11 @@ def _load(
     build: Callable[[Config, int, int, Identity], nn.Module],
     *extra: str,
 ) -> dict[str, Any]:
-    """Loads the attributes of `LoadedModel`, and the attributes that `extra` names from `Checkpoint.identity`.
+    """Returns the arguments of `LoadedModel`, and further attributes of `Checkpoint.identity` named by `extra`.
 
     `build` creates the network from its configuration, feature size, vocabulary size and `Checkpoint.identity`.
     """
-    target = resolve_device(device)
+    torch_device = resolve_device(device)
     checkpoint = read_checkpoint(folder, kind)
     identity = checkpoint.identity
     try:
@@ -347,11 +352,11 @@ def _load(
         raise damaged_error(open_folder(folder), f"{type(error).__name__}: {reason}") from error
     return {
         "kind": kind,
-        "model": model.to(target).eval(),
+        "model": model.to(torch_device).eval(),
         "vocabulary": vocabulary,
         "config": config,
         "encoder": encoder,
-        "encoder_weights": find_encoder_weights(folder, encoder),
+        "encoder_weights": find_encoder_weights(folder, encoder, checkpoint.provenance),
         "provenance": checkpoint.provenance,
         "training": checkpoint.training,
         "fingerprint": checkpoint.fingerprint,

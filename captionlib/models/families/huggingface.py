@@ -114,10 +114,11 @@ def load_weights(location: str, load: Callable[..., Any], folder: Path) -> tuple
 
 
 def require_pixels(address: str, expected: Mapping[str, Any], description: Mapping[str, Any]) -> None:
-    """Checks the input of a model of images; see `ImageModel.require_encoder`."""
+    """Checks the input of a model whose input is pixels; see `ImageModel.require_encoder`."""
     if description != expected:
         raise CheckpointError(
-            f"{address} takes images, got features; specify the manifest that they were extracted from"
+            f"{address}: expected images, because the model has no separate encoder, got features; specify the "
+            "manifest that the features were extracted from"
         )
 
 
@@ -137,7 +138,7 @@ def prepare_pixels(images: Arrays, preprocessing: Preprocessing | SizeLimit, pro
 
 
 def find_preprocessing(processor: Any) -> Preprocessing | SizeLimit:
-    """Returns how decoder processes prepare images for a model, or `WHOLE_IMAGE` if only its processor can do it.
+    """Returns the preprocessing of a model, or `WHOLE_IMAGE` if only the model's own processor can prepare images.
 
     Args:
         processor: the model's image processor.

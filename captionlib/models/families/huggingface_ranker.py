@@ -1,4 +1,4 @@
-"""Rankers of Hugging Face Transformers: dual encoders such as CLIP and SigLIP."""
+"""Rankers from Hugging Face Transformers: dual encoders such as CLIP and SigLIP."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -32,7 +32,7 @@ _TEMPLATE = "template="
 
 
 class HuggingFaceRanker:
-    """A dual encoder of Transformers; implements `RankingModel`."""
+    """A dual encoder from Transformers; implements `RankingModel`."""
 
     def __init__(self, location: str) -> None:
         location, self.sentence_template = _split_template(location)

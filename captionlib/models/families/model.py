@@ -1,4 +1,7 @@
-"""What captioners and rankers of all families have in common."""
+"""The interface that captioners and rankers of all families share.
+
+A family is a provider of models, selected by the prefix of a model's address, such as `hf:`.
+"""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +33,10 @@ class ImageModel(Protocol):
 
     @property
     def encoder(self) -> Mapping[str, Any]:
-        """`ImageEncoder.description` of the encoder whose features are the input, or `describe_pixel_input`."""
+        """`ImageEncoder.description` of the encoder whose features are the input.
+
+        If the input is pixels, there is no encoder, and this is the result of `describe_pixel_input`.
+        """
 
     def find_input_transform(self, weights: str | None) -> InputTransform:
         """Returns how images become the input.
@@ -42,10 +48,10 @@ class ImageModel(Protocol):
         """
 
     def require_encoder(self, description: Mapping[str, Any]) -> None:
-        """Checks that the features of an encoder with this description are the model's input.
+        """Checks that the model accepts the features of the encoder with this description.
 
         Raises:
-            CheckpointError: they are not.
+            CheckpointError: the model was trained with a different encoder, or its input is pixels.
         """
 
     def to(self, device: torch.device) -> object:
@@ -58,12 +64,12 @@ Model = TypeVar("Model", bound=ImageModel)
 def open_model(
     group: Group, address: str | os.PathLike[str], device: str, load_checkpoint: Callable[[str], Model]
 ) -> Model:
-    """Loads a model of any family, or a checkpoint with `load_checkpoint`; see `open_captioner`."""
+    """Loads a model by its family, or with `load_checkpoint` if the address has no prefix; see `open_captioner`."""
     prefix, location = split_address(address)
-    target = resolve_device(device)
+    torch_device = resolve_device(device)
     load: Callable[[str], Model] = find_family(group, prefix) if prefix else load_checkpoint
     model = load(location)
-    model.to(target)
+    model.to(torch_device)
     return model
 
 

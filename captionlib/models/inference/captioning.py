@@ -25,7 +25,7 @@ from captionlib.models.families.ranker import RankingModel
 from captionlib.models.inference.embedding import SHARED_RANKERS, build_embedding_rows
 from captionlib.models.inference.extraction import EncodedRows
 from captionlib.models.inference.model_inputs import open_input_loader
-from captionlib.models.inference.shared_models import CheckpointCache, PinnedCheckpoint, cached_per_process
+from captionlib.models.inference.shared_models import CheckpointCache, CheckpointVersion, cached_per_process
 
 __all__ = [
     "SHARED_CAPTIONERS",
@@ -53,7 +53,7 @@ class GenerationConfig:
         encoder_batch_size: images per batch of the encoder, if captions are generated from images.
         attention_maps: store the attention weights of each token of the best caption; requires a captioner with
             attention.
-        prompt: text that the captioner continues or answers, if it has prompts.
+        prompt: text that the captioner continues or answers, if it accepts prompts.
     """
 
     decoding: DecodingConfig = field(default_factory=lambda: DecodingConfig(n_best=5))
@@ -66,7 +66,7 @@ class GenerationConfig:
 
 
 def require_attention(captioner: CaptionModel, address: str) -> int:
-    """Returns the number of positions of the captioner's attention maps; errors name `address`.
+    """Returns the number of positions of the captioner's attention maps. The error message contains `address`.
 
     Raises:
         CheckpointError: the captioner has no attention maps.
@@ -85,8 +85,8 @@ class CaptionGeneration:
 
     Attributes:
         config: configuration of the generation.
-        captioner: the captioner, pinned to one version.
-        description: `CaptionModel.describe_generation`; a worker with a different one fails.
+        captioner: the version of the captioner to use.
+        description: result of `CaptionModel.describe_generation`; a worker whose captioner returns another one fails.
         input_transform: how images become the captioner's input; None if the dataset contains features.
         device: device of the models.
         threads: number of CPU threads of the models. If None, PyTorch's default is used.
@@ -95,18 +95,18 @@ class CaptionGeneration:
     """
 
     config: GenerationConfig
-    captioner: PinnedCheckpoint
+    captioner: CheckpointVersion
     description: Mapping[str, Any]
     input_transform: InputTransform | None = None
     device: str = "auto"
     threads: int | None = None
-    ranker: PinnedCheckpoint | None = None
+    ranker: CheckpointVersion | None = None
     ranker_input_transform: InputTransform | None = None
 
     @property
     def columns(self) -> Sequence[str]:
-        properties = ["image_id", "uri", "version", "split"]
-        return properties if self.input_transform else [*properties, "width", "height", "content_hash", "features"]
+        names = ["image_id", "uri", "version", "split"]
+        return names if self.input_transform else [*names, "width", "height", "content_hash", "features"]
 
     @contextmanager
     def open(self) -> Iterator[ProcessRows]:
@@ -136,8 +136,9 @@ def _caption_batches(
 
 @cached_per_process
 def _prepare_once(
-    checkpoint: PinnedCheckpoint, config: GenerationConfig, _datastore: str | None, device: str
+    checkpoint: CheckpointVersion, config: GenerationConfig, _datastore: str | None, device: str
 ) -> GenerateCaptions:
+    """Prepares a captioner once per process, and again if the fingerprint of its datastore changes."""
     return SHARED_CAPTIONERS.get(checkpoint, device).prepare(config)
 
 
@@ -173,7 +174,7 @@ def caption_images(
     device: str = "auto",
     captioner: CaptionModel | None = None,
 ) -> tuple[list[Row], list[tuple[str, ImageError]]]:
-    """Captions images that are not part of a dataset.
+    """Generates captions for images that are not part of a dataset.
 
     Example:
         >>> rows, failures = captionlib.caption_images(["scenes/images/test-00000.jpg"], "captioner")

@@ -56,7 +56,7 @@ def build_datastore(
         source: a complete features dataset, or a complete manifest, whose images are encoded in the same pass.
         checkpoint: the captioner's folder.
         config: the splits, and how to load images.
-        weights: path of the encoder's weights file, if the encoder was loaded from a file not in the checkpoint.
+        weights: path of the encoder's weights file, if it is not in the checkpoint.
         device: auto, cpu, cuda or cuda:N.
         progress: show a progress bar.
 
@@ -65,7 +65,7 @@ def build_datastore(
 
     Raises:
         CheckpointError: the checkpoint is not a captioner, or the features come from a different encoder.
-        DatasetError: the source is incomplete, has no references in these splits, or none of the images can be read.
+        DatasetError: the source is incomplete or has no references in these splits, or none of its images can be read.
     """
     dataset = open_dataset(source).require_complete()
     captioner = load_captioner(checkpoint, str(resolve_device(device)))
@@ -91,11 +91,13 @@ def build_datastore(
                 bar.update(len(rows))
                 yield DatastoreEntries(
                     [row["image_id"] for row in rows],
-                    _transform_features(captioner.model, torch.from_numpy(np.asarray(features, np.float32))).numpy(),
+                    _compute_vectors(captioner.model, torch.from_numpy(np.asarray(features, np.float32))).numpy(),
                     [[captioner.vocabulary.encode(caption) for caption in row["captions"]] for row in rows],
                 )
             if len(failed) == total:
-                raise DatasetError(f"{dataset.folder.uri}: none of {total:,} images could be read, such as {failed[0]}")
+                raise DatasetError(
+                    f"{dataset.folder.uri}: none of {total:,} images could be read; the first is {failed[0]}"
+                )
 
     write_datastore(checkpoint, captioner, dataset.compute_content_checksum(), config.splits, encode_entries())
     return total - len(failed), len(failed)
@@ -104,7 +106,7 @@ def build_datastore(
 def _read_batches(
     dataset: ShardedDataset, splits: Sequence[str], columns: Sequence[str] = ()
 ) -> Iterator[pa.RecordBatch]:
-    """Yields the rows of the splits that have captions, with the columns split, captions and `columns`."""
+    """Yields the rows that are in `splits` and have captions. Their columns are split, captions and `columns`."""
     for shard in range(dataset.shards):
         for batch in dataset.read_batches(shard, ["split", "captions", *columns]):
             has_captions = pc.greater(pc.list_value_length(batch["captions"]), 0)
@@ -116,8 +118,8 @@ def _read_batches(
 
 
 @torch.inference_mode()
-def _transform_features(model: CaptionerNetwork, features: torch.Tensor) -> torch.Tensor:
-    """Computes `ImageState.features` on the model's device, and returns them on the CPU."""
+def _compute_vectors(model: CaptionerNetwork, features: torch.Tensor) -> torch.Tensor:
+    """Returns the input of the captioner's image projection (`ImageState.features`), on the CPU."""
     device = model.output.weight.device
     return torch.cat(
         halve_on_out_of_memory(

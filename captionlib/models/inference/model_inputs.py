@@ -1,4 +1,4 @@
-"""Provides the input of models: reads features, or computes them for a manifest (list of images)."""
+"""Provides the input of models: reads features, or loads and encodes the images of a manifest (list of images)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from captionlib.models.inference.extraction import EncodedRows, PixelReader, enc
 __all__ = ["InputLoader", "choose_input_transform", "open_input_loader"]
 
 InputLoader = Callable[[Iterator[pa.RecordBatch], ReportFailure], EncodedRows]
-"""Function from batches of a dataset to rows without features, and the input of each model for these rows."""
+"""Takes batches of a dataset. Yields for each batch the rows without the column `features`, and each model's input."""
 
 
 def choose_input_transform(
@@ -57,9 +57,7 @@ def open_input_loader(
     device: str,
     threads: int | None,
 ) -> Iterator[InputLoader]:
-    """Opens a loader of the input of one or more models.
-
-    Workers whose encoder differs from that of a model fail.
+    """Yields a function that loads the input of one or more models.
 
     Args:
         input_transforms: how images become the input of each model, from `choose_input_transform`.
@@ -68,14 +66,17 @@ def open_input_loader(
         batch_size: images per batch of an encoder.
         device: device of the encoders.
         threads: CPU threads of the encoders; if None, PyTorch's default.
+
+    Raises:
+        DatasetError: the encoder of this worker differs from the encoder of a model.
     """
-    if None in input_transforms:
+    if None in input_transforms:  # the dataset contains features
         shape = models[0].encoder["shape"]
         yield lambda batches, _fail: _split_features(batches, shape, len(models))
         return
     descriptions: list[Mapping[str, Any]] = []
     encoders: list[ImageEncoder | PixelReader] = []
-    positions = []  # of the encoder of each model
+    encoder_indices = []  # of each model
     for input_transform, model in zip(input_transforms, models, strict=True):
         if model.encoder not in descriptions:
             descriptions.append(model.encoder)
@@ -83,12 +84,12 @@ def open_input_loader(
                 encoders.append(load_shared_encoder(input_transform, device, threads, model.encoder))
             elif input_transform is not None:
                 encoders.append(PixelReader(input_transform))
-        positions.append(descriptions.index(model.encoder))
+        encoder_indices.append(descriptions.index(model.encoder))
 
     def encode(batches: Iterator[pa.RecordBatch], fail: ReportFailure) -> EncodedRows:
         rows = (row for batch in batches for row in batch.to_pylist())
         for encoded, features in encode_images(encoders, load(rows), batch_size, fail):
-            yield encoded, [features[position] for position in positions]
+            yield encoded, [features[index] for index in encoder_indices]
 
     with open_loader(loading, *(encoder.preprocessing for encoder in encoders)) as load:
         yield encode

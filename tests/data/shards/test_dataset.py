@@ -1,6 +1,8 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from time import struct_time
 from typing import Any
 
 import duckdb
@@ -10,7 +12,15 @@ import pytest
 
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.markers import compute_fingerprint
-from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema
+from captionlib.data.shards.schemas import (
+    COLUMN_DESCRIPTIONS,
+    DUPLICATES_SCHEMA,
+    FAILURES_SCHEMA,
+    MANIFEST_SCHEMA,
+    captions_schema,
+    embeddings_schema,
+    features_schema,
+)
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError, DatasetError, DecodeError, FailureRatioError, FingerprintError
 
@@ -57,6 +67,31 @@ def test_dataset_round_trip(place: str) -> None:
     assert failures["stage"].to_pylist() == ["decode", "decode"]
     assert opened.read_failures(0) is None
     assert opened.verify() == []
+
+
+def test_description_holds_everything_about_a_dataset(tmp_path: Path) -> None:
+    source = replace(create(tmp_path / "source"), layout="compacted")
+    fill(source)
+    output = create_dataset(
+        tmp_path / "output", "captions", captions_schema(), config={"a": 1}, source=source, lineage="manifest"
+    )
+    assert output.source_checksum == source.compute_content_checksum()
+    assert open_dataset(tmp_path / "output") == output
+
+
+def test_resumed_dataset_keeps_its_creation_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.gmtime", lambda: struct_time((2020, 1, 2, 3, 4, 5, 0, 1, 0)))
+    create(tmp_path)
+    monkeypatch.undo()
+    create_dataset(tmp_path, "manifest", MANIFEST_SCHEMA, config={"a": {"b": 1}}, shards=3)
+    description = json.loads((tmp_path / "_dataset.json").read_text())
+    assert (description["shards"], description["created"]) == (3, "2020-01-02T03:04:05Z")
+
+
+def test_all_columns_are_described() -> None:
+    schemas = [captions_schema(4), features_schema(1, "float16"), embeddings_schema(1), MANIFEST_SCHEMA]
+    names = {name for schema in (*schemas, DUPLICATES_SCHEMA, FAILURES_SCHEMA) for name in schema.names}
+    assert names == COLUMN_DESCRIPTIONS.keys()
 
 
 def test_marker_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def score(model: CaptionerNetwork, sentences: list[list[int]]) -> torch.Tensor:
 def test_language_model_equals_captioner_with_zero_image(cell: Any, tied: bool) -> None:
     config = LanguageModelConfig(cell, layers=2, hidden_size=5, embedding_size=5, tie_embeddings=tied)
     model = build(config, spread=0.8)
-    captioner = CaptionerNetwork(replace(config.captioner(), image_input="first_step"), 3, len(WORDS)).eval()
+    captioner = CaptionerNetwork(replace(config.to_captioner_config(), image_input="first_step"), 3, len(WORDS)).eval()
     gates = len(captioner.recurrence.bias_ih_l0)
     unexpected = captioner.load_state_dict(
         model.state_dict()
@@ -76,7 +76,7 @@ def test_language_model_equals_captioner_with_zero_image(cell: Any, tied: bool) 
 
 def test_features_are_rejected_without_image_input() -> None:
     with pytest.raises(ConfigError, match=r"image_input none and feature_size 0 together .* got none and 3"):
-        CaptionerNetwork(CONFIG.captioner(), 3, 9)
+        CaptionerNetwork(CONFIG.to_captioner_config(), 3, 9)
     with pytest.raises(ConfigError, match=r"image_input none and feature_size 0 together .* got initial_input and 0"):
         CaptionerNetwork(CaptionerConfig(), 0, 9)
     with pytest.raises(ConfigError, match="embedding_size = hidden_size, got 5 and 6"):

@@ -26,7 +26,7 @@ from captionlib.models.families.captioner import open_captioner
 from captionlib.models.inference.captioning import CaptionGeneration, GenerationConfig
 from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding
 from captionlib.models.inference.extraction import encode_images
-from captionlib.models.inference.shared_models import CheckpointCache, PinnedCheckpoint, cached_per_process
+from captionlib.models.inference.shared_models import CheckpointCache, CheckpointVersion, cached_per_process
 from captionlib.models.rankers.ranker import RankerConfig, RankerNetwork
 from tests.models.checkpoint_loads import count_checkpoint_loads
 from tests.models.tiny_captioners import CONFIGS, build, features
@@ -35,11 +35,11 @@ VOCABULARY = Vocabulary.from_captions(["a dog runs", "a cat sleeps"], min_count=
 BUNDLES = 6
 
 
-def write_captioner(folder: Path, seed: int) -> PinnedCheckpoint:
+def write_captioner(folder: Path, seed: int) -> CheckpointVersion:
     torch.manual_seed(seed)
     model = CaptionerNetwork(CaptionerConfig(hidden_size=4, embedding_size=4), 3, len(VOCABULARY))
     fingerprint = save_captioner(folder, model, VOCABULARY, {"shape": [3]}, provenance={}, training={})
-    return PinnedCheckpoint(str(folder), fingerprint)
+    return CheckpointVersion(str(folder), fingerprint)
 
 
 def open_concurrently(open_stage: Callable[[], Any]) -> None:
@@ -56,10 +56,10 @@ def open_concurrently(open_stage: Callable[[], Any]) -> None:
 
 
 def test_concurrent_bundles_share_one_captioner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pinned = [write_captioner(tmp_path / name, seed) for seed, name in enumerate(("first", "second"))]
+    versions = [write_captioner(tmp_path / name, seed) for seed, name in enumerate(("first", "second"))]
     description = open_captioner(tmp_path / "first").describe_generation(GenerationConfig())
     loads = count_checkpoint_loads(monkeypatch)
-    for checkpoint in pinned:
+    for checkpoint in versions:
         open_concurrently(CaptionGeneration(GenerationConfig(), checkpoint, description, device="cpu").open)
     assert loads == ["first", "second"]
 
@@ -67,7 +67,7 @@ def test_concurrent_bundles_share_one_captioner(tmp_path: Path, monkeypatch: pyt
 def test_concurrent_bundles_share_one_ranker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = RankerNetwork(RankerConfig(hidden_size=4, embedding_size=4, joint_embedding_size=4), 3, len(VOCABULARY))
     fingerprint = save_ranker(tmp_path, model, VOCABULARY, {"shape": [3]}, provenance={}, training={})
-    stage = ImageEmbedding(EmbeddingConfig(), PinnedCheckpoint(str(tmp_path), fingerprint))
+    stage = ImageEmbedding(EmbeddingConfig(), CheckpointVersion(str(tmp_path), fingerprint))
     loads = count_checkpoint_loads(monkeypatch)
     open_concurrently(stage.open)
     assert len(loads) == 1
