@@ -173,7 +173,9 @@ def test_an_index_filters_and_sorts_by_the_scores(tmp_path: Path) -> None:
     outcome = CliRunner().invoke(captionlib, ["query", str(tmp_path / "index"), *options, "--format", "jsonl"])
     assert outcome.exit_code == 0, outcome.output
     assert json.loads(outcome.output)["image_id"] == "s0"
-    client = TestClient(create_app(SearchService(index, ServingConfig()), tmp_path / "thumbnails"))
+    client = TestClient(
+        create_app(SearchService(index, ServingConfig()), tmp_path / "thumbnails"), base_url="http://localhost"
+    )
     assert "Fits the image" in client.get("/image?id=s2").text
     assert "Fits the image" not in client.get("/image?id=p0").text
 
