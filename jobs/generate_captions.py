@@ -4,7 +4,14 @@ from typing import Any
 
 import click
 
-from jobs.options import config_options, device_option, limit_option, pipeline_options, weights_option
+from jobs.options import (
+    captioner_option,
+    config_options,
+    device_option,
+    limit_option,
+    pipeline_options,
+    weights_option,
+)
 from jobs.summaries import echo_estimate, echo_totals
 
 __all__ = ["command"]
@@ -12,9 +19,13 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("source")
-@click.option("--checkpoint", "-c", required=True, metavar="FOLDER", help="Folder that train-captioner wrote.")
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The captions dataset to write.")
-@click.option("--ranker", metavar="FOLDER", help="Score the captions with this ranker: how well they fit.")
+@captioner_option(
+    "--checkpoint",
+    "generate-captions {source} -o {output}",
+    "Folder that train-captioner wrote, or a model such as hf:FOLDER.",
+)
+@click.option("--ranker", metavar="FOLDER", help="Score with this ranker how well captions fit; or hf:FOLDER.")
 @click.option("--embeddings", metavar="FOLDER", help="The embeddings dataset to write; requires --ranker.")
 @weights_option
 @limit_option

@@ -63,6 +63,7 @@ def extract_features(
             features_schema(math.prod(encoder.shape), config.encoder.stored_dtype),
             config={"encoder": encoder.description, **sample.config},
             **sample.origin,
+            encoder_weights=config.encoder.find_weights_location(),
             overwrite=run.overwrite,
         )
         job = ShardJob(sample.rows, (features,), stage, run.retry_failures, run.verify)

@@ -46,13 +46,13 @@ def read_state(name: str) -> Any:
     return Depends(read)
 
 
-async def _pin_service(request: Request) -> SearchService:
+async def _take_snapshot(request: Request) -> SearchService:
     """Returns a service for one request, which uses one version of the index."""
     service: SearchService = request.app.state.service
-    return service.pin()
+    return service.snapshot()
 
 
-Service = Annotated[SearchService, Depends(_pin_service)]
+Service = Annotated[SearchService, Depends(_take_snapshot)]
 ThumbnailStore = Annotated[Thumbnails, read_state("thumbnails")]
 UploadQueue = Annotated[Uploads, read_state("uploads")]
 ImageId = Annotated[

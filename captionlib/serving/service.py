@@ -45,9 +45,9 @@ class CursorError(QueryError):
 class SearchService:
     """Searches an index by text and, with models, by image. Exiting the context closes the models.
 
-    This class is thread-safe. In the context, it switches to a new version of the index within seconds after a build
-    publishes it. If `models` is None, searching by image is disabled. Uploaded images are compared with `sentences` or,
-    if it is empty, with the captions of similar images.
+    This class is thread-safe. In the context, the service switches to a new version of the index within seconds after a
+    build publishes one. If `models` is None, searching by image is disabled. Uploaded images are compared with
+    `sentences`, or with the captions of similar images if there are no sentences.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class SearchService:
         if self._models is not None:
             self._models.close()
 
-    def pin(self) -> "SearchService":
+    def snapshot(self) -> "SearchService":
         """Returns a service for one request, which uses one version of the index throughout."""
-        pinned = copy.copy(self)
-        pinned.index = self.index.pin()
-        return pinned
+        snapshot = copy.copy(self)
+        snapshot.index = self.index.snapshot()
+        return snapshot
 
     def _refresh_index(self) -> None:
         """Opens new versions of the index in the background, so no request waits for this."""

@@ -124,7 +124,7 @@ def test_a_dual_encoder_of_transformers_scores_captions_of_transformers(tmp_path
     embeddings = {row["image_id"]: row["embedding"] for row in read_rows(open_dataset(tmp_path / "embeddings"))}
     model = open_ranker(clip)
     for row in rows:
-        pixels = decode_image(Path(row["uri"]).read_bytes(), model.find_source(None)).pixels  # type: ignore[arg-type]
+        pixels = decode_image(Path(row["uri"]).read_bytes(), model.find_input_transform(None)).pixels  # type: ignore[arg-type]
         vector = model.encode_images([pixels])[0]
         np.testing.assert_allclose(np.array(embeddings[row["image_id"]], np.float32), vector, atol=2e-3)
         scores = [candidate["image_text_score"] for candidate in row["candidates"]]

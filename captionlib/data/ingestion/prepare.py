@@ -24,7 +24,7 @@ from captionlib.data.shards.update import drop_uncommitted_updates
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.formats import SOURCE_FORMATS, detect_common_format, read_source
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
-from captionlib.data.splits import expand_splits
+from captionlib.data.splits import add_split_aliases
 from captionlib.errors import ConfigError, DatasetError, FetchError
 from captionlib.progress import progress_bar
 from captionlib.storage.folders import Folder
@@ -174,8 +174,8 @@ def _prepare(
             rows = _drop_removed(rows, removed, skips)
         with progress_bar("prepare", None, "images", progress) as bar:
             rows = rows if config.limit is None else itertools.islice(rows, config.limit)
-            same = None if config.verify_content is not None else complete
-            staged = stage_rows(rows, Path(scratch) / "rows.parquet", same, bar.update)
+            to_compare = None if config.verify_content is not None else complete
+            staged = stage_rows(rows, Path(scratch) / "rows.parquet", to_compare, bar.update)
         if not staged.rows:
             raise DatasetError(_describe_empty_source(addresses, source_format, config, skips))
         if complete is not None:
@@ -334,18 +334,18 @@ def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
 
 
 def _select_splits(rows: Iterator[ManifestRow], splits: Collection[str], skips: SkipCounter) -> Iterator[ManifestRow]:
-    selected = expand_splits(splits)
+    selected = add_split_aliases(splits)
     for row in rows:
         if row.split in selected:
             yield row
         else:
-            skips.skip("in a different split")
+            skips.count_ignored("in a different split")
 
 
 def _drop_removed(rows: Iterator[ManifestRow], removed: RemovedImages, skips: SkipCounter) -> Iterator[ManifestRow]:
     for row in rows:
         if row.image_id in removed:
-            skips.skip("removed with captionlib remove")
+            skips.count_ignored("removed with captionlib remove")
         else:
             yield row
 

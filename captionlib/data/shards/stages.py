@@ -1,4 +1,7 @@
-"""Runs a stage (a step such as feature extraction) on one shard of a dataset. Running it again gives the same rows."""
+"""Runs a stage (a step such as feature extraction) on one shard of a dataset. Running it again gives the same rows.
+
+A finished shard has a marker, the JSON file that records that the shard is complete.
+"""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -44,7 +47,7 @@ class ShardJob:
     whose image has not changed are copied from the old output.
 
     Attributes:
-        retry_failures: process images that could not be read again, in finished shards too.
+        retry_failures: process the images that could not be read once more, also in finished shards.
         verify: verify the checksums of finished shards, and process damaged ones again.
     """
 
@@ -103,7 +106,7 @@ class ShardJob:
         """Processes a shard, unless it is finished.
 
         Returns:
-            The marker (record of a finished shard) of the first output.
+            The marker of the first output.
 
         Raises:
             DamagedShardError: the input shard is damaged.
@@ -265,7 +268,7 @@ def match_images(rows: pa.Table, old: pa.Table) -> npt.NDArray[np.int64]:
 
 
 def replace_columns(old: pa.Table, rows: pa.Table) -> pa.Table:
-    """Replaces the columns of old rows that the input also has."""
+    """Replaces each column of `old` that `rows` also has."""
     for position, name in enumerate(old.schema.names):
         if name in rows.schema.names:
             old = old.set_column(position, old.schema.field(name), rows[name])
