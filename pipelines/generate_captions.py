@@ -54,8 +54,8 @@ def generate_captions(
         embeddings: folder of the embeddings dataset to write; requires `ranker`.
         weights: path of the image encoder's weights file; required if the encoder was loaded from such a file and the
             checkpoint does not contain it.
-        limit: caption only a sample of this number of images, evenly spaced over the dataset. The outputs are then
-            datasets of these images, which a run on all images does not continue.
+        limit: caption only a sample of this number of images, evenly spaced over the dataset. To caption all images
+            later, use different output folders.
         device: auto, cpu, cuda or cuda:N.
         run: workers, runner and error handling.
 
@@ -79,7 +79,7 @@ def generate_captions(
     dataset = open_dataset(source).require_complete()
     driver_device, worker_device = run.resolve_devices(device)
     captioner, captioner_version = SHARED_CAPTIONERS.load_version(checkpoint)
-    positions = require_attention(captioner, os.fspath(checkpoint)) if config.attention_maps else None
+    attention_positions = require_attention(captioner, os.fspath(checkpoint)) if config.attention_maps else None
     description = captioner.describe_generation(config)
     input_transform = choose_input_transform(dataset, captioner, weights, driver_device, run.threads_per_worker)
     loaded_ranker, ranker_version, ranker_input_transform = None, None, None
@@ -105,7 +105,7 @@ def generate_captions(
         captions = create_dataset(
             output,
             "captions",
-            captions_schema(positions, has_scores=ranker is not None),
+            captions_schema(attention_positions, has_scores=ranker is not None),
             config={
                 "captioner": captioner.fingerprint,
                 "encoder": captioner.encoder,

@@ -288,6 +288,7 @@ class IndexBuild:
 
     @property
     def _trained(self) -> str:
+        """The name of the vector index with trained centroids and without vectors."""
         return self.base.trained if self.base else f"{self._temporary}/trained.faiss"
 
     @cached_property
@@ -297,9 +298,11 @@ class IndexBuild:
         return f"{TEMPORARY_FOLDER}/{hash_json(identity)[:12]}"
 
     def _partial(self, position: int) -> str:
+        """Returns the name of the partial vector index of a shard."""
         return f"{self._temporary}/{part_name(position)}.faiss"
 
     def _result(self, position: int) -> str:
+        """Returns the name of the JSON file that lists the published files of a shard. It is written last."""
         return f"{self._temporary}/{part_name(position)}.json"
 
 

@@ -153,7 +153,7 @@ class Index:
         return self.has_vectors and self._ranker is not None
 
     def snapshot(self) -> "Index":
-        """Returns an index that stays at the version that is the newest now, for several searches of one version."""
+        """Returns an index that never changes to a newer version, for several searches of the same version."""
         if self._refresh_seconds is not None and time.monotonic() >= self._checked_at + self._refresh_seconds:
             self.try_refresh()
         snapshot = copy.copy(self)
@@ -443,7 +443,7 @@ def open_index(
     cache: str | os.PathLike[str] | None = None,
     refresh_seconds: float | None = 1.0,
 ) -> Index:
-    """Opens an index for searching. A remote index is copied to this machine; for a new version, only the new files.
+    """Opens an index for searching. The files of a remote index are copied to this machine, each of them only once.
 
     Example:
         >>> index = captionlib.open_index("index", ranker="ranker")

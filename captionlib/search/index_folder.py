@@ -276,7 +276,7 @@ def publish_path(folder: Folder, path: Path, prefix: str, extension: str = "") -
 
 
 def fetch_path(folder: Folder, name: str, copy: Path) -> Path:
-    """Returns a local path of a file or folder in the index: `copy`, a new copy of it, if the index is remote."""
+    """Returns a local path of a file or folder in the index. A file in a remote index is first downloaded to `copy`."""
     if folder.is_local:
         return Path(folder.path(name))
     copy.parent.mkdir(parents=True, exist_ok=True)

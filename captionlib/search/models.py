@@ -48,8 +48,8 @@ class ImageQueryModels:
 
     `ranker` is a dual encoder for image-text retrieval. `captioner` is the folder of a captioner, or an address such as
     `hf:FOLDER`. `weights` is the encoder's weights file, required if the models were trained with such a file, unless
-    the captioner contains the weights.
-    `decoding` limits how images are decoded, and `generation` configures how they are captioned.
+    the captioner contains the weights. `decoding` limits how images are decoded, and `generation` configures how they
+    are captioned.
 
     Raises:
         CheckpointError: the captioner is missing, or the encoder differs from the one that a model was trained with.

@@ -204,11 +204,15 @@ class SearchService:
 
 
 def make_cursor(offset: int, search: tuple[object, ...]) -> str:
-    """Returns the cursor of the results of a search from an offset. It contains a checksum of the search."""
+    """Returns the cursor that continues a search at an offset.
+
+    The cursor contains a checksum of `search`: the query, mode, split and minimum log-probability.
+    """
     return f"{offset}-{zlib.crc32(repr(search).encode('utf-8', 'surrogatepass')):08x}"
 
 
 def _read_cursor(cursor: str | None, search: tuple[object, ...]) -> int:
+    """Returns the offset in a cursor, or 0 if there is no cursor. See `make_cursor`."""
     if not cursor:
         return 0
     found = re.fullmatch("([0-9]{1,5})-[0-9a-f]{8}", cursor)

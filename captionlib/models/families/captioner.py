@@ -70,12 +70,12 @@ class CaptionModel(ImageModel, Protocol):
 
 @runtime_checkable
 class SentenceScorer(Protocol):
-    """What a captioner offers for the perplexity of references. Families need not implement it."""
+    """A captioner that can compute the perplexity of references. Not all families implement this protocol."""
 
     def score_sentences(self, images: Arrays, sentences: Sequence[Sequence[str]]) -> list[list[tuple[float, int]]]:
-        """Returns ln p(sentence | image) and the token count, including the end token, of sentences of each image.
+        """Returns ln p(sentence | image) and the number of tokens, including the end token, for each image's sentences.
 
-        Both are 0 for a sentence without words.
+        For a sentence without words, both numbers are 0.
         """
 
 

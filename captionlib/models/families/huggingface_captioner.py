@@ -154,7 +154,7 @@ class HuggingFaceCaptioner:
             inputs = {"pixel_values": prepare_pixels(images, self._preprocessing, self._processor)}
             if prompt is not None:
                 ids = self._tokenizer(prompt, add_special_tokens=False).input_ids
-                # BLIP's `generate` replaces the first token and drops the last one; its processor adds both.
+                # BLIP's `generate` replaces the first token and drops the last one, so two tokens are added.
                 ids = [
                     self._tokenizer.cls_token_id,
                     *ids,

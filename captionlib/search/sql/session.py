@@ -104,11 +104,11 @@ class SqlSession:
         Raises:
             QueryError: the condition is invalid or fails.
         """
-        # The condition is on its own line, so that a comment at its end does not hide the closing parenthesis.
         view = self.view.replace('"', '""')
         try:
             with _raise_query_errors(self.view):
                 check_condition(self._connection, where)
+            # The condition is on its own line, so that a comment at its end does not hide the closing parenthesis.
             batches = self.stream(f'SELECT image_id FROM "{view}" WHERE (\n{where}\n)')
             return frozenset(image_id for batch in batches for image_id in batch["image_id"].to_pylist())
         except QueryError as error:
