@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 DESCRIPTION = "index.json"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 3
 SUBFOLDERS = ("rows", "candidates")
 
 _HASH_CHARACTERS = 32

@@ -81,11 +81,13 @@ def open_shard(dataset: ShardedDataset, shard: int, checksum: str) -> Iterator[p
 
 
 def read_caption_rows(parquet: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
-    """Yields the columns of a captions shard that an index contains. Columns that the shard lacks are null."""
+    """Yields the rows of a captions shard, with only the columns that an index stores."""
     schema = pa.schema([*ROWS, *CANDIDATES])
-    columns = [name for name in schema.names if name in parquet.schema_arrow.names]
-    for batch in parquet.iter_batches(_TEXT_BATCH_ROWS, columns=columns):
-        yield add_missing_columns(batch, schema)
+    for batch in parquet.iter_batches(_TEXT_BATCH_ROWS, columns=schema.names):
+        candidates = batch["candidates"].cast(CANDIDATES.field(0).type)  # they may have no scores
+        yield add_missing_columns(
+            batch.set_column(batch.schema.get_field_index("candidates"), CANDIDATES.field(0), candidates), schema
+        )
 
 
 def match_embeddings_to_captions(

@@ -4,7 +4,7 @@ import base64
 import io
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, File, Form, Query, Request, Response, UploadFile
@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 from captionlib.data.images.decoding import list_decodable_formats
 from captionlib.evaluation.pages import create_environment
 from captionlib.search.output import write_output
+from captionlib.search.text_index import Sort
 from captionlib.serving.api import ImageId, Service, ThumbnailStore, UploadQueue, read_state
 from captionlib.serving.responses import Problem, SearchResult
 from captionlib.serving.service import MAX_OFFSET, MAX_QUERY_CHARACTERS, Search, SearchService, make_cursor
@@ -78,7 +79,7 @@ def _read_search(
         query=q,
         mode=next((available for available in service.modes if available == mode), "text"),
         split=split or None,
-        sort="log_prob" if sort == "log_prob" else "relevance",
+        sort=next((known for known in get_args(Sort) if known == sort), "relevance"),
         like=None if q.strip() else like or None,
     )
 

@@ -30,6 +30,9 @@ class CaptionCandidate(BaseModel):
     word_probability: float | None = Field(
         None, description="Geometric mean of the probabilities of the caption's words; null if they are not counted."
     )
+    image_text_score: float | None = Field(
+        None, description="Cosine similarity of caption and image; null if no ranker has computed it."
+    )
 
 
 class SearchResult(CaptionCandidate):

@@ -38,6 +38,7 @@ MAX_QUERY_CHARACTERS = 500
 MAX_RESULTS = 100
 MAX_OFFSET = 10_000
 
+_RESULT_COLUMNS = ("image_id", "caption", "log_prob", "image_text_score", "split", "width", "height", "score")
 _SIMILAR_IMAGES = 24
 _SIMILAR_SENTENCES = 10
 _REFRESH_SECONDS = 1.0
@@ -185,6 +186,7 @@ class SearchService:
             caption=row["caption"],
             log_prob=row["log_prob"],
             word_probability=_compute_word_probability(row["log_prob"], row["tokens"]),
+            image_text_score=row["image_text_score"],
             split=row["split"],
             width=row["width"],
             height=row["height"],
@@ -282,7 +284,7 @@ def _to_results(table: pa.Table) -> list[SearchResult]:
     """Converts rows of the index, omitting the URIs of the images."""
     return [
         SearchResult(
-            **{name: row[name] for name in ("image_id", "caption", "log_prob", "split", "width", "height", "score")},
+            **{name: row[name] for name in _RESULT_COLUMNS},
             word_probability=_compute_word_probability(row["log_prob"], row["tokens"]),
             thumbnail_url=_thumbnail_url(row["image_id"], "small"),
         )
