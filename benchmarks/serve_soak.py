@@ -227,7 +227,7 @@ async def _run_client(client: int, port: int, until: float, files: list[bytes], 
             if action < 0.25:
                 form = aiohttp.FormData()
                 form.add_field("image", chooser.choice(files), filename="image.jpg")
-                url = chooser.choice(["/image-search", "/api/image-search"])
+                url = chooser.choice(["/image-search", "/api/v1/image-search"])
                 status, page = await send("POST", url, form)
                 results.uploads[client] += status == 200
             elif action < 0.5:
@@ -241,7 +241,7 @@ async def _run_client(client: int, port: int, until: float, files: list[bytes], 
 
 _HALF_HEADERS = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
 _HALF_BODY = (
-    b"POST /api/image-search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
+    b"POST /api/v1/image-search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
     b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
 )
 

@@ -14,7 +14,7 @@ __all__ = ["command"]
 @click.argument("source")
 @click.option("--checkpoint", "-c", required=True, metavar="FOLDER", help="Folder that train-captioner wrote.")
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The captions dataset to write.")
-@click.option("--ranker", metavar="FOLDER", help="Also embed the images with this ranker, written by train-ranker.")
+@click.option("--ranker", metavar="FOLDER", help="Also embed the images with this ranker.")
 @click.option("--embeddings", metavar="FOLDER", help="The embeddings dataset to write; requires --ranker.")
 @weights_option
 @limit_option

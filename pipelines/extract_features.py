@@ -1,5 +1,6 @@
 """Encodes the images of a manifest (list of images) as feature vectors or feature maps."""
 
+import math
 import os
 from dataclasses import replace
 
@@ -59,7 +60,7 @@ def extract_features(
         features = create_dataset(
             output,
             "features",
-            features_schema(encoder.size, config.encoder.stored_dtype),
+            features_schema(math.prod(encoder.shape), config.encoder.stored_dtype),
             config={"encoder": encoder.description, **sample.config},
             **sample.origin,
             overwrite=run.overwrite,

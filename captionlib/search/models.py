@@ -13,8 +13,9 @@ import pyarrow as pa
 from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
 from captionlib.data.images.loading import hash_content
 from captionlib.errors import ConfigError, QueryError
-from captionlib.models.encoders.encoder import Encoder, EncoderConfig, load_encoder
+from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.families.captioner import open_captioner
+from captionlib.models.families.encoder import ImageEncoder, open_encoder
 from captionlib.models.families.model import Arrays, ImageModel
 from captionlib.models.families.ranker import RankingModel
 from captionlib.models.inference.captioning import GenerationConfig
@@ -23,7 +24,7 @@ from captionlib.models.inference.extraction import PixelReader
 __all__ = ["ImageQueryModels", "read_sentences"]
 
 _CANDIDATES = pa.schema([("caption", pa.string()), ("log_prob", pa.float32())])
-_ImageEncoder = tuple[Encoder | PixelReader, DecoderPool]  # the pool applies the encoder's preprocessing
+_ImageEncoder = tuple[ImageEncoder | PixelReader, DecoderPool]  # the pool applies the encoder's preprocessing
 _SENTENCES = pa.schema([("sentence", pa.string()), ("score", pa.float32())])
 
 
@@ -150,7 +151,7 @@ class ImageQueryModels:
                 return image_encoder
         source = model.find_source(weights)
         if isinstance(source, EncoderConfig):
-            encoder: Encoder | PixelReader = load_encoder(source, self._device)
+            encoder: ImageEncoder | PixelReader = open_encoder(source, self._device)
             model.require_encoder(encoder.description)
         else:
             encoder = PixelReader(source)

@@ -21,6 +21,7 @@ from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.errors import ImageError
 from captionlib.serving.config import ServingConfig
 from captionlib.serving.fair_thread_pool import FairThreadPool
+from captionlib.serving.monitoring import THUMBNAILS
 from captionlib.storage.folders import write_file
 
 __all__ = ["ThumbnailSize", "Thumbnails", "remove_thumbnails"]
@@ -89,8 +90,10 @@ class Thumbnails:
         path = _choose_path(self._folder, self._scope, size, uri)
         content = await run_in_threadpool(_read_stored, path)
         if content is not None:
+            THUMBNAILS.labels("stored").inc()
             return content
         if path in self._failures:
+            THUMBNAILS.labels("failed").inc()
             raise copy.copy(self._failures[path])  # raising the same object would add to its traceback each time
         if path not in self._in_progress:
             task = asyncio.create_task(self._create(uri, size, path))
@@ -127,8 +130,10 @@ class Thumbnails:
         try:
             content = await self._threads.run(urlsplit(uri).netloc, create)
         except ImageError as error:
+            THUMBNAILS.labels("failed").inc()
             self._failures[path] = copy.copy(error)  # without the traceback, which refers to large objects
             raise
+        THUMBNAILS.labels("created").inc()
         self._stored += 1
         if self._stored % _PRUNE_EVERY == 0:
             await run_in_threadpool(self.prune)

@@ -233,7 +233,8 @@ def test_random_crop_needs_maps(features: ShardedDataset, tmp_path: Path) -> Non
 @pytest.mark.parametrize("attention_size", [0, 16])
 def test_random_crops_change_training_reproducibly(tmp_path: Path, attention_size: int) -> None:
     maps = write_maps(tmp_path / "maps")
-    config = replace(CONFIG, captioner=replace(CONFIG.captioner, attention_size=attention_size))
+    captioner = replace(CONFIG.captioner, attention_size=attention_size)
+    config = replace(CONFIG, captioner=captioner, training=replace(CONFIG.training, epochs=3))
     whole, cropped, again = (
         [epoch["loss"] for epoch in train(maps, tmp_path / name, replace(config, random_crop=crop))]
         for name, crop in (("whole", 0.0), ("cropped", 0.3), ("again", 0.3))

@@ -130,6 +130,8 @@ class LoadedLanguageModel(LoadedModel[Captioner, LanguageModelConfig]):
 class LoadedRanker(LoadedModel[Ranker, RankerConfig]):
     """A trained ranker, which embeds sentences (text) and image features in a joint space."""
 
+    sentence_template = None
+
     @property
     def size(self) -> int:
         """Dimensions of the joint embedding space."""

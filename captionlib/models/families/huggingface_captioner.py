@@ -5,7 +5,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
@@ -13,7 +12,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from captionlib.config import to_dict
 from captionlib.data.images.decoding import Preprocessing, Shrinking
-from captionlib.errors import CheckpointError, ConfigError
+from captionlib.errors import ConfigError
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.devices import halve_on_out_of_memory
 from captionlib.models.families.captioner import Caption, GenerateCaptions
@@ -23,6 +22,8 @@ from captionlib.models.families.huggingface import (
     fingerprint_files,
     load_part,
     open_model_folder,
+    prepare_pixels,
+    require_pixels,
 )
 from captionlib.models.families.model import Arrays, describe_pixels
 
@@ -67,10 +68,7 @@ class HuggingFaceCaptioner:
         return self._preprocessing
 
     def require_encoder(self, description: Mapping[str, Any]) -> None:
-        if description != self.encoder:
-            raise CheckpointError(
-                f"hf:{self._location} captions images, got features; specify the manifest that they were extracted from"
-            )
+        require_pixels(f"hf:{self._location}", self.encoder, description)
 
     def to(self, device: torch.device) -> None:
         self._model.to(device)
@@ -128,7 +126,7 @@ class HuggingFaceCaptioner:
     def _prepare_inputs(self, images: Arrays, prompt: str | None) -> dict[str, Tensor]:
         """Returns the arguments of `generate` for a batch of pixels."""
         if self._type in _CONTINUING:
-            inputs = {"pixel_values": self._prepare_pixels(images)}
+            inputs = {"pixel_values": prepare_pixels(images, self._preprocessing, self._processor)}
             if prompt is not None:
                 ids = self._tokenizer(prompt, add_special_tokens=False).input_ids
                 # BLIP replaces the first token and drops the last one, as in its own processor's output.
@@ -153,16 +151,6 @@ class HuggingFaceCaptioner:
             padding=True,
         )
         return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-
-    def _prepare_pixels(self, images: Arrays) -> Tensor:
-        """Returns `[images, 3, height, width] float32`, normalized."""
-        if isinstance(self._preprocessing, Shrinking):
-            pixels: Tensor = self._processor(images=list(images), return_tensors="pt")["pixel_values"]
-            return pixels
-        mean, std = (
-            torch.tensor(each).view(1, 3, 1, 1) for each in (self._preprocessing.mean, self._preprocessing.std)
-        )
-        return (torch.from_numpy(np.array(images, np.uint8)).permute(0, 3, 1, 2).float() / 255 - mean) / std
 
     def _read_captions(self, output: Any, images: int, config: "GenerationConfig") -> list[list[Caption]]:
         """Returns the distinct captions of each image, in the order of `generate`."""

@@ -30,7 +30,7 @@ class ImageModel(Protocol):
 
     @property
     def encoder(self) -> Mapping[str, Any]:
-        """`Encoder.description` of the encoder whose features are the input, or `describe_pixels`."""
+        """`ImageEncoder.description` of the encoder whose features are the input, or `describe_pixels`."""
 
     def find_source(self, weights: str | None) -> ImageSource:
         """Returns how images become the input.

@@ -20,6 +20,10 @@ class RankingModel(ImageModel, Protocol):
     def size(self) -> int:
         """Dimensions of the joint embedding space."""
 
+    @property
+    def sentence_template(self) -> str | None:
+        """Text that every sentence is embedded in, with `{}` in its place, or None."""
+
     def has_known_word(self, sentence: str) -> bool:
         """Returns whether the model knows at least one word of the sentence."""
 

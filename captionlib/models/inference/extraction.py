@@ -1,5 +1,6 @@
 """Encodes the images of a manifest (list of images) while the next images are fetched and decoded."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ from captionlib.data.images.loading import LoadedImage, LoadingConfig, open_load
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA, features_schema
 from captionlib.data.shards.stages import ProcessRows, ReportFailure
 from captionlib.errors import DatasetError, ImageError
-from captionlib.models.encoders.encoder import Encoder, EncoderConfig, load_encoder
+from captionlib.models.encoders.encoder import EncoderConfig
+from captionlib.models.families.encoder import ImageEncoder, open_encoder
 from captionlib.models.families.model import Arrays, describe_pixels
 from captionlib.models.inference.shared_models import cached_per_process
 
@@ -59,7 +61,7 @@ class FeatureExtraction:
 
     Attributes:
         config: configuration of the extraction.
-        description: expected `Encoder.description`; a worker with a different encoder fails.
+        description: expected `ImageEncoder.description`; a worker with a different encoder fails.
         device: device of the encoder.
         threads: number of CPU threads of the encoder. If None, PyTorch's default is used.
     """
@@ -77,7 +79,7 @@ class FeatureExtraction:
     def open(self) -> Iterator[ProcessRows]:
         """Loads the encoder and starts the image decoders; see `Stage.open`. Each tuple has one batch per output."""
         encoder = load_shared_encoder(self.config.encoder, self.device, self.threads, self.description)
-        schema = features_schema(encoder.size, self.config.encoder.stored_dtype)
+        schema = features_schema(math.prod(encoder.shape), self.config.encoder.stored_dtype)
         with open_loader(self.config.loading, encoder.preprocessing) as load:
 
             def process(batches: Iterator[pa.RecordBatch], fail: ReportFailure) -> Iterator[tuple[pa.RecordBatch, ...]]:
@@ -98,12 +100,12 @@ class PixelReader:
         self.description = describe_pixels(preprocessing)
 
     def encode_async(self, images: Sequence[npt.NDArray[np.uint8]]) -> Callable[[], Arrays]:
-        """Returns a function that returns the images; see `Encoder.encode_async`."""
+        """Returns a function that returns the images; see `ImageEncoder.encode_async`."""
         return lambda: images
 
 
 def encode_images(
-    encoders: Sequence[Encoder | PixelReader],
+    encoders: Sequence[ImageEncoder | PixelReader],
     images: Iterator[tuple[Row, LoadedImage | ImageError]],
     batch_size: int,
     fail: ReportFailure,
@@ -152,7 +154,7 @@ def _batch_images(
 
 def load_shared_encoder(
     config: EncoderConfig, device: str, threads: int | None, description: Mapping[str, Any] | None = None
-) -> Encoder:
+) -> ImageEncoder:
     """Returns the encoder that all threads of this process share. It shares the two that it used last.
 
     `threads` sets the number of CPU threads of the process, unless it is None.
@@ -169,4 +171,4 @@ def load_shared_encoder(
     return encoder
 
 
-_load_encoder_once = cached_per_process(load_encoder, size=2)  # a captioner's and a ranker's
+_load_encoder_once = cached_per_process(open_encoder, size=2)  # a captioner's and a ranker's

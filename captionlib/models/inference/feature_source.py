@@ -11,7 +11,8 @@ from captionlib.data.images.loading import LoadingConfig, open_loader
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.stages import ReportFailure
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.models.encoders.encoder import Encoder, EncoderConfig
+from captionlib.models.encoders.encoder import EncoderConfig
+from captionlib.models.families.encoder import ImageEncoder
 from captionlib.models.families.model import Arrays, ImageModel, ImageSource
 from captionlib.models.inference.extraction import EncodedRows, PixelReader, encode_images, load_shared_encoder
 
@@ -73,7 +74,7 @@ def open_feature_source(
         yield lambda batches, _fail: _split_features(batches, shape, len(models))
         return
     descriptions: list[Mapping[str, Any]] = []
-    encoders: list[Encoder | PixelReader] = []
+    encoders: list[ImageEncoder | PixelReader] = []
     positions = []  # of the encoder of each model
     for model_input, model in zip(inputs, models, strict=True):
         if model.encoder not in descriptions:
