@@ -247,7 +247,7 @@ def test_build_that_is_killed_leaves_nothing_behind(place: str, step: int, monke
     assert len(image_ids(open_index(f"{place}/index"), "giraffe")) == 20
     description = read_description(folder)
     assert description is not None
-    names = {name for name in folder.list() if "-" in name or name == "_temporary"}
+    names = {name for name in folder.list() if "-" in name or name == "__temporary"}
     names |= {f"{name}/{file}" for name in ("rows", "candidates") for file in folder.list(name)}
     assert names == {*description.files, *description.previous}
 
