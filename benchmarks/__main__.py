@@ -12,6 +12,7 @@ BENCHMARKS = {
     "decode-jpeg": "benchmarks.decode_jpeg",
     "decoding-speed": "benchmarks.decoding_speed",
     "neuraltalk-decoder": "benchmarks.neuraltalk_decoder",
+    "transformers-captioner": "benchmarks.transformers_captioner",
     "training-throughput": "benchmarks.training_throughput",
     "training-data-wait": "benchmarks.training_data_wait",
     "training-memory": "benchmarks.training_memory",

@@ -39,7 +39,7 @@ from captionlib.data.shards.writer import write_shard
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.models.checkpoints.checkpoint import save_captioner, save_ranker
 from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
-from captionlib.models.rankers.ranker import Ranker, RankerConfig
+from captionlib.models.rankers.ranker import RankerConfig, RankerNetwork
 from captionlib.search.build import plan_build
 from captionlib.search.config import IndexConfig
 
@@ -115,7 +115,7 @@ def _write_index(image_port: int) -> None:
     save_captioner(
         FOLDER / "captioner", build_captioner(size, len(vocabulary)), vocabulary, encoder, provenance={}, training={}
     )
-    ranker = Ranker(RankerConfig(), size, len(vocabulary)).eval()
+    ranker = RankerNetwork(RankerConfig(), size, len(vocabulary)).eval()
     fingerprint = save_ranker(FOLDER / "ranker", ranker, vocabulary, encoder, provenance={}, training={})
     files = write_images(FOLDER / "images", 200, 500)
     sources = ["local", "local", "fast", "fast", "slow", "hanging"]

@@ -41,6 +41,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "train-ranker": "Train a ranker (dual encoder) for image-text retrieval.",
         "train-language-model": "Train a language model on captions or any text.",
         "build-datastore": "Store captions for nearest-neighbor reranking.",
+        "export-checkpoint": "Copy a checkpoint to a folder that others can load.",
     },
     "Generate captions": {
         "generate-captions": "Caption every image of a manifest or features dataset.",

@@ -51,13 +51,13 @@ def command(
 ) -> None:
     """Export CAPTIONS for other programs, with or without the images.
 
-    CAPTIONS are captions datasets. Of a manifest or features, the references are exported. webdataset, metadata and txt
-    copy the images unchanged. Images that cannot be read are left out and counted. To resume an interrupted export, run
-    the same command again.
+    CAPTIONS are captions datasets, or manifests or features, whose references are exported. webdataset, metadata and
+    txt copy the images unchanged. Images that cannot be read are left out and counted. To resume an interrupted export,
+    run the same command again.
 
-    coco and neuraltalk write one JSON file without images, and also read such files. COCO's results need no references,
-    so you can submit captions of its test split, whose references are secret. NeuralTalk's file contains the references
-    of --manifest.
+    coco and neuraltalk write one JSON file without images. With them, CAPTIONS can also be such JSON files. COCO's
+    results contain no references, so you can submit captions of the test split, whose references are secret.
+    NeuralTalk's file contains the references in --manifest.
 
     \b
     Examples:
@@ -89,6 +89,7 @@ def command(
 def _select(
     captions: tuple[str, ...], splits: tuple[str, ...], where: str | None, duplicates: str | None
 ) -> ImageSelection:
+    """Returns the images that all options select."""
     from captionlib.data.selection import select_images
 
     included = None

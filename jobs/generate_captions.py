@@ -4,7 +4,14 @@ from typing import Any
 
 import click
 
-from jobs.options import config_options, device_option, limit_option, pipeline_options, weights_option
+from jobs.options import (
+    captioner_option,
+    config_options,
+    device_option,
+    limit_option,
+    pipeline_options,
+    weights_option,
+)
 from jobs.summaries import echo_estimate, echo_totals
 
 __all__ = ["command"]
@@ -12,8 +19,12 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("source")
-@click.option("--checkpoint", "-c", required=True, metavar="FOLDER", help="Folder that train-captioner wrote.")
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The captions dataset to write.")
+@captioner_option(
+    "--checkpoint",
+    "generate-captions {source} -o {output}",
+    "Folder that train-captioner wrote, or a model such as hf:FOLDER.",
+)
 @click.option("--ranker", metavar="FOLDER", help="Also embed the images with this ranker.")
 @click.option("--embeddings", metavar="FOLDER", help="The embeddings dataset to write; requires --ranker.")
 @weights_option

@@ -91,6 +91,7 @@ def command(
     """
     from captionlib.collection import is_collection, open_collection
     from captionlib.config import to_dict
+    from captionlib.models.checkpoints.encoder_file import require_checkpoint_files
     from captionlib.search.index_folder import DESCRIPTION, user_cache_folder
     from captionlib.serving.config import ServingConfig
     from captionlib.serving.startup import AppConfig
@@ -105,6 +106,8 @@ def command(
         raise DatasetError(
             f"{index} is not an index: expected a folder with {DESCRIPTION}; see `captionlib build-index`"
         )
+    for checkpoint in filter(None, (captioner, ranker)):
+        require_checkpoint_files(checkpoint, weights)
     url_host = f"[{host}]" if ":" in host else host
     serving = ServingConfig(
         allowed_hosts=_list_host_names(host, url_host, names),
@@ -123,7 +126,7 @@ def command(
 
 @contextmanager
 def _shared_metrics(workers: int) -> Iterator[None]:
-    """Makes a folder in which the metrics of several processes are added up."""
+    """Creates a folder through which several server processes share their metrics."""
     if workers == 1:
         yield
         return

@@ -24,7 +24,7 @@ def echo_totals(output: str, totals: Totals) -> None:
 
 
 def echo_estimate(source: str, outputs: Sequence[str], workers: int) -> None:
-    """Prints what the images of a dataset take that are not in the sample in `outputs`."""
+    """Prints the estimated time and size for the images of `source` that are not in the sample in `outputs`."""
     from captionlib.data.shards.dataset import open_dataset
     from captionlib.data.shards.sampling import estimate_rest
 

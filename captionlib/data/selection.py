@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.splits import expand_splits
+from captionlib.data.splits import add_split_aliases
 
 __all__ = ["ALL_IMAGES", "ImageSelection", "hash_ids", "read_duplicate_ids", "select_images"]
 
@@ -21,14 +21,14 @@ class ImageSelection:
     Attributes:
         splits: splits of the selected images. If empty, images of all splits are selected.
         excluded: ids of images that are not selected.
-        included: ids of the only images that are selected. If None, all ids are.
+        included: if not None, only images with these ids are selected.
     """
 
     splits: frozenset[str] = frozenset()
     excluded: frozenset[str] = frozenset()
     included: frozenset[str] | None = None
 
-    def admits(self, image_id: str, split: str) -> bool:
+    def selects(self, image_id: str, split: str) -> bool:
         """Returns whether an image is selected."""
         return (
             (not self.splits or split in self.splits)
@@ -37,7 +37,7 @@ class ImageSelection:
         )
 
     def describe(self) -> dict[str, list[str] | str | None]:
-        """Returns JSON values that differ for different selections."""
+        """Returns JSON values that identify the selection."""
         included = None if self.included is None else hash_ids(self.included)
         return {"splits": sorted(self.splits), "excluded": hash_ids(self.excluded), "included": included}
 
@@ -53,9 +53,9 @@ def select_images(
     """Returns a selection of images.
 
     Args:
-        splits: names of splits; `val` and `dev` select each other. If empty, images of all splits are selected.
+        splits: names of splits; `val` and `dev` select the same splits. If empty, images of all splits are selected.
         duplicates: dataset of duplicates. If set, duplicates of kept images are not selected.
-        included: ids of the only images that are selected. If None, all ids are.
+        included: if not None, only images with these ids are selected.
 
     Raises:
         DatasetError: `duplicates` is not a complete dataset of duplicates.
@@ -63,7 +63,7 @@ def select_images(
     excluded = frozenset[str]()
     if duplicates is not None:
         excluded = read_duplicate_ids(open_dataset(duplicates, "duplicates").require_complete())
-    return ImageSelection(expand_splits(splits), excluded, included)
+    return ImageSelection(add_split_aliases(splits), excluded, included)
 
 
 def read_duplicate_ids(duplicates: ShardedDataset) -> frozenset[str]:

@@ -57,7 +57,7 @@ def export_json(
             prediction
             for address in addresses
             for prediction in load_predictions(address, manifest)
-            if selection.admits(prediction.image_id, prediction.split)
+            if selection.selects(prediction.image_id, prediction.split)
         ]
         ids, content = [prediction.image_id for prediction in predictions], _convert(predictions, to, addresses)
     _check_ids(ids, addresses)
@@ -94,7 +94,7 @@ def _read_rows(dataset: ShardedDataset, selection: ImageSelection) -> Iterable[d
     columns = ["image_id", "uri", "split", "captions", "width", "height"]
     for shard in range(dataset.shards):
         for batch in dataset.read_batches(shard, columns, batch_size=8192):
-            yield from (row for row in batch.to_pylist() if selection.admits(row["image_id"], row["split"]))
+            yield from (row for row in batch.to_pylist() if selection.selects(row["image_id"], row["split"]))
 
 
 def _check_ids(ids: Sequence[str], addresses: Sequence[str]) -> None:

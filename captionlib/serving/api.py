@@ -28,7 +28,7 @@ from captionlib.serving.uploads import Uploads
 __all__ = ["API", "ImageId", "Service", "ThumbnailStore", "UploadQueue", "read_state", "router"]
 
 API = "/api/v1"
-"""Prefix of the paths of the API. A change that breaks clients gets a new one."""
+"""Prefix of the paths of the API. A change that breaks clients gets a new prefix."""
 
 _MAX_CAPTIONED_IMAGES = 16
 _THUMBNAIL_HEADERS = {"Cache-Control": "private, max-age=86400"}
@@ -46,13 +46,13 @@ def read_state(name: str) -> Any:
     return Depends(read)
 
 
-async def _pin_service(request: Request) -> SearchService:
+async def _take_snapshot(request: Request) -> SearchService:
     """Returns a service for one request, which uses one version of the index."""
     service: SearchService = request.app.state.service
-    return service.pin()
+    return service.snapshot()
 
 
-Service = Annotated[SearchService, Depends(_pin_service)]
+Service = Annotated[SearchService, Depends(_take_snapshot)]
 ThumbnailStore = Annotated[Thumbnails, read_state("thumbnails")]
 UploadQueue = Annotated[Uploads, read_state("uploads")]
 ImageId = Annotated[

@@ -66,6 +66,7 @@ def show_search(
     split: Annotated[str, Query(max_length=100)] = "",
     fragment: bool = False,
 ) -> HTMLResponse:
+    # A script requests only the results (`fragment`) while the user types.
     available_mode: SearchMode = next((available for available in service.modes if available == mode), "text")
     page = min(page, _LAST_PAGE)
     cursor = make_cursor((page - 1) * _PAGE_RESULTS, (q, available_mode, split or None, None))

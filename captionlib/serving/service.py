@@ -45,9 +45,9 @@ class CursorError(QueryError):
 class SearchService:
     """Searches an index by text and, with models, by image. Exiting the context closes the models.
 
-    This class is thread-safe. In the context, it switches to a new version of the index within seconds after a build
-    publishes it. If `models` is None, searching by image is disabled. Uploaded images are compared with `sentences` or,
-    if it is empty, with the captions of similar images.
+    This class is thread-safe. In the context, the service switches to a new version of the index within seconds after a
+    build publishes one. If `models` is None, searching by image is disabled. Uploaded images are compared with
+    `sentences`, or with the captions of similar images if there are no sentences.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class SearchService:
         if self._models is not None:
             self._models.close()
 
-    def pin(self) -> "SearchService":
+    def snapshot(self) -> "SearchService":
         """Returns a service for one request, which uses one version of the index throughout."""
-        pinned = copy.copy(self)
-        pinned.index = self.index.pin()
-        return pinned
+        snapshot = copy.copy(self)
+        snapshot.index = self.index.snapshot()
+        return snapshot
 
     def _refresh_index(self) -> None:
         """Opens new versions of the index in the background, so no request waits for this."""
@@ -203,11 +203,15 @@ class SearchService:
 
 
 def make_cursor(offset: int, search: tuple[object, ...]) -> str:
-    """Returns the cursor of the results of a search from an offset. It contains a checksum of the search."""
+    """Returns the cursor that continues a search at an offset.
+
+    The cursor contains a checksum of `search`: the query, mode, split and minimum log-probability.
+    """
     return f"{offset}-{zlib.crc32(repr(search).encode('utf-8', 'surrogatepass')):08x}"
 
 
 def _read_cursor(cursor: str | None, search: tuple[object, ...]) -> int:
+    """Returns the offset in a cursor, or 0 if there is no cursor. See `make_cursor`."""
     if not cursor:
         return 0
     found = re.fullmatch("([0-9]{1,5})-[0-9a-f]{8}", cursor)

@@ -15,7 +15,7 @@ from cachetools import TTLCache
 from starlette.concurrency import run_in_threadpool
 
 from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
-from captionlib.data.images.decoding import Preprocessing, Shrinking
+from captionlib.data.images.decoding import Preprocessing, SizeLimit
 from captionlib.data.images.encoding import encode_jpeg
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.errors import ImageError
@@ -28,9 +28,9 @@ __all__ = ["ThumbnailSize", "Thumbnails", "remove_thumbnails"]
 
 ThumbnailSize = Literal["small", "large"]
 
-_PREPROCESSING: dict[ThumbnailSize, Preprocessing | Shrinking] = {
+_PREPROCESSING: dict[ThumbnailSize, Preprocessing | SizeLimit] = {
     "small": Preprocessing(256, 256, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    "large": Shrinking(1280),
+    "large": SizeLimit(1280),
 }
 _FAILURE_SECONDS = 30.0
 _MAX_FAILURES = 10_000
@@ -51,7 +51,7 @@ class Thumbnails:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._max_bytes = config.max_thumbnail_bytes
-        # Part of file names. A server that must not access private hosts shows no thumbnails of servers that may.
+        # Part of file names, so a server without access to private hosts shows no thumbnails of a server with access.
         self._scope = "all" if config.allow_private_hosts else "public"
         self._resources = ExitStack()
         threads = config.max_concurrent_fetches

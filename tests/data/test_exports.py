@@ -1,4 +1,5 @@
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -6,13 +7,15 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from captionlib.data.exports import ExportSummary, export_images
+from captionlib.data.exports import ExportFormat, ExportSummary, export_images
 from captionlib.data.ingestion.prepare import prepare
 from captionlib.data.selection import select_images
 from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import DUPLICATES_SCHEMA, MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
-from captionlib.errors import DatasetError, FingerprintError
+from captionlib.errors import DatasetError, FingerprintError, LockError
+from captionlib.storage.folders import Folder
+from captionlib.storage.lock import lock_folder
 
 
 @pytest.fixture
@@ -77,6 +80,50 @@ def test_second_run_writes_only_unfinished_shards(manifest: Path, tmp_path: Path
     (tmp_path / "a.png").unlink()  # it is in a finished shard
     assert export_images(manifest, tmp_path / "tars", "webdataset") == first
     assert (tmp_path / "tars/part-00001.tar").exists()
+
+
+@pytest.mark.parametrize(
+    ("to", "name", "content"),
+    [
+        ("webdataset", "part-00000.tar", None),
+        ("metadata", "part-00000/metadata.jsonl", None),
+        ("webdataset", "__export/part-00000.json", b"\0"),
+        ("webdataset", "__export/part-00000.json", b'{"images": "many"}'),
+    ],
+)
+def test_shard_whose_files_are_missing_or_damaged_is_exported_again(
+    manifest: Path, tmp_path: Path, to: ExportFormat, name: str, content: bytes | None
+) -> None:
+    expected = export_images(manifest, tmp_path / "out", to)
+    files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    (tmp_path / "out" / name).unlink() if content is None else (tmp_path / "out" / name).write_bytes(content)
+    assert export_images(manifest, tmp_path / "out", to) == expected
+    assert {path for path in (tmp_path / "out").rglob("*") if path.is_file()} == files.keys()
+
+
+def test_damaged_description_is_an_error(manifest: Path, tmp_path: Path) -> None:
+    export_images(manifest, tmp_path / "out", "webdataset")
+    (tmp_path / "out/__export/export.json").write_text("{")
+    with pytest.raises(DatasetError, match=r"export.json is damaged .*; export to a new folder"):
+        export_images(manifest, tmp_path / "out", "webdataset")
+
+
+def test_two_exports_to_a_folder_do_not_mix(manifest: Path, tmp_path: Path) -> None:
+    with (
+        lock_folder(Folder(tmp_path / "out"), "captionlib export"),
+        pytest.raises(LockError, match="in use by `captionlib export`"),
+    ):
+        export_images(manifest, tmp_path / "out", "metadata")
+    export_images(manifest, tmp_path / "out", "metadata")
+    assert not (tmp_path / "out/_lock").exists()
+
+
+def test_folder_that_is_removed_during_an_export_is_an_error(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Folder, "remove_temporary_files", lambda folder: shutil.rmtree(folder.uri))
+    with pytest.raises(DatasetError, match="out was removed or moved during the export"):
+        export_images(manifest, tmp_path / "out", "webdataset")
 
 
 def test_different_export_in_the_folder_and_empty_split_are_refused(manifest: Path, tmp_path: Path) -> None:

@@ -35,11 +35,11 @@ def test_server_changes_to_a_new_version_while_it_runs(tmp_path: Path, monkeypat
 
 def test_request_uses_one_version_throughout(tmp_path: Path) -> None:
     service: SearchService = make_site(tmp_path, 10, with_models=False).state.service
-    pinned = service.pin()
+    snapshot = service.snapshot()
     rewrite(tmp_path, [("new", "a giraffe", -1.0)])
     assert service.index.refresh()
-    assert pinned.get_image("gone").candidates
-    assert pinned.search("giraffe", "text", 0, 5).total == 0
-    assert service.pin().search("giraffe", "text", 0, 5).total == 1
-    assert pinned.splits == ["train", "val"]
-    assert service.pin().splits == ["test"]
+    assert snapshot.get_image("gone").candidates
+    assert snapshot.search("giraffe", "text", 0, 5).total == 0
+    assert service.snapshot().search("giraffe", "text", 0, 5).total == 1
+    assert snapshot.splits == ["train", "val"]
+    assert service.snapshot().splits == ["test"]

@@ -64,7 +64,7 @@ def test_requests_are_logged_without_their_queries(client: TestClient, capsys: p
 def test_failure_of_the_server_is_a_problem_without_a_stack_trace(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client.app.state.service, "pin", None)  # type: ignore[attr-defined]
+    monkeypatch.setattr(client.app.state.service, "snapshot", None)  # type: ignore[attr-defined]
     response = client.get("/api/v1/search?q=dog")
     assert (response.status_code, response.json()["detail"]) == (500, "the server failed; its log has the reason")
     assert client.get("/", headers={"accept": "text/html"}).text.count("Traceback") == 0

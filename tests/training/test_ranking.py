@@ -40,7 +40,7 @@ CONFIG = RankerTrainingConfig(
 @pytest.fixture
 def features(tmp_path: Path) -> ShardedDataset:
     """48 training images, four of each kind, and 12 for validation; features and captions identify the kind."""
-    draw = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     dataset = create_dataset(
         tmp_path / "features",
         "features",
@@ -55,7 +55,7 @@ def features(tmp_path: Path) -> ShardedDataset:
                 "uri": "",
                 "split": "train" if shard else "val",
                 "captions": [f"a {name}", f"this is the {name} again", f"{name}"][: 3 if kind % 2 else 2],
-                "features": (np.eye(12)[kind] + draw.normal(0, 0.05, 12)).astype(np.float16),
+                "features": (np.eye(12)[kind] + generator.normal(0, 0.05, 12)).astype(np.float16),
             }
             for kind, name in enumerate(KINDS)
         ]
@@ -105,7 +105,7 @@ def test_maps_are_averaged_over_positions(features: ShardedDataset, tmp_path: Pa
         maps.folder.uri, tmp_path / "of-maps", tmp_path / "embeddings", EmbeddingConfig(), run=RunConfig(progress=False)
     )
     vectors = np.array(open_dataset(tmp_path / "embeddings").read(0)["embedding"].to_pylist())
-    assert np.allclose(vectors, other.encode_images(numbers_of(features, 0)), atol=1e-3)
+    assert np.allclose(vectors, other.encode_images(read_vectors(features, 0)), atol=1e-3)
 
 
 def to_maps(features: ShardedDataset, folder: Path) -> ShardedDataset:
@@ -114,7 +114,7 @@ def to_maps(features: ShardedDataset, folder: Path) -> ShardedDataset:
     schema = features_schema(24, "float16")
     maps = create_dataset(folder, "features", schema, config=config, shards=features.shards)
     for shard in range(features.shards):
-        vectors = numbers_of(features, shard)
+        vectors = read_vectors(features, shard)
         column = numpy_to_vectors(np.concatenate([2 * vectors, 0 * vectors], 1))
         rows = features.read(shard)
         with write_shard(maps, shard, rows.num_rows) as writer:
@@ -127,7 +127,7 @@ def to_maps(features: ShardedDataset, folder: Path) -> ShardedDataset:
     return maps
 
 
-def numbers_of(features: ShardedDataset, shard: int) -> npt.NDArray[np.floating]:
+def read_vectors(features: ShardedDataset, shard: int) -> npt.NDArray[np.floating]:
     return vectors_to_numpy(features.read(shard)["features"])
 
 
@@ -178,7 +178,7 @@ def test_only_the_contrastive_loss_learns_the_temperature(features: ShardedDatas
         assert (learned != pytest.approx(0.07)) is moves
 
 
-def test_sample_captions_draws_per_image() -> None:
+def test_captions_are_sampled_for_each_image() -> None:
     batch = CaptionBatch(np.eye(3, dtype=np.float32), [[1], [2], [3], [4], [5]], np.array([0, 0, 0, 1, 2]))
     seen = set()
     for seed in range(30):

@@ -121,7 +121,7 @@ def _to_batch(rows: list[ManifestRow]) -> pa.RecordBatch:
 
 
 def read_manifest(dataset: ShardedDataset) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Yields the numbers of the shards of a manifest, with batches of their rows."""
+    """Yields the rows of a manifest in batches, each with the number of its shard."""
     for shard in range(dataset.shards):
         for rows in dataset.read_batches(shard, MANIFEST_SCHEMA.names, _BATCH_ROWS):
             yield shard, rows

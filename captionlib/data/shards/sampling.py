@@ -1,4 +1,4 @@
-"""Processes a sample of a dataset with a stage, and estimates from it what the rest takes."""
+"""Writes a sample of a dataset for a stage, and estimates the time and size of the rest from the result."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -46,7 +46,7 @@ class Sample:
 
     @property
     def config(self) -> dict[str, int]:
-        """What the configuration of an output dataset must contain, so that other runs do not continue a sample."""
+        """Part of the configuration of an output dataset, so that other runs do not continue the output of a sample."""
         return {} if self.limit is None else {"sample": self.limit}
 
 
@@ -54,10 +54,10 @@ class Sample:
 def open_sample(
     source: ShardedDataset, output: str | os.PathLike[str], limit: int | None, workers: int
 ) -> Iterator[Sample]:
-    """Yields a dataset, or a sample of up to `limit` rows that are evenly spaced over all of its rows.
+    """Yields the whole dataset if `limit` is None, and otherwise a sample of up to `limit` evenly spaced rows.
 
-    Until the block ends, the sample is in a subfolder of the output, so that all workers can read it. It has a shard
-    for each worker.
+    Until the block ends, the sample is in a subfolder of the output, so that all workers can read it. It has a
+    shard for each worker, or more if it is large.
 
     Raises:
         ConfigError: the output is the dataset itself.
@@ -76,6 +76,7 @@ def open_sample(
 
 
 def _write_sample(source: ShardedDataset, address: str, limit: int, workers: int) -> ShardedDataset:
+    # A marker is the file that records that a shard is complete.
     starts = np.cumsum([0, *(marker.rows for _, marker in sorted(source.read_markers().items()))])
     total = int(starts[-1])
     count = min(limit, total)
@@ -114,13 +115,13 @@ def _read_rows(
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the images that are not in a sample take.
+    """The estimated cost of processing the images that are not in a sample.
 
     Attributes:
         images: number of these images.
-        images_per_second: speed of all workers together.
-        seconds: time of all workers together.
-        bytes: size of the rows.
+        images_per_second: total speed of all workers.
+        seconds: time at this speed.
+        bytes: size of the output.
         failures: number of images that cannot be read.
     """
 
@@ -132,7 +133,7 @@ class Estimate:
 
 
 def estimate_rest(source: ShardedDataset, outputs: Sequence[ShardedDataset], workers: int) -> Estimate:
-    """Estimates what the rest of a dataset takes from the complete outputs of a sample of it.
+    """Estimates the cost of processing the rest of a dataset from the complete outputs of a sample.
 
     The time does not include the start of the workers and the loading of models.
     """
@@ -145,7 +146,7 @@ def estimate_rest(source: ShardedDataset, outputs: Sequence[ShardedDataset], wor
 
 
 def _count_bytes(dataset: ShardedDataset) -> int:
-    """Returns the size of the columns of a dataset, without the footers of its files, which dominate small files."""
+    """Returns the size of the columns of a dataset. File footers, which dominate small files, are not counted."""
     size = 0
     for shard in range(dataset.shards):
         with dataset.folder.open(f"{part_name(shard)}.parquet") as file:

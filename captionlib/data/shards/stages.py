@@ -1,4 +1,7 @@
-"""Runs a stage (a step such as feature extraction) on one shard of a dataset. Running it again gives the same rows."""
+"""Runs a stage (a step such as feature extraction) on one shard of a dataset. Running it again gives the same rows.
+
+A finished shard has a marker, the JSON file that records that the shard is complete.
+"""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -41,10 +44,10 @@ class ShardJob:
     """A stage, its complete input dataset, and its output datasets, which have the same number of shards.
 
     A finished shard is stale if its input shard has changed since. When a shard is processed again, rows and failures
-    whose image has not changed are copied from the old output.
+    (unreadable images) are copied from the old output if the image has not changed.
 
     Attributes:
-        retry_failures: process images that could not be read again, in finished shards too.
+        retry_failures: process the images that could not be read once more, also in finished shards.
         verify: verify the checksums of finished shards, and process damaged ones again.
     """
 
@@ -57,8 +60,8 @@ class ShardJob:
     def plan(self) -> Iterator[list[int]]:
         """Yields up to two lists of shards to process. The first is processed before the second is requested.
 
-        Reading the markers of many finished shards takes long. If the input has not changed since the outputs were
-        created, the first list contains the shards that lack a marker or data file, which takes only a listing.
+        Reading the markers of many finished shards takes long. Therefore, if the input has not changed since the
+        outputs were created, the first list contains the shards without a marker or data file: a listing finds them.
         """
         missing = self._find_missing()
         if missing:
@@ -103,7 +106,7 @@ class ShardJob:
         """Processes a shard, unless it is finished.
 
         Returns:
-            The marker (record of a finished shard) of the first output.
+            The marker of the first output.
 
         Raises:
             DamagedShardError: the input shard is damaged.
@@ -211,6 +214,7 @@ class _UnchangedRows:
 
     @classmethod
     def find(cls, rows: pa.Table, outputs: Sequence[pa.Table], failures: pa.Table) -> "_UnchangedRows":
+        """Compares the rows of the input with the rows and failures of the old output."""
         found = [match_images(rows, output) for output in outputs]
         is_kept = np.all([indices >= 0 for indices in found], axis=0)
         failed = np.where(is_kept, -1, match_images(rows, failures))
@@ -265,7 +269,7 @@ def match_images(rows: pa.Table, old: pa.Table) -> npt.NDArray[np.int64]:
 
 
 def replace_columns(old: pa.Table, rows: pa.Table) -> pa.Table:
-    """Replaces the columns of old rows that the input also has."""
+    """Replaces each column of `old` that `rows` also has."""
     for position, name in enumerate(old.schema.names):
         if name in rows.schema.names:
             old = old.set_column(position, old.schema.field(name), rows[name])

@@ -49,7 +49,7 @@ def read_numbered_rows(
             image = parse_object(entry, origin)
             row = _to_row(image, root, options.default_split, origin)
         except EntryError as error:
-            skips.skip_image(error.reason, error.problem)
+            skips.reject_image(error.reason, error.problem)
             continue
         row.captions = _parse_sentences(image.get("sentences", []), origin, skips)
         yield image.get("imgid"), row
@@ -75,7 +75,7 @@ def _parse_sentences(value: object, origin: str, skips: SkipCounter) -> tuple[st
             try:
                 captions += parse_captions(sentence, origin, "sentences")
             except EntryError as error:
-                skips.skip_captions(error.reason, error.problem)
+                skips.reject_captions(error.reason, error.problem)
     except EntryError as error:
-        skips.skip_captions(error.reason, error.problem)
+        skips.reject_captions(error.reason, error.problem)
     return captions

@@ -6,6 +6,7 @@ Families of encoders (captionlib/models/families/encoder.py) open networks of ot
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from captionlib.config import configclass
-from captionlib.data.images.decoding import DecodeScale, Preprocessing, Shrinking
+from captionlib.data.images.decoding import DecodeScale, Preprocessing, SizeLimit
 from captionlib.errors import ConfigError
 from captionlib.models.devices import copy_to_host_async, halve_on_out_of_memory, resolve_device
 from captionlib.models.encoders.network import EncoderNetwork, require_finite, truncate_network
@@ -26,6 +27,7 @@ from captionlib.models.encoders.weights import (
     load_weights,
     resolve_preprocessing,
     sample_weights,
+    serialize_weights,
 )
 from captionlib.models.families.registry import resolve_model_address, split_address
 from captionlib.storage.folders import resolve_address
@@ -40,6 +42,7 @@ __all__ = [
     "describe_preprocessing",
     "load_encoder",
     "load_network_weights",
+    "pack_encoder_weights",
 ]
 
 PendingFeatures = Callable[[], npt.NDArray[np.floating]]
@@ -53,8 +56,8 @@ class EncoderConfig:
     """A network, the node at which it is truncated, and its weights.
 
     Attributes:
-        model: a torchvision model name, such as `vgg16` or `resnet50`, or a model of another family: `hf:FOLDER` or
-            `timm:NAME`.
+        model: a torchvision model name, such as `vgg16` or `resnet50`, or a model of another family (provider of
+            models): `hf:FOLDER` or `timm:NAME`.
         node: node of the model's graph whose output is the features. `fc6` and `fc7` of a VGG are taken after the ReLU.
             Models of other families have the nodes `pooled`, `class_token` and `feature_map`.
         weights: a torchvision weights name, a `.safetensors`, `.pth` or `.pt` file, or `random:SEED`. The folder of an
@@ -85,8 +88,8 @@ class EncoderConfig:
 
         Args:
             description: the encoder's description, from a features dataset or a checkpoint.
-            weights: path of the encoder's weights file or model folder; required if the weights came from one, because
-                a description records a hash and not the location.
+            weights: path of the encoder's weights file or model folder; required if the weights came from a file or
+                folder, because a description contains only a hash of them.
 
         Raises:
             ConfigError: the weights came from a file or folder and `weights` is None, or the features were imported.
@@ -94,7 +97,7 @@ class EncoderConfig:
         if description["weights"] == "imported":  # written by `captionlib import-features`
             raise ConfigError(
                 "the features were imported, so the network that computed them is unknown and cannot encode more "
-                "images; use features that were imported the same way"
+                "images; import the features of these images too"
             )
         if description["weights"] in ("file", "folder") and weights is None:
             kind = "weights file" if description["weights"] == "file" else "model folder"
@@ -115,8 +118,15 @@ class EncoderConfig:
             decode_scale=description["preprocessing"].get("decode_scale", "exact"),
         )
 
-    def resolve_weights_path(self) -> "EncoderConfig":
-        """Returns a copy with the absolute path of a weights file, for workers with different working directories."""
+    def find_weights_location(self) -> str:
+        """Returns the path or URL of the weights file or of the local model folder; empty if there is none."""
+        if is_weights_file(self.weights):
+            return self.weights
+        prefix, location = split_address(self.model)
+        return location if prefix and self.weights == EncoderConfig.weights and Path(location).is_dir() else ""
+
+    def resolve_paths(self) -> "EncoderConfig":
+        """Returns a copy in which local paths are absolute, for workers with different working directories."""
         if is_weights_file(self.weights):
             return replace(self, weights=resolve_address(self.weights))
         is_folder = split_address(self.model)[0] and self.weights == EncoderConfig.weights
@@ -209,13 +219,13 @@ def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = 
         ConfigError: the model, the node, the weights or the device do not exist, or the weights lack layers up to the
             node.
     """
-    target = resolve_device(device)
+    torch_device = resolve_device(device)
     with choose_build_device(config.weights, config.missing_weights):
         network = truncate_network(config.model, config.node)
     weights, config = load_network_weights(network, config)
     network.to_empty(device="cpu").load_state_dict(weights)
     preprocessing = resolve_preprocessing(config.model, config.weights, config.resize_size, config.decode_scale)
-    return build_encoder(network, config, preprocessing, target, hash_weights(weights), trainable)
+    return build_encoder(network, config, preprocessing, torch_device, hash_weights(weights), trainable)
 
 
 def build_encoder(
@@ -269,13 +279,36 @@ def load_network_weights(network: nn.Module, config: EncoderConfig) -> tuple[dic
 
 
 def describe_finetuned_encoder(description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Returns an encoder's description updated for its fine-tuned `weights`, which are all of its tensors."""
+    """Returns an encoder's description, updated after fine-tuning.
+
+    `weights` must contain all tensors of the encoder, including those that were not trained.
+    """
     changes = {"weights": "file", "missing_weights": "error", "weights_sha256": hash_weights(weights)}
     return {**description, **changes}
 
 
-def describe_preprocessing(preprocessing: Preprocessing | Shrinking) -> dict[str, Any]:
-    """Returns the settings of a preprocessing as JSON values, for fingerprints."""
+def pack_encoder_weights(config: EncoderConfig) -> bytes:
+    """Returns a safetensors file with the tensors of a weights file that an encoder needs, and its preprocessing.
+
+    Tensors are stored in float16 if that changes no value.
+
+    Args:
+        config: a torchvision network with weights from a file.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    with torch.device("meta"):  # only the names matter
+        network = truncate_network(config.model, config.node)
+    tensors = load_weights(config.model, config.weights, network)
+    halves = {name: tensor.half() for name, tensor in tensors.items() if tensor.is_floating_point()}
+    exact = {name: half for name, half in halves.items() if torch.equal(half.float(), tensors[name])}
+    preprocessing = resolve_preprocessing(config.model, config.weights, config.resize_size, config.decode_scale)
+    return serialize_weights({**tensors, **exact}, preprocessing)
+
+
+def describe_preprocessing(preprocessing: Preprocessing | SizeLimit) -> dict[str, Any]:
+    """Returns the settings of a preprocessing or size limit as JSON values, for fingerprints."""
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(preprocessing).items()}
     for name, default in (("decode_scale", "exact"), ("stretch", False)):
         if values.get(name) == default:  # omitted, so that the fingerprints of older datasets remain valid

@@ -1,4 +1,7 @@
-"""Image encoders: models that compute features of images, which train captioners and rankers and are their input."""
+"""Image encoders: models that compute features of images, the input of captioners and rankers.
+
+A family is a provider of models, selected by the prefix of a model's address, such as `timm:`.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -41,7 +44,7 @@ class ImageEncoder(Protocol):
 
 
 LoadEncoder = Callable[[str, EncoderConfig, torch.device], ImageEncoder]
-"""Function of a family from a model's location, the rest of the configuration and a device to an encoder."""
+"""Function that loads an encoder of a family from the model's location (its address without the prefix)."""
 
 
 def open_encoder(config: EncoderConfig, device: str = "auto") -> ImageEncoder:

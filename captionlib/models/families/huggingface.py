@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers.image_processing_backends import TorchvisionBackend
 
-from captionlib.data.images.decoding import Preprocessing, Shrinking
+from captionlib.data.images.decoding import Preprocessing, SizeLimit
 from captionlib.data.shards.markers import compute_checksum, compute_fingerprint
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.families.model import Arrays
@@ -27,7 +27,7 @@ __all__ = [
     "require_pixels",
 ]
 
-WHOLE_IMAGE = Shrinking(2**31 - 1)
+WHOLE_IMAGE = SizeLimit(2**31 - 1)
 """Leaves images as they are. The model's own processor then resizes them."""
 
 Part = TypeVar("Part")
@@ -114,14 +114,15 @@ def load_weights(location: str, load: Callable[..., Any], folder: Path) -> tuple
 
 
 def require_pixels(address: str, expected: Mapping[str, Any], description: Mapping[str, Any]) -> None:
-    """Checks the input of a model of images; see `ImageModel.require_encoder`."""
+    """Checks the input of a model whose input is pixels; see `ImageModel.require_encoder`."""
     if description != expected:
         raise CheckpointError(
-            f"{address} takes images, got features; specify the manifest that they were extracted from"
+            f"{address}: expected images, because the model has no separate encoder, got features; specify the "
+            "manifest that the features were extracted from"
         )
 
 
-def prepare_pixels(images: Arrays, preprocessing: Preprocessing | Shrinking, processor: Any) -> Tensor:
+def prepare_pixels(images: Arrays, preprocessing: Preprocessing | SizeLimit, processor: Any) -> Tensor:
     """Normalizes images; returns `[images, 3, height, width] float32`.
 
     Args:
@@ -129,15 +130,15 @@ def prepare_pixels(images: Arrays, preprocessing: Preprocessing | Shrinking, pro
         preprocessing: result of `find_preprocessing`.
         processor: the model's image processor, which resizes the images if the preprocessing is `WHOLE_IMAGE`.
     """
-    if isinstance(preprocessing, Shrinking):
+    if isinstance(preprocessing, SizeLimit):
         pixels: Tensor = processor(images=list(images), return_tensors="pt")["pixel_values"]
         return pixels
     mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (preprocessing.mean, preprocessing.std))
     return (torch.from_numpy(np.array(images, np.uint8)).permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
-def find_preprocessing(processor: Any) -> Preprocessing | Shrinking:
-    """Returns how decoder processes prepare images for a model, or `WHOLE_IMAGE` if only its processor can do it.
+def find_preprocessing(processor: Any) -> Preprocessing | SizeLimit:
+    """Returns the preprocessing of a model, or `WHOLE_IMAGE` if only the model's own processor can prepare images.
 
     Args:
         processor: the model's image processor.

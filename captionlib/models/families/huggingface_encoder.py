@@ -1,4 +1,4 @@
-"""Image encoders of Hugging Face Transformers: vision transformers such as CLIP, SigLIP, DINOv2 and ViT."""
+"""Image encoders from Hugging Face Transformers: vision transformers such as CLIP, SigLIP, DINOv2 and ViT."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +38,7 @@ class _VisionTower(nn.Module):
         if self._node == "pooled":
             pooled = output.get("pooler_output")
             if pooled is None:
-                raise ConfigError(f"encoder.node: {self._address} pools nothing; use class_token or feature_map")
+                raise ConfigError(f"encoder.node: {self._address} has no pooled output; use class_token or feature_map")
             return {"features": pooled.flatten(1)}
         patch = getattr(self.model.config, "patch_size", 0)
         rows, columns = (side // patch if patch else 0 for side in pixels.shape[2:])

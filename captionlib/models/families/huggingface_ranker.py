@@ -1,4 +1,4 @@
-"""Rankers of Hugging Face Transformers: dual encoders such as CLIP and SigLIP."""
+"""Rankers from Hugging Face Transformers: dual encoders such as CLIP and SigLIP."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from captionlib.data.images.decoding import Preprocessing, Shrinking
+from captionlib.data.images.decoding import Preprocessing, SizeLimit
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.devices import halve_on_out_of_memory
 from captionlib.models.families.huggingface import (
@@ -23,7 +23,7 @@ from captionlib.models.families.huggingface import (
     prepare_pixels,
     require_pixels,
 )
-from captionlib.models.families.model import Arrays, describe_pixels
+from captionlib.models.families.model import Arrays, describe_pixel_input
 
 __all__ = ["HuggingFaceRanker", "load"]
 
@@ -32,7 +32,7 @@ _TEMPLATE = "template="
 
 
 class HuggingFaceRanker:
-    """A dual encoder of Transformers; implements `RankingModel`."""
+    """A dual encoder from Transformers; implements `RankingModel`."""
 
     def __init__(self, location: str) -> None:
         location, self.sentence_template = _split_template(location)
@@ -50,10 +50,10 @@ class HuggingFaceRanker:
         self._preprocessing = find_preprocessing(self._processor)
         self._tokenizer: Any = load_part(location, AutoTokenizer.from_pretrained, folder)
         self.fingerprint = fingerprint_files(folder)
-        self.encoder = describe_pixels(self._preprocessing)
+        self.encoder = describe_pixel_input(self._preprocessing)
         self.size = self.encode_sentences([""]).shape[1]
 
-    def find_source(self, weights: str | None) -> Preprocessing | Shrinking:
+    def find_input_transform(self, weights: str | None) -> Preprocessing | SizeLimit:
         return self._preprocessing
 
     def require_encoder(self, description: Any) -> None:

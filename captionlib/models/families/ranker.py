@@ -1,4 +1,7 @@
-"""Rankers: dual encoders that embed images and sentences as unit vectors, close together if they match."""
+"""Rankers: dual encoders that embed images and sentences as unit vectors, close together if they match.
+
+A family is a provider of models, selected by the prefix of a model's address, such as `hf:`.
+"""
 
 import os
 from collections.abc import Sequence

@@ -1,5 +1,6 @@
 """Finds the family of a model by the prefix of its address, such as `hf` in `hf:Salesforce/blip@REVISION`.
 
+A family is a provider of models.
 An address without a prefix is the folder of a checkpoint that captionlib trained. Every other family is an entry point
 of an installed package, named after its prefix, in the group `captionlib.captioners`, `captionlib.encoders` or
 `captionlib.rankers`.
@@ -20,6 +21,7 @@ from captionlib.storage.folders import resolve_address
 __all__ = ["Group", "find_family", "resolve_model_address", "split_address"]
 
 Group = Literal["captioners", "encoders", "rankers"]
+"""Kind of model, and the last part of the name of an entry point group."""
 
 _ADDRESS = re.compile(r"([a-z][a-z0-9_-]*):(?!//|:)(.+)", re.DOTALL)  # excludes URLs
 

@@ -1,4 +1,4 @@
-"""Image encoders of timm, with weights from a local file."""
+"""Image encoders from the library timm, with weights from a local file."""
 
 import difflib
 import math

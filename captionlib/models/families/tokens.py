@@ -1,4 +1,7 @@
-"""Turns the output of vision transformers and convolutional networks into the features of a node."""
+"""Converts the output of vision transformers and convolutional networks to features.
+
+A node is a name for the kind of features.
+"""
 
 from typing import Literal, cast, get_args
 
@@ -9,7 +12,7 @@ from captionlib.errors import ConfigError
 __all__ = ["Node", "find_node", "select_class_token", "to_feature_map"]
 
 Node = Literal["pooled", "class_token", "feature_map"]
-"""The features that a model offers.
+"""The kind of features.
 
 `pooled` is the vector that the model itself pools, `class_token` the output of the class token, and `feature_map` the
 outputs of all positions, without the class token and without register tokens.
@@ -45,10 +48,10 @@ def to_feature_map(output: Tensor, model: str, height: int, width: int) -> Tenso
     """Returns feature maps, `[batch, channels, height, width]`.
 
     Args:
-        output: such maps, or `[batch, tokens, channels]`, where tokens of positions come last.
+        output: feature maps, or `[batch, tokens, channels]` in which the last tokens are the positions, row by row.
         model: address of the model, for errors.
-        height: rows of positions.
-        width: columns of positions.
+        height: number of rows of the feature map.
+        width: number of columns of the feature map.
 
     Raises:
         ConfigError: the model has fewer tokens than positions.

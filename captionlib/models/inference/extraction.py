@@ -15,14 +15,14 @@ from pydantic import PositiveInt
 
 from captionlib.config import configclass, describe_differences
 from captionlib.data.arrays import numpy_to_vectors
-from captionlib.data.images.decoding import Preprocessing, Shrinking
+from captionlib.data.images.decoding import Preprocessing, SizeLimit
 from captionlib.data.images.loading import LoadedImage, LoadingConfig, open_loader
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA, features_schema
 from captionlib.data.shards.stages import ProcessRows, ReportFailure
 from captionlib.errors import DatasetError, ImageError
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.families.encoder import ImageEncoder, open_encoder
-from captionlib.models.families.model import Arrays, describe_pixels
+from captionlib.models.families.model import Arrays, describe_pixel_input
 from captionlib.models.inference.shared_models import cached_per_process
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
 Row = dict[str, Any]
 
 EncodedRows = Iterator[tuple[list[Row], list[Arrays]]]
-"""Rows, and their features from each of one or more encoders."""
+"""Yields the rows of a batch, and their features from each of one or more encoders."""
 
 
 @configclass
@@ -77,7 +77,7 @@ class FeatureExtraction:
 
     @contextmanager
     def open(self) -> Iterator[ProcessRows]:
-        """Loads the encoder and starts the image decoders; see `Stage.open`. Each tuple has one batch per output."""
+        """Loads the encoder and starts the image decoders; see `Stage.open`."""
         encoder = load_shared_encoder(self.config.encoder, self.device, self.threads, self.description)
         schema = features_schema(math.prod(encoder.shape), self.config.encoder.stored_dtype)
         with open_loader(self.config.loading, encoder.preprocessing) as load:
@@ -93,11 +93,11 @@ class FeatureExtraction:
 
 
 class PixelReader:
-    """Stands for the encoder of models whose input is pixels: the features of an image are its pixels."""
+    """Stands in for the encoder of models whose input is pixels: the features of an image are its pixels."""
 
-    def __init__(self, preprocessing: Preprocessing | Shrinking) -> None:
+    def __init__(self, preprocessing: Preprocessing | SizeLimit) -> None:
         self.preprocessing = preprocessing
-        self.description = describe_pixels(preprocessing)
+        self.description = describe_pixel_input(preprocessing)
 
     def encode_async(self, images: Sequence[npt.NDArray[np.uint8]]) -> Callable[[], Arrays]:
         """Returns a function that returns the images; see `ImageEncoder.encode_async`."""
@@ -127,10 +127,10 @@ def encode_images(
         # Starts this batch before waiting for the previous one.
         pending.append((rows, [encoder.encode_async(pixels) for encoder, pixels in per_encoder]))
         if len(pending) > 1:
-            previous_rows, waits = pending.popleft()
-            yield previous_rows, [wait() for wait in waits]
-    for rows, waits in pending:
-        yield rows, [wait() for wait in waits]
+            previous_rows, pending_features = pending.popleft()
+            yield previous_rows, [get() for get in pending_features]
+    for rows, pending_features in pending:
+        yield rows, [get() for get in pending_features]
 
 
 def _batch_images(
@@ -155,7 +155,7 @@ def _batch_images(
 def load_shared_encoder(
     config: EncoderConfig, device: str, threads: int | None, description: Mapping[str, Any] | None = None
 ) -> ImageEncoder:
-    """Returns the encoder that all threads of this process share. It shares the two that it used last.
+    """Returns an encoder that all threads of this process share. The two most recently used encoders stay loaded.
 
     `threads` sets the number of CPU threads of the process, unless it is None.
 

@@ -23,8 +23,9 @@ def check_reads_only(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
     """Checks that SQL is one SELECT (or DESCRIBE, SHOW, SUMMARIZE, VALUES, FROM) with only safe table functions.
 
     The connection is already configured to block access to files and changes to its configuration. This check also
-    rejects functions that it does not cover, such as `enable_logging(storage_path=...)` and new functions of DuckDB,
-    and everything that reads settings: DuckDB copies the password of a proxy from the environment, for example.
+    rejects functions that the configuration does not block, such as `enable_logging(storage_path=...)` and functions
+    that DuckDB may add. It rejects everything that reads settings, because they can contain secrets: DuckDB copies the
+    password of a proxy from the environment, for example.
 
     Raises:
         QueryError: the SQL is invalid or is a different kind of statement.
@@ -94,6 +95,6 @@ def _walk_nodes(tree: Any) -> Iterator[dict[str, Any]]:
 
 
 def describe_error(error: Exception) -> QueryError:
-    """Converts an error of DuckDB to one line, without the statement and the advice that follow the description."""
+    """Converts a DuckDB error to one line, without the statement and the advice that follow the description."""
     description, _, _ = str(error).partition("\n\n")
     return QueryError(f"query: {' '.join(description.split())}")

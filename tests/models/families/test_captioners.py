@@ -204,7 +204,7 @@ def test_settings_without_an_equivalent_are_refused(
 
 def test_features_are_refused(folders: dict[str, Path]) -> None:
     encoder = {"model": "vgg16", "shape": [4096]}
-    with pytest.raises(CheckpointError, match="takes images, got features"):
+    with pytest.raises(CheckpointError, match=r"expected images, .*, got features"):
         open_captioner(f"hf:{folders['git']}").require_encoder(encoder)
 
 
@@ -264,6 +264,6 @@ def test_sentences_and_probabilities_equal_those_of_transformers(transformers_fo
 
 
 def test_pixels_equal_those_of_the_processor(transformers_folder: Path) -> None:
-    source = open_captioner(f"hf:{transformers_folder}").find_source(None)
+    source = open_captioner(f"hf:{transformers_folder}").find_input_transform(None)
     assert isinstance(source, Preprocessing)  # decoder processes prepare the images
     assert_pixels_equal_those_of_the_processor(transformers_folder, source)

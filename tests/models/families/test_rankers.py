@@ -21,7 +21,7 @@ from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.families.encoder import open_encoder
 from captionlib.models.families.ranker import RankingModel, open_ranker
 from captionlib.models.inference.embedding import EmbeddingConfig
-from captionlib.models.rankers.ranker import Ranker, RankerConfig
+from captionlib.models.rankers.ranker import RankerConfig, RankerNetwork
 from pipelines.embed_images import embed_images
 from pipelines.run import RunConfig
 from tests.models.families import tiny_models
@@ -47,7 +47,7 @@ def write_own(folder: Path) -> Path:
     vocabulary = Vocabulary.from_captions(tiny_models.SENTENCES, 1)
     torch.manual_seed(0)
     config = RankerConfig(hidden_size=8, embedding_size=8, joint_embedding_size=16)
-    model = Ranker(config, encoder.shape[0], len(vocabulary))
+    model = RankerNetwork(config, encoder.shape[0], len(vocabulary))
     save_ranker(folder, model, vocabulary, encoder.description, provenance={}, training={})
     return folder
 
@@ -145,7 +145,7 @@ def test_embeddings_equal_those_of_transformers(folder: Path) -> None:
 
 
 def test_pixels_equal_those_of_the_processor(folder: Path) -> None:
-    source = open_ranker(f"hf:{folder}").find_source(None)
+    source = open_ranker(f"hf:{folder}").find_input_transform(None)
     assert isinstance(source, Preprocessing)  # decoder processes prepare the images
     assert_pixels_equal_those_of_the_processor(folder, source)
 
