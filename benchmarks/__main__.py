@@ -15,6 +15,7 @@ BENCHMARKS = {
     "nucleus-sampling": "benchmarks.nucleus_sampling",
     "command-help": "benchmarks.command_help",
     "neuraltalk-decoder": "benchmarks.neuraltalk_decoder",
+    "transformers-captioner": "benchmarks.transformers_captioner",
     "training-throughput": "benchmarks.training_throughput",
     "packed-training": "benchmarks.packed_training",
     "training-data-wait": "benchmarks.training_data_wait",

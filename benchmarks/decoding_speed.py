@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.bars import report
 from captionlib.data.text.vocabulary import END
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
 
@@ -16,7 +16,7 @@ WORDS, FEATURE_SIZE = 2500, 4096
 BATCH, SINGLES, ROUNDS = 100, 25, 7
 
 
-def build_captioner(feature_size: int = FEATURE_SIZE, words: int = WORDS) -> Captioner:
+def build_captioner(feature_size: int = FEATURE_SIZE, words: int = WORDS) -> CaptionerNetwork:
     """Builds an LSTM with random weights that takes as much work to decode as a captioner trained on Flickr8k.
 
     Captions have 10 words on average, with a standard deviation of 2.2 (trained captioner: 10.4 and 2.8). The mean
@@ -25,7 +25,7 @@ def build_captioner(feature_size: int = FEATURE_SIZE, words: int = WORDS) -> Cap
     """
     torch.manual_seed(0)
     config = CaptionerConfig()
-    model = Captioner(config, feature_size, words).eval()
+    model = CaptionerNetwork(config, feature_size, words).eval()
     hidden = config.hidden_size
     with torch.no_grad():
         model.image_projection.weight.uniform_(-0.05, 0.05)
@@ -49,7 +49,7 @@ def captions_per_second(decoder: Decoder, features: torch.Tensor, batch: int) ->
     return len(features) / (time.perf_counter() - began)
 
 
-def measure(model: Captioner, features: torch.Tensor, dtype: torch.dtype) -> float:
+def measure(model: CaptionerNetwork, features: torch.Tensor, dtype: torch.dtype) -> float:
     """Returns the median over rounds of captions/s in batches ÷ captions/s one image at a time."""
     decoder = Decoder(model, DecodingConfig(beam_width=5), dtype)
     captions = [candidates[0].token_ids for candidates in decoder.decode(features)]

@@ -27,7 +27,7 @@ from captionlib.storage.folders import Folder
 RUNS = 200
 STAGES = (
     *("prepare", "extract-features", "train-captioner", "train-ranker", "generate-captions", "embed", "build-index"),
-    *("deduplicate", "update", "remove"),
+    *("deduplicate", "update", "remove", "compact", "export"),
 )
 # The commands import these modules when they run. Loaded beforehand, they do not dominate the time of a command.
 PRELOADED = (
@@ -117,12 +117,13 @@ def start_command(context: ForkServerContext, command: Command, project: Path, o
 
 
 def read_output(command: Command, output: Path) -> dict[str, str]:
-    """Returns hashes of the Parquet files, of the weights, and of what an index contains."""
+    """Returns hashes of the Parquet files, of the weights and of exported files, and of what an index contains."""
     if command.name == "build-index":
         index = read_description(Folder(output / "index"))
         return {} if index is None else {"index": f"{index.captions_count} {index.vectors_count} {index.fingerprint}"}
-    weights = {file: hashlib.sha256(file.read_bytes()).hexdigest() for file in output.glob("*/model.safetensors")}
-    return read_outputs(output) | {str(file.relative_to(output)): digest for file, digest in weights.items()}
+    files = [*output.glob("*/model.safetensors"), *output.glob("*.json"), *output.glob("export/part-*/*")]
+    digests = {str(file.relative_to(output)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return read_outputs(output) | digests
 
 
 def _run(command: Command, project: Path, output: Path) -> None:

@@ -190,7 +190,7 @@ def _check_serve(port: int) -> str | None:
     """Checks the page of one image: its caption and its candidates must be of one version."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
-        connection.request("GET", "/api/image?id=1-7")
+        connection.request("GET", "/api/v1/image?id=1-7")
         response = connection.getresponse()
         content = json.loads(response.read())
     finally:

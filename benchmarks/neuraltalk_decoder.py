@@ -21,7 +21,7 @@ from captionlib.data.batches.captions import pool_map, read_features
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.text.vocabulary import END, UNKNOWN
 from captionlib.evaluation.metrics import compute_bleu
-from captionlib.models.captioners.captioner import Captioner
+from captionlib.models.captioners.captioner import CaptionerNetwork
 from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
@@ -41,7 +41,7 @@ class NumpyDecoder:
         model: LSTM captioner with one layer, whose first input is the image.
     """
 
-    def __init__(self, model: Captioner) -> None:
+    def __init__(self, model: CaptionerNetwork) -> None:
         w_ih, w_hh, b_ih, b_hh = (weights.detach().double().numpy() for weights in model.recurrence.all_weights[0])
         self._gates = np.concatenate([(b_ih + b_hh)[None], w_ih.T, w_hh.T])  # rows for [1, x, h]
         self._hidden = w_hh.shape[1]
@@ -119,14 +119,14 @@ def _compare_speed(number: int, plain: NumpyDecoder, batched: Decoder, images: A
     return ours / theirs
 
 
-def _build_random() -> tuple[Captioner, torch.Tensor, list[list[list[int]]]]:
+def _build_random() -> tuple[CaptionerNetwork, torch.Tensor, list[list[list[int]]]]:
     model = build_captioner()
     features = torch.randn(200, FEATURE_SIZE, generator=torch.Generator().manual_seed(1))
     samples = Decoder(model, DecodingConfig("sample", n_best=5)).decode(features)
     return model, features, [[sample.token_ids for sample in per_image] for per_image in samples]
 
 
-def _load_trained(captioner: str, features: str) -> tuple[Captioner, torch.Tensor, list[list[list[int]]]]:
+def _load_trained(captioner: str, features: str) -> tuple[CaptionerNetwork, torch.Tensor, list[list[list[int]]]]:
     loaded, dataset = load_captioner(captioner), open_dataset(features, "features").require_complete()
     loaded.require_encoder(dataset.config["encoder"])
     vectors, references = [], []

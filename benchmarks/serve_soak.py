@@ -39,7 +39,7 @@ from captionlib.data.shards.writer import write_shard
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.models.checkpoints.checkpoint import save_captioner, save_ranker
 from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
-from captionlib.models.rankers.ranker import Ranker, RankerConfig
+from captionlib.models.rankers.ranker import RankerConfig, RankerNetwork
 from captionlib.search.build import plan_build
 from captionlib.search.config import IndexConfig
 
@@ -115,7 +115,7 @@ def _write_index(image_port: int) -> None:
     save_captioner(
         FOLDER / "captioner", build_captioner(size, len(vocabulary)), vocabulary, encoder, provenance={}, training={}
     )
-    ranker = Ranker(RankerConfig(), size, len(vocabulary)).eval()
+    ranker = RankerNetwork(RankerConfig(), size, len(vocabulary)).eval()
     fingerprint = save_ranker(FOLDER / "ranker", ranker, vocabulary, encoder, provenance={}, training={})
     files = write_images(FOLDER / "images", 200, 500)
     sources = ["local", "local", "fast", "fast", "slow", "hanging"]
@@ -227,7 +227,7 @@ async def _run_client(client: int, port: int, until: float, files: list[bytes], 
             if action < 0.25:
                 form = aiohttp.FormData()
                 form.add_field("image", chooser.choice(files), filename="image.jpg")
-                url = chooser.choice(["/image-search", "/api/image-search"])
+                url = chooser.choice(["/image-search", "/api/v1/image-search"])
                 status, page = await send("POST", url, form)
                 results.uploads[client] += status == 200
             elif action < 0.5:
@@ -241,7 +241,7 @@ async def _run_client(client: int, port: int, until: float, files: list[bytes], 
 
 _HALF_HEADERS = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
 _HALF_BODY = (
-    b"POST /api/image-search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
+    b"POST /api/v1/image-search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
     b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
 )
 

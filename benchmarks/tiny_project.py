@@ -76,7 +76,8 @@ COMMANDS = [
     Command(f"embed {{project}}/features -r {{project}}/ranker -o {{output}}/embeddings {_QUIET}", True),
     Command("caption {project}/images/000000.jpg -c {project}/captioner --device cpu --report {output}/page"),
     Command("sample {project}/model --length 5 --device cpu"),
-    Command("export-captions {project}/captions -o {output}/results.json --format coco"),
+    Command("export {project}/captions --to coco -o {output}/results.json"),
+    Command("export {project}/captions --to metadata -o {output}/export --no-progress"),
     Command("evaluate {project}/captions -m {project}/manifest -o {output}/scores --bootstrap-samples 0"),
     Command("report {project}/captions -o {output}/report -m {project}/manifest -c {project}/captioner --no-progress"),
     Command(
@@ -88,6 +89,7 @@ COMMANDS = [
     Command(_INIT),
     Command(f"update {{output}}/collection {_QUIET}", True, _INIT),
     Command("remove {output}/manifest --id 1 --thumbnails {output}/thumbnails", True, _PREPARE),
+    Command("compact {output}/manifest --shard-size 3 --no-progress", True, _PREPARE),
     Command("status {project}/collection"),
     Command("query {project}/index --text red"),
     Command("query {project}/captions --top 3"),

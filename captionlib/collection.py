@@ -70,7 +70,7 @@ class CollectionConfig:
 
     Attributes:
         sources: the sources of the images. An image id may occur in only one of them.
-        captioner: checkpoint of the captioner, or its address with the prefix of a family, such as `hf:FOLDER`.
+        captioner: checkpoint of the captioner, or the address of a model from another library, such as `hf:FOLDER`.
         ranker: checkpoint or address of the ranker (dual encoder for image-text retrieval). If None, the index is
             text-only.
         weights: weights file of the encoder, if it needs one.
@@ -104,12 +104,15 @@ class Collection:
         return self.folder.address("index")
 
     def manifest(self, source: SourceConfig) -> str:
+        """Returns the path or URL of the manifest of a source."""
         return self.folder.address(f"{source.name}/manifest")
 
     def captions(self, source: SourceConfig) -> str:
+        """Returns the path or URL of the captions of a source."""
         return self.folder.address(f"{source.name}/captions")
 
     def embeddings(self, source: SourceConfig) -> str:
+        """Returns the path or URL of the embeddings of a source."""
         return self.folder.address(f"{source.name}/embeddings")
 
     def list_datasets(self) -> list[str]:
@@ -124,14 +127,14 @@ def create_collection(folder: str | os.PathLike[str], config: CollectionConfig) 
     Raises:
         DatasetError: the folder is not empty.
     """
-    target = Folder(folder)
-    if names := target.list():
-        raise DatasetError(f"{target.uri}: expected a new or empty folder, got files ({', '.join(names[:3])})")
+    created = Folder(folder)
+    if names := created.list():
+        raise DatasetError(f"{created.uri}: expected a new or empty folder, got files ({', '.join(names[:3])})")
     content = (
         "# The sources and models of this collection. To change it, edit this file and run `captionlib update`.\n"
         + yaml.safe_dump(_to_absolute_values(config), sort_keys=False, allow_unicode=True)
     )
-    target.write(COLLECTION_FILE, content.encode())
+    created.write(COLLECTION_FILE, content.encode())
     return open_collection(folder)
 
 
@@ -169,16 +172,17 @@ def open_collection(folder: str | os.PathLike[str]) -> Collection:
         ConfigError: the configuration is invalid.
         DatasetError: the folder is not a collection.
     """
-    source = Folder(folder)
+    opened = Folder(folder)
+    address = opened.address(COLLECTION_FILE)
     try:
-        text = source.read(COLLECTION_FILE).decode()
+        text = opened.read(COLLECTION_FILE).decode()
     except (FileNotFoundError, NotADirectoryError):
         raise DatasetError(
-            f"{source.uri} is not a collection: expected a folder with {COLLECTION_FILE}; `captionlib init` creates one"
+            f"{opened.uri} is not a collection: expected a folder with {COLLECTION_FILE}; `captionlib init` creates one"
         ) from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{source.address(COLLECTION_FILE)} is not YAML: {error}") from error
-    values = parse_yaml(text, source.address(COLLECTION_FILE))
+        raise ConfigError(f"{address} is not YAML: {error}") from error
+    values = parse_yaml(text, address)
     if not isinstance(values, dict):
-        raise ConfigError(f"{source.address(COLLECTION_FILE)}: expected `key: value` lines, got {values!r}")
-    return Collection(source, build_config(CollectionConfig, values, source.address(COLLECTION_FILE)))
+        raise ConfigError(f"{address}: expected `key: value` lines, got {values!r}")
+    return Collection(opened, build_config(CollectionConfig, values, address))

@@ -118,7 +118,7 @@ def parse_yaml(text: str, origin: str) -> Any:
 class _Loader(yaml.SafeLoader):
     """Refuses aliases and repeated keys.
 
-    A few lines of aliases of aliases describe billions of values, and an alias can form a cycle.
+    With aliases that refer to other aliases, a few lines can describe billions of values, or a cycle.
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -141,7 +141,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 def describe_differences(
     before: Mapping[str, Any], now: Mapping[str, Any], words: tuple[str, str] = ("was", "now")
 ) -> list[str]:
-    """Returns a line such as `epochs: was 5, now 6` for each value that differs between two nested configurations."""
+    """Returns a line such as `epochs: was 5, now 6` for each value that differs between two nested configurations.
+
+    `words` are the words before the two values.
+    """
     old, new = _flatten(before), _flatten(now)
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return [f"{name}: {words[0]} {old.get(name)!r}, {words[1]} {new.get(name)!r}" for name in names]
@@ -223,9 +226,9 @@ def _check_keys(config_type: Any, values: Mapping[str, Any], prefix: str, origin
         if section is not None and isinstance(value, Mapping):
             _check_keys(section, value, f"{prefix}{key}.", origin)
         if section is not None and isinstance(value, list):
-            for number, item in enumerate(value):
+            for index, item in enumerate(value):
                 if isinstance(item, Mapping):
-                    _check_keys(section, item, f"{prefix}{key}.{number}.", origin)
+                    _check_keys(section, item, f"{prefix}{key}.{index}.", origin)
 
 
 def _section_type(field_type: Any) -> Any | None:

@@ -34,8 +34,9 @@ class ProcessLimits:
     """Limits on a child process, and the errors to raise if it exceeds them.
 
     Attributes:
-        memory_bytes: limit on the memory that the child allocates. Memory that it shares with its parent and mapped
-            files do not count. A limit on the address space does not work: DuckDB reserves far more than it uses.
+        memory_bytes: limit on the memory that the child allocates. Mapped files do not count, and neither does memory
+            that is shared with the parent. A limit on the address space would not work, because DuckDB reserves far
+            more than it uses.
         timeout_seconds: limit on the total time that the parent waits for output.
         memory_error: error to raise if the child exceeds `memory_bytes`.
         timeout_error: error to raise if the child exceeds `timeout_seconds`.
@@ -49,8 +50,9 @@ class ProcessLimits:
 
 @contextmanager
 def run_isolated(program: Callable[[BinaryIO], None], limits: ProcessLimits) -> Iterator[BinaryIO]:
-    """Runs a function in a child process and streams its output. On exit, its process and temporary files are removed.
+    """Runs a function in a child process and streams its output.
 
+    When the context exits, the child process is killed and its temporary files are removed.
     The child is a fork. If other threads hold locks at this moment, the child may wait for them until its timeout.
 
     Args:
@@ -58,8 +60,8 @@ def run_isolated(program: Callable[[BinaryIO], None], limits: ProcessLimits) -> 
         limits: the limits on the child process.
 
     Yields:
-        The output. At its end, reading raises the exception of the function. If the child process crashes, reading
-        raises SubprocessError.
+        The output. If the function raises an exception, reading the end of the output raises the same exception. If the
+        child process crashes, reading raises SubprocessError.
     """
     with tempfile.TemporaryDirectory(prefix="captionlib-") as scratch:
         child = _Child(program, limits, scratch)
@@ -114,7 +116,7 @@ class _Child(io.RawIOBase):
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     def _check_end(self) -> None:
-        """Raises the error of the process, whose output has ended."""
+        """Raises the error of the process, if it failed. Called when its output has ended."""
         with os.fdopen(self._error, "rb", closefd=False) as error:
             content = error.read()
         status = self._wait()
@@ -130,7 +132,7 @@ class _Child(io.RawIOBase):
 def _run(
     program: Callable[[BinaryIO], None], output_sink: int, error_sink: int, limits: ProcessLimits, scratch: str
 ) -> NoReturn:
-    """Runs in the child process, and exits it."""
+    """Runs the function in the child process, and then ends the process."""
     status = 1
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the parent kills this one

@@ -14,7 +14,6 @@ Item = TypeVar("Item")
 _DRAW_SECONDS = 0.1  # interval between updates of the bar on a terminal
 _LOG_SECONDS = 30.0  # interval between lines in a log
 
-
 _hidden = False
 
 
@@ -30,17 +29,17 @@ class ProgressBar:
     def __init__(self, total: int | None, unit: str) -> None:
         self.count = self._skipped = 0
         self._total, self._unit, self._status = total, unit, ""
-        self._started = self._shown = time.monotonic()
+        self._started_at = self._shown_at = time.monotonic()
         self._show: Callable[[], None] | None = None
-        self._seconds = 0.0
+        self._interval_seconds = 0.0
 
     def update(self, count: int, status: str | None = None) -> None:
         """Adds `count` finished items. `status` is shown after the counts; if None, the current text is kept."""
         self.count += count
         if status is not None:
             self._status = status
-        if self._show is not None and time.monotonic() - self._shown > self._seconds:
-            self._shown = time.monotonic()
+        if self._show is not None and time.monotonic() - self._shown_at > self._interval_seconds:
+            self._shown_at = time.monotonic()
             self._show()
 
     def skip(self, count: int, status: str | None = None) -> None:
@@ -56,7 +55,7 @@ class ProgressBar:
 
     def describe(self) -> str:
         """Returns the counts, the rate, the time left and the status as one line."""
-        rate = (self.count - self._skipped) / max(time.monotonic() - self._started, 1e-9)
+        rate = (self.count - self._skipped) / max(time.monotonic() - self._started_at, 1e-9)
         total = "" if self._total is None else f"/{self._total:,}"
         parts = [f"{self.count:,}{total} {self._unit}", f"{rate:,.1f} {self._unit}/s"]
         if self._total is not None and rate > 0:
@@ -66,7 +65,7 @@ class ProgressBar:
     @contextmanager
     def shown_every(self, seconds: float, show: Callable[[], None]) -> Iterator[None]:
         """Calls `show` at most once every `seconds` while the bar is updated, and once when the block ends."""
-        self._seconds, self._show = seconds, show
+        self._interval_seconds, self._show = seconds, show
         try:
             yield
         finally:

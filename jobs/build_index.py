@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.options import config_options, workers_option
+from jobs.options import config_options, serve_option, serve_when_done, workers_option
 
 if TYPE_CHECKING:
     from captionlib.search.config import VectorLayout
@@ -28,6 +28,7 @@ __all__ = ["command"]
 @click.option("--language", metavar="NAME", help="Caption language, such as german; short for --set language=...")
 @config_options
 @workers_option
+@serve_option
 @click.option(
     "--overwrite", is_flag=True, help="Replace an index that is damaged or has different datasets or settings."
 )
@@ -39,6 +40,7 @@ def command(
     config: str | None,
     overrides: tuple[str, ...],
     workers: int,
+    serve: int | None,
     overwrite: bool,
 ) -> None:
     """Index CAPTIONS, and optionally embeddings of the same images, for `query` and `serve`.
@@ -53,6 +55,7 @@ def command(
     \b
     Examples:
       captionlib build-index captions -o index
+      captionlib build-index captions -o index --serve
       captionlib build-index captions -e embeddings -o index --workers 2
       captionlib build-index captions-2025 captions-2026 -e embeddings-2025 -e embeddings-2026 -o index
       captionlib build-index captions -e embeddings -o index --language german --overwrite
@@ -83,6 +86,7 @@ def command(
     click.echo(f"{added:,} shards added, {build.removed:,} removed, {len(build.shards) - added:,} unchanged")
     if build.pending:
         click.echo(f"{build.pending:,} shards are not finished; run this command again when they are", err=True)
+    serve_when_done(output, serve)
 
 
 def _describe_layout(layout: VectorLayout) -> str:

@@ -9,14 +9,16 @@ from typing import Any
 
 import click
 
-from jobs.options import config_options, device_option, weights_option
+from jobs.options import captioner_option, config_options, device_option, weights_option
 
 __all__ = ["command"]
 
 
 @click.command()
 @click.argument("images", nargs=-1, required=True)
-@click.option("--checkpoint", "-c", required=True, metavar="FOLDER", help="Folder that train-captioner wrote.")
+@captioner_option(
+    "--checkpoint", "caption {images}", "Folder that train-captioner wrote, or a model such as hf:FOLDER."
+)
 @weights_option
 @click.option("--n-best", type=click.IntRange(min=1), default=1, show_default=True, help="Captions per image.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
@@ -45,9 +47,12 @@ def command(
       captionlib caption *.jpg https://example.org/cat.png -c captioner --n-best 3
       captionlib caption images/ -c captioner --report page
     """
+    from captionlib.models.checkpoints.encoder_file import require_checkpoint_files
+
+    require_checkpoint_files(checkpoint, weights)
     from captionlib.config import load_config
     from captionlib.data.sources.folder import find_images
-    from captionlib.evaluation.encoder_views import build_encoder_view
+    from captionlib.evaluation.crop_and_attention import build_crop_and_attention
     from captionlib.evaluation.predictions import Prediction
     from captionlib.evaluation.report import write_report
     from captionlib.models.families.captioner import open_captioner
@@ -69,9 +74,9 @@ def command(
             "Captions",
             [Prediction.from_row(row) for row in rows],
             note=f"{len(rows):,} images, captioned by {checkpoint}.",
-            encoder_view=build_encoder_view(rows, captioner.encoder),
+            crop_and_attention=build_crop_and_attention(rows, captioner.encoder),
         )
-        click.echo(f"{page}: {len(rows):,} images", err=as_json)
+        click.echo(f"{page}: {len(rows):,} images", err=as_json)  # with --json, standard output contains only JSON
     sys.exit(1 if failures else 0)
 
 

@@ -41,14 +41,14 @@ COMMANDS: dict[str, dict[str, str]] = {
         "train-ranker": "Train a ranker (dual encoder) for image-text retrieval.",
         "train-language-model": "Train a language model on captions or any text.",
         "build-datastore": "Store captions for nearest-neighbor reranking.",
+        "export-checkpoint": "Copy a checkpoint to a folder that others can load.",
     },
     "Generate captions": {
         "generate-captions": "Caption every image of a manifest or features dataset.",
         "caption": "Caption single images and print the result.",
         "embed": "Embed every image with a ranker.",
         "sample": "Print text that a language model generates.",
-        "export": "Export images with their captions as WebDataset or for Hugging Face.",
-        "export-captions": "Export captions to COCO's or NeuralTalk's JSON.",
+        "export": "Export images and captions for other programs.",
     },
     "Evaluate": {
         "evaluate": "Score captions (BLEU, CIDEr, ...) or a ranker.",

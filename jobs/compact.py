@@ -22,9 +22,9 @@ def command(folders: tuple[str, ...], shard_size: int | None, progress: bool) ->
     """Merge small shards and split large ones, without computing anything again.
 
     FOLDER is a collection, or a manifest with the datasets that were made from it. Name all of these datasets: later
-    stages refuse a dataset that still has the old shards. Each dataset changes all at once, and takes twice its size
-    until then. To finish an interrupted run, run the same command again. No other command may use the datasets
-    meanwhile, except `serve`. An index stays valid; `build-index` or `update` adopts the new shards.
+    stages refuse a dataset that still has the old shards. Each dataset is replaced in one step; until then, it takes
+    twice the space. To finish an interrupted run, run the same command again. Meanwhile, no command except `serve` may
+    use the datasets. An index stays valid; `build-index` or `update` adopts the new shards.
 
     \b
     Examples:

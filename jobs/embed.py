@@ -12,7 +12,7 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("source")
-@click.option("--ranker", "-r", required=True, metavar="FOLDER", help="Folder of the ranker, written by train-ranker.")
+@click.option("--ranker", "-r", required=True, metavar="FOLDER", help="Ranker that train-ranker wrote, or hf:FOLDER.")
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The embeddings dataset to write.")
 @weights_option
 @config_options

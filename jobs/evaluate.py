@@ -32,8 +32,13 @@ __all__ = ["command"]
     show_default=True,
     help="With --ranker: the images and references to use. coco-1k averages five folds of 1,000 images.",
 )
-@click.option("--checkpoint", "-c", metavar="FOLDER", help="Folder of the captioner, to compute the perplexity.")
-@click.option("--features", "-f", metavar="FOLDER", help="The features dataset of the images, for the perplexity.")
+@click.option("--checkpoint", "-c", metavar="FOLDER", help="Captioner, to compute the perplexity of the references.")
+@click.option(
+    "--features",
+    "-f",
+    metavar="FOLDER",
+    help="Features of the images, for the perplexity. [default: encode the images of the manifest]",
+)
 @click.option(
     "--train-split",
     "train_splits",
@@ -80,6 +85,7 @@ def command(
       captionlib evaluate captions --manifest manifest --split val
       captionlib evaluate captions --manifest manifest --split test --output scores --per-image scores.parquet
       captionlib evaluate captions --manifest manifest --checkpoint captioner --features features
+      captionlib evaluate captions --manifest manifest --checkpoint hf:blip
       captionlib evaluate captions_val2014_results.json --manifest manifest
       captionlib evaluate result_struct.json
       captionlib evaluate features --ranker ranker --split test --protocol coco-1k

@@ -4,8 +4,8 @@ from typing import Any
 
 import click
 
-from jobs.options import config_options, device_option, pipeline_options
-from jobs.summaries import echo_totals
+from jobs.options import config_options, device_option, limit_option, pipeline_options
+from jobs.summaries import echo_estimate, echo_totals
 
 __all__ = ["command"]
 
@@ -14,22 +14,31 @@ __all__ = ["command"]
 @click.argument("manifest")
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The features dataset to write.")
 @click.option("--weights", metavar="NAME|FILE|random:SEED", help="Short for --set encoder.weights=...")
+@limit_option
 @config_options
 @device_option
 @pipeline_options
 def command(
-    manifest: str, output: str, weights: str | None, config: str | None, overrides: tuple[str, ...], **options: Any
+    manifest: str,
+    output: str,
+    weights: str | None,
+    limit: int | None,
+    config: str | None,
+    overrides: tuple[str, ...],
+    **options: Any,
 ) -> None:
     """Encode the images of MANIFEST as feature vectors or feature maps.
 
     Reads a manifest (list of images) written by `prepare`, and the images. Writes a features dataset. By default, the
-    encoder is VGG-16 up to layer fc7 with ImageNet weights. It can be any torchvision model up to any node (layer).
-    Images that cannot be read are recorded as failures; `captionlib inspect` shows the reasons.
+    encoder is VGG-16 up to layer fc7 with ImageNet weights. It can be any torchvision model up to any node (layer), or
+    a model of Transformers or timm. Images that cannot be read are recorded as failures; `captionlib inspect` shows the
+    reasons. With --limit, the output is a dataset of the sample only; choose a different folder for all images.
 
     \b
     Examples:
       captionlib extract-features manifest -o features
       captionlib extract-features manifest -o features --config vgg16-conv5 --workers 2
+      captionlib extract-features manifest -o sample --limit 500
       captionlib extract-features s3://b/manifest -o s3://b/features -- --runner=FlinkRunner --flink_master=HOST:8081
     """
     from captionlib.config import load_config
@@ -39,4 +48,6 @@ def command(
     if weights is not None:
         overrides = (*overrides, f"encoder.weights={weights}")
     settings = load_config(ExtractionConfig, config, overrides)
-    echo_totals(output, extract_features(manifest, output, settings, **options))
+    echo_totals(output, extract_features(manifest, output, settings, limit=limit, **options))
+    if limit is not None:
+        echo_estimate(manifest, [output], options["run"].workers)

@@ -4,19 +4,31 @@ from typing import Any
 
 import click
 
-from jobs.options import config_options, device_option, pipeline_options, weights_option
-from jobs.summaries import echo_totals
+from jobs.options import (
+    captioner_option,
+    config_options,
+    device_option,
+    limit_option,
+    pipeline_options,
+    weights_option,
+)
+from jobs.summaries import echo_estimate, echo_totals
 
 __all__ = ["command"]
 
 
 @click.command()
 @click.argument("source")
-@click.option("--checkpoint", "-c", required=True, metavar="FOLDER", help="Folder that train-captioner wrote.")
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The captions dataset to write.")
-@click.option("--ranker", metavar="FOLDER", help="Also embed the images with this ranker, written by train-ranker.")
+@captioner_option(
+    "--checkpoint",
+    "generate-captions {source} -o {output}",
+    "Folder that train-captioner wrote, or a model such as hf:FOLDER.",
+)
+@click.option("--ranker", metavar="FOLDER", help="Also embed the images with this ranker.")
 @click.option("--embeddings", metavar="FOLDER", help="The embeddings dataset to write; requires --ranker.")
 @weights_option
+@limit_option
 @config_options
 @device_option
 @pipeline_options
@@ -25,6 +37,7 @@ def command(
     checkpoint: str,
     output: str,
     embeddings: str | None,
+    limit: int | None,
     config: str | None,
     overrides: tuple[str, ...],
     **options: Any,
@@ -34,11 +47,13 @@ def command(
     A manifest's images are encoded in the same pass. Writes a captions dataset with the best caption of each image, its
     log-probability and the n best candidates. With --set attention_maps=true, it also contains the attention weights of
     each token. With a ranker (image-text dual encoder) that has the same image encoder, the pass also writes an
-    embeddings dataset for `build-index`. `captionlib embed` writes that dataset in a separate pass.
+    embeddings dataset for `build-index`. `captionlib embed` writes that dataset in a separate pass. With --limit, the
+    output is a dataset of the sample only; choose a different folder for all images.
 
     \b
     Examples:
       captionlib generate-captions features -c captioner -o captions
+      captionlib generate-captions features -c captioner -o sample --limit 500
       captionlib generate-captions features -c captioner -o captions --set decoding.beam_width=7 --set decoding.n_best=3
       captionlib generate-captions manifest -c captioner -o captions --ranker ranker --embeddings embeddings --workers 2
     """
@@ -47,6 +62,10 @@ def command(
     from pipelines.generate_captions import generate_captions
 
     settings = load_config(GenerationConfig, config, overrides)
-    echo_totals(output, generate_captions(source, checkpoint, output, settings, embeddings=embeddings, **options))
+    totals = generate_captions(source, checkpoint, output, settings, embeddings=embeddings, limit=limit, **options)
+    echo_totals(output, totals)
     if embeddings is not None:
         click.echo(f"{embeddings}: embeddings of the same images")
+    if limit is not None:
+        outputs = [output] if embeddings is None else [output, embeddings]
+        echo_estimate(source, outputs, options["run"].workers)

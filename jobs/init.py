@@ -4,6 +4,8 @@ from typing import Any
 
 import click
 
+from jobs.options import captioner_option, serve_option, serve_when_done
+
 __all__ = ["command"]
 
 
@@ -17,7 +19,9 @@ __all__ = ["command"]
     metavar="[NAME=]ADDRESS",
     help="Path, URL or glob of images or of a table; see `captionlib prepare`. Repeatable.",
 )
-@click.option("--captioner", "-c", required=True, metavar="FOLDER", help="Captioner (caption model) for the images.")
+@captioner_option(
+    "--captioner", "init {collection} --source {sources}", "Captioner (caption model), or a model such as hf:FOLDER."
+)
 @click.option("--ranker", "-r", metavar="FOLDER", help="Ranker (dual encoder), for search by sentence and image.")
 @click.option("--weights", metavar="FILE", help="Weights file of the encoder, if it needs one.")
 @click.option(
@@ -27,6 +31,7 @@ __all__ = ["command"]
     metavar="KEY=VALUE",
     help="Set a value of collection.yaml, such as generation.decoding.beam_width=5. Repeatable.",
 )
+@serve_option
 def command(
     collection: str,
     sources: tuple[str, ...],
@@ -34,16 +39,19 @@ def command(
     ranker: str | None,
     weights: str | None,
     overrides: tuple[str, ...],
+    serve: int | None,
 ) -> None:
     """Create the folder COLLECTION with a configuration, collection.yaml.
 
     `captionlib update COLLECTION` then lists, captions and indexes the images. Run it again whenever images have
-    changed. Addresses with the same NAME form one source. To change how a source is read, such as the column of the
-    captions, edit collection.yaml.
+    changed. With --serve, this command also runs `update` and `serve`. Addresses with the same NAME belong to one
+    source; without NAME, to the source images. To change how a source is read, such as the column of the captions, edit
+    collection.yaml.
 
     \b
     Examples:
       captionlib init holidays --source images/ --captioner captioner
+      captionlib init holidays --source images/ --captioner captioner --serve
       captionlib init archive --source s3://bucket/2025 --source web=pages.csv -c captioner -r ranker
       captionlib update archive
       captionlib serve archive
@@ -55,7 +63,7 @@ def command(
     addresses: dict[str, list[str]] = {}
     for source in sources:
         name, equals, address = source.partition("=")
-        if not equals or "/" in name or "?" in name:
+        if not equals or "/" in name or "?" in name:  # the = is part of a path or of the query of a URL
             name, address = "images", source
         addresses.setdefault(name, []).append(address)
     values: dict[str, Any] = {
@@ -65,6 +73,7 @@ def command(
         "weights": weights,
     }
     apply_overrides(values, overrides)
-    build_config(GenerationConfig, values.get("generation", {}), "options")
+    build_config(GenerationConfig, values.get("generation", {}), "options")  # raises an error now if it is invalid
     created = create_collection(collection, build_config(CollectionConfig, values, "options"))
     click.echo(f"{created.folder.address('collection.yaml')}: created. Next: captionlib update {collection}")
+    serve_when_done(collection, serve, "update")

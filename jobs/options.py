@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shlex
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -11,10 +12,14 @@ from captionlib.recipes import find_recipe
 
 __all__ = [
     "beam_argument",
+    "captioner_option",
     "config_options",
     "device_option",
+    "limit_option",
     "pipeline_options",
     "progress_option",
+    "serve_option",
+    "serve_when_done",
     "training_options",
     "weights_option",
     "workers_option",
@@ -28,12 +33,71 @@ _RECIPE_COMMANDS = dict.fromkeys(["caption", "query", "serve"], "generate-captio
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N; auto uses a GPU if available."
 )
+limit_option = click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Process only a sample of N images, evenly spaced, and estimate the time and size of the rest.",
+)
 progress_option = click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
 weights_option = click.option("--weights", metavar="FILE", help="Weights file of the encoder, if it needs one.")
 workers_option = click.option(
     "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Worker processes on this machine."
 )
 beam_argument = click.argument("beam_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- BEAM OPTIONS]")
+
+
+_PRETRAINED = "hf:Salesforce/blip-image-captioning-large@main"
+_NO_CAPTIONER = """{command} needs a captioner, -c FOLDER. To get one, run one of these:
+  pip install 'captionlib[transformers]' && captionlib {example} -c {pretrained}  # BLIP, 1.9 GB
+  captionlib demo -o demo && captionlib {example} -c demo/captioner  # 3 minutes; knows only rendered shapes"""
+
+
+class _NoCaptionerError(click.ClickException):
+    exit_code = 2  # as for all usage errors
+
+
+def captioner_option(name: str, example: str, help_text: str) -> Callable[[Command], Command]:
+    """Returns the required option `-c`. If it is missing, the error says how to get a captioner.
+
+    Args:
+        name: the long name of the option.
+        example: arguments of the command without this option, with parameters in braces, such as `caption {images}`.
+        help_text: the help of the option.
+    """
+
+    def require(context: click.Context, _parameter: click.Parameter, address: str | None) -> str | None:
+        if address is not None or context.resilient_parsing:
+            return address
+        first = {key: value if isinstance(value, str) else value[0] for key, value in context.params.items() if value}
+        arguments = example.format(**{key: shlex.quote(value) for key, value in first.items()})
+        message = _NO_CAPTIONER.format(command=context.info_name, example=arguments, pretrained=_PRETRAINED)
+        raise _NoCaptionerError(message)
+
+    return click.option(name, "-c", metavar="FOLDER", callback=require, help=f"{help_text}  [required]")
+
+
+serve_option = click.option(
+    "--serve",
+    metavar="[PORT]",
+    is_flag=False,
+    flag_value=8000,
+    type=click.IntRange(1, 65535),
+    help="Then serve the search page, on port 8000 unless PORT is specified.",
+)
+
+
+def serve_when_done(folder: str, port: int | None, *before: str) -> None:
+    """If `port` is not None, runs the commands `before` on a folder, and then serves it."""
+    if port is None:
+        return
+    root = click.get_current_context().find_root()
+    group = cast(click.Group, root.command)
+    for name, *options in (*((name,) for name in before), ("serve", "--port", str(port))):
+        command = group.get_command(root, name)
+        assert command is not None
+        with command.make_context(name, [folder, *options], parent=root) as context:
+            command.invoke(context)
 
 
 def config_options(command: Command) -> Command:
@@ -83,7 +147,7 @@ def pipeline_options(command: Command) -> Command:
     """
 
     @functools.wraps(command)
-    def collect(**options: Any) -> Any:
+    def with_run_config(**options: Any) -> Any:
         from pipelines.run import RunConfig
 
         run = RunConfig(**{field.name: options.pop(field.name) for field in dataclasses.fields(RunConfig)})
@@ -97,19 +161,19 @@ def pipeline_options(command: Command) -> Command:
         click.option(
             "--max-failure-ratio",
             type=click.FloatRange(0, 1),
-            help="Fail if a larger fraction of images failed. The other images are still written. [default: fail only "
-            "if all images failed]",
+            help="Fail if the fraction of failed images is larger than this. All other images are still written. "
+            "[default: fail only if all images failed]",
         ),
         progress_option,
         click.option(
             "--accelerator",
             metavar="SPEC",
             help="GPU of each Dataflow worker, such as 'type:nvidia-l4;count:1;install-nvidia-driver'. Each worker "
-            "runs one process and two shards at a time, and fails if it has no GPU.",
+            "runs one process, which processes two shards at a time, and fails if it has no GPU.",
         ),
         beam_argument,
     ]
-    return _apply(cast(Command, collect), options)
+    return _apply(cast(Command, with_run_config), options)
 
 
 def _apply(command: Command, options: Sequence[Callable[[Command], Command]]) -> Command:

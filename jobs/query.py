@@ -158,13 +158,13 @@ def command(
     folder, limits = folders[0], SqlLimits(memory, threads)
     if len(folders) == 1 and Folder(folder).exists(DESCRIPTION):
         advice = "a dataset; query the captions that the index was built from"
-        query = _choose_query(values, _INDEX_QUERIES, set(_DATASET_QUERIES), advice)
+        query = _choose_query(values, _INDEX_QUERIES, _DATASET_QUERIES, advice)
         open_rows: Query = partial(_query_index, folder, query, values, 20 if limit is None else limit)
         # Models count towards the memory limit, but the files of the index do not: they are mapped.
         result = run_query(open_rows, limits.memory_bytes, timeout) if "where" in values else open_rows()
     else:
         advice = f"an index, but {' '.join(folders)} is not an index; see `captionlib build-index`"
-        query = _choose_query(values, _DATASET_QUERIES, {*_INDEX_QUERIES, *_INDEX_OPTIONS}, advice)
+        query = _choose_query(values, _DATASET_QUERIES, (*_INDEX_QUERIES, *_INDEX_OPTIONS), advice)
         open_rows = partial(_query_dataset, folders, query, values[query], limit, limits)
         result = run_query(open_rows, limits.memory_bytes, timeout)
     with result as rows:
@@ -177,7 +177,7 @@ def command(
 
 
 def _enter_collection(folder: str, values: dict[str, Any]) -> tuple[str, ...]:
-    """Returns the index of a collection, or its captions if only they can be queried. Adds the collection's ranker."""
+    """Returns the index of a collection, or its captions for a query over a dataset. Adds the ranker to `values`."""
     from captionlib.collection import open_collection
 
     collection = open_collection(folder)
@@ -188,10 +188,10 @@ def _enter_collection(folder: str, values: dict[str, Any]) -> tuple[str, ...]:
     return (collection.index,)
 
 
-def _choose_query(values: Mapping[str, Any], queries: Sequence[str], others: set[str], advice: str) -> str:
-    """Returns the name of the query. Rejects multiple queries and options for the wrong kind of folder."""
+def _choose_query(values: Mapping[str, Any], queries: Sequence[str], refused: Sequence[str], advice: str) -> str:
+    """Returns the name of the query. Rejects multiple queries, and the `refused` options of another kind of folder."""
     for name in values:
-        if name in others and name not in queries:
+        if name in refused and name not in queries:
             raise click.UsageError(f"{_flag(name)} is for {advice}.")
     chosen = [name for name in queries if name in values]
     if len(chosen) != 1:
@@ -286,7 +286,7 @@ def _query_by_image(folder: str, values: Mapping[str, Any], limit: int) -> pa.Ta
 
 
 def limit_rows(rows: pa.RecordBatchReader, limit: int) -> pa.RecordBatchReader:
-    """Returns the first `limit` rows, without reading the others."""
+    """Returns the first `limit` rows, without reading the rest."""
     import pyarrow as pa
 
     def slice_batches(remaining: int) -> Iterator[pa.RecordBatch]:

@@ -50,7 +50,7 @@ def command(
       captionlib report result_struct.json -o report --images images/
     """
     from captionlib.data.sources.locations import locate, resolve_uri
-    from captionlib.evaluation.encoder_views import read_encoder_view
+    from captionlib.evaluation.crop_and_attention import read_crop_and_attention
     from captionlib.evaluation.evaluate import evaluate_predictions
     from captionlib.evaluation.predictions import load_predictions
     from captionlib.evaluation.report import write_report
@@ -63,6 +63,7 @@ def command(
         root = locate(images).address
         predictions = [replace(prediction, uri=resolve_uri(prediction.uri, root)) for prediction in predictions]
     predictions = predictions[:limit]
+    history = [] if checkpoint is None else open_captioner(checkpoint).history
     page = write_report(
         output,
         title or f"Captions from {captions}",
@@ -70,10 +71,12 @@ def command(
         note=_describe(len(predictions), splits, evaluation),
         scores=[] if evaluation is None else _format_scores(evaluation),
         cider=None if evaluation is None else evaluation.scores.per_image["CIDEr"],
-        history=[] if checkpoint is None else open_captioner(checkpoint).history,
-        encoder_view=read_encoder_view(captions, [prediction.image_id for prediction in predictions]),
+        history=history,
+        crop_and_attention=read_crop_and_attention(captions, [prediction.image_id for prediction in predictions]),
         progress=progress,
     )
+    if checkpoint is not None and not history:
+        click.echo(f"Note: {checkpoint} has no training history, so the page shows no curves", err=True)
     for note in [] if evaluation is None else evaluation.notes:
         click.echo(f"Note: {note}", err=True)
     click.echo(f"{page}: {len(predictions):,} images")

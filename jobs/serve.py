@@ -5,6 +5,9 @@ import os
 import resource
 import signal
 import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +21,7 @@ from jobs.options import config_options, device_option, weights_option
 __all__ = ["command", "listen"]
 
 _APP_CONFIG = "CAPTIONLIB_APP_CONFIG"
+_METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client reads it when it is imported
 _MAX_HEADER_BYTES = 2**17  # an image id in a URL can be long
 _MAX_OPEN_FILES = 4096  # connections, images and pipes; many systems allow only 1024 by default
 _SHUTDOWN_SECONDS = 5
@@ -42,13 +46,14 @@ _SHUTDOWN_SECONDS = 5
     default=16,
     show_default=True,
     metavar="MB",
-    help="Maximum size of an uploaded image.",
+    help="Maximum size of the uploaded images of a request.",
 )
 @click.option(
     "--allow-private-hosts",
     is_flag=True,
     help="Also fetch images from URLs on loopback, link-local and private networks.",
 )
+@click.option("--log-requests", is_flag=True, help="Write a line of JSON to the standard error for each request.")
 @config_options
 @device_option
 def command(
@@ -64,6 +69,7 @@ def command(
     thumbnails: str | None,
     max_upload: int,
     allow_private_hosts: bool,
+    log_requests: bool,
     config: str | None,
     overrides: tuple[str, ...],
     device: str,
@@ -73,7 +79,7 @@ def command(
     By default, only this machine can connect. There is no authentication: anyone who can connect can view every image
     in the index. To restrict access, put a proxy with authentication in front of the server. The server shows only
     images in the index, and does not accept SQL. It downloads images only from public hosts, unless
-    --allow-private-hosts is set. /docs describes the API, and /health reports the state.
+    --allow-private-hosts is set. /docs describes the API, /health reports the state, and /metrics is for Prometheus.
 
     \b
     Examples:
@@ -85,6 +91,7 @@ def command(
     """
     from captionlib.collection import is_collection, open_collection
     from captionlib.config import to_dict
+    from captionlib.models.checkpoints.encoder_file import require_checkpoint_files
     from captionlib.search.index_folder import DESCRIPTION, user_cache_folder
     from captionlib.serving.config import ServingConfig
     from captionlib.serving.startup import AppConfig
@@ -99,19 +106,36 @@ def command(
         raise DatasetError(
             f"{index} is not an index: expected a folder with {DESCRIPTION}; see `captionlib build-index`"
         )
+    for checkpoint in filter(None, (captioner, ranker)):
+        require_checkpoint_files(checkpoint, weights)
     url_host = f"[{host}]" if ":" in host else host
     serving = ServingConfig(
         allowed_hosts=_list_host_names(host, url_host, names),
         max_upload_bytes=max_upload * 2**20,
         allow_private_hosts=allow_private_hosts,
+        log_requests=log_requests,
     )
     folder = thumbnails or str(user_cache_folder() / "thumbnails")
     generation = _load_generation(captioner, config, overrides)
     app_config = AppConfig(index, folder, ranker, captioner, weights, sentences, generation, device, serving)
     os.environ[_APP_CONFIG] = json.dumps(to_dict(app_config))
     _raise_file_limit()
-    with listen(host, port) as listening:
+    with listen(host, port) as listening, _shared_metrics(workers):
         _run_server(listening, workers, f"Serving {index} at http://{url_host}:{port}/. Press Ctrl-C to stop.")
+
+
+@contextmanager
+def _shared_metrics(workers: int) -> Iterator[None]:
+    """Creates a folder through which several server processes share their metrics."""
+    if workers == 1:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="captionlib-metrics-") as folder:
+        os.environ[_METRICS_FOLDER] = folder
+        try:
+            yield
+        finally:
+            del os.environ[_METRICS_FOLDER]
 
 
 def _list_host_names(host: str, url_host: str, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -9,7 +10,7 @@ import click
 if TYPE_CHECKING:
     from captionlib.data.shards.markers import Totals
 
-__all__ = ["echo_totals"]
+__all__ = ["echo_estimate", "echo_totals"]
 
 
 def echo_totals(output: str, totals: Totals) -> None:
@@ -20,3 +21,19 @@ def echo_totals(output: str, totals: Totals) -> None:
         click.echo(
             f"{totals.failures:,} of {totals.images:,} images failed ({reasons}); see {output}/__failures", err=True
         )
+
+
+def echo_estimate(source: str, outputs: Sequence[str], workers: int) -> None:
+    """Prints the estimated time and size for the images of `source` that are not in the sample in `outputs`."""
+    from captionlib.data.shards.dataset import open_dataset
+    from captionlib.data.shards.sampling import estimate_rest
+
+    estimate = estimate_rest(open_dataset(source), [open_dataset(output) for output in outputs], workers)
+    if not estimate.images:
+        click.echo(f"The sample contains all images of {source}, at {estimate.images_per_second:,.1f} images/s")
+        return
+    speed = f"{estimate.images_per_second:,.1f} images/s with {workers} {'worker' if workers == 1 else 'workers'}"
+    click.echo(
+        f"The other {estimate.images:,} images: about {estimate.seconds / 3600:,.2f} hours ({speed}), "
+        f"{estimate.bytes / 1e6:,.1f} MB, {estimate.failures:,} failures"
+    )

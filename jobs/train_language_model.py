@@ -26,8 +26,8 @@ def command(source: str, output: str, config: str | None, overrides: tuple[str, 
       captionlib train-language-model sentences.txt -o language-model --set min_count=2
       captionlib train-language-model author.txt -o author --config characters
 
-    A recipe (--config) is a built-in configuration; --set overrides single values. The recipe characters has the
-    settings of the model in Karpathy & Li's talk that is trained on the text of one author.
+    A recipe (--config) is a built-in configuration; --set overrides single values. The recipe `characters` has the
+    settings of the model of one author's text in Karpathy & Li's talk.
 
     The output folder contains the checkpoint (model.safetensors, config.json, training.json), resolved.json with all
     settings of the run, metrics.jsonl and curves.png, tensorboard/, and the state to resume from in _training/.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -54,16 +54,16 @@ def command(collection: str, dry_run: bool, allow_removal: bool, device: str, ru
 
 
 def _check_models(collection: Collection) -> GenerationConfig:
-    """Returns the settings of captions. Raises errors of settings and models before the sources are read."""
+    """Returns the settings of captions. Fails before the sources are read if the settings or models are invalid."""
     from captionlib.collection import COLLECTION_FILE
     from captionlib.config import build_config
     from captionlib.models.inference.captioning import SHARED_CAPTIONERS, GenerationConfig
     from captionlib.models.inference.embedding import SHARED_RANKERS
 
     config = collection.config
-    SHARED_CAPTIONERS.pin(config.captioner)
+    SHARED_CAPTIONERS.load_version(config.captioner)
     if config.ranker is not None:
-        SHARED_RANKERS.pin(config.ranker)
+        SHARED_RANKERS.load_version(config.ranker)
     return build_config(GenerationConfig, config.generation, collection.folder.address(COLLECTION_FILE))
 
 
@@ -104,9 +104,10 @@ def _caption(
         address(source) for address in (collection.manifest, collection.captions, collection.embeddings)
     )
     same_encoder = config.ranker is not None and (
-        SHARED_RANKERS.pin(config.ranker)[0].encoder == SHARED_CAPTIONERS.pin(config.captioner)[0].encoder
+        SHARED_RANKERS.load_version(config.ranker)[0].encoder
+        == SHARED_CAPTIONERS.load_version(config.captioner)[0].encoder
     )
-    together = {"ranker": config.ranker, "embeddings": embeddings} if same_encoder else {}
+    together: dict[str, Any] = {"ranker": config.ranker, "embeddings": embeddings} if same_encoder else {}
     totals = generate_captions(
         manifest,
         config.captioner,

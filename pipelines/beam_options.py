@@ -17,11 +17,16 @@ def expand_option_files(flags: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: a file cannot be read, or its content is not a mapping of options.
     """
-    return [each for flag in flags for each in (_read_flags(flag[1:]) if flag.startswith("@") else [flag])]
+    expanded: list[str] = []
+    for flag in flags:
+        expanded += _read_flags(flag[1:]) if flag.startswith("@") else [flag]
+    return expanded
 
 
 def to_flags(options: Mapping[str, Any], path: str) -> Iterator[str]:
     """Converts options to flags: `true` to a flag without a value, a list to repeated flags, a mapping to JSON.
+
+    `path` is the file of the options, for error messages.
 
     Raises:
         ConfigError: a value is false or null, for which Beam has no uniform flag.
@@ -32,7 +37,8 @@ def to_flags(options: Mapping[str, Any], path: str) -> Iterator[str]:
                 yield f"--{name}"
             elif value is None or value is False:
                 raise ConfigError(
-                    f"{path}: {name} is {value}; expected true or another value; set one, or remove the line"
+                    f"{path}: {name} is {value}, which has no flag in Beam; set it to true, a number or text, or "
+                    "remove the line"
                 )
             else:
                 yield f"--{name}={json.dumps(value) if isinstance(value, Mapping) else value}"

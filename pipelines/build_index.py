@@ -25,7 +25,7 @@ def build_index(
     embeddings: Addresses | None = None,
     run: RunConfig = RunConfig(),
 ) -> tuple[IndexBuild, IndexDescription]:
-    """Builds a search index, or updates the shards of an existing index whose datasets have changed.
+    """Builds a search index, or updates an existing index after its datasets have changed.
 
     Example:
         >>> build, description = captionlib.build_index("captions", "index", embeddings="embeddings")
@@ -62,7 +62,7 @@ def build_index(
 
 
 class BuildIndex(beam.PTransform[PBegin, PCollection[int]]):
-    """Runs a planned build. Elements are positions in `IndexBuild.shards` of the shards to add."""
+    """Runs a planned build. Each element is the position in `IndexBuild.shards` of a shard to add."""
 
     def __init__(self, build: IndexBuild) -> None:
         super().__init__()

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.shards.markers import Totals
+from captionlib.data.shards.sampling import Sample
 from captionlib.data.shards.stages import ShardJob
 from captionlib.models.inference.embedding import (
     SHARED_RANKERS,
@@ -12,7 +13,7 @@ from captionlib.models.inference.embedding import (
     ImageEmbedding,
     create_embeddings_dataset,
 )
-from captionlib.models.inference.feature_source import find_model_input
+from captionlib.models.inference.model_inputs import choose_input_transform
 from pipelines.run import RunConfig, run_job
 
 __all__ = ["embed_images"]
@@ -37,10 +38,10 @@ def embed_images(
 
     Args:
         source: a complete features dataset, or a complete manifest (list of images) to encode in the same pass.
-        ranker: the ranker's folder, or its address with the prefix of a family, such as `hf:FOLDER`.
+        ranker: the ranker's folder, or the address of a model from another library, such as `hf:FOLDER`.
         output: folder of the embeddings dataset to write. `generate_captions` with a ranker writes the same dataset.
         config: settings for image loading.
-        weights: path of the image encoder's weights file; required if it was loaded from a file.
+        weights: path of the image encoder's weights file; required if the encoder was loaded from such a file.
         device: auto, cpu, cuda or cuda:N.
         run: workers, runner and error handling.
 
@@ -55,8 +56,10 @@ def embed_images(
     config = replace(config, loading=run.limit_decoder_processes(config.loading))
     dataset = open_dataset(source).require_complete()
     driver_device, worker_device = run.resolve_devices(device)
-    loaded_ranker, pinned_ranker = SHARED_RANKERS.pin(ranker)
-    ranker_source = find_model_input(dataset, loaded_ranker, weights, driver_device, run.threads_per_worker)
-    embeddings = create_embeddings_dataset(output, dataset, loaded_ranker, run.overwrite)
-    stage = ImageEmbedding(config, pinned_ranker, ranker_source, worker_device, run.threads_per_worker)
+    loaded_ranker, ranker_version = SHARED_RANKERS.load_version(ranker)
+    ranker_input_transform = choose_input_transform(
+        dataset, loaded_ranker, weights, driver_device, run.threads_per_worker
+    )
+    embeddings = create_embeddings_dataset(output, Sample(dataset), loaded_ranker, run.overwrite)
+    stage = ImageEmbedding(config, ranker_version, ranker_input_transform, worker_device, run.threads_per_worker)
     return run_job(ShardJob(dataset, (embeddings,), stage, run.retry_failures, run.verify), "embed", run)

@@ -1,10 +1,12 @@
 """Encodes the images of a manifest (list of images) as feature vectors or feature maps."""
 
+import math
 import os
 from dataclasses import replace
 
 from captionlib.data.shards.dataset import create_dataset, open_dataset
 from captionlib.data.shards.markers import Totals
+from captionlib.data.shards.sampling import open_sample
 from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.stages import ShardJob
 from captionlib.models.inference.extraction import ExtractionConfig, FeatureExtraction, load_shared_encoder
@@ -18,6 +20,7 @@ def extract_features(
     output: str | os.PathLike[str],
     config: ExtractionConfig = ExtractionConfig(),
     *,
+    limit: int | None = None,
     device: str = "auto",
     run: RunConfig = RunConfig(),
 ) -> Totals:
@@ -33,6 +36,8 @@ def extract_features(
         manifest: folder of a complete manifest.
         output: folder of the features dataset to write.
         config: settings for the encoder and for image loading.
+        limit: encode only a sample of this number of images, evenly spaced over the manifest. To encode all images
+            later, use a different output folder.
         device: auto, cpu, cuda or cuda:N.
         run: workers, runner and error handling.
 
@@ -45,18 +50,21 @@ def extract_features(
         FailureRatioError: more images failed than `run` allows.
     """
     config = replace(
-        config, encoder=config.encoder.resolve_weights_path(), loading=run.limit_decoder_processes(config.loading)
+        config, encoder=config.encoder.resolve_paths(), loading=run.limit_decoder_processes(config.loading)
     )
     source = open_dataset(manifest, "manifest").require_complete()
     driver_device, worker_device = run.resolve_devices(device)
     encoder = load_shared_encoder(config.encoder, driver_device, run.threads_per_worker)
-    features = create_dataset(
-        output,
-        "features",
-        features_schema(encoder.size, config.encoder.stored_dtype),
-        config={"encoder": encoder.description},
-        source=source,
-        overwrite=run.overwrite,
-    )
     stage = FeatureExtraction(config, encoder.description, worker_device, run.threads_per_worker)
-    return run_job(ShardJob(source, (features,), stage, run.retry_failures, run.verify), "extract-features", run)
+    with open_sample(source, output, limit, run.workers) as sample:
+        features = create_dataset(
+            output,
+            "features",
+            features_schema(math.prod(encoder.shape), config.encoder.stored_dtype),
+            config={"encoder": encoder.description, **sample.config},
+            **sample.origin,
+            encoder_weights=config.encoder.find_weights_location(),
+            overwrite=run.overwrite,
+        )
+        job = ShardJob(sample.rows, (features,), stage, run.retry_failures, run.verify)
+        return run_job(job, "extract-features", run)

@@ -1,10 +1,11 @@
-"""Captions images, and optionally embeds them in the same pass with a ranker (image-text dual encoder)."""
+"""Generates captions of images, and optionally embeds the images with a ranker (image-text dual encoder)."""
 
 import os
 from dataclasses import replace
 
 from captionlib.data.shards.dataset import create_dataset, open_dataset
 from captionlib.data.shards.markers import Totals
+from captionlib.data.shards.sampling import open_sample
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.data.shards.stages import ShardJob
 from captionlib.errors import ConfigError
@@ -15,7 +16,7 @@ from captionlib.models.inference.captioning import (
     require_attention,
 )
 from captionlib.models.inference.embedding import SHARED_RANKERS, create_embeddings_dataset
-from captionlib.models.inference.feature_source import find_model_input
+from captionlib.models.inference.model_inputs import choose_input_transform
 from captionlib.storage.folders import resolve_address
 from pipelines.run import RunConfig, run_job
 
@@ -31,10 +32,11 @@ def generate_captions(
     ranker: str | os.PathLike[str] | None = None,
     embeddings: str | os.PathLike[str] | None = None,
     weights: str | None = None,
+    limit: int | None = None,
     device: str = "auto",
     run: RunConfig = RunConfig(),
 ) -> Totals:
-    """Captions every image of a dataset, or resumes an incomplete run.
+    """Generates a caption of every image of a dataset, or resumes an incomplete run.
 
     Example:
         >>> totals = captionlib.generate_captions("features", "captioner", "captions")
@@ -43,13 +45,15 @@ def generate_captions(
 
     Args:
         source: a complete features dataset, or a complete manifest (list of images) to encode in the same pass.
-        checkpoint: the captioner's folder, or its address with the prefix of a family, such as `hf:FOLDER`.
+        checkpoint: the captioner's folder, or the address of a model from another library, such as `hf:FOLDER`.
         output: folder of the captions dataset to write.
         config: settings for decoding and image loading.
         ranker: the ranker's folder or address; requires `embeddings`.
         embeddings: folder of the embeddings dataset to write; requires `ranker`.
-        weights: path of the image encoder's weights file; required if it was loaded from a file that the checkpoint
-            does not contain.
+        weights: path of the image encoder's weights file; required if the encoder was loaded from such a file and the
+            checkpoint does not contain it.
+        limit: caption only a sample of this number of images, evenly spaced over the dataset. To caption all images
+            later, use different output folders.
         device: auto, cpu, cuda or cuda:N.
         run: workers, runner and error handling.
 
@@ -70,33 +74,37 @@ def generate_captions(
     config = replace(config, loading=run.limit_decoder_processes(config.loading))
     dataset = open_dataset(source).require_complete()
     driver_device, worker_device = run.resolve_devices(device)
-    captioner, pinned_captioner = SHARED_CAPTIONERS.pin(checkpoint)
-    positions = require_attention(captioner, os.fspath(checkpoint)) if config.attention_maps else None
+    captioner, captioner_version = SHARED_CAPTIONERS.load_version(checkpoint)
+    attention_positions = require_attention(captioner, os.fspath(checkpoint)) if config.attention_maps else None
     description = captioner.describe_generation(config)
-    caption_source = find_model_input(dataset, captioner, weights, driver_device, run.threads_per_worker)
-    loaded_ranker, pinned_ranker, ranker_source = None, None, None
+    input_transform = choose_input_transform(dataset, captioner, weights, driver_device, run.threads_per_worker)
+    loaded_ranker, ranker_version, ranker_input_transform = None, None, None
     if ranker is not None:
-        loaded_ranker, pinned_ranker = SHARED_RANKERS.pin(ranker)
-        ranker_source = find_model_input(dataset, loaded_ranker, weights, driver_device, run.threads_per_worker)
-    captions = create_dataset(
-        output,
-        "captions",
-        captions_schema(positions),
-        config={"captioner": captioner.fingerprint, "encoder": captioner.encoder, **description},
-        source=dataset,
-        overwrite=run.overwrite,
-    )
-    outputs = [captions]
-    if loaded_ranker is not None and embeddings is not None:
-        outputs.append(create_embeddings_dataset(embeddings, dataset, loaded_ranker, run.overwrite))
+        loaded_ranker, ranker_version = SHARED_RANKERS.load_version(ranker)
+        ranker_input_transform = choose_input_transform(
+            dataset, loaded_ranker, weights, driver_device, run.threads_per_worker
+        )
     stage = CaptionGeneration(
         config,
-        pinned_captioner,
+        captioner_version,
         description,
-        caption_source,
+        input_transform,
         worker_device,
         run.threads_per_worker,
-        pinned_ranker,
-        ranker_source,
+        ranker_version,
+        ranker_input_transform,
     )
-    return run_job(ShardJob(dataset, tuple(outputs), stage, run.retry_failures, run.verify), "generate-captions", run)
+    with open_sample(dataset, output, limit, run.workers) as sample:
+        captions = create_dataset(
+            output,
+            "captions",
+            captions_schema(attention_positions),
+            config={"captioner": captioner.fingerprint, "encoder": captioner.encoder, **description, **sample.config},
+            **sample.origin,
+            overwrite=run.overwrite,
+        )
+        outputs = [captions]
+        if loaded_ranker is not None and embeddings is not None:
+            outputs.append(create_embeddings_dataset(embeddings, sample, loaded_ranker, run.overwrite))
+        job = ShardJob(sample.rows, tuple(outputs), stage, run.retry_failures, run.verify)
+        return run_job(job, "generate-captions", run)

@@ -62,6 +62,7 @@ class _ProcessShard(beam.DoFn):
         self._process: ProcessRows = self._exit_stack.enter_context(self._job.stage.open())
 
     def process(self, shard: int) -> list[Marker]:
+        """Processes a shard. Returns its marker, the record that the shard is complete, with its counts."""
         marker = self._job.run(shard, self._process)
         self._images.inc(marker.rows + marker.failures)
         self._failures.inc(marker.failures)

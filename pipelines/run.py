@@ -179,8 +179,8 @@ def _stop_workers_on_signals() -> Iterator[None]:
 def _find_cause(error: BaseException, runner: str, label: str) -> BaseException:
     """Returns the error of the stage that made a pipeline fail, without the text and classes that Beam adds to it.
 
-    In this process, Beam raises a copy of the error, and the original is in its context. From other processes, Beam
-    receives the error as text.
+    If the stage ran in this process, Beam raises a copy of the error, whose `__context__` is the original. From other
+    processes, Beam receives the error as text.
     """
     chain: list[BaseException] = [error]
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:

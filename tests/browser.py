@@ -22,7 +22,7 @@ def open_browser(profile: Path) -> Iterator[WebDriver]:
     options = webdriver.ChromeOptions()
     options.binary_location = str(CHROMIUM)
     arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1200,900"]
-    # No connections but those of the tests.
+    # The browser must open only the connections that the tests need.
     arguments += ["--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
     for argument in [*arguments, "--no-first-run", f"--user-data-dir={profile}"]:
         options.add_argument(argument)

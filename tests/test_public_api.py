@@ -51,11 +51,11 @@ EXAMPLES = [
 ]
 
 
-def test_every_function_has_its_place_among_the_examples() -> None:
+def test_every_function_has_an_example() -> None:
     assert set(EXAMPLES) == {name for name in captionlib.__all__ if inspect.isfunction(getattr(captionlib, name))}
 
 
-def test_the_examples_give_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_print_the_documented_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_scenes(tmp_path / "scenes", train=20, val=2, test=4)
     savemat(tmp_path / "vgg_feats.mat", {"feats": np.random.default_rng(0).random((8, 26), np.float32)})

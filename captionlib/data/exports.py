@@ -1,8 +1,9 @@
-"""Exports images with their captions for other programs: WebDataset tars, or folders for Hugging Face's `datasets`.
+"""Exports images with their captions for other programs, as WebDataset tars or as folders of images.
 
     output/
-      part-00000.tar                            WebDataset: an image, a .txt and a .json per sample
-      part-00000/metadata.jsonl, 000000.jpg     Hugging Face's imagefolder
+      part-00000.tar                            `webdataset`: an image, a .txt and a .json per sample
+      part-00000/000000.jpg, metadata.jsonl     `metadata`: imagefolder of Hugging Face's `datasets`
+      part-00000/000000.jpg, 000000.txt         `txt`: the captions beside each image, one per line
       __export/export.json                      what is exported
       __export/part-00000.json                  counts of a finished shard
 
@@ -14,31 +15,32 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import pyarrow.compute as pc
+from pydantic import TypeAdapter
 
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.data.images.formats import find_format
+from captionlib.data.selection import ALL_IMAGES, ImageSelection
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import part_name, to_json
-from captionlib.data.splits import expand_splits
+from captionlib.data.shards.markers import decode_record, encode_record, part_name, to_json
 from captionlib.errors import ConfigError, DatasetError, FetchError, FingerprintError
 from captionlib.progress import progress_bar
-from captionlib.storage.folders import Addresses, Folder, list_addresses
+from captionlib.storage.folders import TEMPORARY_FOLDER, Addresses, Folder, list_addresses
+from captionlib.storage.lock import LOCK_FILE, lock_folder
 
 __all__ = ["ExportFormat", "ExportSummary", "export_images"]
 
-ExportFormat = Literal["webdataset", "huggingface"]
+ExportFormat = Literal["webdataset", "metadata", "txt"]
 
 _THREADS = 16
 _COLUMNS = ("image_id", "uri", "split", "width", "height", "caption", "captions", "log_prob")
-_RECORDS = "__export"  # `datasets` ignores folders whose names begin with two underscores
-_DESCRIPTION = f"{_RECORDS}/export.json"
+_METADATA_FOLDER = "__export"  # `datasets` ignores folders whose names begin with two underscores
+_DESCRIPTION = f"{_METADATA_FOLDER}/export.json"
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,15 @@ class ExportSummary:
     failures: dict[str, int] = field(default_factory=dict)
 
 
+_SUMMARY = TypeAdapter(ExportSummary)
+
+
 def export_images(
     datasets: Addresses,
     output: str | os.PathLike[str],
     to: ExportFormat,
     *,
-    splits: Sequence[str] = (),
-    duplicates: str | os.PathLike[str] | None = None,
+    selection: ImageSelection = ALL_IMAGES,
     fetch: FetchConfig | None = None,
     progress: bool = False,
 ) -> ExportSummary:
@@ -69,86 +73,115 @@ def export_images(
     Args:
         datasets: complete manifests, features or captions.
         output: folder to write.
-        to: `webdataset`, or `huggingface` for the imagefolder format of `datasets`.
-        splits: splits to export. If empty, all splits are exported.
-        duplicates: dataset of duplicates. If set, duplicates of kept images are left out.
+        to: `webdataset`, `metadata` for the imagefolder format of `datasets`, or `txt` for a .txt beside each image.
+        selection: the images to export.
         fetch: limits on fetching an image. If None, the defaults of `FetchConfig`.
         progress: show a progress bar.
 
     Raises:
         ConfigError: a dataset has no captions.
-        DatasetError: a dataset is not complete, the output has other files, or no image is in these splits.
+        DatasetError: a dataset is not complete, the output has other files or is damaged, or no image is selected.
         FingerprintError: the output contains a different export.
+        LockError: another process is writing to the output.
     """
     opened = [open_dataset(address).require_complete() for address in list_addresses(datasets)]
     for dataset in opened:
         if dataset.kind not in ("manifest", "features", "captions"):
             raise ConfigError(f"{dataset.folder.uri}: expected a manifest, features or captions, got {dataset.kind}")
-    groups = None if duplicates is None else open_dataset(duplicates, "duplicates").require_complete()
-    export = _Export(Folder(output), to, expand_splits(splits), _list_removed(groups))
-    checksums = [dataset.compute_content_checksum() for dataset in [*opened, *([groups] if groups else [])]]
-    export.describe({"to": to, "datasets": checksums, "splits": sorted(export.splits)})
+    export = _Export(Folder(output), to, selection)
+    checksums = [dataset.compute_content_checksum() for dataset in opened]
     images, failures = 0, Counter[str]()
+    # The marker of a shard is the file that records that the shard is complete.
     shards = [(each, shard, marker.rows) for each in opened for shard, marker in sorted(each.read_markers().items())]
     with ExitStack() as stack:
+        stack.enter_context(lock_folder(export.folder, "captionlib export"))
+        export.describe({"to": to, "datasets": checksums, **selection.describe()})
         bar = stack.enter_context(progress_bar("export", sum(rows for _, _, rows in shards), "images", progress))
         threads = stack.enter_context(ThreadPoolExecutor(_THREADS, thread_name_prefix="export"))
         fetcher = stack.enter_context(ImageFetcher(fetch))
-        for number, (dataset, shard, rows) in enumerate(shards):
-            counts = export.read_counts(number)
+        for part, (dataset, shard, rows) in enumerate(shards):
+            counts = export.read_counts(part)
             if counts is None:
-                counts = export.write_shard(number, dataset, shard, fetcher, threads)
+                counts = export.write_shard(part, dataset, shard, fetcher, threads)
             bar.update(rows)
             images += counts.images
             failures.update(counts.failures)
-    export.folder.remove_temporary_files()
+        export.finish()
     if not images and not failures:
-        raise DatasetError(f"expected images in split {' or '.join(splits) or '(any)'}, got none; check --split")
+        raise DatasetError(
+            f"expected images that are selected (splits: {', '.join(sorted(selection.splits)) or 'any'}), got none; "
+            "check --split, --where and --duplicates"
+        )
     return ExportSummary(images, dict(failures.most_common()))
-
-
-def _list_removed(duplicates: ShardedDataset | None) -> frozenset[str]:
-    """Returns the ids of the images that are duplicates of a kept image."""
-    if duplicates is None:
-        return frozenset()
-    rows = duplicates.read(0, ["image_id", "kept"])
-    return frozenset(rows.filter(pc.invert(rows["kept"]))["image_id"].to_pylist())
 
 
 @dataclass(frozen=True)
 class _Export:
+    """An export to a folder. A `part` is the number of a tar or subfolder of the export."""
+
     folder: Folder
     to: ExportFormat
-    splits: frozenset[str]
-    removed: frozenset[str]
+    selection: ImageSelection
 
     def describe(self, content: Mapping[str, Any]) -> None:
         """Records what is exported, so that a different export cannot continue in the folder."""
         if not self.folder.exists(_DESCRIPTION):
-            if names := self.folder.list():
-                raise DatasetError(f"{self.folder.uri}: expected a new or empty folder, got files ({names[0]})")
-            self.folder.write(_DESCRIPTION, to_json(content))
-        elif json.loads(self.folder.read(_DESCRIPTION)) != content:
+            if names := [name for name in self.folder.list() if name not in (LOCK_FILE, TEMPORARY_FOLDER)]:
+                raise DatasetError(
+                    f"{self.folder.uri}: expected a new or empty folder, got files ({names[0]}); choose a new folder, "
+                    "or delete this one if it is what is left of an export"
+                )
+            self.folder.write(_DESCRIPTION, encode_record(content))
+            return
+        try:
+            described = decode_record(self.folder.read(_DESCRIPTION))
+        except ValueError as error:
+            raise DatasetError(
+                f"{self.folder.address(_DESCRIPTION)} is damaged ({error}); export to a new folder"
+            ) from error
+        if described != content:
             raise FingerprintError(
-                f"{self.folder.uri} contains an export with a different format, split or content; choose a new folder"
+                f"{self.folder.uri} contains an export with a different format, selection or content; "
+                "choose a new folder"
             )
 
-    def read_counts(self, number: int) -> ExportSummary | None:
-        """Returns the counts of a finished shard, or None if it is not finished."""
+    def read_counts(self, part: int) -> ExportSummary | None:
+        """Returns the counts of a finished part. None if the part is missing, or its counts are missing or damaged."""
         try:
-            return ExportSummary(**json.loads(self.folder.read(f"{_RECORDS}/{part_name(number)}.json")))
-        except FileNotFoundError:
+            counts = _SUMMARY.validate_python(decode_record(self.folder.read(self._counts_file(part))))
+        except (FileNotFoundError, ValueError):
             return None
+        return counts if counts.images == 0 or self.folder.exists(self._data_file(part)) else None
+
+    def finish(self) -> None:
+        """Removes temporary files.
+
+        Raises:
+            DatasetError: the folder was removed meanwhile.
+        """
+        self.folder.remove_temporary_files()
+        if not self.folder.exists(_DESCRIPTION):
+            raise DatasetError(
+                f"{self.folder.uri} was removed or moved during the export; delete it and run the command again"
+            )
+
+    def _counts_file(self, part: int) -> str:
+        return f"{_METADATA_FOLDER}/{part_name(part)}.json"
+
+    def _data_file(self, part: int) -> str:
+        endings = {"webdataset": ".tar", "metadata": "/metadata.jsonl", "txt": ""}
+        return part_name(part) + endings[self.to]
 
     def write_shard(
-        self, number: int, dataset: ShardedDataset, shard: int, fetcher: ImageFetcher, threads: ThreadPoolExecutor
+        self, part: int, dataset: ShardedDataset, shard: int, fetcher: ImageFetcher, threads: ThreadPoolExecutor
     ) -> ExportSummary:
-        """Writes one tar or folder, and then its counts, which finish it."""
+        """Writes a part, and then the file with its counts, which marks the part as finished."""
         failures = Counter[str]()
         samples = self._read_samples(dataset, shard, fetcher, threads, failures)
-        images = (self._write_tar if self.to == "webdataset" else self._write_folder)(part_name(number), samples)
+        write = self._write_tar if self.to == "webdataset" else self._write_folder
+        images = write(part_name(part), samples)
         counts = ExportSummary(images, dict(failures))
-        self.folder.write(f"{_RECORDS}/{part_name(number)}.json", to_json(asdict(counts)))
+        self.folder.write(self._counts_file(part), encode_record(asdict(counts)))
         return counts
 
     def _read_samples(
@@ -159,7 +192,7 @@ class _Export:
         threads: ThreadPoolExecutor,
         failures: Counter[str],
     ) -> Iterator[tuple[dict[str, Any], bytes]]:
-        """Yields the selected rows with the bytes of their images, and counts the images that cannot be read."""
+        """Yields the selected rows with the bytes of their images. Counts unreadable images in `failures`."""
 
         def fetch(row: dict[str, Any]) -> bytes | FetchError:
             try:
@@ -169,11 +202,7 @@ class _Export:
 
         columns = [name for name in _COLUMNS if name in dataset.schema.names]
         for batch in dataset.read_batches(shard, columns, batch_size=2 * _THREADS):  # limits the images in memory
-            rows = [
-                row
-                for row in batch.to_pylist()
-                if (not self.splits or row["split"] in self.splits) and row["image_id"] not in self.removed
-            ]
+            rows = [row for row in batch.to_pylist() if self.selection.selects(row["image_id"], row["split"])]
             for row, content in zip(rows, threads.map(fetch, rows), strict=True):
                 if isinstance(content, FetchError):
                     failures[content.reason] += 1
@@ -183,32 +212,42 @@ class _Export:
                     yield row, content
 
     def _write_tar(self, name: str, samples: Iterator[tuple[dict[str, Any], bytes]]) -> int:
+        """Returns the number of written images."""
         count = 0
         with self.folder.stage(f"{name}.tar") as path, tarfile.open(path, "w") as tar:
-            for count, (row, content) in enumerate(samples, start=1):
-                captions = row["captions"] if "captions" in row else [row["caption"]]
-                text = "\n".join(" ".join(caption.split()) for caption in captions)
-                key = f"{name}-{count - 1:06}"
+            for row, content in samples:
+                key = f"{name}-{count:06}"
                 for extension, data in (
                     (_find_extension(content), content),
-                    (".txt", text.encode()),
+                    (".txt", _join_captions(row)),
                     (".json", to_json(row)),
                 ):
                     member = tarfile.TarInfo(key + extension)
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
+                count += 1
         return count
 
     def _write_folder(self, name: str, samples: Iterator[tuple[dict[str, Any], bytes]]) -> int:
+        """Returns the number of written images."""
         self.folder.remove(name)  # an interrupted run may have left images
         lines: list[str] = []
         for row, content in samples:
-            file_name = f"{len(lines):06}{_find_extension(content)}"
+            stem = f"{len(lines):06}"
+            file_name = f"{stem}{_find_extension(content)}"
             self.folder.write(f"{name}/{file_name}", content)
+            if self.to == "txt":
+                self.folder.write(f"{name}/{stem}.txt", _join_captions(row))
             lines.append(json.dumps({"file_name": file_name, **row}, ensure_ascii=False))
-        if lines:
+        if lines and self.to == "metadata":
             self.folder.write(f"{name}/metadata.jsonl", "".join(f"{line}\n" for line in lines).encode())
         return len(lines)
+
+
+def _join_captions(row: Mapping[str, Any]) -> bytes:
+    """Returns the captions of a row as text, one per line."""
+    captions = row["captions"] if "captions" in row else [row["caption"]]
+    return "\n".join(" ".join(caption.split()) for caption in captions).encode()
 
 
 def _find_extension(content: bytes) -> str:

@@ -2,16 +2,16 @@
 
 from collections.abc import Iterable
 
-__all__ = ["expand_splits"]
+__all__ = ["add_split_aliases"]
 
 _VALIDATION_NAMES = frozenset({"val", "dev"})
 
 
-def expand_splits(splits: Iterable[str]) -> frozenset[str]:
-    """Returns the splits to select. If `val` or `dev` is among them, both are included.
+def add_split_aliases(splits: Iterable[str]) -> frozenset[str]:
+    """Returns the splits, with `dev` added to `val` and `val` added to `dev`.
 
     Example:
-        >>> sorted(expand_splits(["test", "val"]))
+        >>> sorted(add_split_aliases(["test", "val"]))
         ['dev', 'test', 'val']
     """
     selected = frozenset(splits)

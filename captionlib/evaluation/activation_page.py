@@ -18,7 +18,7 @@ __all__ = ["write_activation_page"]
 
 _MAX_SIDE = 112  # maximum side of a map in pixels; larger maps are downsampled by averaging
 _COLUMNS = 16  # maps per row of a sprite, the image that tiles all maps of a layer
-_VISIBLE_CHANNELS = 48  # channels shown per layer; a button shows the others
+_VISIBLE_CHANNELS = 48  # channels shown per layer; a button shows the rest
 
 
 def write_activation_page(path: str | os.PathLike[str], title: str, activations: Activations, network: str) -> None:

@@ -82,22 +82,29 @@ def evaluate_captions(
 
     Args:
         source: a captions dataset, COCO's results JSON, or NeuralTalk's `result_struct.json`.
-        manifest: the dataset with the references, a manifest or features; optional if the source contains references.
+        manifest: the dataset that contains the references: either a manifest or features. Optional if the source
+            contains references.
         splits: the splits to evaluate. If empty, all splits are evaluated.
-        train_splits: the splits that the captioner was trained on. A caption is novel if it is not a reference there.
-        checkpoint: folder of the captioner, to compute the perplexity of the references; requires `features`.
-        features: the dataset of the images' encoder features, for the perplexity; requires `checkpoint`.
+        train_splits: the splits that the captioner was trained on. A caption is novel if it is not among their
+            references.
+        checkpoint: folder or address of the captioner, to compute the perplexity of the references.
+        features: the dataset of the images' encoder features, for the perplexity; requires `checkpoint`. If None, the
+            images of the manifest are encoded.
         bootstrap: how confidence intervals are computed.
         require_all: raise an error if an image with references in these splits has no caption.
         device: the device of the captioner.
 
     Raises:
-        ConfigError: only one of `checkpoint` and `features` is given.
+        ConfigError: `features` is given without `checkpoint`, or `checkpoint` without features or a manifest.
         DatasetError: there are no captions in these splits, they have no references, or `require_all` is violated.
         SubprocessError: Java fails.
     """
+    if checkpoint is not None:
+        features = features or manifest
     if (checkpoint is None) != (features is None):
-        raise ConfigError("perplexity: expected a checkpoint and features, got only one of them; pass both or neither")
+        raise ConfigError(
+            "perplexity: expected a checkpoint, and features or a manifest, got only one of them; pass both or neither"
+        )
     training_references: Iterable[str] = ()
     notes: list[str] = []
     predictions = _sort(load_predictions(source, manifest, splits))
@@ -130,7 +137,7 @@ def evaluate_predictions(
 ) -> Evaluation:
     """Evaluates predictions (captions of images), each of which must have references. The result is sorted by image id.
 
-    If there are no `training_references`, the references that the captioner was trained on, the fraction of novel
+    `training_references` are the references that the captioner was trained on. If there are none, the fraction of novel
     captions is omitted. Each of `extra_metrics` has one row per prediction, in the order of the image ids.
     """
     predictions = _sort(predictions)

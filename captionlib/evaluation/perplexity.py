@@ -1,18 +1,19 @@
 """Computes the perplexity that a captioner assigns to the references of images."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-import torch
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from captionlib.data.arrays import vectors_to_numpy
-from captionlib.data.batches.captions import feature_shape
-from captionlib.data.shards.dataset import open_dataset
-from captionlib.errors import DatasetError
+from captionlib.data.images.loading import LoadingConfig
+from captionlib.data.shards.dataset import ShardedDataset, open_dataset
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA
+from captionlib.errors import CheckpointError, DatasetError
 from captionlib.evaluation.metrics import Metric, compute_ratio
-from captionlib.models.captioners.packed_sequences import pad_sentences
-from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner
+from captionlib.models.families.captioner import SentenceScorer, open_captioner
+from captionlib.models.inference.model_inputs import choose_input_transform, open_input_loader
 
 __all__ = ["measure_perplexity"]
 
@@ -21,61 +22,59 @@ _BATCH_IMAGES = 32
 
 def measure_perplexity(
     checkpoint: str | os.PathLike[str],
-    features: str | os.PathLike[str],
+    images: str | os.PathLike[str],
     references: Mapping[str, Sequence[str]],
     device: str = "auto",
 ) -> Metric:
     """Computes the perplexity exp(-sum ln p / sum (length + 1)) of references; + 1 counts the end token.
 
-    Words outside the vocabulary are scored as UNKNOWN. References without words are ignored. `references` are keyed by
-    image id. The metric has one row per image in this order. `features` is a dataset of encoder features.
+    References without words are ignored.
+
+    Args:
+        checkpoint: folder or address of the captioner.
+        images: a dataset of encoder features, or a manifest, whose images are encoded.
+        references: references by image id.
+        device: auto, cpu, cuda or cuda:N.
+
+    Returns:
+        A metric with one row per image, in the order of `references`.
 
     Raises:
-        CheckpointError: the folder is not a captioner, or the features come from a different encoder than its own.
-        DatasetError: an image has no features.
+        CheckpointError: the folder is not a captioner, the captioner cannot score sentences, or the features come from
+            a different encoder than its own.
+        DatasetError: an image has no features, or cannot be read.
     """
-    captioner = load_captioner(checkpoint, device)
-    dataset = open_dataset(features, "features").require_complete()
-    captioner.require_encoder(dataset.config["encoder"])
-    shape = feature_shape(dataset)
+    captioner = open_captioner(checkpoint, device)
+    if not isinstance(captioner, SentenceScorer):
+        raise CheckpointError(
+            f"{os.fspath(checkpoint)}: this captioner does not compute the probability of given sentences; leave "
+            "--checkpoint out"
+        )
+    dataset = open_dataset(images).require_complete()
+    transform = choose_input_transform(dataset, captioner, weights=None, device=device, threads=None)
     sums: dict[str, tuple[float, int]] = {}
-    for shard in range(dataset.shards):
-        for rows in dataset.read_batches(shard, ["image_id", "features"], _BATCH_IMAGES):
-            ids = rows["image_id"].to_pylist()
-            selected = [row for row, image_id in enumerate(ids) if image_id in references]
-            if selected:
-                values = vectors_to_numpy(rows["features"], shape)
-                batch = torch.from_numpy(values[selected].astype(np.float32))
-                sums.update(_sum_losses(captioner, batch, {ids[row]: references[ids[row]] for row in selected}))
+    with open_input_loader([transform], [captioner], LoadingConfig(), _BATCH_IMAGES, device, threads=None) as load:
+        for rows, (inputs,) in load(_read_referenced(dataset, references), lambda _row, _error: None):
+            ids = [row["image_id"] for row in rows]
+            scores = captioner.score_sentences(inputs, [references[image_id] for image_id in ids])
+            for image_id, sentences in zip(ids, scores, strict=True):
+                sums[image_id] = -sum(log_prob for log_prob, _ in sentences), sum(count for _, count in sentences)
     if missing := [image_id for image_id in references if image_id not in sums]:
+        reason = "have no features" if dataset.kind == "features" else "cannot be read"
         raise DatasetError(
-            f"{dataset.folder.uri}: {len(missing)} of {len(references)} images have no features, such as "
-            f"{missing[0]}; pass features that include all evaluated images"
+            f"{dataset.folder.uri}: {len(missing)} of {len(references)} images {reason}, such as {missing[0]}; pass "
+            "features or a manifest that include all evaluated images"
         )
     losses, tokens = zip(*(sums[image_id] for image_id in references), strict=True)
     return compute_ratio("perplexity", losses, tokens, np.exp)
 
 
-@torch.inference_mode()
-def _sum_losses(
-    captioner: LoadedCaptioner, features: torch.Tensor, references: Mapping[str, Sequence[str]]
-) -> dict[str, tuple[float, int]]:
-    """Returns the sum of -ln p over the tokens of each image's references, and the number of tokens, by image id.
-
-    `features` are `[images, *shape] float32`, with the images in the order of `references`.
-    """
-    sentences, image_of_sentence = [], []
-    for image, texts in enumerate(references.values()):
-        for text in texts:
-            if token_ids := captioner.vocabulary.encode(text):
-                sentences.append(token_ids)
-                image_of_sentence.append(image)
-    losses, tokens = np.zeros(len(features)), np.zeros(len(features), np.int64)
-    if sentences:
-        device = next(captioner.model.parameters()).device
-        rows = torch.tensor(image_of_sentence)
-        scores = captioner.model(features.to(device), pad_sentences(sentences).to(device), rows.to(device))
-        image_of_token = rows[scores.sentences.cpu()].numpy()
-        np.add.at(losses, image_of_token, -scores.log_probs.double().cpu().numpy())
-        np.add.at(tokens, image_of_token, 1)
-    return dict(zip(references, zip(losses.tolist(), tokens.tolist(), strict=True), strict=True))
+def _read_referenced(dataset: ShardedDataset, references: Mapping[str, Sequence[str]]) -> Iterator[pa.RecordBatch]:
+    """Yields the rows of the images that have references."""
+    wanted = pa.array(references, pa.string())
+    columns = ["image_id", "features"] if dataset.kind == "features" else list(MANIFEST_SCHEMA.names)
+    for shard in range(dataset.shards):
+        for rows in dataset.read_batches(shard, columns, _BATCH_IMAGES):
+            selected = rows.filter(pc.is_in(rows["image_id"], value_set=wanted))
+            if len(selected):
+                yield selected

@@ -1,4 +1,4 @@
-"""Reads and writes captions as a captions dataset (Parquet), COCO's results JSON, or NeuralTalk's JSON.
+"""Reads captions from a captions dataset (Parquet) or from COCO's or NeuralTalk's JSON, and converts them to JSON.
 
 COCO's evaluation server accepts results as `[{"image_id": 391895, "caption": "a man rides a bike"}, ...]`. NeuralTalk's
 `result_struct.json` contains captions, references and the parameters of the run: `{"imgblobs": [{"img_path", "imgid",
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.sources.locations import get_text_extension, load_json, locate
+from captionlib.data.sources.locations import get_uncompressed_extension, load_json, locate
 from captionlib.data.sources.values import (
     describe,
     is_unicode,
@@ -21,7 +21,7 @@ from captionlib.data.sources.values import (
     parse_optional,
     parse_text,
 )
-from captionlib.data.splits import expand_splits
+from captionlib.data.splits import add_split_aliases
 from captionlib.errors import DatasetError
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "open_references",
     "read_predictions",
     "select_splits",
+    "to_coco_ids",
     "to_coco_results",
     "to_result_struct",
 ]
@@ -80,7 +81,8 @@ def load_predictions(
 
     Args:
         source: a captions dataset or a JSON file; see `read_predictions`.
-        manifest: the dataset with the references, a manifest or features. If None, the source's references are kept.
+        manifest: the dataset that contains the references: either a manifest or features. If None, the source's own
+            references are kept.
         splits: the splits to select. If empty, all splits are selected.
 
     Raises:
@@ -96,7 +98,7 @@ def read_predictions(source: str | os.PathLike[str]) -> list[Prediction]:
     """Reads captions, in order, from a complete captions dataset or a JSON file in COCO's or NeuralTalk's format.
 
     Raises:
-        DatasetError: the source has none of these formats, or contains two captions for one image.
+        DatasetError: the source has a different format, or contains two captions for one image.
     """
     address = os.fspath(source)
     if is_dataset(address):
@@ -125,7 +127,7 @@ def read_predictions(source: str | os.PathLike[str]) -> list[Prediction]:
 
 def is_dataset(source: str | os.PathLike[str]) -> bool:
     """Returns whether a source of captions is a dataset instead of a JSON file."""
-    return get_text_extension(os.fspath(source)) != ".json"
+    return get_uncompressed_extension(os.fspath(source)) != ".json"
 
 
 def _read_dataset(dataset: ShardedDataset) -> list[Prediction]:
@@ -148,7 +150,7 @@ def _parse_neuraltalk_entry(value: object, origin: str) -> Prediction:
     candidate = parse_object(entry.get("candidate"), f"{origin}, candidate")
     text, log_prob = _parse_caption(candidate, "text", f"{origin}, candidate"), candidate.get("logprob")
     if log_prob is not None and (isinstance(log_prob, bool) or not isinstance(log_prob, int | float)):
-        raise DatasetError(f"{origin}, candidate: expected logprob as a number, got {describe(log_prob)}; correct it")
+        raise DatasetError(f"{origin}, candidate: logprob: expected a number, got {describe(log_prob)}")
     id_field = "imgid" if "imgid" in entry else "img_path"
     references = parse_list(entry.get("references", []), origin, "references")
     return Prediction(
@@ -158,17 +160,20 @@ def _parse_neuraltalk_entry(value: object, origin: str) -> Prediction:
         log_prob=None if log_prob is None else float(log_prob),
         candidates=() if log_prob is None else ((text, float(log_prob)),),
         references=tuple(
-            _parse_caption(parse_object(reference, item_origin), "text", item_origin)
-            for reference, item_origin in ((each, f"{origin}, references[{at}]") for at, each in enumerate(references))
+            _parse_reference(reference, f"{origin}, references[{at}]") for at, reference in enumerate(references)
         ),
     )
+
+
+def _parse_reference(value: object, origin: str) -> str:
+    return _parse_caption(parse_object(value, origin), "text", origin)
 
 
 def _parse_caption(entry: Mapping[str, Any], field: str, origin: str) -> str:
     """Returns the text of a field. It may be empty because a model can generate an empty caption."""
     value = entry.get(field)
     if not isinstance(value, str) or not is_unicode(value):
-        raise DatasetError(f"{origin}: expected {field} as valid Unicode text, got {describe(value)}; correct it")
+        raise DatasetError(f"{origin}: {field}: expected valid Unicode text, got {describe(value)}")
     return value
 
 
@@ -209,13 +214,13 @@ def find_images_without_caption(
     Args:
         predictions: predictions with the splits of the manifest; see `join_references`.
         manifest: the dataset that lists the images and their references.
-        splits: the splits to search. If empty, the splits of the predictions are searched.
+        splits: the splits to search, in which `val` also selects `dev`. If empty, the splits of the predictions.
 
     Returns:
         The ids of these images, and the number of all images with references in these splits.
     """
     predicted = {prediction.image_id: prediction.split for prediction in predictions}
-    searched = expand_splits(splits or predicted.values())
+    searched = add_split_aliases(splits or predicted.values())
     missing, count = [], 0
     for shard in range(manifest.shards):
         for rows in manifest.read_batches(shard, ["image_id", "split", "captions"]):
@@ -233,7 +238,7 @@ def select_splits(predictions: Sequence[Prediction], splits: Sequence[str], sour
     Raises:
         DatasetError: no prediction is in these splits.
     """
-    names = expand_splits(splits)
+    names = add_split_aliases(splits)
     selected = [prediction for prediction in predictions if not splits or prediction.split in names]
     if not selected:
         known = ", ".join(sorted({prediction.split or "(none)" for prediction in predictions})) or "none"
@@ -242,9 +247,15 @@ def select_splits(predictions: Sequence[Prediction], splits: Sequence[str], sour
 
 
 def to_coco_results(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
-    """Returns captions in COCO's results format. Ids become integers, as in COCO, if all are decimal numbers."""
-    numeric = all(one.image_id.isdecimal() and str(int(one.image_id)) == one.image_id for one in predictions)
-    return [{"image_id": int(one.image_id) if numeric else one.image_id, "caption": one.caption} for one in predictions]
+    """Returns captions in COCO's results format; see `to_coco_ids`."""
+    ids = to_coco_ids([one.image_id for one in predictions])
+    return [{"image_id": image_id, "caption": one.caption} for image_id, one in zip(ids, predictions, strict=True)]
+
+
+def to_coco_ids(image_ids: Sequence[str]) -> Sequence[int | str]:
+    """Returns ids as integers, as in COCO, if all are decimal numbers. Otherwise, they stay text."""
+    numeric = all(image_id.isdecimal() and str(int(image_id)) == image_id for image_id in image_ids)
+    return [int(image_id) for image_id in image_ids] if numeric else image_ids
 
 
 def to_result_struct(predictions: Sequence[Prediction], params: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from captionlib.data.images.encoding import encode_jpeg
 from captionlib.data.images.loading import LoadingConfig, open_loader
 from captionlib.errors import DatasetError, ImageError
 from captionlib.evaluation.charts import build_charts
-from captionlib.evaluation.encoder_views import EncoderView
+from captionlib.evaluation.crop_and_attention import CropAndAttention
 from captionlib.evaluation.pages import render_page
 from captionlib.evaluation.predictions import Prediction
 from captionlib.progress import progress_bar
@@ -50,27 +50,29 @@ def write_report(
     cider: Mapping[str, float] | None = None,
     attributes: Mapping[str, Mapping[str, bool]] | None = None,
     history: Sequence[Mapping[str, Any]] = (),
-    encoder_view: EncoderView = EncoderView(),
+    crop_and_attention: CropAndAttention = CropAndAttention(),
     progress: bool = False,
 ) -> str:
     """Writes the page, its data and its thumbnails, replaces an earlier report, and returns the page's path or URI.
 
     Below the title, the page shows `note`, then `scores` (name, value, and a detail such as a confidence interval), the
     curves of a training `history` (one row per epoch), and the predictions. `cider` maps image ids to the CIDEr of the
-    caption, and `attributes` maps them to whether the caption is correct in attributes such as `color`. `encoder_view`
-    contains the encoder's crop and the captioner's attention maps. If `progress` is True, a progress bar is shown.
+    caption. `attributes` maps image ids to the attributes that the caption mentions, such as `color`, and to whether
+    each is correct. `crop_and_attention` selects the part of the image to show, and adds attention maps. If `progress`
+    is True, a progress bar is shown.
 
     Raises:
         DatasetError: the folder contains files that do not belong to a report.
     """
-    target = Folder(folder)
-    _clear(target)
+    output = Folder(folder)
+    _clear(output)
     items = []
     with progress_bar("report", len(predictions), "images", progress) as bar:
-        thumbnails = bar.track(_write_thumbnails(target, predictions, _crop_for_thumbnails(encoder_view.preprocessing)))
+        crop = _crop_for_thumbnails(crop_and_attention.preprocessing)
+        thumbnails = bar.track(_write_thumbnails(output, predictions, crop))
         for prediction, thumbnail in zip(predictions, thumbnails, strict=True):
             image_id = prediction.image_id
-            maps = encoder_view.attention_maps.get(image_id, ())
+            maps = crop_and_attention.attention_maps.get(image_id, ())
             items.append(
                 {
                     **_to_item(prediction),
@@ -80,7 +82,7 @@ def write_report(
                     "thumbnail": thumbnail,
                 }
             )
-    target.write(DATA, _to_script(items))
+    output.write(DATA, _to_script(items))
     page = render_page(
         "report.html",
         title=title,
@@ -90,9 +92,9 @@ def write_report(
         count=len(items),
         has_attention=any(item["attention"] for item in items),
     )
-    target.write(PAGE, page)
-    target.remove(TEMPORARY_FOLDER)
-    return target.address(PAGE)
+    output.write(PAGE, page)
+    output.remove(TEMPORARY_FOLDER)
+    return output.address(PAGE)
 
 
 def _clear(folder: Folder) -> None:
@@ -120,15 +122,15 @@ def _write_thumbnails(folder: Folder, predictions: Sequence[Prediction], crop: P
     """Writes a thumbnail of each image and yields its path relative to the page, or None for an unreadable image."""
     created: set[str] = set()
     with open_loader(LoadingConfig(), crop) as load:
-        for number, (_, image) in enumerate(load({"uri": prediction.uri} for prediction in predictions)):
+        for index, (_, image) in enumerate(load({"uri": prediction.uri} for prediction in predictions)):
             if isinstance(image, ImageError):
                 yield None
                 continue
-            subfolder = f"{THUMBNAILS}/{number // _THUMBNAILS_PER_FOLDER:03d}"
+            subfolder = f"{THUMBNAILS}/{index // _THUMBNAILS_PER_FOLDER:03d}"
             if subfolder not in created:
                 folder.fs.makedirs(folder.path(subfolder), exist_ok=True)
                 created.add(subfolder)
-            name = f"{subfolder}/{number:06d}.jpg"
+            name = f"{subfolder}/{index:06d}.jpg"
             folder.fs.pipe_file(folder.path(name), encode_jpeg(image.pixels))
             yield name
 

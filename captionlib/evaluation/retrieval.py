@@ -89,7 +89,7 @@ def score_ranker(
     splits: Sequence[str] = (),
     protocol: RetrievalProtocol = PROTOCOLS["all"],
 ) -> RetrievalScores:
-    """Scores a ranker on the images and references of a complete features dataset, in `splits` (if empty, in all).
+    """Scores a ranker on images and references of a complete features dataset. Without `splits`, all splits are used.
 
     Raises:
         CheckpointError: the features come from a different encoder than the ranker's.
@@ -179,9 +179,10 @@ def rank_images(images: Vectors, references: Vectors, image_of_reference: Indice
     return np.concatenate(ranks)
 
 
-def _rank(similarities: Vectors, best: Vectors, others: npt.NDArray[np.bool_]) -> Indices:
-    better = ((similarities > best) & others).sum(1)
-    ties = ((similarities == best) & others).sum(1)
+def _rank(similarities: Vectors, best: Vectors, is_other: npt.NDArray[np.bool_]) -> Indices:
+    """Returns the rank of the best match, which has the similarity `best`. `is_other` is True for all non-matches."""
+    better = ((similarities > best) & is_other).sum(1)
+    ties = ((similarities == best) & is_other).sum(1)
     ranks: Indices = 1 + better + ties // 2
     return ranks
 

@@ -1,4 +1,4 @@
-"""Selects devices, copies results to the host, and retries batches that exceed the memory of a device in halves."""
+"""Selects devices, copies results to the host, and splits batches that exceed the memory of a device."""
 
 from collections.abc import Callable
 from typing import TypeVar

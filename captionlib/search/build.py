@@ -3,7 +3,6 @@
 Every step can run on any machine and can safely be repeated.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 
 from captionlib.config import describe_differences, to_dict
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import Marker, part_name, to_json
+from captionlib.data.shards.markers import Marker, decode_record, encode_record, part_name
 from captionlib.errors import ConfigError, DatasetError, DuplicateIdError, FingerprintError
 from captionlib.search.config import IndexConfig, VectorLayout
 from captionlib.search.index_folder import (
@@ -45,7 +44,7 @@ from captionlib.search.inputs import (
 )
 from captionlib.search.rows import find_duplicate_id, number_rows, read_rows, write_rows
 from captionlib.search.text_index import write_text_index
-from captionlib.search.vector_index import add_vectors, merge_vectors, train_vectors
+from captionlib.search.vector_index import RowMove, merge_indexes, write_partial_index, write_trained_index
 from captionlib.storage.folders import TEMPORARY_FOLDER, Addresses, Folder, list_addresses, resolve_address
 
 __all__ = ["IndexBuild", "plan_build"]
@@ -66,9 +65,9 @@ class IndexBuild:
         base: version of the index whose files are reused. If None, the index is built from scratch.
         added: positions in `shards` of the shards that `base` does not contain.
         removed: number of shards that only `base` contains.
-        pending: number of shards that are not finished. The index keeps the shards that `base` contains for them.
+        pending: number of shards that are not finished. The index keeps their earlier rows, if `base` contains them.
         layout: type of the Faiss index of the embeddings, or None for a text-only index.
-        outgrown: layout of the existing index if there are too many rows for it, so centroids are trained again.
+        outgrown: layout of the existing index if it is unsuitable for so many rows, so centroids are trained again.
         replaced: creation time of an existing index that is replaced even if its content is the same.
     """
 
@@ -110,7 +109,7 @@ class IndexBuild:
         inputs = [(self.embeddings[shard.dataset], shard) for shard in self.shards]
         sample = sample_embeddings(inputs, count, self.layout.dimension)
         with self.folder.stage(self._trained) as path:
-            train_vectors(self.layout, sample, path)
+            write_trained_index(self.layout, sample, path)
 
     def add_shard(self, position: int) -> None:
         """Writes the rows and the partial vector index of the shard `shards[position]`.
@@ -118,7 +117,7 @@ class IndexBuild:
         Raises:
             DatasetError: the captions and embeddings of the shard cover different images, or have changed.
         """
-        if self.folder.exists(self._result(position)):
+        if self._read_result(position) is not None:
             return
         shard = self.shards[position]
         captions = self.captions[shard.dataset]
@@ -129,10 +128,19 @@ class IndexBuild:
                 "candidates_file": publish_path(self.folder, local / "candidates", "candidates/", ".arrow"),
             }
             if self.embeddings:
-                self._add_vectors(position, caption_rows, local)
-        self.folder.write(self._result(position), to_json(files))  # the shard is done when this file exists
+                self._write_partial_index(position, caption_rows, local)
+        self.folder.write(self._result(position), encode_record(files))  # the shard is done when this file exists
 
-    def _add_vectors(self, position: int, caption_rows: pq.ParquetFile, local: Path) -> None:
+    def _read_result(self, position: int) -> dict[str, str] | None:
+        """Returns the files of a shard that is done. If a file is missing or the result is damaged, returns None."""
+        try:
+            files: dict[str, str] = decode_record(self.folder.read(self._result(position)))
+        except (FileNotFoundError, ValueError):
+            return None
+        needed = [*files.values(), self._partial(position)] if self.embeddings else files.values()
+        return files if all(self.folder.exists(name) for name in needed) else None
+
+    def _write_partial_index(self, position: int, caption_rows: pq.ParquetFile, local: Path) -> None:
         shard = self.shards[position]
         captions, embeddings = self.captions[shard.dataset], self.embeddings[shard.dataset]
         with (
@@ -146,7 +154,7 @@ class IndexBuild:
             if self.base is not None:
                 check_hash(trained, self._trained, self.folder.address(self._trained))
             start = sum(each.rows for each in self.shards[:position])
-            add_vectors(trained, positions[has_caption] + start, vectors, path)
+            write_partial_index(trained, positions[has_caption] + start, vectors, path)
 
     def finish(self) -> None:
         """Merges the shards, publishes the index, and removes files that neither it nor the previous version uses.
@@ -198,7 +206,7 @@ class IndexBuild:
             )
             text = publish_path(self.folder, local / "text", "text-")
             if self.layout is not None:
-                vectors_count = self._merge_vectors(local)
+                vectors_count = self._merge_partial_indexes(local)
                 vectors = publish_path(self.folder, local / "vectors", "vectors-", ".faiss")
                 trained = self._trained
                 if self.base is None:
@@ -222,7 +230,7 @@ class IndexBuild:
 
     def _list_indexed_shards(self) -> list[IndexedShard]:
         base = {shard.content: shard for shard in self.base.shards} if self.base else {}
-        results = {position: json.loads(self.folder.read(self._result(position))) for position in self.added}
+        results = {position: decode_record(self.folder.read(self._result(position))) for position in self.added}
         indexed = []
         for position, shard in enumerate(self.shards):
             if position in results:
@@ -233,24 +241,24 @@ class IndexBuild:
             indexed.append(IndexedShard(**asdict(shard), **files))
         return indexed
 
-    def _merge_vectors(self, local: Path) -> int:
+    def _merge_partial_indexes(self, local: Path) -> int:
         moves = []
         if self.base is not None:
             base = self._fetch(self.base.vectors, local)
-            starts = {shard.content: start for shard, start in zip(self.base.shards, self.base.offsets, strict=True)}
+            starts = {shard.content: start for shard, start in zip(self.base.shards, self.base.first_rows, strict=True)}
             added = set(self.added)
-            target = 0
+            new_start = 0
             for position, shard in enumerate(self.shards):
                 if position not in added and shard.rows:
                     start = starts[shard.content]
-                    moves.append((start, start + shard.rows, target))
-                target += shard.rows
+                    moves.append(RowMove(start, start + shard.rows, new_start))
+                new_start += shard.rows
         else:
             base = fetch_path(self.folder, self._trained, local / "trained")
         parts = (
             fetch_path(self.folder, self._partial(position), local / f"{position}.faiss") for position in self.added
         )
-        return merge_vectors(base, moves, parts, local / "vectors")
+        return merge_indexes(base, moves, parts, local / "vectors")
 
     def _fetch(self, name: str, local: Path) -> Path:
         """Returns the local path of a file of the index, after verifying its checksum."""
@@ -280,6 +288,7 @@ class IndexBuild:
 
     @property
     def _trained(self) -> str:
+        """The name of the vector index with trained centroids and without vectors."""
         return self.base.trained if self.base else f"{self._temporary}/trained.faiss"
 
     @cached_property
@@ -289,9 +298,11 @@ class IndexBuild:
         return f"{TEMPORARY_FOLDER}/{hash_json(identity)[:12]}"
 
     def _partial(self, position: int) -> str:
+        """Returns the name of the partial vector index of a shard."""
         return f"{self._temporary}/{part_name(position)}.faiss"
 
     def _result(self, position: int) -> str:
+        """Returns the name of the JSON file that lists the published files of a shard. It is written last."""
         return f"{self._temporary}/{part_name(position)}.json"
 
 
@@ -305,10 +316,9 @@ def plan_build(
 ) -> IndexBuild:
     """Compares an index with the datasets it is built from and plans what to build.
 
-    The plan covers the shards that are finished in both captions and embeddings. It reuses the shards of an existing
-    index whose content has not changed. Centroids are trained again only if the index has too many rows for its layout.
-    If `overwrite` is True, the index is built from scratch, even if its datasets or configuration differ or it is
-    damaged.
+    The plan covers the shards that are finished in both captions and embeddings. Shards of an existing index are reused
+    if their content has not changed. Centroids are trained again only if the index has too many rows for its layout. If
+    `overwrite` is True, the index is built from scratch, whatever the folder contains.
 
     Raises:
         ConfigError: the numbers of captions and embeddings datasets differ.
@@ -360,14 +370,14 @@ def _read_base(build: IndexBuild, overwrite: bool) -> IndexDescription | None:
 def _list_shards(build: IndexBuild) -> list[InputShard]:
     """Lists the shards that are finished in both the captions and the embeddings."""
     shards = []
-    for number, captions in enumerate(build.captions):
-        embeddings = build.embeddings[number] if build.embeddings else None
-        markers = captions.read_markers()
+    for index, captions in enumerate(build.captions):
+        embeddings = build.embeddings[index] if build.embeddings else None
+        markers = captions.read_markers()  # a marker is the JSON file that records that a shard is complete
         embedding_markers: dict[int, Marker] = embeddings.read_markers() if embeddings else {}
         complete = sorted(markers.keys() & embedding_markers.keys() if embeddings else markers)
         for shard in complete:
             checksum = embedding_markers[shard].checksum if embeddings else ""
-            shards.append(InputShard(number, shard, markers[shard].rows, markers[shard].checksum, checksum))
+            shards.append(InputShard(index, shard, markers[shard].rows, markers[shard].checksum, checksum))
         if not complete:
             folders = f"both {captions.folder.uri} and {embeddings.folder.uri}" if embeddings else captions.folder.uri
             raise DatasetError(f"expected shards that are complete in {folders}, got none; finish writing them first")
@@ -413,7 +423,7 @@ def _check_first_shard(build: IndexBuild, shard: InputShard) -> None:
 
 
 def _compare_with_base(build: IndexBuild, base: IndexDescription) -> list[str]:
-    """Describes how the configuration and the fingerprints of the datasets differ. New datasets do not count."""
+    """Describes how the configuration and the fingerprints of the datasets differ. Additional datasets are allowed."""
     before: dict[str, Any] = to_dict(base.config)
     now: dict[str, Any] = to_dict(build.config)
     for name, indexed, given in (

@@ -86,8 +86,9 @@ class VectorLayout:
     def is_outgrown(self, config: IndexConfig, rows: int) -> bool:
         """Returns whether an index with this layout must be built again for `rows` rows.
 
-        This is the case if they need a different encoding, or are more than four times the rows that the layout was
-        chosen for. For fewer rows, the layout is kept, because an index near a limit would change with every update.
+        This is the case if so many rows need a different encoding, or are more than four times the number of rows that
+        the layout was chosen for. If there are fewer rows, the layout is kept: otherwise, an index whose number of rows
+        varies around a limit would be built again with every update.
         """
         if rows <= self.rows:
             return False

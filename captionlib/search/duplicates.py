@@ -69,14 +69,14 @@ class _Images:
 
 @dataclass(frozen=True)
 class _Groups:
-    """The group of each image, as `[images]` arrays in the order of `_Images`. Images are numbered in that order.
+    """The group of each image, as `[images]` arrays in the order of `_Images`.
 
     Attributes:
-        kept: number of the kept image of the group.
+        kept_image: index in `_Images` of the kept image of the group.
         similarity: cosine similarity to the kept image.
     """
 
-    kept: Positions
+    kept_image: Positions
     similarity: npt.NDArray[np.float32]
 
 
@@ -101,7 +101,7 @@ def find_duplicates(
         output: folder to write.
         threshold: minimum cosine similarity, in (0, 1], of the embeddings of near-duplicates. If 1, only exact copies
             are duplicates.
-        overwrite: replace a dataset with a different threshold.
+        overwrite: replace an existing dataset that has a different threshold.
         progress: show a progress bar.
 
     Raises:
@@ -122,7 +122,7 @@ def find_duplicates(
         overwrite=overwrite,
     )
     checksum = source.compute_content_checksum()
-    marker = dataset.read_marker(0)
+    marker = dataset.read_marker(0)  # the JSON file that records that the shard is complete, if it is
     if marker is None or marker.source != checksum:
         table = _group_duplicates(source, threshold, progress)
         dataset.mark_incomplete()
@@ -137,11 +137,11 @@ def _group_duplicates(source: ShardedDataset, threshold: float, progress: bool) 
     images = _read_images(source)
     groups = _Groups(np.arange(len(images.ids)), np.ones(len(images.ids), np.float32))
     first = _find_first_copies(images.hashes)
-    distinct = np.flatnonzero(first == groups.kept)
+    distinct = np.flatnonzero(first == groups.kept_image)
     if threshold < 1:
         with progress_bar("deduplicate", len(distinct), "images", progress) as bar:
             _group_similar(_index_vectors(source), images.positions, distinct, groups, threshold, bar)
-    groups.kept[:], groups.similarity[:] = groups.kept[first], groups.similarity[first]
+    groups.kept_image[:], groups.similarity[:] = groups.kept_image[first], groups.similarity[first]
     return _build_table(images.ids, groups)
 
 
@@ -157,23 +157,23 @@ def _read_images(source: ShardedDataset) -> _Images:
 
 
 def _find_first_copies(hashes: pa.StringArray) -> Positions:
-    """Returns, for each image, the number of the first image with the same hash. A null hash equals no other."""
-    numbers = np.arange(len(hashes))
+    """Returns, for each image, the index of the first image with the same hash. A null hash equals no other."""
+    indices = np.arange(len(hashes))
     first: Positions = pc.index_in(hashes, value_set=hashes).to_numpy().astype(np.int64)
-    return np.where(hashes.is_valid().to_numpy(zero_copy_only=False), first, numbers)
+    return np.where(hashes.is_valid().to_numpy(zero_copy_only=False), first, indices)
 
 
 def _index_vectors(source: ShardedDataset) -> Any:
     """Returns a Faiss index of all vectors as float16, numbered in the order of the dataset."""
     rows, dimension = source.compute_totals().rows, source.schema.field("embedding").type.list_size
-    layout = VectorLayout.choose(IndexConfig(vectors="sq8"), rows, dimension)
+    layout = VectorLayout.choose(IndexConfig(vectors="sq8"), rows, dimension)  # for the number of inverted lists
     index = faiss.index_factory(dimension, f"IVF{layout.nlist},SQfp16", faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = _SEED
     index.cp.spherical = True
     index.cp.min_points_per_centroid = 1  # no warning about few vectors per list
     shards = [shard for shard, marker in sorted(source.read_markers().items()) if marker.rows]
     if shards:
-        chosen = [shards[number] for number in np.unique(np.linspace(0, len(shards) - 1, _TRAINING_SHARDS).astype(int))]
+        chosen = [shards[index] for index in np.unique(np.linspace(0, len(shards) - 1, _TRAINING_SHARDS).astype(int))]
         per_shard = -(-layout.nlist * _TRAINING_VECTORS_PER_LIST // len(chosen))
         index.train(np.concatenate([_read_vectors(source, shard)[:per_shard] for shard in chosen]))
     for shard in shards:
@@ -194,31 +194,31 @@ def _group_similar(
     index: Any, positions: Positions, distinct: Positions, groups: _Groups, threshold: float, bar: ProgressBar
 ) -> None:
     """Assigns each of the images `distinct` to the first image that is similar enough, if there is one."""
-    numbers = np.empty_like(positions)
-    numbers[positions] = np.arange(len(positions))
+    image_of_row = np.empty_like(positions)
+    image_of_row[positions] = np.arange(len(positions))
     is_distinct = np.zeros(len(positions), np.bool_)
     is_distinct[distinct] = True
     for start in range(0, len(distinct), _QUERY_ROWS):
         batch = distinct[start : start + _QUERY_ROWS]
-        batch = batch[groups.kept[batch] == batch]  # the others already are in a group
+        batch = batch[groups.kept_image[batch] == batch]  # the rest are already in a group
         vectors = index.reconstruct_batch(positions[batch]) if len(batch) else np.empty((0, index.d), np.float32)
-        # Rounding makes the product of a vector with itself slightly less than 1.
+        # The margin is for rounding, which makes the product of a vector with itself slightly less than 1.
         limits, similarity, found = index.range_search(vectors, threshold - 1e-3)
         for row, image in enumerate(batch):
-            if groups.kept[image] != image:
+            if groups.kept_image[image] != image:
                 continue
             matches = slice(int(limits[row]), int(limits[row + 1]))
-            members, scores = numbers[found[matches]], similarity[matches]
-            free = (members > image) & is_distinct[members] & (groups.kept[members] == members)
-            groups.kept[members[free]], groups.similarity[members[free]] = image, scores[free]
+            members, scores = image_of_row[found[matches]], similarity[matches]
+            joins = (members > image) & is_distinct[members] & (groups.kept_image[members] == members)
+            groups.kept_image[members[joins]], groups.similarity[members[joins]] = image, scores[joins]
         bar.update(min(_QUERY_ROWS, len(distinct) - start))
 
 
 def _build_table(ids: pa.StringArray, groups: _Groups) -> pa.Table:
     """Returns the rows of all groups of two or more images, group by group, with the kept image first."""
-    sizes = np.bincount(groups.kept, minlength=len(ids))
-    numbers = np.flatnonzero(sizes[groups.kept] > 1)
-    numbers = numbers[np.lexsort((numbers, groups.kept[numbers]))]
-    kept = groups.kept[numbers]
-    columns = [ids.take(numbers), ids.take(kept), pa.array(kept == numbers), pa.array(groups.similarity[numbers])]
+    sizes = np.bincount(groups.kept_image, minlength=len(ids))
+    images = np.flatnonzero(sizes[groups.kept_image] > 1)
+    images = images[np.lexsort((images, groups.kept_image[images]))]
+    kept = groups.kept_image[images]
+    columns = [ids.take(images), ids.take(kept), pa.array(kept == images), pa.array(groups.similarity[images])]
     return pa.Table.from_arrays(columns, schema=DUPLICATES_SCHEMA)

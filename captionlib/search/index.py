@@ -16,7 +16,7 @@ import pyarrow as pa
 from cachetools import LRUCache
 
 from captionlib.data.sources.values import is_unicode
-from captionlib.data.splits import expand_splits
+from captionlib.data.splits import add_split_aliases
 from captionlib.errors import CaptionlibError, CheckpointError, DatasetError, QueryError
 from captionlib.search.index_folder import DESCRIPTION, IndexDescription, fetch_locally, read_description
 from captionlib.search.rows import CandidateStore, RowStore
@@ -54,7 +54,7 @@ class Filter:
 
     def to_sql(self) -> tuple[str, list[Any]]:
         """Returns the filter as one SQL condition and its parameters."""
-        splits = None if self.split is None else sorted(expand_splits([self.split]))
+        splits = None if self.split is None else sorted(add_split_aliases([self.split]))
         parameters = {"list_contains(?, split)": splits, "log_prob >= ?": self.min_log_prob}
         set_parameters = {sql: value for sql, value in parameters.items() if value is not None}
         where = [f"(\n{self.where}\n)"] if self.where is not None else []
@@ -71,7 +71,7 @@ class _Version:
         self.description = description
         self.rows = RowStore(path / shard.rows_file for shard in description.shards)
         candidates = [path / shard.candidates_file for shard in description.shards]
-        self.candidates = CandidateStore(candidates, description.offsets)
+        self.candidates = CandidateStore(candidates, description.first_rows)
         self.text = TextIndex(path / description.text, description.config.language)
         self.vectors: VectorIndex | None = None
         if description.layout is not None:
@@ -101,7 +101,7 @@ def _on_one_version(
 
     @wraps(search)
     def run(index: "Index", /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        return search(index.pin(), *args, **kwargs)
+        return search(index.snapshot(), *args, **kwargs)
 
     return run
 
@@ -113,7 +113,7 @@ class Index:
     tokens and score. The score is BM25 for text, the inner product for vectors, and reciprocal rank fusion for both.
     Every search takes `limit`, `offset` and `where`, which is a `Filter` or a SQL condition.
 
-    A build publishes a new version of the index, and an open index switches to it between searches. Use `pin` for
+    A build publishes a new version of the index, and an open index switches to it between searches. Use `snapshot` for
     several searches of the same version.
     """
 
@@ -130,7 +130,7 @@ class Index:
         self._refresh_seconds = refresh_seconds
         self._refresh_lock = threading.Lock()
         self._failure = ""
-        self._checked = time.monotonic()
+        self._checked_at = time.monotonic()
         self._state = self._read_state()
         self._version = self._open(self._read_description())
 
@@ -151,13 +151,13 @@ class Index:
         """Whether the index has vectors and their ranker, a dual encoder for image-text retrieval, is loaded."""
         return self.has_vectors and self._ranker is not None
 
-    def pin(self) -> "Index":
-        """Returns an index that stays at the newest version, for several searches of the same version."""
-        if self._refresh_seconds is not None and time.monotonic() >= self._checked + self._refresh_seconds:
+    def snapshot(self) -> "Index":
+        """Returns an index that never changes to a newer version, for several searches of the same version."""
+        if self._refresh_seconds is not None and time.monotonic() >= self._checked_at + self._refresh_seconds:
             self.try_refresh()
-        pinned = copy.copy(self)
-        pinned._refresh_seconds = None
-        return pinned
+        snapshot = copy.copy(self)
+        snapshot._refresh_seconds = None
+        return snapshot
 
     def refresh(self) -> bool:
         """Opens the newest version of the index, unless it is already open. Returns whether the version has changed.
@@ -183,7 +183,7 @@ class Index:
                 _LOGGER.warning("%s; searches continue on the version of %s", error, self.description.created)
             self._failure = str(error)
         finally:
-            self._checked = time.monotonic()
+            self._checked_at = time.monotonic()
             self._refresh_lock.release()
 
     def _refresh(self) -> bool:
@@ -441,7 +441,7 @@ def open_index(
     cache: str | os.PathLike[str] | None = None,
     refresh_seconds: float | None = 1.0,
 ) -> Index:
-    """Opens an index for searching. A remote index is copied to this machine. For a new version, only new files are.
+    """Opens an index for searching. The files of a remote index are copied to this machine, each of them only once.
 
     Example:
         >>> index = captionlib.open_index("index", ranker="ranker")
@@ -455,8 +455,8 @@ def open_index(
         ranker: the ranker that computed the embeddings, or its checkpoint folder; required to search by sentence.
         cache: folder for copies. If None, `$CAPTIONLIB_CACHE` is used or, if that is not set, a folder in the user's
             cache folder.
-        refresh_seconds: minimum time between two checks for a new version, which searches make. If None, only
-            `Index.refresh` opens a new version.
+        refresh_seconds: minimum time between two checks for a new version. A search checks before it starts. If None,
+            only `Index.refresh` opens a new version.
 
     Raises:
         DatasetError: the folder is not an index, or a file of the index is damaged.

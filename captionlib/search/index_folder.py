@@ -32,8 +32,8 @@ from captionlib.config import build_config, to_dict
 from captionlib.data.shards.markers import compute_checksum, from_json, to_json
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.search.config import IndexConfig, VectorLayout
-from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, name_full_disk
-from captionlib.storage.retries import name_errors
+from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, convert_full_disk_errors
+from captionlib.storage.retries import convert_os_errors
 
 __all__ = [
     "DESCRIPTION",
@@ -85,7 +85,8 @@ class InputShard:
 
     Attributes:
         dataset: position of the dataset among the datasets of the index.
-        shard: number of the shard in the dataset.
+        shard: index of the shard in the dataset.
+        rows: number of captioned images.
         captions: checksum of the captions.
         embeddings: checksum of the embeddings; empty if the index is text-only.
     """
@@ -98,7 +99,7 @@ class InputShard:
 
     @property
     def content(self) -> tuple[str, str]:
-        """Identifies the content. Shards with the same content share files, whatever their dataset and number."""
+        """Identifies the content. Shards with the same content share files, even if they are in different datasets."""
         return self.captions, self.embeddings
 
 
@@ -122,6 +123,7 @@ class IndexDescription:
     Attributes:
         fingerprint: hash of everything that determines the search results.
         created: time of the build, in UTC. It identifies a version: no two builds have the same time.
+        config: configuration of the build.
         captions: the captions datasets.
         embeddings: the embeddings datasets, in the order of the captions; empty if the index is text-only.
         layout: type of the vector index; None if the index is text-only.
@@ -156,8 +158,8 @@ class IndexDescription:
         return [self.text, *vectors, *dict.fromkeys(names)]
 
     @property
-    def offsets(self) -> list[int]:
-        """The number of the first row of each shard."""
+    def first_rows(self) -> list[int]:
+        """The row number of the first row of each shard."""
         return list(accumulate((shard.rows for shard in self.shards[:-1]), initial=0))
 
     @property
@@ -167,7 +169,7 @@ class IndexDescription:
 
     @property
     def ranker(self) -> str:
-        """Fingerprint of the ranker that computed the embeddings; empty if the index is text-only or it is unknown."""
+        """Fingerprint of the ranker that computed the embeddings; empty if it is unknown or the index is text-only."""
         return self.embeddings[0].ranker if self.embeddings else ""
 
 
@@ -223,9 +225,9 @@ def temporary_folder(folder: Folder) -> Iterator[Path]:
     parent = None
     if folder.is_local:
         parent = Path(folder.path(TEMPORARY_FOLDER))
-        with name_errors(str(parent)):
+        with convert_os_errors(str(parent)):
             parent.mkdir(parents=True, exist_ok=True)
-    with name_full_disk(folder.uri), tempfile.TemporaryDirectory(prefix="captionlib-", dir=parent) as path:
+    with convert_full_disk_errors(folder.uri), tempfile.TemporaryDirectory(prefix="captionlib-", dir=parent) as path:
         yield Path(path)
 
 
@@ -258,23 +260,23 @@ def publish_path(folder: Folder, path: Path, prefix: str, extension: str = "") -
     if not folder.is_local:
         files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
         for file in files:
-            target_name = name if path.is_file() else f"{name}/{file.relative_to(path).as_posix()}"
-            with folder.stage(target_name) as staged:
+            published_name = name if path.is_file() else f"{name}/{file.relative_to(path).as_posix()}"
+            with folder.stage(published_name) as staged:
                 shutil.copyfile(file, staged)
         return name
-    target = Path(folder.path(name))
-    target.parent.mkdir(parents=True, exist_ok=True)
+    published = Path(folder.path(name))
+    published.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         folder.remove(name)  # a damaged folder of the same name
     for file in [path] if path.is_file() else path.iterdir():
         with file.open("rb") as written:
             os.fsync(written.fileno())
-    path.rename(target)
+    path.rename(published)
     return name
 
 
 def fetch_path(folder: Folder, name: str, copy: Path) -> Path:
-    """Returns a local path of a file or folder in the index, which is first copied to `copy` if the index is remote."""
+    """Returns a local path of a file or folder in the index. A file in a remote index is first downloaded to `copy`."""
     if folder.is_local:
         return Path(folder.path(name))
     copy.parent.mkdir(parents=True, exist_ok=True)
@@ -316,23 +318,23 @@ def fetch_locally(folder: Folder, description: IndexDescription, cache: Path | N
 
 def _fetch_to_cache(folder: Folder, cache: Path, name: str) -> None:
     """Copies a file or folder to the cache, unless the cache already contains an undamaged copy."""
-    target = cache / name
+    cached = cache / name
     with suppress(FileNotFoundError, DatasetError):
-        check_hash(target, name, str(target))
+        check_hash(cached, name, str(cached))
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
+    cached.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".copying-", dir=cache) as temporary:
-        copy = Path(temporary) / target.name
+        copy = Path(temporary) / cached.name
         path = fetch_path(folder, name, copy)
         if path != copy:  # the index is local, but read-only
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, copy)
         check_hash(copy, name, folder.address(name))
-        if target.is_dir():
-            shutil.rmtree(target, ignore_errors=True)
+        if cached.is_dir():
+            shutil.rmtree(cached, ignore_errors=True)
         try:
-            copy.rename(target)
+            copy.rename(cached)
         except OSError:
-            if not target.is_dir():  # otherwise, a different process has made the same copy
+            if not cached.is_dir():  # otherwise, a different process has made the same copy
                 raise
 
 

@@ -34,7 +34,7 @@ _SEED = 0
 
 
 def check_datasets_match(captions: ShardedDataset, embeddings: ShardedDataset) -> None:
-    """Compares the datasets' image counts, read from their markers: files that mark shards as complete.
+    """Compares the numbers of images in the markers, the JSON files that record which shards are complete.
 
     Raises:
         DatasetError: the datasets cover different images.
@@ -54,7 +54,7 @@ def check_datasets_match(captions: ShardedDataset, embeddings: ShardedDataset) -
 
 @contextmanager
 def open_shard(dataset: ShardedDataset, shard: int, checksum: str) -> Iterator[pq.ParquetFile]:
-    """Opens a shard with a known checksum. It stays readable if the shard is replaced.
+    """Opens the file of a shard, after verifying its checksum. The open file stays readable if the shard is replaced.
 
     Raises:
         DatasetError: the shard has a different checksum, or does not exist.
@@ -80,7 +80,7 @@ def open_shard(dataset: ShardedDataset, shard: int, checksum: str) -> Iterator[p
 
 
 def read_caption_rows(parquet: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
-    """Yields the columns of a captions shard that an index contains."""
+    """Yields the rows of a captions shard, with only the columns that an index stores."""
     yield from parquet.iter_batches(_TEXT_BATCH_ROWS, columns=[*COLUMNS, *CANDIDATES.names])
 
 
@@ -144,7 +144,7 @@ def _read_image_ids(parquet: pq.ParquetFile) -> pa.Array:
 
 
 def _find_missing_without_failure(dataset: ShardedDataset, shard: int, missing: pa.Array) -> str | None:
-    """Returns the first missing image that is not among the failures: images that could not be processed."""
+    """Returns the id of the first missing image that is not recorded as a failure, or None if there is none."""
     if not len(missing):
         return None
     failures = dataset.read_failures(shard)

@@ -13,8 +13,9 @@ import pyarrow as pa
 from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
 from captionlib.data.images.loading import hash_content
 from captionlib.errors import ConfigError, QueryError
-from captionlib.models.encoders.encoder import Encoder, EncoderConfig, load_encoder
+from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.families.captioner import open_captioner
+from captionlib.models.families.encoder import ImageEncoder, open_encoder
 from captionlib.models.families.model import Arrays, ImageModel
 from captionlib.models.families.ranker import RankingModel
 from captionlib.models.inference.captioning import GenerationConfig
@@ -23,7 +24,7 @@ from captionlib.models.inference.extraction import PixelReader
 __all__ = ["ImageQueryModels", "read_sentences"]
 
 _CANDIDATES = pa.schema([("caption", pa.string()), ("log_prob", pa.float32())])
-_ImageEncoder = tuple[Encoder | PixelReader, DecoderPool]  # the pool applies the encoder's preprocessing
+_ImageEncoder = tuple[ImageEncoder | PixelReader, DecoderPool]  # the pool applies the encoder's preprocessing
 _SENTENCES = pa.schema([("sentence", pa.string()), ("score", pa.float32())])
 
 
@@ -43,9 +44,10 @@ def read_sentences(path: str) -> list[str]:
 class ImageQueryModels:
     """Embeds and captions images. This context manager is thread-safe.
 
-    `ranker` is a dual encoder for image-text retrieval, and `captioner` is a folder or address. `weights` is the
-    encoder's weights file, required if the models were trained with one and the captioner does not contain the weights.
-    `decoding` limits how images are decoded, and `generation` configures how they are captioned.
+    `ranker` is a dual encoder for image-text retrieval. `captioner` is the folder of a captioner, or an address such as
+    `hf:FOLDER`. `weights` is the encoder's weights file, required if the models were trained with such a file, unless
+    the captioner contains the weights. `decoding` limits how images are decoded, and `generation` configures how they
+    are captioned.
 
     Raises:
         CheckpointError: the captioner is missing, or the encoder differs from the one that a model was trained with.
@@ -72,7 +74,7 @@ class ImageQueryModels:
             model = open_captioner(captioner, device)
             self._generate = model.prepare(generation)
             self._caption_encoder = self._load(model, weights)
-        # Both encoders are often the same; `_load` then loads it once.
+        # If both models have the same encoder, `_load` loads it only once.
         self._embedding_encoder = self._load(ranker, weights) if ranker else None
 
     def __enter__(self) -> "ImageQueryModels":
@@ -148,12 +150,12 @@ class ImageQueryModels:
         for description, image_encoder in self._loaded:
             if description == model.encoder:
                 return image_encoder
-        source = model.find_source(weights)
-        if isinstance(source, EncoderConfig):
-            encoder: Encoder | PixelReader = load_encoder(source, self._device)
+        transform = model.find_input_transform(weights)
+        if isinstance(transform, EncoderConfig):
+            encoder: ImageEncoder | PixelReader = open_encoder(transform, self._device)
             model.require_encoder(encoder.description)
         else:
-            encoder = PixelReader(source)
+            encoder = PixelReader(transform)
         decoders = self._resources.enter_context(DecoderPool(encoder.preprocessing, self._decoding))
         self._loaded.append((model.encoder, (encoder, decoders)))
         return encoder, decoders

@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.errors import DatasetError, QueryError
-from captionlib.search.sql.session import SqlLimits, connect, lock_connection
-from captionlib.search.sql.statements import check_reads_only, describe_error
+from captionlib.search.sql.session import SqlLimits, connect, restrict_connection
+from captionlib.search.sql.statements import check_condition, check_reads_only, describe_error
 
 __all__ = [
     "CANDIDATES",
@@ -40,7 +40,7 @@ ROWS = pa.schema([captions_schema().field(name) for name in COLUMNS])
 CANDIDATES = pa.schema([captions_schema().field("candidates")])
 
 _ROW = pa.field("row", pa.int64(), nullable=False)
-_CANDIDATES_BATCH_ROWS = 512  # a batch is decompressed to read one row
+_CANDIDATES_BATCH_ROWS = 512  # to read a row, its batch and the batches before it are decompressed
 _MAX_SLICED_ROWS = 100  # up to this many rows, slicing each row is much faster than `take`
 
 
@@ -75,8 +75,8 @@ def read_rows(path: Path) -> Iterator[pa.RecordBatch]:
     """
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        for number in range(reader.num_record_batches):
-            yield reader.get_batch(number)
+        for index in range(reader.num_record_batches):
+            yield reader.get_batch(index)
     except (OSError, pa.ArrowInvalid) as error:
         raise DatasetError(f"{path} cannot be read ({error}); build the index again with --overwrite") from error
 
@@ -118,15 +118,15 @@ class RowStore:
         """Returns the rows with the given numbers, in the given order."""
         if not len(rows):
             return ROWS.empty_table()
-        batch_numbers = np.searchsorted(self._starts, rows, side="right") - 1  # the batch of each row
+        batch_of_row = np.searchsorted(self._starts, rows, side="right") - 1
         if len(rows) <= _MAX_SLICED_ROWS:
-            offsets = zip(batch_numbers.tolist(), (rows - self._starts[batch_numbers]).tolist(), strict=True)
-            slices = [self._batches[number].slice(offset, 1) for number, offset in offsets]
+            offsets = zip(batch_of_row.tolist(), (rows - self._starts[batch_of_row]).tolist(), strict=True)
+            slices = [self._batches[index].slice(offset, 1) for index, offset in offsets]
             return pa.Table.from_batches(slices).combine_chunks()
         chunks, order = [], []
-        for number in np.unique(batch_numbers):
-            positions = np.flatnonzero(batch_numbers == number)
-            chunks.append(self._batches[number].take(pa.array(rows[positions] - self._starts[number])))
+        for index in np.unique(batch_of_row):
+            positions = np.flatnonzero(batch_of_row == index)
+            chunks.append(self._batches[index].take(pa.array(rows[positions] - self._starts[index])))
             order.append(positions)
         restored = np.argsort(np.concatenate(order))
         return pa.Table.from_batches([pa.concat_batches(chunks).take(pa.array(restored))])
@@ -157,11 +157,15 @@ class CandidateStore:
 
     All files are mapped into memory at the start, so they stay readable after a build removes them. A file is
     compared with its checksum when it is first read.
+
+    Args:
+        paths: the files, whose names are the first characters of their checksums.
+        first_rows: the row number of the first row of each file.
     """
 
-    def __init__(self, paths: Sequence[Path], offsets: Sequence[int]) -> None:
+    def __init__(self, paths: Sequence[Path], first_rows: Sequence[int]) -> None:
         self._paths = paths
-        self._offsets = np.array(offsets, np.int64)
+        self._first_rows = np.array(first_rows, np.int64)
         self._files = [pa.memory_map(str(path)).read_buffer() for path in paths]
         self._checked: set[int] = set()
 
@@ -171,17 +175,17 @@ class CandidateStore:
         Raises:
             DatasetError: the file is damaged.
         """
-        number = int(np.searchsorted(self._offsets, row, side="right")) - 1
-        path, file = self._paths[number], self._files[number]
-        if number not in self._checked and not hashlib.sha256(file).hexdigest().startswith(path.stem):
+        index = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        path, file = self._paths[index], self._files[index]
+        if index not in self._checked and not hashlib.sha256(file).hexdigest().startswith(path.stem):
             raise DatasetError(
                 f"{path} is damaged: its content does not match its checksum; build the index again with --overwrite"
             )
-        self._checked.add(number)
-        position = row - int(self._offsets[number])
+        self._checked.add(index)
+        position = row - int(self._first_rows[index])
         reader = pa.ipc.open_file(file)
-        for batch_number in range(reader.num_record_batches):
-            batch = reader.get_batch(batch_number)
+        for batch_index in range(reader.num_record_batches):
+            batch = reader.get_batch(batch_index)
             if position < batch.num_rows:
                 candidates: list[dict[str, Any]] = batch["candidates"][position].as_py()
                 return candidates
@@ -190,12 +194,12 @@ class CandidateStore:
 
 
 class _RowFilter:
-    """Evaluates SQL conditions over numbered rows in a locked DuckDB connection. This class is thread-safe."""
+    """Evaluates SQL conditions over numbered rows in DuckDB, without access to files. This class is thread-safe."""
 
     def __init__(self, rows: pa.Table) -> None:
         self._spill = tempfile.TemporaryDirectory(prefix="captionlib-")
         self._connection = connect(SqlLimits(), self._spill.name)
-        lock_connection(self._connection, [])
+        restrict_connection(self._connection, [])
         self._rows = rows
 
     def find_matching(self, where: str, parameters: Sequence[Any]) -> npt.NDArray[np.int64]:
@@ -204,12 +208,12 @@ class _RowFilter:
         try:
             cursor = self._connection.cursor()
             cursor.register("captions", self._rows)  # a registered view exists only in its cursor
-            cursor.extract_statements(f"SELECT [(\n{where}\n)]")  # rejects `true) UNION (SELECT 1`, which fits `sql`
+            check_condition(cursor, where)
             check_reads_only(cursor, sql)
             rows = cursor.execute(sql, list(parameters)).fetchnumpy()["row"]
         except (duckdb.Error, QueryError) as error:
             query_error = error if isinstance(error, QueryError) else describe_error(error)
-            message = str(query_error).removeprefix("query: ")
+            message = str(query_error).removeprefix("query: ")  # the prefix of all messages of `describe_error`
             raise QueryError(
                 f"where: {message} Expected a condition over {', '.join(COLUMNS)}, "
                 "such as: split = 'val' AND log_prob > -10"

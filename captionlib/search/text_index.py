@@ -15,7 +15,7 @@ import tantivy
 from tantivy import Filter, Occur, Query
 
 from captionlib.data.sources.values import is_unicode
-from captionlib.data.splits import expand_splits
+from captionlib.data.splits import add_split_aliases
 from captionlib.errors import DatasetError, QueryError, StorageError
 from captionlib.search.vector_index import Hits, RowNumbers
 
@@ -29,7 +29,7 @@ _MAX_WORD_LENGTH = 40
 _MAX_CLAUSES = 64
 _CLAUSE = re.compile(r'([+-]?)(?:"([^"]*)"?|([^\s"]+))')
 
-# Up to this number of rows that match a filter are added to the query. If there are more, the hits are filtered.
+# If a filter matches at most this many rows, they become part of the query. Otherwise, the hits are filtered.
 _MAX_TERM_SET = 20_000
 
 
@@ -41,8 +41,8 @@ class _Clause(NamedTuple):
 def write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch]) -> None:
     """Writes a text index to a new folder. `rows` have the columns row, image_id, split, caption and log_prob.
 
-    The index is always rebuilt. Tantivy only marks captions as removed, so they would remain in the files and in the
-    word counts that determine BM25 scores.
+    The index is always built from scratch. If captions were removed from an existing index, Tantivy would only mark
+    them as removed: they would remain in the files and in the word counts that determine BM25 scores.
 
     Raises:
         StorageError: a file cannot be written.
@@ -94,7 +94,7 @@ def _make_analyzer(language: str) -> tantivy.TextAnalyzer:
 
 
 class TextIndex:
-    """A thread-safe open text index. `language` must be the language that the index was written with.
+    """An open text index. This class is thread-safe. `language` must be the one that the index was written with.
 
     Raises:
         DatasetError: the folder is not a text index.
@@ -151,7 +151,10 @@ class TextIndex:
         return self._to_hits(result.hits)[:limit], int(result.count)
 
     def filter_hits(self, query: str, hits: Hits) -> Hits:
-        """Returns the hits of any search whose captions contain every required word and no excluded word."""
+        """Returns the hits whose captions contain every required word and no excluded word of a query.
+
+        The hits may come from a different search, such as a vector search.
+        """
         clauses = [clause for clause in self._parse_clauses(query) if clause.occur != Occur.Should]
         if not clauses or not len(hits):
             return hits
@@ -183,7 +186,7 @@ class TextIndex:
     def _restrict(self, query: Query, split: str | None, min_log_prob: float | None) -> Query:
         conditions = []
         if split is not None:
-            conditions.append(Query.term_set_query(self._schema, "split", sorted(expand_splits([split]))))
+            conditions.append(Query.term_set_query(self._schema, "split", sorted(add_split_aliases([split]))))
         if min_log_prob is not None:
             kind = tantivy.FieldType.Float
             conditions.append(Query.range_query(self._schema, "log_prob", kind, lower_bound=float(min_log_prob)))

@@ -1,13 +1,13 @@
 """Builds and searches a Faiss index of embeddings: trains centroids, writes an index per shard, and merges them.
 
-Scores are inner products of unit vectors. Every index is an inverted file. With the encoding `Flat`, it has a single
-list, so search is exact.
+Scores are inner products of unit vectors. Every index is an inverted file. An index with the encoding `Flat` has a
+single inverted list, so search is exact.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
@@ -16,16 +16,31 @@ import numpy.typing as npt
 from captionlib.errors import DatasetError
 from captionlib.search.config import VectorLayout
 
-__all__ = ["Hits", "RowMove", "RowNumbers", "VectorIndex", "Vectors", "add_vectors", "merge_vectors", "train_vectors"]
+__all__ = [
+    "Hits",
+    "RowMove",
+    "RowNumbers",
+    "VectorIndex",
+    "Vectors",
+    "merge_indexes",
+    "write_partial_index",
+    "write_trained_index",
+]
 
 Vectors = npt.NDArray[np.float32]
 RowNumbers = npt.NDArray[np.int64]
-RowMove = tuple[int, int, int]
-"""A range of rows of an index, with an exclusive end, and the row number of its first row in the next version."""
 
 _KMEANS_ITERATIONS = 10
 _SEED = 1
 _MAX_TIES = 4096  # if more vectors have the same score, their order is not defined
+
+
+class RowMove(NamedTuple):
+    """Rows `start` to `end` (exclusive) of an index get the row numbers from `new_start` on in the new version."""
+
+    start: int
+    end: int
+    new_start: int
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,7 @@ class Hits:
         return cls(np.empty(0, np.int64), np.empty(0, np.float32))
 
 
-def train_vectors(layout: VectorLayout, sample: Vectors, path: Path) -> None:
+def write_trained_index(layout: VectorLayout, sample: Vectors, path: Path) -> None:
     """Trains centroids and codes on unit vectors, `[rows, dimension]`, and writes an empty index with them."""
     index = faiss.index_factory(layout.dimension, f"IVF{layout.nlist},{layout.encoding}", faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = _SEED
@@ -67,7 +82,7 @@ def train_vectors(layout: VectorLayout, sample: Vectors, path: Path) -> None:
     _write_index(index, path)
 
 
-def add_vectors(trained: Path, rows: RowNumbers, vectors: Vectors, path: Path) -> None:
+def write_partial_index(trained: Path, rows: RowNumbers, vectors: Vectors, path: Path) -> None:
     """Writes the partial index of one shard; `rows` are the row numbers of its vectors in the whole index."""
     index = faiss.read_index(str(trained))
     if len(rows):
@@ -75,11 +90,11 @@ def add_vectors(trained: Path, rows: RowNumbers, vectors: Vectors, path: Path) -
     _write_index(index, path)
 
 
-def merge_vectors(base: Path, moves: Sequence[RowMove], parts: Iterable[Path], path: Path) -> int:
-    """Merges partial indexes into a copy of the base, in memory, and returns the number of vectors.
+def merge_indexes(base: Path, moves: Sequence[RowMove], parts: Iterable[Path], path: Path) -> int:
+    """Merges partial indexes into a copy of the index `base`, in memory, and returns the number of vectors.
 
-    `moves` are the rows of the base to keep. The vectors of each list are sorted by row number, so the result is the
-    same as if all vectors had been added at once.
+    `moves` are the rows of `base` to keep. The vectors of each inverted list are sorted by row number, so the result is
+    the same as if all vectors had been added at once.
     """
     index = faiss.read_index(str(base))
     if index.ntotal:
@@ -94,7 +109,7 @@ def merge_vectors(base: Path, moves: Sequence[RowMove], parts: Iterable[Path], p
 
 
 def _write_index(index: Any, path: Path) -> None:
-    """Writes an index. Faiss itself would only print an error if the disk is full when it closes the file.
+    """Writes an index. If the disk is full when Faiss itself closes a file, Faiss only prints an error.
 
     Raises:
         OSError: the file cannot be written.
@@ -115,28 +130,29 @@ def _write_index(index: Any, path: Path) -> None:
 
 
 def _move_rows(index: Any, moves: Sequence[RowMove]) -> None:
-    """Changes row numbers, and removes the vectors of all other rows."""
-    starts, ends, targets = (np.array(values, np.int64) for values in zip((0, 0, 0), *moves, strict=True))
-    is_kept = np.zeros(max(int(ends.max()), *(int(ids.max(initial=0)) + 1 for ids, _ in _iter_lists(index))), np.bool_)
+    """Changes row numbers, and removes the vectors of all other rows. `moves` must be sorted."""
+    starts, ends, new_starts = (np.array(values, np.int64) for values in zip((0, 0, 0), *moves, strict=True))
+    last_row = max(int(ids.max(initial=0)) for ids, _ in _iter_lists(index))
+    is_kept = np.zeros(max(int(ends.max()), last_row + 1), np.bool_)
     for start, end, _ in moves:
         is_kept[start:end] = True
     bitmap = np.packbits(~is_kept, bitorder="little")
     index.remove_ids(faiss.IDSelectorBitmap(bitmap))
     for ids, _ in _iter_lists(index):
-        ids[:] += (targets - starts)[np.searchsorted(starts, ids, side="right") - 1]
+        ids[:] += (new_starts - starts)[np.searchsorted(starts, ids, side="right") - 1]
 
 
 def _iter_lists(index: Any) -> Iterator[tuple[RowNumbers, npt.NDArray[np.uint8]]]:
     """Yields the row numbers and codes of each inverted list, as arrays that share the memory of the index."""
     lists = index.invlists
-    for number in range(index.nlist):
-        if size := lists.list_size(number):
-            codes = faiss.rev_swig_ptr(lists.get_codes(number), size * lists.code_size).reshape(size, lists.code_size)
-            yield faiss.rev_swig_ptr(lists.get_ids(number), size), codes
+    for list_id in range(index.nlist):
+        if size := lists.list_size(list_id):
+            codes = faiss.rev_swig_ptr(lists.get_codes(list_id), size * lists.code_size).reshape(size, lists.code_size)
+            yield faiss.rev_swig_ptr(lists.get_ids(list_id), size), codes
 
 
 class VectorIndex:
-    """A thread-safe open vector index. A query runs on one thread and loads only the memory pages that it needs.
+    """An open vector index. This class is thread-safe. A query runs on one thread and loads only the pages it needs.
 
     Raises:
         DatasetError: the file is invalid or has a different layout.
@@ -172,7 +188,7 @@ class VectorIndex:
         depth = min(limit + 1, candidates)
         selector, _bitmap = self._make_selector(matching)
         hits = self._search_lists(vector, depth, candidates, selector)
-        # Rows beyond the limit may have the same score as the last hit. Unless all are found, the order varies.
+        # More rows may have the same score as the last hit. All of them are needed to choose those that come first.
         while len(hits) > limit and hits.scores[limit - 1] == hits.scores[-1] and len(hits) == depth < candidates:
             if depth > _MAX_TIES + limit:
                 break
@@ -197,12 +213,12 @@ class VectorIndex:
     def get_vector(self, row: int) -> Vectors | None:
         """Returns the stored vector of a row, `[dimension]`, scaled to unit length; None if the row has no vector."""
         lists = self._index.invlists
-        for number in range(self.layout.nlist):
-            ids = faiss.rev_swig_ptr(lists.get_ids(number), lists.list_size(number))
+        for list_id in range(self.layout.nlist):
+            ids = faiss.rev_swig_ptr(lists.get_ids(list_id), lists.list_size(list_id))
             positions = np.flatnonzero(ids == row)
             if len(positions):
                 vector: Vectors = np.empty(self.layout.dimension, np.float32)
-                self._index.reconstruct_from_offset(number, int(positions[0]), faiss.swig_ptr(vector))
+                self._index.reconstruct_from_offset(list_id, int(positions[0]), faiss.swig_ptr(vector))
                 return vector / max(float(np.linalg.norm(vector)), 1e-12)
         return None
 

@@ -1,26 +1,36 @@
 """HTTP routes of the JSON API and of the thumbnails."""
 
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated, Any, BinaryIO
 
 from fastapi import APIRouter, Depends, File, HTTPException, Path as PathParameter, Query, Request, Response, UploadFile
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 
 from captionlib import __version__
 from captionlib.errors import ImageError
+from captionlib.serving.monitoring import format_metrics
+from captionlib.serving.problems import describe_problems, make_problem
 from captionlib.serving.responses import (
-    ErrorResponse,
+    CaptionCandidate,
+    CaptionedImage,
+    CaptionResponse,
     HealthResponse,
     ImageResponse,
     ImageSearchResponse,
     SearchMode,
     SearchResponse,
 )
-from captionlib.serving.service import MAX_OFFSET, MAX_QUERY_CHARACTERS, MAX_RESULTS, SearchService
+from captionlib.serving.service import MAX_QUERY_CHARACTERS, MAX_RESULTS, SearchService
 from captionlib.serving.thumbnails import Thumbnails, ThumbnailSize
 from captionlib.serving.uploads import Uploads
 
-__all__ = ["ImageId", "Service", "ThumbnailStore", "UploadQueue", "read_state", "router"]
+__all__ = ["API", "ImageId", "Service", "ThumbnailStore", "UploadQueue", "read_state", "router"]
 
+API = "/api/v1"
+"""Prefix of the paths of the API. A change that breaks clients gets a new prefix."""
+
+_MAX_CAPTIONED_IMAGES = 16
 _THUMBNAIL_HEADERS = {"Cache-Control": "private, max-age=86400"}
 
 _PLACEHOLDER_SVG = """<svg xmlns="http://www.w3.org/2000/svg" width="256" height="256" viewBox="0 0 256 256">
@@ -36,25 +46,23 @@ def read_state(name: str) -> Any:
     return Depends(read)
 
 
-async def _pin_service(request: Request) -> SearchService:
+async def _take_snapshot(request: Request) -> SearchService:
     """Returns a service for one request, which uses one version of the index."""
     service: SearchService = request.app.state.service
-    return service.pin()
+    return service.snapshot()
 
 
-Service = Annotated[SearchService, Depends(_pin_service)]
+Service = Annotated[SearchService, Depends(_take_snapshot)]
 ThumbnailStore = Annotated[Thumbnails, read_state("thumbnails")]
 UploadQueue = Annotated[Uploads, read_state("uploads")]
-ImageId = Annotated[str, Query(alias="id", description="Id of the image; must match exactly.")]
+ImageId = Annotated[
+    str, Query(alias="id", description="Id of the image, as in a search result.", examples=["1000268201_693b08cb0e"])
+]
 
 router = APIRouter()
 
 
-def _describe_errors(*status_codes: int) -> dict[int | str, dict[str, Any]]:
-    return {status_code: {"model": ErrorResponse} for status_code in status_codes}
-
-
-@router.get("/health", summary="Report the state of the application")
+@router.get("/health", summary="Report the state of the server", tags=["Monitoring"])
 async def get_health(service: Service) -> HealthResponse:
     description = service.index.description
     return HealthResponse(
@@ -66,9 +74,21 @@ async def get_health(service: Service) -> HealthResponse:
 
 
 @router.get(
-    "/api/search",
-    summary="Search images by the words of their captions, by a sentence, or by both",
-    responses=_describe_errors(400),
+    "/metrics",
+    summary="Report metrics in the text format of Prometheus",
+    tags=["Monitoring"],
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
+def get_metrics() -> Response:
+    return Response(format_metrics(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get(
+    f"{API}/search",
+    summary="Search images by the words of their captions, by a description, or by both",
+    tags=["Search"],
+    responses=describe_problems(400, 422),
 )
 def search(
     service: Service,
@@ -76,35 +96,63 @@ def search(
         str,
         Query(
             max_length=MAX_QUERY_CHARACTERS,
-            description='Words and "phrases"; prefix + to require one, - to exclude one. In sentence mode, a sentence.',
+            description='Words and "phrases". Put + before one to require it, and - to exclude it. With mode=sentence, '
+            "a description of the images in plain words.",
+            examples=['dog +frisbee "on the beach" -cat'],
         ),
     ],
     mode: Annotated[
         SearchMode,
-        Query(description="Search captions (text), image embeddings (sentence), or both (hybrid)."),
+        Query(
+            description="What to compare the query with: the captions (text), the images themselves (sentence), or "
+            "both (hybrid).",
+            examples=["text"],
+        ),
     ] = "text",
-    offset: Annotated[int, Query(ge=0, le=MAX_OFFSET, description="Number of results to skip.")] = 0,
-    limit: Annotated[int, Query(ge=1, le=MAX_RESULTS, description="Number of results to return.")] = 20,
-    split: Annotated[str | None, Query(max_length=100, description="Return only images in this dataset split.")] = None,
+    cursor: Annotated[
+        str | None,
+        Query(
+            max_length=100,
+            description="The next_cursor of the previous page of the same search. Leave it out for the first page.",
+            examples=["20-5d1b4e01"],
+        ),
+    ] = None,
+    limit: Annotated[
+        int, Query(ge=1, le=MAX_RESULTS, description="Maximum number of results on a page.", examples=[20])
+    ] = 20,
+    split: Annotated[
+        str | None, Query(max_length=100, description="Return only images in this split.", examples=["val"])
+    ] = None,
     min_log_prob: Annotated[
         float | None,
-        Query(le=0, allow_inf_nan=False, description="Return only captions with at least this log-probability."),
+        Query(
+            le=0,
+            allow_inf_nan=False,
+            description="Return only images whose caption has at least this log-probability.",
+            examples=[-10],
+        ),
     ] = None,
 ) -> SearchResponse:
     if mode not in service.modes:
         raise HTTPException(400, f"mode {mode} is not available; expected {' or '.join(service.modes)}")
-    return service.search(q, mode, offset, limit, split, min_log_prob)
+    return service.search(q, mode, cursor, limit, split, min_log_prob)
 
 
-@router.get("/api/image", summary="Get an image in the index", responses=_describe_errors(404))
+@router.get(
+    f"{API}/image",
+    summary="Get an image of the index, with its captions and similar images",
+    tags=["Search"],
+    responses=describe_problems(404, 422),
+)
 def get_image(service: Service, image_id: ImageId) -> ImageResponse:
     return service.get_image(image_id)
 
 
 @router.post(
-    "/api/image-search",
+    f"{API}/image-search",
     summary="Caption an uploaded image, rank the configured sentences for it, and find similar images",
-    responses=_describe_errors(400, 404, 408, 413, 503),
+    tags=["Search"],
+    responses=describe_problems(400, 404, 408, 413, 422, 503),
 )
 async def search_by_image(
     request: Request,
@@ -115,14 +163,44 @@ async def search_by_image(
     return await uploads.process(request, lambda: service.search_by_image(image.file.read()))
 
 
+@router.post(
+    f"{API}/caption",
+    summary="Caption one or several uploaded images",
+    tags=["Caption"],
+    responses=describe_problems(400, 404, 408, 413, 422, 503),
+)
+async def caption(
+    request: Request,
+    service: Service,
+    uploads: UploadQueue,
+    images: Annotated[
+        list[UploadFile],
+        File(min_length=1, max_length=_MAX_CAPTIONED_IMAGES, description="Image files; repeat the field for several."),
+    ],
+) -> CaptionResponse:
+    captioned = []
+    for image in images:
+        result = CaptionedImage(name=image.filename or "", captions=[], problem=None)
+        try:
+            result.captions = await uploads.process(request, partial(_caption_file, service, image.file))
+        except ImageError as error:
+            result.problem = make_problem(400, str(error), reason=error.reason)
+        captioned.append(result)
+    return CaptionResponse(images=captioned)
+
+
+def _caption_file(service: SearchService, file: BinaryIO) -> list[CaptionCandidate]:
+    return service.caption(file.read())
+
+
 @router.get(
     "/thumbnail/{size}",
     summary="Get a thumbnail of an image in the index",
+    tags=["Search"],
     response_class=Response,
     responses={
         200: {"content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}},
-        404: {"model": ErrorResponse, "content": {"image/svg+xml": {"schema": {"type": "string"}}}},
-        503: {"model": ErrorResponse},
+        **describe_problems(404, 422, 503),
     },
 )
 async def get_thumbnail(
@@ -130,7 +208,10 @@ async def get_thumbnail(
     service: Service,
     thumbnails: ThumbnailStore,
     size: Annotated[
-        ThumbnailSize, PathParameter(description="small: 256 x 256 crop; large: the whole image, of up to 1280 pixels.")
+        ThumbnailSize,
+        PathParameter(
+            description="small: 256 x 256 crop; large: the whole image, of up to 1280 pixels.", examples=["small"]
+        ),
     ],
     image_id: ImageId,
 ) -> Response:

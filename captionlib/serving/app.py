@@ -2,14 +2,12 @@
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
 from anyio.to_thread import current_default_thread_limiter
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
@@ -19,7 +17,10 @@ from captionlib import __version__
 from captionlib.errors import BusyError, ImageError, QueryError
 from captionlib.serving import api, pages
 from captionlib.serving.middleware import RequestLimits, SecurityHeaders
-from captionlib.serving.service import SearchService
+from captionlib.serving.monitoring import Monitoring
+from captionlib.serving.problems import add_problem_type, make_problem, render_problem
+from captionlib.serving.responses import InvalidParameter, Problem
+from captionlib.serving.service import CursorError, SearchService
 from captionlib.serving.thumbnails import Thumbnails
 from captionlib.serving.uploads import Uploads
 
@@ -47,52 +48,62 @@ def create_app(service: SearchService, thumbnail_folder: Path) -> FastAPI:
     app = FastAPI(
         title="captionlib",
         version=__version__,
-        summary="Search images by caption text, by sentence and by image.",
+        summary="Search images by the words of their captions, by a description and by an image; caption images.",
         docs_url=None,  # FastAPI's documentation pages load scripts from other hosts
         redoc_url=None,
         lifespan=lifespan,
     )
+    add_problem_type(app)
     app.state.service = service
     app.state.thumbnails = thumbnails
     app.state.uploads = uploads
     app.state.pages = pages.Pages(service)
     app.include_router(api.router)
     app.include_router(pages.router)
+    app.mount("/static/swagger", StaticFiles(packages=[("fastapi_swagger", "resources")]), name="swagger")
     app.mount("/static", StaticFiles(directory=str(files("captionlib.serving") / "static")), name="static")
     _add_error_handlers(app)
     app.add_middleware(
         RequestLimits,
         config=config,
         max_body_bytes=config.max_upload_bytes + _FORM_BYTES,
-        too_large=f"expected an image of at most {config.max_upload_bytes / 2**20:.3g} MB",
-        make_error=partial(_make_error_response, app),
+        too_large=f"expected images of at most {config.max_upload_bytes / 2**20:.3g} MB in total",
+        make_error=lambda request, status, detail, headers: _render_error(
+            app, request, make_problem(status, detail), headers
+        ),
     )
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(config.allowed_hosts), www_redirect=False)
     app.add_middleware(SecurityHeaders)
+    app.add_middleware(Monitoring, log_requests=config.log_requests)
     return app
 
 
 def _add_error_handlers(app: FastAPI) -> None:
+    def render(request: Request, problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
+        return _render_error(app, request, problem, headers)
+
     @app.exception_handler(StarletteHTTPException)
     async def handle_http_error(request: Request, error: HTTPException) -> Response:
         detail = str(error.detail)
-        if detail == "Not Found" and _accepts_html(request):
-            detail = "nothing is at this address; search for images instead"
-        return _make_error_response(app, request, error.status_code, detail, error.headers)
+        if detail == "Not Found":
+            detail = f"nothing is at {request.url.path}"
+        return render(request, make_problem(error.status_code, detail), error.headers)
 
     @app.exception_handler(QueryError)
     async def handle_query_error(request: Request, error: QueryError) -> Response:
-        return _make_error_response(app, request, 404, str(error))
+        return render(request, make_problem(400 if isinstance(error, CursorError) else 404, str(error)))
 
     @app.exception_handler(ImageError)
     async def handle_image_error(request: Request, error: ImageError) -> Response:
-        # The reason is a name such as `UnsupportedFormat`, which is for programs.
-        detail = str(error) if _accepts_html(request) else f"{error.reason}: {error}"
-        return _make_error_response(app, request, 400, detail)
+        return render(request, make_problem(400, str(error), reason=error.reason))
 
     @app.exception_handler(BusyError)
     async def handle_busy_error(request: Request, error: BusyError) -> Response:
-        return _make_error_response(app, request, 503, str(error), {"Retry-After": _RETRY_SECONDS})
+        return render(request, make_problem(503, str(error)), {"Retry-After": _RETRY_SECONDS})
+
+    @app.exception_handler(Exception)
+    async def handle_failure(request: Request, _error: Exception) -> Response:
+        return render(request, make_problem(500, "the server failed; its log has the reason"))
 
     @app.exception_handler(ClientDisconnect)
     async def handle_disconnect(_request: Request, _error: ClientDisconnect) -> Response:
@@ -101,24 +112,18 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def handle_validation_error(request: Request, error: RequestValidationError) -> Response:
         # Omits the rejected values, which may be files or binary data.
-        problems = [{name: problem[name] for name in ("type", "loc", "msg")} for problem in error.errors()]
-        if _accepts_html(request):
-            detail = "; ".join(f"{problem['loc'][-1]}: {problem['msg']}" for problem in problems)
-            return _make_error_response(app, request, 422, detail)
-        return JSONResponse({"detail": problems}, 422)
+        errors = [InvalidParameter(name=str(each["loc"][-1]), detail=each["msg"]) for each in error.errors()]
+        detail = "; ".join(f"{each.name}: {each.detail}" for each in errors)
+        return render(request, make_problem(422, detail, errors=errors))
 
 
-def _make_error_response(
-    app: FastAPI, request: Request, status_code: int, detail: str, headers: Mapping[str, str] | None = None
+def _render_error(
+    app: FastAPI, request: Request, problem: Problem, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """Returns a page to browsers and JSON to other clients."""
-    if _accepts_html(request):
-        response: Response = app.state.pages.render_error(status_code, detail)
+    """Returns a page to browsers and problem details to other clients."""
+    if "text/html" in request.headers.get("accept", ""):
+        response: Response = app.state.pages.render_error(problem)
     else:
-        response = JSONResponse({"detail": detail}, status_code)
+        response = render_problem(problem)
     response.headers.update(headers or {})
     return response
-
-
-def _accepts_html(request: Request) -> bool:
-    return "text/html" in request.headers.get("accept", "")

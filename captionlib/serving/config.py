@@ -14,7 +14,7 @@ class ServingConfig:
     Attributes:
         allowed_hosts: host names, without ports, accepted in the Host header of requests. This prevents DNS rebinding,
             in which a malicious site points its own host name at this server.
-        max_upload_bytes: maximum size of an uploaded image.
+        max_upload_bytes: maximum size of the uploaded images of a request.
         max_concurrent_uploads: maximum number of uploaded images to process at once.
         max_waiting_uploads: maximum number of uploaded images that wait. Clients take turns. If the queue is full, the
             most recent image of the client with the most waiting images is rejected with status 503.
@@ -28,6 +28,7 @@ class ServingConfig:
         max_thumbnail_bytes: maximum total size of thumbnails on disk, enforced after every 200 new thumbnails.
         allow_private_hosts: whether to also fetch images from hosts that are not public. Enable this only if you trust
             the author of the dataset, who chose the image URLs: visitors can view the images at these URLs.
+        log_requests: whether to write a line of JSON to the standard error for each request.
     """
 
     allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1", "[::1]")
@@ -41,3 +42,4 @@ class ServingConfig:
     image_timeout_seconds: PositiveFloat = 10.0
     max_thumbnail_bytes: PositiveInt = 2**30
     allow_private_hosts: bool = False
+    log_requests: bool = False

@@ -93,6 +93,6 @@ class LimitedConnection(H11Protocol):
             for connection in self.connections
             if isinstance(connection, LimitedConnection) and connection.waiting_since is not None
         }
-        longest = min(waiting, key=waiting.__getitem__)  # not empty, because this connection waits
+        longest = min(waiting, key=waiting.__getitem__)  # not empty, because this connection is waiting
         longest.transport.abort()
         self.connections.discard(longest)

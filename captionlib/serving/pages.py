@@ -11,8 +11,8 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from captionlib.data.images.decoding import list_decodable_formats
 from captionlib.evaluation.pages import create_environment
 from captionlib.serving.api import ImageId, Service, ThumbnailStore, UploadQueue, read_state
-from captionlib.serving.responses import SearchMode
-from captionlib.serving.service import MAX_OFFSET, MAX_QUERY_CHARACTERS, SearchService
+from captionlib.serving.responses import Problem, SearchMode
+from captionlib.serving.service import MAX_OFFSET, MAX_QUERY_CHARACTERS, SearchService, make_cursor
 
 __all__ = ["Pages", "router"]
 
@@ -46,9 +46,9 @@ class Pages:
     def render(self, template: str, status_code: int = 200, **values: object) -> HTMLResponse:
         return HTMLResponse(self._environment.get_template(template).render(**values), status_code)
 
-    def render_error(self, status_code: int, detail: str) -> HTMLResponse:
-        heading = _ERROR_HEADINGS.get(status_code, "Request failed")
-        return self.render("error.html", status_code, detail=detail, heading=heading)
+    def render_error(self, problem: Problem) -> HTMLResponse:
+        heading = _ERROR_HEADINGS.get(problem.status, "Request failed")
+        return self.render("error.html", problem.status, detail=problem.detail, heading=heading)
 
 
 PageRenderer = Annotated[Pages, read_state("pages")]
@@ -66,9 +66,11 @@ def show_search(
     split: Annotated[str, Query(max_length=100)] = "",
     fragment: bool = False,
 ) -> HTMLResponse:
+    # A script requests only the results (`fragment`) while the user types.
     available_mode: SearchMode = next((available for available in service.modes if available == mode), "text")
     page = min(page, _LAST_PAGE)
-    response = service.search(q, available_mode, (page - 1) * _PAGE_RESULTS, _PAGE_RESULTS, split)
+    cursor = make_cursor((page - 1) * _PAGE_RESULTS, (q, available_mode, split or None, None))
+    response = service.search(q, available_mode, cursor, _PAGE_RESULTS, split)
     return pages.render(
         "results.html" if fragment else "search.html",
         service=service,
@@ -115,8 +117,8 @@ async def show_image_search(
 
 
 @router.get("/docs")
-def show_docs(request: Request, pages: PageRenderer) -> HTMLResponse:
-    return pages.render("docs.html", schema=request.app.openapi())
+def show_docs(pages: PageRenderer) -> HTMLResponse:
+    return pages.render("docs.html")
 
 
 def _format_percent(log_prob: float) -> str:

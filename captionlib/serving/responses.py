@@ -6,10 +6,13 @@ from pydantic import BaseModel, Field
 
 __all__ = [
     "CaptionCandidate",
-    "ErrorResponse",
+    "CaptionResponse",
+    "CaptionedImage",
     "HealthResponse",
     "ImageResponse",
     "ImageSearchResponse",
+    "InvalidParameter",
+    "Problem",
     "ScoredSentence",
     "SearchMode",
     "SearchResponse",
@@ -40,10 +43,8 @@ class SearchResponse(BaseModel):
 
     query: str
     mode: SearchMode
-    offset: int
-    limit: int
     total: int | None = Field(description="Number of matching captions; null if the mode ranks all images.")
-    has_more: bool = Field(description="Whether there are further results.")
+    next_cursor: str | None = Field(description="The parameter `cursor` for the next page; null on the last page.")
     message: str | None = Field(description="Reason why the query cannot be executed; null if it can.")
     results: list[SearchResult]
 
@@ -74,10 +75,36 @@ class ImageSearchResponse(BaseModel):
     images: list[SearchResult] = Field(description="The most similar images; empty if no ranker is loaded.")
 
 
-class ErrorResponse(BaseModel):
-    """The reason why a request failed."""
+class CaptionedImage(BaseModel):
+    """The captions of one uploaded image, or the reason why it has none."""
 
-    detail: str
+    name: str = Field(description="Name of the uploaded file.")
+    captions: list[CaptionCandidate] = Field(description="Captions, most probable first; empty if the image failed.")
+    problem: "Problem | None" = Field(description="Reason why the image has no captions; null if it has.")
+
+
+class CaptionResponse(BaseModel):
+    """The captions of uploaded images, in the order of the upload."""
+
+    images: list[CaptionedImage]
+
+
+class InvalidParameter(BaseModel):
+    """A parameter, or a field of the body, that is not valid."""
+
+    name: str = Field(description="Name of the parameter.")
+    detail: str = Field(description="What is expected.")
+
+
+class Problem(BaseModel):
+    """An error, in the format of RFC 9457 (problem details for HTTP APIs)."""
+
+    type: str = Field(description="Always `about:blank`: the status says what kind of error it is.")
+    title: str = Field(description="Name of the status.")
+    status: int = Field(description="The status code of the response.")
+    detail: str = Field(description="What happened, what was expected, and what to do.")
+    reason: str | None = Field(None, description="Why an image cannot be read, such as `Truncated`; null otherwise.")
+    errors: list[InvalidParameter] = Field([], description="The parameters that are not valid.")
 
 
 class HealthResponse(BaseModel):

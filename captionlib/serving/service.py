@@ -1,7 +1,9 @@
 """Search operations of the web application, independent of HTTP and shared by the pages and the JSON API."""
 
 import copy
+import re
 import threading
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
@@ -11,6 +13,7 @@ import pyarrow as pa
 from captionlib.errors import QueryError
 from captionlib.search.index import Filter, Index
 from captionlib.serving.config import ServingConfig
+from captionlib.serving.monitoring import MODEL_SECONDS
 from captionlib.serving.responses import (
     CaptionCandidate,
     ImageResponse,
@@ -24,7 +27,7 @@ from captionlib.serving.responses import (
 if TYPE_CHECKING:  # imports torch, which takes seconds and is needed only for image search
     from captionlib.search.models import ImageQueryModels
 
-__all__ = ["MAX_OFFSET", "MAX_QUERY_CHARACTERS", "MAX_RESULTS", "SearchService"]
+__all__ = ["MAX_OFFSET", "MAX_QUERY_CHARACTERS", "MAX_RESULTS", "CursorError", "SearchService", "make_cursor"]
 
 MAX_QUERY_CHARACTERS = 500
 MAX_RESULTS = 100
@@ -35,12 +38,16 @@ _SIMILAR_SENTENCES = 10
 _REFRESH_SECONDS = 1.0
 
 
+class CursorError(QueryError):
+    """A cursor is damaged, or belongs to a different search."""
+
+
 class SearchService:
     """Searches an index by text and, with models, by image. Exiting the context closes the models.
 
-    This class is thread-safe. In the context, it switches to a new version of the index within seconds after a build
-    publishes it. If `models` is None, searching by image is disabled. Uploaded images are compared with `sentences` or,
-    if it is empty, with the captions of similar images.
+    This class is thread-safe. In the context, the service switches to a new version of the index within seconds after a
+    build publishes one. If `models` is None, searching by image is disabled. Uploaded images are compared with
+    `sentences`, or with the captions of similar images if there are no sentences.
     """
 
     def __init__(
@@ -65,11 +72,11 @@ class SearchService:
         if self._models is not None:
             self._models.close()
 
-    def pin(self) -> "SearchService":
+    def snapshot(self) -> "SearchService":
         """Returns a service for one request, which uses one version of the index throughout."""
-        pinned = copy.copy(self)
-        pinned.index = self.index.pin()
-        return pinned
+        snapshot = copy.copy(self)
+        snapshot.index = self.index.snapshot()
+        return snapshot
 
     def _refresh_index(self) -> None:
         """Opens new versions of the index in the background, so no request waits for this."""
@@ -92,17 +99,23 @@ class SearchService:
         self,
         query: str,
         mode: SearchMode,
-        offset: int,
+        cursor: str | None,
         limit: int,
         split: str | None = None,
         min_log_prob: float | None = None,
     ) -> SearchResponse:
-        """Searches the index by text, by a sentence, or by both."""
-        response = SearchResponse(
-            query=query, mode=mode, offset=offset, limit=limit, total=None, has_more=False, message=None, results=[]
-        )
+        """Searches the index by text, by a sentence, or by both.
+
+        `cursor` is the `next_cursor` of the previous page of the same search. If None, the first page is returned.
+
+        Raises:
+            CursorError: the cursor belongs to a different search.
+        """
+        response = SearchResponse(query=query, mode=mode, total=None, next_cursor=None, message=None, results=[])
         if not query.strip():
             return response
+        search = (query, mode, split or None, min_log_prob)
+        offset = _read_cursor(cursor, search)
         where = Filter(split=split or None, min_log_prob=min_log_prob)
         try:
             if mode == "text":
@@ -115,7 +128,8 @@ class SearchService:
             response.message = str(error).split(": ", 1)[-1]
             return response
         response.results = _to_results(table.slice(0, limit))
-        response.has_more = table.num_rows > limit and offset + limit <= MAX_OFFSET
+        if table.num_rows > limit and offset + limit <= MAX_OFFSET:
+            response.next_cursor = make_cursor(offset + limit, search)
         return response
 
     def sample(self, limit: int) -> list[SearchResult]:
@@ -140,6 +154,19 @@ class SearchService:
         """Returns the URI of an image, which must not be shown to visitors; see `Index.get_image`."""
         return str(self.index.get_image(image_id)["uri"])
 
+    def caption(self, content: bytes) -> list[CaptionCandidate]:
+        """Returns the captions of an image file, most probable first.
+
+        Raises:
+            DecodeError: the file is not an image, or exceeds the limits.
+            QueryError: there is no captioner.
+        """
+        if self._models is None or not self._models.can_caption:
+            raise QueryError("captioning is not available: the server has no captioner; start it with --captioner")
+        with MODEL_SECONDS.labels("caption").time():
+            rows = self._models.caption(content).to_pylist()
+        return [CaptionCandidate(**row) for row in rows]
+
     def search_by_image(self, content: bytes) -> ImageSearchResponse:
         """Finds captions, sentences and images that match an image file.
 
@@ -149,18 +176,19 @@ class SearchService:
         """
         if self._models is None:
             raise QueryError("searching by image is not available: the server has no ranker and no captioner")
-        captions = self._models.caption(content).to_pylist() if self._models.can_caption else []
+        captions = self.caption(content) if self._models.can_caption else []
         sentences: list[dict[str, Any]] = []
         images: list[SearchResult] = []
         if self._models.can_embed and self.index.has_vectors:
-            vector = self._models.embed(content)
+            with MODEL_SECONDS.labels("embed").time():
+                vector = self._models.embed(content)
             images = _to_results(self.index.search_vector(vector, _SIMILAR_IMAGES))
             candidates = self._sentences or list(dict.fromkeys(image.caption for image in images))
             if candidates:
                 ranked = self._models.rank_sentences(vector, candidates)
                 sentences = ranked.slice(0, _SIMILAR_SENTENCES).to_pylist()
         return ImageSearchResponse(
-            captions=[CaptionCandidate(**row) for row in captions],
+            captions=captions,
             sentences=[ScoredSentence(**row) for row in sentences],
             images=images,
         )
@@ -172,6 +200,27 @@ class SearchService:
             return _to_results(self.index.search_similar(image_id, _SIMILAR_IMAGES))
         except QueryError:  # the image has no vector, because computing its embedding failed
             return []
+
+
+def make_cursor(offset: int, search: tuple[object, ...]) -> str:
+    """Returns the cursor that continues a search at an offset.
+
+    The cursor contains a checksum of `search`: the query, mode, split and minimum log-probability.
+    """
+    return f"{offset}-{zlib.crc32(repr(search).encode('utf-8', 'surrogatepass')):08x}"
+
+
+def _read_cursor(cursor: str | None, search: tuple[object, ...]) -> int:
+    """Returns the offset in a cursor, or 0 if there is no cursor. See `make_cursor`."""
+    if not cursor:
+        return 0
+    found = re.fullmatch("([0-9]{1,5})-[0-9a-f]{8}", cursor)
+    offset = int(found[1]) if found else -1
+    if cursor != make_cursor(offset, search) or offset > MAX_OFFSET + MAX_RESULTS:
+        raise CursorError(
+            "cursor: expected the next_cursor of a previous page of the same search; leave it out for the first page"
+        )
+    return offset
 
 
 def _to_results(table: pa.Table) -> list[SearchResult]:

@@ -15,21 +15,22 @@ from cachetools import TTLCache
 from starlette.concurrency import run_in_threadpool
 
 from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
-from captionlib.data.images.decoding import Preprocessing, Shrinking
+from captionlib.data.images.decoding import Preprocessing, SizeLimit
 from captionlib.data.images.encoding import encode_jpeg
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.errors import ImageError
 from captionlib.serving.config import ServingConfig
 from captionlib.serving.fair_thread_pool import FairThreadPool
+from captionlib.serving.monitoring import THUMBNAILS
 from captionlib.storage.folders import write_file
 
 __all__ = ["ThumbnailSize", "Thumbnails", "remove_thumbnails"]
 
 ThumbnailSize = Literal["small", "large"]
 
-_PREPROCESSING: dict[ThumbnailSize, Preprocessing | Shrinking] = {
+_PREPROCESSING: dict[ThumbnailSize, Preprocessing | SizeLimit] = {
     "small": Preprocessing(256, 256, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    "large": Shrinking(1280),
+    "large": SizeLimit(1280),
 }
 _FAILURE_SECONDS = 30.0
 _MAX_FAILURES = 10_000
@@ -50,7 +51,7 @@ class Thumbnails:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._max_bytes = config.max_thumbnail_bytes
-        # Part of file names. A server that must not access private hosts shows no thumbnails of servers that may.
+        # Part of file names, so a server without access to private hosts shows no thumbnails of a server with access.
         self._scope = "all" if config.allow_private_hosts else "public"
         self._resources = ExitStack()
         threads = config.max_concurrent_fetches
@@ -89,8 +90,10 @@ class Thumbnails:
         path = _choose_path(self._folder, self._scope, size, uri)
         content = await run_in_threadpool(_read_stored, path)
         if content is not None:
+            THUMBNAILS.labels("stored").inc()
             return content
         if path in self._failures:
+            THUMBNAILS.labels("failed").inc()
             raise copy.copy(self._failures[path])  # raising the same object would add to its traceback each time
         if path not in self._in_progress:
             task = asyncio.create_task(self._create(uri, size, path))
@@ -127,8 +130,10 @@ class Thumbnails:
         try:
             content = await self._threads.run(urlsplit(uri).netloc, create)
         except ImageError as error:
+            THUMBNAILS.labels("failed").inc()
             self._failures[path] = copy.copy(error)  # without the traceback, which refers to large objects
             raise
+        THUMBNAILS.labels("created").inc()
         self._stored += 1
         if self._stored % _PRUNE_EVERY == 0:
             await run_in_threadpool(self.prune)

@@ -34,7 +34,7 @@ class Uploads:
         """Calls a function in a thread when it is the client's turn.
 
         Raises:
-            BusyError: too many images wait.
+            BusyError: too many images are waiting.
             ClientDisconnect: the client has disconnected, so no result is needed.
         """
         result = asyncio.ensure_future(self._threads.run(identify_client(request.scope), function))

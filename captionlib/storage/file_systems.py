@@ -80,7 +80,10 @@ def is_known_protocol(protocol: str) -> bool:
 
 
 def is_chained(address: str) -> bool:
-    """Returns whether fsspec would chain file systems. In a web URL, an object key or a path, `::` has no meaning."""
+    """Returns whether fsspec would chain file systems.
+
+    A `::` in a web URL or a local path is not a chain. In an object key, it is one only before a known protocol or URL.
+    """
     protocol, address = split_protocol(address)
     if not protocol:
         return False
@@ -103,7 +106,7 @@ def open_file_system(address: str | os.PathLike[str], **options: Any) -> tuple[A
     given = os.fspath(address)
     protocol, url = split_protocol(given)
     if not given:
-        raise ConfigError("expected a path or URL, got an empty text, perhaps from a variable that is not set")
+        raise ConfigError("expected a path or URL, got an empty string, perhaps from a variable that is not set")
     if is_chained(given):
         raise ConfigError(
             f"{given} chains file systems with `::`; expected a path or the address of one file system; "
@@ -123,9 +126,9 @@ def open_file_system(address: str | os.PathLike[str], **options: Any) -> tuple[A
         raise ConfigError(f"{given} cannot be opened: {error}") from error
 
 
-def open_decompressed(fs: Any, path: str, mode: str = "rb", **text: Any) -> Any:
+def open_decompressed(fs: Any, path: str, mode: str = "rb", **text_options: Any) -> Any:
     """Returns a context manager that opens a file and decompresses it according to its extension, such as `.gz`.
 
-    For a text file, pass mode `rt` and, in `text`, its `encoding`, `errors` and `newline` as for the built-in `open`.
+    For a text file, pass mode `rt`. `text_options` are `encoding`, `errors` and `newline`, as for the built-in `open`.
     """
-    return OpenFile(fs, path, mode, compression=get_compression(path, "infer"), **text)
+    return OpenFile(fs, path, mode, compression=get_compression(path, "infer"), **text_options)

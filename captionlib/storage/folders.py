@@ -24,14 +24,14 @@ from fsspec.implementations.local import LocalFileSystem
 from captionlib.errors import ConfigError, StorageError
 from captionlib.storage.file_systems import open_file_system
 from captionlib.storage.remote_errors import is_temporary_error
-from captionlib.storage.retries import RangedFile, call_with_retries, name_errors
+from captionlib.storage.retries import RangedFile, call_with_retries, convert_os_errors
 
 __all__ = [
     "TEMPORARY_FOLDER",
     "Addresses",
     "Folder",
+    "convert_full_disk_errors",
     "list_addresses",
-    "name_full_disk",
     "resolve_address",
     "stage_file",
     "write_file",
@@ -134,7 +134,7 @@ class Folder:
         path = self.path(name)
         if not self.is_local:
             return cast(BinaryIO, RangedFile(self.fs, path))
-        with name_errors(path):
+        with convert_os_errors(path):
             return Path(path).open("rb")
 
     def read(self, name: str) -> bytes:
@@ -149,20 +149,20 @@ class Folder:
                 contents, remaining = call_with_retries(remaining[0], partial(_read_batch, self.fs, remaining))
                 yield from contents
 
-    def download(self, name: str, target: Path) -> None:
+    def download(self, name: str, local_path: Path) -> None:
         """Copies a file to a local path."""
         path = self.path(name)
-        call_with_retries(path, lambda: self.fs.get_file(path, str(target)))
+        call_with_retries(path, lambda: self.fs.get_file(path, str(local_path)))
 
     def write(self, name: str, content: bytes) -> None:
-        with self.stage(name) as path, name_errors(self.path(name)):
+        with self.stage(name) as path, convert_os_errors(self.path(name)):
             path.write_bytes(content)
 
     def create(self, name: str, content: bytes) -> bool:
         """Writes a small file unless it exists, and returns whether it was written.
 
         If several processes create the same file at once, only one succeeds. On object stores other than S3, several
-        may succeed, and the last one overwrites the others.
+        may succeed, and the file of the last one remains.
         """
         path = self.path(name)
         try:
@@ -173,7 +173,7 @@ class Folder:
                 return True
             parent = Path(self.path(TEMPORARY_FOLDER))
             with _create_temporary_file(parent, Path(name).name) as temporary:
-                with name_errors(path):
+                with convert_os_errors(path):
                     temporary.write_bytes(content)
                 os.link(temporary, path)
             with suppress(OSError):  # it contains other files
@@ -184,15 +184,22 @@ class Folder:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Path]:
-        """Yields a local path to write. The file is published as `name` when the block ends, unless it raises."""
+        """Yields a local path to write. Publishes the file as `name` when the block ends without an exception."""
         if self.is_local:
             parent = Path(self.path(TEMPORARY_FOLDER))
-            with name_full_disk(self.path(name)), _create_temporary_file(parent, Path(name).name) as path:
-                yield path
-                with name_errors(self.path(name)):
-                    self._publish_local(path, Path(self.path(name)))
+            with convert_full_disk_errors(self.path(name)), _create_temporary_file(parent, Path(name).name) as path:
+                try:
+                    yield path
+                    with convert_os_errors(self.path(name)):
+                        self._publish_local(path, Path(self.path(name)))
+                except FileNotFoundError as error:
+                    if path.exists():
+                        raise
+                    raise StorageError(
+                        f"{self.uri} was removed or moved while {name} was being written; run the same command again"
+                    ) from error
         else:
-            with tempfile.TemporaryDirectory(prefix="captionlib-") as scratch, name_full_disk(scratch):
+            with tempfile.TemporaryDirectory(prefix="captionlib-") as scratch, convert_full_disk_errors(scratch):
                 path = Path(scratch) / Path(name).name
                 yield path
                 self._publish_remote(path, name)
@@ -210,12 +217,12 @@ class Folder:
         with suppress(OSError):
             folder.rmdir()
 
-    def _publish_local(self, path: Path, target: Path) -> None:
+    def _publish_local(self, path: Path, destination: Path) -> None:
         with path.open("rb") as written:
             os.fsync(written.fileno())
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(target)
-        directory = os.open(target.parent, os.O_RDONLY)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(destination)
+        directory = os.open(destination.parent, os.O_RDONLY)
         try:
             os.fsync(directory)  # makes the rename survive a crash
         finally:
@@ -238,12 +245,12 @@ class Folder:
 
         call_with_retries(self.path(name), publish)
 
-    def move(self, source: str, target: str) -> None:
-        """Moves a file within the folder, and replaces the target. Does nothing if the source does not exist.
+    def move(self, old_name: str, new_name: str) -> None:
+        """Moves a file within the folder, and replaces a file that has the new name. Does nothing without an old file.
 
-        On object stores, the source is copied and not removed.
+        On object stores, the old file is copied and not removed.
         """
-        old, new = self.path(source), self.path(target)
+        old, new = self.path(old_name), self.path(new_name)
         if self.is_local:
             with suppress(FileNotFoundError):
                 self._publish_local(Path(old), Path(new))
@@ -259,7 +266,7 @@ class Folder:
         """Removes a file or a subfolder, if it exists."""
         path = self.path(name)
         while self.is_local and Path(path).is_dir():
-            with suppress(FileNotFoundError), name_errors(path):  # another process may remove the same files
+            with suppress(FileNotFoundError), convert_os_errors(path):  # another process may remove the same files
                 shutil.rmtree(path)
 
         def remove() -> None:
@@ -281,8 +288,8 @@ class Folder:
     def remove_equal_file(self, name: str, content: bytes) -> None:
         """Removes a file if it has this content.
 
-        On a local file system, of several processes that remove the same file at once, none removes a file that another
-        one has created since.
+        If several processes call this at once on a local file system, a lock keeps them from removing a file that was
+        created after the first of them removed the old one.
         """
         if not self.is_local:
             with suppress(FileNotFoundError):
@@ -290,7 +297,7 @@ class Folder:
                     self.remove_file(name)
             return
         path = Path(self.path(name))
-        with suppress(FileNotFoundError), name_errors(str(path)), path.open("rb") as file:
+        with suppress(FileNotFoundError), convert_os_errors(str(path)), path.open("rb") as file:
             with suppress(OSError):  # the file system has no locks
                 fcntl.flock(file, fcntl.LOCK_EX)
             if path.read_bytes() == content:
@@ -299,9 +306,12 @@ class Folder:
 
 @contextmanager
 def _create_temporary_file(folder: Path, name: str) -> Iterator[Path]:
-    """Yields the path of a new file, which is locked against `Folder.remove_temporary_files`. Removes it at the end."""
+    """Yields the path of a new file, and removes the file when the block ends.
+
+    Until then, a lock protects the file from `Folder.remove_temporary_files`.
+    """
     while True:
-        with name_errors(str(folder)):
+        with convert_os_errors(str(folder)):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except FileExistsError:  # also raised if another process removes the folder meanwhile
@@ -309,7 +319,7 @@ def _create_temporary_file(folder: Path, name: str) -> Iterator[Path]:
                     raise
         path = folder / f"{name}.{uuid.uuid4().hex}"
         try:
-            with name_errors(str(path)):
+            with convert_os_errors(str(path)):
                 file = path.open("xb")
         except FileNotFoundError:  # another process removed the folder
             continue
@@ -327,19 +337,19 @@ def _create_temporary_file(folder: Path, name: str) -> Iterator[Path]:
 
 
 @contextmanager
-def name_full_disk(address: str) -> Iterator[None]:
-    """Applies `name_errors` to errors of a full or read-only disk, whichever library raises them."""
+def convert_full_disk_errors(address: str) -> Iterator[None]:
+    """Converts the errors of a full or read-only disk to StorageErrors, whichever library raises them."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL_DISK:
-            with name_errors(address):
+            with convert_os_errors(address):
                 raise
         raise
 
 
 def _read_batch(fs: Any, paths: list[str]) -> tuple[list[bytes], list[str]]:
-    """Returns the contents, and the paths to retry. Raises a permanent error, or any error if no file was read."""
+    """Returns the contents of files, and the paths to retry. Raises an error if it is permanent or no file was read."""
     results = fs.cat_ranges(paths, None, None, on_error="return")
     contents = [result for result in results if isinstance(result, bytes)]
     errors = {
@@ -372,7 +382,7 @@ def write_file(address: str | os.PathLike[str], content: bytes) -> None:
 
 @contextmanager
 def stage_file(address: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a local path to write. The file is published at `address` when the block ends, unless it raises.
+    """Yields a local path to write. Publishes the file at `address` when the block ends without an exception.
 
     Raises:
         StorageError: the file cannot be written.
@@ -380,12 +390,12 @@ def stage_file(address: str | os.PathLike[str]) -> Iterator[Path]:
     fs, path = open_file_system(address)
     try:
         if isinstance(fs, LocalFileSystem):
-            target = Path(path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            staged = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+            destination = Path(path)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            staged = destination.with_name(f"{destination.name}.{uuid.uuid4().hex}.partial")
             try:
                 yield staged
-                staged.replace(target)
+                staged.replace(destination)
             finally:
                 staged.unlink(missing_ok=True)
         else:

@@ -1,7 +1,7 @@
 """Locks a folder on any file system, so that only one process at a time changes it.
 
-The lock is a file that its holder renews. A lock that is no longer renewed, or whose process on this machine has
-ended, is stale and can be taken over.
+The lock is a file that the process that holds the lock rewrites every 20 seconds. A lock is stale if its file was not
+rewritten for two minutes, or if its process on this machine has ended. Another process can take over a stale lock.
 """
 
 import json
@@ -29,7 +29,7 @@ def lock_folder(folder: Folder, command: str) -> Iterator[None]:
     """Holds the lock of a folder until the block ends.
 
     Args:
-        folder: the folder.
+        folder: folder to lock.
         command: the command that holds the lock. The error message of other processes contains it.
 
     Raises:
@@ -62,7 +62,7 @@ def _acquire(folder: Folder, holder: Mapping[str, Any]) -> None:
         current = _decode(content)
         if not _is_stale(current):
             raise _locked_error(folder, current)
-        folder.remove_equal_file(LOCK_FILE, content)  # not the lock of a process that took it over meanwhile
+        folder.remove_equal_file(LOCK_FILE, content)  # unless another process has replaced it meanwhile
     created = folder.create(LOCK_FILE, _encode(holder))
     winner = _decode(_read(folder))
     if not created or winner.get("owner") != holder["owner"]:  # some object stores let the last writer win
@@ -95,7 +95,7 @@ def _read(folder: Folder) -> bytes | None:
 
 
 def _decode(content: bytes | None) -> dict[str, Any]:
-    """Returns the holder that a lock file describes: an empty mapping if there is no file or it is damaged."""
+    """Returns the holder in a lock file, or an empty mapping if the file is missing or damaged."""
     try:
         holder = json.loads(content or b"{}")
     except (ValueError, RecursionError):
@@ -108,6 +108,8 @@ def _encode(holder: Mapping[str, Any]) -> bytes:
 
 
 def _locked_error(folder: Folder, holder: Mapping[str, Any]) -> LockError:
+    if not holder:
+        return LockError(f"{folder.uri}: its lock was removed at this moment; run the same command again")
     return LockError(
         f"{folder.uri} is in use by `{holder.get('command')}` (process {holder.get('process')} on "
         f"{holder.get('host')}); wait until it has finished. A lock whose process has ended is released "

@@ -16,7 +16,7 @@ from tenacity import RetryError, Retrying, retry_if_exception, stop_after_delay,
 from captionlib.errors import StorageError
 from captionlib.storage.remote_errors import is_temporary_error
 
-__all__ = ["RangedFile", "call_with_retries", "name_errors"]
+__all__ = ["RangedFile", "call_with_retries", "convert_os_errors"]
 
 Result = TypeVar("Result")
 
@@ -32,16 +32,18 @@ _retrying = Retrying(
 
 
 def call_with_retries(address: str, action: Callable[[], Result]) -> Result:
-    """Calls `action` and returns its result. Retries temporary errors with exponential backoff, up to 15 seconds.
+    """Calls `action` and returns its result.
 
-    Calling `action` repeatedly must be safe. The error message contains `address`.
+    Retries temporary errors for two minutes, with exponential backoff of up to 15 seconds between attempts. Calling
+    `action` repeatedly must be safe. The error message contains `address`.
 
     Raises:
         FileNotFoundError: there is no such file.
+        NotADirectoryError: a part of the path is a file.
         StorageError: the storage refused the request, or failed with a temporary error for two minutes.
     """
     try:
-        with name_errors(address):
+        with convert_os_errors(address):
             return _retrying(action)
     except RetryError as error:
         reason = error.last_attempt.exception()
@@ -52,11 +54,13 @@ def call_with_retries(address: str, action: Callable[[], Result]) -> Result:
 
 
 @contextmanager
-def name_errors(address: str) -> Iterator[None]:
-    """Converts errors of the operating system in the block, except missing files, to errors that contain the address.
+def convert_os_errors(address: str) -> Iterator[None]:
+    """Converts OSErrors that the block raises to StorageErrors whose messages contain `address`.
+
+    FileNotFoundError and NotADirectoryError are not converted.
 
     Raises:
-        StorageError: the block raised an OSError other than FileNotFoundError or NotADirectoryError.
+        StorageError: the block raised any other OSError.
     """
     try:
         yield
@@ -64,7 +68,7 @@ def name_errors(address: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise StorageError(
-            f"{address} cannot be accessed: {error.strerror or error}; solve the problem and run the same command again"
+            f"{address} cannot be accessed: {error.strerror or error}; fix the problem and run the same command again"
         ) from error
 
 

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from captionlib.data.batches.captions import CaptionBatch
 from captionlib.data.text.vocabulary import UNKNOWN
-from captionlib.models.captioners.captioner import Captioner
+from captionlib.models.captioners.captioner import CaptionerNetwork
 from captionlib.training.caption_objective import CaptioningObjective
 from captionlib.training.objective import BatchLoss, compute_perplexity
 
 __all__ = ["BagOfWordsObjective"]
 
 
-class BagOfWordsObjective(CaptioningObjective[Captioner]):
-    """Maximizes the log-probability of every word of an image's captions as the first word of a caption.
+class BagOfWordsObjective(CaptioningObjective[CaptionerNetwork]):
+    """Maximizes the log-probability that the captioner assigns to each word of an image's captions, given the image.
 
     Batches, learning rates and checkpoints are the same as in `CaptioningObjective`.
     """

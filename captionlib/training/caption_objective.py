@@ -12,7 +12,7 @@ from captionlib.data.batches.images import ImageBatches
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError
 from captionlib.evaluation.caption_scores import CiderScorer
-from captionlib.models.captioners.captioner import Captioner, TokenLogProbs
+from captionlib.models.captioners.captioner import CaptionerNetwork, TokenLogProbs
 from captionlib.models.captioners.end_to_end import ImageCaptioner
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.decoding.config import DecodingConfig
@@ -27,8 +27,8 @@ Batches: TypeAlias = CaptionBatches | ImageBatches
 class CaptioningObjective(Objective[CaptionBatch, Model]):
     """Maximizes the log-probability of reference captions. Validates by perplexity, and by CIDEr if configured.
 
-    The model is a `Captioner` or any module with the same `forward`. If `cider` is set, CIDEr selects the best epoch.
-    See `Objective` and `CaptionerTrainingConfig` for the other arguments.
+    The model is a `CaptionerNetwork` or any module with the same `forward`. If `cider` is set, CIDEr selects the best
+    epoch. See `Objective` and `CaptionerTrainingConfig` for the other arguments.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class CaptioningObjective(Objective[CaptionBatch, Model]):
         return scores if self._cider is None else {**scores, "CIDEr": self._cider.score(self.model)}
 
     def score(self, batch: CaptionBatch, mean_log_probs: bool = False) -> TokenLogProbs:
-        """Computes the log-probability of each token of a batch of captions; see `Captioner.forward`."""
+        """Computes the log-probability of each token of a batch of captions; see `CaptionerNetwork.forward`."""
         scores: TokenLogProbs = self.model(
             torch.from_numpy(batch.features).to(self._device),
             pad_sentences(batch.sentences).to(self._device),
@@ -84,8 +84,8 @@ class CaptioningObjective(Objective[CaptionBatch, Model]):
 class CiderValidation:
     """Measures the CIDEr of the captions that a captioner generates for the validation images.
 
-    An image that could not be read is scored as an empty caption. `references` holds the reference captions of each
-    image, in the order of `batches`.
+    The caption of an unreadable image is empty. `references` holds the reference captions of each image, in the order
+    of `batches`.
 
     Raises:
         ConfigError: Java, which CIDEr's tokenizer requires, is missing, or `decoding` requires a datastore.
@@ -107,9 +107,9 @@ class CiderValidation:
         self._scorer = CiderScorer(references)
 
     def score(self, model: nn.Module) -> float:
-        """Returns the CIDEr of a `Captioner`, or of an `ImageCaptioner` (a captioner with its encoder)."""
+        """Returns the CIDEr of a `CaptionerNetwork`, or of an `ImageCaptioner` (a captioner with its encoder)."""
         captioner = model.captioner if isinstance(model, ImageCaptioner) else model
-        assert isinstance(captioner, Captioner)
+        assert isinstance(captioner, CaptionerNetwork)
         decoder = Decoder(captioner, self._decoding, vocabulary=self._vocabulary)
         captions = [""] * self._image_count
         for positions, images in self._batches.images_in_order():

@@ -13,16 +13,16 @@ from captionlib.data.batches.augmentation import FeatureMapAugmentation
 from captionlib.data.batches.captions import (
     CaptionBatches,
     feature_shape,
-    make_encoder,
+    make_caption_tokenizer,
     read_captions,
     read_references,
 )
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.text.vocabulary import END, Level, Vocabulary
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.checkpoints.checkpoint import save_captioner
-from captionlib.models.checkpoints.folder import stamp_provenance
+from captionlib.models.checkpoints.folder import add_versions_and_time
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.devices import resolve_device
 from captionlib.storage.folders import Folder
@@ -31,11 +31,12 @@ from captionlib.training.caption_objective import CaptioningObjective, CiderVali
 from captionlib.training.distributed import ProcessGroup, join_process_group
 from captionlib.training.initialization import (
     build_captioner,
+    describe_features,
     initialize_word_vectors,
     load_initial_captioner,
     require_other_folder,
 )
-from captionlib.training.loop import TrainingConfig, claim_folder, seed_everything, train
+from captionlib.training.loop import TrainingConfig, prepare_run_folder, seed_everything, train
 from captionlib.training.objective import Objective
 from captionlib.training.self_critical import SelfCriticalConfig, SelfCriticalObjective
 
@@ -57,12 +58,13 @@ class CaptionerTrainingConfig:
         self_critical: settings of the self-critical objective.
         train_splits: the training splits; `restval` is the part of COCO's validation set that is used for training.
         validation_splits: the splits that select the best epoch.
-        level: what a token is: `words`, `characters`, or subwords (`bpe` or `unigram`), which are trained on the text
-            and need the extra `subwords`.
+        level: what a token is: `words`, `characters`, or subwords (`bpe` or `unigram`), which are trained on the
+            captions and require `pip install captionlib[subwords]`.
         min_count: words or characters with fewer occurrences than this are replaced by the UNKNOWN token.
         vocabulary_size: the maximum number of subwords.
-        max_words: longer captions are truncated in training. If None, after 30 words, or 200 characters.
-        batch_images: images per batch and process, each with all its captions.
+        max_words: the maximum length of a caption in training; longer captions are truncated. If None, it is 30 words,
+            or 200 characters if `level` is `characters`.
+        batch_images: images per batch in each process. The batch contains all captions of these images.
         random_crop: crop feature maps to at least this fraction of their height and width; 0 disables cropping.
         horizontal_flip: flip feature maps with probability 0.5. This matters only with attention or `encoder_top`
             (encoder layers that are fine-tuned with the captioner).
@@ -71,7 +73,7 @@ class CaptionerTrainingConfig:
         word_vectors: a word2vec, GloVe or fastText file of pre-trained vectors that initialize the word embeddings.
         init_from: the checkpoint of a captioner to start from. Its weights, architecture, vocabulary and feature
             statistics are kept, and `level`, `min_count` and `vocabulary_size` have no effect.
-        label_smoothing: the fraction of each target probability that is spread evenly over the vocabulary.
+        label_smoothing: the fraction of the probability of each reference token that is spread over the vocabulary.
         best_by: the score that selects the best epoch, `perplexity` or the `cider` of generated captions (needs Java).
         decoding: how to generate captions for CIDEr. Its `max_tokens` also limits self-critical samples.
     """
@@ -143,7 +145,8 @@ def train_captioner(
         features: the folder of the features dataset.
         output: the folder for the checkpoint of the best epoch, metrics, curves and the state to resume from.
         config: the configuration of the captioner and its training.
-        weights: the encoder's weights file, if a new captioner has an `encoder_top` and the encoder used such a file.
+        weights: the encoder's weights file. Required if a new captioner has an `encoder_top`, and the file that the
+            encoder was loaded from has moved.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         overwrite: replace a run with a different configuration.
         progress: show a progress bar.
@@ -162,11 +165,11 @@ def train_captioner(
             "manifest; leave it out"
         )
     folder = Folder(output)
-    with join_process_group(resolve_device(device)) as target:
+    with join_process_group(resolve_device(device)) as process_device:
         group = ProcessGroup()
         dataset = open_dataset(features, "features").require_complete()
         require_other_folder(config.init_from, folder)
-        group.run_on_first(lambda: claim_folder(folder, overwrite))
+        group.run_on_process_0(lambda: prepare_run_folder(folder, overwrite))
         next(read_captions(dataset, config.validation_splits))  # raises an error now if there are no captions
         seed_everything(config.training.seed)
         model, vocabulary, config, provenance = _initialize(config, dataset, weights)
@@ -175,22 +178,26 @@ def train_captioner(
         resolved = {"features": dataset.compute_content_checksum(), "world_size": group.world_size, **to_dict(config)}
         if "init_from" in provenance:
             resolved["init_from_fingerprint"] = provenance["init_from"]["fingerprint"]
-        objective = _make_objective(dataset, model.to(target), vocabulary, config, provenance)
+        objective = _make_objective(dataset, model.to(process_device), vocabulary, config, provenance)
         return train(objective, config.training, folder, resolved, progress)
 
 
 def _initialize(
     config: CaptionerTrainingConfig, dataset: ShardedDataset, weights: str | None
-) -> tuple[Captioner, Vocabulary, CaptionerTrainingConfig, dict[str, Any]]:
-    """Builds or loads a captioner. Also returns its vocabulary, its full configuration and its provenance."""
-    provenance: dict[str, Any] = {"features": dataset.compute_content_checksum(), "objective": config.objective}
+) -> tuple[CaptionerNetwork, Vocabulary, CaptionerTrainingConfig, dict[str, Any]]:
+    """Builds or loads a captioner. Also returns its vocabulary, its configuration, and what it is trained from."""
+    provenance: dict[str, Any] = {
+        **describe_features(dataset, config.train_splits, config.validation_splits),
+        "objective": config.objective,
+    }
     if config.init_from is not None:
         initial = load_initial_captioner(config.init_from, config.captioner, dataset)
         provenance["init_from"] = {"checkpoint": config.init_from, "fingerprint": initial.fingerprint}
         return initial.model, initial.vocabulary, replace(config, captioner=initial.config), provenance
     captions = read_captions(dataset, config.train_splits)
     vocabulary = Vocabulary.from_captions(captions, config.min_count, config.level, config.vocabulary_size)
-    model = build_captioner(config.captioner, dataset, config.train_splits, vocabulary, weights)
+    file = weights or dataset.encoder_weights or None
+    model = build_captioner(config.captioner, dataset, config.train_splits, vocabulary, file)
     if config.word_vectors is not None:
         provenance["word_vectors"] = initialize_word_vectors(model, vocabulary, config.word_vectors)
     return model, vocabulary, config, provenance
@@ -198,12 +205,12 @@ def _initialize(
 
 def _make_objective(
     dataset: ShardedDataset,
-    model: Captioner,
+    model: CaptionerNetwork,
     vocabulary: Vocabulary,
     config: CaptionerTrainingConfig,
     provenance: dict[str, Any],
-) -> Objective[Any, Captioner]:
-    encode = make_encoder(vocabulary, config.max_words)
+) -> Objective[Any, CaptionerNetwork]:
+    encode = make_caption_tokenizer(vocabulary, config.max_words)
     training, validation = _make_batches(dataset, config, model, encode)
     cider = None
     if config.best_by == "cider":
@@ -216,9 +223,9 @@ def _make_objective(
         module_learning_rates["encoder_top"] = config.encoder_top_learning_rate
         model.encoder_top.requires_grad_(config.encoder_top_learning_rate > 0)
 
-    def save(output: Folder, model: Captioner, history: dict[str, Any]) -> None:
-        encoder, stamped = dataset.config["encoder"], stamp_provenance(provenance)
-        save_captioner(output, model, vocabulary, encoder, provenance=stamped, training=history)
+    def save(output: Folder, model: CaptionerNetwork, history: dict[str, Any]) -> None:
+        encoder, complete = dataset.config["encoder"], add_versions_and_time(provenance)
+        save_captioner(output, model, vocabulary, encoder, provenance=complete, training=history)
 
     if config.objective == "bag_of_words":
         return BagOfWordsObjective(model, training, validation, save, module_learning_rates=module_learning_rates)
@@ -236,7 +243,10 @@ def _make_objective(
 
 
 def _make_batches(
-    dataset: ShardedDataset, config: CaptionerTrainingConfig, model: Captioner, encode: Callable[[str], list[int]]
+    dataset: ShardedDataset,
+    config: CaptionerTrainingConfig,
+    model: CaptionerNetwork,
+    encode: Callable[[str], list[int]],
 ) -> tuple[CaptionBatches, CaptionBatches]:
     """Returns the training and the validation batches."""
     augmentation = FeatureMapAugmentation(config.random_crop, config.horizontal_flip)

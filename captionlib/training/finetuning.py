@@ -6,15 +6,17 @@ the encoder. The encoder has its own learning rate (1e-5 in neuraltalk2) and sta
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from captionlib.config import configclass, to_dict
-from captionlib.data.batches.captions import make_encoder
+from captionlib.data.batches.captions import make_caption_tokenizer
 from captionlib.data.batches.images import ImageBatches, read_captioned_rows
 from captionlib.data.batches.skipped import SkippedImages
 from captionlib.data.images.loading import LoadImages, LoadingConfig, open_loader
@@ -24,17 +26,17 @@ from captionlib.data.text.vocabulary import END
 from captionlib.errors import ConfigError
 from captionlib.models.captioners.end_to_end import ImageCaptioner
 from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner, save_captioner
-from captionlib.models.checkpoints.folder import stamp_provenance
+from captionlib.models.checkpoints.folder import add_versions_and_time
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.devices import resolve_device
-from captionlib.models.encoders.encoder import Encoder, EncoderConfig, describe_finetuned_encoder, load_encoder
+from captionlib.models.encoders.encoder import Encoder, describe_finetuned_encoder, load_encoder
 from captionlib.models.encoders.network import list_parameters_before
 from captionlib.models.encoders.weights import serialize_weights
 from captionlib.storage.folders import Folder
 from captionlib.training.caption_objective import CaptioningObjective, CiderValidation
 from captionlib.training.distributed import ProcessGroup, join_process_group
 from captionlib.training.initialization import require_other_folder
-from captionlib.training.loop import TrainingConfig, claim_folder, seed_everything, train
+from captionlib.training.loop import TrainingConfig, prepare_run_folder, seed_everything, train
 
 __all__ = ["EncoderFinetuningConfig", "FinetuningConfig", "finetune_captioner"]
 
@@ -63,10 +65,11 @@ class FinetuningConfig:
         training: settings of the training loop, including the captioner's learning rate.
         train_splits: the training splits; `restval` is the part of COCO's validation set that is used for training.
         validation_splits: the splits that select the best epoch.
-        max_words: longer captions are truncated in training. If None, after 30 words, or 200 characters.
-        batch_images: images per batch and process, each with all its captions.
+        max_words: the maximum length of a caption in training; longer captions are truncated. If None, it is 30 words,
+            or 200 characters if the captioner's tokens are characters.
+        batch_images: images per batch in each process. The batch contains all captions of these images.
         horizontal_flip: flip each image with probability 0.5.
-        label_smoothing: the fraction of each target probability that is spread evenly over the vocabulary.
+        label_smoothing: the fraction of the probability of each reference token that is spread over the vocabulary.
         best_by: the score that selects the best epoch, `perplexity` or the `cider` of generated captions (needs Java).
         decoding: how to generate captions for CIDEr.
         loading: how to fetch and decode images.
@@ -122,10 +125,10 @@ def finetune_captioner(
     dataset = open_dataset(manifest, "manifest").require_complete()
     require_other_folder(config.init_from, folder)
     initial = load_captioner(config.init_from)
-    with join_process_group(resolve_device(device)) as target:
+    with join_process_group(resolve_device(device)) as process_device:
         group = ProcessGroup()
-        encoder = _load_trainable_encoder(initial, weights, config.encoder.from_node, target)
-        group.run_on_first(lambda: claim_folder(folder, overwrite))
+        encoder = _load_trainable_encoder(initial, weights, config.encoder.from_node, process_device)
+        group.run_on_process_0(lambda: prepare_run_folder(folder, overwrite))
         training = read_captioned_rows(dataset, config.train_splits)
         validation = read_captioned_rows(dataset, config.validation_splits)
         resolved = {
@@ -135,7 +138,14 @@ def finetune_captioner(
             **to_dict(config),
         }
         origin = {"checkpoint": config.init_from, "fingerprint": initial.fingerprint}
-        provenance = {"manifest": dataset.compute_content_checksum(), "init_from": origin}
+        provenance = {
+            "manifest": dataset.compute_content_checksum(),
+            "data": {
+                "training": _describe_rows(config.train_splits, training),
+                "validation": _describe_rows(config.validation_splits, validation),
+            },
+            "init_from": origin,
+        }
         skipped = SkippedImages(folder, group.rank, len(training) + len(validation), config.max_failure_ratio)
         seed_everything(config.training.seed)
         with open_loader(config.loading, encoder.preprocessing) as load:
@@ -148,19 +158,25 @@ def finetune_captioner(
                     print(f"{skipped.describe()}: see {folder.address(FAILURES_FOLDER)}", file=sys.stderr)
 
 
+def _describe_rows(splits: Sequence[str], rows: pa.Table) -> dict[str, Any]:
+    """Returns the splits, and the numbers of images and captions, for the checkpoint's record of its training data."""
+    captions = pc.sum(pc.list_value_length(rows["captions"])).as_py()
+    return {"splits": list(splits), "images": len(rows), "captions": captions}
+
+
 def _load_trainable_encoder(
     initial: LoadedCaptioner, weights: str | None, from_node: str | None, device: torch.device
 ) -> Encoder:
     """Loads the captioner's encoder and freezes the layers before `from_node`."""
-    config = EncoderConfig.from_description(initial.encoder, weights or initial.encoder_weights)
+    config = initial.find_input_transform(weights)
     encoder = load_encoder(config, str(device), trainable=True)
     initial.require_encoder(encoder.description)
     frozen = set() if from_node is None else list_parameters_before(config.model, from_node)
     parameters = dict(encoder.network.network.named_parameters())
     if set(parameters) <= frozen:
         raise ConfigError(
-            f"encoder.from_node: expected a node with weights at or before {config.node}, the encoder's last node, "
-            f"got {from_node}; choose an earlier node"
+            f"encoder.from_node: expected layers with weights from it to {config.node}, the encoder's last node, got "
+            f"none from {from_node}; choose an earlier node"
         )
     for name, parameter in parameters.items():
         parameter.requires_grad_(name not in frozen)
@@ -178,7 +194,7 @@ def _make_objective(
     skipped: SkippedImages,
 ) -> CaptioningObjective[ImageCaptioner]:
     vocabulary = initial.vocabulary
-    encode = make_encoder(vocabulary, config.max_words)
+    encode = make_caption_tokenizer(vocabulary, config.max_words)
     model = ImageCaptioner(encoder.network, initial.model.to(encoder.device))
     batches = ImageBatches(training, encode, config.batch_images, load, skipped, config.horizontal_flip)
     validation_batches = ImageBatches(validation, encode, config.batch_images, load, skipped)
@@ -193,7 +209,7 @@ def _make_objective(
             model.captioner,
             vocabulary,
             describe_finetuned_encoder(encoder.description, weights),
-            provenance=stamp_provenance(provenance),
+            provenance=add_versions_and_time(provenance),
             training=history,
             encoder_weights=serialize_weights(weights, encoder.preprocessing),
         )

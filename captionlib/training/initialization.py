@@ -8,17 +8,24 @@ import numpy.typing as npt
 import torch
 
 from captionlib.config import describe_differences, to_dict
-from captionlib.data.batches.captions import feature_shape, mean_and_std, pool_map, sample_features
+from captionlib.data.batches.captions import describe_data, feature_shape, mean_and_std, pool_map, sample_features
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.data.text.word_vectors import read_word_vectors
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner
+from captionlib.models.checkpoints.encoder_file import ENCODER_ADDRESS
 from captionlib.models.encoders.top_layers import EncoderTop
 from captionlib.storage.folders import Folder
 
-__all__ = ["build_captioner", "initialize_word_vectors", "load_initial_captioner", "require_other_folder"]
+__all__ = [
+    "build_captioner",
+    "describe_features",
+    "initialize_word_vectors",
+    "load_initial_captioner",
+    "require_other_folder",
+]
 
 _COMPONENT_IMAGES = 4096  # images sampled for the principal components
 _MAP_IMAGES = 256  # images sampled for the statistics of feature maps
@@ -31,10 +38,11 @@ def build_captioner(
     splits: Sequence[str],
     vocabulary: Vocabulary,
     weights: str | None = None,
-) -> Captioner:
+) -> CaptionerNetwork:
     """Builds a captioner, initialized with statistics of the features and words of the training splits.
 
-    `weights` is the encoder's weights file, if any; `encoder_top`, the encoder layers in a captioner, is read from it.
+    `weights` is the encoder's weights file, if any. It also contains the weights of `encoder_top`, the encoder layers
+    that are fine-tuned with the captioner.
 
     Raises:
         DatasetError: the captioner has attention, but the features are one vector per image.
@@ -52,14 +60,27 @@ def build_captioner(
     if config.encoder_top is not None:
         encoder_top = EncoderTop(dataset.config["encoder"], config.encoder_top)
         encoder_top.load_weights(weights)
-    model = Captioner(config, (shape if encoder_top is None else encoder_top.shape)[-1], len(vocabulary), encoder_top)
+    model = CaptionerNetwork(
+        config, (shape if encoder_top is None else encoder_top.shape)[-1], len(vocabulary), encoder_top
+    )
     _set_feature_statistics(model, dataset, splits)
     model.initialize_bias(torch.from_numpy(vocabulary.log_frequencies()))
     return model
 
 
+def describe_features(
+    dataset: ShardedDataset, train_splits: Sequence[str], validation_splits: Sequence[str]
+) -> dict[str, Any]:
+    """Returns the provenance (record of the training data) of a model that is trained on a features dataset."""
+    provenance = {
+        "features": dataset.compute_content_checksum(),
+        "data": describe_data(dataset, train_splits, validation_splits),
+    }
+    return {**provenance, ENCODER_ADDRESS: dataset.encoder_weights} if dataset.encoder_weights else provenance
+
+
 @torch.no_grad()
-def _set_feature_statistics(model: Captioner, dataset: ShardedDataset, splits: Sequence[str]) -> None:
+def _set_feature_statistics(model: CaptionerNetwork, dataset: ShardedDataset, splits: Sequence[str]) -> None:
     """Sets the standardization or principal components of a captioner's features, after `encoder_top` if it has one."""
 
     def compute_features(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
@@ -115,7 +136,7 @@ def load_initial_captioner(folder: str, config: CaptionerConfig, dataset: Sharde
 
 
 @torch.no_grad()
-def initialize_word_vectors(model: Captioner, vocabulary: Vocabulary, uri: str) -> dict[str, Any]:
+def initialize_word_vectors(model: CaptionerNetwork, vocabulary: Vocabulary, uri: str) -> dict[str, Any]:
     """Initializes word embeddings from a word2vec, GloVe or fastText file. Other words stay random.
 
     Returns:
@@ -123,7 +144,7 @@ def initialize_word_vectors(model: Captioner, vocabulary: Vocabulary, uri: str) 
 
     Raises:
         ConfigError: the file is unreadable, or its vectors do not have the size of the model's embeddings.
-        DatasetError: the file is malformed, or contains none of the words.
+        DatasetError: the file is malformed, or contains no word of the vocabulary.
     """
     read = read_word_vectors(uri, vocabulary.words, model.config.embedding_size)
     for word, vector in read.vectors.items():

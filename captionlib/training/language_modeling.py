@@ -1,4 +1,4 @@
-"""Trains language models on sentences or on continuous text."""
+"""Trains language models on sentences or on continuous text. A language model is a captioner without image features."""
 
 import os
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ from captionlib.config import configclass, to_dict
 from captionlib.data.batches.text import SentenceBatches, SequenceBatches, TextBatches
 from captionlib.data.text.corpora import TextLayout, open_corpus
 from captionlib.data.text.vocabulary import END, PAD, Level, Vocabulary
-from captionlib.models.captioners.captioner import Captioner
+from captionlib.models.captioners.captioner import CaptionerNetwork
 from captionlib.models.captioners.language_model import LanguageModelConfig, build_language_model
 from captionlib.models.checkpoints.checkpoint import save_language_model
-from captionlib.models.checkpoints.folder import stamp_provenance
+from captionlib.models.checkpoints.folder import add_versions_and_time
 from captionlib.models.devices import resolve_device
 from captionlib.storage.folders import Folder
-from captionlib.training.loop import TrainingConfig, claim_folder, seed_everything, train
+from captionlib.training.loop import TrainingConfig, prepare_run_folder, seed_everything, train
 from captionlib.training.objective import BatchLoss, Objective, SaveModel, compute_perplexity
 
 __all__ = ["LanguageModelObjective", "LanguageModelTrainingConfig", "train_language_model"]
@@ -36,11 +36,11 @@ class LanguageModelTrainingConfig:
         model: the architecture.
         training: settings of the training loop.
         level: what a token is: `words`, `characters`, or subwords (`bpe` or `unigram`), which are trained on the text
-            and need the extra `subwords`.
+            and require `pip install captionlib[subwords]`.
         layout: the layout of a text file, `sentences` (one per line) or `continuous` (one long text).
         train_splits: the training splits, if the text is the captions of a dataset.
-        validation_splits: the splits of such a dataset that are used to select the best epoch.
-        validation_fraction: the fraction of a text file that is held out to select the best epoch.
+        validation_splits: the splits that select the best epoch, if the text is the captions of a dataset.
+        validation_fraction: the fraction of a text file that is held out and selects the best epoch.
         min_count: words or characters with fewer occurrences than this are replaced by the UNKNOWN token.
         vocabulary_size: the maximum number of subwords.
         max_tokens: longer sentences are truncated in training.
@@ -62,11 +62,11 @@ class LanguageModelTrainingConfig:
     batch_size: PositiveInt = 100
 
 
-class LanguageModelObjective(Objective[npt.NDArray[np.int64], Captioner]):
+class LanguageModelObjective(Objective[npt.NDArray[np.int64], CaptionerNetwork]):
     """Maximizes the log-probability of sentences, or of sequences of a continuous text."""
 
     def __init__(
-        self, model: Captioner, training: TextBatches, validation: TextBatches, save: SaveModel[Captioner]
+        self, model: CaptionerNetwork, training: TextBatches, validation: TextBatches, save: SaveModel[CaptionerNetwork]
     ) -> None:
         super().__init__(model, save)
         self._training = training
@@ -80,24 +80,24 @@ class LanguageModelObjective(Objective[npt.NDArray[np.int64], Captioner]):
 
     def loss(self, batch: npt.NDArray[np.int64]) -> BatchLoss:
         """Computes the mean negative log-probability per token."""
-        log_probs = self._score(batch, self._training.has_end_tokens)
+        log_probs = self._score(batch, self._training.rows_are_sentences)
         total = -log_probs.sum()
         return BatchLoss(total / len(log_probs), total.item(), len(log_probs))
 
     def validate(self) -> dict[str, float]:
         """Computes the perplexity, exp(-sum ln p / tokens). END, which marks the end of a sentence, is a token."""
-        has_end_tokens = self._validation.has_end_tokens
-        log_probs = (self._score(batch, has_end_tokens) for batch in self._validation.in_order())
+        rows_are_sentences = self._validation.rows_are_sentences
+        log_probs = (self._score(batch, rows_are_sentences) for batch in self._validation.in_order())
         return {"perplexity": compute_perplexity(log_probs)}
 
-    def _score(self, batch: npt.NDArray[np.int64], has_end_tokens: bool) -> Tensor:
+    def _score(self, batch: npt.NDArray[np.int64], rows_are_sentences: bool) -> Tensor:
         sentences = torch.from_numpy(batch).to(self._device)
         no_image = torch.zeros(1, 0, device=self._device)  # all sentences share one image without features
         scores = self.model(no_image, sentences, sentences.new_zeros(len(sentences)))
         log_probs: Tensor = scores.log_probs
         # The model appends END to each row. log_probs is ordered by time step, and all sequences have the same length,
         # so the last len(sentences) entries are those of END. They are dropped for continuous text.
-        return log_probs if has_end_tokens else log_probs[: -len(sentences)]
+        return log_probs if rows_are_sentences else log_probs[: -len(sentences)]
 
 
 def train_language_model(
@@ -121,8 +121,8 @@ def train_language_model(
         source, config.layout, config.train_splits, config.validation_splits, config.validation_fraction
     )
     folder = Folder(output)
-    claim_folder(folder, overwrite)
-    target = resolve_device(device)
+    prepare_run_folder(folder, overwrite)
+    model_device = resolve_device(device)
     vocabulary = Vocabulary.from_captions(corpus.training(), config.min_count, config.level, config.vocabulary_size)
     training = _make_batches(corpus.training(), vocabulary, config)
     validation = _make_batches(corpus.validation(), vocabulary, config)
@@ -130,15 +130,15 @@ def train_language_model(
     model = build_language_model(config.model, len(vocabulary))
     model.initialize_bias(torch.from_numpy(vocabulary.log_frequencies()))
 
-    def save(output: Folder, model: Captioner, history: dict[str, Any]) -> None:
-        provenance = stamp_provenance({"source": corpus.fingerprint})
+    def save(output: Folder, model: CaptionerNetwork, history: dict[str, Any]) -> None:
+        provenance = add_versions_and_time({"source": corpus.fingerprint})
         save_language_model(
             output, model, config.model, vocabulary, config.layout, provenance=provenance, training=history
         )
 
-    objective = LanguageModelObjective(model.to(target), training, validation, save)
+    objective = LanguageModelObjective(model.to(model_device), training, validation, save)
     objective.unigram_perplexity = vocabulary.unigram_perplexity(
-        [*row[row != PAD].tolist(), *([END] if validation.has_end_tokens else [])]
+        [*row[row != PAD].tolist(), *([END] if validation.rows_are_sentences else [])]
         for batch in validation.in_order()
         for row in batch
     )

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from captionlib.data.shards.markers import to_json
-from captionlib.errors import TrainingDiverged, TrainingInterrupted
+from captionlib.errors import DatasetError, TrainingDiverged, TrainingInterrupted
+from captionlib.models.checkpoints.folder import WEIGHTS
 from captionlib.progress import progress_bar
 from captionlib.storage.folders import Folder
 from captionlib.training.distributed import ProcessGroup
@@ -35,14 +36,16 @@ from captionlib.training.optimization import (
 from captionlib.training.state import (
     RESOLVED,
     RunState,
-    claim_folder,
     get_rng_states,
     load_state,
+    prepare_run_folder,
     save_state,
     set_rng_states,
 )
 
-__all__ = ["Objective", "TrainingConfig", "claim_folder", "seed_everything", "train"]
+__all__ = ["Objective", "TrainingConfig", "prepare_run_folder", "seed_everything", "train"]
+
+_CURVES_INTERVAL_SECONDS = 30.0
 
 
 def train(
@@ -69,9 +72,9 @@ def train(
         data (`data_wait`).
 
     Raises:
-        DatasetError: the folder holds a run with a different configuration.
-        TrainingDiverged: the loss or a validation score is not finite, or the perplexity stays above that of the word
-            frequencies alone. The checkpoint of the best epoch is kept.
+        DatasetError: the folder holds a run with a different configuration, or its checkpoint has been removed.
+        TrainingDiverged: the loss or a validation score is not finite, or the perplexity stays above that of a unigram
+            model. The checkpoint of the best epoch is kept.
         TrainingInterrupted: Ctrl-C or SIGTERM stopped the run; its state is saved.
     """
     run = _Run(objective, config, output, resolved)
@@ -82,7 +85,9 @@ def train(
             run.require_learning()
             run.train_epoch(is_stop_requested, progress)
             run.complete_epoch(progress)
+        run.draw_new_curves()
         run.require_learning()
+        run.require_checkpoint()
     return run.state.history
 
 
@@ -106,10 +111,13 @@ class _Run(Generic[Batch, Model]):
         self._optimizer = make_optimizer(model, config, objective.module_learning_rates)
         self._scheduler = make_scheduler(self._optimizer, config, self._steps_per_epoch)
         self._average = None if config.ema_decay is None else average_weights(model, config.ema_decay)
+        self._curves_time = time.monotonic()
+        self._curves_epochs = 0
         seed_everything(config.seed + self.group.rank)
 
     def resume(self) -> None:
-        saved = self.group.run_on_first(lambda: load_state(self._output, self._resolved))
+        """Restores the last saved state, if there is one, and writes the settings of the run."""
+        saved = self.group.run_on_process_0(lambda: load_state(self._output, self._resolved))
         if saved is not None:
             self.state, state_dicts = saved
             self._objective.model.load_state_dict(state_dicts["model"])
@@ -118,6 +126,7 @@ class _Run(Generic[Batch, Model]):
             if self._average is not None:
                 self._average.load_state_dict(state_dicts["average"])
             set_rng_states(state_dicts["rng_states"][self.group.rank], self._device)
+            self.require_checkpoint()
         if self.group.is_first:
             self._output.write(RESOLVED, to_json(self._resolved))
 
@@ -129,10 +138,9 @@ class _Run(Generic[Batch, Model]):
     def require_learning(self) -> None:
         """Checks that the validation perplexity is below that of the unigram model, which uses only word frequencies.
 
-        Prints a warning if a run shorter than `unigram_patience` epochs ends above it.
-
         Raises:
-            TrainingDiverged: the perplexity of each of the last `unigram_patience` epochs is above it.
+            TrainingDiverged: the last `unigram_patience` epochs all failed this check. If all epochs of a shorter run
+                failed it, a warning is printed instead.
         """
         bound, patience = self._objective.unigram_perplexity, self._config.unigram_patience
         if bound is None or patience is None:
@@ -142,13 +150,21 @@ class _Run(Generic[Batch, Model]):
             return
         values = ", ".join(f"{value:.1f}" for value in last)
         reason = (
-            f"expected a validation perplexity below {bound:.1f}, that of the word frequencies alone (unigram), got "
+            f"expected a validation perplexity below {bound:.1f}, that of the word frequencies (unigram model), got "
             f"{values} in the last {'epoch' if len(last) == 1 else f'{len(last)} epochs'}"
         )
         if len(last) == patience:
             raise self._diverged(reason, "; set training.unigram_patience to null to continue nevertheless")
         if self.group.is_first and self.is_finished():
             print(f"warning: {reason}; train longer or with a lower training.learning_rate", file=sys.stderr)
+
+    def require_checkpoint(self) -> None:
+        """Raises DatasetError if the folder no longer holds the checkpoint of the best epoch."""
+        if self.state.best_epoch >= 0 and not self.group.run_on_process_0(lambda: self._output.exists(WEIGHTS)):
+            raise DatasetError(
+                f"{self._output.uri} does not hold the checkpoint of epoch {self.state.best_epoch + 1}, because files "
+                "were removed or moved; train again with --overwrite"
+            )
 
     def _require_finite(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -233,17 +249,27 @@ class _Run(Generic[Batch, Model]):
         return stops > 0, saves > 0
 
     def complete_epoch(self, progress: bool) -> None:
+        """Validates the model, or the average of its weights if configured, and saves the results."""
         model = self._objective.model
         with nullcontext() if self._average is None else apply_average(model, self._average):
             model.eval()
             with torch.inference_mode():
-                scores = self.group.run_on_first(self._objective.validate)
+                scores = self.group.run_on_process_0(self._objective.validate)
             self._require_finite(scores)
-            self._report(scores, progress)
+            self._record_epoch(scores, progress)
         self.save()
+        if time.monotonic() > self._curves_time + _CURVES_INTERVAL_SECONDS:
+            self.draw_new_curves()
 
-    def _report(self, scores: dict[str, float], progress: bool) -> None:
-        """Logs the metrics of an epoch, and writes the checkpoint if the epoch is the best so far."""
+    def draw_new_curves(self) -> None:
+        """Plots the metrics of all epochs, unless the plot is up to date."""
+        history = self.state.history
+        if self.group.is_first and len(history) > self._curves_epochs:
+            draw_curves(self._output, history)
+            self._curves_time, self._curves_epochs = time.monotonic(), len(history)
+
+    def _record_epoch(self, scores: dict[str, float], progress: bool) -> None:
+        """Logs the metrics of an epoch, writes the checkpoint if the epoch is the best so far, and ends the epoch."""
         state, objective = self.state, self._objective
         factor = schedule_factor(self._config, self._scheduler.last_epoch, self._steps_per_epoch)
         row = {
@@ -265,7 +291,6 @@ class _Run(Generic[Batch, Model]):
         if self.group.is_first:
             if is_best:
                 objective.save(self._output, {"history": state.history, "resolved": self._resolved})
-                draw_curves(self._output, state.history)
             log_epoch(self._output, state.history)
 
 

@@ -18,7 +18,7 @@ from captionlib.data.batches.captions import (
     CaptionBatch,
     CaptionBatches,
     feature_shape,
-    make_encoder,
+    make_caption_tokenizer,
     mean_and_std,
     read_captions,
 )
@@ -27,12 +27,13 @@ from captionlib.data.text.vocabulary import Level, Vocabulary
 from captionlib.evaluation.retrieval import score_retrieval
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.checkpoints.checkpoint import save_ranker
-from captionlib.models.checkpoints.folder import stamp_provenance
+from captionlib.models.checkpoints.folder import add_versions_and_time
 from captionlib.models.devices import resolve_device
-from captionlib.models.rankers.ranker import Ranker, RankerConfig
+from captionlib.models.rankers.ranker import RankerConfig, RankerNetwork
 from captionlib.storage.folders import Folder
 from captionlib.training.distributed import ProcessGroup, join_process_group
-from captionlib.training.loop import TrainingConfig, claim_folder, seed_everything, train
+from captionlib.training.initialization import describe_features
+from captionlib.training.loop import TrainingConfig, prepare_run_folder, seed_everything, train
 from captionlib.training.objective import BatchLoss, Objective, SaveModel
 from captionlib.training.ranking_losses import contrastive_loss, max_margin_loss
 
@@ -54,12 +55,13 @@ class RankerTrainingConfig:
         warmup_epochs: the number of initial epochs in which `hard_negative` uses all negatives.
         train_splits: the training splits; `restval` is the part of COCO's validation set that is used for training.
         validation_splits: the splits that select the best epoch. All their images are ranked together.
-        level: what a token is: `words`, `characters`, or subwords (`bpe` or `unigram`), which are trained on the text
-            and need the extra `subwords`.
+        level: what a token is: `words`, `characters`, or subwords (`bpe` or `unigram`), which are trained on the
+            captions and require `pip install captionlib[subwords]`.
         min_count: words or characters with fewer occurrences than this are replaced by the UNKNOWN token.
         vocabulary_size: the maximum number of subwords.
-        max_words: longer captions are truncated in training. If None, after 30 words, or 200 characters.
-        batch_images: images per batch and process. All negatives come from the batch of the same process.
+        max_words: the maximum length of a caption in training; longer captions are truncated. If None, it is 30 words,
+            or 200 characters if `level` is `characters`.
+        batch_images: images per batch in each process. All negatives come from the batch of the same process.
         captions_per_image: the number of captions to sample per image and epoch; 0 uses all captions.
         shuffle_buffer_megabytes: the size of the buffer in which features are shuffled.
     """
@@ -98,7 +100,7 @@ class RankingBatch:
     epoch: int
 
 
-class RankingObjective(Objective[RankingBatch, Ranker]):
+class RankingObjective(Objective[RankingBatch, RankerNetwork]):
     """Trains a ranker to rank an image's captions above other captions, and a caption's image above other images."""
 
     score_name = "mean_recall"
@@ -106,11 +108,11 @@ class RankingObjective(Objective[RankingBatch, Ranker]):
 
     def __init__(
         self,
-        model: Ranker,
+        model: RankerNetwork,
         config: RankerTrainingConfig,
         training: CaptionBatches,
         validation: CaptionBatches,
-        save: SaveModel[Ranker],
+        save: SaveModel[RankerNetwork],
     ) -> None:
         super().__init__(model, save)
         self._config = config
@@ -120,11 +122,11 @@ class RankingObjective(Objective[RankingBatch, Ranker]):
 
     def batches(self, seed: int, epoch: int, first: int) -> Iterator[RankingBatch | None]:
         batches = self._training.shuffled(seed, epoch, self._group.rank, self._group.world_size, first)
-        for number, batch in enumerate(batches, first):
+        for index, batch in enumerate(batches, first):
             if batch is None:
                 yield None
             else:
-                generator = np.random.default_rng([seed, epoch, number, self._group.rank])
+                generator = np.random.default_rng([seed, epoch, index, self._group.rank])
                 yield RankingBatch(sample_captions(batch, self._config.captions_per_image, generator), epoch)
 
     def steps_per_epoch(self) -> int:
@@ -145,14 +147,14 @@ class RankingObjective(Objective[RankingBatch, Ranker]):
 
     def validate(self) -> dict[str, float]:
         """Computes the mean recall and the median ranks of retrieval in both directions."""
-        images, captions, image_indices, first = [], [], [], 0
+        images, captions, image_of_caption, image_count = [], [], [], 0
         for batch in self._validation.in_order():
             image_embeddings, caption_embeddings = self._embed(batch)
             images.append(image_embeddings.float().cpu().numpy())
             captions.append(caption_embeddings.float().cpu().numpy())
-            image_indices.append(batch.image_of_sentence + first)
-            first += len(image_embeddings)
-        scores = score_retrieval(np.concatenate(images), np.concatenate(captions), np.concatenate(image_indices))
+            image_of_caption.append(batch.image_of_sentence + image_count)
+            image_count += len(image_embeddings)
+        scores = score_retrieval(np.concatenate(images), np.concatenate(captions), np.concatenate(image_of_caption))
         return {
             "mean_recall": scores.mean_recall,
             "image_to_text_median_rank": scores.image_to_text.median_rank,
@@ -175,7 +177,7 @@ def sample_captions(batch: CaptionBatch, count: int, generator: np.random.Genera
     images = batch.image_of_sentence[shuffled]
     position = np.arange(len(images)) - np.searchsorted(images, images)  # index of each caption within its image
     selected = shuffled[position < count]
-    sentences = [batch.sentences[number] for number in selected]
+    sentences = [batch.sentences[index] for index in selected]
     return CaptionBatch(batch.features, sentences, batch.image_of_sentence[selected])
 
 
@@ -213,12 +215,12 @@ def train_ranker(
         DatasetError: the features are incomplete, or a split has no captions.
     """
     folder = Folder(output)
-    with join_process_group(resolve_device(device)) as target:
+    with join_process_group(resolve_device(device)) as process_device:
         group = ProcessGroup()
         dataset = open_dataset(features, "features").require_complete()
-        group.run_on_first(lambda: claim_folder(folder, overwrite))
+        group.run_on_process_0(lambda: prepare_run_folder(folder, overwrite))
         next(read_captions(dataset, config.validation_splits))  # raises an error now if there are no captions
-        objective = _make_objective(dataset, config, target)
+        objective = _make_objective(dataset, config, process_device)
         resolved = {"features": dataset.compute_content_checksum(), "world_size": group.world_size, **to_dict(config)}
         return train(objective, config.training, folder, resolved, progress)
 
@@ -226,21 +228,20 @@ def train_ranker(
 def _make_objective(dataset: ShardedDataset, config: RankerTrainingConfig, device: torch.device) -> RankingObjective:
     captions = read_captions(dataset, config.train_splits)
     vocabulary = Vocabulary.from_captions(captions, config.min_count, config.level, config.vocabulary_size)
-    encode, buffer_bytes = make_encoder(vocabulary, config.max_words), config.shuffle_buffer_megabytes << 20
+    encode, buffer_bytes = make_caption_tokenizer(vocabulary, config.max_words), config.shuffle_buffer_megabytes << 20
     training = CaptionBatches(dataset, config.train_splits, encode, config.batch_images, buffer_bytes, pooled=True)
     validation = CaptionBatches(
         dataset, config.validation_splits, vocabulary.encode, _VALIDATION_IMAGES, buffer_bytes, pooled=True
     )
     seed_everything(config.training.seed)
-    model = Ranker(config.ranker, feature_shape(dataset)[-1], len(vocabulary))
+    model = RankerNetwork(config.ranker, feature_shape(dataset)[-1], len(vocabulary))
     if config.ranker.standardize_features:
         model.standardization.set_statistics(*map(torch.from_numpy, mean_and_std(dataset, config.train_splits)))
 
-    def save(output: Folder, model: Ranker, history: dict[str, Any]) -> None:
-        encoder, provenance = (
-            dataset.config["encoder"],
-            stamp_provenance({"features": dataset.compute_content_checksum()}),
-        )
-        save_ranker(output, model, vocabulary, encoder, provenance=provenance, training=history)
+    provenance = describe_features(dataset, config.train_splits, config.validation_splits)
+
+    def save(output: Folder, model: RankerNetwork, history: dict[str, Any]) -> None:
+        encoder, complete = dataset.config["encoder"], add_versions_and_time(provenance)
+        save_ranker(output, model, vocabulary, encoder, provenance=complete, training=history)
 
     return RankingObjective(model.to(device), config, training, validation, save)

@@ -24,8 +24,8 @@ def max_margin_loss(scores: Tensor, image_of_sentence: Tensor, margin: float, ha
         margin: the margin by which the score of a pair must exceed the scores of its negatives.
         hard_negatives: use only the hardest negative of each kind.
     """
-    is_negative = _negatives(scores, image_of_sentence)
-    pairs = _pair_scores(scores, image_of_sentence)
+    is_negative = _find_negatives(scores, image_of_sentence)
+    pairs = _select_pair_scores(scores, image_of_sentence)
     image_costs = F.relu(margin - pairs + scores) * is_negative  # [images, captions]
     caption_scores = scores[image_of_sentence]  # [captions, captions], all captions for the image of each caption
     caption_costs = F.relu(margin - pairs[:, None] + caption_scores) * is_negative[image_of_sentence]
@@ -37,8 +37,9 @@ def max_margin_loss(scores: Tensor, image_of_sentence: Tensor, margin: float, ha
 def contrastive_loss(scores: Tensor, image_of_sentence: Tensor, log_temperature: Tensor) -> Tensor:
     """Computes the contrastive loss (InfoNCE, van den Oord et al. 2018, arXiv 1807.03748) in both directions.
 
-    A pair costs -ln softmax(score / temperature), where the softmax is over all images in one direction, and over the
-    caption and the captions of other images in the other. The loss is the mean over both directions and all pairs.
+    A pair costs -ln softmax(score / temperature). From caption to image, the softmax is over all images. From image to
+    caption, it is over the caption of the pair and all captions of other images. The loss is the mean over both
+    directions and all pairs.
 
     Args:
         scores: `[images, captions]`, cosine similarities.
@@ -47,18 +48,18 @@ def contrastive_loss(scores: Tensor, image_of_sentence: Tensor, log_temperature:
     """
     logits = scores * torch.exp(-log_temperature)
     image_loss = F.cross_entropy(logits.t(), image_of_sentence)
-    is_negative = _negatives(scores, image_of_sentence)
+    is_negative = _find_negatives(scores, image_of_sentence)
     negatives = logits.masked_fill(~is_negative, float("-inf"))[image_of_sentence]  # [captions, captions]
-    pairs = _pair_scores(logits, image_of_sentence)
+    pairs = _select_pair_scores(logits, image_of_sentence)
     caption_loss = (torch.logsumexp(torch.cat([pairs[:, None], negatives], 1), 1) - pairs).mean()
     return (image_loss + caption_loss) / 2
 
 
-def _negatives(scores: Tensor, image_of_sentence: Tensor) -> Tensor:
+def _find_negatives(scores: Tensor, image_of_sentence: Tensor) -> Tensor:
     """Returns whether each caption describes a different image, `[images, captions] bool`."""
     return torch.arange(len(scores), device=scores.device)[:, None] != image_of_sentence
 
 
-def _pair_scores(scores: Tensor, image_of_sentence: Tensor) -> Tensor:
+def _select_pair_scores(scores: Tensor, image_of_sentence: Tensor) -> Tensor:
     """Returns the score of each caption with its own image, `[captions]`."""
     return scores.gather(0, image_of_sentence[None])[0]

@@ -24,7 +24,7 @@ from captionlib.config import configclass
 from captionlib.data.batches.captions import CaptionBatch
 from captionlib.data.text.vocabulary import END, UNKNOWN
 from captionlib.errors import ConfigError
-from captionlib.models.captioners.captioner import Captioner
+from captionlib.models.captioners.captioner import CaptionerNetwork
 from captionlib.models.decoding.beam_search import search_beam
 from captionlib.models.decoding.cider_d import CiderD
 from captionlib.models.decoding.config import DecodingConfig
@@ -84,7 +84,7 @@ class _Samples(NamedTuple):
     sentences: Tensor
 
 
-class SelfCriticalObjective(Objective[SelfCriticalBatch, Captioner]):
+class SelfCriticalObjective(Objective[SelfCriticalBatch, CaptionerNetwork]):
     """Maximizes the expected CIDEr-D of samples. `captioning` provides batches, validation and checkpoints.
 
     `references` holds the reference captions of each training image as token ids. They determine the n-gram frequencies
@@ -93,7 +93,7 @@ class SelfCriticalObjective(Objective[SelfCriticalBatch, Captioner]):
 
     def __init__(
         self,
-        captioning: CaptioningObjective[Captioner],
+        captioning: CaptioningObjective[CaptionerNetwork],
         config: SelfCriticalConfig,
         references: Iterable[Sequence[list[int]]],
         max_tokens: int,
@@ -130,8 +130,8 @@ class SelfCriticalObjective(Objective[SelfCriticalBatch, Captioner]):
     def _sample(self, batch: SelfCriticalBatch) -> _Samples:
         """Samples captions for each image, keeping the gradients of their log-probabilities."""
         images, samples = batch.captions.features, self._config.samples
-        keys = [f"{batch.seed} {batch.epoch} ".encode() + image.tobytes() for image in images]
-        uniforms = generate_uniforms(keys, samples, self._sampling.find_max_tokens(), seed=0).to(self._device)
+        seed_keys = [f"{batch.seed} {batch.epoch} ".encode() + image.tobytes() for image in images]
+        uniforms = generate_uniforms(seed_keys, samples, self._sampling.find_max_tokens(), seed=0).to(self._device)
         image_state = self.model.encode_images(torch.from_numpy(images).to(self._device))
         active = torch.arange(len(images) * samples, device=self._device)  # captions that have not reached END
         state, word = image_state.state.index_select(1, active // samples), torch.full_like(active, END)
@@ -165,7 +165,7 @@ class SelfCriticalObjective(Objective[SelfCriticalBatch, Captioner]):
         return [[*best.token_ids, END][: best.token_count] for (best,) in candidates]
 
     def _compute_rewards(self, batch: CaptionBatch, sampled: list[list[int]]) -> tuple[Rewards, Rewards]:
-        """Returns the rewards of the samples and their advantages over the baseline, `[images, samples]` each."""
+        """Returns the rewards of the samples, and the rewards minus the baseline, `[images, samples]` each."""
         samples = self._config.samples
         references: list[list[list[int]]] = [[] for _ in batch.features]
         for sentence, image in zip(batch.sentences, batch.image_of_sentence, strict=True):

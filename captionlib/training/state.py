@@ -15,7 +15,7 @@ from captionlib.models.checkpoints.folder import CHECKPOINT_FILES
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 from captionlib.training.metrics_log import CURVES, METRICS, TENSORBOARD
 
-__all__ = ["RESOLVED", "RunState", "claim_folder", "get_rng_states", "load_state", "save_state", "set_rng_states"]
+__all__ = ["RESOLVED", "RunState", "get_rng_states", "load_state", "prepare_run_folder", "save_state", "set_rng_states"]
 
 STATE = "_training/state.pt"
 RESOLVED = "resolved.json"
@@ -73,8 +73,8 @@ class RunState:
         self.loss_total, self.loss_count, self.reward_total, self.reward_count = 0.0, 0, 0.0, 0
 
 
-def claim_folder(output: Folder, overwrite: bool) -> None:
-    """Checks that a run may write to a folder. If `overwrite` is True, deletes an earlier run in the folder.
+def prepare_run_folder(output: Folder, overwrite: bool) -> None:
+    """Checks that a run may write to a folder. If `overwrite` is True, deletes the files of an earlier run.
 
     Raises:
         DatasetError: the folder holds files that no run wrote.
@@ -91,7 +91,7 @@ def claim_folder(output: Folder, overwrite: bool) -> None:
 
 
 def save_state(output: Folder, resolved: Mapping[str, Any], state: RunState, state_dicts: Mapping[str, Any]) -> None:
-    """Writes or replaces the state of a run. `state_dicts` holds the state of the model and others, by name."""
+    """Writes or replaces the state of a run. `state_dicts` holds the states of the model, the optimizer and so on."""
     with output.stage(STATE) as path:
         torch.save({"resolved": resolved, "state": vars(state), **state_dicts}, path)
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -6,12 +7,15 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from captionlib.data.exports import ExportSummary, export_images
+from captionlib.data.exports import ExportFormat, ExportSummary, export_images
 from captionlib.data.ingestion.prepare import prepare
+from captionlib.data.selection import select_images
 from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import DUPLICATES_SCHEMA, MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
-from captionlib.errors import DatasetError, FingerprintError
+from captionlib.errors import DatasetError, FingerprintError, LockError
+from captionlib.storage.folders import Folder
+from captionlib.storage.lock import lock_folder
 
 
 @pytest.fixture
@@ -61,7 +65,7 @@ def test_tars_contain_the_files_and_are_read_by_prepare(manifest: Path, tmp_path
 
 def test_folders_list_their_images_without_duplicates_and_other_splits(manifest: Path, tmp_path: Path) -> None:
     duplicates = write_duplicates(tmp_path / "duplicates")
-    export_images(manifest, tmp_path / "out", "huggingface", splits=["train"], duplicates=duplicates)
+    export_images(manifest, tmp_path / "out", "metadata", selection=select_images(["train"], duplicates))
     rows = [json.loads(line) for line in (tmp_path / "out/part-00000/metadata.jsonl").read_text().splitlines()]
     assert [row["image_id"] for row in rows] == ["x/a.png", "x/c.png"]
     contents = [(tmp_path / "out/part-00000" / row["file_name"]).read_bytes() for row in rows]
@@ -78,9 +82,69 @@ def test_second_run_writes_only_unfinished_shards(manifest: Path, tmp_path: Path
     assert (tmp_path / "tars/part-00001.tar").exists()
 
 
+@pytest.mark.parametrize(
+    ("to", "name", "content"),
+    [
+        ("webdataset", "part-00000.tar", None),
+        ("metadata", "part-00000/metadata.jsonl", None),
+        ("webdataset", "__export/part-00000.json", b"\0"),
+        ("webdataset", "__export/part-00000.json", b'{"images": "many"}'),
+    ],
+)
+def test_shard_whose_files_are_missing_or_damaged_is_exported_again(
+    manifest: Path, tmp_path: Path, to: ExportFormat, name: str, content: bytes | None
+) -> None:
+    expected = export_images(manifest, tmp_path / "out", to)
+    files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    (tmp_path / "out" / name).unlink() if content is None else (tmp_path / "out" / name).write_bytes(content)
+    assert export_images(manifest, tmp_path / "out", to) == expected
+    assert {path for path in (tmp_path / "out").rglob("*") if path.is_file()} == files.keys()
+
+
+def test_damaged_description_is_an_error(manifest: Path, tmp_path: Path) -> None:
+    export_images(manifest, tmp_path / "out", "webdataset")
+    (tmp_path / "out/__export/export.json").write_text("{")
+    with pytest.raises(DatasetError, match=r"export.json is damaged .*; export to a new folder"):
+        export_images(manifest, tmp_path / "out", "webdataset")
+
+
+def test_two_exports_to_a_folder_do_not_mix(manifest: Path, tmp_path: Path) -> None:
+    with (
+        lock_folder(Folder(tmp_path / "out"), "captionlib export"),
+        pytest.raises(LockError, match="in use by `captionlib export`"),
+    ):
+        export_images(manifest, tmp_path / "out", "metadata")
+    export_images(manifest, tmp_path / "out", "metadata")
+    assert not (tmp_path / "out/_lock").exists()
+
+
+def test_folder_that_is_removed_during_an_export_is_an_error(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Folder, "remove_temporary_files", lambda folder: shutil.rmtree(folder.uri))
+    with pytest.raises(DatasetError, match="out was removed or moved during the export"):
+        export_images(manifest, tmp_path / "out", "webdataset")
+
+
 def test_different_export_in_the_folder_and_empty_split_are_refused(manifest: Path, tmp_path: Path) -> None:
     export_images(manifest, tmp_path / "tars", "webdataset")
     with pytest.raises(FingerprintError, match="different format"):
-        export_images(manifest, tmp_path / "tars", "huggingface")
-    with pytest.raises(DatasetError, match="expected images in split test"):
-        export_images(manifest, tmp_path / "none", "webdataset", splits=["test"])
+        export_images(manifest, tmp_path / "tars", "metadata")
+    with pytest.raises(DatasetError, match=r"expected images that are selected \(splits: test\)"):
+        export_images(manifest, tmp_path / "none", "webdataset", selection=select_images(["test"]))
+
+
+def test_txt_writes_the_captions_beside_each_image(manifest: Path, tmp_path: Path) -> None:
+    assert export_images(manifest, tmp_path / "out", "txt") == ExportSummary(4, {"NotFound": 1})
+    files = {file.name: file.read_bytes() for file in (tmp_path / "out/part-00001").iterdir()}
+    assert files == {"000000.png": (tmp_path / "e.png").read_bytes(), "000000.txt": b"caption e\nanother"}
+    assert len(list((tmp_path / "out/part-00000").iterdir())) == 6
+
+
+def test_export_with_a_different_selection_is_refused(manifest: Path, tmp_path: Path) -> None:
+    for included, expected in ((frozenset({"x/a.png"}), 1), (frozenset({"x/a.png"}), 1)):
+        summary = export_images(manifest, tmp_path / "out", "txt", selection=select_images(included=included))
+        assert summary.images == expected
+    for selection in (select_images(included=frozenset({"x/b.png"})), select_images(["train"]), select_images()):
+        with pytest.raises(FingerprintError, match="different format, selection or content"):
+            export_images(manifest, tmp_path / "out", "txt", selection=selection)

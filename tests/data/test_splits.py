@@ -1,8 +1,8 @@
-from captionlib.data.splits import expand_splits
+from captionlib.data.splits import add_split_aliases
 
 
 def test_val_and_dev_are_one_split() -> None:
-    assert expand_splits(["val"]) == expand_splits(["dev"]) == {"val", "dev"}
-    assert expand_splits(["dev", "test"]) == {"val", "dev", "test"}
-    assert expand_splits(["train"]) == {"train"}
-    assert expand_splits([]) == frozenset()
+    assert add_split_aliases(["val"]) == add_split_aliases(["dev"]) == {"val", "dev"}
+    assert add_split_aliases(["dev", "test"]) == {"val", "dev", "test"}
+    assert add_split_aliases(["train"]) == {"train"}
+    assert add_split_aliases([]) == frozenset()

@@ -16,7 +16,7 @@ from captionlib.evaluation.bootstrap import BootstrapConfig
 from captionlib.evaluation.diversity import count_diversity, measure_captions
 from captionlib.evaluation.evaluate import evaluate_captions
 from captionlib.evaluation.perplexity import measure_perplexity
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.checkpoints.checkpoint import save_captioner
 from tests.evaluation.test_caption_scores import CAPTIONS, REFERENCES, write, write_captions, write_manifest
 
@@ -26,7 +26,7 @@ ENCODER = {"model": "none", "shape": [3]}
 
 def write_captioner(folder: Path, encoder: dict[str, Any] = ENCODER) -> Path:
     torch.manual_seed(0)
-    model = Captioner(CaptionerConfig(hidden_size=4, embedding_size=4), 3, len(VOCABULARY)).eval()
+    model = CaptionerNetwork(CaptionerConfig(hidden_size=4, embedding_size=4), 3, len(VOCABULARY)).eval()
     save_captioner(folder, model, VOCABULARY, encoder, provenance={}, training={})
     return folder
 
@@ -49,9 +49,9 @@ def test_perplexity_of_each_image_and_of_the_set(tmp_path: Path) -> None:
     features = write_features(tmp_path / "features", ["x", "not requested", "y"])
     references = {"y": ["A dog!", "the dog runs wild"], "x": ["grass", ""]}
     metric = measure_perplexity(checkpoint, features, references)
-    model = Captioner(CaptionerConfig(hidden_size=4, embedding_size=4), 3, len(VOCABULARY)).eval()
+    model = CaptionerNetwork(CaptionerConfig(hidden_size=4, embedding_size=4), 3, len(VOCABULARY)).eval()
     torch.manual_seed(0)
-    model = Captioner(CaptionerConfig(hidden_size=4, embedding_size=4), 3, len(VOCABULARY)).eval()
+    model = CaptionerNetwork(CaptionerConfig(hidden_size=4, embedding_size=4), 3, len(VOCABULARY)).eval()
 
     def loss(vector: list[float], sentence: str) -> float:
         words = torch.tensor([VOCABULARY.encode(sentence)])

@@ -101,23 +101,23 @@ def test_result_struct_without_ids_uses_paths(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([{"image_id": 1}], r"r.json, \[0\]: expected caption as valid Unicode text, got no value"),
+        ([{"image_id": 1}], r"r.json, \[0\]: caption: expected valid Unicode text, got no value"),
         ([{"image_id": 1.5, "caption": "a"}], r"r.json, \[0\]: expected"),
         ([{"image_id": True, "caption": "a"}], r"r.json, \[0\]: expected"),
-        ([{"image_id": 1, "caption": None}], r"r.json, \[0\]: expected"),
+        ([{"image_id": 1, "caption": None}], r"r.json, \[0\]: caption: expected"),
         (["a dog"], r"r.json, \[0\]: expected"),
         (
             [{"image_id": 1, "caption": "a \ud83d dog"}],
-            r"r.json, \[0\]: expected caption as valid Unicode text, got text",
+            r"r.json, \[0\]: caption: expected valid Unicode text, got text",
         ),
         ({"imgblobs": [{"imgid": None, "candidate": {"text": "a"}}]}, r"imgblobs\[0\]: expected imgid as text"),
         (
             {"imgblobs": [{"imgid": 1, "candidate": {"text": "a", "logprob": []}}]},
-            "expected logprob as a number, got list",
+            "logprob: expected a number, got list",
         ),
         (
             {"imgblobs": [{"imgid": 1, "candidate": {"text": "a"}, "references": [{"text": 3}]}]},
-            r"imgblobs\[0\], references\[0\]: expected text as valid Unicode text, got number 3",
+            r"imgblobs\[0\], references\[0\]: text: expected valid Unicode text, got number 3",
         ),
         ([{"image_id": 1, "caption": "a"}, {"image_id": "1", "caption": "b"}], "image 1 has two captions"),
         ({"imgblobs": [{"imgid": 1}]}, r"imgblobs\[0\], candidate: expected an object, got no value"),

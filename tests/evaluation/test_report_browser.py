@@ -9,7 +9,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 
-from captionlib.evaluation.encoder_views import EncoderView
+from captionlib.evaluation.crop_and_attention import CropAndAttention
 from captionlib.evaluation.predictions import Prediction
 from captionlib.evaluation.report import write_report
 from tests.browser import needs_browser, open_browser
@@ -40,7 +40,12 @@ def page(tmp_path: Path, browser: WebDriver) -> Path:
     Image.new("RGB", (64, 64), "teal").save(tmp_path / "photo.png")
     predictions = [Prediction(name, "a dog runs", str(tmp_path / "photo.png")) for name in ("x", "y")]
     path = Path(
-        write_report(tmp_path / "report", "Captions", predictions, encoder_view=EncoderView(attention_maps={"x": MAPS}))
+        write_report(
+            tmp_path / "report",
+            "Captions",
+            predictions,
+            crop_and_attention=CropAndAttention(attention_maps={"x": MAPS}),
+        )
     )
     browser.get(path.as_uri())
     return path
@@ -85,7 +90,7 @@ def test_labels_describe_where_the_attention_is(browser: WebDriver, page: Path) 
     assert browser.get_log("browser") == []
 
 
-def test_mouse_shows_maps_and_a_click_pins_one(browser: WebDriver, page: Path) -> None:
+def test_mouse_shows_maps_and_a_click_keeps_one_visible(browser: WebDriver, page: Path) -> None:
     first, second, *_ = browser.find_elements(By.CLASS_NAME, "word")
     assert read_active_word(browser) is None
     ActionChains(browser).move_to_element(first).perform()
@@ -127,7 +132,7 @@ def test_keyboard_moves_through_the_words(browser: WebDriver, page: Path) -> Non
         words.append(read_active_word(browser))
     assert words == ["a", "dog", "runs", ".", ".", "runs", "a", "a"]
     browser.switch_to.active_element.send_keys(Keys.TAB)
-    assert read_active_word(browser) == "a", "Enter pins the map, and Tab leaves the caption"
+    assert read_active_word(browser) == "a", "after Enter, the map stays visible when Tab leaves the caption"
     assert "word" not in (browser.switch_to.active_element.get_attribute("class") or "")
     browser.find_element(By.CLASS_NAME, "word").send_keys(Keys.ESCAPE)
     assert read_active_word(browser) is None

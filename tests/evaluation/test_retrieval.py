@@ -21,7 +21,8 @@ def unit(rows: list[list[float]]) -> np.ndarray:
 
 def test_ranks_computed_by_hand() -> None:
     images = unit([[1, 0], [0, 1]])
-    # Image 0 has a reference close to image 1 and one in between; that of image 1 is closer to image 0 than the latter.
+    # References 0 and 1 describe image 0, and reference 2 describes image 1. Sorted by similarity to image 0, the
+    # references are 2, 1, 0; sorted by similarity to image 1, they are 0, 1, 2.
     references = unit([[0.1, 1], [1, 1.1], [1, 0.5]])
     image_of_reference = np.array([0, 0, 1])
     assert rank_references(images, references, image_of_reference).tolist() == [2, 3]

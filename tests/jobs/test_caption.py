@@ -1,6 +1,8 @@
 import json
+import shlex
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
@@ -33,6 +35,30 @@ def image(tmp_path: Path) -> str:
 def caption(*arguments: str | Path) -> Result:
     options = ["caption", *map(str, arguments), "--device", "cpu"]
     return CliRunner().invoke(captionlib, options, catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("command", "example"),
+    [
+        ("caption 'my photo.jpg' other.jpg", "caption 'my photo.jpg'"),
+        ("generate-captions manifest -o captions", "generate-captions manifest -o captions"),
+        ("init holidays --source images/", "init holidays --source images/"),
+    ],
+)
+def test_without_a_captioner_three_lines_say_how_to_get_one(command: str, example: str) -> None:
+    result = CliRunner().invoke(captionlib, shlex.split(command))
+    assert result.exit_code == 2
+    first, pretrained, demo = result.output.splitlines()
+    assert first == f"Error: {command.split(maxsplit=1)[0]} needs a captioner, -c FOLDER. To get one, run one of these:"
+    assert f"captionlib {example} -c hf:Salesforce/" in pretrained
+    assert f"captionlib {example} -c demo/captioner" in demo
+    for line in (pretrained, demo):
+        arguments = shlex.split(line, comments=True)
+        words = arguments[arguments.index("&&") + 2 :]
+        with click.Context(captionlib) as parent:
+            subcommand = captionlib.get_command(parent, words[0])
+            assert subcommand is not None
+            subcommand.make_context(words[0], words[1:], parent=parent)
 
 
 def test_report_shows_the_attention_maps_of_each_token(captioners: Path, image: str, tmp_path: Path) -> None:

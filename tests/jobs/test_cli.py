@@ -33,10 +33,6 @@ def call(*arguments: str) -> str | int | None:
     return exit_.value.code
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "captionlib", *arguments], capture_output=True, text=True, check=False)
-
-
 def test_help_and_usage_errors_import_no_heavy_libraries() -> None:
     heavy = ["torch", "torchvision", "apache_beam", "duckdb", "pyarrow", "numpy", "pydantic"]
     code = f"""
@@ -113,7 +109,8 @@ def test_commands_in_the_readme_exist() -> None:
 
 
 def test_error_becomes_a_message_and_an_exit_code(tmp_path: Path) -> None:
-    result = run("inspect", str(tmp_path / "nothing"))
+    command = [sys.executable, "-m", "captionlib", "inspect", str(tmp_path / "nothing")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr.startswith("Error: ")
     assert str(tmp_path / "nothing") in result.stderr
@@ -129,16 +126,16 @@ def test_output_may_name_files_whose_names_are_not_text(monkeypatch: pytest.Monk
     assert output.buffer.getvalue() == b"latin\\udce9.jpg\n"  # type: ignore[attr-defined]
 
 
-def test_unknown_command_and_option_are_rejected() -> None:
-    assert run("generat-captions").returncode == 2
-    assert "No such command 'generat-captions' (did you mean generate-captions?)." in run("generat-captions").stderr
-    assert "No such option" in run("inspect", "--unknown").stderr
+def test_unknown_command_and_option_are_rejected(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("generat-captions") == 2
+    assert "No such command 'generat-captions' (did you mean generate-captions?)." in capsys.readouterr().err
+    assert call("inspect", "--unknown") == 2
+    assert "No such option" in capsys.readouterr().err
 
 
-def test_unknown_configuration_key_lists_the_known_keys(tmp_path: Path) -> None:
-    result = run("extract-features", str(tmp_path), "-o", str(tmp_path / "out"), "--set", "encodr.model=vgg16")
-    assert result.returncode == 1
-    assert "unknown key encodr (did you mean encoder?); known keys: encoder, loading, batch_size" in result.stderr
+def test_unknown_configuration_key_lists_the_known_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("extract-features", str(tmp_path), "-o", str(tmp_path / "out"), "--set", "encodr.model=vgg16") == 1
+    assert "unknown key encodr (did you mean encoder?); known keys: encoder, loading" in capsys.readouterr().err
 
 
 def test_interrupted_training_exits_like_ctrl_c(

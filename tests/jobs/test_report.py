@@ -7,7 +7,7 @@ from PIL import Image
 
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.evaluation.predictions import Prediction, to_result_struct
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.checkpoints.checkpoint import save_captioner
 from jobs.cli import captionlib
 from tests.evaluation.test_caption_scores import CAPTIONS, REFERENCES, scores, write_captions, write_manifest
@@ -23,7 +23,7 @@ def test_report_shows_scores_and_training_curves(tmp_path: Path) -> None:
     write_captions(tmp_path / "captions", CAPTIONS)
     write_manifest(tmp_path / "manifest", REFERENCES)
     vocabulary = Vocabulary.from_captions(["a dog"], 1)
-    model = Captioner(CaptionerConfig(hidden_size=2, embedding_size=2), 3, len(vocabulary))
+    model = CaptionerNetwork(CaptionerConfig(hidden_size=2, embedding_size=2), 3, len(vocabulary))
     training = {"history": [{"epoch": 1, "perplexity": 9.0}, {"epoch": 2, "perplexity": 7.5}]}
     save_captioner(tmp_path / "captioner", model, vocabulary, {}, provenance={}, training=training)
     options = ["-m", tmp_path / "manifest", "-c", tmp_path / "captioner", "--limit", 3]

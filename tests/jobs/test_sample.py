@@ -54,8 +54,8 @@ def test_sample_continues_a_prefix_of_subwords(tmp_path: Path, level: str) -> No
 
 
 @pytest.mark.parametrize(
-    "way", ["decoding.strategy=sample", "decoding.beam_groups=5", "decoding.no_repeat_ngram_size=2"]
+    "setting", ["decoding.strategy=sample", "decoding.beam_groups=5", "decoding.no_repeat_ngram_size=2"]
 )
-def test_set_reaches_decoding(way: str, tmp_path: Path) -> None:
-    result = CliRunner().invoke(captionlib, ["caption", "x.jpg", "-c", str(tmp_path), "--set", way])
+def test_set_reaches_decoding(setting: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(captionlib, ["caption", "x.jpg", "-c", str(tmp_path), "--set", setting])
     assert "is not a checkpoint" in str(result.exception)  # the setting was accepted

@@ -63,7 +63,7 @@ def test_index_is_served_on_loopback(tmp_path: Path, workers: int, number: signa
             assert b"a dog and a cat" in get(f"http://localhost:{port}/?q=dog")
             assert get(f"http://127.0.0.1:{port}/thumbnail/small?id=im0").startswith(b"\xff\xd8\xff")
             with pytest.raises(urllib.error.HTTPError, match="422"):
-                get(f"http://127.0.0.1:{port}/api/search?q=dog&limit=1000")
+                get(f"http://127.0.0.1:{port}/api/v1/search?q=dog&limit=1000")
         finally:
             process.send_signal(number)
             stdout, stderr = process.communicate(timeout=60)

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.storage_faults import FAULTS, FaultWalk
 from benchmarks.tiny_project import COMMANDS
 
-QUICK = {"prepare", "embed", "build-index", "export-captions", "inspect", "query"}
+QUICK = {"prepare", "embed", "build-index", "export", "inspect", "query"}
 
 
 @pytest.mark.timeout(0 if os.environ.get("CAPTIONLIB_ALL_FAULTS") else 300)

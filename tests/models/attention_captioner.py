@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from captionlib.data.text.vocabulary import END, Vocabulary
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.checkpoints.checkpoint import save_captioner
 
 
@@ -15,7 +15,7 @@ def write_captioner(folder: Path, encoder: Mapping[str, Any], attention_size: in
     """Writes random weights large enough that images get different captions and maps."""
     vocabulary = Vocabulary.from_captions(["a dog runs on the grass"], 1)
     config = CaptionerConfig(hidden_size=6, embedding_size=5, attention_size=attention_size)
-    model = Captioner(config, encoder["shape"][-1], len(vocabulary))
+    model = CaptionerNetwork(config, encoder["shape"][-1], len(vocabulary))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -3,7 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.decoding.incremental import Candidate
 
@@ -20,14 +20,14 @@ seeds = st.integers(0, 1000)
 configs = st.sampled_from(CONFIGS)
 
 
-def build(config: CaptionerConfig, seed: int, vocabulary_size: int = 9) -> Captioner:
+def build(config: CaptionerConfig, seed: int, vocabulary_size: int = 9) -> CaptionerNetwork:
     """Builds a captioner with large random weights.
 
     An RNN gets smaller weights, because its states would grow without bound, and positive biases, because dead states
     would make all orders of the same words equally probable.
     """
     spread = 1.5 if config.cell == "lstm" else 0.8
-    model = Captioner(config, FEATURE_SIZE, vocabulary_size)
+    model = CaptionerNetwork(config, FEATURE_SIZE, vocabulary_size)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -44,7 +44,7 @@ def features(images: int, seed: int) -> torch.Tensor:
     return 3**0.5 * torch.randn(images, 3, FEATURE_SIZE, generator=generator)
 
 
-def teacher_forced(model: Captioner, image: torch.Tensor, candidates: list[Candidate]) -> list[float]:
+def teacher_forced(model: CaptionerNetwork, image: torch.Tensor, candidates: list[Candidate]) -> list[float]:
     """Returns the log-probability of each whole sentence; END is included if the candidate reached it."""
     captions = pad_sentences([candidate.token_ids for candidate in candidates])
     scores = model(image[None], captions, torch.zeros(len(captions), dtype=torch.int64))

@@ -59,7 +59,7 @@ def options(url: str) -> dict[str, object]:
         "key": "x",
         "secret": "x",
         "endpoint_url": url,
-        "config_kwargs": {"retries": {"total_max_attempts": 1}, "read_timeout": 1},
+        "config_kwargs": {"retries": {"total_max_attempts": 1}, "read_timeout": 0.5},
     }
 
 

@@ -80,7 +80,7 @@ class FaultyProxy:
         status, headers, body = await self._forward(request, content, fault)
         self.requests.append(Request(request.method, request.path, fault, status))
         if fault is Fault.HANG:
-            await asyncio.sleep(3)
+            await asyncio.sleep(1.5)
         response = web.StreamResponse(status=status, headers=headers)
         if request.method != "HEAD":
             response.content_length = len(body)
@@ -91,7 +91,7 @@ class FaultyProxy:
             request.transport.abort()
         elif fault is Fault.SLOW:
             for start in range(0, len(body), 1 + len(body) // 4):
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.02)
                 await response.write(body[start : start + 1 + len(body) // 4])
         elif request.method != "HEAD":
             await response.write(body)

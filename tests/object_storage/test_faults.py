@@ -32,7 +32,7 @@ from tests.object_storage.faults import Fault, FaultyProxy
 
 SHARDS = 3
 NAMES = [*COLORS, "none"]
-QUICK = FetchConfig(attempts=8, backoff_seconds=0.01, timeout_seconds=1.0)
+QUICK = FetchConfig(attempts=8, backoff_seconds=0.01, timeout_seconds=0.5)
 
 
 class RandomFaults:
@@ -125,7 +125,7 @@ def test_temporary_faults_do_not_change_the_output(
     bucket: str, proxy: FaultyProxy, fault: Fault, tmp_path: Path
 ) -> None:
     expected = read_all(run_job(write_manifest(str(tmp_path / "manifest")), str(tmp_path / "output")))
-    proxy.choose = RandomFaults([fault], ratio=0.1 if fault is Fault.HANG else 0.3)
+    proxy.choose = RandomFaults([fault], ratio=0.06 if fault is Fault.HANG else 0.3)
     output = run_job(write_manifest(f"{bucket}/manifest"), f"{bucket}/output")
     assert read_all(output) == expected
     assert output.verify() == []

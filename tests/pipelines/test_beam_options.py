@@ -34,7 +34,7 @@ def test_option_file_is_replaced_by_its_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("runner: false\n", "runner is False; expected true or another value; set one, or remove the line"),
+        ("runner: false\n", "runner is False, which has no flag in Beam; set it to true, a number or text, or remove"),
         ("runner:\n", "runner is None"),
         ("- --runner=x\n", "expected `option: value` lines, got list"),
         ("a: [\n", "is not YAML"),

@@ -27,62 +27,62 @@ NO_PROGRESS = RunConfig(progress=False)
 
 
 @pytest.fixture(params=["local", "memory"])
-def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("CAPTIONLIB_CACHE", str(tmp_path / "cache"))
     return str(tmp_path) if request.param == "local" else f"memory://{uuid4().hex}"
 
 
-def write_both(place: str, shards: dict[int, Sequence[Row]] | None = None, total: int = 3) -> tuple[str, str]:
+def write_both(root: str, shards: dict[int, Sequence[Row]] | None = None, total: int = 3) -> tuple[str, str]:
     rows = SHARDS if shards is None else shards
     failed = {shard: names for shard, names in FAILED.items() if shard in rows}
-    write_captions_dataset(f"{place}/captions", rows, total, failed)
-    write_embeddings_dataset(f"{place}/embeddings", rows, total, failed)
-    return f"{place}/captions", f"{place}/embeddings"
+    write_captions_dataset(f"{root}/captions", rows, total, failed)
+    write_embeddings_dataset(f"{root}/embeddings", rows, total, failed)
+    return f"{root}/captions", f"{root}/embeddings"
 
 
-def test_index_supports_text_and_sentence_search(place: str) -> None:
-    captions, embeddings = write_both(place)
-    build, description = build_index(captions, f"{place}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS)
+def test_index_supports_text_and_sentence_search(root: str) -> None:
+    captions, embeddings = write_both(root)
+    build, description = build_index(captions, f"{root}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS)
     assert len(build.added) == 3
     assert (description.captions_count, description.vectors_count) == (90, 90)
     assert description.layout is not None
     assert description.layout.dimension == SIZE
-    index = open_index(f"{place}/index", WordRanker())
+    index = open_index(f"{root}/index", WordRanker())
     assert index.search_text("dogs", 90).num_rows == sum(
         "dog" in caption for rows in SHARDS.values() for _, caption, _ in rows
     )
     assert set(index.search_sentence("dog cat", 4)["caption"].to_pylist()) == {"a dog and a cat", "a cat and a dog"}
-    assert Folder(f"{place}/index").list("_temporary") == []
+    assert Folder(f"{root}/index").list("_temporary") == []
 
 
-def test_text_only_index_needs_no_embeddings(place: str) -> None:
-    captions, _ = write_both(place)
-    _, description = build_index(captions, f"{place}/index", IndexConfig(), run=NO_PROGRESS)
+def test_text_only_index_needs_no_embeddings(root: str) -> None:
+    captions, _ = write_both(root)
+    _, description = build_index(captions, f"{root}/index", IndexConfig(), run=NO_PROGRESS)
     assert (description.captions_count, description.vectors_count, description.vectors) == (90, 0, "")
-    assert open_index(f"{place}/index").search_text("+pizza +train", 5).num_rows > 0
+    assert open_index(f"{root}/index").search_text("+pizza +train", 5).num_rows > 0
 
 
-def test_second_run_does_nothing(place: str) -> None:
-    captions, embeddings = write_both(place)
+def test_second_run_does_nothing(root: str) -> None:
+    captions, embeddings = write_both(root)
     for expected in (3, 0):
         build, description = build_index(
-            captions, f"{place}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS
+            captions, f"{root}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS
         )
         assert len(build.added) == expected
     assert description.captions_count == 90
 
 
-def test_second_run_adds_only_new_shards(place: str) -> None:
-    captions, embeddings = write_both(place, {0: SHARDS[0], 2: SHARDS[2]})
-    _, before = build_index(captions, f"{place}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS)
+def test_second_run_adds_only_new_shards(root: str) -> None:
+    captions, embeddings = write_both(root, {0: SHARDS[0], 2: SHARDS[2]})
+    _, before = build_index(captions, f"{root}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS)
     assert not before.is_complete
-    open_before = open_index(f"{place}/index", WordRanker(), refresh_seconds=None)
-    write_both(place)
-    build, after = build_index(captions, f"{place}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS)
+    open_before = open_index(f"{root}/index", WordRanker(), refresh_seconds=None)
+    write_both(root)
+    build, after = build_index(captions, f"{root}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS)
     assert build.added == (1,)
     assert after.is_complete
     assert (after.captions_count, after.vectors_count, after.trained) == (90, 90, before.trained)
-    index = open_index(f"{place}/index", WordRanker())
+    index = open_index(f"{root}/index", WordRanker())
     for name, caption, _ in SHARDS[1]:
         assert index.get_image(name)["caption"] == caption
         assert name in index.search_sentence(caption, 10)["image_id"].to_pylist()
@@ -91,16 +91,16 @@ def test_second_run_adds_only_new_shards(place: str) -> None:
     )
 
 
-def test_rewritten_shard_is_replaced(place: str) -> None:
-    captions, embeddings = write_both(place)
-    build_index(captions, f"{place}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS)
+def test_rewritten_shard_is_replaced(root: str) -> None:
+    captions, embeddings = write_both(root)
+    build_index(captions, f"{root}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS)
     again = [*SHARDS[1], ("broken", "a dog and a zebra", -1.0)]
     write_captions_dataset(captions, {1: again}, 3)
     write_embeddings_dataset(embeddings, {1: again}, 3)
-    build, description = build_index(captions, f"{place}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS)
+    build, description = build_index(captions, f"{root}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS)
     assert (build.added, build.removed) == ((1,), 1)
     assert (description.captions_count, description.vectors_count) == (91, 91)
-    index = open_index(f"{place}/index", WordRanker())
+    index = open_index(f"{root}/index", WordRanker())
     assert index.search_text("zebra")["image_id"].to_pylist() == ["broken"]
     image_ids = index.search_sentence("dog", 91)["image_id"].to_pylist()
     assert len(image_ids) == len(set(image_ids)) == 91
@@ -108,33 +108,33 @@ def test_rewritten_shard_is_replaced(place: str) -> None:
     assert index.search_text("a dog", 91, where="split = 'test'").num_rows == index.search_text("a dog", 91).num_rows
 
 
-def test_files_of_a_version_are_removed_two_builds_later(place: str) -> None:
-    captions = f"{place}/captions"
+def test_files_of_a_version_are_removed_two_builds_later(root: str) -> None:
+    captions = f"{root}/captions"
     for shard in range(3):
         write_captions_dataset(captions, {shard: SHARDS[shard]}, 3)
-        build_index(captions, f"{place}/index", IndexConfig(), run=NO_PROGRESS)
-    names = Folder(f"{place}/index").list()
+        build_index(captions, f"{root}/index", IndexConfig(), run=NO_PROGRESS)
+    names = Folder(f"{root}/index").list()
     assert sum(name.startswith("text-") for name in names) == 2
-    description = read_description(Folder(f"{place}/index"))
+    description = read_description(Folder(f"{root}/index"))
     assert description is not None
     assert set(names) == {"index.json", "rows", "candidates", description.text, *description.previous}
 
 
 @pytest.mark.parametrize("step", ["train", "add_shard", "finish"])
-def test_interrupted_build_is_resumed(place: str, step: str) -> None:
-    captions, embeddings = write_both(place)
-    build = plan_build(captions, embeddings, f"{place}/index", IndexConfig())
+def test_interrupted_build_is_resumed(root: str, step: str) -> None:
+    captions, embeddings = write_both(root)
+    build = plan_build(captions, embeddings, f"{root}/index", IndexConfig())
     build.train()
     if step != "train":
         build.add_shard(1)
     if step == "finish":
         build.add_shard(0)
-        Folder(f"{place}/index").write(f"text-{build.fingerprint[:12]}/meta.json", b"half of it")
+        Folder(f"{root}/index").write(f"text-{build.fingerprint[:12]}/meta.json", b"half of it")
     with pytest.raises(DatasetError, match="is not an index"):
-        open_index(f"{place}/index")
-    _, description = build_index(captions, f"{place}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS)
+        open_index(f"{root}/index")
+    _, description = build_index(captions, f"{root}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS)
     assert description.vectors_count == 90
-    assert open_index(f"{place}/index", WordRanker()).search_text("dog").num_rows == 20
+    assert open_index(f"{root}/index", WordRanker()).search_text("dog").num_rows == 20
 
 
 def test_every_step_can_run_twice(tmp_path: Path) -> None:
@@ -144,11 +144,11 @@ def test_every_step_can_run_twice(tmp_path: Path) -> None:
     assert (description.captions_count, description.vectors_count) == (90, 90)
 
 
-def test_captions_without_embedding_are_found_by_text(place: str) -> None:
-    write_captions_dataset(f"{place}/captions", {0: SHARDS[0]}, 1)
-    write_embeddings_dataset(f"{place}/embeddings", {0: SHARDS[0][:-1]}, 1, {0: [SHARDS[0][-1][0]]})
-    build_index(f"{place}/captions", f"{place}/index", IndexConfig(), embeddings=f"{place}/embeddings", run=NO_PROGRESS)
-    index = open_index(f"{place}/index", WordRanker())
+def test_captions_without_embedding_are_found_by_text(root: str) -> None:
+    write_captions_dataset(f"{root}/captions", {0: SHARDS[0]}, 1)
+    write_embeddings_dataset(f"{root}/embeddings", {0: SHARDS[0][:-1]}, 1, {0: [SHARDS[0][-1][0]]})
+    build_index(f"{root}/captions", f"{root}/index", IndexConfig(), embeddings=f"{root}/embeddings", run=NO_PROGRESS)
+    index = open_index(f"{root}/index", WordRanker())
     assert index.search_sentence("dog", 40).num_rows == 29
     assert index.get_image(SHARDS[0][-1][0])["caption"] == SHARDS[0][-1][1]
 
@@ -183,23 +183,23 @@ def test_embeddings_of_other_images_in_a_later_shard_are_rejected(tmp_path: Path
     assert not (tmp_path / "index" / "index.json").exists()
 
 
-def test_index_of_another_configuration_is_replaced_only_with_overwrite(place: str) -> None:
-    captions, embeddings = write_both(place)
-    build_index(captions, f"{place}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS)
+def test_index_of_another_configuration_is_replaced_only_with_overwrite(root: str) -> None:
+    captions, embeddings = write_both(root)
+    build_index(captions, f"{root}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS)
     with pytest.raises(FingerprintError, match="language: was 'english', now 'german'"):
-        build_index(captions, f"{place}/index", IndexConfig("german"), embeddings=embeddings, run=NO_PROGRESS)
+        build_index(captions, f"{root}/index", IndexConfig("german"), embeddings=embeddings, run=NO_PROGRESS)
     with pytest.raises(FingerprintError, match=r"embeddings: was '[0-9a-f]+', now None"):
-        build_index(captions, f"{place}/index", IndexConfig(), run=NO_PROGRESS)
+        build_index(captions, f"{root}/index", IndexConfig(), run=NO_PROGRESS)
     build, description = build_index(
         captions,
-        f"{place}/index",
+        f"{root}/index",
         IndexConfig("german"),
         embeddings=embeddings,
         run=RunConfig(progress=False, overwrite=True),
     )
     assert len(build.added) == 3
     assert description.config.language == "german"
-    assert open_index(f"{place}/index").search_text("Hund dog").num_rows == 20
+    assert open_index(f"{root}/index").search_text("Hund dog").num_rows == 20
 
 
 def test_index_that_outgrows_its_layout_is_rebuilt(tmp_path: Path) -> None:
@@ -237,15 +237,15 @@ def test_unsuitable_folders_are_rejected(tmp_path: Path) -> None:
         IndexConfig("klingon")
 
 
-def test_opening_with_another_ranker_is_rejected(place: str) -> None:
-    captions, embeddings = write_both(place)
-    build_index(captions, f"{place}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS)
+def test_opening_with_another_ranker_is_rejected(root: str) -> None:
+    captions, embeddings = write_both(root)
+    build_index(captions, f"{root}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS)
     ranker = WordRanker()
     ranker.fingerprint = "another"
     with pytest.raises(
         CheckpointError, match="expected the ranker ranker-of-words, which computed the embeddings, got another"
     ):
-        open_index(f"{place}/index", ranker)
+        open_index(f"{root}/index", ranker)
 
 
 def test_remote_index_is_copied_once_and_replaces_its_old_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,10 +254,10 @@ def test_remote_index_is_copied_once_and_replaces_its_old_copy(tmp_path: Path, m
         write_captions_dataset(f"{address}/captions", {shard: SHARDS[shard]}, 3)
         build_index(f"{address}/captions", f"{address}/index", IndexConfig(), run=NO_PROGRESS)
         assert open_index(f"{address}/index", cache=tmp_path).search_text("dog", 40).num_rows > 0
-    (place,) = tmp_path.iterdir()
+    (root,) = tmp_path.iterdir()
     description = read_description(Folder(f"{address}/index"))
     assert description is not None
-    copies = {str(path.relative_to(place)) for path in place.rglob("*") if "text-" not in path.parent.name}
+    copies = {str(path.relative_to(root)) for path in root.rglob("*") if "text-" not in path.parent.name}
     assert copies == {*description.files, "rows", "candidates"}
     for name in description.files:
         Folder(f"{address}/index").remove(name)

@@ -125,7 +125,7 @@ def test_configuration_holds_absolute_addresses(tmp_path: Path, trained: Path, m
     ("setting", "message"),
     [
         ("captioner: nowhere", "nowhere is not a checkpoint"),
-        ("ranker: ''", "expected a path or URL, got an empty text"),
+        ("ranker: ''", "expected a path or URL, got an empty string"),
         ("generation: {decoding: {beam_widht: 2}}", "unknown key decoding.beam_widht"),
     ],
 )

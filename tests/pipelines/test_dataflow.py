@@ -19,7 +19,7 @@ from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.inference.captioning import CaptionGeneration, GenerationConfig
 from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding
 from captionlib.models.inference.extraction import ExtractionConfig, FeatureExtraction
-from captionlib.models.inference.shared_models import PinnedCheckpoint
+from captionlib.models.inference.shared_models import CheckpointVersion
 from captionlib.search.build import IndexBuild
 from captionlib.search.config import IndexConfig
 from captionlib.storage.folders import Folder
@@ -31,12 +31,12 @@ from pipelines.run import RunConfig, choose_runner
 Job = beam_runner_api_pb2.Pipeline
 
 L4 = "type:nvidia-l4;count:1;install-nvidia-driver"
-RANKER = PinnedCheckpoint("s3://bucket/ranker", "fingerprint")
+RANKER = CheckpointVersion("s3://bucket/ranker", "fingerprint")
 STAGES: dict[str, Stage] = {
     "extract-features": FeatureExtraction(ExtractionConfig(), {"model": "vgg16"}, "cuda"),
     "generate-captions": CaptionGeneration(
         GenerationConfig(),
-        PinnedCheckpoint("s3://bucket/captioner", "fingerprint"),
+        CheckpointVersion("s3://bucket/captioner", "fingerprint"),
         {"decoding": {}},
         EncoderConfig(),
         "cuda",

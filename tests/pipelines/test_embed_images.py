@@ -12,7 +12,7 @@ from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.inference.captioning import GenerationConfig
 from captionlib.models.inference.embedding import SHARED_RANKERS, EmbeddingConfig
 from captionlib.models.inference.extraction import ExtractionConfig
-from captionlib.models.inference.shared_models import PinnedCheckpoint
+from captionlib.models.inference.shared_models import CheckpointVersion
 from captionlib.models.rankers.ranker import RankerConfig
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
 from captionlib.training.loop import TrainingConfig
@@ -192,7 +192,7 @@ def test_an_embeddings_dataset_is_not_a_source(features: Path, ranker: Path, tmp
 
 def test_a_ranker_that_was_replaced_is_rejected(ranker: Path) -> None:
     with pytest.raises(CheckpointError, match="model was replaced during the run"):
-        SHARED_RANKERS.get(PinnedCheckpoint(str(ranker), "0" * 64), "cpu")
+        SHARED_RANKERS.get(CheckpointVersion(str(ranker), "0" * 64), "cpu")
 
 
 def test_embeddings_do_not_depend_on_the_other_images(

@@ -34,7 +34,7 @@ def rows(*captions: tuple[str, str, float]) -> pa.RecordBatch:
 
 
 def write_captions(address: str) -> ShardedDataset:
-    """Writes two shards that are done, one of them with a failure; a third is not done."""
+    """Writes two complete shards, one of them with a failure, and an incomplete one."""
     dataset = create_dataset(address, "captions", captions_schema(), config={"beam_width": 5}, shards=3)
     with write_shard(dataset, 0, 2) as writer:
         writer.write(rows(*CAPTIONS[:2]))

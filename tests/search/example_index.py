@@ -27,7 +27,7 @@ class WordRanker:
     fingerprint = "ranker-of-words"
     encoder: Mapping[str, Any] = {}
 
-    def find_source(self, weights: str | None) -> EncoderConfig:
+    def find_input_transform(self, weights: str | None) -> EncoderConfig:
         return EncoderConfig.from_description(self.encoder, weights)
 
     def require_encoder(self, description: Mapping[str, Any]) -> None:

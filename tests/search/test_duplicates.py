@@ -110,7 +110,7 @@ def test_dataset_without_images_has_no_duplicates(tmp_path: Path) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.integers(0, 1000))
-def test_finds_all_planted_copies(clusters: list[int], seed: int) -> None:
+def test_near_duplicates_form_the_clusters_they_were_generated_from(clusters: list[int], seed: int) -> None:
     generator = np.random.default_rng(seed)
     centers = np.linalg.qr(generator.normal(size=(16, 6)))[0].T  # orthogonal, so clusters are not similar
     images = [

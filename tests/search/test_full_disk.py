@@ -8,7 +8,7 @@ from captionlib.errors import StorageError
 from captionlib.search import text_index
 from captionlib.search.config import IndexConfig, VectorLayout
 from captionlib.search.index_folder import temporary_folder
-from captionlib.search.vector_index import add_vectors, merge_vectors, train_vectors
+from captionlib.search.vector_index import merge_indexes, write_partial_index, write_trained_index
 from captionlib.storage.folders import Folder
 
 FULL = Path("/dev/full")  # every write fails as on a full disk
@@ -18,15 +18,15 @@ VECTORS = np.eye(4, dtype=np.float32)
 def test_vectors_that_cannot_be_written_are_an_error(tmp_path: Path) -> None:
     layout = VectorLayout.choose(IndexConfig(vectors="flat"), 4, 4)
     with pytest.raises(OSError, match="No space left") as raised:
-        train_vectors(layout, VECTORS, FULL)
+        write_trained_index(layout, VECTORS, FULL)
     assert raised.value.errno == errno.ENOSPC
-    train_vectors(layout, VECTORS, tmp_path / "trained")
+    write_trained_index(layout, VECTORS, tmp_path / "trained")
     with pytest.raises(OSError, match="No space left"):
-        add_vectors(tmp_path / "trained", np.arange(4), VECTORS, FULL)
+        write_partial_index(tmp_path / "trained", np.arange(4), VECTORS, FULL)
     with pytest.raises(OSError, match="No space left"):
-        merge_vectors(tmp_path / "trained", [], [], FULL)
-    add_vectors(tmp_path / "trained", np.arange(4), VECTORS, tmp_path / "part")
-    assert merge_vectors(tmp_path / "trained", [], [tmp_path / "part"], tmp_path / "merged") == 4
+        merge_indexes(tmp_path / "trained", [], [], FULL)
+    write_partial_index(tmp_path / "trained", np.arange(4), VECTORS, tmp_path / "part")
+    assert merge_indexes(tmp_path / "trained", [], [tmp_path / "part"], tmp_path / "merged") == 4
 
 
 def test_full_disk_during_a_build_names_the_index(tmp_path: Path) -> None:

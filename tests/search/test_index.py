@@ -10,7 +10,14 @@ from captionlib.errors import DatasetError, QueryError
 from captionlib.search.build import plan_build
 from captionlib.search.config import IndexConfig, VectorLayout
 from captionlib.search.index import Filter, Index, fuse_rankings, open_index
-from captionlib.search.vector_index import Hits, VectorIndex, add_vectors, merge_vectors, train_vectors
+from captionlib.search.vector_index import (
+    Hits,
+    RowMove,
+    VectorIndex,
+    merge_indexes,
+    write_partial_index,
+    write_trained_index,
+)
 
 from .example_index import Row, WordRanker, make_rows, write_captions_dataset, write_embeddings_dataset
 
@@ -251,12 +258,12 @@ def test_vector_search_reaches_the_recall_of_its_encoding(tmp_path: Path, kind: 
     vectors = (centers[generator.integers(50, size=4000)] + generator.normal(size=(4000, 32))).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     layout = VectorLayout.choose(IndexConfig(vectors=kind), 4000, 32)  # type: ignore[arg-type]
-    train_vectors(layout, vectors, tmp_path / "trained")
+    write_trained_index(layout, vectors, tmp_path / "trained")
     for part in range(2):
         rows = np.arange(2000 * part, 2000 * part + 2000)
-        add_vectors(tmp_path / "trained", rows, vectors[rows], tmp_path / f"part{part}")
+        write_partial_index(tmp_path / "trained", rows, vectors[rows], tmp_path / f"part{part}")
     parts = [tmp_path / "part0", tmp_path / "part1"]
-    assert merge_vectors(tmp_path / "trained", [], parts, tmp_path / "all") == 4000
+    assert merge_indexes(tmp_path / "trained", [], parts, tmp_path / "all") == 4000
     index = VectorIndex(tmp_path / "all", layout, 4000)
     recalls = []
     for query in vectors[:100]:
@@ -276,8 +283,8 @@ def test_recall_does_not_drop_under_a_filter(tmp_path: Path, passing: int) -> No
     vectors = generator.normal(size=(20_000, 16)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     layout = VectorLayout(16, "SQ8", 128, 8, len(vectors))
-    train_vectors(layout, vectors[:4000], tmp_path / "trained")
-    add_vectors(tmp_path / "trained", np.arange(len(vectors)), vectors, tmp_path / "all")
+    write_trained_index(layout, vectors[:4000], tmp_path / "trained")
+    write_partial_index(tmp_path / "trained", np.arange(len(vectors)), vectors, tmp_path / "all")
     index = VectorIndex(tmp_path / "all", layout, len(vectors))
     matching = np.sort(generator.choice(len(vectors), passing, replace=False))
     found = 0
@@ -293,10 +300,10 @@ def test_recall_does_not_drop_under_a_filter(tmp_path: Path, passing: int) -> No
 def test_hits_with_equal_scores_do_not_depend_on_the_limit(tmp_path: Path) -> None:
     vectors = np.repeat(np.eye(4, dtype=np.float32), 50, axis=0)
     layout = VectorLayout(4, "Flat", 1, 1, len(vectors))
-    train_vectors(layout, vectors, tmp_path / "trained")
+    write_trained_index(layout, vectors, tmp_path / "trained")
     rows = np.random.default_rng(0).permutation(len(vectors))
-    add_vectors(tmp_path / "trained", rows, vectors[rows], tmp_path / "part")
-    merge_vectors(tmp_path / "trained", [], [tmp_path / "part"], tmp_path / "all")
+    write_partial_index(tmp_path / "trained", rows, vectors[rows], tmp_path / "part")
+    merge_indexes(tmp_path / "trained", [], [tmp_path / "part"], tmp_path / "all")
     index = VectorIndex(tmp_path / "all", layout, len(vectors))
     for limit in (1, 7, 49, 50):
         assert index.search(vectors[60], limit).rows.tolist() == list(range(50, 50 + limit))
@@ -307,13 +314,13 @@ def test_moved_rows_keep_their_vectors_and_others_are_removed(tmp_path: Path) ->
     vectors = generator.normal(size=(300, 8)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     layout = VectorLayout(8, "SQ8", 4, 4, 300)
-    train_vectors(layout, vectors, tmp_path / "trained")
-    add_vectors(tmp_path / "trained", np.arange(200), vectors[:200], tmp_path / "base")
-    add_vectors(tmp_path / "trained", np.arange(50, 150), vectors[200:], tmp_path / "part")
-    moves = [(150, 200, 0), (10, 60, 150)]  # rows 150 to 199 become rows 0 to 49
-    assert merge_vectors(tmp_path / "base", moves, [tmp_path / "part"], tmp_path / "all") == 200
+    write_trained_index(layout, vectors, tmp_path / "trained")
+    write_partial_index(tmp_path / "trained", np.arange(200), vectors[:200], tmp_path / "base")
+    write_partial_index(tmp_path / "trained", np.arange(50, 150), vectors[200:], tmp_path / "part")
+    moves = [RowMove(150, 200, 0), RowMove(10, 60, 150)]  # rows 150 to 199 become rows 0 to 49
+    assert merge_indexes(tmp_path / "base", moves, [tmp_path / "part"], tmp_path / "all") == 200
     expected = np.concatenate([vectors[150:200], vectors[200:], vectors[10:60]])
-    add_vectors(tmp_path / "trained", np.arange(200), expected, tmp_path / "fresh")
+    write_partial_index(tmp_path / "trained", np.arange(200), expected, tmp_path / "fresh")
     assert (tmp_path / "all").read_bytes() == (tmp_path / "fresh").read_bytes()
 
 

@@ -25,15 +25,13 @@ from .example_index import WORDS, Row, WordRanker, make_rows, write_captions_dat
 SHARDS: dict[int, list[Row]] = {0: make_rows(20), 1: make_rows(20, 20), 2: make_rows(20, 40)}
 
 
-def write_shards(place: str, shards: Mapping[int, Sequence[Row]], total: int | None = None) -> None:
-    write_captions_dataset(f"{place}/captions", shards, total or len(shards))
-    write_embeddings_dataset(f"{place}/embeddings", shards, total or len(shards))
+def write_shards(root: str, shards: Mapping[int, Sequence[Row]], total: int | None = None) -> None:
+    write_captions_dataset(f"{root}/captions", shards, total or len(shards))
+    write_embeddings_dataset(f"{root}/embeddings", shards, total or len(shards))
 
 
-def update(place: str, config: IndexConfig = IndexConfig(), *, overwrite: bool = False, index: str = "") -> IndexBuild:
-    build = plan_build(
-        f"{place}/captions", f"{place}/embeddings", index or f"{place}/index", config, overwrite=overwrite
-    )
+def update(root: str, config: IndexConfig = IndexConfig(), *, overwrite: bool = False, index: str = "") -> IndexBuild:
+    build = plan_build(f"{root}/captions", f"{root}/embeddings", index or f"{root}/index", config, overwrite=overwrite)
     if not build.is_done():
         build.train()
         for position in build.added:
@@ -43,12 +41,12 @@ def update(place: str, config: IndexConfig = IndexConfig(), *, overwrite: bool =
 
 
 @pytest.fixture(params=["local", "memory"])
-def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("CAPTIONLIB_CACHE", str(tmp_path / "cache"))
-    place = str(tmp_path) if request.param == "local" else f"memory://{uuid4().hex}"
-    write_shards(place, SHARDS)
-    update(place)
-    return place
+    root = str(tmp_path) if request.param == "local" else f"memory://{uuid4().hex}"
+    write_shards(root, SHARDS)
+    update(root)
+    return root
 
 
 def rename(rows: Sequence[Row], caption: str) -> list[Row]:
@@ -59,11 +57,11 @@ def image_ids(index: Index, query: str) -> set[str]:
     return set(index.search_text(query, 1000)["image_id"].to_pylist())
 
 
-def test_open_index_changes_to_a_new_version(place: str) -> None:
-    index = open_index(f"{place}/index", WordRanker(), refresh_seconds=0)
-    pinned = index.pin()
-    write_shards(place, {1: [*rename(SHARDS[1][1:], "a zebra in the snow"), ("new", "a horse", -1.0)]}, 3)
-    assert update(place).added == (1,)
+def test_open_index_changes_to_a_new_version(root: str) -> None:
+    index = open_index(f"{root}/index", WordRanker(), refresh_seconds=0)
+    snapshot = index.snapshot()
+    write_shards(root, {1: [*rename(SHARDS[1][1:], "a zebra in the snow"), ("new", "a horse", -1.0)]}, 3)
+    assert update(root).added == (1,)
     gone, changed = SHARDS[1][0][0], SHARDS[1][1][0]
     assert len(image_ids(index, "zebra")) == 19
     assert index.get_image(changed)["caption"] == "a zebra in the snow"
@@ -74,60 +72,60 @@ def test_open_index_changes_to_a_new_version(place: str) -> None:
     with pytest.raises(QueryError, match=f"no image {gone} in the index"):
         index.get_image(gone)
     assert gone not in index.search_sentence("dog", 100)["image_id"].to_pylist()
-    assert image_ids(pinned, "zebra") == set()
-    assert pinned.get_candidates(gone)[0]["caption"] == SHARDS[1][0][1]
+    assert image_ids(snapshot, "zebra") == set()
+    assert snapshot.get_candidates(gone)[0]["caption"] == SHARDS[1][0][1]
 
 
-def test_index_checks_for_a_new_version_only_after_the_interval(place: str) -> None:
-    index = open_index(f"{place}/index", refresh_seconds=3600)
-    manual = open_index(f"{place}/index", refresh_seconds=None)
-    write_shards(place, {0: rename(SHARDS[0], "a zebra")}, 3)
-    update(place)
+def test_index_checks_for_a_new_version_only_after_the_interval(root: str) -> None:
+    index = open_index(f"{root}/index", refresh_seconds=3600)
+    manual = open_index(f"{root}/index", refresh_seconds=None)
+    write_shards(root, {0: rename(SHARDS[0], "a zebra")}, 3)
+    update(root)
     assert image_ids(index, "zebra") == image_ids(manual, "zebra") == set()
     assert manual.refresh()
     assert not manual.refresh()
     assert len(image_ids(manual, "zebra")) == 20
 
 
-def test_previous_version_stays_readable_after_its_files_are_removed_and_is_then_closed(place: str) -> None:
-    index = open_index(f"{place}/index", WordRanker(), refresh_seconds=0)
-    pinned = index.pin()
-    version = weakref.ref(pinned._version)
-    before = pinned.search_text("dog", 100), pinned.search_sentence("dog", 100)
+def test_previous_version_stays_readable_after_its_files_are_removed_and_is_then_closed(root: str) -> None:
+    index = open_index(f"{root}/index", WordRanker(), refresh_seconds=0)
+    snapshot = index.snapshot()
+    version = weakref.ref(snapshot._version)
+    before = snapshot.search_text("dog", 100), snapshot.search_sentence("dog", 100)
     for number in range(3):
-        write_shards(place, {shard: rename(SHARDS[shard], f"version {number}") for shard in SHARDS})
-        update(place)
+        write_shards(root, {shard: rename(SHARDS[shard], f"version {number}") for shard in SHARDS})
+        update(root)
         assert len(image_ids(index, f"+version +{number}")) == 60
-    assert pinned.search_text("dog", 100).equals(before[0])
-    assert pinned.search_sentence("dog", 100).equals(before[1])
-    assert pinned.get_candidates("im59")[0]["caption"] == SHARDS[2][-1][1]
-    assert pinned.search_text("dog", 100, where="tokens = 6").num_rows == before[0].num_rows
-    del pinned
+    assert snapshot.search_text("dog", 100).equals(before[0])
+    assert snapshot.search_sentence("dog", 100).equals(before[1])
+    assert snapshot.get_candidates("im59")[0]["caption"] == SHARDS[2][-1][1]
+    assert snapshot.search_text("dog", 100, where="tokens = 6").num_rows == before[0].num_rows
+    del snapshot
     gc.collect()
     assert version() is None
 
 
-def test_failed_refresh_keeps_the_open_version_and_warns_once(place: str, caplog: pytest.LogCaptureFixture) -> None:
-    index = open_index(f"{place}/index", refresh_seconds=0)
+def test_failed_refresh_keeps_the_open_version_and_warns_once(root: str, caplog: pytest.LogCaptureFixture) -> None:
+    index = open_index(f"{root}/index", refresh_seconds=0)
     found = image_ids(index, "dog")
-    Folder(f"{place}/index").write("index.json", b"{")
+    Folder(f"{root}/index").write("index.json", b"{")
     with caplog.at_level(logging.WARNING):
         assert image_ids(index, "dog") == image_ids(index, "dog") == found
     (record,) = caplog.records
     assert "index.json is damaged" in record.getMessage()
     with pytest.raises(DatasetError, match="is damaged"):
         index.refresh()
-    update(place, overwrite=True)
-    write_shards(place, {0: rename(SHARDS[0], "a zebra")}, 3)
-    update(place)
+    update(root, overwrite=True)
+    write_shards(root, {0: rename(SHARDS[0], "a zebra")}, 3)
+    update(root)
     assert len(image_ids(index, "zebra")) == 20
 
 
-def test_version_of_another_ranker_is_not_taken_up(place: str) -> None:
-    index = open_index(f"{place}/index", WordRanker(), refresh_seconds=0)
-    shutil.rmtree(f"{place}/embeddings", ignore_errors=True)
-    write_embeddings_dataset(f"{place}/other", SHARDS, 3, ranker="other")
-    build = plan_build(f"{place}/captions", f"{place}/other", f"{place}/index", IndexConfig(), overwrite=True)
+def test_version_of_another_ranker_is_not_opened(root: str) -> None:
+    index = open_index(f"{root}/index", WordRanker(), refresh_seconds=0)
+    shutil.rmtree(f"{root}/embeddings", ignore_errors=True)
+    write_embeddings_dataset(f"{root}/other", SHARDS, 3, ranker="other")
+    build = plan_build(f"{root}/captions", f"{root}/other", f"{root}/index", IndexConfig(), overwrite=True)
     build.train()
     for position in build.added:
         build.add_shard(position)
@@ -137,7 +135,7 @@ def test_version_of_another_ranker_is_not_taken_up(place: str) -> None:
         index.refresh()
 
 
-def test_opening_begins_again_if_a_build_removes_the_files(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opening_begins_again_if_a_build_removes_the_files(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two builds are published between reading the description and opening the files."""
     from captionlib.search import index as module
 
@@ -146,32 +144,32 @@ def test_opening_begins_again_if_a_build_removes_the_files(place: str, monkeypat
     def fetch_late(folder: Folder, description: object, cache: Path | None) -> Path:
         if not fetched:
             for number in range(2):
-                write_shards(place, {shard: rename(SHARDS[shard], f"version {number}") for shard in SHARDS})
-                update(place)
+                write_shards(root, {shard: rename(SHARDS[shard], f"version {number}") for shard in SHARDS})
+                update(root)
         fetched.append(description)
         return fetch(folder, description, cache)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "fetch_locally", fetch_late)
-    assert len(image_ids(open_index(f"{place}/index"), "+version +1")) == 60
+    assert len(image_ids(open_index(f"{root}/index"), "+version +1")) == 60
     assert len(fetched) == 2
 
 
 def test_concurrent_searches_see_one_version_each(tmp_path: Path) -> None:
-    """All captions of a version name its number, so a search that finds two numbers mixes versions."""
-    place = str(tmp_path)
-    write_shards(place, {shard: rename(rows, "a dog in version 0") for shard, rows in SHARDS.items()})
-    update(place)
-    index = open_index(f"{place}/index", WordRanker(), refresh_seconds=0)
+    """All captions of a version contain its number, so a search that finds two numbers mixes versions."""
+    root = str(tmp_path)
+    write_shards(root, {shard: rename(rows, "a dog in version 0") for shard, rows in SHARDS.items()})
+    update(root)
+    index = open_index(f"{root}/index", WordRanker(), refresh_seconds=0)
     stop, problems, seen = threading.Event(), [], set()
 
     def search() -> None:
         while not stop.is_set():
-            pinned = index.pin()
-            tables = [pinned.search_text("dog", 100), pinned.search_sentence("dog", 100), index.sample(100)]
+            snapshot = index.snapshot()
+            tables = [snapshot.search_text("dog", 100), snapshot.search_sentence("dog", 100), index.sample(100)]
             captions = [set(table["caption"].to_pylist()) for table in tables]
             if any(len(each) != 1 for each in captions) or captions[0] != captions[1] or len(tables[0]) != 60:
                 problems.append(captions)
-            if pinned.get_candidates("im3")[0]["caption"] not in captions[0]:
+            if snapshot.get_candidates("im3")[0]["caption"] not in captions[0]:
                 problems.append("candidates")
             seen.update(captions[0])
 
@@ -179,8 +177,8 @@ def test_concurrent_searches_see_one_version_each(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     for number in range(1, 6):
-        write_shards(place, {shard: rename(rows, f"a dog in version {number}") for shard, rows in SHARDS.items()})
-        update(place)
+        write_shards(root, {shard: rename(rows, f"a dog in version {number}") for shard, rows in SHARDS.items()})
+        update(root)
     stop.set()
     for thread in threads:
         thread.join()
@@ -197,38 +195,38 @@ def test_updated_index_equals_a_new_index(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[list[tuple[int, str]], ...]], kind: str
 ) -> None:
     """Shards grow, shrink, change and become empty. The files of the vectors are equal, given the same centroids."""
-    place = str(tmp_path_factory.mktemp("history"))
+    root = str(tmp_path_factory.mktemp("history"))
     config = IndexConfig(vectors=kind, nlist=1)  # type: ignore[arg-type]
     for step in steps:
         shards = {
             number: [(f"im{number}-{name}", f"a {word}", -1.0 - name) for name, word in rows]
             for number, rows in enumerate(step)
         }
-        write_shards(place, shards)
-        update(place, config)
-    fresh = f"{place}/fresh"
-    build = plan_build(f"{place}/captions", f"{place}/embeddings", fresh, config)
-    current = read_description(Folder(f"{place}/index"))
+        write_shards(root, shards)
+        update(root, config)
+    fresh = f"{root}/fresh"
+    build = plan_build(f"{root}/captions", f"{root}/embeddings", fresh, config)
+    current = read_description(Folder(f"{root}/index"))
     assert current is not None
     if current.trained and build.layout == current.layout:
-        Folder(fresh).write(build._trained, Path(place, "index", current.trained).read_bytes())
-    update(place, config, index=fresh)
+        Folder(fresh).write(build._trained, Path(root, "index", current.trained).read_bytes())
+    update(root, config, index=fresh)
     expected = read_description(Folder(fresh))
     assert expected is not None
     assert [shard.rows_file for shard in current.shards] == [shard.rows_file for shard in expected.shards]
     if current.layout == expected.layout:
         assert (current.vectors, current.fingerprint) == (expected.vectors, expected.fingerprint)
-    indexes = open_index(f"{place}/index", WordRanker()), open_index(fresh, WordRanker())
+    indexes = open_index(f"{root}/index", WordRanker()), open_index(fresh, WordRanker())
     for word in WORDS:
         before, now = (index.search_text(word, 100, where="log_prob > -20") for index in indexes)
         assert before.equals(now)
 
 
 @pytest.mark.parametrize("step", range(6))
-def test_build_that_is_killed_leaves_nothing_behind(place: str, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A build dies at its n-th write, and the sources change back or forward before the next build."""
-    folder = Folder(f"{place}/index")
-    write_shards(place, {0: rename(SHARDS[0], "a zebra")}, 3)
+def test_build_that_is_killed_leaves_nothing_behind(root: str, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build is killed at one of its writes, and the datasets change again before the next build."""
+    folder = Folder(f"{root}/index")
+    write_shards(root, {0: rename(SHARDS[0], "a zebra")}, 3)
     stage, writes = Folder.stage, iter(range(1000))
 
     def stage_or_die(self: Folder, name: str) -> object:
@@ -239,12 +237,12 @@ def test_build_that_is_killed_leaves_nothing_behind(place: str, step: int, monke
     with monkeypatch.context() as patch:
         patch.setattr(Folder, "stage", stage_or_die)
         try:
-            update(place)
+            update(root)
         except KeyboardInterrupt:
-            assert image_ids(open_index(f"{place}/index"), "zebra") == set()
-    write_shards(place, {0: rename(SHARDS[0], "a giraffe")}, 3)
-    update(place)
-    assert len(image_ids(open_index(f"{place}/index"), "giraffe")) == 20
+            assert image_ids(open_index(f"{root}/index"), "zebra") == set()
+    write_shards(root, {0: rename(SHARDS[0], "a giraffe")}, 3)
+    update(root)
+    assert len(image_ids(open_index(f"{root}/index"), "giraffe")) == 20
     description = read_description(folder)
     assert description is not None
     names = {name for name in folder.list() if "-" in name or name == "_temporary"}
@@ -252,30 +250,49 @@ def test_build_that_is_killed_leaves_nothing_behind(place: str, step: int, monke
     assert names == {*description.files, *description.previous}
 
 
-def test_removed_rows_are_in_no_file_of_the_version(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", ["rows", "_temporary/*/part-00000.faiss", "_temporary/*/part-00000.json"])
+def test_interrupted_build_that_lost_a_file_adds_the_shard_again(tmp_path: Path, lost: str) -> None:
     place = str(tmp_path)
-    write_shards(place, {0: [*SHARDS[0], ("secretid", "a xylophone", -1.0)], 1: SHARDS[1]})
+    write_shards(place, SHARDS)
+    build = plan_build(f"{place}/captions", f"{place}/embeddings", f"{place}/index", IndexConfig())
+    build.train()
+    build.add_shard(0)
+    for path in (tmp_path / "index").glob(lost):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.suffix == ".json":
+            path.write_bytes(b"\0")
+        else:
+            path.unlink()
     update(place)
-    write_shards(place, {0: SHARDS[0]}, 2)
-    update(place)
-    description = read_description(Folder(f"{place}/index"))
+    assert len(image_ids(open_index(f"{place}/index"), "dog")) > 0
+    assert len(open_index(f"{place}/index").sample(1000)) == 60
+
+
+def test_removed_rows_are_in_no_file_of_the_version(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    write_shards(root, {0: [*SHARDS[0], ("secretid", "a xylophone", -1.0)], 1: SHARDS[1]})
+    update(root)
+    write_shards(root, {0: SHARDS[0]}, 2)
+    update(root)
+    description = read_description(Folder(f"{root}/index"))
     assert description is not None
     for name in description.files:
-        path = Path(place, "index", name)
+        path = Path(root, "index", name)
         for file in path.iterdir() if path.is_dir() else [path]:
             content = file.read_bytes()
             assert b"secretid" not in content
             assert b"xylophon" not in content
 
 
-def test_flipped_bits_are_noticed(tmp_path: Path) -> None:
-    """Of 100 flips, each is noticed when the index is opened or used, or changes no answer."""
-    place = str(tmp_path)
-    write_shards(place, SHARDS)
-    update(place)
+def test_flipped_bits_are_detected(tmp_path: Path) -> None:
+    """Each of 100 flipped bits is detected when the index is opened or searched, or changes no result."""
+    root = str(tmp_path)
+    write_shards(root, SHARDS)
+    update(root)
 
-    def answer() -> list[object]:
-        index = open_index(f"{place}/index", WordRanker())
+    def search_all() -> list[object]:
+        index = open_index(f"{root}/index", WordRanker())
         rows = [index.get_image(row[0]) | {"candidates": index.get_candidates(row[0])} for row in SHARDS[1]]
         searches = [index.search_text("dog", 100), index.search_sentence("cat", 100), index.search_similar("im3", 100)]
         return [
@@ -285,8 +302,8 @@ def test_flipped_bits_are_noticed(tmp_path: Path) -> None:
             index.search_text("a -dog", 9).to_pylist(),
         ]
 
-    expected = answer()
-    files = sorted(path for path in Path(place, "index").rglob("*") if path.is_file() and path.stat().st_size)
+    expected = search_all()
+    files = sorted(path for path in Path(root, "index").rglob("*") if path.is_file() and path.stat().st_size)
     generator = random.Random(0)
     messages = []
     for number in range(100):
@@ -295,7 +312,7 @@ def test_flipped_bits_are_noticed(tmp_path: Path) -> None:
         bit = generator.randrange(8 * len(content))
         path.write_bytes(content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :])
         try:
-            assert answer() == expected, f"bit {bit} of {path}"
+            assert search_all() == expected, f"bit {bit} of {path}"
         except CaptionlibError as error:
             messages.append(str(error))
         path.write_bytes(content)
@@ -303,58 +320,58 @@ def test_flipped_bits_are_noticed(tmp_path: Path) -> None:
     assert all("--overwrite" in message for message in messages)
 
 
-def test_damaged_index_is_not_updated_but_replaced_with_overwrite(place: str) -> None:
-    folder = Folder(f"{place}/index")
+def test_damaged_index_is_not_updated_but_replaced_with_overwrite(root: str) -> None:
+    folder = Folder(f"{root}/index")
     description = read_description(folder)
     assert description is not None
     name = description.shards[0].rows_file
     folder.write(name, folder.read(name).replace(b"im3", b"im4"))
-    write_shards(place, {2: rename(SHARDS[2], "a zebra")}, 3)
+    write_shards(root, {2: rename(SHARDS[2], "a zebra")}, 3)
     with pytest.raises(DatasetError, match=f"{name} is damaged: .*--overwrite"):
-        update(place)
-    assert update(place, overwrite=True).added == (0, 1, 2)
-    assert open_index(f"{place}/index").get_image("im3")["caption"] == SHARDS[0][3][1]
-    assert update(place).added == ()
+        update(root)
+    assert update(root, overwrite=True).added == (0, 1, 2)
+    assert open_index(f"{root}/index").get_image("im3")["caption"] == SHARDS[0][3][1]
+    assert update(root).added == ()
 
 
 def test_damaged_copy_of_a_remote_index_is_fetched_again(tmp_path: Path) -> None:
-    place = f"memory://{uuid4().hex}"
-    write_shards(place, SHARDS)
-    update(place)
-    open_index(f"{place}/index", cache=tmp_path)
+    root = f"memory://{uuid4().hex}"
+    write_shards(root, SHARDS)
+    update(root)
+    open_index(f"{root}/index", cache=tmp_path)
     for path in tmp_path.rglob("*"):
         if path.is_file():
             path.write_bytes(b"damaged" + path.read_bytes()[7:])
-    index = open_index(f"{place}/index", WordRanker(), cache=tmp_path)
+    index = open_index(f"{root}/index", WordRanker(), cache=tmp_path)
     assert index.search_sentence("dog", 3).num_rows == 3
     assert index.get_candidates("im3")[0]["caption"] == SHARDS[0][3][1]
 
 
-def test_shard_that_changes_during_a_build_is_an_error(place: str) -> None:
-    write_shards(place, {0: rename(SHARDS[0], "a zebra")}, 3)
-    build = plan_build(f"{place}/captions", f"{place}/embeddings", f"{place}/index", IndexConfig())
-    write_shards(place, {0: rename(SHARDS[0], "a giraffe")}, 3)
+def test_shard_that_changes_during_a_build_is_an_error(root: str) -> None:
+    write_shards(root, {0: rename(SHARDS[0], "a zebra")}, 3)
+    build = plan_build(f"{root}/captions", f"{root}/embeddings", f"{root}/index", IndexConfig())
+    write_shards(root, {0: rename(SHARDS[0], "a giraffe")}, 3)
     with pytest.raises(DatasetError, match=r"part-00000.parquet has changed since this command started"):
         build.add_shard(0)
-    assert image_ids(open_index(f"{place}/index"), "dog")
+    assert image_ids(open_index(f"{root}/index"), "dog")
 
 
-def test_several_datasets_are_indexed_as_one(place: str) -> None:
-    write_captions_dataset(f"{place}/captions-2", {0: make_rows(10, 100)}, 1)
-    write_embeddings_dataset(f"{place}/embeddings-2", {0: make_rows(10, 100)}, 1)
-    captions, embeddings = ([f"{place}/{kind}", f"{place}/{kind}-2"] for kind in ("captions", "embeddings"))
-    build = plan_build(captions, embeddings, f"{place}/index", IndexConfig())
+def test_several_datasets_are_indexed_as_one(root: str) -> None:
+    write_captions_dataset(f"{root}/captions-2", {0: make_rows(10, 100)}, 1)
+    write_embeddings_dataset(f"{root}/embeddings-2", {0: make_rows(10, 100)}, 1)
+    captions, embeddings = ([f"{root}/{kind}", f"{root}/{kind}-2"] for kind in ("captions", "embeddings"))
+    build = plan_build(captions, embeddings, f"{root}/index", IndexConfig())
     assert build.added == (3,)
     build.add_shard(3)
     build.finish()
-    index = open_index(f"{place}/index", WordRanker())
+    index = open_index(f"{root}/index", WordRanker())
     assert len(index) == 70
     assert index.get_image("im105")["caption"] == make_rows(10, 100)[5][1]
     assert index.search_sentence("dog", 100).num_rows == 70
-    write_captions_dataset(f"{place}/captions-2", {0: [*make_rows(9, 100), ("im7", "a dog", -1.0)]}, 1)
-    write_embeddings_dataset(f"{place}/embeddings-2", {0: [*make_rows(9, 100), ("im7", "a dog", -1.0)]}, 1)
-    build = plan_build(captions, embeddings, f"{place}/index", IndexConfig())
+    write_captions_dataset(f"{root}/captions-2", {0: [*make_rows(9, 100), ("im7", "a dog", -1.0)]}, 1)
+    write_embeddings_dataset(f"{root}/embeddings-2", {0: [*make_rows(9, 100), ("im7", "a dog", -1.0)]}, 1)
+    build = plan_build(captions, embeddings, f"{root}/index", IndexConfig())
     build.add_shard(3)
     with pytest.raises(DuplicateIdError, match=r"expected one row per image id in .*captions and .*captions-2, got 2"):
         build.finish()
-    assert len(open_index(f"{place}/index")) == 70
+    assert len(open_index(f"{root}/index")) == 70

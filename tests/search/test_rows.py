@@ -140,7 +140,7 @@ def test_candidates_of_a_row_are_read(files: list[tuple[Path, Path]], row: int) 
     assert candidates == _make_candidates(row)
 
 
-def test_damaged_candidates_are_noticed_when_they_are_read(files: list[tuple[Path, Path]], tmp_path: Path) -> None:
+def test_damaged_candidates_are_detected_when_they_are_read(files: list[tuple[Path, Path]], tmp_path: Path) -> None:
     content = bytearray(files[0][1].read_bytes())
     content[len(content) // 2] ^= 1
     damaged = tmp_path / files[0][1].name

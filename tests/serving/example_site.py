@@ -1,11 +1,16 @@
 """A small site of single-color images, with a ranker of words and a small image encoder."""
 
-from collections.abc import Mapping
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
@@ -47,7 +52,13 @@ def make_site_rows(count: int) -> list[Row]:
     return [*make_rows(count - 2), (MALICIOUS, f"a dog and a {MALICIOUS}", -2.0), ("gone", "a dog that has gone", -3.0)]
 
 
-def make_site(folder: Path, count: int = 60, config: ServingConfig | None = None, with_models: bool = True) -> FastAPI:
+def make_site(
+    folder: Path,
+    count: int = 60,
+    config: ServingConfig | None = None,
+    with_models: bool = True,
+    with_captioner: bool = False,
+) -> FastAPI:
     """Writes images, captions and embeddings, indexes them, and creates the application."""
     rows = make_site_rows(count)
     _write_captions(folder, rows)
@@ -61,7 +72,37 @@ def make_site(folder: Path, count: int = 60, config: ServingConfig | None = None
     limits = config or ServingConfig(allowed_hosts=("localhost", "127.0.0.1", "testserver"))
     decoding = DecoderConfig(max_image_pixels=limits.max_image_pixels)
     models = ImageQueryModels(ranker, device="cpu", decoding=decoding) if with_models else None
+    if models is not None and with_captioner:
+        _add_captioner(models)
     return create_app(SearchService(index, limits, models), folder / "thumbnails")
+
+
+def _add_captioner(models: ImageQueryModels) -> None:
+    """Makes models give every image the same captions; a real captioner would take seconds to load."""
+
+    def caption(content: bytes) -> pa.Table:
+        models.embed(content)  # rejects files that are not images
+        return pa.table({"caption": ["a teal square", "a square"], "log_prob": [-1.5, -2.5]})
+
+    models.caption = caption  # type: ignore[method-assign]
+    models._caption_encoder = models._embedding_encoder
+
+
+@contextmanager
+def serve_site(app: FastAPI) -> Iterator[str]:
+    """Runs an application in a thread, and yields its URL."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listening.close()
 
 
 def _write_captions(folder: Path, rows: list[Row]) -> None:

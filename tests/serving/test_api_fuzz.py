@@ -11,7 +11,15 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from .example_site import make_site
 
-OPERATIONS = ["GET /health", "GET /api/search", "GET /api/image", "POST /api/image-search", "GET /thumbnail/{size}"]
+OPERATIONS = [
+    "GET /health",
+    "GET /metrics",
+    "GET /api/v1/search",
+    "GET /api/v1/image",
+    "POST /api/v1/image-search",
+    "POST /api/v1/caption",
+    "GET /thumbnail/{size}",
+]
 MODES = [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE]
 
 
@@ -41,12 +49,20 @@ def test_every_operation_parameter_and_field_is_described(api: Any) -> None:
             assert all(parameter["description"] for parameter in operation.get("parameters", []))
     models = {name: model for name, model in schema["components"]["schemas"].items() if name.endswith("Response")}
     assert len(models) == 5
+    operations = [operation for methods in schema["paths"].values() for operation in methods.values()]
+    parameters = [parameter for operation in operations for parameter in operation.get("parameters", [])]
+    assert all(each["schema"]["examples"] for each in parameters)
     assert all(model["description"] for model in models.values())
 
 
 @pytest.mark.parametrize(
     ("label", "mode"),
-    [(label, mode) for label in OPERATIONS for mode in MODES if (label, mode) != ("GET /health", MODES[1])],
+    [
+        (label, mode)
+        for label in OPERATIONS
+        for mode in MODES
+        if label not in ("GET /health", "GET /metrics") or mode == MODES[0]
+    ],
 )
 def test_api_conforms_to_its_schema(api: Any, label: str, mode: Any) -> None:
     (operation,) = (known.ok() for known in api.get_all_operations() if known.ok().label == label)

@@ -1,12 +1,8 @@
-import socket
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -17,7 +13,7 @@ from captionlib.errors import BusyError
 from captionlib.serving.thumbnails import ThumbnailSize
 from tests.browser import needs_browser, open_browser
 
-from .example_site import MALICIOUS, make_site
+from .example_site import MALICIOUS, make_site, serve_site
 
 pytestmark = needs_browser
 
@@ -31,18 +27,10 @@ class Site(str):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     app = make_site(tmp_path_factory.mktemp("site"), 80)
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    thread = threading.Thread(target=server.run, args=([listening],))
-    thread.start()
-    while not server.started:
-        time.sleep(0.05)
-    url = Site(f"http://127.0.0.1:{listening.getsockname()[1]}")
-    url.app = app
-    yield url
-    server.should_exit = True
-    thread.join()
-    listening.close()
+    with serve_site(app) as url:
+        site = Site(url)
+        site.app = app
+        yield site
 
 
 @pytest.fixture(scope="module")

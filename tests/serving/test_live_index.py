@@ -21,25 +21,25 @@ def test_server_changes_to_a_new_version_while_it_runs(tmp_path: Path, monkeypat
     app = make_site(tmp_path, 10, with_models=False)
     with TestClient(app) as client:
         before = client.get("/health").json()["index"]
-        assert client.get("/api/search?q=giraffe").json()["total"] == 0
+        assert client.get("/api/v1/search?q=giraffe").json()["total"] == 0
         rewrite(tmp_path, [("new", "a giraffe", -1.0), *make_rows(3)])
         for _ in range(10_000):
             if client.get("/health").json()["index"] != before:
                 break
-        assert client.get("/api/search?q=giraffe").json()["total"] == 1
-        image = client.get("/api/image?id=new").json()
+        assert client.get("/api/v1/search?q=giraffe").json()["total"] == 1
+        image = client.get("/api/v1/image?id=new").json()
         assert [candidate["caption"] for candidate in image["candidates"]] == ["a giraffe", "a dog"]
-        assert client.get("/api/image?id=gone").status_code == 404
+        assert client.get("/api/v1/image?id=gone").status_code == 404
         assert "4 images" in client.get("/", headers={"accept": "text/html"}).text
 
 
 def test_request_uses_one_version_throughout(tmp_path: Path) -> None:
     service: SearchService = make_site(tmp_path, 10, with_models=False).state.service
-    pinned = service.pin()
+    snapshot = service.snapshot()
     rewrite(tmp_path, [("new", "a giraffe", -1.0)])
     assert service.index.refresh()
-    assert pinned.get_image("gone").candidates
-    assert pinned.search("giraffe", "text", 0, 5).total == 0
-    assert service.pin().search("giraffe", "text", 0, 5).total == 1
-    assert pinned.splits == ["train", "val"]
-    assert service.pin().splits == ["test"]
+    assert snapshot.get_image("gone").candidates
+    assert snapshot.search("giraffe", "text", 0, 5).total == 0
+    assert service.snapshot().search("giraffe", "text", 0, 5).total == 1
+    assert snapshot.splits == ["train", "val"]
+    assert service.snapshot().splits == ["test"]

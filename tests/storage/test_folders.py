@@ -1,4 +1,5 @@
 import pickle
+import shutil
 from pathlib import Path
 from uuid import uuid4
 
@@ -168,7 +169,7 @@ def test_unknown_protocol_is_rejected() -> None:
 @pytest.mark.parametrize("address", ["", Path("x\udce9")])
 def test_empty_addresses_and_names_that_are_not_unicode_are_rejected(address: str | Path) -> None:
     for call in (lambda: Folder(address).list(), lambda: Folder(address).write("a", b"")):
-        with pytest.raises(ConfigError, match=r"got an empty text|'x\\udce9': expected a name in UTF-8"):
+        with pytest.raises(ConfigError, match=r"got an empty string|'x\\udce9': expected a name in UTF-8"):
             call()
 
 
@@ -182,3 +183,16 @@ def test_local_path_may_contain_double_colons(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     Folder("run::1").write("a", b"2")
     assert (tmp_path / "run::1" / "a").read_bytes() == b"2"
+
+
+@pytest.mark.parametrize("removed", ["", TEMPORARY_FOLDER])
+def test_folder_that_is_removed_while_a_file_is_written_is_named(tmp_path: Path, removed: str) -> None:
+    message = "folder was removed or moved while part was being written; run the same command again"
+    with pytest.raises(StorageError, match=message), Folder(tmp_path / "folder").stage("part") as path:
+        path.write_bytes(b"1")
+        shutil.rmtree(tmp_path / "folder" / removed)
+
+
+def test_missing_file_of_the_writer_is_not_blamed_on_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), Folder(tmp_path / "folder").stage("part"):
+        (tmp_path / "image.jpg").read_bytes()

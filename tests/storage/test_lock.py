@@ -127,3 +127,14 @@ def test_only_one_of_many_concurrent_holders_takes_a_stale_lock_over(tmp_path: P
     for _ in range(20):
         folder.write(LOCK_FILE, b"{}")
         assert count_holders(folder) == 1
+
+
+def test_lock_that_is_removed_at_once_is_an_error_without_a_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Folder, "create", lambda *_: True)  # as if the folder had been removed afterwards
+    with (
+        pytest.raises(LockError, match="its lock was removed at this moment; run the same"),
+        lock_folder(Folder(tmp_path), "a"),
+    ):
+        pass

@@ -26,8 +26,8 @@ def describe(kind: int) -> list[str]:
 def write_features(
     folder: Path, patterns: npt.NDArray[np.float64], describe: Callable[[int], list[str]] = describe
 ) -> ShardedDataset:
-    """Writes 64 images of four kinds, told apart by noisy `patterns`, `[4, size]`, with the captions of `describe`."""
-    draw = np.random.default_rng(0)
+    """Writes 64 images of four kinds. The features are `patterns`, `[4, size]`, with noise, and `describe` captions."""
+    generator = np.random.default_rng(0)
     size = patterns.shape[1]
     dataset = create_dataset(
         folder,
@@ -37,14 +37,14 @@ def write_features(
         shards=2,
     )
     for shard in range(2):
-        kinds = draw.integers(0, 4, 32)
+        kinds = generator.integers(0, 4, 32)
         rows = [
             {
                 "image_id": f"{shard}-{number}",
                 "uri": "",
                 "split": "val" if number % 4 == 0 else "train",
                 "captions": describe(kind),
-                "features": (patterns[kind] + draw.normal(0, 0.1, size)).astype(np.float16),
+                "features": (patterns[kind] + generator.normal(0, 0.1, size)).astype(np.float16),
             }
             for number, kind in enumerate(kinds)
         ]

@@ -24,17 +24,17 @@ def test_average_matches_hand_computed_values() -> None:
     assert model.value.item() == 8.0
 
 
-def test_own_weights_are_restored_exactly_even_after_an_error() -> None:
+def test_original_weights_are_restored_exactly_even_after_an_error() -> None:
     torch.manual_seed(0)
     model = nn.Linear(5, 5)
     average = average_weights(model, decay=0.9)
-    own = [parameter.detach().clone() for parameter in model.parameters()]
+    original = [parameter.detach().clone() for parameter in model.parameters()]
     for parameter in average.module.parameters():
         parameter.data.add_(1)
     with pytest.raises(RuntimeError, match="validation fails"), apply_average(model, average):
-        assert all(not torch.equal(before, now) for before, now in zip(own, model.parameters(), strict=True))
+        assert all(not torch.equal(before, now) for before, now in zip(original, model.parameters(), strict=True))
         raise RuntimeError("validation fails")
-    assert all(torch.equal(before, after) for before, after in zip(own, model.parameters(), strict=True))
+    assert all(torch.equal(before, after) for before, after in zip(original, model.parameters(), strict=True))
 
 
 def test_average_resumes_from_its_state() -> None:

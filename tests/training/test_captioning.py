@@ -16,7 +16,7 @@ from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.text.vocabulary import END, Vocabulary
 from captionlib.errors import CheckpointError, ConfigError, DatasetError
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.checkpoints.checkpoint import load_captioner, save_captioner
 from captionlib.models.decoding.config import DecodingConfig
@@ -45,7 +45,8 @@ def train(
 
 def test_learns_to_describe_images(features: ShardedDataset, tmp_path: Path) -> None:
     history = train(features, tmp_path / "captioner")
-    # Of an image's two sentences, ten tokens with their ENDs, which it is is a coin's toss: 2^(2 / 10) is the best.
+    # An image has two captions with ten tokens in total, ENDs included. All tokens but the first of each caption are
+    # certain, and the first has probability 1 / 2, so the lowest possible perplexity is 2^(2 / 10).
     assert 2**0.2 <= history[-1]["perplexity"] < 1.25
     assert history[0]["perplexity"] > 2 * history[-1]["perplexity"]
     captioner = load_captioner(tmp_path / "captioner")
@@ -164,7 +165,7 @@ def test_label_smoothing_keeps_predictions_uncertain(features: ShardedDataset, t
 def test_smoothed_loss_is_cross_entropy_with_smoothed_targets(features: ShardedDataset) -> None:
     torch.manual_seed(0)
     vocabulary = Vocabulary.from_captions([f"this is {word}" for word in WORDS], 1)
-    model = Captioner(CONFIG.captioner, 4, len(vocabulary)).eval()
+    model = CaptionerNetwork(CONFIG.captioner, 4, len(vocabulary)).eval()
     batches = CaptionBatches(features, ["train"], vocabulary.encode, 8)
     (batch, *_) = batches.in_order()
     plain, smooth = (
@@ -217,11 +218,12 @@ def test_attention_needs_maps(features: ShardedDataset, tmp_path: Path) -> None:
 
 def test_attention_distinguishes_positions(tmp_path: Path) -> None:
     maps = write_maps(tmp_path / "maps")
-    looking = replace(CONFIG, captioner=replace(CONFIG.captioner, attention_size=16))
-    image_state = train(maps, tmp_path / "image_state")[-1]["perplexity"]
-    attention = train(maps, tmp_path / "attention", looking)[-1]["perplexity"]
-    # Of "it is one" and "it is two", which it is is a coin's toss to the one: four tokens with END, so 2^(1 / 4).
-    assert image_state > 2**0.25 - 0.02
+    with_attention = replace(CONFIG, captioner=replace(CONFIG.captioner, attention_size=16))
+    pooled = train(maps, tmp_path / "pooled")[-1]["perplexity"]
+    attention = train(maps, tmp_path / "attention", with_attention)[-1]["perplexity"]
+    # Without attention, "one" and "two" are equally probable. Captions have four tokens with END, so the lowest
+    # possible perplexity is 2^(1 / 4).
+    assert pooled > 2**0.25 - 0.02
     assert attention < 1.05
 
 
@@ -233,7 +235,8 @@ def test_random_crop_needs_maps(features: ShardedDataset, tmp_path: Path) -> Non
 @pytest.mark.parametrize("attention_size", [0, 16])
 def test_random_crops_change_training_reproducibly(tmp_path: Path, attention_size: int) -> None:
     maps = write_maps(tmp_path / "maps")
-    config = replace(CONFIG, captioner=replace(CONFIG.captioner, attention_size=attention_size))
+    captioner = replace(CONFIG.captioner, attention_size=attention_size)
+    config = replace(CONFIG, captioner=captioner, training=replace(CONFIG.training, epochs=3))
     whole, cropped, again = (
         [epoch["loss"] for epoch in train(maps, tmp_path / name, replace(config, random_crop=crop))]
         for name, crop in (("whole", 0.0), ("cropped", 0.3), ("again", 0.3))
@@ -243,19 +246,19 @@ def test_random_crops_change_training_reproducibly(tmp_path: Path, attention_siz
 
 
 def write_maps(folder: Path) -> ShardedDataset:
-    """Writes maps of two objects at one position or at two; the mean over the positions is the same."""
-    draw = np.random.default_rng(0)
+    """Writes maps of two objects at the same position or at two positions, which only attention can distinguish."""
+    generator = np.random.default_rng(0)
     config = {"encoder": {"model": "none", "shape": [4, 2]}}
     dataset = create_dataset(folder, "features", features_schema(8, "float16"), config=config, shards=1)
     rows = []
     for number in range(96):
         together = number % 2
-        first, second = draw.permutation(4)[:2]
-        places = np.zeros((4, 2), np.float16)
-        places[first, 0] = places[first if together else second, 1] = 5
+        first, second = generator.permutation(4)[:2]
+        feature_map = np.zeros((4, 2), np.float16)
+        feature_map[first, 0] = feature_map[first if together else second, 1] = 5
         split, captions = "val" if number % 6 < 2 else "train", ["it is one" if together else "it is two"]
         rows.append(
-            {"image_id": str(number), "uri": "", "split": split, "captions": captions, "features": places.ravel()}
+            {"image_id": str(number), "uri": "", "split": split, "captions": captions, "features": feature_map.ravel()}
         )
     with write_shard(dataset, 0, len(rows)) as writer:
         writer.write(pa.RecordBatch.from_pylist(rows, schema=dataset.schema))

@@ -1,9 +1,8 @@
 import json
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import yaml
 
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.models.checkpoints.checkpoint import load_captioner
+from tests.training.processes import TrainingRun
 
 CONFIG: dict[str, Any] = {
     "captioner": {"hidden_size": 16, "embedding_size": 16, "dropout": 0.0},
@@ -31,32 +31,17 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def start(
-    features: ShardedDataset, output: Path, processes: int, overrides: Sequence[str] = ()
-) -> "subprocess.Popen[str]":
-    """Starts `captionlib train-captioner`, under torchrun for more than one process."""
+def start(features: ShardedDataset, output: Path, processes: int, overrides: Sequence[str] = ()) -> TrainingRun:
+    """Starts `captionlib train-captioner`."""
+    return TrainingRun(command(features, output, overrides), output.with_suffix(".log"), processes)
+
+
+def command(features: ShardedDataset, output: Path, overrides: Sequence[str] = ()) -> list[str]:
     config = output.with_suffix(".yaml")
     config.write_text(yaml.safe_dump(CONFIG))
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    command = [sys.executable, "-m", *(torchrun if processes > 1 else []), "jobs.cli", "train-captioner"]
-    command += [
-        features.folder.uri,
-        "--output",
-        str(output),
-        "--device",
-        "cpu",
-        "--no-progress",
-        "--config",
-        str(config),
-    ]
-    command += [word for override in overrides for word in ("--set", override)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(run: "subprocess.Popen[str]") -> str:
-    output, _ = run.communicate(timeout=200)
-    assert run.returncode == 0, output
-    return output
+    arguments = ["train-captioner", features.folder.uri, "--output", str(output), "--config", str(config)]
+    arguments += ["--device", "cpu", "--no-progress"]
+    return arguments + [word for override in overrides for word in ("--set", override)]
 
 
 def history(output: Path) -> list[dict[str, float]]:
@@ -67,18 +52,9 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_captioner(output).model.state_dict()
 
 
-@pytest.fixture
-def running() -> Iterator[list["subprocess.Popen[str]"]]:
-    runs: list[subprocess.Popen[str]] = []
-    yield runs
-    for run in runs:
-        if run.poll() is None:
-            run.kill()
-
-
 def test_two_processes_equal_one_with_the_doubled_batch(features: ShardedDataset, tmp_path: Path) -> None:
-    finish(start(features, tmp_path / "one", 1, ["batch_images=20"]))
-    report = finish(start(features, tmp_path / "two", 2))
+    start(features, tmp_path / "one", 1, ["batch_images=20"]).finish()
+    report = start(features, tmp_path / "two", 2).finish()
     assert report.count("after epoch") == 1  # only one process reports
     for alone, together in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
         for name in ("epoch", "loss", "perplexity", "learning_rate"):
@@ -89,10 +65,10 @@ def test_two_processes_equal_one_with_the_doubled_batch(features: ShardedDataset
 
 
 def test_two_processes_sample_like_one_with_the_doubled_batch(features: ShardedDataset, tmp_path: Path) -> None:
-    finish(start(features, tmp_path / "first", 1, ["batch_images=20"]))
+    start(features, tmp_path / "first", 1, ["batch_images=20"]).finish()
     second = ["objective=self_critical", f"init_from={tmp_path / 'first'}", "training.epochs=2"]
-    finish(start(features, tmp_path / "one", 1, [*second, "batch_images=20"]))
-    finish(start(features, tmp_path / "two", 2, second))
+    start(features, tmp_path / "one", 1, [*second, "batch_images=20"]).finish()
+    start(features, tmp_path / "two", 2, second).finish()
     for alone, together in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
         assert alone["reward"] > 0
         for name in ("loss", "reward", "perplexity"):
@@ -100,22 +76,18 @@ def test_two_processes_sample_like_one_with_the_doubled_batch(features: ShardedD
 
 
 def test_two_stopped_processes_resume_bit_for_bit(
-    features: ShardedDataset, tmp_path: Path, running: list["subprocess.Popen[str]"]
+    features: ShardedDataset, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    dropout = [
-        "captioner.dropout=0.3",
-        "training.checkpoint_interval_seconds=0",
-        "training.epochs=12",
-    ]  # each process has its own
-    finish(start(features, tmp_path / "uninterrupted", 2, dropout))
+    # Each process has its own dropout.
+    dropout = ["captioner.dropout=0.3", "training.checkpoint_interval_seconds=0", "training.epochs=6"]
+    start(features, tmp_path / "uninterrupted", 2, dropout).finish()
     stopped = start(features, tmp_path / "stopped", 2, dropout)
-    running.append(stopped)
-    while not (tmp_path / "stopped" / "_training" / "state.pt").exists() and stopped.poll() is None:
+    request.addfinalizer(stopped.kill)
+    while not (tmp_path / "stopped" / "_training" / "state.pt").exists() and stopped.is_alive():
         time.sleep(0.01)
-    stopped.send_signal(signal.SIGTERM)
-    stopped.communicate(timeout=200)
-    assert stopped.returncode != 0
-    finish(start(features, tmp_path / "stopped", 2, dropout))
+    stopped.terminate()
+    assert stopped.wait() == [143, 143]
+    start(features, tmp_path / "stopped", 2, dropout).finish()
     for before, after in zip(history(tmp_path / "uninterrupted"), history(tmp_path / "stopped"), strict=True):
         assert (before["loss"], before["perplexity"]) == (after["loss"], after["perplexity"])
     uninterrupted, resumed = weights(tmp_path / "uninterrupted"), weights(tmp_path / "stopped")
@@ -125,7 +97,10 @@ def test_two_stopped_processes_resume_bit_for_bit(
 def test_error_in_the_first_process_ends_all_processes(features: ShardedDataset, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("years of work")
-    run = start(features, tmp_path / "thesis", 2)
-    report, _ = run.communicate(timeout=100)
-    assert run.returncode != 0
-    assert "files that no training run wrote" in report
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = command(features, tmp_path / "thesis")
+    done = subprocess.run(
+        [*torchrun, "-m", "jobs.cli", *arguments], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode != 0
+    assert "files that no training run wrote" in done.stderr

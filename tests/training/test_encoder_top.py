@@ -93,8 +93,8 @@ def test_attention_maps_have_the_shape_of_the_encoder_top(maps: Path, tmp_path: 
     generate_captions(
         maps, tmp_path / "captioner", output, GenerationConfig(attention_maps=True), device="cpu", run=RUN
     )
-    looks = open_dataset(output).read(0).to_pylist()[0]["attention"]
-    assert all(len(look) == 27 * 27 and sum(look) == pytest.approx(1, abs=0.01) for look in looks)
+    attention_maps = open_dataset(output).read(0).to_pylist()[0]["attention"]
+    assert all(len(weights) == 27 * 27 and sum(weights) == pytest.approx(1, abs=0.01) for weights in attention_maps)
 
 
 def rows(dataset: ShardedDataset) -> list[tuple[str, str, float]]:
@@ -121,7 +121,7 @@ def test_stopped_run_resumes_to_the_same_weights(maps: Path, tmp_path: Path, mon
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
-def test_self_critical_training_starts_from_it(maps: Path, tmp_path: Path) -> None:
+def test_self_critical_training_continues_to_train_the_encoder_top(maps: Path, tmp_path: Path) -> None:
     first = train(maps, tmp_path / "first")
     config = replace(
         CONFIG,

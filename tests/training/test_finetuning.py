@@ -17,7 +17,7 @@ from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError, DatasetError, FailureRatioError
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.captioners.end_to_end import ImageCaptioner
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.checkpoints.checkpoint import LoadedCaptioner, load_captioner, save_captioner
@@ -50,7 +50,7 @@ def write_captioner(folder: Path, encoder: EncoderConfig = ENCODER) -> LoadedCap
     vocabulary = Vocabulary.from_captions([f"a {colour} field all of it is" for colour in COLORS], 1)
     torch.manual_seed(0)
     shape = CaptionerConfig(hidden_size=16, embedding_size=16, dropout=0.1, standardize_features=False)
-    model = Captioner(shape, description["shape"][-1], len(vocabulary))
+    model = CaptionerNetwork(shape, description["shape"][-1], len(vocabulary))
     save_captioner(folder, model, vocabulary, description, provenance={}, training={})
     return load_captioner(folder)
 
@@ -128,7 +128,9 @@ def test_encoder_and_captioner_have_their_own_learning_rates(
 
 def test_encoder_stays_in_evaluation_mode() -> None:
     encoder = load_encoder(EncoderConfig("mobilenet_v2", "features.1.conv.2", "random:0", pooling="mean"), "cpu", True)
-    model = ImageCaptioner(encoder.network, Captioner(CaptionerConfig(hidden_size=4, embedding_size=4), 16, 7)).train()
+    model = ImageCaptioner(
+        encoder.network, CaptionerNetwork(CaptionerConfig(hidden_size=4, embedding_size=4), 16, 7)
+    ).train()
     before = {name: values.clone() for name, values in encoder.network.export_weights().items()}
     pixels = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8)
     seen = model.encoder(pixels)
@@ -142,7 +144,9 @@ def test_encoder_stays_in_evaluation_mode() -> None:
 
 def test_validation_rejects_features_beyond_the_stored_dtype() -> None:
     encoder = load_encoder(EncoderConfig("mobilenet_v2", "features.1.conv.2", "random:0", pooling="mean"), "cpu", True)
-    model = ImageCaptioner(encoder.network, Captioner(CaptionerConfig(hidden_size=4, embedding_size=4), 16, 7)).eval()
+    model = ImageCaptioner(
+        encoder.network, CaptionerNetwork(CaptionerConfig(hidden_size=4, embedding_size=4), 16, 7)
+    ).eval()
     with torch.no_grad():
         for parameter in encoder.network.parameters():
             parameter.mul_(1e4)
@@ -224,7 +228,10 @@ def test_rejects_what_cannot_be_finetuned(manifest: ShardedDataset, start: Loade
     with pytest.raises(ConfigError, match=r"init_from: expected a captioner to fine-tune .*, got none"):
         finetune_captioner(manifest.folder.uri, tmp_path / "tuned", CONFIG, device="cpu")
     for node, message in (
-        ("features.9", "expected a node with weights at or before features.3.squeeze_activation, .* got features.9"),
+        (
+            "features.9",
+            "expected layers with weights from it to features.3.squeeze_activation, .* got none from features.9",
+        ),
         ("features.99", "squeezenet1_1 has no node 'features.99'; similar nodes"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -47,7 +47,7 @@ def train(
 
 def test_learns_the_sentences_of_a_text_file(sentences: Path, tmp_path: Path) -> None:
     history = train(sentences, tmp_path / "model")
-    # Two words of two that are equally likely, two tokens that are certain: exp(2 ln 2 / 4) is the best.
+    # Two tokens of a sentence have probability 1 / 2, and two are certain: exp(2 ln 2 / 4) is the lowest perplexity.
     assert math.sqrt(2) - 0.01 < history[-1]["perplexity"] < 1.5
     loaded = load_language_model(tmp_path / "model")
     samples = sample_texts(loaded, DecodingConfig(strategy="sample"), 40)
@@ -118,8 +118,8 @@ def test_end_of_a_sequence_is_not_an_end_token(tmp_path: Path) -> None:
 
 
 class _Batches:
-    def __init__(self, has_end_tokens: bool) -> None:
-        self.has_end_tokens = has_end_tokens
+    def __init__(self, rows_are_sentences: bool) -> None:
+        self.rows_are_sentences = rows_are_sentences
 
     count: Any = None
     shuffled: Any = None

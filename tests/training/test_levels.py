@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from captionlib.data.batches.captions import make_encoder, read_references
+from captionlib.data.batches.captions import make_caption_tokenizer, read_references
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError
@@ -118,6 +118,8 @@ def test_lengths_depend_on_the_level(level: Level, max_tokens: int) -> None:
     assert DecodingConfig(min_words=101).find_max_tokens(vocabulary.unit) == 101
     assert DecodingConfig(max_tokens=3).find_max_tokens(vocabulary.unit) == 3
     text = " ".join(["dog"] * 99)
-    kept = vocabulary.decode(make_encoder(vocabulary)(text))
+    kept = vocabulary.decode(make_caption_tokenizer(vocabulary)(text))
     assert kept == (text[:200] if level == "characters" else " ".join(["dog"] * 30))
-    assert vocabulary.decode(make_encoder(vocabulary, 2)(text)) == ("do" if level == "characters" else "dog dog")
+    assert vocabulary.decode(make_caption_tokenizer(vocabulary, 2)(text)) == (
+        "do" if level == "characters" else "dog dog"
+    )

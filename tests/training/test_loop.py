@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import struct
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from captionlib.errors import DatasetError, TrainingDiverged, TrainingInterrupted
 from captionlib.storage.folders import Folder
-from captionlib.training.loop import TrainingConfig, claim_folder, seed_everything, train
+from captionlib.training.loop import TrainingConfig, prepare_run_folder, seed_everything, train
 from captionlib.training.objective import BatchLoss
 
 CONFIG = TrainingConfig(epochs=3, checkpoint_interval_seconds=0, patience=None)
@@ -126,6 +127,22 @@ def test_finished_run_does_nothing(tmp_path: Path) -> None:
     assert again._step == 0
 
 
+@pytest.mark.parametrize("epochs", [3, 4])
+def test_run_without_its_checkpoint_is_not_resumed(tmp_path: Path, epochs: int) -> None:
+    run(Line(), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    again = Line()
+    with pytest.raises(DatasetError, match=r"does not hold the checkpoint of epoch \d, .*--overwrite"):
+        run(again, tmp_path, replace(CONFIG, epochs=epochs))
+    assert again._step == 0
+
+
+def test_run_whose_folder_is_removed_at_the_end_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("captionlib.training.loop.draw_curves", lambda *_: shutil.rmtree(tmp_path / "run"))
+    with pytest.raises(DatasetError, match="does not hold the checkpoint"):
+        run(Line(), tmp_path / "run")
+
+
 def test_run_can_be_extended_but_not_changed(tmp_path: Path) -> None:
     run(Line(), tmp_path)
     longer = Line()
@@ -177,7 +194,7 @@ def test_epoch_with_a_non_finite_score_is_never_saved(tmp_path: Path) -> None:
 
 
 class Unigram(Line):
-    """Validates by given perplexities; word frequencies alone reach 10."""
+    """Reports given validation perplexities. The perplexity of the unigram model is 10."""
 
     score_name = "perplexity"
     unigram_perplexity = 10.0
@@ -202,7 +219,7 @@ def test_run_above_the_unigram_perplexity_stops(tmp_path: Path, errors: list[flo
     assert continued[-1]["perplexity"] == 1.0
 
 
-def test_patience_ends_no_run_above_the_unigram_perplexity_silently(
+def test_short_run_above_the_unigram_perplexity_ends_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     objective = Unigram()
@@ -211,7 +228,7 @@ def test_patience_ends_no_run_above_the_unigram_perplexity_silently(
     assert capsys.readouterr().err.startswith("warning: expected a validation perplexity below 10.0")
 
 
-def test_run_that_falls_below_the_unigram_perplexity_in_time_goes_on(tmp_path: Path) -> None:
+def test_run_that_falls_below_the_unigram_perplexity_continues(tmp_path: Path) -> None:
     objective = Unigram()
     objective.errors = [12.0, 11.0, 9.0, 8.0]
     assert len(run(objective, tmp_path, replace(CONFIG, epochs=4))) == 4
@@ -232,6 +249,7 @@ def test_averaged_weights_are_validated_and_saved_but_not_trained(tmp_path: Path
             return {"error": 1.0}
 
         def save(self, output: Folder, training: dict[str, Any]) -> None:
+            super().save(output, training)
             seen["saved"] = weights(self)
 
     seen: dict[str, list[Tensor]] = {}
@@ -305,8 +323,8 @@ def test_gradients_are_clipped(tmp_path: Path) -> None:
 def test_folder_with_foreign_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(DatasetError, match=r"files that no training run wrote \(thesis.txt\)"):
-        claim_folder(Folder(tmp_path), overwrite=True)
+        prepare_run_folder(Folder(tmp_path), overwrite=True)
     (tmp_path / "thesis.txt").unlink()
     run(Line(), tmp_path)
-    claim_folder(Folder(tmp_path), overwrite=True)
+    prepare_run_folder(Folder(tmp_path), overwrite=True)
     assert not (tmp_path / "metrics.jsonl").exists()

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from captionlib.training.ranking import RankerTrainingConfig, RankingObjective, 
 from jobs.cli import captionlib
 from pipelines.embed_images import embed_images
 from pipelines.run import RunConfig
+from tests.training.processes import TrainingRun
 
 KINDS = [f"{colour} {thing}" for colour in ("red", "green", "blue") for thing in ("ball", "box", "car", "dog")]
 CONFIG = RankerTrainingConfig(
@@ -41,7 +40,7 @@ CONFIG = RankerTrainingConfig(
 @pytest.fixture
 def features(tmp_path: Path) -> ShardedDataset:
     """48 training images, four of each kind, and 12 for validation; features and captions identify the kind."""
-    draw = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     dataset = create_dataset(
         tmp_path / "features",
         "features",
@@ -56,7 +55,7 @@ def features(tmp_path: Path) -> ShardedDataset:
                 "uri": "",
                 "split": "train" if shard else "val",
                 "captions": [f"a {name}", f"this is the {name} again", f"{name}"][: 3 if kind % 2 else 2],
-                "features": (np.eye(12)[kind] + draw.normal(0, 0.05, 12)).astype(np.float16),
+                "features": (np.eye(12)[kind] + generator.normal(0, 0.05, 12)).astype(np.float16),
             }
             for kind, name in enumerate(KINDS)
         ]
@@ -106,7 +105,7 @@ def test_maps_are_averaged_over_positions(features: ShardedDataset, tmp_path: Pa
         maps.folder.uri, tmp_path / "of-maps", tmp_path / "embeddings", EmbeddingConfig(), run=RunConfig(progress=False)
     )
     vectors = np.array(open_dataset(tmp_path / "embeddings").read(0)["embedding"].to_pylist())
-    assert np.allclose(vectors, other.encode_images(numbers_of(features, 0)), atol=1e-3)
+    assert np.allclose(vectors, other.encode_images(read_vectors(features, 0)), atol=1e-3)
 
 
 def to_maps(features: ShardedDataset, folder: Path) -> ShardedDataset:
@@ -115,7 +114,7 @@ def to_maps(features: ShardedDataset, folder: Path) -> ShardedDataset:
     schema = features_schema(24, "float16")
     maps = create_dataset(folder, "features", schema, config=config, shards=features.shards)
     for shard in range(features.shards):
-        vectors = numbers_of(features, shard)
+        vectors = read_vectors(features, shard)
         column = numpy_to_vectors(np.concatenate([2 * vectors, 0 * vectors], 1))
         rows = features.read(shard)
         with write_shard(maps, shard, rows.num_rows) as writer:
@@ -128,7 +127,7 @@ def to_maps(features: ShardedDataset, folder: Path) -> ShardedDataset:
     return maps
 
 
-def numbers_of(features: ShardedDataset, shard: int) -> npt.NDArray[np.floating]:
+def read_vectors(features: ShardedDataset, shard: int) -> npt.NDArray[np.floating]:
     return vectors_to_numpy(features.read(shard)["features"])
 
 
@@ -162,16 +161,12 @@ def test_crashed_run_resumes_bit_for_bit(
 
 
 def test_two_processes_train_one_ranker(features: ShardedDataset, tmp_path: Path) -> None:
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command = [sys.executable, "-m", *torchrun, "jobs.cli", "train-ranker", features.folder.uri]
-    command += ["-o", str(tmp_path / "ranker"), "--device", "cpu", "--no-progress"]
-    for value in ("ranker.sentence_encoder=mean", "min_count=1", "batch_images=10", "training.epochs=8"):
-        command += ["--set", value]
-    done = subprocess.run(
-        [*command, "--set", "training.learning_rate=0.02"], capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("mean recall") == 1  # only one process reports
+    arguments = ["train-ranker", features.folder.uri, "-o", str(tmp_path / "ranker"), "--device", "cpu"]
+    overrides = ["ranker.sentence_encoder=mean", "min_count=1", "batch_images=10", "training.epochs=8"]
+    for override in (*overrides, "training.learning_rate=0.02"):
+        arguments += ["--set", override]
+    output = TrainingRun([*arguments, "--no-progress"], tmp_path / "log", processes=2).finish()
+    assert output.count("mean recall") == 1  # only one process reports
     assert score_ranker(load_ranker(tmp_path / "ranker"), features, ["val"]).mean_recall > 0.9
 
 
@@ -183,7 +178,7 @@ def test_only_the_contrastive_loss_learns_the_temperature(features: ShardedDatas
         assert (learned != pytest.approx(0.07)) is moves
 
 
-def test_sample_captions_draws_per_image() -> None:
+def test_captions_are_sampled_for_each_image() -> None:
     batch = CaptionBatch(np.eye(3, dtype=np.float32), [[1], [2], [3], [4], [5]], np.array([0, 0, 0, 1, 2]))
     seen = set()
     for seed in range(30):

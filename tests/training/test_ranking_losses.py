@@ -7,24 +7,26 @@ from torch import Tensor
 
 from captionlib.training.ranking_losses import contrastive_loss, max_margin_loss
 
-# Two images; sentences 0 and 1 are of image 0, sentence 2 is of image 1.
+# Scores of two images (rows) and three sentences (columns). Sentences 0 and 1 describe image 0, sentence 2 image 1.
 SCORES = torch.tensor([[0.9, 0.4, 0.5], [0.8, 0.1, 0.6]])
-OWNERS = torch.tensor([0, 0, 1])
+IMAGE_OF_SENTENCE = torch.tensor([0, 0, 1])
 
 
-def test_margin_adds_up_all_negatives() -> None:
-    # Other images: 0.2 - 0.9 + 0.8 = 0.1; 0.2 - 0.4 + 0.1 < 0; 0.2 - 0.6 + 0.5 = 0.1.
-    # Other sentences: of (0, 0): 0.2 - 0.9 + 0.5 < 0; of (0, 1): 0.2 - 0.4 + 0.5 = 0.3;
-    # of (1, 2): 0.2 - 0.6 + 0.8 = 0.4 and 0.2 - 0.6 + 0.1 < 0.
-    assert max_margin_loss(SCORES, OWNERS, 0.2).item() == pytest.approx((0.1 + 0.1 + 0.3 + 0.4) / 3)
+def test_max_margin_loss_sums_the_costs_of_all_negatives() -> None:
+    # Costs of negative images, by pair (image, sentence):
+    # (0, 0): 0.2 - 0.9 + 0.8 = 0.1; (0, 1): 0.2 - 0.4 + 0.1 < 0; (1, 2): 0.2 - 0.6 + 0.5 = 0.1.
+    # Costs of negative sentences: (0, 0): 0.2 - 0.9 + 0.5 < 0; (0, 1): 0.2 - 0.4 + 0.5 = 0.3;
+    # (1, 2): 0.2 - 0.6 + 0.8 = 0.4 and 0.2 - 0.6 + 0.1 < 0.
+    assert max_margin_loss(SCORES, IMAGE_OF_SENTENCE, 0.2).item() == pytest.approx((0.1 + 0.1 + 0.3 + 0.4) / 3)
 
 
-def test_hardest_takes_one_negative_of_each_kind() -> None:
-    # With a margin of 0.6 both of (1, 2)'s sentences cost: 0.6 - 0.6 + 0.8 = 0.8 and 0.1; the hardest is 0.8.
+def test_hard_negatives_are_one_image_and_one_sentence_per_pair() -> None:
+    # With a margin of 0.6, both negative sentences of pair (1, 2) have a cost: 0.6 - 0.6 + 0.8 = 0.8 and 0.1.
     images = (0.6 - 0.9 + 0.8) + (0.6 - 0.4 + 0.1) + (0.6 - 0.6 + 0.5)
     sentences = (0.6 - 0.9 + 0.5) + (0.6 - 0.4 + 0.5) + 0.8
-    assert max_margin_loss(SCORES, OWNERS, 0.6, hard_negatives=True).item() == pytest.approx((images + sentences) / 3)
-    assert max_margin_loss(SCORES, OWNERS, 0.6).item() == pytest.approx((images + sentences + 0.1) / 3)
+    hardest, all_negatives = (max_margin_loss(SCORES, IMAGE_OF_SENTENCE, 0.6, hard).item() for hard in (True, False))
+    assert hardest == pytest.approx((images + sentences) / 3)
+    assert all_negatives == pytest.approx((images + sentences + 0.1) / 3)
 
 
 def test_contrastive_is_the_softmax_of_each_pair_among_its_negatives() -> None:
@@ -34,44 +36,45 @@ def test_contrastive_is_the_softmax_of_each_pair_among_its_negatives() -> None:
     among_images = [nll(0.9, [0.8]), nll(0.4, [0.1]), nll(0.6, [0.5])]
     among_sentences = [nll(0.9, [0.5]), nll(0.4, [0.5]), nll(0.6, [0.8, 0.1])]
     expected = (sum(among_images) + sum(among_sentences)) / 6
-    assert contrastive_loss(SCORES, OWNERS, torch.tensor(0.5).log()).item() == pytest.approx(expected)
+    assert contrastive_loss(SCORES, IMAGE_OF_SENTENCE, torch.tensor(0.5).log()).item() == pytest.approx(expected)
 
 
-def losses(scores: Tensor, owners: Tensor) -> list[Tensor]:
+def compute_losses(scores: Tensor, image_of_sentence: Tensor) -> list[Tensor]:
     return [
-        max_margin_loss(scores, owners, 0.2),
-        max_margin_loss(scores, owners, 0.2, hard_negatives=True),
-        contrastive_loss(scores, owners, torch.tensor(-1.0)),
+        max_margin_loss(scores, image_of_sentence, 0.2),
+        max_margin_loss(scores, image_of_sentence, 0.2, hard_negatives=True),
+        contrastive_loss(scores, image_of_sentence, torch.tensor(-1.0)),
     ]
 
 
-def draw(seed: int) -> tuple[Tensor, Tensor]:
+def sample_scores(seed: int) -> tuple[Tensor, Tensor]:
+    """Returns random scores and `image_of_sentence`."""
     generator = torch.Generator().manual_seed(seed)
-    owners = torch.arange(4).repeat_interleave(torch.randint(1, 4, (4,), generator=generator))
-    return 2 * torch.rand(4, len(owners), generator=generator) - 1, owners
+    image_of_sentence = torch.arange(4).repeat_interleave(torch.randint(1, 4, (4,), generator=generator))
+    return 2 * torch.rand(4, len(image_of_sentence), generator=generator) - 1, image_of_sentence
 
 
 @given(st.integers(0, 10_000))
 def test_the_order_of_sentences_changes_nothing(seed: int) -> None:
-    scores, owners = draw(seed)
-    order = torch.randperm(len(owners), generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(losses(scores, owners), losses(scores[:, order], owners[order]))
+    scores, images = sample_scores(seed)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(compute_losses(scores, images), compute_losses(scores[:, order], images[order]))
 
 
 @given(st.integers(0, 10_000))
-def test_another_sentence_of_the_same_image_is_no_negative(seed: int) -> None:
-    scores, owners = draw(seed)
+def test_another_sentence_of_the_same_image_is_not_a_negative(seed: int) -> None:
+    scores, images = sample_scores(seed)
     scores.requires_grad_()
-    for loss in losses(scores, owners):
+    for loss in compute_losses(scores, images):
         (gradient,) = torch.autograd.grad(loss, scores)
-        own = gradient.gather(0, owners[None])[0]
-        assert (own <= 1e-7).all(), "what is said of an image is never pushed away from it"
+        pair_gradients = gradient.gather(0, images[None])[0]
+        assert (pair_gradients <= 1e-7).all(), "no loss lowers the score of an image and its own sentence"
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_no_negatives_no_gradient(which: int) -> None:
+def test_batch_without_negatives_has_no_gradient(which: int) -> None:
     scores = torch.tensor([[0.3, 0.2]], requires_grad=True)
-    loss = losses(scores, torch.tensor([0, 0]))[which]
+    loss = compute_losses(scores, torch.tensor([0, 0]))[which]
     loss.backward()  # type: ignore[no-untyped-call]
     assert loss.item() == 0
     assert scores.grad is not None

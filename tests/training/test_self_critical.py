@@ -14,7 +14,7 @@ from captionlib.data.batches.captions import CaptionBatch, CaptionBatches
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.text.vocabulary import END, Vocabulary
 from captionlib.errors import ConfigError
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.models.decoding.config import DecodingConfig
@@ -114,7 +114,7 @@ def test_crashed_run_resumes_bit_for_bit(
 
 
 def objective_of(
-    model: Captioner,
+    model: CaptionerNetwork,
     features: ShardedDataset,
     settings: SelfCriticalConfig,
     references: Sequence[list[list[int]]],
@@ -130,23 +130,24 @@ def objective_of(
 def test_loss_of_two_samples_matches_hand_computed_value(
     features: ShardedDataset, monkeypatch: pytest.MonkeyPatch, baseline: Baseline
 ) -> None:
-    model = Captioner(CaptionerConfig("rnn", hidden_size=1, embedding_size=1), feature_size=3, vocabulary_size=5)
+    model = CaptionerNetwork(CaptionerConfig("rnn", hidden_size=1, embedding_size=1), feature_size=3, vocabulary_size=5)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
         model.output.bias.copy_(torch.tensor([1 / 8, 1 / 32, 1 / 2, 1 / 4, 3 / 32]).log())
-    places = iter([torch.tensor([2, 2]), torch.tensor([3, END])])  # the first is cut off before its END
-    monkeypatch.setattr(self_critical, "sample_tokens", lambda *_: next(places))
+    # Two time steps of two samples. The first sample is truncated before END.
+    sampled = iter([torch.tensor([2, 2]), torch.tensor([3, END])])
+    monkeypatch.setattr(self_critical, "sample_tokens", lambda *_: next(sampled))
     settings = SelfCriticalConfig(2, baseline)
     objective = objective_of(model, features, settings, [[[2, 3]], [[4]]], max_tokens=2)
     batch = CaptionBatch(np.zeros((1, 3), np.float32), [[2, 3]], np.array([0]))
     loss = objective.loss(SelfCriticalBatch(batch, seed=0, epoch=0))
-    # END has no weight on its own, as both images have it; all other n-grams have the same weight. Of the
-    # reference (2, 3, END), (2, 3) has both words and one of two bigrams, and (2, END) has one of two words.
+    # END alone has no weight, because it occurs in the references of both images. All other n-grams have equal weights.
+    # The reference is (2, 3, END). Sample (2, 3) has both words and one of two bigrams, (2, END) has one of two words.
     length_penalty = math.exp(-1 / 72)
     high, low = 10 / 4 * (1 + math.sqrt(0.5)) * length_penalty, 10 / 4 * math.sqrt(0.5) * length_penalty
     assert (loss.size, loss.reward_count, loss.reward_total) == (4, 2, pytest.approx(high + low))
-    greedy = 10 / 4 / (2 * math.sqrt(2)) * length_penalty  # the most probable word twice: one of them is correct
+    greedy = 10 / 4 / (2 * math.sqrt(2)) * length_penalty  # the greedy caption is (2, 2), in which one word is correct
     baselines = (low, high) if baseline == "leave_one_out" else (greedy, greedy)
     expected = (high - baselines[0]) * math.log(2 * 4) + (low - baselines[1]) * math.log(2 * 8)
     assert loss.mean.item() == pytest.approx(expected / 4, rel=1e-5)
@@ -164,7 +165,7 @@ def test_sampled_log_probs_equal_those_of_forward(features: ShardedDataset, conf
     written = pad_sentences([[token for token in tokens if token != END] for tokens in samples.captions])
     expected = model(torch.from_numpy(images), written, torch.arange(3).repeat_interleave(2))
     for sentence, tokens in enumerate(samples.captions):
-        of_tokens = expected.log_probs[expected.sentences == sentence][: len(tokens)]  # no END where it was cut off
+        of_tokens = expected.log_probs[expected.sentences == sentence][: len(tokens)]  # truncated samples have no END
         torch.testing.assert_close(samples.log_probs[samples.sentences == sentence], of_tokens)
 
 

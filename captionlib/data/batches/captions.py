@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice, pairwise
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,16 +18,17 @@ import numpy.typing as npt
 from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.batches.augmentation import FeatureMapAugmentation
 from captionlib.data.shards.dataset import ShardedDataset
-from captionlib.data.splits import expand_splits
+from captionlib.data.splits import add_split_aliases
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import DatasetError
 
 __all__ = [
     "CaptionBatch",
     "CaptionBatches",
+    "describe_data",
     "feature_shape",
     "make_batch",
-    "make_encoder",
+    "make_caption_tokenizer",
     "mean_and_std",
     "pool_map",
     "read_captions",
@@ -96,7 +97,7 @@ class CaptionBatches:
 
     def count(self, world_size: int = 1) -> int:
         """Returns the number of batches per epoch, which may vary slightly with the order of the shards."""
-        selected = expand_splits(self.splits)
+        selected = add_split_aliases(self.splits)
         images = [
             sum(split in selected and bool(captions) for split, captions in _read_splits(self.dataset, shard))
             for shard in range(self.dataset.shards)
@@ -114,17 +115,17 @@ class CaptionBatches:
         """
         size = self.batch_images * world_size
         selections = (
-            (number, buffer, order[begin : begin + size])
-            for number, (buffer, order) in enumerate(self._shuffled_buffers(seed, epoch))
+            (buffer_index, buffer, order[begin : begin + size])
+            for buffer_index, (buffer, order) in enumerate(self._shuffled_buffers(seed, epoch))
             for begin in range(0, len(order), size)
         )
         return _call_ahead(
             partial(
                 self._augmented_batch,
                 *(buffer, images, np.array_split(np.arange(len(images)), world_size)[rank]),
-                seed=[seed, epoch, number, images[0]],
+                seed=[seed, epoch, buffer_index, images[0]],
             )
-            for number, buffer, images in islice(selections, first, None)
+            for buffer_index, buffer, images in islice(selections, first, None)
         )
 
     def in_order(self) -> Iterator[CaptionBatch]:
@@ -140,7 +141,7 @@ class CaptionBatches:
         for buffer in self._prefetch(self._groups):
             for begin in range(0, len(buffer.features), self.batch_images):
                 features = buffer.features[begin : begin + self.batch_images]
-                yield range(first, first + len(features)), self._finish(features)
+                yield range(first, first + len(features)), self._pool_and_cast(features)
                 first += len(features)
 
     def _shuffled_buffers(self, seed: int, epoch: int) -> Iterator[tuple[_Buffer, npt.NDArray[np.int64]]]:
@@ -162,9 +163,9 @@ class CaptionBatches:
         for shard in shards:
             for rows, captions in read_features(self.dataset, shard, self.splits):
                 encoded = [[ids for caption in row if (ids := self.encode(caption))] for row in captions]
-                captioned = [number for number, row in enumerate(encoded) if row]
+                captioned = [index for index, row in enumerate(encoded) if row]
                 features.append(rows[captioned] if self._buffers_maps else pool_map(rows[captioned]))
-                sentences.extend(encoded[number] for number in captioned)
+                sentences.extend(encoded[index] for index in captioned)
         shape = feature_shape(self.dataset)[0 if self._buffers_maps else -1 :]
         return _Buffer(np.concatenate(features) if features else np.empty((0, *shape), np.float32), sentences)
 
@@ -182,9 +183,9 @@ class CaptionBatches:
         return self._batch(buffer, images[part], maps)
 
     def _batch(self, buffer: _Buffer, images: npt.NDArray[np.int64], features: Features) -> CaptionBatch:
-        return make_batch(self._finish(features), [buffer.sentences[image] for image in images])
+        return make_batch(self._pool_and_cast(features), [buffer.sentences[image] for image in images])
 
-    def _finish(self, features: Features) -> npt.NDArray[np.float32]:
+    def _pool_and_cast(self, features: Features) -> npt.NDArray[np.float32]:
         return (pool_map(features) if self.pooled else features).astype(np.float32)
 
 
@@ -209,7 +210,7 @@ def make_batch(
     return CaptionBatch(features, [sentence for per_image in sentences for sentence in per_image], image_of_sentence)
 
 
-def make_encoder(vocabulary: Vocabulary, max_words: int | None = None) -> EncodeCaption:
+def make_caption_tokenizer(vocabulary: Vocabulary, max_words: int | None = None) -> EncodeCaption:
     """Returns a function that converts the first `max_words` words (or characters) of a caption to token ids.
 
     If `max_words` is None, it is 30 words or 200 characters.
@@ -232,7 +233,7 @@ def read_features(
     dataset: ShardedDataset, shard: int, splits: Collection[str]
 ) -> Iterator[tuple[Features, list[list[str]]]]:
     """Yields the features `[rows, *shape]` and captions of the images in `splits`, in chunks."""
-    shape, names = feature_shape(dataset), expand_splits(splits)
+    shape, names = feature_shape(dataset), add_split_aliases(splits)
     for rows in dataset.read_batches(shard, ["split", "captions", "features"]):
         selected = np.array([split in names for split in rows["split"].to_pylist()], bool)
         if selected.any():
@@ -247,7 +248,7 @@ def read_captions(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[st
         DatasetError: no image in `splits` has a caption.
     """
     seen: set[str] = set()
-    selected = expand_splits(splits)
+    selected = add_split_aliases(splits)
     is_empty = True
     for shard in range(dataset.shards):
         for split, captions in _read_splits(dataset, shard):
@@ -264,9 +265,20 @@ def read_captions(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[st
 
 def read_references(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[list[str]]:
     """Yields a list of captions for each captioned image in `splits` without reading the features."""
-    selected = expand_splits(splits)
+    selected = add_split_aliases(splits)
     for shard in range(dataset.shards):
         yield from (captions for split, captions in _read_splits(dataset, shard) if split in selected and captions)
+
+
+def describe_data(
+    dataset: ShardedDataset, train_splits: Sequence[str], validation_splits: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Returns the numbers of captioned images and captions in the training and validation splits, as JSON values."""
+    data: dict[str, dict[str, Any]] = {}
+    for use, splits in (("training", train_splits), ("validation", validation_splits)):
+        counts = list(map(len, read_references(dataset, splits)))
+        data[use] = {"splits": list(splits), "images": len(counts), "captions": sum(counts)}
+    return data
 
 
 def _read_splits(dataset: ShardedDataset, shard: int) -> Iterator[tuple[str, list[str]]]:
@@ -275,7 +287,7 @@ def _read_splits(dataset: ShardedDataset, shard: int) -> Iterator[tuple[str, lis
 
 
 def sample_features(dataset: ShardedDataset, splits: Sequence[str], count: int) -> npt.NDArray[np.float32]:
-    """Returns the features of about `count` images, `[images, *shape]`: the first ones in `splits` of each shard."""
+    """Returns the features of about `count` images in `splits`, `[images, *shape]`: the first ones of each shard."""
     per_shard = -(-count // max(1, dataset.shards))
     samples: list[Features] = []
     for shard in range(dataset.shards):
@@ -308,7 +320,10 @@ def mean_and_std(
 
 
 def _group_shards(dataset: ShardedDataset, buffer_bytes: int, pooled: bool) -> list[tuple[int, ...]]:
-    """Groups consecutive shards into buffers, assuming that all shards are as large as the largest."""
+    """Groups consecutive shards into buffers, assuming that all shards are as large as the largest.
+
+    The marker of a shard, the file that records that it is complete, contains the number of rows.
+    """
     largest = max((marker.rows for marker in dataset.read_markers().values()), default=1)
     width = dataset.schema.field("features").type.value_type.bit_width // 8
     row_bytes = 4 * feature_shape(dataset)[-1] if pooled else width * math.prod(feature_shape(dataset))

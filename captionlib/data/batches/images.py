@@ -18,7 +18,7 @@ from captionlib.data.batches.captions import CaptionBatch, make_batch, read_capt
 from captionlib.data.batches.skipped import SkippedImages
 from captionlib.data.images.loading import LoadImages
 from captionlib.data.shards.dataset import ShardedDataset
-from captionlib.data.splits import expand_splits
+from captionlib.data.splits import add_split_aliases
 from captionlib.errors import ImageError
 
 __all__ = ["ImageBatches", "read_captioned_rows"]
@@ -65,7 +65,7 @@ class ImageBatches:
         batches = (order[begin : begin + size] for begin in range(first * size, len(order), size))
         parts = [np.array_split(batch, world_size)[rank] for batch in batches]
         for loaded in self._load_parts(parts):
-            yield self._batch([(row, image[:, ::-1] if is_flipped[number] else image) for number, row, image in loaded])
+            yield self._batch([(row, image[:, ::-1] if is_flipped[index] else image) for index, row, image in loaded])
 
     def in_order(self) -> Iterator[CaptionBatch]:
         """Yields all images once, in the order of the manifest."""
@@ -74,25 +74,25 @@ class ImageBatches:
                 yield batch
 
     def images_in_order(self) -> Iterator[tuple[Sequence[int], Pixels]]:
-        """Yields batches of readable images: row numbers and pixels `[images, crop_size, crop_size, 3]`."""
+        """Yields batches of readable images: indices in `rows`, and pixels `[images, crop_size, crop_size, 3]`."""
         for loaded in self._load_in_order():
             if loaded:
-                yield [number for number, _, _ in loaded], np.stack([image for _, _, image in loaded])
+                yield [index for index, _, _ in loaded], np.stack([image for _, _, image in loaded])
 
     def _load_in_order(self) -> Iterator[list[tuple[int, Row, Pixels]]]:
-        size, numbers = self.batch_images, np.arange(len(self.rows))
-        return self._load_parts([numbers[begin : begin + size] for begin in numbers[::size]])
+        size, indices = self.batch_images, np.arange(len(self.rows))
+        return self._load_parts([indices[begin : begin + size] for begin in indices[::size]])
 
     def _load_parts(self, parts: Sequence[npt.NDArray[np.int64]]) -> Iterator[list[tuple[int, Row, Pixels]]]:
-        """Yields the readable images of each part with their numbers and rows."""
+        """Yields the readable images of each part as (index in `rows`, row, pixels)."""
         results = self.load(row for part in parts for row in self.rows.take(pa.array(part)).to_pylist())
         for part in parts:
             loaded = []
-            for number, (row, image) in zip(part, islice(results, len(part)), strict=True):
+            for index, (row, image) in zip(part, islice(results, len(part)), strict=True):
                 if isinstance(image, ImageError):
                     self.skipped.add(row, image)
                 else:
-                    loaded.append((int(number), row, image.pixels))
+                    loaded.append((int(index), row, image.pixels))
             yield loaded
 
     def _batch(self, images: Sequence[tuple[Row, Pixels]]) -> CaptionBatch | None:
@@ -110,7 +110,7 @@ def read_captioned_rows(dataset: ShardedDataset, splits: Sequence[str]) -> pa.Ta
     tables = []
     for shard in range(dataset.shards):
         rows = dataset.read(shard, ["image_id", "uri", "split", "captions"])
-        in_splits = pc.is_in(rows["split"], value_set=pa.array(expand_splits(splits), pa.string()))
+        in_splits = pc.is_in(rows["split"], value_set=pa.array(add_split_aliases(splits), pa.string()))
         captioned = pc.greater(pc.list_value_length(rows["captions"]), 0)
         tables.append(rows.filter(pc.and_(in_splits, captioned)).drop_columns(["split"]))
     return pa.concat_tables(tables).combine_chunks()

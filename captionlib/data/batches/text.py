@@ -22,11 +22,11 @@ class TextBatches(Protocol):
     """Batches of token ids, `[sentences, time steps] int64`, padded with `PAD`."""
 
     @property
-    def has_end_tokens(self) -> bool:
-        """Whether the token END follows each row. False if the rows are parts of a continuous text."""
+    def rows_are_sentences(self) -> bool:
+        """Whether the model should predict END after each row, which does not contain END. False for running text."""
 
     def count(self) -> int:
-        """Returns the number of batches per epoch."""
+        """Returns the number of batches that `shuffled` yields."""
 
     def shuffled(self, seed: int, epoch: int) -> Iterator[Ids]:
         """Yields the batches of an epoch in a random order that depends only on `seed` and `epoch`."""
@@ -43,7 +43,7 @@ class SentenceBatches:
         batch_size: sentences per batch.
     """
 
-    has_end_tokens = True
+    rows_are_sentences = True
 
     def __init__(self, sentences: Iterable[list[int]], batch_size: int) -> None:
         ids, starts = array("i"), array("q", [0])
@@ -65,11 +65,11 @@ class SentenceBatches:
 
     def _batches(self, order: npt.NDArray[np.int64]) -> Iterator[Ids]:
         for begin in range(0, len(order), self._batch_size):
-            numbers = order[begin : begin + self._batch_size]
-            lengths = self._starts[numbers + 1] - self._starts[numbers]
-            batch = np.full((len(numbers), lengths.max()), PAD, np.int64)
+            sentences = order[begin : begin + self._batch_size]
+            lengths = self._starts[sentences + 1] - self._starts[sentences]
+            batch = np.full((len(sentences), lengths.max()), PAD, np.int64)
             batch[np.arange(batch.shape[1]) < lengths[:, None]] = np.concatenate(
-                [self._ids[self._starts[number] : self._starts[number + 1]] for number in numbers]
+                [self._ids[self._starts[sentence] : self._starts[sentence + 1]] for sentence in sentences]
             )
             yield batch
 
@@ -86,14 +86,14 @@ class SequenceBatches:
         DatasetError: the text is shorter than two sequences.
     """
 
-    has_end_tokens = False
+    rows_are_sentences = False
 
     def __init__(self, text: Iterable[int], sequence_length: int, batch_size: int) -> None:
         self._ids = np.frombuffer(array("i", text), np.int32)
         if len(self._ids) < 2 * sequence_length:
             raise DatasetError(
-                f"expected at least two sequences of {sequence_length} tokens for training and for validation, got "
-                f"{len(self._ids)} tokens; use a longer text or a smaller sequence_length"
+                f"expected training and validation texts of at least two sequences of {sequence_length} tokens each, "
+                f"got {len(self._ids)} tokens; use a longer text or a smaller sequence_length"
             )
         self._sequence_length = sequence_length
         self._batch_size = batch_size
@@ -104,8 +104,8 @@ class SequenceBatches:
     def shuffled(self, seed: int, epoch: int) -> Iterator[Ids]:
         generator = np.random.default_rng([seed, epoch])
         offset = int(generator.integers(self._sequence_length))
-        numbers = generator.permutation(len(self._ids) // self._sequence_length - 1)
-        return self._batches(numbers * self._sequence_length + offset)
+        sequences = generator.permutation(len(self._ids) // self._sequence_length - 1)
+        return self._batches(sequences * self._sequence_length + offset)
 
     def in_order(self) -> Iterator[Ids]:
         return self._batches(np.arange(len(self._ids) // self._sequence_length) * self._sequence_length)

@@ -101,14 +101,14 @@ def names_part_of_file(uri: str) -> bool:
 
 
 def _names_local_file(uri: str) -> bool:
-    """Returns whether an address of this form is the name of a local file."""
+    """Returns whether an address that looks like a part of a file is the name of a whole local file."""
     return names_part_of_file(uri) and not split_protocol(uri)[0] and os.path.lexists(uri)
 
 
 def _parse_file(uri: str, protocols: Sequence[str]) -> ImageFile:
     uri = uri.strip() if "://" in uri else uri
-    spelled, url = split_protocol(uri)
-    protocol = _CANONICAL_PROTOCOLS.get(spelled, spelled or "file")
+    given_protocol, url = split_protocol(uri)
+    protocol = _CANONICAL_PROTOCOLS.get(given_protocol, given_protocol or "file")
     allowed = {_CANONICAL_PROTOCOLS.get(name, name) for name in protocols} - INTERPRETING_PROTOCOLS
     problem = _find_problem(uri, protocol, url)
     if not problem and protocol not in allowed:
@@ -116,7 +116,7 @@ def _parse_file(uri: str, protocols: Sequence[str]) -> ImageFile:
             f"an address with protocol {', '.join(protocols)}, got {protocol}: {_shorten(uri)}; "
             "if you trust the source of the addresses, add the protocol to loading.fetch.protocols"
         )
-    if not problem and protocol == "file" and spelled:
+    if not problem and protocol == "file" and given_protocol:
         try:
             url = _decode_path(strip_local_protocol(url))
         except ConfigError as error:

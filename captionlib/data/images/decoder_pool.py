@@ -27,7 +27,7 @@ from captionlib.data.images.decoding import (
     MAX_JPEG_SCANS,
     DecodedImage,
     Preprocessing,
-    Shrinking,
+    SizeLimit,
 )
 from captionlib.errors import DecodeError, SubprocessError
 
@@ -65,7 +65,7 @@ class DecoderConfig:
 class DecoderPool:
     """A pool of decoder processes. Thread-safe. As a context manager, it kills the processes on exit."""
 
-    def __init__(self, preprocessing: Preprocessing | Shrinking, config: DecoderConfig | None = None) -> None:
+    def __init__(self, preprocessing: Preprocessing | SizeLimit, config: DecoderConfig | None = None) -> None:
         self.config = config or DecoderConfig()
         self.size = self.config.processes or available_cpus()
         self._preprocessing = preprocessing
@@ -216,7 +216,7 @@ class _Decoder:
         self._receive(RESPONSE_HEADER.size)
 
     def decode(
-        self, content: bytes, preprocessing: Preprocessing | Shrinking, timeout_seconds: float
+        self, content: bytes, preprocessing: Preprocessing | SizeLimit, timeout_seconds: float
     ) -> DecodedImage | DecodeError:
         """Decodes an image. Raises EOFError or ConnectionError if the process ends, TimeoutError if it is too slow."""
         self._limit_waiting(timeout_seconds)

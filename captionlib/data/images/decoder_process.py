@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 from PIL import AvifImagePlugin, Image
 
-from captionlib.data.images.decoding import Preprocessing, Shrinking, decode_image
+from captionlib.data.images.decoding import Preprocessing, SizeLimit, decode_image
 from captionlib.errors import DecodeError
 
 __all__ = ["FAILURE", "IMAGE", "READY", "REQUEST_HEADER", "RESPONSE_HEADER", "DecoderSettings", "main"]
@@ -33,7 +33,7 @@ _KEPT_BLOCKS = 4  # blocks of 16 MB that Pillow reuses; allocating new memory ta
 class DecoderSettings(NamedTuple):
     """The payload of the first request. The following requests are image files."""
 
-    preprocessing: Preprocessing | Shrinking
+    preprocessing: Preprocessing | SizeLimit
     max_image_pixels: int
     max_jpeg_scans: int
     max_memory_bytes: int

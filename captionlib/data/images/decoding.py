@@ -50,7 +50,7 @@ __all__ = [
     "DecodeScale",
     "DecodedImage",
     "Preprocessing",
-    "Shrinking",
+    "SizeLimit",
     "decode_image",
     "list_decodable_formats",
 ]
@@ -100,7 +100,7 @@ class Preprocessing:
         std: standard deviation of each channel, for pixels in 0..1.
         decode_scale: `exact` resizes from all pixels of the file. `fast` decodes a JPEG at 1/2, 1/4 or 1/8 of its
             size if the result is at least twice as large as the resized image.
-        stretch: resize both sides to `resize_size`, which changes the proportions, instead of the shorter side.
+        stretch: resize width and height to `resize_size`, which changes the proportions.
     """
 
     resize_size: int
@@ -124,8 +124,10 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
-class Shrinking:
-    """How to shrink an image to display it. It is not cropped, and small images are not enlarged.
+class SizeLimit:
+    """Preprocessing that only shrinks large images: for display, or for models that preprocess images themselves.
+
+    It keeps the proportions, crops nothing and does not enlarge small images.
 
     Attributes:
         max_size: maximum length of the longer side, in pixels.
@@ -161,7 +163,7 @@ def list_decodable_formats() -> list[ImageFormat]:
 
 def decode_image(
     content: bytes,
-    preprocessing: Preprocessing | Shrinking,
+    preprocessing: Preprocessing | SizeLimit,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     max_jpeg_scans: int = MAX_JPEG_SCANS,
     begin: Callable[[int], None] = lambda pixels: None,
@@ -215,13 +217,13 @@ def _check_pixels(size: tuple[int, int], limit: int, what: str) -> None:
 
 
 def _preprocess(
-    content: bytes, image: Image.Image, preprocessing: Preprocessing | Shrinking, limit: int
+    content: bytes, image: Image.Image, preprocessing: Preprocessing | SizeLimit, limit: int
 ) -> DecodedImage:
     """Loads, resizes, crops and orients an image. The rotation comes last, when the image is smallest."""
     pixels = _load(content, image, preprocessing)
     transposition, is_swapped, *is_reversed = _read_orientation(image)
     width, height = image.size[::-1] if is_swapped else image.size
-    if isinstance(preprocessing, Shrinking):
+    if isinstance(preprocessing, SizeLimit):
         method, resized = Image.Resampling.BILINEAR, preprocessing.output_size(width, height)
         output_size = resized
     else:
@@ -259,7 +261,7 @@ def _preprocess(
     return DecodedImage(np.asarray(kept), width, height)
 
 
-def _load(content: bytes, image: Image.Image, preprocessing: Preprocessing | Shrinking) -> Image.Image:
+def _load(content: bytes, image: Image.Image, preprocessing: Preprocessing | SizeLimit) -> Image.Image:
     """Decodes the pixels in the mode RGB, RGBX or L."""
     if image.mode == "RGB" and isinstance(image, JpegImagePlugin.JpegImageFile):
         min_size = None

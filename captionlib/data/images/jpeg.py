@@ -34,6 +34,8 @@ _buffers = threading.local()
 
 
 class _Frame(NamedTuple):
+    """The header of a JPEG file. `process` is the code of the marker that says how the pixels are coded."""
+
     process: int
     bits: int
     components: int

@@ -7,13 +7,15 @@ __all__ = ["read_jxl_size"]
 _CODESTREAM = b"\xff\x0a"
 _HEADER_BYTES = 16  # more than the longest header of the size, 9 bytes
 
-# Bits of a length, by the two bits before it, and the width divided by the height, by three bits. If these are 0, the
-# header contains the width. ISO/IEC 18181-1, section "SizeHeader".
+# ISO/IEC 18181-1, section "SizeHeader". Two bits select the number of bits of a length. Three bits select the width
+# divided by the height; if they are 0, the header contains the width.
 _LENGTH_BITS = (9, 13, 18, 30)
 _RATIOS = (None, *(Fraction(*ratio) for ratio in ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))))
 
 
 class _Bits:
+    """Reads numbers of any number of bits, the lowest bit first."""
+
     def __init__(self, content: bytes) -> None:
         self._bits = int.from_bytes(content, "little")
 
@@ -40,7 +42,7 @@ def read_jxl_size(content: bytes) -> tuple[int, int] | None:
 
 
 def _read_codestream(content: bytes) -> bytes:
-    """Returns the first bytes of the image in a file of boxes. Several boxes may contain parts of the image."""
+    """Returns the first bytes of the image in a file of boxes (sections), several of which may contain image data."""
     codestream, position = b"", 0
     while len(codestream) < _HEADER_BYTES and len(content) >= position + 8:
         size, kind = int.from_bytes(content[position : position + 4], "big"), content[position + 4 : position + 8]

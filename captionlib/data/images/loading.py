@@ -14,7 +14,7 @@ from pydantic import PositiveInt
 
 from captionlib.config import configclass
 from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
-from captionlib.data.images.decoding import DecodedImage, Preprocessing, Shrinking
+from captionlib.data.images.decoding import DecodedImage, Preprocessing, SizeLimit
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.errors import ImageError
 
@@ -29,7 +29,7 @@ class LoadedImage(DecodedImage):
 
     Attributes:
         content_hash: XXH3 hash of the bytes of the file, an unsigned integer of 64 bits.
-        more_pixels: the pixels after each additional preprocessing of `open_loader`.
+        more_pixels: the pixels that each additional preprocessing of `open_loader` yields.
     """
 
     content_hash: int
@@ -59,7 +59,7 @@ class LoadingConfig:
 
 @contextmanager
 def open_loader(
-    config: LoadingConfig, preprocessing: Preprocessing | Shrinking, *more: Preprocessing | Shrinking
+    config: LoadingConfig, preprocessing: Preprocessing | SizeLimit, *more: Preprocessing | SizeLimit
 ) -> Iterator[LoadImages]:
     """Starts threads and decoder processes, and yields a function that loads images; see `load_images`.
 

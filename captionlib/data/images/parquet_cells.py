@@ -55,7 +55,7 @@ class ParquetCellReader:
         return bytes(content)
 
     def _read_footer(self, file: ImageFile) -> pq.FileMetaData:
-        with _reporting_arrow_errors(), self._open_file(file) as opened:
+        with _convert_arrow_errors(), self._open_file(file) as opened:
             return pq.read_metadata(opened)
 
     def _read_chunk(self, file: ImageFile, group: int, column: str) -> pa.ChunkedArray:
@@ -67,7 +67,7 @@ class ParquetCellReader:
         size = metadata.column(columns[column]).total_uncompressed_size
         if size > self._max_bytes:
             raise FetchError("TooLarge", f"a column chunk has {size} bytes; write the file with smaller row groups")
-        with _reporting_arrow_errors(), self._open_file(file) as opened:
+        with _convert_arrow_errors(), self._open_file(file) as opened:
             table = pq.ParquetFile(opened, metadata=footer).read_row_group(group, [column], use_threads=False)
         values = table.column(0)
         while pa.types.is_struct(values.type):
@@ -78,7 +78,7 @@ class ParquetCellReader:
 
 
 @contextmanager
-def _reporting_arrow_errors() -> Iterator[None]:
+def _convert_arrow_errors() -> Iterator[None]:
     """Converts Arrow exceptions, whose messages may quote the file, to FetchErrors."""
     try:
         yield

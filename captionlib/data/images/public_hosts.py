@@ -51,8 +51,8 @@ def _extract_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | Non
 
 
 def _open_public_socket(address: AddrInfoType) -> socket.socket:
-    family, kind, protocol, _, target = address
-    if is_private_address(str(target[0])):
+    family, kind, protocol, _, socket_address = address
+    if is_private_address(str(socket_address[0])):
         raise PrivateHostError
     return socket.socket(family, kind, protocol)
 

@@ -36,7 +36,7 @@ class Changes:
         new: rows with an id that is not in the manifest.
         changed: rows whose version, URI, split or captions differ.
         gone: rows of the manifest that are not in the source.
-        unchanged: the other rows.
+        unchanged: rows of the source that equal those of the manifest.
     """
 
     new: int
@@ -50,7 +50,7 @@ class Changes:
 
 
 class Comparison:
-    """The rows that differ, in the tables of a temporary database. Created by `compare`."""
+    """The rows that differ between a source and a manifest, in a temporary database. Created by `compare`."""
 
     def __init__(
         self, database: duckdb.DuckDBPyConnection, staged: StagedRows, dataset: ShardedDataset, append: bool
@@ -78,10 +78,8 @@ class Comparison:
         """
         self._read_existing("CREATE TABLE existing AS SELECT image_id, shard, version FROM existing_rows")
         schema = pa.schema([("image_id", pa.string()), ("content_hash", pa.string())])
-        hashes = pa.RecordBatchReader.from_batches(schema, _read_hashes(hashed, schema))
-        self._database.register("hashes", hashes)
-        self._database.execute("CREATE TABLE expected AS FROM hashes WHERE content_hash IS NOT NULL")
-        self._database.unregister("hashes")
+        with self._register("hashes", schema, _read_hashes(hashed, schema)):
+            self._database.execute("CREATE TABLE expected AS FROM hashes WHERE content_hash IS NOT NULL")
 
         def check(row: tuple[int, int, str, str, str]) -> tuple[int, int, str] | None:
             position, shard, version, uri, expected = row
@@ -100,20 +98,20 @@ class Comparison:
                     self._database.executemany("INSERT INTO changes VALUES (?, ?, ?)", found)
 
     def list_touched_shards(self) -> list[int]:
-        """Returns the sorted numbers of the shards that contain rows that changed or are gone."""
+        """Returns the sorted numbers of the shards with changed or gone rows."""
         return sorted(shard for (shard,) in self._database.execute(_LIST_TOUCHED).fetchall())
 
     def count_gone(self) -> dict[int, int]:
-        """Returns the number of rows that are gone, by shard."""
+        """Returns the number of gone rows by shard."""
         return dict(self._database.execute("SELECT shard, count(*) FROM gone GROUP BY shard").fetchall())
 
     def read_gone(self, shard: int) -> pa.Array:
-        """Returns the ids of the rows of a shard that are gone."""
+        """Returns the ids of the gone rows of a shard."""
         ids = self._database.execute("SELECT image_id FROM gone WHERE shard = ?", [shard]).fetchall()
         return pa.array([image_id for (image_id,) in ids], pa.string())
 
     def read_changed(self) -> Iterator[tuple[int, pa.Table]]:
-        """Yields the changed rows of each shard, by the number of the shard."""
+        """Yields the number of each shard with changed rows, in ascending order, and these rows."""
         parts = (part for batch in self._read(_READ_CHANGED) for part in _split_by_shard(batch))
         for shard, group in groupby(parts, key=lambda part: part[0]):
             yield shard, pa.Table.from_batches([rows for _, rows in group])
@@ -129,9 +127,30 @@ class Comparison:
             rows.append_column("shard", pa.array(np.full(rows.num_rows, shard, np.int32)))
             for shard, rows in read_manifest(self._dataset)
         )
-        self._database.register("existing_rows", pa.RecordBatchReader.from_batches(schema, batches))
-        self._database.execute(sql, parameters)
-        self._database.unregister("existing_rows")
+        with self._register("existing_rows", schema, batches):
+            self._database.execute(sql, parameters)
+
+    @contextmanager
+    def _register(self, name: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Iterator[None]:
+        """Registers rows that are read once. If they cannot be read, raises their error instead of DuckDB's."""
+        errors: list[Exception] = []
+
+        def read() -> Iterator[pa.RecordBatch]:
+            try:
+                yield from batches
+            except Exception as error:
+                errors.append(error)
+                raise
+
+        self._database.register(name, pa.RecordBatchReader.from_batches(schema, read()))
+        try:
+            yield
+        except duckdb.Error:
+            if errors:
+                raise errors[0] from None
+            raise
+        finally:
+            self._database.unregister(name)
 
     def _read(self, sql: str) -> pa.RecordBatchReader:
         result = self._database.cursor().sql(sql, params=[str(self._staged.path)])
@@ -179,6 +198,7 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
     Returns:
         The number of shards after the update.
     """
+    # A marker is the file that records that a shard is complete.
     rows = {shard: marker.rows for shard, marker in dataset.read_markers().items()}
     touched, gone = comparison.list_touched_shards(), comparison.count_gone()
     left = {shard: count - gone.get(shard, 0) for shard, count in rows.items()}
@@ -226,8 +246,8 @@ def _write(staged: ShardedDataset, shard: int, table: pa.Table) -> None:
 
 
 # `verify_content` appends a hash of the content to a version. Comparisons with the source ignore it.
-_LISTED = "regexp_replace({}, '~[0-9a-f]{{16}}$', '')"
-_DIGEST = f"hash(uri, {_LISTED.format('version')}, split, captions)"
+_VERSION_WITHOUT_HASH = "regexp_replace({}, '~[0-9a-f]{{16}}$', '')"
+_DIGEST = f"hash(uri, {_VERSION_WITHOUT_HASH.format('version')}, split, captions)"
 # The position of a row that is gone is null, and so is the shard of a new row.
 _CREATE_DIFFERENCES = f"""
     CREATE TABLE differences AS
@@ -242,7 +262,7 @@ _CREATE_DIFFERENCES = f"""
 # If only the captions of a row change, its version keeps the hash.
 _CREATE_CHANGES = f"""
     CREATE TABLE changes AS
-    SELECT position, shard, CASE WHEN {_LISTED.format("existing_version")} = version
+    SELECT position, shard, CASE WHEN {_VERSION_WITHOUT_HASH.format("existing_version")} = version
         THEN existing_version ELSE version END AS version
     FROM differences WHERE position IS NOT NULL
 """
@@ -259,7 +279,7 @@ _READ_UNCHANGED = f"""
         coalesce(nullif(regexp_extract(existing.version, '~([0-9a-f]{{16}})$', 1), ''), expected.content_hash) AS hash
     FROM read_parquet(?, file_row_number = true) AS rows
     JOIN existing USING (image_id) LEFT JOIN expected USING (image_id)
-    WHERE {_LISTED.format("existing.version")} = rows.version AND hash IS NOT NULL
+    WHERE {_VERSION_WITHOUT_HASH.format("existing.version")} = rows.version AND hash IS NOT NULL
 """
 _READ_NEW = """
     SELECT rows.* FROM read_parquet(?, file_row_number = true) AS rows

@@ -18,7 +18,7 @@ import scipy.io
 from captionlib.data.sources.locations import locate
 from captionlib.errors import CaptionlibError, DatasetError, SubprocessError
 from captionlib.isolation import ProcessLimits, run_isolated
-from captionlib.storage.retries import name_errors
+from captionlib.storage.retries import convert_os_errors
 
 __all__ = ["open_matrix"]
 
@@ -57,8 +57,8 @@ def open_matrix(address: str, name: str) -> Iterator[npt.NDArray[Any]]:
         path = Path(location.path)
         if not location.is_local:
             path = Path(scratch) / "matrix.mat"
-            with location.fs.open(location.path, "rb") as source, path.open("wb") as target:
-                shutil.copyfileobj(source, target)
+            with location.fs.open(location.path, "rb") as remote, path.open("wb") as local:
+                shutil.copyfileobj(remote, local)
         copy = Path(scratch) / "matrix"
         try:
             with run_isolated(
@@ -92,7 +92,7 @@ def _copy_matrix(path: Path, address: str, name: str, copy: Path, sink: BinaryIO
     is_hdf5 = start.startswith(_HDF5_SIGNATURE) or start[_HDF5_OFFSET:] == _HDF5_SIGNATURE
     with (_open_hdf5 if is_hdf5 else _open_scipy)(path, address, name) as columns:
         step = max(1, _BLOCK_BYTES // (columns.shape[1] * columns.dtype.itemsize))
-        with name_errors(str(copy)), copy.open("wb") as file:
+        with convert_os_errors(str(copy)), copy.open("wb") as file:
             for first in range(0, columns.shape[0], step):
                 with _raise_dataset_errors(address):
                     block = np.ascontiguousarray(columns[first : first + step])

@@ -24,7 +24,7 @@ from captionlib.data.sources.karpathy import read_numbered_rows
 from captionlib.data.sources.locations import locate
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
 from captionlib.data.sources.values import describe, is_unicode
-from captionlib.data.sources.versions import describe_address
+from captionlib.data.sources.versions import version_from_uri
 from captionlib.errors import DatasetError, DuplicateIdError
 from captionlib.progress import progress_bar
 
@@ -39,8 +39,8 @@ class ImportConfig:
 
     Attributes:
         variable: name of the matrix in the MATLAB file.
-        feature_size: number of values of each feature vector, that is, the number of rows of the matrix. If None, the
-            number of rows is used, unless the matrix seems to be transposed.
+        feature_size: number of values of each feature vector, that is, the number of rows of the matrix. If None, any
+            number of rows is accepted, but a matrix that seems to be transposed is rejected.
         image_root: folder that image paths are relative to. If None, the folder of `dataset.json` is used.
         stored_dtype: dtype of the stored features.
         shard_size: rows per shard (output file).
@@ -98,7 +98,7 @@ def import_features(
         columns = _find_columns(numbered_rows, matrix, mat_address)
         rows = [row for _, row in numbered_rows]
         for row in rows:
-            row.version = describe_address(row.uri)
+            row.version = version_from_uri(row.uri)
         dataset = create_dataset(
             output,
             "features",

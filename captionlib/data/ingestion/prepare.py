@@ -24,7 +24,7 @@ from captionlib.data.shards.update import drop_uncommitted_updates
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.formats import SOURCE_FORMATS, detect_common_format, read_source
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
-from captionlib.data.splits import expand_splits
+from captionlib.data.splits import add_split_aliases
 from captionlib.errors import ConfigError, DatasetError, FetchError
 from captionlib.progress import progress_bar
 from captionlib.storage.folders import Folder
@@ -50,7 +50,7 @@ class PrepareConfig:
             manifest is used or, for a new one, `captionlib.data.shards.compaction.choose_shard_size`.
         check_images: raise an error if the source lists image paths and none of the first 20 images exists.
         strict: raise an error at the first invalid image or caption instead of skipping it.
-        append: keep images of an existing manifest that are not in the source, which lists only new or changed images.
+        append: keep images of an existing manifest that are not in the source. The source can then list only new ones.
         verify_content: path or URL of features, captions or embeddings made from the manifest. Their column
             `content_hash` contains a hash of each image. If set, an update reads all images that seem unchanged and
             compares their hashes.
@@ -174,8 +174,8 @@ def _prepare(
             rows = _drop_removed(rows, removed, skips)
         with progress_bar("prepare", None, "images", progress) as bar:
             rows = rows if config.limit is None else itertools.islice(rows, config.limit)
-            same = None if config.verify_content is not None else complete
-            staged = stage_rows(rows, Path(scratch) / "rows.parquet", same, bar.update)
+            to_compare = None if config.verify_content is not None else complete
+            staged = stage_rows(rows, Path(scratch) / "rows.parquet", to_compare, bar.update)
         if not staged.rows:
             raise DatasetError(_describe_empty_source(addresses, source_format, config, skips))
         if complete is not None:
@@ -271,6 +271,7 @@ def _update(
     dry_run: bool,
     report: Callable[[Changes], None],
 ) -> tuple[Changes, int]:
+    """Updates an existing manifest. Returns the changes, and the number of shards after the update."""
     if staged.unchanged:
         changes = Changes(0, 0, 0, staged.rows)
         report(changes)
@@ -278,7 +279,7 @@ def _update(
             drop_uncommitted_updates(dataset.folder)
         return changes, dataset.shards
     check_unique_ids(staged)
-    with compare(staged, dataset, config.append) as comparison:
+    with compare(staged, dataset, append=config.append) as comparison:
         if config.verify_content is not None:
             with ImageFetcher() as fetcher:
                 comparison.verify_content(_open_hashes(config.verify_content), fetcher)
@@ -334,18 +335,18 @@ def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
 
 
 def _select_splits(rows: Iterator[ManifestRow], splits: Collection[str], skips: SkipCounter) -> Iterator[ManifestRow]:
-    selected = expand_splits(splits)
+    selected = add_split_aliases(splits)
     for row in rows:
         if row.split in selected:
             yield row
         else:
-            skips.skip("in a different split")
+            skips.count_ignored("in a different split")
 
 
 def _drop_removed(rows: Iterator[ManifestRow], removed: RemovedImages, skips: SkipCounter) -> Iterator[ManifestRow]:
     for row in rows:
         if row.image_id in removed:
-            skips.skip("removed with captionlib remove")
+            skips.count_ignored("removed with captionlib remove")
         else:
             yield row
 

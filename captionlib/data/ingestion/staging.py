@@ -121,7 +121,7 @@ def _to_batch(rows: list[ManifestRow]) -> pa.RecordBatch:
 
 
 def read_manifest(dataset: ShardedDataset) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Yields the numbers of the shards of a manifest, with batches of their rows."""
+    """Yields the rows of a manifest in batches, each with the number of its shard."""
     for shard in range(dataset.shards):
         for rows in dataset.read_batches(shard, MANIFEST_SCHEMA.names, _BATCH_ROWS):
             yield shard, rows
@@ -144,8 +144,8 @@ def check_unique_ids(staged: StagedRows) -> None:
         [(hashes,)] = connection.execute(_COUNT_HASHES, [str(staged.path)]).fetchall()
         if hashes == staged.rows:  # different hashes prove that the ids differ
             return
-        for number in range(passes):
-            duplicate = connection.execute(_FIND_DUPLICATE, [str(staged.path), passes, number]).fetchone()
+        for remainder in range(passes):
+            duplicate = connection.execute(_FIND_DUPLICATE, [str(staged.path), passes, remainder]).fetchone()
             if duplicate is not None:
                 image_id, count = duplicate
                 rows = connection.execute(_FIND_ROWS, [str(staged.path), image_id]).fetchall()

@@ -1,8 +1,9 @@
 """Merges small shards and splits large ones, without computing any row again.
 
 The manifest is divided into new shards first, in one step. The datasets that were made from it follow: each row and
-failure moves to the shard that has its image now. A compaction has an id, the layout of the dataset. A dataset whose
-layout differs from that of its source still has the old shards, so running the same command again moves its rows.
+failure moves to the shard that has its image now. Each compaction has an id, which the compacted dataset records as its
+`layout`. A dataset whose `layout` differs from that of its source still has the old shards, so running the same command
+again moves its rows.
 """
 
 import math
@@ -30,6 +31,7 @@ _MIN_SHARD_SIZE = 1000
 _KINDS = ("manifest", "features", "captions", "embeddings")  # inputs before outputs
 
 Count = Callable[[int], None]
+"""Called with a number of moved rows, for a progress bar."""
 
 
 def choose_shard_size(images: int) -> int:
@@ -57,7 +59,7 @@ class Compaction:
     images: int
 
     def run(self, count: Count = lambda rows: None) -> ShardedDataset:
-        """Divides the dataset into its new shards, all at once. Calls `count` with the numbers of moved rows.
+        """Divides the dataset into its new shards, all at once.
 
         Returns:
             The dataset afterwards. It is equal to `dataset` if there was nothing to do.
@@ -80,7 +82,8 @@ def plan_compaction(datasets: Sequence[ShardedDataset], shard_size: int | None =
 
     Raises:
         ConfigError: a dataset has no shards that could be compacted.
-        DatasetError: a dataset is not complete. One that no other dataset was made from may be incomplete.
+        DamagedShardError: a marker of a dataset without a source is missing or damaged.
+        DatasetError: a dataset without a source, or the source of a dataset, is not complete.
     """
     for dataset in datasets:
         if dataset.kind not in _KINDS:
@@ -96,14 +99,15 @@ def plan_compaction(datasets: Sequence[ShardedDataset], shard_size: int | None =
 
 
 def _plan(dataset: ShardedDataset, shard_size: int | None) -> Compaction:
-    images = dataset.compute_totals().images
+    markers = dataset.read_markers() if dataset.source else dataset.require_markers()
+    images = sum(marker.images for marker in markers.values())
     return Compaction(dataset, None if dataset.source else shard_size or choose_shard_size(images), images)
 
 
 def _divide(dataset: ShardedDataset, size: int, images: int, count: Count) -> None:
     """Divides all rows into shards of `size` rows, unless there are as few shards as possible already."""
     shards = -(-images // size)
-    largest = max(marker.rows for marker in dataset.read_markers().values())
+    largest = max(marker.rows for marker in dataset.require_markers().values())
     if dataset.config.get("shard_size") == size and dataset.shards == shards and largest <= size:
         return
     config = {**dataset.config, "shard_size": size}
@@ -177,7 +181,7 @@ class _Matches:
 
     Attributes:
         rows: `[rows] int64`, the position of each row in the new shard's input; -1 if it is not in there.
-        failures: `[failures] int64`, likewise for each failure.
+        failures: `[failures] int64`, the same for each failure.
     """
 
     rows: npt.NDArray[np.int64]
@@ -199,7 +203,8 @@ def _move(
 ) -> int:
     """Writes a shard with the rows and failures of the images that `source` has in this shard.
 
-    The marker names the shard of `source` only if no image is missing. Otherwise the stage processes the missing ones.
+    If an image is missing, the marker (the file that records that the shard is complete) does not contain the checksum
+    of the input shard. The next run of the stage then processes the missing images.
 
     Returns:
         The number of moved rows and failures.

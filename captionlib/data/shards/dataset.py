@@ -3,9 +3,10 @@
     folder/
       part-00000.parquet ...          rows; only complete files appear at the top level
       _dataset.json                   description: kind, schema, configuration, and a hash of them (fingerprint)
-      __shards/part-00000.json ...    one marker per shard: a JSON file that marks it as finished
+      __shards/part-00000.json ...    markers: JSON files, each of which records that a shard is complete
       __failures/part-00000.parquet   images of the shard that could not be read; absent if there are none
       _SUCCESS                        totals over all shards; written once all are finished
+      __sample/                       rows that a run on a sample reads; removed at its end
       __update/, _update.json         new shards and journal of an update; see `captionlib.data.shards.update`
 
 Hugging Face's `datasets` ignores folders that begin with `__`, and pandas, PyArrow and Spark ignore names that begin
@@ -20,7 +21,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -35,6 +36,7 @@ from captionlib.data.shards.markers import (
     JOURNAL_FILE,
     MARKERS_FOLDER,
     REMOVED_FILE,
+    SAMPLE_FOLDER,
     SUCCESS_FILE,
     UPDATE_FOLDER,
     Marker,
@@ -83,6 +85,8 @@ class ShardedDataset:
         layout: id of the compaction that divided the images into these shards; empty if there was none. A dataset has
             the layout of its source; see `captionlib.data.shards.compaction`.
         source_checksum: content checksum of the source when this dataset was created; empty if unknown.
+        encoder_weights: path or URL of the weights file of the encoder that computed the features; empty if there is no
+            such file. The fingerprint depends on a hash of the weights, not on this path.
     """
 
     folder: Folder
@@ -95,6 +99,7 @@ class ShardedDataset:
     source: str = ""
     layout: str = ""
     source_checksum: str = ""
+    encoder_weights: str = ""
 
     def done_shards(self) -> set[int]:
         """Returns the numbers of the shards that have a marker and a data file. Lists the folders once.
@@ -116,7 +121,7 @@ class ShardedDataset:
 
     def read_marker(self, shard: int) -> Marker | None:
         """Returns the marker of a shard, or None if the shard is not finished."""
-        marker = self.read_any_marker(shard)
+        marker = self.read_marker_even_if_unfinished(shard)
         finished = marker is not None and marker.previous is None
         return marker if finished and self.folder.exists(f"{part_name(shard)}.parquet") else None
 
@@ -125,11 +130,23 @@ class ShardedDataset:
         done = self.done_shards()
         return {marker.shard: marker for marker in self.iter_markers(done if shards is None else done & set(shards))}
 
-    def iter_markers(self, shards: Iterable[int]) -> Iterator[Marker]:
-        """Yields the markers of the finished shards among `shards`, which have data files, in any order.
+    def require_markers(self) -> dict[int, Marker]:
+        """Returns the markers of the finished shards, by shard. A command that replaces shards must not miss any.
 
-        Reads them concurrently and in bounded memory. A marker that is damaged or has a different fingerprint counts as
-        missing.
+        Raises:
+            DamagedShardError: the dataset is complete, but a marker is missing or damaged.
+        """
+        markers = self.read_markers()
+        missing = set(range(self.shards)) - markers.keys()
+        if missing and self.is_complete():
+            raise self._damaged(f"{part_name(min(missing))}.parquet", "its marker is missing")
+        return markers
+
+    def iter_markers(self, shards: Iterable[int]) -> Iterator[Marker]:
+        """Yields the markers of the finished shards among `shards`, in any order. All `shards` must have data files.
+
+        Reads the markers concurrently and in bounded memory. A marker that is damaged or has a different fingerprint
+        counts as missing.
         """
         wanted = set(shards)
         for content in self.folder.read_many(map(marker_file, sorted(wanted))):
@@ -137,8 +154,8 @@ class ShardedDataset:
             if marker is not None and marker.previous is None and marker.shard in wanted:
                 yield marker
 
-    def read_any_marker(self, shard: int) -> Marker | None:
-        """Returns the marker of a shard, even while its files are being replaced, or None if it has none."""
+    def read_marker_even_if_unfinished(self, shard: int) -> Marker | None:
+        """Returns the marker of a shard, or None if it has none. While its files are replaced, `previous` is set."""
         for content in self.folder.read_many([marker_file(shard)]):
             marker = self._decode_marker(content)
             return marker if marker is not None and marker.shard == shard else None
@@ -225,7 +242,7 @@ class ShardedDataset:
             DatasetError: the shard was replaced after the first batch.
         """
         name, schema = f"{part_name(shard)}.parquet", self._select(columns)
-        expected, started = marker or self.read_any_marker(shard), False
+        expected, started = marker or self.read_marker_even_if_unfinished(shard), False
         while expected is not None:
             try:
                 file = VerifiedFile(self.folder.fs, self.folder.path(name), expected.versions)
@@ -238,7 +255,7 @@ class ShardedDataset:
             except (DamagedShardError, FileNotFoundError, pa.ArrowException, OSError) as error:
                 if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and error.errno is not None:
                     raise  # the storage failed
-                current = self.read_any_marker(shard)
+                current = self.read_marker_even_if_unfinished(shard)
                 if current == expected or marker is not None:
                     raise self._damaged(
                         name, "missing" if isinstance(error, FileNotFoundError) else str(error)
@@ -268,7 +285,7 @@ class ShardedDataset:
         Raises:
             DamagedShardError: the file is missing or damaged.
         """
-        marker = self.read_any_marker(shard)
+        marker = self.read_marker_even_if_unfinished(shard)
         if marker is None or not any(version.failures for version in marker.versions):
             return None
         name = f"{FAILURES_FOLDER}/{part_name(shard)}.parquet"
@@ -299,7 +316,7 @@ class ShardedDataset:
         """Checks that all shards are finished and writes `_SUCCESS`.
 
         Raises:
-            DatasetError: a shard is not finished.
+            DatasetError: a shard is not finished, or the folder was removed meanwhile.
             FailureRatioError: the fraction of images that could not be read exceeds `max_failure_ratio` or, if that is
                 None, all images failed.
         """
@@ -323,6 +340,10 @@ class ShardedDataset:
             self.folder.write(SUCCESS_FILE, encode_record({**asdict(totals), "fingerprint": self.fingerprint}))
             with suppress(StorageError):  # the files in it do no harm
                 self.folder.remove_temporary_files()
+        if not self.folder.exists(DESCRIPTION_FILE):
+            raise DatasetError(
+                f"{self.folder.uri} was removed or moved while it was being written; run the command again"
+            )
         return totals
 
     def verify(self) -> list[str]:
@@ -335,7 +356,7 @@ class ShardedDataset:
 
     def verify_shard(self, shard: int) -> list[str]:
         """Compares the files of a shard with its marker. Returns a line for each file that differs."""
-        marker = self.read_any_marker(shard)
+        marker = self.read_marker_even_if_unfinished(shard)
         if marker is None:
             return [f"{part_name(shard)}: its marker is missing or damaged"]
         problems, name = [], f"{part_name(shard)}.parquet"
@@ -400,6 +421,7 @@ def create_dataset(
     shards: int | None = None,
     source: ShardedDataset | None = None,
     lineage: str | None = None,
+    encoder_weights: str = "",
     overwrite: bool = False,
 ) -> ShardedDataset:
     """Creates a dataset, or resumes one with the same fingerprint.
@@ -415,10 +437,11 @@ def create_dataset(
         source: the dataset that this one is made from.
         lineage: id of the manifest that the images come from. If None, the lineage of `source` is used or, without a
             source, the fingerprint.
+        encoder_weights: path or URL of the weights file of the encoder, if the dataset contains its features.
         overwrite: first delete an existing dataset in the folder.
 
     Raises:
-        ConfigError: the folder is that of `source`.
+        ConfigError: `uri` is the folder of `source`.
         FingerprintError: the folder holds a dataset with a different fingerprint or lineage, and `overwrite` is not
             set.
         DatasetError: the folder holds files that captionlib did not write, or a dataset with the shards that `source`
@@ -436,13 +459,14 @@ def create_dataset(
     if source is not None and source_address == resolve_address(folder.uri):
         raise ConfigError(f"{folder.uri} is the input of this command; use another folder for the output")
     delete_existing = overwrite and folder.exists(DESCRIPTION_FILE)
-    description = None if delete_existing else _read_updated_description(folder) or _require_no_files(folder)
+    description = None if delete_existing else _read_updated_description(folder) or _claim_folder(folder)
     if description is not None:
         source_checksum = description.get("source_checksum", "")
     else:
         source_checksum = source.compute_content_checksum() if source else ""
     dataset = ShardedDataset(
-        folder, kind, config, fingerprint, shards, schema, lineage, source_address, layout, source_checksum
+        *(folder, kind, config, fingerprint, shards, schema, lineage, source_address, layout, source_checksum),
+        encoder_weights,
     )
     if delete_existing:
         _clear(folder)
@@ -470,6 +494,7 @@ def _write_description(dataset: ShardedDataset, created: str | None) -> None:
         "lineage": dataset.lineage,
         "source": dataset.source,
         "source_checksum": dataset.source_checksum,
+        **({"encoder_weights": dataset.encoder_weights} if dataset.encoder_weights else {}),
         "shards": dataset.shards,
         "layout": dataset.layout,
         "created": created or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -482,23 +507,45 @@ def _write_description(dataset: ShardedDataset, created: str | None) -> None:
 
 def list_other_files(folder: Folder) -> list[str]:
     """Returns the names of the files in a folder without a dataset that captionlib did not write."""
-    own = {TEMPORARY_FOLDER, LOCK_FILE, REMOVED_FILE, DESCRIPTION_FILE}  # another process may just have described it
-    return [name for name in folder.list() if name not in own]
+    return _select_other_files(folder.list())
 
 
-def _require_no_files(folder: Folder) -> dict[str, Any] | None:
-    """Raises DatasetError if a folder without a description holds files.
+def _select_other_files(names: Collection[str]) -> list[str]:
+    own = {TEMPORARY_FOLDER, SAMPLE_FOLDER, LOCK_FILE, REMOVED_FILE}
+    own.add(DESCRIPTION_FILE)  # another process may just have described the dataset
+    if MARKERS_FOLDER in names:
+        own |= set(_list_dataset_files(names))
+    return [name for name in names if name not in own]
 
-    If a different run created a dataset in the folder meanwhile, its description is returned instead.
+
+def _list_dataset_files(names: Iterable[str]) -> list[str]:
+    """Returns the names that are files of a dataset. The markers are last."""
+    parts = [name for name in names if name.endswith(".parquet") and _PART.fullmatch(name.removesuffix(".parquet"))]
+    return [SUCCESS_FILE, JOURNAL_FILE, UPDATE_FOLDER, FAILURES_FOLDER, *parts, MARKERS_FOLDER]
+
+
+def _claim_folder(folder: Folder) -> dict[str, Any] | None:
+    """Prepares a folder without a description for a new dataset.
+
+    If a different run created a dataset in the folder meanwhile, its description is returned instead. If the folder was
+    removed while a command was writing to it, the files that the command wrote afterwards are removed too.
+
+    Raises:
+        DatasetError: the folder holds files that captionlib did not write.
     """
-    others = list_other_files(folder)
-    description = _read_updated_description(folder) if others else None
-    if others and description is None:
+    names = folder.list()
+    others, has_remains = _select_other_files(names), MARKERS_FOLDER in names
+    description = _read_updated_description(folder) if others or has_remains else None
+    if description is not None:
+        return description
+    if others:
         raise DatasetError(
             f"{folder.uri} holds files that captionlib did not write ({', '.join(others[:3])}); "
             "use a new or empty folder"
         )
-    return description
+    for name in _list_dataset_files(names) if has_remains else ():
+        folder.remove(name)
+    return None
 
 
 def _require_same(existing: ShardedDataset, dataset: ShardedDataset) -> None:
@@ -530,14 +577,12 @@ def _require_same_layout(existing: ShardedDataset, dataset: ShardedDataset) -> N
 
 
 def _clear(folder: Folder) -> None:
-    """Deletes a dataset, beginning with `_SUCCESS` and the markers, so an interrupted deletion leaves it incomplete."""
-    for name in (SUCCESS_FILE, JOURNAL_FILE, MARKERS_FOLDER, FAILURES_FOLDER, UPDATE_FOLDER):
-        folder.remove(name)
+    """Deletes all but the description, `_SUCCESS` and the markers first. If interrupted, the dataset is incomplete."""
+    folder.remove(SUCCESS_FILE)
+    folder.remove(MARKERS_FOLDER)
     folder.remove_temporary_files()
-    for name in folder.list():
-        if name.startswith("part-") and name.endswith(".parquet"):
-            folder.remove(name)
-    folder.remove(DESCRIPTION_FILE)
+    for name in _list_dataset_files(folder.list()):
+        folder.remove(name)
 
 
 def _to_dataset(folder: Folder, description: Mapping[str, Any]) -> ShardedDataset:
@@ -555,12 +600,14 @@ def _to_dataset(folder: Folder, description: Mapping[str, Any]) -> ShardedDatase
             description.get("source", ""),
             description.get("layout", ""),
             description.get("source_checksum", ""),
+            str(description.get("encoder_weights", "")),
         )
     except (pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged_description(folder, error) from error
 
 
 def _read_updated_description(folder: Folder) -> dict[str, Any] | None:
+    """Reads the description, after completing an update that was interrupted after its commit."""
     description = _read_description(folder)
     if description is None or not folder.exists(JOURNAL_FILE):
         return description

@@ -34,7 +34,7 @@ class DatasetReport:
         kind: manifest (images and reference captions), features, captions (generated), embeddings or duplicates.
         fingerprint: hash of everything that determines the rows.
         columns: type of each column by name.
-        complete: whether all shards are finished and no more images failed than the run allowed.
+        complete: whether all shards are finished, and the fraction of failed images is within the limit of the run.
         explanation: why the dataset is not complete and what to do; empty if it is complete.
         size: size of the data files in bytes.
         seconds: time spent on the shards, summed over workers.
@@ -105,14 +105,16 @@ def _count_stale_shards(dataset: ShardedDataset) -> int | None:
         return 0
     try:
         source = open_dataset(dataset.source)
-        sources = source.read_markers()
+        source_markers = source.read_markers()
     except (CaptionlibError, OSError):
         return None
     markers = dataset.read_markers()
     if dataset.kind == "duplicates":  # one shard, made from all shards of the source
         return sum(marker.source != source.compute_content_checksum() for marker in markers.values())
-    changed = sum(shard in sources and marker.source != sources[shard].checksum for shard, marker in markers.items())
-    return changed + sum(shard >= dataset.shards for shard in sources)
+    changed = sum(
+        shard in source_markers and marker.source != source_markers[shard].checksum for shard, marker in markers.items()
+    )
+    return changed + sum(shard >= dataset.shards for shard in source_markers)
 
 
 def _summarize_failures(dataset: ShardedDataset, reasons: Mapping[str, int]) -> dict[str, FailureReport]:

@@ -1,4 +1,4 @@
-"""Markers: JSON files, each of which marks a shard of a dataset as finished and describes it."""
+"""Markers: JSON files, each of which records that a shard of a dataset is complete, and describes the shard."""
 
 import hashlib
 import json
@@ -20,6 +20,7 @@ __all__ = [
     "JOURNAL_FILE",
     "MARKERS_FOLDER",
     "REMOVED_FILE",
+    "SAMPLE_FOLDER",
     "SUCCESS_FILE",
     "UPDATE_FOLDER",
     "Marker",
@@ -47,6 +48,7 @@ FAILURES_FOLDER = "__failures"
 JOURNAL_FILE = "_update.json"
 UPDATE_FOLDER = "__update"
 REMOVED_FILE = "_removed.json"
+SAMPLE_FOLDER = "__sample"
 
 BLOCK_BYTES = 256 << 10
 """Each block of this size in a data file has a checksum. Readers of one column verify only the blocks they read."""
@@ -188,7 +190,7 @@ def sum_markers(markers: Iterable[Marker]) -> Totals:
 def compute_fingerprint(kind: str, config: Mapping[str, Any]) -> str:
     """Returns a hash of the kind of a dataset, the schema version of that kind, and the configuration.
 
-    They determine the rows, except for the input.
+    Together with the input, they determine the rows.
     """
     identity = {"kind": kind, "schema_version": SCHEMA_VERSIONS.get(kind, 1), "config": config}
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

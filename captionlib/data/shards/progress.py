@@ -1,4 +1,4 @@
-"""Shows the progress of writing a dataset. It counts markers: files, each of which marks a shard as finished."""
+"""Shows the progress of writing a dataset. It counts markers, the files that record that a shard is complete."""
 
 import threading
 import time

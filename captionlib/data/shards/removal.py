@@ -1,7 +1,8 @@
 """Removes images from datasets, and lists them in the manifest so that later updates do not add them again.
 
 A manifest is the dataset of image paths and reference captions that all other datasets are made from. The list contains
-hashes of the image ids, so the files no longer contain the ids of removed images.
+hashes of the image ids, so the files no longer contain the ids of removed images. A marker is the JSON file that
+records that a shard is complete; it contains the checksum of the input shard.
 """
 
 import hashlib
@@ -81,7 +82,7 @@ class Removal:
     reason: str
 
     def run(self) -> None:
-        """Replaces all shards with these images at once. Run it for a manifest before later datasets."""
+        """Replaces all shards with these images at once. Run this for a manifest before the datasets made from it."""
         dataset = self.dataset
         if dataset.kind == "manifest":
             self._add_to_list()
@@ -92,19 +93,19 @@ class Removal:
             source = open_dataset(dataset.source) if dataset.source else None
             with update_shards(dataset, dataset.shards) as staged:
                 for shard in self.current:
-                    self._rewrite(staged, shard, "" if source is None else self._find_source(source, shard))
+                    self._rewrite(staged, shard, "" if source is None else self._find_input_checksum(source, shard))
 
-    def _find_source(self, source: ShardedDataset, shard: int) -> str:
+    def _find_input_checksum(self, source: ShardedDataset, shard: int) -> str:
         """Returns the checksum of the input shard for the marker of a shard."""
         marker = source.read_marker(shard)
         return marker.checksum if self.current[shard] and marker is not None else _STALE
 
-    def _rewrite(self, target: ShardedDataset, shard: int, source: str) -> None:
+    def _rewrite(self, staged: ShardedDataset, shard: int, input_checksum: str) -> None:
         rows = self.dataset.read(shard)
         rows = rows.filter(pc.invert(pc.is_in(rows["image_id"], value_set=self.image_ids)))
         failures = self.dataset.read_failures(shard)
         kept = [] if failures is None else [row for row in failures.to_pylist() if row["image_id"] not in self.found]
-        with write_shard(target, shard, rows.num_rows + len(kept), source) as writer:
+        with write_shard(staged, shard, rows.num_rows + len(kept), input_checksum) as writer:
             writer.write(rows)
             writer.failures += kept
 
@@ -124,9 +125,12 @@ def plan_removal(dataset: ShardedDataset, image_ids: Collection[str], reason: st
         dataset: a dataset of any kind.
         image_ids: ids of the images.
         reason: why the images are removed. The list in a manifest contains it.
+
+    Raises:
+        DamagedShardError: a marker of a complete dataset is missing or damaged, so images might be overlooked.
     """
     wanted = pa.array(sorted(image_ids), pa.string())
-    markers = dataset.read_markers()
+    markers = dataset.require_markers()
     source = None
     if dataset.source and dataset.kind != "duplicates":
         source = open_dataset(dataset.source).read_markers()

@@ -57,10 +57,10 @@ COLUMN_DESCRIPTIONS = {
     "candidates": "Candidate captions for the image, best first.",
     "attention": "Attention weights of each token over the positions of the feature map; each row sums to 1.",
     "embedding": "Embedding of the image: a unit vector in the joint space of images and captions.",
-    "group": "Id of the kept image of the group of duplicates.",
-    "kept": "Whether this is the image of the group to keep; the others are duplicates of it.",
+    "group": "Id of the group of duplicates, which is the id of its kept image.",
+    "kept": "Whether to keep this image; the other images of the group are duplicates of it.",
     "similarity": "Cosine similarity of the embeddings of this image and the kept image.",
-    "stage": "Stage that failed: fetch or decode.",
+    "stage": "Step that failed: fetch or decode.",
     "error": "Category under which the failure is counted, such as NotFound.",
     "message": "Description of the error.",
 }

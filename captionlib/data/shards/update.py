@@ -1,7 +1,8 @@
 """Replaces several shards of a dataset atomically.
 
     folder/
-      __update/ID/                    new shards, in the layout of a dataset
+      __update/ID/                    new shards: the same files as in a dataset
+      __shards/part-00000.json        marker: records that a shard is complete, with the checksums of its files
       _update.json                    journal: names the new shards; the update is committed once this file exists
 
 The new shards are staged, the journal commits them, and then they are moved into place. If a process dies before the
@@ -48,9 +49,9 @@ def update_shards(dataset: ShardedDataset, shards: int, **changes: Any) -> Itera
 
     Args:
         dataset: the dataset. If it is complete, it is complete after the update too.
-        shards: number of shards after the update. All shards must then exist.
-        changes: new values of `config`, `fingerprint` or `layout`. A new fingerprint requires that all shards are
-            written.
+        shards: number of shards after the update. Each of them must be written in the block or exist already.
+        changes: new values of `config`, `fingerprint` or `layout` (how images are divided into shards). A new
+            fingerprint requires that all shards are written.
 
     Raises:
         DatasetError: a different update of the dataset was committed at the same time.
@@ -64,7 +65,7 @@ def update_shards(dataset: ShardedDataset, shards: int, **changes: Any) -> Itera
     complete = dataset.is_complete()
     try:
         yield staged
-        written = {part_name(shard): _identify(marker) for shard, marker in sorted(staged.read_markers().items())}
+        written = {part_name(shard): _join_checksums(marker) for shard, marker in sorted(staged.read_markers().items())}
         if folder.exists(JOURNAL_FILE) or open_dataset(folder.uri).compute_content_checksum() != before:
             raise DatasetError(
                 f"{folder.uri}: another command updated this dataset at the same time; run this one again"
@@ -117,10 +118,11 @@ def complete_update(folder: Folder) -> None:
 def _read_journal(folder: Folder) -> dict[str, Any] | None:
     try:
         journal = decode_record(folder.read(JOURNAL_FILE))
-        _ = [journal[key] for key in ("id", "written", "previous_shards", "complete", "description")]
+        if missing := {"id", "written", "previous_shards", "complete", "description"} - journal.keys():
+            raise ValueError(f"expected the keys {', '.join(sorted(missing))}, got none")
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         raise DatasetError(
             f"{folder.address(JOURNAL_FILE)} is damaged ({error!r}); write the dataset again with --overwrite"
         ) from error
@@ -128,11 +130,14 @@ def _read_journal(folder: Folder) -> dict[str, Any] | None:
 
 
 def _require_staged(folder: Folder, staging: str, written: dict[str, str]) -> None:
-    """Raises DatasetError if a shard is neither staged nor in place. If none is in place, the update is dropped."""
+    """Raises DatasetError if a shard is neither staged nor in place.
+
+    In that case, also drops the update if none of its shards has been moved yet.
+    """
     moved, missing = [], []
-    for name, identity in written.items():
+    for name, checksums in written.items():
         current = _read_marker(folder, f"{MARKERS_FOLDER}/{name}.json")
-        if current is not None and _identify(current) == identity:
+        if current is not None and _join_checksums(current) == checksums:
             moved.append(name)
         elif _read_marker(folder, f"{staging}/{MARKERS_FOLDER}/{name}.json") is None:
             missing.append(name)
@@ -146,12 +151,12 @@ def _require_staged(folder: Folder, staging: str, written: dict[str, str]) -> No
 
 
 def _move_shard(folder: Folder, staging: str, name: str) -> None:
-    """Moves a staged shard into place. Until all of its files are moved, its marker records both versions."""
+    """Moves a staged shard into place. Until all its files are moved, the marker describes the old version too."""
     new = _read_marker(folder, f"{staging}/{MARKERS_FOLDER}/{name}.json")
     current = _read_marker(folder, f"{MARKERS_FOLDER}/{name}.json")
     if new is None or current == new:
         return  # this shard was moved before
-    if current is not None and _identify(current) != _identify(new):
+    if current is not None and _join_checksums(current) != _join_checksums(new):
         write_marker(folder, replace(new, previous=replace(current, previous=None)))
     folder.move(f"{staging}/{name}.parquet", f"{name}.parquet")
     failures = f"{FAILURES_FOLDER}/{name}.parquet"
@@ -162,7 +167,7 @@ def _move_shard(folder: Folder, staging: str, name: str) -> None:
     write_marker(folder, new)
 
 
-def _identify(marker: Marker) -> str:
+def _join_checksums(marker: Marker) -> str:
     """Returns the checksums of the files of a shard."""
     return f"{marker.checksum} {marker.failures_checksum}"
 

@@ -1,4 +1,7 @@
-"""Reads data files and verifies each block of bytes against the checksums in the shard's marker (a JSON file)."""
+"""Reads data files, and verifies each block of bytes against the checksums in the shard's marker.
+
+A marker is the JSON file that records that a shard is complete.
+"""
 
 import threading
 from collections.abc import Iterable

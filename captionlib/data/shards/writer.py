@@ -1,4 +1,7 @@
-"""Writes a shard of a dataset: streams rows to Parquet, collects failures, and publishes the files at the end."""
+"""Writes a shard of a dataset: streams rows to Parquet, collects failures, and publishes the files at the end.
+
+The last file is the marker, a JSON file that records that the shard is complete.
+"""
 
 import io
 import json
@@ -68,17 +71,17 @@ class ShardWriter:
 
 
 @contextmanager
-def write_shard(dataset: ShardedDataset, shard: int, expected: int, source: str = "") -> Iterator[ShardWriter]:
+def write_shard(dataset: ShardedDataset, shard: int, expected: int, input_checksum: str = "") -> Iterator[ShardWriter]:
     """Yields a writer for a shard. The shard is published when the block ends, unless the block raises.
 
-    If the shard exists, its marker first records both versions. Readers accept either of them until all files are
-    replaced.
+    If the shard already exists, a marker that describes both the old and the new version is written first. Readers then
+    accept files of either version until all files are replaced.
 
     Args:
         dataset: the dataset, which must be marked as incomplete.
         shard: number of the shard.
         expected: number of rows and failures together.
-        source: checksum of the data file of the input shard, if there is one.
+        input_checksum: checksum of the data file of the input shard, if there is one.
 
     Raises:
         DatasetError: rows and failures do not add up to `expected`, the number of rows of the input shard.
@@ -96,7 +99,7 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int, source: str 
                 f"got {writer.rows} rows and {len(writer.failures)} failures; the shard was not published"
             )
         with path.open("rb") as file:
-            checksum, blocks = compute_checksums(file)
+            checksum, block_checksums = compute_checksums(file)
         failures = _encode_failures(writer.failures)
         writer.marker = Marker(
             shard=shard,
@@ -106,12 +109,12 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int, source: str 
             checksum=checksum,
             seconds=round(time.monotonic() - started, 3),
             fingerprint=dataset.fingerprint,
-            source=source,
-            blocks=blocks,
+            source=input_checksum,
+            blocks=block_checksums,
             failures_checksum=compute_checksum(io.BytesIO(failures)) if failures else "",
             reasons=dict(Counter(str(row["error"]) for row in writer.failures).most_common()),
         )
-        previous = dataset.read_any_marker(shard)
+        previous = dataset.read_marker_even_if_unfinished(shard)
         if previous is not None and not _has_same_files(previous, writer.marker):
             write_marker(dataset.folder, replace(writer.marker, previous=previous))
     failures_name = f"{FAILURES_FOLDER}/{name}.parquet"
@@ -137,12 +140,13 @@ def _open_parquet(path: Path, dataset: ShardedDataset, rows: int) -> pq.ParquetW
 
 
 def _has_same_files(previous: Marker, marker: Marker) -> bool:
-    """Returns whether two versions of a shard have equal files, so readers can use either marker.
+    """Returns whether `previous` describes a finished shard with the same files as `marker`.
 
-    Two equal runs at the same time therefore never mark each other's shards as unfinished.
+    If so, no marker with two versions is written. Otherwise, two identical runs at the same time could replace each
+    other's final marker with a marker of two versions, which says that the shard is unfinished.
     """
-    files = [(version.checksum, version.failures_checksum, version.previous) for version in (previous, marker)]
-    return files[0] == files[1]
+    same = previous.checksum == marker.checksum and previous.failures_checksum == marker.failures_checksum
+    return same and previous.previous is None
 
 
 def _encode_failures(failures: list[dict[str, str | None]]) -> bytes:

@@ -35,14 +35,14 @@ def read_coco(addresses: Sequence[str], options: SourceOptions, skips: SkipCount
         split = options.default_split or (match[1] if match else "")
         root = _find_image_folder(options.image_root, location, match[0] if match else "")
         listed = set()
-        for number, entry in enumerate(images):
-            origin = f"{location.address}, images[{number}]"
+        for index, entry in enumerate(images):
+            origin = f"{location.address}, images[{index}]"
             try:
                 image = parse_object(entry, origin)
                 image_id = parse_id(image.get("id"), origin, "id")
                 uri = resolve_uri(parse_text(image.get("file_name"), origin, "file_name"), root)
             except EntryError as error:
-                skips.skip_image(error.reason, error.problem)
+                skips.reject_image(error.reason, error.problem)
                 continue
             listed.add(image_id)
             captions = [text for annotation in annotations.get(image_id, ()) for text in annotation["captions"]]
@@ -64,29 +64,30 @@ def _index_annotations(
             "use COCO's captions_*.json instead of its instances or keypoints files"
         )
     parsed = []
-    for number, entry in enumerate(entries):
-        origin = f"{location.address}, annotations[{number}]"
+    for index, entry in enumerate(entries):
+        origin = f"{location.address}, annotations[{index}]"
         try:
             annotation = parse_object(entry, origin)
             captions = parse_captions(annotation.get("caption"), origin, "caption")
             image_id = parse_id(annotation.get("image_id"), origin, "image_id")
         except EntryError as error:
-            skips.skip_captions(error.reason, error.problem)
+            skips.reject_captions(error.reason, error.problem)
             continue
-        parsed.append({"id": number, "image_id": image_id, "captions": captions})
+        parsed.append({"id": index, "image_id": image_id, "captions": captions})
         if not captions:
-            skips.skip_captions("annotation without a caption", origin)
+            skips.reject_captions("annotation without a caption", origin)
     coco = COCO()
     coco.dataset = {"annotations": parsed}
     with contextlib.redirect_stdout(io.StringIO()):  # createIndex prints its progress
         coco.createIndex()
-    index: dict[str, list[dict[str, Any]]] = coco.imgToAnns
-    return index
+    by_image: dict[str, list[dict[str, Any]]] = coco.imgToAnns
+    return by_image
 
 
 def _count_unmatched(
     annotations: dict[str, list[dict[str, Any]]], listed: set[str], location: Location, skips: SkipCounter
 ) -> None:
+    """Counts the captions of images that the file does not list."""
     unmatched = [image_id for image_id in annotations if image_id not in listed]
     if listed and unmatched and len(unmatched) == len(annotations):
         raise DatasetError(
@@ -95,7 +96,7 @@ def _count_unmatched(
             "annotations come from the same dataset"
         )
     for image_id in unmatched:
-        skips.skip_captions("captions of an unlisted image", f"{location.address}, image_id {image_id}")
+        skips.reject_captions("captions of an unlisted image", f"{location.address}, image_id {image_id}")
 
 
 def _find_image_folder(image_root: str | None, source: Location, subfolder: str) -> str:

@@ -45,16 +45,16 @@ def read_flickr(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
         for name, captions, origin in _read_images(location, skips):
             key = _strip_image_extension(name)
             if split_files and key not in splits:
-                skips.skip("not in any split file")
+                skips.count_ignored("not in any split file")
                 continue
             captioned.add(key)
             yield ManifestRow(name, resolve_uri(name, root), splits.get(key, options.default_split), captions, origin)
         for _ in splits.keys() - captioned:
-            skips.skip("in a split file, but without captions")
+            skips.count_ignored("in a split file, but without captions")
 
 
 def _read_images(location: Location, skips: SkipCounter) -> Iterator[tuple[str, tuple[str, ...], str]]:
-    """Yields the name, the captions and the first line number (for error messages) of each image."""
+    """Yields the name, the captions and the origin (file and first line, for error messages) of each image."""
     for name, group in groupby(_parse_lines(location, skips), key=lambda line: line[0]):
         lines = list(group)
         origin = f"{location.address}, line {lines[0][2]}"
@@ -63,7 +63,7 @@ def _read_images(location: Location, skips: SkipCounter) -> Iterator[tuple[str, 
             try:
                 captions += parse_captions(parse_cell(caption), f"{location.address}, line {number}", "caption")
             except EntryError as error:
-                skips.skip_captions(error.reason, error.problem)
+                skips.reject_captions(error.reason, error.problem)
         yield name, captions, origin
 
 
@@ -74,7 +74,7 @@ def _parse_lines(location: Location, skips: SkipCounter) -> Iterator[tuple[str, 
             continue
         match = CAPTION_LINE.fullmatch(line)
         if match is None:
-            skips.skip_captions(
+            skips.reject_captions(
                 "line in a different format",
                 f"{location.address}, line {number}: expected NAME.jpg#NUMBER, a tab and a caption, got {line!r:.80}",
             )

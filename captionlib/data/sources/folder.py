@@ -17,7 +17,7 @@ from captionlib.data.sources.locations import (
     split_glob,
 )
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
-from captionlib.data.sources.versions import describe_file, describe_listing, describe_status
+from captionlib.data.sources.versions import version_from_file, version_from_listing, version_from_status
 from captionlib.errors import DatasetError
 from captionlib.storage.file_systems import split_protocol
 
@@ -41,7 +41,7 @@ def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
             root, glob = split_glob(location)
             names = _walk(root, _filter_files(glob), _filter_folders(glob), skips)
         elif location.fs.isfile(location.path):
-            root, names = location.parent, iter([(location.name, describe_file(location))])
+            root, names = location.parent, iter([(location.name, version_from_file(location))])
         else:
             root = location
             names = _walk(root, lambda _: True, lambda _: True, skips)
@@ -49,7 +49,7 @@ def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
             if _is_image_name(name, skips):
                 uri = f"{root.address}/{name}"
                 if names_part_of_file(uri) and not root.is_local:
-                    skips.skip_image("name in the form of an address of a part of a file", uri)
+                    skips.reject_image("name in the form of an address of a part of a file", uri)
                     continue
                 yield ManifestRow(name, uri, options.default_split, (), uri, version)
 
@@ -76,7 +76,7 @@ def _is_image_name(name: str, skips: SkipCounter) -> bool:
     if extension and extension not in IMAGE_EXTENSIONS:
         # Extensions with digits, such as those of a.001 and a.002, would otherwise each add a reason.
         named = re.fullmatch(r"\.[a-z][a-z0-9]{0,4}", extension)
-        skips.skip(f"not an image: extension {extension}" if named else "not an image: other extension")
+        skips.count_ignored(f"not an image: extension {extension}" if named else "not an image: other extension")
         return False
     return True
 
@@ -94,7 +94,7 @@ def _walk(
         try:
             identity = _identify(root.join(folder))
             if identity in ancestors:
-                skips.skip("link to a parent folder")
+                skips.count_ignored("link to a parent folder")
                 continue
             files, folders = _list_names(root.join(folder), skips)
         except OSError as error:
@@ -120,13 +120,13 @@ def _list_names(folder: Location, skips: SkipCounter) -> tuple[list[tuple[str, s
     folders: list[str] = []
     for name, kind, details in scan_folder(folder):
         if name.startswith("."):
-            skips.skip("hidden")
+            skips.count_ignored("hidden")
         elif kind is None:
-            skips.skip("not a regular file")
+            skips.count_ignored("not a regular file")
         elif kind == "directory":
             folders.append(name)
         else:
-            version = describe_status(details.stat()) if folder.is_local else describe_listing(details)
+            version = version_from_status(details.stat()) if folder.is_local else version_from_listing(details)
             files.append((name, version))
     return sorted(files), sorted(folders)
 
@@ -150,12 +150,12 @@ def _filter_folders(glob: str) -> PathFilter:
     parts = _split_parts(glob)[:-1]
 
     def can_contain_matches(folder: str) -> bool:
-        for number, name in enumerate(folder.split("/")):
-            if number >= len(parts):
+        for depth, name in enumerate(folder.split("/")):
+            if depth >= len(parts):
                 return False
-            if parts[number] == "**":
+            if parts[depth] == "**":
                 return True
-            if not fnmatch.fnmatchcase(name, parts[number]):
+            if not fnmatch.fnmatchcase(name, parts[depth]):
                 return False
         return True
 

@@ -16,7 +16,7 @@ from captionlib.data.sources.locations import (
     Location,
     find_files,
     get_extension,
-    get_text_extension,
+    get_uncompressed_extension,
     is_glob,
     locate_all,
     open_file,
@@ -26,7 +26,7 @@ from captionlib.data.sources.locations import (
 from captionlib.data.sources.rows import ManifestRow, RowReader, SkipCounter, SourceOptions
 from captionlib.data.sources.tables import TABLE_EXTENSIONS, open_parquet, read_tables
 from captionlib.data.sources.values import is_unicode, parse_json
-from captionlib.data.sources.versions import describe_address
+from captionlib.data.sources.versions import version_from_uri
 from captionlib.data.sources.webdataset import read_webdataset
 from captionlib.errors import ConfigError, DatasetError
 
@@ -83,13 +83,13 @@ def read_source(
             row.captions = ()
         if not is_unicode("".join((row.image_id, row.uri, row.split, *row.captions))):
             if not all(map(is_unicode, (row.image_id, row.uri, row.split))):
-                skips.skip_image("name is not UTF-8", row.origin)
+                skips.reject_image("name is not UTF-8", row.origin)
                 continue
             valid = tuple(filter(is_unicode, row.captions))
             for _ in range(len(row.captions) - len(valid)):
-                skips.skip_captions("caption is not UTF-8", row.origin)
+                skips.reject_captions("caption is not UTF-8", row.origin)
             row.captions = valid
-        row.version = row.version or describe_address(row.uri)
+        row.version = row.version or version_from_uri(row.uri)
         images += 1
         captions += len(row.captions)
         yield row
@@ -98,7 +98,7 @@ def read_source(
             f"{', '.join(addresses[:3])}: expected images, got no valid ones; skipped: {skips.describe()}; "
             "correct the source"
         )
-    if options.captions and skips.captions and not captions:
+    if options.captions and skips.caption_reasons and not captions:
         raise DatasetError(
             f"{', '.join(addresses[:3])}: expected captions, got no valid ones; skipped: {skips.describe()}; "
             "correct the source, or use --no-captions to prepare only the images"
@@ -143,7 +143,7 @@ def detect_format(address: str | os.PathLike[str]) -> str:
 
 
 def _detect_glob(location: Location) -> str:
-    extension = get_text_extension(location.name)
+    extension = get_uncompressed_extension(location.name)
     if extension in TABLE_EXTENSIONS or extension == ".json" or location.name.endswith(_TAR_EXTENSIONS):
         return _detect_file(next(find_files([location.address], frozenset())))
     return "folder"
@@ -167,7 +167,7 @@ def _detect_folder(folder: Location) -> str:
 
 
 def _detect_file(location: Location) -> str:
-    extension = get_text_extension(location.name)
+    extension = get_uncompressed_extension(location.name)
     if location.name.lower().endswith(_TAR_EXTENSIONS):
         return "webdataset"
     if extension == ".parquet":

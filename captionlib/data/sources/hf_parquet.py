@@ -22,7 +22,7 @@ from captionlib.data.sources.tables import (
     read_parquet_columns,
 )
 from captionlib.data.sources.values import parse_id, parse_optional, parse_text
-from captionlib.data.sources.versions import describe_file
+from captionlib.data.sources.versions import version_from_file
 from captionlib.errors import ConfigError, DatasetError, EntryError
 
 __all__ = ["find_image_columns", "read_hf_parquet"]
@@ -80,7 +80,7 @@ def _read_rows(
     captions = select_caption_columns(schema.names, options.caption_columns, location.address)
     path = f"{image}.path" if has_path and image_id is None and _is_unique(parquet, f"{image}.path", location) else None
     version = select_column(schema.names, options.version_column, (), location.address)
-    file_version = describe_file(location)
+    file_version = version_from_file(location)
     columns = [name for name in (image_id, split, version, *captions, path) if name is not None]
     for number, record in enumerate(read_parquet_columns(parquet, columns, location, options)):
         origin = f"{location.address}, row {number + 1}"
@@ -93,7 +93,7 @@ def _read_rows(
             row_split = parse_split_column(record, split, origin, options.default_split)
             row_version = parse_version_column(record, version, origin) or f"{file_version}-{number:x}"
         except EntryError as error:
-            skips.skip_image(error.reason, error.problem)
+            skips.reject_image(error.reason, error.problem)
             continue
         yield ManifestRow(
             image_id=row_id,

@@ -43,13 +43,13 @@ def read_numbered_rows(
     """
     document = parse_object(load_json(location), location.address)
     root = find_image_root(options.image_root, location)
-    for number, entry in enumerate(parse_list(document.get("images"), location.address, "images")):
-        origin = f"{location.address}, images[{number}]"
+    for index, entry in enumerate(parse_list(document.get("images"), location.address, "images")):
+        origin = f"{location.address}, images[{index}]"
         try:
             image = parse_object(entry, origin)
             row = _to_row(image, root, options.default_split, origin)
         except EntryError as error:
-            skips.skip_image(error.reason, error.problem)
+            skips.reject_image(error.reason, error.problem)
             continue
         row.captions = _parse_sentences(image.get("sentences", []), origin, skips)
         yield image.get("imgid"), row
@@ -75,7 +75,7 @@ def _parse_sentences(value: object, origin: str, skips: SkipCounter) -> tuple[st
             try:
                 captions += parse_captions(sentence, origin, "sentences")
             except EntryError as error:
-                skips.skip_captions(error.reason, error.problem)
+                skips.reject_captions(error.reason, error.problem)
     except EntryError as error:
-        skips.skip_captions(error.reason, error.problem)
+        skips.reject_captions(error.reason, error.problem)
     return captions

@@ -21,7 +21,7 @@ __all__ = [
     "find_files",
     "find_image_root",
     "get_extension",
-    "get_text_extension",
+    "get_uncompressed_extension",
     "is_glob",
     "load_json",
     "locate",
@@ -113,7 +113,7 @@ def get_extension(name: str) -> str:
     return name[dot:].lower() if dot > 0 else ""
 
 
-def get_text_extension(name: str) -> str:
+def get_uncompressed_extension(name: str) -> str:
     """Returns the extension without compression or query: `.csv` for `a.csv.gz` and `https://x.org/a.csv?v=2`."""
     name = name.partition("?")[0].lower()
     for compressed in (".gz", ".bz2", ".xz"):
@@ -130,7 +130,7 @@ def is_glob(location: Location) -> bool:
 def split_glob(location: Location) -> tuple[Location, str]:
     """Splits a glob before its first wildcard: `images/*/a*.jpg` becomes `images` and `*/a*.jpg`."""
     parts = location.path.split("/")
-    first = next(number for number, part in enumerate(parts) if _WILDCARD.search(part))
+    first = next(index for index, part in enumerate(parts) if _WILDCARD.search(part))
     pattern = "/".join(parts[first:])
     return Location(location.fs, "/".join(parts[:first]), location.address[: -len(pattern) - 1]), pattern
 
@@ -152,7 +152,7 @@ def _expand_braces(address: str) -> list[str]:
 
 
 def find_files(addresses: Sequence[str], extensions: frozenset[str]) -> Iterator[Location]:
-    """Yields files at `addresses`, files that match globs, and the files in folders that have one of `extensions`.
+    """Yields the files at `addresses`: all matches of a glob, and the files with one of `extensions` in a folder.
 
     Raises:
         DatasetError: an address does not exist, or no file is found at it.
@@ -197,7 +197,7 @@ def _match_glob(location: Location) -> list[Location]:
 
 def _list_folder(folder: Location, extensions: frozenset[str]) -> list[Location]:
     files = (name for name, kind, _ in scan_folder(folder) if kind == "file" and not name.startswith((".", "_")))
-    matches = sorted(name for name in files if get_text_extension(name) in extensions)
+    matches = sorted(name for name in files if get_uncompressed_extension(name) in extensions)
     if not matches:
         raise DatasetError(f"{folder.address}: expected files with {' or '.join(sorted(extensions))}, got none")
     return [folder.join(name) for name in matches]

@@ -37,29 +37,31 @@ class ManifestRow:
 
 
 class SkipCounter:
-    """Counts the skipped items of a source by reason, with an example of each.
+    """Counts the skipped items of a source by reason.
+
+    Items that are skipped by design, such as hidden files, are ignored. Invalid images and captions are rejected.
 
     Args:
-        strict: raise an error instead of skipping invalid images or captions.
+        strict: raise an error for a rejected image or caption instead of counting it.
 
     Attributes:
         counts: number of items by reason.
-        examples: origin of the first item by reason, for invalid images and captions only.
-        captions: reasons for which captions were skipped.
+        examples: origin of the first rejected item by reason.
+        caption_reasons: reasons for which captions were rejected.
     """
 
     def __init__(self, strict: bool = False) -> None:
         self._strict = strict
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
-        self.captions: set[str] = set()
+        self.caption_reasons: set[str] = set()
 
-    def skip(self, reason: str) -> None:
+    def count_ignored(self, reason: str) -> None:
         """Counts an item that is skipped by design, such as a hidden file."""
         self.counts[reason] += 1
 
-    def skip_image(self, reason: str, origin: str) -> None:
-        """Counts an image that is skipped because its entry in the source is invalid.
+    def reject_image(self, reason: str, origin: str) -> None:
+        """Counts an image whose entry in the source is invalid.
 
         Raises:
             DatasetError: the counter is strict.
@@ -67,17 +69,17 @@ class SkipCounter:
         origin = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in origin)
         if self._strict:
             raise DatasetError(f"{origin}: {reason}; correct it, or omit --strict to skip it")
-        self.skip(reason)
+        self.counts[reason] += 1
         self.examples.setdefault(reason, origin)
 
-    def skip_captions(self, reason: str, origin: str) -> None:
-        """Counts captions that are skipped because they are invalid or do not belong to an image.
+    def reject_captions(self, reason: str, origin: str) -> None:
+        """Counts captions that are invalid or do not belong to an image.
 
         Raises:
             DatasetError: the counter is strict.
         """
-        self.skip_image(reason, origin)
-        self.captions.add(reason)
+        self.reject_image(reason, origin)
+        self.caption_reasons.add(reason)
 
     def describe(self) -> str:
         """Formats the reasons with their counts and examples for error messages."""

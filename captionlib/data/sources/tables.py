@@ -14,7 +14,7 @@ from captionlib.data.sources.locations import (
     Location,
     find_files,
     find_image_root,
-    get_text_extension,
+    get_uncompressed_extension,
     load_json,
     open_file,
     read_lines,
@@ -73,7 +73,7 @@ def read_tables(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
         DatasetError: a table cannot be read. The message contains the line number.
     """
     for location in find_files(addresses, TABLE_EXTENSIONS):
-        read = _READERS.get(get_text_extension(location.name), _read_delimited)
+        read = _READERS.get(get_uncompressed_extension(location.name), _read_delimited)
         if options.columns and read is not _read_delimited:
             raise ConfigError(f"{location.address}: --columns is for CSV and TSV without a header; omit it")
         root = find_image_root(options.image_root, location)
@@ -91,7 +91,7 @@ def _parse_records(
             split = parse_split_column(values, columns.split, origin, options.default_split)
             version = parse_version_column(values, columns.version, origin)
         except EntryError as error:
-            skips.skip_image(error.reason, error.problem)
+            skips.reject_image(error.reason, error.problem)
             continue
         captions: tuple[str, ...] = ()
         mergeable = False
@@ -123,7 +123,7 @@ def parse_caption_columns(
         try:
             captions += parse_captions(value, origin, name)
         except EntryError as error:
-            skips.skip_captions(error.reason, error.problem)
+            skips.reject_captions(error.reason, error.problem)
     return captions
 
 
@@ -140,7 +140,7 @@ def _merge_captions(rows: Iterable[tuple[ManifestRow, bool]], skips: SkipCounter
         elif row.split == previous.split:
             previous.captions += row.captions
         else:
-            skips.skip_captions(
+            skips.reject_captions(
                 "captions of an image in a second split",
                 f"{row.origin}: expected image {row.image_id} in split {previous.split!r} as at {previous.origin}, "
                 f"got {row.split!r}",
@@ -150,17 +150,18 @@ def _merge_captions(rows: Iterable[tuple[ManifestRow, bool]], skips: SkipCounter
 
 
 def _read_delimited(location: Location, options: SourceOptions, skips: SkipCounter) -> Iterator[_Record]:
+    """Yields the rows of a CSV, TSV or text table."""
     lines = read_lines(location)
     first = next(lines, "")
     delimiter = _detect_delimiter(first, location, options)
-    is_tsv = delimiter == "\t" and ("\t" in first or get_text_extension(location.name) == ".tsv")
+    is_tsv = delimiter == "\t" and ("\t" in first or get_uncompressed_extension(location.name) == ".tsv")
     quoting: Literal[0, 3] = csv.QUOTE_NONE if is_tsv and not options.tsv_quotes else csv.QUOTE_MINIMAL
     lines = itertools.chain([first], lines)
     rows = _parse_delimited(lines, location, delimiter, quoting)
     header = [name.strip() for name in options.columns or next(rows, (1, []))[1]]
     columns = select_columns(header, options, f"{location.address}, line 1")
     # In `image,caption` text files, such as Kaggle's Flickr8k, captions contain unquoted commas.
-    is_text = get_text_extension(location.name) == ".txt" and not is_tsv
+    is_text = get_uncompressed_extension(location.name) == ".txt" and not is_tsv
     if is_text and header == [columns.uri, *columns.captions] and len(header) == 2:
         rows = _split_lines(lines, delimiter, 1 if options.columns else 2)
     ends_with_caption = delimiter != "\t" and columns.captions == tuple(header[-1:])
@@ -172,7 +173,7 @@ def _read_delimited(location: Location, options: SourceOptions, skips: SkipCount
             cells[len(header) - 1 :] = [delimiter.join(cells[len(header) - 1 :])]
         if len(cells) != len(header):
             hint = "; quote cells that contain the delimiter" + " and use --tsv-quotes" * (quoting == csv.QUOTE_NONE)
-            skips.skip_image(
+            skips.reject_image(
                 "row with missing cells" if len(cells) < len(header) else "row with additional cells",
                 f"{location.address}, line {number}: expected {len(header)} cells, got {len(cells)}{hint}",
             )
@@ -182,9 +183,9 @@ def _read_delimited(location: Location, options: SourceOptions, skips: SkipCount
 
 
 def _detect_delimiter(first: str, location: Location, options: SourceOptions) -> str:
-    if get_text_extension(location.name) == ".tsv" or ("\t" in first and options.columns):
+    if get_uncompressed_extension(location.name) == ".tsv" or ("\t" in first and options.columns):
         return "\t"
-    if options.columns:  # the first delimiter, since captions may contain the others more often
+    if options.columns:  # the first delimiter in the line; captions may contain other delimiters more often
         return min(",;|", key=lambda delimiter: first.find(delimiter) % (len(first) + 1))
     return max("\t,;|", key=first.count)
 
@@ -239,12 +240,12 @@ def _read_json(location: Location, options: SourceOptions, skips: SkipCounter) -
                 selected[names] = select_columns(names, options, origin)
         except ConfigError as error:  # skips this object; the error is raised below if all objects are invalid
             invalid = invalid or error
-            skips.skip_image("object without an image uri, or with ambiguous keys", str(error))
+            skips.reject_image("object without an image uri, or with ambiguous keys", str(error))
             continue
         record = _Record(origin, selected[names], values)
         first = first or record
         if first.columns.id is not None and record.columns.id is None:
-            skips.skip_image(
+            skips.reject_image(
                 "object without an image id",
                 f"{origin}: expected an image id {first.columns.id} as in {first.origin}, got none",
             )
@@ -270,11 +271,11 @@ def _read_objects(location: Location, skips: SkipCounter) -> Iterator[tuple[str,
         try:
             yield origin, parse(value, origin)
         except EntryError as error:
-            skips.skip_image(error.reason, error.problem)
+            skips.reject_image(error.reason, error.problem)
 
     lines = enumerate(read_lines(location), 1)
     first_number, first = next(((number, line) for number, line in lines if line.strip()), (0, ""))
-    if first.lstrip().startswith("[") and get_text_extension(location.name) == ".json":
+    if first.lstrip().startswith("[") and get_uncompressed_extension(location.name) == ".json":
         for index, value in enumerate(parse_list(load_json(location), location.address, "records")):
             yield from parse_entry(parse_object, value, f"{location.address}, [{index}]")
         return

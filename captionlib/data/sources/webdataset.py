@@ -12,7 +12,7 @@ from captionlib.data.sources.locations import Location, find_files, open_file
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
 from captionlib.data.sources.tables import parse_caption_columns
 from captionlib.data.sources.values import parse_captions, parse_cell, parse_id, parse_json
-from captionlib.data.sources.versions import describe_file
+from captionlib.data.sources.versions import version_from_file
 from captionlib.errors import ConfigError, DatasetError
 
 __all__ = ["read_webdataset"]
@@ -47,36 +47,37 @@ def read_webdataset(addresses: Sequence[str], options: SourceOptions, skips: Ski
     """
     for location in find_files(addresses, frozenset({".tar"})):
         with open_file(location) as file:
-            version = describe_file(location)
+            version = version_from_file(location)
             seen: set[int] = set()  # hashes, because a tar can hold millions of keys
             for sample in _read_samples(file, location, skips):
                 if sample.images:
                     seen.add(hash(sample.key))
                     yield from _to_rows(sample, location, version, options, skips)
                 elif sample.texts and hash(sample.key) in seen:
-                    skips.skip_captions("captions separated from their image in the tar", sample.origin)
+                    skips.reject_captions("captions separated from their image in the tar", sample.origin)
                 elif sample.texts:
-                    skips.skip_captions("sample without an image", sample.origin)
+                    skips.reject_captions("sample without an image", sample.origin)
                 else:
-                    skips.skip("sample without an image")
+                    skips.count_ignored("sample without an image")
 
 
 def _to_rows(
     sample: _Sample, location: Location, tar_version: str, options: SourceOptions, skips: SkipCounter
 ) -> Iterator[ManifestRow]:
+    """Yields the row of a sample, or nothing if the sample has no valid id."""
     for _ in range(len(sample.images) - 1):
-        skips.skip("additional image in a sample")
+        skips.count_ignored("additional image in a sample")
     try:
         record = _load_record(sample)
     except DatasetError as error:
         record = {}
-        skips.skip_captions("sample with invalid JSON", str(error))
+        skips.reject_captions("sample with invalid JSON", str(error))
     image_id = sample.key
     if options.id_column is not None:
         try:
             image_id = parse_id(record.get(options.id_column), sample.origin, options.id_column)
         except DatasetError as error:
-            skips.skip_image("sample without a valid id in its JSON", str(error))
+            skips.reject_image("sample without a valid id in its JSON", str(error))
             return
     start, end = sample.images[_select_extension(sample.images)]
     uri = f"{location.address}#bytes={start}-{end}"
@@ -93,7 +94,7 @@ def _select_extension(files: Mapping[str, object]) -> str:
 def _load_record(sample: _Sample) -> dict[str, Any]:
     files = {name: text for name, text in sample.texts.items() if _get_suffix(name) == "json" and text.strip()}
     record = parse_json(files[_select_extension(files)], f"{sample.origin}.json") if files else {}
-    return record if isinstance(record, dict) else {CAPTION_NAMES[0]: record}
+    return record if isinstance(record, dict) else {CAPTION_NAMES[0]: record}  # a caption or a list of captions
 
 
 def _parse_captions(
@@ -101,11 +102,11 @@ def _parse_captions(
 ) -> tuple[str, ...]:
     texts = {name: text for name, text in sample.texts.items() if _get_suffix(name) != "json"}
     for _ in range(len(texts) - 1):
-        skips.skip_captions("additional captions file in a sample", sample.origin)
+        skips.reject_captions("additional captions file in a sample", sample.origin)
     lines = [parse_cell(line) for line in texts[_select_extension(texts)].splitlines()] if texts else []
     for name in options.caption_columns:
         if name not in record:
-            skips.skip_captions(f"sample without {name} in its JSON", sample.origin)
+            skips.reject_captions(f"sample without {name} in its JSON", sample.origin)
     try:
         captions = parse_captions(lines, sample.origin, "captions")
         if captions and not options.caption_columns:
@@ -113,17 +114,18 @@ def _parse_captions(
         names = options.caption_columns or select_caption_columns(list(record), (), sample.origin)
         return parse_caption_columns(record, names, sample.origin, options, skips) or captions
     except (ConfigError, DatasetError) as error:
-        skips.skip_captions("sample with invalid captions", str(error))
+        skips.reject_captions("sample with invalid captions", str(error))
         return ()
 
 
 def _read_samples(file: BinaryIO, location: Location, skips: SkipCounter) -> Iterator[_Sample]:
+    """Yields the samples of a tar. A sample consists of consecutive members with the same key."""
     sample: _Sample | None = None
     for tar, member in _read_members(file, location):
         match = _MEMBER.fullmatch(member.name)
         if match is None or not member.isreg() or member.issparse():
             if not member.isdir():
-                skips.skip("tar member that is not a regular NAME.EXTENSION file")
+                skips.count_ignored("tar member that is not a regular NAME.EXTENSION file")
             continue
         key, extension = match["key"], match["extension"].lower()
         if sample is None or sample.key != key:
@@ -138,7 +140,8 @@ def _read_samples(file: BinaryIO, location: Location, skips: SkipCounter) -> Ite
 def _split_dotted_names(sample: _Sample, location: Location) -> list[_Sample]:
     """Splits `22.05.jpg`, `22.05.txt`, `22.06.jpg`, where names contain a dot, into the samples `22.05` and `22.06`.
 
-    In contrast, `22.rgb.jpg` and `22.mask.png` remain one sample with two images.
+    The text between the first and the last dot belongs to the name if all such texts are numbers, or if one of them has
+    both an image and a text. Otherwise it belongs to the extension: `22.rgb.jpg` and `22.mask.png` are one sample.
     """
     parts: dict[str, _Sample] = {}
     for name in (*sample.images, *sample.texts):
@@ -149,8 +152,8 @@ def _split_dotted_names(sample: _Sample, location: Location) -> list[_Sample]:
             part.images[extension] = sample.images[name]
         else:
             part.texts[extension] = sample.texts[name]
-    is_name = any(part.images and part.texts for part in parts.values()) or all(map(_is_number, parts))
-    return list(parts.values()) if "" not in parts and is_name else [sample]
+    belongs_to_name = any(part.images and part.texts for part in parts.values()) or all(map(_is_number, parts))
+    return list(parts.values()) if "" not in parts and belongs_to_name else [sample]
 
 
 def _is_number(text: str) -> bool:
@@ -167,12 +170,12 @@ def _add_member(
     is_text = _get_suffix(extension) in {*_TEXT_EXTENSIONS, "json"}
     origin = f"{sample.origin}.{extension}"
     if extension in sample.images or extension in sample.texts:
-        skip = skips.skip_captions if is_text else skips.skip_image
+        skip = skips.reject_captions if is_text else skips.reject_image
         skip("second file of the same name in a sample", origin)
     elif f".{_get_suffix(extension)}" in IMAGE_EXTENSIONS:
         sample.images[extension] = (member.offset_data, member.offset_data + member.size)
     elif is_text and member.size > _MAX_TEXT_BYTES:
-        skips.skip_captions("captions file larger than 1 MB", origin)
+        skips.reject_captions("captions file larger than 1 MB", origin)
     elif is_text and (content := tar.extractfile(member)) is not None:
         # `read_source` skips and counts captions that are not UTF-8.
         sample.texts[extension] = content.read().decode("utf-8-sig", errors="surrogateescape")

@@ -63,7 +63,7 @@ def open_corpus(
         return _open_dataset(source, train_splits, validation_splits)
     location = locate(os.fspath(source))
     read = partial(_read_sentences if layout == "sentences" else _read_continuous, location, validation_fraction)
-    corpus = Corpus(_hash_text(location), partial(read, False), partial(read, True))
+    corpus = Corpus(_hash_text(location), partial(read, validation=False), partial(read, validation=True))
     for purpose, texts in (("training", corpus.training()), ("validation", corpus.validation())):
         if not any(text.strip() for text in texts):
             raise DatasetError(

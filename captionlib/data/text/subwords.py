@@ -17,15 +17,15 @@ from captionlib.errors import ConfigError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["SubwordLevel", "Subwords", "join_subwords", "make_tokenizer", "mark_words", "train_subwords"]
+__all__ = ["SubwordLevel", "Subwords", "join_subwords", "make_tokenizer", "mark_word_starts", "train_subwords"]
 
 SubwordLevel = Literal["bpe", "unigram"]
 
 _WORD_START = "\u2581"
 _UNKNOWN = "<unk>"  # id 0 of the tokenizer; no word contains the symbol <
-# Characters that the training of `unigram` would drop get scores from the library that start at the lowest score and
-# rise in steps, in random order: they all get the lowest score here. The library also adds numbers in random order, so
-# scores are rounded.
+# The library keeps the characters that the training of `unigram` drops. Their scores rise from the lowest score in
+# steps, in a random order. Here, all of them get the lowest score, so that training is reproducible. The library also
+# adds floating-point numbers in a random order, so scores are rounded.
 _SCORE_STEP = 1e-4
 _SCORE_DECIMALS = 6
 
@@ -90,7 +90,7 @@ def train_subwords(words: Mapping[str, int], level: SubwordLevel, size: int, min
 
 
 def make_tokenizer(level: SubwordLevel, trained: Subwords) -> "Tokenizer":
-    """Returns a tokenizer of the output of `mark_words`. The id of `trained.subwords[i]` is i + 1, and 0 is unknown.
+    """Returns a tokenizer for the output of `mark_word_starts`. The id of `trained.subwords[i]` is i + 1; 0 is unknown.
 
     Raises:
         ConfigError: `tokenizers` is not installed.
@@ -98,7 +98,7 @@ def make_tokenizer(level: SubwordLevel, trained: Subwords) -> "Tokenizer":
     _require_tokenizers()
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    ids = {subword: number for number, subword in enumerate((_UNKNOWN, *trained.subwords))}
+    ids = {subword: subword_id for subword_id, subword in enumerate((_UNKNOWN, *trained.subwords))}
     if level == "bpe":
         tokenizer = Tokenizer(models.BPE(vocab=ids, merges=list(trained.merges), unk_token=_UNKNOWN))
     else:
@@ -108,7 +108,7 @@ def make_tokenizer(level: SubwordLevel, trained: Subwords) -> "Tokenizer":
     return tokenizer
 
 
-def mark_words(words: Iterable[str]) -> str:
+def mark_word_starts(words: Iterable[str]) -> str:
     """Returns the words as one text, in which the start of each word is marked."""
     return " ".join(_WORD_START + word for word in words)
 

@@ -21,7 +21,7 @@ from captionlib.data.text.subwords import (
     Subwords,
     join_subwords,
     make_tokenizer,
-    mark_words,
+    mark_word_starts,
     train_subwords,
 )
 from captionlib.errors import ConfigError
@@ -38,7 +38,7 @@ PAD = -1
 """Padding value after the end of a sentence in arrays of token ids. It is not a token and is ignored by models."""
 
 END = 0
-"""Sentence boundary: the last target token of a sentence and also its first input token (called START)."""
+"""Sentence boundary: the last token that a model predicts. It is also the first input token, usually called START."""
 
 UNKNOWN = 1
 """Replacement for tokens that are not in the vocabulary."""
@@ -127,8 +127,9 @@ class Vocabulary:
     ) -> "Vocabulary":
         """Builds a vocabulary from training captions.
 
-        Words and characters that occur fewer than `min_count` times are excluded, and words that contain such
-        characters do not train subwords. `size` is the maximum number of subwords.
+        At the levels `words` and `characters`, tokens that occur fewer than `min_count` times are excluded. At the
+        other levels, at most `size` subwords are trained, on the words whose characters all occur at least `min_count`
+        times.
 
         Raises:
             ConfigError: there are no captions, no token is frequent enough, `size` is too small, or the package that
@@ -163,8 +164,8 @@ class Vocabulary:
         tokenizer = make_tokenizer(level, trained)
         counter = Counter[int]()
         for word, count in words.items():
-            for number in tokenizer.encode(mark_words([word])).ids:
-                counter[number] += count
+            for subword_id in tokenizer.encode(mark_word_starts([word])).ids:  # 0: unknown; i + 1: trained.subwords[i]
+                counter[subword_id] += count
         order = sorted(range(len(trained.subwords)), key=lambda i: (-counter[i + 1], trained.subwords[i]))
         return cls(
             tuple(trained.subwords[i] for i in order),
@@ -199,7 +200,7 @@ class Vocabulary:
 
     @cached_property
     def _tokenizer(self) -> "Tokenizer | None":
-        """Splits words into subwords; None at the other levels."""
+        """Splits words into subwords; None unless the level is `bpe` or `unigram`."""
         if self.level in ("bpe", "unigram"):
             return make_tokenizer(self.level, Subwords(self.words, self.merges, self.scores))
         return None
@@ -224,7 +225,7 @@ class Vocabulary:
             ConfigError: the package that splits words into subwords is not installed.
         """
         if self._tokenizer is not None:
-            return [number - 1 + _FIRST_ID for number in self._tokenizer.encode(mark_words(tokens)).ids]
+            return [subword_id - 1 + _FIRST_ID for subword_id in self._tokenizer.encode(mark_word_starts(tokens)).ids]
         return [self._ids.get(token, UNKNOWN) for token in tokens]
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -9,7 +9,7 @@ It follows Karpathy & Fei-Fei 2015 (arXiv 1412.2306) and Vinyals et al. 2015 (ar
 
 `image_input` sets where the image projection Wih v enters. With `first_step`, h_0 = max(0, Wxh x_0 + Wih v + b).
 
-The END token also serves as START. A feature map's image feature is its mean over positions. With attention
+The END token also serves as START. The image feature of a feature map is its mean over positions. With attention
 (attention.py), Wz z_t is added to h_t before the output layer, and Wg z_t to the gates of step t + 1, where z_t is the
 context vector. A Transformer (transformer.py) computes h_t from all previous words and the positions of the image.
 """
@@ -31,7 +31,7 @@ from captionlib.models.captioners.transformer import Transformer
 from captionlib.models.encoders.top_layers import EncoderTop
 from captionlib.models.standardization import Standardization
 
-__all__ = ["Captioner", "CaptionerConfig", "ImageState", "TokenLogProbs"]
+__all__ = ["CaptionerConfig", "CaptionerNetwork", "ImageState", "TokenLogProbs"]
 
 _WEIGHT_RANGE = 0.1  # NeuralTalk (the code of the first paper) samples all weights from U(-0.1, 0.1)
 _SMALLEST_SINGULAR_VALUE = 1e-4  # relative to the largest; smaller singular values are treated as noise
@@ -153,7 +153,7 @@ class ImageState(NamedTuple):
     annotations: Tensor | None
 
 
-class Captioner(nn.Module):
+class CaptionerNetwork(nn.Module):
     """Computes log-probabilities of captions from image features. `Decoder` (decoding/decoder.py) generates captions.
 
     The weights are initialized with PyTorch's global random number generator.
@@ -273,7 +273,7 @@ class Captioner(nn.Module):
 
         Args:
             words: `[sentences] int64`, the previous token of each sentence; END at the first time step.
-            state: the state of each sentence; at the first time step, that of its image in `image_state.state`.
+            state: the state of each sentence; at the first time step, the `image_state.state` of its image.
             image_state: the encoded images.
             image_of_sentence: `[sentences] int64`, the image of each sentence.
 
@@ -368,7 +368,7 @@ class Captioner(nn.Module):
         image_of_sentence: Tensor,
         is_first: bool = True,
     ) -> RecurrenceOutput:
-        """Runs the layers over words, `[tokens] int64`; `is_first` says that the first ones are START."""
+        """Runs the layers over words, `[tokens] int64`; `is_first` says whether the first words are START."""
         image_gates = None
         image_input = self.config.image_input
         if image_input == "every_step" or (image_input == "first_step" and is_first):

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from captionlib.models.captioners.captioner import Captioner, TokenLogProbs
+from captionlib.models.captioners.captioner import CaptionerNetwork, TokenLogProbs
 from captionlib.models.encoders.network import EncoderNetwork
 
 __all__ = ["ImageCaptioner"]
@@ -16,7 +16,7 @@ class ImageCaptioner(nn.Module):
         captioner: trained on features of this encoder.
     """
 
-    def __init__(self, encoder: EncoderNetwork, captioner: Captioner) -> None:
+    def __init__(self, encoder: EncoderNetwork, captioner: CaptionerNetwork) -> None:
         super().__init__()
         self.encoder = encoder
         self.captioner = captioner
@@ -24,7 +24,7 @@ class ImageCaptioner(nn.Module):
     def forward(
         self, pixels: Tensor, captions: Tensor, image_of_sentence: Tensor, mean_log_probs: bool = False
     ) -> TokenLogProbs:
-        """Computes the log-probability of each token; see `Captioner.forward`.
+        """Computes the log-probability of each token; see `CaptionerNetwork.forward`.
 
         `pixels` is `[images, crop_size, crop_size, 3] uint8`. In training mode, gradients flow into the encoder. In
         evaluation mode, features are rounded to the dtype in which a features dataset stores them.

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from captionlib.config import configclass
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 
 __all__ = ["LanguageModelConfig", "build_language_model"]
 
@@ -33,9 +33,9 @@ class LanguageModelConfig:
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        self.captioner()
+        self.to_captioner_config()
 
-    def captioner(self) -> CaptionerConfig:
+    def to_captioner_config(self) -> CaptionerConfig:
         """Returns the configuration of the equivalent captioner.
 
         Raises:
@@ -44,6 +44,6 @@ class LanguageModelConfig:
         return CaptionerConfig(**vars(self), image_input="none", standardize_features=False)
 
 
-def build_language_model(config: LanguageModelConfig, vocabulary_size: int) -> Captioner:
+def build_language_model(config: LanguageModelConfig, vocabulary_size: int) -> CaptionerNetwork:
     """Builds a language model with weights from PyTorch's global random number generator."""
-    return Captioner(config.captioner(), 0, vocabulary_size)
+    return CaptionerNetwork(config.to_captioner_config(), 0, vocabulary_size)

@@ -112,16 +112,16 @@ class Transformer(nn.Module):
         if annotations is not None and image_of_sentence is not None:
             groups = group_by_image(image_of_sentence[order.sentence], annotations.shape[1])
         keys, values, weights = [], [], []
-        for number, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers):
             assert isinstance(layer, _Layer)
-            past = state[number], state[layers + number]
+            past = state[index], state[layers + index]
             if parent is not None:  # one layer at a time, because the keys and values of a wide beam are large
                 past = past[0].index_select(0, parent), past[1].index_select(0, parent)
             hidden, key, value = layer.attend_to_words(hidden, *past, order)
             keys.append(key)
             values.append(value)
             if annotations is not None and groups is not None:
-                image = annotations[number], annotations[layers + number]
+                image = annotations[index], annotations[layers + index]
                 hidden, layer_weights = layer.attend_to_image(hidden, *image, groups)
                 weights.append(layer_weights)
             hidden = layer.feed_forward(hidden)
@@ -130,7 +130,7 @@ class Transformer(nn.Module):
 
 
 class _TokenOrder(NamedTuple):
-    """The places of packed tokens, which are ordered by time step, in a `[sentences, steps]` matrix.
+    """The cells of packed tokens in a `[sentences, steps]` matrix. Packed tokens are ordered by time step.
 
     Attributes:
         sentence: `[tokens] int64`, the sentence of each token.

@@ -15,9 +15,10 @@ from captionlib.data.batches.captions import pool_map
 from captionlib.data.text.corpora import TextLayout
 from captionlib.data.text.vocabulary import UNKNOWN, Vocabulary
 from captionlib.errors import CheckpointError, ConfigError
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.captioners.language_model import LanguageModelConfig, build_language_model
 from captionlib.models.captioners.packed_sequences import pad_sentences
+from captionlib.models.checkpoints.encoder_file import LOCAL_WEIGHTS, missing_encoder_error
 from captionlib.models.checkpoints.folder import (
     FolderLike,
     damaged_error,
@@ -29,7 +30,7 @@ from captionlib.models.checkpoints.folder import (
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.encoders.top_layers import EncoderTop
-from captionlib.models.rankers.ranker import Ranker, RankerConfig
+from captionlib.models.rankers.ranker import RankerConfig, RankerNetwork
 
 __all__ = [
     "LoadedCaptioner",
@@ -53,6 +54,7 @@ _BATCH_SIZE = 256  # for ranker inference
 Model = TypeVar("Model", bound=nn.Module)
 Config = TypeVar("Config")
 Identity = Mapping[str, Any]
+"""Everything except the weights that determines a model's output; see `Checkpoint.identity`."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class LoadedModel(Generic[Model, Config]):
         vocabulary: the model's words, characters or subwords.
         config: the model's architecture.
         encoder: `Encoder.description` of the encoder whose features it was trained on; empty for a language model.
-        encoder_weights: path or URL of the encoder's weights if it was fine-tuned with the model; otherwise None.
+        encoder_weights: path or URL of the encoder's weights file or model folder; None if there is none, or if it
+            cannot be found.
         provenance: the data and versions that the model was trained with.
         training: the training configuration and history.
         fingerprint: hash of everything that determines the model's output.
@@ -81,7 +84,7 @@ class LoadedModel(Generic[Model, Config]):
     training: Mapping[str, Any]
     fingerprint: str
 
-    def find_source(self, weights: str | None) -> EncoderConfig:
+    def find_input_transform(self, weights: str | None) -> EncoderConfig:
         """Returns the configuration of the encoder whose features are the model's input.
 
         `weights` is the path of the encoder's weights file, if the user specified it.
@@ -89,8 +92,10 @@ class LoadedModel(Generic[Model, Config]):
         Raises:
             ConfigError: the weights file is needed and cannot be found.
         """
-        config = EncoderConfig.from_description(self.encoder, weights or self.encoder_weights)
-        return config.resolve_weights_path()
+        file = weights or self.encoder_weights
+        if file is None and self.encoder.get("weights") in LOCAL_WEIGHTS:
+            raise missing_encoder_error(self.encoder, self.provenance)
+        return EncoderConfig.from_description(self.encoder, file).resolve_paths()
 
     def to(self, device: torch.device) -> None:
         """Moves the model to a device."""
@@ -113,11 +118,11 @@ class LoadedModel(Generic[Model, Config]):
             )
 
 
-LoadedCaptioner = LoadedModel[Captioner, CaptionerConfig]
+LoadedCaptioner = LoadedModel[CaptionerNetwork, CaptionerConfig]
 
 
 @dataclass(frozen=True)
-class LoadedLanguageModel(LoadedModel[Captioner, LanguageModelConfig]):
+class LoadedLanguageModel(LoadedModel[CaptionerNetwork, LanguageModelConfig]):
     """A trained language model.
 
     Attributes:
@@ -127,8 +132,10 @@ class LoadedLanguageModel(LoadedModel[Captioner, LanguageModelConfig]):
     layout: TextLayout
 
 
-class LoadedRanker(LoadedModel[Ranker, RankerConfig]):
+class LoadedRanker(LoadedModel[RankerNetwork, RankerConfig]):
     """A trained ranker, which embeds sentences (text) and image features in a joint space."""
+
+    sentence_template = None
 
     @property
     def size(self) -> int:
@@ -185,7 +192,7 @@ class LoadedRanker(LoadedModel[Ranker, RankerConfig]):
 
 def save_captioner(
     folder: FolderLike,
-    model: Captioner,
+    model: CaptionerNetwork,
     vocabulary: Vocabulary,
     encoder: Mapping[str, Any],
     *,
@@ -222,16 +229,16 @@ def load_captioner(folder: FolderLike, device: str = "cpu") -> LoadedCaptioner:
         ConfigError: the device does not exist.
     """
 
-    def build(config: CaptionerConfig, feature_size: int, vocabulary_size: int, identity: Identity) -> Captioner:
+    def build(config: CaptionerConfig, feature_size: int, vocabulary_size: int, identity: Identity) -> CaptionerNetwork:
         encoder_top = None if config.encoder_top is None else EncoderTop(identity["encoder"], config.encoder_top)
-        return Captioner(config, feature_size, vocabulary_size, encoder_top)
+        return CaptionerNetwork(config, feature_size, vocabulary_size, encoder_top)
 
     return LoadedModel(**_load(folder, _CAPTIONER, device, CaptionerConfig, build))
 
 
 def save_ranker(
     folder: FolderLike,
-    model: Ranker,
+    model: RankerNetwork,
     vocabulary: Vocabulary,
     encoder: Mapping[str, Any],
     *,
@@ -259,13 +266,15 @@ def load_ranker(folder: FolderLike, device: str = "cpu") -> LoadedRanker:
         ConfigError: the device does not exist.
     """
     return LoadedRanker(
-        **_load(folder, _RANKER, device, RankerConfig, lambda config, size, words, _: Ranker(config, size, words))
+        **_load(
+            folder, _RANKER, device, RankerConfig, lambda config, size, words, _: RankerNetwork(config, size, words)
+        )
     )
 
 
 def save_language_model(
     folder: FolderLike,
-    model: Captioner,
+    model: CaptionerNetwork,
     config: LanguageModelConfig,
     vocabulary: Vocabulary,
     layout: TextLayout,
@@ -285,7 +294,7 @@ def load_language_model(folder: FolderLike, device: str = "cpu") -> LoadedLangua
         ConfigError: the device does not exist.
     """
 
-    def build(config: LanguageModelConfig, _size: int, vocabulary_size: int, identity: Identity) -> Captioner:
+    def build(config: LanguageModelConfig, _size: int, vocabulary_size: int, identity: Identity) -> CaptionerNetwork:
         if identity["layout"] not in get_args(TextLayout):
             raise ValueError(f"expected layout {' or '.join(get_args(TextLayout))}, got {identity['layout']!r}")
         return build_language_model(config, vocabulary_size)
@@ -296,7 +305,7 @@ def load_language_model(folder: FolderLike, device: str = "cpu") -> LoadedLangua
 def _save(
     folder: FolderLike,
     kind: str,
-    model: Captioner | Ranker,
+    model: CaptionerNetwork | RankerNetwork,
     config: Any,
     vocabulary: Vocabulary,
     identity: Identity,
@@ -319,11 +328,11 @@ def _load(
     build: Callable[[Config, int, int, Identity], nn.Module],
     *extra: str,
 ) -> dict[str, Any]:
-    """Loads the attributes of `LoadedModel`, and the attributes that `extra` names from `Checkpoint.identity`.
+    """Returns the arguments of `LoadedModel`, and further attributes of `Checkpoint.identity` named by `extra`.
 
     `build` creates the network from its configuration, feature size, vocabulary size and `Checkpoint.identity`.
     """
-    target = resolve_device(device)
+    torch_device = resolve_device(device)
     checkpoint = read_checkpoint(folder, kind)
     identity = checkpoint.identity
     try:
@@ -343,11 +352,11 @@ def _load(
         raise damaged_error(open_folder(folder), f"{type(error).__name__}: {reason}") from error
     return {
         "kind": kind,
-        "model": model.to(target).eval(),
+        "model": model.to(torch_device).eval(),
         "vocabulary": vocabulary,
         "config": config,
         "encoder": encoder,
-        "encoder_weights": find_encoder_weights(folder, encoder),
+        "encoder_weights": find_encoder_weights(folder, encoder, checkpoint.provenance),
         "provenance": checkpoint.provenance,
         "training": checkpoint.training,
         "fingerprint": checkpoint.fingerprint,

@@ -4,7 +4,8 @@
 |---|---|
 | `model.safetensors` | the weights |
 | `training.json` | the training configuration and history; informative only |
-| `encoder.safetensors` | the weights of the encoder, if it was fine-tuned with the model |
+| `README.md` | the model card, which describes data, recipe and scores; informative only |
+| `encoder.safetensors` | the weights of the encoder, if it was fine-tuned with the model, or added by an export |
 | `datastore.parquet` | features and references of training images for reranking, from `captionlib build-datastore` |
 | `config.json` | architecture, vocabulary, encoder and provenance; written last, with the SHA-256 of the weights |
 """
@@ -26,29 +27,35 @@ from torch import Tensor
 from captionlib import __version__
 from captionlib.data.shards.markers import compute_fingerprint, decode_record, encode_record, to_json
 from captionlib.errors import CheckpointError
+from captionlib.models.checkpoints.encoder_file import (
+    CONFIG,
+    ENCODER,
+    WEIGHTS,
+    find_encoder_file,
+    not_a_checkpoint_error,
+)
+from captionlib.models.checkpoints.model_card import CARD, render_card
 from captionlib.storage.folders import Folder
 
 __all__ = [
     "CHECKPOINT_FILES",
     "DATASTORE",
+    "WEIGHTS",
     "Checkpoint",
     "FolderLike",
+    "add_versions_and_time",
     "damaged_error",
     "describe_checkpoint",
     "find_encoder_weights",
     "open_folder",
     "read_checkpoint",
-    "stamp_provenance",
     "write_checkpoint",
 ]
 
 FORMAT_VERSION = 3
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
 TRAINING = "training.json"
-ENCODER = "encoder.safetensors"
 DATASTORE = "datastore.parquet"
-CHECKPOINT_FILES = frozenset({WEIGHTS, CONFIG, TRAINING, ENCODER, DATASTORE})
+CHECKPOINT_FILES = frozenset({WEIGHTS, CONFIG, TRAINING, ENCODER, DATASTORE, CARD})
 
 FolderLike = str | os.PathLike[str] | Folder
 
@@ -100,7 +107,13 @@ def write_checkpoint(
         "provenance": provenance,
         **identity,
     }
-    files = {CONFIG: encode_record(config), TRAINING: to_json(training), ENCODER: encoder_weights, WEIGHTS: weights}
+    files = {
+        CONFIG: encode_record(config),
+        TRAINING: to_json(training),
+        CARD: render_card(config, training, has_encoder=encoder_weights is not None),
+        ENCODER: encoder_weights,
+        WEIGHTS: weights,
+    }
     target = open_folder(folder)
     with ExitStack() as stack:  # exits in reverse order, so CONFIG is renamed last
         for name, content in files.items():
@@ -111,13 +124,14 @@ def write_checkpoint(
     return str(config["fingerprint"])
 
 
-def find_encoder_weights(folder: FolderLike, description: Mapping[str, Any]) -> str | None:
-    """Returns the path or URL of the encoder's weights, or None if the encoder was not fine-tuned with the model."""
-    source = open_folder(folder)
-    return source.address(ENCODER) if description.get("weights") == "file" and source.exists(ENCODER) else None
+def find_encoder_weights(
+    folder: FolderLike, description: Mapping[str, Any], provenance: Mapping[str, Any]
+) -> str | None:
+    """Returns the path or URL of the encoder's weights file; see `find_encoder_file`."""
+    return find_encoder_file(open_folder(folder), description, provenance)
 
 
-def stamp_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
+def add_versions_and_time(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Adds the versions of captionlib and PyTorch and the current time to the provenance."""
     return {
         **provenance,
@@ -136,7 +150,7 @@ def read_checkpoint(folder: FolderLike, kind: str) -> Checkpoint:
     source = open_folder(folder)
     config = _read_json(source, CONFIG)
     if config is None:
-        raise CheckpointError(f"{source.uri} is not a checkpoint: expected a folder with {CONFIG} and {WEIGHTS}")
+        raise not_a_checkpoint_error(source)
     if config.get("kind") != kind or "format_version" not in config:
         got = config.get("kind", "one of unknown kind")
         raise CheckpointError(f"{source.uri}: expected a checkpoint of kind {kind}, got {got}")
@@ -175,7 +189,7 @@ def describe_checkpoint(folder: FolderLike) -> dict[str, Any]:
     source = open_folder(folder)
     config = _read_json(source, CONFIG)
     if config is None or "fingerprint" not in config:
-        raise CheckpointError(f"{source.uri} is not a checkpoint: expected a folder with {CONFIG} and {WEIGHTS}")
+        raise not_a_checkpoint_error(source)
     vocabulary = config.pop("vocabulary", {})
     training = _read_json(source, TRAINING) or {}
     history = training.get("history", [])

@@ -18,11 +18,11 @@ from captionlib.errors import ConfigError, DatasetError
 __all__ = ["CiderD"]
 
 _MAX_N = 4  # n-grams of 1 to 4 words
-_SIGMA = 6.0  # width of the Gaussian length penalty, in words
+_SIGMA = 6.0  # standard deviation of the Gaussian length penalty, in bigrams
 _WORD_BITS = 16  # bits per word in an n-gram; 0 means no word
-_MAX_WORDS = (1 << _WORD_BITS) - 1
+_MAX_VOCABULARY = (1 << _WORD_BITS) - 1
 
-Matrix = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.float64]
 NgramIds = npt.NDArray[np.uint64]
 Indices = npt.NDArray[np.int64]
 
@@ -58,14 +58,14 @@ class CiderD:
         scores: list[float] = (10 * self.compare(sentences, references).mean(1)).tolist()
         return scores
 
-    def compare(self, sentences: Sequence[Sequence[int]], references: Sequence[Sequence[int]]) -> Matrix:
+    def compare(self, sentences: Sequence[Sequence[int]], references: Sequence[Sequence[int]]) -> Floats:
         """Computes a tenth of the CIDEr-D of each sentence (row) against each single reference (column)."""
         ours, theirs = _extract_ngrams(sentences), _extract_ngrams(references)
         distinct, column = np.unique(np.concatenate([ours.ids, theirs.ids]), return_inverse=True)
-        weights, split = self._weight_ngrams(distinct), len(ours.ids)
-        our_counts = _NgramCounts(ours, column[:split], weights)
-        their_counts = _NgramCounts(theirs, column[split:], weights)
-        columns = np.unique(column[:split])  # n-grams that occur only in the references match nothing
+        weights, count = self._weight_ngrams(distinct), len(ours.ids)
+        our_counts = _NgramCounts(ours, column[:count], weights)
+        their_counts = _NgramCounts(theirs, column[count:], weights)
+        columns = np.unique(column[:count])  # n-grams that occur only in the references match nothing
         total = np.zeros((len(sentences), len(references)))
         for times in range(1, our_counts.max_count + 1):  # min(a, b) = sum over times of [a >= times] [b >= times]
             theirs_scaled = their_counts.at_least(times, their_counts.counts, columns)
@@ -73,7 +73,7 @@ class CiderD:
         length_gap = np.maximum(ours.lengths - 1, 0)[:, None] - np.maximum(theirs.lengths - 1, 0)[None]  # in bigrams
         return total / _MAX_N * np.exp(-(length_gap**2) / (2 * _SIGMA**2))
 
-    def _weight_ngrams(self, ids: NgramIds) -> Matrix:
+    def _weight_ngrams(self, ids: NgramIds) -> Floats:
         """Returns the inverse document frequency of each n-gram."""
         weights = np.full(len(ids), self._rare_weight)
         if len(self._common_ids):
@@ -102,9 +102,9 @@ class _Ngrams(NamedTuple):
 def _extract_ngrams(sentences: Sequence[Sequence[int]]) -> _Ngrams:
     lengths = np.array([len(sentence) for sentence in sentences], np.int64)
     words = np.fromiter((word for sentence in sentences for word in sentence), np.int64, lengths.sum()) + 1
-    if len(words) and not 1 <= words.min() <= words.max() <= _MAX_WORDS:
+    if len(words) and not 1 <= words.min() <= words.max() <= _MAX_VOCABULARY:
         raise ConfigError(
-            f"CIDEr supports {_MAX_WORDS:,} words, got word ids {words.min() - 1} to {words.max() - 1}; "
+            f"CIDEr supports {_MAX_VOCABULARY:,} words, got word ids {words.min() - 1} to {words.max() - 1}; "
             "use a smaller vocabulary (raise min_count)"
         )
     sentence_of_word = np.repeat(np.arange(len(lengths)), lengths)
@@ -127,25 +127,25 @@ class _NgramCounts:
     `column` contains the index of each n-gram among the distinct n-grams, and `weights` contains their idf weights.
     """
 
-    def __init__(self, ngrams: _Ngrams, column: Indices, weights: Matrix) -> None:
-        self._rows, columns = len(ngrams.lengths), max(1, len(weights))
+    def __init__(self, ngrams: _Ngrams, column: Indices, weights: Floats) -> None:
+        self._rows, distinct = len(ngrams.lengths), max(1, len(weights))
         cells, first, self.counts = np.unique(
-            ngrams.sentences * columns + column, return_index=True, return_counts=True
+            ngrams.sentences * distinct + column, return_index=True, return_counts=True
         )
-        self._row, self._column = np.divmod(cells, columns)
+        self._row, self._column = np.divmod(cells, distinct)
         self.max_count = int(self.counts.max(initial=0))
         vector = self._row * _MAX_N + ngrams.sizes[first] - 1  # a sentence has one vector per n
         squares = np.bincount(vector, (self.counts * weights[self._column]) ** 2, self._rows * _MAX_N)
         norms = np.sqrt(squares)[vector]
         self._normalized = np.divide(weights[self._column], norms, out=np.zeros_like(norms), where=norms > 0)
 
-    def at_least(self, times: int, factors: Indices | int, columns: Indices) -> Matrix:
-        """Returns weight times factor for each n-gram that occurs at least `times` times, and 0 for the others.
+    def at_least(self, minimum: int, factors: Indices | int, columns: Indices) -> Floats:
+        """Returns weight * factor for each n-gram that occurs at least `minimum` times in the sentence, otherwise 0.
 
         `factors` contains the count of each n-gram, or is 1. The result is `[sentences, columns]`.
         """
         matrix = np.zeros((self._rows, len(columns)))
-        selected = (self.counts >= times) & np.isin(self._column, columns)
+        selected = (self.counts >= minimum) & np.isin(self._column, columns)
         column = np.searchsorted(columns, self._column[selected])
         matrix[self._row[selected], column] = (self._normalized * factors)[selected]
         return matrix

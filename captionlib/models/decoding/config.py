@@ -23,8 +23,8 @@ class DecodingConfig:
         beam_width: hypotheses per image; 1 is greedy decoding.
         n_best: maximum number of candidates returned per image, at most `beam_width`. With `sample`, this many
             sentences are sampled, and duplicates are dropped.
-        max_tokens: sentences are truncated after this many tokens (words, characters or subwords, and END). If None,
-            after 20 words, 100 characters or 40 subwords, or after `min_words` if that is more.
+        max_tokens: maximum number of tokens in a sentence (words, characters or subwords, and END); longer sentences
+            are truncated. If None, it is 20 words, 100 characters or 40 subwords, but at least `min_words`.
         length_penalty: the beam ranks candidates by log_prob / token_count ** length_penalty; 0 ranks by
             log-probability and favors short sentences.
         rerank: how to rerank the candidates of the beam.

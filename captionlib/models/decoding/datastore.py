@@ -83,18 +83,18 @@ class Datastore:
         self._std = np.where(std > 0, std, 1)
         self._unit_vectors = self._normalize(vectors)
 
-    def find_neighbors(self, vectors: Vectors, count: int, keys: Sequence[str] | None = None) -> list[Neighbors]:
+    def find_neighbors(self, vectors: Vectors, count: int, image_ids: Sequence[str] | None = None) -> list[Neighbors]:
         """Finds the neighbors of each image; more similar ones have larger weights.
 
         Args:
             vectors: `[images, projected_size]`, their `ImageState.features`.
             count: the maximum number of neighbors.
-            keys: ids of the images, so that no image is its own neighbor; None if they are unknown.
+            image_ids: ids of the images, so that no image is its own neighbor; None if they are unknown.
         """
         similarities = self._normalize(vectors) @ self._unit_vectors.T
-        for image, key in enumerate(keys or ()):
-            if key in self._rows:
-                similarities[image, self._rows[key]] = -np.inf
+        for image, image_id in enumerate(image_ids or ()):
+            if image_id in self._rows:
+                similarities[image, self._rows[image_id]] = -np.inf
         count = min(count, similarities.shape[1])
         nearest = np.argpartition(-similarities, count - 1, axis=1)[:, :count]
         per_image = zip(nearest, similarities, strict=True)

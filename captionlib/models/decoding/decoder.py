@@ -10,7 +10,7 @@ from torch import Tensor
 
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.models.captioners.captioner import Captioner
+from captionlib.models.captioners.captioner import CaptionerNetwork
 from captionlib.models.decoding.beam_search import search_beam
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.constraints import Constraints, find_forbidden_ids
@@ -40,7 +40,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: Captioner,
+        model: CaptionerNetwork,
         config: DecodingConfig | None = None,
         dtype: torch.dtype = torch.float32,
         vocabulary: Vocabulary | None = None,
@@ -62,7 +62,7 @@ class Decoder:
     def decode(
         self,
         features: Tensor | npt.NDArray[np.float32],
-        keys: Sequence[str] | None = None,
+        image_ids: Sequence[str] | None = None,
         prefix: Sequence[int] = (),
     ) -> list[list[Candidate]]:
         """Generates captions for each image, best first. Batches that do not fit into memory are halved.
@@ -72,7 +72,7 @@ class Decoder:
         Args:
             features: `[images, feature_size]` or `[images, positions, channels]`, from the encoder; 100 images are a
                 good batch.
-            keys: ids of the images. An image's samples depend only on its id and the seed, and no image is its own
+            image_ids: ids of the images. An image's samples depend only on its id and the seed, and no image is its own
                 neighbor. If None, samples depend on the features instead of the id.
             prefix: token ids that every sentence begins with; log-probabilities include them.
 
@@ -97,27 +97,27 @@ class Decoder:
             )
 
         def decode_part(part: slice) -> list[list[Candidate]]:
-            return self._decode_batch(features[part], None if keys is None else keys[part], prefix)
+            return self._decode_batch(features[part], None if image_ids is None else image_ids[part], prefix)
 
         parts = halve_on_out_of_memory(decode_part, len(features))
         return [candidates for part in parts for candidates in part]
 
     def _decode_batch(
-        self, features: Tensor, keys: Sequence[str] | None, prefix: Sequence[int]
+        self, features: Tensor, image_ids: Sequence[str] | None, prefix: Sequence[int]
     ) -> list[list[Candidate]]:
         image_state = self._incremental.encode_images(features)
         start = self._incremental.begin(image_state, prefix)
         if self.config.strategy == "beam":
             per_image = search_beam(self._incremental, self.config, self._constraints, start)
         else:
-            if keys is None:
-                sampling_keys = [row.tobytes() for row in features.to("cpu", torch.float32).numpy()]
+            if image_ids is None:
+                seed_keys = [row.tobytes() for row in features.to("cpu", torch.float32).numpy()]
             else:
-                sampling_keys = [key.encode() for key in keys]
-            per_image = sample_captions(self._incremental, self.config, self._constraints, start, sampling_keys)
+                seed_keys = [image_id.encode() for image_id in image_ids]
+            per_image = sample_captions(self._incremental, self.config, self._constraints, start, seed_keys)
         pools = [self._select_pool(candidates) for candidates in per_image]
         if self._reranker is not None:
-            pools = self._reranker.rerank(pools, image_state, keys)
+            pools = self._reranker.rerank(pools, image_state, image_ids)
         return [pool[: self.config.n_best] for pool in pools]
 
     def _select_pool(self, candidates: list[Candidate]) -> list[Candidate]:

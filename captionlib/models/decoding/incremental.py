@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from captionlib.data.text.vocabulary import END
 from captionlib.models.captioners.attention import group_by_image
-from captionlib.models.captioners.captioner import Captioner, ImageState
+from captionlib.models.captioners.captioner import CaptionerNetwork, ImageState
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.captioners.recurrence import step_layers
 
@@ -107,7 +107,7 @@ class IncrementalCaptioner:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Captioner, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: CaptionerNetwork, dtype: torch.dtype = torch.float32) -> None:
         self.device = model.output.weight.device
         self.dtype = dtype
         self._model = copy.deepcopy(model).eval()
@@ -128,7 +128,7 @@ class IncrementalCaptioner:
 
     @torch.inference_mode()
     def encode_average_image(self) -> ImageState:
-        """Encodes the average training image; see `Captioner.encode_average_image`."""
+        """Encodes the average training image; see `CaptionerNetwork.encode_average_image`."""
         return self._model.encode_average_image()
 
     @torch.inference_mode()

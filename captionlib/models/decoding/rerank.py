@@ -87,13 +87,13 @@ class Reranker:
         self._average_image = captioner.encode_average_image() if config.mutual_information_weight else None
 
     def rerank(
-        self, pools: Sequence[Sequence[Candidate]], image_state: ImageState, keys: Sequence[str] | None
+        self, pools: Sequence[Sequence[Candidate]], image_state: ImageState, image_ids: Sequence[str] | None
     ) -> list[list[Candidate]]:
-        """Reranks candidates. `keys` are the image ids; they exclude each image from its own neighbors."""
+        """Reranks candidates. `image_ids` exclude each image from its own neighbors; None if they are unknown."""
         neighbors: list[Neighbors] | list[None] = [None] * len(pools)
         if self._datastore is not None:
             vectors = image_state.features.cpu().numpy()
-            neighbors = self._datastore.find_neighbors(vectors, self._config.neighbors, keys)
+            neighbors = self._datastore.find_neighbors(vectors, self._config.neighbors, image_ids)
         factors: list[Weights] | list[None] = [None] * len(pools)
         if self._average_image is not None:
             factors = self._weight_mutual_information(pools, self._average_image)

@@ -24,17 +24,17 @@ def sample_captions(
     config: DecodingConfig,
     constraints: Constraints,
     start: Hypotheses,
-    keys: Sequence[bytes],
+    seed_keys: Sequence[bytes],
 ) -> list[list[Candidate]]:
     """Samples `n_best` sentences per image, in the order of their indices; duplicates are included.
 
-    `start` contains one hypothesis per image; `keys` identify the images and determine their random numbers.
+    `start` contains one hypothesis per image. `seed_keys` identifies each image, and so determines its random numbers.
     """
     device, per_image = incremental.device, config.n_best
-    sentence = torch.arange(len(keys) * per_image, device=device)  # sentence of each row
+    sentence = torch.arange(len(seed_keys) * per_image, device=device)  # sentence of each row
     log_prob, words, state = start.select(sentence // per_image)
     steps = config.find_max_tokens() - (words.shape[1] - 1)
-    uniforms = generate_uniforms(keys, per_image, steps, config.seed).to(device)
+    uniforms = generate_uniforms(seed_keys, per_image, steps, config.seed).to(device)
     candidates: dict[int, Candidate] = {}
     for step in range(steps):
         if not len(sentence):
@@ -51,17 +51,19 @@ def sample_captions(
                 candidates[index] = Candidate(ids[:-1] if ids[-1] == END else ids, total, token_count=len(ids))
             left = (~finished).nonzero()[:, 0]
             sentence, log_prob, words, state = sentence[left], log_prob[left], words[left], state.select(left)
-    return [[candidates[image * per_image + index] for index in range(per_image)] for image in range(len(keys))]
+    return [[candidates[image * per_image + index] for index in range(per_image)] for image in range(len(seed_keys))]
 
 
-def generate_uniforms(keys: Sequence[bytes], sentences: int, count: int, seed: int) -> Tensor:
-    """Generates `count` random numbers from [0, 1) for each sentence of each image; `keys` identify the images.
+def generate_uniforms(seed_keys: Sequence[bytes], sentences: int, count: int, seed: int) -> Tensor:
+    """Generates `count` random numbers from [0, 1) for each sentence of each image.
+
+    The numbers depend only on the image's `seed_keys` entry, the index of the sentence, and `seed`.
 
     Returns:
-        `[len(keys) * sentences, count] float32`.
+        `[len(seed_keys) * sentences, count] float32`.
     """
-    numbers = np.empty((len(keys) * sentences, count), np.float32)
-    for image, key in enumerate(keys):
+    numbers = np.empty((len(seed_keys) * sentences, count), np.float32)
+    for image, key in enumerate(seed_keys):
         digest = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
         for index in range(sentences):
             generator = np.random.default_rng([seed, digest, index])

@@ -59,8 +59,8 @@ def sample_texts(
     decoder = Decoder(language_model.model, bounded, vocabulary=vocabulary)
     samples: list[TextSample] = []
     for start in range(0, count, _BATCH_SIZE):
-        keys = [str(number) for number in range(start, min(start + _BATCH_SIZE, count))]
-        for (candidate,) in decoder.decode(torch.zeros(len(keys), 0), keys, ids):
+        sample_ids = [str(number) for number in range(start, min(start + _BATCH_SIZE, count))]
+        for (candidate,) in decoder.decode(torch.zeros(len(sample_ids), 0), sample_ids, ids):
             text = vocabulary.decode(candidate.token_ids)
             samples.append(TextSample(text, candidate.log_prob, candidate.token_count))
     return samples

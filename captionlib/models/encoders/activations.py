@@ -92,13 +92,13 @@ def compute_activations(uri: str | os.PathLike[str], config: ActivationConfig, d
         FetchError: the image cannot be fetched.
         DecodeError: the image cannot be decoded.
     """
-    target = resolve_device(device)
+    torch_device = resolve_device(device)
     network, classifier, note = _load_network(config)
     preprocessing = resolve_preprocessing(config.model, config.weights, config.resize_size)
     with ImageFetcher() as fetcher:
         image = decode_image(fetcher.fetch(os.fspath(uri)), preprocessing).pixels
     with torch.inference_mode():
-        outputs: Mapping[str, Tensor] = network.to(target)(_normalize(image, preprocessing).to(target))
+        outputs: Mapping[str, Tensor] = network.to(torch_device)(_normalize(image, preprocessing).to(torch_device))
     layers = []
     for node, output in outputs.items():
         if node == classifier and node not in config.nodes:

@@ -1,18 +1,22 @@
-"""Encoders: torchvision networks, truncated at a graph node, that compute image features from pixels."""
+"""Encoders of PyTorch networks, among them torchvision networks that are truncated at a graph node.
+
+Families of encoders (captionlib/models/families/encoder.py) open networks of other libraries.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from captionlib.config import configclass
-from captionlib.data.images.decoding import DecodeScale, Preprocessing, Shrinking
+from captionlib.data.images.decoding import DecodeScale, Preprocessing, SizeLimit
 from captionlib.errors import ConfigError
 from captionlib.models.devices import copy_to_host_async, halve_on_out_of_memory, resolve_device
 from captionlib.models.encoders.network import EncoderNetwork, require_finite, truncate_network
@@ -23,16 +27,22 @@ from captionlib.models.encoders.weights import (
     load_weights,
     resolve_preprocessing,
     sample_weights,
+    serialize_weights,
 )
+from captionlib.models.families.registry import resolve_model_address, split_address
 from captionlib.storage.folders import resolve_address
 
 __all__ = [
     "Encoder",
     "EncoderConfig",
     "PendingFeatures",
+    "Pixels",
+    "build_encoder",
     "describe_finetuned_encoder",
     "describe_preprocessing",
     "load_encoder",
+    "load_network_weights",
+    "pack_encoder_weights",
 ]
 
 PendingFeatures = Callable[[], npt.NDArray[np.floating]]
@@ -46,9 +56,12 @@ class EncoderConfig:
     """A network, the node at which it is truncated, and its weights.
 
     Attributes:
-        model: a torchvision model name, such as `vgg16` or `resnet50`.
+        model: a torchvision model name, such as `vgg16` or `resnet50`, or a model of another family (provider of
+            models): `hf:FOLDER` or `timm:NAME`.
         node: node of the model's graph whose output is the features. `fc6` and `fc7` of a VGG are taken after the ReLU.
-        weights: a torchvision weights name, a `.safetensors`, `.pth` or `.pt` file, or `random:SEED`.
+            Models of other families have the nodes `pooled`, `class_token` and `feature_map`.
+        weights: a torchvision weights name, a `.safetensors`, `.pth` or `.pt` file, or `random:SEED`. The folder of an
+            `hf:` model contains its weights.
         missing_weights: what to do if `weights` lack layers: `error`, or `random:SEED` to sample them.
         pooling: `none` keeps a spatial feature map whole; `mean` and `max` reduce it over positions.
         dtype: dtype of the computation.
@@ -75,37 +88,53 @@ class EncoderConfig:
 
         Args:
             description: the encoder's description, from a features dataset or a checkpoint.
-            weights: path of the encoder's weights file; required if the weights came from a file, because a
-                description records a hash of the file and not its location.
+            weights: path of the encoder's weights file or model folder; required if the weights came from a file or
+                folder, because a description contains only a hash of them.
 
         Raises:
-            ConfigError: the weights came from a file and `weights` is None, or the features were imported.
+            ConfigError: the weights came from a file or folder and `weights` is None, or the features were imported.
         """
         if description["weights"] == "imported":  # written by `captionlib import-features`
             raise ConfigError(
                 "the features were imported, so the network that computed them is unknown and cannot encode more "
-                "images; use features that were imported the same way"
+                "images; import the features of these images too"
             )
-        if description["weights"] == "file" and weights is None:
+        if description["weights"] in ("file", "folder") and weights is None:
+            kind = "weights file" if description["weights"] == "file" else "model folder"
             raise ConfigError(
-                f"the encoder ({description['model']} at {description['node']}) was loaded from a weights file; "
+                f"the encoder ({description['model']} at {description['node']}) was loaded from a {kind}; "
                 "specify its path with --weights"
             )
-        names = ("model", "node", "missing_weights", "pooling", "dtype", "stored_dtype")
+        model, source = description["model"], weights or description["weights"]
+        if description["weights"] in ("folder", "hub"):  # the weights are part of the model
+            model = model if weights is None else f"{split_address(model)[0]}:{weights}"
+            source = cls.weights
+        names = ("node", "missing_weights", "pooling", "dtype", "stored_dtype")
         return cls(
+            model=model,
             **{name: description[name] for name in names},
-            weights=weights or description["weights"],
+            weights=source,
             resize_size=description["preprocessing"]["resize_size"],
             decode_scale=description["preprocessing"].get("decode_scale", "exact"),
         )
 
-    def resolve_weights_path(self) -> "EncoderConfig":
-        """Returns a copy with the absolute path of a weights file, for workers with different working directories."""
-        return replace(self, weights=resolve_address(self.weights)) if is_weights_file(self.weights) else self
+    def find_weights_location(self) -> str:
+        """Returns the path or URL of the weights file or of the local model folder; empty if there is none."""
+        if is_weights_file(self.weights):
+            return self.weights
+        prefix, location = split_address(self.model)
+        return location if prefix and self.weights == EncoderConfig.weights and Path(location).is_dir() else ""
+
+    def resolve_paths(self) -> "EncoderConfig":
+        """Returns a copy in which local paths are absolute, for workers with different working directories."""
+        if is_weights_file(self.weights):
+            return replace(self, weights=resolve_address(self.weights))
+        is_folder = split_address(self.model)[0] and self.weights == EncoderConfig.weights
+        return replace(self, model=resolve_model_address(self.model)) if is_folder else self
 
 
 class Encoder:
-    """An encoder with loaded weights; `load_encoder` builds it.
+    """An encoder with loaded weights; `build_encoder` builds it. Implements `ImageEncoder`.
 
     Attributes:
         network: the network.
@@ -190,9 +219,48 @@ def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = 
         ConfigError: the model, the node, the weights or the device do not exist, or the weights lack layers up to the
             node.
     """
-    target = resolve_device(device)
+    torch_device = resolve_device(device)
     with choose_build_device(config.weights, config.missing_weights):
         network = truncate_network(config.model, config.node)
+    weights, config = load_network_weights(network, config)
+    network.to_empty(device="cpu").load_state_dict(weights)
+    preprocessing = resolve_preprocessing(config.model, config.weights, config.resize_size, config.decode_scale)
+    return build_encoder(network, config, preprocessing, torch_device, hash_weights(weights), trainable)
+
+
+def build_encoder(
+    network: nn.Module,
+    config: EncoderConfig,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    weights_hash: str,
+    trainable: bool = False,
+) -> Encoder:
+    """Builds an encoder from a network with loaded weights.
+
+    Args:
+        network: module from normalized pixels, `[batch, 3, crop, crop]`, to a dictionary with the key `features`:
+            `[batch, size]` or `[batch, channels, height, width]`.
+        config: the configuration, which becomes part of the encoder's description.
+        preprocessing: how to convert an image to pixels, and the mean and standard deviation for normalization.
+        device: device that the network is moved to.
+        weights_hash: hash of everything that determines the network's output and is not part of `config`.
+        trainable: see `EncoderNetwork`.
+    """
+    dtype, stored_dtype = getattr(torch, config.dtype), getattr(torch, config.stored_dtype)
+    module = EncoderNetwork(network, preprocessing, config.pooling, dtype, stored_dtype, trainable)
+    return Encoder(module, config, preprocessing, device, weights_hash)
+
+
+def load_network_weights(network: nn.Module, config: EncoderConfig) -> tuple[dict[str, Tensor], EncoderConfig]:
+    """Loads or samples the weights that a network needs.
+
+    Returns:
+        The weights, and the configuration. Its `missing_weights` is `error` if the setting has no effect.
+
+    Raises:
+        ConfigError: the weights do not exist, lack layers or have different shapes.
+    """
     needed = network.state_dict()
     weights = load_weights(config.model, config.weights, network)
     missing = sorted(set(needed) - set(weights))
@@ -207,21 +275,40 @@ def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = 
     else:
         config = replace(config, missing_weights="error")  # no weights were sampled, so the setting has no effect
     _check_shapes(weights, needed, config)
-    network.to_empty(device="cpu").load_state_dict(weights)
-    preprocessing = resolve_preprocessing(config.model, config.weights, config.resize_size, config.decode_scale)
-    dtype, stored_dtype = getattr(torch, config.dtype), getattr(torch, config.stored_dtype)
-    module = EncoderNetwork(network, preprocessing, config.pooling, dtype, stored_dtype, trainable)
-    return Encoder(module, config, preprocessing, target, hash_weights(weights))
+    return weights, config
 
 
 def describe_finetuned_encoder(description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Returns an encoder's description updated for its fine-tuned `weights`, which are all of its tensors."""
+    """Returns an encoder's description, updated after fine-tuning.
+
+    `weights` must contain all tensors of the encoder, including those that were not trained.
+    """
     changes = {"weights": "file", "missing_weights": "error", "weights_sha256": hash_weights(weights)}
     return {**description, **changes}
 
 
-def describe_preprocessing(preprocessing: Preprocessing | Shrinking) -> dict[str, Any]:
-    """Returns the settings of a preprocessing as JSON values, for fingerprints."""
+def pack_encoder_weights(config: EncoderConfig) -> bytes:
+    """Returns a safetensors file with the tensors of a weights file that an encoder needs, and its preprocessing.
+
+    Tensors are stored in float16 if that changes no value.
+
+    Args:
+        config: a torchvision network with weights from a file.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    with torch.device("meta"):  # only the names matter
+        network = truncate_network(config.model, config.node)
+    tensors = load_weights(config.model, config.weights, network)
+    halves = {name: tensor.half() for name, tensor in tensors.items() if tensor.is_floating_point()}
+    exact = {name: half for name, half in halves.items() if torch.equal(half.float(), tensors[name])}
+    preprocessing = resolve_preprocessing(config.model, config.weights, config.resize_size, config.decode_scale)
+    return serialize_weights({**tensors, **exact}, preprocessing)
+
+
+def describe_preprocessing(preprocessing: Preprocessing | SizeLimit) -> dict[str, Any]:
+    """Returns the settings of a preprocessing or size limit as JSON values, for fingerprints."""
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(preprocessing).items()}
     for name, default in (("decode_scale", "exact"), ("stretch", False)):
         if values.get(name) == default:  # omitted, so that the fingerprints of older datasets remain valid

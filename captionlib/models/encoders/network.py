@@ -152,6 +152,11 @@ def build_network(name: str) -> nn.Module:
         ConfigError: torchvision has no model with this name.
     """
     names = torchvision.models.list_models(module=torchvision.models)
+    if ":" in name:
+        raise ConfigError(
+            f"expected a torchvision model, got {name}, a model of another family; its features can be extracted, but "
+            "its layers can be neither fine-tuned nor shown"
+        )
     if name not in names:
         close = difflib.get_close_matches(name, names) or names[:5]
         raise ConfigError(f"unknown model {name!r}; torchvision has {len(names)} models, among them {', '.join(close)}")

@@ -128,7 +128,7 @@ def resolve_preprocessing(
 
 
 def find_class_names(model: str, count: int) -> list[str]:
-    """Returns the class names of the model's default weights if there are `count` names, or else numbers."""
+    """Returns the class names of the model's default weights if there are `count` names, and otherwise numbers."""
     names: list[str] = torchvision.models.get_model_weights(model).DEFAULT.meta.get("categories", [])
     return names if len(names) == count else [f"class {number}" for number in range(count)]
 

@@ -1,1 +1,4 @@
-"""Families of models: what an encoder, a captioner and a ranker have to offer, and how they are found by address."""
+"""Interfaces of encoders, captioners and rankers, and the families of models that implement these interfaces.
+
+A family is a provider of models, selected by the prefix of a model's address, such as `hf:`.
+"""

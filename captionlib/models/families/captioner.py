@@ -1,9 +1,12 @@
-"""Captioners: models that generate sentences about images, with the probability of each sentence."""
+"""Captioners: models that generate sentences about images, with the probability of each sentence.
+
+A family is a provider of models, selected by the prefix of a model's address, such as `hf:`.
+"""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +16,7 @@ from captionlib.models.families.model import Arrays, ImageModel, open_model
 if TYPE_CHECKING:
     from captionlib.models.inference.captioning import GenerationConfig
 
-__all__ = ["Caption", "CaptionModel", "GenerateCaptions", "open_captioner"]
+__all__ = ["Caption", "CaptionModel", "GenerateCaptions", "SentenceScorer", "open_captioner"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Caption:
 
     Attributes:
         text: the sentence.
-        log_prob: ln p(sentence | image), the sum over all tokens, whatever decoding prefers.
+        log_prob: ln p(sentence | image), the sum over all tokens, without length penalty or reranking.
         token_count: number of tokens that `log_prob` sums over, including an end token.
         attention: attention weights of each token, `[token_count, positions] float16`; None if they are not computed.
     """
@@ -52,7 +55,7 @@ class CaptionModel(ImageModel, Protocol):
         """Metrics of each epoch of training; empty if they are unknown."""
 
     def describe_generation(self, config: "GenerationConfig") -> dict[str, Any]:
-        """Returns everything except the model that determines the captions. It becomes part of their fingerprint.
+        """Returns the settings that determine the captions. A dataset of captions depends on them and on the model.
 
         Raises:
             CheckpointError: the captioner lacks a part that `config` needs.
@@ -60,7 +63,18 @@ class CaptionModel(ImageModel, Protocol):
         """
 
     def prepare(self, config: "GenerationConfig") -> GenerateCaptions:
-        """Returns the function that captions batches; raises the errors of `describe_generation`."""
+        """Returns a function that generates captions for batches. Raises the same errors as `describe_generation`."""
+
+
+@runtime_checkable
+class SentenceScorer(Protocol):
+    """A captioner that can compute the perplexity of references. Not all families implement this protocol."""
+
+    def score_sentences(self, images: Arrays, sentences: Sequence[Sequence[str]]) -> list[list[tuple[float, int]]]:
+        """Returns ln p(sentence | image) and the number of tokens, including the end token, for each image's sentences.
+
+        For a sentence without words, both numbers are 0.
+        """
 
 
 def open_captioner(address: str | os.PathLike[str], device: str = "cpu") -> CaptionModel:

@@ -1,4 +1,4 @@
-"""The captioners that captionlib trains, as a family of models."""
+"""Adapts the captioners that captionlib trains to `CaptionModel`, the interface of all captioners."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,6 +8,7 @@ import torch
 
 from captionlib.config import to_dict
 from captionlib.errors import ConfigError
+from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.models.decoding.datastore import read_datastore, read_datastore_fingerprint
 from captionlib.models.decoding.decoder import Decoder
@@ -33,13 +34,16 @@ class CheckpointCaptioner:
         self.attention_positions = count_positions(self._loaded)
         self.history: Sequence[Mapping[str, Any]] = self._loaded.training.get("history", [])
 
-    def find_source(self, weights: str | None) -> EncoderConfig:
-        return self._loaded.find_source(weights)
+    def find_input_transform(self, weights: str | None) -> EncoderConfig:
+        """Returns the configuration of the encoder; see `ImageModel`."""
+        return self._loaded.find_input_transform(weights)
 
     def require_encoder(self, description: Mapping[str, Any]) -> None:
+        """Checks that features come from the captioner's encoder; see `ImageModel`."""
         self._loaded.require_encoder(description)
 
     def to(self, device: torch.device) -> None:
+        """Moves the captioner to a device."""
         self._loaded.to(device)
 
     def describe_generation(self, config: "GenerationConfig") -> dict[str, Any]:
@@ -60,9 +64,9 @@ class CheckpointCaptioner:
         model, vocabulary = self._loaded.model, self._loaded.vocabulary
         decoder = Decoder(model, config.decoding, getattr(torch, config.dtype), vocabulary, datastore)
 
-        def generate(images: Arrays, keys: Sequence[str]) -> list[list[Caption]]:
+        def generate(images: Arrays, image_ids: Sequence[str]) -> list[list[Caption]]:
             features = np.asarray(images, np.float32)
-            per_image = decoder.decode(features, keys=keys)
+            per_image = decoder.decode(features, image_ids=image_ids)
             captions = [
                 [Caption(vocabulary.decode(each.token_ids), each.log_prob, each.token_count) for each in candidates]
                 for candidates in per_image
@@ -75,6 +79,22 @@ class CheckpointCaptioner:
             return captions
 
         return generate
+
+    @torch.inference_mode()
+    def score_sentences(self, images: Arrays, sentences: Sequence[Sequence[str]]) -> list[list[tuple[float, int]]]:
+        """Computes the probability of references; see `SentenceScorer`. Words outside the vocabulary are UNKNOWN."""
+        model, encode = self._loaded.model, self._loaded.vocabulary.encode
+        ids = [[encode(text) for text in texts] for texts in sentences]
+        packed = [each for per_image in ids for each in per_image if each]
+        log_probs = np.zeros(len(packed))
+        if packed:
+            device = next(model.parameters()).device
+            features = torch.from_numpy(np.array(images, np.float32)).to(device)  # a copy, which is writable
+            rows = torch.tensor([row for row, per_image in enumerate(ids) for each in per_image if each], device=device)
+            scores = model(features, pad_sentences(packed).to(device), rows)
+            np.add.at(log_probs, scores.sentences.cpu().numpy(), scores.log_probs.double().cpu().numpy())
+        sums = iter(log_probs.tolist())
+        return [[(next(sums), len(each) + 1) if each else (0.0, 0) for each in per_image] for per_image in ids]
 
 
 def _require_no_prompt(config: "GenerationConfig") -> None:

@@ -1,20 +1,33 @@
 """Opens models in the format of Hugging Face Transformers. Their files must not be able to run code."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import torch
 import transformers
 from huggingface_hub import snapshot_download
+from torch import Tensor
 from transformers.image_processing_backends import TorchvisionBackend
 
-from captionlib.data.images.decoding import Preprocessing, Shrinking
+from captionlib.data.images.decoding import Preprocessing, SizeLimit
 from captionlib.data.shards.markers import compute_checksum, compute_fingerprint
 from captionlib.errors import CheckpointError, ConfigError
+from captionlib.models.families.model import Arrays
 
-__all__ = ["WHOLE_IMAGE", "find_preprocessing", "fingerprint_files", "load_part", "open_model_folder"]
+__all__ = [
+    "WHOLE_IMAGE",
+    "find_preprocessing",
+    "fingerprint_files",
+    "load_part",
+    "load_weights",
+    "open_model_folder",
+    "prepare_pixels",
+    "require_pixels",
+]
 
-WHOLE_IMAGE = Shrinking(2**31 - 1)
+WHOLE_IMAGE = SizeLimit(2**31 - 1)
 """Leaves images as they are. The model's own processor then resizes them."""
 
 Part = TypeVar("Part")
@@ -85,8 +98,47 @@ def load_part(location: str, load: Callable[..., Part], folder: Path, **options:
         ) from error
 
 
-def find_preprocessing(processor: Any) -> Preprocessing | Shrinking:
-    """Returns how decoder processes prepare images for a model, or `WHOLE_IMAGE` if only its processor can do it.
+def load_weights(location: str, load: Callable[..., Any], folder: Path) -> tuple[Any, list[str]]:
+    """Loads a model in evaluation mode, with float32 weights from safetensors files.
+
+    Returns:
+        The model, and the names of its tensors that the files lack. Transformers initializes them randomly.
+
+    Raises:
+        CheckpointError: see `load_part`.
+    """
+    model, report = load_part(
+        location, load, folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+    )
+    return model.eval(), sorted(report["missing_keys"])
+
+
+def require_pixels(address: str, expected: Mapping[str, Any], description: Mapping[str, Any]) -> None:
+    """Checks the input of a model whose input is pixels; see `ImageModel.require_encoder`."""
+    if description != expected:
+        raise CheckpointError(
+            f"{address}: expected images, because the model has no separate encoder, got features; specify the "
+            "manifest that the features were extracted from"
+        )
+
+
+def prepare_pixels(images: Arrays, preprocessing: Preprocessing | SizeLimit, processor: Any) -> Tensor:
+    """Normalizes images; returns `[images, 3, height, width] float32`.
+
+    Args:
+        images: `[height, width, 3] uint8` each, prepared by a decoder process.
+        preprocessing: result of `find_preprocessing`.
+        processor: the model's image processor, which resizes the images if the preprocessing is `WHOLE_IMAGE`.
+    """
+    if isinstance(preprocessing, SizeLimit):
+        pixels: Tensor = processor(images=list(images), return_tensors="pt")["pixel_values"]
+        return pixels
+    mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (preprocessing.mean, preprocessing.std))
+    return (torch.from_numpy(np.array(images, np.uint8)).permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+def find_preprocessing(processor: Any) -> Preprocessing | SizeLimit:
+    """Returns the preprocessing of a model, or `WHOLE_IMAGE` if only the model's own processor can prepare images.
 
     Args:
         processor: the model's image processor.

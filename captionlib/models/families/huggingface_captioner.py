@@ -1,19 +1,18 @@
-"""Captioners of Hugging Face Transformers: BLIP, GIT, ViT-GPT2, and vision-language models with a prompt."""
+"""Captioners from Hugging Face Transformers: BLIP, GIT, ViT-GPT2, and vision-language models with a prompt."""
 
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
 from captionlib.config import to_dict
-from captionlib.data.images.decoding import Preprocessing, Shrinking
-from captionlib.errors import CheckpointError, ConfigError
+from captionlib.data.images.decoding import Preprocessing, SizeLimit
+from captionlib.errors import ConfigError
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.devices import halve_on_out_of_memory
 from captionlib.models.families.captioner import Caption, GenerateCaptions
@@ -23,15 +22,18 @@ from captionlib.models.families.huggingface import (
     fingerprint_files,
     load_part,
     open_model_folder,
+    prepare_pixels,
+    require_pixels,
 )
-from captionlib.models.families.model import Arrays, describe_pixels
+from captionlib.models.families.huggingface_scoring import score_sentences
+from captionlib.models.families.model import Arrays, describe_pixel_input
 
 if TYPE_CHECKING:
     from captionlib.models.inference.captioning import GenerationConfig
 
 __all__ = ["HuggingFaceCaptioner", "load"]
 
-# These models are applied to pixels alone; a prompt is the beginning of the caption.
+# These models need only pixels. If they accept a prompt (BLIP and GIT), the caption continues it.
 _CONTINUING = {"blip", "git", "vision-encoder-decoder"}
 
 # `generate` of Transformers has no equivalent of these settings.
@@ -39,7 +41,7 @@ _UNSUPPORTED = ("min_words", "forbidden_words", "beam_groups", "rerank")
 
 
 class HuggingFaceCaptioner:
-    """A captioner of Transformers; implements `CaptionModel`."""
+    """A captioner from Transformers; implements `CaptionModel`."""
 
     attention_positions = None
     history: Sequence[Mapping[str, Any]] = ()
@@ -54,23 +56,20 @@ class HuggingFaceCaptioner:
         image_processor = load_part(location, AutoImageProcessor.from_pretrained, folder)
         self._tokenizer = load_part(location, AutoTokenizer.from_pretrained, folder)
         self._processor: Any = None
-        self._preprocessing: Preprocessing | Shrinking = find_preprocessing(image_processor)
-        if self._type not in _CONTINUING or isinstance(self._preprocessing, Shrinking):
+        self._preprocessing: Preprocessing | SizeLimit = find_preprocessing(image_processor)
+        if self._type not in _CONTINUING or isinstance(self._preprocessing, SizeLimit):
             self._processor = load_part(location, AutoProcessor.from_pretrained, folder)
-            if not isinstance(self._processor, ProcessorMixin):
+            if not isinstance(self._processor, ProcessorMixin):  # the model has no processor for images and text
                 self._processor = image_processor
-            self._preprocessing = WHOLE_IMAGE
+            self._preprocessing = WHOLE_IMAGE  # the processor resizes the images
         self.fingerprint = fingerprint_files(folder)
-        self.encoder = describe_pixels(self._preprocessing)
+        self.encoder = describe_pixel_input(self._preprocessing)
 
-    def find_source(self, weights: str | None) -> Preprocessing | Shrinking:
+    def find_input_transform(self, weights: str | None) -> Preprocessing | SizeLimit:
         return self._preprocessing
 
     def require_encoder(self, description: Mapping[str, Any]) -> None:
-        if description != self.encoder:
-            raise CheckpointError(
-                f"hf:{self._location} captions images, got features; specify the manifest that they were extracted from"
-            )
+        require_pixels(f"hf:{self._location}", self.encoder, description)
 
     def to(self, device: torch.device) -> None:
         self._model.to(device)
@@ -86,38 +85,58 @@ class HuggingFaceCaptioner:
         return {"decoding": decoding, "dtype": config.dtype, "prompt": config.prompt}
 
     def prepare(self, config: "GenerationConfig") -> GenerateCaptions:
-        """Prepares the model for a dtype, and decoding; see `CaptionModel`."""
+        """Converts the model to the configured dtype and prepares decoding; see `CaptionModel`."""
         self._check(config)
         dtype = getattr(torch, config.dtype)
         model = self._model if dtype == torch.float32 else copy.deepcopy(self._model).to(dtype)
         options = _map_decoding(config.decoding)
-        # Transformers samples from a global generator, so each image is sampled alone, from a generator of its own.
+        # Transformers samples from a global generator, which is seeded for each image. So each image is its own batch.
         samples = config.decoding.strategy == "sample"
 
-        def generate_batch(images: Arrays, keys: Sequence[str]) -> list[list[Caption]]:
+        def generate_batch(images: Arrays, image_ids: Sequence[str]) -> list[list[Caption]]:
             inputs = {
                 name: value.to(model.device, dtype if value.is_floating_point() else None)
                 for name, value in self._prepare_inputs(images, config.prompt).items()
             }
             with torch.inference_mode(), torch.random.fork_rng(_cuda_devices(model.device), enabled=samples):
                 if samples:
-                    torch.manual_seed(_hash_key(keys[0], config.decoding.seed))
+                    torch.manual_seed(_derive_seed(image_ids[0], config.decoding.seed))
                 output = model.generate(**inputs, **options, return_dict_in_generate=True)
             return self._read_captions(output, len(images), config)
 
-        def generate(images: Arrays, keys: Sequence[str]) -> list[list[Caption]]:
+        def generate(images: Arrays, image_ids: Sequence[str]) -> list[list[Caption]]:
             if samples:
-                return [generate_batch(images[index : index + 1], [key])[0] for index, key in enumerate(keys)]
-            parts = halve_on_out_of_memory(lambda part: generate_batch(images[part], keys[part]), len(images))
+                return [generate_batch(images[i : i + 1], [image_id])[0] for i, image_id in enumerate(image_ids)]
+            parts = halve_on_out_of_memory(lambda part: generate_batch(images[part], image_ids[part]), len(images))
             return [captions for part in parts for captions in part]
 
         return generate
+
+    def score_sentences(self, images: Arrays, sentences: Sequence[Sequence[str]]) -> list[list[tuple[float, int]]]:
+        """Computes the probability of references; see `SentenceScorer`.
+
+        Raises:
+            ConfigError: the model answers prompts.
+        """
+        if self._type not in _CONTINUING:
+            raise ConfigError(
+                f"hf:{self._location} answers prompts, and the perplexity of its answers is not supported; leave "
+                "--checkpoint out"
+            )
+
+        def score(part: slice) -> list[list[tuple[float, int]]]:
+            pixels = prepare_pixels(images[part], self._preprocessing, self._processor).to(self._model.device)
+            return score_sentences(self._model, self._tokenizer, pixels, sentences[part])
+
+        return [scores for part in halve_on_out_of_memory(score, len(images)) for scores in part]
 
     def _check(self, config: "GenerationConfig") -> None:
         default = DecodingConfig()
         for name in _UNSUPPORTED:
             if getattr(config.decoding, name) != getattr(default, name):
                 raise ConfigError(f"decoding.{name}: models with the prefix hf: do not support it; leave it out")
+        if config.attention_maps:
+            raise ConfigError("attention_maps: models with the prefix hf: do not support it; leave it out")
         if config.prompt is None and getattr(self._processor, "chat_template", None):
             raise ConfigError(
                 f"hf:{self._location} answers prompts, got none; add, for example, --set prompt='Describe the image.'"
@@ -128,10 +147,10 @@ class HuggingFaceCaptioner:
     def _prepare_inputs(self, images: Arrays, prompt: str | None) -> dict[str, Tensor]:
         """Returns the arguments of `generate` for a batch of pixels."""
         if self._type in _CONTINUING:
-            inputs = {"pixel_values": self._prepare_pixels(images)}
+            inputs = {"pixel_values": prepare_pixels(images, self._preprocessing, self._processor)}
             if prompt is not None:
                 ids = self._tokenizer(prompt, add_special_tokens=False).input_ids
-                # BLIP replaces the first token and drops the last one, as in its own processor's output.
+                # BLIP's `generate` replaces the first token and drops the last one, so two tokens are added.
                 ids = [
                     self._tokenizer.cls_token_id,
                     *ids,
@@ -154,16 +173,6 @@ class HuggingFaceCaptioner:
         )
         return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
 
-    def _prepare_pixels(self, images: Arrays) -> Tensor:
-        """Returns `[images, 3, height, width] float32`, normalized."""
-        if isinstance(self._preprocessing, Shrinking):
-            pixels: Tensor = self._processor(images=list(images), return_tensors="pt")["pixel_values"]
-            return pixels
-        mean, std = (
-            torch.tensor(each).view(1, 3, 1, 1) for each in (self._preprocessing.mean, self._preprocessing.std)
-        )
-        return (torch.from_numpy(np.array(images, np.uint8)).permute(0, 3, 1, 2).float() / 255 - mean) / std
-
     def _read_captions(self, output: Any, images: int, config: "GenerationConfig") -> list[list[Caption]]:
         """Returns the distinct captions of each image, in the order of `generate`."""
         beam_indices = output.get("beam_indices")
@@ -175,8 +184,9 @@ class HuggingFaceCaptioner:
         counts = self._count_tokens(generated) if beam_indices is None else (beam_indices >= 0).sum(1)
         is_token = torch.arange(log_probs.shape[1], device=counts.device) < counts[:, None]
         sums = log_probs.float().masked_fill(~is_token, 0).sum(1).tolist()
-        whole = output.sequences if config.prompt is not None and self._type in _CONTINUING else generated
-        texts = [text.strip() for text in self._tokenizer.batch_decode(whole, skip_special_tokens=True)]
+        continues_prompt = config.prompt is not None and self._type in _CONTINUING
+        ids = output.sequences if continues_prompt else generated
+        texts = [text.strip() for text in self._tokenizer.batch_decode(ids, skip_special_tokens=True)]
         captions = list(map(Caption, texts, sums, counts.tolist()))
         per_image = len(captions) // images
         distinct: list[list[Caption]] = []
@@ -193,8 +203,8 @@ class HuggingFaceCaptioner:
 
     def _count_tokens(self, generated: Tensor) -> Tensor:
         """Returns the number of tokens up to and including the first end token, `[sentences]`."""
-        settings = self._model.generation_config.eos_token_id
-        ends = set(settings if isinstance(settings, list) else [settings])
+        end_ids = self._model.generation_config.eos_token_id
+        ends = set(end_ids if isinstance(end_ids, list) else [end_ids])
         if self._type == "blip":
             ends = {self._model.config.text_config.sep_token_id}
         is_end = torch.isin(generated, torch.tensor([end for end in ends if end is not None], device=generated.device))
@@ -209,7 +219,7 @@ def load(location: str) -> HuggingFaceCaptioner:
 def _map_decoding(config: DecodingConfig) -> dict[str, Any]:
     """Returns the arguments of `generate`, which override the model's own generation settings."""
     options: dict[str, Any] = {
-        "max_new_tokens": config.max_tokens,
+        "max_new_tokens": config.find_max_tokens("subwords"),
         "max_length": None,
         "min_length": 0,
         "no_repeat_ngram_size": config.no_repeat_ngram_size,
@@ -234,9 +244,9 @@ def _map_decoding(config: DecodingConfig) -> dict[str, Any]:
     return options
 
 
-def _hash_key(key: str, seed: int) -> int:
+def _derive_seed(image_id: str, seed: int) -> int:
     """Returns the seed of an image's samples."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(f"{seed} {image_id}".encode()).digest()[:8], "big") >> 1
 
 
 def _cuda_devices(device: torch.device) -> list[torch.device]:

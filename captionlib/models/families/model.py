@@ -1,4 +1,7 @@
-"""What captioners and rankers of all families have in common."""
+"""The interface that captioners and rankers of all families share.
+
+A family is a provider of models, selected by the prefix of a model's address, such as `hf:`.
+"""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -7,17 +10,17 @@ from typing import Any, Protocol, TypeVar
 import numpy.typing as npt
 import torch
 
-from captionlib.data.images.decoding import Preprocessing, Shrinking
+from captionlib.data.images.decoding import Preprocessing, SizeLimit
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import EncoderConfig, describe_preprocessing
 from captionlib.models.families.registry import Group, find_family, split_address
 
-__all__ = ["Arrays", "ImageModel", "ImageSource", "describe_pixels", "open_model"]
+__all__ = ["Arrays", "ImageModel", "InputTransform", "describe_pixel_input", "open_model"]
 
 Arrays = Sequence[npt.NDArray[Any]] | npt.NDArray[Any]
 """One array for each image: its features, or its pixels, `[height, width, 3] uint8`."""
 
-ImageSource = EncoderConfig | Preprocessing | Shrinking
+InputTransform = EncoderConfig | Preprocessing | SizeLimit
 """How an image becomes the input of a model: through an encoder, or as pixels."""
 
 
@@ -30,9 +33,12 @@ class ImageModel(Protocol):
 
     @property
     def encoder(self) -> Mapping[str, Any]:
-        """`Encoder.description` of the encoder whose features are the input, or `describe_pixels`."""
+        """`ImageEncoder.description` of the encoder whose features are the input.
 
-    def find_source(self, weights: str | None) -> ImageSource:
+        If the input is pixels, there is no encoder, and this is the result of `describe_pixel_input`.
+        """
+
+    def find_input_transform(self, weights: str | None) -> InputTransform:
         """Returns how images become the input.
 
         `weights` is the path of the encoder's weights file, if the user specified it.
@@ -42,10 +48,10 @@ class ImageModel(Protocol):
         """
 
     def require_encoder(self, description: Mapping[str, Any]) -> None:
-        """Checks that the features of an encoder with this description are the model's input.
+        """Checks that the model accepts the features of the encoder with this description.
 
         Raises:
-            CheckpointError: they are not.
+            CheckpointError: the model was trained with a different encoder, or its input is pixels.
         """
 
     def to(self, device: torch.device) -> object:
@@ -58,15 +64,15 @@ Model = TypeVar("Model", bound=ImageModel)
 def open_model(
     group: Group, address: str | os.PathLike[str], device: str, load_checkpoint: Callable[[str], Model]
 ) -> Model:
-    """Loads a model of any family, or a checkpoint with `load_checkpoint`; see `open_captioner`."""
+    """Loads a model by its family, or with `load_checkpoint` if the address has no prefix; see `open_captioner`."""
     prefix, location = split_address(address)
-    target = resolve_device(device)
+    torch_device = resolve_device(device)
     load: Callable[[str], Model] = find_family(group, prefix) if prefix else load_checkpoint
     model = load(location)
-    model.to(target)
+    model.to(torch_device)
     return model
 
 
-def describe_pixels(preprocessing: Preprocessing | Shrinking) -> dict[str, Any]:
+def describe_pixel_input(preprocessing: Preprocessing | SizeLimit) -> dict[str, Any]:
     """Returns `ImageModel.encoder` for a model whose input is pixels."""
     return {"model": "pixels", "preprocessing": describe_preprocessing(preprocessing)}

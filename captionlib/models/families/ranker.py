@@ -1,4 +1,7 @@
-"""Rankers: dual encoders that embed images and sentences as unit vectors, close together if they match."""
+"""Rankers: dual encoders that embed images and sentences as unit vectors, close together if they match.
+
+A family is a provider of models, selected by the prefix of a model's address, such as `hf:`.
+"""
 
 import os
 from collections.abc import Sequence
@@ -19,6 +22,10 @@ class RankingModel(ImageModel, Protocol):
     @property
     def size(self) -> int:
         """Dimensions of the joint embedding space."""
+
+    @property
+    def sentence_template(self) -> str | None:
+        """Text that every sentence is embedded in, with `{}` in its place, or None."""
 
     def has_known_word(self, sentence: str) -> bool:
         """Returns whether the model knows at least one word of the sentence."""

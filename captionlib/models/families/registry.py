@@ -1,7 +1,11 @@
 """Finds the family of a model by the prefix of its address, such as `hf` in `hf:Salesforce/blip@REVISION`.
 
+A family is a provider of models.
 An address without a prefix is the folder of a checkpoint that captionlib trained. Every other family is an entry point
-of an installed package, named after its prefix, in the group `captionlib.captioners` or `captionlib.rankers`.
+of an installed package, named after its prefix, in the group `captionlib.captioners`, `captionlib.encoders` or
+`captionlib.rankers`.
+
+An address may end with options of the family, such as `?template=a photo of {}`.
 """
 
 import os
@@ -16,7 +20,8 @@ from captionlib.storage.folders import resolve_address
 
 __all__ = ["Group", "find_family", "resolve_model_address", "split_address"]
 
-Group = Literal["captioners", "rankers"]
+Group = Literal["captioners", "encoders", "rankers"]
+"""Kind of model, and the last part of the name of an entry point group."""
 
 _ADDRESS = re.compile(r"([a-z][a-z0-9_-]*):(?!//|:)(.+)", re.DOTALL)  # excludes URLs
 
@@ -32,8 +37,9 @@ def resolve_model_address(address: str | os.PathLike[str]) -> str:
     prefix, location = split_address(address)
     if not prefix:
         return resolve_address(address)
-    fs, path = open_file_system(location)
-    return f"{prefix}:{resolve_address(location)}" if fs.exists(path) else f"{prefix}:{location}"
+    folder, mark, options = location.partition("?")
+    fs, path = open_file_system(folder)
+    return f"{prefix}:{resolve_address(folder) if fs.exists(path) else folder}{mark}{options}"
 
 
 def find_family(group: Group, prefix: str) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from captionlib.models.captioners.captioner import Captioner
+from captionlib.models.captioners.captioner import CaptionerNetwork
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.checkpoints.checkpoint import LoadedCaptioner
 from captionlib.models.decoding.incremental import Candidate
@@ -24,7 +24,7 @@ def count_positions(captioner: LoadedCaptioner) -> int | None:
 
 @torch.inference_mode()
 def compute_attention_maps(
-    model: Captioner, features: npt.NDArray[np.float32], captions: Sequence[Candidate]
+    model: CaptionerNetwork, features: npt.NDArray[np.float32], captions: Sequence[Candidate]
 ) -> list[npt.NDArray[np.float16]]:
     """Computes the attention weights of each caption's tokens, including END if it was reached.
 

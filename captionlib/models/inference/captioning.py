@@ -20,12 +20,12 @@ from captionlib.errors import CheckpointError, ImageError
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.devices import resolve_device
 from captionlib.models.families.captioner import Caption, CaptionModel, GenerateCaptions, open_captioner
-from captionlib.models.families.model import ImageSource
+from captionlib.models.families.model import InputTransform
 from captionlib.models.families.ranker import RankingModel
 from captionlib.models.inference.embedding import SHARED_RANKERS, build_embedding_rows
 from captionlib.models.inference.extraction import EncodedRows
-from captionlib.models.inference.feature_source import open_feature_source
-from captionlib.models.inference.shared_models import CheckpointCache, PinnedCheckpoint, cached_per_process
+from captionlib.models.inference.model_inputs import open_input_loader
+from captionlib.models.inference.shared_models import CheckpointCache, CheckpointVersion, cached_per_process
 
 __all__ = [
     "SHARED_CAPTIONERS",
@@ -53,7 +53,7 @@ class GenerationConfig:
         encoder_batch_size: images per batch of the encoder, if captions are generated from images.
         attention_maps: store the attention weights of each token of the best caption; requires a captioner with
             attention.
-        prompt: text that the captioner continues or answers, if it has prompts.
+        prompt: text that the captioner continues or answers, if it accepts prompts.
     """
 
     decoding: DecodingConfig = field(default_factory=lambda: DecodingConfig(n_best=5))
@@ -66,7 +66,7 @@ class GenerationConfig:
 
 
 def require_attention(captioner: CaptionModel, address: str) -> int:
-    """Returns the number of positions of the captioner's attention maps; errors name `address`.
+    """Returns the number of positions of the captioner's attention maps. The error message contains `address`.
 
     Raises:
         CheckpointError: the captioner has no attention maps.
@@ -85,28 +85,28 @@ class CaptionGeneration:
 
     Attributes:
         config: configuration of the generation.
-        captioner: the captioner, pinned to one version.
-        description: `CaptionModel.describe_generation`; a worker with a different one fails.
-        source: how images become the captioner's input; None if the dataset contains features.
+        captioner: the version of the captioner to use.
+        description: result of `CaptionModel.describe_generation`; a worker whose captioner returns another one fails.
+        input_transform: how images become the captioner's input; None if the dataset contains features.
         device: device of the models.
         threads: number of CPU threads of the models. If None, PyTorch's default is used.
         ranker: dual encoder for retrieval that embeds the images as a second output; None for captions only.
-        ranker_source: how images become the ranker's input.
+        ranker_input_transform: how images become the ranker's input.
     """
 
     config: GenerationConfig
-    captioner: PinnedCheckpoint
+    captioner: CheckpointVersion
     description: Mapping[str, Any]
-    source: ImageSource | None = None
+    input_transform: InputTransform | None = None
     device: str = "auto"
     threads: int | None = None
-    ranker: PinnedCheckpoint | None = None
-    ranker_source: ImageSource | None = None
+    ranker: CheckpointVersion | None = None
+    ranker_input_transform: InputTransform | None = None
 
     @property
     def columns(self) -> Sequence[str]:
-        properties = ["image_id", "uri", "version", "split"]
-        return properties if self.source else [*properties, "width", "height", "content_hash", "features"]
+        names = ["image_id", "uri", "version", "split"]
+        return names if self.input_transform else [*names, "width", "height", "content_hash", "features"]
 
     @contextmanager
     def open(self) -> Iterator[ProcessRows]:
@@ -119,9 +119,9 @@ class CaptionGeneration:
         generate = _prepare_once(self.captioner, config, self.description.get("datastore"), self.device)
         ranker = SHARED_RANKERS.get(self.ranker, self.device) if self.ranker else None
         models = [captioner, *([] if ranker is None else [ranker])]
-        sources = [self.source, self.ranker_source][: len(models)]
-        with open_feature_source(
-            sources, models, config.loading, config.encoder_batch_size, self.device, self.threads
+        transforms = [self.input_transform, self.ranker_input_transform][: len(models)]
+        with open_input_loader(
+            transforms, models, config.loading, config.encoder_batch_size, self.device, self.threads
         ) as load_features:
             yield lambda batches, fail: _caption_batches(load_features(batches, fail), generate, config, ranker)
 
@@ -136,8 +136,9 @@ def _caption_batches(
 
 @cached_per_process
 def _prepare_once(
-    checkpoint: PinnedCheckpoint, config: GenerationConfig, _datastore: str | None, device: str
+    checkpoint: CheckpointVersion, config: GenerationConfig, _datastore: str | None, device: str
 ) -> GenerateCaptions:
+    """Prepares a captioner once per process, and again if the fingerprint of its datastore changes."""
     return SHARED_CAPTIONERS.get(checkpoint, device).prepare(config)
 
 
@@ -173,7 +174,7 @@ def caption_images(
     device: str = "auto",
     captioner: CaptionModel | None = None,
 ) -> tuple[list[Row], list[tuple[str, ImageError]]]:
-    """Captions images that are not part of a dataset.
+    """Generates captions for images that are not part of a dataset.
 
     Example:
         >>> rows, failures = captionlib.caption_images(["scenes/images/test-00000.jpg"], "captioner")
@@ -200,11 +201,11 @@ def caption_images(
     captioner = captioner or open_captioner(checkpoint, str(resolve_device(device)))
     if config.attention_maps:
         require_attention(captioner, checkpoint)
-    source = captioner.find_source(weights)
+    input_transform = captioner.find_input_transform(weights)
     generate = captioner.prepare(config)
     failures: list[tuple[str, ImageError]] = []
-    with open_feature_source(
-        [source], [captioner], config.loading, config.encoder_batch_size, device, None
+    with open_input_loader(
+        [input_transform], [captioner], config.loading, config.encoder_batch_size, device, None
     ) as load_features:
         images = [{"image_id": uri, "uri": uri, "split": "", "captions": []} for uri in uris]
         batches = iter([pa.RecordBatch.from_pylist(images, schema=MANIFEST_SCHEMA)])

@@ -13,13 +13,13 @@ from pydantic import PositiveInt
 from captionlib.config import configclass
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.splits import expand_splits
+from captionlib.data.splits import add_split_aliases
 from captionlib.errors import DatasetError
-from captionlib.models.captioners.captioner import Captioner
+from captionlib.models.captioners.captioner import CaptionerNetwork
 from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.models.decoding.datastore import DatastoreEntries, write_datastore
 from captionlib.models.devices import halve_on_out_of_memory, resolve_device
-from captionlib.models.inference.feature_source import find_model_input, open_feature_source
+from captionlib.models.inference.model_inputs import choose_input_transform, open_input_loader
 from captionlib.progress import progress_bar
 
 __all__ = ["DatastoreConfig", "build_datastore"]
@@ -56,7 +56,7 @@ def build_datastore(
         source: a complete features dataset, or a complete manifest, whose images are encoded in the same pass.
         checkpoint: the captioner's folder.
         config: the splits, and how to load images.
-        weights: path of the encoder's weights file, if the encoder was loaded from a file not in the checkpoint.
+        weights: path of the encoder's weights file, if it is not in the checkpoint.
         device: auto, cpu, cuda or cuda:N.
         progress: show a progress bar.
 
@@ -65,24 +65,24 @@ def build_datastore(
 
     Raises:
         CheckpointError: the checkpoint is not a captioner, or the features come from a different encoder.
-        DatasetError: the source is incomplete, has no references in these splits, or none of the images can be read.
+        DatasetError: the source is incomplete or has no references in these splits, or none of its images can be read.
     """
     dataset = open_dataset(source).require_complete()
     captioner = load_captioner(checkpoint, str(resolve_device(device)))
-    encoder = find_model_input(dataset, captioner, weights, device, None)
+    input_transform = choose_input_transform(dataset, captioner, weights, device, threads=None)
     total = sum(batch.num_rows for batch in _read_batches(dataset, config.splits))
     if not total:
         raise DatasetError(
             f"{dataset.folder.uri}: expected images with captions in split {' or '.join(config.splits)}, got none; "
             "specify the splits that the captioner was trained on, such as --set splits=[train]"
         )
-    columns = ["image_id", "uri"] if encoder else ["image_id", "features"]
+    columns = ["image_id", "uri"] if input_transform else ["image_id", "features"]
     failed: list[str] = []
 
     def encode_entries() -> Iterator[DatastoreEntries]:
         with (
-            open_feature_source(
-                [encoder], [captioner], config.loading, config.encoder_batch_size, device, None
+            open_input_loader(
+                [input_transform], [captioner], config.loading, config.encoder_batch_size, device, None
             ) as load_features,
             progress_bar("build-datastore", total, "images", progress) as bar,
         ):
@@ -91,11 +91,13 @@ def build_datastore(
                 bar.update(len(rows))
                 yield DatastoreEntries(
                     [row["image_id"] for row in rows],
-                    _transform_features(captioner.model, torch.from_numpy(np.asarray(features, np.float32))).numpy(),
+                    _compute_vectors(captioner.model, torch.from_numpy(np.asarray(features, np.float32))).numpy(),
                     [[captioner.vocabulary.encode(caption) for caption in row["captions"]] for row in rows],
                 )
             if len(failed) == total:
-                raise DatasetError(f"{dataset.folder.uri}: none of {total:,} images could be read, such as {failed[0]}")
+                raise DatasetError(
+                    f"{dataset.folder.uri}: none of {total:,} images could be read; the first is {failed[0]}"
+                )
 
     write_datastore(checkpoint, captioner, dataset.compute_content_checksum(), config.splits, encode_entries())
     return total - len(failed), len(failed)
@@ -104,20 +106,20 @@ def build_datastore(
 def _read_batches(
     dataset: ShardedDataset, splits: Sequence[str], columns: Sequence[str] = ()
 ) -> Iterator[pa.RecordBatch]:
-    """Yields the rows of the splits that have captions, with the columns split, captions and `columns`."""
+    """Yields the rows that are in `splits` and have captions. Their columns are split, captions and `columns`."""
     for shard in range(dataset.shards):
         for batch in dataset.read_batches(shard, ["split", "captions", *columns]):
             has_captions = pc.greater(pc.list_value_length(batch["captions"]), 0)
             selected = batch.filter(
-                pc.and_(pc.is_in(batch["split"], pa.array(expand_splits(splits), pa.string())), has_captions)
+                pc.and_(pc.is_in(batch["split"], pa.array(add_split_aliases(splits), pa.string())), has_captions)
             )
             if selected.num_rows:
                 yield selected
 
 
 @torch.inference_mode()
-def _transform_features(model: Captioner, features: torch.Tensor) -> torch.Tensor:
-    """Computes `ImageState.features` on the model's device, and returns them on the CPU."""
+def _compute_vectors(model: CaptionerNetwork, features: torch.Tensor) -> torch.Tensor:
+    """Returns the input of the captioner's image projection (`ImageState.features`), on the CPU."""
     device = model.output.weight.device
     return torch.cat(
         halve_on_out_of_memory(

@@ -15,12 +15,13 @@ from captionlib.config import configclass
 from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
+from captionlib.data.shards.sampling import Sample
 from captionlib.data.shards.schemas import embeddings_schema
 from captionlib.data.shards.stages import ProcessRows
-from captionlib.models.families.model import Arrays, ImageSource
+from captionlib.models.families.model import Arrays, InputTransform
 from captionlib.models.families.ranker import RankingModel, open_ranker
-from captionlib.models.inference.feature_source import open_feature_source
-from captionlib.models.inference.shared_models import CheckpointCache, PinnedCheckpoint
+from captionlib.models.inference.model_inputs import open_input_loader
+from captionlib.models.inference.shared_models import CheckpointCache, CheckpointVersion
 
 __all__ = [
     "SHARED_RANKERS",
@@ -54,22 +55,22 @@ class ImageEmbedding:
 
     Attributes:
         config: configuration of the embedding.
-        ranker: the ranker's checkpoint, pinned to one version.
-        source: how images become the ranker's input; None if the dataset contains features.
+        ranker: the version of the ranker to use.
+        input_transform: how images become the ranker's input; None if the dataset contains features.
         device: device of the models.
         threads: number of CPU threads of the models. If None, PyTorch's default is used.
     """
 
     config: EmbeddingConfig
-    ranker: PinnedCheckpoint
-    source: ImageSource | None = None
+    ranker: CheckpointVersion
+    input_transform: InputTransform | None = None
     device: str = "auto"
     threads: int | None = None
 
     @property
     def columns(self) -> Sequence[str]:
-        properties = ["image_id", "uri", "version"]
-        return properties if self.source else [*properties, "width", "height", "content_hash", "features"]
+        names = ["image_id", "uri", "version"]
+        return names if self.input_transform else [*names, "width", "height", "content_hash", "features"]
 
     @contextmanager
     def open(self) -> Iterator[ProcessRows]:
@@ -78,8 +79,8 @@ class ImageEmbedding:
             torch.set_num_threads(self.threads)
         ranker = SHARED_RANKERS.get(self.ranker, self.device)
         config = self.config
-        with open_feature_source(
-            [self.source], [ranker], config.loading, config.encoder_batch_size, self.device, self.threads
+        with open_input_loader(
+            [self.input_transform], [ranker], config.loading, config.encoder_batch_size, self.device, self.threads
         ) as load_features:
             yield lambda batches, fail: (
                 (build_embedding_rows(rows, images, ranker),) for rows, (images,) in load_features(batches, fail)
@@ -87,15 +88,15 @@ class ImageEmbedding:
 
 
 def create_embeddings_dataset(
-    folder: str | os.PathLike[str], source: ShardedDataset, ranker: RankingModel, overwrite: bool
+    folder: str | os.PathLike[str], sample: Sample, ranker: RankingModel, overwrite: bool
 ) -> ShardedDataset:
-    """Creates the dataset for a ranker's embeddings of the images in `source`; see `create_dataset`."""
+    """Creates the dataset for a ranker's embeddings of the images in a dataset or sample; see `create_dataset`."""
     return create_dataset(
         folder,
         "embeddings",
         embeddings_schema(ranker.size),
-        config={"ranker": ranker.fingerprint, "encoder": ranker.encoder},
-        source=source,
+        config={"ranker": ranker.fingerprint, "encoder": ranker.encoder, **sample.config},
+        **sample.origin,
         overwrite=overwrite,
     )
 
@@ -104,5 +105,7 @@ def build_embedding_rows(rows: Sequence[Row], images: Arrays, ranker: RankingMod
     """Embeds images, and returns rows of an embeddings dataset."""
     schema = embeddings_schema(ranker.size)
     vectors = numpy_to_vectors(ranker.encode_images(images).astype(np.float16))
-    columns = [pa.array([row.get(each.name) for row in rows], each.type) for each in schema][:-1]
+    columns = [pa.array([row.get(each.name) for row in rows], each.type) for each in schema][
+        :-1
+    ]  # the last is the vector
     return pa.RecordBatch.from_arrays([*columns, vectors], schema=schema)

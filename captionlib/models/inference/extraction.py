@@ -1,5 +1,6 @@
 """Encodes the images of a manifest (list of images) while the next images are fetched and decoded."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,13 +15,14 @@ from pydantic import PositiveInt
 
 from captionlib.config import configclass, describe_differences
 from captionlib.data.arrays import numpy_to_vectors
-from captionlib.data.images.decoding import Preprocessing, Shrinking
+from captionlib.data.images.decoding import Preprocessing, SizeLimit
 from captionlib.data.images.loading import LoadedImage, LoadingConfig, open_loader
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA, features_schema
 from captionlib.data.shards.stages import ProcessRows, ReportFailure
 from captionlib.errors import DatasetError, ImageError
-from captionlib.models.encoders.encoder import Encoder, EncoderConfig, load_encoder
-from captionlib.models.families.model import Arrays, describe_pixels
+from captionlib.models.encoders.encoder import EncoderConfig
+from captionlib.models.families.encoder import ImageEncoder, open_encoder
+from captionlib.models.families.model import Arrays, describe_pixel_input
 from captionlib.models.inference.shared_models import cached_per_process
 
 __all__ = [
@@ -35,7 +37,7 @@ __all__ = [
 Row = dict[str, Any]
 
 EncodedRows = Iterator[tuple[list[Row], list[Arrays]]]
-"""Rows, and their features from each of one or more encoders."""
+"""Yields the rows of a batch, and their features from each of one or more encoders."""
 
 
 @configclass
@@ -59,7 +61,7 @@ class FeatureExtraction:
 
     Attributes:
         config: configuration of the extraction.
-        description: expected `Encoder.description`; a worker with a different encoder fails.
+        description: expected `ImageEncoder.description`; a worker with a different encoder fails.
         device: device of the encoder.
         threads: number of CPU threads of the encoder. If None, PyTorch's default is used.
     """
@@ -75,9 +77,9 @@ class FeatureExtraction:
 
     @contextmanager
     def open(self) -> Iterator[ProcessRows]:
-        """Loads the encoder and starts the image decoders; see `Stage.open`. Each tuple has one batch per output."""
+        """Loads the encoder and starts the image decoders; see `Stage.open`."""
         encoder = load_shared_encoder(self.config.encoder, self.device, self.threads, self.description)
-        schema = features_schema(encoder.size, self.config.encoder.stored_dtype)
+        schema = features_schema(math.prod(encoder.shape), self.config.encoder.stored_dtype)
         with open_loader(self.config.loading, encoder.preprocessing) as load:
 
             def process(batches: Iterator[pa.RecordBatch], fail: ReportFailure) -> Iterator[tuple[pa.RecordBatch, ...]]:
@@ -91,19 +93,19 @@ class FeatureExtraction:
 
 
 class PixelReader:
-    """Stands for the encoder of models whose input is pixels: the features of an image are its pixels."""
+    """Stands in for the encoder of models whose input is pixels: the features of an image are its pixels."""
 
-    def __init__(self, preprocessing: Preprocessing | Shrinking) -> None:
+    def __init__(self, preprocessing: Preprocessing | SizeLimit) -> None:
         self.preprocessing = preprocessing
-        self.description = describe_pixels(preprocessing)
+        self.description = describe_pixel_input(preprocessing)
 
     def encode_async(self, images: Sequence[npt.NDArray[np.uint8]]) -> Callable[[], Arrays]:
-        """Returns a function that returns the images; see `Encoder.encode_async`."""
+        """Returns a function that returns the images; see `ImageEncoder.encode_async`."""
         return lambda: images
 
 
 def encode_images(
-    encoders: Sequence[Encoder | PixelReader],
+    encoders: Sequence[ImageEncoder | PixelReader],
     images: Iterator[tuple[Row, LoadedImage | ImageError]],
     batch_size: int,
     fail: ReportFailure,
@@ -125,10 +127,10 @@ def encode_images(
         # Starts this batch before waiting for the previous one.
         pending.append((rows, [encoder.encode_async(pixels) for encoder, pixels in per_encoder]))
         if len(pending) > 1:
-            previous_rows, waits = pending.popleft()
-            yield previous_rows, [wait() for wait in waits]
-    for rows, waits in pending:
-        yield rows, [wait() for wait in waits]
+            previous_rows, pending_features = pending.popleft()
+            yield previous_rows, [get() for get in pending_features]
+    for rows, pending_features in pending:
+        yield rows, [get() for get in pending_features]
 
 
 def _batch_images(
@@ -152,8 +154,8 @@ def _batch_images(
 
 def load_shared_encoder(
     config: EncoderConfig, device: str, threads: int | None, description: Mapping[str, Any] | None = None
-) -> Encoder:
-    """Returns the encoder that all threads of this process share. It shares the two that it used last.
+) -> ImageEncoder:
+    """Returns an encoder that all threads of this process share. The two most recently used encoders stay loaded.
 
     `threads` sets the number of CPU threads of the process, unless it is None.
 
@@ -169,4 +171,4 @@ def load_shared_encoder(
     return encoder
 
 
-_load_encoder_once = cached_per_process(load_encoder, size=2)  # a captioner's and a ranker's
+_load_encoder_once = cached_per_process(open_encoder, size=2)  # a captioner's and a ranker's

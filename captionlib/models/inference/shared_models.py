@@ -14,7 +14,7 @@ from captionlib.models.devices import resolve_device
 from captionlib.models.families.model import ImageModel
 from captionlib.models.families.registry import resolve_model_address
 
-__all__ = ["CheckpointCache", "PinnedCheckpoint", "cached_per_process"]
+__all__ = ["CheckpointCache", "CheckpointVersion", "cached_per_process"]
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -22,11 +22,11 @@ Model = TypeVar("Model", bound=ImageModel)
 
 
 @dataclass(frozen=True)
-class PinnedCheckpoint:
+class CheckpointVersion:
     """A checkpoint and the version of it that a run started with.
 
     Attributes:
-        folder: absolute path or URL of the checkpoint, or the address of a model of another family.
+        folder: absolute path or URL of the checkpoint, or an address with a prefix, such as `hf:FOLDER`.
         fingerprint: hash of everything that determines the model's output.
     """
 
@@ -34,10 +34,15 @@ class PinnedCheckpoint:
     fingerprint: str
 
     def require_unchanged(self, part: str, expected: object, actual: object) -> None:
-        """Compares the fingerprint of a part of the checkpoint, or its other settings.
+        """Checks that a part of the checkpoint is the same as at the start of the run.
+
+        Args:
+            part: name of the part, for the error message.
+            expected: fingerprint or settings of the part at the start of the run.
+            actual: fingerprint or settings of the part that was loaded now.
 
         Raises:
-            CheckpointError: they differ.
+            CheckpointError: `expected` and `actual` differ.
         """
         if expected != actual:
             raise CheckpointError(
@@ -52,33 +57,36 @@ class CheckpointCache(Generic[Model]):
     def __init__(self, load: Callable[[str], Model]) -> None:
         self._load = load
         self._lock = Lock()
-        self._entry: tuple[PinnedCheckpoint, Model] | None = None
-        self._device: torch.device | None = None  # that the model was moved to; None if it was not moved
+        self._entry: tuple[CheckpointVersion, Model] | None = None
+        self._device: torch.device | None = None  # device of the cached model; None if it was not moved yet
 
-    def pin(self, folder: str | os.PathLike[str]) -> tuple[Model, PinnedCheckpoint]:
-        """Loads the current version of a checkpoint. Caches its model for pipeline stages that run in this process."""
+    def load_version(self, folder: str | os.PathLike[str]) -> tuple[Model, CheckpointVersion]:
+        """Loads a model. Also returns its version, which workers pass to `get` to use the same weights.
+
+        The model is cached for pipeline stages that run in this process.
+        """
         model = self._load(os.fspath(folder))
-        checkpoint = PinnedCheckpoint(resolve_model_address(folder), model.fingerprint)
+        checkpoint = CheckpointVersion(resolve_model_address(folder), model.fingerprint)
         with self._lock:
             self._entry, self._device = (checkpoint, model), None
         return model, checkpoint
 
-    def get(self, checkpoint: PinnedCheckpoint, device: str) -> Model:
-        """Returns the model of a pinned checkpoint on a device; loads it unless it is cached.
+    def get(self, checkpoint: CheckpointVersion, device: str) -> Model:
+        """Returns this version of a model on a device; loads the model unless it is cached.
 
         Raises:
             CheckpointError: the checkpoint was replaced.
         """
-        target = resolve_device(device)
+        torch_device = resolve_device(device)
         with self._lock:  # other threads wait while one loads
             if self._entry is None or self._entry[0] != checkpoint:
                 model = self._load(checkpoint.folder)
                 checkpoint.require_unchanged("model", checkpoint.fingerprint, model.fingerprint)
                 self._entry, self._device = (checkpoint, model), None
             model = self._entry[1]
-            if self._device != target:  # moving would replace the parameters while other threads copy or use them
-                model.to(target)
-                self._device = target
+            if self._device != torch_device:  # moving would replace the parameters while other threads copy or use them
+                model.to(torch_device)
+                self._device = torch_device
             return model
 
 

@@ -21,7 +21,7 @@ from captionlib.config import configclass
 from captionlib.data.text.vocabulary import END, PAD, UNKNOWN
 from captionlib.models.standardization import Standardization
 
-__all__ = ["Ranker", "RankerConfig"]
+__all__ = ["RankerConfig", "RankerNetwork"]
 
 _WORD_RANGE = 0.1  # word embeddings are initialized from U(-0.1, 0.1)
 _INITIAL_TEMPERATURE = 0.07  # as in Wu et al. 2018 (arXiv 1805.01978) and CLIP
@@ -62,7 +62,7 @@ class RankerConfig:
     normalize_features: bool = True
 
 
-class Ranker(nn.Module):
+class RankerNetwork(nn.Module):
     """Embeds features and sentences as unit vectors. `LoadedRanker` (checkpoints/checkpoint.py) embeds plain text.
 
     The weights are initialized with PyTorch's global random number generator.

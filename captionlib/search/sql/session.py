@@ -18,10 +18,10 @@ from captionlib.data.shards.markers import FAILURES_FOLDER, part_name
 from captionlib.data.shards.schemas import FAILURES_SCHEMA
 from captionlib.errors import ConfigError, QueryError
 from captionlib.search.sql.file_system import DatasetFile, DatasetFileSystem
-from captionlib.search.sql.statements import check_reads_only, describe_error
+from captionlib.search.sql.statements import check_condition, check_reads_only, describe_error
 from captionlib.storage.folders import Addresses, list_addresses
 
-__all__ = ["SqlLimits", "SqlSession", "connect", "lock_connection", "open_sql", "query_sql"]
+__all__ = ["SqlLimits", "SqlSession", "connect", "open_sql", "query_sql", "restrict_connection"]
 
 _BATCH_ROWS = 10_000
 
@@ -98,6 +98,25 @@ class SqlSession:
         """Runs one SELECT and returns all its rows; see `stream`."""
         return self.stream(sql, parameters).read_all()
 
+    def find_matching(self, where: str) -> frozenset[str]:
+        """Returns the ids of the images that match a SQL condition over the columns of the view.
+
+        Raises:
+            QueryError: the condition is invalid or fails.
+        """
+        view = self.view.replace('"', '""')
+        try:
+            with _raise_query_errors(self.view):
+                check_condition(self._connection, where)
+            # The condition is on its own line, so that a comment at its end does not hide the closing parenthesis.
+            batches = self.stream(f'SELECT image_id FROM "{view}" WHERE (\n{where}\n)')
+            return frozenset(image_id for batch in batches for image_id in batch["image_id"].to_pylist())
+        except QueryError as error:
+            message = str(error).removeprefix("query: ")
+            raise QueryError(
+                f"where: {message} Expected a condition over the columns of {self.folders}, such as: split = 'val'"
+            ) from error
+
 
 @contextmanager
 def open_sql(folders: Addresses, kind: str | None = None, limits: SqlLimits = SqlLimits()) -> Iterator[SqlSession]:
@@ -113,18 +132,18 @@ def open_sql(folders: Addresses, kind: str | None = None, limits: SqlLimits = Sq
     datasets = _open_datasets(folders, kind)
     parts: dict[str, DatasetFile] = {}
     failures: dict[str, DatasetFile] = {}
-    for number, dataset in enumerate(datasets):
-        prefix = f"{number}/" if len(datasets) > 1 else ""
-        for target, (folder, paths) in zip((parts, failures), _list_files(dataset).items(), strict=True):
+    for index, dataset in enumerate(datasets):
+        prefix = f"{index}/" if len(datasets) > 1 else ""
+        for files_by_name, (folder, paths) in zip((parts, failures), _list_files(dataset).items(), strict=True):
             for name, path in paths.items():
-                target[f"{folder}/{prefix}{name}"] = DatasetFile(dataset.folder.fs, path)
+                files_by_name[f"{folder}/{prefix}{name}"] = DatasetFile(dataset.folder.fs, path)
     with (
         tempfile.TemporaryDirectory(prefix="captionlib-") as spill,
         closing(DatasetFileSystem({**parts, **failures})) as files,
         closing(connect(limits, spill)) as connection,
     ):
         connection.register_filesystem(files)
-        lock_connection(connection, files.addresses)
+        restrict_connection(connection, files.addresses)
         schemas = [dataset.schema for dataset in datasets]
         _create_view(connection, datasets[0].kind, files.addresses[: len(parts)], schemas)
         _create_view(connection, "failures", files.addresses[len(parts) :], [FAILURES_SCHEMA])
@@ -182,7 +201,7 @@ def connect(limits: SqlLimits, spill: str) -> duckdb.DuckDBPyConnection:
     return connection
 
 
-def lock_connection(connection: duckdb.DuckDBPyConnection, addresses: Sequence[str]) -> None:
+def restrict_connection(connection: duckdb.DuckDBPyConnection, addresses: Sequence[str]) -> None:
     """Restricts a connection to files at these addresses and locks its settings."""
     connection.execute("SET allowed_paths = ?", [list(addresses)])
     connection.execute("SET enable_external_access = false")
@@ -191,9 +210,9 @@ def lock_connection(connection: duckdb.DuckDBPyConnection, addresses: Sequence[s
 
 def _list_files(dataset: ShardedDataset) -> dict[str, dict[str, str]]:
     """Returns the names and paths of the data files and of the failure files of all finished shards."""
-    done = range(dataset.shards) if dataset.is_complete() else sorted(dataset.read_markers())
+    finished = range(dataset.shards) if dataset.is_complete() else sorted(dataset.read_markers())
     failure_files = set(dataset.folder.list(FAILURES_FOLDER))
-    names = [f"{part_name(shard)}.parquet" for shard in done]
+    names = [f"{part_name(shard)}.parquet" for shard in finished]
     failed = [name for name in names if name in failure_files]
     return {
         dataset.kind: {name: dataset.folder.path(name) for name in names},

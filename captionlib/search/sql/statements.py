@@ -8,7 +8,7 @@ import duckdb
 
 from captionlib.errors import QueryError
 
-__all__ = ["check_reads_only", "describe_error"]
+__all__ = ["check_condition", "check_reads_only", "describe_error"]
 
 _ALLOWED_TABLE_FUNCTIONS = frozenset({"generate_series", "json_each", "json_tree", "range", "repeat", "unnest"})
 _ALLOWED_NODES = frozenset({"CTE_NODE", "RECURSIVE_CTE_NODE", "SELECT_NODE", "SET_OPERATION_NODE"})
@@ -23,8 +23,9 @@ def check_reads_only(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
     """Checks that SQL is one SELECT (or DESCRIBE, SHOW, SUMMARIZE, VALUES, FROM) with only safe table functions.
 
     The connection is already configured to block access to files and changes to its configuration. This check also
-    rejects functions that it does not cover, such as `enable_logging(storage_path=...)` and new functions of DuckDB,
-    and everything that reads settings: DuckDB copies the password of a proxy from the environment, for example.
+    rejects functions that the configuration does not block, such as `enable_logging(storage_path=...)` and functions
+    that DuckDB may add. It rejects everything that reads settings, because they can contain secrets: DuckDB copies the
+    password of a proxy from the environment, for example.
 
     Raises:
         QueryError: the SQL is invalid or is a different kind of statement.
@@ -70,6 +71,17 @@ def _check_views(node: dict[str, Any], system_views: Set[str], own_views: Set[st
         raise QueryError(f"query: {name} is not a view of the dataset; expected {' or '.join(sorted(own_views))}")
 
 
+def check_condition(connection: duckdb.DuckDBPyConnection, condition: str) -> None:
+    """Checks that SQL is one expression, so that it cannot continue the statement that contains it in parentheses.
+
+    It rejects `true) UNION (SELECT 1`, for example. `check_reads_only` must still check the whole statement.
+
+    Raises:
+        duckdb.Error: the SQL is not an expression.
+    """
+    connection.extract_statements(f"SELECT [(\n{condition}\n)]")
+
+
 def _walk_nodes(tree: Any) -> Iterator[dict[str, Any]]:
     """Yields all mappings of a parsed statement, outer mappings first."""
     stack = [tree]
@@ -83,6 +95,6 @@ def _walk_nodes(tree: Any) -> Iterator[dict[str, Any]]:
 
 
 def describe_error(error: Exception) -> QueryError:
-    """Converts an error of DuckDB to one line, without the statement and the advice that follow the description."""
+    """Converts a DuckDB error to one line, without the statement and the advice that follow the description."""
     description, _, _ = str(error).partition("\n\n")
     return QueryError(f"query: {' '.join(description.split())}")

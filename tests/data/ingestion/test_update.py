@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ from benchmarks.simulated_kills import Killed, kill_after
 from captionlib.data.images.loading import hash_content
 from captionlib.data.ingestion.changes import Changes
 from captionlib.data.ingestion.prepare import PrepareConfig, PrepareSummary, prepare
-from captionlib.data.ingestion.staging import StagedRows
-from captionlib.data.shards.dataset import create_dataset, open_dataset
+from captionlib.data.ingestion.staging import StagedRows, read_manifest
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.markers import JOURNAL_FILE, UPDATE_FOLDER
 from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.rows import SourceOptions
-from captionlib.errors import ConfigError, DatasetError, DuplicateIdError, LockError
+from captionlib.errors import ConfigError, DamagedShardError, DatasetError, DuplicateIdError, LockError
 from captionlib.storage.folders import Folder
 from captionlib.storage.lock import LOCK_FILE, lock_folder
 
@@ -109,6 +110,20 @@ def test_differences_are_found_in_any_batch(
     expected = Changes(len(new.keys() - old.keys()), 0, len(gone), len(old.keys() & new.keys()))
     assert (summary.changes, summary.images) == (expected, len(new))
     assert read_rows(tmp_path) == {**new, **(old if append else {})}
+
+
+def test_manifest_that_is_damaged_while_it_is_compared_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update(tmp_path, make_rows("abcd"))
+
+    def read(dataset: ShardedDataset) -> Iterator[tuple[int, pa.RecordBatch]]:
+        (tmp_path / "manifest/part-00001.parquet").write_bytes(b"")
+        yield from read_manifest(dataset)
+
+    monkeypatch.setattr("captionlib.data.ingestion.changes.read_manifest", read)
+    with pytest.raises(DamagedShardError, match=r"part-00001.parquet is damaged \(expected \d+ bytes"):
+        update(tmp_path, make_rows("abcde"))
 
 
 def test_duplicate_of_an_unchanged_row_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,10 @@ import pytest
 from captionlib.data.shards.compaction import choose_shard_size, plan_compaction
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.inspection import inspect_dataset
+from captionlib.data.shards.markers import marker_file
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
-from captionlib.errors import ConfigError, DatasetError
+from captionlib.errors import ConfigError, DamagedShardError, DatasetError
 from captionlib.storage.folders import Folder
 from tests.data.shards.test_stages import Row, image, run_once
 
@@ -180,6 +181,17 @@ def test_dataset_without_its_source_is_refused_before_anything_changes(source: S
     source.remove_marker(3)
     with pytest.raises(DatasetError, match="manifest is not complete"):
         compact(tmp_path, 4, *OUTPUTS)
+
+
+@pytest.mark.parametrize("shard", [0, 4])
+def test_manifest_with_a_damaged_marker_is_refused_and_loses_nothing(
+    source: ShardedDataset, tmp_path: Path, shard: int
+) -> None:
+    source.folder.write(marker_file(shard), b"damaged")
+    files = {path: path.read_bytes() for path in (tmp_path / "manifest").rglob("part-*")}
+    with pytest.raises(DamagedShardError, match=rf"part-0000{shard}.parquet is damaged \(its marker is missing\)"):
+        compact(tmp_path, 4, "manifest")
+    assert {path: path.read_bytes() for path in (tmp_path / "manifest").rglob("part-*")} == files
 
 
 def test_duplicates_are_refused(source: ShardedDataset, tmp_path: Path) -> None:

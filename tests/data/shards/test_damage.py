@@ -264,16 +264,16 @@ def test_reader_that_meets_a_new_version_reads_its_marker_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = create(tmp_path)
-    read_any_marker, calls = ShardedDataset.read_any_marker, []
+    read_marker_even_if_unfinished, calls = ShardedDataset.read_marker_even_if_unfinished, []
 
     def replace_after_first_call(self: ShardedDataset, shard: int) -> Marker | None:
-        marker = read_any_marker(self, shard)
+        marker = read_marker_even_if_unfinished(self, shard)
         calls.append(shard)
         if len(calls) == 1:
             write_rows(dataset, 0, 30)
         return marker
 
-    monkeypatch.setattr(ShardedDataset, "read_any_marker", replace_after_first_call)
+    monkeypatch.setattr(ShardedDataset, "read_marker_even_if_unfinished", replace_after_first_call)
     assert dataset.read(0).num_rows == 30
 
 

@@ -1,5 +1,8 @@
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from time import struct_time
 from typing import Any
 
 import duckdb
@@ -9,7 +12,15 @@ import pytest
 
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.markers import compute_fingerprint
-from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema
+from captionlib.data.shards.schemas import (
+    COLUMN_DESCRIPTIONS,
+    DUPLICATES_SCHEMA,
+    FAILURES_SCHEMA,
+    MANIFEST_SCHEMA,
+    captions_schema,
+    embeddings_schema,
+    features_schema,
+)
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError, DatasetError, DecodeError, FailureRatioError, FingerprintError
 
@@ -56,6 +67,31 @@ def test_dataset_round_trip(place: str) -> None:
     assert failures["stage"].to_pylist() == ["decode", "decode"]
     assert opened.read_failures(0) is None
     assert opened.verify() == []
+
+
+def test_description_holds_everything_about_a_dataset(tmp_path: Path) -> None:
+    source = replace(create(tmp_path / "source"), layout="compacted")
+    fill(source)
+    output = create_dataset(
+        tmp_path / "output", "captions", captions_schema(), config={"a": 1}, source=source, lineage="manifest"
+    )
+    assert output.source_checksum == source.compute_content_checksum()
+    assert open_dataset(tmp_path / "output") == output
+
+
+def test_resumed_dataset_keeps_its_creation_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.gmtime", lambda: struct_time((2020, 1, 2, 3, 4, 5, 0, 1, 0)))
+    create(tmp_path)
+    monkeypatch.undo()
+    create_dataset(tmp_path, "manifest", MANIFEST_SCHEMA, config={"a": {"b": 1}}, shards=3)
+    description = json.loads((tmp_path / "_dataset.json").read_text())
+    assert (description["shards"], description["created"]) == (3, "2020-01-02T03:04:05Z")
+
+
+def test_all_columns_are_described() -> None:
+    schemas = [captions_schema(4), features_schema(1, "float16"), embeddings_schema(1), MANIFEST_SCHEMA]
+    names = {name for schema in (*schemas, DUPLICATES_SCHEMA, FAILURES_SCHEMA) for name in schema.names}
+    assert names == COLUMN_DESCRIPTIONS.keys()
 
 
 def test_marker_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,6 +167,44 @@ def test_create_rejects_folders_with_foreign_files(tmp_path: Path) -> None:
         with pytest.raises(DatasetError, match=r"files that captionlib did not write \(thesis.txt\)"):
             create(tmp_path, overwrite=overwrite)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("removed_after", ["creation", "first shard", "last shard"])
+def test_command_whose_folder_is_removed_fails_and_can_run_again(tmp_path: Path, removed_after: str) -> None:
+    dataset = create(tmp_path / "data")
+    for moment in ("creation", "first shard", "last shard"):
+        if moment == removed_after:
+            shutil.rmtree(tmp_path / "data")
+        if moment != "last shard":
+            with write_shard(dataset, int(moment == "first shard"), 1) as writer:
+                writer.write(rows("x"))
+    with pytest.raises(DatasetError, match=r"was removed or moved while .*; run|2 finished shards, [12] are missing"):
+        dataset.finish()
+    again = create(tmp_path / "data")
+    assert again.pending_shards() == [0, 1]
+    fill(again)
+    again.finish()
+    assert again.read(0)["image_id"].to_pylist() == ["x", "y"]
+
+
+def test_folder_that_is_removed_at_the_end_is_not_reported_as_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(dataset := create(tmp_path / "data"))
+    totals = dataset.compute_totals()
+    shutil.rmtree(tmp_path / "data")
+    monkeypatch.setattr(ShardedDataset, "compute_totals", lambda _: totals)
+    with pytest.raises(DatasetError, match="data was removed or moved while it was being written"):
+        dataset.finish()
+
+
+def test_remains_of_a_removed_folder_are_told_from_foreign_files(tmp_path: Path) -> None:
+    fill(create(tmp_path / "data"))
+    (tmp_path / "data/_dataset.json").unlink()
+    (tmp_path / "data/part-00000-of-00002.parquet").touch()
+    with pytest.raises(DatasetError, match=r"did not write \(part-00000-of-00002.parquet\)"):
+        create(tmp_path / "data")
+    assert (tmp_path / "data/part-00000.parquet").exists()
 
 
 def test_incomplete_dataset_is_rejected(place: str) -> None:

@@ -82,6 +82,7 @@ def test_inspect_verify_reports_changed_files(tmp_path: Path) -> None:
 
 def test_inspect_reports_success_without_all_markers(tmp_path: Path) -> None:
     write(tmp_path, done=3).finish()
+    assert inspect_dataset(tmp_path).problems == []
     (tmp_path / "__shards" / "part-00002.json").unlink()
     (problem,) = inspect_dataset(tmp_path).problems
     assert problem.startswith("_SUCCESS says that all 3 shards are finished, but only 2 have a valid marker file ")

@@ -5,10 +5,11 @@ import pytest
 
 from benchmarks.simulated_kills import WRITES, Killed, kill_after
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
+from captionlib.data.shards.markers import marker_file
 from captionlib.data.shards.removal import list_removed, plan_removal
 from captionlib.data.shards.schemas import DUPLICATES_SCHEMA, MANIFEST_SCHEMA, features_schema
 from captionlib.data.shards.writer import write_shard
-from captionlib.errors import DatasetError, FetchError
+from captionlib.errors import DamagedShardError, DatasetError, FetchError
 from captionlib.storage.folders import Folder
 from tests.data.shards.test_damage import flip_bits
 
@@ -189,3 +190,11 @@ def test_killed_removal_is_finished_by_the_next(manifest: Path, features: Path, 
     remove(folder, "01", "12")
     assert read_ids(folder) == expected
     assert open_dataset(folder).is_complete()
+
+
+def test_removal_from_a_dataset_with_a_damaged_marker_is_refused(manifest: Path) -> None:
+    open_dataset(manifest).folder.write(marker_file(1), b"damaged")
+    for image_id in ("00", "10"):
+        with pytest.raises(DamagedShardError, match=r"part-00001.parquet is damaged \(its marker is missing\)"):
+            remove(manifest, image_id)
+    assert not list_removed(open_dataset(manifest).folder).reasons

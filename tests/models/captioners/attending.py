@@ -2,7 +2,7 @@
 
 import torch
 
-from captionlib.models.captioners.captioner import Captioner
+from captionlib.models.captioners.captioner import CaptionerNetwork
 from captionlib.models.captioners.packed_sequences import pad_sentences
 
 SENTENCES = [[4, 2, 3], [], [2], [3, 3, 3, 3, 2], [4]]
@@ -10,7 +10,7 @@ IMAGE_OF_SENTENCE = torch.tensor([1, 0, 0, 2, 1])
 MAPS = torch.randn(3, 7, 4, generator=torch.Generator().manual_seed(0))
 
 
-def check_gradients_and_positions(model: Captioner) -> None:
+def check_gradients_and_positions(model: CaptionerNetwork) -> None:
     """Checks that every parameter gets a gradient, and that moving a value to another position changes the result."""
     model.train()
     model(MAPS, pad_sentences(SENTENCES), IMAGE_OF_SENTENCE).log_probs.sum().backward()
@@ -24,7 +24,7 @@ def check_gradients_and_positions(model: Captioner) -> None:
     assert abs(before - after) > 1e-4
 
 
-def check_attention_weights(model: Captioner) -> None:
+def check_attention_weights(model: CaptionerNetwork) -> None:
     """Checks that each token has one distribution over positions, which does not depend on other sentences."""
     per_sentence = model.attention_weights(MAPS, pad_sentences(SENTENCES), IMAGE_OF_SENTENCE)
     assert [weights.shape for weights in per_sentence] == [(len(sentence) + 1, 7) for sentence in SENTENCES]

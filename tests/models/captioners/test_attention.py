@@ -7,7 +7,7 @@ import torch
 from captionlib.data.text.vocabulary import END, PAD
 from captionlib.errors import CheckpointError, ConfigError, DatasetError
 from captionlib.models.captioners.attention import Attention, group_by_image
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.decoding.incremental import IncrementalCaptioner
 from tests.models.captioners.attending import (
@@ -29,10 +29,10 @@ SHAPES = [
 ]
 
 
-def build(config: CaptionerConfig) -> Captioner:
+def build(config: CaptionerConfig) -> CaptionerNetwork:
     """Builds a small model with large weights, so that every input matters."""
     torch.manual_seed(0)
-    model = Captioner(config, feature_size=4, vocabulary_size=7).eval()
+    model = CaptionerNetwork(config, feature_size=4, vocabulary_size=7).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.uniform_(-1, 1)

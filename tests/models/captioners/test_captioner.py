@@ -8,7 +8,7 @@ from torch import Tensor
 
 from captionlib.data.text.vocabulary import PAD
 from captionlib.errors import ConfigError
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, TokenLogProbs
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork, TokenLogProbs
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.captioners.recurrence import run_fused, run_recurrence
 
@@ -23,17 +23,17 @@ FEATURES = torch.linspace(-2, 2, 12).view(3, 4)
 IMAGE_OF_SENTENCE = torch.tensor([1, 0, 0, 2, 1])
 
 
-def build(config: CaptionerConfig, feature_size: int = 4, vocabulary_size: int = 7) -> Captioner:
+def build(config: CaptionerConfig, feature_size: int = 4, vocabulary_size: int = 7) -> CaptionerNetwork:
     """Builds a small model with large weights, so that every input matters."""
     torch.manual_seed(0)
-    model = Captioner(config, feature_size, vocabulary_size).eval()
+    model = CaptionerNetwork(config, feature_size, vocabulary_size).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.uniform_(-1, 1)
     return model
 
 
-def set_weights(model: Captioner, **weights: list[float] | list[list[float]]) -> None:
+def set_weights(model: CaptionerNetwork, **weights: list[float] | list[list[float]]) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -235,9 +235,9 @@ def test_mean_log_probs_averages_over_vocabulary(config: CaptionerConfig) -> Non
 def test_weight_init_selects_distribution(attention_size: int) -> None:
     torch.manual_seed(0)
     shape = CaptionerConfig(hidden_size=64, embedding_size=64, attention_size=attention_size)
-    for name, parameter in Captioner(shape, 64, 500).named_parameters():
+    for name, parameter in CaptionerNetwork(shape, 64, 500).named_parameters():
         assert (parameter == 0).all() if "bias" in name else 0.09 < parameter.abs().max() <= 0.1
-    default = Captioner(replace(shape, weight_init="pytorch"), 64, 500)
+    default = CaptionerNetwork(replace(shape, weight_init="pytorch"), 64, 500)
     assert default.word_vectors.weight.std().item() == pytest.approx(1, abs=0.05)
     for parameter in default.recurrence.weight_hh_l0, default.output.weight, default.image_projection.weight:
         assert 0.12 < parameter.abs().max() <= 0.125
@@ -247,7 +247,7 @@ def test_weight_init_selects_distribution(attention_size: int) -> None:
 @pytest.mark.parametrize("layers", [1, 2])
 def test_initial_predictions_of_a_large_rnn_are_the_word_frequencies(image_input: Any, layers: int) -> None:
     torch.manual_seed(0)
-    model = Captioner(CaptionerConfig("rnn", layers, image_input=image_input), 4096, 50).eval()
+    model = CaptionerNetwork(CaptionerConfig("rnn", layers, image_input=image_input), 4096, 50).eval()
     frequencies = torch.linspace(1, 50, 50) / 1275
     model.initialize_bias(frequencies.log())
     captions = torch.arange(2, 42).view(2, 20)
@@ -257,7 +257,7 @@ def test_initial_predictions_of_a_large_rnn_are_the_word_frequencies(image_input
 
 
 def test_recurrent_weights_of_an_rnn_are_orthogonal() -> None:
-    model = Captioner(CaptionerConfig("rnn", layers=2, hidden_size=8, embedding_size=8), 4, 9)
+    model = CaptionerNetwork(CaptionerConfig("rnn", layers=2, hidden_size=8, embedding_size=8), 4, 9)
     for name, weight in model.recurrence.named_parameters():
         if "weight_hh" in name:
             torch.testing.assert_close(weight @ weight.t(), torch.eye(8))

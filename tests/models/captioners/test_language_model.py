@@ -9,7 +9,7 @@ import torch
 from captionlib.data.text.corpora import TextLayout
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.captioners.language_model import LanguageModelConfig, build_language_model
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.checkpoints.checkpoint import (
@@ -28,7 +28,9 @@ SENTENCES = [[2, 3, 4], [5], [], [6, 2]]
 SAMPLE = DecodingConfig(strategy="sample", max_tokens=8)
 
 
-def build(config: LanguageModelConfig = CONFIG, vocabulary: Vocabulary = WORDS, spread: float = 1.5) -> Captioner:
+def build(
+    config: LanguageModelConfig = CONFIG, vocabulary: Vocabulary = WORDS, spread: float = 1.5
+) -> CaptionerNetwork:
     generator = torch.Generator().manual_seed(0)
     model = build_language_model(config, len(vocabulary)).eval()
     with torch.no_grad():
@@ -43,7 +45,7 @@ def load(folder: Path, vocabulary: Vocabulary = WORDS, layout: TextLayout = "sen
     return load_language_model(folder)
 
 
-def score(model: Captioner, sentences: list[list[int]]) -> torch.Tensor:
+def score(model: CaptionerNetwork, sentences: list[list[int]]) -> torch.Tensor:
     nothing, rows = torch.zeros(1, 0), torch.zeros(len(sentences), dtype=torch.int64)
     scores = model(nothing, pad_sentences(sentences), rows)
     return torch.zeros(len(sentences)).index_add(0, scores.sentences, scores.log_probs)
@@ -54,7 +56,7 @@ def score(model: Captioner, sentences: list[list[int]]) -> torch.Tensor:
 def test_language_model_equals_captioner_with_zero_image(cell: Any, tied: bool) -> None:
     config = LanguageModelConfig(cell, layers=2, hidden_size=5, embedding_size=5, tie_embeddings=tied)
     model = build(config, spread=0.8)
-    captioner = Captioner(replace(config.captioner(), image_input="first_step"), 3, len(WORDS)).eval()
+    captioner = CaptionerNetwork(replace(config.to_captioner_config(), image_input="first_step"), 3, len(WORDS)).eval()
     gates = len(captioner.recurrence.bias_ih_l0)
     unexpected = captioner.load_state_dict(
         model.state_dict()
@@ -74,9 +76,9 @@ def test_language_model_equals_captioner_with_zero_image(cell: Any, tied: bool) 
 
 def test_features_are_rejected_without_image_input() -> None:
     with pytest.raises(ConfigError, match=r"image_input none and feature_size 0 together .* got none and 3"):
-        Captioner(CONFIG.captioner(), 3, 9)
+        CaptionerNetwork(CONFIG.to_captioner_config(), 3, 9)
     with pytest.raises(ConfigError, match=r"image_input none and feature_size 0 together .* got initial_input and 0"):
-        Captioner(CaptionerConfig(), 0, 9)
+        CaptionerNetwork(CaptionerConfig(), 0, 9)
     with pytest.raises(ConfigError, match="embedding_size = hidden_size, got 5 and 6"):
         replace(CONFIG, tie_embeddings=True)
 

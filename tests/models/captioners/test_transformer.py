@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from captionlib.data.text.vocabulary import END, PAD
 from captionlib.errors import ConfigError
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.captioners.language_model import LanguageModelConfig, build_language_model
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.decoding.incremental import IncrementalCaptioner
@@ -25,7 +25,7 @@ VECTORS = MAPS[:, 0]
 BOTH = pytest.mark.parametrize("features", [MAPS, VECTORS], ids=["maps", "vectors"])
 
 
-def randomize(model: Captioner) -> Captioner:
+def randomize(model: CaptionerNetwork) -> CaptionerNetwork:
     """Sets large weights, so that every input matters."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -34,8 +34,8 @@ def randomize(model: Captioner) -> Captioner:
     return model.eval()
 
 
-def build(config: CaptionerConfig = CONFIG) -> Captioner:
-    return randomize(Captioner(config, feature_size=4, vocabulary_size=7))
+def build(config: CaptionerConfig = CONFIG) -> CaptionerNetwork:
+    return randomize(CaptionerNetwork(config, feature_size=4, vocabulary_size=7))
 
 
 def test_log_probs_equal_those_of_pytorchs_decoder() -> None:
@@ -62,7 +62,7 @@ def test_log_probs_equal_those_of_pytorchs_decoder() -> None:
         torch.testing.assert_close(scores.log_probs[scores.sentences == number], expected)
 
 
-def pytorch_layer(model: Captioner, number: int) -> nn.TransformerDecoderLayer:
+def pytorch_layer(model: CaptionerNetwork, number: int) -> nn.TransformerDecoderLayer:
     """Returns PyTorch's pre-norm decoder layer with the weights of a layer of the model."""
     ours = model.transformer.layers[number]  # type: ignore[union-attr]
     keys_values = model.transformer.image_keys_values  # type: ignore[union-attr]
@@ -161,7 +161,7 @@ def test_language_model_attends_to_words_alone() -> None:
 
 def test_initial_predictions_are_close_to_the_word_frequencies() -> None:
     torch.manual_seed(0)
-    model = Captioner(CaptionerConfig("transformer", layers=6), 512, 50).eval()
+    model = CaptionerNetwork(CaptionerConfig("transformer", layers=6), 512, 50).eval()
     frequencies = torch.linspace(1, 50, 50) / 1275
     model.initialize_bias(frequencies.log())
     captions = torch.arange(2, 42).view(2, 20)

@@ -10,7 +10,7 @@ import torch
 from captionlib.data.shards.markers import compute_fingerprint, decode_record, encode_record
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.checkpoints.checkpoint import load_captioner, save_captioner
 from captionlib.models.checkpoints.folder import read_checkpoint, write_checkpoint
 from captionlib.storage.folders import Folder
@@ -22,14 +22,14 @@ FEATURES = torch.linspace(-1, 1, 6).view(2, 3)
 CAPTIONS = torch.tensor([[2, 3], [4, 5]])
 
 
-def build(config: CaptionerConfig = CONFIG, seed: int = 0) -> Captioner:
+def build(config: CaptionerConfig = CONFIG, seed: int = 0) -> CaptionerNetwork:
     torch.manual_seed(seed)
-    model = Captioner(config, feature_size=3, vocabulary_size=len(VOCABULARY)).eval()
+    model = CaptionerNetwork(config, feature_size=3, vocabulary_size=len(VOCABULARY)).eval()
     model.standardization.set_statistics(FEATURES.mean(0), FEATURES.std(0))
     return model
 
 
-def save(folder: Any, model: Captioner, **changes: Any) -> str:
+def save(folder: Any, model: CaptionerNetwork, **changes: Any) -> str:
     options: dict[str, Any] = {"provenance": {"dataset": "abc"}, "training": {"perplexity": 17.3}}
     options |= {"vocabulary": VOCABULARY, "encoder": ENCODER} | changes
     return save_captioner(folder, model, **options)

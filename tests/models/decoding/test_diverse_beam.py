@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from captionlib.data.text.vocabulary import END, UNKNOWN
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
 from captionlib.models.decoding.incremental import IncrementalCaptioner
@@ -14,7 +14,7 @@ Hypothesis = tuple[float, tuple[int, ...]]
 
 
 def search_one_image(
-    model: Captioner, image: torch.Tensor, groups: int, width: int, diversity: float
+    model: CaptionerNetwork, image: torch.Tensor, groups: int, width: int, diversity: float
 ) -> set[Hypothesis]:
     """Runs algorithm 1 of the diverse beam search paper, one hypothesis at a time."""
     incremental = IncrementalCaptioner(model)

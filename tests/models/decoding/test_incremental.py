@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from captionlib.data.text.vocabulary import END
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.decoding.incremental import IncrementalCaptioner
 
 FEATURES = torch.linspace(-2, 2, 12).view(3, 4)
 
 
-def build(config: CaptionerConfig) -> Captioner:
+def build(config: CaptionerConfig) -> CaptionerNetwork:
     torch.manual_seed(0)
-    model = Captioner(config, feature_size=4, vocabulary_size=7).eval()
+    model = CaptionerNetwork(config, feature_size=4, vocabulary_size=7).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.uniform_(-1, 1)

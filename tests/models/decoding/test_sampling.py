@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
 from captionlib.models.decoding.sampling import sample_tokens
@@ -16,7 +16,7 @@ SAMPLE = DecodingConfig(strategy="sample")
 SAMPLES = 4000
 
 
-def build_unigram_model(*probabilities: float) -> Captioner:
+def build_unigram_model(*probabilities: float) -> CaptionerNetwork:
     """Builds a model with these probabilities of END, UNKNOWN and words, whatever the image and the previous words."""
     model = build(CaptionerConfig("rnn", hidden_size=1, embedding_size=1), seed=0, vocabulary_size=len(probabilities))
     with torch.no_grad():
@@ -26,11 +26,11 @@ def build_unigram_model(*probabilities: float) -> Captioner:
     return model
 
 
-def measure_frequencies(model: Captioner, config: DecodingConfig) -> dict[int, float]:
+def measure_frequencies(model: CaptionerNetwork, config: DecodingConfig) -> dict[int, float]:
     """Returns the frequency of each first word over images that differ only in their key."""
-    keys = [str(number) for number in range(SAMPLES)]
+    image_ids = [str(number) for number in range(SAMPLES)]
     samples = Decoder(model, replace(config, max_tokens=1, min_words=1)).decode(
-        torch.zeros(SAMPLES, FEATURE_SIZE), keys
+        torch.zeros(SAMPLES, FEATURE_SIZE), image_ids
     )
     counts = Counter(candidates[0].token_ids[0] for candidates in samples)
     return {word: count / SAMPLES for word, count in sorted(counts.items())}
@@ -101,12 +101,12 @@ def test_seed_determines_samples() -> None:
 def test_samples_depend_on_key_and_not_on_position() -> None:
     images = features(1, 1).expand(6, -1, -1)
     decoder = Decoder(build(CONFIGS[0], seed=1), replace(SAMPLE, temperature=2.0))
-    samples = [image[0].token_ids for image in decoder.decode(images, keys=["a", "b", "c", "d", "e", "f"])]
-    permuted = [image[0].token_ids for image in decoder.decode(images, keys=["f", "b", "d", "c", "a", "e"])]
+    samples = [image[0].token_ids for image in decoder.decode(images, image_ids=["a", "b", "c", "d", "e", "f"])]
+    permuted = [image[0].token_ids for image in decoder.decode(images, image_ids=["f", "b", "d", "c", "a", "e"])]
     assert permuted == [samples[number] for number in (5, 1, 3, 2, 0, 4)]
     assert len(set(map(tuple, samples))) > 1
-    without_keys = [image[0].token_ids for image in decoder.decode(images)]
-    assert without_keys == [without_keys[0]] * 6  # equal features give equal sentences
+    without_ids = [image[0].token_ids for image in decoder.decode(images)]
+    assert without_ids == [without_ids[0]] * 6  # equal features give equal sentences
 
 
 def test_larger_n_best_keeps_first_samples() -> None:

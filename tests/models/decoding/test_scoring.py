@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from captionlib.errors import ConfigError
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.decoding.cider_d import CiderD
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
@@ -33,7 +33,7 @@ def test_no_sentences_give_no_scores() -> None:
     assert score_sentences(incremental, incremental.encode_average_image(), []).tolist() == []
 
 
-def set_mean(model: Captioner) -> Captioner:
+def set_mean(model: CaptionerNetwork) -> CaptionerNetwork:
     model.standardization.set_statistics(torch.tensor([0.5, -1.0, 2.0]), torch.tensor([1.0, 2.0, 0.0]))
     return model
 

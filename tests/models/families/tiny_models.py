@@ -7,20 +7,29 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BertTokenizer,
+    BitImageProcessor,
     BlipConfig,
     BlipForConditionalGeneration,
     BlipImageProcessor,
     BlipProcessor,
+    CLIPConfig,
     CLIPImageProcessor,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
     GitConfig,
     GitForCausalLM,
     GitProcessor,
     GPT2Config,
     PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
     ViTConfig,
     ViTImageProcessor,
+    ViTModel,
 )
 
 WORDS = [f"{color} {shape}" for color in ("red", "green", "blue") for shape in ("circle", "square", "ring")]
@@ -109,4 +118,41 @@ def write_vit_gpt2(folder: Path) -> Path:
     randomize(model).save_pretrained(folder)
     ViTImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_clip(folder: Path) -> Path:
+    tokenizer = train_tokenizer(bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|startoftext|> $A <|endoftext|>", special_tokens=[("<|startoftext|>", 0), ("<|endoftext|>", 1)]
+    )
+    text = {**LAYERS, "vocab_size": len(tokenizer), "max_position_embeddings": 24, **special}
+    config = CLIPConfig(text_config=text, vision_config=VISION, projection_dim=16)
+    randomize(CLIPModel(config)).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_siglip(folder: Path) -> Path:
+    tokenizer = train_tokenizer(eos_token="</s>", pad_token="<pad>")
+    text = {**LAYERS, "vocab_size": len(tokenizer), "max_position_embeddings": 24, "projection_size": 32}
+    config = SiglipConfig(text_config=text, vision_config=VISION)
+    randomize(SiglipModel(config)).save_pretrained(folder)
+    SiglipImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_dinov2(folder: Path) -> Path:
+    randomize(Dinov2Model(Dinov2Config(**VISION, mlp_ratio=2))).save_pretrained(folder)
+    square = {"height": SIDE, "width": SIDE}
+    BitImageProcessor(size={"shortest_edge": SIDE + 8}, crop_size=square, do_convert_rgb=True).save_pretrained(folder)
+    return folder
+
+
+def write_vit(folder: Path) -> Path:
+    randomize(ViTModel(ViTConfig(**VISION))).save_pretrained(folder)
+    ViTImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
     return folder

@@ -17,7 +17,7 @@ import torch
 from captionlib.data.images.loading import LoadedImage
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import FetchError
-from captionlib.models.captioners.captioner import Captioner, CaptionerConfig, ImageState
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork, ImageState
 from captionlib.models.checkpoints.checkpoint import save_captioner, save_ranker
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
@@ -26,8 +26,8 @@ from captionlib.models.families.captioner import open_captioner
 from captionlib.models.inference.captioning import CaptionGeneration, GenerationConfig
 from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding
 from captionlib.models.inference.extraction import encode_images
-from captionlib.models.inference.shared_models import CheckpointCache, PinnedCheckpoint, cached_per_process
-from captionlib.models.rankers.ranker import Ranker, RankerConfig
+from captionlib.models.inference.shared_models import CheckpointCache, CheckpointVersion, cached_per_process
+from captionlib.models.rankers.ranker import RankerConfig, RankerNetwork
 from tests.models.checkpoint_loads import count_checkpoint_loads
 from tests.models.tiny_captioners import CONFIGS, build, features
 
@@ -35,11 +35,11 @@ VOCABULARY = Vocabulary.from_captions(["a dog runs", "a cat sleeps"], min_count=
 BUNDLES = 6
 
 
-def write_captioner(folder: Path, seed: int) -> PinnedCheckpoint:
+def write_captioner(folder: Path, seed: int) -> CheckpointVersion:
     torch.manual_seed(seed)
-    model = Captioner(CaptionerConfig(hidden_size=4, embedding_size=4), 3, len(VOCABULARY))
+    model = CaptionerNetwork(CaptionerConfig(hidden_size=4, embedding_size=4), 3, len(VOCABULARY))
     fingerprint = save_captioner(folder, model, VOCABULARY, {"shape": [3]}, provenance={}, training={})
-    return PinnedCheckpoint(str(folder), fingerprint)
+    return CheckpointVersion(str(folder), fingerprint)
 
 
 def open_concurrently(open_stage: Callable[[], Any]) -> None:
@@ -56,18 +56,18 @@ def open_concurrently(open_stage: Callable[[], Any]) -> None:
 
 
 def test_concurrent_bundles_share_one_captioner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pinned = [write_captioner(tmp_path / name, seed) for seed, name in enumerate(("first", "second"))]
+    versions = [write_captioner(tmp_path / name, seed) for seed, name in enumerate(("first", "second"))]
     description = open_captioner(tmp_path / "first").describe_generation(GenerationConfig())
     loads = count_checkpoint_loads(monkeypatch)
-    for checkpoint in pinned:
+    for checkpoint in versions:
         open_concurrently(CaptionGeneration(GenerationConfig(), checkpoint, description, device="cpu").open)
     assert loads == ["first", "second"]
 
 
 def test_concurrent_bundles_share_one_ranker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Ranker(RankerConfig(hidden_size=4, embedding_size=4, joint_embedding_size=4), 3, len(VOCABULARY))
+    model = RankerNetwork(RankerConfig(hidden_size=4, embedding_size=4, joint_embedding_size=4), 3, len(VOCABULARY))
     fingerprint = save_ranker(tmp_path, model, VOCABULARY, {"shape": [3]}, provenance={}, training={})
-    stage = ImageEmbedding(EmbeddingConfig(), PinnedCheckpoint(str(tmp_path), fingerprint))
+    stage = ImageEmbedding(EmbeddingConfig(), CheckpointVersion(str(tmp_path), fingerprint))
     loads = count_checkpoint_loads(monkeypatch)
     open_concurrently(stage.open)
     assert len(loads) == 1
@@ -144,13 +144,15 @@ def test_the_next_batch_starts_before_waiting_for_the_previous_one() -> None:
     [DecodingConfig(beam_width=3, n_best=2), DecodingConfig("sample", n_best=2, top_k=5)],
     ids=["beam", "sample"],
 )
-@pytest.mark.parametrize("keys", [None, [f"image{number}" for number in range(7)]], ids=["no keys", "keys"])
+@pytest.mark.parametrize(
+    "image_ids", [None, [f"image{number}" for number in range(7)]], ids=["no image_ids", "image_ids"]
+)
 def test_decoding_in_halves_yields_the_same_captions(
-    decoding: DecodingConfig, keys: list[str] | None, monkeypatch: pytest.MonkeyPatch
+    decoding: DecodingConfig, image_ids: list[str] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder = Decoder(build(CONFIGS[0], seed=1), decoding)
     images = features(7, seed=1)
-    expected = decoder.decode(images, keys)
+    expected = decoder.decode(images, image_ids)
     encode, sizes = decoder._incremental.encode_images, []
 
     def run_out_of_memory(images: torch.Tensor) -> ImageState:
@@ -160,7 +162,7 @@ def test_decoding_in_halves_yields_the_same_captions(
         return encode(images)
 
     monkeypatch.setattr(decoder._incremental, "encode_images", run_out_of_memory)
-    halved = decoder.decode(images, keys)
+    halved = decoder.decode(images, image_ids)
     assert sizes == [7, 3, 1, 2, 4, 2, 2]
     for candidates, expected_candidates in zip(halved, expected, strict=True):
         assert [candidate.token_ids for candidate in candidates] == [

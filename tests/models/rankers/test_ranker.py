@@ -10,7 +10,7 @@ from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.checkpoints.checkpoint import LoadedRanker, load_captioner, load_ranker, save_ranker
-from captionlib.models.rankers.ranker import Ranker, RankerConfig
+from captionlib.models.rankers.ranker import RankerConfig, RankerNetwork
 
 SMALL = RankerConfig(hidden_size=8, embedding_size=6, joint_embedding_size=5, pooling="last")
 ENCODER = {"model": "vgg16", "shape": [7]}
@@ -27,9 +27,9 @@ SHAPES = [
 ]
 
 
-def make(config: RankerConfig = SMALL, words: int = 9) -> Ranker:
+def make(config: RankerConfig = SMALL, words: int = 9) -> RankerNetwork:
     torch.manual_seed(0)
-    return Ranker(config, 7, words).eval()
+    return RankerNetwork(config, 7, words).eval()
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ def test_sql_reaches_nothing_outside_and_changes_nothing(local: str, outside: Pa
 
 
 @pytest.mark.parametrize("sql", [sql for sql in READS + CHANGES if "enable_logging" not in sql])
-def test_locked_connection_alone_prevents_file_access(local: str, outside: Path, sql: str) -> None:
+def test_restricted_connection_alone_prevents_file_access(local: str, outside: Path, sql: str) -> None:
     before = hash_files(outside.parent)
     with open_sql(local) as session:
         try:

@@ -1,4 +1,4 @@
-"""Provides the input of models: reads features, or computes them for a manifest (list of images)."""
+"""Provides the input of models: reads features, or loads and encodes the images of a manifest (list of images)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,19 +11,20 @@ from captionlib.data.images.loading import LoadingConfig, open_loader
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.stages import ReportFailure
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.models.encoders.encoder import Encoder, EncoderConfig
-from captionlib.models.families.model import Arrays, ImageModel, ImageSource
+from captionlib.models.encoders.encoder import EncoderConfig
+from captionlib.models.families.encoder import ImageEncoder
+from captionlib.models.families.model import Arrays, ImageModel, InputTransform
 from captionlib.models.inference.extraction import EncodedRows, PixelReader, encode_images, load_shared_encoder
 
-__all__ = ["FeatureLoader", "find_model_input", "open_feature_source"]
+__all__ = ["InputLoader", "choose_input_transform", "open_input_loader"]
 
-FeatureLoader = Callable[[Iterator[pa.RecordBatch], ReportFailure], EncodedRows]
-"""Function from batches of a dataset to rows without features, and the input of each model for these rows."""
+InputLoader = Callable[[Iterator[pa.RecordBatch], ReportFailure], EncodedRows]
+"""Takes batches of a dataset. Yields for each batch the rows without the column `features`, and each model's input."""
 
 
-def find_model_input(
+def choose_input_transform(
     source: ShardedDataset, model: ImageModel, weights: str | None, device: str, threads: int | None
-) -> ImageSource | None:
+) -> InputTransform | None:
     """Returns how the images of a manifest become the input of a model, or None if `source` contains features.
 
     `weights` is the path of the encoder's weights file, if the user specified it. If `threads` is None, PyTorch chooses
@@ -41,53 +42,54 @@ def find_model_input(
         return None
     if source.kind != "manifest":
         raise DatasetError(f"{source.folder.uri}: expected a dataset of kind features or manifest, got {source.kind}")
-    model_input = model.find_source(weights)
-    if isinstance(model_input, EncoderConfig):
-        model.require_encoder(load_shared_encoder(model_input, device, threads).description)
-    return model_input
+    input_transform = model.find_input_transform(weights)
+    if isinstance(input_transform, EncoderConfig):
+        model.require_encoder(load_shared_encoder(input_transform, device, threads).description)
+    return input_transform
 
 
 @contextmanager
-def open_feature_source(
-    inputs: Sequence[ImageSource | None],
+def open_input_loader(
+    input_transforms: Sequence[InputTransform | None],
     models: Sequence[ImageModel],
     loading: LoadingConfig,
     batch_size: int,
     device: str,
     threads: int | None,
-) -> Iterator[FeatureLoader]:
-    """Opens a loader of the input of one or more models.
-
-    Workers whose encoder differs from that of a model fail.
+) -> Iterator[InputLoader]:
+    """Yields a function that loads the input of one or more models.
 
     Args:
-        inputs: how images become the input of each model, from `find_model_input`.
+        input_transforms: how images become the input of each model, from `choose_input_transform`.
         models: the models.
         loading: how images are fetched and decoded.
         batch_size: images per batch of an encoder.
         device: device of the encoders.
         threads: CPU threads of the encoders; if None, PyTorch's default.
+
+    Raises:
+        DatasetError: the encoder of this worker differs from the encoder of a model.
     """
-    if None in inputs:
+    if None in input_transforms:  # the dataset contains features
         shape = models[0].encoder["shape"]
         yield lambda batches, _fail: _split_features(batches, shape, len(models))
         return
     descriptions: list[Mapping[str, Any]] = []
-    encoders: list[Encoder | PixelReader] = []
-    positions = []  # of the encoder of each model
-    for model_input, model in zip(inputs, models, strict=True):
+    encoders: list[ImageEncoder | PixelReader] = []
+    encoder_indices = []  # of each model
+    for input_transform, model in zip(input_transforms, models, strict=True):
         if model.encoder not in descriptions:
             descriptions.append(model.encoder)
-            if isinstance(model_input, EncoderConfig):
-                encoders.append(load_shared_encoder(model_input, device, threads, model.encoder))
-            elif model_input is not None:
-                encoders.append(PixelReader(model_input))
-        positions.append(descriptions.index(model.encoder))
+            if isinstance(input_transform, EncoderConfig):
+                encoders.append(load_shared_encoder(input_transform, device, threads, model.encoder))
+            elif input_transform is not None:
+                encoders.append(PixelReader(input_transform))
+        encoder_indices.append(descriptions.index(model.encoder))
 
     def encode(batches: Iterator[pa.RecordBatch], fail: ReportFailure) -> EncodedRows:
         rows = (row for batch in batches for row in batch.to_pylist())
         for encoded, features in encode_images(encoders, load(rows), batch_size, fail):
-            yield encoded, [features[position] for position in positions]
+            yield encoded, [features[index] for index in encoder_indices]
 
     with open_loader(loading, *(encoder.preprocessing for encoder in encoders)) as load:
         yield encode

@@ -1,4 +1,4 @@
-"""Reads the image crop that a captioner's encoder used, and an attention map for each caption token."""
+"""Reads how the encoder of a captioner cropped images, and the attention map of each caption token."""
 
 import math
 import os
@@ -17,17 +17,17 @@ from captionlib.data.shards.dataset import open_dataset
 from captionlib.errors import DatasetError
 from captionlib.evaluation.predictions import is_dataset
 
-__all__ = ["EncoderView", "build_encoder_view", "read_encoder_view"]
+__all__ = ["CropAndAttention", "build_crop_and_attention", "read_crop_and_attention"]
 
 AttentionMaps = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class EncoderView:
-    """The encoder's crop and the captioner's attention maps for a set of images.
+class CropAndAttention:
+    """How the encoder cropped a set of images, and the captioner's attention maps for these images.
 
     Attributes:
-        preprocessing: how the encoder crops images; None if unknown.
+        preprocessing: the encoder's preprocessing, which includes the crop; None if unknown.
         attention_maps: the maps of each image by image id, `[tokens, side, side] uint8`. There is one map for each
             caption token, including any end token. Each map covers the square crop and is scaled to a peak of 255.
     """
@@ -36,30 +36,30 @@ class EncoderView:
     attention_maps: Mapping[str, AttentionMaps] = field(default_factory=dict)
 
 
-def read_encoder_view(source: str | os.PathLike[str], image_ids: Collection[str]) -> EncoderView:
-    """Reads the `EncoderView` of these images from a captions dataset; the view is empty if the source is JSON."""
+def read_crop_and_attention(source: str | os.PathLike[str], image_ids: Collection[str]) -> CropAndAttention:
+    """Reads the crop and the attention maps of these images from a captions dataset. JSON files contain neither."""
     if not is_dataset(source):
-        return EncoderView()
+        return CropAndAttention()
     dataset = open_dataset(source, "captions").require_complete()
     preprocessing = _parse_preprocessing(dataset.config.get("encoder", {}))
     if "attention" not in dataset.schema.names:
-        return EncoderView(preprocessing)
+        return CropAndAttention(preprocessing)
     wanted = pa.array(image_ids, pa.string())
     maps: dict[str, AttentionMaps] = {}
     for shard in range(dataset.shards):
         for rows in dataset.read_batches(shard, ["image_id", "attention"]):
             if len(maps) == len(wanted):
-                return EncoderView(preprocessing, maps)
+                return CropAndAttention(preprocessing, maps)
             matches = rows.filter(pc.is_in(rows["image_id"], value_set=wanted))
             weights = map(_to_maps, _split_by_image(matches["attention"]))
             maps.update(zip(matches["image_id"].to_pylist(), weights, strict=True))
-    return EncoderView(preprocessing, maps)
+    return CropAndAttention(preprocessing, maps)
 
 
-def build_encoder_view(rows: Iterable[Mapping[str, Any]], encoder: Mapping[str, Any]) -> EncoderView:
-    """Builds the view from rows of a captions dataset, with or without `attention`, and the encoder's description."""
+def build_crop_and_attention(rows: Iterable[Mapping[str, Any]], encoder: Mapping[str, Any]) -> CropAndAttention:
+    """Converts rows of a captions dataset, with or without the column `attention`, and the encoder's description."""
     maps = {row["image_id"]: _to_maps(np.array(row["attention"], np.float32)) for row in rows if "attention" in row}
-    return EncoderView(_parse_preprocessing(encoder), maps)
+    return CropAndAttention(_parse_preprocessing(encoder), maps)
 
 
 def _parse_preprocessing(encoder: Mapping[str, Any]) -> Preprocessing | None:

@@ -1,0 +1,80 @@
+"""Selects images by split, by id, and without duplicates."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import pyarrow.compute as pc
+
+from captionlib.data.shards.dataset import ShardedDataset, open_dataset
+from captionlib.data.splits import add_split_aliases
+
+__all__ = ["ALL_IMAGES", "ImageSelection", "read_duplicate_ids", "select_images"]
+
+
+@dataclass(frozen=True)
+class ImageSelection:
+    """Selects images. The default selects all images.
+
+    Attributes:
+        splits: splits of the selected images. If empty, images of all splits are selected.
+        excluded: ids of images that are not selected.
+        included: if not None, only images with these ids are selected.
+    """
+
+    splits: frozenset[str] = frozenset()
+    excluded: frozenset[str] = frozenset()
+    included: frozenset[str] | None = None
+
+    def selects(self, image_id: str, split: str) -> bool:
+        """Returns whether an image is selected."""
+        return (
+            (not self.splits or split in self.splits)
+            and image_id not in self.excluded
+            and (self.included is None or image_id in self.included)
+        )
+
+    def describe(self) -> dict[str, list[str] | str | None]:
+        """Returns JSON values that identify the selection."""
+        included = None if self.included is None else _hash_ids(self.included)
+        return {"splits": sorted(self.splits), "excluded": _hash_ids(self.excluded), "included": included}
+
+
+ALL_IMAGES = ImageSelection()
+
+
+def select_images(
+    splits: Sequence[str] = (),
+    duplicates: str | os.PathLike[str] | None = None,
+    included: frozenset[str] | None = None,
+) -> ImageSelection:
+    """Returns a selection of images.
+
+    Args:
+        splits: names of splits; `val` and `dev` select the same splits. If empty, images of all splits are selected.
+        duplicates: dataset of duplicates. If set, duplicates of kept images are not selected.
+        included: if not None, only images with these ids are selected.
+
+    Raises:
+        DatasetError: `duplicates` is not a complete dataset of duplicates.
+    """
+    excluded = frozenset[str]()
+    if duplicates is not None:
+        excluded = read_duplicate_ids(open_dataset(duplicates, "duplicates").require_complete())
+    return ImageSelection(add_split_aliases(splits), excluded, included)
+
+
+def read_duplicate_ids(duplicates: ShardedDataset) -> frozenset[str]:
+    """Returns the ids of the images that are duplicates of a kept image."""
+    tables = [duplicates.read(shard, ["image_id", "kept"]) for shard in range(duplicates.shards)]
+    return frozenset(
+        image_id for rows in tables for image_id in rows.filter(pc.invert(rows["kept"]))["image_id"].to_pylist()
+    )
+
+
+def _hash_ids(image_ids: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for image_id in sorted(image_ids):
+        digest.update(f"{len(image_id)} {image_id}".encode(errors="surrogatepass"))
+    return digest.hexdigest()

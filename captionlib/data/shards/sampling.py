@@ -1,0 +1,156 @@
+"""Writes a sample of a dataset for a stage, and estimates the time and size of the rest from the result."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset
+from captionlib.data.shards.markers import SAMPLE_FOLDER, part_name
+from captionlib.data.shards.writer import write_shard
+from captionlib.errors import ConfigError
+from captionlib.storage.folders import Folder, resolve_address
+
+__all__ = ["Estimate", "Sample", "estimate_rest", "open_sample"]
+
+_MAX_SHARD_ROWS = 10_000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The input of a stage: a dataset, or a sample of its rows.
+
+    Attributes:
+        rows: the dataset that the stage reads.
+        limit: number of rows of the sample. If None, `rows` is the whole dataset.
+    """
+
+    rows: ShardedDataset
+    limit: int | None = None
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """The arguments of `create_dataset` that describe the input of an output dataset.
+
+        The output of a sample has no source, because the sample is removed.
+        """
+        if self.limit is None:
+            return {"source": self.rows}
+        return {"shards": self.rows.shards, "lineage": self.rows.lineage}
+
+    @property
+    def config(self) -> dict[str, int]:
+        """Part of the configuration of an output dataset, so that other runs do not continue the output of a sample."""
+        return {} if self.limit is None else {"sample": self.limit}
+
+
+@contextmanager
+def open_sample(
+    source: ShardedDataset, output: str | os.PathLike[str], limit: int | None, workers: int
+) -> Iterator[Sample]:
+    """Yields the whole dataset if `limit` is None, and otherwise a sample of up to `limit` evenly spaced rows.
+
+    Until the block ends, the sample is in a subfolder of the output, so that all workers can read it. It has a
+    shard for each worker, or more if it is large.
+
+    Raises:
+        ConfigError: the output is the dataset itself.
+        DamagedShardError: a shard of the dataset is damaged.
+    """
+    if limit is None:
+        yield Sample(source)
+        return
+    if resolve_address(source.folder.uri) == resolve_address(output):
+        raise ConfigError(f"{source.folder.uri} is the input of this command; use another folder for the output")
+    folder = Folder(output)
+    try:
+        yield Sample(_write_sample(source, folder.address(SAMPLE_FOLDER), limit, workers), limit)
+    finally:
+        folder.remove(SAMPLE_FOLDER)
+
+
+def _write_sample(source: ShardedDataset, address: str, limit: int, workers: int) -> ShardedDataset:
+    # A marker is the file that records that a shard is complete.
+    starts = np.cumsum([0, *(marker.rows for _, marker in sorted(source.read_markers().items()))])
+    total = int(starts[-1])
+    count = min(limit, total)
+    positions = ((np.arange(count) + 0.5) * total / max(1, count)).astype(np.int64)
+    parts = np.array_split(positions, max(1, min(count, max(workers, -(-count // _MAX_SHARD_ROWS)))))
+    sample = create_dataset(
+        address,
+        source.kind,
+        source.schema,
+        config=source.config,
+        shards=len(parts),
+        lineage=source.lineage,
+        overwrite=True,
+    )
+    for shard, part in enumerate(parts):
+        with write_shard(sample, shard, len(part)) as writer:
+            for rows in _read_rows(source, starts, part):
+                writer.write(rows)
+    sample.finish()
+    return sample
+
+
+def _read_rows(
+    source: ShardedDataset, starts: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+) -> Iterator[pa.RecordBatch]:
+    """Yields the rows at ascending positions in the dataset. `starts` has the position of each shard's first row."""
+    shards = np.searchsorted(starts, positions, side="right") - 1
+    for shard in np.unique(shards):
+        start, wanted = int(starts[shard]), positions[shards == shard]
+        for batch in source.read_batches(int(shard)):
+            inside = wanted[(wanted >= start) & (wanted < start + batch.num_rows)]
+            if len(inside):
+                yield batch.take(pa.array(inside - start))
+            start += batch.num_rows
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The estimated cost of processing the images that are not in a sample.
+
+    Attributes:
+        images: number of these images.
+        images_per_second: total speed of all workers.
+        seconds: time at this speed.
+        bytes: size of the output.
+        failures: number of images that cannot be read.
+    """
+
+    images: int
+    images_per_second: float
+    seconds: float
+    bytes: int
+    failures: int
+
+
+def estimate_rest(source: ShardedDataset, outputs: Sequence[ShardedDataset], workers: int) -> Estimate:
+    """Estimates the cost of processing the rest of a dataset from the complete outputs of a sample.
+
+    The time does not include the start of the workers and the loading of models.
+    """
+    totals = outputs[0].compute_totals()
+    rest = max(0, source.compute_totals().rows - totals.images)
+    ratio = rest / max(1, totals.images)
+    rate = totals.images / max(totals.seconds, 1e-3) * workers
+    size = sum(_count_bytes(output) for output in outputs)
+    return Estimate(rest, rate, rest / rate if rest else 0.0, round(size * ratio), round(totals.failures * ratio))
+
+
+def _count_bytes(dataset: ShardedDataset) -> int:
+    """Returns the size of the columns of a dataset. File footers, which dominate small files, are not counted."""
+    size = 0
+    for shard in range(dataset.shards):
+        with dataset.folder.open(f"{part_name(shard)}.parquet") as file:
+            metadata = pq.read_metadata(file)
+        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+        size += sum(group.column(n).total_compressed_size for group in groups for n in range(group.num_columns))
+    return size

@@ -1,0 +1,115 @@
+"""Finds the file with the weights of the encoder that a checkpoint was trained with. Does not import PyTorch.
+
+The provenance of a checkpoint is a record of the data and versions that the model was trained with.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem
+
+from captionlib.data.shards.markers import decode_record
+from captionlib.errors import CheckpointError, ConfigError
+from captionlib.models.families.registry import split_address
+from captionlib.storage.file_systems import open_file_system
+from captionlib.storage.folders import Folder
+
+__all__ = [
+    "CONFIG",
+    "ENCODER",
+    "ENCODER_ADDRESS",
+    "LOCAL_WEIGHTS",
+    "WEIGHTS",
+    "find_encoder_file",
+    "missing_encoder_error",
+    "not_a_checkpoint_error",
+    "require_checkpoint_files",
+]
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+ENCODER = "encoder.safetensors"
+ENCODER_ADDRESS = "encoder_weights"  # key in the provenance
+
+LOCAL_WEIGHTS = ("file", "folder")
+"""Values of `weights` in the description of an encoder whose weights came from a local file or folder."""
+
+
+def find_encoder_file(folder: Folder, encoder: Mapping[str, Any], provenance: Mapping[str, Any]) -> str | None:
+    """Returns the path or URL of the encoder's weights file or model folder, or None if there is none.
+
+    Looks for the file in the checkpoint, then for the file that the features were extracted with, and then for a file
+    of the same name in the checkpoint's folder. The content is not verified.
+
+    Args:
+        folder: the checkpoint.
+        encoder: `Encoder.description` of the encoder.
+        provenance: the data and versions that the model was trained with.
+    """
+    if encoder.get("weights") not in LOCAL_WEIGHTS:
+        return None
+    if encoder["weights"] == "file" and folder.exists(ENCODER):
+        return folder.address(ENCODER)
+    recorded = provenance.get(ENCODER_ADDRESS)
+    if not isinstance(recorded, str) or not recorded:
+        return None
+    is_address = Path(recorded).is_absolute() or "://" in recorded  # otherwise the name of a file
+    if is_address and _exists(recorded):
+        return recorded
+    name = recorded.rsplit("/", 1)[-1]
+    return folder.address(name) if folder.exists(name) else None
+
+
+def missing_encoder_error(encoder: Mapping[str, Any], provenance: Mapping[str, Any]) -> ConfigError:
+    """Returns an error that says that the file with the encoder's weights cannot be found."""
+    recorded = provenance.get(ENCODER_ADDRESS)
+    found = f"{recorded}, which does not exist" if recorded else "whose path was not recorded"
+    kind = "model folder" if encoder.get("weights") == "folder" else "weights file"
+    return ConfigError(
+        f"the encoder ({encoder.get('model')} at {encoder.get('node')}) was loaded from a {kind}, {found}; "
+        f"specify its path with --weights (SHA-256: {encoder.get('weights_sha256')})"
+    )
+
+
+def not_a_checkpoint_error(folder: Folder) -> CheckpointError:
+    """Returns an error that says that a folder is not a checkpoint."""
+    return CheckpointError(f"{folder.uri} is not a checkpoint: expected a folder with {CONFIG} and {WEIGHTS}")
+
+
+def require_checkpoint_files(address: str, weights: str | None) -> None:
+    """Checks that a checkpoint exists and that the weights of its encoder can be found, without loading them.
+
+    Commands call this function first, because importing PyTorch and loading models takes much longer. Models of other
+    families (providers of models, selected by a prefix such as `hf:`) are not checked.
+
+    Args:
+        address: folder of a checkpoint, or an address with the prefix of a family.
+        weights: path of the encoder's weights file, if the user specified it.
+
+    Raises:
+        CheckpointError: the folder is not a checkpoint.
+        ConfigError: the weights file does not exist.
+    """
+    if split_address(address)[0]:
+        return
+    folder = Folder(address)
+    try:
+        config = decode_record(folder.read(CONFIG))
+    except (FileNotFoundError, NotADirectoryError):
+        raise not_a_checkpoint_error(folder) from None
+    except ValueError:
+        return  # damaged; loading it reports the details
+    encoder, provenance = config.get("encoder"), config.get("provenance")
+    if not isinstance(encoder, dict) or not isinstance(provenance, dict) or encoder.get("weights") not in LOCAL_WEIGHTS:
+        return
+    if weights is not None and not _exists(weights):
+        raise ConfigError(f"--weights {weights}: not found")
+    if weights is None and find_encoder_file(folder, encoder, provenance) is None:
+        raise missing_encoder_error(encoder, provenance)
+
+
+def _exists(address: str) -> bool:
+    """Returns whether a local file or folder exists. A remote one counts as existing, because a check takes time."""
+    fs, path = open_file_system(address)
+    return Path(path).exists() if isinstance(fs, LocalFileSystem) else True

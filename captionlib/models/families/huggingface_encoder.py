@@ -1,0 +1,91 @@
+"""Image encoders from Hugging Face Transformers: vision transformers such as CLIP, SigLIP, DINOv2 and ViT."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModel
+
+from captionlib.data.images.decoding import Preprocessing
+from captionlib.errors import CheckpointError, ConfigError
+from captionlib.models.encoders.encoder import Encoder, EncoderConfig, build_encoder
+from captionlib.models.families.huggingface import (
+    find_preprocessing,
+    fingerprint_files,
+    load_part,
+    load_weights,
+    open_model_folder,
+)
+from captionlib.models.families.tokens import Node, find_node, select_class_token, to_feature_map
+
+__all__ = ["load"]
+
+
+class _VisionTower(nn.Module):
+    """The image part of a model of Transformers, up to a node."""
+
+    def __init__(self, model: Any, node: Node, address: str) -> None:
+        super().__init__()
+        self.model = model
+        self._node, self._address = node, address
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Returns `[batch, channels]` or `[batch, channels, height, width]`, from `[batch, 3, side, side]`."""
+        output = self.model(pixel_values=pixels)
+        last = output.last_hidden_state
+        if self._node == "pooled":
+            pooled = output.get("pooler_output")
+            if pooled is None:
+                raise ConfigError(f"encoder.node: {self._address} has no pooled output; use class_token or feature_map")
+            return {"features": pooled.flatten(1)}
+        patch = getattr(self.model.config, "patch_size", 0)
+        rows, columns = (side // patch if patch else 0 for side in pixels.shape[2:])
+        if self._node == "class_token":
+            return {"features": select_class_token(last, self._address, 0 < rows * columns < last.shape[1])}
+        return {"features": to_feature_map(last, self._address, rows, columns)}
+
+
+def load(location: str, config: EncoderConfig, device: torch.device) -> Encoder:
+    """Loads the image part of a model from a folder or from `ORGANIZATION/NAME@REVISION`; see `open_encoder`."""
+    address = f"hf:{location}"
+    node = find_node(address, config.node)
+    if config.weights != EncoderConfig.weights or config.missing_weights != "error":
+        raise ConfigError(f"encoder.weights: the folder of {address} contains the weights; leave out weights")
+    folder = open_model_folder(location)
+    preprocessing = find_preprocessing(load_part(location, AutoImageProcessor.from_pretrained, folder))
+    if not isinstance(preprocessing, Preprocessing):
+        raise CheckpointError(
+            f"{address}: expected an image processor that resizes images to one size, crops and normalizes them, got "
+            "another one; use a different model"
+        )
+    preprocessing = replace(
+        preprocessing,
+        resize_size=config.resize_size or preprocessing.resize_size,
+        decode_scale=config.decode_scale or preprocessing.decode_scale,
+    )
+    tower = _VisionTower(_load_tower(location, folder, node), node, address)
+    # A folder is identified by the hash of its files, not by its location.
+    is_local = Path(location).is_dir()
+    name = tower.model.config.model_type if is_local else location
+    config = replace(config, model=f"hf:{name}", weights="folder" if is_local else "hub")
+    return build_encoder(tower, config, preprocessing, device, fingerprint_files(folder))
+
+
+def _load_tower(location: str, folder: Path, node: Node) -> Any:
+    model, missing = load_weights(location, AutoModel.from_pretrained, folder)
+    tower = getattr(model, "vision_model", model)
+    if tower.main_input_name != "pixel_values":
+        raise CheckpointError(f"hf:{location}: expected a model of images, got {type(model).__name__}")
+    part = "" if tower is model else "vision_model."
+    unset = [name for name in missing if name.startswith(part)]
+    poolers = [name for name in unset if "pooler" in name]
+    if node == "pooled" and poolers:
+        raise ConfigError(
+            f"encoder.node: hf:{location} has no trained weights for pooled ({poolers[0]}); use class_token or "
+            "feature_map"
+        )
+    if others := sorted(set(unset) - set(poolers)):
+        raise CheckpointError(f"hf:{location}: the weights lack {len(others)} tensors, among them {others[0]}")
+    return tower

@@ -1,0 +1,88 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
+
+from captionlib.serving.config import ServingConfig
+
+from .example_site import make_site
+from .test_pages import make_png
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    config = ServingConfig(allowed_hosts=("testserver",), log_requests=True)
+    app = make_site(tmp_path_factory.mktemp("site"), 20, config, with_captioner=True)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+
+
+def read_metrics(client: TestClient) -> dict[tuple[str, ...], float]:
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    return {
+        (sample.name, *(sample.labels[name] for name in sorted(sample.labels) if name != "le")): sample.value
+        for family in families
+        for sample in family.samples
+        if not sample.name.endswith(("_created", "_bucket"))
+    }
+
+
+def test_metrics_count_requests_thumbnails_and_models(client: TestClient) -> None:
+    before = read_metrics(client)
+    client.get("/api/v1/search?q=dog")
+    client.get("/api/v1/search?q=dog&limit=0")
+    client.get("/nothing/1")
+    client.get("/nothing/2")
+    for image in ("im1", "im1", "gone"):
+        client.get(f"/thumbnail/small?id={image}")
+    client.post("/api/v1/caption", files=[("images", ("x.png", make_png(), "image/png"))] * 2)
+    counts = {name: value - before.get(name, 0) for name, value in read_metrics(client).items()}
+    assert counts[("captionlib_requests_total", "/api/v1/search", "GET", "200")] == 1
+    assert counts[("captionlib_requests_total", "/api/v1/search", "GET", "422")] == 1
+    assert counts[("captionlib_requests_total", "other", "GET", "404")] == 2
+    assert counts[("captionlib_request_seconds_count", "/api/v1/search")] == 2
+    thumbnails = [counts[("captionlib_thumbnails_total", result)] for result in ("created", "stored", "failed")]
+    assert thumbnails == [1, 1, 1]
+    assert counts[("captionlib_model_seconds_count", "caption")] == 2
+
+
+def test_requests_are_logged_without_their_queries(client: TestClient, capsys: pytest.CaptureFixture[str]) -> None:
+    client.get("/api/v1/search?q=secret")
+    client.get("/nothing")
+    first, second = map(json.loads, capsys.readouterr().err.splitlines())
+    assert (first["method"], first["path"], first["status"]) == ("GET", "/api/v1/search", 200)
+    assert "secret" not in json.dumps(first)
+    assert second["status"] == 404
+
+
+def test_failure_of_the_server_is_a_problem_without_a_stack_trace(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.app.state.service, "snapshot", None)  # type: ignore[attr-defined]
+    response = client.get("/api/v1/search?q=dog")
+    assert (response.status_code, response.json()["detail"]) == (500, "the server failed; its log has the reason")
+    assert client.get("/", headers={"accept": "text/html"}).text.count("Traceback") == 0
+
+
+def test_metrics_of_several_processes_are_added_up(tmp_path: Path) -> None:
+    program = "from captionlib.serving.monitoring import *; THUMBNAILS.labels('stored').inc(); "
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    for _ in range(2):
+        command = [sys.executable, "-c", program + "print(format_metrics().decode())"]
+        output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    assert 'captionlib_thumbnails_total{result="stored"} 2.0' in output
+
+
+def test_images_are_captioned_one_by_one(client: TestClient) -> None:
+    files = [("images", (name, content, "image/png")) for name, content in (("a", make_png()), ("b", b"text"))]
+    first, second = client.post("/api/v1/caption", files=files).json()["images"]
+    assert (first["name"], first["captions"][0]["caption"], first["problem"]) == ("a", "a teal square", None)
+    assert (second["captions"], second["problem"]["reason"]) == ([], "NotAnImage")
+    too_many = [("images", ("x.png", b"", "image/png"))] * 17
+    assert client.post("/api/v1/caption", files=too_many).status_code == 422
