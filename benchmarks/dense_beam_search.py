@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.bars import report
 from benchmarks.decoding_speed import BATCH, FEATURE_SIZE, build_captioner
 from captionlib.data.text.vocabulary import END, UNKNOWN
-from captionlib.models.captioners.captioner import Captioner
+from captionlib.models.captioners.captioner import CaptionerNetwork
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
 
@@ -25,7 +25,7 @@ VOCABULARY_SIZES = (2500, 9500)
 class DenseSearch:
     """Beam search with `nn.LSTMCell`, whose scores and length normalization equal captionlib's."""
 
-    def __init__(self, model: Captioner) -> None:
+    def __init__(self, model: CaptionerNetwork) -> None:
         w_ih, w_hh, b_ih, b_hh = model.recurrence.all_weights[0]
         self._model = model
         self._cell = nn.LSTMCell(w_ih.shape[1], w_hh.shape[1])
