@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.markers import compute_checksum, part_name
+from captionlib.data.shards.schemas import add_missing_columns
 from captionlib.errors import DatasetError
 from captionlib.search.index_folder import InputShard
-from captionlib.search.rows import CANDIDATES, COLUMNS
+from captionlib.search.rows import CANDIDATES, ROWS
 
 __all__ = [
     "check_datasets_match",
@@ -81,7 +82,12 @@ def open_shard(dataset: ShardedDataset, shard: int, checksum: str) -> Iterator[p
 
 def read_caption_rows(parquet: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
     """Yields the rows of a captions shard, with only the columns that an index stores."""
-    yield from parquet.iter_batches(_TEXT_BATCH_ROWS, columns=[*COLUMNS, *CANDIDATES.names])
+    schema = pa.schema([*ROWS, *CANDIDATES])
+    for batch in parquet.iter_batches(_TEXT_BATCH_ROWS, columns=schema.names):
+        candidates = batch["candidates"].cast(CANDIDATES.field(0).type)  # they may have no scores
+        yield add_missing_columns(
+            batch.set_column(batch.schema.get_field_index("candidates"), CANDIDATES.field(0), candidates), schema
+        )
 
 
 def match_embeddings_to_captions(

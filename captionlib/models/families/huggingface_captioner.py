@@ -84,6 +84,8 @@ class HuggingFaceCaptioner:
             for name, value in to_dict(config.decoding).items()
             if name not in (*_UNSUPPORTED, "diversity_penalty")
         }
+        if config.decoding.rerank.method != "none":
+            decoding["rerank"] = to_dict(config.decoding.rerank)
         return {"decoding": decoding, "dtype": config.dtype, "prompt": config.prompt}
 
     def prepare(self, config: "GenerationConfig") -> GenerateCaptions:
@@ -136,6 +138,8 @@ class HuggingFaceCaptioner:
         """Raises ConfigError if the model does not support a setting."""
         default = DecodingConfig()
         for name in _UNSUPPORTED:
+            if name == "rerank" and config.decoding.rerank.method == "image_text":
+                continue
             if getattr(config.decoding, name) != getattr(default, name):
                 raise ConfigError(f"decoding.{name}: models with the prefix hf: do not support it; leave it out")
         if config.attention_maps:
@@ -227,7 +231,7 @@ def _map_decoding(config: DecodingConfig) -> dict[str, Any]:
         "min_length": 0,
         "no_repeat_ngram_size": config.no_repeat_ngram_size,
         "repetition_penalty": 1.0,
-        "num_return_sequences": config.n_best,
+        "num_return_sequences": config.pool_size,
         "num_beams": config.beam_width,
         "do_sample": False,
         "length_penalty": config.length_penalty,
