@@ -56,7 +56,9 @@ class _SectionedCommand(click.Command):
 @click.option("--image-id", metavar="ID", help="The row of one image.")
 @click.option("--where", metavar="CONDITION", help="SQL condition, such as \"split = 'val' AND log_prob > -10\".")
 @click.option(
-    "--sort", type=click.Choice(["relevance", "log_prob"]), help="Order of the results of --text. [default: relevance]"
+    "--sort",
+    type=click.Choice(["relevance", "log_prob", "image_text_score"]),
+    help="Order of the results of --text. [default: relevance]",
 )
 @click.option("--ranker", "-r", metavar="FOLDER", help="Ranker (dual encoder) that computed the embeddings.")
 @click.option("--captioner", "-c", metavar="FOLDER", help="With --image, caption the image instead of searching.")
@@ -112,8 +114,8 @@ def command(
 ) -> None:
     """Search an index, or query captions or any other dataset in FOLDER. Several datasets are queried as one.
 
-    An index is searched by text, sentence or image. --where filters by image_id, uri, split, caption, log_prob and
-    tokens. A remote index is copied to this machine once.
+    An index is searched by text, sentence or image. --where filters by image_id, uri, split, caption, log_prob, tokens
+    and image_text_score. A remote index is copied to this machine once.
 
     A dataset is queried with SQL. Its rows are in a view named after its kind: captions, features, manifest, embeddings
     or duplicates. A second view, named failures, contains the images that could not be processed. Both include only

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.markers import compute_checksum, part_name
+from captionlib.data.shards.schemas import add_missing_columns
 from captionlib.errors import DatasetError
 from captionlib.search.index_folder import InputShard
-from captionlib.search.rows import CANDIDATES, COLUMNS
+from captionlib.search.rows import CANDIDATES, ROWS
 
 __all__ = [
     "check_datasets_match",
@@ -109,12 +110,17 @@ def find_kept_rows(parquet: pq.ParquetFile, left_out: frozenset[str]) -> npt.NDA
 
 
 def read_caption_rows(parquet: pq.ParquetFile, kept: npt.NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
-    """Yields the columns of a captions shard that an index contains, for the rows that are kept, `[rows]`."""
+    """Yields the rows of a captions shard that are kept, `[rows]`, with only the columns that an index stores."""
+    schema = pa.schema([*ROWS, *CANDIDATES])
     start = 0
-    for batch in parquet.iter_batches(_TEXT_BATCH_ROWS, columns=[*COLUMNS, *CANDIDATES.names]):
+    for batch in parquet.iter_batches(_TEXT_BATCH_ROWS, columns=schema.names):
         mask = kept[start : start + batch.num_rows]
-        yield batch if mask.all() else batch.filter(pa.array(mask))
         start += batch.num_rows
+        rows = batch if mask.all() else batch.filter(pa.array(mask))
+        candidates = rows["candidates"].cast(CANDIDATES.field(0).type)  # they may have no scores
+        yield add_missing_columns(
+            rows.set_column(rows.schema.get_field_index("candidates"), CANDIDATES.field(0), candidates), schema
+        )
 
 
 def match_embeddings_to_captions(

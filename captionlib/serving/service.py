@@ -143,6 +143,7 @@ class SearchService:
             image_id=image_id,
             caption=row["caption"],
             log_prob=row["log_prob"],
+            image_text_score=row["image_text_score"],
             split=row["split"],
             thumbnail_url=_thumbnail_url(image_id, "small"),
             preview_url=_thumbnail_url(image_id, "large"),
@@ -225,7 +226,7 @@ def _read_cursor(cursor: str | None, search: tuple[object, ...]) -> int:
 
 def _to_results(table: pa.Table) -> list[SearchResult]:
     """Converts rows of the index, omitting the URIs of the images."""
-    rows = table.select(["image_id", "caption", "log_prob", "split", "score"]).to_pylist()
+    rows = table.select(["image_id", "caption", "log_prob", "image_text_score", "split", "score"]).to_pylist()
     return [SearchResult(**row, thumbnail_url=_thumbnail_url(row["image_id"], "small")) for row in rows]
 
 

@@ -85,8 +85,8 @@ class ShardedDataset:
         layout: id of the compaction that divided the images into these shards; empty if there was none. A dataset has
             the layout of its source; see `captionlib.data.shards.compaction`.
         source_checksum: content checksum of the source when this dataset was created; empty if unknown.
-        encoder_weights: path or URL of the weights file of the encoder of features. It is no part of the fingerprint,
-            which contains a hash of the weights. Empty if there is no such file.
+        encoder_weights: path or URL of the weights file of the encoder that computed the features; empty if there is no
+            such file. The fingerprint depends on a hash of the weights, not on this path.
     """
 
     folder: Folder
@@ -437,7 +437,7 @@ def create_dataset(
         source: the dataset that this one is made from.
         lineage: id of the manifest that the images come from. If None, the lineage of `source` is used or, without a
             source, the fingerprint.
-        encoder_weights: path or URL of the encoder's weights file, if the dataset contains features from one.
+        encoder_weights: path or URL of the weights file of the encoder, if the dataset contains its features.
         overwrite: first delete an existing dataset in the folder.
 
     Raises:
