@@ -24,6 +24,7 @@ __all__ = ["command"]
     metavar="FOLDER",
     help="Embeddings of the same images, for semantic search. Repeatable, in the order of CAPTIONS.",
 )
+@click.option("--duplicates", metavar="FOLDER", help="Leave out duplicates, as listed by `captionlib deduplicate`.")
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The index to create or update.")
 @click.option("--language", metavar="NAME", help="Caption language, such as german; short for --set language=...")
 @config_options
@@ -35,6 +36,7 @@ __all__ = ["command"]
 def command(
     arguments: tuple[str, ...],
     embeddings: tuple[str, ...],
+    duplicates: str | None,
     output: str,
     language: str | None,
     config: str | None,
@@ -52,12 +54,15 @@ def command(
     that no longer exist. `serve` and open indexes switch to the new version while they run. An image id may occur only
     once in all CAPTIONS.
 
+    With --duplicates, only the kept image of each group is indexed. Without it, the command adds the others again.
+
     \b
     Examples:
       captionlib build-index captions -o index
       captionlib build-index captions -o index --serve
       captionlib build-index captions -e embeddings -o index --workers 2
       captionlib build-index captions-2025 captions-2026 -e embeddings-2025 -e embeddings-2026 -o index
+      captionlib build-index captions -e embeddings -o index --duplicates duplicates
       captionlib build-index captions -e embeddings -o index --language german --overwrite
       captionlib build-index captions -e embeddings -o index --set vectors=pq --set nprobe=128
       captionlib build-index s3://b/captions -e s3://b/embeddings -o s3://b/index -- --runner=FlinkRunner
@@ -76,7 +81,7 @@ def command(
         raise click.UsageError("expected one or more folders CAPTIONS before the options of Beam, got none.")
     settings = load_config(IndexConfig, config, overrides)
     run = RunConfig(workers, beam_options, overwrite=overwrite)
-    build, index = build_index(captions, output, settings, embeddings=embeddings, run=run)
+    build, index = build_index(captions, output, settings, embeddings=embeddings, duplicates=duplicates, run=run)
     if build.outgrown is not None:
         lists = f"{build.outgrown.nlist:,} lists of {build.outgrown.encoding} vectors for {build.outgrown.rows:,} rows"
         click.echo(f"{index.captions_count:,} rows are too many for {lists}; trained new centroids", err=True)

@@ -19,7 +19,9 @@ __all__ = ["command"]
     help="scores.json of captionlib evaluate, to show with its confidence intervals. Repeatable.",
 )
 @weights_option
-@click.option("--without-encoder", is_flag=True, help="Only name the weights file of the encoder, with its hash.")
+@click.option(
+    "--without-encoder", is_flag=True, help="Leave out the encoder's weights; only name the file and its hash."
+)
 @click.option("--with-datastore", is_flag=True, help="Include the datastore, which contains training captions.")
 def command(
     checkpoint: str,

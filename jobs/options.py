@@ -88,7 +88,7 @@ serve_option = click.option(
 
 
 def serve_when_done(folder: str, port: int | None, *before: str) -> None:
-    """Runs the commands `before` and then `captionlib serve` on a folder, unless `port` is None."""
+    """If `port` is not None, runs the commands `before` on a folder, and then serves it."""
     if port is None:
         return
     root = click.get_current_context().find_root()

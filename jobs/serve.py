@@ -126,7 +126,7 @@ def command(
 
 @contextmanager
 def _shared_metrics(workers: int) -> Iterator[None]:
-    """Makes a folder in which the metrics of several processes are added up."""
+    """Creates a folder through which several server processes share their metrics."""
     if workers == 1:
         yield
         return

@@ -36,8 +36,8 @@ def extract_features(
         manifest: folder of a complete manifest.
         output: folder of the features dataset to write.
         config: settings for the encoder and for image loading.
-        limit: encode only a sample of this number of images, evenly spaced over the manifest. `output` is then a
-            dataset of these images, which a run on all images does not continue.
+        limit: encode only a sample of this number of images, evenly spaced over the manifest. To encode all images
+            later, use a different output folder.
         device: auto, cpu, cuda or cuda:N.
         run: workers, runner and error handling.
 
@@ -50,7 +50,7 @@ def extract_features(
         FailureRatioError: more images failed than `run` allows.
     """
     config = replace(
-        config, encoder=config.encoder.resolve_weights_path(), loading=run.limit_decoder_processes(config.loading)
+        config, encoder=config.encoder.resolve_paths(), loading=run.limit_decoder_processes(config.loading)
     )
     source = open_dataset(manifest, "manifest").require_complete()
     driver_device, worker_device = run.resolve_devices(device)

@@ -117,6 +117,8 @@ def export_images(
 
 @dataclass(frozen=True)
 class _Export:
+    """An export to a folder. A `part` is the number of a tar or subfolder of the export."""
+
     folder: Folder
     to: ExportFormat
     selection: ImageSelection
@@ -144,7 +146,7 @@ class _Export:
             )
 
     def read_counts(self, part: int) -> ExportSummary | None:
-        """Returns the counts of a finished tar or folder, or None if it or its counts are missing or damaged."""
+        """Returns the counts of a finished part. None if the part is missing, or its counts are missing or damaged."""
         try:
             counts = _SUMMARY.validate_python(decode_record(self.folder.read(self._counts_file(part))))
         except (FileNotFoundError, ValueError):
@@ -173,7 +175,7 @@ class _Export:
     def write_shard(
         self, part: int, dataset: ShardedDataset, shard: int, fetcher: ImageFetcher, threads: ThreadPoolExecutor
     ) -> ExportSummary:
-        """Writes one tar or folder, and then the file with its counts, which marks it as finished."""
+        """Writes a part, and then the file with its counts, which marks the part as finished."""
         failures = Counter[str]()
         samples = self._read_samples(dataset, shard, fetcher, threads, failures)
         write = self._write_tar if self.to == "webdataset" else self._write_folder
@@ -190,7 +192,7 @@ class _Export:
         threads: ThreadPoolExecutor,
         failures: Counter[str],
     ) -> Iterator[tuple[dict[str, Any], bytes]]:
-        """Yields the selected rows with the bytes of their images, and counts the images that cannot be read."""
+        """Yields the selected rows with the bytes of their images. Counts unreadable images in `failures`."""
 
         def fetch(row: dict[str, Any]) -> bytes | FetchError:
             try:
@@ -210,6 +212,7 @@ class _Export:
                     yield row, content
 
     def _write_tar(self, name: str, samples: Iterator[tuple[dict[str, Any], bytes]]) -> int:
+        """Returns the number of written images."""
         count = 0
         with self.folder.stage(f"{name}.tar") as path, tarfile.open(path, "w") as tar:
             for row, content in samples:
@@ -226,6 +229,7 @@ class _Export:
         return count
 
     def _write_folder(self, name: str, samples: Iterator[tuple[dict[str, Any], bytes]]) -> int:
+        """Returns the number of written images."""
         self.folder.remove(name)  # an interrupted run may have left images
         lines: list[str] = []
         for row, content in samples:

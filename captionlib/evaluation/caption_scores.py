@@ -57,13 +57,14 @@ def score_captions(
             "pass the manifest that lists these images, and a split that has references"
         )
     ids = list(captions)
-    tokenized = _tokenize([{i: [captions[i]] for i in ids}, {i: list(references[i]) for i in ids}])
-    if not any(text for texts in tokenized[1].values() for text in texts):
+    sets = [{i: [captions[i]] for i in ids}, {i: list(references[i]) for i in ids}]
+    tokenized_captions, tokenized_references = _tokenize(sets)
+    if not any(text for texts in tokenized_references.values() for text in texts):
         raise DatasetError(f"the references of all {len(ids)} captions are empty; pass references that contain words")
     functions = [compute_bleu, compute_meteor, compute_rouge_l, compute_cider]
     if not has_java():
         functions.remove(compute_meteor)
-    metrics = [*(function(*tokenized) for function in functions), *extra_metrics]
+    metrics = [*(function(tokenized_captions, tokenized_references) for function in functions), *extra_metrics]
     return summarize(metrics, ids, bootstrap)
 
 

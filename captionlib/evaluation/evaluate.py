@@ -95,7 +95,7 @@ def evaluate_captions(
         device: the device of the captioner.
 
     Raises:
-        ConfigError: `features` without `checkpoint`, or a checkpoint without images.
+        ConfigError: `features` is given without `checkpoint`, or `checkpoint` without features or a manifest.
         DatasetError: there are no captions in these splits, they have no references, or `require_all` is violated.
         SubprocessError: Java fails.
     """

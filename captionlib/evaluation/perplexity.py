@@ -47,13 +47,13 @@ def measure_perplexity(
     captioner = open_captioner(checkpoint, device)
     if not isinstance(captioner, SentenceScorer):
         raise CheckpointError(
-            f"{os.fspath(checkpoint)}: captioners of this family do not compute the perplexity of references; leave "
+            f"{os.fspath(checkpoint)}: this captioner does not compute the probability of given sentences; leave "
             "--checkpoint out"
         )
     dataset = open_dataset(images).require_complete()
-    source = choose_input_transform(dataset, captioner, None, device, None)
+    transform = choose_input_transform(dataset, captioner, weights=None, device=device, threads=None)
     sums: dict[str, tuple[float, int]] = {}
-    with open_input_loader([source], [captioner], LoadingConfig(), _BATCH_IMAGES, device, None) as load:
+    with open_input_loader([transform], [captioner], LoadingConfig(), _BATCH_IMAGES, device, threads=None) as load:
         for rows, (inputs,) in load(_read_referenced(dataset, references), lambda _row, _error: None):
             ids = [row["image_id"] for row in rows]
             scores = captioner.score_sentences(inputs, [references[image_id] for image_id in ids])

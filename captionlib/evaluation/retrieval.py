@@ -89,7 +89,7 @@ def score_ranker(
     splits: Sequence[str] = (),
     protocol: RetrievalProtocol = PROTOCOLS["all"],
 ) -> RetrievalScores:
-    """Scores a ranker on the images and references of a complete features dataset. If `splits` is empty, uses all.
+    """Scores a ranker on images and references of a complete features dataset. Without `splits`, all splits are used.
 
     Raises:
         CheckpointError: the features come from a different encoder than the ranker's.

@@ -110,8 +110,9 @@ class Index:
     """An open index, returned by `open_index`. This class is thread-safe.
 
     Every search returns an Arrow table, best row first, with the columns image_id, uri, split, caption, log_prob,
-    tokens and score. The score is BM25 for text, the inner product for vectors, and reciprocal rank fusion for both.
-    Every search takes `limit`, `offset` and `where`, which is a `Filter` or a SQL condition.
+    tokens, image_text_score (null if captions have no scores) and score. The score is BM25 for text, the inner product
+    for vectors, and reciprocal rank fusion for both. Every search takes `limit`, `offset` and `where`, which is a
+    `Filter` or a SQL condition.
 
     A build publishes a new version of the index, and an open index switches to it between searches. Use `snapshot` for
     several searches of the same version.
@@ -152,7 +153,7 @@ class Index:
         return self.has_vectors and self._ranker is not None
 
     def snapshot(self) -> "Index":
-        """Returns an index that stays at the version that is the newest now, for several searches of one version."""
+        """Returns an index that never changes to a newer version, for several searches of the same version."""
         if self._refresh_seconds is not None and time.monotonic() >= self._checked_at + self._refresh_seconds:
             self.try_refresh()
         snapshot = copy.copy(self)
@@ -250,7 +251,8 @@ class Index:
             limit: maximum number of rows.
             offset: number of rows to skip.
             where: restricts the search to matching images.
-            sort: `relevance` sorts by BM25 score, `log_prob` by log-probability.
+            sort: `relevance` sorts by BM25 score, `log_prob` by log-probability, and `image_text_score` by the
+                similarity of caption and image; captions without such a score are omitted.
 
         Raises:
             QueryError: the query contains no words other than stop words, or the condition is invalid.
@@ -441,12 +443,12 @@ def open_index(
     cache: str | os.PathLike[str] | None = None,
     refresh_seconds: float | None = 1.0,
 ) -> Index:
-    """Opens an index for searching. A remote index is copied to this machine; for a new version, only the new files.
+    """Opens an index for searching. The files of a remote index are copied to this machine, each of them only once.
 
     Example:
         >>> index = captionlib.open_index("index", ranker="ranker")
         >>> index.search_text("circle", limit=5).column_names
-        ['image_id', 'uri', 'split', 'caption', 'log_prob', 'tokens', 'score']
+        ['image_id', 'uri', 'split', 'caption', 'log_prob', 'tokens', 'image_text_score', 'score']
         >>> index.search_sentence("a red ring", limit=5, where="split = 'test'").num_rows
         4
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captionlib.data.shards.schemas import captions_schema
+from captionlib.data.shards.schemas import add_missing_columns, captions_schema
 from captionlib.errors import DatasetError, QueryError
 from captionlib.search.sql.session import SqlLimits, connect, restrict_connection
 from captionlib.search.sql.statements import check_condition, check_reads_only, describe_error
@@ -33,11 +33,12 @@ __all__ = [
     "write_rows",
 ]
 
-COLUMNS = ("image_id", "uri", "split", "caption", "log_prob", "tokens")
-"""The columns of a captions dataset that search results show."""
+COLUMNS = ("image_id", "uri", "split", "caption", "log_prob", "tokens", "image_text_score")
+"""The columns of a captions dataset that search results show. `image_text_score` is null if captions have no scores."""
 
-ROWS = pa.schema([captions_schema().field(name) for name in COLUMNS])
-CANDIDATES = pa.schema([captions_schema().field("candidates")])
+_CAPTIONS = captions_schema(has_scores=True)
+ROWS = pa.schema([_CAPTIONS.field(name) for name in COLUMNS])
+CANDIDATES = pa.schema([_CAPTIONS.field("candidates")])
 
 _ROW = pa.field("row", pa.int64(), nullable=False)
 _CANDIDATES_BATCH_ROWS = 512  # to read a row, its batch and the batches before it are decompressed
@@ -68,7 +69,7 @@ def write_rows(rows_path: Path, candidates_path: Path, batches: Iterable[pa.Reco
 
 
 def read_rows(path: Path) -> Iterator[pa.RecordBatch]:
-    """Maps an Arrow file into memory and yields its batches.
+    """Maps an Arrow file into memory and yields its batches, with all columns of `ROWS`.
 
     Raises:
         DatasetError: the file is missing or invalid.
@@ -76,7 +77,7 @@ def read_rows(path: Path) -> Iterator[pa.RecordBatch]:
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         for index in range(reader.num_record_batches):
-            yield reader.get_batch(index)
+            yield add_missing_columns(reader.get_batch(index), ROWS)
     except (OSError, pa.ArrowInvalid) as error:
         raise DatasetError(f"{path} cannot be read ({error}); build the index again with --overwrite") from error
 

@@ -21,7 +21,7 @@ from captionlib.search.vector_index import Hits, RowNumbers
 
 __all__ = ["Sort", "TextIndex", "write_text_index"]
 
-Sort = Literal["relevance", "log_prob"]
+Sort = Literal["relevance", "log_prob", "image_text_score"]
 
 _ANALYZER = "captions"
 _WRITER_BYTES = 128_000_000
@@ -39,7 +39,7 @@ class _Clause(NamedTuple):
 
 
 def write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch]) -> None:
-    """Writes a text index to a new folder. `rows` have the columns row, image_id, split, caption and log_prob.
+    """Writes a text index to a new folder. `rows` have the columns of `ROWS`, and row.
 
     The index is always built from scratch. If captions were removed from an existing index, Tantivy would only mark
     them as removed: they would remain in the files and in the word counts that determine BM25 scores.
@@ -62,8 +62,9 @@ def _write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch])
     # With one thread, the same captions in the same order give the same scores.
     writer = index.writer(_WRITER_BYTES, 1)
     for batch in rows:
-        for row in batch.select(["row", "image_id", "split", "caption", "log_prob"]).to_pylist():
-            writer.add_document(tantivy.Document.from_dict(row, index.schema))
+        for row in batch.select(["row", "image_id", "split", "caption", "log_prob", "image_text_score"]).to_pylist():
+            values = {name: value for name, value in row.items() if value is not None}
+            writer.add_document(tantivy.Document.from_dict(values, index.schema))
     writer.commit()
     writer.wait_merging_threads()
     for lock in path.glob(".tantivy-*.lock"):
@@ -76,6 +77,7 @@ def _make_schema() -> tantivy.Schema:
     builder.add_text_field("image_id", tokenizer_name="raw", index_option="basic")
     builder.add_text_field("split", tokenizer_name="raw", index_option="basic")
     builder.add_float_field("log_prob", indexed=True, fast=True)
+    builder.add_float_field("image_text_score", indexed=True, fast=True)
     builder.add_integer_field("row", indexed=True, fast=True)
     return builder.build()
 
@@ -177,7 +179,13 @@ class TextIndex:
             return Hits.empty()
         order_by = None if sort == "relevance" else sort
         limit = min(limit, max(1, len(self)))
-        return self._to_hits(self._searcher.search(query, limit, count=False, order_by_field=order_by).hits)
+        try:
+            hits = self._searcher.search(query, limit, count=False, order_by_field=order_by).hits
+        except ValueError as error:
+            if order_by != "image_text_score":
+                raise
+            raise QueryError("the index has no image_text_score; build it again with --overwrite") from error
+        return self._to_hits([hit for hit in hits if hit[0] is not None])  # captions may have no score
 
     def _to_hits(self, scored_addresses: list[tuple[Any, Any]]) -> Hits:
         rows = self._searcher.fast_field_values("row", [address for _, address in scored_addresses])

@@ -28,7 +28,7 @@ from captionlib.serving.uploads import Uploads
 __all__ = ["API", "ImageId", "Service", "ThumbnailStore", "UploadQueue", "read_state", "router"]
 
 API = "/api/v1"
-"""Prefix of the paths of the API. A change that breaks clients gets a new one."""
+"""Prefix of the paths of the API. A change that breaks clients gets a new prefix."""
 
 _MAX_CAPTIONED_IMAGES = 16
 _THUMBNAIL_HEADERS = {"Cache-Control": "private, max-age=86400"}

@@ -15,7 +15,7 @@ PROBLEM_TYPE = "application/problem+json"
 
 _DESCRIPTIONS = {
     400: "The request cannot be executed, or the image cannot be read.",
-    404: "The image is not in the index, or the server has no model for this.",
+    404: "The image is not in the index, or the server has not loaded the model that the request needs.",
     408: "The body of the request arrived too slowly.",
     413: "The uploaded images are too large.",
     422: "A parameter is missing or is not valid.",
@@ -45,7 +45,7 @@ def describe_problems(*status_codes: int) -> dict[int | str, dict[str, Any]]:
 
 
 def add_problem_type(app: FastAPI) -> None:
-    """Makes the OpenAPI schema name the media type of errors. FastAPI describes all models as application/json."""
+    """Sets the media type of errors in the OpenAPI schema. By default, FastAPI describes them as application/json."""
     make_schema = app.openapi
 
     def make_schema_with_type() -> Mapping[str, Any]:

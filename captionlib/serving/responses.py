@@ -27,6 +27,9 @@ class CaptionCandidate(BaseModel):
 
     caption: str
     log_prob: float = Field(description="Natural logarithm of the caption's probability.")
+    image_text_score: float | None = Field(
+        None, description="Cosine similarity of caption and image; null if no ranker has computed it."
+    )
 
 
 class SearchResult(CaptionCandidate):

@@ -143,6 +143,7 @@ class SearchService:
             image_id=image_id,
             caption=row["caption"],
             log_prob=row["log_prob"],
+            image_text_score=row["image_text_score"],
             split=row["split"],
             thumbnail_url=_thumbnail_url(image_id, "small"),
             preview_url=_thumbnail_url(image_id, "large"),
@@ -203,11 +204,15 @@ class SearchService:
 
 
 def make_cursor(offset: int, search: tuple[object, ...]) -> str:
-    """Returns the cursor of the results of a search from an offset. It contains a checksum of the search."""
+    """Returns the cursor that continues a search at an offset.
+
+    The cursor contains a checksum of `search`: the query, mode, split and minimum log-probability.
+    """
     return f"{offset}-{zlib.crc32(repr(search).encode('utf-8', 'surrogatepass')):08x}"
 
 
 def _read_cursor(cursor: str | None, search: tuple[object, ...]) -> int:
+    """Returns the offset in a cursor, or 0 if there is no cursor. See `make_cursor`."""
     if not cursor:
         return 0
     found = re.fullmatch("([0-9]{1,5})-[0-9a-f]{8}", cursor)
@@ -221,7 +226,7 @@ def _read_cursor(cursor: str | None, search: tuple[object, ...]) -> int:
 
 def _to_results(table: pa.Table) -> list[SearchResult]:
     """Converts rows of the index, omitting the URIs of the images."""
-    rows = table.select(["image_id", "caption", "log_prob", "split", "score"]).to_pylist()
+    rows = table.select(["image_id", "caption", "log_prob", "image_text_score", "split", "score"]).to_pylist()
     return [SearchResult(**row, thumbnail_url=_thumbnail_url(row["image_id"], "small")) for row in rows]
 
 

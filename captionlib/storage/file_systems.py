@@ -82,7 +82,7 @@ def is_known_protocol(protocol: str) -> bool:
 def is_chained(address: str) -> bool:
     """Returns whether fsspec would chain file systems.
 
-    A `::` in a web URL or a local path does not. In an object key, it does only before a known protocol or a URL.
+    A `::` in a web URL or a local path is not a chain. In an object key, it is one only before a known protocol or URL.
     """
     protocol, address = split_protocol(address)
     if not protocol:

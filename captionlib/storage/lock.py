@@ -62,7 +62,7 @@ def _acquire(folder: Folder, holder: Mapping[str, Any]) -> None:
         current = _decode(content)
         if not _is_stale(current):
             raise _locked_error(folder, current)
-        folder.remove_equal_file(LOCK_FILE, content)  # but keep a lock that another process took over meanwhile
+        folder.remove_equal_file(LOCK_FILE, content)  # unless another process has replaced it meanwhile
     created = folder.create(LOCK_FILE, _encode(holder))
     winner = _decode(_read(folder))
     if not created or winner.get("owner") != holder["owner"]:  # some object stores let the last writer win

@@ -169,7 +169,7 @@ def train_captioner(
         group = ProcessGroup()
         dataset = open_dataset(features, "features").require_complete()
         require_other_folder(config.init_from, folder)
-        group.run_on_first(lambda: prepare_run_folder(folder, overwrite))
+        group.run_on_process_0(lambda: prepare_run_folder(folder, overwrite))
         next(read_captions(dataset, config.validation_splits))  # raises an error now if there are no captions
         seed_everything(config.training.seed)
         model, vocabulary, config, provenance = _initialize(config, dataset, weights)
@@ -224,8 +224,8 @@ def _make_objective(
         model.encoder_top.requires_grad_(config.encoder_top_learning_rate > 0)
 
     def save(output: Folder, model: CaptionerNetwork, history: dict[str, Any]) -> None:
-        encoder, stamped = dataset.config["encoder"], add_versions_and_time(provenance)
-        save_captioner(output, model, vocabulary, encoder, provenance=stamped, training=history)
+        encoder, complete = dataset.config["encoder"], add_versions_and_time(provenance)
+        save_captioner(output, model, vocabulary, encoder, provenance=complete, training=history)
 
     if config.objective == "bag_of_words":
         return BagOfWordsObjective(model, training, validation, save, module_learning_rates=module_learning_rates)

@@ -72,7 +72,7 @@ class ProcessGroup:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
-    def run_on_first(self, function: Callable[[], Value]) -> Value:
+    def run_on_process_0(self, function: Callable[[], Value]) -> Value:
         """Calls a function in process 0. All processes return its result or raise its error."""
         if self.world_size == 1:
             return function()

@@ -128,7 +128,7 @@ def finetune_captioner(
     with join_process_group(resolve_device(device)) as process_device:
         group = ProcessGroup()
         encoder = _load_trainable_encoder(initial, weights, config.encoder.from_node, process_device)
-        group.run_on_first(lambda: prepare_run_folder(folder, overwrite))
+        group.run_on_process_0(lambda: prepare_run_folder(folder, overwrite))
         training = read_captioned_rows(dataset, config.train_splits)
         validation = read_captioned_rows(dataset, config.validation_splits)
         resolved = {
@@ -141,8 +141,8 @@ def finetune_captioner(
         provenance = {
             "manifest": dataset.compute_content_checksum(),
             "data": {
-                "training": _count(config.train_splits, training),
-                "validation": _count(config.validation_splits, validation),
+                "training": _describe_rows(config.train_splits, training),
+                "validation": _describe_rows(config.validation_splits, validation),
             },
             "init_from": origin,
         }
@@ -158,8 +158,8 @@ def finetune_captioner(
                     print(f"{skipped.describe()}: see {folder.address(FAILURES_FOLDER)}", file=sys.stderr)
 
 
-def _count(splits: Sequence[str], rows: pa.Table) -> dict[str, Any]:
-    """Returns the numbers of images and captions, for the provenance."""
+def _describe_rows(splits: Sequence[str], rows: pa.Table) -> dict[str, Any]:
+    """Returns the splits, and the numbers of images and captions, for the checkpoint's record of its training data."""
     captions = pc.sum(pc.list_value_length(rows["captions"])).as_py()
     return {"splits": list(splits), "images": len(rows), "captions": captions}
 

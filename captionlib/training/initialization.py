@@ -71,7 +71,7 @@ def build_captioner(
 def describe_features(
     dataset: ShardedDataset, train_splits: Sequence[str], validation_splits: Sequence[str]
 ) -> dict[str, Any]:
-    """Returns the provenance of a model that is trained on a features dataset."""
+    """Returns the provenance (record of the training data) of a model that is trained on a features dataset."""
     provenance = {
         "features": dataset.compute_content_checksum(),
         "data": describe_data(dataset, train_splits, validation_splits),

@@ -117,7 +117,7 @@ class _Run(Generic[Batch, Model]):
 
     def resume(self) -> None:
         """Restores the last saved state, if there is one, and writes the settings of the run."""
-        saved = self.group.run_on_first(lambda: load_state(self._output, self._resolved))
+        saved = self.group.run_on_process_0(lambda: load_state(self._output, self._resolved))
         if saved is not None:
             self.state, state_dicts = saved
             self._objective.model.load_state_dict(state_dicts["model"])
@@ -160,7 +160,7 @@ class _Run(Generic[Batch, Model]):
 
     def require_checkpoint(self) -> None:
         """Raises DatasetError if the folder no longer holds the checkpoint of the best epoch."""
-        if self.state.best_epoch >= 0 and not self.group.run_on_first(lambda: self._output.exists(WEIGHTS)):
+        if self.state.best_epoch >= 0 and not self.group.run_on_process_0(lambda: self._output.exists(WEIGHTS)):
             raise DatasetError(
                 f"{self._output.uri} does not hold the checkpoint of epoch {self.state.best_epoch + 1}, because files "
                 "were removed or moved; train again with --overwrite"
@@ -254,7 +254,7 @@ class _Run(Generic[Batch, Model]):
         with nullcontext() if self._average is None else apply_average(model, self._average):
             model.eval()
             with torch.inference_mode():
-                scores = self.group.run_on_first(self._objective.validate)
+                scores = self.group.run_on_process_0(self._objective.validate)
             self._require_finite(scores)
             self._record_epoch(scores, progress)
         self.save()

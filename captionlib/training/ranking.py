@@ -218,7 +218,7 @@ def train_ranker(
     with join_process_group(resolve_device(device)) as process_device:
         group = ProcessGroup()
         dataset = open_dataset(features, "features").require_complete()
-        group.run_on_first(lambda: prepare_run_folder(folder, overwrite))
+        group.run_on_process_0(lambda: prepare_run_folder(folder, overwrite))
         next(read_captions(dataset, config.validation_splits))  # raises an error now if there are no captions
         objective = _make_objective(dataset, config, process_device)
         resolved = {"features": dataset.compute_content_checksum(), "world_size": group.world_size, **to_dict(config)}
@@ -241,7 +241,7 @@ def _make_objective(dataset: ShardedDataset, config: RankerTrainingConfig, devic
     provenance = describe_features(dataset, config.train_splits, config.validation_splits)
 
     def save(output: Folder, model: RankerNetwork, history: dict[str, Any]) -> None:
-        encoder, stamped = dataset.config["encoder"], add_versions_and_time(provenance)
-        save_ranker(output, model, vocabulary, encoder, provenance=stamped, training=history)
+        encoder, complete = dataset.config["encoder"], add_versions_and_time(provenance)
+        save_ranker(output, model, vocabulary, encoder, provenance=complete, training=history)
 
     return RankingObjective(model.to(device), config, training, validation, save)

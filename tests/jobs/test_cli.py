@@ -78,7 +78,7 @@ def test_choices_and_defaults_equal_those_of_the_library() -> None:
 
 def test_help_lists_all_commands_in_order() -> None:
     text = CliRunner().invoke(captionlib, ["--help"]).output
-    positions = [text.index(f"\n  {name}") for name in NAMES]
+    positions = [text.index(f"\n  {name} ") for name in NAMES]
     assert positions == sorted(positions)
 
 

@@ -50,3 +50,10 @@ def test_ranker_and_sentences_of_the_configuration_are_used(tmp_path: Path, monk
 def test_limits_of_the_configuration_apply_to_uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(tmp_path, monkeypatch, max_image_pixels=1199) as client:
         assert upload(client).status_code == 400
+
+
+def test_errors_of_image_searches_are_documented(tmp_path: Path) -> None:
+    make_site(tmp_path, 10, with_models=False)
+    config = AppConfig(index=str(tmp_path / "index"), thumbnails=str(tmp_path / "thumbnails"))
+    paths = load_app(config).openapi()["paths"]
+    assert {"400", "404", "408", "413", "503"} <= paths["/api/v1/image-search"]["post"]["responses"].keys()

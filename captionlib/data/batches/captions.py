@@ -320,7 +320,10 @@ def mean_and_std(
 
 
 def _group_shards(dataset: ShardedDataset, buffer_bytes: int, pooled: bool) -> list[tuple[int, ...]]:
-    """Groups consecutive shards into buffers, assuming that all shards are as large as the largest."""
+    """Groups consecutive shards into buffers, assuming that all shards are as large as the largest.
+
+    The marker of a shard, the file that records that it is complete, contains the number of rows.
+    """
     largest = max((marker.rows for marker in dataset.read_markers().values()), default=1)
     width = dataset.schema.field("features").type.value_type.bit_width // 8
     row_bytes = 4 * feature_shape(dataset)[-1] if pooled else width * math.prod(feature_shape(dataset))

@@ -100,7 +100,7 @@ class Preprocessing:
         std: standard deviation of each channel, for pixels in 0..1.
         decode_scale: `exact` resizes from all pixels of the file. `fast` decodes a JPEG at 1/2, 1/4 or 1/8 of its
             size if the result is at least twice as large as the resized image.
-        stretch: resize both sides to `resize_size`, which changes the proportions, instead of the shorter side.
+        stretch: resize width and height to `resize_size`, which changes the proportions.
     """
 
     resize_size: int

@@ -36,7 +36,7 @@ class Changes:
         new: rows with an id that is not in the manifest.
         changed: rows whose version, URI, split or captions differ.
         gone: rows of the manifest that are not in the source.
-        unchanged: the other rows.
+        unchanged: rows of the source that equal those of the manifest.
     """
 
     new: int
@@ -50,7 +50,7 @@ class Changes:
 
 
 class Comparison:
-    """The rows that differ, in the tables of a temporary database. Created by `compare`."""
+    """The rows that differ between a source and a manifest, in a temporary database. Created by `compare`."""
 
     def __init__(
         self, database: duckdb.DuckDBPyConnection, staged: StagedRows, dataset: ShardedDataset, append: bool
@@ -98,20 +98,20 @@ class Comparison:
                     self._database.executemany("INSERT INTO changes VALUES (?, ?, ?)", found)
 
     def list_touched_shards(self) -> list[int]:
-        """Returns the sorted numbers of the shards that contain rows that changed or are gone."""
+        """Returns the sorted numbers of the shards with changed or gone rows."""
         return sorted(shard for (shard,) in self._database.execute(_LIST_TOUCHED).fetchall())
 
     def count_gone(self) -> dict[int, int]:
-        """Returns the number of rows that are gone, by shard."""
+        """Returns the number of gone rows by shard."""
         return dict(self._database.execute("SELECT shard, count(*) FROM gone GROUP BY shard").fetchall())
 
     def read_gone(self, shard: int) -> pa.Array:
-        """Returns the ids of the rows of a shard that are gone."""
+        """Returns the ids of the gone rows of a shard."""
         ids = self._database.execute("SELECT image_id FROM gone WHERE shard = ?", [shard]).fetchall()
         return pa.array([image_id for (image_id,) in ids], pa.string())
 
     def read_changed(self) -> Iterator[tuple[int, pa.Table]]:
-        """Yields the changed rows of each shard, by the number of the shard."""
+        """Yields the number of each shard with changed rows, in ascending order, and these rows."""
         parts = (part for batch in self._read(_READ_CHANGED) for part in _split_by_shard(batch))
         for shard, group in groupby(parts, key=lambda part: part[0]):
             yield shard, pa.Table.from_batches([rows for _, rows in group])
@@ -198,6 +198,7 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
     Returns:
         The number of shards after the update.
     """
+    # A marker is the file that records that a shard is complete.
     rows = {shard: marker.rows for shard, marker in dataset.read_markers().items()}
     touched, gone = comparison.list_touched_shards(), comparison.count_gone()
     left = {shard: count - gone.get(shard, 0) for shard, count in rows.items()}

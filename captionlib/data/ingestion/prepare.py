@@ -50,7 +50,7 @@ class PrepareConfig:
             manifest is used or, for a new one, `captionlib.data.shards.compaction.choose_shard_size`.
         check_images: raise an error if the source lists image paths and none of the first 20 images exists.
         strict: raise an error at the first invalid image or caption instead of skipping it.
-        append: keep images of an existing manifest that are not in the source, which lists only new or changed images.
+        append: keep images of an existing manifest that are not in the source. The source can then list only new ones.
         verify_content: path or URL of features, captions or embeddings made from the manifest. Their column
             `content_hash` contains a hash of each image. If set, an update reads all images that seem unchanged and
             compares their hashes.
@@ -271,6 +271,7 @@ def _update(
     dry_run: bool,
     report: Callable[[Changes], None],
 ) -> tuple[Changes, int]:
+    """Updates an existing manifest. Returns the changes, and the number of shards after the update."""
     if staged.unchanged:
         changes = Changes(0, 0, 0, staged.rows)
         report(changes)
@@ -278,7 +279,7 @@ def _update(
             drop_uncommitted_updates(dataset.folder)
         return changes, dataset.shards
     check_unique_ids(staged)
-    with compare(staged, dataset, config.append) as comparison:
+    with compare(staged, dataset, append=config.append) as comparison:
         if config.verify_content is not None:
             with ImageFetcher() as fetcher:
                 comparison.verify_content(_open_hashes(config.verify_content), fetcher)

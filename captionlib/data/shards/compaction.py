@@ -181,7 +181,7 @@ class _Matches:
 
     Attributes:
         rows: `[rows] int64`, the position of each row in the new shard's input; -1 if it is not in there.
-        failures: `[failures] int64`, likewise for each failure.
+        failures: `[failures] int64`, the same for each failure.
     """
 
     rows: npt.NDArray[np.int64]
@@ -203,8 +203,8 @@ def _move(
 ) -> int:
     """Writes a shard with the rows and failures of the images that `source` has in this shard.
 
-    If an image is missing, the marker of the shard does not contain the checksum of the input shard, so the next run of
-    the stage processes the missing images.
+    If an image is missing, the marker (the file that records that the shard is complete) does not contain the checksum
+    of the input shard. The next run of the stage then processes the missing images.
 
     Returns:
         The number of moved rows and failures.

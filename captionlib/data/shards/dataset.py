@@ -85,8 +85,8 @@ class ShardedDataset:
         layout: id of the compaction that divided the images into these shards; empty if there was none. A dataset has
             the layout of its source; see `captionlib.data.shards.compaction`.
         source_checksum: content checksum of the source when this dataset was created; empty if unknown.
-        encoder_weights: path or URL of the weights file of the encoder of features. It is no part of the fingerprint,
-            which contains a hash of the weights. Empty if there is no such file.
+        encoder_weights: path or URL of the weights file of the encoder that computed the features; empty if there is no
+            such file. The fingerprint depends on a hash of the weights, not on this path.
     """
 
     folder: Folder
@@ -437,11 +437,11 @@ def create_dataset(
         source: the dataset that this one is made from.
         lineage: id of the manifest that the images come from. If None, the lineage of `source` is used or, without a
             source, the fingerprint.
-        encoder_weights: path or URL of the encoder's weights file, if the dataset contains features from one.
+        encoder_weights: path or URL of the weights file of the encoder, if the dataset contains its features.
         overwrite: first delete an existing dataset in the folder.
 
     Raises:
-        ConfigError: the folder is that of `source`.
+        ConfigError: `uri` is the folder of `source`.
         FingerprintError: the folder holds a dataset with a different fingerprint or lineage, and `overwrite` is not
             set.
         DatasetError: the folder holds files that captionlib did not write, or a dataset with the shards that `source`
@@ -519,7 +519,7 @@ def _select_other_files(names: Collection[str]) -> list[str]:
 
 
 def _list_dataset_files(names: Iterable[str]) -> list[str]:
-    """Returns those names that a dataset's files have. The markers are last."""
+    """Returns the names that are files of a dataset. The markers are last."""
     parts = [name for name in names if name.endswith(".parquet") and _PART.fullmatch(name.removesuffix(".parquet"))]
     return [SUCCESS_FILE, JOURNAL_FILE, UPDATE_FOLDER, FAILURES_FOLDER, *parts, MARKERS_FOLDER]
 
@@ -607,6 +607,7 @@ def _to_dataset(folder: Folder, description: Mapping[str, Any]) -> ShardedDatase
 
 
 def _read_updated_description(folder: Folder) -> dict[str, Any] | None:
+    """Reads the description, after completing an update that was interrupted after its commit."""
     description = _read_description(folder)
     if description is None or not folder.exists(JOURNAL_FILE):
         return description

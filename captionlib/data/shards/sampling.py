@@ -76,6 +76,7 @@ def open_sample(
 
 
 def _write_sample(source: ShardedDataset, address: str, limit: int, workers: int) -> ShardedDataset:
+    # A marker is the file that records that a shard is complete.
     starts = np.cumsum([0, *(marker.rows for _, marker in sorted(source.read_markers().items()))])
     total = int(starts[-1])
     count = min(limit, total)
@@ -150,6 +151,6 @@ def _count_bytes(dataset: ShardedDataset) -> int:
     for shard in range(dataset.shards):
         with dataset.folder.open(f"{part_name(shard)}.parquet") as file:
             metadata = pq.read_metadata(file)
-        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
         size += sum(group.column(n).total_compressed_size for group in groups for n in range(group.num_columns))
     return size

@@ -44,10 +44,10 @@ class ShardJob:
     """A stage, its complete input dataset, and its output datasets, which have the same number of shards.
 
     A finished shard is stale if its input shard has changed since. When a shard is processed again, rows and failures
-    whose image has not changed are copied from the old output.
+    (unreadable images) are copied from the old output if the image has not changed.
 
     Attributes:
-        retry_failures: process the images that could not be read once more, also in finished shards.
+        retry_failures: retry the images that could not be read, also those of finished shards.
         verify: verify the checksums of finished shards, and process damaged ones again.
     """
 
@@ -60,8 +60,8 @@ class ShardJob:
     def plan(self) -> Iterator[list[int]]:
         """Yields up to two lists of shards to process. The first is processed before the second is requested.
 
-        Reading the markers of many finished shards takes long. If the input has not changed since the outputs were
-        created, the first list contains the shards that lack a marker or data file, which takes only a listing.
+        Reading the markers of many finished shards takes long. Therefore, if the input has not changed since the
+        outputs were created, the first list contains the shards without a marker or data file: a listing finds them.
         """
         missing = self._find_missing()
         if missing:
@@ -76,7 +76,7 @@ class ShardJob:
         return self.unfinished_shards(processed)
 
     def unfinished_shards(self, processed: Collection[int] = ()) -> list[int]:
-        """Returns the sorted numbers of the shards that are not finished or stale, or whose failures are retried.
+        """Returns the sorted numbers of the shards that are unfinished or stale, or whose failures are retried.
 
         Reads the markers of all shards except for those in `processed`.
         """
@@ -84,11 +84,11 @@ class ShardJob:
         if not shards:
             return []
         outputs = [output.read_markers(shards) for output in self.outputs]
-        sources = self.source.read_markers(outputs[0])
+        input_markers = self.source.read_markers(outputs[0])
         return [
             shard
             for shard in shards
-            if not self._is_finished(sources.get(shard), [markers.get(shard) for markers in outputs])
+            if not self._is_finished(input_markers.get(shard), [markers.get(shard) for markers in outputs])
         ]
 
     def _find_missing(self) -> list[int]:
@@ -112,20 +112,20 @@ class ShardJob:
             DamagedShardError: the input shard is damaged.
         """
         while True:
-            source = self.source.read_marker(shard)
-            if source is None:
+            input_marker = self.source.read_marker(shard)
+            if input_marker is None:
                 raise DatasetError(
                     f"{self.source.folder.uri}: {part_name(shard)} is not finished; run the command that writes this "
                     "dataset again"
                 )
             markers = [output.read_marker(shard) for output in self.outputs]
             intact = not (self.verify and any(output.verify_shard(shard) for output in self.outputs))
-            if markers[0] is not None and self._is_finished(source, markers) and intact:
+            if markers[0] is not None and self._is_finished(input_marker, markers) and intact:
                 return markers[0]
             try:
-                return self._process(shard, source, process)
+                return self._process(shard, input_marker, process)
             except DamagedShardError:
-                if self.source.read_marker(shard) == source:
+                if self.source.read_marker(shard) == input_marker:
                     raise  # otherwise the input was replaced meanwhile
 
     def mark_incomplete(self) -> None:
@@ -137,18 +137,21 @@ class ShardJob:
         """Marks the output datasets as complete, in reverse order; see `ShardedDataset.finish`."""
         return [output.finish(max_failure_ratio) for output in reversed(self.outputs)][-1]
 
-    def _is_finished(self, source: Marker | None, markers: Sequence[Marker | None]) -> bool:
-        return source is not None and all(
-            marker is not None and marker.source == source.checksum and not (self.retry_failures and marker.failures)
+    def _is_finished(self, input_marker: Marker | None, markers: Sequence[Marker | None]) -> bool:
+        return input_marker is not None and all(
+            marker is not None
+            and marker.source == input_marker.checksum
+            and not (self.retry_failures and marker.failures)
             for marker in markers
         )
 
-    def _process(self, shard: int, source: Marker, process: ProcessRows) -> Marker:
+    def _process(self, shard: int, input_marker: Marker, process: ProcessRows) -> Marker:
         """Processes the new and changed images, and merges their rows with the unchanged rows of the old output."""
-        old = self._find_unchanged(shard, source)
+        old = self._find_unchanged(shard, input_marker)
         with ExitStack() as stack:  # exits in reverse order and publishes the first output last
             writers = [
-                stack.enter_context(write_shard(output, shard, source.rows, source.checksum)) for output in self.outputs
+                stack.enter_context(write_shard(output, shard, input_marker.rows, input_marker.checksum))
+                for output in self.outputs
             ]
 
             def fail(row: Mapping[str, Any], error: ImageError) -> None:
@@ -156,10 +159,10 @@ class ShardJob:
                     writer.write_failure(row, error)
 
             if old is None:
-                results = process(self.source.read_batches(shard, self.stage.columns, marker=source), fail)
+                results = process(self.source.read_batches(shard, self.stage.columns, marker=input_marker), fail)
             else:
                 results = old.merge(
-                    process(self._read_rows(shard, source, old.missing), fail) if any(old.missing) else iter(())
+                    process(self._read_rows(shard, input_marker, old.missing), fail) if any(old.missing) else iter(())
                 )
                 for writer in writers:
                     writer.failures += old.failures.to_pylist()
@@ -171,22 +174,22 @@ class ShardJob:
                     writer.failures.sort(key=lambda row: old.positions[str(row["image_id"])])
         return writers[0].marker
 
-    def _read_rows(self, shard: int, source: Marker, selected: npt.NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
+    def _read_rows(self, shard: int, input_marker: Marker, selected: npt.NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
         """Yields the selected rows of the input."""
         start = 0
-        for rows in self.source.read_batches(shard, self.stage.columns, marker=source):
+        for rows in self.source.read_batches(shard, self.stage.columns, marker=input_marker):
             if (mask := selected[start : start + rows.num_rows]).any():
                 yield rows.filter(pa.array(mask))
             start += rows.num_rows
 
-    def _find_unchanged(self, shard: int, source: Marker) -> "_UnchangedRows | None":
-        """Returns the rows and failures of the old output whose images have not changed, or None if there are none."""
+    def _find_unchanged(self, shard: int, input_marker: Marker) -> "_UnchangedRows | None":
+        """Returns the rows and failures of unchanged images in the old output, or None if there is no old output."""
         try:
             outputs = [output.read(shard) for output in self.outputs]
         except DamagedShardError:  # also raised if the shard is missing or not finished
             return None
         copied = [name for name in self.source.schema.names if any(name in output.schema.names for output in outputs)]
-        rows = self.source.read(shard, copied, source)
+        rows = self.source.read(shard, copied, input_marker)
         failures = FAILURES_SCHEMA.empty_table()
         if not self.retry_failures:
             with suppress(DamagedShardError):  # then these images are processed again
@@ -214,6 +217,7 @@ class _UnchangedRows:
 
     @classmethod
     def find(cls, rows: pa.Table, outputs: Sequence[pa.Table], failures: pa.Table) -> "_UnchangedRows":
+        """Compares the rows of the input with the rows and failures of the old output."""
         found = [match_images(rows, output) for output in outputs]
         is_kept = np.all([indices >= 0 for indices in found], axis=0)
         failed = np.where(is_kept, -1, match_images(rows, failures))
@@ -230,7 +234,7 @@ class _UnchangedRows:
         )
 
     def merge(self, computed: Iterator[tuple[pa.RecordBatch, ...]]) -> Iterator[tuple[pa.RecordBatch, ...]]:
-        """Yields computed and unchanged rows in the order of the input. Both are in that order already."""
+        """Yields the computed and the unchanged rows in the order of the input. `computed` is in that order."""
         start = 0
         for batches in computed:
             positions = np.array(
@@ -256,7 +260,7 @@ class _UnchangedRows:
 def match_images(rows: pa.Table, old: pa.Table) -> npt.NDArray[np.int64]:
     """Returns, for each row, the index of the old row of the same image, or -1 if there is none or the image changed.
 
-    If a version is unknown, images with the same path or URL are taken to be the same.
+    If a version is unknown, an image with the same path or URL counts as unchanged.
     """
     found_or_null = pc.fill_null(pc.index_in(rows["image_id"], value_set=old["image_id"].combine_chunks()), -1)
     indices: npt.NDArray[np.int64] = found_or_null.to_numpy().astype(np.int64)

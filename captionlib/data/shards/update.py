@@ -151,7 +151,7 @@ def _require_staged(folder: Folder, staging: str, written: dict[str, str]) -> No
 
 
 def _move_shard(folder: Folder, staging: str, name: str) -> None:
-    """Moves a staged shard into place. Until all of its files are moved, its marker records both versions."""
+    """Moves a staged shard into place. Until all its files are moved, the marker describes the old version too."""
     new = _read_marker(folder, f"{staging}/{MARKERS_FOLDER}/{name}.json")
     current = _read_marker(folder, f"{MARKERS_FOLDER}/{name}.json")
     if new is None or current == new:

@@ -54,7 +54,7 @@ def read_flickr(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
 
 
 def _read_images(location: Location, skips: SkipCounter) -> Iterator[tuple[str, tuple[str, ...], str]]:
-    """Yields the name, the captions and the first line number (for error messages) of each image."""
+    """Yields the name, the captions and the origin (file and first line, for error messages) of each image."""
     for name, group in groupby(_parse_lines(location, skips), key=lambda line: line[0]):
         lines = list(group)
         origin = f"{location.address}, line {lines[0][2]}"

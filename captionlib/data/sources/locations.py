@@ -130,7 +130,7 @@ def is_glob(location: Location) -> bool:
 def split_glob(location: Location) -> tuple[Location, str]:
     """Splits a glob before its first wildcard: `images/*/a*.jpg` becomes `images` and `*/a*.jpg`."""
     parts = location.path.split("/")
-    first = next(number for number, part in enumerate(parts) if _WILDCARD.search(part))
+    first = next(index for index, part in enumerate(parts) if _WILDCARD.search(part))
     pattern = "/".join(parts[first:])
     return Location(location.fs, "/".join(parts[:first]), location.address[: -len(pattern) - 1]), pattern
 
@@ -152,7 +152,7 @@ def _expand_braces(address: str) -> list[str]:
 
 
 def find_files(addresses: Sequence[str], extensions: frozenset[str]) -> Iterator[Location]:
-    """Yields files at `addresses`, files that match globs, and the files in folders that have one of `extensions`.
+    """Yields the files at `addresses`: all matches of a glob, and the files with one of `extensions` in a folder.
 
     Raises:
         DatasetError: an address does not exist, or no file is found at it.

@@ -150,6 +150,7 @@ def _merge_captions(rows: Iterable[tuple[ManifestRow, bool]], skips: SkipCounter
 
 
 def _read_delimited(location: Location, options: SourceOptions, skips: SkipCounter) -> Iterator[_Record]:
+    """Yields the rows of a CSV, TSV or text table."""
     lines = read_lines(location)
     first = next(lines, "")
     delimiter = _detect_delimiter(first, location, options)
@@ -184,7 +185,7 @@ def _read_delimited(location: Location, options: SourceOptions, skips: SkipCount
 def _detect_delimiter(first: str, location: Location, options: SourceOptions) -> str:
     if get_uncompressed_extension(location.name) == ".tsv" or ("\t" in first and options.columns):
         return "\t"
-    if options.columns:  # the first delimiter, since captions may contain the others more often
+    if options.columns:  # the first delimiter in the line; captions may contain other delimiters more often
         return min(",;|", key=lambda delimiter: first.find(delimiter) % (len(first) + 1))
     return max("\t,;|", key=first.count)
 

@@ -40,7 +40,7 @@ def version_from_file(location: Location) -> str:
 
 
 def version_from_uri(uri: str) -> str:
-    """Returns the version of the image at a uri: that of its file if it is local, and otherwise a hash of the uri."""
+    """Returns the version of the image at a uri: the version of a local file, and otherwise a hash of the uri."""
     if not split_protocol(uri)[0]:
         try:
             return version_from_status(os.stat(uri))  # noqa: PTH116  # faster than Path

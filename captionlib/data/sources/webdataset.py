@@ -64,6 +64,7 @@ def read_webdataset(addresses: Sequence[str], options: SourceOptions, skips: Ski
 def _to_rows(
     sample: _Sample, location: Location, tar_version: str, options: SourceOptions, skips: SkipCounter
 ) -> Iterator[ManifestRow]:
+    """Yields the row of a sample, or nothing if the sample has no valid id."""
     for _ in range(len(sample.images) - 1):
         skips.count_ignored("additional image in a sample")
     try:
@@ -118,6 +119,7 @@ def _parse_captions(
 
 
 def _read_samples(file: BinaryIO, location: Location, skips: SkipCounter) -> Iterator[_Sample]:
+    """Yields the samples of a tar. A sample consists of consecutive members with the same key."""
     sample: _Sample | None = None
     for tar, member in _read_members(file, location):
         match = _MEMBER.fullmatch(member.name)

@@ -273,7 +273,7 @@ class CaptionerNetwork(nn.Module):
 
         Args:
             words: `[sentences] int64`, the previous token of each sentence; END at the first time step.
-            state: the state of each sentence; at the first time step, that of its image in `image_state.state`.
+            state: the state of each sentence; at the first time step, the `image_state.state` of its image.
             image_state: the encoded images.
             image_of_sentence: `[sentences] int64`, the image of each sentence.
 
@@ -368,7 +368,7 @@ class CaptionerNetwork(nn.Module):
         image_of_sentence: Tensor,
         is_first: bool = True,
     ) -> RecurrenceOutput:
-        """Runs the layers over words, `[tokens] int64`; `is_first` says that the first ones are START."""
+        """Runs the layers over words, `[tokens] int64`; `is_first` says whether the first words are START."""
         image_gates = None
         image_input = self.config.image_input
         if image_input == "every_step" or (image_input == "first_step" and is_first):

@@ -92,7 +92,7 @@ def run_recurrence(
 
 
 def run_fused(rnn: nn.RNNBase, inputs: Tensor, batch_sizes: list[int], state: Tensor) -> RecurrenceOutput:
-    """Runs the recurrence without attention and image gates with PyTorch's fused kernels, which are slower on a CPU."""
+    """Runs a recurrence that has no attention and no image gates with PyTorch's fused kernels; slow on a CPU."""
     packed = PackedSequence(inputs, torch.tensor(batch_sizes))
     if isinstance(rnn, nn.LSTM):
         h, c = state.contiguous().chunk(2)

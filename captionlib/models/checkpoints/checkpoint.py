@@ -18,7 +18,7 @@ from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.captioners.language_model import LanguageModelConfig, build_language_model
 from captionlib.models.captioners.packed_sequences import pad_sentences
-from captionlib.models.checkpoints.encoder_file import LOCATED, missing_encoder_error
+from captionlib.models.checkpoints.encoder_file import LOCAL_WEIGHTS, missing_encoder_error
 from captionlib.models.checkpoints.folder import (
     FolderLike,
     damaged_error,
@@ -67,8 +67,8 @@ class LoadedModel(Generic[Model, Config]):
         vocabulary: the model's words, characters or subwords.
         config: the model's architecture.
         encoder: `Encoder.description` of the encoder whose features it was trained on; empty for a language model.
-        encoder_weights: path or URL of the encoder's weights file or model folder; None if it has none, or if it cannot
-            be found.
+        encoder_weights: path or URL of the encoder's weights file or model folder; None if there is none, or if it
+            cannot be found.
         provenance: the data and versions that the model was trained with.
         training: the training configuration and history.
         fingerprint: hash of everything that determines the model's output.
@@ -93,9 +93,9 @@ class LoadedModel(Generic[Model, Config]):
             ConfigError: the weights file is needed and cannot be found.
         """
         file = weights or self.encoder_weights
-        if file is None and self.encoder.get("weights") in LOCATED:
+        if file is None and self.encoder.get("weights") in LOCAL_WEIGHTS:
             raise missing_encoder_error(self.encoder, self.provenance)
-        return EncoderConfig.from_description(self.encoder, file).resolve_weights_path()
+        return EncoderConfig.from_description(self.encoder, file).resolve_paths()
 
     def to(self, device: torch.device) -> None:
         """Moves the model to a device."""

@@ -1,4 +1,7 @@
-"""Finds the file with the weights of the encoder that a checkpoint was trained with. Does not import PyTorch."""
+"""Finds the file with the weights of the encoder that a checkpoint was trained with. Does not import PyTorch.
+
+The provenance of a checkpoint is a record of the data and versions that the model was trained with.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +19,7 @@ __all__ = [
     "CONFIG",
     "ENCODER",
     "ENCODER_ADDRESS",
-    "LOCATED",
+    "LOCAL_WEIGHTS",
     "WEIGHTS",
     "find_encoder_file",
     "missing_encoder_error",
@@ -29,22 +32,22 @@ WEIGHTS = "model.safetensors"
 ENCODER = "encoder.safetensors"
 ENCODER_ADDRESS = "encoder_weights"  # key in the provenance
 
-LOCATED = ("file", "folder")
-"""Values of `weights` in the description of an encoder whose weights are a file or a folder of the user."""
+LOCAL_WEIGHTS = ("file", "folder")
+"""Values of `weights` in the description of an encoder whose weights came from a local file or folder."""
 
 
 def find_encoder_file(folder: Folder, encoder: Mapping[str, Any], provenance: Mapping[str, Any]) -> str | None:
     """Returns the path or URL of the encoder's weights file or model folder, or None if there is none.
 
-    It is the file in the checkpoint, the file that the features were extracted with, if it still exists, or a file of
-    the same name in the checkpoint's folder. Its content is not verified.
+    Looks for the file in the checkpoint, then for the file that the features were extracted with, and then for a file
+    of the same name in the checkpoint's folder. The content is not verified.
 
     Args:
         folder: the checkpoint.
         encoder: `Encoder.description` of the encoder.
         provenance: the data and versions that the model was trained with.
     """
-    if encoder.get("weights") not in LOCATED:
+    if encoder.get("weights") not in LOCAL_WEIGHTS:
         return None
     if encoder["weights"] == "file" and folder.exists(ENCODER):
         return folder.address(ENCODER)
@@ -78,7 +81,7 @@ def require_checkpoint_files(address: str, weights: str | None) -> None:
     """Checks that a checkpoint exists and that the weights of its encoder can be found, without loading them.
 
     Commands call this function first, because importing PyTorch and loading models takes much longer. Models of other
-    families are not checked.
+    families (providers of models, selected by a prefix such as `hf:`) are not checked.
 
     Args:
         address: folder of a checkpoint, or an address with the prefix of a family.
@@ -98,7 +101,7 @@ def require_checkpoint_files(address: str, weights: str | None) -> None:
     except ValueError:
         return  # damaged; loading it reports the details
     encoder, provenance = config.get("encoder"), config.get("provenance")
-    if not isinstance(encoder, dict) or not isinstance(provenance, dict) or encoder.get("weights") not in LOCATED:
+    if not isinstance(encoder, dict) or not isinstance(provenance, dict) or encoder.get("weights") not in LOCAL_WEIGHTS:
         return
     if weights is not None and not _exists(weights):
         raise ConfigError(f"--weights {weights}: not found")
@@ -107,6 +110,6 @@ def require_checkpoint_files(address: str, weights: str | None) -> None:
 
 
 def _exists(address: str) -> bool:
-    """Returns whether a local file or folder exists. Remote ones count as existing, because checking takes time."""
+    """Returns whether a local file or folder exists. A remote one counts as existing, because a check takes time."""
     fs, path = open_file_system(address)
     return Path(path).exists() if isinstance(fs, LocalFileSystem) else True

@@ -46,8 +46,8 @@ def export_checkpoint(
         checkpoint: the folder of the checkpoint.
         output: the folder to write.
         weights: path of the encoder's weights file, if it was loaded from a file that has moved.
-        with_encoder: include the weights of the encoder if they were loaded from a file. Otherwise, and for a folder of
-            a model, the card contains their name and hash.
+        with_encoder: include the weights of the encoder if they were loaded from a file. If they are not included, or
+            were loaded from a model folder, the model card contains their name and hash.
         with_datastore: include the datastore for reranking. It contains the captions of the training images.
         notes: what the model card says about license, data and scores.
 
@@ -56,7 +56,7 @@ def export_checkpoint(
 
     Raises:
         CheckpointError: the folder is not a checkpoint, is damaged, or `output` holds other files.
-        ConfigError: the encoder's weights file is missing, or a different one.
+        ConfigError: the encoder's weights file is missing, or has different weights.
     """
     source, target = open_folder(checkpoint), Folder(output)
     config = _read_config(source)
@@ -83,7 +83,7 @@ def export_checkpoint(
 
 
 def _read_config(source: Folder) -> dict[str, Any]:
-    """Returns the content of `config.json`, after the checkpoint was verified."""
+    """Verifies the checkpoint, and returns the content of its `config.json`."""
     try:
         config = decode_record(source.read(CONFIG))
     except (FileNotFoundError, NotADirectoryError, ValueError):

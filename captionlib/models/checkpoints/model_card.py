@@ -1,4 +1,4 @@
-"""Model cards: the `README.md` beside a checkpoint, in the format of Hugging Face. They show data, recipe and scores.
+"""Model cards: the `README.md` of a checkpoint, in the format of Hugging Face. They show data, recipe and scores.
 
 Paths are omitted, so that a card can be published.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from captionlib.models.checkpoints.encoder_file import ENCODER, ENCODER_ADDRESS, LOCATED
+from captionlib.models.checkpoints.encoder_file import ENCODER, ENCODER_ADDRESS, LOCAL_WEIGHTS
 
 __all__ = ["CARD", "CardNotes", "render_card", "strip_paths"]
 
@@ -53,7 +53,7 @@ _PATHS = {"init_from", "word_vectors", "checkpoint", "file", ENCODER_ADDRESS}
 
 @dataclass(frozen=True)
 class CardNotes:
-    """What a card says that the checkpoint does not know.
+    """Information on a model card that is not in the checkpoint.
 
     Attributes:
         license: the license of the model, as an identifier such as `cc-by-4.0`.
@@ -113,6 +113,7 @@ def strip_paths(values: Any) -> Any:
 
 
 def _summarize(config: Mapping[str, Any]) -> str:
+    """Describes the model in two sentences."""
     architecture, provenance = config.get("architecture", {}), config.get("provenance", {})
     tasks = {
         "captioner": "generates captions of images",
@@ -135,7 +136,7 @@ def _render_use(kind: str, config: Mapping[str, Any], has_encoder: bool) -> Iter
     weights, file = encoder.get("weights"), config.get("provenance", {}).get(ENCODER_ADDRESS, "")
     if has_encoder:
         text = f"The weights of the encoder, {network}, are in `{ENCODER}`."
-    elif weights in LOCATED:
+    elif weights in LOCAL_WEIGHTS:
         name = f"`{file.rsplit('/', 1)[-1]}`" if file else f"a {weights}"
         text = (
             f"The weights of the encoder, {network}, are not in this folder. They come from {name}: put it into the "
@@ -197,7 +198,7 @@ def _render_test_scores(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[st
                 ends = evaluation.get("intervals", {}).get(name)
                 interval = f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else ""
                 yield f"| {name} | {value:.4g} | {interval} |"
-        else:  # of a ranker
+        else:  # the scores of a ranker
             yield from ["| Direction | R@1 | R@5 | R@10 | Median rank |", "|---|---|---|---|---|"]
             for direction in ("image_to_text", "text_to_image"):
                 row = evaluation[direction]

@@ -56,8 +56,8 @@ class EncoderConfig:
     """A network, the node at which it is truncated, and its weights.
 
     Attributes:
-        model: a torchvision model name, such as `vgg16` or `resnet50`, or a model of another family: `hf:FOLDER` or
-            `timm:NAME`.
+        model: a torchvision model name, such as `vgg16` or `resnet50`, or a model of another family (provider of
+            models): `hf:FOLDER` or `timm:NAME`.
         node: node of the model's graph whose output is the features. `fc6` and `fc7` of a VGG are taken after the ReLU.
             Models of other families have the nodes `pooled`, `class_token` and `feature_map`.
         weights: a torchvision weights name, a `.safetensors`, `.pth` or `.pt` file, or `random:SEED`. The folder of an
@@ -88,8 +88,8 @@ class EncoderConfig:
 
         Args:
             description: the encoder's description, from a features dataset or a checkpoint.
-            weights: path of the encoder's weights file or model folder; required if the weights came from one, because
-                a description records a hash and not the location.
+            weights: path of the encoder's weights file or model folder; required if the weights came from a file or
+                folder, because a description contains only a hash of them.
 
         Raises:
             ConfigError: the weights came from a file or folder and `weights` is None, or the features were imported.
@@ -125,8 +125,8 @@ class EncoderConfig:
         prefix, location = split_address(self.model)
         return location if prefix and self.weights == EncoderConfig.weights and Path(location).is_dir() else ""
 
-    def resolve_weights_path(self) -> "EncoderConfig":
-        """Returns a copy with the absolute path of a weights file, for workers with different working directories."""
+    def resolve_paths(self) -> "EncoderConfig":
+        """Returns a copy in which local paths are absolute, for workers with different working directories."""
         if is_weights_file(self.weights):
             return replace(self, weights=resolve_address(self.weights))
         is_folder = split_address(self.model)[0] and self.weights == EncoderConfig.weights

@@ -54,7 +54,7 @@ class EncoderTop(EvalModeNetwork):
             )
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Computes the node's output from square feature maps; both are `[images, positions, channels] float32`."""
+        """Computes the node's output, `[images, positions, channels] float32`, from square maps of this form."""
         side = math.isqrt(maps.shape[1])
         return flatten_positions(self.run_network(maps.view(len(maps), side, side, -1).permute(0, 3, 1, 2)))
 

@@ -28,12 +28,14 @@ class Caption:
         log_prob: ln p(sentence | image), the sum over all tokens, without length penalty or reranking.
         token_count: number of tokens that `log_prob` sums over, including an end token.
         attention: attention weights of each token, `[token_count, positions] float16`; None if they are not computed.
+        image_text_score: cosine similarity of the sentence and the image; None if no ranker computed it.
     """
 
     text: str
     log_prob: float
     token_count: int
     attention: npt.NDArray[np.float16] | None = None
+    image_text_score: float | None = None
 
 
 GenerateCaptions = Callable[[Arrays, Sequence[str]], list[list[Caption]]]
@@ -68,12 +70,12 @@ class CaptionModel(ImageModel, Protocol):
 
 @runtime_checkable
 class SentenceScorer(Protocol):
-    """What a captioner offers for the perplexity of references. Families need not implement it."""
+    """A captioner that can compute the perplexity of references. Not all families implement this protocol."""
 
     def score_sentences(self, images: Arrays, sentences: Sequence[Sequence[str]]) -> list[list[tuple[float, int]]]:
-        """Returns ln p(sentence | image) and the token count, including the end token, of sentences of each image.
+        """Returns ln p(sentence | image) and the number of tokens, including the end token, for each image's sentences.
 
-        Both are 0 for a sentence without words.
+        For a sentence without words, both numbers are 0.
         """
 
 

@@ -138,7 +138,7 @@ def prepare_pixels(images: Arrays, preprocessing: Preprocessing | SizeLimit, pro
 
 
 def find_preprocessing(processor: Any) -> Preprocessing | SizeLimit:
-    """Returns how decoder processes prepare images for a model, or `WHOLE_IMAGE` if only its own processor can.
+    """Returns the preprocessing of a model, or `WHOLE_IMAGE` if only the model's own processor can prepare images.
 
     Args:
         processor: the model's image processor.

@@ -1,4 +1,4 @@
-"""Computes the probability of given sentences under captioners of Hugging Face Transformers, for the perplexity."""
+"""Computes the probability of given sentences with captioners from Hugging Face Transformers, for the perplexity."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ __all__ = ["score_sentences"]
 def score_sentences(
     model: Any, tokenizer: Any, pixels: Tensor, sentences: Sequence[Sequence[str]]
 ) -> list[list[tuple[float, int]]]:
-    """Returns ln p(sentence | image) and the number of tokens, including the end token, of sentences of each image.
+    """Returns ln p(sentence | image) and the number of tokens, including the end token, for each image's sentences.
 
     Args:
         model: BLIP, GIT or an encoder-decoder, in float32.
@@ -25,7 +25,7 @@ def score_sentences(
     ids = [tokenizer(text, add_special_tokens=False).input_ids for texts in sentences for text in texts]
     if not ids:
         return [[] for _ in sentences]
-    image = torch.tensor([number for number, texts in enumerate(sentences) for _ in texts], device=pixels.device)
+    image = torch.tensor([index for index, texts in enumerate(sentences) for _ in texts], device=pixels.device)
     counts = torch.tensor([len(each) + 1 for each in ids], device=pixels.device)
     width = int(counts.max())
     rows = [[start, *each, *[end] * (width - len(each))] for each in ids]
@@ -38,7 +38,7 @@ def score_sentences(
 
 
 def _find_start_and_end(model: Any) -> tuple[int, int]:
-    """Returns the tokens that `generate` starts with and stops at."""
+    """Returns the ids of the tokens with which `generate` starts and stops."""
     config = model.config
     if config.model_type == "blip":
         return config.text_config.bos_token_id, config.text_config.sep_token_id

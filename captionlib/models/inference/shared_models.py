@@ -26,7 +26,7 @@ class CheckpointVersion:
     """A checkpoint and the version of it that a run started with.
 
     Attributes:
-        folder: absolute path or URL of the checkpoint, or the address of a model of another family.
+        folder: absolute path or URL of the checkpoint, or an address with a prefix, such as `hf:FOLDER`.
         fingerprint: hash of everything that determines the model's output.
     """
 

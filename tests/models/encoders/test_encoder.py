@@ -206,11 +206,11 @@ def test_config_round_trips_through_the_description(tmp_path: Path) -> None:
     assert EncoderConfig.from_description(description, path).weights == path
 
 
-def test_resolve_weights_path_resolves_only_weights_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_paths_resolves_only_weights_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(SMALL, weights="w.safetensors")
-    assert config.resolve_weights_path().weights == str(tmp_path / "w.safetensors")
-    assert SMALL.resolve_weights_path() == SMALL
+    assert config.resolve_paths().weights == str(tmp_path / "w.safetensors")
+    assert SMALL.resolve_paths() == SMALL
 
 
 def test_a_worker_with_different_weights_is_rejected() -> None:

@@ -108,7 +108,7 @@ def test_evaluate_explains_images_and_captioners_that_cannot_be_scored(
     with pytest.raises(ConfigError, match="answers prompts, and the perplexity of its answers is not supported"):
         score(captioner, [np.zeros((32, 32, 3), np.uint8)], [["a dog"]])
     monkeypatch.setattr("captionlib.evaluation.perplexity.open_captioner", lambda *_: object())
-    with pytest.raises(CheckpointError, match="captioners of this family do not compute the perplexity"):
+    with pytest.raises(CheckpointError, match="this captioner does not compute the probability"):
         measure_perplexity(f"hf:{blip}", captioned / "manifest", {"red.png": ["a dog"]}, "cpu")
 
 
