@@ -277,3 +277,38 @@ def _train_ranker(features: Path, folder: Path) -> Path:
     )
     train_ranker(features, folder / "ranker", config, device="cpu", progress=False)
     return folder / "ranker"
+
+
+def test_a_package_adds_a_family_with_an_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "colors-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: colors\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[captionlib.encoders]\ncolors = encoder_of_colors:load\n")
+    (tmp_path / "encoder_of_colors.py").write_text(
+        """
+import torch
+from captionlib.data.images.decoding import Preprocessing
+from captionlib.models.encoders.encoder import build_encoder
+
+
+class Colors(torch.nn.Module):
+    def forward(self, pixels):
+        return {"features": torch.nn.functional.adaptive_avg_pool2d(pixels, self.side)}
+
+
+def load(location, config, device):
+    network = Colors()
+    network.side = int(location)
+    preprocessing = Preprocessing(8, 8, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    return build_encoder(network, config, preprocessing, device, "version 1")
+"""
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = EncoderConfig("colors:2", stored_dtype="float32")
+    encoder = open_encoder(config, "cpu")
+    image = draw_pixels(8, 1)[0]
+    assert encoder.shape == [4, 3]
+    expected = image.reshape(2, 4, 2, 4, 3).mean((1, 3)).reshape(1, 4, 3) / 255
+    np.testing.assert_allclose(encode(encoder, [image]), expected, atol=1e-5)
+    again = EncoderConfig.from_description(encoder.description)
+    assert open_encoder(again, "cpu").description == encoder.description
