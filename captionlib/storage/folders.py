@@ -40,7 +40,7 @@ __all__ = [
 Addresses = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """A path or URL, or several."""
 
-TEMPORARY_FOLDER = "_temporary"
+TEMPORARY_FOLDER = "__temporary"
 
 # A PUT on these file systems is atomic, so files can be uploaded without a temporary name.
 _ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"})
