@@ -142,8 +142,8 @@ def _open_parquet(path: Path, dataset: ShardedDataset, rows: int) -> pq.ParquetW
 def _has_same_files(previous: Marker, marker: Marker) -> bool:
     """Returns whether `previous` describes a finished shard with the same files as `marker`.
 
-    If so, no marker with two versions is written. Otherwise, two identical runs at the same time could replace each
-    other's final marker with a marker of two versions, which says that the shard is unfinished.
+    If so, no marker with two versions is written, which would say that the shard is unfinished. This keeps two
+    identical runs at the same time from marking each other's finished shards as unfinished.
     """
     same = previous.checksum == marker.checksum and previous.failures_checksum == marker.failures_checksum
     return same and previous.previous is None
