@@ -89,7 +89,12 @@ def test_resumed_dataset_keeps_its_creation_time(tmp_path: Path, monkeypatch: py
 
 
 def test_all_columns_are_described() -> None:
-    schemas = [captions_schema(4), features_schema(1, "float16"), embeddings_schema(1), MANIFEST_SCHEMA]
+    schemas = [
+        captions_schema(4, has_scores=True),
+        features_schema(1, "float16"),
+        embeddings_schema(1),
+        MANIFEST_SCHEMA,
+    ]
     names = {name for schema in (*schemas, DUPLICATES_SCHEMA, FAILURES_SCHEMA) for name in schema.names}
     assert names == COLUMN_DESCRIPTIONS.keys()
 
