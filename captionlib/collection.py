@@ -5,6 +5,7 @@
       NAME/manifest         images of the source NAME
       NAME/captions         generated captions of these images
       NAME/embeddings       embeddings of these images, if there is a ranker
+      duplicates/           duplicates among all images, if they are left out of the index
       index/                search index of all sources
 
 `captionlib init` writes the configuration, and `captionlib update` writes the rest.
@@ -14,9 +15,10 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import Field
 
 from captionlib.config import build_config, configclass, parse_yaml, to_dict
 from captionlib.data.ingestion.prepare import PrepareConfig
@@ -38,7 +40,7 @@ __all__ = [
 COLLECTION_FILE = "collection.yaml"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-_RESERVED = {"index"}
+_RESERVED = {"index", "duplicates"}
 
 
 @configclass
@@ -58,7 +60,8 @@ class SourceConfig:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name) or self.name in _RESERVED:
             raise ConfigError(
-                f"sources: expected a name of letters, digits, - and _, other than index, got {self.name!r}"
+                "sources: expected a name of letters, digits, - and _, other than "
+                f"{' and '.join(sorted(_RESERVED))}, got {self.name!r}"
             )
         if not self.addresses:
             raise ConfigError(f"sources: expected at least one address for {self.name}, got none")
@@ -74,6 +77,8 @@ class CollectionConfig:
         ranker: checkpoint or address of the ranker (dual encoder for image-text retrieval). If None, the index is
             text-only.
         weights: weights file of the encoder, if it needs one.
+        duplicates: minimum cosine similarity, in (0, 1], of near-duplicates, such as 0.97. If set, only the largest of
+            several similar images is indexed; see `captionlib deduplicate`. If None, all images are.
         generation: configuration of `captionlib generate-captions`, such as `decoding`.
         index: how to build the index.
     """
@@ -82,6 +87,7 @@ class CollectionConfig:
     captioner: str
     ranker: str | None = None
     weights: str | None = None
+    duplicates: Annotated[float, Field(gt=0, le=1)] | None = None
     generation: dict[str, Any] = field(default_factory=dict)
     index: IndexConfig = field(default_factory=IndexConfig)
 
@@ -89,6 +95,10 @@ class CollectionConfig:
         names = [source.name for source in self.sources]
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"sources: expected one or more sources with different names, got {', '.join(names)}")
+        if self.duplicates is not None and self.ranker is None:
+            raise ConfigError(
+                "duplicates: near-duplicates are found by embeddings; set ranker, or leave duplicates out"
+            )
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,11 @@ class Collection:
     def index(self) -> str:
         """Path or URL of the index."""
         return self.folder.address("index")
+
+    @property
+    def duplicates(self) -> str:
+        """Path or URL of the duplicates among the images of all sources."""
+        return self.folder.address("duplicates")
 
     def manifest(self, source: SourceConfig) -> str:
         """Returns the path or URL of the manifest of a source."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from jobs.options import config_options, serve_option, serve_when_done, workers_option
+from jobs.options import config_options, progress_option, serve_option, serve_when_done, workers_option
 
 if TYPE_CHECKING:
     from captionlib.search.config import VectorLayout
@@ -24,10 +25,13 @@ __all__ = ["command"]
     metavar="FOLDER",
     help="Embeddings of the same images, for semantic search. Repeatable, in the order of CAPTIONS.",
 )
+@click.option("--duplicates", metavar="FOLDER", help="Leave out duplicates, as listed by `captionlib deduplicate`.")
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The index to create or update.")
 @click.option("--language", metavar="NAME", help="Caption language, such as german; short for --set language=...")
+@click.option("--thumbnails", metavar="FOLDER", help="Also create the thumbnails of `serve --thumbnails FOLDER`.")
 @config_options
 @workers_option
+@progress_option
 @serve_option
 @click.option(
     "--overwrite", is_flag=True, help="Replace an index that is damaged or has different datasets or settings."
@@ -35,11 +39,14 @@ __all__ = ["command"]
 def command(
     arguments: tuple[str, ...],
     embeddings: tuple[str, ...],
+    duplicates: str | None,
     output: str,
     language: str | None,
+    thumbnails: str | None,
     config: str | None,
     overrides: tuple[str, ...],
     workers: int,
+    progress: bool,
     serve: int | None,
     overwrite: bool,
 ) -> None:
@@ -52,12 +59,16 @@ def command(
     that no longer exist. `serve` and open indexes switch to the new version while they run. An image id may occur only
     once in all CAPTIONS.
 
+    With --duplicates, only the kept image of each group is indexed. Without it, the command adds the others again.
+
     \b
     Examples:
       captionlib build-index captions -o index
       captionlib build-index captions -o index --serve
       captionlib build-index captions -e embeddings -o index --workers 2
+      captionlib build-index captions -o index --thumbnails thumbnails
       captionlib build-index captions-2025 captions-2026 -e embeddings-2025 -e embeddings-2026 -o index
+      captionlib build-index captions -e embeddings -o index --duplicates duplicates
       captionlib build-index captions -e embeddings -o index --language german --overwrite
       captionlib build-index captions -e embeddings -o index --set vectors=pq --set nprobe=128
       captionlib build-index s3://b/captions -e s3://b/embeddings -o s3://b/index -- --runner=FlinkRunner
@@ -76,7 +87,7 @@ def command(
         raise click.UsageError("expected one or more folders CAPTIONS before the options of Beam, got none.")
     settings = load_config(IndexConfig, config, overrides)
     run = RunConfig(workers, beam_options, overwrite=overwrite)
-    build, index = build_index(captions, output, settings, embeddings=embeddings, run=run)
+    build, index = build_index(captions, output, settings, embeddings=embeddings, duplicates=duplicates, run=run)
     if build.outgrown is not None:
         lists = f"{build.outgrown.nlist:,} lists of {build.outgrown.encoding} vectors for {build.outgrown.rows:,} rows"
         click.echo(f"{index.captions_count:,} rows are too many for {lists}; trained new centroids", err=True)
@@ -86,7 +97,21 @@ def command(
     click.echo(f"{added:,} shards added, {build.removed:,} removed, {len(build.shards) - added:,} unchanged")
     if build.pending:
         click.echo(f"{build.pending:,} shards are not finished; run this command again when they are", err=True)
+    if thumbnails is not None:
+        _create_thumbnails(output, thumbnails, progress)
     serve_when_done(output, serve)
+
+
+def _create_thumbnails(index: str, folder: str, progress: bool) -> None:
+    from captionlib.search.index import open_index
+    from captionlib.serving.config import ServingConfig
+    from captionlib.serving.thumbnails import create_thumbnails
+
+    uris = list(open_index(index, refresh_seconds=None).list_uris())
+    failures = create_thumbnails(Path(folder), uris, ServingConfig(), progress)
+    click.echo(f"{folder}: {len(uris) - failures:,} thumbnails")
+    if failures:
+        click.echo(f"{failures:,} images cannot be read, so they have no thumbnail", err=True)
 
 
 def _describe_layout(layout: VectorLayout) -> str:

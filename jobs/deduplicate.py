@@ -8,7 +8,7 @@ __all__ = ["command"]
 
 
 @click.command()
-@click.argument("embeddings")
+@click.argument("embeddings", nargs=-1, required=True, metavar="EMBEDDINGS|COLLECTION...")
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="Folder for the groups of duplicates.")
 @click.option(
     "--threshold",
@@ -19,8 +19,8 @@ __all__ = ["command"]
 )
 @click.option("--overwrite", is_flag=True, help="Replace an output that has a different threshold.")
 @progress_option
-def command(embeddings: str, output: str, threshold: float, overwrite: bool, progress: bool) -> None:
-    """Group the duplicates among the images of EMBEDDINGS.
+def command(embeddings: tuple[str, ...], output: str, threshold: float, overwrite: bool, progress: bool) -> None:
+    """Group the duplicates among the images of EMBEDDINGS, or of all sources of COLLECTION.
 
     Exact copies have files with equal bytes. Near-duplicates have embeddings with a cosine similarity of at least the
     threshold: resized, recompressed or slightly cropped copies. The largest image of a group is kept, and all others
@@ -30,11 +30,23 @@ def command(embeddings: str, output: str, threshold: float, overwrite: bool, pro
     \b
     Examples:
       captionlib deduplicate embeddings -o duplicates
+      captionlib deduplicate embeddings-2025 embeddings-2026 -o duplicates --threshold 0.95
       captionlib query duplicates --sql "FROM duplicates WHERE NOT kept"
     """
+    from captionlib.collection import is_collection, open_collection
+    from captionlib.errors import ConfigError
     from captionlib.search.duplicates import find_duplicates
 
-    summary = find_duplicates(embeddings, output, threshold, overwrite=overwrite, progress=progress)
+    addresses: list[str] = []
+    for folder in embeddings:
+        if is_collection(folder):
+            collection = open_collection(folder)
+            if collection.config.ranker is None:
+                raise ConfigError(f"{folder} has no embeddings; set ranker in its collection.yaml, and update it")
+            addresses += map(collection.embeddings, collection.config.sources)
+        else:
+            addresses.append(folder)
+    summary = find_duplicates(addresses, output, threshold, overwrite=overwrite, progress=progress)
     click.echo(
         f"{output}: {summary.duplicates:,} of {summary.images:,} images are duplicates of {summary.groups:,} others"
     )

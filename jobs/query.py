@@ -30,7 +30,7 @@ _SECTIONS = {
     "Query an index": _INDEX_QUERIES,
     "Options for an index": _INDEX_OPTIONS,
     "Query a dataset": _DATASET_QUERIES,
-    "Options for a dataset": ("memory", "threads"),
+    "Options for a dataset": ("duplicates", "memory", "threads"),
     "Output": ("limit", "timeout", "format", "escape_formulas", "output", "quiet", "verbose", "help"),
 }
 
@@ -56,7 +56,9 @@ class _SectionedCommand(click.Command):
 @click.option("--image-id", metavar="ID", help="The row of one image.")
 @click.option("--where", metavar="CONDITION", help="SQL condition, such as \"split = 'val' AND log_prob > -10\".")
 @click.option(
-    "--sort", type=click.Choice(["relevance", "log_prob"]), help="Order of the results of --text. [default: relevance]"
+    "--sort",
+    type=click.Choice(["relevance", "log_prob", "image_text_score"]),
+    help="Order of the results of --text. [default: relevance]",
 )
 @click.option("--ranker", "-r", metavar="FOLDER", help="Ranker (dual encoder) that computed the embeddings.")
 @click.option("--captioner", "-c", metavar="FOLDER", help="With --image, caption the image instead of searching.")
@@ -71,6 +73,7 @@ class _SectionedCommand(click.Command):
 @click.option("--contains", metavar="WORDS", help="Captions with all these words, most probable first.")
 @click.option("--top", type=click.IntRange(min=1), metavar="N", help="The N most probable captions.")
 @click.option("--count-words", type=click.IntRange(min=1), metavar="N", help="The N most frequent words.")
+@click.option("--duplicates", metavar="FOLDER", help="Leave out duplicates, as listed by `captionlib deduplicate`.")
 @click.option("--memory", default="2GB", show_default=True, help="Memory to use before spilling to disk.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads. [default: one per core]")
 @click.option("--limit", type=click.IntRange(min=0), metavar="N", help="Maximum number of rows. [default: 20, or all]")
@@ -111,8 +114,8 @@ def command(
 ) -> None:
     """Search an index, or query captions or any other dataset in FOLDER. Several datasets are queried as one.
 
-    An index is searched by text, sentence or image. --where filters by image_id, uri, split, caption, log_prob and
-    tokens. A remote index is copied to this machine once.
+    An index is searched by text, sentence or image. --where filters by image_id, uri, split, caption, log_prob, tokens
+    and image_text_score. A remote index is copied to this machine once.
 
     A dataset is queried with SQL. Its rows are in a view named after its kind: captions, features, manifest, embeddings
     or duplicates. A second view, named failures, contains the images that could not be processed. Both include only
@@ -133,6 +136,7 @@ def command(
       captionlib query captions --contains "dog frisbee"
       captionlib query captions --image-id 391895
       captionlib query captions-2025 captions-2026 --contains frisbee
+      captionlib query captions --contains dog --duplicates duplicates
       captionlib query captions --top 20 --format csv --output top.csv
       captionlib query captions --count-words 50
       captionlib query captions --sql "DESCRIBE captions"
@@ -158,14 +162,14 @@ def command(
     folder, limits = folders[0], SqlLimits(memory, threads)
     if len(folders) == 1 and Folder(folder).exists(DESCRIPTION):
         advice = "a dataset; query the captions that the index was built from"
-        query = _choose_query(values, _INDEX_QUERIES, _DATASET_QUERIES, advice)
+        query = _choose_query(values, _INDEX_QUERIES, (*_DATASET_QUERIES, "duplicates"), advice)
         open_rows: Query = partial(_query_index, folder, query, values, 20 if limit is None else limit)
         # Models count towards the memory limit, but the files of the index do not: they are mapped.
         result = run_query(open_rows, limits.memory_bytes, timeout) if "where" in values else open_rows()
     else:
         advice = f"an index, but {' '.join(folders)} is not an index; see `captionlib build-index`"
         query = _choose_query(values, _DATASET_QUERIES, (*_INDEX_QUERIES, *_INDEX_OPTIONS), advice)
-        open_rows = partial(_query_dataset, folders, query, values[query], limit, limits)
+        open_rows = partial(_query_dataset, folders, query, values, limit, limits)
         result = run_query(open_rows, limits.memory_bytes, timeout)
     with result as rows:
         if output is None:
@@ -207,12 +211,12 @@ def _flag(name: str) -> str:
 
 @contextmanager
 def _query_dataset(
-    folders: tuple[str, ...], query: str, value: Any, limit: int | None, limits: SqlLimits
+    folders: tuple[str, ...], query: str, values: Mapping[str, Any], limit: int | None, limits: SqlLimits
 ) -> Iterator[pa.RecordBatchReader]:
     from captionlib.search.sql.queries import count_words, find_captions, find_image, find_top_captions
     from captionlib.search.sql.session import open_sql
 
-    with open_sql(folders, limits=limits) as session:
+    with open_sql(folders, limits=limits, duplicates=values.get("duplicates")) as session:
         queries: dict[str, Callable[[Any], pa.RecordBatchReader]] = {
             "sql": session.stream,
             "contains": partial(find_captions, session),
@@ -220,7 +224,7 @@ def _query_dataset(
             "count_words": partial(count_words, session),
             "image_id": lambda image_id: find_image(session, image_id).to_reader(),
         }
-        rows = queries[query](value)
+        rows = queries[query](values[query])
         yield rows if limit is None else limit_rows(rows, limit)
 
 
@@ -255,6 +259,10 @@ def _search_index(folder: str, query: str, values: Mapping[str, Any], limit: int
 
 
 def _query_by_image(folder: str, values: Mapping[str, Any], limit: int) -> pa.Table:
+    from captionlib.models.checkpoints.encoder_file import require_checkpoint_files
+
+    for address in filter(None, map(values.get, ("captioner", "ranker"))):
+        require_checkpoint_files(address, values.get("weights"))
     from captionlib.config import load_config
     from captionlib.data.images.fetching import ImageFetcher
     from captionlib.models.families.ranker import open_ranker  # imports torch, which takes seconds

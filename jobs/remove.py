@@ -13,6 +13,7 @@ from captionlib.errors import ConfigError, DatasetError
 
 if TYPE_CHECKING:
     from captionlib.data.shards.removal import Removal
+    from captionlib.search.index_folder import IndexDescription
 
 __all__ = ["command"]
 
@@ -102,7 +103,8 @@ def _find_datasets(
             collection = open_collection(folder)
             if not dry_run:
                 stack.enter_context(lock_folder(collection.folder, command_name))
-            existing = [address for address in collection.list_datasets() if Folder(address).list()]
+            addresses = [*collection.list_datasets(), collection.duplicates]
+            existing = [address for address in addresses if Folder(address).list()]
             if not existing:
                 raise DatasetError(f"{folder}: expected images to remove, got none; run `captionlib update` first")
             datasets += existing
@@ -130,10 +132,36 @@ def _rebuild_index(address: str) -> None:
         [dataset.folder for dataset in datasets] for datasets in (description.captions, description.embeddings)
     )
     build, index = build_index(
-        captions, address, description.config, embeddings=embeddings or None, run=RunConfig(progress=False)
+        captions,
+        address,
+        description.config,
+        embeddings=embeddings or None,
+        duplicates=_regroup_duplicates(description),
+        run=RunConfig(progress=False),
     )
     build.remove_previous_version()
     click.echo(f"{address}: {index.captions_count:,} captions")
+
+
+def _regroup_duplicates(description: IndexDescription) -> str | None:
+    """Returns the duplicates that an index leaves out. Groups them again if images of them were removed."""
+    if description.duplicates is None:
+        return None
+    from captionlib.data.shards.dataset import open_dataset
+    from captionlib.search.duplicates import find_duplicates
+
+    folder = description.duplicates.folder
+    duplicates = open_dataset(folder, "duplicates")
+    embeddings = [dataset.folder for dataset in description.embeddings]
+    if duplicates.is_complete():
+        return folder
+    if not embeddings:
+        click.echo(
+            f"{folder} has lost groups, so the index contains all images; run deduplicate and build-index", err=True
+        )
+        return None
+    find_duplicates(embeddings, folder, duplicates.config["threshold"])
+    return folder
 
 
 def _remove_thumbnails(plans: Sequence[Removal], folder: str | None) -> None:

@@ -57,10 +57,14 @@ def _check_models(collection: Collection) -> GenerationConfig:
     """Returns the settings of captions. Fails before the sources are read if the settings or models are invalid."""
     from captionlib.collection import COLLECTION_FILE
     from captionlib.config import build_config
+    from captionlib.models.checkpoints.encoder_file import require_checkpoint_files
+
+    config = collection.config
+    for address in filter(None, (config.captioner, config.ranker)):
+        require_checkpoint_files(address, config.weights)
     from captionlib.models.inference.captioning import SHARED_CAPTIONERS, GenerationConfig
     from captionlib.models.inference.embedding import SHARED_RANKERS
 
-    config = collection.config
     SHARED_CAPTIONERS.load_version(config.captioner)
     if config.ranker is not None:
         SHARED_RANKERS.load_version(config.ranker)
@@ -131,5 +135,23 @@ def _index(collection: Collection, run: RunConfig) -> None:
     config = collection.config
     captions = [collection.captions(source) for source in config.sources]
     embeddings = [collection.embeddings(source) for source in config.sources] if config.ranker else None
-    _, index = build_index(captions, collection.index, config.index, embeddings=embeddings, run=run)
+    duplicates = None
+    if config.duplicates is not None and embeddings is not None:
+        duplicates = _deduplicate(collection, embeddings, config.duplicates, run.progress)
+    _, index = build_index(
+        captions, collection.index, config.index, embeddings=embeddings, duplicates=duplicates, run=run
+    )
     click.echo(f"{collection.index}: {index.captions_count:,} captions")
+
+
+def _deduplicate(collection: Collection, embeddings: list[str], threshold: float, progress: bool) -> str:
+    """Groups the duplicates among the images of all sources. Returns the path or URL of the dataset."""
+    from captionlib.errors import FingerprintError
+    from captionlib.search.duplicates import find_duplicates
+
+    try:
+        summary = find_duplicates(embeddings, collection.duplicates, threshold, progress=progress)
+    except FingerprintError:  # the threshold or the ranker has changed
+        summary = find_duplicates(embeddings, collection.duplicates, threshold, overwrite=True, progress=progress)
+    click.echo(f"{collection.duplicates}: {summary.duplicates:,} duplicates of {summary.groups:,} images")
+    return collection.duplicates

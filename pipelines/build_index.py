@@ -23,6 +23,7 @@ def build_index(
     config: IndexConfig = IndexConfig(),
     *,
     embeddings: Addresses | None = None,
+    duplicates: str | os.PathLike[str] | None = None,
     run: RunConfig = RunConfig(),
 ) -> tuple[IndexBuild, IndexDescription]:
     """Builds a search index, or updates an existing index after its datasets have changed.
@@ -38,6 +39,7 @@ def build_index(
         config: the configuration of the index.
         embeddings: the embeddings of the same images: one dataset for each captions dataset, in the same order. If
             None, the index is text-only.
+        duplicates: the duplicates of these images. If set, only the kept image of each group is indexed.
         run: how to run the pipeline.
 
     Returns:
@@ -49,7 +51,7 @@ def build_index(
         DatasetError: see `plan_build`; also raised if a concurrent build has replaced the index.
         FingerprintError: see `plan_build`.
     """
-    build = plan_build(captions, embeddings, output, config, overwrite=run.overwrite)
+    build = plan_build(captions, embeddings, output, config, duplicates=duplicates, overwrite=run.overwrite)
     choose_runner(run)
     if build.is_done():
         build.clean()

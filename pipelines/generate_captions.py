@@ -16,6 +16,7 @@ from captionlib.models.inference.captioning import (
     require_attention,
 )
 from captionlib.models.inference.embedding import SHARED_RANKERS, create_embeddings_dataset
+from captionlib.models.inference.image_text_scores import check_needs_no_ranker
 from captionlib.models.inference.model_inputs import choose_input_transform
 from captionlib.storage.folders import resolve_address
 from pipelines.run import RunConfig, run_job
@@ -48,7 +49,8 @@ def generate_captions(
         checkpoint: the captioner's folder, or the address of a model from another library, such as `hf:FOLDER`.
         output: folder of the captions dataset to write.
         config: settings for decoding and image loading.
-        ranker: the ranker's folder or address; requires `embeddings`.
+        ranker: the ranker's folder or address. It adds the column `image_text_score`, which says how well each caption
+            fits its image.
         embeddings: folder of the embeddings dataset to write; requires `ranker`.
         weights: path of the image encoder's weights file; required if the encoder was loaded from such a file and the
             checkpoint does not contain it.
@@ -63,12 +65,14 @@ def generate_captions(
     Raises:
         CheckpointError: a folder contains no captioner or ranker, an encoder differs from that of the features, or
             `config` needs attention or a datastore (of captions for reranking) that the captioner lacks.
-        ConfigError: only one of `ranker` and `embeddings` is specified, or the captioner does not support a setting.
+        ConfigError: `embeddings` or a setting requires a ranker, or the captioner does not support a setting.
         DatasetError: the source is incomplete, or an output folder contains a different dataset.
         FailureRatioError: more images failed than `run` allows.
     """
-    if (ranker is None) != (embeddings is None):
-        raise ConfigError("--ranker and --embeddings require each other; specify both or neither")
+    if ranker is None:
+        check_needs_no_ranker(config.decoding)
+        if embeddings is not None:
+            raise ConfigError("--embeddings requires --ranker, the model that computes them; specify both")
     if embeddings is not None and resolve_address(embeddings) == resolve_address(output):
         raise ConfigError(f"--output and --embeddings: expected different folders, got {os.fspath(output)} twice")
     config = replace(config, loading=run.limit_decoder_processes(config.loading))
@@ -79,8 +83,10 @@ def generate_captions(
     description = captioner.describe_generation(config)
     input_transform = choose_input_transform(dataset, captioner, weights, driver_device, run.threads_per_worker)
     loaded_ranker, ranker_version, ranker_input_transform = None, None, None
+    scores = {}
     if ranker is not None:
         loaded_ranker, ranker_version = SHARED_RANKERS.load_version(ranker)
+        scores = {"ranker": loaded_ranker.fingerprint, "sentence_template": loaded_ranker.sentence_template}
         ranker_input_transform = choose_input_transform(
             dataset, loaded_ranker, weights, driver_device, run.threads_per_worker
         )
@@ -93,13 +99,20 @@ def generate_captions(
         run.threads_per_worker,
         ranker_version,
         ranker_input_transform,
+        embed=embeddings is not None,
     )
     with open_sample(dataset, output, limit, run.workers) as sample:
         captions = create_dataset(
             output,
             "captions",
-            captions_schema(attention_positions),
-            config={"captioner": captioner.fingerprint, "encoder": captioner.encoder, **description, **sample.config},
+            captions_schema(attention_positions, has_scores=ranker is not None),
+            config={
+                "captioner": captioner.fingerprint,
+                "encoder": captioner.encoder,
+                **description,
+                **scores,
+                **sample.config,
+            },
             **sample.origin,
             overwrite=run.overwrite,
         )

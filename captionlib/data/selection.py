@@ -5,12 +5,13 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.splits import add_split_aliases
 
-__all__ = ["ALL_IMAGES", "ImageSelection", "read_duplicate_ids", "select_images"]
+__all__ = ["ALL_IMAGES", "ImageSelection", "hash_ids", "read_duplicate_ids", "select_images"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class ImageSelection:
 
     def describe(self) -> dict[str, list[str] | str | None]:
         """Returns JSON values that identify the selection."""
-        included = None if self.included is None else _hash_ids(self.included)
-        return {"splits": sorted(self.splits), "excluded": _hash_ids(self.excluded), "included": included}
+        included = None if self.included is None else hash_ids(self.included)
+        return {"splits": sorted(self.splits), "excluded": hash_ids(self.excluded), "included": included}
 
 
 ALL_IMAGES = ImageSelection()
@@ -66,14 +67,17 @@ def select_images(
 
 
 def read_duplicate_ids(duplicates: ShardedDataset) -> frozenset[str]:
-    """Returns the ids of the images that are duplicates of a kept image."""
-    tables = [duplicates.read(shard, ["image_id", "kept"]) for shard in range(duplicates.shards)]
-    return frozenset(
-        image_id for rows in tables for image_id in rows.filter(pc.invert(rows["kept"]))["image_id"].to_pylist()
+    """Returns the ids of the images that are duplicates of a kept image which has not been removed."""
+    rows = pa.concat_tables(
+        [duplicates.read(shard, ["image_id", "group", "kept"]) for shard in range(duplicates.shards)]
     )
+    kept = rows.filter(rows["kept"])["image_id"].combine_chunks()
+    removed = rows.filter(pc.and_(pc.invert(rows["kept"]), pc.is_in(rows["group"], value_set=kept)))
+    return frozenset(removed["image_id"].to_pylist())
 
 
-def _hash_ids(image_ids: Iterable[str]) -> str:
+def hash_ids(image_ids: Iterable[str]) -> str:
+    """Returns a hash of a set of image ids."""
     digest = hashlib.sha256()
     for image_id in sorted(image_ids):
         digest.update(f"{len(image_id)} {image_id}".encode(errors="surrogatepass"))

@@ -49,6 +49,7 @@ class Prediction:
         uri: the path or URI of the image; empty if unknown.
         split: the split of the image; empty if unknown.
         log_prob: the log-probability of the caption; None if unknown.
+        image_text_score: the similarity of caption and image; None if unknown.
         candidates: the n best captions with their log-probabilities, best first.
         references: human-written captions of the image.
     """
@@ -60,6 +61,7 @@ class Prediction:
     log_prob: float | None = None
     candidates: tuple[tuple[str, float], ...] = ()
     references: tuple[str, ...] = ()
+    image_text_score: float | None = None
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "Prediction":
@@ -70,6 +72,7 @@ class Prediction:
             uri=row["uri"],
             split=row["split"],
             log_prob=row["log_prob"],
+            image_text_score=row.get("image_text_score"),
             candidates=tuple((candidate["caption"], candidate["log_prob"]) for candidate in row["candidates"]),
         )
 
@@ -131,7 +134,7 @@ def is_dataset(source: str | os.PathLike[str]) -> bool:
 
 
 def _read_dataset(dataset: ShardedDataset) -> list[Prediction]:
-    columns = ["image_id", "uri", "split", "caption", "log_prob", "candidates"]
+    columns = ["image_id", "uri", "split", "caption", "log_prob", "image_text_score", "candidates"]
     return [
         Prediction.from_row(row)
         for shard in range(dataset.shards)

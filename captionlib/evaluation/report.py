@@ -141,6 +141,7 @@ def _to_item(prediction: Prediction) -> dict[str, Any]:
         "caption": prediction.caption,
         "split": prediction.split,
         "logProb": _round(prediction.log_prob),
+        "imageTextScore": _round(prediction.image_text_score),
         "candidates": [[caption, _round(log_prob)] for caption, log_prob in prediction.candidates],
         "references": list(prediction.references),
     }

@@ -8,13 +8,16 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from captionlib.config import describe_differences, to_dict
+from captionlib.data.selection import hash_ids, read_duplicate_ids
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.shards.markers import Marker, decode_record, encode_record, part_name
 from captionlib.errors import ConfigError, DatasetError, DuplicateIdError, FingerprintError
@@ -23,6 +26,7 @@ from captionlib.search.index_folder import (
     SUBFOLDERS,
     IndexDescription,
     IndexedDataset,
+    IndexedDuplicates,
     IndexedShard,
     InputShard,
     check_hash,
@@ -36,6 +40,8 @@ from captionlib.search.index_folder import (
 )
 from captionlib.search.inputs import (
     check_datasets_match,
+    check_same_ranker,
+    find_kept_rows,
     match_embeddings_to_captions,
     open_shard,
     read_caption_rows,
@@ -61,6 +67,7 @@ class IndexBuild:
         folder: folder of the index.
         captions: captions datasets, with one row per captioned image.
         embeddings: embeddings datasets of the same images, in the same order. If empty, the index is text-only.
+        duplicates: the duplicates that are left out; None if all images are indexed.
         shards: all shards of the index, in the order of their rows.
         base: version of the index whose files are reused. If None, the index is built from scratch.
         added: positions in `shards` of the shards that `base` does not contain.
@@ -75,6 +82,7 @@ class IndexBuild:
     captions: tuple[ShardedDataset, ...]
     embeddings: tuple[ShardedDataset, ...]
     config: IndexConfig
+    duplicates: IndexedDuplicates | None = None
     shards: tuple[InputShard, ...] = ()
     base: IndexDescription | None = None
     added: tuple[int, ...] = ()
@@ -93,6 +101,7 @@ class IndexBuild:
             "config": to_dict(self.config),
             "layout": to_dict(self.layout) if self.layout else None,
             "shards": [asdict(shard) for shard in self.shards],
+            "duplicates": self.duplicates and self.duplicates.checksum,
         }
         return hash_json(identity)
 
@@ -122,13 +131,16 @@ class IndexBuild:
         shard = self.shards[position]
         captions = self.captions[shard.dataset]
         with temporary_folder(self.folder) as local, open_shard(captions, shard.shard, shard.captions) as caption_rows:
-            write_rows(local / "rows", local / "candidates", read_caption_rows(caption_rows))
+            kept = find_kept_rows(caption_rows, _read_left_out(self.duplicates))
+            if kept.sum() != shard.rows:
+                raise _changed_error(self.duplicates)
+            write_rows(local / "rows", local / "candidates", read_caption_rows(caption_rows, kept))
             files = {
                 "rows_file": publish_path(self.folder, local / "rows", "rows/", ".arrow"),
                 "candidates_file": publish_path(self.folder, local / "candidates", "candidates/", ".arrow"),
             }
             if self.embeddings:
-                self._write_partial_index(position, caption_rows, local)
+                self._write_partial_index(position, caption_rows, kept, local)
         self.folder.write(self._result(position), encode_record(files))  # the shard is done when this file exists
 
     def _read_result(self, position: int) -> dict[str, str] | None:
@@ -140,7 +152,9 @@ class IndexBuild:
         needed = [*files.values(), self._partial(position)] if self.embeddings else files.values()
         return files if all(self.folder.exists(name) for name in needed) else None
 
-    def _write_partial_index(self, position: int, caption_rows: pq.ParquetFile, local: Path) -> None:
+    def _write_partial_index(
+        self, position: int, caption_rows: pq.ParquetFile, kept: npt.NDArray[np.bool_], local: Path
+    ) -> None:
         shard = self.shards[position]
         captions, embeddings = self.captions[shard.dataset], self.embeddings[shard.dataset]
         with (
@@ -148,13 +162,14 @@ class IndexBuild:
             self.folder.stage(self._partial(position)) as path,
         ):
             positions = match_embeddings_to_captions(captions, embeddings, shard.shard, caption_rows, embedding_rows)
-            has_caption = positions >= 0
-            vectors = read_embeddings(embedding_rows, self._dimension)[has_caption]
+            is_indexed = (positions >= 0) & np.append(kept, False)[positions]  # -1 is the appended value
+            vectors = read_embeddings(embedding_rows, self._dimension)[is_indexed]
             trained = fetch_path(self.folder, self._trained, local / "trained")
             if self.base is not None:
                 check_hash(trained, self._trained, self.folder.address(self._trained))
             start = sum(each.rows for each in self.shards[:position])
-            write_partial_index(trained, positions[has_caption] + start, vectors, path)
+            rows = np.cumsum(kept)[positions[is_indexed]] - 1
+            write_partial_index(trained, rows + start, vectors, path)
 
     def finish(self) -> None:
         """Merges the shards, publishes the index, and removes files that neither it nor the previous version uses.
@@ -226,6 +241,7 @@ class IndexBuild:
             text=text,
             vectors=vectors,
             trained=trained,
+            duplicates=self.duplicates,
         )
 
     def _list_indexed_shards(self) -> list[IndexedShard]:
@@ -312,6 +328,7 @@ def plan_build(
     output: str | os.PathLike[str],
     config: IndexConfig,
     *,
+    duplicates: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> IndexBuild:
     """Compares an index with the datasets it is built from and plans what to build.
@@ -319,6 +336,9 @@ def plan_build(
     The plan covers the shards that are finished in both captions and embeddings. Shards of an existing index are reused
     if their content has not changed. Centroids are trained again only if the index has too many rows for its layout. If
     `overwrite` is True, the index is built from scratch, whatever the folder contains.
+
+    Images that are duplicates of a kept image in the dataset `duplicates` are left out. If the dataset changes, the
+    shards whose images are affected are indexed again.
 
     Raises:
         ConfigError: the numbers of captions and embeddings datasets differ.
@@ -332,13 +352,14 @@ def plan_build(
             f"expected one embeddings dataset for each of {len(captions_datasets)} captions datasets, in the same "
             f"order, got {len(embeddings_datasets)}"
         )
-    build = IndexBuild(Folder(output), captions_datasets, embeddings_datasets, config)
+    left_out = None if duplicates is None else _describe_duplicates(duplicates)
+    build = IndexBuild(Folder(output), captions_datasets, embeddings_datasets, config, left_out)
     base = _read_base(build, overwrite)
-    shards = _list_shards(build)
+    shards = _leave_out_duplicates(build, base, _list_shards(build))
     pending = sum(dataset.shards for dataset in captions_datasets) - len(shards)
     for captions_dataset, embeddings_dataset in zip(captions_datasets, embeddings_datasets, strict=False):
         check_datasets_match(captions_dataset, embeddings_dataset)
-    _check_same_ranker(embeddings_datasets)
+    check_same_ranker(embeddings_datasets)
     if embeddings_datasets:
         _check_first_shard(build, shards[0])  # before workers start; `add_shard` checks the others
     build = replace(build, pending=pending)
@@ -384,11 +405,56 @@ def _list_shards(build: IndexBuild) -> list[InputShard]:
     return shards
 
 
+def _describe_duplicates(address: str | os.PathLike[str]) -> IndexedDuplicates:
+    dataset = open_dataset(address, "duplicates").require_complete()
+    return IndexedDuplicates(resolve_address(dataset.folder.uri), dataset.compute_content_checksum())
+
+
+@lru_cache(maxsize=1)
+def _read_left_out(duplicates: IndexedDuplicates | None) -> frozenset[str]:
+    """Returns the ids of the images that are left out. Each process reads them once."""
+    if duplicates is None:
+        return frozenset()
+    dataset = open_dataset(duplicates.folder, "duplicates").require_complete()
+    if dataset.compute_content_checksum() != duplicates.checksum:
+        raise _changed_error(duplicates)
+    return read_duplicate_ids(dataset)
+
+
+def _changed_error(duplicates: IndexedDuplicates | None) -> DatasetError:
+    name = "the captions" if duplicates is None else duplicates.folder
+    return DatasetError(f"{name} changed while the index was being built; run the command again")
+
+
+def _leave_out_duplicates(
+    build: IndexBuild, base: IndexDescription | None, shards: Sequence[InputShard]
+) -> list[InputShard]:
+    """Subtracts the duplicates that are left out from the rows of each shard.
+
+    Reads the ids of all captions, except those of shards that the existing index contains without the same duplicates.
+    """
+    left_out = _read_left_out(build.duplicates)
+    if not left_out:
+        return list(shards)
+    same = base is not None and base.duplicates is not None and base.duplicates == build.duplicates
+    known = {shard.captions: shard for shard in base.shards} if base is not None and same else {}
+    changed = []
+    for shard in shards:
+        if shard.captions in known:
+            indexed = known[shard.captions]
+            changed.append(replace(shard, rows=indexed.rows, left_out=indexed.left_out))
+            continue
+        batches = build.captions[shard.dataset].read_batches(shard.shard, ["image_id"], batch_size=65_536)
+        found = left_out.intersection(image_id for batch in batches for image_id in batch["image_id"].to_pylist())
+        changed.append(replace(shard, rows=shard.rows - len(found), left_out=hash_ids(found) if found else ""))
+    return changed
+
+
 def _keep_unfinished(build: IndexBuild, base: IndexDescription, shards: Sequence[InputShard]) -> list[InputShard]:
     """Adds the shards of `base` that are being written again, so their images stay in the index."""
     finished = {(shard.dataset, shard.shard) for shard in shards}
     kept = [
-        InputShard(shard.dataset, shard.shard, shard.rows, shard.captions, shard.embeddings)
+        InputShard(shard.dataset, shard.shard, shard.rows, shard.captions, shard.embeddings, left_out=shard.left_out)
         for shard in base.shards
         if (shard.dataset, shard.shard) not in finished
         and shard.dataset < len(build.captions)
@@ -396,21 +462,6 @@ def _keep_unfinished(build: IndexBuild, base: IndexDescription, shards: Sequence
         and base.captions[shard.dataset].fingerprint == build.captions[shard.dataset].fingerprint
     ]
     return sorted([*shards, *kept], key=lambda shard: (shard.dataset, shard.shard))
-
-
-def _check_same_ranker(embeddings: Sequence[ShardedDataset]) -> None:
-    """Checks that the same ranker (dual encoder for image-text retrieval) computed all embeddings."""
-    for dataset in embeddings[1:]:
-        first, other = (
-            (str(each.config.get("ranker", "")), each.schema.field("embedding").type.list_size)
-            for each in (embeddings[0], dataset)
-        )
-        if first != other:
-            raise DatasetError(
-                f"expected embeddings of one ranker, got {first[0]} (dimension {first[1]}) in "
-                f"{embeddings[0].folder.uri} and {other[0]} (dimension {other[1]}) in {dataset.folder.uri}; "
-                "embed all images with the same ranker"
-            )
 
 
 def _check_first_shard(build: IndexBuild, shard: InputShard) -> None:
@@ -444,7 +495,7 @@ def _plan_shards(build: IndexBuild, base: IndexDescription | None, shards: Seque
         base = None
     if base is None and build.embeddings:
         layout = VectorLayout.choose(build.config, rows, build.embeddings[0].schema.field("embedding").type.list_size)
-    indexed = {shard.content for shard in base.shards} if base is not None else set[tuple[str, str]]()
+    indexed = {shard.content for shard in base.shards} if base is not None else set[tuple[str, str, str]]()
     return replace(
         build,
         shards=tuple(shards),

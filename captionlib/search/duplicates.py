@@ -7,6 +7,7 @@ differences.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError
 from captionlib.progress import ProgressBar, progress_bar
 from captionlib.search.config import IndexConfig, VectorLayout
+from captionlib.search.inputs import check_same_ranker
+from captionlib.storage.folders import Addresses, list_addresses
 
 __all__ = ["DEFAULT_THRESHOLD", "DuplicateSummary", "find_duplicates"]
 
@@ -35,6 +38,7 @@ _MIN_NPROBE = 8  # near-duplicates are in the same inverted list or in adjacent 
 _SEED = 1
 
 Positions = npt.NDArray[np.int64]
+Shard = tuple[ShardedDataset, int]
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class _Groups:
 
 
 def find_duplicates(
-    embeddings: str | os.PathLike[str],
+    embeddings: Addresses,
     output: str | os.PathLike[str],
     threshold: float = DEFAULT_THRESHOLD,
     *,
@@ -97,7 +101,7 @@ def find_duplicates(
         26
 
     Args:
-        embeddings: a complete embeddings dataset.
+        embeddings: a complete embeddings dataset, or several, whose images are compared with each other.
         output: folder to write.
         threshold: minimum cosine similarity, in (0, 1], of the embeddings of near-duplicates. If 1, only exact copies
             are duplicates.
@@ -106,48 +110,65 @@ def find_duplicates(
 
     Raises:
         ConfigError: `threshold` is out of range.
-        DatasetError: `embeddings` is not a complete embeddings dataset.
+        DatasetError: `embeddings` are not complete embeddings datasets of one ranker.
         FingerprintError: the output contains a dataset with a different threshold, and `overwrite` is False.
     """
     if not 0 < threshold <= 1:
         raise ConfigError(f"threshold: expected a number above 0 and at most 1, got {threshold}")
-    source = open_dataset(embeddings, "embeddings").require_complete()
+    sources = [open_dataset(address, "embeddings").require_complete() for address in list_addresses(embeddings)]
+    check_same_ranker(sources)
+    lineages = "+".join(source.lineage for source in sources)
     dataset = create_dataset(
         output,
         "duplicates",
         DUPLICATES_SCHEMA,
         config={"threshold": threshold},
         shards=1,
-        source=source,
+        source=sources[0] if len(sources) == 1 else None,
+        lineage=lineages,
         overwrite=overwrite,
     )
-    checksum = source.compute_content_checksum()
+    checksum = "+".join(source.compute_content_checksum() for source in sources)
     marker = dataset.read_marker(0)  # the JSON file that records that the shard is complete, if it is
     if marker is None or marker.source != checksum:
-        table = _group_duplicates(source, threshold, progress)
+        table = _group_duplicates(_list_shards(sources), sources[0], threshold, progress)
         dataset.mark_incomplete()
         with write_shard(dataset, 0, table.num_rows, checksum) as writer:
             writer.write(table)
     dataset.finish()
     kept = dataset.read(0, ["kept"])["kept"].to_numpy()
-    return DuplicateSummary(source.compute_totals().rows, int(kept.sum()), int((~kept).sum()))
+    images = sum(source.compute_totals().rows for source in sources)
+    return DuplicateSummary(images, int(kept.sum()), int((~kept).sum()))
 
 
-def _group_duplicates(source: ShardedDataset, threshold: float, progress: bool) -> pa.Table:
-    images = _read_images(source)
+def _list_shards(sources: Sequence[ShardedDataset]) -> list[Shard]:
+    """Returns the shards that have rows, as pairs of a dataset and the number of a shard."""
+    return [
+        (source, shard) for source in sources for shard, marker in sorted(source.read_markers().items()) if marker.rows
+    ]
+
+
+def _group_duplicates(
+    shards: Sequence[Shard], first_source: ShardedDataset, threshold: float, progress: bool
+) -> pa.Table:
+    images = _read_images(shards, first_source.schema)
     groups = _Groups(np.arange(len(images.ids)), np.ones(len(images.ids), np.float32))
     first = _find_first_copies(images.hashes)
     distinct = np.flatnonzero(first == groups.kept_image)
+    dimension = first_source.schema.field("embedding").type.list_size
     if threshold < 1:
         with progress_bar("deduplicate", len(distinct), "images", progress) as bar:
-            _group_similar(_index_vectors(source), images.positions, distinct, groups, threshold, bar)
+            index = _index_vectors(shards, len(images.ids), dimension)
+            _group_similar(index, images.positions, distinct, groups, threshold, bar)
     groups.kept_image[:], groups.similarity[:] = groups.kept_image[first], groups.similarity[first]
     return _build_table(images.ids, groups)
 
 
-def _read_images(source: ShardedDataset) -> _Images:
+def _read_images(shards: Sequence[Shard], schema: pa.Schema) -> _Images:
     columns = ["image_id", "width", "height", "content_hash"]
-    table = pa.concat_tables([source.read(shard, columns) for shard in range(source.shards)]).combine_chunks()
+    empty = pa.schema([schema.field(name) for name in columns]).empty_table()
+    tables = [source.read(shard, columns).select(columns) for source, shard in shards]
+    table = pa.concat_tables([empty, *tables]).combine_chunks()
     pixels = pc.multiply(table["width"].cast(pa.int64()), table["height"].cast(pa.int64()))
     order = pc.sort_indices(
         table.append_column("pixels", pixels), [("pixels", "descending"), ("image_id", "ascending")]
@@ -163,21 +184,19 @@ def _find_first_copies(hashes: pa.StringArray) -> Positions:
     return np.where(hashes.is_valid().to_numpy(zero_copy_only=False), first, indices)
 
 
-def _index_vectors(source: ShardedDataset) -> Any:
-    """Returns a Faiss index of all vectors as float16, numbered in the order of the dataset."""
-    rows, dimension = source.compute_totals().rows, source.schema.field("embedding").type.list_size
+def _index_vectors(shards: Sequence[Shard], rows: int, dimension: int) -> Any:
+    """Returns a Faiss index of all vectors as float16, numbered in the order of the shards."""
     layout = VectorLayout.choose(IndexConfig(vectors="sq8"), rows, dimension)  # for the number of inverted lists
     index = faiss.index_factory(dimension, f"IVF{layout.nlist},SQfp16", faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = _SEED
     index.cp.spherical = True
     index.cp.min_points_per_centroid = 1  # no warning about few vectors per list
-    shards = [shard for shard, marker in sorted(source.read_markers().items()) if marker.rows]
     if shards:
         chosen = [shards[index] for index in np.unique(np.linspace(0, len(shards) - 1, _TRAINING_SHARDS).astype(int))]
         per_shard = -(-layout.nlist * _TRAINING_VECTORS_PER_LIST // len(chosen))
-        index.train(np.concatenate([_read_vectors(source, shard)[:per_shard] for shard in chosen]))
+        index.train(np.concatenate([_read_vectors(*shard)[:per_shard] for shard in chosen]))
     for shard in shards:
-        index.add(_read_vectors(source, shard))
+        index.add(_read_vectors(*shard))
     index.make_direct_map()
     index.nprobe = min(layout.nlist, max(_MIN_NPROBE, layout.nprobe))
     return index

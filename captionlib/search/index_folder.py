@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -39,6 +39,7 @@ __all__ = [
     "DESCRIPTION",
     "IndexDescription",
     "IndexedDataset",
+    "IndexedDuplicates",
     "IndexedShard",
     "InputShard",
     "check_hash",
@@ -80,15 +81,28 @@ class IndexedDataset:
 
 
 @dataclass(frozen=True)
+class IndexedDuplicates:
+    """The dataset of duplicates whose images an index leaves out.
+
+    Attributes:
+        checksum: content checksum of the dataset.
+    """
+
+    folder: str
+    checksum: str
+
+
+@dataclass(frozen=True)
 class InputShard:
     """A finished shard of the captions, and the embeddings of the same images.
 
     Attributes:
         dataset: position of the dataset among the datasets of the index.
         shard: index of the shard in the dataset.
-        rows: number of captioned images.
+        rows: number of captioned images, without duplicates that are left out.
         captions: checksum of the captions.
         embeddings: checksum of the embeddings; empty if the index is text-only.
+        left_out: hash of the ids of the duplicates that are left out; empty if there are none.
     """
 
     dataset: int
@@ -96,11 +110,12 @@ class InputShard:
     rows: int
     captions: str
     embeddings: str
+    left_out: str = field(default="", kw_only=True)
 
     @property
-    def content(self) -> tuple[str, str]:
+    def content(self) -> tuple[str, str, str]:
         """Identifies the content. Shards with the same content share files, even if they are in different datasets."""
-        return self.captions, self.embeddings
+        return self.captions, self.embeddings, self.left_out
 
 
 @dataclass(frozen=True)
@@ -126,6 +141,7 @@ class IndexDescription:
         config: configuration of the build.
         captions: the captions datasets.
         embeddings: the embeddings datasets, in the order of the captions; empty if the index is text-only.
+        duplicates: the duplicates that are left out; None if all images are indexed.
         layout: type of the vector index; None if the index is text-only.
         shards: the indexed shards, in the order of their rows.
         captions_count: number of searchable captions.
@@ -149,6 +165,7 @@ class IndexDescription:
     vectors: str
     trained: str
     previous: tuple[str, ...] = ()
+    duplicates: IndexedDuplicates | None = None
 
     @property
     def files(self) -> list[str]:

@@ -14,12 +14,15 @@ import pyarrow.parquet as pq
 from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.markers import compute_checksum, part_name
+from captionlib.data.shards.schemas import add_missing_columns
 from captionlib.errors import DatasetError
 from captionlib.search.index_folder import InputShard
-from captionlib.search.rows import CANDIDATES, COLUMNS
+from captionlib.search.rows import CANDIDATES, ROWS
 
 __all__ = [
     "check_datasets_match",
+    "check_same_ranker",
+    "find_kept_rows",
     "match_embeddings_to_captions",
     "open_shard",
     "read_caption_rows",
@@ -52,6 +55,25 @@ def check_datasets_match(captions: ShardedDataset, embeddings: ShardedDataset) -
             raise _mismatch_error(captions, embeddings, problem)
 
 
+def check_same_ranker(embeddings: Sequence[ShardedDataset]) -> None:
+    """Checks that the same ranker (dual encoder for image-text retrieval) computed all embeddings.
+
+    Raises:
+        DatasetError: different rankers computed them.
+    """
+    for dataset in embeddings[1:]:
+        first, other = (
+            (str(each.config.get("ranker", "")), each.schema.field("embedding").type.list_size)
+            for each in (embeddings[0], dataset)
+        )
+        if first != other:
+            raise DatasetError(
+                f"expected embeddings of one ranker, got {first[0]} (dimension {first[1]}) in "
+                f"{embeddings[0].folder.uri} and {other[0]} (dimension {other[1]}) in {dataset.folder.uri}; "
+                "embed all images with the same ranker"
+            )
+
+
 @contextmanager
 def open_shard(dataset: ShardedDataset, shard: int, checksum: str) -> Iterator[pq.ParquetFile]:
     """Opens the file of a shard, after verifying its checksum. The open file stays readable if the shard is replaced.
@@ -79,9 +101,26 @@ def open_shard(dataset: ShardedDataset, shard: int, checksum: str) -> Iterator[p
             yield pq.ParquetFile(file)
 
 
-def read_caption_rows(parquet: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
-    """Yields the rows of a captions shard, with only the columns that an index stores."""
-    yield from parquet.iter_batches(_TEXT_BATCH_ROWS, columns=[*COLUMNS, *CANDIDATES.names])
+def find_kept_rows(parquet: pq.ParquetFile, left_out: frozenset[str]) -> npt.NDArray[np.bool_]:
+    """Returns for each row of a captions shard whether its image is not left out, `[rows]`."""
+    if not left_out:
+        return np.ones(parquet.metadata.num_rows, np.bool_)
+    ids = _read_image_ids(parquet).to_pylist()
+    return np.fromiter((image_id not in left_out for image_id in ids), np.bool_, len(ids))
+
+
+def read_caption_rows(parquet: pq.ParquetFile, kept: npt.NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
+    """Yields the rows of a captions shard that are kept, `[rows]`, with only the columns that an index stores."""
+    schema = pa.schema([*ROWS, *CANDIDATES])
+    start = 0
+    for batch in parquet.iter_batches(_TEXT_BATCH_ROWS, columns=schema.names):
+        mask = kept[start : start + batch.num_rows]
+        start += batch.num_rows
+        rows = batch if mask.all() else batch.filter(pa.array(mask))
+        candidates = rows["candidates"].cast(CANDIDATES.field(0).type)  # they may have no scores
+        yield add_missing_columns(
+            rows.set_column(rows.schema.get_field_index("candidates"), CANDIDATES.field(0), candidates), schema
+        )
 
 
 def match_embeddings_to_captions(

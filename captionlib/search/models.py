@@ -20,10 +20,12 @@ from captionlib.models.families.model import Arrays, ImageModel
 from captionlib.models.families.ranker import RankingModel
 from captionlib.models.inference.captioning import GenerationConfig
 from captionlib.models.inference.extraction import PixelReader
+from captionlib.models.inference.image_text_scores import check_needs_no_ranker, score_captions
 
 __all__ = ["ImageQueryModels", "read_sentences"]
 
 _CANDIDATES = pa.schema([("caption", pa.string()), ("log_prob", pa.float32())])
+_SCORED_CANDIDATES = _CANDIDATES.append(pa.field("image_text_score", pa.float32()))
 _ImageEncoder = tuple[ImageEncoder | PixelReader, DecoderPool]  # the pool applies the encoder's preprocessing
 _SENTENCES = pa.schema([("sentence", pa.string()), ("score", pa.float32())])
 
@@ -70,7 +72,10 @@ class ImageQueryModels:
         self._resources = ExitStack()
         self._loaded: list[tuple[Mapping[str, Any], _ImageEncoder]] = []
         self._caption_encoder = None
+        self._generation = generation
         if captioner is not None:
+            if ranker is None:
+                check_needs_no_ranker(generation.decoding)
             model = open_captioner(captioner, device)
             self._generate = model.prepare(generation)
             self._caption_encoder = self._load(model, weights)
@@ -128,6 +133,8 @@ class ImageQueryModels:
     def caption(self, content: bytes) -> pa.Table:
         """Returns the candidates for an image file, best first, in the columns caption and log_prob.
 
+        With a ranker, they also have the column image_text_score.
+
         Raises:
             DecodeError: the file is not an image, or exceeds the limits.
             QueryError: there is no captioner.
@@ -136,9 +143,16 @@ class ImageQueryModels:
             raise QueryError("captioning an image requires a captioner")
         images = self._encode(self._caption_encoder, content)
         with self._lock:
-            (captions,) = self._generate(images, [f"{hash_content(content):016x}"])
-        rows = [{"caption": caption.text, "log_prob": caption.log_prob} for caption in captions]
-        return pa.Table.from_pylist(rows, _CANDIDATES)
+            captions = self._generate(images, [f"{hash_content(content):016x}"])
+        if self._ranker is not None:
+            vector = self.embed(content)
+            with self._lock:
+                captions = score_captions(captions, vector[None], self._ranker, self._generation.decoding)
+        rows = [
+            {"caption": caption.text, "log_prob": caption.log_prob, "image_text_score": caption.image_text_score}
+            for caption in captions[0]
+        ]
+        return pa.Table.from_pylist(rows, _CANDIDATES if self._ranker is None else _SCORED_CANDIDATES)
 
     def _encode(self, image_encoder: _ImageEncoder, content: bytes) -> Arrays:
         encoder, decoders = image_encoder

@@ -5,6 +5,7 @@ Row numbers identify rows throughout the index. Reading 20 rows takes microsecon
 
 import hashlib
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captionlib.data.shards.schemas import captions_schema
+from captionlib.data.shards.schemas import add_missing_columns, captions_schema
 from captionlib.errors import DatasetError, QueryError
 from captionlib.search.sql.session import SqlLimits, connect, restrict_connection
 from captionlib.search.sql.statements import check_condition, check_reads_only, describe_error
@@ -33,11 +34,12 @@ __all__ = [
     "write_rows",
 ]
 
-COLUMNS = ("image_id", "uri", "split", "caption", "log_prob", "tokens")
-"""The columns of a captions dataset that search results show."""
+COLUMNS = ("image_id", "uri", "split", "caption", "log_prob", "tokens", "image_text_score", "width", "height")
+"""The columns of a captions dataset that search results show. The last three are null if they are not known."""
 
-ROWS = pa.schema([captions_schema().field(name) for name in COLUMNS])
-CANDIDATES = pa.schema([captions_schema().field("candidates")])
+_CAPTIONS = captions_schema(has_scores=True)
+ROWS = pa.schema([_CAPTIONS.field(name) for name in COLUMNS])
+CANDIDATES = pa.schema([_CAPTIONS.field("candidates")])
 
 _ROW = pa.field("row", pa.int64(), nullable=False)
 _CANDIDATES_BATCH_ROWS = 512  # to read a row, its batch and the batches before it are decompressed
@@ -68,7 +70,7 @@ def write_rows(rows_path: Path, candidates_path: Path, batches: Iterable[pa.Reco
 
 
 def read_rows(path: Path) -> Iterator[pa.RecordBatch]:
-    """Maps an Arrow file into memory and yields its batches.
+    """Maps an Arrow file into memory and yields its batches, with all columns of `ROWS`.
 
     Raises:
         DatasetError: the file is missing or invalid.
@@ -76,7 +78,7 @@ def read_rows(path: Path) -> Iterator[pa.RecordBatch]:
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         for index in range(reader.num_record_batches):
-            yield reader.get_batch(index)
+            yield add_missing_columns(reader.get_batch(index), ROWS)
     except (OSError, pa.ArrowInvalid) as error:
         raise DatasetError(f"{path} cannot be read ({error}); build the index again with --overwrite") from error
 
@@ -137,9 +139,17 @@ class RowStore:
             return np.empty(0, np.int64)
         return np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64))
 
-    def list_splits(self) -> list[str]:
-        """Returns the splits of the images, sorted."""
-        return sorted({split for batch in self._batches for split in pc.unique(batch["split"]).to_pylist()})
+    def count_splits(self) -> dict[str, int]:
+        """Returns the number of images in each split, sorted by the name of the split."""
+        counts = Counter[str]()
+        for batch in self._batches:
+            counts.update({each["values"]: each["counts"] for each in pc.value_counts(batch["split"]).to_pylist()})
+        return dict(sorted(counts.items()))
+
+    def list_uris(self) -> Iterator[str]:
+        """Yields the URIs of all images."""
+        for batch in self._batches:
+            yield from batch["uri"].to_pylist()
 
     def find_matching(self, where: str, parameters: Sequence[Any] = ()) -> npt.NDArray[np.int64]:
         """Returns the numbers of the rows that match a SQL condition over `COLUMNS`, ascending.

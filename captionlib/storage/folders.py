@@ -40,7 +40,7 @@ __all__ = [
 Addresses = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """A path or URL, or several."""
 
-TEMPORARY_FOLDER = "_temporary"
+TEMPORARY_FOLDER = "__temporary"
 
 # A PUT on these file systems is atomic, so files can be uploaded without a temporary name.
 _ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"})
@@ -149,10 +149,10 @@ class Folder:
                 contents, remaining = call_with_retries(remaining[0], partial(_read_batch, self.fs, remaining))
                 yield from contents
 
-    def download(self, name: str, target: Path) -> None:
+    def download(self, name: str, local_path: Path) -> None:
         """Copies a file to a local path."""
         path = self.path(name)
-        call_with_retries(path, lambda: self.fs.get_file(path, str(target)))
+        call_with_retries(path, lambda: self.fs.get_file(path, str(local_path)))
 
     def write(self, name: str, content: bytes) -> None:
         with self.stage(name) as path, convert_os_errors(self.path(name)):
@@ -184,7 +184,7 @@ class Folder:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Path]:
-        """Yields a local path to write. If the block does not raise, the file is published as `name` when it ends."""
+        """Yields a local path to write. Publishes the file as `name` when the block ends without an exception."""
         if self.is_local:
             parent = Path(self.path(TEMPORARY_FOLDER))
             with convert_full_disk_errors(self.path(name)), _create_temporary_file(parent, Path(name).name) as path:
@@ -217,12 +217,12 @@ class Folder:
         with suppress(OSError):
             folder.rmdir()
 
-    def _publish_local(self, path: Path, target: Path) -> None:
+    def _publish_local(self, path: Path, destination: Path) -> None:
         with path.open("rb") as written:
             os.fsync(written.fileno())
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(target)
-        directory = os.open(target.parent, os.O_RDONLY)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(destination)
+        directory = os.open(destination.parent, os.O_RDONLY)
         try:
             os.fsync(directory)  # makes the rename survive a crash
         finally:
@@ -245,12 +245,12 @@ class Folder:
 
         call_with_retries(self.path(name), publish)
 
-    def move(self, source: str, target: str) -> None:
-        """Moves a file within the folder, and replaces the target. Does nothing if the source does not exist.
+    def move(self, old_name: str, new_name: str) -> None:
+        """Moves a file within the folder, and replaces a file that has the new name. Does nothing without an old file.
 
-        On object stores, the source is copied and not removed.
+        On object stores, the old file is copied and not removed.
         """
-        old, new = self.path(source), self.path(target)
+        old, new = self.path(old_name), self.path(new_name)
         if self.is_local:
             with suppress(FileNotFoundError):
                 self._publish_local(Path(old), Path(new))
@@ -382,7 +382,7 @@ def write_file(address: str | os.PathLike[str], content: bytes) -> None:
 
 @contextmanager
 def stage_file(address: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a local path to write. The file is published at `address` when the block ends, unless the block raises.
+    """Yields a local path to write. Publishes the file at `address` when the block ends without an exception.
 
     Raises:
         StorageError: the file cannot be written.
@@ -390,12 +390,12 @@ def stage_file(address: str | os.PathLike[str]) -> Iterator[Path]:
     fs, path = open_file_system(address)
     try:
         if isinstance(fs, LocalFileSystem):
-            target = Path(path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            staged = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+            destination = Path(path)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            staged = destination.with_name(f"{destination.name}.{uuid.uuid4().hex}.partial")
             try:
                 yield staged
-                staged.replace(target)
+                staged.replace(destination)
             finally:
                 staged.unlink(missing_ok=True)
         else:

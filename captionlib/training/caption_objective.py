@@ -95,6 +95,8 @@ class CiderValidation:
     def __init__(
         self, batches: Batches, references: Sequence[Sequence[str]], vocabulary: Vocabulary, decoding: DecodingConfig
     ) -> None:
+        if decoding.rerank.method == "image_text":
+            raise ConfigError("decoding.rerank.method: expected none or mbr during training, got image_text; change it")
         if decoding.rerank.neighbors:
             raise ConfigError(
                 f"decoding.rerank.neighbors: expected 0 during training, got {decoding.rerank.neighbors}; "

@@ -87,10 +87,10 @@ def make_optimizer(
     if config.optimizer == "rmsprop":
         # Adam without momentum is RMSprop with bias correction. Without the correction, the mean square starts near
         # zero, and the first step is 1 / sqrt(1 - decay) = 32 times as large as the learning rate.
-        return torch.optim.Adam(groups, betas=(0.0, _RMSPROP_DECAY))
+        return torch.optim.Adam(groups, betas=(0.0, _RMSPROP_DECAY), fused=True)
     if config.optimizer == "adam":
-        return torch.optim.Adam(groups)
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+        return torch.optim.Adam(groups, fused=True)
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, steps_per_epoch: int) -> LambdaLR:

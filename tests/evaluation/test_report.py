@@ -59,7 +59,7 @@ def image_file(tmp_path: Path) -> Path:
 
 def test_data_holds_everything_about_an_image(tmp_path: Path, image_file: Path) -> None:
     prediction = Prediction(
-        "im-1", "a dog", str(image_file), "val", -0.6931, (("a dog", -0.6931), ("a cat", -9.21)), ("Dog!",)
+        "im-1", "a dog", str(image_file), "val", -0.6931, (("a dog", -0.6931), ("a cat", -9.21)), ("Dog!",), 0.25
     )
     page = write_report(
         tmp_path / "new" / "report",
@@ -78,6 +78,7 @@ def test_data_holds_everything_about_an_image(tmp_path: Path, image_file: Path) 
             "caption": "a dog",
             "split": "val",
             "logProb": -0.6931,
+            "imageTextScore": 0.25,
             "cider": 1.25,
             "candidates": [["a dog", -0.6931], ["a cat", -9.21]],
             "references": ["Dog!"],

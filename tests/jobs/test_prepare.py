@@ -5,7 +5,7 @@ from click.testing import CliRunner, Result
 
 from captionlib.errors import DatasetError, DuplicateIdError
 from jobs.cli import captionlib
-from tests.data.sources.helpers import touch
+from tests.data.sources.source_files import write_empty_files
 from tests.data.sources.test_containers import write_tar
 
 
@@ -14,7 +14,7 @@ def prepare(*arguments: object) -> Result:
 
 
 def test_prepare_prints_a_summary(tmp_path: Path) -> None:
-    touch(tmp_path / "images", ["a.jpg", "b/c.png", "notes.txt"])
+    write_empty_files(tmp_path / "images", ["a.jpg", "b/c.png", "notes.txt"])
     result = prepare(tmp_path / "images", "-o", tmp_path / "manifest", "--default-split", "test")
     assert result.exit_code == 0
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
@@ -27,7 +27,7 @@ def test_prepare_prints_a_summary(tmp_path: Path) -> None:
 
 
 def test_prepare_rejects_a_split_file_without_a_split(tmp_path: Path) -> None:
-    touch(tmp_path, ["a.jpg"])
+    write_empty_files(tmp_path, ["a.jpg"])
     result = prepare(tmp_path, "-o", tmp_path / "manifest", "--split-file", "train.txt")
     assert result.exit_code == 2
     assert "expected SPLIT=FILE, such as train=train.txt, got 'train.txt'" in result.output
@@ -49,7 +49,7 @@ def test_prepare_shows_what_it_skips_and_where(tmp_path: Path) -> None:
 
 
 def test_prepare_takes_names_of_columns(tmp_path: Path) -> None:
-    touch(tmp_path, ["a.jpg"])
+    write_empty_files(tmp_path, ["a.jpg"])
     (tmp_path / "pairs.csv").write_text("a.jpg,a dog\n")
     result = prepare(tmp_path / "pairs.csv", "-o", tmp_path / "manifest", "--columns", "image, caption")
     assert "captions 1" in " ".join(result.stdout.split())

@@ -88,7 +88,7 @@ def test_bucket_and_local_outputs_are_equal(flow: str, store: str, tmp_path: Pat
             assert open_dataset(f"{BUCKET}/{name}").verify() == []
         failures = open_dataset(f"{BUCKET}/features").compute_totals().reasons
         assert failures == {"Truncated": 1, "NotFound": 1}
-        assert Folder(BUCKET).list("_temporary") == []
+        assert Folder(BUCKET).list("__temporary") == []
 
 
 def test_killed_update_of_a_bucket_is_completed_by_the_next_reader(store: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ def test_index_supports_text_and_sentence_search(root: str) -> None:
         "dog" in caption for rows in SHARDS.values() for _, caption, _ in rows
     )
     assert set(index.search_sentence("dog cat", 4)["caption"].to_pylist()) == {"a dog and a cat", "a cat and a dog"}
-    assert Folder(f"{root}/index").list("_temporary") == []
+    assert Folder(f"{root}/index").list("__temporary") == []
 
 
 def test_text_only_index_needs_no_embeddings(root: str) -> None:

@@ -233,3 +233,23 @@ def test_models_of_other_families_keep_their_prefix(tmp_path: Path, monkeypatch:
     assert collection.config.captioner == f"hf:{tmp_path}/blip"
     collection = create_collection("hub", CollectionConfig(sources, "hf:organization/blip@main", "clip"))
     assert (collection.config.captioner, collection.config.ranker) == ("hf:organization/blip@main", f"{tmp_path}/clip")
+
+
+def test_collection_leaves_duplicates_out_of_its_index(collection: Path, tmp_path: Path) -> None:
+    configuration = collection / "collection.yaml"
+    configuration.write_text(f"{configuration.read_text()}duplicates: 0.99\n")
+    Image.open(tmp_path / "images" / "red.png").resize((40, 30)).save(tmp_path / "images" / "small-red.png")
+    result = update(collection)
+    assert result.exit_code == 0, result.output
+    groups = {row["image_id"]: row["group"] for row in open_dataset(collection / "duplicates").read(0).to_pylist()}
+    assert groups["small-red.png"] == groups["red.png"]
+    kept = 9 - sum(image_id != group for image_id, group in groups.items())
+    assert open_index(collection / "index").description.captions_count == kept
+    with pytest.raises(QueryError, match="no image small-red"):
+        open_index(collection / "index").get_image("small-red.png")
+    again = run("deduplicate", collection, "-o", tmp_path / "again", "--threshold", "0.99", "--no-progress")
+    assert again.exit_code == 0, again.output
+    assert open_dataset(tmp_path / "again").read(0).equals(open_dataset(collection / "duplicates").read(0))
+    removed = run("remove", collection, "--id", groups["red.png"], "--thumbnails", tmp_path / "thumbnails")
+    assert removed.exit_code == 0, removed.output
+    assert "red.png" in open_index(collection / "index").get_image("small-red.png")["uri"]

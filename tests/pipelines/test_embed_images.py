@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.errors import CheckpointError, ConfigError, DatasetError, FingerprintError
+from captionlib.errors import CheckpointError, DatasetError, FingerprintError
 from captionlib.models.captioners.captioner import CaptionerConfig
 from captionlib.models.checkpoints.checkpoint import load_ranker
 from captionlib.models.decoding.config import DecodingConfig
@@ -175,13 +175,6 @@ def test_features_of_another_encoder_are_refused(
         )
     assert not (tmp_path / "embeddings").exists()
     assert not (tmp_path / "captions").exists()
-
-
-def test_ranker_and_embeddings_require_each_other(
-    features: Path, captioner: Path, ranker: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match="--ranker and --embeddings require each other"):
-        generate_captions(features, captioner, tmp_path / "captions", GENERATION, ranker=ranker, run=QUIET)
 
 
 def test_an_embeddings_dataset_is_not_a_source(features: Path, ranker: Path, tmp_path: Path) -> None:

@@ -245,12 +245,12 @@ def test_build_that_is_killed_leaves_nothing_behind(root: str, step: int, monkey
     assert len(image_ids(open_index(f"{root}/index"), "giraffe")) == 20
     description = read_description(folder)
     assert description is not None
-    names = {name for name in folder.list() if "-" in name or name == "_temporary"}
+    names = {name for name in folder.list() if "-" in name or name == "__temporary"}
     names |= {f"{name}/{file}" for name in ("rows", "candidates") for file in folder.list(name)}
     assert names == {*description.files, *description.previous}
 
 
-@pytest.mark.parametrize("lost", ["rows", "_temporary/*/part-00000.faiss", "_temporary/*/part-00000.json"])
+@pytest.mark.parametrize("lost", ["rows", "__temporary/*/part-00000.faiss", "__temporary/*/part-00000.json"])
 def test_interrupted_build_that_lost_a_file_adds_the_shard_again(tmp_path: Path, lost: str) -> None:
     place = str(tmp_path)
     write_shards(place, SHARDS)

@@ -101,7 +101,8 @@ def test_wrong_condition_is_one_error_with_an_example(store: RowStore, where: st
     message = str(raised.value)
     assert message.startswith(f"where: {problem}")
     assert message.endswith(
-        " Expected a condition over image_id, uri, split, caption, log_prob, tokens, such as: split = 'val' AND "
+        " Expected a condition over image_id, uri, split, caption, log_prob, tokens, image_text_score, width, height, "
+        "such as: split = 'val' AND "
         "log_prob > -10"
     )
     assert "\n" not in message
@@ -111,7 +112,7 @@ def test_splits_are_sorted() -> None:
     store = RowStore([])
     values = [{"image_id": "1", "uri": "u", "split": split, "caption": "c"} for split in ("val", "test", "val")]
     store._batches = [pa.RecordBatch.from_pylist(values, ROWS)] * 2
-    assert store.list_splits() == ["test", "val"]
+    assert list(store.count_splits()) == ["test", "val"]
 
 
 def test_rows_are_numbered_as_int64_even_if_empty(files: list[tuple[Path, Path]]) -> None:
@@ -137,7 +138,7 @@ def test_candidates_are_compressed_in_small_batches(files: list[tuple[Path, Path
 @pytest.mark.parametrize("row", [0, 89, 90, 601, 602, 1389])
 def test_candidates_of_a_row_are_read(files: list[tuple[Path, Path]], row: int) -> None:
     candidates = CandidateStore([path for _, path in files], [0, 90, 90]).read(row)
-    assert candidates == _make_candidates(row)
+    assert candidates == [{**candidate, "image_text_score": None} for candidate in _make_candidates(row)]
 
 
 def test_damaged_candidates_are_detected_when_they_are_read(files: list[tuple[Path, Path]], tmp_path: Path) -> None:

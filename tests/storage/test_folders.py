@@ -80,7 +80,7 @@ def test_write_succeeds_if_another_process_removes_the_temporary_folder(
 
 def test_file_in_place_of_the_temporary_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / TEMPORARY_FOLDER).touch()
-    with pytest.raises(StorageError, match="_temporary cannot be accessed: File exists"):
+    with pytest.raises(StorageError, match="__temporary cannot be accessed: File exists"):
         Folder(tmp_path).write("a.json", b"content")
 
 

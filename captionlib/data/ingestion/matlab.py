@@ -57,8 +57,8 @@ def open_matrix(address: str, name: str) -> Iterator[npt.NDArray[Any]]:
         path = Path(location.path)
         if not location.is_local:
             path = Path(scratch) / "matrix.mat"
-            with location.fs.open(location.path, "rb") as source, path.open("wb") as target:
-                shutil.copyfileobj(source, target)
+            with location.fs.open(location.path, "rb") as remote, path.open("wb") as local:
+                shutil.copyfileobj(remote, local)
         copy = Path(scratch) / "matrix"
         try:
             with run_isolated(

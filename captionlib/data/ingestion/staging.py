@@ -144,8 +144,8 @@ def check_unique_ids(staged: StagedRows) -> None:
         [(hashes,)] = connection.execute(_COUNT_HASHES, [str(staged.path)]).fetchall()
         if hashes == staged.rows:  # different hashes prove that the ids differ
             return
-        for number in range(passes):
-            duplicate = connection.execute(_FIND_DUPLICATE, [str(staged.path), passes, number]).fetchone()
+        for remainder in range(passes):
+            duplicate = connection.execute(_FIND_DUPLICATE, [str(staged.path), passes, remainder]).fetchone()
             if duplicate is not None:
                 image_id, count = duplicate
                 rows = connection.execute(_FIND_ROWS, [str(staged.path), image_id]).fetchall()

@@ -151,6 +151,6 @@ def _count_bytes(dataset: ShardedDataset) -> int:
     for shard in range(dataset.shards):
         with dataset.folder.open(f"{part_name(shard)}.parquet") as file:
             metadata = pq.read_metadata(file)
-        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
         size += sum(group.column(n).total_compressed_size for group in groups for n in range(group.num_columns))
     return size

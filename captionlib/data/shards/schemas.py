@@ -54,6 +54,7 @@ COLUMN_DESCRIPTIONS = {
     "caption": "Best caption.",
     "log_prob": "Natural logarithm of the probability of the caption, summed over its tokens.",
     "tokens": "Number of tokens in the caption, including the end token.",
+    "image_text_score": "Cosine similarity of the caption and the image, computed by a ranker; null if there is none.",
     "candidates": "Candidate captions for the image, best first.",
     "attention": "Attention weights of each token over the positions of the feature map; each row sums to 1.",
     "embedding": "Embedding of the image: a unit vector in the joint space of images and captions.",
@@ -121,22 +122,25 @@ def features_schema(size: int, dtype: str) -> pa.Schema:
     return pa.schema([*MANIFEST_SCHEMA, *_READ_FROM_FILE, pa.field("features", vector, nullable=False)])
 
 
-def captions_schema(positions: int | None = None) -> pa.Schema:
+def captions_schema(positions: int | None = None, has_scores: bool = False) -> pa.Schema:
     """Returns the schema of a captions dataset. `caption`, `log_prob` and `tokens` describe the best candidate.
 
     Args:
         positions: number of positions of the feature map. Adds a column `attention`, which has a vector of attention
             weights for each token of the best candidate, including the end token. If None, the column is omitted.
+        has_scores: adds `image_text_score` to the columns and to the candidates.
     """
+    scores = [pa.field("image_text_score", pa.float32())] if has_scores else []
+    candidate = pa.struct([pa.field("caption", pa.string()), pa.field("log_prob", pa.float32()), *scores])
     attention = {} if positions is None else {"attention": pa.list_(pa.list_(pa.float16(), positions))}
     captions = _schema(
         "caption",
         log_prob=pa.float32(),
         tokens=pa.int32(),
-        candidates=pa.list_(pa.struct({"caption": pa.string(), "log_prob": pa.float32()})),
+        candidates=pa.list_(candidate),
         **attention,
     )
-    return pa.schema([*_schema("image_id", "uri"), _VERSION, *_schema("split"), *_READ_FROM_FILE, *captions])
+    return pa.schema([*_schema("image_id", "uri"), _VERSION, *_schema("split"), *_READ_FROM_FILE, *captions, *scores])
 
 
 def embeddings_schema(size: int) -> pa.Schema:

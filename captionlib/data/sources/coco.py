@@ -35,8 +35,8 @@ def read_coco(addresses: Sequence[str], options: SourceOptions, skips: SkipCount
         split = options.default_split or (match[1] if match else "")
         root = _find_image_folder(options.image_root, location, match[0] if match else "")
         listed = set()
-        for number, entry in enumerate(images):
-            origin = f"{location.address}, images[{number}]"
+        for index, entry in enumerate(images):
+            origin = f"{location.address}, images[{index}]"
             try:
                 image = parse_object(entry, origin)
                 image_id = parse_id(image.get("id"), origin, "id")
@@ -64,8 +64,8 @@ def _index_annotations(
             "use COCO's captions_*.json instead of its instances or keypoints files"
         )
     parsed = []
-    for number, entry in enumerate(entries):
-        origin = f"{location.address}, annotations[{number}]"
+    for index, entry in enumerate(entries):
+        origin = f"{location.address}, annotations[{index}]"
         try:
             annotation = parse_object(entry, origin)
             captions = parse_captions(annotation.get("caption"), origin, "caption")
@@ -73,15 +73,15 @@ def _index_annotations(
         except EntryError as error:
             skips.reject_captions(error.reason, error.problem)
             continue
-        parsed.append({"id": number, "image_id": image_id, "captions": captions})
+        parsed.append({"id": index, "image_id": image_id, "captions": captions})
         if not captions:
             skips.reject_captions("annotation without a caption", origin)
     coco = COCO()
     coco.dataset = {"annotations": parsed}
     with contextlib.redirect_stdout(io.StringIO()):  # createIndex prints its progress
         coco.createIndex()
-    index: dict[str, list[dict[str, Any]]] = coco.imgToAnns
-    return index
+    by_image: dict[str, list[dict[str, Any]]] = coco.imgToAnns
+    return by_image
 
 
 def _count_unmatched(

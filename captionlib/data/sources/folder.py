@@ -150,12 +150,12 @@ def _filter_folders(glob: str) -> PathFilter:
     parts = _split_parts(glob)[:-1]
 
     def can_contain_matches(folder: str) -> bool:
-        for number, name in enumerate(folder.split("/")):
-            if number >= len(parts):
+        for depth, name in enumerate(folder.split("/")):
+            if depth >= len(parts):
                 return False
-            if parts[number] == "**":
+            if parts[depth] == "**":
                 return True
-            if not fnmatch.fnmatchcase(name, parts[number]):
+            if not fnmatch.fnmatchcase(name, parts[depth]):
                 return False
         return True
 

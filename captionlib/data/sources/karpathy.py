@@ -43,8 +43,8 @@ def read_numbered_rows(
     """
     document = parse_object(load_json(location), location.address)
     root = find_image_root(options.image_root, location)
-    for number, entry in enumerate(parse_list(document.get("images"), location.address, "images")):
-        origin = f"{location.address}, images[{number}]"
+    for index, entry in enumerate(parse_list(document.get("images"), location.address, "images")):
+        origin = f"{location.address}, images[{index}]"
         try:
             image = parse_object(entry, origin)
             row = _to_row(image, root, options.default_split, origin)

@@ -130,7 +130,7 @@ def is_glob(location: Location) -> bool:
 def split_glob(location: Location) -> tuple[Location, str]:
     """Splits a glob before its first wildcard: `images/*/a*.jpg` becomes `images` and `*/a*.jpg`."""
     parts = location.path.split("/")
-    first = next(number for number, part in enumerate(parts) if _WILDCARD.search(part))
+    first = next(index for index, part in enumerate(parts) if _WILDCARD.search(part))
     pattern = "/".join(parts[first:])
     return Location(location.fs, "/".join(parts[:first]), location.address[: -len(pattern) - 1]), pattern
 

@@ -98,7 +98,7 @@ def make_tokenizer(level: SubwordLevel, trained: Subwords) -> "Tokenizer":
     _require_tokenizers()
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    ids = {subword: number for number, subword in enumerate((_UNKNOWN, *trained.subwords))}
+    ids = {subword: subword_id for subword_id, subword in enumerate((_UNKNOWN, *trained.subwords))}
     if level == "bpe":
         tokenizer = Tokenizer(models.BPE(vocab=ids, merges=list(trained.merges), unk_token=_UNKNOWN))
     else:

@@ -31,6 +31,8 @@ addOrder("best", "highest CIDEr first", "cider", -1);
 addOrder("worst", "lowest CIDEr first", "cider", 1);
 addOrder("most-probable", "most probable first", "logProb", -1);
 addOrder("least-probable", "least probable first", "logProb", 1);
+addOrder("best-fit", "best fit of caption and image first", "imageTextScore", -1);
+addOrder("worst-fit", "worst fit of caption and image first", "imageTextScore", 1);
 const splits = [...new Set(items.map(item => item.split))].sort();
 if (splits.length > 1) for (const split of splits) addOption($("split"), `=${split}`, split || "no split");
 const attributes = [...new Set(items.flatMap(item => Object.keys(item.attributes)))];
@@ -70,6 +72,7 @@ function createCard(item) {
   const lines = [];
   if (item.cider !== null) lines.push(`CIDEr ${item.cider.toFixed(2)}`);
   if (item.logProb !== null) lines.push(`log-probability ${item.logProb.toFixed(2)} (${formatPercent(item.logProb)})`);
+  if (item.imageTextScore !== null) lines.push(`fits the image: ${item.imageTextScore.toFixed(2)}`);
   const hasMaps = item.caption && item.attention.length > 0;
   text.append(hasMaps ? createWordButtons(item, frame) : createElement("p", "caption", item.caption || "(empty caption)"));
   for (const line of [...lines, item.id]) text.append(createElement("p", "meta", line));

@@ -53,7 +53,7 @@ class Decoder:
             self._spell = vocabulary.decode
         self._incremental = IncrementalCaptioner(model, dtype)
         self._reranker: Reranker | None = None
-        if self.config.rerank.method != "none":
+        if self.config.rerank.method == "mbr":
             self._reranker = Reranker(self.config.rerank, self._incremental, datastore)
         forbidden_ids = find_forbidden_ids(self.config.forbidden_words, vocabulary)
         self._constraints = Constraints(self.config, torch.tensor(forbidden_ids, device=self._incremental.device))
@@ -77,7 +77,8 @@ class Decoder:
             prefix: token ids that every sentence begins with; log-probabilities include them.
 
         Returns:
-            One to `n_best` distinct candidates per image.
+            One to `n_best` distinct candidates per image. If `rerank.method` is `image_text`, up to `pool_size`
+            candidates, which `score_captions` reranks with a ranker.
 
         Raises:
             DatasetError: features are infinite or NaN, such as after an overflow of float16.
@@ -118,6 +119,8 @@ class Decoder:
         pools = [self._select_pool(candidates) for candidates in per_image]
         if self._reranker is not None:
             pools = self._reranker.rerank(pools, image_state, image_ids)
+        if self.config.rerank.method == "image_text":
+            return pools
         return [pool[: self.config.n_best] for pool in pools]
 
     def _select_pool(self, candidates: list[Candidate]) -> list[Candidate]:

@@ -173,7 +173,7 @@ class IncrementalCaptioner:
         """
         step = self._step_recurrence if self._transformer is None else self._step_transformer
         hidden, state = step(state, words)
-        return torch.log_softmax(self._output(hidden), 1, dtype=torch.float32), state
+        return _normalize(self._output(hidden)), state
 
     def _step_recurrence(self, state: DecoderState, words: Tensor) -> tuple[Tensor, DecoderState]:
         gates = self._word_gates.index_select(0, words)
@@ -230,6 +230,13 @@ def score_sentences(
         prefixes, row = torch.unique(row[continues] * vocabulary_size + token[continues], return_inverse=True)
         state, words = state.select(prefixes // vocabulary_size), prefixes % vocabulary_size
     return total
+
+
+def _normalize(logits: Tensor) -> Tensor:
+    """Returns log-probabilities, `[rows, vocabulary_size] float32`. The logits may be overwritten."""
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        return torch.log_softmax(logits, 1, out=logits)  # new memory would take as long as the computation
+    return torch.log_softmax(logits, 1, dtype=torch.float32)
 
 
 def _pack_linears(module: Module, dtype: torch.dtype) -> Module:

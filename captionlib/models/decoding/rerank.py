@@ -36,7 +36,8 @@ class RerankConfig:
     """How to rerank the candidates of the beam.
 
     Attributes:
-        method: `mbr` ranks by minimum Bayes risk on CIDEr-D; `none` keeps the order of the beam.
+        method: `mbr` ranks by minimum Bayes risk on CIDEr-D; `image_text` ranks by the similarity of caption and image,
+            which requires a ranker; `none` keeps the order of the beam.
         temperature: candidates are weighted by p ** (1 / temperature); a low value favors the most probable ones.
             3 works well with a beam of 30; with neighbors, 4 to 8 and a wider beam.
         pool_size: number of the beam's best candidates to rerank. If None, the whole beam is reranked.
@@ -46,19 +47,22 @@ class RerankConfig:
             training image; 0.02 works well.
     """
 
-    method: Literal["none", "mbr"] = "none"
+    method: Literal["none", "mbr", "image_text"] = "none"
     temperature: PositiveFloat = 3.0
     pool_size: PositiveInt | None = None
     neighbors: NonNegativeInt = 0
     mutual_information_weight: NonNegativeFloat = 0.0
 
     def __post_init__(self) -> None:
-        if self.method == "none":
-            for name, default in vars(RerankConfig(method="mbr")).items():
-                if name != "method" and getattr(self, name) != default:
-                    raise ConfigError(
-                        f"rerank: {name} {getattr(self, name)} has no effect with method none; set rerank.method to mbr"
-                    )
+        effective = {"none": ("method",), "image_text": ("method", "pool_size")}.get(self.method)
+        if effective is None:
+            return
+        for name, default in vars(RerankConfig(method="mbr")).items():
+            if name not in effective and getattr(self, name) != default:
+                raise ConfigError(
+                    f"rerank: {name} {getattr(self, name)} has no effect with method {self.method}; set rerank.method "
+                    "to mbr"
+                )
 
 
 class Reranker:

@@ -85,15 +85,46 @@ def sample_tokens(log_probs: Tensor, uniforms: Tensor, config: DecodingConfig) -
     scores, word = log_probs / config.temperature, None
     if config.top_k is not None:
         scores, word = scores.topk(min(config.top_k, scores.shape[1]), dim=1)
-    elif config.top_p < 1:
-        scores, word = scores.sort(dim=1, descending=True)
     probabilities = torch.softmax(scores, 1)
     if config.top_p < 1:
-        before = probabilities.cumsum(1) - probabilities
-        probabilities[:, 1:] = probabilities[:, 1:].where(before[:, 1:] < config.top_p, 0)
+        sampled = _sample_nucleus(probabilities, uniforms, config.top_p)
+    else:
+        sampled = _invert_distribution(probabilities, uniforms)[:, 0]
+    return sampled if word is None else word.gather(1, sampled[:, None])[:, 0]
+
+
+def _sample_nucleus(probabilities: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
+    """Samples a word per row from its nucleus: the most probable words with a total probability of at least `top_p`.
+
+    Sorting the vocabulary would take longer than computing the probabilities. Instead, a word is sampled from all
+    words, and rejected if the total probability of the more probable words is at least `top_p`. Then a word is sampled
+    from these more probable words, and so on. Words as probable as the last word of the nucleus belong to the nucleus.
+    """
+    sampled = torch.empty_like(uniforms, dtype=torch.int64)
+    rows = torch.arange(len(uniforms), device=uniforms.device)
+    while len(rows):
+        word = _invert_distribution(probabilities, uniforms)
+        more_probable = probabilities.where(probabilities > probabilities.gather(1, word), 0)
+        is_rejected = more_probable.sum(1) >= top_p
+        sampled[rows[~is_rejected]] = word[~is_rejected, 0]
+        rows, probabilities = rows[is_rejected], more_probable[is_rejected]
+        uniforms = _scramble(uniforms[is_rejected])
+    return sampled
+
+
+def _scramble(uniforms: Tensor) -> Tensor:
+    """Returns new random numbers, computed like a hash. Different numbers give different results."""
+    bits = (uniforms * 2**24).long()
+    for factor in (0x5BD1E9, 0x35A2D3):  # odd, so different numbers stay different
+        bits = (bits * factor) % 2**24
+        bits ^= bits >> 13
+    return bits.float() / 2**24
+
+
+def _invert_distribution(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Returns the column where the cumulative sum reaches the row's uniform number times the total, `[rows, 1]`."""
     sums = probabilities.cumsum(1)
     total = sums[:, -1:]
     # Rounding could make the product equal the total, and searchsorted would then return an index past the last word.
     threshold = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    index = torch.searchsorted(sums, threshold, right=True)
-    return index[:, 0] if word is None else word.gather(1, index)[:, 0]
+    return torch.searchsorted(sums, threshold, right=True)

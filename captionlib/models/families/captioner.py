@@ -28,12 +28,14 @@ class Caption:
         log_prob: ln p(sentence | image), the sum over all tokens, without length penalty or reranking.
         token_count: number of tokens that `log_prob` sums over, including an end token.
         attention: attention weights of each token, `[token_count, positions] float16`; None if they are not computed.
+        image_text_score: cosine similarity of the sentence and the image; None if no ranker computed it.
     """
 
     text: str
     log_prob: float
     token_count: int
     attention: npt.NDArray[np.float16] | None = None
+    image_text_score: float | None = None
 
 
 GenerateCaptions = Callable[[Arrays, Sequence[str]], list[list[Caption]]]

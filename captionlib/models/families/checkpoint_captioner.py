@@ -99,4 +99,4 @@ class CheckpointCaptioner:
 
 def _require_no_prompt(config: "GenerationConfig") -> None:
     if config.prompt is not None:
-        raise ConfigError("prompt: captioners that captionlib trained have no prompts; leave prompt out")
+        raise ConfigError("prompt: captioners that captionlib trained do not accept prompts; leave prompt out")

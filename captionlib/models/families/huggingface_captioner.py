@@ -66,9 +66,11 @@ class HuggingFaceCaptioner:
         self.encoder = describe_pixel_input(self._preprocessing)
 
     def find_input_transform(self, weights: str | None) -> Preprocessing | SizeLimit:
+        """Returns the preprocessing; see `ImageModel`."""
         return self._preprocessing
 
     def require_encoder(self, description: Mapping[str, Any]) -> None:
+        """Rejects features; see `ImageModel`."""
         require_pixels(f"hf:{self._location}", self.encoder, description)
 
     def to(self, device: torch.device) -> None:
@@ -82,6 +84,8 @@ class HuggingFaceCaptioner:
             for name, value in to_dict(config.decoding).items()
             if name not in (*_UNSUPPORTED, "diversity_penalty")
         }
+        if config.decoding.rerank.method != "none":
+            decoding["rerank"] = to_dict(config.decoding.rerank)
         return {"decoding": decoding, "dtype": config.dtype, "prompt": config.prompt}
 
     def prepare(self, config: "GenerationConfig") -> GenerateCaptions:
@@ -91,21 +95,21 @@ class HuggingFaceCaptioner:
         model = self._model if dtype == torch.float32 else copy.deepcopy(self._model).to(dtype)
         options = _map_decoding(config.decoding)
         # Transformers samples from a global generator, which is seeded for each image. So each image is its own batch.
-        samples = config.decoding.strategy == "sample"
+        is_sampling = config.decoding.strategy == "sample"
 
         def generate_batch(images: Arrays, image_ids: Sequence[str]) -> list[list[Caption]]:
             inputs = {
                 name: value.to(model.device, dtype if value.is_floating_point() else None)
                 for name, value in self._prepare_inputs(images, config.prompt).items()
             }
-            with torch.inference_mode(), torch.random.fork_rng(_cuda_devices(model.device), enabled=samples):
-                if samples:
+            with torch.inference_mode(), torch.random.fork_rng(_cuda_devices(model.device), enabled=is_sampling):
+                if is_sampling:
                     torch.manual_seed(_derive_seed(image_ids[0], config.decoding.seed))
                 output = model.generate(**inputs, **options, return_dict_in_generate=True)
             return self._read_captions(output, len(images), config)
 
         def generate(images: Arrays, image_ids: Sequence[str]) -> list[list[Caption]]:
-            if samples:
+            if is_sampling:
                 return [generate_batch(images[i : i + 1], [image_id])[0] for i, image_id in enumerate(image_ids)]
             parts = halve_on_out_of_memory(lambda part: generate_batch(images[part], image_ids[part]), len(images))
             return [captions for part in parts for captions in part]
@@ -131,18 +135,21 @@ class HuggingFaceCaptioner:
         return [scores for part in halve_on_out_of_memory(score, len(images)) for scores in part]
 
     def _check(self, config: "GenerationConfig") -> None:
+        """Raises ConfigError if the model does not support a setting."""
         default = DecodingConfig()
         for name in _UNSUPPORTED:
+            if name == "rerank" and config.decoding.rerank.method == "image_text":
+                continue
             if getattr(config.decoding, name) != getattr(default, name):
                 raise ConfigError(f"decoding.{name}: models with the prefix hf: do not support it; leave it out")
         if config.attention_maps:
             raise ConfigError("attention_maps: models with the prefix hf: do not support it; leave it out")
         if config.prompt is None and getattr(self._processor, "chat_template", None):
             raise ConfigError(
-                f"hf:{self._location} answers prompts, got none; add, for example, --set prompt='Describe the image.'"
+                f"hf:{self._location}: expected a prompt, got none; add --set prompt='Describe the image.'"
             )
         if config.prompt is not None and self._type == "vision-encoder-decoder":
-            raise ConfigError(f"prompt: hf:{self._location} has no prompts; leave prompt out")
+            raise ConfigError(f"prompt: hf:{self._location} does not accept prompts; leave prompt out")
 
     def _prepare_inputs(self, images: Arrays, prompt: str | None) -> dict[str, Tensor]:
         """Returns the arguments of `generate` for a batch of pixels."""
@@ -224,7 +231,7 @@ def _map_decoding(config: DecodingConfig) -> dict[str, Any]:
         "min_length": 0,
         "no_repeat_ngram_size": config.no_repeat_ngram_size,
         "repetition_penalty": 1.0,
-        "num_return_sequences": config.n_best,
+        "num_return_sequences": config.pool_size,
         "num_beams": config.beam_width,
         "do_sample": False,
         "length_penalty": config.length_penalty,

@@ -54,9 +54,11 @@ class HuggingFaceRanker:
         self.size = self.encode_sentences([""]).shape[1]
 
     def find_input_transform(self, weights: str | None) -> Preprocessing | SizeLimit:
+        """Returns the preprocessing; see `ImageModel`."""
         return self._preprocessing
 
     def require_encoder(self, description: Any) -> None:
+        """Rejects features; see `ImageModel`."""
         require_pixels(f"hf:{self._location}", self.encoder, description)
 
     def to(self, device: torch.device) -> None:

@@ -16,7 +16,7 @@ from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema
 from captionlib.data.shards.stages import ProcessRows
-from captionlib.errors import CheckpointError, ImageError
+from captionlib.errors import CheckpointError, ConfigError, ImageError
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.devices import resolve_device
 from captionlib.models.families.captioner import Caption, CaptionModel, GenerateCaptions, open_captioner
@@ -24,6 +24,7 @@ from captionlib.models.families.model import InputTransform
 from captionlib.models.families.ranker import RankingModel
 from captionlib.models.inference.embedding import SHARED_RANKERS, build_embedding_rows
 from captionlib.models.inference.extraction import EncodedRows
+from captionlib.models.inference.image_text_scores import check_needs_no_ranker, score_captions
 from captionlib.models.inference.model_inputs import open_input_loader
 from captionlib.models.inference.shared_models import CheckpointCache, CheckpointVersion, cached_per_process
 
@@ -64,6 +65,13 @@ class GenerationConfig:
     attention_maps: bool = False
     prompt: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.attention_maps and self.decoding.rerank.method == "image_text":
+            raise ConfigError(
+                "attention_maps: the captioner computes them for its most probable caption, so they do not go with "
+                "decoding.rerank.method image_text; leave out one of them"
+            )
+
 
 def require_attention(captioner: CaptionModel, address: str) -> int:
     """Returns the number of positions of the captioner's attention maps. The error message contains `address`.
@@ -90,8 +98,9 @@ class CaptionGeneration:
         input_transform: how images become the captioner's input; None if the dataset contains features.
         device: device of the models.
         threads: number of CPU threads of the models. If None, PyTorch's default is used.
-        ranker: dual encoder for retrieval that embeds the images as a second output; None for captions only.
+        ranker: dual encoder for retrieval that scores how well the captions fit the images; None for no scores.
         ranker_input_transform: how images become the ranker's input.
+        embed: whether the ranker's embeddings of the images are a second output.
     """
 
     config: GenerationConfig
@@ -102,6 +111,7 @@ class CaptionGeneration:
     threads: int | None = None
     ranker: CheckpointVersion | None = None
     ranker_input_transform: InputTransform | None = None
+    embed: bool = False
 
     @property
     def columns(self) -> Sequence[str]:
@@ -123,15 +133,26 @@ class CaptionGeneration:
         with open_input_loader(
             transforms, models, config.loading, config.encoder_batch_size, self.device, self.threads
         ) as load_features:
-            yield lambda batches, fail: _caption_batches(load_features(batches, fail), generate, config, ranker)
+            yield lambda batches, fail: _caption_batches(
+                load_features(batches, fail), generate, config, ranker, self.embed
+            )
 
 
 def _caption_batches(
-    encoded: EncodedRows, generate: GenerateCaptions, config: GenerationConfig, ranker: RankingModel | None = None
+    encoded: EncodedRows,
+    generate: GenerateCaptions,
+    config: GenerationConfig,
+    ranker: RankingModel | None = None,
+    embed: bool = False,
 ) -> Iterator[tuple[pa.RecordBatch, ...]]:
     for rows, (images, *ranker_images) in _rebatch(encoded, config.batch_size):
-        captions = build_caption_rows(rows, generate(images, [row["image_id"] for row in rows]))
-        yield (captions,) if ranker is None else (captions, build_embedding_rows(rows, ranker_images[0], ranker))
+        captions = generate(images, [row["image_id"] for row in rows])
+        if ranker is None:
+            yield (build_caption_rows(rows, captions),)
+            continue
+        vectors = ranker.encode_images(ranker_images[0])
+        scored = build_caption_rows(rows, score_captions(captions, vectors, ranker, config.decoding))
+        yield (scored, build_embedding_rows(rows, vectors)) if embed else (scored,)
 
 
 @cached_per_process
@@ -146,23 +167,31 @@ def build_caption_rows(rows: Sequence[Row], candidates: Sequence[Sequence[Captio
     """Returns rows of a captions dataset from n-best lists."""
     best = [per_image[0] for per_image in candidates]
     maps = [caption.attention for caption in best if caption.attention is not None]
-    schema = captions_schema(maps[0].shape[1] if maps else None)
+    has_scores = best[0].image_text_score is not None
+    schema = captions_schema(maps[0].shape[1] if maps else None, has_scores)
     columns = {
         **{name: [row.get(name) for row in rows] for name in schema.names[: schema.names.index("caption")]},
         "caption": [caption.text for caption in best],
         "log_prob": [caption.log_prob for caption in best],
         "tokens": [caption.token_count for caption in best],
-        "candidates": [
-            [{"caption": caption.text, "log_prob": caption.log_prob} for caption in per_image]
-            for per_image in candidates
-        ],
+        "candidates": [[_to_candidate(caption) for caption in per_image] for per_image in candidates],
     }
     arrays = [pa.array(values, schema.field(name).type) for name, values in columns.items()]
     if maps:
         offsets = pa.array(np.cumsum([0, *map(len, maps)], dtype=np.int32))
         vectors = numpy_to_vectors(np.concatenate(maps))
         arrays.append(pa.ListArray.from_arrays(offsets, vectors, type=schema.field("attention").type))
+    if has_scores:
+        arrays.append(pa.array([caption.image_text_score for caption in best], pa.float32()))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _to_candidate(caption: Caption) -> Row:
+    return {
+        "caption": caption.text,
+        "log_prob": caption.log_prob,
+        "image_text_score": caption.image_text_score,
+    }
 
 
 def caption_images(
@@ -198,6 +227,7 @@ def caption_images(
             `config` requires.
         ConfigError: `weights` are required, or the captioner does not support a setting.
     """
+    check_needs_no_ranker(config.decoding)
     captioner = captioner or open_captioner(checkpoint, str(resolve_device(device)))
     if config.attention_maps:
         require_attention(captioner, checkpoint)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 from pydantic import PositiveInt
@@ -18,7 +19,7 @@ from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.sampling import Sample
 from captionlib.data.shards.schemas import embeddings_schema
 from captionlib.data.shards.stages import ProcessRows
-from captionlib.models.families.model import Arrays, InputTransform
+from captionlib.models.families.model import InputTransform
 from captionlib.models.families.ranker import RankingModel, open_ranker
 from captionlib.models.inference.model_inputs import open_input_loader
 from captionlib.models.inference.shared_models import CheckpointCache, CheckpointVersion
@@ -83,7 +84,8 @@ class ImageEmbedding:
             [self.input_transform], [ranker], config.loading, config.encoder_batch_size, self.device, self.threads
         ) as load_features:
             yield lambda batches, fail: (
-                (build_embedding_rows(rows, images, ranker),) for rows, (images,) in load_features(batches, fail)
+                (build_embedding_rows(rows, ranker.encode_images(images)),)
+                for rows, (images,) in load_features(batches, fail)
             )
 
 
@@ -101,11 +103,9 @@ def create_embeddings_dataset(
     )
 
 
-def build_embedding_rows(rows: Sequence[Row], images: Arrays, ranker: RankingModel) -> pa.RecordBatch:
-    """Embeds images, and returns rows of an embeddings dataset."""
-    schema = embeddings_schema(ranker.size)
-    vectors = numpy_to_vectors(ranker.encode_images(images).astype(np.float16))
-    columns = [pa.array([row.get(each.name) for row in rows], each.type) for each in schema][
-        :-1
-    ]  # the last is the vector
-    return pa.RecordBatch.from_arrays([*columns, vectors], schema=schema)
+def build_embedding_rows(rows: Sequence[Row], vectors: npt.NDArray[np.float32]) -> pa.RecordBatch:
+    """Returns rows of an embeddings dataset from the embeddings of images, `[images, size]`."""
+    schema = embeddings_schema(vectors.shape[1])
+    columns = [pa.array([row.get(each.name) for row in rows], each.type) for each in schema]
+    columns[-1] = numpy_to_vectors(vectors.astype(np.float16))
+    return pa.RecordBatch.from_arrays(columns, schema=schema)

@@ -1,5 +1,6 @@
 """Opens a dataset for SQL in a DuckDB connection that cannot change the dataset or access anything else."""
 
+import os
 import signal
 import tempfile
 import threading
@@ -13,6 +14,7 @@ import duckdb
 import pyarrow as pa
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from captionlib.data.selection import read_duplicate_ids
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.shards.markers import FAILURES_FOLDER, part_name
 from captionlib.data.shards.schemas import FAILURES_SCHEMA
@@ -119,11 +121,17 @@ class SqlSession:
 
 
 @contextmanager
-def open_sql(folders: Addresses, kind: str | None = None, limits: SqlLimits = SqlLimits()) -> Iterator[SqlSession]:
+def open_sql(
+    folders: Addresses,
+    kind: str | None = None,
+    limits: SqlLimits = SqlLimits(),
+    duplicates: str | os.PathLike[str] | None = None,
+) -> Iterator[SqlSession]:
     """Opens datasets of the same kind for SQL. A view with the name of the kind, such as `captions`, has all rows.
 
     The view `failures` contains the images that could not be processed. A dataset can be queried while it is being
     written, because the views contain only finished shards. An image that is in several datasets has several rows.
+    If `duplicates` is set, a dataset of duplicates, the view has no rows of duplicates of a kept image.
 
     Raises:
         DatasetError: a folder is not a dataset of the given kind, or the kinds differ.
@@ -145,7 +153,8 @@ def open_sql(folders: Addresses, kind: str | None = None, limits: SqlLimits = Sq
         connection.register_filesystem(files)
         restrict_connection(connection, files.addresses)
         schemas = [dataset.schema for dataset in datasets]
-        _create_view(connection, datasets[0].kind, files.addresses[: len(parts)], schemas)
+        left_out = None if duplicates is None else _register_duplicates(connection, duplicates)
+        _create_view(connection, datasets[0].kind, files.addresses[: len(parts)], schemas, left_out)
         _create_view(connection, "failures", files.addresses[len(parts) :], [FAILURES_SCHEMA])
         with _interrupt_on_ctrl_c(connection):
             yield SqlSession(connection, datasets)
@@ -220,13 +229,27 @@ def _list_files(dataset: ShardedDataset) -> dict[str, dict[str, str]]:
     }
 
 
+def _register_duplicates(
+    connection: duckdb.DuckDBPyConnection, address: str | os.PathLike[str]
+) -> duckdb.DuckDBPyRelation:
+    """Returns a relation of the ids of the duplicates of kept images."""
+    ids = read_duplicate_ids(open_dataset(address, "duplicates").require_complete())
+    connection.register("left_out", pa.table({"image_id": pa.array(sorted(ids), pa.string())}))
+    return connection.table("left_out")
+
+
 def _create_view(
-    connection: duckdb.DuckDBPyConnection, name: str, addresses: Sequence[str], schemas: Sequence[pa.Schema]
+    connection: duckdb.DuckDBPyConnection,
+    name: str,
+    addresses: Sequence[str],
+    schemas: Sequence[pa.Schema],
+    left_out: duckdb.DuckDBPyRelation | None = None,
 ) -> None:
     if addresses:
         # If the columns of the datasets differ, DuckDB must read the schemas of all files to match columns by name.
         is_same = all(schema.names == schemas[0].names for schema in schemas)
-        connection.read_parquet(list(addresses), union_by_name=not is_same).create_view(name)
+        rows = connection.read_parquet(list(addresses), union_by_name=not is_same)
+        (rows if left_out is None else rows.join(left_out, "image_id", how="anti")).create_view(name)
     else:
         connection.register(name, schemas[0].empty_table())
 

@@ -10,7 +10,7 @@ from captionlib.data.ingestion.prepare import PrepareConfig, prepare
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.sources.rows import SourceOptions
 from captionlib.errors import ConfigError, DatasetError, DuplicateIdError
-from tests.data.sources.helpers import touch
+from tests.data.sources.source_files import write_empty_files
 
 UNCHECKED = PrepareConfig(shard_size=2, check_images=False)
 
@@ -100,7 +100,7 @@ def test_list_of_missing_images_is_an_error_and_writes_nothing(tmp_path: Path) -
     with pytest.raises(DatasetError, match=r"none of the first 2 images exists; the first is expected at .*a\.jpg"):
         prepare(source, tmp_path / "manifest")
     assert not (tmp_path / "manifest").exists()
-    touch(tmp_path / "images", ["b.jpg"])
+    write_empty_files(tmp_path / "images", ["b.jpg"])
     config = PrepareConfig(options=SourceOptions(image_root=str(tmp_path / "images")))
     assert prepare(source, tmp_path / "manifest", config).images == 2
 
@@ -112,7 +112,7 @@ def test_refused_uris_are_not_opened_and_become_rows(tmp_path: Path) -> None:
         (tmp_path / "evil.csv").write_text(f"image_id,uri\na,{evil}\n")
         with pytest.raises(DatasetError, match=r"none of the first 1 images exists; .*BadAddress: "):
             prepare(tmp_path / "evil.csv", tmp_path / "none")
-        touch(tmp_path, ["b.jpg"])
+        write_empty_files(tmp_path, ["b.jpg"])
         (tmp_path / "both.csv").write_text(f"image_id,uri\na,{evil}\nb,b.jpg\n")
         assert prepare(tmp_path / "both.csv", tmp_path / "both").images == 2
         server.settimeout(0.05)
@@ -127,14 +127,14 @@ def test_source_that_chains_file_systems_is_refused(tmp_path: Path) -> None:
 
 
 def test_empty_source_is_an_error_naming_skipped_items(tmp_path: Path) -> None:
-    touch(tmp_path, ["images/readme.txt"])
+    write_empty_files(tmp_path, ["images/readme.txt"])
     message = r"no images; format folder expects .*skipped: not an image: extension \.txt \(1\)"
     with pytest.raises(DatasetError, match=message):
         prepare(tmp_path / "images", tmp_path / "manifest")
 
 
 def test_overwrite_does_not_touch_a_folder_of_other_files(tmp_path: Path) -> None:
-    touch(tmp_path, ["thesis/chapter1.tex"])
+    write_empty_files(tmp_path, ["thesis/chapter1.tex"])
     with pytest.raises(DatasetError, match="contains files that captionlib did not write"):
         prepare(write_csv(tmp_path / "a.csv", ["a"]), tmp_path / "thesis", UNCHECKED, overwrite=True)
     assert (tmp_path / "thesis/chapter1.tex").exists()

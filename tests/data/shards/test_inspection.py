@@ -90,7 +90,7 @@ def test_inspect_reports_success_without_all_markers(tmp_path: Path) -> None:
 
 def test_inspect_counts_temporary_files(tmp_path: Path) -> None:
     write(tmp_path)
-    (tmp_path / "_temporary" / "part-00002.parquet.abc").write_bytes(b"half")
+    (tmp_path / "__temporary" / "part-00002.parquet.abc").write_bytes(b"half")
     assert inspect_dataset(tmp_path).temporary_files == 1
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from captionlib.data.sources.formats import detect_common_format, detect_format
 from captionlib.errors import ConfigError, DatasetError
-from tests.data.sources.helpers import read, touch, write_json
+from tests.data.sources.source_files import read, write_empty_files, write_json
 
 
 def make_coco(*images: tuple[int, str, list[str]]) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def make_coco(*images: tuple[int, str, list[str]]) -> dict[str, Any]:
 
 
 def test_coco_takes_split_and_image_folder_from_the_file_name(tmp_path: Path) -> None:
-    touch(tmp_path, ["train2014/a.jpg", "val2014/b.jpg"])
+    write_empty_files(tmp_path, ["train2014/a.jpg", "val2014/b.jpg"])
     train = write_json(tmp_path / "annotations/captions_train2014.json", make_coco((9, "a.jpg", ["one ", "two"])))
     val = write_json(
         tmp_path / "annotations/captions_val2014.json", make_coco((3, "b.jpg", []), (4, "c.jpg", ["three"]))
@@ -132,7 +132,7 @@ def test_flickr_names_the_malformed_line(tmp_path: Path) -> None:
 
 def test_detection_rejects_sources_of_two_formats(tmp_path: Path) -> None:
     path = write_json(tmp_path / "captions.json", make_coco((1, "a.jpg", ["one"])))
-    touch(tmp_path, ["images/a.jpg"])
+    write_empty_files(tmp_path, ["images/a.jpg"])
     with pytest.raises(ConfigError, match=r"got several: .*coco, .*folder; prepare each separately"):
         detect_common_format([str(path), str(tmp_path / "images")])
 

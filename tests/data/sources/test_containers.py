@@ -14,7 +14,7 @@ import pytest
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.data.sources.rows import ManifestRow
 from captionlib.errors import DatasetError
-from tests.data.sources.helpers import read
+from tests.data.sources.source_files import read
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:

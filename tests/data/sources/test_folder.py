@@ -5,11 +5,11 @@ import pytest
 
 from captionlib.data.sources.formats import detect_format
 from captionlib.errors import DatasetError
-from tests.data.sources.helpers import read, touch
+from tests.data.sources.source_files import read, write_empty_files
 
 
 def test_folder_yields_sorted_relative_paths_as_ids(tmp_path: Path) -> None:
-    touch(tmp_path, ["b.png", "a.JPG", "deep/er/c.webp", "deep/a.gif", "noextension"])
+    write_empty_files(tmp_path, ["b.png", "a.JPG", "deep/er/c.webp", "deep/a.gif", "noextension"])
     rows, skipped = read(tmp_path, default_split="test")
     assert [row.image_id for row in rows] == ["a.JPG", "b.png", "noextension", "deep/a.gif", "deep/er/c.webp"]
     assert rows[3].uri == f"{tmp_path}/deep/a.gif"
@@ -18,7 +18,7 @@ def test_folder_yields_sorted_relative_paths_as_ids(tmp_path: Path) -> None:
 
 
 def test_folder_skips_other_files_with_a_reason(tmp_path: Path) -> None:
-    touch(tmp_path, ["a.jpg", "readme.txt", ".hidden.jpg", ".git/b.jpg", "part.00001"])
+    write_empty_files(tmp_path, ["a.jpg", "readme.txt", ".hidden.jpg", ".git/b.jpg", "part.00001"])
     os.mkfifo(tmp_path / "pipe.jpg")
     rows, skipped = read(tmp_path)
     assert [row.image_id for row in rows] == ["a.jpg"]
@@ -31,7 +31,7 @@ def test_folder_skips_other_files_with_a_reason(tmp_path: Path) -> None:
 
 
 def test_folder_follows_links_except_to_a_parent(tmp_path: Path) -> None:
-    touch(tmp_path, ["images/a.jpg", "elsewhere/b.jpg"])
+    write_empty_files(tmp_path, ["images/a.jpg", "elsewhere/b.jpg"])
     (tmp_path / "images/loop").symlink_to(tmp_path / "images")
     (tmp_path / "images/other").symlink_to(tmp_path / "elsewhere")
     rows, skipped = read(tmp_path / "images")
@@ -50,20 +50,20 @@ def test_folder_follows_links_except_to_a_parent(tmp_path: Path) -> None:
     ],
 )
 def test_folder_matches_globs_and_braces(tmp_path: Path, pattern: str, expected: list[str]) -> None:
-    touch(tmp_path, ["a.jpg", "a.png", "x/b.jpg", "x/y/c.jpg", "z/d.jpg"])
+    write_empty_files(tmp_path, ["a.jpg", "a.png", "x/b.jpg", "x/y/c.jpg", "z/d.jpg"])
     rows, _ = read(f"{tmp_path}/{pattern}")
     assert [row.image_id for row in rows] == expected
 
 
 def test_existing_file_with_brackets_is_not_a_glob(tmp_path: Path) -> None:
-    touch(tmp_path, ["a [1].jpg", "a 1.jpg"])
+    write_empty_files(tmp_path, ["a [1].jpg", "a 1.jpg"])
     rows, _ = read(tmp_path / "a [1].jpg")
     assert [row.image_id for row in rows] == ["a [1].jpg"]
 
 
 def test_folder_skips_names_that_are_not_utf8(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")).touch()
-    touch(tmp_path, ["a.jpg"])
+    write_empty_files(tmp_path, ["a.jpg"])
     rows, skipped = read(tmp_path)
     assert [row.image_id for row in rows] == ["a.jpg"]
     assert skipped == {"name is not UTF-8": 1}

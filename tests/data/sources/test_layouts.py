@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from captionlib.errors import ConfigError, DatasetError
-from tests.data.sources.helpers import read
+from tests.data.sources.source_files import read
 from tests.data.sources.test_containers import fetch_images, write_tar
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from captionlib.data.ingestion.prepare import PrepareConfig, prepare
 from captionlib.errors import CaptionlibError, ConfigError, DatasetError
-from tests.data.sources.helpers import read, write_json
+from tests.data.sources.source_files import read, write_json
 from tests.data.sources.test_containers import fetch_images, write_tar
 
 DEEP = "[" * 3000 + "]" * 3000

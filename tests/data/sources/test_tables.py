@@ -8,7 +8,7 @@ import pytest
 
 from captionlib.data.sources.rows import ManifestRow
 from captionlib.errors import ConfigError, DatasetError
-from tests.data.sources.helpers import read
+from tests.data.sources.source_files import read
 
 Values = list[tuple[str, str, str, tuple[str, ...]]]
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
+from captionlib.models.decoding.sampling import sample_tokens
 from tests.models.tiny_captioners import CONFIGS, FEATURE_SIZE, build, configs, features, seeds
 
 SAMPLE = DecodingConfig(strategy="sample")
@@ -55,6 +56,23 @@ def test_words_are_sampled_by_probability(config: DecodingConfig, expected: dict
     assert measure_frequencies(build_unigram_model(0.1, 0.1, 0.4, 0.2, 0.15, 0.05), config) == pytest.approx(
         expected, abs=0.04
     )
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9])
+def test_nucleus_is_sampled_in_proportion_to_its_probabilities(top_p: float) -> None:
+    generator, samples = torch.Generator().manual_seed(0), 20_000
+    probabilities = (2 * torch.randn(300, generator=generator)).softmax(0)
+    uniforms = torch.rand(samples, generator=generator)
+    words = sample_tokens(probabilities.log().expand(samples, -1), uniforms, replace(SAMPLE, top_p=top_p))
+    descending, order = probabilities.sort(descending=True)
+    nucleus = descending.where(descending.cumsum(0) - descending < top_p, 0)
+    expected = samples * nucleus / nucleus.sum()
+    counts = words.bincount(minlength=300)[order]
+    assert counts[nucleus == 0].sum() == 0
+    kept = expected > 0
+    statistic = ((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum()
+    degrees = int(kept.sum()) - 1
+    assert statistic < degrees + 5 * math.sqrt(2 * max(degrees, 1))
 
 
 def test_log_prob_ignores_temperature() -> None:

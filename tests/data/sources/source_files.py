@@ -1,3 +1,5 @@
+"""Writes source files for tests, and reads sources."""
+
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +24,7 @@ def write_json(path: Path, content: object) -> Path:
     return path
 
 
-def touch(root: Path, names: Sequence[str]) -> None:
+def write_empty_files(root: Path, names: Sequence[str]) -> None:
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"")

@@ -1,0 +1,37 @@
+"""Measures captions/s of nucleus sampling from 9,500 words on one thread, relative to sampling from all words."""
+
+import statistics
+import sys
+import time
+
+import torch
+
+from benchmarks.bars import report
+from benchmarks.decoding_speed import BATCH, FEATURE_SIZE, build_captioner
+from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.decoding.decoder import Decoder
+
+WORDS, ROUNDS = 9500, 7
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    model = build_captioner(words=WORDS)
+    features = torch.randn(BATCH, FEATURE_SIZE, generator=torch.Generator().manual_seed(1))
+    decoders = [Decoder(model, DecodingConfig(strategy="sample", top_p=top_p)) for top_p in (1.0, 0.9)]
+    ratios = []
+    for number in range(ROUNDS + 1):
+        seconds = []
+        for decoder in decoders:
+            began = time.process_time()
+            decoder.decode(features)
+            seconds.append(time.process_time() - began)
+        plain, nucleus = seconds
+        if number:  # the first round warms up
+            print(f"# all words {BATCH / plain:.0f} captions/s, nucleus {BATCH / nucleus:.0f}")
+            ratios.append(plain / nucleus)
+    sys.exit(not report("nucleus-sampling", statistics.median(ratios), 0.8))
+
+
+if __name__ == "__main__":
+    main()
