@@ -21,8 +21,8 @@ from benchmarks.decoding_speed import FEATURE_SIZE, build_captioner
 from benchmarks.dense_beam_search import CONFIG, DenseSearch
 from benchmarks.synthetic_images import decode_images, write_images, write_manifest
 from captionlib.models.decoding.decoder import Decoder
-from captionlib.models.encoders.encoder import EncoderConfig, ImageEncoder
-from captionlib.models.inference.extraction import ExtractionConfig, load_shared_encoder
+from captionlib.models.encoders.encoder import Encoder, EncoderConfig, load_encoder
+from captionlib.models.inference.extraction import ExtractionConfig
 from pipelines.extract_features import extract_features
 from pipelines.run import RunConfig
 
@@ -42,7 +42,7 @@ def time_block(device: str, block: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - began, 0.0
 
 
-def encode_plainly(encoder: ImageEncoder, images: npt.NDArray[np.uint8]) -> None:
+def encode_plainly(encoder: Encoder, images: npt.NDArray[np.uint8]) -> None:
     """Encodes decoded images with the network alone, batch by batch."""
     with torch.inference_mode():
         for start in range(0, len(images), BATCH):
@@ -54,7 +54,7 @@ def measure_encoding(device: str, count: int, folder: Path) -> bool:
     config = ExtractionConfig(EncoderConfig(weights="random:0", dtype="bfloat16"), batch_size=BATCH)
     paths = write_images(folder / "images", count, IMAGE_SIZE)
     write_manifest(folder / "manifest", [str(path) for path in paths], -(-count // 4))
-    encoder = load_shared_encoder(config.encoder, device, None)
+    encoder = load_encoder(config.encoder, device)
     images = decode_images(paths, encoder.preprocessing)
     encode_plainly(encoder, images[:BATCH])  # warms up
     best: dict[str, float] = {}
