@@ -25,14 +25,16 @@ from transformers import (
 )
 
 from benchmarks.bars import report
-from benchmarks.synthetic_images import write_images, write_manifest
+from benchmarks.synthetic_images import decode_images, write_images, write_manifest
+from captionlib.data.images.decoding import Preprocessing
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.models.decoding.config import DecodingConfig
+from captionlib.models.families.captioner import open_captioner
 from captionlib.models.inference.captioning import GenerationConfig
 from pipelines.generate_captions import generate_captions
 from pipelines.run import RunConfig
 
-IMAGES, BATCH, ROUNDS = 320, 32, 3
+IMAGES, BATCH, ROUNDS = 800, 32, 3
 PIPELINE_IMAGES = 64  # the pipeline is slow
 SIDE, BEAMS, TOKENS = 128, 3, 16
 LAYERS = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -98,7 +100,10 @@ def main() -> None:
         write_manifest(folder / "manifest", paths, IMAGES)
         captioner = pipeline("image-text-to-text", model=str(folder / "model"), device="cpu")
         model, processor = captioner.model, captioner.processor
-        pixels = processor.image_processor(images=paths, return_tensors="pt")["pixel_values"]
+        transform = open_captioner(f"hf:{folder / 'model'}").find_input_transform(None)
+        assert isinstance(transform, Preprocessing)
+        images = decode_images([Path(path) for path in paths], transform)
+        pixels = processor.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
         loops, pipelines = [], []
         for number in range(ROUNDS):
             loop, expected = measure("plain loop", IMAGES, lambda: run_plain_loop(model, processor.tokenizer, pixels))

@@ -1,13 +1,16 @@
-"""Progress bars on standard error."""
+"""Progress bars and messages on standard error."""
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
-from typing import TypeVar
+from datetime import datetime, timedelta, timezone
+from typing import Any, Literal, TypeVar
 
-__all__ = ["ProgressBar", "hide_progress", "progress_bar"]
+__all__ = ["LogFormat", "ProgressBar", "format_message", "hide_progress", "progress_bar", "set_log_format"]
+
+LogFormat = Literal["text", "json"]
 
 Item = TypeVar("Item")
 
@@ -15,6 +18,21 @@ _DRAW_SECONDS = 0.1  # interval between updates of the bar on a terminal
 _LOG_SECONDS = 30.0  # interval between lines in a log
 
 _hidden = False
+_log_format: LogFormat = "text"
+
+
+def set_log_format(log_format: LogFormat) -> None:
+    """Sets the format of progress and messages. With `json`, each is a line with a JSON object, on terminals too."""
+    global _log_format  # noqa: PLW0603 - set once, by the command line
+    _log_format = log_format
+
+
+def format_message(level: str, message: str, **fields: Any) -> str:
+    """Returns a message in the format of `set_log_format`. The text of a message has no `fields`."""
+    if _log_format == "text":
+        return message
+    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    return json.dumps({"time": now, "level": level, "message": message, **fields}, ensure_ascii=False)
 
 
 def hide_progress(hidden: bool) -> None:
@@ -53,9 +71,14 @@ class ProgressBar:
             yield item
             self.update(1)
 
+    @property
+    def rate(self) -> float:
+        """Items per second."""
+        return (self.count - self._skipped) / max(time.monotonic() - self._started_at, 1e-9)
+
     def describe(self) -> str:
         """Returns the counts, the rate, the time left and the status as one line."""
-        rate = (self.count - self._skipped) / max(time.monotonic() - self._started_at, 1e-9)
+        rate = self.rate
         total = "" if self._total is None else f"/{self._total:,}"
         parts = [f"{self.count:,}{total} {self._unit}", f"{rate:,.1f} {self._unit}/s"]
         if self._total is not None and rate > 0:
@@ -76,16 +99,24 @@ class ProgressBar:
 def progress_bar(label: str, total: int | None, unit: str, enabled: bool = True) -> Iterator[ProgressBar]:
     """Shows the progress of the block: finished items, items per second and, if `total` is known, the time left.
 
-    `unit` names the items, such as `images`. A terminal shows a bar. Elsewhere, a line is printed every 30 seconds.
+    `unit` names the items, such as `images`. A terminal shows a bar. Elsewhere, and in the log format `json`, a line is
+    printed every 30 seconds.
     """
     bar = ProgressBar(total, unit)
     if _hidden or not enabled:
         yield bar
-    elif sys.stderr.isatty():
+    elif sys.stderr.isatty() and _log_format == "text":
         with _draw(bar, label, total):
             yield bar
     else:
-        with bar.shown_every(_LOG_SECONDS, lambda: print(f"{label}: {bar.describe()}", file=sys.stderr, flush=True)):
+        counts = {"step": label, "unit": unit, "total": total}
+
+        def print_line() -> None:
+            message = f"{label}: {bar.describe()}"
+            fields = {**counts, "count": bar.count, "per_second": round(bar.rate, 3)}
+            print(format_message("info", message, **fields), file=sys.stderr, flush=True)
+
+        with bar.shown_every(_LOG_SECONDS, print_line):
             yield bar
 
 

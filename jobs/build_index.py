@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from jobs.options import config_options, serve_option, serve_when_done, workers_option
+from jobs.options import config_options, progress_option, serve_option, serve_when_done, workers_option
 
 if TYPE_CHECKING:
     from captionlib.search.config import VectorLayout
@@ -27,8 +28,10 @@ __all__ = ["command"]
 @click.option("--duplicates", metavar="FOLDER", help="Leave out duplicates, as listed by `captionlib deduplicate`.")
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The index to create or update.")
 @click.option("--language", metavar="NAME", help="Caption language, such as german; short for --set language=...")
+@click.option("--thumbnails", metavar="FOLDER", help="Also create the thumbnails of `serve --thumbnails FOLDER`.")
 @config_options
 @workers_option
+@progress_option
 @serve_option
 @click.option(
     "--overwrite", is_flag=True, help="Replace an index that is damaged or has different datasets or settings."
@@ -39,9 +42,11 @@ def command(
     duplicates: str | None,
     output: str,
     language: str | None,
+    thumbnails: str | None,
     config: str | None,
     overrides: tuple[str, ...],
     workers: int,
+    progress: bool,
     serve: int | None,
     overwrite: bool,
 ) -> None:
@@ -61,6 +66,7 @@ def command(
       captionlib build-index captions -o index
       captionlib build-index captions -o index --serve
       captionlib build-index captions -e embeddings -o index --workers 2
+      captionlib build-index captions -o index --thumbnails thumbnails
       captionlib build-index captions-2025 captions-2026 -e embeddings-2025 -e embeddings-2026 -o index
       captionlib build-index captions -e embeddings -o index --duplicates duplicates
       captionlib build-index captions -e embeddings -o index --language german --overwrite
@@ -91,7 +97,21 @@ def command(
     click.echo(f"{added:,} shards added, {build.removed:,} removed, {len(build.shards) - added:,} unchanged")
     if build.pending:
         click.echo(f"{build.pending:,} shards are not finished; run this command again when they are", err=True)
+    if thumbnails is not None:
+        _create_thumbnails(output, thumbnails, progress)
     serve_when_done(output, serve)
+
+
+def _create_thumbnails(index: str, folder: str, progress: bool) -> None:
+    from captionlib.search.index import open_index
+    from captionlib.serving.config import ServingConfig
+    from captionlib.serving.thumbnails import create_thumbnails
+
+    uris = list(open_index(index, refresh_seconds=None).list_uris())
+    failures = create_thumbnails(Path(folder), uris, ServingConfig(), progress)
+    click.echo(f"{folder}: {len(uris) - failures:,} thumbnails")
+    if failures:
+        click.echo(f"{failures:,} images cannot be read, so they have no thumbnail", err=True)
 
 
 def _describe_layout(layout: VectorLayout) -> str:

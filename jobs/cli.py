@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import click
@@ -82,8 +83,19 @@ def _set_quiet(_context: click.Context, _parameter: click.Parameter, quiet: bool
 
 def _set_verbose(_context: click.Context, _parameter: click.Parameter, verbose: bool) -> None:
     if verbose:
-        logging.basicConfig(format="%(name)s: %(message)s")
+        handler = logging.StreamHandler()
+        handler.setFormatter(_LogFormatter("%(name)s: %(message)s"))
+        logging.basicConfig(handlers=[handler])
     _LOGGER.setLevel(logging.DEBUG if verbose else logging.NOTSET)
+
+
+def _set_log_format(_context: click.Context, _parameter: click.Parameter, log_format: progress.LogFormat) -> None:
+    progress.set_log_format(log_format)
+
+
+class _LogFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return progress.format_message(record.levelname.lower(), super().format(record))
 
 
 _OUTPUT_OPTIONS = [
@@ -94,6 +106,16 @@ _OUTPUT_OPTIONS = [
         expose_value=False,
         callback=_set_verbose,
         help="Show where an error was raised.",
+    ),
+    click.Option(
+        ["--log-format"],
+        type=click.Choice(["text", "json"]),
+        default="text",
+        show_default=True,
+        expose_value=False,
+        is_eager=True,
+        callback=_set_log_format,
+        help="Format of progress and errors on standard error; json prints an object per line.",
     ),
 ]
 
@@ -161,6 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be valid text
+    progress.set_log_format("json" if _selects_json(arguments) else "text")  # applies to usage errors too
     signals: list[int] = []
     previous = _catch_stop_signals(signals)
     try:
@@ -171,16 +194,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BaseException as error:
         if signals or isinstance(error, TrainingInterrupted | KeyboardInterrupt | click.Abort):
             number = error.signal_number if isinstance(error, TrainingInterrupted) else [*signals, signal.SIGINT][0]
-            click.echo(_describe_stop(arguments), err=True)
+            click.echo(progress.format_message("warning", _describe_stop(arguments)), err=True)
             sys.exit(128 + number)
         _LOGGER.debug("the error was raised here:", exc_info=True)
         if isinstance(error, click.ClickException):
-            error.show()
+            _show_usage_error(error)
             sys.exit(error.exit_code)
         if isinstance(error, BrokenPipeError):  # the reader of the output, such as `head`, has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        click.echo(f"Error: {_describe_error(error)}", err=True)
+        click.echo(progress.format_message("error", f"Error: {_describe_error(error)}"), err=True)
         sys.exit(1)
     finally:
         for number, handler in previous.items():
@@ -200,6 +223,19 @@ def _catch_stop_signals(received: list[int]) -> dict[int, Any]:
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+def _selects_json(arguments: Sequence[str]) -> bool:
+    return "--log-format=json" in arguments or ("--log-format", "json") in pairwise(arguments)
+
+
+def _show_usage_error(error: click.ClickException) -> None:
+    """Prints an error in the arguments. As text, it includes the usage of the command."""
+    message = progress.format_message("error", f"Error: {error.format_message()}")
+    if message.startswith("{"):
+        click.echo(message, err=True)
+    else:
+        error.show()
 
 
 def _describe_stop(arguments: Sequence[str]) -> str:

@@ -259,6 +259,10 @@ def _search_index(folder: str, query: str, values: Mapping[str, Any], limit: int
 
 
 def _query_by_image(folder: str, values: Mapping[str, Any], limit: int) -> pa.Table:
+    from captionlib.models.checkpoints.encoder_file import require_checkpoint_files
+
+    for address in filter(None, map(values.get, ("captioner", "ranker"))):
+        require_checkpoint_files(address, values.get("weights"))
     from captionlib.config import load_config
     from captionlib.data.images.fetching import ImageFetcher
     from captionlib.models.families.ranker import open_ranker  # imports torch, which takes seconds

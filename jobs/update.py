@@ -57,10 +57,14 @@ def _check_models(collection: Collection) -> GenerationConfig:
     """Returns the settings of captions. Fails before the sources are read if the settings or models are invalid."""
     from captionlib.collection import COLLECTION_FILE
     from captionlib.config import build_config
+    from captionlib.models.checkpoints.encoder_file import require_checkpoint_files
+
+    config = collection.config
+    for address in filter(None, (config.captioner, config.ranker)):
+        require_checkpoint_files(address, config.weights)
     from captionlib.models.inference.captioning import SHARED_CAPTIONERS, GenerationConfig
     from captionlib.models.inference.embedding import SHARED_RANKERS
 
-    config = collection.config
     SHARED_CAPTIONERS.load_version(config.captioner)
     if config.ranker is not None:
         SHARED_RANKERS.load_version(config.ranker)

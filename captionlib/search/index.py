@@ -1,11 +1,12 @@
 """Searches an index of images by caption text, by embedding vector, or by both."""
 
+import bisect
 import copy
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from pathlib import Path
@@ -18,7 +19,13 @@ from cachetools import LRUCache
 from captionlib.data.sources.values import is_unicode
 from captionlib.data.splits import add_split_aliases
 from captionlib.errors import CaptionlibError, CheckpointError, DatasetError, QueryError
-from captionlib.search.index_folder import DESCRIPTION, IndexDescription, fetch_locally, read_description
+from captionlib.search.index_folder import (
+    DESCRIPTION,
+    IndexDescription,
+    IndexedDataset,
+    fetch_locally,
+    read_description,
+)
 from captionlib.search.rows import CandidateStore, RowStore
 from captionlib.search.text_index import Sort, TextIndex
 from captionlib.search.vector_index import Hits, RowNumbers, VectorIndex, Vectors
@@ -80,8 +87,8 @@ class _Version:
         self._matching: LRUCache[Filter, RowNumbers] = LRUCache(_CACHED_FILTERS)
 
     @cached_property
-    def splits(self) -> list[str]:
-        return self.rows.list_splits()
+    def splits(self) -> dict[str, int]:
+        return self.rows.count_splits()
 
     def find_matching(self, where: Filter) -> RowNumbers:
         """Returns the numbers of the rows that match a filter. They are cached for the next page of results."""
@@ -110,9 +117,9 @@ class Index:
     """An open index, returned by `open_index`. This class is thread-safe.
 
     Every search returns an Arrow table, best row first, with the columns image_id, uri, split, caption, log_prob,
-    tokens, image_text_score (null if captions have no scores) and score. The score is BM25 for text, the inner product
-    for vectors, and reciprocal rank fusion for both. Every search takes `limit`, `offset` and `where`, which is a
-    `Filter` or a SQL condition.
+    tokens, image_text_score (null if captions have no scores), width, height and score. The score is BM25 for text, the
+    inner product for vectors, and reciprocal rank fusion for both. Every search takes `limit`, `offset` and `where`,
+    which is a `Filter` or a SQL condition.
 
     A build publishes a new version of the index, and an open index switches to it between searches. Use `snapshot` for
     several searches of the same version.
@@ -261,13 +268,18 @@ class Index:
 
     @_on_one_version
     def search_text_and_count(
-        self, query: str, limit: int = 20, offset: int = 0, where: Filter | None = None
+        self,
+        query: str,
+        limit: int = 20,
+        offset: int = 0,
+        where: Filter | None = None,
+        sort: Sort = "relevance",
     ) -> tuple[pa.Table, int]:
         """Works like `search_text`, but also returns the total number of matches. `where` must not contain SQL."""
         where = where or Filter()
         if where.where is not None:
             raise QueryError("search_text_and_count: expected a filter without SQL; use search_text and count its rows")
-        hits, count = self._version.text.search_and_count(query, offset + limit, where.split, where.min_log_prob)
+        hits, count = self._version.text.search_and_count(query, offset + limit, where.split, where.min_log_prob, sort)
         return self._to_table(hits[offset:]), count
 
     @_on_one_version
@@ -368,9 +380,31 @@ class Index:
         return self._to_table(Hits(rows, np.zeros(len(rows), np.float32)))
 
     @_on_one_version
-    def list_splits(self) -> list[str]:
-        """Returns the splits of the images, sorted."""
-        return list(self._version.splits)
+    def count_splits(self) -> dict[str, int]:
+        """Returns the number of images in each split, sorted by the name of the split."""
+        return dict(self._version.splits)
+
+    def list_uris(self) -> Iterator[str]:
+        """Yields the URIs of all images."""
+        return self._version.rows.list_uris()
+
+    @_on_one_version
+    def find_words(self, query: str, captions: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """Returns, for each caption, the first and last positions of the words that a query searches for.
+
+        Words are compared as `search_text` compares them: dogs matches dog.
+        """
+        return self._version.text.find_words(query, captions)
+
+    @_on_one_version
+    def find_dataset(self, image_id: str) -> IndexedDataset:
+        """Returns the captions dataset that contains an image.
+
+        Raises:
+            QueryError: the image is not in the index.
+        """
+        shard = bisect.bisect_right(self.description.first_rows, self._find_row(image_id)) - 1
+        return self.description.captions[self.description.shards[shard].dataset]
 
     def _find_text(self, query: str, limit: int, where: Filter, sort: Sort) -> Hits:
         if where.where is None:
@@ -448,7 +482,7 @@ def open_index(
     Example:
         >>> index = captionlib.open_index("index", ranker="ranker")
         >>> index.search_text("circle", limit=5).column_names
-        ['image_id', 'uri', 'split', 'caption', 'log_prob', 'tokens', 'image_text_score', 'score']
+        ['image_id', 'uri', 'split', 'caption', 'log_prob', 'tokens', 'image_text_score', 'width', 'height', 'score']
         >>> index.search_sentence("a red ring", limit=5, where="split = 'test'").num_rows
         4
 

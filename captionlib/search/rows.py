@@ -5,6 +5,7 @@ Row numbers identify rows throughout the index. Reading 20 rows takes microsecon
 
 import hashlib
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -33,8 +34,8 @@ __all__ = [
     "write_rows",
 ]
 
-COLUMNS = ("image_id", "uri", "split", "caption", "log_prob", "tokens", "image_text_score")
-"""The columns of a captions dataset that search results show. `image_text_score` is null if captions have no scores."""
+COLUMNS = ("image_id", "uri", "split", "caption", "log_prob", "tokens", "image_text_score", "width", "height")
+"""The columns of a captions dataset that search results show. The last three are null if they are not known."""
 
 _CAPTIONS = captions_schema(has_scores=True)
 ROWS = pa.schema([_CAPTIONS.field(name) for name in COLUMNS])
@@ -138,9 +139,17 @@ class RowStore:
             return np.empty(0, np.int64)
         return np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64))
 
-    def list_splits(self) -> list[str]:
-        """Returns the splits of the images, sorted."""
-        return sorted({split for batch in self._batches for split in pc.unique(batch["split"]).to_pylist()})
+    def count_splits(self) -> dict[str, int]:
+        """Returns the number of images in each split, sorted by the name of the split."""
+        counts = Counter[str]()
+        for batch in self._batches:
+            counts.update({each["values"]: each["counts"] for each in pc.value_counts(batch["split"]).to_pylist()})
+        return dict(sorted(counts.items()))
+
+    def list_uris(self) -> Iterator[str]:
+        """Yields the URIs of all images."""
+        for batch in self._batches:
+            yield from batch["uri"].to_pylist()
 
     def find_matching(self, where: str, parameters: Sequence[Any] = ()) -> npt.NDArray[np.int64]:
         """Returns the numbers of the rows that match a SQL condition over `COLUMNS`, ascending.

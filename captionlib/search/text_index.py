@@ -4,7 +4,7 @@ A query is a list of words and "phrases". `+` before a word or phrase requires i
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -145,12 +145,17 @@ class TextIndex:
                 return hits[is_admitted][:limit]
 
     def search_and_count(
-        self, query: str, limit: int, split: str | None = None, min_log_prob: float | None = None
+        self,
+        query: str,
+        limit: int,
+        split: str | None = None,
+        min_log_prob: float | None = None,
+        sort: Sort = "relevance",
     ) -> tuple[Hits, int]:
         """Returns the captions that match a query, and their total number, in one pass. See `search`."""
         parsed = self._restrict(self._parse(query), split, min_log_prob)
-        result: Any = self._searcher.search(parsed, min(max(1, limit), max(1, len(self))), count=True)
-        return self._to_hits(result.hits)[:limit], int(result.count)
+        hits, count = self._search_and_count(parsed, max(1, limit), sort)
+        return hits[:limit], count
 
     def filter_hits(self, query: str, hits: Hits) -> Hits:
         """Returns the hits whose captions contain every required word and no excluded word of a query.
@@ -165,6 +170,19 @@ class TextIndex:
         admitted = self._search(Query.boolean_query([(Occur.Must, rows), *parts]), len(hits), "relevance")
         return hits[np.isin(hits.rows, admitted.rows)]
 
+    def find_words(self, query: str, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """Returns, for each text, the first and last positions of the words that a query searches for."""
+        clauses = self._parse_clauses(query) if texts else ()
+        words = {word for clause in clauses if clause.occur != Occur.MustNot for _, word in clause.words}
+        return [
+            [
+                (token.char_offset_from, token.char_offset_to)
+                for token in self._analyzer.pre_tokenize(text).tokens
+                if token.text in words
+            ]
+            for text in texts
+        ]
+
     def to_sentence(self, query: str) -> str:
         """Returns a query without its signs and excluded words."""
         return " ".join(phrase or word for sign, phrase, word in _CLAUSE.findall(query) if sign != "-")
@@ -175,17 +193,20 @@ class TextIndex:
         return int(hits.rows[0]) if len(hits) else None
 
     def _search(self, query: Query, limit: int, sort: Sort) -> Hits:
-        if not limit:
-            return Hits.empty()
+        return self._search_and_count(query, limit, sort, count=False)[0] if limit else Hits.empty()
+
+    def _search_and_count(self, query: Query, limit: int, sort: Sort, count: bool = True) -> tuple[Hits, int]:
+        """Returns the best captions, and the number of all that match, or 0 if `count` is False."""
         order_by = None if sort == "relevance" else sort
         limit = min(limit, max(1, len(self)))
         try:
-            hits = self._searcher.search(query, limit, count=False, order_by_field=order_by).hits
+            result: Any = self._searcher.search(query, limit, count=count, order_by_field=order_by)
         except ValueError as error:
             if order_by != "image_text_score":
                 raise
             raise QueryError("the index has no image_text_score; build it again with --overwrite") from error
-        return self._to_hits([hit for hit in hits if hit[0] is not None])  # captions may have no score
+        hits = self._to_hits([hit for hit in result.hits if hit[0] is not None])  # captions may have no score
+        return hits, int(result.count or 0)
 
     def _to_hits(self, scored_addresses: list[tuple[Any, Any]]) -> Hits:
         rows = self._searcher.fast_field_values("row", [address for _, address in scored_addresses])

@@ -9,8 +9,9 @@ from starlette.concurrency import run_in_threadpool
 
 from captionlib import __version__
 from captionlib.errors import ImageError
+from captionlib.search.text_index import Sort
 from captionlib.serving.monitoring import format_metrics
-from captionlib.serving.problems import describe_problems, make_problem
+from captionlib.serving.problems import describe_problems, make_problem, render_problem
 from captionlib.serving.responses import (
     CaptionCandidate,
     CaptionedImage,
@@ -21,7 +22,7 @@ from captionlib.serving.responses import (
     SearchMode,
     SearchResponse,
 )
-from captionlib.serving.service import MAX_QUERY_CHARACTERS, MAX_RESULTS, SearchService
+from captionlib.serving.service import MAX_QUERY_CHARACTERS, MAX_RESULTS, Search, SearchService
 from captionlib.serving.thumbnails import Thumbnails, ThumbnailSize
 from captionlib.serving.uploads import Uploads
 
@@ -90,7 +91,7 @@ def get_metrics() -> Response:
     tags=["Search"],
     responses=describe_problems(400, 422),
 )
-def search(
+def search_images(
     service: Service,
     q: Annotated[
         str,
@@ -132,10 +133,18 @@ def search(
             examples=[-10],
         ),
     ] = None,
+    sort: Annotated[
+        Sort,
+        Query(
+            description="Order of the results with mode=text: best match, or most probable caption, first.",
+            examples=["relevance"],
+        ),
+    ] = "relevance",
 ) -> SearchResponse:
     if mode not in service.modes:
         raise HTTPException(400, f"mode {mode} is not available; expected {' or '.join(service.modes)}")
-    return service.search(q, mode, cursor, limit, split, min_log_prob)
+    search = Search(q, mode, split or None, min_log_prob, sort)
+    return service.search(search, cursor, limit)
 
 
 @router.get(
@@ -209,9 +218,7 @@ async def get_thumbnail(
     thumbnails: ThumbnailStore,
     size: Annotated[
         ThumbnailSize,
-        PathParameter(
-            description="small: 256 x 256 crop; large: the whole image, of up to 1280 pixels.", examples=["small"]
-        ),
+        PathParameter(description="small: up to 400 pixels wide or high; large: up to 1280.", examples=["small"]),
     ],
     image_id: ImageId,
 ) -> Response:
@@ -221,5 +228,5 @@ async def get_thumbnail(
     except ImageError as error:  # its message may contain the URI of the image, which is private
         if request.headers.get("accept", "").startswith("image/"):  # an <img> element
             return Response(_PLACEHOLDER_SVG, 404, media_type="image/svg+xml")
-        raise HTTPException(404, f"image {image_id} cannot be read: {error.reason}") from error
+        return render_problem(make_problem(404, f"image {image_id} cannot be read", reason=error.reason))
     return Response(content, media_type="image/jpeg", headers=_THUMBNAIL_HEADERS)

@@ -1,22 +1,30 @@
 """HTTP routes of the HTML pages, which work without JavaScript. With JavaScript, results appear as the user types."""
 
 import base64
+import io
 import math
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlencode
 
-from fastapi import APIRouter, File, Query, Request, Response, UploadFile
+from fastapi import APIRouter, Depends, File, Form, Query, Request, Response, UploadFile
 from fastapi.responses import HTMLResponse, RedirectResponse
+from markupsafe import Markup, escape
 
 from captionlib.data.images.decoding import list_decodable_formats
 from captionlib.evaluation.pages import create_environment
+from captionlib.search.output import write_output
+from captionlib.search.text_index import Sort
 from captionlib.serving.api import ImageId, Service, ThumbnailStore, UploadQueue, read_state
-from captionlib.serving.responses import Problem, SearchMode
-from captionlib.serving.service import MAX_OFFSET, MAX_QUERY_CHARACTERS, SearchService, make_cursor
+from captionlib.serving.responses import Problem, SearchResult
+from captionlib.serving.service import MAX_OFFSET, MAX_QUERY_CHARACTERS, Search, SearchService, make_cursor
 
 __all__ = ["Pages", "router"]
 
-_PAGE_RESULTS = 24
+_PAGE_RESULTS = 48
+_TALLEST, _WIDEST = 0.5, 2.5  # aspect ratios; see page.css
+_DEFAULTS = ("text", "relevance")
+_EXPORT_TYPES = {"csv": "text/csv; charset=utf-8", "parquet": "application/vnd.apache.parquet"}
 _LAST_PAGE = MAX_OFFSET // _PAGE_RESULTS + 1
 _ERROR_HEADINGS = {
     404: "Not found",
@@ -39,16 +47,18 @@ class Pages:
             max_query_characters=MAX_QUERY_CHARACTERS,
             image_formats=[image_format.name for image_format in formats],
             image_extensions=[extension for image_format in formats for extension in image_format.extensions],
+            mode_labels={"text": "Words", "sentence": "Description", "hybrid": "Both"},
         )
-        self._environment.filters["percent"] = _format_percent
-        self._environment.filters["query"] = lambda values: urlencode({k: v for k, v in values.items() if v})
+        self._environment.filters.update(
+            address=_format_search, highlight=_highlight, percent=_format_percent, ratio=_format_ratio
+        )
 
     def render(self, template: str, status_code: int = 200, **values: object) -> HTMLResponse:
         return HTMLResponse(self._environment.get_template(template).render(**values), status_code)
 
     def render_error(self, problem: Problem) -> HTMLResponse:
         heading = _ERROR_HEADINGS.get(problem.status, "Request failed")
-        return self.render("error.html", problem.status, detail=problem.detail, heading=heading)
+        return self.render("error.html", problem.status, problem=problem, heading=heading)
 
 
 PageRenderer = Annotated[Pages, read_state("pages")]
@@ -56,35 +66,84 @@ PageRenderer = Annotated[Pages, read_state("pages")]
 router = APIRouter(include_in_schema=False)
 
 
+def _read_search(
+    service: Service,
+    q: Annotated[str, Query(max_length=MAX_QUERY_CHARACTERS)] = "",
+    mode: str = "text",
+    split: Annotated[str, Query(max_length=100)] = "",
+    sort: str = "relevance",
+    like: str = "",
+) -> Search:
+    """Reads a search from an address. Values that are not available become the defaults."""
+    return Search(
+        query=q,
+        mode=next((available for available in service.modes if available == mode), "text"),
+        split=split or None,
+        sort=next((known for known in get_args(Sort) if known == sort), "relevance"),
+        like=None if q.strip() else like or None,
+    )
+
+
+CurrentSearch = Annotated[Search, Depends(_read_search)]
+
+
 @router.get("/")
 def show_search(
     service: Service,
     pages: PageRenderer,
-    q: Annotated[str, Query(max_length=MAX_QUERY_CHARACTERS)] = "",
-    mode: str = "text",
+    search: CurrentSearch,
     page: Annotated[int, Query(ge=1)] = 1,
-    split: Annotated[str, Query(max_length=100)] = "",
     fragment: bool = False,
 ) -> HTMLResponse:
     # A script requests only the results (`fragment`) while the user types.
-    available_mode: SearchMode = next((available for available in service.modes if available == mode), "text")
     page = min(page, _LAST_PAGE)
-    cursor = make_cursor((page - 1) * _PAGE_RESULTS, (q, available_mode, split or None, None))
-    response = service.search(q, available_mode, cursor, _PAGE_RESULTS, split)
+    first = (page - 1) * _PAGE_RESULTS
+    response = service.search(search, make_cursor(first, search), _PAGE_RESULTS)
+    is_home = not search.query.strip() and search.like is None
+    shown = service.sample(_PAGE_RESULTS) if is_home else response.results
+    captions = [result.caption for result in shown]
     return pages.render(
         "results.html" if fragment else "search.html",
         service=service,
+        search=search,
         response=response,
+        shown=shown,
+        words=service.index.find_words(search.query, captions) if search.mode != "sentence" else [[]] * len(shown),
+        is_home=is_home,
         page=page,
+        first=first,
         last_page=min(_LAST_PAGE, math.ceil((response.total or 0) / _PAGE_RESULTS)),
-        split=split,
-        examples=[] if q.strip() else service.sample(_PAGE_RESULTS),
+        splits=service.count_splits(search),
     )
 
 
 @router.get("/image")
-def show_image(service: Service, pages: PageRenderer, image_id: ImageId) -> HTMLResponse:
-    return pages.render("image.html", service=service, image=service.get_image(image_id))
+def show_image(
+    service: Service,
+    pages: PageRenderer,
+    search: CurrentSearch,
+    image_id: ImageId,
+    at: Annotated[int, Query(ge=-1)] = -1,
+) -> HTMLResponse:
+    is_result = 0 <= at <= MAX_OFFSET and (search.query.strip() or search.like)
+    previous, following = service.find_adjacent(search, at, image_id) if is_result else (None, None)
+    image = service.get_image(image_id)
+    return pages.render(
+        "image.html", service=service, search=search, image=image, at=at, previous=previous, following=following
+    )
+
+
+@router.post("/export")
+def export_selection(
+    service: Service,
+    image_ids: Annotated[list[str], Form(alias="id", max_length=MAX_OFFSET)],
+    export_format: Annotated[Literal["csv", "parquet"], Form(alias="format")],
+) -> Response:
+    table = service.get_rows(image_ids)
+    content = io.BytesIO()
+    write_output(table.to_reader(), content, export_format)
+    headers = {"Content-Disposition": f'attachment; filename="captions.{export_format}"'}
+    return Response(content.getvalue(), media_type=_EXPORT_TYPES[export_format], headers=headers)
 
 
 @router.get("/image-search")
@@ -108,6 +167,7 @@ async def show_image_search(
         return pages.render(
             "image_search.html",
             service=service,
+            search=Search(),
             response=response,
             preview_url=f"data:image/jpeg;base64,{preview}",
             name=image.filename or "Uploaded image",
@@ -121,9 +181,30 @@ def show_docs(pages: PageRenderer) -> HTMLResponse:
     return pages.render("docs.html")
 
 
-def _format_percent(log_prob: float) -> str:
-    """Formats a probability as a percentage with two significant digits, because it can be very small."""
-    percent = 100 * math.exp(min(0.0, log_prob))
-    if percent < 1e-6:
-        return "< 0.000001%"
-    return f"{percent:.{max(0, 1 - math.floor(math.log10(percent)))}f}%"
+def _format_percent(probability: float) -> str:
+    """Formats a probability as a percentage with two significant digits, because it can be small."""
+    percent = 100 * probability
+    return f"{percent:.0f}%" if percent >= 9.5 else f"{percent:.2g}%"
+
+
+def _format_ratio(image: SearchResult) -> str:
+    """Returns the class of the aspect ratio of an image, which page.css defines. Inline styles are not allowed."""
+    if not image.width or not image.height:
+        return ""
+    return f"r{5 * round(20 * min(_WIDEST, max(_TALLEST, image.width / image.height)))}"
+
+
+def _highlight(caption: str, words: Sequence[tuple[int, int]]) -> Markup:
+    """Marks the words of a caption."""
+    parts, end = [], 0
+    for start, stop in words:
+        parts.append(escape(caption[end:start]) + Markup("<mark>{}</mark>").format(caption[start:stop]))
+        end = stop
+    return Markup("").join([*parts, escape(caption[end:])])
+
+
+def _format_search(search: Search, path: str = "/", **changes: Any) -> str:
+    """Returns the address of a search with some parameters changed, without those that have their default."""
+    values = {"q": search.query, "mode": search.mode, "split": search.split, "sort": search.sort, "like": search.like}
+    parameters = {name: value for name, value in (values | changes).items() if value not in (*_DEFAULTS, None, "")}
+    return f"{path}?{urlencode(parameters)}" if parameters else path

@@ -27,6 +27,9 @@ class CaptionCandidate(BaseModel):
 
     caption: str
     log_prob: float = Field(description="Natural logarithm of the caption's probability.")
+    word_probability: float | None = Field(
+        None, description="Geometric mean of the probabilities of the caption's words; null if they are not counted."
+    )
     image_text_score: float | None = Field(
         None, description="Cosine similarity of caption and image; null if no ranker has computed it."
     )
@@ -37,6 +40,8 @@ class SearchResult(CaptionCandidate):
 
     image_id: str
     split: str
+    width: int | None = Field(description="Width of the image in pixels; null if unknown.")
+    height: int | None = Field(description="Height of the image in pixels; null if unknown.")
     score: float = Field(description="Relevance; higher is better. Comparable only within one response.")
     thumbnail_url: str = Field(description="URL of a small JPEG of the image.")
 
@@ -57,6 +62,10 @@ class ImageResponse(CaptionCandidate):
 
     image_id: str
     split: str
+    width: int | None = Field(description="Width of the image in pixels; null if unknown.")
+    height: int | None = Field(description="Height of the image in pixels; null if unknown.")
+    dataset: str = Field(description="Name of the captions dataset that contains the image.")
+    dataset_fingerprint: str = Field(description="Hash of everything that determines the captions of the dataset.")
     thumbnail_url: str = Field(description="URL of a small JPEG of the image.")
     preview_url: str = Field(description="URL of a larger JPEG of the image.")
     candidates: list[CaptionCandidate] = Field(description="All caption candidates, most probable first.")

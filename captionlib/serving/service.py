@@ -1,10 +1,13 @@
 """Search operations of the web application, independent of HTTP and shared by the pages and the JSON API."""
 
 import copy
+import math
 import re
 import threading
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
@@ -12,6 +15,8 @@ import pyarrow as pa
 
 from captionlib.errors import QueryError
 from captionlib.search.index import Filter, Index
+from captionlib.search.rows import COLUMNS, ROWS
+from captionlib.search.text_index import Sort
 from captionlib.serving.config import ServingConfig
 from captionlib.serving.monitoring import MODEL_SECONDS
 from captionlib.serving.responses import (
@@ -27,12 +32,13 @@ from captionlib.serving.responses import (
 if TYPE_CHECKING:  # imports torch, which takes seconds and is needed only for image search
     from captionlib.search.models import ImageQueryModels
 
-__all__ = ["MAX_OFFSET", "MAX_QUERY_CHARACTERS", "MAX_RESULTS", "CursorError", "SearchService", "make_cursor"]
+__all__ = ["MAX_OFFSET", "MAX_QUERY_CHARACTERS", "MAX_RESULTS", "CursorError", "Search", "SearchService", "make_cursor"]
 
 MAX_QUERY_CHARACTERS = 500
 MAX_RESULTS = 100
 MAX_OFFSET = 10_000
 
+_RESULT_COLUMNS = ("image_id", "caption", "log_prob", "image_text_score", "split", "width", "height", "score")
 _SIMILAR_IMAGES = 24
 _SIMILAR_SENTENCES = 10
 _REFRESH_SECONDS = 1.0
@@ -40,6 +46,27 @@ _REFRESH_SECONDS = 1.0
 
 class CursorError(QueryError):
     """A cursor is damaged, or belongs to a different search."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a visitor searches for.
+
+    Attributes:
+        query: words, or a description.
+        mode: what the query is compared with.
+        split: dataset split of the images; None for all.
+        min_log_prob: minimum log-probability of a caption.
+        sort: order of the results of a search by text.
+        like: id of an image of the index, to find similar ones. It is ignored if there is a query.
+    """
+
+    query: str = ""
+    mode: SearchMode = "text"
+    split: str | None = None
+    min_log_prob: float | None = None
+    sort: Sort = "relevance"
+    like: str | None = None
 
 
 class SearchService:
@@ -84,10 +111,6 @@ class SearchService:
             self.index.try_refresh()
 
     @property
-    def splits(self) -> list[str]:
-        return self.index.list_splits()
-
-    @property
     def modes(self) -> list[SearchMode]:
         return ["text", "sentence", "hybrid"] if self.index.supports_sentences else ["text"]
 
@@ -95,35 +118,30 @@ class SearchService:
     def supports_image_search(self) -> bool:
         return self._models is not None
 
-    def search(
-        self,
-        query: str,
-        mode: SearchMode,
-        cursor: str | None,
-        limit: int,
-        split: str | None = None,
-        min_log_prob: float | None = None,
-    ) -> SearchResponse:
-        """Searches the index by text, by a sentence, or by both.
+    def search(self, search: Search, cursor: str | None, limit: int) -> SearchResponse:
+        """Searches the index.
 
         `cursor` is the `next_cursor` of the previous page of the same search. If None, the first page is returned.
 
         Raises:
             CursorError: the cursor belongs to a different search.
         """
-        response = SearchResponse(query=query, mode=mode, total=None, next_cursor=None, message=None, results=[])
-        if not query.strip():
+        query = search.query
+        response = SearchResponse(query=query, mode=search.mode, total=None, next_cursor=None, message=None, results=[])
+        if not query.strip() and search.like is None:
             return response
-        search = (query, mode, split or None, min_log_prob)
         offset = _read_cursor(cursor, search)
-        where = Filter(split=split or None, min_log_prob=min_log_prob)
+        where = Filter(split=search.split, min_log_prob=search.min_log_prob)
+        page = limit + 1, offset, where
         try:
-            if mode == "text":
-                table, response.total = self.index.search_text_and_count(query, limit + 1, offset, where)
-            elif mode == "sentence":
-                table = self.index.search_sentence(query, limit + 1, offset, where)
+            if not query.strip() and search.like is not None:
+                table = self.index.search_similar(search.like, *page)
+            elif search.mode == "text":
+                table, response.total = self.index.search_text_and_count(query, *page, search.sort)
+            elif search.mode == "sentence":
+                table = self.index.search_sentence(query, *page)
             else:
-                table = self.index.search_hybrid(query, limit + 1, offset, where)
+                table = self.index.search_hybrid(query, *page)
         except QueryError as error:
             response.message = str(error).split(": ", 1)[-1]
             return response
@@ -132,6 +150,29 @@ class SearchService:
             response.next_cursor = make_cursor(offset + limit, search)
         return response
 
+    def count_splits(self, search: Search) -> dict[str, int]:
+        """Returns the number of images in each split: those that match a search by text, or else all images."""
+        counts = self.index.count_splits()
+        if search.mode != "text" or not search.query.strip():
+            return counts
+        try:
+            return {split: self._count(search, split) for split in counts}
+        except QueryError:
+            return counts
+
+    def _count(self, search: Search, split: str) -> int:
+        where = Filter(split=split, min_log_prob=search.min_log_prob)
+        return self.index.search_text_and_count(search.query, 1, 0, where)[1]
+
+    def find_adjacent(self, search: Search, position: int, image_id: str) -> tuple[str | None, str | None]:
+        """Returns the ids of the results before and after the image at a position of a search, if there are any."""
+        first = max(0, position - 1)
+        ids = [result.image_id for result in self.search(search, make_cursor(first, search), 3).results]
+        own = position - first
+        if len(ids) <= own or ids[own] != image_id:  # the index has changed
+            return None, None
+        return (ids[own - 1] if own else None), (ids[own + 1] if own + 1 < len(ids) else None)
+
     def sample(self, limit: int) -> list[SearchResult]:
         """Returns evenly spaced images of the index as examples."""
         return _to_results(self.index.sample(limit))
@@ -139,17 +180,32 @@ class SearchService:
     def get_image(self, image_id: str) -> ImageResponse:
         """Returns one image with its caption candidates and similar images; see `Index.get_image`."""
         row = self.index.get_image(image_id)
+        dataset = self.index.find_dataset(image_id)
         return ImageResponse(
             image_id=image_id,
             caption=row["caption"],
             log_prob=row["log_prob"],
+            word_probability=_compute_word_probability(row["log_prob"], row["tokens"]),
             image_text_score=row["image_text_score"],
             split=row["split"],
+            width=row["width"],
+            height=row["height"],
+            dataset=dataset.folder.rstrip("/").rpartition("/")[2],  # the path is private
+            dataset_fingerprint=dataset.fingerprint,
             thumbnail_url=_thumbnail_url(image_id, "small"),
             preview_url=_thumbnail_url(image_id, "large"),
-            candidates=[CaptionCandidate(**candidate) for candidate in self.index.get_candidates(image_id)],
+            candidates=_to_candidates(self.index.get_candidates(image_id), row),
             similar=self._find_similar(image_id),
         )
+
+    def get_rows(self, image_ids: Sequence[str]) -> pa.Table:
+        """Returns the rows of images without their URIs; ids that are not in the index are left out."""
+        rows = []
+        for image_id in image_ids:
+            with suppress(QueryError):
+                rows.append(self.index.get_image(image_id))
+        columns = [name for name in COLUMNS if name != "uri"]
+        return pa.Table.from_pylist(rows, ROWS).select(columns)
 
     def get_image_uri(self, image_id: str) -> str:
         """Returns the URI of an image, which must not be shown to visitors; see `Index.get_image`."""
@@ -203,15 +259,15 @@ class SearchService:
             return []
 
 
-def make_cursor(offset: int, search: tuple[object, ...]) -> str:
+def make_cursor(offset: int, search: Search) -> str:
     """Returns the cursor that continues a search at an offset.
 
-    The cursor contains a checksum of `search`: the query, mode, split and minimum log-probability.
+    The cursor contains a checksum of `search`, so it continues no other search.
     """
     return f"{offset}-{zlib.crc32(repr(search).encode('utf-8', 'surrogatepass')):08x}"
 
 
-def _read_cursor(cursor: str | None, search: tuple[object, ...]) -> int:
+def _read_cursor(cursor: str | None, search: Search) -> int:
     """Returns the offset in a cursor, or 0 if there is no cursor. See `make_cursor`."""
     if not cursor:
         return 0
@@ -226,8 +282,36 @@ def _read_cursor(cursor: str | None, search: tuple[object, ...]) -> int:
 
 def _to_results(table: pa.Table) -> list[SearchResult]:
     """Converts rows of the index, omitting the URIs of the images."""
-    rows = table.select(["image_id", "caption", "log_prob", "image_text_score", "split", "score"]).to_pylist()
-    return [SearchResult(**row, thumbnail_url=_thumbnail_url(row["image_id"], "small")) for row in rows]
+    return [
+        SearchResult(
+            **{name: row[name] for name in _RESULT_COLUMNS},
+            word_probability=_compute_word_probability(row["log_prob"], row["tokens"]),
+            thumbnail_url=_thumbnail_url(row["image_id"], "small"),
+        )
+        for row in table.drop_columns(["uri"]).to_pylist()
+    ]
+
+
+def _to_candidates(candidates: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[CaptionCandidate]:
+    """Converts the candidate captions of a row. Only the best one has a number of tokens.
+
+    If its tokens are its words and the end, those of the others are too.
+    """
+    has_words = row["tokens"] == len(row["caption"].split()) + 1
+    return [
+        CaptionCandidate(
+            **each,
+            word_probability=_compute_word_probability(each["log_prob"], len(each["caption"].split()) + 1)
+            if has_words
+            else None,
+        )
+        for each in candidates
+    ]
+
+
+def _compute_word_probability(log_prob: float, tokens: int) -> float:
+    """Returns the geometric mean of the probabilities of a caption's tokens."""
+    return math.exp(min(0.0, log_prob) / max(1, tokens))
 
 
 def _thumbnail_url(image_id: str, size: str) -> str:

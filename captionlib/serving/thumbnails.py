@@ -4,7 +4,8 @@ import asyncio
 import copy
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic
@@ -15,21 +16,22 @@ from cachetools import TTLCache
 from starlette.concurrency import run_in_threadpool
 
 from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
-from captionlib.data.images.decoding import Preprocessing, SizeLimit
+from captionlib.data.images.decoding import SizeLimit
 from captionlib.data.images.encoding import encode_jpeg
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.errors import ImageError
+from captionlib.progress import progress_bar
 from captionlib.serving.config import ServingConfig
 from captionlib.serving.fair_thread_pool import FairThreadPool
 from captionlib.serving.monitoring import THUMBNAILS
 from captionlib.storage.folders import write_file
 
-__all__ = ["ThumbnailSize", "Thumbnails", "remove_thumbnails"]
+__all__ = ["ThumbnailSize", "Thumbnails", "create_thumbnails", "remove_thumbnails"]
 
 ThumbnailSize = Literal["small", "large"]
 
-_PREPROCESSING: dict[ThumbnailSize, Preprocessing | SizeLimit] = {
-    "small": Preprocessing(256, 256, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+_PREPROCESSING: dict[ThumbnailSize, SizeLimit] = {
+    "small": SizeLimit(400),
     "large": SizeLimit(1280),
 }
 _FAILURE_SECONDS = 30.0
@@ -121,6 +123,16 @@ class Thumbnails:
             path.unlink(missing_ok=True)
             excess -= size
 
+    def create_ahead(self, uri: str) -> bool:
+        """Creates the small thumbnail of an image, unless it is stored. Returns whether the image can be read."""
+        path = _choose_path(self._folder, self._scope, "small", uri)
+        if not path.exists():
+            try:
+                write_file(path, self.make(self._fetcher.fetch(uri), "small"))
+            except ImageError:
+                return False
+        return True
+
     async def _create(self, uri: str, size: ThumbnailSize, path: Path) -> bytes:
         def create() -> bytes:
             content = self.make(self._fetcher.fetch(uri), size)
@@ -141,8 +153,24 @@ class Thumbnails:
 
 
 def _choose_path(folder: Path, scope: str, size: ThumbnailSize, uri: str) -> Path:
-    name = hashlib.sha256(f"{scope} {size} {uri}".encode()).hexdigest()
+    name = hashlib.sha256(f"{scope} {_PREPROCESSING[size].max_size} {uri}".encode()).hexdigest()
     return folder / name[:2] / f"{name}.jpg"
+
+
+def create_thumbnails(folder: Path, uris: Sequence[str], config: ServingConfig, progress: bool = False) -> int:
+    """Creates the small thumbnails of images, so that a server shows them at once. Returns how many images failed."""
+    threads = config.max_concurrent_fetches
+    failures = 0
+    with (
+        Thumbnails(folder, config) as thumbnails,
+        ThreadPoolExecutor(threads, thread_name_prefix="thumbnails") as pool,
+        progress_bar("thumbnails", len(uris), "images", progress) as bar,
+    ):
+        for start in range(0, len(uris), _PRUNE_EVERY):  # limits the calls that wait
+            batch = uris[start : start + _PRUNE_EVERY]
+            failures += sum(not created for created in pool.map(thumbnails.create_ahead, batch))
+            bar.update(len(batch))
+    return failures
 
 
 def remove_thumbnails(folder: Path, uris: Iterable[str]) -> None:

@@ -1,4 +1,5 @@
 import io
+import json
 import re
 import signal
 import subprocess
@@ -190,6 +191,19 @@ def test_verbose_shows_where_an_error_was_raised(
     assert [record.exc_info is not None for record in caplog.records] == [True]
     assert capsys.readouterr().err.count("Error: ") == 2
     CliRunner().invoke(captionlib, ["recipes"])  # not verbose
+
+
+def test_json_log_has_an_object_per_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("inspect", "--log-format", "json", "--unknown") == 2
+    assert call("inspect", str(tmp_path), "--log-format=json") == 1
+    with progress_bar("label", 3, "items") as bar:
+        bar.update(2)
+    usage, error, progress_line = map(json.loads, capsys.readouterr().err.splitlines())
+    assert (error["level"], usage["level"]) == ("error", "error")
+    assert "--unknown" in usage["message"]
+    assert {"step": "label", "unit": "items", "count": 2, "total": 3}.items() <= progress_line.items()
+    assert call("inspect", str(tmp_path)) == 1
+    assert capsys.readouterr().err.startswith("Error: ")
 
 
 def test_quiet_hides_progress(capsys: pytest.CaptureFixture[str]) -> None:

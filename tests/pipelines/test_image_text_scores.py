@@ -17,6 +17,7 @@ from captionlib.data.images.decoding import decode_image
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.data.shards.writer import write_shard
+from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError, FingerprintError
 from captionlib.evaluation.predictions import read_predictions
 from captionlib.models.decoding.config import DecodingConfig
@@ -29,6 +30,8 @@ from captionlib.search.sql.session import query_sql
 from captionlib.serving.app import create_app
 from captionlib.serving.config import ServingConfig
 from captionlib.serving.service import SearchService
+from captionlib.serving.startup import AppConfig, load_app
+from captionlib.training.caption_objective import CiderValidation
 from jobs.cli import captionlib
 from pipelines.build_index import build_index
 from pipelines.generate_captions import generate_captions
@@ -115,13 +118,20 @@ def test_captions_are_chosen_by_their_scores(features: Path, captioner: Path, ra
     assert changed
 
 
-def test_a_dual_encoder_of_transformers_scores_captions_of_transformers(tmp_path: Path) -> None:
-    uris = write_images(tmp_path / "images")
-    write_manifest(tmp_path / "manifest", uris)
-    blip, clip = f"hf:{write_blip(tmp_path / 'blip')}", f"hf:{write_clip(tmp_path / 'clip')}"
-    options = {"ranker": clip, "embeddings": tmp_path / "embeddings"}
-    rows = generate(tmp_path / "manifest", blip, tmp_path / "captions", RERANKED, **options)
-    embeddings = {row["image_id"]: row["embedding"] for row in read_rows(open_dataset(tmp_path / "embeddings"))}
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Captions of a BLIP and embeddings of a CLIP for eight images. Tests must not change them."""
+    folder = tmp_path_factory.mktemp("searched")
+    write_manifest(folder / "manifest", write_images(folder / "images"))
+    blip, clip = f"hf:{write_blip(folder / 'blip')}", f"hf:{write_clip(folder / 'clip')}"
+    outputs = {"ranker": clip, "embeddings": folder / "embeddings"}
+    generate(folder / "manifest", blip, folder / "captions", RERANKED, **outputs)
+    return folder
+
+
+def test_a_dual_encoder_of_transformers_scores_captions_of_transformers(searched: Path) -> None:
+    rows, blip, clip = read_rows(open_dataset(searched / "captions")), f"hf:{searched}/blip", f"hf:{searched}/clip"
+    embeddings = {row["image_id"]: row["embedding"] for row in read_rows(open_dataset(searched / "embeddings"))}
     model = open_ranker(clip)
     for row in rows:
         pixels = decode_image(Path(row["uri"]).read_bytes(), model.find_input_transform(None)).pixels  # type: ignore[arg-type]
@@ -134,9 +144,9 @@ def test_a_dual_encoder_of_transformers_scores_captions_of_transformers(tmp_path
         assert scores == sorted(scores, reverse=True)
     template = f"{clip}?template=on a table {{}}"
     with pytest.raises(FingerprintError, match="sentence_template"):
-        generate(tmp_path / "manifest", blip, tmp_path / "captions", RERANKED, ranker=template)
+        generate(searched / "manifest", blip, searched / "captions", RERANKED, ranker=template)
     with ImageQueryModels(open_ranker(clip), blip, device="cpu", generation=RERANKED) as models:
-        captions = models.caption(Path(uris[0]).read_bytes()).to_pylist()
+        captions = models.caption(Path(rows[0]["uri"]).read_bytes()).to_pylist()
     assert [row["caption"] for row in captions] == [each["caption"] for each in rows[0]["candidates"]]
     assert captions[0]["image_text_score"] == pytest.approx(rows[0]["image_text_score"], abs=1e-4)
 
@@ -188,9 +198,31 @@ def test_settings_that_need_a_ranker_are_explained(features: Path, captioner: Pa
         caption_images(["image.jpg"], str(captioner), RERANKED)
     with pytest.raises(ConfigError, match=message):
         ImageQueryModels(captioner=str(captioner), generation=RERANKED)
+    with pytest.raises(ConfigError, match=r"rerank.method: expected none or mbr during training, got image_text"):
+        CiderValidation([], [], Vocabulary.from_captions(["a dog"], 1), RERANKED.decoding)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"--embeddings requires --ranker"):
         generate(features, captioner, tmp_path / "captions", CONFIG, embeddings=tmp_path / "embeddings")
     with pytest.raises(ConfigError, match=r"rerank: temperature 2.0 has no effect with method image_text"):
         RerankConfig("image_text", temperature=2.0)
     with pytest.raises(ConfigError, match=r"attention_maps: .* do not go with decoding.rerank.method image_text"):
         replace(RERANKED, attention_maps=True)
+
+
+def test_commands_search_with_a_dual_encoder_of_transformers(searched: Path, tmp_path: Path) -> None:
+    index, clip = f"{tmp_path}/index", f"hf:{searched}/clip"
+    build_index([f"{searched}/captions"], index, embeddings=[f"{searched}/embeddings"], run=QUIET)
+    image = f"{searched}/images/blue.png"
+    for query, ranker in (
+        (["--sentence", "a red ring"], f"{clip}?template=a photo of {{}}"),
+        (["--hybrid", "a red ring"], clip),
+        (["--image", image], clip),
+    ):
+        outcome = CliRunner().invoke(captionlib, ["query", index, *query, "-r", ranker, "--format", "jsonl"])
+        assert outcome.exit_code == 0, outcome.output
+        found = [json.loads(line) for line in outcome.stdout.splitlines()]
+        assert len(found) == 8
+        assert "--image" not in query or found[0]["uri"] == image
+    app = load_app(AppConfig(index, f"{tmp_path}/thumbnails", ranker=clip, device="cpu"))
+    with TestClient(app, base_url="http://localhost") as client:
+        results = client.get("/api/v1/search", params={"q": "a red ring", "mode": "sentence", "limit": 2}).json()
+        assert len(results["results"]) == 2

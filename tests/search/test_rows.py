@@ -101,7 +101,7 @@ def test_wrong_condition_is_one_error_with_an_example(store: RowStore, where: st
     message = str(raised.value)
     assert message.startswith(f"where: {problem}")
     assert message.endswith(
-        " Expected a condition over image_id, uri, split, caption, log_prob, tokens, image_text_score, "
+        " Expected a condition over image_id, uri, split, caption, log_prob, tokens, image_text_score, width, height, "
         "such as: split = 'val' AND "
         "log_prob > -10"
     )
@@ -112,7 +112,7 @@ def test_splits_are_sorted() -> None:
     store = RowStore([])
     values = [{"image_id": "1", "uri": "u", "split": split, "caption": "c"} for split in ("val", "test", "val")]
     store._batches = [pa.RecordBatch.from_pylist(values, ROWS)] * 2
-    assert store.list_splits() == ["test", "val"]
+    assert list(store.count_splits()) == ["test", "val"]
 
 
 def test_rows_are_numbered_as_int64_even_if_empty(files: list[tuple[Path, Path]]) -> None:

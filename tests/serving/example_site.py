@@ -109,15 +109,17 @@ def _write_captions(folder: Path, rows: list[Row]) -> None:
     values = []
     for number, (image_id, caption, log_prob) in enumerate(rows):
         path = folder / "images" / f"{number}.png"
+        size = (160, 120) if number % 2 else (90, 140)
         if image_id != "gone":
             path.parent.mkdir(parents=True, exist_ok=True)
-            size = (160, 120) if number % 2 else (90, 140)
             Image.new("RGB", size, COLORS[number % len(COLORS)]).save(path)
         values.append(
             {
                 "image_id": image_id,
                 "uri": str(path),
                 "split": "val" if number % 3 else "train",
+                "width": size[0] if number % 5 else None,
+                "height": size[1] if number % 5 else None,
                 "caption": caption,
                 "log_prob": log_prob,
                 "tokens": len(caption.split()) + 1,

@@ -1,6 +1,8 @@
 from collections import Counter
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from fastapi import FastAPI
@@ -16,6 +18,8 @@ from tests.browser import needs_browser, open_browser
 from .example_site import MALICIOUS, make_site, serve_site
 
 pytestmark = needs_browser
+
+AXE = (files("axe_core_python") / "axe.min.js").read_text(encoding="utf-8")
 
 
 class Site(str):
@@ -53,9 +57,18 @@ def summary_starts_with(text: str) -> str:
     return f"document.querySelector('.summary')?.textContent.startsWith({text!r})"
 
 
+def find_violations(browser: WebDriver) -> list[tuple[str, str]]:
+    """Returns the rules of axe that the page violates, and an element for each."""
+    browser.execute_script(AXE)
+    result = browser.execute_async_script("axe.run().then(arguments[0])")
+    return [(rule["id"], rule["nodes"][0]["html"]) for rule in result["violations"]]
+
+
 def console_errors(browser: WebDriver) -> list[str]:
     entries: list[dict[str, str]] = browser.get_log("browser")
-    return [entry["message"] for entry in entries if "id=gone" not in entry["message"]]
+    return [
+        entry["message"] for entry in entries if not any(name in entry["message"] for name in ("id=gone", "/nothing"))
+    ]
 
 
 def test_results_appear_while_typing(site: str, browser: WebDriver) -> None:
@@ -68,8 +81,9 @@ def test_results_appear_while_typing(site: str, browser: WebDriver) -> None:
     assert "q=%2Bdog+%2Bfrisbee" in browser.current_url
     box.send_keys(" +pizza")
     wait_for(browser, "document.querySelector('.summary').textContent.includes('No results')")
-    browser.find_element(By.CSS_SELECTOR, "input[value=sentence]").click()
+    browser.find_element(By.XPATH, "//label[contains(., 'Description')]").click()
     wait_for(browser, "document.querySelectorAll('.cards li').length > 3")
+    assert "mode=sentence" in browser.current_url
     assert console_errors(browser) == []
 
 
@@ -125,16 +139,72 @@ def test_captions_cannot_run_scripts(site: str, browser: WebDriver) -> None:
     assert console_errors(browser) == []
 
 
-def test_next_and_previous_page(site: str, browser: WebDriver) -> None:
-    browser.get(f"{site}/?q=dog+cat+pizza+train")
-    first = captions(browser)
-    assert len(first) == 24
-    browser.find_element(By.CSS_SELECTOR, "a[rel=next]").click()
-    wait_for(browser, "location.search.includes('page=2')")
+def test_further_pages_load_while_scrolling(site: str, browser: WebDriver) -> None:
+    browser.get(f"{site}/?q=dog+cat+pizza+train+horse+snow")
+    assert len(captions(browser)) == 48
+    browser.execute_script("scrollTo(0, document.body.scrollHeight)")
+    wait_for(browser, "document.querySelectorAll('.cards li').length > 70")
+    assert "page=2" in browser.current_url, "a reload shows the page that was reached"
+    browser.get(browser.current_url)
     assert "page 2" in browser.find_element(By.CLASS_NAME, "summary").text
     browser.find_element(By.CSS_SELECTOR, "a[rel=prev]").click()
-    wait_for(browser, "location.search.includes('page=1')")
-    assert captions(browser) == first
+    wait_for(browser, "document.querySelector('.summary').textContent.indexOf('page') < 0")
+    assert console_errors(browser) == []
+
+
+def test_images_of_a_row_have_one_height_and_their_aspect_ratios(site: str, browser: WebDriver) -> None:
+    browser.get(f"{site}/?q=dog")
+    wait_for(browser, "[...document.querySelectorAll('.cards img')].slice(0, 8).every(image => image.naturalWidth)")
+    boxes = browser.execute_script(
+        "return [...document.querySelectorAll('.cards img')].slice(0, 8).map(image => {"
+        "const box = image.getBoundingClientRect();"
+        "return [box.top, box.height, box.width / box.height, image.naturalWidth / image.naturalHeight] })"
+    )
+    for top, height, ratio, natural in boxes:
+        assert ratio == pytest.approx(natural, abs=0.035)
+        assert all(abs(height - other[1]) < 1 for other in boxes if other[0] == top)
+    assert len({round(ratio, 1) for _, _, ratio, _ in boxes}) == 2
+
+
+def test_grid_can_be_used_by_keyboard(site: str, browser: WebDriver) -> None:
+    browser.get(f"{site}/?q=dog")
+    body = browser.find_element(By.TAG_NAME, "body")
+    browser.execute_script("document.querySelector('.open').focus()")
+    shown = captions(browser)
+
+    def press(key: str) -> str:
+        browser.switch_to.active_element.send_keys(key)
+        return browser.switch_to.active_element.find_element(By.CLASS_NAME, "caption").text
+
+    assert press(Keys.ARROW_RIGHT) == shown[1]
+    assert press(Keys.ARROW_DOWN) in shown[2:]
+    assert press(Keys.ARROW_UP) in shown[:3]
+    press("x")
+    assert browser.find_element(By.CSS_SELECTOR, "#selection output").text == "1 selected"
+    browser.switch_to.active_element.send_keys(Keys.ENTER)
+    wait_for(browser, "location.pathname == '/image'")
+    at = int(parse_qs(urlsplit(browser.current_url).query)["at"][0])
+    body = browser.find_element(By.TAG_NAME, "body")
+    body.send_keys(Keys.ARROW_RIGHT)
+    wait_for(browser, f"location.search.includes('at={at + 1}')")
+    browser.find_element(By.TAG_NAME, "body").send_keys(Keys.ESCAPE)
+    wait_for(browser, "location.pathname == '/' && location.search == '?q=dog'")
+
+
+def test_pasted_image_is_searched(site: str, browser: WebDriver) -> None:
+    browser.get(f"{site}/image?id=nothing")
+    browser.execute_script(
+        """
+        const data = new DataTransfer(), canvas = document.createElement("canvas");
+        canvas.toBlob(blob => {
+          data.items.add(new File([blob], "pasted.png", { type: "image/png" }));
+          document.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, bubbles: true }));
+        });
+        """
+    )
+    wait_for(browser, "location.pathname == '/image-search'")
+    assert browser.find_element(By.TAG_NAME, "h1").text == "pasted.png"
+    browser.get_log("browser")
 
 
 def test_search_by_image(site: str, browser: WebDriver, tmp_path: Path) -> None:
@@ -144,7 +214,6 @@ def test_search_by_image(site: str, browser: WebDriver, tmp_path: Path) -> None:
     browser.get(site)
     browser.find_element(By.TAG_NAME, "summary").click()
     browser.find_element(By.ID, "image").send_keys(str(tmp_path / "teal.png"))
-    browser.find_element(By.CSS_SELECTOR, ".upload button").click()
     wait_for(browser, "location.pathname == '/image-search'")
     assert browser.find_element(By.TAG_NAME, "h1").text == "teal.png"
     assert len(captions(browser)) == 24
@@ -175,21 +244,38 @@ def test_busy_thumbnails_are_loaded_later(site: Site, browser: WebDriver, monkey
     browser.get_log("browser")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_phone_layout_fits_the_width_and_has_contrast(site: str, browser: WebDriver, scheme: str) -> None:
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
-    )
+PAGES = ("/", "/?q=dog", "/?q=%2Bdog+%2Bgiraffe", "/?like=im3", "/image?id=im3&q=dog&at=3", "/docs", "/nothing")
+
+
+@pytest.mark.parametrize(("width", "height", "scheme"), [(360, 740, "dark"), (1200, 900, "light")])
+def test_pages_fit_the_screen_and_are_accessible(
+    site: str, browser: WebDriver, width: int, height: int, scheme: str
+) -> None:
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     browser.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     )
-    for page in ("/", "/?q=dog", "/image?id=im3", "/docs", "/nothing"):
+    for page in PAGES:
         browser.get(site + page)
-        assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
-        colors = browser.execute_script(
-            "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor].map("
-            "c => c.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0) / 3)"
-        )
-        assert abs(colors[0] - colors[1]) > 150
-        assert (colors[1] < 100) == (scheme == "dark")
+        if page == "/docs":
+            wait_for(browser, "document.querySelectorAll('.opblock').length > 5")
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width, page
+        assert find_violations(browser) == [], page
+    assert console_errors(browser) == []
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_pages_load_nothing_from_other_hosts_and_do_not_shift(site: str, browser: WebDriver) -> None:
+    for page in PAGES:
+        browser.get(site + page)
+        wait_for(browser, "document.readyState == 'complete'")
+        loaded = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+        assert all(url.startswith((site, "data:")) for url in loaded)
+    browser.get(f"{site}/?q=dog")
+    shift = browser.execute_async_script(
+        "const done = arguments[0]; let total = 0;"
+        "new PerformanceObserver(list => list.getEntries().forEach(entry => total += entry.value))"
+        ".observe({ type: 'layout-shift', buffered: true }); setTimeout(() => done(total), 300)"
+    )
+    assert shift < 0.1

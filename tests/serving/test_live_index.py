@@ -4,7 +4,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from captionlib.serving import service as service_module
-from captionlib.serving.service import SearchService
+from captionlib.serving.service import Search, SearchService
 from tests.search.example_index import Row, make_rows, write_captions_dataset, write_embeddings_dataset
 from tests.search.test_live_index import update
 from tests.serving.example_site import make_site
@@ -39,7 +39,7 @@ def test_request_uses_one_version_throughout(tmp_path: Path) -> None:
     rewrite(tmp_path, [("new", "a giraffe", -1.0)])
     assert service.index.refresh()
     assert snapshot.get_image("gone").candidates
-    assert snapshot.search("giraffe", "text", 0, 5).total == 0
-    assert service.snapshot().search("giraffe", "text", 0, 5).total == 1
-    assert snapshot.splits == ["train", "val"]
-    assert service.snapshot().splits == ["test"]
+    assert snapshot.search(Search("giraffe"), None, 5).total == 0
+    assert service.snapshot().search(Search("giraffe"), None, 5).total == 1
+    assert snapshot.count_splits(Search()).keys() == {"train", "val"}
+    assert service.snapshot().count_splits(Search()).keys() == {"test"}

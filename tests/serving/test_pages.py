@@ -1,11 +1,15 @@
 import base64
 import io
+import math
 import re
 import threading
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
 from urllib.parse import quote
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from anyio.to_thread import current_default_thread_limiter
 from fastapi.testclient import TestClient
@@ -93,16 +97,17 @@ def test_invalid_query_returns_a_message(client: TestClient) -> None:
 
 def test_empty_query_shows_help_and_examples(client: TestClient) -> None:
     html = client.get("/").text
-    assert "<code>+dog</code> to require a word" in html
-    assert html.count('<span class="caption"') == 24
+    assert "<code>+dog -cat</code> requires one word" in html
+    assert 'href="/?q=a+dog+and+a+cat&amp;mode=sentence">a dog and a cat</a>' in html, "an example that finds images"
+    assert html.count('<span class="caption"') == 48
 
 
 def test_pages_after_the_last_have_no_results(client: TestClient) -> None:
-    assert "page 2 of" in client.get("/?q=dog+cat+pizza+train&page=2").text
+    assert "page 2 of 2" in client.get("/?q=dog+cat+pizza+train+horse&page=2").text
     for beyond in (100, 10**12):
         html = client.get(f"/?q=dog&page={beyond}").text
         assert "No more results for “dog”" in html
-        assert 'href="/?q=dog&amp;mode=text">← First page' in html
+        assert 'href="/?q=dog">← First page' in html
 
 
 def test_all_values_are_escaped(client: TestClient) -> None:
@@ -130,9 +135,7 @@ def test_thumbnails_exist_only_for_images_of_the_index(client: TestClient, folde
         assert response.headers["content-type"] == "image/jpeg"
         with Image.open(io.BytesIO(response.content)) as image:
             width, height = image.size
-            assert (
-                (width, height) == (256, 256) if size == "small" else width / height == pytest.approx(4 / 3, abs=0.01)
-            )
+            assert width / height == pytest.approx(4 / 3, abs=0.01)
     secret = folder / "images" / "0.png"
     for name in (str(secret), f"file://{secret}", "../images/0.png", "im1/../0.png", "IM1", ""):
         assert client.get("/thumbnail/small", params={"id": name}).status_code == 404
@@ -141,7 +144,12 @@ def test_thumbnails_exist_only_for_images_of_the_index(client: TestClient, folde
 
 def test_missing_image_has_a_placeholder(client: TestClient) -> None:
     response = client.get("/thumbnail/small?id=gone")
-    assert (response.status_code, response.json()["detail"]) == (404, "image gone cannot be read: NotFound")
+    problem = response.json()
+    assert (response.status_code, problem["detail"], problem["reason"]) == (
+        404,
+        "image gone cannot be read",
+        "NotFound",
+    )
     on_page = client.get("/thumbnail/small?id=gone", headers={"accept": "image/avif,*/*"})
     assert (on_page.status_code, on_page.headers["content-type"]) == (404, "image/svg+xml")
 
@@ -305,7 +313,7 @@ def test_without_models_only_text_search_is_available(tmp_path: Path) -> None:
     service = SearchService(open_index(tmp_path / "index"), ServingConfig(allowed_hosts=("testserver",)))
     with TestClient(create_app(service, tmp_path / "thumbnails")) as client:
         html = client.get("/?q=dog").text
-        assert "radio" not in html
+        assert 'name="mode"' not in html
         assert "Search by image" not in html
         rejected = client.get("/api/v1/search?q=dog&mode=sentence")
         assert (rejected.status_code, rejected.json()["detail"]) == (
@@ -314,3 +322,98 @@ def test_without_models_only_text_search_is_available(tmp_path: Path) -> None:
         )
         response = client.post("/api/v1/image-search", files={"image": ("x.png", make_png(), "image/png")})
         assert response.status_code == 404
+
+
+def find_cards(html: str) -> list[str]:
+    return re.findall(r"<li class=.*?</li>", html, re.DOTALL)
+
+
+def test_cards_explain_their_numbers(client: TestClient) -> None:
+    (card, *_) = find_cards(client.get("/?q=%22dog+and+a+cat%22").text)
+    assert "85% per word" in card  # exp(-1 / 6), with five words and the end
+    assert 'title="How sure the captioner is' in card
+    (card, *_) = find_cards(client.get("/?q=dog+cat&mode=sentence").text)
+    score = client.get("/api/v1/search?q=dog+cat&mode=sentence").json()["results"][0]["score"]
+    assert f"similarity {score:.2f}" in card
+
+
+def test_image_page_shows_candidates_and_where_the_row_came_from(client: TestClient, folder: Path) -> None:
+    image = client.get("/api/v1/image?id=im0").json()
+    best, other = (candidate["word_probability"] for candidate in image["candidates"])
+    assert (best, other) == (pytest.approx(math.exp(-1 / 6)), pytest.approx(math.exp(-2 / 7)))
+    assert (image["dataset"], len(image["dataset_fingerprint"]) > 8) == ("captions", True)
+    html = client.get("/image?id=im0").text
+    assert image["dataset_fingerprint"][:12] in html
+    assert "<td>75%</td>" in html
+
+
+def test_unclosed_quote_is_closed(client: TestClient) -> None:
+    closed, unclosed = (
+        client.get("/api/v1/search", params={"q": q}).json() for q in ('"dog and a cat"', '"dog and a cat')
+    )
+    assert unclosed["results"] == closed["results"] != []
+
+
+def test_matched_words_are_marked_and_escaped(client: TestClient) -> None:
+    html = client.get("/?q=dogs+-pizza").text
+    assert "a <mark>dog</mark> and a cat" in html
+    marked = client.get("/?q=script").text
+    assert "&lt;<mark>script</mark>&gt;document" in marked
+
+
+def test_image_page_links_to_the_previous_and_next_result(client: TestClient) -> None:
+    ids = [row["image_id"] for row in client.get("/api/v1/search?q=dog&sort=log_prob").json()["results"]]
+    html = client.get("/image", params={"id": ids[1], "q": "dog", "sort": "log_prob", "at": 1}).text
+    assert re.findall('rel="(prev|next|up)" href="([^"]*)"', html) == [
+        ("up", "/?q=dog&amp;sort=log_prob"),
+        ("prev", f"/image?q=dog&amp;sort=log_prob&amp;id={quote(ids[0], safe='')}&amp;at=0"),
+        ("next", f"/image?q=dog&amp;sort=log_prob&amp;id={quote(ids[2], safe='')}&amp;at=2"),
+    ]
+    first = client.get("/image", params={"id": ids[0], "q": "dog", "sort": "log_prob", "at": 0}).text
+    assert 'rel="prev"' not in first
+    moved = client.get("/image", params={"id": ids[5], "q": "dog", "sort": "log_prob", "at": 1}).text
+    assert 'rel="next"' not in moved, "the index has changed, so the position belongs to a different image"
+
+
+def test_splits_have_counts_of_the_search(client: TestClient) -> None:
+    html = client.get("/?q=dog").text
+    counts = {split: int(count) for split, count in re.findall(r"<span>(\w+) <small>(\d+)</small>", html)}
+    expected = {s: client.get(f"/api/v1/search?q=dog&split={s}").json()["total"] for s in ("train", "val")}
+    assert counts == expected
+
+
+def test_images_like_an_image_have_an_address(client: TestClient) -> None:
+    similar = [row["image_id"] for row in client.get("/api/v1/image?id=im3").json()["similar"]]
+    shown = [unescape(each) for each in re.findall('name="id" value="([^"]*)"', client.get("/?like=im3").text)]
+    assert shown[: len(similar)] == similar
+    assert "No image nothing in the index" in client.get("/?like=nothing").text
+
+
+def test_search_without_results_suggests_others(client: TestClient) -> None:
+    html = client.get("/?q=%2Bdog+%2Bgiraffe&split=val").text
+    assert 'href="/?q=%2Bdog+%2Bgiraffe">Search all splits' in html
+    assert 'href="/?q=dog+giraffe&amp;split=val">Search for any of the words' in html
+    assert 'href="/?q=dog+giraffe&amp;mode=sentence">Search the images by this description' in html
+
+
+def test_selection_is_exported_without_addresses_of_images(client: TestClient, folder: Path) -> None:
+    ids = {"id": ["im3", "im1", "nothing"]}
+    csv = client.post("/export", data={**ids, "format": "csv"})
+    assert csv.headers["content-disposition"] == 'attachment; filename="captions.csv"'
+    assert csv.text.splitlines()[1].startswith('"im3","train","a dog and a horse"')
+    parquet = pq.read_table(pa.BufferReader(client.post("/export", data={**ids, "format": "parquet"}).content))
+    assert parquet["image_id"].to_pylist() == ["im3", "im1"]
+    assert "uri" not in parquet.column_names
+    assert client.post("/export", data={**ids, "format": "exe"}).status_code == 422
+
+
+def test_page_that_is_not_found_offers_a_search(client: TestClient) -> None:
+    for url in ("/nothing", "/image?id=nothing"):
+        page = client.get(url, headers=BROWSER)
+        assert (page.status_code, 'role="search"' in page.text) == (404, True)
+
+
+def test_first_visit_is_small(client: TestClient) -> None:
+    html = client.get("/").text
+    files = [client.get(file).content for file in re.findall('(?:src|href)="(/static/[^"]*)"', html)]
+    assert len(html) + sum(map(len, files)) < 150_000

@@ -14,7 +14,7 @@ from PIL import Image
 
 from captionlib.errors import BusyError, DecodeError, FetchError
 from captionlib.serving.config import ServingConfig
-from captionlib.serving.thumbnails import Thumbnails, ThumbnailSize
+from captionlib.serving.thumbnails import Thumbnails, ThumbnailSize, create_thumbnails
 
 
 def get(thumbnails: Thumbnails, uri: str, size: ThumbnailSize = "small") -> bytes:
@@ -226,3 +226,16 @@ def test_chained_addresses_are_not_downloaded(tmp_path: Path, web: str, chain: s
         get(thumbnails, chain.format(web=web))
     assert caught.value.reason == "BadAddress"
     assert CountingHandler.requests == []
+
+
+def test_thumbnails_created_ahead_are_served_without_the_images(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for path in paths[:2]:
+        Image.new("RGB", (90, 70), "teal").save(path)
+    config = ServingConfig()
+    assert create_thumbnails(tmp_path / "thumbnails", [str(path) for path in paths], config) == 1
+    for path in paths[:2]:
+        path.unlink()
+    with Thumbnails(tmp_path / "thumbnails", config) as thumbnails:
+        for path in paths[:2]:
+            assert asyncio.run(thumbnails.get(str(path), "small")).startswith(b"\xff\xd8")

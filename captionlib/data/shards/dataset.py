@@ -35,6 +35,7 @@ from captionlib.data.shards.markers import (
     FAILURES_FOLDER,
     JOURNAL_FILE,
     MARKERS_FOLDER,
+    PROGRESS_EXTENSION,
     REMOVED_FILE,
     SAMPLE_FOLDER,
     SUCCESS_FILE,
@@ -49,6 +50,7 @@ from captionlib.data.shards.markers import (
     encode_record,
     marker_file,
     part_name,
+    progress_file,
     sum_markers,
 )
 from captionlib.data.shards.schemas import FAILURES_SCHEMA, SCHEMA_VERSIONS, add_missing_columns, upgrade_schema
@@ -107,6 +109,20 @@ class ShardedDataset:
         The content of the markers is not read; see `read_markers`.
         """
         return self._list_parts(MARKERS_FOLDER, ".json") & self._list_parts("", ".parquet")
+
+    def read_progress(self, shards: Iterable[int]) -> dict[int, int]:
+        """Returns the numbers of processed images of unfinished shards that take long; see `ShardWriter`."""
+        listed = sorted(self._list_parts(MARKERS_FOLDER, PROGRESS_EXTENSION) & set(shards))
+        counts = {}
+        for shard in listed:
+            for content in self.folder.read_many([progress_file(shard)]):
+                counts[shard] = int(content) if content.isdigit() else 0
+        return counts
+
+    def remove_progress(self) -> None:
+        """Removes the files that `read_progress` reads. A run that was killed may have left some."""
+        for shard in self._list_parts(MARKERS_FOLDER, PROGRESS_EXTENSION):
+            self.folder.remove_file(progress_file(shard))
 
     def _list_parts(self, subfolder: str, extension: str) -> set[int]:
         names = (name.removesuffix(extension) for name in self.folder.list(subfolder) if name.endswith(extension))
@@ -340,6 +356,7 @@ class ShardedDataset:
             self.folder.write(SUCCESS_FILE, encode_record({**asdict(totals), "fingerprint": self.fingerprint}))
             with suppress(StorageError):  # the files in it do no harm
                 self.folder.remove_temporary_files()
+                self.remove_progress()
         if not self.folder.exists(DESCRIPTION_FILE):
             raise DatasetError(
                 f"{self.folder.uri} was removed or moved while it was being written; run the command again"

@@ -19,6 +19,7 @@ __all__ = [
     "FAILURES_FOLDER",
     "JOURNAL_FILE",
     "MARKERS_FOLDER",
+    "PROGRESS_EXTENSION",
     "REMOVED_FILE",
     "SAMPLE_FOLDER",
     "SUCCESS_FILE",
@@ -36,6 +37,7 @@ __all__ = [
     "from_json",
     "marker_file",
     "part_name",
+    "progress_file",
     "sum_markers",
     "to_json",
     "write_marker",
@@ -45,6 +47,7 @@ DESCRIPTION_FILE = "_dataset.json"
 SUCCESS_FILE = "_SUCCESS"
 MARKERS_FOLDER = "__shards"
 FAILURES_FOLDER = "__failures"
+PROGRESS_EXTENSION = ".progress"
 JOURNAL_FILE = "_update.json"
 UPDATE_FOLDER = "__update"
 REMOVED_FILE = "_removed.json"
@@ -141,6 +144,11 @@ def part_name(shard: int) -> str:
 def marker_file(shard: int) -> str:
     """Returns the name of a shard's marker file in the folder of a dataset."""
     return f"{MARKERS_FOLDER}/{part_name(shard)}.json"
+
+
+def progress_file(shard: int) -> str:
+    """Returns the name of the file that contains the number of processed images of an unfinished shard."""
+    return f"{MARKERS_FOLDER}/{part_name(shard)}{PROGRESS_EXTENSION}"
 
 
 _MARKER, _TOTALS = TypeAdapter(Marker), TypeAdapter(Totals)

@@ -1,4 +1,4 @@
-"""Shows the progress of writing a dataset. It counts markers, the files that record that a shard is complete."""
+"""Shows the progress of writing a dataset. It counts the images of finished shards and of shards in progress."""
 
 import threading
 import time
@@ -21,19 +21,24 @@ def show_progress(job: ShardJob, pending: Collection[int], label: str, enabled: 
     output = job.outputs[0]
     unfinished = set(job.unfinished_shards() if job.verify else pending)
     stale = output.read_markers(unfinished)  # such a shard is counted as soon as its marker changes
-    failures, counted = 0, set[int]()
+    stale_progress = output.read_progress(unfinished)  # an earlier run was killed
+    images = failures = shown = 0
+    counted = set[int]()
 
     def count(add: Callable[[int, str], None], shards: Set[int]) -> None:
-        """Adds the images of new markers to the bar."""
-        nonlocal failures
+        """Adds the images of new markers and of shards in progress to the bar. The count never decreases."""
+        nonlocal images, failures, shown
         with suppress(StorageError):  # if the storage cannot be reached, the pipeline reports the error
-            images = 0
             for marker in output.iter_markers((output.done_shards() & shards) - counted):
                 if marker != stale.get(marker.shard):
                     counted.add(marker.shard)
                     failures += marker.failures
                     images += marker.images
-            add(images, f"{len(counted)}/{output.shards} shards, {failures} failed")
+            progress = output.read_progress(shards - counted)
+            in_progress = sum(count for shard, count in progress.items() if count != stale_progress.get(shard))
+            added = max(0, images + in_progress - shown)
+            shown += added
+            add(added, f"{len(counted)}/{output.shards} shards, {failures} failed")
 
     def watch() -> None:
         count(bar.skip, set(range(output.shards)) - unfinished)  # shards of earlier runs do not count towards the rate

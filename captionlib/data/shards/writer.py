@@ -8,7 +8,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,21 +23,27 @@ from captionlib.data.shards.markers import (
     compute_checksum,
     compute_checksums,
     part_name,
+    progress_file,
     write_marker,
 )
 from captionlib.data.shards.schemas import FAILURES_SCHEMA, add_missing_columns, failure_row
-from captionlib.errors import DatasetError, ImageError
+from captionlib.errors import DatasetError, ImageError, StorageError
+from captionlib.storage.folders import Folder
 
 __all__ = ["ShardWriter", "write_shard"]
 
 ROW_GROUP_ROWS = 8192
 ROW_GROUP_BYTES = 32 << 20
+PROGRESS_SECONDS = 5.0  # interval between updates of the number of images of an unfinished shard
 
 
 class ShardWriter:
-    """Collects the rows and failures (unreadable images) of a shard. Created by `write_shard`."""
+    """Collects the rows and failures (unreadable images) of a shard. Created by `write_shard`.
 
-    def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
+    If writing takes long, a file contains the number of images so far, so that progress is shown on any runner.
+    """
+
+    def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema, folder: Folder, shard: int) -> None:
         self.marker: Marker  # describes the shard; set when the block of `write_shard` ends
         self.rows = 0
         self.failures: list[dict[str, str | None]] = []
@@ -45,6 +51,9 @@ class ShardWriter:
         self._schema = schema
         self._buffer: list[pa.RecordBatch] = []
         self._buffered_rows = self._buffered_bytes = 0
+        self._folder, self._progress_file = folder, progress_file(shard)
+        self._report_at = time.monotonic() + PROGRESS_SECONDS
+        self._is_reported = False
 
     def write(self, rows: pa.RecordBatch | pa.Table) -> None:
         """Adds rows. A row group is written as soon as it is full. Nullable columns that the rows lack are null."""
@@ -59,6 +68,8 @@ class ShardWriter:
         self.rows += rows.num_rows
         if self._buffered_rows >= ROW_GROUP_ROWS or self._buffered_bytes >= ROW_GROUP_BYTES:
             self.flush()
+        if time.monotonic() > self._report_at:
+            self._report_progress()
 
     def write_failure(self, row: Mapping[str, Any], error: ImageError) -> None:
         """Records an image that could not be read; `row` is its row in the input."""
@@ -68,6 +79,19 @@ class ShardWriter:
         if self._buffered_rows:
             self._writer.write_table(pa.Table.from_batches(self._buffer, self._schema))
         self._buffer, self._buffered_rows, self._buffered_bytes = [], 0, 0
+
+    def remove_progress(self) -> None:
+        """Removes the file with the number of images."""
+        if self._is_reported:
+            self._folder.remove_file(self._progress_file)
+
+    def _report_progress(self) -> None:
+        started = time.monotonic()
+        with suppress(StorageError, OSError):  # the shard does not depend on this file
+            self._is_reported = True
+            self._folder.write(self._progress_file, str(self.rows + len(self.failures)).encode())
+        seconds = time.monotonic() - started
+        self._report_at = started + max(PROGRESS_SECONDS, 100 * seconds)  # takes at most 1% of the time
 
 
 @contextmanager
@@ -90,7 +114,7 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int, input_checks
     name = part_name(shard)
     with dataset.folder.stage(f"{name}.parquet") as path:
         with _open_parquet(path, dataset, expected) as parquet:
-            writer = ShardWriter(parquet, dataset.schema)
+            writer = ShardWriter(parquet, dataset.schema, dataset.folder, shard)
             yield writer
             writer.flush()
         if writer.rows + len(writer.failures) != expected:
@@ -114,6 +138,7 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int, input_checks
             failures_checksum=compute_checksum(io.BytesIO(failures)) if failures else "",
             reasons=dict(Counter(str(row["error"]) for row in writer.failures).most_common()),
         )
+        writer.remove_progress()
         previous = dataset.read_marker_even_if_unfinished(shard)
         if previous is not None and not _has_same_files(previous, writer.marker):
             write_marker(dataset.folder, replace(writer.marker, previous=previous))
@@ -142,8 +167,8 @@ def _open_parquet(path: Path, dataset: ShardedDataset, rows: int) -> pq.ParquetW
 def _has_same_files(previous: Marker, marker: Marker) -> bool:
     """Returns whether `previous` describes a finished shard with the same files as `marker`.
 
-    If so, no marker with two versions is written. Otherwise, two identical runs at the same time could replace each
-    other's final marker with a marker of two versions, which says that the shard is unfinished.
+    If so, no marker with two versions is written, which would say that the shard is unfinished. This keeps two
+    identical runs at the same time from marking each other's finished shards as unfinished.
     """
     same = previous.checksum == marker.checksum and previous.failures_checksum == marker.failures_checksum
     return same and previous.previous is None

@@ -207,7 +207,5 @@ def _render_test_scores(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[st
 
 
 def _to_yaml(values: Mapping[str, Any]) -> str:
-    text: str = yaml.safe_dump(
-        strip_paths(values), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110
-    )
+    text: str = yaml.safe_dump(strip_paths(values), sort_keys=False, allow_unicode=True, width=110)
     return text.rstrip("\n")

@@ -77,7 +77,8 @@ class Decoder:
             prefix: token ids that every sentence begins with; log-probabilities include them.
 
         Returns:
-            One to `n_best` distinct candidates per image, or the whole pool if a ranker has yet to rerank it.
+            One to `n_best` distinct candidates per image. If `rerank.method` is `image_text`, up to `pool_size`
+            candidates, which `score_captions` reranks with a ranker.
 
         Raises:
             DatasetError: features are infinite or NaN, such as after an overflow of float16.

@@ -97,8 +97,8 @@ def _sample_nucleus(probabilities: Tensor, uniforms: Tensor, top_p: float) -> Te
     """Samples a word per row from its nucleus: the most probable words with a total probability of at least `top_p`.
 
     Sorting the vocabulary would take longer than computing the probabilities. Instead, a word is sampled from all
-    words, and rejected if the words that are more probable already reach `top_p`. It is then sampled from these words.
-    A word with the same probability as the last word of the nucleus belongs to it too.
+    words, and rejected if the total probability of the more probable words is at least `top_p`. Then a word is sampled
+    from these more probable words, and so on. Words as probable as the last word of the nucleus belong to the nucleus.
     """
     sampled = torch.empty_like(uniforms, dtype=torch.int64)
     rows = torch.arange(len(uniforms), device=uniforms.device)
@@ -113,7 +113,7 @@ def _sample_nucleus(probabilities: Tensor, uniforms: Tensor, top_p: float) -> Te
 
 
 def _scramble(uniforms: Tensor) -> Tensor:
-    """Returns a different random number for each one, by the multiplications and shifts of a hash function."""
+    """Returns new random numbers, computed like a hash. Different numbers give different results."""
     bits = (uniforms * 2**24).long()
     for factor in (0x5BD1E9, 0x35A2D3):  # odd, so different numbers stay different
         bits = (bits * factor) % 2**24

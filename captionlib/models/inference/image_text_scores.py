@@ -11,14 +11,14 @@ from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.families.captioner import Caption
 from captionlib.models.families.ranker import RankingModel
 
-__all__ = ["require_ranker", "score_captions"]
+__all__ = ["check_needs_no_ranker", "score_captions"]
 
 
-def require_ranker(decoding: DecodingConfig) -> None:
-    """Checks that captions can be generated without a ranker.
+def check_needs_no_ranker(decoding: DecodingConfig) -> None:
+    """Checks that captions can be decoded without a ranker.
 
     Raises:
-        ConfigError: the candidates are reranked by their scores.
+        ConfigError: decoding reranks the candidates with a ranker.
     """
     if decoding.rerank.method == "image_text":
         raise ConfigError(
@@ -32,7 +32,7 @@ def score_captions(
     ranker: RankingModel,
     decoding: DecodingConfig,
 ) -> list[list[Caption]]:
-    """Adds the scores of all candidates, and reranks them if `decoding` says so.
+    """Adds `image_text_score` to all candidates, and sorts by it if `decoding.rerank.method` is `image_text`.
 
     Args:
         candidates: the candidates of each image, best first.

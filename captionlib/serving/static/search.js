@@ -1,5 +1,5 @@
-// Shows results while typing. Without scripts, submitting the form shows the same results.
-"use strict";
+// Shows results while typing, and loads further pages while scrolling. Without scripts, the form and the links to the
+// pages show the same results.
 
 const form = document.getElementById("search");
 const results = document.getElementById("results");
@@ -7,23 +7,32 @@ let timer = 0;
 let controller = null;
 let submitted = false; // whether the current results keep their entry in the browser's history
 
-async function search() {
+function readAddress() {
   const parameters = new URLSearchParams(new FormData(form));
-  for (const name of [...parameters.keys()]) if (!parameters.get(name)) parameters.delete(name);
-  const url = parameters.size ? `/?${parameters}` : "/";
-  if (submitted && url !== location.pathname + location.search) history.pushState(null, "", url);
-  else history.replaceState(null, "", url);
+  const defaults = { mode: "text", sort: "relevance" };
+  if (parameters.get("q")) parameters.delete("like");
+  for (const [name, value] of [...parameters]) if (!value || value === defaults[name]) parameters.delete(name);
+  return parameters.size ? `/?${parameters}` : "/";
+}
+
+async function fetchFragment(address, signal) {
+  const response = await fetch(`${address}${address.includes("?") ? "&" : "?"}fragment=true`, { signal });
+  return response.ok ? response.text() : null;
+}
+
+async function search() {
+  const address = readAddress();
+  if (submitted && address !== location.pathname + location.search) history.pushState(null, "", address);
+  else history.replaceState(null, "", address);
   submitted = false;
-  storeSearch();
-  document.title = parameters.get("q") ? `${parameters.get("q")} · captionlib` : "captionlib";
-  if (controller) controller.abort();
-  const current = controller = new AbortController();
+  const query = form.elements.q.value;
+  document.title = query ? `${query} · captionlib` : "captionlib";
+  controller?.abort();
+  const current = (controller = new AbortController());
   results.setAttribute("aria-busy", "true");
   try {
-    parameters.set("fragment", "true");
-    const response = await fetch(`/?${parameters}`, { signal: current.signal });
-    const html = await response.text();
-    if (response.ok) results.innerHTML = html;
+    const html = await fetchFragment(address, current.signal);
+    if (html !== null) show(html);
   } catch (error) {
     if (error.name !== "AbortError") results.querySelector(".summary").textContent = "The server cannot be reached.";
   } finally {
@@ -31,14 +40,43 @@ async function search() {
   }
 }
 
-function storeSearch() {
-  sessionStorage.setItem("search", location.search);
+function show(html) {
+  const focused = results.contains(document.activeElement) ? document.activeElement.id : "";
+  results.innerHTML = html;
+  if (focused) document.getElementById(focused)?.focus();
+  watchNextPage();
 }
 
-if (form) {
-  storeSearch();
+const observer = new IntersectionObserver((entries) => {
+  if (entries.some((entry) => entry.isIntersecting)) loadNextPage();
+}, { rootMargin: "1200px" });
+
+function watchNextPage() {
+  observer.disconnect();
+  const link = results.querySelector("a[rel=next]");
+  if (link) observer.observe(link);
+}
+
+async function loadNextPage() {
+  observer.disconnect();
+  const link = results.querySelector("a[rel=next]");
+  const address = link.getAttribute("href");
+  const html = await fetchFragment(address).catch(() => null);
+  if (html === null || !link.isConnected) return; // other results are shown by now
+  const page = new DOMParser().parseFromString(html, "text/html");
+  results.querySelector(".cards").append(...page.querySelectorAll(".cards li"));
+  const next = page.querySelector("a[rel=next]");
+  if (next) link.href = next.getAttribute("href");
+  else link.remove();
+  history.replaceState(null, "", address); // the page that a reload shows
+  watchNextPage();
+}
+
+if (form && results) {
   window.addEventListener("popstate", () => location.reload());
-  form.addEventListener("input", (event) => {
+  if (!form.elements.q.value) form.elements.q.focus({ preventScroll: true });
+  document.addEventListener("input", (event) => {
+    if (event.target.form !== form) return;
     clearTimeout(timer);
     timer = setTimeout(search, event.target.type === "search" ? 150 : 0);
   });
@@ -48,54 +86,16 @@ if (form) {
     search();
     submitted = true;
   });
+  watchNextPage();
 }
 
-for (const link of document.querySelectorAll(".back a")) link.search = sessionStorage.getItem("search") || "";
-
-// The server rejects thumbnails while it is busy. A thumbnail of an image that cannot be read is a placeholder instead.
-const BUSY = [429, 503];
-const MAX_TRIES = 6;
-const retried = new WeakSet();
-
-async function retry(image) {
-  if (retried.has(image)) return;
-  retried.add(image);
-  let seconds = 1;
-  for (let tries = 0; tries < MAX_TRIES && image.isConnected; tries++) {
-    await new Promise((resolve) => setTimeout(resolve, 1000 * seconds * (1 + Math.random() / 2)));
-    const response = await fetch(image.src, { headers: { Accept: "image/*" } }).catch(() => null);
-    if (response?.ok) {
-      image.src = image.src; // the browser has stored the response
-      return;
-    }
-    if (response && !BUSY.includes(response.status)) return;
-    seconds = Math.max(2 * seconds, Number(response?.headers.get("Retry-After")) || 0);
-  }
+const selection = document.getElementById("selection");
+if (selection) {
+  const update = () => {
+    const count = document.querySelectorAll(".select :checked").length;
+    selection.querySelector("output").textContent = `${count} selected`;
+  };
+  document.addEventListener("change", update);
+  selection.addEventListener("reset", () => setTimeout(update));
+  update();
 }
-
-function isBroken(image) {
-  return image.complete && !image.naturalWidth && image.getAttribute("src").startsWith("/thumbnail/");
-}
-
-document.addEventListener("error", (event) => {
-  if (event.target.tagName === "IMG" && isBroken(event.target)) retry(event.target);
-}, true);
-for (const image of document.images) if (isBroken(image)) retry(image);
-
-const upload = document.querySelector(".upload form");
-if (upload) {
-  const button = upload.querySelector("button");
-  upload.addEventListener("submit", () => { button.textContent = "Searching…"; });
-  window.addEventListener("pageshow", () => { button.textContent = "Search"; });
-}
-
-document.addEventListener("keydown", (event) => {
-  const isTyping = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName);
-  if (event.key === "/" && !isTyping && !event.ctrlKey && !event.metaKey && !event.altKey) {
-    const input = document.getElementById("q");
-    if (!input) return;
-    event.preventDefault();
-    input.focus();
-    input.select();
-  }
-});

@@ -4,12 +4,14 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from captionlib.data.shards import writer
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.progress import show_progress
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.stages import ProcessRows, ShardJob
 from captionlib.data.shards.writer import write_shard
-from captionlib.errors import FetchError
+from captionlib.errors import FetchError, StorageError
+from captionlib.storage.folders import Folder
 
 
 class Copy:
@@ -20,11 +22,11 @@ class Copy:
 
 
 def write(dataset: ShardedDataset, shard: int, failures: int, source: str = "") -> None:
-    with write_shard(dataset, shard, 3, source) as writer:
+    with write_shard(dataset, shard, 3, source) as shard_writer:
         rows = [{"image_id": f"{shard}{n}", "uri": "", "split": "", "captions": []} for n in range(3 - failures)]
-        writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST_SCHEMA))
+        shard_writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST_SCHEMA))
         for n in range(failures):
-            writer.write_failure({"image_id": f"bad{shard}{n}", "uri": ""}, FetchError("Gone", "not there"))
+            shard_writer.write_failure({"image_id": f"bad{shard}{n}", "uri": ""}, FetchError("Gone", "not there"))
 
 
 def job(source: ShardedDataset, output: ShardedDataset) -> ShardJob:
@@ -65,6 +67,45 @@ def test_progress_counts_stale_shards_when_they_are_replaced(
         write(output, 1, 1, "new")
     assert "label: 3/6 images, " in (printed := capsys.readouterr().err)
     assert "1/2 shards, 1 failed" in printed
+
+
+def test_progress_counts_images_of_shards_in_progress(
+    datasets: tuple[ShardedDataset, ShardedDataset], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "PROGRESS_SECONDS", -1.0)
+    source, output = datasets
+    output.folder.write("__shards/part-00000.progress", b"3")  # of an earlier run that was killed
+    with pytest.raises(KeyboardInterrupt), write_shard(output, 1, 3) as shard:
+        rows = [{"image_id": str(n), "uri": "", "split": "", "captions": []} for n in range(2)]
+        with show_progress(job(source, output), [0, 1], "label"):
+            shard.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST_SCHEMA))
+        assert output.read_progress(range(2)) == {0: 3, 1: 2}
+        raise KeyboardInterrupt
+    assert "label: 2/6 images, " in (printed := capsys.readouterr().err)
+    assert "0/2 shards, 0 failed" in printed
+    write(output, 1, 0)
+    assert output.read_progress(range(2)) == {0: 3}
+    monkeypatch.setattr(writer, "PROGRESS_SECONDS", 60.0)
+    write(output, 0, 0)
+    output.finish()
+    assert output.read_progress(range(2)) == {}
+
+
+def test_progress_of_a_shard_needs_no_storage(
+    datasets: tuple[ShardedDataset, ShardedDataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "PROGRESS_SECONDS", -1.0)
+    _, output = datasets
+    write_file = Folder.write
+
+    def fail(folder: Folder, name: str, content: bytes) -> None:
+        if name.endswith(".progress"):
+            raise StorageError("storage is full")
+        write_file(folder, name, content)
+
+    monkeypatch.setattr(Folder, "write", fail)
+    write(output, 0, 1)
+    assert output.done_shards() == {0}
 
 
 def test_disabled_progress_prints_nothing(

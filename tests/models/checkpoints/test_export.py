@@ -117,6 +117,17 @@ def test_a_missing_weights_file_is_reported_before_torch_is_imported(
     assert result.stderr.count("\n") == 1
 
 
+def test_update_and_query_report_a_missing_weights_file(moved: Path, images: list[str], tmp_path: Path) -> None:
+    assert run_command("init", tmp_path / "new", "--source", images[0], "-c", moved).exit_code == 0
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "index.json").touch()
+    for command in (
+        ["update", tmp_path / "new"],
+        ["query", tmp_path / "index", "--image", images[0], "--captioner", moved],
+    ):
+        assert "specify its path with --weights" in str(run_command(*command).exception)
+
+
 def test_a_wrong_weights_option_and_a_missing_checkpoint_are_reported(moved: Path, images: list[str]) -> None:
     result = run_command("caption", images[0], "-c", moved, "--weights", "nowhere.pth")
     assert isinstance(result.exception, ConfigError)
