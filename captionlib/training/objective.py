@@ -23,7 +23,8 @@ class BatchLoss(NamedTuple):
 
     Attributes:
         mean: `[] float32`, the value to minimize.
-        total: the sum of the reported loss over tokens or pairs.
+        total: the sum of the losses of all tokens, or of all image-caption pairs if the model is a ranker. Its mean is
+            reported. It ignores label smoothing, so it may differ from `mean` times `size`.
         size: the number of terms of `total`, and the weight of a process's gradients in data-parallel training.
         reward_total: the sum of the rewards of sampled captions.
         reward_count: the number of sampled captions; 0 for objectives without rewards.
@@ -42,14 +43,14 @@ class Objective(ABC, Generic[Batch, Model]):
     Args:
         model: the model to train, on its device.
         save_model: writes a checkpoint.
-        module_learning_rates: learning rates of individual attributes of the model, by name; all other parameters
-            use the configured learning rate.
+        module_learning_rates: learning rates of submodules of the model, by attribute name. All other parameters use
+            the configured learning rate.
 
     Attributes:
         score_name: the validation score that selects the best epoch.
         higher_is_better: whether a higher score is better, as for CIDEr, or a lower one, as for perplexity.
-        unigram_perplexity: the validation perplexity of the training data's word frequencies, which a model must beat;
-            None if the objective has no such bound.
+        unigram_perplexity: the validation perplexity of a unigram model, which uses only the word frequencies of the
+            training data. The trained model must beat it. If None, there is no such check.
     """
 
     score_name = "perplexity"
@@ -74,7 +75,7 @@ class Objective(ABC, Generic[Batch, Model]):
 
     @abstractmethod
     def steps_per_epoch(self) -> int:
-        """Returns the approximate number of batches per epoch."""
+        """Returns the number of batches per epoch, which may vary slightly with their order."""
 
     @abstractmethod
     def loss(self, batch: Batch) -> BatchLoss:
@@ -84,9 +85,9 @@ class Objective(ABC, Generic[Batch, Model]):
     def validate(self) -> dict[str, float]:
         """Computes the scores on the validation data."""
 
-    def save(self, output: Folder, training: dict[str, Any]) -> None:
-        """Writes the checkpoint."""
-        self.save_model(output, self.model, training)
+    def save(self, output: Folder, history: dict[str, Any]) -> None:
+        """Writes the checkpoint with the training history."""
+        self.save_model(output, self.model, history)
 
 
 def compute_perplexity(log_probs: Iterable[Tensor]) -> float:
@@ -94,4 +95,4 @@ def compute_perplexity(log_probs: Iterable[Tensor]) -> float:
     total, tokens = 0.0, 0
     for batch in log_probs:
         total, tokens = total - batch.sum().item(), tokens + len(batch)
-    return float(torch.tensor(total / max(tokens, 1)).exp())
+    return float(torch.tensor(total / max(tokens, 1)).exp())  # infinite, where math.exp raises OverflowError
