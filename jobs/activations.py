@@ -53,4 +53,4 @@ def command(
     for label, probability in activations.classes:
         click.echo(f"  {probability:7.2%}  {label}")
     maps = sum(len(layer.maps) for layer in activations.layers)
-    click.echo(f"{output}: {maps:,} activation maps of {len(activations.layers)} layers")
+    click.echo(f"{output}: {maps:,} maps of {len(activations.layers)} layers")
