@@ -20,7 +20,7 @@ from captionlib.data.shards.markers import FAILURES_FOLDER, part_name
 from captionlib.data.shards.schemas import FAILURES_SCHEMA
 from captionlib.errors import ConfigError, QueryError
 from captionlib.search.sql.file_system import DatasetFile, DatasetFileSystem
-from captionlib.search.sql.statements import check_condition, check_reads_only, describe_error
+from captionlib.search.sql.statements import check_condition, check_reads_only, to_query_error
 from captionlib.storage.folders import Addresses, list_addresses
 
 __all__ = ["SqlLimits", "SqlSession", "connect", "open_sql", "query_sql", "restrict_connection"]
@@ -279,9 +279,9 @@ def _raise_query_errors(view: str) -> Iterator[None]:
     try:
         yield
     except duckdb.CatalogException as error:
-        raise QueryError(f"{describe_error(error)} The dataset has the views {view} and failures.") from error
+        raise QueryError(f"{to_query_error(error)} The dataset has the views {view} and failures.") from error
     except (duckdb.Error, pa.ArrowException, OSError) as error:
-        raise describe_error(error) from error
+        raise to_query_error(error) from error
     except RuntimeError as error:
         if "interrupted" in str(error):  # DuckDB's message after Ctrl-C
             raise KeyboardInterrupt from error
