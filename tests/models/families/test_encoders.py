@@ -238,14 +238,15 @@ def test_features_train_captioners_and_rankers_that_then_take_images(folders: di
     uris = write_images(tmp_path / "images")
     write_manifest(tmp_path / "manifest", uris)
     run = RunConfig(max_failure_ratio=0.5, progress=False)
-    config = ExtractionConfig(EncoderConfig(f"hf:{folders['clip']}", "feature_map"), batch_size=3)
+    clip = shutil.copytree(folders["clip"], tmp_path / "clip")
+    config = ExtractionConfig(EncoderConfig(f"hf:{clip}", "feature_map"), batch_size=3)
     features = tmp_path / "features"
     assert extract_features(tmp_path / "manifest", features, config, device="cpu", run=run).failures == 2
     other = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, model=f"hf:{folders['siglip']}"))
     with pytest.raises(FingerprintError, match=re.escape("hf:siglip_vision_model")):
         extract_features(tmp_path / "manifest", features, other, device="cpu", run=run)
 
-    training, weights = TrainingConfig(epochs=1), str(folders["clip"])
+    training = TrainingConfig(epochs=1)
     captioner = CaptionerConfig(hidden_size=8, embedding_size=8)
     train_captioner(
         features,
@@ -256,10 +257,13 @@ def test_features_train_captioners_and_rankers_that_then_take_images(folders: di
     )
     generation = GenerationConfig(DecodingConfig(beam_width=2, max_tokens=4))
     address = str(tmp_path / "captioner")
-    rows, _ = caption_images(uris[:2], address, generation, weights=weights, device="cpu")
+    rows, _ = caption_images(uris[:2], address, generation, device="cpu")  # the checkpoint remembers the folder
     assert [row["image_id"] for row in rows] == uris[:2]
+    moved = clip.rename(tmp_path / "moved")
     with pytest.raises(ConfigError, match="specify its path with --weights"):
         caption_images(uris[:2], address, generation, device="cpu")
+    weights = str(moved)
+    assert caption_images(uris[:2], address, generation, weights=weights, device="cpu")[0] == rows
     with pytest.raises(CheckpointError, match="come from a different encoder"):
         embed_images(
             tmp_path / "manifest", _train_ranker(features, tmp_path), tmp_path / "other", weights=str(folders["siglip"])
