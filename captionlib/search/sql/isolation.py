@@ -13,20 +13,20 @@ import pyarrow as pa
 from captionlib.errors import QueryError
 from captionlib.isolation import ProcessLimits, run_isolated
 
-__all__ = ["OpenQuery", "run_query"]
+__all__ = ["OpenRows", "run_query"]
 
-OpenQuery = Callable[[], AbstractContextManager[pa.RecordBatchReader]]
+OpenRows = Callable[[], AbstractContextManager[pa.RecordBatchReader]]
 """A function that starts a query. Its rows can be read until the context exits."""
 
 _UNTRACKED_BYTES = 2**29  # memory that DuckDB does not count, such as Arrow batches; a sort needs about 200 MB
 
 
 @contextmanager
-def run_query(open_query: OpenQuery, memory_bytes: int, timeout_seconds: float) -> Iterator[pa.RecordBatchReader]:
+def run_query(open_rows: OpenRows, memory_bytes: int, timeout_seconds: float) -> Iterator[pa.RecordBatchReader]:
     """Runs a query in a child process and streams its rows.
 
     Args:
-        open_query: starts the query. The child process calls it.
+        open_rows: starts the query. The child process calls it.
         memory_bytes: limit on DuckDB's memory. The child is killed if it allocates 512 MiB more.
         timeout_seconds: limit on the total time that this process waits for rows.
 
@@ -37,7 +37,7 @@ def run_query(open_query: OpenQuery, memory_bytes: int, timeout_seconds: float) 
     """
 
     def write_rows(sink: BinaryIO) -> None:
-        with open_query() as rows:
+        with open_rows() as rows:
             writer = pa.ipc.new_stream(sink, rows.schema)
             for batch in rows:
                 writer.write_batch(batch)
