@@ -33,7 +33,7 @@ check: setup  ## Check format, lint, types and the import contract.
 docs: setup  ## Build the documentation site in .site/; broken links are errors.
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-screenshots: demo  ## Take the README's screenshots with headless Chromium.
+screenshots: demo  ## Take screenshots of the pages for docs/images/ with headless Chromium.
 	@$(BIN)/python -m docs.screenshots .demo
 
 test: check docs  ## Run all checks and all tests, one process per CPU.
