@@ -17,7 +17,7 @@ from captionlib.data.shards.markers import compute_checksum, part_name
 from captionlib.data.shards.schemas import add_missing_columns
 from captionlib.errors import DatasetError
 from captionlib.search.index_folder import InputShard
-from captionlib.search.rows import CANDIDATES, ROWS
+from captionlib.search.rows import CANDIDATES_SCHEMA, ROW_SCHEMA
 
 __all__ = [
     "check_datasets_match",
@@ -102,7 +102,7 @@ def open_shard(dataset: ShardedDataset, shard: int, checksum: str) -> Iterator[p
 
 
 def find_kept_rows(parquet: pq.ParquetFile, left_out: frozenset[str]) -> npt.NDArray[np.bool_]:
-    """Returns for each row of a captions shard whether its image is not left out, `[rows]`."""
+    """Returns for each row of a captions shard whether its image is kept, `[rows]`. `left_out` are the other ids."""
     if not left_out:
         return np.ones(parquet.metadata.num_rows, np.bool_)
     ids = _read_image_ids(parquet).to_pylist()
@@ -110,17 +110,16 @@ def find_kept_rows(parquet: pq.ParquetFile, left_out: frozenset[str]) -> npt.NDA
 
 
 def read_caption_rows(parquet: pq.ParquetFile, kept: npt.NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
-    """Yields the rows of a captions shard that are kept, `[rows]`, with only the columns that an index stores."""
-    schema = pa.schema([*ROWS, *CANDIDATES])
+    """Yields the rows of a captions shard for which `kept`, `[rows]`, is true, with only the columns of an index."""
+    schema = pa.schema([*ROW_SCHEMA, *CANDIDATES_SCHEMA])
     start = 0
     for batch in parquet.iter_batches(_TEXT_BATCH_ROWS, columns=schema.names):
         mask = kept[start : start + batch.num_rows]
         start += batch.num_rows
         rows = batch if mask.all() else batch.filter(pa.array(mask))
-        candidates = rows["candidates"].cast(CANDIDATES.field(0).type)  # they may have no scores
-        yield add_missing_columns(
-            rows.set_column(rows.schema.get_field_index("candidates"), CANDIDATES.field(0), candidates), schema
-        )
+        field = CANDIDATES_SCHEMA.field("candidates")
+        candidates = rows["candidates"].cast(field.type)  # they may have no scores
+        yield add_missing_columns(rows.set_column(rows.schema.get_field_index("candidates"), field, candidates), schema)
 
 
 def match_embeddings_to_captions(
@@ -165,8 +164,9 @@ def sample_embeddings(
     fraction = min(1.0, 1.05 * count / max(1, rows))
     generator = np.random.default_rng(_SEED)
     samples = [np.empty((0, dimension), np.float32)]
-    for embeddings, shard in chosen:
-        with open_shard(embeddings, shard.shard, shard.embeddings) as parquet:
+    for dataset, shard in chosen:
+        embeddings_checksum = shard.embeddings
+        with open_shard(dataset, shard.shard, embeddings_checksum) as parquet:
             samples += [batch[generator.random(len(batch)) < fraction] for batch in _read_vector_batches(parquet)]
     return np.concatenate(samples)
 

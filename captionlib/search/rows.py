@@ -23,9 +23,9 @@ from captionlib.search.sql.session import SqlLimits, connect, restrict_connectio
 from captionlib.search.sql.statements import check_condition, check_reads_only, describe_error
 
 __all__ = [
-    "CANDIDATES",
+    "CANDIDATES_SCHEMA",
     "COLUMNS",
-    "ROWS",
+    "ROW_SCHEMA",
     "CandidateStore",
     "RowStore",
     "find_duplicate_id",
@@ -38,8 +38,8 @@ COLUMNS = ("image_id", "uri", "split", "caption", "log_prob", "tokens", "image_t
 """The columns of a captions dataset that search results show. The last three are null if they are not known."""
 
 _CAPTIONS = captions_schema(has_scores=True)
-ROWS = pa.schema([_CAPTIONS.field(name) for name in COLUMNS])
-CANDIDATES = pa.schema([_CAPTIONS.field("candidates")])
+ROW_SCHEMA = pa.schema([_CAPTIONS.field(name) for name in COLUMNS])
+CANDIDATES_SCHEMA = pa.schema([_CAPTIONS.field("candidates")])
 
 _ROW = pa.field("row", pa.int64(), nullable=False)
 _CANDIDATES_BATCH_ROWS = 512  # to read a row, its batch and the batches before it are decompressed
@@ -59,18 +59,18 @@ def write_rows(rows_path: Path, candidates_path: Path, batches: Iterable[pa.Reco
     with (
         pa.OSFile(str(rows_path), "wb") as rows_file,
         pa.OSFile(str(candidates_path), "wb") as candidates_file,
-        pa.ipc.new_file(rows_file, ROWS) as rows,
-        pa.ipc.new_file(candidates_file, CANDIDATES, options=compressed) as candidates,
+        pa.ipc.new_file(rows_file, ROW_SCHEMA) as rows,
+        pa.ipc.new_file(candidates_file, CANDIDATES_SCHEMA, options=compressed) as candidates,
     ):
         for batch in batches:
             rows.write_batch(batch.select(COLUMNS))
             candidates.write_table(
-                pa.Table.from_batches([batch.select(CANDIDATES.names)]), max_chunksize=_CANDIDATES_BATCH_ROWS
+                pa.Table.from_batches([batch.select(CANDIDATES_SCHEMA.names)]), max_chunksize=_CANDIDATES_BATCH_ROWS
             )
 
 
 def read_rows(path: Path) -> Iterator[pa.RecordBatch]:
-    """Maps an Arrow file into memory and yields its batches, with all columns of `ROWS`.
+    """Maps an Arrow file into memory and yields its batches, with all columns of `ROW_SCHEMA`.
 
     Raises:
         DatasetError: the file is missing or invalid.
@@ -78,7 +78,7 @@ def read_rows(path: Path) -> Iterator[pa.RecordBatch]:
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         for index in range(reader.num_record_batches):
-            yield add_missing_columns(reader.get_batch(index), ROWS)
+            yield add_missing_columns(reader.get_batch(index), ROW_SCHEMA)
     except (OSError, pa.ArrowInvalid) as error:
         raise DatasetError(f"{path} cannot be read ({error}); build the index again with --overwrite") from error
 
@@ -95,7 +95,7 @@ def number_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 def find_duplicate_id(paths: Iterable[Path]) -> DuplicateId | None:
     """Returns an image id that occurs in several rows of the files, if any. Spills to disk if there are many rows."""
-    ids = pa.schema([ROWS.field("image_id")])
+    ids = pa.schema([ROW_SCHEMA.field("image_id")])
     batches = (batch.select(ids.names) for path in paths for batch in read_rows(path))
     with tempfile.TemporaryDirectory(prefix="captionlib-") as spill, closing(connect(SqlLimits(), spill)) as connection:
         connection.register("images", pa.RecordBatchReader.from_batches(ids, batches))
@@ -119,7 +119,7 @@ class RowStore:
     def take(self, rows: npt.NDArray[np.int64]) -> pa.Table:
         """Returns the rows with the given numbers, in the given order."""
         if not len(rows):
-            return ROWS.empty_table()
+            return ROW_SCHEMA.empty_table()
         batch_of_row = np.searchsorted(self._starts, rows, side="right") - 1
         if len(rows) <= _MAX_SLICED_ROWS:
             offsets = zip(batch_of_row.tolist(), (rows - self._starts[batch_of_row]).tolist(), strict=True)
@@ -158,7 +158,7 @@ class RowStore:
             QueryError: the condition is invalid or fails.
         """
         if self._filter is None:
-            self._filter = _RowFilter(pa.Table.from_batches(number_rows(self._batches), pa.schema([_ROW, *ROWS])))
+            self._filter = _RowFilter(pa.Table.from_batches(number_rows(self._batches), pa.schema([_ROW, *ROW_SCHEMA])))
         return self._filter.find_matching(where, parameters)
 
 

@@ -39,7 +39,7 @@ class _Clause(NamedTuple):
 
 
 def write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch]) -> None:
-    """Writes a text index to a new folder. `rows` have the columns of `ROWS`, and row.
+    """Writes a text index to a new folder. `rows` have the columns of `ROW_SCHEMA`, and row.
 
     The index is always built from scratch. If captions were removed from an existing index, Tantivy would only mark
     them as removed: they would remain in the files and in the word counts that determine BM25 scores.

@@ -35,7 +35,7 @@ class CiderD:
             n-grams have equal weight.
 
     Raises:
-        DatasetError: there are fewer than two images, for which document frequencies are meaningless.
+        DatasetError: there are fewer than two images, so that document frequencies are meaningless.
     """
 
     def __init__(self, references: Iterable[Sequence[Sequence[int]]] | None = None) -> None:
@@ -67,9 +67,11 @@ class CiderD:
         their_counts = _NgramCounts(theirs, column[count:], weights)
         columns = np.unique(column[:count])  # n-grams that occur only in the references match nothing
         total = np.zeros((len(sentences), len(references)))
-        for times in range(1, our_counts.max_count + 1):  # min(a, b) = sum over times of [a >= times] [b >= times]
-            theirs_scaled = their_counts.at_least(times, their_counts.counts, columns)
-            total += our_counts.at_least(times, 1, columns) @ theirs_scaled.T
+        # CIDEr-D multiplies min(our count, their count) by their count. The minimum is the number of thresholds
+        # t = 1, 2, ... that both counts reach, so it is summed over t as matrix products of 0/1 indicators.
+        for threshold in range(1, our_counts.max_count + 1):
+            theirs_scaled = their_counts.at_least(threshold, their_counts.counts, columns)
+            total += our_counts.at_least(threshold, 1, columns) @ theirs_scaled.T
         length_gap = np.maximum(ours.lengths - 1, 0)[:, None] - np.maximum(theirs.lengths - 1, 0)[None]  # in bigrams
         return total / _MAX_N * np.exp(-(length_gap**2) / (2 * _SIGMA**2))
 

@@ -34,8 +34,8 @@ class Decoder:
         datastore: features and references of the captioner's training images; required only for `rerank.neighbors`.
 
     Raises:
-        ConfigError: `forbidden_words` are not single words or have no vocabulary, or `rerank` needs a datastore or an
-            average image that the captioner does not have.
+        ConfigError: `forbidden_words` are not single words or have no vocabulary, or `rerank` needs a datastore or mean
+            features that the captioner does not have.
     """
 
     def __init__(

@@ -8,8 +8,9 @@ probability, usually scores better against references.
 With neighbors (the training images most similar to the image), the score is multiplied by the CIDEr-D against their
 references, after Devlin et al. 2015 (arXiv 1505.04467). The captioner's datastore (datastore.py) contains them.
 
-With a mutual information weight w, the score is multiplied by (p(a | image) / p(a | average image)) ** w, which
-penalizes captions that fit any image, after Li et al. 2016 (arXiv 1510.03055).
+With a mutual information weight w, the score is multiplied by (p(a | image) / p(a | mean features)) ** w, after Li et
+al. 2016 (arXiv 1510.03055). The mean features are those of the training images. The factor penalizes captions that fit
+any image.
 """
 
 from collections.abc import Sequence
@@ -37,14 +38,14 @@ class RerankConfig:
 
     Attributes:
         method: `mbr` ranks by minimum Bayes risk on CIDEr-D; `image_text` ranks by the similarity of caption and image,
-            which requires a ranker; `none` keeps the order of the beam.
+            which requires a ranker (dual encoder for image-text retrieval); `none` keeps the order of the beam.
         temperature: candidates are weighted by p ** (1 / temperature); a low value favors the most probable ones.
-            3 works well with a beam of 30; with neighbors, 4 to 8 and a wider beam.
+            3 works well with a beam of 30. With neighbors, 4 to 8 works well with a wider beam.
         pool_size: number of the beam's best candidates to rerank. If None, the whole beam is reranked.
         neighbors: number of similar training images whose references are also compared; 60 works well. Requires the
             captioner's datastore (`captionlib build-datastore`).
-        mutual_information_weight: exponent w that favors captions more probable for this image than for the average
-            training image; 0.02 works well.
+        mutual_information_weight: exponent w that favors captions that are more probable for this image than for the
+            mean features of the training images; 0.02 works well.
     """
 
     method: Literal["none", "mbr", "image_text"] = "none"
@@ -70,12 +71,12 @@ class Reranker:
 
     Args:
         config: how to rerank the candidates.
-        captioner: the captioner, wrapped for step-by-step decoding; also scores candidates for the average image.
+        captioner: the captioner, wrapped for step-by-step decoding; also scores candidates for the mean features.
         datastore: the captioner's datastore; required only for neighbors.
 
     Raises:
         ConfigError: neighbors are configured without a datastore, or `mutual_information_weight` is set but the
-            captioner does not store the average training image.
+            captioner does not store the mean features of the training images.
     """
 
     def __init__(self, config: RerankConfig, captioner: IncrementalCaptioner, datastore: Datastore | None) -> None:
@@ -88,32 +89,32 @@ class Reranker:
         self._captioner = captioner
         self._datastore = datastore if config.neighbors else None
         self._cider = CiderD() if self._datastore is None else self._datastore.cider
-        self._average_image = captioner.encode_average_image() if config.mutual_information_weight else None
+        self._mean_features = captioner.encode_mean_features() if config.mutual_information_weight else None
 
     def rerank(
         self, pools: Sequence[Sequence[Candidate]], image_state: ImageState, image_ids: Sequence[str] | None
     ) -> list[list[Candidate]]:
-        """Reranks candidates. `image_ids` exclude each image from its own neighbors; None if they are unknown."""
+        """Reranks candidates. `image_ids`, if known, serve to skip a training image among its own neighbors."""
         neighbors: list[Neighbors] | list[None] = [None] * len(pools)
         if self._datastore is not None:
             vectors = image_state.features.cpu().numpy()
             neighbors = self._datastore.find_neighbors(vectors, self._config.neighbors, image_ids)
         factors: list[Weights] | list[None] = [None] * len(pools)
-        if self._average_image is not None:
-            factors = self._weight_mutual_information(pools, self._average_image)
+        if self._mean_features is not None:
+            factors = self._weight_mutual_information(pools, self._mean_features)
         return [
             rerank_candidates(pool, self._config.temperature, self._cider, image_neighbors, factor)
             for pool, image_neighbors, factor in zip(pools, neighbors, factors, strict=True)
         ]
 
     def _weight_mutual_information(
-        self, pools: Sequence[Sequence[Candidate]], average_image: ImageState
+        self, pools: Sequence[Sequence[Candidate]], mean_features: ImageState
     ) -> list[Weights]:
-        """Computes (p(a | image) / p(a | average image)) ** weight, relative to the largest of each pool."""
+        """Computes (p(a | image) / p(a | mean features)) ** weight, relative to the largest of each pool."""
         candidates = [candidate for pool in pools for candidate in pool]
         log_probs = np.array([candidate.log_prob for candidate in candidates])
-        average_log_probs = score_sentences(self._captioner, average_image, candidates).cpu().numpy()
-        gains = self._config.mutual_information_weight * (log_probs - average_log_probs)
+        mean_log_probs = score_sentences(self._captioner, mean_features, candidates).cpu().numpy()
+        gains = self._config.mutual_information_weight * (log_probs - mean_log_probs)
         ends = np.cumsum([len(pool) for pool in pools])
         per_image = [gains[end - len(pool) : end] for pool, end in zip(pools, ends, strict=True)]
         return [np.exp(image_gains - image_gains.max()) for image_gains in per_image]

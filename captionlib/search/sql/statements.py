@@ -72,9 +72,10 @@ def _check_views(node: dict[str, Any], system_views: Set[str], own_views: Set[st
 
 
 def check_condition(connection: duckdb.DuckDBPyConnection, condition: str) -> None:
-    """Checks that SQL is one expression, so that it cannot continue the statement that contains it in parentheses.
+    """Checks that SQL is one expression.
 
-    It rejects `true) UNION (SELECT 1`, for example. `check_reads_only` must still check the whole statement.
+    The caller inserts it into a statement in parentheses. Other SQL, such as `true) UNION (SELECT 1`, could close the
+    parentheses and extend the statement. `check_reads_only` must still check the whole statement.
 
     Raises:
         duckdb.Error: the SQL is not an expression.
@@ -95,6 +96,6 @@ def _walk_nodes(tree: Any) -> Iterator[dict[str, Any]]:
 
 
 def describe_error(error: Exception) -> QueryError:
-    """Converts a DuckDB error to one line, without the statement and the advice that follow the description."""
+    """Converts a DuckDB error to a QueryError with only its description, on one line."""
     description, _, _ = str(error).partition("\n\n")
     return QueryError(f"query: {' '.join(description.split())}")
