@@ -91,7 +91,7 @@ class CaptionBatches:
     augmentation: FeatureMapAugmentation = field(default_factory=FeatureMapAugmentation)
 
     def __post_init__(self) -> None:
-        self._pools_on_load = self.pooled and not self.augmentation  # otherwise, batches are pooled
+        self._pools_on_load = self.pooled and not self.augmentation  # augmentation needs unpooled maps
         self._groups = _group_shards(self.dataset, self.buffer_bytes, self._pools_on_load)
         self._load_once = lru_cache(maxsize=1)(self._load)
 
@@ -99,7 +99,10 @@ class CaptionBatches:
         """Returns the number of batches per epoch, which may vary slightly with the order of the shards."""
         selected = add_split_aliases(self.splits)
         images = [
-            sum(split in selected and bool(captions) for split, captions in _read_captions(self.dataset, shard))
+            sum(
+                split in selected and bool(captions)
+                for split, captions in _read_splits_and_captions(self.dataset, shard)
+            )
             for shard in range(self.dataset.shards)
         ]
         size = self.batch_images * world_size
@@ -205,7 +208,7 @@ def _call_ahead(calls: Iterable[Callable[[], Result]]) -> Iterator[Result]:
 def make_batch(
     features: npt.NDArray[np.float32] | npt.NDArray[np.uint8], sentences: Sequence[list[list[int]]]
 ) -> CaptionBatch:
-    """Returns a batch of the features (or pixels) of images. `sentences` are the captions of each image, as token ids."""
+    """Returns a batch. `features` are features or pixels of images, and `sentences` the token ids of their captions."""
     image_of_sentence = np.repeat(np.arange(len(sentences)), [len(per_image) for per_image in sentences])
     return CaptionBatch(features, [sentence for per_image in sentences for sentence in per_image], image_of_sentence)
 
@@ -251,7 +254,7 @@ def read_captions(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[st
     selected = add_split_aliases(splits)
     is_empty = True
     for shard in range(dataset.shards):
-        for split, captions in _read_captions(dataset, shard):
+        for split, captions in _read_splits_and_captions(dataset, shard):
             seen.add(split)
             if split in selected:
                 is_empty = is_empty and not captions
@@ -267,7 +270,8 @@ def read_references(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[
     """Yields a list of captions for each captioned image in `splits` without reading the features."""
     selected = add_split_aliases(splits)
     for shard in range(dataset.shards):
-        yield from (captions for split, captions in _read_captions(dataset, shard) if split in selected and captions)
+        images = _read_splits_and_captions(dataset, shard)
+        yield from (captions for split, captions in images if split in selected and captions)
 
 
 def describe_data(
@@ -281,7 +285,7 @@ def describe_data(
     return data
 
 
-def _read_captions(dataset: ShardedDataset, shard: int) -> Iterator[tuple[str, list[str]]]:
+def _read_splits_and_captions(dataset: ShardedDataset, shard: int) -> Iterator[tuple[str, list[str]]]:
     """Yields the split and the captions of each image in a shard."""
     for rows in dataset.read_batches(shard, ["split", "captions"]):
         yield from zip(rows["split"].to_pylist(), rows["captions"].to_pylist(), strict=True)

@@ -6,7 +6,7 @@ protocol. It may select a part of the file:
     FILE#bytes=START-END        a range of bytes (END is exclusive), such as a member of an uncompressed tar
     FILE#row=N&column=NAME      the bytes in a cell of a Parquet file, with rows counted from 0 over the whole file
 
-If a local file is itself named `/a#row=1&column=b`, this address refers to that file and not to a cell of `/a`. The path
+If a local file is itself named `/a#row=1&column=b`, this address refers to that file, not to a cell of `/a`. The path
 of a `file://` URL is percent-decoded, unless a file exists at the undecoded path.
 
 Chains of file systems (`zip://a::https://b`) and protocols that interpret a file (`reference`) are rejected without

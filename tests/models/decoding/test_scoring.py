@@ -80,5 +80,5 @@ def test_mean_features_invert_feature_transform(components: int) -> None:
 
 def test_mutual_information_rejects_captioner_without_mean() -> None:
     model = build(CaptionerConfig(hidden_size=6, embedding_size=5, standardize_features=False), seed=0)
-    with pytest.raises(ConfigError, match=r"needs the mean .* got a captioner with standardize_features false"):
+    with pytest.raises(ConfigError, match=r"stores the mean .* got one with standardize_features false"):
         Decoder(model, DecodingConfig(rerank=RerankConfig("mbr", mutual_information_weight=0.1)))
