@@ -206,7 +206,8 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
     new_rows = comparison.count().new
     room = max(0, shard_size - remaining[last])
     fills_last = new_rows > 0 and room > 0
-    shards = last + 1 + -(-max(0, new_rows - room) // shard_size)
+    added = -(-max(0, new_rows - room) // shard_size)
+    shards = last + 1 + added
     changed = comparison.read_changed()
     pending = next(changed, None)
     new = RowBuffer(comparison.read_new())
