@@ -4,7 +4,7 @@ BIN := .venv/bin
 UV := $(shell command -v uv || echo .uv/bin/uv)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check docs screenshots cluster-up cluster-down test-cluster bench bench-flickr8k lock clean
+.PHONY: help setup demo test check docs screenshots cluster-up cluster-down test-cluster bench bench-gpu bench-flickr8k lock clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,7 +33,7 @@ check: setup  ## Check format, lint, types and the import contract.
 docs: setup  ## Build the documentation site in .site/; broken links are errors.
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-screenshots: demo  ## Take the README's screenshots with headless Chromium.
+screenshots: demo  ## Take screenshots of the pages for docs/images/ with headless Chromium.
 	@$(BIN)/python -m docs.screenshots .demo
 
 test: check docs  ## Run all checks and all tests, one process per CPU.
@@ -50,6 +50,9 @@ test-cluster: setup  ## Test the stages on real Flink, Spark and Prism clusters,
 
 bench: setup  ## Run all benchmarks, or only one: make bench NAME=extract-throughput.
 	@$(BIN)/python -m benchmarks $(NAME)
+
+bench-gpu: setup  ## Measure encoding and captioning on this machine's GPU.
+	@$(BIN)/python -m benchmarks.gpu
 
 bench-flickr8k: setup  ## Reproduce the Flickr8k results: DATA=folder WEIGHTS=file; NAME=ranking runs only that part, SEEDS=3 three seeds.
 	@$(BIN)/python -m benchmarks.flickr8k $(or $(DATA),$(error set DATA to the folder of Flickr8k)) $(or $(WEIGHTS),IMAGENET1K_V1) $(NAME) --seeds $(or $(SEEDS),1)

@@ -36,11 +36,12 @@ class DenseSearch:
     def decode(self, features: Tensor) -> list[list[int]]:
         """Returns the token ids of the best caption of each image."""
         images, width, steps = len(features), CONFIG.beam_width, CONFIG.find_max_tokens()
+        device = features.device
         h, c = (each.repeat_interleave(width, 0) for each in self._model.encode_images(features).state)
-        words = torch.full((images * width, 1), END)
-        scores = torch.full((images, width), -torch.inf)
+        words = torch.full((images * width, 1), END, device=device)
+        scores = torch.full((images, width), -torch.inf, device=device)
         scores[:, 0] = 0
-        first_row = width * torch.arange(images)[:, None]
+        first_row = width * torch.arange(images, device=device)[:, None]
         finished: list[list[tuple[float, list[int]]]] = [[] for _ in range(images)]
         for step in range(1, steps + 1):
             h, c = self._cell(self._model.word_vectors(words[:, -1]), (h, c))

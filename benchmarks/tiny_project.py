@@ -76,6 +76,7 @@ COMMANDS = [
     Command(f"embed {{project}}/features -r {{project}}/ranker -o {{output}}/embeddings {_QUIET}", True),
     Command("caption {project}/images/000000.jpg -c {project}/captioner --device cpu --report {output}/page"),
     Command("sample {project}/model --length 5 --device cpu"),
+    Command("export-checkpoint {project}/captioner -o {output}/shared --license cc-by-4.0"),
     Command("export {project}/captions --to coco -o {output}/results.json"),
     Command("export {project}/captions --to metadata -o {output}/export --no-progress"),
     Command("evaluate {project}/captions -m {project}/manifest -o {output}/scores --bootstrap-samples 0"),

@@ -77,7 +77,7 @@ class CollectionConfig:
         ranker: checkpoint or address of the ranker (dual encoder for image-text retrieval). If None, the index is
             text-only.
         weights: weights file of the encoder, if it needs one.
-        duplicates: minimum cosine similarity, in (0, 1], of near-duplicates, such as 0.97. If set, only the largest of
+        duplicates: minimum cosine similarity, in (0, 1], of near-duplicates, such as 0.94. If set, only the largest of
             several similar images is indexed; see `captionlib deduplicate`. If None, all images are indexed.
         generation: configuration of `captionlib generate-captions`, such as `decoding`.
         index: how to build the index.

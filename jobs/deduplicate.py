@@ -13,7 +13,7 @@ __all__ = ["command"]
 @click.option(
     "--threshold",
     type=click.FloatRange(0, 1, min_open=True),
-    default=0.97,
+    default=0.94,
     show_default=True,
     help="Minimum cosine similarity of near-duplicates. With 1, only exact copies are duplicates.",
 )

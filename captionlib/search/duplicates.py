@@ -29,7 +29,7 @@ from captionlib.storage.folders import Addresses, list_addresses
 
 __all__ = ["DEFAULT_THRESHOLD", "DuplicateSummary", "find_duplicates"]
 
-DEFAULT_THRESHOLD = 0.97
+DEFAULT_THRESHOLD = 0.94  # see `near-duplicates` in benchmarks/README.md
 
 _QUERY_ROWS = 256
 _TRAINING_VECTORS_PER_LIST = 50

@@ -49,6 +49,7 @@ def create_app(service: SearchService, thumbnail_folder: Path) -> FastAPI:
         title="captionlib",
         version=__version__,
         summary="Search images by the words of their captions, by a description and by an image; caption images.",
+        openapi_tags=[{"name": name} for name in ("Search", "Caption", "Monitoring")],  # their order at /docs
         docs_url=None,  # FastAPI's documentation pages load scripts from other hosts
         redoc_url=None,
         lifespan=lifespan,

@@ -17,6 +17,7 @@ from captionlib.data.images.decoding import decode_image
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.data.shards.writer import write_shard
+from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import ConfigError, FingerprintError
 from captionlib.evaluation.predictions import read_predictions
 from captionlib.models.decoding.config import DecodingConfig
@@ -30,6 +31,7 @@ from captionlib.serving.app import create_app
 from captionlib.serving.config import ServingConfig
 from captionlib.serving.service import SearchService
 from captionlib.serving.startup import AppConfig, load_app
+from captionlib.training.caption_objective import CiderValidation
 from jobs.cli import captionlib
 from pipelines.build_index import build_index
 from pipelines.generate_captions import generate_captions
@@ -196,6 +198,8 @@ def test_settings_that_need_a_ranker_are_explained(features: Path, captioner: Pa
         caption_images(["image.jpg"], str(captioner), RERANKED)
     with pytest.raises(ConfigError, match=message):
         ImageQueryModels(captioner=str(captioner), generation=RERANKED)
+    with pytest.raises(ConfigError, match=r"rerank.method: expected none or mbr during training, got image_text"):
+        CiderValidation([], [], Vocabulary.from_captions(["a dog"], 1), RERANKED.decoding)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"--embeddings requires --ranker"):
         generate(features, captioner, tmp_path / "captions", CONFIG, embeddings=tmp_path / "embeddings")
     with pytest.raises(ConfigError, match=r"rerank: temperature 2.0 has no effect with method image_text"):

@@ -97,7 +97,8 @@ def test_invalid_query_returns_a_message(client: TestClient) -> None:
 
 def test_empty_query_shows_help_and_examples(client: TestClient) -> None:
     html = client.get("/").text
-    assert 'href="/?q=%2Bdog+-cat">+dog -cat</a> to require one word' in html
+    assert "<code>+dog -cat</code> requires one word" in html
+    assert 'href="/?q=a+dog+and+a+cat&amp;mode=sentence">a dog and a cat</a>' in html, "an example that finds images"
     assert html.count('<span class="caption"') == 48
 
 

@@ -12,7 +12,6 @@ from urllib.error import URLError
 import safetensors
 import safetensors.torch
 import torch
-import torchvision
 from fsspec.implementations.cached import SimpleCacheFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from captionlib.data.images.decoding import DecodeScale, Preprocessing
 from captionlib.data.shards.markers import from_json
 from captionlib.errors import CaptionlibError, ConfigError
+from captionlib.models.encoders.torchvision_import import torchvision
 from captionlib.storage.file_systems import open_file_system
 
 __all__ = [

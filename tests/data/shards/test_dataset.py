@@ -99,6 +99,19 @@ def test_all_columns_are_described() -> None:
     assert names == COLUMN_DESCRIPTIONS.keys()
 
 
+def test_row_groups_are_written_once_and_as_soon_as_they_are_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("captionlib.data.shards.writer.ROW_GROUP_ROWS", 2)
+    dataset = create(tmp_path)
+    with write_shard(dataset, 0, 5) as writer:
+        for name in "abcde":
+            writer.write(rows(name))
+    assert dataset.read(0)["image_id"].to_pylist() == list("abcde")
+    metadata = pq.ParquetFile(tmp_path / "part-00000.parquet").metadata
+    assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [2, 2, 1]
+
+
 def test_marker_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = create(tmp_path / "data")
     written: list[str] = []
