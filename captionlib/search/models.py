@@ -147,7 +147,7 @@ class ImageQueryModels:
             raise QueryError("captioning an image requires a captioner")
         images = self._encode(self._caption_encoder, content)
         with self._lock:
-            captions = self._generate(images, [f"{hash_content(content):016x}"])
+            captions = self._generate(images, [f"{hash_content(content):016x}"])  # an image id, which seeds sampling
         if self._ranker is not None:
             vector = self.embed(content)
             with self._lock:

@@ -97,8 +97,8 @@ def _sample_nucleus(probabilities: Tensor, uniforms: Tensor, top_p: float) -> Te
     """Samples a word per row from its nucleus: the most probable words with a total probability of at least `top_p`.
 
     Sorting the vocabulary would take longer than computing the probabilities. Instead, a word is sampled from all
-    words, and rejected if the total probability of the more probable words is at least `top_p`. Then a word is sampled
-    from these more probable words, and so on. Words as probable as the last word of the nucleus belong to the nucleus.
+    words, and rejected if the total probability of the more probable words is at least `top_p`. After a rejection, a
+    word is sampled from these more probable words, and so on. Ties with the last word of the nucleus belong to it.
     """
     sampled = torch.empty_like(uniforms, dtype=torch.int64)
     rows = torch.arange(len(uniforms), device=uniforms.device)
