@@ -85,7 +85,7 @@ class LanguageModelObjective(Objective[npt.NDArray[np.int64], CaptionerNetwork])
         return BatchLoss(total / len(log_probs), total.item(), len(log_probs))
 
     def validate(self) -> dict[str, float]:
-        """Computes the perplexity, exp(-sum ln p / tokens). END, which marks the end of a sentence, counts as a token."""
+        """Computes the perplexity, exp(-sum ln p / tokens). The END token of a sentence counts as one of its tokens."""
         rows_are_sentences = self._validation.rows_are_sentences
         log_probs = (self._score(batch, rows_are_sentences) for batch in self._validation.in_order())
         return {"perplexity": compute_perplexity(log_probs)}
