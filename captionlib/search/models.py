@@ -31,7 +31,7 @@ _SENTENCES = pa.schema([("sentence", pa.string()), ("score", pa.float32())])
 
 
 def read_sentences(path: str) -> list[str]:
-    """Reads candidate sentences from a text file, one per line.
+    """Reads the sentences to compare images with from a text file, one per line.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -47,13 +47,13 @@ class ImageQueryModels:
     """Embeds and captions images. Thread-safe. As a context manager, it stops the decoder processes on exit.
 
     Args:
-        ranker: a dual encoder for image-text retrieval.
-        captioner: folder of a captioner, or an address such as `hf:FOLDER`.
-        weights: the encoder's weights file. It is required only if the models were trained with an encoder from a file,
-            and the captioner does not contain the weights.
-        device: device of the models.
-        decoding: limits on decoding an image file.
-        generation: how to caption an image.
+        ranker: a dual encoder for image-text retrieval. Without it, images cannot be embedded.
+        captioner: folder of a captioner, or an address such as `hf:FOLDER`. If None, images cannot be captioned.
+        weights: weights file of the encoder. It is required only if the models were trained with an encoder from a
+            file, and the captioner does not contain the weights.
+        device: device of the models, such as `cuda`.
+        decoding: limits for decoding images.
+        generation: how images are captioned.
 
     Raises:
         CheckpointError: the captioner is missing, or the encoder differs from the one that a model was trained with.
@@ -74,7 +74,7 @@ class ImageQueryModels:
         self._device = device
         self._lock = threading.Lock()  # a model uses all cores for one image
         self._resources = ExitStack()
-        self._loaded: list[tuple[Mapping[str, Any], _ImageEncoder]] = []
+        self._loaded: list[tuple[Mapping[str, Any], _ImageEncoder]] = []  # with the encoder's description
         self._caption_encoder = None
         self._generation = generation
         if captioner is not None:
@@ -147,7 +147,8 @@ class ImageQueryModels:
             raise QueryError("captioning an image requires a captioner")
         images = self._encode(self._caption_encoder, content)
         with self._lock:
-            captions = self._generate(images, [f"{hash_content(content):016x}"])  # an image id, which seeds sampling
+            # The image id seeds sampling, so the same image gets the same captions.
+            captions = self._generate(images, [f"{hash_content(content):016x}"])
         if self._ranker is not None:
             vector = self.embed(content)
             with self._lock:
@@ -162,7 +163,8 @@ class ImageQueryModels:
         encoder, decoders = image_encoder
         pixels = decoders.decode(content).pixels
         with self._lock:
-            return encoder.encode_async([pixels])()
+            wait_for_features = encoder.encode_async([pixels])
+            return wait_for_features()
 
     def _load(self, model: ImageModel, weights: str | None) -> _ImageEncoder:
         encoder_description = model.encoder
@@ -174,7 +176,7 @@ class ImageQueryModels:
             encoder: ImageEncoder | PixelPassthrough = open_encoder(transform, self._device)
             model.require_encoder(encoder.description)
         else:
-            encoder = PixelPassthrough(transform)
+            encoder = PixelPassthrough(transform)  # the model takes pixels
         decoders = self._resources.enter_context(DecoderPool(encoder.preprocessing, self._decoding))
         self._loaded.append((encoder_description, (encoder, decoders)))
         return encoder, decoders

@@ -1,6 +1,7 @@
 """Stores the rows of an index, one per captioned image, in memory-mapped Arrow files and filters them with SQL.
 
-Row numbers identify rows throughout the index. Reading 20 rows takes microseconds; Parquet would decode 20 row groups.
+Row numbers identify rows throughout the index. Reading 20 rows takes microseconds; from Parquet, it would decode 20 row
+groups.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ import pyarrow.compute as pc
 from captionlib.data.shards.schemas import add_missing_columns, captions_schema
 from captionlib.errors import DatasetError, QueryError
 from captionlib.search.sql.session import SqlLimits, connect, restrict_connection
-from captionlib.search.sql.statements import check_condition, check_reads_only, describe_error
+from captionlib.search.sql.statements import check_condition, check_reads_only, to_query_error
 
 __all__ = [
     "CANDIDATES_SCHEMA",
@@ -28,7 +29,7 @@ __all__ = [
     "ROW_SCHEMA",
     "CandidateStore",
     "RowStore",
-    "find_duplicate_id",
+    "find_repeated_id",
     "number_rows",
     "read_rows",
     "write_rows",
@@ -42,11 +43,11 @@ ROW_SCHEMA = pa.schema([_CAPTIONS.field(name) for name in COLUMNS])
 CANDIDATES_SCHEMA = pa.schema([_CAPTIONS.field("candidates")])
 
 _ROW = pa.field("row", pa.int64(), nullable=False)
-_CANDIDATES_BATCH_ROWS = 512  # to read a row, its batch and the batches before it are decompressed
+_CANDIDATES_BATCH_ROWS = 512  # reading a row decompresses its batch, and all earlier batches to count their rows
 _MAX_SLICED_ROWS = 100  # up to this many rows, slicing each row is much faster than `take`
 
 
-class DuplicateId(NamedTuple):
+class RepeatedId(NamedTuple):
     """An image id, and the number of rows that have it."""
 
     image_id: str
@@ -93,8 +94,8 @@ def number_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         start += batch.num_rows
 
 
-def find_duplicate_id(paths: Iterable[Path]) -> DuplicateId | None:
-    """Returns an image id that occurs in several rows of the files, if any. Spills to disk if there are many rows."""
+def find_repeated_id(paths: Iterable[Path]) -> RepeatedId | None:
+    """Returns an image id that several rows of the files have; None if ids are unique. Spills to disk if needed."""
     ids = pa.schema([ROW_SCHEMA.field("image_id")])
     batches = (batch.select(ids.names) for path in paths for batch in read_rows(path))
     with tempfile.TemporaryDirectory(prefix="captionlib-") as spill, closing(connect(SqlLimits(), spill)) as connection:
@@ -102,11 +103,11 @@ def find_duplicate_id(paths: Iterable[Path]) -> DuplicateId | None:
         found = connection.execute(
             "SELECT image_id, count(*) FROM images GROUP BY image_id HAVING count(*) > 1 LIMIT 1"
         ).fetchone()
-    return None if found is None else DuplicateId(*found)
+    return None if found is None else RepeatedId(*found)
 
 
 class RowStore:
-    """The rows of all shards of an index, in Arrow files in the order of the rows. This class is thread-safe."""
+    """The rows of an index. `paths` are the Arrow files of its shards, in order. This class is thread-safe."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._batches = [batch for path in paths for batch in read_rows(path) if batch.num_rows]
@@ -140,7 +141,7 @@ class RowStore:
         return np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64))
 
     def count_splits(self) -> dict[str, int]:
-        """Returns the number of images in each split, sorted by the name of the split."""
+        """Returns the number of images in each split, sorted by split name."""
         counts = Counter[str]()
         for batch in self._batches:
             counts.update({each["values"]: each["counts"] for each in pc.value_counts(batch["split"]).to_pylist()})
@@ -152,7 +153,7 @@ class RowStore:
             yield from batch["uri"].to_pylist()
 
     def find_matching(self, where: str, parameters: Sequence[Any] = ()) -> npt.NDArray[np.int64]:
-        """Returns the numbers of the rows that match a SQL condition over `COLUMNS`, ascending.
+        """Returns the row numbers, ascending, of the rows that match a SQL condition over `COLUMNS`.
 
         Raises:
             QueryError: the condition is invalid or fails.
@@ -222,8 +223,8 @@ class _RowFilter:
             check_reads_only(cursor, sql)
             rows = cursor.execute(sql, list(parameters)).fetchnumpy()["row"]
         except (duckdb.Error, QueryError) as error:
-            query_error = error if isinstance(error, QueryError) else describe_error(error)
-            message = str(query_error).removeprefix("query: ")  # the prefix of all messages of `describe_error`
+            query_error = error if isinstance(error, QueryError) else to_query_error(error)
+            message = str(query_error).removeprefix("query: ")  # the prefix of all messages of `to_query_error`
             raise QueryError(
                 f"where: {message} Expected a condition over {', '.join(COLUMNS)}, "
                 "such as: split = 'val' AND log_prob > -10"

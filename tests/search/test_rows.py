@@ -12,7 +12,7 @@ from captionlib.search.rows import (
     ROW_SCHEMA,
     CandidateStore,
     RowStore,
-    find_duplicate_id,
+    find_repeated_id,
     number_rows,
     read_rows,
     write_rows,
@@ -153,8 +153,8 @@ def test_damaged_candidates_are_detected_when_they_are_read(files: list[tuple[Pa
 
 def test_ids_that_occur_twice_are_found(files: list[tuple[Path, Path]]) -> None:
     rows = [path for path, _ in files]
-    assert find_duplicate_id(rows) is None
-    duplicate = find_duplicate_id([*rows, rows[0], rows[0]])
+    assert find_repeated_id(rows) is None
+    duplicate = find_repeated_id([*rows, rows[0], rows[0]])
     assert duplicate is not None
     assert duplicate.rows == 3
     assert int(duplicate.image_id) < 90

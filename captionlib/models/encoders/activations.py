@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from captionlib.config import configclass
 from captionlib.data.images.decoding import Preprocessing, decode_image
@@ -17,7 +18,6 @@ from captionlib.data.images.fetching import ImageFetcher
 from captionlib.errors import ConfigError
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.network import build_network
-from captionlib.models.encoders.torchvision_import import create_feature_extractor, get_graph_node_names
 from captionlib.models.encoders.weights import find_class_names, load_weights, resolve_preprocessing
 
 __all__ = ["ActivationConfig", "Activations", "LayerActivations", "compute_activations", "find_convolutions"]

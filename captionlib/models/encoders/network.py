@@ -6,13 +6,14 @@ from contextlib import nullcontext
 from typing import Literal
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 from typing_extensions import Self
 
 from captionlib.data.images.decoding import Preprocessing
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.models.encoders.torchvision_import import create_feature_extractor, get_graph_node_names, torchvision
 
 __all__ = [
     "EncoderNetwork",
