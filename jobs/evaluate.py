@@ -19,7 +19,7 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("source", metavar="CAPTIONS|FEATURES")
-@click.option("--manifest", "-m", metavar="FOLDER", help="The manifest, or features, with the references.")
+@click.option("--manifest", "-m", metavar="FOLDER", help="Manifest or features dataset with the references.")
 @click.option("--split", "splits", multiple=True, metavar="NAME", help="Evaluate this split only. Repeatable.")
 @click.option("--output", "-o", metavar="FOLDER", help="Also write scores.json into this folder.")
 @click.option("--per-image", metavar="FILE.parquet", help="Also write the scores of each image.")
@@ -144,8 +144,8 @@ def _evaluate_ranker(
 def _print_scores(source: str, evaluation: Evaluation) -> None:
     click.echo(f"{source}: {len(evaluation.predictions):,} images")
     for name, score in evaluation.scores.overall.items():
-        ends = evaluation.scores.intervals.get(name)
-        interval = f"   {ends[0]:.4f} to {ends[1]:.4f}" if ends else ""
+        bounds = evaluation.scores.intervals.get(name)
+        interval = f"   {bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else ""
         click.echo(f"  {name:<18} {score:8.4f}{interval}")
     for name, count in evaluation.counts.items():
         click.echo(f"  {name:<18} {count:8,}")

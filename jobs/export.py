@@ -51,13 +51,13 @@ def command(
 ) -> None:
     """Export CAPTIONS for other programs, with or without the images.
 
-    CAPTIONS are captions datasets, or manifests or features, whose references are exported. webdataset, metadata and
-    txt copy the images unchanged. Images that cannot be read are left out and counted. To resume an interrupted export,
-    run the same command again.
+    CAPTIONS are captions datasets. Manifests and features datasets are accepted too: their references are exported.
+    webdataset, metadata and txt copy the images unchanged. Images that cannot be read are left out and counted. To
+    resume an interrupted export, run the same command again.
 
-    coco and neuraltalk write one JSON file without images. With them, CAPTIONS can also be such JSON files. COCO's
-    results contain no references, so you can submit captions of the test split, whose references are secret.
-    NeuralTalk's file contains the references in --manifest.
+    coco and neuraltalk write one JSON file without images, and also accept JSON files in these formats as CAPTIONS. You
+    can submit COCO's results file for the test split, whose references are secret, because the file contains no
+    references. NeuralTalk's file contains the references in --manifest.
 
     \b
     Examples:

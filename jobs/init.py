@@ -45,7 +45,7 @@ def command(
 
     `captionlib update COLLECTION` then lists, captions and indexes the images. Run it again whenever images have
     changed. With --serve, this command also runs `update` and `serve`. Addresses with the same NAME belong to one
-    source; without NAME, to the source images. To change how a source is read, such as the column of the captions, edit
+    source. The default NAME is images. To change how a source is read, such as the column of the captions, edit
     collection.yaml.
 
     \b

@@ -50,7 +50,9 @@ def command(folder: str, as_json: bool, verify: bool) -> None:
         from captionlib.models.checkpoints.folder import describe_checkpoint  # imports torch, which is slow
 
         checkpoint = describe_checkpoint(folder)
-        click.echo(_to_json(checkpoint) if as_json else "\n".join([f"{folder}: checkpoint", *_lines(checkpoint, "  ")]))
+        click.echo(
+            _to_json(checkpoint) if as_json else "\n".join([f"{folder}: checkpoint", *_format_values(checkpoint, "  ")])
+        )
         return
     if "_training" in names:
         raise DatasetError(
@@ -72,7 +74,7 @@ def _describe(report: DatasetReport, verified: bool) -> str:
         "  columns",
         *(f"    {name:<12} {kind}" for name, kind in report.columns.items()),
         "  configuration",
-        *_lines(report.config, "    "),
+        *_format_values(report.config, "    "),
     ]
     if report.stale:
         lines.append(
@@ -109,7 +111,7 @@ def _describe_index(folder: str, index: IndexDescription) -> str:
         f"  built        {index.created}",
         f"  fingerprint  {index.fingerprint}",
         "  configuration",
-        *_lines(to_dict(index.config), "    "),
+        *_format_values(to_dict(index.config), "    "),
     ]
     if index.embeddings:
         lines.append(f"    ranker: {index.ranker}")
@@ -120,12 +122,12 @@ def _to_json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False)
 
 
-def _lines(values: Mapping[str, Any], indent: str = "") -> list[str]:
+def _format_values(values: Mapping[str, Any], indent: str = "") -> list[str]:
     """Formats nested values as `key: value` lines."""
     lines = []
     for name, value in values.items():
         if isinstance(value, Mapping):
-            lines += [f"{indent}{name}", *_lines(value, f"{indent}  ")]
+            lines += [f"{indent}{name}", *_format_values(value, f"{indent}  ")]
         else:
             lines.append(f"{indent}{name}: {value}")
     return lines

@@ -83,7 +83,7 @@ serve_option = click.option(
     is_flag=False,
     flag_value=8000,
     type=click.IntRange(1, 65535),
-    help="Then serve the search page, on port 8000 unless PORT is specified.",
+    help="When done, serve the search page, on port 8000 unless PORT is specified.",
 )
 
 

@@ -97,7 +97,7 @@ class _SectionedCommand(click.Command):
     "--escape-formulas/--no-escape-formulas",
     default=True,
     show_default=True,
-    help="In CSV, prefix text that a spreadsheet would execute with '.",
+    help="In CSV, put a ' before text that a spreadsheet would execute.",
 )
 @click.option("--output", "-o", metavar="FILE", help="File or fsspec URL to write to. [default: standard output]")
 def command(
@@ -164,7 +164,7 @@ def command(
         advice = "a dataset; query the captions that the index was built from"
         query = _choose_query(values, _INDEX_QUERIES, (*_DATASET_QUERIES, "duplicates"), advice)
         open_rows: OpenRows = partial(_query_index, folder, query, values, 20 if limit is None else limit)
-        # Models count towards the memory limit, but the files of the index do not: they are mapped.
+        # Models count towards the memory limit, but the files of the index do not: they are memory-mapped.
         result = run_query(open_rows, limits.memory_bytes, timeout) if "where" in values else open_rows()
     else:
         advice = f"an index, but {' '.join(folders)} is not an index; see `captionlib build-index`"
@@ -193,7 +193,10 @@ def _enter_collection(folder: str, values: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _choose_query(values: Mapping[str, Any], queries: Sequence[str], refused: Sequence[str], advice: str) -> str:
-    """Returns the name of the query. Rejects multiple queries, and the `refused` options of another kind of folder."""
+    """Returns the only one of `queries` in `values`.
+
+    Options in `refused` apply to another kind of folder, which `advice` names. They raise an error.
+    """
     for name in values:
         if name in refused and name not in queries:
             raise click.UsageError(f"{_flag(name)} is for {advice}.")

@@ -24,7 +24,9 @@ _ORDER = ("manifest", "features", "captions", "embeddings", "duplicates")  # inp
 @click.argument("folders", nargs=-1, required=True, metavar="FOLDER...")
 @click.option("--id", "ids", multiple=True, metavar="ID", help="Id of an image to remove. Repeatable.")
 @click.option("--ids", "files", multiple=True, metavar="FILE", help="File with one id per line. Repeatable.")
-@click.option("--reason", default="", metavar="TEXT", help="Why the images are removed. The manifest keeps it.")
+@click.option(
+    "--reason", default="", metavar="TEXT", help="Why the images are removed. The manifest records the reason."
+)
 @click.option("--dry-run", is_flag=True, help="Only show how many images would be removed.")
 @click.option(
     "--thumbnails", metavar="FOLDER", help="The folder for thumbnails of `serve`. [default: the user's cache]"
@@ -74,7 +76,7 @@ def command(
             _rebuild_index(address)
     _remove_thumbnails(plans, thumbnails)
     if not any(plan.dataset.kind == "manifest" for plan in plans):
-        click.echo("No manifest was specified, so its next update adds the images again.", err=True)
+        click.echo("No manifest was specified, so the next update of the manifest adds the images again.", err=True)
 
 
 def _read_ids(file: str) -> list[str]:
@@ -89,7 +91,7 @@ def _read_ids(file: str) -> list[str]:
 def _find_datasets(
     folders: Sequence[str], stack: ExitStack, command_name: str, dry_run: bool
 ) -> tuple[list[str], list[str]]:
-    """Returns the addresses of the datasets and of the indexes. Locks all but indexes until `stack` is closed."""
+    """Returns the addresses of the datasets and of the indexes. Locks the datasets until `stack` is closed."""
     from captionlib.collection import is_collection, open_collection
     from captionlib.data.shards.dataset import open_dataset
     from captionlib.search.index_folder import DESCRIPTION
@@ -144,7 +146,7 @@ def _rebuild_index(address: str) -> None:
 
 
 def _regroup_duplicates(description: IndexDescription) -> str | None:
-    """Returns the duplicates that an index leaves out. Groups them again if images of them were removed."""
+    """Returns the folder of the duplicates that an index leaves out. Groups them again if some images were removed."""
     if description.duplicates is None:
         return None
     from captionlib.data.shards.dataset import open_dataset
@@ -157,7 +159,7 @@ def _regroup_duplicates(description: IndexDescription) -> str | None:
         return folder
     if not embeddings:
         click.echo(
-            f"{folder} has lost groups, so the index contains all images; run deduplicate and build-index", err=True
+            f"{folder} is incomplete now, so the index includes duplicates; run deduplicate and build-index", err=True
         )
         return None
     find_duplicates(embeddings, folder, duplicates.config["threshold"])

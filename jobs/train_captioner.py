@@ -13,7 +13,7 @@ __all__ = ["command"]
 @click.command()
 @click.argument("source")
 @click.option("--init-from", metavar="FOLDER", help="Captioner to start from; same as --set init_from=FOLDER.")
-@click.option("--weights", metavar="FILE", help="The encoder's weights file, if it used one.")
+@click.option("--weights", metavar="FILE", help="Weights file of the encoder, if it needs one.")
 @training_options
 def command(
     source: str,

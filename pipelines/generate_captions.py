@@ -37,7 +37,7 @@ def generate_captions(
     device: str = "auto",
     run: RunConfig = RunConfig(),
 ) -> Totals:
-    """Generates a caption of every image of a dataset, or resumes an incomplete run.
+    """Generates a caption for every image of a dataset, or resumes an incomplete run.
 
     Example:
         >>> totals = captionlib.generate_captions("features", "captioner", "captions")
@@ -65,7 +65,8 @@ def generate_captions(
     Raises:
         CheckpointError: a folder contains no captioner or ranker, an encoder differs from that of the features, or
             `config` needs attention or a datastore (of captions for reranking) that the captioner lacks.
-        ConfigError: `embeddings` or a setting requires a ranker, or the captioner does not support a setting.
+        ConfigError: `ranker` is missing but required by `embeddings` or `config`, or the captioner does not support a
+            setting.
         DatasetError: the source is incomplete, or an output folder contains a different dataset.
         FailureRatioError: more images failed than `run` allows.
     """
@@ -83,10 +84,10 @@ def generate_captions(
     description = captioner.describe_generation(config)
     input_transform = choose_input_transform(dataset, captioner, weights, driver_device, run.threads_per_worker)
     loaded_ranker, ranker_version, ranker_input_transform = None, None, None
-    scores = {}
+    ranker_config = {}
     if ranker is not None:
         loaded_ranker, ranker_version = SHARED_RANKERS.load_version(ranker)
-        scores = {"ranker": loaded_ranker.fingerprint, "sentence_template": loaded_ranker.sentence_template}
+        ranker_config = {"ranker": loaded_ranker.fingerprint, "sentence_template": loaded_ranker.sentence_template}
         ranker_input_transform = choose_input_transform(
             dataset, loaded_ranker, weights, driver_device, run.threads_per_worker
         )
@@ -110,7 +111,7 @@ def generate_captions(
                 "captioner": captioner.fingerprint,
                 "encoder": captioner.encoder,
                 **description,
-                **scores,
+                **ranker_config,
                 **sample.config,
             },
             **sample.origin,

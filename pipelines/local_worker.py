@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def _exit_with_run(run_file: Path, parent: int) -> None:
-    """Ends this process, even in the middle of a shard, when the run stops or its process dies."""
+    """Ends this process, even in the middle of a shard, when the run stops or the parent process dies."""
     while run_file.exists() and os.getppid() == parent:
         time.sleep(_POLL_SECONDS)
     os._exit(0)

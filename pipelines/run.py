@@ -46,7 +46,7 @@ from pipelines.process_shards import ProcessShards
 __all__ = ["RunConfig", "run_job", "run_pipeline"]
 
 _BEAM_COPY = "_tagged_with_step"  # attribute that Beam adds to its copies of errors
-_RAISED = re.compile(r"captionlib\.errors\.(\w+): (.*?)(?: \[while running [^\n]*)?$", re.MULTILINE)
+_RAISED_ERROR = re.compile(r"captionlib\.errors\.(\w+): (.*?)(?: \[while running [^\n]*)?$", re.MULTILINE)
 _STEP = re.compile(r" \[while running .*")
 _TRACEBACK = "Traceback (most recent call last)"
 
@@ -92,16 +92,17 @@ class RunConfig:
         return max(1, available_cpus() // self.workers) if self.workers > 1 else None
 
     def resolve_devices(self, device: str) -> tuple[str, str]:
-        """Returns the devices of the submitting process, which only reads model properties, and of the workers.
+        """Returns the device of the submitting process, and the device of the workers.
 
-        With an accelerator, `auto` selects a GPU on the workers, so a worker without a GPU fails.
+        The submitting process only reads properties of models. With an accelerator, `auto` selects a GPU on the
+        workers, so a worker without a GPU fails.
         """
         if self.accelerator is None:
             return device, device
         return "auto", "cuda" if device == "auto" else device
 
     def limit_decoder_processes(self, loading: LoadingConfig) -> LoadingConfig:
-        """Divides this machine's image decoder processes among its workers, unless their number is configured."""
+        """Divides this machine's image decoder processes among its workers, unless the number is configured."""
         if self.threads_per_worker is None or loading.decode.processes is not None:
             return loading
         return replace(loading, decode=replace(loading.decode, processes=self.threads_per_worker))
@@ -196,7 +197,7 @@ def _find_cause(error: BaseException, runner: str, label: str) -> BaseException:
         if isinstance(raised, CaptionlibError | OSError) and not hasattr(raised, _BEAM_COPY):
             return raised
     text = str(error) or type(error).__name__
-    if raised_errors := _RAISED.findall(text):
+    if raised_errors := _RAISED_ERROR.findall(text):
         name, message = raised_errors[-1]
         return cast(CaptionlibError, getattr(errors, name)(message))
     lines = [line for line in text.splitlines() if line.strip()]

@@ -15,7 +15,7 @@ __all__ = ["Batch", "BatchLoss", "Model", "Objective", "SaveModel", "compute_per
 Batch = TypeVar("Batch")
 Model = TypeVar("Model", bound=nn.Module)
 SaveModel = Callable[[Folder, Model, dict[str, Any]], object]
-"""Writes a checkpoint, given the folder, the model and the training history."""
+"""Writes a checkpoint, given the folder, the model and the record of the run; see `Objective.save`."""
 
 
 class BatchLoss(NamedTuple):
@@ -85,9 +85,9 @@ class Objective(ABC, Generic[Batch, Model]):
     def validate(self) -> dict[str, float]:
         """Computes the scores on the validation data."""
 
-    def save(self, output: Folder, history: dict[str, Any]) -> None:
-        """Writes the checkpoint with the training history."""
-        self.save_model(output, self.model, history)
+    def save(self, output: Folder, training: dict[str, Any]) -> None:
+        """Writes the checkpoint. `training` is its record of the run: the metrics of each epoch and all settings."""
+        self.save_model(output, self.model, training)
 
 
 def compute_perplexity(log_probs: Iterable[Tensor]) -> float:
