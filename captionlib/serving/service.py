@@ -73,7 +73,8 @@ class SearchService:
     """Searches an index by text and, with models, by image. Exiting the context closes the models.
 
     This class is thread-safe. In the context, the service switches to a new version of the index within seconds after
-    its publication. If `models` is None, searching by image is disabled. Uploaded images are compared with `sentences`, or with the captions of similar images if there are no sentences.
+    its publication. If `models` is None, searching by image is disabled. Uploaded images are compared with `sentences`,
+    or with the captions of similar images if there are no sentences.
     """
 
     def __init__(
